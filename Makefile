@@ -1,0 +1,72 @@
+# `make` alone says what there is. Everything goes into .venv; deleting it starts afresh.
+
+venv := .venv
+bin := $(venv)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check --no-input --quiet
+
+# One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
+.NOTPARALLEL:
+.PHONY: help run test lint types format bench clean
+
+help:
+	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
+	@echo 'make test     check style and types, then run all tests'
+	@echo 'make lint     check style only'
+	@echo 'make types    check types only'
+	@echo 'make format   put the code into its standard form'
+	@echo 'make bench    measure'
+	@echo 'make clean    remove all that make has made'
+
+run: $(venv)/installed-run
+	@exec $(bin)/catbus run --config catbus.toml
+
+test: lint types
+	$(bin)/python -m pytest
+
+lint: $(venv)/installed-test
+	$(bin)/ruff check
+	$(bin)/ruff format --check --quiet
+
+types: $(venv)/installed-test
+	$(bin)/mypy catbus
+
+format: $(venv)/installed-test
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+bench: $(venv)/installed-test
+	$(bin)/python bench/fanout.py
+	$(bin)/python bench/durable.py
+
+clean:
+	rm -rf $(venv) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What has been installed stays until what is to be installed changes, so a second run needs no network.
+
+$(venv)/installed-run: $(venv)/made setup.cfg pyproject.toml
+	@echo 'Installing Catbus and what it needs into $(venv) (once; this can take a minute) ...'
+	@$(pip) install --editable '.[embedded]'
+	@touch $@
+
+$(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml
+	@echo 'Installing Catbus and what its tests need into $(venv) (once; this can take a minute) ...'
+	@$(pip) install --editable '.[embedded,testing,dev]'
+	@touch $@ $(venv)/installed-run
+
+$(venv)/made:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo 'Catbus needs Python 3.11 or newer, and there is none on PATH. Install one, or say: make PYTHON=/path/to/python3' >&2; \
+		exit 1; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
+		version=$$($$found -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); \
+		echo "$$found cannot make virtual environments: install its venv module (on Debian and Ubuntu: apt install $$version-venv)" >&2; \
+		exit 1; \
+	fi; \
+	echo "Making a virtual environment in $(venv) with $$($$found --version) ..."; \
+	rm -rf $(venv) && $$found -m venv $(venv)
+	@touch $@

@@ -1,0 +1,333 @@
+"""Tokens: who the bearer is, until when, and what is allowed; and the names under which publishers go on."""
+
+from __future__ import annotations
+
+import binascii
+import hmac
+import math
+import os
+import re
+from base64 import b64decode, urlsafe_b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
+
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from jwt import PyJWKSet, PyJWS, PyJWTError
+from jwt.algorithms import HMACAlgorithm
+
+from .errors import CloseCode, Code, ConfigError, PeerError
+from .topics import check_pattern, covers, matches
+from .wire import UNDECODABLE
+
+MAX_TOKEN = 8192
+"""How many bytes a token may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """The patterns that may be read, and those that may be written to."""
+
+    ALL: ClassVar[Grants]
+    """Everything, as the admin key allows it."""
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+    def may_read(self, pattern: str) -> bool:
+        """Whether one grant covers the whole of a valid pattern."""
+        return any(covers(grant, pattern) for grant in self.read)
+
+    def may_write(self, channel: str) -> bool:
+        """Whether a valid channel may be published to."""
+        return any(matches(grant, channel) for grant in self.write)
+
+
+Grants.ALL = Grants(("*",), ("*",))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a token says. `expires` is in seconds since 1970; None: never."""
+
+    client_id: str | None
+    grants: Grants
+    expires: float | None
+    admin: bool = False
+
+
+def sign(
+    secret: str,
+    *,
+    client_id: str | None,
+    grants: Grants,
+    expires: float | None = None,
+    not_before: float | None = None,
+    issued_at: float | None = None,
+) -> str:
+    """Make a `sub-` token. Times are in seconds since 1970, and never widened by being made whole.
+
+    Raises `PeerError` (invalid_pattern) for a grant that is no pattern, and `ConfigError` for an empty secret and for
+    more grants than a token can hold.
+    """
+    if not secret:
+        raise ConfigError("the secret is empty")
+    given = [_Grant("read", pattern) for pattern in grants.read]
+    given += [_Grant("write", pattern) for pattern in grants.write]
+    claims = _SubClaims(
+        client_id=client_id,
+        grants=_GrantList(given),
+        exp=None if expires is None else math.floor(expires),
+        nbf=None if not_before is None else math.ceil(not_before),
+        iat=None if issued_at is None else math.floor(issued_at),
+    )
+    text = _base64(msgspec.json.encode(claims))
+    token = b"sub-%b.%b" % (text, _token_mac(secret.encode(), text))
+    if len(token) > MAX_TOKEN:
+        raise ConfigError(f"the token would have more than {MAX_TOKEN} bytes: give it fewer grants")
+    return token.decode()
+
+
+class Authenticator:
+    """Verifies tokens with any of the secrets, the admin key or the public keys.
+
+    Each of `jwt_keys` is the text of a PEM file or of a JWKS. Producers are named with the first secret and known
+    by all; without secrets they are known to this object only. Raises `ConfigError` for a secret or key of no use.
+    """
+
+    def __init__(self, secrets: Sequence[str], *, admin_key: str | None = None, jwt_keys: Sequence[str] = ()) -> None:
+        if isinstance(secrets, str) or not all(secrets):
+            raise ConfigError("expected a list of secrets, none of them empty")
+        self._secrets = [secret.encode() for secret in secrets]
+        self._admin_key = admin_key.encode() if admin_key else None
+        self._jwt_keys = [_JwtKey("HS256", secret) for secret in self._secrets]
+        for number, text in enumerate(jwt_keys, 1):
+            keys = list(_from_jwks(text) if text.lstrip().startswith("{") else _from_pem(text))
+            if not keys:
+                raise ConfigError(f"JWT key {number}: expected a public key, {_USABLE_KEYS}, as PEM or JWKS")
+            self._jwt_keys += keys
+        # No token is an HMAC over a text with a space in it.
+        self._producer_keys = [_hmac(secret, b"catbus producer") for secret in self._secrets] or [os.urandom(32)]
+
+    def verify(self, token: str, now: float) -> Identity:
+        """What the token says at `now`, in seconds since 1970.
+
+        Raises `PeerError` that closes: token_expired for a good token whose time is over, unauthenticated for
+        anything else. The text holds nothing of the token.
+        """
+        given = token.encode(errors="surrogatepass")
+        if self._admin_key is not None and hmac.compare_digest(given, self._admin_key):
+            return Identity(None, Grants.ALL, None, admin=True)
+        if len(given) > MAX_TOKEN:
+            raise _refusal(f"the token has more than {MAX_TOKEN} bytes")
+        if given.startswith(b"role-"):
+            raise _refusal("role tokens are not known here")
+        claims: _Claims | None
+        if given.startswith(b"sub-"):
+            claims = _decode(self._signed_text(given[4:]), _SubClaims)
+        else:
+            claims = _decode(self._signed_claims(given), _JwtClaims)
+        if claims is None or "\0" in (claims.client_id or ""):
+            raise _refusal("the token is not valid")
+        if claims.nbf is not None and now < claims.nbf:
+            raise _refusal("the token is not valid yet")
+        if claims.exp is not None and now >= claims.exp:
+            raise PeerError(Code.TOKEN_EXPIRED, "the token has expired", CloseCode.TOKEN_EXPIRED)
+        return Identity(claims.client_id, claims.allowed(), claims.exp)
+
+    def new_producer(self, subject: str | None) -> str:
+        """A name that no publisher has had, for the bearers of tokens with this client_id."""
+        name = os.urandom(16)
+        return _base64(name + _producer_mac(self._producer_keys[0], name, subject)).decode()
+
+    def check_producer(self, text: str, subject: str | None) -> bytes | None:
+        """The 16 bytes of a name from `new_producer` for the same subject; None for anything else."""
+        data = _from_base64(text.encode(errors="surrogatepass"))
+        if data is None:
+            return None
+        name, mac = data[:16], data[16:]
+        macs = [_producer_mac(key, name, subject) for key in self._producer_keys]
+        return name if _is_any_of(mac, macs) else None
+
+    def _signed_text(self, given: bytes) -> bytes | None:
+        """The JSON of a `sub-` token without its prefix, if one of the secrets has signed it."""
+        text, _, mac = given.partition(b".")
+        macs = [_token_mac(secret, text) for secret in self._secrets]
+        return _from_base64(text) if _is_any_of(mac, macs) else None
+
+    def _signed_claims(self, given: bytes) -> bytes | None:
+        """The JSON of a JWT, if one of the keys has signed it. A key is used with its own algorithm only."""
+        try:
+            header = _jws.get_unverified_header(given)
+        except PyJWTError:
+            return None
+        for key in self._jwt_keys:
+            if key.algorithm == header.get("alg") and key.kid in (None, header.get("kid", key.kid)):
+                try:
+                    claims: bytes = _jws.decode(given, key.key, algorithms=[key.algorithm])
+                except PyJWTError:
+                    continue
+                return claims
+        return None
+
+
+# What tokens hold
+
+
+class _Claims(msgspec.Struct, kw_only=True, omit_defaults=True):
+    client_id: str | None = None
+    exp: float | None = None
+    nbf: float | None = None
+    iat: float | None = None
+
+    def allowed(self) -> Grants:
+        return Grants()
+
+
+class _Grant(msgspec.Struct):
+    grant_type: Literal["read", "write", "create", "all"]
+    pattern: str
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+
+
+class _GrantList(msgspec.Struct):
+    grants: list[_Grant]
+
+
+class _SubClaims(_Claims, kw_only=True):
+    grants: _GrantList
+
+    def allowed(self) -> Grants:
+        grants = self.grants.grants
+        return Grants(
+            tuple(grant.pattern for grant in grants if grant.grant_type in ("read", "all")),
+            tuple(grant.pattern for grant in grants if grant.grant_type in ("write", "all")),
+        )
+
+
+class _Access(msgspec.Struct):
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in self.read + self.write:
+            check_pattern(pattern)
+
+
+class _JwtClaims(_Claims, kw_only=True, rename={"client_id": "sub"}):
+    catbus: _Access
+
+    def allowed(self) -> Grants:
+        return Grants(self.catbus.read, self.catbus.write)
+
+
+C = TypeVar("C", bound=_Claims)
+
+
+def _decode(data: bytes | None, claims: type[C]) -> C | None:
+    try:
+        return None if data is None else msgspec.json.decode(data, type=claims)
+    except (*UNDECODABLE, PeerError):
+        return None
+
+
+def _refusal(text: str) -> PeerError:
+    return PeerError(Code.UNAUTHENTICATED, text, CloseCode.UNAUTHENTICATED)
+
+
+# Keys
+
+
+class _LenientHmac(HMACAlgorithm):
+    """HMAC that takes a secret as short as the operator made it: it signs the other tokens too."""
+
+    def check_key_length(self, key: bytes) -> str | None:
+        return None
+
+
+_jws = PyJWS(algorithms=["RS256", "ES256"])
+_jws.register_algorithm("HS256", _LenientHmac(HMACAlgorithm.SHA256))
+
+_USABLE_KEYS = "RSA of 2048 bits or more or ECDSA on P-256"
+
+
+@dataclass(frozen=True, slots=True)
+class _JwtKey:
+    """A key with the one algorithm it is used with."""
+
+    algorithm: Literal["HS256", "RS256", "ES256"]
+    key: bytes | RSAPublicKey | EllipticCurvePublicKey = field(repr=False)
+    kid: str | None = None
+
+
+def _from_pem(text: str) -> Iterator[_JwtKey]:
+    for block in re.finditer(r"-----BEGIN ((?:RSA )?PUBLIC KEY)-----.*?-----END \1-----", text, re.DOTALL):
+        try:
+            key = _public_key(load_pem_public_key(block[0].encode()), None)
+        except (ValueError, UnsupportedAlgorithm):
+            key = None
+        if key is None:
+            raise ConfigError(f"a PEM block is not a public key of use: expected {_USABLE_KEYS}")
+        yield key
+
+
+def _from_jwks(text: str) -> Iterator[_JwtKey]:
+    """The keys of the set that are of use here; a set may hold others."""
+    try:
+        jwks = PyJWKSet.from_json(text).keys
+    except (PyJWTError, ValueError):
+        return
+    for jwk in jwks:
+        key = _public_key(jwk.key, jwk.key_id)
+        if key is not None and key.algorithm == jwk.algorithm_name and jwk.public_key_use != "enc":
+            yield key
+
+
+def _public_key(key: object, kid: str | None) -> _JwtKey | None:
+    match key:
+        case RSAPublicKey() if key.key_size >= 2048:
+            return _JwtKey("RS256", key, kid)
+        case EllipticCurvePublicKey() if isinstance(key.curve, SECP256R1):
+            return _JwtKey("ES256", key, kid)
+        case _:
+            return None
+
+
+# Bytes
+
+
+def _hmac(key: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256")
+
+
+def _token_mac(secret: bytes, text: bytes) -> bytes:
+    return _base64(_hmac(secret, text)[:16])
+
+
+def _producer_mac(key: bytes, name: bytes, subject: str | None) -> bytes:
+    who = b"" if subject is None else b"=" + subject.encode(errors="surrogatepass")
+    return _hmac(key, name + who)[:16]
+
+
+def _is_any_of(given: bytes, expected: Sequence[bytes]) -> bool:
+    """Whether one of them is what was given, in a time that does not tell which or how much of it."""
+    return sum(hmac.compare_digest(given, one) for one in expected) > 0
+
+
+def _base64(data: bytes) -> bytes:
+    return urlsafe_b64encode(data).rstrip(b"=")
+
+
+def _from_base64(text: bytes) -> bytes | None:
+    """The data of which `_base64` makes exactly this text."""
+    try:
+        data = b64decode(text + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except binascii.Error:
+        return None
+    return data if _base64(data) == text else None

@@ -1,0 +1,118 @@
+"""The whole broker on one page.
+
+A Trio nursery supervises a WebSocket endpoint and a PostgreSQL notification listener, with each client session as a
+child task that subscribes to an in-memory topic tree kept consistent through NOTIFY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import trio
+
+from .auth import Authenticator, Grants, Identity
+from .config import Config
+from .endpoints import serve_http
+from .errors import Refused
+from .hub import Hub
+from .local import Messages
+from .log import Log, MemoryLog, Rejected
+from .postgres import PostgresLog, embedded
+from .wire import Publish, Raw, check_payload, to_json
+
+OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
+"""Who publishes and subscribes in this process."""
+
+
+class Broker:
+    """A running replica, as the program around it sees it."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.addresses: list[tuple[str, str]] = []
+        """What is served and where: `("websocket", "127.0.0.1:8080")`."""
+        self._stopping = trio.Event()
+
+    async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False) -> int | None:
+        """Publish a JSON value and return its seq once it is committed (None for an ephemeral one).
+
+        Raises `Refused`, and `TypeError` for what has no JSON form. Cancelling it leaves open whether it is committed.
+        """
+        request = Publish(channel, Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
+        [outcome] = await self.hub.publish(OWNER, [request])
+        if isinstance(outcome, Rejected):
+            raise Refused(outcome.code, outcome.message)
+        return outcome and outcome.seq
+
+    @asynccontextmanager
+    async def subscribe(
+        self, pattern: str, *, since: int | None = None, epoch: str | None = None
+    ) -> AsyncIterator[Messages]:
+        """The messages that match, from now on or after `since`, in seq order. Raises `PeerError` for a bad pattern."""
+        messages = Messages(self.hub, pattern, since, epoch)
+        try:
+            yield messages
+        finally:
+            messages.close()
+
+    def stop(self) -> None:
+        """Begin to stop in order: `serve` returns when that is done."""
+        self._stopping.set()
+
+    async def wait_stopping(self) -> None:
+        """Wait until `stop` has been called."""
+        await self._stopping.wait()
+
+
+async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run a replica until `Broker.stop`; the broker is handed to `task_status` once its doors are open.
+
+    The database need not be there: the doors open, `/ready` says 503, and it is tried again until it is. Raises
+    `ConfigError` and `OSError` (an address in use). Cancelling it ends all connections at once.
+    """
+    async with trio.open_nursery() as nursery:
+        broker = await _start(config, nursery)
+        async with trio.open_nursery() as sessions:
+            websocket = await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)
+            broker.addresses = [("websocket", address) for address in websocket.addresses]
+            task_status.started(broker)
+
+            await broker.wait_stopping()
+            websocket.close()
+            broker.hub.drain()
+            sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
+    """A replica without doors, for publishing and subscribing in this process. Waits for a database that is away."""
+    async with trio.open_nursery() as nursery:
+        broker = await _start(config or Config(), nursery)
+        await broker.hub.log.wait_open()
+        yield broker
+        nursery.cancel_scope.cancel()
+
+
+async def _start(config: Config, nursery: trio.Nursery) -> Broker:
+    """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
+    keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
+    authenticator = Authenticator(config.auth.secrets, admin_key=config.auth.admin_key, jwt_keys=keys)
+    hub = Hub(config, await _open_log(config, nursery), authenticator)
+    await nursery.start(hub.log.run, hub.delivery)
+    nursery.start_soon(hub.delivery.run)
+    nursery.start_soon(hub.flusher.run)
+    return Broker(hub)
+
+
+async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
+    settings, limits = config.database, config.limits
+    if settings.url == "memory":
+        return MemoryLog(limits.recent)
+    if settings.url == "embedded":
+        url = await nursery.start(embedded.run, config.state_directory / "postgres")
+        settings = msgspec.structs.replace(settings, url=url)
+    return PostgresLog(settings, recent=limits.recent, pending=limits.pending_total)

@@ -1,0 +1,5 @@
+"""The `catbus` command."""
+
+from .entry import main
+
+__all__ = ["main"]

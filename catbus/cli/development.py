@@ -1,0 +1,69 @@
+"""The secret of a broker that nobody but this machine can reach, kept so that its tokens live as long as its data."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..auth import Grants, sign
+from ..config import default_state_directory, is_loopback
+from ..errors import ConfigError
+
+FILE = "development-secret"
+
+DEFAULT_URL = "ws://127.0.0.1:8080/ws"
+"""Where a broker is looked for, unless something else is said."""
+
+
+def keep_secret(directory: Path) -> str:
+    """The secret that is kept in `directory`, made now if there is none. Raises `ConfigError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (secret := read_secret(directory)) is None:
+            _write_once(directory, secrets.token_urlsafe(32))
+            secret = read_secret(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory}: a development secret cannot be kept here: {error.strerror}; "
+            "set CATBUS_STATE to a directory that can be written, or CATBUS_SECRET to a secret"
+        ) from None
+    if secret is None:
+        raise ConfigError(f"{directory / FILE} is empty: delete it, and a new secret is made")
+    return secret
+
+
+def read_secret(directory: Path) -> str | None:
+    """The secret that is kept in `directory`, if there is one and this user may read it."""
+    try:
+        return (directory / FILE).read_text(encoding="ascii").strip() or None
+    except (FileNotFoundError, NotADirectoryError, PermissionError, UnicodeDecodeError):
+        return None
+
+
+def development_token(secret: str) -> str:
+    """A token for everything that a token can be for. The same every time."""
+    return sign(secret, client_id="development", grants=Grants(read=("*",), write=("*",)))
+
+
+def find_token(url: str) -> str | None:
+    """The development token for a broker at `url`, when that is on this machine and this user may have it."""
+    if not is_loopback(urlsplit(url).hostname or ""):
+        return None
+    secret = read_secret(default_state_directory(os.environ))
+    return development_token(secret) if secret else None
+
+
+def _write_once(directory: Path, secret: str) -> None:
+    # Whole or not at all, and whoever is first wins: two brokers may start at the same moment.
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{FILE}-")
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(f"{secret}\n")
+        with suppress(FileExistsError):
+            (directory / FILE).hardlink_to(temporary)
+    finally:
+        Path(temporary).unlink()

@@ -1,0 +1,44 @@
+"""`catbus init`: prepare a database."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import trio
+
+from ..config import Config, load, redact
+from ..errors import ConfigError
+from ..postgres import embedded, init_database
+from .options import config_option, database_option, state_option
+
+
+@click.command("init", short_help="Prepare a database.")
+@config_option
+@database_option
+@state_option
+def command(config: Path | None, database: str | None, state: str | None) -> None:
+    """Bring the schema `catbus` of a database to this version, or make it. Harmless where that has been done.
+
+    A broker does the same when it starts; this is for where it may not, and for finding out beforehand.
+
+    \b
+    Examples:
+      catbus init --database postgres://owner@db/catbus
+      DATABASE_URL=postgres://owner@db/catbus catbus init
+    """
+    settings = load(config, os.environ, {"database.url": database, "state": state})
+    if settings.database.url == "memory":
+        raise ConfigError("there is no database to prepare: set DATABASE_URL or give --database")
+    version = trio.run(_prepare, settings)
+    click.echo(f"{redact(settings.database.url)} has version {version} of the schema")
+
+
+async def _prepare(config: Config) -> int:
+    if config.database.url != "embedded":
+        return await init_database(config.database.url)
+    async with trio.open_nursery() as nursery:
+        version = await init_database(await nursery.start(embedded.run, config.state_directory / "postgres"))
+        nursery.cancel_scope.cancel()
+        return version

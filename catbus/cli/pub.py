@@ -1,0 +1,116 @@
+"""`catbus pub`: publish."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+import click
+import trio
+from msgspec import Raw
+
+from ..client import Bus, connect
+from ..errors import Code, PeerError, Refused
+from ..topics import check_channel
+from ..wire import check_payload, to_json
+from .remote import require_token, token_option, url_option
+
+_BATCH = 500
+_CHUNK = 65_536
+_LONGEST_LINE = 16 * 1024 * 1024
+
+
+@click.command("pub", short_help="Publish JSON to a channel.")
+@click.argument("channel")
+@click.argument("payload", metavar="JSON|-")
+@url_option
+@token_option
+def command(channel: str, payload: str, url: str, token: str | None) -> None:
+    """Publish JSON to CHANNEL, and say under which number the log has it.
+
+    With - every line of the input is a message of its own, in that order.
+
+    \b
+    Examples:
+      catbus pub demo.hello '{"n": 1}'
+      catbus pub demo.note '"just text"'
+      tail -f events.jsonl | catbus pub events.all -
+    """
+    try:
+        check_channel(channel)
+        checked = None if payload == "-" else Raw(check_payload(os.fsencode(payload)))
+    except PeerError as error:
+        hint = " (text has quotes of its own: '\"text\"')" if error.code == Code.BAD_MESSAGE else ""
+        raise click.UsageError(f"{error}{hint}") from None
+    if checked is None:
+        trio.run(_publish_lines, url, require_token(token, url), channel)
+    else:
+        trio.run(_publish_one, url, require_token(token, url), channel, checked)
+
+
+async def _publish_one(url: str, token: str, channel: str, payload: Raw) -> None:
+    async with connect(url, token=token) as bus:
+        _say(channel, await bus.publish(channel, payload))
+
+
+async def _publish_lines(url: str, token: str, channel: str) -> None:
+    before = refused = 0
+    async with connect(url, token=token) as bus, aclosing(_lines_of_stdin()) as chunks:
+        async for lines in chunks:
+            for some in _batched(lines):
+                refused += await _publish_batch(bus, channel, before, some)
+                before += len(some)
+    if refused:
+        raise click.ClickException(f"{refused} of {before} lines were refused")
+
+
+async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes]) -> int:
+    """Publish lines, of which so many came `before`. Returns how many were refused."""
+    requests: dict[int, tuple[str, Raw]] = {}
+    broken: click.ClickException | None = None
+    for number, line in enumerate(lines, before + 1):
+        try:
+            if line.strip():
+                requests[number] = (channel, Raw(check_payload(line)))
+        except PeerError as error:
+            # What stands before it is published all the same.
+            broken = click.ClickException(f"line {number}: {error}")
+            break
+    refused = 0
+    for number, result in zip(requests, await bus.publish_many(requests.values()), strict=True):
+        if isinstance(result, Refused):
+            refused += 1
+            click.echo(f"catbus: line {number}: {result}", err=True)
+        else:
+            _say(channel, result)
+    if broken:
+        raise broken
+    return refused
+
+
+def _batched(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """So few at a time that their numbers are printed while others are under way."""
+    for start in range(0, len(lines), _BATCH):
+        yield lines[start : start + _BATCH]
+
+
+async def _lines_of_stdin() -> AsyncGenerator[list[bytes], None]:
+    """What has come in, as whole lines, as soon as there are any."""
+    # Neither sys.stdin, whose lock a thread that is left behind would hold for ever, nor a non-blocking descriptor,
+    # which the shell would find non-blocking afterwards.
+    rest = b""
+    while chunk := await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            raise click.ClickException(f"a line of the input is longer than {_LONGEST_LINE} bytes")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def _say(channel: str, seq: int | None) -> None:
+    sys.stdout.write(to_json({"channel": channel, "seq": seq}).decode() + "\n")
+    sys.stdout.flush()

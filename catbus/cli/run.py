@@ -1,0 +1,159 @@
+"""`catbus run`: a broker, until it is told to stop."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import click
+import msgspec
+import structlog
+import trio
+
+from ..broker import Broker, serve
+from ..config import Config, default_state_directory, load, redact
+from ..errors import ConfigError
+from .development import DEFAULT_URL, development_token, keep_secret
+from .logs import configure
+from .options import config_option, database_option, state_option
+
+logger = structlog.get_logger("catbus.run")
+
+
+@click.command("run", short_help="Run a broker.")
+@config_option
+@database_option
+@click.option(
+    "--ws-bind", multiple=True, metavar="ADDRESS", help="Serve WebSocket and HTTP there, like 127.0.0.1:8080."
+)
+@state_option
+@click.option("--log", "levels", metavar="LEVELS", help="What to log, like info or catbus=debug,aioquic=warning.")
+def command(
+    config: Path | None, database: str | None, ws_bind: tuple[str, ...], state: str | None, levels: str | None
+) -> None:
+    """Run a broker. The first SIGTERM or Ctrl-C stops it in order, the second at once.
+
+    Settings come from the file that --config names, then from the environment (DATABASE_URL, CATBUS_SECRET,
+    CATBUS_WS_BIND, CATBUS_LOG, ...), then from options; what comes later wins.
+
+    \b
+    Examples:
+      catbus run --config catbus.toml
+      catbus run --database embedded --ws-bind 127.0.0.1:8080
+      DATABASE_URL=postgres://me@db/catbus CATBUS_SECRET=... catbus run
+    """
+    given = {
+        "database.url": database,
+        "websocket.bind": ws_bind or None,
+        "state": state,
+        "logging.levels": levels,
+    }
+    settings, token = with_secret(load(config, os.environ, given))
+    configure(
+        settings.logging.levels,
+        settings.logging.format,
+        sys.stdout,
+        secrets=[*settings.auth.secrets, settings.auth.admin_key or ""],
+    )
+    _allow_open_files()
+    status = trio.run(supervise, settings, token)
+    if status:
+        raise click.exceptions.Exit(status)
+
+
+def with_secret(config: Config) -> tuple[Config, str | None]:
+    """The configuration with a secret, and a token for it when the secret is a development secret.
+
+    Raises `ConfigError` where there is none and others could reach the broker.
+    """
+    if config.auth.secrets:
+        return config, None
+    if not config.loopback:
+        raise ConfigError(
+            "there is no secret to verify tokens with, and others can reach this broker: set CATBUS_SECRET, for "
+            "example to the output of `openssl rand -hex 32`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
+        )
+    secret = keep_secret(config.state_directory)
+    auth = msgspec.structs.replace(config.auth, secrets=(secret,))
+    return msgspec.structs.replace(config, auth=auth), development_token(secret)
+
+
+async def supervise(config: Config, token: str | None) -> int:
+    """Serve until a signal says otherwise. Returns the exit status."""
+    status = 0
+    broker: Broker | None = None
+    # PID 1 of a container has no default handler: before this line, SIGTERM goes unheard.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def obey(signals: AsyncIterator[int]) -> None:
+                nonlocal status
+                stopping = False
+                async for number in signals:
+                    if broker is None or stopping:
+                        status = 128 + number if stopping else 0
+                        nursery.cancel_scope.cancel()
+                    else:
+                        logger.info("stopping", signal=signal.Signals(number).name)
+                        broker.stop()
+                    stopping = True
+
+            async def serve_to_the_end(*, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
+                await serve(config, task_status=task_status)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(obey, signals)
+            logger.info("starting", database=redact(config.database.url), pid=os.getpid())
+            broker = await nursery.start(serve_to_the_end)
+            _announce(broker, config, token)
+            _calm_the_collector()
+    logger.info("stopped")
+    return status
+
+
+def _announce(broker: Broker, config: Config, token: str | None) -> None:
+    urls = [f"ws://{address}/ws" for kind, address in broker.addresses if kind == "websocket"]
+    logger.info("serving", urls=urls)
+    if token is None:
+        return
+    command_line = "catbus" if shutil.which("catbus") else os.path.relpath(sys.argv[0])
+    if command_line.endswith("__main__.py"):
+        command_line = "python -m catbus"
+    options = "" if DEFAULT_URL in urls or not urls else f" --url {urls[0]}"
+    found = config.state_directory == default_state_directory(os.environ)
+    # For whoever sits in front of it. A program that reads our log lines from stdout must not stumble over this.
+    text = config.logging.format == "text" or (config.logging.format == "auto" and sys.stdout.isatty())
+    lines = [
+        "",
+        "  Catbus serves",
+        *(f"    {url}" for url in urls),
+        "",
+        "  Only this machine can reach it. Its development token allows everything:",
+        f"    {token}",
+        "",
+        "  From another shell:",
+        *([] if found else [f"    export CATBUS_TOKEN={token}"]),
+        f"    {command_line} sub 'demo.*'{options}",
+        f"    {command_line} pub demo.hello '{{\"n\": 1}}'{options}",
+        "",
+    ]
+    print("\n".join(lines), file=sys.stdout if text else sys.stderr, flush=True)
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _calm_the_collector() -> None:
+    # What is alive by now stays alive: the collector need not look at it again, and rarely at the rest.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)

@@ -1,0 +1,202 @@
+"""A connection to a broker, as the application sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypeVar, overload
+
+import anyio
+from msgspec import Raw
+
+from ..errors import PeerError, Refused
+from ..topics import check_channel, check_pattern
+from .bell import Bell
+from .conversation import Answer, Batch, Conversation
+from .inbox import Event, Phase
+from .link import Link
+from .messages import Page, encode_payload
+from .subscription import Messages
+
+T = TypeVar("T")
+
+
+class Bus:
+    """An authenticated connection, made by `connect`. Any number of tasks may use it.
+
+    A method that is cancelled leaves the connection as it was; what it asked for may still happen. Once the
+    connection is gone, every method and every iteration raises `Disconnected`.
+    """
+
+    def __init__(self, conversation: Conversation, link: Link) -> None:
+        self._conversation = conversation
+        self._link = link
+
+    @property
+    def client_id(self) -> str | None:
+        """Who the token says we are; what others see as `sender`."""
+        return self._conversation.client_id
+
+    @property
+    def producer(self) -> str:
+        """What the broker recognises our retries by."""
+        return self._conversation.producer
+
+    @property
+    def epoch(self) -> str:
+        """The incarnation of the broker's log, as far as it has told us."""
+        return self._conversation.epoch
+
+    @property
+    def head(self) -> int:
+        """The newest seq that the broker has told us of in answers and marks."""
+        return self._conversation.head
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The broker's limits, each by its name: `message_size` (bytes), `subscriptions`, `pending_publishes`."""
+        return dict(self._conversation.limits)
+
+    @overload
+    async def publish(
+        self, channel: str, payload: Any, *, ephemeral: Literal[False] = False, echo: bool = True
+    ) -> int: ...
+
+    @overload
+    async def publish(self, channel: str, payload: Any, *, ephemeral: bool, echo: bool = True) -> int | None: ...
+
+    async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False, echo: bool = True) -> int | None:
+        """Publish a JSON value and return its seq once it is committed.
+
+        An ephemeral message is passed on to whoever is there, and has no seq (None). With `echo=False` our own
+        subscriptions do not get it back. A payload may be anything that msgspec encodes (NaN and infinities become
+        null), or a `msgspec.Raw` that holds JSON.
+
+        Raises `TypeError` for a payload that has no JSON form, before anything is sent; `Refused`, after which the
+        message is not published and never will be, unless the code is `unknown`; `Disconnected`, after which nobody
+        here can say, and so it is when this is cancelled.
+        """
+        batch = Batch(1)
+        _check(check_channel, channel)
+        await self._publish([(0, channel, encode_payload(payload))], batch, ephemeral=ephemeral, echo=echo)
+        [result] = batch.results
+        if isinstance(result, Refused):
+            raise result
+        return result
+
+    async def publish_many(
+        self, messages: Iterable[tuple[str, Any]], *, ephemeral: bool = False, echo: bool = True
+    ) -> list[int | Refused | None]:
+        """Publish pairs of a channel and a payload, in order, in as few frames as there is need for.
+
+        Returns for each its seq (None for an ephemeral one) or the refusal. Otherwise as `publish`: after
+        `Disconnected` any of them may be committed.
+        """
+        requests = []
+        refused = []
+        for place, (channel, payload) in enumerate(messages):
+            try:
+                _check(check_channel, channel)
+            except Refused as refusal:
+                refused.append((place, refusal))
+            else:
+                requests.append((place, channel, encode_payload(payload)))
+        batch = Batch(len(requests) + len(refused))
+        for place, reason in refused:
+            batch.settle(place, reason)
+        await self._publish(requests, batch, ephemeral=ephemeral, echo=echo)
+        return batch.results
+
+    @asynccontextmanager
+    async def subscribe(
+        self,
+        pattern: str,
+        *,
+        since: int | None = None,
+        epoch: str | None = None,
+        buffer: int = 1000,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> AsyncIterator[Messages]:
+        """Subscribe to what matches `pattern`: from now on, or everything after `since` first.
+
+        `since` and `epoch` are the `cursor` and `epoch` of an earlier subscription. `on_event` is called by the
+        iteration, in order with the messages, with each `Gap` (what may be missing), `Live` (catching up has ended)
+        and `Head` (complete up to there).
+
+        Up to `buffer` messages wait here for the application. While they do, nothing is read from the connection,
+        unless somebody waits for a reply; the broker keeps what is not read in its log. A subscription that holds
+        the connection up for ten seconds, or by 8 MiB while replies are awaited, is given back to the broker and taken
+        up again from where it stopped when half of the buffer is empty: nothing is lost but ephemeral messages.
+
+        Raises `Refused`, and `ValueError` where this connection has a subscription to the pattern already. Leaving
+        does not wait for the broker.
+        """
+        _check(check_pattern, pattern)
+        if buffer < 1:
+            raise ValueError("a buffer holds one message at least")
+        conversation = self._conversation
+        inbox = conversation.subscribe(pattern, since, epoch, buffer)
+        try:
+            bell = Bell()
+            inbox.wake = bell.ring
+            self._link.requested()
+            while inbox.phase is Phase.ASKED:
+                conversation.check()
+                await bell.wait()
+            if inbox.ending is not None:
+                raise inbox.ending
+            yield Messages(inbox, conversation, self._link, bell, on_event)
+        finally:
+            conversation.leave(inbox)
+            self._link.requested()
+
+    async def history(self, pattern: str, *, limit: int = 100, before: int | None = None) -> Page:
+        """The newest messages that match, below the seq `before`, oldest first; `Page.more` says if there are older.
+
+        The broker may give fewer than `limit` at a time. Raises `Refused`.
+        """
+        _check(check_pattern, pattern)
+        return await self._answer(self._conversation.history(pattern, limit, before))
+
+    async def ping(self) -> float:
+        """How many seconds the broker takes to answer. Live subscriptions have their cursors moved on the way."""
+        began = anyio.current_time()
+        await self._answer(self._conversation.ping())
+        return anyio.current_time() - began
+
+    async def authenticate(self, token: str) -> None:
+        """Say who we are; `connect` has done it, and doing it again renews the token. Raises `Refused`."""
+        await self._answer(self._conversation.authenticate(token))
+
+    async def _publish(
+        self, requests: Iterable[tuple[int, str, Raw]], batch: Batch, *, ephemeral: bool, echo: bool
+    ) -> None:
+        conversation, link = self._conversation, self._link
+        bell = Bell()
+        batch.wake = bell.ring
+        for place, channel, payload in requests:
+            if link.congested:
+                await link.wait_for_room()
+            conversation.publish(channel, payload, batch, place, ephemeral=ephemeral, echo=echo)
+        link.requested()
+        while batch.missing:
+            conversation.check()
+            await bell.wait()
+
+    async def _answer(self, answer: Answer[T]) -> T:
+        bell = Bell()
+        answer.wake = bell.ring
+        self._link.requested()
+        while answer.value is None:
+            self._conversation.check()
+            await bell.wait()
+        if isinstance(answer.value, Refused):
+            raise answer.value
+        return answer.value
+
+
+def _check(check: Callable[[str], None], name: str) -> None:
+    try:
+        check(name)
+    except PeerError as error:
+        raise Refused(error.code, error.message) from None

@@ -1,0 +1,113 @@
+"""What one subscription has received and the application has not yet taken. Pure: no I/O, nobody waits here."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import NamedTuple
+
+from ..errors import Refused
+from .messages import Gap, Head, Live, Message
+
+Event = Live | Gap | Head
+
+
+class Phase(Enum):
+    """Where a subscription stands.
+
+    ASKED: a `subscribe` is on its way. HELD: the broker sends. AWAY: it was told to stop, because nobody took what it
+    sent; once there is room it is asked again, from where it stopped. ENDED: refused, revoked or left.
+    """
+
+    ASKED = auto()
+    HELD = auto()
+    AWAY = auto()
+    ENDED = auto()
+
+
+class Mark(NamedTuple):
+    """Something that moves the cursor, in its place among the messages, and where the cursor is after it."""
+
+    event: Event | None
+    cursor: int
+    epoch: str
+
+
+def _nobody() -> None:
+    pass
+
+
+class Inbox:
+    """One subscription: a queue of messages and marks, and a cursor at either end of it."""
+
+    __slots__ = (
+        "arrived",
+        "arrived_epoch",
+        "cursor",
+        "ending",
+        "epoch",
+        "items",
+        "limit",
+        "live",
+        "pattern",
+        "phase",
+        "pressed",
+        "resuming",
+        "spilled",
+        "wake",
+    )
+
+    def __init__(self, pattern: str, since: int | None, epoch: str, limit: int) -> None:
+        self.pattern = pattern
+        self.phase = Phase.ASKED
+        self.items: deque[Message | Mark] = deque()
+        self.limit = limit
+        """How many messages are welcome. The conversation may bring more while somebody waits for a reply."""
+        self.resuming = since is not None
+        self.arrived = self.cursor = since or 0
+        """`arrived`: complete up to here, the queue included. `cursor`: what the application has taken."""
+        self.arrived_epoch = self.epoch = epoch
+        self.live = False
+        """Whether a `head` speaks of this subscription too."""
+        self.pressed = False
+        """Whether somebody wants to know when the queue is half empty."""
+        self.spilled = 0
+        """Bytes that came in beyond the limit, roughly."""
+        self.ending: Refused | None = None
+        """Raised once the queue is empty."""
+        self.wake: Callable[[], None] = _nobody
+        """Called when there is something to take after there was nothing, and when the phase changes."""
+
+    def begin(self, seq: int, epoch: str) -> None:
+        """The broker sends from now on. `seq` and `epoch` are where it stands."""
+        self.phase = Phase.HELD
+        if not self.resuming:
+            # From now on, so this is where it is complete. With `since`, only what follows tells.
+            self.arrived = self.cursor = seq
+            self.arrived_epoch = self.epoch = epoch
+            self.live = self.resuming = True
+        self.wake()
+
+    def prove(self, epoch: str) -> None:
+        """A message comes with no gap before it, so what came before stands in this epoch as it stood in its own."""
+        if epoch != self.arrived_epoch:
+            self.mark(None, self.arrived, epoch)
+
+    def mark(self, event: Event | None, seq: int, epoch: str) -> None:
+        """Everything up to `seq` of `epoch` has arrived. Where the epoch is another, the seqs may begin lower."""
+        if epoch == self.arrived_epoch:
+            seq = max(seq, self.arrived)
+        self.arrived, self.arrived_epoch = seq, epoch
+        items = self.items
+        if isinstance(event, Head) and items and isinstance(last := items[-1], Mark) and isinstance(last.event, Head):
+            items.pop()
+        items.append(Mark(event, seq, epoch))
+        if len(items) == 1:
+            self.wake()
+
+    def end(self, ending: Refused | None) -> None:
+        """Nothing more will come."""
+        self.phase = Phase.ENDED
+        self.ending = ending
+        self.wake()

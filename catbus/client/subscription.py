@@ -1,0 +1,93 @@
+"""A subscription, as the application iterates over it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from anyio.lowlevel import checkpoint
+
+from ..errors import Refused
+from .bell import Bell
+from .conversation import Conversation
+from .inbox import Event, Inbox, Mark, Phase
+from .link import Link
+from .messages import Gap, Message
+
+FAIRNESS = 100
+"""How many messages are handed out in one go before other tasks have their turn."""
+
+
+class Messages(AsyncIterator[Message]):
+    """The messages of one subscription, in the order of their seqs.
+
+    Iterating raises `Refused` with the code `revoked` when the permission is withdrawn, and `Disconnected` when the
+    connection is gone, after what had arrived before has been handed out. Cancelling it loses no message.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        conversation: Conversation,
+        link: Link,
+        bell: Bell,
+        on_event: Callable[[Event], None] | None,
+    ) -> None:
+        self.gaps: list[Gap] = []
+        """What may have been missed, oldest first."""
+        self._inbox = inbox
+        self._conversation = conversation
+        self._link = link
+        self._bell = bell
+        self._on_event = on_event
+        self._low = inbox.limit // 2
+        self._turns = 0
+
+    @property
+    def pattern(self) -> str:
+        return self._inbox.pattern
+
+    @property
+    def cursor(self) -> int:
+        """Complete up to this seq: where to go on from, together with `epoch`.
+
+        It counts the last message that was handed out as taken: keep it once that message has been dealt with.
+        """
+        return self._inbox.cursor
+
+    @property
+    def epoch(self) -> str:
+        """The incarnation of the log that `cursor` belongs to."""
+        return self._inbox.epoch
+
+    async def __anext__(self) -> Message:
+        inbox = self._inbox
+        items = inbox.items
+        if self._turns >= FAIRNESS:
+            await checkpoint()
+            self._turns = 0
+        while True:
+            if items:
+                item = items.popleft()
+                if inbox.pressed and len(items) <= self._low:
+                    self._link.relieved(inbox)
+                if type(item) is Message:
+                    if item.seq is not None:
+                        inbox.cursor = item.seq
+                    self._turns += 1
+                    return item
+                self._pass(item)  # type: ignore[arg-type]
+            elif inbox.ending is not None:
+                raise Refused(inbox.ending.code, inbox.ending.message)
+            elif inbox.phase is Phase.ENDED:
+                raise StopAsyncIteration
+            else:
+                self._conversation.check()
+                self._turns = 0
+                await self._bell.wait()
+
+    def _pass(self, mark: Mark) -> None:
+        self._inbox.cursor, self._inbox.epoch = mark.cursor, mark.epoch
+        if isinstance(mark.event, Gap):
+            self.gaps.append(mark.event)
+        if self._on_event is not None and mark.event is not None:
+            self._on_event(mark.event)

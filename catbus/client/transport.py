@@ -1,0 +1,84 @@
+"""What the client needs of a connection, and how one is opened."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+DEFAULT_PATH = "/ws"
+
+
+class Transport(Protocol):
+    """A connection that carries whole JSON objects, one after another, both ways.
+
+    One task sends and one receives at a time. Both raise `Disconnected`, with the closing code where the broker gave
+    one; neither can be used after that.
+    """
+
+    @property
+    def pending(self) -> bool:
+        """Whether the transport has something of its own to send; `send(b"")` sends it."""
+
+    async def send(self, data: bytes) -> None:
+        """Send whole objects together. If it is cancelled, some of it may be on its way: only `aclose` may follow."""
+
+    async def receive(self) -> bytes:
+        """The next bytes, cut anywhere; none where there is only something `pending` now. Cancelling it loses none."""
+
+    async def aclose(self, code: int = 1000, reason: str = "") -> None:
+        """Say goodbye, for two seconds at most, and close. When it is cancelled, it closes without a goodbye."""
+
+
+class Address(NamedTuple):
+    """Where a broker is. `socket` is the path of a unix socket, for which host and port stand only in the request."""
+
+    url: str
+    host: str
+    port: int
+    target: str
+    secure: bool = False
+    socket: str | None = None
+
+    @property
+    def authority(self) -> str:
+        """What the `Host` header says."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
+
+
+def parse_address(url: str) -> Address:
+    """Understand `ws://host:port/path`, `wss://...`, or `ws+unix:/path/of.sock:/path`; the path is `/ws` where none is.
+
+    Raises `ValueError`.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "ws+unix":
+        socket, _, path = parts.path.partition(":")
+        if parts.netloc or not socket.startswith("/"):
+            raise ValueError("a unix socket is written ws+unix:/path/of.sock:/ws")
+        return Address(url, "localhost", 80, _target(path, parts.query), socket=socket)
+    if parts.scheme not in ("ws", "wss"):
+        raise ValueError(f"the URL of a broker begins with ws:// or wss://, not {url[:64]!r}")
+    if not parts.hostname:
+        raise ValueError(f"no host in {url[:64]!r}")
+    if parts.username is not None or parts.fragment:
+        raise ValueError("the URL of a broker has no user and no fragment; the token is given apart")
+    secure = parts.scheme == "wss"
+    port = parts.port if parts.port is not None else 443 if secure else 80
+    return Address(url, parts.hostname, port, _target(parts.path, parts.query), secure)
+
+
+def make_ssl_context(ca: str | os.PathLike[str] | None) -> ssl.SSLContext:
+    """Verify against the system's authorities, or only against those in the file `ca`. Raises `OSError`."""
+    context = ssl.create_default_context(cafile=ca)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _target(path: str, query: str) -> str:
+    target = (path or DEFAULT_PATH) + (f"?{query}" if query else "")
+    if not target.startswith("/") or not target.isascii() or not target.isprintable() or " " in target:
+        raise ValueError("the path of the URL has characters that must be percent-encoded")
+    return target

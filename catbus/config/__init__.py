@@ -1,0 +1,36 @@
+"""How a broker is set up: built-in defaults, then a TOML file, then the environment, then the command line."""
+
+from .addresses import is_loopback, redact, split_address
+from .levels import parse_levels
+from .reading import ENVIRONMENT, keys, load, parse_duration
+from .settings import (
+    Auth,
+    Config,
+    Database,
+    Drain,
+    Limits,
+    Logging,
+    WebSocket,
+    WebTransport,
+    default_state_directory,
+)
+
+__all__ = [
+    "ENVIRONMENT",
+    "Auth",
+    "Config",
+    "Database",
+    "Drain",
+    "Limits",
+    "Logging",
+    "WebSocket",
+    "WebTransport",
+    "default_state_directory",
+    "is_loopback",
+    "keys",
+    "load",
+    "parse_duration",
+    "parse_levels",
+    "redact",
+    "split_address",
+]

@@ -1,0 +1,193 @@
+"""HTTP/1.1 on the WebSocket port: requests are answered, and those for a WebSocket are handed on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import h11
+import structlog
+import trio
+
+from . import upgrade
+from .outbox import close_gently
+from .roster import Roster
+from .routes import Answer, Request, find, line
+from .websocket import serve_websocket
+
+if TYPE_CHECKING:
+    from ..hub import Hub
+
+HEAD_SIZE = 16_384
+BODY_SIZE = 1_048_576
+HEAD_TIME = 10.0
+"""Seconds for the head of a request, from its first byte; and from connecting until the first byte of all."""
+IDLE_TIME = 60.0
+"""Seconds from an answer to the first byte of the next request."""
+BODY_TIME = 30.0
+SEND_TIME = 10.0
+CLOSING_TIME = 2.0
+
+_RECEIVE_SIZE = 65_536
+
+logger = structlog.get_logger("catbus.endpoints")
+
+
+async def serve_connection(hub: Hub, roster: Roster, stream: trio.abc.Stream) -> None:
+    """Answer the requests on one connection until either side has had enough. Does not close the stream."""
+    try:
+        await Conversation(hub, roster, stream).run()
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        logger.debug("a connection was lost")
+
+
+class Enough(Exception):
+    """The peer has closed, or is not worth an answer."""
+
+
+class Refused(Exception):
+    """A request is answered although not all of it was read, so that nothing after it can be understood."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+class Conversation:
+    """One connection that speaks HTTP."""
+
+    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream) -> None:
+        self._hub = hub
+        self._roster = roster
+        self._stream = stream
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
+
+    async def run(self) -> None:
+        """Answer one request after another. Raises when the connection breaks."""
+        idle_time, request = HEAD_TIME, None
+        try:
+            while True:
+                request = None
+                request = await self._next_request(idle_time)
+                if upgrade.is_offered(request):
+                    answer = upgrade.refuse(request, self._hub.config.websocket.allowed_origins)
+                    if answer is None and not self._roster.closed:
+                        rest = self._http.trailing_data[0]
+                        await serve_websocket(self._hub, self._roster, self._stream, upgrade.restated(request), rest)
+                        return
+                    await self._send(request, answer or line(503, "this replica is stopping"))
+                else:
+                    await self._send(request, await self._answer(request))
+                if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+                    break
+                self._http.start_next_cycle()
+                idle_time = IDLE_TIME
+        except Refused as refused:
+            await self._send(request, refused.answer)
+        except Enough:
+            return
+        with trio.move_on_after(CLOSING_TIME):
+            await close_gently(self._stream)
+
+    async def _answer(self, request: Request) -> Answer:
+        handler = find(request.method, request.path)
+        if isinstance(handler, Answer):
+            return handler
+        if request.has_body:
+            request = replace(request, body=await self._read_body(request))
+        try:
+            return await handler(self._hub, request)
+        except Exception:
+            logger.exception("a request failed")
+            self._roster.faults += 1
+            return line(500)
+
+    # Reading
+
+    async def _next_request(self, idle_time: float) -> Request:
+        if not self._http.trailing_data[0]:
+            await self._wait_for_more(idle_time)
+        with trio.move_on_after(HEAD_TIME) as limit:
+            event = await self._next_event()
+        if limit.cancelled_caught:
+            raise Refused(line(408))
+        if not isinstance(event, h11.Request):
+            raise Enough
+        request = Request(
+            event.method.decode("ascii"), _path(event.target), list(event.headers), version=event.http_version
+        )
+        if len(event.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > HEAD_SIZE:
+            raise Refused(line(431))
+        if not request.has_body:
+            await self._next_event()
+        return request
+
+    async def _wait_for_more(self, limit: float) -> None:
+        with trio.move_on_after(limit) as scope, self._roster.idle(scope):
+            await self._receive()
+            return
+        raise Enough
+
+    async def _read_body(self, request: Request) -> bytes:
+        if int(request.header(b"content-length") or b"0") > BODY_SIZE:
+            raise Refused(line(413))
+        body = bytearray()
+        with trio.move_on_after(BODY_TIME):
+            while isinstance(event := await self._next_event(), h11.Data):
+                body += event.data
+                if len(body) > BODY_SIZE:
+                    raise Refused(line(413))
+            return bytes(body)
+        raise Refused(line(408))
+
+    async def _receive(self) -> None:
+        self._http.receive_data(bytes(await self._stream.receive_some(_RECEIVE_SIZE)))
+
+    async def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                if self._http.they_are_waiting_for_100_continue:
+                    go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                    await self._stream.send_all(self._http.send(go_on))
+                await self._receive()
+        except h11.RemoteProtocolError as error:
+            status = error.error_status_hint
+            raise Refused(line(status, "" if status != 400 else "this is not a valid HTTP/1.1 request")) from None
+        return event
+
+    # Writing
+
+    async def _send(self, request: Request | None, answer: Answer) -> None:
+        """Answer `request`, or what was too broken to be one."""
+        headers = [
+            (b"date", formatdate(usegmt=True).encode()),
+            (b"content-type", answer.type),
+            (b"content-length", str(len(answer.body)).encode()),
+            *answer.headers,
+        ]
+        if self._roster.closed or self._http.their_state in (h11.SEND_BODY, h11.ERROR):
+            headers.append((b"connection", b"close"))
+        reason = HTTPStatus(answer.status).phrase.encode()
+        data = self._http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason))
+        if request is None or request.method != "HEAD":
+            data += self._http.send(h11.Data(data=answer.body))
+        data += self._http.send(h11.EndOfMessage())
+        if request is not None:
+            logger.debug("request", method=request.method, path=request.path[:200], status=answer.status)
+        with trio.move_on_after(SEND_TIME):
+            await self._stream.send_all(data)
+            return
+        raise Enough
+
+
+def _path(target: bytes) -> str:
+    """The path in a request target, without the query; `target` is ASCII."""
+    text = target.decode("ascii")
+    if text.startswith("/"):
+        return text.partition("?")[0]
+    try:
+        return urlsplit(text).path or "/"
+    except ValueError:
+        raise Refused(line(400)) from None

@@ -1,0 +1,148 @@
+"""The WebSocket port: its listeners, and a task for each connection that they accept."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from ..config import split_address
+from ..errors import ConfigError
+from .http import serve_connection
+from .outbox import close_gently
+from .roster import Roster
+
+if TYPE_CHECKING:
+    from ..hub import Hub
+
+SPARE_FILES = 64
+"""File descriptors that are kept from connections: the database and the listeners need some."""
+TURNING_AWAY_TIME = 1.0
+TURNING_AWAY_AT_ONCE = 100
+
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
+)
+
+logger = structlog.get_logger("catbus.endpoints")
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStatistics:
+    """`connections` and `websockets` are here now; `refused` and `faults` have been counted from the start.
+
+    `refused`: connections over the limit. `faults`: exceptions of ours that ended a request or a connection.
+    """
+
+    connections: int
+    websockets: int
+    refused: int
+    faults: int
+
+
+class Endpoint:
+    """A WebSocket port that is open. `addresses` is where, such as `127.0.0.1:8080`."""
+
+    def __init__(self, addresses: list[str], roster: Roster, doors: trio.CancelScope) -> None:
+        self.addresses = addresses
+        self._roster = roster
+        self._doors = doors
+
+    def close(self) -> None:
+        """Accept nothing more, and end the connections that wait for a request. WebSockets stay."""
+        self._doors.cancel()
+        self._roster.close()
+
+    def statistics(self) -> EndpointStatistics:
+        roster = self._roster
+        return EndpointStatistics(roster.connections, len(roster.watched), roster.refused, roster.faults)
+
+
+async def serve_http(
+    hub: Hub,
+    binds: Sequence[str],
+    sessions: trio.Nursery,
+    *,
+    task_status: trio.TaskStatus[Endpoint] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve WebSocket and HTTP on the addresses `binds`, such as `0.0.0.0:8080` or `[::]:0`.
+
+    Each connection is a task of its own in `sessions`, out of which no exception comes. Started with the `Endpoint`;
+    returns when that has been closed and the last connection has gone. Raises `ConfigError` when it cannot listen.
+    """
+    roster = Roster()
+    doors = trio.CancelScope()
+    listeners = await open_listeners(binds)
+    settings = hub.config.websocket
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        with doors:
+            handler = partial(_serve_peer, hub, roster, _connection_limit(hub.config.limits.connections))
+            task_status.started(Endpoint([_address(listener) for listener in listeners], roster, doors))
+            await trio.serve_listeners(handler, listeners, handler_nursery=sessions)
+        await roster.wait_empty()
+        nursery.cancel_scope.cancel()
+
+
+async def open_listeners(binds: Sequence[str]) -> list[trio.SocketListener]:
+    """Listen on all of `binds`, or on none and raise `ConfigError`."""
+    listeners: list[trio.SocketListener] = []
+    try:
+        for bind in binds:
+            host, port = split_address(bind)
+            try:
+                listeners += await trio.open_tcp_listeners(port, host=host)
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {bind}: {error.strerror or error}") from error
+    except BaseException:
+        for listener in listeners:
+            listener.socket.close()
+        raise
+    return listeners
+
+
+def _address(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _connection_limit(wanted: int) -> int:
+    """As many connections as are wanted, or as the process may have: past that, accepting would fail."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    possible = wanted if files == resource.RLIM_INFINITY else max(1, files - SPARE_FILES)
+    if possible < wanted:
+        logger.warning(
+            "fewer connections than configured: raise the limit of open files", limit=possible, wanted=wanted
+        )
+    return min(wanted, possible)
+
+
+async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:
+    """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
+    with roster.admit():
+        try:
+            if roster.connections <= limit:
+                await serve_connection(hub, roster, stream)
+            else:
+                await _turn_away(roster, roster.connections - limit, stream)
+        except* Exception:
+            logger.exception("a connection failed")
+            roster.faults += 1
+
+
+async def _turn_away(roster: Roster, excess: int, stream: trio.SocketStream) -> None:
+    roster.refused += 1
+    if excess > TURNING_AWAY_AT_ONCE:
+        return
+    with trio.move_on_after(TURNING_AWAY_TIME):
+        try:
+            await stream.send_all(_BUSY)
+        except trio.BrokenResourceError:
+            return
+        await close_gently(stream)

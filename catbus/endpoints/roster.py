@@ -1,0 +1,94 @@
+"""Who is connected to an endpoint, and what those connections share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import structlog
+import trio
+
+logger = structlog.get_logger("catbus.endpoints")
+
+_AT_A_TIME = 500
+"""Connections that are looked at before other tasks get a turn."""
+
+
+class Watched(Protocol):
+    """A connection that is kept alive."""
+
+    def check(self, now: float) -> None:
+        """See whether the peer is still there, and do what is due. `now` is a Trio time."""
+
+
+class Roster:
+    """All connections of one endpoint.
+
+    It has been closed when the endpoint takes no more of them: then those that wait for a request are ended, and
+    those in the middle of one end after it.
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.connections = 0
+        self.refused = 0
+        self.faults = 0
+        """Exceptions of ours that ended a request or a connection."""
+        self.watched: set[Watched] = set()
+        self._idle: set[trio.CancelScope] = set()
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def close(self) -> None:
+        """Take no more."""
+        self.closed = True
+        for scope in self._idle:
+            scope.cancel()
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """While a connection is here."""
+        self.connections += 1
+        try:
+            yield
+        finally:
+            self.connections -= 1
+            self._changed.unpark_all()
+
+    @contextmanager
+    def idle(self, scope: trio.CancelScope) -> Iterator[None]:
+        """While a connection has nothing to do, and can be ended through its scope."""
+        self._idle.add(scope)
+        if self.closed:
+            scope.cancel()
+        try:
+            yield
+        finally:
+            self._idle.discard(scope)
+
+    @contextmanager
+    def watch(self, connection: Watched) -> Iterator[None]:
+        """While a connection is to be kept alive."""
+        self.watched.add(connection)
+        try:
+            yield
+        finally:
+            self.watched.discard(connection)
+
+    async def wait_empty(self) -> None:
+        """Wait until nobody is connected."""
+        while self.connections:
+            await self._changed.park()
+
+    async def keep_alive(self, interval: float) -> None:
+        """Check every watched connection, again and again: one task for all of them."""
+        while True:
+            await trio.sleep(interval)
+            for index, connection in enumerate(tuple(self.watched)):
+                if index % _AT_A_TIME == 0:
+                    await trio.lowlevel.checkpoint()
+                try:
+                    connection.check(trio.current_time())
+                except Exception:
+                    logger.exception("keeping a connection alive failed")
+                    self.faults += 1

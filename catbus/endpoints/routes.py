@@ -1,0 +1,222 @@
+"""What there is on the WebSocket port beside WebSocket: which path answers what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .. import wire
+from ..errors import Code, PeerError, Unavailable
+from ..log import Outcome, Rejected
+
+if TYPE_CHECKING:
+    from ..hub import Hub
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A whole request. Header names are in lower case."""
+
+    method: str
+    path: str
+    headers: Headers = ()
+    version: bytes = b"1.1"
+    body: bytes = b""
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the head announces a body that is not empty."""
+        return bool(self.header(b"transfer-encoding")) or self.header(b"content-length") not in (b"", b"0")
+
+    def header(self, name: bytes) -> bytes:
+        """The value of a header, empty if there is none; several are joined by commas."""
+        return b", ".join(value for key, value in self.headers if key == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole response."""
+
+    status: int
+    body: bytes
+    headers: Headers = ()
+    type: bytes = b"text/plain; charset=utf-8"
+
+
+def line(status: int, text: str = "", headers: Headers = ()) -> Answer:
+    """An answer of one plain line: `text`, or what the status is called."""
+    return Answer(status, (text or HTTPStatus(status).phrase.lower()).encode() + b"\n", headers)
+
+
+def json(value: object, status: int = 200, headers: Headers = ()) -> Answer:
+    """An answer in JSON, on one line."""
+    return Answer(status, wire.to_json(value) + b"\n", headers, b"application/json")
+
+
+Handler = Callable[["Hub", Request], Awaitable[Answer]]
+
+
+async def health(hub: Hub, request: Request) -> Answer:
+    """Alive, whatever else may be wrong."""
+    return line(200, "ok")
+
+
+async def ready(hub: Hub, request: Request) -> Answer:
+    """Whether new clients should be sent here.
+
+    A database that is away does not change that: all replicas share it, and taking all of them out of service would
+    make an outage of a pause.
+    """
+    match hub.readiness:
+        case "ready":
+            return line(200, "ready")
+        case "degraded":
+            return line(200, "degraded: database")
+        case other:
+            return line(503, other)
+
+
+async def discover(hub: Hub, request: Request) -> Answer:
+    """Where the other ways in are, by the name under which this one was reached."""
+    scheme = "wss" if request.header(b"x-forwarded-proto") == b"https" else "ws"
+    host = request.header(b"host").decode("latin-1")
+    return json(
+        {"protocol": "catbus.v1", "websocket": f"{scheme}://{host}/ws"},
+        headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],
+    )
+
+
+async def websocket(hub: Hub, request: Request) -> Answer:
+    """A plain request where there is only WebSocket."""
+    return UPGRADE_REQUIRED
+
+
+UPGRADE_REQUIRED = line(
+    426,
+    "this is a WebSocket endpoint",
+    [(b"upgrade", b"websocket"), (b"connection", b"upgrade"), (b"sec-websocket-version", b"13")],
+)
+
+# POST /publish
+
+STATUSES = {
+    Code.UNAUTHENTICATED: 401,
+    Code.TOKEN_EXPIRED: 401,
+    Code.UNAUTHORIZED: 403,
+    Code.REVOKED: 403,
+    Code.TOO_LARGE: 413,
+    Code.RATE_LIMITED: 429,
+    Code.LIMIT: 429,
+    Code.OVERLOADED: 429,
+    Code.UNAVAILABLE: 503,
+    Code.UNKNOWN: 503,
+    Code.SHUTTING_DOWN: 503,
+    Code.INTERNAL: 500,
+}
+"""What a refusal is in HTTP, where it is not 400."""
+
+
+async def publish(hub: Hub, request: Request) -> Answer:
+    """Publish the message in the body, or all of an array of them, in order.
+
+    One that is refused says so in its place, and the status is that of the first of those; the others are published.
+    """
+    try:
+        identity = hub.authenticate(_bearer(request))
+        single, items = _split(request.body, hub.config.limits.pending_publishes)
+        wanted = [_decode(item, hub.config.limits.message_size) for item in items]
+        outcomes = iter(await hub.publish(identity, [item for item in wanted if isinstance(item, wire.Publish)]))
+    except (PeerError, Unavailable) as error:
+        return _refusal(error)
+    results: list[dict[str, object]] = []
+    refusals: list[Code] = []
+    for item in wanted:
+        outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
+        if isinstance(outcome, Rejected):
+            refusals.append(outcome.code)
+        results.append(_result(item, outcome))
+    status = STATUSES.get(refusals[0], 400) if refusals else 200
+    return json(results[0] if single else results, status, _advice(status))
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, token = request.header(b"authorization").partition(b" ")
+    if scheme.lower() != b"bearer" or not token.strip():
+        raise PeerError(Code.UNAUTHENTICATED, "a token is needed: `Authorization: Bearer ...`")
+    return token.strip().decode("latin-1")
+
+
+def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]:
+    """Whether the body is a single message, and the messages in it; raises `PeerError`."""
+    if not body.lstrip(b" \t\r\n").startswith(b"["):
+        return True, [body]
+    try:
+        items = msgspec.json.decode(body, type=list[msgspec.Raw])
+    except wire.UNDECODABLE as error:
+        raise wire.refusal(error) from None
+    if len(items) > most:
+        raise PeerError(Code.TOO_LARGE, f"at most {most} messages in a request")
+    return False, items
+
+
+def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
+    data = bytes(item)
+    if len(data) > limit:
+        return PeerError(Code.TOO_LARGE, f"a message may have at most {limit} bytes")
+    try:
+        return wire.decode_publish(data)
+    except wire.UNDECODABLE as error:
+        return wire.refusal(error)
+
+
+def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str, object]:
+    if isinstance(outcome, Rejected):
+        return {"error": outcome.message, "code": outcome.code}
+    assert isinstance(item, wire.Publish)
+    if outcome is None:
+        return {"channel": item.channel}
+    result: dict[str, object] = {"seq": outcome.seq, "channel": item.channel}
+    return {**result, "duplicate": True} if outcome.duplicate else result
+
+
+def _refusal(error: PeerError | Unavailable) -> Answer:
+    code = error.code if isinstance(error, PeerError) else Code.UNAVAILABLE
+    status = STATUSES.get(code, 400)
+    return json({"error": str(error), "code": code}, status, _advice(status))
+
+
+def _advice(status: int) -> Headers:
+    match status:
+        case 401:
+            return [(b"www-authenticate", b'Bearer realm="catbus"')]
+        case 429 | 503:
+            return [(b"retry-after", b"1")]
+        case _:
+            return ()
+
+
+ROUTES: dict[str, dict[str, Handler]] = {
+    "/health": {"GET": health},
+    "/ready": {"GET": ready},
+    "/.well-known/catbus": {"GET": discover},
+    "/publish": {"POST": publish},
+    "/ws": {"GET": websocket},
+}
+
+
+def find(method: str, path: str) -> Handler | Answer:
+    """Who answers a request, or the answer if there is nobody. What can be asked for with GET can be with HEAD."""
+    methods = ROUTES.get(path)
+    if methods is None:
+        return line(404)
+    handler = methods.get("GET" if method == "HEAD" else method)
+    if handler is None:
+        allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in methods)
+        return line(405, headers=[(b"allow", allowed.encode())])
+    return handler

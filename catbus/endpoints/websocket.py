@@ -1,0 +1,196 @@
+"""One WebSocket connection, from the handshake to the last byte."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
+from wsproto.utilities import LocalProtocolError
+
+from ..errors import CloseCode
+from .frames import PING, Packer, close_frame
+from .outbox import Outbox
+from .roster import Roster
+
+if TYPE_CHECKING:
+    from ..config import WebSocket
+    from ..hub import Client, Hub
+
+HANDSHAKE_TIME = 10.0
+CLOSING_TIME = 2.0
+"""Seconds in which the mailbox, the Close frame and the peer's answer to it must have passed."""
+STALL_TIME = 60.0
+"""Seconds that a write may make no progress."""
+OBJECTS_IN_MESSAGE = 16
+"""How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
+
+FAULT = CloseCode.INTERNAL, "internal error"
+
+_RECEIVE_SIZE = 65_536
+_PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
+
+logger = structlog.get_logger("catbus.endpoints")
+_packer = Packer()
+
+
+async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, head: bytes, rest: bytes = b"") -> None:
+    """Serve a peer whose request for a WebSocket, `head`, was accepted, until one of the two closes.
+
+    `rest` is what it sent after that. Does not close the stream.
+    """
+    settings = hub.config.websocket
+    if isinstance(stream, trio.SocketStream):
+        # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
+        stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
+    async with trio.open_nursery() as writers:
+        connection = Connection(roster, settings, stream, writers, head, rest)
+        try:
+            await connection.serve(hub)
+        finally:
+            connection.outbox.abort()
+            writers.cancel_scope.cancel()
+
+
+class Connection:
+    """The outlet of one client's mailbox, and the task that feeds the client what arrives."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        settings: WebSocket,
+        stream: trio.abc.Stream,
+        writers: trio.Nursery,
+        head: bytes,
+        rest: bytes,
+    ) -> None:
+        self._roster = roster
+        self._settings = settings
+        self._client: Client | None = None
+        self._conversing = trio.CancelScope()
+        self._listening = trio.CancelScope()
+        self.outbox = Outbox(stream, writers, refill=self._take, reading=self._conversing, head=head, rest=rest)
+        self._pinged = self._took = self.outbox.last_heard
+        self._sent = 0
+        self._goodbye: tuple[int, str] | None = None
+        self._give_up = inf
+
+    def flush(self) -> None:
+        """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""
+        outbox = self.outbox
+        if not outbox.busy:
+            outbox.write(self._take())
+
+    def _take(self) -> bytes:
+        client = self._client
+        if client is None or not (items := client.mailbox.take()):
+            return b""
+        try:
+            return _packer.pack(items, client.protocol)
+        except Exception:
+            logger.exception("a flush failed")
+            self._roster.faults += 1
+            self.outbox.abort()
+            return b""
+
+    def check(self, now: float) -> None:
+        """Ping a peer that has been silent for a while, and give up one that has been for long.
+
+        A peer that takes what has been waiting for it is not silent. One that takes nothing is past being told.
+        """
+        outbox, client = self.outbox, self._client
+        if client is None:
+            return
+        if outbox.busy and outbox.sent > self._sent:
+            self._took = now
+        self._sent = outbox.sent
+        silent = now - max(outbox.last_heard, self._took)
+        if outbox.busy:
+            if now - outbox.last_moved >= STALL_TIME:
+                logger.info("a client does not read", seconds=STALL_TIME)
+                outbox.abort()
+        elif silent >= self._settings.silence:
+            client.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")
+        elif min(silent, now - self._pinged) >= self._settings.ping_interval:
+            self._pinged = now
+            outbox.write(PING)
+
+    async def serve(self, hub: Hub) -> None:
+        """Serve the peer until the connection has been closed, or nothing more can be done about it."""
+        try:
+            await self._converse(hub)
+        except* (LocalProtocolError, ConnectionClosed):
+            # The library's reader raises these at a peer that goes on after its Close frame.
+            logger.debug("a peer broke the protocol while closing", exc_info=True)
+        except* Exception:
+            logger.exception("a connection failed")
+            self._roster.faults += 1
+            self.outbox.close(close_frame(*FAULT))
+        with trio.move_on_at(min(self._give_up, trio.current_time() + CLOSING_TIME)):
+            await self.outbox.finish()
+
+    async def _converse(self, hub: Hub) -> None:
+        with self._conversing:
+            async with trio.open_nursery() as library:
+                with trio.move_on_after(HANDSHAKE_TIME) as limit:
+                    websocket = await self._shake_hands(library, hub.config.limits.message_size)
+                if limit.cancelled_caught:
+                    library.cancel_scope.cancel()
+                    return
+                self._client = client = hub.open_client(self, transport="websocket")
+                try:
+                    with self._roster.watch(self):
+                        library.start_soon(self._read, websocket, client)
+                        await client.wait_closing()
+                        if goodbye := client.closing or self._goodbye:
+                            self.outbox.close(close_frame(*goodbye))
+                finally:
+                    client.leave()
+                # `_read` and the library's reader end when the peer has closed.
+                self._listening.cancel()
+                library.cancel_scope.deadline = self._give_up = trio.current_time() + CLOSING_TIME
+
+    async def _shake_hands(self, nursery: trio.Nursery, message_size: int) -> WebSocketConnection:
+        request = await wrap_server_stream(
+            nursery,
+            self.outbox,
+            max_message_size=OBJECTS_IN_MESSAGE * message_size,
+            receive_buffer_size=_RECEIVE_SIZE,
+        )
+        return await request.accept()
+
+    async def _read(self, websocket: WebSocketConnection, client: Client) -> None:
+        """Feed the client until it is closing; then read on for the library's sake, which waits for the peer's Close.
+
+        Whatever happens the library is read: it keeps one message and then stops answering pings. While `receive`
+        waits for room, that is so for as long as an answer to a publish may take.
+        """
+        try:
+            try:
+                with self._listening:
+                    await self._listen(websocket, client)
+            except ConnectionClosed:
+                raise
+            except Exception:
+                logger.exception("a session failed")
+                self._roster.faults += 1
+                client.close(*FAULT)
+            while True:
+                await websocket.get_message()
+        except ConnectionClosed as closed:
+            if closed.reason is not None and closed.reason.code in _PROTOCOL_ERRORS:
+                # The library only closes; the peer had better know why.
+                self._goodbye = closed.reason.code, closed.reason.reason or ""
+            client.leave()
+
+    async def _listen(self, websocket: WebSocketConnection, client: Client) -> None:
+        while client.closing is None:
+            with trio.move_on_at(client.deadline) as limit:
+                message = await websocket.get_message()
+            if limit.cancelled_caught:
+                client.tick()
+            else:
+                await client.receive(message.encode() if isinstance(message, str) else message)
+            self.flush()

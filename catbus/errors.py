@@ -1,0 +1,96 @@
+"""What can go wrong, in three families: our mistake, the peer's mistake, and what is not there just now."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class Code(StrEnum):
+    """The `code` of a reply that refuses something. `RETRYABLE` says for which of them trying again can help."""
+
+    BAD_MESSAGE = "bad_message"
+    UNAUTHENTICATED = "unauthenticated"
+    UNAUTHORIZED = "unauthorized"
+    INVALID_CHANNEL = "invalid_channel"
+    INVALID_PATTERN = "invalid_pattern"
+    TOO_LARGE = "too_large"
+    RATE_LIMITED = "rate_limited"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    UNKNOWN = "unknown"
+    TOKEN_EXPIRED = "token_expired"
+    REVOKED = "revoked"
+    LIMIT = "limit"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+
+RETRYABLE = frozenset(
+    {Code.RATE_LIMITED, Code.OVERLOADED, Code.UNAVAILABLE, Code.UNKNOWN, Code.SHUTTING_DOWN, Code.INTERNAL}
+)
+
+
+class CloseCode(IntEnum):
+    """Why a connection is closed. 4000-4399: final; 4400-4499: come back with a new token; 4500-4999: come back."""
+
+    BAD_MESSAGE = 4000
+    UNAUTHENTICATED = 4001
+    AUTH_TIMEOUT = 4002
+    TOO_LARGE = 4009
+    TOKEN_EXPIRED = 4401
+    INTERNAL = 4500
+    UNAVAILABLE = 4503
+    SHUTTING_DOWN = 4504
+    UNRESPONSIVE = 4508
+    OVERLOADED = 4529
+
+    @property
+    def final(self) -> bool:
+        """Whether coming back cannot help, whatever the token."""
+        return self < 4400
+
+
+class CatbusError(Exception):
+    """The root of everything that this package raises on purpose."""
+
+
+class ConfigError(CatbusError):
+    """Our own side is set up wrongly. The text says where, what was expected, and what to do."""
+
+
+class PeerError(CatbusError):
+    """The peer sent something that is refused: `code` and the text are the reply.
+
+    With `close`, nothing that comes after can be understood or allowed: reply, then close with that code.
+    """
+
+    def __init__(self, code: Code, message: str, close: CloseCode | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.close = close
+
+
+class Refused(CatbusError):
+    """A broker refused a request of ours, for the reason in `code`; `retry_after`, in seconds, where it says when."""
+
+    def __init__(self, code: Code, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code})"
+
+
+class Unavailable(CatbusError):
+    """Something outside this process that is needed is not there just now; trying again later can help."""
+
+
+class Disconnected(Unavailable):
+    """The connection to a broker was lost or could not be made. `code` is the closing code, where there was one."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code

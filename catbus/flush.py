@@ -1,0 +1,92 @@
+"""When mailboxes are sent: at once when there is little to do, and many messages to a system call when there is much.
+
+The more a pass over the waiting mailboxes costs, the longer those it served are left to fill before the next one
+(the duty cycle). A mailbox that did not take part in an expensive pass does not wait for those that did.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import trio
+
+from .mailbox import Mailbox
+
+LONGEST_REST = 0.02
+"""Seconds that a mailbox is left to fill at the most."""
+
+SLICE = 0.005
+"""Seconds of sending after which other tasks get a turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushStatistics:
+    """`waiting` and `resting` count mailboxes; `spent` is seconds inside passes."""
+
+    passes: int
+    flushes: int
+    spent: float
+    waiting: int
+    resting: int
+
+
+class Flusher:
+    """The task that empties mailboxes into their outlets."""
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        self._waiting: dict[Mailbox, None] = {}
+        self._resting: deque[Mailbox] = deque()
+        self._work = trio.Event()
+        self._passes = 0
+        self._flushes = 0
+        self._spent = 0.0
+
+    def statistics(self) -> FlushStatistics:
+        return FlushStatistics(self._passes, self._flushes, self._spent, len(self._waiting), len(self._resting))
+
+    def wake(self, mailbox: Mailbox) -> None:
+        """Something was put into an empty mailbox."""
+        if not self._waiting:
+            self._work.set()
+        self._waiting[mailbox] = None
+
+    async def run(self) -> None:
+        """Flush for ever."""
+        rest = 0.0
+        while True:
+            if not self._waiting:
+                self._work = trio.Event()
+                with trio.move_on_at(self._resting[0].rests_until if self._resting else float("inf")):
+                    await self._work.wait()
+            self._end_rests(trio.current_time())
+            rest = min(await self._pass(rest), LONGEST_REST)
+
+    def _end_rests(self, now: float) -> None:
+        resting = self._resting
+        while resting and resting[0].rests_until <= now:
+            self._waiting[resting.popleft()] = None
+
+    async def _pass(self, rest: float) -> float:
+        """Flush all that wait now, oldest first, and let each of them rest for as long as the last pass took."""
+        spent, began, now = 0.0, self._clock(), trio.current_time()
+        self._passes += 1
+        for _ in range(len(self._waiting)):
+            mailbox = next(iter(self._waiting))
+            del self._waiting[mailbox]
+            if mailbox.rests_until > now:
+                self._resting.append(mailbox)
+                continue
+            mailbox.rests_until = now + rest
+            mailbox.outlet.flush()
+            self._flushes += 1
+            if (elapsed := self._clock() - began) > SLICE:
+                spent += elapsed
+                await trio.lowlevel.checkpoint()
+                began, now = self._clock(), trio.current_time()
+        spent += self._clock() - began
+        self._spent += spent
+        return spent

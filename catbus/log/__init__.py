@@ -1,0 +1,22 @@
+"""The message log: every committed message, numbered without gaps in the order of their commits.
+
+`base` says what a log is, `memory` is the one that lives in this process; `catbus.postgres` holds the durable one.
+"""
+
+from .base import Append, Committed, Entry, Follower, Log, Outcome, Page, Rejected, Resumption
+from .memory import MemoryLog
+from .recent import Recent
+
+__all__ = [
+    "Append",
+    "Committed",
+    "Entry",
+    "Follower",
+    "Log",
+    "MemoryLog",
+    "Outcome",
+    "Page",
+    "Recent",
+    "Rejected",
+    "Resumption",
+]

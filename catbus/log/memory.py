@@ -1,0 +1,167 @@
+"""The log of one process: nothing outlives it. For embedding, for tests, and for single nodes without a database."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import trio
+
+from ..topics import matches
+from .base import (
+    CONFLICT,
+    OVERLOADED,
+    PENDING,
+    PENDING_BYTES,
+    SHUTTING_DOWN,
+    UNDECIDED,
+    Append,
+    Committed,
+    Entry,
+    Follower,
+    Outcome,
+    Page,
+    Resumption,
+)
+from .recent import Recent
+
+_BATCH = 1000
+"""Entries that are committed, and handed to the follower, at once."""
+
+
+class MemoryLog:
+    """A `Log` in a ring of `limit_bytes`: what is dropped from it is retention's, and a retried message is recognised
+    while its original is still there. `clock` gives `at`, in seconds since 1970; nothing else depends on it.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.time,
+        *,
+        pending: int = PENDING,
+        pending_bytes: int = PENDING_BYTES,
+    ) -> None:
+        self._recent = Recent(limit_bytes)
+        self._keys: deque[tuple[bytes, int] | None] = deque()
+        """The key of each entry in the ring."""
+        self._seqs: dict[tuple[bytes, int], int] = {}
+        self._clock = clock
+        self._at = 0
+        self._epoch = ""
+        self._pending: deque[Append] = deque()
+        self._pending_size = 0
+        self._limits = pending, pending_bytes
+        self._work = trio.Event()
+        self._open = trio.Event()
+        self._running = False
+        self._stopped = False
+
+    @property
+    def epoch(self) -> str:
+        return self._epoch
+
+    @property
+    def applied(self) -> int:
+        return self._recent.last
+
+    @property
+    def floor(self) -> int:
+        return self._recent.first
+
+    @property
+    def available(self) -> bool:
+        return self._running
+
+    def submit(self, append: Append) -> None:
+        """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
+        if self._stopped:
+            append.settle(append, SHUTTING_DOWN)
+        elif len(self._pending) >= self._limits[0] or self._pending_size >= self._limits[1]:
+            append.settle(append, OVERLOADED)
+        else:
+            self._pending.append(append)
+            self._pending_size += append.size
+            self._work.set()
+
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+        await trio.lowlevel.checkpoint()
+        page = self._recent.since(max(after, self.floor - 1), rows, size)
+        assert page is not None
+        return page
+
+    async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
+        await trio.lowlevel.checkpoint()
+        newest = self.applied if before is None else min(before - 1, self.applied)
+        found: list[Entry] = []
+        for seq in range(newest, self.floor - 1, -1):
+            entry = self._recent[seq]
+            if matches(pattern, entry.channel):
+                if len(found) == limit:
+                    return found[::-1], True
+                found.append(entry)
+        return found[::-1], False
+
+    def resume(self, since: int, epoch: str | None) -> Resumption:
+        if epoch is None or epoch == self._epoch:
+            return Resumption(since)
+        return Resumption(self.floor - 1, "epoch")
+
+    async def wait_open(self) -> None:
+        await self._open.wait()
+
+    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._stopped, self._running = False, True
+        self._epoch = self._epoch or secrets.token_hex(8)
+        follower.restart(self.applied)
+        self._open.set()
+        task_status.started()
+        try:
+            while True:
+                await self._work.wait()
+                while self._pending:
+                    self._commit(follower)
+                    await trio.lowlevel.checkpoint()
+                self._work = trio.Event()
+        finally:
+            self._stopped, self._running = True, False
+            while self._pending:
+                append = self._pending.popleft()
+                append.settle(append, SHUTTING_DOWN)
+            self._pending_size = 0
+
+    def _commit(self, follower: Follower) -> None:
+        """Append what has gathered, hand it on, and answer, in this order."""
+        batch = [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
+        self._pending_size -= sum(append.size for append in batch)
+        self._at = max(self._at, int(self._clock() * 1000))
+        entries: list[Entry] = []
+        outcomes = [self._take(append, entries) for append in batch]
+        if entries:
+            for _ in range(self._recent.append(entries)):
+                key = self._keys.popleft()
+                if key is not None:
+                    del self._seqs[key]
+            follower.apply(entries)
+        for append, outcome in zip(batch, outcomes, strict=True):
+            append.settle(append, outcome)
+
+    def _take(self, append: Append, entries: list[Entry]) -> Outcome:
+        """Number one message, unless it is here already."""
+        key = None if append.producer is None else (append.producer, append.number)
+        if key is not None:
+            seq = self._seqs.get(key)
+            if seq is not None:
+                known = self._recent[seq] if seq <= self.applied else entries[seq - self.applied - 1]
+                same = known.channel == append.channel and known.payload == append.payload
+                return Committed(seq, duplicate=True) if same else CONFLICT
+            if append.after is not None and append.after < self.floor - 1:
+                return UNDECIDED
+        seq = self.applied + len(entries) + 1
+        entries.append(Entry(seq, self._at, append.channel, append.payload, append.sender, append.origin))
+        self._keys.append(key)
+        if key is not None:
+            self._seqs[key] = seq
+        return Committed(seq)

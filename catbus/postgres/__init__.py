@@ -1,0 +1,5 @@
+"""PostgreSQL as the log's home: one connection that appends, one that listens, two that read when they have to."""
+
+from .log import PostgresLog, PostgresStatistics
+
+__all__ = ["PostgresLog", "PostgresStatistics"]

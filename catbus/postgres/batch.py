@@ -1,0 +1,118 @@
+"""What one call of `catbus.append` carries, and the answers that are owed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..log import Append, Outcome, Rejected
+from ..log.base import UNKNOWN
+
+_APPEND = """
+SELECT at, first, seqs FROM catbus.append($1, $2, {texts},
+    CASE cardinality($6::bytea[]) WHEN 1 THEN array_fill(($6::bytea[])[1], ARRAY[$10::integer]) ELSE $6::bytea[] END,
+    string_to_array($7, ',')::bigint[], {senders},
+    coalesce($8::bytea[], array_fill(NULL::bytea, ARRAY[$10::integer])),
+    coalesce($9::bigint[], array_fill(NULL::bigint, ARRAY[$10::integer])))
+"""
+_APPEND_LINES = _APPEND.format(
+    texts=r"string_to_array($3, E'\n'), string_to_array($4, E'\n')", senders=r"string_to_array($5, E'\n', E'\x01')"
+)
+_APPEND_ARRAYS = _APPEND.format(texts="$3::text[], $4::text[]", senders="$5::text[]")
+_NULL = "\x01"
+
+
+class Batch:
+    """Messages that were taken out of the queue together: the same is sent for them however often it is sent.
+
+    `numbers` are those of their keys; where a message has no producer, the key's is `own`.
+    """
+
+    __slots__ = ("_args", "answered", "appends", "numbers", "own")
+
+    def __init__(self, appends: Sequence[Append], numbers: Sequence[int], own: bytes, answered: int = 0) -> None:
+        self.appends = appends
+        self.numbers = numbers
+        self.own = own
+        self.answered = answered
+        """So many from the beginning have had their answer."""
+        self._args: tuple[str, tuple[object, ...]] | None = None
+
+    def call(self) -> tuple[str, tuple[object, ...]]:
+        """The statement that appends them, and its arguments from the third on.
+
+        Columns of text go over as lines: asyncpg looks at every element of an array several times, which took half of
+        all the time that an entry cost. No channel or payload has a line break in it, and where one does, or something
+        else is out of the ordinary, they go as arrays.
+        """
+        if self._args is None:
+            self._args = self._encode()
+        return self._args
+
+    def _encode(self) -> tuple[str, tuple[object, ...]]:
+        appends, own = self.appends, self.own
+        channels = [append.channel for append in appends]
+        senders = [append.sender for append in appends]
+        lines = (
+            "\n".join(channels),
+            b"\n".join([append.payload for append in appends]).decode(),
+            "\n".join([_NULL if sender is None else sender for sender in senders]),
+        )
+        columns: tuple[object, ...]
+        breaks = len(appends) - 1
+        if all(text and text.count("\n") == breaks for text in lines) and _NULL not in senders:
+            statement, columns = _APPEND_LINES, lines
+        else:
+            statement, columns = _APPEND_ARRAYS, (channels, [append.payload.decode() for append in appends], senders)
+        producers = [own if append.producer is None else append.producer for append in appends]
+        origins = [append.origin for append in appends]
+        afters = [append.after for append in appends]
+        return statement, (
+            *columns,
+            producers[:1] if producers.count(producers[0]) == len(producers) else producers,
+            ",".join(map(str, self.numbers)),
+            None if origins.count(None) == len(origins) else origins,
+            None if afters.count(None) == len(afters) else afters,
+            len(appends),
+        )
+
+    # The answers
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Answer those who have no answer yet; `outcomes` are those of all."""
+        appends = self.appends
+        for index in range(self.answered, len(appends)):
+            self.answered = index + 1
+            append = appends[index]
+            append.settle(append, outcomes[index])
+
+    def settle_all(self, outcome: Rejected) -> None:
+        """Answer those who have no answer yet with the same."""
+        self.settle([outcome] * len(self.appends))
+
+    def expire(self, now: float) -> float | None:
+        """Answer those whose time has passed; returns when the next one's will have."""
+        appends = self.appends
+        while self.answered < len(appends):
+            append = appends[self.answered]
+            if append.deadline > now:
+                return append.deadline
+            self.answered += 1
+            append.settle(append, UNKNOWN)
+        return None
+
+    # Its parts
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The same in two batches of at least one."""
+        half = len(self.appends) // 2
+        return (
+            Batch(self.appends[:half], self.numbers[:half], self.own, min(self.answered, half)),
+            Batch(self.appends[half:], self.numbers[half:], self.own, max(self.answered - half, 0)),
+        )
+
+    def part(self, wanted: Callable[[Append], bool]) -> Batch | None:
+        """Those who have no answer yet and are wanted; None where nobody is."""
+        kept = [i for i in range(self.answered, len(self.appends)) if wanted(self.appends[i])]
+        if not kept:
+            return None
+        return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own)

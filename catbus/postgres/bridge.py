@@ -1,0 +1,222 @@
+"""asyncpg on trio-asyncio, seen from Trio. Nothing else imports either of them.
+
+Crossing costs some 100 us: cross once per batch, never once per message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import asyncpg  # type: ignore[import-untyped]
+import structlog
+import trio
+import trio_asyncio  # type: ignore[import-untyped]
+
+from ..errors import ConfigError
+
+logger = structlog.get_logger("catbus.postgres")
+
+T = TypeVar("T")
+Row = Sequence[Any]
+Heard = Callable[[int, str], None]
+
+OUTAGE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+"""What a database that is away, or that is not as it should be, makes its users see."""
+
+QUERY_TIMEOUT = 10.0
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000),
+)
+
+
+def sqlstate(error: BaseException) -> str:
+    """The five characters by which PostgreSQL tells errors apart; empty for an error of another kind."""
+    return getattr(error, "sqlstate", None) or ""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions that a group is made of, or the one that is none."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from leaves(part)
+    else:
+        yield error
+
+
+class _Executor(trio_asyncio.TrioExecutor):  # type: ignore[misc]
+    """Runs name look-ups in threads that may be left behind: a silent name server must not hold up a stop."""
+
+    async def submit(self, func: Callable[..., Any], *args: Any) -> Any:
+        return await trio.to_thread.run_sync(func, *args, abandon_on_cancel=True)
+
+
+@asynccontextmanager
+async def open_bridge() -> AsyncIterator[Bridge]:
+    """Run an asyncio loop inside Trio for as long as the context lasts. A lone exception leaves it as it is."""
+    try:
+        async with trio_asyncio.open_loop() as loop:
+            bridge = Bridge(loop)
+            loop.set_default_executor(_Executor())
+            loop.set_exception_handler(bridge.note_stray_error)
+            try:
+                yield bridge
+            finally:
+                bridge.close()
+    except BaseExceptionGroup as group:
+        errors = list(leaves(group))
+        if len(errors) > 1:
+            raise
+        raise errors[0] from errors[0].__cause__
+
+
+class Bridge:
+    """The way into the asyncio loop. Its connections may be used by any task of the same Trio run."""
+
+    def __init__(self, loop: Any) -> None:
+        self.is_open = True
+        self.stray_errors = 0
+        self._loop = loop
+        self._connections: set[Connection] = set()
+
+    def close(self) -> None:
+        """Terminate every connection: whoever still waits for one sees an outage."""
+        self.is_open = False
+        for connection in list(self._connections):
+            connection.terminate()
+
+    def note_stray_error(self, loop: object, context: dict[str, Any]) -> None:
+        """Log and count what went wrong in a callback: by default it would end the loop and all beside it."""
+        self.stray_errors += 1
+        logger.error("error in a callback", reason=context.get("message"), exc_info=context.get("exception"))
+
+    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT) -> Connection:
+        """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.
+
+        libpq's parameters in the URL (`sslmode` and the like) mean what they mean there.
+        """
+        settings = {"application_name": "catbus"}
+        with trio.move_on_after(timeout):
+            try:
+                raw = await self.cross(lambda: asyncpg.connect(url, server_settings=settings), _give_up)
+            except asyncpg.exceptions.ClientConfigurationError as error:
+                raise ConfigError(f"[database] url: {error}") from None
+            connection = Connection(self, raw)
+            self._connections.add(connection)
+            connection.when_closed(lambda: self._connections.discard(connection))
+            return connection
+        raise TimeoutError(f"no connection within {timeout:g} s")
+
+    async def cross(self, start: Callable[[], Coroutine[Any, Any, T]], stop: Callable[[asyncio.Task[T]], object]) -> T:
+        """Run an asyncio coroutine. When this is cancelled, call `stop` and wait for the coroutine to end."""
+        if not self.is_open:
+            raise OSError("the log is not running")
+        future: asyncio.Task[T] = self._loop.create_task(start())
+        waiting = trio.lowlevel.current_task()
+        raise_cancel: Callable[[], NoReturn] | None = None
+
+        def abort(raise_it: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
+            nonlocal raise_cancel
+            raise_cancel = raise_it
+            stop(future)
+            return trio.lowlevel.Abort.FAILED
+
+        future.add_done_callback(lambda _: trio.lowlevel.reschedule(waiting))
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if raise_cancel is not None:
+            if not future.cancelled():
+                future.exception()  # seen, so that asyncio does not complain of it
+            raise_cancel()
+        if future.cancelled():
+            raise OSError("the connection was given up")
+        return future.result()
+
+
+def _give_up(connecting: asyncio.Task[Any]) -> None:
+    """Stop connecting; a connection that has come about all the same is not for anybody."""
+
+    def discard(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            task.result().terminate()
+
+    connecting.cancel()
+    connecting.add_done_callback(discard)
+
+
+class Connection:
+    """A connection to PostgreSQL: a context manager that terminates it in the end.
+
+    After a time-out, or when a call was cancelled, nobody can say what the server did: the connection is terminated.
+    asyncpg would open a second one to send a cancel request, which is worse than nothing while an append is in doubt.
+    """
+
+    def __init__(self, bridge: Bridge, raw: Any) -> None:
+        self._bridge = bridge
+        self._raw = raw
+        self.version: int = raw.get_server_version().major
+        self.pid: int = raw.get_server_pid()
+        """The process that serves this connection, as told by whoever answered it: perhaps a pooler."""
+        peer = raw._transport.get_extra_info("socket")
+        if peer is not None and peer.family != socket.AF_UNIX:
+            for level, option, value in _KEEPALIVE:
+                peer.setsockopt(level, option, value)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.terminate()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is known to be gone."""
+        return bool(self._raw.is_closed())
+
+    def when_closed(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, once, when the connection is lost or terminated."""
+        self._raw.add_termination_listener(lambda _: callback())
+
+    def terminate(self) -> None:
+        """Drop the connection without waiting for anything. What runs on it fails with one of `OUTAGE`."""
+        self._raw.terminate()
+
+    async def fetch(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> list[Row]:
+        """All rows of one statement."""
+        return await self._call(lambda: self._raw.fetch(query, *args), timeout)
+
+    async def fetchrow(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> Row:
+        """The one row of a statement that always has one."""
+        row: Row | None = await self._call(lambda: self._raw.fetchrow(query, *args), timeout)
+        if row is None:
+            raise OSError("the database gave no answer where there always is one")
+        return row
+
+    async def execute(self, script: str, *, timeout: float = QUERY_TIMEOUT) -> None:
+        """Any number of statements, in one transaction unless they say otherwise."""
+        await self._call(lambda: self._raw.execute(script), timeout)
+
+    async def listen(self, channel: str, callback: Heard, *, timeout: float = QUERY_TIMEOUT) -> None:
+        """Call `callback` with the sender's process id and the payload of each notification from now on.
+
+        It stands inside the reader: it may store and set an event, no more.
+        """
+
+        def heard(_: object, pid: int, __: str, payload: str) -> None:
+            callback(pid, payload)
+
+        await self._call(lambda: self._raw.add_listener(channel, heard), timeout)
+
+    async def _call(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float) -> T:
+        with trio.move_on_after(timeout):
+            return await self._bridge.cross(start, lambda _: self.terminate())
+        raise TimeoutError(f"no answer within {timeout:g} s")

@@ -1,0 +1,189 @@
+"""The durable log: many replicas share it through one PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from ..config import Database
+from ..errors import Unavailable
+from ..log import Append, Entry, Follower, Page, Recent, Resumption
+from ..log.base import PENDING, PENDING_BYTES
+from .bridge import OUTAGE, Bridge, Connection, open_bridge
+from .listener import Listener
+from .migrate import migrate
+from .reader import Reader, unavailable
+from .supervise import Supervisor, Working
+from .tail import Tail
+from .writer import Writer
+
+_ROWS, _SIZE = 1000, 1 << 20
+"""The pages in which missing entries are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresStatistics:
+    """What a log has done since it was made. `batch_sizes`: how many batches had up to 1, 2, 4, 8, ... messages."""
+
+    commits: int
+    appended: int
+    duplicates: int
+    batch_sizes: tuple[int, ...]
+    pending: int
+    pending_bytes: int
+    recent: int
+    recent_bytes: int
+    notifications: int
+    unannounced: int
+    """How often the poll found what no notification had told of."""
+    jumps: int
+    """How often entries had to be read because those after them came first, or news came without them."""
+    polls: int
+    reads: int
+    restarts: int
+    """How often a service was started again after an outage or a failure."""
+    failures: int
+    """How often because of a mistake of ours."""
+    stray_errors: int
+
+
+class PostgresLog:
+    """A `Log` in PostgreSQL. `recent`: how many bytes of the newest entries stay in memory."""
+
+    def __init__(
+        self,
+        settings: Database,
+        *,
+        recent: int = 64 << 20,
+        pending: int = PENDING,
+        pending_bytes: int = PENDING_BYTES,
+    ) -> None:
+        self._settings = settings
+        self._bridge: Bridge | None = None
+        self._services = Supervisor("schema", "listener", "writer", "reader")
+        self._tail = Tail(Recent(recent))
+        self._listener = Listener(self._connect_listener, self._tail, lambda: self._writer.pid)
+        self._reader = Reader(self._connect)
+        self._historian = Reader(self._connect)
+        self._writer = Writer(
+            self._connect,
+            self._tail,
+            self._listener.check,
+            synchronous_commit=settings.synchronous_commit,
+            timeout=settings.publish_timeout,
+            pending=pending,
+            pending_bytes=pending_bytes,
+        )
+
+    @property
+    def epoch(self) -> str:
+        return self._tail.epoch
+
+    @property
+    def applied(self) -> int:
+        return self._tail.applied
+
+    @property
+    def floor(self) -> int:
+        return min(self._tail.floor, self._tail.applied + 1)
+
+    @property
+    def available(self) -> bool:
+        return self._services.available
+
+    def submit(self, append: Append) -> None:
+        self._writer.submit(append)
+
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+        while True:
+            await trio.lowlevel.checkpoint()
+            tail = self._tail
+            page = tail.recent.since(after, rows, size)
+            if page is not None:
+                return page
+            generation = tail.generation
+            try:
+                page = await self._reader.page(after, tail.applied, rows, size)
+            except OUTAGE as error:
+                raise unavailable(error) from error
+            if generation == tail.generation:
+                if page.last == after:
+                    raise Unavailable("the log is another one, and not open yet")
+                return page
+
+    async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
+        newest = self.applied + 1
+        return await self._historian.history(pattern, newest if before is None else min(before, newest), limit)
+
+    def resume(self, since: int, epoch: str | None) -> Resumption:
+        if epoch is None or epoch == self.epoch:
+            return Resumption(since)
+        return self._listener.epochs.resume(since, epoch, self.floor)
+
+    async def wait_open(self) -> None:
+        await self._tail.wait_epoch()
+
+    def statistics(self) -> PostgresStatistics:
+        writer, listener, tail, services = self._writer, self._listener, self._tail, self._services
+        return PostgresStatistics(
+            commits=writer.commits,
+            appended=writer.appended,
+            duplicates=writer.duplicates,
+            batch_sizes=tuple(writer.sizes),
+            pending=writer.pending,
+            pending_bytes=writer.pending_bytes,
+            recent=len(tail.recent),
+            recent_bytes=tail.recent.size,
+            notifications=listener.notifications,
+            unannounced=listener.unannounced,
+            jumps=tail.jumps,
+            polls=listener.polls,
+            reads=self._reader.reads + self._historian.reads,
+            restarts=services.restarts,
+            failures=services.failures,
+            stray_errors=0 if self._bridge is None else self._bridge.stray_errors,
+        )
+
+    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._tail.follow(follower)
+        task_status.started()
+        try:
+            async with open_bridge() as self._bridge, trio.open_nursery() as nursery:
+                nursery.start_soon(self._writer.expire)
+                await self._services.run("schema", self._prepare)
+                nursery.start_soon(self._services.run, "listener", self._listener.run)
+                nursery.start_soon(self._services.run, "writer", self._writer.run)
+                nursery.start_soon(self._services.run, "reader", self._read_missing)
+        finally:
+            self._services.stop()
+            self._writer.abandon()
+
+    async def _prepare(self, working: Working) -> None:
+        with await self._connect() as connection:
+            await migrate(connection)
+        working()
+
+    async def _read_missing(self, working: Working) -> None:
+        """Read what the tail lacks, whenever it lacks something."""
+        tail = self._tail
+        await self._reader.connect()
+        working()
+        while True:
+            after, last = await tail.wait_missing()
+            generation = tail.generation
+            page = await self._reader.page(after, last, _ROWS, _SIZE)
+            tail.fill(page, generation)
+            working()
+
+    async def _connect(self) -> Connection:
+        return await self._dial(self._settings.url)
+
+    async def _connect_listener(self) -> Connection:
+        return await self._dial(self._settings.listen_url or self._settings.url)
+
+    async def _dial(self, url: str) -> Connection:
+        if self._bridge is None:
+            raise OSError("the log is not running")
+        return await self._bridge.connect(url, self._settings.connect_timeout)

@@ -1,0 +1,113 @@
+"""Entries from the table: pages of the whole log, and the history of a pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from ..errors import Unavailable
+from ..log import Entry, Page
+from ..topics import matches, prefix_range
+from .bridge import OUTAGE, Connection, Row
+
+_PAGE = """
+SELECT seq, at, channel, payload, sender, origin
+FROM (
+    SELECT *, sum(size) OVER (ORDER BY seq ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+    FROM (
+        SELECT seq, at, channel, payload, sender, origin, octet_length(channel) + octet_length(payload) AS size
+        FROM catbus.entries
+        WHERE seq > $1 AND seq <= $2
+        ORDER BY seq
+        LIMIT $3
+    ) AS page
+) AS measured
+WHERE before IS NULL OR before + size <= $4
+ORDER BY seq
+"""
+
+_POSITION = "SELECT head, floor FROM catbus.position()"
+
+_HISTORY = """
+SELECT seq, at, channel, payload, sender, origin
+FROM catbus.entries
+WHERE seq < $1 AND {condition}
+ORDER BY seq DESC
+LIMIT $2
+"""
+_HISTORY_OF_ALL = _HISTORY.format(condition="true")
+_HISTORY_OF_ONE = _HISTORY.format(condition="channel = $3")
+_HISTORY_OF_MANY = _HISTORY.format(condition='channel COLLATE "C" >= $3 AND channel COLLATE "C" < $4')
+
+
+class Reader:
+    """A connection for reading, made when it is first needed and again after it was lost. One statement at a time."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        self.reads = 0
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._turn = trio.Lock()
+
+    async def connect(self) -> None:
+        """Make sure that there is a connection. Raises one of `OUTAGE`."""
+        async with self._turn:
+            await self._connected()
+
+    async def page(self, after: int, last: int, rows: int, size: int) -> Page:
+        """What there is with `after < seq <= last`, from the beginning, at most so many rows and bytes.
+
+        The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`.
+        """
+        found = await self._fetch(_PAGE, after, last, rows, size)
+        entries = [_entry(row) for row in found]
+        if entries and entries[-1].seq - entries[0].seq != len(entries) - 1:
+            whole = next(i for i, entry in enumerate(entries) if entry.seq != entries[0].seq + i)
+            del entries[whole:]
+        start = entries[0].seq - 1 if entries else last
+        if start > after:
+            # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
+            ((head, floor),) = await self._fetch(_POSITION)
+            if head <= after:
+                return Page(after, after, ())
+            if floor <= min(start, head):
+                raise OSError(f"the table lacks entries after {after} that it should have")
+        return Page(start, entries[-1].seq if entries else last, entries)
+
+    async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
+        """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""
+        bounds = prefix_range(pattern)
+        try:
+            if pattern == "*":
+                found = await self._fetch(_HISTORY_OF_ALL, before, limit + 1)
+            elif bounds is None:
+                found = await self._fetch(_HISTORY_OF_ONE, before, limit + 1, pattern)
+            else:
+                found = await self._fetch(_HISTORY_OF_MANY, before, limit + 1, *bounds)
+        except OUTAGE as error:
+            raise unavailable(error) from error
+        entries = [entry for entry in map(_entry, found[:limit]) if matches(pattern, entry.channel)]
+        return entries[::-1], len(found) > limit
+
+    async def _fetch(self, query: str, *args: object) -> Sequence[Row]:
+        async with self._turn:
+            connection = await self._connected()
+            self.reads += 1
+            return await connection.fetch(query, *args)
+
+    async def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = None
+            self._connection = await self._connect()
+        return self._connection
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """What a reader is told of an outage."""
+    return Unavailable(f"the log cannot be read just now ({type(error).__name__})")
+
+
+def _entry(row: Row) -> Entry:
+    seq, at, channel, payload, sender, origin = row
+    return Entry(seq, at, channel, payload.encode(), sender, origin)

@@ -1,0 +1,302 @@
+"""The writer: gathers what is published, appends it batch by batch, and answers each message once."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
+
+import structlog
+import trio
+
+from ..log import Append, Committed, Entry, Rejected
+from ..log.base import (
+    CONFLICT,
+    OVERLOADED,
+    PENDING,
+    PENDING_BYTES,
+    REFUSED,
+    SHUTTING_DOWN,
+    UNAVAILABLE,
+    UNDECIDED,
+    UNKNOWN,
+    Outcome,
+)
+from .batch import Batch
+from .bridge import Connection, sqlstate
+from .supervise import Working
+from .tail import Tail
+
+logger = structlog.get_logger("catbus.postgres")
+
+BATCH_ENTRIES = 1000
+BATCH_BYTES = 4 << 20
+PATIENCE = 10.0
+"""Seconds for one append; after that the connection is given up and the same batch sent again."""
+EPOCH_PATIENCE = 5.0
+
+_BACKEND = "SELECT pg_backend_pid()"
+
+_ANOTHER_EPOCH = "CB001"
+_FAULTY_ENTRY = ("21", "22", "23", "54")
+"""Classes of SQLSTATE that name a fault of what was sent. After any other error the same is sent again."""
+
+
+class Writer:
+    """Owns what is pending and what is in flight. One append is under way at a time, which makes it a group commit."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Connection]],
+        tail: Tail,
+        recheck: Callable[[], None],
+        *,
+        synchronous_commit: str = "on",
+        timeout: float = 5.0,
+        pending: int = PENDING,
+        pending_bytes: int = PENDING_BYTES,
+    ) -> None:
+        self.commits = 0
+        self.appended = 0
+        self.duplicates = 0
+        self.sizes = [0] * (BATCH_ENTRIES.bit_length() + 1)
+        """How many batches had up to 1, 2, 4, 8, ... messages."""
+        self.pid = 0
+        """The database's process that appends for us; 0 where that is not known."""
+        self._connect = connect
+        self._tail = tail
+        self._recheck = recheck
+        self._synchronous_commit = synchronous_commit
+        self._timeout = timeout
+        self._limits = pending, pending_bytes
+        self._queue: deque[Append] = deque()
+        self._size = 0
+        self._flight: deque[Batch] = deque()
+        self._incarnation = secrets.token_bytes(16)
+        self._numbers = count(1)
+        self._work = trio.Event()
+        self._closed = False
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue)
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._size
+
+    def submit(self, append: Append) -> None:
+        """Queue a message, or answer at once that there is no room for it."""
+        if self._closed:
+            append.settle(append, SHUTTING_DOWN)
+        elif len(self._queue) >= self._limits[0] or self._size >= self._limits[1]:
+            append.settle(append, OVERLOADED)
+        else:
+            append.deadline = trio.current_time() + self._timeout
+            self._queue.append(append)
+            self._size += append.size
+            self._work.set()
+
+    # Answers that do not wait for the database
+
+    async def expire(self) -> None:
+        """Answer every message in time, whatever the database does; when cancelled, close the door behind it."""
+        try:
+            while True:
+                now = trio.current_time()
+                await trio.sleep_until(self._expire(now) or now + self._timeout)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Take nothing more, and hand over nothing more. What is in flight may still end."""
+        self._closed = True
+        self._reject_queue(SHUTTING_DOWN)
+
+    def abandon(self) -> None:
+        """Answer what is in doubt: its call was not answered, and nobody is left to send it again."""
+        self.close()
+        for batch in self._flight:
+            batch.settle_all(UNKNOWN)
+        self._flight.clear()
+
+    def _expire(self, now: float) -> float | None:
+        for batch in self._flight:
+            deadline = batch.expire(now)
+            if deadline is not None:
+                return deadline
+        self._reject_queue(UNAVAILABLE, now)
+        return self._queue[0].deadline if self._queue else None
+
+    def _reject_queue(self, outcome: Rejected, now: float = float("inf")) -> None:
+        """Answer whatever is queued with a deadline up to `now`."""
+        queue = self._queue
+        while queue and queue[0].deadline <= now:
+            append = queue.popleft()
+            self._size -= append.size
+            append.settle(append, outcome)
+
+    # Appending
+
+    async def run(self, working: Working) -> None:
+        """Append what comes until the connection is lost. What was in flight then is sent again first, unchanged."""
+        await self._tail.wait_epoch()
+        with await self._connect() as connection:
+            (pid,) = await connection.fetchrow(_BACKEND)
+            connection.when_closed(self._wake)
+            self.pid = pid if pid == connection.pid else 0
+            try:
+                if not self._flight:
+                    working()
+                while True:
+                    await self._gather(connection)
+                    await self._send(connection, self._flight[0])
+                    working()
+            finally:
+                self.pid = 0
+                self._tail.resolve()
+
+    def _wake(self) -> None:
+        self._work.set()
+
+    async def _gather(self, connection: Connection) -> None:
+        """Wait until there is something to send."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._flight:
+            batch = self._take()
+            if batch is not None:
+                self._flight.append(batch)
+            elif self._queue:
+                continue
+            elif connection.closed:
+                raise OSError("the connection that appends was lost")
+            else:
+                self._work = trio.Event()
+                await self._work.wait()
+
+    def _take(self) -> Batch | None:
+        """The next batch: as much as is queued and fits. A key stands in it once."""
+        self._reject_queue(UNAVAILABLE, trio.current_time())
+        queue = self._queue
+        appends = [queue.popleft() for _ in range(min(len(queue), BATCH_ENTRIES))]
+        size = sum([len(append.channel) + len(append.payload) for append in appends])
+        keys = [(append.producer, append.number) for append in appends if append.producer is not None]
+        if size > BATCH_BYTES or len(set(keys)) < len(keys):
+            cut = _longest(appends)
+            queue.extendleft(reversed(appends[cut:]))
+            del appends[cut:]
+            size = sum(append.size for append in appends)
+        self._size -= size
+        if not appends:
+            return None
+        batch = self._number(appends)
+        try:
+            batch.call()
+        except UnicodeDecodeError:
+            logger.exception("a message that is not UTF-8 has come this far")
+            sound = batch.part(_is_sound)
+            for append in appends:
+                if not _is_sound(append):
+                    append.settle(append, REFUSED)
+            return sound
+        return batch
+
+    def _number(self, appends: Sequence[Append]) -> Batch:
+        """Give a key to those who have none."""
+        numbers = self._numbers
+        return Batch(
+            appends,
+            [next(numbers) if append.producer is None else append.number for append in appends],
+            self._incarnation,
+        )
+
+    async def _send(self, connection: Connection, batch: Batch) -> None:
+        """Append a batch and answer. Never cancelled: only a lost connection ends it before its answer or its time."""
+        epoch, generation = self._tail.epoch, self._tail.generation
+        try:
+            with trio.CancelScope(shield=True):
+                statement, args = batch.call()
+                at, first, seqs = await connection.fetchrow(
+                    statement, self._synchronous_commit, epoch, *args, timeout=PATIENCE
+                )
+        except Exception as error:
+            state = sqlstate(error)
+            if state == _ANOTHER_EPOCH:
+                await self._change_epoch(batch, epoch)
+            elif state.startswith(_FAULTY_ENTRY):
+                self._isolate(batch, error)
+            else:
+                raise
+            return
+        entries = [
+            Entry(seq, at, append.channel, append.payload, append.sender, append.origin)
+            for append, seq in zip(batch.appends, seqs, strict=True)
+            if seq >= first
+        ]
+        self.commits += 1
+        self.appended += len(entries)
+        self.duplicates += len(seqs) - len(entries)
+        self.sizes[(len(seqs) - 1).bit_length()] += 1
+        if generation == self._tail.generation:
+            if entries:
+                self._tail.offer(entries)
+            self._tail.announce(max(seqs))
+            self._tail.resolve()
+        if len(entries) == len(seqs):
+            batch.settle([Committed(seq) for seq in seqs])
+        else:
+            batch.settle([_outcome(seq, first) for seq in seqs])
+        self._flight.popleft()
+
+    def _isolate(self, batch: Batch, error: BaseException) -> None:
+        """One entry that the database refuses must not fail its neighbours: halve the batch until it is alone."""
+        self._flight.popleft()
+        if len(batch.appends) > 1:
+            self._flight.extendleft(reversed(batch.halves()))
+        else:
+            logger.error("the database refused a message", channel=batch.appends[0].channel, error=str(error))
+            batch.settle_all(REFUSED)
+
+    async def _change_epoch(self, batch: Batch, epoch: str) -> None:
+        """Another epoch has begun. Of a retry nothing can be known any more; the rest goes into the new one."""
+        self._flight.popleft()
+        rest = batch.part(lambda append: append.after is None)
+        retries = batch.part(lambda append: append.after is not None)
+        if rest is not None:
+            self._flight.appendleft(rest)
+        if retries is not None:
+            retries.settle_all(UNDECIDED)
+        self._recheck()
+        with trio.move_on_after(EPOCH_PATIENCE):
+            await self._tail.wait_epoch(epoch)
+            return
+        raise TimeoutError(f"the database refused epoch {epoch}, and names no other")
+
+
+def _outcome(seq: int, first: int) -> Outcome:
+    if seq > 0:
+        return Committed(seq, seq < first)
+    return UNDECIDED if seq else CONFLICT
+
+
+def _longest(appends: Sequence[Append]) -> int:
+    """How many of them, at least one, may go into a batch: by size, and up to the first key that repeats another."""
+    keys: set[tuple[bytes, int]] = set()
+    size = 0
+    for index, append in enumerate(appends):
+        size += append.size
+        key = None if append.producer is None else (append.producer, append.number)
+        if index and (size > BATCH_BYTES or key in keys):
+            return index
+        if key is not None:
+            keys.add(key)
+    return len(appends)
+
+
+def _is_sound(append: Append) -> bool:
+    try:
+        append.payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,330 @@
+"""One client's side of the protocol, without its transport: bytes in, replies into the mailbox, effects out.
+
+Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
+one and carries each out before it takes the next:
+
+    Authenticate  call `admit` or `refuse`
+    Join          call `joined`, then deliver what matches
+    Leave         stop delivering, then call `left`
+    Submit        append to the log; it settles by itself
+    Broadcast     pass the message on, once
+    Recall        read the history, then call `recalled` or `refuse_request`
+    Measure       call `measured`
+
+It closes the connection once `closing` is set and the mailbox has been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import inf
+from typing import Any
+
+from . import wire
+from .auth import Identity
+from .errors import CloseCode, Code, PeerError
+from .framing import Framer
+from .log import Append, Entry, Outcome, Rejected
+from .mailbox import Mailbox
+from .topics import check_channel, check_pattern
+from .wire import Protocol, Reply
+
+
+class State(Enum):
+    """What a session may do: authenticate; everything; nothing more."""
+
+    NEW = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticate:
+    token: str
+    producer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    pattern: str
+    since: int | None
+    epoch: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    pattern: str
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    append: Append
+    epoch: str | None
+    """For a retry: the epoch that the client knew when it first sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    channel: str
+    payload: bytes
+    sender: str | None
+    origin: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    request: wire.History
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    seq: int
+
+
+Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Sizes in bytes, times in seconds."""
+
+    message_size: int = 65_536
+    subscriptions: int = 1_000
+    auth_timeout: float = 10.0
+    token_grace: float = 30.0
+
+
+class Session:
+    """The state of one client: who it is, what it subscribed to, what it is owed."""
+
+    def __init__(self, mailbox: Mailbox, limits: SessionLimits, now: float) -> None:
+        self.mailbox = mailbox
+        self.state = State.NEW
+        self.protocol = Protocol.FIRST
+        self.identity: Identity | None = None
+        self.producer = b""
+        self.patterns: set[str] = set()
+        self.pending = 0
+        """Publishes that have not been settled yet."""
+        self.deadline = now + limits.auth_timeout
+        """When `tick` is due."""
+        self.closing: tuple[CloseCode, str] | None = None
+        self.on_settled: Callable[[], None] = _nothing
+        """Called whenever `pending` has fallen."""
+        self._limits = limits
+        self._framer = Framer(wire.decode_client, limits.message_size)
+
+    # What the client says
+
+    def receive(self, data: bytes, now: float) -> Iterator[Effect]:
+        """Understand more bytes. Take every effect and carry it out before the next; take them all."""
+        if self.state is State.CLOSED:
+            return
+        try:
+            for message in self._framer.feed(data):
+                if isinstance(message, PeerError):
+                    self.say(wire.Error(message.message, message.code))
+                    continue
+                try:
+                    yield from _HANDLERS[type(message)](self, message, now)
+                except PeerError as error:
+                    self.say(error_reply(message, error))
+                if self.state is State.CLOSED:
+                    return
+        except PeerError as error:
+            self.say(wire.Error(error.message, error.code))
+            self.close(error.close or CloseCode.BAD_MESSAGE, error.message)
+
+    def tick(self, now: float) -> None:
+        """The time has come that `deadline` names."""
+        if now < self.deadline:
+            return
+        if self.state is State.NEW:
+            text = f"no auth within {self._limits.auth_timeout:g} s"
+            self.say(wire.AuthError(text, Code.UNAUTHENTICATED))
+            self.close(CloseCode.AUTH_TIMEOUT, text)
+        elif self.state is State.OPEN:
+            self.say(wire.Error("the token has expired", Code.TOKEN_EXPIRED))
+            self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
+
+    # What has become of it
+
+    def admit(self, identity: Identity, reply: wire.AuthOk, producer: bytes, now: float, wall: float) -> list[str]:
+        """The token was good. Returns the patterns held that it does not cover any more.
+
+        `wall` is the time that tokens are stamped with, in seconds since 1970; `now` counts as `deadline` does.
+        """
+        if self.identity is not None and self.identity.client_id != identity.client_id:
+            raise PeerError(Code.UNAUTHORIZED, "a session cannot become another client's")
+        self.state = State.OPEN
+        self.identity = identity
+        self.producer = producer
+        self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
+        self.say(reply)
+        return [pattern for pattern in self.patterns if not identity.grants.may_read(pattern)]
+
+    def refuse(self, error: PeerError) -> None:
+        """The token was not good; without `close` in the error the session goes on as who it was."""
+        self.say(wire.AuthError(error.message, error.code))
+        if error.close is not None:
+            self.close(error.close, error.message)
+
+    def joined(self, pattern: str, seq: int) -> None:
+        self.patterns.add(pattern)
+        self.say(wire.Subscribed(pattern, seq))
+
+    def left(self, pattern: str, seq: int, *, revoked: bool = False) -> None:
+        self.patterns.discard(pattern)
+        self.say(wire.Revoked(pattern, seq) if revoked else wire.Unsubscribed(pattern, seq))
+
+    def settled(self, append: Append, outcome: Outcome) -> None:
+        """The fate of a publish; `Append.settle` of every one that this session submits."""
+        self.pending -= 1
+        if self.state is State.CLOSED and self.closing is None:
+            pass
+        elif isinstance(outcome, Rejected):
+            self.say(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
+        elif append.acknowledge:
+            self.say(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
+        self.on_settled()
+
+    def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
+        messages = [
+            wire.Message(e.channel, wire.Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
+        ]
+        self.say(wire.HistoryPage(messages, more, request.id))
+
+    def refuse_request(self, error: PeerError) -> None:
+        self.say(wire.Error(error.message, error.code))
+
+    def measured(self, seq: int, head: wire.Head | None) -> None:
+        self.say(wire.Pong(seq))
+        if head is not None:
+            self.say(head)
+
+    def say(self, reply: Reply) -> None:
+        """Queue a reply in the words that the client knows."""
+        line = wire.encode(reply, self.protocol)
+        if line is not None:
+            self.mailbox.put(line)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""
+        self.state = State.CLOSED
+        if self.closing is None:
+            self.closing = (code, reason)
+
+    def abandon(self) -> None:
+        """The connection is gone: nothing can be said any more."""
+        self.state = State.CLOSED
+        self.closing = None
+
+    # One handler a message
+
+    def _auth(self, message: wire.Auth, now: float) -> Iterator[Effect]:
+        if self.state is State.NEW:
+            self.protocol = Protocol.V1 if message.protocol >= 1 else Protocol.FIRST
+        yield Authenticate(message.token, message.producer)
+
+    def _subscribe(self, message: wire.Subscribe, now: float) -> Iterator[Effect]:
+        identity = self._authenticated()
+        check_pattern(message.pattern)
+        if not identity.grants.may_read(message.pattern):
+            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+        if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
+            raise PeerError(Code.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
+        if self.protocol is Protocol.FIRST:
+            yield Join(message.pattern, None, None)
+        else:
+            yield Join(message.pattern, message.since, message.epoch)
+
+    def _unsubscribe(self, message: wire.Unsubscribe, now: float) -> Iterator[Effect]:
+        self._authenticated()
+        check_pattern(message.pattern)
+        if message.pattern not in self.patterns:
+            raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
+        yield Leave(message.pattern)
+
+    def _publish(self, message: wire.Publish, now: float) -> Iterator[Effect]:
+        identity = self._authenticated()
+        append = make_append(message, identity, self.producer, self.settled)
+        if message.ephemeral:
+            yield Broadcast(append.channel, append.payload, append.sender, append.origin)
+            if message.ack:
+                self.say(wire.Published(append.channel, append.id))
+        else:
+            self.pending += 1
+            yield Submit(append, message.epoch if message.retry else None)
+
+    def _history(self, message: wire.History, now: float) -> Iterator[Effect]:
+        identity = self._authenticated()
+        check_pattern(message.pattern)
+        if not identity.grants.may_read(message.pattern):
+            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+        yield Recall(message)
+
+    def _ping(self, message: wire.Ping, now: float) -> Iterator[Effect]:
+        yield Measure(message.seq)
+
+    def _authenticated(self) -> Identity:
+        if self.identity is None:
+            raise PeerError(Code.UNAUTHENTICATED, "authenticate first")
+        return self.identity
+
+
+_HANDLERS: dict[type, Callable[[Session, Any, float], Iterator[Effect]]] = {
+    wire.Auth: Session._auth,
+    wire.Subscribe: Session._subscribe,
+    wire.Unsubscribe: Session._unsubscribe,
+    wire.Publish: Session._publish,
+    wire.History: Session._history,
+    wire.Ping: Session._ping,
+}
+
+
+def make_append(
+    message: wire.Publish, identity: Identity, producer: bytes, settle: Callable[[Append, Outcome], None]
+) -> Append:
+    """What a publish puts into the log, if it may; raises `PeerError`."""
+    check_channel(message.channel)
+    if not identity.grants.may_write(message.channel):
+        raise PeerError(Code.UNAUTHORIZED, "no write grant covers this channel")
+    if message.retry and None in (message.id, message.after, message.epoch):
+        raise PeerError(Code.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
+    return Append(
+        channel=message.channel,
+        payload=wire.payload_bytes(message.payload),
+        settle=settle,
+        producer=producer if producer and message.id is not None else None,
+        number=message.id or 0,
+        sender=identity.client_id,
+        origin=None if message.echo else producer,
+        after=message.after if message.retry else None,
+        id=message.id,
+        acknowledge=message.ack,
+    )
+
+
+def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
+    """The reply that refuses a message: of the type that its sender waits for."""
+    match message:
+        case wire.Auth():
+            return wire.AuthError(error.message, error.code)
+        case wire.Subscribe(pattern=pattern) | wire.Unsubscribe(pattern=pattern):
+            return wire.SubscribeError(clip(pattern), error.message, error.code)
+        case wire.Publish(channel=channel):
+            return wire.PublishError(clip(channel), error.message, error.code, message.id)
+        case _:
+            return wire.Error(error.message, error.code)
+
+
+def _nothing() -> None:
+    pass
+
+
+def clip(text: str) -> str:
+    """What a peer called something, short enough to be repeated to it."""
+    return text if len(text) <= 255 else text[:252] + "..."

@@ -1,0 +1,223 @@
+"""Channels, the patterns that select them, and the tree that finds who asked for a channel.
+
+A channel is dot-separated segments: `project.abc123.updates`. A pattern is a channel, or a channel followed by `.*`
+(everything below it, at any depth, and not itself), or `*` alone (everything).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from .errors import Code, PeerError
+
+MAX_LENGTH = 255
+"""How many bytes a channel or a pattern may have."""
+
+MAX_SEGMENTS = 32
+"""How many segments a channel or a pattern may have; the `*` of a pattern is one."""
+
+CACHED_CHANNELS = 4096
+"""For how many channels a tree remembers what matches."""
+
+T = TypeVar("T")
+
+_SEGMENTS = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+_STRANGER = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+def check_channel(text: str) -> None:
+    """Raise `PeerError` (invalid_channel) unless `text` is a channel."""
+    fault = _fault(text, text)
+    if fault is not None:
+        raise PeerError(Code.INVALID_CHANNEL, f"not a channel: {_clip(text)}: {fault}")
+
+
+def check_pattern(text: str) -> None:
+    """Raise `PeerError` (invalid_pattern) unless `text` is a pattern."""
+    if text == "*":
+        return
+    fault = _fault(text, text.removesuffix(".*"))
+    if fault is not None:
+        raise PeerError(Code.INVALID_PATTERN, f"not a pattern: {_clip(text)}: {fault}")
+
+
+def matches(pattern: str, channel: str) -> bool:
+    """Whether the pattern selects the channel. Both are taken to be valid."""
+    if pattern == "*":
+        return True
+    if pattern.endswith(".*"):
+        return channel.startswith(pattern[:-1])
+    return channel == pattern
+
+
+def covers(grant: str, pattern: str) -> bool:
+    """Whether every channel that `pattern` can match matches `grant` too. Both are taken to be valid patterns."""
+    # A pattern with a wildcard begins as all that it matches begins, so it is covered where it would be matched.
+    return matches(grant, pattern)
+
+
+def prefix_range(pattern: str) -> tuple[str, str] | None:
+    """The bounds (`>=`, `<`) in byte order of what `a.b.*` matches; None for a channel and for `*`."""
+    if not pattern.endswith(".*"):
+        return None
+    return pattern[:-1], pattern[:-2] + "/"
+
+
+def _fault(text: str, channel: str) -> str | None:
+    if _SEGMENTS.fullmatch(channel) and len(text) <= MAX_LENGTH and text.count(".") < MAX_SEGMENTS:
+        return None
+    if not text:
+        return "it is empty"
+    if len(text) > MAX_LENGTH:
+        return f"longer than {MAX_LENGTH} bytes"
+    stranger = _STRANGER.search(channel)
+    if stranger is None:
+        return f"more than {MAX_SEGMENTS} segments" if _SEGMENTS.fullmatch(channel) else "a segment is empty"
+    if stranger[0] == "*":
+        return "a wildcard may only be the last segment of a pattern"
+    return f"{stranger[0]!a} may not stand in it"
+
+
+def _clip(text: str) -> str:
+    return ascii(text if len(text) <= 64 else text[:61] + "...")
+
+
+class Group(Generic[T]):
+    """Everyone who is in a tree under one pattern, in the order of their coming."""
+
+    __slots__ = ("members", "pattern")
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.members: dict[T, None] = {}
+
+    def __repr__(self) -> str:
+        return f"<Group {self.pattern} of {len(self.members)}>"
+
+
+class _Node(Generic[T]):
+    """What hangs at one point of the tree: who wants just this channel, who wants all below it, and the way down."""
+
+    __slots__ = ("below", "children", "exact")
+
+    def __init__(self) -> None:
+        self.exact: Group[T] | None = None
+        self.below: Group[T] | None = None
+        self.children: dict[str, _Node[T]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.children or self.exact or self.below)
+
+
+class TopicTree(Generic[T]):
+    """Patterns, each with its members. A look-up costs the depth of the channel, whatever the number of patterns."""
+
+    __slots__ = ("_cache", "_groups", "_root", "_size")
+
+    def __init__(self) -> None:
+        self._root: _Node[T] = _Node()
+        self._groups: dict[str, Group[T]] = {}
+        self._cache: dict[str, tuple[Group[T], ...]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        """How many pairs of a pattern and a member there are."""
+        return self._size
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def groups(self) -> Iterable[Group[T]]:
+        """Every pattern with its members: a live view, the oldest pattern first."""
+        return self._groups.values()
+
+    def add(self, pattern: str, member: T) -> None:
+        """Put a member under a pattern, where it may be already. Raises `PeerError` (invalid_pattern)."""
+        group = self._groups.get(pattern)
+        if group is None:
+            check_pattern(pattern)
+            group = self._plant(pattern)
+        if member not in group.members:
+            group.members[member] = None
+            self._size += 1
+
+    def remove(self, pattern: str, member: T) -> bool:
+        """Take a member from under a pattern; False where it was not there."""
+        group = self._groups.get(pattern)
+        if group is None or member not in group.members:
+            return False
+        del group.members[member]
+        self._size -= 1
+        if not group.members:
+            self._prune(pattern)
+        return True
+
+    def match(self, channel: str) -> tuple[Group[T], ...]:
+        """The groups whose pattern matches a valid channel, the widest pattern first; none of them is empty."""
+        found = self._cache.get(channel)
+        return self._search(channel) if found is None else found
+
+    def _search(self, channel: str) -> tuple[Group[T], ...]:
+        found = []
+        node = self._root
+        for segment in channel.split("."):
+            if node.below is not None:
+                found.append(node.below)
+            child = node.children.get(segment)
+            if child is None:
+                break
+            node = child
+        else:
+            if node.exact is not None:
+                found.append(node.exact)
+        if len(self._cache) >= CACHED_CHANNELS:
+            self._cache.clear()
+        groups = self._cache[channel] = tuple(found)
+        return groups
+
+    def _plant(self, pattern: str) -> Group[T]:
+        group = self._groups[pattern] = Group(pattern)
+        path, wildcard = _path(pattern)
+        node = self._root
+        for segment in path:
+            node = node.children.setdefault(segment, _Node())
+        if wildcard:
+            node.below = group
+        else:
+            node.exact = group
+        self._forget(pattern)
+        return group
+
+    def _prune(self, pattern: str) -> None:
+        del self._groups[pattern]
+        path, wildcard = _path(pattern)
+        node = self._root
+        way = []
+        for segment in path:
+            way.append((node, segment))
+            node = node.children[segment]
+        if wildcard:
+            node.below = None
+        else:
+            node.exact = None
+        for parent, segment in reversed(way):
+            if parent.children[segment]:
+                break
+            del parent.children[segment]
+        self._forget(pattern)
+
+    def _forget(self, pattern: str) -> None:
+        # Only a wildcard can have a part in what another channel matches.
+        if pattern.endswith("*"):
+            self._cache.clear()
+        else:
+            self._cache.pop(pattern, None)
+
+
+def _path(pattern: str) -> tuple[list[str], bool]:
+    """The segments down to where a pattern hangs, and whether it hangs there as a wildcard."""
+    path = pattern.split(".")
+    wildcard = path[-1] == "*"
+    return (path[:-1] if wildcard else path), wildcard

@@ -1,0 +1,58 @@
+"""Running the command in this process, as a shell would run it in its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import structlog
+
+from catbus.cli import main
+
+
+class Outcome(NamedTuple):
+    status: object
+    output: str
+    errors: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logger.level for name, logger in root.manager.loggerDict.items() if hasattr(logger, "level")}
+    yield
+    root.handlers[:], root.level = handlers, level
+    for name in root.manager.loggerDict:
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
+    structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("DATABASE_URL", "RUST_LOG", "PYTHONWARNINGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SECRET", "ADMIN_KEY", "CERT", "KEY", "BIND", "WS_BIND", "LISTEN_URL", "LOG", "URL", "TOKEN"):
+        monkeypatch.delenv(f"CATBUS_{name}", raising=False)
+    monkeypatch.setenv("CATBUS_STATE", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def catbus(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command; its status and what it wrote."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["catbus", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        output, errors = capfd.readouterr()
+        return Outcome(leaving.value.code or 0, output, errors)
+
+    return run

@@ -1,0 +1,157 @@
+"""The commands against a broker that runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from .conftest import Command
+
+PATIENCE = 30
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+class Running(NamedTuple):
+    url: str
+    process: subprocess.Popen[str]
+    state: Path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Run the command in a process, which does not outlive the test."""
+    processes = []
+
+    def run(*arguments: str, state: Path = tmp_path / "state") -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CATBUS_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "catbus", *arguments],
+            env={**environment, "CATBUS_STATE": str(state)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def next_event(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == name:
+            return event
+    pytest.fail(f"it ended without {name!r}: {process.communicate()}")
+
+
+@pytest.fixture
+def broker(start: Start, tmp_path: Path) -> Running:
+    process = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    [url] = next_event(process, "serving")["urls"]
+    return Running(url, process, tmp_path / "state")
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=PATIENCE)
+    return process.returncode, output, errors
+
+
+def test_a_line_that_is_published_appears(broker: Running, catbus: Command, start: Start) -> None:
+    subscriber = start("sub", "demo.*", "--verbose", "--url", broker.url)
+    assert subscriber.stderr is not None and subscriber.stdout is not None
+    assert subscriber.stderr.readline().startswith("catbus: subscribed to demo.*")
+
+    assert catbus("pub", "demo.hello", '{"n": 1}', "--url", broker.url) == (
+        0, '{"channel":"demo.hello","seq":1}\n', "",
+    )  # fmt: skip
+    message = json.loads(subscriber.stdout.readline())
+    assert message.pop("at") > 0
+    assert message == {
+        "channel": "demo.hello",
+        "payload": {"n": 1},
+        "seq": 1,
+        "sender": "development",
+        "pattern": "demo.*",
+    }
+    assert end(subscriber, signal.SIGINT) == (0, "", "")
+
+    status, output, _ = catbus("status", "--url", broker.url)
+    report = json.loads(output)
+    assert status == 0
+    assert (report["ready"], report["state"], report["head"]) == (True, "ready", 1)
+
+    # A second subscriber that comes late, reads what it wants, and leaves.
+    assert catbus("pub", "other", "2", "--url", broker.url).status == 0
+    status, output, errors = catbus("sub", "demo.*", "other", "--since", "0", "--count", "2", "--url", broker.url)
+    assert (status, errors) == (0, "")
+    assert {json.loads(line)["seq"] for line in output.splitlines()} == {1, 2}
+
+
+def test_lines_of_the_input_are_published_in_order(broker: Running, catbus: Command, start: Start) -> None:
+    publisher = start("pub", "many", "-", "--url", broker.url)
+    lines = "".join(f"{number}\n" for number in range(1, 1201))
+    output, errors = publisher.communicate(lines + '\n{"last": 1}\n{broken\n0\n', timeout=PATIENCE)
+    assert [json.loads(line)["seq"] for line in output.splitlines()] == list(range(1, 1202))
+    assert errors.startswith("catbus: line 1203: the payload is not JSON") and errors.count("\n") == 1
+    assert publisher.returncode == 1
+
+    _, output, _ = catbus("sub", "many", "--since", "0", "--count", "1201", "--url", broker.url)
+    messages = [json.loads(line) for line in output.splitlines()]
+    assert [message["payload"] for message in messages] == [*range(1, 1201), {"last": 1}]
+
+
+def test_a_reader_that_leaves_is_no_error(broker: Running, catbus: Command, start: Start) -> None:
+    subscriber = start("sub", "*", "--since", "0", "--url", broker.url)
+    assert subscriber.stdout is not None and subscriber.stderr is not None
+    catbus("pub", "a", "1", "--url", broker.url)
+    assert subscriber.stdout.readline()
+    subscriber.stdout.close()
+    catbus("pub", "a", "2", "--url", broker.url)
+    assert subscriber.wait(timeout=PATIENCE) == 0
+    assert subscriber.stderr.read() == ""
+
+
+def test_a_token_that_is_not_taken(broker: Running, catbus: Command) -> None:
+    forged = "sub-eyJjbGllbnRfaWQiOiJhIn0.AAAAAAAAAAAAAAAAAAAAAA"
+    for command in (["pub", "a", "1"], ["sub", "a"]):
+        status, output, errors = catbus(*command, "--url", broker.url, "--token", forged)
+        assert (status, output) == (1, "")
+        assert errors.startswith("catbus: ") and errors.endswith("(unauthenticated)\n") and errors.count("\n") == 1
+        assert forged not in errors
+
+
+def test_a_subscriber_is_told_when_the_broker_goes(broker: Running, start: Start) -> None:
+    subscriber = start("sub", "a", "--verbose", "--url", broker.url)
+    assert subscriber.stderr is not None
+    subscriber.stderr.readline()
+    status, output, _ = end(broker.process, signal.SIGTERM)
+    assert status == 0
+    assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "stopped"
+    errors = subscriber.communicate(timeout=PATIENCE)[1]
+    assert subscriber.returncode == 1
+    assert errors.startswith("catbus: ") and errors.count("\n") == 1
+
+
+def test_it_prints_a_development_token_that_works(broker: Running, catbus: Command, tmp_path: Path) -> None:
+    assert catbus("grant", "-p", "read", "a", "--client-id", "x").status == 0  # the same user finds the secret
+    status, output, errors = end(broker.process, signal.SIGINT)
+    assert status == 0
+    [token] = [line.strip() for line in errors.splitlines() if line.strip().startswith("sub-")]
+    assert token not in output
+    assert (broker.state / "development-secret").read_text().strip() not in output + errors
+    assert f"--url {broker.url}" in errors

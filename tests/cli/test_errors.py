@@ -1,0 +1,141 @@
+"""Whatever is wrong: one line on stderr that says what, an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import click
+import pytest
+
+from catbus.cli import entry
+from catbus.cli.entry import explain
+from catbus.errors import Code, ConfigError, Disconnected, Refused
+
+from .conftest import Command
+
+TOKEN = ["--token", "sub-e30.AAAAAAAAAAAAAAAAAAAAAA"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["run", "--nonsense"], "No such option"),
+        (["run", "extra"], "unexpected extra argument"),
+        (["grant", "a", "--client-id", "x"], "Missing option '-p'"),
+        (["grant", "-p", "read", "--client-id", "x"], "Missing argument 'PATTERN...'"),
+        (["grant", "-p", "read", "a"], "Missing option '--client-id'"),
+        (["grant", "-p", "dance", "a", "--client-id", "x"], "'dance' is not one of"),
+        (["grant", "-p", "read", "a.*.b", "--client-id", "x", "--secret", "s"], "'a.*.b'"),
+        (["grant", "-p", "read", "a", "--client-id", " ", "--secret", "s"], "--client-id is empty"),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--secret", "s", "--expires", "soon"], 'found "soon"'),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--secret", "s", "--expires", "0s"], 'found "0s"'),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--secret", "s", "--expires", "9999999d"], "ten years"),
+        (["grant", "-p", "read", "a", "--client-id", "x"], "set CATBUS_SECRET"),
+        (["pub", "a"], "Missing argument 'JSON|-'"),
+        (["pub", "a..b", "1"], "a..b"),
+        (["pub", "a", "hello"], "the payload is not JSON"),
+        (["pub", "a", "1"], "give --token or set CATBUS_TOKEN"),
+        (["pub", "a", "1", "--url", "http://127.0.0.1/"], "--url: the URL of a broker begins with ws://"),
+        (["sub"], "Missing argument 'PATTERN...'"),
+        (["sub", "*.a"], "*.a"),
+        (["sub", "a"], "give --token or set CATBUS_TOKEN"),
+        (["sub", "a", "--since", "-1"], "'--since'"),
+        (["sub", "a", "--count", "0"], "'--count'"),
+        (["sub", "a", "--epoch", "e"], "--epoch means nothing without --since"),
+        (["status", "--url", "nonsense"], "--url: the URL of a broker begins with ws://"),
+    ],
+)
+def test_wrong_usage(catbus: Command, arguments: list[str], part: str) -> None:
+    status, output, errors = catbus(*arguments)
+    assert status == 2
+    assert not output
+    [line] = errors.splitlines()
+    assert line.startswith("catbus: ") and part in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run", "--config", "/absent.toml"], "/absent.toml: cannot be read: No such file"),
+        (["run", "--ws-bind", "here"], "command line: websocket.bind: expected an address"),
+        (["run", "--database", "mysql://me:hunter2@db"], 'command line: database.url: expected "embedded"'),
+        (["run", "--log", "loud"], "command line: logging.levels: expected log levels"),
+        (["run", "--database", "memory"], "there is no secret to verify tokens with"),
+        (["init", "--database", "memory"], "there is no database to prepare"),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--config", "/absent.toml"], "/absent.toml"),
+        (["pub", "a", "1", "--url", "ws://127.0.0.1:1/ws", *TOKEN], "127.0.0.1:1"),
+        (["sub", "a", "--url", "ws://127.0.0.1:1/ws", *TOKEN], "127.0.0.1:1"),
+        (["status", "--url", "ws://127.0.0.1:1/ws"], "there is no broker to be reached at ws://127.0.0.1:1/ws"),
+    ],
+)
+def test_wrong_surroundings(catbus: Command, arguments: list[str], part: str) -> None:
+    status, output, errors = catbus(*arguments)
+    assert status == 1
+    assert not output
+    [line] = errors.splitlines()
+    assert line.startswith("catbus: ") and part in line
+    assert "hunter2" not in line
+
+
+def test_a_wrong_file_is_named_with_the_key(catbus: Command, tmp_path: Path) -> None:
+    path = tmp_path / "catbus.toml"
+    path.write_text("[limits]\nmessage_size = true\n")
+    status, _, errors = catbus("run", "--config", str(path))
+    assert status == 1
+    assert errors == (
+        f"catbus: {path}: [limits] message_size: expected a size above 0: bytes, or text like "
+        '"64KiB" or "1MiB", found true\n'
+    )
+
+
+def test_an_address_that_is_in_use(catbus: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        status, _, errors = catbus("run", "--database", "memory", "--ws-bind", address)
+    assert (status, errors) == (1, f"catbus: cannot listen on {address}: Address already in use\n")
+
+
+def test_debug_shows_where(catbus: Command) -> None:
+    status, _, errors = catbus("--debug", "run", "--config", "/absent.toml")
+    assert status == 1
+    assert "Traceback" in errors and errors.splitlines()[-1].startswith("catbus: /absent.toml")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["sub", "-h"], ["--version"]])
+def test_help_is_no_error(catbus: Command, arguments: list[str]) -> None:
+    status, output, errors = catbus(*arguments)
+    assert status == 0
+    assert output and not errors
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), BaseExceptionGroup("", [KeyboardInterrupt()])])
+def test_an_interruption_says_nothing(catbus: Command, monkeypatch: pytest.MonkeyPatch, raised: BaseException) -> None:
+    @click.command()
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr(entry.catbus, "get_command", lambda *_: command)
+    status, output, errors = catbus("run")
+    # click ends the line on which the terminal shows ^C.
+    assert (status, output, errors.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ConfigError("wrong\n  in two lines"), 1, "wrong in two lines"),
+        (Refused(Code.UNAUTHORIZED, "no"), 1, "no (unauthorized)"),
+        (ExceptionGroup("", [ExceptionGroup("", [OSError(98, "in use"), Disconnected("gone")])]), 1, "gone"),
+        (ExceptionGroup("", [ValueError("odd"), FileNotFoundError(2, "absent", "/there")]), 1, "/there: absent"),
+        (BaseExceptionGroup("", [ValueError(), KeyboardInterrupt()]), 130, ""),
+        (BrokenPipeError(32, "Broken pipe"), 1, "nobody reads the output any more"),
+        (KeyError("x"), 1, "internal error: KeyError: 'x' (catbus --debug ... shows where)"),
+        (ConfigError("postgres://me:hunter2@db is odd"), 1, "postgres://me:***@db is odd"),
+        (click.UsageError("Odd."), 2, "Odd."),
+        (click.ClickException("odd"), 1, "odd"),
+    ],
+)
+def test_every_error_becomes_one_line(error: BaseException, status: int, text: str) -> None:
+    assert explain(error) == (status, text)

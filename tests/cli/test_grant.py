@@ -1,0 +1,101 @@
+"""`catbus grant`."""
+
+from __future__ import annotations
+
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from catbus.auth import Authenticator, Grants
+from catbus.cli.development import FILE, development_token, find_token, keep_secret, read_secret
+from catbus.errors import Code, ConfigError, PeerError
+
+from .conftest import Command
+
+SECRET = "not a very good secret"
+
+
+def test_the_token_stands_alone_on_the_first_line(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", SECRET)
+    status, output, errors = catbus("grant", "-p", "read", "-p", "write", "project.*", "--client-id", "alice")
+    assert status == 0
+    [token] = output.splitlines()
+    identity = Authenticator([SECRET]).verify(token, time.time())
+    assert identity.client_id == "alice"
+    assert identity.grants == Grants(("project.*",), ("project.*",))
+    assert identity.expires is None and not identity.admin
+    assert errors == (
+        "alice may read and write project.*, and does not expire; signed with the secret of CATBUS_SECRET\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("permissions", "grants"),
+    [
+        (["read"], Grants(("a", "b.*"), ())),
+        (["write"], Grants((), ("a", "b.*"))),
+        (["all"], Grants(("a", "b.*"), ("a", "b.*"))),
+    ],
+)
+def test_several_patterns(catbus: Command, permissions: list[str], grants: Grants) -> None:
+    flags = [flag for permission in permissions for flag in ("-p", permission)]
+    token = catbus("grant", *flags, "a", "b.*", "--client-id", "x", "--secret", SECRET).output.strip()
+    assert Authenticator([SECRET]).verify(token, 0).grants == grants
+
+
+def test_it_expires(catbus: Command) -> None:
+    began = time.time()
+    _, output, errors = catbus(
+        "grant", "-p", "all", "*", "--client-id", "x", "--expires", "1h", "--secret", SECRET
+    )  # fmt: skip
+    identity = Authenticator([SECRET]).verify(output.strip(), began)
+    assert identity.expires == pytest.approx(began + 3600, abs=60)
+    assert " until 2" in errors
+    with pytest.raises(PeerError) as caught:
+        Authenticator([SECRET]).verify(output.strip(), began + 7200)
+    assert caught.value.code == Code.TOKEN_EXPIRED
+
+
+def test_the_secret_may_stand_in_a_file(catbus: Command, tmp_path: Path) -> None:
+    path = tmp_path / "catbus.toml"
+    path.write_text(f'[auth]\nsecret = ["{SECRET}", "an older one"]\n')
+    _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x", "--config", str(path))
+    assert Authenticator([SECRET]).verify(output.strip(), 0).client_id == "x"
+    assert f"signed with the secret of {path}" in errors
+    assert SECRET not in errors
+
+
+def test_the_development_secret_serves_where_there_is_no_other(catbus: Command, tmp_path: Path) -> None:
+    secret = keep_secret(tmp_path / "state")
+    _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x")
+    assert Authenticator([secret]).verify(output.strip(), 0).client_id == "x"
+    assert "the development secret in" in errors
+
+
+def test_the_development_secret_is_made_once_and_for_one_user(tmp_path: Path) -> None:
+    directory = tmp_path / "some" / "where"
+    assert read_secret(directory) is None
+    secret = keep_secret(directory)
+    assert len(secret) >= 32
+    assert keep_secret(directory) == read_secret(directory) == secret
+    assert [path.name for path in directory.iterdir()] == [FILE]
+    assert stat.S_IMODE((directory / FILE).stat().st_mode) == 0o600
+
+
+def test_a_state_directory_that_cannot_be_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="CATBUS_STATE"):
+        keep_secret(tmp_path / "file" / "state")
+    (tmp_path / FILE).touch()
+    with pytest.raises(ConfigError, match="is empty: delete it"):
+        keep_secret(tmp_path)
+
+
+def test_the_development_token_is_for_this_machine_only(tmp_path: Path) -> None:
+    token = development_token(keep_secret(tmp_path / "state"))
+    for url in ("ws://127.0.0.1:8080/ws", "ws://localhost/ws", "ws://[::1]:1/ws"):
+        assert find_token(url) == token
+    for url in ("wss://bus.example.com/ws", "ws://10.0.0.1:8080/ws", "ws://127.0.0.1.example.com/ws"):
+        assert find_token(url) is None

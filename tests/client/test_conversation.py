@@ -1,0 +1,609 @@
+"""The client's side of the protocol, without any I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus import wire
+from catbus.client import conversation as module
+from catbus.client.conversation import FRAME, Batch, Conversation
+from catbus.client.inbox import Inbox, Mark, Phase
+from catbus.client.messages import Message, Page, encode_payload
+from catbus.errors import CloseCode, Code, Disconnected, PeerError, Refused
+from tests.client.fake import AUTH_OK, EPOCH, message
+
+
+def lines(*messages: dict[str, Any]) -> bytes:
+    return b"".join(msgspec.json.encode(item) + b"\n" for item in messages)
+
+
+def sent(conversation: Conversation) -> list[dict[str, Any]]:
+    """All that it wants to send, and forget it."""
+    data = b""
+    while conversation.outgoing:
+        data += conversation.take()
+    return [msgspec.json.decode(line) for line in data.splitlines()]
+
+
+def begin() -> Conversation:
+    conversation = Conversation()
+    conversation.authenticate("t")
+    sent(conversation)
+    conversation.receive(lines(AUTH_OK))
+    return conversation
+
+
+def publish(conversation: Conversation, *channels: str, payload: Any = 1) -> Batch:
+    batch = Batch(len(channels))
+    for place, channel in enumerate(channels):
+        conversation.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
+    return batch
+
+
+def subscribe(conversation: Conversation, pattern: str = "a.*", seq: int = 100, **options: Any) -> Inbox:
+    inbox = conversation.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
+    conversation.receive(lines({"type": "subscribed", "pattern": pattern, "seq": seq}))
+    sent(conversation)
+    return inbox
+
+
+def seqs(inbox: Inbox) -> list[int | None]:
+    return [item.seq for item in inbox.items if isinstance(item, Message)]
+
+
+def marks(inbox: Inbox) -> list[tuple[str, int, str]]:
+    return [(type(item.event).__name__, item.cursor, item.epoch) for item in inbox.items if isinstance(item, Mark)]
+
+
+# Authentication
+
+
+def test_it_says_that_it_knows_this_specification() -> None:
+    conversation = Conversation()
+    conversation.authenticate("secret")
+    assert sent(conversation) == [{"type": "auth", "token": "secret", "protocol": 1}]
+
+
+def test_auth_ok_tells_who_and_where() -> None:
+    conversation = Conversation()
+    answer = conversation.authenticate("t")
+    conversation.receive(lines(AUTH_OK))
+    assert isinstance(answer.value, wire.AuthOk)
+    assert (conversation.client_id, conversation.producer) == ("alice", "p1")
+    assert (conversation.epoch, conversation.head) == (EPOCH, 100)
+    assert conversation.limits["message_size"] == 65536
+
+
+def test_auth_error_is_a_refusal() -> None:
+    conversation = Conversation()
+    answer = conversation.authenticate("t")
+    conversation.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
+    assert isinstance(answer.value, Refused)
+    assert answer.value.code is Code.TOKEN_EXPIRED
+
+
+# Publishing
+
+
+def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
+    conversation = begin()
+    batch = publish(conversation, "a", "b", "c")
+    first, second, third = (request["id"] for request in sent(conversation))
+    assert first < second < third
+    conversation.receive(
+        lines(
+            {"type": "published", "channel": "c", "id": third, "seq": 103},
+            {"type": "publish_error", "channel": "a", "id": first, "message": "no", "code": "rate_limited", "retry_after": 2},
+        )
+    )
+    assert batch.missing == 1
+    conversation.receive(lines({"type": "published", "channel": "b", "id": second, "seq": 104, "duplicate": True}))
+    refused, *rest = batch.results
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.retry_after) == (Code.RATE_LIMITED, 2)
+    assert rest == [104, 103]
+    assert conversation.unanswered == 0
+    assert conversation.head == 104
+
+
+def test_who_waits_for_a_batch_is_woken_once_at_its_end() -> None:
+    conversation = begin()
+    batch = publish(conversation, "a", "b")
+    woken: list[int] = []
+    batch.wake = lambda: woken.append(1)
+    first, second = sent(conversation)
+    conversation.receive(lines({"type": "published", "channel": "a", "id": first["id"], "seq": 1}))
+    assert not woken
+    conversation.receive(lines({"type": "published", "channel": "b", "id": second["id"], "seq": 2}))
+    assert woken == [1]
+
+
+def test_a_publish_says_only_what_is_not_usual() -> None:
+    conversation = begin()
+    batch = Batch(1)
+    conversation.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
+    [request] = sent(conversation)
+    number = request.pop("id")
+    assert request == {"type": "publish", "channel": "a", "payload": [], "ephemeral": True, "echo": False}
+    conversation.receive(lines({"type": "published", "channel": "a", "id": number}))
+    assert batch.results == [None]
+    assert batch.missing == 0
+
+
+def test_answers_that_nobody_asked_for_are_ignored() -> None:
+    conversation = begin()
+    conversation.receive(
+        lines(
+            {"type": "published", "channel": "a", "id": 999, "seq": 1},
+            {"type": "published", "channel": "a"},
+            {"type": "publish_error", "channel": "a", "message": "no", "code": "internal"},
+            {"type": "subscribed", "pattern": "x", "seq": 1},
+            {"type": "unsubscribed", "pattern": "x", "seq": 1},
+            {"type": "subscribe_error", "pattern": "x", "message": "no", "code": "internal"},
+            {"type": "revoked", "pattern": "x", "seq": 1},
+            {"type": "live", "pattern": "x", "seq": 1},
+            {"type": "gap", "pattern": "x", "from": 1, "to": 2, "epoch": EPOCH, "reason": "retention"},
+            {"type": "history", "messages": [], "more": False},
+            {"type": "pong", "seq": 999},
+            {"type": "auth_ok", "client_id": "alice"},
+            {"type": "auth_error", "message": "no", "code": "internal"},
+            {"type": "weather", "forecast": "rain"},
+            message(101, pattern="x"),
+            {"type": "message", "channel": "a", "payload": 1},
+        )
+    )
+    assert conversation.lost is None
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"), [("x" * 65536, Code.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)]
+)
+def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: Code | None) -> None:
+    conversation = begin()
+    batch = publish(conversation, "a", payload=payload)
+    [result] = batch.results
+    assert (result.code if isinstance(result, Refused) else result) == code
+    assert len(sent(conversation)) == (code is None)
+
+
+def test_what_is_nested_too_deep_is_refused_here() -> None:
+    conversation = begin()
+    deep: list[Any] = []
+    for _ in range(62):
+        deep = [deep]
+    assert publish(conversation, "a", payload=deep).missing == 1
+    [result] = publish(conversation, "a", payload=[deep]).results
+    assert isinstance(result, Refused)
+    assert result.code is Code.BAD_MESSAGE
+    assert len(sent(conversation)) == 1
+
+
+def test_lines_go_together_in_frames_of_limited_size() -> None:
+    conversation = begin()
+    batch = publish(conversation, *["a"] * 1000, payload="x" * 100)
+    sizes = []
+    lines_sent = 0
+    while conversation.outgoing:
+        frame = conversation.take()
+        sizes.append(len(frame))
+        assert frame.endswith(b"}\n")
+        lines_sent += frame.count(b"\n")
+    assert lines_sent == 1000 == batch.missing
+    assert max(sizes) <= FRAME
+    assert min(sizes[:-1]) > FRAME - 200
+
+
+def test_a_line_longer_than_a_frame_goes_alone() -> None:
+    conversation = begin()
+    publish(conversation, "a")
+    publish(conversation, "a", payload="x" * 50_000)
+    publish(conversation, "a")
+    counts = []
+    while conversation.outgoing:
+        counts.append(conversation.take().count(b"\n"))
+    assert counts == [1, 1, 1]
+
+
+# Subscribing
+
+
+def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10)
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*"}]
+    assert inbox.phase is Phase.ASKED
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 120}, message(121), message(None)))
+    assert inbox.phase is Phase.HELD
+    assert (inbox.cursor, inbox.epoch) == (120, EPOCH)
+    assert seqs(inbox) == [121, None]
+
+
+def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", 50, "e0", 10)
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0"}]
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 120}))
+    assert (inbox.cursor, inbox.epoch) == (50, "e0")
+    assert not inbox.items
+
+
+def test_a_message_without_a_gap_before_it_shows_that_the_cursor_holds_in_the_new_epoch() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, since=50, epoch="e0")
+    conversation.receive(lines(message(60), message(61)))
+    assert marks(inbox) == [("NoneType", 50, EPOCH)]
+    assert seqs(inbox) == [60, 61]
+    assert (inbox.arrived, inbox.arrived_epoch) == (61, EPOCH)
+
+
+def test_a_gap_moves_the_cursor_and_into_another_epoch_even_back() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, since=150, epoch="e0")
+    gap = {"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": EPOCH, "reason": "epoch"}
+    conversation.receive(lines(gap, message(91), message(92)))
+    assert marks(inbox) == [("Gap", 90, EPOCH)]
+    assert seqs(inbox) == [91, 92]
+
+
+def test_a_gap_in_the_same_epoch_only_moves_on() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, since=50)
+    for first, last in ((51, 80), (51, 70)):
+        conversation.receive(
+            lines({"type": "gap", "pattern": "a.*", "from": first, "to": last, "epoch": EPOCH, "reason": "retention"})
+        )
+    assert marks(inbox) == [("Gap", 80, EPOCH), ("Gap", 80, EPOCH)]
+
+
+def test_live_and_head_move_the_cursor_in_their_place_among_the_messages() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, since=50)
+    head = {"type": "head", "seq": 130, "epoch": EPOCH, "at": 1}
+    conversation.receive(lines(head, message(60), {"type": "live", "pattern": "a.*", "seq": 120}, message(121)))
+    assert marks(inbox) == [("Live", 120, EPOCH)]
+    conversation.receive(lines(head))
+    assert marks(inbox) == [("Live", 120, EPOCH), ("Head", 130, EPOCH)]
+    assert conversation.head == 130
+
+
+def test_heads_in_a_row_are_one() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    for seq in (130, 140, 150):
+        conversation.receive(lines({"type": "head", "seq": seq, "epoch": EPOCH, "at": 1}))
+    assert marks(inbox) == [("Head", 150, EPOCH)]
+
+
+def test_a_new_epoch_reaches_the_conversation_by_gap_and_by_head() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    conversation.receive(lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"}))
+    assert (conversation.epoch, conversation.head) == ("e2", 90)
+    conversation.receive(lines({"type": "head", "seq": 80, "epoch": "e3", "at": 1}))
+    assert (conversation.epoch, conversation.head) == ("e3", 80)
+    assert marks(inbox)[-1] == ("Head", 80, "e3")
+
+
+def test_what_has_arrived_already_does_not_arrive_again() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    conversation.receive(lines(message(100), message(101), message(103), message(102), message(103), message(104)))
+    assert seqs(inbox) == [101, 103, 104]
+
+
+def test_overlapping_patterns_keep_their_own_cursors() -> None:
+    conversation = begin()
+    one, other = subscribe(conversation, "a.*"), subscribe(conversation, "*", seq=110)
+    conversation.receive(lines(message(111, pattern="a.*"), message(111, pattern="*"), message(112, pattern="*")))
+    assert (seqs(one), seqs(other)) == ([111], [111, 112])
+    assert (one.arrived, other.arrived) == (111, 112)
+
+
+def test_a_refused_subscription_ends_with_the_reason() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10)
+    conversation.receive(lines({"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized"}))
+    assert inbox.phase is Phase.ENDED
+    assert inbox.ending is not None
+    assert inbox.ending.code is Code.UNAUTHORIZED
+    sent(conversation)
+    conversation.leave(inbox)
+    assert sent(conversation) == []
+    conversation.subscribe("a.*", None, None, 10)
+
+
+def test_a_revoked_subscription_ends_after_its_messages() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    conversation.receive(lines(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101}, message(102)))
+    assert seqs(inbox) == [101]
+    assert inbox.ending is not None
+    assert inbox.ending.code is Code.REVOKED
+
+
+def test_one_subscription_to_a_pattern_at_a_time() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    with pytest.raises(ValueError, match=r"a\.\* already"):
+        conversation.subscribe("a.*", None, None, 10)
+    conversation.leave(inbox)
+    conversation.subscribe("a.*", None, None, 10)
+
+
+def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_own() -> None:
+    conversation = begin()
+    old = subscribe(conversation)
+    conversation.leave(old)
+    new = conversation.subscribe("a.*", None, None, 10)
+    assert [request["type"] for request in sent(conversation)] == ["unsubscribe", "subscribe"]
+    conversation.receive(lines(message(101), {"type": "unsubscribed", "pattern": "a.*", "seq": 101}))
+    assert new.phase is Phase.ASKED
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 101}, message(102)))
+    assert (seqs(old), seqs(new)) == ([], [102])
+
+
+def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
+    conversation = begin()
+    old = conversation.subscribe("a.*", None, None, 10)
+    conversation.leave(old)
+    new = conversation.subscribe("a.*", 50, None, 10)
+    conversation.receive(
+        lines(
+            {"type": "subscribed", "pattern": "a.*", "seq": 100},
+            message(101),
+            {"type": "unsubscribed", "pattern": "a.*", "seq": 101},
+            {"type": "subscribed", "pattern": "a.*", "seq": 101},
+            message(51),
+        )
+    )
+    assert (seqs(old), seqs(new)) == ([], [51])
+    assert not conversation.waiting
+
+
+def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription() -> None:
+    conversation = begin()
+    old = subscribe(conversation)
+    conversation.leave(old)
+    new = conversation.subscribe("a.*", None, None, 10)
+    refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "not subscribed", "code": "invalid_pattern"}
+    conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 1}, refusal))
+    assert new.phase is Phase.ASKED
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 100}))
+    assert new.phase is Phase.HELD
+
+
+def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation)
+    woken: list[int] = []
+    inbox.wake = lambda: woken.append(len(inbox.items))
+    conversation.receive(lines(message(101), message(102), {"type": "head", "seq": 102, "epoch": EPOCH, "at": 1}))
+    assert woken == [1]
+
+
+# Full inboxes
+
+
+def test_a_full_inbox_is_crowded_until_it_is_relieved() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=3)
+    conversation.receive(lines(*[message(seq) for seq in range(101, 105)]))
+    assert list(conversation.crowded) == [inbox]
+    assert inbox.pressed
+    assert seqs(inbox) == [101, 102, 103, 104]
+    conversation.relieve(inbox)
+    assert not conversation.crowded
+    assert sent(conversation) == []
+
+
+def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=2)
+    conversation.receive(lines(message(101), message(102)))
+    conversation.suspend(inbox)
+    assert sent(conversation) == [{"type": "unsubscribe", "pattern": "a.*"}]
+    assert inbox.phase is Phase.AWAY
+    conversation.receive(lines(message(103), {"type": "unsubscribed", "pattern": "a.*", "seq": 103}))
+    assert seqs(inbox) == [101, 102]
+    conversation.relieve(inbox)
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH}]
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 104}, message(103), message(104)))
+    assert seqs(inbox) == [101, 102, 103, 104]
+    assert inbox.phase is Phase.HELD
+
+
+def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=2)
+    conversation.receive(lines(message(101), message(102)))
+    conversation.suspend(inbox)
+    conversation.relieve(inbox)
+    conversation.receive(
+        lines(
+            message(103),
+            {"type": "unsubscribed", "pattern": "a.*", "seq": 104},
+            {"type": "subscribed", "pattern": "a.*", "seq": 104},
+            message(103),
+            message(104),
+            {"type": "live", "pattern": "a.*", "seq": 104},
+        )
+    )
+    assert seqs(inbox) == [101, 102, 103, 104]
+
+
+def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=2)
+    conversation.receive(lines(message(101), message(102)))
+    conversation.suspend(inbox)
+    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert inbox.arrived == 102
+    conversation.relieve(inbox)
+    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 110}))
+    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert inbox.arrived == 102
+
+
+def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPILL", 5_000)
+    conversation = begin()
+    inbox = subscribe(conversation, limit=2)
+    conversation.receive(lines(*[message(seq, "x" * 100) for seq in range(101, 200)]))
+    assert inbox.phase is Phase.AWAY
+    assert len(inbox.items) < 20
+    assert not conversation.crowded
+
+
+def test_a_subscription_that_may_not_come_back_ends() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=1)
+    conversation.receive(lines(message(101)))
+    conversation.suspend(inbox)
+    conversation.relieve(inbox)
+    conversation.receive(
+        lines(
+            {"type": "unsubscribed", "pattern": "a.*", "seq": 1},
+            {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized"},
+        )
+    )
+    assert seqs(inbox) == [101]
+    assert inbox.ending is not None
+    assert inbox.ending.code is Code.UNAUTHORIZED
+
+
+def test_leaving_while_away_says_nothing_more() -> None:
+    conversation = begin()
+    inbox = subscribe(conversation, limit=1)
+    conversation.receive(lines(message(101)))
+    conversation.suspend(inbox)
+    sent(conversation)
+    conversation.leave(inbox)
+    conversation.relieve(inbox)
+    assert sent(conversation) == []
+
+
+# History, ping, errors
+
+
+def test_histories_are_told_apart_by_their_ids() -> None:
+    conversation = begin()
+    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    first, second = sent(conversation)
+    assert (first["limit"], second["before"]) == (2, 90)
+    conversation.receive(lines({"type": "history", "id": second["id"], "messages": [], "more": False}))
+    assert one.value is None
+    assert isinstance(other.value, Page)
+    page = {"type": "history", "id": first["id"], "messages": [message(7, {"n": 1})], "more": True}
+    conversation.receive(lines(page))
+    assert isinstance(one.value, Page)
+    assert [item.payload for item in one.value.messages] == [{"n": 1}]
+    assert one.value.more
+
+
+def test_an_error_with_an_id_refuses_that_history() -> None:
+    conversation = begin()
+    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    _, second = sent(conversation)
+    conversation.receive(lines({"type": "error", "message": "no", "code": "unauthorized", "id": second["id"]}))
+    assert one.value is None
+    assert isinstance(other.value, Refused)
+
+
+def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
+    conversation = begin()
+    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    conversation.receive(lines({"type": "error", "message": "no", "code": "unavailable"}))
+    assert isinstance(one.value, Refused)
+    assert other.value is None
+
+
+def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
+    conversation = begin()
+    publish(conversation, "a")
+    with pytest.raises(PeerError, match="what?") as caught:
+        conversation.receive(lines({"type": "error", "message": "what?", "code": "bad_message"}))
+    assert caught.value.close is CloseCode.BAD_MESSAGE
+
+
+def test_goaway_and_other_errors_are_events() -> None:
+    events: list[wire.GoAway | wire.Error] = []
+    conversation = Conversation(events.append)
+    conversation.receive(
+        lines(
+            {"type": "goaway", "reason": "stopping", "reconnect_in": 1.5},
+            {"type": "error", "message": "the token has expired", "code": "token_expired"},
+        )
+    )
+    assert events == [wire.GoAway("stopping", 1.5), wire.Error("the token has expired", Code.TOKEN_EXPIRED)]
+
+
+def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:
+    conversation = begin()
+    conversation.keep_alive()
+    assert not conversation.waiting
+    answer = conversation.ping()
+    assert conversation.waiting
+    unwaited, waited = (request["seq"] for request in sent(conversation))
+    conversation.receive(lines({"type": "pong", "seq": unwaited}))
+    assert answer.value is None
+    conversation.receive(lines({"type": "pong", "seq": waited}))
+    assert answer.value == wire.Pong(waited)
+
+
+@pytest.mark.parametrize("line", [b'{"type":"pong"}\n', b"garbage", b'{"type":"published","channel":"a","id":"x"}'])
+def test_nonsense_is_the_peers_mistake(line: bytes) -> None:
+    with pytest.raises(PeerError) as caught:
+        begin().receive(line)
+    assert caught.value.close is CloseCode.BAD_MESSAGE
+
+
+# The end
+
+
+def test_losing_the_connection_wakes_everyone() -> None:
+    conversation = begin()
+    woken: list[str] = []
+    batch, history, ping = publish(conversation, "a"), conversation.history("a", 1, None), conversation.ping()
+    asked, held = conversation.subscribe("b", None, None, 1), subscribe(conversation)
+    auth = conversation.authenticate("t2")
+    waiting = {"batch": batch, "history": history, "ping": ping, "asked": asked, "held": held, "auth": auth}
+    for name, waiter in waiting.items():
+        waiter.wake = lambda name=name: woken.append(name)  # type: ignore[misc, attr-defined]
+    conversation.lose("gone", 4503)
+    conversation.lose("again")
+    assert sorted(woken) == sorted(waiting)
+    assert conversation.outgoing == 0
+    assert conversation.lost == ("gone", 4503)
+    with pytest.raises(Disconnected, match="gone") as caught:
+        publish(conversation, "a")
+    assert caught.value.code == 4503
+    conversation.leave(asked)
+    conversation.leave(held)
+
+
+STREAM = lines(
+    {"type": "subscribed", "pattern": "a.*", "seq": 100},
+    *[message(seq, {"text": 'ü"}{\\"'}) for seq in range(101, 105)],
+    {"type": "gap", "pattern": "a.*", "from": 105, "to": 110, "epoch": EPOCH, "reason": "retention"},
+    message(111),
+    {"type": "head", "seq": 120, "epoch": EPOCH, "at": 1},
+    {"type": "revoked", "pattern": "a.*", "seq": 120},
+)
+
+
+# However the bytes are cut, the same arrives.
+@given(st.lists(st.integers(0, len(STREAM)), max_size=8))
+def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int]) -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 1000)
+    edges = [0, *sorted(cuts), len(STREAM)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        conversation.receive(STREAM[start:stop])
+    assert seqs(inbox) == [101, 102, 103, 104, 111]
+    assert marks(inbox) == [("Gap", 110, EPOCH), ("Head", 120, EPOCH)]
+    assert inbox.phase is Phase.ENDED

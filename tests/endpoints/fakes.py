@@ -1,0 +1,87 @@
+"""A hub whose clients do as a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from math import inf
+from typing import Any
+
+import trio
+
+from catbus.auth import Grants, Identity
+from catbus.config import Config
+from catbus.errors import CloseCode, Code, PeerError
+from catbus.log import Committed, Outcome
+from catbus.mailbox import Mailbox, Outlet
+from catbus.wire import Protocol, Publish
+
+
+class FakeClient:
+    """Echoes every chunk as a line, unless told otherwise."""
+
+    def __init__(self, hub: FakeHub, outlet: Outlet) -> None:
+        self.hub = hub
+        self.mailbox = Mailbox(outlet, lambda mailbox: None)
+        self.protocol = Protocol.V1
+        self.deadline = inf
+        self.closing: tuple[CloseCode, str] | None = None
+        self.received: list[bytes] = []
+        self.ticks = 0
+        self.left = False
+        self._closing = trio.Event()
+
+    async def receive(self, data: bytes) -> None:
+        self.received.append(data)
+        await self.hub.on_receive(self, data)
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self.close(CloseCode.AUTH_TIMEOUT, "no auth")
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        if self.closing is None:
+            self.closing = code, reason
+        self._closing.set()
+
+    async def wait_closing(self) -> None:
+        await self._closing.wait()
+
+    def leave(self) -> None:
+        self.left = True
+        self.closing = None
+        self.mailbox.take()
+        self._closing.set()
+
+
+async def echo(client: FakeClient, data: bytes) -> None:
+    client.mailbox.put(data + b"\n")
+
+
+class FakeHub:
+    """Knows the token `good`. Publishing numbers the messages from 1."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self.readiness = "ready"
+        self.clients: list[FakeClient] = []
+        self.published: list[Publish] = []
+        self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
+        self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
+
+    def open_client(self, outlet: Outlet, *, transport: str) -> FakeClient:
+        assert transport == "websocket"
+        client = FakeClient(self, outlet)
+        self.clients.append(client)
+        return client
+
+    def authenticate(self, token: str) -> Identity:
+        if token != "good":
+            raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
+        return Identity("alice", Grants.ALL, None)
+
+    async def publish(self, identity: Identity, requests: Sequence[Publish]) -> list[Outcome | None]:
+        outcomes: list[Any] = []
+        for request in requests:
+            self.published.append(request)
+            outcomes.append(self.on_publish(request))
+        return outcomes

@@ -1,0 +1,388 @@
+"""catbus.endpoints.websocket"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
+
+from catbus.config import Config, Limits
+from catbus.endpoints.roster import Roster
+from catbus.endpoints.websocket import CLOSING_TIME, STALL_TIME, serve_websocket
+from catbus.errors import CloseCode
+from catbus.wire import Protocol
+from tests.endpoints import peers
+from tests.endpoints.fakes import FakeClient, FakeHub, echo
+from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked
+
+
+class Served:
+    """A connection that is being served, seen from both sides."""
+
+    def __init__(self, hub: FakeHub, roster: Roster, peer: Peer, ended: trio.Event) -> None:
+        self.hub = hub
+        self.roster = roster
+        self.peer = peer
+        self.ended = ended
+
+    @property
+    def client(self) -> FakeClient:
+        return self.hub.clients[0]
+
+
+@asynccontextmanager
+async def served(
+    hub: FakeHub | None = None,
+    *,
+    pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
+    rest: bytes = b"",
+    upgrade: bool = True,
+) -> AsyncIterator[Served]:
+    hub, roster, ended = hub or FakeHub(), Roster(), trio.Event()
+    ours, theirs = pair()
+    settings = hub.config.websocket
+
+    async def serve() -> None:
+        await serve_websocket(cast(Any, hub), roster, ours, UPGRADE, rest)
+        await ours.aclose()
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        nursery.start_soon(serve)
+        peer = Peer(theirs)
+        if upgrade:
+            assert (await peer.response(head=True)).status == 101
+        yield Served(hub, roster, peer, ended)
+        nursery.cancel_scope.cancel()
+
+
+def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, bytes], Awaitable[None]]:
+    async def on_receive(client: FakeClient, data: bytes) -> None:
+        reaction(client, data)
+
+    return on_receive
+
+
+# Talking
+
+
+@pytest.mark.parametrize("opcode", [peers.TEXT, peers.BINARY])
+async def test_what_a_peer_says_reaches_the_client_as_bytes_and_replies_come_back(opcode: int) -> None:
+    async with served() as it:
+        await it.peer.send(masked(opcode, "grüße".encode()))
+        assert await it.peer.frame() == (peers.TEXT, "grüße\n".encode())
+        assert it.client.received == ["grüße".encode()]
+
+
+async def test_a_message_may_come_in_many_fragments_with_pings_between() -> None:
+    async with served() as it:
+        await it.peer.send(masked(peers.TEXT, b"a", fin=False) + masked(peers.PING, b"?") + masked(0, b"b"))
+        assert await it.peer.frame() == (peers.PONG, b"?")
+        assert await it.peer.frame() == (peers.TEXT, b"ab\n")
+
+
+async def test_what_came_with_the_request_is_not_lost() -> None:
+    async with served(rest=masked(peers.TEXT, b"early")) as it:
+        assert await it.peer.frame() == (peers.TEXT, b"early\n")
+
+
+async def test_a_flush_from_outside_sends_what_the_mailbox_holds() -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.mailbox.put(b"one\n")
+        it.client.mailbox.put(b"two\n")
+        it.client.mailbox.outlet.flush()
+        it.client.mailbox.outlet.flush()
+        assert await it.peer.frame() == (peers.TEXT, b"one\ntwo\n")
+
+
+async def test_a_flush_passes_by_while_the_writer_is_at_work() -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        mailbox = it.client.mailbox
+        mailbox.put(b"a" * 1000)
+        mailbox.outlet.flush()
+        mailbox.put(b"b" * 1000)
+        mailbox.outlet.flush()
+        assert mailbox
+        assert await it.peer.frame() == (peers.TEXT, b"a" * 1000)
+        assert await it.peer.frame() == (peers.TEXT, b"b" * 1000)
+
+
+async def test_a_first_version_client_gets_a_frame_a_line() -> None:
+    hub = FakeHub()
+    hub.on_receive = says(lambda client, data: [client.mailbox.put(b"1\n"), client.mailbox.put(b"2\n")])
+    async with served(hub) as it:
+        await wait_all_tasks_blocked()
+        it.client.protocol = Protocol.FIRST
+        await it.peer.send(masked(peers.TEXT, b"?"))
+        assert [await it.peer.frame(), await it.peer.frame()] == [(peers.TEXT, b"1"), (peers.TEXT, b"2")]
+
+
+async def test_the_client_is_told_when_its_deadline_has_passed(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.deadline = trio.current_time() + 10
+        await it.peer.send(masked(peers.TEXT, b"so that the deadline is looked at"))
+        await it.peer.frame()
+        began = trio.current_time()
+        assert (await it.peer.frame()).code == CloseCode.AUTH_TIMEOUT
+        assert trio.current_time() == pytest.approx(began + 10)
+        assert it.client.ticks == 1
+
+
+# Closing
+
+
+async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        client = it.client
+        client.mailbox.put(b"goodbye\n")
+        client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert await it.peer.frame() == (peers.TEXT, b"goodbye\n")
+        frame = await it.peer.frame()
+        assert (frame.code, frame.payload[2:]) == (4504, b"stopping")
+        assert client.left
+        await trio.sleep(CLOSING_TIME / 2)
+        assert not it.ended.is_set()
+        await it.peer.send(close_frame(4504))
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert trio.current_time() < CLOSING_TIME
+
+
+async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        began = trio.current_time()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        await it.ended.wait()
+        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+
+
+async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        it.client.mailbox.put(b"a" * 100_000)
+        it.client.mailbox.outlet.flush()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        began = trio.current_time()
+        await it.ended.wait()
+        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+
+
+async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert (await it.peer.frame()).opcode == peers.CLOSE
+        for number in range(10):
+            await it.peer.send(masked(peers.TEXT, b"%d" % number) + masked(peers.PING, b"?"))
+        await it.peer.send(close_frame(1000))
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.received == []
+        assert trio.current_time() < CLOSING_TIME
+
+
+async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
+    hub = FakeHub()
+
+    async def wait(client: FakeClient, data: bytes) -> None:
+        await trio.sleep_forever()
+
+    hub.on_receive = wait
+    async with served(hub) as it:
+        await it.peer.send(masked(peers.TEXT, b"x") * 5)
+        await wait_all_tasks_blocked()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert (await it.peer.frame()).code == 4504
+
+
+async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(masked(peers.TEXT, b"last") + close_frame(1001))
+        assert await it.peer.frame() == (peers.TEXT, b"last\n")
+        assert (await it.peer.frame()).code == 1001
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.roster.faults == 0
+
+
+async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(close_frame(1000) + masked(peers.PING, b"?") + masked(peers.TEXT, b"x") + close_frame(1000))
+        assert (await it.peer.frame()).code == 1000
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.roster.faults == 0
+
+
+async def test_a_peer_that_vanishes_is_noticed() -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.roster.faults == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (masked(peers.TEXT, b"\xff"), 1007),
+        (b"\x83\x80\0\0\0\0", 1002),
+        (masked(0, b"continues nothing"), 1002),
+        (b"\x81\x01x", 1002),
+    ],
+    ids=["not UTF-8", "unknown opcode", "stray continuation", "not masked"],
+)
+async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(data)
+        assert (await it.peer.frame()).code == code
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.roster.faults == 0
+
+
+async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
+    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+        await it.peer.send(masked(peers.TEXT, b"x" * 1600))
+        assert await it.peer.frame() == (peers.TEXT, b"x" * 1600 + b"\n")
+        await it.peer.send(masked(peers.TEXT, b"x" * 1601))
+        assert (await it.peer.frame()).code == 1009
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert len(it.client.received) == 1
+
+
+# Our own mistakes
+
+
+async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autojump_clock: MockClock) -> None:
+    hub = FakeHub()
+
+    def fail(client: FakeClient, data: bytes) -> None:
+        if data == b"bug":
+            client.mailbox.put(b"said before\n")
+            raise RuntimeError("a bug")
+        client.mailbox.put(data)
+
+    hub.on_receive = says(fail)
+    async with served(hub) as it, served(hub) as other:
+        await it.peer.send(masked(peers.TEXT, b"bug"))
+        assert (await it.peer.frame()).payload == b"said before\n"
+        frame = await it.peer.frame()
+        assert (frame.code, frame.payload[2:]) == (4500, b"internal error")
+        assert it.roster.faults == 1
+        await other.peer.send(masked(peers.TEXT, b"fine"))
+        assert (await other.peer.frame()).payload == b"fine"
+        await it.ended.wait()
+
+
+async def test_a_hub_that_fails_closes_the_connection(autojump_clock: MockClock) -> None:
+    hub = FakeHub()
+
+    def fail(*args: object, **names: object) -> Any:
+        raise RuntimeError("a bug")
+
+    hub.open_client = fail  # type: ignore[method-assign]
+    async with served(hub) as it:
+        assert (await it.peer.frame()).code == 4500
+        assert it.roster.faults == 1
+        await it.ended.wait()
+
+
+async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.mailbox.put(cast(Any, "not bytes"))
+        it.client.mailbox.outlet.flush()
+        await it.ended.wait()
+        assert it.roster.faults == 1
+        assert it.client.left
+
+
+async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> None:
+    hub, roster = FakeHub(), Roster()
+    ours, _ = memory_stream_pair()
+    await serve_websocket(cast(Any, hub), roster, ours, b"GET /ws HTTP/1.1\r\n")
+    assert 10 <= trio.current_time() < 13
+    assert hub.clients == []
+
+
+# Keeping alive
+
+
+async def test_a_silent_peer_is_pinged_and_stays_if_it_answers(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        for _ in range(10):
+            began = trio.current_time()
+            assert await it.peer.frame() == (peers.PING, b"")
+            assert 15 <= trio.current_time() - began <= 25
+            await it.peer.send(masked(peers.PONG, b""))
+        assert it.client.closing is None
+
+
+async def test_a_peer_that_talks_is_not_pinged(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        for _ in range(30):
+            await trio.sleep(10)
+            await it.peer.send(masked(peers.TEXT, b"x"))
+            assert await it.peer.frame() == (peers.TEXT, b"x\n")
+
+
+async def test_a_peer_that_stays_silent_is_closed(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        pings = 0
+        while (frame := await it.peer.frame()).opcode == peers.PING:
+            pings += 1
+        assert frame.code == CloseCode.UNRESPONSIVE
+        assert 60 <= trio.current_time() <= 66
+        assert pings == 2
+        await it.ended.wait()
+        assert trio.current_time() <= 70
+
+
+async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        it.client.mailbox.put(b"a" * 100_000)
+        it.client.mailbox.outlet.flush()
+        began = trio.current_time()
+        while not it.ended.is_set():
+            with trio.move_on_after(7):
+                # It is not silent, though.
+                await it.peer.send(masked(peers.PONG, b""))
+                await it.ended.wait()
+        assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 6
+        assert it.client.left
+
+
+async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        for _ in range(20):
+            it.client.mailbox.put(b"a" * 60_000)
+        it.client.mailbox.outlet.flush()
+        for _ in range(20):
+            await trio.sleep(20)
+            assert (await it.peer.frame()).opcode == peers.TEXT
+        assert not it.ended.is_set()
+        assert not it.client.left
+
+
+def test_the_fake_hub_is_used_as_the_real_one_would_be() -> None:
+    assert FakeHub().on_receive is echo

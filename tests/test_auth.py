@@ -1,0 +1,505 @@
+"""Tokens that are accepted, for what and until when, and all the ways in which one is not."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import warnings
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, sign
+from catbus.errors import CloseCode, Code, ConfigError, PeerError
+
+SECRET = "correct horse battery staple"
+OTHER = "Tr0ub4dor&3"
+NOW = 1_700_000_000.0
+READER = Grants(read=("project.*",))
+
+# Made with openssl, by the words of the specification.
+ALICE = (
+    "sub-eyJjbGllbnRfaWQiOiAiYWxpY2UiLCAiZ3JhbnRzIjogeyJncmFudHMiOiBbeyJncmFudF90eXBlIjogInJlYWQiLCAicGF0dGVybiI6"
+    "ICJwcm9qZWN0LioifV19fQ.EzPQB2eKscBeglLWEM6eAw"
+)
+BOB = (
+    "sub-eyJjbGllbnRfaWQiOiJib2IiLCJncmFudHMiOnsiZ3JhbnRzIjpbeyJncmFudF90eXBlIjoiYWxsIiwicGF0dGVybiI6IioifSx7Imdy"
+    "YW50X3R5cGUiOiJjcmVhdGUiLCJwYXR0ZXJuIjoieC4qIn1dfSwiZXhwIjoyMDAwMDAwMDAwLCJuYmYiOjEwMDAwMDAwMDAsImlhdCI6MTAw"
+    "MDAwMDAwMH0.BNT0Z5k_HzhSPUgS9s_BeA"
+)
+CAROL = (
+    "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiJjYXJvbCIsImV4cCI6MjAwMDAwMDAwMCwiY2F0YnVzIjp7InJlYWQiOlsib3Jk"
+    "ZXJzLioiXSwid3JpdGUiOlsib3JkZXJzLjQyIl19fQ.Ly-XyS0XDGdaC93npQP6sbrtDrcoHl8xE0KbZrZZwZQ"
+)
+
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+EC_KEY = ec.generate_private_key(ec.SECP256R1())
+CLAIMS = {"sub": "dave", "catbus": {"read": ["a.*"], "write": ["a.b"]}}
+DAVE = Identity("dave", Grants(("a.*",), ("a.b",)), None)
+
+
+def pem(key: Any) -> str:
+    return str(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode())
+
+
+def jwks(*keys: tuple[Any, dict[str, str]]) -> str:
+    algorithms = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+    }
+    entries = []
+    for key, more in keys:
+        (algorithm,) = [algorithm for kind, algorithm in algorithms.items() if isinstance(key, kind)]
+        entries.append({**algorithm.to_jwk(key.public_key(), as_dict=True), **more})
+    return json.dumps({"keys": entries})
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def signed(body: bytes | str, secret: str = SECRET) -> str:
+    """A `sub-` token that holds this, whatever it is."""
+    text = base64url(body.encode() if isinstance(body, str) else body)
+    return f"sub-{text}.{base64url(hmac.digest(secret.encode(), text.encode(), 'sha256')[:16])}"
+
+
+def signed_jwt(header: dict[str, Any], claims: Any, secret: str = SECRET) -> str:
+    """A JWT with any header, over HMAC-SHA256 whatever the header says."""
+    text = f"{base64url(json.dumps(header).encode())}.{base64url(json.dumps(claims).encode())}"
+    return f"{text}.{base64url(hmac.digest(secret.encode(), text.encode(), hashlib.sha256))}"
+
+
+def refusal(authenticator: Authenticator, token: str, now: float = NOW) -> PeerError:
+    """The error to a token that is refused; nothing of the token stands in it."""
+    with pytest.raises(PeerError) as caught:
+        authenticator.verify(token, now)
+    error = caught.value
+    for part in token.split("."):
+        assert len(part) < 8 or part not in error.message
+    assert SECRET not in error.message
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    return error
+
+
+def assert_unauthenticated(authenticator: Authenticator, token: str, now: float = NOW) -> None:
+    error = refusal(authenticator, token, now)
+    assert (error.code, error.close) == (Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
+
+
+def assert_expired(authenticator: Authenticator, token: str, now: float = NOW) -> None:
+    error = refusal(authenticator, token, now)
+    assert (error.code, error.close) == (Code.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED)
+
+
+# Grants
+
+
+def test_a_subscription_needs_one_grant_that_covers_all_of_it() -> None:
+    grants = Grants(read=("a.b", "c.*"), write=("d.*",))
+    assert [grants.may_read(pattern) for pattern in ("a.b", "c.*", "c.d", "c.d.*")] == [True] * 4
+    assert [grants.may_read(pattern) for pattern in ("a.*", "a", "c", "*", "d.e")] == [False] * 5
+
+
+def test_publishing_needs_a_grant_that_matches_the_channel() -> None:
+    grants = Grants(read=("d.*",), write=("a.b", "c.*"))
+    assert [grants.may_write(channel) for channel in ("a.b", "c.d", "c.d.e")] == [True] * 3
+    assert [grants.may_write(channel) for channel in ("a", "a.b.c", "c", "d.e")] == [False] * 4
+
+
+def test_everything_is_for_the_admin_and_for_a_grant_on_everything() -> None:
+    assert Grants.ALL.may_read("*")
+    assert Grants.ALL.may_write("a.b")
+    assert Grants(read=("*",)).may_read("*")
+    assert not Grants(read=("*",)).may_write("a")
+    assert not Grants().may_read("a")
+
+
+# Tokens of the form that has always been
+
+
+def test_tokens_that_exist_verify() -> None:
+    authenticator = Authenticator([SECRET])
+    assert authenticator.verify(ALICE, NOW) == Identity("alice", READER, None)
+    assert authenticator.verify(BOB, NOW) == Identity("bob", Grants.ALL, 2e9)
+    assert authenticator.verify(CAROL, NOW) == Identity("carol", Grants(("orders.*",), ("orders.42",)), 2e9)
+
+
+def test_a_signed_token_verifies() -> None:
+    grants = Grants(read=("a.*", "b"), write=("*",))
+    token = sign(SECRET, client_id="é", grants=grants, expires=NOW + 60.9, not_before=NOW - 60.5, issued_at=NOW)
+    assert Authenticator([SECRET]).verify(token, NOW) == Identity("é", grants, NOW + 60)
+    assert Authenticator([SECRET]).verify(sign(SECRET, client_id=None, grants=Grants()), NOW).client_id is None
+
+
+def test_a_signed_token_has_the_form_of_those_that_exist() -> None:
+    token = sign(SECRET, client_id="alice", grants=READER)
+    text, mac = token.removeprefix("sub-").split(".")
+    assert json.loads(base64.urlsafe_b64decode(text + "==")) == json.loads(
+        '{"client_id": "alice", "grants": {"grants": [{"grant_type": "read", "pattern": "project.*"}]}}'
+    )
+    assert len(base64.urlsafe_b64decode(mac + "==")) == 16
+    assert "=" not in token
+
+
+@given(
+    client_id=st.none() | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    read=st.lists(st.sampled_from(["a", "a.*", "*", "b.c.d"])),
+    write=st.lists(st.sampled_from(["a", "a.*", "*", "b.c.d"])),
+    expires=st.none() | st.integers(int(NOW) + 1, 2**40),
+)
+def test_what_is_signed_is_what_is_said(
+    client_id: str | None, read: list[str], write: list[str], expires: int | None
+) -> None:
+    grants = Grants(tuple(read), tuple(write))
+    token = sign(SECRET, client_id=client_id, grants=grants, expires=expires)
+    assert Authenticator([SECRET]).verify(token, NOW) == Identity(client_id, grants, expires)
+
+
+def test_any_of_several_secrets_verifies() -> None:
+    token = sign(SECRET, client_id="a", grants=READER)
+    assert Authenticator([OTHER, SECRET]).verify(token, NOW) == Authenticator([SECRET, OTHER]).verify(token, NOW)
+    assert Authenticator([OTHER, SECRET]).verify(CAROL, NOW).client_id == "carol"
+    assert_unauthenticated(Authenticator([OTHER]), token)
+    assert_unauthenticated(Authenticator([OTHER]), CAROL)
+    assert_unauthenticated(Authenticator([]), token)
+
+
+def test_a_token_is_good_from_not_before_until_just_before_it_expires() -> None:
+    authenticator = Authenticator([SECRET])
+    token = sign(SECRET, client_id="a", grants=READER, not_before=NOW, expires=NOW + 10)
+    assert_unauthenticated(authenticator, token, NOW - 0.1)
+    assert authenticator.verify(token, NOW).expires == NOW + 10
+    authenticator.verify(token, NOW + 9.9)
+    assert_expired(authenticator, token, NOW + 10)
+    web = jwt.encode({**CLAIMS, "nbf": NOW, "exp": NOW + 10}, SECRET * 2, algorithm="HS256")
+    authenticator = Authenticator([SECRET * 2])
+    assert_unauthenticated(authenticator, web, NOW - 0.1)
+    assert authenticator.verify(web, NOW).expires == NOW + 10
+    assert_expired(authenticator, web, NOW + 10)
+
+
+def test_a_clock_that_is_behind_the_issuers_is_no_reason_to_refuse() -> None:
+    authenticator = Authenticator([SECRET])
+    authenticator.verify(sign(SECRET, client_id="a", grants=READER, issued_at=NOW + 60), NOW)
+    authenticator.verify(signed_jwt({"alg": "HS256"}, {**CLAIMS, "iat": NOW + 60}), NOW)
+
+
+def test_an_expired_token_of_another_secret_is_not_called_expired() -> None:
+    assert_unauthenticated(Authenticator([OTHER]), sign(SECRET, client_id="a", grants=READER, expires=1))
+
+
+@pytest.mark.parametrize("token", [ALICE, BOB, CAROL], ids=["alice", "bob", "carol"])
+def test_a_token_with_one_character_changed_or_missing_is_refused(token: str) -> None:
+    authenticator = Authenticator([SECRET])
+    for place, character in enumerate(token):
+        assert_unauthenticated(authenticator, token[:place])
+        assert_unauthenticated(authenticator, token[:place] + token[place + 1 :])
+        assert_unauthenticated(authenticator, token[:place] + chr(ord(character) ^ 1) + token[place + 1 :])
+
+
+@pytest.mark.parametrize("more", ["=", "==", "A", ".", " ", "\n", "\0", ".AAAA", "é", "\ud800"])
+@pytest.mark.parametrize("token", [ALICE, CAROL], ids=["alice", "carol"])
+def test_a_token_with_something_behind_it_is_refused(token: str, more: str) -> None:
+    assert_unauthenticated(Authenticator([SECRET]), token + more)
+
+
+def test_a_whole_mac_is_not_a_mac() -> None:
+    text = ALICE.removeprefix("sub-").split(".")[0]
+    mac = hmac.digest(SECRET.encode(), text.encode(), "sha256")
+    for size in (0, 1, 8, 15, 17, 32):
+        assert_unauthenticated(Authenticator([SECRET]), f"sub-{text}.{base64url(mac[:size])}")
+
+
+GRANTS = '{"grants":[{"grant_type":"read","pattern":"a"}]}'
+
+UNUSABLE = {
+    "nothing": "",
+    "not JSON": "{",
+    "not UTF-8": b'{"client_id":"\xff","grants":{"grants":[]}}',
+    "not an object": "[]",
+    "no grants": '{"client_id":"a"}',
+    "grants of another form": '{"client_id":"a","grants":[]}',
+    "null for grants": '{"client_id":"a","grants":null}',
+    "an unknown grant": '{"client_id":"a","grants":{"grants":[{"grant_type":"admin","pattern":"a"}]}}',
+    "a grant in capitals": '{"client_id":"a","grants":{"grants":[{"grant_type":"Read","pattern":"a"}]}}',
+    "a grant of nothing": '{"client_id":"a","grants":{"grants":[{"grant_type":"read"}]}}',
+    "a grant on no pattern": '{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a.*.b"}]}}',
+    "a grant on a line": '{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a\\n"}]}}',
+    "create on no pattern": '{"client_id":"a","grants":{"grants":[{"grant_type":"create","pattern":"a b"}]}}',
+    "a client_id that is a number": '{"client_id":1,"grants":%s}' % GRANTS,
+    "a client_id no database holds": '{"client_id":"a\\u0000","grants":%s}' % GRANTS,
+    "an expiry that is a string": '{"client_id":"a","grants":%s,"exp":"2000000000"}' % GRANTS,
+    "an expiry that is true": '{"client_id":"a","grants":%s,"exp":true}' % GRANTS,
+    "an expiry out of range": '{"client_id":"a","grants":%s,"exp":1e999}' % GRANTS,
+    "an expiry that is no number": '{"client_id":"a","grants":%s,"exp":NaN}' % GRANTS,
+    "a start that is a string": '{"client_id":"a","grants":%s,"nbf":"0"}' % GRANTS,
+    "a bomb": '{"client_id":"a","x":' + "[" * 3000 + "]" * 3000 + ',"grants":%s}' % GRANTS,
+}
+
+
+@pytest.mark.parametrize("body", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_signed_token_that_says_something_else_is_refused(body: bytes | str) -> None:
+    assert_unauthenticated(Authenticator([SECRET]), signed(body))
+
+
+def test_fields_that_are_not_known_are_ignored() -> None:
+    token = signed('{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a","x":1}],"y":2},"z":3}')
+    assert Authenticator([SECRET]).verify(token, NOW) == Identity("a", Grants(read=("a",)), None)
+
+
+def test_create_allows_nothing_and_all_is_read_and_write() -> None:
+    token = signed(
+        '{"client_id":"a","grants":{"grants":[{"grant_type":"create","pattern":"a"},{"grant_type":"all","pattern":"b"},'
+        '{"grant_type":"write","pattern":"c"}]}}'
+    )
+    assert Authenticator([SECRET]).verify(token, NOW).grants == Grants(("b",), ("b", "c"))
+
+
+def test_a_long_token_is_refused_unread() -> None:
+    authenticator = Authenticator([SECRET])
+    filling = '{"client_id":"%s","grants":{"grants":[]}}'
+    token = signed(filling % ("x" * 6000))
+    assert len(token) <= MAX_TOKEN
+    authenticator.verify(token, NOW)
+    token = signed(filling % ("x" * 6200))
+    assert len(token) > MAX_TOKEN
+    assert str(MAX_TOKEN) in refusal(authenticator, token).message
+
+
+def test_signing_refuses_what_would_not_verify() -> None:
+    with pytest.raises(PeerError) as caught:
+        sign(SECRET, client_id="a", grants=Grants(read=("a.*.b",)))
+    assert caught.value.code == Code.INVALID_PATTERN
+    with pytest.raises(ConfigError, match="fewer"):
+        sign(SECRET, client_id="a", grants=Grants(read=("a" * 200,) * 40))
+    with pytest.raises(ConfigError):
+        sign("", client_id="a", grants=READER)
+
+
+def test_role_tokens_are_not_known() -> None:
+    token = "role-" + base64url(bytes(16))
+    assert_unauthenticated(Authenticator([SECRET]), token)
+    assert "role" in refusal(Authenticator([SECRET]), token).message
+
+
+@given(st.text() | st.text(alphabet="sub-ey.AQ_=", max_size=30) | st.lists(st.binary().map(base64url)).map(".".join))
+def test_anything_else_is_refused(token: str) -> None:
+    authenticator = Authenticator([SECRET], admin_key="an admin key", jwt_keys=[pem(RSA_KEY)])
+    for text in (token, "sub-" + token, "role-" + token, "eyJhbGciOiJIUzI1NiJ9." + token):
+        assert_unauthenticated(authenticator, text)
+
+
+# The admin key
+
+
+def test_the_admin_key_is_everything() -> None:
+    authenticator = Authenticator([SECRET], admin_key="Schlüssel")
+    assert authenticator.verify("Schlüssel", NOW) == Identity(None, Grants.ALL, None, admin=True)
+    for token in ("Schlüsse", "Schlüssell", "schlüssel", ""):
+        assert_unauthenticated(authenticator, token)
+
+
+@pytest.mark.parametrize("admin_key", [None, ""])
+def test_without_an_admin_key_nobody_is_admin(admin_key: str | None) -> None:
+    authenticator = Authenticator([SECRET], admin_key=admin_key)
+    for token in ("", "None"):
+        assert_unauthenticated(authenticator, token)
+    assert not authenticator.verify(BOB, NOW).admin
+
+
+# JWTs
+
+
+@pytest.mark.parametrize(("key", "algorithm"), [(RSA_KEY, "RS256"), (EC_KEY, "ES256")], ids=["RS256", "ES256"])
+def test_a_jwt_of_a_public_key_verifies(key: Any, algorithm: str) -> None:
+    token = jwt.encode(CLAIMS, key, algorithm=algorithm)
+    for texts in ([pem(key)], [jwks((key, {}))], [pem(RSA_KEY) + pem(EC_KEY)], [pem(EC_KEY), jwks((RSA_KEY, {}))]):
+        assert Authenticator([], jwt_keys=texts).verify(token, NOW) == DAVE
+    stranger = (
+        rsa.generate_private_key(65537, 2048) if algorithm == "RS256" else ec.generate_private_key(ec.SECP256R1())
+    )
+    assert_unauthenticated(Authenticator([SECRET], jwt_keys=[pem(stranger)]), token)
+    assert_unauthenticated(Authenticator([SECRET]), token)
+
+
+def test_a_jwt_of_a_short_secret_verifies_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Authenticator(["s"]).verify(signed_jwt({"alg": "HS256"}, CLAIMS, "s"), NOW) == DAVE
+
+
+def test_a_public_key_is_not_a_secret() -> None:
+    for key in (RSA_KEY, EC_KEY):
+        authenticator = Authenticator([SECRET], jwt_keys=[pem(key), jwks((key, {"kid": "k"}))])
+        for text in (pem(key), pem(key).strip(), jwks((key, {"kid": "k"}))):
+            for header in ({"alg": "HS256"}, {"alg": "HS256", "kid": "k"}, {"alg": "RS256"}, {"alg": "ES256"}):
+                assert_unauthenticated(authenticator, signed_jwt(header, CLAIMS, text))
+
+
+@pytest.mark.parametrize("algorithm", ["none", "None", "", "HS384", "HS512", "hs256", "RS512", "PS256", "EdDSA"])
+def test_no_other_algorithm_is_known(algorithm: str) -> None:
+    authenticator = Authenticator([SECRET], jwt_keys=[pem(RSA_KEY), pem(EC_KEY)])
+    assert_unauthenticated(authenticator, signed_jwt({"alg": algorithm}, CLAIMS))
+    unsigned = signed_jwt({"alg": algorithm}, CLAIMS).rpartition(".")[0] + "."
+    assert_unauthenticated(authenticator, unsigned)
+
+
+def test_a_good_signature_by_another_algorithm_is_refused() -> None:
+    authenticator = Authenticator([SECRET * 4], jwt_keys=[pem(RSA_KEY), pem(EC_KEY)])
+    assert_unauthenticated(authenticator, jwt.encode(CLAIMS, RSA_KEY, algorithm="RS512"))
+    assert_unauthenticated(authenticator, jwt.encode(CLAIMS, RSA_KEY, algorithm="PS256"))
+    assert_unauthenticated(authenticator, jwt.encode(CLAIMS, SECRET * 4, algorithm="HS512"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"alg": None},
+        {"alg": ["HS256"]},
+        {"alg": {"HS256": 1}},
+        {"alg": "HS256", "kid": 7},
+        {"alg": "HS256", "crit": ["exp"], "exp": 1},
+        {"alg": "HS256", "b64": False, "crit": ["b64"]},
+    ],
+)
+def test_a_jwt_with_a_header_that_is_not_understood_is_refused(header: dict[str, Any]) -> None:
+    assert_unauthenticated(Authenticator([SECRET]), signed_jwt(header, CLAIMS))
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        [],
+        "a",
+        {"sub": "dave"},
+        {"sub": "dave", "catbus": None},
+        {"sub": "dave", "catbus": {"read": "a.*"}},
+        {"sub": "dave", "catbus": {"read": ["a.*.b"]}},
+        {"sub": "dave", "catbus": {"write": [7]}},
+        {"sub": 7, "catbus": {}},
+        {**CLAIMS, "exp": "2000000000"},
+        {**CLAIMS, "exp": float("nan")},
+        {**CLAIMS, "exp": float("inf")},
+        {**CLAIMS, "nbf": []},
+    ],
+)
+def test_a_jwt_that_says_something_else_is_refused(claims: Any) -> None:
+    assert_unauthenticated(Authenticator([SECRET]), signed_jwt({"alg": "HS256"}, claims))
+
+
+def test_a_jwt_allows_what_it_names_and_no_more() -> None:
+    claims = {"sub": "dave", "catbus": {"read": ["a"], "admin": True}, "grants": {"grants": []}, "scope": "all"}
+    identity = Authenticator([SECRET]).verify(signed_jwt({"alg": "HS256"}, claims), NOW)
+    assert identity == Identity("dave", Grants(read=("a",)), None, admin=False)
+
+
+def test_the_key_with_the_tokens_kid_is_the_one_that_counts() -> None:
+    other = rsa.generate_private_key(65537, 2048)
+    authenticator = Authenticator([], jwt_keys=[jwks((RSA_KEY, {"kid": "one"}), (other, {"kid": "two"}))])
+    for key, kid in ((RSA_KEY, "one"), (other, "two"), (RSA_KEY, None), (other, None)):
+        token = jwt.encode(CLAIMS, key, algorithm="RS256", headers={"kid": kid} if kid else None)
+        assert authenticator.verify(token, NOW) == DAVE
+    for key, kid in ((RSA_KEY, "two"), (other, "one"), (RSA_KEY, "three")):
+        assert_unauthenticated(authenticator, jwt.encode(CLAIMS, key, algorithm="RS256", headers={"kid": kid}))
+    unnamed = Authenticator([], jwt_keys=[pem(RSA_KEY)])
+    assert unnamed.verify(jwt.encode(CLAIMS, RSA_KEY, algorithm="RS256", headers={"kid": "any"}), NOW) == DAVE
+
+
+def test_keys_of_a_set_that_are_for_something_else_are_left_alone() -> None:
+    oct_key = {"kty": "oct", "k": base64url(b"0" * 32), "kid": "oct"}
+    mixed = json.loads(jwks((EC_KEY, {"kid": "good"}), (RSA_KEY, {"alg": "RS512"}), (RSA_KEY, {"use": "enc"})))
+    mixed["keys"] += [oct_key, {"kty": "what"}, 7]
+    authenticator = Authenticator([], jwt_keys=[json.dumps(mixed)])
+    assert authenticator.verify(jwt.encode(CLAIMS, EC_KEY, algorithm="ES256"), NOW) == DAVE
+    assert_unauthenticated(authenticator, jwt.encode(CLAIMS, RSA_KEY, algorithm="RS256"))
+    assert_unauthenticated(authenticator, signed_jwt({"alg": "HS256"}, CLAIMS, "0" * 32))
+
+
+USELESS = {
+    "nothing": "",
+    "no key": "hello",
+    "a broken PEM": "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+    "a short RSA key": pem(rsa.generate_private_key(65537, 1024)),
+    "another curve": pem(ec.generate_private_key(ec.SECP384R1())),
+    "another kind": pem(ed25519.Ed25519PrivateKey.generate()),
+    "a good key and a bad one": pem(EC_KEY) + pem(ec.generate_private_key(ec.SECP384R1())),
+    "broken JSON": "{",
+    "no keys": "{}",
+    "an empty set": '{"keys": []}',
+    "keys that are no list": '{"keys": {"a": 1}}',
+    "a set for another curve": jwks((ec.generate_private_key(ec.SECP384R1()), {})),
+    "a set of secrets": json.dumps({"keys": [{"kty": "oct", "k": base64url(b"0" * 32)}]}),
+    "a set of private keys": json.dumps({"keys": [jwt.algorithms.RSAAlgorithm.to_jwk(RSA_KEY, as_dict=True)]}),
+}
+
+
+@pytest.mark.parametrize("text", USELESS.values(), ids=USELESS)
+def test_a_key_of_no_use_is_our_own_mistake(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        Authenticator([SECRET], jwt_keys=[text])
+
+
+@pytest.mark.parametrize("secrets", [[""], [SECRET, ""], SECRET])
+def test_an_empty_secret_is_our_own_mistake(secrets: list[str] | str) -> None:
+    with pytest.raises(ConfigError):
+        Authenticator(secrets)
+
+
+# Producers
+
+
+@given(st.none() | st.text())
+def test_a_producer_is_known_to_every_replica_with_the_secret(subject: str | None) -> None:
+    text = Authenticator([SECRET]).new_producer(subject)
+    name = Authenticator([SECRET]).check_producer(text, subject)
+    assert name is not None
+    assert len(name) == 16
+    assert base64url(name + base64.urlsafe_b64decode(text + "==")[16:]) == text
+    assert Authenticator([OTHER, SECRET]).check_producer(text, subject) == name
+    assert Authenticator([OTHER]).check_producer(text, subject) is None
+
+
+@given(st.none() | st.text(), st.none() | st.text())
+def test_a_producer_of_another_subject_does_not_fit(subject: str | None, other: str | None) -> None:
+    authenticator = Authenticator([SECRET])
+    fits = authenticator.check_producer(authenticator.new_producer(subject), other) is not None
+    assert fits == (subject == other)
+
+
+def test_no_two_producers_are_the_same() -> None:
+    authenticator = Authenticator([SECRET])
+    assert authenticator.new_producer("a") != authenticator.new_producer("a")
+
+
+def test_a_producer_with_one_character_changed_does_not_fit() -> None:
+    authenticator = Authenticator([SECRET])
+    text = authenticator.new_producer("a")
+    for place, character in enumerate(text):
+        for changed in (chr(ord(character) ^ 1), ""):
+            assert authenticator.check_producer(text[:place] + changed + text[place + 1 :], "a") is None
+    for changed in ("", text + "=", text + "A", text + "\n", text + text, "é", "\ud800"):
+        assert authenticator.check_producer(changed, "a") is None
+
+
+def test_a_producer_is_not_made_of_what_a_token_shows() -> None:
+    """The MAC of a token must be of no help: its holder would choose whose publisher to be."""
+    name = b"0123456789abcdef"
+    forged = name + hmac.digest(SECRET.encode(), name + b"=a", "sha256")[:16]
+    assert Authenticator([SECRET]).check_producer(base64url(forged), "a") is None
+
+
+def test_without_secrets_producers_are_known_to_their_maker_only() -> None:
+    authenticator = Authenticator([])
+    text = authenticator.new_producer("a")
+    assert authenticator.check_producer(text, "a") is not None
+    assert Authenticator([]).check_producer(text, "a") is None

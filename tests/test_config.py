@@ -1,0 +1,279 @@
+"""Where settings come from, what they may be, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from catbus.config import (
+    Auth,
+    Config,
+    Database,
+    WebSocket,
+    default_state_directory,
+    is_loopback,
+    keys,
+    load,
+    parse_levels,
+    redact,
+    split_address,
+)
+from catbus.errors import ConfigError
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "catbus.toml"
+    path.write_text(text)
+    return path
+
+
+def complaint(path: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, environ, {name.replace("__", "."): value for name, value in overrides.items()})
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_without_anything_it_is_what_embedding_wants() -> None:
+    assert load() == Config()
+    assert Config().database.url == "memory"
+    assert Config().websocket.bind == ("0.0.0.0:8080",)
+    assert Config().webtransport.bind == ("0.0.0.0:4433",)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        state = "here"
+        [database]
+        url = "embedded"
+        publish_timeout = 7
+        [auth]
+        secret = ["new", "old"]
+        [websocket]
+        bind = "127.0.0.1:9000"
+        silence = "5m"
+        [webtransport]
+        cert = "tls/cert.pem"
+        key = "/etc/key.pem"
+        [limits]
+        message_size = "128KiB"
+        mailbox = 1000
+        [drain]
+        delay = 0
+        """,
+    )
+    config = load(path)
+    assert config.state == str(tmp_path / "here")
+    assert config.state_directory == tmp_path / "here"
+    assert config.database == Database(url="embedded", publish_timeout=7.0)
+    assert config.auth.secrets == ("new", "old")
+    assert config.websocket == WebSocket(bind=("127.0.0.1:9000",), silence=300.0)
+    assert config.webtransport.cert == str(tmp_path / "tls/cert.pem")
+    assert config.webtransport.key == "/etc/key.pem"
+    assert config.limits.message_size == 131_072
+    assert config.limits.mailbox == 1000
+    assert config.drain.delay == 0
+    assert type(config.database.publish_timeout) is float
+
+
+def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
+    path = write(tmp_path, '[database]\nurl = "memory"\n[websocket]\nbind = "127.0.0.1:1"\n')
+    environ = {"DATABASE_URL": "postgres://db/one", "CATBUS_WS_BIND": "127.0.0.1:2, [::1]:2"}
+    config = load(path, environ, {"websocket.bind": ["127.0.0.1:3"], "database.url": None})
+    assert config.database.url == "postgres://db/one"
+    assert config.websocket.bind == ("127.0.0.1:3",)
+    assert load(path, environ).websocket.bind == ("127.0.0.1:2", "[::1]:2")
+
+
+def test_every_variable_of_the_deployment_guide() -> None:
+    config = load(
+        environ={
+            "DATABASE_URL": "postgresql://db/catbus",
+            "CATBUS_LISTEN_URL": "postgres://direct/catbus",
+            "CATBUS_SECRET": "hush\n",
+            "CATBUS_ADMIN_KEY": "root",
+            "CATBUS_CERT": "/tls/tls.crt",
+            "CATBUS_KEY": "/tls/tls.key",
+            "CATBUS_BIND": "[::]:4433",
+            "CATBUS_WS_BIND": "0.0.0.0:80",
+            "CATBUS_LOG": "catbus=debug,aioquic=warning",
+            "CATBUS_STATE": "/state",
+        }
+    )
+    assert config.database == Database(url="postgresql://db/catbus", listen_url="postgres://direct/catbus")
+    assert config.auth == Auth(secrets=("hush",), admin_key="root")
+    assert (config.webtransport.cert, config.webtransport.key) == ("/tls/tls.crt", "/tls/tls.key")
+    assert (config.webtransport.bind, config.websocket.bind) == (("[::]:4433",), ("0.0.0.0:80",))
+    assert config.logging.levels == "catbus=debug,aioquic=warning"
+    assert config.state_directory == Path("/state")
+
+
+def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
+    path = write(tmp_path, '[auth]\nsecret = "from the file"\n')
+    assert load(path, {"CATBUS_SECRET": " ", "DATABASE_URL": ""}).auth.secrets == ("from the file",)
+
+
+def test_several_secrets_in_the_environment() -> None:
+    new, old = "n" * 16, "o" * 20
+    assert load(environ={"CATBUS_SECRET": f"{new}, {old}"}).auth.secrets == (new, old, f"{new}, {old}")
+
+
+def test_a_secret_that_has_a_comma_stays_whole() -> None:
+    assert load(environ={"CATBUS_SECRET": "k,8fj3kd93kf93jf93kd"}).auth.secrets == ("k,8fj3kd93kf93jf93kd",)
+
+
+def test_rust_log_is_an_alias_that_may_speak_of_other_programs() -> None:
+    guide = {"RUST_LOG": "catbus=info,tower_http=debug"}
+    assert load(environ=guide).logging.levels == "catbus=info,tower_http=debug"
+    assert load(environ={**guide, "CATBUS_LOG": "warning"}).logging.levels == "warning"
+    assert load(environ={"RUST_LOG": "catbus::session=trace,[span{x=1}]=info"}).logging.levels == "catbus.session=trace"
+    assert load(environ={"RUST_LOG": "[span]=info"}).logging.levels == "catbus=info"
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("info", {"": 20}),
+        ("catbus=DEBUG, aioquic=warn", {"catbus": 10, "aioquic": 30}),
+        ("warning,catbus.log=trace,trio=off", {"": 30, "catbus.log": 10, "trio": 60}),
+        ("", {}),
+    ],
+)
+def test_levels(text: str, levels: dict[str, int]) -> None:
+    assert parse_levels(text) == levels
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[database]\nurll = 1", ['[database] urll: unknown key (did you mean "url"?)', "known are connect_timeout, "]),
+        ("databse = 1", ['databse: unknown key (did you mean "[database]"?)', "state"]),
+        ("[nonsense]\nx = 1", ["nonsense: unknown key", "[limits]"]),
+        ("database = 3", ["database: expected a table, [database], found 3"]),
+        ("[database]\nurl = 5", ["[database] url: expected ", "postgres://", "found something else"]),
+        ('[database]\nurl = "mysql://me:hunter2@db"', ["[database] url: expected", 'found "mysql://..."']),
+        ("[auth]\nsecret = [1]", ["[auth] secret: expected a secret", "found something else"]),
+        ('[auth]\nadmin_key = ""', ["[auth] admin_key: expected a secret"]),
+        ("[websocket]\nbind = [8080]", ["[websocket] bind: expected an address with a port", "found [8080]"]),
+        ('[websocket]\nbind = "localhost"', ['found "localhost"']),
+        ('[websocket]\nbind = "localhost:65536"', ['found "localhost:65536"']),
+        ('[websocket]\nbind = "::1:80"', ['found "::1:80"']),
+        ('[websocket]\nping_interval = "soon"', ["[websocket] ping_interval: expected a duration", 'found "soon"']),
+        ("[websocket]\nping_interval = 0", ["above 0", "found 0"]),
+        ("[drain]\ndelay = inf", ["[drain] delay: expected a duration", "found inf"]),
+        ("[drain]\ndelay = nan", ["found nan"]),
+        ("[drain]\ndelay = -1", ["found -1"]),
+        ("[limits]\nmessage_size = true", ["[limits] message_size: expected a size above 0", "found true"]),
+        ('[limits]\nmessage_size = "64 sheep"', ['found "64 sheep"']),
+        ('[limits]\nconnections = "64KiB"', ["expected a whole number above 0", 'found "64KiB"']),
+        ("[limits]\nconnections = 1.5", ["found 1.5"]),
+        ("[limits]\nconnections = 1979-05-27", ["found a date"]),
+        ('[logging]\nlevels = "catbus=loud"', ["[logging] levels: expected log levels", 'found "catbus=loud"']),
+        ('[logging]\nformat = "xml"', ['expected one of "auto", "json", "text", found "xml"']),
+        ("[logging]\nformat = {}", ["found a table"]),
+        ('[database]\nsynchronous_commit = "maybe"', ['"remote_apply"', 'found "maybe"']),
+        ("state = []", ["state: expected a path, found []"]),
+        ("[limits", ["is not valid TOML: Expected"]),
+        ("[websocket]\nping_interval = 70", ["silence", "longer than", "70 s"]),
+        ('[webtransport]\ncert = "c.pem"', ["webtransport.cert is set without webtransport.key"]),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_key_and_what_was_expected(tmp_path: Path, text: str, parts: list[str]) -> None:
+    said = complaint(path := write(tmp_path, text))
+    for part in parts:
+        assert part in said
+    if "webtransport" not in text and "70" not in text:
+        assert said.startswith(str(path))
+    assert "hunter2" not in said
+
+
+def test_a_wrong_variable_is_named() -> None:
+    assert complaint(environ={"CATBUS_WS_BIND": "here"}).startswith("CATBUS_WS_BIND: expected an address")
+    assert "CATBUS_LOG: expected log levels" in complaint(environ={"CATBUS_LOG": "inof"})
+    said = complaint(environ={"DATABASE_URL": "hunter2"})
+    assert "DATABASE_URL" in said
+    assert "hunter2" not in said
+
+
+def test_a_wrong_flag_is_named() -> None:
+    assert complaint(websocket__bind="x").startswith("command line: websocket.bind: expected an address")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "absent.toml: cannot be read: No such file" in complaint(tmp_path / "absent.toml")
+    (tmp_path / "bytes.toml").write_bytes(b'state = "\xff"')
+    assert complaint(tmp_path / "bytes.toml").endswith("is not UTF-8 text")
+
+
+def test_secrets_do_not_show() -> None:
+    config = Config(
+        auth=Auth(secrets=("hunter2", "hunter2-old"), admin_key="hunter2-admin"),
+        database=Database(url="postgres://me:hunter2@db/catbus?password=hunter2", listen_url="postgres://x:hunter2@y"),
+    )
+    shown = f"{config} {config!r} {config.auth!r} {config.database}"
+    assert "hunter2" not in shown
+    assert "postgres://me:***@db/catbus?***" in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory", "memory"),
+        ("postgres://db/x", "postgres://db/x"),
+        ("postgres://me@db/x", "postgres://me@db/x"),
+        ("postgres://me:p@ss:w@db/x", "postgres://me:***@db/x"),
+        ("postgres://db/x?sslmode=require&password=p", "postgres://db/x?***"),
+    ],
+)
+def test_redact(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+def test_addresses() -> None:
+    assert split_address("127.0.0.1:80") == ("127.0.0.1", 80)
+    assert split_address("[::1]:0") == ("::1", 0)
+    assert split_address("bus.example.com:65535") == ("bus.example.com", 65535)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("a.localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.com", False),
+    ],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_only_loopback() -> None:
+    assert Config(websocket=WebSocket(bind=("127.0.0.1:1", "[::1]:1"))).loopback
+    assert not Config(websocket=WebSocket(bind=("127.0.0.1:1", "0.0.0.0:1"))).loopback
+    assert Config(websocket=WebSocket(bind=())).loopback
+
+
+def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/cat")
+    assert default_state_directory({"CATBUS_STATE": "/there"}) == Path("/there")
+    assert default_state_directory({"XDG_STATE_HOME": "/xdg"}) == Path("/xdg/catbus")
+    assert default_state_directory({}) == Path("/home/cat/.local/state/catbus")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert default_state_directory({"XDG_STATE_HOME": "/xdg"}) == Path("/var/lib/catbus")
+
+
+def test_every_setting_says_what_is_expected() -> None:
+    assert all(keys().values())
+    assert {"auth.secret", "state", "limits.message_size"} <= set(keys())

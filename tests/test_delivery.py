@@ -1,0 +1,361 @@
+"""Delivery against a model: whatever happens in whatever order, each subscription gets its messages once, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from catbus import wire
+from catbus.delivery import Delivery, Subscription
+from catbus.log import Entry, Page, Resumption
+from catbus.mailbox import Mailbox, Run
+from catbus.topics import matches
+from catbus.wire import Protocol
+
+CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
+PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]
+PRODUCERS = [b"one", b"two"]
+
+
+class ListLog:
+    """As much of a log as delivery sees, with all its entries in a list."""
+
+    epoch = "e"
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.floor = 1
+
+    def resume(self, since: int, epoch: str | None) -> Resumption:
+        return Resumption(since)
+
+    def page(self, after: int, rows: int) -> Page:
+        after = max(after, self.floor - 1)
+        entries = self.entries[after : after + rows]
+        return Page(after, entries[-1].seq if entries else after, entries)
+
+
+class Outlet:
+    def flush(self) -> None:
+        """The tests take the mail themselves."""
+
+
+@dataclass(eq=False)
+class Client:
+    """A client that remembers all it was told, and what it may expect."""
+
+    protocol: Protocol
+    producer: bytes
+    mailbox: Mailbox
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
+    wanted: dict[str, int] = field(default_factory=dict)
+    """Each pattern held, and the seq after which its messages are due."""
+    received: dict[str, list[int]] = field(default_factory=dict)
+    told: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
+    stream: list[str] = field(default_factory=list)
+
+    def collect(self) -> None:
+        for item in self.mailbox.take():
+            if isinstance(item, bytes):
+                mark = wire.decode_server(item)
+                assert isinstance(mark, wire.Live | wire.Gap)
+                self.told.setdefault(mark.pattern, []).append(mark)
+            elif self.protocol is Protocol.FIRST:
+                lines = [wire.decode_server(line) for line in item.first_version_lines]
+                self.stream += [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+            else:
+                for line in item.lines.splitlines():
+                    message = msgspec.json.decode(line)
+                    assert message["pattern"] == item.pattern
+                    self.told.setdefault(item.pattern, []).append(wire.decode_server(line))
+
+
+def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
+    return Entry(seq, 1000 + seq, channel, b"%d" % seq, None, origin)
+
+
+class DeliveryMachine(RuleBasedStateMachine):
+    """Publishing, subscribing, lagging, sweeping and retention in any order.
+
+    A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
+    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle.
+    """
+
+    @initialize(limit=st.sampled_from([150, 400, 5000]))
+    def start(self, limit: int) -> None:
+        self.log = ListLog()
+        self.delivery = Delivery(self.log)  # type: ignore[arg-type]
+        self.limit = limit
+        self.clients: list[Client] = []
+        self.page: tuple[int, Page] | None = None
+
+    @rule(protocol=st.sampled_from(Protocol), producer=st.sampled_from(PRODUCERS))
+    def connect(self, protocol: Protocol, producer: bytes) -> None:
+        if len(self.clients) < 4:
+            self.clients.append(Client(protocol, producer, Mailbox(Outlet(), lambda _: None, self.limit)))
+
+    @rule(
+        posts=st.lists(
+            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
+        )
+    )
+    def publish(self, posts: list[tuple[str, bytes | None]]) -> None:
+        head = len(self.log.entries)
+        entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
+        self.log.entries += entries
+        self.delivery.apply(entries)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
+    def subscribe(self, data: st.DataObject, pattern: str) -> None:
+        client = data.draw(st.sampled_from(self.clients))
+        if client.protocol is Protocol.FIRST:
+            if pattern not in client.wanted:
+                subscription = next(
+                    iter(client.subscriptions.values()),
+                    Subscription(client.mailbox, client.protocol, client.producer),
+                )
+                client.subscriptions[pattern] = subscription
+                client.wanted[pattern] = len(self.log.entries)
+                self.delivery.subscribe(subscription, pattern)
+            return
+        if pattern in client.subscriptions:
+            self.unsubscribe_one(client, pattern)
+        client.collect()
+        client.told.pop(pattern, None)
+        since = data.draw(st.none() | st.integers(0, len(self.log.entries) + 3))
+        subscription = Subscription(client.mailbox, client.protocol, client.producer)
+        client.subscriptions[pattern] = subscription
+        client.wanted[pattern] = len(self.log.entries) if since is None else since
+        self.delivery.subscribe(subscription, pattern, since)
+
+    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is Protocol.V1))
+    @rule(data=st.data())
+    def unsubscribe(self, data: st.DataObject) -> None:
+        held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
+        self.unsubscribe_one(*data.draw(st.sampled_from(held)))
+
+    def unsubscribe_one(self, client: Client, pattern: str) -> None:
+        self.delivery.unsubscribe(client.subscriptions.pop(pattern), pattern)
+        client.collect()
+        before = list(client.told.get(pattern, ()))
+        self.check(client, pattern, before, complete=False)
+        del client.wanted[pattern]
+        client.told.pop(pattern, None)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def flush(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.clients)).collect()
+
+    @rule(rows=st.integers(1, 5))
+    def read_page(self, rows: int) -> None:
+        position = self.delivery.next_position()
+        self.page = None if position is None else (position, self.log.page(position, rows))
+
+    @precondition(lambda self: self.page is not None)
+    @rule()
+    def serve_page(self) -> None:
+        assert self.page is not None
+        self.delivery.serve(*self.page)
+        self.page = None
+
+    @precondition(lambda self: self.page is None)
+    @rule(ahead=st.integers(0, 10))
+    def retain(self, ahead: int) -> None:
+        """Retention takes what is old, whoever has not had it; between a page's reading and its use changes nothing."""
+        self.log.floor = max(self.log.floor, min(ahead, len(self.log.entries) + 1))
+
+    @invariant()
+    def everyone_has_the_beginning_of_what_is_due(self) -> None:
+        for client in getattr(self, "clients", ()):
+            for pattern, told in client.told.items():
+                self.check(client, pattern, told, complete=False)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "delivery"):
+            return
+        for _ in range(3 * len(self.log.entries) + 20):
+            for client in self.clients:
+                client.collect()
+            position = self.delivery.next_position()
+            if position is not None:
+                self.delivery.serve(position, self.log.page(position, 3))
+        for client in self.clients:
+            client.collect()
+            for pattern in client.wanted if client.protocol is Protocol.V1 else ():
+                self.check(client, pattern, client.told.get(pattern, []), complete=True)
+            if client.protocol is Protocol.FIRST:
+                self.check_first_version(client)
+        statistics = self.delivery.statistics()
+        ahead = sum(s > len(self.log.entries) for c in self.clients for s in c.wanted.values())
+        assert statistics.late == ahead, "all others are live when everything is idle"
+
+    def owed(self, pattern: str, producer: bytes, after: int) -> list[int]:
+        return [e.seq for e in self.log.entries[after:] if matches(pattern, e.channel) and e.origin != producer]
+
+    def check(self, client: Client, pattern: str, told: Sequence[wire.ServerMessage], *, complete: bool) -> None:
+        """Between any two gaps nothing is left out, nothing comes twice, and a gap never covers what was sent."""
+        cursor = client.wanted[pattern]
+        due = self.owed(pattern, client.producer, cursor)
+        for mark in told:
+            match mark:
+                case wire.Message(seq=seq):
+                    assert due and seq == due[0], f"{pattern}: got {seq}, owed {due[:3]}"
+                    due.pop(0)
+                    cursor = seq
+                case wire.Gap(first=first, last=last):
+                    assert cursor < first <= last < self.log.floor
+                    due = [seq for seq in due if seq > last]
+                case wire.Live(seq=seq):
+                    assert not due or due[0] > seq, f"{pattern}: live at {seq} without {due[:3]}"
+        if complete:
+            assert not due, f"{pattern}: never got {due[:3]}"
+
+    def check_first_version(self, client: Client) -> None:
+        got = [int(payload) for payload in client.stream]
+        assert got == sorted(set(got)), "one copy each, in order"
+        due = sorted({seq for p, start in client.wanted.items() for seq in self.owed(p, client.producer, start)})
+        missing = set(due) - set(got)
+        assert set(got) <= set(due)
+        assert all(seq < self.log.floor for seq in missing), "only what retention has taken is missing"
+
+
+DeliveryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestDelivery = DeliveryMachine.TestCase
+
+
+class Reader:
+    """A `catbus.v1` subscriber of one pattern."""
+
+    def __init__(self, delivery: Delivery, pattern: str, since: int | None = None, limit: int = 10_000) -> None:
+        self.mailbox = Mailbox(Outlet(), lambda _: None, limit)
+        self.subscription = Subscription(self.mailbox)
+        delivery.subscribe(self.subscription, pattern, since)
+
+    def mail(self) -> list[object]:
+        """Seqs of messages, and marks."""
+        mail: list[object] = []
+        for item in self.mailbox.take():
+            mail += [e.seq for e in item.entries] if isinstance(item, Run) else [wire.decode_server(item)]
+        return mail
+
+
+@pytest.fixture
+def log() -> ListLog:
+    return ListLog()
+
+
+@pytest.fixture
+def delivery(log: ListLog) -> Delivery:
+    return Delivery(log)  # type: ignore[arg-type]
+
+
+def publish(log: ListLog, delivery: Delivery, *channels: str) -> None:
+    entries = [entry(len(log.entries) + i, channel) for i, channel in enumerate(channels, 1)]
+    log.entries += entries
+    delivery.apply(entries)
+
+
+def sweep(log: ListLog, delivery: Delivery) -> None:
+    position = delivery.next_position()
+    if position is not None:
+        delivery.serve(position, log.page(position, 4))
+
+
+def test_a_batch_is_encoded_once_for_all_who_share_a_pattern(log: ListLog, delivery: Delivery) -> None:
+    readers = [Reader(delivery, "a.*") for _ in range(3)]
+    publish(log, delivery, "a.b", "a.c")
+    [[first], [second], [third]] = [reader.mailbox.take() for reader in readers]
+    assert first is second is third
+
+
+def test_overlapping_patterns_get_a_copy_each(log: ListLog, delivery: Delivery) -> None:
+    mailbox = Mailbox(Outlet(), lambda _: None)
+    for pattern in ("a.*", "*"):
+        delivery.subscribe(Subscription(mailbox), pattern)
+    publish(log, delivery, "a.b")
+    assert {item.pattern for item in mailbox.take() if isinstance(item, Run)} == {"a.*", "*"}
+
+
+def test_a_page_read_before_an_apply_leaves_no_hole_at_the_seam(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a", "a")
+    reader = Reader(delivery, "a", since=0)
+    page = log.page(0, 10)
+    publish(log, delivery, "a")
+    delivery.serve(0, page)
+    assert reader.mail() == [1, 2]
+    assert delivery.next_position() == 2
+    delivery.serve(2, log.page(2, 10))
+    assert reader.mail() == [3, wire.Live("a", 3)]
+    publish(log, delivery, "a")
+    assert reader.mail() == [4]
+
+
+def test_a_cursor_at_the_head_goes_live_at_once(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a")
+    assert Reader(delivery, "a", since=1).mail() == [wire.Live("a", 1)]
+
+
+def test_a_cursor_above_the_head_waits_without_a_repeat(log: ListLog, delivery: Delivery) -> None:
+    reader = Reader(delivery, "a", since=2)
+    publish(log, delivery, "a", "a")
+    assert reader.mail() == [wire.Live("a", 2)]
+    publish(log, delivery, "a")
+    assert reader.mail() == [3]
+
+
+def test_who_has_no_room_goes_late_and_the_others_do_not(log: ListLog, delivery: Delivery) -> None:
+    slow, quick = Reader(delivery, "a", limit=300), Reader(delivery, "a")
+    for _ in range(10):
+        publish(log, delivery, "a")
+    assert quick.mail() == list(range(1, 11))
+    assert (delivery.statistics().late, delivery.statistics().lags) == (1, 1)
+    assert delivery.next_position() is None, "nothing is read for one who has no room"
+    got = slow.mail()
+    for _ in range(10):
+        sweep(log, delivery)
+        got += slow.mail()
+    assert got == [*range(1, 11), wire.Live("a", 10)]
+
+
+def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: ListLog, delivery: Delivery) -> None:
+    reader = Reader(delivery, "a", limit=50)
+    publish(log, delivery, "a", "a")
+    sweep(log, delivery)
+    assert reader.mail() == [1]
+    sweep(log, delivery)
+    assert reader.mail() == [2, wire.Live("a", 2)]
+
+
+def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 6)
+    Reader(delivery, "a", since=0)
+    delivery.serve(0, log.page(0, 3))
+    Reader(delivery, "b", since=0)
+    assert delivery.next_position() == 3
+
+
+def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a", "a", "a")
+    live, late = Reader(delivery, "a"), Reader(delivery, "a", since=1)
+    log.epoch = "f"
+    delivery.restart(2)
+    assert live.mail() == [wire.Gap("a", 3, 2, "f", "epoch")]
+    assert late.mail() == [wire.Gap("a", 2, 2, "f", "epoch"), wire.Live("a", 2)]
+    delivery.apply([entry(3, "a")])
+    assert (live.mail(), late.mail()) == ([3], [3])
+
+
+def test_an_ephemeral_message_reaches_the_late_as_well_and_moves_nothing(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a")
+    live, late = Reader(delivery, "a"), Reader(delivery, "a", since=0)
+    delivery.broadcast(entry(0, "a"))
+    assert (live.mail(), late.mail()) == ([0], [0])
+    assert delivery.next_position() == 0

@@ -1,0 +1,121 @@
+"""The flusher on a virtual clock, with outlets that take as long as they are told to."""
+
+from __future__ import annotations
+
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from catbus.flush import LONGEST_REST, SLICE, Flusher
+from catbus.mailbox import Mailbox
+
+
+class Stopwatch:
+    """Time as spent inside sends."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Outlet:
+    """Notes when it was flushed (Trio time), and what it then sent."""
+
+    def __init__(self, flusher: Flusher, stopwatch: Stopwatch, cost: float = 0.0) -> None:
+        self.mailbox = Mailbox(self, flusher.wake)
+        self.cost = cost
+        self.sent: list[tuple[float, int]] = []
+        self._stopwatch = stopwatch
+
+    def flush(self) -> None:
+        self._stopwatch.now += self.cost
+        self.sent.append((trio.current_time(), len(self.mailbox.take())))
+
+
+async def test_a_message_goes_out_at_once_when_there_is_little_to_do(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    stopwatch = Stopwatch()
+    flusher = Flusher(stopwatch)
+    outlet = Outlet(flusher, stopwatch, cost=0.0)
+    nursery.start_soon(flusher.run)
+    for _ in range(3):
+        outlet.mailbox.put(b"x")
+        await wait_all_tasks_blocked()
+    assert [count for _, count in outlet.sent] == [1, 1, 1]
+
+
+async def test_after_an_expensive_pass_its_mailboxes_fill_for_as_long_as_it_took(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    stopwatch = Stopwatch()
+    flusher = Flusher(stopwatch)
+    crowd = [Outlet(flusher, stopwatch, cost=0.0005) for _ in range(8)]
+    nursery.start_soon(flusher.run)
+    for _ in range(5):
+        for outlet in crowd:
+            outlet.mailbox.put(b"x")
+        await wait_all_tasks_blocked()
+    assert [len(outlet.sent) for outlet in crowd] == [2] * 8, "the second pass knows what the first one took"
+    mock_clock.jump(0.0039)
+    await wait_all_tasks_blocked()
+    assert [len(outlet.sent) for outlet in crowd] == [2] * 8
+    mock_clock.jump(0.0002)
+    await wait_all_tasks_blocked()
+    assert [[count for _, count in outlet.sent[2:]] for outlet in crowd] == [[3]] * 8, "one send carries all"
+
+
+async def test_a_mailbox_outside_the_expensive_pass_does_not_wait_for_it(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    stopwatch = Stopwatch()
+    flusher = Flusher(stopwatch)
+    crowd = [Outlet(flusher, stopwatch, cost=0.001) for _ in range(4)]
+    small = Outlet(flusher, stopwatch)
+    nursery.start_soon(flusher.run)
+    for _ in range(3):
+        for outlet in crowd:
+            outlet.mailbox.put(b"x")
+        await wait_all_tasks_blocked()
+    assert flusher.statistics().resting == 4
+    small.mailbox.put(b"x")
+    await wait_all_tasks_blocked()
+    assert len(small.sent) == 1
+
+
+async def test_no_rest_is_longer_than_the_bound(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    stopwatch = Stopwatch()
+    flusher = Flusher(stopwatch)
+    outlet = Outlet(flusher, stopwatch, cost=3.0)
+    nursery.start_soon(flusher.run)
+    for _ in range(3):
+        outlet.mailbox.put(b"x")
+        await wait_all_tasks_blocked()
+    assert len(outlet.sent) == 2
+    mock_clock.jump(LONGEST_REST + 0.001)
+    await wait_all_tasks_blocked()
+    assert len(outlet.sent) == 3
+
+
+async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    stopwatch = Stopwatch()
+    flusher = Flusher(stopwatch)
+    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(6)]
+    turns: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns.append(sum(len(outlet.sent) for outlet in crowd))
+            await trio.lowlevel.checkpoint()
+            if turns[-1] == len(crowd):
+                return
+
+    for outlet in crowd:
+        outlet.mailbox.put(b"x")
+    async with trio.open_nursery() as inner:
+        inner.start_soon(other)
+        nursery.start_soon(flusher.run)
+    assert len(set(turns)) > 2, "it saw the pass half done"

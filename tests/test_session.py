@@ -1,0 +1,379 @@
+"""The session without I/O: what it answers, what it asks for, and that nothing a client sends disturbs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from catbus.auth import Grants, Identity
+from catbus.errors import CloseCode, Code, PeerError
+from catbus.log import Append, Committed, Rejected
+from catbus.mailbox import Mailbox
+from catbus.session import (
+    Authenticate,
+    Broadcast,
+    Effect,
+    Join,
+    Leave,
+    Measure,
+    Recall,
+    Session,
+    SessionLimits,
+    State,
+    Submit,
+)
+from catbus.wire import AuthOk, Head, decode_server
+
+ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), None)
+PRODUCER = b"p" * 16
+
+
+class Outlet:
+    def flush(self) -> None:
+        """The tests take the mail themselves."""
+
+
+@dataclass
+class Driver:
+    """Carries out effects as an obliging hub would, and keeps them."""
+
+    identity: Identity | PeerError = ALICE
+    wall: float = 0.0
+    effects: list[Effect] = field(default_factory=list)
+    appends: list[Append] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.mailbox = Mailbox(Outlet(), lambda _: None)
+        self.session = Session(self.mailbox, SessionLimits(message_size=2000, subscriptions=3), now=100.0)
+
+    def feed(self, data: bytes) -> None:
+        for effect in self.session.receive(data, 100.0):
+            self.effects.append(effect)
+            self.perform(effect)
+
+    def perform(self, effect: Effect) -> None:
+        session = self.session
+        match effect:
+            case Authenticate():
+                try:
+                    if isinstance(self.identity, PeerError):
+                        raise self.identity
+                    session.admit(self.identity, AuthOk("alice"), PRODUCER, 100.0, self.wall)
+                except PeerError as error:
+                    session.refuse(error)
+            case Join(pattern):
+                session.joined(pattern, 7)
+            case Leave(pattern):
+                session.left(pattern, 8)
+            case Submit(append):
+                self.appends.append(append)
+            case Recall(request):
+                session.recalled(request, [], False)
+            case Measure(seq):
+                session.measured(seq, Head(7, "e", 0))
+            case Broadcast():
+                pass
+
+    def say(self, *messages: Any) -> list[dict[str, Any]]:
+        self.feed(b"\n".join(json.dumps(message).encode() for message in messages) + b"\n")
+        return self.replies()
+
+    def replies(self) -> list[dict[str, Any]]:
+        replies = []
+        for line in self.mailbox.take():
+            assert isinstance(line, bytes)
+            decoded = json.loads(line)
+            assert isinstance(decoded, dict)
+            replies.append(decoded)
+        return replies
+
+
+def open_session(protocol: int = 1, **options: Any) -> Driver:
+    driver = Driver(**options)
+    [reply] = driver.say({"type": "auth", "token": "t", "protocol": protocol})
+    assert reply["type"] == "auth_ok"
+    driver.effects.clear()
+    return driver
+
+
+# Anything at all
+
+fields = st.fixed_dictionaries(
+    {"type": st.sampled_from(["auth", "subscribe", "unsubscribe", "publish", "history", "ping", "subscribed", "x"])},
+    optional={
+        "token": st.text(max_size=4),
+        "pattern": st.sampled_from(["project.*", "project.a", "other", "*", "a..b", "*.a", ""]),
+        "channel": st.sampled_from(["project.a", "project", "other", "a.*", "\x00"]),
+        "payload": st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5),
+        "id": st.integers(-1, 2**64),
+        "seq": st.integers() | st.text(max_size=2),
+        "since": st.integers(-1, 9),
+        "retry": st.booleans(),
+        "ephemeral": st.booleans(),
+        "ack": st.booleans(),
+        "protocol": st.integers(0, 3),
+        "limit": st.integers(-1, 5),
+    },
+)
+objects = fields.map(lambda message: json.dumps(message).encode())
+rubbish = st.sampled_from([b"{", b"}", b'{"type":', b"[]", b"\xff", b'{"a":"\xc3"}', b"x" * 50, b'{"a":' * 90])
+streams = st.lists(st.one_of(objects, objects, objects, rubbish, st.binary(max_size=9)), max_size=12)
+
+
+@given(streams, st.sampled_from([b"", b"\n", b" \r\n\t"]), st.integers(1, 400), st.booleans())
+@example([b'{"payload":\n{"channel":"evil","type":"publish","payload":1}\n}'], b"\n", 400, True)
+def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
+    """Whatever a client sends, cut anywhere, a session never raises, answers in well-formed objects that name a code
+    where they refuse, asks for nothing but authentication before it knows who it is, and takes nothing once closed."""
+    driver = open_session() if authenticated else Driver()
+    data = space.join(parts)
+    for start in range(0, len(data), cut):
+        closed = driver.session.state is State.CLOSED
+        unknown = driver.session.identity is None
+        count, size = len(driver.effects), driver.mailbox.size
+        driver.feed(data[start : start + cut])
+        if closed:
+            assert (len(driver.effects), driver.mailbox.size) == (count, size)
+        if unknown and driver.session.identity is None:
+            assert all(isinstance(effect, Authenticate) for effect in driver.effects[count:])
+    for append in driver.appends:
+        assert append.channel.startswith("project.")
+        append.settle(append, Committed(9))
+    assert driver.session.pending == 0
+    for reply in driver.mailbox.take():
+        assert isinstance(reply, bytes)
+        message = decode_server(reply) if driver.session.protocol else json.loads(reply)
+        if "error" in type(message).__name__.lower():
+            assert message.code in set(Code)
+
+
+# Who one is
+
+
+def test_a_session_begins_with_auth() -> None:
+    driver = Driver()
+    [publish, subscribe, history] = driver.say(
+        {"type": "publish", "channel": "project.a", "payload": 1},
+        {"type": "subscribe", "pattern": "project.*"},
+        {"type": "history", "pattern": "project.*"},
+    )
+    assert (publish["type"], subscribe["type"], history["type"]) == ("publish_error", "subscribe_error", "error")
+    assert driver.effects == []
+    assert driver.session.state is State.NEW
+
+
+def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:
+    driver = Driver()
+    assert driver.session.deadline == 110.0
+    driver.session.tick(109.9)
+    assert driver.session.closing is None
+    driver.session.tick(110.0)
+    assert driver.replies() == [{"type": "auth_error", "message": "no auth within 10 s"}]
+    assert driver.session.closing == (CloseCode.AUTH_TIMEOUT, "no auth within 10 s")
+
+
+def test_a_refused_token_ends_the_session() -> None:
+    driver = Driver(identity=PeerError(Code.UNAUTHENTICATED, "bad signature", CloseCode.UNAUTHENTICATED))
+    [reply, *more] = driver.say({"type": "auth", "token": "t", "protocol": 1}, {"type": "ping", "seq": 1})
+    assert reply == {"type": "auth_error", "message": "bad signature", "code": "unauthenticated"}
+    assert more == [], "nothing is read after it"
+    assert driver.session.closing == (CloseCode.UNAUTHENTICATED, "bad signature")
+
+
+def test_auth_again_refreshes_and_cannot_change_the_client() -> None:
+    driver = open_session()
+    driver.identity = Identity("alice", Grants(read=(), write=()), expires=50.0)
+    assert [r["type"] for r in driver.say({"type": "auth", "token": "t2", "protocol": 1})] == ["auth_ok"]
+    driver.identity = Identity("bob", ALICE.grants, None)
+    [reply] = driver.say({"type": "auth", "token": "t3", "protocol": 1})
+    assert (reply["type"], reply["code"]) == ("auth_error", "unauthorized")
+    assert driver.session.identity is not None
+    assert driver.session.identity.client_id == "alice"
+    assert driver.session.closing is None
+
+
+def test_narrower_grants_name_the_subscriptions_that_they_end() -> None:
+    driver = open_session()
+    driver.say({"type": "subscribe", "pattern": "project.a"}, {"type": "subscribe", "pattern": "project.b"})
+    narrow = Identity("alice", Grants(read=("project.a",), write=()), None)
+    assert driver.session.admit(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
+
+
+def test_an_expired_token_has_a_grace() -> None:
+    driver = open_session(identity=Identity("alice", ALICE.grants, expires=1010.0), wall=1000.0)
+    assert driver.session.deadline == 100.0 + 10 + 30
+    driver.session.tick(140.0)
+    assert driver.session.closing == (CloseCode.TOKEN_EXPIRED, "the token has expired")
+    assert open_session().session.deadline == inf
+
+
+# Subscribing
+
+
+def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
+    driver = open_session()
+    assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e"}) == [
+        {"type": "subscribed", "pattern": "project.*", "seq": 7}
+    ]
+    assert driver.say({"type": "unsubscribe", "pattern": "project.*"}) == [
+        {"type": "unsubscribed", "pattern": "project.*", "seq": 8}
+    ]
+    assert driver.effects == [Join("project.*", 3, "e"), Leave("project.*")]
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ({"type": "subscribe", "pattern": "a..b"}, "invalid_pattern"),
+        ({"type": "subscribe", "pattern": "*.a"}, "invalid_pattern"),
+        ({"type": "subscribe", "pattern": "*"}, "unauthorized"),
+        ({"type": "subscribe", "pattern": "project"}, "unauthorized"),
+        ({"type": "unsubscribe", "pattern": "project.a"}, "invalid_pattern"),
+        ({"type": "history", "pattern": "other"}, "unauthorized"),
+        ({"type": "history", "pattern": ".."}, "invalid_pattern"),
+        ({"type": "publish", "channel": "project.*", "payload": 1}, "invalid_channel"),
+        ({"type": "publish", "channel": "x" * 300, "payload": 1}, "invalid_channel"),
+        ({"type": "publish", "channel": "other", "payload": 1}, "unauthorized"),
+        ({"type": "publish", "channel": "project.a", "payload": 1, "retry": True, "id": 1}, "bad_message"),
+        ({"type": "publish", "channel": "project.a"}, "bad_message"),
+        ({"type": "publish", "channel": "project.a", "payload": 1, "id": 2**63}, "bad_message"),
+        ({"type": "nonsense"}, "bad_message"),
+        ({"pattern": "project.a"}, "bad_message"),
+        ([1, 2], None),
+    ],
+)
+def test_what_is_refused_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
+    driver = open_session()
+    [reply] = driver.say(message)
+    assert driver.effects == []
+    if code is None:
+        assert driver.session.closing is not None
+        assert driver.session.closing[0] is CloseCode.BAD_MESSAGE
+        return
+    assert reply["code"] == code
+    assert reply["message"]
+    assert len(json.dumps(reply)) < 700
+    assert driver.say({"type": "ping", "seq": 5})[0] == {"type": "pong", "seq": 5}, "the session goes on"
+
+
+def test_subscriptions_are_limited_and_a_held_one_may_be_replaced() -> None:
+    driver = open_session()
+    patterns = ["project.a", "project.b", "project.c", "project.d", "project.a"]
+    replies = driver.say(*({"type": "subscribe", "pattern": pattern} for pattern in patterns))
+    assert [reply.get("code") for reply in replies] == [None, None, None, "limit", None]
+
+
+def test_an_object_over_the_limit_closes_for_good() -> None:
+    driver = open_session()
+    driver.feed(b'{"type":"publish","channel":"project.a","payload":"' + b"x" * 2000)
+    assert [reply["code"] for reply in driver.replies()] == ["too_large"]
+    assert driver.session.closing is not None
+    assert driver.session.closing[0] is CloseCode.TOO_LARGE
+
+
+# Publishing
+
+
+def test_publish_becomes_an_append_and_its_fate_the_reply() -> None:
+    driver = open_session()
+    assert driver.say({"type": "publish", "channel": "project.a", "payload": {"x": 1}, "id": 4, "echo": False}) == []
+    [append] = driver.appends
+    assert (append.payload, append.producer, append.number) == (b'{"x": 1}', PRODUCER, 4)
+    assert (append.sender, append.origin, append.after) == ("alice", PRODUCER, None)
+    assert driver.session.pending == 1
+    append.settle(append, Committed(12, duplicate=True))
+    assert driver.replies() == [
+        {"type": "published", "channel": "project.a", "id": 4, "seq": 12, "duplicate": True}
+    ]
+    assert driver.session.pending == 0
+
+
+def test_a_publish_without_an_id_leaves_its_key_to_the_log() -> None:
+    driver = open_session()
+    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    assert driver.appends[0].producer is None
+
+
+def test_a_retry_says_what_it_knew_when_it_was_first_sent() -> None:
+    driver = open_session()
+    message = {"type": "publish", "channel": "project.a", "payload": 1, "id": 1, "after": 3, "epoch": "e"}
+    driver.say(message, {**message, "retry": True, "id": 2})
+    assert [(effect.epoch, effect.append.after) for effect in driver.effects if isinstance(effect, Submit)] == [
+        (None, None),
+        ("e", 3),
+    ]
+
+
+def test_without_ack_only_a_refusal_is_told() -> None:
+    driver = open_session()
+    message = {"type": "publish", "channel": "project.a", "payload": 1, "ack": False}
+    driver.say(message, message)
+    first, second = driver.appends
+    first.settle(first, Committed(1))
+    second.settle(second, Rejected(Code.OVERLOADED, "too much"))
+    assert driver.replies() == [
+        {"type": "publish_error", "channel": "project.a", "message": "too much", "code": "overloaded"}
+    ]
+
+
+def test_an_ephemeral_publish_goes_past_the_log() -> None:
+    driver = open_session()
+    message = {"type": "publish", "channel": "project.a", "payload": 1, "ephemeral": True, "id": 3}
+    assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 3}]
+    assert driver.effects == [Broadcast("project.a", b"1", "alice", None)]
+
+
+def test_a_payload_keeps_its_bytes_but_for_line_breaks() -> None:
+    driver = open_session()
+    driver.feed(b'{"type":"publish","channel":"project.a","payload":{"n":\r\n 1.00e3,"s":"\\u0000\xc3\xa9"}}')
+    assert driver.appends[0].payload == b'{"n":   1.00e3,"s":"\\u0000\xc3\xa9"}'
+
+
+def test_what_is_settled_after_the_client_has_gone_is_not_said() -> None:
+    driver = open_session()
+    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    driver.session.abandon()
+    driver.appends[0].settle(driver.appends[0], Committed(1))
+    assert driver.replies() == []
+    assert driver.session.pending == 0
+
+
+def test_publishes_are_answered_while_the_session_is_closing() -> None:
+    driver = open_session()
+    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
+    driver.appends[0].settle(driver.appends[0], Committed(1))
+    assert [reply["type"] for reply in driver.replies()] == ["published"]
+
+
+# First-version clients
+
+
+def test_a_first_version_client_hears_only_what_it_knows() -> None:
+    driver = open_session(protocol=0)
+    replies = driver.say(
+        {"type": "subscribe", "pattern": "project.*", "since": 2},
+        {"type": "ping", "seq": 1},
+        {"type": "publish", "channel": "project.a", "payload": 1, "id": 1},
+        {"type": "subscribe", "pattern": "other"},
+        {"type": "history", "pattern": "project.*"},
+    )
+    assert replies == [
+        {"type": "subscribed", "pattern": "project.*"},
+        {"type": "pong", "seq": 1},
+        {"type": "subscribe_error", "pattern": "other", "message": "no read grant covers this pattern"},
+    ]
+    assert driver.effects[0] == Join("project.*", None, None), "it cannot resume, for it knows no seq"
+    append = driver.appends[0]
+    append.settle(append, Committed(3))
+    driver.session.left("project.*", 9, revoked=True)
+    assert driver.replies() == [
+        {"type": "published", "channel": "project.a"},
+        {"type": "subscribe_error", "pattern": "project.*", "message": "the permission was withdrawn"},
+    ]

@@ -1,0 +1,325 @@
+"""The grammar of channels and patterns, and the tree against a plain list of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from catbus import topics
+from catbus.errors import Code, PeerError
+from catbus.topics import Group, TopicTree, check_channel, check_pattern, covers, matches, prefix_range
+
+segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])
+channels = st.lists(segments, min_size=1, max_size=4).map(".".join)
+patterns = st.one_of(channels, channels.map(lambda channel: channel + ".*"), st.just("*"))
+
+
+# The grammar
+
+LONGEST = ".".join(["x" * 63] * 4)
+DEEPEST = ".".join(["x"] * 32)
+
+CHANNELS = ["a", "project.abc123.updates", "A-z_0.9", "-", "_", "0", LONGEST, DEEPEST]
+
+NEITHER = {
+    "": "empty",
+    ".": "segment is empty",
+    "a.": "segment is empty",
+    ".a": "segment is empty",
+    "a..b": "segment is empty",
+    "a b": "' '",
+    "a\n": r"'\\n'",
+    "a.b\n": r"'\\n'",
+    "a/b": "'/'",
+    "é": "'\\\\xe9'",
+    "a.٣": "u0663",
+    "a.²": "xb2",
+    "\uff41": "uff41",
+    "a\0": "x00",
+    "a.\ud800": "ud800",
+    "a.*.b": "wildcard",
+    "*.a": "wildcard",
+    "a*": "wildcard",
+    "a.**": "wildcard",
+    "*.*": "wildcard",
+    "**": "wildcard",
+    "a.*.*": "wildcard",
+    LONGEST + "x": "255",
+    DEEPEST + ".x": "32",
+}
+
+# Nothing that they match would be short enough.
+MATCHES_NOTHING = [LONGEST + ".*", DEEPEST + ".*"]
+
+
+def fault(check: Callable[[str], None], text: str) -> PeerError | None:
+    try:
+        check(text)
+    except PeerError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("text", CHANNELS)
+def test_a_channel_is_a_pattern(text: str) -> None:
+    check_channel(text)
+    check_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["*", "a.*", "project.abc123.*", LONGEST[:253] + ".*"])
+def test_a_wildcard_is_the_last_segment_of_a_pattern(text: str) -> None:
+    check_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["*", "a.*"])
+def test_a_wildcard_is_in_no_channel(text: str) -> None:
+    with pytest.raises(PeerError, match="wildcard") as caught:
+        check_channel(text)
+    assert caught.value.code == Code.INVALID_CHANNEL
+    assert caught.value.close is None
+
+
+@pytest.mark.parametrize(("text", "wrong"), NEITHER.items())
+def test_what_is_wrong_is_said(text: str, wrong: str) -> None:
+    with pytest.raises(PeerError, match=wrong) as channel:
+        check_channel(text)
+    with pytest.raises(PeerError, match=wrong) as pattern:
+        check_pattern(text)
+    assert (channel.value.code, channel.value.close) == (Code.INVALID_CHANNEL, None)
+    assert (pattern.value.code, pattern.value.close) == (Code.INVALID_PATTERN, None)
+
+
+@pytest.mark.parametrize("text", MATCHES_NOTHING)
+def test_a_pattern_leaves_room_for_what_it_matches(text: str) -> None:
+    with pytest.raises(PeerError):
+        check_pattern(text)
+
+
+@given(st.text() | st.text(max_size=3).map(lambda text: text * 200))
+def test_what_is_said_is_short_and_plain(text: str) -> None:
+    for error in (fault(check_channel, text), fault(check_pattern, text)):
+        if error is not None:
+            assert len(error.message) < 800
+            assert error.message.isascii()
+            assert error.message.isprintable()
+
+
+@given(st.text(alphabet="aZ5_-.*\n é٣", max_size=8))
+def test_the_grammar_is_that_of_the_specification(text: str) -> None:
+    allowed = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+    def is_channel(text: str) -> bool:
+        return all(segment and set(segment) <= allowed for segment in text.split("."))
+
+    is_pattern = is_channel(text) or text == "*" or (text.endswith(".*") and is_channel(text[:-2]))
+    assert (fault(check_channel, text) is None) == is_channel(text)
+    assert (fault(check_pattern, text) is None) == is_pattern
+
+
+# Matching and covering
+
+ALL_CHANNELS = [".".join(path) for depth in (1, 2, 3, 4) for path in product("abc", repeat=depth)]
+ALL_PATTERNS = [
+    "*",
+    *(".".join(path) + end for depth in (1, 2, 3) for path in product("ab", repeat=depth) for end in ("", ".*")),
+]
+
+
+def selects(pattern: str, channel: str) -> bool:
+    """What a pattern selects, in the words of the specification."""
+    *above, last = pattern.split(".")
+    path = channel.split(".")
+    if last == "*":
+        return len(path) > len(above) and path[: len(above)] == above
+    return path == [*above, last]
+
+
+def test_a_pattern_matches_what_it_selects() -> None:
+    for pattern, channel in product(ALL_PATTERNS, ALL_CHANNELS):
+        assert matches(pattern, channel) == selects(pattern, channel), (pattern, channel)
+
+
+def test_a_grant_covers_a_pattern_when_it_matches_all_that_the_pattern_matches() -> None:
+    matched = {pattern: {channel for channel in ALL_CHANNELS if matches(pattern, channel)} for pattern in ALL_PATTERNS}
+    for grant, pattern in product(ALL_PATTERNS, repeat=2):
+        assert covers(grant, pattern) == (matched[pattern] <= matched[grant]), (grant, pattern)
+
+
+@given(patterns, patterns, channels)
+def test_what_a_covered_pattern_matches_the_grant_matches(grant: str, pattern: str, channel: str) -> None:
+    if covers(grant, pattern) and matches(pattern, channel):
+        assert matches(grant, channel)
+
+
+@given(patterns, channels)
+def test_a_range_holds_what_the_pattern_matches(pattern: str, channel: str) -> None:
+    bounds = prefix_range(pattern)
+    if bounds is None:
+        assert pattern == "*" or not pattern.endswith(".*")
+    else:
+        assert (bounds[0] <= channel < bounds[1]) == matches(pattern, channel)
+
+
+def test_a_range_is_a_prefix_and_its_successor() -> None:
+    assert prefix_range("a.b.*") == ("a.b.", "a.b/")
+    assert prefix_range("a.b") is None
+    assert prefix_range("*") is None
+
+
+# The tree
+
+
+def patterns_of(groups: tuple[Group[int], ...]) -> list[str]:
+    return [group.pattern for group in groups]
+
+
+class TreeAgainstPairs(RuleBasedStateMachine):
+    """The tree says what a list of (pattern, member) pairs would say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree: TopicTree[int] = TopicTree()
+        self.pairs: list[tuple[str, int]] = []
+
+    @rule(pattern=patterns, member=st.integers(0, 3))
+    def add(self, pattern: str, member: int) -> None:
+        self.tree.add(pattern, member)
+        if (pattern, member) not in self.pairs:
+            self.pairs.append((pattern, member))
+
+    @rule(pattern=patterns, member=st.integers(0, 3))
+    def remove(self, pattern: str, member: int) -> None:
+        assert self.tree.remove(pattern, member) == ((pattern, member) in self.pairs)
+        if (pattern, member) in self.pairs:
+            self.pairs.remove((pattern, member))
+
+    @rule(data=st.data())
+    def remove_what_is_there(self, data: st.DataObject) -> None:
+        if self.pairs:
+            self.remove(*data.draw(st.sampled_from(self.pairs)))
+
+    @rule(channel=channels)
+    def match(self, channel: str) -> None:
+        groups = self.tree.match(channel)
+        assert all(group.members for group in groups)
+        assert len({group.pattern for group in groups}) == len(groups)
+        found = {(group.pattern, member) for group in groups for member in group.members}
+        assert found == {pair for pair in self.pairs if matches(pair[0], channel)}
+
+    @invariant()
+    def holds_the_pairs(self) -> None:
+        expected: dict[str, list[int]] = {}
+        for pattern, member in self.pairs:
+            expected.setdefault(pattern, []).append(member)
+        assert {group.pattern: list(group.members) for group in self.tree.groups()} == expected
+        assert len(self.tree) == len(self.pairs)
+        assert bool(self.tree) == bool(self.pairs)
+
+    def teardown(self) -> None:
+        for pair in self.pairs:
+            self.tree.remove(*pair)
+        assert is_bare(self.tree)
+
+
+def is_bare(tree: TopicTree[int]) -> bool:
+    return not (tree._root or tree._root.children or tree._groups)
+
+
+TestTreeAgainstPairs = TreeAgainstPairs.TestCase
+TestTreeAgainstPairs.settings = settings(max_examples=100, stateful_step_count=40)
+
+
+def test_the_widest_pattern_comes_first() -> None:
+    tree: TopicTree[int] = TopicTree()
+    for pattern in ("a.b.c", "a.*", "*", "a.b.*", "a.b", "a.b.c.*", "a"):
+        tree.add(pattern, 1)
+    assert patterns_of(tree.match("a.b.c")) == ["*", "a.*", "a.b.*", "a.b.c"]
+    assert patterns_of(tree.match("a.b")) == ["*", "a.*", "a.b"]
+    assert patterns_of(tree.match("a")) == ["*", "a"]
+    assert patterns_of(tree.match("b")) == ["*"]
+
+
+def test_adding_checks_the_pattern_and_changes_nothing_when_it_is_wrong() -> None:
+    tree: TopicTree[int] = TopicTree()
+    with pytest.raises(PeerError):
+        tree.add("a.*.b", 1)
+    assert is_bare(tree)
+    assert len(tree) == 0
+
+
+def test_a_group_keeps_its_members_in_the_order_of_their_coming() -> None:
+    tree: TopicTree[int] = TopicTree()
+    for member in (3, 1, 2, 3):
+        tree.add("a", member)
+    tree.remove("a", 1)
+    tree.add("a", 1)
+    (group,) = tree.match("a")
+    assert list(group.members) == [3, 2, 1]
+
+
+def test_a_known_channel_is_answered_from_memory_while_only_members_change() -> None:
+    tree: TopicTree[int] = TopicTree()
+    tree.add("a.*", 1)
+    tree.add("a.b", 1)
+    before = tree.match("a.b")
+    tree.add("a.*", 2)
+    tree.remove("a.b", 9)
+    tree.remove("a.*", 1)
+    assert tree.match("a.b") is before
+    assert list(before[0].members) == [2]
+
+
+@pytest.mark.parametrize("pattern", ["a.b", "a.*", "*"])
+def test_a_known_channel_notices_a_group_that_comes_and_goes(pattern: str) -> None:
+    tree: TopicTree[int] = TopicTree()
+    assert tree.match("a.b") == ()
+    tree.add(pattern, 1)
+    assert patterns_of(tree.match("a.b")) == [pattern]
+    tree.remove(pattern, 1)
+    assert tree.match("a.b") == ()
+    assert is_bare(tree)
+
+
+def test_another_channel_coming_and_going_leaves_the_memory_alone() -> None:
+    tree: TopicTree[int] = TopicTree()
+    tree.add("a.*", 1)
+    before = tree.match("a.b")
+    tree.add("inbox.7", 1)
+    tree.remove("inbox.7", 1)
+    assert tree.match("a.b") is before
+
+
+def test_the_memory_is_bounded() -> None:
+    tree: TopicTree[int] = TopicTree()
+    tree.add("a.*", 1)
+    for number in range(3 * topics.CACHED_CHANNELS):
+        assert len(tree.match(f"a.{number}")) == 1
+        assert len(tree._cache) <= topics.CACHED_CHANNELS
+
+
+def test_groups_are_told_apart_by_identity() -> None:
+    tree: TopicTree[int] = TopicTree()
+    tree.add("a", 1)
+    (old,) = tree.match("a")
+    tree.remove("a", 1)
+    tree.add("a", 1)
+    (new,) = tree.match("a")
+    assert old != new
+    assert len({old, new}) == 2
+    assert not old.members
+
+
+def test_a_deep_tree_is_pruned_as_far_as_nothing_else_hangs_there() -> None:
+    tree: TopicTree[int] = TopicTree()
+    tree.add(DEEPEST, 1)
+    tree.add("x.x.*", 1)
+    tree.remove(DEEPEST, 1)
+    assert not tree._root.children["x"].children["x"].children
+    assert patterns_of(tree.match(DEEPEST)) == ["x.x.*"]
+    tree.remove("x.x.*", 1)
+    assert is_bare(tree)

@@ -1,0 +1,360 @@
+"""Every message round the trip, what a first-version client gets to hear, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from catbus import wire
+from catbus.errors import Code, PeerError
+from catbus.wire import MAX_DEPTH, Protocol, Reply, Request
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+payloads = json_values.map(lambda value: json.dumps(value, ensure_ascii=False).encode())
+channels = st.lists(st.text(alphabet="abz019_-", min_size=1, max_size=4), min_size=1, max_size=4).map(".".join)
+patterns = channels | channels.map(lambda channel: channel + ".*") | st.just("*")
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Whatever a field of this type may hold."""
+    if hint == wire.Number:
+        return st.integers(0, 2**63 - 1)
+    if hint is int:
+        return st.integers(-(2**63), 2**63 - 1)
+    if hint is float:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if hint is Raw:
+        return payloads.map(Raw)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return st.one_of(*map(values, arguments))
+    if origin is list:
+        return st.lists(values(arguments[0]), max_size=3)
+    if origin is dict:
+        return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
+    if hasattr(hint, "__metadata__"):
+        return st.integers(1, 2**63 - 1)
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return messages(hint)
+    return st.from_type(hint)
+
+
+def messages(kind: type[Any]) -> st.SearchStrategy[Any]:
+    """Any message of this kind."""
+    hints = get_type_hints(kind, include_extras=True)
+    return st.builds(kind, **{name: values(hints[name]) for name in kind.__struct_fields__})
+
+
+REQUESTS: list[type[Request]] = list(get_args(wire.ClientMessage))
+REPLIES: list[type[Reply]] = list(get_args(wire.ServerMessage))
+
+
+def tag(kind: type[msgspec.Struct]) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+def encoded(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes:
+    line = wire.encode(message, protocol)
+    assert line is not None
+    return line
+
+
+# Round trips
+
+
+@given(st.one_of([messages(kind) for kind in REQUESTS]))
+def test_what_a_client_says_is_what_a_server_hears(message: Request) -> None:
+    assert wire.decode_client(encoded(message)) == message
+
+
+@given(st.one_of([messages(kind) for kind in REPLIES]))
+def test_what_a_server_says_is_what_a_client_hears(message: Reply) -> None:
+    assert wire.decode_server(encoded(message)) == message
+
+
+@given(st.one_of([messages(kind) for kind in [*REQUESTS, *REPLIES]]))
+def test_a_message_is_one_line(message: Request | Reply) -> None:
+    line = encoded(message)
+    assert line.endswith(b"}\n")
+    assert line.count(b"\n") == 1
+    assert json.loads(line)["type"] == tag(type(message))
+
+
+@pytest.mark.parametrize("kind", [*REQUESTS, *REPLIES])
+def test_unknown_fields_are_ignored(kind: type[Request | Reply]) -> None:
+    decode: Any = wire.decode_client if issubclass(kind, Request) else wire.decode_server
+
+    @given(messages(kind))
+    def check(message: Request | Reply) -> None:
+        extended = encoded(message).rstrip()[:-1] + b',"not_yet":[{"known":1}]}'
+        assert decode(extended) == message
+
+    check()
+
+
+def test_a_gap_has_the_names_of_the_specification() -> None:
+    line = encoded(wire.Gap("a.*", 3, 9, "e1", "retention"))
+    assert json.loads(line) == {
+        "type": "gap", "pattern": "a.*", "from": 3, "to": 9, "epoch": "e1", "reason": "retention",
+    }  # fmt: skip
+
+
+# Messages, encoded once for all who get them
+
+
+@given(
+    channel=channels,
+    payload=payloads,
+    pattern=patterns,
+    seq=st.none() | st.integers(1, 2**63 - 1),
+    at=st.integers(0, 2**53),
+    sender=st.none() | st.text(),
+)
+def test_an_entry_is_encoded_as_the_message_that_it_is(
+    channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None
+) -> None:
+    message = wire.Message(channel, Raw(payload), pattern=pattern, seq=seq, at=at, sender=sender)
+    assert wire.encode_entry(channel, payload, pattern, seq, at, sender) == encoded(message)
+    assert wire.encode_first_version(channel, payload) == encoded(message, Protocol.FIRST)
+
+
+# First-version clients
+
+FIXED = {
+    "auth_ok": {"client_id"},
+    "auth_error": {"message"},
+    "subscribed": {"pattern"},
+    "unsubscribed": {"pattern"},
+    "subscribe_error": {"pattern", "message"},
+    "published": {"channel"},
+    "publish_error": {"channel", "message"},
+    "message": {"channel", "payload"},
+    "pong": {"seq"},
+    "error": {"message"},
+}
+
+
+@given(st.one_of([messages(kind) for kind in REPLIES]))
+def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None:
+    line = wire.encode(message, Protocol.FIRST)
+    kind = tag(type(message))
+    if isinstance(message, wire.Revoked):
+        assert line is not None
+        heard = json.loads(line)
+        assert (heard.pop("type"), heard.pop("pattern")) == ("subscribe_error", message.pattern)
+        assert set(heard) == {"message"}
+    elif kind in FIXED:
+        assert line is not None
+        full = json.loads(encoded(message))
+        assert json.loads(line) == {name: full[name] for name in ("type", *FIXED[kind])}
+    else:
+        assert line is None
+
+
+def test_a_first_version_client_is_told_that_it_has_no_client_id() -> None:
+    assert encoded(wire.AuthOk(None), Protocol.FIRST) == b'{"type":"auth_ok","client_id":null}\n'
+    assert json.loads(encoded(wire.AuthOk(None))) == {"type": "auth_ok", "client_id": None}
+
+
+FIRST_VERSION_REQUESTS = {
+    b'{"type": "auth", "token": "t"}': wire.Auth("t"),
+    b'{"type": "subscribe", "pattern": "a.*"}': wire.Subscribe("a.*"),
+    b'{"type": "unsubscribe", "pattern": "a.*"}': wire.Unsubscribe("a.*"),
+    b'{"type": "publish", "channel": "a", "payload": {"x": 1}}': wire.Publish("a", Raw(b'{"x": 1}')),
+    b'{"type": "ping", "seq": 7}': wire.Ping(7),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), FIRST_VERSION_REQUESTS.items())
+def test_a_first_version_client_is_understood(line: bytes, message: Request) -> None:
+    assert wire.decode_client(line) == message
+
+
+# What is refused
+
+
+def publish(payload: bytes) -> bytes:
+    return b'{"type":"publish","channel":"a","payload":' + payload + b"}"
+
+
+INVALID_UTF8 = {
+    "a stray byte": b'"\xff"',
+    "cut short": b'"\xe2\x82"',
+    "overlong": b'"\xc0\xaf"',
+    "a surrogate": b'"\xed\xa0\x80"',
+    "beyond the last": b'"\xf4\x90\x80\x80"',
+    "in a name": b'{"\xff":1}',
+    "deep down": b'[[["\x80"]]]',
+}
+
+
+@pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
+def test_a_payload_that_is_not_utf8_is_refused(payload: bytes) -> None:
+    with pytest.raises(UnicodeDecodeError) as caught:
+        wire.decode_client(publish(payload))
+    assert wire.refusal(caught.value).message == "not valid UTF-8"
+    with pytest.raises(PeerError, match="UTF-8"):
+        wire.check_payload(payload)
+
+
+NOT_JSON = [b"", b"nul", b"01", b"1 2", b"'a'", b"[1,]", b"{1:2}", b'"', b'"\n"', b'"\\x"', b'"\\ud800"', b"NaN", b"-"]
+
+
+@pytest.mark.parametrize("payload", NOT_JSON)
+def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        wire.decode_client(publish(payload))
+    with pytest.raises(PeerError, match="not JSON") as caught:
+        wire.check_payload(payload)
+    assert (caught.value.code, caught.value.close) == (Code.BAD_MESSAGE, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"type":"nonsense"}',
+        b'{"type":"message","channel":"a","payload":1}',
+        b'{"type":1}',
+        b'{"type":"publish","channel":"a"}',
+        b'{"type":"publish","payload":1}',
+        b'{"type":"publish","channel":7,"payload":1}',
+        b'{"type":"subscribe","pattern":"a","since":-1}',
+        b'{"type":"subscribe","pattern":"a","since":1.5}',
+        b'{"type":"subscribe","pattern":"a","since":9223372036854775808}',
+        b'{"type":"publish","channel":"a","payload":1,"id":"1"}',
+        b'{"type":"history","pattern":"a","limit":0}',
+        b'{"type":"ping"}',
+        b'{"type":"auth"}',
+    ],
+)
+def test_what_is_no_request_is_refused(line: bytes) -> None:
+    with pytest.raises(wire.UNDECODABLE) as caught:
+        wire.decode_client(line)
+    error = wire.refusal(caught.value)
+    assert (error.code, error.close) == (Code.BAD_MESSAGE, None)
+    assert error.message
+
+
+@given(st.binary(max_size=60) | st.text().map(str.encode) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
+    for decode in (wire.decode_client, wire.decode_server, lambda data: wire.decode_client(publish(data))):
+        try:
+            decode(data)
+        except wire.UNDECODABLE as error:
+            refused = wire.refusal(error)
+        else:
+            continue
+        assert refused.code == Code.BAD_MESSAGE
+
+
+@given(st.binary(max_size=20) | payloads)
+def test_a_payload_by_another_way_is_taken_where_a_publish_would_take_it(data: bytes) -> None:
+    try:
+        message = wire.decode_client(publish(data))
+    except wire.UNDECODABLE:
+        with pytest.raises(PeerError):
+            wire.check_payload(data)
+    else:
+        assert isinstance(message, wire.Publish)
+        assert wire.check_payload(data) == wire.payload_bytes(message.payload)
+
+
+@given(messages(wire.Publish))
+def test_where_only_a_publish_can_stand_it_need_not_say_so(message: wire.Publish) -> None:
+    line = encoded(message)
+    assert wire.decode_publish(line) == message
+    assert wire.decode_publish(line.replace(b'"type":"publish",', b"", 1)) == message
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"type":"ping","channel":"a","payload":1}', b'{"channel":"a"}', b'{"channel":"a","payload":"\xff"}']
+)
+def test_where_only_a_publish_can_stand_nothing_else_is_taken(line: bytes) -> None:
+    with pytest.raises(wire.UNDECODABLE):
+        wire.decode_publish(line)
+
+
+# Payloads
+
+
+@given(json_values, st.sampled_from([None, 0, 2]), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_a_payload_is_kept_as_one_line_that_says_the_same(value: Any, indent: int | None, line_end: str) -> None:
+    text = json.dumps(value, indent=indent).replace("\n", line_end).encode()
+    kept = wire.check_payload(text)
+    assert b"\n" not in kept
+    assert b"\r" not in kept
+    assert len(kept) == len(text)
+    assert json.loads(kept) == value
+
+
+def test_a_payload_keeps_its_own_spelling() -> None:
+    for text in (b"1.0", b"1e2", b'"\\u00e9"', b'{"b":1, "a":2,"a":3}', b"[ ]", b"123456789012345678901234567890"):
+        message = wire.decode_client(publish(text))
+        assert isinstance(message, wire.Publish)
+        assert wire.payload_bytes(message.payload) == text
+
+
+# Nesting
+
+
+def nested(levels: int) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+def depth_of(value: Any) -> int:
+    if isinstance(value, list):
+        return 1 + max(map(depth_of, value), default=0)
+    if isinstance(value, dict):
+        return 1 + max(map(depth_of, value.values()), default=0)
+    return 0
+
+
+bracketed = st.text(alphabet='[]{}"\\a', max_size=5)
+deep_values = st.recursive(
+    bracketed | st.just(0),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(bracketed, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(deep_values, st.sampled_from([None, 1]))
+def test_depth_is_how_deep_the_value_is(value: Any, indent: int | None) -> None:
+    assert wire.depth(json.dumps(value, indent=indent).encode()) == depth_of(value)
+
+
+def test_a_message_may_be_nested_as_deep_as_the_limit_and_no_deeper() -> None:
+    wire.decode_client(publish(nested(MAX_DEPTH - 1)))
+    with pytest.raises(RecursionError) as caught:
+        wire.decode_client(publish(nested(MAX_DEPTH)))
+    assert str(MAX_DEPTH) in wire.refusal(caught.value).message
+    with pytest.raises(PeerError, match=str(MAX_DEPTH)):
+        wire.check_payload(nested(MAX_DEPTH + 1))
+
+
+def test_a_message_may_be_as_wide_as_it_likes() -> None:
+    wide = b"[" + b",".join([b'{"[":[]}'] * 1000) + b"]"
+    wire.decode_client(publish(wide))
+
+
+@pytest.mark.parametrize("bomb", [b"[" * 60000, b'{"a":' * 12000, b"[{" * 30000, nested(30000), b'["]' * 20000])
+def test_a_bomb_is_refused(bomb: bytes) -> None:
+    with pytest.raises(wire.UNDECODABLE):
+        wire.decode_client(publish(bomb))
