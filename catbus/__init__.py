@@ -1,1 +1,55 @@
-"""A real-time message broker on Trio: WebTransport and WebSocket clients, one durable log in PostgreSQL."""
+"""A real-time message broker on Trio: WebTransport and WebSocket clients, one durable log in PostgreSQL.
+
+`serve` runs a broker, `open_broker` one without doors for this process alone, `connect` is the client.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .broker import Broker, open_broker, serve
+    from .client import Bus, connect
+    from .config import Config, load
+    from .errors import CatbusError, CloseCode, Code, ConfigError, Disconnected, PeerError, Refused, Unavailable
+
+_HOMES = {
+    "broker": ("Broker", "open_broker", "serve"),
+    "client": ("Bus", "connect"),
+    "config": ("Config", "load"),
+    "errors": (
+        "CatbusError",
+        "CloseCode",
+        "Code",
+        "ConfigError",
+        "Disconnected",
+        "PeerError",
+        "Refused",
+        "Unavailable",
+    ),
+}
+
+__all__ = [
+    "Broker",
+    "Bus",
+    "CatbusError",
+    "CloseCode",
+    "Code",
+    "Config",
+    "ConfigError",
+    "Disconnected",
+    "PeerError",
+    "Refused",
+    "Unavailable",
+    "connect",
+    "load",
+    "open_broker",
+    "serve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # A client need not wait for what only a broker is made of: that takes a second to import.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

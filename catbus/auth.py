@@ -126,7 +126,7 @@ class Authenticator:
             raise _refusal(f"the token has more than {MAX_TOKEN} bytes")
         if given.startswith(b"role-"):
             raise _refusal("role tokens are not known here")
-        claims: _Claims | None
+        claims: _SubClaims | _JwtClaims | None
         if given.startswith(b"sub-"):
             claims = _decode(self._signed_text(given[4:]), _SubClaims)
         else:
@@ -179,13 +179,9 @@ class Authenticator:
 
 
 class _Claims(msgspec.Struct, kw_only=True, omit_defaults=True):
-    client_id: str | None = None
     exp: float | None = None
     nbf: float | None = None
     iat: float | None = None
-
-    def allowed(self) -> Grants:
-        return Grants()
 
 
 class _Grant(msgspec.Struct):
@@ -201,6 +197,7 @@ class _GrantList(msgspec.Struct):
 
 
 class _SubClaims(_Claims, kw_only=True):
+    client_id: str | None = None
     grants: _GrantList
 
     def allowed(self) -> Grants:
@@ -220,7 +217,8 @@ class _Access(msgspec.Struct):
             check_pattern(pattern)
 
 
-class _JwtClaims(_Claims, kw_only=True, rename={"client_id": "sub"}):
+class _JwtClaims(_Claims, kw_only=True):
+    client_id: str | None = msgspec.field(default=None, name="sub")
     catbus: _Access
 
     def allowed(self) -> Grants:

@@ -21,7 +21,7 @@ from .hub import Hub
 from .local import Messages
 from .log import Log, MemoryLog, Rejected
 from .postgres import PostgresLog, embedded
-from .wire import Publish, Raw, check_payload, to_json
+from .wire import Publish, check_payload, to_json
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
 """Who publishes and subscribes in this process."""
@@ -41,11 +41,11 @@ class Broker:
 
         Raises `Refused`, and `TypeError` for what has no JSON form. Cancelling it leaves open whether it is committed.
         """
-        request = Publish(channel, Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
+        request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
         [outcome] = await self.hub.publish(OWNER, [request])
         if isinstance(outcome, Rejected):
             raise Refused(outcome.code, outcome.message)
-        return outcome and outcome.seq
+        return None if outcome is None else outcome.seq
 
     @asynccontextmanager
     async def subscribe(

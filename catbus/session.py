@@ -22,6 +22,8 @@ from enum import Enum, auto
 from math import inf
 from typing import Any
 
+from msgspec import Raw
+
 from . import wire
 from .auth import Identity
 from .errors import CloseCode, Code, PeerError
@@ -132,7 +134,7 @@ class Session:
                     yield from _HANDLERS[type(message)](self, message, now)
                 except PeerError as error:
                     self.say(error_reply(message, error))
-                if self.state is State.CLOSED:
+                if self.closing is not None:
                     return
         except PeerError as error:
             self.say(wire.Error(error.message, error.code))
@@ -192,9 +194,7 @@ class Session:
         self.on_settled()
 
     def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
-        messages = [
-            wire.Message(e.channel, wire.Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
-        ]
+        messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
         self.say(wire.HistoryPage(messages, more, request.id))
 
     def refuse_request(self, error: PeerError) -> None:

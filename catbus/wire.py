@@ -221,9 +221,9 @@ ServerMessage = (
     | Error
 )
 
-_client_decoder = msgspec.json.Decoder(ClientMessage)
+_client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _publish_decoder = msgspec.json.Decoder(Publish)
-_server_decoder = msgspec.json.Decoder(ServerMessage)
+_server_decoder: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
 _encoder = msgspec.json.Encoder()
 
 
@@ -237,7 +237,7 @@ def decode_client(data: bytes) -> ClientMessage:
 
 
 def decode_publish(data: bytes) -> Publish:
-    """Decode a publish that stands where nothing else can, so that `type` may be left out; raises as `decode_client`."""
+    """Decode a publish where nothing else can stand, so `type` may be left out; raises as `decode_client` does."""
     _check_text(data)
     return _publish_decoder.decode(data)
 
@@ -317,9 +317,7 @@ def encode(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes 
     return _encoder.encode(message) + b"\n"
 
 
-def encode_entry(
-    channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None
-) -> bytes:
+def encode_entry(channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None) -> bytes:
     """The `message` line of one entry for one pattern, as `encode` would make it, several times faster."""
     number = b"" if seq is None else b',"seq":%d' % seq
     name = b"" if sender is None else b',"sender":' + _encoder.encode(sender)

@@ -50,15 +50,12 @@ def pem(key: Any) -> str:
 
 
 def jwks(*keys: tuple[Any, dict[str, str]]) -> str:
-    algorithms = {
-        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
-        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
-    }
-    entries = []
-    for key, more in keys:
-        (algorithm,) = [algorithm for kind, algorithm in algorithms.items() if isinstance(key, kind)]
-        entries.append({**algorithm.to_jwk(key.public_key(), as_dict=True), **more})
-    return json.dumps({"keys": entries})
+    return json.dumps({"keys": [{**public_jwk(key), **more} for key, more in keys]})
+
+
+def public_jwk(key: Any) -> dict[str, Any]:
+    algorithm = jwt.get_algorithm_by_name("RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256")
+    return algorithm.to_jwk(key.public_key(), as_dict=True)
 
 
 def base64url(data: bytes) -> str:
@@ -206,10 +203,15 @@ def test_a_token_with_one_character_changed_or_missing_is_refused(token: str) ->
         assert_unauthenticated(authenticator, token[:place] + chr(ord(character) ^ 1) + token[place + 1 :])
 
 
-@pytest.mark.parametrize("more", ["=", "==", "A", ".", " ", "\n", "\0", ".AAAA", "é", "\ud800"])
+@pytest.mark.parametrize("more", ["==", "A", ".", " ", "\n", "\0", ".AAAA", "é", "\ud800"])
 @pytest.mark.parametrize("token", [ALICE, CAROL], ids=["alice", "carol"])
 def test_a_token_with_something_behind_it_is_refused(token: str, more: str) -> None:
     assert_unauthenticated(Authenticator([SECRET]), token + more)
+
+
+def test_a_token_is_not_padded() -> None:
+    assert_unauthenticated(Authenticator([SECRET]), ALICE + "=")
+    assert_unauthenticated(Authenticator([SECRET]), ALICE.replace(".", "=."))
 
 
 def test_a_whole_mac_is_not_a_mac() -> None:
@@ -235,14 +237,14 @@ UNUSABLE = {
     "a grant on no pattern": '{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a.*.b"}]}}',
     "a grant on a line": '{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a\\n"}]}}',
     "create on no pattern": '{"client_id":"a","grants":{"grants":[{"grant_type":"create","pattern":"a b"}]}}',
-    "a client_id that is a number": '{"client_id":1,"grants":%s}' % GRANTS,
-    "a client_id no database holds": '{"client_id":"a\\u0000","grants":%s}' % GRANTS,
-    "an expiry that is a string": '{"client_id":"a","grants":%s,"exp":"2000000000"}' % GRANTS,
-    "an expiry that is true": '{"client_id":"a","grants":%s,"exp":true}' % GRANTS,
-    "an expiry out of range": '{"client_id":"a","grants":%s,"exp":1e999}' % GRANTS,
-    "an expiry that is no number": '{"client_id":"a","grants":%s,"exp":NaN}' % GRANTS,
-    "a start that is a string": '{"client_id":"a","grants":%s,"nbf":"0"}' % GRANTS,
-    "a bomb": '{"client_id":"a","x":' + "[" * 3000 + "]" * 3000 + ',"grants":%s}' % GRANTS,
+    "a client_id that is a number": f'{{"client_id":1,"grants":{GRANTS}}}',
+    "a client_id no database holds": f'{{"client_id":"a\\u0000","grants":{GRANTS}}}',
+    "an expiry that is a string": f'{{"client_id":"a","grants":{GRANTS},"exp":"2000000000"}}',
+    "an expiry that is true": f'{{"client_id":"a","grants":{GRANTS},"exp":true}}',
+    "an expiry out of range": f'{{"client_id":"a","grants":{GRANTS},"exp":1e999}}',
+    "an expiry that is no number": f'{{"client_id":"a","grants":{GRANTS},"exp":NaN}}',
+    "a start that is a string": f'{{"client_id":"a","grants":{GRANTS},"nbf":"0"}}',
+    "a bomb": '{"client_id":"a","x":' + "[" * 3000 + "]" * 3000 + f',"grants":{GRANTS}}}',
 }
 
 
@@ -265,12 +267,14 @@ def test_create_allows_nothing_and_all_is_read_and_write() -> None:
 
 
 def test_a_long_token_is_refused_unread() -> None:
+    def filled(size: int) -> str:
+        return signed(json.dumps({"client_id": "x" * size, "grants": {"grants": []}}))
+
     authenticator = Authenticator([SECRET])
-    filling = '{"client_id":"%s","grants":{"grants":[]}}'
-    token = signed(filling % ("x" * 6000))
+    token = filled(6000)
     assert len(token) <= MAX_TOKEN
     authenticator.verify(token, NOW)
-    token = signed(filling % ("x" * 6200))
+    token = filled(6200)
     assert len(token) > MAX_TOKEN
     assert str(MAX_TOKEN) in refusal(authenticator, token).message
 

@@ -62,6 +62,7 @@ IMPURE = {
     "time",
     "trio",
 }
+MAY = {"auth": {"os"}}  # random bytes
 
 
 def name_of(path: Path) -> str:
@@ -128,7 +129,7 @@ def test_the_core_does_no_io(part: str) -> None:
     found = {
         name.split(".")[0] for module, path in MODULES.items() if part_of(module) == part for name in imports(path)
     }
-    assert not found & IMPURE
+    assert not (found & IMPURE) - MAY.get(part, set())
 
 
 def test_only_the_command_configures_logging() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+import catbus
 from catbus.cli import entry
 from catbus.config import Config, keys, load
 
@@ -95,6 +97,20 @@ def test_the_makefile_has_the_target(target: str) -> None:
 def test_the_readme_and_ci_run_the_same_tests() -> None:
     assert "make test" in (ROOT / ".ci/run").read_text()
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_the_examples_in_the_readme_are_python() -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        compile(example, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        for name in re.findall(r"\bcatbus\.(\w+)", example):
+            assert hasattr(catbus, name)
+
+
+def test_the_commands_in_the_readme_exist() -> None:
+    used = set(re.findall(r"^(?:\.venv/bin/)?catbus (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert used and used <= set(entry.COMMANDS)
 
 
 def test_help_shows_an_example_of_every_command() -> None:

@@ -288,9 +288,7 @@ def test_publish_becomes_an_append_and_its_fate_the_reply() -> None:
     assert (append.sender, append.origin, append.after) == ("alice", PRODUCER, None)
     assert driver.session.pending == 1
     append.settle(append, Committed(12, duplicate=True))
-    assert driver.replies() == [
-        {"type": "published", "channel": "project.a", "id": 4, "seq": 12, "duplicate": True}
-    ]
+    assert driver.replies() == [{"type": "published", "channel": "project.a", "id": 4, "seq": 12, "duplicate": True}]
     assert driver.session.pending == 0
 
 

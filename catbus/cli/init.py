@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import click
+import msgspec
 import trio
 
 from ..config import Config, load, redact
 from ..errors import ConfigError
-from ..postgres import embedded, init_database
+from ..postgres import embedded
+from ..postgres.migrate import init
 from .options import config_option, database_option, state_option
 
 
@@ -31,14 +33,16 @@ def command(config: Path | None, database: str | None, state: str | None) -> Non
     settings = load(config, os.environ, {"database.url": database, "state": state})
     if settings.database.url == "memory":
         raise ConfigError("there is no database to prepare: set DATABASE_URL or give --database")
-    version = trio.run(_prepare, settings)
-    click.echo(f"{redact(settings.database.url)} has version {version} of the schema")
+    applied = trio.run(_prepare, settings)
+    place = redact(settings.database.url)
+    click.echo(f"{place}: applied {', '.join(applied)}" if applied else f"{place}: nothing to do, it is up to date")
 
 
-async def _prepare(config: Config) -> int:
+async def _prepare(config: Config) -> list[str]:
     if config.database.url != "embedded":
-        return await init_database(config.database.url)
+        return await init(config.database)
     async with trio.open_nursery() as nursery:
-        version = await init_database(await nursery.start(embedded.run, config.state_directory / "postgres"))
+        url = await nursery.start(embedded.run, config.state_directory / "postgres")
+        applied = await init(msgspec.structs.replace(config.database, url=url))
         nursery.cancel_scope.cancel()
-        return version
+    return applied

@@ -13,7 +13,7 @@ from ..errors import PeerError, Refused
 from ..topics import check_channel, check_pattern
 from .bell import Bell
 from .conversation import Answer, Batch, Conversation
-from .inbox import Event, Phase
+from .inbox import Event
 from .link import Link
 from .messages import Page, encode_payload
 from .subscription import Messages
@@ -140,11 +140,11 @@ class Bus:
             bell = Bell()
             inbox.wake = bell.ring
             self._link.requested()
-            while inbox.phase is Phase.ASKED:
+            while not inbox.begun:
+                if inbox.ending is not None:
+                    raise inbox.ending
                 conversation.check()
                 await bell.wait()
-            if inbox.ending is not None:
-                raise inbox.ending
             yield Messages(inbox, conversation, self._link, bell, on_event)
         finally:
             conversation.leave(inbox)

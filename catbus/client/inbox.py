@@ -44,6 +44,7 @@ class Inbox:
     __slots__ = (
         "arrived",
         "arrived_epoch",
+        "begun",
         "cursor",
         "ending",
         "epoch",
@@ -64,6 +65,8 @@ class Inbox:
         self.items: deque[Message | Mark] = deque()
         self.limit = limit
         """How many messages are welcome. The conversation may bring more while somebody waits for a reply."""
+        self.begun = False
+        """Whether the broker has ever agreed to send."""
         self.resuming = since is not None
         self.arrived = self.cursor = since or 0
         """`arrived`: complete up to here, the queue included. `cursor`: what the application has taken."""
@@ -82,6 +85,7 @@ class Inbox:
     def begin(self, seq: int, epoch: str) -> None:
         """The broker sends from now on. `seq` and `epoch` are where it stands."""
         self.phase = Phase.HELD
+        self.begun = True
         if not self.resuming:
             # From now on, so this is where it is complete. With `since`, only what follows tells.
             self.arrived = self.cursor = seq

@@ -40,6 +40,7 @@ class WebSocket:
         self._ping: Ping | None = None
         self._unread = True
         self._end: Disconnected | None = None
+        self._reply: CloseConnection | None = None
         self._torn = False
         self._closed = False
 
@@ -80,16 +81,15 @@ class WebSocket:
             return
         self._closed = True
         try:
-            state = self._connection.state
-            if not self._torn and state in (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING):
+            if not self._torn:
                 with anyio.move_on_after(GOODBYE):
-                    await self._say_goodbye(code, reason)
+                    await self._say_goodbye(self._reply or CloseConnection(code, reason))
         finally:
             await anyio.aclose_forcefully(self._stream)
 
-    async def _say_goodbye(self, code: int, reason: str) -> None:
+    async def _say_goodbye(self, goodbye: CloseConnection) -> None:
         try:
-            await self._stream.send(self._connection.send(CloseConnection(code, reason)))
+            await self._stream.send(self._connection.send(goodbye))
             # Closed with something unread, a socket takes back what it has sent: read until the broker has heard us.
             while self._end is None:
                 await self._fill()
@@ -118,8 +118,13 @@ class WebSocket:
                     # Only the last one needs an answer, and one is all that we keep.
                     self._ping = event
                 case CloseConnection():
-                    reason = event.reason or "no reason given"
-                    self._end = Disconnected(f"the broker closed the connection: {reason}", int(event.code))
+                    self._reply = event.response()
+                    if self._connection.state is ConnectionState.OPEN:
+                        # wsproto's own verdict, in the form of a Close.
+                        self._end = Disconnected(f"what the broker sent is no WebSocket: {event.reason}")
+                    else:
+                        reason = event.reason or "no reason given"
+                        self._end = Disconnected(f"the broker closed the connection: {reason}", int(event.code))
         return b"".join(parts)
 
 

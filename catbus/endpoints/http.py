@@ -85,7 +85,7 @@ class Conversation:
                 self._http.start_next_cycle()
                 idle_time = IDLE_TIME
         except Refused as refused:
-            await self._send(request, refused.answer)
+            await self._send(request, refused.answer, last=True)
         except Enough:
             return
         with trio.move_on_after(CLOSING_TIME):
@@ -115,6 +115,8 @@ class Conversation:
             raise Refused(line(408))
         if not isinstance(event, h11.Request):
             raise Enough
+        if not event.http_version.startswith(b"1."):
+            raise Refused(line(505))
         request = Request(
             event.method.decode("ascii"), _path(event.target), list(event.headers), version=event.http_version
         )
@@ -159,15 +161,15 @@ class Conversation:
 
     # Writing
 
-    async def _send(self, request: Request | None, answer: Answer) -> None:
-        """Answer `request`, or what was too broken to be one."""
+    async def _send(self, request: Request | None, answer: Answer, *, last: bool = False) -> None:
+        """Answer `request`, or what was too broken to be one. Without all of its body, it is the last answer."""
         headers = [
             (b"date", formatdate(usegmt=True).encode()),
             (b"content-type", answer.type),
             (b"content-length", str(len(answer.body)).encode()),
             *answer.headers,
         ]
-        if self._roster.closed or self._http.their_state in (h11.SEND_BODY, h11.ERROR):
+        if last or self._roster.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
         reason = HTTPStatus(answer.status).phrase.encode()
         data = self._http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason))

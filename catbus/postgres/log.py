@@ -50,17 +50,23 @@ class PostgresStatistics:
 
 
 class PostgresLog:
-    """A `Log` in PostgreSQL. `recent`: how many bytes of the newest entries stay in memory."""
+    """A `Log` in PostgreSQL.
+
+    `url` takes the place of the one in the settings. `recent`: how many bytes of the newest entries stay in memory;
+    `pending`, `pending_bytes`: how much may wait to be written.
+    """
 
     def __init__(
         self,
         settings: Database,
         *,
+        url: str | None = None,
         recent: int = 64 << 20,
         pending: int = PENDING,
         pending_bytes: int = PENDING_BYTES,
     ) -> None:
         self._settings = settings
+        self._url = url or settings.url
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")
         self._tail = Tail(Recent(recent))
@@ -178,10 +184,10 @@ class PostgresLog:
             working()
 
     async def _connect(self) -> Connection:
-        return await self._dial(self._settings.url)
+        return await self._dial(self._url)
 
     async def _connect_listener(self) -> Connection:
-        return await self._dial(self._settings.listen_url or self._settings.url)
+        return await self._dial(self._settings.listen_url or self._url)
 
     async def _dial(self, url: str) -> Connection:
         if self._bridge is None:

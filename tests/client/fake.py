@@ -13,6 +13,7 @@ import anyio.lowlevel
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from wsproto import ConnectionType, WSConnection
+from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Ping, Pong, Request, TextMessage
 
 from catbus.client import Bus, connect, open_bus
@@ -143,7 +144,8 @@ class WebSocketPeer(Peer):
                         self.pongs.append(bytes(event.payload))
                     case CloseConnection():
                         self.closed = (event.code, event.reason)
-                        await self.stream.send(self.connection.send(event.response()))
+                        if self.connection.state is ConnectionState.REMOTE_CLOSING:
+                            await self.stream.send(self.connection.send(event.response()))
                         raise Gone
                     case BytesMessage():
                         raise AssertionError("the client sends text")

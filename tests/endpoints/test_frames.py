@@ -34,7 +34,9 @@ def test_a_close_frame_carries_code_and_reason() -> None:
     assert not is_close(PING)
 
 
-@pytest.mark.parametrize(("reason", "kept"), [("x" * 123, 123), ("x" * 124, 123), ("x" + "é" * 80, 123), ("é" * 80, 122)])
+@pytest.mark.parametrize(
+    ("reason", "kept"), [("x" * 123, 123), ("x" * 124, 123), ("x" + "é" * 80, 123), ("é" * 80, 122)]
+)
 def test_a_long_reason_is_cut_between_characters(reason: str, kept: int) -> None:
     [frame] = FrameParser().feed(close_frame(4000, reason))
     text = frame.payload[2:].decode()

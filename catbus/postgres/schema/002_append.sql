@@ -53,7 +53,7 @@ BEGIN
 
     -- From here on every statement sees all that was committed by those who had the lock before.
     SELECT e.seq, e.at INTO last, at FROM catbus.entries AS e ORDER BY e.seq DESC LIMIT 1;
-    -- In an empty log both are null, which greatest ignores. A clock that was set back must not make time run backwards.
+    -- In an empty log both are null, and greatest ignores that. A clock that was set back must not turn time back.
     first := greatest(last + 1, head.floor);
     at := greatest(at, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint);
 

@@ -1,0 +1,138 @@
+"""`catbus run`: signals, the secret, what it prints."""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from catbus.cli import run
+from catbus.cli.development import development_token, read_secret
+from catbus.config import Auth, Config, Logging, WebSocket
+from catbus.errors import ConfigError
+
+LOCAL = WebSocket(bind=("127.0.0.1:0",))
+
+
+class FakeBroker:
+    def __init__(self, addresses: list[tuple[str, str]]) -> None:
+        self.addresses = addresses
+        self.stopping = trio.Event()
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+
+class FakeServer:
+    """Stands in for `serve`: starts when it may, and stops when it is asked to and `orderly`."""
+
+    def __init__(self, *, starts: bool = True, orderly: bool = True) -> None:
+        self.starts = starts
+        self.orderly = orderly
+        self.started = trio.Event()
+        self.broker = FakeBroker([("websocket", "127.0.0.1:8080")])
+        self.ended = ""
+
+    async def __call__(self, config: Config, *, task_status: trio.TaskStatus[FakeBroker]) -> None:
+        try:
+            self.started.set()
+            if not self.starts:
+                await trio.sleep_forever()
+            task_status.started(self.broker)
+            await self.broker.stopping.wait()
+            if not self.orderly:
+                await trio.sleep_forever()
+            self.ended = "in order"
+        except trio.Cancelled:
+            self.ended = "at once"
+            raise
+
+
+@pytest.fixture(autouse=True)
+def collector_as_before() -> Iterator[None]:
+    thresholds = gc.get_threshold()
+    yield
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
+
+
+async def supervise(monkeypatch: pytest.MonkeyPatch, server: FakeServer, *signals: signal.Signals) -> int:
+    monkeypatch.setattr(run, "serve", server)
+
+    async def send() -> None:
+        await server.started.wait()
+        for number in signals:
+            await trio.testing.wait_all_tasks_blocked()
+            signal.raise_signal(number)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        return await run.supervise(Config(websocket=LOCAL), None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_first_signal_stops_in_order(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    server = FakeServer()
+    assert await supervise(monkeypatch, server, number) == 0
+    assert server.ended == "in order"
+
+
+async def test_the_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(orderly=False)
+    assert await supervise(monkeypatch, server, signal.SIGTERM, signal.SIGINT) == 130
+    assert server.ended == "at once"
+
+
+async def test_a_signal_before_it_has_started_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(starts=False)
+    assert await supervise(monkeypatch, server, signal.SIGTERM) == 0
+    assert server.ended == "at once"
+
+
+def test_a_secret_is_kept_where_only_this_machine_gets_in(tmp_path: Path) -> None:
+    config, token = run.with_secret(Config(websocket=LOCAL, state=str(tmp_path)))
+    [secret] = config.auth.secrets
+    assert secret == read_secret(tmp_path)
+    assert token == development_token(secret)
+    assert run.with_secret(Config(websocket=LOCAL, state=str(tmp_path))) == (config, token)
+
+
+def test_without_a_secret_it_does_not_open_to_others(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CATBUS_SECRET"):
+        run.with_secret(Config(state=str(tmp_path)))
+    assert read_secret(tmp_path) is None
+
+
+def test_a_secret_that_is_given_is_the_secret() -> None:
+    config = Config(auth=Auth(secrets=("given",)))
+    assert run.with_secret(config) == (config, None)
+
+
+def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:
+    broker = FakeBroker([("websocket", "127.0.0.1:8080"), ("websocket", "[::1]:8080")])
+    run._announce(broker, Config(logging=Logging(format=form), state=state), token)  # type: ignore[arg-type]
+    output, errors = capsys.readouterr()
+    return output, errors
+
+
+def test_the_urls_and_the_token_are_printed_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output, _ = announced(capsys, "text", "the-token", str(tmp_path / "state"))
+    for part in ("ws://127.0.0.1:8080/ws", "ws://[::1]:8080/ws", "the-token", "sub 'demo.*'\n"):
+        assert part in output
+    assert "export CATBUS_TOKEN" not in output
+
+
+def test_a_state_directory_that_clients_do_not_know_is_made_up_for(capsys: pytest.CaptureFixture[str]) -> None:
+    output, _ = announced(capsys, "text", "the-token", "/elsewhere")
+    assert "export CATBUS_TOKEN=the-token" in output
+
+
+def test_nothing_but_log_lines_gets_into_json(capsys: pytest.CaptureFixture[str]) -> None:
+    output, errors = announced(capsys, "json", "the-token", None)
+    assert "the-token" in errors and "the-token" not in output
+    _, errors = announced(capsys, "json", None, None)
+    assert not errors

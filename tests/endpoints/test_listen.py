@@ -1,0 +1,150 @@
+"""catbus.endpoints.listen, over real sockets"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import trio
+
+from catbus.config import Config, Limits
+from catbus.endpoints import Endpoint, listen, serve_http
+from catbus.errors import CloseCode, ConfigError
+from tests.endpoints import peers
+from tests.endpoints.fakes import FakeHub
+from tests.endpoints.peers import Peer, masked
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@asynccontextmanager
+async def serving(hub: FakeHub, *binds: str) -> AsyncIterator[tuple[Endpoint, trio.Nursery]]:
+    async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
+        serve = partial(serve_http, cast(Any, hub))
+        endpoint = await nursery.start(serve, binds or ("127.0.0.1:0",), sessions)
+        yield endpoint, nursery
+        nursery.cancel_scope.cancel()
+        sessions.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def connected(endpoint: Endpoint, index: int = 0) -> AsyncIterator[Peer]:
+    host, _, port = endpoint.addresses[index].rpartition(":")
+    async with await trio.open_tcp_stream(host.strip("[]"), int(port)) as stream:
+        yield Peer(stream)
+
+
+async def test_it_listens_everywhere_it_is_told_to() -> None:
+    async with serving(FakeHub(), "127.0.0.1:0", "[::1]:0") as (endpoint, _):
+        assert [address.rpartition(":")[0] for address in endpoint.addresses] == ["127.0.0.1", "[::1]"]
+        for index in range(2):
+            async with connected(endpoint, index) as peer:
+                await peer.send(HEALTH)
+                assert (await peer.response()).body == b"ok\n"
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "127.0.0.1:0x50", "no.such.host.invalid:0", "192.0.2.1:0"])
+async def test_an_address_that_cannot_be_had_is_named(bind: str) -> None:
+    async with trio.open_nursery() as sessions:
+        with pytest.raises(ConfigError, match=bind):
+            await serve_http(cast(Any, FakeHub()), ["127.0.0.1:0", bind], sessions)
+
+
+async def test_an_address_in_use_is_named() -> None:
+    async with serving(FakeHub()) as (endpoint, _), trio.open_nursery() as sessions:
+        with pytest.raises(ConfigError, match=f"cannot listen on {endpoint.addresses[0]}: .*in use"):
+            await serve_http(cast(Any, FakeHub()), endpoint.addresses, sessions)
+
+
+async def test_a_whole_conversation() -> None:
+    hub = FakeHub()
+    async with serving(hub) as (endpoint, _), connected(endpoint) as peer:
+        await peer.send(HEALTH)
+        assert (await peer.response()).status == 200
+        await peer.upgrade()
+        await peer.send(masked(peers.TEXT, b"x" * 500_000))
+        assert await peer.frame() == (peers.TEXT, b"x" * 500_000 + b"\n")
+        statistics = endpoint.statistics()
+        assert (statistics.connections, statistics.websockets, statistics.refused, statistics.faults) == (1, 1, 0, 0)
+        await peer.send(peers.close_frame(1000))
+        assert (await peer.frame()).code == 1000
+        assert await peer.at_end()
+
+
+async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None:
+    hub = FakeHub()
+    async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
+        ended = trio.Event()
+
+        async def serve(*, task_status: trio.TaskStatus[Endpoint]) -> None:
+            await serve_http(cast(Any, hub), ["127.0.0.1:0"], sessions, task_status=task_status)
+            ended.set()
+
+        endpoint = await nursery.start(serve)
+        async with connected(endpoint) as idle, connected(endpoint) as peer:
+            await idle.send(HEALTH)
+            await idle.response()
+            await peer.upgrade()
+            endpoint.close()
+            assert await idle.at_end()
+            await idle.stream.aclose()
+            with pytest.raises(OSError, match="all attempts to connect"):
+                async with connected(endpoint):
+                    pass
+            await peer.send(masked(peers.TEXT, b"still here"))
+            assert (await peer.frame()).payload == b"still here\n"
+            assert not ended.is_set()
+            hub.clients[0].close(CloseCode.SHUTTING_DOWN, "stopping")
+            assert (await peer.frame()).code == 4504
+            await peer.send(peers.close_frame(4504))
+            assert await peer.at_end()
+        await ended.wait()
+
+
+async def test_those_who_are_too_many_are_told_so() -> None:
+    async with serving(FakeHub(Config(limits=Limits(connections=2)))) as (endpoint, _):
+        async with connected(endpoint) as first, connected(endpoint) as second:
+            for peer in (first, second):
+                await peer.send(HEALTH)
+                assert (await peer.response()).status == 200
+            async with connected(endpoint) as third:
+                await third.send(HEALTH)
+                response = await third.response()
+                assert (response.status, response.body) == (503, b"too many connections\n")
+                assert await third.at_end()
+            assert endpoint.statistics().refused == 1
+        while endpoint.statistics().connections:
+            await trio.lowlevel.checkpoint()
+        async with connected(endpoint) as peer:
+            await peer.send(HEALTH)
+            assert (await peer.response()).status == 200
+
+
+async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*args: object) -> None:
+        async with trio.open_nursery():
+            raise RuntimeError("a bug")
+
+    async with serving(FakeHub()) as (endpoint, _), connected(endpoint) as healthy:
+        await healthy.send(HEALTH)
+        assert (await healthy.response()).status == 200
+        with monkeypatch.context() as patched:
+            patched.setattr(listen, "serve_connection", fail)
+            async with connected(endpoint) as peer:
+                assert await peer.at_end()
+        await healthy.send(HEALTH)
+        assert (await healthy.response()).status == 200
+        assert endpoint.statistics().faults == 1
+
+
+async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (listen.SPARE_FILES + 1, 1000))
+    async with serving(FakeHub()) as (endpoint, _), connected(endpoint) as first:
+        await first.send(HEALTH)
+        assert (await first.response()).status == 200
+        async with connected(endpoint) as second:
+            await second.send(HEALTH)
+            assert (await second.response()).status == 503

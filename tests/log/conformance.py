@@ -1,0 +1,308 @@
+"""What every log must do, whatever it is made of: a class of tests for a subclass that has the fixture `make_log`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from random import Random
+
+import pytest
+import trio
+
+from catbus.errors import Code
+from catbus.log import Committed, Log, Rejected
+from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
+
+MakeLog = Callable[..., Log]
+"""Called with `recent` (bytes kept in memory) and `pending` (messages that may wait), both optional."""
+
+ALICE = b"alice-----------"
+BOB = b"bob-------------"
+
+
+class LogConformance:
+    async def test_every_message_gets_the_next_number_and_reaches_the_follower_in_that_order(
+        self, make_log: MakeLog
+    ) -> None:
+        log = make_log()
+        async with running(log) as (follower, publisher):
+
+            async def publish(name: str) -> None:
+                seqs = [await publisher.publish_seq(f"a.{name}", b'{"n": %d}' % n) for n in range(20)]
+                assert seqs == sorted(seqs)
+
+            async with trio.open_nursery() as nursery:
+                for name in "abcdefgh":
+                    nursery.start_soon(publish, name)
+            await follower.wait_for(160)
+            assert [entry.seq for entry in follower.entries] == list(range(1, 161))
+            for append, outcome in publisher.answers.items():
+                assert isinstance(outcome, Committed)
+                entry = follower.entries[outcome.seq - 1]
+                assert (entry.channel, entry.payload) == (append.channel, append.payload)
+                assert not outcome.duplicate
+            assert all(a.at <= b.at for a, b in pairwise(follower.entries))
+            assert log.applied == 160
+
+    async def test_what_is_submitted_together_keeps_its_order(self, make_log: MakeLog) -> None:
+        async with running(make_log()) as (follower, publisher):
+            for n in range(2500):
+                publisher.submit("a", b"%d" % n)
+            outcomes = await publisher.wait()
+            assert [outcome.seq for outcome in outcomes if isinstance(outcome, Committed)] == list(range(1, 2501))
+            assert follower.texts == [str(n) for n in range(2500)]
+
+    async def test_a_message_is_applied_before_it_is_acknowledged(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (follower, publisher):
+            for n in range(50):
+                seq = await publisher.publish_seq("a", b"%d" % n)
+                assert log.applied >= seq
+                assert follower.entries[-1].seq >= seq
+
+    async def test_an_entry_is_what_was_published_to_the_byte(self, make_log: MakeLog) -> None:
+        log = make_log()
+        payload = '{ "text":"snow ☃ 𝄞 \\u0000 \\n" ,  "n":1.0e+400}'.encode()
+        async with running(log) as (follower, publisher):
+            await publisher.publish_seq("a.b-c_D.0", payload, sender='o"brien\n☃', origin=ALICE)
+            await publisher.publish_seq("a", b"null")
+            await follower.wait_for(2)
+            (full, bare), read = follower.entries, await read_all(log)
+            assert (full.channel, full.payload, full.sender, full.origin) == ("a.b-c_D.0", payload, 'o"brien\n☃', ALICE)
+            assert (bare.channel, bare.payload, bare.sender, bare.origin) == ("a", b"null", None, None)
+            assert read == follower.entries
+
+    async def test_a_payload_with_a_line_break_harms_nobody(self, make_log: MakeLog) -> None:
+        async with running(make_log()) as (follower, publisher):
+            for payload in (b"1", b"[1,\n2]", b"3"):
+                publisher.submit("a", payload)
+            await publisher.wait()
+            assert follower.texts == ["1", "[1,\n2]", "3"]
+
+    # Keys
+
+    async def test_a_key_stands_in_the_log_once(self, make_log: MakeLog) -> None:
+        async with running(make_log()) as (follower, publisher):
+            first = await publisher.publish_seq("a", b"1", producer=ALICE, number=7)
+            again = await publisher.publish("a", b"1", producer=ALICE, number=7, after=0)
+            other = await publisher.publish("a", b"1", producer=BOB, number=7)
+            assert again == Committed(first, duplicate=True)
+            assert other == Committed(first + 1)
+            await follower.wait_for(2)
+            assert len(follower.entries) == 2
+
+    async def test_a_key_that_is_submitted_twice_at_once_stands_in_the_log_once(self, make_log: MakeLog) -> None:
+        async with running(make_log()) as (follower, publisher):
+            for _ in range(3):
+                publisher.submit("a", b"1", producer=ALICE, number=1)
+                publisher.submit("b", b"2")
+            outcomes = await publisher.wait()
+            assert outcomes[0] == Committed(1)
+            assert outcomes[2] == outcomes[4] == Committed(1, duplicate=True)
+            assert follower.texts == ["1", "2", "2", "2"]
+
+    @pytest.mark.parametrize(("channel", "payload"), [("a", b"2"), ("b", b"1")])
+    async def test_a_key_with_another_message_is_refused(self, make_log: MakeLog, channel: str, payload: bytes) -> None:
+        async with running(make_log()) as (follower, publisher):
+            await publisher.publish_seq("a", b"1", producer=ALICE, number=1)
+            publisher.submit("n", b"1")
+            conflict = publisher.submit(channel, payload, producer=ALICE, number=1)
+            publisher.submit("n", b"2")
+            outcomes = await publisher.wait()
+            refused = publisher.answers[conflict]
+            assert isinstance(refused, Rejected)
+            assert refused.code == Code.BAD_MESSAGE
+            assert [type(outcome) for outcome in outcomes].count(Committed) == 3
+            assert follower.texts == ["1", "1", "2"]
+
+    async def test_retries_among_new_messages_against_a_model(self, make_log: MakeLog) -> None:
+        random = Random(20)
+        async with running(make_log()) as (follower, publisher):
+            known: dict[tuple[bytes, int], tuple[str, bytes, int]] = {}
+            for _ in range(30):
+                sent = []
+                for _ in range(random.randrange(1, 40)):
+                    key = random.choice([ALICE, BOB]), random.randrange(60)
+                    message = random.choice(["a", "b"]), b"%d" % random.randrange(2)
+                    sent.append((key, message, publisher.submit(*message, producer=key[0], number=key[1], after=0)))
+                await publisher.wait()
+                for key, message, append in sent:
+                    outcome = publisher.answers[append]
+                    if key not in known:
+                        assert isinstance(outcome, Committed)
+                        assert not outcome.duplicate
+                        assert outcome.seq == len(known) + 1
+                        known[key] = (*message, outcome.seq)
+                    elif known[key][:2] == message:
+                        assert outcome == Committed(known[key][2], duplicate=True)
+                    else:
+                        assert isinstance(outcome, Rejected)
+            await follower.wait_for(len(known))
+            assert [(e.channel, e.payload, e.seq) for e in follower.entries] == list(known.values())
+
+    # Reading
+
+    async def test_a_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for n in range(25):
+                publisher.submit("a", b"%d" % n)
+            await publisher.wait()
+            page = await log.read(3, rows=10)
+            assert (page.after, page.last, [entry.seq for entry in page.entries]) == (3, 13, list(range(4, 14)))
+            assert len(await read_all(log, rows=7)) == 25
+
+    async def test_a_page_ends_at_its_number_of_bytes_but_has_one_entry(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for n in range(5):
+                publisher.submit("a", b"%d" % n * 99)
+            await publisher.wait()
+            assert [e.seq for e in (await log.read(0, size=300)).entries] == [1, 2, 3]
+            assert [e.seq for e in (await log.read(0, size=299)).entries] == [1, 2]
+            assert [e.seq for e in (await log.read(2, size=10)).entries] == [3]
+
+    async def test_reading_at_the_end_gives_an_empty_page(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for after in (0, 5):
+                page = await log.read(after)
+                assert (page.after, page.last, list(page.entries)) == (after, after, [])
+            await publisher.publish_seq("a", b"1")
+            page = await log.read(1)
+            assert (page.after, page.last, list(page.entries)) == (1, 1, [])
+
+    async def test_a_cancelled_read_harms_nothing(self, make_log: MakeLog) -> None:
+        log = make_log(recent=0)
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+            for _ in range(3):
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await log.read(0)
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await log.history("a", before=None, limit=1)
+            assert (await log.read(0)).last == 1
+            await log.history("a", before=None, limit=1)
+
+    # History
+
+    async def test_history_is_the_newest_that_match_oldest_first(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for channel in ("a", "a.b", "a.b.c", "a-b", "ab", "b", "a.b"):
+                publisher.submit(channel, b"1")
+            await publisher.wait()
+
+            async def found(pattern: str, before: int | None = None, limit: int = 10) -> tuple[list[int], bool]:
+                entries, more = await log.history(pattern, before=before, limit=limit)
+                return [entry.seq for entry in entries], more
+
+            assert await found("*") == ([1, 2, 3, 4, 5, 6, 7], False)
+            assert await found("*", limit=3) == ([5, 6, 7], True)
+            assert await found("a") == ([1], False)
+            assert await found("a.b") == ([2, 7], False)
+            assert await found("a.*") == ([2, 3, 7], False)
+            assert await found("a.*", limit=2) == ([3, 7], True)
+            assert await found("a.*", before=7) == ([2, 3], False)
+            assert await found("a.*", before=3, limit=1) == ([2], False)
+            assert await found("a.b.*") == ([3], False)
+            assert await found("c.*") == ([], False)
+            assert await found("*", before=1) == ([], False)
+            assert await found("*", before=99, limit=7) == ([1, 2, 3, 4, 5, 6, 7], False)
+
+    async def test_a_character_of_a_channel_is_no_wildcard_in_history(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for channel in ("my_project.x", "my-project.x", "myXproject.x", "My_project.x"):
+                publisher.submit(channel, b"1")
+            await publisher.wait()
+            entries, _ = await log.history("my_project.*", before=None, limit=10)
+            assert [entry.channel for entry in entries] == ["my_project.x"]
+
+    # Epochs
+
+    async def test_a_cursor_of_this_epoch_goes_on_where_it_was(self, make_log: MakeLog) -> None:
+        log = make_log()
+        assert log.epoch == ""
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+            assert log.epoch
+            for epoch in (None, log.epoch):
+                resumption = log.resume(1, epoch)
+                assert (resumption.cursor, resumption.lost) == (1, None)
+
+    async def test_a_cursor_of_an_unknown_epoch_may_lack_everything(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+            resumption = log.resume(1, "of-another-log")
+            assert (resumption.cursor, resumption.lost) == (log.floor - 1, "epoch")
+
+    # Beginning and end
+
+    async def test_what_was_submitted_before_the_start_is_appended(self, make_log: MakeLog) -> None:
+        log = make_log()
+        publisher = Publisher(log)
+        early = publisher.submit("a", b"1")
+        async with running(log) as (follower, _):
+            assert await publisher.wait(early) == [Committed(1)]
+            await follower.wait_for(1)
+
+    async def test_a_stopped_log_refuses_for_good(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+        assert not log.available
+        late = publisher.submit("a", b"2")
+        refused = publisher.answers[late]
+        assert isinstance(refused, Rejected)
+        assert refused.code == Code.SHUTTING_DOWN
+
+    async def test_a_stop_answers_everything(self, make_log: MakeLog) -> None:
+        log = make_log()
+        recorder, publisher = Recorder(), Publisher(log)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(log.run, recorder)
+            await log.wait_open()
+            for n in range(3000):
+                publisher.submit("a", b"%d" % n)
+            await publisher.wait(publisher.submitted[0])
+            nursery.cancel_scope.cancel()
+        outcomes = [publisher.answers[append] for append in publisher.submitted]
+        committed = [outcome for outcome in outcomes if isinstance(outcome, Committed)]
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
+        assert outcomes == [*committed, *refused]
+        assert {outcome.code for outcome in refused} <= {Code.SHUTTING_DOWN}
+        assert len(recorder.entries) == len(committed)
+
+    async def test_over_the_limit_it_says_so_at_once(self, make_log: MakeLog) -> None:
+        log = make_log(pending=10)
+        async with running(log) as (_, publisher):
+            for n in range(15):
+                publisher.submit("a", b"%d" % n)
+            assert len(publisher.answers) == 5
+            for append in publisher.submitted[10:]:
+                refused = publisher.answers[append]
+                assert isinstance(refused, Rejected)
+                assert refused.code == Code.OVERLOADED
+            with trio.fail_after(PATIENCE):
+                outcomes = await publisher.wait()
+            assert [type(outcome) for outcome in outcomes] == [Committed] * 10 + [Rejected] * 5
+            await publisher.publish_seq("a", b"again")
+
+    async def test_publishing_from_within_an_answer(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (follower, publisher):
+            settle = publisher._settle
+
+            def answer_and_publish(append: object, outcome: object) -> None:
+                settle(append, outcome)  # type: ignore[arg-type]
+                if len(publisher.submitted) < 30:
+                    publisher.submit("a", b"%d" % len(publisher.submitted))
+
+            publisher._settle = answer_and_publish  # type: ignore[method-assign]
+            publisher.submit("a", b"0")
+            await follower.wait_for(30)
+            assert follower.texts == [str(n) for n in range(30)]

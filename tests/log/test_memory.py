@@ -1,0 +1,116 @@
+"""The log in memory: what all logs do, and what is special about this one."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from catbus.errors import Code
+from catbus.log import Committed, MemoryLog, Rejected
+from tests.log.conformance import ALICE, LogConformance, MakeLog
+from tests.log.harness import Recorder, running
+
+
+class TestConformance(LogConformance):
+    @pytest.fixture
+    def make_log(self) -> MakeLog:
+        def make(*, recent: int = 1 << 20, pending: int = 100_000) -> MemoryLog:
+            return MemoryLog(recent, pending=pending)
+
+        return make
+
+
+ROOM_FOR_TEN = 10 * (256 + len("a") + 2)
+
+
+async def test_time_and_the_clock_have_no_part_in_it(autojump_clock: MockClock) -> None:
+    log = MemoryLog(clock=lambda: 1.5)
+    async with running(log) as (follower, publisher):
+        for n in range(100):
+            await publisher.publish_seq("a", b"%d" % n)
+        assert trio.current_time() == 0
+        assert {entry.at for entry in follower.entries} == {1500}
+
+
+async def test_a_clock_that_is_set_back_does_not_make_time_run_backwards() -> None:
+    times = iter([5.0, 3.0, 6.0])
+    async with running(MemoryLog(clock=lambda: next(times))) as (follower, publisher):
+        for _ in range(3):
+            await publisher.publish_seq("a", b"1")
+        assert [entry.at for entry in follower.entries] == [5000, 5000, 6000]
+
+
+async def test_what_is_dropped_from_the_ring_is_gone_and_the_floor_says_so() -> None:
+    log = MemoryLog(ROOM_FOR_TEN)
+    async with running(log) as (_, publisher):
+        assert log.floor == 1
+        for n in range(10, 40):
+            await publisher.publish_seq("a", b"%d" % n)
+        assert log.floor == 21
+        page = await log.read(0)
+        assert (page.after, page.last, len(page.entries)) == (20, 30, 10)
+        assert len((await log.history("*", before=None, limit=100))[0]) == 10
+        assert log.resume(25, "another").cursor == 20
+
+
+async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended() -> None:
+    log = MemoryLog(ROOM_FOR_TEN)
+    async with running(log) as (follower, publisher):
+        await publisher.publish_seq("a", b"00", producer=ALICE, number=1)
+        for n in range(10, 30):
+            await publisher.publish_seq("a", b"%d" % n)
+        retry = await publisher.publish("a", b"00", producer=ALICE, number=1, after=0)
+        assert isinstance(retry, Rejected)
+        assert retry.code == Code.UNKNOWN
+        # One that was first sent when the floor was as it is now has left no trace, so it is new.
+        fresh = await publisher.publish("a", b"01", producer=ALICE, number=2, after=log.floor - 1)
+        assert isinstance(fresh, Committed)
+        assert not fresh.duplicate
+        assert len(follower.entries) == 22
+
+
+async def test_an_entry_too_big_for_the_ring_is_delivered_all_the_same() -> None:
+    log = MemoryLog(100)
+    async with running(log) as (follower, publisher):
+        assert await publisher.publish_seq("a", b"1", producer=ALICE, number=1) == 1
+        assert follower.texts == ["1"]
+        assert (log.floor, log.applied) == (2, 1)
+        page = await log.read(0)
+        assert (page.after, page.last, list(page.entries)) == (1, 1, [])
+
+
+async def test_each_log_has_an_epoch_of_its_own_and_keeps_it() -> None:
+    one, other = MemoryLog(), MemoryLog()
+    async with running(one) as (_, publisher), running(other):
+        await publisher.publish_seq("a", b"1")
+        assert one.epoch != other.epoch
+        epoch = one.epoch
+    recorder = Recorder()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(one.run, recorder)
+        assert one.epoch == epoch
+        assert recorder.restarts == [1]
+        assert (await one.read(0)).last == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_gathers_while_others_run_is_committed_together() -> None:
+    batches: list[int] = []
+
+    class Follower(Recorder):
+        def apply(self, entries: object) -> None:
+            super().apply(entries)  # type: ignore[arg-type]
+            batches.append(len(entries))  # type: ignore[arg-type]
+
+    follower, log = Follower(), MemoryLog()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(log.run, follower)
+        from tests.log.harness import Publisher
+
+        publisher = Publisher(log)
+        for n in range(1500):
+            publisher.submit("a", b"%d" % n)
+        await publisher.wait()
+        nursery.cancel_scope.cancel()
+    assert batches == [1000, 500]

@@ -1,0 +1,95 @@
+"""The ring of recent entries against a plain list."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.log import Entry, Recent
+from catbus.log.recent import OVERHEAD
+
+
+def entry(seq: int, size: int = 10) -> Entry:
+    return Entry(seq, 0, "a", b"x" * (size - 1))
+
+
+def weight(entries: list[Entry]) -> int:
+    return sum(OVERHEAD + len(e.channel) + len(e.payload) for e in entries)
+
+
+@given(
+    limit=st.integers(0, 20_000),
+    begin=st.integers(0, 1000),
+    batches=st.lists(st.lists(st.integers(1, 2000), min_size=1, max_size=20), max_size=20),
+    data=st.data(),
+)
+def test_it_holds_the_newest_that_fit_and_gives_them_by_their_number(
+    limit: int, begin: int, batches: list[list[int]], data: st.DataObject
+) -> None:
+    recent, everything, dropped = Recent(limit, begin), list[Entry](), 0
+    for sizes in batches:
+        batch = [entry(begin + len(everything) + 1 + i, size) for i, size in enumerate(sizes)]
+        everything.extend(batch)
+        dropped += recent.append(batch)
+        held = everything[dropped:]
+        assert weight(held) == recent.size <= limit
+        assert not dropped or weight(everything[dropped - 1 :]) > limit or weight(held) + len(batch) > 0
+        assert len(recent) == len(held)
+        assert recent.first == begin + dropped + 1
+        assert recent.last == begin + len(everything)
+        for one in held:
+            assert recent[one.seq] is one
+
+    after = data.draw(st.integers(begin, begin + len(everything) + 3))
+    rows, size = data.draw(st.integers(1, 50)), data.draw(st.integers(0, 5000))
+    page = recent.since(after, rows, size)
+    if after < recent.first - 1:
+        assert page is None
+        return
+    assert page is not None
+    expected: list[Entry] = []
+    for one in everything[after - begin :][:rows]:
+        size -= len(one.channel) + len(one.payload)
+        if size < 0 and expected:
+            break
+        expected.append(one)
+    assert page.after == after
+    assert list(page.entries) == expected
+    assert page.last == (expected[-1].seq if expected else after)
+
+
+def test_it_drops_no_more_than_it_must() -> None:
+    recent = Recent(3 * (OVERHEAD + 10))
+    assert recent.append([entry(1), entry(2), entry(3)]) == 0
+    assert recent.append([entry(4)]) == 1
+    assert recent.append([entry(5), entry(6)]) == 2
+    assert recent.first == 4
+
+
+def test_dropped_entries_are_given_back() -> None:
+    recent = Recent(100 * (OVERHEAD + 10))
+    for seq in range(1, 10_001):
+        recent.append([entry(seq)])
+    assert len(recent) == 100
+    assert len(recent._entries) < 110
+
+
+def test_what_is_not_held_is_not_there() -> None:
+    recent = Recent(1000, 5)
+    recent.append([entry(6)])
+    for seq in (5, 7):
+        with pytest.raises(IndexError):
+            recent[seq]
+
+
+def test_after_a_clear_it_goes_on_from_there() -> None:
+    recent = Recent(1000)
+    recent.append([entry(1)])
+    recent.clear(40)
+    assert (recent.first, recent.last, len(recent), recent.size) == (41, 40, 0, 0)
+    assert recent.since(39, 10, 100) is None
+    recent.append([entry(41)])
+    page = recent.since(40, 10, 100)
+    assert page is not None
+    assert [e.seq for e in page.entries] == [41]
