@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import msgspec
 import pytest
 import trio
 
 import catbus
-from catbus import Broker, CloseCode, Code, Config
-from catbus.auth import Grants, sign
-from catbus.config import Auth, Drain, Limits, WebSocket
-
-SECRET = "a secret of the tests"
-TOKEN = sign(SECRET, client_id="alice", grants=Grants.ALL)
-CONFIG = Config(
-    auth=Auth(secrets=(SECRET,)), websocket=WebSocket(bind=("127.0.0.1:0",)), drain=Drain(delay=0, window=0, deadline=5)
-)
-
-
-@asynccontextmanager
-async def running(config: Config = CONFIG) -> AsyncIterator[tuple[Broker, str]]:
-    """A broker that is serving, and its WebSocket URL; stopped in order at the end."""
-    with trio.fail_after(30):
-        async with trio.open_nursery() as nursery:
-            broker = await nursery.start(catbus.serve, config)
-            [(kind, address)] = broker.addresses
-            assert kind == "websocket"
-            yield broker, f"ws://{address}/ws"
-            broker.stop()
-
+from catbus import CloseCode, Code, Config
+from catbus.config import Drain, Limits
+from tests.brokers import CONFIG, TOKEN, running
 
 async def test_a_message_goes_from_client_to_client_and_to_this_process() -> None:
     async with (
-        running() as (broker, url),
-        catbus.connect(url, token=TOKEN) as bus,
+        running() as (broker, address),
+        catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus,
         bus.subscribe("orders.*") as messages,
         broker.subscribe("orders.*") as local,
     ):

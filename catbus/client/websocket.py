@@ -49,6 +49,8 @@ class WebSocket:
         return self._ping is not None
 
     async def send(self, data: bytes) -> None:
+        if self._end is not None:
+            raise Disconnected(str(self._end), self._end.code)
         frames = b""
         if self._ping is not None:
             frames = self._connection.send(self._ping.response())
@@ -132,7 +134,7 @@ async def open_websocket(address: Address, ssl_context: ssl.SSLContext | None = 
     """Connect and make the handshake. Raises `Disconnected`. Cancelling it leaves nothing open."""
     try:
         stream = await _connect(address, ssl_context)
-    except OSError as error:
+    except STREAM_ERRORS as error:
         raise Disconnected(f"cannot connect to {address.url}: {describe(error)}") from error
     try:
         return await shake_hands(stream, address)

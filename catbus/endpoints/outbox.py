@@ -30,6 +30,29 @@ class Outbox(trio.abc.Stream):
     Closing the connection underneath is left to whoever accepted it.
     """
 
+    __slots__ = (
+        "_answered",
+        "_ended",
+        "_fd",
+        "_head",
+        "_moved",
+        "_nursery",
+        "_queue",
+        "_reading",
+        "_refill",
+        "_rest",
+        "_socket",
+        "_stream",
+        "broken",
+        "busy",
+        "last_heard",
+        "last_moved",
+        "received",
+        "sent",
+        "shut",
+        "waiting",
+    )
+
     def __init__(
         self,
         stream: trio.abc.Stream,

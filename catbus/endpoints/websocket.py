@@ -57,6 +57,20 @@ async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, hea
 class Connection:
     """The outlet of one client's mailbox, and the task that feeds the client what arrives."""
 
+    __slots__ = (
+        "_client",
+        "_conversing",
+        "_give_up",
+        "_goodbye",
+        "_listening",
+        "_pinged",
+        "_roster",
+        "_sent",
+        "_settings",
+        "_took",
+        "outbox",
+    )
+
     def __init__(
         self,
         roster: Roster,

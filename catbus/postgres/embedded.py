@@ -159,8 +159,9 @@ async def run(
 
 async def _wait_ready(server: Server, process: trio.Process) -> bool:
     """Wait until the child takes connections; False when it has ended instead."""
-    while process.poll() is None and not server.is_ready(process.pid):
-        await trio.sleep(_POLL)  # noqa: ASYNC110  # the news is in a file
+    # The news is in a file.
+    while process.poll() is None and not server.is_ready(process.pid):  # noqa: ASYNC110
+        await trio.sleep(_POLL)
     return process.poll() is None
 
 
@@ -180,6 +181,7 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Serve
     version, a directory that is in use or cannot be used.
     """
     directory = directory.absolute()
+    settings = settings or {}
     with ExitStack() as closing:
         try:
             _make_directory(directory)
@@ -192,12 +194,12 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Serve
             if cluster.is_dir():
                 _stop_leftover(cluster / "data")
             else:
-                _initialise(cluster, binaries, options)
+                _initialise(cluster, binaries, options, durable=settings.get("fsync") != "off")
             sockets = closing.enter_context(_socket_directory(directory, options))
             log = directory / "postgres.log"
             if log.exists() and log.stat().st_size > _LONGEST_LOG:
                 log.rename(log.with_suffix(".log.1"))
-            return Server(directory, binaries, sockets, options, settings or {}, closing.pop_all())
+            return Server(directory, binaries, sockets, options, settings, closing.pop_all())
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigError(f"the embedded database cannot be kept in {directory}: {error}") from error
 
@@ -276,7 +278,7 @@ def _binaries_for(cluster: Path) -> Binaries:
         ) from None
 
 
-def _initialise(cluster: Path, binaries: Binaries, options: dict[str, Any]) -> None:
+def _initialise(cluster: Path, binaries: Binaries, options: dict[str, Any], *, durable: bool) -> None:
     """Make a cluster that has the role and the database. It gets its name last."""
     logger.info("initialising the embedded database", directory=str(cluster.parent), server=str(binaries))
     staging = cluster.with_name("cluster.new")
@@ -289,8 +291,9 @@ def _initialise(cluster: Path, binaries: Binaries, options: dict[str, Any]) -> N
     _give(password, options)
     _give(staging, options)
     data = staging / "data"
-    initdb = [str(binaries.folder / "initdb"), "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C"]
-    _call([*initdb, f"--pgdata={data}", f"--username={NAME}", f"--pwfile={password}", "--no-instructions"], options)
+    initdb = [str(binaries.folder / "initdb"), f"--pgdata={data}", f"--username={NAME}", f"--pwfile={password}"]
+    initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-instructions"]
+    _call(initdb if durable else [*initdb, "--no-sync"], options)
     # In this mode a server needs neither a socket nor a client. The database that it opens is for maintenance.
     single = [str(binaries.folder / "postgres"), "--single", "-c", "exit_on_error=on"]
     _call([*single, "-D", str(data), "postgres"], options, f"CREATE DATABASE {NAME};\n")

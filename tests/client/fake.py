@@ -119,7 +119,7 @@ class WebSocketPeer(Peer):
 
     async def shake_hands(self) -> None:
         while True:
-            self.connection.receive_data(await self.stream.receive())
+            await self.fill()
             for event in self.connection.events():
                 assert isinstance(event, Request)
                 self.target = event.target
@@ -128,10 +128,7 @@ class WebSocketPeer(Peer):
 
     async def read(self) -> bytes:
         while True:
-            try:
-                self.connection.receive_data(await self.stream.receive())
-            except (anyio.EndOfStream, anyio.BrokenResourceError):
-                raise Gone from None
+            await self.fill()
             data = b""
             for event in self.connection.events():
                 match event:
@@ -151,6 +148,12 @@ class WebSocketPeer(Peer):
                         raise AssertionError("the client sends text")
             if data:
                 return data
+
+    async def fill(self) -> None:
+        try:
+            self.connection.receive_data(await self.stream.receive())
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            raise Gone from None
 
     async def write(self, data: bytes) -> None:
         await self.stream.send(self.connection.send(TextMessage(data=data.decode())))
@@ -236,12 +239,14 @@ async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
 
+    async def shake_hands_first(peer: Peer) -> None:
+        assert isinstance(peer, WebSocketPeer)
+        await peer.shake_hands()
+        await script(peer)
+
     async def handle(stream: anyio.abc.SocketStream) -> None:
         async with stream:
-            peer = WebSocketPeer(stream)
-            if handshake:
-                await peer.shake_hands()
-            await play(script, peer)
+            await play(shake_hands_first if handshake else script, WebSocketPeer(stream))
 
     with anyio.fail_after(LIMIT):
         async with listener, anyio.create_task_group() as tasks:

@@ -1,0 +1,33 @@
+"""Real brokers for tests: real sockets on loopback, a log in memory unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+import catbus
+from catbus import Broker, Config
+from catbus.auth import Grants, sign
+from catbus.config import Auth, Drain, WebSocket
+
+SECRET = "a secret of the tests"
+TOKEN = sign(SECRET, client_id="alice", grants=Grants.ALL)
+CONFIG = Config(
+    auth=Auth(secrets=(SECRET,)),
+    websocket=WebSocket(bind=("127.0.0.1:0",)),
+    drain=Drain(delay=0, window=0, deadline=5),
+)
+
+
+@asynccontextmanager
+async def running(config: Config = CONFIG) -> AsyncIterator[tuple[Broker, str]]:
+    """A broker that is serving, and its address; stopped in order at the end. A minute is more than any test needs."""
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            broker = await nursery.start(catbus.serve, config)
+            [(kind, address)] = broker.addresses
+            assert kind == "websocket"
+            yield broker, address
+            broker.stop()

@@ -1,0 +1,473 @@
+"""What happens between a conversation and its transport: who waits for whom, and what a cancellation leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trio
+
+from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus
+from catbus.client import conversation as conversation_module
+from catbus.errors import CloseCode
+from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, message, serve, talk, talk_in_memory
+
+pytestmark = pytest.mark.anyio
+
+
+def living_tasks(backend: str) -> int:
+    if backend == "trio":
+        return trio.lowlevel.current_statistics().tasks_living
+    return len(asyncio.all_tasks())
+
+
+async def settle() -> None:
+    """Let everything happen that can happen in memory."""
+    for _ in range(20):
+        await anyio.sleep(0)
+
+
+# Leaving
+
+
+async def test_leaving_says_goodbye_and_leaves_no_task_behind(anyio_backend_name: str) -> None:
+    closed: list[object] = []
+
+    async def script(peer: Peer) -> None:
+        try:
+            await peer.linger()
+        except Gone:
+            closed.append(peer.closed)
+            raise
+
+    before = living_tasks(anyio_backend_name)
+    async with talk_in_memory(Honest()) as (bus, pipe):
+        assert await bus.publish("a", 1) == 101
+    assert living_tasks(anyio_backend_name) == before
+    assert pipe.closed == (1000, "")
+    async with talk(script):
+        pass
+    assert closed == [(1000, "")]
+    assert living_tasks(anyio_backend_name) == before
+
+
+async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+    async with serve(Honest()) as url:
+        with pytest.raises(LookupError):
+            async with connect(url, token="t"):
+                raise LookupError
+        group = ExceptionGroup("several", [LookupError()])
+        with pytest.raises(ExceptionGroup) as caught:
+            async with connect(url, token="t"):
+                raise group
+        assert caught.value is group
+        with pytest.raises(KeyboardInterrupt):
+            async with connect(url, token="t"):
+                raise KeyboardInterrupt
+
+
+async def test_cancelling_the_block_closes_without_waiting() -> None:
+    entered = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        # It never answers a goodbye.
+        await anyio.sleep_forever()
+
+    async def use() -> None:
+        async with talk(script):
+            entered.set()
+            await anyio.sleep_forever()
+
+    with anyio.fail_after(1):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+            await entered.wait()
+            tasks.cancel_scope.cancel()
+
+
+async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("catbus.client.websocket.GOODBYE", 0.01)
+
+    async def script(peer: Peer) -> None:
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(1):
+        async with talk(script):
+            pass
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelled_by_asyncios_own_means(anyio_backend: str) -> None:
+    async with serve(Honest()) as url:
+        inside = asyncio.Event()
+
+        async def use() -> None:
+            async with connect(url, token="t") as bus, bus.subscribe("a") as messages:
+                inside.set()
+                async for _ in messages:
+                    pass
+
+        task = asyncio.create_task(use())
+        await inside.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with connect(url, token="t") as bus:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0), bus.subscribe("a") as messages:
+                    await anext(messages)
+            assert await bus.publish("a", 1) == 101
+
+
+# The end of the connection
+
+
+async def test_a_broker_that_vanishes_in_the_middle_of_a_request() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.expect("publish")
+        await peer.stream.aclose()  # type: ignore[attr-defined]
+        raise Gone
+
+    async with talk(script) as bus:
+        with pytest.raises(Disconnected) as caught:
+            await bus.publish("a", 1)
+        assert caught.value.code is None
+
+
+async def test_nonsense_ends_the_connection() -> None:
+    async with talk_in_memory(lambda peer: peer.write(b"nonsense")) as (bus, pipe):
+        with pytest.raises(Disconnected, match="makes no sense"):
+            await bus.ping()
+        await settle()
+        assert pipe.closed is not None
+        assert pipe.closed[0] == CloseCode.BAD_MESSAGE
+
+
+async def test_an_event_callback_that_raises_closes_the_connection() -> None:
+    def complain(_: object) -> None:
+        raise LookupError
+
+    async def script(peer: Peer) -> None:
+        await peer.send({"type": "goaway", "reason": "", "reconnect_in": 1})
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with talk_in_memory(script, on_event=complain) as (bus, _):
+            await bus.ping()
+    assert caught.group_contains(LookupError)
+
+
+async def test_silence_after_a_ping_ends_the_connection() -> None:
+    kinds: list[str] = []
+
+    async def script(peer: Peer) -> None:
+        while True:
+            kinds.append((await peer.receive())["type"])
+
+    async with talk_in_memory(script, keepalive=0.001, timeout=0.05) as (bus, pipe):
+        with pytest.raises(Disconnected, match=r"no answer from the broker within 0\.05 s"):
+            await bus.publish("a", 1)
+        await settle()
+        assert pipe.closed == (CloseCode.UNRESPONSIVE, "no answer to a ping")
+    assert "ping" in kinds
+
+
+async def test_any_sign_of_life_is_an_answer_to_a_ping() -> None:
+    answered = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        pings = 0
+        while pings < 3:
+            request = await peer.receive()
+            assert request["type"] == "ping"
+            pings += 1
+            await peer.send({"type": "weather"})
+        answered.set()
+        while True:
+            request = await peer.receive()
+            await peer.send({"type": "pong", "seq": request["seq"]})
+
+    async with talk_in_memory(script, keepalive=0.001, timeout=0.5) as (bus, _):
+        await answered.wait()
+        await bus.ping()
+
+
+# Cancellation
+
+
+async def publish(bus: Bus) -> None:
+    await bus.publish("other", "cancelled")
+
+
+async def publish_many(bus: Bus) -> None:
+    await bus.publish_many([("other", "cancelled")] * 3)
+
+
+async def history(bus: Bus) -> None:
+    await bus.history("a")
+
+
+async def ping(bus: Bus) -> None:
+    await bus.ping()
+
+
+async def subscribe(bus: Bus) -> None:
+    async with bus.subscribe("b") as messages:
+        await anext(messages)
+
+
+async def subscribe_since(bus: Bus) -> None:
+    async with bus.subscribe("b", since=50) as messages:
+        await anext(messages)
+
+
+@pytest.mark.parametrize("work", [publish, publish_many, history, ping, subscribe, subscribe_since])
+async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(work: Callable[[Bus], Awaitable[None]]) -> None:
+    broker = Honest()
+    async with serve(broker) as url, connect(url, token="t") as bus, bus.subscribe("a") as messages:
+        for steps in range(15):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(work, bus)
+                for _ in range(steps):
+                    await anyio.sleep(0)
+                tasks.cancel_scope.cancel()
+            seq = await bus.publish("a", steps)
+            item = await anext(messages)
+            assert (item.seq, item.payload) == (seq, steps)
+            assert broker.log[-1] == {"channel": "a", "payload": steps, "seq": seq}
+        assert [item.payload for item in (await bus.history("a")).messages] == list(range(15))
+
+
+async def test_iteration_cancelled_anywhere_loses_nothing() -> None:
+    async with serve(Honest()) as url, connect(url, token="t") as bus, bus.subscribe("a") as messages:
+        received: list[Any] = []
+
+        async def iterate() -> None:
+            async for item in messages:
+                received.append(item.payload)
+
+        for number in range(200):
+            with anyio.move_on_after(0 if number % 2 else 0.001):
+                await iterate()
+            await bus.publish("a", number)
+        with anyio.move_on_after(0.01):
+            await iterate()
+        assert received == list(range(200))
+
+
+async def test_connecting_cancelled_anywhere_leaves_nothing(anyio_backend_name: str) -> None:
+    async with serve(Honest()) as url:
+        before = living_tasks(anyio_backend_name)
+
+        async def use() -> None:
+            async with connect(url, token="t"):
+                await anyio.sleep(0)
+
+        for steps in range(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(use)
+                for _ in range(steps):
+                    await anyio.sleep(0)
+                tasks.cancel_scope.cancel()
+        # The other ends of those connections go by themselves.
+        while living_tasks(anyio_backend_name) > before:
+            await anyio.sleep(0)
+
+
+async def test_a_publish_that_waits_for_a_stuck_socket_can_be_cancelled() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.published(101)
+        await peer.published(102)
+
+    async with talk_in_memory(script) as (bus, pipe):
+        assert await bus.publish("a", 1) == 101
+        pipe.open_gate = False
+        with anyio.move_on_after(0.001) as scope:
+            await bus.publish_many([("a", "x" * 60_000)] * 10)
+        assert scope.cancelled_caught
+        with pytest.raises(TimeoutError), anyio.fail_after(0.001):
+            await bus.publish("a", 1)
+
+
+# Back pressure
+
+
+class Tap:
+    """A transport between a bus and another transport that counts what was read."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.reads = 0
+        self.pending = False
+        self.send, self.aclose = inner.send, inner.aclose
+
+    async def receive(self) -> bytes:
+        data: bytes = await self.inner.receive()
+        self.reads += 1
+        return data
+
+
+async def test_a_full_subscription_stops_the_reading_until_there_is_room() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed()
+        for first in range(101, 1101, 10):
+            await peer.send(*[message(seq) for seq in range(first, first + 10)])
+
+    async with talk_in_memory(script) as (bus, pipe), bus.subscribe("a.*", buffer=30) as messages:
+        inbox = messages._inbox
+        await settle()
+        assert len(inbox.items) == 30
+        for seq in range(101, 116):
+            assert (await anext(messages)).seq == seq
+        await settle()
+        assert len(inbox.items) == 35
+        assert [(await anext(messages)).seq for _ in range(116, 1101)] == list(range(116, 1101))
+        assert len(inbox.items) == 0
+
+
+async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
+    """The reply stands behind more messages than the buffer holds."""
+    broker = Honest()
+    for number in range(500):
+        broker.append("a", number)
+    async with talk_in_memory(broker) as (bus, _), bus.subscribe("a", since=100, buffer=10) as messages:
+        seen = []
+        async for item in messages:
+            seen.append(item.payload)
+            await bus.publish("b", item.payload)
+            if item.payload == 499:
+                break
+    assert seen == list(range(500))
+    assert [request["payload"] for request in broker.published] == seen
+    assert broker.unsubscribes == 1
+
+
+async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_module, "SPILL", 10_000)
+    broker = Honest()
+    for number in range(2000):
+        broker.append("a", number)
+    async with serve(broker) as url, connect(url, token="t") as bus:
+        async with bus.subscribe("a", since=100, buffer=10) as messages, bus.subscribe("other"):
+            most = 0
+            for number in range(2000):
+                item = await anext(messages)
+                assert (item.seq, item.payload) == (101 + number, number)
+                await bus.publish("b", number)
+                most = max(most, len(messages._inbox.items))
+        await bus.ping()
+    assert most < 100
+    assert len(broker.subscribes) > 10
+    assert all(request["epoch"] == EPOCH for request in broker.subscribes[2:])
+    assert not broker.held
+
+
+async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "PATIENCE", 0.001)
+    broker = Honest()
+    events: list[object] = []
+    async with talk_in_memory(broker, on_event=events.append) as (bus, pipe):
+        async with bus.subscribe("a", buffer=2) as messages, bus.subscribe("b") as others:
+            await bus.publish_many([("a", number) for number in range(10)])
+            while not broker.unsubscribes:
+                await anyio.sleep(0)
+            await pipe.peer.send({"type": "goaway", "reason": "stopping", "reconnect_in": 1})
+            while not events:
+                await anyio.sleep(0)
+            await bus.publish("b", "still here")
+            assert (await anext(others)).payload == "still here"
+            assert [(await anext(messages)).payload for _ in range(10)] == list(range(10))
+    assert len(broker.subscribes) >= 3
+
+
+async def test_leaving_a_full_subscription_lets_the_others_go_on() -> None:
+    async with talk_in_memory(Honest()) as (bus, _), bus.subscribe("b") as others:
+        async with bus.subscribe("a", buffer=1):
+            await bus.publish_many([("a", 1), ("a", 2), ("b", 3)])
+        assert (await anext(others)).payload == 3
+
+
+async def test_a_stuck_socket_makes_publishers_wait() -> None:
+    async def script(peer: Peer) -> None:
+        seq = 0
+        while True:
+            seq += 1
+            await peer.published(seq)
+
+    async with talk_in_memory(script) as (bus, pipe):
+        pipe.open_gate = False
+        conversation = bus._conversation
+        with anyio.move_on_after(0.01):
+            await bus.publish_many([("a", "x" * 10_000)] * 500)
+        assert 0 < conversation.outgoing <= link.OUTBOX + 11_000
+
+
+async def test_a_lost_connection_releases_who_waits_for_room() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.expect("publish")
+        await peer.close(4503, "away")
+
+    async with talk_in_memory(script) as (bus, pipe):
+        with pytest.raises(Disconnected, match="away"):
+            await bus.publish_many([("a", "x" * 10_000)] * 5000)
+
+
+# Authentication
+
+
+async def test_a_token_that_is_not_taken() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.expect("auth")
+        await peer.send({"type": "auth_error", "message": "forged", "code": "unauthenticated"})
+        await peer.close(4001, "forged")
+
+    async with serve(script) as url:
+        with pytest.raises(Refused, match="forged"):
+            async with connect(url, token="t"):
+                pytest.fail("it was refused")
+
+
+async def test_a_broker_that_closes_instead_of_answering() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.expect("auth")
+        await peer.close(4503, "no database")
+
+    async with serve(script) as url:
+        with pytest.raises(Disconnected, match="no database") as caught:
+            async with connect(url, token="t"):
+                pytest.fail("it was closed")
+        assert caught.value.code == 4503
+
+
+async def test_a_broker_that_does_not_answer_at_all() -> None:
+    async with serve(lambda peer: anyio.sleep_forever()) as url:
+        with pytest.raises(Disconnected, match=r"did not answer within 0\.05 s"):
+            async with connect(url, token="t", timeout=0.05):
+                pytest.fail("it did not answer")
+
+
+async def test_the_answer_may_come_at_the_last_moment_and_in_pieces() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.expect("auth")
+        line = str(AUTH_OK).replace("'", '"').encode()
+        for at in range(len(line)):
+            await peer.write(line[at : at + 1])
+
+    async with serve(script) as url, connect(url, token="t") as bus:
+        assert bus.client_id == "alice"
+
+
+async def test_any_transport_will_do() -> None:
+    async with talk_in_memory(Honest()) as (_, pipe):
+        pass
+    assert pipe.closed is not None
+
+    async def dial() -> Any:
+        raise Disconnected("no way")
+
+    with pytest.raises(Disconnected, match="no way"):
+        async with open_bus(dial, token="t"):
+            pytest.fail("there is no transport")

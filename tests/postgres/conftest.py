@@ -1,0 +1,112 @@
+"""A real PostgreSQL for the tests: one server per run, and for each test that asks a database of its own.
+
+CATBUS_TEST_POSTGRES   the URL of a superuser: use that server instead of starting one
+CATBUS_TEST_FSYNC=on   wait for the disk as in production; the server that is started does not otherwise
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from catbus.errors import ConfigError
+from catbus.postgres import embedded
+from catbus.postgres.migrate import schema_files
+
+TEMPLATE = "catbus_test_template"
+numbers = count(1)
+
+
+def to_database(url: str, name: str) -> str:
+    """The same server, another database."""
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+def execute(url: str, *statements: str) -> None:
+    async def go() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(go())
+
+
+def serve() -> Iterator[str]:
+    # Not below pytest's own directory: root's is closed to the user that runs PostgreSQL for root.
+    directory = Path(tempfile.mkdtemp(prefix="catbus-postgres-"))
+    fsync = os.environ.get("CATBUS_TEST_FSYNC", "off")
+    try:
+        with embedded.prepare(directory, {"fsync": fsync, "max_connections": "50"}) as server:
+            with server.log_file.open("ab") as log:
+                process = subprocess.Popen(
+                    server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options
+                )
+            try:
+                server.wait_ready(process)
+                yield server.url
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(30)
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a server, for its superuser. Without one: an error with CI=true, otherwise a skip."""
+    if url := os.environ.get("CATBUS_TEST_POSTGRES"):
+        yield url
+        return
+    try:
+        yield from serve()
+    except ConfigError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def _template(postgres_server: str) -> Iterator[str]:
+    """The name of a database that has the schema. A test's own is a copy: that is faster than applying the schema."""
+    maintenance = to_database(postgres_server, "postgres")
+    name = f"{TEMPLATE}_{os.getpid()}"
+    execute(maintenance, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
+    files = schema_files()
+    scripts = [script for _, _, script in files]
+    execute(to_database(postgres_server, name), *scripts, f"UPDATE catbus.schema_version SET version = {files[-1][0]}")
+    yield name
+    execute(maintenance, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def empty_database_url(postgres_server: str) -> Iterator[str]:
+    """The URL of a fresh database without the schema."""
+    yield from _fresh(postgres_server, "template0")
+
+
+@pytest.fixture
+def database_url(postgres_server: str, _template: str) -> Iterator[str]:
+    """The URL of a fresh database that has the schema."""
+    yield from _fresh(postgres_server, _template)
+
+
+def _fresh(server: str, template: str) -> Iterator[str]:
+    name = f"catbus_test_{os.getpid()}_{next(numbers)}"
+    maintenance = to_database(server, "postgres")
+    execute(maintenance, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield to_database(server, name)
+    execute(maintenance, f"DROP DATABASE {name} WITH (FORCE)")

@@ -1,0 +1,113 @@
+"""A way to PostgreSQL that can be closed, cut and blocked, so that a test decides when there is an outage."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+import trio
+
+
+class Proxy:
+    """Passes TCP connections on to the database of a URL; `url` leads through here."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        host = query.pop("host", None) or parts.hostname or "localhost"
+        port = int(query.pop("port", None) or parts.port or 5432)
+        self._target: str | tuple[str, int] = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
+        self._parts = parts
+        self._query = {**query, "sslmode": "disable"}
+        self.url = ""
+        self.accepted = 0
+        """Connections that were passed on, so far."""
+        self.refused = 0
+        self._open = True
+        self._connections: set[trio.CancelScope] = set()
+        self._clear = trio.Event()
+        self._clear.set()
+        self._refusal = trio.Event()
+
+    def close(self) -> None:
+        """Refuse new connections, and cut those that there are: the database is gone."""
+        self._open = False
+        self.cut()
+
+    def open(self) -> None:
+        """The database is back."""
+        self._open = True
+
+    def cut(self) -> None:
+        """End all connections as they are."""
+        for scope in self._connections:
+            scope.cancel()
+
+    def block(self) -> None:
+        """Pass nothing on any more, and close nothing."""
+        self._clear = trio.Event()
+
+    def unblock(self) -> None:
+        self._clear.set()
+
+    async def wait_refused(self) -> None:
+        """Wait until a connection is refused from now on."""
+        self._refusal = trio.Event()
+        await self._refusal.wait()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listener.socket.getsockname()[1]
+        user = self._parts.netloc.rpartition("@")[0]
+        netloc = f"{user}@127.0.0.1:{port}" if user else f"127.0.0.1:{port}"
+        self.url = urlunsplit(self._parts._replace(netloc=netloc, query=urlencode(self._query)))
+        await trio.serve_listeners(self._serve, [listener], task_status=_Started(task_status))
+
+    async def _serve(self, client: trio.SocketStream) -> None:
+        async with client:
+            if not self._open:
+                self.refused += 1
+                self._refusal.set()
+                return
+            self.accepted += 1
+            if isinstance(self._target, str):
+                server = await trio.open_unix_socket(self._target)
+            else:
+                server = await trio.open_tcp_stream(*self._target)
+            async with server, trio.open_nursery() as nursery:
+                self._connections.add(nursery.cancel_scope)
+                try:
+                    nursery.start_soon(self._pass, client, server)
+                    await self._pass(server, client)
+                finally:
+                    self._connections.discard(nursery.cancel_scope)
+                nursery.cancel_scope.cancel()
+
+    async def _pass(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
+        try:
+            async for data in source:
+                await self._clear.wait()
+                await sink.send_all(data)
+            await sink.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+
+class _Started:
+    """Says that the listeners are up, without saying which."""
+
+    def __init__(self, task_status: trio.TaskStatus[None]) -> None:
+        self._task_status = task_status
+
+    def started(self, value: object = None) -> None:
+        self._task_status.started()
+
+
+@asynccontextmanager
+async def open_proxy(url: str) -> AsyncIterator[Proxy]:
+    proxy = Proxy(url)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(proxy.run)
+        yield proxy
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,55 @@
+"""SQL beside the log that is tested: what a test does to the database, and what it sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from catbus.postgres.bridge import Connection, open_bridge
+from tests.log.harness import PATIENCE
+
+
+@asynccontextmanager
+async def open_sql(url: str) -> AsyncIterator[Connection]:
+    """A connection of the test's own."""
+    async with open_bridge() as bridge:
+        with await bridge.connect(url) as connection:
+            yield connection
+
+
+async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
+    """Look again and again until the database is as it should be."""
+    with trio.fail_after(PATIENCE):
+        while not await condition():
+            await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def head_locked(url: str) -> AsyncIterator[None]:
+    """Hold the head row, so that no append gets on."""
+    async with open_sql(url) as connection:
+        await connection.execute("BEGIN")
+        await connection.fetch("SELECT FROM catbus.head FOR UPDATE")
+        yield
+        await connection.execute("ROLLBACK")
+
+
+async def pids(connection: Connection, query: str = "%") -> list[int]:
+    """The processes of this database that run, or ran last, such a query; our own is not among them."""
+    rows = await connection.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend' AND query LIKE $1",
+        query,
+    )
+    return [pid for (pid,) in rows]
+
+
+async def waiting(connection: Connection) -> int:
+    """How many appends wait for the head row."""
+    ((count,),) = await connection.fetch(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND wait_event_type = 'Lock' AND query LIKE '%catbus.append%'"
+    )
+    return int(count)

@@ -1,0 +1,589 @@
+"""The log in PostgreSQL, on a real server: what all logs do, and what outages, neighbours and doubts do to this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+
+from catbus.config import Database
+from catbus.errors import Code, ConfigError, Unavailable
+from catbus.log import Append, Committed, Entry, Log, Outcome, Rejected
+from catbus.postgres import PostgresLog
+from catbus.postgres import listener as listener_module
+from catbus.postgres import writer as writer_module
+from tests.log.conformance import ALICE, LogConformance, MakeLog
+from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import head_locked, open_sql, pids, wait_until, waiting
+
+
+def make(url: str, *, recent: int = 1 << 20, pending: int = 100_000, timeout: float = 20.0) -> PostgresLog:
+    return PostgresLog(Database(url=url, publish_timeout=timeout), recent=recent, pending=pending)
+
+
+class TestConformance(LogConformance):
+    @pytest.fixture
+    def make_log(self, database_url: str) -> MakeLog:
+        return partial(make, database_url)
+
+
+class TestConformanceFromTheTable(LogConformance):
+    """With no memory of recent entries, so that all that is read is read from the table."""
+
+    @pytest.fixture
+    def make_log(self, database_url: str) -> MakeLog:
+        def without_memory(recent: int = 0, **limits: int) -> Log:
+            return make(database_url, recent=0, **limits)
+
+        return without_memory
+
+
+def code(outcome: Outcome) -> Code | None:
+    return outcome.code if isinstance(outcome, Rejected) else None
+
+
+async def table(url: str) -> list[Entry]:
+    """What the log really is."""
+    async with open_sql(url) as connection:
+        rows = await connection.fetch(
+            "SELECT seq, at, channel, payload, sender, origin FROM catbus.entries ORDER BY seq"
+        )
+    return [Entry(seq, at, channel, payload.encode(), sender, origin) for seq, at, channel, payload, sender, origin in rows]
+
+
+# Replicas
+
+
+async def test_replicas_see_one_order(database_url: str) -> None:
+    one, other = make(database_url), make(database_url)
+    async with running(one) as (here, alice), running(other) as (there, bob):
+
+        async def publish(publisher: Publisher, name: str) -> None:
+            for n in range(100):
+                for i in range(n % 7 + 1):
+                    publisher.submit(name, b'{"n": %d, "text": "%s"}' % (n * 10 + i, b"x" * (n % 3 * 500)))
+                await publisher.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publish, alice, "alice")
+            nursery.start_soon(publish, bob, "bob")
+        total = len(alice.submitted) + len(bob.submitted)
+        await here.wait_for(total)
+        await there.wait_for(total)
+        assert here.entries == there.entries == await table(database_url)
+        for name in ("alice", "bob"):
+            own = [entry.payload for entry in here.entries if entry.channel == name]
+            assert own == [append.payload for append in {"alice": alice, "bob": bob}[name].submitted]
+
+
+async def test_a_replica_that_starts_later_follows_from_there_and_reads_the_rest(database_url: str) -> None:
+    async with running(make(database_url)) as (_, publisher):
+        for n in range(10):
+            await publisher.publish_seq("a", b"%d" % n, sender="s", origin=ALICE)
+        late = make(database_url)
+        async with running(late) as (follower, _):
+            assert follower.restarts == [10]
+            await publisher.publish_seq("a", b"10")
+            await follower.wait_for(11)
+            assert follower.texts == ["10"]
+            assert await read_all(late) == await table(database_url)
+
+
+async def test_small_entries_travel_with_the_notification(database_url: str) -> None:
+    one, other = make(database_url), make(database_url)
+    async with running(one) as (here, publisher), running(other) as (there, _):
+        for n in range(20):
+            await publisher.publish_seq("a", f'["é☃", {n}]'.encode(), sender='q"ö', origin=ALICE)
+        await publisher.publish_seq("a", b'"bare"')
+        await there.wait_for(21)
+        assert there.entries == here.entries
+        assert other.statistics().reads == 0
+
+
+async def test_a_big_batch_is_read_from_the_table(database_url: str) -> None:
+    one, other = make(database_url), make(database_url)
+    async with running(one) as (here, publisher), running(other) as (there, _):
+        for n in range(30):
+            publisher.submit("a", b'"%s"' % (b"x" * 60_000 + b"%d" % n))
+        await publisher.wait()
+        await there.wait_for(30)
+        assert there.entries == here.entries
+        assert other.statistics().reads > 0
+        assert one.statistics().reads == 0
+
+
+# Acknowledged means committed
+
+
+async def acknowledged_means_committed(log: PostgresLog, url: str) -> None:
+    """While the database cannot have committed it, nobody is told that it is, and nobody is handed it."""
+    async with running(log) as (follower, publisher), open_sql(url) as sql:
+        await publisher.publish_seq("a", b"1")
+        async with head_locked(url):
+            append = publisher.submit("a", b"2")
+            await wait_until(partial(waiting, sql))
+            assert append not in publisher.answers
+            assert log.applied == 1
+            assert follower.texts == ["1"]
+        assert await publisher.wait(append) == [Committed(2)]
+
+
+async def test_acknowledged_means_committed(database_url: str) -> None:
+    await acknowledged_means_committed(make(database_url), database_url)
+
+
+async def test_a_log_that_acknowledges_before_the_commit_is_found_out(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = writer_module.Writer._send
+    guessed = iter(range(1, 100))
+
+    async def hasty(self: writer_module.Writer, connection: Any, batch: Any) -> None:
+        batch.settle([Committed(next(guessed)) for _ in batch.appends])
+        await send(self, connection, batch)
+
+    monkeypatch.setattr(writer_module.Writer, "_send", hasty)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await acknowledged_means_committed(make(database_url), database_url)
+    assert caught.group_contains(AssertionError)
+
+
+# Outages
+
+
+async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy:
+        proxy.close()
+        log = make(proxy.url, timeout=0.3)
+        recorder, publisher = Recorder(), Publisher(log)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(log.run, recorder)
+            await proxy.wait_refused()
+            assert not log.available
+            assert log.epoch == ""
+            begin = trio.current_time()
+            early = publisher.submit("a", b'"never"')
+            (outcome,) = await publisher.wait(early)
+            assert code(outcome) == Code.UNAVAILABLE
+            assert 0.3 <= trio.current_time() - begin < 3
+            with pytest.raises(Unavailable):
+                await log.history("*", before=None, limit=1)
+
+            proxy.open()
+            with trio.fail_after(PATIENCE):
+                await log.wait_open()
+            log._writer._timeout = 20
+            await publisher.publish_seq("a", b'"now"')
+            await recorder.wait_for(1)
+            assert log.available
+            assert recorder.texts == ['"now"']
+            nursery.cancel_scope.cancel()
+    assert [entry.payload for entry in await table(database_url)] == [b'"now"']
+
+
+async def test_an_outage_is_a_pause(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy:
+        log, other = make(proxy.url), make(database_url)
+        async with running(log) as (follower, publisher), running(other) as (_, elsewhere):
+            await publisher.publish_seq("a", b"1")
+            proxy.close()
+            waiting_for_it = publisher.submit("a", b"2")
+            await proxy.wait_refused()
+            assert not log.available
+            missed = await elsewhere.publish_seq("a", b"3")
+            with pytest.raises(Unavailable):
+                await log.history("*", before=None, limit=1)
+            assert (await log.read(0)).last == 1
+            proxy.open()
+            (outcome,) = await publisher.wait(waiting_for_it)
+            assert outcome in (Committed(3), Committed(2))
+            await follower.wait_for(3)
+            assert sorted(follower.texts) == ["1", "2", "3"]
+            assert follower.restarts == [0]
+            assert missed in (2, 3)
+
+
+async def test_a_database_that_stops_answering_is_given_up(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(listener_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    async with open_proxy(database_url) as proxy:
+        log = make(proxy.url)
+        async with running(log) as (follower, publisher):
+            await publisher.publish_seq("a", b"1")
+            accepted = proxy.accepted
+            proxy.block()
+            append = publisher.submit("a", b"2")
+            with trio.fail_after(PATIENCE):
+                while log.available:
+                    await trio.sleep(0.01)
+            proxy.cut()
+            proxy.unblock()
+            (outcome,) = await publisher.wait(append)
+            assert isinstance(outcome, Committed)
+            assert outcome.seq == 2
+            await follower.wait_for(2)
+            assert proxy.accepted > accepted
+    assert [entry.payload for entry in await table(database_url)] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("victim", ["%catbus.append%", "%catbus.position%", "%"])
+async def test_connections_that_are_killed_under_load_cost_nothing(database_url: str, victim: str) -> None:
+    one, other = make(database_url), make(database_url)
+    stop = False
+    async with running(one) as (here, alice), running(other) as (there, bob), open_sql(database_url) as sql:
+
+        async def publish(publisher: Publisher, name: bytes) -> None:
+            number = 0
+            while not stop:
+                for _ in range(20):
+                    number += 1
+                    publisher.submit("a", b'"%s %d"' % (name, number), producer=name.ljust(16), number=number)
+                await publisher.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publish, alice, b"alice")
+            nursery.start_soon(publish, bob, b"bob")
+            for _ in range(6):
+                begun = one.statistics().commits, other.statistics().commits
+                await wait_until(partial(_moved_on, one, other, begun))
+                for pid in await pids(sql, victim):
+                    await sql.fetch("SELECT pg_terminate_backend($1)", pid)
+            stop = True
+        rows = await table(database_url)
+        await here.wait_for(len(rows))
+        await there.wait_for(len(rows))
+        assert here.entries == there.entries == rows
+        assert one.statistics().restarts + other.statistics().restarts >= 2
+    answers = {**alice.answers, **bob.answers}
+    committed = {outcome.seq: append for append, outcome in answers.items() if isinstance(outcome, Committed)}
+    assert len(committed) == len(answers) == len(rows)
+    for row in rows:
+        assert committed[row.seq].payload == row.payload
+
+
+async def _moved_on(one: PostgresLog, other: PostgresLog, begun: tuple[int, int]) -> bool:
+    return one.statistics().commits > begun[0] + 3 and other.statistics().commits > begun[1] + 3
+
+
+async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str) -> None:
+    """The connection breaks between the commit and its answer: the batch goes again, unchanged, and is recognised."""
+    async with open_proxy(database_url) as proxy:
+        log = make(proxy.url)
+        async with running(log) as (follower, publisher), open_sql(database_url) as sql:
+            await publisher.publish_seq("a", b"0")
+            async with head_locked(database_url):
+                for n in range(1, 4):
+                    publisher.submit("a", b"%d" % n)
+                await wait_until(partial(waiting, sql))
+                proxy.block()
+            await wait_until(partial(_head_is, sql, 4))
+            proxy.cut()
+            proxy.unblock()
+            outcomes = await publisher.wait()
+            assert [outcome.seq for outcome in outcomes if isinstance(outcome, Committed)] == [1, 2, 3, 4]
+            await follower.wait_for(4)
+            assert follower.texts == ["0", "1", "2", "3"]
+            assert log.statistics().duplicates == 3
+
+
+async def _head_is(sql: Any, seq: int) -> bool:
+    (head,) = await sql.fetchrow("SELECT head FROM catbus.position()")
+    return bool(head == seq)
+
+
+async def test_what_is_in_doubt_is_unknown_in_time_and_still_gets_there(database_url: str) -> None:
+    log = make(database_url, timeout=0.3)
+    async with running(log) as (follower, publisher), open_sql(database_url) as sql:
+        async with head_locked(database_url):
+            in_flight = publisher.submit("a", b'"in flight"')
+            await wait_until(partial(waiting, sql))
+            queued = publisher.submit("a", b'"queued"')
+            outcomes = await publisher.wait(in_flight, queued)
+            assert [code(outcome) for outcome in outcomes] == [Code.UNKNOWN, Code.UNAVAILABLE]
+        await follower.wait_for(1)
+        assert follower.texts == ['"in flight"']
+        log._writer._timeout = 20
+        assert await publisher.publish_seq("a", b'"next"') == 2
+
+
+async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) -> None:
+    log = make(database_url)
+    recorder, publisher = Recorder(), Publisher(log)
+    async with open_sql(database_url) as sql, trio.open_nursery() as nursery:
+        await nursery.start(log.run, recorder)
+        with trio.fail_after(PATIENCE):
+            await log.wait_open()
+        async with head_locked(database_url):
+            in_flight = publisher.submit("a", b"1")
+            await wait_until(partial(waiting, sql))
+            queued = publisher.submit("a", b"2")
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                outcome = (await publisher.wait(queued))[0]
+                assert code(outcome) == Code.SHUTTING_DOWN
+                assert in_flight not in publisher.answers
+                late = publisher.submit("a", b"3")
+                assert code(publisher.answers[late]) == Code.SHUTTING_DOWN
+    assert publisher.answers[in_flight] == Committed(1)
+    assert recorder.texts == ["1"]
+
+
+async def test_a_stop_in_an_outage_says_what_is_in_doubt(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "PATIENCE", 0.2)
+    async with open_proxy(database_url) as proxy:
+        log = make(proxy.url)
+        recorder, publisher = Recorder(), Publisher(log)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(log.run, recorder)
+            await log.wait_open()
+            await publisher.publish_seq("a", b"1")
+            proxy.block()
+            in_flight = publisher.submit("a", b"2")
+            with trio.fail_after(PATIENCE):
+                while log.statistics().pending:
+                    await trio.sleep(0.01)
+            queued = publisher.submit("a", b"3")
+            nursery.cancel_scope.cancel()
+        assert code(publisher.answers[queued]) == Code.SHUTTING_DOWN
+        assert code(publisher.answers[in_flight]) == Code.UNKNOWN
+
+
+# Notifications are hints
+
+
+async def test_a_notification_that_is_lost_is_found_by_the_poll(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    deaf, other = make(database_url), make(database_url)
+    monkeypatch.setattr(deaf._listener, "_hear", lambda pid, payload: None)
+    async with running(deaf) as (follower, _), running(other) as (_, publisher):
+        await publisher.publish_seq("a", b"1")
+        await publisher.publish_seq("a", b"2")
+        await follower.wait_for(2)
+        assert follower.texts == ["1", "2"]
+        assert deaf.statistics().unannounced > 0
+        assert deaf.statistics().notifications == 0
+
+
+@pytest.mark.parametrize(
+    "payload",
+    ["", "nonsense", "a:b:c", "{epoch}:1", "{epoch}:5:99", "other:1:2", "{epoch}:1:1 [1]", "{epoch}:1:2 []", "{epoch}:2:2 [[2"],
+)
+async def test_a_forged_notification_changes_nothing(database_url: str, payload: str) -> None:
+    log = make(database_url)
+    async with running(log) as (follower, publisher), open_sql(database_url) as sql:
+        await publisher.publish_seq("a", b"1")
+        heard = log.statistics().notifications
+        await sql.fetch("SELECT pg_notify('catbus', $1)", payload.replace("{epoch}", log.epoch))
+        with trio.fail_after(PATIENCE):
+            while log.statistics().notifications == heard:
+                await trio.sleep(0.01)
+        await publisher.publish_seq("a", b"2")
+        await follower.wait_for(2)
+        assert follower.texts == ["1", "2"]
+        assert log.available
+        assert log.statistics().failures == 0
+        assert log.statistics().restarts == 0
+
+
+# Faults of one entry
+
+
+async def test_one_bad_entry_never_fails_its_neighbours(database_url: str) -> None:
+    log = make(database_url)
+    async with running(log) as (follower, publisher):
+        await publisher.publish_seq("a", b'"first"')
+        payloads = [b'"%d"' % n for n in range(50)]
+        payloads[13] = b'"a NUL \x00"'
+        payloads[14] = b'"not UTF-8 \xff"'
+        payloads[31] = b'"another NUL \x00"'
+        for payload in payloads:
+            publisher.submit("a", payload)
+        outcomes = (await publisher.wait())[1:]
+        assert [i for i, outcome in enumerate(outcomes) if code(outcome) == Code.INTERNAL] == [13, 14, 31]
+        good = [payload.decode() for i, payload in enumerate(payloads) if i not in (13, 14, 31)]
+        await follower.wait_for(48)
+        assert follower.texts == ['"first"', *good]
+
+
+# Epochs and retention
+
+
+async def new_epoch(url: str, name: str, after: int) -> None:
+    """What a failover, or `catbus init --new-epoch`, does to the database."""
+    async with open_sql(url) as sql:
+        await sql.execute(f"""
+            BEGIN;
+            SELECT FROM catbus.head FOR UPDATE;
+            DELETE FROM catbus.entries WHERE seq > {after};
+            INSERT INTO catbus.epochs (epoch, after_seq, system_identifier, timeline)
+                SELECT '{name}', {after}, system_identifier, timeline + 1 FROM catbus.epochs ORDER BY began DESC LIMIT 1;
+            UPDATE catbus.head SET epoch = '{name}';
+            COMMIT""")
+
+
+async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> None:
+    log = make(database_url)
+    async with running(log) as (follower, publisher):
+        for n in range(1, 6):
+            await publisher.publish_seq("a", b"%d" % n)
+        old = log.epoch
+        await new_epoch(database_url, "second", 3)
+        retry = publisher.submit("a", b'"retried"', producer=ALICE, number=1, after=5)
+        plain = publisher.submit("a", b'"plain"')
+        outcomes = await publisher.wait(retry, plain)
+        assert code(outcomes[0]) == Code.UNKNOWN
+        assert outcomes[1] == Committed(4)
+        await follower.wait_until(lambda self: self.restarts == [0, 3] and self.applied == 4)
+        assert log.epoch == "second"
+        assert [entry.payload for entry in await read_all(log)] == [b"1", b"2", b"3", b'"plain"']
+        below, above, unknown = log.resume(3, old), log.resume(5, old), log.resume(2, "never")
+        assert (below.cursor, below.lost) == (3, None)
+        assert (above.cursor, above.lost) == (3, "epoch")
+        assert (unknown.cursor, unknown.lost) == (0, "epoch")
+
+
+async def test_another_epoch_is_noticed_by_who_only_listens(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    log = make(database_url)
+    async with running(log) as (follower, publisher):
+        await publisher.publish_seq("a", b"1")
+        await new_epoch(database_url, "second", 1)
+        await follower.wait_until(lambda self: self.restarts == [0, 1])
+        assert log.epoch == "second"
+
+
+async def test_a_log_that_was_rolled_back_is_another_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    log = make(database_url)
+    async with running(log) as (follower, publisher), open_sql(database_url) as sql:
+        for n in range(1, 6):
+            await publisher.publish_seq("a", b"%d" % n)
+        await sql.execute("DELETE FROM catbus.entries WHERE seq > 2")
+        await follower.wait_until(lambda self: self.restarts == [0, 2])
+        assert await publisher.publish_seq("a", b'"again"') == 3
+        await follower.wait_for(3)
+        assert [entry.payload for entry in await read_all(log)] == [b"1", b"2", b'"again"']
+
+
+async def forget(url: str, floor: int) -> None:
+    """What retention does to the database."""
+    async with open_sql(url) as sql:
+        await sql.execute(f"DELETE FROM catbus.entries WHERE seq < {floor}; UPDATE catbus.head SET floor = {floor}")
+
+
+async def test_where_retention_has_passed_a_page_says_so(database_url: str) -> None:
+    log = make(database_url, recent=0)
+    async with running(log) as (_, publisher):
+        for n in range(1, 11):
+            publisher.submit("a", b"%d" % n)
+        await publisher.wait()
+        await forget(database_url, 6)
+        page = await log.read(2)
+        assert (page.after, page.last, [e.seq for e in page.entries]) == (5, 10, [6, 7, 8, 9, 10])
+        page = await log.read(7)
+        assert (page.after, [e.seq for e in page.entries]) == (7, [8, 9, 10])
+        await forget(database_url, 11)
+        page = await log.read(2)
+        assert (page.after, page.last, list(page.entries)) == (10, 10, [])
+
+
+async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended(database_url: str) -> None:
+    log = make(database_url)
+    async with running(log) as (_, publisher):
+        for n in range(1, 6):
+            await publisher.publish_seq("a", b"%d" % n, producer=ALICE, number=n)
+        await forget(database_url, 4)
+        assert code(await publisher.publish("a", b"1", producer=ALICE, number=1, after=0)) == Code.UNKNOWN
+        assert await publisher.publish("a", b"5", producer=ALICE, number=5, after=0) == Committed(5, duplicate=True)
+        assert await publisher.publish("a", b"6", producer=ALICE, number=6, after=3) == Committed(6)
+
+
+async def test_a_hole_in_the_log_is_not_passed_over(database_url: str) -> None:
+    log = make(database_url, recent=0)
+    async with running(log) as (_, publisher), open_sql(database_url) as sql:
+        for n in range(1, 6):
+            await publisher.publish_seq("a", b"%d" % n)
+        await sql.execute("DELETE FROM catbus.entries WHERE seq = 3")
+        page = await log.read(0)
+        assert (page.last, len(page.entries)) == (2, 2)
+        with pytest.raises(Unavailable):
+            await log.read(2)
+
+
+# Connections
+
+
+async def test_it_opens_no_connection_but_its_own(database_url: str) -> None:
+    """Not even to cancel a query that nobody waits for any more."""
+    async with open_proxy(database_url) as proxy:
+        log = make(proxy.url, recent=0)
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+            await log.history("*", before=None, limit=1)
+            with trio.fail_after(PATIENCE):
+                while not log.available:
+                    await trio.sleep(0.01)
+            accepted = proxy.accepted - 1  # the schema's is closed again
+            assert accepted == 4
+            proxy.block()
+            with trio.move_on_after(0.05) as scope:
+                await log.history("*", before=None, limit=1)
+            assert scope.cancelled_caught
+            proxy.unblock()
+            assert len((await log.history("*", before=None, limit=1))[0]) == 1
+            assert proxy.accepted - 1 == accepted + 1
+
+
+async def test_a_database_that_cannot_be_used_ends_it(database_url: str) -> None:
+    async with running(make(database_url)):
+        pass
+    async with open_sql(database_url) as sql:
+        await sql.execute("UPDATE catbus.schema_version SET version = 999")
+    with pytest.raises(ConfigError, match="newer release"):
+        await make(database_url).run(Recorder())
+
+
+async def test_a_mistake_of_ours_ends_it_when_it_comes_again_and_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mistaken(self: object, working: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(writer_module.Writer, "run", mistaken)
+    log = make(database_url)
+    publisher = Publisher(log)
+    append = publisher.submit("a", b"1")
+    with pytest.raises(ZeroDivisionError), trio.fail_after(PATIENCE):
+        await log.run(Recorder())
+    assert code(publisher.answers[append]) == Code.SHUTTING_DOWN
+    assert log.statistics().failures == 5
+
+
+async def test_the_password_is_in_no_line_of_the_log(database_url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    url = database_url.replace("//", "//nobody:sesame@", 1) if "@" not in database_url else database_url
+    user, _, rest = url.partition("@")
+    url = f"{user.rpartition('//')[0]}//nobody:sesame@{rest}"
+    log = make(url)
+    with trio.move_on_after(0.5):
+        await log.run(Recorder())
+    async with open_proxy(url) as proxy:
+        proxy.close()
+        with trio.move_on_after(0.3):
+            await make(proxy.url).run(Recorder())
+    out, err = capfd.readouterr()
+    assert "database unavailable" in out + err
+    assert "sesame" not in out + err
