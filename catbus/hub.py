@@ -76,6 +76,8 @@ class Hub:
         """A new connection. Its owner calls `leave` in the end, whatever happens."""
         client = Client(self, outlet, transport)
         self.clients.add(client)
+        if self.draining:
+            client.drain()
         return client
 
     def authenticate(self, token: str) -> Identity:

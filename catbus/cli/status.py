@@ -43,7 +43,7 @@ def command(url: str, token: str | None) -> None:
 
 async def _ask_log(url: str, token: str) -> dict[str, Any]:
     async with connect(url, token=token) as bus:
-        return {"client_id": bus.client_id, "epoch": bus.epoch, "head": bus.head}
+        return {"client_id": bus.client_id, "epoch": bus.epoch, "head": bus.head, "floor": bus.floor}
 
 
 def _ask_ready(url: str) -> tuple[bool, str]:

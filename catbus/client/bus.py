@@ -53,6 +53,11 @@ class Bus:
         return self._conversation.head
 
     @property
+    def floor(self) -> int | None:
+        """The oldest seq that the broker still had when we authenticated, if it said."""
+        return self._conversation.floor
+
+    @property
     def limits(self) -> dict[str, int]:
         """The broker's limits, each by its name: `message_size` (bytes), `subscriptions`, `pending_publishes`."""
         return dict(self._conversation.limits)

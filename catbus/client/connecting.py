@@ -83,6 +83,8 @@ async def open_bus(
                 with anyio.fail_after(deadline - anyio.current_time()):
                     await bus.authenticate(token)
             except TimeoutError:
+                # No use in waiting for its goodbye.
+                tasks.cancel_scope.cancel()
                 raise Disconnected(late) from None
             yield bus
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  # raised below

@@ -91,6 +91,7 @@ class Conversation:
         self.producer = ""
         self.epoch = ""
         self.head = 0
+        self.floor: int | None = None
         self.limits: dict[str, int] = {}
         self.lost: tuple[str, int | None] | None = None
         """Why the connection is gone, and the closing code where there was one."""
@@ -271,6 +272,7 @@ class Conversation:
         self.client_id = reply.client_id
         self.producer = reply.producer
         self.limits = reply.limits
+        self.floor = reply.floor
         self._advance(reply.head or 0, reply.epoch)
         if self._auths:
             self._auths.popleft().settle(reply)

@@ -11,6 +11,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 from wsproto.utilities import LocalProtocolError
 
 from ..errors import CloseCode
+from ..mailbox import Item
 from .frames import PING, Packer, close_frame
 from .outbox import Outbox
 from .roster import Roster
@@ -93,14 +94,15 @@ class Connection:
 
     def flush(self) -> None:
         """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""
-        outbox = self.outbox
-        if not outbox.busy:
-            outbox.write(self._take())
+        outbox, client = self.outbox, self._client
+        if client is not None and not outbox.busy and (items := client.mailbox.take()):
+            outbox.write(self._pack(items, client))
 
     def _take(self) -> bytes:
         client = self._client
-        if client is None or not (items := client.mailbox.take()):
-            return b""
+        return b"" if client is None else self._pack(client.mailbox.take(), client)
+
+    def _pack(self, items: list[Item], client: Client) -> bytes:
         try:
             return _packer.pack(items, client.protocol)
         except Exception:

@@ -19,11 +19,9 @@ FROM (
         SELECT seq, at, channel, payload, sender, origin, octet_length(channel) + octet_length(payload) AS size
         FROM catbus.entries
         WHERE seq > $1 AND seq <= $2
-        ORDER BY seq
-        LIMIT $3
     ) AS page
 ) AS measured
-WHERE before IS NULL OR before + size <= $4
+WHERE before IS NULL OR before + size <= $3
 ORDER BY seq
 """
 
@@ -60,20 +58,24 @@ class Reader:
 
         The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`.
         """
-        found = await self._fetch(_PAGE, after, last, rows, size)
-        entries = [_entry(row) for row in found]
-        if entries and entries[-1].seq - entries[0].seq != len(entries) - 1:
-            whole = next(i for i, entry in enumerate(entries) if entry.seq != entries[0].seq + i)
-            del entries[whole:]
-        start = entries[0].seq - 1 if entries else last
-        if start > after:
+        start = after
+        while True:
+            # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
+            found = await self._fetch(_PAGE, start, min(last, start + rows), size)
+            entries = [_entry(row) for row in found]
+            if entries and entries[0].seq == start + 1:
+                if entries[-1].seq != start + len(entries):
+                    del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
+                return Page(start, entries[-1].seq, entries)
             # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
             ((head, floor),) = await self._fetch(_POSITION)
             if head <= after:
                 return Page(after, after, ())
-            if floor <= min(start, head):
-                raise OSError(f"the table lacks entries after {after} that it should have")
-        return Page(start, entries[-1].seq if entries else last, entries)
+            if floor > last:
+                return Page(last, last, ())
+            if floor <= start + 1:
+                raise OSError(f"the table lacks entries after {start} that it should have")
+            start = floor - 1
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""

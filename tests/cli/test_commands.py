@@ -93,7 +93,7 @@ def test_a_line_that_is_published_appears(broker: Running, catbus: Command, star
     status, output, _ = catbus("status", "--url", broker.url)
     report = json.loads(output)
     assert status == 0
-    assert (report["ready"], report["state"], report["head"]) == (True, "ready", 1)
+    assert (report["ready"], report["state"], report["head"], report["floor"]) == (True, "ready", 1, 1)
 
     # A second subscriber that comes late, reads what it wants, and leaves.
     assert catbus("pub", "other", "2", "--url", broker.url).status == 0

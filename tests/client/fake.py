@@ -256,14 +256,21 @@ async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]
 
 
 @asynccontextmanager
+async def talk_to(broker: Script, **options: Any) -> AsyncIterator[Bus]:
+    """A client that is connected to a broker on a real socket."""
+    async with serve(broker) as url, connect(url, token="t", **options) as bus:
+        yield bus
+
+
+@asynccontextmanager
 async def talk(script: Script, **options: Any) -> AsyncIterator[Bus]:
-    """A client that is connected to a broker on a real socket that plays the script after admitting it."""
+    """The same, where the broker has admitted the client before the script begins."""
 
     async def admit_first(peer: Peer) -> None:
         await peer.admit()
         await script(peer)
 
-    async with serve(admit_first) as url, connect(url, token="t", **options) as bus:
+    async with talk_to(admit_first, **options) as bus:
         yield bus
 
 
@@ -329,7 +336,9 @@ class Honest:
                 replies = [{"type": "subscribed", "pattern": pattern, "seq": self.head}]
                 since = request.get("since")
                 if since is not None:
-                    missed = [entry for entry in self.log if entry["seq"] > since and matches(pattern, entry["channel"])]
+                    missed = [
+                        entry for entry in self.log if entry["seq"] > since and matches(pattern, entry["channel"])
+                    ]
                     replies += [self.copy(entry, pattern) for entry in missed]
                     replies += [{"type": "live", "pattern": pattern, "seq": self.head}]
                 return [replies[at : at + 100] for at in range(0, len(replies), 100)]

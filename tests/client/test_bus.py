@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
-import msgspec
 import pytest
 import sniffio
 
 from catbus import wire
 from catbus.client import Disconnected, Gap, Head, Live, Refused, connect
 from catbus.errors import Code
-from tests.client.fake import EPOCH, Honest, Peer, message, serve, talk
+from tests.client.fake import EPOCH, Honest, Peer, message, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +21,7 @@ async def test_it_runs_on_the_backend_that_was_asked_for(anyio_backend_name: str
 
 
 async def test_what_the_broker_says_of_itself() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus:
+    async with talk_to(Honest()) as bus:
         assert (bus.client_id, bus.producer, bus.epoch, bus.head) == ("alice", "p1", EPOCH, 100)
         assert bus.limits["message_size"] == 65536
 
@@ -42,7 +41,7 @@ async def test_a_publish_returns_its_seq() -> None:
 
 async def test_an_ephemeral_publish_has_no_seq() -> None:
     broker = Honest()
-    async with serve(broker) as url, connect(url, token="t") as bus:
+    async with talk_to(broker) as bus:
         assert await bus.publish("a", 1, ephemeral=True) is None
     assert broker.published[0]["ephemeral"] is True
 
@@ -62,7 +61,7 @@ async def test_a_publish_that_the_broker_refuses() -> None:
 
 async def test_what_is_obviously_wrong_is_never_sent() -> None:
     broker = Honest()
-    async with serve(broker) as url, connect(url, token="t") as bus:
+    async with talk_to(broker) as bus:
         with pytest.raises(Refused) as caught:
             await bus.publish("orders.*", 1)
         assert caught.value.code is Code.INVALID_CHANNEL
@@ -133,9 +132,7 @@ async def test_publishing_nothing_is_nothing() -> None:
 async def test_no_more_publishes_are_unanswered_than_the_broker_allows() -> None:
     async def script(peer: Peer) -> None:
         await peer.admit(limits={"pending_publishes": 3})
-        numbers: list[int] = []
-        for _ in range(3):
-            numbers.append((await peer.expect("publish"))["id"])
+        numbers = [(await peer.expect("publish"))["id"] for _ in range(3)]
         seq = 0
         with anyio.move_on_after(0) as nothing_more:
             await peer.receive()
@@ -153,7 +150,7 @@ async def test_no_more_publishes_are_unanswered_than_the_broker_allows() -> None
 async def test_publishes_of_many_tasks_share_frames() -> None:
     broker = Honest()
     seqs: list[int] = []
-    async with serve(broker) as url, connect(url, token="t") as bus:
+    async with talk_to(broker) as bus:
 
         async def publish(number: int) -> None:
             seqs.append(await bus.publish("a", number))
@@ -222,7 +219,7 @@ async def test_gaps_and_marks_reach_the_application_in_their_place() -> None:
 
 
 async def test_a_head_moves_the_cursor_of_who_is_waiting() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus, bus.subscribe("b") as messages:
+    async with talk_to(Honest()) as bus, bus.subscribe("b") as messages:
         moved = anyio.Event()
 
         async def iterate() -> None:
@@ -271,7 +268,7 @@ async def test_a_subscription_that_the_broker_refuses() -> None:
 
 
 async def test_a_second_subscription_to_a_pattern_is_our_mistake() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus, bus.subscribe("a"):
+    async with talk_to(Honest()) as bus, bus.subscribe("a"):
         with pytest.raises(ValueError, match="already"):
             async with bus.subscribe("a"):
                 pass
@@ -296,7 +293,7 @@ async def test_a_revoked_subscription_hands_out_what_came_before_and_then_raises
 
 async def test_leaving_a_subscription_unsubscribes() -> None:
     broker = Honest()
-    async with serve(broker) as url, connect(url, token="t") as bus:
+    async with talk_to(broker) as bus:
         async with bus.subscribe("a") as messages:
             pass
         assert [item async for item in messages] == []
@@ -306,16 +303,20 @@ async def test_leaving_a_subscription_unsubscribes() -> None:
 
 
 async def test_several_subscriptions_at_once() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus:
-        async with bus.subscribe("a.*") as some, bus.subscribe("*") as everything, bus.subscribe("c") as nothing:
-            await bus.publish_many([("a.x", 1), ("b", 2), ("a.y", 3)])
-            assert [(await anext(some)).payload for _ in range(2)] == [1, 3]
-            assert [(await anext(everything)).payload for _ in range(3)] == [1, 2, 3]
-            assert nothing.cursor == 100
+    async with (
+        talk_to(Honest()) as bus,
+        bus.subscribe("a.*") as some,
+        bus.subscribe("*") as everything,
+        bus.subscribe("c") as nothing,
+    ):
+        await bus.publish_many([("a.x", 1), ("b", 2), ("a.y", 3)])
+        assert [(await anext(some)).payload for _ in range(2)] == [1, 3]
+        assert [(await anext(everything)).payload for _ in range(3)] == [1, 2, 3]
+        assert nothing.cursor == 100
 
 
 async def test_history_comes_in_pages() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus:
+    async with talk_to(Honest()) as bus:
         await bus.publish_many([("a.b", number) for number in range(5)])
         page = await bus.history("a.*", limit=3)
         assert [item.payload for item in page.messages] == [2, 3, 4]
@@ -337,7 +338,7 @@ async def test_history_asks_for_what_it_is_told_to() -> None:
 
 
 async def test_a_ping_tells_how_long_it_took() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus:
+    async with talk_to(Honest()) as bus:
         assert 0 <= await bus.ping() < 5
 
 
@@ -437,7 +438,3 @@ async def test_a_whole_frame_of_messages_is_handed_out_without_starving_others()
                     break
             assert turns >= 5
             tasks.cancel_scope.cancel()
-
-
-def test_raw_payloads_are_what_msgspec_calls_raw() -> None:
-    assert isinstance(wire.Raw(b"1"), msgspec.Raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -98,7 +99,14 @@ def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
     conversation.receive(
         lines(
             {"type": "published", "channel": "c", "id": third, "seq": 103},
-            {"type": "publish_error", "channel": "a", "id": first, "message": "no", "code": "rate_limited", "retry_after": 2},
+            {
+                "type": "publish_error",
+                "channel": "a",
+                "id": first,
+                "message": "no",
+                "code": "rate_limited",
+                "retry_after": 2,
+            },
         )
     )
     assert batch.missing == 1
@@ -161,7 +169,8 @@ def test_answers_that_nobody_asked_for_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("payload", "code"), [("x" * 65536, Code.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)]
+    ("payload", "code"),
+    [("x" * 65536, Code.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)],
 )
 def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: Code | None) -> None:
     conversation = begin()
@@ -282,7 +291,9 @@ def test_heads_in_a_row_are_one() -> None:
 def test_a_new_epoch_reaches_the_conversation_by_gap_and_by_head() -> None:
     conversation = begin()
     inbox = subscribe(conversation)
-    conversation.receive(lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"}))
+    conversation.receive(
+        lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"})
+    )
     assert (conversation.epoch, conversation.head) == ("e2", 90)
     conversation.receive(lines({"type": "head", "seq": 80, "epoch": "e3", "at": 1}))
     assert (conversation.epoch, conversation.head) == ("e3", 80)
@@ -525,7 +536,7 @@ def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
 def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
     conversation = begin()
     publish(conversation, "a")
-    with pytest.raises(PeerError, match="what?") as caught:
+    with pytest.raises(PeerError, match="what") as caught:
         conversation.receive(lines({"type": "error", "message": "what?", "code": "bad_message"}))
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
@@ -602,7 +613,7 @@ def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int]) -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 1000)
     edges = [0, *sorted(cuts), len(STREAM)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         conversation.receive(STREAM[start:stop])
     assert seqs(inbox) == [101, 102, 103, 104, 111]
     assert marks(inbox) == [("Gap", 110, EPOCH), ("Head", 120, EPOCH)]

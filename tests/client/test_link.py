@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -14,7 +15,7 @@ import trio
 from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus
 from catbus.client import conversation as conversation_module
 from catbus.errors import CloseCode
-from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, message, serve, talk, talk_in_memory
+from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +90,9 @@ async def test_cancelling_the_block_closes_without_waiting() -> None:
             tasks.cancel_scope.cancel()
 
 
-async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("catbus.client.websocket.GOODBYE", 0.01)
 
     async def script(peer: Peer) -> None:
@@ -190,7 +193,7 @@ async def test_any_sign_of_life_is_an_answer_to_a_ping() -> None:
             request = await peer.receive()
             await peer.send({"type": "pong", "seq": request["seq"]})
 
-    async with talk_in_memory(script, keepalive=0.001, timeout=0.5) as (bus, _):
+    async with talk_in_memory(script, keepalive=0.001, timeout=0.1) as (bus, _):
         await answered.wait()
         await bus.ping()
 
@@ -224,10 +227,19 @@ async def subscribe_since(bus: Bus) -> None:
         await anext(messages)
 
 
+@asynccontextmanager
+async def talk_on_a_socket(broker: Script) -> AsyncIterator[tuple[Bus, None]]:
+    async with talk_to(broker) as bus:
+        yield bus, None
+
+
+@pytest.mark.parametrize("talk", [talk_in_memory, talk_on_a_socket])
 @pytest.mark.parametrize("work", [publish, publish_many, history, ping, subscribe, subscribe_since])
-async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(work: Callable[[Bus], Awaitable[None]]) -> None:
+async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(
+    work: Callable[[Bus], Awaitable[None]], talk: Callable[[Script], AbstractAsyncContextManager[tuple[Bus, object]]]
+) -> None:
     broker = Honest()
-    async with serve(broker) as url, connect(url, token="t") as bus, bus.subscribe("a") as messages:
+    async with talk(broker) as (bus, _), bus.subscribe("a") as messages:
         for steps in range(15):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(work, bus)
@@ -242,12 +254,12 @@ async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(work: 
 
 
 async def test_iteration_cancelled_anywhere_loses_nothing() -> None:
-    async with serve(Honest()) as url, connect(url, token="t") as bus, bus.subscribe("a") as messages:
+    async with talk_to(Honest()) as bus, bus.subscribe("a") as messages:
         received: list[Any] = []
 
         async def iterate() -> None:
             async for item in messages:
-                received.append(item.payload)
+                received.append(item.payload)  # noqa: PERF401  # cancelled half-way, a comprehension would lose them
 
         for number in range(200):
             with anyio.move_on_after(0 if number % 2 else 0.001):
@@ -258,9 +270,18 @@ async def test_iteration_cancelled_anywhere_loses_nothing() -> None:
         assert received == list(range(200))
 
 
-async def test_connecting_cancelled_anywhere_leaves_nothing(anyio_backend_name: str) -> None:
-    async with serve(Honest()) as url:
-        before = living_tasks(anyio_backend_name)
+async def test_connecting_cancelled_anywhere_leaves_nothing_open() -> None:
+    opened = closed = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal opened, closed
+        opened += 1
+        try:
+            await Honest()(peer)
+        finally:
+            closed += 1
+
+    async with serve(script) as url:
 
         async def use() -> None:
             async with connect(url, token="t"):
@@ -272,8 +293,8 @@ async def test_connecting_cancelled_anywhere_leaves_nothing(anyio_backend_name: 
                 for _ in range(steps):
                     await anyio.sleep(0)
                 tasks.cancel_scope.cancel()
-        # The other ends of those connections go by themselves.
-        while living_tasks(anyio_backend_name) > before:
+        assert opened > 10
+        while closed < opened:
             await anyio.sleep(0)
 
 
@@ -295,28 +316,13 @@ async def test_a_publish_that_waits_for_a_stuck_socket_can_be_cancelled() -> Non
 # Back pressure
 
 
-class Tap:
-    """A transport between a bus and another transport that counts what was read."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.reads = 0
-        self.pending = False
-        self.send, self.aclose = inner.send, inner.aclose
-
-    async def receive(self) -> bytes:
-        data: bytes = await self.inner.receive()
-        self.reads += 1
-        return data
-
-
 async def test_a_full_subscription_stops_the_reading_until_there_is_room() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         for first in range(101, 1101, 10):
             await peer.send(*[message(seq) for seq in range(first, first + 10)])
 
-    async with talk_in_memory(script) as (bus, pipe), bus.subscribe("a.*", buffer=30) as messages:
+    async with talk_in_memory(script) as (bus, _), bus.subscribe("a.*", buffer=30) as messages:
         inbox = messages._inbox
         await settle()
         assert len(inbox.items) == 30
@@ -342,18 +348,17 @@ async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
                 break
     assert seen == list(range(500))
     assert [request["payload"] for request in broker.published] == seen
-    assert broker.unsubscribes == 1
 
 
 async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation_module, "SPILL", 10_000)
+    monkeypatch.setattr(conversation_module, "SPILL", 5_000)
     broker = Honest()
-    for number in range(2000):
+    for number in range(500):
         broker.append("a", number)
-    async with serve(broker) as url, connect(url, token="t") as bus:
+    async with talk_to(broker) as bus:
         async with bus.subscribe("a", since=100, buffer=10) as messages, bus.subscribe("other"):
             most = 0
-            for number in range(2000):
+            for number in range(500):
                 item = await anext(messages)
                 assert (item.seq, item.payload) == (101 + number, number)
                 await bus.publish("b", number)
@@ -369,17 +374,22 @@ async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monk
     monkeypatch.setattr(link, "PATIENCE", 0.001)
     broker = Honest()
     events: list[object] = []
-    async with talk_in_memory(broker, on_event=events.append) as (bus, pipe):
-        async with bus.subscribe("a", buffer=2) as messages, bus.subscribe("b") as others:
-            await bus.publish_many([("a", number) for number in range(10)])
-            while not broker.unsubscribes:
-                await anyio.sleep(0)
-            await pipe.peer.send({"type": "goaway", "reason": "stopping", "reconnect_in": 1})
-            while not events:
-                await anyio.sleep(0)
-            await bus.publish("b", "still here")
-            assert (await anext(others)).payload == "still here"
-            assert [(await anext(messages)).payload for _ in range(10)] == list(range(10))
+    async with (
+        talk_in_memory(broker, on_event=events.append) as (bus, pipe),
+        bus.subscribe("a", buffer=2) as messages,
+        bus.subscribe("b") as others,
+    ):
+        await bus.publish_many([("a", number) for number in range(10)])
+        while not broker.unsubscribes:
+            await anyio.sleep(0)
+        await pipe.peer.send({"type": "goaway", "reason": "stopping", "reconnect_in": 1})
+        while not events:
+            await anyio.sleep(0)
+        await bus.publish("b", "still here")
+        assert (await anext(others)).payload == "still here"
+        assert [(await anext(messages)).payload for _ in range(10)] == list(range(10))
+        await bus.publish_many([("a", number) for number in range(10, 20)])
+        assert [(await anext(messages)).payload for _ in range(10)] == list(range(10, 20))
     assert len(broker.subscribes) >= 3
 
 
@@ -410,7 +420,7 @@ async def test_a_lost_connection_releases_who_waits_for_room() -> None:
         await peer.expect("publish")
         await peer.close(4503, "away")
 
-    async with talk_in_memory(script) as (bus, pipe):
+    async with talk_in_memory(script) as (bus, _):
         with pytest.raises(Disconnected, match="away"):
             await bus.publish_many([("a", "x" * 10_000)] * 5000)
 

@@ -78,9 +78,9 @@ def test_a_field_that_is_not_known_is_ignored() -> None:
 
 
 def test_a_code_that_is_not_known_is_still_a_refusal() -> None:
-    assert decode(b'{"type":"publish_error","channel":"a","message":"no","code":"too_loud","id":3}') == wire.PublishError(
-        "a", "no", Code.INTERNAL, 3
-    )
+    assert decode(
+        b'{"type":"publish_error","channel":"a","message":"no","code":"too_loud","id":3}'
+    ) == wire.PublishError("a", "no", Code.INTERNAL, 3)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,15 @@ def test_a_payload_is_what_msgspec_makes_of_it(value: Any, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), {1, object()}, "\ud800", {"a": object()}, {(1, 2): 3}, msgspec.Raw(b'1}{"type":"auth"'), msgspec.Raw(b"\xff")],
+    [
+        object(),
+        {1, object()},
+        "\ud800",
+        {"a": object()},
+        {(1, 2): 3},
+        msgspec.Raw(b'1}{"type":"auth"'),
+        msgspec.Raw(b"\xff"),
+    ],
 )
 def test_what_has_no_json_form_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match="no JSON form"):

@@ -1,4 +1,4 @@
-"""What every log must do, whatever it is made of: a class of tests for a subclass that has the fixture `make_log`."""
+"""What every log must do, whatever it is made of: tests to be inherited by a class with the fixture `make_log`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,90 @@ ALICE = b"alice-----------"
 BOB = b"bob-------------"
 
 
-class LogConformance:
+class ReadConformance:
+    """Pages and history."""
+
+    async def test_a_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for n in range(25):
+                publisher.submit("a", b"%d" % n)
+            await publisher.wait()
+            page = await log.read(3, rows=10)
+            assert (page.after, page.last, [entry.seq for entry in page.entries]) == (3, 13, list(range(4, 14)))
+            assert len(await read_all(log, rows=7)) == 25
+
+    async def test_a_page_ends_at_its_number_of_bytes_but_has_one_entry(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for n in range(5):
+                publisher.submit("a", b"%d" % n * 99)
+            await publisher.wait()
+            assert [e.seq for e in (await log.read(0, size=300)).entries] == [1, 2, 3]
+            assert [e.seq for e in (await log.read(0, size=299)).entries] == [1, 2]
+            assert [e.seq for e in (await log.read(2, size=10)).entries] == [3]
+
+    async def test_reading_at_the_end_gives_an_empty_page(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for after in (0, 5):
+                page = await log.read(after)
+                assert (page.after, page.last, list(page.entries)) == (after, after, [])
+            await publisher.publish_seq("a", b"1")
+            page = await log.read(1)
+            assert (page.after, page.last, list(page.entries)) == (1, 1, [])
+
+    async def test_a_cancelled_read_harms_nothing(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1")
+            for _ in range(3):
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await log.read(0)
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await log.history("a", before=None, limit=1)
+            assert (await log.read(0)).last == 1
+            await log.history("a", before=None, limit=1)
+
+    async def test_history_is_the_newest_that_match_oldest_first(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for channel in ("a", "a.b", "a.b.c", "a-b", "ab", "b", "a.b"):
+                publisher.submit(channel, b"1")
+            await publisher.wait()
+
+            async def found(pattern: str, before: int | None = None, limit: int = 10) -> tuple[list[int], bool]:
+                entries, more = await log.history(pattern, before=before, limit=limit)
+                return [entry.seq for entry in entries], more
+
+            assert await found("*") == ([1, 2, 3, 4, 5, 6, 7], False)
+            assert await found("*", limit=3) == ([5, 6, 7], True)
+            assert await found("a") == ([1], False)
+            assert await found("a.b") == ([2, 7], False)
+            assert await found("a.*") == ([2, 3, 7], False)
+            assert await found("a.*", limit=2) == ([3, 7], True)
+            assert await found("a.*", before=7) == ([2, 3], False)
+            assert await found("a.*", before=3, limit=1) == ([2], False)
+            assert await found("a.b.*") == ([3], False)
+            assert await found("c.*") == ([], False)
+            assert await found("*", before=1) == ([], False)
+            assert await found("*", before=99, limit=7) == ([1, 2, 3, 4, 5, 6, 7], False)
+
+    async def test_a_character_of_a_channel_is_no_wildcard_in_history(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for channel in ("my_project.x", "my-project.x", "myXproject.x", "My_project.x"):
+                publisher.submit(channel, b"1")
+            await publisher.wait()
+            entries, _ = await log.history("my_project.*", before=None, limit=10)
+            assert [entry.channel for entry in entries] == ["my_project.x"]
+
+
+class LogConformance(ReadConformance):
+    """All of it."""
+
     async def test_every_message_gets_the_next_number_and_reaches_the_follower_in_that_order(
         self, make_log: MakeLog
     ) -> None:
@@ -139,87 +222,6 @@ class LogConformance:
                         assert isinstance(outcome, Rejected)
             await follower.wait_for(len(known))
             assert [(e.channel, e.payload, e.seq) for e in follower.entries] == list(known.values())
-
-    # Reading
-
-    async def test_a_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
-        log = make_log()
-        async with running(log) as (_, publisher):
-            for n in range(25):
-                publisher.submit("a", b"%d" % n)
-            await publisher.wait()
-            page = await log.read(3, rows=10)
-            assert (page.after, page.last, [entry.seq for entry in page.entries]) == (3, 13, list(range(4, 14)))
-            assert len(await read_all(log, rows=7)) == 25
-
-    async def test_a_page_ends_at_its_number_of_bytes_but_has_one_entry(self, make_log: MakeLog) -> None:
-        log = make_log()
-        async with running(log) as (_, publisher):
-            for n in range(5):
-                publisher.submit("a", b"%d" % n * 99)
-            await publisher.wait()
-            assert [e.seq for e in (await log.read(0, size=300)).entries] == [1, 2, 3]
-            assert [e.seq for e in (await log.read(0, size=299)).entries] == [1, 2]
-            assert [e.seq for e in (await log.read(2, size=10)).entries] == [3]
-
-    async def test_reading_at_the_end_gives_an_empty_page(self, make_log: MakeLog) -> None:
-        log = make_log()
-        async with running(log) as (_, publisher):
-            for after in (0, 5):
-                page = await log.read(after)
-                assert (page.after, page.last, list(page.entries)) == (after, after, [])
-            await publisher.publish_seq("a", b"1")
-            page = await log.read(1)
-            assert (page.after, page.last, list(page.entries)) == (1, 1, [])
-
-    async def test_a_cancelled_read_harms_nothing(self, make_log: MakeLog) -> None:
-        log = make_log(recent=0)
-        async with running(log) as (_, publisher):
-            await publisher.publish_seq("a", b"1")
-            for _ in range(3):
-                with trio.CancelScope() as scope:
-                    scope.cancel()
-                    await log.read(0)
-                with trio.CancelScope() as scope:
-                    scope.cancel()
-                    await log.history("a", before=None, limit=1)
-            assert (await log.read(0)).last == 1
-            await log.history("a", before=None, limit=1)
-
-    # History
-
-    async def test_history_is_the_newest_that_match_oldest_first(self, make_log: MakeLog) -> None:
-        log = make_log()
-        async with running(log) as (_, publisher):
-            for channel in ("a", "a.b", "a.b.c", "a-b", "ab", "b", "a.b"):
-                publisher.submit(channel, b"1")
-            await publisher.wait()
-
-            async def found(pattern: str, before: int | None = None, limit: int = 10) -> tuple[list[int], bool]:
-                entries, more = await log.history(pattern, before=before, limit=limit)
-                return [entry.seq for entry in entries], more
-
-            assert await found("*") == ([1, 2, 3, 4, 5, 6, 7], False)
-            assert await found("*", limit=3) == ([5, 6, 7], True)
-            assert await found("a") == ([1], False)
-            assert await found("a.b") == ([2, 7], False)
-            assert await found("a.*") == ([2, 3, 7], False)
-            assert await found("a.*", limit=2) == ([3, 7], True)
-            assert await found("a.*", before=7) == ([2, 3], False)
-            assert await found("a.*", before=3, limit=1) == ([2], False)
-            assert await found("a.b.*") == ([3], False)
-            assert await found("c.*") == ([], False)
-            assert await found("*", before=1) == ([], False)
-            assert await found("*", before=99, limit=7) == ([1, 2, 3, 4, 5, 6, 7], False)
-
-    async def test_a_character_of_a_channel_is_no_wildcard_in_history(self, make_log: MakeLog) -> None:
-        log = make_log()
-        async with running(log) as (_, publisher):
-            for channel in ("my_project.x", "my-project.x", "myXproject.x", "My_project.x"):
-                publisher.submit(channel, b"1")
-            await publisher.wait()
-            entries, _ = await log.history("my_project.*", before=None, limit=10)
-            assert [entry.channel for entry in entries] == ["my_project.x"]
 
     # Epochs
 

@@ -1,0 +1,253 @@
+"""What the benchmarks share: servers as processes of their own, and WebSocket clients that cost little."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from catbus.auth import Grants, sign
+
+ROOT = Path(__file__).parent.parent
+SECRET = "a secret that only benchmarks have"
+STARTING_TIME = 30.0
+
+TEXT, BINARY, PONG = 0x1, 0x2, 0xA
+
+
+# Processes
+
+
+def prepare() -> None:
+    """Let this process and its children open many files, and let SIGTERM end it in order, children included."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds of CPU that all threads of a process have used: Linux's clock of that process, in nanoseconds."""
+    return time.clock_gettime_ns(~pid << 3 | 2) / 1e9
+
+
+def describe_machine() -> str:
+    """One line for the top of every report: figures mean nothing without it."""
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    load = os.getloadavg()[0]
+    return (
+        f"{os.cpu_count()} cores for everything ({model.partition(': ')[2] or 'unknown'}), "
+        f"Python {sys.version.split()[0]}, load before {load:.1f}, loopback"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that runs, and its port on 127.0.0.1."""
+
+    pid: int
+    port: int
+
+
+@contextmanager
+def catbus_run(database: str, environment: Mapping[str, str] = {}) -> Iterator[Server]:
+    """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended."""
+    settings = {
+        "DATABASE_URL": database,
+        "CATBUS_SECRET": SECRET,
+        "CATBUS_WS_BIND": "127.0.0.1:0",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    command = [sys.executable, "-m", "catbus", "run"]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=output)
+        try:
+            with _stopping(process):
+                yield Server(process.pid, _wait_serving(process, output))
+        finally:
+            for event in _events(output):
+                if event["level"] not in ("debug", "info"):
+                    print(event, file=sys.stderr)
+    if process.returncode:
+        sys.exit(f"catbus run ended with status {process.returncode}")
+
+
+def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
+    """Wait until there is a broker that is ready; returns its port."""
+    deadline = time.monotonic() + STARTING_TIME
+    while process.poll() is None and time.monotonic() < deadline:
+        for event in _events(output):
+            if event["event"] == "serving":
+                port = int(event["urls"][0].rpartition(":")[2].partition("/")[0])
+                if _is_ready(port):
+                    return port
+        time.sleep(0.05)
+    sys.exit(f"catbus run is not ready after {STARTING_TIME:.0f} s, or has ended ({process.poll()})")
+
+
+def _events(output: TextIO) -> list[dict[str, Any]]:
+    # With pread: the position in the file is the server's too.
+    lines = os.pread(output.fileno(), 1 << 24, 0).decode().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _is_ready(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
+        return peer.makefile("rb").readline().split()[1] == b"200"
+
+
+@contextmanager
+def nats_run(command: str, directory: Path) -> Iterator[Server]:
+    """nats-server with WebSocket, ready to serve."""
+    ports = [_free_port(), _free_port()]
+    file = directory / "nats.conf"
+    file.write_text(
+        f'host: "127.0.0.1"\nport: {ports[0]}\nmax_pending: 512MB\n'
+        f'websocket {{ host: "127.0.0.1", port: {ports[1]}, no_tls: true, compression: false }}\n'
+    )
+    process = subprocess.Popen([command, "-c", str(file)], stderr=subprocess.DEVNULL)
+    with _stopping(process):
+        deadline = time.monotonic() + STARTING_TIME
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", ports[1])).close()
+                break
+            except ConnectionRefusedError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"{command} does not listen")
+                time.sleep(0.05)
+        yield Server(process.pid, ports[1])
+
+
+@contextmanager
+def _stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(STARTING_TIME)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+# Clients
+
+
+def connect(port: int, path: str = "/ws") -> socket.socket:
+    """A socket that has become a WebSocket."""
+    peer = socket.create_connection(("127.0.0.1", port), timeout=STARTING_TIME)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    key = base64.b64encode(os.urandom(16)).decode()
+    peer.sendall(
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    answer = wait_for(peer, b"\r\n\r\n")
+    if b" 101 " not in answer.partition(b"\r\n")[0]:
+        sys.exit(f"no WebSocket: {answer!r}")
+    return peer
+
+
+def wait_for(peer: socket.socket, text: bytes) -> bytes:
+    """Read from a blocking socket until `text` has come; returns what was read."""
+    data = b""
+    while text not in data:
+        more = peer.recv(65_536)
+        if not more:
+            sys.exit(f"closed by the server instead of {text!r}: {data!r}")
+        data += more
+    return data
+
+
+def frame(payload: bytes, opcode: int = TEXT) -> bytes:
+    """A whole message as a client sends it: masked."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((0x80 | opcode, 0x80 | size))
+    elif size < 65_536:
+        head = bytes((0x80 | opcode, 0x80 | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((0x80 | opcode, 0x80 | 127)) + size.to_bytes(8, "big")
+    mask = os.urandom(4)
+    stretched = (mask * (size // 4 + 1))[:size]
+    masked = (int.from_bytes(payload, "big") ^ int.from_bytes(stretched, "big")).to_bytes(size, "big")
+    return head + mask + masked
+
+
+def auth_line(client_id: str = "bench") -> bytes:
+    """The `auth` of somebody who may do everything below `bench.`."""
+    token = sign(SECRET, client_id=client_id, grants=Grants(("bench.*",), ("bench.*",)))
+    return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode() + b"\n"
+
+
+class Publisher:
+    """A connection that publishes. Never waits: what the kernel does not take is kept until `write` has its turn."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self.peer = peer
+        self._unsent = b""
+        self._unread = b""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._unsent)
+
+    def write(self, data: bytes = b"") -> None:
+        """Send, after what waits."""
+        data = self._unsent + data
+        try:
+            self._unsent = data[self.peer.send(data) :]
+        except BlockingIOError:
+            self._unsent = data
+
+    def read(self) -> bytes:
+        """The whole lines that have come, among them headers of frames. None of them is split."""
+        try:
+            data = self.peer.recv(1 << 18)
+        except BlockingIOError:
+            return b""
+        if not data:
+            sys.exit(f"the server has closed a publisher's connection: {self._unread!r}")
+        lines, end, self._unread = (self._unread + data).rpartition(b"\n")
+        return lines + end
+
+    def wait(self, until: float) -> bytes:
+        """Send what waits and return what comes, at the time `until` (of `time.monotonic`) at the latest."""
+        timeout = max(0.0, until - time.monotonic())
+        readable, _, _ = select.select([self.peer], [self.peer] if self._unsent else [], [], timeout)
+        if self._unsent:
+            self.write()
+        return self.read() if readable else b""
+
+
+# Figures
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which that share of all lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
