@@ -14,7 +14,6 @@ from functools import partial
 from itertools import accumulate
 from operator import attrgetter
 
-import structlog
 import trio
 
 from .errors import Unavailable
@@ -22,8 +21,6 @@ from .log import Entry, Log, Page
 from .mailbox import OVERHEAD, Mailbox, Run
 from .topics import Group, TopicTree
 from .wire import Gap, Live, Protocol, Reply, encode
-
-logger = structlog.get_logger("catbus.delivery")
 
 PAGE_ROWS = 1000
 PAGE_BYTES = 1 << 20

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"errors"},
+    {"errors", "logs"},
     {"topics", "wire"},
     {"framing", "auth"},
     {"config"},
@@ -32,7 +32,7 @@ LAYERS = (
 NARROWER = {
     "client": {"errors", "topics", "wire", "framing", "webtransport"},
     "config": {"errors"},
-    "postgres": {"errors", "topics", "config", "log"},
+    "postgres": {"errors", "logs", "topics", "config", "log"},
     "webtransport": {"errors"},
 }
 

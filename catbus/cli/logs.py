@@ -17,7 +17,7 @@ _ALIASES = {"aioquic": ("quic", "http3"), "trio_websocket": ("trio-websocket",)}
 
 
 def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
-    """Send all log lines, structlog's and the standard library's, to `stream`.
+    """Send all log lines to `stream`.
 
     `levels` is such as "catbus=info,aioquic=warning"; who is not named there says warnings only. `form` is "text",
     "json", or "auto": text on a terminal. `secrets` are blotted out wherever they occur, and so is what looks like one.
@@ -32,19 +32,10 @@ def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] 
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
-        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *common,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import click
 import msgspec
-import structlog
 import trio
 
 from ..broker import Broker, serve
 from ..config import Config, default_state_directory, load, redact
 from ..errors import ConfigError
+from ..logs import get_logger
 from .development import DEFAULT_URL, development_token, keep_secret
 from .logs import configure
 from .options import config_option, database_option, state_option
 
-logger = structlog.get_logger("catbus.run")
+logger = get_logger("catbus.run")
 
 
 @click.command("run", short_help="Run a broker.")

@@ -152,7 +152,7 @@ class Bus:
                 await bell.wait()
             yield Messages(inbox, conversation, self._link, bell, on_event)
         finally:
-            conversation.leave(inbox)
+            conversation.subscriptions.leave(inbox)
             self._link.requested()
 
     async def history(self, pattern: str, *, limit: int = 100, before: int | None = None) -> Page:

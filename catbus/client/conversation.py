@@ -2,7 +2,7 @@
 
 A request puts a line into the outbox and returns where its answer will be. Whoever drives a conversation
     - sends what `take` returns, whenever `outgoing` says that there is something,
-    - gives `receive` what comes in, and reads on only while `crowded` is empty or somebody is `waiting`,
+    - gives `receive` what comes in, and reads on only while nobody is `crowded` or somebody is `waiting`,
     - calls `lose` when the connection is gone.
 The `wake` of an answer is called when it is there, or will never be: then `lost` is set. Who does not wait for it any
 more just lets go of it.
@@ -19,21 +19,15 @@ from msgspec import Raw
 from .. import wire
 from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
 from ..framing import Framer
-from ..wire import Request
-from .inbox import Inbox, Phase
+from .inbox import Inbox
 from .messages import Message, Page, ServerMessage, decode
+from .switchboard import Switchboard
 
 FRAME = 32 * 1024
 """How many bytes of requests go together, unless one alone is longer."""
 
 MAX_OBJECT = 128 * 1024 * 1024
 """The longest line taken from a broker: a page of history may have a thousand messages of 64 KiB."""
-
-SPILL = 8 * 1024 * 1024
-"""How many bytes a full inbox may take on while somebody waits for a reply behind them."""
-
-OVERHEAD = 256
-"""What a message in memory adds to its payload, roughly, in bytes."""
 
 T = TypeVar("T")
 
@@ -91,14 +85,12 @@ class Conversation:
         self.producer = ""
         self.epoch = ""
         self.head = 0
-        self.floor: int | None = None
         self.limits: dict[str, int] = {}
         self.lost: tuple[str, int | None] | None = None
         """Why the connection is gone, and the closing code where there was one."""
         self.outgoing = 0
         """Bytes in the outbox."""
-        self.crowded: dict[Inbox, None] = {}
-        """The inboxes that are full."""
+        self.subscriptions = Switchboard(self._say)
         self._on_event = on_event
         self._framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
         self._outbox: deque[bytes] = deque()
@@ -108,13 +100,6 @@ class Conversation:
         """In the order of their ids."""
         self._histories: dict[int, Answer[Page]] = {}
         self._pings: dict[int, Answer[wire.Pong]] = {}
-        self._inboxes: dict[str, Inbox] = {}
-        self._routes: dict[str, Inbox] = {}
-        """Those of them that the broker sends to now; what comes for another pattern is for a subscription that was."""
-        self._fresh: dict[str, Inbox] = {}
-        """Those that the broker will send to, but has not: until it does, their epoch may be another than its own."""
-        self._asked: dict[str, deque[Inbox | None]] = {}
-        """What will be answered for each pattern, in order: an inbox's `subscribe`, or (None) an `unsubscribe`."""
 
     # What goes out
 
@@ -153,39 +138,8 @@ class Conversation:
         self._publishes[number] = Pending(publish, self.head, self.epoch, batch, place)
 
     def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int) -> Inbox:
-        """Ask for a subscription. The inbox leaves `Phase.ASKED` when the answer is there."""
-        if pattern in self._inboxes:
-            raise ValueError(f"this connection has a subscription to {pattern} already")
-        inbox = Inbox(pattern, since, epoch or self.epoch, limit)
-        self._ask(inbox, wire.Subscribe(pattern, since, epoch))
-        self._inboxes[pattern] = inbox
-        return inbox
-
-    def leave(self, inbox: Inbox) -> None:
-        """End a subscription, from this side."""
-        if inbox.phase is Phase.ENDED:
-            return
-        if inbox.phase is not Phase.AWAY and self.lost is None:
-            self._unsubscribe(inbox)
-        self._close(inbox, None)
-
-    def suspend(self, inbox: Inbox) -> None:
-        """Have the broker stop sending to an inbox that is full; `relieve` takes it up again."""
-        self.crowded.pop(inbox, None)
-        if inbox.phase is Phase.HELD and self.lost is None:
-            self._unsubscribe(inbox)
-            self._unroute(inbox)
-            inbox.phase = Phase.AWAY
-
-    def relieve(self, inbox: Inbox) -> None:
-        """The application has taken enough out of an inbox that was full."""
-        inbox.pressed = False
-        inbox.spilled = 0
-        self.crowded.pop(inbox, None)
-        if inbox.phase is Phase.AWAY and self.lost is None:
-            inbox.phase = Phase.ASKED
-            inbox.live = False
-            self._ask(inbox, wire.Subscribe(inbox.pattern, inbox.arrived, inbox.arrived_epoch or None))
+        """Ask for a subscription whose inbox welcomes `limit` messages; `ValueError` if there is one already."""
+        return self.subscriptions.subscribe(pattern, since, epoch, limit, self.epoch)
 
     def history(self, pattern: str, limit: int, before: int | None) -> Answer[Page]:
         answer: Answer[Page] = Answer()
@@ -206,6 +160,11 @@ class Conversation:
         self._next_id += 1
 
     @property
+    def crowded(self) -> bool:
+        """Whether an inbox is full."""
+        return bool(self.subscriptions.crowded)
+
+    @property
     def unanswered(self) -> int:
         """How many publishes have no answer yet."""
         return len(self._publishes)
@@ -213,36 +172,36 @@ class Conversation:
     @property
     def waiting(self) -> bool:
         """Whether somebody waits for a reply, which may stand behind messages."""
-        return bool(self._publishes or self._histories or self._pings or self._asked or self._auths)
-
-    def lose(self, message: str, code: int | None = None) -> None:
-        """The connection is gone: nothing that is still unanswered will be. The first reason stands."""
-        if self.lost is not None:
-            return
-        self.lost = (message, code)
-        orphans: list[Answer[Any] | Batch | Inbox] = [*self._auths, *self._histories.values(), *self._pings.values()]
-        orphans += dict.fromkeys(pending.batch for pending in self._publishes.values())
-        orphans += self._inboxes.values()
-        self.crowded.clear()
-        self._outbox.clear()
-        self.outgoing = 0
-        for orphan in orphans:
-            orphan.wake()
+        return bool(self._publishes or self.subscriptions.asking or self._histories or self._pings or self._auths)
 
     def check(self) -> None:
         """Raise `Disconnected` when the connection is gone."""
         if self.lost is not None:
             raise Disconnected(*self.lost)
 
+    def lose(self, message: str, code: int | None = None) -> None:
+        """The connection is gone: nothing that is still unanswered will be. The first reason stands."""
+        if self.lost is not None:
+            return
+        self.lost = (message, code)
+        self._outbox.clear()
+        self.outgoing = 0
+        orphans: list[Answer[Any] | Batch] = [*self._auths, *self._histories.values(), *self._pings.values()]
+        orphans += dict.fromkeys(pending.batch for pending in self._publishes.values())
+        for orphan in orphans:
+            orphan.wake()
+        self.subscriptions.lose()
+
     # What comes in
 
     def receive(self, data: bytes) -> None:
         """Understand more bytes. Raises `PeerError` with `close` when the broker makes no sense."""
-        routes = self._routes
+        subscriptions = self.subscriptions
+        routes = subscriptions.routes
         for message in self._framer.feed(data):
             if type(message) is Message:
-                inbox = routes.get(message.pattern)  # type: ignore[arg-type]  # no subscription is None
-                if inbox is None and (inbox := self._prove(message.pattern)) is None:
+                inbox = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
+                if inbox is None and (inbox := subscriptions.find(message.pattern, self.epoch)) is None:
                     continue
                 seq = message.seq
                 if seq is not None:
@@ -255,24 +214,16 @@ class Conversation:
                 if waiting == 1:
                     inbox.wake()
                 if waiting >= inbox.limit:
-                    self._crowd(inbox, message)
+                    subscriptions.crowd(inbox, message)
             elif isinstance(message, PeerError):
                 raise PeerError(message.code, message.message, CloseCode.BAD_MESSAGE)
             elif message is not None:
                 _HANDLERS[type(message)](self, message)
 
-    def _crowd(self, inbox: Inbox, message: Message) -> None:
-        inbox.pressed = True
-        inbox.spilled += len(message.raw) + OVERHEAD
-        self.crowded[inbox] = None
-        if inbox.spilled > SPILL:
-            self.suspend(inbox)
-
     def _auth_ok(self, reply: wire.AuthOk) -> None:
         self.client_id = reply.client_id
         self.producer = reply.producer
         self.limits = reply.limits
-        self.floor = reply.floor
         self._advance(reply.head or 0, reply.epoch)
         if self._auths:
             self._auths.popleft().settle(reply)
@@ -281,27 +232,8 @@ class Conversation:
         if self._auths:
             self._auths.popleft().settle(Refused(reply.code, reply.message))
 
-    def _subscribed(self, reply: wire.Subscribed) -> None:
-        inbox = self._answered(reply.pattern)
-        if inbox is not None and inbox.phase is Phase.ASKED:
-            (self._fresh if inbox.resuming else self._routes)[reply.pattern] = inbox
-            inbox.begin(reply.seq, self.epoch)
-
-    def _unsubscribed(self, reply: wire.Unsubscribed) -> None:
-        self._answered(reply.pattern)
-
-    def _subscribe_error(self, reply: wire.SubscribeError) -> None:
-        inbox = self._answered(reply.pattern)
-        if inbox is not None and inbox.phase is Phase.ASKED:
-            self._close(inbox, Refused(reply.code, reply.message))
-
-    def _revoked(self, reply: wire.Revoked) -> None:
-        inbox = self._heard(reply.pattern)
-        if inbox is not None:
-            self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
-
     def _published(self, reply: wire.Published) -> None:
-        pending = self._publishes.pop(reply.id, None)  # type: ignore[arg-type]  # no publish is None
+        pending = self._publishes.pop(reply.id, None)  # type: ignore[arg-type]  # no id is None
         if reply.seq is not None and reply.seq > self.head:
             self.head = reply.seq
         if pending is not None:
@@ -312,26 +244,16 @@ class Conversation:
         if pending is not None:
             pending.batch.settle(pending.place, Refused(reply.code, reply.message, reply.retry_after))
 
-    def _live(self, event: wire.Live) -> None:
-        inbox = self._heard(event.pattern)
-        if inbox is not None:
-            inbox.live = True
-            inbox.mark(event, event.seq, self.epoch)
-
     def _gap(self, event: wire.Gap) -> None:
-        inbox = self._heard(event.pattern)
         if event.epoch != self.epoch:
             self._advance(event.last, event.epoch)
-        if inbox is not None:
-            inbox.mark(event, event.last, event.epoch)
+        self.subscriptions.gap(event)
 
     def _head(self, event: wire.Head) -> None:
         self._advance(event.seq, event.epoch)
-        for inbox in self._routes.values():
-            if inbox.live:
-                inbox.mark(event, event.seq, event.epoch)
+        self.subscriptions.head(event)
 
-    def _history(self, page: Page) -> None:
+    def _page(self, page: Page) -> None:
         answer = self._histories.pop(page.id, None)  # type: ignore[arg-type]
         if answer is not None:
             answer.settle(page)
@@ -352,68 +274,22 @@ class Conversation:
         elif reply.code is Code.BAD_MESSAGE:
             # It did not understand something that somebody here may be waiting for.
             raise PeerError(reply.code, reply.message, CloseCode.BAD_MESSAGE)
-        elif self._on_event is not None:
-            self._on_event(reply)
+        else:
+            self._tell(reply)
 
-    def _goaway(self, event: wire.GoAway) -> None:
+    def _tell(self, event: wire.GoAway | wire.Error) -> None:
         if self._on_event is not None:
             self._on_event(event)
 
     # Helpers
 
-    def _say(self, request: Request) -> None:
+    def _say(self, request: wire.Request) -> None:
         self._put(wire.to_json(request) + b"\n")
 
     def _put(self, line: bytes) -> None:
         self.check()
         self._outbox.append(line)
         self.outgoing += len(line)
-
-    def _ask(self, inbox: Inbox, request: wire.Subscribe) -> None:
-        self._say(request)
-        self._asked.setdefault(inbox.pattern, deque()).append(inbox)
-
-    def _unsubscribe(self, inbox: Inbox) -> None:
-        self._say(wire.Unsubscribe(inbox.pattern))
-        self._asked.setdefault(inbox.pattern, deque()).append(None)
-
-    def _answered(self, pattern: str) -> Inbox | None:
-        """Whom a reply about a pattern is for: requests are answered in order, each once."""
-        asked = self._asked.get(pattern)
-        if asked is None:
-            return None
-        inbox = asked.popleft()
-        if not asked:
-            del self._asked[pattern]
-        return inbox
-
-    def _close(self, inbox: Inbox, ending: Refused | None) -> None:
-        if self._inboxes.get(inbox.pattern) is inbox:
-            del self._inboxes[inbox.pattern]
-        self._unroute(inbox)
-        self.crowded.pop(inbox, None)
-        inbox.end(ending)
-
-    def _heard(self, pattern: str) -> Inbox | None:
-        """Who has the pattern, now that the broker says something about it."""
-        inbox = self._fresh.pop(pattern, None)
-        if inbox is not None:
-            self._routes[pattern] = inbox
-        return self._routes.get(pattern)
-
-    def _prove(self, pattern: str | None) -> Inbox | None:
-        """Whom a message is for, if it is the first one since its `subscribed`."""
-        if pattern not in self._fresh:
-            return None
-        inbox = self._heard(pattern)
-        if inbox is not None:
-            inbox.prove(self.epoch)
-        return inbox
-
-    def _unroute(self, inbox: Inbox) -> None:
-        for routes in (self._routes, self._fresh):
-            if routes.get(inbox.pattern) is inbox:
-                del routes[inbox.pattern]
 
     def _advance(self, seq: int, epoch: str) -> None:
         self.head = max(seq, self.head) if epoch == self.epoch else seq
@@ -423,17 +299,17 @@ class Conversation:
 _HANDLERS: dict[type, Callable[[Conversation, Any], None]] = {
     wire.AuthOk: Conversation._auth_ok,
     wire.AuthError: Conversation._auth_error,
-    wire.Subscribed: Conversation._subscribed,
-    wire.Unsubscribed: Conversation._unsubscribed,
-    wire.SubscribeError: Conversation._subscribe_error,
+    wire.Subscribed: lambda self, reply: self.subscriptions.subscribed(reply, self.epoch),
+    wire.Unsubscribed: lambda self, reply: self.subscriptions.unsubscribed(reply),
+    wire.SubscribeError: lambda self, reply: self.subscriptions.refused(reply),
+    wire.Revoked: lambda self, reply: self.subscriptions.revoked(reply),
+    wire.Live: lambda self, event: self.subscriptions.live(event, self.epoch),
+    wire.Gap: Conversation._gap,
+    wire.Head: Conversation._head,
     wire.Published: Conversation._published,
     wire.PublishError: Conversation._publish_error,
-    wire.Live: Conversation._live,
-    wire.Head: Conversation._head,
-    wire.Gap: Conversation._gap,
-    wire.Revoked: Conversation._revoked,
-    Page: Conversation._history,
-    wire.GoAway: Conversation._goaway,
+    Page: Conversation._page,
     wire.Pong: Conversation._pong,
+    wire.GoAway: Conversation._tell,
     wire.Error: Conversation._error,
 }

@@ -63,7 +63,7 @@ class Link:
 
     def relieved(self, inbox: Inbox) -> None:
         """The application has taken enough out of an inbox that was full."""
-        self._conversation.relieve(inbox)
+        self._conversation.subscriptions.relieve(inbox)
         self.requested()
 
     @property
@@ -118,8 +118,8 @@ class Link:
         self._paused = False
         self._heard += 1
         if not conversation.waiting:
-            for inbox in list(conversation.crowded):
-                conversation.suspend(inbox)
+            for inbox in list(conversation.subscriptions.crowded):
+                conversation.subscriptions.suspend(inbox)
             self._outbound.ring()
 
     async def _write(self) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import h11
-import structlog
 import trio
 
+from ..logs import get_logger
 from . import upgrade
 from .outbox import close_gently
 from .roster import Roster
@@ -33,7 +33,7 @@ CLOSING_TIME = 2.0
 
 _RECEIVE_SIZE = 65_536
 
-logger = structlog.get_logger("catbus.endpoints")
+logger = get_logger("catbus.endpoints")
 
 
 async def serve_connection(hub: Hub, roster: Roster, stream: trio.abc.Stream) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import structlog
 import trio
 
 from ..config import split_address
 from ..errors import ConfigError
+from ..logs import get_logger
 from .http import serve_connection
 from .outbox import close_gently
 from .roster import Roster
@@ -30,7 +30,7 @@ _BUSY = (
     b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
 )
 
-logger = structlog.get_logger("catbus.endpoints")
+logger = get_logger("catbus.endpoints")
 
 
 @dataclass(frozen=True, slots=True)

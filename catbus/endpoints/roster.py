@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import structlog
 import trio
 
-logger = structlog.get_logger("catbus.endpoints")
+from ..logs import get_logger
+
+logger = get_logger("catbus.endpoints")
 
 _AT_A_TIME = 500
 """Connections that are looked at before other tasks get a turn."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-import structlog
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
 from ..errors import CloseCode
+from ..logs import get_logger
 from ..mailbox import Item
 from .frames import PING, Packer, close_frame
 from .outbox import Outbox
@@ -33,7 +33,7 @@ FAULT = CloseCode.INTERNAL, "internal error"
 _RECEIVE_SIZE = 65_536
 _PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
 
-logger = structlog.get_logger("catbus.endpoints")
+logger = get_logger("catbus.endpoints")
 _packer = Packer()
 
 

@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import asyncpg  # type: ignore[import-untyped]
-import structlog
 import trio
 import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
+from ..logs import get_logger
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 T = TypeVar("T")
 Row = Sequence[Any]

@@ -29,13 +29,13 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import structlog
 import trio
 
 from ..errors import ConfigError
+from ..logs import get_logger
 from .binaries import Binaries, find_binaries
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 NAME = "catbus"
 """Of the database, and of the role that owns everything."""

@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 import msgspec
-import structlog
 import trio
 from msgspec import Raw
 
 from ..log import Entry
+from ..logs import get_logger
 from .bridge import Connection
 from .epochs import Epochs
 from .supervise import Working
 from .tail import Tail
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 CHANNEL = "catbus"
 PACE = 2.0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 
-import structlog
-
 from ..config import Database
 from ..errors import ConfigError, Unavailable
+from ..logs import get_logger
 from .bridge import OUTAGE, Connection, open_bridge
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 OLDEST_SERVER = 14
 _PATIENCE = 120.0

@@ -6,13 +6,13 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-import structlog
 import trio
 
 from ..errors import ConfigError
+from ..logs import get_logger
 from .bridge import OUTAGE, leaves
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 Working = Callable[[], None]
 Service = Callable[[Working], Awaitable[None]]

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
-import structlog
 import trio
 
 from ..log import Append, Committed, Entry, Rejected
@@ -23,12 +22,13 @@ from ..log.base import (
     UNKNOWN,
     Outcome,
 )
+from ..logs import get_logger
 from .batch import Batch
 from .bridge import Connection, sqlstate
 from .supervise import Working
 from .tail import Tail
 
-logger = structlog.get_logger("catbus.postgres")
+logger = get_logger("catbus.postgres")
 
 BATCH_ENTRIES = 1000
 BATCH_BYTES = 4 << 20

@@ -8,9 +8,9 @@ import logging
 from typing import Any
 
 import pytest
-import structlog
 
 from catbus.cli.logs import configure, scrub
+from catbus.logs import get_logger
 
 TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"
 SECRET = "correct horse battery staple"
@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 def logged(levels: str = "debug") -> tuple[io.StringIO, Any]:
     stream = io.StringIO()
     configure(levels, "auto", stream, secrets=[SECRET])
-    return stream, structlog.get_logger("catbus.test")
+    return stream, get_logger("catbus.test")
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def test_json_where_nobody_looks() -> None:
 def test_text_on_a_terminal() -> None:
     stream = Terminal()
     configure("info", "auto", stream)
-    structlog.get_logger("catbus.test").info("serving", port=1)
+    get_logger("catbus.test").info("serving", port=1)
     assert "serving" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
 
@@ -126,3 +126,12 @@ def test_what_is_no_secret_stays(harmless: str) -> None:
 )
 def test_every_kind_of_token_is_recognised(secret: str) -> None:
     assert secret not in scrub(f"this is {secret}, is it not?")
+
+
+def test_without_the_command_the_program_around_decides(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_logger("catbus.test").warning("odd", port=1)
+    [record] = caplog.records
+    assert (record.getMessage(), record.name, vars(record)["port"]) == ("odd", "catbus.test", 1)
+    assert capsys.readouterr().out == ""

@@ -283,9 +283,11 @@ async def talk_in_memory(script: Script, **options: Any) -> AsyncIterator[tuple[
         return pipe
 
     async def run() -> None:
-        await pipe.peer.admit()
-        await play(script, pipe.peer)
-        pipe.peer.hang_up()
+        try:
+            await pipe.peer.admit()
+            await play(script, pipe.peer)
+        finally:
+            pipe.peer.hang_up()
 
     with anyio.fail_after(LIMIT):
         async with anyio.create_task_group() as tasks:

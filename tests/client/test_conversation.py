@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus import wire
-from catbus.client import conversation as module
+from catbus.client import switchboard
 from catbus.client.conversation import FRAME, Batch, Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
 from catbus.client.messages import Message, Page, encode_payload
@@ -55,6 +55,10 @@ def subscribe(conversation: Conversation, pattern: str = "a.*", seq: int = 100, 
 
 def seqs(inbox: Inbox) -> list[int | None]:
     return [item.seq for item in inbox.items if isinstance(item, Message)]
+
+
+def phase(inbox: Inbox) -> Phase:
+    return inbox.phase
 
 
 def marks(inbox: Inbox) -> list[tuple[str, int, str]]:
@@ -225,9 +229,9 @@ def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10)
     assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*"}]
-    assert inbox.phase is Phase.ASKED
+    assert phase(inbox) is Phase.ASKED
     conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 120}, message(121), message(None)))
-    assert inbox.phase is Phase.HELD
+    assert phase(inbox) is Phase.HELD
     assert (inbox.cursor, inbox.epoch) == (120, EPOCH)
     assert seqs(inbox) == [121, None]
 
@@ -319,11 +323,11 @@ def test_a_refused_subscription_ends_with_the_reason() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10)
     conversation.receive(lines({"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized"}))
-    assert inbox.phase is Phase.ENDED
+    assert phase(inbox) is Phase.ENDED
     assert inbox.ending is not None
     assert inbox.ending.code is Code.UNAUTHORIZED
     sent(conversation)
-    conversation.leave(inbox)
+    conversation.subscriptions.leave(inbox)
     assert sent(conversation) == []
     conversation.subscribe("a.*", None, None, 10)
 
@@ -342,18 +346,18 @@ def test_one_subscription_to_a_pattern_at_a_time() -> None:
     inbox = subscribe(conversation)
     with pytest.raises(ValueError, match=r"a\.\* already"):
         conversation.subscribe("a.*", None, None, 10)
-    conversation.leave(inbox)
+    conversation.subscriptions.leave(inbox)
     conversation.subscribe("a.*", None, None, 10)
 
 
 def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_own() -> None:
     conversation = begin()
     old = subscribe(conversation)
-    conversation.leave(old)
+    conversation.subscriptions.leave(old)
     new = conversation.subscribe("a.*", None, None, 10)
     assert [request["type"] for request in sent(conversation)] == ["unsubscribe", "subscribe"]
     conversation.receive(lines(message(101), {"type": "unsubscribed", "pattern": "a.*", "seq": 101}))
-    assert new.phase is Phase.ASKED
+    assert phase(new) is Phase.ASKED
     conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 101}, message(102)))
     assert (seqs(old), seqs(new)) == ([], [102])
 
@@ -361,7 +365,7 @@ def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_
 def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
     conversation = begin()
     old = conversation.subscribe("a.*", None, None, 10)
-    conversation.leave(old)
+    conversation.subscriptions.leave(old)
     new = conversation.subscribe("a.*", 50, None, 10)
     conversation.receive(
         lines(
@@ -379,13 +383,13 @@ def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
 def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription() -> None:
     conversation = begin()
     old = subscribe(conversation)
-    conversation.leave(old)
+    conversation.subscriptions.leave(old)
     new = conversation.subscribe("a.*", None, None, 10)
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "not subscribed", "code": "invalid_pattern"}
     conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 1}, refusal))
-    assert new.phase is Phase.ASKED
+    assert phase(new) is Phase.ASKED
     conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 100}))
-    assert new.phase is Phase.HELD
+    assert phase(new) is Phase.HELD
 
 
 def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
@@ -404,10 +408,10 @@ def test_a_full_inbox_is_crowded_until_it_is_relieved() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=3)
     conversation.receive(lines(*[message(seq) for seq in range(101, 105)]))
-    assert list(conversation.crowded) == [inbox]
+    assert list(conversation.subscriptions.crowded) == [inbox]
     assert inbox.pressed
     assert seqs(inbox) == [101, 102, 103, 104]
-    conversation.relieve(inbox)
+    conversation.subscriptions.relieve(inbox)
     assert not conversation.crowded
     assert sent(conversation) == []
 
@@ -416,24 +420,24 @@ def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(message(101), message(102)))
-    conversation.suspend(inbox)
+    conversation.subscriptions.suspend(inbox)
     assert sent(conversation) == [{"type": "unsubscribe", "pattern": "a.*"}]
-    assert inbox.phase is Phase.AWAY
+    assert phase(inbox) is Phase.AWAY
     conversation.receive(lines(message(103), {"type": "unsubscribed", "pattern": "a.*", "seq": 103}))
     assert seqs(inbox) == [101, 102]
-    conversation.relieve(inbox)
+    conversation.subscriptions.relieve(inbox)
     assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH}]
     conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 104}, message(103), message(104)))
     assert seqs(inbox) == [101, 102, 103, 104]
-    assert inbox.phase is Phase.HELD
+    assert phase(inbox) is Phase.HELD
 
 
 def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(message(101), message(102)))
-    conversation.suspend(inbox)
-    conversation.relieve(inbox)
+    conversation.subscriptions.suspend(inbox)
+    conversation.subscriptions.relieve(inbox)
     conversation.receive(
         lines(
             message(103),
@@ -451,21 +455,21 @@ def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(message(101), message(102)))
-    conversation.suspend(inbox)
+    conversation.subscriptions.suspend(inbox)
     conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
     assert inbox.arrived == 102
-    conversation.relieve(inbox)
+    conversation.subscriptions.relieve(inbox)
     conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 110}))
     conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
     assert inbox.arrived == 102
 
 
 def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SPILL", 5_000)
+    monkeypatch.setattr(switchboard, "SPILL", 5_000)
     conversation = begin()
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(*[message(seq, "x" * 100) for seq in range(101, 200)]))
-    assert inbox.phase is Phase.AWAY
+    assert phase(inbox) is Phase.AWAY
     assert len(inbox.items) < 20
     assert not conversation.crowded
 
@@ -474,8 +478,8 @@ def test_a_subscription_that_may_not_come_back_ends() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=1)
     conversation.receive(lines(message(101)))
-    conversation.suspend(inbox)
-    conversation.relieve(inbox)
+    conversation.subscriptions.suspend(inbox)
+    conversation.subscriptions.relieve(inbox)
     conversation.receive(
         lines(
             {"type": "unsubscribed", "pattern": "a.*", "seq": 1},
@@ -491,10 +495,10 @@ def test_leaving_while_away_says_nothing_more() -> None:
     conversation = begin()
     inbox = subscribe(conversation, limit=1)
     conversation.receive(lines(message(101)))
-    conversation.suspend(inbox)
+    conversation.subscriptions.suspend(inbox)
     sent(conversation)
-    conversation.leave(inbox)
-    conversation.relieve(inbox)
+    conversation.subscriptions.leave(inbox)
+    conversation.subscriptions.relieve(inbox)
     assert sent(conversation) == []
 
 
@@ -584,7 +588,7 @@ def test_losing_the_connection_wakes_everyone() -> None:
     auth = conversation.authenticate("t2")
     waiting = {"batch": batch, "history": history, "ping": ping, "asked": asked, "held": held, "auth": auth}
     for name, waiter in waiting.items():
-        waiter.wake = lambda name=name: woken.append(name)  # type: ignore[misc, attr-defined]
+        waiter.wake = lambda name=name: woken.append(name)  # type: ignore[attr-defined]
     conversation.lose("gone", 4503)
     conversation.lose("again")
     assert sorted(woken) == sorted(waiting)
@@ -593,8 +597,8 @@ def test_losing_the_connection_wakes_everyone() -> None:
     with pytest.raises(Disconnected, match="gone") as caught:
         publish(conversation, "a")
     assert caught.value.code == 4503
-    conversation.leave(asked)
-    conversation.leave(held)
+    conversation.subscriptions.leave(asked)
+    conversation.subscriptions.leave(held)
 
 
 STREAM = lines(
@@ -617,4 +621,4 @@ def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int]) -> None:
         conversation.receive(STREAM[start:stop])
     assert seqs(inbox) == [101, 102, 103, 104, 111]
     assert marks(inbox) == [("Gap", 110, EPOCH), ("Head", 120, EPOCH)]
-    assert inbox.phase is Phase.ENDED
+    assert phase(inbox) is Phase.ENDED

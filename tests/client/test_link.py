@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -12,8 +12,7 @@ import anyio.lowlevel
 import pytest
 import trio
 
-from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus
-from catbus.client import conversation as conversation_module
+from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus, switchboard
 from catbus.errors import CloseCode
 from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
 
@@ -236,7 +235,8 @@ async def talk_on_a_socket(broker: Script) -> AsyncIterator[tuple[Bus, None]]:
 @pytest.mark.parametrize("talk", [talk_in_memory, talk_on_a_socket])
 @pytest.mark.parametrize("work", [publish, publish_many, history, ping, subscribe, subscribe_since])
 async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(
-    work: Callable[[Bus], Awaitable[None]], talk: Callable[[Script], AbstractAsyncContextManager[tuple[Bus, object]]]
+    work: Callable[[Bus], Coroutine[Any, Any, None]],
+    talk: Callable[[Script], AbstractAsyncContextManager[tuple[Bus, object]]],
 ) -> None:
     broker = Honest()
     async with talk(broker) as (bus, _), bus.subscribe("a") as messages:
@@ -351,7 +351,7 @@ async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
 
 
 async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation_module, "SPILL", 5_000)
+    monkeypatch.setattr(switchboard, "SPILL", 5_000)
     broker = Honest()
     for number in range(500):
         broker.append("a", number)

@@ -420,6 +420,21 @@ async def test_one_bad_entry_never_fails_its_neighbours(database_url: str) -> No
         assert follower.texts == ['"first"', *good]
 
 
+async def test_senders_and_payloads_out_of_the_ordinary(database_url: str) -> None:
+    senders = [None, "", "\x01", "a\nb", "x", "\\N", "null", "é☃", ","]
+    async with running(make(database_url)) as (follower, publisher):
+        for sender in senders:
+            await publisher.publish_seq("a", b"1", sender=sender)
+        for odd in senders:
+            publisher.submit("a", b"2", sender=odd)
+        for sender in (None, "x", None):
+            publisher.submit("a", b"3", sender=sender, origin=ALICE if sender else None, producer=ALICE, number=7)
+        await publisher.wait(*publisher.submitted[:-2])
+        expected = [*senders, *senders, None]
+        await follower.wait_for(len(expected))
+        assert [entry.sender for entry in await table(database_url)] == expected
+
+
 # Epochs and retention
 
 

@@ -1,0 +1,18 @@
+"""How the package logs: through the standard library, so that a program which embeds it decides what becomes of it."""
+
+from __future__ import annotations
+
+import logging
+
+import structlog
+from structlog.stdlib import BoundLogger
+
+
+def get_logger(name: str) -> BoundLogger:
+    """A structlog logger over `logging.getLogger(name)`: keywords become attributes of the record (`extra`)."""
+    logger: BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
+        wrapper_class=BoundLogger,
+    )
+    return logger

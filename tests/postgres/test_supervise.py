@@ -1,0 +1,144 @@
+"""Services that are kept going, on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock
+
+from catbus.errors import ConfigError
+from catbus.postgres.supervise import Supervisor, Working
+
+
+def outages(count: int) -> Iterator[Exception]:
+    yield from (ConnectionRefusedError(f"try {n}") for n in range(count))
+
+
+async def test_an_outage_is_said_once_and_so_is_its_end(autojump_clock: MockClock) -> None:
+    supervisor = Supervisor("one", "other")
+    errors = outages(20)
+
+    async def one(working: Working) -> None:
+        if (error := next(errors, None)) is not None:
+            raise error
+        working()
+        assert supervisor.available
+        working()
+
+    async def other(working: Working) -> None:
+        working()
+        assert not supervisor.available
+
+    with capture_logs() as logs:
+        await supervisor.run("other", other)
+        await supervisor.run("one", one)
+    assert [(line["log_level"], line["event"]) for line in logs] == [
+        ("warning", "database unavailable, trying again"),
+        ("info", "database connected"),
+    ]
+    assert logs[0]["error"] == "ConnectionRefusedError: try 0"
+    assert supervisor.restarts == 20
+    assert supervisor.failures == 0
+
+
+async def test_the_pauses_grow_to_a_second_and_begin_anew_after_progress(autojump_clock: MockClock) -> None:
+    starts: list[float] = []
+    supervisor = Supervisor("one")
+
+    async def one(working: Working) -> None:
+        starts.append(trio.current_time())
+        if len(starts) == 15:
+            working()
+        if len(starts) < 20:
+            raise OSError
+
+    await supervisor.run("one", one)
+    pauses = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    assert 0.025 <= pauses[0] <= 0.05
+    assert all(0.5 <= pause <= 1 for pause in pauses[5:14])
+    assert 0.025 <= pauses[14] <= 0.05
+    assert 0.05 <= pauses[15] <= 0.1
+
+
+async def test_a_service_is_down_from_its_outage_to_its_next_progress(autojump_clock: MockClock) -> None:
+    supervisor = Supervisor("one")
+    seen: list[bool] = []
+
+    async def one(working: Working) -> None:
+        seen.append(supervisor.available)
+        if len(seen) < 3:
+            working()
+            seen.append(supervisor.available)
+            raise TimeoutError
+        seen.append(supervisor.available)
+
+    await supervisor.run("one", one)
+    assert seen == [False, True, False, False]
+    supervisor.stop()
+    assert not supervisor.available
+
+
+async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(autojump_clock: MockClock) -> None:
+    supervisor = Supervisor("one")
+
+    async def one(working: Working) -> None:
+        raise KeyError("ours")
+
+    with capture_logs() as logs, pytest.raises(KeyError, match="ours"):
+        await supervisor.run("one", one)
+    assert supervisor.failures == 5
+    assert {line["event"] for line in logs} == {"a service failed"}
+
+
+async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) -> None:
+    supervisor = Supervisor("one", "other")
+    runs = 0
+
+    async def with_progress(working: Working) -> None:
+        nonlocal runs
+        runs += 1
+        working()
+        if runs < 20:
+            raise KeyError
+
+    async def seldom(working: Working) -> None:
+        nonlocal runs
+        runs += 1
+        await trio.sleep(16)
+        if runs < 40:
+            raise KeyError
+
+    await supervisor.run("one", with_progress)
+    await supervisor.run("other", seldom)
+    assert runs == 40
+
+
+async def test_a_wrong_configuration_ends_it_at_once(autojump_clock: MockClock) -> None:
+    async def one(working: Working) -> None:
+        async with trio.open_nursery():
+            raise ConfigError("too old")
+
+    with pytest.raises(ConfigError, match="too old"):
+        await Supervisor("one").run("one", one)
+
+
+async def test_an_outage_within_a_group_is_an_outage(autojump_clock: MockClock) -> None:
+    tries = 0
+
+    async def fail() -> None:
+        raise OSError("gone")
+
+    async def one(working: Working) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 10:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+                nursery.start_soon(trio.sleep_forever)
+
+    supervisor = Supervisor("one")
+    await supervisor.run("one", one)
+    assert (supervisor.restarts, supervisor.failures) == (9, 0)
