@@ -172,7 +172,7 @@ def test_any_of_several_secrets_verifies() -> None:
 
 def test_a_token_is_good_from_not_before_until_just_before_it_expires() -> None:
     authenticator = Authenticator([SECRET])
-    token = sign(SECRET, client_id="a", grants=READER, not_before=NOW, expires=NOW + 10)
+    token = sign(SECRET, client_id="a", grants=READER, not_before=NOW - 0.5, expires=NOW + 10.5)
     assert_unauthenticated(authenticator, token, NOW - 0.1)
     assert authenticator.verify(token, NOW).expires == NOW + 10
     authenticator.verify(token, NOW + 9.9)

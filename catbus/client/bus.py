@@ -128,10 +128,11 @@ class Bus:
         iteration, in order with the messages, with each `Gap` (what may be missing), `Live` (catching up has ended)
         and `Head` (complete up to there).
 
-        Up to `buffer` messages wait here for the application. While they do, nothing is read from the connection,
-        unless somebody waits for a reply; the broker keeps what is not read in its log. A subscription that holds
-        the connection up for ten seconds, or by 8 MiB while replies are awaited, is given back to the broker and taken
-        up again from where it stopped when half of the buffer is empty: nothing is lost but ephemeral messages.
+        Up to `buffer` messages wait here for the application. When there are so many, nothing more is read from the
+        connection, and the broker keeps the rest in its log; but while somebody waits for a reply, or for a message of
+        another subscription, it is read, and up to 8 MiB more wait here. A subscription that has taken these too, or
+        has kept the connection from being read for ten seconds, is given back to the broker, and taken up again from
+        where it stopped when half of `buffer` is empty: nothing is lost but ephemeral messages.
 
         Raises `Refused`, and `ValueError` where this connection has a subscription to the pattern already. Leaving
         does not wait for the broker.

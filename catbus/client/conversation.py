@@ -2,7 +2,7 @@
 
 A request puts a line into the outbox and returns where its answer will be. Whoever drives a conversation
     - sends what `take` returns, whenever `outgoing` says that there is something,
-    - gives `receive` what comes in, and reads on only while nobody is `crowded` or somebody is `waiting`,
+    - gives `receive` what comes in, and may let it wait while an inbox is `crowded` and nobody is `waiting`,
     - calls `lose` when the connection is gone.
 The `wake` of an answer is called when it is there, or will never be: then `lost` is set. Who does not wait for it any
 more just lets go of it.
@@ -85,6 +85,7 @@ class Conversation:
         self.producer = ""
         self.epoch = ""
         self.head = 0
+        self.floor: int | None = None
         self.limits: dict[str, int] = {}
         self.lost: tuple[str, int | None] | None = None
         """Why the connection is gone, and the closing code where there was one."""
@@ -223,6 +224,7 @@ class Conversation:
     def _auth_ok(self, reply: wire.AuthOk) -> None:
         self.client_id = reply.client_id
         self.producer = reply.producer
+        self.floor = reply.floor
         self.limits = reply.limits
         self._advance(reply.head or 0, reply.epoch)
         if self._auths:

@@ -64,7 +64,7 @@ class Inbox:
         self.phase = Phase.ASKED
         self.items: deque[Message | Mark] = deque()
         self.limit = limit
-        """How many messages are welcome. The conversation may bring more while somebody waits for a reply."""
+        """How many messages are welcome. More may come while somebody waits for what stands behind them."""
         self.begun = False
         """Whether the broker has ever agreed to send."""
         self.resuming = since is not None

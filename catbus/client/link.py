@@ -35,6 +35,7 @@ class Link:
         self._outbound = Bell()
         self._inbound = Bell()
         self._room = Bell()
+        self._listeners = 0
         self._heard = 0
         self._paused = False
 
@@ -65,6 +66,15 @@ class Link:
         """The application has taken enough out of an inbox that was full."""
         self._conversation.subscriptions.relieve(inbox)
         self.requested()
+
+    async def listen(self, bell: Bell) -> None:
+        """Wait for the next message of a subscription. Others that are full do not keep it from coming."""
+        self._listeners += 1
+        self._inbound.ring()
+        try:
+            await bell.wait()
+        finally:
+            self._listeners -= 1
 
     @property
     def congested(self) -> bool:
@@ -106,18 +116,18 @@ class Link:
                 await self._hold()
 
     async def _hold(self) -> None:
-        """Let the broker's bytes wait in the socket while inboxes are full and nobody waits for a reply.
+        """Let the broker's bytes wait in the socket while inboxes are full and nobody waits for what comes.
 
         Only for so long: goodbyes, revocations and the broker's pings stand behind them.
         """
         conversation = self._conversation
         self._paused = True
-        with anyio.move_on_after(PATIENCE):
-            while conversation.crowded and not conversation.waiting:
+        with anyio.move_on_after(PATIENCE) as patience:
+            while conversation.crowded and not conversation.waiting and not self._listeners:
                 await self._inbound.wait()
         self._paused = False
         self._heard += 1
-        if not conversation.waiting:
+        if patience.cancelled_caught:
             for inbox in list(conversation.subscriptions.crowded):
                 conversation.subscriptions.suspend(inbox)
             self._outbound.ring()

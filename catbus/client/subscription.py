@@ -83,7 +83,7 @@ class Messages(AsyncIterator[Message]):
             else:
                 self._conversation.check()
                 self._turns = 0
-                await self._bell.wait()
+                await self._link.listen(self._bell)
 
     def _pass(self, mark: Mark) -> None:
         self._inbox.cursor, self._inbox.epoch = mark.cursor, mark.epoch

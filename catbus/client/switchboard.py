@@ -11,7 +11,7 @@ from .inbox import Inbox, Phase
 from .messages import Message
 
 SPILL = 8 * 1024 * 1024
-"""How many bytes a full inbox may take on while somebody waits for a reply behind them."""
+"""How many bytes a full inbox may take on while somebody waits for what stands behind them."""
 
 OVERHEAD = 256
 """What a message in memory adds to its payload, roughly, in bytes."""

@@ -63,6 +63,10 @@ def parse_address(url: str) -> Address:
         raise ValueError(f"the URL of a broker begins with ws:// or wss://, not {url[:64]!r}")
     if not parts.hostname:
         raise ValueError(f"no host in {url[:64]!r}")
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"no host has such a name: {parts.hostname[:64]!r}") from None
     if parts.username is not None or parts.fragment:
         raise ValueError("the URL of a broker has no user and no fragment; the token is given apart")
     secure = parts.scheme == "wss"

@@ -125,9 +125,11 @@ class Outbox(trio.abc.Stream):
             self.shut = True
 
     def abort(self) -> None:
-        """Give the connection up: nothing more is sent, and whoever reads from it or waits for it stops."""
+        """Give the connection up: nothing more is sent, and whoever reads from it or waits for it stops.
+
+        Due before the stream is closed, whose file number may soon be another connection's.
+        """
         self.shut = self.broken = True
-        self._fd = -1  # The number may soon be another connection's.
         self._queue.clear()
         self.waiting = 0
         self._moved.unpark_all()

@@ -9,6 +9,7 @@ from typing import Protocol
 import trio
 
 from ..logs import get_logger
+from .frames import Packer
 
 logger = get_logger("catbus.endpoints")
 
@@ -36,6 +37,7 @@ class Roster:
         self.refused = 0
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
+        self.packer = Packer()
         self.watched: set[Watched] = set()
         self._idle: set[trio.CancelScope] = set()
         self._changed = trio.lowlevel.ParkingLot()

@@ -86,6 +86,8 @@ async def discover(hub: Hub, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
     scheme = "wss" if request.header(b"x-forwarded-proto") == b"https" else "ws"
     host = request.header(b"host").decode("latin-1")
+    if not host:
+        return line(400, "the request does not say which host it is for")
     return json(
         {"protocol": "catbus.v1", "websocket": f"{scheme}://{host}/ws"},
         headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],

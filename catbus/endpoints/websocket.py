@@ -12,7 +12,7 @@ from wsproto.utilities import LocalProtocolError
 from ..errors import CloseCode
 from ..logs import get_logger
 from ..mailbox import Item
-from .frames import PING, Packer, close_frame
+from .frames import PING, close_frame
 from .outbox import Outbox
 from .roster import Roster
 
@@ -34,7 +34,6 @@ _RECEIVE_SIZE = 65_536
 _PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
 
 logger = get_logger("catbus.endpoints")
-_packer = Packer()
 
 
 async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, head: bytes, rest: bytes = b"") -> None:
@@ -104,7 +103,7 @@ class Connection:
 
     def _pack(self, items: list[Item], client: Client) -> bytes:
         try:
-            return _packer.pack(items, client.protocol)
+            return self._roster.packer.pack(items, client.protocol)
         except Exception:
             logger.exception("a flush failed")
             self._roster.faults += 1

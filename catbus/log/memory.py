@@ -29,6 +29,8 @@ from .recent import Recent
 
 _BATCH = 1000
 """Entries that are committed, and handed to the follower, at once."""
+_LOOKS = 4096
+"""Entries that are looked at for a history before others have their turn."""
 
 
 class MemoryLog:
@@ -94,14 +96,17 @@ class MemoryLog:
 
     async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
         await trio.lowlevel.checkpoint()
-        newest = self.applied if before is None else min(before - 1, self.applied)
+        seq = self.applied if before is None else min(before - 1, self.applied)
         found: list[Entry] = []
-        for seq in range(newest, self.floor - 1, -1):
+        while seq >= self.floor:
             entry = self._recent[seq]
             if matches(pattern, entry.channel):
                 if len(found) == limit:
                     return found[::-1], True
                 found.append(entry)
+            seq -= 1
+            if seq % _LOOKS == 0:
+                await trio.lowlevel.checkpoint()
         return found[::-1], False
 
     def resume(self, since: int, epoch: str | None) -> Resumption:

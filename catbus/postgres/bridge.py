@@ -103,10 +103,10 @@ class Bridge:
 
         libpq's parameters in the URL (`sslmode` and the like) mean what they mean there.
         """
-        settings = {"application_name": "catbus"}
+        options = {"server_settings": {"application_name": "catbus"}, "max_cached_statement_lifetime": 0}
         with trio.move_on_after(timeout):
             try:
-                raw = await self.cross(lambda: asyncpg.connect(url, server_settings=settings), _give_up)
+                raw = await self.cross(lambda: asyncpg.connect(url, **options), _give_up)
             except asyncpg.exceptions.ClientConfigurationError as error:
                 raise ConfigError(f"[database] url: {error}") from None
             connection = Connection(self, raw)

@@ -40,6 +40,8 @@ class Listener:
     def __init__(self, connect: Callable[[], Awaitable[Connection]], tail: Tail, own_pid: Callable[[], int]) -> None:
         self.epochs = Epochs()
         self.notifications = 0
+        self.dropped = 0
+        """Notifications for which there was no room."""
         self.polls = 0
         self.unannounced = 0
         """How often the poll found what no notification had told of."""
@@ -70,6 +72,8 @@ class Listener:
         if len(self._heard) < _HEARD:
             self._heard.append((pid, payload))
             self._news.set()
+        else:
+            self.dropped += 1
 
     def _hear_end(self) -> None:
         self._news.set()

@@ -36,6 +36,8 @@ class PostgresStatistics:
     recent: int
     recent_bytes: int
     notifications: int
+    dropped: int
+    """Notifications for which there was no room; the poll makes up for them."""
     unannounced: int
     """How often the poll found what no notification had told of."""
     jumps: int
@@ -143,6 +145,7 @@ class PostgresLog:
             recent=len(tail.recent),
             recent_bytes=tail.recent.size,
             notifications=listener.notifications,
+            dropped=listener.dropped,
             unannounced=listener.unannounced,
             jumps=tail.jumps,
             polls=listener.polls,

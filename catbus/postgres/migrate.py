@@ -16,6 +16,13 @@ _PATIENCE = 120.0
 """Seconds for one file: another replica may be at it, and a big table takes its time."""
 _LOCK = 0x636174627573
 """The key of the advisory lock: "catbus"."""
+# to_regclass() would go by a cache, in which the other replica's table need not be yet when we get its lock.
+_PREPARED = """
+SELECT EXISTS (
+    SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
+)
+"""
 
 
 def schema_files() -> list[tuple[int, str, str]]:
@@ -69,8 +76,8 @@ async def migrate(connection: Connection) -> list[str]:
 
 async def _version(connection: Connection, newest: int) -> int:
     """The number of the newest file that was applied; 0 for none."""
-    (table,) = await connection.fetchrow("SELECT to_regclass('catbus.schema_version')::text")
-    if table is None:
+    (prepared,) = await connection.fetchrow(_PREPARED)
+    if not prepared:
         return 0
     (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
     if version > newest:

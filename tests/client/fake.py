@@ -130,6 +130,7 @@ class WebSocketPeer(Peer):
         while True:
             await self.fill()
             data = b""
+            heard = False
             for event in self.connection.events():
                 match event:
                     case TextMessage():
@@ -139,6 +140,7 @@ class WebSocketPeer(Peer):
                         await self.stream.send(self.connection.send(event.response()))
                     case Pong():
                         self.pongs.append(bytes(event.payload))
+                        heard = True
                     case CloseConnection():
                         self.closed = (event.code, event.reason)
                         if self.connection.state is ConnectionState.REMOTE_CLOSING:
@@ -146,7 +148,7 @@ class WebSocketPeer(Peer):
                         raise Gone
                     case BytesMessage():
                         raise AssertionError("the client sends text")
-            if data:
+            if data or heard:
                 return data
 
     async def fill(self) -> None:

@@ -22,7 +22,7 @@ async def test_it_runs_on_the_backend_that_was_asked_for(anyio_backend_name: str
 
 async def test_what_the_broker_says_of_itself() -> None:
     async with talk_to(Honest()) as bus:
-        assert (bus.client_id, bus.producer, bus.epoch, bus.head) == ("alice", "p1", EPOCH, 100)
+        assert (bus.client_id, bus.producer, bus.epoch, bus.head, bus.floor) == ("alice", "p1", EPOCH, 100, 1)
         assert bus.limits["message_size"] == 65536
 
 

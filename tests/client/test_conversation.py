@@ -80,7 +80,7 @@ def test_auth_ok_tells_who_and_where() -> None:
     conversation.receive(lines(AUTH_OK))
     assert isinstance(answer.value, wire.AuthOk)
     assert (conversation.client_id, conversation.producer) == ("alice", "p1")
-    assert (conversation.epoch, conversation.head) == (EPOCH, 100)
+    assert (conversation.epoch, conversation.head, conversation.floor) == (EPOCH, 100, 1)
     assert conversation.limits["message_size"] == 65536
 
 

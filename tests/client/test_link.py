@@ -393,6 +393,25 @@ async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monk
     assert len(broker.subscribes) >= 3
 
 
+async def test_a_full_subscription_does_not_keep_another_from_its_messages() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed()
+        await peer.subscribed()
+        for first in range(101, 201, 10):
+            await peer.send(*[message(seq) for seq in range(first, first + 10)])
+        await peer.send(message(201, "at last", "b", "b"))
+
+    async with (
+        talk_in_memory(script) as (bus, _),
+        bus.subscribe("a.*", buffer=10) as full,
+        bus.subscribe("b") as other,
+    ):
+        await settle()
+        assert len(full._inbox.items) < 30
+        assert (await anext(other)).payload == "at last"
+        assert [(await anext(full)).seq for _ in range(100)] == list(range(101, 201))
+
+
 async def test_leaving_a_full_subscription_lets_the_others_go_on() -> None:
     async with talk_in_memory(Honest()) as (bus, _), bus.subscribe("b") as others:
         async with bus.subscribe("a", buffer=1):

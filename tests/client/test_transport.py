@@ -40,6 +40,8 @@ def test_a_unix_socket_is_a_path(url: str, socket: str, target: str) -> None:
         ("example.com", "begins with ws://"),
         ("", "begins with ws://"),
         ("ws:///ws", "no host"),
+        ("ws://a..b/ws", "no host"),
+        ("ws://" + "x" * 64 + "/ws", "no host"),
         ("ws://host:99999/", "[Pp]ort"),
         ("ws://token@host/ws", "no user"),
         ("ws://host/ws#part", "no fragment"),

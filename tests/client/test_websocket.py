@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -96,9 +97,13 @@ async def test_nobody_is_there() -> None:
             pytest.fail("nobody is there")
 
 
-async def test_nobody_has_that_name() -> None:
-    with pytest.raises(Disconnected, match="cannot connect to ws://nobody"):
-        async with connect("ws://nobody.invalid/ws", token="t"):
+async def test_nobody_has_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect_tcp(host: str, port: int) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_tcp)
+    with pytest.raises(Disconnected, match=r"cannot connect to ws://nobody/ws: .*not known"):
+        async with connect("ws://nobody/ws", token="t"):
             pytest.fail("nobody is there")
 
 
@@ -161,15 +166,20 @@ async def test_a_frame_may_be_long() -> None:
         assert received == 1_000_000
 
 
-async def test_pings_are_answered() -> None:
-    async def script(peer: WebSocketPeer) -> None:
-        await peer.stream.send(peer.connection.send(Ping(payload=b"one")))
-        await peer.admit()
-        await peer.published(101)
-        assert peer.pongs == [b"one"]
+async def test_pings_are_answered_by_a_client_that_has_nothing_else_to_say() -> None:
+    answered = anyio.Event()
 
-    async with talk_to(on_socket(script)) as bus:
-        assert await bus.publish("a", 1) == 101
+    async def script(peer: WebSocketPeer) -> None:
+        await peer.admit()
+        for number in range(3):
+            await peer.stream.send(peer.connection.send(Ping(payload=b"%d" % number)))
+            while len(peer.pongs) <= number:
+                await peer.read()
+        assert peer.pongs == [b"0", b"1", b"2"]
+        answered.set()
+
+    async with talk_to(on_socket(script)):
+        await answered.wait()
 
 
 async def test_many_pings_need_one_answer() -> None:

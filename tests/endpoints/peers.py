@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
+from trio.testing import MockClock
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
@@ -19,6 +21,12 @@ UPGRADE = (
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 CONTROL = (CLOSE, PING, PONG)
+
+
+def patience() -> AbstractContextManager[trio.CancelScope]:
+    """More time than any conversation takes, by whatever clock: a test that hangs fails."""
+    mocked = isinstance(trio.lowlevel.current_clock(), MockClock)
+    return trio.fail_after(100_000 if mocked else 30)
 
 
 class Frame(NamedTuple):
@@ -97,7 +105,7 @@ class Response:
 
 
 class Peer:
-    """A client on a stream. `receive` of anything waits, so put a limit around tests that may hang."""
+    """A client on a stream."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream

@@ -15,7 +15,7 @@ from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, ID
 from catbus.endpoints.roster import Roster
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
-from tests.endpoints.peers import UPGRADE, Peer, masked
+from tests.endpoints.peers import UPGRADE, Peer, masked, patience
 
 
 class Served:
@@ -27,8 +27,11 @@ class Served:
 
 
 @asynccontextmanager
-async def served(hub: FakeHub | None = None, *, pair: Any = memory_stream_pair) -> AsyncIterator[Served]:
+async def served(
+    hub: FakeHub | None = None, *, pair: Any = memory_stream_pair, closed: bool = False
+) -> AsyncIterator[Served]:
     hub, roster, ended = hub or FakeHub(), Roster(), trio.Event()
+    roster.closed = closed
     ours, theirs = pair()
 
     async def serve() -> None:
@@ -36,10 +39,11 @@ async def served(hub: FakeHub | None = None, *, pair: Any = memory_stream_pair) 
         await ours.aclose()
         ended.set()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve)
-        yield Served(hub, roster, Peer(theirs), ended)
-        nursery.cancel_scope.cancel()
+    with patience():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            yield Served(hub, roster, Peer(theirs), ended)
+            nursery.cancel_scope.cancel()
 
 
 def get(path: str, *lines: str, method: str = "GET", version: str = "1.1") -> bytes:
@@ -241,6 +245,12 @@ async def test_it_is_not_asked_for_a_body_that_nobody_wants(
         response = await it.peer.response()
         assert (response.status, response.headers["connection"]) == (status, "close")
         assert await it.peer.at_end()
+
+
+async def test_without_a_host_nothing_can_be_discovered() -> None:
+    async with served() as it:
+        await it.peer.send(b"GET /.well-known/catbus HTTP/1.0\r\n\r\n")
+        assert (await it.peer.response()).status == 400
 
 
 @pytest.mark.parametrize("request_", [get("/health", version="1.0"), get("/health", "Connection: close")])
@@ -464,3 +474,9 @@ async def test_no_websocket_is_begun_after_closing(autojump_clock: MockClock) ->
         it.roster.close()
         await it.peer.send(UPGRADE[9:])
         assert (await it.peer.response()).status == 503
+
+
+async def test_a_connection_that_came_just_before_closing_is_ended(autojump_clock: MockClock) -> None:
+    async with served(closed=True) as it:
+        assert await it.peer.at_end()
+        assert trio.current_time() == 0

@@ -15,19 +15,20 @@ from catbus.endpoints import Endpoint, listen, serve_http
 from catbus.errors import CloseCode, ConfigError
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
-from tests.endpoints.peers import Peer, masked
+from tests.endpoints.peers import Peer, masked, patience
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @asynccontextmanager
-async def serving(hub: FakeHub, *binds: str) -> AsyncIterator[tuple[Endpoint, trio.Nursery]]:
-    async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
-        serve = partial(serve_http, cast(Any, hub))
-        endpoint = await nursery.start(serve, binds or ("127.0.0.1:0",), sessions)
-        yield endpoint, nursery
-        nursery.cancel_scope.cancel()
-        sessions.cancel_scope.cancel()
+async def serving(hub: FakeHub, *binds: str) -> AsyncIterator[Endpoint]:
+    with patience():
+        async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
+            serve = partial(serve_http, cast(Any, hub))
+            endpoint = await nursery.start(serve, binds or ("127.0.0.1:0",), sessions)
+            yield endpoint
+            nursery.cancel_scope.cancel()
+            sessions.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -38,7 +39,7 @@ async def connected(endpoint: Endpoint, index: int = 0) -> AsyncIterator[Peer]:
 
 
 async def test_it_listens_everywhere_it_is_told_to() -> None:
-    async with serving(FakeHub(), "127.0.0.1:0", "[::1]:0") as (endpoint, _):
+    async with serving(FakeHub(), "127.0.0.1:0", "[::1]:0") as endpoint:
         assert [address.rpartition(":")[0] for address in endpoint.addresses] == ["127.0.0.1", "[::1]"]
         for index in range(2):
             async with connected(endpoint, index) as peer:
@@ -54,14 +55,14 @@ async def test_an_address_that_cannot_be_had_is_named(bind: str) -> None:
 
 
 async def test_an_address_in_use_is_named() -> None:
-    async with serving(FakeHub()) as (endpoint, _), trio.open_nursery() as sessions:
+    async with serving(FakeHub()) as endpoint, trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=f"cannot listen on {endpoint.addresses[0]}: .*in use"):
             await serve_http(cast(Any, FakeHub()), endpoint.addresses, sessions)
 
 
 async def test_a_whole_conversation() -> None:
     hub = FakeHub()
-    async with serving(hub) as (endpoint, _), connected(endpoint) as peer:
+    async with serving(hub) as endpoint, connected(endpoint) as peer:
         await peer.send(HEALTH)
         assert (await peer.response()).status == 200
         await peer.upgrade()
@@ -77,6 +78,7 @@ async def test_a_whole_conversation() -> None:
 async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None:
     hub = FakeHub()
     async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
+        nursery.cancel_scope.deadline = trio.current_time() + 30
         ended = trio.Event()
 
         async def serve(*, task_status: trio.TaskStatus[Endpoint]) -> None:
@@ -105,7 +107,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
 
 
 async def test_those_who_are_too_many_are_told_so() -> None:
-    async with serving(FakeHub(Config(limits=Limits(connections=2)))) as (endpoint, _):
+    async with serving(FakeHub(Config(limits=Limits(connections=2)))) as endpoint:
         async with connected(endpoint) as first, connected(endpoint) as second:
             for peer in (first, second):
                 await peer.send(HEALTH)
@@ -114,7 +116,7 @@ async def test_those_who_are_too_many_are_told_so() -> None:
                 await third.send(HEALTH)
                 response = await third.response()
                 assert (response.status, response.body) == (503, b"too many connections\n")
-                assert await third.at_end()
+                assert await third.stream.receive_some() == b""
             assert endpoint.statistics().refused == 1
         while endpoint.statistics().connections:
             await trio.lowlevel.checkpoint()
@@ -128,7 +130,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
         async with trio.open_nursery():
             raise RuntimeError("a bug")
 
-    async with serving(FakeHub()) as (endpoint, _), connected(endpoint) as healthy:
+    async with serving(FakeHub()) as endpoint, connected(endpoint) as healthy:
         await healthy.send(HEALTH)
         assert (await healthy.response()).status == 200
         with monkeypatch.context() as patched:
@@ -142,7 +144,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
 
 async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (listen.SPARE_FILES + 1, 1000))
-    async with serving(FakeHub()) as (endpoint, _), connected(endpoint) as first:
+    async with serving(FakeHub()) as endpoint, connected(endpoint) as first:
         await first.send(HEALTH)
         assert (await first.response()).status == 200
         async with connected(endpoint) as second:

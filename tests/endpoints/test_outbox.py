@@ -16,7 +16,7 @@ from trio_websocket import ConnectionClosed, wrap_server_stream
 from catbus.endpoints.frames import PING, close_frame, text_header
 from catbus.endpoints.outbox import Outbox, close_gently
 from tests.endpoints import peers
-from tests.endpoints.peers import UPGRADE, Frame, Mixed, Peer, masked
+from tests.endpoints.peers import UPGRADE, Frame, Mixed, Peer, masked, patience
 
 
 class Source:
@@ -34,13 +34,14 @@ class Source:
 async def outbox_over(
     stream: trio.abc.Stream, source: Source | None = None, kind: type[Outbox] = Outbox, **replayed: bytes
 ) -> AsyncIterator[Outbox]:
-    async with trio.open_nursery() as nursery:
-        outbox = kind(stream, nursery, refill=(source or Source()).take, reading=trio.CancelScope(), **replayed)
-        try:
-            yield outbox
-        finally:
-            outbox.abort()
-            nursery.cancel_scope.cancel()
+    with patience():
+        async with trio.open_nursery() as nursery:
+            outbox = kind(stream, nursery, refill=(source or Source()).take, reading=trio.CancelScope(), **replayed)
+            try:
+                yield outbox
+            finally:
+                outbox.abort()
+                nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -369,8 +370,15 @@ async def test_a_peer_that_has_not_read_yet_still_can_after_a_gentle_close() -> 
     async with tcp_pair() as (server, client):
         await client.send_all(b"never read by the server" * 10)
         await server.send_all(b"goodbye")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(close_gently, server)
-            assert await client.receive_some() == b"goodbye"
-            assert await client.receive_some() == b""
-            await client.aclose()
+
+        async def close() -> None:
+            await close_gently(server)
+            await server.aclose()
+
+        with patience():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(close)
+                await wait_all_tasks_blocked()
+                assert await client.receive_some() == b"goodbye"
+                assert await client.receive_some() == b""
+                await client.aclose()

@@ -16,8 +16,8 @@ from catbus.endpoints.websocket import CLOSING_TIME, STALL_TIME, serve_websocket
 from catbus.errors import CloseCode
 from catbus.wire import Protocol
 from tests.endpoints import peers
-from tests.endpoints.fakes import FakeClient, FakeHub, echo
-from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked
+from tests.endpoints.fakes import FakeClient, FakeHub
+from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked, patience
 
 
 class Served:
@@ -40,7 +40,6 @@ async def served(
     *,
     pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
     rest: bytes = b"",
-    upgrade: bool = True,
 ) -> AsyncIterator[Served]:
     hub, roster, ended = hub or FakeHub(), Roster(), trio.Event()
     ours, theirs = pair()
@@ -51,14 +50,14 @@ async def served(
         await ours.aclose()
         ended.set()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
-        nursery.start_soon(serve)
-        peer = Peer(theirs)
-        if upgrade:
+    with patience():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+            nursery.start_soon(serve)
+            peer = Peer(theirs)
             assert (await peer.response(head=True)).status == 101
-        yield Served(hub, roster, peer, ended)
-        nursery.cancel_scope.cancel()
+            yield Served(hub, roster, peer, ended)
+            nursery.cancel_scope.cancel()
 
 
 def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, bytes], Awaitable[None]]:
@@ -268,6 +267,17 @@ async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) 
         assert len(it.client.received) == 1
 
 
+@pytest.mark.parametrize("more", [masked(peers.PING, b"?"), masked(peers.TEXT, b"x" * 1601)])
+async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClock) -> None:
+    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+        await it.peer.send(masked(peers.TEXT, b"x" * 1601) + more)
+        assert (await it.peer.frame()).code == 1009
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.roster.faults == 0
+
+
 # Our own mistakes
 
 
@@ -317,7 +327,8 @@ async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
 
 async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> None:
     hub, roster = FakeHub(), Roster()
-    ours, _ = memory_stream_pair()
+    ours, theirs = memory_stream_pair()
+    await theirs.send_all(b"what will never be answered")
     await serve_websocket(cast(Any, hub), roster, ours, b"GET /ws HTTP/1.1\r\n")
     assert 10 <= trio.current_time() < 13
     assert hub.clients == []
@@ -380,9 +391,8 @@ async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: 
         for _ in range(20):
             await trio.sleep(20)
             assert (await it.peer.frame()).opcode == peers.TEXT
-        assert not it.ended.is_set()
+        # Having taken all of it counts as a sign of life, too.
+        began = trio.current_time()
+        assert (await it.peer.frame()).opcode == peers.PING
+        assert trio.current_time() - began <= 25
         assert not it.client.left
-
-
-def test_the_fake_hub_is_used_as_the_real_one_would_be() -> None:
-    assert FakeHub().on_receive is echo

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -57,14 +58,28 @@ def serve() -> Iterator[str]:
         with embedded.prepare(directory, settings) as server:
             with server.log_file.open("ab") as log:
                 process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
-            try:
+            with tethered(process, directory):
                 server.wait_ready(process)
                 yield server.url
-            finally:
                 process.send_signal(signal.SIGINT)
                 process.wait(30)
     finally:
         shutil.rmtree(directory)
+
+
+@contextmanager
+def tethered(process: subprocess.Popen[bytes], directory: Path) -> Iterator[None]:
+    """See to it that a server does not outlive us, not even when we are killed: then the shell reads our end."""
+    script = 'read _; kill -INT $1; while kill -0 $1; do sleep 0.1; done 2> /dev/null; rm -rf "$2"'
+    command = ["sh", "-c", script, "sh", str(process.pid), str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watch:
+        try:
+            yield
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait(30)
+            watch.terminate()
 
 
 @pytest.fixture(scope="session")

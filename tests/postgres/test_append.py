@@ -380,7 +380,7 @@ def test_a_transaction_that_is_left_open_elsewhere_finds_no_versions_to_keep(dat
         before = tuple(await forgetful.fetchrow(look))
         await writer.execute(
             """DO $$ BEGIN FOR i IN 1..2000 LOOP
-                PERFORM catbus.append('off', h.epoch, '{a}', '{1}', '{p}', ARRAY[i::bigint], '{null}', '{null}', '{null}')
+                PERFORM catbus.append('off', epoch, '{a}', '{1}', '{p}', ARRAY[i::bigint], '{null}', '{null}', '{null}')
                 FROM catbus.head AS h;
                 COMMIT;
             END LOOP; END $$"""

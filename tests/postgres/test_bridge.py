@@ -78,7 +78,7 @@ async def test_a_server_that_refuses_is_an_outage(database_url: str) -> None:
         proxy.close()
         with pytest.raises(OUTAGE):
             await bridge.connect(proxy.url)
-        with pytest.raises(OSError, match="refused|failed"):
+        with pytest.raises(OSError, match=r"refused|failed"):
             await bridge.connect("postgres://localhost:1/x?sslmode=disable")
 
 
@@ -102,19 +102,18 @@ async def test_a_connection_that_is_lost_says_so(database_url: str) -> None:
 async def test_what_runs_when_the_bridge_closes_sees_an_outage(database_url: str) -> None:
     failed: list[Exception] = []
 
-    async with trio.open_nursery() as nursery:
-        async with open_bridge() as bridge:
-            connection = await bridge.connect(database_url)
+    async with trio.open_nursery() as nursery, open_bridge() as bridge:
+        connection = await bridge.connect(database_url)
 
-            async def query() -> None:
-                try:
-                    await connection.fetch("SELECT pg_sleep(60)")
-                except OUTAGE as error:
-                    failed.append(error)
+        async def query() -> None:
+            try:
+                await connection.fetch("SELECT pg_sleep(60)")
+            except OUTAGE as error:
+                failed.append(error)
 
-            nursery.start_soon(query)
-            async with open_sql(database_url) as sql:
-                await wait_until(lambda: pids(sql, "%pg_sleep%"))
+        nursery.start_soon(query)
+        async with open_sql(database_url) as sql:
+            await wait_until(lambda: pids(sql, "%pg_sleep%"))
     assert len(failed) == 1
     assert connection.closed
     with pytest.raises(OSError, match="not running"):

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import trio
-from structlog.testing import capture_logs
+from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
 from catbus.errors import ConfigError
+from catbus.postgres import supervise
 from catbus.postgres.supervise import Supervisor, Working
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    logger = CapturingLogger()
+    monkeypatch.setattr(supervise, "logger", logger)
+    return logger
 
 
 def outages(count: int) -> Iterator[Exception]:
     yield from (ConnectionRefusedError(f"try {n}") for n in range(count))
 
 
-async def test_an_outage_is_said_once_and_so_is_its_end(autojump_clock: MockClock) -> None:
+async def test_an_outage_is_said_once_and_so_is_its_end(autojump_clock: MockClock, logs: CapturingLogger) -> None:
     supervisor = Supervisor("one", "other")
     errors = outages(20)
 
@@ -32,14 +41,13 @@ async def test_an_outage_is_said_once_and_so_is_its_end(autojump_clock: MockCloc
         working()
         assert not supervisor.available
 
-    with capture_logs() as logs:
-        await supervisor.run("other", other)
-        await supervisor.run("one", one)
-    assert [(line["log_level"], line["event"]) for line in logs] == [
+    await supervisor.run("other", other)
+    await supervisor.run("one", one)
+    assert [(call.method_name, *call.args) for call in logs.calls] == [
         ("warning", "database unavailable, trying again"),
         ("info", "database connected"),
     ]
-    assert logs[0]["error"] == "ConnectionRefusedError: try 0"
+    assert logs.calls[0].kwargs == {"service": "one", "error": "ConnectionRefusedError: try 0"}
     assert supervisor.restarts == 20
     assert supervisor.failures == 0
 
@@ -56,7 +64,7 @@ async def test_the_pauses_grow_to_a_second_and_begin_anew_after_progress(autojum
             raise OSError
 
     await supervisor.run("one", one)
-    pauses = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(starts)]
     assert 0.025 <= pauses[0] <= 0.05
     assert all(0.5 <= pause <= 1 for pause in pauses[5:14])
     assert 0.025 <= pauses[14] <= 0.05
@@ -81,16 +89,18 @@ async def test_a_service_is_down_from_its_outage_to_its_next_progress(autojump_c
     assert not supervisor.available
 
 
-async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(autojump_clock: MockClock) -> None:
+async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(
+    autojump_clock: MockClock, logs: CapturingLogger
+) -> None:
     supervisor = Supervisor("one")
 
     async def one(working: Working) -> None:
         raise KeyError("ours")
 
-    with capture_logs() as logs, pytest.raises(KeyError, match="ours"):
+    with pytest.raises(KeyError, match="ours"):
         await supervisor.run("one", one)
     assert supervisor.failures == 5
-    assert {line["event"] for line in logs} == {"a service failed"}
+    assert [call.args for call in logs.calls] == [("a service failed",)] * 5
 
 
 async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) -> None:

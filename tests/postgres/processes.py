@@ -1,0 +1,112 @@
+"""Replicas as an operator has them: `catbus run`, each a process of its own with a port of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import trio
+
+from catbus.auth import Grants, sign
+
+ROOT = Path(__file__).parents[2]
+SECRET = "a secret that all replicas share"
+
+
+def token(client_id: str) -> str:
+    """A token for everything."""
+    return sign(SECRET, client_id=client_id, grants=Grants(("*",), ("*",)))
+
+
+class Replica:
+    """A process that is ready to serve at `url`."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self.url = ""
+        self.events: list[dict[str, Any]] = []
+        """What it has logged."""
+        self._process = process
+
+    @property
+    def complaints(self) -> list[dict[str, Any]]:
+        """What it has logged that nobody should have to read."""
+        return [event for event in self.events if event["level"] not in ("debug", "info")]
+
+    def terminate(self) -> None:
+        """Ask it to stop, as an operator does."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.send_signal(signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Wait until the process has ended; its exit status."""
+        return await self._process.wait()
+
+    async def listen(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Follow what it logs. Started when it says where it serves."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        begun = b""
+        async for data in stdout:
+            *lines, begun = (begun + data).split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                self.events.append(event)
+                if event["event"] == "serving":
+                    self.url = event["urls"][0]
+                    task_status.started()
+
+    async def wait_ready(self) -> None:
+        """Wait until it may be sent clients."""
+        while not await self._is_ready():
+            await trio.sleep(0.02)
+
+    async def _is_ready(self) -> bool:
+        address = urlsplit(self.url)
+        assert address.hostname and address.port
+        async with await trio.open_tcp_stream(address.hostname, address.port) as stream:
+            await stream.send_all(b"GET /ready HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+            answer = b"".join([data async for data in stream])
+        return answer.split(b" ", 2)[1] == b"200"
+
+
+@asynccontextmanager
+async def open_replicas(database_url: str, count: int) -> AsyncIterator[list[Replica]]:
+    """So many replicas on one database. Those that still run in the end are killed."""
+    replicas: list[Replica] = []
+    async with trio.open_nursery() as nursery:
+        try:
+            while len(replicas) < count:
+                replicas.append(Replica(await _start(database_url)))
+            for replica in replicas:
+                await nursery.start(replica.listen)
+                await replica.wait_ready()
+            yield replicas
+        finally:
+            with trio.CancelScope(shield=True):
+                for replica in replicas:
+                    replica.kill()
+                    await replica.wait()
+
+
+async def _start(database_url: str) -> trio.Process:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
+    settings = {
+        "DATABASE_URL": database_url,
+        "CATBUS_SECRET": SECRET,
+        "CATBUS_WS_BIND": "127.0.0.1:0",
+        "PYTHONPATH": str(ROOT),
+    }
+    return await trio.lowlevel.open_process(
+        [sys.executable, "-m", "catbus", "run"], env=inherited | settings, stdout=subprocess.PIPE
+    )

@@ -1,0 +1,199 @@
+"""Replicas as real processes on one PostgreSQL: one order for all, an end in order, and an end without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count, zip_longest
+
+import pytest
+import trio
+
+from catbus.client import Bus, Disconnected, GoAway, connect
+from catbus.errors import CloseCode
+from tests.postgres.processes import Replica, open_replicas, token
+from tests.postgres.sql import head_locked, open_sql, wait_until, waiting
+
+PATIENCE = 60.0
+
+Item = tuple[int, str, int]
+"""A message: its seq, who published it, and which number that publisher gave it."""
+
+
+class Tally:
+    """Messages as they come."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self._more = trio.Event()
+
+    def add(self, item: Item) -> None:
+        self.items.append(item)
+        self._more.set()
+
+    async def wait_for(self, number: int) -> None:
+        """Wait until there are so many."""
+        while len(self.items) < number:
+            self._more = trio.Event()
+            await self._more.wait()
+
+
+async def follow(
+    replica: Replica,
+    seen: Tally,
+    since: int | None = None,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Subscribe to everything while the log is empty, or since 0; nothing may be missing. Started once subscribed."""
+    async with connect(replica.url, token=token("subscriber")) as bus, bus.subscribe("*", since=since) as messages:
+        task_status.started()
+        async for message in messages:
+            assert message.seq == len(seen.items) + 1
+            seen.add((message.seq, *message.payload))
+
+
+def difference(one: Sequence[object], other: Sequence[object]) -> object:
+    """Where two long lists differ first; None where they do not. To have pytest explain it would take minutes."""
+    pairs = enumerate(zip_longest(one, other))
+    return next(((index, left, right) for index, (left, right) in pairs if left != right), None)
+
+
+async def test_all_subscribers_of_both_replicas_see_all_messages_in_one_gapless_order(database_url: str) -> None:
+    publishers, each, batch = 8, 1250, 50
+    total = publishers * each
+    acknowledged = Tally()
+    subscribers = [Tally() for _ in range(4)]
+    latecomers = [Tally() for _ in range(3)]
+    joined = trio.Event()
+
+    async def publish(replica: Replica, name: str) -> None:
+        async with connect(replica.url, token=token(name)) as bus:
+            for first in range(0, each, batch):
+                if first >= each * 3 // 4:
+                    # Otherwise the latecomers might find everything there already.
+                    await joined.wait()
+                numbers = range(first, first + batch)
+                seqs = await bus.publish_many([(f"test.{name}", (name, n)) for n in numbers])
+                for n, seq in zip(numbers, seqs, strict=True):
+                    assert isinstance(seq, int), seq
+                    acknowledged.add((seq, name, n))
+
+    with trio.fail_after(PATIENCE):
+        async with open_replicas(database_url, 2) as replicas, trio.open_nursery() as nursery:
+            for index, subscriber in enumerate(subscribers):
+                await nursery.start(follow, replicas[index % 2], subscriber)
+            for index in range(publishers):
+                nursery.start_soon(publish, replicas[index % 2], f"publisher-{index}")
+            for index, latecomer in enumerate(latecomers):
+                await subscribers[0].wait_for(total * (index + 1) // 5)
+                await nursery.start(follow, replicas[index % 2], latecomer, 0)
+            joined.set()
+            for tally in (*subscribers, *latecomers, acknowledged):
+                await tally.wait_for(total)
+            nursery.cancel_scope.cancel()
+
+    log = sorted(acknowledged.items)
+    assert difference([seq for seq, _, _ in log], range(1, total + 1)) is None
+    for seen in (*subscribers, *latecomers):
+        assert difference(seen.items, log) is None
+    for index in range(publishers):
+        assert difference([n for _, name, n in log if name == f"publisher-{index}"], range(each)) is None
+    assert not [complaint for replica in replicas for complaint in replica.complaints]
+
+
+async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_sends_its_clients_away(
+    database_url: str,
+) -> None:
+    answered: list[object] = []
+    stopping, sent_away = trio.Event(), trio.Event()
+
+    async def idle(replica: Replica, *, task_status: trio.TaskStatus[None]) -> None:
+        with pytest.raises(Disconnected) as end:
+            await follow(replica, Tally(), task_status=task_status)
+        assert end.value.code == CloseCode.SHUTTING_DOWN
+        sent_away.set()
+
+    async def publish(replica: Replica) -> None:
+        def note(event: object) -> None:
+            if isinstance(event, GoAway):
+                stopping.set()
+
+        bearer = token("publisher")
+        async with connect(replica.url, token=bearer, on_event=note) as bus, bus.subscribe("nothing.ever") as messages:
+            answered.extend(await bus.publish_many([("test.stop", n) for n in range(100)]))
+            with pytest.raises(Disconnected) as end:
+                await anext(messages)
+        assert end.value.code == CloseCode.SHUTTING_DOWN
+
+    with trio.fail_after(PATIENCE):
+        async with open_replicas(database_url, 1) as [replica], open_sql(database_url) as sql:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(idle, replica)
+                async with head_locked(database_url):
+                    nursery.start_soon(publish, replica)
+                    await wait_until(lambda: waiting(sql))
+                    replica.terminate()
+                    await stopping.wait()
+                    await sent_away.wait()
+                    with pytest.raises(Disconnected):
+                        await follow(replica, Tally())
+                    assert not answered
+            assert await replica.wait() == 0
+            rows = await sql.fetch("SELECT seq, payload::int FROM catbus.entries ORDER BY seq")
+
+    assert [tuple(row) for row in rows] == [(n + 1, n) for n in range(100)]
+    assert answered == [seq for seq, _ in rows]
+    assert replica.events[-1]["event"] == "stopped"
+    assert not replica.complaints
+
+
+async def test_what_a_killed_replica_has_acknowledged_is_in_the_log_and_the_other_goes_on(database_url: str) -> None:
+    connections, tasks, enough = 4, 10, 500
+    tried: set[tuple[str, int]] = set()
+    numbers = count()
+    by_victim, by_survivor, live, whole = Tally(), Tally(), Tally(), Tally()
+
+    async def publish(bus: Bus, name: str, acknowledged: Tally) -> None:
+        # One by one: what came back before the end is certain.
+        with suppress(Disconnected):
+            while True:
+                n = next(numbers)
+                tried.add((name, n))
+                acknowledged.add((await bus.publish("test.kill", (name, n)), name, n))
+
+    async def publish_to(replica: Replica, name: str, acknowledged: Tally) -> None:
+        async with connect(replica.url, token=token(name)) as bus, trio.open_nursery() as nursery:
+            for _ in range(tasks):
+                nursery.start_soon(publish, bus, name, acknowledged)
+
+    with trio.fail_after(PATIENCE):
+        async with open_replicas(database_url, 2) as [victim, survivor], trio.open_nursery() as nursery:
+            await nursery.start(follow, survivor, live)
+            async with trio.open_nursery() as publishers:
+                for _ in range(connections):
+                    publishers.start_soon(publish_to, survivor, "survivor", by_survivor)
+                async with trio.open_nursery() as victims:
+                    for _ in range(connections):
+                        victims.start_soon(publish_to, victim, "victim", by_victim)
+                    await by_victim.wait_for(enough)
+                    victim.kill()
+                # One replica is left, and goes on.
+                await by_survivor.wait_for(len(by_survivor.items) + enough)
+                publishers.cancel_scope.cancel()
+            async with connect(survivor.url, token=token("last")) as bus:
+                last = await bus.publish("test.kill", ("last", 0))
+            tried.add(("last", 0))
+            await nursery.start(follow, survivor, whole, 0)
+            await whole.wait_for(last)
+            await live.wait_for(last)
+            nursery.cancel_scope.cancel()
+
+    log = whole.items
+    assert difference([seq for seq, _, _ in log], range(1, last + 1)) is None
+    assert difference(live.items, log) is None
+    assert len({(name, n) for _, name, n in log}) == len(log)
+    assert {(name, n) for _, name, n in log} <= tried
+    assert len(by_victim.items) >= enough
+    assert not {*by_victim.items, *by_survivor.items} - {*log}
+    assert not survivor.complaints

@@ -1,0 +1,623 @@
+"""`protocol/README.md` and the code say the same: tables are compared, examples decoded, verified and played."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import reduce
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import jwt
+import msgspec
+import pytest
+import trio
+from msgspec import Raw
+from msgspec.structs import FieldInfo
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from catbus import topics, wire
+from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, sign
+from catbus.config import Config, Limits
+from catbus.endpoints import http, routes, websocket
+from catbus.errors import RETRYABLE, CloseCode, Code, PeerError
+from catbus.framing import Framer
+from catbus.hub import MAX_HISTORY, Hub
+from catbus.log import MemoryLog
+from catbus.wire import Protocol, Reply, Request
+
+DOCUMENT = (Path(__file__).parent.parent / "protocol" / "README.md").read_text(encoding="utf-8")
+NOTHING = "-"
+
+Row = dict[str, str]
+
+
+# The document
+
+
+def section(title: str) -> str:
+    """The part of the document under a heading, whatever its number, up to the next of the same level."""
+    found = re.search(rf"^## \d+\. {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def table(text: str, *columns: str) -> list[Row]:
+    """The rows of the table that begins with these columns."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        head = _cells(line)
+        if line.startswith("|") and head[: len(columns)] == list(columns):
+            rows = []
+            for row in lines[number + 2 :]:
+                if not row.startswith("|"):
+                    break
+                assert len(_cells(row)) == len(head), row
+                rows.append(dict(zip(head, _cells(row), strict=True)))
+            return rows
+    pytest.fail(f"there is no table of {columns}")
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def quoted(cell: str) -> list[str]:
+    """What stands in a cell as code."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def blocks(*kinds: str, within: str = DOCUMENT) -> Iterator[tuple[str, bytes]]:
+    """The fenced blocks marked with one of `kinds`, in order."""
+    for kind, text in re.findall(r"^```\w+ ([\w-]+)\n(.*?)^```$", within, re.MULTILINE | re.DOTALL):
+        if kind in kinds:
+            yield kind, text.encode()
+
+
+def objects(text: bytes) -> list[Any]:
+    """The objects in a block, cut as the broker cuts them."""
+    return list(Framer(msgspec.json.decode, limit=1 << 20).feed(text))
+
+
+def test_links_lead_somewhere() -> None:
+    anchors = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", DOCUMENT, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]*)\)", DOCUMENT)) <= anchors
+
+
+# Channels and patterns
+
+PATTERNS = table(section("Channels and patterns"), "Pattern")
+
+
+@pytest.mark.parametrize("row", PATTERNS, ids=lambda row: row["Pattern"])
+def test_patterns_match_and_cover_what_the_table_says(row: Row) -> None:
+    [pattern] = quoted(row["Pattern"])
+    for column, relation, expected in [
+        ("Matches", topics.matches, True),
+        ("Does not match", topics.matches, False),
+        ("As a grant, covers", topics.covers, True),
+        ("Does not cover", topics.covers, False),
+    ]:
+        for other in quoted(row[column]):
+            (topics.check_channel if "atch" in column else topics.check_pattern)(other)
+            assert relation(pattern, other) is expected, f"{pattern} {column} {other}"
+
+
+def test_what_is_said_to_be_no_channel_is_none() -> None:
+    text = section("Channels and patterns")
+    [neither] = re.findall(r"These are neither: (.*?)\. These", text, re.DOTALL)
+    [patterns] = re.findall(r"These are patterns and not channels:\s(.*?)\.\n", text, re.DOTALL)
+    for word in quoted(neither) + quoted(patterns):
+        with pytest.raises(PeerError):
+            topics.check_channel(word)
+    for word in quoted(neither):
+        with pytest.raises(PeerError):
+            topics.check_pattern(word)
+    for word in quoted(patterns):
+        topics.check_pattern(word)
+
+
+# Messages
+
+REQUESTS: dict[str, type[Request]] = {kind.__struct_config__.tag: kind for kind in get_args(wire.ClientMessage)}
+REPLIES: dict[str, type[Reply]] = {kind.__struct_config__.tag: kind for kind in get_args(wire.ServerMessage)}
+
+FIRST_VERSION_REQUESTS = {
+    "auth": ["token"],
+    "subscribe": ["pattern"],
+    "unsubscribe": ["pattern"],
+    "publish": ["channel", "payload"],
+    "ping": ["seq"],
+}
+"""What clients in the wild say. It never changes, so it is written down here."""
+
+TYPES: dict[Any, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    Raw: "JSON",
+    Code: "code",
+    wire.Number: "count",
+    dict[str, int]: "integers by name",
+    list[wire.Message]: "list of `message`",
+}
+
+
+def fields_in_document(title: str, column: str) -> dict[str, list[Row]]:
+    """The rows of each message; a row without a name goes on with the message above it."""
+    messages: dict[str, list[Row]] = {}
+    for row in table(section(title), "Message", "Field", "Type", column):
+        if row["Message"]:
+            [name] = quoted(row["Message"])
+            assert name not in messages
+            messages[name] = []
+        messages[name].append(row)
+    return messages
+
+
+def type_in_words(field: FieldInfo) -> str:
+    kinds = [kind for kind in get_args(field.type) if kind is not NoneType] if is_nullable(field) else [field.type]
+    [kind] = kinds
+    if kind not in TYPES:
+        [constraint] = kind.__metadata__
+        assert (kind.__origin__, constraint) == (int, msgspec.Meta(ge=1))
+        return "positive"
+    return TYPES[kind] + (" or null" if is_nullable(field) and field.required else "")
+
+
+def is_nullable(field: FieldInfo) -> bool:
+    return NoneType in get_args(field.type)
+
+
+def fixed(rows: list[Row]) -> list[str] | None:
+    """The fields of a message that are marked as known to the first version; None where the message is not."""
+    marked = [name for row in rows for name in quoted(row["Field"]) if row["Field"].endswith("*")]
+    return marked if rows[0]["Message"].endswith("*") else None
+
+
+def test_all_messages_of_a_client_are_in_the_table_and_no_others() -> None:
+    assert list(fields_in_document("What a client says", "If left out")) == list(REQUESTS)
+
+
+def test_all_messages_of_a_broker_are_in_the_table_and_no_others() -> None:
+    assert list(fields_in_document("What a broker says", "Sent")) == list(REPLIES)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_fields_of_a_request_are_those_of_the_table(name: str) -> None:
+    rows = fields_in_document("What a client says", "If left out")[name]
+    said = [(*quoted(row["Field"]), row["Type"], row["If left out"]) for row in rows]
+    done = []
+    for field in msgspec.structs.fields(REQUESTS[name]):
+        assert is_nullable(field) is (not field.required and field.default is None)
+        value = (
+            "none" if field.default is None else f"`{json.dumps(field.default)}`" if not field.required else "needed"
+        )
+        done.append((field.encode_name, type_in_words(field), value))
+    assert said == done
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_fixed_fields_of_a_request_are_all_that_it_needs(name: str) -> None:
+    marked = fixed(fields_in_document("What a client says", "If left out")[name])
+    assert marked == FIRST_VERSION_REQUESTS.get(name)
+    if marked is not None:
+        assert marked == [field.encode_name for field in msgspec.structs.fields(REQUESTS[name]) if field.required]
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_the_fields_of_a_reply_are_those_of_the_table(name: str) -> None:
+    rows = fields_in_document("What a broker says", "Sent")[name]
+    said = [(*quoted(row["Field"]), row["Type"], row["Sent"]) for row in rows]
+    done = [
+        (field.encode_name, type_in_words(field), "always" if field.required else "optional")
+        for field in msgspec.structs.fields(REPLIES[name])
+    ]
+    assert said == done
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_the_fixed_fields_of_a_reply_are_those_that_a_first_version_client_gets(name: str) -> None:
+    marked = fixed(fields_in_document("What a broker says", "Sent")[name])
+    known = REPLIES[name].fixed
+    assert marked == (None if known is None else list(known))
+
+
+# Examples
+
+
+@pytest.mark.parametrize("kind", ["client", "server"])
+def test_examples_decode_and_have_no_unknown_fields(kind: str) -> None:
+    decode: Callable[[bytes], Any] = wire.decode_client if kind == "client" else wire.decode_server
+    for _, text in blocks(kind):
+        for message, plain in zip(Framer(decode).feed(text), objects(text), strict=True):
+            assert not isinstance(message, PeerError), f"{plain}: {message}"
+            assert plain.keys() <= {field.encode_name for field in msgspec.structs.fields(message)} | {"type"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "messages"),
+    [("client", "What a client says", REQUESTS), ("server", "What a broker says", REPLIES)],
+    ids=["client", "server"],
+)
+def test_every_message_has_an_example(kind: str, title: str, messages: dict[str, Any]) -> None:
+    [(_, text)] = blocks(kind, within=section(title))
+    assert list(dict.fromkeys(plain["type"] for plain in objects(text))) == list(messages)
+
+
+def test_examples_for_first_version_clients_have_the_fixed_fields() -> None:
+    seen = set()
+    for _, text in blocks("first-version"):
+        for plain in objects(text):
+            assert plain.keys() == {"type", *(REPLIES[plain["type"]].fixed or ())}
+            seen.add(plain["type"])
+    assert seen == {name for name, kind in REPLIES.items() if kind.fixed is not None}
+
+
+def test_examples_for_http_decode() -> None:
+    [(_, text)] = blocks("publish")
+    for item in msgspec.json.decode(text, type=list[Raw]):
+        wire.decode_publish(bytes(item))
+        assert json.loads(bytes(item)).keys() <= {field.encode_name for field in msgspec.structs.fields(wire.Publish)}
+
+
+# Codes
+
+
+def test_the_codes_are_those_of_the_table() -> None:
+    said = [
+        (*quoted(row["Code"]), row["Try again?"], row["HTTP"]) for row in table(section("Codes"), "Code", "Try again?")
+    ]
+    done = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in Code]
+    assert said == done
+
+
+def test_the_closing_codes_are_those_of_the_table() -> None:
+    said = [(row["Code"], *quoted(row["Name"])) for row in table(section("Closing codes"), "Code", "Name")]
+    assert said == [(str(int(code)), code.name.lower()) for code in CloseCode]
+
+
+def test_every_closing_code_stands_in_the_range_of_its_kind() -> None:
+    ranges = [(int(row["From"]), int(row["To"])) for row in table(section("Closing codes"), "From", "To")]
+    final, new_token, again = ranges
+    assert final[1] + 1 == new_token[0]
+    assert new_token[1] + 1 == again[0]
+    for code in CloseCode:
+        [home] = [low for low, high in ranges if low <= code <= high]
+        assert code.final is (home == final[0])
+        assert (code is CloseCode.TOKEN_EXPIRED) is (home == new_token[0])
+
+
+def test_what_may_be_published_again_is_what_can_be_tried_again() -> None:
+    advice: dict[str, set[str]] = {}
+    for row in table(section("Publishing"), "Answer"):
+        answer, _, codes = row["Answer"].partition(":")
+        if answer == "`publish_error`":
+            key = re.sub(r"\W", " ", row["What to do"]).split(" id")[0].split()[-1]
+            advice.setdefault(key, set()).update(quoted(codes))
+    assert advice == {"new": RETRYABLE - {Code.UNKNOWN}, "same": {Code.UNKNOWN}, "again": set()}, advice
+
+
+# Limits
+
+
+def setting(name: str) -> Any:
+    return reduce(getattr, name.split("."), Config())
+
+
+TOLD_LIMITS = table(section("Limits"), "Name", "Default")
+OTHER_LIMITS = table(section("Limits"), "Limit", "Default")
+
+CONSTANTS = {
+    "`history`": MAX_HISTORY,
+    "bytes of a channel or pattern": topics.MAX_LENGTH,
+    "segments of a channel or pattern": topics.MAX_SEGMENTS,
+    "nesting of an object from a client": wire.MAX_DEPTH,
+    "bytes of a token": MAX_TOKEN,
+    "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
+    "seconds in which nothing that was sent is taken": websocket.STALL_TIME,
+    "seconds for closing": websocket.CLOSING_TIME,
+    "bytes of the head of an HTTP request": http.HEAD_SIZE,
+    "bytes of the body of `POST /publish`": http.BODY_SIZE,
+}
+"""The limits that cannot be set."""
+
+
+def test_the_limits_that_a_client_is_told_are_those_of_the_table() -> None:
+    hub = Hub(Config(), MemoryLog(), Authenticator(()))
+    assert {name: int(row["Default"]) for row in TOLD_LIMITS for name in quoted(row["Name"])} == hub.limits()
+
+
+@pytest.mark.parametrize("row", TOLD_LIMITS + OTHER_LIMITS, ids=lambda row: row.get("Name") or row["Limit"])
+def test_a_limit_has_the_default_of_the_table(row: Row) -> None:
+    label = row.get("Name") or row["Limit"]
+    if row["Set by"] == NOTHING:
+        assert float(row["Default"]) == CONSTANTS[label]
+    else:
+        [name] = quoted(row["Set by"])
+        assert float(row["Default"]) == setting(name)
+        assert label not in CONSTANTS
+
+
+def test_no_limit_is_left_out() -> None:
+    named = [name for row in TOLD_LIMITS + OTHER_LIMITS for name in quoted(row["Set by"])]
+    of_no_interest = {"recent"}
+    assert {name for name in named if name.startswith("limits.")} == {
+        f"limits.{name}" for name in Limits.__struct_fields__ if name not in of_no_interest
+    }
+    assert len(set(named)) == len(named)
+
+
+def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
+    text = section("Channels and patterns")
+    assert f"at most {topics.MAX_LENGTH} bytes and {topics.MAX_SEGMENTS} segments" in text
+    assert f"nested at most {wire.MAX_DEPTH} deep" in section("Framing")
+
+
+# Tokens
+
+SECRET = "an example secret, not for use"
+NOW = 1_900_000_000.0
+
+
+def base64url(data: bytes) -> str:
+    return urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def make_token(body: bytes, secret: str = SECRET) -> tuple[str, str, str]:
+    """TEXT, MAC and the token, by the words of the specification."""
+    text = base64url(body)
+    mac = base64url(hmac.digest(secret.encode(), text.encode(), "sha256")[:16])
+    return text, mac, f"sub-{text}.{mac}"
+
+
+def test_the_worked_example_of_a_token_verifies() -> None:
+    [(_, block)] = blocks("token")
+    said = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
+    assert (said["text"], said["mac"], said["token"]) == make_token(said["json"].encode(), said["secret"])
+    identity = Authenticator([said["secret"]]).verify(said["token"], NOW)
+    claims = json.loads(said["json"])
+    read = tuple(grant["pattern"] for grant in claims["grants"]["grants"])
+    assert {grant["grant_type"] for grant in claims["grants"]["grants"]} == {"read"}
+    assert identity == Identity(claims["client_id"], Grants(read=read), claims["exp"])
+    with pytest.raises(PeerError) as caught:
+        Authenticator([said["secret"]]).verify(said["token"], claims["exp"])
+    assert caught.value.code is Code.TOKEN_EXPIRED
+
+
+CLAIMS = table(section("Tokens"), "Claim", "Type", "Needed")
+
+
+def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None:
+    values = {"client_id": "alice", "grants": {"grants": []}, "exp": NOW + 1, "nbf": NOW - 1, "iat": NOW}
+    assert [quoted(row["Claim"]) for row in CLAIMS] == [[name] for name in values]
+    authenticator = Authenticator([SECRET])
+    for row in CLAIMS:
+        [name] = quoted(row["Claim"])
+        without = {key: value for key, value in values.items() if key != name}
+        for body, works in [
+            (values, True),
+            (without, row["Needed"] == "no"),
+            ({**values, name: None}, row["Type"].endswith("or null")),
+            ({**values, name: True}, False),
+        ]:
+            token = make_token(json.dumps(body).encode())[2]
+            if works:
+                authenticator.verify(token, NOW)
+            else:
+                with pytest.raises(PeerError, match="not valid"):
+                    authenticator.verify(token, NOW)
+
+
+def test_the_types_of_grants_are_those_of_the_table() -> None:
+    [row] = [row for row in CLAIMS if row["Claim"] == "`grants`"]
+    names = quoted(row["Meaning"].partition("TYPE:")[2])
+    allowed = {"read": (True, False), "write": (False, True), "all": (True, True), "create": (False, False)}
+    assert set(names) == set(allowed)
+    for name in names:
+        body = {"grants": {"grants": [{"grant_type": name, "pattern": "a.*"}]}}
+        grants = Authenticator([SECRET]).verify(make_token(json.dumps(body).encode())[2], NOW).grants
+        assert (grants.may_read("a.*"), grants.may_write("a.b")) == allowed[name]
+
+
+def test_the_claims_of_a_jwt_are_understood() -> None:
+    [(_, text)] = blocks("jwt")
+    claims = json.loads(text)
+    secret = SECRET.ljust(32, ".")
+    identity = Authenticator([secret]).verify(jwt.encode(claims, secret, "HS256"), NOW)
+    grants = Grants(tuple(claims["catbus"]["read"]), tuple(claims["catbus"]["write"]))
+    assert identity == Identity(claims["sub"], grants, claims["exp"])
+
+
+# HTTP
+
+
+def test_the_routes_are_those_of_the_table() -> None:
+    said: dict[str, list[str]] = {}
+    for row in table(section("HTTP"), "Request", "Answer"):
+        [request] = quoted(row["Request"])
+        method, path = request.split()
+        said.setdefault(path, []).append(method)
+    assert said == {path: list(methods) for path, methods in routes.ROUTES.items()}
+
+
+# Sessions, against a broker without a network
+
+
+class Peer:
+    """A client that is connected to a hub by nothing but its mailbox."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.client = hub.open_client(self, transport="test")
+
+    def flush(self) -> None:
+        """The tests take the mail themselves."""
+
+    async def say(self, *messages: Any) -> list[dict[str, Any]]:
+        data = [message if isinstance(message, bytes) else json.dumps(message).encode() for message in messages]
+        await self.client.receive(b"\n".join(data))
+        return await self.hear()
+
+    async def hear(self) -> list[dict[str, Any]]:
+        """All that comes until everybody is waiting for somebody else."""
+        heard: list[dict[str, Any]] = []
+        first = self.client.protocol is Protocol.FIRST
+        while True:
+            await wait_all_tasks_blocked()
+            items = self.client.mailbox.take()
+            if not items:
+                return heard
+            for item in items:
+                lines = item if isinstance(item, bytes) else b"".join(item.first_version_lines) if first else item.lines
+                heard += objects(lines)
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Hub]:
+    hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hub.log.run, hub.delivery)
+        nursery.start_soon(hub.delivery.run)
+        yield hub
+        nursery.cancel_scope.cancel()
+
+
+def auth(
+    protocol: int = 1, *, client_id: str = "alice", read: str = "project.*", expires: float = 1000.0
+) -> dict[str, Any]:
+    grants = Grants(read=(read,), write=("project.*",))
+    token = sign(SECRET, client_id=client_id, grants=grants, expires=time.time() + expires)
+    return {"type": "auth", "token": token, "protocol": protocol}
+
+
+def publish(**fields: Any) -> dict[str, Any]:
+    return {"type": "publish", "channel": "project.a", "payload": 1, "echo": False, **fields}
+
+
+def subscribe(pattern: str) -> dict[str, Any]:
+    return {"type": "subscribe", "pattern": pattern}
+
+
+# What comes, by the words of the table; the session in the state "open" has subscribed to project.* already.
+WHAT_COMES: dict[str, Any] = {
+    "`auth`, accepted": auth(),
+    "`auth`, accepted, narrower grants": auth(read="project.a"),
+    "`auth`, another `client_id`": auth(client_id="bob"),
+    "`auth`, the token is not valid": {**auth(), "token": "sub-x.y"},
+    "`auth`, the token has expired": auth(expires=-10),
+    "`auth`, the log was never reached yet": auth(),
+    "`subscribe`": subscribe("project.*"),
+    "`subscribe`, not a pattern": subscribe("project.*.a"),
+    "`subscribe`, no grant covers it": subscribe("*"),
+    "`subscribe`, one too many": subscribe("project.b"),
+    "`unsubscribe`": {"type": "unsubscribe", "pattern": "project.*"},
+    "`unsubscribe`, a pattern not held": {"type": "unsubscribe", "pattern": "project.b"},
+    "`publish`": publish(),
+    "`publish`, not a channel": publish(channel="project.*"),
+    "`publish`, no grant matches it": publish(channel="projects"),
+    "`publish`, `retry` without `id`, `after` or `epoch`": publish(retry=True, id=1, after=0),
+    "`history`": {"type": "history", "pattern": "project.a"},
+    "`history`, no grant covers it": {"type": "history", "pattern": "projects"},
+    "`ping`": {"type": "ping", "seq": 1},
+    "an object that does not decode": {"type": "nonsense"},
+    "anything else between objects": b"[]",
+    "an object over `message_size`": publish(payload="x" * 2000),
+    "anything": {"type": "ping", "seq": 1},
+}
+
+TRANSITIONS = [
+    (state, row)
+    for row in table(section("Sessions"), "State", "What comes")
+    for state in (["new", "open"] if row["State"] == "any" else [row["State"]])
+]
+
+
+@pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
+@pytest.mark.parametrize(
+    ("state", "row"), TRANSITIONS, ids=[f"{state}: {row['What comes']}" for state, row in TRANSITIONS]
+)
+async def test_a_session_does_what_the_table_says(
+    state: str, row: Row, protocol: Protocol, autojump_clock: MockClock
+) -> None:
+    what = row["What comes"]
+    answers, codes = quoted(row["Answer"]), quoted(row["Code"])
+    if protocol is Protocol.FIRST:
+        answers = ["subscribe_error" if name == "revoked" else name for name in answers]
+        answers, codes = [name for name in answers if REPLIES[name].fixed is not None], []
+    config = Config(limits=Limits(subscriptions=1, message_size=1000))
+    async with running(config) as hub:
+        if "never reached" in what:
+            hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
+        peer = Peer(hub)
+        session = peer.client.session
+        if state == "new":
+            # Everybody counts as a first-version client then. This shows the codes that are not sent.
+            session.protocol = protocol
+        else:
+            await peer.say(auth(protocol), subscribe("project.*"))
+        if state == "closed":
+            peer.client.close(CloseCode.INTERNAL, "")
+        before = session.state
+        if "has passed" in what:
+            await trio.sleep_until(peer.client.deadline)
+            peer.client.tick()
+            heard = await peer.hear()
+        elif what == "the replica stops":
+            hub.drain()
+            heard = await peer.hear()
+        else:
+            message = WHAT_COMES[what]
+            heard = await peer.say({**message, "protocol": protocol} if what.startswith("`auth`") else message)
+        assert [message["type"] for message in heard] == answers
+        assert [message["code"] for message in heard if "code" in message] == codes
+        expected = before.name.lower() if row["Next"] == "same" else row["Next"]
+        assert session.state.name.lower() == expected
+        if state != "closed":
+            assert (NOTHING if session.closing is None else str(int(session.closing[0]))) == row["Closing"]
+
+
+def test_the_session_table_tells_all_that_can_come() -> None:
+    described = {row["What comes"] for _, row in TRANSITIONS}
+    assert set(WHAT_COMES) <= described
+    for state in ("new", "open"):
+        requests = {name for place, row in TRANSITIONS if place == state for name in quoted(row["What comes"])[:1]}
+        assert set(REQUESTS) <= requests
+
+
+def comparable(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without what is another each time."""
+    message = {name: value for name, value in message.items() if name not in ("at", "producer")}
+    if "messages" in message:
+        message["messages"] = [comparable(each) for each in message["messages"]]
+    return message
+
+
+async def test_the_conversation_goes_as_it_is_told() -> None:
+    example = section("An example")
+    [epoch] = set(re.findall(r'"epoch": ?"(\w+)"', example))
+    answered = 0
+    async with running(Config()) as hub:
+        peer = Peer(hub)
+        heard: list[dict[str, Any]] = []
+        for kind, text in blocks("client", "server", within=example):
+            text = text.replace(epoch.encode(), hub.log.epoch.encode())
+            if kind == "client":
+                assert heard == []
+                heard = await peer.say(text.replace(b'"..."', json.dumps(auth()["token"]).encode()))
+                continue
+            expected = objects(text)
+            assert list(map(comparable, heard)) == list(map(comparable, expected))
+            assert [message.keys() for message in heard] == [message.keys() for message in expected]
+            answered += 1
+            heard = []
+    assert answered == 4
