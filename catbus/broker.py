@@ -81,8 +81,9 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
             task_status.started(broker)
 
             await broker.wait_stopping()
+            await broker.hub.send_away()
             websocket.close()
-            broker.hub.drain()
+            broker.hub.finish()
             sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
         nursery.cancel_scope.cancel()
 

@@ -109,13 +109,13 @@ class Delivery:
         if self._waiting:
             self._work.set()
 
-    def restart(self, applied: int) -> None:
-        """Another epoch: what was told of the old one may be missing, and everything goes on after `applied`."""
+    def restart(self, applied: int, lost: str = "epoch") -> None:
+        """Go on after `applied` and tell everyone what may be missing: from an epoch that has ended, or to retention."""
         previous, self.position, self.at = self.position, applied, 0
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):
             known = subscription.cursor if subscription.late else previous
-            self._announce_gap(subscription, min(known, applied), applied, "epoch")
+            self._announce_gap(subscription, min(known, applied), applied, lost)
             if subscription.late:
                 self._go_live(subscription)
 

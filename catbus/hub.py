@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import trio
 
@@ -16,7 +19,7 @@ from .delivery import Delivery, Subscription
 from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
 from .log import Append, Entry, Log, Outcome, Rejected
-from .mailbox import Mailbox, Outlet
+from .mailbox import OVERHEAD, Mailbox, Outlet
 from .session import (
     Authenticate,
     Broadcast,
@@ -32,8 +35,13 @@ from .session import (
 )
 from .wire import Protocol
 
+STOPPING = "the replica is stopping"
+
 MAX_HISTORY = 1000
 """Messages in one page of `history` at the most."""
+
+MAX_HISTORY_BYTES = 1 << 20
+"""And about so many bytes, but for a single message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,9 @@ class Hub:
         self.delivery = Delivery(log)
         self.draining = False
         self.clients: set[Client] = set()
+        self._departure: float | None = None
+        self._closed = False
+        self._left = trio.lowlevel.ParkingLot()
         self._published = 0
 
     def statistics(self) -> HubStatistics:
@@ -76,18 +87,25 @@ class Hub:
         """A new connection. Its owner calls `leave` in the end, whatever happens."""
         client = Client(self, outlet, transport)
         self.clients.add(client)
-        if self.draining:
-            client.drain()
+        if self._closed:
+            client.finish()
         return client
+
+    def forget_client(self, client: Client) -> None:
+        self.clients.discard(client)
+        self._left.unpark_all()
 
     def authenticate(self, token: str) -> Identity:
         """Who bears the token; raises `PeerError`."""
         return self.authenticator.verify(token, time.time())
 
-    async def publish(self, identity: Identity, requests: Sequence[wire.Publish]) -> list[Outcome | None]:
+    async def publish(
+        self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b""
+    ) -> list[Outcome | None]:
         """Publish for somebody who has no session; answers in the order of the requests, None for an ephemeral one.
 
-        Cancelling it leaves open which of them are committed.
+        With `producer`, the same requests may be published again and are recognised by their places. Cancelling it
+        leaves open which of them are committed.
         """
         outcomes: dict[int, Outcome | None] = {}
         done = trio.Event()
@@ -98,8 +116,9 @@ class Hub:
                 done.set()
 
         for index, request in enumerate(requests):
+            request.id, request.retry = index, False
             try:
-                append = make_append(request, identity, b"", partial(settle, index))
+                append = make_append(request, identity, producer, partial(settle, index))
             except PeerError as error:
                 outcomes[index] = Rejected(error.code, error.message)
                 continue
@@ -115,8 +134,8 @@ class Hub:
     def submit(self, append: Append, epoch: str | None = None) -> None:
         """Append to the log, unless it is a retry from an epoch of which nothing can be known."""
         self._published += 1
-        if self.draining:
-            append.settle(append, Rejected(Code.SHUTTING_DOWN, "this replica is stopping"))
+        if self._closed:
+            append.settle(append, Rejected(Code.SHUTTING_DOWN, STOPPING))
         elif epoch is not None and epoch != self.log.epoch:
             append.settle(append, Rejected(Code.UNKNOWN, "first sent in another epoch of the log"))
         else:
@@ -138,11 +157,30 @@ class Hub:
             "history": MAX_HISTORY,
         }
 
-    def drain(self) -> None:
-        """Ask every client to leave, once its publishes have been answered."""
+    @property
+    def reconnect_in(self) -> float | None:
+        """When a client should come back, to another replica: seconds, at random; None while it may stay."""
+        if self._departure is None:
+            return None
+        return random.uniform(0, max(0.0, self._departure - trio.current_time()))
+
+    async def send_away(self) -> None:
+        """Be not ready for a while, then tell every client to leave, and give all of them the time to."""
+        settings = self.config.drain
         self.draining = True
+        await trio.sleep(settings.delay)
+        self._departure = trio.current_time() + settings.window
         for client in list(self.clients):
-            client.drain()
+            client.send_away()
+        with trio.move_on_at(self._departure):
+            while self.clients:
+                await self._left.park()
+
+    def finish(self) -> None:
+        """Take no more publishes, and close every client once those that it has sent have been answered."""
+        self._closed = True
+        for client in list(self.clients):
+            client.finish()
 
 
 class Client:
@@ -164,7 +202,7 @@ class Client:
         self._producer = ""
         self._closing = trio.Event()
         self._room = trio.Event()
-        self._draining = False
+        self._finishing = False
 
     @property
     def protocol(self) -> Protocol:
@@ -187,7 +225,7 @@ class Client:
         publish is owed within `database.publish_timeout`, which bounds the former. Cancelling it drops what was not
         yet understood: the connection must be closed then.
         """
-        if self._draining:
+        if self._finishing:
             return
         for effect in self.session.receive(data, trio.current_time()):
             await self._perform(effect)
@@ -211,15 +249,22 @@ class Client:
         """Wait until `closing` is set."""
         await self._closing.wait()
 
-    def drain(self) -> None:
+    def send_away(self) -> None:
+        """Say that the replica is stopping, if it is, and when to come back."""
+        reconnect_in = self._hub.reconnect_in
+        if reconnect_in is not None and self.session.identity is not None:
+            if (head := self._head()) is not None:
+                self.session.say(head)
+            self.session.say(wire.GoAway(STOPPING, round(reconnect_in, 3)))
+
+    def finish(self) -> None:
         """Take nothing more, and close when all publishes have been answered."""
-        self._draining = True
-        self.session.say(wire.GoAway("the replica is stopping", 1.0))
+        self._finishing = True
         self._settled()
 
     def leave(self) -> None:
         """The connection is gone."""
-        self._hub.clients.discard(self)
+        self._hub.forget_client(self)
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
         self._subscriptions.clear()
@@ -229,8 +274,8 @@ class Client:
 
     def _settled(self) -> None:
         self._room.set()
-        if self._draining and not self.session.pending:
-            self.close(CloseCode.SHUTTING_DOWN, "the replica is stopping")
+        if self._finishing and not self.session.pending:
+            self.close(CloseCode.SHUTTING_DOWN, STOPPING)
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
@@ -283,6 +328,7 @@ class Client:
             return
         for pattern in withdrawn:
             self._leave(pattern, revoked=True)
+        self.send_away()
 
     def _join(self, effect: Join) -> None:
         delivery, session = self._hub.delivery, self.session
@@ -305,17 +351,23 @@ class Client:
         self.session.left(pattern, delivery.position, revoked=revoked)
 
     def _measure(self, seq: int) -> None:
-        hub = self._hub
-        head = None
-        if self.session.identity is not None and not any(s.late for s in self._subscriptions.values()):
-            head = wire.Head(hub.delivery.position, hub.log.epoch, hub.delivery.at)
-        self.session.measured(seq, head)
+        self.session.measured(seq, self._head())
+
+    def _head(self) -> wire.Head | None:
+        """Up to where all subscriptions are complete with what the mailbox holds; None while one of them is late."""
+        if self.session.identity is None or any(s.late for s in self._subscriptions.values()):
+            return None
+        delivery = self._hub.delivery
+        return wire.Head(delivery.position, self._hub.log.epoch, delivery.at)
 
     async def _recall(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)
         try:
             entries, more = await self._hub.log.history(request.pattern, before=request.before, limit=limit)
         except Unavailable as error:
-            self.session.refuse_request(PeerError(Code.UNAVAILABLE, str(error)))
-        else:
-            self.session.recalled(request, entries, more)
+            self.session.refuse_request(request, PeerError(Code.UNAVAILABLE, str(error)))
+            return
+        # The newest that fit, and always one: a page is held in memory, here and by the client, as one object.
+        sizes = list(accumulate(len(entry.payload) + OVERHEAD for entry in reversed(entries)))
+        kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
+        self.session.recalled(request, kept, more or len(kept) < len(entries))

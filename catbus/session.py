@@ -197,8 +197,8 @@ class Session:
         messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
         self.say(wire.HistoryPage(messages, more, request.id))
 
-    def refuse_request(self, error: PeerError) -> None:
-        self.say(wire.Error(error.message, error.code))
+    def refuse_request(self, request: wire.History, error: PeerError) -> None:
+        self.say(error_reply(request, error))
 
     def measured(self, seq: int, head: wire.Head | None) -> None:
         self.say(wire.Pong(seq))
@@ -301,7 +301,7 @@ def make_append(
         producer=producer if producer and message.id is not None else None,
         number=message.id or 0,
         sender=identity.client_id,
-        origin=None if message.echo else producer,
+        origin=None if message.echo else producer or None,
         after=message.after if message.retry else None,
         id=message.id,
         acknowledge=message.ack,
@@ -317,6 +317,8 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
             return wire.SubscribeError(clip(pattern), error.message, error.code)
         case wire.Publish(channel=channel):
             return wire.PublishError(clip(channel), error.message, error.code, message.id)
+        case wire.History():
+            return wire.Error(error.message, error.code, message.id)
         case _:
             return wire.Error(error.message, error.code)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import msgspec
 import pytest
 import trio
 
 import catbus
 from catbus import CloseCode, Code, Config
+from catbus.client import GoAway
 from catbus.config import Drain, Limits
 from tests.brokers import CONFIG, TOKEN, running
+from tests.endpoints.peers import Peer
+
 
 async def test_a_message_goes_from_client_to_client_and_to_this_process() -> None:
     async with (
@@ -107,3 +113,67 @@ async def test_a_client_that_does_not_leave_does_not_hold_up_the_end() -> None:
             await stream.send_all(b"POST /publish HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
             broker.stop()
     await stream.aclose()
+
+
+async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
+    config = msgspec.structs.replace(CONFIG, drain=Drain(delay=0, window=30, deadline=5))
+    events: list[object] = []
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            broker = await nursery.start(catbus.serve, config)
+            url = f"ws://{broker.addresses[0][1]}/ws"
+            async with catbus.connect(url, token=TOKEN, on_event=events.append) as bus:
+                broker.stop()
+                await bus.ping()
+                assert broker.hub.readiness == "draining"
+                assert await bus.publish("a", 1) == 1, "it serves on while its clients find another replica"
+                async with catbus.connect(url, token=TOKEN, on_event=events.append) as late:
+                    await late.ping()
+            # With the last client gone nothing is left to wait for.
+    assert len(events) == 2
+    for event in events:
+        assert isinstance(event, GoAway)
+        assert 0 <= event.reconnect_in <= 30
+
+
+async def test_a_page_of_history_is_bounded_in_bytes() -> None:
+    config = msgspec.structs.replace(CONFIG, limits=Limits(message_size=1_000_000))
+    async with running(config) as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
+        for number in range(4):
+            await broker.publish("a", str(number) * 600_000)
+        page = await bus.history("a", limit=10)
+        assert ([m.seq for m in page.messages], page.more) == ([4], True)
+        await broker.publish("a", 5)
+        page = await bus.history("a", limit=10)
+        assert ([m.seq for m in page.messages], page.more) == ([4, 5], True)
+
+
+async def post(address: str, body: bytes, *headers: str) -> tuple[int, Any]:
+    """POST /publish: the status and the answer."""
+    host, _, port = address.rpartition(":")
+    fields = ["Host: x", f"Authorization: Bearer {TOKEN}", f"Content-Length: {len(body)}", *headers]
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        peer = Peer(stream)
+        await peer.send("\r\n".join(["POST /publish HTTP/1.1", *fields, "", ""]).encode() + body)
+        response = await peer.response()
+    return response.status, json.loads(response.body)
+
+
+async def test_echo_false_over_http_hides_a_message_from_nobody_else() -> None:
+    async with running() as (broker, address), broker.subscribe("a") as messages:
+        assert await post(address, b'{"channel":"a","payload":1,"echo":false}') == (200, {"seq": 1, "channel": "a"})
+        assert (await anext(messages)).payload == 1
+
+
+async def test_a_request_with_an_idempotency_key_publishes_once() -> None:
+    two = b'[{"channel":"a","payload":1},{"channel":"a","payload":1}]'
+    first = [{"seq": 1, "channel": "a"}, {"seq": 2, "channel": "a"}]
+    again = [{**result, "duplicate": True} for result in first]
+    async with running() as (_, address):
+        assert await post(address, two, "Idempotency-Key: k1") == (200, first)
+        assert await post(address, two, "Idempotency-Key: k1") == (200, again)
+        status, [other, _] = await post(address, two.replace(b"1", b"2", 1), "Idempotency-Key: k1")
+        assert (status, other["code"]) == (400, "bad_message"), "another message under the same key"
+        assert (await post(address, two, "Idempotency-Key: k2"))[1][0]["seq"] == 3
+        assert (await post(address, two))[1][0]["seq"] == 5
+        assert (await post(address, two, "Idempotency-Key: " + "k" * 256))[0] == 400

@@ -353,6 +353,13 @@ def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery
     assert (live.mail(), late.mail()) == ([3], [3])
 
 
+def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a")
+    reader = Reader(delivery, "a")
+    delivery.restart(5, "retention")
+    assert reader.mail() == [wire.Gap("a", 2, 5, "e", "retention")]
+
+
 def test_an_ephemeral_message_reaches_the_late_as_well_and_moves_nothing(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     live, late = Reader(delivery, "a"), Reader(delivery, "a", since=0)

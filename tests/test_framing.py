@@ -271,6 +271,7 @@ def test_a_message_is_decoded_when_it_is_asked_for() -> None:
 
 STRETCHES: dict[str, Callable[[int], list[bytes]]] = {
     "a string, a byte at a time": lambda n: [b'{"a":"', *[b"x"] * n],
+    "a long string, then a byte at a time": lambda n: [b'{"a":"' + b"x" * 64 * n, *[b"x"] * n],
     "braces in a string, a byte at a time": lambda n: [b'{"a":"', *[b"}"] * n],
     "escapes, three bytes at a time": lambda n: [b'{"a":"', *[b"\\\\\\"] * n],
     "quotes, a byte at a time": lambda n: [b"{", *[b'"'] * n],

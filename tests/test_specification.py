@@ -572,8 +572,11 @@ async def test_a_session_does_what_the_table_says(
             await trio.sleep_until(peer.client.deadline)
             peer.client.tick()
             heard = await peer.hear()
+        elif what == "the replica is about to stop":
+            await hub.send_away()
+            heard = await peer.hear()
         elif what == "the replica stops":
-            hub.drain()
+            hub.finish()
             heard = await peer.hear()
         else:
             message = WHAT_COMES[what]

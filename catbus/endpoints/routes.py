@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from .. import wire
+from ..auth import Identity
 from ..errors import Code, PeerError, Unavailable
 from ..log import Outcome, Rejected
 
@@ -117,7 +119,7 @@ STATUSES = {
     Code.LIMIT: 429,
     Code.OVERLOADED: 429,
     Code.UNAVAILABLE: 503,
-    Code.UNKNOWN: 503,
+    Code.UNKNOWN: 504,
     Code.SHUTTING_DOWN: 503,
     Code.INTERNAL: 500,
 }
@@ -133,7 +135,8 @@ async def publish(hub: Hub, request: Request) -> Answer:
         identity = hub.authenticate(_bearer(request))
         single, items = _split(request.body, hub.config.limits.pending_publishes)
         wanted = [_decode(item, hub.config.limits.message_size) for item in items]
-        outcomes = iter(await hub.publish(identity, [item for item in wanted if isinstance(item, wire.Publish)]))
+        requests = [item for item in wanted if isinstance(item, wire.Publish)]
+        outcomes = iter(await hub.publish(identity, requests, _producer(request, identity)))
     except (PeerError, Unavailable) as error:
         return _refusal(error)
     results: list[dict[str, object]] = []
@@ -152,6 +155,15 @@ def _bearer(request: Request) -> str:
     if scheme.lower() != b"bearer" or not token.strip():
         raise PeerError(Code.UNAUTHENTICATED, "a token is needed: `Authorization: Bearer ...`")
     return token.strip().decode("latin-1")
+
+
+def _producer(request: Request, identity: Identity) -> bytes:
+    """Whom a request with an `Idempotency-Key` publishes for: the same one whenever the same client repeats the key."""
+    key = request.header(b"idempotency-key")
+    if len(key) > 255:
+        raise PeerError(Code.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
+    subject = (identity.client_id or "").encode()
+    return blake2b(key + b"\0" + subject, digest_size=16, person=b"catbus publish").digest() if key else b""
 
 
 def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]:

@@ -112,8 +112,9 @@ class Follower(Protocol):
     def apply(self, entries: Sequence[Entry]) -> None:
         """Take the next entries: their seqs follow on one another and on all that came before."""
 
-    def restart(self, applied: int) -> None:
-        """The log was opened, or has another epoch now: the next entry is `applied + 1`."""
+    def restart(self, applied: int, lost: str = "epoch") -> None:
+        """The next entry is `applied + 1`: the log was opened, or has another epoch (`lost` is "epoch"), or retention
+        has overtaken this replica ("retention")."""
 
 
 class Log(Protocol):

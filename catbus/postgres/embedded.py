@@ -50,6 +50,7 @@ FAST = 10.0
 IMMEDIATE = 5.0
 """Seconds for one that leaves that to the next start."""
 
+_STAGING = "cluster.new-"
 _ACCOUNTS = "postgres", "nobody"
 _POLL = 0.02
 _INITDB_PATIENCE = 120.0
@@ -281,9 +282,10 @@ def _binaries_for(cluster: Path) -> Binaries:
 def _initialise(cluster: Path, binaries: Binaries, options: dict[str, Any], *, durable: bool) -> None:
     """Make a cluster that has the role and the database. It gets its name last."""
     logger.info("initialising the embedded database", directory=str(cluster.parent), server=str(binaries))
-    staging = cluster.with_name("cluster.new")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(mode=0o700)
+    # Under a new name each time: what an earlier catbus has left behind may still be writing.
+    for abandoned in cluster.parent.glob(f"{_STAGING}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=cluster.parent))
     password = staging / "password"
     with os.fdopen(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_urlsafe(24))

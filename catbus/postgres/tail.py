@@ -40,8 +40,8 @@ class Tail:
         """Hand everything to `follower` from now on."""
         self._follower = follower
 
-    def restart(self, epoch: str, applied: int, floor: int) -> None:
-        """Go on after `applied`; what was here belongs to the past."""
+    def restart(self, epoch: str, applied: int, floor: int, lost: str = "epoch") -> None:
+        """Go on after `applied`; what was here belongs to the past. `lost` is for whoever follows."""
         self.epoch = epoch
         self.applied = self.announced = self._expected = applied
         self.floor = floor
@@ -49,7 +49,7 @@ class Tail:
         self._ahead.clear()
         self.recent.clear(applied)
         if self._follower is not None:
-            self._follower.restart(applied)
+            self._follower.restart(applied, lost)
         self._restarted.set()
         self._restarted = trio.Event()
 
@@ -94,9 +94,9 @@ class Tail:
         if generation != self.generation:
             return
         if page.after > self.applied:
-            # Retention has overtaken this replica. Whoever follows is told as of any other break.
+            # Retention has overtaken this replica.
             announced = self.announced
-            self.restart(self.epoch, page.after, page.after + 1)
+            self.restart(self.epoch, page.after, page.after + 1, "retention")
             self.announced = max(announced, page.after)
         if page.entries:
             self.offer(page.entries)

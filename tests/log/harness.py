@@ -32,7 +32,7 @@ class Recorder:
         self.entries.extend(entries)
         self._wake()
 
-    def restart(self, applied: int) -> None:
+    def restart(self, applied: int, lost: str = "epoch") -> None:
         self.restarts.append(applied)
         self.applied = applied
         self._wake()

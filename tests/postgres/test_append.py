@@ -501,6 +501,22 @@ def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) ->
     play(database_url, scene)
 
 
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_entries_travel_with_a_notification_of_up_to_1000_bytes(database_url: str, size: int) -> None:
+    async def scene(epoch: str, writer: Connection) -> None:
+        heard: list[str] = []
+        await writer.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
+        around = len(f'{epoch}:1:1 [[1,{int(time.time() * 1000)},"a.b",null,null,""]]')
+        payload = '"' + "é" * ((size - around) // 2) + "e" * ((size - around) % 2) + '"'
+        answer = await append(writer, epoch, [Sent(b"p", 1, payload=payload)])
+        await asyncio.sleep(0)
+        whole = f'{epoch}:1:1 [[1,{answer.at},"a.b",null,null,{payload}]]'
+        assert len(whole.encode()) == size
+        assert heard == [whole if size == 1000 else f"{epoch}:1:1"]
+
+    play(database_url, scene)
+
+
 @pytest.mark.parametrize("entries", [0, 30])
 def test_plans_made_for_a_small_table_use_its_indexes(database_url: str, entries: int) -> None:
     """Whoever plans while the log is short, be it analysed or not, keeps the plan when it is long."""

@@ -79,7 +79,7 @@ async def test_all_subscribers_of_both_replicas_see_all_messages_in_one_gapless_
                     assert isinstance(seq, int), seq
                     acknowledged.add((seq, name, n))
 
-    with trio.fail_after(PATIENCE):
+    with trio.move_on_after(PATIENCE) as limit:
         async with open_replicas(database_url, 2) as replicas, trio.open_nursery() as nursery:
             for index, subscriber in enumerate(subscribers):
                 await nursery.start(follow, replicas[index % 2], subscriber)
@@ -93,6 +93,8 @@ async def test_all_subscribers_of_both_replicas_see_all_messages_in_one_gapless_
                 await tally.wait_for(total)
             nursery.cancel_scope.cancel()
 
+    counts = [len(tally.items) for tally in (acknowledged, *subscribers, *latecomers)]
+    assert not limit.cancelled_caught, f"no end after {PATIENCE:g} s: {counts}"
     log = sorted(acknowledged.items)
     assert difference([seq for seq, _, _ in log], range(1, total + 1)) is None
     for seen in (*subscribers, *latecomers):
