@@ -110,7 +110,7 @@ class Delivery:
             self._work.set()
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
-        """Go on after `applied` and tell everyone what may be missing: from an epoch that has ended, or to retention."""
+        """Go on after `applied`, and tell everyone what may be missing: `lost` is "epoch" or "retention"."""
         previous, self.position, self.at = self.position, applied, 0
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):

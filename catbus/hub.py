@@ -162,7 +162,7 @@ class Hub:
         """When a client should come back, to another replica: seconds, at random; None while it may stay."""
         if self._departure is None:
             return None
-        return random.uniform(0, max(0.0, self._departure - trio.current_time()))
+        return random.uniform(0, max(0.0, self._departure - trio.current_time()))  # noqa: S311 (no secret)
 
     async def send_away(self) -> None:
         """Be not ready for a while, then tell every client to leave, and give all of them the time to."""

@@ -275,7 +275,7 @@ def test_append_does_what_a_list_would(database_url: str) -> None:
     class Machine(AppendMachine):
         url = database_url
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=30, stateful_step_count=20))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=20, stateful_step_count=20))
 
 
 # Interleavings
