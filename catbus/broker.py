@@ -112,7 +112,7 @@ async def _start(config: Config, nursery: trio.Nursery) -> Broker:
 async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
     settings, limits = config.database, config.limits
     if settings.url == "memory":
-        return MemoryLog(limits.recent)
+        return MemoryLog(limits.recent, pending=limits.pending_total)
     if settings.url == "embedded":
         url = await nursery.start(embedded.run, config.state_directory / "postgres")
         settings = msgspec.structs.replace(settings, url=url)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"errors", "logs"},
+    {"errors", "loggers"},
     {"topics", "wire"},
     {"framing", "auth"},
     {"config"},
@@ -32,7 +32,7 @@ LAYERS = (
 NARROWER = {
     "client": {"errors", "topics", "wire", "framing", "webtransport"},
     "config": {"errors"},
-    "postgres": {"errors", "logs", "topics", "config", "log"},
+    "postgres": {"errors", "loggers", "topics", "config", "log"},
     "webtransport": {"errors"},
 }
 

@@ -18,7 +18,7 @@ import trio
 from ..broker import Broker, serve
 from ..config import Config, default_state_directory, load, redact
 from ..errors import ConfigError
-from ..logs import get_logger
+from ..loggers import get_logger
 from .development import DEFAULT_URL, development_token, keep_secret
 from .logs import configure
 from .options import config_option, database_option, state_option

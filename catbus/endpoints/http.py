@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
-from ..logs import get_logger
+from ..loggers import get_logger
 from . import upgrade
 from .outbox import close_gently
 from .roster import Roster

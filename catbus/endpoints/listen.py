@@ -12,7 +12,7 @@ import trio
 
 from ..config import split_address
 from ..errors import ConfigError
-from ..logs import get_logger
+from ..loggers import get_logger
 from .http import serve_connection
 from .outbox import close_gently
 from .roster import Roster

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from ..logs import get_logger
+from ..loggers import get_logger
 from .frames import Packer
 
 logger = get_logger("catbus.endpoints")

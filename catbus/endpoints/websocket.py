@@ -10,7 +10,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 from wsproto.utilities import LocalProtocolError
 
 from ..errors import CloseCode
-from ..logs import get_logger
+from ..loggers import get_logger
 from ..mailbox import Item
 from .frames import PING, close_frame
 from .outbox import Outbox

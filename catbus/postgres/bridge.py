@@ -17,7 +17,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
-from ..logs import get_logger
+from ..loggers import get_logger
 
 logger = get_logger("catbus.postgres")
 

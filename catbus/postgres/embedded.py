@@ -32,7 +32,7 @@ from urllib.parse import quote
 import trio
 
 from ..errors import ConfigError
-from ..logs import get_logger
+from ..loggers import get_logger
 from .binaries import Binaries, find_binaries
 
 logger = get_logger("catbus.postgres")

@@ -10,7 +10,7 @@ import trio
 from msgspec import Raw
 
 from ..log import Entry
-from ..logs import get_logger
+from ..loggers import get_logger
 from .bridge import Connection
 from .epochs import Epochs
 from .supervise import Working

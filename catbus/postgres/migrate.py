@@ -6,7 +6,7 @@ from importlib import resources
 
 from ..config import Database
 from ..errors import ConfigError, Unavailable
-from ..logs import get_logger
+from ..loggers import get_logger
 from .bridge import OUTAGE, Connection, open_bridge
 
 logger = get_logger("catbus.postgres")

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ..errors import ConfigError
-from ..logs import get_logger
+from ..loggers import get_logger
 from .bridge import OUTAGE, leaves
 
 logger = get_logger("catbus.postgres")

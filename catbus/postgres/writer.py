@@ -22,7 +22,7 @@ from ..log.base import (
     UNKNOWN,
     Outcome,
 )
-from ..logs import get_logger
+from ..loggers import get_logger
 from .batch import Batch
 from .bridge import Connection, sqlstate
 from .supervise import Working

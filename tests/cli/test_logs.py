@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from catbus.cli.logs import configure, scrub
-from catbus.logs import get_logger
+from catbus.loggers import get_logger
 
 TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"
 SECRET = "correct horse battery staple"

@@ -366,19 +366,23 @@ async def test_after_the_library_has_closed_it_nothing_is_read() -> None:
         assert (await Peer(theirs).frame()).opcode == peers.PING
 
 
-async def test_a_peer_that_has_not_read_yet_still_can_after_a_gentle_close() -> None:
+async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
     async with tcp_pair() as (server, client):
         await client.send_all(b"never read by the server" * 10)
         await server.send_all(b"goodbye")
+        closed = trio.Event()
 
         async def close() -> None:
             await close_gently(server)
-            await server.aclose()
+            closed.set()
 
         with patience():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(close)
-                await wait_all_tasks_blocked()
                 assert await client.receive_some() == b"goodbye"
                 assert await client.receive_some() == b""
+                await client.send_all(b"still talking")
+                await wait_all_tasks_blocked()
+                assert not closed.is_set()
                 await client.aclose()
+                await closed.wait()
