@@ -67,11 +67,10 @@ def catbus_run(database: str, environment: Mapping[str, str] = {}) -> Iterator[S
     settings = {
         "DATABASE_URL": database,
         "CATBUS_SECRET": SECRET,
-        "CATBUS_WS_BIND": "127.0.0.1:0",
         "PYTHONPATH": str(ROOT),
         **environment,
     }
-    command = [sys.executable, "-m", "catbus", "run"]
+    command = [sys.executable, "-m", "catbus", "run", "--config", str(Path(__file__).with_name("catbus.toml"))]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=output)
         try:

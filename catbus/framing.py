@@ -86,8 +86,10 @@ class Framer(Generic[M]):
         stop = len(data) if len(data) - start <= room else start + room
         position, level, until = start, self._level, self._until
         while position < stop and (match := until.match(data, position, stop)):
-            position = match.end()
             byte = match[1]
+            if not byte:
+                break
+            position = match.end()
             if until is _ESCAPED:
                 until = _STRING
             elif byte == b"{":

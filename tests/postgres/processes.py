@@ -18,6 +18,7 @@ import trio
 from catbus.auth import Grants, sign
 
 ROOT = Path(__file__).parents[2]
+CONFIG = Path(__file__).with_name("replica.toml")
 SECRET = "a secret that all replicas share"
 
 
@@ -101,12 +102,6 @@ async def open_replicas(database_url: str, count: int) -> AsyncIterator[list[Rep
 
 async def _start(database_url: str) -> trio.Process:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
-    settings = {
-        "DATABASE_URL": database_url,
-        "CATBUS_SECRET": SECRET,
-        "CATBUS_WS_BIND": "127.0.0.1:0",
-        "PYTHONPATH": str(ROOT),
-    }
-    return await trio.lowlevel.open_process(
-        [sys.executable, "-m", "catbus", "run"], env=inherited | settings, stdout=subprocess.PIPE
-    )
+    settings = {"DATABASE_URL": database_url, "CATBUS_SECRET": SECRET, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "catbus", "run", "--config", str(CONFIG)]
+    return await trio.lowlevel.open_process(command, env=inherited | settings, stdout=subprocess.PIPE)

@@ -291,13 +291,16 @@ def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
     if not (found.folder.parent / "share").is_dir():
         pytest.skip("this PostgreSQL does not work in another place")
     hidden = tmp_path / "hidden"
-    shutil.copytree(found.folder.parent, hidden / "pg", ignore=shutil.ignore_patterns("include"))
+    package = found.folder.parent.parent
+    for part in (package, package.with_name(f"{package.name}.libs")):
+        shutil.copytree(part, hidden / part.name, ignore=shutil.ignore_patterns("include"))
     hidden.chmod(0o700)
-    monkeypatch.setattr(binaries, "_folders", lambda: [hidden / "pg" / "bin"])
+    place = found.folder.relative_to(package.parent)
+    monkeypatch.setattr(binaries, "_folders", lambda: [hidden / place])
     modes = [path.stat().st_mode for path in (hidden, tmp_path, cluster.parent)]
     with embedded.prepare(cluster, FAST) as server:
         copied = server.binaries.folder
-        assert copied == cluster / "binaries" / found.version / "bin"
+        assert copied == cluster / "binaries" / found.version / place
         made = copied.stat().st_ctime_ns
         with server.log_file.open("ab") as log:
             process = subprocess.Popen(server.command, stdout=log, stderr=log, **server.popen_options)

@@ -137,6 +137,7 @@ async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_send
                     await wait_until(lambda: waiting(sql))
                     replica.terminate()
                     await stopping.wait()
+                    # Who has nothing on its way does not have to wait for those who have.
                     await sent_away.wait()
                     with pytest.raises(Disconnected):
                         await follow(replica, Tally())
