@@ -2,7 +2,7 @@
 
 venv := .venv
 bin := $(venv)/bin
-pip := $(bin)/python -m pip --disable-pip-version-check --no-input --quiet
+pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +62,12 @@ class Server:
 
 
 @contextmanager
-def catbus_run(database: str, environment: Mapping[str, str] = {}) -> Iterator[Server]:
+def catbus_run(database: str) -> Iterator[Server]:
     """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended."""
-    settings = {
-        "DATABASE_URL": database,
-        "CATBUS_SECRET": SECRET,
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
     command = [sys.executable, "-m", "catbus", "run", "--config", str(Path(__file__).with_name("catbus.toml"))]
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
+        Path(state).chmod(0o711)  # For root, another user serves the embedded database.
+        settings = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, env=os.environ | settings, stdout=output)
         try:
             with _stopping(process):
@@ -94,7 +90,9 @@ def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
                 if _is_ready(port):
                     return port
         time.sleep(0.05)
-    sys.exit(f"catbus run is not ready after {STARTING_TIME:.0f} s, or has ended ({process.poll()})")
+    if process.poll() is not None:
+        sys.exit(f"catbus run ended with status {process.returncode}")
+    sys.exit(f"catbus run is not ready after {STARTING_TIME:.0f} s")
 
 
 def _events(output: TextIO) -> list[dict[str, Any]]:

@@ -312,7 +312,7 @@ class Client:
             if not self._producer:
                 claimed = effect.producer
                 known = claimed is not None and hub.authenticator.check_producer(claimed, subject)
-                self._producer = claimed if claimed and known else hub.authenticator.new_producer(subject)
+                self._producer = claimed if claimed and known else hub.authenticator.new_producer(subject, time.time())
             producer = hub.authenticator.check_producer(self._producer, subject) or session.producer
             reply = wire.AuthOk(
                 identity.client_id,

@@ -314,9 +314,9 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
         case wire.Auth():
             return wire.AuthError(error.message, error.code)
         case wire.Subscribe(pattern=pattern) | wire.Unsubscribe(pattern=pattern):
-            return wire.SubscribeError(clip(pattern), error.message, error.code)
+            return wire.SubscribeError(wire.clip(pattern), error.message, error.code)
         case wire.Publish(channel=channel):
-            return wire.PublishError(clip(channel), error.message, error.code, message.id)
+            return wire.PublishError(wire.clip(channel), error.message, error.code, message.id)
         case wire.History():
             return wire.Error(error.message, error.code, message.id)
         case _:
@@ -325,8 +325,3 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
 
 def _nothing() -> None:
     pass
-
-
-def clip(text: str) -> str:
-    """What a peer called something, short enough to be repeated to it."""
-    return text if len(text) <= 255 else text[:252] + "..."

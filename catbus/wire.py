@@ -259,8 +259,13 @@ def refusal(error: Exception) -> PeerError:
         case UnicodeDecodeError():
             text = "not valid UTF-8"
         case _:
-            text = str(error)
+            text = clip(str(error))
     return PeerError(Code.BAD_MESSAGE, text)
+
+
+def clip(text: str) -> str:
+    """What a peer has called something, short enough to be repeated to it."""
+    return text if len(text) <= 255 else text[:252] + "..."
 
 
 def _check_text(data: bytes) -> None:

@@ -464,7 +464,7 @@ def test_an_empty_secret_is_our_own_mistake(secrets: list[str] | str) -> None:
 
 @given(st.none() | st.text())
 def test_a_producer_is_known_to_every_replica_with_the_secret(subject: str | None) -> None:
-    text = Authenticator([SECRET]).new_producer(subject)
+    text = Authenticator([SECRET]).new_producer(subject, NOW)
     name = Authenticator([SECRET]).check_producer(text, subject)
     assert name is not None
     assert len(name) == 16
@@ -476,18 +476,18 @@ def test_a_producer_is_known_to_every_replica_with_the_secret(subject: str | Non
 @given(st.none() | st.text(), st.none() | st.text())
 def test_a_producer_of_another_subject_does_not_fit(subject: str | None, other: str | None) -> None:
     authenticator = Authenticator([SECRET])
-    fits = authenticator.check_producer(authenticator.new_producer(subject), other) is not None
+    fits = authenticator.check_producer(authenticator.new_producer(subject, NOW), other) is not None
     assert fits == (subject == other)
 
 
 def test_no_two_producers_are_the_same() -> None:
     authenticator = Authenticator([SECRET])
-    assert authenticator.new_producer("a") != authenticator.new_producer("a")
+    assert authenticator.new_producer("a", NOW) != authenticator.new_producer("a", NOW)
 
 
 def test_a_producer_with_one_character_changed_does_not_fit() -> None:
     authenticator = Authenticator([SECRET])
-    text = authenticator.new_producer("a")
+    text = authenticator.new_producer("a", NOW)
     for place, character in enumerate(text):
         for changed in (chr(ord(character) ^ 1), ""):
             assert authenticator.check_producer(text[:place] + changed + text[place + 1 :], "a") is None
@@ -504,6 +504,6 @@ def test_a_producer_is_not_made_of_what_a_token_shows() -> None:
 
 def test_without_secrets_producers_are_known_to_their_maker_only() -> None:
     authenticator = Authenticator([])
-    text = authenticator.new_producer("a")
+    text = authenticator.new_producer("a", NOW)
     assert authenticator.check_producer(text, "a") is not None
     assert Authenticator([]).check_producer(text, "a") is None

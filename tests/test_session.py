@@ -244,6 +244,7 @@ def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
         ({"type": "publish", "channel": "project.a"}, "bad_message"),
         ({"type": "publish", "channel": "project.a", "payload": 1, "id": 2**63}, "bad_message"),
         ({"type": "nonsense"}, "bad_message"),
+        ({"type": "nonsense" * 100}, "bad_message"),
         ({"pattern": "project.a"}, "bad_message"),
         ([1, 2], None),
     ],

@@ -181,8 +181,9 @@ class Connection:
     async def _read(self, websocket: WebSocketConnection, client: Client) -> None:
         """Feed the client until it is closing; then read on for the library's sake, which waits for the peer's Close.
 
-        Whatever happens the library is read: it keeps one message and then stops answering pings. While `receive`
-        waits for room, that is so for as long as an answer to a publish may take.
+        The library keeps one message and then reads nothing, pings included, so it has to be read whatever happens.
+        Only while `receive` waits for room is it not: until a publish has been answered, which takes 5 s at most, or
+        until the peer takes what is waiting for it, which `check` sees to.
         """
         try:
             try:

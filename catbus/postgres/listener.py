@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from hmac import compare_digest
 
 import msgspec
 import trio
@@ -29,7 +31,8 @@ _HEARD = 10_000
 """Notifications that may wait; for more there is the poll."""
 
 _POSITION = "SELECT epoch, head, floor FROM catbus.position()"
-_EPOCHS = "SELECT epoch, after_seq FROM catbus.epochs ORDER BY began, after_seq"
+_EPOCHS = "SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"
+_SEAL = "SELECT seal FROM catbus.head"
 
 _enclosed = msgspec.json.Decoder(list[tuple[int, int, str, str | None, str | None, Raw]])
 
@@ -48,6 +51,7 @@ class Listener:
         self._connect = connect
         self._tail = tail
         self._own_pid = own_pid
+        self._seal = ""
         self._heard: deque[tuple[int, str]] = deque()
         self._news = trio.Event()
         self._doubt = trio.Event()
@@ -62,6 +66,7 @@ class Listener:
             self._heard.clear()
             connection.when_closed(self._hear_end)
             await connection.listen(CHANNEL, self._hear)
+            (self._seal,) = await connection.fetchrow(_SEAL, timeout=PATIENCE)
             self._tail.announce(await self._look(connection))
             working()
             async with trio.open_nursery() as nursery:
@@ -88,10 +93,15 @@ class Listener:
                 raise OSError("the connection that listens was lost")
 
     def _take(self, pid: int, payload: str) -> None:
-        """Understand one notification: `epoch:first:last`, perhaps followed by the entries themselves."""
+        """Understand one notification: `epoch:first:last`, perhaps followed by a seal and the entries themselves.
+
+        Anybody who may connect to the database may notify. A position is read before it is believed, and entries are
+        believed when their seal was made with a secret of the log's owner.
+        """
         self.notifications += 1
         try:
-            head, _, enclosed = payload.partition(" ")
+            head, _, rest = payload.partition(" ")
+            seal, _, enclosed = rest.partition(" ")
             epoch, _, last = head.split(":")
             newest = int(last)
             if epoch != self._tail.epoch:
@@ -99,7 +109,7 @@ class Listener:
             elif pid == self._own_pid():
                 self._tail.expect(newest)
             else:
-                if enclosed:
+                if enclosed and compare_digest(seal, sealed(head, enclosed, self._seal)):
                     self._tail.offer(_entries(enclosed))
                 self._tail.announce(newest)
         except (ValueError, msgspec.DecodeError):
@@ -139,6 +149,11 @@ class Listener:
             tail.announce(head)
         tail.floor = floor
         return int(head)
+
+
+def sealed(head: str, enclosed: str, secret: str) -> str:
+    """The seal that `catbus.append` puts on the entries in a notification."""
+    return sha256(f"{head}{enclosed}{secret}".encode()).hexdigest()[:32]
 
 
 def _entries(enclosed: str) -> list[Entry]:

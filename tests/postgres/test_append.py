@@ -16,6 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
+from catbus.postgres.listener import sealed
+
 T = TypeVar("T")
 Connection = Any
 
@@ -129,6 +131,7 @@ class AppendMachine(RuleBasedStateMachine):
         self.epoch, self.base, _ = self.run(position(self.connection))
         self.floor = self.base + 1
         self.run(self.connection.execute(f"DELETE FROM catbus.entries; UPDATE catbus.head SET floor = {self.floor}"))
+        self.secret = self.run(self.connection.fetchval("SELECT seal FROM catbus.head"))
         self.heard: list[str] = []
         self.run(self.connection.add_listener("catbus", lambda *arguments: self.heard.append(arguments[-1])))
         self.log: list[Row] = []
@@ -191,7 +194,7 @@ class AppendMachine(RuleBasedStateMachine):
         self.log += new
 
         self.run(asyncio.sleep(0))
-        assert self.heard == ([announcement(self.epoch, answer.at, new)] if new else [])
+        assert self.heard == ([announcement(self.epoch, answer.at, new, self.secret)] if new else [])
         self.heard.clear()
 
     @rule(target=sent, data=st.data())
@@ -259,7 +262,7 @@ class AppendMachine(RuleBasedStateMachine):
         assert self.run(position(self.connection)) == (self.epoch, self.head, self.floor)
 
 
-def announcement(epoch: str, at: int, rows: Sequence[Row]) -> str:
+def announcement(epoch: str, at: int, rows: Sequence[Row], secret: str) -> str:
     """The notification that tells of these entries."""
     span = f"{epoch}:{rows[0].seq}:{rows[-1].seq}"
     entries = []
@@ -267,7 +270,8 @@ def announcement(epoch: str, at: int, rows: Sequence[Row]) -> str:
         sender = json.dumps(row.sender, ensure_ascii=False)
         origin = json.dumps(row.origin and row.origin.hex())
         entries.append(f'[{row.seq},{at},"{row.channel}",{sender},{origin},{row.payload}]')
-    whole = f"{span} [{','.join(entries)}]"
+    enclosed = f"[{','.join(entries)}]"
+    whole = f"{span} {sealed(span, enclosed, secret)} {enclosed}"
     return whole if len(whole.encode()) <= 1000 else span
 
 
@@ -342,7 +346,8 @@ def test_an_epoch_that_changed_while_the_call_waited_is_noticed(database_url: st
     async def scene(epoch: str, changing: Connection, writer: Connection, observer: Connection) -> None:
         await changing.execute("BEGIN")
         await changing.execute(
-            "INSERT INTO catbus.epochs SELECT 'next', 0, system_identifier, timeline, now() FROM catbus.epochs"
+            "INSERT INTO catbus.epochs (epoch, after_seq, system_identifier, timeline) "
+            "SELECT 'next', 0, system_identifier, timeline FROM catbus.epochs"
         )
         await changing.execute("UPDATE catbus.head SET epoch = 'next'")
         late = asyncio.create_task(append(writer, epoch, [Sent(b"p", 1)]))
@@ -506,11 +511,12 @@ def test_entries_travel_with_a_notification_of_up_to_1000_bytes(database_url: st
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
-        around = len(f'{epoch}:1:1 [[1,{int(time.time() * 1000)},"a.b",null,null,""]]')
+        around = 33 + len(f'{epoch}:1:1 [[1,{int(time.time() * 1000)},"a.b",null,null,""]]')
         payload = '"' + "é" * ((size - around) // 2) + "e" * ((size - around) % 2) + '"'
         answer = await append(writer, epoch, [Sent(b"p", 1, payload=payload)])
         await asyncio.sleep(0)
-        whole = f'{epoch}:1:1 [[1,{answer.at},"a.b",null,null,{payload}]]'
+        span, enclosed = f"{epoch}:1:1", f'[[1,{answer.at},"a.b",null,null,{payload}]]'
+        whole = f"{span} {sealed(span, enclosed, await writer.fetchval('SELECT seal FROM catbus.head'))} {enclosed}"
         assert len(whole.encode()) == size
         assert heard == [whole if size == 1000 else f"{epoch}:1:1"]
 

@@ -387,6 +387,8 @@ async def test_a_notification_that_is_lost_is_found_by_the_poll(
         "{epoch}:1:1 [1]",
         "{epoch}:1:2 []",
         "{epoch}:2:2 [[2",
+        '{epoch}:2:2 [[2,1000,"a",null,null,"forged"]]',
+        '{epoch}:2:2 00000000000000000000000000000000 [[2,1000,"a",null,null,"forged"]]',
     ],
 )
 async def test_a_forged_notification_changes_nothing(database_url: str, payload: str) -> None:
@@ -453,7 +455,7 @@ async def new_epoch(url: str, name: str, after: int) -> None:
             DELETE FROM catbus.entries WHERE seq > {after};
             INSERT INTO catbus.epochs (epoch, after_seq, system_identifier, timeline)
                 SELECT '{name}', {after}, system_identifier, timeline + 1
-                FROM catbus.epochs ORDER BY began DESC LIMIT 1;
+                FROM catbus.epochs ORDER BY ordinal DESC LIMIT 1;
             UPDATE catbus.head SET epoch = '{name}';
             COMMIT""")
 

@@ -15,6 +15,7 @@ COMMENT ON TABLE catbus.schema_version IS 'One row: the number of the newest fil
 -- recognised by what Postgres says of itself, and gets another epoch.
 CREATE TABLE catbus.epochs (
     epoch             text        PRIMARY KEY,
+    ordinal           integer     NOT NULL UNIQUE GENERATED ALWAYS AS IDENTITY,
     after_seq         bigint      NOT NULL,
     system_identifier bigint      NOT NULL,
     timeline          integer     NOT NULL,
@@ -37,11 +38,13 @@ SELECT gen_random_uuid()::text,
 CREATE TABLE catbus.head (
     epoch text     NOT NULL REFERENCES catbus.epochs,
     slot  smallint NOT NULL CHECK (slot BETWEEN 0 AND 7),
-    floor bigint   NOT NULL CHECK (floor > 0)
+    floor bigint   NOT NULL CHECK (floor > 0),
+    seal  text     NOT NULL DEFAULT gen_random_uuid()::text || gen_random_uuid()::text
 );
 CREATE UNIQUE INDEX head_one_row ON catbus.head ((true));
 INSERT INTO catbus.head (epoch, slot, floor) SELECT e.epoch, 0, 1 FROM catbus.epochs AS e;
 COMMENT ON TABLE catbus.head IS 'One row: the state of the log, and the lock under which the log changes';
+COMMENT ON COLUMN catbus.head.seal IS 'By this secret, entries in a notification are known to come from catbus.append';
 COMMENT ON COLUMN catbus.head.slot IS 'The partition that takes new entries';
 COMMENT ON COLUMN catbus.head.floor IS 'The oldest seq that still exists; the next one to be given when there is none';
 

@@ -46,7 +46,7 @@ BEGIN
 
     -- FOR UPDATE leaves no version of the row behind, and still writes: a call that finds nothing but duplicates waits
     -- for the same disks and standbys as the call that brought the originals.
-    SELECT h.epoch, h.slot, h.floor INTO STRICT head FROM catbus.head AS h FOR UPDATE;
+    SELECT h.epoch, h.slot, h.floor, h.seal INTO STRICT head FROM catbus.head AS h FOR UPDATE;
     IF head.epoch IS DISTINCT FROM append.epoch THEN
         RAISE EXCEPTION 'the epoch of the log is %, not %', head.epoch, append.epoch USING ERRCODE = 'CB001';
     END IF;
@@ -107,20 +107,23 @@ BEGIN
         IF pg_notification_queue_usage() <= 0.5 THEN
             hint := format('%s:%s:%s', head.epoch, first, first + added - 1);
             -- Few small entries travel along, so that nobody has to read them. One takes 34 bytes at least, so that
-            -- more than 28 cannot fit; and big payloads are not put together only to be found too big.
+            -- more than 28 cannot fit; and big payloads are not put together only to be found too big. Whoever may
+            -- connect may notify: a seal that only the owner of the log can make tells that they stand in it. The secret
+            -- comes last in it, because a hash can be continued by who does not know how its text began.
             IF added <= 28 AND (
                 SELECT sum(octet_length(new.payload))
                 FROM unnest(seqs, payloads) AS new (seq, payload) WHERE new.seq >= first
             ) <= 1000 THEN
-                SELECT string_agg(format('[%s,%s,%s,%s,%s,%s]',
+                SELECT '[' || string_agg(format('[%s,%s,%s,%s,%s,%s]',
                            new.seq, at, to_json(new.channel), coalesce(to_json(new.sender)::text, 'null'),
                            coalesce(to_json(encode(new.origin, 'hex'))::text, 'null'), new.payload),
-                       ',' ORDER BY new.seq)
+                       ',' ORDER BY new.seq) || ']'
                 INTO luggage
                 FROM unnest(seqs, channels, payloads, senders, origins) AS new (seq, channel, payload, sender, origin)
                 WHERE new.seq >= first;
-                IF octet_length(hint) + octet_length(luggage) + 3 <= 1000 THEN
-                    hint := format('%s [%s]', hint, luggage);
+                IF octet_length(hint) + octet_length(luggage) + 34 <= 1000 THEN
+                    hint := format('%s %s %s', hint,
+                        left(encode(sha256(convert_to(hint || luggage || head.seal, 'UTF8')), 'hex'), 32), luggage);
                 END IF;
             END IF;
             PERFORM pg_notify('catbus', hint);
