@@ -20,7 +20,7 @@ from .errors import Unavailable
 from .log import Entry, Log, Page
 from .mailbox import OVERHEAD, Mailbox, Run
 from .topics import Group, TopicTree
-from .wire import Gap, Live, Protocol, Reply, encode
+from .wire import Gap, Live, Reply, encode
 
 PAGE_ROWS = 1000
 PAGE_BYTES = 1 << 20
@@ -37,14 +37,15 @@ class Subscription:
     which is why it gets one copy of a message however many of them match.
     """
 
-    __slots__ = ("cursor", "late", "mailbox", "owed_live", "patterns", "producer", "protocol", "stalled")
+    __slots__ = ("cursor", "late", "mailbox", "overlapping", "owed_live", "patterns", "producer", "stalled")
 
-    def __init__(self, mailbox: Mailbox, protocol: Protocol = Protocol.V1, producer: bytes = b"") -> None:
+    def __init__(self, mailbox: Mailbox, producer: bytes = b"") -> None:
         self.mailbox = mailbox
-        self.protocol = protocol
         self.producer = producer
         self.patterns: dict[str, int] = {}
         """Each pattern, and the seq after which its messages are wanted."""
+        self.overlapping = False
+        """Whether there are several of them."""
         self.late = False
         self.cursor = 0
         """Complete up to here; kept only while late."""
@@ -53,7 +54,7 @@ class Subscription:
         self.owed_live = False
 
     def say(self, mark: Reply) -> None:
-        line = encode(mark, self.protocol)
+        line = encode(mark, self.mailbox.protocol)
         if line is not None:
             self.mailbox.put(line)
 
@@ -127,6 +128,7 @@ class Delivery:
         """Deliver what matches `pattern`: from now on, or after `since` of `epoch` first and then live."""
         if since is None:
             subscription.patterns[pattern] = self.position
+            subscription.overlapping = len(subscription.patterns) > 1
             (self._late if subscription.late else self._live).add(pattern, subscription)
             return
         resumption = self._log.resume(since, epoch)
@@ -144,6 +146,7 @@ class Delivery:
         """Deliver nothing more for `pattern`. What is in the mailbox already stays there."""
         (self._late if subscription.late else self._live).remove(pattern, subscription)
         subscription.patterns.pop(pattern, None)
+        subscription.overlapping = len(subscription.patterns) > 1
         if not subscription.patterns:
             self._waiting.pop(subscription, None)
             self._ahead.pop(subscription, None)
@@ -210,7 +213,7 @@ class Delivery:
         if not shelves:
             return last
         shelf, start = shelves[0], 0
-        if len(subscription.patterns) == 1:
+        if not subscription.overlapping:
             start = subscription.patterns[shelf.pattern]
         else:
             shelf = _Shelf("", _merge(subscription, [(s.pattern, s.entries) for s in shelves]))
@@ -309,15 +312,15 @@ def _offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subs
     turned_away: list[Subscription] = []
     overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
     for group, hits in _matches(tree, entries).items():
-        shared = Run(group.pattern, hits)
-        origins = {entry.origin for entry in hits}
+        shared = run = Run(group.pattern, hits)
+        origins = {entry.origin for entry in hits if entry.origin is not None}
         for subscription in group.members:
-            run = shared
-            if len(subscription.patterns) > 1:
+            if subscription.overlapping:
                 overlapping.setdefault(subscription, []).append((group.pattern, hits))
                 continue
-            if subscription.producer in origins:
-                run = Run(group.pattern, _without(hits, subscription.producer))
+            if origins:
+                mine = subscription.producer in origins
+                run = Run(group.pattern, _without(hits, subscription.producer)) if mine else shared
             if not subscription.mailbox.offer(run):
                 turned_away.append(subscription)
     for subscription, found in overlapping.items():

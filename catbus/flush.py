@@ -21,6 +21,9 @@ LONGEST_REST = 0.02
 SLICE = 0.005
 """Seconds of sending after which other tasks get a turn."""
 
+LOOK = 8
+"""How many mailboxes are flushed from one look at the clock to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class FlushStatistics:
@@ -38,7 +41,7 @@ class Flusher:
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
-        self._waiting: dict[Mailbox, None] = {}
+        self._waiting: list[Mailbox] = []
         self._resting: deque[Mailbox] = deque()
         self._work = trio.Event()
         self._passes = 0
@@ -50,9 +53,10 @@ class Flusher:
 
     def wake(self, mailbox: Mailbox) -> None:
         """Something was put into an empty mailbox."""
-        if not self._waiting:
+        if not mailbox.queued:
+            mailbox.queued = True
+            self._waiting.append(mailbox)
             self._work.set()
-        self._waiting[mailbox] = None
 
     async def run(self) -> None:
         """Flush for ever."""
@@ -68,25 +72,28 @@ class Flusher:
     def _end_rests(self, now: float) -> None:
         resting = self._resting
         while resting and resting[0].rests_until <= now:
-            self._waiting[resting.popleft()] = None
+            self._waiting.append(resting.popleft())
 
     async def _pass(self, rest: float) -> float:
         """Flush all that wait now, oldest first, and let each of them rest for as long as the last pass took."""
-        spent, began, now = 0.0, self._clock(), trio.current_time()
+        clock = self._clock
+        spent, began, now = 0.0, clock(), trio.current_time()
+        until = now + rest
+        mailboxes, self._waiting = self._waiting, []
         self._passes += 1
-        for _ in range(len(self._waiting)):
-            mailbox = next(iter(self._waiting))
-            del self._waiting[mailbox]
+        self._flushes += len(mailboxes)
+        for index, mailbox in enumerate(mailboxes, 1):
             if mailbox.rests_until > now:
                 self._resting.append(mailbox)
                 continue
-            mailbox.rests_until = now + rest
+            mailbox.queued = False
+            mailbox.rests_until = until
             mailbox.outlet.flush()
-            self._flushes += 1
-            if (elapsed := self._clock() - began) > SLICE:
+            if index % LOOK == 0 and (elapsed := clock() - began) > SLICE:
                 spent += elapsed
                 await trio.lowlevel.checkpoint()
-                began, now = self._clock(), trio.current_time()
-        spent += self._clock() - began
+                began, now = clock(), trio.current_time()
+                until = now + rest
+        spent += clock() - began
         self._spent += spent
         return spent

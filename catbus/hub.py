@@ -205,10 +205,6 @@ class Client:
         self._finishing = False
 
     @property
-    def protocol(self) -> Protocol:
-        return self.session.protocol
-
-    @property
     def deadline(self) -> float:
         """The Trio time at which `tick` is due."""
         return self.session.deadline
@@ -337,9 +333,9 @@ class Client:
         if held is not None:
             delivery.unsubscribe(held, pattern)
         session.joined(pattern, delivery.position)
-        subscription = next(iter(self._subscriptions.values()), None) if self.protocol is Protocol.FIRST else None
+        subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
         if subscription is None:
-            subscription = Subscription(self.mailbox, self.protocol, session.producer)
+            subscription = Subscription(self.mailbox, session.producer)
         self._subscriptions[pattern] = subscription
         delivery.subscribe(subscription, pattern, effect.since, effect.epoch)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Protocol as Interface
 
 from .log import Entry
-from .wire import encode_entry, encode_first_version
+from .wire import Protocol, encode_entry, encode_first_version
 
 OVERHEAD = 96
 """What a `message` line adds to its channel and payload, roughly, in bytes."""
@@ -54,16 +54,29 @@ class Mailbox:
     there is room, and whoever is turned away gets them from the log later.
     """
 
-    __slots__ = ("_items", "_waiting", "_wake", "delivered", "limit", "outlet", "rests_until", "size", "turned_away")
+    __slots__ = (
+        "_items",
+        "_waiting",
+        "_wake",
+        "limit",
+        "outlet",
+        "protocol",
+        "queued",
+        "rests_until",
+        "size",
+        "turned_away",
+    )
 
     def __init__(self, outlet: Outlet, wake: Callable[[Mailbox], None], limit: int = 512 * 1024) -> None:
         self.outlet = outlet
+        self.protocol = Protocol.V1
+        """In whose words it is read."""
         self.limit = limit
         self.size = 0
-        self.delivered = 0
         self.turned_away = 0
         self.rests_until = 0.0
-        """When the flush pass may come again; the flusher's own mark."""
+        self.queued = False
+        """When the flush pass may come again, and whether it is going to: the flusher's own marks."""
         self._items: list[Item] = []
         self._wake = wake
         self._waiting: list[Callable[[], None]] = []
@@ -104,7 +117,6 @@ class Mailbox:
             self._wake(self)
         self._items.append(run)
         self.size = size + run.size
-        self.delivered += len(run.entries)
         return True
 
     def take(self) -> list[Item]:
@@ -123,7 +135,6 @@ class Mailbox:
         for item in self._items:
             if isinstance(item, Run) and item.pattern == pattern:
                 self.size -= item.size
-                self.delivered -= len(item.entries)
             else:
                 kept.append(item)
         self._items = kept

@@ -119,6 +119,15 @@ class Session:
         self._limits = limits
         self._framer = Framer(wire.decode_client, limits.message_size)
 
+    @property
+    def protocol(self) -> Protocol:
+        """Which specification the client knows, as far as it has said."""
+        return self.mailbox.protocol
+
+    @protocol.setter
+    def protocol(self, protocol: Protocol) -> None:
+        self.mailbox.protocol = protocol
+
     # What the client says
 
     def receive(self, data: bytes, now: float) -> Iterator[Effect]:

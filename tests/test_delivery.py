@@ -98,7 +98,9 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule(protocol=st.sampled_from(Protocol), producer=st.sampled_from(PRODUCERS))
     def connect(self, protocol: Protocol, producer: bytes) -> None:
         if len(self.clients) < 4:
-            self.clients.append(Client(protocol, producer, Mailbox(Outlet(), lambda _: None, self.limit)))
+            mailbox = Mailbox(Outlet(), lambda _: None, self.limit)
+            mailbox.protocol = protocol
+            self.clients.append(Client(protocol, producer, mailbox))
 
     @rule(
         posts=st.lists(
@@ -119,7 +121,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             if pattern not in client.wanted:
                 subscription = next(
                     iter(client.subscriptions.values()),
-                    Subscription(client.mailbox, client.protocol, client.producer),
+                    Subscription(client.mailbox, client.producer),
                 )
                 client.subscriptions[pattern] = subscription
                 client.wanted[pattern] = len(self.log.entries)
@@ -130,7 +132,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         client.collect()
         client.told.pop(pattern, None)
         since = data.draw(st.none() | st.integers(0, len(self.log.entries) + 3))
-        subscription = Subscription(client.mailbox, client.protocol, client.producer)
+        subscription = Subscription(client.mailbox, client.producer)
         client.subscriptions[pattern] = subscription
         client.wanted[pattern] = len(self.log.entries) if since is None else since
         self.delivery.subscribe(subscription, pattern, since)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.flush import LONGEST_REST, SLICE, Flusher
+from catbus.flush import LONGEST_REST, LOOK, SLICE, Flusher
 from catbus.mailbox import Mailbox
 
 
@@ -103,7 +103,7 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(6)]
+    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(3 * LOOK)]
     turns: list[int] = []
 
     async def other() -> None:

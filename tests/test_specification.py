@@ -471,7 +471,7 @@ class Peer:
     async def hear(self) -> list[dict[str, Any]]:
         """All that comes until everybody is waiting for somebody else."""
         heard: list[dict[str, Any]] = []
-        first = self.client.protocol is Protocol.FIRST
+        first = self.client.session.protocol is Protocol.FIRST
         while True:
             await wait_all_tasks_blocked()
             items = self.client.mailbox.take()

@@ -11,7 +11,8 @@ from wsproto.utilities import LocalProtocolError
 
 from ..errors import CloseCode
 from ..loggers import get_logger
-from ..mailbox import Item
+from ..mailbox import Item, Mailbox
+from ..wire import Protocol
 from .frames import PING, close_frame
 from .outbox import Outbox
 from .roster import Roster
@@ -64,6 +65,8 @@ class Connection:
         "_give_up",
         "_goodbye",
         "_listening",
+        "_mailbox",
+        "_packer",
         "_pinged",
         "_roster",
         "_sent",
@@ -83,7 +86,9 @@ class Connection:
     ) -> None:
         self._roster = roster
         self._settings = settings
+        self._packer = roster.packer
         self._client: Client | None = None
+        self._mailbox: Mailbox | None = None
         self._alarm = trio.CancelScope()
         self._conversing = trio.CancelScope()
         self._listening = trio.CancelScope()
@@ -95,17 +100,17 @@ class Connection:
 
     def flush(self) -> None:
         """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""
-        outbox, client = self.outbox, self._client
-        if client is not None and not outbox.busy and (items := client.mailbox.take()):
-            outbox.write(self._pack(items, client))
+        outbox, mailbox = self.outbox, self._mailbox
+        if mailbox is not None and not outbox.busy and (items := mailbox.take()):
+            outbox.write(self._pack(items, mailbox.protocol))
 
     def _take(self) -> bytes:
-        client = self._client
-        return b"" if client is None else self._pack(client.mailbox.take(), client)
+        mailbox = self._mailbox
+        return b"" if mailbox is None else self._pack(mailbox.take(), mailbox.protocol)
 
-    def _pack(self, items: list[Item], client: Client) -> bytes:
+    def _pack(self, items: list[Item], protocol: Protocol) -> bytes:
         try:
-            return self._roster.packer.pack(items, client.protocol)
+            return self._packer.pack(items, protocol)
         except Exception:
             logger.exception("a flush failed")
             self._roster.faults += 1
@@ -157,6 +162,7 @@ class Connection:
                     library.cancel_scope.cancel()
                     return
                 self._client = client = hub.open_client(self, transport="websocket")
+                self._mailbox = client.mailbox
                 try:
                     with self._roster.watch(self):
                         library.start_soon(self._read, websocket, client)

@@ -13,7 +13,7 @@ from catbus.config import Config
 from catbus.errors import CloseCode, Code, PeerError
 from catbus.log import Committed, Outcome
 from catbus.mailbox import Mailbox, Outlet
-from catbus.wire import Protocol, Publish
+from catbus.wire import Publish
 
 
 class FakeClient:
@@ -22,7 +22,6 @@ class FakeClient:
     def __init__(self, hub: FakeHub, outlet: Outlet) -> None:
         self.hub = hub
         self.mailbox = Mailbox(outlet, lambda mailbox: None)
-        self.protocol = Protocol.V1
         self.deadline = inf
         self.closing: tuple[CloseCode, str] | None = None
         self.received: list[bytes] = []

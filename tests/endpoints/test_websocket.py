@@ -118,7 +118,7 @@ async def test_a_first_version_client_gets_a_frame_a_line() -> None:
     hub.on_receive = says(lambda client, data: [client.mailbox.put(b"1\n"), client.mailbox.put(b"2\n")])
     async with served(hub) as it:
         await wait_all_tasks_blocked()
-        it.client.protocol = Protocol.FIRST
+        it.client.mailbox.protocol = Protocol.FIRST
         await it.peer.send(masked(peers.TEXT, b"?"))
         assert [await it.peer.frame(), await it.peer.frame()] == [(peers.TEXT, b"1"), (peers.TEXT, b"2")]
 
