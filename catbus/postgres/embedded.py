@@ -304,18 +304,22 @@ def _initialise(cluster: Path, binaries: Binaries, options: dict[str, Any], *, d
 
 
 def _call(command: list[str], options: dict[str, Any], words: str = "") -> None:
-    done = subprocess.run(  # noqa: S603
-        command,
-        **{**options, "stdin": None},
-        input=words.encode(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=_INITDB_PATIENCE,
-        check=False,
-    )
+    who = f" as user {pwd.getpwuid(options['user']).pw_name}" if "user" in options else ""
+    failed = f"the embedded database cannot be made: {command[0]}{who}"
+    try:
+        done = subprocess.run(  # noqa: S603
+            command,
+            **{**options, "stdin": None},
+            input=words.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_INITDB_PATIENCE,
+            check=False,
+        )
+    except PermissionError:
+        raise ConfigError(f"{failed}: permission denied: that user has to be able to get there") from None
     if done.returncode:
-        who = f" as user {pwd.getpwuid(options['user']).pw_name}" if "user" in options else ""
-        raise ConfigError(f"the embedded database cannot be made: {command[0]}{who}: {_last_words(done.stdout)}")
+        raise ConfigError(f"{failed}: {_last_words(done.stdout)}")
 
 
 def _last_words(output: bytes) -> str:
