@@ -18,8 +18,8 @@ from .mailbox import Mailbox
 LONGEST_REST = 0.02
 """Seconds that a mailbox is left to fill at the most."""
 
-SLICE = 0.005
-"""Seconds of sending after which other tasks get a turn."""
+SLICE = 0.001
+"""Seconds of sending after which other tasks get a turn. A publish on its way in takes several turns."""
 
 LOOK = 8
 """How many mailboxes are flushed from one look at the clock to the next."""

@@ -41,6 +41,7 @@ class Outbox(trio.abc.Stream):
         "_reading",
         "_refill",
         "_rest",
+        "_rewrite",
         "_socket",
         "_stream",
         "broken",
@@ -60,10 +61,14 @@ class Outbox(trio.abc.Stream):
         *,
         refill: Callable[[], bytes],
         reading: trio.CancelScope,
+        rewrite: Callable[[bytes], bytes] = bytes,
         head: bytes = b"",
         rest: bytes = b"",
     ) -> None:
-        """`head` is a request for the library to answer, and `rest` what followed it; both are read first."""
+        """`head` is a request for the library to answer, and `rest` what followed it; both are read first.
+
+        `rewrite` makes what the library reads of what comes after `head`, and may hold some of it back.
+        """
         self.busy = False
         """Whether the writer is at work."""
         self.shut = False
@@ -80,6 +85,7 @@ class Outbox(trio.abc.Stream):
         self._fd = self._socket.fileno() if self._socket else -1
         self._nursery = nursery
         self._refill = refill
+        self._rewrite = rewrite
         self._reading = reading
         self._head = head
         self._rest = rest
@@ -223,6 +229,13 @@ class Outbox(trio.abc.Stream):
             return head
         if not self._answered.is_set():
             await self._answered.wait()
+        while True:
+            data = await self._next_bytes(max_bytes)
+            passed = self._rewrite(data)
+            if passed or not data:
+                return passed
+
+    async def _next_bytes(self, max_bytes: int | None) -> bytes:
         if self._rest:
             await trio.lowlevel.checkpoint()
             data = self._rest[:max_bytes]

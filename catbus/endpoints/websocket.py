@@ -13,6 +13,7 @@ from ..errors import CloseCode
 from ..loggers import get_logger
 from ..mailbox import Item, Mailbox
 from ..wire import Protocol
+from .coalesce import Coalescer
 from .frames import PING, close_frame
 from .outbox import Outbox
 from .roster import Roster
@@ -47,7 +48,7 @@ async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, hea
         # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
         stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
-        connection = Connection(roster, settings, stream, writers, head, rest)
+        connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest)
         try:
             await connection.serve(hub)
         finally:
@@ -79,6 +80,7 @@ class Connection:
         self,
         roster: Roster,
         settings: WebSocket,
+        message_size: int,
         stream: trio.abc.Stream,
         writers: trio.Nursery,
         head: bytes,
@@ -92,7 +94,10 @@ class Connection:
         self._alarm = trio.CancelScope()
         self._conversing = trio.CancelScope()
         self._listening = trio.CancelScope()
-        self.outbox = Outbox(stream, writers, refill=self._take, reading=self._conversing, head=head, rest=rest)
+        rewrite = Coalescer(message_size).feed
+        self.outbox = Outbox(
+            stream, writers, refill=self._take, reading=self._conversing, rewrite=rewrite, head=head, rest=rest
+        )
         self._pinged = self._took = self.outbox.last_heard
         self._sent = 0
         self._goodbye: tuple[int, str] | None = None

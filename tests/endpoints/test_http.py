@@ -346,7 +346,7 @@ async def test_an_upgrade_may_be_the_second_request_of_a_connection() -> None:
 
 async def test_all_of_it_may_come_at_once() -> None:
     async with served() as it:
-        await it.peer.send(get("/health") + UPGRADE + masked(peers.TEXT, b"hi") + masked(peers.TEXT, b"there"))
+        await it.peer.send(get("/health") + UPGRADE + masked(peers.TEXT, b"hi") + masked(peers.BINARY, b"there"))
         assert (await it.peer.response()).status == 200
         assert (await it.peer.response(head=True)).status == 101
         assert await it.peer.frame() == (peers.TEXT, b"hi\n")

@@ -158,7 +158,7 @@ async def test_a_deadline_is_kept_while_the_client_waits_for_room(autojump_clock
 
     hub.on_receive = wait
     async with served(hub) as it:
-        await it.peer.send(masked(peers.TEXT, b"soon") + masked(peers.TEXT, b"now"))
+        await it.peer.send(masked(peers.TEXT, b"soon") + masked(peers.BINARY, b"now"))
         assert (await it.peer.frame()).code == CloseCode.AUTH_TIMEOUT
         assert trio.current_time() == pytest.approx(10)
 
