@@ -17,9 +17,10 @@ class Coalescer:
 
     Everything else passes as it came, faults included, for the library to judge: control frames, binary ones,
     fragments, frames that did not arrive whole, and text that is not ASCII, of which each message must be valid UTF-8.
+    A whole text frame amid fragments is a fault, and so is what is made of several.
     """
 
-    __slots__ = ("_begun", "_broken", "_fragments", "_limit", "_rest")
+    __slots__ = ("_begun", "_broken", "_limit", "_rest")
 
     def __init__(self, limit: int = 65_536) -> None:
         self._limit = limit
@@ -27,8 +28,6 @@ class Coalescer:
         """A header that has not come whole."""
         self._rest = 0
         """How much of a frame that passes as it is has yet to come."""
-        self._fragments = False
-        """Whether a message is under way that has several frames."""
         self._broken = False
         """Whether there was something that is no frame of a client: the library will end the connection over it."""
 
@@ -58,7 +57,7 @@ class Coalescer:
             payload, size = header
             position = payload + size
             first = data[start]
-            if first == _WHOLE_TEXT and data[start + 1] & _MASKED and position <= len(data) and not self._fragments:
+            if first == _WHOLE_TEXT and data[start + 1] & _MASKED and position <= len(data):
                 if run and position - run[0][0] > self._limit:
                     passed.append(_joined(data, run))
                     run = []
@@ -68,8 +67,6 @@ class Coalescer:
             run = []
             passed.append(data[start:position])
             self._rest = max(0, position - len(data))
-            if first & 0x0F < 3:
-                self._fragments = not first & _FINAL
         passed.append(_joined(data, run))
         return b"".join(passed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 from hypothesis import example, given
@@ -16,24 +17,26 @@ from tests.endpoints.peers import BINARY, CLOSE, PING, PONG, TEXT, masked
 
 CONTINUATION = 0
 
-texts = st.one_of(st.text('ab{}"', max_size=8), st.text(max_size=4), st.just("x" * 126), st.just("y" * 70_000))
-frames = st.one_of(
-    texts.map(lambda text: masked(TEXT, text.encode())),
-    texts.map(lambda text: masked(TEXT, text.encode())),
-    texts.map(lambda text: masked(TEXT, text.encode())),
-    st.builds(lambda text: masked(TEXT, text.encode(), fin=False), texts),
-    st.builds(lambda text, fin: masked(CONTINUATION, text.encode(), fin=fin), texts, st.booleans()),
-    st.binary(max_size=5).map(lambda data: masked(BINARY, data)),
-    st.binary(max_size=5).map(lambda data: masked(PING, data)),
-    st.binary(max_size=5).map(lambda data: masked(PONG, data)),
-    st.just(masked(TEXT, b"\xff")),
-    st.just(masked(TEXT, b"\xc3") + masked(TEXT, b"\xa9")),
-    st.just(b"\x81\x05hello"),
-    st.just(b"\x81\xfe\x00\x03\0\0\0\0abc"),
-    st.just(b"\xc1\x83\0\0\0\0abc"),
-    st.just(masked(CLOSE, b"")),
-    st.binary(max_size=6),
-)
+small = [masked(TEXT, text) for text in (b"a", b"{}", b'{"b', b'"}', b"", "é".encode())]
+odd = [
+    masked(TEXT, b"x" * 126),
+    masked(TEXT, b"frag", fin=False),
+    masked(CONTINUATION, b"ment", fin=False),
+    masked(CONTINUATION, b"s"),
+    masked(BINARY, b"\0\1"),
+    masked(PING, b"p"),
+    masked(PONG, b""),
+    masked(CLOSE, b""),
+    masked(TEXT, b"\xc3") + masked(TEXT, b"\xa9"),
+    b"\x81\x05hello",
+    b"\x81\xfe\x00\x03\0\0\0\0abc",
+    b"\x81\xff\0\0\0\0\0\0\0\x03\0\0\0\0abc",
+    b"\xc1\x83\0\0\0\0abc",
+    b"\x83\x80\0\0\0\0",
+    b"\x89\xfe\x00\x7e\0\0\0\0",
+]
+frames = [*small, *odd, masked(BINARY, masked(BINARY, small[0] + small[1])[6:])]
+"""The last one carries bytes that look like text frames on the wire: the mask, applied twice, is none."""
 
 
 def seen(chunks: list[bytes]) -> list[object]:
@@ -60,17 +63,33 @@ def seen(chunks: list[bytes]) -> list[object]:
     return events
 
 
-@given(st.lists(frames, max_size=12), st.lists(st.integers(1, 200), min_size=1, max_size=20))
-@example([masked(TEXT, b"a"), masked(TEXT, b"b"), masked(PING, b""), masked(TEXT, b"c")], [1000])
-def test_the_library_sees_the_same_text_and_the_same_faults(parts: list[bytes], cuts: list[int]) -> None:
+def same(chunks: list[bytes]) -> bool:
+    coalescer = Coalescer()
+    return seen([coalescer.feed(chunk) for chunk in chunks]) == seen(chunks)
+
+
+def test_the_library_sees_the_same_of_any_three_frames() -> None:
+    for parts in itertools.product(frames, repeat=3):
+        assert same([b"".join(parts)]), parts
+
+
+def test_the_library_sees_the_same_of_any_two_frames_and_a_third_wherever_they_are_cut() -> None:
+    for one, other in itertools.product(frames, repeat=2):
+        data = one + other + small[0] + small[1]
+        for cut in range(1, len(data)):
+            assert same([data[:cut], data[cut:]]), (one, other, cut)
+
+
+@given(st.lists(st.sampled_from(frames) | st.binary(max_size=6)), st.lists(st.integers(1, 100), min_size=1))
+@example([masked(TEXT, b"a"), masked(TEXT, b"b"), masked(PING, b""), masked(TEXT, b"y" * 70_000)], [100_000])
+def test_the_library_sees_the_same_of_anything(parts: list[bytes], cuts: list[int]) -> None:
     data = b"".join(parts)
     chunks, position = [], 0
     while position < len(data):
-        size = cuts[len(chunks) % len(cuts)] if len(chunks) < 200 else len(data)
+        size = cuts[len(chunks) % len(cuts)]
         chunks.append(data[position : position + size])
         position += size
-    coalescer = Coalescer()
-    assert seen([coalescer.feed(chunk) for chunk in chunks]) == seen(chunks)
+    assert same(chunks)
 
 
 def test_frames_that_arrive_together_become_one() -> None:
