@@ -1,7 +1,8 @@
 """The client, for asyncio and Trio: `connect` to a broker, publish, subscribe.
 
 `conversation` is the protocol without I/O, `inbox` what one subscription holds, `link` the tasks that carry bytes,
-`websocket` a transport; `bus` and `subscription` are what an application holds in its hands.
+`websocket` and `webtransport` the transports, `racing` the way to a host with several addresses; `bus` and
+`subscription` are what an application holds in its hands.
 """
 
 from ..errors import Disconnected, Refused

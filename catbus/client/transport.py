@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 DEFAULT_PATH = "/ws"
@@ -31,8 +31,19 @@ class Transport(Protocol):
         """Say goodbye, for two seconds at most, and close. When it is cancelled, it closes without a goodbye."""
 
 
+@runtime_checkable
+class Driven(Protocol):
+    """A transport that needs a task of its own."""
+
+    async def run(self) -> None:
+        """What is to be running from the moment that it is open; ends by itself after `aclose`. May be cancelled."""
+
+
 class Address(NamedTuple):
-    """Where a broker is. `socket` is the path of a unix socket, for which host and port stand only in the request."""
+    """Where a broker is. `socket` is the path of a unix socket, for which host and port stand only in the request.
+
+    `quic` says that it is one for WebTransport.
+    """
 
     url: str
     host: str
@@ -40,6 +51,7 @@ class Address(NamedTuple):
     target: str
     secure: bool = False
     socket: str | None = None
+    quic: bool = False
 
     @property
     def authority(self) -> str:
@@ -49,9 +61,9 @@ class Address(NamedTuple):
 
 
 def parse_address(url: str) -> Address:
-    """Understand `ws://host:port/path`, `wss://...`, or `ws+unix:/path/of.sock:/path`; the path is `/ws` where none is.
+    """Understand `ws://host:port/path`, `wss://...`, `ws+unix:/path/of.sock:/path`, and `https://...` for WebTransport.
 
-    Raises `ValueError`.
+    The path is `/ws` where none is, and `/` for WebTransport. Raises `ValueError`.
     """
     parts = urlsplit(url)
     if parts.scheme == "ws+unix":
@@ -59,8 +71,8 @@ def parse_address(url: str) -> Address:
         if parts.netloc or not socket.startswith("/"):
             raise ValueError("a unix socket is written ws+unix:/path/of.sock:/ws")
         return Address(url, "localhost", 80, _target(path, parts.query), socket=socket)
-    if parts.scheme not in ("ws", "wss"):
-        raise ValueError(f"the URL of a broker begins with ws:// or wss://, not {url[:64]!r}")
+    if parts.scheme not in ("ws", "wss", "https"):
+        raise ValueError(f"the URL of a broker begins with ws://, wss:// or https://, not {url[:64]!r}")
     if not parts.hostname:
         raise ValueError(f"no host in {url[:64]!r}")
     try:
@@ -69,14 +81,24 @@ def parse_address(url: str) -> Address:
         raise ValueError(f"no host has such a name: {parts.hostname[:64]!r}") from None
     if parts.username is not None or parts.fragment:
         raise ValueError("the URL of a broker has no user and no fragment; the token is given apart")
-    secure = parts.scheme == "wss"
+    secure = parts.scheme != "ws"
+    quic = parts.scheme == "https"
     port = parts.port if parts.port is not None else 443 if secure else 80
-    return Address(url, parts.hostname, port, _target(parts.path, parts.query), secure)
+    target = _target(parts.path or ("/" if quic else ""), parts.query)
+    return Address(url, parts.hostname, port, target, secure, quic=quic)
+
+
+def is_pem(ca: str | os.PathLike[str]) -> bool:
+    """Whether this is certificates themselves, not the file that has them."""
+    return isinstance(ca, str) and "-----BEGIN" in ca
 
 
 def make_ssl_context(ca: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    """Verify against the system's authorities, or only against those in the file `ca`. Raises `OSError`."""
-    context = ssl.create_default_context(cafile=ca)
+    """Verify against the system's authorities, or only those in `ca`, PEM or a file of it. Raises `OSError`."""
+    if ca is not None and is_pem(ca):
+        context = ssl.create_default_context(cadata=str(ca))
+    else:
+        context = ssl.create_default_context(cafile=ca)
     context.set_alpn_protocols(["http/1.1"])
     return context
 

@@ -1,0 +1,321 @@
+"""Whose certificate a WebTransport server shows: one from files, read again when they change, or one made here."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import ipaddress
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .config import WebTransport
+from .errors import ConfigError
+from .loggers import get_logger
+from .webtransport import Configuration, Limits, server_configuration
+
+logger = get_logger("catbus.certificates")
+
+FILE = "development-certificate.pem"
+"""Key and certificate in one file: no crash and no other process can leave the one without the other."""
+
+LIFETIME = timedelta(days=12)
+"""Of a development certificate, in all. Browsers take one by its hash only when that is 14 days at the most."""
+
+MARGIN = timedelta(days=2)
+"""A development certificate with less left than this is made anew."""
+
+INTERVAL = timedelta(seconds=1)
+"""How often a source looks for a change at the most."""
+
+_BACKDATED = timedelta(hours=1)  # for clients whose clock is behind
+_BEGIN = "-----BEGIN CERTIFICATE-----"
+_NAMES = (
+    x509.DNSName("localhost"),
+    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    x509.IPAddress(ipaddress.ip_address("::1")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A certificate with its private key, both PEM. `sha256` is the hash of its DER form."""
+
+    certificate_pem: str
+    key_pem: str = field(repr=False)
+    sha256: bytes
+    expires: datetime
+
+
+# The development certificate.
+
+
+def development_certificate(directory: Path, now: datetime) -> Certificate:
+    """The self-signed certificate for this machine that is kept in `directory`, made now unless it is good.
+
+    Whoever asks at the same time gets the same one. Raises ConfigError where none can be kept.
+    """
+    # Mostly it is there, and then nothing needs to be written, nor waited for.
+    if kept := _read_kept(directory, now):
+        return kept
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            if kept := _read_kept(directory, now):
+                return kept
+            made = _make(now)
+            _replace(directory, made)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory}: a development certificate cannot be kept here: {error.strerror}; set CATBUS_STATE to a "
+            "directory that can be written, or CATBUS_CERT and CATBUS_KEY to a certificate and its key"
+        ) from None
+    logger.info("made a development certificate", sha256=made.sha256.hex(), expires=made.expires.isoformat())
+    return made
+
+
+def _is_fresh(expires: datetime, now: datetime) -> bool:
+    # The second half is for a clock that was ahead: the certificate is not valid yet.
+    return MARGIN <= expires - now <= LIFETIME
+
+
+def _read_kept(directory: Path, now: datetime) -> Certificate | None:
+    """What is kept, if it is what we would make and fresh."""
+    try:
+        with (directory / FILE).open(encoding="ascii") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                os.fchmod(file.fileno(), 0o600)
+            text = file.read(65_536)
+        key_pem, _, rest = text.partition(_BEGIN)
+        kept = x509.load_pem_x509_certificate((_BEGIN + rest).encode())
+        key = serialization.load_pem_private_key(key_pem.encode(), None)
+        ours = (
+            isinstance(key, ec.EllipticCurvePrivateKey)
+            and isinstance(key.curve, ec.SECP256R1)
+            and key.public_key() == kept.public_key()
+            and kept.not_valid_after_utc - kept.not_valid_before_utc == LIFETIME
+        )
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return _certificate(kept, key_pem) if ours and _is_fresh(kept.not_valid_after_utc, now) else None
+
+
+def _make(now: datetime) -> Certificate:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "catbus development")])
+    start = now.astimezone(UTC).replace(microsecond=0) - _BACKDATED
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + LIFETIME)
+        .add_extension(x509.SubjectAlternativeName(_NAMES), critical=False)
+        # It is its own authority, for clients that load it as one.
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return _certificate(made, pem.decode())
+
+
+def _certificate(certificate: x509.Certificate, key_pem: str) -> Certificate:
+    return Certificate(
+        certificate.public_bytes(serialization.Encoding.PEM).decode(),
+        key_pem,
+        certificate.fingerprint(hashes.SHA256()),
+        certificate.not_valid_after_utc,
+    )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    # The lock ends with the descriptor, so with the process too. The file stays: a lock on one that others can
+    # delete and make anew excludes nobody.
+    handle = os.open(directory / f".{FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(directory: Path, certificate: Certificate) -> None:
+    # A temporary file has mode 0600 from its first moment. One that a power cut leaves empty is made anew: no fsync.
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{FILE}-")
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(certificate.key_pem + certificate.certificate_pem)
+        Path(temporary).replace(directory / FILE)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# What connections are made with.
+
+_Stamp = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class CertificateSource:
+    """Gives new connections their configuration, with the certificate that is right just then.
+
+    It is that of `settings`, read again when its files change, or without one the development certificate kept in
+    `directory`, renewed before it expires. While what should be taken next is no good, what is in use stays.
+    Raises ConfigError when there is nothing good to begin with.
+    """
+
+    def __init__(self, settings: WebTransport, directory: Path, now: datetime, limits: Limits | None = None) -> None:
+        self._directory = directory
+        self._limits = limits
+        self._files = (Path(settings.cert), Path(settings.key)) if settings.cert and settings.key else None
+        self._stamp: _Stamp | None = None
+        self._made: Certificate | None = None
+        self._complaint: str | None = None
+        self._checked = now
+        self._configuration = self._load(now)
+
+    def current(self, now: datetime) -> Configuration:
+        """The configuration for a connection that begins now. Looks at the disk once a second at the most."""
+        # A clock that was set back is a reason to look, too.
+        if not timedelta(0) <= now - self._checked < INTERVAL:
+            self._checked = now
+            self._refresh(now)
+        return self._configuration
+
+    def self_made(self, now: datetime) -> Certificate | None:
+        """The development certificate that `current` gives now, for `discovery`; None where it comes from files."""
+        self.current(now)
+        return self._made
+
+    def _refresh(self, now: datetime) -> None:
+        try:
+            if not self._is_current(now):
+                self._configuration = self._load(now)
+                logger.info("took a new certificate", expires=_expires(self._configuration))
+            self._complaint = None
+        except ConfigError as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                logger.warning("a new certificate cannot be used, the old one stays", reason=self._complaint)
+
+    def _is_current(self, now: datetime) -> bool:
+        if self._files:
+            return self._stamp == _stamp(*self._files)
+        return self._made is not None and _is_fresh(self._made.expires, now)
+
+    def _load(self, now: datetime) -> Configuration:
+        if self._files is None:
+            made = development_certificate(self._directory, now)
+            configuration = server_configuration(made.certificate_pem, made.key_pem, self._limits)
+            self._made = made
+            return configuration
+        # Before reading: a change that comes in between is seen the next time.
+        stamp = _stamp(*self._files)
+        configuration = _read_pair(*self._files, self._limits)
+        self._stamp = stamp
+        return configuration
+
+
+def _stamp(certificate: Path, key: Path) -> _Stamp:
+    """Changes when either file does. Links are followed: they may be what is swapped."""
+    return _stamp_one("cert", certificate), _stamp_one("key", key)
+
+
+def _stamp_one(name: str, path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unusable(name, path, error) from None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _read_pair(certificate: Path, key: Path, limits: Limits | None) -> Configuration:
+    certificate_pem, key_pem = _read("cert", certificate), _read("key", key)
+    try:
+        return server_configuration(certificate_pem, key_pem, limits)
+    except (ConfigError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"[webtransport] cert / CATBUS_CERT ({certificate}) and key / CATBUS_KEY ({key}): {error}"
+        ) from None
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unusable(name, path, error) from None
+
+
+def _unusable(name: str, path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"[webtransport] {name} / CATBUS_{name.upper()}: {path}: {error.strerror}")
+
+
+def _expires(configuration: Configuration) -> str:
+    certificate = configuration.quic.certificate
+    return certificate.not_valid_after_utc.isoformat() if certificate else ""
+
+
+# What clients are told.
+
+_HOST = re.compile(r"(?P<host>\[(?P<v6>[0-9a-fA-F:.]{2,45})\]|[0-9a-zA-Z._-]{1,253})(?::(?P<port>[0-9]{1,5}))?")
+
+
+def discovery(
+    host: str, webtransport_port: int | None, certificate: Certificate | None, *, secure: bool = False
+) -> dict[str, str]:
+    """What `/.well-known/catbus` tells somebody who came by the name `host`, the Host header of the request.
+
+    Anybody can write anything there: unless it is `host` or `host:port` there are no URLs. `certificate` is given
+    when it is self-made; `secure` when the WebSocket port is reached through TLS.
+    """
+    found = {"protocol": "catbus.v1"}
+    name = _host_name(host)
+    if name:
+        found["websocket"] = f"{'wss' if secure else 'ws'}://{host}/ws"
+    if webtransport_port is not None:
+        if name:
+            found["webtransport"] = f"https://{name}:{webtransport_port}"
+        if certificate:
+            found["certificate_hash"] = base64.b64encode(certificate.sha256).decode()
+            found["certificate"] = certificate.certificate_pem
+    return found
+
+
+def _host_name(host: str) -> str | None:
+    """A Host header without its port, an IPv6 address in its brackets; None for what is none."""
+    match = _HOST.fullmatch(host)
+    if match is None or not 0 < int(match["port"] or 1) <= 65_535:
+        return None
+    if match["v6"]:
+        try:
+            ipaddress.IPv6Address(match["v6"])
+        except ValueError:
+            return None
+    return match["host"]

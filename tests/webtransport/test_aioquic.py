@@ -1,0 +1,103 @@
+"""What we use of aioquic that it does not promise to keep. When one of these fails, aioquic has changed: look again."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from aioquic.h3.connection import H3Connection
+from aioquic.quic import connection as module
+from aioquic.quic.connection import Limit, QuicConnection, QuicConnectionId
+from aioquic.quic.stream import QuicStream, QuicStreamSender
+
+from catbus.webtransport.http3 import Http3
+from catbus.webtransport.quic import Quic
+from tests.webtransport.link import Link
+
+QUIC = [
+    "_close_event",
+    "_crypto_streams",
+    "_datagrams_pending",
+    "_host_cids",
+    "_is_client",
+    "_local_max_data",
+    "_local_max_streams_bidi",
+    "_local_max_streams_uni",
+    "_network_paths",
+    "_peer_cid",
+    "_peer_cid_available",
+    "_remote_max_datagram_frame_size",
+    "_remote_max_streams_bidi",
+    "_remote_max_streams_uni",
+    "_streams",
+    "tls",
+]
+
+
+@pytest.fixture(scope="module")
+def link() -> Link:
+    return Link().open()
+
+
+@pytest.mark.parametrize("name", QUIC)
+def test_what_we_read_of_a_connection(link: Link, name: str) -> None:
+    assert hasattr(link.client.it._quic, name)
+    assert hasattr(link.server.it._quic, name)
+    assert name not in vars(Quic), "ours hides that it is gone"
+
+
+def test_what_we_read_of_a_stream(link: Link) -> None:
+    stream = QuicStream(stream_id=0, max_stream_data_local=1, max_stream_data_remote=1)
+    assert {"_buffer", "_buffer_start", "_buffer_stop", "is_finished"} <= vars(stream.sender).keys()
+    assert {"_ranges", "highest_offset", "is_finished"} <= vars(stream.receiver).keys()
+    assert {"max_stream_data_local", "max_stream_data_local_sent"} <= vars(stream).keys()
+    assert {"value", "sent", "used", "frame_type"} <= vars(Limit(0, "", 0)).keys()
+    assert {"cid", "stateless_reset_token"} <= QuicConnectionId.__dataclass_fields__.keys()
+    assert hasattr(link.client.it._quic.tls, "_peer_certificate")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_write_connection_limits", ["self", "builder", "space"]),
+        ("_write_stream_limits", ["self", "builder", "space", "stream"]),
+        ("_get_or_create_stream", ["self", "frame_type", "stream_id"]),
+        ("_handle_crypto_frame", ["self", "context", "frame_type", "buf"]),
+        ("_replenish_connection_ids", ["self"]),
+        ("_on_connection_limit_delivery", ["self", "delivery", "limit"]),
+        ("_on_max_stream_data_delivery", ["self", "delivery", "stream"]),
+    ],
+)
+def test_what_we_replace_of_a_connection_and_call(name: str, parameters: list[str]) -> None:
+    assert list(inspect.signature(getattr(QuicConnection, name)).parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    "name", ["_write_connection_limits", "_write_stream_limits", "_get_or_create_stream", "_replenish_connection_ids"]
+)
+def test_what_we_replace_is_called(name: str) -> None:
+    assert f"self.{name}(" in inspect.getsource(QuicConnection)
+
+
+def test_the_sizes_of_frames() -> None:
+    assert module.CONNECTION_LIMIT_FRAME_CAPACITY >= 9
+    assert module.MAX_STREAM_DATA_FRAME_CAPACITY >= 17
+
+
+def test_what_we_replace_of_http3(link: Link) -> None:
+    assert list(inspect.signature(H3Connection._get_local_settings).parameters) == ["self"]
+    assert list(inspect.signature(H3Connection._init_connection).parameters) == ["self"]
+    http3 = link.server.it._session.http3
+    assert isinstance(http3, Http3)
+    names = {"_decoder", "_stream", "_max_push_id", "_max_table_capacity", "_blocked_streams"}
+    assert names <= vars(http3).keys()
+    assert hasattr(http3._stream[0], "buffer")
+
+
+def test_a_reset_stream_sends_nothing_of_its_buffer() -> None:
+    sender = QuicStreamSender(stream_id=0, writable=True)
+    sender.write(b"abc")
+    sender.reset(1)
+    assert sender.buffer_is_empty
+    with pytest.raises(AssertionError):
+        sender.get_frame(100)

@@ -1,0 +1,85 @@
+"""catbus.webtransport.capsules"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.webtransport import varint
+from catbus.webtransport.capsules import CLOSE_SESSION, CapsuleError, CapsuleReader, Close, encode_close
+
+GREASE = [0x17 + 0x29 * n for n in (0, 1, 1000, 10**15)]
+
+
+def capsule(kind: int, value: bytes) -> bytes:
+    return varint.encode(kind) + varint.encode(len(value)) + value
+
+
+def read(*chunks: bytes) -> Close | None:
+    reader = CapsuleReader()
+    for chunk in chunks:
+        close = reader.feed(chunk)
+        if close is not None:
+            return close
+    return None
+
+
+unknown = st.builds(capsule, st.sampled_from([0, 1, 0x78AE, *GREASE]), st.binary(max_size=40))
+
+
+@given(st.lists(unknown, max_size=3), st.integers(0, 2**32 - 1), st.text(max_size=20))
+def test_the_close_is_found_wherever_the_stream_is_cut(before: list[bytes], code: int, reason: str) -> None:
+    stream = b"".join(before) + encode_close(code, reason) + b"what follows"
+    expected = Close(code, reason)
+    assert read(stream) == expected
+    assert read(*[stream[i : i + 1] for i in range(len(stream))]) == expected
+    for cut in range(len(stream)):
+        assert read(stream[:cut], stream[cut:]) == expected
+
+
+@given(st.lists(unknown, max_size=4))
+def test_a_stream_may_end_between_capsules_only(capsules: list[bytes]) -> None:
+    ends = {0}
+    for one in capsules:
+        ends.add(max(ends) + len(one))
+    stream = b"".join(capsules)
+    reader = CapsuleReader()
+    for position in range(len(stream) + 1):
+        assert reader.between == (position in ends)
+        assert reader.feed(stream[position : position + 1]) is None
+
+
+def test_a_large_unknown_capsule_is_not_kept() -> None:
+    reader = CapsuleReader()
+    reader.feed(varint.encode(GREASE[2]) + varint.encode(2**40))
+    for _ in range(100):
+        assert reader.feed(bytes(100_000)) is None
+        assert sys.getsizeof(reader._begun) < 200
+    assert not reader.between
+
+
+@pytest.mark.parametrize("length", [0, 3, 1029, 2**30, 2**62 - 1])
+def test_a_close_of_a_length_that_none_has(length: int) -> None:
+    with pytest.raises(CapsuleError):
+        read(varint.encode(CLOSE_SESSION) + varint.encode(length))
+
+
+def test_a_close_may_be_without_a_reason() -> None:
+    assert read(capsule(CLOSE_SESSION, b"\0\0\x11\x31")) == Close(4401, "")
+
+
+def test_the_longest_reason() -> None:
+    assert read(capsule(CLOSE_SESSION, bytes(4) + b"x" * 1024)) == Close(0, "x" * 1024)
+
+
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    assert read(capsule(CLOSE_SESSION, bytes(4) + b"a\xff")) == Close(0, "a\ufffd")
+
+
+def test_a_long_reason_is_cut_between_characters() -> None:
+    close = read(encode_close(1, "x" + "€" * 1000))
+    assert close == Close(1, "x" + "€" * 341)
+    assert read(encode_close(1, "\ud800")) == Close(1, "?")
