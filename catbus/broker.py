@@ -1,21 +1,23 @@
 """The whole broker on one page.
 
-A Trio nursery supervises a WebSocket endpoint and a PostgreSQL notification listener, with each client session as a
-child task that subscribes to an in-memory topic tree kept consistent through NOTIFY.
+A Trio nursery supervises a QUIC endpoint, a WebSocket endpoint, and a PostgreSQL notification listener, with each
+client session as a child task that subscribes to an in-memory topic tree kept consistent through NOTIFY.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
 import msgspec
 import trio
 
 from .auth import Authenticator, Grants, Identity
-from .config import Config
-from .endpoints import serve_http
+from .certificates import CertificateSource
+from .config import Config, split_address
+from .endpoints import serve_http, serve_quic
 from .errors import Refused
 from .hub import Hub
 from .local import Messages
@@ -27,13 +29,21 @@ OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
 """Who publishes and subscribes in this process."""
 
 
+class Door(Protocol):
+    """An endpoint that is open: where, and how to have it accept nothing more."""
+
+    addresses: list[str]
+
+    def close(self) -> None: ...
+
+
 class Broker:
     """A running replica, as the program around it sees it."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
         self.addresses: list[tuple[str, str]] = []
-        """What is served and where: `("websocket", "127.0.0.1:8080")`."""
+        """What is served and where: `("websocket", "127.0.0.1:8080")`, `("webtransport", "127.0.0.1:4433")`."""
         self._stopping = trio.Event()
 
     async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False) -> int | None:
@@ -58,6 +68,12 @@ class Broker:
         finally:
             messages.close()
 
+    def open(self, doors: Mapping[str, Door]) -> None:
+        """Its doors are open."""
+        self.addresses = [(kind, address) for kind, door in doors.items() for address in door.addresses]
+        if "webtransport" in doors:
+            self.hub.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
+
     def stop(self) -> None:
         """Begin to stop in order: `serve` returns when that is done."""
         self._stopping.set()
@@ -76,13 +92,17 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
     async with trio.open_nursery() as nursery:
         broker = await _start(config, nursery)
         async with trio.open_nursery() as sessions:
-            websocket = await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)
-            broker.addresses = [("websocket", address) for address in websocket.addresses]
+            doors = {"websocket": await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)}
+            if (certificates := broker.hub.certificates) is not None:
+                quic = serve_quic, broker.hub, config.webtransport.bind, certificates.latest, sessions
+                doors["webtransport"] = await nursery.start(*quic)
+            broker.open(doors)
             task_status.started(broker)
 
             await broker.wait_stopping()
             await broker.hub.send_away()
-            websocket.close()
+            for door in doors.values():
+                door.close()
             broker.hub.finish()
             sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
         nursery.cancel_scope.cancel()
@@ -102,7 +122,10 @@ async def _start(config: Config, nursery: trio.Nursery) -> Broker:
     """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
     authenticator = Authenticator(config.auth.secrets, admin_key=config.auth.admin_key, jwt_keys=keys)
-    hub = Hub(config, await _open_log(config, nursery), authenticator)
+    certificates = None
+    if config.webtransport_served:
+        certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
+    hub = Hub(config, await _open_log(config, nursery), authenticator, certificates)
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)

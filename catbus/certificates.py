@@ -209,6 +209,10 @@ class CertificateSource:
             self._refresh(now)
         return self._configuration
 
+    def latest(self) -> Configuration:
+        """The configuration for a connection that begins at this moment."""
+        return self.current(datetime.now(UTC))
+
     def self_made(self, now: datetime) -> Certificate | None:
         """The development certificate that `current` gives now, for `discovery`; None where it comes from files."""
         self.current(now)

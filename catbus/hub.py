@@ -14,6 +14,7 @@ import trio
 
 from . import wire
 from .auth import Authenticator, Identity
+from .certificates import CertificateSource
 from .config import Config
 from .delivery import Delivery, Subscription
 from .errors import CloseCode, Code, PeerError, Unavailable
@@ -55,10 +56,15 @@ class HubStatistics:
 class Hub:
     """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread."""
 
-    def __init__(self, config: Config, log: Log, authenticator: Authenticator) -> None:
+    def __init__(
+        self, config: Config, log: Log, authenticator: Authenticator, certificates: CertificateSource | None = None
+    ) -> None:
         self.config = config
         self.log = log
         self.authenticator = authenticator
+        self.certificates = certificates
+        """Where there is WebTransport."""
+        self.webtransport_port: int | None = None
         self.flusher = Flusher()
         self.delivery = Delivery(log)
         self.draining = False

@@ -14,6 +14,8 @@ from ..config import default_state_directory, is_loopback
 from ..errors import ConfigError
 
 FILE = "development-secret"
+CERTIFICATE = "development-certificate.pem"
+"""As `catbus.certificates` names it, which takes QUIC to import."""
 
 DEFAULT_URL = "ws://127.0.0.1:8080/ws"
 """Where a broker is looked for, unless something else is said."""
@@ -55,6 +57,19 @@ def find_token(url: str) -> str | None:
         return None
     secret = read_secret(default_state_directory(os.environ))
     return development_token(secret) if secret else None
+
+
+def find_certificate(url: str) -> str | None:
+    """The development certificate, as PEM, for WebTransport to a broker at `url` on this machine."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not is_loopback(parts.hostname or ""):
+        return None
+    try:
+        text = (default_state_directory(os.environ) / CERTIFICATE).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    begin = text.find("-----BEGIN CERTIFICATE-----")
+    return text[begin:] if begin >= 0 else None
 
 
 def _write_once(directory: Path, secret: str) -> None:

@@ -11,11 +11,11 @@ import click
 import trio
 from msgspec import Raw
 
-from ..client import Bus, connect
+from ..client import Bus
 from ..errors import Code, PeerError, Refused
 from ..topics import check_channel
 from ..wire import check_payload, to_json
-from .remote import require_token, token_option, url_option
+from .remote import Remote, remote_options
 
 _BATCH = 500
 _CHUNK = 65_536
@@ -25,9 +25,8 @@ _LONGEST_LINE = 16 * 1024 * 1024
 @click.command("pub", short_help="Publish JSON to a channel.")
 @click.argument("channel")
 @click.argument("payload", metavar="JSON|-")
-@url_option
-@token_option
-def command(channel: str, payload: str, url: str, token: str | None) -> None:
+@remote_options
+def command(channel: str, payload: str, remote: Remote) -> None:
     """Publish JSON to CHANNEL, and say under which number the log has it.
 
     With - every line of the input is a message of its own, in that order.
@@ -44,20 +43,21 @@ def command(channel: str, payload: str, url: str, token: str | None) -> None:
     except PeerError as error:
         hint = " (text has quotes of its own: '\"text\"')" if error.code == Code.BAD_MESSAGE else ""
         raise click.UsageError(f"{error}{hint}") from None
+    remote.check()
     if checked is None:
-        trio.run(_publish_lines, url, require_token(token, url), channel)
+        trio.run(_publish_lines, remote, channel)
     else:
-        trio.run(_publish_one, url, require_token(token, url), channel, checked)
+        trio.run(_publish_one, remote, channel, checked)
 
 
-async def _publish_one(url: str, token: str, channel: str, payload: Raw) -> None:
-    async with connect(url, token=token) as bus:
+async def _publish_one(remote: Remote, channel: str, payload: Raw) -> None:
+    async with remote.connect() as bus:
         _say(channel, await bus.publish(channel, payload))
 
 
-async def _publish_lines(url: str, token: str, channel: str) -> None:
+async def _publish_lines(remote: Remote, channel: str) -> None:
     before = refused = 0
-    async with connect(url, token=token) as bus, aclosing(_lines_of_stdin()) as chunks:
+    async with remote.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
         async for lines in chunks:
             for some in _batched(lines):
                 refused += await _publish_batch(bus, channel, before, some)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
 import click
 
+from ..client import Bus, connect
 from ..client.transport import parse_address
-from .development import DEFAULT_URL, find_token
+from .development import DEFAULT_URL, find_certificate, find_token
 
 
 def _check_url(_: click.Context, __: click.Parameter, url: str) -> str:
@@ -31,9 +38,44 @@ token_option = click.option(
 )
 
 
-def require_token(given: str | None, url: str) -> str:
-    """The token to show a broker at `url`. Raises `click.UsageError`."""
-    token = given or find_token(url)
-    if token is None:
-        raise click.UsageError("there is no token to show: give --token or set CATBUS_TOKEN (catbus grant makes one)")
-    return token
+ca_option = click.option(
+    "--ca",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Who may have signed the broker's certificate, for https:// and wss://. "
+    "For a broker on this machine the development certificate is found by itself.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A broker to speak to, and as whom. `token` is None when there is none to be had."""
+
+    url: str
+    token: str | None = field(repr=False)
+    ca: str | None
+
+    def check(self) -> None:
+        """Raise `click.UsageError` when there is no token to show."""
+        if self.token is None:
+            raise click.UsageError(
+                "there is no token to show: give --token or set CATBUS_TOKEN (catbus grant makes one)"
+            )
+
+    def connect(self) -> AbstractAsyncContextManager[Bus]:
+        """Connect, once `check` has passed."""
+        assert self.token is not None
+        return connect(self.url, token=self.token, ca=self.ca)
+
+
+def remote_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say where the broker is, and hand them to it as one `Remote`."""
+
+    @url_option
+    @token_option
+    @ca_option
+    @wraps(command)
+    def with_remote(*, url: str, token: str | None, ca: str | None, **others: Any) -> None:
+        command(remote=Remote(url, token or find_token(url), ca or find_certificate(url)), **others)
+
+    return with_remote

@@ -117,9 +117,14 @@ async def supervise(config: Config, token: str | None) -> int:
     return status
 
 
+_URLS = {"websocket": "ws://{}/ws", "webtransport": "https://{}"}
+
+
 def _announce(broker: Broker, config: Config, token: str | None) -> None:
-    urls = [f"ws://{address}/ws" for kind, address in broker.addresses if kind == "websocket"]
+    urls = [_URLS[kind].format(address) for kind, address in broker.addresses]
     logger.info("serving", urls=urls)
+    if config.webtransport.bind and not config.webtransport_served:
+        logger.warning("WebTransport is not served: there is no certificate (CATBUS_CERT and CATBUS_KEY)")
     if token is None:
         return
     command_line = "catbus" if shutil.which("catbus") else os.path.relpath(sys.argv[0])

@@ -9,19 +9,16 @@ from urllib.parse import urlsplit
 import click
 import trio
 
-from ..client import connect
 from ..errors import Unavailable
 from ..wire import to_json
-from .development import find_token
-from .remote import token_option, url_option
+from .remote import Remote, remote_options
 
 _PATIENCE = 5.0
 
 
 @click.command("status", short_help="Say how a broker is.")
-@url_option
-@token_option
-def command(url: str, token: str | None) -> None:
+@remote_options
+def command(remote: Remote) -> None:
     """Say whether a broker is ready and, with a token, how far its log is. Exits with 1 when it is not ready.
 
     \b
@@ -29,20 +26,19 @@ def command(url: str, token: str | None) -> None:
       catbus status
       catbus status --url wss://bus.example.com/ws --token "$TOKEN" | jq .head
     """
-    ready, state = _ask_ready(url)
-    report: dict[str, Any] = {"url": url, "ready": ready, "state": state}
-    token = token or find_token(url)
+    ready, state = _ask_ready(remote.url)
+    report: dict[str, Any] = {"url": remote.url, "ready": ready, "state": state}
     try:
-        if ready and token:
-            report |= trio.run(_ask_log, url, token)
+        if ready and remote.token:
+            report |= trio.run(_ask_log, remote)
     finally:
         click.echo(to_json(report).decode())
     if not ready:
         raise click.exceptions.Exit(1)
 
 
-async def _ask_log(url: str, token: str) -> dict[str, Any]:
-    async with connect(url, token=token) as bus:
+async def _ask_log(remote: Remote) -> dict[str, Any]:
+    async with remote.connect() as bus:
         return {"client_id": bus.client_id, "epoch": bus.epoch, "head": bus.head, "floor": bus.floor}
 
 

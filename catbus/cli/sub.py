@@ -11,11 +11,11 @@ import click
 import trio
 from msgspec import Raw
 
-from ..client import Bus, Gap, connect
+from ..client import Bus, Gap
 from ..errors import PeerError
 from ..topics import check_pattern
 from ..wire import to_json
-from .remote import require_token, token_option, url_option
+from .remote import Remote, remote_options
 
 _WAITING = 1000
 """How many lines may wait for whoever reads the output, beside those that wait in the subscriptions."""
@@ -27,16 +27,14 @@ _WAITING = 1000
 @click.option("--epoch", metavar="EPOCH", help="The epoch that --since is from.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Leave after so many messages.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr when a subscription has begun.")
-@url_option
-@token_option
+@remote_options
 def command(
     patterns: tuple[str, ...],
     since: int | None,
     epoch: str | None,
     count: int | None,
     verbose: bool,
-    url: str,
-    token: str | None,
+    remote: Remote,
 ) -> None:
     """Print the messages that match any PATTERN, each as one line of JSON, until Ctrl-C.
 
@@ -55,14 +53,15 @@ def command(
             raise click.UsageError(str(error)) from None
     if epoch is not None and since is None:
         raise click.UsageError("--epoch means nothing without --since")
+    remote.check()
     listening = _Listening(since, epoch, inf if count is None else count, verbose)
     try:
-        trio.run(_listen_until_told, listening, url, require_token(token, url), dict.fromkeys(patterns))
+        trio.run(_listen_until_told, listening, remote, dict.fromkeys(patterns))
     except* BrokenPipeError:
         pass  # whoever reads the output has had enough
 
 
-async def _listen_until_told(listening: _Listening, url: str, token: str, patterns: dict[str, None]) -> None:
+async def _listen_until_told(listening: _Listening, remote: Remote, patterns: dict[str, None]) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -71,7 +70,7 @@ async def _listen_until_told(listening: _Listening, url: str, token: str, patter
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(obey)
-            async with connect(url, token=token) as bus, trio.open_nursery() as subscriptions:
+            async with remote.connect() as bus, trio.open_nursery() as subscriptions:
                 for pattern in patterns:
                     subscriptions.start_soon(listening.follow, bus, pattern)
                 await listening.print()

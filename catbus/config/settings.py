@@ -88,7 +88,7 @@ class WebSocket(Section, frozen=True, kw_only=True):
 
 
 class WebTransport(Section, frozen=True, kw_only=True):
-    """The port for WebTransport."""
+    """The port for WebTransport. Without a certificate it is served to this machine only, with one made for it."""
 
     bind: tuple[Address, ...] = ("0.0.0.0:4433",)
     cert: File | None = None
@@ -151,7 +151,17 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def loopback(self) -> bool:
         """Whether nobody but this machine can reach the ports that a broker opens with this configuration."""
-        return all(is_loopback(split_address(address)[0]) for address in self.websocket.bind)
+        return _all_loopback(self.websocket.bind + (self.webtransport.bind if self.webtransport_served else ()))
+
+    @property
+    def webtransport_served(self) -> bool:
+        """Whether there is a certificate for it, or nobody but this machine comes, for whom one is made."""
+        settings = self.webtransport
+        return bool(settings.bind) and (settings.cert is not None or _all_loopback(settings.bind))
+
+
+def _all_loopback(addresses: tuple[str, ...]) -> bool:
+    return all(is_loopback(split_address(address)[0]) for address in addresses)
 
 
 def default_state_directory(environ: Mapping[str, str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import blake2b
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import msgspec
 
 from .. import wire
 from ..auth import Identity
+from ..certificates import discovery
 from ..errors import Code, PeerError, Unavailable
 from ..log import Outcome, Rejected
 
@@ -86,12 +88,13 @@ async def ready(hub: Hub, request: Request) -> Answer:
 
 async def discover(hub: Hub, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
-    scheme = "wss" if request.header(b"x-forwarded-proto") == b"https" else "ws"
+    secure = request.header(b"x-forwarded-proto") == b"https"
     host = request.header(b"host").decode("latin-1")
     if not host:
         return line(400, "the request does not say which host it is for")
+    made = None if hub.certificates is None else hub.certificates.self_made(datetime.now(UTC))
     return json(
-        {"protocol": "catbus.v1", "websocket": f"{scheme}://{host}/ws"},
+        discovery(host, hub.webtransport_port, made, secure=secure),
         headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],
     )
 

@@ -62,6 +62,8 @@ class FakeHub:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self.readiness = "ready"
+        self.certificates = None
+        self.webtransport_port = None
         self.clients: list[FakeClient] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo

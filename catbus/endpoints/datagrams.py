@@ -1,0 +1,128 @@
+"""UDP sockets: what waits is drained, and what goes to one peer leaves in as few system calls as the kernel allows."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+
+import trio
+
+from ..config import split_address
+from ..errors import ConfigError
+from ..webtransport.packets import MAX_PACKET
+
+BUFFER = 4 << 20
+"""Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
+
+_UDP_SEGMENT = 103
+_MAX_SEGMENTS = 64
+_MAX_TOGETHER = 65_000
+_NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+
+
+class Port:
+    """One UDP socket. Sending never waits: what the kernel does not take is lost, as on any network."""
+
+    __slots__ = ("_segmenting", "_socket", "address", "lost", "received", "sent")
+
+    def __init__(self, sock: socket.socket) -> None:
+        host, port = sock.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.received = 0
+        self.sent = 0
+        self.lost = 0
+        self._socket = sock
+        self._segmenting = hasattr(sock, "sendmsg")
+
+    async def wait(self) -> None:
+        """Wait until something has arrived."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    def receive(self, most: int) -> list[tuple[bytes, tuple[str, int]]]:
+        """What has arrived, up to `most` datagrams. One that is cut is longer than MAX_PACKET still."""
+        datagrams: list[tuple[bytes, tuple[str, int]]] = []
+        recvfrom = self._socket.recvfrom
+        try:
+            while len(datagrams) < most:
+                datagrams.append(recvfrom(MAX_PACKET + 1))
+        except OSError:
+            pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.
+        self.received += len(datagrams)
+        return datagrams
+
+    def send(self, datagrams: Sequence[bytes], to: tuple[str, int]) -> None:
+        """Send to one peer. All must be of one size, but for the last, which may be smaller."""
+        self.sent += len(datagrams)
+        if self._segmenting and len(datagrams) > 1:
+            size = struct.pack("H", len(datagrams[0]))
+            try:
+                self._socket.sendmsg(datagrams, [(socket.IPPROTO_UDP, _UDP_SEGMENT, size)], 0, to)
+            except OSError as error:
+                if error.errno not in _NO_SEGMENTING:
+                    self.lost += len(datagrams)
+                    return
+                # No such kernel or network card: it will not learn it.
+                self._segmenting = False
+            else:
+                return
+        for data in datagrams:
+            try:
+                self._socket.sendto(data, to)
+            except OSError:
+                self.lost += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+Place = tuple[Port, tuple[str, int]]
+"""Where a peer is: our socket, and its address there."""
+
+
+def transmit(datagrams: Sequence[tuple[bytes, Place]]) -> None:
+    """Send the datagrams of one connection, as many at once as go together."""
+    start, count = 0, len(datagrams)
+    while start < count:
+        data, place = datagrams[start]
+        size = len(data)
+        end, limit = start + 1, min(count, start + min(_MAX_SEGMENTS, _MAX_TOGETHER // size))
+        while end < limit and len(datagrams[end - 1][0]) == size:
+            following, other = datagrams[end]
+            if len(following) > size or other != place:
+                break
+            end += 1
+        port, to = place
+        port.send([data for data, _ in datagrams[start:end]], to)
+        start = end
+
+
+async def open_ports(binds: Sequence[str]) -> list[Port]:
+    """A socket for each address of each of `binds`, or none and `ConfigError`."""
+    sockets: list[socket.socket] = []
+    try:
+        for bind in binds:
+            host, port = split_address(bind)
+            try:
+                found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=trio.socket.AI_PASSIVE)
+                for family, kind, protocol, _, address in found:
+                    sock = socket.socket(family, kind, protocol)
+                    sockets.append(sock)
+                    _prepare(sock)
+                    sock.bind(address)
+            except OSError as error:
+                raise ConfigError(f"cannot listen on UDP {bind}: {error.strerror or error}") from error
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return [Port(sock) for sock in sockets]
+
+
+def _prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)

@@ -1,0 +1,476 @@
+"""The WebTransport port over real UDP on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import time
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+import catbus.endpoints.router as router_module
+from catbus.broker import OWNER
+from catbus.endpoints.datagrams import Port
+from catbus.endpoints.tickets import VALID, Tickets
+from catbus.endpoints.timers import Timers
+from catbus.errors import CloseCode
+from catbus.webtransport import Limits, SessionClosed, SessionOpened
+from catbus.webtransport.packets import ID_LENGTH, VERSIONS
+from catbus.wire import Publish
+from tests.brokers import CONFIG, SECRET, TOKEN
+from tests.endpoints.udp import Client, Lost, Server, serving
+
+
+def text(**message: object) -> bytes:
+    return json.dumps(message).encode()
+
+
+async def ask(address: str, *datagrams: bytes) -> bytes | None:
+    """Send them from a socket of its own; the first answer, or None when there is none for a while."""
+    host, _, port = address.rpartition(":")
+    with trio.socket.socket(type=socket.SOCK_DGRAM) as sock:
+        await sock.connect((host, int(port)))
+        for data in datagrams:
+            await sock.send(data)
+        with trio.move_on_after(0.2):
+            return bytes(await sock.recv(4096))
+    return None
+
+
+async def test_a_message_goes_from_one_client_to_another() -> None:
+    async with serving() as server:
+        subscriber = await server.log_in("a.*")
+        publisher = await server.log_in()
+        publisher.say(type="publish", channel="a.b", payload={"n": 1}, id=1)
+        published = await publisher.heard("published")
+        message = await subscriber.heard("message")
+        assert (message["channel"], message["payload"], message["pattern"]) == ("a.b", {"n": 1}, "a.*")
+        assert message["seq"] == published["seq"]
+        assert {client.transport for client in server.hub.clients} == {"webtransport"}
+        assert server.endpoint.statistics().connections == 2
+        assert server.endpoint.statistics().half_open == 0
+
+
+async def test_ipv6() -> None:
+    async with serving(bind="[::1]:0") as server:
+        client = await server.log_in()
+        client.say(type="ping", seq=4)
+        assert (await client.heard("pong"))["seq"] == 4
+
+
+async def test_a_first_version_client_gets_a_line_for_each_message() -> None:
+    async with serving() as server:
+        client = await server.log_in("a.*", protocol=None)
+        publisher = await server.log_in()
+        publisher.write(b"".join(text(type="publish", channel="a.b", payload=n, id=n + 1) for n in range(3)))
+        for n in range(3):
+            assert await client.line() == {"type": "message", "channel": "a.b", "payload": n}
+
+
+async def test_objects_back_to_back_and_in_pieces_without_any_newline() -> None:
+    async with serving() as server:
+        client = server.connect()
+        await client.open()
+        auth, subscribe, ping = (
+            text(type="auth", token=TOKEN, protocol=1),
+            text(type="subscribe", pattern="a"),
+            text(type="ping", seq=1),
+        )
+        client.write(auth + subscribe + ping)
+        assert [(await client.line())["type"] for _ in range(3)] == ["auth_ok", "subscribed", "pong"]
+        for byte in text(type="publish", channel="a", payload="in many pieces", id=1):
+            client.write(bytes([byte]))
+            await trio.lowlevel.checkpoint()
+        assert (await client.heard("message"))["payload"] == "in many pieces"
+
+
+async def test_the_server_closes_with_a_code_and_a_reason_after_the_reply() -> None:
+    async with serving() as server:
+        client = server.connect()
+        await client.open()
+        client.say(type="auth", token="no token")
+        assert (await client.line())["type"] == "auth_error"
+        code, _ = await client.lost()
+        assert code == CloseCode.UNAUTHENTICATED
+        await server.empty()
+
+
+async def test_the_client_closes_and_leaves_nothing_behind() -> None:
+    async with serving() as server:
+        watcher = await server.log_in("a")
+        client = await server.log_in("a")
+        client.say(type="publish", channel="a", payload=1, id=1)
+        client.connection.close_session(4321, "enough", trio.current_time())
+        client.transmit()
+        await client.lost()
+        # What was said before it closed is still done.
+        assert (await watcher.heard("message"))["payload"] == 1
+        watcher.connection.close("away")
+        watcher.transmit()
+        await server.empty()
+
+
+@pytest.mark.parametrize("end", ["end", "reset", "stop"])
+async def test_a_client_that_ends_its_stream_has_left(end: str) -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        assert client.stream is not None
+        if end == "end":
+            client.connection.send(client.stream, b"", True)
+        elif end == "reset":
+            client.connection.reset(client.stream, 7)
+        else:
+            client.connection.stop_sending(client.stream, 7)
+        client.transmit()
+        await client.lost()
+        assert client.saw(SessionClosed) == [SessionClosed(0, "")]
+        await server.empty()
+
+
+async def test_further_streams_are_refused() -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        for bidirectional in (True, False):
+            stream = client.connection.open_stream(bidirectional=bidirectional)
+            assert stream is not None
+            client.connection.send(stream, b"hello")
+            client.transmit()
+            while stream not in client.stopped_streams():
+                await trio.sleep(0.01)
+        client.say(type="ping", seq=1)
+        assert (await client.heard("pong"))["seq"] == 1
+
+
+async def test_pages_on_other_origins_are_refused() -> None:
+    websocket = msgspec.structs.replace(CONFIG.websocket, allowed_origins=("https://good.example",))
+    async with serving(msgspec.structs.replace(CONFIG, websocket=websocket)) as server:
+        for origin in ("https://good.example", None):
+            await server.connect(origin=origin).open()
+        with pytest.raises(Lost):
+            await server.connect(origin="https://bad.example").open()
+
+
+async def test_garbage_disturbs_nobody() -> None:
+    chance = random.Random(1)
+    async with serving() as server:
+        client = await server.log_in()
+        known = next(iter(client.connection.connection_ids))
+        host, _, port = server.address.rpartition(":")
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.connect((host, int(port)))
+            for n in range(600):
+                data = bytearray(chance.randbytes(chance.choice((1, 9, 60, 1200, 1300, 4000))))
+                if n % 3 == 0:
+                    data[0] |= 0x40 if n % 2 else 0xC0
+                    data[1:5] = VERSIONS[0].to_bytes(4, "big")
+                if n % 7 == 0:
+                    data[1 : 1 + ID_LENGTH] = known
+                sock.send(data)
+                if n % 50 == 0:
+                    client.say(type="ping", seq=n)
+                    assert (await client.heard("pong"))["seq"] == n
+        statistics = server.endpoint.statistics()
+        assert statistics.dropped
+        assert statistics.connections == 1
+
+
+async def flood(server: Server, count: int, size: int = 30_000) -> None:
+    """Publish from this process."""
+    for _ in range(count):
+        await server.hub.publish(OWNER, [Publish("a", msgspec.Raw(b'"' + b"x" * size + b'"'))])
+
+
+async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
+    async with serving() as server:
+        stuck = await server.log_in("a")
+        stuck.reads = False
+        other = await server.log_in("a")
+        for _ in range(75):
+            await flood(server, 1)
+            await other.heard("message")
+        [box] = [client.mailbox for client in server.hub.clients if client.mailbox.size]
+        assert box.turned_away
+        assert box.size <= box.limit
+        held = [peer.connection.unacknowledged() for peer in router_of(server).peers]
+        assert max(held) <= Limits().stream_unacknowledged + box.limit
+        # It gets the rest when it reads again.
+        received = 0
+
+        def take() -> bool:
+            nonlocal received
+            received += stuck.unread
+            assert stuck.stream is not None
+            stuck.connection.consumed(stuck.stream, stuck.unread)
+            stuck.unread = 0
+            return received > 75 * 30_000
+
+        stuck.transmit()
+        while not take():
+            stuck.transmit()
+            await trio.sleep(0.001)
+
+
+def router_of(server: Server) -> router_module.Router:
+    return server.endpoint._router
+
+
+async def test_a_stuck_connection_delays_no_handshake() -> None:
+    async with serving() as server:
+        stuck = await server.log_in("a")
+        stuck.deaf = True
+        await flood(server, 40)
+        began = time.perf_counter()
+        await server.log_in()
+        assert time.perf_counter() - began < 1
+
+
+async def test_above_a_number_of_half_open_connections_an_address_is_proved_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving() as server:
+        assert not (await server.log_in()).retried
+        monkeypatch.setattr(router_module, "RETRY_FROM", 0)
+        client = await server.log_in()
+        assert client.retried
+        client.say(type="ping", seq=1)
+        assert (await client.heard("pong"))["seq"] == 1
+
+
+async def test_half_open_connections_and_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = msgspec.structs.replace(CONFIG.limits, connections=2)
+    async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
+        monkeypatch.setattr(router_module, "MAX_HALF_OPEN", 0)
+        client = server.connect()
+        with trio.move_on_after(0.2):
+            await client.open()
+        assert server.endpoint.statistics().connections == 0
+        monkeypatch.undo()
+        await client.open()
+        await server.log_in()
+        late = server.connect()
+        with trio.move_on_after(0.2):
+            await late.open()
+        assert not late.saw(SessionOpened)
+        assert server.endpoint.statistics().connections == 2
+
+
+async def test_a_packet_for_nobody_is_answered_with_a_reset_but_not_too_often() -> None:
+    async with serving() as server:
+        unknown = os.urandom(ID_LENGTH)
+        answer = await ask(server.address, b"\x40" + unknown + bytes(50))
+        assert answer is not None
+        assert answer[-16:] == Tickets(SECRET).reset_token(unknown)
+        assert len(answer) < 1 + ID_LENGTH + 50
+        assert await ask(server.address, b"\x40" + unknown) is None
+        before = server.endpoint.statistics().datagrams_out
+        await ask(server.address, *[b"\x40" + unknown + bytes(50)] * 250)
+        assert server.endpoint.statistics().datagrams_out - before < 160
+
+
+async def test_a_client_learns_that_its_server_has_forgotten_it() -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        router = router_of(server)
+        [peer] = router.peers
+        router._forget(peer)
+        client.say(type="ping", seq=1)
+        _, reason = await client.lost()
+        assert "does not know" in reason
+
+
+async def test_other_versions_are_answered_and_small_first_packets_are_not() -> None:
+    async with serving() as server:
+        head = b"\xc0\x1a\x2a\x3a\x4a\x08" + bytes(8) + b"\x08" + bytes(8)
+        answer = await ask(server.address, head.ljust(1200, b"\0"))
+        assert answer is not None
+        assert answer[1:5] == bytes(4)
+        assert await ask(server.address, head.ljust(1199, b"\0")) is None
+        # A Version Negotiation packet is never answered.
+        assert await ask(server.address, (b"\xc0" + bytes(4) + head[5:]).ljust(1200, b"\0")) is None
+        first = b"\xc0" + VERSIONS[0].to_bytes(4, "big") + head[5:] + b"\0\x44\x96"
+        assert await ask(server.address, first.ljust(1000, b"\1"), first.ljust(1200, b"\1")) is None
+        assert server.endpoint.statistics().connections == 0
+
+
+async def test_a_silent_client_is_gone_after_the_idle_time(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        other = await server.log_in()
+        began = trio.current_time()
+        client.deaf = True
+        while len(server.hub.clients) == 2:
+            await trio.sleep(0.5)
+        assert 55 < trio.current_time() - began < 65
+        # The other one has said nothing either, but it has answered the pings.
+        await trio.sleep(200)
+        other.say(type="ping", seq=1)
+        assert (await other.heard("pong"))["seq"] == 1
+        assert server.endpoint.statistics().connections == 1
+
+
+async def test_a_client_that_does_not_authenticate_is_closed(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        mute = server.connect()
+        await mute.open()
+        began = trio.current_time()
+        assert (await mute.lost())[0] == CloseCode.AUTH_TIMEOUT
+        assert 9 < trio.current_time() - began < 11
+        await server.empty()
+
+
+async def test_a_client_that_takes_nothing_is_given_up(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        stuck = await server.log_in("a")
+        stuck.reads = False
+        await flood(server, 40)
+        began = trio.current_time()
+        assert await stuck.lost() == (None, "nothing was read")
+        assert 55 < trio.current_time() - began < 90
+
+
+async def test_a_client_that_vanishes_with_much_unsent_is_gone_after_the_idle_time(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        client = await server.log_in("a")
+        client.deaf = True
+        await flood(server, 40)
+        [left] = server.hub.clients
+        assert left.mailbox.size
+        await server.empty()
+        assert not left.mailbox.size
+
+
+async def test_cancelled_it_says_goodbye() -> None:
+    async with serving() as server:
+        clients = [await server.log_in() for _ in range(3)]
+        clients[2].deaf = True
+        server.scope.cancel()
+        for client in clients[:2]:
+            assert (await client.lost())[0] == CloseCode.SHUTTING_DOWN
+        await server.ended.wait()
+        assert server.endpoint.statistics().connections <= 3
+
+
+async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        server.endpoint.close()
+        late = server.connect()
+        with trio.move_on_after(0.1):
+            await late.open()
+        assert not late.saw(SessionOpened)
+        server.hub.finish()
+        assert (await client.lost())[0] == CloseCode.SHUTTING_DOWN
+        await server.ended.wait()
+
+
+async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        client, other = await server.log_in(), await server.log_in()
+        victim = min(server.hub.clients, key=lambda one: id(one))
+
+        async def fail(data: bytes) -> None:
+            raise ValueError("ours")
+
+        monkeypatch.setattr(victim, "receive", fail)
+        for one in (client, other):
+            one.say(type="ping", seq=1)
+        codes = set()
+        async with trio.open_nursery() as nursery:
+
+            async def watch(one: Client) -> None:
+                try:
+                    await one.heard("pong")
+                except Lost:
+                    codes.add((await one.lost())[0])
+
+            for one in (client, other):
+                nursery.start_soon(watch, one)
+        assert codes == {CloseCode.INTERNAL}
+        assert server.endpoint.statistics().faults == 1
+        router_of(server).faults = 0
+
+
+async def test_without_segmentation_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        subscriber = await server.log_in("a")
+        [port] = router_of(server).ports
+        port._socket = Refusing(port._socket)  # type: ignore[assignment]
+        await flood(server, 3)
+        for _ in range(3):
+            await subscriber.heard("message")
+        assert not port._segmenting
+
+
+class Refusing:
+    """A socket that knows no offload."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def sendmsg(self, *arguments: object) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_tickets() -> None:
+    ours, replica, stranger = Tickets(SECRET), Tickets(SECRET), Tickets(None)
+    address = "192.0.2.1", 1234
+    token = ours.retry_token(address, b"original", b"again", 1000.0)
+    assert replica.read_retry_token(token, address, b"again", 1000.0 + VALID) == b"original"
+    assert replica.read_retry_token(token, address, b"again", 1000.5 + VALID) is None
+    assert replica.read_retry_token(token, ("192.0.2.1", 1235), b"again", 1000.0) is None
+    assert replica.read_retry_token(token, address, b"other", 1000.0) is None
+    assert stranger.read_retry_token(token, address, b"again", 1000.0) is None
+    for place in range(len(token)):
+        bent = token[:place] + bytes([token[place] ^ 1]) + token[place + 1 :]
+        assert ours.read_retry_token(bent, address, b"again", 1000.0) is None
+    assert ours.read_retry_token(token[:10], address, b"again", 1000.0) is None
+    assert ours.read_retry_token(b"", address, b"again", 1000.0) is None
+    assert ours.reset_token(b"id") == replica.reset_token(b"id") != stranger.reset_token(b"id")
+
+
+async def test_timers_fire_in_order_and_hold_each_member_once(autojump_clock: MockClock) -> None:
+    fired: list[tuple[str, float]] = []
+    start = trio.current_time()
+    again: dict[str, float] = {}
+
+    def fire(name: str, now: float) -> None:
+        fired.append((name, round(now - start, 2)))
+        if name in again:
+            timers.set(name, again.pop(name))
+
+    timers: Timers[str] = Timers(fire)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(timers.run)
+        await trio.testing.wait_all_tasks_blocked()
+        timers.set("late", start + 3)
+        timers.set("soon", start + 1)
+        timers.set("never", start + 2)
+        timers.set("never", None)
+        timers.set("moved", start + 60)
+        for n in range(1000):
+            timers.set("moved", start + 0.5 - n / 10_000)
+        timers.set("moved", start + 60)
+        again["soon"] = start  # A time that has passed does not keep the task from waiting.
+        assert len(timers) == 3
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert [name for name, _ in fired] == ["moved", "soon", "soon", "late"]
+    assert [at for _, at in fired] == [0.4, 1.0, 1.0, 3.0]
+
+
+def test_a_port_says_where_it_is() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        assert Port(sock).address == f"127.0.0.1:{sock.getsockname()[1]}"

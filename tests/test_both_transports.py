@@ -1,0 +1,121 @@
+"""One broker, two doors: WebSocket and WebTransport clients are the same clients."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+import catbus
+from catbus import CloseCode, Config
+from catbus.config import WebTransport
+from tests.brokers import CONFIG, TOKEN
+from tests.endpoints.peers import Peer
+
+
+@asynccontextmanager
+async def running(state: Path) -> AsyncIterator[tuple[catbus.Broker, str, dict[str, Any]]]:
+    """A broker with both doors, its WebSocket URL, and what it tells those who look for it."""
+    config = msgspec.structs.replace(CONFIG, state=str(state), webtransport=WebTransport(bind=("127.0.0.1:0",)))
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            broker = await nursery.start(catbus.serve, config)
+            addresses = dict(broker.addresses)
+            assert set(addresses) == {"websocket", "webtransport"}
+            yield broker, f"ws://{addresses['websocket']}/ws", await discover(addresses["websocket"])
+            broker.stop()
+
+
+async def discover(address: str) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        peer = Peer(stream)
+        await peer.send(f"GET /.well-known/catbus HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+        found = json.loads((await peer.response()).body)
+    assert isinstance(found, dict)
+    return found
+
+
+async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path) as (_, websocket, found),
+        catbus.connect(websocket, token=TOKEN) as one,
+        catbus.connect(found["webtransport"], token=TOKEN, ca=found["certificate"]) as other,
+        one.subscribe("a.*") as here,
+        other.subscribe("a.*") as there,
+    ):
+        seqs = [await one.publish("a.b", 1), await other.publish("a.c", 2)]
+        for messages in (here, there):
+            assert [((m := await anext(messages)).seq, m.payload) for _ in seqs] == [(seqs[0], 1), (seqs[1], 2)]
+
+
+async def test_a_cursor_from_one_transport_goes_on_over_the_other(tmp_path: Path) -> None:
+    async with running(tmp_path) as (broker, websocket, found):
+        async with (
+            catbus.connect(found["webtransport"], token=TOKEN, ca=found["certificate"]) as bus,
+            bus.subscribe("a") as messages,
+        ):
+            await broker.publish("a", 1)
+            assert (await anext(messages)).payload == 1
+            cursor, epoch = messages.cursor, messages.epoch
+        await broker.publish("a", 2)
+        async with catbus.connect(websocket, token=TOKEN) as bus, bus.subscribe("a", since=cursor, epoch=epoch) as more:
+            assert (await anext(more)).payload == 2
+
+
+async def test_the_hash_that_is_told_is_enough(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, _, found):
+        digest = base64.b64decode(found["certificate_hash"])
+        async with catbus.connect(found["webtransport"], token=TOKEN, certificate_hash=digest) as bus:
+            assert await bus.publish("a", 1) == 1
+        with pytest.raises(catbus.Disconnected):
+            async with catbus.connect(found["webtransport"], token=TOKEN, certificate_hash=bytes(32)):
+                pass
+
+
+async def test_big_bursts_pass_in_both_directions(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path) as (_, _, found),
+        catbus.connect(found["webtransport"], token=TOKEN, ca=found["certificate"]) as bus,
+        bus.subscribe("a") as messages,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(bus.publish_many, [("a", [number, "x" * 2000]) for number in range(1500)])
+        for number in range(1500):
+            assert (await anext(messages)).payload[0] == number
+
+
+async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:
+    async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
+        async with catbus.connect(url, token=TOKEN, ca=ca) as bus, bus.subscribe("a") as messages:
+            task_status.started()
+            with pytest.raises(catbus.Disconnected) as caught:
+                await anext(messages)
+            assert caught.value.code == CloseCode.SHUTTING_DOWN
+
+    async with running(tmp_path) as (broker, websocket, found), trio.open_nursery() as nursery:
+        await nursery.start(stay, websocket, None)
+        await nursery.start(stay, found["webtransport"], found["certificate"])
+        broker.stop()
+
+
+async def test_a_wrong_token_is_refused_alike(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, websocket, found):
+        for url, ca in ((websocket, None), (found["webtransport"], found["certificate"])):
+            with pytest.raises(catbus.Refused) as caught:
+                async with catbus.connect(url, token="sub-wrong", ca=ca):
+                    pass
+            assert caught.value.code is catbus.Code.UNAUTHENTICATED
+
+
+def test_without_a_certificate_nobody_else_is_served() -> None:
+    config = Config(webtransport=WebTransport(bind=("0.0.0.0:4433",)))
+    assert not config.webtransport_served
+    assert Config(webtransport=WebTransport(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served
