@@ -7,6 +7,8 @@ import inspect
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.postgres.server"]
+
 # The machines that run this are shared: how long an example takes says nothing.
 settings.register_profile("catbus", deadline=None, print_blob=True)
 settings.load_profile("catbus")
