@@ -6,8 +6,8 @@ client session as a child task that subscribes to an in-memory topic tree kept c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from .auth import Authenticator, Grants, Identity
 from .certificates import CertificateSource
 from .config import Config, split_address
 from .endpoints import serve_http, serve_quic
-from .errors import Refused
+from .errors import PeerError, Refused
 from .hub import Hub
 from .local import Messages
 from .log import Log, MemoryLog, Rejected
@@ -27,6 +27,15 @@ from .wire import Publish, check_payload, to_json
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
 """Who publishes and subscribes in this process."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What a client would be refused for, its caller in this process is, too."""
+    try:
+        yield
+    except PeerError as error:
+        raise Refused(error.code, error.message) from None
 
 
 class Door(Protocol):
@@ -51,7 +60,8 @@ class Broker:
 
         Raises `Refused`, and `TypeError` for what has no JSON form. Cancelling it leaves open whether it is committed.
         """
-        request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
+        with refusing():
+            request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
         [outcome] = await self.hub.publish(OWNER, [request])
         if isinstance(outcome, Rejected):
             raise Refused(outcome.code, outcome.message)
@@ -61,8 +71,9 @@ class Broker:
     async def subscribe(
         self, pattern: str, *, since: int | None = None, epoch: str | None = None
     ) -> AsyncIterator[Messages]:
-        """The messages that match, from now on or after `since`, in seq order. Raises `PeerError` for a bad pattern."""
-        messages = Messages(self.hub, pattern, since, epoch)
+        """The messages that match, from now on or after `since`, in seq order. Raises `Refused` for a bad pattern."""
+        with refusing():
+            messages = Messages(self.hub, pattern, since, epoch)
         try:
             yield messages
         finally:
@@ -87,13 +98,17 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
     """Run a replica until `Broker.stop`; the broker is handed to `task_status` once its doors are open.
 
     The database need not be there: the doors open, `/ready` says 503, and it is tried again until it is. Raises
-    `ConfigError` and `OSError` (an address in use). Cancelling it ends all connections at once.
+    `ConfigError`, also for an address that cannot be had, in an exception group as nurseries do. Cancelling it ends all
+    connections at once.
     """
+    certificates = None
+    if config.webtransport_served:
+        certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
     async with trio.open_nursery() as nursery:
-        broker = await _start(config, nursery)
+        broker = await _start(config, nursery, certificates)
         async with trio.open_nursery() as sessions:
             doors = {"websocket": await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)}
-            if (certificates := broker.hub.certificates) is not None:
+            if certificates is not None:
                 quic = serve_quic, broker.hub, config.webtransport.bind, certificates.latest, sessions
                 doors["webtransport"] = await nursery.start(*quic)
             broker.open(doors)
@@ -118,13 +133,10 @@ async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
         nursery.cancel_scope.cancel()
 
 
-async def _start(config: Config, nursery: trio.Nursery) -> Broker:
+async def _start(config: Config, nursery: trio.Nursery, certificates: CertificateSource | None = None) -> Broker:
     """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
     authenticator = Authenticator(config.auth.secrets, admin_key=config.auth.admin_key, jwt_keys=keys)
-    certificates = None
-    if config.webtransport_served:
-        certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
     hub = Hub(config, await _open_log(config, nursery), authenticator, certificates)
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)

@@ -80,6 +80,22 @@ async def test_in_process_a_bad_channel_is_refused(channel: str, code: Code) -> 
     assert caught.value.code is code
 
 
+async def test_in_process_a_bad_pattern_and_a_bomb_are_refused() -> None:
+    bomb: list[object] = []
+    for _ in range(100):
+        bomb = [bomb]
+    async with catbus.open_broker() as broker:
+        with pytest.raises(catbus.Refused) as caught:
+            async with broker.subscribe("a.*.b"):
+                pass
+        assert caught.value.code is Code.INVALID_PATTERN
+        with pytest.raises(catbus.Refused) as caught:
+            await broker.publish("a", bomb)
+        assert caught.value.code is Code.BAD_MESSAGE
+        with pytest.raises(TypeError):
+            await broker.publish("a", object())
+
+
 async def test_an_ephemeral_message_has_no_seq() -> None:
     async with catbus.open_broker() as broker, broker.subscribe("a") as messages:
         assert await broker.publish("a", 1, ephemeral=True) is None
