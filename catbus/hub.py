@@ -207,13 +207,9 @@ class Client:
         self._subscriptions: dict[str, Subscription] = {}
         self._producer = ""
         self._closing = trio.Event()
+        self._alarm = trio.CancelScope()
         self._room = trio.Event()
         self._finishing = False
-
-    @property
-    def deadline(self) -> float:
-        """The Trio time at which `tick` is due."""
-        return self.session.deadline
 
     @property
     def closing(self) -> tuple[CloseCode, str] | None:
@@ -236,20 +232,19 @@ class Client:
         if self.session.closing is not None:
             self._closing.set()
 
-    def tick(self) -> None:
-        """`deadline` has passed."""
-        self.session.tick(trio.current_time())
-        if self.session.closing is not None:
-            self._closing.set()
-
     def close(self, code: CloseCode, reason: str) -> None:
         """Have the connection closed once the mailbox has been sent."""
         self.session.close(code, reason)
         self._closing.set()
 
     async def wait_closing(self) -> None:
-        """Wait until `closing` is set."""
-        await self._closing.wait()
+        """Wait until `closing` is set or the client has left, and see meanwhile that it keeps its deadlines."""
+        while not self._closing.is_set():
+            with trio.move_on_at(self.session.deadline) as self._alarm:
+                await self._closing.wait()
+            self.session.tick(trio.current_time())
+            if self.session.closing is not None:
+                self._closing.set()
 
     def send_away(self) -> None:
         """Say that the replica is stopping, if it is, and when to come back."""
@@ -328,6 +323,7 @@ class Client:
         except PeerError as error:
             session.refuse(error)
             return
+        self._alarm.deadline = session.deadline
         for pattern in withdrawn:
             self._leave(pattern, revoked=True)
         self.send_away()

@@ -569,8 +569,8 @@ async def test_a_session_does_what_the_table_says(
             peer.client.close(CloseCode.INTERNAL, "")
         before = session.state
         if "has passed" in what:
-            await trio.sleep_until(peer.client.deadline)
-            peer.client.tick()
+            await trio.sleep_until(session.deadline)
+            session.tick(trio.current_time())
             heard = await peer.hear()
         elif what == "the replica is about to stop":
             await hub.send_away()

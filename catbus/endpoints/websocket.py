@@ -60,7 +60,6 @@ class Connection:
     """The outlet of one client's mailbox, and the task that feeds the client what arrives."""
 
     __slots__ = (
-        "_alarm",
         "_client",
         "_conversing",
         "_give_up",
@@ -91,7 +90,6 @@ class Connection:
         self._packer = roster.packer
         self._client: Client | None = None
         self._mailbox: Mailbox | None = None
-        self._alarm = trio.CancelScope()
         self._conversing = trio.CancelScope()
         self._listening = trio.CancelScope()
         rewrite = Coalescer(message_size).feed
@@ -171,7 +169,7 @@ class Connection:
                 try:
                     with self._roster.watch(self):
                         library.start_soon(self._read, websocket, client)
-                        await self._wait_closing(client)
+                        await client.wait_closing()
                         if goodbye := client.closing or self._goodbye:
                             self.outbox.close(close_frame(*goodbye))
                 finally:
@@ -219,18 +217,3 @@ class Connection:
             message = await websocket.get_message()
             await client.receive(message.encode() if isinstance(message, str) else message)
             self.flush()
-            if client.deadline < self._alarm.deadline:
-                self._alarm.deadline = client.deadline
-
-    async def _wait_closing(self, client: Client) -> None:
-        """Wait until the client is closing or gone, and tell it when its deadline has passed."""
-        while True:
-            with trio.move_on_at(client.deadline) as self._alarm:
-                await client.wait_closing()
-                return
-            if trio.current_time() >= client.deadline:
-                client.tick()
-                self.flush()
-                if trio.current_time() >= client.deadline:
-                    await client.wait_closing()  # It is closing now, or was gone before.
-                    return

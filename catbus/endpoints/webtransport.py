@@ -41,7 +41,6 @@ class Conversation:
 
     __slots__ = (
         "_acknowledged",
-        "_alarm",
         "_client",
         "_connection",
         "_ended",
@@ -72,7 +71,6 @@ class Conversation:
         self._lost = trio.Event()
         self._news = trio.Event()
         self._room = trio.lowlevel.ParkingLot()
-        self._alarm = trio.CancelScope()
         self._sent = 0
         self._acknowledged = -1
         self._moved = trio.current_time()
@@ -190,7 +188,7 @@ class Conversation:
     async def _converse(self, client: Client) -> tuple[int, str]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, client)
-            await self._wait_closing(client)
+            await client.wait_closing()
             nursery.cancel_scope.cancel()
         with trio.move_on_after(CLOSING_TIME):
             self.flush()
@@ -219,8 +217,6 @@ class Conversation:
                     self._connection.consumed(self._stream, len(data))
                     self._fill()
                     self._transmit()
-                    if client.deadline < self._alarm.deadline:
-                        self._alarm.deadline = client.deadline
                 elif self._ended:
                     client.leave()
                     return
@@ -231,19 +227,6 @@ class Conversation:
             logger.exception("a session failed")
             self._on_fault()
             client.close(*FAULT)
-
-    async def _wait_closing(self, client: Client) -> None:
-        """Wait until the client is closing or gone, and tell it when its deadline has passed."""
-        while True:
-            with trio.move_on_at(client.deadline) as self._alarm:
-                await client.wait_closing()
-                return
-            if trio.current_time() >= client.deadline:
-                client.tick()
-                self.flush()
-                if trio.current_time() >= client.deadline:
-                    await client.wait_closing()  # It is closing now, or was gone before.
-                    return
 
 
 def join_lines(items: Sequence[Item], protocol: Protocol) -> bytes:

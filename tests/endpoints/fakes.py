@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from math import inf
 from typing import Any
 
 import trio
@@ -22,20 +21,14 @@ class FakeClient:
     def __init__(self, hub: FakeHub, outlet: Outlet) -> None:
         self.hub = hub
         self.mailbox = Mailbox(outlet, lambda mailbox: None)
-        self.deadline = inf
         self.closing: tuple[CloseCode, str] | None = None
         self.received: list[bytes] = []
-        self.ticks = 0
         self.left = False
         self._closing = trio.Event()
 
     async def receive(self, data: bytes) -> None:
         self.received.append(data)
         await self.hub.on_receive(self, data)
-
-    def tick(self) -> None:
-        self.ticks += 1
-        self.close(CloseCode.AUTH_TIMEOUT, "no auth")
 
     def close(self, code: CloseCode, reason: str) -> None:
         if self.closing is None:

@@ -123,58 +123,6 @@ async def test_a_first_version_client_gets_a_frame_a_line() -> None:
         assert [await it.peer.frame(), await it.peer.frame()] == [(peers.TEXT, b"1"), (peers.TEXT, b"2")]
 
 
-async def test_the_client_is_told_when_its_deadline_has_passed(autojump_clock: MockClock) -> None:
-    async with served() as it:
-        await wait_all_tasks_blocked()
-        it.client.deadline = trio.current_time() + 10
-        await it.peer.send(masked(peers.TEXT, b"so that the deadline is looked at"))
-        await it.peer.frame()
-        began = trio.current_time()
-        assert (await it.peer.frame()).code == CloseCode.AUTH_TIMEOUT
-        assert trio.current_time() == pytest.approx(began + 10)
-        assert it.client.ticks == 1
-
-
-async def test_a_deadline_that_was_put_off_is_not_kept(autojump_clock: MockClock) -> None:
-    hub = FakeHub()
-    hub.on_receive = says(lambda client, data: setattr(client, "deadline", trio.current_time() + 10))
-    async with served(hub) as it:
-        for _ in range(5):
-            await it.peer.send(masked(peers.TEXT, b"wait"))
-            await trio.sleep(9)
-            assert it.client.ticks == 0
-        assert (await it.peer.frame()).code == CloseCode.AUTH_TIMEOUT
-        assert trio.current_time() == pytest.approx(46)
-
-
-async def test_a_deadline_is_kept_while_the_client_waits_for_room(autojump_clock: MockClock) -> None:
-    hub = FakeHub()
-
-    async def wait(client: FakeClient, data: bytes) -> None:
-        if data == b"soon":
-            client.deadline = trio.current_time() + 10
-        else:
-            await trio.sleep_forever()
-
-    hub.on_receive = wait
-    async with served(hub) as it:
-        await it.peer.send(masked(peers.TEXT, b"soon") + masked(peers.BINARY, b"now"))
-        assert (await it.peer.frame()).code == CloseCode.AUTH_TIMEOUT
-        assert trio.current_time() == pytest.approx(10)
-
-
-async def test_a_deadline_that_passes_when_the_peer_has_gone_is_of_no_interest() -> None:
-    hub = FakeHub()
-    hub.on_receive = says(lambda client, data: setattr(client, "deadline", trio.current_time()))
-    async with served(hub) as it:
-        await wait_all_tasks_blocked()
-        it.client.tick = lambda: None  # type: ignore[method-assign]
-        await it.peer.send(masked(peers.TEXT, b"now"))
-        await it.peer.stream.aclose()
-        await it.ended.wait()
-        assert it.client.left
-
-
 # Closing
 
 

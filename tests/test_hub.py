@@ -1,0 +1,105 @@
+"""Clients and their deadlines, on a virtual clock, with a log in memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from catbus.auth import Authenticator, Grants, sign
+from catbus.config import Config, Limits
+from catbus.errors import CloseCode
+from catbus.hub import Client, Hub
+from catbus.log import MemoryLog
+
+SECRET = "a secret of the tests"
+
+
+class Outlet:
+    def flush(self) -> None:
+        """Nobody reads."""
+
+
+@pytest.fixture
+async def hub(nursery: trio.Nursery) -> Hub:
+    hub = Hub(Config(limits=Limits(mailbox=2000)), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    return hub
+
+
+def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A token for so long, in seconds of the virtual clock."""
+    monkeypatch.setattr("time.time", trio.current_time)
+    expires = None if lifetime is None else trio.current_time() + lifetime
+    token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=expires)
+    return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode()
+
+
+def open_client(hub: Hub) -> Client:
+    return hub.open_client(Outlet(), transport="test")
+
+
+def said(client: Client) -> list[Any]:
+    return [json.loads(line)["type"] for line in client.mailbox.take() if isinstance(line, bytes)]
+
+
+async def test_who_does_not_authenticate_is_closed_in_time(hub: Hub, autojump_clock: MockClock) -> None:
+    client = open_client(hub)
+    await client.wait_closing()
+    assert trio.current_time() == pytest.approx(10)
+    assert client.closing is not None
+    assert client.closing[0] is CloseCode.AUTH_TIMEOUT
+    assert said(client) == ["auth_error"]
+
+
+async def test_authenticating_puts_the_deadline_off(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    nursery.start_soon(client.wait_closing)
+    await trio.sleep(9)
+    await client.receive(auth(None, monkeypatch))
+    await trio.sleep(80_000)
+    assert client.closing is None
+    client.leave()
+
+
+async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_does_not(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    nursery.start_soon(client.wait_closing)
+    await wait_all_tasks_blocked()
+    await client.receive(auth(100, monkeypatch))
+    await trio.sleep(120)
+    await client.receive(auth(50, monkeypatch))
+    await trio.sleep(79)
+    assert client.closing is None
+    await client.wait_closing()
+    assert trio.current_time() == pytest.approx(120 + 50 + 30)
+    assert client.closing is not None
+    assert client.closing[0] is CloseCode.TOKEN_EXPIRED
+
+
+async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    await client.receive(auth(100, monkeypatch))
+    nursery.start_soon(client.receive, b'{"type":"ping","seq":1}' * 1000)
+    await wait_all_tasks_blocked()
+    assert client.mailbox.full, "it waits for somebody to read the replies"
+    await client.wait_closing()
+    assert trio.current_time() == pytest.approx(130)
+    client.leave()
+
+
+async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
+    client = open_client(hub)
+    client.leave()
+    with trio.fail_after(5):
+        await client.wait_closing()
+    assert client.closing is None
