@@ -22,7 +22,7 @@ from jwt.algorithms import HMACAlgorithm
 
 from .errors import CloseCode, Code, ConfigError, PeerError
 from .topics import check_pattern, covers, matches
-from .wire import UNDECODABLE
+from .wire import MAX_DEPTH, UNDECODABLE, depth
 
 MAX_TOKEN = 8192
 """How many bytes a token may have."""
@@ -233,8 +233,11 @@ C = TypeVar("C", bound=_Claims)
 
 
 def _decode(data: bytes | None, claims: type[C]) -> C | None:
+    # How deep msgspec itself goes depends on the interpreter.
+    if data is None or depth(data) > MAX_DEPTH:
+        return None
     try:
-        return None if data is None else msgspec.json.decode(data, type=claims)
+        return msgspec.json.decode(data, type=claims)
     except (*UNDECODABLE, PeerError):
         return None
 
