@@ -225,7 +225,7 @@ class Client:
         """
         if self._finishing:
             return
-        for effect in self.session.receive(data, trio.current_time()):
+        for effect in self.session.receive(data):
             await self._perform(effect)
             while self.session.pending >= self._pending_limit or self.mailbox.full:
                 await self._wait_for_room()

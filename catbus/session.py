@@ -58,7 +58,6 @@ class Join:
 @dataclass(frozen=True, slots=True)
 class Leave:
     pattern: str
-    revoked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class Session:
 
     # What the client says
 
-    def receive(self, data: bytes, now: float) -> Iterator[Effect]:
+    def receive(self, data: bytes) -> Iterator[Effect]:
         """Understand more bytes. Take every effect and carry it out before the next; take them all."""
         if self.state is State.CLOSED:
             return
@@ -140,7 +139,7 @@ class Session:
                     self.say(wire.Error(message.message, message.code))
                     continue
                 try:
-                    yield from _HANDLERS[type(message)](self, message, now)
+                    yield from _HANDLERS[type(message)](self, message)
                 except PeerError as error:
                     self.say(error_reply(message, error))
                 if self.closing is not None:
@@ -233,12 +232,12 @@ class Session:
 
     # One handler a message
 
-    def _auth(self, message: wire.Auth, now: float) -> Iterator[Effect]:
+    def _auth(self, message: wire.Auth) -> Iterator[Effect]:
         if self.state is State.NEW:
             self.protocol = Protocol.V1 if message.protocol >= 1 else Protocol.FIRST
         yield Authenticate(message.token, message.producer)
 
-    def _subscribe(self, message: wire.Subscribe, now: float) -> Iterator[Effect]:
+    def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
         identity = self._authenticated()
         check_pattern(message.pattern)
         if not identity.grants.may_read(message.pattern):
@@ -250,14 +249,14 @@ class Session:
         else:
             yield Join(message.pattern, message.since, message.epoch)
 
-    def _unsubscribe(self, message: wire.Unsubscribe, now: float) -> Iterator[Effect]:
+    def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
         if message.pattern not in self.patterns:
             raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
         yield Leave(message.pattern)
 
-    def _publish(self, message: wire.Publish, now: float) -> Iterator[Effect]:
+    def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._authenticated()
         append = make_append(message, identity, self.producer, self.settled)
         if message.ephemeral:
@@ -268,14 +267,14 @@ class Session:
             self.pending += 1
             yield Submit(append, message.epoch if message.retry else None)
 
-    def _history(self, message: wire.History, now: float) -> Iterator[Effect]:
+    def _history(self, message: wire.History) -> Iterator[Effect]:
         identity = self._authenticated()
         check_pattern(message.pattern)
         if not identity.grants.may_read(message.pattern):
             raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
         yield Recall(message)
 
-    def _ping(self, message: wire.Ping, now: float) -> Iterator[Effect]:
+    def _ping(self, message: wire.Ping) -> Iterator[Effect]:
         yield Measure(message.seq)
 
     def _authenticated(self) -> Identity:
@@ -284,7 +283,7 @@ class Session:
         return self.identity
 
 
-_HANDLERS: dict[type, Callable[[Session, Any, float], Iterator[Effect]]] = {
+_HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
     wire.Auth: Session._auth,
     wire.Subscribe: Session._subscribe,
     wire.Unsubscribe: Session._unsubscribe,

@@ -53,7 +53,7 @@ class Driver:
         self.session = Session(self.mailbox, SessionLimits(message_size=2000, subscriptions=3), now=100.0)
 
     def feed(self, data: bytes) -> None:
-        for effect in self.session.receive(data, 100.0):
+        for effect in self.session.receive(data):
             self.effects.append(effect)
             self.perform(effect)
 

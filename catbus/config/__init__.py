@@ -1,6 +1,6 @@
 """How a broker is set up: built-in defaults, then a TOML file, then the environment, then the command line."""
 
-from .addresses import is_loopback, redact, split_address
+from .addresses import is_loopback, join_address, redact, split_address
 from .levels import parse_levels
 from .reading import ENVIRONMENT, keys, load, parse_duration
 from .settings import (
@@ -27,6 +27,7 @@ __all__ = [
     "WebTransport",
     "default_state_directory",
     "is_loopback",
+    "join_address",
     "keys",
     "load",
     "parse_duration",

@@ -18,6 +18,11 @@ def split_address(address: str) -> tuple[str, int]:
     return match["v6"] or match["host"], int(match["port"])
 
 
+def join_address(host: str, port: int) -> str:
+    """What `split_address` takes apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, by name or number, is this machine as only this machine can reach it."""
     if host == "localhost" or host.endswith(".localhost"):

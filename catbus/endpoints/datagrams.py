@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import trio
 
-from ..config import split_address
+from ..config import join_address, split_address
 from ..errors import ConfigError
 from ..webtransport.packets import MAX_PACKET
 
@@ -28,8 +28,7 @@ class Port:
     __slots__ = ("_segmenting", "_socket", "address", "lost", "received", "sent")
 
     def __init__(self, sock: socket.socket) -> None:
-        host, port = sock.getsockname()[:2]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join_address(*sock.getsockname()[:2])
         self.received = 0
         self.sent = 0
         self.lost = 0

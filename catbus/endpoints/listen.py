@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..config import split_address
+from ..config import join_address, split_address
 from ..errors import ConfigError
 from ..loggers import get_logger
 from .http import serve_connection
@@ -84,7 +84,9 @@ async def serve_http(
         nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
         with doors:
             handler = partial(_serve_peer, hub, roster, _connection_limit(hub.config.limits.connections))
-            task_status.started(Endpoint([_address(listener) for listener in listeners], roster, doors))
+            task_status.started(
+                Endpoint([join_address(*listener.socket.getsockname()[:2]) for listener in listeners], roster, doors)
+            )
             await trio.serve_listeners(handler, listeners, handler_nursery=sessions)
         await roster.wait_empty()
         nursery.cancel_scope.cancel()
@@ -105,11 +107,6 @@ async def open_listeners(binds: Sequence[str]) -> list[trio.SocketListener]:
             listener.socket.close()
         raise
     return listeners
-
-
-def _address(listener: trio.SocketListener) -> str:
-    host, port = listener.socket.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _connection_limit(wanted: int) -> int:

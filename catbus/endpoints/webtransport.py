@@ -237,4 +237,4 @@ def join_lines(items: Sequence[Item], protocol: Protocol) -> bytes:
     lines: list[bytes] = []
     for item in items:
         lines += (item,) if isinstance(item, bytes) else item.first_version_lines
-    return b"".join([line if line.endswith(b"\n") else line + b"\n" for line in lines])
+    return b"".join(lines)
