@@ -103,7 +103,7 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(3 * LOOK)]
+    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(9 * LOOK)]
     turns: list[int] = []
 
     async def other() -> None:
