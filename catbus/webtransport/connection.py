@@ -322,7 +322,10 @@ class Connection:
                 if self._demultiplexer.all_acknowledged or now >= self._deadline:
                     self._session.say_goodbye()
                     self._deadline = now + self._limits.closing
-            elif self._session.heard or now >= self._deadline:
+            elif self._session.heard:
+                self._quic.close_gracefully()
+                self._notice()
+            elif now >= self._deadline:
                 self.close()
         elif state is State.OVER and not self._lost:
             self.close()

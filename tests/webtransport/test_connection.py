@@ -338,6 +338,23 @@ def test_closing_codes_pass(side: int, code: int) -> None:
 
 
 @SIDES
+def test_a_connection_that_ends_after_its_session_ends_without_an_error(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chromium may see the connection close before it has told its page how the session did: with any code but QUIC's
+    # own NO_ERROR, as the transport's, the page hears "Connection lost" and no closing code.
+    link = Link().open()
+    here, there = both(link)[side]
+    monkeypatch.setattr(there.it, "close", lambda reason="": None)
+    here.it.close_session(4001, "", link.now)
+    link.until(lambda: here.lost and there.lost)
+    assert there.saw(SessionClosed) == [SessionClosed(4001, "")]
+    ending = there.it._quic.ending
+    assert ending is not None
+    assert (ending.error_code, ending.frame_type) == (0, 0)
+
+
+@SIDES
 def test_last_words_arrive_before_the_closing(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
