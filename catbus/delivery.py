@@ -8,7 +8,7 @@ that all late subscriptions share. Joining with `since`, falling behind and star
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -37,11 +37,26 @@ class Subscription:
     which is why it gets one copy of a message however many of them match.
     """
 
-    __slots__ = ("cursor", "late", "mailbox", "overlapping", "owed_live", "patterns", "producer", "stalled")
+    __slots__ = (
+        "cursor",
+        "late",
+        "mailbox",
+        "marked",
+        "overlapping",
+        "owed_live",
+        "patterns",
+        "producer",
+        "send_datagram",
+        "stalled",
+    )
 
-    def __init__(self, mailbox: Mailbox, producer: bytes = b"") -> None:
+    def __init__(
+        self, mailbox: Mailbox, producer: bytes = b"", send_datagram: Callable[[bytes], bool] | None = None
+    ) -> None:
         self.mailbox = mailbox
         self.producer = producer
+        self.send_datagram = send_datagram
+        """How ephemeral messages go that fit into a datagram, past the mailbox; False for one that does not fit."""
         self.patterns: dict[str, int] = {}
         """Each pattern, and the seq after which its messages are wanted."""
         self.overlapping = False
@@ -52,6 +67,8 @@ class Subscription:
         self.stalled = False
         """Late, and waiting for its mailbox to be emptied."""
         self.owed_live = False
+        self.marked = 0
+        """The newest seq up to which a `head` has called it complete."""
 
     def say(self, mark: Reply) -> None:
         line = encode(mark, self.mailbox.protocol)
@@ -153,8 +170,17 @@ class Delivery:
 
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to everyone, once; who has no room does not get it."""
-        _offer(self._live, [entry])
-        _offer(self._late, [entry])
+        served: set[Subscription] = set()
+        for tree in (self._live, self._late):
+            for group in tree.match(entry.channel):
+                run = Run(group.pattern, [entry])
+                for subscription in group.members:
+                    if subscription in served or (entry.origin is not None and subscription.producer == entry.origin):
+                        continue
+                    if subscription.overlapping:
+                        served.add(subscription)
+                    if subscription.send_datagram is None or not subscription.send_datagram(run.lines):
+                        subscription.mailbox.offer(run)
 
     # Catching up: `next_position` and `serve` are the reader without its waiting
 
@@ -333,7 +359,7 @@ def _offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subs
 def _merge(subscription: Subscription, found: Sequence[tuple[str, Sequence[Entry]]]) -> list[Entry]:
     """What several patterns of one subscription matched, in order and once."""
     starts = subscription.patterns
-    wanted = {e.seq: e for pattern, hits in found for e in hits if not e.seq or e.seq > starts[pattern]}
+    wanted = {e.seq: e for pattern, hits in found for e in hits if e.seq > starts[pattern]}
     return sorted(wanted.values(), key=_seq)
 
 

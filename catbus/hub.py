@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Protocol as Interface
 
 import trio
 
@@ -89,9 +90,9 @@ class Hub:
             return "starting"
         return "ready" if self.log.available else "degraded"
 
-    def open_client(self, outlet: Outlet, *, transport: str) -> Client:
+    def open_client(self, outlet: Outlet, *, transport: str, streams: Streams | None = None) -> Client:
         """A new connection. Its owner calls `leave` in the end, whatever happens."""
-        client = Client(self, outlet, transport)
+        client = Client(self, outlet, transport, streams)
         self.clients.add(client)
         if self._closed:
             client.finish()
@@ -189,10 +190,29 @@ class Hub:
             client.finish()
 
 
-class Client:
-    """One connected client, whatever the transport. Its endpoint feeds it bytes and sends what its mailbox holds."""
+class Streams(Interface):
+    """What a transport can do that has more than one stream, and datagrams."""
 
-    def __init__(self, hub: Hub, outlet: Outlet, transport: str) -> None:
+    def open_stream(self, on_stopped: Callable[[Mailbox], None]) -> Mailbox | None:
+        """A mailbox whose content goes over a stream of its own; None when the peer allows no more of them.
+
+        `on_stopped` is called with it when the peer does not want the rest. Then nothing of it is sent any more.
+        """
+
+    def end_stream(self, mailbox: Mailbox) -> None:
+        """End that stream after what the mailbox holds. Nothing is put into it any more."""
+
+    def send_datagram(self, data: bytes) -> bool:
+        """Send a datagram, at most once; False when it is too large for one."""
+
+
+class Client:
+    """One connected client, whatever the transport. Its endpoint feeds it bytes and sends what its mailboxes hold.
+
+    There is one mailbox for the session, and one for each subscription that has a stream of its own.
+    """
+
+    def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None) -> None:
         limits = hub.config.limits
         self.transport = transport
         self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox)
@@ -203,6 +223,7 @@ class Client:
         )
         self.session.on_settled = self._settled
         self._hub = hub
+        self._streams = streams
         self._pending_limit = limits.pending_publishes
         self._subscriptions: dict[str, Subscription] = {}
         self._producer = ""
@@ -250,8 +271,7 @@ class Client:
         """Say that the replica is stopping, if it is, and when to come back."""
         reconnect_in = self._hub.reconnect_in
         if reconnect_in is not None and self.session.identity is not None:
-            if (head := self._head()) is not None:
-                self.session.say(head)
+            self._say_heads()
             self.session.say(wire.GoAway(STOPPING, round(reconnect_in, 3)))
 
     def finish(self) -> None:
@@ -264,6 +284,7 @@ class Client:
         self._hub.forget_client(self)
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
+            subscription.mailbox.take()
         self._subscriptions.clear()
         self.session.abandon()
         self.mailbox.take()
@@ -289,11 +310,11 @@ class Client:
             case Broadcast():
                 self._hub.broadcast(effect)
             case Join():
-                self._join(effect)
+                self._join(effect.request)
             case Leave():
-                self._leave(effect.pattern)
+                self._leave(effect.request)
             case Measure():
-                self._measure(effect.seq)
+                self._say_heads()
             case Authenticate():
                 self._authenticate(effect)
             case Recall():
@@ -325,38 +346,72 @@ class Client:
             return
         self._alarm.deadline = session.deadline
         for pattern in withdrawn:
-            self._leave(pattern, revoked=True)
+            self._revoke(pattern)
         self.send_away()
 
-    def _join(self, effect: Join) -> None:
-        delivery, session = self._hub.delivery, self.session
-        pattern = effect.pattern
-        held = self._subscriptions.pop(pattern, None)
+    def _join(self, request: wire.Subscribe) -> None:
+        delivery, session, streams = self._hub.delivery, self.session, self._streams
+        pattern = request.pattern
+        held = self._take_out(pattern)
         if held is not None:
-            delivery.unsubscribe(held, pattern)
-        session.joined(pattern, delivery.position)
+            self._end_stream(held)
+        own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
+        session.joined(request, delivery.position, own)
         subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
         if subscription is None:
-            subscription = Subscription(self.mailbox, session.producer)
+            subscription = Subscription(
+                self.mailbox if own is None else own,
+                session.producer,
+                streams.send_datagram if streams is not None and request.datagrams else None,
+            )
         self._subscriptions[pattern] = subscription
-        delivery.subscribe(subscription, pattern, effect.since, effect.epoch)
+        delivery.subscribe(subscription, pattern, request.since, request.epoch)
 
-    def _leave(self, pattern: str, *, revoked: bool = False) -> None:
-        delivery = self._hub.delivery
-        delivery.unsubscribe(self._subscriptions.pop(pattern), pattern)
-        if revoked:
-            self.mailbox.withdraw(pattern)
-        self.session.left(pattern, delivery.position, revoked=revoked)
+    def _leave(self, request: wire.Unsubscribe) -> None:
+        subscription = self._take_out(request.pattern)
+        assert subscription is not None
+        self.session.left(request, self._hub.delivery.position, subscription.mailbox)
+        self._end_stream(subscription)
 
-    def _measure(self, seq: int) -> None:
-        self.session.measured(seq, self._head())
+    def _revoke(self, pattern: str) -> None:
+        subscription = self._take_out(pattern)
+        assert subscription is not None
+        subscription.mailbox.withdraw(pattern)
+        self.session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
+        self._end_stream(subscription)
 
-    def _head(self) -> wire.Head | None:
-        """Up to where all subscriptions are complete with what the mailbox holds; None while one of them is late."""
-        if self.session.identity is None or any(s.late for s in self._subscriptions.values()):
-            return None
-        delivery = self._hub.delivery
-        return wire.Head(delivery.position, self._hub.log.epoch, delivery.at)
+    def _stopped(self, pattern: str, own: Mailbox) -> None:
+        """The peer has stopped a subscription's own stream, by which it unsubscribes."""
+        if pattern in self._subscriptions and self._subscriptions[pattern].mailbox is own:
+            self._take_out(pattern)
+            self.session.left(wire.Unsubscribe(pattern), self._hub.delivery.position)
+
+    def _take_out(self, pattern: str) -> Subscription | None:
+        """Deliver nothing more for a pattern, if it is held."""
+        subscription = self._subscriptions.pop(pattern, None)
+        if subscription is not None:
+            self._hub.delivery.unsubscribe(subscription, pattern)
+        return subscription
+
+    def _end_stream(self, subscription: Subscription) -> None:
+        if subscription.mailbox is not self.mailbox and self._streams is not None:
+            self._streams.end_stream(subscription.mailbox)
+
+    def _say_heads(self) -> None:
+        """Say on each stream up to where all subscriptions on it are complete, unless one of them is late."""
+        if self.session.identity is None:
+            return
+        hub, mailbox = self._hub, self.mailbox
+        head = wire.Head(hub.delivery.position, hub.log.epoch, hub.delivery.at)
+        late = False
+        for subscription in self._subscriptions.values():
+            if subscription.mailbox is mailbox:
+                late |= subscription.late
+            elif not (subscription.late or subscription.mailbox.full or subscription.marked == head.seq):
+                subscription.marked = head.seq
+                self.session.say(head, subscription.mailbox)
+        if not late:
+            self.session.say(head)
 
     async def _recall(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)

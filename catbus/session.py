@@ -9,7 +9,7 @@ one and carries each out before it takes the next:
     Submit        append to the log; it settles by itself
     Broadcast     pass the message on, once
     Recall        read the history, then call `recalled` or `refuse_request`
-    Measure       call `measured`
+    Measure       say `Head` on every stream whose subscriptions are live
 
 It closes the connection once `closing` is set and the mailbox has been sent.
 """
@@ -50,14 +50,12 @@ class Authenticate:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    pattern: str
-    since: int | None
-    epoch: str | None
+    request: wire.Subscribe
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    pattern: str
+    request: wire.Unsubscribe
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    seq: int
+    """A client wants to know how far its subscriptions are complete."""
 
 
 Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure
@@ -182,13 +180,18 @@ class Session:
         if error.close is not None:
             self.close(error.close, error.message)
 
-    def joined(self, pattern: str, seq: int) -> None:
-        self.patterns.add(pattern)
-        self.say(wire.Subscribed(pattern, seq))
+    def joined(self, request: wire.Subscribe, seq: int, own: Mailbox | None = None) -> None:
+        """The subscription is there, with a stream of its `own` where that is not None: what it gets goes there."""
+        self.patterns.add(request.pattern)
+        self.say(wire.Subscribed(request.pattern, seq, own is not None, request.id), own)
 
-    def left(self, pattern: str, seq: int, *, revoked: bool = False) -> None:
+    def left(self, request: wire.Unsubscribe, seq: int, mailbox: Mailbox | None = None) -> None:
+        self.patterns.discard(request.pattern)
+        self.say(wire.Unsubscribed(request.pattern, seq, request.id), mailbox)
+
+    def revoked(self, pattern: str, seq: int, mailbox: Mailbox | None = None) -> None:
         self.patterns.discard(pattern)
-        self.say(wire.Revoked(pattern, seq) if revoked else wire.Unsubscribed(pattern, seq))
+        self.say(wire.Revoked(pattern, seq), mailbox)
 
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
@@ -208,16 +211,11 @@ class Session:
     def refuse_request(self, request: wire.History, error: PeerError) -> None:
         self.say(error_reply(request, error))
 
-    def measured(self, seq: int, head: wire.Head | None) -> None:
-        self.say(wire.Pong(seq))
-        if head is not None:
-            self.say(head)
-
-    def say(self, reply: Reply) -> None:
-        """Queue a reply in the words that the client knows."""
+    def say(self, reply: Reply, mailbox: Mailbox | None = None) -> None:
+        """Queue a reply in the words that the client knows; unless a mailbox is named, in the session's own."""
         line = wire.encode(reply, self.protocol)
         if line is not None:
-            self.mailbox.put(line)
+            (self.mailbox if mailbox is None else mailbox).put(line)
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""
@@ -244,17 +242,14 @@ class Session:
             raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
         if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
             raise PeerError(Code.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
-        if self.protocol is Protocol.FIRST:
-            yield Join(message.pattern, None, None)
-        else:
-            yield Join(message.pattern, message.since, message.epoch)
+        yield Join(wire.Subscribe(message.pattern) if self.protocol is Protocol.FIRST else message)
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
         if message.pattern not in self.patterns:
             raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
-        yield Leave(message.pattern)
+        yield Leave(message)
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._authenticated()
@@ -275,7 +270,8 @@ class Session:
         yield Recall(message)
 
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
-        yield Measure(message.seq)
+        self.say(wire.Pong(message.seq))
+        yield Measure()
 
     def _authenticated(self) -> Identity:
         if self.identity is None:
@@ -322,7 +318,7 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
         case wire.Auth():
             return wire.AuthError(error.message, error.code)
         case wire.Subscribe(pattern=pattern) | wire.Unsubscribe(pattern=pattern):
-            return wire.SubscribeError(wire.clip(pattern), error.message, error.code)
+            return wire.SubscribeError(wire.clip(pattern), error.message, error.code, message.id)
         case wire.Publish(channel=channel):
             return wire.PublishError(wire.clip(channel), error.message, error.code, message.id)
         case wire.History():

@@ -47,10 +47,12 @@ class Subscribe(Request, tag="subscribe"):
     epoch: str | None = None
     stream: bool = False
     datagrams: bool = False
+    id: Number | None = None
 
 
 class Unsubscribe(Request, tag="unsubscribe"):
     pattern: str
+    id: Number | None = None
 
 
 class Publish(Request, tag="publish"):
@@ -108,12 +110,16 @@ class Subscribed(Reply, tag="subscribed"):
     pattern: str
     seq: int
     stream: bool = False
+    id: int | None = None
     fixed = ("pattern",)
 
 
 class Unsubscribed(Reply, tag="unsubscribed"):
+    """`id`: of the `unsubscribe`; none where the peer has stopped the subscription's own stream instead."""
+
     pattern: str
     seq: int
+    id: int | None = None
     fixed = ("pattern",)
 
 
@@ -121,6 +127,7 @@ class SubscribeError(Reply, tag="subscribe_error"):
     pattern: str
     message: str
     code: Code
+    id: int | None = None
     fixed = ("pattern", "message")
 
 
@@ -194,7 +201,7 @@ class Pong(Reply, tag="pong"):
 
 
 class Error(Reply, tag="error"):
-    """`id`: of the `history` that it refuses; every other request has a refusal of its own."""
+    """`id`: of the `history` that it refuses; all other requests have a refusal of their own kind."""
 
     message: str
     code: Code

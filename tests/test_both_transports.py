@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,46 @@ async def test_big_bursts_pass_in_both_directions(tmp_path: Path) -> None:
         nursery.start_soon(bus.publish_many, [("a", [number, "x" * 2000]) for number in range(1500)])
         for number in range(1500):
             assert (await anext(messages)).payload[0] == number
+
+
+@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+async def test_own_streams_and_datagrams_change_nothing_but_the_way(tmp_path: Path, transport: str) -> None:
+    async with running(tmp_path) as (broker, _, found):
+        for number in range(100):
+            await broker.publish("a.b", number)
+        ca = found["certificate"] if transport == "webtransport" else None
+        async with (
+            catbus.connect(found[transport], token=TOKEN, ca=ca) as bus,
+            bus.subscribe("a.*", since=0, buffer=10, stream=True) as slow,
+            bus.subscribe("*", stream=True, datagrams=True) as everything,
+        ):
+            assert await bus.publish("a.c", "x", ephemeral=True) is None
+            await bus.publish("a.d", "y")
+            assert [(await anext(everything)).payload for _ in range(2)] == ["x", "y"]
+            # More than its buffer has come, so the subscription is given back to the broker and taken up again.
+            kept = [m.seq for m in [await anext(slow) for _ in range(102)] if m.seq is not None]
+            assert kept[:100] == list(range(1, 101))
+            async with bus.subscribe("b", stream=True) as other:
+                await broker.publish("b", 1)
+                assert (await anext(other)).payload == 1
+            async with bus.subscribe("b", since=other.cursor, epoch=other.epoch, stream=True) as again:
+                await broker.publish("b", 2)
+                assert (await anext(again)).payload == 2
+            assert [(await anext(everything)).seq for _ in range(2)] == [102, 103]
+
+
+async def test_many_own_streams(tmp_path: Path) -> None:
+    async with running(tmp_path) as (broker, _, found):
+        url, ca = found["webtransport"], found["certificate"]
+        async with catbus.connect(url, token=TOKEN, ca=ca) as bus, AsyncExitStack() as stack:
+            subscriptions = [
+                await stack.enter_async_context(bus.subscribe(f"a{number}", stream=True)) for number in range(150)
+            ]
+            for _ in range(3):
+                for number in range(150):
+                    await broker.publish(f"a{number}", number)
+            for number, messages in enumerate(subscriptions):
+                assert [(await anext(messages)).payload for _ in range(3)] == [number] * 3
 
 
 async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:

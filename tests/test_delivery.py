@@ -368,3 +368,29 @@ def test_an_ephemeral_message_reaches_the_late_as_well_and_moves_nothing(log: Li
     delivery.broadcast(entry(0, "a"))
     assert (live.mail(), late.mail()) == ([0], [0])
     assert delivery.next_position() == 0
+
+
+def test_an_ephemeral_message_goes_as_a_datagram_where_that_is_wanted_and_fits(delivery: Delivery) -> None:
+    sent: list[bytes] = []
+
+    def send_datagram(line: bytes) -> bool:
+        if len(line) < 200:
+            sent.append(line)
+        return len(line) < 200
+
+    mailbox = Mailbox(Outlet(), lambda _: None)
+    delivery.subscribe(Subscription(mailbox, PRODUCERS[0], send_datagram), "a.*")
+    delivery.broadcast(Entry(0, 1, "a.b", b'"fits"', None, None))
+    delivery.broadcast(Entry(0, 1, "a.b", b'"mine"', None, PRODUCERS[0]))
+    delivery.broadcast(Entry(0, 1, "a.b", b'"%b"' % (b"x" * 200), None, None))
+    assert [msgspec.json.decode(line)["payload"] for line in sent] == ["fits"]
+    assert [len(item.entries) for item in mailbox.take() if isinstance(item, Run)] == [1]
+
+
+def test_a_first_version_client_gets_an_ephemeral_message_once(delivery: Delivery) -> None:
+    mailbox = Mailbox(Outlet(), lambda _: None)
+    subscription = Subscription(mailbox)
+    for pattern in ("a.*", "*", "a.b"):
+        delivery.subscribe(subscription, pattern)
+    delivery.broadcast(entry(0, "a.b"))
+    assert len(mailbox.take()) == 1

@@ -28,7 +28,7 @@ from catbus.session import (
     State,
     Submit,
 )
-from catbus.wire import AuthOk, Head, decode_server
+from catbus.wire import AuthOk, Head, Subscribe, Unsubscribe, decode_server
 
 ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), None)
 PRODUCER = b"p" * 16
@@ -67,16 +67,16 @@ class Driver:
                     session.admit(self.identity, AuthOk("alice"), PRODUCER, 100.0, self.wall)
                 except PeerError as error:
                     session.refuse(error)
-            case Join(pattern):
-                session.joined(pattern, 7)
-            case Leave(pattern):
-                session.left(pattern, 8)
+            case Join(request):
+                session.joined(request, 7)
+            case Leave(request):
+                session.left(request, 8)
             case Submit(append):
                 self.appends.append(append)
             case Recall(request):
                 session.recalled(request, [], False)
-            case Measure(seq):
-                session.measured(seq, Head(7, "e", 0))
+            case Measure():
+                session.say(Head(7, "e", 0))
             case Broadcast():
                 pass
 
@@ -218,13 +218,13 @@ def test_an_expired_token_has_a_grace() -> None:
 
 def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
     driver = open_session()
-    assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e"}) == [
-        {"type": "subscribed", "pattern": "project.*", "seq": 7}
+    assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e", "id": 4}) == [
+        {"type": "subscribed", "pattern": "project.*", "seq": 7, "id": 4}
     ]
-    assert driver.say({"type": "unsubscribe", "pattern": "project.*"}) == [
-        {"type": "unsubscribed", "pattern": "project.*", "seq": 8}
+    assert driver.say({"type": "unsubscribe", "pattern": "project.*", "id": 5}) == [
+        {"type": "unsubscribed", "pattern": "project.*", "seq": 8, "id": 5}
     ]
-    assert driver.effects == [Join("project.*", 3, "e"), Leave("project.*")]
+    assert driver.effects == [Join(Subscribe("project.*", 3, "e", id=4)), Leave(Unsubscribe("project.*", 5))]
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_a_first_version_client_hears_only_what_it_knows() -> None:
         {"type": "pong", "seq": 1},
         {"type": "subscribe_error", "pattern": "other", "message": "no read grant covers this pattern"},
     ]
-    assert driver.effects[0] == Join("project.*", None, None), "it cannot resume, for it knows no seq"
+    assert driver.effects[0] == Join(Subscribe("project.*")), "it cannot resume, for it knows no seq"
     append = driver.appends[0]
     append.settle(append, Committed(3))
-    driver.session.left("project.*", 9, revoked=True)
+    driver.session.revoked("project.*", 9)
     assert driver.replies() == [
         {"type": "published", "channel": "project.a"},
         {"type": "subscribe_error", "pattern": "project.*", "message": "the permission was withdrawn"},

@@ -25,11 +25,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus import topics, wire
 from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, sign
 from catbus.config import Config, Limits
-from catbus.endpoints import http, routes, websocket
+from catbus.endpoints import http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, Hub
 from catbus.log import MemoryLog
+from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
 
 DOCUMENT = (Path(__file__).parent.parent / "protocol" / "README.md").read_text(encoding="utf-8")
@@ -318,6 +319,8 @@ def setting(name: str) -> Any:
 TOLD_LIMITS = table(section("Limits"), "Name", "Default")
 OTHER_LIMITS = table(section("Limits"), "Limit", "Default")
 
+CONNECTION_LIMITS = ConnectionLimits()
+
 CONSTANTS = {
     "`history`": MAX_HISTORY,
     "bytes of a channel or pattern": topics.MAX_LENGTH,
@@ -325,6 +328,9 @@ CONSTANTS = {
     "nesting of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
+    "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
+    "streams of the broker's in a session": CONNECTION_LIMITS.opened,
+    "datagrams waiting in a session": CONNECTION_LIMITS.datagrams,
     "seconds in which nothing that was sent is taken": websocket.STALL_TIME,
     "seconds for closing": websocket.CLOSING_TIME,
     "bytes of the head of an HTTP request": http.HEAD_SIZE,

@@ -25,9 +25,10 @@ _LONGEST_LINE = 16 * 1024 * 1024
 @click.command("pub", short_help="Publish JSON to a channel.")
 @click.argument("channel")
 @click.argument("payload", metavar="JSON|-")
+@click.option("--ephemeral", is_flag=True, help="To whoever is there now, at most once, past the log.")
 @remote_options
-def command(channel: str, payload: str, remote: Remote) -> None:
-    """Publish JSON to CHANNEL, and say under which number the log has it.
+def command(channel: str, payload: str, ephemeral: bool, remote: Remote) -> None:
+    """Publish JSON to CHANNEL, and say under which number the log has it (null for an ephemeral message).
 
     With - every line of the input is a message of its own, in that order.
 
@@ -45,28 +46,28 @@ def command(channel: str, payload: str, remote: Remote) -> None:
         raise click.UsageError(f"{error}{hint}") from None
     remote.check()
     if checked is None:
-        trio.run(_publish_lines, remote, channel)
+        trio.run(_publish_lines, remote, channel, ephemeral)
     else:
-        trio.run(_publish_one, remote, channel, checked)
+        trio.run(_publish_one, remote, channel, checked, ephemeral)
 
 
-async def _publish_one(remote: Remote, channel: str, payload: Raw) -> None:
+async def _publish_one(remote: Remote, channel: str, payload: Raw, ephemeral: bool) -> None:
     async with remote.connect() as bus:
-        _say(channel, await bus.publish(channel, payload))
+        _say(channel, await bus.publish(channel, payload, ephemeral=ephemeral))
 
 
-async def _publish_lines(remote: Remote, channel: str) -> None:
+async def _publish_lines(remote: Remote, channel: str, ephemeral: bool) -> None:
     before = refused = 0
     async with remote.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
         async for lines in chunks:
             for some in _batched(lines):
-                refused += await _publish_batch(bus, channel, before, some)
+                refused += await _publish_batch(bus, channel, before, some, ephemeral)
                 before += len(some)
     if refused:
         raise click.ClickException(f"{refused} of {before} lines were refused")
 
 
-async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes]) -> int:
+async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes], ephemeral: bool) -> int:
     """Publish lines, of which so many came `before`. Returns how many were refused."""
     requests: dict[int, tuple[str, Raw]] = {}
     broken: click.ClickException | None = None
@@ -79,7 +80,8 @@ async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes]
             broken = click.ClickException(f"line {number}: {error}")
             break
     refused = 0
-    for number, result in zip(requests, await bus.publish_many(requests.values()), strict=True):
+    results = await bus.publish_many(requests.values(), ephemeral=ephemeral)
+    for number, result in zip(requests, results, strict=True):
         if isinstance(result, Refused):
             refused += 1
             click.echo(f"catbus: line {number}: {result}", err=True)

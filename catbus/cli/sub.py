@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from math import inf
+from typing import Any
 
 import click
 import trio
@@ -25,6 +26,8 @@ _WAITING = 1000
 @click.argument("patterns", metavar="PATTERN...", nargs=-1, required=True)
 @click.option("--since", type=click.IntRange(min=0), metavar="SEQ", help="Everything after this number first.")
 @click.option("--epoch", metavar="EPOCH", help="The epoch that --since is from.")
+@click.option("--stream", is_flag=True, help="Over WebTransport: each PATTERN on a stream of its own.")
+@click.option("--datagrams", is_flag=True, help="Over WebTransport: ephemeral messages as datagrams.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Leave after so many messages.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr when a subscription has begun.")
 @remote_options
@@ -32,6 +35,8 @@ def command(
     patterns: tuple[str, ...],
     since: int | None,
     epoch: str | None,
+    stream: bool,
+    datagrams: bool,
     count: int | None,
     verbose: bool,
     remote: Remote,
@@ -54,7 +59,8 @@ def command(
     if epoch is not None and since is None:
         raise click.UsageError("--epoch means nothing without --since")
     remote.check()
-    listening = _Listening(since, epoch, inf if count is None else count, verbose)
+    options = {"since": since, "epoch": epoch, "stream": stream, "datagrams": datagrams}
+    listening = _Listening(options, inf if count is None else count, verbose)
     try:
         trio.run(_listen_until_told, listening, remote, dict.fromkeys(patterns))
     except* BrokenPipeError:
@@ -81,15 +87,14 @@ async def _listen_until_told(listening: _Listening, remote: Remote, patterns: di
 class _Listening:
     """The subscriptions of one command, and the one output that they share."""
 
-    def __init__(self, since: int | None, epoch: str | None, count: float, verbose: bool) -> None:
-        self._since = since
-        self._epoch = epoch
+    def __init__(self, options: dict[str, Any], count: float, verbose: bool) -> None:
+        self._options = options
         self._count = count
         self._verbose = verbose
         self._put, self._take = trio.open_memory_channel[bytes](_WAITING)
 
     async def follow(self, bus: Bus, pattern: str) -> None:
-        async with bus.subscribe(pattern, since=self._since, epoch=self._epoch, on_event=_tell) as messages:
+        async with bus.subscribe(pattern, on_event=_tell, **self._options) as messages:
             if self._verbose:
                 click.echo(f"catbus: subscribed to {pattern} in epoch {bus.epoch}", err=True)
             async for message in messages:

@@ -120,6 +120,8 @@ class Bus:
         since: int | None = None,
         epoch: str | None = None,
         buffer: int = 1000,
+        stream: bool = False,
+        datagrams: bool = False,
         on_event: Callable[[Event], None] | None = None,
     ) -> AsyncIterator[Messages]:
         """Subscribe to what matches `pattern`: from now on, or everything after `since` first.
@@ -127,6 +129,10 @@ class Bus:
         `since` and `epoch` are the `cursor` and `epoch` of an earlier subscription. `on_event` is called by the
         iteration, in order with the messages, with each `Gap` (what may be missing), `Live` (catching up has ended)
         and `Head` (complete up to there).
+
+        Over WebTransport, with `stream` the messages come on a stream of their own, so that a packet lost of one
+        subscription holds up no other, unless the connection has no more streams to give; and with `datagrams`,
+        ephemeral ones that fit come as datagrams. Elsewhere neither means anything.
 
         Up to `buffer` messages wait here for the application. When there are so many, nothing more is read from the
         connection, and the broker keeps the rest in its log; but while somebody waits for a reply, or for a message of
@@ -141,7 +147,7 @@ class Bus:
         if buffer < 1:
             raise ValueError("a buffer holds one message at least")
         conversation = self._conversation
-        inbox = conversation.subscribe(pattern, since, epoch, buffer)
+        inbox = conversation.subscribe(pattern, since, epoch, buffer, stream=stream, datagrams=datagrams)
         try:
             bell = Bell()
             inbox.wake = bell.ring

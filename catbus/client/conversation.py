@@ -19,9 +19,10 @@ from msgspec import Raw
 from .. import wire
 from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
 from ..framing import Framer
-from .inbox import Inbox
+from .inbox import Inbox, Lane
 from .messages import Message, Page, ServerMessage, decode
 from .switchboard import Switchboard
+from .transport import DATAGRAM, MAIN
 
 FRAME = 32 * 1024
 """How many bytes of requests go together, unless one alone is longer."""
@@ -91,9 +92,9 @@ class Conversation:
         """Why the connection is gone, and the closing code where there was one."""
         self.outgoing = 0
         """Bytes in the outbox."""
-        self.subscriptions = Switchboard(self._say)
+        self.subscriptions = Switchboard(self._say, self._number)
         self._on_event = on_event
-        self._framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
+        self._lanes = {MAIN: _new_lane()}
         self._outbox: deque[bytes] = deque()
         self._next_id = 1
         self._auths: deque[Answer[wire.AuthOk]] = deque()
@@ -138,27 +139,38 @@ class Conversation:
         self._next_id += 1
         self._publishes[number] = Pending(publish, self.head, self.epoch, batch, place)
 
-    def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int) -> Inbox:
+    def subscribe(
+        self,
+        pattern: str,
+        since: int | None,
+        epoch: str | None,
+        limit: int,
+        *,
+        stream: bool = False,
+        datagrams: bool = False,
+    ) -> Inbox:
         """Ask for a subscription whose inbox welcomes `limit` messages; `ValueError` if there is one already."""
-        return self.subscriptions.subscribe(pattern, since, epoch, limit, self.epoch)
+        inbox = Inbox(pattern, since, epoch or self.epoch, limit, stream=stream, datagrams=datagrams)
+        self.subscriptions.subscribe(inbox, since, epoch)
+        return inbox
 
     def history(self, pattern: str, limit: int, before: int | None) -> Answer[Page]:
         answer: Answer[Page] = Answer()
-        self._say(wire.History(pattern, limit, before, self._next_id))
-        self._histories[self._next_id] = answer
-        self._next_id += 1
+        number = self._number()
+        self._say(wire.History(pattern, limit, before, number))
+        self._histories[number] = answer
         return answer
 
     def ping(self) -> Answer[wire.Pong]:
         answer: Answer[wire.Pong] = Answer()
-        self._pings[self._next_id] = answer
-        self.keep_alive()
+        self._pings[self.keep_alive()] = answer
         return answer
 
-    def keep_alive(self) -> None:
-        """Ask for any sign of life, for which nobody waits."""
-        self._say(wire.Ping(self._next_id))
-        self._next_id += 1
+    def keep_alive(self) -> int:
+        """Ask for any sign of life, for which nobody need wait; returns its number."""
+        number = self._number()
+        self._say(wire.Ping(number))
+        return number
 
     @property
     def crowded(self) -> bool:
@@ -195,31 +207,59 @@ class Conversation:
 
     # What comes in
 
-    def receive(self, data: bytes) -> None:
-        """Understand more bytes. Raises `PeerError` with `close` when the broker makes no sense."""
-        subscriptions = self.subscriptions
-        routes = subscriptions.routes
-        for message in self._framer.feed(data):
+    def receive(self, data: bytes, stream: int = MAIN, ended: bool = False) -> None:
+        """Understand more bytes of a stream, which may be its last, or a datagram.
+
+        Raises `PeerError` with `close` when the broker makes no sense.
+        """
+        if stream == DATAGRAM:
+            self._receive_datagram(data)
+            return
+        lane = self._lanes.get(stream)
+        if lane is None:
+            lane = self._lanes[stream] = _new_lane()
+        routes = lane.routes
+        for message in lane.feed(data):
             if type(message) is Message:
                 inbox = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
-                if inbox is None and (inbox := subscriptions.find(message.pattern, self.epoch)) is None:
+                if inbox is None and (inbox := lane.find(message.pattern, self.epoch)) is None:
                     continue
                 seq = message.seq
                 if seq is not None:
                     if seq <= inbox.arrived:
                         continue
                     inbox.arrived = seq
-                items = inbox.items
-                items.append(message)
-                waiting = len(items)
-                if waiting == 1:
-                    inbox.wake()
-                if waiting >= inbox.limit:
-                    subscriptions.crowd(inbox, message)
+                self._hand_over(message, inbox)
             elif isinstance(message, PeerError):
                 raise PeerError(message.code, message.message, CloseCode.BAD_MESSAGE)
+            elif (about := _OF_A_LANE.get(type(message))) is not None:
+                about(self, message, lane)
             elif message is not None:
                 _HANDLERS[type(message)](self, message)
+        if ended:
+            del self._lanes[stream]
+            if routes or lane.fresh:
+                raise PeerError(Code.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
+
+    def _receive_datagram(self, data: bytes) -> None:
+        """A message without a seq; anything else a newer broker may mean something by."""
+        try:
+            message = decode(data)
+        except wire.UNDECODABLE:
+            return
+        if isinstance(message, Message) and message.seq is None:
+            inbox = self.subscriptions.find(message.pattern)
+            if inbox is not None:
+                self._hand_over(message, inbox)
+
+    def _hand_over(self, message: Message, inbox: Inbox) -> None:
+        items = inbox.items
+        items.append(message)
+        waiting = len(items)
+        if waiting == 1:
+            inbox.wake()
+        if waiting >= inbox.limit:
+            self.subscriptions.crowd(inbox, message)
 
     def _auth_ok(self, reply: wire.AuthOk) -> None:
         self.client_id = reply.client_id
@@ -246,14 +286,14 @@ class Conversation:
         if pending is not None:
             pending.batch.settle(pending.place, Refused(reply.code, reply.message, reply.retry_after))
 
-    def _gap(self, event: wire.Gap) -> None:
+    def _gap(self, event: wire.Gap, lane: Lane) -> None:
         if event.epoch != self.epoch:
             self._advance(event.last, event.epoch)
-        self.subscriptions.gap(event)
+        self.subscriptions.gap(event, lane)
 
-    def _head(self, event: wire.Head) -> None:
+    def _head(self, event: wire.Head, lane: Lane) -> None:
         self._advance(event.seq, event.epoch)
-        self.subscriptions.head(event)
+        self.subscriptions.head(event, lane)
 
     def _page(self, page: Page) -> None:
         answer = self._histories.pop(page.id, None)  # type: ignore[arg-type]
@@ -285,6 +325,12 @@ class Conversation:
 
     # Helpers
 
+    def _number(self) -> int:
+        """The next request's id."""
+        number = self._next_id
+        self._next_id += 1
+        return number
+
     def _say(self, request: wire.Request) -> None:
         self._put(wire.to_json(request) + b"\n")
 
@@ -298,16 +344,25 @@ class Conversation:
         self.epoch = epoch
 
 
+def _new_lane() -> Lane:
+    framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
+    return Lane(framer.feed)
+
+
+_OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], None]] = {
+    wire.Subscribed: lambda self, reply, lane: self.subscriptions.subscribed(reply, lane, self.epoch),
+    wire.Revoked: lambda self, reply, lane: self.subscriptions.revoked(reply, lane),
+    wire.Live: lambda self, event, lane: self.subscriptions.live(event, lane, self.epoch),
+    wire.Gap: Conversation._gap,
+    wire.Head: Conversation._head,
+}
+"""What is said of the subscriptions whose messages come on the same stream."""
+
 _HANDLERS: dict[type, Callable[[Conversation, Any], None]] = {
     wire.AuthOk: Conversation._auth_ok,
     wire.AuthError: Conversation._auth_error,
-    wire.Subscribed: lambda self, reply: self.subscriptions.subscribed(reply, self.epoch),
     wire.Unsubscribed: lambda self, reply: self.subscriptions.unsubscribed(reply),
     wire.SubscribeError: lambda self, reply: self.subscriptions.refused(reply),
-    wire.Revoked: lambda self, reply: self.subscriptions.revoked(reply),
-    wire.Live: lambda self, event: self.subscriptions.live(event, self.epoch),
-    wire.Gap: Conversation._gap,
-    wire.Head: Conversation._head,
     wire.Published: Conversation._published,
     wire.PublishError: Conversation._publish_error,
     Page: Conversation._page,

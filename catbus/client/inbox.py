@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from ..errors import Refused
-from .messages import Gap, Head, Live, Message
+from ..errors import PeerError, Refused
+from .messages import Gap, Head, Live, Message, ServerMessage
 
 Event = Live | Gap | Head
+
+Feed = Callable[[bytes], Iterator[ServerMessage | PeerError | None]]
+
+
+class Lane:
+    """One stream of the broker's, and whom what comes on it is for: all subscriptions but those with one of their own.
+
+    `feed` makes objects of its bytes.
+    """
+
+    __slots__ = ("feed", "fresh", "routes")
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.routes: dict[str, Inbox] = {}
+        """Who gets the messages for a pattern; what comes for another pattern is for a subscription that was."""
+        self.fresh: dict[str, Inbox] = {}
+        """Those that the broker will send to, but has not: until it does, their epoch may be another than its own."""
+
+    def heard(self, pattern: str) -> Inbox | None:
+        """Who has the pattern, now that the broker says something about it."""
+        inbox = self.fresh.pop(pattern, None)
+        if inbox is not None:
+            self.routes[pattern] = inbox
+        return self.routes.get(pattern)
+
+    def find(self, pattern: str | None, epoch: str) -> Inbox | None:
+        """Whom a message is for that no route leads to: it may be the first since a `subscribed`."""
+        if pattern not in self.fresh:
+            return None
+        inbox = self.heard(pattern)
+        if inbox is not None:
+            inbox.prove(epoch)
+        return inbox
 
 
 class Phase(Enum):
@@ -46,9 +80,11 @@ class Inbox:
         "arrived_epoch",
         "begun",
         "cursor",
+        "datagrams",
         "ending",
         "epoch",
         "items",
+        "lane",
         "limit",
         "live",
         "pattern",
@@ -56,11 +92,26 @@ class Inbox:
         "pressed",
         "resuming",
         "spilled",
+        "stream",
         "wake",
     )
 
-    def __init__(self, pattern: str, since: int | None, epoch: str, limit: int) -> None:
+    def __init__(
+        self,
+        pattern: str,
+        since: int | None,
+        epoch: str,
+        limit: int,
+        *,
+        stream: bool = False,
+        datagrams: bool = False,
+    ) -> None:
         self.pattern = pattern
+        self.stream = stream
+        self.datagrams = datagrams
+        """What the broker is asked for: a stream of its own; ephemeral messages as datagrams."""
+        self.lane: Lane | None = None
+        """Where the broker sends what is for it, while it does."""
         self.phase = Phase.ASKED
         self.items: deque[Message | Mark] = deque()
         self.limit = limit

@@ -106,9 +106,9 @@ class Link:
     async def _read(self) -> None:
         conversation, transport = self._conversation, self._transport
         while True:
-            data = await transport.receive()
+            chunk = await transport.receive()
             self._heard += 1
-            conversation.receive(data)
+            conversation.receive(*chunk)
             if transport.pending or conversation.outgoing:
                 self._outbound.ring()
             self._room.ring()

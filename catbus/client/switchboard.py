@@ -1,13 +1,12 @@
-"""Which inbox a message is for, and which subscriptions the broker has been asked to begin and to end. Pure."""
+"""Which subscriptions the broker has been asked to begin and to end, and which inbox its answers are for. Pure."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from .. import wire
 from ..errors import Code, Refused
-from .inbox import Inbox, Phase
+from .inbox import Inbox, Lane, Phase
 from .messages import Message
 
 SPILL = 8 * 1024 * 1024
@@ -18,35 +17,41 @@ OVERHEAD = 256
 
 
 class Switchboard:
-    """The subscriptions of one conversation. `say` sends a request."""
+    """The subscriptions of one conversation. `say` sends a request, `number` gives the next one its id.
 
-    def __init__(self, say: Callable[[wire.Request], None]) -> None:
-        self.routes: dict[str, Inbox] = {}
-        """Who gets the messages for a pattern; what comes for another pattern is for a subscription that was."""
+    The answers come on different streams, and so in any order: each is known by its id.
+    """
+
+    def __init__(self, say: Callable[[wire.Request], None], number: Callable[[], int]) -> None:
         self.crowded: dict[Inbox, None] = {}
         """Those that are full."""
         self._say = say
+        self._number = number
         self._silent = False
         self._inboxes: dict[str, Inbox] = {}
         """All that have not ended."""
-        self._fresh: dict[str, Inbox] = {}
-        """Those that the broker will send to, but has not: until it does, their epoch may be another than its own."""
-        self._asked: dict[str, deque[Inbox | None]] = {}
-        """What will be answered for each pattern, in order: an inbox's `subscribe`, or (None) an `unsubscribe`."""
+        self._asked: dict[int, Inbox | None] = {}
+        """What will be answered: an inbox's `subscribe`, or (None) an `unsubscribe`."""
 
     @property
     def asking(self) -> bool:
         """Whether an answer is still to come."""
         return bool(self._asked)
 
-    def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int, current_epoch: str) -> Inbox:
-        """Ask for a subscription. Its inbox has `begun` or is ENDED when the answer is there."""
-        if pattern in self._inboxes:
-            raise ValueError(f"this connection has a subscription to {pattern} already")
-        inbox = Inbox(pattern, since, epoch or current_epoch, limit)
-        self._ask(inbox, wire.Subscribe(pattern, since, epoch))
-        self._inboxes[pattern] = inbox
-        return inbox
+    def subscribe(self, inbox: Inbox, since: int | None, epoch: str | None) -> None:
+        """Ask for a subscription. Its inbox has `begun` or is ENDED when the answer is there.
+
+        Raises `ValueError` if there is one to the pattern already.
+        """
+        if inbox.pattern in self._inboxes:
+            raise ValueError(f"this connection has a subscription to {inbox.pattern} already")
+        self._ask(inbox, since, epoch)
+        self._inboxes[inbox.pattern] = inbox
+
+    def find(self, pattern: str | None) -> Inbox | None:
+        """Whose the pattern is, while the broker sends for it: a datagram belongs to no stream."""
+        inbox = self._inboxes.get(pattern) if pattern is not None else None
+        return inbox if inbox is not None and inbox.phase is Phase.HELD else None
 
     def leave(self, inbox: Inbox) -> None:
         """End a subscription, from this side."""
@@ -80,7 +85,7 @@ class Switchboard:
         if inbox.phase is Phase.AWAY and not self._silent:
             inbox.phase = Phase.ASKED
             inbox.live = False
-            self._ask(inbox, wire.Subscribe(inbox.pattern, inbox.arrived, inbox.arrived_epoch or None))
+            self._ask(inbox, inbox.arrived, inbox.arrived_epoch or None)
 
     def lose(self) -> None:
         """The connection is gone; so says whoever is woken."""
@@ -91,76 +96,57 @@ class Switchboard:
 
     # What the broker says
 
-    def subscribed(self, reply: wire.Subscribed, epoch: str) -> None:
-        inbox = self._answered(reply.pattern)
+    def subscribed(self, reply: wire.Subscribed, lane: Lane, epoch: str) -> None:
+        inbox = self._answered(reply.id)
         if inbox is not None and inbox.phase is Phase.ASKED:
-            (self._fresh if inbox.resuming else self.routes)[reply.pattern] = inbox
+            (lane.fresh if inbox.resuming else lane.routes)[reply.pattern] = inbox
+            inbox.lane = lane
             inbox.begin(reply.seq, epoch)
 
     def unsubscribed(self, reply: wire.Unsubscribed) -> None:
-        self._answered(reply.pattern)
+        self._answered(reply.id)
 
     def refused(self, reply: wire.SubscribeError) -> None:
-        inbox = self._answered(reply.pattern)
+        inbox = self._answered(reply.id)
         if inbox is not None and inbox.phase is Phase.ASKED:
             self._close(inbox, Refused(reply.code, reply.message))
 
-    def revoked(self, reply: wire.Revoked) -> None:
-        inbox = self._heard(reply.pattern)
+    def revoked(self, reply: wire.Revoked, lane: Lane) -> None:
+        inbox = lane.heard(reply.pattern)
         if inbox is not None:
             self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
 
-    def live(self, event: wire.Live, epoch: str) -> None:
-        inbox = self._heard(event.pattern)
+    def live(self, event: wire.Live, lane: Lane, epoch: str) -> None:
+        inbox = lane.heard(event.pattern)
         if inbox is not None:
             inbox.live = True
             inbox.mark(event, event.seq, epoch)
 
-    def gap(self, event: wire.Gap) -> None:
-        inbox = self._heard(event.pattern)
+    def gap(self, event: wire.Gap, lane: Lane) -> None:
+        inbox = lane.heard(event.pattern)
         if inbox is not None:
             inbox.mark(event, event.last, event.epoch)
 
-    def head(self, event: wire.Head) -> None:
-        for inbox in self.routes.values():
+    def head(self, event: wire.Head, lane: Lane) -> None:
+        for inbox in lane.routes.values():
             if inbox.live:
                 inbox.mark(event, event.seq, event.epoch)
 
-    def find(self, pattern: str | None, epoch: str) -> Inbox | None:
-        """Whom a message is for that no route leads to: it may be the first since a `subscribed`."""
-        if pattern not in self._fresh:
-            return None
-        inbox = self._heard(pattern)
-        if inbox is not None:
-            inbox.prove(epoch)
-        return inbox
-
     # Helpers
 
-    def _ask(self, inbox: Inbox, request: wire.Subscribe) -> None:
-        self._say(request)
-        self._asked.setdefault(inbox.pattern, deque()).append(inbox)
+    def _ask(self, inbox: Inbox, since: int | None, epoch: str | None) -> None:
+        number = self._number()
+        self._say(wire.Subscribe(inbox.pattern, since, epoch, inbox.stream, inbox.datagrams, number))
+        self._asked[number] = inbox
 
     def _unsubscribe(self, inbox: Inbox) -> None:
-        self._say(wire.Unsubscribe(inbox.pattern))
-        self._asked.setdefault(inbox.pattern, deque()).append(None)
+        number = self._number()
+        self._say(wire.Unsubscribe(inbox.pattern, number))
+        self._asked[number] = None
 
-    def _answered(self, pattern: str) -> Inbox | None:
-        """Whom a reply about a pattern is for: requests are answered in order, each once."""
-        asked = self._asked.get(pattern)
-        if asked is None:
-            return None
-        inbox = asked.popleft()
-        if not asked:
-            del self._asked[pattern]
-        return inbox
-
-    def _heard(self, pattern: str) -> Inbox | None:
-        """Who has the pattern, now that the broker says something about it."""
-        inbox = self._fresh.pop(pattern, None)
-        if inbox is not None:
-            self.routes[pattern] = inbox
-        return self.routes.get(pattern)
+    def _answered(self, number: int | None) -> Inbox | None:
+        """Whom a reply is for, which comes once for each request."""
+        return self._asked.pop(number, None) if number is not None else None
 
     def _close(self, inbox: Inbox, ending: Refused | None) -> None:
         if self._inboxes.get(inbox.pattern) is inbox:
@@ -170,6 +156,8 @@ class Switchboard:
         inbox.end(ending)
 
     def _unroute(self, inbox: Inbox) -> None:
-        for routes in (self.routes, self._fresh):
-            if routes.get(inbox.pattern) is inbox:
-                del routes[inbox.pattern]
+        lane, inbox.lane = inbox.lane, None
+        if lane is not None:
+            for routes in (lane.routes, lane.fresh):
+                if routes.get(inbox.pattern) is inbox:
+                    del routes[inbox.pattern]

@@ -10,11 +10,26 @@ from urllib.parse import urlsplit
 DEFAULT_PATH = "/ws"
 
 
+MAIN = 0
+"""The stream on which both sides speak."""
+
+DATAGRAM = -1
+"""In the place of a stream: a datagram, which is whole."""
+
+
+class Chunk(NamedTuple):
+    """Bytes as they came, cut anywhere; which stream they are of; and whether they are its last."""
+
+    data: bytes
+    stream: int = MAIN
+    ended: bool = False
+
+
 class Transport(Protocol):
     """A connection that carries whole JSON objects, one after another, both ways.
 
-    One task sends and one receives at a time. Both raise `Disconnected`, with the closing code where the broker gave
-    one; neither can be used after that.
+    From the broker there may come more than one stream of them. One task sends and one receives at a time. Both raise
+    `Disconnected`, with the closing code where the broker gave one; neither can be used after that.
     """
 
     @property
@@ -24,8 +39,8 @@ class Transport(Protocol):
     async def send(self, data: bytes) -> None:
         """Send whole objects together. If it is cancelled, some of it may be on its way: only `aclose` may follow."""
 
-    async def receive(self) -> bytes:
-        """The next bytes, cut anywhere; none where there is only something `pending` now. Cancelling it loses none."""
+    async def receive(self) -> Chunk:
+        """The next bytes; none where there is only something `pending` now. Cancelling it loses none."""
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye, for two seconds at most, and close. When it is cancelled, it closes without a goodbye."""

@@ -21,7 +21,7 @@ from wsproto.events import (
 from wsproto.utilities import RemoteProtocolError
 
 from ..errors import Disconnected
-from .transport import Address
+from .transport import Address, Chunk
 
 GOODBYE = 2.0
 """How long, in seconds, the broker has to answer our Close."""
@@ -65,7 +65,7 @@ class WebSocket:
             raise Disconnected(f"the connection was lost: {describe(error)}") from error
         self._torn = False
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> Chunk:
         while True:
             if self._unread:
                 # The first bytes may have come with the answer to the handshake.
@@ -76,7 +76,7 @@ class WebSocket:
                 await self._fill()
             data = self._read()
             if data or self.pending:
-                return data
+                return Chunk(data)
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         if self._closed:

@@ -19,6 +19,7 @@ from ..webtransport import (
     Configuration,
     Connection,
     ConnectionLost,
+    Datagram,
     Event,
     SessionClosed,
     SessionOpened,
@@ -31,7 +32,7 @@ from ..webtransport import (
 from ..webtransport.configuration import CLIENT_LIMITS
 from .bell import Bell
 from .racing import look_up, race
-from .transport import Address, is_pem
+from .transport import DATAGRAM, MAIN, Address, Chunk, is_pem
 
 GOODBYE = 2.0
 """How long, in seconds, what has been sent and our closing code have to arrive."""
@@ -48,8 +49,14 @@ LIMITS = replace(CLIENT_LIMITS, opening=60.0, closing=GOODBYE / 2.5)
 BATCH = 64
 """How many datagrams are read before what they set off is sent."""
 
+DATAGRAMS = 256
+"""How many datagrams may wait to be received; what comes beyond that is dropped."""
+
 LARGEST = 65_536
 SOCKET_BUFFER = 1024 * 1024
+
+_SERVER_UNIDIRECTIONAL = 3
+"""What the number of such a stream leaves when divided by 4 (RFC 9000 section 2.1)."""
 
 
 class WebTransport:
@@ -66,7 +73,8 @@ class WebTransport:
         self._peer = peer
         self._socket = udp
         self._stream: int | None = None
-        self._received: deque[bytes] = deque()
+        self._received: deque[Chunk] = deque()
+        self._datagrams = 0
         self._readable = Bell()
         self._writable = Bell()
         self._end: Disconnected | None = None
@@ -96,17 +104,26 @@ class WebTransport:
             await self._writable.wait()
             self._check()
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> Chunk:
         await anyio.lowlevel.checkpoint()
         while not self._received:
             self._check()
             await self._readable.wait()
-        data = b"".join(self._received)
-        self._received.clear()
-        if self._stream is not None:
-            self._connection.consumed(self._stream, len(data))
-            self._flush()
-        return data
+        received = self._received
+        chunk = received.popleft()
+        if chunk.stream == DATAGRAM:
+            self._datagrams -= 1
+            return chunk
+        if received and received[0].stream == chunk.stream:
+            parts = [chunk.data]
+            while received and received[0].stream == chunk.stream:
+                parts.append((chunk := received.popleft()).data)
+            chunk = chunk._replace(data=b"".join(parts))
+        stream = self._stream if chunk.stream == MAIN else chunk.stream
+        assert stream is not None
+        self._connection.consumed(stream, len(chunk.data))
+        self._flush()
+        return chunk
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         if self._closing:
@@ -221,15 +238,21 @@ class WebTransport:
                 self._fail(f"{self._url} refused the session: HTTP status {event.status}")
             case StreamData() if event.stream == self._stream:
                 if event.data:
-                    self._received.append(event.data)
-                    self._readable.ring()
+                    self._take(Chunk(event.data))
                 if event.ended:
                     self._hang_up()
             case StreamReset() | StreamStopped() if event.stream == self._stream:
                 self._hang_up()
+            case StreamData() if event.stream % 4 == _SERVER_UNIDIRECTIONAL:
+                self._take(Chunk(event.data, event.stream, event.ended))
             case StreamData():
-                # We asked for no stream of the broker's own.
                 self._connection.stop_sending(event.stream, 0)
+                self._connection.reset(event.stream, 0)
+            case StreamReset() if event.stream % 4 == _SERVER_UNIDIRECTIONAL:
+                self._take(Chunk(b"", event.stream, ended=True))
+            case Datagram() if self._datagrams < DATAGRAMS:
+                self._datagrams += 1
+                self._take(Chunk(event.data, DATAGRAM))
             case SessionClosed(code=None):
                 self._fail("the broker broke off the session")
             case SessionClosed():
@@ -238,6 +261,10 @@ class WebTransport:
             case ConnectionLost():
                 self._lost.set()
                 self._fail(self._describe(event.reason))
+
+    def _take(self, chunk: Chunk) -> None:
+        self._received.append(chunk)
+        self._readable.ring()
 
     def _hang_up(self) -> None:
         """The stream ends a moment before its session does, which says why."""

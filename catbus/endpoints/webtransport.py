@@ -1,4 +1,4 @@
-"""One WebTransport session: the conversation on the first stream that its client opens."""
+"""One WebTransport session: the conversation on the first stream that its client opens, and streams of our own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 from ..errors import CloseCode
 from ..hub import STOPPING
 from ..loggers import get_logger
-from ..mailbox import Item
+from ..mailbox import Item, Mailbox
 from ..webtransport import Connection, ConnectionLost, Event, SessionClosed, StreamData, StreamReset, StreamStopped
 from ..wire import Protocol
 
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from ..hub import Client, Hub
 
 CLOSING_TIME = 2.0
-"""Seconds in which the peer must take the mailbox, before it is told that the session ends."""
+"""Seconds in which the peer must take the mailboxes, before it is told that the session ends."""
 LEAVING_TIME = 6.0
 """Seconds for the end of the session to arrive; the connection itself gives up before that."""
 STALL_TIME = 60.0
 """Seconds that a peer may take nothing of what waits for it."""
+
+OWN_SHARE = 8
+"""A subscription's own stream has a mailbox of one part in so many of the session's: there may be a hundred of them."""
 
 REFUSED = 1
 """The code with which a stream that means nothing to us is refused."""
@@ -32,8 +35,26 @@ FAULT = CloseCode.INTERNAL, "internal error"
 logger = get_logger("catbus.endpoints")
 
 
+class Lane:
+    """The outlet of one mailbox: a stream, which the client opens for the session and we for a subscription."""
+
+    __slots__ = ("_flush", "ending", "mailbox", "on_stopped", "stream")
+
+    mailbox: Mailbox
+
+    def __init__(self, flush: Callable[[Lane], None]) -> None:
+        self.stream: int | None = None
+        self.ending = False
+        """Whether the stream ends after what the mailbox holds."""
+        self.on_stopped: Callable[[Mailbox], None] | None = None
+        self._flush = flush
+
+    def flush(self) -> None:
+        self._flush(self)
+
+
 class Conversation:
-    """The outlet of one client's mailbox, and the task that feeds the client what arrives.
+    """The lanes of one client, and the task that feeds the client what arrives.
 
     Whoever drives the connection passes its events to `handle` and calls `make_room` when something was acknowledged.
     `transmit` is called when the connection has something to send.
@@ -41,28 +62,39 @@ class Conversation:
 
     __slots__ = (
         "_acknowledged",
+        "_blocked",
         "_client",
         "_connection",
+        "_datagrams",
         "_ended",
         "_gone",
+        "_hub",
         "_inbox",
+        "_lanes",
         "_lost",
+        "_main",
         "_moved",
         "_news",
         "_on_fault",
         "_room",
         "_sent",
-        "_stream",
         "_transmit",
     )
 
     def __init__(
         self, hub: Hub, connection: Connection, transmit: Callable[[], None], on_fault: Callable[[], None]
     ) -> None:
+        self._hub = hub
         self._connection = connection
         self._transmit = transmit
         self._on_fault = on_fault
-        self._stream: int | None = None
+        self._main = Lane(self._flush)
+        self._lanes: dict[int, Lane] = {}
+        """Those of subscriptions, by their streams, until all of theirs has been handed over."""
+        self._blocked: dict[Lane, None] = {}
+        """Those whose mailboxes hold what the connection did not take, the longest waiting first."""
+        self._datagrams = False
+        """Whether there are datagrams to be transmitted."""
         self._inbox: list[bytes] = []
         self._ended = False
         """Whether the peer says nothing more."""
@@ -74,19 +106,23 @@ class Conversation:
         self._sent = 0
         self._acknowledged = -1
         self._moved = trio.current_time()
-        self._client: Client = hub.open_client(self, transport="webtransport")
+        self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self)
+        self._main.mailbox = self._client.mailbox
 
     # What the connection says. None of this waits.
 
     def handle(self, event: Event) -> None:
         """Take an event of the session."""
+        main = self._main.stream
         match event:
             case StreamData():
                 self._take(event)
-            case StreamReset() if event.stream == self._stream:
+            case StreamReset() if event.stream == main:
                 self._end()
-            case StreamStopped() if event.stream == self._stream:
+            case StreamStopped() if event.stream == main:
                 self._end(gone=True)
+            case StreamStopped() if event.stream in self._lanes:
+                self._stopped(self._lanes.pop(event.stream))
             case SessionClosed():
                 self._end(gone=True)
             case ConnectionLost():
@@ -94,10 +130,10 @@ class Conversation:
                 self._lost.set()
 
     def _take(self, event: StreamData) -> None:
-        stream = event.stream
-        if self._stream is None and stream % 4 == 0:
-            self._stream = stream
-        if stream != self._stream:
+        stream, main = event.stream, self._main
+        if main.stream is None and stream % 4 == 0:
+            main.stream = stream
+        if stream != main.stream:
             self._connection.stop_sending(stream, REFUSED)
             self._connection.reset(stream, REFUSED)
             return
@@ -113,20 +149,68 @@ class Conversation:
         self._news.set()
         if gone:
             self._gone = True
-            self._client.mailbox.take()  # Whoever waits for room in it need not wait any more.
+            self._blocked.clear()
+            # Whoever waits for room in them need not wait any more.
+            for lane in (self._main, *self._lanes.values()):
+                lane.mailbox.take()
             self._room.unpark_all()
+
+    def _stopped(self, lane: Lane) -> None:
+        """The peer does not want the rest of a stream of ours."""
+        lane.stream = None
+        lane.mailbox.take()
+        self._blocked.pop(lane, None)
+        self._room.unpark_all()
+        if lane.on_stopped is not None and not lane.ending:
+            lane.on_stopped(lane.mailbox)
 
     def make_room(self) -> None:
         """The peer may have acknowledged something: hand over what has been waiting for that, for whoever transmits."""
-        if self._client.mailbox:
-            self._fill()
+        if self._blocked:
+            for lane in list(self._blocked):
+                self._fill(lane)
 
-    # The mailbox.
+    # Streams and datagrams for the client's subscriptions.
 
-    def flush(self) -> None:
-        """Send what the mailbox holds, unless the peer has much to take already; then `make_room` sees to it."""
+    def open_stream(self, on_stopped: Callable[[Mailbox], None]) -> Mailbox | None:
+        stream = self._connection.open_stream(bidirectional=False)
+        if stream is None:
+            return None
+        lane = self._lanes[stream] = Lane(self._flush)
+        lane.stream = stream
+        lane.on_stopped = on_stopped
+        lane.mailbox = Mailbox(lane, self._hub.flusher.wake, self._main.mailbox.limit // OWN_SHARE)
+        return lane.mailbox
+
+    def end_stream(self, mailbox: Mailbox) -> None:
+        lane = mailbox.outlet
+        assert isinstance(lane, Lane)
+        if lane.stream is None:
+            return
+        lane.ending = True
+        if not mailbox:
+            self._connection.send(lane.stream, b"", end=True)
+            self._over(lane)
+            self._transmit()
+
+    def send_datagram(self, data: bytes) -> bool:
+        if len(data) > self._connection.max_datagram_size:
+            return False
+        if self._connection.send_datagram(data):
+            # The flusher sees to it, so that many leave together when there is much to do.
+            self._datagrams = True
+            self._hub.flusher.wake(self._main.mailbox)
+        else:
+            self._main.mailbox.turned_away += 1
+        return True
+
+    # The mailboxes.
+
+    def _flush(self, lane: Lane) -> None:
+        """Send what a mailbox holds, unless the peer has much to take already; then `make_room` sees to it."""
         try:
-            if self._fill():
+            if self._fill(lane) or self._datagrams:
+                self._datagrams = False
                 self._transmit()
         except Exception:
             logger.exception("a flush failed")
@@ -134,23 +218,33 @@ class Conversation:
             self._connection.close("internal error")
             self._transmit()
 
-    def _fill(self) -> bool:
-        mailbox, stream = self._client.mailbox, self._stream
-        if self._gone:
+    def _fill(self, lane: Lane) -> bool:
+        mailbox, stream = lane.mailbox, lane.stream
+        if self._gone or (stream is None and lane is not self._main):
             mailbox.take()
-        elif stream is not None and mailbox and self._connection.writable(stream):
+        elif mailbox and stream is not None and self._connection.writable(stream):
             lines = join_lines(mailbox.take(), mailbox.protocol)
             self._sent += len(lines)
-            self._connection.send(stream, lines)
+            self._connection.send(stream, lines, lane.ending)
+            self._blocked.pop(lane, None)
+            if lane.ending:
+                self._over(lane)
             self._room.unpark_all()
             return True
+        elif mailbox:
+            self._blocked[lane] = None
         return False
+
+    def _over(self, lane: Lane) -> None:
+        """All of it has been handed over."""
+        if lane.stream is not None:
+            self._lanes.pop(lane.stream, None)
+            lane.stream = None
 
     def check(self, now: float) -> None:
         """Give up a peer that takes nothing of what waits for it."""
-        waiting = self._connection.unacknowledged(self._stream) if self._stream is not None else 0
-        acknowledged = self._sent - waiting
-        if acknowledged != self._acknowledged or not self._client.mailbox:
+        acknowledged = self._sent - self._connection.unacknowledged()
+        if acknowledged != self._acknowledged or not self._blocked:
             self._acknowledged, self._moved = acknowledged, now
         elif now - self._moved >= STALL_TIME:
             logger.info("a client does not read", seconds=STALL_TIME)
@@ -191,8 +285,11 @@ class Conversation:
             await client.wait_closing()
             nursery.cancel_scope.cancel()
         with trio.move_on_after(CLOSING_TIME):
-            self.flush()
-            while client.mailbox and self._stream is not None and not self._gone:
+            lanes = [lane for lane in (self._main, *self._lanes.values()) if lane.stream is not None]
+            for lane in lanes:
+                self._fill(lane)
+            self._transmit()
+            while any(lane.mailbox for lane in lanes) and not self._gone:
                 await self._room.park()
         return client.closing or (0, "")
 
@@ -213,9 +310,9 @@ class Conversation:
                     data = b"".join(self._inbox)
                     self._inbox.clear()
                     await client.receive(data)
-                    assert self._stream is not None
-                    self._connection.consumed(self._stream, len(data))
-                    self._fill()
+                    assert self._main.stream is not None
+                    self._connection.consumed(self._main.stream, len(data))
+                    self._fill(self._main)
                     self._transmit()
                 elif self._ended:
                     client.leave()

@@ -36,12 +36,14 @@ class Limits:
     """Streams that the peer may have open at a time; one of them carries the session itself."""
     unidirectional: int = 16
     """The same; three of them carry HTTP/3 itself."""
-    opened: int = 256
+    opened: int = 128
     """Streams that we open at a time, however many the peer allows."""
     stream_unacknowledged: int = 256 * 1024
     """What is taken for one stream before the peer has acknowledged it. Overrun by one `send` at most."""
     unacknowledged: int = 1024 * 1024
-    """The same, for all streams together."""
+    """The same, for all streams together; but some streams that the peer does not read must not silence the others:"""
+    stream_share: int = 8 * 1024
+    """so much is taken for each stream, however much the others hold."""
     datagrams: int = 64
     """Datagrams that wait to be sent."""
     opening: float = 10.0

@@ -169,11 +169,11 @@ class Streams:
 
     def writable(self, stream: Stream) -> bool:
         sender = stream.sender
-        return (
-            sender is not None
-            and not stream.ended
-            and unacknowledged(sender) < self._limits.stream_unacknowledged
-            and self.unacknowledged < self._limits.unacknowledged
+        if sender is None or stream.ended:
+            return False
+        held, limits = unacknowledged(sender), self._limits
+        return held < limits.stream_share or (
+            held < limits.stream_unacknowledged and self.unacknowledged < limits.unacknowledged
         )
 
     def send(self, stream: Stream, data: bytes, end: bool) -> bool:

@@ -102,6 +102,27 @@ def test_a_line_that_is_published_appears(broker: Running, catbus: Command, star
     assert {json.loads(line)["seq"] for line in output.splitlines()} == {1, 2}
 
 
+def test_either_transport_serves_both_commands(start: Start, tmp_path: Path) -> None:
+    config = tmp_path / "catbus.toml"
+    config.write_text(
+        '[database]\nurl = "memory"\n'
+        '[websocket]\nbind = "127.0.0.1:0"\n[webtransport]\nbind = "127.0.0.1:0"\n[drain]\ndelay = 0\nwindow = 0\n'
+    )
+    broker = start("run", "--config", str(config))
+    websocket, webtransport = next_event(broker, "serving")["urls"]
+    for here, there in ((websocket, webtransport), (webtransport, websocket)):
+        options = ("--verbose", "--stream", "--datagrams", "--count", "2", "--url", there)
+        subscriber = start("sub", "demo.*", *options)
+        assert subscriber.stderr is not None
+        assert subscriber.stderr.readline().startswith("catbus: subscribed to demo.*")
+        for more in ((), ("--ephemeral",)):
+            output, errors = start("pub", "demo.hello", '"hello"', "--url", here, *more).communicate(timeout=PATIENCE)
+            assert (json.loads(output or "{}").get("seq") is None) == bool(more), errors
+        output, _ = subscriber.communicate(timeout=PATIENCE)
+        assert [json.loads(line)["payload"] for line in output.splitlines()] == ["hello"] * 2
+    assert end(broker, signal.SIGTERM)[0] == 0
+
+
 def test_lines_of_the_input_are_published_in_order(broker: Running, catbus: Command, start: Start) -> None:
     publisher = start("pub", "many", "-", "--url", broker.url)
     lines = "".join(f"{number}\n" for number in range(1, 1201))

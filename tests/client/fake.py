@@ -17,6 +17,7 @@ from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Ping, Pong, Request, TextMessage
 
 from catbus.client import Bus, connect, open_bus
+from catbus.client.transport import Chunk
 from catbus.errors import Disconnected
 from catbus.framing import Framer
 from catbus.topics import matches
@@ -79,7 +80,7 @@ class Peer:
     async def subscribed(self, seq: int = 100) -> dict[str, Any]:
         """Take a `subscribe` and answer it."""
         request = await self.expect("subscribe")
-        await self.send({"type": "subscribed", "pattern": request["pattern"], "seq": seq})
+        await self.send({"type": "subscribed", "pattern": request["pattern"], "seq": seq, "id": request["id"]})
         return request
 
     async def published(self, seq: int) -> dict[str, Any]:
@@ -210,14 +211,14 @@ class Pipe:
             await anyio.sleep_forever()
         await self._outbound.send(data)
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> Chunk:
         try:
             item = await self._inbound.receive()
         except anyio.EndOfStream:
             raise Disconnected("the broker ended the connection without a word") from None
         if isinstance(item, Disconnected):
             raise item
-        return item
+        return Chunk(item)
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
         self.closed = (code, reason)
@@ -334,10 +335,10 @@ class Honest:
                 seq = self.append(channel, request["payload"])
                 echo = [self.copy(self.log[-1], pattern) for pattern in self.held if matches(pattern, channel)]
                 return [[*echo, {"type": "published", "channel": channel, "id": number, "seq": seq}]]
-            case {"type": "subscribe", "pattern": pattern}:
+            case {"type": "subscribe", "pattern": pattern, "id": number}:
                 self.subscribes.append(request)
                 self.held[pattern] = None
-                replies = [{"type": "subscribed", "pattern": pattern, "seq": self.head}]
+                replies = [{"type": "subscribed", "pattern": pattern, "seq": self.head, "id": number}]
                 since = request.get("since")
                 if since is not None:
                     missed = [
@@ -346,10 +347,10 @@ class Honest:
                     replies += [self.copy(entry, pattern) for entry in missed]
                     replies += [{"type": "live", "pattern": pattern, "seq": self.head}]
                 return [replies[at : at + 100] for at in range(0, len(replies), 100)]
-            case {"type": "unsubscribe", "pattern": pattern}:
+            case {"type": "unsubscribe", "pattern": pattern, "id": number}:
                 self.unsubscribes += 1
                 del self.held[pattern]
-                return [[{"type": "unsubscribed", "pattern": pattern, "seq": self.head}]]
+                return [[{"type": "unsubscribed", "pattern": pattern, "seq": self.head, "id": number}]]
             case {"type": "history", "pattern": pattern, "id": number}:
                 found = [self.copy(entry, pattern) for entry in self.log if matches(pattern, entry["channel"])]
                 limit = request.get("limit", 100)

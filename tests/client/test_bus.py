@@ -255,7 +255,7 @@ async def test_a_subscription_that_the_broker_refuses() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.expect("subscribe")
         refusal = {"message": "no read grant", "code": "unauthorized"}
-        await peer.send({"type": "subscribe_error", "pattern": request["pattern"], **refusal})
+        await peer.send({"type": "subscribe_error", "pattern": request["pattern"], "id": request["id"], **refusal})
         await peer.subscribed()
 
     async with talk(script) as bus:

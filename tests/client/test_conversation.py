@@ -15,6 +15,7 @@ from catbus.client import switchboard
 from catbus.client.conversation import FRAME, Batch, Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
 from catbus.client.messages import Message, Page, encode_payload
+from catbus.client.transport import DATAGRAM
 from catbus.errors import CloseCode, Code, Disconnected, PeerError, Refused
 from tests.client.fake import AUTH_OK, EPOCH, message
 
@@ -48,9 +49,17 @@ def publish(conversation: Conversation, *channels: str, payload: Any = 1) -> Bat
 
 def subscribe(conversation: Conversation, pattern: str = "a.*", seq: int = 100, **options: Any) -> Inbox:
     inbox = conversation.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
-    conversation.receive(lines({"type": "subscribed", "pattern": pattern, "seq": seq}))
-    sent(conversation)
+    [*_, request] = sent(conversation)
+    conversation.receive(lines(subscribed(seq, request["id"], pattern)))
     return inbox
+
+
+def subscribed(seq: int, number: int, pattern: str = "a.*") -> dict[str, Any]:
+    return {"type": "subscribed", "pattern": pattern, "seq": seq, "id": number}
+
+
+def unsubscribed(seq: int, number: int, pattern: str = "a.*") -> dict[str, Any]:
+    return {"type": "unsubscribed", "pattern": pattern, "seq": seq, "id": number}
 
 
 def seqs(inbox: Inbox) -> list[int | None]:
@@ -228,9 +237,9 @@ def test_a_line_longer_than_a_frame_goes_alone() -> None:
 def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*"}]
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "id": 1}]
     assert phase(inbox) is Phase.ASKED
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 120}, message(121), message(None)))
+    conversation.receive(lines(subscribed(120, 1), message(121), message(None)))
     assert phase(inbox) is Phase.HELD
     assert (inbox.cursor, inbox.epoch) == (120, EPOCH)
     assert seqs(inbox) == [121, None]
@@ -239,8 +248,8 @@ def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
 def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", 50, "e0", 10)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0"}]
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 120}))
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0", "id": 1}]
+    conversation.receive(lines(subscribed(120, 1)))
     assert (inbox.cursor, inbox.epoch) == (50, "e0")
     assert not inbox.items
 
@@ -322,7 +331,8 @@ def test_overlapping_patterns_keep_their_own_cursors() -> None:
 def test_a_refused_subscription_ends_with_the_reason() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10)
-    conversation.receive(lines({"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized"}))
+    refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 1}
+    conversation.receive(lines(refusal))
     assert phase(inbox) is Phase.ENDED
     assert inbox.ending is not None
     assert inbox.ending.code is Code.UNAUTHORIZED
@@ -355,10 +365,11 @@ def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_
     old = subscribe(conversation)
     conversation.subscriptions.leave(old)
     new = conversation.subscribe("a.*", None, None, 10)
-    assert [request["type"] for request in sent(conversation)] == ["unsubscribe", "subscribe"]
-    conversation.receive(lines(message(101), {"type": "unsubscribed", "pattern": "a.*", "seq": 101}))
+    first, second = sent(conversation)
+    assert (first["type"], second["type"]) == ("unsubscribe", "subscribe")
+    conversation.receive(lines(message(101), unsubscribed(101, first["id"])))
     assert phase(new) is Phase.ASKED
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 101}, message(102)))
+    conversation.receive(lines(subscribed(101, second["id"]), message(102)))
     assert (seqs(old), seqs(new)) == ([], [102])
 
 
@@ -369,10 +380,10 @@ def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
     new = conversation.subscribe("a.*", 50, None, 10)
     conversation.receive(
         lines(
-            {"type": "subscribed", "pattern": "a.*", "seq": 100},
+            subscribed(100, 1),
             message(101),
-            {"type": "unsubscribed", "pattern": "a.*", "seq": 101},
-            {"type": "subscribed", "pattern": "a.*", "seq": 101},
+            unsubscribed(101, 2),
+            subscribed(101, 3),
             message(51),
         )
     )
@@ -385,10 +396,10 @@ def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription()
     old = subscribe(conversation)
     conversation.subscriptions.leave(old)
     new = conversation.subscribe("a.*", None, None, 10)
-    refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "not subscribed", "code": "invalid_pattern"}
+    refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "not held", "code": "invalid_pattern", "id": 2}
     conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 1}, refusal))
     assert phase(new) is Phase.ASKED
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 100}))
+    conversation.receive(lines(subscribed(100, 3)))
     assert phase(new) is Phase.HELD
 
 
@@ -421,13 +432,13 @@ def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(message(101), message(102)))
     conversation.subscriptions.suspend(inbox)
-    assert sent(conversation) == [{"type": "unsubscribe", "pattern": "a.*"}]
+    assert sent(conversation) == [{"type": "unsubscribe", "pattern": "a.*", "id": 2}]
     assert phase(inbox) is Phase.AWAY
-    conversation.receive(lines(message(103), {"type": "unsubscribed", "pattern": "a.*", "seq": 103}))
+    conversation.receive(lines(message(103), unsubscribed(103, 2)))
     assert seqs(inbox) == [101, 102]
     conversation.subscriptions.relieve(inbox)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH}]
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 104}, message(103), message(104)))
+    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH, "id": 3}]
+    conversation.receive(lines(subscribed(104, 3), message(103), message(104)))
     assert seqs(inbox) == [101, 102, 103, 104]
     assert phase(inbox) is Phase.HELD
 
@@ -441,8 +452,8 @@ def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> Non
     conversation.receive(
         lines(
             message(103),
-            {"type": "unsubscribed", "pattern": "a.*", "seq": 104},
-            {"type": "subscribed", "pattern": "a.*", "seq": 104},
+            unsubscribed(104, 2),
+            subscribed(104, 3),
             message(103),
             message(104),
             {"type": "live", "pattern": "a.*", "seq": 104},
@@ -459,7 +470,7 @@ def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
     conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
     assert inbox.arrived == 102
     conversation.subscriptions.relieve(inbox)
-    conversation.receive(lines({"type": "subscribed", "pattern": "a.*", "seq": 110}))
+    conversation.receive(lines(subscribed(110, 3)))
     conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
     assert inbox.arrived == 102
 
@@ -482,8 +493,8 @@ def test_a_subscription_that_may_not_come_back_ends() -> None:
     conversation.subscriptions.relieve(inbox)
     conversation.receive(
         lines(
-            {"type": "unsubscribed", "pattern": "a.*", "seq": 1},
-            {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized"},
+            unsubscribed(1, 2),
+            {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 3},
         )
     )
     assert seqs(inbox) == [101]
@@ -500,6 +511,86 @@ def test_leaving_while_away_says_nothing_more() -> None:
     conversation.subscriptions.leave(inbox)
     conversation.subscriptions.relieve(inbox)
     assert sent(conversation) == []
+
+
+# More than one stream
+
+
+def test_a_subscription_asks_for_its_stream_again_when_it_is_taken_up() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 1, stream=True, datagrams=True)
+    asked = {"type": "subscribe", "pattern": "a.*", "stream": True, "datagrams": True}
+    assert sent(conversation) == [{**asked, "id": 1}]
+    conversation.receive(lines(subscribed(100, 1), message(101)), 7)
+    conversation.subscriptions.suspend(inbox)
+    conversation.subscriptions.relieve(inbox)
+    assert sent(conversation)[1] == {**asked, "since": 101, "epoch": EPOCH, "id": 3}
+
+
+def test_a_head_speaks_of_the_subscriptions_on_its_stream() -> None:
+    conversation = begin()
+    here = subscribe(conversation, "a.*")
+    there = conversation.subscribe("b.*", None, None, 10, stream=True)
+    conversation.receive(lines(subscribed(100, 2, "b.*")), 7)
+    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert (here.arrived, there.arrived) == (110, 100)
+    conversation.receive(lines({"type": "head", "seq": 120, "epoch": EPOCH, "at": 1}), 7)
+    assert (here.arrived, there.arrived) == (110, 120)
+
+
+def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> None:
+    conversation = begin()
+    conversation.subscribe("a.*", None, None, 10, stream=True)
+    conversation.receive(lines(subscribed(100, 1)), 7)
+    with pytest.raises(PeerError, match="ended before it") as caught:
+        conversation.receive(b"", 7, ended=True)
+    assert caught.value.close is CloseCode.BAD_MESSAGE
+
+
+def test_a_datagram_is_for_whoever_has_the_pattern() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10, stream=True, datagrams=True)
+    early = lines(message(None, "early"))
+    conversation.receive(early, DATAGRAM)
+    conversation.receive(lines(subscribed(100, 1)), 7)
+    for data in (b"", b"{", b"\xff", lines(message(101)), lines(message(None, 1, "b.*")), lines({"type": "x"})):
+        conversation.receive(data, DATAGRAM)
+    assert not inbox.items
+    conversation.receive(lines(message(None, "now")), DATAGRAM)
+    assert [item.payload for item in inbox.items if isinstance(item, Message)] == ["now"]
+
+
+# Whatever the network does to the order of different streams, each subscription gets what its own stream has.
+@given(st.data())
+def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> None:
+    conversation = begin()
+    old = conversation.subscribe("a.*", None, None, 100, stream=True)
+    other = conversation.subscribe("b.*", None, None, 100, stream=True)
+    conversation.subscriptions.leave(old)
+    new = conversation.subscribe("a.*", 100, EPOCH, 100, stream=True)
+    refused = conversation.subscribe("c.*", None, None, 100, stream=True)
+    refusal = {"type": "subscribe_error", "pattern": "c.*", "message": "no", "code": "unauthorized", "id": 5}
+    streams = {
+        0: [refusal],
+        7: [subscribed(100, 1), message(101), message(102), unsubscribed(102, 3)],
+        11: [subscribed(100, 2, "b.*"), message(103, pattern="b.*")],
+        15: [
+            subscribed(102, 4),
+            message(101),
+            message(102),
+            {"type": "live", "pattern": "a.*", "seq": 102},
+            message(104),
+        ],
+    }
+    while streams:
+        number = data.draw(st.sampled_from(sorted(streams)))
+        rest = streams[number]
+        conversation.receive(lines(rest.pop(0)), number, ended=number == 7 and not rest)
+        if not rest:
+            del streams[number]
+    assert (seqs(old), seqs(other), seqs(new)) == ([], [103], [101, 102, 104])
+    assert refused.ending is not None
+    assert not conversation.waiting
 
 
 # History, ping, errors
@@ -602,7 +693,7 @@ def test_losing_the_connection_wakes_everyone() -> None:
 
 
 STREAM = lines(
-    {"type": "subscribed", "pattern": "a.*", "seq": 100},
+    subscribed(100, 1),
     *[message(seq, {"text": 'ü"}{\\"'}) for seq in range(101, 105)],
     {"type": "gap", "pattern": "a.*", "from": 105, "to": 110, "epoch": EPOCH, "reason": "retention"},
     message(111),

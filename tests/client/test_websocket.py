@@ -122,7 +122,7 @@ async def test_what_comes_right_behind_the_handshake_is_not_lost() -> None:
         await peer.stream.send(answer + peer.connection.send(TextMessage(data="first")))
 
     async with dial(script, handshake=False) as websocket:
-        assert await websocket.receive() == b"first"
+        assert (await websocket.receive()).data == b"first"
 
 
 # Frames
@@ -147,7 +147,7 @@ async def test_a_message_may_be_fragmented_and_split_anywhere() -> None:
         received = b""
         pinged = False
         while len(received) < len(data):
-            received += await websocket.receive()
+            received += (await websocket.receive()).data
             if websocket.pending:
                 pinged = True
                 await websocket.send(b"")
@@ -162,7 +162,7 @@ async def test_a_frame_may_be_long() -> None:
     async with dial(script) as websocket:
         received = 0
         while received < 1_000_000:
-            received += len(await websocket.receive())
+            received += len((await websocket.receive()).data)
         assert received == 1_000_000
 
 
@@ -193,11 +193,11 @@ async def test_many_pings_need_one_answer() -> None:
     async with dial(script) as websocket:
         received = b""
         while b"done" not in received:
-            received += await websocket.receive()
+            received += (await websocket.receive()).data
         assert websocket.pending
         await websocket.send(b"pong goes first")
         assert not websocket.pending
-        assert await websocket.receive() == b"heard"
+        assert (await websocket.receive()).data == b"heard"
 
 
 async def test_binary_frames_are_read_too() -> None:

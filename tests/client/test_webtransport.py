@@ -22,12 +22,13 @@ from cryptography.x509.oid import NameOID
 
 from catbus.client import Bus, Disconnected, Refused, connect, racing, webtransport
 from catbus.client.bell import Bell
-from catbus.client.transport import Driven, parse_address
-from catbus.client.webtransport import WebTransport, make_configuration, open_webtransport
+from catbus.client.transport import DATAGRAM, MAIN, Chunk, Driven, parse_address
+from catbus.client.webtransport import DATAGRAMS, WebTransport, make_configuration, open_webtransport
 from catbus.errors import ConfigError
 from catbus.webtransport import (
     Connection,
     ConnectionLost,
+    Datagram,
     SessionClosed,
     SessionRequested,
     StreamData,
@@ -520,7 +521,7 @@ async def test_much_both_ways(size: int, lossy: bool) -> None:
         while len(received) < len(data):
             # Whatever it is cut off from, nothing is lost.
             with anyio.move_on_after(0.0005):
-                received += await transport.receive()
+                received += (await transport.receive()).data
         assert received == data
         server.lossy = False
 
@@ -572,7 +573,7 @@ async def test_a_server_waits_for_who_does_not_read() -> None:
         assert written < 1_000_000
         received = 0
         while received < before + 500_000:
-            received += len(await transport.receive())
+            received += len((await transport.receive()).data)
 
 
 async def test_receiving_can_be_cancelled() -> None:
@@ -581,19 +582,55 @@ async def test_receiving_can_be_cancelled() -> None:
             with anyio.move_on_after(0.01):
                 await transport.receive()
         await transport.send(b"still here")
-        assert await transport.receive() == b"still here"
+        assert (await transport.receive()).data == b"still here"
 
 
-async def test_streams_of_the_servers_own_are_not_wanted() -> None:
+async def test_a_stream_of_the_servers_that_asks_for_answers_is_not_wanted() -> None:
     async def script(peer: StreamPeer) -> None:
-        stream = peer.connection.open_stream(bidirectional=False)
+        stream = peer.connection.open_stream(bidirectional=True)
         assert stream is not None
         peer.connection.send(stream, b"x" * 1000)
         await echo(peer)
 
     async with dial(script) as (transport, _):
         await transport.send(b"hello")
-        assert await transport.receive() == b"hello"
+        assert await transport.receive() == Chunk(b"hello")
+
+
+async def test_streams_and_datagrams_of_the_servers_are_told_apart() -> None:
+    async def script(peer: StreamPeer) -> None:
+        await peer.read()
+        streams = [peer.connection.open_stream(bidirectional=False) for _ in range(2)]
+        assert peer.connection.send_datagram(b"whole")
+        for part in (b"one", b"two"):
+            for number, stream in enumerate(streams):
+                assert stream is not None
+                peer.connection.send(stream, part, end=part == b"two" and number == 1)
+        await peer.write(b"last")
+
+    async with dial(script) as (transport, _):
+        await transport.send(b"hello")
+        found: dict[int, bytes] = {}
+        ended = set()
+        while found.get(MAIN) != b"last" or len(found) < 4 or not ended or b"onetwo" not in set(found.values()):
+            chunk = await transport.receive()
+            found[chunk.stream] = found.get(chunk.stream, b"") + chunk.data
+            ended |= {chunk.stream} if chunk.ended else set()
+        assert found[DATAGRAM] == b"whole"
+        first, second = sorted(number for number in found if number not in (MAIN, DATAGRAM))
+        assert (found[first], found[second]) == (b"onetwo", b"onetwo")
+        assert ended == {second}
+
+
+async def test_more_datagrams_than_anybody_takes_are_dropped() -> None:
+    async with dial(echo) as (transport, _):
+        for number in range(2 * DATAGRAMS):
+            transport._handle(Datagram(b"%d" % number))
+        await transport.send(b"hello")
+        chunks = [await transport.receive() for _ in range(DATAGRAMS + 1)]
+        assert [chunk.data for chunk in chunks] == [*[b"%d" % number for number in range(DATAGRAMS)], b"hello"]
+        transport._handle(Datagram(b"there is room again"))
+        assert await transport.receive() == Chunk(b"there is room again", DATAGRAM)
 
 
 # Closing

@@ -18,6 +18,7 @@ from catbus.log import MemoryLog
 from catbus.webtransport import (
     Connection,
     ConnectionLost,
+    Datagram,
     Event,
     Limits,
     SessionClosed,
@@ -35,6 +36,17 @@ from tests.webtransport.link import client_config, server_config
 
 class Lost(Exception):
     """The connection is gone."""
+
+
+class Own:
+    """A stream of the broker's, for one subscription. What comes is taken while `reads`."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.ended = False
+        self.reads = True
+        self.unread = 0
+        self.rest = b""
 
 
 class Client:
@@ -55,6 +67,11 @@ class Client:
         """Whether it neither takes nor sends a datagram."""
         self.events: list[Event] = []
         self.lines: list[dict[str, Any]] = []
+        self.own: dict[int, Own] = {}
+        """The broker's streams, by number."""
+        self.own_reads = True
+        """Whether those to come are read."""
+        self.datagrams: list[dict[str, Any]] = []
         self.unread = 0
         self.retried = False
         self._rest = b""
@@ -104,6 +121,28 @@ class Client:
                     self.lines += [json.loads(line) for line in whole]
                 else:
                     self.unread += len(event.data)
+            elif isinstance(event, StreamData):
+                self._take_own(event)
+            elif isinstance(event, Datagram):
+                self.datagrams.append(json.loads(event.data))
+
+    def _take_own(self, event: StreamData) -> None:
+        if event.stream not in self.own:
+            self.own[event.stream] = Own()
+            self.own[event.stream].reads = self.own_reads
+        own = self.own[event.stream]
+        own.ended |= event.ended
+        *whole, own.rest = (own.rest + event.data).split(b"\n")
+        own.lines += [json.loads(line) for line in whole]
+        own.unread += len(event.data)
+        if own.reads:
+            self.take(event.stream)
+
+    def take(self, stream: int) -> None:
+        """Make room for more on one of the broker's streams."""
+        own = self.own[stream]
+        self.connection.consumed(stream, own.unread)
+        own.unread = 0
 
     def saw(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
