@@ -1,48 +1,25 @@
-"""Real Chromium over WebTransport: the certificate by its hash, messages from another replica, closing codes."""
+"""Real Chromium over WebTransport: the certificate by its hash, another replica, own streams, datagrams, the end."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 import trio
 
 import catbus
 from catbus import Broker, CloseCode, Config
 from catbus.config import Database, WebTransport
+from catbus.endpoints.datagrams import Port
+from catbus.webtransport import configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.chromium import open_browser
 
-CONNECT = """
-    const found = await (await fetch('/.well-known/catbus')).json();
-    const value = Uint8Array.from(atob(found.certificate_hash), (c) => c.charCodeAt(0));
-    const session = new WebTransport(found.webtransport, {serverCertificateHashes: [{algorithm: 'sha-256', value}]});
-    await session.ready;
-    const stream = await session.createBidirectionalStream();
-    const writer = stream.writable.getWriter();
-    const reader = stream.readable.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = '';
-    const lines = [];
-    window.bus = {
-        session,
-        say: (...messages) => writer.write(new TextEncoder().encode(messages.map((m) => JSON.stringify(m)).join(''))),
-        hear: async () => {
-            while (!lines.length) {
-                const {value, done} = await reader.read();
-                if (done) throw new Error('the stream has ended');
-                rest += value;
-                const parts = rest.split('\\n');
-                rest = parts.pop();
-                lines.push(...parts);
-            }
-            return JSON.parse(lines.shift());
-        },
-    };
-    await bus.say({type: 'auth', token: args[0], protocol: 1}, {type: 'subscribe', pattern: 'web.*'});
-    return [await bus.hear(), await bus.hear()];
-"""
+CONNECT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
 
 @asynccontextmanager
@@ -69,7 +46,7 @@ async def test_a_page_publishes_and_hears_another_replica(tmp_path: Path, databa
     with trio.fail_after(90):
         async with serving(config) as (_, origin), serving(config) as (_, other), open_browser() as browser:
             await browser.goto(f"{origin}/health")
-            hello, subscribed = await browser.run(CONNECT, TOKEN)
+            hello, subscribed = await browser.run(CONNECT, TOKEN, True)
             assert (hello["type"], hello["client_id"], subscribed["type"]) == ("auth_ok", "alice", "subscribed")
             await browser.run("await bus.say({type: 'publish', channel: 'web.page', payload: {n: 1}, id: 1})")
             heard = [await browser.run("return await bus.hear()") for _ in range(2)]
@@ -85,16 +62,102 @@ async def test_closing_codes_pass_both_ways(tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
             await browser.goto(f"{origin}/health")
-            await browser.run(CONNECT, TOKEN)
+            await browser.run(CONNECT, TOKEN, True)
             assert len(broker.hub.clients) == 1
             await browser.run("bus.session.close({closeCode: 7, reason: 'enough'}); await bus.session.closed")
             while broker.hub.clients:
                 await trio.sleep(0.01)
-            await browser.run(CONNECT, TOKEN)
+            await browser.run(CONNECT, TOKEN, True)
             await browser.run("bus.ending = bus.session.closed")
             broker.stop()
             info = await browser.run("const i = await bus.ending; return [i.closeCode, i.reason]")
             assert info == [CloseCode.SHUTTING_DOWN, "the replica is stopping"]
+
+
+async def test_150_subscriptions_with_streams_of_their_own(tmp_path: Path) -> None:
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            await browser.run(CONNECT, TOKEN, True)
+            await browser.run(
+                "await bus.say(...Array.from({length: 150}, (_, n) => "
+                "({type: 'subscribe', pattern: `own.s${n}`, stream: true, id: n})))"
+            )
+            await browser.run("await bus.until(() => bus.lines.length + Object.keys(bus.own).length === 150)")
+            own, rest = await browser.run("return [bus.own, bus.lines.splice(0)]")
+            # As many as the browser has credit for get their own; the others hear on the session's stream.
+            assert 90 <= len(own) <= 100
+            assert all(lines[0]["stream"] for lines in own.values())
+            assert not any("stream" in line for line in rest)
+            assert sorted(line["id"] for line in [*rest, *(lines[0] for lines in own.values())]) == list(range(150))
+            for number in range(150):
+                await broker.publish(f"own.s{number}", number)
+            await browser.run(
+                "await bus.until(() => bus.lines.length === args[0] &&"
+                " Object.values(bus.own).every((lines) => lines.length === 2))",
+                len(rest),
+            )
+            own, rest = await browser.run("return [bus.own, bus.lines]")
+            heard = {pattern: lines[1] for pattern, lines in own.items()} | {line["pattern"]: line for line in rest}
+            assert {line["pattern"]: line["payload"] for line in heard.values()} == {
+                f"own.s{number}": number for number in range(150)
+            }
+
+
+async def test_ephemeral_messages_come_as_datagrams(tmp_path: Path) -> None:
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            await browser.run(CONNECT, TOKEN, True)
+            await browser.run("await bus.say({type: 'subscribe', pattern: 'pointer.*', datagrams: true})")
+            assert (await browser.run("return await bus.hear()"))["type"] == "subscribed"
+            for number in range(5):
+                await broker.publish("pointer.mouse", [number, number], ephemeral=True)
+            await broker.publish("pointer.mouse", "x" * 2000, ephemeral=True)
+            # What does not fit comes on the stream.
+            assert (await browser.run("return await bus.hear()"))["payload"] == "x" * 2000
+            datagrams = await browser.run("await bus.until(() => bus.datagrams.length === 5); return bus.datagrams")
+            assert sorted(message["payload"] for message in datagrams) == [[number, number] for number in range(5)]
+            assert {message["pattern"] for message in datagrams} == {"pointer.*"}
+
+
+async def test_objects_may_be_cut_anywhere_or_nowhere(tmp_path: Path) -> None:
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            await browser.run(CONNECT, TOKEN, True)
+            # Three back to back in one write, then one in as many writes as it has bytes; no newline in any of them.
+            await browser.run("await bus.say(...[1, 2, 3].map((seq) => ({type: 'ping', seq})))")
+            await browser.run(
+                "for (const byte of new TextEncoder().encode(JSON.stringify({type: 'ping', seq: 4, pad: 'ü}{'})))"
+                " await bus.writer.write(new Uint8Array([byte]))"
+            )
+            heard = [await browser.run("return await bus.hear()") for _ in range(8)]
+            assert [line["seq"] for line in heard if line["type"] == "pong"] == [1, 2, 3, 4]
+
+
+def swallow(port: Port, most: int) -> list[Any]:
+    with suppress(BlockingIOError):
+        while port._socket.recv(1 << 16):
+            pass
+    return []
+
+
+async def test_a_broker_that_vanishes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webtransport_configuration, "IDLE_TIMEOUT", 3.0)
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            await browser.run(CONNECT, TOKEN, True)
+            with monkeypatch.context() as silence:
+                # From here on every packet is swallowed, both ways.
+                silence.setattr(Port, "receive", swallow)
+                silence.setattr(Port, "send", lambda self, datagrams, to: None)
+                ending = await browser.run("return await bus.session.closed.catch((error) => error.name)")
+                assert ending == "WebTransportError"
+                # And so is a browser that vanishes.
+                while broker.hub.clients:
+                    await trio.sleep(0.05)
 
 
 async def test_a_wrong_token_closes_with_its_code(tmp_path: Path) -> None:
@@ -102,8 +165,6 @@ async def test_a_wrong_token_closes_with_its_code(tmp_path: Path) -> None:
         async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
             await browser.goto(f"{origin}/health")
             # What a page has not read when the session closes it never reads: so the closing says all of it again.
-            ending = "const i = await bus.session.closed; return [i.closeCode, i.reason]"
-            info = await browser.run(
-                CONNECT.replace("return [await bus.hear(), await bus.hear()]", ending), "sub-wrong"
-            )
+            await browser.run(CONNECT, "sub-wrong", False)
+            info = await browser.run("const i = await bus.session.closed; return [i.closeCode, i.reason]")
             assert info == [CloseCode.UNAUTHENTICATED, "the token is not valid"]

@@ -1,0 +1,53 @@
+// Connects to the broker that served this page, and leaves the session in `bus` for what comes later.
+// `args`: a token, and whether to wait for the answers.
+
+const found = await (await fetch('/.well-known/catbus')).json();
+const value = Uint8Array.from(atob(found.certificate_hash), (c) => c.charCodeAt(0));
+const session = new WebTransport(found.webtransport, {serverCertificateHashes: [{algorithm: 'sha-256', value}]});
+await session.ready;
+const stream = await session.createBidirectionalStream();
+const writer = stream.writable.getWriter();
+const encoder = new TextEncoder();
+
+const bus = window.bus = {
+    session,
+    writer,
+    lines: [],       // what came on the session's stream
+    own: {},         // what came on streams of subscriptions' own, by pattern
+    datagrams: [],
+    say: (...messages) => writer.write(encoder.encode(messages.map((m) => JSON.stringify(m)).join(''))),
+    until: async (condition) => {
+        while (!condition()) await new Promise((resolve) => setTimeout(resolve, 5));
+    },
+    hear: async () => {
+        await bus.until(() => bus.lines.length);
+        return bus.lines.shift();
+    },
+};
+
+// Each of these ends with the session.
+const read = async (readable, take) => {
+    const reader = readable.getReader();
+    for (let next; !(next = await reader.read()).done;) take(next.value);
+};
+const readLines = (readable, take) => {
+    let rest = '';
+    return read(readable.pipeThrough(new TextDecoderStream()), (text) => {
+        const parts = (rest + text).split('\n');
+        rest = parts.pop();
+        parts.forEach((line) => take(JSON.parse(line)));
+    });
+};
+const ended = () => {};
+readLines(stream.readable, (line) => bus.lines.push(line)).catch(ended);
+read(session.incomingUnidirectionalStreams, (readable) => {
+    let lines;
+    readLines(readable, (line) => {
+        if (!lines) lines = bus.own[line.pattern] = [];
+        lines.push(line);
+    }).catch(ended);
+}).catch(ended);
+read(session.datagrams.readable, (data) => bus.datagrams.push(JSON.parse(new TextDecoder().decode(data)))).catch(ended);
+
+await bus.say({type: 'auth', token: args[0], protocol: 1}, {type: 'subscribe', pattern: 'web.*'});
+return args[1] ? [await bus.hear(), await bus.hear()] : null;
