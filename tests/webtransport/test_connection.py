@@ -21,7 +21,7 @@ from catbus.webtransport import (
 )
 from catbus.webtransport.codes import H3Code, to_http3
 from catbus.webtransport.http3 import Http3
-from tests.webtransport.link import End, Link, client_config, server_config
+from tests.webtransport.link import End, Link, client_config, server_config, untouched
 
 
 def both(link: Link) -> list[tuple[End, End]]:
@@ -335,6 +335,26 @@ def test_closing_codes_pass(side: int, code: int) -> None:
     assert link.now < 1005
     assert here.it.timer is there.it.timer is None
     assert len(here.saw(ConnectionLost)) == len(there.saw(ConnectionLost)) == 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_lost_packet_holds_up_its_own_stream_only(apart: bool) -> None:
+    link = Link().open()
+    link.run(1)
+    one = link.server.it.open_stream(bidirectional=False)
+    other = link.server.it.open_stream(bidirectional=False) if apart else one
+    assert one is not None and other is not None
+    for stream in (one, other):
+        link.server.it.send(stream, b"begin;")
+    link.run(1)
+    link.damage = lambda data: []
+    link.server.it.send(one, b"lost;")
+    link.flush()
+    link.damage = untouched
+    link.server.it.send(other, b"next;")
+    link.until(lambda: link.client.received[other].endswith(b"next;"))
+    assert (b"lost;" in link.client.received[one]) is not apart
+    link.until(lambda: b"lost;" in link.client.received[one])
 
 
 @SIDES

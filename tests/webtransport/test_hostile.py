@@ -524,6 +524,19 @@ def test_one_stream_does_not_take_all_the_room() -> None:
     assert len(link.client.received[full]) == 50_000
 
 
+def test_every_stream_has_a_share_whatever_the_others_hold() -> None:
+    limits = Limits(stream_unacknowledged=50_000, unacknowledged=100_000, stream_share=5_000)
+    link = Link(server=server_config(limits)).open()
+    link.run(1)
+    first, second, third = (link.server.it.open_stream(bidirectional=False) for _ in range(3))
+    assert first is not None and second is not None and third is not None
+    for full in (first, second):
+        while link.server.it.send(full, bytes(10_000)):
+            pass
+    assert [link.server.it.send(third, bytes(3_000)) for _ in range(3)] == [True, True, False]
+    assert link.server.it.unacknowledged() < 100_000 + 2 * 10_000 + 5_000 + 3_000
+
+
 def test_bytes_are_counted_until_they_are_acknowledged() -> None:
     link = Link().open()
     link.run(1)
