@@ -109,7 +109,7 @@ class Listener:
             elif pid == self._own_pid():
                 self._tail.expect(newest)
             else:
-                if enclosed and compare_digest(seal, sealed(head, enclosed, self._seal)):
+                if enclosed and compare_digest(seal.encode(), sealed(head, enclosed, self._seal).encode()):
                     self._tail.offer(_entries(enclosed))
                 self._tail.announce(newest)
         except (ValueError, msgspec.DecodeError):

@@ -389,6 +389,7 @@ async def test_a_notification_that_is_lost_is_found_by_the_poll(
         "{epoch}:2:2 [[2",
         '{epoch}:2:2 [[2,1000,"a",null,null,"forged"]]',
         '{epoch}:2:2 00000000000000000000000000000000 [[2,1000,"a",null,null,"forged"]]',
+        '{epoch}:2:2 é [[2,1000,"a",null,null,"forged"]]',
     ],
 )
 async def test_a_forged_notification_changes_nothing(database_url: str, payload: str) -> None:
