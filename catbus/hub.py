@@ -19,7 +19,7 @@ from .config import Config
 from .delivery import Delivery, Subscription
 from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
-from .log import Append, Entry, Log, Outcome, Rejected
+from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected
 from .mailbox import OVERHEAD, Mailbox, Outlet
 from .session import (
     Authenticate,
@@ -161,6 +161,7 @@ class Hub:
             "subscriptions": limits.subscriptions,
             "pending_publishes": limits.pending_publishes,
             "history": MAX_HISTORY,
+            "ephemeral_size": EPHEMERAL_SIZE,
         }
 
     @property

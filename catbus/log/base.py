@@ -57,6 +57,9 @@ PENDING = 100_000
 PENDING_BYTES = 256 << 20
 """How many bytes of them."""
 
+EPHEMERAL_SIZE = 7500
+"""How many bytes an ephemeral message may have: those of channel and payload, and of the sender as JSON."""
+
 
 @dataclass(slots=True, eq=False)
 class Append:
