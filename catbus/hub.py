@@ -148,10 +148,12 @@ class Hub:
             self.log.submit(append)
 
     def broadcast(self, message: Broadcast) -> None:
-        """Pass an ephemeral message on to the sessions of this replica."""
+        """Pass an ephemeral message on to the sessions of this replica, and to the other replicas."""
         self._published += 1
         at = time.time_ns() // 1_000_000
-        self.delivery.broadcast(Entry(0, at, message.channel, message.payload, message.sender, message.origin))
+        entry = Entry(0, at, message.channel, message.payload, message.sender, message.origin)
+        self.delivery.broadcast(entry)
+        self.log.broadcast(entry)
 
     def limits(self) -> dict[str, int]:
         """The limits that a client is told of, by name."""
