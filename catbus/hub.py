@@ -20,7 +20,7 @@ from .config import Config
 from .delivery import Delivery, Subscription
 from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
-from .log import Append, Entry, Log, Outcome, Rejected
+from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected
 from .mailbox import OVERHEAD, Mailbox, Outlet
 from .session import (
     Authenticate,
@@ -149,10 +149,12 @@ class Hub:
             self.log.submit(append)
 
     def broadcast(self, message: Broadcast) -> None:
-        """Pass an ephemeral message on to the sessions of this replica."""
+        """Pass an ephemeral message on to the sessions of this replica, and to the other replicas."""
         self._published += 1
         at = time.time_ns() // 1_000_000
-        self.delivery.broadcast(Entry(0, at, message.channel, message.payload, message.sender, message.origin))
+        entry = Entry(0, at, message.channel, message.payload, message.sender, message.origin)
+        self.delivery.broadcast(entry)
+        self.log.broadcast(entry)
 
     def limits(self) -> dict[str, int]:
         """The limits that a client is told of, by name."""
@@ -162,6 +164,7 @@ class Hub:
             "subscriptions": limits.subscriptions,
             "pending_publishes": limits.pending_publishes,
             "history": MAX_HISTORY,
+            "ephemeral_size": EPHEMERAL_SIZE,
         }
 
     @property

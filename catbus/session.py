@@ -28,7 +28,7 @@ from . import wire
 from .auth import Identity
 from .errors import CloseCode, Code, PeerError
 from .framing import Framer
-from .log import Append, Entry, Outcome, Rejected
+from .log import EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
 from .mailbox import Mailbox
 from .topics import check_channel, check_pattern
 from .wire import Protocol, Reply
@@ -298,6 +298,10 @@ def make_append(
         raise PeerError(Code.UNAUTHORIZED, "no write grant covers this channel")
     if message.retry and None in (message.id, message.after, message.epoch):
         raise PeerError(Code.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
+    if message.ephemeral:
+        size = len(message.channel) + len(bytes(message.payload)) + len(wire.to_json(identity.client_id))
+        if size > EPHEMERAL_SIZE:
+            raise PeerError(Code.TOO_LARGE, f"an ephemeral message may have at most {EPHEMERAL_SIZE} bytes")
     return Append(
         channel=message.channel,
         payload=wire.payload_bytes(message.payload),

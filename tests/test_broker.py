@@ -13,6 +13,7 @@ import catbus
 from catbus import CloseCode, Code, Config
 from catbus.client import GoAway
 from catbus.config import Drain, Limits
+from catbus.log import EPHEMERAL_SIZE
 from tests.brokers import CONFIG, TOKEN, running
 from tests.endpoints.peers import Peer
 
@@ -179,6 +180,19 @@ async def test_echo_false_over_http_hides_a_message_from_nobody_else() -> None:
     async with running() as (broker, address), broker.subscribe("a") as messages:
         assert await post(address, b'{"channel":"a","payload":1,"echo":false}') == (200, {"seq": 1, "channel": "a"})
         assert (await anext(messages)).payload == 1
+
+
+async def test_an_ephemeral_message_that_is_too_large_is_refused_whichever_way_it_comes() -> None:
+    payload = "x" * EPHEMERAL_SIZE
+    async with running() as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
+        for publish in (bus.publish, broker.publish):
+            with pytest.raises(catbus.Refused) as refused:
+                await publish("a", payload, ephemeral=True)
+            assert refused.value.code == Code.TOO_LARGE
+        body = json.dumps({"channel": "a", "payload": payload, "ephemeral": True}).encode()
+        status, answer = await post(address, body)
+        assert (status, answer["code"]) == (413, "too_large")
+        assert await bus.publish("a", payload) == 1, "the log takes it, and the session goes on"
 
 
 async def test_a_request_with_an_idempotency_key_publishes_once() -> None:

@@ -29,7 +29,7 @@ from catbus.endpoints import http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, Hub
-from catbus.log import MemoryLog
+from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
 
@@ -323,6 +323,7 @@ CONNECTION_LIMITS = ConnectionLimits()
 
 CONSTANTS = {
     "`history`": MAX_HISTORY,
+    "`ephemeral_size`": EPHEMERAL_SIZE,
     "bytes of a channel or pattern": topics.MAX_LENGTH,
     "segments of a channel or pattern": topics.MAX_SEGMENTS,
     "nesting of an object from a client": wire.MAX_DEPTH,
@@ -531,13 +532,14 @@ WHAT_COMES: dict[str, Any] = {
     "`publish`": publish(),
     "`publish`, not a channel": publish(channel="project.*"),
     "`publish`, no grant matches it": publish(channel="projects"),
+    "`publish`, `ephemeral`, over `ephemeral_size`": publish(ephemeral=True, payload="x" * EPHEMERAL_SIZE),
     "`publish`, `retry` without `id`, `after` or `epoch`": publish(retry=True, id=1, after=0),
     "`history`": {"type": "history", "pattern": "project.a"},
     "`history`, no grant covers it": {"type": "history", "pattern": "projects"},
     "`ping`": {"type": "ping", "seq": 1},
     "an object that does not decode": {"type": "nonsense"},
     "anything else between objects": b"[]",
-    "an object over `message_size`": publish(payload="x" * 2000),
+    "an object over `message_size`": publish(payload="x" * 20_000),
     "anything": {"type": "ping", "seq": 1},
 }
 
@@ -560,7 +562,7 @@ async def test_a_session_does_what_the_table_says(
     if protocol is Protocol.FIRST:
         answers = ["subscribe_error" if name == "revoked" else name for name in answers]
         answers, codes = [name for name in answers if REPLIES[name].fixed is not None], []
-    config = Config(limits=Limits(subscriptions=1, message_size=1000))
+    config = Config(limits=Limits(subscriptions=1, message_size=10_000))
     async with running(config) as hub:
         if "never reached" in what:
             hub = Hub(config, MemoryLog(), Authenticator([SECRET]))

@@ -3,11 +3,12 @@
 `base` says what a log is, `memory` is the one that lives in this process; `catbus.postgres` holds the durable one.
 """
 
-from .base import Append, Committed, Entry, Follower, Log, Outcome, Page, Rejected, Resumption
+from .base import EPHEMERAL_SIZE, Append, Committed, Entry, Follower, Log, Outcome, Page, Rejected, Resumption
 from .memory import MemoryLog
 from .recent import Recent
 
 __all__ = [
+    "EPHEMERAL_SIZE",
     "Append",
     "Committed",
     "Entry",

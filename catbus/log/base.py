@@ -57,6 +57,9 @@ PENDING = 100_000
 PENDING_BYTES = 256 << 20
 """How many bytes of them."""
 
+EPHEMERAL_SIZE = 7500
+"""How many bytes an ephemeral message may have: those of channel and payload, and of the sender as JSON."""
+
 
 @dataclass(slots=True, eq=False)
 class Append:
@@ -107,7 +110,7 @@ class Resumption:
 
 
 class Follower(Protocol):
-    """Who is handed the log, in order. Both calls are synchronous and must not raise."""
+    """Who is handed the log, in order. The calls are synchronous and must not raise."""
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """Take the next entries: their seqs follow on one another and on all that came before."""
@@ -115,6 +118,9 @@ class Follower(Protocol):
     def restart(self, applied: int, lost: str = "epoch") -> None:
         """The next entry is `applied + 1`: the log was opened, or has another epoch (`lost` is "epoch"), or retention
         has overtaken this replica ("retention")."""
+
+    def broadcast(self, entry: Entry) -> None:
+        """Take an ephemeral message of another replica's (its seq is 0), which is no part of the log."""
 
 
 class Log(Protocol):
@@ -141,6 +147,12 @@ class Log(Protocol):
 
     def submit(self, append: Append) -> None:
         """Take a message to be appended. `append.settle` is called once its fate is known, perhaps at once."""
+
+    def broadcast(self, entry: Entry) -> None:
+        """Pass an ephemeral message (its seq is 0) on to the other replicas, at most once, past the log.
+
+        It has at most `EPHEMERAL_SIZE` bytes. Our own follower is not handed it.
+        """
 
     async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
         """Read on from `after`, at most so many rows and (but for the first) so many bytes, up to `applied`.

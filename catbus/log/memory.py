@@ -88,6 +88,9 @@ class MemoryLog:
             self._pending_size += append.size
             self._work.set()
 
+    def broadcast(self, entry: Entry) -> None:
+        """There are no other replicas."""
+
     async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
         await trio.lowlevel.checkpoint()
         page = self._recent.since(max(after, self.floor - 1), rows, size)

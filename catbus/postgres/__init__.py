@@ -1,4 +1,4 @@
-"""PostgreSQL as the log's home: one connection that appends, one that listens, two that read when they have to."""
+"""PostgreSQL as the log's home: a connection to append, one to listen, others to read and to notify when need be."""
 
 from .log import PostgresLog, PostgresStatistics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -14,6 +15,7 @@ from msgspec import Raw
 from ..log import Entry
 from ..loggers import get_logger
 from .bridge import Connection
+from .courier import EPHEMERAL, SECRET, Courier
 from .epochs import Epochs
 from .supervise import Working
 from .tail import Tail
@@ -32,7 +34,6 @@ _HEARD = 10_000
 
 _POSITION = "SELECT epoch, head, floor FROM catbus.position()"
 _EPOCHS = "SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"
-_SEAL = "SELECT seal FROM catbus.head"
 
 _enclosed = msgspec.json.Decoder(list[tuple[int, int, str, str | None, str | None, Raw]])
 
@@ -40,7 +41,13 @@ _enclosed = msgspec.json.Decoder(list[tuple[int, int, str, str | None, str | Non
 class Listener:
     """Keeps the tail informed, through a connection of its own. `own_pid` tells our writer's notifications apart."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Connection]], tail: Tail, own_pid: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Connection]],
+        tail: Tail,
+        own_pid: Callable[[], int],
+        courier: Courier,
+    ) -> None:
         self.epochs = Epochs()
         self.notifications = 0
         self.dropped = 0
@@ -51,8 +58,9 @@ class Listener:
         self._connect = connect
         self._tail = tail
         self._own_pid = own_pid
+        self._courier = courier
         self._seal = ""
-        self._heard: deque[tuple[int, str]] = deque()
+        self._heard: deque[tuple[str, int, str]] = deque()
         self._news = trio.Event()
         self._doubt = trio.Event()
 
@@ -65,17 +73,18 @@ class Listener:
         with await self._connect() as connection:
             self._heard.clear()
             connection.when_closed(self._hear_end)
-            await connection.listen(CHANNEL, self._hear)
-            (self._seal,) = await connection.fetchrow(_SEAL, timeout=PATIENCE)
+            for channel in (CHANNEL, EPHEMERAL):
+                await connection.listen(channel, partial(self._hear, channel))
+            (self._seal,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
             self._tail.announce(await self._look(connection))
             working()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._follow, connection)
                 await self._watch(connection, working)
 
-    def _hear(self, pid: int, payload: str) -> None:
+    def _hear(self, channel: str, pid: int, payload: str) -> None:
         if len(self._heard) < _HEARD:
-            self._heard.append((pid, payload))
+            self._heard.append((channel, pid, payload))
             self._news.set()
         else:
             self.dropped += 1
@@ -89,31 +98,40 @@ class Listener:
             self._news = trio.Event()
             while self._heard:
                 self._take(*self._heard.popleft())
+                # A burst is handed on bit by bit, so that the mailboxes are emptied in between.
+                await trio.lowlevel.checkpoint()
             if connection.closed:
                 raise OSError("the connection that listens was lost")
 
-    def _take(self, pid: int, payload: str) -> None:
-        """Understand one notification: `epoch:first:last`, perhaps followed by a seal and the entries themselves.
-
-        Anybody who may connect to the database may notify. A position is read before it is believed, and entries are
-        believed when their seal was made with a secret of the log's owner.
-        """
+    def _take(self, channel: str, pid: int, payload: str) -> None:
+        """Understand one notification, if it is one of ours: anybody who may connect to the database may notify."""
         self.notifications += 1
         try:
-            head, _, rest = payload.partition(" ")
-            seal, _, enclosed = rest.partition(" ")
-            epoch, _, last = head.split(":")
-            newest = int(last)
-            if epoch != self._tail.epoch:
-                self.check()
-            elif pid == self._own_pid():
-                self._tail.expect(newest)
+            if channel == EPHEMERAL:
+                self._courier.take(payload, self._seal)
             else:
-                if enclosed and compare_digest(seal, sealed(head, enclosed, self._seal)):
-                    self._tail.offer(_entries(enclosed))
-                self._tail.announce(newest)
+                self._take_hint(pid, payload)
         except (ValueError, msgspec.DecodeError):
-            logger.warning("a notification that is not ours", channel=CHANNEL, length=len(payload))
+            logger.warning("a notification that is not ours", channel=channel, length=len(payload))
+
+    def _take_hint(self, pid: int, payload: str) -> None:
+        """Understand `epoch:first:last`, perhaps followed by a seal and the entries themselves.
+
+        A position is read before it is believed, and entries are believed when their seal was made with a secret of
+        the log's owner.
+        """
+        head, _, rest = payload.partition(" ")
+        seal, _, enclosed = rest.partition(" ")
+        epoch, _, last = head.split(":")
+        newest = int(last)
+        if epoch != self._tail.epoch:
+            self.check()
+        elif pid == self._own_pid():
+            self._tail.expect(newest)
+        else:
+            if enclosed and compare_digest(seal.encode(), sealed(head, enclosed, self._seal).encode()):
+                self._tail.offer(_entries(enclosed))
+            self._tail.announce(newest)
 
     async def _watch(self, connection: Connection, working: Working) -> None:
         while True:

@@ -12,6 +12,7 @@ from ..errors import Unavailable
 from ..log import Append, Entry, Follower, Page, Recent, Resumption
 from ..log.base import PENDING, PENDING_BYTES
 from .bridge import OUTAGE, Bridge, Connection, open_bridge
+from .courier import Courier
 from .listener import Listener
 from .migrate import migrate
 from .reader import Reader, unavailable
@@ -37,13 +38,20 @@ class PostgresStatistics:
     recent_bytes: int
     notifications: int
     dropped: int
-    """Notifications for which there was no room; the poll makes up for them."""
+    """Notifications for which there was no room; the poll makes up for those of the log."""
     unannounced: int
     """How often the poll found what no notification had told of."""
     jumps: int
     """How often entries had to be read because those after them came first, or news came without them."""
     polls: int
     reads: int
+    ephemeral_sent: int
+    """Ephemeral messages that went to the other replicas."""
+    ephemeral_statements: int
+    """How often some of them went, together."""
+    ephemeral_received: int
+    ephemeral_dropped: int
+    """Those that did not go, or not for certain."""
     restarts: int
     """How often a service was started again after an outage or a failure."""
     failures: int
@@ -72,7 +80,8 @@ class PostgresLog:
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")
         self._tail = Tail(Recent(recent))
-        self._listener = Listener(self._connect_listener, self._tail, lambda: self._writer.pid)
+        self._courier = Courier(self._connect, self._tail)
+        self._listener = Listener(self._connect_listener, self._tail, lambda: self._writer.pid, self._courier)
         self._reader = Reader(self._connect)
         self._historian = Reader(self._connect)
         self._writer = Writer(
@@ -103,6 +112,9 @@ class PostgresLog:
 
     def submit(self, append: Append) -> None:
         self._writer.submit(append)
+
+    def broadcast(self, entry: Entry) -> None:
+        self._courier.broadcast(entry)
 
     async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
         while True:
@@ -135,6 +147,7 @@ class PostgresLog:
 
     def statistics(self) -> PostgresStatistics:
         writer, listener, tail, services = self._writer, self._listener, self._tail, self._services
+        courier = self._courier
         return PostgresStatistics(
             commits=writer.commits,
             appended=writer.appended,
@@ -150,6 +163,10 @@ class PostgresLog:
             jumps=tail.jumps,
             polls=listener.polls,
             reads=self._reader.reads + self._historian.reads,
+            ephemeral_sent=courier.sent,
+            ephemeral_statements=courier.statements,
+            ephemeral_received=courier.received,
+            ephemeral_dropped=courier.dropped,
             restarts=services.restarts,
             failures=services.failures,
             stray_errors=0 if self._bridge is None else self._bridge.stray_errors,
@@ -165,6 +182,7 @@ class PostgresLog:
                 nursery.start_soon(self._services.run, "listener", self._listener.run)
                 nursery.start_soon(self._services.run, "writer", self._writer.run)
                 nursery.start_soon(self._services.run, "reader", self._read_missing)
+                nursery.start_soon(self._services.run, "courier", self._courier.run)
         finally:
             self._services.stop()
             self._writer.abandon()

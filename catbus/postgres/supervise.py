@@ -24,7 +24,7 @@ FATAL_PERIOD = 60.0
 
 
 class Supervisor:
-    """Runs services again when they fail, and knows whether all of them work.
+    """Runs services again when they fail, and knows whether those in `names` all work: the others are not needed.
 
     A service is called with a function that it calls whenever it has got somewhere: connected with nothing left to
     do, or something done. Until then it counts as down, and the pauses between its tries grow.
@@ -41,8 +41,8 @@ class Supervisor:
 
     @property
     def available(self) -> bool:
-        """Whether all services work."""
-        return not self._down
+        """Whether all services work that are needed."""
+        return self._down.isdisjoint(self._names)
 
     def stop(self) -> None:
         """Nothing works any more, and on purpose."""
@@ -89,13 +89,16 @@ class Supervisor:
 
     def _note_working(self, name: str) -> None:
         self._down.discard(name)
-        if not self._down and self._said is not True:
+        if self.available and self._said is not True:
             self._said = True
             logger.info("database connected")
 
     def _note_outage(self, name: str, error: BaseException) -> None:
-        self._down.add(name)
-        if self._said is not False:
+        reason = f"{type(error).__name__}: {error}"
+        if name not in self._names:
+            if name not in self._down:
+                logger.warning("service unavailable, trying again", service=name, error=reason)
+        elif self._said is not False:
             self._said = False
-            reason = f"{type(error).__name__}: {error}"
             logger.warning("database unavailable, trying again", service=name, error=reason)
+        self._down.add(name)

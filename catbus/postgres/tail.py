@@ -58,6 +58,11 @@ class Tail:
         while self.epoch == other_than:
             await self._restarted.wait()
 
+    def broadcast(self, entry: Entry) -> None:
+        """Hand on an ephemeral message, which is no part of the log."""
+        assert self._follower is not None
+        self._follower.broadcast(entry)
+
     # What is known to be there
 
     def announce(self, last: int) -> None:

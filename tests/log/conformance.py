@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from catbus.errors import Code
-from catbus.log import Committed, Log, Rejected
+from catbus.log import EPHEMERAL_SIZE, Committed, Entry, Log, Rejected
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 
 MakeLog = Callable[..., Log]
@@ -222,6 +222,24 @@ class LogConformance(ReadConformance):
                         assert isinstance(outcome, Rejected)
             await follower.wait_for(len(known))
             assert [(e.channel, e.payload, e.seq) for e in follower.entries] == list(known.values())
+
+    # Ephemeral messages
+
+    async def test_an_ephemeral_message_is_no_part_of_the_log(self, make_log: MakeLog) -> None:
+        log = make_log()
+        big = b'"%b"' % (b"x" * (EPHEMERAL_SIZE - 100))
+        log.broadcast(Entry(0, 1, "a", b"0"))
+        async with running(log) as (follower, publisher):
+            for n in range(1, 6):
+                for payload in (b"%d" % n, big):
+                    log.broadcast(Entry(0, 1, "a", payload, "alice", ALICE))
+                assert await publisher.publish_seq("a", b"%d" % n) == n
+            await follower.wait_for(5)
+            assert follower.texts == ["1", "2", "3", "4", "5"]
+            assert await read_all(log) == follower.entries
+            assert follower.messages == [], "its own follower has it already"
+            assert log.available
+        log.broadcast(Entry(0, 1, "a", b"6"))
 
     # Epochs
 

@@ -19,6 +19,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.messages: list[Entry] = []
+        """The ephemeral ones."""
         self.restarts: list[int] = []
         self.applied: int | None = None
         self._news = trio.Event()
@@ -35,6 +37,11 @@ class Recorder:
     def restart(self, applied: int, lost: str = "epoch") -> None:
         self.restarts.append(applied)
         self.applied = applied
+        self._wake()
+
+    def broadcast(self, entry: Entry) -> None:
+        assert entry.seq == 0, "an ephemeral message has no place in the log"
+        self.messages.append(entry)
         self._wake()
 
     def _wake(self) -> None:

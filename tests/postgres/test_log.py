@@ -365,7 +365,7 @@ async def test_a_notification_that_is_lost_is_found_by_the_poll(
 ) -> None:
     monkeypatch.setattr(listener_module, "PACE", 0.1)
     deaf, other = make(database_url), make(database_url)
-    monkeypatch.setattr(deaf._listener, "_hear", lambda pid, payload: None)
+    monkeypatch.setattr(deaf._listener, "_hear", lambda *_: None)
     async with running(deaf) as (follower, _), running(other) as (_, publisher):
         await publisher.publish_seq("a", b"1")
         await publisher.publish_seq("a", b"2")
@@ -389,6 +389,7 @@ async def test_a_notification_that_is_lost_is_found_by_the_poll(
         "{epoch}:2:2 [[2",
         '{epoch}:2:2 [[2,1000,"a",null,null,"forged"]]',
         '{epoch}:2:2 00000000000000000000000000000000 [[2,1000,"a",null,null,"forged"]]',
+        '{epoch}:2:2 é [[2,1000,"a",null,null,"forged"]]',
     ],
 )
 async def test_a_forged_notification_changes_nothing(database_url: str, payload: str) -> None:

@@ -89,6 +89,35 @@ async def test_a_service_is_down_from_its_outage_to_its_next_progress(autojump_c
     assert not supervisor.available
 
 
+async def test_a_service_that_is_not_needed_makes_nothing_unavailable(
+    autojump_clock: MockClock, logs: CapturingLogger
+) -> None:
+    supervisor = Supervisor("one")
+    errors = outages(3)
+
+    async def one(working: Working) -> None:
+        working()
+
+    async def beside(working: Working) -> None:
+        assert supervisor.available
+        if (error := next(errors, None)) is not None:
+            raise error
+        working()
+
+    await supervisor.run("one", one)
+    for _ in range(2):
+        await supervisor.run("beside", beside)
+        errors = outages(1)
+    assert supervisor.available
+    assert [(call.method_name, *call.args) for call in logs.calls] == [
+        ("info", "database connected"),
+        ("warning", "service unavailable, trying again"),
+        ("warning", "service unavailable, trying again"),
+    ]
+    assert logs.calls[1].kwargs == {"service": "beside", "error": "ConnectionRefusedError: try 0"}
+    assert supervisor.restarts == 4
+
+
 async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger
 ) -> None:
