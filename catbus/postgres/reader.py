@@ -59,6 +59,7 @@ class Reader:
         The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`.
         """
         start = after
+        doubted = False
         while True:
             # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
             found = await self._fetch(_PAGE, start, min(last, start + rows), size)
@@ -73,9 +74,12 @@ class Reader:
                 return Page(after, after, ())
             if floor > last:
                 return Page(last, last, ())
-            if floor <= start + 1:
+            if floor > start + 1:
+                start = floor - 1
+            elif doubted:
                 raise OSError(f"the table lacks entries after {start} that it should have")
-            start = floor - 1
+            # They may have been committed between the two looks.
+            doubted = True
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""
