@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from aioquic.quic import events as quic_events
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 
 from . import varint
 from .codes import H3Code, to_http3
@@ -323,12 +324,20 @@ class Connection:
                     self._session.say_goodbye()
                     self._deadline = now + self._limits.closing
             elif self._session.heard:
-                self._quic.close_gracefully()
-                self._notice()
+                self._leave()
             elif now >= self._deadline:
                 self.close()
         elif state is State.OVER and not self._lost:
-            self.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        """The session has ended, and so does the connection.
+
+        With the code of QUIC (RFC 9000 section 20.1), not with HTTP/3's: Chromium may see the connection close before
+        it has told its page how the session did, and takes every other code for a failure of the session.
+        """
+        self._quic.close(QuicErrorCode.NO_ERROR, frame_type=QuicFrameType.PADDING)
+        self._notice()
 
     def _notice(self) -> None:
         """Tell of the end when it begins; aioquic does when it is complete."""

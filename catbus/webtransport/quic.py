@@ -104,14 +104,6 @@ class Quic(QuicConnection):
         certificate = self.tls._peer_certificate
         return hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest() if certificate else b""
 
-    def close_gracefully(self) -> None:
-        """Close a connection on which all has been said and heard.
-
-        With the code of QUIC (RFC 9000 section 20.1), not with HTTP/3's: Chromium may see the connection close before
-        it has told its page how the session did, and takes every other code for a failure of the session.
-        """
-        self.close(QuicErrorCode.NO_ERROR, frame_type=QuicFrameType.PADDING)
-
     # Windows.
 
     def consumed(self, stream: QuicStream, count: int, total: int) -> None:

@@ -369,7 +369,22 @@ def test_a_connection_that_ends_after_its_session_ends_without_an_error(
     here.it.close_session(4001, "", link.now)
     link.until(lambda: here.lost and there.lost)
     assert there.saw(SessionClosed) == [SessionClosed(4001, "")]
-    ending = there.it._quic.ending
+    assert_no_error(there)
+
+
+@SIDES
+def test_a_connection_whose_peer_ends_the_session_ends_without_an_error(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    here.it.close_session(7, "enough", link.now)
+    link.until(lambda: here.lost and there.lost)
+    # Here the peer was quicker to close.
+    assert_no_error(here)
+
+
+def assert_no_error(end: End) -> None:
+    """What a connection was closed with by its peer: NO_ERROR of the transport's own."""
+    ending = end.it._quic.ending
     assert ending is not None
     assert (ending.error_code, ending.frame_type) == (0, 0)
 
