@@ -127,11 +127,16 @@ class Session:
     def protocol(self, protocol: Protocol) -> None:
         self.mailbox.protocol = protocol
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken from the client, nor owed to it but what has been said."""
+        return self.state is State.CLOSED
+
     # What the client says
 
     def receive(self, data: bytes) -> Iterator[Effect]:
         """Understand more bytes. Take every effect and carry it out before the next; take them all."""
-        if self.state is State.CLOSED:
+        if self.closed:
             return
         try:
             for message in self._framer.feed(data):
@@ -142,7 +147,7 @@ class Session:
                     yield from _HANDLERS[type(message)](self, message)
                 except PeerError as error:
                     self.say(error_reply(message, error))
-                if self.closing is not None:
+                if self.closed:
                     return
         except PeerError as error:
             self.say(wire.Error(error.message, error.code))

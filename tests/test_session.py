@@ -172,6 +172,20 @@ def test_a_session_begins_with_auth() -> None:
     assert driver.session.state is State.NEW
 
 
+@pytest.mark.parametrize("end", ["close", "abandon"])
+def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(end: str) -> None:
+    driver = open_session()
+    data = b'{"type":"auth","token":"t"}{"type":"subscribe","pattern":"project.*"}{"type":"ping","seq":1}'
+    effects = driver.session.receive(data)
+    assert isinstance(next(effects), Authenticate)
+    if end == "close":
+        driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
+    else:
+        driver.session.abandon()
+    assert list(effects) == []
+    assert driver.replies() == []
+
+
 def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:
     driver = Driver()
     assert driver.session.deadline == 110.0
