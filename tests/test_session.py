@@ -172,6 +172,21 @@ def test_a_session_begins_with_auth() -> None:
     assert driver.session.state is State.NEW
 
 
+def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
+    away = PeerError(Code.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
+    driver = open_session()
+    driver.identity = away
+    subscribe = {"type": "subscribe", "pattern": "project.*"}
+    replies = driver.say({"type": "auth", "token": "t"}, subscribe)
+    assert [reply["type"] for reply in replies] == ["auth_error", "subscribed"]
+    assert driver.session.closing is None
+
+    driver = Driver(identity=away)
+    [reply] = driver.say({"type": "auth", "token": "t", "protocol": 1}, subscribe)
+    assert (reply["type"], reply["code"]) == ("auth_error", "unavailable")
+    assert driver.session.closing == (CloseCode.UNAVAILABLE, "away")
+
+
 @pytest.mark.parametrize("end", ["close", "abandon"])
 def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(end: str) -> None:
     driver = open_session()

@@ -1,4 +1,4 @@
-"""PostgreSQL as the log's home: one connection that appends, one that listens, two that read when they have to."""
+"""PostgreSQL as the log's home: one connection that appends, one that listens, three that read when they have to."""
 
 from .log import PostgresLog, PostgresStatistics
 
