@@ -10,7 +10,8 @@ import re
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from hashlib import sha256
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -27,6 +28,9 @@ from .wire import MAX_DEPTH, UNDECODABLE, depth
 MAX_TOKEN = 8192
 """How many bytes a token may have."""
 
+ROLE_HANDLE = 12
+"""How many hexadecimal digits of a role's key are its handle."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grants:
@@ -37,6 +41,13 @@ class Grants:
 
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """For people: `read and write a.*`, or `read a, b.* and write c`."""
+        if self.read == self.write and self.read:
+            return f"read and write {', '.join(self.read)}"
+        parts = [("read", self.read), ("write", self.write)]
+        return " and ".join(f"{verb} {', '.join(patterns)}" for verb, patterns in parts if patterns) or "nothing"
 
     def may_read(self, pattern: str) -> bool:
         """Whether one grant covers the whole of a valid pattern."""
@@ -92,6 +103,52 @@ def sign(
     return token.decode()
 
 
+# Roles
+
+
+class RoleSource(Protocol):
+    """Where the roles are kept that `role-` tokens stand for."""
+
+    async def find(self, key: bytes) -> Identity | None:
+        """Whom the token with this key belongs to, as of now; None where no role has it.
+
+        Raises `Unavailable`, within seconds, where that cannot be found out.
+        """
+
+
+def make_role_token() -> str:
+    """A `role-` token that nobody has had. It says nothing by itself: its key is kept with what it allows."""
+    return (_ROLE + _base64(os.urandom(_ROLE_SIZE))).decode()
+
+
+def role_key(token: str) -> bytes | None:
+    """The key under which the role of a `role-` token is kept, of which the token cannot be found out; None for
+    anything that has not exactly the form of one."""
+    given = token.encode(errors="surrogatepass")
+    if not given.startswith(_ROLE):
+        return None
+    data = _from_base64(given.removeprefix(_ROLE))
+    return sha256(given).digest() if data is not None and len(data) == _ROLE_SIZE else None
+
+
+def role_handle(key: bytes) -> str:
+    """What people call a role."""
+    return key.hex()[:ROLE_HANDLE]
+
+
+def role_digits(name: str) -> str | None:
+    """How the key of the role begins that is meant by its token or by its handle, in hexadecimal; None for what is
+    neither. A handle may have more digits than it needs."""
+    key = role_key(name)
+    if key is not None:
+        return key.hex()
+    return name.lower() if re.fullmatch(rf"[0-9a-fA-F]{{{ROLE_HANDLE},64}}", name) else None
+
+
+_ROLE = b"role-"
+_ROLE_SIZE = 16
+
+
 class Authenticator:
     """Verifies tokens with any of the secrets, the admin key or the public keys.
 
@@ -102,6 +159,8 @@ class Authenticator:
     def __init__(self, secrets: Sequence[str], *, admin_key: str | None = None, jwt_keys: Sequence[str] = ()) -> None:
         if isinstance(secrets, str) or not all(secrets):
             raise ConfigError("expected a list of secrets, none of them empty")
+        if admin_key and role_key(admin_key) is not None:
+            raise ConfigError("the admin key has the form of a role token: choose another one")
         self._secrets = [secret.encode() for secret in secrets]
         self._admin_key = admin_key.encode() if admin_key else None
         self._jwt_keys = [_JwtKey("HS256", secret) for secret in self._secrets]
@@ -114,7 +173,7 @@ class Authenticator:
         self._producer_keys = [_hmac(secret, b"catbus producer") for secret in self._secrets] or [os.urandom(32)]
 
     def verify(self, token: str, now: float) -> Identity:
-        """What the token says at `now`, in seconds since 1970.
+        """What the token says at `now`, in seconds since 1970. A role token says nothing: it has to be looked up.
 
         Raises `PeerError` that closes: token_expired for a good token whose time is over, unauthenticated for
         anything else. The text holds nothing of the token.
@@ -124,8 +183,8 @@ class Authenticator:
             return Identity(None, Grants.ALL, None, admin=True)
         if len(given) > MAX_TOKEN:
             raise _refusal(f"the token has more than {MAX_TOKEN} bytes")
-        if given.startswith(b"role-"):
-            raise _refusal("role tokens are not known here")
+        if role_key(token) is not None:
+            raise _refusal("role tokens are kept in a database, and this broker has none")
         claims: _SubClaims | _JwtClaims | None
         if given.startswith(b"sub-"):
             claims = _decode(self._signed_text(given[4:]), _SubClaims)

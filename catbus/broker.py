@@ -137,7 +137,9 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
     authenticator = Authenticator(config.auth.secrets, admin_key=config.auth.admin_key, jwt_keys=keys)
-    hub = Hub(config, await _open_log(config, nursery), authenticator, certificates)
+    log = await _open_log(config, nursery)
+    roles = log.roles if isinstance(log, PostgresLog) else None
+    hub = Hub(config, log, authenticator, certificates, roles)
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)

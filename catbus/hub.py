@@ -14,7 +14,7 @@ from typing import Protocol as Interface
 import trio
 
 from . import wire
-from .auth import Authenticator, Identity
+from .auth import Authenticator, Identity, RoleSource, role_key
 from .certificates import CertificateSource
 from .config import Config
 from .delivery import Delivery, Subscription
@@ -55,10 +55,18 @@ class HubStatistics:
 
 
 class Hub:
-    """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread."""
+    """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread.
+
+    Without `roles`, role tokens are refused.
+    """
 
     def __init__(
-        self, config: Config, log: Log, authenticator: Authenticator, certificates: CertificateSource | None = None
+        self,
+        config: Config,
+        log: Log,
+        authenticator: Authenticator,
+        certificates: CertificateSource | None = None,
+        roles: RoleSource | None = None,
     ) -> None:
         self.config = config
         self.log = log
@@ -70,6 +78,7 @@ class Hub:
         self.delivery = Delivery(log)
         self.draining = False
         self.clients: set[Client] = set()
+        self._roles = roles
         self._departure: float | None = None
         self._closed = False
         self._left = trio.lowlevel.ParkingLot()
@@ -102,9 +111,18 @@ class Hub:
         self.clients.discard(client)
         self._left.unpark_all()
 
-    def authenticate(self, token: str) -> Identity:
-        """Who bears the token; raises `PeerError`."""
-        return self.authenticator.verify(token, time.time())
+    async def authenticate(self, token: str) -> Identity:
+        """Who bears the token; raises `PeerError` that closes. A role's is waited for, for seconds at the most."""
+        key = role_key(token)
+        if key is None or self._roles is None:
+            return self.authenticator.verify(token, time.time())
+        try:
+            identity = await self._roles.find(key)
+        except Unavailable as error:
+            raise PeerError(Code.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
+        if identity is None:
+            raise PeerError(Code.UNAUTHENTICATED, "no role has this token", CloseCode.UNAUTHENTICATED)
+        return identity
 
     async def publish(
         self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b""
@@ -243,9 +261,9 @@ class Client:
     async def receive(self, data: bytes) -> None:
         """Take more bytes and do what they ask for.
 
-        Waits while the client has too many publishes on their way or too many replies unread; an answer to each
-        publish is owed within `database.publish_timeout`, which bounds the former. Cancelling it drops what was not
-        yet understood: the connection must be closed then.
+        Waits while the client has too many publishes on their way or too many replies unread, and while its token is
+        looked up; an answer to each publish is owed within `database.publish_timeout`, which bounds the first.
+        Cancelling it drops what was not yet understood: the connection must be closed then.
         """
         if self._finishing:
             return
@@ -319,16 +337,18 @@ class Client:
             case Measure():
                 self._say_heads()
             case Authenticate():
-                self._authenticate(effect)
+                await self._authenticate(effect)
             case Recall():
                 await self._recall(effect.request)
 
-    def _authenticate(self, effect: Authenticate) -> None:
+    async def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session
         try:
             if not hub.log.epoch:
                 raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
-            identity = hub.authenticate(effect.token)
+            identity = await hub.authenticate(effect.token)
+            if session.closed:
+                return  # Its time was over meanwhile, or it has left, or this replica has stopped.
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer
@@ -345,7 +365,8 @@ class Client:
             )
             withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time())
         except PeerError as error:
-            session.refuse(error)
+            if not session.closed:
+                session.refuse(error)
             return
         self._alarm.deadline = session.deadline
         for pattern in withdrawn:

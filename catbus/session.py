@@ -3,7 +3,7 @@
 Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
 one and carries each out before it takes the next:
 
-    Authenticate  call `admit` or `refuse`
+    Authenticate  call `admit` or `refuse`, unless it is `closed` by then
     Join          call `joined`, then deliver what matches
     Leave         stop delivering, then call `left`
     Submit        append to the log; it settles by itself
@@ -125,11 +125,16 @@ class Session:
     def protocol(self, protocol: Protocol) -> None:
         self.mailbox.protocol = protocol
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken from the client, nor owed to it but what has been said."""
+        return self.state is State.CLOSED
+
     # What the client says
 
     def receive(self, data: bytes) -> Iterator[Effect]:
         """Understand more bytes. Take every effect and carry it out before the next; take them all."""
-        if self.state is State.CLOSED:
+        if self.closed:
             return
         try:
             for message in self._framer.feed(data):
@@ -140,7 +145,7 @@ class Session:
                     yield from _HANDLERS[type(message)](self, message)
                 except PeerError as error:
                     self.say(error_reply(message, error))
-                if self.closing is not None:
+                if self.closed:
                     return
         except PeerError as error:
             self.say(wire.Error(error.message, error.code))
@@ -175,9 +180,12 @@ class Session:
         return [pattern for pattern in self.patterns if not identity.grants.may_read(pattern)]
 
     def refuse(self, error: PeerError) -> None:
-        """The token was not good; without `close` in the error the session goes on as who it was."""
+        """The token was not good, or nobody knows; without `close` in the error the session goes on as who it was.
+
+        It also does where it is open and the token cannot be looked up: an outage is a pause.
+        """
         self.say(wire.AuthError(error.message, error.code))
-        if error.close is not None:
+        if error.close is not None and (error.code is not Code.UNAVAILABLE or self.state is not State.OPEN):
             self.close(error.close, error.message)
 
     def joined(self, request: wire.Subscribe, seq: int, own: Mailbox | None = None) -> None:

@@ -16,7 +16,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, sign
+from catbus.auth import (
+    MAX_TOKEN,
+    Authenticator,
+    Grants,
+    Identity,
+    make_role_token,
+    role_digits,
+    role_handle,
+    role_key,
+    sign,
+)
 from catbus.errors import CloseCode, Code, ConfigError, PeerError
 
 SECRET = "correct horse battery staple"
@@ -118,6 +128,20 @@ def test_everything_is_for_the_admin_and_for_a_grant_on_everything() -> None:
     assert Grants(read=("*",)).may_read("*")
     assert not Grants(read=("*",)).may_write("a")
     assert not Grants().may_read("a")
+
+
+@pytest.mark.parametrize(
+    ("grants", "text"),
+    [
+        (Grants(), "nothing"),
+        (Grants(("a.*", "b")), "read a.*, b"),
+        (Grants((), ("a",)), "write a"),
+        (Grants(("a",), ("a",)), "read and write a"),
+        (Grants(("a", "b.*"), ("c",)), "read a, b.* and write c"),
+    ],
+)
+def test_grants_can_be_told_to_people(grants: Grants, text: str) -> None:
+    assert str(grants) == text
 
 
 # Tokens of the form that has always been
@@ -289,10 +313,84 @@ def test_signing_refuses_what_would_not_verify() -> None:
         sign("", client_id="a", grants=READER)
 
 
-def test_role_tokens_are_not_known() -> None:
-    token = "role-" + base64url(bytes(16))
-    assert_unauthenticated(Authenticator([SECRET]), token)
-    assert "role" in refusal(Authenticator([SECRET]), token).message
+# Tokens of roles
+
+# Made with openssl, by the words of the specification.
+ROLE = "role-AAECAwQFBgcICQoLDA0ODw"
+ROLE_KEY = bytes.fromhex("002eb3649d7ec0bd3fdb6b7312cffcf3d5f3d27b8558209486fdcbcd7bb07f48")
+
+
+def test_the_key_of_a_role_is_the_hash_of_its_token() -> None:
+    assert role_key(ROLE) == ROLE_KEY
+    assert role_handle(ROLE_KEY) == ROLE_KEY.hex()[:12]
+
+
+def test_a_new_role_token_has_the_form_and_is_another_each_time() -> None:
+    tokens = {make_role_token() for _ in range(100)}
+    assert len(tokens) == 100
+    for token in tokens:
+        assert len(token) == len(ROLE)
+        assert role_key(token) == hashlib.sha256(token.encode()).digest()
+
+
+@given(st.binary(max_size=40))
+def test_a_role_token_is_16_bytes_and_nothing_else(data: bytes) -> None:
+    assert (role_key(f"role-{base64url(data)}") is not None) is (len(data) == 16)
+
+
+def test_what_is_nearly_a_role_token_is_none() -> None:
+    for place in range(len(ROLE)):
+        assert role_key(ROLE[:place]) is None
+        assert role_key(ROLE[:place] + ROLE[place + 1 :]) is None
+        assert role_key(ROLE[:place] + "=" + ROLE[place + 1 :]) is None
+    # The last character has bits to spare, and only one spelling counts.
+    for near in (
+        f"{ROLE}=",
+        f"{ROLE}==",
+        f"{ROLE} ",
+        f"{ROLE}\n",
+        f" {ROLE}",
+        f"{ROLE[:-1]}x",
+        f"{ROLE}A",
+        ROLE.upper(),
+    ):
+        assert role_key(near) is None
+        assert_unauthenticated(Authenticator([SECRET]), near)
+
+
+@given(st.text().map("role-".__add__) | st.text())
+def test_any_text_may_be_asked_for_its_role(text: str) -> None:
+    assert role_key(text) is None
+    assert role_digits(text) is None or len(text) >= 12
+
+
+def test_a_role_is_named_by_its_token_and_by_its_handle() -> None:
+    digits = ROLE_KEY.hex()
+    assert role_digits(ROLE) == digits
+    for length in (12, 13, 40, 64):
+        assert role_digits(digits[:length].upper()) == digits[:length]
+    for name in (
+        "",
+        digits[:11],
+        digits + "0",
+        digits[:11] + "g",
+        f"{digits[:12]} ",
+        f"{digits[:12]}\n",
+        "\uff10" * 12,
+    ):
+        assert role_digits(name) is None
+
+
+def test_a_role_token_says_nothing_by_itself() -> None:
+    assert_unauthenticated(Authenticator([SECRET], admin_key="an admin key"), ROLE)
+    assert "in a database, and this broker has none" in refusal(Authenticator([SECRET]), ROLE).message
+
+
+def test_an_admin_key_that_would_be_looked_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the form of a role token") as caught:
+        Authenticator([SECRET], admin_key=ROLE)
+    assert ROLE not in str(caught.value)
+    assert Authenticator([SECRET], admin_key="role-model").verify("role-model", NOW).admin
 
 
 @given(st.text() | st.text(alphabet="sub-ey.AQ_=", max_size=30) | st.lists(st.binary().map(base64url)).map(".".join))

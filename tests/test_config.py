@@ -90,6 +90,16 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) 
     assert load(path, environ).websocket.bind == ("127.0.0.1:2", "[::1]:2")
 
 
+def test_defaults_of_the_caller_count_where_nothing_else_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "catbus.toml"
+    path.write_text('[database]\nurl = "memory"\n')
+    defaults = {"database.url": "embedded"}
+    assert load(None, {}, {"database.url": None}, defaults).database.url == "embedded"
+    assert load(path, {}, None, defaults).database.url == "memory"
+    assert load(None, {"DATABASE_URL": "memory"}, None, defaults).database.url == "memory"
+    assert load(None, {}, {"database.url": "memory"}, defaults).database.url == "memory"
+
+
 def test_every_variable_of_the_deployment_guide() -> None:
     config = load(
         environ={

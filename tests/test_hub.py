@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth import Authenticator, Grants, sign
-from catbus.config import Config, Limits
-from catbus.errors import CloseCode
+from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
+from catbus.config import Config, Drain, Limits
+from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
 from catbus.log import MemoryLog
+from catbus.wire import Publish, check_payload
 
 SECRET = "a secret of the tests"
 
@@ -103,3 +105,193 @@ async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
     with trio.fail_after(5):
         await client.wait_closing()
     assert client.closing is None
+
+
+# Roles, which are looked up while all else goes on
+
+
+ROLE = make_role_token()
+CI = Identity("ci", Grants(("a.*",), ("a.*",)), None)
+
+
+class Roles:
+    """Knows one role, and answers when it is let."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self.answer: Identity | Exception | None = CI
+        self.let = trio.Event()
+
+    async def find(self, key: bytes) -> Identity | None:
+        self.asked.append(key)
+        await self.let.wait()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def roles() -> Roles:
+    return Roles()
+
+
+@pytest.fixture
+async def role_hub(nursery: trio.Nursery, roles: Roles) -> Hub:
+    config = Config(drain=Drain(delay=0, window=5))
+    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
+    await nursery.start(hub.log.run, hub.delivery)
+    nursery.start_soon(hub.delivery.run)
+    return hub
+
+
+def objects(*messages: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(message).encode() for message in messages)
+
+
+AUTH = {"type": "auth", "token": ROLE, "protocol": 1}
+PING = {"type": "ping", "seq": 1}
+SUBSCRIBE = {"type": "subscribe", "pattern": "a.*"}
+
+
+async def test_what_stands_behind_an_auth_is_done_after_it_and_in_order(
+    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+) -> None:
+    client = open_client(role_hub)
+    nursery.start_soon(client.receive, objects(PING, AUTH, SUBSCRIBE, PING, {"type": "publish", "channel": "b"}))
+    await wait_all_tasks_blocked()
+    assert said(client) == ["pong"]
+    assert roles.asked == [role_key(ROLE)]
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert said(client) == ["auth_ok", "subscribed", "pong", "head", "error"]
+    assert client.session.identity == CI
+
+
+async def test_a_look_up_that_hangs_does_not_put_the_deadline_off(
+    role_hub: Hub, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    client = open_client(role_hub)
+    await trio.sleep(7)
+    nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE))
+    await client.wait_closing()
+    assert trio.current_time() == pytest.approx(10)
+    assert client.closing is not None
+    assert client.closing[0] is CloseCode.AUTH_TIMEOUT
+    assert said(client) == ["auth_error"]
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert said(client) == []
+    assert client.session.identity is None
+
+
+LATE = [CI, None, Unavailable("away")]
+
+
+@pytest.mark.parametrize("answer", LATE, ids=repr)
+@pytest.mark.parametrize("end", [Client.leave, Client.finish])
+async def test_who_has_gone_before_the_answer_is_not_admitted(
+    role_hub: Hub, roles: Roles, nursery: trio.Nursery, end: Callable[[Client], None], answer: Any
+) -> None:
+    client = open_client(role_hub)
+    nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE, PING))
+    await wait_all_tasks_blocked()
+    end(client)
+    closing = client.closing
+    roles.answer = answer
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert said(client) == []
+    assert client.closing == closing
+    assert client.session.identity is None
+    assert role_hub.delivery.statistics().live == 0
+
+
+async def test_who_leaves_while_a_newer_token_is_looked_up_does_not_subscribe_any_more(
+    role_hub: Hub, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(role_hub)
+    await client.receive(auth(None, monkeypatch) + objects(SUBSCRIBE))
+    assert role_hub.delivery.statistics().live == 1
+    nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE))
+    await wait_all_tasks_blocked()
+    client.leave()
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert role_hub.delivery.statistics().live == 0
+
+
+async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
+    role_hub: Hub, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    client = open_client(role_hub)
+    nursery.start_soon(client.receive, objects(AUTH))
+    await trio.sleep(0)
+    nursery.start_soon(role_hub.send_away)
+    await trio.sleep(1)
+    assert said(client) == []
+    roles.let.set()
+    await trio.sleep(1)
+    assert said(client) == ["auth_ok", "head", "goaway"]
+
+
+async def test_what_auth_ok_says_of_the_log_is_of_after_the_look_up(
+    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+) -> None:
+    client = open_client(role_hub)
+    nursery.start_soon(client.receive, objects(AUTH))
+    await wait_all_tasks_blocked()
+    await role_hub.publish(CI, [Publish("a.b", check_payload(b"1"))])
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    [line] = client.mailbox.take()
+    assert isinstance(line, bytes)
+    assert json.loads(line)["head"] == 1
+
+
+async def test_messages_come_while_a_newer_token_is_looked_up(
+    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+) -> None:
+    client = open_client(role_hub)
+    roles.let.set()
+    await client.receive(objects(AUTH, SUBSCRIBE))
+    roles.let = trio.Event()
+    nursery.start_soon(client.receive, objects(AUTH))
+    await wait_all_tasks_blocked()
+    client.mailbox.take()
+    await role_hub.publish(CI, [Publish("a.b", check_payload(b"1"))])
+    await wait_all_tasks_blocked()
+    assert len(client.mailbox.take()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "closing"),
+    [
+        (None, Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED),
+        (Unavailable("away"), Code.UNAVAILABLE, CloseCode.UNAVAILABLE),
+    ],
+)
+async def test_who_is_not_known_and_who_cannot_be_looked_up(
+    role_hub: Hub, roles: Roles, answer: Any, code: Code, closing: CloseCode
+) -> None:
+    roles.answer = answer
+    roles.let.set()
+    with pytest.raises(PeerError) as caught:
+        await role_hub.authenticate(ROLE)
+    assert (caught.value.code, caught.value.close) == (code, closing)
+    assert ROLE not in str(caught.value)
+
+
+async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_hub: Hub, roles: Roles) -> None:
+    roles.let.set()
+    await role_hub.authenticate(sign(SECRET, client_id="alice", grants=Grants.ALL))
+    for token in ("role-", "role-x", f"{ROLE}=", ROLE[:-1], "sub-x.y", ""):
+        with pytest.raises(PeerError) as caught:
+            await role_hub.authenticate(token)
+        assert (caught.value.code, caught.value.close) == (Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
+    assert roles.asked == []
+
+
+async def test_without_a_database_there_are_no_roles(hub: Hub) -> None:
+    with pytest.raises(PeerError, match="in a database, and this broker has none") as caught:
+        await hub.authenticate(ROLE)
+    assert caught.value.close is CloseCode.UNAUTHENTICATED

@@ -33,7 +33,7 @@ NARROWER = {
     "certificates": {"errors", "loggers", "config", "webtransport"},
     "client": {"errors", "topics", "wire", "framing", "webtransport"},
     "config": {"errors"},
-    "postgres": {"errors", "loggers", "topics", "config", "log"},
+    "postgres": {"errors", "loggers", "topics", "auth", "config", "log"},
     "webtransport": {"errors"},
 }
 

@@ -129,6 +129,7 @@ streams = st.lists(st.one_of(objects, objects, objects, rubbish, st.binary(max_s
 
 @given(streams, st.sampled_from([b"", b"\n", b" \r\n\t"]), st.integers(1, 400), st.booleans())
 @example([b'{"payload":\n{"channel":"evil","type":"publish","payload":1}\n}'], b"\n", 400, True)
+@example([b'{"type":"auth"}', b'{"type":"auth","token":"","protocol":1}'], b"", 400, False)
 def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
     """Whatever a client sends, cut anywhere, a session never raises, answers in well-formed objects that name a code
     where they refuse, asks for no more than a pong before it knows who it is, and takes nothing once closed."""
@@ -147,14 +148,14 @@ def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: boo
         assert append.channel.startswith("project.")
         append.settle(append, Committed(9))
     assert driver.session.pending == 0
+    # Until its `auth` is understood, everybody is answered as a first-version client.
+    understood = authenticated
     for reply in driver.mailbox.take():
         assert isinstance(reply, bytes)
-        # Before the first `auth` is understood, everybody is answered in the words of the first version.
-        authenticated = authenticated or json.loads(reply)["type"] == "auth_ok"
-        if driver.session.protocol and authenticated:
-            message = decode_server(reply)
-            if "error" in type(message).__name__.lower():
-                assert message.code in set(Code)
+        understood = understood or json.loads(reply)["type"] == "auth_ok"
+        message = decode_server(reply) if understood and driver.session.protocol else json.loads(reply)
+        if "error" in type(message).__name__.lower():
+            assert message.code in set(Code)
 
 
 # Who one is
@@ -170,6 +171,35 @@ def test_a_session_begins_with_auth() -> None:
     assert (publish["type"], subscribe["type"], history["type"]) == ("publish_error", "subscribe_error", "error")
     assert driver.effects == []
     assert driver.session.state is State.NEW
+
+
+def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
+    away = PeerError(Code.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
+    driver = open_session()
+    driver.identity = away
+    subscribe = {"type": "subscribe", "pattern": "project.*"}
+    replies = driver.say({"type": "auth", "token": "t"}, subscribe)
+    assert [reply["type"] for reply in replies] == ["auth_error", "subscribed"]
+    assert driver.session.closing is None
+
+    driver = Driver(identity=away)
+    [reply] = driver.say({"type": "auth", "token": "t", "protocol": 1}, subscribe)
+    assert (reply["type"], reply["code"]) == ("auth_error", "unavailable")
+    assert driver.session.closing == (CloseCode.UNAVAILABLE, "away")
+
+
+@pytest.mark.parametrize("end", ["close", "abandon"])
+def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(end: str) -> None:
+    driver = open_session()
+    data = b'{"type":"auth","token":"t"}{"type":"subscribe","pattern":"project.*"}{"type":"ping","seq":1}'
+    effects = driver.session.receive(data)
+    assert isinstance(next(effects), Authenticate)
+    if end == "close":
+        driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
+    else:
+        driver.session.abandon()
+    assert list(effects) == []
+    assert driver.replies() == []
 
 
 def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:

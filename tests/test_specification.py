@@ -23,13 +23,14 @@ from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus import topics, wire
-from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, sign
+from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, Limits
 from catbus.endpoints import http, routes, websocket, webtransport
-from catbus.errors import RETRYABLE, CloseCode, Code, PeerError
+from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, Hub
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
+from catbus.postgres import lookup
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
 
@@ -328,6 +329,7 @@ CONSTANTS = {
     "segments of a channel or pattern": topics.MAX_SEGMENTS,
     "nesting of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
+    "seconds that looking up a role takes": lookup.PATIENCE,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
     "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
     "streams of the broker's in a session": CONNECTION_LIMITS.opened,
@@ -437,6 +439,16 @@ def test_the_types_of_grants_are_those_of_the_table() -> None:
         assert (grants.may_read("a.*"), grants.may_write("a.b")) == allowed[name]
 
 
+def test_the_worked_example_of_a_role_has_its_hash_and_its_handle() -> None:
+    [(_, block)] = blocks("role", within=section("Tokens"))
+    said = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
+    key = role_key(said["token"])
+    assert key is not None
+    assert (key.hex(), role_handle(key)) == (said["sha256"], said["handle"])
+    assert len(make_role_token()) == len(said["token"])
+    assert f"has not answered within {lookup.PATIENCE:g} seconds" in section("Tokens")
+
+
 def test_the_claims_of_a_jwt_are_understood() -> None:
     [(_, text)] = blocks("jwt")
     claims = json.loads(text)
@@ -489,9 +501,16 @@ class Peer:
                 heard += objects(lines)
 
 
+class NoRoles:
+    """A database that is away."""
+
+    async def find(self, key: bytes) -> Identity | None:
+        raise Unavailable("the database is away")
+
+
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Hub]:
-    hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
+    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=NoRoles())
     async with trio.open_nursery() as nursery:
         await nursery.start(hub.log.run, hub.delivery)
         nursery.start_soon(hub.delivery.run)
@@ -523,6 +542,7 @@ WHAT_COMES: dict[str, Any] = {
     "`auth`, the token is not valid": {**auth(), "token": "sub-x.y"},
     "`auth`, the token has expired": auth(expires=-10),
     "`auth`, the log was never reached yet": auth(),
+    "`auth`, a role that cannot be looked up": {**auth(), "token": make_role_token()},
     "`subscribe`": subscribe("project.*"),
     "`subscribe`, not a pattern": subscribe("project.*.a"),
     "`subscribe`, no grant covers it": subscribe("*"),

@@ -1,4 +1,4 @@
-"""`catbus grant`: make a token."""
+"""`catbus grant`: make a token, or allow a role more."""
 
 from __future__ import annotations
 
@@ -9,67 +9,71 @@ from pathlib import Path
 
 import click
 
-from ..auth import Grants, sign
+from ..auth import sign
 from ..config import load, parse_duration
-from ..errors import PeerError
-from ..topics import check_pattern
+from .database import database_options, load_database, show_role, with_roles
 from .development import read_secret
-from .options import config_option
+from .options import grants_of, patterns_argument, permissions_option
 
 _LONGEST = 10 * 365 * 86_400
 
 
-@click.command("grant", short_help="Make a token.")
-@click.argument("patterns", metavar="PATTERN...", nargs=-1, required=True)
-@click.option(
-    "-p",
-    "--permission",
-    "permissions",
-    type=click.Choice(["read", "write", "all"]),
-    multiple=True,
-    required=True,
-    help="What the bearer may do; several may be given.",
-)
-@click.option("--client-id", required=True, metavar="NAME", help="Who the bearer is: the `sender` of its messages.")
+@click.command("grant", short_help="Make a token, or allow a role more.")
+@patterns_argument(required=True)
+@permissions_option("What the bearer may do", required=True)
+@click.option("--client-id", metavar="NAME", help="Who the bearer is: the `sender` of its messages.")
 @click.option("--expires", metavar="DURATION", help="How long it is good for, like 30s, 5m, 1h or 7d. [for ever]")
 @click.option("--secret", help="Sign with this secret. CATBUS_SECRET keeps it off the command line.")
-@config_option
+@click.option("--to", "role", metavar="ROLE", help="Allow this role more, by its token or handle, and make no token.")
+@database_options
 def command(
     patterns: tuple[str, ...],
     permissions: tuple[str, ...],
-    client_id: str,
+    client_id: str | None,
     expires: str | None,
     secret: str | None,
+    role: str | None,
     config: Path | None,
+    database: str | None,
+    state: str | None,
 ) -> None:
     """Make a token that allows NAME to read or write the channels that match any PATTERN.
 
     The token stands alone on the first line of the output. It is signed with --secret, else with CATBUS_SECRET or the
     secret in the file that --config names, else with the development secret of this user.
 
+    With --to no token is made: a role of `catbus role create` is allowed more, and shown. Its bearer has that from the
+    next time it connects. The role is in the database of --database, else of DATABASE_URL, else of the file that
+    --config names, else in the embedded one of the broker on this machine.
+
     \b
     Examples:
       catbus grant -p read -p write 'project.*' --client-id alice
       catbus grant -p read 'orders.*' 'invoices.*' --client-id report --expires 12h
       TOKEN=$(catbus grant -p all '*' --client-id admin 2>/dev/null)
+      catbus grant -p read 'orders.*' --to 0123456789ab
     """
-    for pattern in patterns:
-        try:
-            check_pattern(pattern)
-        except PeerError as error:
-            raise click.UsageError(f"{error}") from None
+    grants = grants_of(permissions, patterns)
+    if role is not None:
+        for option, value in (("--client-id", client_id), ("--expires", expires), ("--secret", secret)):
+            if value is not None:
+                raise click.UsageError(f"{option} means nothing with --to: a role has its token already")
+        settings = load_database(config, database, state)
+        show_role(with_roles(settings, lambda roles: roles.grant(role, grants)))
+        return
+    if database is not None:
+        raise click.UsageError("--database means nothing without --to")
+    if client_id is None:
+        raise click.MissingParameter(param_hint="'--client-id'", param_type="option")
     if not client_id.strip():
         raise click.UsageError("--client-id is empty")
     until = None if expires is None else time.time() + _duration(expires)
-    signer, origin = _secret(secret, config)
-    read = patterns if {"read", "all"} & set(permissions) else ()
-    write = patterns if {"write", "all"} & set(permissions) else ()
-    click.echo(sign(signer, client_id=client_id, grants=Grants(read=read, write=write), expires=until))
-    may = " and ".join(name for name, given in (("read", read), ("write", write)) if given)
+    signer, origin = _secret(secret, config, state)
+    click.echo(sign(signer, client_id=client_id, grants=grants, expires=until))
     end = (
         "and does not expire" if until is None else f"until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC"
     )
-    click.echo(f"{client_id} may {may} {', '.join(patterns)}, {end}; signed with {origin}", err=True)
+    click.echo(f"{client_id} may {grants}, {end}; signed with {origin}", err=True)
 
 
 def _duration(text: str) -> float:
@@ -84,10 +88,10 @@ def _duration(text: str) -> float:
     return seconds
 
 
-def _secret(given: str | None, path: Path | None) -> tuple[str, str]:
+def _secret(given: str | None, path: Path | None, state: str | None) -> tuple[str, str]:
     if given:
         return given, "the secret of --secret"
-    config = load(path, os.environ)
+    config = load(path, os.environ, {"state": state})
     if config.auth.secrets:
         named = "CATBUS_SECRET" if os.environ.get("CATBUS_SECRET", "").strip() else str(path)
         return config.auth.secrets[0], f"the secret of {named}"

@@ -6,20 +6,16 @@ import os
 from pathlib import Path
 
 import click
-import msgspec
 import trio
 
 from ..config import Config, load, redact
 from ..errors import ConfigError
-from ..postgres import embedded
 from ..postgres.migrate import init
-from .options import config_option, database_option, state_option
+from .database import database_options, reach_database
 
 
 @click.command("init", short_help="Prepare a database.")
-@config_option
-@database_option
-@state_option
+@database_options
 def command(config: Path | None, database: str | None, state: str | None) -> None:
     """Bring the schema `catbus` of a database to this version, or make it. Harmless where that has been done.
 
@@ -39,10 +35,5 @@ def command(config: Path | None, database: str | None, state: str | None) -> Non
 
 
 async def _prepare(config: Config) -> list[str]:
-    if config.database.url != "embedded":
-        return await init(config.database)
-    async with trio.open_nursery() as nursery:
-        url = await nursery.start(embedded.run, config.state_directory / "postgres")
-        applied = await init(msgspec.structs.replace(config.database, url=url))
-        nursery.cancel_scope.cancel()
-    return applied
+    async with reach_database(config) as database:
+        return await init(database)

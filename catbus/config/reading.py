@@ -38,13 +38,17 @@ def load(
     path: Path | None = None,
     environ: Mapping[str, str] | None = None,
     overrides: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
 ) -> Config:
     """Read a configuration: the file at `path`, then `environ`, then `overrides`; what comes later wins.
 
     `overrides` maps dotted names such as `database.url` to values; None stands for "not given", and so does an
-    empty variable. Raises `ConfigError`, which says where, which key, what was expected and what was found.
+    empty variable. `defaults` take the place of the built-in ones. Raises `ConfigError`, which says where, which key,
+    what was expected and what was found.
     """
     draft = _Draft()
+    for name, value in (defaults or {}).items():
+        draft.put("default", name, name, value)
     if path is not None:
         draft.read_file(path)
     for variable, name in ENVIRONMENT.items():

@@ -135,7 +135,7 @@ async def publish(hub: Hub, request: Request) -> Answer:
     One that is refused says so in its place, and the status is that of the first of those; the others are published.
     """
     try:
-        identity = hub.authenticate(_bearer(request))
+        identity = await hub.authenticate(_bearer(request))
         single, items = _split(request.body, hub.config.limits.pending_publishes)
         wanted = [_decode(item, hub.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]

@@ -191,8 +191,8 @@ class Connection:
         """Feed the client until it is closing; then read on for the library's sake, which waits for the peer's Close.
 
         The library keeps one message and then reads nothing, pings included, so it has to be read whatever happens.
-        Only while `receive` waits for room is it not: until a publish has been answered, which takes 5 s at most, or
-        until the peer takes what is waiting for it, which `check` sees to.
+        Only while `receive` waits is it not: until a publish has been answered or a token looked up, which takes 5 s at
+        most, or until the peer takes what is waiting for it, which `check` sees to.
         """
         try:
             try:

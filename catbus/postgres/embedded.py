@@ -22,8 +22,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,8 +56,14 @@ _STAGING = "cluster.new-"
 _ACCOUNTS = "postgres", "nobody"
 _POLL = 0.02
 _INITDB_PATIENCE = 120.0
+_OTHERS_PATIENCE = 60.0
+"""Seconds for another process that has the directory to serve it."""
 _LONGEST_LOG = 1_000_000
 _PASSED_ON = "PATH", "LD_LIBRARY_PATH", "TZ"
+
+
+class InUse(ConfigError):
+    """The directory belongs to another process."""
 
 
 class Server:
@@ -78,13 +86,12 @@ class Server:
         self.log_file = directory / "postgres.log"
         self.popen_options = options
         self._closing = closing
+        self.url = _url(directory, sockets)
         quoted = str(sockets).replace('"', '""')
         every = {**SETTINGS, "unix_socket_directories": f'"{quoted}"', **settings}
         self.command = [str(binaries.folder / "postgres"), "-D", str(self.data)]
         for name, value in every.items():
             self.command += ["-c", f"{name}={value}"]
-        password = (directory / "cluster" / "password").read_text()
-        self.url = f"postgres://{NAME}:{password}@/{NAME}?host={quote(str(sockets), safe='')}&port={PORT}"
 
     def __enter__(self) -> Server:
         return self
@@ -100,10 +107,8 @@ class Server:
 
     def is_ready(self, pid: int) -> bool:
         """Whether the child with this id takes connections."""
-        with suppress(OSError):
-            lines = (self.data / "postmaster.pid").read_text().splitlines()
-            return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"
-        return False
+        status = _status(self.data)
+        return status is not None and status.pid == pid and status.ready
 
     def wait_ready(self, process: subprocess.Popen[bytes], timeout: float = 60.0) -> None:
         """Block until the child takes connections. Raises `ConfigError` when it ends, `TimeoutError`."""
@@ -158,6 +163,48 @@ async def run(
             await trio.sleep(1)
 
 
+@asynccontextmanager
+async def reach(directory: Path, *, settings: Mapping[str, str] | None = None) -> AsyncIterator[str]:
+    """The URL of the cluster in `directory`, which another catbus serves; where none does, we serve it for the moment.
+
+    One that is about to serve it is waited for. Raises `ConfigError` as `run` does, and where it takes too long.
+    """
+    async with trio.open_nursery() as nursery:
+        yield await _reach(directory, settings, nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def _reach(directory: Path, settings: Mapping[str, str] | None, nursery: trio.Nursery) -> str:
+    deadline = trio.current_time() + _OTHERS_PATIENCE
+    while True:
+        try:
+            url: str = await nursery.start(partial(run, directory, settings=settings))
+        except InUse:
+            found = served(directory)
+            if found is not None:
+                return found
+            if trio.current_time() > deadline:
+                raise
+            await trio.sleep(_POLL)
+        else:
+            return url
+
+
+def served(directory: Path) -> str | None:
+    """The URL of the cluster in `directory` while a server takes connections to it, for who may read what is there."""
+    directory = directory.resolve()
+    data = directory / "cluster" / "data"
+    status = _status(data)
+    if status is None or not status.ready or _postmaster(data) != status.pid:
+        return None
+    return _url(directory, status.sockets)
+
+
+def is_kept_in(directory: Path) -> bool:
+    """Whether a catbus has its database in `directory`, or is about to, or had it there."""
+    return (directory / "lock").is_file()
+
+
 async def _wait_ready(server: Server, process: trio.Process) -> bool:
     """Wait until the child takes connections; False when it has ended instead."""
     # The news is in a file.
@@ -205,6 +252,11 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Serve
             raise ConfigError(f"the embedded database cannot be kept in {directory}: {error}") from error
 
 
+def _url(directory: Path, sockets: Path) -> str:
+    password = (directory / "cluster" / "password").read_text()
+    return f"postgres://{NAME}:{password}@/{NAME}?host={quote(str(sockets), safe='')}&port={PORT}"
+
+
 def _make_directory(directory: Path) -> None:
     if os.geteuid():
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -220,7 +272,7 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
+            raise InUse(
                 f"another catbus (process {file.read() or 'unknown'}) has its embedded database in {directory}: "
                 "stop it, or give this one another state directory (CATBUS_STATE) or a database for both (DATABASE_URL)"
             ) from None
@@ -364,6 +416,24 @@ def _stop_leftover(data: Path) -> None:
     if (pid := _postmaster(data)) is not None:
         raise ConfigError(f"an earlier catbus has left process {pid} behind, which has {data} open: kill it")
     _forget_stranger(data / "postmaster.pid")
+
+
+@dataclass(frozen=True, slots=True)
+class _Status:
+    """What a server has written of itself into `postmaster.pid`."""
+
+    pid: int
+    sockets: Path
+    ready: bool
+
+
+def _status(data: Path) -> _Status | None:
+    """What the server of `data` last said; it may have gone without a word."""
+    with suppress(OSError, ValueError):
+        lines = (data / "postmaster.pid").read_text().splitlines()
+        if len(lines) >= 8:
+            return _Status(int(lines[0]), Path(lines[4].strip()), lines[7].strip() == "ready")
+    return None
 
 
 def _postmaster(data: Path) -> int | None:

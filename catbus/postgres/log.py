@@ -14,6 +14,7 @@ from ..log.base import PENDING, PENDING_BYTES
 from .bridge import OUTAGE, Bridge, Connection, open_bridge
 from .courier import Courier
 from .listener import Listener
+from .lookup import Lookup
 from .migrate import migrate
 from .reader import Reader, unavailable
 from .supervise import Supervisor, Working
@@ -77,6 +78,8 @@ class PostgresLog:
     ) -> None:
         self._settings = settings
         self._url = url or settings.url
+        self.roles = Lookup(self._connect)
+        """Where those who show a role token are looked up, while the log runs."""
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")
         self._tail = Tail(Recent(recent))
@@ -178,6 +181,7 @@ class PostgresLog:
         try:
             async with open_bridge() as self._bridge, trio.open_nursery() as nursery:
                 nursery.start_soon(self._writer.expire)
+                nursery.start_soon(self.roles.run)
                 await self._services.run("schema", self._prepare)
                 nursery.start_soon(self._services.run, "listener", self._listener.run)
                 nursery.start_soon(self._services.run, "writer", self._writer.run)

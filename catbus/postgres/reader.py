@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-
-import trio
+from collections.abc import Awaitable, Callable
 
 from ..errors import Unavailable
 from ..log import Entry, Page
 from ..topics import matches, prefix_range
 from .bridge import OUTAGE, Connection, Row
+from .inquiry import Inquiry
 
 _PAGE = """
 SELECT seq, at, channel, payload, sender, origin
@@ -40,18 +39,18 @@ _HISTORY_OF_MANY = _HISTORY.format(condition='channel COLLATE "C" >= $3 AND chan
 
 
 class Reader:
-    """A connection for reading, made when it is first needed and again after it was lost. One statement at a time."""
+    """Reads through a connection of its own, one statement at a time."""
 
     def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
-        self.reads = 0
-        self._connect = connect
-        self._connection: Connection | None = None
-        self._turn = trio.Lock()
+        self._inquiry = Inquiry(connect)
+
+    @property
+    def reads(self) -> int:
+        return self._inquiry.statements
 
     async def connect(self) -> None:
         """Make sure that there is a connection. Raises one of `OUTAGE`."""
-        async with self._turn:
-            await self._connected()
+        await self._inquiry.connect()
 
     async def page(self, after: int, last: int, rows: int, size: int) -> Page:
         """What there is with `after < seq <= last`, from the beginning, at most so many rows and bytes.
@@ -62,14 +61,14 @@ class Reader:
         doubted = False
         while True:
             # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
-            found = await self._fetch(_PAGE, start, min(last, start + rows), size)
+            found = await self._inquiry.fetch(_PAGE, start, min(last, start + rows), size)
             entries = [_entry(row) for row in found]
             if entries and entries[0].seq == start + 1:
                 if entries[-1].seq != start + len(entries):
                     del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
                 return Page(start, entries[-1].seq, entries)
             # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
-            ((head, floor),) = await self._fetch(_POSITION)
+            ((head, floor),) = await self._inquiry.fetch(_POSITION)
             if head <= after:
                 return Page(after, after, ())
             if floor > last:
@@ -83,30 +82,18 @@ class Reader:
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""
-        bounds = prefix_range(pattern)
+        fetch, bounds = self._inquiry.fetch, prefix_range(pattern)
         try:
             if pattern == "*":
-                found = await self._fetch(_HISTORY_OF_ALL, before, limit + 1)
+                found = await fetch(_HISTORY_OF_ALL, before, limit + 1)
             elif bounds is None:
-                found = await self._fetch(_HISTORY_OF_ONE, before, limit + 1, pattern)
+                found = await fetch(_HISTORY_OF_ONE, before, limit + 1, pattern)
             else:
-                found = await self._fetch(_HISTORY_OF_MANY, before, limit + 1, *bounds)
+                found = await fetch(_HISTORY_OF_MANY, before, limit + 1, *bounds)
         except OUTAGE as error:
             raise unavailable(error) from error
         entries = [entry for entry in map(_entry, found[:limit]) if matches(pattern, entry.channel)]
         return entries[::-1], len(found) > limit
-
-    async def _fetch(self, query: str, *args: object) -> Sequence[Row]:
-        async with self._turn:
-            connection = await self._connected()
-            self.reads += 1
-            return await connection.fetch(query, *args)
-
-    async def _connected(self) -> Connection:
-        if self._connection is None or self._connection.closed:
-            self._connection = None
-            self._connection = await self._connect()
-        return self._connection
 
 
 def unavailable(error: BaseException) -> Unavailable:

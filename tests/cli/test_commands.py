@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from .conftest import Command
+from .conftest import Command, Start, next_event
 
 PATIENCE = 30
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 class Running(NamedTuple):
     url: str
     process: subprocess.Popen[str]
     state: Path
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Run the command in a process, which does not outlive the test."""
-    processes = []
-
-    def run(*arguments: str, state: Path = tmp_path / "state") -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CATBUS_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "catbus", *arguments],
-            env={**environment, "CATBUS_STATE": str(state)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def next_event(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        event: dict[str, Any] = json.loads(line)
-        if event["event"] == name:
-            return event
-    pytest.fail(f"it ended without {name!r}: {process.communicate()}")
 
 
 @pytest.fixture

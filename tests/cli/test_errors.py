@@ -33,6 +33,20 @@ TOKEN = ["--token", "sub-e30.AAAAAAAAAAAAAAAAAAAAAA"]
         (["grant", "-p", "read", "a", "--client-id", "x", "--secret", "s", "--expires", "0s"], 'found "0s"'),
         (["grant", "-p", "read", "a", "--client-id", "x", "--secret", "s", "--expires", "9999999d"], "ten years"),
         (["grant", "-p", "read", "a", "--client-id", "x"], "set CATBUS_SECRET"),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--to", "0" * 12], "--client-id means nothing with --to"),
+        (["grant", "-p", "read", "a", "--expires", "1h", "--to", "0" * 12], "--expires means nothing with --to"),
+        (["grant", "-p", "read", "a", "--secret", "s", "--to", "0" * 12], "--secret means nothing with --to"),
+        (["grant", "-p", "read", "a", "--client-id", "x", "--database", "memory"], "--database means nothing without"),
+        (["role", "dance"], "No such command 'dance'"),
+        (["role", "create", "a"], "a PATTERN needs a permission"),
+        (["role", "create", "-p", "read"], "a PATTERN needs a permission"),
+        (["role", "create", "-p", "read", "a.*.b"], "'a.*.b'"),
+        (["role", "create", "--client-id", " "], "--client-id is empty"),
+        (["role", "show"], "Missing argument 'ROLE'"),
+        (["role", "delete"], "Missing argument 'ROLE'"),
+        (["revoke", "-p", "read", "a"], "Missing option '--from'"),
+        (["revoke", "a", "--from", "0" * 12], "Missing option '-p'"),
+        (["revoke", "-p", "read", "a..b", "--from", "0" * 12], "'a..b'"),
         (["pub", "a"], "Missing argument 'JSON|-'"),
         (["pub", "a..b", "1"], "a..b"),
         (["pub", "a", "hello"], "the payload is not JSON"),
@@ -64,6 +78,12 @@ def test_wrong_usage(catbus: Command, arguments: list[str], part: str) -> None:
         (["run", "--log", "loud"], "command line: logging.levels: expected log levels"),
         (["run", "--database", "memory"], "there is no secret to verify tokens with"),
         (["init", "--database", "memory"], "there is no database to prepare"),
+        (["role", "list"], "there is no database that could keep roles: set DATABASE_URL"),
+        (["role", "create", "--database", "memory"], "there is no database that could keep roles"),
+        (["role", "list", "--config", "/absent.toml"], "/absent.toml"),
+        (["role", "list", "--database", "postgres://me:hunter2@127.0.0.1:1/x"], "the database cannot be used"),
+        (["grant", "-p", "read", "a", "--to", "0" * 12], "there is no database that could keep roles"),
+        (["revoke", "-p", "read", "a", "--from", "0" * 12], "there is no database that could keep roles"),
         (["grant", "-p", "read", "a", "--client-id", "x", "--config", "/absent.toml"], "/absent.toml"),
         (["pub", "a", "1", "--url", "ws://127.0.0.1:1/ws", *TOKEN], "127.0.0.1:1"),
         (["sub", "a", "--url", "ws://127.0.0.1:1/ws", *TOKEN], "127.0.0.1:1"),
@@ -103,7 +123,9 @@ def test_debug_shows_where(catbus: Command) -> None:
     assert "Traceback" in errors and errors.splitlines()[-1].startswith("catbus: /absent.toml")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["sub", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["run", "--help"], ["sub", "-h"], ["role"], ["role", "create", "-h"], ["--version"]]
+)
 def test_help_is_no_error(catbus: Command, arguments: list[str]) -> None:
     status, output, errors = catbus(*arguments)
     assert status == 0

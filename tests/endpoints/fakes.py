@@ -68,7 +68,7 @@ class FakeHub:
         self.clients.append(client)
         return client
 
-    def authenticate(self, token: str) -> Identity:
+    async def authenticate(self, token: str) -> Identity:
         if token != "good":
             raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
         return Identity("alice", Grants.ALL, None)

@@ -241,6 +241,57 @@ async def test_a_second_catbus_is_told_who_has_the_directory(cluster: Path) -> N
         assert await fetch(url, "SELECT 1") == 1
 
 
+async def test_a_cluster_that_is_served_is_reached_where_it_is(cluster: Path) -> None:
+    assert embedded.served(cluster) is None
+    async with running(cluster) as url:
+        assert embedded.served(cluster) == url
+        async with embedded.reach(cluster) as reached:
+            assert reached == url
+            assert await fetch(reached, "SELECT 1") == 1
+        assert await fetch(url, "SELECT 1") == 1
+    assert embedded.served(cluster) is None
+
+
+async def test_a_cluster_that_nobody_serves_is_served_for_the_moment(cluster: Path) -> None:
+    async with embedded.reach(cluster, settings=FAST) as url:
+        assert await fetch(url, "SELECT 1") == 1
+        pid = postmaster(cluster)
+    assert not is_alive(pid)
+
+
+async def test_a_cluster_that_another_is_about_to_serve_is_waited_for(
+    cluster: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, looked = trio.Event(), trio.Event()
+
+    def served(directory: Path) -> None:
+        looked.set()
+
+    async def reach() -> None:
+        async with embedded.reach(cluster, settings=FAST) as url:
+            assert await fetch(url, "SELECT 1") == 1
+            reached.set()
+
+    monkeypatch.setattr(embedded, "served", served)
+    with trio.fail_after(60):
+        with embedded._locked(cluster):
+            nursery.start_soon(reach)
+            await looked.wait()
+        # Whoever had it has gone without serving it.
+        await reached.wait()
+
+
+async def test_who_has_it_and_never_serves_it_is_named(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_OTHERS_PATIENCE", 0.1)
+    with embedded._locked(cluster):
+        (cluster / "cluster" / "data" / "postmaster.pid").write_text("1\n/x\n0\n5432\n/tmp\n\n0\nready\n")
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with embedded.reach(cluster):
+                pass
+        assert caught.group_contains(ConfigError, match=f"another catbus \\(process {os.getpid()}\\)")
+    (cluster / "cluster" / "data" / "postmaster.pid").unlink()
+
+
 async def test_a_process_that_has_the_old_servers_number_is_left_alone(cluster: Path) -> None:
     pid_file = cluster / "cluster" / "data" / "postmaster.pid"
     pid_file.write_text(f"{os.getpid()}\n{pid_file.parent}\n")
@@ -265,6 +316,7 @@ async def test_a_socket_whose_path_would_be_too_long_is_elsewhere(cluster: Path)
     try:
         async with running(deep) as url:
             assert await fetch(url, "SELECT 1") == 1
+            assert embedded.served(deep) == url
             sockets = Path(str(await fetch(url, "SHOW unix_socket_directories")).strip('"'))
             assert sockets.parent == Path("/tmp")
             assert mode(sockets) == 0o700

@@ -1,0 +1,88 @@
+"""Looking roles up for those who authenticate: many at a time, and not for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from ..auth import Identity
+from ..errors import Unavailable
+from ..loggers import get_logger
+from .bridge import OUTAGE, Connection
+from .inquiry import Inquiry
+from .roles import SELECT, role_of
+
+logger = get_logger("catbus.postgres")
+
+PATIENCE = 5.0
+"""Seconds after which somebody who asks is told that there is no answer."""
+
+_FIND = f"{SELECT} WHERE r.key = ANY ($1::bytea[])"
+
+
+@dataclass(slots=True)
+class _Question:
+    """What those who ask for one key wait for."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    identity: Identity | None = None
+    failed: bool = False
+
+
+class Lookup:
+    """A `RoleSource` in the database. What is asked for while one statement is under way is in the next.
+
+    So each answer is of a moment after the question, and thousands who come back at once cost a few statements. Those
+    are asked by a task of their own: who leaves while waiting would take the connection away from all others.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        self._inquiry = Inquiry(connect)
+        self._questions: dict[bytes, _Question] = {}
+        self._asked = trio.Event()
+        self._works = True
+
+    async def find(self, key: bytes) -> Identity | None:
+        """Whom the token with this key belongs to; None where no role has it.
+
+        Raises `Unavailable` where the database cannot be reached or has not answered within `PATIENCE`.
+        """
+        question = self._questions.setdefault(key, _Question())
+        self._asked.set()
+        with trio.move_on_after(PATIENCE):
+            await question.answered.wait()
+        if question.failed or not question.answered.is_set():
+            raise Unavailable("the database in which the token is to be looked up cannot be reached just now")
+        return question.identity
+
+    async def run(self) -> None:
+        """Answer questions until cancelled."""
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            questions, self._questions = self._questions, {}
+            await self._answer(questions)
+
+    async def _answer(self, questions: dict[bytes, _Question]) -> None:
+        identities: dict[bytes, Identity] = {}
+        failed = True
+        try:
+            identities = await self._ask(list(questions))
+            failed = False
+        except OUTAGE as error:
+            if self._works:
+                logger.warning("roles cannot be looked up", error=f"{type(error).__name__}: {error}")
+        except Exception:
+            logger.exception("looking roles up failed")
+        finally:
+            self._works = not failed
+            for key, question in questions.items():
+                question.identity = identities.get(key)
+                question.failed = failed
+                question.answered.set()
+
+    async def _ask(self, keys: Sequence[bytes]) -> dict[bytes, Identity]:
+        roles = map(role_of, await self._inquiry.fetch(_FIND, keys, timeout=PATIENCE))
+        return {role.key: Identity(role.client_id, role.grants, None) for role in roles}

@@ -1,0 +1,151 @@
+"""Role tokens from the wire to the database: what their bearers may, and when they are let in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+import catbus
+from catbus import Config
+from catbus.auth import Grants, make_role_token
+from catbus.config import Database
+from catbus.errors import CloseCode, Code
+from catbus.postgres.roles import open_roles
+from tests.brokers import CONFIG, running
+from tests.endpoints.peers import Peer
+from tests.postgres.proxy import open_proxy
+from tests.test_wrong_input import Speaker, speaker
+
+GRANTS = Grants(("a.*",), ("a.*", "b"))
+
+
+def on(url: str) -> Config:
+    """A broker on this database, which gives up on it soon."""
+    return msgspec.structs.replace(CONFIG, database=Database(url=url, publish_timeout=1, connect_timeout=1))
+
+
+async def make_role(url: str, client_id: str | None = "ci") -> str:
+    async with open_roles(Database(url=url)) as roles:
+        token, _ = await roles.create(client_id, GRANTS)
+    return token
+
+
+async def delete_role(url: str, token: str) -> None:
+    async with open_roles(Database(url=url)) as roles:
+        await roles.delete(token)
+
+
+async def authenticate(peer: Speaker, token: str) -> dict[str, Any]:
+    await peer.say({"type": "auth", "token": token, "protocol": 1})
+    return await peer.reply()
+
+
+async def post(address: str, token: str, body: bytes) -> tuple[int, Any]:
+    host, _, port = address.rpartition(":")
+    head = f"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        peer = Peer(stream)
+        await peer.send(head.encode() + body)
+        response = await peer.response()
+    return response.status, msgspec.json.decode(response.body)
+
+
+async def test_a_role_may_what_it_was_granted_and_nothing_else(database_url: str) -> None:
+    token = await make_role(database_url)
+    async with running(on(database_url)) as (broker, address):
+        await broker.hub.log.wait_open()
+        async with catbus.connect(f"ws://{address}/ws", token=token) as bus:
+            assert bus.client_id == "ci"
+            async with bus.subscribe("a.*") as messages:
+                seq = await bus.publish("a.1", 1)
+                message = await anext(messages)
+                assert (message.seq, message.sender) == (seq, "ci")
+            await bus.publish("b", 2)
+            with pytest.raises(catbus.Refused) as caught:
+                await bus.publish("c", 3)
+            assert caught.value.code is Code.UNAUTHORIZED
+            with pytest.raises(catbus.Refused) as caught:
+                async with bus.subscribe("b"):
+                    pass
+            assert caught.value.code is Code.UNAUTHORIZED
+
+
+async def test_an_unknown_role_and_a_deleted_one_are_refused_for_good(database_url: str) -> None:
+    deleted = await make_role(database_url)
+    async with running(on(database_url)) as (broker, address):
+        await broker.hub.log.wait_open()
+        async with speaker(address) as peer:
+            assert (await authenticate(peer, deleted))["type"] == "auth_ok"
+        await delete_role(database_url, deleted)
+        for token in (deleted, make_role_token(), "role-nonsense"):
+            async with speaker(address) as peer:
+                reply = await authenticate(peer, token)
+                assert (reply["type"], reply["code"]) == ("auth_error", "unauthenticated")
+                assert token not in str(reply)
+                assert await peer.close_code() == CloseCode.UNAUTHENTICATED == 4001
+
+
+async def test_requests_in_the_same_bytes_are_done_after_the_look_up(database_url: str) -> None:
+    token = await make_role(database_url)
+    async with running(on(database_url)) as (broker, address), speaker(address) as peer:
+        await broker.hub.log.wait_open()
+        await peer.say(
+            b'{"type":"auth","protocol":1,"token":"%b"}{"type":"subscribe","pattern":"a.*"}'
+            b'{"type":"publish","channel":"a.1","payload":1,"ack":false}{"type":"ping","seq":1}' % token.encode()
+        )
+        replies = [await peer.reply() for _ in range(5)]
+    assert [reply["type"] for reply in replies[:3]] == ["auth_ok", "subscribed", "pong"]
+    assert {reply["type"] for reply in replies[3:]} == {"head", "message"}
+
+
+async def test_while_the_database_is_away_role_tokens_are_not_refused_for_good_and_sessions_stay(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    token = await make_role(database_url)
+    async with open_proxy(database_url) as proxy, running(on(proxy.url)) as (broker, address):
+        await broker.hub.log.wait_open()
+        async with speaker(address) as staying:
+            assert (await authenticate(staying, token))["type"] == "auth_ok"
+            proxy.close()
+            async with speaker(address) as peer:
+                reply = await authenticate(peer, token)
+                assert (reply["type"], reply["code"]) == ("auth_error", "unavailable")
+                assert await peer.close_code() == CloseCode.UNAVAILABLE == 4503
+            status, result = await post(address, token, b'{"channel":"b","payload":1}')
+            assert (status, result["code"]) == (503, "unavailable")
+            reply = await authenticate(staying, token)
+            assert (reply["type"], reply["code"]) == ("auth_error", "unavailable")
+            await staying.say({"type": "publish", "channel": "b", "payload": 1, "ephemeral": True})
+            assert (await staying.reply())["type"] == "published"
+            proxy.open()
+            async with speaker(address) as peer:
+                assert (await authenticate(peer, token))["type"] == "auth_ok"
+            assert (await authenticate(staying, token))["type"] == "auth_ok"
+    assert token not in caplog.text and token.removeprefix("role-") not in caplog.text
+
+
+async def test_publishing_over_http_with_a_role_token(database_url: str) -> None:
+    token = await make_role(database_url)
+    async with running(on(database_url)) as (broker, address):
+        await broker.hub.log.wait_open()
+        async with broker.subscribe("*") as messages:
+            assert await post(address, token, b'{"channel":"b","payload":1}') == (200, {"seq": 1, "channel": "b"})
+            assert (await anext(messages)).sender == "ci"
+        status, result = await post(address, token, b'{"channel":"c","payload":1}')
+        assert (status, result["code"]) == (403, "unauthorized")
+        await delete_role(database_url, token)
+        status, result = await post(address, token, b'{"channel":"b","payload":1}')
+        assert (status, result["code"]) == (401, "unauthenticated")
+
+
+async def test_a_broker_without_a_database_says_why_it_knows_no_roles() -> None:
+    async with running() as (_, address), speaker(address) as peer:
+        reply = await authenticate(peer, make_role_token())
+        assert reply["code"] == "unauthenticated"
+        assert reply["message"] == "role tokens are kept in a database, and this broker has none"
+        assert await peer.close_code() == 4001
