@@ -18,7 +18,7 @@ class Scripted:
     def __init__(self, *answers: list[Any]) -> None:
         self.answers = list(answers)
 
-    async def fetch(self, query: str, *args: object) -> list[Any]:
+    async def fetch(self, query: str, *args: object, timeout: float) -> list[Any]:
         return self.answers.pop(0)
 
 
