@@ -6,6 +6,7 @@ import errno
 import socket
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -17,47 +18,80 @@ BUFFER = 4 << 20
 """Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
 
 _UDP_SEGMENT = 103
+_IP_PKTINFO = 8
+_IPV6_PKTINFO = 50
+_IPV6_RECVPKTINFO = 49
+_CONTROL = socket.CMSG_SPACE(20)
+_WILD = {
+    "0.0.0.0": (socket.IPPROTO_IP, _IP_PKTINFO),
+    "::": (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO),
+}
+"""Addresses that stand for all of the machine's, and how the kernel is asked to tell which of them was meant."""
 _MAX_SEGMENTS = 64
 _MAX_TOGETHER = 65_000
+Source = tuple[tuple[int, int, bytes], ...]
+
 _NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+
+
+class Place(NamedTuple):
+    """Where a peer is: our socket, and its address there."""
+
+    port: Port
+    address: tuple[str, int]
+    source: Source = ()
+    """Which of our own addresses it speaks to, as `sendmsg` is told; empty where the socket has no more than one."""
 
 
 class Port:
     """One UDP socket. Sending never waits: what the kernel does not take is lost, as on any network."""
 
-    __slots__ = ("_segmenting", "_socket", "address", "lost", "received", "sent")
+    __slots__ = ("_segmenting", "_socket", "_wild", "address", "lost", "received", "sent")
 
     def __init__(self, sock: socket.socket) -> None:
-        self.address = join_address(*sock.getsockname()[:2])
+        host, port = sock.getsockname()[:2]
+        self.address = join_address(host, port)
         self.received = 0
         self.sent = 0
         self.lost = 0
         self._socket = sock
         self._segmenting = hasattr(sock, "sendmsg")
+        self._wild = host in _WILD
+        """Whether it has several addresses: a peer hears only the one that it speaks to."""
+        if self._wild:
+            sock.setsockopt(*_WILD[host], 1)
 
     async def wait(self) -> None:
         """Wait until something has arrived."""
         await trio.lowlevel.wait_readable(self._socket)
 
-    def receive(self, most: int) -> list[tuple[bytes, tuple[str, int]]]:
+    def receive(self, most: int) -> list[tuple[bytes, Place]]:
         """What has arrived, up to `most` datagrams. One that is cut is longer than MAX_PACKET still."""
-        datagrams: list[tuple[bytes, tuple[str, int]]] = []
-        recvfrom = self._socket.recvfrom
+        datagrams: list[tuple[bytes, Place]] = []
+        sock = self._socket
         try:
-            while len(datagrams) < most:
-                datagrams.append(recvfrom(MAX_PACKET + 1))
+            if self._wild:
+                while len(datagrams) < most:
+                    data, control, _, address = sock.recvmsg(MAX_PACKET + 1, _CONTROL)
+                    datagrams.append((data, Place(self, address, _source(control))))
+            else:
+                recvfrom = sock.recvfrom
+                while len(datagrams) < most:
+                    data, address = recvfrom(MAX_PACKET + 1)
+                    datagrams.append((data, Place(self, address)))
         except OSError:
             pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.
         self.received += len(datagrams)
         return datagrams
 
-    def send(self, datagrams: Sequence[bytes], to: tuple[str, int]) -> None:
+    def send(self, datagrams: Sequence[bytes], to: Place) -> None:
         """Send to one peer. All must be of one size, but for the last, which may be smaller."""
         self.sent += len(datagrams)
+        _, address, source = to
         if self._segmenting and len(datagrams) > 1:
             size = struct.pack("H", len(datagrams[0]))
             try:
-                self._socket.sendmsg(datagrams, [(socket.IPPROTO_UDP, _UDP_SEGMENT, size)], 0, to)
+                self._socket.sendmsg(datagrams, [(socket.IPPROTO_UDP, _UDP_SEGMENT, size), *source], 0, address)
             except OSError as error:
                 if error.errno not in _NO_SEGMENTING:
                     self.lost += len(datagrams)
@@ -68,7 +102,10 @@ class Port:
                 return
         for data in datagrams:
             try:
-                self._socket.sendto(data, to)
+                if source:
+                    self._socket.sendmsg((data,), source, 0, address)
+                else:
+                    self._socket.sendto(data, address)
             except OSError:
                 self.lost += 1
 
@@ -76,8 +113,17 @@ class Port:
         self._socket.close()
 
 
-Place = tuple[Port, tuple[str, int]]
-"""Where a peer is: our socket, and its address there."""
+def _source(control: Sequence[tuple[int, int, bytes]]) -> Source:
+    """Where a datagram was sent to, as where its answer is to come from (Linux: ip(7), ipv6(7))."""
+    for level, kind, data in control:
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            # The interface is left to the routes, as it is without this.
+            return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
+        if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
+            # A link-local address means nothing without its interface.
+            interface = data[16:20] if data[:2] == b"\xfe\x80" else bytes(4)
+            return ((level, kind, data[:16] + interface),)
+    return ()
 
 
 def transmit(datagrams: Sequence[tuple[bytes, Place]]) -> None:
@@ -92,8 +138,7 @@ def transmit(datagrams: Sequence[tuple[bytes, Place]]) -> None:
             if len(following) > size or other != place:
                 break
             end += 1
-        port, to = place
-        port.send([data for data, _ in datagrams[start:end]], to)
+        place.port.send([data for data, _ in datagrams[start:end]], place)
         start = end
 
 

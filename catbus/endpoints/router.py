@@ -139,9 +139,9 @@ class Router:
             await port.wait()
             touched: dict[Peer, None] = {}
             now = trio.current_time()
-            for data, address in port.receive(BATCH):
+            for data, place in port.receive(BATCH):
                 try:
-                    peer = self._route(data, (port, address), now)
+                    peer = self._route(data, place, now)
                 except Exception:
                     logger.exception("a datagram could not be dealt with")
                     self.fault()
@@ -176,8 +176,7 @@ class Router:
         self._allowed_at = now
         if data is not None and self._allowance >= 1:
             self._allowance -= 1
-            port, address = place
-            port.send((data,), address)
+            place.port.send((data,), place)
 
     def _accept(self, header: Header, data: bytes, place: Place, now: float) -> Peer | None:
         """A client's first packet: a new connection, or a Retry, or nothing."""
@@ -185,15 +184,14 @@ class Router:
             return None
         if len(self.peers) >= self._limit or self.half_open >= MAX_HALF_OPEN:
             return None
-        port, address = place
         original, retry_source = header.destination, None
-        proved = self._tickets.read_retry_token(header.token, address, header.destination, time.time())
+        proved = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
         if proved is not None:
             original, retry_source = proved, header.destination
         elif self.half_open >= RETRY_FROM:
             again = os.urandom(ID_LENGTH)
-            token = self._tickets.retry_token(address, header.destination, again, time.time())
-            port.send((retry(header, again, token),), address)
+            token = self._tickets.retry_token(place.address, header.destination, again, time.time())
+            place.port.send((retry(header, again, token),), place)
             return None
         connection = Connection.server(
             self._configuration(), original, retry_source=retry_source, reset_token=self._tickets.reset_token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import random
@@ -34,8 +35,9 @@ def text(**message: object) -> bytes:
 async def ask(address: str, *datagrams: bytes) -> bytes | None:
     """Send them from a socket of its own; the first answer, or None when there is none for a while."""
     host, _, port = address.rpartition(":")
-    with trio.socket.socket(type=socket.SOCK_DGRAM) as sock:
-        await sock.connect((host, int(port)))
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    with trio.socket.socket(family, type=socket.SOCK_DGRAM) as sock:
+        await sock.connect((host.strip("[]"), int(port)))
         for data in datagrams:
             await sock.send(data)
         with trio.move_on_after(0.2):
@@ -468,6 +470,25 @@ async def test_timers_fire_in_order_and_hold_each_member_once(autojump_clock: Mo
         nursery.cancel_scope.cancel()
     assert [name for name, _ in fired] == ["moved", "soon", "soon", "late"]
     assert [at for _, at in fired] == [0.4, 1.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize(("bind", "host"), [("0.0.0.0", "127.0.0.2"), ("[::]", "[::1]")])
+async def test_an_answer_comes_from_the_address_that_was_asked(bind: str, host: str) -> None:
+    # Whoever has connected its socket hears nothing that comes from another.
+    async with serving(bind=f"{bind}:0") as server:
+        port = int(server.address.rpartition(":")[2])
+        strange = (b"\xc0\x1a\x2a\x3a\x4a\x08" + bytes(8) + b"\x08" + bytes(8)).ljust(1200, b"\0")
+        assert await ask(f"{host}:{port}", strange) is not None
+        client = Client(f"{host}:{port}")
+        server.nursery.start_soon(client.run)
+        await client.log_in("a")
+        await flood(server, 3)
+        for _ in range(3):
+            await client.heard("message")
+        [peer] = router_of(server).peers
+        assert peer.connection.peer_address is not None
+        [(_, _, control)] = peer.connection.peer_address.source
+        assert ipaddress.ip_address(host.strip("[]")).packed in control
 
 
 def test_a_port_says_where_it_is() -> None:
