@@ -33,7 +33,7 @@ class Peers(Protocol):
     def __len__(self) -> int: ...
 
     def receive(self, timeout: float) -> Iterable[tuple[int, bytes]]:
-        """What has arrived for whom, or arrives within `timeout` seconds. Ends the process when a connection is lost.
+        """What has arrived for whom, or arrives within `timeout` seconds. Raises when a connection is lost.
 
         Nothing, early, when a file of somebody else's is ready. To be exhausted.
         """
@@ -80,12 +80,8 @@ class Crowd:
         try:
             seen: Seen = self._pipe.recv()
         except EOFError:
-            sys.exit("the subscribers have ended")
+            sys.exit("a subscriber's connection has been lost")
         return seen
-
-    def answered(self) -> bool:
-        """Whether there is an answer already."""
-        return self._pipe.poll()
 
     def end(self) -> None:
         self._process.terminate()

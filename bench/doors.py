@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,10 @@ OPENING_TIME = 30.0
 
 Steps = Sequence[tuple[bytes, bytes]]
 """What one sends, piece by piece, and what comes in return."""
+
+
+class Lost(Exception):
+    """The server has closed a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class WebSocketPeers:
             if (number := self._numbers.get(file)) is not None:
                 data = self._sockets[number].recv(1 << 18)
                 if not data:
-                    sys.exit("the server has closed a subscriber's connection")
+                    raise Lost
                 yield number, data
 
     def keep_alive(self) -> None:
@@ -154,7 +157,7 @@ class WebTransportPeers:
 
     def _wait(self, number: int, deadline: float) -> bytes:
         if time.monotonic() > deadline:
-            sys.exit("a subscriber cannot get in")
+            raise Lost("nobody has let it in")
         return b"".join([data for each, data in self.receive(0.5) if each == number])
 
 
@@ -208,5 +211,5 @@ class WebTransportPeer:
                 case SessionOpened():
                     self.stream = self.connection.open_stream(bidirectional=True)
                 case SessionRefused() | ConnectionLost():
-                    sys.exit(f"the server has closed a subscriber's connection: {event}")
+                    raise Lost(event)
         return b"".join(found)
