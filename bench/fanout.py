@@ -285,14 +285,14 @@ class Result(NamedTuple):
     p99: float
 
 
-SUBSCRIBERS = {"websocket": 1000, "webtransport": 100}
+SUBSCRIBERS = {"websocket": 1000, "webtransport": 40}
 """What two cores bear."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transport", choices=SUBSCRIBERS, default="websocket", help="of the subscribers (websocket)")
-    parser.add_argument("--subscribers", type=int, metavar="N", help="(1000; 100 over WebTransport)")
+    parser.add_argument("--subscribers", type=int, metavar="N", help="(1000; 40 over WebTransport)")
     parser.add_argument("--messages", type=int, default=500, metavar="M", help="in a burst (500)")
     parser.add_argument(
         "--rates", type=float, nargs="*", default=[50, 100], metavar="R", help="paced, a second (50 100)"

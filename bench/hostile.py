@@ -9,7 +9,7 @@ One `catbus run` with its log in memory. Beside the hostile peers, subscribers o
     load       somebody publishes --bytes in messages of 4 KiB, acknowledged, and nobody hears them
     unread     the same again, heard by --peers that acknowledge every packet and never take a byte, and by as many that
                are not heard of again: those that the broker gives up come back
-    publishes  a peer publishes as fast as it can, for --seconds, and takes no answer
+    publishes  a peer publishes as fast as it can, for --seconds, and another that takes no answer
     garbage    a peer sends objects that mean nothing, as large as they may be, and then larger; it comes back
     streams    a peer opens streams and sends datagrams without end
     after      nothing else happens
@@ -32,7 +32,7 @@ import secrets
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from typing import NamedTuple
 import harness
 from crowd import Crowd, Round, processes
 from doors import Lost, WebSocketDoor, WebTransportDoor, WebTransportPeer
-from harness import PONG, Publisher, Server, auth_line, frame, payload, percentile
+from harness import PONG, Publisher, Server, auth_line, cpu_time, frame, payload, percentile
 
 from catbus.webtransport import client_configuration
 
@@ -126,11 +126,19 @@ def go_deaf(server: Server) -> None:
 
 
 def publish_without_end(server: Server) -> None:
+    _publish_without_end(Enemy(server))
+
+
+def hear_no_answer(server: Server) -> None:
     enemy = Enemy(server)
     enemy.peer.consumes = False
-    lines = b"".join([publish_line(NOISE, b'"%b"' % (b"x" * 100), b',"id":1')] * 50)
+    _publish_without_end(enemy)
+
+
+def _publish_without_end(enemy: Enemy) -> None:
+    lines = b"".join([publish_line(NOISE, b'"%b"' % (b"x" * 100), b',"id":%d' % number) for number in range(50)])
     while True:
-        enemy.write(lines)
+        enemy.write(lines.replace(b'"id":', b'"id":%d' % secrets.randbelow(1 << 40)))
 
 
 def send_garbage(server: Server) -> None:
@@ -153,6 +161,13 @@ def open_streams(server: Server) -> None:
             pass
         enemy.peer.transmit()
         enemy.turn(0.001)
+
+
+HARMS: dict[str, Sequence[Hostile]] = {
+    "publishes": [publish_without_end, hear_no_answer],
+    "garbage": [send_garbage],
+    "streams": [open_streams],
+}
 
 
 def again_and_again(harm: Hostile, server: Server) -> None:
@@ -190,9 +205,10 @@ def publish_load(port: int, size: int) -> None:
 
 
 class Figures(NamedTuple):
-    """Latencies in seconds by transport, and memory in bytes."""
+    """Latencies in seconds by transport, memory in bytes, and of the broker's time the share that it was at work."""
 
     seconds: float
+    busy: float
     latencies: dict[str, list[float]]
     memory: int
     peak: int
@@ -219,12 +235,14 @@ class Calm:
         """Publish for them as long as that, and say how long it took to get there."""
         latencies: dict[str, list[float]] = {name: [] for name in self._crowds}
         Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # The peak counts from here.
-        began = time.monotonic()
+        began, cpu = time.monotonic(), cpu_time(self._pid)
         while going_on():
             for transport, found in self._round(name).items():
                 latencies[transport] += found
         memory = read_memory(self._pid)
-        return Figures(time.monotonic() - began, latencies, memory["VmRSS"], memory["VmHWM"])
+        seconds = time.monotonic() - began
+        busy = (cpu_time(self._pid) - cpu) / seconds
+        return Figures(seconds, busy, latencies, memory["VmRSS"], memory["VmHWM"])
 
     def close(self) -> None:
         for crowd in self._crowds.values():
@@ -312,8 +330,8 @@ def main() -> None:
     )
     print(f"{options.peers} peers that never read and {options.peers} that go deaf")
     print(harness.describe_machine(), flush=True)
-    print(f"\n{'':>10} {'':>6} {'WebTransport ms':>21} {'WebSocket ms':>21} {'RSS MiB':>17}")
-    print(f"{'':>10} {'s':>6} {'p50':>10} {'p99':>10} {'p50':>10} {'p99':>10} {'after':>8} {'peak':>8}")
+    print(f"\n{'':>10} {'':>6} {'CPU':>5} {'WebTransport ms':>21} {'WebSocket ms':>21} {'RSS MiB':>17}")
+    print(f"{'':>10} {'s':>6} {'%':>5} {'p50':>10} {'p99':>10} {'p50':>10} {'p99':>10} {'after':>8} {'peak':>8}")
     found: dict[str, Figures] = {}
     with ExitStack() as stack:
         server = stack.enter_context(harness.catbus_run("memory", webtransport=True))
@@ -325,7 +343,7 @@ def main() -> None:
                 f"{percentile(each, share) * 1e3:10.2f}" for each in figures.latencies.values() for share in (0.5, 0.99)
             ]
             memory = f"{figures.memory / 2**20:8.1f} {figures.peak / 2**20:8.1f}"
-            print(f"{name:>10} {figures.seconds:6.1f}", *latency, memory, flush=True)
+            print(f"{name:>10} {figures.seconds:6.1f} {figures.busy * 100:5.0f}", *latency, memory, flush=True)
 
         measure("calm", during(options.seconds))
         with load_of(server, int(options.bytes)) as going_on:
@@ -334,8 +352,8 @@ def main() -> None:
             time.sleep(2)
             with load_of(server, int(options.bytes)) as going_on:
                 measure("unread", going_on)
-        for name, harm in {"publishes": publish_without_end, "garbage": send_garbage, "streams": open_streams}.items():
-            with at_work((harm, server)):
+        for name, harm in HARMS.items():
+            with at_work(*[(each, server) for each in harm]):
                 measure(name, during(options.seconds))
         measure("after", during(options.seconds))
     quiet = found["load"].peak
