@@ -36,7 +36,9 @@ format: $(venv)/installed-test
 
 bench: $(venv)/installed-test
 	$(bin)/python bench/fanout.py
+	$(bin)/python bench/fanout.py --transport webtransport
 	$(bin)/python bench/durable.py
+	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
 clean:
 	rm -rf $(venv) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,40 +6,40 @@ import itertools
 import multiprocessing
 import re
 import select
-import socket
 import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
-from typing import NamedTuple
-
-import harness
+from typing import NamedTuple, Protocol
 
 processes = multiprocessing.get_context("fork")
 
 
-@dataclass(frozen=True, slots=True)
-class Door:
-    """How a subscriber gets in."""
+class Door(Protocol):
+    """How subscribers get in: `doors.py` has one for each transport."""
 
-    port: int
-    path: str
-    steps: Sequence[tuple[bytes, bytes]]
-    """What it sends, frame by frame, and what comes in return."""
-    alive: bytes
-    """What it sends now and then to be taken for alive."""
+    def open(self, poll: select.epoll) -> Peers:
+        """Nobody yet. Their files will be registered with `poll`."""
 
-    def enter(self) -> socket.socket:
-        """A socket that is subscribed, and does not block."""
-        peer = harness.connect(self.port, self.path)
-        for said, expected in self.steps:
-            peer.sendall(said)
-            harness.wait_for(peer, expected)
-        peer.setblocking(False)
-        return peer
+
+class Peers(Protocol):
+    """Subscribers that came in by one door, numbered from 0."""
+
+    def enter(self) -> None:
+        """One more, who is subscribed when this returns."""
+
+    def __len__(self) -> int: ...
+
+    def receive(self, timeout: float) -> Iterable[tuple[int, bytes]]:
+        """What has arrived for whom, or arrives within `timeout` seconds. Raises when a connection is lost.
+
+        Nothing, early, when a file of somebody else's is ready. To be exhausted.
+        """
+
+    def keep_alive(self) -> None:
+        """Have all of them taken for alive."""
 
 
 class Round(NamedTuple):
@@ -80,7 +80,7 @@ class Crowd:
         try:
             seen: Seen = self._pipe.recv()
         except EOFError:
-            sys.exit("the subscribers have ended")
+            sys.exit("a subscriber's connection has been lost")
         return seen
 
     def end(self) -> None:
@@ -89,66 +89,64 @@ class Crowd:
 
 
 def _live(door: Door, pipe: Connection[Seen, Request], sampled: bool) -> None:
-    peers: dict[int, socket.socket] = {}
     poll = select.epoll()
+    poll.register(pipe, select.EPOLLIN)
+    peers = door.open(poll)
     while True:
+        while not pipe.poll():
+            _drop(peers.receive(10))
         match pipe.recv():
             case int(count):
-                for peer in [door.enter() for _ in range(count)]:
-                    poll.register(peer, select.EPOLLIN)
-                    peers[peer.fileno()] = peer
+                for _ in range(count):
+                    peers.enter()
                 pipe.send(DONE)
             case Round() as task:
-                while ready := poll.poll(0):
-                    for file, _ in ready:
-                        peers[file].recv(1 << 18)
+                _drop(peers.receive(0))
                 pipe.send(DONE)
-                pipe.send((_look if sampled else _count)(poll, peers, task))
+                pipe.send((_look if sampled else _count)(peers, task))
             case None:
-                for peer in peers.values():
-                    peer.send(door.alive)
+                peers.keep_alive()
                 pipe.send(DONE)
 
 
-def _count(poll: select.epoll, peers: dict[int, socket.socket], task: Round) -> Seen:
+def _drop(received: Iterable[tuple[int, bytes]]) -> None:
+    for _ in received:
+        pass
+
+
+def _count(peers: Peers, task: Round) -> Seen:
     """Count what each of them gets."""
     marker, overlap = task.marker, len(task.marker) - 1
-    counts = dict.fromkeys(peers, 0)
-    tails = dict.fromkeys(peers, b"")
+    counts = [0] * len(peers)
+    tails = [b""] * len(peers)
     missing = len(peers) * task.messages
     deadline = time.monotonic() + task.patience
     while missing > 0 and time.monotonic() < deadline:
-        for file, _ in poll.poll(0.5):
-            data = peers[file].recv(1 << 16)
-            if not data:
-                sys.exit(f"the server has closed a subscriber's connection, {missing} messages early")
-            if tails[file]:
-                data = tails[file] + data
+        for number, data in peers.receive(0.5):
+            if tails[number]:
+                data = tails[number] + data
             found = data.count(marker)
             # Most often a read ends where an object ends. Otherwise the marker may have been cut in two.
-            tails[file] = b"" if data.endswith(b"\n") else data[-overlap:]
-            counts[file] += found
+            tails[number] = b"" if data.endswith(b"\n") else data[-overlap:]
+            counts[number] += found
             missing -= found
-    return Seen(Counter(counts.values()), [])
+    return Seen(Counter(counts), [])
 
 
-def _look(poll: select.epoll, peers: dict[int, socket.socket], task: Round) -> Seen:
+def _look(peers: Peers, task: Round) -> Seen:
     """Keep what comes with its time, and look into it when all is there."""
     overlap = len(task.marker) - 1
-    received: dict[int, list[tuple[int, bytes]]] = {file: [] for file in peers}
-    missing = dict.fromkeys(peers, task.messages)
-    tails = dict.fromkeys(peers, b"")
+    received: list[list[tuple[int, bytes]]] = [[] for _ in range(len(peers))]
+    missing = [task.messages] * len(peers)
+    tails = [b""] * len(peers)
     deadline = time.monotonic() + task.patience
-    while any(left > 0 for left in missing.values()) and time.monotonic() < deadline:
-        for file, _ in poll.poll(0.5):
-            data = peers[file].recv(1 << 18)
-            if not data:
-                sys.exit("the server has closed a subscriber's connection")
-            received[file].append((time.monotonic_ns(), data))
-            data = tails[file] + data
-            missing[file] -= data.count(task.marker)
-            tails[file] = data[-overlap:]
-    sample = [_messages(chunks, task.marker) for chunks in received.values()]
+    while any(left > 0 for left in missing) and time.monotonic() < deadline:
+        for number, data in peers.receive(0.5):
+            received[number].append((time.monotonic_ns(), data))
+            data = tails[number] + data
+            missing[number] -= data.count(task.marker)
+            tails[number] = data[-overlap:]
+    sample = [_messages(chunks, task.marker) for chunks in received]
     return Seen(Counter(len(each) for each in sample), sample)
 
 

@@ -1,6 +1,7 @@
-"""One publisher to many WebSocket subscribers: what a delivery costs the server, and how long it takes.
+"""One publisher to many subscribers: what a delivery costs the server, and how long it takes.
 
     python bench/fanout.py --subscribers 1000 --repeat 3 --compare nats
+    python bench/fanout.py --transport webtransport
 
 Each server is a process of its own, and so are its subscribers; the publisher is this one. Workloads:
 
@@ -12,16 +13,20 @@ between the first publish and the last delivery, the kernel's work for it includ
 
     catbus    `catbus run`, with the database of --database
     nats      nats-server (--compare nats; --nats names the program)
-    bare      a loop of `os.write` that passes what the publisher sends on to each socket: what the kernel alone costs
+    bare      a loop that passes what the publisher sends on to each subscriber, and does nothing else: with WebSocket
+              one of `os.write`, what the kernel alone costs; with WebTransport one over aioquic, which handles packets,
+              acknowledgements and timers, with the same system calls, and has no features
+
+`x bare` is CPU for a delivery as a multiple of that of `bare`: of each pair of rounds, then the median.
 
 Latency is from right before the publisher's system call to right after the subscriber's, on a sample of the subscribers
-that has a process of its own. On few cores the other subscribers' work is part of it.
+that has a process of its own. On few cores the other subscribers' work is part of it. The publisher uses WebSocket, or
+plain TCP to `bare`, whatever the subscribers use.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import shutil
 import socket
@@ -33,19 +38,23 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import harness
+from bare import HELLO, WELCOME, websocket_relay, webtransport_relay
 from crowd import Crowd, Door, Request, Round, processes
-from harness import BINARY, PONG, Publisher, auth_line, cpu_time, frame, percentile
+from doors import Steps, WebSocketDoor, WebTransportDoor
+from harness import BINARY, PAYLOAD_SIZE, PONG, Publisher, auth_line, cpu_time, frame, payload, percentile
 
+from catbus.certificates import development_certificate
 from catbus.endpoints.frames import text_header
+from catbus.webtransport import server_configuration
 from catbus.wire import encode_entry
 
 CHANNEL, PATTERN = "bench.fanout", "bench.*"
-PAYLOAD_SIZE = 128
 OBJECTS_IN_FRAME = 50
 WINDOW = 500
 """Publishes that may be unanswered."""
@@ -66,24 +75,28 @@ class Target:
     door: Door
     publish: Callable[[Sequence[bytes]], bytes]
     """The bytes that publish some payloads."""
-    publisher_door: Door
+    enter_publisher: Callable[[], socket.socket]
+    publisher_alive: bytes = b""
+    """What the publisher sends now and then to be taken for alive."""
     answer: bytes = b""
     """What stands in the answer to each publish; empty where there is none."""
 
 
 @contextmanager
-def catbus_target(database: str) -> Iterator[Target]:
+def catbus_target(database: str, *, webtransport: bool) -> Iterator[Target]:
     def publish(payloads: Sequence[bytes]) -> bytes:
         lines = [b'{"type":"publish","channel":"%b","payload":%b}\n' % (CHANNEL.encode(), each) for each in payloads]
         return frame(b"".join(lines))
 
-    hello = frame(auth_line()), b'"auth_ok"'
-    subscribe = frame(b'{"type":"subscribe","pattern":"%b"}\n' % PATTERN.encode()), b'"subscribed"'
+    hello = auth_line(), b'"auth_ok"'
+    subscribe = b'{"type":"subscribe","pattern":"%b"}\n' % PATTERN.encode(), b'"subscribed"'
     alive = frame(b"", PONG)
-    with harness.catbus_run(database) as server:
-        door = Door(server.port, "/ws", [hello, subscribe], alive)
-        publisher = Door(server.port, "/ws", [hello], alive)
-        yield Target("catbus", server.pid, door, publish, publisher, b'"type":"published"')
+    with harness.catbus_run(database, webtransport=webtransport) as server:
+        door: Door = WebTransportDoor(server.quic_port, server.ca, [hello, subscribe])
+        if not webtransport:
+            door = WebSocketDoor(server.port, "/ws", framed([hello, subscribe]), alive)
+        publisher = WebSocketDoor(server.port, "/ws", framed([hello]), alive)
+        yield Target("catbus", server.pid, door, publish, publisher.enter, alive, b'"type":"published"')
 
 
 @contextmanager
@@ -96,45 +109,60 @@ def nats_target(command: str) -> Iterator[Target]:
     subscribe = b"SUB %b 1\r\n" % PATTERN.encode()
     alive = frame(b"PONG\r\n", BINARY)
     with tempfile.TemporaryDirectory() as directory, harness.nats_run(command, Path(directory)) as server:
-        door = Door(server.port, "/", [(frame(hello + subscribe + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
-        publisher = Door(server.port, "/", [(frame(hello + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
-        yield Target("nats", server.pid, door, publish, publisher)
+        door = WebSocketDoor(server.port, "/", [(frame(hello + subscribe + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
+        publisher = WebSocketDoor(server.port, "/", [(frame(hello + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
+        yield Target("nats", server.pid, door, publish, publisher.enter, alive)
 
 
 @contextmanager
 def bare_target() -> Iterator[Target]:
-    def publish(payloads: Sequence[bytes]) -> bytes:
-        at = time.time_ns() // 1_000_000
-        lines = b"".join([encode_entry(CHANNEL, each, PATTERN, 1_000_000, at, "bench") for each in payloads])
-        return text_header(len(lines)) + lines
-
-    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
-        process = processes.Process(target=relay, args=(listener,), daemon=True)
-        process.start()
-        assert process.pid is not None
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener, running(websocket_relay, listener) as pid:
         port = listener.getsockname()[1]
-        try:
-            yield Target("bare", process.pid, Door(port, "/", [], b""), publish, Door(port, "/publish", [], b""))
-        finally:
-            process.terminate()
-            process.join()
+        publisher = WebSocketDoor(port, "/publish", [], b"")
+        yield Target("bare", pid, WebSocketDoor(port, "/", [], b""), publish_framed, publisher.enter)
 
 
-def relay(listener: socket.socket) -> None:
-    """Pass what the last to connect sends, who asks for `/publish`, on to everyone before."""
-    peers: list[socket.socket] = []
-    while True:
-        peer, _ = listener.accept()
-        request = harness.wait_for(peer, b"\r\n\r\n")
-        peer.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
-        if request.startswith(b"GET /publish "):
-            break
-        peers.append(peer)
-    files = [each.fileno() for each in peers]
-    write = os.write
-    while data := peer.recv(65_536):
-        for file in files:
-            write(file, data)
+@contextmanager
+def bare_webtransport_target() -> Iterator[Target]:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+    ):
+        sock.bind(("127.0.0.1", 0))
+        made = development_certificate(Path(directory), datetime.now(UTC))
+        configuration = server_configuration(made.certificate_pem, made.key_pem)
+        door = WebTransportDoor(sock.getsockname()[1], made.certificate_pem, [(HELLO, WELCOME)])
+        with running(webtransport_relay, listener, sock, configuration) as pid:
+            yield Target("bare", pid, door, publish_lines, lambda: socket.create_connection(listener.getsockname()))
+
+
+@contextmanager
+def running(relay: Callable[..., None], *arguments: object) -> Iterator[int]:
+    """A process that does this until it is ended; its number."""
+    process = processes.Process(target=relay, args=arguments, daemon=True)
+    process.start()
+    assert process.pid is not None
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.join()
+
+
+def publish_lines(payloads: Sequence[bytes]) -> bytes:
+    """What Catbus would make of them, for those who only pass it on."""
+    at = time.time_ns() // 1_000_000
+    return b"".join([encode_entry(CHANNEL, each, PATTERN, 1_000_000, at, "bench") for each in payloads])
+
+
+def framed(steps: Steps) -> Steps:
+    return [(frame(said), expected) for said, expected in steps]
+
+
+def publish_framed(payloads: Sequence[bytes]) -> bytes:
+    lines = publish_lines(payloads)
+    return text_header(len(lines)) + lines
 
 
 # Rounds
@@ -152,13 +180,13 @@ class Arena:
         ends = [(subscribers - sample) * (index + 1) // sample for index in range(sample)]
         for previous, end in pairwise([0, *ends]):
             self._all(end - previous, 1)
-        self._publisher = Publisher(target.publisher_door.enter())
+        self._publisher = Publisher(target.enter_publisher())
         self._answered = 0
 
     def keep_alive(self) -> None:
         """Without it a server would take the silent subscribers for dead."""
         self._all(None, None)
-        self._publisher.write(self.target.publisher_door.alive)
+        self._publisher.write(self.target.publisher_alive)
 
     def run(self, workload: Workload) -> Result:
         """One round: publish, and wait until everybody has everything."""
@@ -205,7 +233,7 @@ class Arena:
         for first in range(0, messages, OBJECTS_IN_FRAME):
             numbers = range(first, min(first + OBJECTS_IN_FRAME, messages))
             self._wait_answered(first - WINDOW + OBJECTS_IN_FRAME)
-            self._publisher.write(self.target.publish([_payload(mark, number) for number in numbers]))
+            self._publisher.write(self.target.publish([payload(mark, number) for number in numbers]))
             self._wait_sent()
 
     def _pace(self, mark: bytes, workload: Workload) -> None:
@@ -214,7 +242,7 @@ class Arena:
             due = began + number / workload.rate
             while time.monotonic() < due:
                 self._listen(due)
-            self._publisher.write(self.target.publish([_payload(mark, number)]))
+            self._publisher.write(self.target.publish([payload(mark, number)]))
             self._wait_sent()
 
     def _wait_sent(self) -> None:
@@ -239,12 +267,6 @@ class Arena:
                 sys.exit(f"{self.target.name} refuses: {lines!r}")
 
 
-def _payload(mark: bytes, number: int) -> bytes:
-    """128 bytes of JSON: which message it is, of which round, and when it was published."""
-    text = b'{"n":%d,"sent":%d,%b,"pad":"' % (number, time.monotonic_ns(), mark)
-    return text + b"x" * (PAYLOAD_SIZE - len(text) - 2) + b'"}'
-
-
 class Workload(NamedTuple):
     """`rate` messages a second, or all at once."""
 
@@ -263,9 +285,14 @@ class Result(NamedTuple):
     p99: float
 
 
+SUBSCRIBERS = {"websocket": 1000, "webtransport": 40}
+"""What two cores bear."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subscribers", type=int, default=1000, metavar="N")
+    parser.add_argument("--transport", choices=SUBSCRIBERS, default="websocket", help="of the subscribers (websocket)")
+    parser.add_argument("--subscribers", type=int, metavar="N", help="(1000; 40 over WebTransport)")
     parser.add_argument("--messages", type=int, default=500, metavar="M", help="in a burst (500)")
     parser.add_argument(
         "--rates", type=float, nargs="*", default=[50, 100], metavar="R", help="paced, a second (50 100)"
@@ -276,26 +303,29 @@ def main() -> None:
     parser.add_argument("--compare", action="append", default=[], choices=["nats"], help="measure another server too")
     parser.add_argument("--nats", default="nats-server", metavar="PROGRAM", help="nats-server, unless it is on PATH")
     options = parser.parse_args()
+    webtransport = options.transport == "webtransport"
+    subscribers = options.subscribers or SUBSCRIBERS[options.transport]
+    if webtransport and options.compare:
+        parser.error("--compare: over WebTransport there is none")
     harness.prepare()
 
     workloads = [Workload(f"burst of {options.messages}", options.messages, 0, 0)]
     workloads += [
         Workload(f"{rate:g}/s", max(1, int(rate * options.seconds)), rate, options.seconds) for rate in options.rates
     ]
-    print(
-        f"1 publisher to {options.subscribers} WebSocket subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}"
-    )
+    name = "WebTransport" if webtransport else "WebSocket"
+    print(f"1 publisher to {subscribers} {name} subscribers, {PAYLOAD_SIZE} bytes, medians of {options.repeat}")
     print(harness.describe_machine(), flush=True)
     results: dict[tuple[Workload, str], list[Result]] = defaultdict(list)
     with ExitStack() as stack:
-        targets = [stack.enter_context(catbus_target(options.database))]
+        targets = [stack.enter_context(catbus_target(options.database, webtransport=webtransport))]
         if "nats" in options.compare:
             program = shutil.which(options.nats)
             if program is None:
                 sys.exit(f"{options.nats} is not there: `apt install nats-server`, or name it with --nats")
             targets.append(stack.enter_context(nats_target(program)))
-        targets.append(stack.enter_context(bare_target()))
-        arenas = [stack.enter_context(closing(Arena(target, options.subscribers))) for target in targets]
+        targets.append(stack.enter_context(bare_webtransport_target() if webtransport else bare_target()))
+        arenas = [stack.enter_context(closing(Arena(target, subscribers))) for target in targets]
         for _ in range(options.repeat):
             for workload in workloads:
                 for arena in arenas:
@@ -303,11 +333,14 @@ def main() -> None:
                         each.keep_alive()
                     time.sleep(0.3)
                     results[workload, arena.target.name].append(arena.run(workload))
-    print(f"\n{'':>14} {'':>8} {'CPU us/delivery':>16} {'deliveries/s':>13} {'p50 ms':>8} {'p99 ms':>8}")
+    print(f"\n{'':>14} {'':>8} {'CPU us/delivery':>16} {'x bare':>8} {'deliveries/s':>13} {'p50 ms':>8} {'p99 ms':>8}")
     for (workload, name), rounds in results.items():
         cpu, speed, p50, p99 = (statistics.median(values) for values in zip(*rounds, strict=True))
+        ratio = statistics.median(
+            mine.cpu / bare.cpu for mine, bare in zip(rounds, results[workload, "bare"], strict=True)
+        )
         latency = f"{p50:8.2f} {p99:8.2f}" if workload.rate else f"{'-':>8} {'-':>8}"
-        print(f"{workload.name:>14} {name:>8} {cpu:16.2f} {speed:13,.0f} {latency}")
+        print(f"{workload.name:>14} {name:>8} {cpu:16.2f} {ratio:8.2f} {speed:13,.0f} {latency}")
 
 
 if __name__ == "__main__":

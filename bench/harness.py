@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,23 +56,28 @@ def describe_machine() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs, and its port on 127.0.0.1."""
+    """A server that runs, and its ports on 127.0.0.1. `ca` is the certificate of the one for WebTransport."""
 
     pid: int
     port: int
+    quic_port: int = 0
+    ca: str = ""
 
 
 @contextmanager
-def catbus_run(database: str) -> Iterator[Server]:
+def catbus_run(database: str, *, webtransport: bool = False) -> Iterator[Server]:
     """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended."""
     command = [sys.executable, "-m", "catbus", "run", "--config", str(Path(__file__).with_name("catbus.toml"))]
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
         settings = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state, "PYTHONPATH": str(ROOT)}
+        if webtransport:
+            settings["CATBUS_BIND"] = "127.0.0.1:0"
         process = subprocess.Popen(command, env=os.environ | settings, stdout=output)
         try:
             with _stopping(process):
-                yield Server(process.pid, _wait_serving(process, output))
+                port = _wait_serving(process, output)
+                yield _with_webtransport(process.pid, port) if webtransport else Server(process.pid, port)
         finally:
             for event in _events(output):
                 if event["level"] not in ("debug", "info"):
@@ -105,6 +111,12 @@ def _is_ready(port: int) -> bool:
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
         return peer.makefile("rb").readline().split()[1] == b"200"
+
+
+def _with_webtransport(pid: int, port: int) -> Server:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/.well-known/catbus") as answer:
+        found = json.load(answer)
+    return Server(pid, port, int(found["webtransport"].rpartition(":")[2]), found["certificate"])
 
 
 @contextmanager
@@ -197,6 +209,15 @@ def auth_line(client_id: str = "bench") -> bytes:
     """The `auth` of somebody who may do everything below `bench.`."""
     token = sign(SECRET, client_id=client_id, grants=Grants(("bench.*",), ("bench.*",)))
     return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode() + b"\n"
+
+
+PAYLOAD_SIZE = 128
+
+
+def payload(mark: bytes, number: int) -> bytes:
+    """128 bytes of JSON: which message it is, of which round, and when it was published."""
+    text = b'{"n":%d,"sent":%d,%b,"pad":"' % (number, time.monotonic_ns(), mark)
+    return text + b"x" * (PAYLOAD_SIZE - len(text) - 2) + b'"}'
 
 
 class Publisher:

@@ -37,7 +37,7 @@ from .webtransport import Conversation
 if TYPE_CHECKING:
     from ..hub import Hub
 
-BATCH = 128
+BATCH = 32
 """Datagrams that are taken from a socket before others have their turn."""
 RETRY_FROM = 256
 """Half-open connections from which on a client has to prove its address first."""

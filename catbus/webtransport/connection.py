@@ -117,8 +117,10 @@ class Connection:
         """When to call `handle_timer`. Changes with everything, `datagrams_to_send` above all."""
         if self._terminated:
             return None
-        times = [time for time in (self._quic.get_timer(), self._deadline) if time is not None]
-        return min(times, default=None)
+        at, deadline = self._quic.get_timer(), self._deadline
+        if at is None or (deadline is not None and deadline < at):
+            return deadline
+        return at
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take a UDP datagram. One that is no good is ignored; one that breaks the rules ends the connection."""

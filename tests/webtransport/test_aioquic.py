@@ -16,20 +16,31 @@ from tests.webtransport.link import Link
 
 QUIC = [
     "_close_event",
+    "_close_pending",
     "_crypto_streams",
     "_datagrams_pending",
+    "_handshake_confirmed",
+    "_handshake_done_pending",
     "_host_cids",
     "_is_client",
     "_local_max_data",
     "_local_max_streams_bidi",
     "_local_max_streams_uni",
     "_network_paths",
+    "_pacing_at",
     "_peer_cid",
     "_peer_cid_available",
+    "_ping_pending",
+    "_probe_pending",
     "_remote_max_datagram_frame_size",
     "_remote_max_streams_bidi",
     "_remote_max_streams_uni",
+    "_remote_preferred_address",
+    "_retire_connection_ids",
+    "_spaces",
     "_streams",
+    "_streams_blocked_pending",
+    "_streams_queue",
     "tls",
 ]
 
@@ -48,17 +59,19 @@ def test_what_we_read_of_a_connection(link: Link, name: str) -> None:
 
 def test_what_we_read_of_a_stream(link: Link) -> None:
     stream = QuicStream(stream_id=0, max_stream_data_local=1, max_stream_data_remote=1)
-    assert {"_buffer", "_buffer_start", "_buffer_stop", "is_finished"} <= vars(stream.sender).keys()
-    assert {"_ranges", "highest_offset", "is_finished"} <= vars(stream.receiver).keys()
+    assert {"_buffer", "_buffer_start", "_buffer_stop"} <= vars(stream.sender).keys()
+    assert {"buffer_is_empty", "is_finished", "reset_pending"} <= vars(stream.sender).keys()
+    assert {"_ranges", "highest_offset", "is_finished", "stop_pending"} <= vars(stream.receiver).keys()
     assert {"max_stream_data_local", "max_stream_data_local_sent"} <= vars(stream).keys()
     assert {"value", "sent", "used", "frame_type"} <= vars(Limit(0, "", 0)).keys()
-    assert {"cid", "stateless_reset_token"} <= QuicConnectionId.__dataclass_fields__.keys()
+    assert {"cid", "stateless_reset_token", "was_sent"} <= QuicConnectionId.__dataclass_fields__.keys()
     assert hasattr(link.client.it._quic.tls, "_peer_certificate")
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("datagrams_to_send", ["self", "now"]),
         ("_write_connection_limits", ["self", "builder", "space"]),
         ("_write_stream_limits", ["self", "builder", "space", "stream"]),
         ("_get_or_create_stream", ["self", "frame_type", "stream_id"]),

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from functools import partial
 
 import pytest
+from aioquic.quic.connection import QuicConnection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catbus.webtransport import Limits, SessionClosed, SessionOpened
+from catbus.webtransport.quic import Quic
 from tests.webtransport.link import Link, server_config
 
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -70,9 +72,7 @@ writes = st.lists(
 )
 
 
-@FEW
-@given(bad(), writes)
-def test_what_arrives_on_each_stream_is_what_was_sent(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
+def exchange(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
     link = Link(damage=damage)
     link.until(lambda: link.client.saw(SessionOpened) or link.client.lost)
     # A server that cannot be reached in 10 s is given up, which hardly ever happens.
@@ -115,6 +115,36 @@ def test_what_arrives_on_each_stream_is_what_was_sent(damage: Bad, plan: list[tu
     link.server.it.close_session(4242, "so long", link.now)
     link.until(lambda: link.client.lost)
     assert link.client.saw(SessionClosed) == [SessionClosed(4242, "so long")]
+
+
+@FEW
+@given(bad(), writes)
+def test_what_arrives_on_each_stream_is_what_was_sent(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
+    exchange(damage, plan)
+
+
+@FEW
+@given(bad(), writes)
+def test_aioquic_has_nothing_to_send_when_it_is_not_asked(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
+    def ask(quic: Quic, now: float) -> list[tuple[bytes, object]]:
+        nothing = quic._nothing_to_send(now)
+        found: list[tuple[bytes, object]] = QuicConnection.datagrams_to_send(quic, now)
+        assert not nothing or not found
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Quic, "datagrams_to_send", ask)
+        exchange(damage, plan)
+
+
+def test_aioquic_is_not_asked_for_what_it_has_not() -> None:
+    link = Link().open()
+    link.run(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(QuicConnection, "datagrams_to_send")
+        for end in link.ends():
+            assert end.it.datagrams_to_send(link.now) == []
+            assert not end.it._broken
 
 
 def test_the_link_is_bad() -> None:
