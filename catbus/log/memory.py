@@ -25,10 +25,12 @@ from .base import (
     Page,
     Resumption,
 )
-from .recent import Recent
+from .recent import OVERHEAD, Recent
 
 _BATCH = 1000
 """Entries that are committed, and handed to the follower, at once."""
+KEY = 200
+"""What an entry takes besides, roughly, in bytes, for its retry to be recognised."""
 _LOOKS = 4096
 """Entries that are looked at for a history before others have their turn."""
 
@@ -46,7 +48,7 @@ class MemoryLog:
         pending: int = PENDING,
         pending_bytes: int = PENDING_BYTES,
     ) -> None:
-        self._recent = Recent(limit_bytes)
+        self._recent = Recent(limit_bytes, overhead=OVERHEAD + KEY)
         self._keys: deque[tuple[bytes, int] | None] = deque()
         """The key of each entry in the ring."""
         self._seqs: dict[tuple[bytes, int], int] = {}

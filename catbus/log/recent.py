@@ -16,8 +16,9 @@ _SLACK = 64
 class Recent:
     """A contiguous stretch of entries, bounded by bytes: the newest stay. Found by arithmetic, never by searching."""
 
-    def __init__(self, limit_bytes: int, applied: int = 0) -> None:
+    def __init__(self, limit_bytes: int, applied: int = 0, *, overhead: int = OVERHEAD) -> None:
         self.limit = limit_bytes
+        self._overhead = overhead
         self.size = 0
         """Bytes held, with what Python adds."""
         self.first = applied + 1
@@ -43,13 +44,13 @@ class Recent:
         """Take the entries that follow on the newest, drop the oldest until there is room; returns how many."""
         held = self._entries
         held.extend(entries)
-        self.size += OVERHEAD * len(entries) + sum([len(e.channel) + len(e.payload) for e in entries])
+        self.size += self._overhead * len(entries) + sum([len(e.channel) + len(e.payload) for e in entries])
         if self.size <= self.limit:
             return 0
         start = self._start
         while self.size > self.limit:
             oldest = held[start]
-            self.size -= OVERHEAD + len(oldest.channel) + len(oldest.payload)
+            self.size -= self._overhead + len(oldest.channel) + len(oldest.payload)
             start += 1
         dropped = start - self._start
         self.first += dropped

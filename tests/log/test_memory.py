@@ -8,6 +8,8 @@ from trio.testing import MockClock
 
 from catbus.errors import Code
 from catbus.log import Committed, MemoryLog, Rejected
+from catbus.log.memory import KEY
+from catbus.log.recent import OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
 from tests.log.harness import Recorder, running
 
@@ -21,7 +23,7 @@ class TestConformance(LogConformance):
         return make
 
 
-ROOM_FOR_TEN = 10 * (256 + len("a") + 2)
+ROOM_FOR_TEN = 10 * (OVERHEAD + KEY + len("a") + 2)
 
 
 async def test_time_and_the_clock_have_no_part_in_it(autojump_clock: MockClock) -> None:
