@@ -39,6 +39,9 @@ from .wire import Protocol
 
 STOPPING = "the replica is stopping"
 
+TURN = 64
+"""Objects of one client's that are dealt with before others have their turn."""
+
 MAX_HISTORY = 1000
 """Messages in one page of `history` at the most."""
 
@@ -267,10 +270,16 @@ class Client:
         """
         if self._finishing:
             return
+        objects = 0
         for effect in self.session.receive(data):
-            await self._perform(effect)
+            if effect is not None:
+                await self._perform(effect)
+                continue
             while self.session.pending >= self._pending_limit or self.mailbox.full:
                 await self._wait_for_room()
+            objects += 1
+            if objects % TURN == 0:
+                await trio.lowlevel.checkpoint()
         if self.session.closing is not None:
             self._closing.set()
 

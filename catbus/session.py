@@ -132,19 +132,23 @@ class Session:
 
     # What the client says
 
-    def receive(self, data: bytes) -> Iterator[Effect]:
-        """Understand more bytes. Take every effect and carry it out before the next; take them all."""
+    def receive(self, data: bytes) -> Iterator[Effect | None]:
+        """Understand more bytes. Take every effect and carry it out before the next; take them all.
+
+        None comes after each object, whether it had an effect or not: there are replies now that take room.
+        """
         if self.closed:
             return
         try:
             for message in self._framer.feed(data):
                 if isinstance(message, PeerError):
                     self.say(wire.Error(message.message, message.code))
-                    continue
-                try:
-                    yield from _HANDLERS[type(message)](self, message)
-                except PeerError as error:
-                    self.say(error_reply(message, error))
+                else:
+                    try:
+                        yield from _HANDLERS[type(message)](self, message)
+                    except PeerError as error:
+                        self.say(error_reply(message, error))
+                yield None
                 if self.closed:
                     return
         except PeerError as error:

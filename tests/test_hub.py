@@ -57,6 +57,38 @@ async def test_who_does_not_authenticate_is_closed_in_time(hub: Hub, autojump_cl
     assert said(client) == ["auth_error"]
 
 
+@pytest.mark.parametrize("nonsense", [b"{}", b'{"type":"history","pattern":"a"}', b'{"type":"ping","seq":1}'])
+async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it_reads(
+    hub: Hub, nonsense: bytes, nursery: trio.Nursery
+) -> None:
+    client = open_client(hub)
+    nursery.start_soon(client.receive, nonsense * 10_000)
+    answers = 0
+    while answers < 10_000:
+        await wait_all_tasks_blocked()
+        assert client.mailbox.size < 2000 + 200
+        answers += len(client.mailbox.take())
+    client.leave()
+
+
+async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(hub: Hub) -> None:
+    hub_client, turns = open_client(hub), 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            hub_client.mailbox.take()
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        await hub_client.receive(b'{"type":"ping","seq":1}' * 6400)
+        nursery.cancel_scope.cancel()
+    assert turns >= 90
+    hub_client.leave()
+
+
 async def test_authenticating_puts_the_deadline_off(
     hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
