@@ -30,6 +30,7 @@ from .session import (
     Leave,
     Measure,
     Recall,
+    Refuse,
     Session,
     SessionLimits,
     Submit,
@@ -319,6 +320,8 @@ class Client:
                 self._authenticate(effect)
             case Recall():
                 await self._recall(effect.request)
+            case Refuse():
+                pass
 
     def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session

@@ -10,6 +10,7 @@ one and carries each out before it takes the next:
     Broadcast     pass the message on, once
     Recall        read the history, then call `recalled` or `refuse_request`
     Measure       say `Head` on every stream whose subscriptions are live
+    Refuse        nothing: it has been done, and takes room in the mailbox as all replies do
 
 It closes the connection once `closing` is set and the mailbox has been sent.
 """
@@ -83,7 +84,12 @@ class Measure:
     """A client wants to know how far its subscriptions are complete."""
 
 
-Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A message was no good, and has been answered."""
+
+
+Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +141,13 @@ class Session:
             for message in self._framer.feed(data):
                 if isinstance(message, PeerError):
                     self.say(wire.Error(message.message, message.code))
+                    yield Refuse()
                     continue
                 try:
                     yield from _HANDLERS[type(message)](self, message)
                 except PeerError as error:
                     self.say(error_reply(message, error))
+                    yield Refuse()
                 if self.closing is not None:
                     return
         except PeerError as error:

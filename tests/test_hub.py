@@ -97,6 +97,20 @@ async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
     client.leave()
 
 
+@pytest.mark.parametrize(
+    "nonsense", [b"{}", b'{"type":"subscribe","pattern":"!"}', b'{"type":"unsubscribe","pattern":"a"}']
+)
+async def test_who_does_not_read_refusals_gets_no_more_of_them(
+    hub: Hub, nonsense: bytes, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch))
+    nursery.start_soon(client.receive, nonsense * 1000)
+    await wait_all_tasks_blocked()
+    assert client.mailbox.limit <= client.mailbox.size < client.mailbox.limit + 200
+    client.leave()
+
+
 async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
     client = open_client(hub)
     client.leave()

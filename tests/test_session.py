@@ -23,6 +23,7 @@ from catbus.session import (
     Leave,
     Measure,
     Recall,
+    Refuse,
     Session,
     SessionLimits,
     State,
@@ -54,7 +55,8 @@ class Driver:
 
     def feed(self, data: bytes) -> None:
         for effect in self.session.receive(data):
-            self.effects.append(effect)
+            if not isinstance(effect, Refuse):
+                self.effects.append(effect)
             self.perform(effect)
 
     def perform(self, effect: Effect) -> None:
@@ -148,7 +150,7 @@ def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: boo
     assert driver.session.pending == 0
     for reply in driver.mailbox.take():
         assert isinstance(reply, bytes)
-        message = decode_server(reply) if driver.session.protocol else json.loads(reply)
+        message = decode_server(reply) if authenticated else json.loads(reply)
         if "error" in type(message).__name__.lower():
             assert message.code in set(Code)
 
