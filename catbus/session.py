@@ -135,20 +135,20 @@ class Session:
 
     def receive(self, data: bytes) -> Iterator[Effect]:
         """Understand more bytes. Take every effect and carry it out before the next; take them all."""
-        if self.state is State.CLOSED:
+        if self._closed:
             return
         try:
             for message in self._framer.feed(data):
                 if isinstance(message, PeerError):
                     self.say(wire.Error(message.message, message.code))
                     yield Refuse()
-                    continue
-                try:
-                    yield from _HANDLERS[type(message)](self, message)
-                except PeerError as error:
-                    self.say(error_reply(message, error))
-                    yield Refuse()
-                if self.closing is not None:
+                else:
+                    try:
+                        yield from _HANDLERS[type(message)](self, message)
+                    except PeerError as error:
+                        self.say(error_reply(message, error))
+                        yield Refuse()
+                if self._closed:
                     return
         except PeerError as error:
             self.say(wire.Error(error.message, error.code))
@@ -283,6 +283,10 @@ class Session:
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
         self.say(wire.Pong(message.seq))
         yield Measure()
+
+    @property
+    def _closed(self) -> bool:
+        return self.state is State.CLOSED
 
     def _authenticated(self) -> Identity:
         if self.identity is None:

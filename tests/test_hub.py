@@ -111,6 +111,19 @@ async def test_who_does_not_read_refusals_gets_no_more_of_them(
     client.leave()
 
 
+async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
+    hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch))
+    nursery.start_soon(client.receive, b'{"type":"ping","seq":1}{"type":"subscribe","pattern":"project.*"}' * 1000)
+    await wait_all_tasks_blocked()
+    assert hub.delivery.statistics().live
+    client.leave()
+    await wait_all_tasks_blocked()
+    assert not hub.delivery.statistics().live
+
+
 async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
     client = open_client(hub)
     client.leave()
