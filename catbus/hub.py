@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Protocol as Interface
 
 import trio
@@ -45,6 +46,9 @@ MAX_HISTORY = 1000
 
 MAX_HISTORY_BYTES = 1 << 20
 """And about so many bytes, but for a single message."""
+
+TURN = 0.002
+"""Seconds that one client is served in one go while others wait; a `ping` looks at all of its subscriptions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +251,14 @@ class Client:
         """
         if self._finishing:
             return
+        began = perf_counter()
         for effect in self.session.receive(data):
             await self._perform(effect)
             while self.session.pending >= self._pending_limit or self.mailbox.full:
                 await self._wait_for_room()
+            if perf_counter() - began > TURN:
+                await trio.lowlevel.checkpoint()
+                began = perf_counter()
         if self.session.closing is not None:
             self._closing.set()
 

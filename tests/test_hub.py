@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import catbus.hub as hub_module
 from catbus.auth import Authenticator, Grants, sign
 from catbus.config import Config, Limits
 from catbus.errors import CloseCode
@@ -122,6 +123,28 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
     client.leave()
     await wait_all_tasks_blocked()
     assert not hub.delivery.statistics().live
+
+
+async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "TURN", 0.0)
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as both:
+        both.start_soon(other)
+        await client.receive(b'{"type":"ping","seq":1}' * 20)
+        both.cancel_scope.cancel()
+    assert turns > 10
+    client.leave()
 
 
 async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
