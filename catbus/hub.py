@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Protocol as Interface
 
 import trio
@@ -39,14 +40,14 @@ from .wire import Protocol
 
 STOPPING = "the replica is stopping"
 
-TURN = 64
-"""Objects of one client's that are dealt with before others have their turn."""
-
 MAX_HISTORY = 1000
 """Messages in one page of `history` at the most."""
 
 MAX_HISTORY_BYTES = 1 << 20
 """And about so many bytes, but for a single message."""
+
+TURN = 0.002
+"""Seconds that one client is served in one go while others wait; a `ping` looks at all of its subscriptions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,16 +271,16 @@ class Client:
         """
         if self._finishing:
             return
-        objects = 0
+        began = perf_counter()
         for effect in self.session.receive(data):
             if effect is not None:
                 await self._perform(effect)
                 continue
             while self.session.pending >= self._pending_limit or self.mailbox.full:
                 await self._wait_for_room()
-            objects += 1
-            if objects % TURN == 0:
+            if perf_counter() - began > TURN:
                 await trio.lowlevel.checkpoint()
+                began = perf_counter()
         if self.session.closing is not None:
             self._closing.set()
 
@@ -389,7 +390,7 @@ class Client:
         if held is not None:
             self._end_stream(held)
         own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
-        session.joined(request, delivery.position, own)
+        session.joined(request, delivery.position, own, None if own is None else self._hub.log.epoch)
         subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
         if subscription is None:
             subscription = Subscription(

@@ -110,6 +110,7 @@ class Subscribed(Reply, tag="subscribed"):
     pattern: str
     seq: int
     stream: bool = False
+    epoch: str | None = None
     id: int | None = None
     fixed = ("pattern",)
 

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import catbus.hub as hub_module
 from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
 from catbus.config import Config, Drain, Limits
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
@@ -71,24 +72,6 @@ async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it
     client.leave()
 
 
-async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(hub: Hub) -> None:
-    hub_client, turns = open_client(hub), 0
-
-    async def count_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            hub_client.mailbox.take()
-            await trio.lowlevel.checkpoint()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count_turns)
-        await hub_client.receive(b'{"type":"ping","seq":1}' * 6400)
-        nursery.cancel_scope.cancel()
-    assert turns >= 90
-    hub_client.leave()
-
-
 async def test_authenticating_puts_the_deadline_off(
     hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +111,41 @@ async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
     assert client.mailbox.full, "it waits for somebody to read the replies"
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(130)
+    client.leave()
+
+
+async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
+    hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch))
+    nursery.start_soon(client.receive, b'{"type":"ping","seq":1}{"type":"subscribe","pattern":"project.*"}' * 1000)
+    await wait_all_tasks_blocked()
+    assert hub.delivery.statistics().live
+    client.leave()
+    await wait_all_tasks_blocked()
+    assert not hub.delivery.statistics().live
+
+
+async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "TURN", 0.0)
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as both:
+        both.start_soon(other)
+        await client.receive(b'{"type":"ping","seq":1}' * 20)
+        both.cancel_scope.cancel()
+    assert turns > 10
     client.leave()
 
 

@@ -94,7 +94,8 @@ class Conversation:
         """Bytes in the outbox."""
         self.subscriptions = Switchboard(self._say, self._number)
         self._on_event = on_event
-        self._lanes = {MAIN: _new_lane()}
+        self._main = _new_lane("")
+        self._lanes = {MAIN: self._main}
         self._outbox: deque[bytes] = deque()
         self._next_id = 1
         self._auths: deque[Answer[wire.AuthOk]] = deque()
@@ -217,12 +218,12 @@ class Conversation:
             return
         lane = self._lanes.get(stream)
         if lane is None:
-            lane = self._lanes[stream] = _new_lane()
+            lane = self._lanes[stream] = _new_lane(self.epoch)
         routes = lane.routes
         for message in lane.feed(data):
             if type(message) is Message:
                 inbox = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
-                if inbox is None and (inbox := lane.find(message.pattern, self.epoch)) is None:
+                if inbox is None and (inbox := lane.find(message.pattern)) is None:
                     continue
                 seq = message.seq
                 if seq is not None:
@@ -266,7 +267,7 @@ class Conversation:
         self.producer = reply.producer
         self.floor = reply.floor
         self.limits = reply.limits
-        self._advance(reply.head or 0, reply.epoch)
+        self._advance(reply.head or 0, reply.epoch, self._main)
         if self._auths:
             self._auths.popleft().settle(reply)
 
@@ -287,12 +288,12 @@ class Conversation:
             pending.batch.settle(pending.place, Refused(reply.code, reply.message, reply.retry_after))
 
     def _gap(self, event: wire.Gap, lane: Lane) -> None:
-        if event.epoch != self.epoch:
-            self._advance(event.last, event.epoch)
+        if event.epoch != lane.epoch:
+            self._advance(event.last, event.epoch, lane)
         self.subscriptions.gap(event, lane)
 
     def _head(self, event: wire.Head, lane: Lane) -> None:
-        self._advance(event.seq, event.epoch)
+        self._advance(event.seq, event.epoch, lane)
         self.subscriptions.head(event, lane)
 
     def _page(self, page: Page) -> None:
@@ -339,20 +340,24 @@ class Conversation:
         self._outbox.append(line)
         self.outgoing += len(line)
 
-    def _advance(self, seq: int, epoch: str) -> None:
-        self.head = max(seq, self.head) if epoch == self.epoch else seq
-        self.epoch = epoch
+    def _advance(self, seq: int, epoch: str, lane: Lane) -> None:
+        """A stream tells where the log is; what is new to that stream may be old here, and the other way round."""
+        if epoch == self.epoch:
+            self.head = max(seq, self.head)
+        elif epoch != lane.epoch:
+            self.head, self.epoch = seq, epoch
+        lane.epoch = epoch
 
 
-def _new_lane() -> Lane:
+def _new_lane(epoch: str) -> Lane:
     framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
-    return Lane(framer.feed)
+    return Lane(framer.feed, epoch)
 
 
 _OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], None]] = {
-    wire.Subscribed: lambda self, reply, lane: self.subscriptions.subscribed(reply, lane, self.epoch),
+    wire.Subscribed: lambda self, reply, lane: self.subscriptions.subscribed(reply, lane),
     wire.Revoked: lambda self, reply, lane: self.subscriptions.revoked(reply, lane),
-    wire.Live: lambda self, event, lane: self.subscriptions.live(event, lane, self.epoch),
+    wire.Live: lambda self, event, lane: self.subscriptions.live(event, lane),
     wire.Gap: Conversation._gap,
     wire.Head: Conversation._head,
 }

@@ -21,10 +21,12 @@ class Lane:
     `feed` makes objects of its bytes.
     """
 
-    __slots__ = ("feed", "fresh", "routes")
+    __slots__ = ("epoch", "feed", "fresh", "routes")
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, epoch: str) -> None:
         self.feed = feed
+        self.epoch = epoch
+        """Of the log that what comes here is from: one stream may be in the next while another is in the last still."""
         self.routes: dict[str, Inbox] = {}
         """Who gets the messages for a pattern; what comes for another pattern is for a subscription that was."""
         self.fresh: dict[str, Inbox] = {}
@@ -37,13 +39,13 @@ class Lane:
             self.routes[pattern] = inbox
         return self.routes.get(pattern)
 
-    def find(self, pattern: str | None, epoch: str) -> Inbox | None:
+    def find(self, pattern: str | None) -> Inbox | None:
         """Whom a message is for that no route leads to: it may be the first since a `subscribed`."""
         if pattern not in self.fresh:
             return None
         inbox = self.heard(pattern)
         if inbox is not None:
-            inbox.prove(epoch)
+            inbox.prove(self.epoch)
         return inbox
 
 

@@ -96,12 +96,14 @@ class Switchboard:
 
     # What the broker says
 
-    def subscribed(self, reply: wire.Subscribed, lane: Lane, epoch: str) -> None:
+    def subscribed(self, reply: wire.Subscribed, lane: Lane) -> None:
+        if reply.epoch is not None:
+            lane.epoch = reply.epoch
         inbox = self._answered(reply.id)
         if inbox is not None and inbox.phase is Phase.ASKED:
             (lane.fresh if inbox.resuming else lane.routes)[reply.pattern] = inbox
             inbox.lane = lane
-            inbox.begin(reply.seq, epoch)
+            inbox.begin(reply.seq, lane.epoch)
 
     def unsubscribed(self, reply: wire.Unsubscribed) -> None:
         self._answered(reply.id)
@@ -116,11 +118,11 @@ class Switchboard:
         if inbox is not None:
             self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
 
-    def live(self, event: wire.Live, lane: Lane, epoch: str) -> None:
+    def live(self, event: wire.Live, lane: Lane) -> None:
         inbox = lane.heard(event.pattern)
         if inbox is not None:
             inbox.live = True
-            inbox.mark(event, event.seq, epoch)
+            inbox.mark(event, event.seq, lane.epoch)
 
     def gap(self, event: wire.Gap, lane: Lane) -> None:
         inbox = lane.heard(event.pattern)

@@ -90,6 +90,7 @@ class Streams:
         self._limits = limits
         self._streams: dict[int, Stream] = {}
         self._opened: set[int] = set()
+        """Those of ours that aioquic may still keep: it keeps one that was reset until the peer acknowledges that."""
         self._ending: set[int] = set()
         self._unacknowledged: int | None = 0
 
@@ -137,6 +138,7 @@ class Streams:
     # Outwards.
 
     def credit(self, bidirectional: bool) -> int:
+        self._opened = {number for number in self._opened if self._quic.stream(number) is not None}
         return min(self._quic.stream_credit(bidirectional), max(0, self._limits.opened - len(self._opened)))
 
     def open(self, session: int, bidirectional: bool) -> int | None:
@@ -248,4 +250,3 @@ class Streams:
     def _tidy(self, stream: Stream) -> None:
         if stream.over:
             self._streams.pop(stream.id, None)
-            self._opened.discard(stream.id)

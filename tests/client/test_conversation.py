@@ -538,6 +538,38 @@ def test_a_head_speaks_of_the_subscriptions_on_its_stream() -> None:
     assert (here.arrived, there.arrived) == (110, 120)
 
 
+def test_a_stream_stays_in_its_epoch_whatever_another_has_said() -> None:
+    conversation = begin()
+    here = subscribe(conversation, "b.*", 150)
+    news = conversation.subscribe("a.*", None, None, 10, stream=True)
+    old = conversation.subscribe("c.*", 90, EPOCH, 10, stream=True)
+    # The broker has said the rest in the old epoch, which was at 150; the new one began after 140.
+    conversation.receive(
+        lines({"type": "gap", "pattern": "b.*", "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"})
+    )
+    conversation.receive(lines({**subscribed(150, 2), "epoch": EPOCH}), 3)
+    conversation.receive(lines({**subscribed(150, 3, "c.*"), "epoch": EPOCH}, message(91, pattern="c.*")), 7)
+    conversation.receive(lines({"type": "live", "pattern": "c.*", "seq": 150}), 7)
+    conversation.receive(lines({"type": "head", "seq": 150, "epoch": EPOCH, "at": 1}), 3)
+    assert [(one.arrived, one.arrived_epoch) for one in (here, news, old)] == [
+        (140, "e2"),
+        (150, EPOCH),
+        (150, EPOCH),
+    ]
+    assert (conversation.head, conversation.epoch) == (140, "e2")
+    for inbox, stream in ((news, 3), (old, 7)):
+        gap = {"type": "gap", "pattern": inbox.pattern, "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"}
+        conversation.receive(lines(gap, message(141, pattern=inbox.pattern)), stream)
+        assert (seqs(inbox)[-1], inbox.arrived_epoch) == (141, "e2")
+
+
+def test_a_stream_that_begins_in_a_new_epoch_says_so() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10, stream=True)
+    conversation.receive(lines({**subscribed(40, 1), "epoch": "e2"}, message(41)), 3)
+    assert (inbox.epoch, inbox.arrived) == ("e2", 41)
+
+
 def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> None:
     conversation = begin()
     conversation.subscribe("a.*", None, None, 10, stream=True)

@@ -269,7 +269,23 @@ def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
     assert opened[-1] is None
     assert opened[9] is not None
     link.server.it.reset(opened[9], 0)
-    assert link.server.it.stream_credit(bidirectional=False) == 1
+    link.until(lambda: link.server.it.stream_credit(bidirectional=False) == 1)
+
+
+def test_streams_that_the_peer_stops_count_until_it_knows_that_they_are_reset() -> None:
+    generous = client_config(Limits(unidirectional=1000))
+    link = Link(client=generous, server=server_config(Limits(opened=10))).open()
+    opened = [link.server.it.open_stream(bidirectional=False) for _ in range(10)]
+    link.run(1)
+    link.damage = lambda data: ()
+    link.upwards = untouched
+    for stream in opened:
+        assert stream is not None
+        link.client.it._quic.stop_stream(stream, 0)
+    link.until(lambda: len(link.server.saw(StreamStopped)) == 10)
+    assert link.server.it.stream_credit(bidirectional=False) == 0
+    link.damage = untouched
+    link.until(lambda: link.server.it.stream_credit(bidirectional=False) == 10)
 
 
 # Datagrams.
