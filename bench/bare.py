@@ -91,13 +91,13 @@ class _Loop:
     def receive(self) -> None:
         touched: dict[int, None] = {}
         now = time.monotonic()
-        for data, address in self._port.receive(128):
+        for data, place in self._port.receive(128):
             number = self._routes.get(data[1 : 1 + ID_LENGTH])
             if number is None:
                 number = self._accept(data)
                 if number is None:
                     continue
-            self._peers[number].quic.receive_datagram(data, (self._port, address), now)
+            self._peers[number].quic.receive_datagram(data, place, now)
             touched[number] = None
         for number in touched:
             self._send(number)

@@ -1,0 +1,28 @@
+"""The fan-out is measured to the end, and all of it arrives. What the figures are here says nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+PATIENCE = 120
+
+FANOUT = ("fanout.py", "--subscribers", "4", "--messages", "40", "--rates", "20", "--seconds", "0.5", "--repeat", "1")
+
+
+@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+def test_fanout(transport: str) -> None:
+    output = run(*FANOUT, "--transport", transport)
+    assert [line.split()[-6] for line in output.splitlines()[-4:]] == ["catbus", "bare"] * 2
+
+
+def run(program: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, BENCH / program, *options], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
