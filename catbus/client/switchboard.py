@@ -101,7 +101,7 @@ class Switchboard:
             lane.epoch = reply.epoch
         inbox = self._answered(reply.id)
         if inbox is not None and inbox.phase is Phase.ASKED:
-            (lane.fresh if inbox.resuming else lane.routes)[reply.pattern] = inbox
+            (lane.fresh if inbox.resuming else lane.routes)[inbox.pattern] = inbox
             inbox.lane = lane
             inbox.begin(reply.seq, lane.epoch)
 

@@ -579,6 +579,15 @@ def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> N
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
+def test_an_answer_that_names_another_pattern_leads_nowhere_else() -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10)
+    conversation.receive(lines(subscribed(100, 1, "b.*")))
+    conversation.subscriptions.leave(inbox)
+    conversation.receive(lines(message(101, pattern="b.*"), message(102)))
+    assert not inbox.items
+
+
 def test_a_datagram_is_for_whoever_has_the_pattern() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10, stream=True, datagrams=True)

@@ -6,6 +6,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import catbus.endpoints.webtransport as webtransport_module
 from catbus.auth import Grants, sign
@@ -296,3 +299,95 @@ async def test_a_flood_of_pings_fills_no_mailbox(monkeypatch: pytest.MonkeyPatch
             client.say(type="ping", seq=number)
             await client.heard("pong")
             assert held.mailbox.size < held.mailbox.limit + 200
+
+
+# Anything that can be done to streams
+
+patterns = st.sampled_from(["a.*", "b.*"])
+steps = st.one_of(
+    st.tuples(st.just("subscribe"), patterns, st.sampled_from([None, 0, 3, 20])),
+    st.tuples(st.just("publish"), patterns, st.sampled_from([1, 5, 40])),
+    st.tuples(st.sampled_from(["unsubscribe", "stop", "pause", "go on", "ping", "wait"]), patterns, st.none()),
+)
+LATE = [
+    ("publish", "a.*", 40),
+    ("subscribe", "a.*", 0),
+    ("wait", "a.*", None),
+    ("pause", "a.*", None),
+    ("publish", "a.*", 40),
+]
+
+
+def complete(own: Own, owed: list[int], since: int | None) -> int:
+    """Up to where a stream has told everything. Fails where something is missing, repeated or out of order."""
+    cursor: int = own.lines[0]["seq"] if since is None else since
+    for line in own.lines[1:]:
+        told = [line["seq"]] if line["type"] == "message" else []
+        if line["type"] in ("message", "live", "head"):
+            assert [seq for seq in owed if cursor < seq <= line["seq"]] == told
+            cursor = max(cursor, line["seq"])
+    return cursor
+
+
+@settings(max_examples=15)
+@given(st.lists(steps, min_size=5, max_size=25))
+@example([*LATE, ("subscribe", "a.*", 3), ("publish", "a.*", 5), ("ping", "a.*", None)])
+@example([*LATE, ("unsubscribe", "a.*", None), ("subscribe", "a.*", 20), ("wait", "a.*", None), ("stop", "a.*", None)])
+async def test_whatever_is_done_every_stream_tells_all_in_order(actions: list[tuple[str, str, Any]]) -> None:
+    """Nothing is missing, nothing comes twice, and no `live` or `head` is ahead of what stands before it."""
+    config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, mailbox=1 << 16))
+    limits = Limits(connection_window=16 << 20, stream_window=1 << 14, unidirectional=60)
+    async with serving(config, limits=Limits(stream_unacknowledged=1 << 14)) as server:
+        client = await server.log_in(limits=limits)
+        owed: dict[str, list[int]] = {"a.*": [], "b.*": []}
+        since: list[int | None] = []
+        held: dict[str, int] = {}
+        """The `id` with which each was asked for."""
+        stopped: set[int] = set()
+        newest = 0
+        for action, pattern, detail in actions:
+            numbers = [number for number, own in client.own.items() if is_for(own, pattern)]
+            if action == "subscribe":
+                held[pattern] = len(since)
+                since.append(None if detail is None else min(detail, newest))
+                client.say(type="subscribe", pattern=pattern, stream=True, since=since[-1], id=held[pattern])
+            elif action == "unsubscribe":
+                held.pop(pattern, None)
+                client.say(type="unsubscribe", pattern=pattern)
+            elif action == "publish":
+                await publish(server, pattern.replace("*", "x"), *["x" * 3000] * detail)
+                owed[pattern] += range(newest + 1, newest + detail + 1)
+                newest += detail
+            elif action == "ping":
+                client.say(type="ping", seq=1)
+            elif action == "wait":
+                await trio.sleep(0.03)
+            elif numbers and action == "stop":
+                if client.connection.stop_sending(numbers[-1], 0):
+                    stopped.add(numbers[-1])
+                    if held.get(pattern) == client.own[numbers[-1]].lines[0]["id"]:
+                        del held[pattern]
+            elif numbers:
+                client.own[numbers[-1]].reads = action == "go on"
+        client.say(type="ping", seq=2)
+        while (await client.heard("pong"))["seq"] != 2:
+            pass
+        for number, own in client.own.items():
+            own.reads = True
+            client.take(number)
+        client.transmit()
+
+        def all_told() -> bool:
+            told = 0
+            for number, own in client.own.items():
+                if own.lines:
+                    pattern, asked = own.lines[0]["pattern"], own.lines[0]["id"]
+                    cursor = complete(own, owed[pattern], since[asked])
+                    if held.get(pattern) == asked:
+                        told += cursor >= max(owed[pattern], default=0)
+                    elif not own.ended and number not in stopped:
+                        return False
+            statistics = server.hub.delivery.statistics()
+            return told == statistics.live == len(held) and not statistics.late
+
+        await client.until(all_told)

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import trio
@@ -230,7 +231,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(config: Config = CONFIG, bind: str = "127.0.0.1:0") -> AsyncIterator[Server]:
+async def serving(
+    config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: Limits | None = None
+) -> AsyncIterator[Server]:
     """A port that is open, with a real hub and a log in memory behind it."""
     log = MemoryLog(config.limits.recent)
     hub = Hub(config, log, Authenticator(config.auth.secrets))
@@ -244,7 +247,7 @@ async def serving(config: Config = CONFIG, bind: str = "127.0.0.1:0") -> AsyncIt
 
             async def serve(*, task_status: trio.TaskStatus[QuicEndpoint]) -> None:
                 with scope:
-                    await serve_quic(hub, [bind], server_config, sessions, task_status=task_status)
+                    await serve_quic(hub, [bind], partial(server_config, limits), sessions, task_status=task_status)
                 ended.set()
 
             endpoint: QuicEndpoint = await nursery.start(serve)
