@@ -143,6 +143,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)
+    nursery.start_soon(hub.mark_time)
     return Broker(hub)
 
 

@@ -46,6 +46,10 @@ MAX_HISTORY = 1000
 MAX_HISTORY_BYTES = 1 << 20
 """And about so many bytes, but for a single message."""
 
+QUIET = 15.0
+"""Seconds without anything sent, after which a client is told how far its subscriptions are complete."""
+MARKED_AT_A_TIME = 500
+
 TURN = 0.002
 """Seconds that one client is served in one go while others wait; a `ping` looks at all of its subscriptions."""
 
@@ -196,6 +200,16 @@ class Hub:
             return None
         return random.uniform(0, max(0.0, self._departure - trio.current_time()))  # noqa: S311 (no secret)
 
+    async def mark_time(self) -> None:
+        """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors."""
+        while True:
+            await trio.sleep(1)
+            now = trio.current_time()
+            for index, client in enumerate(tuple(self.clients)):
+                if index % MARKED_AT_A_TIME == 0:
+                    await trio.lowlevel.checkpoint()
+                client.mark_time(now)
+
     async def send_away(self) -> None:
         """Be not ready for a while, then tell every client to leave, and give all of them the time to."""
         settings = self.config.drain
@@ -252,6 +266,8 @@ class Client:
         self._pending_limit = limits.pending_publishes
         self._subscriptions: dict[str, Subscription] = {}
         self._producer = ""
+        self._marked = 0
+        self._next_mark = trio.current_time() + random.uniform(0, QUIET)  # noqa: S311 (no secret)
         self._closing = trio.Event()
         self._alarm = trio.CancelScope()
         self._room = trio.Event()
@@ -304,6 +320,12 @@ class Client:
         if reconnect_in is not None and self.session.identity is not None:
             self._say_heads()
             self.session.say(wire.GoAway(STOPPING, round(reconnect_in, 3)))
+
+    def mark_time(self, now: float) -> None:
+        """Say how far its subscriptions are complete, where it has heard nothing else for a while."""
+        if now >= self._next_mark:
+            self._next_mark = now + QUIET
+            self._say_heads(now - QUIET)
 
     def finish(self) -> None:
         """Take nothing more, and close when all publishes have been answered."""
@@ -431,20 +453,26 @@ class Client:
         if subscription.mailbox is not self.mailbox and self._streams is not None:
             self._streams.end_stream(subscription.mailbox)
 
-    def _say_heads(self) -> None:
-        """Say on each stream up to where all subscriptions on it are complete, unless one of them is late."""
+    def _say_heads(self, quiet_since: float | None = None) -> None:
+        """Say on each stream up to where all subscriptions on it are complete, unless one of them is late.
+
+        With `quiet_since` only where nothing has been sent from then on, and that is news to somebody.
+        """
         if self.session.identity is None:
             return
         hub, mailbox = self._hub, self.mailbox
         head = wire.Head(hub.delivery.position, hub.log.epoch, hub.delivery.at)
-        late = False
+        late = held = False
         for subscription in self._subscriptions.values():
-            if subscription.mailbox is mailbox:
-                late |= subscription.late
-            elif not (subscription.late or subscription.mailbox.full or subscription.marked == head.seq):
+            own = subscription.mailbox
+            if own is mailbox:
+                held, late = True, late or subscription.late
+            elif not (subscription.late or own.full or subscription.marked == head.seq) and _is_quiet(own, quiet_since):
                 subscription.marked = head.seq
-                self.session.say(head, subscription.mailbox)
-        if not late:
+                self.session.say(head, own)
+        news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(mailbox, quiet_since))
+        if news and not late:
+            self._marked = head.seq
             self.session.say(head)
 
     async def _recall(self, request: wire.History) -> None:
@@ -458,3 +486,8 @@ class Client:
         sizes = list(accumulate(len(entry.payload) + OVERHEAD for entry in reversed(entries)))
         kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
         self.session.recalled(request, kept, more or len(kept) < len(entries))
+
+
+def _is_quiet(mailbox: Mailbox, since: float | None) -> bool:
+    """Whether it is empty, and was last flushed before then. Anything is quiet where there is no time to compare."""
+    return since is None or (not mailbox and mailbox.rests_until < since)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec import Raw
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import catbus.hub as hub_module
 from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
+from catbus.broker import OWNER
 from catbus.config import Config, Drain, Limits
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
@@ -147,6 +149,77 @@ async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
         both.cancel_scope.cancel()
     assert turns > 10
     client.leave()
+
+
+# Marks of time
+
+
+class Reading:
+    """Reads at once whatever is flushed."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self.heard: list[tuple[float, str, int | None]] = []
+
+    def flush(self) -> None:
+        assert self.client is not None
+        for item in self.client.mailbox.take():
+            for line in (item if isinstance(item, bytes) else item.lines).splitlines():
+                message = json.loads(line)
+                self.heard.append((trio.current_time(), message["type"], message.get("seq")))
+
+
+async def quiet_client(hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *patterns: str) -> Reading:
+    nursery.start_soon(hub.flusher.run)
+    nursery.start_soon(hub.mark_time)
+    outlet = Reading()
+    outlet.client = hub.open_client(outlet, transport="test")
+    await outlet.client.receive(auth(None, monkeypatch))
+    await outlet.client.receive(objects(*({"type": "subscribe", "pattern": pattern} for pattern in patterns)))
+    await trio.sleep(0.1)
+    outlet.heard.clear()
+    return outlet
+
+
+async def publish(hub: Hub, channel: str) -> None:
+    await hub.publish(OWNER, [Publish(channel, Raw(b"1"))])
+
+
+async def test_a_client_that_hears_nothing_is_told_how_far_it_is(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outlet = await quiet_client(hub, nursery, monkeypatch, "quiet.*")
+    await trio.sleep(100)
+    assert outlet.heard == [], "nothing has moved"
+    await publish(hub, "elsewhere")
+    await trio.sleep(31)
+    [(_, kind, seq)] = outlet.heard
+    assert (kind, seq) == ("head", 1)
+    await trio.sleep(100)
+    assert len(outlet.heard) == 1, "it knows"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_hears_something_is_told_nothing_besides(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outlet = await quiet_client(hub, nursery, monkeypatch, "busy")
+    for _ in range(20):
+        await publish(hub, "busy")
+        await publish(hub, "elsewhere")
+        await trio.sleep(10)
+    assert {kind for _, kind, _ in outlet.heard} == {"message"}
+    nursery.cancel_scope.cancel()
+
+
+async def test_who_is_subscribed_to_nothing_is_told_nothing(
+    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outlet = await quiet_client(hub, nursery, monkeypatch)
+    await publish(hub, "elsewhere")
+    await trio.sleep(100)
+    assert outlet.heard == []
+    nursery.cancel_scope.cancel()
 
 
 async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:

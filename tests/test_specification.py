@@ -28,7 +28,7 @@ from catbus.config import Config, Limits
 from catbus.endpoints import http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
-from catbus.hub import MAX_HISTORY, Hub
+from catbus.hub import MAX_HISTORY, QUIET, Hub
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.postgres import lookup
 from catbus.webtransport import Limits as ConnectionLimits
@@ -334,6 +334,7 @@ CONSTANTS = {
     "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
     "streams of the broker's in a session": CONNECTION_LIMITS.opened,
     "datagrams waiting in a session": CONNECTION_LIMITS.datagrams,
+    "seconds without anything sent until `head` comes by itself, or twice as many": QUIET,
     "seconds in which nothing that was sent is taken": websocket.STALL_TIME,
     "seconds for closing": websocket.CLOSING_TIME,
     "bytes of the head of an HTTP request": http.HEAD_SIZE,
