@@ -20,6 +20,11 @@ _APPEND_LINES = _APPEND.format(
 _APPEND_ARRAYS = _APPEND.format(texts="$3::text[], $4::text[]", senders="$5::text[]")
 _NULL = "\x01"
 
+MOVE = "SELECT moved, last, more FROM catbus.move_outbox($1, $2, NULL)"
+# The time that the append returns is what makes the database call it first.
+_BEHIND = "SELECT a.at, a.first, a.seqs, m.moved, m.last, m.more FROM ({}) AS a, catbus.move_outbox($1, $2, a.at) AS m"
+_APPEND_AND_MOVE = {statement: _BEHIND.format(statement) for statement in (_APPEND_LINES, _APPEND_ARRAYS)}
+
 
 class Batch:
     """Messages that were taken out of the queue together: the same is sent for them however often it is sent.
@@ -37,8 +42,10 @@ class Batch:
         """So many from the beginning have had their answer."""
         self._args: tuple[str, tuple[object, ...]] | None = None
 
-    def call(self) -> tuple[str, tuple[object, ...]]:
+    def call(self, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         """The statement that appends them, and its arguments from the third on.
+
+        With `move` it then moves messages from the outbox too, and returns three columns more: those of `MOVE`.
 
         Columns of text go over as lines: asyncpg looks at every element of an array several times, which took half of
         all the time that an entry cost. No channel or payload has a line break in it, and where one does, or something
@@ -46,7 +53,8 @@ class Batch:
         """
         if self._args is None:
             self._args = self._encode()
-        return self._args
+        statement, args = self._args
+        return (_APPEND_AND_MOVE[statement] if move else statement), args
 
     def _encode(self) -> tuple[str, tuple[object, ...]]:
         appends, own = self.appends, self.own

@@ -16,6 +16,7 @@ from .courier import Courier
 from .listener import Listener
 from .lookup import Lookup
 from .migrate import migrate
+from .outbox import Outbox
 from .reader import Reader, unavailable
 from .supervise import Supervisor, Working
 from .tail import Tail
@@ -32,6 +33,8 @@ class PostgresStatistics:
     commits: int
     appended: int
     duplicates: int
+    moved: int
+    """Messages published from SQL that this replica has brought into the log."""
     batch_sizes: tuple[int, ...]
     pending: int
     pending_bytes: int
@@ -45,6 +48,8 @@ class PostgresStatistics:
     jumps: int
     """How often entries had to be read because those after them came first, or news came without them."""
     polls: int
+    looks: int
+    """How often messages published from SQL were looked for."""
     reads: int
     ephemeral_sent: int
     """Ephemeral messages that went to the other replicas."""
@@ -96,6 +101,7 @@ class PostgresLog:
             pending=pending,
             pending_bytes=pending_bytes,
         )
+        self._outbox = Outbox(self._connect, self._writer.move)
 
     @property
     def epoch(self) -> str:
@@ -155,6 +161,7 @@ class PostgresLog:
             commits=writer.commits,
             appended=writer.appended,
             duplicates=writer.duplicates,
+            moved=writer.moved,
             batch_sizes=tuple(writer.sizes),
             pending=writer.pending,
             pending_bytes=writer.pending_bytes,
@@ -165,6 +172,7 @@ class PostgresLog:
             unannounced=listener.unannounced,
             jumps=tail.jumps,
             polls=listener.polls,
+            looks=self._outbox.looks,
             reads=self._reader.reads + self._historian.reads,
             ephemeral_sent=courier.sent,
             ephemeral_statements=courier.statements,
@@ -187,6 +195,7 @@ class PostgresLog:
                 nursery.start_soon(self._services.run, "writer", self._writer.run)
                 nursery.start_soon(self._services.run, "reader", self._read_missing)
                 nursery.start_soon(self._services.run, "courier", self._courier.run)
+                nursery.start_soon(self._services.run, "outbox", self._outbox.run)
         finally:
             self._services.stop()
             self._writer.abandon()

@@ -23,8 +23,8 @@ from ..log.base import (
     Outcome,
 )
 from ..loggers import get_logger
-from .batch import Batch
-from .bridge import Connection, sqlstate
+from .batch import MOVE, Batch
+from .bridge import Connection, Row, sqlstate
 from .supervise import Working
 from .tail import Tail
 
@@ -60,6 +60,8 @@ class Writer:
         self.commits = 0
         self.appended = 0
         self.duplicates = 0
+        self.moved = 0
+        """Messages that were moved from the outbox into the log."""
         self.sizes = [0] * (BATCH_ENTRIES.bit_length() + 1)
         """How many batches had up to 1, 2, 4, 8, ... messages."""
         self.pid = 0
@@ -76,6 +78,10 @@ class Writer:
         self._incarnation = secrets.token_bytes(16)
         self._numbers = count(1)
         self._work = trio.Event()
+        self._moving = False
+        """Whether messages are known to wait in the outbox."""
+        self._tried = trio.Event()
+        self._refusal: Exception | None = None
         self._closed = False
 
     @property
@@ -97,6 +103,19 @@ class Writer:
             self._queue.append(append)
             self._size += append.size
             self._work.set()
+
+    async def move(self) -> None:
+        """Have messages moved from the outbox into the log, with the next append or without one; wait for the try.
+
+        Raises what the database has refused it with.
+        """
+        self._moving = True
+        self._tried = trio.Event()
+        self._refusal = None
+        self._work.set()
+        await self._tried.wait()
+        if self._refusal is not None:
+            raise self._refusal
 
     # Answers that do not wait for the database
 
@@ -151,7 +170,10 @@ class Writer:
                     working()
                 while True:
                     await self._gather(connection)
-                    await self._send(connection, self._flight[0])
+                    if self._flight:
+                        await self._send(connection, self._flight[0])
+                    else:
+                        await self._move(connection)
                     working()
             finally:
                 self.pid = 0
@@ -161,7 +183,7 @@ class Writer:
         self._work.set()
 
     async def _gather(self, connection: Connection) -> None:
-        """Wait until there is something to send."""
+        """Wait until there is something to send, or only something to move."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._flight:
             batch = self._take()
@@ -171,6 +193,8 @@ class Writer:
                 continue
             elif connection.closed:
                 raise OSError("the connection that appends was lost")
+            elif self._moving:
+                return
             else:
                 self._work = trio.Event()
                 await self._work.wait()
@@ -213,21 +237,23 @@ class Writer:
 
     async def _send(self, connection: Connection, batch: Batch) -> None:
         """Append a batch and answer. Never cancelled: only a lost connection ends it before its answer or its time."""
-        epoch, generation = self._tail.epoch, self._tail.generation
+        epoch, generation, moving = self._tail.epoch, self._tail.generation, self._moving
         try:
+            statement, args = batch.call(move=moving)
             with trio.CancelScope(shield=True):
-                statement, args = batch.call()
-                at, first, seqs = await connection.fetchrow(
-                    statement, self._synchronous_commit, epoch, *args, timeout=PATIENCE
-                )
+                at, first, seqs, *moves = await self._call(connection, epoch, statement, *args)
         except Exception as error:
+            self._end_move()
             state = sqlstate(error)
             if state == _ANOTHER_EPOCH:
                 await self._change_epoch(batch, epoch)
-            elif state.startswith(_FAULTY_ENTRY):
-                self._isolate(batch, error)
-            else:
+            elif not state.startswith(_FAULTY_ENTRY):
                 raise
+            elif moving:
+                # The fault may be that of either: each is tried by itself.
+                await self._move(connection)
+            else:
+                self._isolate(batch, error)
             return
         entries = [
             Entry(seq, at, append.channel, append.payload, append.sender, append.origin)
@@ -243,11 +269,46 @@ class Writer:
                 self._tail.offer(entries)
             self._tail.announce(max(seqs))
             self._tail.resolve()
+        if moving:
+            self._note_moves(generation, *moves)
         if len(entries) == len(seqs):
             batch.settle([Committed(seq) for seq in seqs])
         else:
             batch.settle([_outcome(seq, first) for seq in seqs])
         self._flight.popleft()
+
+    async def _move(self, connection: Connection) -> None:
+        """Move messages from the outbox without a batch before them. Never cancelled, as an append is not."""
+        epoch, generation = self._tail.epoch, self._tail.generation
+        try:
+            with trio.CancelScope(shield=True):
+                moved, last, more = await self._call(connection, epoch, MOVE)
+        except Exception as error:
+            self._end_move()
+            state = sqlstate(error)
+            if state == _ANOTHER_EPOCH:
+                await self._wait_epoch(epoch)
+            elif state.startswith(_FAULTY_ENTRY):
+                self._refusal = error
+            else:
+                raise
+        else:
+            self.commits += moved > 0
+            self._note_moves(generation, moved, last, more)
+
+    def _note_moves(self, generation: int, moved: int, last: int | None, more: bool) -> None:
+        """Take in what `MOVE` has returned. What was moved is read from the table, as on every other replica."""
+        self.moved += moved
+        if last is not None and generation == self._tail.generation:
+            self._tail.announce(last)
+        self._end_move(more)
+
+    def _end_move(self, more: bool = False) -> None:
+        self._moving = more
+        self._tried.set()
+
+    async def _call(self, connection: Connection, epoch: str, statement: str, *args: object) -> Row:
+        return await connection.fetchrow(statement, self._synchronous_commit, epoch, *args, timeout=PATIENCE)
 
     def _isolate(self, batch: Batch, error: BaseException) -> None:
         """One entry that the database refuses must not fail its neighbours: halve the batch until it is alone."""
@@ -267,6 +328,10 @@ class Writer:
             self._flight.appendleft(rest)
         if retries is not None:
             retries.settle_all(UNDECIDED)
+        await self._wait_epoch(epoch)
+
+    async def _wait_epoch(self, epoch: str) -> None:
+        """Wait until the log has been opened in another epoch than the one that the database has refused."""
         self._recheck()
         with trio.move_on_after(EPOCH_PATIENCE):
             await self._tail.wait_epoch(epoch)
