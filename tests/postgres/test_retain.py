@@ -57,11 +57,11 @@ async def slot(connection: Connection) -> int:
     return current
 
 
-async def fill_slots(connection: Connection, epoch: str, number: int) -> None:
-    """As many slots, one entry in each, the last of them current. After the time of one more the oldest is due."""
+async def fill_slots(connection: Connection, epoch: str, number: int, each: int = SLOT * 9 // 10) -> None:
+    """As many slots, one entry in each, the last of them current. Of 8, the oldest is due after the time of a slot."""
     for index in range(number):
         if index:
-            await pass_time(connection, SLOT * 9 // 10)
+            await pass_time(connection, each)
             await connection.execute("UPDATE catbus.head SET slot = slot + 1")
         await publish(connection, epoch, 1)
 
@@ -98,6 +98,21 @@ def test_the_oldest_slot_is_emptied_when_its_newest_entry_is_older_than_the_age(
         assert await retain(sql) == (6, 5, False, False, None)
         assert await seqs(sql) == [6]
         assert await position(sql) == (epoch, 6, 6)
+
+    play(database_url, scene)
+
+
+def test_as_long_as_the_oldest_slot_is_young_the_current_one_grows(database_url: str) -> None:
+    """The size that may be taken up was smaller once, so that slots were closed sooner."""
+
+    async def scene(epoch: str, sql: Connection) -> None:
+        await fill_slots(sql, epoch, 8, SLOT // 10)
+        await pass_time(sql, SLOT)
+        assert await retain(sql) == (1, *NOTHING)
+        await publish(sql, epoch, 1)
+        assert await slot(sql) == 7
+        await pass_time(sql, AGE - SLOT)
+        assert (await retain(sql)) == (2, 1, False, True, None)
 
     play(database_url, scene)
 
