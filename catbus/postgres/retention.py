@@ -11,7 +11,7 @@ import trio
 
 from ..config import Retention as Settings
 from ..loggers import get_logger
-from .bridge import Connection, Row
+from .bridge import Connection
 from .supervise import Working
 
 logger = get_logger("catbus.postgres")
@@ -25,8 +25,9 @@ SLOTS = 8
 _LOOK = "SELECT o.victim, o.bytes, o.victim IS NOT NULL OR o.closing FROM catbus.overdue($1, $2) AS o"
 _STEP = "SELECT floor, dropped, early, closed, held FROM catbus.retain($1, $2)"
 
-# Who has come just now will be gone by the time somebody reads of it. The text of a query may hold secrets. What was
-# prepared for a commit in two phases has no process, and without the right to see more, processes show nothing.
+# Who has come just now is on the way out again, or gone by the time that processes are looked at. One whose state may
+# not be seen is believed to stay, and what was prepared for a commit in two phases has no process. The text of a query
+# is nobody's business: it may hold secrets.
 _HOLDERS = """
 SELECT coalesce(l.pid, 0), coalesce(nullif(a.application_name, ''), a.backend_type, p.gid), a.state,
        to_char(coalesce(a.xact_start, p.prepared) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
@@ -36,7 +37,9 @@ LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transactio
 WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
       AND l.relation = format('catbus.entries_%s', $1::smallint)::regclass
-      AND coalesce(a.xact_start < clock_timestamp() - interval '50 ms', true)
+      AND (a.xact_start < clock_timestamp() - interval '50 ms'
+           OR a.pid IS NOT NULL AND a.state IS NULL
+           OR l.pid IS NULL)
 ORDER BY a.xact_start
 """
 
@@ -85,6 +88,8 @@ class Retention:
         """Take the steps that are due; False where somebody is in the way."""
         while True:
             victim, self.bytes, due = await connection.fetchrow(_LOOK, self._age, self._size)
+            if victim is None:
+                self._is_held, self.holders = False, ()
             if not due:
                 return True
             # While somebody is seen to use it, it is not even tried: every try holds up all who publish.
@@ -100,7 +105,7 @@ class Retention:
                 return True  # another replica was faster
 
     async def _ask_holders(self, connection: Connection, slot: int) -> Sequence[Holder]:
-        return [_holder(row) for row in await connection.fetch(_HOLDERS, slot)]
+        return [Holder(*row) for row in await connection.fetch(_HOLDERS, slot)]
 
     def _note_held(self, holders: Sequence[Holder]) -> None:
         self.held += 1
@@ -115,13 +120,8 @@ class Retention:
             self.stepped = time.time_ns() // 1_000_000
         if dropped:
             self.dropped += dropped
-            self._is_held, self.holders = False, ()
             reason = "size" if early else "age"
             logger.info("the oldest part of the log was dropped", entries=dropped, floor=floor, reason=reason)
-
-
-def _holder(row: Row) -> Holder:
-    return Holder(*row)
 
 
 def _shown(holder: Holder) -> dict[str, object]:

@@ -234,6 +234,63 @@ async def test_who_comes_in_the_way_of_a_step_is_named_too(
         assert [named["pid"] for named in warning.kwargs["holders"]] == [dump.pid]
 
 
+async def test_when_another_replica_has_done_it_nobody_is_in_the_way_any_more(
+    database_url: str, lines: CapturingLogger
+) -> None:
+    log = make(database_url)
+    async with running(log) as (_, publisher), open_sql(database_url) as dump, open_sql(database_url) as sql:
+        for times in (1, 2):
+            await publish(publisher, 3)
+            await close_slot(sql)
+            await dump.execute("BEGIN; SELECT FROM catbus.entries")
+            await wait_until(lambda: is_old(sql, dump.pid))
+            await pass_time(sql, 9 * SLOT)
+            await wait_until(lambda: is_held(log, True))
+            assert len(lines.calls) == times
+            # In one transaction, so that the log under test has no time to be the one.
+            await sql.execute("BEGIN; SELECT FROM catbus.head FOR UPDATE")
+            await dump.execute("ROLLBACK")
+            await drop(sql)
+            await sql.execute("COMMIT")
+            await wait_until(lambda: is_held(log, False))
+        assert log.statistics().retention_dropped == 0
+
+
+async def is_held(log: PostgresLog, expected: bool) -> bool:
+    return bool(log.report()["retention"]["holders"]) is expected  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "begun", "expected"),
+    [
+        ("a dump", "'idle in transaction'", "now() - interval '1 hour'", 1),
+        ("a reader that has just come", "'active'", "clock_timestamp()", 0),
+        ("a reader that has left since", "'idle'", "NULL", 0),
+        ("a session whose state may not be seen", "NULL", "NULL", 1),
+        ("a session that has ended since", None, None, 0),
+        ("a prepared transaction", None, None, 1),
+    ],
+)
+async def test_who_has_only_just_come_or_is_gone_is_in_nobodys_way(
+    database_url: str, name: str, state: str | None, begun: str | None, expected: int
+) -> None:
+    """What the server says of locks and of processes is of two moments; here, tables of the test's stand for both."""
+    pid = "NULL" if name == "a prepared transaction" else "1234"
+    async with open_sql(database_url) as sql:
+        await sql.execute(f"""
+            CREATE TEMPORARY TABLE pg_locks AS SELECT * FROM pg_locks LIMIT 0;
+            INSERT INTO pg_temp.pg_locks (locktype, database, relation, virtualtransaction, pid, mode, granted)
+            SELECT 'relation', oid, 'catbus.entries_3'::regclass, '-1/1234', {pid}, 'AccessShareLock', true
+            FROM pg_database WHERE datname = current_database();
+            CREATE TEMPORARY TABLE pg_stat_activity AS SELECT * FROM pg_stat_activity LIMIT 0""")
+        if state is not None:
+            await sql.execute(f"""
+                INSERT INTO pg_temp.pg_stat_activity (pid, application_name, state, xact_start)
+                VALUES (1234, 'x', {state}, {begun})""")
+        assert len(await sql.fetch(retention_module._HOLDERS, 3)) == expected
+        assert await sql.fetch(retention_module._HOLDERS, 4) == []
+
+
 async def test_a_database_that_is_away_ends_nothing(database_url: str, lines: CapturingLogger) -> None:
     async with open_proxy(database_url) as proxy, open_sql(database_url) as sql:
         log = make(proxy.url)

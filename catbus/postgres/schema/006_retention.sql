@@ -1,4 +1,4 @@
--- Retention: the oldest part of the log goes, one partition at a time, at a cost that does not depend on its size.
+-- Retention: the oldest part of the log goes, a partition at a time and not row by row.
 --
 -- New entries go into one slot until its first is older than a seventh of the age, then into the next. The oldest slot
 -- is emptied when its newest entry is older than the age. So the log keeps at least the age, and 8/7 of it at the most.
