@@ -154,4 +154,4 @@ async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
     if settings.url == "embedded":
         url = await nursery.start(embedded.run, config.state_directory / "postgres")
         settings = msgspec.structs.replace(settings, url=url)
-    return PostgresLog(settings, recent=limits.recent, pending=limits.pending_total)
+    return PostgresLog(settings, config.retention, recent=limits.recent, pending=limits.pending_total)

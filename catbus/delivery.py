@@ -133,6 +133,11 @@ class Delivery:
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):
             known = subscription.cursor if subscription.late else previous
+            if lost == "retention" and subscription.late and known >= applied:
+                # Another replica has served it with what this one never had.
+                if known == applied:
+                    self._go_live(subscription)
+                continue
             self._announce_gap(subscription, min(known, applied), applied, lost)
             if subscription.late:
                 self._go_live(subscription)

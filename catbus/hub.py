@@ -95,6 +95,18 @@ class Hub:
     def statistics(self) -> HubStatistics:
         return HubStatistics(len(self.clients), self._published)
 
+    def report(self) -> dict[str, object]:
+        """How this replica is, and its log, for whoever runs it, as it is written in JSON."""
+        log = self.log
+        return {
+            "state": self.readiness,
+            "clients": len(self.clients),
+            "epoch": log.epoch,
+            "head": log.applied,
+            "floor": log.floor,
+            "log": log.report(),
+        }
+
     @property
     def readiness(self) -> str:
         """`starting` until the log has been read for the first time, then `ready` or `degraded`; `draining` at the end.

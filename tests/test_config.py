@@ -11,6 +11,7 @@ from catbus.config import (
     Auth,
     Config,
     Database,
+    Retention,
     WebSocket,
     default_state_directory,
     is_loopback,
@@ -63,6 +64,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         [limits]
         message_size = "128KiB"
         mailbox = 1000
+        [retention]
+        age = "7d"
+        size = "1.5TiB"
         [drain]
         delay = 0
         """,
@@ -77,6 +81,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert config.webtransport.key == "/etc/key.pem"
     assert config.limits.message_size == 131_072
     assert config.limits.mailbox == 1000
+    assert config.retention == Retention(age=604_800.0, size=3 << 39)
     assert config.drain.delay == 0
     assert type(config.database.publish_timeout) is float
 
@@ -181,6 +186,8 @@ def test_levels(text: str, levels: dict[str, int]) -> None:
         ("[limits]\nmessage_size = true", ["[limits] message_size: expected a size above 0", "found true"]),
         ('[limits]\nmessage_size = "64 sheep"', ['found "64 sheep"']),
         ('[limits]\nconnections = "64KiB"', ["expected a whole number above 0", 'found "64KiB"']),
+        ('[retention]\nage = "a day"', ["[retention] age: expected a duration", "above 0", 'found "a day"']),
+        ('[retention]\nsize = "1MiB"', ["[retention] size: expected a size of 64 MiB at least", 'found "1MiB"']),
         ("[limits]\nconnections = 1.5", ["found 1.5"]),
         ("[limits]\nconnections = 1979-05-27", ["found a date"]),
         ('[logging]\nlevels = "catbus=loud"', ["[logging] levels: expected log levels", 'found "catbus=loud"']),

@@ -362,6 +362,16 @@ def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: 
     assert reader.mail() == [wire.Gap("a", 2, 5, "e", "retention")]
 
 
+def test_who_is_further_than_retention_has_overtaken_this_replica_misses_nothing(delivery: Delivery) -> None:
+    there, beyond = Reader(delivery, "a", since=5), Reader(delivery, "a", since=7)
+    delivery.restart(5, "retention")
+    assert (there.mail(), beyond.mail()) == ([wire.Live("a", 5)], [])
+    delivery.apply([entry(6, "a"), entry(7, "a")])
+    assert (there.mail(), beyond.mail()) == ([6, 7], [wire.Live("a", 7)])
+    delivery.apply([entry(8, "a")])
+    assert (there.mail(), beyond.mail()) == ([8], [8])
+
+
 def test_an_ephemeral_message_reaches_the_late_as_well_and_moves_nothing(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     live, late = Reader(delivery, "a"), Reader(delivery, "a", since=0)

@@ -53,7 +53,7 @@ def test_what_the_sample_shows_is_valid(tmp_path: Path) -> None:
     load(path, {})
 
 
-@pytest.mark.parametrize("section", ["limits", "drain", "logging"])
+@pytest.mark.parametrize("section", ["limits", "retention", "drain", "logging"])
 def test_what_the_sample_gives_as_defaults_are_the_defaults(section: str, tmp_path: Path) -> None:
     shown = _COMMENTED.sub("", SAMPLE.read_text()).replace("\ndelay = 0\nwindow = 0\n", "\n")
     path = tmp_path / "catbus.toml"

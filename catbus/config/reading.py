@@ -16,7 +16,7 @@ from msgspec import Meta
 from ..errors import ConfigError
 from .addresses import split_address
 from .levels import parse_levels
-from .settings import Address, Config, DatabaseUrl, Duration, File, Levels, PostgresUrl, Section, Size, Timeout
+from .settings import Address, Config, DatabaseUrl, Duration, File, Levels, LogSize, PostgresUrl, Section, Size, Timeout
 
 ENVIRONMENT = {
     "DATABASE_URL": "database.url",
@@ -74,7 +74,8 @@ def keys() -> dict[str, str]:
 
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-_BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+_BYTES |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 _SHORTEST_OF_SEVERAL = 16
 
 
@@ -191,7 +192,7 @@ def _check(hint: Any, value: object) -> object:
 def _read_text(kind: Any, text: str) -> object:
     if kind in (Duration, Timeout):
         return _amount(text, _SECONDS)
-    if kind == Size:
+    if kind in (Size, LogSize):
         return int(_amount(text, _BYTES))
     if kind == Levels:
         parse_levels(text)

@@ -21,6 +21,7 @@ Text = Annotated[str, Meta(min_length=1, description="text")]
 Duration = Annotated[float, Meta(ge=0, le=_TEN_YEARS, description=_DURATION)]
 Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, above 0")]
 Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
+LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of 64 MiB at least, like "10GiB"')]
 Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
 Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
@@ -62,6 +63,15 @@ class Database(Section, frozen=True, kw_only=True):
     def _show(self, name: str) -> str:
         value = getattr(self, name)
         return repr(redact(value)) if value and name in self.hidden else super()._show(name)
+
+
+class Retention(Section, frozen=True, kw_only=True):
+    """How much of the log stays in PostgreSQL. What is more than `size` goes, however young it is."""
+
+    age: Timeout = 86_400.0
+    """The log keeps so much at least, and 8/7 of it at the most."""
+    size: LogSize = 10 << 30
+    """What its tables may take up, with their indexes."""
 
 
 class Auth(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
@@ -136,6 +146,7 @@ class Config(Section, frozen=True, kw_only=True):
     state: File | None = None
     """Where a broker keeps what is its own; see `state_directory`."""
     database: Database = Database()
+    retention: Retention = Retention()
     auth: Auth = Auth()
     websocket: WebSocket = WebSocket()
     webtransport: WebTransport = WebTransport()

@@ -86,6 +86,17 @@ async def ready(hub: Hub, request: Request) -> Answer:
             return line(503, other)
 
 
+async def status(hub: Hub, request: Request) -> Answer:
+    """How this replica is, for who may read everything."""
+    try:
+        identity = await hub.authenticate(_bearer(request))
+        if not identity.grants.may_read("*"):
+            raise PeerError(Code.UNAUTHORIZED, "only who may read `*` is told")
+    except PeerError as error:
+        return _refusal(error)
+    return json(hub.report(), headers=[(b"cache-control", b"no-store")])
+
+
 async def discover(hub: Hub, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
     secure = request.header(b"x-forwarded-proto") == b"https"
@@ -221,6 +232,7 @@ def _advice(status: int) -> Headers:
 ROUTES: dict[str, dict[str, Handler]] = {
     "/health": {"GET": health},
     "/ready": {"GET": ready},
+    "/status": {"GET": status},
     "/.well-known/catbus": {"GET": discover},
     "/publish": {"POST": publish},
     "/ws": {"GET": websocket},

@@ -166,6 +166,9 @@ class Log(Protocol):
     def resume(self, since: int, epoch: str | None) -> Resumption:
         """Where a subscription that was complete up to `since` in `epoch` goes on in the present epoch."""
 
+    def report(self) -> dict[str, object]:
+        """What whoever runs it may want to know of how it is kept, by name, as it is written in JSON."""
+
     async def wait_open(self) -> None:
         """Wait until the log has been opened for the first time."""
 

@@ -119,6 +119,9 @@ class MemoryLog:
             return Resumption(since)
         return Resumption(self.floor - 1, "epoch")
 
+    def report(self) -> dict[str, object]:
+        return {"size": self._recent.size}
+
     async def wait_open(self) -> None:
         await self._open.wait()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from ..config import Database
+from ..config import Retention as RetentionSettings
 from ..errors import Unavailable
 from ..log import Append, Entry, Follower, Page, Recent, Resumption
 from ..log.base import PENDING, PENDING_BYTES
@@ -18,6 +19,7 @@ from .lookup import Lookup
 from .migrate import migrate
 from .outbox import Outbox
 from .reader import Reader, unavailable
+from .retention import Retention
 from .supervise import Supervisor, Working
 from .tail import Tail
 from .writer import Writer
@@ -51,6 +53,17 @@ class PostgresStatistics:
     looks: int
     """How often messages published from SQL were looked for."""
     reads: int
+    floor: int
+    table_size: int
+    """Bytes that the log took up when it was looked at last."""
+    retention_steps: int
+    """How often this replica closed a part of the log, or took one away."""
+    retention_dropped: int
+    """How many entries it took away."""
+    retention_held: int
+    """How often a part was to go and somebody used its table."""
+    retention_stepped: int | None
+    """When the last step was, in milliseconds since 1970."""
     ephemeral_sent: int
     """Ephemeral messages that went to the other replicas."""
     ephemeral_statements: int
@@ -75,6 +88,7 @@ class PostgresLog:
     def __init__(
         self,
         settings: Database,
+        retention: RetentionSettings | None = None,
         *,
         url: str | None = None,
         recent: int = 64 << 20,
@@ -92,6 +106,7 @@ class PostgresLog:
         self._listener = Listener(self._connect_listener, self._tail, lambda: self._writer.pid, self._courier)
         self._reader = Reader(self._connect)
         self._historian = Reader(self._connect)
+        self._retention = Retention(self._connect, retention or RetentionSettings())
         self._writer = Writer(
             self._connect,
             self._tail,
@@ -129,16 +144,18 @@ class PostgresLog:
         while True:
             await trio.lowlevel.checkpoint()
             tail = self._tail
-            page = tail.recent.since(after, rows, size)
+            # What is below the floor is gone for everybody, though some of it may still be in memory.
+            start = max(after, self.floor - 1)
+            page = tail.recent.since(start, rows, size)
             if page is not None:
                 return page
             generation = tail.generation
             try:
-                page = await self._reader.page(after, tail.applied, rows, size)
+                page = await self._reader.page(start, tail.applied, rows, size)
             except OUTAGE as error:
                 raise unavailable(error) from error
             if generation == tail.generation:
-                if page.last == after:
+                if page.last == start:
                     raise Unavailable("the log is another one, and not open yet")
                 return page
 
@@ -154,9 +171,22 @@ class PostgresLog:
     async def wait_open(self) -> None:
         await self._tail.wait_epoch()
 
+    def report(self) -> dict[str, object]:
+        retention = self._retention
+        return {
+            "size": retention.bytes,
+            "retention": {
+                "steps": retention.steps,
+                "dropped": retention.dropped,
+                "stepped": retention.stepped,
+                "held": retention.held,
+                "holders": retention.holders,
+            },
+        }
+
     def statistics(self) -> PostgresStatistics:
         writer, listener, tail, services = self._writer, self._listener, self._tail, self._services
-        courier = self._courier
+        courier, retention = self._courier, self._retention
         return PostgresStatistics(
             commits=writer.commits,
             appended=writer.appended,
@@ -174,6 +204,12 @@ class PostgresLog:
             polls=listener.polls,
             looks=self._outbox.looks,
             reads=self._reader.reads + self._historian.reads,
+            floor=self.floor,
+            table_size=retention.bytes,
+            retention_steps=retention.steps,
+            retention_dropped=retention.dropped,
+            retention_held=retention.held,
+            retention_stepped=retention.stepped,
             ephemeral_sent=courier.sent,
             ephemeral_statements=courier.statements,
             ephemeral_received=courier.received,
@@ -196,6 +232,7 @@ class PostgresLog:
                 nursery.start_soon(self._services.run, "reader", self._read_missing)
                 nursery.start_soon(self._services.run, "courier", self._courier.run)
                 nursery.start_soon(self._services.run, "outbox", self._outbox.run)
+                nursery.start_soon(self._services.run, "retention", self._retention.run)
         finally:
             self._services.stop()
             self._writer.abandon()

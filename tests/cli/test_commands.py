@@ -57,6 +57,7 @@ def test_a_line_that_is_published_appears(broker: Running, catbus: Command, star
     report = json.loads(output)
     assert status == 0
     assert (report["ready"], report["state"], report["head"], report["floor"]) == (True, "ready", 1, 1)
+    assert report["log"]["size"] > 0
 
     # A second subscriber that comes late, reads what it wants, and leaves.
     assert catbus("pub", "other", "2", "--url", broker.url).status == 0

@@ -50,7 +50,7 @@ async def echo(client: FakeClient, data: bytes) -> None:
 
 
 class FakeHub:
-    """Knows the token `good`. Publishing numbers the messages from 1."""
+    """Knows the tokens `good` and `narrow`. Publishing numbers the messages from 1."""
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
@@ -68,7 +68,12 @@ class FakeHub:
         self.clients.append(client)
         return client
 
+    def report(self) -> dict[str, object]:
+        return {"state": self.readiness}
+
     async def authenticate(self, token: str) -> Identity:
+        if token == "narrow":
+            return Identity("bob", Grants(("a.*",), ("*",)), None)
         if token != "good":
             raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
         return Identity("alice", Grants.ALL, None)

@@ -64,6 +64,24 @@ REQUESTS = {
     "query": (get("/health?probe=1"), 200, b"ok\n", {}),
     "absolute target": (get("http://bus.example/health?x"), 200, b"ok\n", {}),
     "ready": (get("/ready"), 200, b"ready\n", {}),
+    "status": (
+        get("/status", "Authorization: Bearer good"),
+        200,
+        b'{"state":"ready"}\n',
+        {"content-type": JSON, "cache-control": "no-store"},
+    ),
+    "status without a token": (
+        get("/status"),
+        401,
+        b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
+        {},
+    ),
+    "status for who may not read everything": (
+        get("/status", "Authorization: Bearer narrow"),
+        403,
+        b'{"error":"only who may read `*` is told","code":"unauthorized"}\n',
+        {},
+    ),
     "discovery": (
         get("/.well-known/catbus"),
         200,
