@@ -24,15 +24,19 @@ _NULL = "\x01"
 class Batch:
     """Messages that were taken out of the queue together: the same is sent for them however often it is sent.
 
-    `numbers` are those of their keys; where a message has no producer, the key's is `own`.
+    `numbers` are those of their keys; where a message has no producer, the key's is `own`. `epoch` is the one in which
+    they were taken out: what a retry among them knows of its first sending means nothing in another.
     """
 
-    __slots__ = ("_args", "answered", "appends", "numbers", "own")
+    __slots__ = ("_args", "answered", "appends", "epoch", "numbers", "own")
 
-    def __init__(self, appends: Sequence[Append], numbers: Sequence[int], own: bytes, answered: int = 0) -> None:
+    def __init__(
+        self, appends: Sequence[Append], numbers: Sequence[int], own: bytes, epoch: str = "", answered: int = 0
+    ) -> None:
         self.appends = appends
         self.numbers = numbers
         self.own = own
+        self.epoch = epoch
         self.answered = answered
         """So many from the beginning have had their answer."""
         self._args: tuple[str, tuple[object, ...]] | None = None
@@ -106,8 +110,8 @@ class Batch:
         """The same in two batches of at least one."""
         half = len(self.appends) // 2
         return (
-            Batch(self.appends[:half], self.numbers[:half], self.own, min(self.answered, half)),
-            Batch(self.appends[half:], self.numbers[half:], self.own, max(self.answered - half, 0)),
+            Batch(self.appends[:half], self.numbers[:half], self.own, self.epoch, min(self.answered, half)),
+            Batch(self.appends[half:], self.numbers[half:], self.own, self.epoch, max(self.answered - half, 0)),
         )
 
     def part(self, wanted: Callable[[Append], bool]) -> Batch | None:
@@ -115,4 +119,4 @@ class Batch:
         kept = [i for i in range(self.answered, len(self.appends)) if wanted(self.appends[i])]
         if not kept:
             return None
-        return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own)
+        return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own, self.epoch)
