@@ -128,12 +128,24 @@ class Delivery:
             self._work.set()
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
-        """Go on after `applied`, and tell everyone what may be missing: `lost` is "epoch" or "retention"."""
+        """Go on after `applied`, and tell everyone what may be missing: `lost` is "epoch" or "retention".
+
+        In another epoch, who is late and not beyond `applied` misses nothing, is told so, and goes on from its cursor.
+        """
         previous, self.position, self.at = self.position, applied, 0
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):
             known = subscription.cursor if subscription.late else previous
-            if lost == "retention" and subscription.late and known >= applied:
+            if lost == "epoch":
+                # The seqs begin lower, so what was wanted after a seq of the other log is wanted from here on.
+                subscription.patterns = {p: min(after, applied) for p, after in subscription.patterns.items()}
+                subscription.marked = 0
+                if subscription.late and known < applied:
+                    self._ahead.pop(subscription, None)
+                    self._announce_gap(subscription, known, known, lost)
+                    self._work.set()
+                    continue
+            elif subscription.late and known >= applied:
                 # Another replica has served it with what this one never had.
                 if known == applied:
                     self._go_live(subscription)

@@ -346,13 +346,49 @@ def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, deliv
 
 def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a", "a", "a")
-    live, late = Reader(delivery, "a"), Reader(delivery, "a", since=1)
+    live, late, ahead = Reader(delivery, "a"), Reader(delivery, "a", since=2), Reader(delivery, "a", since=5)
     log.epoch = "f"
     delivery.restart(2)
     assert live.mail() == [wire.Gap("a", 3, 2, "f", "epoch")]
-    assert late.mail() == [wire.Gap("a", 2, 2, "f", "epoch"), wire.Live("a", 2)]
+    assert late.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
+    assert ahead.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
     delivery.apply([entry(3, "a")])
-    assert (live.mail(), late.mail()) == ([3], [3])
+    assert (live.mail(), late.mail(), ahead.mail()) == ([3], [3], [3])
+
+
+def test_who_is_late_in_what_both_epochs_have_in_common_goes_on_exactly(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 4)
+    late, further = Reader(delivery, "a", since=1), Reader(delivery, "a", since=3)
+    log.epoch = "f"
+    del log.entries[2:]
+    delivery.restart(2)
+    assert late.mail() == [wire.Gap("a", 2, 1, "f", "epoch")]
+    assert further.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
+    publish(log, delivery, "a")
+    sweep(log, delivery)
+    assert late.mail() == [2, 3, wire.Live("a", 3)]
+    assert further.mail() == [3]
+
+
+def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery: Delivery) -> None:
+    """Where a subscription began in the other epoch says nothing about the seqs of this one."""
+    publish(log, delivery, *["a"] * 4)
+    mailbox = Mailbox(Outlet(), lambda _: None)
+    mailbox.protocol = Protocol.FIRST
+    old = Subscription(mailbox)
+    for pattern in ("*", "a"):
+        delivery.subscribe(old, pattern)
+    slow = Reader(delivery, "a", limit=150)
+    del log.entries[1:]
+    delivery.restart(1)
+    slow.mail()
+    publish(log, delivery, "a", "a", "a")
+    assert [e.seq for item in mailbox.take() if isinstance(item, Run) for e in item.entries] == [2, 3, 4]
+    got: list[object] = []
+    for _ in range(5):
+        got += slow.mail()
+        sweep(log, delivery)
+    assert [seq for seq in got if isinstance(seq, int)] == [2, 3, 4]
 
 
 def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: Delivery) -> None:

@@ -10,16 +10,24 @@ import trio
 
 from ..config import Config, load, redact
 from ..errors import ConfigError
-from ..postgres.migrate import init
+from ..postgres.migrate import begin_epoch, init
 from .database import database_options, reach_database
 
 
 @click.command("init", short_help="Prepare a database.")
 @database_options
-def command(config: Path | None, database: str | None, state: str | None) -> None:
+@click.option(
+    "--new-epoch",
+    is_flag=True,
+    help="The database was restored from a backup: say so to all who knew more of the log than it has now.",
+)
+def command(config: Path | None, database: str | None, state: str | None, new_epoch: bool) -> None:
     """Bring the schema `catbus` of a database to this version, or make it. Harmless where that has been done.
 
     A broker does the same when it starts; this is for where it may not, and for finding out beforehand.
+
+    With --new-epoch it is the last step of a restore by hand, before a broker is started again: subscribers who knew of
+    messages that are gone are told so, and nobody takes others under the same numbers for them.
 
     \b
     Examples:
@@ -29,11 +37,16 @@ def command(config: Path | None, database: str | None, state: str | None) -> Non
     settings = load(config, os.environ, {"database.url": database, "state": state})
     if settings.database.url == "memory":
         raise ConfigError("there is no database to prepare: set DATABASE_URL or give --database")
-    applied = trio.run(_prepare, settings)
+    applied, epoch = trio.run(_prepare, settings, new_epoch)
     place = redact(settings.database.url)
-    click.echo(f"{place}: applied {', '.join(applied)}" if applied else f"{place}: nothing to do, it is up to date")
+    if applied:
+        click.echo(f"{place}: applied {', '.join(applied)}")
+    elif epoch is None:
+        click.echo(f"{place}: nothing to do, it is up to date")
+    if epoch is not None:
+        click.echo(f"{place}: epoch {epoch[0]} begins after message {epoch[1]}")
 
 
-async def _prepare(config: Config) -> list[str]:
+async def _prepare(config: Config, new_epoch: bool) -> tuple[list[str], tuple[str, int] | None]:
     async with reach_database(config) as database:
-        return await init(database)
+        return await init(database), await begin_epoch(database) if new_epoch else None

@@ -132,7 +132,12 @@ class _Draft:
 
 
 def _check_together(config: Config) -> None:
-    transport, socket = config.webtransport, config.websocket
+    database, transport, socket = config.database, config.webtransport, config.websocket
+    if database.failover == "lossless" and database.synchronous_commit in ("off", "local"):
+        raise ConfigError(
+            'database.failover is "lossless", and with database.synchronous_commit = '
+            f'"{database.synchronous_commit}" no commit waits for a standby'
+        )
     if (transport.cert is None) != (transport.key is None):
         given, missing = ("cert", "key") if transport.cert else ("key", "cert")
         raise ConfigError(

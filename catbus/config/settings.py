@@ -31,6 +31,7 @@ PostgresUrl = Annotated[str, Meta(description="a URL that begins with postgres:/
 Levels = Annotated[str, Meta(description='log levels, like "info" or "catbus=info,aioquic=warning"')]
 Format = Literal["auto", "json", "text"]
 SynchronousCommit = Literal["on", "off", "local", "remote_write", "remote_apply"]
+Failover = Literal["lossy", "lossless"]
 
 
 class Section(Struct, frozen=True, kw_only=True):
@@ -56,6 +57,8 @@ class Database(Section, frozen=True, kw_only=True):
     listen_url: PostgresUrl | None = None
     """A way to the same database past a connection pooler, for LISTEN, which a pooler makes deaf."""
     synchronous_commit: SynchronousCommit = "on"
+    failover: Failover = "lossy"
+    """Whether a standby that takes over can lack what was committed; "lossless" where commits wait for it."""
     publish_timeout: Timeout = 5.0
     """How long a publish waits for a database that is away before it is refused."""
     connect_timeout: Timeout = 5.0

@@ -12,7 +12,7 @@ SELECT at, first, seqs FROM catbus.append($1, $2, {texts},
     CASE cardinality($6::bytea[]) WHEN 1 THEN array_fill(($6::bytea[])[1], ARRAY[$10::integer]) ELSE $6::bytea[] END,
     string_to_array($7, ',')::bigint[], {senders},
     coalesce($8::bytea[], array_fill(NULL::bytea, ARRAY[$10::integer])),
-    coalesce($9::bigint[], array_fill(NULL::bigint, ARRAY[$10::integer])))
+    CASE cardinality($9::bigint[]) WHEN 1 THEN array_fill(($9::bigint[])[1], ARRAY[$10::integer]) ELSE $9::bigint[] END)
 """
 _APPEND_LINES = _APPEND.format(
     texts=r"string_to_array($3, E'\n'), string_to_array($4, E'\n')", senders=r"string_to_array($5, E'\n', E'\x01')"
@@ -29,15 +29,28 @@ _APPEND_AND_MOVE = {statement: _BEHIND.format(statement) for statement in (_APPE
 class Batch:
     """Messages that were taken out of the queue together: the same is sent for them however often it is sent.
 
-    `numbers` are those of their keys; where a message has no producer, the key's is `own`.
+    `numbers` are those of their keys; where a message has no producer, the key's is `own`. `epoch` is the one in which
+    they were taken out: what a retry among them knows of its first sending means nothing in another. `after` is a seq
+    that was committed before they were first sent. When retention has passed it, a call that comes late cannot know
+    what a call before it has brought, and appends nothing.
     """
 
-    __slots__ = ("_args", "answered", "appends", "numbers", "own")
+    __slots__ = ("_args", "after", "answered", "appends", "epoch", "numbers", "own")
 
-    def __init__(self, appends: Sequence[Append], numbers: Sequence[int], own: bytes, answered: int = 0) -> None:
+    def __init__(
+        self,
+        appends: Sequence[Append],
+        numbers: Sequence[int],
+        own: bytes,
+        epoch: str = "",
+        after: int = 0,
+        answered: int = 0,
+    ) -> None:
         self.appends = appends
         self.numbers = numbers
         self.own = own
+        self.epoch = epoch
+        self.after = after
         self.answered = answered
         """So many from the beginning have had their answer."""
         self._args: tuple[str, tuple[object, ...]] | None = None
@@ -57,7 +70,7 @@ class Batch:
         return (_APPEND_AND_MOVE[statement] if move else statement), args
 
     def _encode(self) -> tuple[str, tuple[object, ...]]:
-        appends, own = self.appends, self.own
+        appends, own, after = self.appends, self.own, self.after
         channels = [append.channel for append in appends]
         senders = [append.sender for append in appends]
         lines = (
@@ -73,13 +86,13 @@ class Batch:
             statement, columns = _APPEND_ARRAYS, (channels, [append.payload.decode() for append in appends], senders)
         producers = [own if append.producer is None else append.producer for append in appends]
         origins = [append.origin for append in appends]
-        afters = [append.after for append in appends]
+        afters = [after if append.after is None else append.after for append in appends]
         return statement, (
             *columns,
             producers[:1] if producers.count(producers[0]) == len(producers) else producers,
             ",".join(map(str, self.numbers)),
             None if origins.count(None) == len(origins) else origins,
-            None if afters.count(None) == len(afters) else afters,
+            afters[:1] if afters.count(after) == len(afters) else afters,
             len(appends),
         )
 
@@ -114,8 +127,10 @@ class Batch:
         """The same in two batches of at least one."""
         half = len(self.appends) // 2
         return (
-            Batch(self.appends[:half], self.numbers[:half], self.own, min(self.answered, half)),
-            Batch(self.appends[half:], self.numbers[half:], self.own, max(self.answered - half, 0)),
+            Batch(self.appends[:half], self.numbers[:half], self.own, self.epoch, self.after, min(self.answered, half)),
+            Batch(
+                self.appends[half:], self.numbers[half:], self.own, self.epoch, self.after, max(self.answered - half, 0)
+            ),
         )
 
     def part(self, wanted: Callable[[Append], bool]) -> Batch | None:
@@ -123,4 +138,4 @@ class Batch:
         kept = [i for i in range(self.answered, len(self.appends)) if wanted(self.appends[i])]
         if not kept:
             return None
-        return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own)
+        return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own, self.epoch, self.after)

@@ -13,9 +13,21 @@ class Epochs:
     def __init__(self, known: Sequence[tuple[str, int]] = ()) -> None:
         self._known = list(known)
 
-    def began(self, epoch: str) -> int | None:
-        """After which seq an epoch began; None for one that is not known."""
-        return next((after for name, after in self._known if name == epoch), None)
+    def __contains__(self, epoch: str) -> bool:
+        return any(name == epoch for name, _ in self._known)
+
+    def common(self, epoch: str) -> int | None:
+        """Up to where the newest epoch has the entries of this one, which must be known; None if it is the newest."""
+        names = [name for name, _ in self._known]
+        return min((after for _, after in self._known[names.index(epoch) + 1 :]), default=None)
+
+    def parted(self, other: Epochs) -> tuple[int | None, int | None]:
+        """Up to where the newest epochs of `other` and of these have the entries of the last one that both know.
+
+        Each is None where that epoch is the newest itself, and both are None where there is no such epoch.
+        """
+        shared = next((name for name, _ in reversed(self._known) if name in other), None)
+        return (None, None) if shared is None else (other.common(shared), self.common(shared))
 
     def resume(self, since: int, epoch: str, floor: int) -> Resumption:
         """Where a subscription that was complete up to `since` in `epoch` goes on in the newest one.
@@ -23,9 +35,7 @@ class Epochs:
         Whatever a later epoch took over unchanged, which is what stands at or below the seq it began after, the
         subscription has; of the rest nobody can say.
         """
-        names = [name for name, _ in self._known]
-        if epoch not in names:
+        if epoch not in self:
             return Resumption(floor - 1, "epoch")
-        later = [after for _, after in self._known[names.index(epoch) + 1 :]]
-        common = min(later, default=since)
-        return Resumption(since) if since <= common else Resumption(common, "epoch")
+        common = self.common(epoch)
+        return Resumption(since) if common is None or since <= common else Resumption(common, "epoch")

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -32,14 +33,42 @@ PATIENCE = 3.0
 _HEARD = 10_000
 """Notifications that may wait; for more there is the poll."""
 
-_POSITION = "SELECT epoch, head, floor FROM catbus.position()"
-_EPOCHS = "SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"
+_TRIES = 10
+"""How often the log may turn out to be yet another one before the connection is given up."""
+_CLAIMS = 1.0
+"""Seconds between two looks for the sake of what clients say."""
+
+_STANDBY = "SELECT pg_is_in_recovery()"
+_LOOK = "SELECT epoch, head, floor, mark, standby, same_system, same_timeline FROM catbus.look($1)"
+_MARK = "SELECT catbus.mark($1)"
+_NEW_EPOCH = "SELECT epoch, after_seq, made FROM catbus.new_epoch($1, $2)"
+_KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
+_EPOCHS = """
+SELECT e.epoch, e.after_seq FROM catbus.epochs AS e JOIN catbus.epochs AS newest ON e.ordinal <= newest.ordinal
+WHERE newest.epoch = $1 ORDER BY e.ordinal
+"""
 
 _enclosed = msgspec.json.Decoder(list[tuple[int, int, str, str | None, str | None, Raw]])
 
 
+class _Look(NamedTuple):
+    """The database's answer to a look, as `catbus.look` has it."""
+
+    epoch: str
+    head: int
+    floor: int
+    mark: bytes | None
+    standby: bool
+    same_system: bool | None
+    same_timeline: bool | None
+
+
 class Listener:
-    """Keeps the tail informed, through a connection of its own. `own_pid` tells our writer's notifications apart."""
+    """Keeps the tail informed, through a connection of its own. `own_pid` tells our writer's notifications apart.
+
+    Each poll also makes sure that the database's log is still the one that the tail has followed. Where it is not, or
+    nobody can say, a new epoch begins. With `lossless` a standby that takes over is believed to have all of it.
+    """
 
     def __init__(
         self,
@@ -47,6 +76,8 @@ class Listener:
         tail: Tail,
         own_pid: Callable[[], int],
         courier: Courier,
+        *,
+        lossless: bool = False,
     ) -> None:
         self.epochs = Epochs()
         self.notifications = 0
@@ -59,28 +90,65 @@ class Listener:
         self._tail = tail
         self._own_pid = own_pid
         self._courier = courier
+        self._lossless = lossless
         self._seal = ""
         self._heard: deque[tuple[str, int, str]] = deque()
         self._news = trio.Event()
         self._doubt = trio.Event()
+        self._recognised = 0
+        """Which poll was the last that found the log to be the one that is followed."""
+        self._looked = trio.Event()
+        self._claimed = 0.0
+        self._standby = False
 
     def check(self) -> None:
         """Poll at once: there is reason to think that the log is another one."""
         self._doubt.set()
+
+    def question(self) -> None:
+        """Poll soon: a client says something that may mean so, or may be wrong."""
+        now = trio.current_time()
+        if now >= self._claimed + _CLAIMS:
+            self._claimed = now
+            self.check()
+
+    async def vouch(self) -> None:
+        """Wait until a look that began after this has found the log to be the one that is followed.
+
+        Whoever has connected before this is connected to that log, as there is only one primary.
+        """
+        wanted = self.polls + 1
+        self.check()
+        while self._recognised < wanted:
+            await self._looked.wait()
 
     async def run(self, working: Working) -> None:
         """Listen until the connection is lost. LISTEN first, then the position: nothing falls between them."""
         with await self._connect() as connection:
             self._heard.clear()
             connection.when_closed(self._hear_end)
+            # A standby would not even let us LISTEN.
+            (standby,) = await connection.fetchrow(_STANDBY, timeout=PATIENCE)
+            self._refuse_standby(standby)
             for channel in (CHANNEL, EPHEMERAL):
                 await connection.listen(channel, partial(self._hear, channel))
             (self._seal,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
-            self._tail.announce(await self._look(connection))
-            working()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._follow, connection)
-                await self._watch(connection, working)
+            try:
+                self._tail.announce(await self._look(connection))
+                working()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._follow, connection)
+                    await self._watch(connection, working)
+            finally:
+                self._tail.distrust()
+
+    def _refuse_standby(self, standby: bool) -> None:
+        if standby:
+            if not self._standby:
+                logger.warning("the database is a standby, waiting until it is a primary")
+            self._standby = True
+            raise OSError("the database is a standby")
+        self._standby = False
 
     def _hear(self, channel: str, pid: int, payload: str) -> None:
         if len(self._heard) < _HEARD:
@@ -151,22 +219,85 @@ class Listener:
         return PACE
 
     async def _look(self, connection: Connection) -> int:
-        """Read the database's position and return its head. Another log than ours is opened."""
+        """Read the database's position and return its head; from then on the tail follows the log that is there."""
         tail = self._tail
-        applied = tail.applied
         self.polls += 1
-        epoch, head, floor = await connection.fetchrow(_POSITION, timeout=PATIENCE)
-        if epoch != tail.epoch or head < applied:
-            known = [(name, after) for name, after in await connection.fetch(_EPOCHS, timeout=PATIENCE)]
-            self.epochs = Epochs(known)
-            began = self.epochs.began(epoch) if tail.epoch not in ("", epoch) else None
-            start = head if began is None else min(max(began, floor - 1), head)
-            if tail.epoch:
-                logger.warning("the log is another one now", epoch=epoch, applied=applied, head=head, after=start)
-            tail.restart(epoch, start, floor)
-            tail.announce(head)
-        tail.floor = floor
-        return int(head)
+        number = self.polls
+        for _ in range(_TRIES):
+            applied, mark = tail.applied, tail.marks.newest
+            look = _Look(*await connection.fetchrow(_LOOK, applied, timeout=PATIENCE))
+            self._refuse_standby(look.standby)
+            if await self._recognise(connection, look, applied, mark):
+                tail.floor = look.floor
+                if not tail.trusted:
+                    tail.trust()
+                self._recognised = number
+                self._looked.set()
+                self._looked = trio.Event()
+                return look.head
+            tail.distrust()
+        raise OSError("the log turns out to be another one again and again")
+
+    async def _recognise(self, connection: Connection, look: _Look, applied: int, mark: bytes | None) -> bool:
+        """Whether this is the log that the tail follows; if not, do what comes next, and it has to be looked at again.
+
+        `applied` and `mark` are what the tail had applied before that look.
+        """
+        tail = self._tail
+        # Retention may have taken the entry away, and then says so.
+        intact = applied < look.floor or (applied <= look.head and look.mark == mark)
+        known = applied if intact else await self._agreement(connection, look)
+        if not (look.same_system and look.same_timeline):
+            if not (look.same_system and intact and self._lossless):
+                # Nobody has appended to the log since it came here: a writer waits until somebody has looked at it.
+                reason = "failed over" if look.same_system else "another cluster"
+                await self._begin(connection, look, reason, known if tail.epoch else None)
+                return False
+            await connection.fetch(_KEEP_EPOCH, look.epoch, timeout=PATIENCE)
+            logger.warning("the database has failed over, without a loss as configured", epoch=look.epoch)
+        if look.epoch == tail.epoch:
+            if not intact:
+                await self._begin(connection, look, "set back", known)
+            return intact
+        rows = await connection.fetch(_EPOCHS, look.epoch, timeout=PATIENCE)
+        epochs = Epochs([(name, after) for name, after in rows])
+        agreed, believed = epochs.parted(self.epochs)
+        if agreed is not None and (believed is None or believed > agreed):
+            # The database has lost our epoch, and what it knew then of those before it.
+            await self._begin(connection, look, "set back to an older epoch", min(known, agreed))
+            return False
+        start = known if tail.epoch else look.head
+        if tail.epoch in epochs:
+            common = epochs.common(tail.epoch)
+            assert common is not None
+            if known < min(applied, common):
+                # Who began the new epoch could not know what we do.
+                await self._begin(connection, look, "set back further than another replica knew", known)
+                return False
+            start = min(known, common)
+        start = min(max(start, look.floor - 1), look.head)
+        (there,) = await connection.fetchrow(_MARK, start, timeout=PATIENCE)
+        if tail.epoch:
+            logger.warning("the log is another one now", epoch=look.epoch, applied=applied, head=look.head, after=start)
+        self.epochs = epochs
+        tail.restart(look.epoch, start, look.floor, mark=there)
+        tail.announce(look.head)
+        return True
+
+    async def _agreement(self, connection: Connection, look: _Look) -> int:
+        """Up to where the database certainly has the entries that were applied here."""
+
+        async def mark(seq: int) -> bytes | None:
+            (found,) = await connection.fetchrow(_MARK, seq, timeout=PATIENCE)
+            return bytes(found) if found is not None else None
+
+        return await self._tail.marks.agreement(mark, look.floor, look.head)
+
+    async def _begin(self, connection: Connection, look: _Look, reason: str, agreed: int | None) -> None:
+        """Begin a new epoch, unless another replica has been faster."""
+        epoch, after, made = await connection.fetchrow(_NEW_EPOCH, look.epoch, agreed, timeout=PATIENCE)
+        if made:
+            logger.warning("a new epoch begins", epoch=epoch, reason=reason, head=look.head, after=after)
 
 
 def sealed(head: str, enclosed: str, secret: str) -> str:

@@ -103,12 +103,18 @@ class PostgresLog:
         self._services = Supervisor("schema", "listener", "writer", "reader")
         self._tail = Tail(Recent(recent))
         self._courier = Courier(self._connect, self._tail)
-        self._listener = Listener(self._connect_listener, self._tail, lambda: self._writer.pid, self._courier)
-        self._reader = Reader(self._connect)
+        self._listener = Listener(
+            self._connect_listener,
+            self._tail,
+            lambda: self._writer.pid,
+            self._courier,
+            lossless=settings.failover == "lossless",
+        )
+        self._reader = Reader(self._connect_vouched)
         self._historian = Reader(self._connect)
         self._retention = Retention(self._connect, retention or RetentionSettings())
         self._writer = Writer(
-            self._connect,
+            self._connect_vouched,
             self._tail,
             self._listener.check,
             synchronous_commit=settings.synchronous_commit,
@@ -164,9 +170,14 @@ class PostgresLog:
         return await self._historian.history(pattern, newest if before is None else min(before, newest), limit)
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
+        listener = self._listener
         if epoch is None or epoch == self.epoch:
+            if since > self._tail.announced:
+                listener.question()
             return Resumption(since)
-        return self._listener.epochs.resume(since, epoch, self.floor)
+        if epoch not in listener.epochs:
+            listener.question()
+        return listener.epochs.resume(since, epoch, self.floor)
 
     async def wait_open(self) -> None:
         await self._tail.wait_epoch()
@@ -256,6 +267,19 @@ class PostgresLog:
 
     async def _connect(self) -> Connection:
         return await self._dial(self._url)
+
+    async def _connect_vouched(self) -> Connection:
+        """A connection to the log that the tail follows, or is about to follow: not to one that was set back since."""
+        connection = await self._connect()
+        try:
+            with trio.move_on_after(self._settings.connect_timeout):
+                await self._listener.vouch()
+                return connection
+        except BaseException:
+            connection.terminate()
+            raise
+        connection.terminate()
+        raise TimeoutError("nobody can say whether the log is still the same")
 
     async def _connect_listener(self) -> Connection:
         return await self._dial(self._settings.listen_url or self._url)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib import resources
 
 from ..config import Database
@@ -37,10 +39,29 @@ async def init(settings: Database) -> list[str]:
 
     Raises `ConfigError` for a database that cannot be used, and `Unavailable` where it cannot be reached or refuses.
     """
+    async with _connected(settings) as connection:
+        return await migrate(connection)
+
+
+async def begin_epoch(settings: Database) -> tuple[str, int]:
+    """Begin a new epoch of a log that is as it was restored; returns the epoch, and the seq after which it begins.
+
+    A second time does no harm: what is there by then belongs to both. Raises as `init` does.
+    """
+    async with _connected(settings) as connection:
+        made = False
+        while not made:
+            (present,) = await connection.fetchrow("SELECT epoch FROM catbus.head")
+            epoch, after, made = await connection.fetchrow("SELECT * FROM catbus.new_epoch($1)", present)
+        return epoch, after
+
+
+@asynccontextmanager
+async def _connected(settings: Database) -> AsyncIterator[Connection]:
     try:
         async with open_bridge() as bridge:
             with await bridge.connect(settings.url, settings.connect_timeout) as connection:
-                return await migrate(connection)
+                yield connection
     except OUTAGE as error:
         raise Unavailable(f"the database cannot be prepared: {type(error).__name__}: {error}") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from ..log import Entry, Follower, Page, Recent
+from .marks import Marks
 
 _AHEAD = 16
 """Batches that may wait for the rows before them; more are read from the table again."""
@@ -16,16 +17,22 @@ _AHEAD = 16
 class Tail:
     """Owns `applied`, and what is recent. Fed by the writer, the listener and the reader; synchronous.
 
-    Entries may come more than once and in any order of batches: each is handed on once, in the order of the log.
+    Entries may come more than once and in any order of batches: each is handed on once, in the order of the log. While
+    nobody trusts the log they only announce themselves: they may come from a database that was set back, and what was
+    applied would be what the log is recognised by.
     """
 
     def __init__(self, recent: Recent) -> None:
         self.recent = recent
+        self.marks = Marks(recent)
+        """By what the log is recognised."""
+        self.trusted = False
+        """Whether the database's log is known to be the one that was followed."""
         self.epoch = ""
         self.applied = 0
         self.floor = 1
         self.generation = 0
-        """Changes when another log, or another stretch of it, takes the place of what was here."""
+        """Changes when another log, or another stretch of it, takes the place of what was here, or might."""
         self.announced = 0
         """The newest seq that is known to be committed."""
         self.jumps = 0
@@ -40,14 +47,28 @@ class Tail:
         """Hand everything to `follower` from now on."""
         self._follower = follower
 
-    def restart(self, epoch: str, applied: int, floor: int, lost: str = "epoch") -> None:
-        """Go on after `applied`; what was here belongs to the past. `lost` is for whoever follows."""
+    def trust(self) -> None:
+        """The database has the log that was followed."""
+        self.trusted = True
+        self._ask()
+
+    def distrust(self) -> None:
+        """It may have another one. What was asked for until now is not taken any more."""
+        self.trusted = False
+        self.generation += 1
+
+    def restart(self, epoch: str, applied: int, floor: int, lost: str = "epoch", *, mark: bytes | None = None) -> None:
+        """Go on after `applied`, the entry with this `mark`; what was here belongs to the past.
+
+        `lost` is for whoever follows.
+        """
         self.epoch = epoch
         self.applied = self.announced = self._expected = applied
         self.floor = floor
         self.generation += 1
         self._ahead.clear()
         self.recent.clear(applied)
+        self.marks.begin(applied, mark)
         if self._follower is not None:
             self._follower.restart(applied, lost)
         self._restarted.set()
@@ -84,6 +105,9 @@ class Tail:
         last = entries[-1].seq
         if last <= self.applied:
             return
+        if not self.trusted:
+            self.announced = max(self.announced, last)
+            return
         if entries[0].seq > self.applied + 1:
             self._keep(entries)
             return
@@ -111,7 +135,9 @@ class Tail:
     # What is to be read
 
     def missing(self) -> tuple[int, int] | None:
-        """Between which seqs (after, up to) entries are committed and not here; None when there are none."""
+        """Between which seqs (after, up to) entries are to be read; None when there are none."""
+        if not self.trusted:
+            return None
         last = self._ahead[0][0].seq - 1 if self._ahead else self.announced
         return (self.applied, last) if last > self.applied else None
 
@@ -139,6 +165,7 @@ class Tail:
         if behind:
             entries = entries[behind:]
         self.recent.append(entries)
+        self.marks.note(entries)
         self.applied = last = entries[-1].seq
         if last > self.announced:
             self.announced = last

@@ -83,6 +83,8 @@ class Writer:
         self._tried = trio.Event()
         self._refusal: Exception | None = None
         self._closed = False
+        self._epoch = ""
+        """The one in which all that is queued was submitted, as far as it is retries."""
 
     @property
     def pending(self) -> int:
@@ -94,6 +96,7 @@ class Writer:
 
     def submit(self, append: Append) -> None:
         """Queue a message, or answer at once that there is no room for it."""
+        self._note_epoch()
         if self._closed:
             append.settle(append, SHUTTING_DOWN)
         elif len(self._queue) >= self._limits[0] or self._size >= self._limits[1]:
@@ -202,6 +205,7 @@ class Writer:
     def _take(self) -> Batch | None:
         """The next batch: as much as is queued and fits. A key stands in it once."""
         self._reject_queue(UNAVAILABLE, trio.current_time())
+        self._note_epoch()
         queue = self._queue
         appends = [queue.popleft() for _ in range(min(len(queue), BATCH_ENTRIES))]
         size = sum([len(append.channel) + len(append.payload) for append in appends])
@@ -233,11 +237,16 @@ class Writer:
             appends,
             [next(numbers) if append.producer is None else append.number for append in appends],
             self._incarnation,
+            self._epoch,
+            self._tail.applied,
         )
 
     async def _send(self, connection: Connection, batch: Batch) -> None:
         """Append a batch and answer. Never cancelled: only a lost connection ends it before its answer or its time."""
         epoch, generation, moving = self._tail.epoch, self._tail.generation, self._moving
+        if batch.epoch != epoch:
+            self._carry_over(batch)
+            return
         try:
             statement, args = batch.call(move=moving)
             with trio.CancelScope(shield=True):
@@ -246,7 +255,7 @@ class Writer:
             self._end_move()
             state = sqlstate(error)
             if state == _ANOTHER_EPOCH:
-                await self._change_epoch(batch, epoch)
+                await self._wait_epoch(epoch)
             elif not state.startswith(_FAULTY_ENTRY):
                 raise
             elif moving:
@@ -269,6 +278,8 @@ class Writer:
                 self._tail.offer(entries)
             self._tail.announce(max(seqs))
             self._tail.resolve()
+        else:
+            self._recheck()
         if moving:
             self._note_moves(generation, *moves)
         if len(entries) == len(seqs):
@@ -299,8 +310,11 @@ class Writer:
     def _note_moves(self, generation: int, moved: int, last: int | None, more: bool) -> None:
         """Take in what `MOVE` has returned. What was moved is read from the table, as on every other replica."""
         self.moved += moved
-        if last is not None and generation == self._tail.generation:
-            self._tail.announce(last)
+        if last is not None:
+            if generation == self._tail.generation:
+                self._tail.announce(last)
+            else:
+                self._recheck()
         self._end_move(more)
 
     def _end_move(self, more: bool = False) -> None:
@@ -319,16 +333,7 @@ class Writer:
             logger.error("the database refused a message", channel=batch.appends[0].channel, error=str(error))
             batch.settle_all(REFUSED)
 
-    async def _change_epoch(self, batch: Batch, epoch: str) -> None:
-        """Another epoch has begun. Of a retry nothing can be known any more; the rest goes into the new one."""
-        self._flight.popleft()
-        rest = batch.part(lambda append: append.after is None)
-        retries = batch.part(lambda append: append.after is not None)
-        if rest is not None:
-            self._flight.appendleft(rest)
-        if retries is not None:
-            retries.settle_all(UNDECIDED)
-        await self._wait_epoch(epoch)
+    # Epochs
 
     async def _wait_epoch(self, epoch: str) -> None:
         """Wait until the log has been opened in another epoch than the one that the database has refused."""
@@ -337,6 +342,29 @@ class Writer:
             await self._tail.wait_epoch(epoch)
             return
         raise TimeoutError(f"the database refused epoch {epoch}, and names no other")
+
+    def _carry_over(self, batch: Batch) -> None:
+        """Take a batch over into another epoch. Of a retry nothing can be known any more; the rest keeps its keys."""
+        self._flight.popleft()
+        rest = batch.part(lambda append: append.after is None)
+        retries = batch.part(lambda append: append.after is not None)
+        if rest is not None:
+            rest.epoch, rest.after = self._tail.epoch, min(batch.after, self._tail.applied)
+            self._flight.appendleft(rest)
+        if retries is not None:
+            retries.settle_all(UNDECIDED)
+
+    def _note_epoch(self) -> None:
+        """Whenever something is about to be queued, or taken: of retries from another epoch nothing can be known."""
+        previous, self._epoch = self._epoch, self._tail.epoch
+        if previous in ("", self._epoch):
+            return
+        retries = [append for append in self._queue if append.after is not None]
+        if retries:
+            self._queue = deque(append for append in self._queue if append.after is None)
+            self._size -= sum(append.size for append in retries)
+            for append in retries:
+                append.settle(append, UNDECIDED)
 
 
 def _outcome(seq: int, first: int) -> Outcome:

@@ -13,13 +13,11 @@ class Proxy:
     """Passes TCP connections on to the database of a URL; `url` leads through here."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        host = query.pop("host", None) or parts.hostname or "localhost"
-        port = int(query.pop("port", None) or parts.port or 5432)
-        self._target: str | tuple[str, int] = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
-        self._parts = parts
-        self._query = {**query, "sslmode": "disable"}
+        self._parts = urlsplit(url)
+        self._query = {**_query(url), "sslmode": "disable"}
+        self._query.pop("host", None)
+        self._query.pop("port", None)
+        self._target = _target(url)
         self.url = ""
         self.accepted = 0
         """Connections that were passed on, so far."""
@@ -35,9 +33,10 @@ class Proxy:
         self._open = False
         self.cut()
 
-    def open(self) -> None:
-        """The database is back."""
+    def open(self, url: str | None = None) -> None:
+        """The database is back, or another one is in its place."""
         self._open = True
+        self._target = self._target if url is None else _target(url)
 
     def cut(self) -> None:
         """End all connections as they are."""
@@ -71,10 +70,13 @@ class Proxy:
                 self._refusal.set()
                 return
             self.accepted += 1
-            if isinstance(self._target, str):
-                server = await trio.open_unix_socket(self._target)
-            else:
-                server = await trio.open_tcp_stream(*self._target)
+            try:
+                if isinstance(self._target, str):
+                    server = await trio.open_unix_socket(self._target)
+                else:
+                    server = await trio.open_tcp_stream(*self._target)
+            except OSError:
+                return  # The database itself is gone.
             async with server, trio.open_nursery() as nursery:
                 self._connections.add(nursery.cancel_scope)
                 try:
@@ -92,6 +94,18 @@ class Proxy:
             await sink.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
+
+
+def _query(url: str) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(urlsplit(url).query).items()}
+
+
+def _target(url: str) -> str | tuple[str, int]:
+    """Where a URL's database listens."""
+    parts, query = urlsplit(url), _query(url)
+    host = query.get("host") or parts.hostname or "localhost"
+    port = int(query.get("port") or parts.port or 5432)
+    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
 
 
 class _Started:

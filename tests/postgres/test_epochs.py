@@ -28,6 +28,7 @@ def test_a_cursor_goes_on_exactly_where_all_later_epochs_agree(epoch: str, since
     assert EPOCHS.resume(since, epoch, floor=7) == expected
 
 
-def test_an_epoch_began_where_the_table_says() -> None:
-    assert EPOCHS.began("third") == 80
-    assert EPOCHS.began("never") is None
+def test_what_the_newest_epoch_has_of_an_older_one() -> None:
+    assert [EPOCHS.common(epoch) for epoch in ("first", "second", "third", "fourth")] == [80, 80, 90, None]
+    assert "third" in EPOCHS
+    assert "never" not in EPOCHS

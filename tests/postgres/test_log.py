@@ -456,7 +456,7 @@ async def new_epoch(url: str, name: str, after: int) -> None:
             SELECT FROM catbus.head FOR UPDATE;
             DELETE FROM catbus.entries WHERE seq > {after};
             INSERT INTO catbus.epochs (epoch, after_seq, system_identifier, timeline)
-                SELECT '{name}', {after}, system_identifier, timeline + 1
+                SELECT '{name}', {after}, system_identifier, timeline
                 FROM catbus.epochs ORDER BY ordinal DESC LIMIT 1;
             UPDATE catbus.head SET epoch = '{name}';
             COMMIT""")

@@ -18,6 +18,7 @@ def open_tail(applied: int = 0) -> tuple[Tail, Recorder]:
     tail, follower = Tail(Recent(1 << 20)), Recorder()
     tail.follow(follower)
     tail.restart("e", applied, 1)
+    tail.trust()
     return tail, follower
 
 

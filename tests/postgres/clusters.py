@@ -1,0 +1,131 @@
+"""Clusters of a test's own, for what one does to whole servers: setting them back, replacing them, failing over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import asyncpg  # type: ignore[import-untyped]
+import pytest
+import trio
+
+from catbus.errors import ConfigError
+from catbus.postgres import embedded
+from tests.log.harness import PATIENCE
+from tests.postgres.server import execute, tethered
+
+SETTINGS = {"fsync": "off", "max_connections": "30", "synchronous_commit": "on"}
+
+
+class Cluster:
+    """A PostgreSQL in a directory of its own. The methods that wait block: call them from a thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.url = ""
+        self._serving = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "cluster" / "data"
+
+    def start(self) -> None:
+        """Serve what is in the directory, made now if there is nothing."""
+        server = self._serving.enter_context(embedded.prepare(self.directory, SETTINGS))
+        with server.log_file.open("ab") as log:
+            process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
+        self._serving.enter_context(tethered(process, self.directory))
+        self._process, self.url = process, server.url
+        if (self.data / "standby.signal").exists():
+            # It never becomes ready, by its own account.
+            trio.run(self._wait_connected)
+        else:
+            server.wait_ready(process)
+
+    async def _wait_connected(self) -> None:
+        with trio.fail_after(PATIENCE):
+            while True:
+                with suppress(OSError, asyncpg.PostgresError):
+                    await trio.to_thread.run_sync(execute, self.url, "SELECT 1")
+                    return
+                await trio.sleep(0.02)
+
+    def stop(self) -> None:
+        """Stop the server, in order."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(PATIENCE)
+            self._process = None
+        self._serving.close()
+
+    def save(self) -> None:
+        """Stop, keep a copy of the data, and go on."""
+        self.stop()
+        self._copy(self.data, self.directory / "saved")
+        self.start()
+
+    def set_back(self) -> None:
+        """Stop, and put the copy in the place of the data."""
+        self.stop()
+        self._copy(self.directory / "saved", self.data)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["cp", "-a", source, target], check=True)
+
+    def make_standby(self, standby: Cluster) -> None:
+        """Have another one follow this one."""
+        with embedded.prepare(standby.directory, SETTINGS) as server:
+            program, options = server.binaries.folder / "pg_basebackup", server.popen_options
+        if not program.exists():
+            pytest.skip("this PostgreSQL comes without pg_basebackup")
+        shutil.rmtree(standby.data)
+        shutil.copy(self.data.parent / "password", standby.data.parent / "password")
+        command = [
+            program,
+            "--dbname",
+            self.url,
+            "--pgdata",
+            standby.data,
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+        ]
+        subprocess.run(command, check=True, **options)
+        standby.start()
+
+    def promote(self) -> None:
+        """Make a standby a primary."""
+        execute(self.url, "SELECT pg_promote()")
+
+
+@contextmanager
+def open_cluster() -> Iterator[Cluster]:
+    """A cluster that does not run yet."""
+    # Not below pytest's own directory: root's is closed to the user that runs PostgreSQL for root.
+    directory = Path(tempfile.mkdtemp(prefix="catbus-cluster-"))
+    cluster = Cluster(directory)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def open_served_cluster() -> Iterator[Cluster]:
+    """A cluster that runs. Without a PostgreSQL to run: an error with CI=true, otherwise a skip."""
+    with open_cluster() as cluster:
+        try:
+            cluster.start()
+        except ConfigError as error:
+            if os.environ.get("CI") == "true":
+                raise
+            pytest.skip(str(error))
+        yield cluster
