@@ -25,8 +25,11 @@ T = TypeVar("T")
 Row = Sequence[Any]
 Heard = Callable[[int, str], None]
 
-OUTAGE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
-"""What a database that is away, or that is not as it should be, makes its users see."""
+OUTAGE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a database that is away, or that is not as it should be, makes its users see.
+
+The last one is how asyncpg puts it when the server had said goodbye before it was asked.
+"""
 
 QUERY_TIMEOUT = 10.0
 _KEEPALIVE = (

@@ -139,8 +139,9 @@ class Listener:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._follow, connection)
                     await self._watch(connection, working)
-            finally:
+            except Exception:
                 self._tail.distrust()
+                raise
 
     def _refuse_standby(self, standby: bool) -> None:
         if standby:

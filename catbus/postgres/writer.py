@@ -238,7 +238,7 @@ class Writer:
             [next(numbers) if append.producer is None else append.number for append in appends],
             self._incarnation,
             self._epoch,
-            self._tail.applied,
+            self._tail.announced,
         )
 
     async def _send(self, connection: Connection, batch: Batch) -> None:
@@ -349,7 +349,7 @@ class Writer:
         rest = batch.part(lambda append: append.after is None)
         retries = batch.part(lambda append: append.after is not None)
         if rest is not None:
-            rest.epoch, rest.after = self._tail.epoch, min(batch.after, self._tail.applied)
+            rest.epoch, rest.after = self._tail.epoch, min(batch.after, self._tail.announced)
             self._flight.appendleft(rest)
         if retries is not None:
             retries.settle_all(UNDECIDED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
@@ -24,8 +24,8 @@ class Proxy:
         self.refused = 0
         self._open = True
         self._connections: set[trio.CancelScope] = set()
-        self._clear = trio.Event()
-        self._clear.set()
+        self._questions, self._answers = trio.Event(), trio.Event()
+        self.unblock()
         self._refusal = trio.Event()
 
     def close(self) -> None:
@@ -45,10 +45,22 @@ class Proxy:
 
     def block(self) -> None:
         """Pass nothing on any more, and close nothing."""
-        self._clear = trio.Event()
+        self._questions = trio.Event()
+        self.block_answers()
+
+    def block_answers(self) -> None:
+        """Pass nothing on any more of what the database says."""
+        self._answers = trio.Event()
 
     def unblock(self) -> None:
-        self._clear.set()
+        self._questions.set()
+        self._answers.set()
+
+    async def _wait_answers(self) -> None:
+        await self._answers.wait()
+
+    async def _wait_questions(self) -> None:
+        await self._questions.wait()
 
     async def wait_refused(self) -> None:
         """Wait until a connection is refused from now on."""
@@ -80,16 +92,18 @@ class Proxy:
             async with server, trio.open_nursery() as nursery:
                 self._connections.add(nursery.cancel_scope)
                 try:
-                    nursery.start_soon(self._pass, client, server)
-                    await self._pass(server, client)
+                    nursery.start_soon(self._pass, client, server, self._wait_questions)
+                    await self._pass(server, client, self._wait_answers)
                 finally:
                     self._connections.discard(nursery.cancel_scope)
                 nursery.cancel_scope.cancel()
 
-    async def _pass(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    async def _pass(
+        self, source: trio.SocketStream, sink: trio.SocketStream, wait_clear: Callable[[], Awaitable[None]]
+    ) -> None:
         try:
             async for data in source:
-                await self._clear.wait()
+                await wait_clear()
                 await sink.send_all(data)
             await sink.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

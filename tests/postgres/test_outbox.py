@@ -91,7 +91,9 @@ def examples() -> Iterator[str]:
 
 async def test_the_examples_do_what_they_say(database_url: str) -> None:
     async with running(make(database_url)) as (follower, _), open_sql(database_url) as sql:
-        await sql.execute("CREATE ROLE shop; CREATE TABLE orders (id integer PRIMARY KEY, status text)")
+        await sql.execute(
+            "SET search_path = public; CREATE ROLE shop; CREATE TABLE orders (id integer PRIMARY KEY, status text)"
+        )
         try:
             for example in examples():
                 await sql.execute(example)
