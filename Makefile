@@ -38,6 +38,8 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/fanout.py
 	$(bin)/python bench/fanout.py --transport webtransport
 	$(bin)/python bench/durable.py
+	$(bin)/python bench/publish_sql.py --seconds 10
+	$(bin)/python bench/soak.py --minutes 1 --every 5 --age 10
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
 clean:

@@ -12,25 +12,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import select
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 from re import compile as pattern
 from typing import NamedTuple
 
 import asyncpg  # type: ignore[import-untyped]
 import harness
 from harness import Publisher, Server, auth_line, cpu_time, frame, percentile
-
-from catbus.postgres import embedded
 
 PAYLOAD = b'{"status":"paid","text":"%b"}' % (b"x" * 100)
 BURST = 100
@@ -172,31 +165,6 @@ class Look(NamedTuple):
     commits: int
 
 
-@contextmanager
-def postgres(directory: Path) -> Iterator[str]:
-    """The embedded PostgreSQL, with its defaults."""
-    with embedded.prepare(directory) as server, server.log_file.open("ab") as log:
-        process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
-        try:
-            server.wait_ready(process)
-            yield server.url
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(PATIENCE)
-
-
-def fsync_time(directory: Path) -> float:
-    """Milliseconds that it takes to append a page to a file and have it on the disk."""
-    times = []
-    with tempfile.TemporaryFile(dir=directory) as file:
-        for _ in range(50):
-            began = time.perf_counter()
-            os.write(file.fileno(), bytes(8192))
-            os.fdatasync(file.fileno())
-            times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e3
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--publishers", type=int, default=8, metavar="P", help="connections, half on each replica (8)")
@@ -218,13 +186,7 @@ def main() -> None:
     print(harness.describe_machine())
     results: dict[int, list[Result]] = {in_frame: [] for in_frame in options.in_frame}
     with ExitStack() as stack:
-        directory = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="catbus-bench-", dir=options.directory))
-        )
-        print(
-            f"PostgreSQL and clients share these cores; fdatasync in {directory.parent}: {fsync_time(directory):.2f} ms"
-        )
-        url = stack.enter_context(nullcontext(options.database) if options.database else postgres(directory))
+        url = stack.enter_context(harness.database(options.database, options.directory))
         servers = [stack.enter_context(harness.catbus_run(url)) for _ in range(2)]
         bench = Bench(servers, url, options.publishers, options.window)
         for _ in range(options.repeat):

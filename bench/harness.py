@@ -9,6 +9,7 @@ import resource
 import select
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from catbus.auth import Grants, sign
+from catbus.postgres import embedded
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a secret that only benchmarks have"
@@ -65,15 +67,21 @@ class Server:
 
 
 @contextmanager
-def catbus_run(database: str, *, webtransport: bool = False) -> Iterator[Server]:
-    """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended."""
-    command = [sys.executable, "-m", "catbus", "run", "--config", str(Path(__file__).with_name("catbus.toml"))]
+def catbus_run(database: str, *, webtransport: bool = False, settings: str = "") -> Iterator[Server]:
+    """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended.
+
+    `settings`: sections of TOML beyond those that all benchmarks have.
+    """
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
-        settings = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state, "PYTHONPATH": str(ROOT)}
+        config = Path(state, "catbus.toml")
+        config.write_text(Path(__file__).with_name("catbus.toml").read_text() + settings)
+        command = [sys.executable, "-m", "catbus", "run", "--config", str(config)]
+        environment = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state}
+        environment["PYTHONPATH"] = str(ROOT)
         if webtransport:
-            settings["CATBUS_BIND"] = "127.0.0.1:0"
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=output)
+            environment["CATBUS_BIND"] = "127.0.0.1:0"
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=output)
         try:
             with _stopping(process):
                 port = _wait_serving(process, output)
@@ -117,6 +125,42 @@ def _with_webtransport(pid: int, port: int) -> Server:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/.well-known/catbus") as answer:
         found = json.load(answer)
     return Server(pid, port, int(found["webtransport"].rpartition(":")[2]), found["certificate"])
+
+
+@contextmanager
+def database(url: str | None, directory: str | None = None) -> Iterator[str]:
+    """The database of a benchmark: the one at `url`, or an embedded PostgreSQL with its defaults below `directory`.
+
+    Says what an fsync takes there: figures of what is committed mean nothing without.
+    """
+    if url is not None:
+        yield url
+        return
+    with tempfile.TemporaryDirectory(prefix="catbus-bench-", dir=directory) as place:
+        print(
+            "PostgreSQL and clients share these cores; "
+            f"fdatasync in {Path(place).parent}: {_fsync_time(place):.2f} ms, fsync is on"
+        )
+        with embedded.prepare(Path(place)) as server, server.log_file.open("ab") as log:
+            process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
+            try:
+                server.wait_ready(process)
+                yield server.url
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(STARTING_TIME)
+
+
+def _fsync_time(directory: str) -> float:
+    """Milliseconds that it takes to append a page to a file and have it on the disk."""
+    times = []
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(50):
+            began = time.perf_counter()
+            os.write(file.fileno(), bytes(8192))
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e3
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The fan-out is measured to the end, and all of it arrives. What the figures are here says nothing."""
+"""What is measured is measured to the end, and all of it arrives. What the figures are here says nothing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ FANOUT = ("fanout.py", "--subscribers", "4", "--messages", "40", "--rates", "20"
 def test_fanout(transport: str) -> None:
     output = run(*FANOUT, "--transport", transport)
     assert [line.split()[-6] for line in output.splitlines()[-4:]] == ["catbus", "bare"] * 2
+
+
+def test_publish_sql() -> None:
+    output = run("publish_sql.py", "--rates", "20", "--seconds", "0.3")
+    assert [line.split()[:2] for line in output.splitlines()[-3:]] == [["20", "-"], ["20", "open,"], ["20", "open,"]]
+
+
+def test_soak() -> None:
+    output = run("soak.py", "--minutes", "0.02", "--every", "0.4", "--age", "5", "--rate", "100", "--held", "yes")
+    assert [line.split()[0] for line in output.splitlines()[-5:]] == ["0.4", "0.8", "1.2", "middle", "last"]
 
 
 def run(program: str, *options: str) -> str:
