@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from ..topics import matches
 from .base import (
     CONFLICT,
     OVERLOADED,
@@ -31,8 +30,6 @@ _BATCH = 1000
 """Entries that are committed, and handed to the follower, at once."""
 KEY = 200
 """What an entry takes besides, roughly, in bytes, for its retry to be recognised."""
-_LOOKS = 4096
-"""Entries that are looked at for a history before others have their turn."""
 
 
 class MemoryLog:
@@ -100,19 +97,13 @@ class MemoryLog:
         return page
 
     async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
-        await trio.lowlevel.checkpoint()
         seq = self.applied if before is None else min(before - 1, self.applied)
         found: list[Entry] = []
-        while seq >= self.floor:
-            entry = self._recent[seq]
-            if matches(pattern, entry.channel):
-                if len(found) == limit:
-                    return found[::-1], True
-                found.append(entry)
-            seq -= 1
-            if seq % _LOOKS == 0:
-                await trio.lowlevel.checkpoint()
-        return found[::-1], False
+        while seq >= self.floor and len(found) <= limit:
+            await trio.lowlevel.checkpoint()
+            more, seq = self._recent.search(pattern, seq, self.floor, limit + 1 - len(found))
+            found += more
+        return found[:limit][::-1], len(found) > limit
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         if epoch is None or epoch == self._epoch:

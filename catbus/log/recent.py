@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..topics import matches
 from .base import Entry, Page
 
 OVERHEAD = 256
 """What an entry takes beside its channel and payload, roughly, in bytes."""
+
+LOOKS = 1000
+"""Entries that are looked at in one turn: a millisecond at most."""
 
 _SLACK = 64
 """The list is moved up when one in so many of its entries has been dropped: seldom, and little at a time."""
@@ -77,6 +81,20 @@ class Recent:
                 del entries[index:]
                 break
         return Page(after, entries[-1].seq, entries)
+
+    def search(self, pattern: str, seq: int, floor: int, wanted: int) -> tuple[list[Entry], int]:
+        """Look for matches at or below `seq` in up to `LOOKS` entries that are held and not below `floor`.
+
+        Returns up to `wanted` of them, the newest first, and the seq at which to go on.
+        """
+        found: list[Entry] = []
+        lowest = max(floor, self.first, seq + 1 - LOOKS)
+        while seq >= lowest and len(found) < wanted:
+            entry = self[seq]
+            if matches(pattern, entry.channel):
+                found.append(entry)
+            seq -= 1
+        return found, seq
 
     def clear(self, applied: int) -> None:
         """Drop everything; the next entry is `applied + 1`."""

@@ -166,8 +166,12 @@ class PostgresLog:
                 return page
 
     async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
-        newest = self.applied + 1
-        return await self._historian.history(pattern, newest if before is None else min(before, newest), limit)
+        newest = self.applied if before is None else min(before - 1, self.applied)
+        await trio.lowlevel.checkpoint()
+        found, rest = self._tail.recent.search(pattern, newest, self.floor, limit + 1)
+        if len(found) > limit or (self.epoch and rest < self.floor):
+            return found[:limit][::-1], len(found) > limit
+        return await self._historian.history(pattern, newest + 1, limit)
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         listener = self._listener
