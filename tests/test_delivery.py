@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from catbus import wire
-from catbus.delivery import Delivery, Subscription
+from catbus.delivery import Delivery
 from catbus.log import Entry, Page, Resumption
-from catbus.mailbox import Mailbox, Run
+from catbus.mailbox import Budget, Mailbox, Mark, Run
+from catbus.subscription import PAGE_ROWS, Subscription
 from catbus.topics import matches
 from catbus.wire import Protocol
 
@@ -59,20 +61,35 @@ class Client:
     received: dict[str, list[int]] = field(default_factory=dict)
     told: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
     stream: list[str] = field(default_factory=list)
+    said: int = 0
+    heard: int = 0
+    """Replies, which are numbered."""
 
-    def collect(self) -> None:
-        for item in self.mailbox.take():
+    def collect(self, most: float = inf) -> None:
+        for item in self.mailbox.take(most):
             if isinstance(item, bytes):
                 mark = wire.decode_server(item)
-                assert isinstance(mark, wire.Live | wire.Gap)
-                self.told.setdefault(mark.pattern, []).append(mark)
+                match mark:
+                    case wire.Pong(seq=number):
+                        self.heard += 1
+                        assert number == self.heard
+                    case wire.Head():
+                        for pattern in self.subscriptions:
+                            self.told.setdefault(pattern, []).append(mark)
+                    case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
+                        self.told.setdefault(pattern, []).append(mark)
+                    case _:
+                        raise AssertionError(mark)
             elif self.protocol is Protocol.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
-                self.stream += [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+                payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+                self.stream += [payload for payload in payloads if payload != "0"]
             else:
                 for line in item.lines.splitlines():
                     message = msgspec.json.decode(line)
                     assert message["pattern"] == item.pattern
+                    if "seq" not in message:
+                        continue  # Ephemeral: it is owed to nobody.
                     self.told.setdefault(item.pattern, []).append(wire.decode_server(line))
 
 
@@ -84,21 +101,27 @@ class DeliveryMachine(RuleBasedStateMachine):
     """Publishing, subscribing, lagging, sweeping and retention in any order.
 
     A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
-    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle.
+    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle. The
+    mailboxes together hold no more than the budget, but for what cannot be had again.
     """
 
-    @initialize(limit=st.sampled_from([150, 400, 5000]))
-    def start(self, limit: int) -> None:
+    @initialize(limit=st.sampled_from([150, 400, 5000]), total=st.sampled_from([300, 1500, 100_000]))
+    def start(self, limit: int, total: int) -> None:
         self.log = ListLog()
-        self.delivery = Delivery(self.log)  # type: ignore[arg-type]
+        self.delivery = Delivery(self.log, Budget(total))  # type: ignore[arg-type]
         self.limit = limit
+        self.fixed = 0
+        """The most that could not be had again, so far."""
         self.clients: list[Client] = []
         self.page: tuple[int, Page] | None = None
+        for pattern in ("*", "a.*"):
+            self.connect(Protocol.V1, PRODUCERS[0])
+            self.subscribe_one(self.clients[-1], pattern, None)
 
     @rule(protocol=st.sampled_from(Protocol), producer=st.sampled_from(PRODUCERS))
     def connect(self, protocol: Protocol, producer: bytes) -> None:
         if len(self.clients) < 4:
-            mailbox = Mailbox(Outlet(), lambda _: None, self.limit)
+            mailbox = Mailbox(Outlet(), lambda _: None, self.limit, self.delivery.budget)
             mailbox.protocol = protocol
             self.clients.append(Client(protocol, producer, mailbox))
 
@@ -131,7 +154,9 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.unsubscribe_one(client, pattern)
         client.collect()
         client.told.pop(pattern, None)
-        since = data.draw(st.none() | st.integers(0, len(self.log.entries) + 3))
+        self.subscribe_one(client, pattern, data.draw(st.none() | st.integers(0, len(self.log.entries) + 3)))
+
+    def subscribe_one(self, client: Client, pattern: str, since: int | None) -> None:
         subscription = Subscription(client.mailbox, client.producer)
         client.subscriptions[pattern] = subscription
         client.wanted[pattern] = len(self.log.entries) if since is None else since
@@ -151,10 +176,33 @@ class DeliveryMachine(RuleBasedStateMachine):
         del client.wanted[pattern]
         client.told.pop(pattern, None)
 
-    @precondition(lambda self: self.clients)
+    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is Protocol.V1))
     @rule(data=st.data())
-    def flush(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.clients)).collect()
+    def revoke(self, data: st.DataObject) -> None:
+        """As `unsubscribe`, but what is queued goes, too; what is left must not count that as delivered."""
+        held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
+        client, pattern = data.draw(st.sampled_from(held))
+        client.mailbox.revoke(pattern)
+        self.unsubscribe_one(client, pattern)
+
+    @precondition(lambda self: any(c.protocol is Protocol.V1 for c in self.clients))
+    @rule(data=st.data())
+    def reply(self, data: st.DataObject) -> None:
+        """A reply, and a `head` where that is true."""
+        client = data.draw(st.sampled_from([c for c in self.clients if c.protocol is Protocol.V1]))
+        client.said += 1
+        client.mailbox.put(wire.encode(wire.Pong(client.said)) or b"")
+        if not any(subscription.late for subscription in client.subscriptions.values()):
+            client.mailbox.put(Mark(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), most=st.sampled_from([1, 200, inf]))
+    def flush(self, data: st.DataObject, most: float) -> None:
+        data.draw(st.sampled_from(self.clients)).collect(most)
+
+    @rule(channel=st.sampled_from(CHANNELS))
+    def broadcast(self, channel: str) -> None:
+        self.delivery.broadcast(entry(0, channel))
 
     @rule(rows=st.integers(1, 5))
     def read_page(self, rows: int) -> None:
@@ -179,6 +227,18 @@ class DeliveryMachine(RuleBasedStateMachine):
         for client in getattr(self, "clients", ()):
             for pattern, told in client.told.items():
                 self.check(client, pattern, told, complete=False)
+
+    @invariant()
+    def the_mailboxes_hold_what_they_say_and_no_more_than_they_may(self) -> None:
+        if not hasattr(self, "delivery"):
+            return
+        budget = self.delivery.budget
+        items = [item for client in self.clients for item in client.mailbox._items]
+        assert budget.messages == sum({id(item): item.size for item in items if isinstance(item, Run)}.values())
+        assert budget.replies == sum(len(item) for item in items if isinstance(item, bytes))
+        fixed = [item for client in self.clients for item in client.mailbox._items[: client.mailbox._fixed]]
+        self.fixed = max(self.fixed, sum(item.size for item in fixed if isinstance(item, Run)))
+        assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
 
     def teardown(self) -> None:
         if not hasattr(self, "delivery"):
@@ -214,9 +274,10 @@ class DeliveryMachine(RuleBasedStateMachine):
                     cursor = seq
                 case wire.Gap(first=first, last=last):
                     assert cursor < first <= last < self.log.floor
+                    assert not due or due[0] >= first, f"{pattern}: a gap from {first} without {due[:3]}"
                     due = [seq for seq in due if seq > last]
-                case wire.Live(seq=seq):
-                    assert not due or due[0] > seq, f"{pattern}: live at {seq} without {due[:3]}"
+                case wire.Live(seq=seq) | wire.Head(seq=seq):
+                    assert not due or due[0] > seq, f"{pattern}: complete up to {seq} without {due[:3]}"
         if complete:
             assert not due, f"{pattern}: never got {due[:3]}"
 
@@ -237,7 +298,7 @@ class Reader:
     """A `catbus.v1` subscriber of one pattern."""
 
     def __init__(self, delivery: Delivery, pattern: str, since: int | None = None, limit: int = 10_000) -> None:
-        self.mailbox = Mailbox(Outlet(), lambda _: None, limit)
+        self.mailbox = Mailbox(Outlet(), lambda _: None, limit, delivery.budget)
         self.subscription = Subscription(self.mailbox)
         delivery.subscribe(self.subscription, pattern, since)
 
@@ -325,6 +386,90 @@ def test_who_has_no_room_goes_late_and_the_others_do_not(log: ListLog, delivery:
         sweep(log, delivery)
         got += slow.mail()
     assert got == [*range(1, 11), wire.Live("a", 10)]
+
+
+def test_over_the_total_those_with_the_largest_mailboxes_go_late_and_the_others_do_not(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    small, large, quick = Reader(delivery, "a"), Reader(delivery, "a.*"), Reader(delivery, "b")
+    publish(log, delivery, "a")
+    for _ in range(40):
+        publish(log, delivery, "a.b", "b")
+        assert len(quick.mail()) == 1
+        assert delivery.statistics().held <= 3000
+    statistics = delivery.statistics()
+    assert (statistics.late, statistics.lags, statistics.withdrawals) == (1, 1, 1)
+    assert small.mail() == [1]
+    assert delivery.next_position() is None, "nothing is read for it until it has taken what is left"
+    got = large.mail()
+    assert got == [], "all of it can be had again"
+    for _ in range(40):
+        sweep(log, delivery)
+        got += large.mail()
+    assert got == [*range(2, 82, 2), wire.Live("a.*", 81)]
+
+
+def test_what_many_share_counts_once(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    readers = [Reader(delivery, "a") for _ in range(100)]
+    publish(log, delivery, *["a"] * 10)
+    assert delivery.statistics().late == 0
+    assert {tuple(reader.mail()) for reader in readers} == {tuple(range(1, 11))}
+    assert delivery.statistics().held == 0
+
+
+def test_one_gap_tells_of_all_that_retention_took_from_one_who_has_no_room(log: ListLog, delivery: Delivery) -> None:
+    slow = Reader(delivery, "a", limit=300)
+    for _ in range(16):
+        publish(log, delivery, "a")
+    busy = Reader(delivery, "a", since=0)
+    for log.floor in range(4, 14):
+        sweep(log, delivery)
+        busy.mail()
+    assert slow.mail() == [1, 2, 3]
+    sweep(log, delivery)
+    assert slow.mail() == [wire.Gap("a", 4, 12, "e", "retention")]
+    sweep(log, delivery)
+    assert slow.mail() == [13]
+
+
+def test_what_cannot_be_had_again_is_not_withdrawn(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    reader = Reader(delivery, "a")
+    publish(log, delivery, "a", "a")
+    log.epoch = "f"
+    del log.entries[1:]
+    delivery.restart(1)
+    delivery.unsubscribe(reader.subscription, "a")
+    again = Subscription(reader.mailbox)
+    delivery.subscribe(again, "a")
+    for _ in range(40):
+        publish(log, delivery, "a")
+    assert delivery.statistics().withdrawals > 0
+    assert reader.mail() == [1, 2, wire.Gap("a", 2, 1, "f", "epoch")]
+    got = []
+    for _ in range(20):
+        sweep(log, delivery)
+        got += reader.mail()
+    assert got == [*range(2, 42), wire.Live("a", 41)]
+
+
+def test_few_entries_are_read_for_one_who_has_room_for_few(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 100)
+    slow = Reader(delivery, "a", since=0, limit=1000)
+    got, rows = [], 0
+    while 100 not in got:
+        position = delivery.next_position()
+        assert position is not None
+        count = delivery.rows_from(position)
+        page = log.page(position, count)
+        rows += len(page.entries)
+        delivery.serve(position, page)
+        got += slow.mail()
+    assert got == [*range(1, 101), wire.Live("a", 100)]
+    assert rows <= 100 + 100 + 2 * 100, "the first page is a whole one; then twice what there is room for"
+    quick = Reader(delivery, "a", since=0)
+    assert delivery.rows_from(0) == PAGE_ROWS
+    assert quick.mail() == []
 
 
 def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: ListLog, delivery: Delivery) -> None:

@@ -14,6 +14,8 @@ from catbus.config import Config, Limits
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.websocket import CLOSING_TIME, STALL_TIME, serve_websocket
 from catbus.errors import CloseCode
+from catbus.log import Entry
+from catbus.mailbox import Run
 from catbus.wire import Protocol
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeClient, FakeHub
@@ -306,7 +308,7 @@ async def test_a_hub_that_fails_closes_the_connection(autojump_clock: MockClock)
 async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.put(cast(Any, "not bytes"))
+        it.client.mailbox.offer(Run("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
         it.client.mailbox.outlet.flush()
         await it.ended.wait()
         assert it.roster.faults == 1
