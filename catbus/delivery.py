@@ -7,7 +7,7 @@ that all late subscriptions share. Joining with `since`, falling behind and star
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -24,6 +24,9 @@ from .wire import Gap, Live
 PAGE_BYTES = 1 << 20
 RETRY = 0.25
 """Seconds between tries to read a log that is unavailable."""
+
+SERVED = 50
+"""Late subscriptions that are served from a page before other tasks get a turn."""
 
 KEPT = 0.75
 """How much of the budget is still in use when it has been exceeded and the largest mailboxes have given theirs back."""
@@ -74,6 +77,7 @@ class Delivery:
         self._lags = 0
         self._sweeps = 0
         self._withdrawals = 0
+        self._restarts = 0
         self._alarm = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
@@ -104,6 +108,7 @@ class Delivery:
     def restart(self, applied: int, lost: str = "epoch") -> None:
         """Go on after `applied`, and tell everyone what may be missing: `lost` is "epoch" or "retention"."""
         previous, self.position, self.at = self.position, applied, 0
+        self._restarts += 1
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):
             known = subscription.cursor if subscription.late else previous
@@ -165,7 +170,7 @@ class Delivery:
     # Catching up: `next_position` and `serve` are the reader without its waiting
 
     async def run(self) -> None:
-        """Catch up whoever is late, for ever. Live deliveries go between any two pages."""
+        """Catch up whoever is late, for ever. Live deliveries go in between."""
         while True:
             position = self.next_position()
             if position is None:
@@ -178,8 +183,9 @@ class Delivery:
                 await trio.sleep(RETRY)
                 continue
             self._sweeps += 1
-            self.serve(position, page)
             await trio.lowlevel.checkpoint()
+            for _ in self.serve(position, page):
+                await trio.lowlevel.checkpoint()
 
     def next_position(self) -> int | None:
         """Where to read: on from the last page towards the head, and from there back to the lowest cursor.
@@ -194,9 +200,12 @@ class Delivery:
         """How many entries to read from there: not many for somebody who has room for few."""
         return max(s.rows for s in self._reading if position <= s.cursor < position + PAGE_ROWS)
 
-    def serve(self, position: int, page: Page) -> None:
-        """Feed a page that was read from `position` to the late subscriptions that it continues."""
-        self._swept = page.last
+    def serve(self, position: int, page: Page) -> Iterator[None]:
+        """Feed a page that was read from `position` to the late subscriptions that it continues.
+
+        To be exhausted before the next page. Between any two steps anything else may happen.
+        """
+        self._swept, restarts = page.last, self._restarts
         if page.after > position:
             for subscription in self._reading:
                 if subscription.cursor < page.after:
@@ -208,7 +217,14 @@ class Delivery:
             for member in group.members:
                 if member in shelves:
                     shelves[member].append(shelf)
-        for subscription, found in shelves.items():
+        for number, (subscription, found) in enumerate(shelves.items(), 1):
+            if number % SERVED == 0:
+                self._make_room()
+                yield
+            if restarts != self._restarts:
+                return
+            if subscription not in self._reading or not page.after <= subscription.cursor <= page.last:
+                continue
             complete = self._feed(subscription, found, page.last)
             progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
@@ -222,11 +238,13 @@ class Delivery:
 
     def _feed(self, subscription: Subscription, shelves: list[Shelf], last: int) -> int:
         """Offer as much as there is room for; returns up to where the subscription is complete then."""
+        patterns = subscription.patterns
+        shelves = [shelf for shelf in shelves if shelf.pattern in patterns]
         if not shelves:
             return last
         shelf, start = shelves[0], 0
         if not subscription.overlapping:
-            start = subscription.patterns[shelf.pattern]
+            start = patterns[shelf.pattern]
         else:
             shelf = Shelf("", merge(subscription, [(s.pattern, s.entries) for s in shelves]))
         if subscription.producer in shelf.origins:

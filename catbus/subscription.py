@@ -12,7 +12,7 @@ from .mailbox import OVERHEAD, Mailbox, Mark, Run
 from .topics import Group, TopicTree
 from .wire import Gap, Live, encode
 
-PAGE_ROWS = 1000
+PAGE_ROWS = 4000
 """Entries of the log that are read at once."""
 
 _seq = attrgetter("seq")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import catbus.delivery as delivery_module
 from catbus import wire
 from catbus.delivery import Delivery
 from catbus.log import Entry, Page, Resumption
@@ -23,6 +25,17 @@ from catbus.wire import Protocol
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
 PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]
 PRODUCERS = [b"one", b"two"]
+LIMITS = [
+    (150, 100_000),
+    (400, 100_000),
+    (5000, 100_000),
+    (400, 400),
+    (400, 800),
+    (5000, 400),
+    (5000, 800),
+    (5000, 1600),
+]
+"""Bytes of a mailbox, and of all of them: a message has some hundred."""
 
 
 class ListLog:
@@ -41,6 +54,10 @@ class ListLog:
         after = max(after, self.floor - 1)
         entries = self.entries[after : after + rows]
         return Page(after, entries[-1].seq if entries else after, entries)
+
+
+def exhaust(steps: Iterator[None]) -> None:
+    deque(steps, maxlen=0)
 
 
 class Outlet:
@@ -105,8 +122,9 @@ class DeliveryMachine(RuleBasedStateMachine):
     mailboxes together hold no more than the budget, but for what cannot be had again.
     """
 
-    @initialize(limit=st.sampled_from([150, 400, 5000]), total=st.sampled_from([300, 1500, 100_000]))
-    def start(self, limit: int, total: int) -> None:
+    @initialize(limits=st.sampled_from(LIMITS))
+    def start(self, limits: tuple[int, int]) -> None:
+        limit, total = limits
         self.log = ListLog()
         self.delivery = Delivery(self.log, Budget(total))  # type: ignore[arg-type]
         self.limit = limit
@@ -114,6 +132,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         """The most that could not be had again, so far."""
         self.clients: list[Client] = []
         self.page: tuple[int, Page] | None = None
+        self.serving: Iterator[None] = iter(())
         for pattern in ("*", "a.*"):
             self.connect(Protocol.V1, PRODUCERS[0])
             self.subscribe_one(self.clients[-1], pattern, None)
@@ -126,15 +145,31 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.clients.append(Client(protocol, producer, mailbox))
 
     @rule(
-        posts=st.lists(
-            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
-        )
+        batches=st.lists(
+            st.lists(
+                st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        spoken_to=st.booleans(),
     )
-    def publish(self, posts: list[tuple[str, bytes | None]]) -> None:
-        head = len(self.log.entries)
-        entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
-        self.log.entries += entries
-        self.delivery.apply(entries)
+    def publish(self, batches: list[list[tuple[str, bytes | None]]], spoken_to: bool) -> None:
+        for posts in batches:
+            head = len(self.log.entries)
+            entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
+            self.log.entries += entries
+            self.delivery.apply(entries)
+            for client in self.clients if spoken_to else ():
+                self.reply(client)
+
+    def reply(self, client: Client) -> None:
+        """A reply, and a `head` where that is true."""
+        if client.protocol is Protocol.V1:
+            client.said += 1
+            client.mailbox.put(wire.encode(wire.Pong(client.said)) or b"")
+            if not any(subscription.late for subscription in client.subscriptions.values()):
+                client.mailbox.put(Mark(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
@@ -185,16 +220,6 @@ class DeliveryMachine(RuleBasedStateMachine):
         client.mailbox.revoke(pattern)
         self.unsubscribe_one(client, pattern)
 
-    @precondition(lambda self: any(c.protocol is Protocol.V1 for c in self.clients))
-    @rule(data=st.data())
-    def reply(self, data: st.DataObject) -> None:
-        """A reply, and a `head` where that is true."""
-        client = data.draw(st.sampled_from([c for c in self.clients if c.protocol is Protocol.V1]))
-        client.said += 1
-        client.mailbox.put(wire.encode(wire.Pong(client.said)) or b"")
-        if not any(subscription.late for subscription in client.subscriptions.values()):
-            client.mailbox.put(Mark(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
-
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), most=st.sampled_from([1, 200, inf]))
     def flush(self, data: st.DataObject, most: float) -> None:
@@ -206,15 +231,36 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     @rule(rows=st.integers(1, 5))
     def read_page(self, rows: int) -> None:
+        exhaust(self.serving)
         position = self.delivery.next_position()
         self.page = None if position is None else (position, self.log.page(position, rows))
 
     @precondition(lambda self: self.page is not None)
     @rule()
-    def serve_page(self) -> None:
+    def begin_to_serve(self) -> None:
         assert self.page is not None
-        self.delivery.serve(*self.page)
+        self.serving, self.page = self.delivery.serve(*self.page), None
+        next(self.serving, None)
+
+    @rule(steps=st.integers(1, 4))
+    def go_on_serving(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self.serving, None)
+
+    @rule(turns=st.integers(1, 10))
+    def rest(self, turns: int) -> None:
+        """Nothing new comes for a while, and everybody reads."""
         self.page = None
+        exhaust(self.serving)
+        for _ in range(turns):
+            for client in self.clients:
+                client.collect()
+            self.sweep()
+
+    def sweep(self) -> None:
+        position = self.delivery.next_position()
+        if position is not None:
+            exhaust(self.delivery.serve(position, self.log.page(position, 3)))
 
     @precondition(lambda self: self.page is None)
     @rule(ahead=st.integers(0, 10))
@@ -243,12 +289,11 @@ class DeliveryMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "delivery"):
             return
+        exhaust(self.serving)
         for _ in range(3 * len(self.log.entries) + 20):
             for client in self.clients:
                 client.collect()
-            position = self.delivery.next_position()
-            if position is not None:
-                self.delivery.serve(position, self.log.page(position, 3))
+            self.sweep()
         for client in self.clients:
             client.collect()
             for pattern in client.wanted if client.protocol is Protocol.V1 else ():
@@ -290,6 +335,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         assert all(seq < self.log.floor for seq in missing), "only what retention has taken is missing"
 
 
+@pytest.fixture(autouse=True)
+def little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery_module, "SERVED", 1)
+
+
 DeliveryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestDelivery = DeliveryMachine.TestCase
 
@@ -329,7 +379,7 @@ def publish(log: ListLog, delivery: Delivery, *channels: str) -> None:
 def sweep(log: ListLog, delivery: Delivery) -> None:
     position = delivery.next_position()
     if position is not None:
-        delivery.serve(position, log.page(position, 4))
+        exhaust(delivery.serve(position, log.page(position, 4)))
 
 
 def test_a_batch_is_encoded_once_for_all_who_share_a_pattern(log: ListLog, delivery: Delivery) -> None:
@@ -352,10 +402,10 @@ def test_a_page_read_before_an_apply_leaves_no_hole_at_the_seam(log: ListLog, de
     reader = Reader(delivery, "a", since=0)
     page = log.page(0, 10)
     publish(log, delivery, "a")
-    delivery.serve(0, page)
+    exhaust(delivery.serve(0, page))
     assert reader.mail() == [1, 2]
     assert delivery.next_position() == 2
-    delivery.serve(2, log.page(2, 10))
+    exhaust(delivery.serve(2, log.page(2, 10)))
     assert reader.mail() == [3, wire.Live("a", 3)]
     publish(log, delivery, "a")
     assert reader.mail() == [4]
@@ -463,7 +513,7 @@ def test_few_entries_are_read_for_one_who_has_room_for_few(log: ListLog, deliver
         count = delivery.rows_from(position)
         page = log.page(position, count)
         rows += len(page.entries)
-        delivery.serve(position, page)
+        exhaust(delivery.serve(position, page))
         got += slow.mail()
     assert got == [*range(1, 101), wire.Live("a", 100)]
     assert rows <= 100 + 100 + 2 * 100, "the first page is a whole one; then twice what there is room for"
@@ -484,7 +534,7 @@ def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: List
 def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 6)
     Reader(delivery, "a", since=0)
-    delivery.serve(0, log.page(0, 3))
+    exhaust(delivery.serve(0, log.page(0, 3)))
     Reader(delivery, "b", since=0)
     assert delivery.next_position() == 3
 
