@@ -38,6 +38,8 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/fanout.py
 	$(bin)/python bench/fanout.py --transport webtransport
 	$(bin)/python bench/durable.py
+	$(bin)/python bench/stalled.py --repeat 3
+	$(bin)/python bench/behind.py --sessions 1000 --over 2
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
 clean:

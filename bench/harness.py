@@ -65,10 +65,15 @@ class Server:
 
 
 @contextmanager
-def catbus_run(database: str, *, webtransport: bool = False) -> Iterator[Server]:
-    """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended."""
-    command = [sys.executable, "-m", "catbus", "run", "--config", str(Path(__file__).with_name("catbus.toml"))]
+def catbus_run(database: str, *, webtransport: bool = False, more: str = "") -> Iterator[Server]:
+    """`catbus run`, ready to serve, with `more` in its configuration.
+
+    Whatever it complains of is passed on to stderr when it has ended.
+    """
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
+        config = Path(state, "catbus.toml")
+        config.write_text(Path(__file__).with_name("catbus.toml").read_text() + more)
+        command = [sys.executable, "-m", "catbus", "run", "--config", str(config)]
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
         settings = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state, "PYTHONPATH": str(ROOT)}
         if webtransport:
@@ -214,10 +219,10 @@ def auth_line(client_id: str = "bench") -> bytes:
 PAYLOAD_SIZE = 128
 
 
-def payload(mark: bytes, number: int) -> bytes:
-    """128 bytes of JSON: which message it is, of which round, and when it was published."""
+def payload(mark: bytes, number: int, size: int = PAYLOAD_SIZE) -> bytes:
+    """So many bytes of JSON: which message it is, of which round, and when it was published."""
     text = b'{"n":%d,"sent":%d,%b,"pad":"' % (number, time.monotonic_ns(), mark)
-    return text + b"x" * (PAYLOAD_SIZE - len(text) - 2) + b'"}'
+    return text + b"x" * (size - len(text) - 2) + b'"}'
 
 
 class Publisher:

@@ -1,4 +1,4 @@
-"""The fan-out is measured to the end, and all of it arrives. What the figures are here says nothing."""
+"""They measure to the end, and all of it arrives. What the figures are here says nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,36 @@ PATIENCE = 120
 
 FANOUT = ("fanout.py", "--subscribers", "4", "--messages", "40", "--rates", "20", "--seconds", "0.5", "--repeat", "1")
 
+STALLED = ("stalled.py", "--subscribers", "20", "--fill", "2e6", "--seconds", "0.5", "--repeat", "1")
+BEHIND = (
+    "behind.py",
+    "--sessions",
+    "40",
+    "--messages",
+    "500",
+    "--channels",
+    "20",
+    "--processes",
+    "2",
+    "--seconds",
+    "1",
+)
+
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
 def test_fanout(transport: str) -> None:
     output = run(*FANOUT, "--transport", transport)
     assert [line.split()[-6] for line in output.splitlines()[-4:]] == ["catbus", "bare"] * 2
+
+
+def test_stalled() -> None:
+    output = run(*STALLED)
+    assert [line.split()[0] for line in output.splitlines()[-4:-2]] == ["none", "stalled"]
+
+
+def test_behind() -> None:
+    output = run(*BEHIND)
+    assert [line.split()[0] for line in output.splitlines()[-6:-2]] == ["calm", "entering", "behind", "after"]
 
 
 def run(program: str, *options: str) -> str:
