@@ -3,11 +3,11 @@
     python bench/behind.py --sessions 10000 --messages 30000 --channels 1000
 
 One replica on a PostgreSQL, the embedded one unless --database names another. --messages are published over
---channels, then the replica is stopped, and one that has nothing in memory takes its place. --sessions connect to it and log in,
-each of them --messages behind; then they subscribe, to one of the channels each, from before the first message: all at
-once, or with --over within that time, as clients come back at random moments. All of the log has to be looked through
-for them; each gets the messages of its channel, and counts them. (All messages to all sessions would be 300 million
-deliveries, which would measure the clients.)
+--channels, then the replica is stopped, and one that has nothing in memory takes its place. --sessions connect to it
+and log in, each of them --messages behind; then they subscribe, to one of the channels each, from before the first
+message: all at once, or with --over within that time, as clients come back at random moments. All of the log has to be
+looked through for them; each gets the messages of its channel, and counts them. (All messages to all sessions would be
+300 million deliveries, which would measure the clients.)
 
 Meanwhile subscribers who behave well get 50 messages a second, whose latency is measured. The phases:
 

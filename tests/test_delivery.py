@@ -550,6 +550,36 @@ def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery
     assert (live.mail(), late.mail()) == ([3], [3])
 
 
+def test_a_page_of_another_epoch_is_not_served_any_further(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a", "a")
+    first, second = Reader(delivery, "a", since=0), Reader(delivery, "a", since=0, limit=300)
+    steps = delivery.serve(0, log.page(0, 2))
+    next(steps)
+    log.epoch = "f"
+    log.entries.clear()
+    delivery.restart(0)
+    first.mail(), second.mail()
+    publish(log, delivery, *["a"] * 4)
+    assert delivery.next_position() == 0
+    exhaust(steps)
+    assert second.mail() == [], "what that page holds has never been"
+
+
+def test_one_that_is_set_back_while_a_page_is_served_is_not_served_from_it(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 8)
+    reader = Reader(delivery, "a", since=0)
+    sweep(log, delivery)
+    steps = delivery.serve(4, log.page(4, 4))
+    next(steps)
+    delivery._withdraw(reader.mailbox)
+    exhaust(steps)
+    got = reader.mail()
+    for _ in range(3):
+        sweep(log, delivery)
+        got += reader.mail()
+    assert got == [*range(1, 9), wire.Live("a", 8)]
+
+
 def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     reader = Reader(delivery, "a")

@@ -11,10 +11,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+import catbus.endpoints.webtransport as webtransport_module
 from catbus.auth import Authenticator
 from catbus.broker import OWNER
 from catbus.endpoints.router import PING_INTERVAL
-from catbus.endpoints.webtransport import STALL_TIME, Conversation
+from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, Conversation
 from catbus.hub import Hub
 from catbus.log import MemoryLog
 from catbus.webtransport import ConnectionLost, Limits
@@ -74,14 +75,21 @@ class Pair:
             self.link.flush()
             await wait_all_tasks_blocked()
 
+    def seqs(self) -> list[int]:
+        """Of the messages that it has got whole, on any stream."""
+        lines = [line for data in self.link.client.received.values() for line in data.split(b"\n")[:-1]]
+        told = [json.loads(line) for line in lines]
+        return [line["seq"] for line in told if line["type"] == "message"]
+
     async def publish(self, *sizes: int) -> None:
         payloads = [msgspec.Raw(b'"%b"' % (b"x" * size)) for size in sizes]
         await self.hub.publish(OWNER, [Publish("a.b", payload) for payload in payloads])
 
 
 @asynccontextmanager
-async def conversing(clock: MockClock, **subscribe: object) -> AsyncIterator[Pair]:
-    hub = Hub(CONFIG, MemoryLog(), Authenticator((SECRET,)))
+async def conversing(clock: MockClock, *, total: int = 1 << 28, **subscribe: object) -> AsyncIterator[Pair]:
+    limits = msgspec.structs.replace(CONFIG.limits, mailbox_total=total)
+    hub = Hub(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
     with patience():
         async with trio.open_nursery() as nursery:
             await nursery.start(hub.log.run, hub.delivery)
@@ -133,3 +141,70 @@ async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) ->
             await pair.publish(1000)
             await pair.pass_time(3 * STALL_TIME)
         assert not pair.lost
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_clock: MockClock, stream: bool) -> None:
+    async with conversing(autojump_clock, stream=stream) as pair:
+        pair.link.client.consumes = False
+        for _ in range(200):
+            await pair.publish(10_000)
+        await pair.pass_time(5)
+        limits = Limits()
+        held = pair.link.server.it.unacknowledged()
+        assert WINDOW < held <= limits.stream_unacknowledged + PORTION + 11_000
+        limit = CONFIG.limits.mailbox // (OWN_SHARE if stream else 1)
+        assert 0 < pair.hub.delivery.statistics().held <= limit
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_withdrawn_comes_when_there_is_credit(autojump_clock: MockClock, stream: bool) -> None:
+    async with conversing(autojump_clock, total=40_000, stream=stream) as pair:
+        pair.link.client.consumes = False
+        for _ in range(100):
+            await pair.publish(10_000)
+        await pair.pass_time(10)
+        statistics = pair.hub.delivery.statistics()
+        assert statistics.withdrawals > 0
+        assert statistics.held <= 40_000
+        pair.link.client.consumes = True
+        pair.take(1 << 20)
+        await pair.pass_time(100 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, 101))
+        assert pair.hub.delivery.statistics().live == 1
+
+
+async def test_one_whose_mailbox_was_emptied_before_it_could_be_sent_is_served(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, total=40_000) as pair:
+        pair.link.client.consumes = False
+        while pair.link.server.it.writable(pair.stream):
+            await pair.publish(10_000)
+            await trio.sleep(0.1)
+        assert pair.hub.delivery.statistics().late == 0
+        await pair.publish(*[10_000] * 10)
+        assert pair.hub.delivery.statistics().withdrawals == 1
+        assert pair.hub.delivery.statistics().held == 0
+        pair.link.client.consumes = True
+        await pair.pass_time(5)
+        pair.take(1 << 20)
+        await pair.pass_time(50 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+
+
+async def test_a_stream_ends_after_all_of_its_portions(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webtransport_module, "PORTION", 1000)
+    async with conversing(autojump_clock, stream=True) as pair:
+        pair.link.client.consumes = False
+        while pair.hub.delivery.statistics().held < 30_000:
+            await pair.publish(10_000)
+            await trio.sleep(0.1)
+        pair.say(type="unsubscribe", pattern="a.*")
+        pair.link.client.consumes = True
+        await pair.pass_time(5)
+        pair.take(1 << 20)
+        await pair.pass_time(10 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+        [own] = pair.link.client.ended
+        assert json.loads(pair.link.client.received[own].splitlines()[-1])["type"] == "unsubscribed"
