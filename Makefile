@@ -40,6 +40,8 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/durable.py
 	$(bin)/python bench/publish_sql.py --seconds 10
 	$(bin)/python bench/soak.py --minutes 1 --every 5 --age 10
+	$(bin)/python bench/stalled.py --repeat 3
+	$(bin)/python bench/behind.py --sessions 1000 --over 2
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
 clean:

@@ -50,6 +50,12 @@ class Round(NamedTuple):
     patience: float
 
 
+class Stall(NamedTuple):
+    """Read nothing until the next request, which is None, and then count, with what has come meanwhile."""
+
+    task: Round
+
+
 class Seen(NamedTuple):
     """How many subscribers got how many messages, and for each of a sample every message: (number, latency in s)."""
 
@@ -59,8 +65,8 @@ class Seen(NamedTuple):
 
 DONE = Seen(Counter(), [])
 
-Request = int | Round | None
-"""So many subscribers more; count; or say that all of them are alive."""
+Request = int | Round | Stall | None
+"""So many subscribers more; count; stop reading and then count; or say that all of them are alive."""
 
 
 class Crowd:
@@ -73,7 +79,7 @@ class Crowd:
         other.close()
 
     def ask(self, request: Request) -> None:
-        """Ask for something, to which there is one `answer`; to a `Round` two: it has begun, it has ended."""
+        """Ask for something, to which there is one `answer`; to a `Round` or a `Stall` two: it has begun, has ended."""
         self._pipe.send(request)
 
     def answer(self) -> Seen:
@@ -104,6 +110,11 @@ def _live(door: Door, pipe: Connection[Seen, Request], sampled: bool) -> None:
                 _drop(peers.receive(0))
                 pipe.send(DONE)
                 pipe.send((_look if sampled else _count)(peers, task))
+            case Stall(task):
+                _drop(peers.receive(0))
+                pipe.send(DONE)
+                pipe.recv()
+                pipe.send(_count(peers, task))
             case None:
                 peers.keep_alive()
                 pipe.send(DONE)

@@ -258,10 +258,10 @@ def auth_line(client_id: str = "bench") -> bytes:
 PAYLOAD_SIZE = 128
 
 
-def payload(mark: bytes, number: int) -> bytes:
-    """128 bytes of JSON: which message it is, of which round, and when it was published."""
+def payload(mark: bytes, number: int, size: int = PAYLOAD_SIZE) -> bytes:
+    """So many bytes of JSON: which message it is, of which round, and when it was published."""
     text = b'{"n":%d,"sent":%d,%b,"pad":"' % (number, time.monotonic_ns(), mark)
-    return text + b"x" * (PAYLOAD_SIZE - len(text) - 2) + b'"}'
+    return text + b"x" * (size - len(text) - 2) + b'"}'
 
 
 class Publisher:

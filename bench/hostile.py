@@ -19,7 +19,7 @@ Ends with status 1 when a subscriber who behaves well lacks a message or gets on
 takes more than BOUND bytes of memory beyond what `small` and `load` took. By then the log's ring has been full
 (`limits.recent`, 64 MiB, and as much as half of that again for what Python adds to small messages that have an id), so
 what comes on top is what the peers make the broker keep. For one, by design: 512 KiB of mailbox; 256 KiB of its stream
-that it has not acknowledged, and one mailbox more; 512 KiB that it may send unasked. So BOUND is 2 MiB for each, and
+that it has not acknowledged, and 64 KiB more; 512 KiB that it may send unasked. So BOUND is 2 MiB for each, and
 32 MiB that the allocator may scatter.
 
 The hostile peers run at a lower priority: real ones have machines of their own.
@@ -36,20 +36,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import harness
-from crowd import Crowd, Round, processes
-from doors import Lost, WebSocketDoor, WebTransportDoor, WebTransportPeer
-from harness import PONG, Publisher, Server, auth_line, cpu_time, frame, payload, percentile
+from calm import HELLO, RATE, SUBSCRIBERS, Calm, Figures, during, publish_line, subscribe_step
+from crowd import processes
+from doors import Lost, WebSocketDoor, WebTransportPeer
+from harness import Publisher, Server, frame, percentile
 
 from catbus.webtransport import client_configuration
 
-CALM, LOAD, NOISE = b"bench.calm", b"bench.load", b"bench.noise"
-SUBSCRIBERS = 5
-"""Who behave well, over each transport."""
-RATE = 50
+LOAD, NOISE = b"bench.load", b"bench.noise"
 LOAD_SIZE = 4096
 SMALL_SIZE, SMALL_COUNT = 100, 300_000
 """More than the ring holds."""
@@ -62,17 +58,6 @@ PEER_BOUND = 2 << 20
 SCATTERED = 32 << 20
 
 Hostile = Callable[[Server], None]
-
-
-def publish_line(channel: bytes, text: bytes, more: bytes = b"") -> bytes:
-    return b'{"type":"publish","channel":"%b","payload":%b%b}\n' % (channel, text, more)
-
-
-def subscribe_step(channel: bytes) -> tuple[bytes, bytes]:
-    return b'{"type":"subscribe","pattern":"%b"}\n' % channel, b'"subscribed"'
-
-
-HELLO = auth_line(), b'"auth_ok"'
 
 
 # Who does harm, each in a process of its own
@@ -205,84 +190,6 @@ def publish_load(port: int, size: int, count: int) -> None:
             sys.exit(f"{answered} of {count} publishes have been answered")
 
 
-# Who behaves well
-
-
-class Figures(NamedTuple):
-    """Latencies in seconds by transport, memory in bytes, and of the broker's time the share that it was at work."""
-
-    seconds: float
-    busy: float
-    latencies: dict[str, list[float]]
-    memory: int
-    peak: int
-
-
-class Calm:
-    """Subscribers who behave well, and who publishes for them."""
-
-    def __init__(self, server: Server) -> None:
-        steps = [HELLO, subscribe_step(CALM)]
-        framed = [(frame(said), expected) for said, expected in steps]
-        doors = {
-            "WebTransport": WebTransportDoor(server.quic_port, server.ca, steps),
-            "WebSocket": WebSocketDoor(server.port, "/ws", framed, frame(b"", PONG)),
-        }
-        self._pid = server.pid
-        self._crowds = {name: Crowd(door, sampled=True) for name, door in doors.items()}
-        for crowd in self._crowds.values():
-            crowd.ask(SUBSCRIBERS)
-            crowd.answer()
-        self._publisher = Publisher(WebSocketDoor(server.port, "/ws", framed[:1], b"").enter())
-
-    def measure(self, name: str, going_on: Callable[[], bool]) -> Figures:
-        """Publish for them as long as that, and say how long it took to get there."""
-        latencies: dict[str, list[float]] = {name: [] for name in self._crowds}
-        Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # The peak counts from here.
-        began, cpu = time.monotonic(), cpu_time(self._pid)
-        while going_on():
-            for transport, found in self._round(name).items():
-                latencies[transport] += found
-        memory = read_memory(self._pid)
-        seconds = time.monotonic() - began
-        busy = (cpu_time(self._pid) - cpu) / seconds
-        return Figures(seconds, busy, latencies, memory["VmRSS"], memory["VmHWM"])
-
-    def close(self) -> None:
-        for crowd in self._crowds.values():
-            crowd.end()
-
-    def _round(self, name: str) -> dict[str, list[float]]:
-        mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
-        for crowd in self._crowds.values():
-            for request in (None, Round(mark, RATE, PATIENCE)):
-                crowd.ask(request)
-                crowd.answer()
-        began = time.monotonic()
-        for number in range(RATE):
-            while time.monotonic() < (due := began + number / RATE):
-                self._publisher.wait(due)
-            self._publisher.write(frame(publish_line(CALM, payload(mark, number), b',"ack":false')))
-        latencies: dict[str, list[float]] = {}
-        for transport, crowd in self._crowds.items():
-            sample = crowd.answer().sample
-            for each in sample:
-                if [number for number, _ in each] != list(range(RATE)):
-                    sys.exit(f"{name}: a subscriber over {transport} got {[number for number, _ in each]} of {RATE}")
-            latencies[transport] = [latency for each in sample for _, latency in each]
-        return latencies
-
-
-def read_memory(pid: int) -> dict[str, int]:
-    """VmRSS and VmHWM, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {
-        name: int(value.split()[0]) << 10
-        for name, _, value in (line.partition(":") for line in lines)
-        if name in ("VmRSS", "VmHWM")
-    }
-
-
 # Phases
 
 
@@ -300,11 +207,6 @@ def at_work(*enemies: tuple[Hostile, Server]) -> Iterator[None]:
         for process in running:
             process.terminate()
             process.join()
-
-
-def during(seconds: float) -> Callable[[], bool]:
-    deadline = time.monotonic() + seconds
-    return lambda: time.monotonic() < deadline
 
 
 @contextmanager

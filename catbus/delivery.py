@@ -7,90 +7,58 @@ that all late subscriptions share. Joining with `since`, falling behind and star
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from operator import attrgetter
 
 import trio
 
 from .errors import Unavailable
 from .log import Entry, Log, Page
-from .mailbox import OVERHEAD, Mailbox, Run
-from .topics import Group, TopicTree
-from .wire import Gap, Live, Reply, encode
+from .mailbox import Budget, Mailbox, Run
+from .subscription import PAGE_ROWS, Shelf, Subscription, find_hits, merge, offer, without
+from .topics import TopicTree
+from .wire import Gap, Live
 
-PAGE_ROWS = 1000
 PAGE_BYTES = 1 << 20
 RETRY = 0.25
 """Seconds between tries to read a log that is unavailable."""
 
-_seq = attrgetter("seq")
+SERVED = 50
+"""Late subscriptions that are served from a page before other tasks get a turn."""
 
+KEPT = 0.75
+"""How much of the budget is still in use when it has been exceeded and the largest mailboxes have given theirs back."""
 
-class Subscription:
-    """What one session wants to hear of, and how far it has heard it.
-
-    A session of `catbus.v1` has one for each pattern. A first-version session has a single one for all its patterns,
-    which is why it gets one copy of a message however many of them match.
-    """
-
-    __slots__ = (
-        "cursor",
-        "late",
-        "mailbox",
-        "marked",
-        "overlapping",
-        "owed_live",
-        "patterns",
-        "producer",
-        "send_datagram",
-        "stalled",
-    )
-
-    def __init__(
-        self, mailbox: Mailbox, producer: bytes = b"", send_datagram: Callable[[bytes], bool] | None = None
-    ) -> None:
-        self.mailbox = mailbox
-        self.producer = producer
-        self.send_datagram = send_datagram
-        """How ephemeral messages go that fit into a datagram, past the mailbox; False for one that does not fit."""
-        self.patterns: dict[str, int] = {}
-        """Each pattern, and the seq after which its messages are wanted."""
-        self.overlapping = False
-        """Whether there are several of them."""
-        self.late = False
-        self.cursor = 0
-        """Complete up to here; kept only while late."""
-        self.stalled = False
-        """Late, and waiting for its mailbox to be emptied."""
-        self.owed_live = False
-        self.marked = 0
-        """The newest seq up to which a `head` has called it complete."""
-
-    def say(self, mark: Reply) -> None:
-        line = encode(mark, self.mailbox.protocol)
-        if line is not None:
-            self.mailbox.put(line)
+_size = attrgetter("size")
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryStatistics:
-    """`live` and `late` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late."""
+    """`live` and `late` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
+
+    `held`: bytes in all mailboxes. `withdrawals`: how often a mailbox has given its messages back to make room.
+    """
 
     position: int
     live: int
     late: int
     lags: int
     sweeps: int
+    held: int
+    withdrawals: int
 
 
 class Delivery:
-    """Follows a log and keeps the mailboxes of those who subscribed in step with it. Belongs to one Trio thread."""
+    """Follows a log and keeps the mailboxes of those who subscribed in step with it. Belongs to one Trio thread.
 
-    def __init__(self, log: Log) -> None:
+    When the mailboxes together hold more than `budget` allows, the largest give back what can be had from the log, and
+    their subscriptions are late.
+    """
+
+    def __init__(self, log: Log, budget: Budget | None = None) -> None:
+        self.budget = Budget() if budget is None else budget
         self.position = 0
         """The newest seq that the live subscriptions have been offered."""
         self.at = 0
@@ -98,33 +66,43 @@ class Delivery:
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
         self._late: TopicTree[Subscription] = TopicTree()
-        self._waiting: dict[Subscription, None] = {}
-        """All that are late."""
+        self._reading: dict[Subscription, None] = {}
+        """Those of the late that can be served: neither stalled nor ahead."""
         self._ahead: dict[Subscription, None] = {}
-        """Those of them whose cursor is above `position`: another replica has told them more than this one knows."""
+        """Those whose cursor is above `position`: another replica has told them more than this one knows."""
+        self._readers: dict[Mailbox, dict[str, Subscription]] = {}
+        """Whom a mailbox is for, by pattern."""
         self._work = trio.Event()
         self._swept = 0
         self._lags = 0
         self._sweeps = 0
+        self._withdrawals = 0
+        self._restarts = 0
+        self._alarm = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
-        return DeliveryStatistics(self.position, len(self._live), len(self._late), self._lags, self._sweeps)
+        return DeliveryStatistics(
+            self.position,
+            len(self._live),
+            len(self._late),
+            self._lags,
+            self._sweeps,
+            self.budget.held,
+            self._withdrawals,
+        )
 
     # The log's follower
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """Offer the next entries to the live subscriptions; who has no room for all of its own goes late."""
-        for subscription in _offer(self._live, entries):
-            self._lags += 1
-            subscription.owed_live = True
-            self._go_late(subscription, self.position)
-        self.position = entries[-1].seq
-        self.at = entries[-1].at
+        previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
+        for subscription in offer(self._live, entries):
+            self._fall_behind(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:
             del self._ahead[subscription]
-            if subscription.cursor == self.position:
-                self._go_live(subscription)
-        if self._waiting:
+            self._read_for(subscription)
+        self._make_room()
+        if self._reading:
             self._work.set()
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
@@ -133,6 +111,7 @@ class Delivery:
         In another epoch, who is late and not beyond `applied` misses nothing, is told so, and goes on from its cursor.
         """
         previous, self.position, self.at = self.position, applied, 0
+        self._restarts += 1
         members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
         for subscription in dict.fromkeys(members):
             known = subscription.cursor if subscription.late else previous
@@ -160,6 +139,7 @@ class Delivery:
         self, subscription: Subscription, pattern: str, since: int | None = None, epoch: str | None = None
     ) -> None:
         """Deliver what matches `pattern`: from now on, or after `since` of `epoch` first and then live."""
+        self._readers.setdefault(subscription.mailbox, {})[pattern] = subscription
         if since is None:
             subscription.patterns[pattern] = self.position
             subscription.overlapping = len(subscription.patterns) > 1
@@ -173,8 +153,6 @@ class Delivery:
         self._go_late(subscription, resumption.cursor)
         if resumption.cursor == self.position:
             self._go_live(subscription)
-        elif resumption.cursor > self.position:
-            self._ahead[subscription] = None
 
     def unsubscribe(self, subscription: Subscription, pattern: str) -> None:
         """Deliver nothing more for `pattern`. What is in the mailbox already stays there."""
@@ -182,8 +160,14 @@ class Delivery:
         subscription.patterns.pop(pattern, None)
         subscription.overlapping = len(subscription.patterns) > 1
         if not subscription.patterns:
-            self._waiting.pop(subscription, None)
+            self._reading.pop(subscription, None)
             self._ahead.pop(subscription, None)
+        mailbox = subscription.mailbox
+        mailbox.fix()
+        readers = self._readers[mailbox]
+        del readers[pattern]
+        if not readers:
+            del self._readers[mailbox]
 
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to everyone, once; who has no room does not get it."""
@@ -198,11 +182,12 @@ class Delivery:
                         served.add(subscription)
                     if subscription.send_datagram is None or not subscription.send_datagram(run.lines):
                         subscription.mailbox.offer(run)
+        self._make_room()
 
     # Catching up: `next_position` and `serve` are the reader without its waiting
 
     async def run(self) -> None:
-        """Catch up whoever is late, for ever. Live deliveries go between any two pages."""
+        """Catch up whoever is late, for ever. Live deliveries go in between."""
         while True:
             position = self.next_position()
             if position is None:
@@ -210,70 +195,81 @@ class Delivery:
                 await self._work.wait()
                 continue
             try:
-                page = await self._log.read(position, rows=PAGE_ROWS, size=PAGE_BYTES)
+                page = await self._log.read(position, rows=self.rows_from(position), size=PAGE_BYTES)
             except Unavailable:
                 await trio.sleep(RETRY)
                 continue
             self._sweeps += 1
-            self.serve(position, page)
             await trio.lowlevel.checkpoint()
+            for _ in self.serve(position, page):
+                await trio.lowlevel.checkpoint()
 
     def next_position(self) -> int | None:
         """Where to read: on from the last page towards the head, and from there back to the lowest cursor.
 
         Starting from the lowest every time would let a stream of newcomers starve those who are nearly there.
         """
-        cursors = [s.cursor for s in self._waiting if s.cursor < self.position and not s.stalled]
+        cursors = [s.cursor for s in self._reading]
         further_on = [cursor for cursor in cursors if cursor >= self._swept]
         return min(further_on or cursors, default=None)
 
-    def serve(self, position: int, page: Page) -> None:
-        """Feed a page that was read from `position` to the late subscriptions that it continues."""
-        self._swept = page.last
+    def rows_from(self, position: int) -> int:
+        """How many entries to read from there: not many for somebody who has room for few."""
+        return max(s.rows for s in self._reading if position <= s.cursor < position + PAGE_ROWS)
+
+    def serve(self, position: int, page: Page) -> Iterator[None]:
+        """Feed a page that was read from `position` to the late subscriptions that it continues.
+
+        To be exhausted before the next page. Between any two steps anything else may happen.
+        """
+        self._swept, restarts = page.last, self._restarts
         if page.after > position:
-            for subscription in self._waiting:
+            for subscription in self._reading:
                 if subscription.cursor < page.after:
                     self._announce_gap(subscription, subscription.cursor, page.after, "retention")
                     subscription.cursor = page.after
-        shelves: dict[Subscription, list[_Shelf]] = {
-            s: [] for s in self._waiting if page.after <= s.cursor <= page.last and not s.stalled
-        }
-        for group, hits in _matches(self._late, page.entries).items():
-            shelf = _Shelf(group.pattern, hits)
+        shelves: dict[Subscription, list[Shelf]] = {s: [] for s in self._reading if page.after <= s.cursor <= page.last}
+        for group, hits in find_hits(self._late, page.entries).items():
+            shelf = Shelf(group.pattern, hits)
             for member in group.members:
                 if member in shelves:
                     shelves[member].append(shelf)
-        for subscription, found in shelves.items():
+        for number, (subscription, found) in enumerate(shelves.items(), 1):
+            if number % SERVED == 0:
+                self._make_room()
+                yield
+            if restarts != self._restarts:
+                return
+            if subscription not in self._reading or not page.after <= subscription.cursor <= page.last:
+                continue
             complete = self._feed(subscription, found, page.last)
-            subscription.cursor = complete
+            progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
+                subscription.rows = min(2 * progress or subscription.rows, PAGE_ROWS)
                 self._stall(subscription)
-            elif complete >= self.position:
+                continue
+            subscription.rows = min(2 * subscription.rows, PAGE_ROWS)
+            if complete >= self.position:
                 self._go_live(subscription)
+        self._make_room()
 
-    def _feed(self, subscription: Subscription, shelves: list[_Shelf], last: int) -> int:
+    def _feed(self, subscription: Subscription, shelves: list[Shelf], last: int) -> int:
         """Offer as much as there is room for; returns up to where the subscription is complete then."""
+        patterns = subscription.patterns
+        shelves = [shelf for shelf in shelves if shelf.pattern in patterns]
         if not shelves:
             return last
         shelf, start = shelves[0], 0
         if not subscription.overlapping:
-            start = subscription.patterns[shelf.pattern]
+            start = patterns[shelf.pattern]
         else:
-            shelf = _Shelf("", _merge(subscription, [(s.pattern, s.entries) for s in shelves]))
+            shelf = Shelf("", merge(subscription, [(s.pattern, s.entries) for s in shelves]))
         if subscription.producer in shelf.origins:
-            shelf = _Shelf(shelf.pattern, _without(shelf.entries, subscription.producer))
+            shelf = Shelf(shelf.pattern, without(shelf.entries, subscription.producer))
         run, complete = shelf.cut(max(subscription.cursor, start), subscription.mailbox, last)
         if run is not None:
             subscription.mailbox.offer(run)
         return complete
-
-    def _stall(self, subscription: Subscription) -> None:
-        subscription.stalled = True
-        subscription.mailbox.when_emptied(partial(self._unstall, subscription))
-
-    def _unstall(self, subscription: Subscription) -> None:
-        subscription.stalled = False
-        self._work.set()
 
     # Between the trees
 
@@ -283,18 +279,49 @@ class Delivery:
             self._late.add(pattern, subscription)
         subscription.late = True
         subscription.cursor = cursor
-        self._waiting[subscription] = None
         if subscription.mailbox:
             self._stall(subscription)
-        self._work.set()
+        else:
+            self._read_for(subscription)
+
+    def _fall_behind(self, subscription: Subscription, cursor: int) -> None:
+        self._lags += 1
+        subscription.owed_live = True
+        self._go_late(subscription, cursor)
+
+    def _read_for(self, subscription: Subscription) -> None:
+        """Have a late subscription served from the log, as soon as that has what it lacks."""
+        if subscription.cursor > self.position:
+            self._ahead[subscription] = None
+        elif subscription.cursor == self.position:
+            self._go_live(subscription)
+        else:
+            self._reading[subscription] = None
+            self._work.set()
+
+    def _stall(self, subscription: Subscription) -> None:
+        """Serve a late subscription no more until its mailbox has been emptied.
+
+        What retention does to it meanwhile it is told once, when it is served again.
+        """
+        self._reading.pop(subscription, None)
+        if not subscription.stalled:
+            subscription.stalled = True
+            subscription.mailbox.when_emptied(partial(self._unstall, subscription))
+
+    def _unstall(self, subscription: Subscription) -> None:
+        if subscription.stalled:
+            subscription.stalled = False
+            if subscription.patterns:
+                self._read_for(subscription)
 
     def _go_live(self, subscription: Subscription) -> None:
         """Nothing is awaited between finding the cursor at `position` and this."""
         for pattern in subscription.patterns:
             self._late.remove(pattern, subscription)
             self._live.add(pattern, subscription)
-        subscription.late = False
-        del self._waiting[subscription]
+        subscription.late = subscription.stalled = False
+        self._reading.pop(subscription, None)
         self._ahead.pop(subscription, None)
         if subscription.owed_live:
             subscription.owed_live = False
@@ -304,82 +331,35 @@ class Delivery:
     def _announce_gap(self, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
         for pattern in subscription.patterns:
             subscription.say(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
+        subscription.mailbox.fix()
 
+    # The budget
 
-class _Shelf:
-    """What one pattern matched in a page; every stretch of it that somebody needs is encoded once."""
+    def _make_room(self) -> None:
+        """Where all mailboxes together hold too much, have the largest give back their messages."""
+        budget = self.budget
+        slack = budget.for_messages // 8
+        if budget.messages <= self._alarm:
+            self._alarm = max(budget.for_messages, min(self._alarm, budget.messages + slack))
+            return
+        for mailbox in sorted(self._readers, key=_size, reverse=True):
+            self._withdraw(mailbox)
+            if budget.messages <= KEPT * budget.for_messages:
+                break
+        # What is left now cannot be had again, and is not looked through for every batch.
+        self._alarm = max(budget.for_messages, budget.messages + slack)
 
-    def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
-        self.pattern = pattern
-        self.entries = entries
-        self.origins = {entry.origin for entry in entries}
-        self._ends = list(accumulate(len(e.payload) + len(e.channel) + OVERHEAD + len(pattern) for e in entries))
-        self._runs: dict[tuple[int, int], Run] = {}
-
-    def cut(self, cursor: int, mailbox: Mailbox, last: int) -> tuple[Run | None, int]:
-        """What goes into the mailbox of what stands after `cursor`, and up to where that is complete.
-
-        An empty mailbox gets one message at least, whatever its size.
-        """
-        entries, ends = self.entries, self._ends
-        start = bisect_right(entries, cursor, key=_seq)
-        if start == len(entries):
-            return None, last
-        stop = bisect_right(ends, (ends[start - 1] if start else 0) + mailbox.room, lo=start)
-        if stop == start and not mailbox:
-            stop += 1
-        complete = last if stop == len(entries) else entries[stop].seq - 1
-        if stop == start:
-            return None, complete
-        run = self._runs.get((start, stop))
-        if run is None:
-            run = self._runs[start, stop] = Run(self.pattern, entries[start:stop])
-        return run, complete
-
-
-def _matches(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[Group[Subscription], list[Entry]]:
-    """Which groups want which of the entries, in order."""
-    matches: dict[Group[Subscription], list[Entry]] = {}
-    match = tree.match
-    for entry in entries:
-        for group in match(entry.channel):
-            if group in matches:
-                matches[group].append(entry)
+    def _withdraw(self, mailbox: Mailbox) -> None:
+        readers = self._readers[mailbox]
+        dropped = mailbox.withdraw()
+        self._withdrawals += bool(dropped)
+        for pattern, seq in dropped.items():
+            # A subscription to several patterns has all of the mailbox.
+            subscription = readers[pattern] if pattern else next(iter(readers.values()))
+            if subscription.late:
+                subscription.owed_live = True
+                subscription.cursor = min(subscription.cursor, seq - 1)
             else:
-                matches[group] = [entry]
-    return matches
-
-
-def _offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subscription]:
-    """Offer entries to all who want them: each gets all of its own or none. Returns those who had no room."""
-    turned_away: list[Subscription] = []
-    overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
-    for group, hits in _matches(tree, entries).items():
-        shared = run = Run(group.pattern, hits)
-        origins = {entry.origin for entry in hits if entry.origin is not None}
-        for subscription in group.members:
-            if subscription.overlapping:
-                overlapping.setdefault(subscription, []).append((group.pattern, hits))
-                continue
-            if origins:
-                mine = subscription.producer in origins
-                run = Run(group.pattern, _without(hits, subscription.producer)) if mine else shared
-            if not subscription.mailbox.offer(run):
-                turned_away.append(subscription)
-    for subscription, found in overlapping.items():
-        wanted = _without(_merge(subscription, found), subscription.producer)
-        if not subscription.mailbox.offer(Run("", wanted)):
-            turned_away.append(subscription)
-    return turned_away
-
-
-def _merge(subscription: Subscription, found: Sequence[tuple[str, Sequence[Entry]]]) -> list[Entry]:
-    """What several patterns of one subscription matched, in order and once."""
-    starts = subscription.patterns
-    wanted = {e.seq: e for pattern, hits in found for e in hits if e.seq > starts[pattern]}
-    return sorted(wanted.values(), key=_seq)
-
-
-def _without(entries: Sequence[Entry], producer: bytes) -> list[Entry]:
-    """The entries but for those that this producer asked not to get back."""
-    return [entry for entry in entries if entry.origin != producer]
+                self._fall_behind(subscription, seq - 1)
+            # It has been slow, so it waits even where nothing is left of what it waits for.
+            self._stall(subscription)

@@ -18,11 +18,11 @@ from . import wire
 from .auth import Authenticator, Identity, RoleSource, role_key
 from .certificates import CertificateSource
 from .config import Config
-from .delivery import Delivery, Subscription
+from .delivery import Delivery
 from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
 from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected
-from .mailbox import OVERHEAD, Mailbox, Outlet
+from .mailbox import OVERHEAD, Budget, Mailbox, Outlet
 from .session import (
     Authenticate,
     Broadcast,
@@ -36,6 +36,7 @@ from .session import (
     Submit,
     make_append,
 )
+from .subscription import Subscription
 from .wire import Protocol
 
 STOPPING = "the replica is stopping"
@@ -83,7 +84,7 @@ class Hub:
         """Where there is WebTransport."""
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
-        self.delivery = Delivery(log)
+        self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
         self.draining = False
         self.clients: set[Client] = set()
         self._roles = roles
@@ -266,7 +267,7 @@ class Client:
     def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None) -> None:
         limits = hub.config.limits
         self.transport = transport
-        self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox)
+        self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox, hub.delivery.budget)
         self.session = Session(
             self.mailbox,
             SessionLimits(limits.message_size, limits.subscriptions, limits.auth_timeout, limits.token_grace),
@@ -349,10 +350,10 @@ class Client:
         self._hub.forget_client(self)
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
-            subscription.mailbox.take()
+            subscription.mailbox.close()
         self._subscriptions.clear()
         self.session.abandon()
-        self.mailbox.take()
+        self.mailbox.close()
         self._closing.set()
 
     def _settled(self) -> None:
@@ -444,7 +445,7 @@ class Client:
     def _revoke(self, pattern: str) -> None:
         subscription = self._take_out(pattern)
         assert subscription is not None
-        subscription.mailbox.withdraw(pattern)
+        subscription.mailbox.revoke(pattern)
         self.session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
         self._end_stream(subscription)
 

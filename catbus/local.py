@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import trio
 
-from .delivery import Subscription
 from .hub import Hub
 from .log import Entry
 from .mailbox import Mailbox, Run
+from .subscription import Subscription
 from .topics import check_pattern
 from .wire import Gap, decode_server
 
@@ -49,7 +49,7 @@ class Messages(AsyncIterator[Message]):
         self._delivery = hub.delivery
         self._ready: deque[Entry] = deque()
         self._mail = trio.Event()
-        self._mailbox = Mailbox(self, self._wake, hub.config.limits.mailbox)
+        self._mailbox = Mailbox(self, self._wake, hub.config.limits.mailbox, self._delivery.budget)
         self._subscription = Subscription(self._mailbox)
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)
@@ -57,12 +57,12 @@ class Messages(AsyncIterator[Message]):
     async def __anext__(self) -> Message:
         """The next message. Cancelling it loses none."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        self._unpack()
         while not self._ready:
             if self._closed:
                 raise StopAsyncIteration
-            if not self._mailbox:
-                self._mail = trio.Event()
-                await self._mail.wait()
+            self._mail = trio.Event()
+            await self._mail.wait()
             self._unpack()
         entry = self._ready.popleft()
         self.cursor = entry.seq or self.cursor
@@ -73,6 +73,7 @@ class Messages(AsyncIterator[Message]):
         """End the subscription, and whoever iterates."""
         self._closed = True
         self._delivery.unsubscribe(self._subscription, self.pattern)
+        self._mailbox.close()
         self._mail.set()
 
     def flush(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from math import inf
 from typing import Protocol as Interface
+from typing import Self
 
 from .log import Entry
 from .wire import Protocol, encode_entry, encode_first_version
@@ -19,6 +21,8 @@ class Run:
     def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
         self.pattern = pattern
         self.entries = entries
+        self.holders = 0
+        """How many mailboxes it is in."""
         self.size = sum(len(entry.payload) + len(entry.channel) for entry in entries) + len(entries) * (
             OVERHEAD + len(pattern)
         )
@@ -37,24 +41,82 @@ class Run:
         return [encode_first_version(e.channel, e.payload) for e in self.entries]
 
 
+Item = Run | bytes
+
+
+class Mark(bytes):
+    """A line that says up to where `pattern` is complete, or, where that is empty, all that the mailbox is for.
+
+    It counts the messages before it as delivered, and is never sent without them.
+    """
+
+    pattern: str
+
+    def __new__(cls, line: bytes, pattern: str = "") -> Self:
+        mark = super().__new__(cls, line)
+        mark.pattern = pattern
+        return mark
+
+
 class Outlet(Interface):
     """The sending side of a session's transport."""
 
     def flush(self) -> None:
-        """Take what the mailbox holds and send as much as goes without waiting; see to the rest later."""
+        """Take what the mailbox holds and send as much as goes without waiting; see to the rest later.
+
+        `take` is due as soon as there is room for more, even where the mailbox is empty: somebody may wait for it.
+        """
 
 
-Item = Run | bytes
+class Budget:
+    """What all mailboxes of a replica hold together, in bytes. Messages that several of them hold count once.
+
+    Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
+    takes no room for messages.
+    """
+
+    __slots__ = ("for_messages", "for_replies", "messages", "replies")
+
+    def __init__(self, limit: int = 256 << 20) -> None:
+        self.for_replies = limit // 4
+        self.for_messages = limit - self.for_replies
+        self.messages = 0
+        self.replies = 0
+
+    @property
+    def held(self) -> int:
+        return self.messages + self.replies
+
+    @property
+    def room(self) -> int:
+        """How many bytes of older messages are welcome. Half of it is kept free for what is new."""
+        return self.for_messages // 2 - self.messages
+
+    def release(self, items: Sequence[Item]) -> None:
+        """A mailbox does not hold these any more."""
+        messages = replies = 0
+        for item in items:
+            if isinstance(item, bytes):
+                replies += len(item)
+            else:
+                item.holders -= 1
+                if not item.holders:
+                    messages += item.size
+        self.messages -= messages
+        self.replies -= replies
 
 
 class Mailbox:
     """The one way to a client.
 
     Replies are always taken: who makes them stops reading from the client while `full`. Messages are taken while
-    there is room, and whoever is turned away gets them from the log later.
+    there is room, and whoever is turned away gets them from the log later. All of them together are kept within
+    `budget` by whoever offers messages: `withdraw` makes room.
     """
 
     __slots__ = (
+        "_budget",
+        "_fixed",
         "_items",
         "_waiting",
         "_wake",
@@ -67,7 +129,13 @@ class Mailbox:
         "turned_away",
     )
 
-    def __init__(self, outlet: Outlet, wake: Callable[[Mailbox], None], limit: int = 512 * 1024) -> None:
+    def __init__(
+        self,
+        outlet: Outlet,
+        wake: Callable[[Mailbox], None],
+        limit: int = 512 * 1024,
+        budget: Budget | None = None,
+    ) -> None:
         self.outlet = outlet
         self.protocol = Protocol.V1
         """In whose words it is read."""
@@ -77,7 +145,10 @@ class Mailbox:
         self.rests_until = 0.0
         self.queued = False
         """When the flush pass may come again, and whether it is going to: the flusher's own marks."""
+        self._budget = Budget() if budget is None else budget
         self._items: list[Item] = []
+        self._fixed = 0
+        """How many of them, from the oldest on, stay whatever happens."""
         self._wake = wake
         self._waiting: list[Callable[[], None]] = []
 
@@ -85,17 +156,22 @@ class Mailbox:
         return bool(self._items)
 
     @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for it to be emptied, even where it is empty."""
+        return bool(self._waiting)
+
+    @property
     def full(self) -> bool:
         """Whether the client should be given no reason for more replies."""
-        return self.size >= self.limit
+        return self.size >= self.limit or (self._budget.replies > self._budget.for_replies and self.size > 0)
 
     @property
     def room(self) -> int:
         """How many bytes of older messages are welcome. Half the mailbox is kept free for what is new."""
-        return max(0, self.limit // 2 - self.size)
+        return max(0, min(self.limit // 2 - self.size, self._budget.room))
 
     def when_emptied(self, callback: Callable[[], None]) -> None:
-        """Call once, synchronously, when the outlet has next taken what is here."""
+        """Call once, synchronously, when the outlet has next taken all that is here, or has found it empty."""
         self._waiting.append(callback)
 
     def put(self, line: bytes) -> None:
@@ -104,6 +180,7 @@ class Mailbox:
             self._wake(self)
         self._items.append(line)
         self.size += len(line)
+        self._budget.replies += len(line)
 
     def offer(self, run: Run) -> bool:
         """Queue messages, unless there is no room for them. An empty mailbox takes one message of any size."""
@@ -117,24 +194,68 @@ class Mailbox:
             self._wake(self)
         self._items.append(run)
         self.size = size + run.size
+        if not run.holders:
+            self._budget.messages += run.size
+        run.holders += 1
         return True
 
-    def take(self) -> list[Item]:
-        """Empty it, oldest first."""
-        items, self._items = self._items, []
-        self.size = 0
-        if self._waiting:
+    def take(self, most: float = inf) -> list[Item]:
+        """Take what is oldest: up to `most` bytes, and what goes beyond that by less than an item."""
+        items = self._items
+        if self.size <= most:
+            self._items, self._fixed, self.size = [], 0, 0
+        else:
+            count = taken = 0
+            while taken < most:
+                taken += _size(items[count])
+                count += 1
+            self._items = items[count:]
+            self._fixed = max(0, self._fixed - count)
+            self.size -= taken
+            items = items[:count]
+        if items:
+            self._budget.release(items)
+        if self._waiting and not self._items:
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
                 callback()
         return items
 
-    def withdraw(self, pattern: str) -> None:
+    def close(self) -> None:
+        """Drop everything; nobody takes it any more."""
+        self.take()
+        self._budget = Budget()
+
+    def fix(self) -> None:
+        """What is here cannot be had again from the log, so that it stays."""
+        self._fixed = len(self._items)
+
+    def withdraw(self) -> dict[str, int]:
+        """Drop the messages that can be had again; returns for each pattern from which seq on they were dropped."""
+        return self._drop(self._fixed, None)
+
+    def revoke(self, pattern: str) -> None:
         """Drop the messages for a pattern that are still here."""
-        kept: list[Item] = []
-        for item in self._items:
-            if isinstance(item, Run) and item.pattern == pattern:
-                self.size -= item.size
+        self._drop(0, pattern)
+
+    def _drop(self, start: int, pattern: str | None) -> dict[str, int]:
+        """Drop messages, of one pattern or all, from an item on, and the marks that would count them as delivered."""
+        first: dict[str, int] = {}
+        kept, dropped = self._items[:start], list[Item]()
+        for item in self._items[start:]:
+            if isinstance(item, Run):
+                drop = pattern is None or item.pattern == pattern
+                if drop and (seq := item.entries[0].seq):
+                    first.setdefault(item.pattern, seq)
             else:
-                kept.append(item)
+                drop = isinstance(item, Mark) and bool(first) and (not item.pattern or item.pattern in first)
+            (dropped if drop else kept).append(item)
         self._items = kept
+        self._fixed = min(self._fixed, len(kept))
+        self.size -= sum(_size(item) for item in dropped)
+        self._budget.release(dropped)
+        return first
+
+
+def _size(item: Item) -> int:
+    return len(item) if isinstance(item, bytes) else item.size

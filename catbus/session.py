@@ -29,7 +29,7 @@ from .auth import Identity
 from .errors import CloseCode, Code, PeerError
 from .framing import Framer
 from .log import EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
-from .mailbox import Mailbox
+from .mailbox import Mailbox, Mark
 from .topics import check_channel, check_pattern
 from .wire import Protocol, Reply
 
@@ -230,7 +230,8 @@ class Session:
         """Queue a reply in the words that the client knows; unless a mailbox is named, in the session's own."""
         line = wire.encode(reply, self.protocol)
         if line is not None:
-            (self.mailbox if mailbox is None else mailbox).put(line)
+            marks = isinstance(reply, wire.Head)
+            (self.mailbox if mailbox is None else mailbox).put(Mark(line) if marks else line)
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""

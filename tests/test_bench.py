@@ -13,6 +13,21 @@ PATIENCE = 120
 
 FANOUT = ("fanout.py", "--subscribers", "4", "--messages", "40", "--rates", "20", "--seconds", "0.5", "--repeat", "1")
 
+STALLED = ("stalled.py", "--subscribers", "20", "--fill", "2e6", "--seconds", "0.5", "--repeat", "1")
+BEHIND = (
+    "behind.py",
+    "--sessions",
+    "40",
+    "--messages",
+    "500",
+    "--channels",
+    "20",
+    "--processes",
+    "2",
+    "--seconds",
+    "1",
+)
+
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
 def test_fanout(transport: str) -> None:
@@ -28,6 +43,16 @@ def test_publish_sql() -> None:
 def test_soak() -> None:
     output = run("soak.py", "--minutes", "0.02", "--every", "0.4", "--age", "5", "--rate", "100", "--held", "yes")
     assert [line.split()[0] for line in output.splitlines()[-5:]] == ["0.4", "0.8", "1.2", "middle", "last"]
+
+
+def test_stalled() -> None:
+    output = run(*STALLED)
+    assert [line.split()[0] for line in output.splitlines()[-4:-2]] == ["none", "stalled"]
+
+
+def test_behind() -> None:
+    output = run(*BEHIND)
+    assert [line.split()[0] for line in output.splitlines()[-6:-2]] == ["calm", "entering", "behind", "after"]
 
 
 def run(program: str, *options: str) -> str:

@@ -50,6 +50,25 @@ async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
             assert messages.gaps == []
 
 
+async def test_in_process_what_was_not_read_is_dropped_with_the_subscription() -> None:
+    with trio.fail_after(30):
+        async with catbus.open_broker() as broker:
+            async with broker.subscribe("a"):
+                await broker.publish("a", 1)
+                assert broker.hub.delivery.statistics().held > 0
+            assert broker.hub.delivery.statistics().held == 0
+
+
+async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
+    config = Config(limits=Limits(mailbox_total=4_000))
+    with trio.fail_after(30):
+        async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
+            for number in range(200):
+                await broker.publish("a", number)
+            assert broker.hub.delivery.statistics().withdrawals == 1
+            assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
+
+
 async def test_in_process_reading_begins_where_it_is_told_to() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker:

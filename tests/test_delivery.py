@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 import pytest
@@ -11,16 +13,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import catbus.delivery as delivery_module
 from catbus import wire
-from catbus.delivery import Delivery, Subscription
+from catbus.delivery import Delivery
 from catbus.log import Entry, Page, Resumption
-from catbus.mailbox import Mailbox, Run
+from catbus.mailbox import Budget, Mailbox, Mark, Run
+from catbus.subscription import PAGE_ROWS, Subscription
 from catbus.topics import matches
 from catbus.wire import Protocol
 
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
 PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]
 PRODUCERS = [b"one", b"two"]
+LIMITS = [
+    (150, 100_000),
+    (400, 100_000),
+    (5000, 100_000),
+    (400, 400),
+    (400, 800),
+    (5000, 400),
+    (5000, 800),
+    (5000, 1600),
+]
+"""Bytes of a mailbox, and of all of them: a message has some hundred."""
 
 
 class ListLog:
@@ -41,6 +56,10 @@ class ListLog:
         return Page(after, entries[-1].seq if entries else after, entries)
 
 
+def exhaust(steps: Iterator[None]) -> None:
+    deque(steps, maxlen=0)
+
+
 class Outlet:
     def flush(self) -> None:
         """The tests take the mail themselves."""
@@ -59,20 +78,35 @@ class Client:
     received: dict[str, list[int]] = field(default_factory=dict)
     told: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
     stream: list[str] = field(default_factory=list)
+    said: int = 0
+    heard: int = 0
+    """Replies, which are numbered."""
 
-    def collect(self) -> None:
-        for item in self.mailbox.take():
+    def collect(self, most: float = inf) -> None:
+        for item in self.mailbox.take(most):
             if isinstance(item, bytes):
                 mark = wire.decode_server(item)
-                assert isinstance(mark, wire.Live | wire.Gap)
-                self.told.setdefault(mark.pattern, []).append(mark)
+                match mark:
+                    case wire.Pong(seq=number):
+                        self.heard += 1
+                        assert number == self.heard
+                    case wire.Head():
+                        for pattern in self.subscriptions:
+                            self.told.setdefault(pattern, []).append(mark)
+                    case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
+                        self.told.setdefault(pattern, []).append(mark)
+                    case _:
+                        raise AssertionError(mark)
             elif self.protocol is Protocol.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
-                self.stream += [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+                payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+                self.stream += [payload for payload in payloads if payload != "0"]
             else:
                 for line in item.lines.splitlines():
                     message = msgspec.json.decode(line)
                     assert message["pattern"] == item.pattern
+                    if "seq" not in message:
+                        continue  # Ephemeral: it is owed to nobody.
                     self.told.setdefault(item.pattern, []).append(wire.decode_server(line))
 
 
@@ -84,34 +118,58 @@ class DeliveryMachine(RuleBasedStateMachine):
     """Publishing, subscribing, lagging, sweeping and retention in any order.
 
     A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
-    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle.
+    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle. The
+    mailboxes together hold no more than the budget, but for what cannot be had again.
     """
 
-    @initialize(limit=st.sampled_from([150, 400, 5000]))
-    def start(self, limit: int) -> None:
+    @initialize(limits=st.sampled_from(LIMITS))
+    def start(self, limits: tuple[int, int]) -> None:
+        limit, total = limits
         self.log = ListLog()
-        self.delivery = Delivery(self.log)  # type: ignore[arg-type]
+        self.delivery = Delivery(self.log, Budget(total))  # type: ignore[arg-type]
         self.limit = limit
+        self.fixed = 0
+        """The most that could not be had again, so far."""
         self.clients: list[Client] = []
         self.page: tuple[int, Page] | None = None
+        self.serving: Iterator[None] = iter(())
+        for pattern in ("*", "a.*"):
+            self.connect(Protocol.V1, PRODUCERS[0])
+            self.subscribe_one(self.clients[-1], pattern, None)
 
     @rule(protocol=st.sampled_from(Protocol), producer=st.sampled_from(PRODUCERS))
     def connect(self, protocol: Protocol, producer: bytes) -> None:
         if len(self.clients) < 4:
-            mailbox = Mailbox(Outlet(), lambda _: None, self.limit)
+            mailbox = Mailbox(Outlet(), lambda _: None, self.limit, self.delivery.budget)
             mailbox.protocol = protocol
             self.clients.append(Client(protocol, producer, mailbox))
 
     @rule(
-        posts=st.lists(
-            st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
-        )
+        batches=st.lists(
+            st.lists(
+                st.tuples(st.sampled_from(CHANNELS), st.sampled_from([None, None, *PRODUCERS])), min_size=1, max_size=6
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        spoken_to=st.booleans(),
     )
-    def publish(self, posts: list[tuple[str, bytes | None]]) -> None:
-        head = len(self.log.entries)
-        entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
-        self.log.entries += entries
-        self.delivery.apply(entries)
+    def publish(self, batches: list[list[tuple[str, bytes | None]]], spoken_to: bool) -> None:
+        for posts in batches:
+            head = len(self.log.entries)
+            entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
+            self.log.entries += entries
+            self.delivery.apply(entries)
+            for client in self.clients if spoken_to else ():
+                self.reply(client)
+
+    def reply(self, client: Client) -> None:
+        """A reply, and a `head` where that is true."""
+        if client.protocol is Protocol.V1:
+            client.said += 1
+            client.mailbox.put(wire.encode(wire.Pong(client.said)) or b"")
+            if not any(subscription.late for subscription in client.subscriptions.values()):
+                client.mailbox.put(Mark(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
@@ -131,7 +189,9 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.unsubscribe_one(client, pattern)
         client.collect()
         client.told.pop(pattern, None)
-        since = data.draw(st.none() | st.integers(0, len(self.log.entries) + 3))
+        self.subscribe_one(client, pattern, data.draw(st.none() | st.integers(0, len(self.log.entries) + 3)))
+
+    def subscribe_one(self, client: Client, pattern: str, since: int | None) -> None:
         subscription = Subscription(client.mailbox, client.producer)
         client.subscriptions[pattern] = subscription
         client.wanted[pattern] = len(self.log.entries) if since is None else since
@@ -151,22 +211,56 @@ class DeliveryMachine(RuleBasedStateMachine):
         del client.wanted[pattern]
         client.told.pop(pattern, None)
 
-    @precondition(lambda self: self.clients)
+    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is Protocol.V1))
     @rule(data=st.data())
-    def flush(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from(self.clients)).collect()
+    def revoke(self, data: st.DataObject) -> None:
+        """As `unsubscribe`, but what is queued goes, too; what is left must not count that as delivered."""
+        held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
+        client, pattern = data.draw(st.sampled_from(held))
+        client.mailbox.revoke(pattern)
+        self.unsubscribe_one(client, pattern)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), most=st.sampled_from([1, 200, inf]))
+    def flush(self, data: st.DataObject, most: float) -> None:
+        data.draw(st.sampled_from(self.clients)).collect(most)
+
+    @rule(channel=st.sampled_from(CHANNELS))
+    def broadcast(self, channel: str) -> None:
+        self.delivery.broadcast(entry(0, channel))
 
     @rule(rows=st.integers(1, 5))
     def read_page(self, rows: int) -> None:
+        exhaust(self.serving)
         position = self.delivery.next_position()
         self.page = None if position is None else (position, self.log.page(position, rows))
 
     @precondition(lambda self: self.page is not None)
     @rule()
-    def serve_page(self) -> None:
+    def begin_to_serve(self) -> None:
         assert self.page is not None
-        self.delivery.serve(*self.page)
+        self.serving, self.page = self.delivery.serve(*self.page), None
+        next(self.serving, None)
+
+    @rule(steps=st.integers(1, 4))
+    def go_on_serving(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self.serving, None)
+
+    @rule(turns=st.integers(1, 10))
+    def rest(self, turns: int) -> None:
+        """Nothing new comes for a while, and everybody reads."""
         self.page = None
+        exhaust(self.serving)
+        for _ in range(turns):
+            for client in self.clients:
+                client.collect()
+            self.sweep()
+
+    def sweep(self) -> None:
+        position = self.delivery.next_position()
+        if position is not None:
+            exhaust(self.delivery.serve(position, self.log.page(position, 3)))
 
     @precondition(lambda self: self.page is None)
     @rule(ahead=st.integers(0, 10))
@@ -180,15 +274,26 @@ class DeliveryMachine(RuleBasedStateMachine):
             for pattern, told in client.told.items():
                 self.check(client, pattern, told, complete=False)
 
+    @invariant()
+    def the_mailboxes_hold_what_they_say_and_no_more_than_they_may(self) -> None:
+        if not hasattr(self, "delivery"):
+            return
+        budget = self.delivery.budget
+        items = [item for client in self.clients for item in client.mailbox._items]
+        assert budget.messages == sum({id(item): item.size for item in items if isinstance(item, Run)}.values())
+        assert budget.replies == sum(len(item) for item in items if isinstance(item, bytes))
+        fixed = [item for client in self.clients for item in client.mailbox._items[: client.mailbox._fixed]]
+        self.fixed = max(self.fixed, sum(item.size for item in fixed if isinstance(item, Run)))
+        assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
+
     def teardown(self) -> None:
         if not hasattr(self, "delivery"):
             return
+        exhaust(self.serving)
         for _ in range(3 * len(self.log.entries) + 20):
             for client in self.clients:
                 client.collect()
-            position = self.delivery.next_position()
-            if position is not None:
-                self.delivery.serve(position, self.log.page(position, 3))
+            self.sweep()
         for client in self.clients:
             client.collect()
             for pattern in client.wanted if client.protocol is Protocol.V1 else ():
@@ -214,9 +319,10 @@ class DeliveryMachine(RuleBasedStateMachine):
                     cursor = seq
                 case wire.Gap(first=first, last=last):
                     assert cursor < first <= last < self.log.floor
+                    assert not due or due[0] >= first, f"{pattern}: a gap from {first} without {due[:3]}"
                     due = [seq for seq in due if seq > last]
-                case wire.Live(seq=seq):
-                    assert not due or due[0] > seq, f"{pattern}: live at {seq} without {due[:3]}"
+                case wire.Live(seq=seq) | wire.Head(seq=seq):
+                    assert not due or due[0] > seq, f"{pattern}: complete up to {seq} without {due[:3]}"
         if complete:
             assert not due, f"{pattern}: never got {due[:3]}"
 
@@ -229,6 +335,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         assert all(seq < self.log.floor for seq in missing), "only what retention has taken is missing"
 
 
+@pytest.fixture(autouse=True)
+def little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery_module, "SERVED", 1)
+
+
 DeliveryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestDelivery = DeliveryMachine.TestCase
 
@@ -237,7 +348,7 @@ class Reader:
     """A `catbus.v1` subscriber of one pattern."""
 
     def __init__(self, delivery: Delivery, pattern: str, since: int | None = None, limit: int = 10_000) -> None:
-        self.mailbox = Mailbox(Outlet(), lambda _: None, limit)
+        self.mailbox = Mailbox(Outlet(), lambda _: None, limit, delivery.budget)
         self.subscription = Subscription(self.mailbox)
         delivery.subscribe(self.subscription, pattern, since)
 
@@ -268,7 +379,7 @@ def publish(log: ListLog, delivery: Delivery, *channels: str) -> None:
 def sweep(log: ListLog, delivery: Delivery) -> None:
     position = delivery.next_position()
     if position is not None:
-        delivery.serve(position, log.page(position, 4))
+        exhaust(delivery.serve(position, log.page(position, 4)))
 
 
 def test_a_batch_is_encoded_once_for_all_who_share_a_pattern(log: ListLog, delivery: Delivery) -> None:
@@ -291,10 +402,10 @@ def test_a_page_read_before_an_apply_leaves_no_hole_at_the_seam(log: ListLog, de
     reader = Reader(delivery, "a", since=0)
     page = log.page(0, 10)
     publish(log, delivery, "a")
-    delivery.serve(0, page)
+    exhaust(delivery.serve(0, page))
     assert reader.mail() == [1, 2]
     assert delivery.next_position() == 2
-    delivery.serve(2, log.page(2, 10))
+    exhaust(delivery.serve(2, log.page(2, 10)))
     assert reader.mail() == [3, wire.Live("a", 3)]
     publish(log, delivery, "a")
     assert reader.mail() == [4]
@@ -327,6 +438,90 @@ def test_who_has_no_room_goes_late_and_the_others_do_not(log: ListLog, delivery:
     assert got == [*range(1, 11), wire.Live("a", 10)]
 
 
+def test_over_the_total_those_with_the_largest_mailboxes_go_late_and_the_others_do_not(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    small, large, quick = Reader(delivery, "a"), Reader(delivery, "a.*"), Reader(delivery, "b")
+    publish(log, delivery, "a")
+    for _ in range(40):
+        publish(log, delivery, "a.b", "b")
+        assert len(quick.mail()) == 1
+        assert delivery.statistics().held <= 3000
+    statistics = delivery.statistics()
+    assert (statistics.late, statistics.lags, statistics.withdrawals) == (1, 1, 1)
+    assert small.mail() == [1]
+    assert delivery.next_position() is None, "nothing is read for it until it has taken what is left"
+    got = large.mail()
+    assert got == [], "all of it can be had again"
+    for _ in range(40):
+        sweep(log, delivery)
+        got += large.mail()
+    assert got == [*range(2, 82, 2), wire.Live("a.*", 81)]
+
+
+def test_what_many_share_counts_once(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    readers = [Reader(delivery, "a") for _ in range(100)]
+    publish(log, delivery, *["a"] * 10)
+    assert delivery.statistics().late == 0
+    assert {tuple(reader.mail()) for reader in readers} == {tuple(range(1, 11))}
+    assert delivery.statistics().held == 0
+
+
+def test_one_gap_tells_of_all_that_retention_took_from_one_who_has_no_room(log: ListLog, delivery: Delivery) -> None:
+    slow = Reader(delivery, "a", limit=300)
+    for _ in range(16):
+        publish(log, delivery, "a")
+    busy = Reader(delivery, "a", since=0)
+    for log.floor in range(4, 14):
+        sweep(log, delivery)
+        busy.mail()
+    assert slow.mail() == [1, 2, 3]
+    sweep(log, delivery)
+    assert slow.mail() == [wire.Gap("a", 4, 12, "e", "retention")]
+    sweep(log, delivery)
+    assert slow.mail() == [13]
+
+
+def test_what_cannot_be_had_again_is_not_withdrawn(log: ListLog) -> None:
+    delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
+    reader = Reader(delivery, "a")
+    publish(log, delivery, "a", "a")
+    log.epoch = "f"
+    del log.entries[1:]
+    delivery.restart(1)
+    delivery.unsubscribe(reader.subscription, "a")
+    again = Subscription(reader.mailbox)
+    delivery.subscribe(again, "a")
+    for _ in range(40):
+        publish(log, delivery, "a")
+    assert delivery.statistics().withdrawals > 0
+    assert reader.mail() == [1, 2, wire.Gap("a", 2, 1, "f", "epoch")]
+    got = []
+    for _ in range(20):
+        sweep(log, delivery)
+        got += reader.mail()
+    assert got == [*range(2, 42), wire.Live("a", 41)]
+
+
+def test_few_entries_are_read_for_one_who_has_room_for_few(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 100)
+    slow = Reader(delivery, "a", since=0, limit=1000)
+    got, rows = [], 0
+    while 100 not in got:
+        position = delivery.next_position()
+        assert position is not None
+        count = delivery.rows_from(position)
+        page = log.page(position, count)
+        rows += len(page.entries)
+        exhaust(delivery.serve(position, page))
+        got += slow.mail()
+    assert got == [*range(1, 101), wire.Live("a", 100)]
+    assert rows <= 100 + 100 + 2 * 100, "the first page is a whole one; then twice what there is room for"
+    quick = Reader(delivery, "a", since=0)
+    assert delivery.rows_from(0) == PAGE_ROWS
+    assert quick.mail() == []
+
+
 def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", limit=50)
     publish(log, delivery, "a", "a")
@@ -339,7 +534,7 @@ def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: List
 def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 6)
     Reader(delivery, "a", since=0)
-    delivery.serve(0, log.page(0, 3))
+    exhaust(delivery.serve(0, log.page(0, 3)))
     Reader(delivery, "b", since=0)
     assert delivery.next_position() == 3
 
@@ -389,6 +584,36 @@ def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery
         got += slow.mail()
         sweep(log, delivery)
     assert [seq for seq in got if isinstance(seq, int)] == [2, 3, 4]
+
+
+def test_a_page_of_another_epoch_is_not_served_any_further(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, "a", "a")
+    first, second = Reader(delivery, "a", since=0), Reader(delivery, "a", since=0, limit=300)
+    steps = delivery.serve(0, log.page(0, 2))
+    next(steps)
+    log.epoch = "f"
+    log.entries.clear()
+    delivery.restart(0)
+    first.mail(), second.mail()
+    publish(log, delivery, *["a"] * 4)
+    assert delivery.next_position() == 0
+    exhaust(steps)
+    assert second.mail() == [], "what that page holds has never been"
+
+
+def test_one_that_is_set_back_while_a_page_is_served_is_not_served_from_it(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 8)
+    reader = Reader(delivery, "a", since=0)
+    sweep(log, delivery)
+    steps = delivery.serve(4, log.page(4, 4))
+    next(steps)
+    delivery._withdraw(reader.mailbox)
+    exhaust(steps)
+    got = reader.mail()
+    for _ in range(3):
+        sweep(log, delivery)
+        got += reader.mail()
+    assert got == [*range(1, 9), wire.Live("a", 8)]
 
 
 def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: Delivery) -> None:

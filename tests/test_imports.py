@@ -19,6 +19,7 @@ LAYERS = (
     {"config", "webtransport"},
     {"log", "certificates"},
     {"mailbox"},
+    {"subscription"},
     {"session", "delivery", "flush"},
     {"hub"},
     {"postgres", "endpoints", "client", "local"},
@@ -48,7 +49,7 @@ ONLY_IMPORTERS = {
 }
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
-PURE = {"errors", "topics", "wire", "framing", "auth", "session", "mailbox"}
+PURE = {"errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription"}
 IMPURE = {
     "anyio",
     "asyncio",

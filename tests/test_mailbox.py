@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from catbus.log import Entry
-from catbus.mailbox import Mailbox, Run
+from catbus.mailbox import Budget, Mailbox, Mark, Run
 
 
 class Outlet:
@@ -77,9 +77,91 @@ def test_what_has_been_revoked_is_taken_back() -> None:
     mailbox.offer(run(1, 2))
     mailbox.put(b"reply")
     mailbox.offer(kept)
-    mailbox.withdraw("a")
+    mailbox.revoke("a")
     assert mailbox.size == 5 + kept.size
     assert mailbox.take() == [b"reply", kept]
+
+
+def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> None:
+    mailbox = Mailbox(Outlet(), lambda _: None)
+    before, after, other = Mark(b"before", "a"), Mark(b"after", "a"), Mark(b"other", "b")
+    mailbox.put(before)
+    mailbox.put(Mark(b"head"))
+    mailbox.offer(run(1, 2))
+    for line in (after, other, Mark(b"another head"), b"reply"):
+        mailbox.put(line)
+    mailbox.revoke("a")
+    assert mailbox.take() == [before, b"head", other, b"reply"]
+
+
+def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> None:
+    budget = Budget()
+    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    fixed = run(1, 2)
+    mailbox.offer(fixed)
+    mailbox.put(Mark(b"gap", "a"))
+    mailbox.fix()
+    for item in (run(5), run(7, pattern="b"), Run("b", [Entry(0, 5, "a", b"1", None)])):
+        mailbox.offer(item)
+    mailbox.put(Mark(b"live", "b"))
+    mailbox.put(b"reply")
+    assert mailbox.withdraw() == {"a": 5, "b": 7}
+    assert mailbox.size == budget.held == fixed.size + 8
+    assert mailbox.withdraw() == {}
+    assert mailbox.take() == [fixed, b"gap", b"reply"]
+    assert budget.held == 0
+
+
+def test_what_several_mailboxes_hold_is_counted_once() -> None:
+    budget = Budget(1000)
+    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    shared = run(1, 2, 3)
+    for mailbox in (one, other):
+        mailbox.offer(shared)
+        mailbox.put(b"reply")
+    assert budget.held == shared.size + 10
+    one.take()
+    assert budget.held == shared.size + 5
+    other.close()
+    assert budget.held == 0
+    other.put(b"too late")
+    assert budget.held == 0
+
+
+def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies() -> None:
+    budget = Budget(400)
+    one, other, empty = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(3))
+    one.put(b"x" * 100)
+    other.put(b"x")
+    assert (one.full, other.full, empty.full) == (True, True, False)
+    one.take()
+    assert not other.full
+
+
+def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
+    budget = Budget(4000)
+    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    one.put(b"x" * 10_000)
+    assert other.room == 1500
+    one.offer(run(1, size=1500))
+    assert other.room == 0
+
+
+def test_some_of_it_can_be_taken() -> None:
+    budget = Budget()
+    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    calls: list[str] = []
+    mailbox.when_emptied(lambda: calls.append("empty"))
+    first, second = run(1), run(2)
+    for item in (first, b"x" * 40, second):
+        mailbox.put(item) if isinstance(item, bytes) else mailbox.offer(item)
+    mailbox.fix()
+    assert mailbox.take(first.size + 1) == [first, b"x" * 40]
+    assert mailbox.size == budget.held == second.size
+    assert mailbox.withdraw() == {}
+    assert not calls
+    assert mailbox.take(1) == [second]
+    assert calls == ["empty"]
 
 
 def test_a_run_is_encoded_once_and_its_size_is_near_the_truth() -> None:

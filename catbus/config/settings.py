@@ -120,6 +120,8 @@ class Limits(Section, frozen=True, kw_only=True):
     """Of all sessions together."""
     mailbox: Size = 524_288
     """What may wait for one client before it is served from the log, later."""
+    mailbox_total: Size = 268_435_456
+    """What may wait for all of them; over it, those for whom most is waiting are served from the log first."""
     recent: Size = 67_108_864
     """How much of the newest part of the log stays in memory."""
     auth_timeout: Timeout = 10.0

@@ -20,7 +20,7 @@ class Outbox(trio.abc.Stream):
     in `nursery`, and while that is at work nobody writes beside it: `busy` says so. When it has sent all that waited
     it asks `refill` for what has gathered meanwhile, and it ends when there is none.
 
-    How much can wait: what one `refill` or one flush gave, and control frames. The library's reader awaits `send_all`
+    How much can wait: what one `refill` or one `write` gave, and control frames. The library's reader awaits `send_all`
     for each Pong before it reads on, so a peer that pings and does not read has one Pong waiting here and everything
     else in its own kernel.
 
@@ -126,9 +126,10 @@ class Outbox(trio.abc.Stream):
 
     def close(self, frame: bytes) -> None:
         """Send what `refill` still has and then a Close frame, after which nothing is sent."""
-        if not self.shut:
-            self.write(self._refill() + frame)
-            self.shut = True
+        while not self.shut and (frames := self._refill()):
+            self.write(frames)
+        self.write(frame)
+        self.shut = True
 
     def abort(self) -> None:
         """Give the connection up: nothing more is sent, and whoever reads from it or waits for it stops.

@@ -27,6 +27,9 @@ CLOSING_TIME = 2.0
 """Seconds in which the mailbox, the Close frame and the peer's answer to it must have passed."""
 STALL_TIME = 60.0
 """Seconds that a write may make no progress."""
+PORTION = 65_536
+"""About how many bytes leave the mailbox at a time, and only when those before have left for the kernel: what waits in
+the mailbox is shared with other mailboxes, counted, and can be had again from the log."""
 OBJECTS_IN_MESSAGE = 16
 """How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
 
@@ -104,12 +107,15 @@ class Connection:
     def flush(self) -> None:
         """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""
         outbox, mailbox = self.outbox, self._mailbox
-        if mailbox is not None and not outbox.busy and (items := mailbox.take()):
-            outbox.write(self._pack(items, mailbox.protocol))
+        if mailbox is not None and not outbox.busy:
+            items = mailbox.take(PORTION)
+            while items:
+                outbox.write(self._pack(items, mailbox.protocol))
+                items = mailbox.take(PORTION) if mailbox.size and not outbox.busy else []
 
     def _take(self) -> bytes:
         mailbox = self._mailbox
-        return b"" if mailbox is None else self._pack(mailbox.take(), mailbox.protocol)
+        return b"" if mailbox is None else self._pack(mailbox.take(PORTION), mailbox.protocol)
 
     def _pack(self, items: list[Item], protocol: Protocol) -> bytes:
         try:

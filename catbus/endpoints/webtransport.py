@@ -24,6 +24,9 @@ LEAVING_TIME = 6.0
 STALL_TIME = 60.0
 """Seconds that a peer may take nothing of what waits for it."""
 
+PORTION = 65_536
+"""About how many bytes leave a mailbox at a time, while the connection takes more."""
+
 OWN_SHARE = 8
 """A subscription's own stream has a mailbox of one part in so many of the session's: there may be a hundred of them."""
 
@@ -179,7 +182,9 @@ class Conversation:
         lane = self._lanes[stream] = Lane(self._flush)
         lane.stream = stream
         lane.on_stopped = on_stopped
-        lane.mailbox = Mailbox(lane, self._hub.flusher.wake, self._main.mailbox.limit // OWN_SHARE)
+        lane.mailbox = Mailbox(
+            lane, self._hub.flusher.wake, self._main.mailbox.limit // OWN_SHARE, self._hub.delivery.budget
+        )
         return lane.mailbox
 
     def end_stream(self, mailbox: Mailbox) -> None:
@@ -222,18 +227,25 @@ class Conversation:
         mailbox, stream = lane.mailbox, lane.stream
         if self._gone or (stream is None and lane is not self._main):
             mailbox.take()
-        elif mailbox and stream is not None and self._connection.writable(stream):
-            lines = join_lines(mailbox.take(), mailbox.protocol)
-            self._sent += len(lines)
-            self._connection.send(stream, lines, lane.ending)
-            self._blocked.pop(lane, None)
-            if lane.ending:
-                self._over(lane)
-            self._room.unpark_all()
-            return True
-        elif mailbox:
+            return False
+        before = self._sent
+        while stream is not None and self._connection.writable(stream):
+            items = mailbox.take(PORTION)
+            if items:
+                lines = join_lines(items, mailbox.protocol)
+                self._sent += len(lines)
+                self._connection.send(stream, lines, lane.ending and not mailbox)
+            if not mailbox:
+                self._blocked.pop(lane, None)
+                if lane.ending:
+                    self._over(lane)
+                break
+        if mailbox or mailbox.awaited:
             self._blocked[lane] = None
-        return False
+        if self._sent == before:
+            return False
+        self._room.unpark_all()
+        return True
 
     def _over(self, lane: Lane) -> None:
         """All of it has been handed over."""
@@ -243,8 +255,9 @@ class Conversation:
 
     def check(self, now: float) -> None:
         """Give up a peer that takes nothing of what waits for it."""
-        acknowledged = self._sent - self._connection.unacknowledged()
-        if acknowledged != self._acknowledged or not self._blocked:
+        unacknowledged = self._connection.unacknowledged()
+        acknowledged = self._sent - unacknowledged
+        if acknowledged > self._acknowledged or not (unacknowledged or self._blocked):
             self._acknowledged, self._moved = acknowledged, now
         elif now - self._moved >= STALL_TIME:
             logger.info("a client does not read", seconds=STALL_TIME)

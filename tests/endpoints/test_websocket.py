@@ -12,8 +12,10 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 
 from catbus.config import Config, Limits
 from catbus.endpoints.roster import Roster
-from catbus.endpoints.websocket import CLOSING_TIME, STALL_TIME, serve_websocket
+from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, Connection, serve_websocket
 from catbus.errors import CloseCode
+from catbus.log import Entry
+from catbus.mailbox import Run
 from catbus.wire import Protocol
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeClient, FakeHub
@@ -306,7 +308,7 @@ async def test_a_hub_that_fails_closes_the_connection(autojump_clock: MockClock)
 async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.put(cast(Any, "not bytes"))
+        it.client.mailbox.offer(Run("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
         it.client.mailbox.outlet.flush()
         await it.ended.wait()
         assert it.roster.faults == 1
@@ -368,6 +370,35 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
                 await it.ended.wait()
         assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 6
         assert it.client.left
+
+
+async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        outlet = it.client.mailbox.outlet
+        assert isinstance(outlet, Connection)
+        for _ in range(20):
+            it.client.mailbox.put(b"a" * 20_000 + b"\n")
+        outlet.flush()
+        received = b""
+        while len(received) < 20 * 20_001:
+            assert outlet.outbox.waiting <= PORTION + 20_100
+            received += (await it.peer.frame()).payload
+            await wait_all_tasks_blocked()
+        assert received == (b"a" * 20_000 + b"\n") * 20
+
+
+async def test_what_stands_in_the_mailbox_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        for _ in range(10):
+            it.client.mailbox.put(b"a" * 30_000 + b"\n")
+        it.client.close(CloseCode.SHUTTING_DOWN, "over")
+        received = b""
+        while (frame := await it.peer.frame()).opcode == peers.TEXT:
+            received += frame.payload
+        assert frame.code == CloseCode.SHUTTING_DOWN
+        assert len(received) == 10 * 30_001
 
 
 async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: MockClock) -> None:

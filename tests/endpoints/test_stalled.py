@@ -1,0 +1,210 @@
+"""A WebTransport peer that takes nothing while its connection is well, on a virtual clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+import catbus.endpoints.webtransport as webtransport_module
+from catbus.auth import Authenticator
+from catbus.broker import OWNER
+from catbus.endpoints.router import PING_INTERVAL
+from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, Conversation
+from catbus.hub import Hub
+from catbus.log import MemoryLog
+from catbus.webtransport import ConnectionLost, Limits
+from catbus.wire import Publish
+from tests.brokers import CONFIG, SECRET, TOKEN
+from tests.endpoints.peers import patience
+from tests.webtransport.link import Link, client_config
+
+WINDOW = 1 << 14
+START = 1000.0
+"""When a `Link` begins."""
+
+
+class Pair:
+    """A conversation and its peer, which acknowledges every packet and pings, and takes what it wants."""
+
+    def __init__(self, hub: Hub) -> None:
+        limits = Limits(connection_window=4 * WINDOW, stream_window=WINDOW, unidirectional=20)
+        self.hub = hub
+        self.link = Link(client=client_config(limits))
+        self.link.open()
+        self.faults = 0
+        self.conversation = Conversation(hub, self.link.server.it, self.link.flush, self.fault)
+        self._handled = len(self.link.server.events)
+        stream = self.link.client.it.open_stream(bidirectional=True)
+        assert stream is not None
+        self.stream = stream
+
+    def fault(self) -> None:
+        self.faults += 1
+
+    @property
+    def lost(self) -> bool:
+        return bool(self.link.client.saw(ConnectionLost))
+
+    def say(self, **message: object) -> None:
+        assert self.link.client.it.send(self.stream, json.dumps(message).encode())
+
+    def take(self, count: int) -> None:
+        """Give the broker credit for so many bytes more."""
+        for stream in self.link.client.received:
+            self.link.client.it.consumed(stream, count)
+
+    async def pass_time(self, seconds: float) -> None:
+        """As the router does it."""
+        end = trio.current_time() + seconds
+        while trio.current_time() < end and not self.lost:
+            await trio.sleep(PING_INTERVAL / 4)
+            self.link.client.it.ping()
+            self.link.run(trio.current_time() - self.link.now)
+            server = self.link.server
+            while self._handled < len(server.events):
+                self.conversation.handle(server.events[self._handled])
+                self._handled += 1
+            self.conversation.make_room()
+            self.conversation.check(trio.current_time())
+            self.link.flush()
+            await wait_all_tasks_blocked()
+
+    def seqs(self) -> list[int]:
+        """Of the messages that it has got whole, on any stream."""
+        lines = [line for data in self.link.client.received.values() for line in data.split(b"\n")[:-1]]
+        told = [json.loads(line) for line in lines]
+        return [line["seq"] for line in told if line["type"] == "message"]
+
+    async def publish(self, *sizes: int) -> None:
+        payloads = [msgspec.Raw(b'"%b"' % (b"x" * size)) for size in sizes]
+        await self.hub.publish(OWNER, [Publish("a.b", payload) for payload in payloads])
+
+
+@asynccontextmanager
+async def conversing(clock: MockClock, *, total: int = 1 << 28, **subscribe: object) -> AsyncIterator[Pair]:
+    limits = msgspec.structs.replace(CONFIG.limits, mailbox_total=total)
+    hub = Hub(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
+    with patience():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(hub.log.run, hub.delivery)
+            nursery.start_soon(hub.delivery.run)
+            nursery.start_soon(hub.flusher.run)
+            clock.jump(START - trio.current_time())
+            pair = Pair(hub)
+            nursery.start_soon(pair.conversation.run)
+            pair.say(type="auth", token=TOKEN, protocol=1)
+            pair.say(type="subscribe", pattern="a.*", **subscribe)
+            await pair.pass_time(5)
+            assert hub.delivery.statistics().live == 1
+            yield pair
+            assert not pair.faults
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("waiting", [3, 100])
+async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock, waiting: int, stream: bool) -> None:
+    """With the less of the two, all that waits is in the connection, and the mailbox is empty."""
+    async with conversing(autojump_clock, stream=stream) as pair:
+        pair.link.client.consumes = False
+        began = trio.current_time()
+        for _ in range(waiting):
+            await pair.publish(10_000)
+        await pair.pass_time(3 * STALL_TIME)
+        assert pair.lost
+        assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 2 * PING_INTERVAL / 4
+        assert not pair.hub.clients
+        assert pair.hub.delivery.statistics().held == 0
+
+
+async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock) as pair:
+        pair.link.client.consumes = False
+        for _ in range(200):
+            await pair.publish(10_000)
+        for _ in range(20):
+            await pair.pass_time(STALL_TIME - 10)
+            pair.take(WINDOW // 2)
+        assert not pair.lost
+        assert pair.hub.delivery.statistics().late == 1
+
+
+async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock) as pair:
+        for _ in range(5):
+            await pair.publish(1000)
+            await pair.pass_time(3 * STALL_TIME)
+        assert not pair.lost
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_clock: MockClock, stream: bool) -> None:
+    async with conversing(autojump_clock, stream=stream) as pair:
+        pair.link.client.consumes = False
+        for _ in range(200):
+            await pair.publish(10_000)
+        await pair.pass_time(5)
+        limits = Limits()
+        held = pair.link.server.it.unacknowledged()
+        assert WINDOW < held <= limits.stream_unacknowledged + PORTION + 11_000
+        limit = CONFIG.limits.mailbox // (OWN_SHARE if stream else 1)
+        assert 0 < pair.hub.delivery.statistics().held <= limit
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_withdrawn_comes_when_there_is_credit(autojump_clock: MockClock, stream: bool) -> None:
+    async with conversing(autojump_clock, total=40_000, stream=stream) as pair:
+        pair.link.client.consumes = False
+        for _ in range(100):
+            await pair.publish(10_000)
+        await pair.pass_time(10)
+        statistics = pair.hub.delivery.statistics()
+        assert statistics.withdrawals > 0
+        assert statistics.held <= 40_000
+        pair.link.client.consumes = True
+        pair.take(1 << 20)
+        await pair.pass_time(100 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, 101))
+        assert pair.hub.delivery.statistics().live == 1
+
+
+async def test_one_whose_mailbox_was_emptied_before_it_could_be_sent_is_served(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, total=40_000) as pair:
+        pair.link.client.consumes = False
+        while pair.link.server.it.writable(pair.stream):
+            await pair.publish(10_000)
+            await trio.sleep(0.1)
+        assert pair.hub.delivery.statistics().late == 0
+        await pair.publish(*[10_000] * 10)
+        assert pair.hub.delivery.statistics().withdrawals == 1
+        assert pair.hub.delivery.statistics().held == 0
+        pair.link.client.consumes = True
+        await pair.pass_time(5)
+        pair.take(1 << 20)
+        await pair.pass_time(50 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+
+
+async def test_a_stream_ends_after_all_of_its_portions(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webtransport_module, "PORTION", 1000)
+    async with conversing(autojump_clock, stream=True) as pair:
+        pair.link.client.consumes = False
+        while pair.hub.delivery.statistics().held < 30_000:
+            await pair.publish(10_000)
+            await trio.sleep(0.1)
+        pair.say(type="unsubscribe", pattern="a.*")
+        pair.link.client.consumes = True
+        await pair.pass_time(5)
+        pair.take(1 << 20)
+        await pair.pass_time(10 * PING_INTERVAL)
+        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+        [own] = pair.link.client.ended
+        assert json.loads(pair.link.client.received[own].splitlines()[-1])["type"] == "unsubscribed"
