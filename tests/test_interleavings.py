@@ -117,7 +117,8 @@ def goes_right_at_the_seam(random: Random, *, to_head: bool) -> bool:
 
 def test_the_seam_in_20000_interleavings() -> None:
     """Catching up ends at what this replica has applied. What is only committed comes by the live way, once."""
-    assert all(goes_right_at_the_seam(Random(seed), to_head=False) for seed in range(20_000))
+    wrong = [seed for seed in range(20_000) if not goes_right_at_the_seam(Random(seed), to_head=False)]
+    assert wrong == []
 
 
 def test_catching_up_to_the_head_of_the_database_would_repeat_messages() -> None:
