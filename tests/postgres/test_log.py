@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg  # type: ignore[import-untyped]
 import pytest
 import trio
 from structlog.testing import CapturingLogger
@@ -305,6 +306,40 @@ async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str, monk
             assert log.statistics().duplicates == 3
         _, lost, again, newer = calls
         assert again == lost != newer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.LockNotAvailableError,
+        asyncpg.DeadlockDetectedError,
+        asyncpg.DiskFullError,
+        asyncpg.QueryCanceledError,
+        asyncpg.ConnectionFailureError,
+    ],
+)
+async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, error: type[asyncpg.PostgresError]
+) -> None:
+    """What is not the fault of a message refuses none."""
+    log = make(database_url)
+    sizes: list[object] = []
+    call = log._writer._call
+
+    async def fail_at_first(connection: Any, epoch: str, *statement: Any) -> Any:
+        sizes.append(statement[-1])
+        if len(sizes) == 1:
+            raise error("not just now")
+        return await call(connection, epoch, *statement)
+
+    monkeypatch.setattr(log._writer, "_call", fail_at_first)
+    async with running(log) as (follower, publisher):
+        for n in range(3):
+            publisher.submit("a", b"%d" % n)
+        assert await publisher.wait() == [Committed(1), Committed(2), Committed(3)]
+        await follower.wait_for(3)
+        assert follower.texts == ["0", "1", "2"]
+    assert sizes == [3, 3]
 
 
 async def test_a_replica_that_stood_still_brings_nothing_that_a_retry_has_brought(database_url: str) -> None:
