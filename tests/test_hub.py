@@ -418,3 +418,32 @@ async def test_without_a_database_there_are_no_roles(hub: Hub) -> None:
     with pytest.raises(PeerError, match="in a database, and this broker has none") as caught:
         await hub.authenticate(ROLE)
     assert caught.value.close is CloseCode.UNAUTHENTICATED
+
+
+# Producers
+
+
+def sign_in(name: str, producer: str | None = None) -> bytes:
+    token = sign(SECRET, client_id=name, grants=Grants.ALL)
+    return json.dumps({"type": "auth", "token": token, "protocol": 1, "producer": producer}).encode()
+
+
+async def ask(hub: Hub, client: Client, *requests: bytes) -> list[Any]:
+    await client.receive(b"\n".join(requests))
+    await wait_all_tasks_blocked()
+    return [json.loads(line) for line in client.mailbox.take() if isinstance(line, bytes)]
+
+
+async def test_who_shows_the_producer_of_another_gets_one_of_its_own(hub: Hub) -> None:
+    """Whoever could publish under it would make the other's next publish a duplicate, or a contradiction."""
+    publish = b'{"type": "publish", "channel": "a", "payload": 1, "id": 1}'
+    alice, mallory, again = open_client(hub), open_client(hub), open_client(hub)
+    [mine] = await ask(hub, alice, sign_in("alice"))
+    welcome, published = await ask(hub, mallory, sign_in("mallory", mine["producer"]), publish)
+    assert welcome["producer"] != mine["producer"]
+    assert published == {"type": "published", "channel": "a", "id": 1, "seq": 1}
+    [published] = await ask(hub, alice, publish)
+    assert published == {"type": "published", "channel": "a", "id": 1, "seq": 2}
+    welcome, published = await ask(hub, again, sign_in("alice", mine["producer"]), publish)
+    assert welcome["producer"] == mine["producer"]
+    assert published == {"type": "published", "channel": "a", "id": 1, "seq": 2, "duplicate": True}

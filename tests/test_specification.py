@@ -30,11 +30,14 @@ from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, QUIET, Hub
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
-from catbus.postgres import lookup
+from catbus.postgres import listener, lookup, outbox
+from catbus.postgres.bridge import OUTAGE, sqlstate
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
+from tests.postgres.sql import open_sql
 
-DOCUMENT = (Path(__file__).parent.parent / "protocol" / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
 NOTHING = "-"
 
 Row = dict[str, str]
@@ -87,12 +90,19 @@ def objects(text: bytes) -> list[Any]:
     return list(Framer(msgspec.json.decode, limit=1 << 20).feed(text))
 
 
-def test_links_lead_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", DOCUMENT, re.MULTILINE)
-    }
-    assert set(re.findall(r"\]\(#([^)]*)\)", DOCUMENT)) <= anchors
+def anchors(document: str) -> set[str]:
+    """What its headings may be called in a link."""
+    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "protocol/README.md", "docs/guarantees.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    document = ROOT / name
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+        there = document.parent / target if target else document
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), anchor
 
 
 # Channels and patterns
@@ -372,6 +382,31 @@ def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
     text = section("Channels and patterns")
     assert f"at most {topics.MAX_LENGTH} bytes and {topics.MAX_SEGMENTS} segments" in text
     assert f"nested at most {wire.MAX_DEPTH} deep" in section("Framing")
+
+
+# Epochs, and publishing from SQL
+
+
+def test_the_paces_in_the_text_are_those_of_the_code() -> None:
+    assert f"every {listener.PACE:g} seconds, they look" in section("Delivery")
+    look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox.PACE, outbox.BRISK_PACE))
+    assert f"every {look}, and every {brisk} in the {outbox.RECENT:g} seconds" in section("Publishing")
+
+
+async def test_sql_is_refused_as_the_table_says(database_url: str) -> None:
+    text = section("Publishing")
+    async with open_sql(database_url) as sql:
+        for row in table(text, "What is refused", "SQLSTATE"):
+            [state], [statement] = quoted(row["SQLSTATE"]), quoted(row["For example"])
+            with pytest.raises(OUTAGE) as refused:
+                await sql.fetch(statement)
+            assert sqlstate(refused.value) == state, row
+        assert await sql.fetchrow("SELECT catbus.outbox_waits()") == (False,)
+        for too_much, enough in (("65)", "64)"), ("65484", "65483")):
+            [statement] = [statement for statement in re.findall(r"`(SELECT .*?)` \|", text) if too_much in statement]
+            await sql.fetch(statement.replace(too_much, enough))
+        rows = await sql.fetch("SELECT octet_length(channel) + octet_length(payload) FROM catbus.outbox_0 ORDER BY id")
+        assert f"nested at most {wire.MAX_DEPTH} deep, itself counted, and has at most {rows[1][0]} bytes" in text
 
 
 # Tokens

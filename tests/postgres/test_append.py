@@ -75,11 +75,13 @@ async def connected(url: str, number: int = 1) -> AsyncIterator[list[Connection]
             connection.terminate()
 
 
-async def wait_blocked(observer: Connection, blocked: Connection) -> None:
-    """Wait until a connection waits for a lock."""
+async def wait_blocked(observer: Connection, blocked: Connection, call: asyncio.Task[Any] | None = None) -> None:
+    """Wait until a connection waits for a lock, or the call in which it may have waited has ended."""
     query = "SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $1"
     async with asyncio.timeout(10):
         while not await observer.fetchval(query, blocked.get_server_pid()):
+            if call is not None and call.done():
+                break
             await asyncio.sleep(0.005)
 
 
@@ -338,6 +340,33 @@ def test_an_original_that_was_rolled_back_is_appended_by_the_retry(database_url:
         answer = await retry
         assert (answer.first, answer.seqs) == (1, [1])
         assert await seqs(observer) == [1]
+
+    play(database_url, scene, connections=3)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before its retry", "after its retry"])
+def test_what_comes_after_its_sender_has_died_is_appended_once(database_url: str, late: bool) -> None:
+    gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)"
+
+    async def scene(epoch: str, dead: Connection, retrying: Connection, holder: Connection) -> None:
+        batch = [Sent(b"p", 1), Sent(b"p", 2, "c")]
+        await holder.execute("BEGIN")
+        await holder.execute("SELECT FROM catbus.head FOR UPDATE")
+        calls = {}
+        for connection in (retrying, dead) if late else (dead, retrying):
+            calls[connection] = asyncio.create_task(append(connection, epoch, batch))
+            await wait_blocked(holder, connection)
+        pid = dead.get_server_pid()
+        dead.terminate()
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await calls[dead]
+        await holder.execute("COMMIT")
+        answer = await calls[retrying]
+        async with asyncio.timeout(10):
+            while not await holder.fetchval(gone, pid):
+                await asyncio.sleep(0.005)
+        assert (answer.first, answer.seqs) == (1 if late else 3, [1, 2])
+        assert await seqs(holder) == [1, 2]
 
     play(database_url, scene, connections=3)
 

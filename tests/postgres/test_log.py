@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg  # type: ignore[import-untyped]
 import pytest
 import trio
 from structlog.testing import CapturingLogger
@@ -297,10 +298,18 @@ async def _moved_on(one: PostgresLog, other: PostgresLog, begun: tuple[int, int]
     return one.statistics().commits > begun[0] + 3 and other.statistics().commits > begun[1] + 3
 
 
-async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str) -> None:
+async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks between the commit and its answer: the batch goes again, unchanged, and is recognised."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
+        calls: list[object] = []
+        call = log._writer._call
+
+        async def note(connection: Any, epoch: str, *statement: object) -> Any:
+            calls.append(statement)
+            return await call(connection, epoch, *statement)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(log._writer, "_call", note)
         async with running(log) as (follower, publisher), open_sql(database_url) as sql:
             await publisher.publish_seq("a", b"0")
             async with head_locked(database_url):
@@ -309,13 +318,70 @@ async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str) -> N
                 await wait_until(partial(waiting, sql))
                 proxy.block()
             await wait_until(partial(_head_is, sql, 4))
+            publisher.submit("a", b"4")
             proxy.cut()
             proxy.unblock()
             outcomes = await publisher.wait()
-            assert [outcome.seq for outcome in outcomes if isinstance(outcome, Committed)] == [1, 2, 3, 4]
-            await follower.wait_for(4)
-            assert follower.texts == ["0", "1", "2", "3"]
+            assert [outcome.seq for outcome in outcomes if isinstance(outcome, Committed)] == [1, 2, 3, 4, 5]
+            await follower.wait_for(5)
+            assert follower.texts == ["0", "1", "2", "3", "4"]
             assert log.statistics().duplicates == 3
+        _, lost, again, newer = calls
+        assert again == lost != newer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.LockNotAvailableError,
+        asyncpg.DeadlockDetectedError,
+        asyncpg.DiskFullError,
+        asyncpg.QueryCanceledError,
+        asyncpg.ConnectionFailureError,
+    ],
+)
+async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, error: type[asyncpg.PostgresError]
+) -> None:
+    """What is not the fault of a message refuses none."""
+    log = make(database_url)
+    sizes: list[object] = []
+    call = log._writer._call
+
+    async def fail_at_first(connection: Any, epoch: str, *statement: Any) -> Any:
+        sizes.append(statement[-1])
+        if len(sizes) == 1:
+            raise error("not just now")
+        return await call(connection, epoch, *statement)
+
+    monkeypatch.setattr(log._writer, "_call", fail_at_first)
+    async with running(log) as (follower, publisher):
+        for n in range(3):
+            publisher.submit("a", b"%d" % n)
+        assert await publisher.wait() == [Committed(1), Committed(2), Committed(3)]
+        await follower.wait_for(3)
+        assert follower.texts == ["0", "1", "2"]
+    assert sizes == [3, 3]
+
+
+async def test_a_replica_that_stood_still_brings_nothing_that_a_retry_has_brought(database_url: str) -> None:
+    """What it has sent comes when the client has long sent it again, to another one."""
+    async with open_proxy(database_url) as proxy:
+        still, other = make(proxy.url), make(database_url)
+        async with running(still) as (follower, client), running(other) as (_, elsewhere):
+            await client.publish_seq("a", b"0")
+            proxy.block()
+            original = client.submit("a", b"1", producer=ALICE, number=1)
+            with trio.fail_after(PATIENCE):
+                while still.statistics().pending:
+                    await trio.lowlevel.checkpoint()
+            assert await elsewhere.publish("a", b"1", producer=ALICE, number=1, after=1) == Committed(2)
+            await elsewhere.publish_seq("a", b"2")
+            proxy.unblock()
+            assert await client.wait(original) == [Committed(2, duplicate=True)]
+            await follower.wait_for(3)
+            assert follower.texts == ["0", "1", "2"]
+    assert [entry.payload for entry in await table(database_url)] == [b"0", b"1", b"2"]
 
 
 async def _head_is(sql: Any, seq: int) -> bool:

@@ -94,7 +94,7 @@ async def following(log: PostgresLog) -> AsyncIterator[tuple[Delivery, Publisher
         await nursery.start(log.run, delivery)
         with trio.fail_after(PATIENCE):
             await log.wait_open()
-        yield delivery, publisher
+            yield delivery, publisher
         nursery.cancel_scope.cancel()
 
 
