@@ -134,7 +134,10 @@ async def test_many_own_streams(tmp_path: Path) -> None:
 
 async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:
     async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
-        async with catbus.connect(url, token=TOKEN, ca=ca) as bus, bus.subscribe("a") as messages:
+        async with (
+            catbus.connect(url, token=TOKEN, ca=ca, reconnect=False) as bus,
+            bus.subscribe("a") as messages,
+        ):
             task_status.started()
             with pytest.raises(catbus.Disconnected) as caught:
                 await anext(messages)

@@ -127,7 +127,7 @@ async def test_stopping_answers_what_is_published_and_tells_everyone_to_come_bac
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, CONFIG)
             url = f"ws://{broker.addresses[0][1]}/ws"
-            async with catbus.connect(url, token=TOKEN) as bus, bus.subscribe("a") as messages:
+            async with catbus.connect(url, token=TOKEN, reconnect=False) as bus, bus.subscribe("a") as messages:
                 assert await bus.publish("a", 1) == 1
                 broker.stop()
                 assert (await anext(messages)).seq == 1
@@ -158,12 +158,12 @@ async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)
             url = f"ws://{broker.addresses[0][1]}/ws"
-            async with catbus.connect(url, token=TOKEN, on_event=events.append) as bus:
+            async with catbus.connect(url, token=TOKEN, reconnect=False, on_event=events.append) as bus:
                 broker.stop()
                 await bus.ping()
                 assert broker.hub.readiness == "draining"
                 assert await bus.publish("a", 1) == 1, "it serves on while its clients find another replica"
-                async with catbus.connect(url, token=TOKEN, on_event=events.append) as late:
+                async with catbus.connect(url, token=TOKEN, reconnect=False, on_event=events.append) as late:
                     await late.ping()
             # With the last client gone nothing is left to wait for.
     assert len(events) == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..client import Bus, connect
+from ..client import Bus, Reconnected, Reconnecting, connect
 from ..client.transport import parse_address
 from .development import DEFAULT_URL, find_certificate, find_token
 
@@ -63,9 +63,17 @@ class Remote:
             )
 
     def connect(self) -> AbstractAsyncContextManager[Bus]:
-        """Connect, once `check` has passed."""
+        """Connect, once `check` has passed, and say on stderr when the connection is lost and when there is another."""
         assert self.token is not None
-        return connect(self.url, token=self.token, ca=self.ca)
+        return connect(self.url, token=self.token, ca=self.ca, on_event=_tell)
+
+
+def _tell(event: object) -> None:
+    match event:
+        case Reconnecting(attempt=1):
+            click.echo(f"catbus: {event.reason}; connecting again", err=True)
+        case Reconnected(moved=False):
+            click.echo("catbus: connected again", err=True)
 
 
 def remote_options(command: Callable[..., None]) -> Callable[..., None]:

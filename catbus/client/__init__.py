@@ -1,18 +1,21 @@
 """The client, for asyncio and Trio: `connect` to a broker, publish, subscribe.
 
-`conversation` is the protocol without I/O, `inbox` what one subscription holds, `link` the tasks that carry bytes,
-`websocket` and `webtransport` the transports, `racing` the way to a host with several addresses; `bus` and
-`subscription` are what an application holds in its hands.
+`conversation` is one connection's protocol without I/O; `ledger` (what has no answer yet), `switchboard` and `inbox`
+(the subscriptions) outlive it. `link` is the tasks that carry its bytes, `supervisor` makes one connection after the
+other, as `coming_back` says; `websocket` and `webtransport` are the transports, `racing` is the way to a host with
+several addresses. `bus` and `subscription` are what an application holds in its hands.
 """
 
 from ..errors import Disconnected, Refused
 from .bus import Bus
+from .coming_back import Backoff, Reconnected, Reconnecting, State
 from .connecting import connect, open_bus
 from .messages import Gap, GoAway, Head, Live, Message, Page
 from .subscription import Messages
 from .transport import Transport
 
 __all__ = [
+    "Backoff",
     "Bus",
     "Disconnected",
     "Gap",
@@ -22,7 +25,10 @@ __all__ = [
     "Message",
     "Messages",
     "Page",
+    "Reconnected",
+    "Reconnecting",
     "Refused",
+    "State",
     "Transport",
     "connect",
     "open_bus",

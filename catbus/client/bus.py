@@ -1,4 +1,4 @@
-"""A connection to a broker, as the application sees it."""
+"""The way to a broker, as the application sees it."""
 
 from __future__ import annotations
 
@@ -12,55 +12,65 @@ from msgspec import Raw
 from ..errors import PeerError, Refused
 from ..topics import check_channel, check_pattern
 from .bell import Bell
-from .conversation import Answer, Batch, Conversation
+from .coming_back import State
 from .inbox import Event
-from .link import Link
+from .ledger import Answer, Batch
 from .messages import Page, encode_payload
 from .subscription import Messages
+from .supervisor import Supervisor
 
 T = TypeVar("T")
 
 
 class Bus:
-    """An authenticated connection, made by `connect`. Any number of tasks may use it.
+    """An authenticated client, made by `connect`. Any number of tasks may use it.
 
-    A method that is cancelled leaves the connection as it was; what it asked for may still happen. Once the
-    connection is gone, every method and every iteration raises `Disconnected`.
+    It outlives its connections: while there is none, what is asked for waits for the next one. Once there will be no
+    further one, every method and every iteration raises `Disconnected`. A method that is cancelled leaves everything as
+    it was; what it asked for may still happen, if it had been sent.
     """
 
-    def __init__(self, conversation: Conversation, link: Link) -> None:
-        self._conversation = conversation
-        self._link = link
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    @property
+    def state(self) -> State:
+        """Whether there is a connection just now, will be one again, or will be none."""
+        return self._supervisor.state
+
+    async def wait_connected(self) -> None:
+        """Wait until there is a connection. Raises `Disconnected` when there will be none. May be cancelled."""
+        await self._supervisor.wait_connected()
 
     @property
     def client_id(self) -> str | None:
         """Who the token says we are; what others see as `sender`."""
-        return self._conversation.client_id
+        return self._supervisor.conversation.client_id
 
     @property
     def producer(self) -> str:
         """What the broker recognises our retries by."""
-        return self._conversation.producer
+        return self._supervisor.conversation.producer
 
     @property
     def epoch(self) -> str:
         """The incarnation of the broker's log, as far as it has told us."""
-        return self._conversation.epoch
+        return self._supervisor.conversation.epoch
 
     @property
     def head(self) -> int:
         """The newest seq that the broker has told us of in answers and marks."""
-        return self._conversation.head
+        return self._supervisor.conversation.head
 
     @property
     def floor(self) -> int | None:
         """The oldest seq that the broker still had when we authenticated, if it said."""
-        return self._conversation.floor
+        return self._supervisor.conversation.floor
 
     @property
     def limits(self) -> dict[str, int]:
         """The broker's limits, each by its name: `message_size` (bytes), `subscriptions`, `pending_publishes`."""
-        return dict(self._conversation.limits)
+        return dict(self._supervisor.conversation.limits)
 
     @overload
     async def publish(
@@ -77,9 +87,14 @@ class Bus:
         subscriptions do not get it back. A payload may be anything that msgspec encodes (NaN and infinities become
         null), or a `msgspec.Raw` that holds JSON.
 
+        When the connection is lost before the answer, it is sent again on the next one, and is in the log once all the
+        same; an ephemeral one is not, and ends as `unknown`. While there is no connection it waits, however long: to
+        bound that, cancel it, for example with `anyio.fail_after`. Up to 256 KiB and as many publishes as the broker
+        allows unanswered wait here, more wait outside for their turn.
+
         Raises `TypeError` for a payload that has no JSON form, before anything is sent; `Refused`, after which the
         message is not published and never will be, unless the code is `unknown`; `Disconnected`, after which nobody
-        here can say, and so it is when this is cancelled.
+        here can say, and so it is when this is cancelled after it was sent.
         """
         batch = Batch(1)
         _check(check_channel, channel)
@@ -140,27 +155,34 @@ class Bus:
         has kept the connection from being read for ten seconds, is given back to the broker, and taken up again from
         where it stopped when half of `buffer` is empty: nothing is lost but ephemeral messages.
 
-        Raises `Refused`, and `ValueError` where this connection has a subscription to the pattern already. Leaving
+        After the loss of a connection it goes on with the next one from where it was: nothing is left out or comes
+        twice, but for ephemeral messages.
+
+        Raises `Refused`, and `ValueError` where there is a subscription to the pattern already. Leaving
         does not wait for the broker.
         """
         _check(check_pattern, pattern)
         if buffer < 1:
             raise ValueError("a buffer holds one message at least")
-        conversation = self._conversation
-        inbox = conversation.subscribe(pattern, since, epoch, buffer, stream=stream, datagrams=datagrams)
+        supervisor = self._supervisor
+        supervisor.check()
+        subscriptions, present = supervisor.subscriptions, supervisor.conversation.epoch
+        inbox = subscriptions.subscribe(
+            pattern, since, epoch, buffer, present=present, stream=stream, datagrams=datagrams
+        )
         try:
             bell = Bell()
             inbox.wake = bell.ring
-            self._link.requested()
+            supervisor.lobby.requested()
             while not inbox.begun:
                 if inbox.ending is not None:
                     raise inbox.ending
-                conversation.check()
+                supervisor.check()
                 await bell.wait()
-            yield Messages(inbox, conversation, self._link, bell, on_event)
+            yield Messages(inbox, supervisor, bell, on_event)
         finally:
-            conversation.subscriptions.leave(inbox)
-            self._link.requested()
+            subscriptions.leave(inbox)
+            supervisor.lobby.requested()
 
     async def history(self, pattern: str, *, limit: int = 100, before: int | None = None) -> Page:
         """The newest messages that match, below the seq `before`, oldest first; `Page.more` says if there are older.
@@ -168,40 +190,55 @@ class Bus:
         The broker may give fewer than `limit` at a time. Raises `Refused`.
         """
         _check(check_pattern, pattern)
-        return await self._answer(self._conversation.history(pattern, limit, before))
+        return await self._answer(self._supervisor.ledger.history(pattern, limit, before))
 
     async def ping(self) -> float:
-        """How many seconds the broker takes to answer. Live subscriptions have their cursors moved on the way."""
+        """How many seconds the broker takes to answer. Live subscriptions have their cursors moved on the way.
+
+        Where there is no connection, that is until after the next one has been made.
+        """
         began = anyio.current_time()
-        await self._answer(self._conversation.ping())
+        await self._answer(self._supervisor.ledger.ping())
         return anyio.current_time() - began
 
     async def authenticate(self, token: str) -> None:
-        """Say who we are; `connect` has done it, and doing it again renews the token. Raises `Refused`."""
-        await self._answer(self._conversation.authenticate(token))
+        """Say who we are; `connect` has done it, and doing it again renews the token. Raises `Refused`.
+
+        Where `connect` was given a token, this one takes its place when another connection is made.
+        """
+        await self._supervisor.authenticate(token)
 
     async def _publish(
         self, requests: Iterable[tuple[int, str, Raw]], batch: Batch, *, ephemeral: bool, echo: bool
     ) -> None:
-        conversation, link = self._conversation, self._link
+        supervisor, ledger = self._supervisor, self._supervisor.ledger
         bell = Bell()
         batch.wake = bell.ring
-        for place, channel, payload in requests:
-            if link.congested:
-                await link.wait_for_room()
-            conversation.publish(channel, payload, batch, place, ephemeral=ephemeral, echo=echo)
-        link.requested()
-        while batch.missing:
-            conversation.check()
-            await bell.wait()
+        try:
+            for place, channel, payload in requests:
+                if supervisor.congested:
+                    await supervisor.wait_for_room()
+                supervisor.check()
+                ledger.publish(channel, payload, batch, place, ephemeral=ephemeral, echo=echo)
+            supervisor.lobby.requested()
+            while batch.missing:
+                supervisor.check()
+                await bell.wait()
+        finally:
+            if batch.missing:
+                ledger.forget(batch)
+                supervisor.lobby.room.ring()
 
     async def _answer(self, answer: Answer[T]) -> T:
         bell = Bell()
         answer.wake = bell.ring
-        self._link.requested()
-        while answer.value is None:
-            self._conversation.check()
-            await bell.wait()
+        self._supervisor.lobby.requested()
+        try:
+            while answer.value is None:
+                self._supervisor.check()
+                await bell.wait()
+        finally:
+            self._supervisor.ledger.withdraw(answer)
         if isinstance(answer.value, Refused):
             raise answer.value
         return answer.value

@@ -10,27 +10,25 @@ from functools import partial
 
 import anyio
 
-from ..errors import Disconnected
-from ..wire import Error, GoAway
 from .bus import Bus
-from .conversation import Conversation
-from .link import Link
-from .transport import Driven, Transport, make_ssl_context, parse_address
+from .coming_back import Backoff
+from .supervisor import BusEvent, Supervisor, Token
+from .transport import Transport, make_ssl_context, parse_address
 from .websocket import open_websocket
-
-BusEvent = GoAway | Error
 
 
 @asynccontextmanager
 async def connect(
     url: str,
     *,
-    token: str,
+    token: Token,
     ssl_context: ssl.SSLContext | None = None,
     ca: str | os.PathLike[str] | None = None,
     certificate_hash: bytes | None = None,
     timeout: float = 10.0,
     keepalive: float = 30.0,
+    reconnect: bool | Backoff = True,
+    persist: bool = False,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
     """Connect to a broker and authenticate; leaving the block says goodbye and closes.
@@ -42,13 +40,25 @@ async def connect(
     usual ones, or only by `certificate_hash`, the SHA-256 of the certificate's DER form), `ws://`, `wss://` (verified
     against `ssl_context`, `ca`, or the system's authorities) or `ws+unix:/path/of.sock:/ws`. `timeout`, in seconds,
     bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
-    sent every `keepalive` seconds. `on_event` is called with `GoAway` when the broker will close soon, and with an
-    `Error` that answers no request; it must not raise.
+    sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
+    and before the time of the last one is over where it says when that is. What it raises ends everything and comes out
+    of this block, except an `OSError`: then it is asked again, as after a connection that could not be made.
+
+    A connection that is lost is made anew, after pauses as `reconnect`, a `Backoff`, says: about a second first, then
+    longer, 30 s at most. Subscriptions go on where they were, and what had no answer is sent again; see `Bus`. A broker
+    that is about to stop says when to connect anew; that is done beside the old connection, which ends when the new
+    one has taken over. It is the end, and everything raises `Disconnected`, where the broker says that coming back is
+    no use, and where the token is not taken any more and there is no other. The first connection is tried once; with
+    `persist`, until it is made. With `reconnect=False` there is one connection and no other.
+
+    `on_event` is called with `Reconnecting` when a connection is lost and whenever the next one could not be made, with
+    `Reconnected` when there is one again, with `GoAway` when the broker will close soon, and with an `Error` that
+    answers no request; it must not raise.
 
     Raises `ValueError` for a wrong URL, or an option that has no use with it; `OSError` or `ConfigError` for a `ca`
     that cannot be read and a hash of another length, `Refused` when the token is not
-    taken, `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Once a
-    connection is lost, it stays so: everything raises `Disconnected`. Cancelling it closes the connection at once.
+    taken, `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Cancelling it
+    closes the connection at once.
     """
     address = parse_address(url)
     dial: Callable[[], Awaitable[Transport]]
@@ -65,7 +75,15 @@ async def connect(
         if address.secure and ssl_context is None:
             ssl_context = make_ssl_context(ca)
         dial = partial(open_websocket, address, ssl_context)
-    async with open_bus(dial, token=token, timeout=timeout, keepalive=keepalive, on_event=on_event) as bus:
+    async with open_bus(
+        dial,
+        token=token,
+        timeout=timeout,
+        keepalive=keepalive,
+        reconnect=reconnect,
+        persist=persist,
+        on_event=on_event,
+    ) as bus:
         yield bus
 
 
@@ -73,41 +91,28 @@ async def connect(
 async def open_bus(
     dial: Callable[[], Awaitable[Transport]],
     *,
-    token: str,
+    token: Token,
     timeout: float = 10.0,
     keepalive: float = 30.0,
+    reconnect: bool | Backoff = True,
+    persist: bool = False,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
     """As `connect`, over whatever transport `dial` brings; it raises `Disconnected` where there is none."""
-    deadline = anyio.current_time() + timeout
-    late = f"the broker did not answer within {timeout:g} s"
-    try:
-        with anyio.fail_after(timeout):
-            transport = await dial()
-    except TimeoutError:
-        raise Disconnected(late) from None
-    conversation = Conversation(on_event)
-    link = Link(conversation, transport, keepalive=keepalive, timeout=timeout)
-    bus = Bus(conversation, link)
+    backoff = reconnect if isinstance(reconnect, Backoff) else Backoff() if reconnect else None
     failure: BaseException | None = None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(link.run)
-        if isinstance(transport, Driven):
-            tasks.start_soon(transport.run)
+        supervisor = Supervisor(
+            tasks, dial, token, backoff=backoff, timeout=timeout, keepalive=keepalive, on_event=on_event
+        )
         try:
-            try:
-                with anyio.fail_after(deadline - anyio.current_time()):
-                    await bus.authenticate(token)
-            except TimeoutError:
-                # No use in waiting for its goodbye.
-                tasks.cancel_scope.cancel()
-                raise Disconnected(late) from None
-            yield bus
+            await supervisor.start(persist=persist)
+            yield Bus(supervisor)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  # raised below
             # The task group would wrap it, and whoever waits for a Refused would not find it.
             failure = error
         finally:
-            link.stop()
+            supervisor.stop()
     if failure is not None:
         try:
             raise failure

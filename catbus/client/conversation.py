@@ -1,25 +1,24 @@
 """The client's side of the protocol without its transport: bytes in, answers and messages out. No I/O, nobody waits.
 
-A request puts a line into the outbox and returns where its answer will be. Whoever drives a conversation
+It lasts as long as one connection. What outlives that is in the `Ledger` and the `Switchboard`, which have what they
+ask for put into its outbox. Whoever drives a conversation
+    - calls `authenticate`, and when that is answered `take_over`, or its two halves one after the other,
     - sends what `take` returns, whenever `outgoing` says that there is something,
     - gives `receive` what comes in, and may let it wait while an inbox is `crowded` and nobody is `waiting`,
-    - calls `lose` when the connection is gone.
-The `wake` of an answer is called when it is there, or will never be: then `lost` is set. Who does not wait for it any
-more just lets go of it.
+    - calls `lose` when the connection is gone. `wake` is called then, and when the broker says that it will be.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
-
-from msgspec import Raw
+from typing import Any
 
 from .. import wire
 from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
 from ..framing import Framer
 from .inbox import Inbox, Lane
+from .ledger import Answer, Ledger
 from .messages import Message, Page, ServerMessage, decode
 from .switchboard import Switchboard
 from .transport import DATAGRAM, MAIN
@@ -30,79 +29,40 @@ FRAME = 32 * 1024
 MAX_OBJECT = 128 * 1024 * 1024
 """The longest line taken from a broker: a page of history may have a thousand messages of 64 KiB."""
 
-T = TypeVar("T")
-
 
 def _nobody() -> None:
     pass
 
 
-class Answer(Generic[T]):
-    """Where the answer to a request will be."""
-
-    __slots__ = ("value", "wake")
-
-    def __init__(self) -> None:
-        self.value: T | Refused | None = None
-        self.wake: Callable[[], None] = _nobody
-
-    def settle(self, value: T | Refused) -> None:
-        self.value = value
-        self.wake()
-
-
-class Batch:
-    """Publishes that somebody waits for together: a result each, a seq (None for an ephemeral one) or the refusal."""
-
-    __slots__ = ("missing", "results", "wake")
-
-    def __init__(self, size: int) -> None:
-        self.results: list[int | Refused | None] = [None] * size
-        self.missing = size
-        self.wake: Callable[[], None] = _nobody
-
-    def settle(self, place: int, result: int | Refused | None) -> None:
-        self.results[place] = result
-        self.missing -= 1
-        if not self.missing:
-            self.wake()
-
-
-class Pending(NamedTuple):
-    """A publish without an answer, with all that is needed to send it again, and who waits for it."""
-
-    publish: wire.Publish
-    after: int
-    epoch: str
-    batch: Batch
-    place: int
-
-
 class Conversation:
-    """Everything that one client and its broker have said to each other and that still matters."""
+    """What one client and its broker say to each other over one connection."""
 
-    def __init__(self, on_event: Callable[[wire.GoAway | wire.Error], None] | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        subscriptions: Switchboard,
+        on_event: Callable[[wire.GoAway | wire.Error], None] | None = None,
+    ) -> None:
         self.client_id: str | None = None
         self.producer = ""
         self.epoch = ""
         self.head = 0
         self.floor: int | None = None
         self.limits: dict[str, int] = {}
+        self.goaway: wire.GoAway | None = None
+        """What the broker has said of its end."""
         self.lost: tuple[str, int | None] | None = None
         """Why the connection is gone, and the closing code where there was one."""
         self.outgoing = 0
         """Bytes in the outbox."""
-        self.subscriptions = Switchboard(self._say, self._number)
+        self.wake: Callable[[], None] = _nobody
+        self._ledger = ledger
+        self._subscriptions = subscriptions
         self._on_event = on_event
-        self._main = _new_lane("")
+        self._main = self._new_lane("")
         self._lanes = {MAIN: self._main}
         self._outbox: deque[bytes] = deque()
-        self._next_id = 1
         self._auths: deque[Answer[wire.AuthOk]] = deque()
-        self._publishes: dict[int, Pending] = {}
-        """In the order of their ids."""
-        self._histories: dict[int, Answer[Page]] = {}
-        self._pings: dict[int, Answer[wire.Pong]] = {}
 
     # What goes out
 
@@ -119,74 +79,57 @@ class Conversation:
         return b"".join(lines)
 
     def authenticate(self, token: str) -> Answer[wire.AuthOk]:
+        """Say who we are, and as whom we have published. Raises `Disconnected`."""
+        self.check()
         answer: Answer[wire.AuthOk] = Answer()
-        self._say(wire.Auth(token, wire.Protocol.V1))
+        # Heeded in the first `auth` of a session only.
+        producer = None if self.producer else self._ledger.producer or None
+        self.say(wire.Auth(token, wire.Protocol.V1, producer))
         self._auths.append(answer)
         return answer
 
-    def publish(self, channel: str, payload: Raw, batch: Batch, place: int, *, ephemeral: bool, echo: bool) -> None:
-        """Ask for a publish whose result goes to its place in the batch."""
-        number = self._next_id
-        publish = wire.Publish(channel, payload, number, ephemeral=ephemeral, echo=echo)
-        line = wire.to_json(publish) + b"\n"
-        limit = self.limits.get("message_size", len(line))
-        if len(line) > limit + 1:
-            batch.settle(place, Refused(Code.TOO_LARGE, f"larger than {limit} bytes"))
-            return
-        if line.count(b"[") + line.count(b"{") > wire.MAX_DEPTH and wire.depth(line) > wire.MAX_DEPTH:
-            batch.settle(place, Refused(Code.BAD_MESSAGE, f"nested deeper than {wire.MAX_DEPTH}"))
-            return
-        self._put(line)
-        self._next_id += 1
-        self._publishes[number] = Pending(publish, self.head, self.epoch, batch, place)
+    def take_over(self) -> None:
+        """Go on here with everything that is not finished. Raises `Disconnected`."""
+        self.take_over_subscriptions()
+        self.take_over_requests()
 
-    def subscribe(
-        self,
-        pattern: str,
-        since: int | None,
-        epoch: str | None,
-        limit: int,
-        *,
-        stream: bool = False,
-        datagrams: bool = False,
-    ) -> Inbox:
-        """Ask for a subscription whose inbox welcomes `limit` messages; `ValueError` if there is one already."""
-        inbox = Inbox(pattern, since, epoch or self.epoch, limit, stream=stream, datagrams=datagrams)
-        self.subscriptions.subscribe(inbox, since, epoch)
-        return inbox
+    def take_over_subscriptions(self) -> None:
+        """Have the subscriptions moved here, each from where it stands. Raises `Disconnected`."""
+        self.check()
+        self._subscriptions.resume(self)
 
-    def history(self, pattern: str, limit: int, before: int | None) -> Answer[Page]:
-        answer: Answer[Page] = Answer()
-        number = self._number()
-        self._say(wire.History(pattern, limit, before, number))
-        self._histories[number] = answer
-        return answer
+    def take_over_requests(self) -> None:
+        """Send what has no answer, and what comes from now on, to this broker. Raises `Disconnected`."""
+        self.check()
+        self._ledger.resume(self)
 
-    def ping(self) -> Answer[wire.Pong]:
-        answer: Answer[wire.Pong] = Answer()
-        self._pings[self.keep_alive()] = answer
-        return answer
+    def keep_alive(self) -> None:
+        """Ask for any sign of life, for which nobody need wait."""
+        self.say(wire.Ping(self._ledger.number()))
 
-    def keep_alive(self) -> int:
-        """Ask for any sign of life, for which nobody need wait; returns its number."""
-        number = self._number()
-        self._say(wire.Ping(number))
-        return number
+    def say(self, request: wire.Request) -> None:
+        self.put(wire.to_json(request) + b"\n")
+
+    def put(self, line: bytes) -> None:
+        """Send a line, unless the connection is gone: whoever asks will be told in another way."""
+        if self.lost is None:
+            self._outbox.append(line)
+            self.outgoing += len(line)
 
     @property
     def crowded(self) -> bool:
         """Whether an inbox is full."""
-        return bool(self.subscriptions.crowded)
+        return bool(self._subscriptions.crowded)
 
-    @property
-    def unanswered(self) -> int:
-        """How many publishes have no answer yet."""
-        return len(self._publishes)
+    def suspend_crowded(self) -> None:
+        """Have the broker stop sending to the inboxes that are full."""
+        for inbox in list(self._subscriptions.crowded):
+            self._subscriptions.suspend(inbox)
 
     @property
     def waiting(self) -> bool:
         """Whether somebody waits for a reply, which may stand behind messages."""
-        return bool(self._publishes or self.subscriptions.asking or self._histories or self._pings or self._auths)
+        return bool(self._ledger.waiting or self._subscriptions.asking or self._auths)
 
     def check(self) -> None:
         """Raise `Disconnected` when the connection is gone."""
@@ -194,17 +137,17 @@ class Conversation:
             raise Disconnected(*self.lost)
 
     def lose(self, message: str, code: int | None = None) -> None:
-        """The connection is gone: nothing that is still unanswered will be. The first reason stands."""
+        """The connection is gone: nothing that is still unanswered will be, here. The first reason stands."""
         if self.lost is not None:
             return
         self.lost = (message, code)
         self._outbox.clear()
         self.outgoing = 0
-        orphans: list[Answer[Any] | Batch] = [*self._auths, *self._histories.values(), *self._pings.values()]
-        orphans += dict.fromkeys(pending.batch for pending in self._publishes.values())
-        for orphan in orphans:
-            orphan.wake()
-        self.subscriptions.lose()
+        self._subscriptions.lose(self, self._lanes.values())
+        self._ledger.lose(self)
+        for answer in self._auths:
+            answer.wake()
+        self.wake()
 
     # What comes in
 
@@ -213,12 +156,15 @@ class Conversation:
 
         Raises `PeerError` with `close` when the broker makes no sense.
         """
+        if self.lost is not None:
+            # What was unanswered has been taken elsewhere: an answer from here would be one too many.
+            return
         if stream == DATAGRAM:
             self._receive_datagram(data)
             return
         lane = self._lanes.get(stream)
         if lane is None:
-            lane = self._lanes[stream] = _new_lane(self.epoch)
+            lane = self._lanes[stream] = self._new_lane(self.epoch)
         routes = lane.routes
         for message in lane.feed(data):
             if type(message) is Message:
@@ -249,7 +195,7 @@ class Conversation:
         except wire.UNDECODABLE:
             return
         if isinstance(message, Message) and message.seq is None:
-            inbox = self.subscriptions.find(message.pattern)
+            inbox = self._subscriptions.find(message.pattern, self)
             if inbox is not None:
                 self._hand_over(message, inbox)
 
@@ -260,7 +206,7 @@ class Conversation:
         if waiting == 1:
             inbox.wake()
         if waiting >= inbox.limit:
-            self.subscriptions.crowd(inbox, message)
+            self._subscriptions.crowd(inbox, message)
 
     def _auth_ok(self, reply: wire.AuthOk) -> None:
         self.client_id = reply.client_id
@@ -276,49 +222,38 @@ class Conversation:
             self._auths.popleft().settle(Refused(reply.code, reply.message))
 
     def _published(self, reply: wire.Published) -> None:
-        pending = self._publishes.pop(reply.id, None)  # type: ignore[arg-type]  # no id is None
         if reply.seq is not None and reply.seq > self.head:
             self.head = reply.seq
-        if pending is not None:
-            pending.batch.settle(pending.place, reply.seq)
+        self._ledger.published(reply.id, reply.seq)
 
     def _publish_error(self, reply: wire.PublishError) -> None:
-        pending = self._publishes.pop(reply.id, None)  # type: ignore[arg-type]
-        if pending is not None:
-            pending.batch.settle(pending.place, Refused(reply.code, reply.message, reply.retry_after))
+        self._ledger.refused(reply.id, Refused(reply.code, reply.message, reply.retry_after))
 
     def _gap(self, event: wire.Gap, lane: Lane) -> None:
         if event.epoch != lane.epoch:
             self._advance(event.last, event.epoch, lane)
-        self.subscriptions.gap(event, lane)
+        self._subscriptions.gap(event, lane)
 
     def _head(self, event: wire.Head, lane: Lane) -> None:
         self._advance(event.seq, event.epoch, lane)
-        self.subscriptions.head(event, lane)
-
-    def _page(self, page: Page) -> None:
-        answer = self._histories.pop(page.id, None)  # type: ignore[arg-type]
-        if answer is not None:
-            answer.settle(page)
-
-    def _pong(self, reply: wire.Pong) -> None:
-        answer = self._pings.pop(reply.seq, None)
-        if answer is not None:
-            answer.settle(reply)
+        self._subscriptions.head(event, lane)
 
     def _error(self, reply: wire.Error) -> None:
         number = reply.id
         if number is None:
             # Only a history has no refusal of its own kind, and histories are answered in order.
-            number = next(iter(self._histories), -1)
-        answer = self._histories.pop(number, None)
-        if answer is not None:
-            answer.settle(Refused(reply.code, reply.message))
-        elif reply.code is Code.BAD_MESSAGE:
+            number = self._ledger.oldest_history()
+        if self._ledger.answered(number, Refused(reply.code, reply.message)):
+            return
+        if reply.code is Code.BAD_MESSAGE:
             # It did not understand something that somebody here may be waiting for.
             raise PeerError(reply.code, reply.message, CloseCode.BAD_MESSAGE)
-        else:
-            self._tell(reply)
+        self._tell(reply)
+
+    def _goaway(self, event: wire.GoAway) -> None:
+        self.goaway = event
+        self._tell(event)
+        self.wake()
 
     def _tell(self, event: wire.GoAway | wire.Error) -> None:
         if self._on_event is not None:
@@ -326,19 +261,9 @@ class Conversation:
 
     # Helpers
 
-    def _number(self) -> int:
-        """The next request's id."""
-        number = self._next_id
-        self._next_id += 1
-        return number
-
-    def _say(self, request: wire.Request) -> None:
-        self._put(wire.to_json(request) + b"\n")
-
-    def _put(self, line: bytes) -> None:
-        self.check()
-        self._outbox.append(line)
-        self.outgoing += len(line)
+    def _new_lane(self, epoch: str) -> Lane:
+        framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
+        return Lane(framer.feed, self, epoch)
 
     def _advance(self, seq: int, epoch: str, lane: Lane) -> None:
         """A stream tells where the log is; what is new to that stream may be old here, and the other way round."""
@@ -349,29 +274,24 @@ class Conversation:
         lane.epoch = epoch
 
 
-def _new_lane(epoch: str) -> Lane:
-    framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
-    return Lane(framer.feed, epoch)
-
-
-_OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], None]] = {
-    wire.Subscribed: lambda self, reply, lane: self.subscriptions.subscribed(reply, lane),
-    wire.Revoked: lambda self, reply, lane: self.subscriptions.revoked(reply, lane),
-    wire.Live: lambda self, event, lane: self.subscriptions.live(event, lane),
+_OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], object]] = {
+    wire.Subscribed: lambda self, reply, lane: self._subscriptions.subscribed(reply, lane),
+    wire.Revoked: lambda self, reply, lane: self._subscriptions.revoked(reply, lane),
+    wire.Live: lambda self, event, lane: self._subscriptions.live(event, lane),
     wire.Gap: Conversation._gap,
     wire.Head: Conversation._head,
 }
 """What is said of the subscriptions whose messages come on the same stream."""
 
-_HANDLERS: dict[type, Callable[[Conversation, Any], None]] = {
+_HANDLERS: dict[type, Callable[[Conversation, Any], object]] = {
     wire.AuthOk: Conversation._auth_ok,
     wire.AuthError: Conversation._auth_error,
-    wire.Unsubscribed: lambda self, reply: self.subscriptions.unsubscribed(reply),
-    wire.SubscribeError: lambda self, reply: self.subscriptions.refused(reply),
+    wire.Unsubscribed: lambda self, reply: self._subscriptions.unsubscribed(reply),
+    wire.SubscribeError: lambda self, reply: self._subscriptions.refused(reply),
     wire.Published: Conversation._published,
     wire.PublishError: Conversation._publish_error,
-    Page: Conversation._page,
-    wire.Pong: Conversation._pong,
-    wire.GoAway: Conversation._tell,
+    Page: lambda self, page: self._ledger.answered(page.id, page),
+    wire.Pong: lambda self, pong: self._ledger.answered(pong.seq, pong),
+    wire.GoAway: Conversation._goaway,
     wire.Error: Conversation._error,
 }

@@ -18,13 +18,14 @@ Feed = Callable[[bytes], Iterator[ServerMessage | PeerError | None]]
 class Lane:
     """One stream of the broker's, and whom what comes on it is for: all subscriptions but those with one of their own.
 
-    `feed` makes objects of its bytes.
+    `feed` makes objects of its bytes. `connection` is what it is a stream of.
     """
 
-    __slots__ = ("epoch", "feed", "fresh", "routes")
+    __slots__ = ("connection", "epoch", "feed", "fresh", "routes")
 
-    def __init__(self, feed: Feed, epoch: str) -> None:
+    def __init__(self, feed: Feed, connection: object, epoch: str) -> None:
         self.feed = feed
+        self.connection = connection
         self.epoch = epoch
         """Of the log that what comes here is from: one stream may be in the next while another is in the last still."""
         self.routes: dict[str, Inbox] = {}
@@ -52,8 +53,9 @@ class Lane:
 class Phase(Enum):
     """Where a subscription stands.
 
-    ASKED: a `subscribe` is on its way. HELD: the broker sends. AWAY: it was told to stop, because nobody took what it
-    sent; once there is room it is asked again, from where it stopped. ENDED: refused, revoked or left.
+    ASKED: a `subscribe` is on its way, or will be when there is a connection. HELD: the broker sends. AWAY: it was told
+    to stop, because nobody took what it sent; once there is room it is asked again, from where it stopped. ENDED:
+    refused, revoked or left.
     """
 
     ASKED = auto()
@@ -89,6 +91,7 @@ class Inbox:
         "lane",
         "limit",
         "live",
+        "named",
         "pattern",
         "phase",
         "pressed",
@@ -105,10 +108,13 @@ class Inbox:
         epoch: str,
         limit: int,
         *,
+        named: bool = True,
         stream: bool = False,
         datagrams: bool = False,
     ) -> None:
         self.pattern = pattern
+        self.named = named
+        """Whether the broker is told the epoch; who leaves it out means the present one, whichever that is."""
         self.stream = stream
         self.datagrams = datagrams
         """What the broker is asked for: a stream of its own; ephemeral messages as datagrams."""
@@ -144,7 +150,16 @@ class Inbox:
             self.arrived = self.cursor = seq
             self.arrived_epoch = self.epoch = epoch
             self.live = self.resuming = True
+        else:
+            self.live = False
         self.wake()
+
+    def resume(self) -> tuple[int | None, str | None]:
+        """The `since` and `epoch` to ask the broker for. What is queued here is not asked for again."""
+        named, self.named = self.named, True
+        if not self.resuming:
+            return None, None
+        return self.arrived, (self.arrived_epoch or None) if named else None
 
     def prove(self, epoch: str) -> None:
         """A message comes with no gap before it, so what came before stands in this epoch as it stood in its own."""

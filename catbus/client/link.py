@@ -9,89 +9,82 @@ import anyio
 from ..errors import CloseCode, Disconnected, PeerError
 from .bell import Bell
 from .conversation import Conversation
-from .inbox import Inbox
-from .transport import Transport
-
-OUTBOX = 256 * 1024
-"""How many bytes may wait to be sent before who publishes has to wait."""
-
-WINDOW = 1000
-"""How many publishes may be without an answer where the broker names no limit."""
+from .lobby import Lobby
+from .transport import Driven, Transport
 
 PATIENCE = 10.0
 """How long, in seconds, full inboxes may keep the connection from being read."""
 
 
 class Link:
-    """One connection at work. What it waits for is told by the calls that end in -ed."""
+    """One connection at work. The lobby tells what it waits for, and is told what it brings."""
 
-    def __init__(self, conversation: Conversation, transport: Transport, *, keepalive: float, timeout: float) -> None:
-        self._conversation = conversation
+    def __init__(
+        self, conversation: Conversation, transport: Transport, lobby: Lobby, *, keepalive: float, timeout: float
+    ) -> None:
+        self.conversation = conversation
+        self.gone = anyio.Event()
+        """Set when the connection is lost; the goodbye may still be under way."""
+        self.presence = anyio.CancelScope()
+        """Cancelled when the connection is lost: for what somebody does as long as it is there."""
+        self.due: float | None = None
+        """When the broker, which is about to leave, wants us to connect anew; by the clock of the event loop."""
         self._transport = transport
+        self._lobby = lobby
         self._keepalive = keepalive
         self._timeout = timeout
+        self._whole = anyio.CancelScope()
         self._scope = anyio.CancelScope()
         self._goodbye: tuple[int, str] = (1000, "")
-        self._outbound = Bell()
-        self._inbound = Bell()
-        self._room = Bell()
-        self._listeners = 0
+        self._news = Bell()
         self._heard = 0
         self._paused = False
+        conversation.wake = self._notice
 
     async def run(self) -> None:
         """Carry bytes both ways until `stop` or until the connection is gone; then close it.
 
         When it is cancelled it closes at once. An exception of an event callback comes out of it.
         """
-        try:
-            with self._scope:
-                async with anyio.create_task_group() as tasks:
-                    for work in (self._read, self._write, self._keep_alive):
-                        tasks.start_soon(self._watch, work)
-        finally:
-            self.stop()
-            await self._transport.aclose(*self._goodbye)
+        with self._whole:
+            async with anyio.create_task_group() as drivers:
+                if isinstance(self._transport, Driven):
+                    drivers.start_soon(self._transport.run)
+                try:
+                    with self._scope:
+                        async with anyio.create_task_group() as tasks:
+                            for work in (self._read, self._write, self._keep_alive):
+                                tasks.start_soon(self._watch, work)
+                finally:
+                    self.stop()
+                    await self._transport.aclose(*self._goodbye)
 
     def stop(self) -> None:
         """End it in order."""
         self._lose("it has been closed on this side")
 
-    def requested(self) -> None:
-        """There is something to send, and perhaps somebody who waits for the reply."""
-        self._outbound.ring()
-        self._inbound.ring()
+    def abandon(self) -> None:
+        """End it without a goodbye."""
+        self.stop()
+        self._whole.cancel()
 
-    def relieved(self, inbox: Inbox) -> None:
-        """The application has taken enough out of an inbox that was full."""
-        self._conversation.subscriptions.relieve(inbox)
-        self.requested()
+    async def wait_news(self) -> None:
+        """Wait until the connection is gone or the broker is about to leave. Cancelling it harms nothing."""
+        while self.conversation.lost is None and self.conversation.goaway is None:
+            await self._news.wait()
 
-    async def listen(self, bell: Bell) -> None:
-        """Wait for the next message of a subscription. Others that are full do not keep it from coming."""
-        self._listeners += 1
-        self._inbound.ring()
-        try:
-            await bell.wait()
-        finally:
-            self._listeners -= 1
-
-    @property
-    def congested(self) -> bool:
-        """Whether to wait for room before the next publish."""
-        conversation = self._conversation
-        window = conversation.limits.get("pending_publishes", WINDOW)
-        return conversation.outgoing > OUTBOX or conversation.unanswered >= window
-
-    async def wait_for_room(self) -> None:
-        """Wait until it is not congested, or the connection is gone. Cancelling it harms nothing."""
-        while self.congested and self._conversation.lost is None:
-            self.requested()
-            await self._room.wait()
+    def _notice(self) -> None:
+        conversation = self.conversation
+        if conversation.lost is not None:
+            self.gone.set()
+        elif conversation.goaway is not None and self.due is None:
+            self.due = anyio.current_time() + conversation.goaway.reconnect_in
+        self._news.ring()
 
     def _lose(self, message: str, code: int | None = None) -> None:
-        self._conversation.lose(message, code)
-        self._room.ring()
+        self.conversation.lose(message, code)
+        self._lobby.room.ring()
+        self.presence.cancel()
         self._scope.cancel()
 
     async def _watch(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -104,14 +97,14 @@ class Link:
             self._lose(f"what the broker sent makes no sense: {error.message}", error.close)
 
     async def _read(self) -> None:
-        conversation, transport = self._conversation, self._transport
+        conversation, transport = self.conversation, self._transport
         while True:
             chunk = await transport.receive()
             self._heard += 1
             conversation.receive(*chunk)
             if transport.pending or conversation.outgoing:
-                self._outbound.ring()
-            self._room.ring()
+                self._lobby.outbound.ring()
+            self._lobby.room.ring()
             if conversation.crowded:
                 await self._hold()
 
@@ -120,33 +113,32 @@ class Link:
 
         Only for so long: goodbyes, revocations and the broker's pings stand behind them.
         """
-        conversation = self._conversation
+        conversation = self.conversation
         self._paused = True
         with anyio.move_on_after(PATIENCE) as patience:
-            while conversation.crowded and not conversation.waiting and not self._listeners:
-                await self._inbound.wait()
+            while conversation.crowded and not conversation.waiting and not self._lobby.listeners:
+                await self._lobby.inbound.wait()
         self._paused = False
         self._heard += 1
         if patience.cancelled_caught:
-            for inbox in list(conversation.subscriptions.crowded):
-                conversation.subscriptions.suspend(inbox)
-            self._outbound.ring()
+            conversation.suspend_crowded()
+            self._lobby.outbound.ring()
 
     async def _write(self) -> None:
-        conversation, transport = self._conversation, self._transport
+        conversation, transport = self.conversation, self._transport
         while True:
             if transport.pending or conversation.outgoing:
                 await transport.send(conversation.take())
-                self._room.ring()
+                self._lobby.room.ring()
             else:
-                await self._outbound.wait()
+                await self._lobby.outbound.wait()
 
     async def _keep_alive(self) -> None:
         while True:
             await anyio.sleep(self._keepalive)
             heard = self._heard
-            self._conversation.keep_alive()
-            self._outbound.ring()
+            self.conversation.keep_alive()
+            self._lobby.outbound.ring()
             await anyio.sleep(self._timeout)
             if self._heard == heard and not self._paused:
                 self._goodbye = (CloseCode.UNRESPONSIVE, "no answer to a ping")

@@ -8,10 +8,9 @@ from anyio.lowlevel import checkpoint
 
 from ..errors import Refused
 from .bell import Bell
-from .conversation import Conversation
 from .inbox import Event, Inbox, Mark, Phase
-from .link import Link
 from .messages import Gap, Message
+from .supervisor import Supervisor
 
 FAIRNESS = 100
 """How many messages are handed out in one go before other tasks have their turn."""
@@ -20,23 +19,23 @@ FAIRNESS = 100
 class Messages(AsyncIterator[Message]):
     """The messages of one subscription, in the order of their seqs.
 
-    Iterating raises `Refused` with the code `revoked` when the permission is withdrawn, and `Disconnected` when the
-    connection is gone, after what had arrived before has been handed out. Cancelling it loses no message.
+    They go on over the loss of a connection, none left out and none twice. Iterating raises `Refused` when the
+    permission is withdrawn (with the code `revoked`; with another when the next connection's broker refuses to go on),
+    and `Disconnected` when there will be no further connection, after what had arrived before has been handed out.
+    Cancelling it loses no message.
     """
 
     def __init__(
         self,
         inbox: Inbox,
-        conversation: Conversation,
-        link: Link,
+        supervisor: Supervisor,
         bell: Bell,
         on_event: Callable[[Event], None] | None,
     ) -> None:
         self.gaps: list[Gap] = []
         """What may have been missed, oldest first."""
         self._inbox = inbox
-        self._conversation = conversation
-        self._link = link
+        self._supervisor = supervisor
         self._bell = bell
         self._on_event = on_event
         self._low = inbox.limit // 2
@@ -69,7 +68,8 @@ class Messages(AsyncIterator[Message]):
             if items:
                 item = items.popleft()
                 if inbox.pressed and len(items) <= self._low:
-                    self._link.relieved(inbox)
+                    self._supervisor.subscriptions.relieve(inbox)
+                    self._supervisor.lobby.requested()
                 if type(item) is Message:
                     if item.seq is not None:
                         inbox.cursor = item.seq
@@ -81,9 +81,9 @@ class Messages(AsyncIterator[Message]):
             elif inbox.phase is Phase.ENDED:
                 raise StopAsyncIteration
             else:
-                self._conversation.check()
+                self._supervisor.check()
                 self._turns = 0
-                await self._link.listen(self._bell)
+                await self._supervisor.lobby.listen(self._bell)
 
     def _pass(self, mark: Mark) -> None:
         self._inbox.cursor, self._inbox.epoch = mark.cursor, mark.epoch

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .. import wire
 from ..errors import Code, Refused
 from .inbox import Inbox, Lane, Phase
+from .ledger import Desk
 from .messages import Message
 
 SPILL = 8 * 1024 * 1024
@@ -17,17 +18,19 @@ OVERHEAD = 256
 
 
 class Switchboard:
-    """The subscriptions of one conversation. `say` sends a request, `number` gives the next one its id.
+    """The subscriptions of one client, which outlive its connections. `number` gives the next request its id.
 
-    The answers come on different streams, and so in any order: each is known by its id.
+    The answers come on different streams, and so in any order: each is known by its id. A subscription hears one
+    connection at a time: the last one that has agreed to send. There it was asked for with where it stood, so nothing
+    is missing between, and what both have sent is dropped by its seq.
     """
 
-    def __init__(self, say: Callable[[wire.Request], None], number: Callable[[], int]) -> None:
+    def __init__(self, number: Callable[[], int]) -> None:
         self.crowded: dict[Inbox, None] = {}
         """Those that are full."""
-        self._say = say
+        self._desk: Desk | None = None
+        """The connection to ask, if there is one."""
         self._number = number
-        self._silent = False
         self._inboxes: dict[str, Inbox] = {}
         """All that have not ended."""
         self._asked: dict[int, Inbox | None] = {}
@@ -38,26 +41,39 @@ class Switchboard:
         """Whether an answer is still to come."""
         return bool(self._asked)
 
-    def subscribe(self, inbox: Inbox, since: int | None, epoch: str | None) -> None:
-        """Ask for a subscription. Its inbox has `begun` or is ENDED when the answer is there.
+    def subscribe(
+        self,
+        pattern: str,
+        since: int | None,
+        epoch: str | None,
+        limit: int,
+        *,
+        present: str = "",
+        stream: bool = False,
+        datagrams: bool = False,
+    ) -> Inbox:
+        """Ask for a subscription whose inbox welcomes `limit` messages. `present` is the epoch where none is named.
 
-        Raises `ValueError` if there is one to the pattern already.
+        The inbox has `begun` or is ENDED when the answer is there. Raises `ValueError` if there is one already.
         """
-        if inbox.pattern in self._inboxes:
-            raise ValueError(f"this connection has a subscription to {inbox.pattern} already")
-        self._ask(inbox, since, epoch)
-        self._inboxes[inbox.pattern] = inbox
+        if pattern in self._inboxes:
+            raise ValueError(f"this connection has a subscription to {pattern} already")
+        named = epoch is not None
+        inbox = Inbox(pattern, since, epoch or present, limit, named=named, stream=stream, datagrams=datagrams)
+        self._inboxes[pattern] = inbox
+        self._ask(inbox)
+        return inbox
 
-    def find(self, pattern: str | None) -> Inbox | None:
-        """Whose the pattern is, while the broker sends for it: a datagram belongs to no stream."""
+    def find(self, pattern: str | None, desk: Desk) -> Inbox | None:
+        """Whose the pattern is, while this connection sends for it: a datagram belongs to no stream."""
         inbox = self._inboxes.get(pattern) if pattern is not None else None
-        return inbox if inbox is not None and inbox.phase is Phase.HELD else None
+        return inbox if inbox is not None and inbox.lane is not None and inbox.lane.connection is desk else None
 
     def leave(self, inbox: Inbox) -> None:
         """End a subscription, from this side."""
         if inbox.phase is Phase.ENDED:
             return
-        if inbox.phase is not Phase.AWAY and not self._silent:
+        if inbox.phase is not Phase.AWAY:
             self._unsubscribe(inbox)
         self._close(inbox, None)
 
@@ -72,25 +88,48 @@ class Switchboard:
     def suspend(self, inbox: Inbox) -> None:
         """Have the broker stop sending to a full inbox; `relieve` takes it up again from where it stopped."""
         self.crowded.pop(inbox, None)
-        if inbox.phase is Phase.HELD and not self._silent:
+        if inbox.phase is Phase.HELD:
             self._unsubscribe(inbox)
-            self._unroute(inbox)
             inbox.phase = Phase.AWAY
+        # Where it has been asked for on another connection, that one begins where this one is not heard any more.
+        self._unroute(inbox)
 
     def relieve(self, inbox: Inbox) -> None:
         """The application has taken enough out of an inbox that was full."""
         inbox.pressed = False
         inbox.spilled = 0
         self.crowded.pop(inbox, None)
-        if inbox.phase is Phase.AWAY and not self._silent:
-            inbox.phase = Phase.ASKED
-            inbox.live = False
-            self._ask(inbox, inbox.arrived, inbox.arrived_epoch or None)
+        if inbox.phase is Phase.AWAY:
+            self._ask(inbox)
 
-    def lose(self) -> None:
-        """The connection is gone; so says whoever is woken."""
-        self._silent = True
-        self.crowded.clear()
+    # Between connections
+
+    def resume(self, desk: Desk) -> None:
+        """Another connection is there: ask it to go on where each subscription stands.
+
+        One before it, if it is still there, goes on being heard for each until its answer.
+        """
+        self._desk = desk
+        self._asked.clear()
+        for inbox in self._inboxes.values():
+            if inbox.phase is not Phase.AWAY:
+                self._ask(inbox)
+
+    def lose(self, desk: Desk, lanes: Iterable[Lane]) -> None:
+        """A connection is gone, and its lanes with it. Those who were heard there wait for the next one."""
+        for lane in lanes:
+            for inbox in {*lane.routes.values(), *lane.fresh.values()}:
+                self._unroute(inbox)
+                self.crowded.pop(inbox, None)
+        if self._desk is desk:
+            self._desk = None
+            self._asked.clear()
+            for inbox in self._inboxes.values():
+                if inbox.phase is Phase.HELD:
+                    inbox.phase = Phase.ASKED
+
+    def wake(self) -> None:
+        """There will be no further connection, and so say those who are woken."""
         for inbox in self._inboxes.values():
             inbox.wake()
 
@@ -101,6 +140,7 @@ class Switchboard:
             lane.epoch = reply.epoch
         inbox = self._answered(reply.id)
         if inbox is not None and inbox.phase is Phase.ASKED:
+            self._unroute(inbox)
             (lane.fresh if inbox.resuming else lane.routes)[inbox.pattern] = inbox
             inbox.lane = lane
             inbox.begin(reply.seq, lane.epoch)
@@ -116,6 +156,9 @@ class Switchboard:
     def revoked(self, reply: wire.Revoked, lane: Lane) -> None:
         inbox = lane.heard(reply.pattern)
         if inbox is not None:
+            if inbox.phase is Phase.ASKED:
+                # It was to move to another connection.
+                self._unsubscribe(inbox)
             self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
 
     def live(self, event: wire.Live, lane: Lane) -> None:
@@ -136,15 +179,19 @@ class Switchboard:
 
     # Helpers
 
-    def _ask(self, inbox: Inbox, since: int | None, epoch: str | None) -> None:
-        number = self._number()
-        self._say(wire.Subscribe(inbox.pattern, since, epoch, inbox.stream, inbox.datagrams, number))
-        self._asked[number] = inbox
+    def _ask(self, inbox: Inbox) -> None:
+        inbox.phase = Phase.ASKED
+        if self._desk is not None:
+            number = self._number()
+            since, epoch = inbox.resume()
+            self._desk.say(wire.Subscribe(inbox.pattern, since, epoch, inbox.stream, inbox.datagrams, number))
+            self._asked[number] = inbox
 
     def _unsubscribe(self, inbox: Inbox) -> None:
-        number = self._number()
-        self._say(wire.Unsubscribe(inbox.pattern, number))
-        self._asked[number] = None
+        if self._desk is not None:
+            number = self._number()
+            self._desk.say(wire.Unsubscribe(inbox.pattern, number))
+            self._asked[number] = None
 
     def _answered(self, number: int | None) -> Inbox | None:
         """Whom a reply is for, which comes once for each request."""

@@ -209,7 +209,10 @@ class Pipe:
     async def send(self, data: bytes) -> None:
         if not self.open_gate:
             await anyio.sleep_forever()
-        await self._outbound.send(data)
+        try:
+            await self._outbound.send(data)
+        except anyio.BrokenResourceError:
+            raise Disconnected("the broker is gone") from None
 
     async def receive(self) -> Chunk:
         try:
@@ -260,8 +263,8 @@ async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]
 
 @asynccontextmanager
 async def talk_to(broker: Script, **options: Any) -> AsyncIterator[Bus]:
-    """A client that is connected to a broker on a real socket."""
-    async with serve(broker) as url, connect(url, token="t", **options) as bus:
+    """A client that is connected to a broker on a real socket, once."""
+    async with serve(broker) as url, connect(url, token="t", **{"reconnect": False, **options}) as bus:
         yield bus
 
 
@@ -295,7 +298,7 @@ async def talk_in_memory(script: Script, **options: Any) -> AsyncIterator[tuple[
     with anyio.fail_after(LIMIT):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run)
-            async with open_bus(dial, token="t", **options) as bus:
+            async with open_bus(dial, token="t", reconnect=False, **options) as bus:
                 yield bus, pipe
             tasks.cancel_scope.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from catbus import wire
 from catbus.client import switchboard
-from catbus.client.conversation import FRAME, Batch, Conversation
+from catbus.client.conversation import FRAME, Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
+from catbus.client.ledger import Batch, Ledger
 from catbus.client.messages import Message, Page, encode_payload
+from catbus.client.switchboard import Switchboard
 from catbus.client.transport import DATAGRAM
 from catbus.errors import CloseCode, Code, Disconnected, PeerError, Refused
 from tests.client.fake import AUTH_OK, EPOCH, message
@@ -32,22 +35,35 @@ def sent(conversation: Conversation) -> list[dict[str, Any]]:
     return [msgspec.json.decode(line) for line in data.splitlines()]
 
 
-def begin() -> Conversation:
-    conversation = Conversation()
+class Talk(Conversation):
+    """A conversation, with what it is about."""
+
+    def __init__(self, on_event: Callable[[wire.GoAway | wire.Error], None] | None = None) -> None:
+        self.ledger = Ledger()
+        self.subscriptions = Switchboard(self.ledger.number)
+        super().__init__(self.ledger, self.subscriptions, on_event)
+
+    def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int, **options: bool) -> Inbox:
+        return self.subscriptions.subscribe(pattern, since, epoch, limit, present=self.epoch, **options)
+
+
+def begin() -> Talk:
+    conversation = Talk()
     conversation.authenticate("t")
     sent(conversation)
     conversation.receive(lines(AUTH_OK))
+    conversation.take_over()
     return conversation
 
 
-def publish(conversation: Conversation, *channels: str, payload: Any = 1) -> Batch:
+def publish(conversation: Talk, *channels: str, payload: Any = 1) -> Batch:
     batch = Batch(len(channels))
     for place, channel in enumerate(channels):
-        conversation.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
+        conversation.ledger.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
     return batch
 
 
-def subscribe(conversation: Conversation, pattern: str = "a.*", seq: int = 100, **options: Any) -> Inbox:
+def subscribe(conversation: Talk, pattern: str = "a.*", seq: int = 100, **options: Any) -> Inbox:
     inbox = conversation.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
     [*_, request] = sent(conversation)
     conversation.receive(lines(subscribed(seq, request["id"], pattern)))
@@ -78,13 +94,13 @@ def marks(inbox: Inbox) -> list[tuple[str, int, str]]:
 
 
 def test_it_says_that_it_knows_this_specification() -> None:
-    conversation = Conversation()
+    conversation = Talk()
     conversation.authenticate("secret")
     assert sent(conversation) == [{"type": "auth", "token": "secret", "protocol": 1}]
 
 
 def test_auth_ok_tells_who_and_where() -> None:
-    conversation = Conversation()
+    conversation = Talk()
     answer = conversation.authenticate("t")
     conversation.receive(lines(AUTH_OK))
     assert isinstance(answer.value, wire.AuthOk)
@@ -94,7 +110,7 @@ def test_auth_ok_tells_who_and_where() -> None:
 
 
 def test_auth_error_is_a_refusal() -> None:
-    conversation = Conversation()
+    conversation = Talk()
     answer = conversation.authenticate("t")
     conversation.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
     assert isinstance(answer.value, Refused)
@@ -128,7 +144,7 @@ def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
     assert isinstance(refused, Refused)
     assert (refused.code, refused.retry_after) == (Code.RATE_LIMITED, 2)
     assert rest == [104, 103]
-    assert conversation.unanswered == 0
+    assert conversation.ledger.unanswered == 0
     assert conversation.head == 104
 
 
@@ -147,7 +163,7 @@ def test_who_waits_for_a_batch_is_woken_once_at_its_end() -> None:
 def test_a_publish_says_only_what_is_not_usual() -> None:
     conversation = begin()
     batch = Batch(1)
-    conversation.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
+    conversation.ledger.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
     [request] = sent(conversation)
     number = request.pop("id")
     assert request == {"type": "publish", "channel": "a", "payload": [], "ephemeral": True, "echo": False}
@@ -639,7 +655,7 @@ def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> 
 
 def test_histories_are_told_apart_by_their_ids() -> None:
     conversation = begin()
-    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
     first, second = sent(conversation)
     assert (first["limit"], second["before"]) == (2, 90)
     conversation.receive(lines({"type": "history", "id": second["id"], "messages": [], "more": False}))
@@ -654,7 +670,7 @@ def test_histories_are_told_apart_by_their_ids() -> None:
 
 def test_an_error_with_an_id_refuses_that_history() -> None:
     conversation = begin()
-    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
     _, second = sent(conversation)
     conversation.receive(lines({"type": "error", "message": "no", "code": "unauthorized", "id": second["id"]}))
     assert one.value is None
@@ -663,7 +679,7 @@ def test_an_error_with_an_id_refuses_that_history() -> None:
 
 def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
     conversation = begin()
-    one, other = conversation.history("a.*", 2, None), conversation.history("b", 100, 90)
+    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
     conversation.receive(lines({"type": "error", "message": "no", "code": "unavailable"}))
     assert isinstance(one.value, Refused)
     assert other.value is None
@@ -679,7 +695,7 @@ def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
 
 def test_goaway_and_other_errors_are_events() -> None:
     events: list[wire.GoAway | wire.Error] = []
-    conversation = Conversation(events.append)
+    conversation = Talk(events.append)
     conversation.receive(
         lines(
             {"type": "goaway", "reason": "stopping", "reconnect_in": 1.5},
@@ -693,7 +709,7 @@ def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:
     conversation = begin()
     conversation.keep_alive()
     assert not conversation.waiting
-    answer = conversation.ping()
+    answer = conversation.ledger.ping()
     assert conversation.waiting
     unwaited, waited = (request["seq"] for request in sent(conversation))
     conversation.receive(lines({"type": "pong", "seq": unwaited}))
@@ -712,10 +728,14 @@ def test_nonsense_is_the_peers_mistake(line: bytes) -> None:
 # The end
 
 
-def test_losing_the_connection_wakes_everyone() -> None:
+def test_when_there_is_no_other_connection_everyone_is_woken() -> None:
     conversation = begin()
     woken: list[str] = []
-    batch, history, ping = publish(conversation, "a"), conversation.history("a", 1, None), conversation.ping()
+    batch, history, ping = (
+        publish(conversation, "a"),
+        conversation.ledger.history("a", 1, None),
+        conversation.ledger.ping(),
+    )
     asked, held = conversation.subscribe("b", None, None, 1), subscribe(conversation)
     auth = conversation.authenticate("t2")
     waiting = {"batch": batch, "history": history, "ping": ping, "asked": asked, "held": held, "auth": auth}
@@ -723,11 +743,14 @@ def test_losing_the_connection_wakes_everyone() -> None:
         waiter.wake = lambda name=name: woken.append(name)  # type: ignore[attr-defined]
     conversation.lose("gone", 4503)
     conversation.lose("again")
-    assert sorted(woken) == sorted(waiting)
+    assert woken == ["auth"]
     assert conversation.outgoing == 0
     assert conversation.lost == ("gone", 4503)
+    conversation.ledger.wake()
+    conversation.subscriptions.wake()
+    assert sorted(woken) == sorted(waiting)
     with pytest.raises(Disconnected, match="gone") as caught:
-        publish(conversation, "a")
+        conversation.authenticate("t3")
     assert caught.value.code == 4503
     conversation.subscriptions.leave(asked)
     conversation.subscriptions.leave(held)

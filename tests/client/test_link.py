@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 import trio
 
-from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus, switchboard
+from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus, supervisor, switchboard
 from catbus.errors import CloseCode
 from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
 
@@ -428,10 +428,10 @@ async def test_a_stuck_socket_makes_publishers_wait() -> None:
 
     async with talk_in_memory(script) as (bus, pipe):
         pipe.open_gate = False
-        conversation = bus._conversation
+        conversation = bus._supervisor.conversation
         with anyio.move_on_after(0.01):
             await bus.publish_many([("a", "x" * 10_000)] * 500)
-        assert 0 < conversation.outgoing <= link.OUTBOX + 11_000
+        assert 0 < conversation.outgoing <= supervisor.OUTBOX + 11_000
 
 
 async def test_a_lost_connection_releases_who_waits_for_room() -> None:

@@ -420,7 +420,10 @@ async def test_a_tls_broker_that_vanishes(certificate: tuple[Path, Path]) -> Non
         await peer.stream.transport_stream.aclose()  # type: ignore[attr-defined]
         raise Gone
 
-    async with serve_tls(certificate, script) as url, connect(url, token="t", ca=certificate[0]) as bus:
+    async with (
+        serve_tls(certificate, script) as url,
+        connect(url, token="t", ca=certificate[0], reconnect=False) as bus,
+    ):
         with pytest.raises(Disconnected):
             await bus.publish("a", 1)
 

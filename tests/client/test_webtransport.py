@@ -262,7 +262,7 @@ async def talk(script: Script, *, server: dict[str, Any] | None = None, **option
 
     async with (
         serve(admit_first, **server or {}) as running,
-        connect(running.url, token="t", ca=certificate().pem, **options) as bus,
+        connect(running.url, token="t", ca=certificate().pem, reconnect=False, **options) as bus,
     ):
         yield bus
 
@@ -729,7 +729,10 @@ async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_the_server_vanishes() -> None:
-    async with serve(Honest(), idle=1.0) as server, connect(server.url, token="t", ca=certificate().pem) as bus:
+    async with (
+        serve(Honest(), idle=1.0) as server,
+        connect(server.url, token="t", ca=certificate().pem, reconnect=False) as bus,
+    ):
         server.vanish()
         with pytest.raises(Disconnected, match="the connection was lost: Idle timeout"):
             await bus.publish("a", 1)

@@ -46,7 +46,10 @@ async def follow(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Subscribe to everything while the log is empty, or since 0; nothing may be missing. Started once subscribed."""
-    async with connect(replica.url, token=token("subscriber")) as bus, bus.subscribe("*", since=since) as messages:
+    async with (
+        connect(replica.url, token=token("subscriber"), reconnect=False) as bus,
+        bus.subscribe("*", since=since) as messages,
+    ):
         task_status.started()
         async for message in messages:
             assert message.seq == len(seen.items) + 1
@@ -122,7 +125,10 @@ async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_send
                 stopping.set()
 
         bearer = token("publisher")
-        async with connect(replica.url, token=bearer, on_event=note) as bus, bus.subscribe("nothing.ever") as messages:
+        async with (
+            connect(replica.url, token=bearer, reconnect=False, on_event=note) as bus,
+            bus.subscribe("nothing.ever") as messages,
+        ):
             answered.extend(await bus.publish_many([("test.stop", n) for n in range(100)]))
             with pytest.raises(Disconnected) as end:
                 await anext(messages)
@@ -166,7 +172,7 @@ async def test_what_a_killed_replica_has_acknowledged_is_in_the_log_and_the_othe
                 acknowledged.add((await bus.publish("test.kill", (name, n)), name, n))
 
     async def publish_to(replica: Replica, name: str, acknowledged: Tally) -> None:
-        async with connect(replica.url, token=token(name)) as bus, trio.open_nursery() as nursery:
+        async with connect(replica.url, token=token(name), reconnect=False) as bus, trio.open_nursery() as nursery:
             for _ in range(tasks):
                 nursery.start_soon(publish, bus, name, acknowledged)
 

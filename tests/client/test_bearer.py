@@ -1,0 +1,49 @@
+"""When the next token is due."""
+
+from __future__ import annotations
+
+import jwt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.auth import Grants, sign
+from catbus.client.bearer import find_expiry, until_renewal
+
+SECRET = "a secret that is long enough for a JWT"
+
+
+def test_tokens_that_say_when_they_end() -> None:
+    assert find_expiry(sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)) == 2_000_000_000
+    claims = {"sub": "alice", "exp": 2_000_000_000, "catbus": {}}
+    assert find_expiry(jwt.encode(claims, SECRET, "HS256")) == 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        sign(SECRET, client_id="alice", grants=Grants.ALL),
+        jwt.encode({"sub": "alice"}, SECRET, "HS256"),
+        "role-AAECAwQFBgcICQoLDA0ODw",
+        "an-admin-key",
+        "a.b.c",
+        "sub-.",
+        "sub-bnVsbA.x",
+        "sub-eyJleHAiOiJzb29uIn0.x",
+    ],
+)
+def test_tokens_that_do_not(token: str) -> None:
+    assert find_expiry(token) is None
+    assert until_renewal(token, 0) is None
+
+
+@given(st.text())
+def test_any_text_may_be_a_token(token: str) -> None:
+    find_expiry(token)
+    find_expiry("sub-" + token)
+
+
+@pytest.mark.parametrize(("left", "pause"), [(3600, 3570), (61, 31), (60, 30), (10, 5), (1, 1), (0, 1), (-100, 1)])
+def test_the_next_one_is_asked_for_in_time(left: float, pause: float) -> None:
+    token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)
+    assert until_renewal(token, 2_000_000_000 - left) == pause

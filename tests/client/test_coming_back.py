@@ -1,0 +1,61 @@
+"""Whether to come back, and when."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.client.coming_back import Backoff, Verdict, judge, judge_refusal
+from catbus.errors import CloseCode, Code, Refused
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict"),
+    [
+        ((4000, 4001, 4002, 4009, 4399, 1002, 1003, 1007, 1009), Verdict.FINAL),
+        ((4400, 4401, 4499), Verdict.NEW_TOKEN),
+        ((None, 1000, 1001, 1006, 1011, 1012, 3000, 3999, 4500, 4503, 4504, 4529, 4999, 5000), Verdict.AGAIN),
+    ],
+)
+def test_the_range_of_a_closing_code_says_it(codes: tuple[int | None, ...], verdict: Verdict) -> None:
+    assert {judge(code) for code in codes} == {verdict}
+
+
+def test_the_brokers_own_codes_agree() -> None:
+    for code in CloseCode:
+        assert (judge(code) is Verdict.FINAL) == code.final
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        (Code.UNAUTHENTICATED, Verdict.FINAL),
+        (Code.UNAUTHORIZED, Verdict.FINAL),
+        (Code.TOKEN_EXPIRED, Verdict.NEW_TOKEN),
+        (Code.UNAVAILABLE, Verdict.AGAIN),
+        (Code.SHUTTING_DOWN, Verdict.AGAIN),
+        (Code.INTERNAL, Verdict.AGAIN),
+    ],
+)
+def test_a_refused_token(code: Code, verdict: Verdict) -> None:
+    assert judge_refusal(Refused(code, "no")) is verdict
+
+
+def test_pauses_grow_to_a_limit() -> None:
+    assert [Backoff().pause(failures, 0) for failures in (0, 1, 2, 3, 4, 5, 6, 10_000)] == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert Backoff().pause(0, 1) == pytest.approx(0.7)
+    assert Backoff(first=0).pause(7, 0.5) == 0
+
+
+@given(st.integers(0, 100), st.floats(0, 1), st.floats(0, 1))
+def test_a_pause_is_what_is_left_of_the_full_one_by_chance(failures: int, jitter: float, chance: float) -> None:
+    backoff = Backoff(jitter=jitter)
+    full = backoff.pause(failures, 0)
+    assert full * (1 - jitter) - 1e-9 <= backoff.pause(failures, chance) <= full <= 30
+
+
+@pytest.mark.parametrize("wrong", [{"first": -1}, {"first": 2, "most": 1}, {"jitter": 1.1}, {"jitter": -0.1}])
+def test_a_backoff_that_makes_no_sense(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="back-off"):
+        Backoff(**wrong)

@@ -1,0 +1,866 @@
+"""What outlives a connection, without any I/O: connections are lost at any byte, and nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from catbus import wire
+from catbus.client.conversation import Conversation
+from catbus.client.inbox import Inbox, Mark, Phase
+from catbus.client.ledger import TRIES, Answer, Batch, Ledger
+from catbus.client.messages import Message, Page, encode_payload
+from catbus.client.switchboard import Switchboard
+from catbus.errors import Code, Refused
+from catbus.topics import matches
+from tests.client.fake import AUTH_OK, EPOCH, message
+from tests.client.test_conversation import lines, sent, seqs, subscribed
+
+
+class Client:
+    """What one client has, and one connection after the other for it."""
+
+    def __init__(self, *, keeps_on: bool = True) -> None:
+        self.ledger = Ledger(keeps_on=keeps_on)
+        self.subscriptions = Switchboard(self.ledger.number)
+
+    def connect(self, **fields: Any) -> Conversation:
+        """A connection that is authenticated; what it is to go on with is said later."""
+        conversation = Conversation(self.ledger, self.subscriptions)
+        conversation.authenticate("t")
+        conversation.receive(lines({**AUTH_OK, **fields}))
+        sent(conversation)
+        return conversation
+
+    def go_on(self, **fields: Any) -> Conversation:
+        conversation = self.connect(**fields)
+        conversation.take_over()
+        return conversation
+
+    def publish(self, *payloads: Any, **options: bool) -> Batch:
+        batch = Batch(len(payloads))
+        for place, payload in enumerate(payloads):
+            given = {"ephemeral": False, "echo": True, **options}
+            self.ledger.publish("a.b", encode_payload(payload), batch, place, **given)
+        return batch
+
+    def subscribe(self, pattern: str = "a.*", since: int | None = None, epoch: str | None = None) -> Inbox:
+        return self.subscriptions.subscribe(pattern, since, epoch, 1000, present=EPOCH)
+
+
+def published(number: int, seq: int) -> dict[str, Any]:
+    return {"type": "published", "channel": "a.b", "id": number, "seq": seq}
+
+
+def refused(number: int, code: Code) -> dict[str, Any]:
+    return {"type": "publish_error", "channel": "a.b", "id": number, "message": "no", "code": code}
+
+
+def stopping(number: int) -> dict[str, Any]:
+    return refused(number, Code.SHUTTING_DOWN)
+
+
+def codes(batch: Batch) -> list[Any]:
+    return [result.code if isinstance(result, Refused) else result for result in batch.results]
+
+
+# Publishing
+
+
+def test_what_has_no_answer_is_sent_again_with_what_was_known_then_and_before_what_is_new() -> None:
+    client = Client()
+    first = client.go_on(head=100)
+    early = client.publish("one", "two")
+    sent(first)
+    first.receive(lines(published(1, 101)))
+    first.lose("gone")
+    late = client.publish("three")
+    second = client.go_on(head=120)
+    publish = {"type": "publish", "channel": "a.b"}
+    assert sent(second) == [{**publish, "payload": "two", "id": 2, "retry": True, "after": 100, "epoch": EPOCH}]
+    second.receive(lines(published(2, 121)))
+    assert sent(second) == [{**publish, "payload": "three", "id": 3}]
+    second.receive(lines(published(3, 122)))
+    assert (codes(early), codes(late)) == ([101, 121], [122])
+    assert not client.ledger.unanswered
+
+
+def test_who_has_published_is_said_on_the_next_connection() -> None:
+    client = Client()
+    client.go_on().lose("gone")
+    second = Conversation(client.ledger, client.subscriptions)
+    second.authenticate("t")
+    assert sent(second)[0]["producer"] == "p1"
+
+
+@pytest.mark.parametrize(
+    ("next_time", "sure"),
+    [
+        ({}, True),
+        ({"floor": 101}, True),
+        ({"floor": 102}, False),
+        ({"epoch": "e2"}, False),
+        ({"producer": "p2"}, False),
+        ({"producer": ""}, False),
+    ],
+)
+def test_what_cannot_be_known_is_not_sent_again(next_time: dict[str, Any], sure: bool) -> None:
+    client = Client()
+    first = client.go_on(head=100)
+    batch = client.publish("x")
+    first.lose("gone")
+    again = sent(client.go_on(**next_time))
+    assert [request["id"] for request in again] == ([1] if sure else [])
+    assert codes(batch) == ([None] if sure else [Code.UNKNOWN])
+    assert bool(batch.missing) is sure
+
+
+def test_what_is_too_large_with_its_story_stays_in_doubt() -> None:
+    client = Client()
+    first = client.go_on(limits={"message_size": 100})
+    batch = client.publish("x" * 40)
+    first.lose("gone")
+    assert sent(client.go_on(limits={"message_size": 100})) == []
+    assert codes(batch) == [Code.UNKNOWN]
+
+
+def test_an_ephemeral_message_is_never_sent_twice() -> None:
+    client = Client()
+    first = client.go_on()
+    batch = client.publish("now", ephemeral=True)
+    first.lose("gone")
+    assert codes(batch) == [Code.UNKNOWN]
+    waiting = client.publish("later", ephemeral=True)
+    assert [request["payload"] for request in sent(client.go_on())] == ["later"]
+    assert waiting.missing
+
+
+def test_what_a_stopping_replica_gives_back_goes_to_the_next_under_a_new_id_and_before_what_came_later() -> None:
+    client = Client()
+    first = client.go_on()
+    batch = client.publish("one", "two")
+    sent(first)
+    first.receive(lines(stopping(1)))
+    later = client.publish("three")
+    first.receive(lines(stopping(2)))
+    assert sent(first) == []
+    assert client.ledger.unanswered == 3
+    first.lose("gone", 4504)
+    again = sent(client.go_on())
+    assert [(request["payload"], request["id"], "retry" in request) for request in again] == [
+        ("one", 3, False),
+        ("two", 4, False),
+        ("three", 5, False),
+    ]
+    assert batch.missing == 2
+    assert later.missing == 1
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_what_is_given_back_is_not_put_behind_what_came_after_it(answered: bool) -> None:
+    client = Client()
+    first = client.go_on()
+    batch = client.publish("one", "two")
+    sent(first)
+    first.receive(lines(stopping(1), *([published(2, 101)] if answered else [])))
+    first.lose("gone", 4504)
+    assert codes(batch)[0] is Code.SHUTTING_DOWN
+    assert [request["id"] for request in sent(client.go_on())] == ([] if answered else [2])
+
+
+IN_PASSING = [Code.UNKNOWN, Code.UNAVAILABLE, Code.OVERLOADED, Code.RATE_LIMITED]
+
+
+def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() -> None:
+    client = Client()
+    only = client.go_on(head=100)
+    batch = client.publish("one", "two", "three")
+    sent(only)
+    only.receive(lines(refused(1, Code.UNKNOWN), published(2, 101), refused(3, Code.UNKNOWN)))
+    later = client.publish("four")
+    assert sent(only) == []
+    assert not client.ledger.in_doubt
+    client.ledger.retry()
+    again = sent(only)
+    assert [(r["payload"], r["id"], r.get("retry"), r.get("after")) for r in again] == [
+        ("one", 1, True, 100),
+        ("three", 3, True, 100),
+    ]
+    only.receive(lines(published(1, 100)))
+    assert sent(only) == []
+    only.receive(lines(published(3, 102)))
+    assert [(r["payload"], r["id"], r.get("retry")) for r in sent(only)] == [("four", 4, None)]
+    only.receive(lines(published(4, 103)))
+    assert (codes(batch), codes(later)) == ([100, 101, 102], [103])
+
+
+@pytest.mark.parametrize("code", sorted(set(Code) - {Code.SHUTTING_DOWN, Code.UNKNOWN}))
+def test_only_the_first_try_is_refused_for_certain(code: Code) -> None:
+    client = Client()
+    only = client.go_on()
+    certain, doubtful = client.publish("one"), client.publish("two")
+    sent(only)
+    only.receive(lines(refused(1, code), refused(2, Code.UNKNOWN)))
+    assert codes(certain) == [code]
+    client.ledger.retry()
+    only.receive(lines(refused(2, code)))
+    assert client.ledger.retrying == (code in IN_PASSING)
+    assert codes(doubtful) == [None if code in IN_PASSING else Code.UNKNOWN]
+
+
+@pytest.mark.parametrize("code", IN_PASSING)
+def test_asking_again_has_an_end(code: Code) -> None:
+    client = Client()
+    only = client.go_on()
+    batch = client.publish("one")
+    sent(only)
+    only.receive(lines(refused(1, Code.UNKNOWN)))
+    tries = 1
+    while client.ledger.retrying:
+        client.ledger.retry()
+        tries += len(sent(only))
+        only.receive(lines(refused(1, code)))
+    assert codes(batch) == [Code.UNKNOWN]
+    assert tries == TRIES
+
+
+@pytest.mark.parametrize("how", ["lost", "unknown"])
+def test_a_stopping_replica_cannot_say_what_became_of_an_earlier_try(how: str) -> None:
+    client = Client()
+    first = client.go_on()
+    batch = client.publish("one")
+    sent(first)
+    if how == "unknown":
+        first.receive(lines(refused(1, Code.UNKNOWN)))
+    first.lose("gone")
+    second = client.go_on()
+    second.receive(lines(stopping(1)))
+    later = client.publish("two")
+    sent(second)
+    second.lose("gone", 4504)
+    third = client.go_on()
+    assert [(r["payload"], r["id"], "retry" in r) for r in sent(third)] == [("one", 1, True)]
+    third.receive(lines({**published(1, 90), "duplicate": True}))
+    assert [(r["payload"], r["id"], "retry" in r) for r in sent(third)] == [("two", 2, False)]
+    third.receive(lines(published(2, 101)))
+    assert (codes(batch), codes(later)) == ([90], [101])
+
+
+def test_what_was_unknown_when_the_connection_was_lost_is_asked_on_the_next() -> None:
+    client = Client()
+    first = client.go_on(head=100)
+    batch = client.publish("one")
+    sent(first)
+    first.receive(lines(refused(1, Code.UNKNOWN)))
+    first.lose("gone")
+    second = client.go_on(head=130)
+    assert [(r["id"], r["after"]) for r in sent(second)] == [(1, 100)]
+    client.ledger.retry()
+    assert sent(second) == []
+    second.receive(lines(published(1, 101)))
+    assert codes(batch) == [101]
+
+
+def test_while_moving_nothing_is_asked_again_on_the_old_connection() -> None:
+    client = Client()
+    old = client.go_on()
+    batch = client.publish("one")
+    sent(old)
+    old.receive(lines(refused(1, Code.UNKNOWN)))
+    client.ledger.hold()
+    client.ledger.retry()
+    assert sent(old) == []
+    new = client.connect()
+    old.lose("closed")
+    new.take_over_requests()
+    assert [r["id"] for r in sent(new)] == [1]
+    assert batch.missing
+
+
+def test_an_epoch_that_begins_meanwhile_leaves_it_in_doubt() -> None:
+    client = Client()
+    only = client.go_on()
+    client.subscribe()
+    only.receive(lines(subscribed(100, 1)))
+    batch = client.publish("one")
+    gap = {"type": "gap", "pattern": "a.*", "from": 81, "to": 80, "epoch": "e2", "reason": "epoch"}
+    only.receive(lines(gap, refused(2, Code.UNKNOWN)))
+    sent(only)
+    client.ledger.retry()
+    assert sent(only) == []
+    assert codes(batch) == [Code.UNKNOWN]
+
+
+def test_an_ephemeral_message_that_is_in_doubt_stays_so() -> None:
+    client = Client()
+    only = client.go_on()
+    batch = client.publish("now", ephemeral=True)
+    only.receive(lines(refused(1, Code.UNKNOWN)))
+    assert codes(batch) == [Code.UNKNOWN]
+    assert not client.ledger.retrying
+
+
+def test_what_came_back_is_dropped_when_nobody_waits_for_it() -> None:
+    client = Client()
+    first = client.go_on()
+    batch = client.publish("one")
+    sent(first)
+    first.receive(lines(stopping(1)))
+    client.ledger.forget(batch)
+    first.lose("gone")
+    assert sent(client.go_on()) == []
+
+
+def test_nothing_that_comes_after_the_loss_counts() -> None:
+    client = Client()
+    old = client.go_on()
+    batch, inbox = client.publish("one"), client.subscribe()
+    old.lose("closed")
+    new = client.go_on()
+    old.receive(lines(refused(1, Code.UNAVAILABLE), subscribed(100, 2), message(101)))
+    assert codes(batch) == [None]
+    assert not client.ledger.retrying
+    assert inbox.phase is Phase.ASKED
+    new.receive(lines(published(1, 101)))
+    assert codes(batch) == [101]
+
+
+def test_with_one_connection_only_a_stopping_replica_has_the_last_word() -> None:
+    client = Client(keeps_on=False)
+    first = client.go_on()
+    batch = client.publish("one")
+    first.receive(lines(stopping(1)))
+    assert codes(batch) == [Code.SHUTTING_DOWN]
+
+
+def test_what_nobody_waits_for_is_not_sent_unless_it_was() -> None:
+    client = Client()
+    first = client.go_on()
+    gone = client.publish("sent")
+    first.lose("gone")
+    unsent, kept = client.publish("unsent", "unsent"), client.publish("kept")
+    client.ledger.forget(gone)
+    client.ledger.forget(unsent)
+    second = client.go_on()
+    second.receive(lines(published(1, 101)))
+    assert [request["payload"] for request in sent(second)] == ["sent", "kept"]
+    assert kept.missing
+    assert client.ledger.unsent_bytes == 0
+
+
+def test_histories_and_pings_are_asked_again_unless_nobody_waits() -> None:
+    client = Client()
+    first = client.go_on()
+    history, ping, unwanted = client.ledger.history("a", 7, None), client.ledger.ping(), client.ledger.ping()
+    first_time = sent(first)
+    client.ledger.withdraw(unwanted)
+    first.lose("gone")
+    late, never = client.ledger.history("b", 1, 5), client.ledger.ping()
+    client.ledger.withdraw(never)
+    second = client.go_on()
+    assert sent(second) == [*first_time[:2], {"type": "history", "pattern": "b", "limit": 1, "before": 5, "id": 4}]
+    second.receive(
+        lines(
+            {"type": "history", "id": 1, "messages": [], "more": False},
+            {"type": "pong", "seq": 2},
+            {"type": "error", "message": "no", "code": "unauthorized", "id": 4},
+        )
+    )
+    assert history.value == Page([], False, 1)
+    assert ping.value == wire.Pong(2)
+    assert isinstance(late.value, Refused)
+    assert not client.ledger.waiting
+
+
+# Subscribing
+
+
+def test_each_subscription_goes_on_where_it_was() -> None:
+    client = Client()
+    first = client.go_on()
+    seen, fresh, asked = client.subscribe("a.*"), client.subscribe("b"), client.subscribe("c", 50, "e0")
+    first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b"), message(101), message(104)))
+    first.lose("gone")
+    unsaid = client.subscribe("d")
+    second = client.go_on()
+    assert [(r["pattern"], r.get("since"), r.get("epoch")) for r in sent(second)] == [
+        ("a.*", 104, EPOCH),
+        ("b", 100, EPOCH),
+        ("c", 50, "e0"),
+        ("d", None, None),
+    ]
+    second.receive(lines(subscribed(110, 4), message(104), message(105)))
+    assert seqs(seen) == [101, 104, 105]
+    assert not fresh.items
+    assert not unsaid.begun
+    assert asked.phase is Phase.ASKED
+
+
+def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
+    client = Client()
+    first = client.go_on()
+    one, other = client.subscribe("a.*"), client.subscribe("b")
+    first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b")))
+    first.lose("gone")
+    second = client.go_on()
+    refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 3}
+    second.receive(lines(refusal, subscribed(100, 4, "b"), message(101, pattern="b", channel="b")))
+    assert one.ending is not None
+    assert one.ending.code is Code.UNAUTHORIZED
+    assert seqs(other) == [101]
+
+
+def test_a_gap_after_coming_back_is_handed_on() -> None:
+    client = Client()
+    first = client.go_on()
+    inbox = client.subscribe()
+    first.receive(lines(subscribed(100, 1), message(101)))
+    first.lose("gone")
+    second = client.go_on(epoch="e2", head=90)
+    gap = {"type": "gap", "pattern": "a.*", "from": 81, "to": 80, "epoch": "e2", "reason": "epoch"}
+    second.receive(lines(subscribed(90, 2), gap, message(81)))
+    assert [item.event.reason for item in inbox.items if isinstance(item, Mark) and isinstance(item.event, wire.Gap)]
+    assert seqs(inbox) == [101, 81]
+
+
+def test_one_that_was_given_back_to_the_broker_is_asked_for_again_when_there_is_room() -> None:
+    client = Client()
+    first = client.go_on()
+    inbox = client.subscribe()
+    first.receive(lines(subscribed(100, 1), message(101)))
+    client.subscriptions.suspend(inbox)
+    first.lose("gone")
+    second = client.go_on()
+    assert sent(second) == []
+    client.subscriptions.relieve(inbox)
+    assert sent(second)[0]["since"] == 101
+
+
+def test_relieved_and_left_while_there_is_no_connection() -> None:
+    client = Client()
+    first = client.go_on()
+    inbox, other = client.subscribe(), client.subscribe("b")
+    first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b"), message(101)))
+    client.subscriptions.suspend(inbox)
+    first.lose("gone")
+    client.subscriptions.relieve(inbox)
+    client.subscriptions.leave(other)
+    assert [(r["pattern"], r["since"]) for r in sent(client.go_on())] == [("a.*", 101)]
+
+
+# Moving
+
+
+def test_while_moving_a_subscription_hears_the_old_connection_until_the_new_one_has_agreed() -> None:
+    client = Client()
+    old = client.go_on()
+    inbox = client.subscribe()
+    old.receive(lines(subscribed(100, 1), message(101)))
+    new = client.connect()
+    new.take_over_subscriptions()
+    assert sent(new)[0]["since"] == 101
+    old.receive(lines(message(102)))
+    new.receive(lines(subscribed(103, 2)))
+    old.receive(lines(message(103), {"type": "head", "seq": 140, "epoch": EPOCH, "at": 1}))
+    new.receive(lines(message(102), message(103)))
+    assert seqs(inbox) == [101, 102, 103]
+    old.lose("closed")
+    new.receive(lines(message(104)))
+    assert seqs(inbox) == [101, 102, 103, 104]
+
+
+def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_sent_again() -> None:
+    client = Client()
+    old = client.go_on()
+    batch = client.publish("one", "two")
+    sent(old)
+    client.ledger.hold()
+    new = client.connect()
+    later = client.publish("three")
+    old.receive(lines(published(1, 101)))
+    old.lose("closed")
+    new.take_over_requests()
+    assert [(r["payload"], "retry" in r) for r in sent(new)] == [("two", True)]
+    new.receive(lines(published(2, 102)))
+    assert [(r["payload"], "retry" in r) for r in sent(new)] == [("three", False)]
+    assert codes(batch) == [101, 102]
+    assert later.missing
+
+
+def test_when_the_new_connection_is_lost_on_the_way_the_next_one_goes_on() -> None:
+    client = Client()
+    old = client.go_on()
+    inbox, batch = client.subscribe(), client.publish("one")
+    old.receive(lines(subscribed(100, 1)))
+    client.ledger.hold()
+    new = client.connect()
+    new.take_over_subscriptions()
+    new.receive(lines(subscribed(100, 3), message(101)))
+    new.lose("gone")
+    old.receive(lines(message(102)))
+    old.lose("closed")
+    third = client.go_on()
+    assert [(r["type"], r.get("since"), r.get("retry")) for r in sent(third)] == [
+        ("subscribe", 101, None),
+        ("publish", None, True),
+    ]
+    assert seqs(inbox) == [101]
+    assert batch.missing
+
+
+def test_revoked_by_the_old_connection_while_moving() -> None:
+    client = Client()
+    old = client.go_on()
+    inbox = client.subscribe()
+    old.receive(lines(subscribed(100, 1)))
+    new = client.connect()
+    new.take_over_subscriptions()
+    sent(new)
+    old.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 100}))
+    assert inbox.ending is not None
+    assert sent(new) == [{"type": "unsubscribe", "pattern": "a.*", "id": 3}]
+    new.receive(lines(subscribed(100, 2), message(101)))
+    assert not inbox.items
+
+
+def test_a_subscription_that_takes_on_too_much_while_moving_waits_for_the_new_connection() -> None:
+    client = Client()
+    old = client.go_on()
+    inbox = client.subscribe()
+    old.receive(lines(subscribed(100, 1), message(101)))
+    new = client.connect()
+    new.take_over_subscriptions()
+    client.subscriptions.suspend(inbox)
+    old.receive(lines(message(102)))
+    assert seqs(inbox) == [101]
+    new.receive(lines(subscribed(102, 2), message(102)))
+    assert seqs(inbox) == [101, 102]
+
+
+# The model
+
+
+class Replica:
+    """One connection's end at a broker whose log all of them share, behind by as much as chance will have it."""
+
+    def __init__(self, log: list[tuple[str, Any]], keys: dict[int, int], client: Client) -> None:
+        self.log, self.keys = log, keys
+        self.applied = len(log)
+        self.stopping = self.stuck = False
+        self.flight: list[dict[str, Any]] = []
+        """Publishes that were handed to the database, which has not answered; it may have the client told later."""
+        self.queue: list[dict[str, Any]] = []
+        """Those that wait behind them."""
+        self.held: dict[str, int] = {}
+        self.requests: list[dict[str, Any]] = []
+        self.replies = bytearray()
+        self.conversation = client.connect(head=self.applied)
+
+    def say(self, *replies: dict[str, Any]) -> None:
+        self.replies += lines(*replies)
+
+    def hear(self, count: int) -> None:
+        """Deal with so many requests."""
+        while self.conversation.outgoing:
+            self.requests += map(msgspec.json.decode, self.conversation.take().splitlines())
+        for request in self.requests[:count]:
+            self.answer(request)
+        del self.requests[:count]
+
+    def answer(self, request: dict[str, Any]) -> None:
+        match request:
+            case {"type": "publish", "id": number}:
+                if self.stopping:
+                    self.say(stopping(number))
+                elif self.stuck:
+                    self.queue.append(request)
+                else:
+                    self.commit(request)
+            case {"type": "subscribe", "pattern": pattern, "id": number}:
+                since = request.get("since")
+                self.held[pattern] = self.applied if since is None else since
+                self.say(subscribed(self.applied, number, pattern))
+                self.deliver(self.applied)
+                if since is not None and since <= self.applied:
+                    self.say({"type": "live", "pattern": pattern, "seq": self.applied})
+            case {"type": "unsubscribe", "pattern": pattern, "id": number}:
+                self.held.pop(pattern, None)
+                self.say({"type": "unsubscribed", "pattern": pattern, "seq": self.applied, "id": number})
+            case {"type": "ping", "seq": number}:
+                self.say({"type": "pong", "seq": number})
+                if all(cursor <= self.applied for cursor in self.held.values()):
+                    self.say({"type": "head", "seq": self.applied, "epoch": EPOCH, "at": 1})
+            case _:
+                raise AssertionError(request)
+
+    def commit(self, request: dict[str, Any]) -> None:
+        """Append, unless the key is there."""
+        number = request["id"]
+        if number not in self.keys:
+            self.log.append((request["channel"], request["payload"]))
+            self.keys[number] = len(self.log)
+        self.say({**published(number, self.keys[number]), "channel": request["channel"]})
+
+    def hand_over(self) -> None:
+        if not self.flight:
+            self.flight, self.queue = self.queue, []
+
+    def give_up(self) -> None:
+        """Answer what has waited for too long."""
+        for request in self.flight:
+            self.say(refused(request["id"], Code.UNKNOWN))
+        for request in self.queue:
+            self.say(refused(request["id"], Code.UNAVAILABLE))
+        self.queue.clear()
+
+    def come_round(self) -> None:
+        """The database has answered, be the client there or not."""
+        self.stuck = False
+        for request in self.flight:
+            self.commit(request)
+        self.flight.clear()
+        self.queue, waiting = [], self.queue
+        for request in waiting:
+            self.answer(request)
+
+    def deliver(self, upto: int) -> None:
+        """Apply the log up to there, and send what it brings."""
+        self.applied = max(self.applied, min(upto, len(self.log)))
+        for pattern, cursor in self.held.items():
+            for seq in range(cursor + 1, self.applied + 1):
+                channel, payload = self.log[seq - 1]
+                if matches(pattern, channel):
+                    self.say(message(seq, payload, pattern, channel))
+            self.held[pattern] = max(cursor, self.applied)
+
+    def bring(self, size: int) -> None:
+        """Let so many bytes reach the client."""
+        data = bytes(self.replies[:size])
+        del self.replies[:size]
+        self.conversation.receive(data)
+
+
+class Reader:
+    """An application's side of a subscription."""
+
+    def __init__(self, pattern: str, inbox: Inbox, since: int | None) -> None:
+        self.pattern, self.inbox = pattern, inbox
+        self.start = since
+        self.taken: list[int] = []
+        inbox.wake = self.note
+
+    def note(self) -> None:
+        if self.inbox.begun and self.start is None:
+            self.start = self.inbox.cursor
+
+    def take(self, count: int) -> None:
+        for _ in range(min(count, len(self.inbox.items))):
+            item = self.inbox.items.popleft()
+            if isinstance(item, Message):
+                assert item.seq is not None
+                assert item.seq > self.inbox.cursor
+                self.taken.append(item.seq)
+                self.inbox.cursor = item.seq
+            else:
+                assert item.cursor >= self.inbox.cursor
+                self.inbox.cursor, self.inbox.epoch = item.cursor, item.epoch
+
+
+# Wherever connections are lost, in whatever order they follow each other: each publish is in the log once and in its
+# order, what is answered is true, and each subscription gets exactly what it is owed.
+class Lives(RuleBasedStateMachine):
+    @initialize()
+    def begin(self) -> None:
+        self.client = Client()
+        self.log: list[tuple[str, Any]] = [("a.x", None), ("b", None)]
+        self.keys: dict[int, int] = {}
+        self.number = 0
+        self.published: list[tuple[Batch, int]] = []
+        self.pings: list[Answer[wire.Pong]] = []
+        self.readers: list[Reader] = []
+        self.present: Replica | None = None
+        self.next: Replica | None = None
+        self.dead: list[Replica] = []
+
+    def new(self) -> Replica:
+        return Replica(self.log, self.keys, self.client)
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return [replica for replica in (self.present, self.next) if replica is not None]
+
+    @rule(channel=st.sampled_from(["a.x", "b"]), count=st.integers(1, 3))
+    def publish(self, channel: str, count: int) -> None:
+        for _ in range(count):
+            batch = Batch(1)
+            self.number += 1
+            self.client.ledger.publish(channel, encode_payload(self.number), batch, 0, ephemeral=False, echo=True)
+            self.published.append((batch, self.number))
+
+    @rule(channel=st.sampled_from(["a.x", "b"]))
+    def somebody_else_publishes(self, channel: str) -> None:
+        self.log.append((channel, None))
+
+    @rule()
+    def ping(self) -> None:
+        self.pings.append(self.client.ledger.ping())
+
+    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), since=st.none() | st.integers(0, 2))
+    def subscribe(self, pattern: str, since: int | None) -> None:
+        if all(reader.pattern != pattern for reader in self.readers):
+            inbox = self.client.subscriptions.subscribe(pattern, since, EPOCH if since is not None else None, 3)
+            self.readers.append(Reader(pattern, inbox, since))
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        reader = data.draw(st.sampled_from(self.readers))
+        self.client.subscriptions.leave(reader.inbox)
+        self.readers.remove(reader)
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def take(self, data: st.DataObject, count: int) -> None:
+        reader = data.draw(st.sampled_from(self.readers))
+        reader.take(count)
+        if reader.inbox.pressed and len(reader.inbox.items) <= 1:
+            self.client.subscriptions.relieve(reader.inbox)
+
+    @precondition(lambda self: self.client.subscriptions.crowded)
+    @rule(data=st.data())
+    def suspend(self, data: st.DataObject) -> None:
+        self.client.subscriptions.suspend(data.draw(st.sampled_from(list(self.client.subscriptions.crowded))))
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data(), count=st.integers(1, 5), size=st.integers(1, 400))
+    def go_on(self, data: st.DataObject, count: int, size: int) -> None:
+        replica = data.draw(st.sampled_from(self.replicas))
+        replica.hear(count)
+        replica.deliver(replica.applied + count)
+        replica.bring(size)
+
+    @precondition(lambda self: self.present)
+    @rule()
+    def stop(self) -> None:
+        self.present.stopping = True  # type: ignore[union-attr]
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data())
+    def the_database_hangs(self, data: st.DataObject) -> None:
+        replica = data.draw(st.sampled_from(self.replicas))
+        replica.stuck = True
+        replica.hand_over()
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data())
+    def the_time_is_up(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.replicas)).give_up()
+
+    @precondition(lambda self: self.replicas or self.dead)
+    @rule(data=st.data())
+    def the_database_answers(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from([*self.replicas, *self.dead])).come_round()
+
+    @precondition(lambda self: self.client.ledger.retrying)
+    @rule()
+    def retry(self) -> None:
+        self.client.ledger.retry()
+
+    @precondition(lambda self: self.present is None)
+    @rule()
+    def connect(self) -> None:
+        self.present = self.new()
+        self.present.conversation.take_over()
+
+    @precondition(lambda self: self.present)
+    @rule()
+    def lose(self) -> None:
+        assert self.present is not None
+        self.present.conversation.lose("gone")
+        self.bury(self.present)
+        if self.next is not None:
+            self.next.conversation.take_over_requests()
+        self.present, self.next = self.next, None
+
+    @precondition(lambda self: self.present and not self.next)
+    @rule()
+    def begin_to_move(self) -> None:
+        self.client.ledger.hold()
+        self.next = self.new()
+        self.next.conversation.take_over_subscriptions()
+
+    @precondition(lambda self: self.next)
+    @rule()
+    def lose_the_next(self) -> None:
+        for replica in reversed(self.replicas):
+            replica.conversation.lose("gone")
+            self.bury(replica)
+        self.present = self.next = None
+
+    def bury(self, replica: Replica) -> None:
+        """Nobody hears it any more, but what it has handed over is under way; what it has not is never published."""
+        replica.queue.clear()
+        self.dead.append(replica)
+
+    @invariant()
+    def each_is_owed_what_it_has(self) -> None:
+        if not hasattr(self, "log"):
+            return
+        for reader in self.readers:
+            assert reader.inbox.ending is None
+            had = reader.taken + [s for s in seqs(reader.inbox) if s is not None]
+            assert had == self.owed(reader)[: len(had)]
+        ours = [payload for _, payload in self.log if payload is not None]
+        assert len(ours) == len(set(ours))
+        unknown = set()
+        for batch, number in self.published:
+            [result] = batch.results
+            if isinstance(result, int):
+                assert self.log[result - 1][1] == number
+            elif isinstance(result, Refused) and result.code is Code.UNKNOWN:
+                # It may come later still.
+                unknown.add(number)
+            elif isinstance(result, Refused):
+                assert result.code in (Code.SHUTTING_DOWN, Code.UNAVAILABLE)
+                assert number not in ours
+        known = [number for number in ours if number not in unknown]
+        assert known == sorted(known)
+
+    def owed(self, reader: Reader) -> list[int]:
+        if reader.start is None:
+            return []
+        return [
+            seq for seq, (name, _) in enumerate(self.log, 1) if seq > reader.start and matches(reader.pattern, name)
+        ]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "log"):
+            return
+        for replica in self.replicas:
+            replica.conversation.lose("gone")
+            self.bury(replica)
+        for replica in self.dead:
+            replica.come_round()
+        last = self.new()
+        last.conversation.take_over()
+        for _ in range(4):
+            last.hear(10_000)
+            last.deliver(len(self.log))
+            last.bring(10_000_000)
+            for reader in self.readers:
+                reader.take(10_000)
+                self.client.subscriptions.relieve(reader.inbox)
+        self.each_is_owed_what_it_has()
+        assert not self.client.ledger.unanswered
+        assert all(answer.value is not None for answer in self.pings)
+        for reader in self.readers:
+            assert reader.taken == self.owed(reader)
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(max_examples=200, stateful_step_count=40)
