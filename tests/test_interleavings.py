@@ -12,7 +12,7 @@ from catbus.delivery import Delivery, Subscription
 from catbus.log import Entry, Page, Resumption
 from catbus.mailbox import Mailbox, Run
 from catbus.topics import matches
-from tests.test_delivery import Outlet, entry
+from tests.test_delivery import Outlet, entry, exhaust
 
 CHANNELS = ["a.b", "a.c", "d"]
 
@@ -56,7 +56,7 @@ class Replica:
     def serve(self) -> None:
         page, self.page = self.page, None
         if page is not None:
-            self.delivery.serve(*page)
+            exhaust(self.delivery.serve(*page))
 
     @property
     def idle(self) -> bool:

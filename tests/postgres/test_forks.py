@@ -26,6 +26,7 @@ from catbus.postgres import listener as listener_module
 from catbus.postgres.bridge import Connection
 from catbus.postgres.listener import Listener
 from catbus.postgres.marks import mark
+from tests.test_delivery import exhaust
 
 
 def now(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -137,7 +138,7 @@ class Replica:
             page = self.tail.recent.since(position, 2, 1 << 20)
             if page is None:
                 page = self.page(position, min(2, self.tail.applied - position))
-            self.delivery.serve(position, page)
+            exhaust(self.delivery.serve(position, page))
         return position is not None
 
 

@@ -22,7 +22,7 @@ from catbus.postgres.migrate import begin_epoch
 from tests.log.harness import PATIENCE, Publisher, read_all, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
-from tests.test_delivery import Reader
+from tests.test_delivery import Reader, exhaust
 
 HOUR = 3600.0
 AGE = 7 * HOUR
@@ -103,7 +103,7 @@ async def sweep(log: PostgresLog, delivery: Delivery, rows: int = 1000) -> bool:
     position = delivery.next_position()
     if position is None:
         return False
-    delivery.serve(position, await log.read(position, rows=rows))
+    exhaust(delivery.serve(position, await log.read(position, rows=rows)))
     return True
 
 
@@ -156,7 +156,7 @@ async def looked(log: PostgresLog) -> bool:
 
 
 async def dropped(log: PostgresLog, number: int) -> bool:
-    return log.statistics().retention_dropped == number
+    return log.statistics().retention_dropped >= number
 
 
 async def test_of_several_replicas_one_takes_each_step(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
