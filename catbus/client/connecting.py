@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -12,15 +12,19 @@ import anyio
 
 from .bus import Bus
 from .coming_back import Backoff
+from .racing import race
 from .supervisor import BusEvent, Supervisor, Token
 from .transport import Transport, make_ssl_context, parse_address
 from .websocket import open_websocket
+
+Dial = Callable[[], Awaitable[Transport]]
 
 
 @asynccontextmanager
 async def connect(
     url: str,
     *,
+    fallback_url: str | None = None,
     token: Token,
     ssl_context: ssl.SSLContext | None = None,
     ca: str | os.PathLike[str] | None = None,
@@ -38,7 +42,9 @@ async def connect(
 
     `url` begins with `https://` (WebTransport, verified against the authorities in `ca`, PEM or a file of it, or the
     usual ones, or only by `certificate_hash`, the SHA-256 of the certificate's DER form), `ws://`, `wss://` (verified
-    against `ssl_context`, `ca`, or the system's authorities) or `ws+unix:/path/of.sock:/ws`. `timeout`, in seconds,
+    against `ssl_context`, `ca`, or the system's authorities) or `ws+unix:/path/of.sock:/ws`. A `fallback_url`, for
+    networks that let no UDP through, is tried beside it when it has not answered within a quarter of a second, each
+    time that a connection is made: the first that is there is taken, and the other is closed. `timeout`, in seconds,
     bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
     sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
     and before the time of the last one is over where it says when that is. What it raises ends everything and comes out
@@ -60,21 +66,22 @@ async def connect(
     taken, `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Cancelling it
     closes the connection at once.
     """
-    address = parse_address(url)
-    dial: Callable[[], Awaitable[Transport]]
-    if address.quic:
-        if ssl_context is not None:
-            raise ValueError("ssl_context is for wss:// only; for https:// there are ca and certificate_hash")
-        # QUIC takes longer to import than all the rest.
-        from .webtransport import make_configuration, open_webtransport
+    addresses = [parse_address(each) for each in (url, fallback_url) if each is not None]
+    if ssl_context is not None and all(address.quic for address in addresses):
+        raise ValueError("ssl_context is for wss:// only; for https:// there are ca and certificate_hash")
+    if certificate_hash is not None and not any(address.quic for address in addresses):
+        raise ValueError("certificate_hash is for https:// only")
+    dials: list[Dial] = []
+    for address in addresses:
+        if address.quic:
+            # It takes longer to import than all the rest.
+            from .webtransport import make_configuration, open_webtransport
 
-        dial = partial(open_webtransport, address, make_configuration(address, ca, certificate_hash))
-    else:
-        if certificate_hash is not None:
-            raise ValueError("certificate_hash is for https:// only")
-        if address.secure and ssl_context is None:
-            ssl_context = make_ssl_context(ca)
-        dial = partial(open_websocket, address, ssl_context)
+            dials.append(partial(open_webtransport, address, make_configuration(address, ca, certificate_hash)))
+        else:
+            context = ssl_context or (make_ssl_context(ca) if address.secure else None)
+            dials.append(partial(open_websocket, address, context))
+    dial = dials[0] if len(dials) == 1 else partial(open_either, dials)
     async with open_bus(
         dial,
         token=token,
@@ -87,9 +94,24 @@ async def connect(
         yield bus
 
 
+async def open_either(dials: Sequence[Dial]) -> Transport:
+    """The transport that is there first; the next is tried when the one before has failed or takes long.
+
+    Raises the `Disconnected` that says most. Cancelling it leaves nothing open.
+    """
+    losers: list[Transport] = []
+    try:
+        return await race(dials, losers.append)
+    finally:
+        for loser in losers:
+            with anyio.CancelScope() as at_once:
+                at_once.cancel()
+                await loser.aclose()
+
+
 @asynccontextmanager
 async def open_bus(
-    dial: Callable[[], Awaitable[Transport]],
+    dial: Dial,
     *,
     token: Token,
     timeout: float = 10.0,

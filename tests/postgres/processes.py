@@ -32,6 +32,8 @@ class Replica:
 
     def __init__(self, process: trio.Process) -> None:
         self.url = ""
+        self.urls: list[str] = []
+        """`url`, and the one for WebTransport where that is served."""
         self.events: list[dict[str, Any]] = []
         """What it has logged."""
         self._process = process
@@ -64,7 +66,8 @@ class Replica:
                 event = json.loads(line)
                 self.events.append(event)
                 if event["event"] == "serving":
-                    self.url = event["urls"][0]
+                    self.urls = event["urls"]
+                    self.url = self.urls[0]
                     task_status.started()
 
     async def wait_ready(self) -> None:
@@ -82,13 +85,16 @@ class Replica:
 
 
 @asynccontextmanager
-async def open_replicas(database_url: str, count: int) -> AsyncIterator[list[Replica]]:
-    """So many replicas on one database. Those that still run in the end are killed."""
+async def open_replicas(database_url: str, count: int, state: Path | None = None) -> AsyncIterator[list[Replica]]:
+    """So many replicas on one database. Those that still run in the end are killed.
+
+    With a directory to keep a certificate in, they serve WebTransport too.
+    """
     replicas: list[Replica] = []
     async with trio.open_nursery() as nursery:
         try:
             while len(replicas) < count:
-                replicas.append(Replica(await _start(database_url)))
+                replicas.append(Replica(await _start(database_url, state)))
             for replica in replicas:
                 await nursery.start(replica.listen)
                 await replica.wait_ready()
@@ -100,8 +106,10 @@ async def open_replicas(database_url: str, count: int) -> AsyncIterator[list[Rep
                     await replica.wait()
 
 
-async def _start(database_url: str) -> trio.Process:
+async def _start(database_url: str, state: Path | None) -> trio.Process:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
     settings = {"DATABASE_URL": database_url, "CATBUS_SECRET": SECRET, "PYTHONPATH": str(ROOT)}
+    if state is not None:
+        settings |= {"CATBUS_BIND": "127.0.0.1:0", "CATBUS_STATE": str(state)}
     command = [sys.executable, "-m", "catbus", "run", "--config", str(CONFIG)]
     return await trio.lowlevel.open_process(command, env=inherited | settings, stdout=subprocess.PIPE)

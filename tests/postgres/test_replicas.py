@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from itertools import count, zip_longest
+from pathlib import Path
 
 import pytest
 import trio
 
-from catbus.client import Bus, Disconnected, GoAway, connect
+from catbus.cli.development import CERTIFICATE
+from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport, connect, open_bus
+from catbus.client.transport import parse_address
+from catbus.client.websocket import open_websocket
+from catbus.client.webtransport import make_configuration, open_webtransport
 from catbus.errors import CloseCode
 from tests.postgres.processes import Replica, open_replicas, token
 from tests.postgres.sql import head_locked, open_sql, wait_until, waiting
@@ -206,3 +211,83 @@ async def test_what_a_killed_replica_has_acknowledged_is_in_the_log_and_the_othe
     assert len(by_victim.items) >= enough
     assert not {*by_victim.items, *by_survivor.items} - {*log}
     assert not survivor.complaints
+
+
+class Balancer:
+    """Sends whoever comes to the next of the replicas that are in service."""
+
+    def __init__(self, transport: str, certificate: Path) -> None:
+        self.serving: list[Replica] = []
+        self.sent = 0
+        self._transport = transport
+        self._certificate = certificate
+
+    async def dial(self) -> Transport:
+        self.sent += 1
+        replica = self.serving[self.sent % len(self.serving)]
+        if self._transport == "websocket":
+            return await open_websocket(parse_address(replica.urls[0]))
+        address = parse_address(replica.urls[1])
+        return await open_webtransport(address, make_configuration(address, self._certificate))
+
+
+@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+async def test_clients_outlive_the_replicas_that_are_killed_under_them(
+    database_url: str, transport: str, tmp_path: Path
+) -> None:
+    publishers, tasks, enough = 3, 10, 300
+    balancer = Balancer(transport, tmp_path / CERTIFICATE)
+    acknowledged = Tally()
+    subscribers = [Tally() for _ in range(4)]
+    over = trio.Event()
+
+    async def open_client(stack: AsyncExitStack, name: str) -> Bus:
+        return await stack.enter_async_context(
+            open_bus(
+                balancer.dial, token=token(name), reconnect=Backoff(0.1, 0.5), keepalive=0.5, timeout=2, persist=True
+            )
+        )
+
+    async def publish(bus: Bus, name: str, numbers: count[int]) -> None:
+        while not over.is_set():
+            n = next(numbers)
+            acknowledged.add((await bus.publish("test.kill", (name, n)), name, n))
+
+    async def listen(bus: Bus, seen: Tally, stream: bool) -> None:
+        async with bus.subscribe("*", since=0, stream=stream) as messages:
+            async for message in messages:
+                assert message.seq == len(seen.items) + 1
+                seen.add((message.seq, *message.payload))
+
+    with trio.fail_after(PATIENCE):
+        async with open_replicas(database_url, 3, tmp_path) as replicas, AsyncExitStack() as stack:
+            balancer.serving = replicas[:2]
+            listening = [await open_client(stack, "subscriber") for _ in subscribers]
+            publishing = [await open_client(stack, f"publisher-{index}") for index in range(publishers)]
+            async with trio.open_nursery() as nursery:
+                for index, bus in enumerate(listening):
+                    nursery.start_soon(listen, bus, subscribers[index], index % 2 == 1)
+                async with trio.open_nursery() as busy:
+                    for index, bus in enumerate(publishing):
+                        numbers = count()
+                        for _ in range(tasks):
+                            busy.start_soon(publish, bus, f"publisher-{index}", numbers)
+                    for victim in (0, 1, None):
+                        for tally in (acknowledged, *subscribers):
+                            await tally.wait_for(len(acknowledged.items) + enough)
+                        if victim is not None:
+                            # Another takes its place.
+                            balancer.serving = replicas[victim + 1 :][:2]
+                            replicas[victim].kill()
+                    over.set()
+                for seen in subscribers:
+                    await seen.wait_for(len(acknowledged.items))
+                nursery.cancel_scope.cancel()
+
+    log = sorted(acknowledged.items)
+    assert difference([seq for seq, _, _ in log], range(1, len(log) + 1)) is None
+    assert len({(name, n) for _, name, n in log}) == len(log)
+    for seen in subscribers:
+        assert difference(seen.items, log) is None
+    assert balancer.sent > publishers + len(subscribers)
+    assert not replicas[2].complaints
