@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 
 import click
 import trio
@@ -26,11 +26,20 @@ _LONGEST_LINE = 16 * 1024 * 1024
 @click.argument("channel")
 @click.argument("payload", metavar="JSON|-")
 @click.option("--ephemeral", is_flag=True, help="To whoever is there now, at most once, past the log.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for the broker's answer, and to connect again where the connection is lost.",
+)
 @remote_options
-def command(channel: str, payload: str, ephemeral: bool, remote: Remote) -> None:
+def command(channel: str, payload: str, ephemeral: bool, timeout: float, remote: Remote) -> None:
     """Publish JSON to CHANNEL, and say under which number the log has it (null for an ephemeral message).
 
-    With - every line of the input is a message of its own, in that order.
+    With - every line of the input is a message of its own, in that order. When the connection is lost, it is made
+    again, and what has no answer is sent again; it is published once all the same.
 
     \b
     Examples:
@@ -46,22 +55,24 @@ def command(channel: str, payload: str, ephemeral: bool, remote: Remote) -> None
         raise click.UsageError(f"{error}{hint}") from None
     remote.check()
     if checked is None:
-        trio.run(_publish_lines, remote, channel, ephemeral)
+        trio.run(_publish_lines, remote, channel, ephemeral, timeout)
     else:
-        trio.run(_publish_one, remote, channel, checked, ephemeral)
+        trio.run(_publish_one, remote, channel, checked, ephemeral, timeout)
 
 
-async def _publish_one(remote: Remote, channel: str, payload: Raw, ephemeral: bool) -> None:
+async def _publish_one(remote: Remote, channel: str, payload: Raw, ephemeral: bool, timeout: float) -> None:
     async with remote.connect() as bus:
-        _say(channel, await bus.publish(channel, payload, ephemeral=ephemeral))
+        with _bounded(timeout, "it"):
+            _say(channel, await bus.publish(channel, payload, ephemeral=ephemeral))
 
 
-async def _publish_lines(remote: Remote, channel: str, ephemeral: bool) -> None:
+async def _publish_lines(remote: Remote, channel: str, ephemeral: bool, timeout: float) -> None:
     before = refused = 0
     async with remote.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
         async for lines in chunks:
             for some in _batched(lines):
-                refused += await _publish_batch(bus, channel, before, some, ephemeral)
+                with _bounded(timeout, f"some of the lines {before + 1} to {before + len(some)}"):
+                    refused += await _publish_batch(bus, channel, before, some, ephemeral)
                 before += len(some)
     if refused:
         raise click.ClickException(f"{refused} of {before} lines were refused")
@@ -90,6 +101,14 @@ async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes]
     if broken:
         raise broken
     return refused
+
+
+@contextmanager
+def _bounded(timeout: float, what: str) -> Iterator[None]:
+    with trio.move_on_after(timeout) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise click.ClickException(f"no answer within {timeout:g} s; {what} may have been published all the same")
 
 
 def _batched(lines: list[bytes]) -> Iterator[list[bytes]]:

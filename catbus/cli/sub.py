@@ -43,7 +43,8 @@ def command(
 ) -> None:
     """Print the messages that match any PATTERN, each as one line of JSON, until Ctrl-C.
 
-    What may be missing, because it is no longer kept, is said on stderr.
+    When the connection is lost, it is made again, and goes on from there; stderr says so. What may be missing, because
+    it is no longer kept, is said there too.
 
     \b
     Examples:

@@ -72,6 +72,8 @@ class Supervisor:
         self._scope = anyio.CancelScope()
         self._retries = anyio.CancelScope()
         self._failures = 0
+        self._attempt = 0
+        """How often the application was told that there is no connection, since there was one."""
 
     # What the application asks
 
@@ -202,7 +204,7 @@ class Supervisor:
             end = Disconnected(*old.conversation.lost)
             if self._judge(end) is Verdict.FINAL:
                 raise end
-            self._tell_of(reason or end, max(0.0, due - anyio.current_time()), self._failures + 1)
+            self._tell_of(reason or end, max(0.0, due - anyio.current_time()))
         await anyio.sleep_until(due)
 
     async def _open(self) -> Link:
@@ -259,11 +261,15 @@ class Supervisor:
         finally:
             old.stop()
         new.conversation.take_over_requests()
+        if moved:
+            # That was no failure.
+            self._failures = 1
         self._go_on(new)
         self._tell(Reconnected(moved))
 
     def _go_on(self, link: Link) -> None:
         self.conversation = link.conversation
+        self._attempt = 0
         self.lobby.requested()
         self.lobby.room.ring()
 
@@ -351,9 +357,10 @@ class Supervisor:
         assert self._backoff is not None
         return self._backoff.pause(failures, random.random())  # noqa: S311
 
-    def _tell_of(self, reason: Disconnected | Refused, delay: float, attempt: int = 0) -> None:
+    def _tell_of(self, reason: Disconnected | Refused, delay: float) -> None:
         code = reason.code if isinstance(reason, Disconnected) else None
-        self._tell(Reconnecting(str(reason), code, attempt or self._failures, delay))
+        self._attempt += 1
+        self._tell(Reconnecting(str(reason), code, self._attempt, delay))
 
     def _tell(self, event: BusEvent) -> None:
         if self._on_event is not None:

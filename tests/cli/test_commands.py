@@ -120,16 +120,61 @@ def test_a_token_that_is_not_taken(broker: Running, catbus: Command) -> None:
         assert forged not in errors
 
 
-def test_a_subscriber_is_told_when_the_broker_goes(broker: Running, start: Start) -> None:
-    subscriber = start("sub", "a", "--verbose", "--url", broker.url)
+def restart(broker: Running, start: Start) -> None:
+    """The same broker again, with nothing in its log."""
+    again = start("run", "--database", "memory", "--ws-bind", broker.url.split("/")[2])
+    next_event(again, "serving")
+
+
+@pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
+def test_a_subscriber_goes_on_when_the_broker_is_there_again(
+    broker: Running, start: Start, way: signal.Signals
+) -> None:
+    subscriber = start("sub", "a", "--verbose", "--count", "1", "--url", broker.url)
     assert subscriber.stderr is not None
-    subscriber.stderr.readline()
-    status, output, _ = end(broker.process, signal.SIGTERM)
-    assert status == 0
-    assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "stopped"
-    errors = subscriber.communicate(timeout=PATIENCE)[1]
-    assert subscriber.returncode == 1
-    assert errors.startswith("catbus: ") and errors.count("\n") == 1
+    assert subscriber.stderr.readline().startswith("catbus: subscribed to a")
+    status, output, _ = end(broker.process, way)
+    if way == signal.SIGTERM:
+        assert status == 0
+        assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "stopped"
+    assert subscriber.stderr.readline().endswith("; connecting again\n")
+    restart(broker, start)
+    assert subscriber.stderr.readline() == "catbus: connected again\n"
+    # Its log begins anew.
+    assert subscriber.stderr.readline().startswith("catbus: a: messages 1 to 0 may be missing (epoch;")
+    publisher = start("pub", "a", '"again"', "--url", broker.url)
+    assert json.loads(publisher.communicate(timeout=PATIENCE)[0])["seq"] == 1
+    output, errors = subscriber.communicate(timeout=PATIENCE)
+    assert (json.loads(output)["payload"], errors, subscriber.returncode) == ("again", "", 0)
+
+
+def test_a_publisher_goes_on_when_the_broker_is_there_again(broker: Running, start: Start) -> None:
+    publisher = start("pub", "a", "-", "--url", broker.url)
+    assert publisher.stdin is not None and publisher.stdout is not None and publisher.stderr is not None
+    publisher.stdin.write("1\n")
+    publisher.stdin.flush()
+    assert json.loads(publisher.stdout.readline())["seq"] == 1
+    end(broker.process, signal.SIGKILL)
+    publisher.stdin.write("2\n")
+    publisher.stdin.flush()
+    assert publisher.stderr.readline().endswith("; connecting again\n")
+    restart(broker, start)
+    output, errors = publisher.communicate(timeout=PATIENCE)
+    assert (json.loads(output)["seq"], errors, publisher.returncode) == (1, "catbus: connected again\n", 0)
+
+
+def test_a_publisher_does_not_wait_for_ever(broker: Running, start: Start) -> None:
+    publisher = start("pub", "a", "-", "--timeout", "0.5", "--url", broker.url)
+    assert publisher.stdin is not None and publisher.stdout is not None
+    publisher.stdin.write("1\n")
+    publisher.stdin.flush()
+    assert publisher.stdout.readline()
+    end(broker.process, signal.SIGKILL)
+    output, errors = publisher.communicate("2\n", timeout=PATIENCE)
+    assert (output, publisher.returncode) == ("", 1)
+    assert errors.splitlines()[-1] == (
+        "catbus: no answer within 0.5 s; some of the lines 2 to 2 may have been published all the same"
+    )
 
 
 def test_it_prints_a_development_token_that_works(broker: Running, catbus: Command, tmp_path: Path) -> None:

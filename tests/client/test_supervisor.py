@@ -445,7 +445,7 @@ async def test_the_new_one_dies_while_it_moves(autojump_clock: MockClock) -> Non
     async with network(leaving(old), admitted(new), admitted(third)) as (bus, net), bus.subscribe("a.*") as messages:
         assert await bus.publish("a.b", 1) == 103
         assert [(await anext(messages)).seq for _ in range(2)] == [101, 102]
-        assert net.told == [GoAway, (2, 2), Reconnected]
+        assert net.told == [GoAway, (1, 2), Reconnected]
 
 
 async def test_nobody_is_there_to_move_to_and_the_old_one_goes_on(autojump_clock: MockClock) -> None:
@@ -468,7 +468,7 @@ async def test_sent_from_one_to_the_next_it_does_not_run(autojump_clock: MockClo
         while len(net.dialled) < 7:
             await trio.sleep(1)
         pauses = [later - earlier for earlier, later in pairwise(net.dialled)]
-        assert pauses == pytest.approx([50, 1, 2, 4, 8, 16])
+        assert pauses == pytest.approx([50, 1, 1, 1, 1, 1])
         assert bus.state is State.CONNECTED
 
 
