@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -15,6 +17,9 @@ import trio
 
 import catbus
 from catbus import CloseCode, Config
+from catbus.client import Backoff, Bus, Transport
+from catbus.client.websocket import WebSocket
+from catbus.client.webtransport import WebTransport as OverQuic
 from catbus.config import WebTransport
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import Peer
@@ -41,6 +46,11 @@ async def discover(address: str) -> dict[str, Any]:
         found = json.loads((await peer.response()).body)
     assert isinstance(found, dict)
     return found
+
+
+def transport(bus: Bus) -> Transport:
+    [link] = bus._supervisor._links
+    return link._transport
 
 
 async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> None:
@@ -147,6 +157,52 @@ async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:
         await nursery.start(stay, websocket, None)
         await nursery.start(stay, found["webtransport"], found["certificate"])
         broker.stop()
+
+
+async def test_without_webtransport_it_comes_back_over_the_other_door(tmp_path: Path) -> None:
+    async def use(url: str, fallback: str, ca: str, *, task_status: trio.TaskStatus[None]) -> None:
+        async with (
+            catbus.connect(url, fallback_url=fallback, token=TOKEN, ca=ca, reconnect=Backoff(0.1, 0.2)) as bus,
+            bus.subscribe("a", stream=True) as messages,
+        ):
+            assert isinstance(transport(bus), OverQuic)
+            task_status.started()
+            assert (await anext(messages)).payload == "before"
+            assert (await anext(messages)).payload == "after"
+            assert isinstance(transport(bus), WebSocket)
+            assert [gap.reason for gap in messages.gaps] == ["epoch"]
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as users:
+                async with running(tmp_path) as (broker, websocket, found):
+                    await users.start(use, found["webtransport"], websocket, found["certificate"])
+                    await broker.publish("a", "before")
+                    broker.stop()
+                door = catbus.config.WebSocket(bind=(urlsplit(websocket).netloc,))
+                again = await nursery.start(catbus.serve, msgspec.structs.replace(CONFIG, websocket=door))
+                await again.publish("a", "after")
+            again.stop()
+
+
+async def test_where_no_udp_passes_the_fallback_serves_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, websocket, found):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as hole:
+            hole.bind(("127.0.0.1", 0))
+            url = f"https://127.0.0.1:{hole.getsockname()[1]}"
+            began = trio.current_time()
+            async with catbus.connect(url, fallback_url=websocket, token=TOKEN, ca=found["certificate"]) as bus:
+                assert isinstance(transport(bus), WebSocket)
+                assert await bus.publish("a", 1) == 1
+            assert trio.current_time() - began < 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_where_neither_answers_the_error_says_it(first: int) -> None:
+    urls = ["ws://127.0.0.1:1/ws", "https://127.0.0.1:1"]
+    with pytest.raises(catbus.Disconnected, match="cannot connect to"):
+        async with catbus.connect(urls[first], fallback_url=urls[1 - first], token=TOKEN):
+            pytest.fail("nobody is there")
 
 
 async def test_a_wrong_token_is_refused_alike(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 import trio
 
-from catbus.client import Bus, Disconnected, Refused, connect, link, open_bus, supervisor, switchboard
+from catbus.client import Backoff, Bus, Disconnected, Refused, connect, link, open_bus, supervisor, switchboard
 from catbus.errors import CloseCode
 from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
 
@@ -138,6 +138,36 @@ async def test_a_broker_that_vanishes_in_the_middle_of_a_request() -> None:
         with pytest.raises(Disconnected) as caught:
             await bus.publish("a", 1)
         assert caught.value.code is None
+
+
+async def test_it_comes_back_after_a_broker_that_vanishes(anyio_backend_name: str) -> None:
+    broker = Honest()
+    visits = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal visits
+        visits += 1
+        if visits > 1:
+            await broker(peer)
+        await peer.admit()
+        await peer.subscribed()
+        await peer.send(message(101, pattern="a", channel="a"))
+        await peer.expect("publish")
+        await peer.stream.aclose()  # type: ignore[attr-defined]
+        raise Gone
+
+    broker.append("a", None)
+    before = living_tasks(anyio_backend_name)
+    async with (
+        serve(script) as url,
+        connect(url, token="t", reconnect=Backoff(0.01, 0.1)) as bus,
+        bus.subscribe("a") as messages,
+    ):
+        assert await bus.publish("a", "again") == 102
+        assert [(await anext(messages)).seq for _ in range(2)] == [101, 102]
+        assert [request.get("since") for request in broker.subscribes] == [101]
+        assert [request["retry"] for request in broker.published] == [True]
+    assert living_tasks(anyio_backend_name) == before
 
 
 async def test_nonsense_ends_the_connection() -> None:

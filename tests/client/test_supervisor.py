@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from catbus.client import (
     open_bus,
     supervisor,
 )
+from catbus.client.connecting import open_either
 from catbus.errors import Code
 from tests.client.fake import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
@@ -207,6 +209,23 @@ async def test_a_connection_that_was_silent_is_another_one_soon(autojump_clock: 
     async with network(admitted(Peer.linger), Honest(), keepalive=30, timeout=10) as (bus, net):
         assert await bus.publish("a", 1) == 101
         assert net.dialled == pytest.approx([0, 41])
+
+
+async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: MockClock) -> None:
+    pipes = [Pipe(), Pipe()]
+
+    async def dial(number: int) -> Pipe:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(1)
+        return pipes[number]
+
+    taken = await open_either([partial(dial, 0), partial(dial, 1)])
+    [other] = [pipe for pipe in pipes if pipe is not taken]
+    assert other.closed is not None
+    assert taken is pipes[0]
+    await taken.aclose()
+    for pipe in pipes:
+        pipe.peer.hang_up()
 
 
 # Publishing
