@@ -87,14 +87,17 @@ class Bus:
         subscriptions do not get it back. A payload may be anything that msgspec encodes (NaN and infinities become
         null), or a `msgspec.Raw` that holds JSON.
 
-        When the connection is lost before the answer, it is sent again on the next one, and is in the log once all the
-        same; an ephemeral one is not, and ends as `unknown`. While there is no connection it waits, however long: to
-        bound that, cancel it, for example with `anyio.fail_after`. Up to 256 KiB and as many publishes as the broker
-        allows unanswered wait here, more wait outside for their turn.
+        When the connection is lost before the answer, or the broker does not know the answer, it is sent again, and is
+        in the log once all the same; what is published later waits for that. An ephemeral one is not sent again, and
+        ends as `unknown`. While there is no connection it waits, however long: to bound that, cancel it, for example
+        with `anyio.fail_after`. Up to 256 KiB and as many publishes as the broker allows unanswered wait here, and more
+        outside for their turn. What a replica that stops gives back goes to the next one, unless what came later is
+        published already.
 
         Raises `TypeError` for a payload that has no JSON form, before anything is sent; `Refused`, after which the
-        message is not published and never will be, unless the code is `unknown`; `Disconnected`, after which nobody
-        here can say, and so it is when this is cancelled after it was sent.
+        message is not published and never will be, unless the code is `unknown`: then it could not be found out, for
+        example because the log is another one by now. Raises `Disconnected` when there will be no further connection;
+        then too nobody here can say, and so it is when this is cancelled after it was sent.
         """
         batch = Batch(1)
         _check(check_channel, channel)

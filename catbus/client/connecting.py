@@ -48,7 +48,8 @@ async def connect(
     bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
     sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
     and before the time of the last one is over where it says when that is. What it raises ends everything and comes out
-    of this block, except an `OSError`: then it is asked again, as after a connection that could not be made.
+    of this block, in an exception group once there was a connection; except an `OSError`: then it is asked again, as
+    after a connection that could not be made.
 
     A connection that is lost is made anew, after pauses as `reconnect`, a `Backoff`, says: about a second first, then
     longer, 30 s at most. Subscriptions go on where they were, and what had no answer is sent again; see `Bus`. A broker
