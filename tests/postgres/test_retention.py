@@ -170,7 +170,8 @@ async def test_of_several_replicas_one_takes_each_step(database_url: str, lines:
         # A replica counts a step a moment after everybody can see it.
         await wait_until(lambda: have_dropped(logs, 20))
         all_statistics = [log.statistics() for log in logs]
-        assert sum(statistics.retention_steps for statistics in all_statistics) == 10
+        # Where a look still goes by the clock from before, a slot is closed early: a step more, and no entry twice.
+        assert 10 <= sum(statistics.retention_steps for statistics in all_statistics) <= 15
         assert sum(statistics.retention_held for statistics in all_statistics) == 0
         assert sum(statistics.failures + statistics.restarts for statistics in all_statistics) == 0
 
@@ -429,8 +430,10 @@ async def test_what_is_in_memory_is_served_until_the_replica_knows_that_it_is_go
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_page_of_history_is_whole_above_the_floor(database_url: str) -> None:
-    log = make(database_url, recent=1 << 20)
+@pytest.mark.parametrize("recent", [0, 1 << 20])
+async def test_a_page_of_history_is_whole_above_the_floor(database_url: str, recent: int) -> None:
+    """From memory too, once the replica knows of the floor."""
+    log = make(database_url, recent=recent)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         for _ in range(3):
             await publisher.publish_seq("a", b"1")
@@ -442,10 +445,12 @@ async def test_a_page_of_history_is_whole_above_the_floor(database_url: str) -> 
             return [entry.seq for entry in entries], more
 
         assert await history(None, 2) == ([3, 5], True)
-        await drop(sql)
+        floor = await drop(sql)
+        await wait_until(lambda: knows_floor(log, floor))
         assert await history(3, 2) == ([], False)
         assert await history(None, 2) == ([3, 5], False)
-        await drop(sql, 2)
+        end = await drop(sql, 2)
+        await wait_until(lambda: knows_floor(log, end))
         assert await history(None, 2) == ([], False)
 
 
