@@ -21,7 +21,7 @@ from .config import Config
 from .delivery import Delivery
 from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
-from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected
+from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
 from .mailbox import OVERHEAD, Budget, Mailbox, Outlet
 from .session import (
     Authenticate,
@@ -181,7 +181,7 @@ class Hub:
         """Append to the log, unless it is a retry from an epoch of which nothing can be known."""
         self._published += 1
         if self._closed:
-            append.settle(append, Rejected(Code.SHUTTING_DOWN, STOPPING))
+            append.settle(append, not_taken(append, Rejected(Code.SHUTTING_DOWN, STOPPING)))
         elif epoch is not None and epoch != self.log.epoch:
             append.settle(append, Rejected(Code.UNKNOWN, "first sent in another epoch of the log"))
         else:

@@ -3,7 +3,19 @@
 `base` says what a log is, `memory` is the one that lives in this process; `catbus.postgres` holds the durable one.
 """
 
-from .base import EPHEMERAL_SIZE, Append, Committed, Entry, Follower, Log, Outcome, Page, Rejected, Resumption
+from .base import (
+    EPHEMERAL_SIZE,
+    Append,
+    Committed,
+    Entry,
+    Follower,
+    Log,
+    Outcome,
+    Page,
+    Rejected,
+    Resumption,
+    not_taken,
+)
 from .memory import MemoryLog
 from .recent import Recent
 
@@ -20,4 +32,5 @@ __all__ = [
     "Recent",
     "Rejected",
     "Resumption",
+    "not_taken",
 ]

@@ -89,6 +89,11 @@ class Append:
         return len(self.channel) + len(self.payload)
 
 
+def not_taken(append: Append, refusal: Rejected) -> Rejected:
+    """The answer to a message that is not taken just now. A retry may be in the log already, by its first try."""
+    return refusal if append.after is None else UNKNOWN
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """A stretch of the log: all that still exists with `after < seq <= last`, in order.

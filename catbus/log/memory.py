@@ -23,6 +23,7 @@ from .base import (
     Outcome,
     Page,
     Resumption,
+    not_taken,
 )
 from .recent import OVERHEAD, Recent
 
@@ -79,9 +80,9 @@ class MemoryLog:
     def submit(self, append: Append) -> None:
         """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
         if self._stopped:
-            append.settle(append, SHUTTING_DOWN)
+            append.settle(append, not_taken(append, SHUTTING_DOWN))
         elif len(self._pending) >= self._limits[0] or self._pending_size >= self._limits[1]:
-            append.settle(append, OVERLOADED)
+            append.settle(append, not_taken(append, OVERLOADED))
         else:
             self._pending.append(append)
             self._pending_size += append.size
@@ -133,7 +134,7 @@ class MemoryLog:
             self._stopped, self._running = True, False
             while self._pending:
                 append = self._pending.popleft()
-                append.settle(append, SHUTTING_DOWN)
+                append.settle(append, not_taken(append, SHUTTING_DOWN))
             self._pending_size = 0
 
     def _commit(self, follower: Follower) -> None:

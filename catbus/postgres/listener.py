@@ -276,7 +276,8 @@ class Listener:
                 await self._begin(connection, look, "set back further than another replica knew", known)
                 return False
             start = min(known, common)
-        start = min(max(start, look.floor - 1), look.head)
+        # Even below the floor: what was handed on above it has to be taken back, before retention tells of the rest.
+        start = min(start, look.head)
         (there,) = await connection.fetchrow(_MARK, start, timeout=PATIENCE)
         if tail.epoch:
             logger.warning("the log is another one now", epoch=look.epoch, applied=applied, head=look.head, after=start)

@@ -83,6 +83,9 @@ class Supervisor:
                     self._down.add(name)
                 else:
                     self._note_outage(name, parts[0])
+            except BaseExceptionGroup as group:
+                # It is being stopped, and an outage at that moment is nobody's business any more.
+                raise (group.split(OUTAGE)[1] or group) from None
             self.restarts += 1
             await trio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
             delay = min(delay * 2, LONGEST_DELAY)

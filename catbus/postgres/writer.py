@@ -21,6 +21,7 @@ from ..log.base import (
     UNDECIDED,
     UNKNOWN,
     Outcome,
+    not_taken,
 )
 from ..loggers import get_logger
 from .batch import MOVE, Batch
@@ -98,9 +99,9 @@ class Writer:
         """Queue a message, or answer at once that there is no room for it."""
         self._note_epoch()
         if self._closed:
-            append.settle(append, SHUTTING_DOWN)
+            append.settle(append, not_taken(append, SHUTTING_DOWN))
         elif len(self._queue) >= self._limits[0] or self._size >= self._limits[1]:
-            append.settle(append, OVERLOADED)
+            append.settle(append, not_taken(append, OVERLOADED))
         else:
             append.deadline = trio.current_time() + self._timeout
             self._queue.append(append)
@@ -157,7 +158,7 @@ class Writer:
         while queue and queue[0].deadline <= now:
             append = queue.popleft()
             self._size -= append.size
-            append.settle(append, outcome)
+            append.settle(append, not_taken(append, outcome))
 
     # Appending
 

@@ -1,0 +1,202 @@
+"""Clients as the specification has them: with a cursor, and with ids by which they send again what was not answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+
+from catbus import wire
+from catbus.delivery import Delivery, Subscription
+from catbus.errors import Code
+from catbus.log import Append, Committed, Log, Outcome
+from catbus.mailbox import Mailbox, Run
+
+from .model import Gap, Model
+
+
+class Replica(Protocol):
+    """What a client sees of a replica."""
+
+    @property
+    def log(self) -> Log: ...
+    @property
+    def delivery(self) -> Delivery: ...
+
+
+class Outlet:
+    def flush(self) -> None:
+        """The mail is taken by whoever wants it."""
+
+
+@dataclass(eq=False)
+class Subscriber:
+    """One subscription, wherever it is served, and what it has been told stands in the log."""
+
+    pattern: str = "*"
+    start: int = 0
+    """Where it began: nothing up to here is owed."""
+    epoch: str = ""
+    cursor: int = 0
+    known: dict[int, str] = field(default_factory=dict)
+    gaps: list[Gap] = field(default_factory=list)
+    replica: Replica | None = None
+    subscription: Subscription | None = None
+    session: str = ""
+    """The epoch of which the replica speaks."""
+
+    def join(self, replica: Replica, *, anew: bool) -> None:
+        delivery = replica.delivery
+        self.replica, self.session = replica, replica.log.epoch
+        self.subscription = Subscription(Mailbox(Outlet(), lambda _: None, 400, delivery.budget))
+        if anew:
+            self.known.clear()
+            self.gaps.clear()
+            self.epoch, self.start = replica.log.epoch, delivery.position
+            self.cursor = self.start
+            delivery.subscribe(self.subscription, self.pattern)
+        else:
+            delivery.subscribe(self.subscription, self.pattern, self.cursor, self.epoch)
+
+    def leave(self) -> None:
+        """The connection is lost, and with it what was not taken."""
+        if self.replica is not None and self.subscription is not None:
+            self.replica.delivery.unsubscribe(self.subscription, self.pattern)
+            self.subscription.mailbox.close()
+        self.replica = self.subscription = None
+
+    @property
+    def live(self) -> bool:
+        return self.subscription is not None and not self.subscription.late and not self.subscription.mailbox
+
+    def take(self, most: float = float("inf")) -> None:
+        if self.subscription is None:
+            return
+        for item in self.subscription.mailbox.take(most):
+            if isinstance(item, Run):
+                for entry in item.entries:
+                    assert entry.seq > self.cursor, f"{entry.seq} comes after {self.cursor}"
+                    if self.pattern == "*":
+                        assert entry.seq == self.cursor + 1, f"{entry.seq} follows on {self.cursor} without a gap"
+                    self.known[entry.seq] = entry.payload.decode()
+                    self.cursor, self.epoch = entry.seq, self.session
+                continue
+            event = wire.decode_server(item)
+            if isinstance(event, wire.Gap):
+                self.cursor, self.epoch = event.last, event.epoch
+                self.gaps.append(Gap(event.first, event.last, event.reason))
+                if event.reason == "epoch":
+                    self.session = event.epoch
+                    self.start = min(self.start, event.last)
+                    self.known = {seq: text for seq, text in self.known.items() if seq <= event.last}
+                    # What was said of seqs that are of the past says nothing of those that take their place.
+                    self.gaps = [Gap(g.first, min(g.last, event.last), g.reason) for g in self.gaps]
+            else:
+                assert isinstance(event, wire.Live)
+                assert event.seq >= self.cursor, f"live at {event.seq}, behind {self.cursor}"
+                self.cursor, self.epoch = event.seq, self.session
+
+
+@dataclass(eq=False)
+class Publish:
+    """A message that has had no answer yet."""
+
+    channel: str
+    text: str
+    after: int
+    epoch: str
+    answered: bool = True
+    """Whether there is no try under way on the present connection."""
+    doubtful: bool = False
+    """It was answered that nobody can know."""
+
+
+@dataclass(eq=False)
+class Client:
+    """A producer that keeps its ids for what it has published, and a subscription beside it."""
+
+    producer: bytes
+    subscriber: Subscriber
+    model: Model
+    pending: dict[int, Publish] = field(default_factory=dict)
+    replica: Replica | None = None
+    head: int = 0
+    epoch: str = ""
+    """Where the log is, as far as the client has heard."""
+    connections: int = 0
+    """By which an answer is known to be for a connection that is no more."""
+    ids: count[int] = field(default_factory=lambda: count(1))
+
+    def join(self, replica: Replica) -> None:
+        """Connect, subscribe from the cursor, and send what was not answered, in the order of the ids."""
+        self.replica = replica
+        self.head, self.epoch = replica.delivery.position, replica.log.epoch
+        self.subscriber.join(replica, anew=not self.subscriber.epoch)
+        for number in sorted(self.pending):
+            self.retry(number)
+
+    def leave(self) -> None:
+        self.connections += 1
+        self.replica = None
+        self.subscriber.leave()
+        for publish in self.pending.values():
+            publish.answered = True
+
+    def take(self, most: float = float("inf")) -> None:
+        """Read what has come."""
+        subscriber = self.subscriber
+        subscriber.take(most)
+        if self.replica is not None and subscriber.session != self.epoch:
+            self.head, self.epoch = subscriber.cursor, subscriber.session
+
+    def publish(self, channel: str, text: str) -> None:
+        """Publish something new, once nothing is to be sent again that has not been."""
+        assert self.replica is not None
+        number = next(self.ids)
+        self.pending[number] = Publish(channel, text, self.head, self.epoch)
+        self._send(number, after=None)
+
+    def retry(self, number: int) -> None:
+        """Send again what is in doubt; nobody knows anything of what is from another epoch, or from below the floor."""
+        assert self.replica is not None
+        publish, log = self.pending[number], self.replica.log
+        if publish.epoch != log.epoch:
+            publish.doubtful = True  # as the hub answers it
+        elif publish.answered:
+            self._send(number, after=publish.after)
+
+    def retry_all(self) -> None:
+        for number in sorted(self.pending):
+            self.retry(number)
+
+    @property
+    def settled(self) -> bool:
+        return all(publish.doubtful for publish in self.pending.values())
+
+    def _send(self, number: int, after: int | None) -> None:
+        assert self.replica is not None
+        publish = self.pending[number]
+        publish.answered = False
+        settle = self._answer(number, self.connections, self.replica.log)
+        self.replica.log.submit(
+            Append(publish.channel, publish.text.encode(), settle, self.producer, number, after=after)
+        )
+
+    def _answer(self, number: int, connection: int, log: Log) -> Callable[[Append, Outcome], None]:
+        def settle(append: Append, outcome: Outcome) -> None:
+            if connection != self.connections:
+                return
+            publish = self.pending[number]
+            publish.answered = True
+            if isinstance(outcome, Committed):
+                del self.pending[number]
+                self.head = max(self.head, outcome.seq)
+                self.model.acknowledge(publish.text, outcome.seq)
+            elif outcome.code is not Code.UNKNOWN:
+                del self.pending[number]
+                self.model.refuse(publish.text)
+            elif append.after is not None and (publish.epoch != log.epoch or publish.after < log.floor - 1):
+                publish.doubtful = True
+
+        return settle

@@ -1,0 +1,287 @@
+"""What a PostgreSQL with our schema does for each statement that we send: in memory, at once, without a server.
+
+Each function stands for the one of the same name in catbus/postgres/schema. A state is never changed: what commits puts
+another one in its place, and an older one is what a failover or a restore goes back to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import asyncpg  # type: ignore[import-untyped]
+
+from catbus.log import Entry
+from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention, writer
+from catbus.postgres.bridge import Row
+
+SEAL = "seal"
+POISON = "poison"
+"""A payload with this in it is one that the database refuses."""
+
+
+class Stored(NamedTuple):
+    """A row of `catbus.entries`."""
+
+    seq: int
+    at: int
+    channel: str
+    payload: str
+    sender: str | None
+    origin: bytes | None
+    producer: bytes
+    number: int
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.seq, self.at, self.channel, self.payload.encode(), self.sender, self.origin)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the database has."""
+
+    rows: tuple[Stored, ...] = ()
+    """From seq 1 on. Those below the floor are there for nobody who asks."""
+    floor: int = 1
+    epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
+    """Each with the seq after which it began."""
+    outbox: tuple[tuple[str, str], ...] = ()
+    began: int = 0
+    """Where the present epoch is at home, which is a timeline."""
+
+    @property
+    def head(self) -> int:
+        return len(self.rows)
+
+    @property
+    def epoch(self) -> str:
+        return self.epochs[-1][0]
+
+    def find(self, producer: bytes, number: int) -> Stored | None:
+        for row in self.rows[self.floor - 1 :]:
+            if row.number == number and row.producer == producer:
+                return row
+        return None
+
+
+class SqlError(asyncpg.PostgresError):  # type: ignore[misc]
+    def __init__(self, sqlstate: str) -> None:
+        super().__init__(f"SQLSTATE {sqlstate}")
+        self.sqlstate = sqlstate
+
+
+class Database:
+    """Answers statements. `notify` is given what a transaction has notified, as soon as it has committed."""
+
+    def __init__(self, clock: Callable[[], float], notify: Callable[[int, str, str], None]) -> None:
+        self.state = State()
+        self.past = [self.state]
+        """What it was after each commit, oldest first."""
+        self.timeline = 0
+        self.standby = False
+        self.overdue = 0
+        """So many entries are to be taken away by whoever looks after retention next."""
+        self.committed: Callable[[Sequence[Stored], str], None] = lambda _rows, _epoch: None
+        """Told of new rows, and of the epoch that their sender believed in."""
+        self.gone = 0
+        """The newest seq that retention has ever taken away."""
+        self._clock = clock
+        self._notify = notify
+        self._names = count(1)
+        self._timelines = count(1)
+
+    def execute(self, pid: int, query: str, args: Sequence[Any]) -> list[Row]:
+        """The rows that a statement returns, from the process `pid`; raises as the server does."""
+        return _STATEMENTS[query](self, pid, *args)
+
+    def commit(self, state: State) -> None:
+        self.state = state
+        self.past.append(state)
+
+    # What happens to it
+
+    def publish(self, channel: str, payload: str) -> None:
+        self.commit(replace(self.state, outbox=(*self.state.outbox, (channel, payload))))
+
+    def rotate(self, entries: int) -> int:
+        """Take away the oldest entries; returns how many those are."""
+        state = self.state
+        taken = min(entries, state.head + 1 - state.floor)
+        if taken:
+            self.commit(replace(state, floor=state.floor + taken))
+            self.gone = max(self.gone, self.state.floor - 1)
+        return taken
+
+    def set_back(self, commits: int, *, moved: bool) -> None:
+        """Lose the newest commits. With `moved` a standby takes over that lacked them, on a timeline of its own."""
+        del self.past[max(len(self.past) - commits, 1) :]
+        self.state = self.past[-1]
+        self.timeline = next(self._timelines) if moved else self.state.began
+
+    # The log
+
+    def _append(self, pid: int, *args: Any) -> list[Row]:
+        return [self.append(pid, *_decode(args))]
+
+    def _append_and_move(self, pid: int, *args: Any) -> list[Row]:
+        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))]
+
+    def _move(self, pid: int, _: str, epoch: str, *__: object) -> list[Row]:
+        return [self.move(pid, epoch)]
+
+    def append(self, pid: int, epoch: str, columns: list[tuple[Any, ...]]) -> Row:
+        self.check_epoch(epoch)
+        state, at = self.state, self._now()
+        first = state.head + 1
+        seqs: list[int] = []
+        new: list[Stored] = []
+        for channel, payload, producer, number, sender, origin, after in columns:
+            if POISON in payload:
+                raise SqlError("22P02")
+            known = self.look_up(producer, number)
+            if known is not None:
+                seqs.append(known.seq if (known.channel, known.payload) == (channel, payload) else 0)
+            elif after is not None and after < state.floor - 1:
+                seqs.append(-1)
+            else:
+                seqs.append(first + len(new))
+                new.append(Stored(seqs[-1], at, channel, payload, sender, origin, producer, number))
+        if new:
+            hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
+            self._insert(pid, new, epoch, _with_luggage(hint, new))
+        return at, first, seqs
+
+    def move(self, pid: int, epoch: str) -> Row:
+        state = self.state
+        if not state.outbox:
+            return 0, None, False
+        self.check_epoch(epoch)
+        first, at = state.head + 1, self._now()
+        new = [
+            Stored(first + i, at, channel, payload, None, None, b"outbox", first + i)
+            for i, (channel, payload) in enumerate(state.outbox)
+        ]
+        last = first + len(new) - 1
+        self._insert(pid, new, epoch, f"{state.epoch}:{first}:{last}", outbox=())
+        return len(new), last, False
+
+    def check_epoch(self, epoch: str) -> None:
+        if epoch != self.state.epoch:
+            raise SqlError("CB001")
+
+    def look_up(self, producer: bytes, number: int) -> Stored | None:
+        return self.state.find(producer, number)
+
+    def _insert(self, pid: int, new: list[Stored], epoch: str, hint: str, **changes: Any) -> None:
+        self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
+        self.committed(new, epoch)
+        self._notify(pid, listener.CHANNEL, hint)
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _page(self, _: int, after: int, last: int, size: int) -> list[Row]:
+        found: list[Row] = []
+        for row in self.state.rows[max(after, self.state.floor - 1) : last]:
+            found.append(row[:6])
+            size -= len(row.channel) + len(row.payload)
+            if size < 0:
+                return found[:-1] or found
+        return found
+
+    def _position(self, _: int) -> list[Row]:
+        return [(self.state.head, self.state.floor)]
+
+    # Epochs
+
+    def _look(self, _: int, seq: int) -> list[Row]:
+        state = self.state
+        same = None if self.standby else state.began == self.timeline
+        return [(state.epoch, state.head, state.floor, self.mark(seq), self.standby, None if same is None else True, same)]
+
+    def mark(self, seq: int) -> bytes | None:
+        state = self.state
+        return marks.mark(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
+
+    def _mark(self, _: int, seq: int) -> list[Row]:
+        return [(self.mark(seq),)]
+
+    def _new_epoch(self, pid: int, expected: str, agreed: int | None) -> list[Row]:
+        state = self.state
+        made = state.epoch == expected
+        if made:
+            after = max(0, min(state.head if agreed is None else agreed, state.head))
+            epoch = f"e{next(self._names)}"
+            self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), began=self.timeline))
+            self._notify(pid, listener.CHANNEL, f"{epoch}:{state.head + 1}:{state.head}")
+        return [(*self.state.epochs[-1], made)]
+
+    def _epochs(self, _: int, epoch: str) -> list[Row]:
+        names = [name for name, _ in self.state.epochs]
+        return list(self.state.epochs[: names.index(epoch) + 1]) if epoch in names else []
+
+    # Retention, the outbox, and the rest
+
+    def _overdue(self, _: int, *__: int) -> list[Row]:
+        return [(0 if self.overdue else None, 0, bool(self.overdue))]
+
+    def _retain(self, _: int, *__: int) -> list[Row]:
+        taken, self.overdue = self.rotate(self.overdue), 0
+        return [(self.state.floor, taken, False, False, None)]
+
+    def _notify_cards(self, pid: int, channel: str, cards: Sequence[str]) -> list[Row]:
+        for card in cards:
+            self._notify(pid, channel, card)
+        return [("", "", len(cards))]
+
+
+def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
+    """The arguments of an append: its epoch, and the entries, each with what the schema calls its columns."""
+    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, size = args
+    if isinstance(channels, str):
+        channels, payloads = channels.split("\n"), payloads.split("\n")
+        senders = [None if sender == "\x01" else sender for sender in senders.split("\n")]
+    numbers = map(int, numbers.split(","))
+    columns = channels, payloads, _spread(producers, size), numbers, senders, origins or [None] * size, _spread(afters, size)
+    return epoch, list(zip(*columns, strict=True))
+
+
+def _spread(column: Sequence[Any], size: int) -> Sequence[Any]:
+    return list(column) * size if len(column) == 1 else column
+
+
+def _with_luggage(hint: str, new: list[Stored]) -> str:
+    luggage = ",".join(
+        f"[{r.seq},{r.at},{json.dumps(r.channel)},{json.dumps(r.sender)},"
+        f"{json.dumps(r.origin and r.origin.hex())},{r.payload}]"
+        for r in new
+    )
+    if len(new) > 28 or len(hint) + len(luggage) + 36 > 1000:
+        return hint
+    return f"{hint} {listener.sealed(hint, f'[{luggage}]', SEAL)} [{luggage}]"
+
+
+_STATEMENTS: dict[str, Callable[..., list[Row]]] = {
+    **dict.fromkeys((batch._APPEND_LINES, batch._APPEND_ARRAYS), Database._append),
+    **dict.fromkeys(batch._APPEND_AND_MOVE.values(), Database._append_and_move),
+    batch.MOVE: Database._move,
+    writer._BACKEND: lambda _, pid: [(pid,)],
+    reader._PAGE: Database._page,
+    reader._POSITION: Database._position,
+    listener._STANDBY: lambda self, _: [(self.standby,)],
+    listener._LOOK: Database._look,
+    listener._MARK: Database._mark,
+    listener._NEW_EPOCH: Database._new_epoch,
+    listener._EPOCHS: Database._epochs,
+    courier.SECRET: lambda *_: [(SEAL,)],
+    courier._NOTIFY: Database._notify_cards,
+    outbox._LOOK: lambda self, _: [(bool(self.state.outbox),)],
+    outbox._TURN: lambda *_: [(None,)],
+    retention._LOOK: Database._overdue,
+    retention._STEP: Database._retain,
+    retention._HOLDERS: lambda *_: [],
+}

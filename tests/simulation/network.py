@@ -1,0 +1,321 @@
+"""The way to the simulated database, and what can happen on it: in the place of `catbus.postgres.bridge`."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any, NamedTuple
+
+import asyncpg  # type: ignore[import-untyped]
+import trio
+
+from catbus.postgres import batch, listener, reader, retention
+from catbus.postgres.bridge import QUERY_TIMEOUT, Heard, Row
+
+from .database import Database, SqlError
+
+LOCK_TIMEOUT = 2.0
+_APPENDS = (batch._APPEND_LINES, batch._APPEND_ARRAYS, *batch._APPEND_AND_MOVE.values(), batch.MOVE)
+_WRITES = {*_APPENDS, listener._NEW_EPOCH, retention._STEP}
+"""What waits for the head row, and fails on a standby."""
+
+KINDS = ("append", "look", "page", "epoch", "connect")
+_KIND = {
+    **dict.fromkeys(_APPENDS, "append"),
+    listener._LOOK: "look",
+    **dict.fromkeys((reader._PAGE, reader._POSITION), "page"),
+    **dict.fromkeys((listener._MARK, listener._EPOCHS, listener._NEW_EPOCH), "epoch"),
+}
+
+FATES = ("lost", "unanswered", "late", "slow", "slowly answered", "refused", "before", "after")
+
+
+class Fate(NamedTuple):
+    """What becomes of the next statement of a kind.
+
+    lost             the connection is lost before the server has read it
+    unanswered       the connection is lost when the server has committed it
+    late             the connection is lost, and the server reads it `delay` later
+    slow             the server reads it `delay` later
+    slowly answered  the answer comes `delay` later
+    refused          the server fails it, as it does all it is about when it shuts down
+    before, after    `event` happens just before the server reads it, or just after it has committed it
+    """
+
+    what: str
+    delay: float
+    event: Callable[[], None]
+
+
+NORMAL = Fate("", 0, lambda: None)
+
+
+class Network:
+    """All connections to one database. The owner of a connection is the URL by which it was made."""
+
+    def __init__(self) -> None:
+        self.database = Database(trio.current_time, self._notify)
+        self.connections: set[Connection] = set()
+        self.pids = count(1)
+        self.away = False
+        self.locked = 0.0
+        """Until when somebody else holds the head row."""
+        self.frozen: dict[str, float] = defaultdict(float)
+        """Until when an owner neither sends nor hears anything."""
+        self.fates: dict[tuple[str, str], deque[Fate]] = defaultdict(deque)
+        self.deaf: dict[str, int] = defaultdict(int)
+        """How many notifications an owner will not hear."""
+        self.slow: dict[tuple[str, int], float] = {}
+        """By how much an owner hears the notifications of one sender late."""
+        self._server = 0
+        self._due: dict[tuple[Connection, int], float] = {}
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = count()
+        self._work = trio.Event()
+
+    # Time
+
+    async def run(self) -> None:
+        """Do what is to happen later, in order."""
+        while True:
+            while self._later and self._later[0][0] <= trio.current_time():
+                heappop(self._later)[2]()
+            with trio.move_on_at(self._later[0][0] if self._later else trio.current_time() + 1e9):
+                await self._work.wait()
+            self._work = trio.Event()
+
+    def later(self, delay: float, do: Callable[[], None]) -> None:
+        heappush(self._later, (trio.current_time() + delay, next(self._numbers), do))
+        self._work.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to happen."""
+        return bool(self._later)
+
+    # What happens to it
+
+    def cut(self, owner: str | None = None) -> None:
+        """End the connections of one owner, or of all."""
+        for connection in sorted(self.connections, key=lambda c: c.pid):
+            if owner in (None, connection.owner):
+                connection.lose()
+
+    def stop(self) -> None:
+        """The server is gone, with what had not reached it yet."""
+        self._server += 1
+        self.locked = 0.0
+        self.cut()
+
+    def heal(self) -> None:
+        """From now on nothing goes wrong that has not begun to."""
+        self.away = self.database.standby = False
+        self.locked = 0.0
+        for wishes in (self.frozen, self.fates, self.deaf, self.slow):
+            wishes.clear()
+
+    # What connections use
+
+    async def connect(self, owner: str) -> Connection:
+        fate = self.fate(owner, "connect")
+        if fate.what == "before":
+            fate.event()
+        await self.thawed(owner)
+        await trio.sleep(fate.delay if fate.what in ("slow", "slowly answered", "late") else 0)
+        if self.away or fate.what in ("lost", "unanswered", "refused"):
+            raise ConnectionRefusedError(owner)
+        return Connection(self, owner)
+
+    async def ask(self, connection: Connection, query: str, args: Sequence[Any]) -> list[Row]:
+        owner = connection.owner
+        fate = self.fate(owner, _KIND.get(query, ""))
+        if fate.what == "lost":
+            connection.lose()
+        delay = max(self.frozen[owner] - trio.current_time(), 0)
+        if fate.what in ("slow", "late"):
+            delay = max(delay, fate.delay)
+        await trio.lowlevel.checkpoint()
+        request = Request(self, self._server, connection.pid, query, args, fate)
+        if delay:
+            self.later(delay, request.arrive)
+        else:
+            request.arrive()
+        if fate.what == "late":
+            connection.lose()
+        await request.done.wait()
+        if fate.what == "unanswered":
+            connection.lose()
+        if fate.what == "slowly answered":
+            await trio.sleep(fate.delay)
+        await self.thawed(owner)
+        await trio.lowlevel.checkpoint()
+        if request.error is not None:
+            raise request.error
+        return request.rows
+
+    def fate(self, owner: str, kind: str) -> Fate:
+        fates = self.fates.get((owner, kind))
+        return fates.popleft() if fates else NORMAL
+
+    async def thawed(self, owner: str) -> None:
+        """Wait until the owner goes on."""
+        while self.frozen and (wait := self.frozen[owner] - trio.current_time()) > 0:
+            await trio.sleep(wait)
+
+    def arrive(self, request: Request) -> None:
+        """The server reads a statement, and may have to wait for the head row: it does so whoever is still there."""
+        if request.server != self._server:
+            return
+        wait = self.locked - trio.current_time() if request.query in _WRITES else 0
+        if wait <= 0:
+            request.execute(self.database)
+        elif wait > LOCK_TIMEOUT:
+            self.later(LOCK_TIMEOUT, lambda: request.fail(SqlError("55P03")))
+        else:
+            self.later(wait, request.arrive)
+
+    def _notify(self, pid: int, channel: str, payload: str) -> None:
+        """Pass a notification on to all who listen: those of one sender in order, those of several in any."""
+        now = trio.current_time()
+        for connection in sorted(self.connections, key=lambda c: c.pid):
+            owner = connection.owner
+            if channel not in connection.heard:
+                continue
+            if self.deaf[owner] > 0:
+                self.deaf[owner] -= 1
+                continue
+            delay = max(self.slow.get((owner, pid % 2), 0), self.frozen[owner] - now, self._due.get((connection, pid), 0) - now)
+            if delay > 0:
+                self._due[connection, pid] = now + delay
+                self.later(delay, lambda c=connection: c.hear(pid, channel, payload))  # type: ignore[misc]
+            else:
+                connection.hear(pid, channel, payload)
+
+    @asynccontextmanager
+    async def open_bridge(self) -> AsyncIterator[Bridge]:
+        yield Bridge(self)
+
+
+class Request:
+    """One statement on its way."""
+
+    def __init__(self, network: Network, server: int, pid: int, query: str, args: Sequence[Any], fate: Fate) -> None:
+        self.server = server
+        self.query = query
+        self.done = trio.Event()
+        self.rows: list[Row] = []
+        self.error: Exception | None = None
+        self._network = network
+        self._call = pid, query, args
+        self._fate = fate
+
+    def arrive(self) -> None:
+        self._network.arrive(self)
+
+    def execute(self, database: Database) -> None:
+        fate = self._fate
+        if fate.what == "before":
+            fate.event()
+            if self.server != self._network._server:
+                return
+        try:
+            if fate.what == "refused":
+                raise SqlError("57P01")
+            if database.standby and self.query in _WRITES:
+                raise SqlError("25006")
+            self.rows = database.execute(*self._call)
+        except SqlError as error:
+            self.error = error
+        self.done.set()
+        if fate.what == "after":
+            fate.event()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+
+class Bridge:
+    stray_errors = 0
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT) -> Connection:
+        with trio.move_on_after(timeout):
+            return await self._network.connect(url)
+        raise TimeoutError(f"no connection within {timeout:g} s")
+
+
+class Connection:
+    """What `catbus.postgres.bridge.Connection` is for those who use it."""
+
+    version = 16
+
+    def __init__(self, network: Network, owner: str) -> None:
+        self.owner = owner
+        self.pid = next(network.pids)
+        self.closed = False
+        self.heard: dict[str, Heard] = {}
+        self._network = network
+        self._callbacks: list[Callable[[], None]] = []
+        self._scope: trio.CancelScope | None = None
+        network.connections.add(self)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.terminate()
+
+    def when_closed(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def terminate(self) -> None:
+        self.lose()
+
+    def lose(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._network.connections.discard(self)
+        self.heard.clear()
+        for callback in self._callbacks:
+            callback()
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def hear(self, pid: int, channel: str, payload: str) -> None:
+        if channel in self.heard:
+            self.heard[channel](pid, payload)
+
+    async def fetch(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> list[Row]:
+        if self.closed:
+            raise asyncpg.InterfaceError("connection is closed")
+        if self._scope is not None:
+            raise asyncpg.InterfaceError("another operation is in progress")
+        try:
+            with trio.move_on_after(timeout) as self._scope:
+                return await self._network.ask(self, query, args)
+        except trio.Cancelled:
+            self.lose()
+            raise
+        finally:
+            self._scope = None
+        if self.closed:
+            raise asyncpg.exceptions.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+        self.lose()
+        raise TimeoutError(f"no answer within {timeout:g} s")
+
+    async def fetchrow(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> Row:
+        (row,) = await self.fetch(query, *args, timeout=timeout)
+        return row
+
+    async def listen(self, channel: str, callback: Heard, *, timeout: float = QUERY_TIMEOUT) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.closed:
+            raise asyncpg.InterfaceError("connection is closed")
+        self.heard[channel] = callback
