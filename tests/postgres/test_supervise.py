@@ -181,3 +181,20 @@ async def test_an_outage_within_a_group_is_an_outage(autojump_clock: MockClock) 
     supervisor = Supervisor("one")
     await supervisor.run("one", one)
     assert (supervisor.restarts, supervisor.failures) == (9, 0)
+
+
+async def test_an_outage_at_the_moment_of_the_end_is_none(autojump_clock: MockClock) -> None:
+    supervisor = Supervisor("one")
+
+    async def one(working: Working) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep(1)
+            finally:
+                raise ConnectionResetError
+
+    with trio.move_on_after(0.5) as scope:
+        await supervisor.run("one", one)
+    assert scope.cancelled_caught
+    assert supervisor.restarts == 0
