@@ -280,6 +280,15 @@ class LogConformance(ReadConformance):
         assert isinstance(refused, Rejected)
         assert refused.code == Code.SHUTTING_DOWN
 
+    async def test_a_stopped_log_does_not_say_of_a_retry_that_it_is_not_there(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            await publisher.publish_seq("a", b"1", producer=ALICE, number=1)
+        retry = publisher.submit("a", b"1", producer=ALICE, number=1, after=0)
+        outcome = publisher.answers[retry]
+        assert isinstance(outcome, Rejected)
+        assert outcome.code == Code.UNKNOWN
+
     async def test_a_stop_answers_everything(self, make_log: MakeLog) -> None:
         log = make_log()
         recorder, publisher = Recorder(), Publisher(log)
