@@ -6,7 +6,7 @@ The listener, the tail, the epochs and delivery are the real ones; the database,
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, cast
 
@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from structlog.testing import CapturingLogger
 
-from catbus import wire
 from catbus.config import Database
-from catbus.delivery import Delivery, Subscription
+from catbus.delivery import Delivery
 from catbus.log import Entry, Page
-from catbus.mailbox import Mailbox, Run
 from catbus.postgres import PostgresLog
 from catbus.postgres import listener as listener_module
 from catbus.postgres.bridge import Connection
 from catbus.postgres.listener import Listener
 from catbus.postgres.marks import mark
+from tests.simulation.clients import Subscriber
 from tests.test_delivery import exhaust
 
 
@@ -142,62 +141,6 @@ class Replica:
         return position is not None
 
 
-class Outlet:
-    def flush(self) -> None:
-        """The mail is taken by whoever wants it."""
-
-
-@dataclass(eq=False)
-class Client:
-    """Keeps a cursor as the specification says, and what it has been told stands in the log."""
-
-    epoch: str
-    cursor: int
-    known: dict[int, bytes] = field(default_factory=dict)
-    replica: Replica | None = None
-    subscription: Subscription | None = None
-
-    def join(self, replica: Replica, *, anew: bool) -> None:
-        self.replica = replica
-        self.subscription = Subscription(Mailbox(Outlet(), lambda _: None, 400))
-        if anew:
-            self.known.clear()
-            self.epoch, self.cursor = replica.log.epoch, replica.delivery.position
-            replica.delivery.subscribe(self.subscription, "*")
-        else:
-            replica.delivery.subscribe(self.subscription, "*", self.cursor, self.epoch)
-        self.session = replica.log.epoch
-
-    def leave(self) -> None:
-        assert self.replica is not None and self.subscription is not None
-        self.take()
-        self.replica.delivery.unsubscribe(self.subscription, "*")
-        self.replica = self.subscription = None
-
-    def take(self) -> None:
-        if self.subscription is None:
-            return
-        for item in self.subscription.mailbox.take():
-            if isinstance(item, Run):
-                for entry in item.entries:
-                    assert entry.seq == self.cursor + 1, "neither a hole nor a repeat without a gap"
-                    self.known[entry.seq] = entry.payload
-                    self.cursor, self.epoch = entry.seq, self.session
-            else:
-                event = wire.decode_server(item)
-                if isinstance(event, wire.Gap):
-                    self.cursor, self.epoch = event.last, event.epoch
-                    if event.reason == "epoch":
-                        self.session = event.epoch
-                        self.known = {seq: text for seq, text in self.known.items() if seq <= event.last}
-                else:
-                    assert isinstance(event, wire.Live)
-                    assert event.seq == self.cursor
-                    self.cursor, self.epoch = event.seq, self.session
-
-    session = ""
-
-
 class ForkMachine(RuleBasedStateMachine):
     """Logs part at any point, unnoticed at first, and replicas look at them in any order.
 
@@ -212,7 +155,7 @@ class ForkMachine(RuleBasedStateMachine):
     def begin(self, recents: list[int]) -> None:
         self.model = Model()
         self.replicas = [Replica(self.model, recent) for recent in recents]
-        self.clients: list[Client] = []
+        self.clients: list[Subscriber] = []
 
     def pick(self, index: int) -> Replica:
         return self.replicas[index % len(self.replicas)]
@@ -281,7 +224,7 @@ class ForkMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     @precondition(lambda self: len(self.clients) < 6)
     def arrive(self, index: int) -> None:
-        client = Client("", 0)
+        client = Subscriber()
         client.join(self.pick(index), anew=True)
         self.clients.append(client)
 
@@ -334,7 +277,7 @@ class ForkMachine(RuleBasedStateMachine):
             assert client.subscription is not None and not client.subscription.late
             assert client.replica.delivery.position == world.head
             for seq, text in client.known.items():
-                assert world.entries[seq - 1].payload == text, f"another {seq}"
+                assert world.entries[seq - 1].payload == text.encode(), f"another {seq}"
 
     @invariant()
     def nobody_applies_what_nobody_trusts(self) -> None:
@@ -354,3 +297,26 @@ TestForks = ForkMachine.TestCase
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every epoch is worth a line, and here there are thousands."""
     monkeypatch.setattr(listener_module, "logger", CapturingLogger())
+
+
+def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() -> None:
+    model = Model()
+    one, other = Replica(model, 0), Replica(model, 0)
+    client = Subscriber()
+    client.join(one, anew=True)
+    model.append(3)
+    one.tail.announce(3)
+    one.read()
+    client.take()
+    assert list(client.known) == [1, 2, 3]
+
+    model.world = replace(model.saved[0], place=1)
+    other.look()
+    model.append(5)
+    model.world = replace(model.world, floor=5)
+    one.look()
+    while one.tail.missing() is not None:
+        one.read()
+    client.take()
+    assert list(client.known) == [5]
+    assert [(gap.first, gap.last, gap.reason) for gap in client.gaps] == [(1, 0, "epoch"), (1, 4, "retention")]

@@ -78,7 +78,9 @@ class Model:
     def apply(self, applied: int, rows: Sequence[Row]) -> None:
         """A replica hands entries on, after `applied`."""
         # A replica hands on what was committed, each entry behind the one before it.
-        self.expect([row.seq for row in rows] == list(range(applied + 1, applied + 1 + len(rows))), f"{rows} after {applied}")
+        self.expect(
+            [row.seq for row in rows] == list(range(applied + 1, applied + 1 + len(rows))), f"{rows} after {applied}"
+        )
         self.expect(self.ever.issuperset(rows), f"{rows} was never committed")
 
     # What has to hold when everything has calmed down
