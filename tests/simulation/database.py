@@ -122,6 +122,9 @@ class Database:
         self.state = self.past[-1]
         self.timeline = next(self._timelines) if moved else self.state.began
 
+    def begin_epoch(self) -> None:
+        self._new_epoch(0, self.state.epoch, None)
+
     # The log
 
     def _append(self, pid: int, *args: Any) -> list[Row]:
@@ -201,7 +204,9 @@ class Database:
     def _look(self, _: int, seq: int) -> list[Row]:
         state = self.state
         same = None if self.standby else state.began == self.timeline
-        return [(state.epoch, state.head, state.floor, self.mark(seq), self.standby, None if same is None else True, same)]
+        return [
+            (state.epoch, state.head, state.floor, self.mark(seq), self.standby, None if same is None else True, same)
+        ]
 
     def mark(self, seq: int) -> bytes | None:
         state = self.state
@@ -246,7 +251,15 @@ def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
         channels, payloads = channels.split("\n"), payloads.split("\n")
         senders = [None if sender == "\x01" else sender for sender in senders.split("\n")]
     numbers = map(int, numbers.split(","))
-    columns = channels, payloads, _spread(producers, size), numbers, senders, origins or [None] * size, _spread(afters, size)
+    columns = (
+        channels,
+        payloads,
+        _spread(producers, size),
+        numbers,
+        senders,
+        origins or [None] * size,
+        _spread(afters, size),
+    )
     return epoch, list(zip(*columns, strict=True))
 
 

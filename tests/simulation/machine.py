@@ -21,8 +21,7 @@ from catbus.config import Database as Settings
 from catbus.delivery import Delivery
 from catbus.log import Entry
 from catbus.mailbox import Budget
-from catbus.postgres import PostgresLog
-from catbus.postgres import listener, outbox, retention, supervise, writer
+from catbus.postgres import PostgresLog, listener, outbox, retention, supervise, writer
 from catbus.postgres import log as log_module
 
 from .clients import Client, Subscriber
@@ -34,8 +33,10 @@ REPLICAS = 2
 CLIENTS = 3
 PATTERNS = ("*", "a", "b.*")
 CHANNELS = ("a", "b.x", "b.y", "c")
-PAUSES = (0.0, 0.001, 0.1, 0.3, 1.0, 2.5, 6.0, 12.0)
-PATIENCE = 90.0
+PAUSES = (0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 1.2, 2.5)
+LENGTH = 30
+"""Operations of a case, at the most."""
+PATIENCE = 30.0
 """Virtual seconds within which everything has to come right once nothing goes wrong any more."""
 
 
@@ -46,7 +47,8 @@ class Case(NamedTuple):
     seed: int = 0
     recents: int = 0
     silent: bool = False
-    """Whether the database may be set back without a trace, which replicas that remember notice. None of them ends."""
+    """Whether the database may be set back without a trace. Then only replicas notice it that remember more: none of
+    them ends, and retention does not take away what they remember."""
 
 
 class Watched(Delivery):
@@ -66,7 +68,7 @@ class Replica:
 
     def __init__(self, model: Model, url: str, recent: int, budget: int) -> None:
         self.url = url
-        self.log = PostgresLog(Settings(url=url, publish_timeout=3.0), recent=recent)
+        self.log = PostgresLog(Settings(url=url, publish_timeout=0.6, connect_timeout=1.0), recent=recent)
         self.delivery = Watched(self.log, model, Budget(budget))
         self.scope = trio.CancelScope()
 
@@ -89,12 +91,12 @@ class Machine:
         self.texts = count(1)
         self.urls = count(1)
         self.trace: list[str] = []
+        self.rotates = True
+        """Not once the database was set back without a trace: what tells of that must not be gone."""
         self._nursery = nursery
         nursery.start_soon(self.network.run)
         self.replicas = [self.start() for _ in range(REPLICAS)]
-        self.clients = [
-            Client(b"%d" % i, Subscriber(PATTERNS[i % len(PATTERNS)]), self.model) for i in range(CLIENTS)
-        ]
+        self.clients = [Client(b"%d" % i, Subscriber(PATTERNS[i % len(PATTERNS)]), self.model) for i in range(CLIENTS)]
 
     def start(self) -> Replica:
         number = next(self.urls)
@@ -178,15 +180,22 @@ class Machine:
         self.network.stop()
         self.database.standby = False
         silent = self.case.silent and bool(b & 1)
+        self.rotates = self.rotates and not silent
         self.database.set_back(a % 4 if silent or b & 6 else 0, moved=not silent)
         self.model.set_back(self.database.state.head, [text for _, text in self.database.state.outbox])
 
+    def begin_epoch(self, a: int, b: int) -> None:
+        """Somebody has restored something by hand, and says so. As it happens nothing has changed."""
+        self.database.begin_epoch()
+
     def rotate(self, a: int, b: int) -> None:
-        self.database.rotate(a % 5 + 1)
+        if self.rotates:
+            self.database.rotate(a % 5 + 1)
 
     def let_rotate(self, a: int, b: int) -> None:
         """Have a replica find that retention is due."""
-        self.database.overdue = a % 5 + 1
+        if self.rotates:
+            self.database.overdue = a % 5 + 1
 
     def lock(self, a: int, b: int) -> None:
         self.network.locked = trio.current_time() + PAUSES[b]
@@ -249,7 +258,7 @@ class Machine:
             if not wrong:
                 break
             self.model.expect(trio.current_time() < end, f"it does not come right: {wrong}")
-            await trio.sleep(0.1)
+            await trio.sleep(0.2)
         if not self.model.broken:
             self.model.check()
             for client in self.clients:
@@ -295,6 +304,7 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
     Machine.start_database: 2,
     Machine.stand_by: 1,
     Machine.fail_over: 1,
+    Machine.begin_epoch: 1,
     Machine.crash: 1,
 }
 _NAMES = [operation.__name__ for operation, weight in _WEIGHTS.items() for _ in range(weight)]
@@ -309,11 +319,17 @@ def decode(operation: int) -> tuple[str, int, int]:
 
 cases = st.builds(
     Case,
-    st.lists(st.integers(0, OPERATIONS - 1), max_size=40),
+    st.lists(st.integers(0, OPERATIONS - 1), max_size=LENGTH),
     st.integers(0, 1 << 16),
     st.integers(0, 3),
     st.booleans(),
 )
+
+
+def random_case(source: random.Random) -> Case:
+    """A case by chance, in less time than it takes Hypothesis to make one that it could make smaller."""
+    operations = [source.randrange(OPERATIONS) for _ in range(source.randint(1, LENGTH))]
+    return Case(operations, source.randrange(1 << 16), source.randrange(4), source.random() < 0.3)
 
 
 class Broken(AssertionError):
@@ -334,11 +350,14 @@ def play(case: Case) -> None:
             nursery.cancel_scope.cancel()
 
     machine: Machine | None = None
-    with pytest.MonkeyPatch.context() as patch:
-        trio.run(run, clock=MockClock(autojump_threshold=0))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            trio.run(run, clock=MockClock(autojump_threshold=0))
+    except Exception as error:
+        raise Broken("\n".join([*(machine.trace if machine else ()), repr(error)])) from error
     assert machine is not None
     if machine.model.broken:
-        raise Broken("\n".join([*machine.trace, *machine.model.broken[:3]]))
+        raise Broken("\n".join([*machine.trace, *machine.model.broken[:3]]).replace("x" * 500, "..."))
 
 
 @contextmanager
@@ -353,11 +372,47 @@ def quiet() -> Iterator[None]:
             if hasattr(module, "logger"):
                 patch.setattr(module, "logger", Silence())
         patch.setattr(log_module, "migrate", migrate)
-        patch.setattr(outbox, "PACE", 1.0)
-        patch.setattr(outbox, "BRISK_PACE", 1.0)
+        # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
+        # fewer turns in a case, and the same happens in them.
+        for module, name, seconds in (
+            (writer, "PATIENCE", 2.0),
+            (writer, "EPOCH_PATIENCE", 1.0),
+            (listener, "PATIENCE", 0.6),
+            (outbox, "PATIENCE", 0.6),
+            (outbox, "PACE", 1.0),
+            (outbox, "BRISK_PACE", 1.0),
+            (outbox, "SHARE", 1),
+        ):
+            patch.setattr(module, name, seconds)
         yield
 
 
 class Silence:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
+
+
+def reduce(case: Case) -> tuple[Case, Broken]:
+    """A broken case without what it does not need to be broken."""
+    operations, size = list(case.operations), len(case.operations)
+    broken = _broken(case)
+    assert broken is not None, "played again it is not broken any more"
+    while size:
+        place = 0
+        while place < len(operations):
+            fewer = operations[:place] + operations[place + size :]
+            found = _broken(case._replace(operations=fewer))
+            if found is None:
+                place += size
+            else:
+                operations, broken = fewer, found
+        size //= 2
+    return case._replace(operations=operations), broken
+
+
+def _broken(case: Case) -> Broken | None:
+    try:
+        play(case)
+    except Broken as broken:
+        return broken
+    return None

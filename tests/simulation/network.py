@@ -13,11 +13,12 @@ import asyncpg  # type: ignore[import-untyped]
 import trio
 
 from catbus.postgres import batch, listener, reader, retention
-from catbus.postgres.bridge import QUERY_TIMEOUT, Heard, Row
+from catbus.postgres.bridge import Heard, Row
 
 from .database import Database, SqlError
 
-LOCK_TIMEOUT = 2.0
+LOCK_TIMEOUT = 0.4
+QUERY_TIMEOUT = 2.0
 _APPENDS = (batch._APPEND_LINES, batch._APPEND_ARRAYS, *batch._APPEND_AND_MOVE.values(), batch.MOVE)
 _WRITES = {*_APPENDS, listener._NEW_EPOCH, retention._STEP}
 """What waits for the head row, and fails on a standby."""
@@ -187,7 +188,9 @@ class Network:
             if self.deaf[owner] > 0:
                 self.deaf[owner] -= 1
                 continue
-            delay = max(self.slow.get((owner, pid % 2), 0), self.frozen[owner] - now, self._due.get((connection, pid), 0) - now)
+            delay = max(
+                self.slow.get((owner, pid % 2), 0), self.frozen[owner] - now, self._due.get((connection, pid), 0) - now
+            )
             if delay > 0:
                 self._due[connection, pid] = now + delay
                 self.later(delay, lambda c=connection: c.hear(pid, channel, payload))  # type: ignore[misc]
