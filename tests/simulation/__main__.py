@@ -9,7 +9,8 @@ import sys
 import time
 from multiprocessing import Process
 
-from .machine import Broken, play, quiet, random_case, reduce
+from .machine import Broken, random_case
+from .simulated import play, quiet, reduce
 
 
 def run(seed: int, seconds: float) -> None:

@@ -18,9 +18,9 @@ from catbus.log import Entry
 from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention, writer
 from catbus.postgres.bridge import Row
 
+from .machine import POISON
+
 SEAL = "seal"
-POISON = "poison"
-"""A payload with this in it is one that the database refuses."""
 
 
 class Stored(NamedTuple):

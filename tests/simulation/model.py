@@ -36,6 +36,10 @@ class Model:
     ever: set[Row] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     """Texts that the database has lost when it was set back."""
+    follows: bool = True
+    """Whether commits are told of as they happen. Otherwise that is when somebody looks, and before any is lost."""
+    believed: set[Row] = field(default_factory=set)
+    """What replicas have handed on."""
     broken: list[str] = field(default_factory=list)
     """What was not as promised. Services would only be started again over an exception."""
 
@@ -66,7 +70,7 @@ class Model:
         """A client is told that its message is in the log."""
         # Acknowledged means committed, under that seq.
         there = any(row.seq == seq and row.text == text for row in self.log) or text in self.lost
-        self.expect(there, f"{text!r} is acknowledged as {seq} and is not in the log")
+        self.expect(there or not self.follows, f"{text!r} is acknowledged as {seq} and is not in the log")
         self.acknowledged[text] = seq
 
     def refuse(self, text: str) -> None:
@@ -81,11 +85,13 @@ class Model:
         self.expect(
             [row.seq for row in rows] == list(range(applied + 1, applied + 1 + len(rows))), f"{rows} after {applied}"
         )
-        self.expect(self.ever.issuperset(rows), f"{rows} was never committed")
+        self.expect(self.ever.issuperset(rows) or not self.follows, f"{rows} was never committed")
+        self.believed.update(rows)
 
     # What has to hold when everything has calmed down
 
     def check(self) -> None:
+        self.expect(self.believed <= self.ever, f"{self.believed - self.ever} was never committed")
         texts = {row.text: row.seq for row in self.log}
         for text, seq in self.acknowledged.items():
             # What was acknowledged stays in the log, unless the database has lost it.

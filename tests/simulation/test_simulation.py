@@ -25,7 +25,8 @@ from catbus.postgres.tail import Tail
 from catbus.postgres.writer import Writer
 
 from .database import Database
-from .machine import Broken, Case, cases, play, quiet, random_case
+from .machine import Broken, Case, cases, random_case
+from .simulated import play, quiet
 
 CASES = int(os.environ.get("CATBUS_CASES", "500"))
 BOUND = 3000

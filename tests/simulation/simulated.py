@@ -1,0 +1,208 @@
+"""Cases on the simulated database and the virtual clock, where anything can go wrong at any moment."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import trio
+from trio._core._run import _r as _scheduler
+from trio.testing import MockClock
+
+from catbus.postgres import listener, outbox, retention, supervise, writer
+from catbus.postgres import log as log_module
+
+from .database import Stored
+from .machine import CHANNELS, PAUSES, REPLICAS, Broken, Case, Machine, Position
+from .model import Model, Row
+from .network import FATES, KINDS, Fate, Network
+
+
+class Simulated(Machine):
+    def __init__(self, case: Case, nursery: trio.Nursery) -> None:
+        self.network = Network()
+        self.database = self.network.database
+        self.database.committed = self.committed
+        self.rotates = True
+        """Not once the database was set back without a trace: what tells of that must not be gone."""
+        nursery.start_soon(self.network.run)
+        super().__init__(case, nursery, Model())
+
+    def url(self, slot: int, number: int) -> str:
+        return f"postgres://{slot}/{number}"
+
+    def committed(self, rows: Sequence[Stored], epoch: str) -> None:
+        # Only who follows the present log may append to it.
+        self.model.expect(epoch == self.database.state.epoch, f"appended from {epoch}")
+        self.model.commit([Row(row.seq, row.channel, row.payload) for row in rows])
+
+    async def heal(self) -> None:
+        self.start_database(0, 0)
+        self.network.heal()
+
+    async def position(self) -> Position:
+        state = self.database.state
+        self.gone = self.database.gone
+        return Position(state.epoch, state.head, len(state.outbox))
+
+    @property
+    def busy(self) -> bool:
+        return self.network.busy
+
+    # What goes wrong
+
+    def publish_from_sql(self, a: int, b: int) -> None:
+        if self.network.away or self.database.standby:
+            return
+        text = f'"{next(self.texts)}"'
+        self.model.promised.add(text)
+        self.database.publish(CHANNELS[a % 4], text)
+
+    def cut(self, a: int, b: int) -> None:
+        self.network.cut(self.replicas[a % REPLICAS].url)
+
+    def freeze(self, a: int, b: int) -> None:
+        self.network.frozen[self.replicas[a % REPLICAS].url] = trio.current_time() + PAUSES[b]
+
+    def meet(self, a: int, b: int) -> None:
+        """Decide what becomes of a coming statement."""
+        owner = self.replicas[a % REPLICAS].url
+        kind, what = KINDS[(a >> 1) % len(KINDS)], FATES[b]
+        event = (self.rotate, self.fail_over, self.cut, self.publish_from_sql)[(a >> 4) % 4]
+        delay = PAUSES[2 + (a >> 4) % 6]
+        self.network.fates[owner, kind].append(Fate(what, delay, lambda: event(a, a >> 6)))
+
+    def stop_database(self, a: int, b: int) -> None:
+        self.network.stop()
+        self.network.away = True
+
+    def stand_by(self, a: int, b: int) -> None:
+        """The primary is gone, and there is a standby which takes over when the database is started."""
+        self.network.stop()
+        self.database.standby = True
+
+    def start_database(self, a: int, b: int) -> None:
+        if self.network.away:
+            self.network.away = False
+        elif self.database.standby:
+            self.fail_over(a, 0)
+
+    def fail_over(self, a: int, b: int) -> None:
+        """A standby takes over, or the database is set back as it is; the last commits may be lost."""
+        self.network.stop()
+        self.database.standby = False
+        silent = self.case.silent and bool(b & 1)
+        self.rotates = self.rotates and not silent
+        self.database.set_back(a % 4 if silent or b & 6 else 0, moved=not silent)
+        self.model.set_back(self.database.state.head, [text for _, text in self.database.state.outbox])
+
+    def begin_epoch(self, a: int, b: int) -> None:
+        """Somebody has restored something by hand, and says so. As it happens nothing has changed."""
+        self.database.begin_epoch()
+
+    def rotate(self, a: int, b: int) -> None:
+        if self.rotates:
+            self.database.rotate(a % 5 + 1)
+
+    def let_rotate(self, a: int, b: int) -> None:
+        """Have a replica find that retention is due."""
+        if self.rotates:
+            self.database.overdue = a % 5 + 1
+
+    def lock(self, a: int, b: int) -> None:
+        self.network.locked = trio.current_time() + PAUSES[b]
+
+    def deafen(self, a: int, b: int) -> None:
+        self.network.deaf[self.replicas[a % REPLICAS].url] = b
+
+    def slow_down(self, a: int, b: int) -> None:
+        """Have the notifications of some senders come late."""
+        self.network.slow[self.replicas[a % REPLICAS].url, (a >> 1) % 2] = PAUSES[b]
+
+
+def play(case: Case) -> None:
+    """Run a case, within `quiet()`; raises `Broken`."""
+    random.seed(case.seed)
+    _scheduler.seed(case.seed)
+
+    async def run() -> None:
+        nonlocal machine
+        async with trio.open_nursery() as nursery:
+            machine = Simulated(case, nursery)
+            patch.setattr(log_module, "open_bridge", machine.network.open_bridge)
+            await machine.play()
+            nursery.cancel_scope.cancel()
+
+    machine: Simulated | None = None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            trio.run(run, clock=MockClock(autojump_threshold=0))
+    except Exception as error:
+        raise Broken("\n".join([*(machine.trace if machine else ()), repr(error)])) from error
+    assert machine is not None
+    if machine.model.broken:
+        raise Broken("\n".join([*machine.trace, *machine.model.broken[:3]]).replace("x" * 500, "..."))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing, and do not read the schema's files for every replica."""
+
+    async def migrate(connection: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    with pytest.MonkeyPatch.context() as patch:
+        hush(patch)
+        patch.setattr(log_module, "migrate", migrate)
+        # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
+        # fewer turns in a case, and the same happens in them.
+        for module, name, seconds in (
+            (writer, "PATIENCE", 2.0),
+            (writer, "EPOCH_PATIENCE", 1.0),
+            (listener, "PATIENCE", 0.6),
+            (outbox, "PATIENCE", 0.6),
+            (outbox, "PACE", 1.0),
+            (outbox, "BRISK_PACE", 1.0),
+            (outbox, "SHARE", 1),
+        ):
+            patch.setattr(module, name, seconds)
+        yield
+
+
+def hush(patch: pytest.MonkeyPatch) -> None:
+    """Every outage is worth a line, and here there are thousands."""
+    for module in (listener, retention, supervise, writer):
+        patch.setattr(module, "logger", Silence())
+
+
+class Silence:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def reduce(case: Case) -> tuple[Case, Broken]:
+    """A broken case without what it does not need to be broken."""
+    operations, size = list(case.operations), len(case.operations)
+    broken = _broken(case)
+    assert broken is not None, "played again it is not broken any more"
+    while size:
+        place = 0
+        while place < len(operations):
+            fewer = operations[:place] + operations[place + size :]
+            found = _broken(case._replace(operations=fewer))
+            if found is None:
+                place += size
+            else:
+                operations, broken = fewer, found
+        size //= 2
+    return case._replace(operations=operations), broken
+
+
+def _broken(case: Case) -> Broken | None:
+    try:
+        play(case)
+    except Broken as broken:
+        return broken
+    return None

@@ -1,0 +1,43 @@
+"""The machine on a real PostgreSQL.
+
+CATBUS_SECONDS   for how long
+CATBUS_SEED      to play the cases of a run again
+"""
+
+from __future__ import annotations
+
+import os
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+from catbus.postgres import outbox, supervise
+
+from .machine import Broken, random_case
+from .real import connected, play
+from .simulated import hush
+
+SECONDS = float(os.environ.get("CATBUS_SECONDS", "12"))
+
+
+async def test_whatever_goes_wrong_everything_is_as_promised(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    hush(monkeypatch)
+    monkeypatch.setattr(supervise, "LONGEST_DELAY", 0.1)
+    monkeypatch.setattr(outbox, "PACE", 0.05)
+    seed = int(os.environ.get("CATBUS_SEED") or Random().randrange(1 << 32))
+    source, number = Random(seed), 0
+    async with connected(database_url) as (sql, locking, proxies):
+        end = trio.current_time() + SECONDS
+        while trio.current_time() < end:
+            case = random_case(source)
+            number += 1
+            try:
+                await play(case, sql, locking, proxies)
+            except Broken as broken:
+                pytest.fail(f"CATBUS_SEED={seed}, case {number}: {case}\n{broken}")
+    record_property("cases", number)
+    print(f"{number} cases")
