@@ -25,7 +25,7 @@ from .model import Model, Row
 
 REPLICAS = 2
 CLIENTS = 3
-LENGTH = 30
+LENGTH = 20
 """Operations of a case, at the most."""
 PATTERNS = ("*", "a", "b.*")
 CHANNELS = ("a", "b.x", "b.y", "c")
