@@ -53,9 +53,10 @@ class Tail:
         self._ask()
 
     def distrust(self) -> None:
-        """It may have another one. What was asked for until now is not taken any more."""
+        """It may have another one. What was asked for until now is not taken any more, nor what waits to be applied."""
         self.trusted = False
         self.generation += 1
+        self._ahead.clear()
 
     def restart(self, epoch: str, applied: int, floor: int, lost: str = "epoch", *, mark: bytes | None = None) -> None:
         """Go on after `applied`, the entry with this `mark`; what was here belongs to the past.

@@ -113,3 +113,14 @@ def test_when_retention_has_passed_it_who_follows_is_told_where_it_goes_on() -> 
     assert follower.restarts == [0, 15]
     assert follower.applied == 18
     assert tail.missing() == (18, 20)
+
+
+def test_what_waits_for_what_is_missing_does_not_outlast_the_trust_in_the_log() -> None:
+    tail, follower = open_tail()
+    tail.offer(stretch(2, 3))
+    tail.distrust()
+    tail.trust()
+    assert tail.missing() == (0, 3)
+    tail.fill(Page(0, 1, stretch(1, 1)), tail.generation)
+    assert follower.texts == ["1"]
+    assert tail.missing() == (1, 3)
