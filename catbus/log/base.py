@@ -83,6 +83,8 @@ class Append:
     acknowledge: bool = True
     deadline: float = field(default=0.0)
     """Trio time at which an answer is owed; set by the log."""
+    known: int | None = None
+    """The newest seq that was known to be committed when the log took the message, where any was; set by the log."""
 
     @property
     def size(self) -> int:

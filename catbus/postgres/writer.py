@@ -104,6 +104,7 @@ class Writer:
             append.settle(append, not_taken(append, OVERLOADED))
         else:
             append.deadline = trio.current_time() + self._timeout
+            append.known = self._tail.announced if self._tail.epoch else None
             self._queue.append(append)
             self._size += append.size
             self._work.set()
@@ -239,7 +240,8 @@ class Writer:
             [next(numbers) if append.producer is None else append.number for append in appends],
             self._incarnation,
             self._epoch,
-            self._tail.announced,
+            # While one of them has waited here, a retry of it may have come into the log by another replica.
+            min([self._tail.announced, *[append.known for append in appends if append.known is not None]]),
         )
 
     async def _send(self, connection: Connection, batch: Batch) -> None:
