@@ -276,6 +276,9 @@ class Listener:
                 await self._begin(connection, look, "set back further than another replica knew", known)
                 return False
             start = min(known, common)
+        elif tail.epoch and applied < look.floor:
+            # Retention has left nothing to compare, so that only the epochs tell.
+            start = min(known, agreed or 0, believed or 0)
         # Even below the floor: what was handed on above it has to be taken back, before retention tells of the rest.
         start = min(start, look.head)
         (there,) = await connection.fetchrow(_MARK, start, timeout=PATIENCE)

@@ -320,3 +320,27 @@ def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() ->
     client.take()
     assert list(client.known) == [5]
     assert [(gap.first, gap.last, gap.reason) for gap in client.gaps] == [(1, 0, "epoch"), (1, 4, "retention")]
+
+
+def test_what_an_epoch_had_that_the_database_has_lost_is_taken_back_too() -> None:
+    model = Model()
+    one, other = Replica(model, 0), Replica(model, 0)
+    client = Subscriber()
+    client.join(one, anew=True)
+    model.append(2)
+    one.tail.announce(2)
+    one.read()
+    now(model.fetchrow(listener_module._NEW_EPOCH, "e0", None))
+    one.look()
+    client.take()
+    assert list(client.known) == [1, 2]
+
+    model.world = replace(model.saved[0], place=1)
+    other.look()
+    model.append(4)
+    model.world = replace(model.world, floor=4)
+    one.look()
+    while one.tail.missing() is not None:
+        one.read()
+    client.take()
+    assert list(client.known) == [4]
