@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import asyncpg  # type: ignore[import-untyped]
@@ -18,7 +19,7 @@ import trio
 from catbus.errors import ConfigError
 from catbus.postgres import embedded
 from tests.log.harness import PATIENCE
-from tests.postgres.server import execute, tethered
+from tests.postgres.server import execute, make_directory, tethered
 
 SETTINGS = {"fsync": "off", "max_connections": "30", "synchronous_commit": "on"}
 
@@ -106,23 +107,41 @@ class Cluster:
 
 
 @contextmanager
-def open_cluster() -> Iterator[Cluster]:
-    """A cluster that does not run yet."""
-    # Not below pytest's own directory: root's is closed to the user that runs PostgreSQL for root.
-    directory = Path(tempfile.mkdtemp(prefix="catbus-cluster-"))
+def open_cluster(*, identity: bool = False) -> Iterator[Cluster]:
+    """A cluster that does not run yet. Only with an `identity` it has a system identifier of its own."""
+    directory = make_directory()
     cluster = Cluster(directory)
     try:
+        if not identity:
+            _copy_template(directory)
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def _copy_template(directory: Path) -> None:
+    """Clusters are copies of one, which are made sooner."""
+    template = _template()
+    subprocess.run(["cp", "-a", template / "cluster", directory], check=True)
+    if (template / "binaries").exists():
+        (directory / "binaries").symlink_to(template / "binaries")
+
+
+@cache
+def _template() -> Path:
+    directory = make_directory()
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    with embedded.prepare(directory, SETTINGS):
+        return directory
+
+
 @contextmanager
 def open_served_cluster() -> Iterator[Cluster]:
     """A cluster that runs. Without a PostgreSQL to run: an error with CI=true, otherwise a skip."""
-    with open_cluster() as cluster:
+    with ExitStack() as closing:
         try:
+            cluster = closing.enter_context(open_cluster())
             cluster.start()
         except ConfigError as error:
             if os.environ.get("CI") == "true":

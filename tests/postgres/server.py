@@ -28,6 +28,8 @@ from catbus.postgres.binaries import find_binaries
 from catbus.postgres.migrate import schema_files
 
 TEMPLATE = "catbus_test_template"
+MEMORY = 4 << 30
+"""So many bytes have to be free for a server's files to be kept in memory."""
 numbers = count(1)
 
 
@@ -48,10 +50,21 @@ def execute(url: str, *statements: str) -> None:
     asyncio.run(go())
 
 
-def serve() -> Iterator[str]:
+def make_directory(*, durable: bool = False) -> Path:
+    """A directory for a server: in memory where there is room for one, unless it is to wait for the disk.
+
+    Thousands of files come and go with databases and clusters, which a disk's file system is slow at.
+    """
     # Not below pytest's own directory: root's is closed to the user that runs PostgreSQL for root.
-    directory = Path(tempfile.mkdtemp(prefix="catbus-postgres-"))
-    settings = {"fsync": os.environ.get("CATBUS_TEST_FSYNC", "off"), "max_connections": "50"}
+    memory = "/dev/shm"
+    roomy = not durable and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= MEMORY
+    return Path(tempfile.mkdtemp(prefix="catbus-postgres-", dir=memory if roomy else None))
+
+
+def serve() -> Iterator[str]:
+    fsync = os.environ.get("CATBUS_TEST_FSYNC", "off")
+    directory = make_directory(durable=fsync != "off")
+    settings = {"fsync": fsync, "max_connections": "50"}
     if find_binaries().major >= 17:
         settings["max_notify_queue_pages"] = "1024"  # 8 MB instead of 8 GB, so that a test can fill it
     try:

@@ -12,7 +12,7 @@ import trio
 from catbus.config import Database
 from catbus.log import Committed, Entry, Resumption
 from catbus.log.base import UNDECIDED
-from catbus.postgres import PostgresLog
+from catbus.postgres import PostgresLog, supervise
 from catbus.postgres import listener as listener_module
 from catbus.postgres.marks import mark
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
@@ -23,6 +23,11 @@ from tests.postgres.sql import open_sql, wait_until
 
 def make(url: str, *, recent: int = 1 << 20, failover: str = "lossy") -> PostgresLog:
     return PostgresLog(Database(url=url, publish_timeout=30.0, failover=failover), recent=recent)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "LONGEST_DELAY", 0.1)
 
 
 @pytest.fixture
@@ -388,7 +393,7 @@ async def copy_log(source: Cluster, target: Cluster, last: int) -> None:
 @asynccontextmanager
 async def restored(cluster: Cluster, last: int) -> AsyncIterator[Cluster]:
     """Another cluster with a log up to an entry, and the same password."""
-    with open_cluster() as target:
+    with open_cluster(identity=True) as target:
         await in_thread(target.start)
         async with running(make(target.url)):
             pass
