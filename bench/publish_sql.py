@@ -25,6 +25,7 @@ import harness
 from harness import Server, auth_line, frame, percentile
 
 CLIENT_RATE = 20
+PING_RATE = 0.2
 PATIENCE = 10.0
 WIDTH = 11
 SQL = pattern(rb'"payload":\{"n":(\d+)\}')
@@ -99,7 +100,13 @@ class Bench:
             sent[number] = time.monotonic()
             await self._publisher.send(b'{"type":"publish","channel":"bench.client","payload":1,"id":%d}\n' % number)
 
-        await asyncio.gather(paced(call, rate, seconds), paced(publish, CLIENT_RATE, seconds))
+        async def ping() -> None:
+            await self._subscriber.send(b'{"type":"ping","seq":0}\n')
+
+        # Who is silent for long is taken for lost.
+        await asyncio.gather(
+            paced(call, rate, seconds), paced(publish, CLIENT_RATE, seconds), paced(ping, PING_RATE, seconds)
+        )
         for number in committed:
             await self._subscriber.wait_for(number)
         for number in sent:
