@@ -16,19 +16,19 @@ from .simulated import play, quiet, reduce
 def run(seed: int, seconds: float) -> None:
     source = random.Random(seed)
     began = time.monotonic()
-    number = 0
+    number = episodes = 0
     with quiet():
         while time.monotonic() < began + seconds:
             case = random_case(source)
             number += 1
             try:
-                play(case)
+                episodes += play(case)
             except Broken:
                 smaller, broken = reduce(case)
                 print(f"seed {seed}, case {number}: {smaller}\n{broken}", flush=True)
                 sys.exit(1)
     took = time.monotonic() - began
-    print(f"seed {seed}: {number} cases in {took:.0f} s, {number / took * 60:.0f} a minute", flush=True)
+    print(f"seed {seed}: {episodes} episodes in {took:.0f} s, {episodes / took * 60:.0f} a minute", flush=True)
 
 
 def main() -> None:

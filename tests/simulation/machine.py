@@ -25,8 +25,10 @@ from .model import Model, Row
 
 REPLICAS = 2
 CLIENTS = 3
+EPISODES = 5
+"""Of a case, at the most: after each of them everything has to come right, and goes on from there."""
 LENGTH = 20
-"""Operations of a case, at the most."""
+"""Operations of an episode, at the most."""
 PATTERNS = ("*", "a", "b.*")
 CHANNELS = ("a", "b.x", "b.y", "c")
 PAUSES = (0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 1.2, 2.5)
@@ -60,6 +62,8 @@ _WEIGHTS = {
 
 _NAMES = [operation for operation, weight in _WEIGHTS.items() for _ in range(weight)]
 OPERATIONS = len(_NAMES) * 256 * 8
+CALM_DOWN = OPERATIONS
+"""The operation between two episodes."""
 
 
 class Broken(AssertionError):
@@ -78,14 +82,20 @@ class Case(NamedTuple):
 
 
 def decode(operation: int) -> tuple[str, int, int]:
+    if operation == CALM_DOWN:
+        return "calm_down", 0, 0
     rest, b = divmod(operation, 8)
     name, a = divmod(rest, 256)
     return _NAMES[name], a, b
 
 
+def _joined(episodes: list[list[int]]) -> list[int]:
+    return [operation for episode in episodes for operation in (*episode, CALM_DOWN)][:-1]
+
+
 cases = st.builds(
     Case,
-    st.lists(st.integers(0, OPERATIONS - 1), max_size=LENGTH),
+    st.lists(st.lists(st.integers(0, OPERATIONS - 1), max_size=LENGTH), min_size=1, max_size=EPISODES).map(_joined),
     st.integers(0, 1 << 16),
     st.integers(0, 3),
     st.booleans(),
@@ -94,8 +104,8 @@ cases = st.builds(
 
 def random_case(source: random.Random) -> Case:
     """A case by chance, in less time than it takes Hypothesis to make one that it could make smaller."""
-    operations = [source.randrange(OPERATIONS) for _ in range(source.randint(1, LENGTH))]
-    return Case(operations, source.randrange(1 << 16), source.randrange(4), source.random() < 0.3)
+    episodes = [[source.randrange(OPERATIONS) for _ in range(source.randint(1, LENGTH))] for _ in range(EPISODES)]
+    return Case(_joined(episodes), source.randrange(1 << 16), source.randrange(4), source.random() < 0.3)
 
 
 class Watched(Delivery):
@@ -151,6 +161,8 @@ class Machine:
         self.texts = count(1)
         self.starts = count(1)
         self.trace: list[str] = []
+        self.episodes = 0
+        """Those after which everything has come right."""
         self.gone = 0
         """The newest seq that retention has ever taken away."""
         self.nursery = nursery
@@ -254,7 +266,7 @@ class Machine:
         for replica in self.replicas:
             await replica.log.wait_open()
 
-    async def calm_down(self) -> None:
+    async def calm_down(self, *_: int) -> None:
         """Nothing goes wrong any more: everything has to come right, and everybody hears of it."""
         await self.heal()
         end = trio.current_time() + self.patience
@@ -268,6 +280,7 @@ class Machine:
             wrong = list(self.unsettled(await self.position()))
             if not wrong:
                 self.check()
+                self.episodes += 1
                 return
             self.model.expect(trio.current_time() < end, f"it does not come right: {wrong}")
             await trio.sleep(self.pace)

@@ -175,8 +175,8 @@ async def connected(url: str) -> AsyncIterator[tuple[Connection, Connection, lis
         yield sql, locking, [one, other]
 
 
-async def play(case: Case, sql: Connection, locking: Connection, proxies: list[Proxy]) -> None:
-    """Run a case, within `connected()`; raises `Broken`."""
+async def play(case: Case, sql: Connection, locking: Connection, proxies: list[Proxy]) -> int:
+    """Run a case, within `connected()`; returns how many episodes it had. Raises `Broken`."""
     random.seed(case.seed)
     await sql.execute(_NEW)
     machine: Real | None = None
@@ -189,3 +189,4 @@ async def play(case: Case, sql: Connection, locking: Connection, proxies: list[P
         raise Broken("\n".join([*(machine.trace if machine else ()), repr(error)])) from error
     if machine.model.broken:
         raise Broken("\n".join([*machine.trace, *machine.model.broken[:3]]))
+    return machine.episodes

@@ -42,6 +42,11 @@ class Simulated(Machine):
         self.start_database(0, 0)
         self.network.heal()
 
+    def check(self) -> None:
+        super().check()
+        # Everyone knows by now.
+        self.rotates = True
+
     async def position(self) -> Position:
         state = self.database.state
         self.gone = self.database.gone
@@ -122,8 +127,8 @@ class Simulated(Machine):
         self.network.slow[self.replicas[a % REPLICAS].url, (a >> 1) % 2] = PAUSES[b]
 
 
-def play(case: Case) -> None:
-    """Run a case, within `quiet()`; raises `Broken`."""
+def play(case: Case) -> int:
+    """Run a case, within `quiet()`; returns how many episodes it had. Raises `Broken`."""
     random.seed(case.seed)
     _scheduler.seed(case.seed)
 
@@ -144,6 +149,7 @@ def play(case: Case) -> None:
     assert machine is not None
     if machine.model.broken:
         raise Broken("\n".join([*machine.trace, *machine.model.broken[:3]]).replace("x" * 500, "..."))
+    return machine.episodes
 
 
 @contextmanager

@@ -29,15 +29,15 @@ async def test_whatever_goes_wrong_everything_is_as_promised(
     monkeypatch.setattr(supervise, "LONGEST_DELAY", 0.1)
     monkeypatch.setattr(outbox, "PACE", 0.05)
     seed = int(os.environ.get("CATBUS_SEED") or Random().randrange(1 << 32))
-    source, number = Random(seed), 0
+    source, number, episodes = Random(seed), 0, 0
     async with connected(database_url) as (sql, locking, proxies):
         end = trio.current_time() + SECONDS
         while trio.current_time() < end:
             case = random_case(source)
             number += 1
             try:
-                await play(case, sql, locking, proxies)
+                episodes += await play(case, sql, locking, proxies)
             except Broken as broken:
                 pytest.fail(f"CATBUS_SEED={seed}, case {number}: {case}\n{broken}")
-    record_property("cases", number)
-    print(f"{number} cases")
+    record_property("episodes", episodes)
+    print(f"{number} cases of {episodes} episodes")

@@ -28,8 +28,8 @@ from .database import Database
 from .machine import Broken, Case, cases, random_case
 from .simulated import play, quiet
 
-CASES = int(os.environ.get("CATBUS_CASES", "800"))
-BOUND = 3000
+CASES = int(os.environ.get("CATBUS_CASES", "300"))
+BOUND = 1000
 """Cases within which a mistake has to be found: less than a minute's."""
 
 
