@@ -127,11 +127,11 @@ class _Listening:
 
 def _tell(event: object) -> None:
     if isinstance(event, Gap):
-        click.echo(
-            f"catbus: {event.pattern}: messages {event.first} to {event.last} may be missing "
-            f"({event.reason}; the epoch is {event.epoch})",
-            err=True,
-        )
+        if event.first <= event.last:
+            what = f"messages {event.first} to {event.last} may be missing"
+        else:
+            what = f"messages after {event.last} are of a log that is no more; those of the new one follow"
+        click.echo(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", err=True)
 
 
 def _write(data: bytes) -> None:

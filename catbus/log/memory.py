@@ -109,7 +109,7 @@ class MemoryLog:
     def resume(self, since: int, epoch: str | None) -> Resumption:
         if epoch is None or epoch == self._epoch:
             return Resumption(since)
-        return Resumption(self.floor - 1, "epoch")
+        return Resumption(0, "epoch")
 
     def report(self) -> dict[str, object]:
         return {"size": self._recent.size}

@@ -29,13 +29,14 @@ class Epochs:
         shared = next((name for name, _ in reversed(self._known) if name in other), None)
         return (None, None) if shared is None else (other.common(shared), self.common(shared))
 
-    def resume(self, since: int, epoch: str, floor: int) -> Resumption:
+    def resume(self, since: int, epoch: str) -> Resumption:
         """Where a subscription that was complete up to `since` in `epoch` goes on in the newest one.
 
         Whatever a later epoch took over unchanged, which is what stands at or below the seq it began after, the
-        subscription has; of the rest nobody can say.
+        subscription has; of the rest nobody can say. With an unknown epoch, of nothing: not even what retention has
+        taken meanwhile was had, and reading from the very beginning tells of that too.
         """
         if epoch not in self:
-            return Resumption(floor - 1, "epoch")
+            return Resumption(0, "epoch")
         common = self.common(epoch)
         return Resumption(since) if common is None or since <= common else Resumption(common, "epoch")

@@ -181,7 +181,7 @@ class PostgresLog:
             return Resumption(since)
         if epoch not in listener.epochs:
             listener.question()
-        return listener.epochs.resume(since, epoch, self.floor)
+        return listener.epochs.resume(since, epoch)
 
     async def wait_open(self) -> None:
         await self._tail.wait_epoch()

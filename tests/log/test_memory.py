@@ -53,7 +53,7 @@ async def test_what_is_dropped_from_the_ring_is_gone_and_the_floor_says_so() -> 
         page = await log.read(0)
         assert (page.after, page.last, len(page.entries)) == (20, 30, 10)
         assert len((await log.history("*", before=None, limit=100))[0]) == 10
-        assert log.resume(25, "another").cursor == 20
+        assert log.resume(25, "another").cursor == 0
 
 
 async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended() -> None:

@@ -21,11 +21,11 @@ EPOCHS = Epochs([("first", 0), ("second", 100), ("third", 80), ("fourth", 90)])
         ("second", 85, Resumption(80, "epoch")),
         ("first", 80, Resumption(80)),
         ("first", 100, Resumption(80, "epoch")),
-        ("never", 10, Resumption(6, "epoch")),
+        ("never", 10, Resumption(0, "epoch")),
     ],
 )
 def test_a_cursor_goes_on_exactly_where_all_later_epochs_agree(epoch: str, since: int, expected: Resumption) -> None:
-    assert EPOCHS.resume(since, epoch, floor=7) == expected
+    assert EPOCHS.resume(since, epoch) == expected
 
 
 def test_what_the_newest_epoch_has_of_an_older_one() -> None:
