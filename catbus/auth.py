@@ -8,7 +8,7 @@ import math
 import os
 import re
 from base64 import b64decode, urlsafe_b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import ClassVar, Literal, Protocol, TypeVar
@@ -63,12 +63,13 @@ Grants.ALL = Grants(("*",), ("*",))
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a token says. `expires` is in seconds since 1970; None: never."""
+    """What a token says. `expires` is in seconds since 1970; None: never. `role`: the key of the role it stands for."""
 
     client_id: str | None
     grants: Grants
     expires: float | None
     admin: bool = False
+    role: bytes | None = None
 
 
 def sign(
@@ -109,11 +110,22 @@ def sign(
 class RoleSource(Protocol):
     """Where the roles are kept that `role-` tokens stand for."""
 
-    async def find(self, key: bytes) -> Identity | None:
-        """Whom the token with this key belongs to, as of now; None where no role has it.
+    async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
+        """Whom the tokens with these keys belong to, as of now; a key that no role has is left out.
 
         Raises `Unavailable`, within seconds, where that cannot be found out.
         """
+
+    @property
+    def changes(self) -> int:
+        """Rises whenever a role may have changed."""
+
+    @property
+    def checked(self) -> float:
+        """The Trio time up to which all changes are known."""
+
+    async def wait_changes(self) -> Collection[bytes] | None:
+        """Wait until roles may have changed since this was called last: those with these keys, or, with None, any."""
 
 
 def make_role_token() -> str:

@@ -144,6 +144,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)
     nursery.start_soon(hub.mark_time)
+    nursery.start_soon(hub.permissions.run)
     return Broker(hub)
 
 

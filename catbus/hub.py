@@ -15,7 +15,7 @@ from typing import Protocol as Interface
 import trio
 
 from . import wire
-from .auth import Authenticator, Identity, RoleSource, role_key
+from .auth import Authenticator, Grants, Identity, RoleSource, role_key
 from .certificates import CertificateSource
 from .config import Config
 from .delivery import Delivery
@@ -23,6 +23,7 @@ from .errors import CloseCode, Code, PeerError, Unavailable
 from .flush import Flusher
 from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
 from .mailbox import OVERHEAD, Budget, Mailbox, Outlet
+from .permissions import Permissions
 from .session import (
     Authenticate,
     Broadcast,
@@ -87,6 +88,7 @@ class Hub:
         self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
         self.draining = False
         self.clients: set[Client] = set()
+        self.permissions = Permissions(roles)
         self._roles = roles
         self._departure: float | None = None
         self._closed = False
@@ -138,7 +140,7 @@ class Hub:
         if key is None or self._roles is None:
             return self.authenticator.verify(token, time.time())
         try:
-            identity = await self._roles.find(key)
+            identity = (await self._roles.find([key])).get(key)
         except Unavailable as error:
             raise PeerError(Code.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
         if identity is None:
@@ -274,6 +276,7 @@ class Client:
             trio.current_time(),
         )
         self.session.on_settled = self._settled
+        self.session.roles_known = lambda: hub.permissions.known
         self._hub = hub
         self._streams = streams
         self._pending_limit = limits.pending_publishes
@@ -345,9 +348,23 @@ class Client:
         self._finishing = True
         self._settled()
 
+    def regrant(self, identity: Identity | None) -> None:
+        """The role that the token stands for is this now, or is no more: what it may not any more ends at once."""
+        session = self.session
+        if session.closed or session.identity is None:
+            return
+        same = identity is not None and identity.client_id == session.identity.client_id
+        grants = identity.grants if identity is not None and same else Grants()
+        self._withdraw(session.regrant(grants), grants)
+        if not same:
+            reason = "the role was deleted" if identity is None else "the role is another client's now"
+            session.say(wire.Error(reason, Code.REVOKED))
+            self.close(CloseCode.REVOKED, reason)
+
     def leave(self) -> None:
         """The connection is gone."""
         self._hub.forget_client(self)
+        self._hub.permissions.release(self)
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
             subscription.mailbox.close()
@@ -391,6 +408,7 @@ class Client:
         try:
             if not hub.log.epoch:
                 raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
+            changes = hub.permissions.changes
             identity = await hub.authenticate(effect.token)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
@@ -414,8 +432,8 @@ class Client:
                 session.refuse(error)
             return
         self._alarm.deadline = session.deadline
-        for pattern in withdrawn:
-            self._revoke(pattern)
+        hub.permissions.hold(self, identity.role, changes)
+        self._withdraw(withdrawn, identity.grants)
         self.send_away()
 
     def _join(self, request: wire.Subscribe) -> None:
@@ -442,10 +460,19 @@ class Client:
         self.session.left(request, self._hub.delivery.position, subscription.mailbox)
         self._end_stream(subscription)
 
+    def _withdraw(self, patterns: Sequence[str], grants: Grants) -> None:
+        """End these subscriptions, and take back what is still to be published and may not be."""
+        for pattern in patterns:
+            self._revoke(pattern)
+        session = self.session
+        if session.pending:
+            refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
+            self._hub.log.withdraw(lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal)
+
     def _revoke(self, pattern: str) -> None:
         subscription = self._take_out(pattern)
         assert subscription is not None
-        subscription.mailbox.revoke(pattern)
+        subscription.mailbox.revoke(pattern, subscription.patterns)
         self.session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
         self._end_stream(subscription)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from math import inf
 from typing import Protocol as Interface
 from typing import Self
 
 from .log import Entry
+from .topics import matches
 from .wire import Protocol, encode_entry, encode_first_version
 
 OVERHEAD = 96
@@ -91,6 +92,12 @@ class Budget:
     def room(self) -> int:
         """How many bytes of older messages are welcome. Half of it is kept free for what is new."""
         return self.for_messages // 2 - self.messages
+
+    def hold(self, run: Run) -> None:
+        """A mailbox holds these messages."""
+        if not run.holders:
+            self.messages += run.size
+        run.holders += 1
 
     def release(self, items: Sequence[Item]) -> None:
         """A mailbox does not hold these any more."""
@@ -194,9 +201,7 @@ class Mailbox:
             self._wake(self)
         self._items.append(run)
         self.size = size + run.size
-        if not run.holders:
-            self._budget.messages += run.size
-        run.holders += 1
+        self._budget.hold(run)
         return True
 
     def take(self, most: float = inf) -> list[Item]:
@@ -234,9 +239,20 @@ class Mailbox:
         """Drop the messages that can be had again; returns for each pattern from which seq on they were dropped."""
         return self._drop(self._fixed, None)
 
-    def revoke(self, pattern: str) -> None:
-        """Drop the messages for a pattern that are still here."""
+    def revoke(self, pattern: str, others: Collection[str] = ()) -> None:
+        """Drop the messages for a pattern that are still here; where a copy is for several, unless `others` match."""
         self._drop(0, pattern)
+        items, self._items = self._items, []
+        for item in items:
+            if isinstance(item, Run) and not item.pattern:
+                kept = Run("", [e for e in item.entries if any(matches(other, e.channel) for other in others)])
+                self._budget.hold(kept)
+                self._budget.release([item])
+                self.size += kept.size - item.size
+                item = kept
+            if isinstance(item, bytes) or item.entries:
+                self._items.append(item)
+        self._fixed = min(self._fixed, len(self._items))
 
     def _drop(self, start: int, pattern: str | None) -> dict[str, int]:
         """Drop messages, of one pattern or all, from an item on, and the marks that would count them as delivered."""

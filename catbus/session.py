@@ -17,7 +17,7 @@ It closes the connection once `closing` is set and the mailbox has been sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from msgspec import Raw
 
 from . import wire
-from .auth import Identity
+from .auth import Grants, Identity
 from .errors import CloseCode, Code, PeerError
 from .framing import Framer
 from .log import EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
@@ -113,6 +113,8 @@ class Session:
         self.closing: tuple[CloseCode, str] | None = None
         self.on_settled: Callable[[], None] = _nothing
         """Called whenever `pending` has fallen."""
+        self.roles_known: Callable[[], bool] = _always
+        """Whether it is known what roles may just now. Otherwise nothing new is allowed to one."""
         self._limits = limits
         self._framer = Framer(wire.decode_client, limits.message_size)
 
@@ -183,6 +185,12 @@ class Session:
         self.say(reply)
         return [pattern for pattern in self.patterns if not identity.grants.may_read(pattern)]
 
+    def regrant(self, grants: Grants) -> list[str]:
+        """The role that the token stands for may this from now on. Returns the patterns held that it may not read."""
+        assert self.identity is not None
+        self.identity = replace(self.identity, grants=grants)
+        return [pattern for pattern in self.patterns if not grants.may_read(pattern)]
+
     def refuse(self, error: PeerError) -> None:
         """The token was not good, or nobody knows; without `close` in the error the session goes on as who it was.
 
@@ -220,6 +228,14 @@ class Session:
         self.on_settled()
 
     def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
+        """What was asked for has been read, unless the client may not have it any more by now."""
+        if self.closed:
+            return
+        try:
+            self._check_readable(request.pattern)
+        except PeerError as error:
+            self.refuse_request(request, error)
+            return
         messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
         self.say(wire.HistoryPage(messages, more, request.id))
 
@@ -252,10 +268,7 @@ class Session:
         yield Authenticate(message.token, message.producer)
 
     def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
-        identity = self._authenticated()
-        check_pattern(message.pattern)
-        if not identity.grants.may_read(message.pattern):
-            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+        self._check_readable(message.pattern)
         if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
             raise PeerError(Code.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
         yield Join(wire.Subscribe(message.pattern) if self.protocol is Protocol.FIRST else message)
@@ -268,7 +281,7 @@ class Session:
         yield Leave(message)
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
-        identity = self._authenticated()
+        identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
         append = make_append(message, identity, self.producer, self.settled)
         if message.ephemeral:
             yield Broadcast(append.channel, append.payload, append.sender, append.origin)
@@ -279,10 +292,7 @@ class Session:
             yield Submit(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:
-        identity = self._authenticated()
-        check_pattern(message.pattern)
-        if not identity.grants.may_read(message.pattern):
-            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+        self._check_readable(message.pattern)
         yield Recall(message)
 
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
@@ -293,6 +303,19 @@ class Session:
         if self.identity is None:
             raise PeerError(Code.UNAUTHENTICATED, "authenticate first")
         return self.identity
+
+    def _vouched(self, code: Code = Code.UNAVAILABLE) -> Identity:
+        """Who the client is, and what it may, unless nobody knows that at the moment."""
+        identity = self._authenticated()
+        if identity.role is not None and not self.roles_known():
+            raise PeerError(code, "the database has been away for so long that nobody knows what the role may by now")
+        return identity
+
+    def _check_readable(self, pattern: str) -> None:
+        identity = self._vouched()
+        check_pattern(pattern)
+        if not identity.grants.may_read(pattern):
+            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
 
 
 _HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
@@ -349,3 +372,7 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
 
 def _nothing() -> None:
     pass
+
+
+def _always() -> bool:
+    return True

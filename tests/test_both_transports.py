@@ -26,9 +26,9 @@ from tests.endpoints.peers import Peer
 
 
 @asynccontextmanager
-async def running(state: Path) -> AsyncIterator[tuple[catbus.Broker, str, dict[str, Any]]]:
+async def running(state: Path, config: Config = CONFIG) -> AsyncIterator[tuple[catbus.Broker, str, dict[str, Any]]]:
     """A broker with both doors, its WebSocket URL, and what it tells those who look for it."""
-    config = msgspec.structs.replace(CONFIG, state=str(state), webtransport=WebTransport(bind=("127.0.0.1:0",)))
+    config = msgspec.structs.replace(config, state=str(state), webtransport=WebTransport(bind=("127.0.0.1:0",)))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)

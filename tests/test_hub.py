@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytest
@@ -234,7 +234,7 @@ async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
 
 
 ROLE = make_role_token()
-CI = Identity("ci", Grants(("a.*",), ("a.*",)), None)
+CI = Identity("ci", Grants(("a.*",), ("a.*",)), None, role=role_key(ROLE))
 
 
 class Roles:
@@ -244,17 +244,29 @@ class Roles:
         self.asked: list[bytes] = []
         self.answer: Identity | Exception | None = CI
         self.let = trio.Event()
+        self.changes = 0
+        self.checked = trio.current_time()
+        self._send, self._receive = trio.open_memory_channel[Collection[bytes] | None](1000)
 
-    async def find(self, key: bytes) -> Identity | None:
-        self.asked.append(key)
+    async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
+        self.asked += keys
         await self.let.wait()
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
+        return {} if self.answer is None else dict.fromkeys(keys, self.answer)
+
+    async def wait_changes(self) -> Collection[bytes] | None:
+        return await self._receive.receive()
+
+    def change(self, answer: Identity | Exception | None, keys: Collection[bytes] | None = None) -> None:
+        """From now on this is the answer, and the change is told of."""
+        self.answer = answer
+        self.changes += 1
+        self._send.send_nowait(keys)
 
 
 @pytest.fixture
-def roles() -> Roles:
+async def roles() -> Roles:
     return Roles()
 
 
@@ -264,6 +276,7 @@ async def role_hub(nursery: trio.Nursery, roles: Roles) -> Hub:
     hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
+    nursery.start_soon(hub.permissions.run)
     return hub
 
 

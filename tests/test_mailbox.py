@@ -94,6 +94,24 @@ def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> Non
     assert mailbox.take() == [before, b"head", other, b"reply"]
 
 
+def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
+    budget = Budget()
+    mailbox, other = Mailbox(Outlet(), lambda _: None, budget=budget), Mailbox(Outlet(), lambda _: None, budget=budget)
+    mixed = Run("", [Entry(seq, 5, channel, b"1") for seq, channel in ((1, "x"), (2, "y"), (3, "x"))])
+    alone = run(4, pattern="")
+    for item in (mixed, alone):
+        mailbox.offer(item)
+        other.offer(item)
+    mailbox.revoke("a", ["x"])
+    [kept] = mailbox.take()
+    assert isinstance(kept, Run)
+    assert [(entry.seq, entry.channel) for entry in kept.entries] == [(1, "x"), (3, "x")]
+    assert (mailbox.size, mailbox.withdraw()) == (0, {})
+    assert budget.held == mixed.size + alone.size
+    assert other.take() == [mixed, alone]
+    assert budget.held == 0
+
+
 def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> None:
     budget = Budget()
     mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +20,7 @@ from catbus.postgres.roles import open_roles
 from tests.brokers import CONFIG, running
 from tests.endpoints.peers import Peer
 from tests.postgres.proxy import open_proxy
+from tests.test_both_transports import running as both_doors
 from tests.test_wrong_input import Speaker, speaker
 
 GRANTS = Grants(("a.*",), ("a.*", "b"))
@@ -127,6 +130,49 @@ async def test_while_the_database_is_away_role_tokens_are_not_refused_for_good_a
                 assert (await authenticate(peer, token))["type"] == "auth_ok"
             assert (await authenticate(staying, token))["type"] == "auth_ok"
     assert token not in caplog.text and token.removeprefix("role-") not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_change_reaches_open_sessions_on_every_replica_over_either_transport(
+    database_url: str, tmp_path: Path, stream: bool
+) -> None:
+    token = await make_role(database_url)
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        roles = await enter(open_roles(Database(url=database_url)))
+        await roles.grant(token, Grants(("b", "c.d")))
+        buses = []
+        for name in ("one", "other"):
+            broker, websocket, found = await enter(both_doors(tmp_path / name, on(database_url)))
+            await broker.hub.log.wait_open()
+            buses.append(await enter(catbus.connect(websocket, token=token)))
+            webtransport, ca = found["webtransport"], found["certificate"]
+            buses.append(await enter(catbus.connect(webtransport, token=token, ca=ca)))
+        taken = [await enter(bus.subscribe("a.*", stream=stream)) for bus in buses]
+        kept = [await enter(bus.subscribe("b", stream=stream)) for bus in buses]
+        await buses[0].publish("a.x", 1)
+        assert [(await anext(messages)).payload for messages in taken] == [1] * 4
+        await roles.revoke(token, Grants(("a.*",), ("a.*",)))
+        for messages in taken:
+            with pytest.raises(catbus.Refused) as caught:
+                await anext(messages)
+            assert caught.value.code is Code.REVOKED
+        for bus in buses:
+            with pytest.raises(catbus.Refused) as caught:
+                await bus.publish("a.x", 2)
+            assert caught.value.code is Code.UNAUTHORIZED
+        await buses[0].publish("b", 3)
+        assert [(await anext(messages)).payload for messages in kept] == [3] * 4
+        await roles.grant(token, Grants((), ("a.*",)))
+        while True:
+            with suppress(catbus.Refused):
+                await buses[3].publish("a.x", 4)
+                break
+        await roles.delete(token)
+        for messages in kept:
+            with pytest.raises(catbus.CatbusError) as ended:
+                await anext(messages)
+            assert getattr(ended.value, "code", None) in (Code.REVOKED, CloseCode.REVOKED), ended.value
 
 
 async def test_publishing_over_http_with_a_role_token(database_url: str) -> None:

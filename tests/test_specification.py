@@ -22,7 +22,7 @@ from msgspec import Raw
 from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus import topics, wire
+from catbus import permissions, topics, wire
 from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, Limits
 from catbus.endpoints import http, routes, websocket, webtransport
@@ -35,6 +35,7 @@ from catbus.postgres.bridge import OUTAGE, sqlstate
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
 from tests.postgres.sql import open_sql
+from tests.test_hub import Roles
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
@@ -307,7 +308,7 @@ def test_every_closing_code_stands_in_the_range_of_its_kind() -> None:
     for code in CloseCode:
         [home] = [low for low, high in ranges if low <= code <= high]
         assert code.final is (home == final[0])
-        assert (code is CloseCode.TOKEN_EXPIRED) is (home == new_token[0])
+        assert (code in (CloseCode.TOKEN_EXPIRED, CloseCode.REVOKED)) is (home == new_token[0])
 
 
 def test_what_may_be_published_again_is_what_can_be_tried_again() -> None:
@@ -340,6 +341,7 @@ CONSTANTS = {
     "nesting of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
     "seconds that looking up a role takes": lookup.PATIENCE,
+    "seconds without the database in which roles keep what they may": permissions.STALE,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
     "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
     "streams of the broker's in a session": CONNECTION_LIMITS.opened,
@@ -537,16 +539,12 @@ class Peer:
                 heard += objects(lines)
 
 
-class NoRoles:
-    """A database that is away."""
-
-    async def find(self, key: bytes) -> Identity | None:
-        raise Unavailable("the database is away")
-
-
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Hub]:
-    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=NoRoles())
+    roles = Roles()
+    roles.answer = Unavailable("the database is away")
+    roles.let.set()
+    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
     async with trio.open_nursery() as nursery:
         await nursery.start(hub.log.run, hub.delivery)
         nursery.start_soon(hub.delivery.run)
@@ -635,6 +633,12 @@ async def test_a_session_does_what_the_table_says(
         if "has passed" in what:
             await trio.sleep_until(session.deadline)
             session.tick(trio.current_time())
+            heard = await peer.hear()
+        elif what == "the role may less":
+            peer.client.regrant(Identity("alice", Grants(("project.a",)), None))
+            heard = await peer.hear()
+        elif what.startswith("the role was deleted"):
+            peer.client.regrant(None)
             heard = await peer.hear()
         elif what == "the replica is about to stop":
             await hub.send_away()

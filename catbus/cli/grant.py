@@ -42,9 +42,9 @@ def command(
     The token stands alone on the first line of the output. It is signed with --secret, else with CATBUS_SECRET or the
     secret in the file that --config names, else with the development secret of this user.
 
-    With --to no token is made: a role of `catbus role create` is allowed more, and shown. Its bearer has that from the
-    next time it connects. The role is in the database of --database, else of DATABASE_URL, else of the file that
-    --config names, else in the embedded one of the broker on this machine.
+    With --to no token is made: a role of `catbus role create` is allowed more, and shown. Its bearer has that at
+    once, also where it is connected already. The role is in the database of --database, else of DATABASE_URL, else of
+    the file that --config names, else in the embedded one of the broker on this machine.
 
     \b
     Examples:

@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Take from a role exactly these grants, and show what it is then. It has to have all of them.
 
-    A token of `catbus grant` cannot be changed: it is good until it expires. Who is connected by the role keeps what
-    it could when it connected.
+    It applies within a second to everyone who is connected by the role. A token of `catbus grant` cannot be changed: it
+    is good until it expires.
 
     \b
     Examples:

@@ -16,8 +16,9 @@ def command(context: click.Context) -> None:
     """Make, show and delete roles: bearers of tokens whose grants are kept in the database.
 
     A token of `catbus grant` says itself what it allows, for as long as it is good. A role's token says nothing: what
-    it allows is looked up when its bearer connects, can be changed (catbus grant --to, catbus revoke --from), and ends
-    when the role is deleted. A role is named by its token or by its handle, which `catbus role list` shows.
+    it allows is kept in the database, can be changed at any moment, also while its bearer is connected (catbus grant
+    --to, catbus revoke --from), and ends when the role is deleted. A role is named by its token or by its handle, which
+    `catbus role list` shows.
 
     The commands speak to the database: that of --database, else of DATABASE_URL, else of the file that --config names,
     else the embedded one of the broker on this machine, which may be running.
@@ -103,7 +104,7 @@ def show(role: str, config: Path | None, database: str | None, state: str | None
 def delete(role: str, config: Path | None, database: str | None, state: str | None) -> None:
     """Delete the role that has this token or handle. Nobody is let in by its token any more.
 
-    Who is connected by it stays until the connection ends.
+    Who is connected by it is closed within a second.
 
     \b
     Examples:

@@ -22,6 +22,7 @@ from .base import (
     Follower,
     Outcome,
     Page,
+    Rejected,
     Resumption,
     not_taken,
 )
@@ -87,6 +88,15 @@ class MemoryLog:
             self._pending.append(append)
             self._pending_size += append.size
             self._work.set()
+
+    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        appends = [append for append in self._pending if unwanted(append)]
+        if appends:
+            gone = set(appends)
+            self._pending = deque(append for append in self._pending if append not in gone)
+            self._pending_size -= sum(append.size for append in appends)
+            for append in appends:
+                append.settle(append, not_taken(append, refusal))
 
     def broadcast(self, entry: Entry) -> None:
         """There are no other replicas."""

@@ -18,6 +18,7 @@ from ..loggers import get_logger
 from .bridge import Connection
 from .courier import EPHEMERAL, SECRET, Courier
 from .epochs import Epochs
+from .role_changes import ROLES, RoleChanges
 from .supervise import Working
 from .tail import Tail
 
@@ -39,7 +40,7 @@ _CLAIMS = 1.0
 """Seconds between two looks for the sake of what clients say."""
 
 _STANDBY = "SELECT pg_is_in_recovery()"
-_LOOK = "SELECT epoch, head, floor, mark, standby, same_system, same_timeline FROM catbus.look($1)"
+_LOOK = "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version FROM catbus.look($1)"
 _MARK = "SELECT catbus.mark($1)"
 _NEW_EPOCH = "SELECT epoch, after_seq, made FROM catbus.new_epoch($1, $2)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
@@ -61,6 +62,7 @@ class _Look(NamedTuple):
     standby: bool
     same_system: bool | None
     same_timeline: bool | None
+    role_version: int
 
 
 class Listener:
@@ -76,6 +78,7 @@ class Listener:
         tail: Tail,
         own_pid: Callable[[], int],
         courier: Courier,
+        role_changes: RoleChanges,
         *,
         lossless: bool = False,
     ) -> None:
@@ -90,6 +93,7 @@ class Listener:
         self._tail = tail
         self._own_pid = own_pid
         self._courier = courier
+        self._role_changes = role_changes
         self._lossless = lossless
         self._seal = ""
         self._heard: deque[tuple[str, int, str]] = deque()
@@ -130,11 +134,11 @@ class Listener:
             # A standby would not even let us LISTEN.
             (standby,) = await connection.fetchrow(_STANDBY, timeout=PATIENCE)
             self._refuse_standby(standby)
-            for channel in (CHANNEL, EPHEMERAL):
+            for channel in (CHANNEL, EPHEMERAL, ROLES):
                 await connection.listen(channel, partial(self._hear, channel))
             (self._seal,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
             try:
-                self._tail.announce(await self._look(connection))
+                self._tail.announce(await self._poll(connection))
                 working()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._follow, connection)
@@ -178,6 +182,8 @@ class Listener:
         try:
             if channel == EPHEMERAL:
                 self._courier.take(payload, self._seal)
+            elif channel == ROLES:
+                self._role_changes.hear(payload)
             else:
                 self._take_hint(pid, payload)
         except (ValueError, msgspec.DecodeError):
@@ -207,7 +213,7 @@ class Listener:
             with trio.move_on_after(self._pace()):
                 await self._doubt.wait()
             self._doubt = trio.Event()
-            head = await self._look(connection)
+            head = await self._poll(connection)
             working()
             if head > self._tail.announced:
                 await trio.sleep(GRACE)
@@ -218,6 +224,12 @@ class Listener:
     def _pace(self) -> float:
         """How long to wait before the next poll."""
         return PACE
+
+    async def _poll(self, connection: Connection) -> int:
+        began = trio.current_time()
+        head = await self._look(connection)
+        self._role_changes.checked = began
+        return head
 
     async def _look(self, connection: Connection) -> int:
         """Read the database's position and return its head; from then on the tail follows the log that is there."""
@@ -230,6 +242,7 @@ class Listener:
             self._refuse_standby(look.standby)
             if await self._recognise(connection, look, applied, mark):
                 tail.floor = look.floor
+                self._role_changes.look(look.epoch, look.role_version)
                 if not tail.trusted:
                     tail.trust()
                 self._recognised = number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -10,7 +10,7 @@ import trio
 from ..config import Database
 from ..config import Retention as RetentionSettings
 from ..errors import Unavailable
-from ..log import Append, Entry, Follower, Page, Recent, Resumption
+from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
 from ..log.base import PENDING, PENDING_BYTES
 from .bridge import OUTAGE, Bridge, Connection, open_bridge
 from .courier import Courier
@@ -20,6 +20,7 @@ from .migrate import migrate
 from .outbox import Outbox
 from .reader import Reader, unavailable
 from .retention import Retention
+from .role_changes import RoleChanges
 from .supervise import Supervisor, Working
 from .tail import Tail
 from .writer import Writer
@@ -97,7 +98,8 @@ class PostgresLog:
     ) -> None:
         self._settings = settings
         self._url = url or settings.url
-        self.roles = Lookup(self._connect)
+        self._role_changes = RoleChanges()
+        self.roles = Lookup(self._connect, self._role_changes)
         """Where those who show a role token are looked up, while the log runs."""
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")
@@ -108,6 +110,7 @@ class PostgresLog:
             self._tail,
             lambda: self._writer.pid,
             self._courier,
+            self._role_changes,
             lossless=settings.failover == "lossless",
         )
         self._reader = Reader(self._connect_vouched)
@@ -142,6 +145,9 @@ class PostgresLog:
 
     def submit(self, append: Append) -> None:
         self._writer.submit(append)
+
+    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        self._writer.withdraw(unwanted, refusal)
 
     def broadcast(self, entry: Entry) -> None:
         self._courier.broadcast(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -12,6 +12,7 @@ from ..errors import Unavailable
 from ..loggers import get_logger
 from .bridge import OUTAGE, Connection
 from .inquiry import Inquiry
+from .role_changes import RoleChanges
 from .roles import SELECT, role_of
 
 logger = get_logger("catbus.postgres")
@@ -38,24 +39,37 @@ class Lookup:
     are asked by a task of their own: who leaves while waiting would take the connection away from all others.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], changes: RoleChanges) -> None:
+        self._changes = changes
         self._inquiry = Inquiry(connect)
         self._questions: dict[bytes, _Question] = {}
         self._asked = trio.Event()
         self._works = True
 
-    async def find(self, key: bytes) -> Identity | None:
-        """Whom the token with this key belongs to; None where no role has it.
+    async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
+        """Whom the tokens with these keys belong to; a key that no role has is left out.
 
         Raises `Unavailable` where the database cannot be reached or has not answered within `PATIENCE`.
         """
-        question = self._questions.setdefault(key, _Question())
+        questions = {key: self._questions.setdefault(key, _Question()) for key in keys}
         self._asked.set()
         with trio.move_on_after(PATIENCE):
-            await question.answered.wait()
-        if question.failed or not question.answered.is_set():
+            for question in questions.values():
+                await question.answered.wait()
+        if not all(question.answered.is_set() and not question.failed for question in questions.values()):
             raise Unavailable("the database in which the token is to be looked up cannot be reached just now")
-        return question.identity
+        return {key: question.identity for key, question in questions.items() if question.identity is not None}
+
+    @property
+    def changes(self) -> int:
+        return self._changes.count
+
+    @property
+    def checked(self) -> float:
+        return self._changes.checked
+
+    async def wait_changes(self) -> Collection[bytes] | None:
+        return await self._changes.wait()
 
     async def run(self) -> None:
         """Answer questions until cancelled."""
@@ -85,4 +99,4 @@ class Lookup:
 
     async def _ask(self, keys: Sequence[bytes]) -> dict[bytes, Identity]:
         roles = map(role_of, await self._inquiry.fetch(_FIND, keys, timeout=PATIENCE))
-        return {role.key: Identity(role.client_id, role.grants, None) for role in roles}
+        return {role.key: Identity(role.client_id, role.grants, None, role=role.key) for role in roles}

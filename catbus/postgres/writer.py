@@ -109,6 +109,10 @@ class Writer:
             self._size += append.size
             self._work.set()
 
+    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        for append in self._take_back(unwanted):
+            append.settle(append, not_taken(append, refusal))
+
     async def move(self) -> None:
         """Have messages moved from the outbox into the log, with the next append or without one; wait for the try.
 
@@ -362,12 +366,17 @@ class Writer:
         previous, self._epoch = self._epoch, self._tail.epoch
         if previous in ("", self._epoch):
             return
-        retries = [append for append in self._queue if append.after is not None]
-        if retries:
-            self._queue = deque(append for append in self._queue if append.after is None)
-            self._size -= sum(append.size for append in retries)
-            for append in retries:
-                append.settle(append, UNDECIDED)
+        for append in self._take_back(lambda append: append.after is not None):
+            append.settle(append, UNDECIDED)
+
+    def _take_back(self, unwanted: Callable[[Append], bool]) -> list[Append]:
+        """Take out of the queue what is not to be sent; it is still to be answered."""
+        appends = [append for append in self._queue if unwanted(append)]
+        if appends:
+            gone = set(appends)
+            self._queue = deque(append for append in self._queue if append not in gone)
+            self._size -= sum(append.size for append in appends)
+        return appends
 
 
 def _outcome(seq: int, first: int) -> Outcome:

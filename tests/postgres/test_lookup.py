@@ -17,6 +17,7 @@ from catbus.errors import Unavailable
 from catbus.postgres import lookup as lookup_module
 from catbus.postgres.bridge import Connection, open_bridge
 from catbus.postgres.lookup import PATIENCE, Lookup
+from catbus.postgres.role_changes import RoleChanges
 from catbus.postgres.roles import open_roles
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, pids, wait_until
@@ -29,10 +30,14 @@ async def looking_up(url: str) -> AsyncIterator[Lookup]:
     """A look-up that runs, through connections of its own."""
     with trio.fail_after(60):
         async with open_bridge() as bridge, trio.open_nursery() as nursery:
-            lookup = Lookup(partial(bridge.connect, url))
+            lookup = Lookup(partial(bridge.connect, url), RoleChanges())
             nursery.start_soon(lookup.run)
             yield lookup
             nursery.cancel_scope.cancel()
+
+
+async def look_up(lookup: Lookup, key: bytes) -> Identity | None:
+    return (await lookup.find([key])).get(key)
 
 
 def key_of(token: str) -> bytes:
@@ -51,13 +56,13 @@ async def test_a_role_is_found_as_it_is_now(database_url: str) -> None:
     key = await make_role(database_url)
     bare = await make_role(database_url, None, Grants())
     async with looking_up(database_url) as lookup, open_roles(Database(url=database_url)) as roles:
-        assert await lookup.find(key) == Identity("ci", GRANTS, None)
-        assert await lookup.find(bare) == Identity(None, Grants(), None)
-        assert await lookup.find(key_of(make_role_token())) is None
+        assert await look_up(lookup, key) == Identity("ci", GRANTS, None, role=key)
+        assert await look_up(lookup, bare) == Identity(None, Grants(), None, role=bare)
+        assert await look_up(lookup, key_of(make_role_token())) is None
         await roles.revoke(key.hex(), Grants(("b",)))
-        assert await lookup.find(key) == Identity("ci", Grants(("a.*",), ("a.c",)), None)
+        assert await look_up(lookup, key) == Identity("ci", Grants(("a.*",), ("a.c",)), None, role=key)
         await roles.delete(key.hex())
-        assert await lookup.find(key) is None
+        assert await look_up(lookup, key) is None
 
 
 async def test_those_who_come_together_are_looked_up_together(database_url: str) -> None:
@@ -65,17 +70,17 @@ async def test_those_who_come_together_are_looked_up_together(database_url: str)
     found: list[object] = []
 
     async def find(key: bytes) -> None:
-        found.append(await lookup.find(key))
+        found.append(await look_up(lookup, key))
 
     async with looking_up(database_url) as lookup:
-        await lookup.find(keys[0])
+        await look_up(lookup, keys[0])
         async with trio.open_nursery() as nursery:
             for _ in range(100):
                 for key in (*keys, bytes(32)):
                     nursery.start_soon(find, key)
         assert lookup._inquiry.statements == 2
-    for number in range(3):
-        assert found.count(Identity(f"c{number}", GRANTS, None)) == 100
+    for number, key in enumerate(keys):
+        assert found.count(Identity(f"c{number}", GRANTS, None, role=key)) == 100
     assert found.count(None) == 100
 
 
@@ -84,10 +89,10 @@ async def test_who_asks_while_a_statement_is_under_way_gets_a_later_answer(datab
     found: list[object] = []
 
     async def find() -> None:
-        found.append(await lookup.find(key))
+        found.append(await look_up(lookup, key))
 
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
-        await lookup.find(key)
+        await look_up(lookup, key)
         async with trio.open_nursery() as nursery:
             proxy.block()
             nursery.start_soon(find)
@@ -106,10 +111,10 @@ async def test_who_leaves_takes_nothing_from_the_others(database_url: str) -> No
     found: list[object] = []
 
     async def find() -> None:
-        found.append(await lookup.find(key))
+        found.append(await look_up(lookup, key))
 
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
-        await lookup.find(key)
+        await look_up(lookup, key)
         async with trio.open_nursery() as nursery:
             proxy.block()
             nursery.start_soon(find)
@@ -119,8 +124,8 @@ async def test_who_leaves_takes_nothing_from_the_others(database_url: str) -> No
                 await wait_all_tasks_blocked()
                 leaving.cancel_scope.cancel()
             proxy.unblock()
-        assert found == [Identity("ci", GRANTS, None)]
-        assert await lookup.find(key) is not None
+        assert found == [Identity("ci", GRANTS, None, role=key)]
+        assert await look_up(lookup, key) is not None
         assert proxy.accepted == 1
 
 
@@ -129,7 +134,7 @@ async def test_a_connection_is_made_when_it_is_needed_and_again_when_it_was_lost
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
         await wait_all_tasks_blocked()
         assert proxy.accepted == 0
-        await lookup.find(key)
+        await look_up(lookup, key)
         async with open_sql(database_url) as sql:
             [pid] = await pids(sql, "%catbus.roles%")
             await sql.fetch("SELECT pg_terminate_backend($1)", pid)
@@ -139,7 +144,7 @@ async def test_a_connection_is_made_when_it_is_needed_and_again_when_it_was_lost
 
             await wait_until(gone)
         await wait_until_closed(lookup)
-        assert await lookup.find(key) is not None
+        assert await look_up(lookup, key) is not None
         assert proxy.accepted == 2
 
 
@@ -159,30 +164,30 @@ async def test_a_database_that_is_away_is_unavailable_and_found_again(database_u
         proxy.close()
         for _ in range(2):
             with pytest.raises(Unavailable):
-                await lookup.find(key)
+                await look_up(lookup, key)
         proxy.open()
-        assert await lookup.find(key) is not None
+        assert await look_up(lookup, key) is not None
         proxy.close()
         with pytest.raises(Unavailable):
-            await lookup.find(key)
+            await look_up(lookup, key)
         proxy.open()
-        assert await lookup.find(key) is not None
+        assert await look_up(lookup, key) is not None
 
 
 async def test_a_database_without_the_schema_is_unavailable(empty_database_url: str) -> None:
     async with looking_up(empty_database_url) as lookup:
         with pytest.raises(Unavailable):
-            await lookup.find(bytes(32))
+            await look_up(lookup, bytes(32))
 
 
 async def test_a_database_that_hangs_is_unavailable_in_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key = await make_role(database_url)
     monkeypatch.setattr(lookup_module, "PATIENCE", 0.2)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
-        await lookup.find(key)
+        await look_up(lookup, key)
         proxy.block()
         with pytest.raises(Unavailable), trio.fail_after(10):
-            await lookup.find(key)
+            await look_up(lookup, key)
         proxy.unblock()
         await wait_until_found(lookup, key)
 
@@ -190,7 +195,7 @@ async def test_a_database_that_hangs_is_unavailable_in_time(database_url: str, m
 async def wait_until_found(lookup: Lookup, key: bytes) -> None:
     async def found() -> bool:
         try:
-            return await lookup.find(key) is not None
+            return await look_up(lookup, key) is not None
         except Unavailable:
             return False
 
@@ -201,11 +206,11 @@ async def test_nobody_waits_longer_than_the_bound_whatever_the_connection_does(a
     async def connect() -> Connection:
         await trio.sleep_forever()
 
-    lookup = Lookup(connect)
+    lookup = Lookup(connect, RoleChanges())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lookup.run)
         with pytest.raises(Unavailable):
-            await lookup.find(bytes(32))
+            await look_up(lookup, bytes(32))
         assert trio.current_time() == PATIENCE
         nursery.cancel_scope.cancel()
 
@@ -218,9 +223,9 @@ async def test_a_mistake_of_ours_is_logged_and_no_end_of_the_replica(
         with monkeypatch.context() as patch:
             patch.setattr(lookup_module, "role_of", lambda row: row.no_such_thing)
             with pytest.raises(Unavailable):
-                await lookup.find(key)
+                await look_up(lookup, key)
         assert "looking roles up failed" in caplog.text
-        assert await lookup.find(key) is not None
+        assert await look_up(lookup, key) is not None
 
 
 async def test_the_log_says_once_that_roles_cannot_be_looked_up_and_nothing_of_whom(
@@ -232,7 +237,7 @@ async def test_the_log_says_once_that_roles_cannot_be_looked_up_and_nothing_of_w
         for open_ in (False, False, True, False):
             (proxy.open if open_ else proxy.close)()
             with suppress(Unavailable):
-                await lookup.find(key)
+                await look_up(lookup, key)
     assert caplog.text.count("roles cannot be looked up") == 2
     assert key.hex()[:12] not in caplog.text
     assert repr(key)[2:12] not in caplog.text

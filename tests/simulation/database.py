@@ -205,7 +205,16 @@ class Database:
         state = self.state
         same = None if self.standby else state.began == self.timeline
         return [
-            (state.epoch, state.head, state.floor, self.mark(seq), self.standby, None if same is None else True, same)
+            (
+                state.epoch,
+                state.head,
+                state.floor,
+                self.mark(seq),
+                self.standby,
+                None if same is None else True,
+                same,
+                0,
+            )
         ]
 
     def mark(self, seq: int) -> bytes | None:

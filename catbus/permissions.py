@@ -1,0 +1,114 @@
+"""Permissions are live: what changes about a role reaches the sessions of those who bear its token by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Protocol
+
+import trio
+
+from .auth import Identity, RoleSource
+from .errors import Unavailable
+
+STALE = 60.0
+"""Seconds without a look at the database after which nobody can say what a role may."""
+
+CHUNK = 500
+"""Roles that are looked up together."""
+
+TURN = 0.002
+"""Seconds for which sessions are told in one go while others wait."""
+
+RETRY = 0.5
+"""Seconds between tries to look up what may have changed."""
+
+
+class Holder(Protocol):
+    """A session whose token stands for a role."""
+
+    def regrant(self, identity: Identity | None) -> None:
+        """The role is this now; None: it is no more."""
+
+
+class Permissions:
+    """Which sessions depend on which role, and the one task that keeps them up to date. Without `roles`, none do."""
+
+    def __init__(self, roles: RoleSource | None) -> None:
+        self.refreshed = 0
+        """How often a session was told what its role may."""
+        self._roles = roles
+        self._holders: dict[bytes, set[Holder]] = {}
+        self._keys: dict[Holder, bytes] = {}
+        self._doubted: set[bytes] = set()
+        self._doubts = trio.Event()
+
+    @property
+    def changes(self) -> int:
+        return 0 if self._roles is None else self._roles.changes
+
+    @property
+    def known(self) -> bool:
+        """Whether what the sessions may is what the database says, or said not long ago."""
+        return self._roles is None or trio.current_time() - self._roles.checked <= STALE
+
+    def hold(self, holder: Holder, key: bytes | None, changes: int) -> None:
+        """A session depends on a role, or (None) on none. `changes`: as they were before the role was looked up.
+
+        What changed meanwhile may have been missed by the look, and has been told before the session was here.
+        """
+        self.release(holder)
+        if key is not None:
+            self._keys[holder] = key
+            self._holders.setdefault(key, set()).add(holder)
+            if changes != self.changes:
+                self._doubted.add(key)
+                self._doubts.set()
+
+    def release(self, holder: Holder) -> None:
+        key = self._keys.pop(holder, None)
+        if key is not None:
+            holders = self._holders[key]
+            holders.discard(holder)
+            if not holders:
+                del self._holders[key]
+
+    async def run(self) -> None:
+        """Tell the sessions what changes, for ever. While the database is away nothing changes for them."""
+        if self._roles is None:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hear, self._roles)
+            while True:
+                await self._doubts.wait()
+                self._doubts = trio.Event()
+                doubted, self._doubted = [key for key in self._doubted if key in self._holders], set()
+                for start in range(0, len(doubted), CHUNK):
+                    keys = doubted[start : start + CHUNK]
+                    await self._tell(keys, await self._find(self._roles, keys))
+
+    async def _hear(self, roles: RoleSource) -> None:
+        while True:
+            keys = await roles.wait_changes()
+            self._doubted.update(self._holders if keys is None else self._holders.keys() & keys)
+            if self._doubted:
+                self._doubts.set()
+
+    async def _find(self, roles: RoleSource, keys: Sequence[bytes]) -> Mapping[bytes, Identity]:
+        while True:
+            try:
+                return await roles.find(keys)
+            except Unavailable:
+                await trio.sleep(RETRY)
+
+    async def _tell(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity]) -> None:
+        # As they are now: who comes later is told by whoever looks its role up, and nobody is told who has left.
+        told = [(holder, key) for key in keys for holder in self._holders.get(key, ())]
+        began = perf_counter()
+        for holder, key in told:
+            if self._keys.get(holder) == key:
+                holder.regrant(identities.get(key))
+                self.refreshed += 1
+            if perf_counter() - began > TURN:
+                await trio.lowlevel.checkpoint()
+                began = perf_counter()

@@ -1,0 +1,54 @@
+"""What is known of changes to roles: a notification names one at once, and the poll finds what was not heard of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import inf
+
+import trio
+
+ROLES = "catbus_roles"
+"""The channel on which the triggers of the roles notify."""
+
+_MANY = 1000
+"""Roles that may wait to be looked at by name; for more it is as well to look at all of them."""
+
+
+class RoleChanges:
+    """Which roles may have changed since somebody looked. The listener fills it, one task empties it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.checked = -inf
+        """The Trio time up to which the database has been asked for changes."""
+        self._seen: tuple[str, int] | None = None
+        self._keys: set[bytes] | None = set()
+        """None: any of them."""
+        self._news = trio.Event()
+
+    def hear(self, payload: str) -> None:
+        """Understand a notification: the key of a role, in hexadecimal, or nothing where it may be any.
+
+        Whoever may notify can only have us look. Raises `ValueError` for anything else.
+        """
+        key = bytes.fromhex(payload)
+        self._note({key} if key else None)
+
+    def look(self, epoch: str, version: int) -> None:
+        """The database has been asked how often roles have changed. In another epoch it may be another database."""
+        if (epoch, version) != self._seen:
+            self._seen = epoch, version
+            self._note(None)
+
+    def _note(self, keys: set[bytes] | None) -> None:
+        self.count += 1
+        if self._keys is not None:
+            self._keys = None if keys is None or len(self._keys) >= _MANY else self._keys | keys
+        self._news.set()
+
+    async def wait(self) -> Collection[bytes] | None:
+        """Wait for changes and take them: keys, or None for any role. Cancelling it takes none."""
+        await self._news.wait()
+        self._news = trio.Event()
+        keys, self._keys = self._keys, set()
+        return keys

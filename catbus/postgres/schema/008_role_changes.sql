@@ -1,0 +1,93 @@
+-- Roles change under sessions that are open: each change is counted, so that a look finds it, and told of at once.
+
+CREATE TABLE catbus.role_changes (
+    version bigint NOT NULL
+);
+INSERT INTO catbus.role_changes VALUES (0);
+COMMENT ON TABLE catbus.role_changes IS 'One row: how many transactions have changed roles, or more';
+
+-- Tell that these roles have changed; null for any of them. A transaction is counted once, however many roles it changes:
+-- each version of the row would be in the way of the next one.
+CREATE FUNCTION catbus.note_role_changes(keys bytea[]) RETURNS void
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    UPDATE catbus.role_changes AS c SET version = c.version + 1
+    WHERE c.xmin::text <> (pg_current_xact_id()::text::numeric % 4294967296)::text;
+    -- What is not told of is found by whoever looks. A full queue would fail the commit.
+    IF pg_notification_queue_usage() > 0.5 THEN
+        NULL;
+    ELSIF cardinality(keys) <= 100 THEN
+        PERFORM pg_notify('catbus_roles', encode(key, 'hex')) FROM unnest(keys) AS key;
+    ELSE
+        PERFORM pg_notify('catbus_roles', '');
+    END IF;
+END
+$$;
+
+CREATE FUNCTION catbus.note_changed_roles() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM catbus.note_role_changes(array_agg(c.key)) FROM changed AS c HAVING count(*) > 0;
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION catbus.note_changed_grants() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM catbus.note_role_changes(array_agg(DISTINCT c.role)) FROM changed AS c HAVING count(*) > 0;
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION catbus.note_any_role() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM catbus.note_role_changes(NULL);
+    RETURN NULL;
+END
+$$;
+
+REVOKE ALL ON FUNCTION catbus.note_role_changes, catbus.note_changed_roles, catbus.note_changed_grants,
+    catbus.note_any_role FROM PUBLIC;
+
+-- A role that has just been made is nobody's yet, so that only its grants are worth a word.
+CREATE TRIGGER note_deleted AFTER DELETE ON catbus.roles REFERENCING OLD TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_changed_roles();
+CREATE TRIGGER note_updated AFTER UPDATE OR TRUNCATE ON catbus.roles
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_any_role();
+CREATE TRIGGER note_inserted AFTER INSERT ON catbus.role_grants REFERENCING NEW TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_changed_grants();
+CREATE TRIGGER note_deleted AFTER DELETE ON catbus.role_grants REFERENCING OLD TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_changed_grants();
+CREATE TRIGGER note_updated AFTER UPDATE OR TRUNCATE ON catbus.role_grants
+    FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_any_role();
+
+-- As before, and how often roles have changed.
+DROP FUNCTION catbus.look;
+CREATE FUNCTION catbus.look(seq bigint) RETURNS TABLE (
+    epoch text, head bigint, floor bigint, mark bytea, standby boolean, same_system boolean, same_timeline boolean,
+    role_version bigint
+)
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    standby := pg_is_in_recovery();
+    -- Before the floor is read: where retention takes the entry away in between, the floor says so.
+    mark := catbus.mark(look.seq);
+    SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;
+    SELECT c.version INTO role_version FROM catbus.role_changes AS c;
+    IF NOT standby THEN
+        SELECT e.system_identifier = p.system_identifier, e.timeline = p.timeline
+        INTO STRICT same_system, same_timeline
+        FROM catbus.epochs AS e CROSS JOIN catbus.place() AS p WHERE e.epoch = look.epoch;
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+REVOKE ALL ON FUNCTION catbus.look FROM PUBLIC;

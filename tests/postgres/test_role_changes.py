@@ -1,0 +1,187 @@
+"""Changes to roles, from the statement to whoever has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from catbus.auth import Grants
+from catbus.config import Database
+from catbus.postgres import PostgresLog
+from catbus.postgres.bridge import Connection
+from catbus.postgres.role_changes import ROLES, RoleChanges
+from catbus.postgres.roles import Roles
+from tests.log.harness import running
+from tests.postgres.sql import open_sql, pids, wait_until
+from tests.postgres.test_lookup import make_role
+
+
+class Ear:
+    """What is notified on the channel of the roles, and how often they have changed."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.heard: list[str] = []
+
+    async def take(self) -> tuple[int, set[str]]:
+        """The count, and what has come until now."""
+        # Notifications come before the answer to the next statement.
+        ((version,),) = await self.connection.fetch("SELECT version FROM catbus.role_changes")
+        await wait_all_tasks_blocked(0.01)
+        heard, self.heard = self.heard, []
+        return version, set(heard)
+
+
+@asynccontextmanager
+async def ear(url: str) -> AsyncIterator[Ear]:
+    async with open_sql(url) as connection:
+        ear = Ear(connection)
+        await connection.listen(ROLES, lambda _pid, payload: ear.heard.append(payload))
+        yield ear
+
+
+# In the database
+
+
+async def test_whatever_changes_a_role_is_counted_and_told_of(database_url: str) -> None:
+    key = (await make_role(database_url)).hex()
+    await make_role(database_url)
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        version, _ = await listening.take()
+        roles = Roles(sql)
+        await roles.grant(key, Grants(("c",)))
+        assert await listening.take() == (version + 1, {key})
+        await roles.revoke(key, Grants(("c",)))
+        assert await listening.take() == (version + 2, {key})
+        await roles.delete(key)
+        assert await listening.take() == (version + 3, {key})
+        for number, statement in enumerate(
+            (
+                "UPDATE catbus.roles SET client_id = 'x'",
+                "UPDATE catbus.role_grants SET pattern = 'x' WHERE pattern = 'b'",
+                "TRUNCATE catbus.role_grants",
+                "TRUNCATE catbus.roles CASCADE",
+            ),
+            version + 4,
+        ):
+            await sql.execute(statement)
+            assert await listening.take() == (number, {""}), statement
+
+
+async def test_a_transaction_counts_once_and_one_that_is_rolled_back_never(database_url: str) -> None:
+    keys = [(await make_role(database_url)).hex() for _ in range(5)]
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        version, _ = await listening.take()
+        await sql.execute("BEGIN")
+        for key in keys:
+            await sql.execute(f"DELETE FROM catbus.roles WHERE key = '\\x{key}'")
+        assert await listening.take() == (version, set())
+        await sql.execute("ROLLBACK")
+        assert await listening.take() == (version, set())
+        await sql.execute("BEGIN")
+        for key in keys:
+            await sql.execute(f"DELETE FROM catbus.roles WHERE key = '\\x{key}'")
+        await sql.execute("COMMIT")
+        assert await listening.take() == (version + 1, set(keys))
+
+
+async def test_who_changes_very_many_says_so_once(database_url: str) -> None:
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        await sql.execute(
+            "INSERT INTO catbus.roles (key) SELECT sha256(n::text::bytea) FROM generate_series(1, 2000) AS n;"
+            "INSERT INTO catbus.role_grants SELECT key, 'read', 'a' FROM catbus.roles"
+        )
+        _, heard = await listening.take()
+        assert heard == {""}
+
+
+async def test_roles_may_be_changed_by_who_may_do_nothing_else(database_url: str) -> None:
+    """An application that keeps the roles has rights on two tables, and the triggers are not its business."""
+    name = f"keeper_{abs(hash(database_url))}"
+    key = await make_role(database_url)
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        version, _ = await listening.take()
+        await sql.execute(
+            f"CREATE ROLE {name}; GRANT USAGE ON SCHEMA catbus TO {name};"
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON catbus.roles, catbus.role_grants TO {name}; SET ROLE {name}"
+        )
+        await sql.execute(f"DELETE FROM catbus.role_grants WHERE role = '\\x{key.hex()}'")
+        await sql.execute(f"RESET ROLE; DROP OWNED BY {name}; DROP ROLE {name}")
+        assert await listening.take() == (version + 1, {key.hex()})
+
+
+# In the replica
+
+
+async def test_what_is_told_of_is_known_by_name_and_what_is_found_may_be_any(autojump_clock: MockClock) -> None:
+    changes = RoleChanges()
+    changes.hear("ab" * 32)
+    changes.hear("cd" * 32)
+    assert await changes.wait() == {b"\xab" * 32, b"\xcd" * 32}
+    changes.look("e", 1)
+    assert await changes.wait() is None
+    changes.look("e", 1)
+    with trio.move_on_after(1) as scope:
+        await changes.wait()
+    assert scope.cancelled_caught
+    for epoch, version in (("e", 2), ("e", 1), ("f", 1)):
+        changes.hear("ab" * 32)
+        changes.look(epoch, version)
+        changes.hear("ab" * 32)
+        assert await changes.wait() is None
+    changes.hear("")
+    assert await changes.wait() is None
+    with pytest.raises(ValueError, match="hexadecimal"):
+        changes.hear("what?")
+
+
+async def test_of_very_many_names_none_is_kept() -> None:
+    changes = RoleChanges()
+    for number in range(3000):
+        changes.hear(f"{number:064x}")
+    assert await changes.wait() is None
+
+
+async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
+    key = await make_role(database_url)
+    log = PostgresLog(Database(url=database_url))
+    async with running(log), open_sql(database_url) as sql:
+        await log.roles.wait_changes()
+        before = log.roles.changes
+        await Roles(sql).grant(key.hex(), Grants(("c",)))
+        with trio.fail_after(5):
+            assert await log.roles.wait_changes() == {key}
+        assert log.roles.changes > before
+        assert log.roles.checked <= trio.current_time()
+
+
+async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: str) -> None:
+    log = PostgresLog(Database(url=database_url))
+    async with running(log), open_sql(database_url) as sql:
+        await log.roles.wait_changes()
+        await sql.execute("UPDATE catbus.role_changes SET version = version + 1")
+        with trio.fail_after(10):
+            assert await log.roles.wait_changes() is None
+
+
+async def test_a_change_while_nobody_listened_is_found_by_the_next_connection(database_url: str) -> None:
+    key = await make_role(database_url)
+    log = PostgresLog(Database(url=database_url))
+    async with running(log), open_sql(database_url) as sql:
+        await log.roles.wait_changes()
+        (listener,) = await pids(sql, "%catbus.look%")
+
+        async def gone() -> bool:
+            return listener not in await pids(sql)
+
+        await sql.execute("BEGIN")
+        await sql.fetch("SELECT pg_terminate_backend($1)", listener)
+        await wait_until(gone)
+        await sql.execute(f"DELETE FROM catbus.roles WHERE key = '\\x{key.hex()}'; COMMIT")
+        with trio.fail_after(10):
+            while (keys := await log.roles.wait_changes()) is not None:
+                assert keys == {key}
