@@ -20,7 +20,7 @@ help:
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
-test: lint types $(venv)/browser
+test: lint types $(venv)/programs
 	$(bin)/python -m pytest
 
 lint: $(venv)/installed-test
@@ -60,13 +60,17 @@ $(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml
 	@$(pip) install --editable '.[embedded,testing,dev]'
 	@touch $@ $(venv)/installed-run
 
-# The browser tests drive the distribution's Chromium. Where it cannot be installed from here, they say so themselves.
-$(venv)/browser: $(venv)/made
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo 'Installing Chromium for the browser tests (once) ...'; \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
-	fi
-	@if command -v chromium >/dev/null; then touch $@; fi
+# The distribution's Chromium and PgBouncer. Where one cannot be installed from here, the tests that use it say so.
+$(venv)/programs: $(venv)/made
+	@missing=; \
+	for program in chromium pgbouncer; do \
+		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing for the tests (once):$$missing ..."; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null && missing=; \
+	fi; \
+	if [ -z "$$missing" ]; then touch $@; fi
 
 $(venv)/made:
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \

@@ -103,8 +103,10 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
         mailbox.offer(item)
         other.offer(item)
     mailbox.revoke("a", ["x"])
+    size = mailbox.size
     [kept] = mailbox.take()
     assert isinstance(kept, Run)
+    assert size == kept.size
     assert [(entry.seq, entry.channel) for entry in kept.entries] == [(1, "x"), (3, "x")]
     assert (mailbox.size, mailbox.withdraw()) == (0, {})
     assert budget.held == mixed.size + alone.size

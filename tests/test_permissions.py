@@ -135,6 +135,22 @@ async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(hub:
     assert hub.log.applied == 3
 
 
+async def test_so_it_is_with_a_newer_token_that_may_less(nursery: trio.Nursery) -> None:
+    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
+    # It has been opened, and appends nothing yet.
+    hub.log._epoch = "e"  # type: ignore[attr-defined]
+    client = open_client(hub)
+    less = sign(SECRET, client_id="alice", grants=Grants((), ("a.b",)))
+    await client.receive(
+        objects({"type": "auth", "token": full(), "protocol": 1}, publish("a.x", id=1), publish("a.b", id=2))
+        + objects({"type": "auth", "token": less, "protocol": 1})
+    )
+    assert said(client) == ["auth_ok", "auth_ok", "publish_error"]
+    await nursery.start(hub.log.run, hub.delivery)
+    await wait_all_tasks_blocked()
+    assert said(client) == ["published"]
+
+
 def full() -> str:
     return sign(SECRET, client_id="alice", grants=Grants.ALL)
 

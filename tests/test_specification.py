@@ -30,7 +30,7 @@ from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, QUIET, Hub
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
-from catbus.postgres import listener, lookup, outbox
+from catbus.postgres import lookup, outbox, pace
 from catbus.postgres.bridge import OUTAGE, sqlstate
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
@@ -390,7 +390,7 @@ def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
 
 
 def test_the_paces_in_the_text_are_those_of_the_code() -> None:
-    assert f"every {listener.PACE:g} seconds, they look" in section("Delivery")
+    assert f"every {pace.PACE:g} seconds, they look" in section("Delivery")
     look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox.PACE, outbox.BRISK_PACE))
     assert f"every {look}, and every {brisk} in the {outbox.RECENT:g} seconds" in section("Publishing")
 

@@ -55,7 +55,7 @@ class Database(Section, frozen=True, kw_only=True):
 
     url: DatabaseUrl = "memory"
     listen_url: PostgresUrl | None = None
-    """A way to the same database past a connection pooler, for LISTEN, which a pooler makes deaf."""
+    """A way to the same database past a connection pooler, through which no notifications come."""
     synchronous_commit: SynchronousCommit = "on"
     failover: Failover = "lossy"
     """Whether a standby that takes over can lack what was committed; "lossless" where commits wait for it."""

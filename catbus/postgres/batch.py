@@ -13,6 +13,7 @@ SELECT at, first, seqs FROM catbus.append($1, $2, {texts},
     string_to_array($7, ',')::bigint[], {senders},
     coalesce($8::bytea[], array_fill(NULL::bytea, ARRAY[$10::integer])),
     CASE cardinality($9::bigint[]) WHEN 1 THEN array_fill(($9::bigint[])[1], ARRAY[$10::integer]) ELSE $9::bigint[] END)
+WHERE pg_postmaster_start_time() = $11
 """
 _APPEND_LINES = _APPEND.format(
     texts=r"string_to_array($3, E'\n'), string_to_array($4, E'\n')", senders=r"string_to_array($5, E'\n', E'\x01')"
@@ -20,7 +21,7 @@ _APPEND_LINES = _APPEND.format(
 _APPEND_ARRAYS = _APPEND.format(texts="$3::text[], $4::text[]", senders="$5::text[]")
 _NULL = "\x01"
 
-MOVE = "SELECT moved, last, more FROM catbus.move_outbox($1, $2, NULL)"
+MOVE = "SELECT moved, last, more FROM catbus.move_outbox($1, $2, NULL) WHERE pg_postmaster_start_time() = $3"
 # The time that the append returns is what makes the database call it first.
 _BEHIND = "SELECT a.at, a.first, a.seqs, m.moved, m.last, m.more FROM ({}) AS a, catbus.move_outbox($1, $2, a.at) AS m"
 _APPEND_AND_MOVE = {statement: _BEHIND.format(statement) for statement in (_APPEND_LINES, _APPEND_ARRAYS)}

@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -89,6 +90,8 @@ class Bridge:
         self.stray_errors = 0
         self._loop = loop
         self._connections: set[Connection] = set()
+        self._pooled: set[str] = set()
+        """The URLs that led to a pooler."""
 
     def close(self) -> None:
         """Terminate every connection: whoever still waits for one sees an outage."""
@@ -106,17 +109,35 @@ class Bridge:
 
         libpq's parameters in the URL (`sslmode` and the like) mean what they mean there.
         """
-        options = {"server_settings": {"application_name": "catbus"}, "max_cached_statement_lifetime": 0}
         with trio.move_on_after(timeout):
-            try:
-                raw = await self.cross(lambda: asyncpg.connect(url, **options), _give_up)
-            except asyncpg.exceptions.ClientConfigurationError as error:
-                raise ConfigError(f"[database] url: {error}") from None
-            connection = Connection(self, raw)
-            self._connections.add(connection)
-            connection.when_closed(lambda: self._connections.discard(connection))
-            return connection
+            while True:
+                pooled = url in self._pooled
+                try:
+                    connection: Connection = await self.cross(partial(self._open, url, pooled), _give_up)
+                except asyncpg.exceptions.ClientConfigurationError as error:
+                    raise ConfigError(f"[database] url: {error}") from None
+                if connection.pooled == pooled:
+                    self._connections.add(connection)
+                    connection.when_closed(partial(self._connections.discard, connection))
+                    return connection
+                connection.terminate()
+                (self._pooled.add if connection.pooled else self._pooled.discard)(url)
         raise TimeoutError(f"no connection within {timeout:g} s")
+
+    async def _open(self, url: str, pooled: bool) -> Connection:
+        """A connection, with prepared statements unless it is expected to lead to a pooler.
+
+        Behind a pooler the next statement may meet another server process, which has not prepared the same.
+        """
+        options = {"statement_cache_size": 0} if pooled else {"max_cached_statement_lifetime": 0}
+        raw = await asyncpg.connect(url, server_settings={"application_name": "catbus"}, **options)
+        try:
+            # Without a name, it is prepared and run before a pooler may give the server to somebody else.
+            statement = await raw.prepare("SELECT pg_backend_pid()", name="")
+            return Connection(self, raw, await statement.fetchval())
+        except BaseException:
+            raw.terminate()
+            raise
 
     async def cross(self, start: Callable[[], Coroutine[Any, Any, T]], stop: Callable[[asyncio.Task[T]], object]) -> T:
         """Run an asyncio coroutine. When this is cancelled, call `stop` and wait for the coroutine to end."""
@@ -161,12 +182,14 @@ class Connection:
     asyncpg would open a second one to send a cancel request, which is worse than nothing while an append is in doubt.
     """
 
-    def __init__(self, bridge: Bridge, raw: Any) -> None:
+    def __init__(self, bridge: Bridge, raw: Any, pid: int) -> None:
         self._bridge = bridge
         self._raw = raw
         self.version: int = raw.get_server_version().major
-        self.pid: int = raw.get_server_pid()
-        """The process that serves this connection, as told by whoever answered it: perhaps a pooler."""
+        self.pid = pid
+        """The process that serves this connection, or behind a pooler one that did."""
+        self.pooled: bool = pid != raw.get_server_pid()
+        """Whether this leads to a pooler: what answers is not the process that it was said to be on connecting."""
         peer = raw._transport.get_extra_info("socket")
         if peer is not None and peer.family != socket.AF_UNIX:
             for level, option, value in _KEEPALIVE:

@@ -18,6 +18,7 @@ from ..loggers import get_logger
 from .bridge import Connection
 from .courier import EPHEMERAL, SECRET, Courier
 from .epochs import Epochs
+from .pace import Pace
 from .role_changes import ROLES, RoleChanges
 from .supervise import Working
 from .tail import Tail
@@ -25,10 +26,6 @@ from .tail import Tail
 logger = get_logger("catbus.postgres")
 
 CHANNEL = "catbus"
-PACE = 2.0
-"""Seconds between polls while every advance is announced."""
-GRACE = 0.25
-"""How much later than the poll a notification may come."""
 PATIENCE = 3.0
 """A connection that does not answer the poll for so long is given up."""
 _HEARD = 10_000
@@ -40,7 +37,10 @@ _CLAIMS = 1.0
 """Seconds between two looks for the sake of what clients say."""
 
 _STANDBY = "SELECT pg_is_in_recovery()"
-_LOOK = "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version FROM catbus.look($1)"
+_LOOK = (
+    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, pg_postmaster_start_time() "
+    "FROM catbus.look($1)"
+)
 _MARK = "SELECT catbus.mark($1)"
 _NEW_EPOCH = "SELECT epoch, after_seq, made FROM catbus.new_epoch($1, $2)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
@@ -62,7 +62,8 @@ class _Look(NamedTuple):
     standby: bool
     same_system: bool | None
     same_timeline: bool | None
-    role_version: int
+    role_version: str
+    server: object
 
 
 class Listener:
@@ -87,8 +88,7 @@ class Listener:
         self.dropped = 0
         """Notifications for which there was no room."""
         self.polls = 0
-        self.unannounced = 0
-        """How often the poll found what no notification had told of."""
+        self.pace = Pace()
         self._connect = connect
         self._tail = tail
         self._own_pid = own_pid
@@ -104,6 +104,7 @@ class Listener:
         self._looked = trio.Event()
         self._claimed = 0.0
         self._standby = False
+        self._polling = False
 
     def check(self) -> None:
         """Poll at once: there is reason to think that the log is another one."""
@@ -119,7 +120,8 @@ class Listener:
     async def vouch(self) -> None:
         """Wait until a look that began after this has found the log to be the one that is followed.
 
-        Whoever has connected before this is connected to that log, as there is only one primary.
+        Whoever has connected before this is connected to that log, as there is only one primary; behind a pooler only
+        as long as the server is the same.
         """
         wanted = self.polls + 1
         self.check()
@@ -134,11 +136,13 @@ class Listener:
             # A standby would not even let us LISTEN.
             (standby,) = await connection.fetchrow(_STANDBY, timeout=PATIENCE)
             self._refuse_standby(standby)
-            for channel in (CHANNEL, EPHEMERAL, ROLES):
-                await connection.listen(channel, partial(self._hear, channel))
+            self.pace.begin(deaf=connection.pooled)
+            if not connection.pooled:
+                for channel in (CHANNEL, EPHEMERAL, ROLES):
+                    await connection.listen(channel, partial(self._hear, channel))
             (self._seal,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
             try:
-                self._tail.announce(await self._poll(connection))
+                await self._poll(connection)
                 working()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._follow, connection)
@@ -201,7 +205,9 @@ class Listener:
         newest = int(last)
         if epoch != self._tail.epoch:
             self.check()
-        elif pid == self._own_pid():
+            return
+        self.pace.hear(newest)
+        if pid == self._own_pid():
             self._tail.expect(newest)
         else:
             if enclosed and compare_digest(seal.encode(), sealed(head, enclosed, self._seal).encode()):
@@ -210,26 +216,31 @@ class Listener:
 
     async def _watch(self, connection: Connection, working: Working) -> None:
         while True:
-            with trio.move_on_after(self._pace()):
+            with trio.move_on_after(self.pace.pause(trio.current_time())):
                 await self._doubt.wait()
             self._doubt = trio.Event()
-            head = await self._poll(connection)
+            await self._poll(connection)
             working()
-            if head > self._tail.announced:
-                await trio.sleep(GRACE)
-                if head > self._tail.announced:
-                    self.unannounced += 1
-                    self._tail.announce(head)
 
-    def _pace(self) -> float:
-        """How long to wait before the next poll."""
-        return PACE
-
-    async def _poll(self, connection: Connection) -> int:
+    async def _poll(self, connection: Connection) -> None:
         began = trio.current_time()
+        self.pace.ask()
         head = await self._look(connection)
         self._role_changes.checked = began
-        return head
+        self._tail.announce(self.pace.note(head, trio.current_time()))
+        self._say_pace(connection)
+
+    def _say_pace(self, connection: Connection) -> None:
+        polling = self.pace.polling
+        if polling == self._polling:
+            return
+        self._polling = polling
+        if not polling:
+            logger.info("notifications tell of everything again: polling less")
+        elif connection.pooled:
+            logger.warning("no notifications come through a pooler: polling; [database] listen_url leads past it")
+        else:
+            logger.warning("there is news that no notification has told of: polling")
 
     async def _look(self, connection: Connection) -> int:
         """Read the database's position and return its head; from then on the tail follows the log that is there."""
@@ -242,6 +253,7 @@ class Listener:
             self._refuse_standby(look.standby)
             if await self._recognise(connection, look, applied, mark):
                 tail.floor = look.floor
+                tail.server = look.server
                 self._role_changes.look(look.epoch, look.role_version)
                 if not tail.trusted:
                     tail.trust()

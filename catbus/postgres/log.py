@@ -51,6 +51,8 @@ class PostgresStatistics:
     jumps: int
     """How often entries had to be read because those after them came first, or news came without them."""
     polls: int
+    polling: bool
+    """Whether news come by polling often, because notifications do not come, or do not tell of everything."""
     looks: int
     """How often messages published from SQL were looked for."""
     reads: int
@@ -196,6 +198,7 @@ class PostgresLog:
         retention = self._retention
         return {
             "size": retention.bytes,
+            "news": "polling" if self._listener.pace.polling else "notifications",
             "retention": {
                 "steps": retention.steps,
                 "dropped": retention.dropped,
@@ -220,9 +223,10 @@ class PostgresLog:
             recent_bytes=tail.recent.size,
             notifications=listener.notifications,
             dropped=listener.dropped,
-            unannounced=listener.unannounced,
+            unannounced=listener.pace.unannounced,
             jumps=tail.jumps,
             polls=listener.polls,
+            polling=listener.pace.polling,
             looks=self._outbox.looks,
             reads=self._reader.reads + self._historian.reads,
             floor=self.floor,

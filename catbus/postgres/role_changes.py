@@ -21,7 +21,7 @@ class RoleChanges:
         self.count = 0
         self.checked = -inf
         """The Trio time up to which the database has been asked for changes."""
-        self._seen: tuple[str, int] | None = None
+        self._seen: tuple[str, str] | None = None
         self._keys: set[bytes] | None = set()
         """None: any of them."""
         self._news = trio.Event()
@@ -34,8 +34,8 @@ class RoleChanges:
         key = bytes.fromhex(payload)
         self._note({key} if key else None)
 
-    def look(self, epoch: str, version: int) -> None:
-        """The database has been asked how often roles have changed. In another epoch it may be another database."""
+    def look(self, epoch: str, version: str) -> None:
+        """The database has been asked what it knows of changes. In another epoch it may be another database."""
         if (epoch, version) != self._seen:
             self._seen = epoch, version
             self._note(None)

@@ -29,6 +29,8 @@ class Tail:
         self.trusted = False
         """Whether the database's log is known to be the one that was followed."""
         self.epoch = ""
+        self.server: object = None
+        """When the server was started that was found to have the log: by this it is known from any other one."""
         self.applied = 0
         self.floor = 1
         self.generation = 0

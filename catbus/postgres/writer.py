@@ -329,7 +329,16 @@ class Writer:
         self._tried.set()
 
     async def _call(self, connection: Connection, epoch: str, statement: str, *args: object) -> Row:
-        return await connection.fetchrow(statement, self._synchronous_commit, epoch, *args, timeout=PATIENCE)
+        """The one row of a statement that does nothing where the server is not the one that was looked at.
+
+        Behind a pooler a connection outlives the server that it led to, and nobody may append to a log that was set
+        back until that has been found out: what came in the place of what was lost would be taken for the same.
+        """
+        settings = self._synchronous_commit, epoch
+        rows = await connection.fetch(statement, *settings, *args, self._tail.server, timeout=PATIENCE)
+        if not rows:
+            raise OSError("this is another server than the one that was looked at")
+        return rows[0]
 
     def _isolate(self, batch: Batch, error: BaseException) -> None:
         """One entry that the database refuses must not fail its neighbours: halve the batch until it is alone."""

@@ -270,6 +270,23 @@ class LogConformance(ReadConformance):
             assert await publisher.wait(early) == [Committed(1)]
             await follower.wait_for(1)
 
+    async def test_what_is_withdrawn_in_time_is_not_appended(self, make_log: MakeLog) -> None:
+        log = make_log()
+        publisher = Publisher(log)
+        mine, other = publisher.submit("a", b"1"), publisher.submit("b", b"2")
+        retry = publisher.submit("a", b"3", producer=ALICE, number=1, after=0)
+        refusal = Rejected(Code.UNAUTHORIZED, "not any more")
+        log.withdraw(lambda append: append.channel == "a", refusal)
+        assert publisher.answers[mine] == refusal
+        # Its first try may be in the log.
+        unknown = publisher.answers[retry]
+        assert isinstance(unknown, Rejected)
+        assert unknown.code == Code.UNKNOWN
+        async with running(log) as (follower, _):
+            assert await publisher.wait(other) == [Committed(1)]
+            await follower.wait_for(1)
+            assert follower.texts == ["2"]
+
     async def test_a_stopped_log_refuses_for_good(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):

@@ -7,11 +7,11 @@ import trio
 from trio.testing import MockClock
 
 from catbus.errors import Code
-from catbus.log import Committed, MemoryLog, Rejected
+from catbus.log import Append, Committed, MemoryLog, Rejected
 from catbus.log.memory import KEY
 from catbus.log.recent import OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
-from tests.log.harness import Recorder, running
+from tests.log.harness import Publisher, Recorder, running
 
 
 class TestConformance(LogConformance):
@@ -41,6 +41,18 @@ async def test_a_clock_that_is_set_back_does_not_make_time_run_backwards() -> No
         for _ in range(3):
             await publisher.publish_seq("a", b"1")
         assert [entry.at for entry in follower.entries] == [5000, 5000, 6000]
+
+
+async def test_what_is_withdrawn_makes_room_for_more() -> None:
+    size = Append("a", b"1", lambda *_: None).size
+    log = MemoryLog(pending_bytes=2 * size)
+    publisher = Publisher(log)
+    for _ in range(2):
+        publisher.submit("a", b"1")
+        publisher.submit("a", b"1")
+        assert publisher.answers.keys() == set(publisher.submitted[:-2])
+        log.withdraw(lambda _: True, Rejected(Code.UNAUTHORIZED, "not any more"))
+        assert publisher.answers.keys() == set(publisher.submitted)
 
 
 async def test_what_is_dropped_from_the_ring_is_gone_and_the_floor_says_so() -> None:

@@ -79,7 +79,7 @@ class Model:
         match query:
             case listener_module._LOOK:
                 same = world.place == world.began
-                return world.epoch, world.head, world.floor, world.mark(args[0]), False, same, same, 0
+                return world.epoch, world.head, world.floor, world.mark(args[0]), False, same, same, "", 1
             case listener_module._MARK:
                 return (world.mark(args[0]),)
             case listener_module._NEW_EPOCH:

@@ -19,6 +19,7 @@ from catbus.postgres import PostgresLog
 from catbus.postgres import bridge as bridge_module
 from catbus.postgres import listener as listener_module
 from catbus.postgres import migrate as migrate_module
+from catbus.postgres import pace as pace_module
 from catbus.postgres import retention as retention_module
 from catbus.postgres import supervise as supervise_module
 from catbus.postgres import writer as writer_module
@@ -235,10 +236,19 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
         assert log.statistics().reads - reads == {100: 0, 4: 3, 0: 5}[held]
 
 
+async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
+    log = make("postgres://nobody@localhost:1/nowhere")
+    publisher = Publisher(log)
+    publisher.submit("a", b"1")
+    kept = publisher.submit("b", b"1")
+    log.withdraw(lambda append: append.channel == "a", Rejected(Code.UNAUTHORIZED, "not any more"))
+    assert (log.statistics().pending, log.statistics().pending_bytes) == (1, kept.size)
+
+
 async def test_a_database_that_stops_answering_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "PATIENCE", 0.3)
     monkeypatch.setattr(listener_module, "PATIENCE", 0.3)
-    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    monkeypatch.setattr(pace_module, "PACE", 0.1)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -452,7 +462,7 @@ async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monk
 async def test_a_notification_that_is_lost_is_found_by_the_poll(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    monkeypatch.setattr(pace_module, "PACE", 0.1)
     deaf, other = make(database_url), make(database_url)
     monkeypatch.setattr(deaf._listener, "_hear", lambda *_: None)
     async with running(deaf) as (follower, _), running(other) as (_, publisher):
@@ -572,7 +582,7 @@ async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> Non
 
 
 async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    monkeypatch.setattr(pace_module, "PACE", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher):
         await publisher.publish_seq("a", b"1")
@@ -582,7 +592,7 @@ async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, m
 
 
 async def test_a_log_that_was_rolled_back_is_another_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "PACE", 0.1)
+    monkeypatch.setattr(pace_module, "PACE", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         for n in range(1, 6):

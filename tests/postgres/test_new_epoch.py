@@ -13,7 +13,7 @@ from catbus.config import Database
 from catbus.log import Committed, Entry, Resumption
 from catbus.log.base import UNDECIDED
 from catbus.postgres import PostgresLog, supervise
-from catbus.postgres import listener as listener_module
+from catbus.postgres import pace as pace_module
 from catbus.postgres.marks import mark
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 from tests.postgres.clusters import Cluster, open_cluster, open_served_cluster
@@ -460,7 +460,7 @@ async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> N
 async def test_what_retention_has_taken_is_no_reason_for_doubt(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "PACE", 0.05)
+    monkeypatch.setattr(pace_module, "PACE", 0.05)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publish(publisher, "1", "2", "3")

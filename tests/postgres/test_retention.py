@@ -16,7 +16,7 @@ from catbus.config import Retention as Settings
 from catbus.delivery import Delivery
 from catbus.log import Committed, Rejected
 from catbus.postgres import PostgresLog
-from catbus.postgres import listener as listener_module
+from catbus.postgres import pace as pace_module
 from catbus.postgres import retention as retention_module
 from catbus.postgres.migrate import begin_epoch
 from tests.log.harness import PATIENCE, Publisher, read_all, running
@@ -48,7 +48,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas look at the log once, when they start, and never again: the test takes the steps."""
     monkeypatch.setattr(retention_module, "PACE", HOUR)
-    monkeypatch.setattr(listener_module, "PACE", 0.05)
+    monkeypatch.setattr(pace_module, "PACE", 0.05)
 
 
 class Clock:

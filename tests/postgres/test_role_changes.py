@@ -28,9 +28,9 @@ class Ear:
         self.heard: list[str] = []
 
     async def take(self) -> tuple[int, set[str]]:
-        """The count, and what has come until now."""
+        """How many changes have been counted, and what has come until now."""
         # Notifications come before the answer to the next statement.
-        ((version,),) = await self.connection.fetch("SELECT version FROM catbus.role_changes")
+        ((version,),) = await self.connection.fetch("SELECT count(*) FROM catbus.role_changes")
         await wait_all_tasks_blocked(0.01)
         heard, self.heard = self.heard, []
         return version, set(heard)
@@ -89,6 +89,34 @@ async def test_a_transaction_counts_once_and_one_that_is_rolled_back_never(datab
         assert await listening.take() == (version + 1, set(keys))
 
 
+async def test_those_who_change_roles_do_not_wait_for_one_another(database_url: str) -> None:
+    one, other = [(await make_role(database_url)).hex() for _ in range(2)]
+    async with open_sql(database_url) as first, open_sql(database_url) as second:
+        await first.execute(f"BEGIN; DELETE FROM catbus.roles WHERE key = '\\x{one}'")
+        await second.execute(f"BEGIN; DELETE FROM catbus.roles WHERE key = '\\x{other}'")
+        await second.execute("COMMIT")
+        await first.execute("COMMIT")
+
+
+async def test_a_change_is_new_to_everyone_whatever_came_before_it_and_however_late(database_url: str) -> None:
+    async def look() -> str:
+        ((version,),) = await sql.fetch("SELECT role_version FROM catbus.look(0)")
+        return str(version)
+
+    keys = [(await make_role(database_url)).hex() for _ in range(2)]
+    async with open_sql(database_url) as sql, open_sql(database_url) as late:
+        seen = [await look()]
+        await late.execute(f"BEGIN; DELETE FROM catbus.roles WHERE key = '\\x{keys[0]}'")
+        assert await look() == seen[-1]
+        for _ in range(120):
+            await sql.execute("INSERT INTO catbus.role_changes DEFAULT VALUES")
+        seen += [await look(), await look()]
+        await late.execute("COMMIT")
+        seen += [await look()]
+        assert len(set(seen)) == 4, "two of the looks have cut the list short, and that is news too"
+        assert await sql.fetch("SELECT count(*) FROM catbus.role_changes") == [(2,)]
+
+
 async def test_who_changes_very_many_says_so_once(database_url: str) -> None:
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         await sql.execute(
@@ -122,13 +150,13 @@ async def test_what_is_told_of_is_known_by_name_and_what_is_found_may_be_any(aut
     changes.hear("ab" * 32)
     changes.hear("cd" * 32)
     assert await changes.wait() == {b"\xab" * 32, b"\xcd" * 32}
-    changes.look("e", 1)
+    changes.look("e", "1")
     assert await changes.wait() is None
-    changes.look("e", 1)
+    changes.look("e", "1")
     with trio.move_on_after(1) as scope:
         await changes.wait()
     assert scope.cancelled_caught
-    for epoch, version in (("e", 2), ("e", 1), ("f", 1)):
+    for epoch, version in (("e", "2"), ("e", "1"), ("f", "1")):
         changes.hear("ab" * 32)
         changes.look(epoch, version)
         changes.hear("ab" * 32)
@@ -163,7 +191,7 @@ async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: s
     log = PostgresLog(Database(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
-        await sql.execute("UPDATE catbus.role_changes SET version = version + 1")
+        await sql.execute("INSERT INTO catbus.role_changes DEFAULT VALUES")
         with trio.fail_after(10):
             assert await log.roles.wait_changes() is None
 

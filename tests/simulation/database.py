@@ -82,6 +82,8 @@ class Database:
         self.past = [self.state]
         """What it was after each commit, oldest first."""
         self.timeline = 0
+        self.server = 0
+        """Another one after each time that it was stopped."""
         self.standby = False
         self.overdue = 0
         """So many entries are to be taken away by whoever looks after retention next."""
@@ -128,13 +130,16 @@ class Database:
     # The log
 
     def _append(self, pid: int, *args: Any) -> list[Row]:
-        return [self.append(pid, *_decode(args))]
+        return [self.append(pid, *_decode(args))] if self.is_server(args[-1]) else []
 
     def _append_and_move(self, pid: int, *args: Any) -> list[Row]:
-        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))]
+        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))] if self.is_server(args[-1]) else []
 
-    def _move(self, pid: int, _: str, epoch: str, *__: object) -> list[Row]:
-        return [self.move(pid, epoch)]
+    def _move(self, pid: int, _: str, epoch: str, server: object) -> list[Row]:
+        return [self.move(pid, epoch)] if self.is_server(server) else []
+
+    def is_server(self, server: object) -> bool:
+        return server == self.server
 
     def append(self, pid: int, epoch: str, columns: list[tuple[Any, ...]]) -> Row:
         self.check_epoch(epoch)
@@ -213,7 +218,8 @@ class Database:
                 self.standby,
                 None if same is None else True,
                 same,
-                0,
+                "",
+                self.server,
             )
         ]
 
@@ -255,7 +261,7 @@ class Database:
 
 def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
     """The arguments of an append: its epoch, and the entries, each with what the schema calls its columns."""
-    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, size = args
+    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, size, _ = args
     if isinstance(channels, str):
         channels, payloads = channels.split("\n"), payloads.split("\n")
         senders = [None if sender == "\x01" else sender for sender in senders.split("\n")]

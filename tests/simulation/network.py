@@ -51,6 +51,9 @@ class Fate(NamedTuple):
     event: Callable[[], None]
 
 
+POOLED = "?pooled"
+"""The end of a URL that leads through a pooler."""
+
 NORMAL = Fate("", 0, lambda: None)
 
 
@@ -71,7 +74,6 @@ class Network:
         """How many notifications an owner will not hear."""
         self.slow: dict[tuple[str, int], float] = {}
         """By how much an owner hears the notifications of one sender late."""
-        self._server = 0
         self._due: dict[tuple[Connection, int], float] = {}
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -106,10 +108,12 @@ class Network:
                 connection.lose()
 
     def stop(self) -> None:
-        """The server is gone, with what had not reached it yet."""
-        self._server += 1
+        """The server is gone, with what had not reached it yet. Whoever asks nothing of a pooler does not notice."""
+        self.database.server += 1
         self.locked = 0.0
-        self.cut()
+        for connection in sorted(self.connections, key=lambda c: c.pid):
+            if connection.busy or not connection.pooled:
+                connection.lose()
 
     def heal(self) -> None:
         """From now on nothing goes wrong that has not begun to."""
@@ -139,7 +143,7 @@ class Network:
         if fate.what in ("slow", "late"):
             delay = max(delay, fate.delay)
         await trio.lowlevel.checkpoint()
-        request = Request(self, self._server, connection.pid, query, args, fate)
+        request = Request(self, self.database.server, connection.pid, query, args, fate)
         if delay:
             self.later(delay, request.arrive)
         else:
@@ -168,7 +172,7 @@ class Network:
 
     def arrive(self, request: Request) -> None:
         """The server reads a statement, and may have to wait for the head row: it does so whoever is still there."""
-        if request.server != self._server:
+        if request.server != self.database.server:
             return
         wait = self.locked - trio.current_time() if request.query in _WRITES else 0
         if wait <= 0:
@@ -222,7 +226,7 @@ class Request:
         fate = self._fate
         if fate.what == "before":
             fate.event()
-            if self.server != self._network._server:
+            if self.server != self._network.database.server:
                 return
         try:
             if fate.what == "refused":
@@ -261,6 +265,7 @@ class Connection:
     def __init__(self, network: Network, owner: str) -> None:
         self.owner = owner
         self.pid = next(network.pids)
+        self.pooled = owner.endswith(POOLED)
         self.closed = False
         self.heard: dict[str, Heard] = {}
         self._network = network
@@ -290,6 +295,11 @@ class Connection:
             callback()
         if self._scope is not None:
             self._scope.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it waits for an answer."""
+        return self._scope is not None
 
     def hear(self, pid: int, channel: str, payload: str) -> None:
         if channel in self.heard:

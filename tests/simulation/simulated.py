@@ -11,13 +11,13 @@ import trio
 from trio._core._run import _r as _scheduler
 from trio.testing import MockClock
 
-from catbus.postgres import listener, outbox, retention, supervise, writer
+from catbus.postgres import listener, outbox, pace, retention, supervise, writer
 from catbus.postgres import log as log_module
 
 from .database import Stored
 from .machine import CHANNELS, PAUSES, REPLICAS, Broken, Case, Machine, Position
 from .model import Model, Row
-from .network import FATES, KINDS, Fate, Network
+from .network import FATES, KINDS, POOLED, Fate, Network
 
 
 class Simulated(Machine):
@@ -31,7 +31,7 @@ class Simulated(Machine):
         super().__init__(case, nursery, Model())
 
     def url(self, slot: int, number: int) -> str:
-        return f"postgres://{slot}/{number}"
+        return f"postgres://{slot}/{number}" + (POOLED if (self.case.seed + number) % 2 == 0 else "")
 
     def committed(self, rows: Sequence[Stored], epoch: str) -> None:
         # Only who follows the present log may append to it.
@@ -169,6 +169,8 @@ def quiet() -> Iterator[None]:
             (writer, "EPOCH_PATIENCE", 1.0),
             (listener, "PATIENCE", 0.6),
             (outbox, "PATIENCE", 0.6),
+            (pace, "IDLE_PACE", 0.5),
+            (pace, "BUSY_PACE", 0.1),
             (outbox, "PACE", 1.0),
             (outbox, "BRISK_PACE", 1.0),
             (outbox, "SHARE", 1),

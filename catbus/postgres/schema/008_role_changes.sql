@@ -1,19 +1,23 @@
 -- Roles change under sessions that are open: each change is counted, so that a look finds it, and told of at once.
 
+-- A row for each transaction that has changed roles, or more: they wait for nobody, as they would to count in one row, which
+-- would be one lock more to come to a deadlock by. Whoever has seen the same rows before has missed nothing.
 CREATE TABLE catbus.role_changes (
-    version bigint NOT NULL
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY
 );
-INSERT INTO catbus.role_changes VALUES (0);
-COMMENT ON TABLE catbus.role_changes IS 'One row: how many transactions have changed roles, or more';
+INSERT INTO catbus.role_changes DEFAULT VALUES;
 
--- Tell that these roles have changed; null for any of them. A transaction is counted once, however many roles it changes:
--- each version of the row would be in the way of the next one.
+-- Tell that these roles have changed; null for any of them.
 CREATE FUNCTION catbus.note_role_changes(keys bytea[]) RETURNS void
 LANGUAGE plpgsql
 AS $$
+DECLARE
+    own text := pg_current_xact_id();
 BEGIN
-    UPDATE catbus.role_changes AS c SET version = c.version + 1
-    WHERE c.xmin::text <> (pg_current_xact_id()::text::numeric % 4294967296)::text;
+    IF current_setting('catbus.role_change', true) IS DISTINCT FROM own THEN
+        INSERT INTO catbus.role_changes DEFAULT VALUES;
+        PERFORM set_config('catbus.role_change', own, true);
+    END IF;
     -- What is not told of is found by whoever looks. A full queue would fail the commit.
     IF pg_notification_queue_usage() > 0.5 THEN
         NULL;
@@ -67,21 +71,28 @@ CREATE TRIGGER note_deleted AFTER DELETE ON catbus.role_grants REFERENCING OLD T
 CREATE TRIGGER note_updated AFTER UPDATE OR TRUNCATE ON catbus.role_grants
     FOR EACH STATEMENT EXECUTE FUNCTION catbus.note_any_role();
 
--- As before, and how often roles have changed.
+-- As before, and by what changes of roles are known. When there are many of them one stands for all, and is new to everyone.
 DROP FUNCTION catbus.look;
 CREATE FUNCTION catbus.look(seq bigint) RETURNS TABLE (
     epoch text, head bigint, floor bigint, mark bytea, standby boolean, same_system boolean, same_timeline boolean,
-    role_version bigint
+    role_version text
 )
 LANGUAGE plpgsql
 AS $$
+DECLARE
+    changes bigint;
 BEGIN
     standby := pg_is_in_recovery();
     -- Before the floor is read: where retention takes the entry away in between, the floor says so.
     mark := catbus.mark(look.seq);
     SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;
-    SELECT c.version INTO role_version FROM catbus.role_changes AS c;
+    SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)), count(*) INTO role_version, changes
+    FROM catbus.role_changes AS c;
     IF NOT standby THEN
+        IF changes > 100 THEN
+            DELETE FROM catbus.role_changes;
+            INSERT INTO catbus.role_changes DEFAULT VALUES;
+        END IF;
         SELECT e.system_identifier = p.system_identifier, e.timeline = p.timeline
         INTO STRICT same_system, same_timeline
         FROM catbus.epochs AS e CROSS JOIN catbus.place() AS p WHERE e.epoch = look.epoch;

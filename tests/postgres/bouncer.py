@@ -1,0 +1,105 @@
+"""A real PgBouncer before the tests' PostgreSQL, pooling transactions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import trio
+
+from tests.log.harness import PATIENCE
+from tests.postgres.proxy import _target
+from tests.postgres.server import tethered
+
+
+def find_bouncer() -> str:
+    """Where it is. Without one the test is skipped, or fails where it must not be missing."""
+    path = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if path is None:
+        reason = "there is no PgBouncer on PATH: install your distribution's package `pgbouncer`"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+class Bouncer:
+    """`url` leads through it to the database of the URL that it was made with."""
+
+    def __init__(self, url: str, size: int, directory: Path) -> None:
+        directory.chmod(0o755)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        parts = urlsplit(url)
+        target = _target(url)
+        host, server_port = target if isinstance(target, tuple) else target.rsplit("/.s.PGSQL.", 1)
+        self.url = f"postgres://{parts.username}:{parts.password}@127.0.0.1:{port}{parts.path}?sslmode=disable"
+        self._port = port
+        self._log = directory / "log"
+        (directory / "users").write_text(f'"{unquote(parts.username or "")}" "{unquote(parts.password or "")}"\n')
+        (directory / "ini").write_text(
+            "[databases]\n"
+            f"* = host={host} port={server_port}\n"
+            "[pgbouncer]\n"
+            "listen_addr = 127.0.0.1\n"
+            f"listen_port = {port}\n"
+            "unix_socket_dir =\n"
+            "auth_type = scram-sha-256\n"
+            f"auth_file = {directory}/users\n"
+            "pool_mode = transaction\n"
+            f"default_pool_size = {size}\n"
+            "server_login_retry = 0.1\n"
+        )
+        # It refuses to run as root.
+        user = ["-u", "postgres"] if os.getuid() == 0 else []
+        self._command = [find_bouncer(), *user, str(directory / "ini")]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log)
+
+    async def wait_ready(self) -> None:
+        with trio.fail_after(PATIENCE):
+            while True:
+                assert self.process.poll() is None, self._log.read_text()
+                try:
+                    await (await trio.open_tcp_stream("127.0.0.1", self._port)).aclose()
+                    return
+                except OSError:
+                    await trio.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    async def restart(self) -> None:
+        self.process = self._start()
+        await self.wait_ready()
+
+
+@asynccontextmanager
+async def open_bouncer(url: str, *, size: int = 3) -> AsyncIterator[Bouncer]:
+    """Run one with at most `size` connections to the database."""
+    directory = Path(tempfile.mkdtemp(prefix="catbus-bouncer-"))
+    bouncer = Bouncer(url, size, directory)
+    try:
+        with tethered(bouncer.process, directory):
+            await bouncer.wait_ready()
+            yield bouncer
+            bouncer.process.send_signal(signal.SIGTERM)
+            bouncer.process.wait(PATIENCE)
+    finally:
+        if bouncer.process.poll() is None:
+            bouncer.kill()
+        shutil.rmtree(directory, ignore_errors=True)
