@@ -20,7 +20,7 @@ LAYERS = (
     {"log", "certificates"},
     {"mailbox"},
     {"subscription"},
-    {"session", "delivery", "flush"},
+    {"session", "delivery", "flush", "permissions"},
     {"hub"},
     {"postgres", "endpoints", "client", "local"},
     {"broker"},
