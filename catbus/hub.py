@@ -355,7 +355,10 @@ class Client:
             return
         same = identity is not None and identity.client_id == session.identity.client_id
         grants = identity.grants if identity is not None and same else Grants()
-        self._withdraw(session.regrant(grants), grants)
+        before = session.identity.grants
+        if same and grants == before:
+            return
+        self._withdraw(session.regrant(grants), before, grants)
         if not same:
             reason = "the role was deleted" if identity is None else "the role is another client's now"
             session.say(wire.Error(reason, Code.REVOKED))
@@ -405,6 +408,7 @@ class Client:
 
     async def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session
+        before = Grants()
         try:
             if not hub.log.epoch:
                 raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
@@ -426,6 +430,7 @@ class Client:
                 floor=hub.log.floor,
                 limits=hub.limits(),
             )
+            before = before if session.identity is None else session.identity.grants
             withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time())
         except PeerError as error:
             if not session.closed:
@@ -433,7 +438,7 @@ class Client:
             return
         self._alarm.deadline = session.deadline
         hub.permissions.hold(self, identity.role, changes)
-        self._withdraw(withdrawn, identity.grants)
+        self._withdraw(withdrawn, before, identity.grants)
         self.send_away()
 
     def _join(self, request: wire.Subscribe) -> None:
@@ -460,12 +465,12 @@ class Client:
         self.session.left(request, self._hub.delivery.position, subscription.mailbox)
         self._end_stream(subscription)
 
-    def _withdraw(self, patterns: Sequence[str], grants: Grants) -> None:
+    def _withdraw(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
         """End these subscriptions, and take back what is still to be published and may not be."""
         for pattern in patterns:
             self._revoke(pattern)
         session = self.session
-        if session.pending:
+        if session.pending and grants.write != before.write:
             refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
             self._hub.log.withdraw(lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal)
 

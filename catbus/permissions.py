@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
+from math import inf
 from time import perf_counter
 from typing import Protocol
 
@@ -40,7 +42,17 @@ class Permissions:
         self._roles = roles
         self._holders: dict[bytes, set[Holder]] = {}
         self._keys: dict[Holder, bytes] = {}
-        self._doubted: set[bytes] = set()
+        self._held = count()
+        self._since: dict[Holder, int] = {}
+        """In what order they have come."""
+        self._named: set[bytes] = set()
+        """Roles that are known to have changed."""
+        self._others: set[bytes] = set()
+        """Roles that may have."""
+        self._failed: set[bytes] = set()
+        """Those of them that could not be looked up."""
+        self._unsure = inf
+        """Since when there have been some of these."""
         self._doubts = trio.Event()
 
     @property
@@ -50,7 +62,7 @@ class Permissions:
     @property
     def known(self) -> bool:
         """Whether what the sessions may is what the database says, or said not long ago."""
-        return self._roles is None or trio.current_time() - self._roles.checked <= STALE
+        return self._roles is None or trio.current_time() - min(self._roles.checked, self._unsure) <= STALE
 
     def hold(self, holder: Holder, key: bytes | None, changes: int) -> None:
         """A session depends on a role, or (None) on none. `changes`: as they were before the role was looked up.
@@ -60,14 +72,16 @@ class Permissions:
         self.release(holder)
         if key is not None:
             self._keys[holder] = key
+            self._since[holder] = next(self._held)
             self._holders.setdefault(key, set()).add(holder)
             if changes != self.changes:
-                self._doubted.add(key)
+                self._named.add(key)
                 self._doubts.set()
 
     def release(self, holder: Holder) -> None:
         key = self._keys.pop(holder, None)
         if key is not None:
+            del self._since[holder]
             holders = self._holders[key]
             holders.discard(holder)
             if not holders:
@@ -81,32 +95,41 @@ class Permissions:
             nursery.start_soon(self._hear, self._roles)
             while True:
                 await self._doubts.wait()
-                self._doubts = trio.Event()
-                doubted, self._doubted = [key for key in self._doubted if key in self._holders], set()
-                for start in range(0, len(doubted), CHUNK):
-                    keys = doubted[start : start + CHUNK]
-                    await self._tell(keys, await self._find(self._roles, keys))
+                # What is known to have changed goes before what only may have, however much that is.
+                doubted = self._named or self._others
+                if not doubted:
+                    self._doubts = trio.Event()
+                    continue
+                keys = [doubted.pop() for _ in range(min(CHUNK, len(doubted)))]
+                keys = [key for key in keys if key in self._holders]
+                asked = next(self._held)
+                try:
+                    identities = await self._roles.find(keys) if keys else {}
+                except Unavailable:
+                    self._named.update(keys)
+                    self._failed.update(keys)
+                    self._unsure = min(self._unsure, trio.current_time())
+                    await trio.sleep(RETRY)
+                else:
+                    self._failed = (self._failed & self._holders.keys()) - set(keys)
+                    self._unsure = self._unsure if self._failed else inf
+                    await self._tell(keys, identities, asked)
 
     async def _hear(self, roles: RoleSource) -> None:
         while True:
             keys = await roles.wait_changes()
-            self._doubted.update(self._holders if keys is None else self._holders.keys() & keys)
-            if self._doubted:
-                self._doubts.set()
+            if keys is None:
+                self._others.update(self._holders)
+            else:
+                self._named.update(self._holders.keys() & keys)
+            self._doubts.set()
 
-    async def _find(self, roles: RoleSource, keys: Sequence[bytes]) -> Mapping[bytes, Identity]:
-        while True:
-            try:
-                return await roles.find(keys)
-            except Unavailable:
-                await trio.sleep(RETRY)
-
-    async def _tell(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity]) -> None:
-        # As they are now: who comes later is told by whoever looks its role up, and nobody is told who has left.
+    async def _tell(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity], asked: int) -> None:
         told = [(holder, key) for key in keys for holder in self._holders.get(key, ())]
         began = perf_counter()
         for holder, key in told:
-            if self._keys.get(holder) == key:
+            # Whoever has come after the question may know better, and nobody is told who has left.
+            if self._keys.get(holder) == key and self._since[holder] < asked:
                 holder.regrant(identities.get(key))
                 self.refreshed += 1
             if perf_counter() - began > TURN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,7 +254,7 @@ class Roles:
         await self.let.wait()
         if isinstance(self.answer, Exception):
             raise self.answer
-        return {} if self.answer is None else dict.fromkeys(keys, self.answer)
+        return {} if self.answer is None else {key: replace(self.answer, role=key) for key in keys}
 
     async def wait_changes(self) -> Collection[bytes] | None:
         return await self._receive.receive()

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from catbus import hub as hub_module
 from catbus import permissions
 from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
 from catbus.config import Config
@@ -120,7 +121,10 @@ async def test_a_role_that_is_no_more_ends_the_session(hub: Hub, roles: Roles, a
     assert hub.delivery.statistics().live == 0
 
 
-async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(hub: Hub, roles: Roles) -> None:
+async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(
+    hub: Hub, roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "TURN", 3600.0)
     mine, other = await enter(hub), await enter(hub, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
         await client.receive(objects(publish("a.x", id=1), publish("a.b", id=2)))
@@ -206,6 +210,58 @@ async def test_while_the_database_is_away_nothing_changes_and_then_it_does(
     roles.answer = READER
     await trio.sleep(1)
     assert words(client) == [("revoked", "a.*")]
+
+
+async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_database(
+    hub: Hub, roles: Roles, autojump_clock: MockClock
+) -> None:
+    client = await enter(hub)
+    roles.change(Unavailable("away"))
+    for _ in range(int(STALE) + 1):
+        await trio.sleep(1)
+        roles.checked = trio.current_time()
+    await client.receive(objects(*subscribe("a.*")))
+    assert words(client) == [("subscribe_error", "a.*")]
+    roles.answer = CI
+    await trio.sleep(1)
+    await client.receive(objects(*subscribe("a.*")))
+    assert words(client) == [("subscribed", "a.*")]
+
+
+async def test_what_is_known_to_have_changed_goes_before_what_may_have(
+    hub: Hub, roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(permissions, "CHUNK", 3)
+    tokens = [make_role_token() for _ in range(8)]
+    keys = [role_key(token) for token in tokens]
+    for token in tokens:
+        await enter(hub, auth={"type": "auth", "token": token, "protocol": 1})
+    roles.asked.clear()
+    roles.let = trio.Event()
+    roles.change(CI)
+    await wait_all_tasks_blocked()
+    later = next(key for key in keys if key not in roles.asked)
+    assert later is not None
+    roles.change(CI, [later])
+    await wait_all_tasks_blocked()
+    assert len(roles.asked) == 3
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert roles.asked[3] == later
+    assert set(roles.asked) == set(keys), "each of them"
+
+
+async def test_an_answer_is_not_for_who_came_after_the_question(hub: Hub, roles: Roles) -> None:
+    await enter(hub)
+    roles.let = trio.Event()
+    roles.change(READER)
+    await wait_all_tasks_blocked()
+    late = open_client(hub)
+    hub.permissions.hold(late, role_key(ROLE), roles.changes)
+    late.regrant = lambda _: pytest.fail("told what it knows better")  # type: ignore[method-assign]
+    roles.let.set()
+    await wait_all_tasks_blocked()
+    assert hub.permissions.refreshed == 1
 
 
 async def test_after_a_minute_without_the_database_roles_may_nothing_new(

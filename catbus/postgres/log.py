@@ -101,7 +101,7 @@ class PostgresLog:
         self._settings = settings
         self._url = url or settings.url
         self._role_changes = RoleChanges()
-        self.roles = Lookup(self._connect, self._role_changes)
+        self.roles = Lookup(self._connect_vouched, self._role_changes)
         """Where those who show a role token are looked up, while the log runs."""
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")

@@ -55,7 +55,8 @@ class Lookup:
         self._asked.set()
         with trio.move_on_after(PATIENCE):
             for question in questions.values():
-                await question.answered.wait()
+                if not question.answered.is_set():
+                    await question.answered.wait()
         if not all(question.answered.is_set() and not question.failed for question in questions.values()):
             raise Unavailable("the database in which the token is to be looked up cannot be reached just now")
         return {key: question.identity for key, question in questions.items() if question.identity is not None}
