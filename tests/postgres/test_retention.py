@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -199,9 +200,12 @@ async def test_who_is_in_the_way_is_named_once_and_holds_nobody_up(
         await wait_until(lambda: held(log, 5))
         tries = "SELECT pg_current_xact_id_if_assigned()::text, pg_snapshot_xmax(pg_current_snapshot())::text"
         assert (await sql.fetchrow(tries))[0] is None
-        (_, before) = await sql.fetchrow(tries)
-        await wait_until(lambda: held(log, 10))
-        assert (await sql.fetchrow(tries))[1] == before, "nobody has even tried to get the head row"
+        seen = []
+        for times in range(10, 35, 5):
+            seen.append((await sql.fetchrow(tries))[1])
+            await wait_until(partial(held, log, times))
+        # Transactions of the whole server are counted, and now and then there is one of autovacuum's.
+        assert len(set(seen)) < len(seen), "nobody has even tried to get the head row"
         assert await publisher.publish_seq("a", b"1") == 4
         assert log.statistics().retention_dropped == 0
         [warning] = lines.calls
