@@ -37,8 +37,6 @@ PATIENCE = 10.0
 """Seconds for one append; after that the connection is given up and the same batch sent again."""
 EPOCH_PATIENCE = 5.0
 
-_BACKEND = "SELECT pg_backend_pid()"
-
 _ANOTHER_EPOCH = "CB001"
 _FAULTY_ENTRY = ("21", "22", "23", "54")
 """Classes of SQLSTATE that name a fault of what was sent. After any other error the same is sent again."""
@@ -171,9 +169,9 @@ class Writer:
         """Append what comes until the connection is lost. What was in flight then is sent again first, unchanged."""
         await self._tail.wait_epoch()
         with await self._connect() as connection:
-            (pid,) = await connection.fetchrow(_BACKEND)
             connection.when_closed(self._wake)
-            self.pid = pid if pid == connection.pid else 0
+            # Behind a pooler the same process serves others too.
+            self.pid = 0 if connection.pooled else connection.pid
             try:
                 if not self._flight:
                     working()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import asyncpg  # type: ignore[import-untyped]
 
 from catbus.log import Entry
-from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention, writer
+from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention
 from catbus.postgres.bridge import Row
 
 from .machine import POISON
@@ -297,7 +297,6 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     **dict.fromkeys((batch._APPEND_LINES, batch._APPEND_ARRAYS), Database._append),
     **dict.fromkeys(batch._APPEND_AND_MOVE.values(), Database._append_and_move),
     batch.MOVE: Database._move,
-    writer._BACKEND: lambda _, pid: [(pid,)],
     reader._PAGE: Database._page,
     reader._POSITION: Database._position,
     listener._STANDBY: lambda self, _: [(self.standby,)],
