@@ -41,10 +41,9 @@ class Permissions:
         """How often a session was told what its role may."""
         self._roles = roles
         self._holders: dict[bytes, set[Holder]] = {}
-        self._keys: dict[Holder, bytes] = {}
-        self._held = count()
-        self._since: dict[Holder, int] = {}
-        """In what order they have come."""
+        self._held: dict[Holder, tuple[bytes, int]] = {}
+        """What each of them depends on, and in what order they have come."""
+        self._order = count()
         self._named: set[bytes] = set()
         """Roles that are known to have changed."""
         self._others: set[bytes] = set()
@@ -71,17 +70,15 @@ class Permissions:
         """
         self.release(holder)
         if key is not None:
-            self._keys[holder] = key
-            self._since[holder] = next(self._held)
+            self._held[holder] = key, next(self._order)
             self._holders.setdefault(key, set()).add(holder)
             if changes != self.changes:
                 self._named.add(key)
                 self._doubts.set()
 
     def release(self, holder: Holder) -> None:
-        key = self._keys.pop(holder, None)
-        if key is not None:
-            del self._since[holder]
+        if holder in self._held:
+            key, _ = self._held.pop(holder)
             holders = self._holders[key]
             holders.discard(holder)
             if not holders:
@@ -102,7 +99,7 @@ class Permissions:
                     continue
                 keys = [doubted.pop() for _ in range(min(CHUNK, len(doubted)))]
                 keys = [key for key in keys if key in self._holders]
-                asked = next(self._held)
+                asked = next(self._order)
                 try:
                     identities = await self._roles.find(keys) if keys else {}
                 except Unavailable:
@@ -129,7 +126,8 @@ class Permissions:
         began = perf_counter()
         for holder, key in told:
             # Whoever has come after the question may know better, and nobody is told who has left.
-            if self._keys.get(holder) == key and self._since[holder] < asked:
+            held, since = self._held.get(holder, (None, asked))
+            if held == key and since < asked:
                 holder.regrant(identities.get(key))
                 self.refreshed += 1
             if perf_counter() - began > TURN:
