@@ -25,6 +25,7 @@ from .base import (
     Rejected,
     Resumption,
     not_taken,
+    take_out,
 )
 from .recent import OVERHEAD, Recent
 
@@ -90,13 +91,10 @@ class MemoryLog:
             self._work.set()
 
     def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        appends = [append for append in self._pending if unwanted(append)]
-        if appends:
-            gone = set(appends)
-            self._pending = deque(append for append in self._pending if append not in gone)
-            self._pending_size -= sum(append.size for append in appends)
-            for append in appends:
-                append.settle(append, not_taken(append, refusal))
+        appends = take_out(self._pending, unwanted)
+        self._pending_size -= sum(append.size for append in appends)
+        for append in appends:
+            append.settle(append, not_taken(append, refusal))
 
     def broadcast(self, entry: Entry) -> None:
         """There are no other replicas."""

@@ -22,6 +22,7 @@ from ..log.base import (
     UNKNOWN,
     Outcome,
     not_taken,
+    take_out,
 )
 from ..loggers import get_logger
 from .batch import MOVE, Batch
@@ -378,11 +379,8 @@ class Writer:
 
     def _take_back(self, unwanted: Callable[[Append], bool]) -> list[Append]:
         """Take out of the queue what is not to be sent; it is still to be answered."""
-        appends = [append for append in self._queue if unwanted(append)]
-        if appends:
-            gone = set(appends)
-            self._queue = deque(append for append in self._queue if append not in gone)
-            self._size -= sum(append.size for append in appends)
+        appends = take_out(self._queue, unwanted)
+        self._size -= sum(append.size for append in appends)
         return appends
 
 
