@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,21 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
+from tests.programs import find_program
+
 DRIVER = Path(__file__).parent / "driver.py"
-
-
-def find_chromium() -> str:
-    """Where it is. Without one the test is skipped, or fails where it must not be missing."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        reason = "there is no Chromium on PATH: install your distribution's package `chromium`"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 class Browser:
@@ -64,7 +52,10 @@ async def open_browser() -> AsyncIterator[Browser]:
     """Start Chromium, and end it."""
     start = partial(trio.run_process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, shell=False)
     async with trio.open_nursery() as nursery:
-        process = await nursery.start(start, [sys.executable, str(DRIVER), find_chromium()])
+        process = await nursery.start(
+            start,
+            [sys.executable, str(DRIVER), find_program("chromium", "chromium", "chromium-browser", "google-chrome")],
+        )
         async with process.stdin:
             yield Browser(process)
         # At the end of its input it closes the browser and leaves.

@@ -13,23 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pytest
 import trio
 
 from tests.log.harness import PATIENCE
 from tests.postgres.proxy import _target
 from tests.postgres.server import tethered
-
-
-def find_bouncer() -> str:
-    """Where it is. Without one the test is skipped, or fails where it must not be missing."""
-    path = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
-    if path is None:
-        reason = "there is no PgBouncer on PATH: install your distribution's package `pgbouncer`"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
+from tests.programs import find_program
 
 
 class Bouncer:
@@ -62,7 +51,7 @@ class Bouncer:
         )
         # It refuses to run as root.
         user = ["-u", "postgres"] if os.getuid() == 0 else []
-        self._command = [find_bouncer(), *user, str(directory / "ini")]
+        self._command = [find_program("pgbouncer", "pgbouncer"), *user, str(directory / "ini")]
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
