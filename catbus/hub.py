@@ -408,7 +408,6 @@ class Client:
 
     async def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session
-        before = Grants()
         try:
             if not hub.log.epoch:
                 raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
@@ -430,7 +429,7 @@ class Client:
                 floor=hub.log.floor,
                 limits=hub.limits(),
             )
-            before = before if session.identity is None else session.identity.grants
+            before = Grants() if session.identity is None else session.identity.grants
             withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time())
         except PeerError as error:
             if not session.closed:

@@ -183,12 +183,15 @@ class Session:
         self.producer = producer
         self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
         self.say(reply)
-        return [pattern for pattern in self.patterns if not identity.grants.may_read(pattern)]
+        return self._unreadable(identity.grants)
 
     def regrant(self, grants: Grants) -> list[str]:
         """The role that the token stands for may this from now on. Returns the patterns held that it may not read."""
         assert self.identity is not None
         self.identity = replace(self.identity, grants=grants)
+        return self._unreadable(grants)
+
+    def _unreadable(self, grants: Grants) -> list[str]:
         return [pattern for pattern in self.patterns if not grants.may_read(pattern)]
 
     def refuse(self, error: PeerError) -> None:
