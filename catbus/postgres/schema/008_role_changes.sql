@@ -7,8 +7,8 @@ CREATE TABLE catbus.role_changes (
 );
 INSERT INTO catbus.role_changes DEFAULT VALUES;
 
--- Count a change, and tell which roles it was of, or, with nothing, that it may be any. `changed` are the rows that came
--- or went; after UPDATE and TRUNCATE, which may be of any, there is none.
+-- Count a change, and tell which roles it was of, or, with nothing, that it may be any. `changed` are the rows that
+-- came or went; after UPDATE and TRUNCATE, which may be of any, there is none.
 CREATE FUNCTION catbus.note_role_changes() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
