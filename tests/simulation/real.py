@@ -52,9 +52,11 @@ class Real(Machine):
         return self.proxies[slot].url
 
     async def position(self) -> Position:
+        # What has left the outbox is in the log by the time that the model looks, and the head is what it has seen.
+        waiting = len(await self.sql.fetch(_OUTBOX))
+        (epoch,) = await self.sql.fetchrow("SELECT epoch FROM catbus.position()")
         await self.observe()
-        epoch, head, _ = await self.sql.fetchrow("SELECT * FROM catbus.position()")
-        return Position(epoch, head, len(await self.sql.fetch(_OUTBOX)))
+        return Position(epoch, len(self.model.log), waiting)
 
     async def observe(self) -> None:
         """Have the model see what was committed since it looked last."""
