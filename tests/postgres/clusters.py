@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -27,8 +27,9 @@ SETTINGS = {"fsync": "off", "max_connections": "30", "synchronous_commit": "on"}
 class Cluster:
     """A PostgreSQL in a directory of its own. The methods that wait block: call them from a thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, str] = SETTINGS) -> None:
         self.directory = directory
+        self.settings = settings
         self.url = ""
         self._serving = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
@@ -37,9 +38,20 @@ class Cluster:
     def data(self) -> Path:
         return self.directory / "cluster" / "data"
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Serve what is in the directory, made now if there is nothing."""
-        server = self._serving.enter_context(embedded.prepare(self.directory, SETTINGS))
+        try:
+            self._start()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self) -> None:
+        server = self._serving.enter_context(embedded.prepare(self.directory, self.settings))
         with server.log_file.open("ab") as log:
             process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
         self._serving.enter_context(tethered(process, self.directory))
@@ -66,6 +78,34 @@ class Cluster:
             self._process = None
         self._serving.close()
 
+    def kill(self) -> None:
+        """End the server and all its processes, as when the machine loses its power but not what was written."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait(PATIENCE)
+            self._process = None
+        self._serving.close()
+
+    def pause(self) -> None:
+        """Let the server stand still: it answers nobody, and nobody is told."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        """Send the server and all its processes a signal."""
+        assert self._process is not None
+        pid = self._process.pid
+        if self.running:
+            # It starts no further ones meanwhile.
+            os.kill(pid, signal.SIGSTOP)
+        for child in _children(pid):
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
     def save(self) -> None:
         """Stop, keep a copy of the data, and go on."""
         self.stop()
@@ -81,9 +121,9 @@ class Cluster:
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(["cp", "-a", source, target], check=True)
 
-    def make_standby(self, standby: Cluster) -> None:
-        """Have another one follow this one."""
-        with embedded.prepare(standby.directory, SETTINGS) as server:
+    def make_standby(self, standby: Cluster, through: str | None = None) -> None:
+        """Have another one follow this one, `through` another URL where there is one."""
+        with embedded.prepare(standby.directory, standby.settings) as server:
             program, options = server.binaries.folder / "pg_basebackup", server.popen_options
         if not program.exists():
             pytest.skip("this PostgreSQL comes without pg_basebackup")
@@ -92,7 +132,7 @@ class Cluster:
         command = [
             program,
             "--dbname",
-            self.url,
+            through or self.url,
             "--pgdata",
             standby.data,
             "--write-recovery-conf",
@@ -104,6 +144,16 @@ class Cluster:
     def promote(self) -> None:
         """Make a standby a primary."""
         execute(self.url, "SELECT pg_promote()")
+
+
+def _children(parent: int) -> list[int]:
+    children = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name, in parentheses, may have anything in it.
+            if int(file.read_text().rpartition(")")[2].split()[1]) == parent:
+                children.append(int(file.parent.name))
+    return children
 
 
 @contextmanager

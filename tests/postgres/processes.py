@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ def token(client_id: str) -> str:
 class Replica:
     """A process that is ready to serve at `url`."""
 
-    def __init__(self, process: trio.Process) -> None:
+    def __init__(self, process: trio.Process, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.url = ""
         self.urls: list[str] = []
         """`url`, and the one for WebTransport where that is served."""
         self.events: list[dict[str, Any]] = []
         """What it has logged."""
         self._process = process
+        self._on_event = on_event
 
     @property
     def complaints(self) -> list[dict[str, Any]]:
@@ -65,6 +66,8 @@ class Replica:
             for line in lines:
                 event = json.loads(line)
                 self.events.append(event)
+                if self._on_event is not None:
+                    self._on_event(event)
                 if event["event"] == "serving":
                     self.urls = event["urls"]
                     self.url = self.urls[0]
@@ -72,10 +75,11 @@ class Replica:
 
     async def wait_ready(self) -> None:
         """Wait until it may be sent clients."""
-        while not await self._is_ready():
+        while not await self.is_ready():
             await trio.sleep(0.02)
 
-    async def _is_ready(self) -> bool:
+    async def is_ready(self) -> bool:
+        """Whether it may be sent clients. Raises `OSError`."""
         address = urlsplit(self.url)
         assert address.hostname and address.port
         async with await trio.open_tcp_stream(address.hostname, address.port) as stream:
