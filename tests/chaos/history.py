@@ -151,7 +151,7 @@ class Epoch(Event):
 
 
 class Ended(Event):
-    """The load has ended with everything healed; the log ended at `head`. Whoever stayed has caught up, or never will."""
+    """The load has ended, everything is healed, and whoever stayed has caught up, or never will. `head`: of the log."""
 
     epoch: str
     head: int

@@ -52,6 +52,13 @@ class Replica:
         """End it without a word."""
         self._process.send_signal(signal.SIGKILL)
 
+    def pause(self) -> None:
+        """Let it stand still: it answers nobody, and nobody is told."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     async def wait(self) -> int:
         """Wait until the process has ended; its exit status."""
         return await self._process.wait()
