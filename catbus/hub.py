@@ -447,7 +447,7 @@ class Client:
         if held is not None:
             self._end_stream(held)
         own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
-        session.joined(request, delivery.position, own, None if own is None else self._hub.log.epoch)
+        session.joined(request, delivery.position, self._hub.log.epoch, own)
         subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
         if subscription is None:
             subscription = Subscription(

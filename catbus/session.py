@@ -203,13 +203,14 @@ class Session:
         if error.close is not None and (error.code is not Code.UNAVAILABLE or self.state is not State.OPEN):
             self.close(error.close, error.message)
 
-    def joined(self, request: wire.Subscribe, seq: int, own: Mailbox | None = None, epoch: str | None = None) -> None:
+    def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: Mailbox | None = None) -> None:
         """The subscription is there, with a stream of its `own` where that is not None: what it gets goes there.
 
-        That stream begins in this `epoch`: what other streams say of it may come earlier or later.
+        It begins in this `epoch`. A session that had no subscription may not have heard of it, and a stream of its own
+        may be read before or after what other streams say.
         """
         self.patterns.add(request.pattern)
-        self.say(wire.Subscribed(request.pattern, seq, own is not None, epoch, request.id), own)
+        self.say(wire.Subscribed(request.pattern, seq, own is not None, epoch or None, request.id), own)
 
     def left(self, request: wire.Unsubscribe, seq: int, mailbox: Mailbox | None = None) -> None:
         self.patterns.discard(request.pattern)

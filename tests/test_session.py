@@ -70,7 +70,7 @@ class Driver:
                 except PeerError as error:
                     session.refuse(error)
             case Join(request):
-                session.joined(request, 7)
+                session.joined(request, 7, "e")
             case Leave(request):
                 session.left(request, 8)
             case Submit(append):
@@ -254,7 +254,7 @@ def test_an_expired_token_has_a_grace() -> None:
 def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
     driver = open_session()
     assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e", "id": 4}) == [
-        {"type": "subscribed", "pattern": "project.*", "seq": 7, "id": 4}
+        {"type": "subscribed", "pattern": "project.*", "seq": 7, "epoch": "e", "id": 4}
     ]
     assert driver.say({"type": "unsubscribe", "pattern": "project.*", "id": 5}) == [
         {"type": "unsubscribed", "pattern": "project.*", "seq": 8, "id": 5}

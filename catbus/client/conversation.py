@@ -229,6 +229,12 @@ class Conversation:
     def _publish_error(self, reply: wire.PublishError) -> None:
         self._ledger.refused(reply.id, Refused(reply.code, reply.message, reply.retry_after))
 
+    def _subscribed(self, reply: wire.Subscribed, lane: Lane) -> None:
+        # Other streams may have told of a later epoch than the one in which a subscription's own stream begins.
+        if reply.epoch is not None and lane is self._main:
+            self._advance(reply.seq, reply.epoch, lane)
+        self._subscriptions.subscribed(reply, lane)
+
     def _gap(self, event: wire.Gap, lane: Lane) -> None:
         if event.epoch != lane.epoch:
             self._advance(event.last, event.epoch, lane)
@@ -275,7 +281,7 @@ class Conversation:
 
 
 _OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], object]] = {
-    wire.Subscribed: lambda self, reply, lane: self._subscriptions.subscribed(reply, lane),
+    wire.Subscribed: Conversation._subscribed,
     wire.Revoked: lambda self, reply, lane: self._subscriptions.revoked(reply, lane),
     wire.Live: lambda self, event, lane: self._subscriptions.live(event, lane),
     wire.Gap: Conversation._gap,

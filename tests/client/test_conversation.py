@@ -270,6 +270,23 @@ def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> N
     assert not inbox.items
 
 
+def test_who_subscribes_after_the_epoch_has_changed_in_silence_is_told_of_it() -> None:
+    conversation = begin()
+    first = conversation.subscribe("a.*", None, None, 10)
+    second = conversation.subscribe("b", 50, EPOCH, 10)
+    conversation.receive(
+        lines(
+            {**subscribed(120, 1), "epoch": "e2"},
+            {**subscribed(120, 2, "b"), "epoch": "e2"},
+            {**message(51), "channel": "b", "pattern": "b"},
+        )
+    )
+    assert (first.cursor, first.epoch) == (120, "e2")
+    assert (second.cursor, second.epoch) == (50, EPOCH)
+    assert (second.arrived, second.arrived_epoch) == (51, "e2")
+    assert (conversation.epoch, conversation.head) == ("e2", 120)
+
+
 def test_a_message_without_a_gap_before_it_shows_that_the_cursor_holds_in_the_new_epoch() -> None:
     conversation = begin()
     inbox = subscribe(conversation, since=50, epoch="e0")

@@ -112,7 +112,12 @@ async def test_subscribing_again_ends_the_old_stream() -> None:
         await client.until(lambda: seqs(new.lines) == [2] and old.ended)
         assert seqs(old.lines) == [1]
         client.say(type="subscribe", pattern="a.*")
-        assert await client.line() == {"type": "subscribed", "pattern": "a.*", "seq": 2}
+        assert await client.line() == {
+            "type": "subscribed",
+            "pattern": "a.*",
+            "seq": 2,
+            "epoch": server.hub.log.epoch,
+        }
         await client.until(lambda: new.ended)
         await publish(server, "a.b", 3)
         assert (await client.line())["seq"] == 3
@@ -126,7 +131,12 @@ async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
         for pattern in ("a.*", "b.*"):
             await subscribe(client, pattern)
         client.say(type="subscribe", pattern="c.*", stream=True)
-        assert await client.line() == {"type": "subscribed", "pattern": "c.*", "seq": 0}
+        assert await client.line() == {
+            "type": "subscribed",
+            "pattern": "c.*",
+            "seq": 0,
+            "epoch": server.hub.log.epoch,
+        }
         await publish(server, "c.d", 1)
         assert (await client.line())["pattern"] == "c.*"
         # A stream that has ended makes room for another.
