@@ -523,7 +523,7 @@ def _check_ephemeral(history: _History, report: Report) -> None:
 
 
 def _measure_recovery(history: _History, report: Report) -> None:
-    """From the fault to the first message of now, for those who lost their connection by it, and may read throughout."""
+    """From the fault to the first message of now, for those who lost their connection and may read all the time."""
     fresh: dict[str, list[float]] = defaultdict(list)
     for event in history.received:
         if event.seq and "/" not in event.subscriber and event.at - event.sent <= FRESH:

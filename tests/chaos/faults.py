@@ -152,6 +152,14 @@ async def cut_clients(scene: Scene, post: Post, seconds: float) -> None:
     post.join_clients()
 
 
+async def silence_replica(scene: Scene, post: Post, seconds: float) -> None:
+    """What was published is, and nobody hears of it."""
+    post.silence()
+    await trio.sleep(seconds)
+    post.websocket.cut()
+    post.join_clients()
+
+
 async def lose_datagrams(scene: Scene, post: Post, seconds: float) -> None:
     post.webtransport.loss = scene.chance.uniform(0.05, 0.3)
     await trio.sleep(seconds)
@@ -189,6 +197,7 @@ KINDS: Mapping[str, Kind] = {
     "replica restarted": Kind(restart_replica),
     "rolling restart": Kind(roll, reach="all"),
     "network cut": Kind(cut_clients, longest=5.0),
+    "answers to clients lost": Kind(silence_replica, longest=4.0),
     "network lossy": Kind(lose_datagrams, longest=5.0),
     "connections reset": Kind(reset_clients),
     "database killed": Kind(kill_database, reach="database", database_only=True),
@@ -210,11 +219,12 @@ class Plan:
     """Faults, one after the other, in lanes beside each other; now and then all is calm."""
 
     def __init__(self, scene: Scene, seed: int, only: str | None = None) -> None:
+        """With `only`, faults of that kind, one at a time; none where it is empty."""
         self.done = 0
         self._scene = scene
         self._seed = seed
-        self._kinds = [only] if only else [kind for kind in KINDS if kind != "disk full" or is_root()]
-        self._lanes = 1 if only else 2
+        self._kinds = [kind for kind in KINDS if kind != "disk full" or is_root()] if only is None else [only]
+        self._lanes = 2 if only is None else int(only != "")
         self._numbers = count(1)
         self._touched: set[str] = set()
 

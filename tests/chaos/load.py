@@ -312,6 +312,15 @@ class Bare(Client):
         self._present = ""
 
     async def run(self) -> None:
+        """Come and go, so that there is something to catch up with all the time."""
+        chance = self.ground.chance
+        while True:
+            with trio.move_on_after(chance.uniform(1, 5)):
+                await self._visit()
+            self._linked = ""
+            await trio.sleep(chance.uniform(0.1, 1.0))
+
+    async def _visit(self) -> None:
         while True:
             try:
                 transport = await self.dial()

@@ -79,12 +79,12 @@ def ignore_revocations() -> None:
 
 MISTAKES: dict[str, tuple[Callable[[], None], str]] = {
     "acknowledged before the commit": (acknowledge_early, "database killed"),
-    "a retry is not checked": (forget_keys, "connections reset"),
+    "a retry is not checked": (forget_keys, "answers to clients lost"),
     "caught up to the database's head": (read_to_the_head, "connections reset"),
     "a gap is not announced": (keep_gaps_quiet, "database failed over"),
-    "a revoke is not applied": (ignore_revocations, "listener cut"),
+    "a revoke is not applied": (ignore_revocations, ""),
 }
-"""By name: how it is made, and a fault that brings it to light."""
+"""By name: how it is made, and a fault that brings it to light, where there has to be one."""
 
 
 if __name__ == "__main__":

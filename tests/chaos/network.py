@@ -21,6 +21,8 @@ class Relay:
         self.target: tuple[str, int] | None = None
         self.loss = 0.0
         """Which part of all datagrams, either way, gets lost: from 0 to 1."""
+        self.silent = False
+        """Whether nothing comes back."""
         self._chance = chance
         self._flows: dict[Any, tuple[trio.socket.SocketType, trio.CancelScope]] = {}
 
@@ -67,7 +69,7 @@ class Relay:
         with outside, scope:
             while True:
                 data, _ = await _receive(outside)
-                if not self._is_lost():
+                if not (self.silent or self._is_lost()):
                     with suppress(OSError):
                         await inside.sendto(data, client)
 

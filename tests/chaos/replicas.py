@@ -172,8 +172,14 @@ class Post:
         self.websocket.block()
         self.webtransport.loss = 1.0
 
+    def silence(self) -> None:
+        """Let nothing through from the replica to the clients, which it goes on hearing."""
+        self.websocket.block_answers()
+        self.webtransport.silent = True
+
     def join_clients(self) -> None:
         self.websocket.unblock()
+        self.webtransport.silent = False
         self.webtransport.loss = 0.0
 
 
