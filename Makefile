@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench clean
+.PHONY: help run test lint types format bench chaos clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -15,6 +15,7 @@ help:
 	@echo 'make types    check types only'
 	@echo 'make format   put the code into its standard form'
 	@echo 'make bench    measure'
+	@echo 'make chaos    hurt replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -43,6 +44,13 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/stalled.py --repeat 3
 	$(bin)/python bench/behind.py --sessions 1000 --over 2
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
+
+# How long there are faults; then each mistake that replicas can be made to make has to be found.
+CHAOS_MINUTES := 2
+
+chaos: $(venv)/installed-test $(venv)/programs
+	$(bin)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
+	$(bin)/python -m tests.chaos --mistakes
 
 clean:
 	rm -rf $(venv) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -88,14 +88,14 @@ def requirements(key: str) -> list[str]:
     return setup_cfg()["options"][key].split()
 
 
-@pytest.mark.parametrize("target", ["help", "run", "test", "lint", "types", "format", "bench", "clean"])
+@pytest.mark.parametrize("target", ["help", "run", "test", "lint", "types", "format", "bench", "chaos", "clean"])
 def test_the_makefile_has_the_target(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_and_ci_run_the_same_tests() -> None:
-    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test\n" in (ROOT / ".ci/run").read_text()
     assert "make test" in (ROOT / "README.md").read_text()
 
 
