@@ -26,8 +26,8 @@ from .tail import Tail
 logger = get_logger("catbus.postgres")
 
 CHANNEL = "catbus"
-PATIENCE = 3.0
-"""A connection that does not answer the poll for so long is given up."""
+PATIENCE = 2.5
+"""Seconds after which a connection that does not answer the poll is given up: 4.5 s after it died at the latest."""
 _HEARD = 10_000
 """Notifications that may wait; for more there is the poll."""
 
@@ -272,12 +272,15 @@ class Listener:
         tail = self._tail
         # Retention may have taken the entry away, and then says so.
         intact = applied < look.floor or (applied <= look.head and look.mark == mark)
-        known = applied if intact else await self._agreement(connection, look)
+        compared = applied if intact else await self._agreement(connection, look)
+        known = compared or 0
         if not (look.same_system and look.same_timeline):
             if not (look.same_system and intact and self._lossless):
-                # Nobody has appended to the log since it came here: a writer waits until somebody has looked at it.
+                # Nobody has appended to the log since it came here: a writer waits until somebody has looked at it. So
+                # a standby that took over has the beginning of the log that we know, even where we know the rest only.
                 reason = "failed over" if look.same_system else "another cluster"
-                await self._begin(connection, look, reason, known if tail.epoch else None)
+                blank = not tail.epoch or (look.same_system and compared is None)
+                await self._begin(connection, look, reason, None if blank else known)
                 return False
             await connection.fetch(_KEEP_EPOCH, look.epoch, timeout=PATIENCE)
             logger.warning("the database has failed over, without a loss as configured", epoch=look.epoch)
@@ -296,7 +299,9 @@ class Listener:
         if tail.epoch in epochs:
             common = epochs.common(tail.epoch)
             assert common is not None
-            if known < min(applied, common):
+            if compared is None:
+                known = min(applied, common)
+            elif known < min(applied, common):
                 # Who began the new epoch could not know what we do.
                 await self._begin(connection, look, "set back further than another replica knew", known)
                 return False
@@ -314,8 +319,8 @@ class Listener:
         tail.announce(look.head)
         return True
 
-    async def _agreement(self, connection: Connection, look: _Look) -> int:
-        """Up to where the database certainly has the entries that were applied here."""
+    async def _agreement(self, connection: Connection, look: _Look) -> int | None:
+        """Up to where the database certainly has the entries that were applied here; None with nothing to compare."""
 
         async def mark(seq: int) -> bytes | None:
             (found,) = await connection.fetchrow(_MARK, seq, timeout=PATIENCE)

@@ -38,8 +38,10 @@ class Marks:
             # Whatever has become old is thinned again and again, so that the distances grow with the age.
             del marks[: KEPT // 2 : 2]
 
-    async def agreement(self, look: Callable[[int], Awaitable[bytes | None]], floor: int, head: int) -> int:
+    async def agreement(self, look: Callable[[int], Awaitable[bytes | None]], floor: int, head: int) -> int | None:
         """The newest seq for which it is certain that another log has the same entries up to there; 0 for none.
+
+        None where there is nothing to compare: what is remembered is newer, or older, than all that the other log has.
 
         `look` gives the other log's mark of a seq; `floor` and `head` are where it begins and ends.
         """
@@ -47,7 +49,7 @@ class Marks:
         old = [(seq, known) for seq, known in self._marks if seq < recent.first and known and floor <= seq <= head]
         first = max(recent.first, floor)
         low, high = 0, len(old) + max(min(recent.last, head) - first + 1, 0)
-        agreed = 0
+        agreed = 0 if low < high else None
         while low < high:
             middle = (low + high) // 2
             if middle < len(old):

@@ -307,7 +307,7 @@ class Bare(Client):
     def __init__(self, ground: Ground, name: str, transport: str, pattern: str) -> None:
         super().__init__(ground, name, [transport])
         self._pattern = pattern
-        self._begun = False
+        self._begun = self._held = False
         self._session = 0
         self._present = ""
 
@@ -364,6 +364,7 @@ class Bare(Client):
         kind = message["type"]
         if kind == "auth_ok":
             self.link()
+            self._held = False
             self._present = message["epoch"]
             request: dict[str, Any] = {"type": "subscribe", "pattern": pattern, "id": 1}
             if self._begun:
@@ -376,7 +377,11 @@ class Bare(Client):
             payload = msgspec.Raw(msgspec.json.encode(message["payload"]))
             whole = Message(message["channel"], payload, pattern, seq, message.get("at"))
             _take(self.ground, name, pattern, self._present, whole, self._session)
-        elif kind == "subscribed" and not self._begun:
+        elif kind == "subscribed":
+            self._held = True
+            self._present = message["epoch"]
+            if self._begun:
+                return None
             self._begun = True
             self.cursor, self.epoch = message["seq"], self._present
             self.ground.positions[name, pattern] = self
@@ -395,7 +400,7 @@ class Bare(Client):
                     reason=message["reason"],
                 )
             )
-        elif kind in ("live", "head"):
+        elif kind in ("live", "head") and self._held:
             self._present = message.get("epoch", self._present)
             self.cursor, self.epoch = message["seq"], self._present
             history.add(Complete(at=now(), subscriber=name, pattern=pattern, epoch=self.epoch, seq=self.cursor))

@@ -371,6 +371,29 @@ async def test_after_a_failover_one_that_knows_nothing_believes_what_is_there(cl
             assert log.resume(3, first) == Resumption(2, "epoch")
 
 
+async def test_after_a_failover_one_that_knows_only_what_was_lost_believes_what_is_there(cluster: Cluster) -> None:
+    with open_cluster() as standby:
+        async with running(make(cluster.url)) as (_, publisher):
+            await publish(publisher, "1", "2")
+            await in_thread(partial(cluster.make_standby, standby))
+            await wait_replayed(cluster, standby)
+            await in_thread(standby.stop)
+            await publish(publisher, "3", "4")
+        async with open_proxy(cluster.url) as proxy:
+            log = make(proxy.url)
+            async with running(log) as (follower, publisher):
+                await publish(publisher, "5")
+                await follower.wait_for(5)
+                first = log.epoch
+                proxy.close()
+                await in_thread(cluster.stop)
+                await in_thread(standby.start)
+                await in_thread(standby.promote)
+                proxy.open(standby.url)
+                await become(follower, 4, 2)
+                assert await epochs(standby.url) == [(first, 0), (log.epoch, 2)]
+
+
 # Restoring into another cluster
 
 
