@@ -10,6 +10,9 @@ from ..topics import matches, prefix_range
 from .bridge import OUTAGE, Connection, Row
 from .inquiry import Inquiry
 
+PATIENCE = 4.5
+"""Seconds for a page of the log. A history may take longer: it has more to look for."""
+
 _PAGE = """
 SELECT seq, at, channel, payload, sender, origin
 FROM (
@@ -61,14 +64,14 @@ class Reader:
         doubted = False
         while True:
             # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
-            found = await self._inquiry.fetch(_PAGE, start, min(last, start + rows), size)
+            found = await self._inquiry.fetch(_PAGE, start, min(last, start + rows), size, timeout=PATIENCE)
             entries = [_entry(row) for row in found]
             if entries and entries[0].seq == start + 1:
                 if entries[-1].seq != start + len(entries):
                     del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
                 return Page(start, entries[-1].seq, entries)
             # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
-            ((head, floor),) = await self._inquiry.fetch(_POSITION)
+            ((head, floor),) = await self._inquiry.fetch(_POSITION, timeout=PATIENCE)
             if head <= after:
                 return Page(after, after, ())
             if floor > last:

@@ -34,7 +34,7 @@ logger = get_logger("catbus.postgres")
 
 BATCH_ENTRIES = 1000
 BATCH_BYTES = 4 << 20
-PATIENCE = 10.0
+PATIENCE = 4.5
 """Seconds for one append; after that the connection is given up and the same batch sent again."""
 EPOCH_PATIENCE = 5.0
 
@@ -83,6 +83,8 @@ class Writer:
         self._tried = trio.Event()
         self._refusal: Exception | None = None
         self._closed = False
+        self._failed = False
+        """Whether the last try to write has ended with an error."""
         self._epoch = ""
         """The one in which all that is queued was submitted, as far as it is retries."""
 
@@ -174,6 +176,9 @@ class Writer:
             # Behind a pooler the same process serves others too.
             self.pid = 0 if connection.pooled else connection.pid
             try:
+                if self._failed and not self._flight:
+                    # That one can connect does not show that one can write.
+                    await self._move(connection)
                 if not self._flight:
                     working()
                 while True:
@@ -182,7 +187,11 @@ class Writer:
                         await self._send(connection, self._flight[0])
                     else:
                         await self._move(connection)
+                    self._failed = False
                     working()
+            except Exception:
+                self._failed = True
+                raise
             finally:
                 self.pid = 0
                 self._tail.resolve()

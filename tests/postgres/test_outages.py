@@ -1,0 +1,188 @@
+"""A database that is silent, or that can be reached and not written to: noticed in time, and only a pause."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+
+from catbus.config import Database
+from catbus.log import Committed
+from catbus.postgres import PostgresLog
+from catbus.postgres import listener as listener_module
+from catbus.postgres import pace as pace_module
+from catbus.postgres import reader as reader_module
+from catbus.postgres import writer as writer_module
+from catbus.postgres.bridge import OUTAGE, open_bridge
+from catbus.postgres.reader import Reader
+from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.postgres.clusters import Cluster, open_served_cluster
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import open_sql
+
+NOTICED = 5.0
+"""Seconds after which it is known that a database does not answer."""
+
+LEEWAY = 3.0
+"""Seconds for a machine that has other things to do."""
+
+
+def test_whatever_does_not_answer_is_given_up_in_time() -> None:
+    """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
+    assert pace_module.PACE + listener_module.PATIENCE <= NOTICED
+    assert max(writer_module.PATIENCE, reader_module.PATIENCE) <= NOTICED
+
+
+async def wait_available(log: PostgresLog, available: bool, seconds: float) -> None:
+    with trio.fail_after(seconds):
+        while log.available is not available:
+            await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def following(url: str, listen_url: str | None = None) -> AsyncIterator[tuple[PostgresLog, Recorder, Publisher]]:
+    log = PostgresLog(Database(url=url, listen_url=listen_url, publish_timeout=30.0))
+    async with running(log) as (follower, publisher):
+        assert await publisher.publish("a", b"1") == Committed(1)
+        await wait_available(log, True, PATIENCE)
+        yield log, follower, publisher
+
+
+async def be_silent(
+    log: PostgresLog,
+    follower: Recorder,
+    publisher: Publisher,
+    silence: Callable[[], Awaitable[None]],
+    speak: Callable[[], Awaitable[None]],
+) -> None:
+    """Silence it while one message is on its way, and see that it is a pause."""
+    await silence()
+    waiting = publisher.submit("a", b"2")
+    await wait_available(log, False, NOTICED + LEEWAY)
+    assert len(publisher.answers) == 1
+    await speak()
+    assert await publisher.wait(waiting) == [Committed(2)]
+    await follower.wait_for(2)
+    await wait_available(log, True, PATIENCE)
+    assert follower.texts == ["1", "2"]
+    assert follower.restarts == [0]
+
+
+async def test_packets_that_get_lost_are_noticed(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, following(proxy.url) as (log, follower, publisher):
+
+        async def speak() -> None:
+            proxy.cut()
+            proxy.unblock()
+
+        async def silence() -> None:
+            proxy.block()
+
+        await be_silent(log, follower, publisher, silence, speak)
+
+
+async def test_a_listening_connection_that_is_dead_alone_is_noticed(database_url: str) -> None:
+    """The database answers all others meanwhile, so that publishing goes on."""
+    async with open_proxy(database_url) as proxy, following(database_url, proxy.url) as (log, follower, publisher):
+        accepted = proxy.accepted
+        proxy.block_answers()
+        await wait_available(log, False, NOTICED + LEEWAY)
+        proxy.unblock()
+        await wait_available(log, True, PATIENCE)
+        assert proxy.accepted > accepted
+        assert await publisher.publish("a", b"2") == Committed(2)
+        await follower.wait_for(2)
+
+
+async def test_a_listening_connection_that_is_killed_alone_is_replaced_at_once(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, following(database_url, proxy.url) as (log, follower, publisher):
+        accepted = proxy.accepted
+        proxy.cut()
+        await wait_available(log, False, 1.0)
+        await wait_available(log, True, PATIENCE)
+        assert proxy.accepted > accepted
+        assert await publisher.publish("a", b"2") == Committed(2)
+        await follower.wait_for(2)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with open_served_cluster() as cluster:
+        yield cluster
+
+
+async def test_a_database_that_stands_still_is_noticed(cluster: Cluster) -> None:
+    async with following(cluster.url) as (log, follower, publisher):
+
+        async def silence() -> None:
+            cluster.pause()
+
+        async def speak() -> None:
+            cluster.resume()
+
+        try:
+            await be_silent(log, follower, publisher, silence, speak)
+        finally:
+            cluster.resume()
+
+
+async def test_a_database_that_is_killed_is_waited_for(cluster: Cluster) -> None:
+    async with following(cluster.url) as (log, follower, publisher):
+
+        async def silence() -> None:
+            await trio.to_thread.run_sync(cluster.kill)
+
+        async def speak() -> None:
+            await trio.to_thread.run_sync(cluster.start)
+
+        await be_silent(log, follower, publisher, silence, speak)
+
+
+FULL = """
+CREATE FUNCTION public.full() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'No space left on device' USING ERRCODE = 'disk_full';
+END
+$$;
+CREATE TRIGGER full_disk BEFORE INSERT ON catbus.entries FOR EACH ROW EXECUTE FUNCTION public.full();
+"""
+
+
+async def test_a_full_disk_is_one_outage_until_there_is_room(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That one can connect does not make the database available: nothing can be written, from SQL neither."""
+
+    def said(text: str) -> int:
+        return sum(text in record.getMessage() for record in caplog.records)
+
+    caplog.set_level("INFO", "catbus.postgres")
+    async with following(database_url) as (log, follower, publisher), open_sql(database_url) as sql:
+        assert (said("database connected"), said("database unavailable")) == (1, 0)
+        await sql.execute(FULL)
+        await sql.fetch("SELECT catbus.publish('a', '2')")
+        await wait_available(log, False, PATIENCE)
+        restarts = log.statistics().restarts
+        with trio.fail_after(PATIENCE):
+            while log.statistics().restarts < restarts + 4:
+                assert not log.available
+                await trio.sleep(0.01)
+        assert (said("database connected"), said("database unavailable")) == (1, 1)
+        await sql.execute("DROP TRIGGER full_disk ON catbus.entries")
+        await wait_available(log, True, PATIENCE)
+        await follower.wait_for(2)
+        assert await publisher.publish("a", b"3") == Committed(3)
+        assert (said("database connected"), said("database unavailable")) == (2, 1)
+
+
+async def test_a_page_of_the_log_is_not_waited_for_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "PATIENCE", 0.2)
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        reader = Reader(partial(bridge.connect, proxy.url))
+        await reader.connect()
+        proxy.block()
+        with trio.fail_after(PATIENCE / 2), pytest.raises(OUTAGE):
+            await reader.page(0, 1, 10, 1000)
