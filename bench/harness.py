@@ -27,6 +27,7 @@ from catbus.postgres import embedded
 ROOT = Path(__file__).parent.parent
 SECRET = "a secret that only benchmarks have"
 STARTING_TIME = 30.0
+DRAIN = "\n[drain]\ndelay = 0\nwindow = 0\n"
 
 TEXT, BINARY, PONG = 0x1, 0x2, 0xA
 
@@ -67,15 +68,17 @@ class Server:
 
 
 @contextmanager
-def catbus_run(database: str, *, webtransport: bool = False, settings: str = "") -> Iterator[Server]:
+def catbus_run(
+    database: str, *, webtransport: bool = False, settings: str = "", drain: str = DRAIN
+) -> Iterator[Server]:
     """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended.
 
-    `settings`: sections of TOML beyond those that all benchmarks have.
+    `settings`: sections of TOML beyond those that all benchmarks have; `drain` is one that they have.
     """
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
         config = Path(state, "catbus.toml")
-        config.write_text(Path(__file__).with_name("catbus.toml").read_text() + settings)
+        config.write_text(Path(__file__).with_name("catbus.toml").read_text() + drain + settings)
         command = [sys.executable, "-m", "catbus", "run", "--config", str(config)]
         environment = {"DATABASE_URL": database, "CATBUS_SECRET": SECRET, "CATBUS_STATE": state}
         environment["PYTHONPATH"] = str(ROOT)
@@ -101,7 +104,7 @@ def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
         for event in _events(output):
             if event["event"] == "serving":
                 port = int(event["urls"][0].rpartition(":")[2].partition("/")[0])
-                if _is_ready(port):
+                if is_ready(port):
                     return port
         time.sleep(0.05)
     if process.poll() is not None:
@@ -115,7 +118,7 @@ def _events(output: TextIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _is_ready(port: int) -> bool:
+def is_ready(port: int) -> bool:
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(b"GET /ready HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
         return peer.makefile("rb").readline().split()[1] == b"200"

@@ -55,6 +55,14 @@ def test_behind() -> None:
     assert [line.split()[0] for line in output.splitlines()[-6:-2]] == ["calm", "entering", "behind", "after"]
 
 
+def test_rolling(tmp_path: Path) -> None:
+    picture = tmp_path / "rolling.svg"
+    options = ("--sessions", "8", "--replicas", "2", "--delay", "0", "--window", "0", "--svg", str(picture))
+    output = run("rolling.py", *options)
+    assert output.splitlines()[-1] == "lost 0, repeated 0"
+    assert picture.read_text().startswith("<svg")
+
+
 def run(program: str, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, BENCH / program, *options], capture_output=True, text=True, timeout=PATIENCE, check=False

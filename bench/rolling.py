@@ -1,0 +1,263 @@
+"""A rolling restart of all replicas under load: who has to move, how fast, and what is lost or repeated.
+
+    python bench/rolling.py --sessions 300 --rate 20
+    python bench/rolling.py --svg docs/rolling.svg
+
+--replicas `catbus run` on one PostgreSQL, and --sessions clients that subscribe to everything, half of them over
+WebSocket and half over WebTransport, with the library's own reconnecting; four more publish --rate messages a second
+together. A balancer asks each replica for /ready every 0.1 s and sends whoever connects to the next one that is. Then
+one replica after the other gets SIGTERM, ends, and is started again, and the next is waited with until it is ready.
+
+A pause is the longest time without a message that a subscriber had. Ends with status 1 when anybody lacks a message,
+gets one twice, or when a publish was not acknowledged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import harness
+import trio
+from harness import SECRET, Server, percentile
+
+from catbus.auth import Grants, sign
+from catbus.client import Bus, Disconnected, Reconnected, Transport, open_bus
+from catbus.client.transport import parse_address
+from catbus.client.websocket import open_websocket
+from catbus.client.webtransport import make_configuration, open_webtransport
+
+PUBLISHERS = 4
+WARM = 3.0
+"""Seconds of load before the first replica is restarted, and after the last."""
+PATIENCE = 60.0
+WIDTH = 60
+
+
+class Replica:
+    """The place of one; the methods block."""
+
+    def __init__(self, database: str, drain: str) -> None:
+        self.server: Server | None = None
+        self.ready = False
+        self._make = partial(harness.catbus_run, database, webtransport=True, drain=drain)
+        self._running: AbstractContextManager[Server] | None = None
+
+    def start(self) -> None:
+        self._running = self._make()
+        self.server = self._running.__enter__()
+
+    def stop(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.__exit__(None, None, None)
+
+
+@dataclass
+class Seen:
+    """What one subscriber got."""
+
+    cursor: int = -1
+    delivered: int = 0
+    lost: int = 0
+    repeated: int = 0
+    last: float = 0.0
+    pause: float = 0.0
+
+
+@dataclass
+class Run:
+    """What happens in one run."""
+
+    replicas: list[Replica]
+    began: float = 0.0
+    over: bool = False
+    dialled: int = 0
+    published: int = 0
+    acknowledged: int = 0
+    head: int = 0
+    seen: list[Seen] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)
+    """When a session was on another replica, in seconds since the beginning."""
+
+    async def watch(self) -> None:
+        """Ask the replicas what a balancer asks them."""
+        while True:
+            for replica in self.replicas:
+                ready = False
+                if replica.server is not None:
+                    with suppress(OSError, IndexError):
+                        ready = await trio.to_thread.run_sync(harness.is_ready, replica.server.port)
+                replica.ready = ready
+            await trio.sleep(0.1)
+
+    async def dial(self, transport: str) -> Transport:
+        ready = [replica for replica in self.replicas if replica.ready]
+        if not ready:
+            raise Disconnected("no replica is ready")
+        self.dialled += 1
+        server = ready[self.dialled % len(ready)].server
+        assert server is not None
+        if transport == "websocket":
+            return await open_websocket(parse_address(f"ws://127.0.0.1:{server.port}/ws"))
+        address = parse_address(f"https://127.0.0.1:{server.quic_port}/")
+        return await open_webtransport(address, make_configuration(address, server.ca))
+
+    def connect(self, transport: str) -> AbstractAsyncContextManager[Bus]:
+        def note(event: object) -> None:
+            if isinstance(event, Reconnected):
+                self.moves.append(trio.current_time() - self.began)
+
+        token = sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
+        return open_bus(partial(self.dial, transport), token=token, persist=True, on_event=note)
+
+    async def subscribe(self, transport: str, *, task_status: trio.TaskStatus[None]) -> None:
+        seen = Seen()
+        self.seen.append(seen)
+        async with self.connect(transport) as bus, bus.subscribe("*") as messages:
+            seen.cursor, seen.last = messages.cursor, trio.current_time()
+            task_status.started()
+            async for message in messages:
+                now = trio.current_time()
+                seen.delivered += 1
+                seen.pause, seen.last = max(seen.pause, now - seen.last), now
+                if message.seq <= seen.cursor:
+                    seen.repeated += 1
+                else:
+                    seen.lost += message.seq - seen.cursor - 1
+                    seen.cursor = message.seq
+
+    async def publish(self, transport: str, pause: float) -> None:
+        async with self.connect(transport) as bus:
+            due = trio.current_time()
+            while not self.over:
+                self.published += 1
+                self.head = max(self.head, await bus.publish("bench.rolling", self.published))
+                self.acknowledged += 1
+                due = max(due + pause, trio.current_time())
+                await trio.sleep_until(due)
+
+
+async def play(run: Run, sessions: int, rate: float) -> list[tuple[float, int]]:
+    """Seconds and sessions that moved, of each replica's restart."""
+    transports = ["websocket", "webtransport"]
+    restarts = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run.watch)
+        while not all(replica.ready for replica in run.replicas):
+            await trio.sleep(0.05)
+        for first in range(0, sessions, 20):
+            async with trio.open_nursery() as starting:
+                for number in range(first, min(first + 20, sessions)):
+                    starting.start_soon(nursery.start, run.subscribe, transports[number % 2])
+        run.began = trio.current_time()
+        for seen in run.seen:
+            seen.last, seen.pause = run.began, 0.0
+        async with trio.open_nursery() as publishing:
+            for number in range(PUBLISHERS):
+                publishing.start_soon(run.publish, transports[number % 2], PUBLISHERS / rate)
+            await trio.sleep(WARM)
+            for replica in run.replicas:
+                began, moved = trio.current_time(), len(run.moves)
+                await trio.to_thread.run_sync(replica.stop)
+                await trio.to_thread.run_sync(replica.start)
+                while not replica.ready:
+                    await trio.sleep(0.02)
+                restarts.append((trio.current_time() - began, len(run.moves) - moved))
+            await trio.sleep(WARM)
+            run.over = True
+        with trio.move_on_after(PATIENCE):
+            while any(seen.cursor < run.head for seen in run.seen):
+                await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+    return restarts
+
+
+def plot(moves: Sequence[float]) -> list[str]:
+    counts = Counter(int(at) for at in moves)
+    most = max(counts.values(), default=1)
+    seconds = range(max(counts, default=0) + 1)
+    return [f"{second:4} s {counts[second]:5} {'#' * round(WIDTH * counts[second] / most)}" for second in seconds]
+
+
+def draw(moves: Sequence[float]) -> str:
+    """The same as a picture."""
+    counts = Counter(int(at) for at in moves)
+    most, seconds = max(counts.values(), default=1), max(counts, default=0) + 1
+    step, height = max(4, 640 // seconds), 200
+    width = step * seconds
+    bars = "".join(
+        f'<rect x="{50 + step * second}" y="{20 + height - height * count / most:.1f}" width="{step - 1}" '
+        f'height="{height * count / most:.1f}"/>'
+        for second, count in sorted(counts.items())
+    )
+    labels = "".join(
+        f'<text x="{50 + step * second}" y="{height + 38}" text-anchor="middle">{second}</text>'
+        for second in range(0, seconds + 1, 5)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 70}" height="{height + 64}" '
+        f'font-family="sans-serif" font-size="12">'
+        f'<rect width="100%" height="100%" fill="white"/>'
+        f'<g fill="#3b6ea5">{bars}</g>'
+        f'<path d="M50 20V{height + 20}H{width + 50}" fill="none" stroke="black"/>'
+        f'<text x="44" y="26" text-anchor="end">{most}</text><text x="44" y="{height + 20}" text-anchor="end">0</text>'
+        f"{labels}"
+        f'<text x="{50 + width / 2}" y="{height + 58}" text-anchor="middle">seconds; bars: reconnects in one</text>'
+        f"</svg>\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=20.0, help="messages a second, all publishers together")
+    parser.add_argument("--replicas", type=int, default=3)
+    parser.add_argument("--delay", type=float, default=1.0, help="drain.delay, in seconds")
+    parser.add_argument("--window", type=float, default=5.0, help="drain.window: over so long clients are sent away")
+    parser.add_argument("--database", help="the URL of a PostgreSQL; without it, one is started")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the reconnects there")
+    options = parser.parse_args()
+    harness.prepare()
+    print(harness.describe_machine())
+    drain = f"[drain]\ndelay = {options.delay}\nwindow = {options.window}\n"
+    with harness.database(options.database) as url:
+        run = Run([Replica(url, drain) for _ in range(options.replicas)])
+        try:
+            for replica in run.replicas:
+                replica.start()
+            restarts = trio.run(play, run, options.sessions, options.rate)
+        finally:
+            for replica in run.replicas:
+                replica.stop()
+    lost = sum(seen.lost + max(run.head - seen.cursor, 0) for seen in run.seen)
+    repeated = sum(seen.repeated for seen in run.seen)
+    print(
+        f"{options.sessions} sessions; drain: {options.delay:g} s of notice, then clients go over {options.window:g} s"
+    )
+    print("\nreconnects in each second:")
+    print("\n".join(plot(run.moves)))
+    print()
+    for number, (seconds, moved) in enumerate(restarts, 1):
+        print(f"replica {number}: {seconds:.1f} s from SIGTERM to ready again, {moved} sessions moved")
+    pauses = sorted(seen.pause for seen in run.seen)
+    print(
+        f"in all {sum(seconds for seconds, _ in restarts):.1f} s, {len(run.moves)} sessions moved; "
+        f"published {run.published}, acknowledged {run.acknowledged}, "
+        f"delivered {sum(seen.delivered for seen in run.seen)}"
+    )
+    print(f"pause p50 {percentile(pauses, 0.5) * 1e3:.0f} ms, p99 {percentile(pauses, 0.99) * 1e3:.0f} ms")
+    print(f"lost {lost}, repeated {repeated}")
+    if options.svg is not None:
+        options.svg.write_text(draw(run.moves))
+    sys.exit(bool(lost or repeated or run.published != run.acknowledged))
+
+
+if __name__ == "__main__":
+    main()
