@@ -339,7 +339,7 @@ def _check_subscription(
     ordinal = position = -1
     who = f"{subscriber} to {pattern}"
 
-    def enter(event: Received | Complete | Began) -> bool:
+    def enter(event: Received | Complete | Began | Gapped) -> bool:
         """Go on in the event's epoch; False where that is not right, and has been told."""
         nonlocal ordinal
         there = log.ordinals.get(event.epoch, -1)
@@ -366,7 +366,7 @@ def _check_subscription(
             position = event.seq
         elif isinstance(event, Gapped):
             there = log.ordinals.get(event.epoch, -1)
-            if there == ordinal:
+            if event.reason == "retention" and enter(event):
                 pass_over(event.first - 1, event)
                 for seq in log.missing(ordinal, pattern, position, event.last):
                     sent = log.sent.get((ordinal, seq), 0.0)
