@@ -23,7 +23,9 @@ class Running(NamedTuple):
 
 @pytest.fixture
 def broker(start: Start, tmp_path: Path) -> Running:
-    process = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    config = tmp_path / "catbus.toml"
+    config.write_text("[drain]\ndelay = 0\nwindow = 0\n")
+    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
     [url] = next_event(process, "serving")["urls"]
     return Running(url, process, tmp_path / "state")
 
