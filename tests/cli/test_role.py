@@ -154,8 +154,13 @@ def state(monkeypatch: pytest.MonkeyPatch, postgres_server: str) -> Iterator[Pat
     shutil.rmtree(directory)
 
 
-def test_a_role_of_the_broker_on_this_machine_works_at_once(catbus: Command, state: Path, start: Start) -> None:
-    broker = start("run", "--database", "embedded", "--ws-bind", "127.0.0.1:0", state=state)
+def test_a_role_of_the_broker_on_this_machine_works_at_once(
+    catbus: Command, state: Path, start: Start, tmp_path: Path
+) -> None:
+    config = tmp_path / "catbus.toml"
+    config.write_text("[drain]\ndelay = 0\nwindow = 0\n")
+    options = ("--config", str(config), "--database", "embedded", "--ws-bind", "127.0.0.1:0")
+    broker = start("run", *options, state=state)
     [url] = next_event(broker, "serving")["urls"]
     next_event(broker, "database connected")
     status, token, errors = catbus("role", "create", "--client-id", "ci", "-p", "read", "-p", "write", "demo.*")
