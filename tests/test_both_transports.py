@@ -17,10 +17,10 @@ import trio
 
 import catbus
 from catbus import CloseCode, Config
-from catbus.client import Backoff, Bus, Transport
+from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport
 from catbus.client.websocket import WebSocket
 from catbus.client.webtransport import WebTransport as OverQuic
-from catbus.config import WebTransport
+from catbus.config import Drain, WebTransport
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import Peer
 
@@ -64,6 +64,38 @@ async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> N
         seqs = [await one.publish("a.b", 1), await other.publish("a.c", 2)]
         for messages in (here, there):
             assert [((m := await anext(messages)).seq, m.payload) for _ in seqs] == [(seqs[0], 1), (seqs[1], 2)]
+
+
+async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_may(tmp_path: Path) -> None:
+    """Over either transport `goaway` names a moment within the window, and the closing code is one to come back by."""
+    told: list[GoAway] = []
+    codes: list[int | None] = []
+
+    async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
+        def note(event: object) -> None:
+            assert isinstance(event, GoAway)
+            told.append(event)
+
+        try:
+            async with (
+                catbus.connect(url, token=TOKEN, ca=ca, reconnect=False, on_event=note) as bus,
+                bus.subscribe("a.*") as messages,
+            ):
+                task_status.started()
+                await anext(messages)
+        except Disconnected as end:
+            codes.append(end.code)
+
+    config = msgspec.structs.replace(CONFIG, drain=Drain(delay=0, window=0.5, deadline=5))
+    async with trio.open_nursery() as nursery, running(tmp_path, config) as (broker, websocket, found):
+        for _ in range(5):
+            await nursery.start(stay, websocket, None)
+            await nursery.start(stay, found["webtransport"], found["certificate"])
+        broker.stop()
+    assert len(told) == 10
+    assert all(0 <= goaway.reconnect_in <= 0.5 for goaway in told)
+    assert len({goaway.reconnect_in for goaway in told}) > 1, "they do not all come back at once"
+    assert codes == [CloseCode.SHUTTING_DOWN] * 10
 
 
 async def test_a_cursor_from_one_transport_goes_on_over_the_other(tmp_path: Path) -> None:
