@@ -37,7 +37,7 @@ from tests.postgres.server import execute
 from . import load
 from .checker import Report, judge
 from .database import AUDIT, Database, is_root
-from .faults import KINDS, Plan, Scene, change_roles
+from .faults import KINDS, NOTHING, Plan, Scene, change_roles
 from .history import AnyEvent, Ended, Entry, Epoch, History, Noticed, now, read
 from .mistakes import MISTAKES
 from .replicas import OURS, Post, open_posts
@@ -256,7 +256,8 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long there are faults (default: 2)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="what the faults are drawn from")
-    parser.add_argument("--only", choices=KINDS, metavar="KIND", help=f"faults of one kind: {', '.join(KINDS)}")
+    kinds = [*KINDS, NOTHING]
+    parser.add_argument("--only", choices=kinds, metavar="KIND", help=f"faults of one kind: {', '.join(kinds)}")
     parser.add_argument("--mistakes", action="store_true", help="have replicas make mistakes, which must be found")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep histories and logs there")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="only check a history that was kept")
@@ -265,6 +266,8 @@ def main() -> None:
         report = judge(read(options.judge), database_only=DATABASE_ONLY)
         print(report)
         sys.exit(bool(report.broken))
+    if shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
+        parser.exit(1, "there is no pgbouncer on PATH: install your distribution's package of that name\n")
     if is_root() and MOUNTED not in os.environ and shutil.which("unshare"):
         mount(sys.argv[1:])
     directory = Path(tempfile.mkdtemp(prefix="catbus-chaos-"))

@@ -215,16 +215,20 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+NOTHING = "nothing"
+"""What can be asked for in the place of a kind: all that happens then is that roles change."""
+
+
 class Plan:
     """Faults, one after the other, in lanes beside each other; now and then all is calm."""
 
     def __init__(self, scene: Scene, seed: int, only: str | None = None) -> None:
-        """With `only`, faults of that kind, one at a time; none where it is empty."""
+        """With `only`, faults of that kind, one at a time; with NOTHING, none."""
         self.done = 0
         self._scene = scene
         self._seed = seed
         self._kinds = [kind for kind in KINDS if kind != "disk full" or is_root()] if only is None else [only]
-        self._lanes = 2 if only is None else int(only != "")
+        self._lanes = 2 if only is None else int(only != NOTHING)
         self._numbers = count(1)
         self._touched: set[str] = set()
 

@@ -19,6 +19,8 @@ from catbus.postgres.reader import Reader
 from catbus.postgres.writer import Writer
 from catbus.subscription import Subscription
 
+from .faults import NOTHING
+
 
 def acknowledge_early() -> None:
     """A message is acknowledged when it is about to be committed."""
@@ -82,9 +84,9 @@ MISTAKES: dict[str, tuple[Callable[[], None], str]] = {
     "a retry is not checked": (forget_keys, "answers to clients lost"),
     "caught up to the database's head": (read_to_the_head, "connections reset"),
     "a gap is not announced": (keep_gaps_quiet, "database failed over"),
-    "a revoke is not applied": (ignore_revocations, ""),
+    "a revoke is not applied": (ignore_revocations, NOTHING),
 }
-"""By name: how it is made, and a fault that brings it to light, where there has to be one."""
+"""By name: how it is made, and the faults that bring it to light."""
 
 
 if __name__ == "__main__":
