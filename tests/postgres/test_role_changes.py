@@ -89,6 +89,27 @@ async def test_a_transaction_counts_once_and_one_that_is_rolled_back_never(datab
         assert await listening.take() == (version + 1, set(keys))
 
 
+async def test_a_statement_that_changes_nothing_is_no_change(database_url: str) -> None:
+    key = (await make_role(database_url)).hex()
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        version, _ = await listening.take()
+        ((read,),) = await sql.fetch("SELECT min(pattern) FROM catbus.role_grants WHERE permission = 'read'")
+        await Roles(sql).grant(key, Grants((read,)))
+        await sql.execute("DELETE FROM catbus.role_grants WHERE pattern = 'nobody.has.this'")
+        await sql.execute("DELETE FROM catbus.roles WHERE client_id = 'nobody'")
+        assert await listening.take() == (version, set())
+
+
+async def test_grants_of_one_role_that_come_together_are_told_of_once(database_url: str) -> None:
+    key = (await make_role(database_url)).hex()
+    async with ear(database_url) as listening, open_sql(database_url) as sql:
+        version, _ = await listening.take()
+        await Roles(sql).grant(key, Grants(tuple(f"many.{n}" for n in range(200))))
+        await listening.connection.fetch("SELECT 1")
+        assert listening.heard == [key]
+        assert await listening.take() == (version + 1, {key})
+
+
 async def test_those_who_change_roles_do_not_wait_for_one_another(database_url: str) -> None:
     one, other = [(await make_role(database_url)).hex() for _ in range(2)]
     async with open_sql(database_url) as first, open_sql(database_url) as second:
