@@ -88,13 +88,15 @@ async def run(
             with trio.fail_after(60):
                 for post in posts:
                     await post.wait_ready()
-            await play(history, posts, database, roles, minutes, seed, only, chance)
+            unanswered = await play(history, posts, database, roles, minutes, seed, only, chance)
         finally:
             with trio.CancelScope(shield=True):
                 await database.close()
             history.close()
         nursery.cancel_scope.cancel()
     fallen = [f"{post.name} has ended by itself with status {status}" for post in posts for status in post.fallen]
+    if unanswered:
+        fallen.append(f"{unanswered} publishes were never answered")
     return history.events, [*fallen, *complaints]
 
 
@@ -123,7 +125,8 @@ async def play(
     seed: int,
     only: str | None,
     chance: random.Random,
-) -> None:
+) -> int:
+    """Load the replicas while all that is planned happens to them; returns how many publishes have no answer."""
     ground = load.Ground(history, posts, database, chance)
     scene = Scene(history, posts, database, random.Random(seed), lambda: ground.flying, trio.Lock())
     plan = Plan(scene, seed, only)
@@ -162,9 +165,10 @@ async def play(
             for post in posts:
                 await post.wait_ready()
             ground.over.set()
-            with trio.move_on_after(30) as limit:
+            with trio.move_on_after(30):
                 async with trio.open_nursery() as waiting:
                     waiting.start_soon(wait_all_answered, ground)
+            unanswered = ground.flying
             publishers.cancel_scope.cancel()
         tell()
         say(f"{changes} changes of roles; waiting for everybody to catch up ...")
@@ -176,10 +180,9 @@ async def play(
         )
         for each in behind:
             say(f"never caught up with {head} of {epoch}: {each}")
-        if limit.cancelled_caught:
-            say(f"{ground.flying} publishes were never answered")
         subscribers.cancel_scope.cancel()
     await take_down(history, database)
+    return unanswered
 
 
 async def wait_all_answered(ground: load.Ground) -> None:

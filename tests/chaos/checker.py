@@ -53,7 +53,7 @@ PROMISES = {
     "acknowledged": "What was acknowledged is in the log, under the seq it was acknowledged with",
     "refused": "What was refused for good is not in the log",
     "once": "A publish is in the log once at most, however often it was sent",
-    "ordered": "The messages of one publisher stand in the log in the order in which it sent them",
+    "ordered": "The messages of one publisher, unless `unknown` to it, stand in the log in the order of sending",
     "agreed": "A seq of an epoch is the same message for everybody",
     "increasing": "A subscription gets its messages in the order of their seqs, none of them twice",
     "whole": "What a subscription does not get has been announced as a gap",
@@ -320,8 +320,12 @@ def _check_publishes(history: _History, log: _Log, report: Report) -> None:
     for message, seqs in log.places.items():
         once.check(len(seqs) == 1, "{} is in the log under {}", message, seqs)
     last: dict[str, int] = {}
+    given_up = {(event.publisher, event.number) for event in history.answered if event.refusal == "unknown"}
     for seq in sorted(log.kept):
         publisher, number = log.kept[seq].message
+        if (publisher, number) in given_up:
+            # The publisher has gone on without an answer, and it may have come after what was published then.
+            continue
         before = last.get(publisher, 0)
         if number != before:
             ordered.check(number > before, "{}'s {} has seq {}, behind its {}", publisher, number, seq, before)
@@ -497,20 +501,21 @@ def _check_connections(history: _History, times: _Times, database_only: Collecti
 
 def _check_notice(history: _History, report: Report) -> None:
     noticed = report.promises["noticed"]
-    away: dict[str, list[float]] = defaultdict(list)
+    said: dict[str, list[Noticed]] = defaultdict(list)
     for event in history.noticed:
-        if not event.available:
-            away[event.replica].append(event.at)
+        said[event.replica].append(event)
     for fault in history.hurt:
         if fault.kind in ("listener cut", "listener silent", "database cut off"):
-            told = away[fault.replica]
-            index = bisect_right(told, fault.at)
-            at = told[index] if index < len(told) else float("inf")
             end = history.end(fault)
-            if at <= max(end, fault.at + LIVE):
-                report.figure(f"{fault.kind} to noticed").values.append(at - fault.at)
+            before = [event for event in said[fault.replica] if event.at <= fault.at][-1:]
+            during = [event for event in said[fault.replica] if fault.at < event.at <= max(end, fault.at + LIVE)]
+            away = [event.at - fault.at for event in during if not event.available]
+            if before and before[0].available and away:
+                report.figure(f"{fault.kind} to noticed").values.append(away[0])
             if end - fault.at > SOON:
-                noticed.check(at <= fault.at + SOON, "noticed after {:.1f} s: {}", at - fault.at, fault)
+                # Where something else had been noticed before, it is enough that it stays so.
+                in_time = [event for event in (*before, *during) if event.at <= fault.at + SOON][-1:]
+                noticed.check(in_time and not in_time[0].available, "{}, at first, and then: {}", fault, during[:3])
 
 
 def _check_ephemeral(history: _History, report: Report) -> None:

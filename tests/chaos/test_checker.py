@@ -76,6 +76,7 @@ def tell() -> Story:
     """A story in which everything is as promised, and much of it looks as if it were not."""
     story = Story()
     story.add(Linked, 0.0, client="s", replica="r", transport="websocket")
+    story.add(Noticed, 0.0, replica="r", available=True)
     story.begin(0, OLD, 0.0)
     for number in (1, 2, 3):
         story.publish(number, number, number)
@@ -92,6 +93,9 @@ def tell() -> Story:
     story.add(Published, 8.0, publisher="p", number=6, channel="a.b")
     story.add(Answered, 8.5, publisher="p", number=6, refusal="unknown")
     story.append(NEW, 4, 6)
+    story.append(NEW, 100, 10, "d")
+    story.add(Published, 8.05, publisher="p", number=10, channel="d")
+    story.add(Answered, 8.06, publisher="p", number=10, refusal="unknown")
     story.receive(4, ("p", 6), 8.1, NEW)
     story.add(Published, 8.2, publisher="p", number=7, channel="a.b")
     story.add(Answered, 8.3, publisher="p", number=7, refusal="unavailable")
@@ -162,12 +166,12 @@ BREACHES: dict[str, Callable[[Story], object]] = {
     "increasing": lambda story: story.receive(6, ("p", 9), 101.0, NEW, "u"),
     "whole": lambda story: change(story, Received, {"subscriber": "s", "seq": 2}, subscriber="nobody"),
     "kept": lambda story: change(story, Gapped, {"subscriber": "u"}, last=6),
-    "complete": lambda story: (story.append(NEW, 8, 10), change(story, Ended, {}, head=8)),
+    "complete": lambda story: (story.append(NEW, 8, 11), change(story, Ended, {}, head=8)),
     "prompt": lambda story: change(story, Received, {"subscriber": "t", "seq": 6}, sent=START + 94.0),
-    "readable": lambda story: story.receive(8, ("p", 10), 135.0, NEW, "x/s"),
+    "readable": lambda story: story.receive(8, ("p", 11), 135.0, NEW, "x/s"),
     "writable": lambda story: story.publish(2, 8, 135.0, publisher="x/p"),
     "connected": lambda story: story.add(Lost, 5.5, client="s", replica="r"),
-    "noticed": lambda story: change(story, Noticed, {}, at=START + 205.5),
+    "noticed": lambda story: change(story, Noticed, {"available": False}, at=START + 205.5),
     "ephemeral": lambda story: story.receive(0, ("e", 1), 211.0, NEW, sent=0.0, session=1),
 }
 
@@ -187,7 +191,7 @@ def test_a_breach_is_found(name: str) -> None:
     story = tell()
     BREACHES[name](story)
     if name in ("readable", "writable"):
-        story.append(NEW, 8, *((10,) if name == "readable" else (2, "a.b", "x/p")))
+        story.append(NEW, 8, *((11,) if name == "readable" else (2, "a.b", "x/p")))
     report = story.judge()
     assert name in report.broken, str(report)
     assert set(report.broken) <= {name} | COMPANIONS.get(name, set()), str(report)
@@ -216,9 +220,9 @@ def test_what_is_reported_is_measured() -> None:
     story = tell()
     story.hurt(3, "replica killed", 220.0, 222.0)
     story.add(Lost, 220.1, client="s", replica="r")
-    story.publish(10, 8, 221.0)
-    story.append(NEW, 8, 10)
-    story.receive(8, ("p", 10), 221.02, NEW)
+    story.publish(11, 8, 221.0)
+    story.append(NEW, 8, 11)
+    story.receive(8, ("p", 11), 221.02, NEW)
     report = story.judge()
     assert report.figures["replica killed to caught up"].values == [pytest.approx(1.02)]
     assert report.figures["listener silent to noticed"].values == [pytest.approx(4.0)]
