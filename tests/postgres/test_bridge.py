@@ -160,7 +160,7 @@ async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:
         with await bridge.connect(proxy.url) as connection:
             peer = connection._raw._transport.get_extra_info("socket")
             assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
+            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4_000
 
 
 async def test_what_goes_wrong_within_leaves_the_bridge_as_it_is() -> None:
