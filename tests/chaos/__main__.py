@@ -35,7 +35,7 @@ from catbus.postgres.roles import open_roles
 from tests.postgres.server import execute
 
 from . import load
-from .checker import Report, judge
+from .checker import PROMISES, Report, judge
 from .database import AUDIT, Database, is_root
 from .faults import KINDS, NOTHING, Plan, Scene, change_roles
 from .history import AnyEvent, Ended, Entry, Epoch, History, Noticed, now, read
@@ -222,10 +222,10 @@ def try_mistakes(options: argparse.Namespace, directory: Path) -> bool:
         place.mkdir()
         options.only, options.minutes = kind, 0.4
         report, _ = once(options, place, ("tests.chaos.mistakes", name))
-        broken = report.broken
+        broken = [PROMISES[promise] for promise in report.broken]
         found.append((name, broken))
         print(f"{name}: {'; '.join(broken) or 'NOT FOUND'}", flush=True)
-    print("\n| Mistake | Promises that were found to be broken |\n| --- | --- |")
+    print("\n| Mistake | Promises that were found to be broken |\n|---|---|")
     for name, broken in found:
         print(f"| {name} | {'; '.join(broken) or 'none'} |")
     return all(broken for _, broken in found)
