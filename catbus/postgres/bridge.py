@@ -19,6 +19,7 @@ import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
 from ..loggers import get_logger
+from .urls import for_asyncpg
 
 logger = get_logger("catbus.postgres")
 
@@ -108,13 +109,13 @@ class Bridge:
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT) -> Connection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.
 
-        libpq's parameters in the URL (`sslmode` and the like) mean what they mean there.
+        libpq's parameters in the URL (`sslmode`, `sslrootcert` and the like) mean what they mean there.
         """
         with trio.move_on_after(timeout):
             while True:
                 pooled = url in self._pooled
                 try:
-                    connection: Connection = await self.cross(partial(self._open, url, pooled), _give_up)
+                    connection: Connection = await self.cross(partial(self._open, for_asyncpg(url), pooled), _give_up)
                 except asyncpg.exceptions.ClientConfigurationError as error:
                     raise ConfigError(f"[database] url: {error}") from None
                 if connection.pooled == pooled:
@@ -191,6 +192,8 @@ class Connection:
         """The process that serves this connection, or behind a pooler one that did."""
         self.pooled: bool = pid != raw.get_server_pid()
         """Whether this leads to a pooler: what answers is not the process that it was said to be on connecting."""
+        self.encrypted: bool = raw._transport.get_extra_info("ssl_object") is not None
+        """Whether it goes through TLS."""
         peer = raw._transport.get_extra_info("socket")
         if peer is not None and peer.family != socket.AF_UNIX:
             for level, option, value in _KEEPALIVE:

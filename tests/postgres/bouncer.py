@@ -22,9 +22,12 @@ from tests.programs import find_program
 
 
 class Bouncer:
-    """`url` leads through it to the database of the URL that it was made with."""
+    """`url` leads through it to the database of the URL that it was made with.
 
-    def __init__(self, url: str, size: int, directory: Path) -> None:
+    With a `certificate`, whose key is in the same PEM, it talks to nobody but through TLS.
+    """
+
+    def __init__(self, url: str, size: int, directory: Path, certificate: bytes | None = None) -> None:
         directory.chmod(0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -32,10 +35,16 @@ class Bouncer:
         parts = urlsplit(url)
         target = _target(url)
         host, server_port = target if isinstance(target, tuple) else target.rsplit("/.s.PGSQL.", 1)
-        self.url = f"postgres://{parts.username}:{parts.password}@127.0.0.1:{port}{parts.path}?sslmode=disable"
+        mode = "require" if certificate else "disable"
+        self.url = f"postgres://{parts.username}:{parts.password}@127.0.0.1:{port}{parts.path}?sslmode={mode}"
         self._port = port
         self._log = directory / "log"
         (directory / "users").write_text(f'"{unquote(parts.username or "")}" "{unquote(parts.password or "")}"\n')
+        tls = ""
+        if certificate:
+            pem = directory / "tls.pem"
+            pem.write_bytes(certificate)
+            tls = f"client_tls_sslmode = require\nclient_tls_cert_file = {pem}\nclient_tls_key_file = {pem}\n"
         (directory / "ini").write_text(
             "[databases]\n"
             f"* = host={host} port={server_port}\n"
@@ -47,7 +56,7 @@ class Bouncer:
             f"auth_file = {directory}/users\n"
             "pool_mode = transaction\n"
             f"default_pool_size = {size}\n"
-            "server_login_retry = 0.1\n"
+            "server_login_retry = 0.1\n" + tls
         )
         # It refuses to run as root.
         user = ["-u", "postgres"] if os.getuid() == 0 else []
@@ -78,10 +87,10 @@ class Bouncer:
 
 
 @asynccontextmanager
-async def open_bouncer(url: str, *, size: int = 3) -> AsyncIterator[Bouncer]:
+async def open_bouncer(url: str, *, size: int = 3, certificate: bytes | None = None) -> AsyncIterator[Bouncer]:
     """Run one with at most `size` connections to the database."""
     directory = Path(tempfile.mkdtemp(prefix="catbus-bouncer-"))
-    bouncer = Bouncer(url, size, directory)
+    bouncer = Bouncer(url, size, directory, certificate)
     try:
         with tethered(bouncer.process, directory):
             await bouncer.wait_ready()

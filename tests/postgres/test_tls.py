@@ -1,0 +1,122 @@
+"""TLS to PostgreSQL, with libpq's parameters in the URL.
+
+The wheel's PostgreSQL is built without TLS, so that it is PgBouncer that speaks it; to a client the two are the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+import pytest
+import trustme
+
+from catbus.config import Database
+from catbus.errors import ConfigError
+from catbus.log import Committed
+from catbus.postgres import PostgresLog
+from catbus.postgres.bridge import OUTAGE, open_bridge
+from catbus.postgres.urls import for_asyncpg
+from tests.log.harness import running
+from tests.postgres.bouncer import open_bouncer
+
+
+class Server:
+    """What answers with TLS on 127.0.0.1. `authority` has signed its certificate, `stranger` has not."""
+
+    def __init__(self, directory: Path) -> None:
+        authority, stranger = trustme.CA(), trustme.CA()
+        self.authority, self.stranger = directory / "authority.crt", directory / "stranger.crt"
+        authority.cert_pem.write_to_path(self.authority)
+        stranger.cert_pem.write_to_path(self.stranger)
+        self.certificate = authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes()
+        self.address = ""
+
+    def url(self, host: str = "127.0.0.1", **parameters: object) -> str:
+        parts = urlsplit(self.address)
+        login = f"{parts.username}:{parts.password}"
+        return parts._replace(netloc=f"{login}@{host}:{parts.port}", query=urlencode(parameters)).geturl()
+
+
+@pytest.fixture
+async def server(database_url: str, tmp_path: Path) -> AsyncIterator[Server]:
+    server = Server(tmp_path)
+    async with open_bouncer(database_url, certificate=server.certificate) as bouncer:
+        server.address = bouncer.url
+        yield server
+
+
+async def is_encrypted(url: str) -> bool:
+    async with open_bridge() as bridge:
+        with await bridge.connect(url) as connection:
+            assert tuple(await connection.fetchrow("SELECT 1")) == (1,)
+            return connection.encrypted
+
+
+async def test_what_sslmode_asks_for_is_what_there_is(server: Server) -> None:
+    with pytest.raises(OUTAGE, match="SSL required"):
+        await is_encrypted(server.url(sslmode="disable"))
+    assert await is_encrypted(server.url(sslmode="require"))
+    assert await is_encrypted(server.url(sslmode="verify-ca", sslrootcert=server.authority))
+    assert await is_encrypted(server.url(sslmode="verify-full", sslrootcert=server.authority))
+
+
+@pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
+async def test_a_server_by_another_authority_is_refused(server: Server, mode: str) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await is_encrypted(server.url(sslmode=mode, sslrootcert=server.stranger))
+
+
+async def test_only_verify_full_minds_the_name(server: Server) -> None:
+    assert await is_encrypted(server.url("localhost", sslmode="verify-ca", sslrootcert=server.authority))
+    with pytest.raises(ssl.SSLCertVerificationError, match="localhost"):
+        await is_encrypted(server.url("localhost", sslmode="verify-full", sslrootcert=server.authority))
+
+
+async def test_a_server_without_tls_is_refused_where_it_is_required(database_url: str) -> None:
+    async with open_bouncer(database_url) as bouncer:
+        assert not await is_encrypted(bouncer.url)
+        with pytest.raises(ConnectionError, match="SSL"):
+            await is_encrypted(bouncer.url.replace("disable", "require"))
+
+
+async def test_a_log_works_through_it(server: Server) -> None:
+    url = server.url(sslmode="verify-full", sslrootcert=server.authority)
+    async with running(PostgresLog(Database(url=url))) as (follower, publisher):
+        assert await publisher.publish("a", b"1") == Committed(1)
+        await follower.wait_for(1)
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey"])
+async def test_a_file_that_is_not_there_is_an_error_that_names_it(server: Server, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\[database\] url: {name}: /no/such/file: No such file"):
+        await is_encrypted(server.url(sslmode="verify-full", **{name: "/no/such/file"}))
+
+
+async def test_a_mode_that_there_is_not_is_an_error(server: Server) -> None:
+    with pytest.raises(ConfigError, match="sslmode"):
+        await is_encrypted(server.url(sslmode="certainly"))
+
+
+async def test_the_authorities_of_the_system(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.crt"
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    shutil.copy(server.authority, bundle)
+    assert await is_encrypted(server.url(sslrootcert="system"))
+    shutil.copy(server.stranger, bundle)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await is_encrypted(server.url(sslrootcert="system"))
+    bundle.unlink()
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    with pytest.raises(ConfigError, match="no certificates of authorities"):
+        await is_encrypted(server.url(sslrootcert="system"))
+    with pytest.raises(ConfigError, match="verify-full only"):
+        await is_encrypted(server.url(sslrootcert="system", sslmode="require"))
+
+
+def test_a_url_with_nothing_to_change_stays_as_it_is() -> None:
+    url = "postgres://a:b%2F@/c?host=%2Frun&sslmode=require"
+    assert for_asyncpg(url) == url
