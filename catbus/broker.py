@@ -22,6 +22,7 @@ from .errors import PeerError, Refused
 from .hub import Hub
 from .local import Messages
 from .log import Log, MemoryLog, Rejected
+from .metrics import Metrics
 from .postgres import PostgresLog, embedded
 from .wire import Publish, check_payload, to_json
 
@@ -81,6 +82,7 @@ class Broker:
 
     def open(self, doors: Mapping[str, Door]) -> None:
         """Its doors are open."""
+        self.hub.scrape = Metrics(self.hub, doors).scrape
         self.addresses = [(kind, address) for kind, door in doors.items() for address in door.addresses]
         if "webtransport" in doors:
             self.hub.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
@@ -140,11 +142,14 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
     hub = Hub(config, log, authenticator, certificates, roles)
+    if isinstance(log, PostgresLog):
+        log.describe = hub.describe
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)
     nursery.start_soon(hub.mark_time)
     nursery.start_soon(hub.permissions.run)
+    nursery.start_soon(hub.vitals.run, log)
     return Broker(hub)
 
 

@@ -38,16 +38,21 @@ _size = attrgetter("size")
 class DeliveryStatistics:
     """`live` and `late` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
 
-    `held`: bytes in all mailboxes. `withdrawals`: how often a mailbox has given its messages back to make room.
+    `patterns`: how many different ones they are for. `lag`: by how many messages of the log the latest of the late is
+    behind. `held`: bytes in all mailboxes. `withdrawals`: how often a mailbox has given its messages back to make room.
+    `delivered`: messages that were taken to be sent, each as often as it was.
     """
 
     position: int
     live: int
     late: int
+    patterns: int
+    lag: int
     lags: int
     sweeps: int
     held: int
     withdrawals: int
+    delivered: int
 
 
 class Delivery:
@@ -63,6 +68,8 @@ class Delivery:
         """The newest seq that the live subscriptions have been offered."""
         self.at = 0
         """When the entry at `position` was committed, in milliseconds since 1970; 0 where that is not known."""
+        self.unsent_since = 0
+        """The same of the oldest entry offered since this was last set to 0: by then, all of them had been sent."""
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
         self._late: TopicTree[Subscription] = TopicTree()
@@ -81,14 +88,18 @@ class Delivery:
         self._alarm = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
+        late = [member.cursor for group in self._late.groups() for member in group.members]
         return DeliveryStatistics(
-            self.position,
-            len(self._live),
-            len(self._late),
-            self._lags,
-            self._sweeps,
-            self.budget.held,
-            self._withdrawals,
+            position=self.position,
+            live=len(self._live),
+            late=len(self._late),
+            patterns=len({group.pattern for tree in (self._live, self._late) for group in tree.groups()}),
+            lag=max(0, self.position - min(late, default=self.position)),
+            lags=self._lags,
+            sweeps=self._sweeps,
+            held=self.budget.held,
+            withdrawals=self._withdrawals,
+            delivered=self.budget.delivered,
         )
 
     # The log's follower
@@ -96,6 +107,7 @@ class Delivery:
     def apply(self, entries: Sequence[Entry]) -> None:
         """Offer the next entries to the live subscriptions; who has no room for all of its own goes late."""
         previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
+        self.unsent_since = self.unsent_since or entries[0].at
         for subscription in offer(self._live, entries):
             self._fall_behind(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:

@@ -40,6 +40,8 @@ class Flusher:
     """The task that empties mailboxes into their outlets."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self.on_pass: Callable[[], None] | None = None
+        """Called after each pass."""
         self._clock = clock
         self._waiting: list[Mailbox] = []
         self._resting: deque[Mailbox] = deque()
@@ -68,6 +70,8 @@ class Flusher:
                     await self._work.wait()
             self._end_rests(trio.current_time())
             rest = min(await self._pass(rest), LONGEST_REST)
+            if self.on_pass is not None:
+                self.on_pass()
 
     def _end_rests(self, now: float) -> None:
         resting = self._resting

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
+from typing import Any
 from typing import Protocol as Interface
 
 import trio
@@ -24,6 +28,7 @@ from .flush import Flusher
 from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
 from .mailbox import OVERHEAD, Budget, Mailbox, Outlet
 from .permissions import Permissions
+from .release import version
 from .session import (
     Authenticate,
     Broadcast,
@@ -38,9 +43,12 @@ from .session import (
     make_append,
 )
 from .subscription import Subscription
+from .vitals import Vitals
 from .wire import Protocol
 
 STOPPING = "the replica is stopping"
+
+TRANSPORTS = "websocket", "webtransport"
 
 MAX_HISTORY = 1000
 """Messages in one page of `history` at the most."""
@@ -58,9 +66,13 @@ TURN = 0.002
 
 @dataclass(frozen=True, slots=True)
 class HubStatistics:
-    """`published` counts publishes taken from sessions and over HTTP, whatever became of them."""
+    """`clients`: who is connected, by transport, and `opened`: how many have come so far.
 
-    clients: int
+    `published` counts publishes taken from sessions and over HTTP, whatever became of them.
+    """
+
+    clients: Mapping[str, int]
+    opened: Mapping[str, int]
     published: int
 
 
@@ -86,6 +98,10 @@ class Hub:
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
+        self.vitals = Vitals(self.delivery)
+        self.flusher.on_pass = self.vitals.flushed
+        self.scrape: Callable[[str], tuple[bytes, str]] | None = None
+        """What is counted and measured, for an Accept header, and its content type; once the doors are open."""
         self.draining = False
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)
@@ -94,16 +110,33 @@ class Hub:
         self._closed = False
         self._left = trio.lowlevel.ParkingLot()
         self._published = 0
+        self._clients = Counter(dict.fromkeys(TRANSPORTS, 0))
+        self._opened = Counter(self._clients)
+        self._started = time.time_ns() // 1_000_000
 
     def statistics(self) -> HubStatistics:
-        return HubStatistics(len(self.clients), self._published)
+        return HubStatistics(dict(self._clients), dict(self._opened), self._published)
+
+    def describe(self) -> dict[str, Any]:
+        """How this replica is, in a few words that the others pass on."""
+        delivery = self.delivery.statistics()
+        return {
+            "name": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": version(),
+            "started": self._started,
+            "state": self.readiness,
+            "clients": len(self.clients),
+            "applied": self.log.applied,
+            "late": delivery.late,
+            "lag": delivery.lag,
+        }
 
     def report(self) -> dict[str, object]:
         """How this replica is, and its log, for whoever runs it, as it is written in JSON."""
         log = self.log
         return {
-            "state": self.readiness,
-            "clients": len(self.clients),
+            **self.describe(),
             "epoch": log.epoch,
             "head": log.applied,
             "floor": log.floor,
@@ -126,12 +159,16 @@ class Hub:
         """A new connection. Its owner calls `leave` in the end, whatever happens."""
         client = Client(self, outlet, transport, streams)
         self.clients.add(client)
+        self._clients[transport] += 1
+        self._opened[transport] += 1
         if self._closed:
             client.finish()
         return client
 
     def forget_client(self, client: Client) -> None:
-        self.clients.discard(client)
+        if client in self.clients:
+            self.clients.remove(client)
+            self._clients[client.transport] -= 1
         self._left.unpark_all()
 
     async def authenticate(self, token: str) -> Identity:
@@ -276,6 +313,7 @@ class Client:
             trio.current_time(),
         )
         self.session.on_settled = self._settled
+        self.session.on_refused = hub.vitals.refused
         self.session.roles_known = lambda: hub.permissions.known
         self._hub = hub
         self._streams = streams

@@ -76,13 +76,15 @@ class Budget:
     takes no room for messages.
     """
 
-    __slots__ = ("for_messages", "for_replies", "messages", "replies")
+    __slots__ = ("delivered", "for_messages", "for_replies", "messages", "replies")
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self.for_replies = limit // 4
         self.for_messages = limit - self.for_replies
         self.messages = 0
         self.replies = 0
+        self.delivered = 0
+        """How many messages were taken to be sent, each as often as it was taken."""
 
     @property
     def held(self) -> int:
@@ -99,18 +101,20 @@ class Budget:
             self.messages += run.size
         run.holders += 1
 
-    def release(self, items: Sequence[Item]) -> None:
-        """A mailbox does not hold these any more."""
-        messages = replies = 0
+    def release(self, items: Sequence[Item]) -> int:
+        """A mailbox does not hold these any more; returns how many messages they are."""
+        messages = replies = count = 0
         for item in items:
             if isinstance(item, bytes):
                 replies += len(item)
             else:
+                count += len(item.entries)
                 item.holders -= 1
                 if not item.holders:
                     messages += item.size
         self.messages -= messages
         self.replies -= replies
+        return count
 
 
 class Mailbox:
@@ -219,7 +223,7 @@ class Mailbox:
             self.size -= taken
             items = items[:count]
         if items:
-            self._budget.release(items)
+            self._budget.delivered += self._budget.release(items)
         if self._waiting and not self._items:
             waiting, self._waiting = self._waiting, []
             for callback in waiting:
@@ -228,6 +232,8 @@ class Mailbox:
 
     def close(self) -> None:
         """Drop everything; nobody takes it any more."""
+        self._budget.release(self._items)
+        self._items, self._fixed, self.size = [], 0, 0
         self.take()
         self._budget = Budget()
 

@@ -115,6 +115,8 @@ class Session:
         """Called whenever `pending` has fallen."""
         self.roles_known: Callable[[], bool] = _always
         """Whether it is known what roles may just now. Otherwise nothing new is allowed to one."""
+        self.on_refused: Callable[[Code], None] = _ignore
+        """Called with the code of each refusal that the client is told."""
         self._limits = limits
         self._framer = Framer(wire.decode_client, limits.message_size)
 
@@ -248,6 +250,8 @@ class Session:
 
     def say(self, reply: Reply, mailbox: Mailbox | None = None) -> None:
         """Queue a reply in the words that the client knows; unless a mailbox is named, in the session's own."""
+        if isinstance(reply, wire.REFUSALS):
+            self.on_refused(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:
             marks = isinstance(reply, wire.Head)
@@ -375,6 +379,10 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
 
 
 def _nothing() -> None:
+    pass
+
+
+def _ignore(_: Code) -> None:
     pass
 
 

@@ -210,6 +210,10 @@ class Error(Reply, tag="error"):
     fixed = ("message",)
 
 
+REFUSALS = AuthError, SubscribeError, PublishError, Error
+"""The replies that say what was refused, or what has gone wrong."""
+
+
 ServerMessage = (
     AuthOk
     | AuthError

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"errors", "loggers"},
+    {"errors", "loggers", "histogram", "release"},
     {"topics", "wire"},
     {"framing", "auth"},
     {"config", "webtransport"},
@@ -21,8 +21,10 @@ LAYERS = (
     {"mailbox"},
     {"subscription"},
     {"session", "delivery", "flush", "permissions"},
+    {"vitals"},
     {"hub"},
     {"postgres", "endpoints", "client", "local"},
+    {"metrics"},
     {"broker"},
     {"testing"},
     {"cli"},
@@ -34,7 +36,7 @@ NARROWER = {
     "certificates": {"errors", "loggers", "config", "webtransport"},
     "client": {"errors", "topics", "wire", "framing", "webtransport"},
     "config": {"errors"},
-    "postgres": {"errors", "loggers", "topics", "auth", "config", "log"},
+    "postgres": {"errors", "loggers", "topics", "auth", "config", "histogram", "log"},
     "webtransport": {"errors"},
 }
 
@@ -43,13 +45,14 @@ ONLY_IMPORTERS = {
     "aioquic": {"catbus.webtransport"},
     "asyncpg": {"catbus.postgres.bridge"},
     "click": {"catbus.cli"},
+    "prometheus_client": {"catbus.metrics"},
     "hypothesis": {"catbus.testing"},
     "trio_asyncio": {"catbus.postgres.bridge"},
     "trio_websocket": {"catbus.endpoints.websocket"},
 }
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
-PURE = {"errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription"}
+PURE = {"errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription", "histogram"}
 IMPURE = {
     "anyio",
     "asyncio",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import signal
 import sys
 import traceback
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from .. import release
 from ..errors import CatbusError
 from .logs import configure, scrub
 
@@ -46,7 +46,7 @@ def catbus(context: click.Context, debug: bool, version: bool) -> None:
     `catbus COMMAND --help` tells more, with examples.
     """
     if version:
-        click.echo(f"catbus {_version()}")
+        click.echo(f"catbus {release.version()}")
     elif context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -113,10 +113,3 @@ def _with_hint(error: click.UsageError) -> str:
 
 def _one_line(text: str) -> str:
     return scrub(" ".join(text.split()))
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("catbus-broker")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -46,7 +46,17 @@ class Place(NamedTuple):
 class Port:
     """One UDP socket. Sending never waits: what the kernel does not take is lost, as on any network."""
 
-    __slots__ = ("_segmenting", "_socket", "_wild", "address", "lost", "received", "sent")
+    __slots__ = (
+        "_segmenting",
+        "_socket",
+        "_wild",
+        "address",
+        "lost",
+        "received",
+        "received_bytes",
+        "sent",
+        "sent_bytes",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         host, port = sock.getsockname()[:2]
@@ -54,6 +64,8 @@ class Port:
         self.received = 0
         self.sent = 0
         self.lost = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
         self._socket = sock
         self._segmenting = hasattr(sock, "sendmsg")
         self._wild = host in _WILD
@@ -82,11 +94,13 @@ class Port:
         except OSError:
             pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.
         self.received += len(datagrams)
+        self.received_bytes += sum([len(data) for data, _ in datagrams])
         return datagrams
 
     def send(self, datagrams: Sequence[bytes], to: Place) -> None:
         """Send to one peer. All must be of one size, but for the last, which may be smaller."""
         self.sent += len(datagrams)
+        self.sent_bytes += sum([len(data) for data in datagrams])
         _, address, source = to
         if self._segmenting and len(datagrams) > 1:
             size = struct.pack("H", len(datagrams[0]))

@@ -15,7 +15,7 @@ from ..loggers import get_logger
 from . import upgrade
 from .outbox import close_gently
 from .roster import Roster
-from .routes import Answer, Request, find, line
+from .routes import ROUTES, Answer, Request, find, line
 from .websocket import serve_websocket
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class Conversation:
             data += self._http.send(h11.Data(data=answer.body))
         data += self._http.send(h11.EndOfMessage())
         if request is not None:
+            path = request.path if request.path in ROUTES else "other"
+            self._roster.requests[path, answer.status] += 1
             logger.debug("request", method=request.method, path=request.path[:200], status=answer.status)
         with trio.move_on_after(SEND_TIME):
             await self._stream.send_all(data)

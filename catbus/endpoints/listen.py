@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,13 +35,17 @@ logger = get_logger("catbus.endpoints")
 
 @dataclass(frozen=True, slots=True)
 class EndpointStatistics:
-    """`connections` and `websockets` are here now; `refused` and `faults` have been counted from the start.
+    """`connections` and `websockets` are here now; the rest has been counted from the start.
 
-    `refused`: connections over the limit. `faults`: exceptions of ours that ended a request or a connection.
+    `requests`: HTTP requests by path and status. `sent` and `received`: bytes of WebSockets. `refused`: connections
+    over the limit. `faults`: exceptions of ours that ended a request or a connection.
     """
 
     connections: int
     websockets: int
+    requests: Mapping[tuple[str, int], int]
+    sent: int
+    received: int
     refused: int
     faults: int
 
@@ -61,7 +65,14 @@ class Endpoint:
 
     def statistics(self) -> EndpointStatistics:
         roster = self._roster
-        return EndpointStatistics(roster.connections, len(roster.watched), roster.refused, roster.faults)
+        return EndpointStatistics(
+            roster.connections,
+            len(roster.watched),
+            dict(roster.requests),
+            *roster.traffic(),
+            roster.refused,
+            roster.faults,
+        )
 
 
 async def serve_http(

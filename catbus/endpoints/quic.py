@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..webtransport import Configuration
+from ..webtransport.losses import losses
 from .datagrams import open_ports
 from .router import Router
 
@@ -23,13 +24,20 @@ GOODBYE_TIME = 2.0
 class QuicStatistics:
     """`connections` and `half_open` (those without a session yet) are here now; the rest counts from the start.
 
-    `dropped`: datagrams in that no connection took. `faults`: exceptions of ours that ended something.
+    `begun` and `completed`: handshakes, which are complete when a session is asked for. `received` and `sent`: bytes.
+    `lost`: packets that did not arrive; of all servers in this process. `dropped`: datagrams in that no connection
+    took. `faults`: exceptions of ours that ended something.
     """
 
     connections: int
     half_open: int
+    begun: int
+    completed: int
     datagrams_in: int
     datagrams_out: int
+    received: int
+    sent: int
+    lost: int
     dropped: int
     faults: int
 
@@ -50,8 +58,13 @@ class QuicEndpoint:
         return QuicStatistics(
             len(router.peers),
             router.half_open,
+            router.begun,
+            router.completed,
             sum(port.received for port in router.ports),
             sum(port.sent for port in router.ports),
+            sum(port.received_bytes for port in router.ports),
+            sum(port.sent_bytes for port in router.ports),
+            losses.packets,
             router.dropped,
             router.faults,
         )

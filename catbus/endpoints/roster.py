@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -24,6 +25,16 @@ class Watched(Protocol):
         """See whether the peer is still there, and do what is due. `now` is a Trio time."""
 
 
+class Carrier(Protocol):
+    """What counts the bytes of one connection."""
+
+    @property
+    def sent(self) -> int: ...
+
+    @property
+    def received(self) -> int: ...
+
+
 class Roster:
     """All connections of one endpoint.
 
@@ -37,8 +48,12 @@ class Roster:
         self.refused = 0
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
+        self.requests: Counter[tuple[str, int]] = Counter()
+        """HTTP requests that were answered, by path and status; paths that mean nothing here count as one."""
         self.packer = Packer()
         self.watched: set[Watched] = set()
+        self._carriers: set[Carrier] = set()
+        self._sent = self._received = 0
         self._idle: set[trio.CancelScope] = set()
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -68,6 +83,22 @@ class Roster:
             yield
         finally:
             self._idle.discard(scope)
+
+    @contextmanager
+    def carry(self, carrier: Carrier) -> Iterator[None]:
+        """While its bytes are to be counted."""
+        self._carriers.add(carrier)
+        try:
+            yield
+        finally:
+            self._carriers.remove(carrier)
+            self._sent += carrier.sent
+            self._received += carrier.received
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far by all that were carried."""
+        carriers = self._carriers
+        return self._sent + sum(c.sent for c in carriers), self._received + sum(c.received for c in carriers)
 
     @contextmanager
     def watch(self, connection: Watched) -> Iterator[None]:

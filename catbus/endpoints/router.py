@@ -77,6 +77,10 @@ class Router:
         self.ports = ports
         self.peers: set[Peer] = set()
         self.half_open = 0
+        self.begun = 0
+        """How many handshakes have begun."""
+        self.completed = 0
+        """How many of them led to a session, or to a refusal of one."""
         self.dropped = 0
         self.faults = 0
         self.closed = False
@@ -204,6 +208,7 @@ class Router:
         peer = Peer(connection)
         self.peers.add(peer)
         self.half_open += 1
+        self.begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
         return peer
@@ -250,6 +255,7 @@ class Router:
 
     def _open_session(self, peer: Peer, request: SessionRequested) -> None:
         connection = peer.connection
+        self.completed += 1
         self._opened(peer)
         if self.closed:
             connection.refuse(503, trio.current_time())

@@ -86,6 +86,14 @@ async def ready(hub: Hub, request: Request) -> Answer:
             return line(503, other)
 
 
+async def metrics(hub: Hub, request: Request) -> Answer:
+    """What is counted and measured, for Prometheus."""
+    if hub.scrape is None:
+        return line(503, "not open yet")
+    body, content_type = hub.scrape(request.header(b"accept").decode("latin-1"))
+    return Answer(200, body, type=content_type.encode())
+
+
 async def status(hub: Hub, request: Request) -> Answer:
     """How this replica is, for who may read everything."""
     try:
@@ -93,7 +101,7 @@ async def status(hub: Hub, request: Request) -> Answer:
         if not identity.grants.may_read("*"):
             raise PeerError(Code.UNAUTHORIZED, "only who may read `*` is told")
     except PeerError as error:
-        return _refusal(error)
+        return _refusal(hub, error)
     return json(hub.report(), headers=[(b"cache-control", b"no-store")])
 
 
@@ -152,13 +160,14 @@ async def publish(hub: Hub, request: Request) -> Answer:
         requests = [item for item in wanted if isinstance(item, wire.Publish)]
         outcomes = iter(await hub.publish(identity, requests, _producer(request, identity)))
     except (PeerError, Unavailable) as error:
-        return _refusal(error)
+        return _refusal(hub, error)
     results: list[dict[str, object]] = []
     refusals: list[Code] = []
     for item in wanted:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
         if isinstance(outcome, Rejected):
             refusals.append(outcome.code)
+            hub.vitals.refused(outcome.code)
         results.append(_result(item, outcome))
     status = STATUSES.get(refusals[0], 400) if refusals else 200
     return json(results[0] if single else results, status, _advice(status))
@@ -213,8 +222,9 @@ def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str
     return {**result, "duplicate": True} if outcome.duplicate else result
 
 
-def _refusal(error: PeerError | Unavailable) -> Answer:
+def _refusal(hub: Hub, error: PeerError | Unavailable) -> Answer:
     code = error.code if isinstance(error, PeerError) else Code.UNAVAILABLE
+    hub.vitals.refused(code)
     status = STATUSES.get(code, 400)
     return json({"error": str(error), "code": code}, status, _advice(status))
 
@@ -233,6 +243,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/health": {"GET": health},
     "/ready": {"GET": ready},
     "/status": {"GET": status},
+    "/metrics": {"GET": metrics},
     "/.well-known/catbus": {"GET": discover},
     "/publish": {"POST": publish},
     "/ws": {"GET": websocket},

@@ -53,7 +53,8 @@ async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, hea
     async with trio.open_nursery() as writers:
         connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest)
         try:
-            await connection.serve(hub)
+            with roster.carry(connection.outbox):
+                await connection.serve(hub)
         finally:
             connection.outbox.abort()
             writers.cancel_scope.cancel()

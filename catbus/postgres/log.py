@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from ..config import Database
 from ..config import Retention as RetentionSettings
 from ..errors import Unavailable
+from ..histogram import Histogram
 from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
 from ..log.base import PENDING, PENDING_BYTES
 from .bridge import OUTAGE, Bridge, Connection, open_bridge
 from .courier import Courier
+from .housekeeping import Housekeeping
 from .listener import Listener
 from .lookup import Lookup
 from .migrate import migrate
@@ -21,6 +24,7 @@ from .outbox import Outbox
 from .reader import Reader, unavailable
 from .retention import Retention
 from .role_changes import RoleChanges
+from .roll import Roll
 from .supervise import Supervisor, Working
 from .tail import Tail
 from .writer import Writer
@@ -39,6 +43,8 @@ class PostgresStatistics:
     moved: int
     """Messages published from SQL that this replica has brought into the log."""
     batch_sizes: tuple[int, ...]
+    commit_duration: Histogram
+    publish_latency: Histogram
     pending: int
     pending_bytes: int
     recent: int
@@ -53,6 +59,8 @@ class PostgresStatistics:
     polls: int
     polling: bool
     """Whether news come by polling often, because notifications do not come, or do not tell of everything."""
+    announced: int
+    """The newest seq that is known to be committed."""
     looks: int
     """How often messages published from SQL were looked for."""
     reads: int
@@ -74,6 +82,10 @@ class PostgresStatistics:
     ephemeral_received: int
     ephemeral_dropped: int
     """Those that did not go, or not for certain."""
+    queue: float
+    """How much of the database's notification queue was in use a few seconds ago, from 0 to 1."""
+    replicas: int
+    """How many replicas have said within the last minute that they are there."""
     restarts: int
     """How often a service was started again after an outage or a failure."""
     failures: int
@@ -103,6 +115,7 @@ class PostgresLog:
         self._role_changes = RoleChanges()
         self.roles = Lookup(self._connect_vouched, self._role_changes)
         """Where those who show a role token are looked up, while the log runs."""
+        self._server = ""
         self._bridge: Bridge | None = None
         self._services = Supervisor("schema", "listener", "writer", "reader")
         self._tail = Tail(Recent(recent))
@@ -117,7 +130,11 @@ class PostgresLog:
         )
         self._reader = Reader(self._connect_vouched)
         self._historian = Reader(self._connect)
-        self._retention = Retention(self._connect, retention or RetentionSettings())
+        self.describe: Callable[[], Mapping[str, Any]] = dict
+        """What this replica has to say of itself to whoever asks any of them; as it is written in JSON."""
+        self._roll = Roll(lambda: self.describe())
+        self._retention = Retention(retention or RetentionSettings())
+        self._housekeeping = Housekeeping(self._connect, self._retention, self._roll)
         self._writer = Writer(
             self._connect_vouched,
             self._tail,
@@ -195,10 +212,18 @@ class PostgresLog:
         await self._tail.wait_epoch()
 
     def report(self) -> dict[str, object]:
-        retention = self._retention
+        retention, roll, tail = self._retention, self._roll, self._tail
         return {
+            "available": self.available,
+            "server": self._server,
             "size": retention.bytes,
             "news": "polling" if self._listener.pace.polling else "notifications",
+            "behind": tail.announced - tail.applied,
+            "notify_queue": roll.queue,
+            "roles": roll.roles,
+            "replicas": [
+                {**replica.report, "id": replica.id, "silent": round(replica.silent, 1)} for replica in roll.replicas
+            ],
             "retention": {
                 "steps": retention.steps,
                 "dropped": retention.dropped,
@@ -217,6 +242,8 @@ class PostgresLog:
             duplicates=writer.duplicates,
             moved=writer.moved,
             batch_sizes=tuple(writer.sizes),
+            commit_duration=writer.commit_duration,
+            publish_latency=writer.publish_latency,
             pending=writer.pending,
             pending_bytes=writer.pending_bytes,
             recent=len(tail.recent),
@@ -227,6 +254,7 @@ class PostgresLog:
             jumps=tail.jumps,
             polls=listener.polls,
             polling=listener.pace.polling,
+            announced=tail.announced,
             looks=self._outbox.looks,
             reads=self._reader.reads + self._historian.reads,
             floor=self.floor,
@@ -239,6 +267,8 @@ class PostgresLog:
             ephemeral_statements=courier.statements,
             ephemeral_received=courier.received,
             ephemeral_dropped=courier.dropped,
+            queue=self._roll.queue,
+            replicas=len(self._roll.replicas),
             restarts=services.restarts,
             failures=services.failures,
             stray_errors=0 if self._bridge is None else self._bridge.stray_errors,
@@ -257,7 +287,7 @@ class PostgresLog:
                 nursery.start_soon(self._services.run, "reader", self._read_missing)
                 nursery.start_soon(self._services.run, "courier", self._courier.run)
                 nursery.start_soon(self._services.run, "outbox", self._outbox.run)
-                nursery.start_soon(self._services.run, "retention", self._retention.run)
+                nursery.start_soon(self._services.run, "housekeeping", self._housekeeping.run)
         finally:
             self._services.stop()
             self._writer.abandon()
@@ -265,6 +295,7 @@ class PostgresLog:
     async def _prepare(self, working: Working) -> None:
         with await self._connect() as connection:
             await migrate(connection)
+            self._server = f"PostgreSQL {connection.version}" + (", through TLS" if connection.encrypted else "")
         working()
 
     async def _read_missing(self, working: Working) -> None:

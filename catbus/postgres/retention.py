@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import trio
 
 from ..config import Retention as Settings
 from ..loggers import get_logger
 from .bridge import Connection
-from .supervise import Working
 
 logger = get_logger("catbus.postgres")
 
@@ -57,7 +53,7 @@ class Holder:
 class Retention:
     """Looks after the log's age and size. Any replica does, and one of them takes a step that is due."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Connection]], settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.bytes = 0
         """What the log took up when it was looked at last; 0 before that."""
         self.steps = 0
@@ -70,19 +66,14 @@ class Retention:
         """Who did so when it was looked at last."""
         self.stepped: int | None = None
         """When we took our last step, in milliseconds since 1970."""
-        self._connect = connect
         self._age = round(settings.age * 1000)
         self._size = settings.size
         self._is_held = False
 
-    async def run(self, working: Working) -> None:
-        """Look, and take the steps that are due, until the connection is lost."""
-        with await self._connect() as connection:
-            while True:
-                pace = PACE if await self._look(connection) else HELD_PACE
-                working()
-                # At different moments on different replicas.
-                await trio.sleep(min(pace, self._age / 1000 / SLOTS) * random.uniform(0.5, 1.0))  # noqa: S311
+    async def look(self, connection: Connection) -> float:
+        """Look, take the steps that are due, and return in how many seconds to look again at the latest."""
+        pace = PACE if await self._look(connection) else HELD_PACE
+        return min(pace, self._age / 1000 / SLOTS)
 
     async def _look(self, connection: Connection) -> bool:
         """Take the steps that are due; False where somebody is in the way."""

@@ -9,6 +9,7 @@ from itertools import count
 
 import trio
 
+from ..histogram import Histogram
 from ..log import Append, Committed, Entry, Rejected
 from ..log.base import (
     CONFLICT,
@@ -64,6 +65,10 @@ class Writer:
         """Messages that were moved from the outbox into the log."""
         self.sizes = [0] * (BATCH_ENTRIES.bit_length() + 1)
         """How many batches had up to 1, 2, 4, 8, ... messages."""
+        self.commit_duration = Histogram()
+        """Seconds for each append, from sending it to the answer."""
+        self.publish_latency = Histogram()
+        """Seconds from taking a message to its being committed and handed on: of the oldest of each batch."""
         self.pid = 0
         """The database's process that appends for us; 0 where that is not known."""
         self._connect = connect
@@ -264,6 +269,7 @@ class Writer:
             return
         try:
             statement, args = batch.call(move=moving)
+            began = trio.current_time()
             with trio.CancelScope(shield=True):
                 at, first, seqs, *moves = await self._call(connection, epoch, statement, *args)
         except Exception as error:
@@ -284,6 +290,7 @@ class Writer:
             for append, seq in zip(batch.appends, seqs, strict=True)
             if seq >= first
         ]
+        self.commit_duration.observe(trio.current_time() - began)
         self.commits += 1
         self.appended += len(entries)
         self.duplicates += len(seqs) - len(entries)
@@ -297,6 +304,7 @@ class Writer:
             self._recheck()
         if moving:
             self._note_moves(generation, *moves)
+        self.publish_latency.observe(trio.current_time() - batch.appends[0].deadline + self._timeout)
         if len(entries) == len(seqs):
             batch.settle([Committed(seq) for seq in seqs])
         else:

@@ -11,6 +11,7 @@ from aioquic.quic.configuration import QuicConfiguration
 from aioquic.tls import load_pem_private_key, load_pem_x509_certificates
 
 from ..errors import ConfigError
+from .losses import ALGORITHM
 
 IDLE_TIMEOUT = 60.0
 """Seconds without a packet from the peer, after which the connection is lost."""
@@ -72,6 +73,7 @@ def server_configuration(certificate: Pem, key: Pem, limits: Limits | None = Non
     """
     limits = limits or Limits()
     quic = _quic(limits, is_client=False)
+    quic.congestion_control_algorithm = ALGORITHM
     try:
         quic.certificate, *quic.certificate_chain = load_pem_x509_certificates(_read(certificate))
     except (OSError, ValueError) as error:

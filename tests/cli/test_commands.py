@@ -56,6 +56,11 @@ def test_a_line_that_is_published_appears(broker: Running, catbus: Command, star
     assert end(subscriber, signal.SIGINT) == (0, "", "")
 
     status, output, _ = catbus("status", "--url", broker.url)
+    assert status == 0
+    assert output.startswith(f"{broker.url} is ready\n")
+    assert "  log        messages 1 to 1 in " in output
+
+    status, output, _ = catbus("status", "--json", "--url", broker.url)
     report = json.loads(output)
     assert status == 0
     assert (report["ready"], report["state"], report["head"], report["floor"]) == (True, "ready", 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import trio
@@ -57,6 +58,8 @@ class FakeHub:
         self.readiness = "ready"
         self.certificates = None
         self.webtransport_port = None
+        self.refusals: list[Code] = []
+        self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo

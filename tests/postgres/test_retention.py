@@ -16,7 +16,7 @@ from catbus.config import Database
 from catbus.config import Retention as Settings
 from catbus.delivery import Delivery
 from catbus.log import Committed, Rejected
-from catbus.postgres import PostgresLog
+from catbus.postgres import PostgresLog, housekeeping
 from catbus.postgres import pace as pace_module
 from catbus.postgres import retention as retention_module
 from catbus.postgres.migrate import begin_epoch
@@ -339,7 +339,7 @@ async def test_a_log_is_available_without_retention(database_url: str, monkeypat
     async def never(self: object, working: object) -> None:
         raise OSError("no more connections")
 
-    monkeypatch.setattr(retention_module.Retention, "run", never)
+    monkeypatch.setattr(housekeeping.Housekeeping, "run", never)
     log = make(database_url)
     async with running(log) as (_, publisher):
         assert await publisher.publish_seq("a", b"1") == 1
