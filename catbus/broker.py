@@ -87,6 +87,11 @@ class Broker:
         if "webtransport" in doors:
             self.hub.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
 
+    def reload(self) -> None:
+        """Read the certificate anew. Where it is no good the old one stays, and the log says why."""
+        if self.hub.certificates is not None:
+            self.hub.certificates.reload(datetime.now(UTC))
+
     def stop(self) -> None:
         """Begin to stop in order: `serve` returns when that is done."""
         self._stopping.set()
@@ -104,13 +109,13 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
     connections at once.
     """
     certificates = None
-    if config.webtransport_served:
+    if config.certificate_needed:
         certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
     async with trio.open_nursery() as nursery:
         broker = await _start(config, nursery, certificates)
         async with trio.open_nursery() as sessions:
             doors = {"websocket": await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)}
-            if certificates is not None:
+            if certificates is not None and config.webtransport_served:
                 quic = serve_quic, broker.hub, config.webtransport.bind, certificates.latest, sessions
                 doors["webtransport"] = await nursery.start(*quic)
             broker.open(doors)

@@ -1,4 +1,4 @@
-"""Whose certificate a WebTransport server shows: one from files, read again when they change, or one made here."""
+"""Whose certificate a replica shows: one from files, read again when they change, or one made here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import ipaddress
 import os
 import re
+import ssl
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,6 +184,21 @@ def _replace(directory: Path, certificate: Certificate) -> None:
 _Stamp = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """One certificate, as it is shown over QUIC and over TCP."""
+
+    quic: Configuration
+    tls: ssl.SSLContext
+
+    @property
+    def expires(self) -> datetime:
+        certificate = self.quic.quic.certificate
+        assert certificate is not None
+        expires: datetime = certificate.not_valid_after_utc
+        return expires
+
+
 class CertificateSource:
     """Gives new connections their configuration, with the certificate that is right just then.
 
@@ -199,19 +215,33 @@ class CertificateSource:
         self._made: Certificate | None = None
         self._complaint: str | None = None
         self._checked = now
-        self._configuration = self._load(now)
+        self._credentials = self._load(now)
 
-    def current(self, now: datetime) -> Configuration:
-        """The configuration for a connection that begins now. Looks at the disk once a second at the most."""
+    def credentials(self, now: datetime) -> Credentials:
+        """For a connection that begins now. Looks at the disk once a second at the most."""
         # A clock that was set back is a reason to look, too.
         if not timedelta(0) <= now - self._checked < INTERVAL:
             self._checked = now
             self._refresh(now)
-        return self._configuration
+        return self._credentials
+
+    def current(self, now: datetime) -> Configuration:
+        """The configuration for a QUIC connection that begins now."""
+        return self.credentials(now).quic
 
     def latest(self) -> Configuration:
-        """The configuration for a connection that begins at this moment."""
+        """The configuration for a QUIC connection that begins at this moment."""
         return self.current(datetime.now(UTC))
+
+    def latest_tls(self) -> ssl.SSLContext:
+        """The context for a TLS connection that begins at this moment."""
+        return self.credentials(datetime.now(UTC)).tls
+
+    def reload(self, now: datetime) -> None:
+        """Read it anew, whether or not it seems to have changed, and say so."""
+        self._stamp = self._made = self._complaint = None
+        self._checked = now
+        self._refresh(now)
 
     def self_made(self, now: datetime) -> Certificate | None:
         """The development certificate that `current` gives now, for `discovery`; None where it comes from files."""
@@ -221,8 +251,8 @@ class CertificateSource:
     def _refresh(self, now: datetime) -> None:
         try:
             if not self._is_current(now):
-                self._configuration = self._load(now)
-                logger.info("took a new certificate", expires=_expires(self._configuration))
+                self._credentials = self._load(now)
+                logger.info("took a new certificate", expires=self._credentials.expires.isoformat())
             self._complaint = None
         except ConfigError as error:
             if str(error) != self._complaint:
@@ -234,17 +264,17 @@ class CertificateSource:
             return self._stamp == _stamp(*self._files)
         return self._made is not None and _is_fresh(self._made.expires, now)
 
-    def _load(self, now: datetime) -> Configuration:
+    def _load(self, now: datetime) -> Credentials:
         if self._files is None:
             made = development_certificate(self._directory, now)
-            configuration = server_configuration(made.certificate_pem, made.key_pem, self._limits)
+            credentials = _credentials(made.certificate_pem.encode(), made.key_pem.encode(), self._limits)
             self._made = made
-            return configuration
+            return credentials
         # Before reading: a change that comes in between is seen the next time.
         stamp = _stamp(*self._files)
-        configuration = _read_pair(*self._files, self._limits)
+        credentials = _read_pair(*self._files, self._limits)
         self._stamp = stamp
-        return configuration
+        return credentials
 
 
 def _stamp(certificate: Path, key: Path) -> _Stamp:
@@ -260,14 +290,31 @@ def _stamp_one(name: str, path: Path) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _read_pair(certificate: Path, key: Path, limits: Limits | None) -> Configuration:
+def _read_pair(certificate: Path, key: Path, limits: Limits | None) -> Credentials:
     certificate_pem, key_pem = _read("cert", certificate), _read("key", key)
     try:
-        return server_configuration(certificate_pem, key_pem, limits)
+        return _credentials(certificate_pem, key_pem, limits)
     except (ConfigError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"[webtransport] cert / CATBUS_CERT ({certificate}) and key / CATBUS_KEY ({key}): {error}"
         ) from None
+
+
+def _credentials(certificate_pem: bytes, key_pem: bytes, limits: Limits | None) -> Credentials:
+    """Raises `ConfigError` where they are no good."""
+    # First, because it knows what to say of what is wrong with them.
+    quic = server_configuration(certificate_pem, key_pem, limits)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    # It takes a file. One in memory cannot be changed by anybody while it is read, and leaves no key on a disk.
+    with os.fdopen(os.memfd_create("certificate"), "wb") as file:
+        file.write(key_pem.rstrip() + b"\n" + certificate_pem)
+        file.flush()
+        try:
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
+        except ssl.SSLError as error:
+            raise ConfigError(f"TLS cannot use them: {error.reason or error}") from None
+    return Credentials(quic, context)
 
 
 def _read(name: str, path: Path) -> bytes:
@@ -279,11 +326,6 @@ def _read(name: str, path: Path) -> bytes:
 
 def _unusable(name: str, path: Path, error: OSError) -> ConfigError:
     return ConfigError(f"[webtransport] {name} / CATBUS_{name.upper()}: {path}: {error.strerror}")
-
-
-def _expires(configuration: Configuration) -> str:
-    certificate = configuration.quic.certificate
-    return certificate.not_valid_after_utc.isoformat() if certificate else ""
 
 
 # What clients are told.

@@ -94,7 +94,7 @@ class Hub:
         self.log = log
         self.authenticator = authenticator
         self.certificates = certificates
-        """Where there is WebTransport."""
+        """Where there is WebTransport, or TLS on the WebSocket port."""
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.mailbox_total))

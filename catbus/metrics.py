@@ -7,6 +7,7 @@ there is, and `docs/metrics.md` says what to make of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
 
@@ -33,6 +34,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_build_info": (GAUGE, "1, for the release that runs."),
     "catbus_state": (GAUGE, "1 for the state that the replica is in, 0 for the others."),
     "catbus_startup_seconds": (GAUGE, "How long it took until the log was open for the first time."),
+    "catbus_certificate_expiry_timestamp_seconds": (GAUGE, "When the certificate expires, in seconds since 1970."),
     "catbus_event_loop_delay_seconds": (HISTOGRAM, "By how much tasks are woken late."),
     # Clients
     "catbus_sessions": (GAUGE, "Clients that are connected."),
@@ -166,6 +168,9 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
         yield "catbus_state", {"state": state}, state == hub.readiness
     if vitals.startup is not None:
         yield "catbus_startup_seconds", {}, vitals.startup
+    if hub.certificates is not None:
+        expires = hub.certificates.credentials(datetime.now(UTC)).expires
+        yield "catbus_certificate_expiry_timestamp_seconds", {}, expires.timestamp()
     yield "catbus_event_loop_delay_seconds", {}, vitals.loop_delay
     for transport, number in hubs.clients.items():
         yield "catbus_sessions", {"transport": transport}, number

@@ -60,9 +60,9 @@ def find_token(url: str) -> str | None:
 
 
 def find_certificate(url: str) -> str | None:
-    """The development certificate, as PEM, for WebTransport to a broker at `url` on this machine."""
+    """The development certificate, as PEM, for a broker at `url` on this machine."""
     parts = urlsplit(url)
-    if parts.scheme != "https" or not is_loopback(parts.hostname or ""):
+    if parts.scheme not in ("https", "wss") or not is_loopback(parts.hostname or ""):
         return None
     try:
         text = (default_state_directory(os.environ) / CERTIFICATE).read_text(encoding="ascii")

@@ -39,6 +39,8 @@ def command(
 ) -> None:
     """Run a broker. The first SIGTERM or Ctrl-C stops it in order, the second at once.
 
+    SIGHUP has it read its certificate anew, which it also does by itself when the files change.
+
     Settings come from the file that --config names, then from the environment (DATABASE_URL, CATBUS_SECRET,
     CATBUS_WS_BIND, CATBUS_LOG, ...), then from options; what comes later wins.
 
@@ -88,14 +90,20 @@ async def supervise(config: Config, token: str | None) -> int:
     """Serve until a signal says otherwise. Returns the exit status."""
     status = 0
     broker: Broker | None = None
+    # With a terminal, SIGHUP means that it is gone, and the broker goes with it.
+    reloads = not sys.stdin.isatty()
     # PID 1 of a container has no default handler: before this line, SIGTERM goes unheard.
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
             async def obey(signals: AsyncIterator[int]) -> None:
                 nonlocal status
                 stopping = False
                 async for number in signals:
+                    if number == signal.SIGHUP and reloads:
+                        if broker is not None:
+                            broker.reload()
+                        continue
                     if broker is None or stopping:
                         status = 128 + number if stopping else 0
                         nursery.cancel_scope.cancel()
@@ -117,11 +125,9 @@ async def supervise(config: Config, token: str | None) -> int:
     return status
 
 
-_URLS = {"websocket": "ws://{}/ws", "webtransport": "https://{}"}
-
-
 def _announce(broker: Broker, config: Config, token: str | None) -> None:
-    urls = [_URLS[kind].format(address) for kind, address in broker.addresses]
+    forms = {"websocket": "wss://{}/ws" if config.websocket.tls else "ws://{}/ws", "webtransport": "https://{}"}
+    urls = [forms[kind].format(address) for kind, address in broker.addresses]
     logger.info("serving", urls=urls)
     if config.webtransport.bind and not config.webtransport_served:
         logger.warning("WebTransport is not served: there is no certificate (CATBUS_CERT and CATBUS_KEY)")

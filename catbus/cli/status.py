@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import ssl
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from ..client.transport import make_ssl_context
 from ..errors import Unavailable
 from ..wire import to_json
 from .remote import Remote, remote_options
@@ -61,7 +61,7 @@ def _ask(remote: Remote, path: str, token: str = "") -> tuple[int, str]:
     host = parts.hostname or ""
     connection: http.client.HTTPConnection
     if parts.scheme == "wss":
-        context = ssl.create_default_context(cafile=remote.ca)
+        context = make_ssl_context(remote.ca)
         connection = http.client.HTTPSConnection(host, parts.port, timeout=_PATIENCE, context=context)
     else:
         connection = http.client.HTTPConnection(host, parts.port, timeout=_PATIENCE)

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "CATBUS_SECRET": "auth.secret",
     "CATBUS_ADMIN_KEY": "auth.admin_key",
     "CATBUS_WS_BIND": "websocket.bind",
+    "CATBUS_WS_TLS": "websocket.tls",
     "CATBUS_BIND": "webtransport.bind",
     "CATBUS_CERT": "webtransport.cert",
     "CATBUS_KEY": "webtransport.key",
@@ -143,6 +144,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"webtransport.{given} is set without webtransport.{missing}: set both (CATBUS_CERT and CATBUS_KEY)"
         )
+    if socket.tls and transport.cert is None and not config.loopback:
+        raise ConfigError(
+            "websocket.tls is true, and there is no certificate: set webtransport.cert and webtransport.key "
+            "(CATBUS_CERT and CATBUS_KEY), or leave TLS to a proxy"
+        )
     if socket.silence <= socket.ping_interval:
         raise ConfigError(
             f"websocket.silence ({socket.silence:g} s) has to be longer than "
@@ -160,6 +166,8 @@ def _from_environment(variable: str, text: str) -> object:
             return [*parts, text] if several else [text]
         case "CATBUS_BIND" | "CATBUS_WS_BIND":
             return [part.strip() for part in text.split(",")]
+        case "CATBUS_WS_TLS":
+            return {"true": True, "false": False}.get(text.lower(), text)
         case "RUST_LOG":
             return _known_directives(text)
         case _:

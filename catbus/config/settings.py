@@ -23,6 +23,7 @@ Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, 
 Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
 LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of 64 MiB at least, like "10GiB"')]
 Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
+Switch = Annotated[bool, Meta(description="true or false")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
 Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
 Address = Annotated[str, Meta(description='an address with a port, like "127.0.0.1:8080" or "[::1]:8080"')]
@@ -91,6 +92,8 @@ class WebSocket(Section, frozen=True, kw_only=True):
     """The port for WebSocket and plain HTTP. Without an address there is none."""
 
     bind: tuple[Address, ...] = ("0.0.0.0:8080",)
+    tls: Switch = False
+    """Whether it speaks TLS, with the same certificate as WebTransport, instead of leaving that to a proxy."""
     allowed_origins: tuple[Text, ...] = ()
     """Pages on other origins are refused, when this names any."""
     send_buffer: Size = 131_072
@@ -174,6 +177,11 @@ class Config(Section, frozen=True, kw_only=True):
         """Whether there is a certificate for it, or nobody but this machine comes, for whom one is made."""
         settings = self.webtransport
         return bool(settings.bind) and (settings.cert is not None or _all_loopback(settings.bind))
+
+    @property
+    def certificate_needed(self) -> bool:
+        """Whether anything that is served has a certificate."""
+        return self.webtransport_served or (self.websocket.tls and bool(self.websocket.bind))
 
 
 def _all_loopback(addresses: tuple[str, ...]) -> bool:

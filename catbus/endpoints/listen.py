@@ -14,7 +14,7 @@ from ..config import join_address, split_address
 from ..errors import ConfigError
 from ..loggers import get_logger
 from .http import serve_connection
-from .outbox import close_gently
+from .outbox import TlsStream, close_gently
 from .roster import Roster
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SPARE_FILES = 64
 """File descriptors that are kept from connections: the database and the listeners need some."""
+HANDSHAKE_TIME = 10.0
+"""Seconds for TLS to be agreed on."""
 TURNING_AWAY_TIME = 1.0
 TURNING_AWAY_AT_ONCE = 100
 
@@ -135,18 +137,34 @@ async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketS
     """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
     with roster.admit():
         try:
-            if roster.connections <= limit:
+            if roster.connections > limit:
+                await _turn_away(roster, roster.connections - limit, stream, plain=not hub.config.websocket.tls)
+            elif not hub.config.websocket.tls:
                 await serve_connection(hub, roster, stream)
-            else:
-                await _turn_away(roster, roster.connections - limit, stream)
+            elif (encrypted := await _encrypt(hub, stream)) is not None:
+                await serve_connection(hub, roster, encrypted)
         except* Exception:
             logger.exception("a connection failed")
             roster.faults += 1
 
 
-async def _turn_away(roster: Roster, excess: int, stream: trio.SocketStream) -> None:
+async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
+    """The same connection with TLS on it, or None for a peer that does not speak it, or not soon enough."""
+    assert hub.certificates is not None
+    encrypted = trio.SSLStream(stream, hub.certificates.latest_tls(), server_side=True, https_compatible=True)
+    with trio.move_on_after(HANDSHAKE_TIME):
+        try:
+            await encrypted.do_handshake()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            logger.debug("a peer does not speak TLS", reason=str(error.__cause__ or error))
+        else:
+            return encrypted
+    return None
+
+
+async def _turn_away(roster: Roster, excess: int, stream: trio.SocketStream, *, plain: bool) -> None:
     roster.refused += 1
-    if excess > TURNING_AWAY_AT_ONCE:
+    if excess > TURNING_AWAY_AT_ONCE or not plain:
         return
     with trio.move_on_after(TURNING_AWAY_TIME):
         try:

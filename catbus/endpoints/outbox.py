@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
 from .frames import is_close
 
 _CHUNK = 65_536
+
+TlsStream = trio.SSLStream[trio.SocketStream]
 
 
 class Outbox(trio.abc.Stream):
@@ -259,6 +262,11 @@ async def close_gently(stream: trio.abc.Stream) -> None:
     To close a socket with bytes unread makes the kernel reset the connection, and the peer may then lose what it has
     not read itself. It takes as long as the peer does: put a limit around it.
     """
+    if isinstance(stream, trio.SSLStream):
+        # TLS says goodbye first. A peer that has more to say, or does not answer, is treated as without it.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.unwrap()
+        stream = stream.transport_stream
     try:
         if isinstance(stream, trio.abc.HalfCloseableStream):
             await stream.send_eof()

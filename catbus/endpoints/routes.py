@@ -107,7 +107,7 @@ async def status(hub: Hub, request: Request) -> Answer:
 
 async def discover(hub: Hub, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
-    secure = request.header(b"x-forwarded-proto") == b"https"
+    secure = hub.config.websocket.tls or request.header(b"x-forwarded-proto") == b"https"
     host = request.header(b"host").decode("latin-1")
     if not host:
         return line(400, "the request does not say which host it is for")

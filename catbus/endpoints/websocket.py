@@ -47,9 +47,10 @@ async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, hea
     `rest` is what it sent after that. Does not close the stream.
     """
     settings = hub.config.websocket
-    if isinstance(stream, trio.SocketStream):
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if isinstance(transport, trio.SocketStream):
         # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
-        stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
+        transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
         connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest)
         try:

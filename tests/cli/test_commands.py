@@ -194,3 +194,18 @@ def test_it_prints_a_development_token_that_works(broker: Running, catbus: Comma
     assert token not in output
     assert (broker.state / "development-secret").read_text().strip() not in output + errors
     assert f"--url {broker.url}" in errors
+
+
+def test_a_hangup_has_the_certificate_read_anew(start: Start, catbus: Command, tmp_path: Path) -> None:
+    """It makes one for this machine, with which the command finds the way by itself; and it goes on."""
+    config = tmp_path / "catbus.toml"
+    config.write_text("[drain]\ndelay = 0\nwindow = 0\n[websocket]\ntls = true\n[webtransport]\nbind = []\n")
+    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    [url] = next_event(process, "serving")["urls"]
+    assert url.startswith("wss://127.0.0.1:")
+    for number in (1, 2):
+        assert catbus("pub", "a", "1", "--url", url) == (0, f'{{"channel":"a","seq":{number}}}\n', "")
+        process.send_signal(signal.SIGHUP)
+        assert next_event(process, "took a new certificate")["level"] == "info"
+    assert catbus("status", "--url", url).output.startswith(f"{url} is ready\n")
+    assert end(process, signal.SIGTERM)[0] == 0
