@@ -6,6 +6,7 @@ Crossing costs some 100 us: cross once per batch, never once per message.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -166,6 +167,10 @@ class Bridge:
         return future.result()
 
 
+def _stays_here(peer: socket.socket) -> bool:
+    return peer.family == socket.AF_UNIX or ipaddress.ip_address(peer.getpeername()[0]).is_loopback
+
+
 def _give_up(connecting: asyncio.Task[Any]) -> None:
     """Stop connecting; a connection that has come about all the same is not for anybody."""
 
@@ -195,6 +200,8 @@ class Connection:
         self.encrypted: bool = raw._transport.get_extra_info("ssl_object") is not None
         """Whether it goes through TLS."""
         peer = raw._transport.get_extra_info("socket")
+        self.remote = peer is not None and not _stays_here(peer)
+        """Whether it leaves this machine."""
         if peer is not None and peer.family != socket.AF_UNIX:
             for level, option, value in _KEEPALIVE:
                 peer.setsockopt(level, option, value)

@@ -1,0 +1,206 @@
+"""`catbus check`: whether a broker could serve with this configuration, and what to change."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import os
+import resource
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import click
+import msgspec
+import trio
+from cryptography import x509
+
+from ..certificates import CertificateSource
+from ..config import Config, load, split_address
+from ..errors import ConfigError
+from ..postgres.binaries import find_binaries
+from ..postgres.embedded import served
+from ..postgres.inspection import Finding, Tell, inspect
+from ..wire import to_json
+from .database import directory_of
+from .options import config_option, database_option, state_option
+
+SHORTEST_SECRET = 16
+RENEWAL = timedelta(days=14)
+"""A certificate with less left than this should have been renewed."""
+PATIENCE = 2.0
+"""Seconds for whoever has a port already to say who it is."""
+SPARE_FILES = 64
+"""Open files that a broker needs beside one for each connection."""
+
+
+@click.command("check", short_help="Say whether a broker could serve.")
+@config_option
+@database_option
+@state_option
+@click.option("--strict", is_flag=True, help="Let warnings count as errors.")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON, a line for each finding, for scripts.")
+def command(config: Path | None, database: str | None, state: str | None, strict: bool, as_json: bool) -> None:
+    """Look at the configuration, the secret, the certificate, the ports, the database, and what is in between.
+
+    It reads what `catbus run` would read, changes nothing, and says what to do about what it finds. Exits with 1 when a
+    broker could not serve so.
+
+    \b
+    Examples:
+      catbus check --config catbus.toml
+      kubectl exec deploy/catbus -- catbus check
+    """
+    levels: set[str] = set()
+
+    def tell(finding: Finding) -> None:
+        levels.add(finding.level)
+        click.echo(to_json(asdict(finding)).decode() if as_json else _line(finding))
+
+    _look(config, {"database.url": database, "state": state}, tell)
+    if "error" in levels or (strict and "warning" in levels):
+        raise click.exceptions.Exit(1)
+
+
+def _line(finding: Finding) -> str:
+    advice = f"\n{'':9}{'':15}{finding.advice}" if finding.advice else ""
+    return f"{finding.level:<9}{finding.name:<15}{finding.text}{advice}"
+
+
+def _look(path: Path | None, given: Mapping[str, object], tell: Tell) -> None:
+    try:
+        config = load(path, os.environ, given)
+    except ConfigError as error:
+        tell(Finding("error", "configuration", str(error)))
+        return
+    tell(Finding("ok", "configuration", f"{path or 'no file'}, and the environment"))
+    for look in (_secret, _certificate, _ports, _files):
+        for finding in look(config):
+            tell(finding)
+    _look_at_database(config, tell)
+
+
+def _secret(config: Config) -> Iterator[Finding]:
+    secrets = config.auth.secrets
+    if not secrets and not config.loopback:
+        advice = "set CATBUS_SECRET, for example to the output of `openssl rand -hex 32`"
+        yield Finding("error", "secret", "there is none, and others can reach this broker", advice)
+    elif not secrets:
+        yield Finding("ok", "secret", "one is made and kept, as only this machine can reach the broker")
+    elif min(map(len, secrets)) < SHORTEST_SECRET:
+        text = f"one has fewer than {SHORTEST_SECRET} characters, and can be guessed from any token"
+        yield Finding("warning", "secret", text, "use the output of `openssl rand -hex 32`")
+    else:
+        yield Finding("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
+
+
+def _certificate(config: Config) -> Iterator[Finding]:
+    if not config.certificate_needed:
+        if config.webtransport.bind:
+            advice = "set CATBUS_CERT and CATBUS_KEY to the certificate and its key"
+            yield Finding("warning", "certificate", "there is none, so that WebTransport is not served", advice)
+        return
+    if config.webtransport.cert is None:
+        yield Finding("ok", "certificate", "one is made, as only this machine can reach the broker")
+        return
+    now = datetime.now(UTC)
+    try:
+        found = CertificateSource(config.webtransport, config.state_directory, now).current(now).quic.certificate
+    except ConfigError as error:
+        yield Finding("error", "certificate", str(error))
+        return
+    assert found is not None
+    names = _names(found)
+    left = found.not_valid_after_utc - now
+    text = f"for {', '.join(names) or 'nobody'}, until {found.not_valid_after_utc:%Y-%m-%d}"
+    if left <= timedelta(0):
+        yield Finding("error", "certificate", f"expired: {text}", "renew it")
+    elif found.not_valid_before_utc > now:
+        yield Finding("error", "certificate", f"not valid yet: {text}", "check this machine's clock")
+    elif not names:
+        yield Finding("error", "certificate", "it names no host (subjectAltName)", "clients look nowhere else")
+    elif left < RENEWAL:
+        yield Finding("warning", "certificate", text, "renew it; a running broker takes the new one by itself")
+    else:
+        yield Finding("ok", "certificate", text)
+
+
+def _names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    udp = config.webtransport.bind if config.webtransport_served else ()
+    kinds = ((socket.SOCK_STREAM, "TCP", config.websocket.bind), (socket.SOCK_DGRAM, "UDP", udp))
+    for kind, name, addresses in kinds:
+        for address in addresses:
+            yield _port(kind, name, address)
+
+
+def _port(kind: socket.SocketKind, name: str, address: str) -> Finding:
+    host, port = split_address(address)
+    place = f"{name} {address}"
+    try:
+        family, _, protocol, _, target = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            if kind is socket.SOCK_STREAM:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(target)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return _taken(kind, place, host, port)
+        advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
+        return Finding("error", "port", f"{place}: {error.strerror}", advice)
+    return Finding("ok", "port", f"{place} can be had")
+
+
+def _taken(kind: socket.SocketKind, place: str, host: str, port: int) -> Finding:
+    """A broker that runs already is no mistake: then this is asked beside it."""
+    advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
+    if kind is socket.SOCK_DGRAM:
+        return Finding("warning", "port", f"{place} is in use: by a broker, if one runs here", advice)
+    connection = http.client.HTTPConnection(
+        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=PATIENCE
+    )
+    try:
+        connection.request("GET", "/health")
+        if connection.getresponse().read(16) == b"ok\n":
+            return Finding("ok", "port", f"{place}: a broker serves there already")
+    except (OSError, http.client.HTTPException):
+        pass
+    finally:
+        connection.close()
+    return Finding("error", "port", f"{place} is in use, and not by a broker", advice)
+
+
+def _files(config: Config) -> Iterator[Finding]:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = config.limits.connections
+    if most != resource.RLIM_INFINITY and most < wanted + SPARE_FILES:
+        text = f"{most:,} may be open, for {wanted:,} connections (limits.connections)"
+        yield Finding("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
+
+
+def _look_at_database(config: Config, tell: Tell) -> None:
+    settings = config.database
+    if settings.url == "memory":
+        text = "in memory: the log ends with the process, and no other replica has it"
+        tell(Finding("warning", "database", text, "set DATABASE_URL to keep it"))
+        return
+    if settings.url == "embedded":
+        directory = directory_of(config)
+        url = served(directory)
+        if url is None:
+            try:
+                tell(Finding("ok", "database", f"embedded in {directory}, not running; {find_binaries()}"))
+            except ConfigError as error:
+                tell(Finding("error", "database", str(error)))
+            return
+        settings = msgspec.structs.replace(settings, url=url)
+    trio.run(inspect, settings, tell)

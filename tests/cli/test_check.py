@@ -1,0 +1,216 @@
+"""`catbus check`: each thing that it looks at, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import trio
+import trustme
+
+from catbus.cli import check
+from catbus.config import Database
+from catbus.postgres import inspection
+from catbus.postgres.migrate import init
+from tests.cli.conftest import Command, Start, next_event
+from tests.postgres.bouncer import open_bouncer
+from tests.postgres.server import execute, to_database
+
+SECRET = "a secret that is long enough"
+
+Found = dict[str, tuple[str, str, str]]
+"""What was found, by name: level, text, advice."""
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", SECRET)
+    monkeypatch.setenv("CATBUS_WS_BIND", "127.0.0.1:0")
+    monkeypatch.setenv("CATBUS_BIND", "127.0.0.1:0")
+
+
+def run(catbus: Command, *options: str) -> tuple[object, Found]:
+    status, output, errors = catbus("check", "--json", *options)
+    assert errors == ""
+    found = [json.loads(line) for line in output.splitlines()]
+    return status, {each["name"]: (each["level"], each["text"], each["advice"]) for each in found}
+
+
+def test_a_database_that_is_as_it_should_be(catbus: Command, database_url: str) -> None:
+    status, found = run(catbus, "--database", database_url)
+    assert {name: level for name, (level, _, _) in found.items() if level != "ok"} == {"durability": "warning"}
+    assert status == 0
+    assert {"configuration", "secret", "certificate", "port", "database", "encryption", "schema"} <= set(found)
+    assert found["notifications"][1].startswith("they come through database.url (0.")
+    assert "fsync is off" in found["durability"][1]  # the tests' own server
+    assert run(catbus, "--database", database_url, "--strict")[0] == 1
+
+
+def test_for_people_it_is_a_line_each_and_what_to_do_below(catbus: Command) -> None:
+    status, output, _ = catbus("check")
+    assert status == 0
+    assert output.startswith("ok       configuration  no file, and the environment\n")
+    assert output.endswith(
+        "warning  database       in memory: the log ends with the process, and no other replica has it\n"
+        "                        set DATABASE_URL to keep it\n"
+    )
+
+
+def test_a_configuration_that_cannot_be_read(catbus: Command, tmp_path: Path) -> None:
+    file = tmp_path / "catbus.toml"
+    file.write_text("[database]\nulr = 'memory'\n")
+    status, found = run(catbus, "--config", str(file))
+    assert (status, set(found)) == (1, {"configuration"})
+    assert 'did you mean "url"?' in found["configuration"][1]
+
+
+def test_secrets(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", "short")
+    assert run(catbus)[1]["secret"][0] == "warning"
+    monkeypatch.delenv("CATBUS_SECRET")
+    assert run(catbus)[1]["secret"][:2] == ("ok", "one is made and kept, as only this machine can reach the broker")
+    monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
+    status, found = run(catbus)
+    assert (status, found["secret"][0]) == (1, "error")
+    assert "openssl rand -hex 32" in found["secret"][2]
+
+
+NOW = datetime.now(UTC)
+CERTIFICATES = {
+    "good": ((NOW - timedelta(days=1), NOW + timedelta(days=90)), ("a.example.com",), "ok", "for a.example.com, until"),
+    "old": ((NOW - timedelta(days=9), NOW - timedelta(days=1)), ("a.example.com",), "error", "expired"),
+    "young": ((NOW + timedelta(days=1), NOW + timedelta(days=9)), ("a.example.com",), "error", "not valid yet"),
+    "due": ((NOW - timedelta(days=1), NOW + timedelta(days=9)), ("a.example.com",), "warning", "until"),
+}
+
+
+@pytest.mark.parametrize("kind", CERTIFICATES)
+def test_certificates(catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    (begins, ends), names, level, text = CERTIFICATES[kind]
+    issued = trustme.CA().issue_cert(*names, not_before=begins, not_after=ends)
+    issued.private_key_pem.write_to_path(tmp_path / "key")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+    monkeypatch.setenv("CATBUS_CERT", str(tmp_path / "cert"))
+    monkeypatch.setenv("CATBUS_KEY", str(tmp_path / "key"))
+    found = run(catbus)[1]["certificate"]
+    assert found[0] == level
+    assert text in found[1]
+
+
+def test_certificate_files_that_are_no_good(catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CATBUS_CERT", str(tmp_path / "cert"))
+    monkeypatch.setenv("CATBUS_KEY", str(tmp_path / "key"))
+    status, found = run(catbus)
+    assert (status, found["certificate"][0]) == (1, "error")
+    assert "No such file" in found["certificate"][1]
+    for name in ("CATBUS_CERT", "CATBUS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CATBUS_BIND", "0.0.0.0:0")
+    assert run(catbus)[1]["certificate"][0] == "warning"
+
+
+def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("CATBUS_WS_BIND", f"127.0.0.1:{other.getsockname()[1]}")
+        monkeypatch.setattr(check, "PATIENCE", 0.1)
+        status, output, _ = catbus("check")
+    assert status == 1
+    assert "is in use, and not by a broker" in output
+    config = tmp_path / "catbus.toml"
+    config.write_text("[webtransport]\nbind = []\n")
+    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    [url] = next_event(process, "serving")["urls"]
+    monkeypatch.setenv("CATBUS_WS_BIND", urlsplit(url).netloc)
+    monkeypatch.delenv("CATBUS_BIND")
+    status, found = run(catbus, "--config", str(config))
+    assert (status, found["port"][0]) == (0, "ok")
+    assert found["port"][1].endswith("a broker serves there already")
+
+
+UNREACHABLE = {
+    "postgres://u:hidden-password@127.0.0.1:1/d": ("Connect call failed", "is PostgreSQL running there"),
+    "postgres://u:hidden-password@nowhere.invalid/d": ("", "check the host in the URL"),
+    "postgres://u:hidden-password@127.0.0.1:1/d?sslmode=perhaps": ("sslmode", ""),
+}
+
+
+@pytest.mark.parametrize("url", UNREACHABLE)
+def test_a_database_that_cannot_be_reached(catbus: Command, url: str) -> None:
+    said, advice = UNREACHABLE[url]
+    status, found = run(catbus, "--database", url)
+    level, text, told = found["database"]
+    assert (status, level) == (1, "error")
+    assert said in text
+    assert advice in told
+    assert "hidden-password" not in str(found)
+
+
+def test_a_password_that_is_wrong(catbus: Command, database_url: str) -> None:
+    parts = urlsplit(database_url)
+    assert parts.password
+    status, found = run(catbus, "--database", database_url.replace(parts.password, "wrong"))
+    assert (status, found["database"][2]) == (1, "check user and password in the URL")
+
+
+def test_a_schema(catbus: Command, database_url: str) -> None:
+    execute(database_url, "DROP SCHEMA catbus CASCADE")
+    assert "none yet" in run(catbus, "--database", database_url)[1]["schema"][1]
+    trio.run(init, Database(url=database_url))
+    assert run(catbus, "--database", database_url)[1]["schema"][1].startswith("version ")
+    execute(database_url, "UPDATE catbus.schema_version SET version = 999")
+    status, found = run(catbus, "--database", database_url)
+    assert (status, found["schema"][0], found["schema"][2]) == (1, "error", "upgrade Catbus")
+
+
+def test_settings_that_promise_less(catbus: Command, database_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "catbus.toml"
+    file.write_text(f'[database]\nurl = "{database_url}"\nfailover = "lossless"\n')
+    status, found = run(catbus, "--config", str(file))
+    assert (status, found["failover"][0]) == (1, "error")
+
+
+def test_a_database_that_may_not_be_written_to(catbus: Command, database_url: str) -> None:
+    name = urlsplit(database_url).path[1:]
+    execute(to_database(database_url, "postgres"), f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    status, found = run(catbus, "--database", database_url)
+    assert (status, found["writing"][0]) == (1, "error")
+
+
+@pytest.fixture
+def outsider(database_url: str) -> Iterator[str]:
+    """The URL for a user that may do nothing but connect."""
+    execute(database_url, "DROP ROLE IF EXISTS outsider", "CREATE ROLE outsider LOGIN PASSWORD 'outsider'")
+    parts = urlsplit(database_url)
+    yield database_url.replace(f"{parts.username}:{parts.password}@", "outsider:outsider@")
+    execute(database_url, "DROP ROLE outsider")
+
+
+def test_a_user_that_may_not(catbus: Command, database_url: str, outsider: str) -> None:
+    status, found = run(catbus, "--database", outsider)
+    assert (status, found["schema"][:2]) == (1, ("error", "the schema catbus belongs to another user"))
+    execute(database_url, "DROP SCHEMA catbus CASCADE")
+    status, found = run(catbus, "--database", outsider)
+    assert (status, found["schema"][0]) == (1, "error")
+    assert "GRANT CREATE" in found["schema"][2]
+
+
+async def test_what_comes_through_a_pooler(database_url: str, tmp_path: Path) -> None:
+    async def look(listen_url: str | None) -> inspection.Finding:
+        found: list[inspection.Finding] = []
+        await inspection.inspect(Database(url=bouncer.url, listen_url=listen_url), found.append)
+        return {finding.name: finding for finding in found}["notifications"]
+
+    async with open_bouncer(database_url) as bouncer:
+        assert (await look(None)).level == "warning"
+        assert "CATBUS_LISTEN_URL" in (await look(None)).advice
+        assert (await look(database_url)).level == "ok"
+        assert "leads to a pooler too" in (await look(bouncer.url)).text
+        elsewhere = await look(to_database(database_url, "postgres"))
+        assert (elsewhere.level, elsewhere.text.endswith("another database than database.url")) == ("error", True)
+        gone = await look("postgres://u:p@127.0.0.1:1/d")
+        assert (gone.level, "cannot be reached" in gone.text) == ("error", True)
