@@ -30,7 +30,6 @@ class Vitals:
         self.startup: float | None = None
         """Seconds until the log was open for the first time."""
         self._delivery = delivery
-        self._made = trio.current_time()
 
     def refused(self, code: Code) -> None:
         self.refusals[code] += 1
@@ -42,14 +41,14 @@ class Vitals:
             self.delivery_latency.observe(max(0.0, time.time() - stamped / 1000))
 
     async def run(self, log: Log) -> None:
-        """Measure for ever."""
+        """Measure for ever, from the start on."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._time_startup, log)
+            nursery.start_soon(self._time_startup, log, trio.current_time())
             while True:
                 due = trio.current_time() + INTERVAL
                 await trio.sleep_until(due)
                 self.loop_delay.observe(trio.current_time() - due)
 
-    async def _time_startup(self, log: Log) -> None:
+    async def _time_startup(self, log: Log, began: float) -> None:
         await log.wait_open()
-        self.startup = trio.current_time() - self._made
+        self.startup = trio.current_time() - began

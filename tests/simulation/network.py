@@ -261,6 +261,7 @@ class Connection:
     """What `catbus.postgres.bridge.Connection` is for those who use it."""
 
     version = 16
+    encrypted = False
 
     def __init__(self, network: Network, owner: str) -> None:
         self.owner = owner
