@@ -18,26 +18,20 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
 import harness
 import trio
 from harness import SECRET, Server, percentile
+from moving import Load, plot
 
 from catbus.auth import Grants, sign
-from catbus.client import Bus, Disconnected, Reconnected, Transport, open_bus
+from catbus.client import Disconnected, Transport
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket
 from catbus.client.webtransport import make_configuration, open_webtransport
-
-PUBLISHERS = 4
-WARM = 3.0
-"""Seconds of load before the first replica is restarted, and after the last."""
-PATIENCE = 60.0
-WIDTH = 60
 
 
 class Replica:
@@ -59,37 +53,17 @@ class Replica:
             running.__exit__(None, None, None)
 
 
-@dataclass
-class Seen:
-    """What one subscriber got."""
+class Balancer:
+    """Sends whoever connects to the next replica that is ready."""
 
-    cursor: int = -1
-    delivered: int = 0
-    lost: int = 0
-    repeated: int = 0
-    last: float = 0.0
-    pause: float = 0.0
-
-
-@dataclass
-class Run:
-    """What happens in one run."""
-
-    replicas: list[Replica]
-    began: float = 0.0
-    over: bool = False
-    dialled: int = 0
-    published: int = 0
-    acknowledged: int = 0
-    head: int = 0
-    seen: list[Seen] = field(default_factory=list)
-    moves: list[float] = field(default_factory=list)
-    """When a session was on another replica, in seconds since the beginning."""
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+        self._dialled = 0
 
     async def watch(self) -> None:
-        """Ask the replicas what a balancer asks them."""
+        """Ask the replicas what a balancer asks them, for ever."""
         while True:
-            for replica in self.replicas:
+            for replica in self._replicas:
                 ready = False
                 if replica.server is not None:
                     with suppress(OSError, IndexError):
@@ -98,92 +72,40 @@ class Run:
             await trio.sleep(0.1)
 
     async def dial(self, transport: str) -> Transport:
-        ready = [replica for replica in self.replicas if replica.ready]
+        ready = [replica for replica in self._replicas if replica.ready]
         if not ready:
             raise Disconnected("no replica is ready")
-        self.dialled += 1
-        server = ready[self.dialled % len(ready)].server
+        self._dialled += 1
+        server = ready[self._dialled % len(ready)].server
         assert server is not None
         if transport == "websocket":
             return await open_websocket(parse_address(f"ws://127.0.0.1:{server.port}/ws"))
         address = parse_address(f"https://127.0.0.1:{server.quic_port}/")
         return await open_webtransport(address, make_configuration(address, server.ca))
 
-    def connect(self, transport: str) -> AbstractAsyncContextManager[Bus]:
-        def note(event: object) -> None:
-            if isinstance(event, Reconnected):
-                self.moves.append(trio.current_time() - self.began)
 
-        token = sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
-        return open_bus(partial(self.dial, transport), token=token, persist=True, on_event=note)
-
-    async def subscribe(self, transport: str, *, task_status: trio.TaskStatus[None]) -> None:
-        seen = Seen()
-        self.seen.append(seen)
-        async with self.connect(transport) as bus, bus.subscribe("*") as messages:
-            seen.cursor, seen.last = messages.cursor, trio.current_time()
-            task_status.started()
-            async for message in messages:
-                now = trio.current_time()
-                seen.delivered += 1
-                seen.pause, seen.last = max(seen.pause, now - seen.last), now
-                if message.seq <= seen.cursor:
-                    seen.repeated += 1
-                else:
-                    seen.lost += message.seq - seen.cursor - 1
-                    seen.cursor = message.seq
-
-    async def publish(self, transport: str, pause: float) -> None:
-        async with self.connect(transport) as bus:
-            due = trio.current_time()
-            while not self.over:
-                self.published += 1
-                self.head = max(self.head, await bus.publish("bench.rolling", self.published))
-                self.acknowledged += 1
-                due = max(due + pause, trio.current_time())
-                await trio.sleep_until(due)
-
-
-async def play(run: Run, sessions: int, rate: float) -> list[tuple[float, int]]:
-    """Seconds and sessions that moved, of each replica's restart."""
-    transports = ["websocket", "webtransport"]
+async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple[Load, list[tuple[float, int]]]:
+    """What happened, and of each replica's restart the seconds and the sessions that moved."""
+    balancer = Balancer(replicas)
+    load = Load(balancer.dial, sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",))))
     restarts = []
+
+    async def restart() -> None:
+        for replica in replicas:
+            began, moved = trio.current_time(), len(load.moves)
+            await trio.to_thread.run_sync(replica.stop)
+            await trio.to_thread.run_sync(replica.start)
+            while not replica.ready:
+                await trio.sleep(0.02)
+            restarts.append((trio.current_time() - began, len(load.moves) - moved))
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run.watch)
-        while not all(replica.ready for replica in run.replicas):
+        nursery.start_soon(balancer.watch)
+        while not all(replica.ready for replica in replicas):
             await trio.sleep(0.05)
-        for first in range(0, sessions, 20):
-            async with trio.open_nursery() as starting:
-                for number in range(first, min(first + 20, sessions)):
-                    starting.start_soon(nursery.start, run.subscribe, transports[number % 2])
-        run.began = trio.current_time()
-        for seen in run.seen:
-            seen.last, seen.pause = run.began, 0.0
-        async with trio.open_nursery() as publishing:
-            for number in range(PUBLISHERS):
-                publishing.start_soon(run.publish, transports[number % 2], PUBLISHERS / rate)
-            await trio.sleep(WARM)
-            for replica in run.replicas:
-                began, moved = trio.current_time(), len(run.moves)
-                await trio.to_thread.run_sync(replica.stop)
-                await trio.to_thread.run_sync(replica.start)
-                while not replica.ready:
-                    await trio.sleep(0.02)
-                restarts.append((trio.current_time() - began, len(run.moves) - moved))
-            await trio.sleep(WARM)
-            run.over = True
-        with trio.move_on_after(PATIENCE):
-            while any(seen.cursor < run.head for seen in run.seen):
-                await trio.sleep(0.05)
+        await load.play(sessions, rate, restart)
         nursery.cancel_scope.cancel()
-    return restarts
-
-
-def plot(moves: Sequence[float]) -> list[str]:
-    counts = Counter(int(at) for at in moves)
-    most = max(counts.values(), default=1)
-    seconds = range(max(counts, default=0) + 1)
-    return [f"{second:4} s {counts[second]:5} {'#' * round(WIDTH * counts[second] / most)}" for second in seconds]
+    return load, restarts
 
 
 def draw(moves: Sequence[float]) -> str:
@@ -228,35 +150,32 @@ def main() -> None:
     print(harness.describe_machine())
     drain = f"[drain]\ndelay = {options.delay}\nwindow = {options.window}\n"
     with harness.database(options.database) as url:
-        run = Run([Replica(url, drain) for _ in range(options.replicas)])
+        replicas = [Replica(url, drain) for _ in range(options.replicas)]
         try:
-            for replica in run.replicas:
+            for replica in replicas:
                 replica.start()
-            restarts = trio.run(play, run, options.sessions, options.rate)
+            load, restarts = trio.run(play, replicas, options.sessions, options.rate)
         finally:
-            for replica in run.replicas:
+            for replica in replicas:
                 replica.stop()
-    lost = sum(seen.lost + max(run.head - seen.cursor, 0) for seen in run.seen)
-    repeated = sum(seen.repeated for seen in run.seen)
     print(
         f"{options.sessions} sessions; drain: {options.delay:g} s of notice, then clients go over {options.window:g} s"
     )
     print("\nreconnects in each second:")
-    print("\n".join(plot(run.moves)))
+    print("\n".join(plot(load.moves)))
     print()
     for number, (seconds, moved) in enumerate(restarts, 1):
         print(f"replica {number}: {seconds:.1f} s from SIGTERM to ready again, {moved} sessions moved")
-    pauses = sorted(seen.pause for seen in run.seen)
     print(
-        f"in all {sum(seconds for seconds, _ in restarts):.1f} s, {len(run.moves)} sessions moved; "
-        f"published {run.published}, acknowledged {run.acknowledged}, "
-        f"delivered {sum(seen.delivered for seen in run.seen)}"
+        f"in all {sum(seconds for seconds, _ in restarts):.1f} s, {len(load.moves)} sessions moved; "
+        f"published {load.published}, acknowledged {load.acknowledged}, delivered {load.delivered}"
     )
+    pauses = load.pauses
     print(f"pause p50 {percentile(pauses, 0.5) * 1e3:.0f} ms, p99 {percentile(pauses, 0.99) * 1e3:.0f} ms")
-    print(f"lost {lost}, repeated {repeated}")
+    print(f"lost {load.lost}, repeated {load.repeated}")
     if options.svg is not None:
-        options.svg.write_text(draw(run.moves))
-    sys.exit(bool(lost or repeated or run.published != run.acknowledged))
+        options.svg.write_text(draw(load.moves))
+    sys.exit(bool(load.lost or load.repeated or load.published != load.acknowledged))
 
 
 if __name__ == "__main__":
