@@ -239,18 +239,18 @@ class CertificateSource:
 
     def reload(self, now: datetime) -> None:
         """Read it anew, whether or not it seems to have changed, and say so."""
-        self._stamp = self._made = self._complaint = None
+        self._complaint = None
         self._checked = now
-        self._refresh(now)
+        self._refresh(now, anew=True)
 
     def self_made(self, now: datetime) -> Certificate | None:
         """The development certificate that `current` gives now, for `discovery`; None where it comes from files."""
         self.current(now)
         return self._made
 
-    def _refresh(self, now: datetime) -> None:
+    def _refresh(self, now: datetime, *, anew: bool = False) -> None:
         try:
-            if not self._is_current(now):
+            if anew or not self._is_current(now):
                 self._credentials = self._load(now)
                 logger.info("took a new certificate", expires=self._credentials.expires.isoformat())
             self._complaint = None

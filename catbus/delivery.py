@@ -93,7 +93,7 @@ class Delivery:
             position=self.position,
             live=len(self._live),
             late=len(self._late),
-            patterns=len({group.pattern for tree in (self._live, self._late) for group in tree.groups()}),
+            patterns=self._live.patterns + sum(group.pattern not in self._live for group in self._late.groups()),
             lag=max(0, self.position - min(late, default=self.position)),
             lags=self._lags,
             sweeps=self._sweeps,

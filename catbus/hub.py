@@ -100,8 +100,8 @@ class Hub:
         self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
         self.vitals = Vitals(self.delivery)
         self.flusher.on_pass = self.vitals.flushed
-        self.scrape: Callable[[str], tuple[bytes, str]] | None = None
-        """What is counted and measured, for an Accept header, and its content type; once the doors are open."""
+        self.scrape: Callable[[], tuple[bytes, str]] | None = None
+        """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
         self.draining = False
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)

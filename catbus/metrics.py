@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, GCCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -125,10 +124,13 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
 
-    def scrape(self, accept: str = "") -> tuple[bytes, str]:
-        """All of it, in the best form that `accept` (the request's header) allows, and the content type of that."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+    def scrape(self) -> tuple[bytes, str]:
+        """All of it, and the content type of that.
+
+        Always in Prometheus's own form, which whoever scrapes understands: what the library makes of an Accept header
+        is an exception, where the header is odd.
+        """
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that nothing is read before it is asked for."""

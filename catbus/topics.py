@@ -129,6 +129,15 @@ class TopicTree(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    @property
+    def patterns(self) -> int:
+        """How many patterns have members."""
+        return len(self._groups)
+
+    def __contains__(self, pattern: str) -> bool:
+        """Whether it has members."""
+        return pattern in self._groups
+
     def groups(self) -> Iterable[Group[T]]:
         """Every pattern with its members: a live view, the oldest pattern first."""
         return self._groups.values()

@@ -35,7 +35,9 @@ async def scrape(address: str) -> tuple[Found, dict[str, tuple[str, tuple[str, .
     host, _, port = address.rpartition(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         peer = Peer(stream)
-        await peer.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        # What cannot be understood of what it accepts is no reason to tell it nothing.
+        headers = b"Host: x\r\nAccept: application/openmetrics-text;version=x\r\nConnection: close\r\n\r\n"
+        await peer.send(b"GET /metrics HTTP/1.1\r\n" + headers)
         answer = await peer.response()
     assert answer.status == 200
     samples: Found = {}

@@ -90,7 +90,7 @@ async def metrics(hub: Hub, request: Request) -> Answer:
     """What is counted and measured, for Prometheus."""
     if hub.scrape is None:
         return line(503, "not open yet")
-    body, content_type = hub.scrape(request.header(b"accept").decode("latin-1"))
+    body, content_type = hub.scrape()
     return Answer(200, body, type=content_type.encode())
 
 

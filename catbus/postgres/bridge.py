@@ -95,6 +95,8 @@ class Bridge:
         self._connections: set[Connection] = set()
         self._pooled: set[str] = set()
         """The URLs that led to a pooler."""
+        self._good: set[str] = set()
+        """Those that have led somewhere."""
 
     def close(self) -> None:
         """Terminate every connection: whoever still waits for one sees an outage."""
@@ -119,6 +121,12 @@ class Bridge:
                     connection: Connection = await self.cross(partial(self._open, for_asyncpg(url), pooled), _give_up)
                 except asyncpg.exceptions.ClientConfigurationError as error:
                     raise ConfigError(f"[database] url: {error}") from None
+                except ConfigError as error:
+                    if url in self._good:
+                        # It was right, and files come and go: no reason to end everything.
+                        raise OSError(str(error)) from None
+                    raise
+                self._good.add(url)
                 if connection.pooled == pooled:
                     self._connections.add(connection)
                     connection.when_closed(partial(self._connections.discard, connection))

@@ -96,6 +96,17 @@ async def test_a_file_that_is_not_there_is_an_error_that_names_it(server: Server
         await is_encrypted(server.url(sslmode="verify-full", **{name: "/no/such/file"}))
 
 
+async def test_a_file_that_goes_while_we_run_is_an_outage(server: Server, tmp_path: Path) -> None:
+    url = server.url(sslmode="verify-full", sslrootcert=shutil.copy(server.authority, tmp_path / "copy"))
+    async with open_bridge() as bridge:
+        (await bridge.connect(url)).terminate()
+        (tmp_path / "copy").unlink()
+        with pytest.raises(OSError, match="sslrootcert"):
+            await bridge.connect(url)
+        shutil.copy(server.authority, tmp_path / "copy")
+        (await bridge.connect(url)).terminate()
+
+
 async def test_a_mode_that_there_is_not_is_an_error(server: Server) -> None:
     with pytest.raises(ConfigError, match="sslmode"):
         await is_encrypted(server.url(sslmode="certainly"))
