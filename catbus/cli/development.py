@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..auth import Grants, sign
-from ..config import default_state_directory, is_loopback
+from ..config import default_state_directory, is_loopback, load
 from ..errors import ConfigError
 
 FILE = "development-secret"
@@ -52,9 +52,14 @@ def development_token(secret: str) -> str:
 
 
 def find_token(url: str) -> str | None:
-    """The development token for a broker at `url`, when that is on this machine and this user may have it."""
+    """A token for everything for a broker at `url`, when that is on this machine and this user has its secret.
+
+    That is CATBUS_SECRET, as in a container beside the broker, or else the development secret.
+    """
     if not is_loopback(urlsplit(url).hostname or ""):
         return None
+    if given := load(None, {"CATBUS_SECRET": os.environ.get("CATBUS_SECRET", "")}).auth.secrets:
+        return sign(given[0], client_id="operator", grants=Grants.ALL)
     secret = read_secret(default_state_directory(os.environ))
     return development_token(secret) if secret else None
 

@@ -34,7 +34,8 @@ url_option = click.option(
 token_option = click.option(
     "--token",
     envvar="CATBUS_TOKEN",
-    help="Who you are. Also CATBUS_TOKEN. For a broker on this machine the development token is found by itself.",
+    help="Who you are. Also CATBUS_TOKEN. For a broker on this machine one is made with CATBUS_SECRET, or with the "
+    "development secret, where you have it.",
 )
 
 

@@ -67,8 +67,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Run the command in a process, which does not outlive the test."""
     processes = []
 
-    def run(*arguments: str, state: Path = tmp_path / "state") -> subprocess.Popen[str]:
+    def run(*arguments: str, state: Path = tmp_path / "state", secret: str = "") -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CATBUS_")}
+        environment |= {"CATBUS_SECRET": secret} if secret else {}
         process = subprocess.Popen(
             [sys.executable, "-m", "catbus", *arguments],
             env={**environment, "CATBUS_STATE": str(state)},

@@ -196,6 +196,17 @@ def test_it_prints_a_development_token_that_works(broker: Running, catbus: Comma
     assert f"--url {broker.url}" in errors
 
 
+def test_who_has_the_secret_needs_no_token(start: Start, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container beside the broker."""
+    monkeypatch.setenv("CATBUS_SECRET", "a secret for two")
+    process = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0", secret="a secret for two")
+    [url] = [url for url in next_event(process, "serving")["urls"] if url.startswith("ws")]
+    assert catbus("pub", "a", "1", "--url", url) == (0, '{"channel":"a","seq":1}\n', "")
+    assert "messages 1 to 1" in catbus("status", "--url", url).output
+    monkeypatch.setenv("CATBUS_SECRET", "another secret")
+    assert catbus("pub", "a", "1", "--url", url).status == 1
+
+
 def test_a_hangup_has_the_certificate_read_anew(start: Start, catbus: Command, tmp_path: Path) -> None:
     """It makes one for this machine, with which the command finds the way by itself; and it goes on."""
     config = tmp_path / "catbus.toml"
