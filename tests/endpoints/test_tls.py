@@ -22,42 +22,34 @@ from catbus.endpoints import listen
 from catbus.errors import ConfigError
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import Peer
+from tests.volumes import Volume
 
 SESSIONS = 20
 """Of each transport."""
 
 
-class Volume:
-    """A directory as the kubelet mounts a Secret: what it holds changes by one link that is swapped."""
+class Renewed:
+    """A certificate in a volume that is renewed now and then, each time by another authority."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.authority = ""
-        for name in ("tls.crt", "tls.key"):
-            (directory / name).symlink_to(Path("..data") / name)
-        self._count = 0
+        self._volume = Volume(directory)
         self.renew()
 
     def renew(self) -> None:
-        """Another certificate, by another authority."""
-        self._count += 1
-        data = self.directory / f"..{self._count}"
-        data.mkdir()
         authority = trustme.CA()
         self.authority = authority.cert_pem.bytes().decode()
         issued = authority.issue_cert("127.0.0.1", "localhost")
-        issued.private_key_pem.write_to_path(data / "tls.key")
-        issued.cert_chain_pems[0].write_to_path(data / "tls.crt")
-        link = self.directory / "..data.new"
-        link.symlink_to(data)
-        link.rename(self.directory / "..data")
+        self._volume.put({"tls.crt": issued.cert_chain_pems[0].bytes(), "tls.key": issued.private_key_pem.bytes()})
 
     def config(self, *, tls: bool = True) -> Config:
         return msgspec.structs.replace(
             CONFIG,
             websocket=WebSocket(bind=("127.0.0.1:0",), tls=tls),
             webtransport=WebTransport(
-                bind=("127.0.0.1:0",), cert=str(self.directory / "tls.crt"), key=str(self.directory / "tls.key")
+                bind=("127.0.0.1:0",),
+                cert=str(self._volume.directory / "tls.crt"),
+                key=str(self._volume.directory / "tls.key"),
             ),
         )
 
@@ -68,8 +60,8 @@ class Urls(NamedTuple):
 
 
 @pytest.fixture
-def volume(tmp_path: Path) -> Volume:
-    return Volume(tmp_path)
+def certificate(tmp_path: Path) -> Renewed:
+    return Renewed(tmp_path)
 
 
 @asynccontextmanager
@@ -82,10 +74,10 @@ async def serving(config: Config) -> AsyncIterator[tuple[catbus.Broker, Urls]]:
             broker.stop()
 
 
-async def test_messages_go_through_tls(volume: Volume) -> None:
+async def test_messages_go_through_tls(certificate: Renewed) -> None:
     async with (
-        serving(volume.config()) as (broker, urls),
-        catbus.connect(urls.websocket, token=TOKEN, ca=volume.authority) as bus,
+        serving(certificate.config()) as (broker, urls),
+        catbus.connect(urls.websocket, token=TOKEN, ca=certificate.authority) as bus,
         bus.subscribe("a.*") as messages,
     ):
         # More than one flush, and more than one TLS record.
@@ -96,22 +88,22 @@ async def test_messages_go_through_tls(volume: Volume) -> None:
         assert broker.hub.statistics().clients == {"websocket": 1, "webtransport": 0}
 
 
-async def test_who_does_not_trust_it_is_not_connected(volume: Volume) -> None:
-    async with serving(volume.config()) as (broker, urls):
+async def test_who_does_not_trust_it_is_not_connected(certificate: Renewed) -> None:
+    async with serving(certificate.config()) as (broker, urls):
         with pytest.raises(Disconnected, match="the certificate is not accepted"):
             async with catbus.connect(urls.websocket, token=TOKEN, reconnect=False):
                 pass
         assert broker.hub.statistics().opened["websocket"] == 0
 
 
-async def open_tls(urls: Urls, volume: Volume) -> trio.SSLStream[trio.SocketStream]:
+async def open_tls(urls: Urls, certificate: Renewed) -> trio.SSLStream[trio.SocketStream]:
     host, _, port = urls.websocket.removeprefix("wss://").removesuffix("/ws").rpartition(":")
-    context = ssl.create_default_context(cadata=volume.authority)
+    context = ssl.create_default_context(cadata=certificate.authority)
     return await trio.open_ssl_over_tcp_stream(host, int(port), ssl_context=context, https_compatible=True)
 
 
-async def test_http_is_answered_and_both_sides_say_goodbye(volume: Volume) -> None:
-    async with serving(volume.config()) as (_, urls), await open_tls(urls, volume) as stream:
+async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed) -> None:
+    async with serving(certificate.config()) as (_, urls), await open_tls(urls, certificate) as stream:
         peer = Peer(stream)
         await peer.send(b"GET /.well-known/catbus HTTP/1.1\r\nHost: bus.example.com\r\nConnection: close\r\n\r\n")
         answer = await peer.response()
@@ -121,10 +113,10 @@ async def test_http_is_answered_and_both_sides_say_goodbye(volume: Volume) -> No
 
 
 async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
-    volume: Volume, monkeypatch: pytest.MonkeyPatch
+    certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listen, "HANDSHAKE_TIME", 0.1)
-    async with serving(volume.config()) as (_, urls):
+    async with serving(certificate.config()) as (_, urls):
         host, _, port = urls.websocket.removeprefix("wss://").removesuffix("/ws").rpartition(":")
         for said in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"\x16\x03\x01\xff\xff"):
             async with await trio.open_tcp_stream(host, int(port)) as stream:
@@ -132,19 +124,19 @@ async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
                 with suppress(trio.BrokenResourceError):
                     while await stream.receive_some():
                         pass
-        async with catbus.connect(urls.websocket, token=TOKEN, ca=volume.authority) as bus:
+        async with catbus.connect(urls.websocket, token=TOKEN, ca=certificate.authority) as bus:
             assert await bus.publish("a", 1) == 1
 
 
 async def test_a_certificate_that_changes_under_load_costs_no_session(
-    volume: Volume, monkeypatch: pytest.MonkeyPatch
+    certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And those who come afterwards see the new one, over either transport."""
     monkeypatch.setattr(certificates, "INTERVAL", timedelta(0))
     lost: list[object] = []
     async with AsyncExitStack() as stack:
-        _, urls = await stack.enter_async_context(serving(volume.config()))
-        first = volume.authority
+        _, urls = await stack.enter_async_context(serving(certificate.config()))
+        first = certificate.authority
         streams = []
         for url in urls:
             for _ in range(SESSIONS):
@@ -157,10 +149,10 @@ async def test_a_certificate_that_changes_under_load_costs_no_session(
         for number in range(300):
             await publisher.publish("load", number)
             if number == 100:
-                volume.renew()
+                certificate.renew()
             if number in (50, 250):
                 for url in urls:
-                    async with catbus.connect(url, token=TOKEN, ca=volume.authority, reconnect=False) as bus:
+                    async with catbus.connect(url, token=TOKEN, ca=certificate.authority, reconnect=False) as bus:
                         newcomers += await bus.ping() >= 0
                 if number == 250:
                     for url in urls:

@@ -33,6 +33,7 @@ from tests.k8s.manifests import named, render
 from tests.k8s.rules import catbus_container, pod_of
 from tests.postgres.proxy import _target
 from tests.programs import find_program
+from tests.volumes import Volume
 
 Probe = dict[str, Any]
 
@@ -42,27 +43,6 @@ INGRESS = "127.0.3.1"
 PATIENCE = 30.0
 DEFAULTS = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3, "initialDelaySeconds": 0}
 """Of a probe, as Kubernetes has them."""
-
-
-class Volume:
-    """A directory as the kubelet mounts a Secret: what it holds changes by one link that is swapped."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._count = 0
-        directory.mkdir()
-
-    def put(self, content: Mapping[str, bytes]) -> None:
-        self._count += 1
-        data = self.directory / f"..{self._count}"
-        data.mkdir()
-        for name, value in content.items():
-            (data / name).write_bytes(value)
-            with suppress(FileExistsError):
-                (self.directory / name).symlink_to(Path("..data") / name)
-        link = self.directory / "..data.new"
-        link.symlink_to(data.name)
-        link.rename(self.directory / "..data")
 
 
 class Pod:
