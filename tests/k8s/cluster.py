@@ -183,7 +183,7 @@ class Ingress:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.run_process, self._command)
             while True:
-                for pod in pods.values():
+                for pod in list(pods.values()):
                     await self._set(pod.address, "ready" if pod.ready else "drain")
                 await trio.sleep(0.05)
 
