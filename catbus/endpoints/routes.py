@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import blake2b
 from http import HTTPStatus
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -92,6 +94,17 @@ async def metrics(hub: Hub, request: Request) -> Answer:
         return line(503, "not open yet")
     body, content_type = hub.scrape()
     return Answer(200, body, type=content_type.encode())
+
+
+async def script(hub: Hub, request: Request) -> Answer:
+    """The JavaScript client, for pages anywhere."""
+    headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"max-age=60")]
+    return Answer(200, _script(), headers, b"text/javascript; charset=utf-8")
+
+
+@cache
+def _script() -> bytes:
+    return (resources.files("catbus") / "static" / "catbus.js").read_bytes()
 
 
 async def status(hub: Hub, request: Request) -> Answer:
@@ -244,6 +257,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/ready": {"GET": ready},
     "/status": {"GET": status},
     "/metrics": {"GET": metrics},
+    "/catbus.js": {"GET": script},
     "/.well-known/catbus": {"GET": discover},
     "/publish": {"POST": publish},
     "/ws": {"GET": websocket},

@@ -44,7 +44,7 @@ def test_its_steps_install_the_command_and_nothing_for_tests(tmp_path: Path) -> 
 
 def test_the_context_is_what_is_installed() -> None:
     files = {file.relative_to(ROOT).parts[0] for file in context()}
-    assert files == {"catbus", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
+    assert files == {"catbus", "clients", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_it_runs_what_the_manifests_expect() -> None:

@@ -1,0 +1,207 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+
+import { CatbusClient, Disconnected, Refused } from '../src/catbus.js';
+import { channel, makeClient, next, openProxy, sign, skip } from './helpers.js';
+
+test('what is published is heard', { skip }, async () => {
+  const client = makeClient();
+  const states = [];
+  client.onStateChange((state) => states.push(state));
+  await client.connect();
+  assert.deepEqual(states, ['connecting', 'authenticating', 'connected']);
+  assert.deepEqual([client.connectionState, client.id, client.transport], ['connected', 'node', 'websocket']);
+  const place = channel();
+  const heard = [];
+  const subscription = await client.subscribe(`${place}.*`, (message) => heard.push(message));
+  const { seq } = await client.publish(`${place}.a`, { text: 'ä🐱', n: 1 });
+  await client.ping();
+  const [{ at, ...message }] = heard;
+  assert.deepEqual(message, { channel: `${place}.a`, payload: { text: 'ä🐱', n: 1 }, pattern: `${place}.*`, seq, sender: 'node' });
+  assert.ok(Math.abs(at - Date.now()) < 60_000);
+  assert.equal(subscription.cursor, seq);
+  assert.ok((await client.ping()) < 5000);
+  const { messages, more } = await client.history(`${place}.*`, { limit: 5 });
+  assert.deepEqual([messages.map((each) => each.seq), more], [[seq], false]);
+  await subscription.unsubscribe();
+  await client.publish(`${place}.a`, 2);
+  await client.ping();
+  assert.equal(heard.length, 1);
+  await client.disconnect();
+  assert.deepEqual([client.connectionState, client.transport, client.id], ['disconnected', null, null]);
+});
+
+test('a token that is not good is final', { skip }, async () => {
+  const client = makeClient({ token: 'sub-x.y' });
+  await assert.rejects(client.connect(), (error) => error instanceof Refused && error.code === 'unauthenticated');
+  assert.equal(client.connectionState, 'disconnected');
+});
+
+test('what is refused says why', { skip }, async () => {
+  const client = makeClient({ token: sign({ grants: [{ grant_type: 'read', pattern: 'open.*' }] }) });
+  await client.connect();
+  await assert.rejects(client.publish('open.a', 1), { name: 'Refused', code: 'unauthorized' });
+  await assert.rejects(client.subscribe('closed', () => {}), { name: 'Refused', code: 'unauthorized' });
+  await assert.rejects(client.subscribe('a..b', () => {}), { name: 'Refused', code: 'invalid_pattern' });
+  await assert.rejects(client.history('closed'), { name: 'Refused', code: 'unauthorized' });
+  await assert.rejects(client.publish('open.a', 'x'.repeat(70_000)), { name: 'Refused', code: 'too_large' });
+  await assert.rejects(client.publish('open.a', undefined), TypeError);
+  // A pattern that was refused is free again.
+  await client.subscribe('open.*', () => {});
+  await assert.rejects(client.subscribe('open.*', () => {}), { code: 'limit' });
+  assert.equal(client.connectionState, 'connected');
+});
+
+test('URLs that lead nowhere are mistakes', () => {
+  for (const url of ['http://x', 'catbus', 'ftp://x']) assert.throws(() => new CatbusClient({ url, token: '' }), TypeError);
+  assert.throws(() => new CatbusClient({ url: 'https://x', fallbackUrl: 'https://y', token: '' }), TypeError);
+});
+
+test('a broker that is not there is tried again, unless it must not be', { skip }, async () => {
+  const proxy = await openProxy();
+  proxy.refusing = true;
+  const impatient = makeClient({ url: proxy.url, autoReconnect: false });
+  await assert.rejects(impatient.connect(), Disconnected);
+  const client = makeClient({ url: proxy.url });
+  const connected = client.connect();
+  await next(client, 'error');
+  await next(client, 'error');
+  proxy.refusing = false;
+  await connected;
+});
+
+test('a subscription since a place gets everything after it, then what is new', { skip }, async () => {
+  const client = makeClient();
+  await client.connect();
+  const place = channel();
+  const seqs = [];
+  for (let n = 0; n < 10; n++) seqs.push((await client.publish(place, n)).seq);
+  const heard = [];
+  await client.subscribe(place, (message) => heard.push(message.payload), { since: seqs[3] });
+  await client.publish(place, 10);
+  while (heard.length < 7) await client.ping();
+  assert.deepEqual(heard, [4, 5, 6, 7, 8, 9, 10]);
+});
+
+test('who reads slowly gets all of it, a little at a time', { skip }, async () => {
+  const client = makeClient();
+  await client.connect();
+  const place = channel();
+  const { seq } = await client.publish(place, 'before');
+  const publishing = (async () => {
+    for (let n = 0; n < 300; n++) await client.publish(place, n);
+  })();
+  const heard = [];
+  for await (const message of client.messages(place, { since: seq, buffer: 7 })) {
+    heard.push(message.payload);
+    if (heard.length % 10 === 0) await new Promise((resolve) => setTimeout(resolve, 2));
+    if (heard.length === 300) break;
+  }
+  await publishing;
+  assert.deepEqual(heard, Array.from({ length: 300 }, (_, n) => n));
+  // Leaving the loop has ended the subscription.
+  await client.subscribe(place, () => {});
+});
+
+test('when connections are lost, nothing is lost or repeated, neither heard nor published', { skip }, async () => {
+  const proxy = await openProxy();
+  const client = makeClient({ url: proxy.url, maxQueueSize: 1000 });
+  const witness = makeClient();
+  await Promise.all([client.connect(), witness.connect()]);
+  const place = channel();
+  const heard = [];
+  const seen = [];
+  await client.subscribe(`${place}.*`, (message) => heard.push(message));
+  await witness.subscribe(`${place}.*`, (message) => seen.push(message));
+  const answers = [];
+  for (let n = 0; n < 400; n++) {
+    answers.push(client.publish(`${place}.mine`, n), witness.publish(`${place}.theirs`, n));
+    if (n % 50 === 25) proxy.cut();
+    if (n % 5 === 0) await new Promise((resolve) => setTimeout(resolve, 3));
+  }
+  const seqs = (await Promise.all(answers)).map(({ seq }) => seq);
+  while (heard.length < 800 || seen.length < 800) await new Promise((resolve) => setTimeout(resolve, 5));
+  assert.ok(proxy.accepted > 4);
+  for (const messages of [heard, seen]) {
+    assert.deepEqual(messages.map(({ seq }) => seq), seqs.toSorted?.((a, b) => a - b) ?? [...seqs].sort((a, b) => a - b));
+    for (const channel of ['mine', 'theirs']) {
+      const own = messages.filter((message) => message.channel.endsWith(channel)).map(({ payload }) => payload);
+      assert.deepEqual(own, Array.from({ length: 400 }, (_, n) => n));
+    }
+  }
+});
+
+test('without a connection, publishing waits, up to a number', { skip }, async () => {
+  const proxy = await openProxy();
+  const client = makeClient({ url: proxy.url, maxQueueSize: 3 });
+  await assert.rejects(client.publish('a', 1), Disconnected);
+  await client.connect();
+  proxy.refusing = true;
+  proxy.cut();
+  await next(client, 'state', (state) => state === 'reconnecting');
+  const place = channel();
+  const waiting = [1, 2, 3].map((n) => client.publish(place, n));
+  await assert.rejects(client.publish(place, 4), { code: 'overloaded' });
+  await assert.rejects(client.publish(place, 4, { ephemeral: true }), Disconnected);
+  proxy.refusing = false;
+  const seqs = (await Promise.all(waiting)).map(({ seq }) => seq);
+  assert.deepEqual(seqs, [...seqs].sort((a, b) => a - b));
+});
+
+test('a token is renewed in place', { skip }, async () => {
+  let asked = 0;
+  const token = () => sign({ exp: Date.now() / 1000 + (asked++ ? 3600 : 2) });
+  const client = makeClient({ token });
+  const states = [];
+  await client.connect();
+  client.onStateChange((state) => states.push(state));
+  while (asked < 2) await new Promise((resolve) => setTimeout(resolve, 20));
+  await client.publish(channel(), 1);
+  assert.deepEqual(states, []);
+});
+
+test('ephemeral messages come past the log, and echo can be left out', { skip }, async () => {
+  const [one, other] = [makeClient(), makeClient()];
+  await Promise.all([one.connect(), other.connect()]);
+  const place = channel();
+  const mine = [];
+  const theirs = [];
+  await one.subscribe(place, (message) => mine.push(message.payload));
+  await other.subscribe(place, (message) => theirs.push(message.payload));
+  assert.deepEqual(await one.publish(place, 1, { ephemeral: true }), {});
+  await one.publish(place, 2, { echo: false });
+  await one.publish(place, 3);
+  while (!theirs.includes(3) || !mine.includes(3)) await other.ping();
+  assert.deepEqual([mine, theirs], [[1, 3], [1, 2, 3]]);
+});
+
+test('subscriptions stay over disconnect and connect, from where they were', { skip }, async () => {
+  const [client, other] = [makeClient(), makeClient()];
+  await Promise.all([client.connect(), other.connect()]);
+  const place = channel();
+  const heard = [];
+  await client.subscribe(place, (message) => heard.push(message.payload));
+  await other.publish(place, 1);
+  await client.disconnect();
+  await other.publish(place, 2);
+  await client.connect();
+  await other.publish(place, 3);
+  while (heard.length < 3) await other.ping();
+  assert.deepEqual(heard, [1, 2, 3]);
+});
+
+test('an error in a handler stops nobody', { skip }, async (context) => {
+  const told = context.mock.method(console, 'error', () => {});
+  const client = makeClient();
+  await client.connect();
+  const place = channel();
+  const heard = [];
+  await client.subscribe(place, ({ payload }) => {
+    heard.push(payload);
+    throw new Error('mine');
+  });
+  await client.publish(place, 1);
+  await client.publish(place, 2);
+  while (heard.length < 2) await client.ping();
+  assert.equal(told.mock.callCount(), 2);
+});

@@ -1,0 +1,59 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+
+import { Splitter } from '../src/catbus.js';
+
+const OBJECTS = [
+  {},
+  { type: 'message', payload: 'a { in } text, and "quotes" and \\ and \\" too' },
+  { payload: [{ a: [{}, {}] }, '}{', '\n', '\\'] },
+  { payload: '\\\\', text: 'ä🐱\u2028' },
+  { deep: { deep: { deep: { deep: [] } } } },
+];
+
+/** The same every time. */
+function* random(seed) {
+  for (let state = seed; ; ) {
+    state = (state * 1103515245 + 12345) % 2 ** 31;
+    yield state / 2 ** 31;
+  }
+}
+
+test('objects come out whole, however the text is cut', () => {
+  const text = OBJECTS.map((object, index) => JSON.stringify(object) + ['', '\n', ' \r\n\t'][index % 3]).join('');
+  for (let size = 1; size <= text.length; size++) {
+    const splitter = new Splitter();
+    const found = [];
+    for (let at = 0; at < text.length; at += size) found.push(...splitter.feed(text.slice(at, at + size)));
+    assert.deepEqual(found, OBJECTS);
+  }
+  const chance = random(7);
+  for (let round = 0; round < 300; round++) {
+    const splitter = new Splitter();
+    const found = [];
+    for (let at = 0; at < text.length; ) {
+      const size = 1 + Math.floor(chance.next().value * 9);
+      found.push(...splitter.feed(text.slice(at, at + size)));
+      at += size;
+    }
+    assert.deepEqual(found, OBJECTS);
+  }
+});
+
+test('newlines end nothing', () => {
+  assert.deepEqual(new Splitter().feed('{"payload":\n{"channel":"evil"}\n}\n'), [{ payload: { channel: 'evil' } }]);
+});
+
+test('what is no object is an error', () => {
+  for (const text of ['x', '[1]', '1', '}', '{} ,']) assert.throws(() => new Splitter().feed(text), { code: 'bad_message' });
+});
+
+test('every character is looked at once', () => {
+  const text = JSON.stringify({ payload: '{}'.repeat(100_000) });
+  const splitter = new Splitter();
+  const began = process.cpuUsage().user;
+  for (let at = 0; at < text.length; at += 5) splitter.feed(text.slice(at, at + 5));
+  assert.equal(splitter.feed('{}').length, 1);
+  // Looking at all of it each time takes minutes.
+  assert.ok(process.cpuUsage().user - began < 20e6);
+});

@@ -1,0 +1,41 @@
+"""The JavaScript client: its types, its own tests in Node against a real broker, its package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.brokers import SECRET, running
+from tests.programs import find_program
+
+CLIENT = Path(__file__).parents[2] / "clients" / "javascript"
+TSC = CLIENT / "node_modules" / "typescript" / "bin" / "tsc"
+
+
+@pytest.fixture
+def node() -> str:
+    found = find_program("nodejs", "node")
+    if not TSC.exists():
+        reason = "npm has installed nothing in clients/javascript: npm ci --prefix clients/javascript"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return found
+
+
+def test_types_are_strict(node: str) -> None:
+    done = subprocess.run([node, TSC, "--noEmit"], cwd=CLIENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+async def test_in_node(node: str) -> None:
+    async with running() as (_, address):
+        environment = {**os.environ, "CATBUS_URL": f"ws://{address}/ws", "CATBUS_SECRET": SECRET}
+        command = [node, "--test", "--test-reporter=tap", "test/"]
+        with trio.fail_after(50):
+            done = await trio.run_process(command, cwd=CLIENT, env=environment, capture_stdout=True, check=False)
+    report = done.stdout.decode()
+    assert done.returncode == 0, report
+    assert "# skipped 0" in report
