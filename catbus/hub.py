@@ -60,6 +60,9 @@ QUIET = 15.0
 """Seconds without anything sent, after which a client is told how far its subscriptions are complete."""
 MARKED_AT_A_TIME = 500
 
+SPREAD = 0.8
+"""Over which part of the time that is left clients are sent away: the last of them need some to move in."""
+
 TURN = 0.002
 """Seconds that one client is served in one go while others wait; a `ping` looks at all of its subscriptions."""
 
@@ -250,7 +253,8 @@ class Hub:
         """When a client should come back, to another replica: seconds, at random; None while it may stay."""
         if self._departure is None:
             return None
-        return random.uniform(0, max(0.0, self._departure - trio.current_time()))  # noqa: S311 (no secret)
+        left = max(0.0, self._departure - trio.current_time())
+        return random.uniform(0, SPREAD * left)  # noqa: S311 (no secret)
 
     async def mark_time(self) -> None:
         """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors."""

@@ -1,0 +1,185 @@
+"""The JavaScript client in real Chromium: WebTransport, WebSocket where no UDP gets through, and moving in between."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import trio
+
+import catbus
+from catbus.config import Database, Drain, WebTransport
+from tests.brokers import CONFIG, TOKEN
+from tests.browser.chromium import Browser, open_browser
+from tests.chaos.network import Relay
+
+SECOND = 1000
+"""Milliseconds."""
+
+CONNECT = """
+    const { CatbusClient } = await import('/catbus.js');
+    const [url, fallbackUrl, token, options] = args;
+    window.client = new CatbusClient({ url, fallbackUrl, token, ...options });
+    window.told = { states: [], transports: [], errors: [], goaways: 0 };
+    client.onStateChange((state) => told.states.push(state));
+    client.on('transport', (transport) => told.transports.push(transport));
+    client.on('error', (error) => told.errors.push(error.message));
+    client.on('goaway', () => told.goaways++);
+    const began = performance.now();
+    await client.connect();
+    return { ms: performance.now() - began, transport: client.transport, id: client.id };
+"""
+SUBSCRIBE = """
+    window.heard = [];
+    await client.subscribe(args[0], ({ seq, payload }) => heard.push([seq, payload]), args[1] ?? {});
+"""
+UNTIL = """
+    while (!(%s)) await new Promise((resolve) => setTimeout(resolve, 5));
+    return true;
+"""
+
+
+@dataclass
+class Place:
+    """A broker, a page of its origin, and the way of its datagrams, which can be closed."""
+
+    broker: catbus.Broker
+    browser: Browser
+    websocket: str
+    webtransport: str
+    relay: Relay
+
+
+def configuration(state: Path, **changes: object) -> catbus.Config:
+    bound = WebTransport(bind=("127.0.0.1:0",))
+    return msgspec.structs.replace(CONFIG, state=str(state), webtransport=bound, **changes)
+
+
+@asynccontextmanager
+async def serving(config: catbus.Config) -> AsyncIterator[catbus.Broker]:
+    async with trio.open_nursery() as nursery:
+        broker = await nursery.start(catbus.serve, config)
+        await broker.hub.log.wait_open()
+        yield broker
+        broker.stop()
+
+
+@asynccontextmanager
+async def open_place(config: catbus.Config) -> AsyncIterator[Place]:
+    with trio.fail_after(100):
+        async with serving(config) as broker, open_browser() as browser, trio.open_nursery() as nursery:
+            addresses = dict(broker.addresses)
+            relay = Relay(random.Random(1))
+            await nursery.start(relay.run)
+            relay.lead_to(("127.0.0.1", int(addresses["webtransport"].rpartition(":")[2])))
+            await browser.goto(f"http://{addresses['websocket']}/health")
+            websocket = f"ws://{addresses['websocket']}/ws"
+            yield Place(broker, browser, websocket, f"https://127.0.0.1:{relay.port}", relay)
+            nursery.cancel_scope.cancel()
+
+
+async def test_webtransport_is_taken_and_finds_the_certificate_by_itself(tmp_path: Path) -> None:
+    async with open_place(configuration(tmp_path)) as place:
+        browser = place.browser
+        found = await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN)
+        assert (found["transport"], found["id"]) == ("webtransport", "alice")
+        await browser.run(SUBSCRIBE, "web.*", {"stream": True, "datagrams": True})
+        assert await browser.run("return (await client.publish('web.page', {n: 1})).seq") == 1
+        assert await browser.run("return await client.publish('web.page', 2, {ephemeral: true})") == {}
+        await browser.run(UNTIL % "heard.length === 2")
+        assert await browser.run("return heard") == [[1, {"n": 1}], [None, 2]]
+        assert await browser.run("return (await client.history('web.*')).messages.length") == 1
+        assert await browser.run("return told.states") == ["connecting", "authenticating", "connected"]
+        await browser.run("await client.disconnect()")
+        while place.broker.hub.clients:
+            await trio.sleep(0.01)
+
+
+async def test_without_udp_it_is_connected_within_a_second(tmp_path: Path) -> None:
+    """Where nobody listens, and where every packet is swallowed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as swallowing:
+        swallowing.bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+            gone.bind(("127.0.0.1", 0))
+            closed = gone.getsockname()[1]
+        async with open_place(configuration(tmp_path)) as place:
+            for port in (closed, swallowing.getsockname()[1]):
+                found = await place.browser.run(CONNECT, f"https://127.0.0.1:{port}", place.websocket, TOKEN)
+                assert found["transport"] == "websocket"
+                assert found["ms"] < SECOND
+                print(f"connected by WebSocket in {found['ms']:.0f} ms")
+                # It is remembered: the next time costs no head start.
+                again = await place.browser.run(CONNECT, f"https://127.0.0.1:{port}", place.websocket, TOKEN)
+                assert again["transport"] == "websocket"
+                assert again["ms"] < found["ms"] + 100
+
+
+async def test_webtransport_that_dies_is_replaced_and_comes_back_and_nothing_is_lost(
+    tmp_path: Path, database_url: str
+) -> None:
+    """5,000 messages, over WebTransport, then WebSocket, then WebTransport again."""
+    config = configuration(tmp_path, database=Database(url=database_url))
+    options = {"pingInterval": 200, "pingTimeout": 300, "reconnectDelay": 50, "upgradeInterval": 300}
+    async with open_place(config) as place:
+        browser = place.browser
+        found = await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, options)
+        assert found["transport"] == "webtransport"
+        await browser.run(SUBSCRIBE, "load.*")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publish, place.websocket, 5000)
+            await browser.run(UNTIL % "heard.length > 1000")
+            place.relay.loss = 1.0
+            await browser.run(UNTIL % "client.transport === 'websocket'")
+            place.relay.loss = 0.0
+            await browser.run(UNTIL % "client.transport === 'webtransport'")
+        await browser.run(UNTIL % "heard.length >= 5000")
+        heard = await browser.run("return heard")
+        told = await browser.run("return told")
+    assert heard == [[number, number] for number in range(1, 5001)]
+    assert told["transports"][:3] == ["webtransport", "websocket", "webtransport"]
+
+
+async def publish(url: str, number: int) -> None:
+    async with catbus.connect(url, token=TOKEN) as bus:
+        for first in range(1, number + 1, 10):
+            await bus.publish_many([("load.x", n) for n in range(first, first + 10)])
+            await trio.sleep(0.01)
+
+
+async def test_a_replica_that_stops_is_left_for_another_without_a_loss(tmp_path: Path, database_url: str) -> None:
+    """It says when to come back, and the client has moved before it ends: what it publishes and hears goes on."""
+    config = configuration(tmp_path, database=Database(url=database_url), drain=Drain(delay=0, window=2, deadline=20))
+    async with serving(config) as other, open_place(config) as place:
+        browser, relay = place.browser, place.relay
+        await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, {"reconnectDelay": 50})
+        await browser.run(SUBSCRIBE, "load.*")
+        await browser.run(
+            """
+            window.answers = [];
+            window.publishing = (async () => {
+                for (let n = 0; n < 600; n++) {
+                    answers.push(client.publish('load.x', n));
+                    await new Promise((resolve) => setTimeout(resolve, 4));
+                }
+                return (await Promise.all(answers)).map(({ seq }) => seq);
+            })();
+            """
+        )
+        await browser.run(UNTIL % "heard.length > 50")
+        # Who connects from now on comes to the other one; who is connected stays.
+        relay.target = ("127.0.0.1", int(dict(other.addresses)["webtransport"].rpartition(":")[2]))
+        place.broker.stop()
+        seqs = await browser.run("return await publishing")
+        await browser.run(UNTIL % "heard.length >= 600")
+        heard = await browser.run("return heard")
+        told = await browser.run("return told")
+        assert len(other.hub.clients) == 1
+    assert seqs == list(range(1, 601))
+    assert heard == [[number + 1, number] for number in range(600)]
+    assert told["goaways"] == 1
+    assert "reconnecting" not in told["states"]
