@@ -44,6 +44,7 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/stalled.py --repeat 3
 	$(bin)/python bench/behind.py --sessions 1000 --over 2
 	$(bin)/python bench/rolling.py --sessions 60
+	$(bin)/python bench/storm.py --clients 300
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
 # How long there are faults; then each mistake that replicas can be made to make has to be found.

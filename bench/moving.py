@@ -20,6 +20,9 @@ PATIENCE = 60.0
 WIDTH = 60
 
 
+Dial = Callable[[str], Awaitable[Transport]]
+
+
 @dataclass
 class Seen:
     """What one subscriber got."""
@@ -34,10 +37,16 @@ class Seen:
 
 @dataclass
 class Load:
-    """Clients that are connected by `dial`, given a transport's name, and bear `token`; and what happens to them."""
+    """Clients that are connected by `dial`, given a transport's name, and bear `token`; and what happens to them.
 
-    dial: Callable[[str], Awaitable[Transport]]
+    Publishers are connected by `dial_publisher`, where that is another way.
+    """
+
+    dial: Dial
     token: str
+    transports: Sequence[str] = TRANSPORTS
+    publishers: int = PUBLISHERS
+    dial_publisher: Dial | None = None
     began: float = 0.0
     over: bool = False
     published: int = 0
@@ -65,18 +74,20 @@ class Load:
         return sorted(seen.pause for seen in self.seen)
 
     async def play(self, sessions: int, rate: float, restart: Callable[[], Awaitable[None]]) -> None:
-        """Have so many subscribers, half of them over each transport, and `rate` messages a second, and restart."""
+        """Have so many subscribers, equally many over each transport, and `rate` messages a second, and restart."""
         async with trio.open_nursery() as nursery:
             for first in range(0, sessions, 20):
                 async with trio.open_nursery() as starting:
                     for number in range(first, min(first + 20, sessions)):
-                        starting.start_soon(nursery.start, self._subscribe, TRANSPORTS[number % 2])
+                        transport = self.transports[number % len(self.transports)]
+                        starting.start_soon(nursery.start, self._subscribe, transport)
             self.began = trio.current_time()
             for seen in self.seen:
                 seen.last, seen.pause = self.began, 0.0
             async with trio.open_nursery() as publishing:
-                for number in range(PUBLISHERS):
-                    publishing.start_soon(self._publish, TRANSPORTS[number % 2], PUBLISHERS / rate)
+                for number in range(self.publishers):
+                    transport = self.transports[number % len(self.transports)]
+                    publishing.start_soon(self._publish, transport, self.publishers / rate)
                 await trio.sleep(WARM)
                 await restart()
                 await trio.sleep(WARM)
@@ -86,17 +97,17 @@ class Load:
                     await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
 
-    def _connect(self, transport: str) -> AbstractAsyncContextManager[Bus]:
+    def _connect(self, dial: Dial, transport: str) -> AbstractAsyncContextManager[Bus]:
         def note(event: object) -> None:
             if isinstance(event, Reconnected):
                 self.moves.append(trio.current_time() - self.began)
 
-        return open_bus(partial(self.dial, transport), token=self.token, persist=True, on_event=note)
+        return open_bus(partial(dial, transport), token=self.token, persist=True, on_event=note)
 
     async def _subscribe(self, transport: str, *, task_status: trio.TaskStatus[None]) -> None:
         seen = Seen()
         self.seen.append(seen)
-        async with self._connect(transport) as bus, bus.subscribe("*") as messages:
+        async with self._connect(self.dial, transport) as bus, bus.subscribe("*") as messages:
             seen.cursor, seen.last = messages.cursor, trio.current_time()
             task_status.started()
             async for message in messages:
@@ -110,7 +121,7 @@ class Load:
                     seen.cursor = message.seq
 
     async def _publish(self, transport: str, pause: float) -> None:
-        async with self._connect(transport) as bus:
+        async with self._connect(self.dial_publisher or self.dial, transport) as bus:
             due = trio.current_time()
             while not self.over:
                 self.published += 1

@@ -55,6 +55,12 @@ def test_behind() -> None:
     assert [line.split()[0] for line in output.splitlines()[-6:-2]] == ["calm", "entering", "behind", "after"]
 
 
+def test_storm() -> None:
+    lines = run("storm.py", "--clients", "10", "--rate", "10").splitlines()[-3:]
+    assert lines[0].startswith("10 clients over websocket, SIGKILL: 10 back, ")
+    assert lines[2].endswith("lost 0, repeated 0")
+
+
 def test_rolling(tmp_path: Path) -> None:
     picture = tmp_path / "rolling.svg"
     options = ("--sessions", "8", "--replicas", "2", "--delay", "0", "--window", "0", "--svg", str(picture))
