@@ -1,0 +1,155 @@
+"""What is published: the wheel and the npm package, built, installed where nothing else is, and used from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.brokers import SECRET, TOKEN, running
+from tests.programs import find_program
+
+ROOT = Path(__file__).parent.parent
+CLIENT = ROOT / "clients" / "javascript"
+SCRIPT = CLIENT / "src" / "catbus.js"
+SKIPPED = (
+    ".git",
+    ".venv",
+    "node_modules",
+    "types",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "build",
+    "dist",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, as it is published."""
+    directory = tmp_path_factory.mktemp("build")
+    source = directory / "source"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*SKIPPED))
+    command = [sys.executable, "-m", "build", "--outdir", directory / "dist", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = (directory / "dist").glob("*.whl")
+    assert len(list((directory / "dist").glob("*.tar.gz"))) == 1
+    return wheel
+
+
+def test_the_wheel_serves_from_where_nothing_else_is(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([tmp_path / "venv/bin/pip", "install", "--quiet", "--disable-pip-version-check", wheel], check=True)
+    config = tmp_path / "catbus.toml"
+    config.write_text('[websocket]\nbind = "127.0.0.1:0"\n[webtransport]\nbind = []\n[drain]\ndelay = 0\nwindow = 0\n')
+    environment = {"PATH": os.defpath, "CATBUS_SECRET": SECRET}
+    catbus = tmp_path / "venv/bin/catbus"
+    with subprocess.Popen(
+        [catbus, "run", "--config", config], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as broker:
+        assert broker.stdout is not None
+        [url] = next(event["urls"] for event in map(json.loads, broker.stdout) if event["event"] == "serving")
+        told = subprocess.run(
+            [catbus, "pub", "a", "1", "--url", url], env=environment, capture_output=True, text=True, check=True
+        )
+        assert told.stdout == '{"channel":"a","seq":1}\n'
+        with urllib.request.urlopen(url.replace("ws://", "http://").replace("/ws", "/catbus.js")) as answer:
+            assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
+            assert answer.read() == SCRIPT.read_bytes()
+        broker.send_signal(signal.SIGTERM)
+        assert broker.wait(30) == 0
+
+
+USE = """
+import { CatbusClient, Refused } from '@catbus/client';
+const client: CatbusClient = new CatbusClient({ url: 'wss://x/ws', token: async () => 't', headStart: 100 });
+const stop: () => void = client.on('gap', (gap) => gap.to.toFixed());
+const seq: Promise<number | undefined> = client.publish('a', { any: 'thing' }).then((answer) => answer.seq);
+for await (const message of client.messages('a.*', { since: 1 })) message.channel.length;
+export { stop, seq, Refused };
+"""
+MISUSE = {
+    "an option that there is not": "new CatbusClient({ url: 'wss://x/ws', token: 't', reconect: true });",
+    "an event that there is not": "new CatbusClient({ url: 'wss://x/ws', token: 't' }).on('message', () => {});",
+    "no token": "new CatbusClient({ url: 'wss://x/ws' });",
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the npm package in it, and nothing else but a WebSocket for Node."""
+    npm = find_program("npm", "npm")
+    if not (CLIENT / "node_modules" / "ws").exists():
+        pytest.skip("npm has installed nothing in clients/javascript")
+    directory = tmp_path_factory.mktemp("npm")
+    quiet = {"check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run([npm, "pack", "--silent", "--pack-destination", directory], cwd=CLIENT, **quiet)  # type: ignore[call-overload]
+    [package] = directory.glob("*.tgz")
+    (directory / "package.json").write_text('{"type": "module"}')
+    command = [
+        npm,
+        "install",
+        "--silent",
+        "--offline",
+        "--no-audit",
+        "--no-fund",
+        package,
+        CLIENT / "node_modules" / "ws",
+    ]
+    subprocess.run(command, cwd=directory, **quiet)  # type: ignore[call-overload]
+    return directory
+
+
+def test_the_npm_package_is_what_is_needed(installed: Path) -> None:
+    package = installed / "node_modules" / "@catbus" / "client"
+    files = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
+    assert files == {"src/catbus.js", "types/catbus.d.ts", "package.json", "README.md", "LICENSE"}
+
+
+def compile_types(directory: Path, text: str) -> str:
+    (directory / "use.ts").write_text(text)
+    options = ["--strict", "--noEmit", "--module", "nodenext", "--target", "es2022", "--lib", "es2023,dom"]
+    command = [find_program("nodejs", "node"), CLIENT / "node_modules/typescript/bin/tsc", *options, "use.ts"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False).stdout
+
+
+def test_its_types_know_what_is_right(installed: Path) -> None:
+    assert compile_types(installed, USE) == ""
+
+
+@pytest.mark.parametrize("what", MISUSE)
+def test_its_types_know_what_is_wrong(installed: Path, what: str) -> None:
+    assert "error TS" in compile_types(installed, f"import {{ CatbusClient }} from '@catbus/client';\n{MISUSE[what]}\n")
+
+
+RUN = """
+import WebSocket from 'ws';
+import { CatbusClient } from '@catbus/client';
+const client = new CatbusClient({ url: process.env.URL, token: process.env.TOKEN, WebSocket });
+await client.connect();
+const heard = new Promise((resolve) => client.subscribe('a.*', resolve));
+await client.publish('a.b', [1, 'ä']);
+console.log(JSON.stringify((await heard).payload));
+await client.disconnect();
+"""
+
+
+async def test_it_works_from_there(installed: Path) -> None:
+    (installed / "run.js").write_text(RUN)
+    async with running() as (_, address):
+        environment = {"PATH": os.defpath, "URL": f"ws://{address}/ws", "TOKEN": TOKEN}
+        command = [find_program("nodejs", "node"), installed / "run.js"]
+        done = await trio.run_process(command, env=environment, capture_stdout=True)
+    assert done.stdout == '[1,"ä"]\n'.encode()
