@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,14 +15,17 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 import catbus
 from catbus import CloseCode, Config
-from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport
+from catbus.client import Backoff, Bus, Disconnected, GoAway, Reconnected, Transport
+from catbus.client.connecting import MEMORY, Ways
 from catbus.client.websocket import WebSocket
 from catbus.client.webtransport import WebTransport as OverQuic
 from catbus.config import Drain, WebTransport
 from tests.brokers import CONFIG, TOKEN
+from tests.chaos.network import Relay
 from tests.endpoints.peers import Peer
 
 
@@ -250,3 +254,77 @@ def test_without_a_certificate_nobody_else_is_served() -> None:
     config = Config(webtransport=WebTransport(bind=("0.0.0.0:4433",)))
     assert not config.webtransport_served
     assert Config(webtransport=WebTransport(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served
+
+
+async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_path: Path) -> None:
+    """Without a loss or a repeat, while messages come and go."""
+    events: list[object] = []
+    relay = Relay(random.Random(1))
+    async with running(tmp_path) as (broker, websocket, found), trio.open_nursery() as nursery:
+        await nursery.start(relay.run)
+        relay.lead_to(("127.0.0.1", urlsplit(found["webtransport"]).port or 0))
+        relay.loss = 1.0
+        url = f"https://127.0.0.1:{relay.port}"
+        began = trio.current_time()
+        async with (
+            catbus.connect(
+                url,
+                fallback_url=websocket,
+                token=TOKEN,
+                ca=found["certificate"],
+                upgrade=0.2,
+                timeout=1.0,
+                on_event=events.append,
+            ) as bus,
+            bus.subscribe("a") as messages,
+        ):
+            assert bus.transport == "websocket"
+            assert trio.current_time() - began < 1.0
+            numbers = iter(range(1_000_000))
+
+            async def publish() -> None:
+                while bus.transport == "websocket" or len(answers) < 300:
+                    answers.append(await bus.publish("a", next(numbers)))
+
+            answers: list[int] = []
+            async with trio.open_nursery() as publishing:
+                publishing.start_soon(publish)
+                while len(answers) < 100:
+                    await trio.sleep(0.01)
+                relay.loss = 0.0
+            for number in range(len(answers)):
+                message = await anext(messages)
+                assert (message.seq, message.payload) == (answers[number], number)
+            assert answers == list(range(1, len(answers) + 1))
+            assert bus.transport == "webtransport"
+            while len(broker.hub.clients) > 1:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert events == [Reconnected(moved=True)]
+
+
+async def test_the_way_that_was_open_first_is_tried_first_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
+    tried: list[str] = []
+
+    class Way:
+        def __init__(self, name: str, takes: float) -> None:
+            self.name, self.takes = name, takes
+
+        async def __call__(self) -> Any:
+            tried.append(self.name)
+            await trio.sleep(self.takes)
+            return self
+
+        async def aclose(self) -> None:
+            pass
+
+    slow, fast = Way("slow", 5), Way("fast", 1)
+    ways = Ways([slow, fast])
+    for expected in (["slow", "fast"], ["fast", "slow"], ["fast", "slow"]):
+        tried.clear()
+        assert await ways() is fast  # type: ignore[comparison-overlap]
+        assert tried == expected
+    await trio.sleep(MEMORY)
+    tried.clear()
+    await ways()
+    assert tried == ["slow", "fast"]

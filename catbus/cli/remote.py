@@ -31,6 +31,13 @@ url_option = click.option(
     callback=_check_url,
     help="The broker. Also CATBUS_URL.",
 )
+fallback_option = click.option(
+    "--fallback-url",
+    envvar="CATBUS_FALLBACK_URL",
+    metavar="URL",
+    callback=lambda context, parameter, url: None if url is None else _check_url(context, parameter, url),
+    help="A WebSocket for where --url, by WebTransport, does not get through. Also CATBUS_FALLBACK_URL.",
+)
 token_option = click.option(
     "--token",
     envvar="CATBUS_TOKEN",
@@ -55,6 +62,7 @@ class Remote:
     url: str
     token: str | None = field(repr=False)
     ca: str | None
+    fallback_url: str | None = None
 
     def check(self) -> None:
         """Raise `click.UsageError` when there is no token to show."""
@@ -66,7 +74,7 @@ class Remote:
     def connect(self) -> AbstractAsyncContextManager[Bus]:
         """Connect, once `check` has passed, and say on stderr when the connection is lost and when there is another."""
         assert self.token is not None
-        return connect(self.url, token=self.token, ca=self.ca, on_event=_tell)
+        return connect(self.url, fallback_url=self.fallback_url, token=self.token, ca=self.ca, on_event=_tell)
 
 
 def _tell(event: object) -> None:
@@ -81,10 +89,12 @@ def remote_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say where the broker is, and hand them to it as one `Remote`."""
 
     @url_option
+    @fallback_option
     @token_option
     @ca_option
     @wraps(command)
-    def with_remote(*, url: str, token: str | None, ca: str | None, **others: Any) -> None:
-        command(remote=Remote(url, token or find_token(url), ca or find_certificate(url)), **others)
+    def with_remote(*, url: str, fallback_url: str | None, token: str | None, ca: str | None, **others: Any) -> None:
+        token, ca = token or find_token(url), ca or find_certificate(url)
+        command(remote=Remote(url, token, ca, fallback_url), **others)
 
     return with_remote

@@ -43,6 +43,11 @@ class Bus:
         await self._supervisor.wait_connected()
 
     @property
+    def transport(self) -> str:
+        """What the present connection goes by, or went: "websocket" or "webtransport"."""
+        return self._supervisor.transport
+
+    @property
     def client_id(self) -> str | None:
         """Who the token says we are; what others see as `sender`."""
         return self._supervisor.conversation.client_id

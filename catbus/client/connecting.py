@@ -31,6 +31,7 @@ async def connect(
     certificate_hash: bytes | None = None,
     timeout: float = 10.0,
     keepalive: float = 30.0,
+    upgrade: float = 60.0,
     reconnect: bool | Backoff = True,
     persist: bool = False,
     on_event: Callable[[BusEvent], None] | None = None,
@@ -44,7 +45,9 @@ async def connect(
     usual ones, or only by `certificate_hash`, the SHA-256 of the certificate's DER form), `ws://`, `wss://` (verified
     against `ssl_context`, `ca`, or the system's authorities) or `ws+unix:/path/of.sock:/ws`. A `fallback_url`, for
     networks that let no UDP through, is tried beside it when it has not answered within a quarter of a second, each
-    time that a connection is made: the first that is there is taken, and the other is closed. `timeout`, in seconds,
+    time that a connection is made: the first that is there is taken, and the other is closed. For the next ten minutes
+    that one is tried first. While it is the `fallback_url`, WebTransport is tried again every `upgrade` seconds, and
+    everything goes over to it, without a loss, once it gets through. `timeout`, in seconds,
     bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
     sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
     and before the time of the last one is over where it says when that is. What it raises ends everything and comes out
@@ -82,9 +85,11 @@ async def connect(
         else:
             context = ssl_context or (make_ssl_context(ca) if address.secure else None)
             dials.append(partial(open_websocket, address, context))
-    dial = dials[0] if len(dials) == 1 else partial(open_either, dials)
+    dial = dials[0] if len(dials) == 1 else Ways(dials)
     async with open_bus(
         dial,
+        better=dials[0] if len(dials) > 1 and addresses[0].quic and not addresses[1].quic else None,
+        upgrade=upgrade,
         token=token,
         timeout=timeout,
         keepalive=keepalive,
@@ -93,6 +98,34 @@ async def connect(
         on_event=on_event,
     ) as bus:
         yield bus
+
+
+MEMORY = 600.0
+"""Seconds for which the way that was open first is tried first."""
+
+
+class Ways:
+    """Several ways to a broker: the one that was open first the last time is tried first, for a while."""
+
+    def __init__(self, dials: Sequence[Dial]) -> None:
+        self._dials = list(dials)
+        self._winner: Dial | None = None
+        self._until = 0.0
+
+    async def __call__(self) -> Transport:
+        """The transport that is there first. Raises `Disconnected`. Cancelling it leaves nothing open."""
+        known = self._winner is not None and anyio.current_time() < self._until
+        order = sorted(self._dials, key=lambda dial: known and dial is not self._winner)
+        won: dict[int, Dial] = {}
+
+        async def go(dial: Dial) -> Transport:
+            transport = await dial()
+            won[id(transport)] = dial
+            return transport
+
+        transport = await open_either([partial(go, dial) for dial in order])
+        self._winner, self._until = won[id(transport)], anyio.current_time() + MEMORY
+        return transport
 
 
 async def open_either(dials: Sequence[Dial]) -> Transport:
@@ -115,18 +148,31 @@ async def open_bus(
     dial: Dial,
     *,
     token: Token,
+    better: Dial | None = None,
+    upgrade: float = 60.0,
     timeout: float = 10.0,
     keepalive: float = 30.0,
     reconnect: bool | Backoff = True,
     persist: bool = False,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
-    """As `connect`, over whatever transport `dial` brings; it raises `Disconnected` where there is none."""
+    """As `connect`, over whatever transport `dial` brings; it raises `Disconnected` where there is none.
+
+    `better` is a way to WebTransport that is tried every `upgrade` seconds while `dial` has brought something else.
+    """
     backoff = reconnect if isinstance(reconnect, Backoff) else Backoff() if reconnect else None
     failure: BaseException | None = None
     async with anyio.create_task_group() as tasks:
         supervisor = Supervisor(
-            tasks, dial, token, backoff=backoff, timeout=timeout, keepalive=keepalive, on_event=on_event
+            tasks,
+            dial,
+            token,
+            backoff=backoff,
+            timeout=timeout,
+            keepalive=keepalive,
+            on_event=on_event,
+            better=better,
+            upgrade=upgrade,
         )
         try:
             await supervisor.start(persist=persist)

@@ -41,6 +41,11 @@ class Link:
         self._paused = False
         conversation.wake = self._notice
 
+    @property
+    def kind(self) -> str:
+        """By what it goes: "websocket" or "webtransport"."""
+        return self._transport.kind
+
     async def run(self) -> None:
         """Carry bytes both ways until `stop` or until the connection is gone; then close it.
 

@@ -55,6 +55,8 @@ class Supervisor:
         timeout: float,
         keepalive: float,
         on_event: Callable[[BusEvent], None] | None,
+        better: Callable[[], Awaitable[Transport]] | None = None,
+        upgrade: float = 60.0,
     ) -> None:
         self.ledger = Ledger(keeps_on=backoff is not None)
         self.subscriptions = Switchboard(self.ledger.number)
@@ -67,6 +69,10 @@ class Supervisor:
         self._timeout = timeout
         self._keepalive = keepalive
         self._on_event = on_event
+        self._better = better
+        """A way to WebTransport, to be tried again every `upgrade` seconds where it has not got through."""
+        self._upgrade = upgrade
+        self._link: Link | None = None
         self._ended: tuple[str, int | None] | None = None
         self._links: set[Link] = set()
         self._scope = anyio.CancelScope()
@@ -82,6 +88,12 @@ class Supervisor:
         if self._ended is not None:
             return State.CLOSED
         return State.CONNECTED if self.conversation.lost is None else State.RECONNECTING
+
+    @property
+    def transport(self) -> str:
+        """What the present connection goes by, or the last one while there is none."""
+        assert self._link is not None
+        return self._link.kind
 
     def check(self) -> None:
         """Raise `Disconnected` when there will be no further connection."""
@@ -153,7 +165,7 @@ class Supervisor:
             try:
                 while True:
                     began = anyio.current_time()
-                    await link.wait_news()
+                    link = await self._improve(link)
                     if self._backoff is None:
                         await link.gone.wait()
                         link.conversation.check()
@@ -165,6 +177,23 @@ class Supervisor:
                 self._end(str(error), error.code)
                 for each in self._links:
                     each.stop()
+
+    async def _improve(self, link: Link) -> Link:
+        """Wait until the connection is gone or will be. Until then, try the better way now and then, and go over to it.
+
+        Returns the connection that there is then.
+        """
+        while self._better is not None and link.kind != "webtransport":
+            with anyio.move_on_after(self._upgrade):
+                await link.wait_news()
+                return link
+            with suppress(Refused, Disconnected):
+                # What does not get through, still, is as it was.
+                new = await self._open(self._better)
+                await self._move(link, new)
+                link = new
+        await link.wait_news()
+        return link
 
     async def _replace(self, old: Link) -> Link:
         """Another connection instead of one that is gone or will be. Raises `Disconnected` when that is the end."""
@@ -207,13 +236,16 @@ class Supervisor:
             self._tell_of(reason or end, max(0.0, due - anyio.current_time()))
         await anyio.sleep_until(due)
 
-    async def _open(self) -> Link:
-        """Connect and authenticate. Raises `Disconnected` and `Refused`; nothing is left open then."""
+    async def _open(self, dial: Callable[[], Awaitable[Transport]] | None = None) -> Link:
+        """Connect, by `dial` where that is given, and authenticate.
+
+        Raises `Disconnected` and `Refused`; nothing is left open then.
+        """
         late = Disconnected(f"the broker did not answer within {self._timeout:g} s")
         token = await self._ask_for_token()
         try:
             with anyio.fail_after(self._timeout) as limit:
-                transport = await self._dial()
+                transport = await (dial or self._dial)()
         except TimeoutError:
             raise late from None
         conversation = self._converse(self._tell)
@@ -268,7 +300,7 @@ class Supervisor:
         self._tell(Reconnected(moved))
 
     def _go_on(self, link: Link) -> None:
-        self.conversation = link.conversation
+        self._link, self.conversation = link, link.conversation
         self._attempt = 0
         self.lobby.requested()
         self.lobby.room.ring()

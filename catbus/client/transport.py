@@ -33,6 +33,10 @@ class Transport(Protocol):
     """
 
     @property
+    def kind(self) -> str:
+        """What it is: "websocket" or "webtransport"."""
+
+    @property
     def pending(self) -> bool:
         """Whether the transport has something of its own to send; `send(b"")` sends it."""
 

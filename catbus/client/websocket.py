@@ -34,6 +34,8 @@ STREAM_ERRORS = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResou
 class WebSocket:
     """A `Transport`. The handshake has been made."""
 
+    kind = "websocket"
+
     def __init__(self, stream: anyio.abc.ByteStream, connection: WSConnection) -> None:
         self._stream = stream
         self._connection = connection

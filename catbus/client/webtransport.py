@@ -65,6 +65,7 @@ class WebTransport:
     Nothing waits while it holds half a change, so being cancelled leaves everything as it was.
     """
 
+    kind = "webtransport"
     pending = False
 
     def __init__(self, url: str, connection: Connection, peer: Any, udp: socket.socket) -> None:

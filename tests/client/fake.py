@@ -197,6 +197,7 @@ class MemoryPeer(Peer):
 class Pipe:
     """A transport in memory: what is sent is taken at once while `open_gate`, and waits for ever otherwise."""
 
+    kind = "websocket"
     pending = False
 
     def __init__(self) -> None:
