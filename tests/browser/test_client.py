@@ -100,6 +100,32 @@ async def test_webtransport_is_taken_and_finds_the_certificate_by_itself(tmp_pat
             await trio.sleep(0.01)
 
 
+WORKER = """
+    const source = `
+        import { CatbusClient } from '${location.origin}/catbus.js';
+        onmessage = async ({ data: [url, token, discovery] }) => {
+            const client = new CatbusClient({ url, token, discovery });
+            await client.connect();
+            await client.subscribe('w.*', ({ payload }) => postMessage([client.transport, payload]));
+            await client.publish('w.x', 'from a worker');
+        };`;
+    const worker = new Worker(URL.createObjectURL(new Blob([source], { type: 'text/javascript' })), { type: 'module' });
+    const heard = new Promise((resolve, reject) => {
+        worker.onmessage = ({ data }) => resolve(data);
+        worker.onerror = (error) => reject(error.message);
+    });
+    worker.postMessage(args);
+    return await heard;
+"""
+
+
+async def test_it_runs_in_a_worker(tmp_path: Path) -> None:
+    async with open_place(configuration(tmp_path)) as place:
+        discovery = place.websocket.replace("ws:", "http:")
+        heard = await place.browser.run(WORKER, place.webtransport, TOKEN, discovery)
+        assert heard == ["webtransport", "from a worker"]
+
+
 async def test_without_udp_it_is_connected_within_a_second(tmp_path: Path) -> None:
     """Where nobody listens, and where every packet is swallowed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as swallowing:

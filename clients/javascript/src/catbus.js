@@ -581,6 +581,8 @@ export class CatbusClient {
   /** The run that `connect` has begun and `disconnect` ends. @type {AbortController | undefined} */
   #run;
   #moving = false;
+  /** Why it is not connected. @type {Error | undefined} */
+  #last;
   /** @type {LinkOwner} */
   #owner;
 
@@ -674,9 +676,6 @@ export class CatbusClient {
     }
     return connected;
   }
-
-  /** Why it is not connected. @type {Error | undefined} */
-  #last;
 
   /** Leave. Subscriptions go on with the next `connect`, from where they are; what is not answered is rejected. */
   async disconnect() {
@@ -981,7 +980,8 @@ export class CatbusClient {
    * @returns {Promise<Subscription>}
    */
   async subscribe(pattern, handler, options = {}) {
-    const feed = await this.#open(pattern, handler, options);
+    const feed = this.#add(pattern, handler, options);
+    await this.#start(feed);
     return {
       pattern,
       get cursor() {
@@ -1026,13 +1026,6 @@ export class CatbusClient {
     } finally {
       await this.#shut(feed);
     }
-  }
-
-  /** @param {string} pattern @param {(message: Message) => void} handler @param {SubscribeOptions} options */
-  async #open(pattern, handler, options) {
-    const feed = this.#add(pattern, handler, options);
-    await this.#start(feed);
-    return feed;
   }
 
   /** @param {string} pattern @param {(message: Message) => void} handler @param {SubscribeOptions} options */

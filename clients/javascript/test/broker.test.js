@@ -205,3 +205,63 @@ test('an error in a handler stops nobody', { skip }, async (context) => {
   while (heard.length < 2) await client.ping();
   assert.equal(told.mock.callCount(), 2);
 });
+
+test('what may be missing is told before what comes after it', { skip }, async () => {
+  const client = makeClient();
+  await client.connect();
+  const place = channel();
+  const { seq } = await client.publish(place, 1);
+  const told = [];
+  client.on('gap', (gap) => told.push(gap));
+  await client.subscribe(place, ({ payload }) => told.push(payload), {
+    since: seq + 5,
+    epoch: 'of another log',
+    onGap: (gap) => told.push(gap.reason),
+  });
+  while (told.length < 3) await client.ping();
+  const [reason, gap, payload] = told;
+  assert.deepEqual([reason, gap.pattern, gap.to, payload], ['epoch', place, 0, 1]);
+});
+
+test('a permission that is withdrawn ends what depends on it, and nothing else', { skip }, async () => {
+  const [kept, lost] = [channel(), channel()];
+  const grants = (...patterns) => patterns.map((pattern) => ({ grant_type: 'all', pattern }));
+  let asked = 0;
+  const token = () =>
+    asked++ ? sign({ grants: grants(kept) }) : sign({ grants: grants(kept, lost), exp: Date.now() / 1000 + 2 });
+  const client = makeClient({ token });
+  await client.connect();
+  const heard = [];
+  await client.subscribe(kept, ({ payload }) => heard.push(payload));
+  const revoked = next(client, 'revoked');
+  await assert.rejects(async () => {
+    for await (const _ of client.messages(lost)) assert.fail('nothing was published');
+  }, { name: 'Refused', code: 'revoked' });
+  assert.equal((await revoked).pattern, lost);
+  await client.publish(kept, 1);
+  await client.ping();
+  assert.deepEqual(heard, [1]);
+  await assert.rejects(client.publish(lost, 1), { code: 'unauthorized' });
+});
+
+test('a broker that says nothing any more is left', { skip }, async () => {
+  const proxy = await openProxy();
+  const client = makeClient({ url: proxy.url, pingInterval: 50, pingTimeout: 100 });
+  await client.connect();
+  proxy.pause();
+  await next(client, 'state', (state) => state === 'reconnecting');
+  await next(client, 'state', (state) => state === 'connected');
+});
+
+test('leaving while connecting is no error of anybody else', { skip }, async () => {
+  const proxy = await openProxy();
+  proxy.refusing = true;
+  const client = makeClient({ url: proxy.url });
+  const connected = client.connect();
+  await next(client, 'error');
+  await client.disconnect();
+  await assert.rejects(connected, Disconnected);
+  proxy.refusing = false;
+  await client.connect();
+  assert.equal(client.connectionState, 'connected');
+});

@@ -34,7 +34,14 @@ export const channel = () => `node.test-${process.pid}-${++channels}`;
 export async function openProxy() {
   const { hostname, port } = new URL(URL_OF_BROKER);
   const sockets = new Set();
-  const proxy = { url: '', accepted: 0, refusing: false, cut: () => sockets.forEach((socket) => socket.destroy()) };
+  const proxy = {
+    url: '',
+    accepted: 0,
+    refusing: false,
+    cut: () => sockets.forEach((socket) => socket.destroy()),
+    /** Let nothing through to those who are connected, and tell nobody. */
+    pause: () => sockets.forEach((socket) => (socket.unpipe(), socket.pause())),
+  };
   const server = createServer((inside) => {
     proxy.accepted++;
     if (proxy.refusing) return inside.destroy();
