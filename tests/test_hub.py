@@ -12,12 +12,12 @@ import trio
 from msgspec import Raw
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-import catbus.hub as hub_module
 from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
 from catbus.broker import OWNER
 from catbus.config import Config, Drain, Limits
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
+from catbus.hub import client as client_module
 from catbus.log import MemoryLog
 from catbus.wire import Publish, check_payload
 
@@ -133,7 +133,7 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
 async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "TURN", 0.0)
+    monkeypatch.setattr(client_module, "TURN", 0.0)
     client = open_client(hub)
     await client.receive(auth(None, monkeypatch))
     turns = 0

@@ -10,12 +10,12 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus import hub as hub_module
 from catbus import permissions
 from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
 from catbus.config import Config
 from catbus.errors import CloseCode, Unavailable
 from catbus.hub import Client, Hub
+from catbus.hub import client as client_module
 from catbus.log import Entry, MemoryLog
 from catbus.permissions import STALE
 from catbus.wire import Publish, check_payload, decode_server
@@ -124,7 +124,7 @@ async def test_a_role_that_is_no_more_ends_the_session(hub: Hub, roles: Roles, a
 async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(
     hub: Hub, roles: Roles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "TURN", 3600.0)
+    monkeypatch.setattr(client_module, "TURN", 3600.0)
     mine, other = await enter(hub), await enter(hub, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
         await client.receive(objects(publish("a.x", id=1), publish("a.b", id=2)))

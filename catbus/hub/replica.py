@@ -1,0 +1,256 @@
+"""What the sessions of one replica share: the log and what follows it, who is connected, and how all of them leave."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import trio
+
+from .. import wire
+from ..auth import Authenticator, Identity, RoleSource, role_key
+from ..certificates import CertificateSource
+from ..config import Config
+from ..delivery import Delivery
+from ..errors import CloseCode, Code, PeerError, Unavailable
+from ..flush import Flusher
+from ..log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
+from ..mailbox import Budget, Outlet
+from ..permissions import Permissions
+from ..release import version
+from ..session import Broadcast, make_append
+from ..vitals import Vitals
+from .client import MAX_HISTORY, STOPPING, Client, Streams
+
+TRANSPORTS = "websocket", "webtransport"
+
+MARKED_AT_A_TIME = 500
+"""Clients that are looked at before other tasks get a turn."""
+
+SPREAD = 0.8
+"""Over which part of the time that is left clients are sent away: the last of them need some to move in."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatistics:
+    """`clients`: who is connected, by transport, and `opened`: how many have come so far.
+
+    `published` counts publishes taken from sessions and over HTTP, whatever became of them.
+    """
+
+    clients: Mapping[str, int]
+    opened: Mapping[str, int]
+    published: int
+
+
+class Hub:
+    """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread.
+
+    Without `roles`, role tokens are refused.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        authenticator: Authenticator,
+        certificates: CertificateSource | None = None,
+        roles: RoleSource | None = None,
+    ) -> None:
+        self.config = config
+        self.log = log
+        self.authenticator = authenticator
+        self.certificates = certificates
+        """Where there is WebTransport, or TLS on the WebSocket port."""
+        self.webtransport_port: int | None = None
+        self.flusher = Flusher()
+        self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
+        self.vitals = Vitals(self.delivery)
+        self.flusher.on_pass = self.vitals.flushed
+        self.scrape: Callable[[], tuple[bytes, str]] | None = None
+        """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
+        self.draining = False
+        self.clients: set[Client] = set()
+        self.permissions = Permissions(roles)
+        self._roles = roles
+        self._departure: float | None = None
+        self._closed = False
+        self._left = trio.lowlevel.ParkingLot()
+        self._published = 0
+        self._clients = Counter(dict.fromkeys(TRANSPORTS, 0))
+        self._opened = Counter(self._clients)
+        self._started = time.time_ns() // 1_000_000
+
+    def statistics(self) -> HubStatistics:
+        return HubStatistics(dict(self._clients), dict(self._opened), self._published)
+
+    def describe(self) -> dict[str, Any]:
+        """How this replica is, in a few words that the others pass on."""
+        delivery = self.delivery.statistics()
+        return {
+            "name": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": version(),
+            "started": self._started,
+            "state": self.readiness,
+            "clients": len(self.clients),
+            "applied": self.log.applied,
+            "late": delivery.late,
+            "lag": delivery.lag,
+        }
+
+    def report(self) -> dict[str, object]:
+        """How this replica is, and its log, for whoever runs it, as it is written in JSON."""
+        log = self.log
+        return {
+            **self.describe(),
+            "epoch": log.epoch,
+            "head": log.applied,
+            "floor": log.floor,
+            "log": log.report(),
+        }
+
+    @property
+    def readiness(self) -> str:
+        """`starting` until the log has been read for the first time, then `ready` or `degraded`; `draining` at the end.
+
+        `degraded` means that the log is out of reach: sessions stay, publishes wait.
+        """
+        if self.draining:
+            return "draining"
+        if not self.log.epoch:
+            return "starting"
+        return "ready" if self.log.available else "degraded"
+
+    def open_client(self, outlet: Outlet, *, transport: str, streams: Streams | None = None) -> Client:
+        """A new connection. Its owner calls `leave` in the end, whatever happens."""
+        client = Client(self, outlet, transport, streams)
+        self.clients.add(client)
+        self._clients[transport] += 1
+        self._opened[transport] += 1
+        if self._closed:
+            client.finish()
+        return client
+
+    def forget_client(self, client: Client) -> None:
+        if client in self.clients:
+            self.clients.remove(client)
+            self._clients[client.transport] -= 1
+        self._left.unpark_all()
+
+    async def authenticate(self, token: str) -> Identity:
+        """Who bears the token; raises `PeerError` that closes. A role's is waited for, for seconds at the most."""
+        key = role_key(token)
+        if key is None or self._roles is None:
+            return self.authenticator.verify(token, time.time())
+        try:
+            identity = (await self._roles.find([key])).get(key)
+        except Unavailable as error:
+            raise PeerError(Code.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
+        if identity is None:
+            raise PeerError(Code.UNAUTHENTICATED, "no role has this token", CloseCode.UNAUTHENTICATED)
+        return identity
+
+    async def publish(
+        self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b""
+    ) -> list[Outcome | None]:
+        """Publish for somebody who has no session; answers in the order of the requests, None for an ephemeral one.
+
+        With `producer`, the same requests may be published again and are recognised by their places. Cancelling it
+        leaves open which of them are committed.
+        """
+        outcomes: dict[int, Outcome | None] = {}
+        done = trio.Event()
+
+        def settle(index: int, _: Append, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            if len(outcomes) == len(requests):
+                done.set()
+
+        for index, request in enumerate(requests):
+            request.id, request.retry = index, False
+            try:
+                append = make_append(request, identity, producer, partial(settle, index))
+            except PeerError as error:
+                outcomes[index] = Rejected(error.code, error.message)
+                continue
+            if request.ephemeral:
+                self.broadcast(Broadcast(append.channel, append.payload, append.sender, None))
+                outcomes[index] = None
+            else:
+                self.submit(append)
+        if len(outcomes) < len(requests):
+            await done.wait()
+        return [outcomes[index] for index in range(len(requests))]
+
+    def submit(self, append: Append, epoch: str | None = None) -> None:
+        """Append to the log, unless it is a retry from an epoch of which nothing can be known."""
+        self._published += 1
+        if self._closed:
+            append.settle(append, not_taken(append, Rejected(Code.SHUTTING_DOWN, STOPPING)))
+        elif epoch is not None and epoch != self.log.epoch:
+            append.settle(append, Rejected(Code.UNKNOWN, "first sent in another epoch of the log"))
+        else:
+            self.log.submit(append)
+
+    def broadcast(self, message: Broadcast) -> None:
+        """Pass an ephemeral message on to the sessions of this replica, and to the other replicas."""
+        self._published += 1
+        at = time.time_ns() // 1_000_000
+        entry = Entry(0, at, message.channel, message.payload, message.sender, message.origin)
+        self.delivery.broadcast(entry)
+        self.log.broadcast(entry)
+
+    def limits(self) -> dict[str, int]:
+        """The limits that a client is told of, by name."""
+        limits = self.config.limits
+        return {
+            "message_size": limits.message_size,
+            "subscriptions": limits.subscriptions,
+            "pending_publishes": limits.pending_publishes,
+            "history": MAX_HISTORY,
+            "ephemeral_size": EPHEMERAL_SIZE,
+        }
+
+    @property
+    def reconnect_in(self) -> float | None:
+        """When a client should come back, to another replica: seconds, at random; None while it may stay."""
+        if self._departure is None:
+            return None
+        left = max(0.0, self._departure - trio.current_time())
+        return random.uniform(0, SPREAD * left)  # noqa: S311 (no secret)
+
+    async def mark_time(self) -> None:
+        """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors."""
+        while True:
+            await trio.sleep(1)
+            now = trio.current_time()
+            for index, client in enumerate(tuple(self.clients)):
+                if index % MARKED_AT_A_TIME == 0:
+                    await trio.lowlevel.checkpoint()
+                client.mark_time(now)
+
+    async def send_away(self) -> None:
+        """Be not ready for a while, then tell every client to leave, and give all of them the time to."""
+        settings = self.config.drain
+        self.draining = True
+        await trio.sleep(settings.delay)
+        self._departure = trio.current_time() + settings.window
+        for client in list(self.clients):
+            client.send_away()
+        with trio.move_on_at(self._departure):
+            while self.clients:
+                await self._left.park()
+
+    def finish(self) -> None:
+        """Take no more publishes, and close every client once those that it has sent have been answered."""
+        self._closed = True
+        for client in list(self.clients):
+            client.finish()
