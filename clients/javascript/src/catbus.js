@@ -130,9 +130,12 @@ export class Splitter {
   #depth = 0;
   #quoted = false;
 
-  /** @param {string} text @returns {any[]} the objects that are whole by now. Throws where there is something else. */
-  feed(text) {
-    const found = [];
+  /**
+   * Have `take` called with each object that is whole by now. Throws where something else stands, after what was before it.
+   *
+   * @param {string} text @param {(object: any) => void} take
+   */
+  feed(text, take) {
     let rest = this.#rest + text;
     let start = 0;
     const marks = /["\\{}]/g;
@@ -163,14 +166,14 @@ export class Splitter {
       } else if (!this.#quoted) {
         this.#depth += character === '{' ? 1 : -1;
         if (this.#depth === 0) {
-          found.push(JSON.parse(rest.slice(start, marks.lastIndex)));
-          start = marks.lastIndex;
+          const end = marks.lastIndex;
+          take(JSON.parse(rest.slice(start, end)));
+          marks.lastIndex = start = end;
         }
       }
     }
     this.#rest = rest.slice(start);
     this.#looked = this.#depth ? Math.max(0, marks.lastIndex - start) : 0;
-    return found;
   }
 }
 
@@ -431,7 +434,7 @@ class Link {
     if (this.ended) return;
     this.heard = performance.now();
     try {
-      for (const object of (stream ? stream.splitter : this.#splitter).feed(text)) this.#handle(object, stream);
+      (stream ? stream.splitter : this.#splitter).feed(text, (object) => this.#handle(object, stream));
     } catch (error) {
       // What follows cannot be understood any more.
       this.close(new Disconnected(`${error instanceof Error ? error.message : error}`), 4000);

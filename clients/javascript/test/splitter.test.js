@@ -24,7 +24,7 @@ test('objects come out whole, however the text is cut', () => {
   for (let size = 1; size <= text.length; size++) {
     const splitter = new Splitter();
     const found = [];
-    for (let at = 0; at < text.length; at += size) found.push(...splitter.feed(text.slice(at, at + size)));
+    for (let at = 0; at < text.length; at += size) splitter.feed(text.slice(at, at + size), (object) => found.push(object));
     assert.deepEqual(found, OBJECTS);
   }
   const chance = random(7);
@@ -33,7 +33,7 @@ test('objects come out whole, however the text is cut', () => {
     const found = [];
     for (let at = 0; at < text.length; ) {
       const size = 1 + Math.floor(chance.next().value * 9);
-      found.push(...splitter.feed(text.slice(at, at + size)));
+      splitter.feed(text.slice(at, at + size), (object) => found.push(object));
       at += size;
     }
     assert.deepEqual(found, OBJECTS);
@@ -41,19 +41,24 @@ test('objects come out whole, however the text is cut', () => {
 });
 
 test('newlines end nothing', () => {
-  assert.deepEqual(new Splitter().feed('{"payload":\n{"channel":"evil"}\n}\n'), [{ payload: { channel: 'evil' } }]);
+  const found = [];
+  new Splitter().feed('{"payload":\n{"channel":"evil"}\n}\n', (object) => found.push(object));
+  assert.deepEqual(found, [{ payload: { channel: 'evil' } }]);
 });
 
 test('what is no object is an error', () => {
-  for (const text of ['x', '[1]', '1', '}', '{} ,']) assert.throws(() => new Splitter().feed(text), { code: 'bad_message' });
+  for (const text of ['x', '[1]', '1', '}', '{} ,']) {
+    assert.throws(() => new Splitter().feed(text, () => {}), { code: 'bad_message' });
+  }
 });
 
 test('every character is looked at once', () => {
   const text = JSON.stringify({ payload: '{}'.repeat(100_000) });
   const splitter = new Splitter();
   const began = process.cpuUsage().user;
-  for (let at = 0; at < text.length; at += 5) splitter.feed(text.slice(at, at + 5));
-  assert.equal(splitter.feed('{}').length, 1);
+  let found = 0;
+  for (let at = 0; at < text.length; at += 5) splitter.feed(text.slice(at, at + 5), () => found++);
+  assert.equal(found, 1);
   // Looking at all of it each time takes minutes.
   assert.ok(process.cpuUsage().user - began < 20e6);
 });

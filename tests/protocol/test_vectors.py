@@ -1,0 +1,148 @@
+"""`protocol/vectors` and `protocol/schema`: the broker and both clients make of them what they say."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus import topics, wire
+from catbus.auth import Authenticator
+from catbus.errors import PeerError
+from catbus.framing import Framer
+from tests.protocol import schema
+from tests.test_specification import blocks, objects
+from tests.test_wire import REPLIES, REQUESTS, messages
+
+DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
+PATTERNS, TOKENS, FRAMING = (
+    json.loads((DIRECTORY / f"{name}.json").read_text(encoding="utf-8")) for name in ("patterns", "tokens", "framing")
+)
+
+
+# Schemas
+
+
+@pytest.mark.parametrize("side", schema.SIDES)
+def test_the_schemas_are_those_of_the_code(side: str) -> None:
+    kept = json.loads((schema.DIRECTORY / f"{side}.json").read_text(encoding="utf-8"))
+    assert kept == schema.make(side), "python -m tests.protocol.schema"
+    jsonschema.Draft202012Validator.check_schema(kept)
+
+
+VALIDATORS = {side: jsonschema.Draft202012Validator(schema.make(side)) for side in schema.SIDES}
+
+
+@pytest.mark.parametrize("side", schema.SIDES)
+def test_the_examples_of_the_specification_are_valid(side: str) -> None:
+    found = [each for _, text in blocks(side) for each in objects(text)]
+    assert len(found) > 8
+    for each in found:
+        VALIDATORS[side].validate(each)
+
+
+@given(st.one_of([messages(kind) for kind in REQUESTS]))
+def test_what_a_client_may_say_is_valid(message: wire.ClientMessage) -> None:
+    VALIDATORS["client"].validate(json.loads(msgspec.json.encode(message)))
+
+
+@given(st.one_of([messages(kind) for kind in REPLIES]))
+def test_what_the_broker_says_is_valid(message: wire.Reply) -> None:
+    line = wire.encode(message, wire.Protocol.V1)
+    assert line is not None
+    VALIDATORS["server"].validate(json.loads(line))
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("client", {"type": "subscribe"}),
+    ("client", {"type": "subscribe", "pattern": 1}),
+    ("client", {"type": "publish", "channel": "a"}),
+    ("client", {"type": "subscribe", "pattern": "a", "since": -1}),
+    ("client", {"type": "shout"}),
+    ("server", {"type": "live", "pattern": "a"}),
+    ("server", {"type": "error", "message": "x", "code": "nonsense"}),
+    ("server", {"type": "published", "channel": "a", "seq": None}),
+]
+
+
+@pytest.mark.parametrize(("side", "message"), WRONG)
+def test_what_is_wrong_is_not(side: str, message: dict[str, Any]) -> None:
+    assert not VALIDATORS[side].is_valid(message)
+
+
+# Channels and patterns
+
+
+def is_valid(check: Any, text: str) -> bool:
+    try:
+        check(text)
+    except PeerError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), [("channels", topics.check_channel), ("patterns", topics.check_pattern)], ids=lambda v: str(v)
+)
+def test_which_text_is_one(kind: str, check: Any) -> None:
+    for expected, texts in (("valid", PATTERNS[kind]["valid"]), ("invalid", PATTERNS[kind]["invalid"])):
+        for text in texts:
+            assert is_valid(check, text) == (expected == "valid"), text
+
+
+@pytest.mark.parametrize("relation", ["matches", "covers"])
+def test_which_pattern_is_for_what(relation: str) -> None:
+    for one, other, expected in PATTERNS[relation]:
+        assert getattr(topics, relation)(one, other) == expected, (one, other)
+
+
+# Tokens
+
+
+def verdict(token: str) -> dict[str, Any]:
+    """What the broker makes of a token, in the words of the vectors."""
+    try:
+        found = Authenticator((TOKENS["secret"],)).verify(token, TOKENS["now"])
+    except PeerError as error:
+        return {"valid": False, "code": error.code.value}
+    read, write = list(found.grants.read), list(found.grants.write)
+    return {"valid": True, "client_id": found.client_id, "read": read, "write": write, "expires": found.expires}
+
+
+@pytest.mark.parametrize("case", TOKENS["cases"], ids=lambda case: case["name"])
+def test_tokens(case: dict[str, Any]) -> None:
+    expected = {name: value for name, value in case.items() if name not in ("name", "token")}
+    assert verdict(case["token"]) == expected
+
+
+# Framing
+
+decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+@pytest.mark.parametrize("case", FRAMING["cases"], ids=lambda case: case["name"])
+def test_framing_wherever_it_is_cut(case: dict[str, Any]) -> None:
+    data = case["text"].encode()
+    for cut in range(len(data) + 1):
+        for other in (cut, min(cut + 1, len(data)), len(data)):
+            framer = Framer(decode, limit=1 << 16)
+            found: list[Any] = []
+            error = None
+            try:
+                for piece in (data[:cut], data[cut:other], data[other:]):
+                    found += framer.feed(piece)
+            except PeerError as raised:
+                error = raised.code.value
+            assert (found, error) == (case["objects"], case.get("error")), cut
+
+
+def test_there_is_no_time_in_them() -> None:
+    """They hold as long as the clock that they name is used, and not by the one of whoever runs them."""
+    assert TOKENS["now"] != pytest.approx(time.time(), abs=86_400)
