@@ -1,0 +1,196 @@
+// A client of `catbus.v1` in one file, from the specification alone: plain Node, nothing installed. It plays the
+// conversations of `protocol/vectors` to a broker that runs, and says which of them went as written.
+//
+//   node protocol/examples/client.mjs ws://127.0.0.1:8080/ws SECRET
+
+import { createHmac, randomBytes } from 'node:crypto';
+import { readFileSync } from 'node:fs';
+import { request } from 'node:http';
+
+const [url, secret] = process.argv.slice(2);
+const file = new URL('../vectors/conversations.json', import.meta.url);
+const { conversations } = JSON.parse(readFileSync(file, 'utf8'));
+
+/** A token (section 13). */
+function sign({ client_id, grants }) {
+  const claims = { client_id, grants: { grants: grants.map(([grant_type, pattern]) => ({ grant_type, pattern })) } };
+  const text = Buffer.from(JSON.stringify(claims)).toString('base64url');
+  return `sub-${text}.${createHmac('sha256', secret).update(text).digest().subarray(0, 16).toString('base64url')}`;
+}
+
+/** WebSocket as far as it is needed (RFC 6455): text out, text and a closing code in. */
+class Connection {
+  #socket;
+  #bytes = Buffer.alloc(0);
+  #text = '';
+  #objects = [];
+  #wake = () => {};
+  code = undefined;
+
+  static open() {
+    const headers = {
+      Connection: 'Upgrade',
+      Upgrade: 'websocket',
+      'Sec-WebSocket-Version': '13',
+      'Sec-WebSocket-Key': randomBytes(16).toString('base64'),
+    };
+    return new Promise((resolve, reject) => {
+      const asked = request(url.replace(/^ws/, 'http'), { headers });
+      asked.on('upgrade', (_, socket, head) => resolve(new Connection(socket, head)));
+      asked.on('response', ({ statusCode }) => reject(new Error(`HTTP ${statusCode}`)));
+      asked.on('error', reject);
+      asked.end();
+    });
+  }
+
+  constructor(socket, head) {
+    this.#socket = socket;
+    socket.on('data', (data) => this.#take(data));
+    socket.on('close', () => ((this.code ??= 1006), this.#wake()));
+    socket.on('error', () => {});
+    this.#take(head);
+  }
+
+  say(text) {
+    this.#send(1, Buffer.from(text));
+  }
+
+  close() {
+    this.#send(8, Buffer.from([3, 232]));
+    this.#socket.end();
+  }
+
+  /** The next object that is not `head`; nothing when the connection has been closed. */
+  async hear() {
+    for (;;) {
+      while (this.#objects.length) {
+        const object = this.#objects.shift();
+        if (object.type !== 'head') return object;
+      }
+      if (this.code !== undefined) return undefined;
+      await new Promise((resolve) => (this.#wake = resolve));
+    }
+  }
+
+  #send(opcode, payload) {
+    const mask = randomBytes(4);
+    const length = payload.length < 126 ? [payload.length] : [126, payload.length >> 8, payload.length & 255];
+    const head = Buffer.from([0x80 | opcode, 0x80 | length[0], ...length.slice(1)]);
+    this.#socket.write(Buffer.concat([head, mask, payload.map((byte, at) => byte ^ mask[at % 4])]));
+  }
+
+  #take(data) {
+    this.#bytes = Buffer.concat([this.#bytes, data]);
+    for (;;) {
+      const bytes = this.#bytes;
+      if (bytes.length < 2) return;
+      let [size, at] = [bytes[1] & 127, 2];
+      if (size === 126) [size, at] = [bytes.length < 4 ? Infinity : bytes.readUInt16BE(2), 4];
+      else if (size === 127) [size, at] = [bytes.length < 10 ? Infinity : Number(bytes.readBigUInt64BE(2)), 10];
+      if (bytes.length < at + size) return;
+      const payload = bytes.subarray(at, at + size);
+      this.#bytes = bytes.subarray(at + size);
+      const opcode = bytes[0] & 15;
+      if (opcode === 1) this.#understand(payload.toString());
+      else if (opcode === 8) this.code = payload.length < 2 ? 1005 : payload.readUInt16BE(0);
+      else if (opcode === 9) this.#send(10, payload);
+      this.#wake();
+    }
+  }
+
+  /** Objects end where their braces balance (section 4). */
+  #understand(text) {
+    this.#text += text;
+    let [depth, quoted, start] = [0, false, 0];
+    for (let at = 0; at < this.#text.length; at++) {
+      const character = this.#text[at];
+      if (quoted && character === '\\') at++;
+      else if (character === '"') quoted = !quoted;
+      else if (!quoted && character === '{') depth++;
+      else if (!quoted && character === '}' && --depth === 0) {
+        this.#objects.push(JSON.parse(this.#text.slice(start, at + 1)));
+        start = at + 1;
+      }
+    }
+    this.#text = this.#text.slice(start);
+  }
+}
+
+/** One conversation; throws where the broker says something else. */
+async function play({ tokens, steps }) {
+  const run = randomBytes(4).toString('hex');
+  let names = new Map();
+  const connections = new Map();
+
+  const said = (value) => {
+    if (Array.isArray(value)) return value.map(said);
+    if (value && typeof value === 'object') return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, said(v)]));
+    if (typeof value !== 'string') return value;
+    if (names.has(value)) return names.get(value);
+    return value.replaceAll('${run}', run).replace(/\$\{token:(\w+)\}/g, (_, name) => sign(tokens[name]));
+  };
+  const fits = (wanted, found, known) => {
+    if (wanted === '$absent') return found === undefined;
+    if (wanted === '$int') return Number.isInteger(found);
+    if (wanted === '$string') return typeof found === 'string';
+    if (typeof wanted === 'string' && /^\$\w+$/.test(wanted)) {
+      if (!known.has(wanted)) known.set(wanted, found);
+      return found !== undefined && known.get(wanted) === found;
+    }
+    if (wanted && typeof wanted === 'object') {
+      if (!found || typeof found !== 'object' || Array.isArray(wanted) !== Array.isArray(found)) return false;
+      if (Array.isArray(wanted) && wanted.length !== found.length) return false;
+      return Object.keys(wanted).every((key) => fits(wanted[key], found[key], known));
+    }
+    return said(wanted) === found;
+  };
+  const is = (wanted, found) => {
+    const known = new Map(names);
+    if (!fits(wanted, found, known)) return false;
+    names = known;
+    return true;
+  };
+
+  for (const [number, step] of steps.entries()) {
+    const name = step.say ?? step.hear ?? step.close ?? step.closed;
+    if (!connections.has(name)) connections.set(name, await Connection.open());
+    const connection = connections.get(name);
+    const fail = (heard) => {
+      throw new Error(`step ${number + 1}: heard ${JSON.stringify(heard)}`);
+    };
+    if (step.say) {
+      connection.say(step.text ?? JSON.stringify(said(step.object)));
+    } else if (step.close) {
+      connection.close();
+    } else if (step.closed) {
+      while (await connection.hear());
+      if (connection.code !== step.code) fail(connection.code);
+    } else if (step.unordered) {
+      const heard = [];
+      while (heard.length < step.unordered.length) heard.push(await connection.hear());
+      for (const wanted of step.unordered) {
+        const at = heard.findIndex((object) => is(wanted, object));
+        if (at < 0) fail(heard);
+        heard.splice(at, 1);
+      }
+    } else {
+      const heard = await connection.hear();
+      if (!is(step.object ?? step.exactly, heard)) fail(heard);
+      if (step.exactly && Object.keys(heard).length !== Object.keys(step.exactly).length) fail(heard);
+    }
+  }
+  for (const connection of connections.values()) connection.close();
+}
+
+let good = 0;
+for (const conversation of conversations) {
+  try {
+    await play(conversation);
+    good++;
+    console.log(`ok      ${conversation.name}`);
+  } catch (error) {
+    console.log(`not ok  ${conversation.name}: ${error.message}`);
+  }
+}
+console.log(`${good} of ${conversations.length} conversations`);
+process.exit(good === conversations.length ? 0 : 1);

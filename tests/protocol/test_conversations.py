@@ -1,0 +1,63 @@
+"""Whole conversations with a real broker, over both transports, and by a client in another language."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from catbus.client.transport import parse_address
+from catbus.client.websocket import open_websocket
+from catbus.client.webtransport import make_configuration, open_webtransport
+from tests.brokers import SECRET
+from tests.programs import find_program
+from tests.protocol.conversations import CONVERSATIONS, Mismatch, Player
+from tests.test_both_transports import running
+
+EXAMPLE = Path(__file__).parents[2] / "protocol" / "examples" / "client.mjs"
+
+
+@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+async def test_the_broker_says_what_it_should(tmp_path: Path, transport: str) -> None:
+    async with running(tmp_path) as (_, websocket, found):
+
+        async def dial() -> Any:
+            if transport == "websocket":
+                return await open_websocket(parse_address(websocket))
+            address = parse_address(found["webtransport"])
+            return await open_webtransport(address, make_configuration(address, found["certificate"]))
+
+        for conversation in CONVERSATIONS:
+            await Player(conversation, dial, SECRET).play()
+
+
+async def test_what_is_said_otherwise_is_noticed(tmp_path: Path) -> None:
+    """Each step of each conversation that hears something bites."""
+    async with running(tmp_path) as (_, websocket, _):
+
+        async def dial() -> Any:
+            return await open_websocket(parse_address(websocket))
+
+        conversation = CONVERSATIONS[0]
+        for number, step in enumerate(conversation["steps"]):
+            if "object" in step and "hear" in step:
+                other = copy.deepcopy(conversation)
+                other["steps"][number]["object"]["type"] = "something else"
+                with pytest.raises(Mismatch, match=f"step {number + 1}, "):
+                    await Player(other, dial, SECRET).play()
+
+
+async def test_a_client_in_another_language_that_knows_the_specification_only(tmp_path: Path) -> None:
+    node = find_program("nodejs", "node")
+    async with running(tmp_path) as (_, websocket, _):
+        with trio.fail_after(60):
+            done = await trio.run_process(
+                [node, EXAMPLE, websocket, SECRET], capture_stdout=True, stdin=subprocess.DEVNULL, check=False
+            )
+    report = done.stdout.decode()
+    assert done.returncode == 0, report
+    assert report.splitlines()[-1] == f"{len(CONVERSATIONS)} of {len(CONVERSATIONS)} conversations"
