@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -14,51 +13,8 @@ from msgspec import Raw
 
 from catbus import wire
 from catbus.errors import Code, PeerError
+from catbus.testing.strategies import JSON, channels, client_messages, messages, patterns, payloads, server_messages
 from catbus.wire import MAX_DEPTH, Protocol, Reply, Request
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-payloads = json_values.map(lambda value: json.dumps(value, ensure_ascii=False).encode())
-channels = st.lists(st.text(alphabet="abz019_-", min_size=1, max_size=4), min_size=1, max_size=4).map(".".join)
-patterns = channels | channels.map(lambda channel: channel + ".*") | st.just("*")
-
-
-def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Whatever a field of this type may hold."""
-    if hint == wire.Number:
-        return st.integers(0, 2**63 - 1)
-    if hint is int:
-        return st.integers(-(2**63), 2**63 - 1)
-    if hint is float:
-        return st.floats(allow_nan=False, allow_infinity=False)
-    if hint is Raw:
-        return payloads.map(Raw)
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return st.one_of(*map(values, arguments))
-    if origin is list:
-        return st.lists(values(arguments[0]), max_size=3)
-    if origin is dict:
-        return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
-    if hasattr(hint, "__metadata__"):
-        return st.integers(1, 2**63 - 1)
-    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        return messages(hint)
-    return st.from_type(hint)
-
-
-def messages(kind: type[Any]) -> st.SearchStrategy[Any]:
-    """Any message of this kind."""
-    hints = get_type_hints(kind, include_extras=True)
-    return st.builds(kind, **{name: values(hints[name]) for name in kind.__struct_fields__})
-
 
 REQUESTS: list[type[Request]] = list(get_args(wire.ClientMessage))
 REPLIES: list[type[Reply]] = list(get_args(wire.ServerMessage))
@@ -77,17 +33,17 @@ def encoded(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes
 # Round trips
 
 
-@given(st.one_of([messages(kind) for kind in REQUESTS]))
+@given(client_messages())
 def test_what_a_client_says_is_what_a_server_hears(message: Request) -> None:
     assert wire.decode_client(encoded(message)) == message
 
 
-@given(st.one_of([messages(kind) for kind in REPLIES]))
+@given(server_messages())
 def test_what_a_server_says_is_what_a_client_hears(message: Reply) -> None:
     assert wire.decode_server(encoded(message)) == message
 
 
-@given(st.one_of([messages(kind) for kind in [*REQUESTS, *REPLIES]]))
+@given(client_messages() | server_messages())
 def test_a_message_is_one_line(message: Request | Reply) -> None:
     line = encoded(message)
     assert line.endswith(b"}\n")
@@ -118,9 +74,9 @@ def test_a_gap_has_the_names_of_the_specification() -> None:
 
 
 @given(
-    channel=channels,
-    payload=payloads,
-    pattern=patterns,
+    channel=channels(),
+    payload=payloads(),
+    pattern=patterns(),
     seq=st.none() | st.integers(1, 2**63 - 1),
     at=st.integers(0, 2**53),
     sender=st.none() | st.text(),
@@ -149,7 +105,7 @@ FIXED = {
 }
 
 
-@given(st.one_of([messages(kind) for kind in REPLIES]))
+@given(server_messages())
 def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None:
     line = wire.encode(message, Protocol.FIRST)
     kind = tag(type(message))
@@ -253,7 +209,7 @@ def test_what_is_no_request_is_refused(line: bytes) -> None:
     assert error.message
 
 
-@given(st.binary(max_size=60) | st.text().map(str.encode) | json_values.map(lambda value: json.dumps(value).encode()))
+@given(st.binary(max_size=60) | st.text().map(str.encode) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
     for decode in (wire.decode_client, wire.decode_server, lambda data: wire.decode_client(publish(data))):
         try:
@@ -265,7 +221,7 @@ def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
         assert refused.code == Code.BAD_MESSAGE
 
 
-@given(st.binary(max_size=20) | payloads)
+@given(st.binary(max_size=20) | payloads())
 def test_a_payload_by_another_way_is_taken_where_a_publish_would_take_it(data: bytes) -> None:
     try:
         message = wire.decode_client(publish(data))
@@ -295,7 +251,7 @@ def test_where_only_a_publish_can_stand_nothing_else_is_taken(line: bytes) -> No
 # Payloads
 
 
-@given(json_values, st.sampled_from([None, 0, 2]), st.sampled_from(["\n", "\r\n", "\r"]))
+@given(JSON, st.sampled_from([None, 0, 2]), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_payload_is_kept_as_one_line_that_says_the_same(value: Any, indent: int | None, line_end: str) -> None:
     text = json.dumps(value, indent=indent).replace("\n", line_end).encode()
     kept = wire.check_payload(text)

@@ -11,15 +11,14 @@ import jsonschema
 import msgspec
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from catbus import topics, wire
 from catbus.auth import Authenticator
 from catbus.errors import PeerError
 from catbus.framing import Framer
+from catbus.testing import client_messages, server_messages
 from tests.protocol import schema
 from tests.test_specification import blocks, objects
-from tests.test_wire import REPLIES, REQUESTS, messages
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
 PATTERNS, TOKENS, FRAMING = (
@@ -48,12 +47,12 @@ def test_the_examples_of_the_specification_are_valid(side: str) -> None:
         VALIDATORS[side].validate(each)
 
 
-@given(st.one_of([messages(kind) for kind in REQUESTS]))
+@given(client_messages())
 def test_what_a_client_may_say_is_valid(message: wire.ClientMessage) -> None:
     VALIDATORS["client"].validate(json.loads(msgspec.json.encode(message)))
 
 
-@given(st.one_of([messages(kind) for kind in REPLIES]))
+@given(server_messages())
 def test_what_the_broker_says_is_valid(message: wire.Reply) -> None:
     line = wire.encode(message, wire.Protocol.V1)
     assert line is not None

@@ -1,0 +1,36 @@
+"""For tests of what is built on Catbus: strategies for everything that the protocol knows, and brokers for a test.
+
+Needs the extra `testing` (Hypothesis). With `pytest_plugins = ["catbus.testing.pytest"]` in a `conftest.py` there is a
+broker as a fixture.
+"""
+
+from .brokers import TestBroker, open_test_broker
+from .strategies import (
+    byte_streams,
+    channels,
+    client_messages,
+    cut,
+    grants,
+    hostile_streams,
+    nearly_messages,
+    patterns,
+    payloads,
+    server_messages,
+    tokens,
+)
+
+__all__ = [
+    "TestBroker",
+    "byte_streams",
+    "channels",
+    "client_messages",
+    "cut",
+    "grants",
+    "hostile_streams",
+    "nearly_messages",
+    "open_test_broker",
+    "patterns",
+    "payloads",
+    "server_messages",
+    "tokens",
+]

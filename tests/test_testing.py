@@ -1,0 +1,133 @@
+"""catbus.testing: what it makes is what it says, for tests on Trio, on asyncio, and on neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import catbus
+from catbus import testing, topics, wire
+from catbus.auth import Authenticator, Grants
+from catbus.errors import PeerError
+from catbus.framing import Framer
+
+pytest_plugins = ["catbus.testing.pytest"]
+ROOT = Path(__file__).parent.parent
+
+
+# Strategies
+
+
+@given(testing.channels())
+def test_channels_are_channels(channel: str) -> None:
+    topics.check_channel(channel)
+
+
+@given(testing.patterns())
+def test_patterns_are_patterns(pattern: str) -> None:
+    topics.check_pattern(pattern)
+
+
+@given(testing.grants(), testing.patterns())
+def test_grants_say_what_is_allowed(grants: Grants, pattern: str) -> None:
+    assert grants.may_read(pattern) == any(topics.covers(grant, pattern) for grant in grants.read)
+
+
+@given(testing.tokens("a secret"))
+def test_tokens_verify(token: str) -> None:
+    Authenticator(("a secret",)).verify(token, 0.0)
+
+
+@given(st.data())
+def test_streams_are_understood_wherever_they_are_cut(data: st.DataObject) -> None:
+    stream = data.draw(testing.byte_streams())
+    framer = Framer(wire.decode_client, 1 << 20)
+    found = [each for piece in data.draw(testing.cut(stream)) for each in framer.feed(piece)]
+    assert found == list(Framer(wire.decode_client, 1 << 20).feed(stream))
+    assert not any(isinstance(each, PeerError) for each in found)
+
+
+@given(st.data())
+def test_hostile_streams_end_in_messages_and_errors_of_the_peers(data: st.DataObject) -> None:
+    pieces = data.draw(testing.cut(data.draw(testing.hostile_streams())))
+    framer = Framer(wire.decode_client, 4096)
+    ends: list[PeerError] = []
+    for piece in pieces:
+        try:
+            for each in framer.feed(piece):
+                assert isinstance(each, wire.Request | PeerError)
+        except PeerError as error:
+            ends.append(error)
+            break
+    assert all(error.close is not None for error in ends)
+
+
+@given(testing.nearly_messages())
+def test_what_is_nearly_a_message_is_an_object(data: bytes) -> None:
+    assert isinstance(msgspec.json.decode(data), dict)
+
+
+# Brokers
+
+
+def test_a_broker_without_an_event_loop(catbus_broker: testing.TestBroker) -> None:
+    assert catbus_broker.publish("a", {"n": 1}) == 1
+    with pytest.raises(catbus.Refused):
+        catbus_broker.publish("a..b", 1)
+
+
+@pytest.mark.anyio
+async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestBroker) -> None:
+    reader = catbus_broker.token("rita", read=("a.*",), write=())
+    async with (
+        catbus.connect(catbus_broker.url, token=catbus_broker.token("alice")) as alice,
+        catbus.connect(catbus_broker.url, token=reader) as rita,
+        rita.subscribe("a.*") as messages,
+    ):
+        assert await alice.publish("a.b", 1) == 1
+        message = await anext(messages)
+        assert (message.payload, message.sender) == (1, "alice")
+        with pytest.raises(catbus.Refused):
+            await rita.publish("a.b", 2)
+
+
+async def test_a_broker_on_trio(catbus_server: testing.TestBroker) -> None:
+    async with catbus.connect(catbus_server.url, token=catbus_server.token()) as bus:
+        assert await bus.ping() >= 0
+
+
+def test_brokers_do_not_know_of_each_other() -> None:
+    with testing.open_test_broker() as one, testing.open_test_broker() as other:
+        assert (one.publish("a", 1), one.publish("a", 2), other.publish("a", 3)) == (1, 2, 1)
+        assert one.secret != other.secret
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_project_that_uses_it(tmp_path: Path) -> None:
+    """The example of the README, as it is written there."""
+    [example] = re.findall(r"^```python\n(async def test_.*?)^```", README, re.MULTILINE | re.DOTALL)
+    [plugins] = re.findall(r"`(pytest_plugins = .*?)`", README)
+    (tmp_path / "conftest.py").write_text(plugins)
+    (tmp_path / "test_orders.py").write_text(f"import catbus, pytest\n\n@pytest.mark.anyio\n{example}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:trio", "-p", "no:cacheprovider", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout, "on both event loops"
+
+
+def test_the_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
+    script = "import catbus, catbus.cli.run, sys; print([m for m in ('hypothesis', 'pytest') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) == []
