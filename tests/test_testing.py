@@ -19,6 +19,7 @@ from catbus import testing, topics, wire
 from catbus.auth import Authenticator, Grants
 from catbus.errors import PeerError
 from catbus.framing import Framer
+from catbus.testing import model
 
 pytest_plugins = ["catbus.testing.pytest"]
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,12 @@ def test_hostile_streams_end_in_messages_and_errors_of_the_peers(data: st.DataOb
 @given(testing.nearly_messages())
 def test_what_is_nearly_a_message_is_an_object(data: bytes) -> None:
     assert isinstance(msgspec.json.decode(data), dict)
+
+
+@given(testing.patterns(), testing.patterns(), testing.channels())
+def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: str) -> None:
+    assert model.matches(one, channel) == topics.matches(one, channel)
+    assert model.covers(one, other) == topics.covers(one, other)
 
 
 # Brokers

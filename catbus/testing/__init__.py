@@ -5,6 +5,9 @@ broker as a fixture.
 """
 
 from .brokers import TestBroker, open_test_broker
+from .machine import BrokerMachine, Connection
+from .model import Model
+from .sockets import WebSocketConnection
 from .strategies import (
     byte_streams,
     channels,
@@ -20,7 +23,11 @@ from .strategies import (
 )
 
 __all__ = [
+    "BrokerMachine",
+    "Connection",
+    "Model",
     "TestBroker",
+    "WebSocketConnection",
     "byte_streams",
     "channels",
     "client_messages",
