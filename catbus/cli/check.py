@@ -32,6 +32,7 @@ RENEWAL = timedelta(days=14)
 """A certificate with less left than this should have been renewed."""
 PATIENCE = 2.0
 """Seconds for whoever has a port already to say who it is."""
+SERVING = "a broker serves there already"
 SPARE_FILES = 64
 """Open files that a broker needs beside one for each connection."""
 
@@ -138,12 +139,16 @@ def _names(certificate: x509.Certificate) -> list[str]:
 def _ports(config: Config) -> Iterator[Finding]:
     udp = config.webtransport.bind if config.webtransport_served else ()
     kinds = ((socket.SOCK_STREAM, "TCP", config.websocket.bind), (socket.SOCK_DGRAM, "UDP", udp))
+    serving = False
     for kind, name, addresses in kinds:
         for address in addresses:
-            yield _port(kind, name, address)
+            finding = _port(kind, name, address, serving)
+            serving = serving or finding.text.endswith(SERVING)
+            yield finding
 
 
-def _port(kind: socket.SocketKind, name: str, address: str) -> Finding:
+def _port(kind: socket.SocketKind, name: str, address: str, serving: bool) -> Finding:
+    """Whether it can be had. `serving`: a broker was found on another one, which has this one too then."""
     host, port = split_address(address)
     place = f"{name} {address}"
     try:
@@ -154,24 +159,25 @@ def _port(kind: socket.SocketKind, name: str, address: str) -> Finding:
             sock.bind(target)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _taken(kind, place, host, port)
+            return _taken(kind, place, host, port, serving)
         advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
         return Finding("error", "port", f"{place}: {error.strerror}", advice)
     return Finding("ok", "port", f"{place} can be had")
 
 
-def _taken(kind: socket.SocketKind, place: str, host: str, port: int) -> Finding:
+def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool) -> Finding:
     """A broker that runs already is no mistake: then this is asked beside it."""
     advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
     if kind is socket.SOCK_DGRAM:
-        return Finding("warning", "port", f"{place} is in use: by a broker, if one runs here", advice)
+        text = f"{place}: {SERVING}" if serving else f"{place} is in use, and who has it cannot be told"
+        return Finding("ok", "port", text) if serving else Finding("error", "port", text, advice)
     connection = http.client.HTTPConnection(
         {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=PATIENCE
     )
     try:
         connection.request("GET", "/health")
         if connection.getresponse().read(16) == b"ok\n":
-            return Finding("ok", "port", f"{place}: a broker serves there already")
+            return Finding("ok", "port", f"{place}: {SERVING}")
     except (OSError, http.client.HTTPException):
         pass
     finally:
