@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from hypothesis import strategies as st
@@ -45,9 +45,12 @@ class Connection(Protocol):
 
 
 class Client:
-    """One client's end: what it was told, and what its subscriptions got since somebody looked."""
+    """One client's end: what it was told, and what its subscriptions got since somebody looked.
 
-    def __init__(self, connection: Connection, name: str) -> None:
+    `ids` go on over all connections of a client: a publish is known by its producer and its id (section 9.1).
+    """
+
+    def __init__(self, connection: Connection, name: str, ids: Iterator[int]) -> None:
         self.connection = connection
         self.name = name
         self.producer = ""
@@ -57,7 +60,7 @@ class Client:
         """By pattern: up to where everything has been compared."""
         self.got: dict[str, list[dict[str, Any]]] = {}
         self.revoked: set[str] = set()
-        self._ids = itertools.count(1)
+        self._ids = ids
         self._replies: list[dict[str, Any]] = []
 
     def say(self, message: dict[str, Any], places: Iterable[int] = ()) -> None:
@@ -143,6 +146,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self._sessions: dict[str, Session] = {}
         self._names = (f"client-{number}" for number in itertools.count(1))
         self._payloads = itertools.count(1)
+        self._ids = itertools.count(1)
         self._producers = itertools.count(1)
 
     def teardown(self) -> None:
@@ -161,7 +165,7 @@ class BrokerMachine(RuleBasedStateMachine):
         return self._open(next(self._names), grants)
 
     def _open(self, name: str, grants: Grants, producer: str | None = None, number: int | None = None) -> str:
-        client = Client(self.connect(), name)
+        client = Client(self.connect(), name, self._ids)
         self._clients[name] = client
         client.authenticate(self._token(name, grants), producer)
         if not self._sessions:
