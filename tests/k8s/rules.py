@@ -14,7 +14,7 @@ from catbus.config.addresses import split_address
 from catbus.config.reading import ENVIRONMENT
 from catbus.endpoints.routes import ROUTES
 from catbus.metrics import METRICS
-from tests.k8s.manifests import Document, of_kind
+from tests.k8s.manifests import Document, named, of_kind
 
 Rule = Callable[[list[Document]], Iterator[str]]
 
@@ -41,6 +41,21 @@ ENUMS = {
     "restartPolicy": {"Always"},
 }
 """By field, wherever it stands. The schemas take any text for them."""
+
+SCALING = {
+    ("metrics", "type"): {"Resource", "Pods"},
+    ("target", "type"): {"Utilization", "AverageValue"},
+    ("policies", "type"): {"Pods", "Percent"},
+}
+"""The same for an autoscaler, whose fields are all called `type`: by what they are in."""
+
+TOPOLOGIES = {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+"""Labels that nodes have."""
+
+SERIES = {"process_resident_memory_bytes", "process_cpu_seconds_total"}
+SERIES |= {name for name, (kind, _) in METRICS.items() if kind != "histogram"}
+SERIES |= {f"{name}_{part}" for name in METRICS.keys() - SERIES for part in ("bucket", "sum", "count")}
+"""What can be asked for: a histogram is there in its parts only."""
 
 
 def rule(check: Rule) -> Rule:
@@ -129,6 +144,14 @@ def service_types_are_known(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
+def selectors_select_something_in_particular(documents: list[Document]) -> Iterator[str]:
+    """An empty one selects everything there is in the namespace, or nothing, according to the kind."""
+    for document in documents:
+        selectors = [found for name in ("selector", "podSelector", "labelSelector") for found in fields(document, name)]
+        yield from (f"{name_of(document)}: {found}" for found in selectors if not found.get("matchLabels", found))
+
+
+@rule
 def workloads_select_their_own_pods(documents: list[Document]) -> Iterator[str]:
     for workload in workloads(documents):
         labels = workload["spec"]["selector"]["matchLabels"]
@@ -146,6 +169,43 @@ def services_lead_to_ports_that_exist(documents: list[Document]) -> Iterator[str
             target = port.get("targetPort", port["port"]), port.get("protocol", "TCP")
             if any(target not in ports_of(pod) for pod in pods):
                 yield f"{name_of(service)}: {target}"
+
+
+@rule
+def replicas_are_spread_among_their_own(documents: list[Document]) -> Iterator[str]:
+    for workload in workloads(documents):
+        for spread in pod_of(workload)["spec"].get("topologySpreadConstraints", []):
+            if pod_of(workload) not in selected(documents, spread["labelSelector"]["matchLabels"]):
+                yield f"{name_of(workload)} counts others: {spread['labelSelector']}"
+            if spread["topologyKey"] not in TOPOLOGIES:
+                yield f"{name_of(workload)}: no node has {spread['topologyKey']}"
+
+
+@rule
+def what_is_named_exists(documents: list[Document]) -> Iterator[str]:
+    """Accounts, the Service of a StatefulSet, and Secrets that are not an environment's or a volume's."""
+    there = {name_of(document) for document in documents} | {f"Secret/{name}" for name in EXPECTED}
+    for document in documents:
+        references = [f"ServiceAccount/{name}" for name in fields(document, "serviceAccountName")]
+        if document["kind"] == "StatefulSet":
+            references.append(f"Service/{document['spec']['serviceName']}")
+        if document["kind"] == "Certificate":
+            references.append(f"Secret/{document['spec']['secretName']}")
+        if document["kind"] == "Ingress":
+            references += [f"Secret/{tls['secretName']}" for tls in document["spec"].get("tls", [])]
+        yield from (f"{name_of(document)}: no {name}" for name in references if name not in there)
+
+
+@rule
+def every_host_has_tls(documents: list[Document]) -> Iterator[str]:
+    """A token is in the first message, so that nobody may read along."""
+    for ingress in of_kind(documents, "Ingress"):
+        secure = {host for tls in ingress["spec"].get("tls", []) for host in tls["hosts"]}
+        hosts = {each.get("host") for each in ingress["spec"]["rules"]}
+        yield from (f"{name_of(ingress)}: {host}" for host in hosts ^ secure)
+    for ingress in of_kind(documents, "IngressRoute"):
+        if not ingress["spec"].get("tls") or ingress["spec"].get("entryPoints") != ["websecure"]:
+            yield f"{name_of(ingress)} is open to plain HTTP"
 
 
 @rule
@@ -194,6 +254,38 @@ def budgets_and_policies_select_pods(documents: list[Document]) -> Iterator[str]
 
 
 @rule
+def budgets_let_a_node_be_drained(documents: list[Document]) -> Iterator[str]:
+    """Without a number nobody may be evicted; so it is with one that keeps every replica."""
+    for budget in of_kind(documents, "PodDisruptionBudget"):
+        if budget["spec"].get("maxUnavailable") != 1:
+            yield f"{name_of(budget)}: {budget['spec']}"
+
+
+@rule
+def every_port_is_let_in(documents: list[Document]) -> Iterator[str]:
+    for policy in of_kind(documents, "NetworkPolicy"):
+        pods = selected(documents, policy["spec"]["podSelector"]["matchLabels"])
+        open_ports = [
+            ports_of(pod).get((port["port"], port.get("protocol", "TCP")))
+            for pod in pods
+            for rules in fields(policy["spec"], "ingress")
+            for each in rules
+            for port in each["ports"]
+        ]
+        wanted = [port for pod in pods for container in pod["spec"]["containers"] for port in container["ports"]]
+        yield from (f"{name_of(policy)}: {port}" for port in wanted if port not in open_ports)
+        if "Ingress" not in policy["spec"].get("policyTypes", []):
+            yield f"{name_of(policy)} does not limit who comes in"
+
+
+@rule
+def a_rollout_takes_nobody_away_first(documents: list[Document]) -> Iterator[str]:
+    strategy = named(documents, "Deployment", "catbus")["spec"].get("strategy", {})
+    if strategy.get("rollingUpdate") != {"maxSurge": 1, "maxUnavailable": 0}:
+        yield f"{strategy}"
+
+
+@rule
 def monitors_find_a_port(documents: list[Document]) -> Iterator[str]:
     for monitor in of_kind(documents, "ServiceMonitor"):
         labels = monitor["spec"]["selector"]["matchLabels"]
@@ -229,6 +321,18 @@ def the_autoscaler_decides_alone(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
+def the_autoscaler_knows_its_types(documents: list[Document]) -> Iterator[str]:
+    for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
+        for (place, field), allowed in SCALING.items():
+            for found in fields(scaler, place):
+                values = [each[field] for each in (found if isinstance(found, list) else [found])]
+                yield from (f"{name_of(scaler)}: {place}: {value}" for value in values if value not in allowed)
+        for target in fields(scaler, "target"):
+            if {"Utilization": "averageUtilization", "AverageValue": "averageValue"}.get(target["type"]) not in target:
+                yield f"{name_of(scaler)}: {target}"
+
+
+@rule
 def secrets_and_config_maps_exist(documents: list[Document]) -> Iterator[str]:
     there = dict(EXPECTED)
     for document in of_kind(documents, "Secret", "ConfigMap"):
@@ -261,6 +365,17 @@ def the_certificate_is_mounted_as_a_directory(documents: list[Document]) -> Iter
             directory, _, file = env["value"].rpartition("/")
             if "subPath" in mounts.get(directory, {"subPath": ""}) or file not in EXPECTED["catbus-tls"]:
                 yield f"{env['name']}: {env['value']}"
+
+
+@rule
+def secrets_can_be_read(documents: list[Document]) -> Iterator[str]:
+    """Their files are root's. Who is not root reads them by the group of the pod, if others may not."""
+    for pod, container in containers(documents):
+        user = pod["spec"].get("securityContext", {})
+        for volume in pod["spec"].get("volumes", []):
+            mode = volume.get("secret", {}).get("defaultMode", 0o644)
+            if not mode & 0o004 and not (mode & 0o040 and user.get("fsGroup")):
+                yield f"{container['name']}: {volume['name']} has mode {mode:o}"
 
 
 @rule
@@ -304,6 +419,21 @@ def the_image_decides_what_runs(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
+def images_are_named_with_a_version(documents: list[Document]) -> Iterator[str]:
+    for _, container in containers(documents):
+        image = container.get("image", "")
+        if ":" not in image.rpartition("/")[2]:
+            yield f"{container['name']}: {image or 'no image'}"
+
+
+@rule
+def accounts_give_no_token(documents: list[Document]) -> Iterator[str]:
+    for account in of_kind(documents, "ServiceAccount"):
+        if account.get("automountServiceAccountToken") is not False:
+            yield name_of(account)
+
+
+@rule
 def there_is_time_to_drain(documents: list[Document]) -> Iterator[str]:
     drain = Config().drain
     for pod, container in containers(documents):
@@ -336,10 +466,14 @@ def nobody_may_more_than_needed(documents: list[Document]) -> Iterator[str]:
 @rule
 def expressions_use_metrics_that_exist(documents: list[Document]) -> Iterator[str]:
     for text in expressions(documents):
-        for name in re.findall(r"\bcatbus_[a-z_]+", text):
-            base = re.sub(r"_(bucket|sum|count)$", "", name)
-            if name not in METRICS and not (base in METRICS and METRICS[base][0] == "histogram"):
-                yield f"{name}: {text}"
+        yield from (f"{name}: {text}" for name in metrics_in(text) if name not in SERIES)
+
+
+def metrics_in(text: str) -> list[str]:
+    """The metrics in PromQL: its names, but those of functions, labels and durations."""
+    text = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|without)\s*\([^)]*\)", " ", text)
+    text = re.sub(r"(label_values\(\w+),\s*\w+", r"\1", text)
+    return re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", text)
 
 
 def expressions(documents: list[Document]) -> Iterator[str]:

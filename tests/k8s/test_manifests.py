@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -85,6 +87,32 @@ BROKEN: dict[str, tuple[str, Break]] = {
         lambda d: spec("Service", "catbus-wt")(d)["ports"][0].update(protocol="QUIC"),
     ),
     "service_types_are_known": ("aws-nlb", lambda d: spec("Service", "catbus-wt-external")(d).update(type="Balancer")),
+    "selectors_select_something_in_particular": (
+        "base",
+        lambda d: spec("NetworkPolicy")(d)["podSelector"].update(matchLabels={}),
+    ),
+    "replicas_are_spread_among_their_own": (
+        "base",
+        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["topologySpreadConstraints"][0].update(
+            topologyKey="kubernetes.io/host"
+        ),
+    ),
+    "what_is_named_exists": ("cert-manager", lambda d: spec("Certificate")(d).update(secretName="catbus-cert")),
+    "every_host_has_tls": ("ingress", lambda d: spec("Ingress", "catbus-websocket")(d).pop("tls")),
+    "budgets_let_a_node_be_drained": ("base", lambda d: spec("PodDisruptionBudget")(d).pop("maxUnavailable")),
+    "every_port_is_let_in": ("base", lambda d: spec("NetworkPolicy")(d)["ingress"][0]["ports"].pop()),
+    "a_rollout_takes_nobody_away_first": (
+        "base",
+        lambda d: spec("Deployment")(d)["strategy"]["rollingUpdate"].update(maxUnavailable=1),
+    ),
+    "the_autoscaler_knows_its_types": (
+        "hpa",
+        lambda d: spec("HorizontalPodAutoscaler")(d)["metrics"][0]["resource"]["target"].update(type="Usage"),
+    ),
+    "secrets_can_be_read": (
+        "base",
+        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["securityContext"].pop("fsGroup"),
+    ),
     "workloads_select_their_own_pods": (
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["metadata"].update(labels={"app": "cat"}),
@@ -122,6 +150,11 @@ BROKEN: dict[str, tuple[str, Break]] = {
     "ports_are_the_brokers_defaults": ("base", lambda d: container(d)["ports"][0].update(containerPort=4434)),
     "the_environment_is_understood": ("base", lambda d: container(d)["env"][1].update(name="CATBUS_SECRETS")),
     "the_image_decides_what_runs": ("base", lambda d: container(d).update(args=["run"])),
+    "images_are_named_with_a_version": ("base", lambda d: container(d).update(image="ghcr.io/your-org/catbus")),
+    "accounts_give_no_token": (
+        "base",
+        lambda d: named(d, "ServiceAccount", "catbus").pop("automountServiceAccountToken"),
+    ),
     "there_is_time_to_drain": (
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"].update(terminationGracePeriodSeconds=25),
@@ -177,6 +210,65 @@ def test_the_guides_names() -> None:
     assert volume["secret"]["secretName"] == "catbus-tls"
 
 
+def test_the_guides_services() -> None:
+    found = {
+        service["metadata"]["name"]: (service["spec"].get("clusterIP"), port["name"], port["port"], port["protocol"])
+        for service in of_kind(render("base"), "Service")
+        for port in service["spec"]["ports"]
+    }
+    assert found == {
+        "catbus-ws": (None, "websocket", 8080, "TCP"),
+        "catbus-wt": (None, "webtransport", 4433, "UDP"),
+        "catbus-wt-headless": ("None", "webtransport", 4433, "UDP"),
+    }
+
+
+def test_the_pooler_is_where_the_guide_has_it() -> None:
+    documents = render("overlays/pgbouncer")
+    assert [port["port"] for port in spec("Service", "pgbouncer")(documents)["ports"]] == [6432]
+    [config] = of_kind(documents, "ConfigMap")
+    lines = config["data"]["pgbouncer.ini"].splitlines()
+    assert {"listen_port = 6432", "pool_mode = transaction", "client_tls_sslmode = require"} <= set(lines)
+    [pooler] = pod_of(named(documents, "Deployment", "pgbouncer"))["spec"]["containers"]
+    assert [port["containerPort"] for port in pooler["ports"]] == [6432]
+    mounts = {mount["mountPath"] for mount in pooler["volumeMounts"]}
+    files = {path for line in lines for path in re.findall(r"= (/\S+)", line)} | {pooler["command"][1]}
+    assert all(mounts & {path, path.rpartition("/")[0]} for path in files)
+    env = {each["name"]: each["valueFrom"] for each in container(documents)["env"] if "valueFrom" in each}
+    assert env["CATBUS_LISTEN_URL"] == {"secretKeyRef": {"name": "catbus-secrets", "key": "listen-url"}}
+
+
+def test_dev_comes_to_its_own_database() -> None:
+    documents = render("overlays/dev")
+    secrets = {
+        (secret["metadata"]["name"], key): base64.b64decode(value).decode()
+        for secret in of_kind(documents, "Secret")
+        for key, value in secret["data"].items()
+    }
+
+    def environment(container: Document) -> dict[str, str]:
+        keys = {env["name"]: env.get("valueFrom", {}).get("secretKeyRef") for env in container["env"]}
+        plain = {env["name"]: env["value"] for env in container["env"] if "value" in env}
+        return plain | {name: secrets[key["name"], key["key"]] for name, key in keys.items() if key}
+
+    url = urlsplit(environment(container(documents))["DATABASE_URL"])
+    [postgres] = pod_of(named(documents, "StatefulSet", "postgres"))["spec"]["containers"]
+    assert environment(postgres) == {
+        "POSTGRES_USER": url.username,
+        "POSTGRES_PASSWORD": url.password,
+        "POSTGRES_DB": url.path.removeprefix("/"),
+    }
+    [port] = spec("Service", str(url.hostname))(documents)["ports"]
+    [opened] = postgres["ports"]
+    assert (port["port"], opened["containerPort"], port["targetPort"]) == (url.port, 5432, opened["name"])
+
+
+def test_promql_is_read_as_far_as_its_metrics() -> None:
+    text = 'histogram_quantile(0.9, sum by (le) (rate(a_bucket{b="c"}[5m]))) / time() > 7 * process_x'
+    assert rules.metrics_in(text) == ["a_bucket", "process_x"]
+    assert rules.metrics_in("label_values(catbus_build_info, namespace)") == ["catbus_build_info"]
+
+
 def test_the_guides_overlays() -> None:
     route = spec("IngressRoute", "catbus-websocket")(render("overlays/traefik"))
     assert route["routes"][0]["match"] == "Host(`catbus.example.com`) && PathPrefix(`/ws`)"
@@ -184,6 +276,7 @@ def test_the_guides_overlays() -> None:
     assert external["metadata"]["annotations"]["service.beta.kubernetes.io/aws-load-balancer-type"] == "nlb"
     assert external["spec"]["externalTrafficPolicy"] == "Local"
     affinity = spec("Service", "catbus-ws")(render("overlays/session-affinity"))
+    assert affinity["sessionAffinity"] == "ClientIP"
     assert affinity["sessionAffinityConfig"] == {"clientIP": {"timeoutSeconds": 3600}}
     scaler = spec("HorizontalPodAutoscaler")(render("overlays/hpa"))
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
