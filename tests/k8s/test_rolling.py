@@ -7,14 +7,15 @@ from pathlib import Path
 import trio
 
 from tests.k8s.__main__ import play
-from tests.k8s.image import installed
 
 SESSIONS = 30
 RATE = 20.0
 
 
-async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(database_url: str, tmp_path: Path) -> None:
-    with installed() as image, trio.fail_after(180):
+async def test_a_rolling_restart_under_load_loses_and_repeats_nothing(
+    image: Path, database_url: str, tmp_path: Path
+) -> None:
+    with trio.fail_after(180):
         outcome = await play(image / "bin" / "catbus", database_url, tmp_path, SESSIONS, RATE)
     load, pods = outcome.load, outcome.cluster.all
     assert (load.lost, load.repeated) == (0, 0)

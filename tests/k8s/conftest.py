@@ -1,0 +1,17 @@
+"""What the tests of the manifests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.image import installed
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[Path]:
+    """A directory with what the image has in `/opt/catbus`."""
+    with installed() as directory:
+        yield directory
