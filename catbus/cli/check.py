@@ -19,6 +19,7 @@ from cryptography import x509
 
 from ..certificates import CertificateSource
 from ..config import Config, load, split_address
+from ..endpoints.listen import SPARE_FILES
 from ..errors import ConfigError
 from ..postgres.binaries import find_binaries
 from ..postgres.embedded import served
@@ -33,8 +34,6 @@ RENEWAL = timedelta(days=14)
 PATIENCE = 2.0
 """Seconds for whoever has a port already to say who it is."""
 SERVING = "a broker serves there already"
-SPARE_FILES = 64
-"""Open files that a broker needs beside one for each connection."""
 
 
 @click.command("check", short_help="Say whether a broker could serve.")
