@@ -15,10 +15,9 @@ import pytest
 import trio
 
 from tests.brokers import SECRET, TOKEN, running
-from tests.programs import find_program
+from tests.programs import CLIENT, find_module, find_program
 
 ROOT = Path(__file__).parent.parent
-CLIENT = ROOT / "clients" / "javascript"
 SCRIPT = CLIENT / "src" / "catbus.js"
 SKIPPED = (
     ".git",
@@ -91,8 +90,7 @@ MISUSE = {
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the npm package in it, and nothing else but a WebSocket for Node."""
     npm = find_program("npm", "npm")
-    if not (CLIENT / "node_modules" / "ws").exists():
-        pytest.skip("npm has installed nothing in clients/javascript")
+    websocket = find_module("ws")
     directory = tmp_path_factory.mktemp("npm")
     quiet = {"check": True, "stdout": subprocess.DEVNULL}
     subprocess.run([npm, "pack", "--silent", "--pack-destination", directory], cwd=CLIENT, **quiet)  # type: ignore[call-overload]
@@ -106,7 +104,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-audit",
         "--no-fund",
         package,
-        CLIENT / "node_modules" / "ws",
+        websocket,
     ]
     subprocess.run(command, cwd=directory, **quiet)  # type: ignore[call-overload]
     return directory
@@ -121,7 +119,7 @@ def test_the_npm_package_is_what_is_needed(installed: Path) -> None:
 def compile_types(directory: Path, text: str) -> str:
     (directory / "use.ts").write_text(text)
     options = ["--strict", "--noEmit", "--module", "nodenext", "--target", "es2022", "--lib", "es2023,dom"]
-    command = [find_program("nodejs", "node"), CLIENT / "node_modules/typescript/bin/tsc", *options, "use.ts"]
+    command = [find_program("nodejs", "node"), find_module("typescript/bin/tsc"), *options, "use.ts"]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False).stdout
 
 

@@ -16,6 +16,7 @@ import catbus
 from catbus.config import Database, Drain, WebTransport
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.chromium import Browser, open_browser
+from tests.browser.test_webtransport import serving
 from tests.chaos.network import Relay
 
 SECOND = 1000
@@ -61,23 +62,14 @@ def configuration(state: Path, **changes: object) -> catbus.Config:
 
 
 @asynccontextmanager
-async def serving(config: catbus.Config) -> AsyncIterator[catbus.Broker]:
-    async with trio.open_nursery() as nursery:
-        broker = await nursery.start(catbus.serve, config)
-        await broker.hub.log.wait_open()
-        yield broker
-        broker.stop()
-
-
-@asynccontextmanager
 async def open_place(config: catbus.Config) -> AsyncIterator[Place]:
     with trio.fail_after(100):
-        async with serving(config) as broker, open_browser() as browser, trio.open_nursery() as nursery:
+        async with serving(config) as (broker, origin), open_browser() as browser, trio.open_nursery() as nursery:
             addresses = dict(broker.addresses)
             relay = Relay(random.Random(1))
             await nursery.start(relay.run)
             relay.lead_to(("127.0.0.1", int(addresses["webtransport"].rpartition(":")[2])))
-            await browser.goto(f"http://{addresses['websocket']}/health")
+            await browser.goto(f"{origin}/health")
             websocket = f"ws://{addresses['websocket']}/ws"
             yield Place(broker, browser, websocket, f"https://127.0.0.1:{relay.port}", relay)
             nursery.cancel_scope.cancel()
@@ -180,7 +172,7 @@ async def publish(url: str, number: int) -> None:
 async def test_a_replica_that_stops_is_left_for_another_without_a_loss(tmp_path: Path, database_url: str) -> None:
     """It says when to come back, and the client has moved before it ends: what it publishes and hears goes on."""
     config = configuration(tmp_path, database=Database(url=database_url), drain=Drain(delay=0, window=2, deadline=20))
-    async with serving(config) as other, open_place(config) as place:
+    async with serving(config) as (other, _), open_place(config) as place:
         browser, relay = place.browser, place.relay
         await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, {"reconnectDelay": 50})
         await browser.run(SUBSCRIBE, "load.*")
