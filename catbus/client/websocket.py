@@ -37,6 +37,8 @@ class WebSocket:
     kind = "websocket"
 
     def __init__(self, stream: anyio.abc.ByteStream, connection: WSConnection) -> None:
+        self.binary = False
+        """Send binary messages: their pieces need not be whole characters."""
         self._stream = stream
         self._connection = connection
         self._ping: Ping | None = None
@@ -58,7 +60,7 @@ class WebSocket:
             frames = self._connection.send(self._ping.response())
             self._ping = None
         if data:
-            frames += self._connection.send(TextMessage(data=data.decode()))
+            frames += self._connection.send(BytesMessage(data) if self.binary else TextMessage(data.decode()))
         # Until all of it is out, nothing else can follow without being mixed into a frame.
         self._torn = True
         try:

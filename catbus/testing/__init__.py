@@ -5,9 +5,9 @@ broker as a fixture.
 """
 
 from .brokers import TestBroker, open_test_broker
-from .machine import BrokerMachine, Connection
+from .connections import Connection, Dialled, dial
+from .machine import BrokerMachine
 from .model import Model
-from .sockets import WebSocketConnection
 from .strategies import (
     byte_streams,
     channels,
@@ -25,13 +25,14 @@ from .strategies import (
 __all__ = [
     "BrokerMachine",
     "Connection",
+    "Dialled",
     "Model",
     "TestBroker",
-    "WebSocketConnection",
     "byte_streams",
     "channels",
     "client_messages",
     "cut",
+    "dial",
     "grants",
     "hostile_streams",
     "nearly_messages",

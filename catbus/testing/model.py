@@ -5,6 +5,7 @@ What it is asked is decided at once; what a subscription is owed is computed fro
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Entry:
     seq: int
     channel: str
     payload: Any
-    sender: str
+    sender: str | None
     producer: int
     echo: bool
 
@@ -45,7 +46,7 @@ class Subscription:
 class Session:
     """One client that has authenticated. `producer` tells publishers apart, over several sessions of one client."""
 
-    client_id: str
+    client_id: str | None
     grants: Grants
     producer: int
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
@@ -67,15 +68,18 @@ class Model:
 
     @property
     def head(self) -> int:
-        return self.base + len(self.log)
+        return self.log[-1].seq if self.log else self.base
 
-    def publish(self, name: str, channel: str, payload: Any, *, echo: bool = True) -> int | None:
-        """The seq, or None where it is refused (section 9.1)."""
+    def publish(
+        self, name: str, channel: str, payload: Any, *, echo: bool = True, seq: int | None = None
+    ) -> int | None:
+        """The seq, or None where it is refused (section 9.1). `seq` is for where others publish, too."""
         session = self.sessions[name]
         if not session.may_write(channel):
             return None
-        self.log.append(Entry(self.head + 1, channel, payload, session.client_id, session.producer, echo))
-        return self.head
+        seq = self.head + 1 if seq is None else seq
+        self.log.append(Entry(seq, channel, payload, session.client_id, session.producer, echo))
+        return seq
 
     def subscribe(self, name: str, pattern: str, since: int | None = None) -> bool:
         """Whether it is allowed. Without `since`, from now on (section 8)."""
@@ -110,6 +114,6 @@ class Model:
         subscription = session.subscriptions[pattern]
         return [
             entry
-            for entry in self.log[max(after, subscription.since) - self.base :]
+            for entry in self.log[bisect_right(self.log, max(after, subscription.since), key=lambda each: each.seq) :]
             if matches(pattern, entry.channel) and (entry.echo or entry.producer != session.producer)
         ]

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from catbus.testing import BrokerMachine, TestBroker, WebSocketConnection
+from catbus.testing import BrokerMachine, Dialled, TestBroker, dial
 
 QUICK = settings(
     max_examples=12,
@@ -39,8 +39,8 @@ def run(broker: TestBroker, how: settings, count: Count) -> None:
             super().__init__()
             count.examples += 1
 
-        def connect(self) -> WebSocketConnection:
-            return WebSocketConnection(broker.url)
+        def connect(self) -> Dialled:
+            return dial(broker.url)
 
         def check_invariants(self, *args: Any, **kwargs: Any) -> None:
             count.steps += 1

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.errors import Flaky
 
-from catbus.testing import machine as machine_module
-from catbus.testing import open_test_broker
+from catbus.testing import BrokerMachine, open_test_broker
 from tests.fuzz.machines import QUICK, Count, run
 from tests.fuzz.mistakes import MISTAKES, Patch
 
@@ -33,8 +32,8 @@ def test_the_broker_does_what_the_model_does() -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_is_found(mistake: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "PATIENCE", 1.0)
-    monkeypatch.setattr(machine_module, "SETTLING", 0.3)
+    monkeypatch.setattr(BrokerMachine, "patience", 1.0)
+    monkeypatch.setattr(BrokerMachine, "settling", 0.3)
     count = Count()
     with open_test_broker() as broker, monkeypatch.context() as patch:
         mistake(patch)
