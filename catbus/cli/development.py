@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,10 +59,25 @@ def find_token(url: str) -> str | None:
     """
     if not is_loopback(urlsplit(url).hostname or ""):
         return None
-    if given := load(None, {"CATBUS_SECRET": os.environ.get("CATBUS_SECRET", "")}).auth.secrets:
-        return sign(given[0], client_id="operator", grants=Grants.ALL)
+    if given := given_secret():
+        return sign(given, client_id="operator", grants=Grants.ALL)
     secret = read_secret(default_state_directory(os.environ))
     return development_token(secret) if secret else None
+
+
+def given_secret() -> str | None:
+    """What CATBUS_SECRET says that tokens are signed with."""
+    secrets = load(None, {"CATBUS_SECRET": os.environ.get("CATBUS_SECRET", "")}).auth.secrets
+    return secrets[0] if secrets else None
+
+
+def find_secret(urls: Sequence[str]) -> str | None:
+    """What tokens are signed with: CATBUS_SECRET, or the development secret where all of `urls` are on this machine."""
+    if given := given_secret():
+        return given
+    if all(is_loopback(urlsplit(url).hostname or "") for url in urls):
+        return read_secret(default_state_directory(os.environ))
+    return None
 
 
 def find_certificate(url: str) -> str | None:

@@ -15,7 +15,7 @@ from .. import release
 from ..errors import CatbusError
 from .logs import configure, scrub
 
-COMMANDS = ("run", "check", "init", "grant", "role", "revoke", "status", "pub", "sub")
+COMMANDS = ("run", "check", "init", "grant", "role", "revoke", "status", "pub", "sub", "fuzz")
 """In the order in which one meets them. Each is a module here, which is imported when it is needed."""
 
 

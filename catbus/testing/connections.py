@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 import anyio
@@ -29,6 +30,9 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 class Connection(Protocol):
     """A connection to a broker, whatever carries it. The methods block."""
+
+    code: int | None
+    """With which the broker has closed it, where it has named one."""
 
     def send(self, data: bytes) -> None:
         """Send bytes, whole objects or not, as one piece. Nothing happens when it is closed."""
@@ -85,10 +89,8 @@ class Dialled:
         self._pass_on(None)
 
     def _pass_on(self, data: bytes | None) -> None:
-        try:
+        with suppress(trio.BrokenResourceError):
             trio.from_thread.run(self._outgoing.send, data, trio_token=self._thread.token)
-        except trio.BrokenResourceError:
-            pass
 
     # In the thread
 
@@ -108,11 +110,9 @@ class Dialled:
         async for data in self._departures:
             if data is None:
                 return
-            try:
+            # What it was closed with is for who receives.
+            with suppress(Disconnected):
                 await self._transport.send(data)
-            except Disconnected:
-                # What it was closed with is for who receives.
-                pass
 
     async def _read(self) -> None:
         framers: dict[int, Framer[dict[str, Any]]] = {}

@@ -10,14 +10,17 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from ..auth import Grants, sign
 from .connections import Connection
+from .hostile import attack
 from .model import Entry, Model, Session, matches
+from .strategies import cut, hostile_streams
 
 CHANNELS = ("a", "a.b", "a.b.c", "ab", "b")
 PATTERNS = ("*", "a", "a.*", "a.b", "a.b.*", "b", "b.*")
@@ -31,8 +34,21 @@ some_grants = st.just(ALL) | st.builds(
     write=st.lists(some_patterns, max_size=3, unique=True).map(tuple),
 )
 cuts = st.lists(st.integers(0, 80), max_size=3).map(sorted)
+some_pieces = hostile_streams().flatmap(cut)
 
 Message = dict[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def recorded(step: F) -> F:
+    """Have the machine remember that it took this step, and with what: `replay` takes it again."""
+
+    @wraps(step)
+    def go(self: BrokerMachine, **arguments: Any) -> Any:
+        self.steps.append((step.__name__, arguments))
+        return step(self, **arguments)
+
+    return cast(F, go)
 
 
 class Client:
@@ -109,7 +125,7 @@ class Client:
             self._take(found)
 
     def _take(self, found: Message) -> None:
-        kind, pattern = found["type"], found.get("pattern")
+        kind, pattern = found["type"], found.get("pattern", "")
         if kind in ("message", "revoked"):
             assert pattern in self.got, f"{self.name} got {found}, to which it does not subscribe"
         if kind == "message":
@@ -132,12 +148,14 @@ class BrokerMachine(RuleBasedStateMachine):
     The broker may have any number of replicas, and `connect` may lead to any of them. Nobody else may publish
     meanwhile, unless there is a `root`: then all channels are below it, and only there must nobody else publish.
     Whoever has no secret overrides `token`; where that returns a token for everything below `root` whatever it is
-    asked for, `varied` is to be False. `MyMachine.TestCase` is what unittest and pytest run.
+    asked for, `varied` is to be False. Hostile clients publish below `hostile_root`, which has to be
+    elsewhere, or nothing where there is none. `MyMachine.TestCase` is what unittest and pytest run.
     """
 
     secret = ""
     root = ""
     varied = True
+    hostile_root = ""
     patience = 10.0
     """Seconds for an answer."""
     settling = 5.0
@@ -152,13 +170,16 @@ class BrokerMachine(RuleBasedStateMachine):
         return sign(self.secret, client_id=name, grants=grants)
 
     clients: Bundle[str] = Bundle("clients")
-    absent: Bundle[tuple[str, str, dict[str, int]]] = Bundle("absent")
+    absent: Bundle[str] = Bundle("absent")
 
     def __init__(self) -> None:
         super().__init__()
         self.model = Model()
+        self.steps: list[tuple[str, dict[str, Any]]] = []
+        """What has been done: names of methods and their arguments."""
         self._clients: dict[str, Client] = {}
         self._sessions: dict[str, Session] = {}
+        self._gone: dict[str, Client] = {}
         self._names = (f"client-{number}" for number in itertools.count(1))
         self._payloads = itertools.count(1)
         self._ids = itertools.count(1)
@@ -177,26 +198,30 @@ class BrokerMachine(RuleBasedStateMachine):
     # Coming and leaving
 
     @initialize(target=clients)
+    @recorded
     def begin(self) -> str:
         """Somebody who may do everything; from here on the log is ours."""
         return self._open(next(self._names), ALL)
 
     @rule(target=clients, grants=some_grants)
+    @recorded
     def come(self, grants: Grants) -> str:
         return self._open(next(self._names), grants if self.varied else ALL)
 
     @rule(name=consumes(clients), target=absent)
-    def leave(self, name: str) -> tuple[str, str, dict[str, int]]:
-        client = self._clients.pop(name)
+    @recorded
+    def leave(self, name: str) -> str:
+        client = self._gone[name] = self._clients.pop(name)
         client.connection.close()
         del self.model.sessions[name]
-        return name, client.producer, client.cursors
+        return name
 
-    @rule(gone=consumes(absent), target=clients)
-    def come_back(self, gone: tuple[str, str, dict[str, int]]) -> str:
+    @rule(name=consumes(absent), target=clients)
+    @recorded
+    def come_back(self, name: str) -> str:
         """On another connection, from where every subscription was."""
-        name, producer, cursors = gone
-        return self._come_back(name, producer, cursors)
+        self._come_back(self._gone.pop(name))
+        return name
 
     def _open(self, name: str, grants: Grants) -> str:
         client, grants = self._connect(name), self._given(grants)
@@ -207,16 +232,16 @@ class BrokerMachine(RuleBasedStateMachine):
         self._sessions[name] = self.model.sessions[name] = session
         return name
 
-    def _come_back(self, name: str, producer: str, cursors: dict[str, int]) -> str:
-        before = self._sessions[name]
-        client = self._connect(name)
-        client.authenticate(self.token(name, before.grants), producer)
-        assert client.producer == producer, "who comes back has the producer that it showed"
+    def _come_back(self, gone: Client) -> Client:
+        before = self._sessions[gone.name]
+        client = self._connect(gone.name)
+        client.authenticate(self.token(gone.name, before.grants), gone.producer)
+        assert client.producer == gone.producer, "who comes back has the producer that it showed"
         session = Session(client.client_id, before.grants, before.producer)
-        self._sessions[name] = self.model.sessions[name] = session
-        for pattern, cursor in cursors.items():
-            self._subscribe(name, pattern, cursor, ())
-        return name
+        self._sessions[gone.name] = self.model.sessions[gone.name] = session
+        for pattern, cursor in gone.cursors.items():
+            self._subscribe(gone.name, pattern, cursor, ())
+        return client
 
     def _connect(self, name: str) -> Client:
         client = self._clients[name] = Client(self.connect(), name, self._ids, self.patience)
@@ -228,10 +253,12 @@ class BrokerMachine(RuleBasedStateMachine):
     # Subscribing
 
     @rule(name=clients, pattern=some_patterns, places=cuts)
+    @recorded
     def subscribe(self, name: str, pattern: str, places: list[int]) -> None:
         self._subscribe(name, self._place(pattern), None, places)
 
     @rule(name=clients, pattern=some_patterns, back=st.integers(0, 10))
+    @recorded
     def subscribe_since(self, name: str, pattern: str, back: int) -> None:
         self._subscribe(name, self._place(pattern), max(self.model.base, self.model.head - back), ())
 
@@ -252,6 +279,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert (reply["type"], reply.get("code")) == ("subscribe_error", "unauthorized"), reply
 
     @rule(name=clients, pattern=some_patterns)
+    @recorded
     def unsubscribe(self, name: str, pattern: str) -> None:
         client, pattern = self._clients[name], self._place(pattern)
         reply = client.ask({"type": "unsubscribe", "pattern": pattern})
@@ -265,12 +293,14 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.varied)
     @rule(name=clients, grants=some_grants)
+    @recorded
     def regrant(self, name: str, grants: Grants) -> None:
         """A newer token, which allows something else: what it does not cover ends."""
         self._regrant(name, self._given(grants), lambda: None)
 
     @precondition(lambda self: self.varied)
     @rule(name=clients, other=clients, grants=some_grants, channels=st.lists(some_channels, min_size=1, max_size=20))
+    @recorded
     def regrant_amid_messages(self, name: str, other: str, grants: Grants, channels: list[str]) -> None:
         """The same, while another client publishes: what ends has had all that came before."""
         if name != other:
@@ -293,6 +323,7 @@ class BrokerMachine(RuleBasedStateMachine):
     # Publishing, and asking
 
     @rule(name=clients, channel=some_channels, echo=st.booleans(), places=cuts)
+    @recorded
     def publish(self, name: str, channel: str, echo: bool, places: list[int]) -> None:
         payload = {"n": next(self._payloads), "text": '"}{\\'}
         request = {"type": "publish", "channel": self._place(channel), "payload": payload}
@@ -300,22 +331,22 @@ class BrokerMachine(RuleBasedStateMachine):
         self._published(name, request, reply, echo=echo)
 
     @rule(name=clients, channels=st.lists(some_channels, min_size=2, max_size=20))
+    @recorded
     def publish_many(self, name: str, channels: list[str]) -> None:
         """One after the other, without waiting for an answer in between."""
         self._settle(name, self._say_publishes(name, channels))
 
     @rule(name=clients, channels=st.lists(some_channels, min_size=1, max_size=10), end=st.integers(0, 900))
+    @recorded
     def be_cut_off(self, name: str, channels: list[str], end: int) -> None:
         """The connection ends somewhere amid publishing; after another one nothing is missing, nor there twice."""
         client, head = self._clients[name], self.model.head
         requests = self._publishes(name, channels)
         client.connection.send(b"".join(json.dumps(request).encode() for request in requests)[:end])
         client.connection.close()
-        epoch, cursors = client.epoch, client.cursors
-        self._come_back(name, client.producer, cursors)
-        client = self._clients[name]
+        again = self._come_back(client)
         for request in requests:
-            client.say({**request, "retry": True, "after": head, "epoch": epoch})
+            again.say({**request, "retry": True, "after": head, "epoch": client.epoch})
         self._settle(name, requests)
 
     def _publishes(self, name: str, channels: Iterable[str]) -> list[Message]:
@@ -349,6 +380,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert wanted > head, f"{reply}, after {head} was acknowledged"
 
     @rule(name=clients, channel=some_channels)
+    @recorded
     def publish_ephemeral(self, name: str, channel: str) -> None:
         """To who is there, at most once: nobody has to get it."""
         channel, payload, session = self._place(channel), next(self._payloads), self.model.sessions[name]
@@ -361,6 +393,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert (reply["type"], reply.get("code")) == ("publish_error", "unauthorized"), reply
 
     @rule(name=clients, pattern=some_patterns, limit=st.integers(1, 5))
+    @recorded
     def history(self, name: str, pattern: str, limit: int) -> None:
         client, pattern = self._clients[name], self._place(pattern)
         deadline = time.monotonic() + self.settling
@@ -376,6 +409,27 @@ class BrokerMachine(RuleBasedStateMachine):
             if identities(found) == identities(wanted):
                 return
             assert time.monotonic() < deadline, f"history of {pattern} is {found}, and it should be {wanted}"
+
+    # What nobody should do
+
+    @rule(pieces=some_pieces)
+    @recorded
+    def be_hostile(self, pieces: list[bytes]) -> None:
+        """Somebody who shows no token sends anything: no harm comes of it to anybody else."""
+        attack(self.connect(), pieces, self.patience)
+
+    @precondition(lambda self: self.varied)
+    @rule(pieces=some_pieces)
+    @recorded
+    def be_hostile_from_within(self, pieces: list[bytes]) -> None:
+        """The same of a client with a token. Nothing that it publishes may get among what the others do."""
+        write: tuple[str, ...] = ()
+        if self.hostile_root:
+            write = (f"{self.hostile_root}.*",)
+            there = f'"channel":"{self.hostile_root}.'.encode()
+            pieces = [piece.replace(b'"channel":"', there) for piece in pieces]
+        token = self.token("hostile", Grants(read=(self._place("*"),), write=write))
+        attack(self.connect(), pieces, self.patience, token=token)
 
     # What has to hold
 

@@ -1,38 +1,45 @@
-"""Play `BrokerMachine` to the real broker for as long as one likes.
+"""Have `catbus fuzz` at two replicas that share a PostgreSQL, over both transports.
 
     python -m tests.fuzz --minutes 60
 
-Prints how many examples and steps there were; on a failure, what Hypothesis has made of it, and ends with status 1.
+Takes what `catbus fuzz` takes besides: `--seed`, `--keep`, `--script`. Its exit status is that of `catbus fuzz`.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
+import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
-from hypothesis import settings
+import trio
 
-from catbus.testing import open_test_broker
+from tests.postgres.processes import SECRET, open_replicas
+from tests.postgres.server import serve
 
-from .machines import QUICK, Count, run
+REPLICAS = 2
+
+
+async def fuzz(database_url: str, arguments: Sequence[str]) -> int:
+    with tempfile.TemporaryDirectory() as state:
+        async with open_replicas(database_url, REPLICAS, Path(state)) as replicas:
+            urls = [argument for replica in replicas for argument in ("--url", replica.url)]
+            command = [sys.executable, "-m", "catbus", "fuzz", *urls, *arguments]
+            environment = {**os.environ, "CATBUS_SECRET": SECRET}
+            done = await trio.run_process(command, env=environment, stdin=subprocess.DEVNULL, check=False)
+            complaints = [each for replica in replicas for each in replica.complaints]
+    for each in complaints:
+        print(each, file=sys.stderr)
+    return done.returncode or bool(complaints)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--steps", type=int, default=50, help="in an example, at the most")
-    options = parser.parse_args()
-    count, began = Count(), time.monotonic()
-    how = settings(QUICK, max_examples=50, stateful_step_count=options.steps)
-    with open_test_broker() as broker:
-        while (spent := time.monotonic() - began) < 60 * options.minutes:
-            run(broker, how, count)
-            print(f"{spent / 60:6.1f} min: {count.examples} examples, {count.steps} steps", flush=True)
-    print(f"nothing was found in {count.examples} examples with {count.steps} steps")
-    sys.exit(0)
+    with contextmanager(serve)() as database_url:
+        status = trio.run(fuzz, database_url, sys.argv[1:])
+    sys.exit(status)
 
 
 if __name__ == "__main__":
