@@ -55,7 +55,9 @@ LINE_EVERY = 30.0
     "--keep",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Where to keep what was found, to be tried first the next time.",
+    default=".hypothesis",
+    show_default=True,
+    help="What was found is kept here, and tried first the next time.",
 )
 @click.option("--script", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the replay here.")
 def command(
@@ -66,7 +68,7 @@ def command(
     minutes: float,
     seed: int | None,
     root: str,
-    keep: str | None,
+    keep: str,
     script: str | None,
 ) -> None:
     """Play a state machine of clients to a broker that runs, with hostile clients beside it.
@@ -83,7 +85,7 @@ def command(
     Examples:
       catbus fuzz --minutes 1
       catbus fuzz --url wss://bus.example.com/ws --token "$TOKEN" --minutes 5
-      catbus fuzz --url ws://10.0.0.1:8080/ws --url ws://10.0.0.2:8080/ws --minutes 60 --keep .hypothesis
+      catbus fuzz --url ws://10.0.0.1:8080/ws --url ws://10.0.0.2:8080/ws --minutes 60
     """
     try:
         from ..testing.fuzz import find_target, fuzz, replays, write_script

@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,7 +34,8 @@ class TestBroker:
         self.url = f"ws://{addresses['websocket']}/ws"
         self.http_url = f"http://{addresses['websocket']}"
         self.webtransport_url = f"https://{addresses['webtransport']}" if "webtransport" in addresses else None
-        self.certificate = None if certificates is None else certificates.latest().certificate_pem
+        made = None if certificates is None else certificates.self_made(datetime.now(UTC))
+        self.certificate = None if made is None else made.certificate_pem
         self.secret = secret
         self._broker = broker
         self._token = token

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import urlopen
 
-from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import seed as seeded
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
@@ -42,7 +43,8 @@ class Target:
 
     The `places` take turns: URLs of any number of replicas and transports of one broker, each with who may have signed
     its certificate. With a `secret` there are clients with all kinds of grants; otherwise everybody shows `token`,
-    which has to allow reading and writing for `root.*`. All channels are below `root`.
+    which has to allow reading and writing for `root.*`. All channels are below `root`; with an empty one they are
+    anywhere, and nobody else may publish.
     """
 
     places: Sequence[tuple[str, str | None]]
@@ -151,11 +153,11 @@ def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambd
 
     class Machine(BrokerMachine):
         varied = target.secret is not None
-        hostile_root = f"{target.root}.{run}.hostile"
+        hostile_root = f"{target.root}.{run}.hostile" if target.root else ""
 
         def __init__(self) -> None:
             super().__init__()
-            self.root = f"{target.root}.{run}.{next(examples)}"
+            self.root = f"{target.root}.{run}.{next(examples)}" if target.root else ""
             self._connections = count()
 
         def connect(self) -> Dialled:
@@ -175,12 +177,18 @@ def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambd
 
 
 def fuzz(
-    target: Target, seconds: float, seed: int, *, keep: str | None = None, watch: Callable[[Tally], None] | None = None
+    target: Target,
+    seconds: float,
+    seed: int,
+    *,
+    keep: str | None = None,
+    shrink: bool = True,
+    watch: Callable[[Tally], None] | None = None,
 ) -> Tally:
     """Play examples until `seconds` have passed or something is found: then `Tally.first` says what.
 
-    In the directory `keep`, what was found is kept, and tried first the next time. The same `seed` draws the same
-    examples again. `watch` is called after each example.
+    It is made smaller then, unless `shrink` is False. What was found is kept in the directory `keep`, and tried first
+    the next time. The same `seed` draws the same examples again. `watch` is called after each example.
     """
     tally = Tally()
     if keep is not None:
@@ -191,7 +199,8 @@ def fuzz(
         stateful_step_count=STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        database=None if keep is None else DirectoryBasedExampleDatabase(keep),
+        phases=[phase for phase in Phase if shrink or phase is not Phase.shrink],
+        database=None if keep is None else DirectoryBasedExampleDatabase(Path(keep) / "examples"),
         report_multiple_bugs=False,
         print_blob=False,
         verbosity=Verbosity.quiet,

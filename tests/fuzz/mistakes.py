@@ -9,7 +9,9 @@ import pytest
 
 from catbus import delivery, framing, mailbox, session, subscription, topics, wire
 from catbus.auth import Grants
+from catbus.errors import PeerError
 from catbus.hub import client as client_module
+from catbus.log import MemoryLog
 
 Patch = pytest.MonkeyPatch
 
@@ -106,6 +108,23 @@ def stumble_over_a_split_object(patch: Patch) -> None:
     patch.setattr(framing.Framer, "feed", whole)
 
 
+def publish_what_is_sent_again(patch: Patch) -> None:
+    right = MemoryLog._take
+
+    def anew(self: Any, append: Any, entries: Any) -> Any:
+        append.producer = None
+        return right(self, append, entries)
+
+    patch.setattr(MemoryLog, "_take", anew)
+
+
+def stumble_over_nonsense(patch: Patch) -> None:
+    def fail(error: Exception) -> PeerError:
+        raise RuntimeError("nobody has thought of that")
+
+    patch.setattr(framing, "refusal", fail)
+
+
 MISTAKES = [
     drop_a_message,
     swap_two,
@@ -117,4 +136,6 @@ MISTAKES = [
     answer_somebody_else,
     go_on_after_unsubscribing,
     stumble_over_a_split_object,
+    publish_what_is_sent_again,
+    stumble_over_nonsense,
 ]
