@@ -19,6 +19,8 @@ from .remote import ca_option
 if TYPE_CHECKING:
     from ..testing.fuzz import Tally
 
+SMALLER = 60.0
+"""Seconds in which what was found is made smaller."""
 LINE_EVERY = 30.0
 """Seconds between two lines where there is no terminal to draw a bar on."""
 
@@ -88,7 +90,7 @@ def command(
       catbus fuzz --url ws://10.0.0.1:8080/ws --url ws://10.0.0.2:8080/ws --minutes 60
     """
     try:
-        from ..testing.fuzz import find_target, fuzz, replays, write_script
+        from ..testing.fuzz import find_target, fuzz, make_smaller, write_script
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'catbus-broker[testing]'") from None
     _check(urls, root)
@@ -104,15 +106,15 @@ def command(
     finally:
         progress.end()
     done = f"{tally.examples} examples with {tally.steps} steps, {tally.attacks} of hostile clients"
-    if tally.first is None or tally.smallest is None:
+    if tally.found is None:
         click.echo(f"nothing was found in {done}; seed {seed}")
         return
-    click.echo(f"something was found in {done}; seed {seed}:\n\n{tally.smallest.error}\n")
-    again = replays(target, tally.smallest)
-    click.echo(
-        "These steps do it again." if again else "Taken again, these steps did no harm: it depends on the moment."
-    )
-    program = write_script(urls, tally.smallest, ca=ca, root=root)
+    click.echo("something was found; making it smaller ...", err=True)
+    smaller = make_smaller(target, tally.found, SMALLER)
+    found = smaller or tally.found
+    click.echo(f"something was found in {done}; seed {seed}:\n\n{found.error or type(found.error).__name__}\n")
+    click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
+    program = write_script(urls, found, ca=ca, root=root)
     if script is None:
         click.echo(f"\n{program}")
     else:
@@ -147,8 +149,6 @@ class _Progress:
         now = time.monotonic()
         spent = now - self._began
         text = f"{tally.examples} examples, {tally.steps} steps"
-        if tally.smallest is not None:
-            text = f"something was found; making it smaller: {len(tally.smallest.steps)} steps"
         if sys.stderr.isatty():
             self._bar.update(round(min(spent, self._seconds)) - self._bar.pos, text)
         elif now - self._told >= LINE_EVERY:

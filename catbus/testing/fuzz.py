@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import urlopen
 
@@ -34,7 +35,11 @@ STEPS = 40
 PATIENCE = 10.0
 """Seconds to be let in."""
 
+TRIES = 3
+"""How often what was found is tried again before it is said that it does not recur."""
+
 Step = tuple[str, dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +131,20 @@ class Finding:
 
 @dataclass(slots=True)
 class Tally:
-    """What has been done so far. `first` is what was found, and `smallest` the same when it had been made smaller."""
+    """What has been done so far, and what was found by it. `attacks` are the steps of hostile clients."""
 
     examples: int = 0
     steps: int = 0
     attacks: int = 0
-    first: Finding | None = None
-    smallest: Finding | None = None
+    found: Finding | None = None
 
     def add(self, steps: list[Step], error: BaseException | None) -> None:
         self.examples += 1
         self.steps += len(steps)
         self.attacks += sum(name.startswith("be_hostile") for name, _ in steps)
         if error is not None:
-            found = Finding(error, steps)
-            self.first = self.first or found
-            # What follows may be another story: a broker that has crashed is not there.
-            if type(error) is type(self.first.error):
-                self.smallest = min(found, self.smallest or found, key=lambda each: len(each.steps))
+            # What follows is the same, or another story: a broker that has crashed is not there.
+            self.found = self.found or Finding(error, steps)
 
 
 def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambda: None) -> type[BrokerMachine]:
@@ -182,13 +183,12 @@ def fuzz(
     seed: int,
     *,
     keep: str | None = None,
-    shrink: bool = True,
     watch: Callable[[Tally], None] | None = None,
 ) -> Tally:
-    """Play examples until `seconds` have passed or something is found: then `Tally.first` says what.
+    """Play examples until `seconds` have passed or something is found: then `Tally.found` says what.
 
-    It is made smaller then, unless `shrink` is False. What was found is kept in the directory `keep`, and tried first
-    the next time. The same `seed` draws the same examples again. `watch` is called after each example.
+    That is kept in the directory `keep`, and tried first the next time. The same `seed` draws the same examples again.
+    `watch` is called after each example.
     """
     tally = Tally()
     if keep is not None:
@@ -199,7 +199,8 @@ def fuzz(
         stateful_step_count=STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[phase for phase in Phase if shrink or phase is not Phase.shrink],
+        # Broken brokers are seldom broken each time, and they answer late: `make_smaller` is made for that.
+        phases=[Phase.reuse, Phase.generate],
         database=None if keep is None else DirectoryBasedExampleDatabase(Path(keep) / "examples"),
         report_multiple_bugs=False,
         print_blob=False,
@@ -210,9 +211,9 @@ def fuzz(
         try:
             run_state_machine_as_test(seeded(number)(machine), settings=how)
         except Exception:
-            if tally.first is None:
+            if tally.found is None:
                 raise
-        if tally.first is not None or time.monotonic() >= end:
+        if tally.found is not None or time.monotonic() >= end:
             return tally
     raise AssertionError("numbers do not end")
 
@@ -228,14 +229,53 @@ def replay(target: Target, steps: Sequence[Step]) -> None:
         machine.teardown()
 
 
-def replays(target: Target, finding: Finding, tries: int = 3) -> bool:
-    """Whether it goes wrong again when the same steps are taken, within some tries."""
-    for _ in range(tries):
+def make_smaller(target: Target, found: Finding, seconds: float) -> Finding | None:
+    """The same without the steps, and without what is in their lists, that it does not need; None if it does not recur.
+
+    After `seconds` it is as small as it has become.
+    """
+    until = time.monotonic() + seconds
+    smallest = None
+
+    def broken(steps: Sequence[Step]) -> bool:
+        nonlocal smallest
         try:
-            replay(target, finding.steps)
-        except Exception:  # noqa: BLE001  # whatever it was
-            return True
-    return False
+            replay(target, steps)
+        except Exception as error:  # noqa: BLE001  # compared
+            # Steps that make no sense without others fail otherwise.
+            if type(error) is type(found.error):
+                smallest = Finding(error, list(steps))
+                return True
+        return False
+
+    if not any(broken(found.steps) for _ in range(TRIES)):
+        return None
+    steps = reduce(found.steps, broken, until)
+    for place, (name, arguments) in enumerate(steps):
+        for argument, value in arguments.items():
+            if isinstance(value, list):
+
+                def without(fewer: Sequence[Any], place: int = place, argument: str = argument) -> bool:
+                    name, arguments = steps[place]
+                    return broken([*steps[:place], (name, {**arguments, argument: list(fewer)}), *steps[place + 1 :]])
+
+                steps[place] = name, {**steps[place][1], argument: reduce(value, without, until)}
+    return smallest
+
+
+def reduce(items: Sequence[T], broken: Callable[[list[T]], bool], until: float = inf) -> list[T]:
+    """What is left of `items` when all is left out without which they are still broken; by `until`, monotonic time."""
+    left, size = list(items), len(items)
+    while size:
+        place = 0
+        while place < len(left) and time.monotonic() < until:
+            fewer = left[:place] + left[place + size :]
+            if broken(fewer):
+                left = fewer
+            else:
+                place += size
+        size //= 2
+    return left
 
 
 def write_script(urls: Sequence[str], finding: Finding, *, ca: str | None, root: str) -> str:

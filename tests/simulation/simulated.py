@@ -13,6 +13,7 @@ from trio.testing import MockClock
 
 from catbus.postgres import listener, outbox, pace, retention, supervise, writer
 from catbus.postgres import log as log_module
+from catbus.testing.fuzz import reduce as without_needless
 
 from .database import Stored
 from .machine import CHANNELS, PAUSES, REPLICAS, Broken, Case, Machine, Position
@@ -192,20 +193,11 @@ class Silence:
 
 def reduce(case: Case) -> tuple[Case, Broken]:
     """A broken case without what it does not need to be broken."""
-    operations, size = list(case.operations), len(case.operations)
-    broken = _broken(case)
+    operations = without_needless(case.operations, lambda fewer: _broken(case._replace(operations=fewer)) is not None)
+    smaller = case._replace(operations=operations)
+    broken = _broken(smaller)
     assert broken is not None, "played again it is not broken any more"
-    while size:
-        place = 0
-        while place < len(operations):
-            fewer = operations[:place] + operations[place + size :]
-            found = _broken(case._replace(operations=fewer))
-            if found is None:
-                place += size
-            else:
-                operations, broken = fewer, found
-        size //= 2
-    return case._replace(operations=operations), broken
+    return smaller, broken
 
 
 def _broken(case: Case) -> Broken | None:

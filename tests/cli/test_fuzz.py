@@ -1,0 +1,106 @@
+"""`catbus fuzz`: what it says of a broker that is right, and of one that is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from catbus.testing import BrokerMachine, TestBroker, open_test_broker
+from tests.fuzz import mistakes
+
+from .conftest import Command
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("--minutes", "0.01", "--seed", "1")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def broker() -> Iterator[TestBroker]:
+    with open_test_broker(webtransport=True) as found:
+        yield found
+
+
+@pytest.fixture
+def mistaken(broker: TestBroker, monkeypatch: pytest.MonkeyPatch) -> TestBroker:
+    monkeypatch.setattr(BrokerMachine, "patience", 1.0)
+    monkeypatch.setattr(BrokerMachine, "settling", 0.1)
+    mistakes.go_on_after_unsubscribing(monkeypatch)
+    return broker
+
+
+def test_a_broker_that_is_right(broker: TestBroker, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", broker.secret)
+    status, output, errors = catbus("fuzz", "--url", broker.url, *SHORT)
+    assert (status, output[:22]) == (0, "nothing was found in 1"), output + errors
+    assert f"fuzzing {broker.url}, {broker.webtransport_url} for 0.01 min, seed 1" in errors
+    assert broker.secret not in output + errors
+
+
+def test_a_token_will_do(broker: TestBroker, catbus: Command) -> None:
+    token = broker.token("fuzzer", read=("mine.*",), write=("mine.*",))
+    status, output, _ = catbus("fuzz", "--url", broker.url, "--token", token, "--root", "mine", *SHORT)
+    assert (status, output[:17]) == (0, "nothing was found")
+
+    status, output, errors = catbus("fuzz", "--url", broker.url, "--token", token, *SHORT)
+    assert (status, output) == (1, "")
+    assert "fuzz.*: no read grant covers this pattern (unauthorized)" in errors
+
+
+def test_what_is_found_is_told_so_that_it_can_be_done_again(
+    mistaken: TestBroker, catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", mistaken.secret)
+    status, output, errors = catbus("fuzz", "--url", mistaken.url, "--seed", "1", "--script", "again.py")
+    assert status == 1
+    assert output.startswith("something was found in "), output
+    assert "These steps do it again.\nThey are in again.py.\n" in output
+    assert mistaken.secret not in output + errors + (tmp_path / "again.py").read_text()
+
+    def run() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "again.py"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    done = run()
+    assert done.returncode == 1
+    assert "AssertionError" in done.stderr
+    # It is small: somebody subscribes twice, or unsubscribes, and something is published.
+    assert (tmp_path / "again.py").read_text().count("        ('") <= 8
+
+    # Found again at once, from what was kept: what came before it has no place in the sum.
+    status, output, _ = catbus("fuzz", "--url", mistaken.url, "--seed", "2")
+    assert status == 1
+    assert "\nimport os\n" in output
+
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CATBUS_SECRET", mistaken.secret)
+    done = run()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "part"),
+    [
+        (("--url", "http://127.0.0.1/"), 2, "--url: the URL of a broker begins with ws://"),
+        (("--url", "ws://10.0.0.1/ws"), 2, "give --token, or set CATBUS_SECRET"),
+        (("--root", "a..b"), 2, "--root: "),
+        (("--minutes", "0"), 2, "'--minutes'"),
+        (("--url", "ws://127.0.0.1:9/ws", "--secret", "x"), 1, "cannot connect to ws://127.0.0.1:9/ws"),
+    ],
+)
+def test_wrong_usage(catbus: Command, arguments: tuple[str, ...], status: int, part: str) -> None:
+    found = catbus("fuzz", *arguments)
+    assert found.status == status
+    assert part in found.errors
+    assert len(found.errors.splitlines()) == 1
