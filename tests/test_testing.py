@@ -8,18 +8,25 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 import catbus
 from catbus import testing, topics, wire
 from catbus.auth import Authenticator, Grants
+from catbus.config import Limits
 from catbus.errors import PeerError
 from catbus.framing import Framer
 from catbus.testing import model
+
+if TYPE_CHECKING:
+    from catbus.testing.pytest import OpenClient
 
 pytest_plugins = ["catbus.testing.pytest"]
 ROOT = Path(__file__).parent.parent
@@ -86,18 +93,17 @@ def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: s
 # Brokers
 
 
-def test_a_broker_without_an_event_loop(catbus_broker: testing.TestBroker) -> None:
+def test_a_broker_without_an_event_loop(catbus_broker: testing.TestServer) -> None:
     assert catbus_broker.publish("a", {"n": 1}) == 1
     with pytest.raises(catbus.Refused):
         catbus_broker.publish("a..b", 1)
 
 
 @pytest.mark.anyio
-async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestBroker) -> None:
-    reader = catbus_broker.token("rita", read=("a.*",), write=())
+async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestServer, catbus_client: OpenClient) -> None:
     async with (
         catbus.connect(catbus_broker.url, token=catbus_broker.token("alice")) as alice,
-        catbus.connect(catbus_broker.url, token=reader) as rita,
+        catbus_client("rita", read=("a.*",), write=()) as rita,
         rita.subscribe("a.*") as messages,
     ):
         assert await alice.publish("a.b", 1) == 1
@@ -107,15 +113,85 @@ async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestBroker) 
             await rita.publish("a.b", 2)
 
 
-async def test_a_broker_on_trio(catbus_server: testing.TestBroker) -> None:
+async def test_a_broker_on_trio(catbus_server: testing.TestServer) -> None:
     async with catbus.connect(catbus_server.url, token=catbus_server.token()) as bus:
         assert await bus.ping() >= 0
 
 
 def test_brokers_do_not_know_of_each_other() -> None:
-    with testing.open_test_broker() as one, testing.open_test_broker() as other:
+    with testing.open_test_server() as one, testing.open_test_server() as other:
         assert (one.publish("a", 1), one.publish("a", 2), other.publish("a", 3)) == (1, 2, 1)
         assert one.secret != other.secret
+
+
+async def test_a_broker_over_webtransport() -> None:
+    with testing.open_test_server(webtransport=True) as server:
+        assert server.webtransport_url is not None
+        token = server.token()
+        async with catbus.connect(server.webtransport_url, token=token, ca=server.certificate) as bus:
+            assert bus.transport == "webtransport"
+            assert await bus.publish("a", 1) == 1
+
+
+# Brokers without sockets
+
+
+async def test_nothing_is_lost_in_an_outage_of_hours_that_takes_no_time(autojump_clock: trio.testing.MockClock) -> None:
+    events: list[str] = []
+    async with (
+        testing.open_test_broker() as broker,
+        broker.connect(on_event=lambda event: events.append(type(event).__name__)) as alice,
+        broker.connect(broker.token("rita", write=())) as rita,
+        rita.subscribe("a.*") as messages,
+        trio.open_nursery() as nursery,
+    ):
+        await alice.publish("a.b", "before")
+        broker.reachable = False
+        broker.cut()
+        nursery.start_soon(alice.publish, "a.b", "meanwhile")
+        await trio.sleep(3 * 3600)
+        assert await broker.broker.publish("a.c", "from the broker") == 2
+        broker.reachable = True
+        with trio.fail_after(60):
+            assert [(await anext(messages)).payload for _ in range(3)] == ["before", "from the broker", "meanwhile"]
+    assert trio.current_time() > 3 * 3600
+    assert events.count("Reconnecting") > 100, "every 30 s or so"
+    assert events[-1] == "Reconnected"
+
+
+async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: trio.testing.MockClock) -> None:
+    async with testing.open_test_broker() as broker:
+        async with broker.connect(reconnect=False) as bus:
+            assert len(broker.broker.hub.clients) == 1
+            broker.cut()
+            with pytest.raises(catbus.Disconnected):
+                await bus.publish("a", 1)
+        with trio.fail_after(10):
+            while broker.broker.hub.clients:
+                await trio.sleep(0.1)
+
+
+async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """A connection without sockets holds nothing, so a reader that is slow is slow at once."""
+    config = catbus.Config(limits=Limits(mailbox=2000))
+    async with testing.open_test_broker(config) as broker:
+        slow = await broker.dial()
+        await slow.send(b'{"type":"auth","token":"%s","protocol":1}' % broker.token().encode())
+        await slow.send(b'{"type":"subscribe","pattern":"*"}')
+        found: list[int] = []
+        framer = Framer(wire.decode_server, 1 << 20)
+        while not any(isinstance(each, wire.Subscribed) for each in framer.feed((await slow.receive()).data)):
+            pass
+        for number in range(500):
+            await broker.broker.publish("a", {"n": number, "text": "x" * 100})
+        await trio.sleep(5)
+        assert broker.broker.hub.delivery.statistics().late == 1
+        with trio.fail_after(60):
+            while len(found) < 500:
+                said = framer.feed((await slow.receive()).data)
+                found += [json.loads(bytes(each.payload))["n"] for each in said if isinstance(each, wire.Message)]
+        assert found == list(range(500))
+        await slow.aclose()
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from .brokers import TestBroker, open_test_broker
 from .connections import Connection, Dialled, dial
 from .machine import BrokerMachine
 from .model import Model
+from .servers import TestServer, open_test_server
 from .strategies import (
     byte_streams,
     channels,
@@ -28,6 +29,7 @@ __all__ = [
     "Dialled",
     "Model",
     "TestBroker",
+    "TestServer",
     "byte_streams",
     "channels",
     "client_messages",
@@ -37,6 +39,7 @@ __all__ = [
     "hostile_streams",
     "nearly_messages",
     "open_test_broker",
+    "open_test_server",
     "patterns",
     "payloads",
     "server_messages",

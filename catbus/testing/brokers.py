@@ -1,44 +1,48 @@
-"""A real broker for a test: its log in memory, its ports on loopback, in a thread of its own."""
+"""A broker in the test's own Trio nursery, reached without sockets: it lives on whatever clock the test has."""
 
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from tempfile import TemporaryDirectory
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
+import anyio
+import anyio.abc
+import msgspec
 import trio
+import trio.testing
 
 from ..auth import Grants, sign
-from ..broker import Broker, serve
-from ..config import Auth, Config, Drain, WebSocket, WebTransport
+from ..broker import Broker, open_broker
+from ..client import Bus
+from ..client.connecting import open_bus
+from ..client.transport import parse_address
+from ..client.websocket import WebSocket, shake_hands
+from ..config import Auth, Config, Database
+from ..endpoints.http import serve_connection
+from ..endpoints.roster import Roster
+from ..errors import Disconnected
 
-PATIENCE = 30.0
-"""Seconds for it to start, and to stop."""
+ADDRESS = parse_address("ws://memory")
 
 
 class TestBroker:
-    """A broker that serves. Any thread and any event loop may use what is here.
+    """A broker with clients in the same process. Its log is in memory, and `broker` is its inside.
 
-    `url` is its WebSocket, `http_url` the origin of its HTTP, `webtransport_url` where it serves WebTransport, if it
-    does, with a `certificate` of its own (PEM, for `ca`).
+    Everything between a `Bus` and the log is real but the socket, which holds nothing: whoever sends waits until the
+    other side has read. While `reachable` is False no connection can be made.
     """
 
     __test__ = False  # for pytest, which takes it for a test
 
-    def __init__(self, broker: Broker, secret: str, token: trio.lowlevel.TrioToken) -> None:
-        addresses, certificates = dict(broker.addresses), broker.hub.certificates
-        self.url = f"ws://{addresses['websocket']}/ws"
-        self.http_url = f"http://{addresses['websocket']}"
-        self.webtransport_url = f"https://{addresses['webtransport']}" if "webtransport" in addresses else None
-        made = None if certificates is None else certificates.self_made(datetime.now(UTC))
-        self.certificate = None if made is None else made.certificate_pem
+    def __init__(self, broker: Broker, secret: str, roster: Roster, nursery: trio.Nursery) -> None:
+        self.broker = broker
         self.secret = secret
-        self._broker = broker
-        self._token = token
+        self.reachable = True
+        self._roster = roster
+        self._nursery = nursery
+        self._streams: set[_Stream] = set()
 
     def token(
         self, client_id: str | None = "test", *, read: tuple[str, ...] = ("*",), write: tuple[str, ...] = ("*",)
@@ -46,66 +50,93 @@ class TestBroker:
         """A token for whoever may read and write these patterns; for everything unless said otherwise."""
         return sign(self.secret, client_id=client_id, grants=Grants(read, write))
 
-    def publish(self, channel: str, payload: Any) -> int | None:
-        """Publish as the broker itself, and return the seq. Blocks; raises `Refused`. Not from an event loop's task."""
-        return trio.from_thread.run(self._broker.publish, channel, payload, trio_token=self._token)
+    def connect(self, token: str | None = None, **options: Any) -> AbstractAsyncContextManager[Bus]:
+        """As `catbus.connect`, with a token for everything unless another one is given; see there for the options."""
+        return open_bus(self.dial, token=token or self.token(), **options)
+
+    async def dial(self) -> WebSocket:
+        """A connection on which nobody has authenticated. Raises `Disconnected` while the broker is out of reach."""
+        await trio.lowlevel.checkpoint()
+        if not self.reachable:
+            raise Disconnected("the broker is out of reach")
+        near, far = trio.testing.lockstep_stream_pair()
+        self._nursery.start_soon(self._serve, far)
+        stream = _Stream(near, self._streams)
+        try:
+            return await shake_hands(stream, ADDRESS)
+        except BaseException:
+            await anyio.aclose_forcefully(stream)
+            raise
+
+    def cut(self) -> None:
+        """Every connection is lost at this moment, for both sides."""
+        for stream in tuple(self._streams):
+            stream.cut()
+
+    async def _serve(self, stream: trio.abc.Stream) -> None:
+        async with stream:
+            with self._roster.admit():
+                await serve_connection(self.broker.hub, self._roster, stream)
+
+
+@asynccontextmanager
+async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBroker]:
+    """Run a broker with an empty log in memory for as long as the block lasts, within Trio.
+
+        async def test_orders(autojump_clock):
+            async with open_test_broker() as broker, broker.connect() as bus: ...
+
+    Nothing in it waits for anything outside of the program, so Trio's virtual clock (`trio.testing.MockClock`) may run
+    ahead: an hour of keep-alives and pauses takes a second. `config` is for its limits and times; where its log is
+    and what tokens are signed with is seen to.
+    """
+    secret = secrets.token_urlsafe(32)
+    config = msgspec.structs.replace(config or Config(), auth=Auth(secrets=(secret,)), database=Database(url="memory"))
+    settings, roster = config.websocket, Roster()
+    async with open_broker(config) as broker, trio.open_nursery() as nursery:
+        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        yield TestBroker(broker, secret, roster, nursery)
+        nursery.cancel_scope.cancel()
+
+
+class _Stream(anyio.abc.ByteStream):
+    """The client's end, as the client takes it."""
+
+    def __init__(self, stream: trio.StapledStream[Any, Any], all_streams: set[_Stream]) -> None:
+        self._stream = stream
+        self._all = all_streams
+        all_streams.add(self)
+
+    async def receive(self, max_bytes: int = 65_536) -> bytes:
+        with _translated():
+            data = await self._stream.receive_some(max_bytes)
+        if not data:
+            raise anyio.EndOfStream
+        return bytes(data)
+
+    async def send(self, item: bytes) -> None:
+        with _translated():
+            await self._stream.send_all(item)
+
+    async def send_eof(self) -> None:
+        with _translated():
+            await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        self.cut()
+        await anyio.lowlevel.checkpoint()
+
+    def cut(self) -> None:
+        self._all.discard(self)
+        self._stream.send_stream.close()
+        self._stream.receive_stream.close()
 
 
 @contextmanager
-def open_test_broker(*, webtransport: bool = False) -> Iterator[TestBroker]:
-    """Run a broker for as long as the block lasts: a real one, with an empty log, on a port that was free.
-
-    With `webtransport` on another one, too: that takes some 100 ms longer.
-
-        with open_test_broker() as broker:
-            async with catbus.connect(broker.url, token=broker.token("alice")) as bus: ...
-
-    Whatever event loop the test has, or none. Raises what keeps it from starting.
-    """
-    with TemporaryDirectory(prefix="catbus-test-") as state:
-        yield from _run(state, ("127.0.0.1:0",) if webtransport else ())
-
-
-def _run(state: str, quic: tuple[str, ...]) -> Iterator[TestBroker]:
-    secret = secrets.token_urlsafe(32)
-    config = Config(
-        state=state,
-        auth=Auth(secrets=(secret,)),
-        websocket=WebSocket(bind=("127.0.0.1:0",)),
-        webtransport=WebTransport(bind=quic),
-        drain=Drain(delay=0, window=0, deadline=5),
-    )
-    started = threading.Event()
-    running: list[TestBroker] = []
-    failures: list[BaseException] = []
-
-    async def run() -> None:
-        async with trio.open_nursery() as nursery:
-            broker: Broker = await nursery.start(serve, config)
-            await broker.hub.log.wait_open()
-            running.append(TestBroker(broker, secret, trio.lowlevel.current_trio_token()))
-            started.set()
-
-    def work() -> None:
-        try:
-            trio.run(run)
-        except BaseException as error:  # noqa: BLE001  # raised by whoever waits
-            failures.append(error)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=work, name="catbus test broker", daemon=True)
-    thread.start()
-    if not started.wait(PATIENCE):
-        raise TimeoutError(f"the broker has not started within {PATIENCE:g} s")
-    if failures:
-        raise failures[0]
-    [found] = running
+def _translated() -> Iterator[None]:
     try:
-        yield found
-    finally:
-        if thread.is_alive():
-            trio.from_thread.run_sync(found._broker.stop, trio_token=found._token)
-            thread.join(PATIENCE)
-    if failures:
-        raise failures[0]
+        yield
+    except trio.ClosedResourceError:
+        raise anyio.ClosedResourceError from None
+    except trio.BrokenResourceError:
+        raise anyio.BrokenResourceError from None

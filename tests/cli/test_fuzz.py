@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from catbus.testing import BrokerMachine, TestBroker, open_test_broker
+from catbus.testing import BrokerMachine, TestServer, open_test_server
 from tests.fuzz import mistakes
 
 from .conftest import Command
@@ -25,20 +25,20 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def broker() -> Iterator[TestBroker]:
-    with open_test_broker(webtransport=True) as found:
+def broker() -> Iterator[TestServer]:
+    with open_test_server(webtransport=True) as found:
         yield found
 
 
 @pytest.fixture
-def mistaken(broker: TestBroker, monkeypatch: pytest.MonkeyPatch) -> TestBroker:
+def mistaken(broker: TestServer, monkeypatch: pytest.MonkeyPatch) -> TestServer:
     monkeypatch.setattr(BrokerMachine, "patience", 1.0)
     monkeypatch.setattr(BrokerMachine, "settling", 0.1)
     mistakes.go_on_after_unsubscribing(monkeypatch)
     return broker
 
 
-def test_a_broker_that_is_right(broker: TestBroker, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broker_that_is_right(broker: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", broker.secret)
     status, output, errors = catbus("fuzz", "--url", broker.url, *SHORT)
     assert (status, output[:22]) == (0, "nothing was found in 1"), output + errors
@@ -46,7 +46,7 @@ def test_a_broker_that_is_right(broker: TestBroker, catbus: Command, monkeypatch
     assert broker.secret not in output + errors
 
 
-def test_a_token_will_do(broker: TestBroker, catbus: Command) -> None:
+def test_a_token_will_do(broker: TestServer, catbus: Command) -> None:
     token = broker.token("fuzzer", read=("mine.*",), write=("mine.*",))
     status, output, _ = catbus("fuzz", "--url", broker.url, "--token", token, "--root", "mine", *SHORT)
     assert (status, output[:17]) == (0, "nothing was found")
@@ -57,7 +57,7 @@ def test_a_token_will_do(broker: TestBroker, catbus: Command) -> None:
 
 
 def test_what_is_found_is_told_so_that_it_can_be_done_again(
-    mistaken: TestBroker, catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mistaken: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CATBUS_SECRET", mistaken.secret)
     status, output, errors = catbus("fuzz", "--url", mistaken.url, "--seed", "1", "--script", "again.py")

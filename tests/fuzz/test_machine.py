@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from catbus.testing import BrokerMachine, TestBroker, open_test_broker
+from catbus.testing import BrokerMachine, TestServer, open_test_server
 from catbus.testing.fuzz import Target, fuzz
 from tests.fuzz.mistakes import MISTAKES, Patch
 
@@ -21,13 +21,13 @@ LIMIT = 120.0
 """Seconds within which a mistake has to be found."""
 
 
-def target(broker: TestBroker) -> Target:
+def target(broker: TestServer) -> Target:
     """All of its channels are ours."""
     return Target([(broker.url, None)], secret=broker.secret, root="")
 
 
 def test_the_broker_does_what_the_model_does() -> None:
-    with open_test_broker() as broker:
+    with open_test_server() as broker:
         tally = fuzz(target(broker), 0, SEED)
     assert tally.found is None
     assert tally.examples >= 10
@@ -39,7 +39,7 @@ def test_the_broker_does_what_the_model_does() -> None:
 def test_a_mistake_is_found(mistake: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BrokerMachine, "patience", 1.0)
     monkeypatch.setattr(BrokerMachine, "settling", 0.3)
-    with open_test_broker() as broker, monkeypatch.context() as patch:
+    with open_test_server() as broker, monkeypatch.context() as patch:
         mistake(patch)
         tally = fuzz(target(broker), LIMIT, SEED)
     assert tally.found is not None, tally
@@ -49,7 +49,7 @@ def test_a_mistake_is_found(mistake: Callable[[Patch], None], monkeypatch: pytes
 def test_the_example_of_the_document() -> None:
     """As it is written there, but for where the broker is."""
     [example] = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-    with open_test_broker() as broker:
+    with open_test_server() as broker:
         example = example.replace("what tokens are signed with", broker.secret).replace(
             "ws://127.0.0.1:8080/ws", broker.url
         )
