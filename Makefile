@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos clean
+.PHONY: help run test lint types format bench chaos fuzz clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -16,6 +16,7 @@ help:
 	@echo 'make format   put the code into its standard form'
 	@echo 'make bench    measure'
 	@echo 'make chaos    hurt replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
+	@echo 'make fuzz     play clients of all kinds to replicas, and compare with a model (FUZZ_MINUTES=5)'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -53,6 +54,12 @@ CHAOS_MINUTES := 2
 chaos: $(venv)/installed-test $(venv)/programs
 	$(bin)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
 	$(bin)/python -m tests.chaos --mistakes
+
+# For how long. What is found is written to found.py, which does it again.
+FUZZ_MINUTES := 5
+
+fuzz: $(venv)/installed-test
+	$(bin)/python -m tests.fuzz --minutes $(FUZZ_MINUTES) --script found.py
 
 clean:
 	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import yaml
 from hypothesis import HealthCheck, settings
+from trio.testing import MockClock
 
-from catbus.testing import BrokerMachine, TestServer, open_test_server
+from catbus.cli.fuzz import command
+from catbus.testing import BrokerMachine, TestServer, open_test_broker, open_test_server
 from catbus.testing.fuzz import Target, fuzz
 from tests.fuzz.mistakes import MISTAKES, Patch
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "fuzzing.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "fuzzing.md").read_text(encoding="utf-8")
 SEED = 1
 LIMIT = 120.0
 """Seconds within which a mistake has to be found."""
@@ -46,19 +51,36 @@ def test_a_mistake_is_found(mistake: Callable[[Patch], None], monkeypatch: pytes
     print(f"| {mistake.__name__.replace('_', ' ')} | {SEED} | {tally.examples} | {tally.steps} |")
 
 
-def test_the_example_of_the_document() -> None:
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+
+
+async def test_the_outage_of_the_document(autojump_clock: MockClock) -> None:
+    names: dict[str, Any] = {"open_test_broker": open_test_broker, "trio": trio}
+    exec(EXAMPLES[0], names)
+    await names["test_an_outage"](autojump_clock)
+
+
+def test_the_machine_of_the_document() -> None:
     """As it is written there, but for where the broker is."""
-    [example] = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     with open_test_server() as broker:
-        example = example.replace("what tokens are signed with", broker.secret).replace(
-            "ws://127.0.0.1:8080/ws", broker.url
-        )
+        example = EXAMPLES[1].replace("what tokens are signed with", broker.secret)
         names: dict[str, Any] = {}
-        exec(example, names)
+        exec(example.replace("ws://127.0.0.1:8080/ws", broker.url), names)
         case = names["TestMyBroker"]
         case.settings = settings(max_examples=2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
     assert (result.testsRun, result.wasSuccessful()) == (1, True), result
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "fuzz.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["fuzz"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ['make fuzz FUZZ_MINUTES="$FUZZ_MINUTES"']
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "python -m tests.fuzz --minutes $(FUZZ_MINUTES) --script found.py" in makefile
+    kept = {step["with"]["path"] for step in steps if "path" in step.get("with", {})}
+    [keep] = [option.default for option in command.params if option.name == "keep"]
+    assert kept == {keep, "found.py"}
 
 
 def test_the_document_names_every_mistake() -> None:

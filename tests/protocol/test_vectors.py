@@ -17,8 +17,8 @@ from catbus.auth import Authenticator
 from catbus.errors import PeerError
 from catbus.framing import Framer
 from catbus.testing import client_messages, server_messages
-from tests.protocol import schema
-from tests.test_specification import blocks, objects
+from tests.protocol import diagram, schema
+from tests.test_specification import DOCUMENT, blocks, objects
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
 PATTERNS, TOKENS, FRAMING = (
@@ -74,6 +74,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("side", "message"), WRONG)
 def test_what_is_wrong_is_not(side: str, message: dict[str, Any]) -> None:
     assert not VALIDATORS[side].is_valid(message)
+
+
+# Session states
+
+
+def test_the_diagram_is_that_of_the_table() -> None:
+    assert diagram.PLACE.findall(DOCUMENT) == [diagram.make()], "python -m tests.protocol.diagram"
 
 
 # Channels and patterns
