@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -20,7 +20,6 @@ from catbus.framing import Framer
 FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "conversations.json"
 CONVERSATIONS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["conversations"]
 
-Dial = Callable[[], Awaitable[Transport]]
 KINDS: dict[str, Callable[[Any], bool]] = {
     "$int": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "$string": lambda value: isinstance(value, str),
@@ -34,33 +33,70 @@ class Mismatch(AssertionError):
     """The broker has said something else."""
 
 
+class Peer(Protocol):
+    """Who speaks to a broker, and tells what it hears."""
+
+    async def say(self, text: str) -> bool:
+        """Say it; False for what this peer cannot be brought to say."""
+
+    async def hear(self) -> dict[str, Any]:
+        """The next object. Raises `Disconnected`, with the code, where there is no more."""
+
+    async def close(self) -> None: ...
+
+
 class Connection:
+    """A `Peer` that says what it is told, over a transport."""
+
     def __init__(self, transport: Transport) -> None:
-        self.transport = transport
+        self._transport = transport
         self._framer: Framer[dict[str, Any]] = Framer(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 20)
         self._heard: list[dict[str, Any]] = []
 
+    async def say(self, text: str) -> bool:
+        await self._transport.send(text.encode())
+        return True
+
     async def hear(self) -> dict[str, Any]:
-        while True:
-            while self._heard:
-                found = self._heard.pop(0)
-                if found["type"] != "head":
-                    return found
-            for each in self._framer.feed((await self.transport.receive()).data):
+        while not self._heard:
+            for each in self._framer.feed((await self._transport.receive()).data):
                 assert isinstance(each, dict)
                 self._heard.append(each)
+        return self._heard.pop(0)
+
+    async def close(self) -> None:
+        await self._transport.aclose()
+
+
+Open = Callable[[trio.Nursery], Awaitable[Peer]]
+
+
+def over(dial: Callable[[], Awaitable[Transport]]) -> Open:
+    """Peers that say what they are told, each over a connection of its own."""
+
+    async def open_peer(nursery: trio.Nursery) -> Peer:
+        transport = await dial()
+        if isinstance(transport, Driven):
+            nursery.start_soon(transport.run)
+        return Connection(transport)
+
+    return open_peer
 
 
 class Player:
     """One conversation, with the names that it has given to what it heard."""
 
-    def __init__(self, conversation: dict[str, Any], dial: Dial, secret: str) -> None:
+    def __init__(self, conversation: dict[str, Any], open_peer: Open, secret: str) -> None:
+        self.passed_over: list[str] = []
+        """What a peer could not be brought to say."""
         self._conversation = conversation
-        self._dial = dial
+        self._open = open_peer
         self._names: dict[str, Any] = {}
         self._run = secrets.token_hex(4)
         self._tokens = {name: self._sign(secret, found) for name, found in conversation["tokens"].items()}
-        self._connections: dict[str, Connection] = {}
+        self._peers: dict[str, Peer] = {}
+        self._silent: set[str] = set()
+        """Peers that have said nothing of what they should: there is nothing to be heard."""
 
     @staticmethod
     def _sign(secret: str, found: dict[str, Any]) -> str:
@@ -78,8 +114,8 @@ class Player:
                 mismatch = error
             finally:
                 with trio.CancelScope(shield=True):
-                    for connection in self._connections.values():
-                        await connection.transport.aclose()
+                    for peer in self._peers.values():
+                        await peer.close()
             nursery.cancel_scope.cancel()
         if mismatch is not None:
             raise mismatch
@@ -92,41 +128,44 @@ class Player:
             raise Mismatch(f"{self._conversation['name']}, step {number}, {step}: {error}") from None
 
     async def _step(self, step: dict[str, Any], nursery: trio.Nursery) -> None:
-        if "close" in step:
-            await self._connections[step["close"]].transport.aclose()
-            return
-        if "closed" in step:
-            await self._expect_end(self._connections[step["closed"]], step["code"])
-            return
-        connection = await self._connection(step.get("say") or step["hear"], nursery)
+        name = next(step[kind] for kind in ("say", "hear", "close", "closed") if kind in step)
+        if name not in self._peers:
+            self._peers[name] = await self._open(nursery)
+        peer = self._peers[name]
         if "say" in step:
-            text = step["text"] if "text" in step else json.dumps(self._said(step["object"]))
-            await connection.transport.send(text.encode())
+            if await peer.say(step["text"] if "text" in step else json.dumps(self._said(step["object"]))):
+                self._silent.discard(name)
+            else:
+                self._silent.add(name)
+                self.passed_over.append(step["text"] if "text" in step else step["object"]["type"])
+        elif "close" in step:
+            await peer.close()
+        elif name in self._silent:
+            pass
+        elif "closed" in step:
+            await self._expect_end(peer, step["code"])
         elif "unordered" in step:
-            heard = [await connection.hear() for _ in step["unordered"]]
+            heard = [await self._hear(peer) for _ in step["unordered"]]
             for wanted in step["unordered"]:
                 match = next((each for each in heard if self._is(wanted, each)), None)
                 if match is None:
                     raise Mismatch(f"none of {heard} is {self._said(wanted)}")
                 heard.remove(match)
         else:
-            found = await connection.hear()
+            found = await self._hear(peer)
             wanted = step.get("object") or step["exactly"]
             if not self._is(wanted, found) or ("exactly" in step and wanted.keys() != found.keys()):
                 raise Mismatch(f"{found} is not that ({self._names})")
 
-    async def _connection(self, name: str, nursery: trio.Nursery) -> Connection:
-        if name not in self._connections:
-            transport = await self._dial()
-            if isinstance(transport, Driven):
-                nursery.start_soon(transport.run)
-            self._connections[name] = Connection(transport)
-        return self._connections[name]
+    async def _hear(self, peer: Peer) -> dict[str, Any]:
+        while (found := await peer.hear())["type"] == "head":
+            pass
+        return found
 
-    async def _expect_end(self, connection: Connection, code: int) -> None:
+    async def _expect_end(self, peer: Peer, code: int) -> None:
         try:
             while True:
-                await connection.hear()
+                await peer.hear()
         except Disconnected as end:
             if end.code != code:
                 raise Mismatch(f"it was closed with {end.code}") from None

@@ -15,8 +15,17 @@ from catbus.client.websocket import open_websocket
 from catbus.client.webtransport import make_configuration, open_webtransport
 from tests.brokers import SECRET
 from tests.programs import find_program
-from tests.protocol.conversations import CONVERSATIONS, Mismatch, Player
+from tests.protocol.conversations import CONVERSATIONS, Mismatch, Player, over
+from tests.protocol.python_client import open_client
 from tests.test_both_transports import running
+
+CANNOT_BE_SAID = {
+    "a publish that is sent again appears once": ["auth", "publish", "publish"],  # it sends again by itself
+    "what is not allowed is refused, and the session goes on": ["ping", "unsubscribe", "nonsense"],
+    "a first-version client hears what it knows": ["auth", "subscribe", "publish"],
+    "what is no object ends the session": ["[1]"],
+}
+"""What there is no call for in a client, by conversation; all else both clients say."""
 
 EXAMPLE = Path(__file__).parents[2] / "protocol" / "examples" / "client.mjs"
 
@@ -32,7 +41,7 @@ async def test_the_broker_says_what_it_should(tmp_path: Path, transport: str) ->
             return await open_webtransport(address, make_configuration(address, found["certificate"]))
 
         for conversation in CONVERSATIONS:
-            await Player(conversation, dial, SECRET).play()
+            await Player(conversation, over(dial), SECRET).play()
 
 
 async def test_what_is_said_otherwise_is_noticed(tmp_path: Path) -> None:
@@ -48,7 +57,23 @@ async def test_what_is_said_otherwise_is_noticed(tmp_path: Path) -> None:
                 other = copy.deepcopy(conversation)
                 other["steps"][number]["object"]["type"] = "something else"
                 with pytest.raises(Mismatch, match=f"step {number + 1}, "):
-                    await Player(other, dial, SECRET).play()
+                    await Player(other, over(dial), SECRET).play()
+
+
+@pytest.mark.parametrize("transport", ["websocket", "webtransport"])
+async def test_the_python_client_understands_what_the_broker_says(tmp_path: Path, transport: str) -> None:
+    """What is said is said by calls of `Bus`, and what is heard is what they and the subscriptions give."""
+    passed_over: dict[str, list[str]] = {}
+    async with running(tmp_path) as (_, _, found):
+        where = {"url": found[transport], "ca": found["certificate"] if transport == "webtransport" else None}
+        for conversation in CONVERSATIONS:
+            # Of a refused `auth` the client tells the refusal, and not the closing code.
+            told = [step for step in conversation["steps"] if "closed" not in step]
+            player = Player({**conversation, "steps": told}, lambda nursery: open_client(nursery, **where), SECRET)
+            await player.play()
+            if player.passed_over:
+                passed_over[conversation["name"]] = player.passed_over
+    assert passed_over == CANNOT_BE_SAID
 
 
 async def test_a_client_in_another_language_that_knows_the_specification_only(tmp_path: Path) -> None:

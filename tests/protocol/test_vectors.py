@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hypothesis import given
 
 from catbus import topics, wire
 from catbus.auth import Authenticator
+from catbus.client.bearer import find_expiry
 from catbus.errors import PeerError
 from catbus.framing import Framer
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
+from tests.protocol.conversations import CONVERSATIONS
 from tests.test_specification import DOCUMENT, blocks, objects
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
@@ -126,6 +129,24 @@ def verdict(token: str) -> dict[str, Any]:
 def test_tokens(case: dict[str, Any]) -> None:
     expected = {name: value for name, value in case.items() if name not in ("name", "token")}
     assert verdict(case["token"]) == expected
+
+
+def test_the_client_knows_when_its_token_expires() -> None:
+    valid = [case for case in TOKENS["cases"] if case["valid"]]
+    assert len(valid) > 5
+    for case in valid:
+        assert find_expiry(case["token"]) == case["expires"], case["name"]
+
+
+def test_the_document_says_how_many_there_are() -> None:
+    listed = re.findall(r"^\| `(\w+)\.json` \| (\d+) \|", DOCUMENT, re.MULTILINE)
+    patterns = sum(len(texts) for kind in ("channels", "patterns") for texts in PATTERNS[kind].values())
+    assert {name: int(number) for name, number in listed} == {
+        "patterns": patterns + len(PATTERNS["matches"]) + len(PATTERNS["covers"]),
+        "tokens": len(TOKENS["cases"]),
+        "framing": len(FRAMING["cases"]),
+        "conversations": len(CONVERSATIONS),
+    }
 
 
 # Framing
