@@ -99,6 +99,8 @@ def command(
         raise click.UsageError("there is nothing to sign or show: give --token, or set CATBUS_SECRET")
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     target = find_target(urls, token=token, secret=secret, ca=ca, root=root)
+    for reason in target.unreachable:
+        click.echo(f"catbus: {reason}; going on without it", err=True)
     click.echo(f"fuzzing {', '.join(url for url, _ in target.places)} for {minutes:g} min, seed {seed}", err=True)
     progress = _Progress(60 * minutes)
     try:
@@ -112,7 +114,7 @@ def command(
     click.echo("something was found; making it smaller ...", err=True)
     smaller = make_smaller(target, tally.found, SMALLER)
     found = smaller or tally.found
-    click.echo(f"something was found in {done}; seed {seed}:\n\n{found.error or type(found.error).__name__}\n")
+    click.echo(f"something was found in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
     click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
     program = write_script(urls, found, ca=ca, root=root)
     if script is None:

@@ -24,7 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ..auth import Grants, sign
 from ..client.transport import make_ssl_context
-from ..errors import Code, Refused, Unavailable
+from ..errors import Code, Disconnected, Refused, Unavailable
 from .connections import Dialled, dial
 from .machine import BrokerMachine, Client
 
@@ -56,6 +56,8 @@ class Target:
     token: str | None = field(default=None, repr=False)
     secret: str | None = field(default=None, repr=False)
     root: str = "fuzz"
+    unreachable: Sequence[str] = ()
+    """Why places that the broker tells of cannot be reached from here."""
 
     def sign(self, name: str, grants: Grants) -> str:
         if self.secret is not None:
@@ -78,15 +80,19 @@ def find_target(
 ) -> Target:
     """A broker by its URLs, and by WebTransport, too, where all of them are WebSockets that tell of it.
 
-    Raises `CatbusError` where one of them does not answer, or does not let in who is to be let in.
+    Raises `CatbusError` where one of the URLs does not answer, or does not let in who is to be let in.
     """
-    places = [(url, ca) for url in urls]
+    places, unreachable = [(url, ca) for url in urls], []
+    for place in places:
+        _check(Target([place], token, secret, root))
     if all(url.startswith(("ws://", "wss://")) for url in urls):
-        places += [found for url in urls if (found := _discover(url, ca)) is not None]
-    target = Target(places, token, secret, root)
-    for number, (url, _) in enumerate(places):
-        _check(target, number, url)
-    return target
+        for place in [found for url in urls if (found := _discover(url, ca)) is not None]:
+            try:
+                _check(Target([place], token, secret, root))
+                places.append(place)
+            except Disconnected as error:
+                unreachable.append(str(error))
+    return Target(places, token, secret, root, unreachable)
 
 
 def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
@@ -102,9 +108,9 @@ def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
         return None
 
 
-def _check(target: Target, number: int, url: str) -> None:
+def _check(target: Target) -> None:
     everything = Grants((f"{target.root}.*",), (f"{target.root}.*",))
-    connection = target.connect(number)
+    [(url, _)], connection = target.places, target.connect(0)
     try:
         client = Client(connection, url, count(1), PATIENCE)
         client.authenticate(target.sign("fuzz", everything))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from catbus.testing import BrokerMachine, TestServer, open_test_server
+from catbus.testing import BrokerMachine, TestServer, fuzz, open_test_server
 from tests.fuzz import mistakes
 
 from .conftest import Command
@@ -44,6 +44,15 @@ def test_a_broker_that_is_right(broker: TestServer, catbus: Command, monkeypatch
     assert (status, output[:22]) == (0, "nothing was found in 1"), output + errors
     assert f"fuzzing {broker.url}, {broker.webtransport_url} for 0.01 min, seed 1" in errors
     assert broker.secret not in output + errors
+
+
+def test_where_no_udp_gets_through(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_test_server() as server:
+        monkeypatch.setattr(fuzz, "_discover", lambda url, ca: ("https://127.0.0.1:9", None))
+        status, _, errors = catbus("fuzz", "--url", server.url, "--secret", server.secret, *SHORT)
+    assert status == 0
+    assert errors.splitlines()[0].startswith("catbus: cannot connect to https://127.0.0.1:9: ")
+    assert f"fuzzing {server.url} for 0.01 min" in errors
 
 
 def test_a_token_will_do(broker: TestServer, catbus: Command) -> None:

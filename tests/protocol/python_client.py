@@ -10,7 +10,7 @@ import trio
 
 import catbus
 from catbus.client import Bus, Gap, Live, Messages
-from catbus.errors import Refused
+from catbus.errors import Disconnected, Refused
 
 
 class Client:
@@ -99,6 +99,10 @@ class Client:
         except Refused as error:
             self._tell("subscribe_error", message, code=error.code.value, message=error.message)
             task_status.started()
+        except Disconnected:
+            # Being cancelled and the end of the connection come at the same moment.
+            if not self._leaving.is_set():
+                raise
 
     async def _listen(self, messages: Messages) -> None:
         async for message in messages:
