@@ -22,6 +22,7 @@ SHORT = ("--minutes", "0.01", "--seed", "1")
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fuzz, "EXAMPLES", 4)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def mistaken(broker: TestServer, monkeypatch: pytest.MonkeyPatch) -> TestServer:
 def test_a_broker_that_is_right(broker: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", broker.secret)
     status, output, errors = catbus("fuzz", "--url", broker.url, *SHORT)
-    assert (status, output[:22]) == (0, "nothing was found in 1"), output + errors
+    assert (status, output[:20]) == (0, "nothing was found in"), output + errors
     assert f"fuzzing {broker.url}, {broker.webtransport_url} for 0.01 min, seed 1" in errors
     assert broker.secret not in output + errors
 

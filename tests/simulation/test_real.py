@@ -19,7 +19,7 @@ from .machine import Broken, random_case
 from .real import connected, play
 from .simulated import hush
 
-SECONDS = float(os.environ.get("CATBUS_SECONDS", "12"))
+SECONDS = float(os.environ.get("CATBUS_SECONDS", "6"))
 
 
 async def test_whatever_goes_wrong_everything_is_as_promised(
