@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from catbus.config import (
     Auth,
     Config,
     Database,
+    Drain,
+    Limits,
     Retention,
     WebSocket,
     default_state_directory,
@@ -207,6 +213,79 @@ def test_a_wrong_file_is_named_with_the_key_and_what_was_expected(tmp_path: Path
     if "webtransport" not in text and "70" not in text:
         assert said.startswith(str(path))
     assert "hunter2" not in said
+
+
+# Made in Python
+
+TABLES: dict[str, dict[str, object]] = {
+    "database": {"url": "postgres://db/catbus", "publish_timeout": "7s", "connect_timeout": 3},
+    "retention": {"age": "7d", "size": "1.5TiB"},
+    "auth": {"secret": ["new", "old"], "jwt": "/keys/public.pem"},
+    "websocket": {"bind": ["127.0.0.1:9000", "[::1]:9000"], "silence": "5m", "allowed_origins": "https://a.example"},
+    "webtransport": {"bind": [], "cert": "/tls/cert.pem", "key": "/tls/key.pem"},
+    "limits": {"message_size": "128KiB", "mailbox": 1000},
+    "drain": {"delay": 0},
+    "logging": {"levels": "catbus=debug", "format": "json"},
+}
+
+
+def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: Path) -> None:
+    document = [f"state = {json.dumps(str(tmp_path))}"]
+    for name, table in TABLES.items():
+        document += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    read = load(write(tmp_path, "\n".join(document)))
+    assert Config(state=tmp_path, **TABLES) == read  # type: ignore[arg-type]
+    sections = {
+        "state": str(tmp_path),
+        "database": Database(url="postgres://db/catbus", publish_timeout="7s", connect_timeout=3),  # type: ignore[arg-type]
+        "auth": Auth(secrets=["new", "old"], jwt=Path("/keys/public.pem")),  # type: ignore[arg-type]
+    }
+    assert Config(**{**TABLES, **sections}) == read  # type: ignore[arg-type]
+    made = msgspec.structs.replace(read.websocket, bind="127.0.0.1:1")
+    assert made.bind == ("127.0.0.1:1",)
+    assert Config(state=None, auth={"admin_key": None}) == Config()  # type: ignore[arg-type]
+    assert Config(state="~/here").state == str(Path("~/here").expanduser())
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (Config, {"websocket": {"bind": [8080]}}, "websocket.bind: expected an address with a port"),
+        (Config, {"websocket": {"bind": "here"}}, 'or a list of such, found "here"'),
+        (Config, {"websocket": {"bnd": "127.0.0.1:1"}}, 'websocket.bnd: unknown key (did you mean "bind"?)'),
+        (Config, {"websocket": {7: 1}}, "websocket.7: unknown key; known are"),
+        (Config, {"websocket": Drain()}, "websocket: expected a table, or a WebSocket; found a Drain"),
+        (Config, {"websocket": None}, "websocket: expected a table, or a WebSocket; found a NoneType"),
+        (Config, {"state": 7}, "state: expected a path, found 7"),
+        (Config, {"state": "~nobody-has-this-name/x"}, "state: expected a path, found"),
+        (WebSocket, {"bind": ("127.0.0.1",)}, 'websocket.bind: expected an address with a port, like "127.0.0.1:'),
+        (WebSocket, {"ping_interval": "soon"}, 'websocket.ping_interval: expected a duration: .* found "soon"'),
+        (WebSocket, {"ping_interval": None}, "websocket.ping_interval: expected a duration: .* found a NoneType"),
+        (WebSocket, {"tls": "yes"}, 'websocket.tls: expected true or false, found "yes"'),
+        (Limits, {"message_size": 10**5000}, "limits.message_size: .* found a number that is too large"),
+        (Limits, {"message_size": "9" * 400 + "B"}, "limits.message_size: expected a size above 0"),
+        (Database, {"url": "mysql://me:hunter2@db"}, 'database.url: expected .* found "mysql://..."'),
+        (Auth, {"secrets": ("hunter2", "")}, "auth.secret: expected a secret: .* found something else"),
+        (Config, {"auth": {"secret": b"hunter2"}}, "auth.secret: expected a secret: .* found something else"),
+        (Config, {"webtransport": {"cert": "c.pem"}}, "webtransport.cert is set without webtransport.key"),
+        (Config, {"websocket": {"silence": 1}}, "websocket.silence (1 s) has to be longer than"),
+        (partial(msgspec.structs.replace, Config()), {"drain": {"delay": -1}}, "drain.delay: expected a duration"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_python_is_named_with_its_setting(
+    make: Callable[..., object], given: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**given)
+    # Only `.*` stands for something else.
+    assert re.search(re.escape(said).replace(r"\.\*", ".*"), str(caught.value))
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[limits]\nmessage_size = " + "9" * 5000, "state = " + "[" * 5000])
+def test_a_file_that_python_cannot_hold_is_named(tmp_path: Path, text: str) -> None:
+    assert "catbus.toml: is not valid TOML: " in complaint(write(tmp_path, text))
 
 
 def test_a_wrong_variable_is_named() -> None:

@@ -2,7 +2,7 @@
 
 from .addresses import is_loopback, join_address, redact, split_address
 from .levels import parse_levels
-from .reading import ENVIRONMENT, keys, load, parse_duration
+from .reading import ENVIRONMENT, keys, load
 from .settings import (
     Auth,
     Config,
@@ -15,6 +15,7 @@ from .settings import (
     WebTransport,
     default_state_directory,
 )
+from .values import parse_duration
 
 __all__ = [
     "ENVIRONMENT",

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
-from msgspec import Meta, Struct
+from msgspec import Struct, field, structs
 
 from ..errors import ConfigError
 from .addresses import is_loopback, redact, split_address
-
-# What a value may be. The description is what an error says was expected.
-
-_TEN_YEARS = 315_360_000.0
-_DURATION = 'a duration: seconds, or text like "30s", "5m" or "1h"'
-
-Text = Annotated[str, Meta(min_length=1, description="text")]
-Duration = Annotated[float, Meta(ge=0, le=_TEN_YEARS, description=_DURATION)]
-Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, above 0")]
-Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
-LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of 64 MiB at least, like "10GiB"')]
-Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
-Switch = Annotated[bool, Meta(description="true or false")]
-File = Annotated[str, Meta(min_length=1, description="a path")]
-Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
-Address = Annotated[str, Meta(description='an address with a port, like "127.0.0.1:8080" or "[::1]:8080"')]
-DatabaseUrl = Annotated[str, Meta(description='"embedded", "memory" or a URL that begins with postgres://')]
-PostgresUrl = Annotated[str, Meta(description="a URL that begins with postgres://")]
-Levels = Annotated[str, Meta(description='log levels, like "info" or "catbus=info,aioquic=warning"')]
-Format = Literal["auto", "json", "text"]
-SynchronousCommit = Literal["on", "off", "local", "remote_write", "remote_apply"]
-Failover = Literal["lossy", "lossless"]
+from .values import (
+    Address,
+    Count,
+    DatabaseUrl,
+    Duration,
+    Failover,
+    File,
+    Format,
+    Levels,
+    LogSize,
+    PostgresUrl,
+    Secret,
+    Size,
+    Switch,
+    SynchronousCommit,
+    Text,
+    Timeout,
+    convert,
+    mistake,
+)
 
 
 class Section(Struct, frozen=True, kw_only=True):
-    """Settings that belong together. What is secret never shows in `repr`."""
+    """Settings that belong together, checked and converted as if a file had them. Secrets never show in `repr`.
+
+    Making one raises `ConfigError`, which says which setting, what was expected and what was found.
+    """
 
     hidden: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for setting in settings_of(type(self)):
+            self._take(setting)
+
+    def _take(self, setting: Setting) -> None:
+        given = getattr(self, setting.field)
+        try:
+            structs.force_setattr(self, setting.field, convert(setting.hint, given))
+        except ValueError:
+            raise ConfigError(f"{setting.name}: {mistake(setting.hint, given, hidden=setting.hidden)}") from None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={self._show(name)}" for name in self.__struct_fields__)
@@ -153,14 +167,20 @@ class Config(Section, frozen=True, kw_only=True):
 
     state: File | None = None
     """Where a broker keeps what is its own; see `state_directory`."""
-    database: Database = Database()
-    retention: Retention = Retention()
-    auth: Auth = Auth()
-    websocket: WebSocket = WebSocket()
-    webtransport: WebTransport = WebTransport()
-    limits: Limits = Limits()
-    drain: Drain = Drain()
-    logging: Logging = Logging()
+    database: Database = field(default_factory=Database)
+    retention: Retention = field(default_factory=Retention)
+    auth: Auth = field(default_factory=Auth)
+    websocket: WebSocket = field(default_factory=WebSocket)
+    webtransport: WebTransport = field(default_factory=WebTransport)
+    limits: Limits = field(default_factory=Limits)
+    drain: Drain = field(default_factory=Drain)
+    logging: Logging = field(default_factory=Logging)
+
+    def __post_init__(self) -> None:
+        for name, kind in sections().items():
+            structs.force_setattr(self, name, _section(name, kind, getattr(self, name)))
+        super().__post_init__()
+        _check_together(self)
 
     @property
     def state_directory(self) -> Path:
@@ -182,6 +202,91 @@ class Config(Section, frozen=True, kw_only=True):
     def certificate_needed(self) -> bool:
         """Whether anything that is served has a certificate."""
         return self.webtransport_served or (self.websocket.tls and bool(self.websocket.bind))
+
+
+def _check_together(config: Config) -> None:
+    database, transport, socket = config.database, config.webtransport, config.websocket
+    if database.failover == "lossless" and database.synchronous_commit in ("off", "local"):
+        raise ConfigError(
+            'database.failover is "lossless", and with database.synchronous_commit = '
+            f'"{database.synchronous_commit}" no commit waits for a standby'
+        )
+    if (transport.cert is None) != (transport.key is None):
+        given, missing = ("cert", "key") if transport.cert else ("key", "cert")
+        raise ConfigError(
+            f"webtransport.{given} is set without webtransport.{missing}: set both (CATBUS_CERT and CATBUS_KEY)"
+        )
+    if socket.tls and transport.cert is None and not config.loopback:
+        raise ConfigError(
+            "websocket.tls is true, and there is no certificate: set webtransport.cert and webtransport.key "
+            "(CATBUS_CERT and CATBUS_KEY), or leave TLS to a proxy"
+        )
+    if socket.silence <= socket.ping_interval:
+        raise ConfigError(
+            f"websocket.silence ({socket.silence:g} s) has to be longer than "
+            f"websocket.ping_interval ({socket.ping_interval:g} s)"
+        )
+
+
+class Setting(NamedTuple):
+    """One setting: its dotted name as a file has it, the field that holds it, and what its value may be."""
+
+    name: str
+    field: str
+    hint: Any
+    hidden: bool
+
+
+@cache
+def sections() -> dict[str, type[Section]]:
+    """The sections of a configuration by name."""
+    hints = get_type_hints(Config)
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Section)}
+
+
+@cache
+def settings_of(kind: type[Section]) -> tuple[Setting, ...]:
+    """The settings of a section, or of `Config` those that stand in none."""
+    prefix = "" if kind is Config else f"{kind.__name__.lower()}."
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(
+        Setting(prefix + each.encode_name, each.name, hints[each.name], each.name in kind.hidden)
+        for each in structs.fields(kind)
+        if prefix or each.name not in sections()
+    )
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """All settings by name."""
+    return {setting.name: setting for kind in (Config, *sections().values()) for setting in settings_of(kind)}
+
+
+def unknown(name: str) -> str:
+    """Say that no setting has this name, and which have one like it."""
+    section, _, key = name.rpartition(".")
+    prefix = f"{section}." if section else ""
+    known = [other.removeprefix(prefix) for other in settings() if other.rpartition(".")[0] == section]
+    if not section:
+        known += [f"[{each}]" for each in sections()]
+    close = difflib.get_close_matches(key, known, n=1)
+    guess = f' (did you mean "{close[0]}"?)' if close else ""
+    return f"unknown key{guess}; known are {', '.join(sorted(known))}"
+
+
+def _section(name: str, kind: type[Section], given: object) -> Section:
+    """A section that is given as such, or as a table with the names that a file has."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name}: expected a table, or a {kind.__name__}; found a {type(given).__name__}")
+    fields = {}
+    for key, value in given.items():
+        setting = settings().get(f"{name}.{key}")
+        if setting is None:
+            raise ConfigError(f"{name}.{key}: {unknown(f'{name}.{key}')}")
+        fields[setting.field] = value
+    return kind(**fields)
 
 
 def _all_loopback(addresses: tuple[str, ...]) -> bool:
