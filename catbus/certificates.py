@@ -306,6 +306,8 @@ def _credentials(certificate_pem: bytes, key_pem: bytes, limits: Limits | None) 
     quic = server_configuration(certificate_pem, key_pem, limits)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
+    # A stream that reads does not write what a peer's new handshake would need (TLS 1.2 only).
+    context.options |= ssl.OP_NO_RENEGOTIATION
     # It takes a file. One in memory cannot be changed by anybody while it is read, and leaves no key on a disk.
     with os.fdopen(os.memfd_create("certificate"), "wb") as file:
         file.write(key_pem.rstrip() + b"\n" + certificate_pem)

@@ -13,7 +13,7 @@ import trio
 
 from ..loggers import get_logger
 from . import upgrade
-from .outbox import close_gently
+from .outbox import close_gently, say_goodbye
 from .roster import Roster
 from .routes import ROUTES, Answer, Request, find, line
 from .websocket import serve_websocket
@@ -30,6 +30,8 @@ IDLE_TIME = 60.0
 BODY_TIME = 30.0
 SEND_TIME = 10.0
 CLOSING_TIME = 2.0
+GOODBYE_TIME = 0.5
+"""Seconds for the goodbye of TLS on a connection that waits for no answer."""
 
 _RECEIVE_SIZE = 65_536
 
@@ -45,7 +47,7 @@ async def serve_connection(hub: Hub, roster: Roster, stream: trio.abc.Stream) ->
 
 
 class Enough(Exception):
-    """The peer has closed, or is not worth an answer."""
+    """The peer has closed, or has said nothing for too long."""
 
 
 class Refused(Exception):
@@ -87,6 +89,9 @@ class Conversation:
         except Refused as refused:
             await self._send(request, refused.answer, last=True)
         except Enough:
+            if isinstance(self._stream, trio.SSLStream):
+                with trio.move_on_after(GOODBYE_TIME):
+                    await say_goodbye(self._stream)
             return
         with trio.move_on_after(CLOSING_TIME):
             await close_gently(self._stream)
@@ -183,7 +188,7 @@ class Conversation:
         with trio.move_on_after(SEND_TIME):
             await self._stream.send_all(data)
             return
-        raise Enough
+        raise trio.BrokenResourceError("the peer does not read its answer")
 
 
 def _path(target: bytes) -> str:

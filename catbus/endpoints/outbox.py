@@ -263,10 +263,10 @@ async def close_gently(stream: trio.abc.Stream) -> None:
     not read itself. It takes as long as the peer does: put a limit around it.
     """
     if isinstance(stream, trio.SSLStream):
-        # TLS says goodbye first. A peer that has more to say, or does not answer, is treated as without it.
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await stream.unwrap()
-        stream = stream.transport_stream
+        # `unwrap` takes the transport away from a stream that it has closed cleanly.
+        transport = stream.transport_stream
+        await say_goodbye(stream)
+        stream = transport
     try:
         if isinstance(stream, trio.abc.HalfCloseableStream):
             await stream.send_eof()
@@ -274,3 +274,13 @@ async def close_gently(stream: trio.abc.Stream) -> None:
             pass
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
+
+
+async def say_goodbye(stream: TlsStream) -> None:
+    """Send the close_notify alert of TLS, and wait for the peer's.
+
+    Without it, a peer cannot tell the end from an attack that cuts the connection. It takes as long as the peer does:
+    put a limit around it. A peer that sends something else, or closes without an alert, ends it too.
+    """
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.unwrap()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -17,11 +19,12 @@ import trustme
 import catbus
 from catbus import Config, certificates
 from catbus.client import Disconnected
-from catbus.config import WebSocket, WebTransport
+from catbus.config import WebSocket, WebTransport, split_address
 from catbus.endpoints import listen
 from catbus.errors import ConfigError
 from tests.brokers import CONFIG, TOKEN
-from tests.endpoints.peers import Peer
+from tests.endpoints.peers import TEXT, UPGRADE, Peer, close_frame, masked
+from tests.programs import find_module, find_program
 from tests.volumes import Volume
 
 SESSIONS = 20
@@ -96,10 +99,18 @@ async def test_who_does_not_trust_it_is_not_connected(certificate: Renewed) -> N
         assert broker.hub.statistics().opened["websocket"] == 0
 
 
-async def open_tls(urls: Urls, certificate: Renewed) -> trio.SSLStream[trio.SocketStream]:
-    host, _, port = urls.websocket.removeprefix("wss://").removesuffix("/ws").rpartition(":")
+def place_of(urls: Urls) -> tuple[str, int]:
+    return split_address(urls.websocket.removeprefix("wss://").removesuffix("/ws"))
+
+
+async def open_tls(
+    urls: Urls, certificate: Renewed, maximum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+) -> trio.SSLStream[trio.SocketStream]:
     context = ssl.create_default_context(cadata=certificate.authority)
-    return await trio.open_ssl_over_tcp_stream(host, int(port), ssl_context=context, https_compatible=True)
+    context.maximum_version = maximum
+    stream = await trio.open_ssl_over_tcp_stream(*place_of(urls), ssl_context=context, https_compatible=True)
+    await stream.do_handshake()
+    return stream
 
 
 async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed) -> None:
@@ -117,9 +128,9 @@ async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
 ) -> None:
     monkeypatch.setattr(listen, "HANDSHAKE_TIME", 0.1)
     async with serving(certificate.config()) as (_, urls):
-        host, _, port = urls.websocket.removeprefix("wss://").removesuffix("/ws").rpartition(":")
+        host, port = place_of(urls)
         for said in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"\x16\x03\x01\xff\xff"):
-            async with await trio.open_tcp_stream(host, int(port)) as stream:
+            async with await trio.open_tcp_stream(host, port) as stream:
                 await stream.send_all(said)
                 with suppress(trio.BrokenResourceError):
                     while await stream.receive_some():
@@ -163,6 +174,218 @@ async def test_a_certificate_that_changes_under_load_costs_no_session(
             assert [(await anext(messages)).payload for _ in range(300)] == list(range(300))
     assert newcomers == 4
     assert lost == []
+
+
+# How a connection ends
+
+
+@asynccontextmanager
+async def flawless(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Urls]:
+    """A broker that logs no error, and counts no fault, until it has stopped."""
+    async with serving(certificate.config()) as (broker, urls):
+        yield urls
+        broker.stop()
+        await broker.wait_stopping()
+    assert broker.hub.scrape is not None
+    body, _ = broker.hub.scrape()
+    assert b'catbus_faults_total{transport="websocket"} 0' in body
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+
+
+LAST = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+NEXT = LAST.replace(b"close", b"keep-alive")
+
+
+async def test_curl_is_answered_and_the_connection_ends_cleanly(
+    certificate: Renewed, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    curl = find_program("curl", "curl")
+    authority = tmp_path / "ca.crt"
+    authority.write_text(certificate.authority)
+    async with flawless(certificate, caplog) as urls:
+        url = urls.websocket.replace("wss:", "https:").replace("/ws", "/ready")
+        for header in ("Connection: close", "Connection: keep-alive"):
+            for version in ("1.2", "1.3"):
+                command = [
+                    curl,
+                    "-sS",
+                    "--fail",
+                    "--tls-max",
+                    version,
+                    "--cacert",
+                    str(authority),
+                    "-H",
+                    header,
+                    url,
+                    url,
+                ]
+                done = await trio.run_process(command, capture_stdout=True)
+                assert done.stdout == b"ready\n" * 2
+
+
+async def answer_and_leave(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Answer the broker's close_notify, then close."""
+    assert await stream.receive_some() == b""
+    transport, _ = await stream.unwrap()
+    assert await transport.receive_some() == b""
+    await transport.aclose()
+
+
+async def leave_unanswered(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Take the broker's close_notify and answer nothing."""
+    assert await stream.receive_some() == b""
+    await stream.transport_stream.aclose()
+
+
+async def leave_unheard(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Close with the close_notify unread, which resets the connection."""
+    await stream.transport_stream.aclose()
+
+
+async def say_more(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Send a request instead of close_notify."""
+    with suppress(trio.BrokenResourceError):
+        await stream.send_all(NEXT)
+    await stream.transport_stream.aclose()
+
+
+async def garble(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Send what is no TLS record."""
+    with suppress(trio.BrokenResourceError):
+        await stream.transport_stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+        while await stream.transport_stream.receive_some():
+            pass
+    await stream.transport_stream.aclose()
+
+
+LEAVING = [answer_and_leave, leave_unanswered, leave_unheard, say_more, garble]
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+@pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_clean_close_is_no_fault(
+    certificate: Renewed,
+    caplog: pytest.LogCaptureFixture,
+    leave: Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]],
+    maximum: ssl.TLSVersion,
+) -> None:
+    async with flawless(certificate, caplog) as urls:
+        async with await open_tls(urls, certificate, maximum) as stream:
+            peer = Peer(stream)
+            await peer.send(LAST)
+            assert (await peer.response()).body == b"ready\n"
+            await leave(stream)
+        async with await open_tls(urls, certificate, maximum) as stream:
+            peer = Peer(stream)
+            await peer.upgrade()
+            await peer.send(close_frame(1000))
+            assert (await peer.frame()).code == 1000
+            await leave(stream)
+
+
+async def test_a_connection_that_is_cut_is_no_fault(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> None:
+    async with flawless(certificate, caplog) as urls:
+        for said in (b"", NEXT[:10], NEXT, LAST, UPGRADE, UPGRADE + masked(TEXT, b'{"type":"ping","seq":1}')):
+            async with await open_tls(urls, certificate) as stream:
+                await stream.send_all(said)
+                await stream.transport_stream.aclose()
+
+
+@pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_peer_that_has_said_goodbye_still_gets_its_answer(
+    certificate: Renewed, caplog: pytest.LogCaptureFixture, maximum: ssl.TLSVersion
+) -> None:
+    """Half-closed by TCP, or, from TLS 1.3 on, by a close_notify."""
+    async with flawless(certificate, caplog) as urls:
+        async with await open_tls(urls, certificate, maximum) as stream:
+            await stream.send_all(NEXT)
+            await stream.transport_stream.send_eof()
+            assert (await Peer(stream).response()).body == b"ready\n"
+            assert await stream.receive_some() == b""
+        if maximum is ssl.TLSVersion.TLSv1_3:
+            host, port = place_of(urls)
+            context = ssl.create_default_context(cadata=certificate.authority)
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(incoming, outgoing, server_hostname=host)
+            async with await trio.open_tcp_stream(host, port) as transport:
+
+                async def when_ready(step: Callable[[], Any]) -> Any:
+                    while True:
+                        try:
+                            return step()
+                        except ssl.SSLWantReadError:
+                            await transport.send_all(outgoing.read())
+                            incoming.write(bytes(await transport.receive_some()))
+                        except ssl.SSLZeroReturnError:
+                            return b""
+
+                await when_ready(tls.do_handshake)
+                tls.write(NEXT)
+                with suppress(ssl.SSLWantReadError):
+                    tls.unwrap()
+                received = b""
+                while part := await when_ready(partial(tls.read, 65_536)):
+                    received += part
+                assert received.endswith(b"\r\n\r\nready\n")
+
+
+async def test_a_connection_that_waits_is_told_goodbye_when_the_broker_stops(
+    certificate: Renewed, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with flawless(certificate, caplog) as urls:
+        stream = await open_tls(urls, certificate)
+        peer = Peer(stream)
+        await peer.send(NEXT)
+        assert (await peer.response()).status == 200
+    # An end without close_notify would be an error for a client that insists on it.
+    transport, rest = await stream.unwrap()
+    assert not rest
+    await transport.aclose()
+
+
+async def test_a_new_handshake_on_a_connection_is_refused(
+    certificate: Renewed, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    openssl = find_program("openssl", "openssl")
+    authority = tmp_path / "ca.crt"
+    authority.write_text(certificate.authority)
+    async with flawless(certificate, caplog) as urls:
+        host, port = place_of(urls)
+        command = [openssl, "s_client", "-connect", f"{host}:{port}", "-CAfile", str(authority), "-tls1_2"]
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(
+                partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT, check=False)
+            )  # fmt: skip
+            said = b""
+            while b"Verify return code" not in said:
+                said += await process.stdout.receive_some()
+            await process.stdin.send_all(b"R\n")
+            while part := await process.stdout.receive_some():
+                said += part
+            assert b"no renegotiation" in said
+
+
+async def test_node_and_this_client_leave_without_a_fault(
+    certificate: Renewed, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, module = find_program("nodejs", "node"), find_module("ws")
+    async with flawless(certificate, caplog) as urls:
+        await trio.run_process(
+            [node, "-e", NODE, str(module), urls.websocket, certificate.authority], capture_stdout=True
+        )
+        async with catbus.connect(urls.websocket, token=TOKEN, ca=certificate.authority) as bus:
+            assert await bus.publish("a", 1) == 1
+
+
+NODE = """
+const [, module, url, ca] = process.argv;
+const socket = new (require(module))(url, { ca });
+socket.on('open', () => socket.send('{"type":"ping","seq":1}'));
+socket.on('message', () => socket.close(1000));
+socket.on('error', (error) => { throw error; });
+socket.on('close', (code) => { process.exitCode = code === 1000 ? 0 : 1; });
+"""
 
 
 def test_tls_without_a_certificate_is_a_mistake_unless_only_this_machine_comes(tmp_path: Path) -> None:
