@@ -324,6 +324,8 @@ def test_secrets_do_not_show() -> None:
         ("postgres://me@db/x", "postgres://me@db/x"),
         ("postgres://me:p@ss:w@db/x", "postgres://me:***@db/x"),
         ("postgres://db/x?sslmode=require&password=p", "postgres://db/x?***"),
+        ("postgres://me:hunter?2=@db/x", "postgres://***"),
+        ("postgres://me:hunter/2@db/x", "postgres://me:***@db/x"),
     ],
 )
 def test_redact(url: str, shown: str) -> None:

@@ -38,7 +38,10 @@ def redact(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
-    rest, question, _ = rest.partition("?")
+    rest, question, parameters = rest.partition("?")
     credentials, at, place = rest.rpartition("@")
+    if not at and "@" in parameters and ":" in rest:
+        # The question mark stands in a password that was not escaped.
+        return f"{scheme}://***"
     user, colon, _ = credentials.partition(":")
     return f"{scheme}://{user}{':***' if colon else ''}{at}{place}{'?***' if question else ''}"

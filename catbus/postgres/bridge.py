@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -20,7 +21,7 @@ import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
 from ..loggers import get_logger
-from .urls import for_asyncpg
+from .urls import Target, find_targets
 
 logger = get_logger("catbus.postgres")
 
@@ -109,23 +110,24 @@ class Bridge:
         self.stray_errors += 1
         logger.error("error in a callback", reason=context.get("message"), exc_info=context.get("exception"))
 
-    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT) -> Connection:
+    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> Connection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.
 
-        libpq's parameters in the URL (`sslmode`, `sslrootcert` and the like) mean what they mean there.
+        libpq's parameters in the URL mean what `urls.PARAMETERS` says. `setting` is the one that the URL stands in.
         """
         with trio.move_on_after(timeout):
             while True:
                 pooled = url in self._pooled
                 try:
-                    connection: Connection = await self.cross(partial(self._open, for_asyncpg(url), pooled), _give_up)
-                except asyncpg.exceptions.ClientConfigurationError as error:
-                    raise ConfigError(f"[database] url: {error}") from None
+                    targets = find_targets(url)
                 except ConfigError as error:
+                    text = f"[database] {setting}: {error}"
                     if url in self._good:
                         # It was right, and files come and go: no reason to end everything.
-                        raise OSError(str(error)) from None
-                    raise
+                        raise OSError(text) from None
+                    raise ConfigError(text) from None
+                share = timeout if len(targets) == 1 else timeout / len(targets)
+                connection: Connection = await self.cross(partial(self._open, targets, share, pooled), _give_up)
                 self._good.add(url)
                 if connection.pooled == pooled:
                     self._connections.add(connection)
@@ -135,13 +137,13 @@ class Bridge:
                 (self._pooled.add if connection.pooled else self._pooled.discard)(url)
         raise TimeoutError(f"no connection within {timeout:g} s")
 
-    async def _open(self, url: str, pooled: bool) -> Connection:
+    async def _open(self, targets: Sequence[Target], share: float, pooled: bool) -> Connection:
         """A connection, with prepared statements unless it is expected to lead to a pooler.
 
         Behind a pooler the next statement may meet another server process, which has not prepared the same.
         """
         options = {"statement_cache_size": 0} if pooled else {"max_cached_statement_lifetime": 0}
-        raw = await asyncpg.connect(url, server_settings={"application_name": "catbus"}, **options)
+        raw = await _dial(targets, share, options)
         try:
             # Without a name, it is prepared and run before a pooler may give the server to somebody else.
             statement = await raw.prepare("SELECT pg_backend_pid()", name="")
@@ -173,6 +175,37 @@ class Bridge:
         if future.cancelled():
             raise OSError("the connection was given up")
         return future.result()
+
+
+async def _dial(targets: Sequence[Target], share: float, options: Mapping[str, Any]) -> Any:
+    """The first of the hosts that takes us, each within `share` seconds; raises what the last one has said.
+
+    As with libpq, a host that refuses the user or the password ends the search: the others would do the same.
+    """
+    for number, target in enumerate(targets, 1):
+        timeout = min(target.timeout or share, share)
+        try:
+            return await _dial_host(target, timeout, options)
+        except (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched) as error:
+            if number == len(targets):
+                if isinstance(error, TimeoutError):
+                    raise TimeoutError(f"no connection within {timeout:g} s") from None
+                raise
+    raise AssertionError("there is always a host")
+
+
+async def _dial_host(target: Target, timeout: float, options: Mapping[str, Any]) -> Any:
+    """Connect to one host, with TLS or without, as its ways have it."""
+    *ways, last = target.ways
+    for way in ways:
+        try:
+            return await asyncpg.connect(**target.arguments, ssl=way, timeout=timeout, **options)
+        except (ConnectionRefusedError, asyncpg.InvalidPasswordError, asyncpg.CannotConnectNowError):
+            # It would be the same the other way, and its error tells more.
+            raise
+        except (ConnectionError, ssl.SSLError, asyncpg.PostgresError):
+            pass
+    return await asyncpg.connect(**target.arguments, ssl=last, timeout=timeout, **options)
 
 
 def _stays_here(peer: socket.socket) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -170,7 +171,7 @@ async def _listen(bridge: Bridge, connection: Connection, settings: Database) ->
         return await _hear(connection, connection, "database.url")
     place = redact(settings.listen_url)
     try:
-        with await bridge.connect(settings.listen_url, settings.connect_timeout) as listening:
+        with await bridge.connect(settings.listen_url, settings.connect_timeout, setting="listen_url") as listening:
             if listening.pooled:
                 text = f"database.listen_url, {place}, leads to a pooler too"
                 return Finding("error", "notifications", text, "give it the address of PostgreSQL itself")
@@ -200,7 +201,8 @@ def _switch(on: bool) -> str:
 
 
 def _said(error: BaseException) -> str:
-    return f"{str(error).removeprefix('[database] url: ') or type(error).__name__}".splitlines()[0]
+    text = re.sub(r"^\[database\] \w+: ", "", str(error))
+    return (text or type(error).__name__).splitlines()[0]
 
 
 _ADVICE = (

@@ -327,9 +327,11 @@ class PostgresLog:
         raise TimeoutError("nobody can say whether the log is still the same")
 
     async def _connect_listener(self) -> Connection:
-        return await self._dial(self._settings.listen_url or self._url)
+        if self._settings.listen_url is None:
+            return await self._connect()
+        return await self._dial(self._settings.listen_url, "listen_url")
 
-    async def _dial(self, url: str) -> Connection:
+    async def _dial(self, url: str, setting: str = "url") -> Connection:
         if self._bridge is None:
             raise OSError("the log is not running")
-        return await self._bridge.connect(url, self._settings.connect_timeout)
+        return await self._bridge.connect(url, self._settings.connect_timeout, setting=setting)

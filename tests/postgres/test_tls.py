@@ -19,7 +19,6 @@ from catbus.errors import ConfigError
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
 from catbus.postgres.bridge import OUTAGE, open_bridge
-from catbus.postgres.urls import for_asyncpg
 from tests.log.harness import running
 from tests.postgres.bouncer import open_bouncer
 
@@ -128,6 +127,35 @@ async def test_the_authorities_of_the_system(server: Server, monkeypatch: pytest
         await is_encrypted(server.url(sslrootcert="system", sslmode="require"))
 
 
-def test_a_url_with_nothing_to_change_stays_as_it_is() -> None:
-    url = "postgres://a:b%2F@/c?host=%2Frun&sslmode=require"
-    assert for_asyncpg(url) == url
+async def test_without_tls_there_prefer_goes_on_without_and_allow_goes_on_with_it(
+    server: Server, database_url: str
+) -> None:
+    assert await is_encrypted(server.url(sslmode="prefer"))
+    assert await is_encrypted(server.url())
+    assert await is_encrypted(server.url(sslmode="allow"))
+    async with open_bouncer(database_url) as plain:
+        for mode in ("prefer", "allow"):
+            assert not await is_encrypted(plain.url.replace("disable", mode))
+
+
+async def test_versions_of_tls_are_kept_to(server: Server) -> None:
+    assert await is_encrypted(server.url(sslmode="require", ssl_min_protocol_version="TLSv1.3"))
+    assert await is_encrypted(server.url(sslmode="require", ssl_max_protocol_version="TLSv1.2"))
+
+
+async def test_a_file_without_a_certificate_in_it_is_an_error_that_names_it(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no certificate")
+    for name in ("sslrootcert", "sslcert", "sslcrl"):
+        others = {} if name == "sslrootcert" else {"sslrootcert": server.authority}
+        with pytest.raises(ConfigError, match=f"{name}: .*/notes"):
+            await is_encrypted(server.url(sslmode="verify-ca", **{name: tmp_path / "notes"}, **others))
+
+
+async def test_a_directory_of_revoked_certificates_that_is_none_is_an_error(server: Server) -> None:
+    with pytest.raises(ConfigError, match="sslcrldir: /no/such: not a directory"):
+        await is_encrypted(server.url(sslmode="verify-ca", sslrootcert=server.authority, sslcrldir="/no/such"))
+
+
+async def test_the_secrets_of_a_connection_are_written_where_that_is_asked_for(server: Server, tmp_path: Path) -> None:
+    assert await is_encrypted(server.url(sslmode="require", sslkeylogfile=tmp_path / "secrets"))
+    assert "CLIENT" in (tmp_path / "secrets").read_text()
