@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,7 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import catbus.cli
 from catbus.config import (
+    ENVIRONMENT,
     Auth,
     Config,
     Database,
@@ -20,12 +24,18 @@ from catbus.config import (
     Retention,
     WebSocket,
     default_state_directory,
+    differences,
+    find_weak_secrets,
     is_loopback,
     keys,
     load,
     parse_levels,
+    read,
     redact,
+    show,
     split_address,
+    variable,
+    weakness,
 )
 from catbus.errors import ConfigError
 
@@ -375,3 +385,185 @@ def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_setting_says_what_is_expected() -> None:
     assert all(keys().values())
     assert {"auth.secret", "state", "limits.message_size"} <= set(keys())
+
+
+# By environment
+
+EXAMPLES = {
+    "a duration": ("1m", 60.0),
+    "a size of": ("1GiB", 1 << 30),
+    "a size above": ("64KiB", 65_536),
+    "a whole number": ("12", 12),
+    "true or false": ("true", True),
+    "a path, or a list": ("a.json, b.json", ("a.json", "b.json")),
+    "a path": ("a/path", "a/path"),
+    "a secret: text that is not empty, or": ("one", ("one",)),
+    "a secret": ("one", "one"),
+    "text, or a list": ('["a", "b"]', ("a", "b")),
+    "an address": ("[::1]:1, 127.0.0.1:1", ("[::1]:1", "127.0.0.1:1")),
+    '"embedded"': ("embedded", "embedded"),
+    "a URL": ("postgres://db/x", "postgres://db/x"),
+    "log levels": ("warning", "warning"),
+    'one of "on"': ("off", "off"),
+    'one of "lossy"': ("lossless", "lossless"),
+    'one of "auto"': ("json", "json"),
+}
+"""By how the description of a setting begins: a value in the environment, and what it is."""
+
+
+@pytest.mark.parametrize("name", keys())
+def test_every_setting_can_be_given_by_environment(name: str) -> None:
+    text, value = next(found for begins, found in EXAMPLES.items() if keys()[name].startswith(begins))
+    together = {"CATBUS_WEBTRANSPORT_CERT": "c", "CATBUS_WEBTRANSPORT_KEY": "k", "CATBUS_WEBSOCKET_SILENCE": "70s"}
+    reading = read(environ={**together, variable(name): text})
+    section, _, key = name.rpartition(".")
+    found = getattr(reading.config, section) if section else reading.config
+    assert getattr(found, {"secret": "secrets"}.get(key, key)) == value
+    assert reading.sources[name] == variable(name)
+    assert not reading.warnings
+
+
+def test_variables_take_what_a_file_takes() -> None:
+    environ = {
+        "CATBUS_DRAIN_DELAY": "2.5",
+        "CATBUS_LIMITS_MAILBOX": "1000",
+        "CATBUS_WEBTRANSPORT_BIND": "[]",
+        "CATBUS_WEBSOCKET_BIND": '["[::1]:1"]',
+        "CATBUS_WEBSOCKET_TLS": "False",
+    }
+    config = load(environ=environ)
+    assert (config.drain.delay, config.limits.mailbox) == (2.5, 1000)
+    assert (config.webtransport.bind, config.websocket.bind) == ((), ("[::1]:1",))
+    assert config.websocket.tls is False
+
+
+@pytest.mark.parametrize("text", ["-1", "1e9", "12 sheep", "nan", "0x10", "1_0"])
+def test_a_wrong_amount_in_a_variable_is_named(text: str) -> None:
+    said = complaint(environ={"CATBUS_LIMITS_CONNECTIONS": text})
+    assert said.startswith("CATBUS_LIMITS_CONNECTIONS: expected a whole number above 0, found ")
+
+
+def test_no_two_settings_share_a_variable() -> None:
+    assert len({variable(name) for name in keys()}) == len(keys())
+    assert set(ENVIRONMENT.values()) == set(keys())
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("CATBUS_SECERT", "CATBUS_SECRET"),
+        ("CATBUS_SECRETS", "CATBUS_SECRET"),
+        ("catbus_secret", "CATBUS_SECRET"),
+        ("CATBUS_LIMIT_CONNECTIONS", "CATBUS_LIMITS_CONNECTIONS"),
+        ("CATBUS_TOKE", "CATBUS_TOKEN"),
+        ("CATBUS_DATABASE", "DATABASE_URL"),
+        ("CATBUS_PORT", ""),
+        ("CATBUS_XYZZY", ""),
+    ],
+)
+def test_a_variable_that_means_nothing_is_named_with_a_guess(name: str, guess: str) -> None:
+    [warning] = read(environ={name: "hunter2"}).warnings
+    assert warning.startswith(f"{name} is not a known variable")
+    assert warning.endswith(f"(did you mean {guess}?)" if guess else "has no effect")
+    assert "hunter2" not in warning
+
+
+@pytest.mark.parametrize(
+    "name", ["CATBUS_WS_SERVICE_HOST", "CATBUS_SERVICE_PORT_WEBSOCKET", "CATBUS_PORT", "CATBUS_WT_PORT_4433_UDP_ADDR"]
+)
+def test_variables_of_kubernetes_are_known(name: str) -> None:
+    assert read(environ={name: "tcp://10.0.0.1:8080", "PATH": "x", "RUST_LOG": "x=info"}).warnings == ()
+
+
+def test_variables_of_the_client_commands_are_known() -> None:
+    sources = "".join(path.read_text() for path in Path(catbus.cli.__file__).parent.glob("*.py"))
+    names = set(re.findall(r'envvar="(\w+)"', sources))
+    assert names
+    assert read(environ=dict.fromkeys(names, "x")).warnings == ()
+
+
+def test_of_two_variables_for_one_setting_the_one_without_effect_is_named() -> None:
+    reading = read(environ={"CATBUS_WS_BIND": "127.0.0.1:1", "CATBUS_WEBSOCKET_BIND": "127.0.0.1:2"})
+    assert reading.config.websocket.bind == ("127.0.0.1:2",)
+    assert reading.warnings == ("CATBUS_WS_BIND has no effect, as CATBUS_WEBSOCKET_BIND sets websocket.bind, too",)
+    assert not read(environ={"RUST_LOG": "info", "CATBUS_LOG": "debug"}).warnings
+
+
+def test_each_value_says_where_it_comes_from(tmp_path: Path) -> None:
+    path = write(tmp_path, '[limits]\nconnections = 1\nrecent = 1\nmailbox = 1\n[auth]\nsecret = "hunter2"\n')
+    environ = {"CATBUS_LIMITS_RECENT": "2", "CATBUS_LIMITS_MAILBOX": "2"}
+    reading = read(path, environ, {"limits.mailbox": 3}, {"database.url": "embedded", "limits.recent": 9})
+    assert reading.sources == {
+        "limits.connections": str(path),
+        "limits.recent": "CATBUS_LIMITS_RECENT",
+        "limits.mailbox": "command line",
+        "auth.secret": str(path),
+    }
+    assert (reading.config.limits.recent, reading.config.limits.mailbox) == (2, 3)
+    assert show(reading.config, "limits.mailbox") == "3"
+    assert show(reading.config, "state") == "none"
+    assert "hunter2" not in show(reading.config, "auth.secret")
+    assert show(load(environ={"DATABASE_URL": "postgres://me:hunter2@db/x"}), "database.url") == (
+        '"postgres://me:***@db/x"'
+    )
+
+
+def test_differences_are_named() -> None:
+    one, other = load(), load(environ={"CATBUS_STATE": "x", "CATBUS_DRAIN_DELAY": "1", "CATBUS_SECRET": "y"})
+    assert differences(one, other) == ["state", "auth.secret", "drain.delay"]
+    assert differences(one, load()) == []
+
+
+def documented() -> str:
+    """The table of docs/configuration.md."""
+    rows = []
+    for name, expected in keys().items():
+        names = [each for each, setting in ENVIRONMENT.items() if setting == name]
+        rows.append(f"| `{name}` | {', '.join(f'`{each}`' for each in names)} | {expected} |")
+    return "\n".join(rows)
+
+
+def test_the_documentation_has_every_setting_with_its_variables() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert f"|---|---|---|\n{documented()}\n\n" in text
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("secret", "why"),
+    [
+        ("abc", "has fewer than 32 bytes"),
+        ("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXz", "has fewer than 32 bytes"),
+        ("é" * 15, "has fewer than 32 bytes"),
+        ("x" * 64, "repeats itself"),
+        ("0123456789abcdef" * 4, "repeats itself"),
+        ("q7Lw2pT5rYb8nHd1" * 3, "repeats itself"),
+        ("abcdefghijklmnopqrstuvwxyz0123456789", "follows the alphabet"),
+        ("your-super-secret-jwt-signing-key-change-me", "is made of words"),
+        ("CHANGE_ME_to_a_long_random_string_please", "is made of words"),
+        ("development-secret-of-docker-compose", "stands in the documentation"),
+        ("development-secret-of-the-dev-overlay", "stands in the documentation"),
+        ("an example secret, not for use", "stands in the documentation"),
+        ("your-secure-signing-secret", "stands in the documentation"),
+    ],
+)
+def test_a_secret_that_can_be_guessed(secret: str, why: str) -> None:
+    assert str(weakness(secret)).startswith(why)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_random_secret_has_no_weakness(seed: int) -> None:
+    data = random.Random(seed).randbytes(32)
+    for secret in (data.hex(), data[:16].hex(), base64.b64encode(data).decode(), base64.b64encode(data[:24]).decode()):
+        assert weakness(secret) is None, secret
+
+
+def test_every_secret_counts_and_none_is_shown() -> None:
+    good = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
+    config = Config(auth=Auth(secrets=(good, "hunter2"), admin_key="hunter2-admin"))
+    assert find_weak_secrets(config) == [
+        "secret 2 has fewer than 32 bytes", "the admin key has fewer than 32 bytes",
+    ]  # fmt: skip
+    assert find_weak_secrets(Config(auth=Auth(secrets=(good,), admin_key=good[::-1]))) == []

@@ -18,7 +18,7 @@ import trio
 from cryptography import x509
 
 from ..certificates import CertificateSource
-from ..config import Config, load, split_address
+from ..config import MAKE_ONE, Config, Reading, find_weak_secrets, read, show, split_address
 from ..endpoints.listen import SPARE_FILES
 from ..errors import ConfigError
 from ..postgres.binaries import find_binaries
@@ -28,7 +28,6 @@ from ..wire import to_json
 from .database import directory_of
 from .options import config_option, database_option, state_option
 
-SHORTEST_SECRET = 16
 RENEWAL = timedelta(days=14)
 """A certificate with less left than this should have been renewed."""
 PATIENCE = 2.0
@@ -71,29 +70,40 @@ def _line(finding: Finding) -> str:
 
 def _look(path: Path | None, given: Mapping[str, object], tell: Tell) -> None:
     try:
-        config = load(path, os.environ, given)
+        reading = read(path, os.environ, given)
     except ConfigError as error:
         tell(Finding("error", "configuration", str(error)))
         return
+    config = reading.config
     tell(Finding("ok", "configuration", f"{path or 'no file'}, and the environment"))
+    for finding in _settings(reading):
+        tell(finding)
     for look in (_secret, _certificate, _ports, _files):
         for finding in look(config):
             tell(finding)
-    _look_at_database(config, tell)
+    _look_at_database(reading, tell)
+
+
+def _settings(reading: Reading) -> Iterator[Finding]:
+    """Where each setting comes from that has not its default, and the variables that set nothing."""
+    for name, source in sorted(reading.sources.items()):
+        yield Finding("ok", "setting", f"{name} = {show(reading.config, name)} ({source})")
+    for text in reading.warnings:
+        yield Finding("warning", "environment", text, "correct its name, or unset it")
 
 
 def _secret(config: Config) -> Iterator[Finding]:
-    secrets = config.auth.secrets
+    secrets, weak = config.auth.secrets, find_weak_secrets(config)
     if not secrets and not config.loopback:
-        advice = "set CATBUS_SECRET, for example to the output of `openssl rand -hex 32`"
+        advice = f"set CATBUS_SECRET, for example to the output of `{MAKE_ONE}`"
         yield Finding("error", "secret", "there is none, and others can reach this broker", advice)
     elif not secrets:
         yield Finding("ok", "secret", "one is made and kept, as only this machine can reach the broker")
-    elif min(map(len, secrets)) < SHORTEST_SECRET:
-        text = f"one has fewer than {SHORTEST_SECRET} characters, and can be guessed from any token"
-        yield Finding("warning", "secret", text, "use the output of `openssl rand -hex 32`")
-    else:
+    elif not weak:
         yield Finding("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
+    bearable = config.loopback or config.auth.allow_weak_secrets
+    for text in weak:
+        yield Finding("warning" if bearable else "error", "secret", text, f"use the output of `{MAKE_ONE}`")
 
 
 def _certificate(config: Config) -> Iterator[Finding]:
@@ -192,11 +202,14 @@ def _files(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
 
 
-def _look_at_database(config: Config, tell: Tell) -> None:
+def _look_at_database(reading: Reading, tell: Tell) -> None:
+    config = reading.config
     settings = config.database
     if settings.url == "memory":
         text = "in memory: the log ends with the process, and no other replica has it"
-        tell(Finding("warning", "database", text, "set DATABASE_URL to keep it"))
+        unasked = not config.loopback and "database.url" not in reading.sources
+        advice = "set DATABASE_URL to keep it" + (", or to memory where that is meant" if unasked else "")
+        tell(Finding("error" if unasked else "warning", "database", text, advice))
         return
     if settings.url == "embedded":
         directory = directory_of(config)

@@ -50,14 +50,24 @@ def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] 
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    _set_levels(parse_levels(levels))
+    set_levels(levels)
 
 
-def _set_levels(levels: dict[str, int]) -> None:
-    logging.getLogger().setLevel(levels.pop("", logging.WARNING))
-    for name, level in levels.items():
+def set_levels(levels: str) -> None:
+    """Let each logger say what `levels` has for it, in place of what an earlier call had."""
+    for name in _set_before:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    _set_before.clear()
+    wanted = parse_levels(levels)
+    logging.getLogger().setLevel(wanted.pop("", logging.WARNING))
+    for name, level in wanted.items():
         for each in (name, *_ALIASES.get(name, ())):
             logging.getLogger(each).setLevel(level)
+            _set_before.add(each)
+
+
+_set_before: set[str] = set()
+"""Loggers with a level of their own."""
 
 
 _FIRST = ("timestamp", "level", "logger", "event")

@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import click
@@ -16,14 +16,25 @@ import msgspec
 import trio
 
 from ..broker import Broker, serve
-from ..config import Config, default_state_directory, load, redact
+from ..config import MAKE_ONE, Config, Reading, default_state_directory, differences, find_weak_secrets, read, redact
 from ..errors import ConfigError
 from ..loggers import get_logger
 from .development import DEFAULT_URL, development_token, keep_secret
-from .logs import configure
+from .logs import configure, set_levels
 from .options import config_option, database_option, state_option
 
 logger = get_logger("catbus.run")
+
+NO_DATABASE = (
+    "no database is set, and others can reach this broker: set DATABASE_URL to postgres://..., or give --database "
+    "embedded, or --database memory for a log that ends with the process"
+)
+STRONGER = (
+    f"use the output of `{MAKE_ONE}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080); to try it all the "
+    "same, set auth.allow_weak_secrets (CATBUS_AUTH_ALLOW_WEAK_SECRETS=true)"
+)
+TAKEN = frozenset({"logging.levels"})
+"""Settings that a running broker takes when they change."""
 
 
 @click.command("run", short_help="Run a broker.")
@@ -39,10 +50,12 @@ def command(
 ) -> None:
     """Run a broker. The first SIGTERM or Ctrl-C stops it in order, the second at once.
 
-    SIGHUP has it read its certificate anew, which it also does by itself when the files change.
+    SIGHUP has it read its certificate anew, which it also does by itself when the files change, and its log levels.
+    The log names the other settings that have changed since: they take a restart.
 
     Settings come from the file that --config names, then from the environment (DATABASE_URL, CATBUS_SECRET,
-    CATBUS_WS_BIND, CATBUS_LOG, ...), then from options; what comes later wins.
+    CATBUS_WS_BIND, CATBUS_LOG, and CATBUS_SECTION_NAME for any setting), then from options; what comes later wins.
+    `catbus check` says where each comes from.
 
     \b
     Examples:
@@ -56,17 +69,35 @@ def command(
         "state": state,
         "logging.levels": levels,
     }
-    settings, token = with_secret(load(config, os.environ, given))
+    reading = read(config, os.environ, given)
+    refuse_exposure(reading.config, reading.sources)
+    settings, token = with_secret(reading.config)
     configure(
         settings.logging.levels,
         settings.logging.format,
         sys.stdout,
         secrets=[*settings.auth.secrets, settings.auth.admin_key or ""],
     )
+    for text in (*reading.warnings, *find_weak_secrets(reading.config)):
+        logger.warning(text)
     _allow_open_files()
-    status = trio.run(supervise, settings, token)
+    status = trio.run(supervise, settings, token, Reload(reading.config, lambda: read(config, os.environ, given)))
     if status:
         raise click.exceptions.Exit(status)
+
+
+def refuse_exposure(config: Config, sources: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where others can reach the broker and it would lose its log, or admit who guesses.
+
+    `sources` names the settings that somebody has set.
+    """
+    if config.loopback:
+        return
+    if "database.url" not in sources:
+        raise ConfigError(NO_DATABASE)
+    weak = find_weak_secrets(config)
+    if weak and not config.auth.allow_weak_secrets:
+        raise ConfigError(f"{weak[0]}, and others can reach this broker: {STRONGER}")
 
 
 def with_secret(config: Config) -> tuple[Config, str | None]:
@@ -79,15 +110,45 @@ def with_secret(config: Config) -> tuple[Config, str | None]:
     if not config.loopback:
         raise ConfigError(
             "there is no secret to verify tokens with, and others can reach this broker: set CATBUS_SECRET, for "
-            "example to the output of `openssl rand -hex 32`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
+            f"example to the output of `{MAKE_ONE}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
         )
     secret = keep_secret(config.state_directory)
     auth = msgspec.structs.replace(config.auth, secrets=(secret,))
     return msgspec.structs.replace(config, auth=auth), development_token(secret)
 
 
-async def supervise(config: Config, token: str | None) -> int:
-    """Serve until a signal says otherwise. Returns the exit status."""
+class Reload:
+    """What SIGHUP does, beside the certificate: read the configuration again, and say what of it is taken."""
+
+    def __init__(self, config: Config, read_again: Callable[[], Reading]) -> None:
+        self._config = config
+        self._read_again = read_again
+
+    def __call__(self) -> None:
+        """Take what can be taken, and log the names of the rest."""
+        try:
+            reading = self._read_again()
+        except ConfigError as error:
+            logger.warning("the configuration cannot be read again, all settings stay", reason=str(error))
+            return
+        for text in reading.warnings:
+            logger.warning(text)
+        changed = differences(self._config, reading.config)
+        taken = [name for name in changed if name in TAKEN]
+        left = [name for name in changed if name not in TAKEN]
+        if taken:
+            set_levels(reading.config.logging.levels)
+            self._config = msgspec.structs.replace(
+                self._config,
+                logging=msgspec.structs.replace(self._config.logging, levels=reading.config.logging.levels),
+            )
+        logger.info("read the configuration again", taken=taken, unchanged=not changed)
+        if left:
+            logger.warning("settings have changed that take a restart", settings=left)
+
+
+async def supervise(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:
+    """Serve until a signal says otherwise; `reload` is called on SIGHUP. Returns the exit status."""
     status = 0
     broker: Broker | None = None
     # With a terminal, SIGHUP means that it is gone, and the broker goes with it.
@@ -101,6 +162,7 @@ async def supervise(config: Config, token: str | None) -> int:
                 stopping = False
                 async for number in signals:
                     if number == signal.SIGHUP and reloads:
+                        reload()
                         if broker is not None:
                             broker.reload()
                         continue

@@ -1,8 +1,10 @@
 """How a broker is set up: built-in defaults, then a TOML file, then the environment, then the command line."""
 
 from .addresses import is_loopback, join_address, redact, split_address
+from .environment import variable
+from .exposure import MAKE_ONE, find_weak_secrets, weakness
 from .levels import parse_levels
-from .reading import ENVIRONMENT, keys, load
+from .reading import ENVIRONMENT, Reading, differences, keys, load, read, show
 from .settings import (
     Auth,
     Config,
@@ -19,22 +21,30 @@ from .values import parse_duration
 
 __all__ = [
     "ENVIRONMENT",
+    "MAKE_ONE",
     "Auth",
     "Config",
     "Database",
     "Drain",
     "Limits",
     "Logging",
+    "Reading",
     "Retention",
     "WebSocket",
     "WebTransport",
     "default_state_directory",
+    "differences",
+    "find_weak_secrets",
     "is_loopback",
     "join_address",
     "keys",
     "load",
     "parse_duration",
     "parse_levels",
+    "read",
     "redact",
+    "show",
     "split_address",
+    "variable",
+    "weakness",
 ]

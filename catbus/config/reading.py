@@ -5,27 +5,28 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .levels import parse_levels
+from .addresses import redact
+from .environment import find_misspelt, known_directives, parse_variable, variables
 from .settings import Config, sections, settings, unknown
 from .values import convert, expected, found, mistake
 
-ENVIRONMENT = {
-    "DATABASE_URL": "database.url",
-    "CATBUS_LISTEN_URL": "database.listen_url",
-    "CATBUS_SECRET": "auth.secret",
-    "CATBUS_ADMIN_KEY": "auth.admin_key",
-    "CATBUS_WS_BIND": "websocket.bind",
-    "CATBUS_WS_TLS": "websocket.tls",
-    "CATBUS_BIND": "webtransport.bind",
-    "CATBUS_CERT": "webtransport.cert",
-    "CATBUS_KEY": "webtransport.key",
-    "RUST_LOG": "logging.levels",
-    "CATBUS_LOG": "logging.levels",
-    "CATBUS_STATE": "state",
-}
+ENVIRONMENT = variables(settings())
 """Which setting a variable stands for. Of two for one setting, the later wins."""
+
+_DEFAULT = "default"
+
+
+class Reading(NamedTuple):
+    """A configuration, and where it comes from."""
+
+    config: Config
+    sources: Mapping[str, str]
+    """By dotted name, what set a setting: a file, a variable, or "command line". The others have their defaults."""
+    warnings: tuple[str, ...]
+    """Sentences about variables that have no effect."""
 
 
 def load(
@@ -34,6 +35,16 @@ def load(
     overrides: Mapping[str, object] | None = None,
     defaults: Mapping[str, object] | None = None,
 ) -> Config:
+    """The configuration that `read` reads."""
+    return read(path, environ, overrides, defaults).config
+
+
+def read(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
+    defaults: Mapping[str, object] | None = None,
+) -> Reading:
     """Read a configuration: the file at `path`, then `environ`, then `overrides`; what comes later wins.
 
     `overrides` maps dotted names such as `database.url` to values; None stands for "not given", and so does an
@@ -42,16 +53,35 @@ def load(
     """
     draft = _Draft()
     for name, value in (defaults or {}).items():
-        draft.put("default", name, name, value)
+        draft.put(_DEFAULT, name, name, value)
     if path is not None:
         draft.read_file(path)
-    for variable, name in ENVIRONMENT.items():
-        if text := (environ or {}).get(variable, "").strip():
-            draft.put(variable, "", name, _from_environment(variable, text))
+    draft.read_environment(environ or {})
     for name, value in (overrides or {}).items():
         if value is not None:
             draft.put("command line", name, name, value)
-    return draft.config()
+    sources = {name: place for name, place in draft.places.items() if place != _DEFAULT}
+    return Reading(draft.config(), sources, (*draft.warnings, *find_misspelt(environ or {}, ENVIRONMENT)))
+
+
+def show(config: Config, name: str) -> str:
+    """The value of a setting as TOML has it, without what is secret; "none" where it has no value."""
+    setting, value = settings()[name], _value(config, name)
+    if value is None:
+        return "none"
+    if not setting.hidden:
+        return found(value)
+    return found(redact(value) if name.startswith("database.") else "***")
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """The dotted names of the settings that differ."""
+    return [name for name in settings() if _value(one, name) != _value(other, name)]
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, _ = name.rpartition(".")
+    return getattr(getattr(config, section) if section else config, settings()[name].field)
 
 
 def keys() -> dict[str, str]:
@@ -59,13 +89,12 @@ def keys() -> dict[str, str]:
     return {name: expected(setting.hint) for name, setting in settings().items()}
 
 
-_SHORTEST_OF_SEVERAL = 16
-
-
 class _Draft:
     """Values as they come in, each checked where it comes from, so that an error can name its place."""
 
     def __init__(self) -> None:
+        self.places: dict[str, str] = {}
+        self.warnings: list[str] = []
         self._values: dict[str, object] = {}
 
     def read_file(self, path: Path) -> None:
@@ -91,6 +120,17 @@ class _Draft:
         for key, value in table.items():
             self.put(place, f"[{section}] {key}", f"{section}.{key}", value, base)
 
+    def read_environment(self, environ: Mapping[str, str]) -> None:
+        taken: dict[str, tuple[str, str]] = {}
+        for variable, name in ENVIRONMENT.items():
+            if text := environ.get(variable, "").strip():
+                other, said = taken.get(name, (variable, text))
+                if said != text and other != "RUST_LOG":
+                    self.warnings.append(f"{other} has no effect, as {variable} sets {name}, too")
+                taken[name] = variable, text
+                text = known_directives(text) if variable == "RUST_LOG" else text
+                self.put(variable, "", name, parse_variable(name, settings()[name].hint, text))
+
     def put(self, place: str, label: str, name: str, value: object, base: Path | None = None) -> None:
         """Take a value for the setting `name`. Paths in a file are relative to its directory, `base`."""
         where = f"{place}: {label}" if label else place
@@ -101,6 +141,7 @@ class _Draft:
             self._values[name] = convert(setting.hint, value, base)
         except ValueError:
             raise ConfigError(f"{where}: {mistake(setting.hint, value, hidden=setting.hidden)}") from None
+        self.places[name] = place
 
     def config(self) -> Config:
         parts: dict[str, dict[str, object]] = {"": {}, **{section: {} for section in sections()}}
@@ -108,33 +149,3 @@ class _Draft:
             parts[name.rpartition(".")[0]][settings()[name].field] = value
         made = {name: section(**parts[name]) for name, section in sections().items()}
         return Config(**made, **parts[""])  # type: ignore[arg-type]
-
-
-def _from_environment(variable: str, text: str) -> object:
-    match variable:
-        case "CATBUS_SECRET":
-            # A comma may well stand in a secret that is in use. Only where every part would do as a secret are
-            # they several, and then the whole still verifies.
-            parts = [part.strip() for part in text.split(",")]
-            several = len(parts) > 1 and all(len(part) >= _SHORTEST_OF_SEVERAL for part in parts)
-            return [*parts, text] if several else [text]
-        case "CATBUS_BIND" | "CATBUS_WS_BIND":
-            return [part.strip() for part in text.split(",")]
-        case "CATBUS_WS_TLS":
-            return {"true": True, "false": False}.get(text.lower(), text)
-        case "RUST_LOG":
-            return _known_directives(text)
-        case _:
-            return text
-
-
-def _known_directives(text: str) -> str:
-    """What of a RUST_LOG means something here; the rest was written for another program and is no mistake."""
-    kept = []
-    for directive in text.replace("::", ".").split(","):
-        try:
-            parse_levels(directive)
-        except ValueError:
-            continue
-        kept.append(directive.strip())
-    return ",".join(kept) or "catbus=info"

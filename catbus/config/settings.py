@@ -100,6 +100,8 @@ class Auth(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
     secrets: tuple[Secret, ...] = ()
     admin_key: Secret | None = None
     jwt: tuple[File, ...] = ()
+    allow_weak_secrets: Switch = False
+    """Whether others may reach a broker whose secret can be guessed; for trying it."""
 
 
 class WebSocket(Section, frozen=True, kw_only=True):
@@ -148,11 +150,14 @@ class Limits(Section, frozen=True, kw_only=True):
 
 
 class Drain(Section, frozen=True, kw_only=True):
-    """How a broker leaves: not ready for `delay`, sends its clients away over `window`, closes after `deadline`."""
+    """How a broker stops. Each of the three ends early when no client is left, but for `delay`."""
 
-    delay: Duration = 5.0
+    delay: Duration = 0.0
+    """How long it is not ready and goes on, for a load balancer that has to see it."""
     window: Duration = 5.0
+    """Over how long clients are told to leave, at most; few clients need less."""
     deadline: Duration = 10.0
+    """How long what clients have sent may take to be answered, and connections to close."""
 
 
 class Logging(Section, frozen=True, kw_only=True):

@@ -7,8 +7,9 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -67,16 +68,21 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Run the command in a process, which does not outlive the test."""
     processes = []
 
-    def run(*arguments: str, state: Path = tmp_path / "state", secret: str = "") -> subprocess.Popen[str]:
+    def run(
+        *arguments: str,
+        state: Path = tmp_path / "state",
+        secret: str = "",
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **options: Any,
+    ) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CATBUS_")}
         environment |= {"CATBUS_SECRET": secret} if secret else {}
         process = subprocess.Popen(
             [sys.executable, "-m", "catbus", *arguments],
-            env={**environment, "CATBUS_STATE": str(state)},
+            env={**environment, "CATBUS_STATE": str(state), **variables},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
         processes.append(process)
         return process

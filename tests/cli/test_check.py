@@ -21,7 +21,7 @@ from tests.cli.conftest import Command, Start, next_event
 from tests.postgres.bouncer import open_bouncer
 from tests.postgres.server import execute, to_database
 
-SECRET = "a secret that is long enough"
+SECRET = "a secret that is long enough and has words of its own"
 
 Found = dict[str, tuple[str, str, str]]
 """What was found, by name: level, text, advice."""
@@ -69,9 +69,47 @@ def test_a_configuration_that_cannot_be_read(catbus: Command, tmp_path: Path) ->
     assert 'did you mean "url"?' in found["configuration"][1]
 
 
+def test_each_setting_says_where_it_comes_from_and_misspelt_variables_are_named(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CATBUS_LIMITS_CONECTIONS", "5")
+    status, output, _ = catbus("check", "--database", "memory", "--strict")
+    assert status == 1
+    assert 'ok       setting        database.url = "memory" (command line)\n' in output
+    assert 'ok       setting        websocket.bind = ["127.0.0.1:0"] (CATBUS_WS_BIND)\n' in output
+    assert 'ok       setting        auth.secret = "***" (CATBUS_SECRET)\n' in output
+    assert "warning  environment    CATBUS_LIMITS_CONECTIONS is not a known variable" in output
+    assert "(did you mean CATBUS_LIMITS_CONNECTIONS?)" in output
+    assert SECRET not in output
+
+
+def test_memory_has_to_be_asked_for_where_others_can_reach_the_broker(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(catbus)[1]["database"][0] == "warning"
+    monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
+    status, found = run(catbus)
+    assert (status, found["database"][0]) == (1, "error")
+    assert "or to memory where that is meant" in found["database"][2]
+    status, found = run(catbus, "--database", "memory")
+    assert (status, found["database"][0]) == (0, "warning")
+
+
 def test_secrets(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", "short")
-    assert run(catbus)[1]["secret"][0] == "warning"
+    level, text, advice = run(catbus)[1]["secret"]
+    assert (level, text) == ("warning", "the secret has fewer than 32 bytes")
+    assert "openssl rand -hex 32" in advice
+    monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
+    assert run(catbus, "--database", "memory")[0] == 1
+    monkeypatch.setenv("CATBUS_AUTH_ALLOW_WEAK_SECRETS", "true")
+    assert run(catbus, "--database", "memory")[0] == 0
+    monkeypatch.setenv("CATBUS_SECRET", SECRET)
+    monkeypatch.setenv("CATBUS_ADMIN_KEY", "short")
+    assert run(catbus)[1]["secret"][:2] == ("warning", "the admin key has fewer than 32 bytes")
+    for name in ("CATBUS_ADMIN_KEY", "CATBUS_AUTH_ALLOW_WEAK_SECRETS"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CATBUS_WS_BIND", "127.0.0.1:0")
     monkeypatch.delenv("CATBUS_SECRET")
     assert run(catbus)[1]["secret"][:2] == ("ok", "one is made and kept, as only this machine can reach the broker")
     monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")

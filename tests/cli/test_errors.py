@@ -99,6 +99,38 @@ def test_wrong_surroundings(catbus: Command, arguments: list[str], part: str) ->
     assert "hunter2" not in line
 
 
+STRONG = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "parts"),
+    [
+        ({"SECRET": STRONG}, [], ["no database is set", "DATABASE_URL", "--database memory"]),
+        ({"SECRET": STRONG, "CERT": "c", "KEY": "k", "WS_BIND": "127.0.0.1:0"}, [], ["no database is set"]),
+        ({"SECRET": "abc"}, ["--database", "memory"], ["the secret has fewer than 32 bytes", "openssl rand -hex 32"]),
+        ({"SECRET": f"{STRONG},short-secret-of-before"}, ["--database", "memory"], ["secret 2 has fewer than 32"]),
+        ({"SECRET": STRONG, "ADMIN_KEY": "root"}, ["--database", "memory"], ["the admin key has fewer than 32 bytes"]),
+        ({"SECRET": "changeme" * 5}, ["--database", "embedded"], ["the secret repeats itself"]),
+    ],
+)
+def test_a_broker_that_others_can_reach_does_not_start(
+    catbus: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    arguments: list[str],
+    parts: list[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"CATBUS_{name}", value)
+    status, output, errors = catbus("run", *arguments)
+    assert (status, output) == (1, "")
+    [line] = errors.splitlines()
+    for part in parts:
+        assert part in line
+    for value in variables.values():
+        assert len(value) < 10 or value not in line
+
+
 def test_a_wrong_file_is_named_with_the_key(catbus: Command, tmp_path: Path) -> None:
     path = tmp_path / "catbus.toml"
     path.write_text("[limits]\nmessage_size = true\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +16,7 @@ from catbus.cli import run
 from catbus.cli.development import development_token, read_secret
 from catbus.config import Auth, Config, Logging, WebSocket
 from catbus.errors import ConfigError
+from tests.cli.conftest import Start, next_event
 
 LOCAL = WebSocket(bind=("127.0.0.1:0",))
 
@@ -110,6 +113,58 @@ def test_without_a_secret_it_does_not_open_to_others(tmp_path: Path) -> None:
 def test_a_secret_that_is_given_is_the_secret() -> None:
     config = Config(auth=Auth(secrets=("given",)))
     assert run.with_secret(config) == (config, None)
+
+
+def test_a_broker_that_others_can_reach_starts_with_what_was_asked_for() -> None:
+    strong = Auth(secrets=("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV",))
+    asked = {"database.url": "command line"}
+    run.refuse_exposure(Config(auth=strong), asked)
+    run.refuse_exposure(Config(auth=Auth(secrets=("abc",)), websocket=LOCAL), {})
+    run.refuse_exposure(Config(auth=Auth(secrets=("abc",), allow_weak_secrets=True)), asked)
+    with pytest.raises(ConfigError, match="--database memory"):
+        run.refuse_exposure(Config(auth=strong), {})
+    with pytest.raises(ConfigError, match="openssl rand -hex 32"):
+        run.refuse_exposure(Config(auth=Auth(secrets=("abc",))), asked)
+
+
+def test_a_weak_secret_and_a_misspelt_variable_are_warnings_on_this_machine(start: Start, tmp_path: Path) -> None:
+    config = tmp_path / "catbus.toml"
+    config.write_text("[auth]\nsecret = 'abc'\nadmin_key = 'def'\n")
+    process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0", variables={"CATBUS_ADMIN_KEI": "x"})
+    for text in (
+        "CATBUS_ADMIN_KEI is not a known variable and has no effect (did you mean CATBUS_ADMIN_KEY?)",
+        "the secret has fewer than 32 bytes",
+        "the admin key has fewer than 32 bytes",
+    ):
+        assert next_event(process, text)["level"] == "warning"
+    next_event(process, "serving")
+
+
+def test_sighup_takes_log_levels_and_names_what_takes_a_restart(start: Start, tmp_path: Path) -> None:
+    config = tmp_path / "catbus.toml"
+    config.write_text("[limits]\nconnections = 10\n")
+    process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0")
+    next_event(process, "serving")
+
+    def reload(text: str) -> dict[str, Any]:
+        config.write_text(text)
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        for line in process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if "configuration" in event["event"]:
+                return event
+        pytest.fail("it ended")
+
+    assert reload("[limits]\nconnections = 10\n")["unchanged"] is True
+    levels = "[logging]\nlevels = 'catbus=debug'\n"
+    assert reload(levels + "[limits]\nconnections = 10\n")["taken"] == ["logging.levels"]
+    assert reload(levels + "[limits]\nconnections = 11\n[auth]\nadmin_key = 'hunter2'\n")["taken"] == []
+    left = next_event(process, "settings have changed that take a restart")
+    assert (left["settings"], left["level"]) == (["auth.admin_key", "limits.connections"], "warning")
+    wrong = reload("[limits]\nconnections = true\n")
+    assert "connections: expected a whole number" in wrong["reason"]
+    assert "hunter2" not in json.dumps([left, wrong])
 
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:

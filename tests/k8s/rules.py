@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from catbus.config import Config
+from catbus.config import Config, load
 from catbus.config.addresses import split_address
 from catbus.config.reading import ENVIRONMENT
 from catbus.endpoints.routes import ROUTES
 from catbus.metrics import METRICS
 from tests.k8s.manifests import Document, named, of_kind
+
+HIDDEN = {"auth.secret", "auth.admin_key", "database.url", "database.listen_url"}
+"""Settings that a manifest does not show."""
 
 Rule = Callable[[list[Document]], Iterator[str]]
 
@@ -408,7 +411,7 @@ def the_environment_is_understood(documents: list[Document]) -> Iterator[str]:
     yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
     yield from (f"{name} is missing" for name in {"DATABASE_URL", "CATBUS_SECRET"} - set(names))
     for env in container["env"]:
-        if ("SECRET" in env["name"] or "URL" in env["name"]) and "value" in env:
+        if ENVIRONMENT.get(env["name"]) in HIDDEN and "value" in env:
             yield f"{env['name']} stands there for everybody to read"
 
 
@@ -435,9 +438,9 @@ def accounts_give_no_token(documents: list[Document]) -> Iterator[str]:
 
 @rule
 def there_is_time_to_drain(documents: list[Document]) -> Iterator[str]:
-    drain = Config().drain
     for pod, container in containers(documents):
         if container["name"] == "catbus":
+            drain = load(None, {env["name"]: env["value"] for env in container["env"] if "value" in env}).drain
             [before] = [int(command[-1]) for command in fields(container["lifecycle"]["preStop"], "command")]
             needed = before + drain.delay + drain.window + drain.deadline
             grace = pod["spec"]["terminationGracePeriodSeconds"]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from catbus.config import Config, load
-from catbus.config.reading import ENVIRONMENT
+from catbus.cli.run import refuse_exposure
+from catbus.config import ENVIRONMENT, load, read
+from catbus.errors import ConfigError
 from tests.k8s.image import context, instructions
 from tests.k8s.manifests import ROOT, named, program, render
 from tests.k8s.rules import catbus_container, pod_of
@@ -64,8 +65,20 @@ def test_compose_uses_the_same_image_and_settings_that_exist() -> None:
     assert config.database.url.endswith("@postgres:5432/catbus")
     assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
     grace = float(service["stop_grace_period"].removesuffix("s"))
-    drain = Config().drain
+    drain = config.drain
     assert grace > drain.delay + drain.window + drain.deadline
+
+
+def test_compose_starts_with_its_public_secret_because_it_says_so() -> None:
+    environment = {name: str(value) for name, value in COMPOSE["services"]["catbus"]["environment"].items()}
+    environment["CATBUS_SECRET"] = environment["CATBUS_SECRET"].removeprefix("${CATBUS_SECRET:-").removesuffix("}")
+    reading = read(None, environment)
+    assert not reading.config.loopback
+    refuse_exposure(reading.config, reading.sources)
+    del environment["CATBUS_AUTH_ALLOW_WEAK_SECRETS"]
+    reading = read(None, environment)
+    with pytest.raises(ConfigError, match="stands in the documentation"):
+        refuse_exposure(reading.config, reading.sources)
 
 
 @pytest.mark.parametrize("place", ["Dockerfile", "docker-compose.yml"])

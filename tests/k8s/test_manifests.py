@@ -12,6 +12,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
+from catbus.cli.run import refuse_exposure
+from catbus.config import read
 from tests.k8s import rules
 from tests.k8s.manifests import (
     CRDS,
@@ -205,6 +207,9 @@ def test_the_guides_names() -> None:
         "CATBUS_CERT": "/etc/catbus/tls/tls.crt",
         "CATBUS_KEY": "/etc/catbus/tls/tls.key",
         "RUST_LOG": "catbus=info",
+        "CATBUS_DRAIN_DELAY": "5s",
+        "CATBUS_DRAIN_WINDOW": "5s",
+        "CATBUS_DRAIN_DEADLINE": "10s",
     }
     [volume] = pod_of(named(documents, "Deployment", "catbus"))["spec"]["volumes"]
     assert volume["secret"]["secretName"] == "catbus-tls"
@@ -238,7 +243,10 @@ def test_the_pooler_is_where_the_guide_has_it() -> None:
     assert env["CATBUS_LISTEN_URL"] == {"secretKeyRef": {"name": "catbus-secrets", "key": "listen-url"}}
 
 
-def test_dev_comes_to_its_own_database() -> None:
+DEV_SECRET = "development-secret-of-the-dev-overlay"
+
+
+def test_dev_starts_with_its_public_secret_and_its_own_database() -> None:
     documents = render("overlays/dev")
     secrets = {
         (secret["metadata"]["name"], key): base64.b64decode(value).decode()
@@ -251,7 +259,11 @@ def test_dev_comes_to_its_own_database() -> None:
         plain = {env["name"]: env["value"] for env in container["env"] if "value" in env}
         return plain | {name: secrets[key["name"], key["key"]] for name, key in keys.items() if key}
 
-    url = urlsplit(environment(container(documents))["DATABASE_URL"])
+    reading = read(None, environment(container(documents)))
+    refuse_exposure(reading.config, reading.sources)
+    assert reading.config.auth.secrets == (DEV_SECRET,)
+    assert f"--secret {DEV_SECRET} " in README
+    url = urlsplit(reading.config.database.url)
     [postgres] = pod_of(named(documents, "StatefulSet", "postgres"))["spec"]["containers"]
     assert environment(postgres) == {
         "POSTGRES_USER": url.username,
