@@ -28,6 +28,6 @@ EXPOSE 4433/udp 8080/tcp
 # Kubernetes has probes of its own and does not read this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health', timeout=2)"]
-# With SIGTERM it says goodbye to its clients, which takes up to 20 s: give it the time (docker stop --time 30).
+# With SIGTERM it says goodbye to its clients, which takes up to 15 s with many: give it the time (docker stop --time 30).
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["catbus", "run"]

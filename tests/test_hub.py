@@ -461,3 +461,33 @@ async def test_who_shows_the_producer_of_another_gets_one_of_its_own(hub: Hub) -
     welcome, published = await ask(hub, again, sign_in("alice", mine["producer"]), publish)
     assert welcome["producer"] == mine["producer"]
     assert published == {"type": "published", "channel": "a", "id": 1, "seq": 2, "duplicate": True}
+
+
+@pytest.mark.parametrize(("clients", "seconds"), [(0, 0), (1, 2.01), (50, 2.5), (300, 5), (1000, 5)])
+async def test_a_replica_that_stops_gives_few_clients_less_time(
+    autojump_clock: MockClock, clients: int, seconds: float
+) -> None:
+    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
+    for _ in range(clients):
+        open_client(hub)
+    began = trio.current_time()
+    await hub.send_away()
+    assert hub.readiness == "draining"
+    assert trio.current_time() - began == pytest.approx(seconds)
+
+
+async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    hub = Hub(Config(drain=Drain(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
+    clients = [open_client(hub) for _ in range(300)]
+
+    async def leave() -> None:
+        await trio.sleep(4)
+        for client in clients:
+            client.leave()
+
+    began = trio.current_time()
+    nursery.start_soon(leave)
+    await hub.send_away()
+    assert trio.current_time() - began == pytest.approx(4)

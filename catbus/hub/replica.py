@@ -34,6 +34,12 @@ TRANSPORTS = "websocket", "webtransport"
 MARKED_AT_A_TIME = 500
 """Clients that are looked at before other tasks get a turn."""
 
+MOVING_TIME = 2.0
+"""Seconds that one client gets to find another replica."""
+
+MOVES = 100
+"""How many clients a second are sent to the other replicas, unless `drain.window` is too short for that."""
+
 SPREAD = 0.8
 """Over which part of the time that is left clients are sent away: the last of them need some to move in."""
 
@@ -238,11 +244,16 @@ class Hub:
                 client.mark_time(now)
 
     async def send_away(self) -> None:
-        """Be not ready for a while, then tell every client to leave, and give all of them the time to."""
+        """Be not ready for a while, then tell every client to leave, and wait until all have left.
+
+        The clients move over `drain.window`, so that they do not overrun the other replicas. Few of them do not, and
+        get less.
+        """
         settings = self.config.drain
         self.draining = True
         await trio.sleep(settings.delay)
-        self._departure = trio.current_time() + settings.window
+        window = min(settings.window, MOVING_TIME + len(self.clients) / MOVES)
+        self._departure = trio.current_time() + window
         for client in list(self.clients):
             client.send_away()
         with trio.move_on_at(self._departure):
