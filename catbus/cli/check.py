@@ -7,6 +7,7 @@ import http.client
 import os
 import resource
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -151,12 +152,12 @@ def _ports(config: Config) -> Iterator[Finding]:
     serving = False
     for kind, name, addresses in kinds:
         for address in addresses:
-            finding = _port(kind, name, address, serving)
+            finding = _port(kind, name, address, serving, tls=config.websocket.tls)
             serving = serving or finding.text.endswith(SERVING)
             yield finding
 
 
-def _port(kind: socket.SocketKind, name: str, address: str, serving: bool) -> Finding:
+def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> Finding:
     """Whether it can be had. `serving`: a broker was found on another one, which has this one too then."""
     host, port = split_address(address)
     place = f"{name} {address}"
@@ -168,24 +169,28 @@ def _port(kind: socket.SocketKind, name: str, address: str, serving: bool) -> Fi
             sock.bind(target)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _taken(kind, place, host, port, serving)
+            return _taken(kind, place, host, port, serving, tls=tls)
         advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
         return Finding("error", "port", f"{place}: {error.strerror}", advice)
     return Finding("ok", "port", f"{place} can be had")
 
 
-def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool) -> Finding:
+def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool) -> Finding:
     """A broker that runs already is no mistake: then this is asked beside it."""
     advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
     if kind is socket.SOCK_DGRAM:
         text = f"{place}: {SERVING}" if serving else f"{place} is in use, and who has it cannot be told"
         return Finding("ok", "port", text) if serving else Finding("error", "port", text, advice)
-    connection = http.client.HTTPConnection(
-        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=PATIENCE
-    )
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    if tls:
+        # Whose certificate it shows says nothing of what has the port.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=context)
     try:
         connection.request("GET", "/health")
-        if connection.getresponse().read(16) == b"ok\n":
+        if connection.getresponse().read(16) == b"ok":
             return Finding("ok", "port", f"{place}: {SERVING}")
     except (OSError, http.client.HTTPException):
         pass

@@ -170,6 +170,20 @@ def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, 
     assert found["port"][1].endswith("a broker serves there already")
 
 
+def test_a_port_that_a_broker_has_with_tls(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path
+) -> None:
+    config = tmp_path / "catbus.toml"
+    config.write_text("[websocket]\ntls = true\n[webtransport]\nbind = []\n")
+    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    [url] = next_event(process, "serving")["urls"]
+    monkeypatch.setenv("CATBUS_WS_BIND", urlsplit(url).netloc)
+    monkeypatch.delenv("CATBUS_BIND")
+    status, found = run(catbus, "--config", str(config))
+    assert (status, found["port"][0]) == (0, "ok")
+    assert found["port"][1].endswith("a broker serves there already")
+
+
 UNREACHABLE = {
     "postgres://u:hidden-password@127.0.0.1:1/d": ("Connect call failed", "is PostgreSQL running there"),
     "postgres://u:hidden-password@nowhere.invalid/d": ("", "check the host in the URL"),
