@@ -340,11 +340,11 @@ def discovery(
 ) -> dict[str, str]:
     """What `/.well-known/catbus` tells somebody who came by the name `host`, the Host header of the request.
 
-    Anybody can write anything there: unless it is `host` or `host:port` there are no URLs. `certificate` is given
+    Unless that is `host` or `host:port`, there are no URLs. `certificate` is given
     when it is self-made; `secure` when the WebSocket port is reached through TLS.
     """
     found = {"protocol": "catbus.v1"}
-    name = _host_name(host)
+    name = host_name(host)
     if name:
         found["websocket"] = f"{'wss' if secure else 'ws'}://{host}/ws"
     if webtransport_port is not None:
@@ -356,7 +356,7 @@ def discovery(
     return found
 
 
-def _host_name(host: str) -> str | None:
+def host_name(host: str) -> str | None:
     """A Host header without its port, an IPv6 address in its brackets; None for what is none."""
     match = _HOST.fullmatch(host)
     if match is None or not 0 < int(match["port"] or 1) <= 65_535:

@@ -6,13 +6,13 @@ from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import h11
 import trio
 
 from ..loggers import get_logger
 from . import upgrade
+from .head import read_head
 from .outbox import close_gently, say_goodbye
 from .roster import Roster
 from .routes import ROUTES, Answer, Request, find, line
@@ -32,6 +32,9 @@ SEND_TIME = 10.0
 CLOSING_TIME = 2.0
 GOODBYE_TIME = 0.5
 """Seconds for the goodbye of TLS on a connection that waits for no answer."""
+
+PARTS_AT_A_TIME = 256
+"""Chunks of a body that are read before other tasks get a turn: each may be one byte."""
 
 _RECEIVE_SIZE = 65_536
 
@@ -120,13 +123,11 @@ class Conversation:
             raise Refused(line(408))
         if not isinstance(event, h11.Request):
             raise Enough
-        if not event.http_version.startswith(b"1."):
-            raise Refused(line(505))
-        request = Request(
-            event.method.decode("ascii"), _path(event.target), list(event.headers), version=event.http_version
-        )
-        if len(event.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > HEAD_SIZE:
+        if len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers) > HEAD_SIZE:
             raise Refused(line(431))
+        request = read_head(event)
+        if isinstance(request, Answer):
+            raise Refused(request)
         if not request.has_body:
             await self._next_event()
         return request
@@ -141,9 +142,13 @@ class Conversation:
         if int(request.header(b"content-length") or b"0") > BODY_SIZE:
             raise Refused(line(413))
         body = bytearray()
+        parts = 0
         with trio.move_on_after(BODY_TIME):
             while isinstance(event := await self._next_event(), h11.Data):
                 body += event.data
+                parts += 1
+                if parts % PARTS_AT_A_TIME == 0:
+                    await trio.lowlevel.checkpoint()
                 if len(body) > BODY_SIZE:
                     raise Refused(line(413))
             return bytes(body)
@@ -189,14 +194,3 @@ class Conversation:
             await self._stream.send_all(data)
             return
         raise trio.BrokenResourceError("the peer does not read its answer")
-
-
-def _path(target: bytes) -> str:
-    """The path in a request target, without the query; `target` is ASCII."""
-    text = target.decode("ascii")
-    if text.startswith("/"):
-        return text.partition("?")[0]
-    try:
-        return urlsplit(text).path or "/"
-    except ValueError:
-        raise Refused(line(400)) from None

@@ -18,6 +18,7 @@ from ..auth import Identity
 from ..certificates import discovery
 from ..errors import Code, PeerError, Unavailable
 from ..log import Outcome, Rejected
+from .forwarded import origin_of
 
 if TYPE_CHECKING:
     from ..hub import Hub
@@ -33,6 +34,8 @@ class Request:
     path: str
     headers: Headers = ()
     version: bytes = b"1.1"
+    host: str = ""
+    """The name and port that the client asks for; empty where HTTP/1.0 does not say."""
     body: bytes = b""
 
     @property
@@ -69,8 +72,8 @@ Handler = Callable[["Hub", Request], Awaitable[Answer]]
 
 
 async def health(hub: Hub, request: Request) -> Answer:
-    """Alive, whatever else may be wrong."""
-    return line(200, "ok")
+    """Alive, whatever else may be wrong. Exactly `ok`, which programs compare it with."""
+    return Answer(200, b"ok")
 
 
 async def ready(hub: Hub, request: Request) -> Answer:
@@ -120,8 +123,7 @@ async def status(hub: Hub, request: Request) -> Answer:
 
 async def discover(hub: Hub, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
-    secure = hub.config.websocket.tls or request.header(b"x-forwarded-proto") == b"https"
-    host = request.header(b"host").decode("latin-1")
+    secure, host = origin_of(request, tls=hub.config.websocket.tls)
     if not host:
         return line(400, "the request does not say which host it is for")
     made = None if hub.certificates is None else hub.certificates.self_made(datetime.now(UTC))

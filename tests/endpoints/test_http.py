@@ -60,9 +60,9 @@ JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 
 REQUESTS = {
-    "health": (get("/health"), 200, b"ok\n", {"content-type": TEXT, "content-length": "3"}),
-    "query": (get("/health?probe=1"), 200, b"ok\n", {}),
-    "absolute target": (get("http://bus.example/health?x"), 200, b"ok\n", {}),
+    "health": (get("/health"), 200, b"ok", {"content-type": TEXT, "content-length": "2"}),
+    "query": (get("/health?probe=1"), 200, b"ok", {}),
+    "absolute target": (get("http://bus.example/health?x"), 200, b"ok", {}),
     "ready": (get("/ready"), 200, b"ready\n", {}),
     "status": (
         get("/status", "Authorization: Bearer good"),
@@ -94,6 +94,18 @@ REQUESTS = {
         b'{"protocol":"catbus.v1","websocket":"wss://bus.example:8080/ws"}\n',
         {},
     ),
+    "discovery by an absolute target": (
+        get("http://other.example/.well-known/catbus"),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"ws://other.example/ws"}\n',
+        {},
+    ),
+    "discovery behind proxies": (
+        get("/.well-known/catbus", 'Forwarded: for=x;proto=https;host="other.example:8443", for=y;proto=http'),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"wss://other.example:8443/ws"}\n',
+        {},
+    ),
     "publish": (
         post("/publish", b'{"channel":"a.b","payload":1}', "Authorization: Bearer good"),
         200,
@@ -106,7 +118,7 @@ REQUESTS = {
         b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
         {"www-authenticate": 'Bearer realm="catbus"'},
     ),
-    "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok\n", {}),
+    "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok", {}),
     "unknown path": (get("/nothing"), 404, b"not found\n", {}),
     "wrong method": (get("/health", method="DELETE"), 405, b"method not allowed\n", {"allow": "GET, HEAD"}),
     "GET publish": (get("/publish"), 405, b"method not allowed\n", {"allow": "POST"}),
@@ -114,7 +126,7 @@ REQUESTS = {
     "an offer of h2c": (
         get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"),
         200,
-        b"ok\n",
+        b"ok",
         {},
     ),
     "an offer of h2c with a body": (
@@ -186,14 +198,14 @@ async def test_readiness(readiness: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "size"), [("/health", 200, "3"), ("/nothing", 404, "10"), ("/ws", 426, "29")]
+    ("path", "status", "size"), [("/health", 200, "2"), ("/nothing", 404, "10"), ("/ws", 426, "29")]
 )
 async def test_head_is_get_without_the_body(path: str, status: int, size: str) -> None:
     async with served() as it:
         await it.peer.send(get(path, method="HEAD") + get("/health"))
         response = await it.peer.response(head=True)
         assert (response.status, response.headers["content-length"]) == (status, size)
-        assert (await it.peer.response()).body == b"ok\n"
+        assert (await it.peer.response()).body == b"ok"
 
 
 async def test_head_of_what_only_takes_post() -> None:
@@ -221,7 +233,7 @@ async def test_requests_may_be_split_at_every_byte() -> None:
             await wait_all_tasks_blocked()
             await it.peer.send(message[split:])
             assert (await it.peer.response()).body == b'{"seq":1,"channel":"a.b"}\n'
-            assert (await it.peer.response()).body == b"ok\n"
+            assert (await it.peer.response()).body == b"ok"
 
 
 async def test_requests_may_come_a_byte_at_a_time() -> None:
@@ -229,8 +241,8 @@ async def test_requests_may_come_a_byte_at_a_time() -> None:
         for byte in get("/health") * 2 + UPGRADE + masked(peers.TEXT, b"hi"):
             await it.peer.send(bytes((byte,)))
             await wait_all_tasks_blocked()
-        assert (await it.peer.response()).body == b"ok\n"
-        assert (await it.peer.response()).body == b"ok\n"
+        assert (await it.peer.response()).body == b"ok"
+        assert (await it.peer.response()).body == b"ok"
         assert (await it.peer.response(head=True)).status == 101
         assert await it.peer.frame() == (peers.TEXT, b"hi\n")
 
@@ -276,7 +288,7 @@ async def test_a_client_that_asks_for_one_answer_gets_one(request_: bytes) -> No
     async with served() as it:
         await it.peer.send(request_)
         response = await it.peer.response()
-        assert (response.body, response.headers["connection"]) == (b"ok\n", "close")
+        assert (response.body, response.headers["connection"]) == (b"ok", "close")
         assert await it.peer.at_end()
         await it.peer.stream.aclose()
         await it.ended.wait()
@@ -321,7 +333,7 @@ async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> No
         await it.peer.send(b"GET /hea")
         await trio.sleep(HEAD_TIME - 1)
         await it.peer.send(get("/health")[8:])
-        assert (await it.peer.response()).body == b"ok\n"
+        assert (await it.peer.response()).body == b"ok"
 
 
 async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
@@ -481,7 +493,7 @@ async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(a
         it.roster.close()
         await it.peer.send(get("/health")[8:])
         response = await it.peer.response()
-        assert (response.body, response.headers["connection"]) == (b"ok\n", "close")
+        assert (response.body, response.headers["connection"]) == (b"ok", "close")
         assert await it.peer.at_end()
 
 

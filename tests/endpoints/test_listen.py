@@ -44,7 +44,7 @@ async def test_it_listens_everywhere_it_is_told_to() -> None:
         for index in range(2):
             async with connected(endpoint, index) as peer:
                 await peer.send(HEALTH)
-                assert (await peer.response()).body == b"ok\n"
+                assert (await peer.response()).body == b"ok"
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "127.0.0.1:0x50", "no.such.host.invalid:0", "192.0.2.1:0"])
