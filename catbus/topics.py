@@ -7,7 +7,7 @@ A channel is dot-separated segments: `project.abc123.updates`. A pattern is a ch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from .errors import Code, PeerError
@@ -50,6 +50,19 @@ def matches(pattern: str, channel: str) -> bool:
     if pattern.endswith(".*"):
         return channel.startswith(pattern[:-1])
     return channel == pattern
+
+
+def selectors(text: str) -> Iterator[str]:
+    """Every pattern that matches a valid channel, the widest first; of a valid pattern, every grant that covers it."""
+    if text != "*":
+        yield "*"
+    end = text.find(".")
+    while end > 0:
+        wildcard = text[: end + 1] + "*"
+        if wildcard != text:
+            yield wildcard
+        end = text.find(".", end + 1)
+    yield text
 
 
 def covers(grant: str, pattern: str) -> bool:
@@ -97,27 +110,16 @@ class Group(Generic[T]):
         return f"<Group {self.pattern} of {len(self.members)}>"
 
 
-class _Node(Generic[T]):
-    """What hangs at one point of the tree: who wants just this channel, who wants all below it, and the way down."""
-
-    __slots__ = ("below", "children", "exact")
-
-    def __init__(self) -> None:
-        self.exact: Group[T] | None = None
-        self.below: Group[T] | None = None
-        self.children: dict[str, _Node[T]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.children or self.exact or self.below)
-
-
 class TopicTree(Generic[T]):
-    """Patterns, each with its members. A look-up costs the depth of the channel, whatever the number of patterns."""
+    """Patterns, each with its members. A look-up costs the depth of the channel, whatever the number of patterns.
 
-    __slots__ = ("_cache", "_groups", "_root", "_size")
+    The tree has no nodes: a point of it is known by the text of its pattern, and `selectors` names the points on the
+    way down to a channel. So a pattern takes one dictionary entry, however deep it is.
+    """
+
+    __slots__ = ("_cache", "_groups", "_size")
 
     def __init__(self) -> None:
-        self._root: _Node[T] = _Node()
         self._groups: dict[str, Group[T]] = {}
         self._cache: dict[str, tuple[Group[T], ...]] = {}
         self._size = 0
@@ -147,7 +149,8 @@ class TopicTree(Generic[T]):
         group = self._groups.get(pattern)
         if group is None:
             check_pattern(pattern)
-            group = self._plant(pattern)
+            group = self._groups[pattern] = Group(pattern)
+            self._forget(pattern)
         if member not in group.members:
             group.members[member] = None
             self._size += 1
@@ -160,7 +163,8 @@ class TopicTree(Generic[T]):
         del group.members[member]
         self._size -= 1
         if not group.members:
-            self._prune(pattern)
+            del self._groups[pattern]
+            self._forget(pattern)
         return True
 
     def match(self, channel: str) -> tuple[Group[T], ...]:
@@ -169,53 +173,12 @@ class TopicTree(Generic[T]):
         return self._search(channel) if found is None else found
 
     def _search(self, channel: str) -> tuple[Group[T], ...]:
-        found = []
-        node = self._root
-        for segment in channel.split("."):
-            if node.below is not None:
-                found.append(node.below)
-            child = node.children.get(segment)
-            if child is None:
-                break
-            node = child
-        else:
-            if node.exact is not None:
-                found.append(node.exact)
         if len(self._cache) >= CACHED_CHANNELS:
             self._cache.clear()
-        groups = self._cache[channel] = tuple(found)
+        known = self._groups
+        groups = tuple([known[pattern] for pattern in selectors(channel) if pattern in known])
+        self._cache[channel] = groups
         return groups
-
-    def _plant(self, pattern: str) -> Group[T]:
-        group = self._groups[pattern] = Group(pattern)
-        path, wildcard = _path(pattern)
-        node = self._root
-        for segment in path:
-            node = node.children.setdefault(segment, _Node())
-        if wildcard:
-            node.below = group
-        else:
-            node.exact = group
-        self._forget(pattern)
-        return group
-
-    def _prune(self, pattern: str) -> None:
-        del self._groups[pattern]
-        path, wildcard = _path(pattern)
-        node = self._root
-        way = []
-        for segment in path:
-            way.append((node, segment))
-            node = node.children[segment]
-        if wildcard:
-            node.below = None
-        else:
-            node.exact = None
-        for parent, segment in reversed(way):
-            if parent.children[segment]:
-                break
-            del parent.children[segment]
-        self._forget(pattern)
 
     def _forget(self, pattern: str) -> None:
         # Only a wildcard can have a part in what another channel matches.
@@ -223,10 +186,3 @@ class TopicTree(Generic[T]):
             self._cache.clear()
         else:
             self._cache.pop(pattern, None)
-
-
-def _path(pattern: str) -> tuple[list[str], bool]:
-    """The segments down to where a pattern hangs, and whether it hangs there as a wildcard."""
-    path = pattern.split(".")
-    wildcard = path[-1] == "*"
-    return (path[:-1] if wildcard else path), wildcard

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from itertools import product
 
@@ -12,7 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from catbus import topics
 from catbus.errors import Code, PeerError
-from catbus.topics import Group, TopicTree, check_channel, check_pattern, covers, matches, prefix_range
+from catbus.topics import (
+    Group,
+    TopicTree,
+    check_channel,
+    check_pattern,
+    covers,
+    matches,
+    prefix_range,
+    selectors,
+)
 
 segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])
 channels = st.lists(segments, min_size=1, max_size=4).map(".".join)
@@ -227,7 +238,7 @@ class TreeAgainstPairs(RuleBasedStateMachine):
 
 
 def is_bare(tree: TopicTree[int]) -> bool:
-    return not (tree._root or tree._root.children or tree._groups)
+    return not tree._groups
 
 
 TestTreeAgainstPairs = TreeAgainstPairs.TestCase
@@ -314,12 +325,28 @@ def test_groups_are_told_apart_by_identity() -> None:
     assert not old.members
 
 
-def test_a_deep_tree_is_pruned_as_far_as_nothing_else_hangs_there() -> None:
-    tree: TopicTree[int] = TopicTree()
-    tree.add(DEEPEST, 1)
-    tree.add("x.x.*", 1)
-    tree.remove(DEEPEST, 1)
-    assert not tree._root.children["x"].children["x"].children
-    assert patterns_of(tree.match(DEEPEST)) == ["x.x.*"]
-    tree.remove("x.x.*", 1)
-    assert is_bare(tree)
+def test_a_pattern_takes_as_much_memory_whatever_its_depth() -> None:
+    flat: TopicTree[int] = TopicTree()
+    deep: TopicTree[int] = TopicTree()
+    for number in range(1000):
+        flat.add(f"{number:063}", 1)
+        deep.add(".".join(f"{number:032}"), 1)
+    assert memory_of(deep) <= 1.2 * memory_of(flat)
+
+
+def memory_of(tree: TopicTree[int]) -> int:
+    """The bytes of all objects that the tree leads to, each once."""
+    seen: dict[int, object] = {}
+    found: list[object] = [tree]
+    while found:
+        thing = found.pop()
+        if id(thing) not in seen and not isinstance(thing, type):
+            seen[id(thing)] = thing
+            found += gc.get_referents(thing)
+    return sum(map(sys.getsizeof, seen.values()))
+
+
+@given(patterns, patterns)
+def test_the_selectors_of_a_text_are_the_patterns_that_cover_it(grant: str, text: str) -> None:
+    assert (grant in selectors(text)) == covers(grant, text)
+    assert len(list(selectors(text))) == len(set(selectors(text)))
