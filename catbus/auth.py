@@ -22,7 +22,7 @@ from jwt import PyJWKSet, PyJWS, PyJWTError
 from jwt.algorithms import HMACAlgorithm
 
 from .errors import CloseCode, Code, ConfigError, PeerError
-from .topics import check_pattern, covers, matches
+from .topics import check_pattern, selectors
 from .wire import MAX_DEPTH, UNDECODABLE, depth
 
 MAX_TOKEN = 8192
@@ -41,6 +41,12 @@ class Grants:
 
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    _readable: frozenset[str] = field(init=False, repr=False, compare=False)
+    _writable: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_readable", frozenset(self.read))
+        object.__setattr__(self, "_writable", frozenset(self.write))
 
     def __str__(self) -> str:
         """For people: `read and write a.*`, or `read a, b.* and write c`."""
@@ -51,11 +57,11 @@ class Grants:
 
     def may_read(self, pattern: str) -> bool:
         """Whether one grant covers the whole of a valid pattern."""
-        return any(covers(grant, pattern) for grant in self.read)
+        return not self._readable.isdisjoint(selectors(pattern))
 
     def may_write(self, channel: str) -> bool:
         """Whether a valid channel may be published to."""
-        return any(matches(grant, channel) for grant in self.write)
+        return not self._writable.isdisjoint(selectors(channel))
 
 
 Grants.ALL = Grants(("*",), ("*",))
