@@ -16,7 +16,7 @@ It closes the connection once `closing` is set and the mailbox has been sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
@@ -290,7 +290,7 @@ class Session:
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled)
+        append = make_append(message, identity, self.producer, self.settled, identity.client_id or self)
         if message.ephemeral:
             yield Broadcast(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
@@ -337,9 +337,13 @@ _HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
 
 
 def make_append(
-    message: wire.Publish, identity: Identity, producer: bytes, settle: Callable[[Append, Outcome], None]
+    message: wire.Publish,
+    identity: Identity,
+    producer: bytes,
+    settle: Callable[[Append, Outcome], None],
+    client: Hashable = None,
 ) -> Append:
-    """What a publish puts into the log, if it may; raises `PeerError`."""
+    """What a publish puts into the log, if it may; raises `PeerError`. `client`: whose share of the log it takes."""
     check_channel(message.channel)
     if not identity.grants.may_write(message.channel):
         raise PeerError(Code.UNAUTHORIZED, "no write grant covers this channel")
@@ -360,6 +364,7 @@ def make_append(
         after=message.after if message.retry else None,
         id=message.id,
         acknowledge=message.ack,
+        client=client,
     )
 
 

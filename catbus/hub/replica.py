@@ -7,7 +7,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -165,12 +165,12 @@ class Hub:
         return identity
 
     async def publish(
-        self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b""
+        self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b"", client: Hashable = None
     ) -> list[Outcome | None]:
         """Publish for somebody who has no session; answers in the order of the requests, None for an ephemeral one.
 
-        With `producer`, the same requests may be published again and are recognised by their places. Cancelling it
-        leaves open which of them are committed.
+        With `producer`, the same requests may be published again and are recognised by their places. Those with the
+        same `client`, or client_id, share a part of the log. Cancelling it leaves open which of them are committed.
         """
         outcomes: dict[int, Outcome | None] = {}
         done = trio.Event()
@@ -183,7 +183,7 @@ class Hub:
         for index, request in enumerate(requests):
             request.id, request.retry = index, False
             try:
-                append = make_append(request, identity, producer, partial(settle, index))
+                append = make_append(request, identity, producer, partial(settle, index), identity.client_id or client)
             except PeerError as error:
                 outcomes[index] = Rejected(error.code, error.message)
                 continue

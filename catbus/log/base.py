@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +83,8 @@ class Append:
     acknowledge: bool = True
     deadline: float = field(default=0.0)
     """Trio time at which an answer is owed; set by the log."""
+    client: Hashable = None
+    """Whose share of the log it takes: messages of one client keep their order, and clients take turns."""
     known: int | None = None
     """The newest seq that was known to be committed when the log took the message, where any was; set by the log."""
 
@@ -95,17 +96,6 @@ class Append:
 def not_taken(append: Append, refusal: Rejected) -> Rejected:
     """The answer to a message that is not taken just now. A retry may be in the log already, by its first try."""
     return refusal if append.after is None else UNKNOWN
-
-
-def take_out(queue: deque[Append], unwanted: Callable[[Append], bool]) -> list[Append]:
-    """Take some out of a queue, wherever they stand; they are still to be answered."""
-    appends = [append for append in queue if unwanted(append)]
-    if appends:
-        gone = set(appends)
-        kept = [append for append in queue if append not in gone]
-        queue.clear()
-        queue.extend(kept)
-    return appends
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,12 @@ from .base import (
     Rejected,
     Resumption,
     not_taken,
-    take_out,
 )
+from .queue import AppendQueue
 from .recent import OVERHEAD, Recent
 
-_BATCH = 1000
-"""Entries that are committed, and handed to the follower, at once."""
+_BATCH, _BATCH_SIZE = 1000, 4 << 20
+"""Entries, and bytes of them, that are committed and handed to the follower at once."""
 KEY = 200
 """What an entry takes besides, roughly, in bytes, for its retry to be recognised."""
 
@@ -55,9 +55,7 @@ class MemoryLog:
         self._clock = clock
         self._at = 0
         self._epoch = ""
-        self._pending: deque[Append] = deque()
-        self._pending_size = 0
-        self._limits = pending, pending_bytes
+        self._pending = AppendQueue(pending, pending_bytes)
         self._work = trio.Event()
         self._open = trio.Event()
         self._running = False
@@ -83,17 +81,13 @@ class MemoryLog:
         """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
         if self._stopped:
             append.settle(append, not_taken(append, SHUTTING_DOWN))
-        elif len(self._pending) >= self._limits[0] or self._pending_size >= self._limits[1]:
-            append.settle(append, not_taken(append, OVERLOADED))
-        else:
-            self._pending.append(append)
-            self._pending_size += append.size
+        elif self._pending.offer(append):
             self._work.set()
+        else:
+            append.settle(append, not_taken(append, OVERLOADED))
 
     def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        appends = take_out(self._pending, unwanted)
-        self._pending_size -= sum(append.size for append in appends)
-        for append in appends:
+        for append in self._pending.withdraw(unwanted):
             append.settle(append, not_taken(append, refusal))
 
     def broadcast(self, entry: Entry) -> None:
@@ -140,15 +134,12 @@ class MemoryLog:
                 self._work = trio.Event()
         finally:
             self._stopped, self._running = True, False
-            while self._pending:
-                append = self._pending.popleft()
+            for append in self._pending.expire():
                 append.settle(append, not_taken(append, SHUTTING_DOWN))
-            self._pending_size = 0
 
     def _commit(self, follower: Follower) -> None:
         """Append what has gathered, hand it on, and answer, in this order."""
-        batch = [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
-        self._pending_size -= sum(append.size for append in batch)
+        batch = self._pending.take(_BATCH, _BATCH_SIZE)
         self._at = max(self._at, int(self._clock() * 1000))
         entries: list[Entry] = []
         outcomes = [self._take(append, entries) for append in batch]

@@ -6,6 +6,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
+from operator import attrgetter
 
 import trio
 
@@ -23,8 +24,8 @@ from ..log.base import (
     UNKNOWN,
     Outcome,
     not_taken,
-    take_out,
 )
+from ..log.queue import OVERHEAD, AppendQueue
 from ..loggers import get_logger
 from .batch import MOVE, Batch
 from .bridge import Connection, Row, sqlstate
@@ -33,8 +34,15 @@ from .tail import Tail
 
 logger = get_logger("catbus.postgres")
 
+_deadline = attrgetter("deadline")
+
 BATCH_ENTRIES = 1000
-BATCH_BYTES = 4 << 20
+BATCH_COST = 4 << 20
+"""How much one append may cost (the messages' bytes, and `OVERHEAD` for each) while one client alone publishes."""
+SHARED_TIME = 0.01
+"""Seconds that an append should take while several clients wait for their turn."""
+SHARED_COST = 64 << 10
+"""What an append may cost then at the least, however slow the database is."""
 PATIENCE = 4.5
 """Seconds for one append; after that the connection is given up and the same batch sent again."""
 EPOCH_PATIENCE = 5.0
@@ -76,9 +84,9 @@ class Writer:
         self._recheck = recheck
         self._synchronous_commit = synchronous_commit
         self._timeout = timeout
-        self._limits = pending, pending_bytes
-        self._queue: deque[Append] = deque()
-        self._size = 0
+        self._queue = AppendQueue(pending, pending_bytes)
+        self._speed = BATCH_COST / SHARED_TIME
+        """What was appended in a second, by the cost of the last batches."""
         self._flight: deque[Batch] = deque()
         self._incarnation = secrets.token_bytes(16)
         self._numbers = count(1)
@@ -99,24 +107,23 @@ class Writer:
 
     @property
     def pending_bytes(self) -> int:
-        return self._size
+        return self._queue.size
 
     def submit(self, append: Append) -> None:
         """Queue a message, or answer at once that there is no room for it."""
         self._note_epoch()
         if self._closed:
             append.settle(append, not_taken(append, SHUTTING_DOWN))
-        elif len(self._queue) >= self._limits[0] or self._size >= self._limits[1]:
-            append.settle(append, not_taken(append, OVERLOADED))
-        else:
-            append.deadline = trio.current_time() + self._timeout
-            append.known = self._tail.announced if self._tail.epoch else None
-            self._queue.append(append)
-            self._size += append.size
+            return
+        append.deadline = trio.current_time() + self._timeout
+        append.known = self._tail.announced if self._tail.epoch else None
+        if self._queue.offer(append):
             self._work.set()
+        else:
+            append.settle(append, not_taken(append, OVERLOADED))
 
     def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        for append in self._take_back(unwanted):
+        for append in self._queue.withdraw(unwanted):
             append.settle(append, not_taken(append, refusal))
 
     async def move(self) -> None:
@@ -156,19 +163,13 @@ class Writer:
         self._flight.clear()
 
     def _expire(self, now: float) -> float | None:
-        for batch in self._flight:
-            deadline = batch.expire(now)
-            if deadline is not None:
-                return deadline
+        deadlines = [batch.expire(now) for batch in self._flight]
         self._reject_queue(UNAVAILABLE, now)
-        return self._queue[0].deadline if self._queue else None
+        return min((due for due in (*deadlines, self._queue.deadline) if due is not None), default=None)
 
     def _reject_queue(self, outcome: Rejected, now: float = float("inf")) -> None:
         """Answer whatever is queued with a deadline up to `now`."""
-        queue = self._queue
-        while queue and queue[0].deadline <= now:
-            append = queue.popleft()
-            self._size -= append.size
+        for append in self._queue.expire(now):
             append.settle(append, not_taken(append, outcome))
 
     # Appending
@@ -225,18 +226,14 @@ class Writer:
         """The next batch: as much as is queued and fits. A key stands in it once."""
         self._reject_queue(UNAVAILABLE, trio.current_time())
         self._note_epoch()
-        queue = self._queue
-        appends = [queue.popleft() for _ in range(min(len(queue), BATCH_ENTRIES))]
-        size = sum([len(append.channel) + len(append.payload) for append in appends])
-        keys = [(append.producer, append.number) for append in appends if append.producer is not None]
-        if size > BATCH_BYTES or len(set(keys)) < len(keys):
-            cut = _longest(appends)
-            queue.extendleft(reversed(appends[cut:]))
-            del appends[cut:]
-            size = sum(append.size for append in appends)
-        self._size -= size
+        budget = BATCH_COST
+        if self._queue.clients > 1:
+            budget = min(budget, max(SHARED_COST, int(self._speed * SHARED_TIME)))
+        appends = self._queue.take(BATCH_ENTRIES, budget)
         if not appends:
             return None
+        # Turns decide which messages go together; among those, the order in which they came is kept.
+        appends.sort(key=_deadline)
         batch = self._number(appends)
         try:
             batch.call()
@@ -290,7 +287,10 @@ class Writer:
             for append, seq in zip(batch.appends, seqs, strict=True)
             if seq >= first
         ]
-        self.commit_duration.observe(trio.current_time() - began)
+        took = trio.current_time() - began
+        self.commit_duration.observe(took)
+        cost = sum([append.size for append in batch.appends]) + OVERHEAD * len(batch.appends)
+        self._speed += (cost / max(took, 1e-6) - self._speed) / 4
         self.commits += 1
         self.appended += len(entries)
         self.duplicates += len(seqs) - len(entries)
@@ -391,34 +391,14 @@ class Writer:
         previous, self._epoch = self._epoch, self._tail.epoch
         if previous in ("", self._epoch):
             return
-        for append in self._take_back(lambda append: append.after is not None):
+        for append in self._queue.withdraw(lambda append: append.after is not None):
             append.settle(append, UNDECIDED)
-
-    def _take_back(self, unwanted: Callable[[Append], bool]) -> list[Append]:
-        """Take out of the queue what is not to be sent; it is still to be answered."""
-        appends = take_out(self._queue, unwanted)
-        self._size -= sum(append.size for append in appends)
-        return appends
 
 
 def _outcome(seq: int, first: int) -> Outcome:
     if seq > 0:
         return Committed(seq, seq < first)
     return UNDECIDED if seq else CONFLICT
-
-
-def _longest(appends: Sequence[Append]) -> int:
-    """How many of them, at least one, may go into a batch: by size, and up to the first key that repeats another."""
-    keys: set[tuple[bytes, int]] = set()
-    size = 0
-    for index, append in enumerate(appends):
-        size += append.size
-        key = None if append.producer is None else (append.producer, append.number)
-        if index and (size > BATCH_BYTES or key in keys):
-            return index
-        if key is not None:
-            keys.add(key)
-    return len(appends)
 
 
 def _is_sound(append: Append) -> bool:

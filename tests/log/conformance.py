@@ -324,7 +324,7 @@ class LogConformance(ReadConformance):
         assert len(recorder.entries) == len(committed)
 
     async def test_over_the_limit_it_says_so_at_once(self, make_log: MakeLog) -> None:
-        log = make_log(pending=10)
+        log = make_log(pending=20)  # Half of it is one client's.
         async with running(log) as (_, publisher):
             for n in range(15):
                 publisher.submit("a", b"%d" % n)
