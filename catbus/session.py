@@ -108,6 +108,8 @@ class Session:
         self.patterns: set[str] = set()
         self.pending = 0
         """Publishes that have not been settled yet."""
+        self.pending_cost = 0
+        """What they take of the log, in bytes."""
         self.deadline = now + limits.auth_timeout
         """When `tick` is due."""
         self.closing: tuple[CloseCode, str] | None = None
@@ -225,6 +227,7 @@ class Session:
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
         self.pending -= 1
+        self.pending_cost -= append.cost
         if self.state is State.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
@@ -297,6 +300,7 @@ class Session:
                 self.say(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
+            self.pending_cost += append.cost
             yield Submit(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:

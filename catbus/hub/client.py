@@ -117,7 +117,7 @@ class Client:
             if effect is not None:
                 await self._perform(effect)
                 continue
-            while self.session.pending >= self._pending_limit or self.mailbox.full:
+            while self._has_enough():
                 await self._wait_for_room()
             if perf_counter() - began > TURN:
                 await trio.lowlevel.checkpoint()
@@ -189,6 +189,15 @@ class Client:
         self._room.set()
         if self._finishing and not self.session.pending:
             self.close(CloseCode.SHUTTING_DOWN, STOPPING)
+
+    def _has_enough(self) -> bool:
+        """Whether the client has as much under way as it may, so that nothing more is to be read from it."""
+        session = self.session
+        if session.pending and (
+            session.pending >= self._pending_limit or session.pending_cost >= self._hub.log.allowance
+        ):
+            return True
+        return self.mailbox.full
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()

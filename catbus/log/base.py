@@ -57,6 +57,9 @@ PENDING = 100_000
 PENDING_BYTES = 256 << 20
 """How many bytes of them."""
 
+OVERHEAD = 200
+"""Bytes that a message costs the log besides its own, roughly, so that many small ones count as work too."""
+
 EPHEMERAL_SIZE = 7500
 """How many bytes an ephemeral message may have: those of channel and payload, and of the sender as JSON."""
 
@@ -91,6 +94,11 @@ class Append:
     @property
     def size(self) -> int:
         return len(self.channel) + len(self.payload)
+
+    @property
+    def cost(self) -> int:
+        """What it takes of the log, in bytes."""
+        return len(self.channel) + len(self.payload) + OVERHEAD
 
 
 def not_taken(append: Append, refusal: Rejected) -> Rejected:
@@ -153,6 +161,10 @@ class Log(Protocol):
     @property
     def available(self) -> bool:
         """Whether appending and reading are possible just now."""
+
+    @property
+    def allowance(self) -> int:
+        """What the messages of a session may cost that have no answer yet, before no more are read from it."""
 
     def submit(self, append: Append) -> None:
         """Take a message to be appended. `append.settle` is called once its fate is known, perhaps at once."""

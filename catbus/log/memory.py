@@ -77,6 +77,10 @@ class MemoryLog:
     def available(self) -> bool:
         return self._running
 
+    @property
+    def allowance(self) -> int:
+        return self._pending.allowance(_BATCH_SIZE)
+
     def submit(self, append: Append) -> None:
         """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
         if self._stopped:

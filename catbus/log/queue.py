@@ -8,10 +8,7 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
 
-from .base import Append
-
-OVERHEAD = 200
-"""Bytes that a message costs the log besides its own, roughly, so that many small ones count as work too."""
+from .base import OVERHEAD, Append
 
 TURN = 2048
 """Cost after which one client has had its turn, where others wait."""
@@ -68,6 +65,14 @@ class AppendQueue:
         """No message is due before this; None where there is none."""
         return self._earliest if self._count else None
 
+    def allowance(self, budget: int) -> int:
+        """What the messages of a session may cost that have no answer yet, before no more are read from it.
+
+        Where `budget` is taken at a time, twice as much keeps the log busy, and what is more would only be older when
+        its turn comes: the clients that wait share it.
+        """
+        return max(OVERHEAD, 2 * budget // max(1, len(self._lines)))
+
     def offer(self, append: Append) -> bool:
         """Queue a message; False where its client has as many in the queue as there is room for, or as many bytes."""
         messages, size = self._limits
@@ -101,7 +106,7 @@ class AppendQueue:
             end = line.had + TURN if turns or waiting else inf
             while appends and line.had < end:
                 append = appends[0]
-                price = append.size + OVERHEAD
+                price = append.cost
                 full = len(taken) == messages or (price > budget and bool(taken))
                 key = None if append.producer is None else (append.producer, append.number)
                 repeated = key in keys

@@ -162,6 +162,10 @@ class PostgresLog:
     def available(self) -> bool:
         return self._services.available
 
+    @property
+    def allowance(self) -> int:
+        return self._writer.allowance
+
     def submit(self, append: Append) -> None:
         self._writer.submit(append)
 

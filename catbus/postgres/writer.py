@@ -25,7 +25,7 @@ from ..log.base import (
     Outcome,
     not_taken,
 )
-from ..log.queue import OVERHEAD, AppendQueue
+from ..log.queue import AppendQueue
 from ..loggers import get_logger
 from .batch import MOVE, Batch
 from .bridge import Connection, Row, sqlstate
@@ -38,7 +38,7 @@ _deadline = attrgetter("deadline")
 
 BATCH_ENTRIES = 1000
 BATCH_COST = 4 << 20
-"""How much one append may cost (the messages' bytes, and `OVERHEAD` for each) while one client alone publishes."""
+"""How much one append may cost while one client alone publishes."""
 SHARED_TIME = 0.01
 """Seconds that an append should take while several clients wait for their turn."""
 SHARED_COST = 64 << 10
@@ -108,6 +108,17 @@ class Writer:
     @property
     def pending_bytes(self) -> int:
         return self._queue.size
+
+    @property
+    def allowance(self) -> int:
+        return self._queue.allowance(self._budget)
+
+    @property
+    def _budget(self) -> int:
+        """What the next append may cost."""
+        if self._queue.clients <= 1:
+            return BATCH_COST
+        return min(BATCH_COST, max(SHARED_COST, int(self._speed * SHARED_TIME)))
 
     def submit(self, append: Append) -> None:
         """Queue a message, or answer at once that there is no room for it."""
@@ -226,10 +237,7 @@ class Writer:
         """The next batch: as much as is queued and fits. A key stands in it once."""
         self._reject_queue(UNAVAILABLE, trio.current_time())
         self._note_epoch()
-        budget = BATCH_COST
-        if self._queue.clients > 1:
-            budget = min(budget, max(SHARED_COST, int(self._speed * SHARED_TIME)))
-        appends = self._queue.take(BATCH_ENTRIES, budget)
+        appends = self._queue.take(BATCH_ENTRIES, self._budget)
         if not appends:
             return None
         # Turns decide which messages go together; among those, the order in which they came is kept.
@@ -289,8 +297,7 @@ class Writer:
         ]
         took = trio.current_time() - began
         self.commit_duration.observe(took)
-        cost = sum([append.size for append in batch.appends]) + OVERHEAD * len(batch.appends)
-        self._speed += (cost / max(took, 1e-6) - self._speed) / 4
+        self._speed += (sum([append.cost for append in batch.appends]) / max(took, 1e-6) - self._speed) / 4
         self.commits += 1
         self.appended += len(entries)
         self.duplicates += len(seqs) - len(entries)

@@ -81,7 +81,9 @@ class FakeHub:
             raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
         return Identity("alice", Grants.ALL, None)
 
-    async def publish(self, identity: Identity, requests: Sequence[Publish], producer: bytes) -> list[Outcome | None]:
+    async def publish(
+        self, identity: Identity, requests: Sequence[Publish], producer: bytes, client: bytes
+    ) -> list[Outcome | None]:
         outcomes: list[Any] = []
         for request in requests:
             self.published.append(request)
