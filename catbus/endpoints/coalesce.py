@@ -1,12 +1,30 @@
-"""Text frames that have arrived together, as one: a frame costs trio-websocket some fifty microseconds, an object two.
+"""What a WebSocket client sends, on its way to trio-websocket: joined where that is possible, and bounded.
 
-To the session a WebSocket is a stream of text whose frames mean nothing, so that joining them changes nothing.
+A frame costs trio-websocket some fifty microseconds, an object in one costs two. To the session a WebSocket is a stream
+of text whose frames mean nothing, so that text frames that have arrived together can go on as one.
+
+The library takes all frames of what it is given in one go, and keeps a part for each fragment of a message until the
+last one has come. So it is given few frames at a time, and no message that is too large or comes in too many fragments.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
+FRAMES = 50
+"""About how many frames go on at a time."""
+FRAGMENTS = 128
+"""How many fragments any message may have."""
+FRAGMENT_SIZE = 32
+"""Bytes of a message for which it may have one fragment more."""
+
+TOO_LARGE = 1009, "a message is too large"
+TOO_MANY_FRAGMENTS = 1008, "a message comes in too many fragments"
+
 _FINAL = 0x80
 _WHOLE_TEXT = 0x81
+_CONTROL = 0x08
+_OPCODE = 0x0F
 _MASKED = 0x80
 _MASK = 4
 _UNMASKED = bytes(_MASK)
@@ -18,11 +36,17 @@ class Coalescer:
     Everything else passes as it came, faults included, for the library to judge: control frames, binary ones,
     fragments, frames that did not arrive whole, and text that is not ASCII, of which each message must be valid UTF-8.
     A whole text frame amid fragments is a fault, and so is what is made of several.
+
+    `feed` takes bytes, and `take` gives those to pass on, until it gives none: then it is time for more.
     """
 
-    __slots__ = ("_begun", "_broken", "_limit", "_rest")
+    __slots__ = ("_begun", "_broken", "_fragments", "_limit", "_portions", "_rest", "_size", "largest", "refused")
 
-    def __init__(self, limit: int = 65_536) -> None:
+    def __init__(self, limit: int = 65_536, largest: int = 1 << 20) -> None:
+        self.largest = largest
+        """How many bytes a message may have."""
+        self.refused: tuple[int, str] | None = None
+        """The code and the reason to close with, of a client of which nothing more is taken."""
         self._limit = limit
         self._begun = b""
         """A header that has not come whole."""
@@ -30,16 +54,24 @@ class Coalescer:
         """How much of a frame that passes as it is has yet to come."""
         self._broken = False
         """Whether there was something that is no frame of a client: the library will end the connection over it."""
+        self._fragments = self._size = 0
+        """Of the message that has begun."""
+        self._portions: deque[bytes] = deque()
 
-    def feed(self, data: bytes) -> bytes:
-        """The same stream, as far as it can be passed on by now: perhaps nothing, until the next bytes."""
+    def take(self) -> bytes:
+        """What can be passed on next; empty until more has been fed."""
+        return self._portions.popleft() if self._portions else b""
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes, after all that could be passed on has been taken."""
+        if self.refused is not None:
+            return
         if self._begun:
             data, self._begun = self._begun + data, b""
-        if self._broken:
-            return data
-        if self._rest >= len(data):
-            self._rest -= len(data)
-            return data
+        if self._broken or self._rest >= len(data):
+            self._rest = max(0, self._rest - len(data))
+            self._portions.append(data)
+            return
         passed: list[bytes] = []
         run: list[tuple[int, int, int]] = []
         position, self._rest = self._rest, 0
@@ -50,25 +82,44 @@ class Coalescer:
             if _is_faulty(data[start : start + 2]):
                 self._broken = True
                 passed += (_joined(data, run), data[start:])
-                return b"".join(passed)
+                run = []
+                break
             if header is None:
                 self._begun = data[start:]
                 break
             payload, size = header
             position = payload + size
             first = data[start]
+            if not self._is_welcome(first, size):
+                break
             if first == _WHOLE_TEXT and data[start + 1] & _MASKED and position <= len(data):
                 if run and position - run[0][0] > self._limit:
                     passed.append(_joined(data, run))
                     run = []
                 run.append((start, payload, position))
                 continue
-            passed.append(_joined(data, run))
+            passed += (_joined(data, run), data[start:position])
             run = []
-            passed.append(data[start:position])
             self._rest = max(0, position - len(data))
+            if len(passed) >= 2 * FRAMES:
+                self._portions.append(b"".join(passed))
+                passed = []
         passed.append(_joined(data, run))
-        return b"".join(passed)
+        self._portions.append(b"".join(passed))
+
+    def _is_welcome(self, first: int, size: int) -> bool:
+        """Whether a frame may pass that begins with this byte and has a payload of this size."""
+        if first & _CONTROL:
+            return True
+        if first & _OPCODE:
+            self._fragments = self._size = 0
+        self._fragments += 1
+        self._size += size
+        if self._size > self.largest:
+            self.refused = TOO_LARGE
+        elif self._fragments > FRAGMENTS + self._size // FRAGMENT_SIZE:
+            self.refused = TOO_MANY_FRAGMENTS
+        return self.refused is None
 
 
 def _header(data: bytes, start: int) -> tuple[int, int] | None:

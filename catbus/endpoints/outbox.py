@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import trio
 
-from .frames import is_close
+from .coalesce import Coalescer
+from .frames import close_frame, is_close
 
 _CHUNK = 65_536
 
@@ -38,13 +39,13 @@ class Outbox(trio.abc.Stream):
         "_ended",
         "_fd",
         "_head",
+        "_inbound",
         "_moved",
         "_nursery",
         "_queue",
         "_reading",
         "_refill",
         "_rest",
-        "_rewrite",
         "_socket",
         "_stream",
         "broken",
@@ -64,13 +65,13 @@ class Outbox(trio.abc.Stream):
         *,
         refill: Callable[[], bytes],
         reading: trio.CancelScope,
-        rewrite: Callable[[bytes], bytes] = bytes,
+        inbound: Coalescer | None = None,
         head: bytes = b"",
         rest: bytes = b"",
     ) -> None:
         """`head` is a request for the library to answer, and `rest` what followed it; both are read first.
 
-        `rewrite` makes what the library reads of what comes after `head`, and may hold some of it back.
+        `inbound` makes what the library reads of what comes after `head`, or has the connection closed over it.
         """
         self.busy = False
         """Whether the writer is at work."""
@@ -88,7 +89,7 @@ class Outbox(trio.abc.Stream):
         self._fd = self._socket.fileno() if self._socket else -1
         self._nursery = nursery
         self._refill = refill
-        self._rewrite = rewrite
+        self._inbound = Coalescer() if inbound is None else inbound
         self._reading = reading
         self._head = head
         self._rest = rest
@@ -234,10 +235,18 @@ class Outbox(trio.abc.Stream):
         if not self._answered.is_set():
             await self._answered.wait()
         while True:
-            data = await self._next_bytes(max_bytes)
-            passed = self._rewrite(data)
-            if passed or not data:
+            if passed := self._inbound.take():
+                # The library may take all that it gets in one go: somebody else's turn comes first.
+                await trio.lowlevel.checkpoint()
                 return passed
+            if self._inbound.refused is not None:
+                self.close(close_frame(*self._inbound.refused))
+                self._reading.cancel()
+                await trio.lowlevel.checkpoint()
+            data = await self._next_bytes(max_bytes)
+            if not data:
+                return data
+            self._inbound.feed(data)
 
     async def _next_bytes(self, max_bytes: int | None) -> bytes:
         if self._rest:

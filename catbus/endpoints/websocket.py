@@ -32,6 +32,8 @@ PORTION = 65_536
 the mailbox is shared with other mailboxes, counted, and can be had again from the log."""
 OBJECTS_IN_MESSAGE = 16
 """How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
+UNPROVEN_SIZE = 16_384
+"""Bytes that a WebSocket message may have before the client has shown a token: what a token may have, and some more."""
 
 FAULT = CloseCode.INTERNAL, "internal error"
 
@@ -69,6 +71,8 @@ class Connection:
         "_conversing",
         "_give_up",
         "_goodbye",
+        "_inbound",
+        "_largest",
         "_listening",
         "_mailbox",
         "_packer",
@@ -97,9 +101,10 @@ class Connection:
         self._mailbox: Mailbox | None = None
         self._conversing = trio.CancelScope()
         self._listening = trio.CancelScope()
-        rewrite = Coalescer(message_size).feed
+        self._inbound = Coalescer(message_size, UNPROVEN_SIZE)
+        self._largest = OBJECTS_IN_MESSAGE * message_size
         self.outbox = Outbox(
-            stream, writers, refill=self._take, reading=self._conversing, rewrite=rewrite, head=head, rest=rest
+            stream, writers, refill=self._take, reading=self._conversing, inbound=self._inbound, head=head, rest=rest
         )
         self._pinged = self._took = self.outbox.last_heard
         self._sent = 0
@@ -224,4 +229,6 @@ class Connection:
         while client.closing is None:
             message = await websocket.get_message()
             await client.receive(message.encode() if isinstance(message, str) else message)
+            if client.proven:
+                self._inbound.largest = self._largest
             self.flush()

@@ -103,6 +103,11 @@ class Client:
         """Set when the connection is to be closed, once the mailbox has been sent."""
         return self.session.closing
 
+    @property
+    def proven(self) -> bool:
+        """Whether it has shown a token that was good."""
+        return self.session.identity is not None
+
     async def receive(self, data: bytes) -> None:
         """Take more bytes and do what they ask for.
 

@@ -19,6 +19,8 @@ from catbus.wire import Publish
 class FakeClient:
     """Echoes every chunk as a line, unless told otherwise."""
 
+    proven = True
+
     def __init__(self, hub: FakeHub, outlet: Outlet) -> None:
         self.hub = hub
         self.mailbox = Mailbox(outlet, lambda mailbox: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from wsproto import ConnectionType
@@ -12,7 +13,14 @@ from wsproto.connection import Connection
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 from wsproto.utilities import RemoteProtocolError
 
-from catbus.endpoints.coalesce import Coalescer
+from catbus.endpoints.coalesce import (
+    FRAGMENT_SIZE,
+    FRAGMENTS,
+    FRAMES,
+    TOO_LARGE,
+    TOO_MANY_FRAGMENTS,
+    Coalescer,
+)
 from tests.endpoints.peers import BINARY, CLOSE, PING, PONG, TEXT, masked
 
 CONTINUATION = 0
@@ -63,9 +71,15 @@ def seen(chunks: list[bytes]) -> list[object]:
     return events
 
 
+def passed(coalescer: Coalescer, data: bytes) -> list[bytes]:
+    """What goes on of these bytes, portion by portion."""
+    coalescer.feed(data)
+    return list(iter(coalescer.take, b""))
+
+
 def same(chunks: list[bytes]) -> bool:
     coalescer = Coalescer()
-    return seen([coalescer.feed(chunk) for chunk in chunks]) == seen(chunks)
+    return seen([portion for chunk in chunks for portion in passed(coalescer, chunk)]) == seen(chunks)
 
 
 def test_the_library_sees_the_same_of_any_three_frames() -> None:
@@ -94,27 +108,27 @@ def test_the_library_sees_the_same_of_anything(parts: list[bytes], cuts: list[in
 
 def test_frames_that_arrive_together_become_one() -> None:
     lines = [b'{"n":%d}' % n for n in range(100)]
-    joined = Coalescer().feed(b"".join(masked(TEXT, line) for line in lines))
+    joined = b"".join(passed(Coalescer(), b"".join(masked(TEXT, line) for line in lines)))
     assert joined == b"\x81\xfe" + len(b"".join(lines)).to_bytes(2, "big") + b"\0\0\0\0" + b"".join(lines)
 
 
 def test_what_it_makes_is_bounded() -> None:
     frame = masked(TEXT, b"x" * 94)
-    joined = Coalescer(limit=1000).feed(frame * 25)
+    joined = b"".join(passed(Coalescer(limit=1000), frame * 25))
     assert [joined[:8], len(joined)] == [b"\x81\xfe" + (940).to_bytes(2, "big") + b"\0\0\0\0", 2 * 948 + 478]
 
 
 def test_a_single_frame_passes_as_it_is() -> None:
     frame = masked(TEXT, b"hello")
-    assert Coalescer().feed(frame) == frame
+    assert passed(Coalescer(), frame) == [frame]
 
 
 def test_what_has_not_come_whole_passes_as_it_comes_but_for_its_header() -> None:
     frame = masked(TEXT, b"x" * 200)
     coalescer = Coalescer()
-    assert coalescer.feed(frame[:7]) == b""
-    assert coalescer.feed(frame[7:50]) == frame[:50]
-    assert coalescer.feed(frame[50:] + frame) == frame[50:] + frame
+    assert passed(coalescer, frame[:7]) == []
+    assert passed(coalescer, frame[7:50]) == [frame[:50]]
+    assert b"".join(passed(coalescer, frame[50:] + frame)) == frame[50:] + frame
 
 
 def test_it_takes_time_in_proportion() -> None:
@@ -126,3 +140,53 @@ def test_it_takes_time_in_proportion() -> None:
 
     small = min(cost(1_000) for _ in range(5))
     assert min(cost(8_000) for _ in range(5)) < 40 * small
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"\xc3\xa9" * 30]), min_size=200, max_size=2000), st.integers(1, 3000))
+def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
+    data = b"".join(masked(BINARY, payload) for payload in payloads)
+    coalescer = Coalescer()
+    for chunk in (data[:cut], data[cut:]):
+        for portion in passed(coalescer, chunk):
+            assert len(portion) <= (FRAMES + 1) * 66
+
+
+def fragments(count: int, size: int) -> bytes:
+    return masked(TEXT, b"", fin=False) + masked(CONTINUATION, b"x" * size, fin=False) * (count - 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, FRAGMENT_SIZE - 1])
+def test_a_message_in_too_many_fragments_is_refused_and_nothing_more_is_taken(size: int) -> None:
+    coalescer = Coalescer()
+    most = 1 + max(n for n in range(10_000) if n + 1 <= FRAGMENTS + n * size // FRAGMENT_SIZE)
+    assert b"".join(passed(coalescer, fragments(most, size))) == fragments(most, size)
+    assert coalescer.refused is None
+    passed(coalescer, fragments(2, size)[6:])
+    assert coalescer.refused == TOO_MANY_FRAGMENTS
+    assert passed(coalescer, masked(TEXT, b"a")) == []
+
+
+def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_anew() -> None:
+    coalescer = Coalescer()
+    for _ in range(3):
+        message = fragments(FRAGMENTS, 1) + masked(PING, b"") + masked(CONTINUATION, b"x")
+        assert b"".join(passed(coalescer, message)) == message
+    passed(coalescer, fragments(20_000, FRAGMENT_SIZE))
+    assert coalescer.refused is None
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [masked(TEXT, b"x" * 1001)],
+        [masked(BINARY, b"x" * 1001)[:8]],
+        [masked(TEXT, b"x" * 500, fin=False), masked(PING, b"p"), masked(CONTINUATION, b"x" * 501)[:8]],
+    ],
+    ids=["whole", "only its header", "in fragments"],
+)
+def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: list[bytes]) -> None:
+    coalescer = Coalescer(largest=1000)
+    for frame in frames[:-1]:
+        assert passed(coalescer, frame) == [frame]
+    assert passed(coalescer, frames[-1]) == []
+    assert coalescer.refused == TOO_LARGE
