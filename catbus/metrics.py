@@ -48,7 +48,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_quic_half_open": (GAUGE, "QUIC connections that have no session yet."),
     "catbus_quic_handshakes_total": (COUNTER, "QUIC handshakes that have begun, and that led to a session."),
     "catbus_quic_datagrams_total": (COUNTER, "UDP datagrams."),
-    "catbus_quic_datagrams_dropped_total": (COUNTER, "UDP datagrams that were for no connection."),
+    "catbus_quic_datagrams_dropped_total": (
+        COUNTER,
+        "UDP datagrams that were dropped: for no connection, or of a peer that used more CPU than its share.",
+    ),
+    "catbus_quic_evicted_total": (COUNTER, "Half-open QUIC connections that gave way to newer ones."),
     "catbus_quic_packets_lost_total": (COUNTER, "QUIC packets that did not arrive."),
     # Publishing and delivery
     "catbus_publishes_total": (COUNTER, "Messages that were to be published, whatever became of them."),
@@ -220,7 +224,9 @@ def _read_webtransport(door: QuicEndpoint, labels: Labels) -> Iterator[Reading]:
     yield "catbus_quic_handshakes_total", {"outcome": "completed"}, found.completed
     yield "catbus_quic_datagrams_total", {"direction": "in"}, found.datagrams_in
     yield "catbus_quic_datagrams_total", {"direction": "out"}, found.datagrams_out
-    yield "catbus_quic_datagrams_dropped_total", {}, found.dropped
+    yield "catbus_quic_datagrams_dropped_total", {"reason": "unknown"}, found.dropped - found.overdrawn
+    yield "catbus_quic_datagrams_dropped_total", {"reason": "share"}, found.overdrawn
+    yield "catbus_quic_evicted_total", {}, found.evicted
     yield "catbus_quic_packets_lost_total", {}, found.lost
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"errors", "loggers", "histogram", "release"},
+    {"bucket", "errors", "loggers", "histogram", "release"},
     {"topics", "wire"},
     {"framing", "auth"},
     {"config", "webtransport"},
@@ -52,7 +52,7 @@ ONLY_IMPORTERS = {
 }
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
-PURE = {"errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription", "histogram"}
+PURE = {"bucket", "errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription", "histogram"}
 IMPURE = {
     "anyio",
     "asyncio",

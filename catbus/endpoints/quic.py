@@ -26,7 +26,8 @@ class QuicStatistics:
 
     `begun` and `completed`: handshakes, which are complete when a session is asked for. `received` and `sent`: bytes.
     `lost`: packets that did not arrive; of all servers in this process. `dropped`: datagrams in that no connection
-    took. `faults`: exceptions of ours that ended something.
+    took; `overdrawn` of them because the peer had used more CPU than its share. `evicted`: half-open connections that
+    gave way to newer ones. `faults`: exceptions of ours that ended something.
     """
 
     connections: int
@@ -39,6 +40,8 @@ class QuicStatistics:
     sent: int
     lost: int
     dropped: int
+    overdrawn: int
+    evicted: int
     faults: int
 
 
@@ -66,6 +69,8 @@ class QuicEndpoint:
             sum(port.sent_bytes for port in router.ports),
             losses.packets,
             router.dropped,
+            router.overdrawn,
+            router.evicted,
             router.faults,
         )
 

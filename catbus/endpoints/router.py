@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter, deque
 from collections.abc import Callable
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
 import trio
 
+from ..bucket import TokenBucket
 from ..loggers import get_logger
 from ..webtransport import (
     Configuration,
@@ -30,6 +33,7 @@ from ..webtransport.packets import (
     version_negotiation,
 )
 from .datagrams import Place, Port, transmit
+from .networks import network_of
 from .tickets import Tickets
 from .timers import Timers
 from .webtransport import Conversation
@@ -39,9 +43,19 @@ if TYPE_CHECKING:
 
 BATCH = 32
 """Datagrams that are taken from a socket before others have their turn."""
+TURN = 0.002
+"""Seconds after which others have their turn, however few datagrams were dealt with."""
+SHARE, SAVED = 0.4, 0.2
+"""Of each second, how many seconds of CPU one peer's packets may take, and how many it may save for later. What comes
+beyond that is dropped, by which QUIC tells a peer to send less."""
 RETRY_FROM = 256
 """Half-open connections from which on a client has to prove its address first."""
+UNPROVED = 100
+"""Connections in a second that may begin without that. Most packets that look like the first one of a connection and
+are none can be told apart only by the work of beginning one."""
 MAX_HALF_OPEN = 2048
+"""Half-open connections. Of the network that has most of them, the oldest gives way to one more: an honest client is
+through with its handshake in some round trips."""
 ANSWERS = 100
 """Packets for nobody that are answered, in a second."""
 PING_INTERVAL = 20.0
@@ -56,15 +70,15 @@ logger = get_logger("catbus.endpoints")
 class Peer:
     """One connection, and its session once it has one."""
 
-    __slots__ = ("connection", "conversation", "half_open", "heard", "lost", "pinged", "settling")
+    __slots__ = ("connection", "conversation", "heard", "lost", "pinged", "settling", "share")
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, now: float) -> None:
         self.connection = connection
         self.conversation: Conversation | None = None
-        self.half_open = True
         self.lost = False
-        self.heard = self.pinged = trio.current_time()
+        self.heard = self.pinged = now
         self.settling = False
+        self.share = TokenBucket(SHARE, SAVED, now)
 
 
 class Router:
@@ -76,12 +90,15 @@ class Router:
         secrets = hub.config.auth.secrets
         self.ports = ports
         self.peers: set[Peer] = set()
-        self.half_open = 0
         self.begun = 0
         """How many handshakes have begun."""
         self.completed = 0
         """How many of them led to a session, or to a refusal of one."""
         self.dropped = 0
+        self.overdrawn = 0
+        """Datagrams that were dropped because their peers had had more than their share."""
+        self.evicted = 0
+        """Half-open connections that gave way to others."""
         self.faults = 0
         self.closed = False
         self._hub = hub
@@ -91,10 +108,20 @@ class Router:
         self._origins = frozenset(hub.config.websocket.allowed_origins)
         self._tickets = Tickets(secrets[0] if secrets else None)
         self._routes: dict[bytes, Peer] = {}
+        self._half_open: dict[Peer, str] = {}
+        """Those that have no session yet, the oldest first, and the network of each."""
+        self._networks: Counter[str] = Counter()
+        """How many of those each network has."""
         self._timers = Timers(self._fire)
-        self._allowance = float(ANSWERS)
-        self._allowed_at = trio.current_time()
+        now = trio.current_time()
+        self._answers = TokenBucket(ANSWERS, ANSWERS, now)
+        self._unproved = TokenBucket(UNPROVED, UNPROVED, now)
         self._changed = trio.lowlevel.ParkingLot()
+
+    @property
+    def half_open(self) -> int:
+        """How many connections have no session yet."""
+        return len(self._half_open)
 
     async def run(self, scope: trio.CancelScope) -> None:
         """All loops, within `scope`."""
@@ -141,29 +168,42 @@ class Router:
         """Take in whatever comes, for ever; then let each connection that got something send, once."""
         while True:
             await port.wait()
-            touched: dict[Peer, None] = {}
-            now = trio.current_time()
-            for data, place in port.receive(BATCH):
-                try:
-                    peer = self._route(data, place, now)
-                except Exception:
-                    logger.exception("a datagram could not be dealt with")
-                    self.fault()
-                    continue
-                if peer is None:
-                    self.dropped += 1
-                else:
-                    peer.heard = now
-                    touched[peer] = None
-            for peer in touched:
-                self.settle(peer)
+            arrived = deque(port.receive(BATCH))
+            while arrived:
+                touched: dict[Peer, None] = {}
+                now, ends = trio.current_time(), perf_counter() + TURN
+                while arrived and perf_counter() < ends:
+                    peer = self._take_in(*arrived.popleft(), now)
+                    if peer is not None:
+                        peer.heard = now
+                        touched[peer] = None
+                for peer in touched:
+                    self.settle(peer)
+                if arrived:
+                    await trio.lowlevel.checkpoint()
+
+    def _take_in(self, data: bytes, place: Place, now: float) -> Peer | None:
+        """Take a datagram; returns the connection that took it."""
+        try:
+            peer = self._route(data, place, now)
+        except Exception:
+            logger.exception("a datagram could not be dealt with")
+            self.fault()
+            return None
+        self.dropped += peer is None
+        return peer
 
     def _route(self, data: bytes, place: Place, now: float) -> Peer | None:
         if len(data) > MAX_PACKET or (header := read_header(data)) is None:
             return None
         peer = self._routes.get(header.destination)
         if peer is not None:
+            if peer.share.level(now) < 0:
+                self.overdrawn += 1
+                return None
+            began = thread_time()
             peer.connection.receive_datagram(data, place, now)
+            peer.share.spend(thread_time() - began)
             return peer
         if header.initial:
             return self._accept(header, data, place, now)
@@ -176,23 +216,20 @@ class Router:
 
     def _answer(self, data: bytes | None, place: Place, now: float) -> None:
         """Answer a packet that belongs to nobody, unless that has been done too often just now."""
-        self._allowance = min(float(ANSWERS), self._allowance + (now - self._allowed_at) * ANSWERS)
-        self._allowed_at = now
-        if data is not None and self._allowance >= 1:
-            self._allowance -= 1
+        if data is not None and self._answers.take(1, now):
             place.port.send((data,), place)
 
     def _accept(self, header: Header, data: bytes, place: Place, now: float) -> Peer | None:
         """A client's first packet: a new connection, or a Retry, or nothing."""
         if len(data) < SMALLEST_INITIAL or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
             return None
-        if len(self.peers) >= self._limit or self.half_open >= MAX_HALF_OPEN:
+        if len(self.peers) >= self._limit:
             return None
         original, retry_source = header.destination, None
         proved = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
         if proved is not None:
             original, retry_source = proved, header.destination
-        elif self.half_open >= RETRY_FROM:
+        elif self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
             again = os.urandom(ID_LENGTH)
             token = self._tickets.retry_token(place.address, header.destination, again, time.time())
             place.port.send((retry(header, again, token),), place)
@@ -205,13 +242,25 @@ class Router:
         if not datagrams:
             return None  # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
         transmit(datagrams)
-        peer = Peer(connection)
+        if self.half_open >= MAX_HALF_OPEN:
+            self._evict()
+        peer = Peer(connection, now)
         self.peers.add(peer)
-        self.half_open += 1
+        network = self._half_open[peer] = network_of(place.address[0])
+        self._networks[network] += 1
         self.begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
         return peer
+
+    def _evict(self) -> None:
+        """Give up the oldest half-open connection of the network that has most of them."""
+        network = max(self._networks, key=self._networks.__getitem__)
+        peer = next(peer for peer, own in self._half_open.items() if own == network)
+        self.evicted += 1
+        peer.connection.close()
+        self.settle(peer)
+        self._forget(peer)
 
     # Out.
 
@@ -270,9 +319,11 @@ class Router:
                 conversation.abandon()
 
     def _opened(self, peer: Peer) -> None:
-        if peer.half_open:
-            peer.half_open = False
-            self.half_open -= 1
+        network = self._half_open.pop(peer, None)
+        if network is not None:
+            self._networks[network] -= 1
+            if not self._networks[network]:
+                del self._networks[network]
 
     def _lose(self, peer: Peer) -> None:
         peer.lost = True

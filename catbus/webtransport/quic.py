@@ -25,6 +25,9 @@ from .configuration import Configuration
 MAX_HOLES = 512
 """In what has arrived of a stream. Packets lost from a full window leave fewer; looking through them costs time."""
 
+MAX_CRYPTO = 16_384
+"""Bytes that a client's part of a handshake may have: several times of what browsers send. TLS would take 16 MiB."""
+
 _HOLES = "more holes than loss leaves"
 _RESET_TOKEN = 16
 _SMALLEST_RESET = 21
@@ -203,6 +206,12 @@ class Quic(QuicConnection):
     def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
         if len(self._crypto_streams[context.epoch].receiver._ranges) > MAX_HOLES:
             raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, _HOLES)
+        if not self._is_client:
+            begin = buf.tell()
+            end = buf.pull_uint_var() + buf.pull_uint_var()
+            if end > MAX_CRYPTO:
+                raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "the handshake is too long")
+            buf.seek(begin)
         super()._handle_crypto_frame(context, frame_type, buf)
 
     # Stateless resets.

@@ -21,11 +21,12 @@ from catbus.endpoints.datagrams import Port
 from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
 from catbus.errors import CloseCode
-from catbus.webtransport import Limits, SessionClosed, SessionOpened
+from catbus.webtransport import Connection, Limits, SessionClosed, SessionOpened
 from catbus.webtransport.packets import ID_LENGTH, VERSIONS
 from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.udp import Client, Lost, Server, serving
+from tests.webtransport.link import client_config
 
 
 def text(**message: object) -> bytes:
@@ -43,6 +44,13 @@ async def ask(address: str, *datagrams: bytes) -> bytes | None:
         with trio.move_on_after(0.2):
             return bytes(await sock.recv(4096))
     return None
+
+
+def first_flight(address: str) -> list[bytes]:
+    """What a client sends to begin a connection, which it does not go on with."""
+    host, _, port = address.rpartition(":")
+    connection = Connection.client(client_config(), (host, int(port)), 0.0, authority="localhost")
+    return [data for data, _ in connection.datagrams_to_send(0.0)]
 
 
 async def test_a_message_goes_from_one_client_to_another() -> None:
@@ -244,16 +252,54 @@ async def test_above_a_number_of_half_open_connections_an_address_is_proved_firs
         assert (await client.heard("pong"))["seq"] == 1
 
 
-async def test_half_open_connections_and_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_new_connections_than_are_usual_have_to_prove_their_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "UNPROVED", 1e-9)
+    async with serving() as server:
+        client = await server.log_in()
+        assert client.retried
+
+
+async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "MAX_HALF_OPEN", 3)
+    async with serving() as server:
+        for network in ("alone", "crowd", "crowd"):
+            monkeypatch.setattr(router_module, "network_of", lambda host, network=network: network)
+            assert await ask(server.address, *first_flight(server.address)) is not None
+        oldest = list(server.router.peers)
+        client = await server.log_in()
+        assert server.router.evicted == 1
+        assert sorted(server.router._half_open.values()) == ["alone", "crowd"]
+        assert len(server.router.peers) == len(oldest)
+        client.say(type="ping", seq=1)
+        assert (await client.heard("pong"))["seq"] == 1
+        await server.log_in()
+        assert server.router.evicted == 1
+
+
+async def test_a_peer_that_has_had_more_than_its_share_is_not_listened_to_for_a_while() -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        [peer] = server.router.peers
+        peer.share.spend(10)
+        client.say(type="ping", seq=1)
+        with trio.move_on_after(0.2):
+            await client.heard("pong")
+        assert server.router.overdrawn > 0
+        other = await server.log_in()
+        other.say(type="ping", seq=2)
+        assert (await other.heard("pong"))["seq"] == 2
+        peer.share.spend(-10)
+        assert (await client.heard("pong"))["seq"] == 1
+
+
+async def test_connections_are_limited() -> None:
     limits = msgspec.structs.replace(CONFIG.limits, connections=2)
     async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
-        monkeypatch.setattr(router_module, "MAX_HALF_OPEN", 0)
-        client = server.connect()
-        with trio.move_on_after(0.2):
-            await client.open()
-        assert server.endpoint.statistics().connections == 0
-        monkeypatch.undo()
-        await client.open()
+        await server.log_in()
         await server.log_in()
         late = server.connect()
         with trio.move_on_after(0.2):

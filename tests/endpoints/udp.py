@@ -14,6 +14,7 @@ import trio
 from catbus.auth import Authenticator
 from catbus.config import Config
 from catbus.endpoints.quic import QuicEndpoint, serve_quic
+from catbus.endpoints.router import Router
 from catbus.hub import Hub
 from catbus.log import MemoryLog
 from catbus.webtransport import (
@@ -213,6 +214,10 @@ class Server:
     @property
     def address(self) -> str:
         return self.endpoint.addresses[0]
+
+    @property
+    def router(self) -> Router:
+        return self.endpoint._router
 
     def connect(self, limits: Limits | None = None, origin: str | None = None) -> Client:
         client = Client(self.address, limits, origin)

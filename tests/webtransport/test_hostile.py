@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aioquic.buffer import encode_uint_var
-from aioquic.quic.packet import QuicPacketType
+from aioquic.quic.packet import QuicErrorCode, QuicPacketType
 from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.tls import Epoch
 from hypothesis import HealthCheck, example, given, settings
@@ -600,6 +600,17 @@ def test_a_handshake_full_of_holes_ends_the_connection() -> None:
     link.flush()
     assert link.server.lost == "more holes than loss leaves"
     assert first < 3 * MAX_HOLES
+
+
+def test_a_handshake_that_is_too_long_ends_the_connection() -> None:
+    link = Link()
+    sender = raw(link.client.it)._crypto_streams[Epoch.INITIAL].sender
+    # The server has a ClientHello of 16 MiB announced to it, of which the first 17 KiB come.
+    sender._buffer[:4] = b"\x01\xff\xff\xff"
+    sender.write(bytes(17_000))
+    link.run(2)
+    assert ended_with(link, QuicErrorCode.CRYPTO_BUFFER_EXCEEDED)
+    assert not link.client.saw(SessionOpened)
 
 
 def test_an_endless_stream_that_is_not_wanted_costs_nothing() -> None:

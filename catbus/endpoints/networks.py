@@ -1,0 +1,17 @@
+"""Which addresses are counted as one: what a single peer can easily have many of is no way to be many."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
+
+
+@lru_cache(4096)
+def network_of(host: str) -> str:
+    """The network of an IP address: an IPv4 address by itself, also one that IPv6 carries, and a /64 in IPv6."""
+    address = ip_address(host.partition("%")[0])
+    if not isinstance(address, IPv6Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return f"{IPv6Address(int(address) >> 64 << 64)}/64"
