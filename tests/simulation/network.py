@@ -251,7 +251,7 @@ class Bridge:
     def __init__(self, network: Network) -> None:
         self._network = network
 
-    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT) -> Connection:
+    async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> Connection:
         with trio.move_on_after(timeout):
             return await self._network.connect(url)
         raise TimeoutError(f"no connection within {timeout:g} s")
