@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -103,14 +104,17 @@ class Conversation:
         handler = find(request.method, request.path)
         if isinstance(handler, Answer):
             return handler
-        if request.has_body:
-            request = replace(request, body=await self._read_body(request))
         try:
-            return await handler(self._hub, request)
+            answer = await handler(self._hub, replace(request, read=partial(self._read_body, request)))
+        except Refused:
+            raise
         except Exception:
             logger.exception("a request failed")
             self._roster.faults += 1
             return line(500)
+        if answer.status < 400 and self._http.their_state is h11.SEND_BODY:
+            await self._read_body(request, keep=False)
+        return answer
 
     # Reading
 
@@ -138,18 +142,21 @@ class Conversation:
             return
         raise Enough
 
-    async def _read_body(self, request: Request) -> bytes:
+    async def _read_body(self, request: Request, *, keep: bool = True) -> bytes:
+        """Read the body to its end, whether it is kept or not. Refuses one that is too large, or comes too slowly."""
         if int(request.header(b"content-length") or b"0") > BODY_SIZE:
             raise Refused(line(413))
         body = bytearray()
-        parts = 0
+        parts = size = 0
         with trio.move_on_after(BODY_TIME):
             while isinstance(event := await self._next_event(), h11.Data):
-                body += event.data
                 parts += 1
+                size += len(event.data)
+                if keep:
+                    body += event.data
                 if parts % PARTS_AT_A_TIME == 0:
                     await trio.lowlevel.checkpoint()
-                if len(body) > BODY_SIZE:
+                if size > BODY_SIZE:
                     raise Refused(line(413))
             return bytes(body)
         raise Refused(line(408))

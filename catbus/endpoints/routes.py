@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 Headers = Sequence[tuple[bytes, bytes]]
 
 
+async def _nothing() -> bytes:
+    return b""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request. Header names are in lower case."""
+    """The head of a request, and the way to its body. Header names are in lower case."""
 
     method: str
     path: str
@@ -36,7 +40,8 @@ class Request:
     version: bytes = b"1.1"
     host: str = ""
     """The name and port that the client asks for; empty where HTTP/1.0 does not say."""
-    body: bytes = b""
+    read: Callable[[], Awaitable[bytes]] = _nothing
+    """Reads the body, once. Nothing is kept of a body that is not asked for: see first who sends it."""
 
     @property
     def has_body(self) -> bool:
@@ -171,7 +176,7 @@ async def publish(hub: Hub, request: Request) -> Answer:
     try:
         token = _bearer(request)
         identity = await hub.authenticate(token)
-        single, items = _split(request.body, hub.config.limits.pending_publishes)
+        single, items = _split(await request.read(), hub.config.limits.pending_publishes)
         wanted = [_decode(item, hub.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]
         outcomes = iter(await hub.publish(identity, requests, _producer(request, identity), _client(token)))

@@ -40,6 +40,9 @@ MOVING_TIME = 2.0
 MOVES = 100
 """How many clients a second are sent to the other replicas, unless `drain.window` is too short for that."""
 
+PUBLISHED_AT_A_TIME = 100
+"""Messages of one request that are taken before other tasks get a turn."""
+
 SPREAD = 0.8
 """Over which part of the time that is left clients are sent away: the last of them need some to move in."""
 
@@ -181,6 +184,8 @@ class Hub:
                 done.set()
 
         for index, request in enumerate(requests):
+            if index % PUBLISHED_AT_A_TIME == PUBLISHED_AT_A_TIME - 1:
+                await trio.lowlevel.checkpoint()
             request.id, request.retry = index, False
             try:
                 append = make_append(request, identity, producer, partial(settle, index), identity.client_id or client)

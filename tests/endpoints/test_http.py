@@ -10,9 +10,11 @@ import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+import catbus.endpoints.http as http_module
 from catbus.config import Config, WebSocket
 from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, IDLE_TIME, SEND_TIME, serve_connection
 from catbus.endpoints.roster import Roster
+from catbus.endpoints.routes import Request
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
 from tests.endpoints.peers import UPGRADE, Peer, masked, patience
@@ -59,13 +61,15 @@ def post(path: str, body: bytes, *lines: str) -> bytes:
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 
+TOKEN = "Authorization: Bearer good"
+
 REQUESTS = {
     "health": (get("/health"), 200, b"ok", {"content-type": TEXT, "content-length": "2"}),
     "query": (get("/health?probe=1"), 200, b"ok", {}),
     "absolute target": (get("http://bus.example/health?x"), 200, b"ok", {}),
     "ready": (get("/ready"), 200, b"ready\n", {}),
     "status": (
-        get("/status", "Authorization: Bearer good"),
+        get("/status", TOKEN),
         200,
         b'{"state":"ready"}\n',
         {"content-type": JSON, "cache-control": "no-store"},
@@ -107,13 +111,13 @@ REQUESTS = {
         {},
     ),
     "publish": (
-        post("/publish", b'{"channel":"a.b","payload":1}', "Authorization: Bearer good"),
+        post("/publish", b'{"channel":"a.b","payload":1}', TOKEN),
         200,
         b'{"seq":1,"channel":"a.b"}\n',
         {"content-type": JSON},
     ),
     "no token": (
-        post("/publish", b"{}"),
+        post("/publish", b""),
         401,
         b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
         {"www-authenticate": 'Bearer realm="catbus"'},
@@ -130,7 +134,7 @@ REQUESTS = {
         {},
     ),
     "an offer of h2c with a body": (
-        post("/publish", b'{"channel":"a.b","payload":1}', "Authorization: Bearer good", "Upgrade: h2c"),
+        post("/publish", b'{"channel":"a.b","payload":1}', TOKEN, "Upgrade: h2c"),
         200,
         b'{"seq":1,"channel":"a.b"}\n',
         {},
@@ -158,17 +162,18 @@ BROKEN = {
     "two hosts": (get("/health", "Host: other.example"), 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "bad length": (get("/publish", "Content-Length: many", method="POST"), 400),
-    "bad chunk": (get("/publish", "Transfer-Encoding: chunked", method="POST") + b"xyz\r\n", 400),
+    "bad chunk": (get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST") + b"xyz\r\n", 400),
     "unknown coding": (get("/publish", "Transfer-Encoding: gzip", method="POST"), 501),
     "bad target": (get("http://[/health"), 400),
     "large head": (get("/health", "X: " + "x" * HEAD_SIZE), 431),
     "endless head": (b"GET /health HTTP/1.1\r\nX: " + b"x" * (HEAD_SIZE + 1), 431),
-    "large body": (get("/publish", f"Content-Length: {BODY_SIZE + 1}", method="POST"), 413),
+    "large body": (get("/publish", f"Content-Length: {BODY_SIZE + 1}", TOKEN, method="POST"), 413),
     "large chunks": (
-        get("/publish", "Transfer-Encoding: chunked", method="POST")
+        get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
         + b"100000\r\n" + b" " * BODY_SIZE + b"\r\n1\r\n \r\n",
         413,
     ),
+    "no token for a body": (get("/publish", f"Content-Length: {BODY_SIZE}", method="POST"), 401),
     "unread body": (post("/nothing", b"{}"), 404),
 }  # fmt: skip
 
@@ -226,7 +231,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 
 async def test_requests_may_be_split_at_every_byte() -> None:
-    message = post("/publish", b'{"channel":"a.b","payload":1}', "Authorization: Bearer good") + get("/health")
+    message = post("/publish", b'{"channel":"a.b","payload":1}', TOKEN) + get("/health")
     for split in range(1, len(message)):
         async with served() as it:
             await it.peer.send(message[:split])
@@ -250,7 +255,7 @@ async def test_requests_may_come_a_byte_at_a_time() -> None:
 async def test_a_body_may_come_in_chunks() -> None:
     async with served() as it:
         await it.peer.send(
-            get("/publish", "Transfer-Encoding: chunked", "Authorization: Bearer good", method="POST")
+            get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
             + b'10\r\n{"channel":"a.b"\r\nd;x=y\r\n,"payload":1}\r\n0\r\nTrailer: x\r\n\r\n'
         )
         assert (await it.peer.response()).body == b'{"seq":1,"channel":"a.b"}\n'
@@ -259,7 +264,7 @@ async def test_a_body_may_come_in_chunks() -> None:
 async def test_a_client_that_expects_to_be_asked_is_asked_for_the_body() -> None:
     body = b'{"channel":"a.b","payload":1}'
     async with served() as it:
-        request = post("/publish", body, "Authorization: Bearer good", "Expect: 100-continue")
+        request = post("/publish", body, TOKEN, "Expect: 100-continue")
         await it.peer.send(request.removesuffix(body))
         assert (await it.peer.response()).status == 100
         await it.peer.send(body)
@@ -271,10 +276,34 @@ async def test_it_is_not_asked_for_a_body_that_nobody_wants(
     path: str, length: int, status: int, autojump_clock: MockClock
 ) -> None:
     async with served() as it:
-        await it.peer.send(get(path, f"Content-Length: {length}", "Expect: 100-continue", method="POST"))
+        await it.peer.send(get(path, f"Content-Length: {length}", "Expect: 100-continue", TOKEN, method="POST"))
         response = await it.peer.response()
         assert (response.status, response.headers["connection"]) == (status, "close")
         assert await it.peer.at_end()
+
+
+async def test_it_is_not_asked_for_the_body_of_a_request_without_a_token(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(get("/publish", "Content-Length: 9", "Expect: 100-continue", method="POST"))
+        response = await it.peer.response()
+        assert (response.status, response.headers["connection"]) == (401, "close")
+
+
+async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    right = http_module.Conversation._read_body
+
+    async def read_body(self: http_module.Conversation, request: Request, *, keep: bool = True) -> bytes:
+        body = await right(self, request, keep=keep)
+        kept.append(len(body))
+        return body
+
+    monkeypatch.setattr(http_module.Conversation, "_read_body", read_body)
+    async with served() as it:
+        for size in (5, BODY_SIZE):
+            await it.peer.send(get("/health", f"Content-Length: {size}") + b"x" * size)
+            assert (await it.peer.response()).status == 200
+    assert kept == [0, 0]
 
 
 async def test_without_a_host_nothing_can_be_discovered() -> None:
@@ -338,7 +367,7 @@ async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> No
 
 async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
     async with served() as it:
-        await it.peer.send(get("/publish", "Content-Length: 1000", method="POST"))
+        await it.peer.send(get("/publish", "Content-Length: 1000", TOKEN, method="POST"))
         with trio.move_on_after(BODY_TIME + 1):
             while True:
                 await trio.sleep(1)

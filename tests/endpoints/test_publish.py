@@ -17,7 +17,10 @@ GOOD = (b"authorization", b"Bearer good")
 
 
 async def post(hub: FakeHub, body: bytes, *headers: tuple[bytes, bytes]) -> tuple[int, Any, Answer]:
-    answer = await publish(cast(Any, hub), Request("POST", "/publish", headers or (GOOD,), body=body))
+    async def read() -> bytes:
+        return body
+
+    answer = await publish(cast(Any, hub), Request("POST", "/publish", headers or (GOOD,), read=read))
     assert answer.body.endswith(b"\n")
     assert answer.type == b"application/json"
     return answer.status, json.loads(answer.body), answer
