@@ -17,10 +17,17 @@ HEAD_START = 0.25
 T = TypeVar("T")
 
 
+def names_of(host: str) -> tuple[str, ...]:
+    """What to look up for a host: both addresses of this machine where it is meant.
+
+    Whatever the system says (RFC 6761, section 6.3): it may know one address, and the broker listen on the other.
+    """
+    return ("::1", "127.0.0.1") if host == "localhost" or host.endswith(".localhost") else (host,)
+
+
 async def look_up(host: str, port: int) -> list[tuple[int, Any]]:
     """Families and addresses for UDP: IPv6 first, then one of each in turn. Raises `OSError`."""
-    if host == "localhost":
-        # Both, whatever the system says (RFC 6761 section 6.3): the broker may listen on one only.
+    if len(names_of(host)) > 1:
         return [(socket.AF_INET6, ("::1", port)), (socket.AF_INET, ("127.0.0.1", port))]
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     families: tuple[list[Any], list[Any]] = ([], [])

@@ -21,6 +21,7 @@ from wsproto.events import (
 from wsproto.utilities import RemoteProtocolError
 
 from ..errors import Disconnected
+from .racing import names_of
 from .transport import Address, Chunk
 
 GOODBYE = 2.0
@@ -150,12 +151,30 @@ async def open_websocket(address: Address, ssl_context: ssl.SSLContext | None = 
 async def _connect(address: Address, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
     if address.socket is not None:
         return await anyio.connect_unix(address.socket)
+    *others, last = names_of(address.host)
+    for name in others:
+        # This machine refuses at once, so there is no need to try them beside each other, as anyio does for a name.
+        try:
+            return await _connect_to(name, address, ssl_context)
+        except ssl.SSLError:
+            raise
+        except OSError:
+            continue
+    return await _connect_to(last, address, ssl_context)
+
+
+async def _connect_to(name: str, address: Address, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
     if address.secure:
         # WebSocket says goodbye for itself; TLS's own goodbye is left out, as with HTTPS.
         return await anyio.connect_tcp(
-            address.host, address.port, tls=True, ssl_context=ssl_context, tls_standard_compatible=False
+            name,
+            address.port,
+            tls=True,
+            ssl_context=ssl_context,
+            tls_standard_compatible=False,
+            tls_hostname=address.host,
         )
-    return await anyio.connect_tcp(address.host, address.port)
+    return await anyio.connect_tcp(name, address.port)
 
 
 async def shake_hands(stream: anyio.abc.ByteStream, address: Address) -> WebSocket:

@@ -760,7 +760,7 @@ export class CatbusClient {
   async #dial(run, kinds) {
     const { url, fallbackUrl, headStart } = this.#options;
     let routes = [url, ...(fallbackUrl ? [fallbackUrl] : [])].filter((each) => !kinds || kinds.includes(kindOf(each)));
-    routes = routes.filter((each) => this.#transportFor(kindOf(each)));
+    routes = routes.filter((each) => this.#transportFor(kindOf(each))).flatMap(addressesOf);
     if (!routes.length) throw new Disconnected('there is neither WebTransport nor WebSocket here', { final: true });
     const winner = winners.get(url);
     if (winner && winner.until > Date.now()) routes.sort((a, b) => rank(a) - rank(b));
@@ -822,8 +822,7 @@ export class CatbusClient {
     if (!discovery && !isLoopback(new URL(url).hostname)) return undefined;
     const page = globalThis.location?.origin;
     const origins = [discovery, fallbackUrl?.replace(/^ws/, 'http'), page?.startsWith('http') ? page : undefined];
-    for (const origin of origins) {
-      if (!origin) continue;
+    for (const origin of origins.flatMap((each) => (each ? addressesOf(each) : []))) {
       try {
         const limit = AbortSignal.any([signal, AbortSignal.timeout(1000)]);
         const answer = await fetch(new URL('/.well-known/catbus', origin), { signal: limit, cache: 'no-store' });
@@ -1387,6 +1386,18 @@ function kindOf(url) {
 /** @param {string} host */
 function isLoopback(host) {
   return host === 'localhost' || host.endsWith('.localhost') || host === '[::1]' || /^127(\.\d+){3}$/.test(host);
+}
+
+/**
+ * A URL, and where it means this machine by name, also with both of its addresses: the system may know one of them, or a
+ * browser try one of them, and the broker listen on the other.
+ *
+ * @param {string} url @returns {string[]}
+ */
+function addressesOf(url) {
+  const { hostname } = new URL(url);
+  if (hostname !== 'localhost' && !hostname.endsWith('.localhost')) return [url];
+  return [url, ...['127.0.0.1', '[::1]'].map((address) => Object.assign(new URL(url), { hostname: address }).href)];
 }
 
 /** Whether coming back would be no better. @param {Error} why @param {boolean} renewable whether there are new tokens */
