@@ -287,9 +287,13 @@ class Session:
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
-        if message.pattern not in self.patterns:
+        if message.pattern in self.patterns:
+            yield Leave(message)
+        elif self.protocol is Protocol.FIRST:
+            # To the first version it was no mistake.
+            self.say(wire.Unsubscribed(message.pattern, 0))
+        else:
             raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
-        yield Leave(message)
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)

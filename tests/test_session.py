@@ -425,3 +425,23 @@ def test_a_first_version_client_hears_only_what_it_knows() -> None:
         {"type": "published", "channel": "project.a"},
         {"type": "subscribe_error", "pattern": "project.*", "message": "the permission was withdrawn"},
     ]
+
+
+def test_an_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
+    driver = open_session(protocol=0)
+    assert driver.say({"type": "unsubscribe", "pattern": "never"}, {"type": "unsubscribe", "pattern": "project.*"}) == [
+        {"type": "unsubscribed", "pattern": "never"},
+        {"type": "unsubscribed", "pattern": "project.*"},
+    ]
+    assert driver.effects == []
+
+
+@pytest.mark.parametrize("kind", ["yjs_update", "yjs_awareness", "yjs_sync_request"])
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_what_only_the_first_version_knew_is_an_error_and_the_session_goes_on(kind: str, protocol: int) -> None:
+    driver = open_session(protocol=protocol)
+    error, pong, *_ = driver.say({"type": kind, "channel": "project.a", "update": "AAA="}, {"type": "ping", "seq": 1})
+    assert (error["type"], error.get("code")) == ("error", "bad_message" if protocol else None)
+    assert kind in error["message"]
+    assert pong == {"type": "pong", "seq": 1}
+    assert not driver.session.closed

@@ -80,6 +80,12 @@ class Peer:
         self.settling = False
         self.share = TokenBucket(SHARE, SAVED, now)
 
+    @property
+    def timer(self) -> float | None:
+        """When it wants to be called."""
+        at, due = self.connection.timer, None if self.conversation is None else self.conversation.due
+        return at if due is None or (at is not None and at < due) else due
+
 
 class Router:
     """Knows which packet is for which connection. Nothing in here waits for a peer."""
@@ -277,7 +283,7 @@ class Router:
             self._take_events(peer)
             if datagrams:
                 transmit(datagrams)
-            self._timers.set(peer, peer.connection.timer)
+            self._timers.set(peer, peer.timer)
         except Exception:
             logger.exception("a connection failed")
             self.fault()

@@ -13,6 +13,7 @@ from ..loggers import get_logger
 from ..mailbox import Item, Mailbox
 from ..webtransport import Connection, ConnectionLost, Event, SessionClosed, StreamData, StreamReset, StreamStopped
 from ..wire import Protocol
+from .spacing import Spacer
 
 if TYPE_CHECKING:
     from ..hub import Client, Hub
@@ -81,6 +82,7 @@ class Conversation:
         "_on_fault",
         "_room",
         "_sent",
+        "_spacer",
         "_transmit",
     )
 
@@ -98,6 +100,8 @@ class Conversation:
         """Those whose mailboxes hold what the connection did not take, the longest waiting first."""
         self._datagrams = False
         """Whether there are datagrams to be transmitted."""
+        self._spacer = Spacer()
+        """What waits for a first-version client, beside its mailbox."""
         self._inbox: list[bytes] = []
         self._ended = False
         """Whether the peer says nothing more."""
@@ -111,6 +115,11 @@ class Conversation:
         self._moved = trio.current_time()
         self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self)
         self._main.mailbox = self._client.mailbox
+
+    @property
+    def due(self) -> float | None:
+        """When `make_room` has something to do even where nothing is acknowledged until then."""
+        return self._spacer.due
 
     # What the connection says. None of this waits.
 
@@ -153,6 +162,7 @@ class Conversation:
         if gone:
             self._gone = True
             self._blocked.clear()
+            self._spacer.clear()
             # Whoever waits for room in them need not wait any more.
             for lane in (self._main, *self._lanes.values()):
                 lane.mailbox.take()
@@ -228,11 +238,16 @@ class Conversation:
         if self._gone or (stream is None and lane is not self._main):
             mailbox.take()
             return False
+        if mailbox.protocol is Protocol.FIRST:
+            return self._fill_spaced(lane)
         before = self._sent
         while stream is not None and self._connection.writable(stream):
             items = mailbox.take(PORTION)
+            if lane is self._main and self._spacer:
+                # It has turned out to be a client of the specification.
+                items = [*self._spacer.clear(), *items]
             if items:
-                lines = join_lines(items, mailbox.protocol)
+                lines = join_lines(items)
                 self._sent += len(lines)
                 self._connection.send(stream, lines, lane.ending and not mailbox)
             if not mailbox:
@@ -244,6 +259,22 @@ class Conversation:
             self._blocked[lane] = None
         if self._sent == before:
             return False
+        self._room.unpark_all()
+        return True
+
+    def _fill_spaced(self, lane: Lane) -> bool:
+        """Send one object to a first-version client, if it may be sent now."""
+        self._blocked[lane] = None
+        stream = lane.stream
+        if stream is None or self._connection.unacknowledged(stream):
+            return False
+        line = self._spacer.next_line(lane.mailbox, trio.current_time())
+        if not line:
+            if not self._spacer:
+                del self._blocked[lane]
+            return False
+        self._connection.send(stream, line)
+        self._sent += len(line)
         self._room.unpark_all()
         return True
 
@@ -302,7 +333,7 @@ class Conversation:
             for lane in lanes:
                 self._fill(lane)
             self._transmit()
-            while any(lane.mailbox for lane in lanes) and not self._gone:
+            while (self._spacer or any(lane.mailbox for lane in lanes)) and not self._gone:
                 await self._room.park()
         return client.closing or (0, "")
 
@@ -339,12 +370,7 @@ class Conversation:
             client.close(*FAULT)
 
 
-def join_lines(items: Sequence[Item], protocol: Protocol) -> bytes:
+def join_lines(items: Sequence[Item]) -> bytes:
     """What a mailbox held, as bytes of a stream: a line each."""
-    if protocol is Protocol.V1:
-        parts = [item if isinstance(item, bytes) else item.lines for item in items]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-    lines: list[bytes] = []
-    for item in items:
-        lines += (item,) if isinstance(item, bytes) else item.first_version_lines
-    return b"".join(lines)
+    parts = [item if isinstance(item, bytes) else item.lines for item in items]
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -14,6 +14,7 @@ import trio
 import catbus
 from catbus import Broker, CloseCode, Config
 from catbus.config import Database, WebTransport
+from catbus.endpoints import spacing
 from catbus.endpoints.datagrams import Port
 from catbus.webtransport import configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
@@ -168,3 +169,50 @@ async def test_a_wrong_token_closes_with_its_code(tmp_path: Path) -> None:
             await browser.run(CONNECT, "sub-wrong", False)
             info = await browser.run("const i = await bus.session.closed; return [i.closeCode, i.reason]")
             assert info == [CloseCode.UNAUTHENTICATED, "the token is not valid"]
+
+
+FIRST_VERSION = """
+const found = await (await fetch('/.well-known/catbus')).json();
+const value = Uint8Array.from(atob(found.certificate_hash), (c) => c.charCodeAt(0));
+const session = new WebTransport(found.webtransport, {serverCertificateHashes: [{algorithm: 'sha-256', value}]});
+await session.ready;
+const stream = await session.createBidirectionalStream();
+const writer = stream.writable.getWriter(), reader = stream.readable.getReader();
+const say = (message) => writer.write(new TextEncoder().encode(JSON.stringify(message)));
+const hear = async () => JSON.parse(new TextDecoder().decode((await reader.read()).value));
+"""
+"""A client of the first version: what one read brings is one object to it."""
+
+
+async def test_a_first_version_page_reads_one_object_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine that is busy with other tests may not let the page read for longer than the broker waits by default.
+    monkeypatch.setattr(spacing, "SPACING", (0.5, 0.5))
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            heard = await browser.run(
+                FIRST_VERSION + "say({type: 'auth', token: args[0]}); say({type: 'subscribe', pattern: 'a.*'});"
+                "say({type: 'publish', channel: 'a.b', payload: 'to myself'}); say({type: 'ping', seq: 1});"
+                "return [await hear(), await hear(), await hear(), await hear(), await hear()]",
+                TOKEN,
+            )
+            assert [message["type"] for message in heard[:2]] == ["auth_ok", "subscribed"]
+            assert {message["type"] for message in heard[2:]} == {"message", "published", "pong"}
+
+
+async def test_no_object_for_a_first_version_page_is_cut(tmp_path: Path) -> None:
+    """The page hears more than its ring buffer of 64 KiB holds, and asks for each object when it has read the last."""
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+            await browser.goto(f"{origin}/health")
+            # Only what it has read makes it go on.
+            heard = await browser.run(
+                FIRST_VERSION + "say({type: 'auth', token: args[0]}); await hear();"
+                "say({type: 'subscribe', pattern: 'a.*'}); await hear(); const heard = [];"
+                "for (let n = 0; n < 90; n++) {"
+                " say({type: 'publish', channel: 'a.b', payload: [n, 'x'.repeat(700 + n)], ack: false});"
+                " heard.push(await hear()); }"
+                "return heard.map((message) => message.payload[0])",
+                TOKEN,
+            )
+            assert heard == list(range(90))
