@@ -106,8 +106,9 @@ def _read_kept(directory: Path, now: datetime) -> Certificate | None:
             and isinstance(key.curve, ec.SECP256R1)
             and key.public_key() == kept.public_key()
             and kept.not_valid_after_utc - kept.not_valid_before_utc == LIFETIME
+            and not kept.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         )
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
         return None
     return _certificate(kept, key_pem) if ours and _is_fresh(kept.not_valid_after_utc, now) else None
 
@@ -122,7 +123,7 @@ def _make(now: datetime) -> Certificate:
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
-        key_cert_sign=True,
+        key_cert_sign=False,
         crl_sign=False,
         encipher_only=False,
         decipher_only=False,
@@ -136,9 +137,11 @@ def _make(now: datetime) -> Certificate:
         .not_valid_before(start)
         .not_valid_after(start + LIFETIME)
         .add_extension(x509.SubjectAlternativeName(_NAMES), critical=False)
-        # It is its own authority, for clients that load it as one.
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # rustls refuses the certificate of an authority as that of a server. OpenSSL, aioquic and rustls all accept a
+        # self-signed certificate that is no authority from a client that loads it as its only trusted one.
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(key, hashes.SHA256())
     )

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from catbus import certificates
 from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate, discovery
@@ -63,12 +64,14 @@ def test_it_is_what_browsers_take_by_its_hash(tmp_path: Path) -> None:
     assert timedelta(0) <= NOW - certificate.not_valid_before_utc - timedelta(hours=1) < SECOND
 
 
-def test_it_is_for_this_machine_and_its_own_authority(tmp_path: Path) -> None:
+def test_it_is_a_server_certificate_for_this_machine_and_no_authority(tmp_path: Path) -> None:
     extensions = parse(make(tmp_path)).extensions
     names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost"]
     assert names.get_values_for_type(x509.IPAddress) == [ip_address("127.0.0.1"), ip_address("::1")]
-    assert extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    assert (usage.digital_signature, usage.key_cert_sign, usage.crl_sign) == (True, False, False)
     assert ExtendedKeyUsageOID.SERVER_AUTH in extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
 
 
@@ -180,6 +183,20 @@ def test_one_that_no_browser_would_take_is_made_anew(tmp_path: Path, monkeypatch
         patch.setattr(certificates, "LIFETIME", 15 * DAY)
         long = development_certificate(tmp_path, NOW - 5 * DAY)
     assert make(tmp_path).sha256 != long.sha256
+
+
+def test_one_that_is_an_authority_is_made_anew(tmp_path: Path) -> None:
+    """rustls refuses such a certificate as that of a server."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "catbus development")])
+    authority = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, NOW - DAY, NOW - DAY + certificates.LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / FILE).write_bytes(private + authority.public_bytes(Encoding.PEM))
+    assert not parse(make(tmp_path)).extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o777])
