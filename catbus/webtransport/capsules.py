@@ -9,6 +9,10 @@ from . import varint
 CLOSE_SESSION = 0x2843
 """CLOSE_WEBTRANSPORT_SESSION, draft-ietf-webtrans-http3 section 6."""
 
+FORBIDDEN = {0x190B4D3E: "WT_MAX_STREAM_DATA", 0x190B4D42: "WT_STREAM_DATA_BLOCKED"}
+"""QUIC limits single streams itself. The other capsules about flow control are ignored, as nobody has agreed on it
+(draft-ietf-webtrans-http3 sections 5.1 and 5.4), and so is WT_DRAIN_SESSION: a client leaves when it likes."""
+
 MAX_REASON = 1024
 
 _HEADER = 2 * varint.MAX_LENGTH
@@ -44,7 +48,8 @@ class CapsuleReader:
     def feed(self, data: bytes) -> Close | None:
         """Take what comes next. What follows a `Close` has no meaning: feed nothing more.
 
-        Raises CapsuleError when a CLOSE_WEBTRANSPORT_SESSION has a length that it cannot have.
+        Raises CapsuleError when a CLOSE_WEBTRANSPORT_SESSION has a length that it cannot have, or a reason that is no
+        UTF-8, and for what must not be sent.
         """
         position = 0
         while position < len(data):
@@ -61,7 +66,11 @@ class CapsuleReader:
             if self._wanted:
                 if len(self._begun) < self._wanted:
                     return None
-                return Close(int.from_bytes(self._begun[:4], "big"), self._begun[4:].decode("utf-8", "replace"))
+                try:
+                    reason = self._begun[4:].decode()
+                except UnicodeDecodeError:
+                    raise CapsuleError("a reason that is no UTF-8") from None
+                return Close(int.from_bytes(self._begun[:4], "big"), reason)
             header = _header(self._begun)
             if header is None:
                 continue
@@ -69,6 +78,8 @@ class CapsuleReader:
             # What stands behind the header is read again, as what it is.
             position += end - before - len(taken)
             self._begun.clear()
+            if kind in FORBIDDEN:
+                raise CapsuleError(FORBIDDEN[kind])
             if kind != CLOSE_SESSION:
                 self._skip = length
             elif 4 <= length <= 4 + MAX_REASON:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 
-from aioquic.h3.events import DatagramReceived, DataReceived, H3Event, HeadersReceived
+from aioquic.h3.connection import SettingsError
+from aioquic.h3.events import (
+    DatagramReceived,
+    DataReceived,
+    H3Event,
+    HeadersReceived,
+    WebTransportStreamDataReceived,
+)
 from aioquic.quic import events as quic_events
 
 from . import varint
@@ -22,7 +29,7 @@ from .events import (
     StreamReset,
     StreamStopped,
 )
-from .http3 import MAX_BUFFERED, Http3
+from .http3 import MAX_BUFFERED, NEW_TOKEN, TOKEN, Http3
 from .quic import Quic
 from .session import Session, State
 from .streams import BIDIRECTIONAL, HTTP3_TYPES, UNIDIRECTIONAL, Kind, Stream, Streams
@@ -55,7 +62,12 @@ class Demultiplexer:
         self._early: list[StreamData] = []
         self._early_size = 0
         self._early_limit = configuration.limits.early
+        self._early_capsules = b""
+        """What came on the session's own stream before the session was accepted, and whether that was all of it."""
+        self._early_end = False
         self._events = events
+        self._held: SessionRequested | None = None
+        """A request of the newest drafts, until the client's settings are there."""
         self._http3: Http3 | None = None
         self._is_client = configuration.quic.is_client
         self._quic = quic
@@ -196,12 +208,31 @@ class Demultiplexer:
             self._handle_http3(one)
         if isinstance(event, quic_events.StreamDataReceived) and http3.buffered(event.stream_id) > MAX_BUFFERED:
             self._fail(H3Code.EXCESSIVE_LOAD, "a frame is too large")
-        if self._wanted and http3.peer_speaks_webtransport is not None:
+        if http3.received_settings is not None:
+            self._settings_received(http3)
+
+    def _settings_received(self, http3: Http3) -> None:
+        """Ask for the session, or pass on the request for it, if that has waited for the peer's settings."""
+        if self._wanted is not None:
             wanted, self._wanted = self._wanted, None
-            if http3.peer_speaks_webtransport:
-                self.session.request(*wanted)
+            try:
+                token = http3.choose_token()
+            except SettingsError as error:
+                self._fail(H3Code.SETTINGS_ERROR, error.reason_phrase)
+                return
+            if token is None:
+                self._fail(H3Code.REQUIREMENTS_NOT_MET, "the server does not speak WebTransport")
             else:
-                self._fail(H3Code.NO_ERROR, "the server does not speak WebTransport")
+                self.session.request(token, *wanted)
+        elif self._held is not None:
+            held, self._held = self._held, None
+            if self.session.state is not State.REQUESTED:
+                return  # It has been withdrawn.
+            if http3.meets_requirements:
+                self._events.append(held)
+            else:
+                self.session.reject()
+                self._over(None, "")
 
     def _handle_http3(self, event: H3Event) -> None:
         if isinstance(event, HeadersReceived):
@@ -215,6 +246,9 @@ class Demultiplexer:
         elif isinstance(event, DataReceived):
             if event.stream_id == self.session.id:
                 self._capsules(event.data, event.stream_ended)
+        elif isinstance(event, WebTransportStreamDataReceived):
+            # Those of a session do not come this way: it stands behind something else of HTTP/3.
+            self._fail(H3Code.FRAME_ERROR, "WT_STREAM inside a stream")
         elif isinstance(event, DatagramReceived):
             here = self.session.state is State.OPEN and event.stream_id == self.session.id
             if here and self.datagrams_waiting < _MAX_DATAGRAMS:
@@ -226,9 +260,12 @@ class Demultiplexer:
         stream = self.streams.get(stream_id)
         if stream is None or b":method" not in headers or self._http3 is None:
             return
-        if headers[b":method"] != b"CONNECT" or headers.get(b":protocol") != b"webtransport":
+        protocol = headers.get(b":protocol")
+        if headers[b":method"] != b"CONNECT" or protocol not in (TOKEN, NEW_TOKEN):
             if stream.sender is not None:
-                self._http3.send_headers(stream_id, [(b":status", b"404")], end_stream=True)
+                # RFC 9220 section 3: another protocol than those that we know.
+                status = b"501" if protocol is not None else b"404"
+                self._http3.send_headers(stream_id, [(b":status", status)], end_stream=True)
                 self.streams.finish(stream)
             self._http3.forget(stream_id)
             self.streams.unwanted(stream)
@@ -236,13 +273,15 @@ class Demultiplexer:
             self.session.id = stream_id
             self.session.state = State.REQUESTED
             origin = headers.get(b"origin")
-            self._events.append(
-                SessionRequested(
-                    _text(headers.get(b":path", b"/")),
-                    _text(headers[b":authority"]),
-                    None if origin is None else _text(origin),
-                )
+            request = SessionRequested(
+                _text(headers.get(b":path", b"/")),
+                _text(headers[b":authority"]),
+                None if origin is None else _text(origin),
             )
+            if protocol == NEW_TOKEN:
+                self._held = request
+            else:
+                self._events.append(request)
         else:
             # One session a connection (draft-ietf-webtrans-http3 section 5.2).
             self._http3.forget(stream_id)
@@ -263,6 +302,9 @@ class Demultiplexer:
         if not self.session.accept():
             return False
         self._release()
+        early, self._early_capsules = self._early_capsules, b""
+        if early or self._early_end:
+            self._capsules(early, self._early_end)
         return True
 
     def _release(self) -> None:
@@ -280,6 +322,13 @@ class Demultiplexer:
 
     def _capsules(self, data: bytes, ended: bool) -> None:
         if self.session.state is State.OVER:
+            return
+        if self.session.state is State.REQUESTED:
+            self._early_capsules += data
+            self._early_end = ended
+            if len(self._early_capsules) > MAX_BUFFERED:
+                self.session.reject()
+                self._over(None, "")
             return
         try:
             close = self.session.capsules.feed(data)

@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
-from aioquic.buffer import Buffer  # type: ignore[attr-defined]
+from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer  # type: ignore[attr-defined]
 from aioquic.quic import connection as aioquic_connection
-from aioquic.quic.connection import NetworkAddress, QuicConnection, QuicConnectionError, QuicReceiveContext
+from aioquic.quic.connection import EPOCHS, NetworkAddress, QuicConnection, QuicConnectionError, QuicReceiveContext
 from aioquic.quic.events import ConnectionTerminated
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
-from aioquic.quic.stream import QuicStream, QuicStreamSender
+from aioquic.quic.stream import FinalSizeError, QuicStream, QuicStreamSender
 from aioquic.tls import Epoch
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from . import varint
 from .configuration import Configuration
 
 MAX_HOLES = 512
@@ -27,6 +30,10 @@ MAX_HOLES = 512
 
 MAX_CRYPTO = 16_384
 """Bytes that a client's part of a handshake may have: several times of what browsers send. TLS would take 16 MiB."""
+
+RESET_STREAM_AT = 0x24
+"""The frame and, next, the empty transport parameter of draft-ietf-quic-reliable-stream-reset."""
+RESET_STREAM_AT_PARAMETER = 0x1D
 
 _HOLES = "more holes than loss leaves"
 _RESET_TOKEN = 16
@@ -42,6 +49,22 @@ def forget(sender: QuicStreamSender) -> None:
     """Let go of what a stream that has been reset will never send; aioquic keeps it until the peer acknowledges."""
     sender._buffer.clear()
     sender._buffer_start = sender._buffer_stop
+
+
+def cut(sender: QuicStreamSender, keep: int) -> None:
+    """Let go of all but the first `keep` bytes of a stream. Repeat it before every packet: loss brings some back."""
+    sender._pending.subtract(keep, max(keep, sender._buffer_stop, sender.highest_offset) + 1)
+    if sender._buffer_stop > keep:
+        del sender._buffer[keep - sender._buffer_start :]
+        sender._buffer_stop = keep
+
+
+class HeldReset(NamedTuple):
+    """A RESET_STREAM_AT that takes effect when `reliable` bytes of the stream have been delivered."""
+
+    code: int
+    final: int
+    reliable: int
 
 
 class Quic(QuicConnection):
@@ -64,6 +87,15 @@ class Quic(QuicConnection):
         self._stream_window = configuration.limits.stream_window
         self._consumed = 0
         self._reset_token = reset_token
+        self.peer_takes_reset_at = False
+        """Whether the peer understands RESET_STREAM_AT."""
+        self._held_resets: dict[int, HeldReset] = {}
+        self._due_resets: dict[int, tuple[int, int]] = {}
+        """By stream, the error code and the bytes that the peer must acknowledge before the stream is reset."""
+        self._reliable: WeakKeyDictionary[QuicStream, int] = WeakKeyDictionary()
+        """How many bytes of a stream that was reset its peer delivers all the same."""
+        handlers = self._QuicConnection__frame_handlers  # type: ignore[attr-defined]
+        handlers[RESET_STREAM_AT] = (self._handle_reset_stream_at_frame, EPOCHS("01"))
         self._local_max_streams_bidi.value = self._local_max_streams_bidi.sent = configuration.limits.bidirectional
         self._local_max_streams_uni.value = self._local_max_streams_uni.sent = configuration.limits.unidirectional
         self._set_reset_tokens()
@@ -115,6 +147,8 @@ class Quic(QuicConnection):
 
         That is half of what an acknowledgement costs, and an acknowledgement is what mostly arrives.
         """
+        if self._due_resets:
+            self._reset_what_is_due()
         if self._nothing_to_send(now):
             self._pacing_at = None
             return []
@@ -213,6 +247,106 @@ class Quic(QuicConnection):
                 raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "the handshake is too long")
             buf.seek(begin)
         super()._handle_crypto_frame(context, frame_type, buf)
+
+    # RESET_STREAM_AT (draft-ietf-quic-reliable-stream-reset): a reset that does not lose the beginning of a stream.
+
+    def _serialize_transport_parameters(self) -> bytes:
+        parameter = varint.encode(RESET_STREAM_AT_PARAMETER) + varint.encode(0)
+        return super()._serialize_transport_parameters() + parameter
+
+    def _parse_transport_parameters(self, data: bytes, from_session_ticket: bool = False) -> None:
+        super()._parse_transport_parameters(data, from_session_ticket)
+        position = 0
+        while (parameter := varint.decode(data, position)) and (length := varint.decode(data, parameter[1])):
+            if parameter[0] == RESET_STREAM_AT_PARAMETER:
+                if length[0]:
+                    reason = "reset_stream_at must be empty"
+                    raise QuicConnectionError(QuicErrorCode.TRANSPORT_PARAMETER_ERROR, QuicFrameType.CRYPTO, reason)
+                self.peer_takes_reset_at = True
+            position = length[1] + length[0]
+
+    def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
+        super().receive_datagram(data, addr, now)
+        if self._held_resets:
+            self._release_resets()
+        if self._due_resets:
+            self._reset_what_is_due()
+
+    def _handle_reset_stream_at_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        stream_id, code, final, reliable = (buf.pull_uint_var() for _ in range(4))
+        if reliable > final:
+            raise QuicConnectionError(QuicErrorCode.FRAME_ENCODING_ERROR, frame_type, "Reliable Size over Final Size")
+        self._assert_stream_can_receive(frame_type, stream_id)
+        stream = self._get_or_create_stream(frame_type, stream_id)
+        held = self._held_resets.get(stream_id)
+        if held is not None:
+            if code != held.code:
+                raise QuicConnectionError(QuicErrorCode.STREAM_STATE_ERROR, frame_type, "Cannot change error code")
+            reliable = min(reliable, held.reliable)
+        receiver = stream.receiver
+        more = final - receiver.highest_offset
+        if more < 0 or (held is not None and final != held.final):
+            raise QuicConnectionError(QuicErrorCode.FINAL_SIZE_ERROR, frame_type, "Cannot change final size")
+        window = self._local_max_data
+        if final > stream.max_stream_data_local or window.used + more > window.value:
+            raise QuicConnectionError(QuicErrorCode.FLOW_CONTROL_ERROR, frame_type, "Over data limit")
+        window.used += more
+        receiver.highest_offset = final
+        self._held_resets[stream_id] = HeldReset(code, final, reliable)
+
+    def _release_resets(self) -> None:
+        """Reset the streams of which the peer's application has got what was promised to it."""
+        for stream_id, held in list(self._held_resets.items()):
+            stream = self._streams.get(stream_id)
+            if stream is not None and not stream.receiver.is_finished:
+                if stream.receiver.starting_offset() < held.reliable:
+                    continue
+                try:
+                    event = stream.receiver.handle_reset(final_size=held.final, error_code=held.code)
+                except FinalSizeError as error:
+                    self.close(QuicErrorCode.FINAL_SIZE_ERROR, RESET_STREAM_AT, str(error))
+                    return
+                if event is not None:
+                    self._events.append(event)
+            del self._held_resets[stream_id]
+
+    def reset_reliably(self, stream_id: int, code: int, reliable: int) -> None:
+        """Reset a stream of which `reliable` bytes were written and have to arrive; nothing beyond them is kept.
+
+        While they are not acknowledged, the reset is put off: aioquic repeats nothing of a stream that was reset.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        arrived = stream.sender._buffer_start >= reliable
+        if arrived or not self.peer_takes_reset_at:
+            if reliable and self.peer_takes_reset_at:
+                self._reliable[stream] = reliable
+            self.reset_stream(stream_id, code)
+            forget(stream.sender)
+        else:
+            self._due_resets[stream_id] = (code, reliable)
+            cut(stream.sender, reliable)
+
+    def _reset_what_is_due(self) -> None:
+        for stream_id, (code, reliable) in list(self._due_resets.items()):
+            stream = self._streams.get(stream_id)
+            if stream is None or stream.sender._buffer_start >= reliable:
+                del self._due_resets[stream_id]
+                self.reset_reliably(stream_id, code, reliable)
+            else:
+                cut(stream.sender, reliable)
+
+    def _write_reset_stream_frame(self, builder: QuicPacketBuilder, stream: QuicStream) -> None:
+        reliable = self._reliable.get(stream)
+        if reliable is None:
+            super()._write_reset_stream_frame(builder, stream)
+            return
+        capacity = 1 + 4 * UINT_VAR_MAX_SIZE
+        buffer = builder.start_frame(RESET_STREAM_AT, capacity=capacity, handler=stream.sender.on_reset_delivery)
+        frame = stream.sender.get_reset_frame()
+        for value in (frame.stream_id, frame.error_code, frame.final_size, reliable):
+            buffer.push_uint_var(value)
 
     # Stateless resets.
 

@@ -41,7 +41,7 @@ class Session:
         self._quic = quic
         self._streams = streams
 
-    def request(self, authority: str, path: str, origin: str | None) -> None:
+    def request(self, token: bytes, authority: str, path: str, origin: str | None) -> None:
         """Ask the server for a session."""
         assert self.http3 is not None
         self.id = self._quic.get_next_available_stream_id()
@@ -50,7 +50,7 @@ class Session:
             (b":scheme", b"https"),
             (b":authority", authority.encode()),
             (b":path", path.encode()),
-            (b":protocol", b"webtransport"),
+            (b":protocol", token),
             (b"sec-webtransport-http3-draft02", b"1"),
         ]
         if origin is not None:

@@ -38,6 +38,7 @@ class Stream:
     __slots__ = (
         "arrived",
         "ended",
+        "header",
         "id",
         "kind",
         "prefix",
@@ -56,6 +57,8 @@ class Stream:
         self.kind = kind
         self.session: int | None = None
         self.prefix = b""
+        self.header = 0
+        """Bytes that say whose stream it is, where it is one of ours: a reset must not take them away."""
         self.arrived = 0
         """Bytes received, in order."""
         self.returned = 0
@@ -151,6 +154,7 @@ class Streams:
         stream = self.adopt(stream_id)
         stream.kind = Kind.SESSION
         stream.session = session
+        stream.header = len(prefix)
         self._opened.add(stream_id)
         return stream_id
 
@@ -197,18 +201,18 @@ class Streams:
         """Send no more, and have the peer told so."""
         if stream.sender is None:
             return False
-        self._quic.reset_stream(stream.id, code)
-        self.stopped(stream)
+        self._quic.reset_reliably(stream.id, code, stream.header)
+        self._stop_sending(stream)
         return True
 
     def stopped(self, stream: Stream) -> None:
-        """aioquic has reset the stream, for us or for the peer's STOP_SENDING."""
+        """aioquic has reset the stream, for the peer's STOP_SENDING."""
         if stream.sender is not None:
             forget(stream.sender)
-        self._unacknowledged = None
         self._stop_sending(stream)
 
     def _stop_sending(self, stream: Stream) -> None:
+        self._unacknowledged = None
         stream.sender = None
         stream.ended = True
         self._ending.discard(stream.id)

@@ -15,6 +15,7 @@ from catbus.webtransport.quic import Quic
 from tests.webtransport.link import Link
 
 QUIC = [
+    "_QuicConnection__frame_handlers",
     "_close_event",
     "_close_pending",
     "_crypto_streams",
@@ -59,7 +60,7 @@ def test_what_we_read_of_a_connection(link: Link, name: str) -> None:
 
 def test_what_we_read_of_a_stream(link: Link) -> None:
     stream = QuicStream(stream_id=0, max_stream_data_local=1, max_stream_data_remote=1)
-    assert {"_buffer", "_buffer_start", "_buffer_stop"} <= vars(stream.sender).keys()
+    assert {"_buffer", "_buffer_start", "_buffer_stop", "_pending", "highest_offset"} <= vars(stream.sender).keys()
     assert {"buffer_is_empty", "is_finished", "reset_pending"} <= vars(stream.sender).keys()
     assert {"_ranges", "highest_offset", "is_finished", "stop_pending"} <= vars(stream.receiver).keys()
     assert {"max_stream_data_local", "max_stream_data_local_sent"} <= vars(stream).keys()
@@ -76,6 +77,11 @@ def test_what_we_read_of_a_stream(link: Link) -> None:
         ("_write_stream_limits", ["self", "builder", "space", "stream"]),
         ("_get_or_create_stream", ["self", "frame_type", "stream_id"]),
         ("_handle_crypto_frame", ["self", "context", "frame_type", "buf"]),
+        ("_handle_reset_stream_frame", ["self", "context", "frame_type", "buf"]),
+        ("_assert_stream_can_receive", ["self", "frame_type", "stream_id"]),
+        ("_serialize_transport_parameters", ["self"]),
+        ("_parse_transport_parameters", ["self", "data", "from_session_ticket"]),
+        ("_write_reset_stream_frame", ["self", "builder", "stream"]),
         ("_replenish_connection_ids", ["self"]),
         ("_on_connection_limit_delivery", ["self", "delivery", "limit"]),
         ("_on_max_stream_data_delivery", ["self", "delivery", "stream"]),
@@ -86,7 +92,16 @@ def test_what_we_replace_of_a_connection_and_call(name: str, parameters: list[st
 
 
 @pytest.mark.parametrize(
-    "name", ["_write_connection_limits", "_write_stream_limits", "_get_or_create_stream", "_replenish_connection_ids"]
+    "name",
+    [
+        "_write_connection_limits",
+        "_write_stream_limits",
+        "_write_reset_stream_frame",
+        "_get_or_create_stream",
+        "_replenish_connection_ids",
+        "_serialize_transport_parameters",
+        "_parse_transport_parameters",
+    ],
 )
 def test_what_we_replace_is_called(name: str) -> None:
     assert f"self.{name}(" in inspect.getsource(QuicConnection)

@@ -148,7 +148,7 @@ def test_aioquic_is_not_asked_for_what_it_has_not() -> None:
 
 
 def test_the_link_is_bad() -> None:
-    damage = Bad(random.Random(1), loss=0.2, repeat=0.2, flip=0.1, cut=0.1, spread=0.2)
+    damage = Bad(random.Random(2), loss=0.2, repeat=0.2, flip=0.1, cut=0.1, spread=0.2)
     link = Link().open()
     link.damage = damage
     stream = link.client.it.open_stream(bidirectional=True)

@@ -75,8 +75,20 @@ def test_the_longest_reason() -> None:
     assert read(capsule(CLOSE_SESSION, bytes(4) + b"x" * 1024)) == Close(0, "x" * 1024)
 
 
-def test_bytes_that_are_no_text_are_replaced() -> None:
-    assert read(capsule(CLOSE_SESSION, bytes(4) + b"a\xff")) == Close(0, "a\ufffd")
+def test_a_reason_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(CapsuleError):
+        read(capsule(CLOSE_SESSION, bytes(4) + b"a\xff"))
+
+
+@pytest.mark.parametrize("kind", [0x190B4D3D, 0x190B4D3F, 0x190B4D40, 0x190B4D41, 0x190B4D43, 0x190B4D44])
+def test_flow_control_that_nobody_agreed_on_is_ignored(kind: int) -> None:
+    assert read(capsule(kind, varint.encode(2**62 - 1)) + encode_close(1, "x")) == Close(1, "x")
+
+
+@pytest.mark.parametrize("kind", [0x190B4D3E, 0x190B4D42])
+def test_limits_of_single_streams_are_an_error(kind: int) -> None:
+    with pytest.raises(CapsuleError):
+        read(capsule(kind, varint.encode(4) + varint.encode(2**62 - 1)))
 
 
 def test_a_long_reason_is_cut_between_characters() -> None:

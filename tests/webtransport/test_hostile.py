@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from catbus.webtransport import Connection, Limits, SessionOpened, SessionRequested, StreamData, StreamReset, Terminated
 from catbus.webtransport.codes import H3Code
+from catbus.webtransport.http3 import NEW_TOKEN
 from catbus.webtransport.packets import MAX_PACKET
 from catbus.webtransport.quic import MAX_HOLES, Quic
 from tests.webtransport.link import CLIENT, Link, client_config, server_config
@@ -210,14 +211,15 @@ def test_a_request_that_is_none_of_ours_gets_404() -> None:
     assert link.server.it.session_open
 
 
-def test_a_second_session_is_refused() -> None:
+@pytest.mark.parametrize("token", [b"webtransport", b"webtransport-h3"])
+def test_a_second_session_is_refused(token: bytes) -> None:
     link = Link().open()
     http3 = link.client.it._session.http3
     assert http3 is not None
     for _ in range(40):
         stream = raw(link.client.it).get_next_available_stream_id()
         headers = [(b":method", b"CONNECT"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", b"/")]
-        http3.send_headers(stream, [*headers, (b":protocol", b"webtransport")])
+        http3.send_headers(stream, [*headers, (b":protocol", token)])
         link.client.it._streams.adopt(stream)
         link.run(0.1)
     assert len(link.server.saw(SessionRequested)) == 1
@@ -329,7 +331,7 @@ def early_link(limits: Limits | None = None) -> Link:
 def request(link: Link, *wanted: Any) -> None:
     quic = raw(link.client.it)
     after, quic._local_next_stream_id_bidi = quic._local_next_stream_id_bidi, 0
-    link.client.it._session.request(*wanted)
+    link.client.it._session.request(NEW_TOKEN, *wanted)
     quic._local_next_stream_id_bidi = after
 
 
