@@ -16,3 +16,13 @@ def get_logger(name: str) -> BoundLogger:
         wrapper_class=BoundLogger,
     )
     return logger
+
+
+class LostLines:
+    """Log lines of this process that were not written, because nobody read the output or it could not be written."""
+
+    number = 0
+
+
+lost_lines = LostLines()
+"""Counted by what writes log lines, and read by the metrics."""

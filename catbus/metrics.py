@@ -21,6 +21,7 @@ from .endpoints.quic import QuicEndpoint
 from .errors import Code
 from .histogram import Histogram
 from .hub import Hub
+from .loggers import lost_lines
 from .postgres import PostgresLog
 from .release import version
 
@@ -35,6 +36,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_startup_seconds": (GAUGE, "How long it took until the log was open for the first time."),
     "catbus_certificate_expiry_timestamp_seconds": (GAUGE, "When the certificate expires, in seconds since 1970."),
     "catbus_event_loop_delay_seconds": (HISTOGRAM, "By how much tasks are woken late."),
+    "catbus_output_lines_dropped_total": (COUNTER, "Log lines that were not written, as nobody read the output."),
     # Clients
     "catbus_sessions": (GAUGE, "Clients that are connected."),
     "catbus_sessions_opened_total": (COUNTER, "Clients that have connected."),
@@ -178,6 +180,7 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
         expires = hub.certificates.credentials(datetime.now(UTC)).expires
         yield "catbus_certificate_expiry_timestamp_seconds", {}, expires.timestamp()
     yield "catbus_event_loop_delay_seconds", {}, vitals.loop_delay
+    yield "catbus_output_lines_dropped_total", {}, lost_lines.number
     for transport, number in hubs.clients.items():
         yield "catbus_sessions", {"transport": transport}, number
         yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]

@@ -14,6 +14,7 @@ import click
 from .. import release
 from ..errors import CatbusError
 from .logs import configure, scrub
+from .output import close_all
 
 COMMANDS = ("run", "check", "init", "grant", "role", "revoke", "status", "pub", "sub", "fuzz")
 """In the order in which one meets them. Each is a module here, which is imported when it is needed."""
@@ -59,9 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         status = catbus.main(args=list(arguments), prog_name="catbus", standalone_mode=False)
         sys.stdout.flush()
+        close_all()
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
+        # Log lines come before what is said of the end.
+        close_all()
         if "--debug" in arguments[:1]:
             traceback.print_exception(error)
         status, text = explain(error)

@@ -11,13 +11,17 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from ..config import parse_levels
+from .output import LineWriter, writer_of
 
 # What a library is called and what its loggers are called is not always the same.
 _ALIASES = {"aioquic": ("quic", "http3"), "trio_websocket": ("trio-websocket",)}
 
 
+DROPPED = "log lines were dropped, because the output was not read"
+
+
 def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
-    """Send all log lines to `stream`.
+    """Send all log lines to `stream`. No program waits for its reader: see `LineWriter`.
 
     `levels` is such as "catbus=info,aioquic=warning"; who is not named there says warnings only. `form` is "text",
     "json", or "auto": text on a terminal. `secrets` are blotted out wherever they occur, and so is what looks like one.
@@ -36,7 +40,8 @@ def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    handler = logging.StreamHandler(stream)
+    writer = writer_of(stream)
+    handler = logging.StreamHandler(stream) if writer is None else _LineHandler(writer)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=common,
@@ -51,6 +56,36 @@ def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     set_levels(levels)
+
+
+class _LineHandler(logging.Handler):
+    """Formats records where they are made, and leaves the lines to a writer."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+        writer.report = self._report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception as error:  # noqa: BLE001 (logging does the same, but says it to a stderr that may block)
+            line = self._line(_made(record.name, f"a log line has no text: {type(error).__name__}", place=record.msg))
+        self._writer.put(line)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _report(self, number: int) -> bytes:
+        return self._line(
+            _made("catbus.logs", "log lines were dropped, because the output was not read", number=number)
+        )
+
+
+def _made(name: str, text: str, **values: object) -> logging.LogRecord:
+    record = logging.LogRecord(name, logging.WARNING, "", 0, text, None, None)
+    vars(record).update(values)
+    return record
 
 
 def set_levels(levels: str) -> None:

@@ -15,6 +15,7 @@ from ..client import Bus
 from ..errors import Code, PeerError, Refused
 from ..topics import check_channel
 from ..wire import check_payload, to_json
+from .output import say, write_output
 from .remote import Remote, remote_options
 
 _BATCH = 500
@@ -63,7 +64,8 @@ def command(channel: str, payload: str, ephemeral: bool, timeout: float, remote:
 async def _publish_one(remote: Remote, channel: str, payload: Raw, ephemeral: bool, timeout: float) -> None:
     async with remote.connect() as bus:
         with _bounded(timeout, "it"):
-            _say(channel, await bus.publish(channel, payload, ephemeral=ephemeral))
+            seq = await bus.publish(channel, payload, ephemeral=ephemeral)
+        await write_output(_line(channel, seq))
 
 
 async def _publish_lines(remote: Remote, channel: str, ephemeral: bool, timeout: float) -> None:
@@ -71,14 +73,15 @@ async def _publish_lines(remote: Remote, channel: str, ephemeral: bool, timeout:
     async with remote.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
         async for lines in chunks:
             for some in _batched(lines):
-                with _bounded(timeout, f"some of the lines {before + 1} to {before + len(some)}"):
-                    refused += await _publish_batch(bus, channel, before, some, ephemeral)
+                refused += await _publish_batch(bus, channel, before, some, ephemeral, timeout)
                 before += len(some)
     if refused:
         raise click.ClickException(f"{refused} of {before} lines were refused")
 
 
-async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes], ephemeral: bool) -> int:
+async def _publish_batch(
+    bus: Bus, channel: str, before: int, lines: list[bytes], ephemeral: bool, timeout: float
+) -> int:
     """Publish lines, of which so many came `before`. Returns how many were refused."""
     requests: dict[int, tuple[str, Raw]] = {}
     broken: click.ClickException | None = None
@@ -90,14 +93,16 @@ async def _publish_batch(bus: Bus, channel: str, before: int, lines: list[bytes]
             # What stands before it is published all the same.
             broken = click.ClickException(f"line {number}: {error}")
             break
-    refused = 0
-    results = await bus.publish_many(requests.values(), ephemeral=ephemeral)
+    refused, output = 0, b""
+    with _bounded(timeout, f"some of the lines {before + 1} to {before + len(lines)}"):
+        results = await bus.publish_many(requests.values(), ephemeral=ephemeral)
     for number, result in zip(requests, results, strict=True):
         if isinstance(result, Refused):
             refused += 1
-            click.echo(f"catbus: line {number}: {result}", err=True)
+            say(f"catbus: line {number}: {result}", sys.stderr)
         else:
-            _say(channel, result)
+            output += _line(channel, result)
+    await write_output(output)
     if broken:
         raise broken
     return refused
@@ -132,6 +137,5 @@ async def _lines_of_stdin() -> AsyncGenerator[list[bytes], None]:
         yield [rest]
 
 
-def _say(channel: str, seq: int | None) -> None:
-    sys.stdout.write(to_json({"channel": channel, "seq": seq}).decode() + "\n")
-    sys.stdout.flush()
+def _line(channel: str, seq: int | None) -> bytes:
+    return to_json({"channel": channel, "seq": seq}) + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import click
 from ..client import Bus, Reconnected, Reconnecting, connect
 from ..client.transport import parse_address
 from .development import DEFAULT_URL, find_certificate, find_token
+from .output import say
 
 
 def _check_url(_: click.Context, __: click.Parameter, url: str) -> str:
@@ -80,9 +82,9 @@ class Remote:
 def _tell(event: object) -> None:
     match event:
         case Reconnecting(attempt=1):
-            click.echo(f"catbus: {event.reason}; connecting again", err=True)
+            say(f"catbus: {event.reason}; connecting again", sys.stderr)
         case Reconnected(moved=False):
-            click.echo("catbus: connected again", err=True)
+            say("catbus: connected again", sys.stderr)
 
 
 def remote_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from ..loggers import get_logger
 from .development import DEFAULT_URL, development_token, keep_secret
 from .logs import configure, set_levels
 from .options import config_option, database_option, state_option
+from .output import say
 
 logger = get_logger("catbus.run")
 
@@ -216,7 +217,7 @@ def _announce(broker: Broker, config: Config, token: str | None) -> None:
         f"    {command_line} pub demo.hello '{{\"n\": 1}}'{options}",
         "",
     ]
-    print("\n".join(lines), file=sys.stdout if text else sys.stderr, flush=True)
+    say("\n".join(lines), sys.stdout if text else sys.stderr)
 
 
 def _allow_open_files() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 from contextlib import suppress
 from math import inf
 from typing import Any
@@ -16,6 +16,7 @@ from ..client import Bus, Gap
 from ..errors import PeerError
 from ..topics import check_pattern
 from ..wire import to_json
+from .output import say, write_output
 from .remote import Remote, remote_options
 
 _WAITING = 1000
@@ -97,7 +98,7 @@ class _Listening:
     async def follow(self, bus: Bus, pattern: str) -> None:
         async with bus.subscribe(pattern, on_event=_tell, **self._options) as messages:
             if self._verbose:
-                click.echo(f"catbus: subscribed to {pattern} in epoch {bus.epoch}", err=True)
+                say(f"catbus: subscribed to {pattern} in epoch {bus.epoch}", sys.stderr)
             async for message in messages:
                 line = to_json(
                     {
@@ -119,7 +120,7 @@ class _Listening:
             with suppress(trio.WouldBlock):
                 while len(lines) < left:
                     lines.append(self._take.receive_nowait())
-            await trio.to_thread.run_sync(_write, b"".join(lines), abandon_on_cancel=True)
+            await write_output(b"".join(lines))
             left -= len(lines)
             if not left:
                 break
@@ -131,10 +132,4 @@ def _tell(event: object) -> None:
             what = f"messages {event.first} to {event.last} may be missing"
         else:
             what = f"messages after {event.last} are of a log that is no more; those of the new one follow"
-        click.echo(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", err=True)
-
-
-def _write(data: bytes) -> None:
-    # Past sys.stdout: nothing stays in a buffer, and a reader that is slow holds up a thread, not the connection.
-    while data:
-        data = data[os.write(1, data) :]
+        say(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", sys.stderr)
