@@ -80,7 +80,10 @@ class Delivery:
         self._readers: dict[Mailbox, dict[str, Subscription]] = {}
         """Whom a mailbox is for, by pattern."""
         self._work = trio.Event()
-        self._swept = 0
+        self._near = False
+        """Whether the sweep that read last was the one through what is in memory."""
+        self._swept = {True: 0, False: 0}
+        """How far that sweep has got, and the other."""
         self._lags = 0
         self._sweeps = 0
         self._withdrawals = 0
@@ -217,13 +220,23 @@ class Delivery:
                 await trio.lowlevel.checkpoint()
 
     def next_position(self) -> int | None:
-        """Where to read: on from the last page towards the head, and from there back to the lowest cursor.
+        """Where to read next. Two sweeps take turns: one through what is in memory, and one through what is before it.
 
-        Starting from the lowest every time would let a stream of newcomers starve those who are nearly there.
+        So who lacks little is served at once, however much others lack. Either sweep reads on from its last page
+        towards the head, and from there back to the lowest cursor: starting from the lowest every time would let a
+        stream of newcomers starve those who are nearly there.
         """
-        cursors = [s.cursor for s in self._reading]
-        further_on = [cursor for cursor in cursors if cursor >= self._swept]
-        return min(further_on or cursors, default=None)
+        recent = self._log.recent
+        cursors: dict[bool, list[int]] = {True: [], False: []}
+        for subscription in self._reading:
+            cursors[subscription.cursor >= recent - 1].append(subscription.cursor)
+        near = bool(cursors[True]) and (not self._near or not cursors[False])
+        found = cursors[near]
+        if not found:
+            return None
+        self._near = near
+        further_on = [cursor for cursor in found if cursor >= self._swept[near]]
+        return min(further_on or found)
 
     def rows_from(self, position: int) -> int:
         """How many entries to read from there: not many for somebody who has room for few."""
@@ -234,7 +247,8 @@ class Delivery:
 
         To be exhausted before the next page. Between any two steps anything else may happen.
         """
-        self._swept, restarts = page.last, self._restarts
+        restarts = self._restarts
+        self._swept[position >= self._log.recent - 1] = page.last
         if page.after > position:
             for subscription in self._reading:
                 if subscription.cursor < page.after:

@@ -24,9 +24,7 @@ class Run:
         self.entries = entries
         self.holders = 0
         """How many mailboxes it is in."""
-        self.size = sum(len(entry.payload) + len(entry.channel) for entry in entries) + len(entries) * (
-            OVERHEAD + len(pattern)
-        )
+        self.size = sum([entry.size for entry in entries]) + len(entries) * (OVERHEAD + len(pattern))
 
     @cached_property
     def lines(self) -> bytes:

@@ -74,7 +74,7 @@ class Shelf:
         self.pattern = pattern
         self.entries = entries
         self.origins = {entry.origin for entry in entries}
-        self._ends = list(accumulate(len(e.payload) + len(e.channel) + OVERHEAD + len(pattern) for e in entries))
+        self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
         self._runs: dict[tuple[int, int], Run] = {}
 
     def cut(self, cursor: int, mailbox: Mailbox, last: int) -> tuple[Run | None, int]:

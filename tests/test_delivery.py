@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import catbus.delivery as delivery_module
 from catbus import wire
 from catbus.delivery import Delivery
-from catbus.log import Entry, Page, Resumption
+from catbus.log import Entry, Page, Recent, Resumption
+from catbus.log.recent import OVERHEAD
 from catbus.mailbox import Budget, Mailbox, Mark, Run
 from catbus.subscription import PAGE_ROWS, Subscription
 from catbus.topics import matches
@@ -42,6 +43,7 @@ class ListLog:
     """As much of a log as delivery sees, with all its entries in a list."""
 
     epoch = "e"
+    recent = 1
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -537,6 +539,32 @@ def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, deliv
     exhaust(delivery.serve(0, log.page(0, 3)))
     Reader(delivery, "b", since=0)
     assert delivery.next_position() == 3
+
+
+def test_what_is_in_memory_is_read_in_turns_with_what_is_before_it(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 100)
+    log.recent = 91
+    far = [Reader(delivery, "b", since=since) for since in (0, 40)]
+    near = Reader(delivery, "a", since=95)
+    positions = []
+    for _ in range(6):
+        position = delivery.next_position()
+        assert position is not None
+        positions.append(position)
+        exhaust(delivery.serve(position, log.page(position, 20)))
+        if position == 95:
+            assert near.mail() == [*range(96, 101), wire.Live("a", 100)]
+            near = Reader(delivery, "a", since=95)
+    assert positions == [95, 0, 95, 20, 95, 40]
+    assert all(reader.mail() == [] for reader in far)
+
+
+def test_a_sender_counts_for_what_an_entry_takes() -> None:
+    entries = [Entry(1, 0, "a", b"1", sender="x" * 1000)]
+    recent = Recent(10_000)
+    recent.append(entries)
+    assert recent.size == OVERHEAD + 1002
+    assert Run("a", entries).size >= len(Run("a", entries).lines) - 100
 
 
 def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery) -> None:

@@ -350,7 +350,7 @@ class Client:
             self.session.refuse_request(request, PeerError(Code.UNAVAILABLE, str(error)))
             return
         # The newest that fit, and always one: a page is held in memory, here and by the client, as one object.
-        sizes = list(accumulate(len(entry.payload) + OVERHEAD for entry in reversed(entries)))
+        sizes = list(accumulate(entry.size + OVERHEAD for entry in reversed(entries)))
         kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
         self.session.recalled(request, kept, more or len(kept) < len(entries))
 

@@ -26,6 +26,12 @@ class Entry(Struct, frozen=True, gc=False):
     origin: bytes | None = None
     """The producer that does not want it back (`echo: false`)."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of its texts."""
+        sender = self.sender
+        return len(self.channel) + len(self.payload) + (0 if sender is None else len(sender))
+
 
 class Committed(Struct, frozen=True, gc=False):
     """The message is in the log under `seq`; `duplicate` when an earlier try had already put it there."""
@@ -93,12 +99,14 @@ class Append:
 
     @property
     def size(self) -> int:
-        return len(self.channel) + len(self.payload)
+        """Bytes of its texts."""
+        sender = self.sender
+        return len(self.channel) + len(self.payload) + (0 if sender is None else len(sender))
 
     @property
     def cost(self) -> int:
         """What it takes of the log, in bytes."""
-        return len(self.channel) + len(self.payload) + OVERHEAD
+        return self.size + OVERHEAD
 
 
 def not_taken(append: Append, refusal: Rejected) -> Rejected:
@@ -157,6 +165,10 @@ class Log(Protocol):
     @property
     def floor(self) -> int:
         """The oldest seq that still exists, or `applied + 1` where none does."""
+
+    @property
+    def recent(self) -> int:
+        """The oldest seq from which on all entries are in memory, or `applied + 1` where none is."""
 
     @property
     def available(self) -> bool:

@@ -74,6 +74,10 @@ class MemoryLog:
         return self._recent.first
 
     @property
+    def recent(self) -> int:
+        return self._recent.first
+
+    @property
     def available(self) -> bool:
         return self._running
 

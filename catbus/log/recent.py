@@ -8,7 +8,7 @@ from ..topics import matches
 from .base import Entry, Page
 
 OVERHEAD = 256
-"""What an entry takes beside its channel and payload, roughly, in bytes."""
+"""What an entry takes beside its texts, roughly, in bytes."""
 
 LOOKS = 1000
 """Entries that are looked at in one turn: a millisecond at most."""
@@ -48,13 +48,12 @@ class Recent:
         """Take the entries that follow on the newest, drop the oldest until there is room; returns how many."""
         held = self._entries
         held.extend(entries)
-        self.size += self._overhead * len(entries) + sum([len(e.channel) + len(e.payload) for e in entries])
+        self.size += self._overhead * len(entries) + sum([entry.size for entry in entries])
         if self.size <= self.limit:
             return 0
         start = self._start
         while self.size > self.limit:
-            oldest = held[start]
-            self.size -= self._overhead + len(oldest.channel) + len(oldest.payload)
+            self.size -= self._overhead + held[start].size
             start += 1
         dropped = start - self._start
         self.first += dropped
@@ -65,7 +64,7 @@ class Recent:
         return dropped
 
     def since(self, after: int, rows: int, size: int) -> Page | None:
-        """The entries after `after`, at most `rows` and (but for the first) `size` bytes of channel and payload.
+        """The entries after `after`, at most `rows` and (but for the first) `size` bytes.
 
         None where some of them are not held any more.
         """
@@ -76,7 +75,7 @@ class Recent:
         if not entries:
             return Page(after, after, ())
         for index, entry in enumerate(entries):
-            size -= len(entry.channel) + len(entry.payload)
+            size -= entry.size
             if size < 0 and index:
                 del entries[index:]
                 break

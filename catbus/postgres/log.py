@@ -159,6 +159,10 @@ class PostgresLog:
         return min(self._tail.floor, self._tail.applied + 1)
 
     @property
+    def recent(self) -> int:
+        return self._tail.recent.first
+
+    @property
     def available(self) -> bool:
         return self._services.available
 
