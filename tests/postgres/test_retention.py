@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from msgspec import structs
 from structlog.testing import CapturingLogger
 
 from catbus import wire
@@ -532,7 +533,8 @@ async def test_nothing_is_lost_above_the_floor_while_replicas_publish_and_drop(
     database_url: str, lines: CapturingLogger
 ) -> None:
     """Small parts go all the time. The followers check the order by themselves, and what they missed was announced."""
-    settings = Settings(age=AGE, size=1_000_000)
+    settings = Settings(age=AGE)
+    structs.force_setattr(settings, "size", 1_000_000)  # Less than a configuration may say.
     logs = [PostgresLog(Database(url=database_url, publish_timeout=20), settings, recent=20_000) for _ in range(2)]
     async with running(logs[0]) as (here, alice), running(logs[1]) as (there, bob):
         busy = True
