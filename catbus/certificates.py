@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import ipaddress
 import os
@@ -67,10 +68,10 @@ def development_certificate(directory: Path, now: datetime) -> Certificate:
 
     Whoever asks at the same time gets the same one. Raises ConfigError where none can be kept.
     """
-    # Mostly it is there, and then nothing needs to be written, nor waited for.
-    if kept := _read_kept(directory, now):
-        return kept
     try:
+        # Mostly it is there, and then nothing needs to be written, nor waited for.
+        if kept := _read_kept(directory, now):
+            return kept
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
             if kept := _read_kept(directory, now):
@@ -108,7 +109,11 @@ def _read_kept(directory: Path, now: datetime) -> Certificate | None:
             and kept.not_valid_after_utc - kept.not_valid_before_utc == LIFETIME
             and not kept.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         )
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # It may well be there.
+        return None
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
         return None
     return _certificate(kept, key_pem) if ours and _is_fresh(kept.not_valid_after_utc, now) else None
 
@@ -312,13 +317,15 @@ def _credentials(certificate_pem: bytes, key_pem: bytes, limits: Limits | None) 
     # A stream that reads does not write what a peer's new handshake would need (TLS 1.2 only).
     context.options |= ssl.OP_NO_RENEGOTIATION
     # It takes a file. One in memory cannot be changed by anybody while it is read, and leaves no key on a disk.
-    with os.fdopen(os.memfd_create("certificate"), "wb") as file:
-        file.write(key_pem.rstrip() + b"\n" + certificate_pem)
-        file.flush()
-        try:
+    try:
+        with os.fdopen(os.memfd_create("certificate"), "wb") as file:
+            file.write(key_pem.rstrip() + b"\n" + certificate_pem)
+            file.flush()
             context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
-        except ssl.SSLError as error:
-            raise ConfigError(f"TLS cannot use them: {error.reason or error}") from None
+    except ssl.SSLError as error:
+        raise ConfigError(f"TLS cannot use them: {error.reason or error}") from None
+    except OSError as error:
+        raise ConfigError(f"TLS cannot load them: {error.strerror or error}") from None
     return Credentials(quic, context)
 
 

@@ -42,6 +42,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_sessions_opened_total": (COUNTER, "Clients that have connected."),
     "catbus_connections": (GAUGE, "Connections, whether or not there is a client in them yet."),
     "catbus_connections_refused_total": (COUNTER, "Connections over the limit."),
+    "catbus_accepts_failed_total": (COUNTER, "How often a connection had to wait, as no file was left for it."),
     "catbus_sent_bytes_total": (COUNTER, "Bytes sent to clients."),
     "catbus_received_bytes_total": (COUNTER, "Bytes received from clients."),
     "catbus_http_requests_total": (COUNTER, "HTTP requests that were answered."),
@@ -209,6 +210,7 @@ def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
     found = door.statistics()
     yield "catbus_connections", labels, found.connections
     yield "catbus_connections_refused_total", labels, found.refused
+    yield "catbus_accepts_failed_total", labels, found.starved
     yield "catbus_sent_bytes_total", labels, found.sent
     yield "catbus_received_bytes_total", labels, found.received
     yield "catbus_faults_total", labels, found.faults

@@ -20,7 +20,7 @@ from cryptography import x509
 
 from ..certificates import CertificateSource
 from ..config import MAKE_ONE, Config, Reading, find_weak_secrets, read, show, split_address
-from ..endpoints.listen import SPARE_FILES
+from ..endpoints.capacity import connections_that_fit
 from ..errors import ConfigError
 from ..postgres.binaries import find_binaries
 from ..postgres.embedded import served
@@ -200,10 +200,11 @@ def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: b
 
 
 def _files(config: Config) -> Iterator[Finding]:
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = config.limits.connections
-    if most != resource.RLIM_INFINITY and most < wanted + SPARE_FILES:
-        text = f"{most:,} may be open, for {wanted:,} connections (limits.connections)"
+    possible = connections_that_fit(wanted, files)
+    if possible < wanted:
+        text = f"{files:,} may be open, which is enough for {possible:,} of {wanted:,} connections (limits.connections)"
         yield Finding("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
 
 

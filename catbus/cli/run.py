@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -17,6 +16,7 @@ import trio
 
 from ..broker import Broker, serve
 from ..config import MAKE_ONE, Config, Reading, default_state_directory, differences, find_weak_secrets, read, redact
+from ..endpoints.capacity import raise_limit
 from ..errors import ConfigError
 from ..loggers import get_logger
 from .development import DEFAULT_URL, development_token, keep_secret
@@ -81,7 +81,7 @@ def command(
     )
     for text in (*reading.warnings, *find_weak_secrets(reading.config)):
         logger.warning(text)
-    _allow_open_files()
+    raise_limit()
     status = trio.run(supervise, settings, token, Reload(reading.config, lambda: read(config, os.environ, given)))
     if status:
         raise click.exceptions.Exit(status)
@@ -182,8 +182,9 @@ async def supervise(config: Config, token: str | None, reload: Callable[[], None
             nursery.start_soon(obey, signals)
             logger.info("starting", database=redact(config.database.url), pid=os.getpid())
             broker = await nursery.start(serve_to_the_end)
-            _announce(broker, config, token)
+            # Before it is said to serve: this takes a moment, in which nothing else is done.
             _calm_the_collector()
+            _announce(broker, config, token)
     logger.info("stopped")
     return status
 
@@ -218,12 +219,6 @@ def _announce(broker: Broker, config: Config, token: str | None) -> None:
         "",
     ]
     say("\n".join(lines), sys.stdout if text else sys.stderr)
-
-
-def _allow_open_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _calm_the_collector() -> None:

@@ -13,6 +13,7 @@ import trio
 from ..config import join_address, split_address
 from ..errors import ConfigError
 from ..loggers import get_logger
+from .capacity import SPARE_FILES, PatientListener, connections_that_fit
 from .http import serve_connection
 from .outbox import TlsStream, close_gently
 from .roster import Roster
@@ -20,12 +21,11 @@ from .roster import Roster
 if TYPE_CHECKING:
     from ..hub import Hub
 
-SPARE_FILES = 64
-"""File descriptors that are kept from connections: the database and the listeners need some."""
 HANDSHAKE_TIME = 10.0
 """Seconds for TLS to be agreed on."""
 TURNING_AWAY_TIME = 1.0
-TURNING_AWAY_AT_ONCE = 100
+TURNING_AWAY_AT_ONCE = SPARE_FILES // 5
+"""Connections over the limit that are told so, with spare files; the others are closed without a word."""
 
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
@@ -40,7 +40,8 @@ class EndpointStatistics:
     """`connections` and `websockets` are here now; the rest has been counted from the start.
 
     `requests`: HTTP requests by path and status. `sent` and `received`: bytes of WebSockets. `refused`: connections
-    over the limit. `faults`: exceptions of ours that ended a request or a connection.
+    over the limit. `starved`: how often one could not be accepted. `faults`: exceptions of ours that ended a request or
+    a connection.
     """
 
     connections: int
@@ -49,6 +50,7 @@ class EndpointStatistics:
     sent: int
     received: int
     refused: int
+    starved: int
     faults: int
 
 
@@ -73,6 +75,7 @@ class Endpoint:
             dict(roster.requests),
             *roster.traffic(),
             roster.refused,
+            roster.starved,
             roster.faults,
         )
 
@@ -100,7 +103,8 @@ async def serve_http(
             task_status.started(
                 Endpoint([join_address(*listener.socket.getsockname()[:2]) for listener in listeners], roster, doors)
             )
-            await trio.serve_listeners(handler, listeners, handler_nursery=sessions)
+            patient = [PatientListener(listener, roster) for listener in listeners]
+            await trio.serve_listeners(handler, patient, handler_nursery=sessions)
         await roster.wait_empty()
         nursery.cancel_scope.cancel()
 
@@ -125,12 +129,15 @@ async def open_listeners(binds: Sequence[str]) -> list[trio.SocketListener]:
 def _connection_limit(wanted: int) -> int:
     """As many connections as are wanted, or as the process may have: past that, accepting would fail."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    possible = wanted if files == resource.RLIM_INFINITY else max(1, files - SPARE_FILES)
+    possible = connections_that_fit(wanted, files)
     if possible < wanted:
         logger.warning(
-            "fewer connections than configured: raise the limit of open files", limit=possible, wanted=wanted
+            "fewer connections than configured: raise the limit of open files, or lower limits.connections",
+            limit=possible,
+            wanted=wanted,
+            files=files,
         )
-    return min(wanted, possible)
+    return possible
 
 
 async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:

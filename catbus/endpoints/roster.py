@@ -46,6 +46,8 @@ class Roster:
         self.closed = False
         self.connections = 0
         self.refused = 0
+        self.starved = 0
+        """How often a connection could not be accepted, as no file was left for it."""
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
         self.requests: Counter[tuple[str, int]] = Counter()
