@@ -7,7 +7,7 @@ import resource
 
 import trio
 
-from ..loggers import Seldom, get_logger
+from ..loggers import Recurring, get_logger
 from .roster import Roster
 
 SPARE_FILES = 40
@@ -39,7 +39,7 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
     def __init__(self, listener: trio.SocketListener, roster: Roster) -> None:
         self._listener = listener
         self._roster = roster
-        self._seldom = Seldom()
+        self._shortages = Recurring(logger.warning)
 
     async def accept(self) -> trio.SocketStream:
         while True:
@@ -49,8 +49,8 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
                 if error.errno not in _SHORTAGES:
                     raise
                 self._roster.starved += 1
-                if number := self._seldom.count(trio.current_time()):
-                    logger.warning("a connection waits, as none can be accepted", reason=error.strerror, times=number)
+                now, text = trio.current_time(), error.strerror
+                self._shortages.note(now, "a connection waits, as none can be accepted", reason=text, error=text)
             await trio.sleep(PAUSE)
 
     async def aclose(self) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import trio
 
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .frames import Packer
 
 logger = get_logger("catbus.endpoints")
@@ -50,6 +50,7 @@ class Roster:
         """How often a connection could not be accepted, as no file was left for it."""
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
+        self._mistakes = Recurring(logger.error)
         self.requests: Counter[tuple[str, int]] = Counter()
         """HTTP requests that were answered, by path and status; paths that mean nothing here count as one."""
         self.packer = Packer()
@@ -64,6 +65,11 @@ class Roster:
         self.closed = True
         for scope in self._idle:
             scope.cancel()
+
+    def fault(self, event: str, error: BaseException) -> None:
+        """Count a mistake of ours, and log it: peers may set it off as often as they like."""
+        self.faults += 1
+        self._mistakes.note(trio.current_time(), event, exception=error)
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -125,6 +131,5 @@ class Roster:
                     await trio.lowlevel.checkpoint()
                 try:
                     connection.check(trio.current_time())
-                except Exception:
-                    logger.exception("keeping a connection alive failed")
-                    self.faults += 1
+                except Exception as error:  # noqa: BLE001 (it is logged)
+                    self.fault("keeping a connection alive failed", error)

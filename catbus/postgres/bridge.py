@@ -20,7 +20,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .urls import Target, find_targets
 
 logger = get_logger("catbus.postgres")
@@ -92,6 +92,7 @@ class Bridge:
     def __init__(self, loop: Any) -> None:
         self.is_open = True
         self.stray_errors = 0
+        self._strays = Recurring(logger.error)
         self._loop = loop
         self._connections: set[Connection] = set()
         self._pooled: set[str] = set()
@@ -108,7 +109,8 @@ class Bridge:
     def note_stray_error(self, loop: object, context: dict[str, Any]) -> None:
         """Log and count what went wrong in a callback: by default it would end the loop and all beside it."""
         self.stray_errors += 1
-        logger.error("error in a callback", reason=context.get("message"), exc_info=context.get("exception"))
+        text, error = context.get("message"), context.get("exception")
+        self._strays.note(trio.current_time(), "error in a callback", reason=text, exception=error, said=text)
 
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> Connection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.

@@ -34,7 +34,7 @@ from urllib.parse import quote
 import trio
 
 from ..errors import ConfigError
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .binaries import Binaries, find_binaries
 
 logger = get_logger("catbus.postgres")
@@ -142,6 +142,7 @@ async def run(
     # In a thread, to its end: there is no stopping between two files.
     with await trio.to_thread.run_sync(prepare, directory, settings) as server:
         started = False
+        deaths = Recurring(logger.error)
         while True:
             with server.log_file.open("ab") as log:
                 process = await trio.lowlevel.open_process(
@@ -159,7 +160,8 @@ async def run(
                     await _stop(process)
             if not started:
                 raise server.failure()
-            logger.error("the embedded database died, starting it again", status=status, log=str(server.log_file))
+            file = str(server.log_file)
+            deaths.note(trio.current_time(), "the embedded database died, starting it again", status=status, log=file)
             await trio.sleep(1)
 
 

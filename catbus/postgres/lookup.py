@@ -9,7 +9,7 @@ import trio
 
 from ..auth import Identity
 from ..errors import Unavailable
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .bridge import OUTAGE, Connection
 from .inquiry import Inquiry
 from .role_changes import RoleChanges
@@ -45,6 +45,8 @@ class Lookup:
         self._questions: dict[bytes, _Question] = {}
         self._asked = trio.Event()
         self._works = True
+        self._failures = Recurring(logger.warning, burst=5)
+        self._mistakes = Recurring(logger.error)
 
     async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
         """Whom the tokens with these keys belong to; a key that no role has is left out.
@@ -87,10 +89,11 @@ class Lookup:
             identities = await self._ask(list(questions))
             failed = False
         except OUTAGE as error:
+            text = f"{type(error).__name__}: {error}"
             if self._works:
-                logger.warning("roles cannot be looked up", error=f"{type(error).__name__}: {error}")
-        except Exception:
-            logger.exception("looking roles up failed")
+                self._failures.note(trio.current_time(), "roles cannot be looked up", reason=text, error=text)
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._mistakes.note(trio.current_time(), "looking roles up failed", exception=error)
         finally:
             self._works = not failed
             for key, question in questions.items():

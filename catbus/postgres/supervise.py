@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
 from ..errors import ConfigError
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .bridge import OUTAGE, leaves
 
 logger = get_logger("catbus.postgres")
@@ -21,6 +22,8 @@ FIRST_DELAY = 0.05
 LONGEST_DELAY = 1.0
 FATAL_FAILURES = 5
 FATAL_PERIOD = 60.0
+OUTAGES = 5
+"""How many of a kind are logged in a minute: a service that works for a moment and fails is down again and again."""
 
 
 class Supervisor:
@@ -38,6 +41,8 @@ class Supervisor:
         self._names = names
         self._down = set(names)
         self._said: bool | None = None
+        self._mistakes = Recurring(logger.error)
+        self._outages = Recurring(logger.warning, burst=OUTAGES)
 
     @property
     def available(self) -> bool:
@@ -77,7 +82,7 @@ class Supervisor:
                     self.failures += 1
                     now = trio.current_time()
                     failures.append(now)
-                    logger.error("a service failed", service=name, exc_info=unexpected[0])
+                    self._mistakes.note(now, "a service failed", reason=name, exception=unexpected[0], service=name)
                     if len(failures) == FATAL_FAILURES and now - failures[0] <= FATAL_PERIOD:
                         raise
                     self._down.add(name)
@@ -97,11 +102,11 @@ class Supervisor:
             logger.info("database connected")
 
     def _note_outage(self, name: str, error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+        say = partial(self._outages.note, trio.current_time(), reason=f"{name} {text}", service=name, error=text)
         if name not in self._names:
             if name not in self._down:
-                logger.warning("service unavailable, trying again", service=name, error=reason)
-        elif self._said is not False:
+                say("service unavailable, trying again")
+        elif self._said is not False and say("database unavailable, trying again"):
             self._said = False
-            logger.warning("database unavailable, trying again", service=name, error=reason)
         self._down.add(name)

@@ -26,7 +26,7 @@ from ..log.base import (
     not_taken,
 )
 from ..log.queue import AppendQueue
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from .batch import MOVE, Batch
 from .bridge import Connection, Row, sqlstate
 from .supervise import Working
@@ -96,6 +96,7 @@ class Writer:
         self._tried = trio.Event()
         self._refusal: Exception | None = None
         self._closed = False
+        self._refusals = Recurring(logger.error)
         self._failed = False
         """Whether the last try to write has ended with an error."""
         self._epoch = ""
@@ -246,7 +247,7 @@ class Writer:
         try:
             batch.call()
         except UnicodeDecodeError:
-            logger.exception("a message that is not UTF-8 has come this far")
+            self._refusals.note(trio.current_time(), "a message that is not UTF-8 has come this far")
             sound = batch.part(_is_sound)
             for append in appends:
                 if not _is_sound(append):
@@ -369,7 +370,9 @@ class Writer:
         if len(batch.appends) > 1:
             self._flight.extendleft(reversed(batch.halves()))
         else:
-            logger.error("the database refused a message", channel=batch.appends[0].channel, error=str(error))
+            text, channel = str(error), batch.appends[0].channel
+            now = trio.current_time()
+            self._refusals.note(now, "the database refused a message", reason=text, channel=channel, error=text)
             batch.settle_all(REFUSED)
 
     # Epochs

@@ -129,7 +129,9 @@ async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(
     with pytest.raises(KeyError, match="ours"):
         await supervisor.run("one", one)
     assert supervisor.failures == 5
-    assert [call.args for call in logs.calls] == [("a service failed",)] * 5
+    # The same mistake is told of once; the last one is told of by who ends.
+    assert [call.args for call in logs.calls] == [("a service failed",)]
+    assert isinstance(logs.calls[0].kwargs["exc_info"], KeyError)
 
 
 async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) -> None:
@@ -153,6 +155,49 @@ async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) ->
     await supervisor.run("one", with_progress)
     await supervisor.run("other", seldom)
     assert runs == 40
+
+
+async def test_a_service_that_cannot_work_is_told_of_once_a_minute(
+    autojump_clock: MockClock, logs: CapturingLogger
+) -> None:
+    """It works for a moment each time, so that neither the pauses grow nor the mistakes end it."""
+    supervisor = Supervisor("one")
+    reasons = [KeyError("ours"), RuntimeError("another")]
+
+    async def one(working: Working) -> None:
+        working()
+        raise reasons[trio.current_time() - began >= 600]
+
+    began = trio.current_time()
+    with trio.move_on_after(630):
+        await supervisor.run("one", one)
+    failures = [call.kwargs for call in logs.calls if call.args == ("a service failed",)]
+    assert len(failures) == 11
+    assert failures[0]["exc_info"] is reasons[0]
+    assert failures[1]["error"] == "KeyError: 'ours'"
+    assert failures[-1]["exc_info"] is reasons[1]
+    assert sum(kwargs.get("repeated", 0) for kwargs in failures) > 10_000
+    assert all("exc_info" not in kwargs for kwargs in failures[1:-1])
+
+
+@pytest.mark.parametrize("needed", [True, False])
+async def test_a_service_that_is_down_again_and_again_is_told_of_a_few_times_a_minute(
+    autojump_clock: MockClock, logs: CapturingLogger, needed: bool
+) -> None:
+    supervisor = Supervisor(*["one"][:needed])
+    ports = iter(range(100_000))
+
+    async def one(working: Working) -> None:
+        working()
+        raise OSError(f"refused at port {next(ports)}")
+
+    with trio.move_on_after(119):
+        await supervisor.run("one", one)
+    lines = [call.args[0] for call in logs.calls]
+    downs = [line for line in lines if "unavailable" in line]
+    assert len(downs) == 2 * supervise.OUTAGES
+    assert lines.count("database connected") <= needed * len(downs) + 1
+    assert max(call.kwargs.get("repeated", 0) for call in logs.calls) > 1000
 
 
 async def test_a_wrong_configuration_ends_it_at_once(autojump_clock: MockClock) -> None:
