@@ -50,10 +50,10 @@ class Recurring:
         """When each may be logged again, and how often it was logged and counted until then."""
 
     def note(
-        self, now: float, event: str, *, reason: object = "", exception: BaseException | None = None, **fields: object
+        self, now: float, event: str, *, kind: object = "", exception: BaseException | None = None, **fields: object
     ) -> bool:
         """Log an event, or count it; returns whether it was logged. `now` is in seconds, by any one clock."""
-        key = event, type(exception).__name__, re.sub(r"\d+", "0", f"{reason} {exception}")[:200]
+        key = event, type(exception).__name__, re.sub(r"\d+", "0", f"{kind} {exception}")[:200]
         known = self._reasons.pop(key, None)
         until, logged, counted = known or (-inf, 0, 0)
         if now < until and logged >= self._burst:

@@ -27,7 +27,7 @@ def test_a_line_comes_once_in_an_interval_with_the_number_of_those_that_did_not(
 def test_another_reason_is_another_line_and_digits_make_no_other_reason() -> None:
     lines = Lines()
     for reason in ("port 1", "port 22", "disk", "port 3", "disk"):
-        lines.recurring.note(0, "down", reason=reason)
+        lines.recurring.note(0, "down", kind=reason)
     assert len(lines.lines) == 2
 
 
@@ -49,5 +49,5 @@ def test_the_traceback_of_an_exception_comes_once() -> None:
 def test_no_more_is_remembered_than_there_is_room_for() -> None:
     lines = Lines()
     for n in range(10_000):
-        lines.recurring.note(0, "down", reason="x" * n)
+        lines.recurring.note(0, "down", kind="x" * n)
     assert len(lines.recurring._reasons) <= 64

@@ -50,7 +50,7 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
                     raise
                 self._roster.starved += 1
                 now, text = trio.current_time(), error.strerror
-                self._shortages.note(now, "a connection waits, as none can be accepted", reason=text, error=text)
+                self._shortages.note(now, "a connection waits, as none can be accepted", kind=text, reason=text)
             await trio.sleep(PAUSE)
 
     async def aclose(self) -> None:

@@ -108,9 +108,8 @@ class Conversation:
             answer = await handler(self._hub, replace(request, read=partial(self._read_body, request)))
         except Refused:
             raise
-        except Exception:
-            logger.exception("a request failed")
-            self._roster.faults += 1
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._roster.fault("a request failed", error)
             return line(500)
         if answer.status < 400 and self._http.their_state is h11.SEND_BODY:
             await self._read_body(request, keep=False)

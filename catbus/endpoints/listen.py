@@ -150,9 +150,8 @@ async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketS
                 await serve_connection(hub, roster, stream)
             elif (encrypted := await _encrypt(hub, stream)) is not None:
                 await serve_connection(hub, roster, encrypted)
-        except* Exception:
-            logger.exception("a connection failed")
-            roster.faults += 1
+        except* Exception as error:  # noqa: BLE001 (it is logged)
+            roster.fault("a connection failed", error)
 
 
 async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..bucket import TokenBucket
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 from ..webtransport import (
     Configuration,
     Connection,
@@ -106,6 +106,7 @@ class Router:
         self.evicted = 0
         """Half-open connections that gave way to others."""
         self.faults = 0
+        self._mistakes = Recurring(logger.error)
         self.closed = False
         self._hub = hub
         self._configuration = configuration
@@ -192,9 +193,8 @@ class Router:
         """Take a datagram; returns the connection that took it."""
         try:
             peer = self._route(data, place, now)
-        except Exception:
-            logger.exception("a datagram could not be dealt with")
-            self.fault()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self.fault("a datagram could not be dealt with", error)
             return None
         self.dropped += peer is None
         return peer
@@ -284,9 +284,8 @@ class Router:
             if datagrams:
                 transmit(datagrams)
             self._timers.set(peer, peer.timer)
-        except Exception:
-            logger.exception("a connection failed")
-            self.fault()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self.fault("a connection failed", error)
             self._forget(peer)
         finally:
             peer.settling = False
@@ -372,6 +371,7 @@ class Router:
                 conversation.check(now)
                 self.settle(peer)
 
-    def fault(self) -> None:
-        """Count a mistake of ours."""
+    def fault(self, event: str, error: BaseException) -> None:
+        """Count a mistake of ours, and log it: peers may set it off as often as they like."""
         self.faults += 1
+        self._mistakes.note(trio.current_time(), event, exception=error)

@@ -127,9 +127,8 @@ class Connection:
     def _pack(self, items: list[Item], protocol: Protocol) -> bytes:
         try:
             return self._packer.pack(items, protocol)
-        except Exception:
-            logger.exception("a flush failed")
-            self._roster.faults += 1
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._roster.fault("a flush failed", error)
             self.outbox.abort()
             return b""
 
@@ -162,9 +161,8 @@ class Connection:
         except* (LocalProtocolError, ConnectionClosed):
             # The library's reader raises these at a peer that goes on after its Close frame.
             logger.debug("a peer broke the protocol while closing", exc_info=True)
-        except* Exception:
-            logger.exception("a connection failed")
-            self._roster.faults += 1
+        except* Exception as error:  # noqa: BLE001 (it is logged)
+            self._roster.fault("a connection failed", error)
             self.outbox.close(close_frame(*FAULT))
         with trio.move_on_at(min(self._give_up, trio.current_time() + CLOSING_TIME)):
             await self.outbox.finish()
@@ -213,9 +211,8 @@ class Connection:
                     await self._listen(websocket, client)
             except ConnectionClosed:
                 raise
-            except Exception:
-                logger.exception("a session failed")
-                self._roster.faults += 1
+            except Exception as error:  # noqa: BLE001 (it is logged)
+                self._roster.fault("a session failed", error)
                 client.close(*FAULT)
             while True:
                 await websocket.get_message()

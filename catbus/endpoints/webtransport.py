@@ -87,7 +87,11 @@ class Conversation:
     )
 
     def __init__(
-        self, hub: Hub, connection: Connection, transmit: Callable[[], None], on_fault: Callable[[], None]
+        self,
+        hub: Hub,
+        connection: Connection,
+        transmit: Callable[[], None],
+        on_fault: Callable[[str, BaseException], None],
     ) -> None:
         self._hub = hub
         self._connection = connection
@@ -227,9 +231,8 @@ class Conversation:
             if self._fill(lane) or self._datagrams:
                 self._datagrams = False
                 self._transmit()
-        except Exception:
-            logger.exception("a flush failed")
-            self._on_fault()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._on_fault("a flush failed", error)
             self._connection.close("internal error")
             self._transmit()
 
@@ -310,9 +313,8 @@ class Conversation:
         client = self._client
         try:
             goodbye = await self._converse(client)
-        except Exception:
-            logger.exception("a session failed")
-            self._on_fault()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._on_fault("a session failed", error)
             goodbye = FAULT
         except BaseException:
             client.leave()
@@ -364,9 +366,8 @@ class Conversation:
                 else:
                     self._news = trio.Event()
                     await self._news.wait()
-        except Exception:
-            logger.exception("a session failed")
-            self._on_fault()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._on_fault("a session failed", error)
             client.close(*FAULT)
 
 

@@ -110,7 +110,7 @@ class Bridge:
         """Log and count what went wrong in a callback: by default it would end the loop and all beside it."""
         self.stray_errors += 1
         text, error = context.get("message"), context.get("exception")
-        self._strays.note(trio.current_time(), "error in a callback", reason=text, exception=error, said=text)
+        self._strays.note(trio.current_time(), "error in a callback", kind=text, reason=text, exception=error)
 
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> Connection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.

@@ -91,7 +91,7 @@ class Lookup:
         except OUTAGE as error:
             text = f"{type(error).__name__}: {error}"
             if self._works:
-                self._failures.note(trio.current_time(), "roles cannot be looked up", reason=text, error=text)
+                self._failures.note(trio.current_time(), "roles cannot be looked up", kind=text, error=text)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self._mistakes.note(trio.current_time(), "looking roles up failed", exception=error)
         finally:

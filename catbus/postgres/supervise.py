@@ -82,7 +82,7 @@ class Supervisor:
                     self.failures += 1
                     now = trio.current_time()
                     failures.append(now)
-                    self._mistakes.note(now, "a service failed", reason=name, exception=unexpected[0], service=name)
+                    self._mistakes.note(now, "a service failed", kind=name, exception=unexpected[0], service=name)
                     if len(failures) == FATAL_FAILURES and now - failures[0] <= FATAL_PERIOD:
                         raise
                     self._down.add(name)
@@ -103,7 +103,7 @@ class Supervisor:
 
     def _note_outage(self, name: str, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}"
-        say = partial(self._outages.note, trio.current_time(), reason=f"{name} {text}", service=name, error=text)
+        say = partial(self._outages.note, trio.current_time(), kind=f"{name} {text}", service=name, error=text)
         if name not in self._names:
             if name not in self._down:
                 say("service unavailable, trying again")

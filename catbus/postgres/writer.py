@@ -372,7 +372,7 @@ class Writer:
         else:
             text, channel = str(error), batch.appends[0].channel
             now = trio.current_time()
-            self._refusals.note(now, "the database refused a message", reason=text, channel=channel, error=text)
+            self._refusals.note(now, "the database refused a message", kind=text, channel=channel, error=text)
             batch.settle_all(REFUSED)
 
     # Epochs
