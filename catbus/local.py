@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import trio
 
 from .hub import Hub
@@ -15,7 +14,7 @@ from .log import Entry
 from .mailbox import Mailbox, Run
 from .subscription import Subscription
 from .topics import check_pattern
-from .wire import Gap, decode_server
+from .wire import Gap, decode_payload, decode_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class Message:
     @property
     def payload(self) -> Any:
         """The payload, decoded."""
-        return msgspec.json.decode(self.data)
+        return decode_payload(self.data)
 
 
 class Messages(AsyncIterator[Message]):

@@ -6,9 +6,11 @@ first-version client knows; one without `fixed` is never sent to such a client.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -17,6 +19,8 @@ from .errors import Code, PeerError
 
 MAX_DEPTH = 64
 """How deep a message may be nested."""
+
+M = TypeVar("M")
 
 Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -236,6 +240,7 @@ ServerMessage = (
 _client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _publish_decoder = msgspec.json.Decoder(Publish)
 _server_decoder: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
+_pairs_decoder = msgspec.json.Decoder(dict[str, Raw])
 _encoder = msgspec.json.Encoder()
 
 
@@ -245,19 +250,36 @@ def decode_client(data: bytes) -> ClientMessage:
     Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `refusal` makes the reply of them.
     """
     _check_text(data)
-    return _client_decoder.decode(data)
+    return decode_last(_client_decoder.decode, data)
 
 
 def decode_publish(data: bytes) -> Publish:
     """Decode a publish where nothing else can stand, so `type` may be left out; raises as `decode_client` does."""
     _check_text(data)
-    return _publish_decoder.decode(data)
+    return decode_last(_publish_decoder.decode, data)
 
 
 def decode_server(data: bytes) -> ServerMessage:
     """Decode one whole object from a server; raises as `decode_client` does."""
     _check_text(data)
-    return _server_decoder.decode(data)
+    return decode_last(_server_decoder.decode, data)
+
+
+def decode_last(decode: Callable[[bytes], M], data: bytes) -> M:
+    """Decode an object in which of two values with one name the last counts, as it does for `JSON.parse`.
+
+    msgspec takes the last one, too, but wants those before it to be of the right type, and every `type` to be the same.
+    To look for such names in what decodes would cost more than decoding it.
+    """
+    try:
+        return decode(data)
+    except msgspec.ValidationError:
+        return decode(_encoder.encode(decode_pairs(data)))
+
+
+def decode_pairs(data: bytes) -> dict[str, Raw]:
+    """Decode an object as the last value of each name, as it was written; raises as `decode_client` does."""
+    return _pairs_decoder.decode(data)
 
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -320,6 +342,24 @@ def check_payload(data: bytes) -> bytes:
         return payload_bytes(msgspec.json.decode(data, type=Raw))
     except UNDECODABLE as error:
         raise PeerError(Code.BAD_MESSAGE, f"the payload is not JSON: {refusal(error).message}") from None
+
+
+def decode_payload(data: bytes | Raw) -> Any:
+    """Decode a payload. A number that is too large becomes infinity, as for `JSON.parse`: it fails for none.
+
+    An integer is exact up to as many digits as Python reads (4,300, unless it was told otherwise).
+    """
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.ValidationError:
+        return json.loads(bytes(data), parse_int=_read_integer)
+
+
+def _read_integer(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def encode(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes | None:

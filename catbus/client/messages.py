@@ -31,8 +31,11 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
 
     @cached_property
     def payload(self) -> Any:
-        """The payload, decoded when it is first asked for."""
-        return msgspec.json.decode(self.raw)
+        """The payload, decoded when it is first asked for.
+
+        Integers are exact up to 4,300 digits. Of other numbers it is the nearest `float`, infinity beyond them.
+        """
+        return wire.decode_payload(self.raw)
 
     @property
     def data(self) -> bytes:
@@ -71,7 +74,7 @@ ServerMessage = (
 )
 
 _decoder = msgspec.json.Decoder(ServerMessage)
-_stranger = msgspec.json.Decoder(dict[str, Any])
+_text = msgspec.json.Decoder(str)
 _TYPES = frozenset(kind.__struct_config__.tag for kind in get_args(ServerMessage))
 
 
@@ -82,18 +85,24 @@ def decode(data: bytes) -> ServerMessage | None:
     """
     if not data.isascii():
         data.decode()
-    message: ServerMessage
     try:
-        message = _decoder.decode(data)
+        return wire.decode_last(_decoder.decode, data)
     except msgspec.ValidationError:
-        stranger = _stranger.decode(data)
-        if stranger.get("type") not in _TYPES:
+        pairs = wire.decode_pairs(data)
+        if _read(pairs, "type") not in _TYPES:
             return None
-        if stranger.get("code") in list(Code):
+        if _read(pairs, "code") in list(Code):
             raise
-        stranger["code"] = Code.INTERNAL
-        message = msgspec.convert(stranger, ServerMessage)
-    return message
+        pairs["code"] = Raw(wire.to_json(Code.INTERNAL))
+        return _decoder.decode(wire.to_json(pairs))
+
+
+def _read(pairs: dict[str, Raw], name: str) -> str | None:
+    """The text under a name, if that is what stands there."""
+    try:
+        return _text.decode(pairs.get(name, b""))
+    except msgspec.DecodeError:
+        return None
 
 
 def encode_payload(value: Any) -> Raw:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,6 +27,8 @@ from tests.postgres.server import _fresh
 from tests.postgres.test_append import Connection, Sent, append, connected, play, position, values, wait_blocked
 
 T = TypeVar("T")
+
+PAYLOADS = json.loads((Path(__file__).parents[2] / "protocol" / "vectors" / "payloads.json").read_text())["cases"]
 
 ROOM = 65_494
 """How many bytes channel and payload may have."""
@@ -177,6 +180,11 @@ def deep(levels: int, inner: str = "") -> str:
 @example(text="]" * 100 + "[" * 100)
 def test_a_payload_is_one_where_it_is_one_for_clients(stored: Stored, text: str) -> None:
     assert stored("a", text) == checked(text)
+
+
+@pytest.mark.parametrize("case", PAYLOADS, ids=[case["name"] for case in PAYLOADS])
+def test_a_payload_of_the_vectors_is_one_here(stored: Stored, case: dict[str, Any]) -> None:
+    assert stored("a", case["json"]) == (case["json"] if case["valid"] else None)
 
 
 @given(length=st.integers(-3, 3), channel=st.sampled_from(["a", "a.b.c", "x" * 255]), letter=st.sampled_from("aé🚌"))

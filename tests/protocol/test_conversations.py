@@ -33,6 +33,7 @@ CANNOT_BE_SAID = {
         "ping",
     ],
     "what is no object ends the session": ["[1]"],
+    "of two values with one name the last counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
 }
 """What there is no call for in a client, by conversation; all else both clients say."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,21 @@ from hypothesis import given
 
 from catbus import topics, wire
 from catbus.auth import Authenticator
+from catbus.client import messages
 from catbus.client.bearer import find_expiry
+from catbus.client.messages import encode_payload
 from catbus.errors import PeerError
 from catbus.framing import Framer
+from catbus.local import Message as LocalMessage
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
 from tests.protocol.conversations import CONVERSATIONS
 from tests.test_specification import DOCUMENT, blocks, objects
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
-PATTERNS, TOKENS, FRAMING = (
-    json.loads((DIRECTORY / f"{name}.json").read_text(encoding="utf-8")) for name in ("patterns", "tokens", "framing")
+PATTERNS, TOKENS, FRAMING, PAYLOADS = (
+    json.loads((DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("patterns", "tokens", "framing", "payloads")
 )
 
 
@@ -145,6 +151,7 @@ def test_the_document_says_how_many_there_are() -> None:
         "patterns": patterns + len(PATTERNS["matches"]) + len(PATTERNS["covers"]),
         "tokens": len(TOKENS["cases"]),
         "framing": len(FRAMING["cases"]),
+        "payloads": len(PAYLOADS["cases"]),
         "conversations": len(CONVERSATIONS),
     }
 
@@ -168,6 +175,65 @@ def test_framing_wherever_it_is_cut(case: dict[str, Any]) -> None:
             except PeerError as raised:
                 error = raised.code.value
             assert (found, error) == (case["objects"], case.get("error")), cut
+
+
+# Payloads
+
+
+def reads(decode: Callable[[bytes], object], text: str) -> bool:
+    """Whether a way in takes this payload."""
+    try:
+        decode(text.encode())
+    except (*wire.UNDECODABLE, PeerError, TypeError):
+        return False
+    return True
+
+
+def publish(start: bytes, decode: Callable[[bytes], wire.ClientMessage]) -> Callable[[bytes], object]:
+    return lambda payload: decode(start + b'"channel":"a","payload":' + payload + b"}")
+
+
+WAYS_IN: dict[str, Callable[[bytes], object]] = {
+    "a session": publish(b'{"type":"publish",', wire.decode_client),
+    "a session, the payload twice": publish(b'{"type":"publish","payload":1,', wire.decode_client),
+    "HTTP": publish(b"{", wire.decode_publish),
+    "the client": lambda payload: encode_payload(msgspec.Raw(payload)),
+    "another way": wire.check_payload,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_what_is_a_payload(way: str) -> None:
+    for case in PAYLOADS["cases"]:
+        assert reads(WAYS_IN[way], case["json"]) == case["valid"], case["name"]
+
+
+@pytest.mark.parametrize("case", [case for case in PAYLOADS["cases"] if case["valid"]], ids=lambda case: case["name"])
+def test_no_payload_fails_a_receiver(case: dict[str, Any]) -> None:
+    text: bytes = case["json"].encode()
+    line = b'{"type":"message","channel":"a","payload":' + text + b',"pattern":"a"}'
+    message = messages.decode(line)
+    assert isinstance(message, messages.Message)
+    assert message.data == text
+    local = LocalMessage("a", text, 1, 0, None, "a")
+    for found in (message.payload, local.payload):
+        if "double" in case:
+            assert nearest(found) == float(case["double"])
+        else:
+            assert found == json.loads(text, parse_int=lambda digits: wire.decode_payload(digits.encode()))
+
+
+def nearest(number: object) -> float:
+    assert isinstance(number, int | float)
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def test_an_integer_is_exact_as_far_as_python_reads_it() -> None:
+    assert wire.decode_payload(b"9" * 4300) == 10**4300 - 1
+    assert wire.decode_payload(b"9" * 4301) == math.inf
 
 
 def test_there_is_no_time_in_them() -> None:

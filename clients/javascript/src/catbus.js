@@ -114,6 +114,10 @@ const RETRY_PAUSE = 500;
 /** Without these, what was sent was wrong, and would be again (section 11). */
 const WRONG = new Set([1002, 1003, 1007, 1009]);
 const FOREVER = 2 ** 31 - 1;
+/** How deep a message may be nested, itself counted (section 4). */
+const MAX_DEPTH = 64;
+/** What `JSON.stringify` makes of a surrogate that stands alone; a backslash may itself be escaped. */
+const HALF_A_PAIR = /(?:^|[^\\])(?:\\\\)*\\ud[89a-f]/;
 
 const encoder = new TextEncoder();
 
@@ -258,7 +262,13 @@ async function openWebTransport(url, constructor, hashes, signal) {
           readText(readable, (text) => onText(text, stream)).catch(ignore);
         }).catch(ignore);
         const decoder = new TextDecoder();
-        read(session.datagrams.readable, (data) => onDatagram(JSON.parse(decoder.decode(data)))).catch(ignore);
+        read(session.datagrams.readable, (data) => {
+          try {
+            onDatagram(JSON.parse(decoder.decode(data)));
+          } catch {
+            // What makes no sense is one datagram, and no reason to read no other.
+          }
+        }).catch(ignore);
         closed.then(({ code, reason }) => onClose(code, reason));
       },
       send: (text) => void writer.write(encoder.encode(text)).catch(ignore),
@@ -1184,6 +1194,9 @@ export class CatbusClient {
     const json = JSON.stringify(payload);
     if (json === undefined) throw new TypeError('this payload has no JSON form');
     const body = `"channel":${JSON.stringify(channel)},"payload":${json}${echo ? '' : ',"echo":false'}`;
+    // The broker would not say which message it has not understood.
+    if (HALF_A_PAIR.test(body)) throw new Refused('bad_message', 'half of a surrogate pair is no text');
+    if (depthOf(json) >= MAX_DEPTH) throw new Refused('bad_message', `nested deeper than ${MAX_DEPTH}`);
     const limit = this.#link?.limits.message_size ?? 65_536;
     // A little is left for what is added. Over the limit the broker would close the connection.
     if (body.length * 3 > limit - 256 && encoder.encode(body).length > limit - 256) {
@@ -1324,6 +1337,12 @@ export class CatbusClient {
    * @returns {Promise<{messages: Message[], more: boolean}>} `more`: whether there are older ones
    */
   async history(pattern, { limit, before } = {}) {
+    // What it is not an answer to, the broker would not say.
+    for (const [name, value, least] of /** @type {const} */ ([['limit', limit, 1], ['before', before, 0]])) {
+      if (value !== undefined && !(Number.isSafeInteger(value) && value >= least)) {
+        throw new TypeError(`${name} is an integer from ${least}`);
+      }
+    }
     const { messages, more } = await this.#connected().request({ type: 'history', pattern, limit, before });
     return { messages: messages.map(asMessage), more };
   }
@@ -1398,6 +1417,18 @@ function addressesOf(url) {
   const { hostname } = new URL(url);
   if (hostname !== 'localhost' && !hostname.endsWith('.localhost')) return [url];
   return [url, ...['127.0.0.1', '[::1]'].map((address) => Object.assign(new URL(url), { hostname: address }).href)];
+}
+
+/** How deep the arrays and objects of a JSON text are nested. @param {string} json */
+function depthOf(json) {
+  let deepest = 0;
+  let depth = 0;
+  if (json.length < 2 * MAX_DEPTH) return 0;
+  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+    if (token === '[' || token === '{') deepest = Math.max(deepest, ++depth);
+    else if (token === ']' || token === '}') depth--;
+  }
+  return deepest;
 }
 
 /** Whether coming back would be no better. @param {Error} why @param {boolean} renewable whether there are new tokens */

@@ -265,3 +265,21 @@ test('leaving while connecting is no error of anybody else', { skip }, async () 
   await client.connect();
   assert.equal(client.connectionState, 'connected');
 });
+
+test('what the broker could not attribute is refused here', { skip }, async () => {
+  const client = makeClient();
+  await client.connect();
+  const name = channel();
+  const deep = (levels) => JSON.parse('['.repeat(levels) + ']'.repeat(levels));
+  for (const payload of ['\ud800', { '\udfff': 1 }, ['\\\ud83d'], deep(64), { text: '['.repeat(64), deep: deep(63) }]) {
+    for (const ephemeral of [false, true]) {
+      await assert.rejects(client.publish(name, payload, { ephemeral }), { name: 'Refused', code: 'bad_message' });
+    }
+  }
+  await assert.rejects(client.publish('\ud800', 1), { code: 'bad_message' });
+  for (const options of [{ limit: 0 }, { limit: 1.5 }, { limit: '1' }, { before: -1 }, { before: NaN }]) {
+    await assert.rejects(client.history(name, options), TypeError);
+  }
+  for (const payload of ['\\ud800', '🐱', '\\\\ud800', deep(63), '['.repeat(100), Array(100).fill([])]) await client.publish(name, payload);
+  assert.deepEqual((await client.history(name)).messages.at(-3).payload, deep(63));
+});

@@ -22,6 +22,7 @@ const CANNOT_BE_SAID = {
     'ping',
   ],
   'what is no object ends the session': ['[1]'],
+  'of two values with one name the last counts': ['nothing'],
 };
 
 /** Without what the client keeps for itself; of a refused `auth` it tells the refusal, not the closing code. */
