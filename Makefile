@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz clean
+.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -17,6 +17,7 @@ help:
 	@echo 'make bench    measure'
 	@echo 'make chaos    hurt replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
 	@echo 'make fuzz     play clients of all kinds to replicas, and compare with a model (FUZZ_MINUTES=5)'
+	@echo 'make fuzz-bytes  look for bytes that break what takes them from strangers (FUZZ_SECONDS=60 for each)'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -61,6 +62,12 @@ FUZZ_MINUTES := 5
 fuzz: $(venv)/installed-test
 	$(bin)/python -m tests.fuzz --minutes $(FUZZ_MINUTES) --script found.py
 
+# For each of the targets.
+FUZZ_SECONDS := 60
+
+fuzz-bytes: $(venv)/installed-test $(venv)/atheris
+	$(bin)/python -m tests.fuzz_bytes all --seconds $(FUZZ_SECONDS)
+
 clean:
 	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -77,6 +84,9 @@ $(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml tests/k8s/requirem
 	@$(pip) install --editable '.[embedded,testing,dev]'
 	@$(pip) install --no-deps --require-hashes --requirement tests/k8s/requirements.txt
 	@touch $@ $(venv)/installed-run
+
+$(venv)/atheris: $(venv)/made
+	@$(pip) install 'atheris>=3' && touch $@
 
 # What the JavaScript client is checked and tested with. Without npm, the tests that need it say so.
 $(venv)/javascript: $(venv)/made clients/javascript/package-lock.json
