@@ -42,6 +42,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_sessions_opened_total": (COUNTER, "Clients that have connected."),
     "catbus_connections": (GAUGE, "Connections, whether or not there is a client in them yet."),
     "catbus_connections_refused_total": (COUNTER, "Connections over the limit."),
+    "catbus_connections_evicted_total": (
+        COUNTER,
+        "Connections that gave way to others at the limit, as they had shown no token.",
+    ),
     "catbus_accepts_failed_total": (COUNTER, "How often a connection had to wait, as no file was left for it."),
     "catbus_sent_bytes_total": (COUNTER, "Bytes sent to clients."),
     "catbus_received_bytes_total": (COUNTER, "Bytes received from clients."),
@@ -55,7 +59,6 @@ METRICS: dict[str, tuple[str, str]] = {
         COUNTER,
         "UDP datagrams that were dropped: for no connection, or of a peer that used more CPU than its share.",
     ),
-    "catbus_quic_evicted_total": (COUNTER, "Half-open QUIC connections that gave way to newer ones."),
     "catbus_quic_packets_lost_total": (COUNTER, "QUIC packets that did not arrive."),
     # Publishing and delivery
     "catbus_publishes_total": (COUNTER, "Messages that were to be published, whatever became of them."),
@@ -210,6 +213,7 @@ def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
     found = door.statistics()
     yield "catbus_connections", labels, found.connections
     yield "catbus_connections_refused_total", labels, found.refused
+    yield "catbus_connections_evicted_total", labels, found.evicted
     yield "catbus_accepts_failed_total", labels, found.starved
     yield "catbus_sent_bytes_total", labels, found.sent
     yield "catbus_received_bytes_total", labels, found.received
@@ -231,7 +235,7 @@ def _read_webtransport(door: QuicEndpoint, labels: Labels) -> Iterator[Reading]:
     yield "catbus_quic_datagrams_total", {"direction": "out"}, found.datagrams_out
     yield "catbus_quic_datagrams_dropped_total", {"reason": "unknown"}, found.dropped - found.overdrawn
     yield "catbus_quic_datagrams_dropped_total", {"reason": "share"}, found.overdrawn
-    yield "catbus_quic_evicted_total", {}, found.evicted
+    yield "catbus_connections_evicted_total", labels, found.evicted
     yield "catbus_quic_packets_lost_total", {}, found.lost
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
@@ -42,10 +43,19 @@ _RECEIVE_SIZE = 65_536
 logger = get_logger("catbus.endpoints")
 
 
-async def serve_connection(hub: Hub, roster: Roster, stream: trio.abc.Stream) -> None:
-    """Answer the requests on one connection until either side has had enough. Does not close the stream."""
+def _nothing() -> None:
+    pass
+
+
+async def serve_connection(
+    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing
+) -> None:
+    """Answer the requests on one connection until either side has had enough. Does not close the stream.
+
+    `prove` is called when the peer has shown a token.
+    """
     try:
-        await Conversation(hub, roster, stream).run()
+        await Conversation(hub, roster, stream, prove).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         logger.debug("a connection was lost")
 
@@ -64,10 +74,11 @@ class Refused(Exception):
 class Conversation:
     """One connection that speaks HTTP."""
 
-    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream) -> None:
+    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing) -> None:
         self._hub = hub
         self._roster = roster
         self._stream = stream
+        self._prove = prove
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
 
     async def run(self) -> None:
@@ -81,7 +92,8 @@ class Conversation:
                     answer = upgrade.refuse(request, self._hub.config.websocket.allowed_origins)
                     if answer is None and not self._roster.closed:
                         rest = self._http.trailing_data[0]
-                        await serve_websocket(self._hub, self._roster, self._stream, upgrade.restated(request), rest)
+                        head = upgrade.restated(request)
+                        await serve_websocket(self._hub, self._roster, self._stream, head, rest, self._prove)
                         return
                     await self._send(request, answer or line(503, "this replica is stopping"))
                 else:
@@ -105,7 +117,7 @@ class Conversation:
         if isinstance(handler, Answer):
             return handler
         try:
-            answer = await handler(self._hub, replace(request, read=partial(self._read_body, request)))
+            answer = await handler(self._hub, replace(request, read=partial(self._read_wanted, request)))
         except Refused:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)
@@ -140,6 +152,11 @@ class Conversation:
             await self._receive()
             return
         raise Enough
+
+    async def _read_wanted(self, request: Request) -> bytes:
+        """Read a body that is asked for, which is after its sender has shown a token."""
+        self._prove()
+        return await self._read_body(request)
 
     async def _read_body(self, request: Request, *, keep: bool = True) -> bytes:
         """Read the body to its end, whether it is kept or not. Refuses one that is too large, or comes too slowly."""

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..loggers import get_logger
 from .capacity import SPARE_FILES, PatientListener, connections_that_fit
 from .http import serve_connection
+from .networks import network_of
 from .outbox import TlsStream, close_gently
 from .roster import Roster
 
@@ -40,8 +41,8 @@ class EndpointStatistics:
     """`connections` and `websockets` are here now; the rest has been counted from the start.
 
     `requests`: HTTP requests by path and status. `sent` and `received`: bytes of WebSockets. `refused`: connections
-    over the limit. `starved`: how often one could not be accepted. `faults`: exceptions of ours that ended a request or
-    a connection.
+    over the limit. `evicted`: those that gave way to others, as they had shown no token. `starved`: how often one could
+    not be accepted. `faults`: exceptions of ours that ended a request or a connection.
     """
 
     connections: int
@@ -50,6 +51,7 @@ class EndpointStatistics:
     sent: int
     received: int
     refused: int
+    evicted: int
     starved: int
     faults: int
 
@@ -75,6 +77,7 @@ class Endpoint:
             dict(roster.requests),
             *roster.traffic(),
             roster.refused,
+            roster.evicted,
             roster.starved,
             roster.faults,
         )
@@ -142,16 +145,25 @@ def _connection_limit(wanted: int) -> int:
 
 async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:
     """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
-    with roster.admit():
+    full = roster.connections >= limit and not roster.evict()
+    with roster.admit(_network(stream)) as prove:
         try:
-            if roster.connections > limit:
+            if full:
                 await _turn_away(roster, roster.connections - limit, stream, plain=not hub.config.websocket.tls)
             elif not hub.config.websocket.tls:
-                await serve_connection(hub, roster, stream)
+                await serve_connection(hub, roster, stream, prove)
             elif (encrypted := await _encrypt(hub, stream)) is not None:
-                await serve_connection(hub, roster, encrypted)
+                await serve_connection(hub, roster, encrypted, prove)
         except* Exception as error:  # noqa: BLE001 (it is logged)
             roster.fault("a connection failed", error)
+
+
+def _network(stream: trio.SocketStream) -> str:
+    """Where the peer is; empty for one that has left already."""
+    try:
+        return network_of(stream.socket.getpeername()[0])
+    except OSError:
+        return ""
 
 
 async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:

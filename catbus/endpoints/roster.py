@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import trio
 
 from ..loggers import Recurring, get_logger
 from .frames import Packer
+from .networks import Newcomers
 
 logger = get_logger("catbus.endpoints")
 
@@ -46,6 +48,8 @@ class Roster:
         self.closed = False
         self.connections = 0
         self.refused = 0
+        self.evicted = 0
+        """Connections that were ended because others needed their places."""
         self.starved = 0
         """How often a connection could not be accepted, as no file was left for it."""
         self.faults = 0
@@ -58,6 +62,7 @@ class Roster:
         self._carriers: set[Carrier] = set()
         self._sent = self._received = 0
         self._idle: set[trio.CancelScope] = set()
+        self._newcomers: Newcomers[trio.CancelScope] = Newcomers()
         self._changed = trio.lowlevel.ParkingLot()
 
     def close(self) -> None:
@@ -72,14 +77,31 @@ class Roster:
         self._mistakes.note(trio.current_time(), event, exception=error)
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """While a connection is here."""
+    def admit(self, network: str = "") -> Iterator[Callable[[], None]]:
+        """While a connection is here. What is yielded is to be called when it has shown who it is.
+
+        Until then it is ended where others need its place: see `evict`.
+        """
         self.connections += 1
+        scope = trio.CancelScope()
+        self._newcomers.add(scope, network)
         try:
-            yield
+            with scope:
+                yield partial(self._newcomers.discard, scope)
         finally:
+            self._newcomers.discard(scope)
             self.connections -= 1
             self._changed.unpark_all()
+
+    def evict(self) -> bool:
+        """End a connection that has not shown yet who it is, so that there is room; whether there was one."""
+        scope = self._newcomers.next_to_go()
+        if scope is None:
+            return False
+        self._newcomers.discard(scope)
+        self.evicted += 1
+        scope.cancel()
+        return True
 
     @contextmanager
     def idle(self, scope: trio.CancelScope) -> Iterator[None]:

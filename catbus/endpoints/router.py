@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from ..webtransport.packets import (
     version_negotiation,
 )
 from .datagrams import Place, Port, transmit
-from .networks import network_of
+from .networks import Newcomers, network_of
 from .tickets import Tickets
 from .timers import Timers
 from .webtransport import Conversation
@@ -115,10 +115,8 @@ class Router:
         self._origins = frozenset(hub.config.websocket.allowed_origins)
         self._tickets = Tickets(secrets[0] if secrets else None)
         self._routes: dict[bytes, Peer] = {}
-        self._half_open: dict[Peer, str] = {}
-        """Those that have no session yet, the oldest first, and the network of each."""
-        self._networks: Counter[str] = Counter()
-        """How many of those each network has."""
+        self._half_open: Newcomers[Peer] = Newcomers()
+        """Those that have no session yet."""
         self._timers = Timers(self._fire)
         now = trio.current_time()
         self._answers = TokenBucket(ANSWERS, ANSWERS, now)
@@ -229,13 +227,14 @@ class Router:
         """A client's first packet: a new connection, or a Retry, or nothing."""
         if len(data) < SMALLEST_INITIAL or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
             return None
-        if len(self.peers) >= self._limit:
+        full = len(self.peers) >= self._limit
+        if full and not self._half_open:
             return None
         original, retry_source = header.destination, None
         proved = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
         if proved is not None:
             original, retry_source = proved, header.destination
-        elif self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
+        elif full or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
             again = os.urandom(ID_LENGTH)
             token = self._tickets.retry_token(place.address, header.destination, again, time.time())
             place.port.send((retry(header, again, token),), place)
@@ -248,25 +247,24 @@ class Router:
         if not datagrams:
             return None  # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
         transmit(datagrams)
-        if self.half_open >= MAX_HALF_OPEN:
+        if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
         peer = Peer(connection, now)
         self.peers.add(peer)
-        network = self._half_open[peer] = network_of(place.address[0])
-        self._networks[network] += 1
+        self._half_open.add(peer, network_of(place.address[0]))
         self.begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
         return peer
 
     def _evict(self) -> None:
-        """Give up the oldest half-open connection of the network that has most of them."""
-        network = max(self._networks, key=self._networks.__getitem__)
-        peer = next(peer for peer, own in self._half_open.items() if own == network)
-        self.evicted += 1
-        peer.connection.close()
-        self.settle(peer)
-        self._forget(peer)
+        """Give up a half-open connection."""
+        peer = self._half_open.next_to_go()
+        if peer is not None:
+            self.evicted += 1
+            peer.connection.close()
+            self.settle(peer)
+            self._forget(peer)
 
     # Out.
 
@@ -310,7 +308,7 @@ class Router:
     def _open_session(self, peer: Peer, request: SessionRequested) -> None:
         connection = peer.connection
         self.completed += 1
-        self._opened(peer)
+        self._half_open.discard(peer)
         if self.closed:
             connection.refuse(503, trio.current_time())
         elif self._origins and request.origin is not None and request.origin not in self._origins:
@@ -323,16 +321,9 @@ class Router:
             except RuntimeError:  # The nursery has been closed before this port.
                 conversation.abandon()
 
-    def _opened(self, peer: Peer) -> None:
-        network = self._half_open.pop(peer, None)
-        if network is not None:
-            self._networks[network] -= 1
-            if not self._networks[network]:
-                del self._networks[network]
-
     def _lose(self, peer: Peer) -> None:
         peer.lost = True
-        self._opened(peer)
+        self._half_open.discard(peer)
         self._changed.unpark_all()
 
     def _forget(self, peer: Peer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,21 @@ _PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
 logger = get_logger("catbus.endpoints")
 
 
-async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, head: bytes, rest: bytes = b"") -> None:
+def _nothing() -> None:
+    pass
+
+
+async def serve_websocket(
+    hub: Hub,
+    roster: Roster,
+    stream: trio.abc.Stream,
+    head: bytes,
+    rest: bytes = b"",
+    prove: Callable[[], None] = _nothing,
+) -> None:
     """Serve a peer whose request for a WebSocket, `head`, was accepted, until one of the two closes.
 
-    `rest` is what it sent after that. Does not close the stream.
+    `rest` is what it sent after that. `prove` is called when it has shown a token. Does not close the stream.
     """
     settings = hub.config.websocket
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
@@ -54,7 +66,7 @@ async def serve_websocket(hub: Hub, roster: Roster, stream: trio.abc.Stream, hea
         # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
         transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
-        connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest)
+        connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest, prove)
         try:
             with roster.carry(connection.outbox):
                 await connection.serve(hub)
@@ -77,6 +89,7 @@ class Connection:
         "_mailbox",
         "_packer",
         "_pinged",
+        "_prove",
         "_roster",
         "_sent",
         "_settings",
@@ -93,7 +106,9 @@ class Connection:
         writers: trio.Nursery,
         head: bytes,
         rest: bytes,
+        prove: Callable[[], None],
     ) -> None:
+        self._prove = prove
         self._roster = roster
         self._settings = settings
         self._packer = roster.packer
@@ -226,6 +241,7 @@ class Connection:
         while client.closing is None:
             message = await websocket.get_message()
             await client.receive(message.encode() if isinstance(message, str) else message)
-            if client.proven:
+            if client.proven and self._inbound.largest != self._largest:
                 self._inbound.largest = self._largest
+                self._prove()
             self.flush()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -38,6 +40,13 @@ async def connected(endpoint: Endpoint, index: int = 0) -> AsyncIterator[Peer]:
         yield Peer(stream)
 
 
+async def show_token(peer: Peer) -> None:
+    """Become a WebSocket, and say something that is taken for a good token."""
+    await peer.upgrade()
+    await peer.send(masked(peers.TEXT, b"token"))
+    assert (await peer.frame()).payload == b"token\n"
+
+
 async def test_it_listens_everywhere_it_is_told_to() -> None:
     async with serving(FakeHub(), "127.0.0.1:0", "[::1]:0") as endpoint:
         assert [address.rpartition(":")[0] for address in endpoint.addresses] == ["127.0.0.1", "[::1]"]
@@ -65,7 +74,7 @@ async def test_a_whole_conversation() -> None:
     async with serving(hub) as endpoint, connected(endpoint) as peer:
         await peer.send(HEALTH)
         assert (await peer.response()).status == 200
-        await peer.upgrade()
+        await show_token(peer)
         await peer.send(masked(peers.TEXT, b"x" * 500_000))
         assert await peer.frame() == (peers.TEXT, b"x" * 500_000 + b"\n")
         statistics = endpoint.statistics()
@@ -110,8 +119,7 @@ async def test_those_who_are_too_many_are_told_so() -> None:
     async with serving(FakeHub(Config(limits=Limits(connections=2)))) as endpoint:
         async with connected(endpoint) as first, connected(endpoint) as second:
             for peer in (first, second):
-                await peer.send(HEALTH)
-                assert (await peer.response()).status == 200
+                await show_token(peer)
             async with connected(endpoint) as third:
                 await third.send(HEALTH)
                 response = await third.response()
@@ -125,6 +133,27 @@ async def test_those_who_are_too_many_are_told_so() -> None:
         async with connected(endpoint) as peer:
             await peer.send(HEALTH)
             assert (await peer.response()).status == 200
+
+
+async def test_connections_without_a_token_give_way_to_others() -> None:
+    async with serving(FakeHub(Config(limits=Limits(connections=3)))) as endpoint, AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connected(endpoint))
+        silent = await stack.enter_async_context(connected(endpoint))
+        await show_token(client)
+        idle = await stack.enter_async_context(connected(endpoint))
+        await idle.send(HEALTH)
+        assert (await idle.response()).status == 200
+        for left in (silent, idle):
+            async with connected(endpoint) as newcomer:
+                await newcomer.send(HEALTH)
+                assert (await newcomer.response()).status == 200
+                assert await left.at_end()
+            while endpoint.statistics().connections == 3:
+                await trio.lowlevel.checkpoint()
+            await show_token(await stack.enter_async_context(connected(endpoint)))
+        assert (endpoint.statistics().evicted, endpoint.statistics().refused) == (2, 0)
+        await client.send(masked(peers.TEXT, b"still here"))
+        assert (await client.frame()).payload == b"still here\n"
 
 
 async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +173,23 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
         assert endpoint.statistics().faults == 1
 
 
+async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> None:
+    async with serving(FakeHub()) as endpoint:
+        port = int(endpoint.addresses[0].rpartition(":")[2])
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as peer:
+                # Closing it resets the connection.
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        async with connected(endpoint) as peer:
+            await peer.send(HEALTH)
+            assert (await peer.response()).status == 200
+        assert endpoint.statistics().faults == 0
+
+
 async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (listen.SPARE_FILES + 1, 1000))
     async with serving(FakeHub()) as endpoint, connected(endpoint) as first:
-        await first.send(HEALTH)
-        assert (await first.response()).status == 200
+        await show_token(first)
         async with connected(endpoint) as second:
             await second.send(HEALTH)
             assert (await second.response()).status == 503

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.endpoints.networks import network_of
+from catbus.endpoints.networks import Newcomers, network_of
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,17 @@ from catbus.endpoints.networks import network_of
 )
 def test_an_ipv4_address_counts_by_itself_and_ipv6_addresses_by_their_64(host: str, network: str) -> None:
     assert network_of(host) == network
+
+
+def test_the_oldest_newcomer_of_the_network_that_has_most_gives_way_first() -> None:
+    newcomers: Newcomers[int] = Newcomers()
+    assert newcomers.next_to_go() is None
+    for peer, network in enumerate(["a", "b", "b", "c", "b"]):
+        newcomers.add(peer, network)
+    gone = []
+    while (peer := newcomers.next_to_go()) is not None:
+        gone.append(peer)
+        newcomers.discard(peer)
+        newcomers.discard(peer)
+    assert gone == [1, 2, 0, 4, 3]
+    assert len(newcomers) == 0
