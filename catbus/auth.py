@@ -8,22 +8,20 @@ import math
 import os
 import re
 from base64 import b64decode, urlsafe_b64encode
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from jwt import PyJWKSet, PyJWS, PyJWTError
-from jwt.algorithms import HMACAlgorithm
+from jwt import PyJWTError
 
 from .errors import CloseCode, Code, ConfigError, PeerError
+from .keys import ALGORITHMS, USABLE_KEYS, JwtKey, from_jwks, from_pem, jws
+from .refusals import LONGEST_WAIT, Reason, TokenRefused, moment
 from .topics import check_pattern, selectors
-from .wire import MAX_DEPTH, UNDECODABLE, depth
+from .wire import MAX_DEPTH, UNDECODABLE, clip, depth
 
 MAX_TOKEN = 8192
 """How many bytes a token may have."""
@@ -170,51 +168,76 @@ _ROLE_SIZE = 16
 class Authenticator:
     """Verifies tokens with any of the secrets, the admin key or the public keys.
 
-    Each of `jwt_keys` is the text of a PEM file or of a JWKS. Producers are named with the first secret and known
-    by all; without secrets they are known to this object only. Raises `ConfigError` for a secret or key of no use.
+    Each of `jwt_keys` is the text of a PEM file or of a JWKS. `leeway` is by how many seconds the clock of whoever
+    makes tokens may differ from the broker's. Producers are named with the first secret and known by all; without
+    secrets they are known to this object only. Raises `ConfigError` for a secret or key of no use.
     """
 
-    def __init__(self, secrets: Sequence[str], *, admin_key: str | None = None, jwt_keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        secrets: Sequence[str],
+        *,
+        admin_key: str | None = None,
+        jwt_keys: Sequence[str] = (),
+        leeway: float = 0.0,
+    ) -> None:
         if isinstance(secrets, str) or not all(secrets):
             raise ConfigError("expected a list of secrets, none of them empty")
         if admin_key and role_key(admin_key) is not None:
             raise ConfigError("the admin key has the form of a role token: choose another one")
         self._secrets = [secret.encode() for secret in secrets]
         self._admin_key = admin_key.encode() if admin_key else None
-        self._jwt_keys = [_JwtKey("HS256", secret) for secret in self._secrets]
+        self._jwt_keys = [JwtKey("HS256", secret) for secret in self._secrets]
         for number, text in enumerate(jwt_keys, 1):
-            keys = list(_from_jwks(text) if text.lstrip().startswith("{") else _from_pem(text))
+            keys = list(from_jwks(text) if text.lstrip().startswith("{") else from_pem(text))
             if not keys:
-                raise ConfigError(f"JWT key {number}: expected a public key, {_USABLE_KEYS}, as PEM or JWKS")
+                raise ConfigError(f"JWT key {number}: expected a public key, {USABLE_KEYS}, as PEM or JWKS")
             self._jwt_keys += keys
+        self._leeway = leeway
         # No token is an HMAC over a text with a space in it.
         self._producer_keys = [_hmac(secret, b"catbus producer") for secret in self._secrets] or [os.urandom(32)]
 
     def verify(self, token: str, now: float) -> Identity:
         """What the token says at `now`, in seconds since 1970. A role token says nothing: it has to be looked up.
 
-        Raises `PeerError` that closes: token_expired for a good token whose time is over, unauthenticated for
-        anything else. The text holds nothing of the token.
+        Raises `TokenRefused`, which closes: token_expired for a good token whose time is over, token_not_valid_yet for
+        one whose time has not come, unauthenticated for anything else. Its `message` holds nothing of the token.
         """
         given = token.encode(errors="surrogatepass")
         if self._admin_key is not None and hmac.compare_digest(given, self._admin_key):
             return Identity(None, Grants.ALL, None, admin=True)
         if len(given) > MAX_TOKEN:
-            raise _refusal(f"the token has more than {MAX_TOKEN} bytes")
+            text = f"the token has more than {MAX_TOKEN} bytes"
+            raise TokenRefused(Reason.MALFORMED, text, message=text)
         if role_key(token) is not None:
-            raise _refusal("role tokens are kept in a database, and this broker has none")
-        claims: _SubClaims | _JwtClaims | None
+            text = "role tokens are kept in a database, and this broker has none"
+            raise TokenRefused(Reason.ROLE, text, message=text)
+        claims: _SubClaims | _JwtClaims
         if given.startswith(b"sub-"):
-            claims = _decode(self._signed_text(given[4:]), _SubClaims)
+            claims = _decode(self._signed_text(given[4:]), _SubClaims, "client_id")
         else:
-            claims = _decode(self._signed_claims(given), _JwtClaims)
-        if claims is None or "\0" in (claims.client_id or ""):
-            raise _refusal("the token is not valid")
-        if claims.nbf is not None and now < claims.nbf:
-            raise _refusal("the token is not valid yet")
-        if claims.exp is not None and now >= claims.exp:
-            raise PeerError(Code.TOKEN_EXPIRED, "the token has expired", CloseCode.TOKEN_EXPIRED)
-        return Identity(claims.client_id, claims.allowed(), claims.exp)
+            claims = _decode(self._signed_claims(given), _JwtClaims, "sub")
+        subject = claims.client_id
+        if claims.nbf is not None and now < claims.nbf - self._leeway:
+            raise TokenRefused(
+                Reason.NOT_VALID_YET,
+                f"not valid until {moment(claims.nbf)}, in {claims.nbf - now:.0f} s",
+                message="the token is not valid yet",
+                code=Code.TOKEN_NOT_VALID_YET,
+                close=CloseCode.TOKEN_NOT_VALID_YET,
+                subject=subject,
+                retry_after=min(LONGEST_WAIT, claims.nbf - self._leeway - now),
+            )
+        if claims.exp is not None and now >= claims.exp + self._leeway:
+            raise TokenRefused(
+                Reason.EXPIRED,
+                f"expired since {moment(claims.exp)}, {now - claims.exp:.0f} s ago",
+                message="the token has expired",
+                code=Code.TOKEN_EXPIRED,
+                close=CloseCode.TOKEN_EXPIRED,
+                subject=subject,
+            )
+        return Identity(subject, claims.allowed(), claims.exp)
 
     def new_producer(self, subject: str | None, now: float) -> str:
         """A name that no publisher has had, for the bearers of tokens with this client_id.
@@ -234,32 +257,48 @@ class Authenticator:
         macs = [_producer_mac(key, name, subject) for key in self._producer_keys]
         return name if _is_any_of(mac, macs) else None
 
-    def _signed_text(self, given: bytes) -> bytes | None:
-        """The JSON of a `sub-` token without its prefix, if one of the secrets has signed it."""
+    def _signed_text(self, given: bytes) -> bytes:
+        """The JSON of a `sub-` token without its prefix, which one of the secrets has signed."""
         text, _, mac = given.partition(b".")
         macs = [_token_mac(secret, text) for secret in self._secrets]
-        return _from_base64(text) if _is_any_of(mac, macs) else None
+        if not _is_any_of(mac, macs):
+            raise TokenRefused(Reason.SIGNATURE, f"signed with none of the configured secrets ({len(macs)})")
+        data = _from_base64(text)
+        if data is None:
+            raise TokenRefused(Reason.MALFORMED, "signed, and not base64url")
+        return data
 
-    def _signed_claims(self, given: bytes) -> bytes | None:
-        """The JSON of a JWT, if one of the keys has signed it. A key is used with its own algorithm only."""
-        try:
-            header = _jws.get_unverified_header(given)
-        except PyJWTError:
-            return None
-        for key in self._jwt_keys:
-            if key.algorithm == header.get("alg") and key.kid in (None, header.get("kid", key.kid)):
-                try:
-                    claims: bytes = _jws.decode(given, key.key, algorithms=[key.algorithm])
-                except PyJWTError:
-                    continue
-                return claims
-        return None
+    def _signed_claims(self, given: bytes) -> bytes:
+        """The JSON of a JWT, which one of the keys has signed. A key is used with its own algorithm only."""
+        header: dict[str, Any] = {}
+        with suppress(PyJWTError):
+            header = jws.get_unverified_header(given)
+        if not header:
+            raise TokenRefused(Reason.MALFORMED, "not of the form of any token")
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if algorithm not in ALGORITHMS:
+            raise TokenRefused(Reason.ALGORITHM, f"the algorithm {clip(repr(algorithm))} is not supported")
+        keys = [key for key in self._jwt_keys if key.algorithm == algorithm]
+        chosen = [key for key in keys if kid is None or key.kid in (None, kid)]
+        for key in chosen:
+            try:
+                claims: bytes = jws.decode(given, key.key, algorithms=[key.algorithm])
+            except PyJWTError:
+                continue
+            return claims
+        named = "" if kid is None else f" with the kid {clip(repr(kid))}"
+        if not chosen:
+            raise TokenRefused(Reason.KEY, f"none of {len(keys)} configured keys for {algorithm} is one{named}")
+        raise TokenRefused(
+            Reason.SIGNATURE, f"signed with none of {len(chosen)} configured keys for {algorithm}{named}"
+        )
 
 
 # What tokens hold
 
 
 class _Claims(msgspec.Struct, kw_only=True, omit_defaults=True):
+    client_id: str | None = None
     exp: float | None = None
     nbf: float | None = None
     iat: float | None = None
@@ -278,7 +317,6 @@ class _GrantList(msgspec.Struct):
 
 
 class _SubClaims(_Claims, kw_only=True):
-    client_id: str | None = None
     grants: _GrantList
 
     def allowed(self) -> Grants:
@@ -309,80 +347,33 @@ class _JwtClaims(_Claims, kw_only=True):
 C = TypeVar("C", bound=_Claims)
 
 
-def _decode(data: bytes | None, claims: type[C]) -> C | None:
+def _decode(data: bytes, claims: type[C], name: str) -> C:
+    """The claims in signed JSON, of which `name` is the `client_id`."""
     # How deep msgspec itself goes depends on the interpreter.
-    if data is None or depth(data) > MAX_DEPTH:
-        return None
+    if depth(data) > MAX_DEPTH:
+        raise TokenRefused(Reason.CLAIMS, f"nested deeper than {MAX_DEPTH}")
     try:
         try:
-            return msgspec.json.decode(data, type=claims)
+            found = msgspec.json.decode(data, type=claims)
         except (msgspec.ValidationError, PeerError):
             # Of two claims with one name the last counts, whatever the first is (RFC 7519, section 4).
-            return msgspec.convert(msgspec.json.decode(data), claims)
-    except (*UNDECODABLE, PeerError):
-        return None
+            found = msgspec.convert(msgspec.json.decode(data), claims)
+    except (*UNDECODABLE, PeerError) as error:
+        found, text = None, clip(str(error))
+    if found is None:
+        raise TokenRefused(Reason.CLAIMS, text, subject=_subject(data, name))
+    if "\0" in (found.client_id or ""):
+        raise TokenRefused(Reason.CLAIMS, f"U+0000 in `{name}`")
+    return found
 
 
-def _refusal(text: str) -> PeerError:
-    return PeerError(Code.UNAUTHENTICATED, text, CloseCode.UNAUTHENTICATED)
-
-
-# Keys
-
-
-class _LenientHmac(HMACAlgorithm):
-    """HMAC that takes a secret as short as the operator made it: it signs the other tokens too."""
-
-    def check_key_length(self, key: bytes) -> str | None:
-        return None
-
-
-_jws = PyJWS(algorithms=["RS256", "ES256"])
-_jws.register_algorithm("HS256", _LenientHmac(HMACAlgorithm.SHA256))
-
-_USABLE_KEYS = "RSA of 2048 bits or more or ECDSA on P-256"
-
-
-@dataclass(frozen=True, slots=True)
-class _JwtKey:
-    """A key with the one algorithm it is used with."""
-
-    algorithm: Literal["HS256", "RS256", "ES256"]
-    key: bytes | RSAPublicKey | EllipticCurvePublicKey = field(repr=False)
-    kid: str | None = None
-
-
-def _from_pem(text: str) -> Iterator[_JwtKey]:
-    for block in re.finditer(r"-----BEGIN ((?:RSA )?PUBLIC KEY)-----.*?-----END \1-----", text, re.DOTALL):
-        try:
-            key = _public_key(load_pem_public_key(block[0].encode()), None)
-        except (ValueError, UnsupportedAlgorithm):
-            key = None
-        if key is None:
-            raise ConfigError(f"a PEM block is not a public key of use: expected {_USABLE_KEYS}")
-        yield key
-
-
-def _from_jwks(text: str) -> Iterator[_JwtKey]:
-    """The keys of the set that are of use here; a set may hold others."""
+def _subject(data: bytes, name: str) -> str | None:
+    """Whose token it is, as far as that can be read."""
     try:
-        jwks = PyJWKSet.from_json(text).keys
-    except (PyJWTError, ValueError):
-        return
-    for jwk in jwks:
-        key = _public_key(jwk.key, jwk.key_id)
-        if key is not None and key.algorithm == jwk.algorithm_name and jwk.public_key_use != "enc":
-            yield key
-
-
-def _public_key(key: object, kid: str | None) -> _JwtKey | None:
-    match key:
-        case RSAPublicKey() if key.key_size >= 2048:
-            return _JwtKey("RS256", key, kid)
-        case EllipticCurvePublicKey() if isinstance(key.curve, SECP256R1):
-            return _JwtKey("ES256", key, kid)
-        case _:
-            return None
+        found = msgspec.json.decode(data, type=dict[str, Any]).get(name)
+    except UNDECODABLE:
+        return None
+    return found if isinstance(found, str) else None
 
 
 # Bytes

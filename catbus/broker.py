@@ -143,7 +143,8 @@ async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
 async def _start(config: Config, nursery: trio.Nursery, certificates: CertificateSource | None = None) -> Broker:
     """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
-    authenticator = Authenticator(config.auth.secrets, admin_key=config.auth.admin_key, jwt_keys=keys)
+    settings = config.auth
+    authenticator = Authenticator(settings.secrets, admin_key=settings.admin_key, jwt_keys=keys, leeway=settings.leeway)
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
     hub = Hub(config, log, authenticator, certificates, roles)

@@ -18,7 +18,9 @@ class Code(StrEnum):
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
     UNKNOWN = "unknown"
+    AUTH_TIMEOUT = "auth_timeout"
     TOKEN_EXPIRED = "token_expired"
+    TOKEN_NOT_VALID_YET = "token_not_valid_yet"
     REVOKED = "revoked"
     LIMIT = "limit"
     SHUTTING_DOWN = "shutting_down"
@@ -26,7 +28,16 @@ class Code(StrEnum):
 
 
 RETRYABLE = frozenset(
-    {Code.RATE_LIMITED, Code.OVERLOADED, Code.UNAVAILABLE, Code.UNKNOWN, Code.SHUTTING_DOWN, Code.INTERNAL}
+    {
+        Code.RATE_LIMITED,
+        Code.OVERLOADED,
+        Code.UNAVAILABLE,
+        Code.UNKNOWN,
+        Code.AUTH_TIMEOUT,
+        Code.TOKEN_NOT_VALID_YET,
+        Code.SHUTTING_DOWN,
+        Code.INTERNAL,
+    }
 )
 
 
@@ -35,14 +46,15 @@ class CloseCode(IntEnum):
 
     BAD_MESSAGE = 4000
     UNAUTHENTICATED = 4001
-    AUTH_TIMEOUT = 4002
     TOO_LARGE = 4009
     TOKEN_EXPIRED = 4401
     REVOKED = 4403
     INTERNAL = 4500
+    AUTH_TIMEOUT = 4502
     UNAVAILABLE = 4503
     SHUTTING_DOWN = 4504
     UNRESPONSIVE = 4508
+    TOKEN_NOT_VALID_YET = 4525
     OVERLOADED = 4529
 
     @property
@@ -63,13 +75,17 @@ class PeerError(CatbusError):
     """The peer sent something that is refused: `code` and the text are the reply.
 
     With `close`, nothing that comes after can be understood or allowed: reply, then close with that code.
+    `retry_after`, in seconds, says when it would be allowed.
     """
 
-    def __init__(self, code: Code, message: str, close: CloseCode | None = None) -> None:
+    def __init__(
+        self, code: Code, message: str, close: CloseCode | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.close = close
+        self.retry_after = retry_after
 
 
 class Refused(CatbusError):

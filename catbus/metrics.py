@@ -23,6 +23,7 @@ from .histogram import Histogram
 from .hub import Hub
 from .loggers import lost_lines
 from .postgres import PostgresLog
+from .refusals import Reason
 from .release import version
 
 STATES = "starting", "ready", "degraded", "draining"
@@ -51,6 +52,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_received_bytes_total": (COUNTER, "Bytes received from clients."),
     "catbus_http_requests_total": (COUNTER, "HTTP requests that were answered."),
     "catbus_refusals_total": (COUNTER, "Refusals and errors that clients were told, by code."),
+    "catbus_tokens_refused_total": (COUNTER, "Tokens that were refused, by reason; the log has the details."),
     "catbus_faults_total": (COUNTER, "Mistakes of the broker's own that ended a request or a connection."),
     "catbus_quic_half_open": (GAUGE, "QUIC connections that have no session yet."),
     "catbus_quic_handshakes_total": (COUNTER, "QUIC handshakes that have begun, and that led to a session."),
@@ -190,6 +192,8 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
         yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]
     for code in Code:
         yield "catbus_refusals_total", {"code": code.value}, vitals.refusals[code]
+    for reason in Reason:
+        yield "catbus_tokens_refused_total", {"reason": reason.value}, vitals.refused_tokens[reason]
     yield "catbus_publishes_total", {}, hubs.published
     yield "catbus_subscriptions", {"state": "live"}, delivery.live
     yield "catbus_subscriptions", {"state": "late"}, delivery.late

@@ -26,7 +26,7 @@ from msgspec import Raw
 
 from . import wire
 from .auth import Grants, Identity
-from .errors import CloseCode, Code, PeerError
+from .errors import RETRYABLE, CloseCode, Code, PeerError
 from .framing import Framer
 from .log import EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
 from .mailbox import Mailbox, Mark
@@ -167,7 +167,7 @@ class Session:
             return
         if self.state is State.NEW:
             text = f"no auth within {self._limits.auth_timeout:g} s"
-            self.say(wire.AuthError(text, Code.UNAUTHENTICATED))
+            self.say(wire.AuthError(text, Code.AUTH_TIMEOUT))
             self.close(CloseCode.AUTH_TIMEOUT, text)
         elif self.state is State.OPEN:
             self.say(wire.Error("the token has expired", Code.TOKEN_EXPIRED))
@@ -201,10 +201,10 @@ class Session:
     def refuse(self, error: PeerError) -> None:
         """The token was not good, or nobody knows; without `close` in the error the session goes on as who it was.
 
-        It also does where it is open and the token cannot be looked up: an outage is a pause.
+        It also does where it is open and trying again can help: an outage is a pause.
         """
-        self.say(wire.AuthError(error.message, error.code))
-        if error.close is not None and (error.code is not Code.UNAVAILABLE or self.state is not State.OPEN):
+        self.say(wire.AuthError(error.message, error.code, error.retry_after))
+        if error.close is not None and (error.code not in RETRYABLE or self.state is not State.OPEN):
             self.close(error.close, error.message)
 
     def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: Mailbox | None = None) -> None:

@@ -11,6 +11,7 @@ from .delivery import Delivery
 from .errors import Code
 from .histogram import Histogram
 from .log import Log
+from .refusals import Reason
 
 INTERVAL = 0.25
 """Seconds between two looks at how late a task gets its turn."""
@@ -22,6 +23,7 @@ class Vitals:
     def __init__(self, delivery: Delivery) -> None:
         self.refusals: Counter[Code] = Counter()
         """How often a client was refused something, by the code that it was told."""
+        self.refused_tokens: Counter[Reason] = Counter()
         self.loop_delay = Histogram()
         """Seconds by which tasks are woken late."""
         self.delivery_latency = Histogram()

@@ -107,6 +107,7 @@ class AuthOk(Reply, tag="auth_ok"):
 class AuthError(Reply, tag="auth_error"):
     message: str
     code: Code
+    retry_after: float | None = None
     fixed = ("message",)
 
 

@@ -28,6 +28,7 @@ from catbus.auth import (
     sign,
 )
 from catbus.errors import CloseCode, Code, ConfigError, PeerError
+from catbus.refusals import LONGEST_WAIT, Reason, TokenRefused
 
 SECRET = "correct horse battery staple"
 OTHER = "Tr0ub4dor&3"
@@ -89,9 +90,13 @@ def refusal(authenticator: Authenticator, token: str, now: float = NOW) -> PeerE
     with pytest.raises(PeerError) as caught:
         authenticator.verify(token, now)
     error = caught.value
+    assert isinstance(error, TokenRefused)
     for part in token.split("."):
         assert len(part) < 8 or part not in error.message
-    assert SECRET not in error.message
+        assert len(part) < 8 or part not in error.detail
+    assert SECRET not in error.message + error.detail
+    if error.reason in (Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE):
+        assert error.subject is None
     assert error.__cause__ is None
     assert error.__context__ is None
     return error
@@ -105,6 +110,14 @@ def assert_unauthenticated(authenticator: Authenticator, token: str, now: float 
 def assert_expired(authenticator: Authenticator, token: str, now: float = NOW) -> None:
     error = refusal(authenticator, token, now)
     assert (error.code, error.close) == (Code.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED)
+
+
+def assert_not_valid_yet(authenticator: Authenticator, token: str, now: float = NOW) -> PeerError:
+    error = refusal(authenticator, token, now)
+    assert (error.code, error.close) == (Code.TOKEN_NOT_VALID_YET, CloseCode.TOKEN_NOT_VALID_YET)
+    assert error.close is not None
+    assert not error.close.final
+    return error
 
 
 # Grants
@@ -197,15 +210,119 @@ def test_any_of_several_secrets_verifies() -> None:
 def test_a_token_is_good_from_not_before_until_just_before_it_expires() -> None:
     authenticator = Authenticator([SECRET])
     token = sign(SECRET, client_id="a", grants=READER, not_before=NOW - 0.5, expires=NOW + 10.5)
-    assert_unauthenticated(authenticator, token, NOW - 0.1)
+    assert_not_valid_yet(authenticator, token, NOW - 0.1)
     assert authenticator.verify(token, NOW).expires == NOW + 10
     authenticator.verify(token, NOW + 9.9)
     assert_expired(authenticator, token, NOW + 10)
     web = jwt.encode({**CLAIMS, "nbf": NOW, "exp": NOW + 10}, SECRET * 2, algorithm="HS256")
     authenticator = Authenticator([SECRET * 2])
-    assert_unauthenticated(authenticator, web, NOW - 0.1)
+    assert_not_valid_yet(authenticator, web, NOW - 0.1)
     assert authenticator.verify(web, NOW).expires == NOW + 10
     assert_expired(authenticator, web, NOW + 10)
+
+
+def test_clocks_may_differ_by_the_leeway() -> None:
+    authenticator = Authenticator([SECRET], leeway=30)
+    token = sign(SECRET, client_id="a", grants=READER, not_before=NOW, expires=NOW + 10)
+    web = signed_jwt({"alg": "HS256"}, {**CLAIMS, "nbf": NOW, "exp": NOW + 10})
+    for each in (token, web):
+        assert assert_not_valid_yet(authenticator, each, NOW - 31).retry_after == 1
+        for now in (NOW - 30, NOW, NOW + 39.9):
+            assert authenticator.verify(each, now).expires == NOW + 10
+        assert_expired(authenticator, each, NOW + 40)
+
+
+@pytest.mark.parametrize("nbf", ["1e300", "1e18", "99999999999999"])
+def test_a_token_that_is_never_valid_is_waited_for_no_longer_than_a_day(nbf: str) -> None:
+    token = signed(f'{{"client_id":"a","grants":{{"grants":[]}},"nbf":{nbf}}}')
+    assert assert_not_valid_yet(Authenticator([SECRET]), token).retry_after == LONGEST_WAIT
+
+
+def jwt_of(header: dict[str, Any], claims: Any = CLAIMS, secret: str = SECRET) -> str:
+    return signed_jwt(header, claims, secret)
+
+
+GRANTED = {"client_id": "a", "grants": {"grants": []}}
+
+
+@pytest.mark.parametrize(
+    ("token", "reason", "detail", "subject"),
+    [
+        ("hello", Reason.MALFORMED, "not of the form of any token", None),
+        ("x" * 9000, Reason.MALFORMED, "the token has more than 8192 bytes", None),
+        (signed(json.dumps(GRANTED), OTHER), Reason.SIGNATURE, "signed with none of the configured secrets (1)", None),
+        (signed('{"client_id":"a"}'), Reason.CLAIMS, "Object missing required field `grants`", "a"),
+        (signed("{"), Reason.CLAIMS, "Input data was truncated", None),
+        (
+            signed(json.dumps({**GRANTED, "exp": NOW - 90})),
+            Reason.EXPIRED,
+            "expired since 2023-11-14 22:11:50 UTC, 90 s ago",
+            "a",
+        ),
+        (
+            signed(json.dumps({**GRANTED, "nbf": NOW + 90})),
+            Reason.NOT_VALID_YET,
+            "not valid until 2023-11-14 22:14:50 UTC, in 90 s",
+            "a",
+        ),
+        (jwt_of({"alg": "HS512"}), Reason.ALGORITHM, "the algorithm 'HS512' is not supported", None),
+        (jwt_of({"alg": "none"}), Reason.ALGORITHM, "the algorithm 'none' is not supported", None),
+        (jwt_of({"alg": ["x"]}), Reason.ALGORITHM, "the algorithm ['x'] is not supported", None),
+        (jwt_of({"typ": "JWT"}), Reason.ALGORITHM, "the algorithm None is not supported", None),
+        (
+            jwt_of({"alg": "HS256"}, secret=OTHER),
+            Reason.SIGNATURE,
+            "signed with none of 1 configured keys for HS256",
+            None,
+        ),
+        (jwt_of({"alg": "ES256"}), Reason.KEY, "none of 0 configured keys for ES256 is one", None),
+        (
+            jwt_of({"alg": "RS256", "kid": "other"}),
+            Reason.KEY,
+            "none of 1 configured keys for RS256 is one with the kid 'other'",
+            None,
+        ),
+        (
+            jwt_of({"alg": "RS256", "kid": "mine"}),
+            Reason.SIGNATURE,
+            "signed with none of 1 configured keys for RS256 with the kid 'mine'",
+            None,
+        ),
+        (jwt_of({"alg": "HS256"}, {"sub": "eve"}), Reason.CLAIMS, "Object missing required field `catbus`", "eve"),
+        (
+            jwt_of({"alg": "HS256"}, {"sub": "eve", "catbus": {"read": "a.*"}}),
+            Reason.CLAIMS,
+            "Expected `array`, got `str` - at `$.catbus.read`",
+            "eve",
+        ),
+        (
+            jwt_of({"alg": "HS256"}, {"sub": 7, "catbus": {}}),
+            Reason.CLAIMS,
+            "Expected `str | null`, got `int` - at `$.sub`",
+            None,
+        ),
+        (
+            "role-AAECAwQFBgcICQoLDA0ODw",
+            Reason.ROLE,
+            "role tokens are kept in a database, and this broker has none",
+            None,
+        ),
+    ],
+    ids=lambda value: value.value if isinstance(value, Reason) else None,
+)
+def test_the_operator_can_be_told_why_a_token_is_refused(
+    token: str, reason: Reason, detail: str, subject: str | None
+) -> None:
+    error = refusal(Authenticator([SECRET], jwt_keys=[jwks((RSA_KEY, {"kid": "mine"}))]), token)
+    assert isinstance(error, TokenRefused)
+    assert (error.reason, error.detail, error.subject) == (reason, detail, subject)
+
+
+def test_a_name_in_an_unsigned_header_takes_no_more_than_a_line() -> None:
+    error = refusal(Authenticator([SECRET]), jwt_of({"alg": "HS256\n" * 500}))
+    assert isinstance(error, TokenRefused)
+    assert len(error.detail) < 300
+    assert "\n" not in error.detail
 
 
 def test_a_clock_that_is_behind_the_issuers_is_no_reason_to_refuse() -> None:

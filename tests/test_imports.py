@@ -14,7 +14,8 @@ PACKAGE = ROOT / "catbus"
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
     {"bucket", "errors", "loggers", "histogram", "release"},
-    {"topics", "wire"},
+    {"keys", "topics", "wire"},
+    {"refusals"},
     {"framing", "auth"},
     {"config", "webtransport"},
     {"log", "certificates"},
@@ -52,7 +53,20 @@ ONLY_IMPORTERS = {
 }
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
-PURE = {"bucket", "errors", "topics", "wire", "framing", "auth", "session", "mailbox", "subscription", "histogram"}
+PURE = {
+    "auth",
+    "bucket",
+    "errors",
+    "framing",
+    "histogram",
+    "keys",
+    "mailbox",
+    "refusals",
+    "session",
+    "subscription",
+    "topics",
+    "wire",
+}
 IMPURE = {
     "anyio",
     "asyncio",

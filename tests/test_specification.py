@@ -318,7 +318,8 @@ def test_what_may_be_published_again_is_what_can_be_tried_again() -> None:
         if answer == "`publish_error`":
             key = re.sub(r"\W", " ", row["What to do"]).split(" id")[0].split()[-1]
             advice.setdefault(key, set()).update(quoted(codes))
-    assert advice == {"new": RETRYABLE - {Code.UNKNOWN}, "same": {Code.UNKNOWN}, "again": set()}, advice
+    of_auth = {Code.AUTH_TIMEOUT, Code.TOKEN_NOT_VALID_YET}
+    assert advice == {"new": RETRYABLE - of_auth - {Code.UNKNOWN}, "same": {Code.UNKNOWN}, "again": set()}, advice
 
 
 # Limits
@@ -553,10 +554,16 @@ async def running(config: Config) -> AsyncIterator[Hub]:
 
 
 def auth(
-    protocol: int = 1, *, client_id: str = "alice", read: str = "project.*", expires: float = 1000.0
+    protocol: int = 1,
+    *,
+    client_id: str = "alice",
+    read: str = "project.*",
+    expires: float = 1000.0,
+    starts: float = -1000.0,
 ) -> dict[str, Any]:
     grants = Grants(read=(read,), write=("project.*",))
-    token = sign(SECRET, client_id=client_id, grants=grants, expires=time.time() + expires)
+    now = time.time()
+    token = sign(SECRET, client_id=client_id, grants=grants, expires=now + expires, not_before=now + starts)
     return {"type": "auth", "token": token, "protocol": protocol}
 
 
@@ -575,6 +582,7 @@ WHAT_COMES: dict[str, Any] = {
     "`auth`, another `client_id`": auth(client_id="bob"),
     "`auth`, the token is not valid": {**auth(), "token": "sub-x.y"},
     "`auth`, the token has expired": auth(expires=-10),
+    "`auth`, the token is not valid yet": auth(starts=100),
     "`auth`, the log was never reached yet": auth(),
     "`auth`, a role that cannot be looked up": {**auth(), "token": make_role_token()},
     "`subscribe`": subscribe("project.*"),

@@ -15,6 +15,7 @@ import trio
 import catbus
 from catbus.auth import Grants, sign
 from catbus.config import Limits
+from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running
 from tests.endpoints.peers import BINARY, CLOSE, TEXT, Peer, masked
 
@@ -154,7 +155,7 @@ async def test_whoever_does_not_authenticate_is_closed() -> None:
     config = msgspec.structs.replace(CONFIG, limits=Limits(auth_timeout=0.2))
     async with running(config) as (_, address), bystander(address), speaker(address) as peer:
         assert (await peer.reply())["type"] == "auth_error"
-        assert await peer.close_code() == 4002
+        assert await peer.close_code() == CloseCode.AUTH_TIMEOUT
 
 
 async def test_a_client_that_asks_without_end_and_reads_nothing_harms_only_itself() -> None:

@@ -219,7 +219,7 @@ class Conversation:
 
     def _auth_error(self, reply: wire.AuthError) -> None:
         if self._auths:
-            self._auths.popleft().settle(Refused(reply.code, reply.message))
+            self._auths.popleft().settle(Refused(reply.code, reply.message, reply.retry_after))
 
     def _published(self, reply: wire.Published) -> None:
         if reply.seq is not None and reply.seq > self.head:

@@ -35,6 +35,9 @@ WINDOW = 1000
 REPLIES = 2.0
 """How long, in seconds, the old connection has to answer what it was sent before we go over to the next one."""
 
+LONGEST_WAIT = 300.0
+"""How long to wait at most, in seconds, where the broker says that the token is not valid yet: a clock may be set."""
+
 PAUSE = 2.0
 """How long to wait, in seconds, before the broker is asked again what became of a publish."""
 
@@ -321,14 +324,15 @@ class Supervisor:
             self.lobby.room.ring()
 
     async def _retry(self) -> None:
-        """Ask again, after a pause, what became of publishes that the broker did not know of."""
+        """Ask again, after a pause, for what the broker did not know or could not do: publishes and subscriptions."""
         doubts = Bell()
-        self.ledger.doubted = doubts.ring
+        self.ledger.doubted = self.subscriptions.doubted = doubts.ring
         with self._retries:
             while True:
-                if self.ledger.retrying:
+                if self.ledger.retrying or self.subscriptions.retrying:
                     await anyio.sleep(PAUSE * random.uniform(0.7, 1))  # noqa: S311
                     self.ledger.retry()
+                    self.subscriptions.retry()
                     self.lobby.requested()
                 else:
                     await doubts.wait()
@@ -361,11 +365,12 @@ class Supervisor:
             while (pause := until_renewal(token, time.time())) is not None:
                 await anyio.sleep(pause)
                 try:
-                    token = await self._ask_for_token()
-                    await self._authenticate(link.conversation, token)
+                    new = await self._ask_for_token()
+                    await self._authenticate(link.conversation, new)
                 except (Refused, Disconnected):
                     # Where that matters the broker closes the connection, and the next one begins with a token.
                     continue
+                token = new
 
     # Judging and telling
 
@@ -383,7 +388,9 @@ class Supervisor:
             raise error if isinstance(error, Disconnected) else _refused_for_good(error)
         if verdict is Verdict.NEW_TOKEN and not self._failures:
             return 0.0
-        return self._backed_off(self._failures)
+        pause = self._backed_off(self._failures)
+        wait = error.retry_after if isinstance(error, Refused) else None
+        return pause if wait is None else max(pause, min(wait, LONGEST_WAIT) + self._backed_off(0))
 
     def _backed_off(self, failures: int) -> float:
         assert self._backoff is not None

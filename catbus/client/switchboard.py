@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .. import wire
-from ..errors import Code, Refused
+from ..errors import RETRYABLE, Code, Refused
 from .inbox import Inbox, Lane, Phase
 from .ledger import Desk
 from .messages import Message
@@ -35,6 +35,15 @@ class Switchboard:
         """All that have not ended."""
         self._asked: dict[int, Inbox | None] = {}
         """What will be answered: an inbox's `subscribe`, or (None) an `unsubscribe`."""
+        self._again: list[Inbox] = []
+        """Those that the broker could not take up again just now."""
+        self.doubted: Callable[[], None] = _nobody
+        """Called when a subscription is to be asked for again on this connection: after a pause, by `retry`."""
+
+    @property
+    def retrying(self) -> bool:
+        """Whether something waits for `retry`."""
+        return bool(self._again)
 
     @property
     def asking(self) -> bool:
@@ -111,6 +120,7 @@ class Switchboard:
         """
         self._desk = desk
         self._asked.clear()
+        self._again.clear()
         for inbox in self._inboxes.values():
             if inbox.phase is not Phase.AWAY:
                 self._ask(inbox)
@@ -124,6 +134,7 @@ class Switchboard:
         if self._desk is desk:
             self._desk = None
             self._asked.clear()
+            self._again.clear()
             for inbox in self._inboxes.values():
                 if inbox.phase is Phase.HELD:
                     inbox.phase = Phase.ASKED
@@ -150,8 +161,20 @@ class Switchboard:
 
     def refused(self, reply: wire.SubscribeError) -> None:
         inbox = self._answered(reply.id)
-        if inbox is not None and inbox.phase is Phase.ASKED:
+        if inbox is None or inbox.phase is not Phase.ASKED:
+            return
+        if inbox.begun and reply.code in RETRYABLE:
+            self._again.append(inbox)
+            self.doubted()
+        else:
             self._close(inbox, Refused(reply.code, reply.message))
+
+    def retry(self) -> None:
+        """Ask again for what could not be taken up."""
+        again, self._again = self._again, []
+        for inbox in again:
+            if self._inboxes.get(inbox.pattern) is inbox and inbox.phase is Phase.ASKED:
+                self._ask(inbox)
 
     def revoked(self, reply: wire.Revoked, lane: Lane) -> None:
         inbox = lane.heard(reply.pattern)
@@ -210,3 +233,7 @@ class Switchboard:
             for routes in (lane.routes, lane.fresh):
                 if routes.get(inbox.pattern) is inbox:
                     del routes[inbox.pattern]
+
+
+def _nobody() -> None:
+    pass

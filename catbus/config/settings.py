@@ -100,6 +100,8 @@ class Auth(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
     secrets: tuple[Secret, ...] = ()
     admin_key: Secret | None = None
     jwt: tuple[File, ...] = ()
+    leeway: Duration = 30.0
+    """By how much the clock of whoever makes tokens may differ from this one."""
     allow_weak_secrets: Switch = False
     """Whether others may reach a broker whose secret can be guessed; for trying it."""
 

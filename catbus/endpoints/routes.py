@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -153,7 +154,9 @@ UPGRADE_REQUIRED = line(
 
 STATUSES = {
     Code.UNAUTHENTICATED: 401,
+    Code.AUTH_TIMEOUT: 408,
     Code.TOKEN_EXPIRED: 401,
+    Code.TOKEN_NOT_VALID_YET: 503,
     Code.UNAUTHORIZED: 403,
     Code.REVOKED: 403,
     Code.TOO_LARGE: 413,
@@ -252,15 +255,17 @@ def _refusal(hub: Hub, error: PeerError | Unavailable) -> Answer:
     code = error.code if isinstance(error, PeerError) else Code.UNAVAILABLE
     hub.vitals.refused(code)
     status = STATUSES.get(code, 400)
-    return json({"error": str(error), "code": code}, status, _advice(status))
+    wait = error.retry_after if isinstance(error, PeerError) else None
+    return json({"error": str(error), "code": code}, status, _advice(status, wait or 1.0))
 
 
-def _advice(status: int) -> Headers:
+def _advice(status: int, wait: float = 1.0) -> Headers:
+    """`wait`: for how many seconds the same would be refused again."""
     match status:
         case 401:
             return [(b"www-authenticate", b'Bearer realm="catbus"')]
         case 429 | 503:
-            return [(b"retry-after", b"1")]
+            return [(b"retry-after", b"%d" % math.ceil(wait))]
         case _:
             return ()
 

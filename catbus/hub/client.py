@@ -80,7 +80,13 @@ class Client:
         self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox, hub.delivery.budget)
         self.session = Session(
             self.mailbox,
-            SessionLimits(limits.message_size, limits.subscriptions, limits.auth_timeout, limits.token_grace),
+            SessionLimits(
+                limits.message_size,
+                limits.subscriptions,
+                limits.auth_timeout,
+                # A token that was taken after its `exp` is good for the whole of the leeway.
+                max(limits.token_grace, hub.config.auth.leeway),
+            ),
             trio.current_time(),
         )
         self.session.on_settled = self._settled

@@ -15,18 +15,21 @@ from typing import Any
 import trio
 
 from .. import wire
-from ..auth import Authenticator, Identity, RoleSource, role_key
+from ..auth import Authenticator, Identity, RoleSource, role_handle, role_key
 from ..certificates import CertificateSource
 from ..config import Config
 from ..delivery import Delivery
 from ..errors import CloseCode, Code, PeerError, Unavailable
 from ..flush import Flusher
 from ..log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
+from ..loggers import Recurring, get_logger
 from ..mailbox import Budget, Outlet
 from ..permissions import Permissions
+from ..refusals import Reason, TokenRefused
 from ..release import version
 from ..session import Broadcast, make_append
 from ..vitals import Vitals
+from ..wire import clip
 from .client import MAX_HISTORY, STOPPING, Client, Streams
 
 TRANSPORTS = "websocket", "webtransport"
@@ -45,6 +48,8 @@ PUBLISHED_AT_A_TIME = 100
 
 SPREAD = 0.8
 """Over which part of the time that is left clients are sent away: the last of them need some to move in."""
+
+logger = get_logger("catbus.hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ class Hub:
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)
         self._roles = roles
+        self._refusals = Recurring(logger.info)
+        """Tokens that were refused: a stranger can send as many as it likes."""
         self._departure: float | None = None
         self._closed = False
         self._left = trio.lowlevel.ParkingLot()
@@ -156,15 +163,32 @@ class Hub:
 
     async def authenticate(self, token: str) -> Identity:
         """Who bears the token; raises `PeerError` that closes. A role's is waited for, for seconds at the most."""
-        key = role_key(token)
-        if key is None or self._roles is None:
-            return self.authenticator.verify(token, time.time())
         try:
-            identity = (await self._roles.find([key])).get(key)
+            key = role_key(token)
+            if key is None or self._roles is None:
+                return self.authenticator.verify(token, time.time())
+            return await self._find_role(self._roles, key)
+        except TokenRefused as error:
+            self.vitals.refused_tokens[error.reason] += 1
+            fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
+            self._refusals.note(
+                trio.current_time(),
+                "a token was refused",
+                kind=error.reason,
+                reason=error.reason.value,
+                detail=error.detail,
+                **fields,
+            )
+            raise
+
+    async def _find_role(self, roles: RoleSource, key: bytes) -> Identity:
+        try:
+            identity = (await roles.find([key])).get(key)
         except Unavailable as error:
             raise PeerError(Code.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
         if identity is None:
-            raise PeerError(Code.UNAUTHENTICATED, "no role has this token", CloseCode.UNAUTHENTICATED)
+            detail = f"no role {role_handle(key)}: it was deleted, or never was"
+            raise TokenRefused(Reason.ROLE, detail, message="no role has this token")
         return identity
 
     async def publish(

@@ -43,7 +43,24 @@ def test_any_text_may_be_a_token(token: str) -> None:
     find_expiry("sub-" + token)
 
 
-@pytest.mark.parametrize(("left", "pause"), [(3600, 3570), (61, 31), (60, 30), (10, 5), (1, 1), (0, 1), (-100, 1)])
+@pytest.mark.parametrize(
+    ("left", "pause"), [(3600, 3570), (61, 31), (60, 30), (10, 5), (1, 1), (0, 1), (-60, 1), (-100, 30)]
+)
 def test_the_next_one_is_asked_for_in_time(left: float, pause: float) -> None:
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)
     assert until_renewal(token, 2_000_000_000 - left) == pause
+
+
+LASTS = 300.0
+
+
+@pytest.mark.parametrize("offset", [-86_400, -600, -31, 0, 200, 301, 600, 86_400])
+def test_a_clock_that_is_wrong_makes_no_client_ask_too_often_or_too_late(offset: float) -> None:
+    """A token that was just made, on a device whose clock differs by so much."""
+    made = 2_000_000_000
+    token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=made + LASTS, issued_at=made)
+    pause = until_renewal(token, made + offset)
+    assert pause is not None
+    assert 10 < pause <= LASTS - 30
+    if not 0 <= offset < LASTS:
+        assert pause == LASTS - 30

@@ -540,6 +540,64 @@ async def test_a_function_is_asked_for_each_token(autojump_clock: MockClock) -> 
         assert net.dialled == pytest.approx([0, 50, 52, 56])
 
 
+def refuse_for(wait: float) -> Script:
+    async def run(peer: Peer) -> None:
+        await peer.expect("auth")
+        await peer.send({"type": "auth_error", "message": "early", "code": "token_not_valid_yet", "retry_after": wait})
+        await peer.close(4525, "early")
+
+    return run
+
+
+async def test_a_token_that_is_not_valid_yet_is_shown_again_when_it_is(autojump_clock: MockClock) -> None:
+    async with network(lost(50), refuse_for(40), refuse_for(0.5), refuse_for(1e6), Honest()) as (bus, net):
+        await trio.sleep(50.1)
+        await bus.ping()
+        assert bus.state is State.CONNECTED
+        # When it is valid and a little later; as after any failure where that is soon; no later than in some minutes.
+        assert net.dialled == pytest.approx([0, 51, 51 + 41, 92 + 4, 96 + 301])
+
+
+async def test_a_newer_token_that_is_refused_does_not_take_the_place_of_the_present_one(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", trio.current_time)
+    asked: list[float] = []
+
+    async def token() -> str:
+        asked.append(trio.current_time())
+        return lasting(100 if len(asked) == 1 else 100_000)
+
+    async def script(peer: Peer) -> None:
+        for _ in range(2):
+            await peer.expect("auth")
+            await peer.send({"type": "auth_error", "message": "early", "code": "token_not_valid_yet"})
+        await peer.expect("auth")
+        await peer.send(AUTH_OK)
+        await trio.sleep_forever()
+
+    async with network(admitted(script), token=token):
+        await trio.sleep(99)
+        assert asked == pytest.approx([0, 70, 85, 92.5], abs=1)
+
+
+async def test_a_subscription_that_cannot_be_taken_up_just_now_is_asked_for_again(autojump_clock: MockClock) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.subscribed()
+        raise Gone
+
+    async def second(peer: Peer) -> None:
+        request = await peer.expect("subscribe")
+        refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "away", "code": "unavailable"}
+        await peer.send({**refusal, "id": request["id"]})
+        await peer.subscribed()
+        await peer.send(message(101))
+        await trio.sleep_forever()
+
+    async with network(admitted(first), admitted(second)) as (bus, _), bus.subscribe("a.*") as messages:
+        assert (await anext(messages)).seq == 101
+
+
 async def test_a_token_that_cannot_be_had_just_now(autojump_clock: MockClock) -> None:
     answers = iter(["one", OSError("no network"), "two"])
 

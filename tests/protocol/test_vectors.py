@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from catbus import topics, wire
+from catbus import Config, topics, wire
 from catbus.auth import Authenticator
 from catbus.client import messages
 from catbus.client.bearer import find_expiry
@@ -124,7 +124,7 @@ def test_which_pattern_is_for_what(relation: str) -> None:
 def verdict(token: str) -> dict[str, Any]:
     """What the broker makes of a token, in the words of the vectors."""
     try:
-        found = Authenticator((TOKENS["secret"],)).verify(token, TOKENS["now"])
+        found = Authenticator((TOKENS["secret"],), leeway=TOKENS["leeway"]).verify(token, TOKENS["now"])
     except PeerError as error:
         return {"valid": False, "code": error.code.value}
     read, write = list(found.grants.read), list(found.grants.write)
@@ -135,6 +135,10 @@ def verdict(token: str) -> dict[str, Any]:
 def test_tokens(case: dict[str, Any]) -> None:
     expected = {name: value for name, value in case.items() if name not in ("name", "token")}
     assert verdict(case["token"]) == expected
+
+
+def test_the_leeway_is_what_a_broker_has_unless_told_otherwise() -> None:
+    assert Config().auth.leeway == TOKENS["leeway"]
 
 
 def test_the_client_knows_when_its_token_expires() -> None:

@@ -109,7 +109,22 @@ const PROTOCOL = 1;
 const MEMORY = 600_000;
 /** What a token has left when a new one is asked for: milliseconds at the most, and a part of its life. */
 const REFRESH_BEFORE = 30_000;
+const SHORTEST_REFRESH = 1000;
 const TRY_AGAIN = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);
+/** A token that is refused by one of these is no better later (section 10). A code that is not known counts as `internal`. */
+const FINAL = new Set([
+  'bad_message',
+  'unauthenticated',
+  'unauthorized',
+  'invalid_channel',
+  'invalid_pattern',
+  'too_large',
+  'token_expired',
+  'revoked',
+  'limit',
+]);
+/** How long to wait, in milliseconds, where the broker says that the token is not valid yet. */
+const LONGEST_WAIT = 300_000;
 const RETRY_PAUSE = 500;
 /** Without these, what was sent was wrong, and would be again (section 11). */
 const WRONG = new Set([1002, 1003, 1007, 1009]);
@@ -459,7 +474,7 @@ class Link {
       case 'auth_ok':
         return this.#auth?.resolve(object);
       case 'auth_error':
-        return this.#auth?.reject(new Refused(object.code ?? 'unauthenticated', object.message));
+        return this.#auth?.reject(new Refused(object.code ?? 'unauthenticated', object.message, object.retry_after));
       case 'published':
         return this.#client.settled(this, object);
       case 'publish_error':
@@ -739,7 +754,11 @@ export class CatbusClient {
       this.#emit('error', why);
       state = 'reconnecting';
       this.#setState(state);
-      await pause(this.#delay(tries++), run, { untilOnline: true });
+      let delay = this.#delay(tries++);
+      if (why instanceof Refused && why.retryAfter !== undefined) {
+        delay = Math.max(delay, Math.min(why.retryAfter * 1000, LONGEST_WAIT) + this.#delay(0));
+      }
+      await pause(delay, run, { untilOnline: true });
     }
   }
 
@@ -905,10 +924,9 @@ export class CatbusClient {
   /** Take a newer token before the present one has expired. @param {Link} link @param {string} token */
   async #refreshBefore(link, token) {
     const { token: source } = this.#options;
-    const expires = expiryOf(token);
-    if (typeof source !== 'function' || expires === undefined) return;
-    const left = expires - Date.now();
-    await pause(Math.max(left / 2, left - REFRESH_BEFORE), link.over);
+    const delay = untilRefresh(token, Date.now());
+    if (typeof source !== 'function' || delay === undefined) return;
+    await pause(delay, link.over);
     while (!link.ended) {
       try {
         const next = await source();
@@ -1437,16 +1455,39 @@ function isFinal(why, renewable) {
     const { closeCode: code = 0 } = why;
     return why.final || (!renewable && code >= 4400 && code < 4500);
   }
-  return why instanceof Refused && !TRY_AGAIN.has(why.code) && !(renewable && why.code === 'token_expired');
+  return why instanceof Refused && FINAL.has(why.code) && !(renewable && why.code === 'token_expired');
 }
 
 /** When a token expires, in milliseconds since 1970, where it says so. @param {string} token @returns {number | undefined} */
 export function expiryOf(token) {
+  return momentIn(token, 'exp');
+}
+
+/**
+ * How many milliseconds the next token can wait, where this one expires. `now` is in milliseconds since 1970.
+ *
+ * The broker has just taken the token. Where the time that is left is less than nothing, or more than the token was made
+ * for, the clock of this device is wrong, and the token counts as just made.
+ *
+ * @param {string} token @param {number} now @returns {number | undefined}
+ */
+export function untilRefresh(token, now) {
+  const expires = momentIn(token, 'exp');
+  if (expires === undefined) return undefined;
+  let left = expires - now;
+  const life = expires - (momentIn(token, 'iat') ?? Infinity);
+  if (life > 0 && !(left > 0 && left <= life)) left = life;
+  else if (left < -2 * REFRESH_BEFORE) return REFRESH_BEFORE;
+  return Math.max(SHORTEST_REFRESH, left / 2, left - REFRESH_BEFORE);
+}
+
+/** @param {string} token @param {string} claim @returns {number | undefined} milliseconds since 1970 */
+function momentIn(token, claim) {
   const part = token.startsWith('sub-') ? token.slice(4).split('.')[0] : token.split('.')[1];
   try {
     const bytes = Uint8Array.from(atob(part.replace(/-/g, '+').replace(/_/g, '/')), (c) => c.charCodeAt(0));
-    const { exp } = JSON.parse(new TextDecoder().decode(bytes));
-    return typeof exp === 'number' ? exp * 1000 : undefined;
+    const value = JSON.parse(new TextDecoder().decode(bytes))[claim];
+    return typeof value === 'number' ? value * 1000 : undefined;
   } catch {
     return undefined;
   }

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { Disconnected, Refused, expiryOf, race } from '../src/catbus.js';
+import { Disconnected, Refused, expiryOf, race, untilRefresh } from '../src/catbus.js';
 
 /** A way that is decided by the test. */
 function way() {
@@ -69,4 +69,18 @@ test('tokens say when they expire', () => {
   for (const token of [`sub-${text({})}.mac`, 'role-AAECAwQFBgcICQoLDA0ODw', 'a secret', '', 'sub-%.x']) {
     assert.equal(expiryOf(token), undefined);
   }
+});
+
+test('a device whose clock is wrong asks for the next token neither too often nor too late', () => {
+  const text = (claims) => Buffer.from(JSON.stringify(claims)).toString('base64url');
+  const made = 2e9;
+  const token = `sub-${text({ iat: made, exp: made + 300 })}.mac`;
+  for (const offset of [-86_400, -600, -31, 0, 301, 600, 86_400]) {
+    assert.equal(untilRefresh(token, (made + offset) * 1000), 270_000, `${offset} s`);
+  }
+  const without = `sub-${text({ exp: made })}.mac`;
+  assert.equal(untilRefresh(without, made * 1000 - 10_000), 5000);
+  assert.equal(untilRefresh(without, made * 1000), 1000);
+  assert.equal(untilRefresh(without, (made + 600) * 1000), 30_000);
+  assert.equal(untilRefresh('role-x', 0), undefined);
 });
