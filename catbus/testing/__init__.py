@@ -4,6 +4,15 @@ Needs the extra `testing` (Hypothesis). With `pytest_plugins = ["catbus.testing.
 broker as a fixture.
 """
 
+try:
+    import hypothesis as hypothesis
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
+    raise ModuleNotFoundError(
+        "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'", name=error.name
+    ) from None
+
 from .brokers import TestBroker, open_test_broker
 from .connections import Connection, Dialled, dial
 from .machine import BrokerMachine

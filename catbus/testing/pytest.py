@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import pytest
+try:
+    import pytest
+except ModuleNotFoundError as error:
+    if error.name != "pytest":
+        raise
+    raise ModuleNotFoundError("catbus.testing.pytest needs pytest: pip install pytest", name=error.name) from None
 
 from ..client import Bus, connect
 from .servers import TestServer, open_test_server
