@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import logging
 import os
+import resource
 import ssl
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -135,6 +139,24 @@ def test_one_that_is_good_needs_no_writing(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError
 
     monkeypatch.setattr(certificates, "_locked", refuse)
+    assert make(tmp_path) == made
+
+
+@contextmanager
+def no_file_left() -> Iterator[None]:
+    """Let this process open no file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_one_that_cannot_be_read_for_want_of_files_is_not_made_anew(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    with no_file_left(), pytest.raises(ConfigError, match="Too many open files"):
+        make(tmp_path)
     assert make(tmp_path) == made
 
 
@@ -343,6 +365,26 @@ def test_a_swapped_link_is_noticed(files: Files, two: Certificate) -> None:
     source = files.source()
     files.swap(two.certificate_pem, two.key_pem)
     assert shown(source.current(NOW + SECOND)) == two.certificate_pem
+
+
+def test_a_change_for_which_no_file_is_left_is_taken_later(
+    files: Files, one: Certificate, two: Certificate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = files.source()
+    files.swap(two.certificate_pem, two.key_pem)
+    with no_file_left():
+        assert shown(source.current(NOW + SECOND)) == one.certificate_pem
+
+    def no_memory(name: str) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        # The last file is taken between reading the two and loading them.
+        patched.setattr(os, "memfd_create", no_memory)
+        assert shown(source.current(NOW + 2 * SECOND)) == one.certificate_pem
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert all("Too many open files" in vars(record)["reason"] for record in caplog.records)
+    assert shown(source.current(NOW + 3 * SECOND)) == two.certificate_pem
 
 
 def test_files_written_over_are_noticed(files: Files, two: Certificate) -> None:
