@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -124,6 +124,7 @@ class Reload:
     def __init__(self, config: Config, read_again: Callable[[], Reading]) -> None:
         self._config = config
         self._read_again = read_again
+        self._keys = _contents(config.auth.jwt)
 
     def __call__(self) -> None:
         """Take what can be taken, and log the names of the rest."""
@@ -137,15 +138,28 @@ class Reload:
         changed = differences(self._config, reading.config)
         taken = [name for name in changed if name in TAKEN]
         left = [name for name in changed if name not in TAKEN]
+        if "auth.jwt" not in changed and _contents(reading.config.auth.jwt) != self._keys:
+            left.append("auth.jwt")
         if taken:
             set_levels(reading.config.logging.levels)
             self._config = msgspec.structs.replace(
                 self._config,
                 logging=msgspec.structs.replace(self._config.logging, levels=reading.config.logging.levels),
             )
-        logger.info("read the configuration again", taken=taken, unchanged=not changed)
+        logger.info("read the configuration again", taken=taken, unchanged=not (taken or left))
         if left:
             logger.warning("settings have changed that take a restart", settings=left)
+
+
+def _contents(files: Sequence[str]) -> list[bytes | None]:
+    """What stands in files, and None for one that cannot be read."""
+    found: list[bytes | None] = []
+    for file in files:
+        try:
+            found.append(Path(file).read_bytes())
+        except OSError:
+            found.append(None)
+    return found
 
 
 async def supervise(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:

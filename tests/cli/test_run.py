@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from catbus.cli import run
 from catbus.cli.development import development_token, read_secret
@@ -165,6 +167,19 @@ def test_sighup_takes_log_levels_and_names_what_takes_a_restart(start: Start, tm
     wrong = reload("[limits]\nconnections = true\n")
     assert "connections: expected a whole number" in wrong["reason"]
     assert "hunter2" not in json.dumps([left, wrong])
+
+
+def test_sighup_names_public_keys_that_have_changed(start: Start, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "keys.pem").write_bytes(pem)
+    config = tmp_path / "catbus.toml"
+    config.write_text("[auth]\njwt = 'keys.pem'\n")
+    process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0")
+    next_event(process, "serving")
+    (tmp_path / "keys.pem").write_bytes(pem + pem)
+    process.send_signal(signal.SIGHUP)
+    assert next_event(process, "settings have changed that take a restart")["settings"] == ["auth.jwt"]
 
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:
