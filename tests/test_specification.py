@@ -25,7 +25,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus import permissions, topics, wire
 from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, Limits
-from catbus.endpoints import http, routes, websocket, webtransport
+from catbus.endpoints import coalesce, http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, QUIET, Hub
@@ -344,6 +344,8 @@ CONSTANTS = {
     "seconds that looking up a role takes": lookup.PATIENCE,
     "seconds without the database in which roles keep what they may": permissions.STALE,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
+    "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
+    "fragments of a WebSocket message, and one more for every 32 bytes of it": coalesce.FRAGMENTS,
     "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
     "streams of the broker's in a session": CONNECTION_LIMITS.opened,
     "datagrams waiting in a session": CONNECTION_LIMITS.datagrams,

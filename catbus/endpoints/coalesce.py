@@ -19,7 +19,7 @@ FRAGMENT_SIZE = 32
 """Bytes of a message for which it may have one fragment more."""
 
 TOO_LARGE = 1009, "a message is too large"
-TOO_MANY_FRAGMENTS = 1008, "a message comes in too many fragments"
+TOO_MANY_FRAGMENTS = 1009, "a message comes in too many fragments"
 
 _FINAL = 0x80
 _WHOLE_TEXT = 0x81
