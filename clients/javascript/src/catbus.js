@@ -1213,7 +1213,7 @@ export class CatbusClient {
     if (json === undefined) throw new TypeError('this payload has no JSON form');
     const body = `"channel":${JSON.stringify(channel)},"payload":${json}${echo ? '' : ',"echo":false'}`;
     // The broker would not say which message it has not understood.
-    if (HALF_A_PAIR.test(body)) throw new Refused('bad_message', 'half of a surrogate pair is no text');
+    if (body.includes('\\ud') && HALF_A_PAIR.test(body)) throw new Refused('bad_message', 'half of a surrogate pair is no text');
     if (depthOf(json) >= MAX_DEPTH) throw new Refused('bad_message', `nested deeper than ${MAX_DEPTH}`);
     const limit = this.#link?.limits.message_size ?? 65_536;
     // A little is left for what is added. Over the limit the broker would close the connection.
@@ -1437,11 +1437,13 @@ function addressesOf(url) {
   return [url, ...['127.0.0.1', '[::1]'].map((address) => Object.assign(new URL(url), { hostname: address }).href)];
 }
 
-/** How deep the arrays and objects of a JSON text are nested. @param {string} json */
+/** How deep the arrays and objects of a JSON text are nested, at the most. @param {string} json */
 function depthOf(json) {
+  // With so few brackets it cannot be deep, and most have few.
+  const brackets = json.match(/[[{]/g)?.length ?? 0;
+  if (brackets < MAX_DEPTH) return brackets;
   let deepest = 0;
   let depth = 0;
-  if (json.length < 2 * MAX_DEPTH) return 0;
   for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
     if (token === '[' || token === '{') deepest = Math.max(deepest, ++depth);
     else if (token === ']' || token === '}') depth--;
