@@ -1,0 +1,167 @@
+"""`catbus token`."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catbus.auth import Grants, make_role_token, role_handle, role_key, sign
+from catbus.cli.token import relative
+from tests.test_auth import EC_KEY, jwks, pem, signed_jwt
+
+from .conftest import Command
+
+SECRET = "a secret of the tests"
+OTHER = "another secret of the tests"
+GRANTS = Grants(("a.*",), ("a.b",))
+
+
+def parts(output: str) -> dict[str, str]:
+    return {line[:12].strip(): line[12:] for line in output.splitlines()}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CATBUS_STATE", str(tmp_path))
+
+
+def test_a_token_is_shown_in_words(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", SECRET)
+    token = sign(SECRET, client_id="alice", grants=GRANTS, expires=time.time() + 7200.5)
+    status, output, _ = catbus("token", "show", token)
+    assert status == 0
+    shown = parts(output)
+    assert shown["token"] == "sub- token"
+    assert shown["client_id"] == "alice"
+    assert shown["exp"].endswith(" UTC, in 2 hours")
+    assert (shown["allows"], shown["signature"], shown["verdict"]) == ("read a.* and write a.b", "valid", "accepted")
+
+
+def test_it_is_read_from_stdin_too(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = sign(SECRET, client_id="alice", grants=GRANTS)
+    for arguments in ((), ("-",)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{token}\n"))
+        status, output, _ = catbus("token", "show", *arguments, "--secret", SECRET, "--json")
+        found = json.loads(output)
+        assert status == 0
+        assert (found["kind"], found["accepted"], found["signature"]) == ("sub", True, "valid")
+        assert (found["read"], found["write"]) == (["a.*"], ["a.b"])
+
+
+CLAIMS: dict[str, Any] = {"sub": "eve", "catbus": {"read": ["a"]}}
+
+
+@pytest.mark.parametrize(
+    ("token", "reason", "signature", "allows"),
+    [
+        (sign(OTHER, client_id="a", grants=GRANTS), "signature", "invalid", "read a.* and write a.b"),
+        (sign(SECRET, client_id="a", grants=GRANTS, expires=1), "expired", "valid", "read a.* and write a.b"),
+        (
+            sign(SECRET, client_id="a", grants=GRANTS, not_before=4e9),
+            "not_valid_yet",
+            "valid",
+            "read a.* and write a.b",
+        ),
+        (signed_jwt({"alg": "HS512"}, CLAIMS, SECRET), "algorithm", "invalid", "read a"),
+        (signed_jwt({"alg": "none"}, CLAIMS, SECRET), "algorithm", "invalid", "read a"),
+        (signed_jwt({"alg": "RS256", "kid": "k"}, CLAIMS, SECRET), "key", "invalid", "read a"),
+        (signed_jwt({"alg": "HS256"}, {"sub": "eve"}, SECRET), "claims", "valid", None),
+        (signed_jwt({"alg": "HS256"}, {"catbus": {"read": "a"}}, SECRET), "claims", "valid", None),
+        ("hello", "malformed", "invalid", None),
+        ("a.b.c", "malformed", "invalid", None),
+        ("sub-e30", "signature", "invalid", None),
+        ("x" * 9000, "malformed", "invalid", None),
+    ],
+)
+def test_it_says_why_a_token_is_refused(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch, token: str, reason: str, signature: str, allows: str | None
+) -> None:
+    monkeypatch.setenv("CATBUS_SECRET", SECRET)
+    status, output, errors = catbus("token", "show", token, "--json")
+    found = json.loads(output)
+    assert (status, found["accepted"], found["reason"], found["signature"]) == (1, False, reason, signature)
+    status, output, more = catbus("token", "show", token)
+    shown = parts(output)
+    assert status == 1
+    assert f"({reason}): {found['detail']}" in shown["verdict"]
+    assert shown.get("allows") == allows
+    for secret in (SECRET, OTHER):
+        assert secret not in output + errors + more
+
+
+def test_the_secrets_are_those_of_the_broker(catbus: Command, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text(pem(EC_KEY))
+    (tmp_path / "catbus.toml").write_text(
+        f'[auth]\nsecret = ["new {OTHER}", "{SECRET}"]\njwt = ["key.pem"]\nleeway = 0\n'
+    )
+    config = ("--config", str(tmp_path / "catbus.toml"))
+    assert catbus("token", "show", *config, sign(SECRET, client_id="a", grants=GRANTS)).status == 0
+    late = sign(SECRET, client_id="a", grants=GRANTS, expires=time.time() - 10)
+    assert catbus("token", "show", *config, late).status == 1
+    assert catbus("token", "show", "--secret", SECRET, late).status == 0
+    status, output, _ = catbus("token", "show", *config, signed_jwt({"alg": "ES256"}, CLAIMS, SECRET), "--json")
+    assert (status, json.loads(output)["reason"]) == (1, "signature")
+
+
+def test_without_a_secret_it_shows_what_there_is(catbus: Command) -> None:
+    status, output, _ = catbus("token", "show", sign(SECRET, client_id="alice", grants=GRANTS))
+    shown = parts(output)
+    assert (status, shown["client_id"], shown["signature"]) == (0, "alice", "unchecked")
+    assert shown["verdict"].startswith("not known here: no secret and no key is configured")
+
+
+def test_a_role_token_is_named_by_its_handle(catbus: Command) -> None:
+    token = make_role_token()
+    key = role_key(token)
+    assert key is not None
+    status, output, _ = catbus("token", "show", token)
+    assert status == 0
+    assert parts(output)["role"] == role_handle(key)
+    assert token not in output
+
+
+def test_the_admin_key_is_recognised_and_not_shown(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATBUS_ADMIN_KEY", OTHER)
+    status, output, errors = catbus("token", "show", OTHER)
+    assert (status, parts(output)["allows"]) == (0, "read and write *")
+    assert OTHER not in output + errors
+
+
+def test_a_claim_takes_one_line(catbus: Command) -> None:
+    token = sign(SECRET, client_id="a\nverdict     accepted\x1b[2J", grants=GRANTS)
+    status, output, _ = catbus("token", "show", token, "--secret", OTHER)
+    assert status == 1
+    assert "\x1b" not in output
+    assert output.count("\nverdict") == 1
+
+
+def test_nothing_is_no_token(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert catbus("token", "show").status == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "in 0 seconds"),
+        (-90, "90 seconds ago"),
+        (150, "in 2 minutes"),
+        (-86_400, "24 hours ago"),
+        (1e9, "in 11574 days"),
+    ],
+)
+def test_times_are_told_in_words(seconds: float, words: str) -> None:
+    assert relative(seconds) == words
+
+
+def test_key_sets_are_read_as_the_broker_reads_them(catbus: Command, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text(jwks((EC_KEY, {"kid": "mine"})))
+    (tmp_path / "catbus.toml").write_text('[auth]\njwt = ["keys.json"]\n')
+    token = signed_jwt({"alg": "ES256", "kid": "other"}, CLAIMS, SECRET)
+    _, output, _ = catbus("token", "show", "--config", str(tmp_path / "catbus.toml"), token)
+    assert "(key): none of 1 configured keys for ES256 is one with the kid 'other'" in parts(output)["verdict"]
