@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes clean
+.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -18,6 +18,7 @@ help:
 	@echo 'make chaos    hurt replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
 	@echo 'make fuzz     play clients of all kinds to replicas, and compare with a model (FUZZ_MINUTES=5)'
 	@echo 'make fuzz-bytes  look for bytes that break what takes them from strangers (FUZZ_SECONDS=60 for each)'
+	@echo 'make hostile  attack a broker in every way, and measure what honest clients notice (HOSTILE_SECONDS=6)'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -67,6 +68,12 @@ FUZZ_SECONDS := 60
 
 fuzz-bytes: $(venv)/installed-test $(venv)/atheris
 	$(bin)/python -m tests.fuzz_bytes all --seconds $(FUZZ_SECONDS)
+
+# How long each attack goes on.
+HOSTILE_SECONDS := 6
+
+hostile: $(venv)/installed-test
+	$(bin)/python -m tests.hostile --seconds $(HOSTILE_SECONDS)
 
 clean:
 	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

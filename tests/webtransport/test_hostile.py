@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from aioquic.buffer import encode_uint_var
-from aioquic.quic.packet import QuicErrorCode, QuicPacketType
-from aioquic.quic.packet_builder import QuicPacketBuilder
+from aioquic.quic.packet import QuicErrorCode
 from aioquic.tls import Epoch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,8 @@ from catbus.webtransport import Connection, Limits, SessionOpened, SessionReques
 from catbus.webtransport.codes import H3Code
 from catbus.webtransport.http3 import NEW_TOKEN
 from catbus.webtransport.packets import MAX_PACKET
-from catbus.webtransport.quic import MAX_HOLES, Quic
+from catbus.webtransport.quic import MAX_HOLES
+from tests.hostile.packets import one_rtt as packet
 from tests.webtransport.link import CLIENT, Link, client_config, server_config
 
 FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -36,24 +36,6 @@ def send_raw(link: Link, data: bytes, *, unidirectional: bool, end: bool = False
     stream: int = quic.get_next_available_stream_id(is_unidirectional=unidirectional)
     quic.send_stream_data(stream, data, end)
     return stream
-
-
-def packet(quic: Quic, payload: bytes) -> bytes:
-    """A packet that is good in every respect but what it says."""
-    builder = QuicPacketBuilder(
-        host_cid=quic.host_cid,
-        is_client=quic.configuration.is_client,
-        max_datagram_size=1200,
-        packet_number=quic._packet_number,
-        peer_cid=quic._peer_cid.cid,
-        version=quic._version or 0,
-    )
-    builder.start_packet(QuicPacketType.ONE_RTT, quic._cryptos[Epoch.ONE_RTT])
-    buffer = builder.start_frame(payload[0] & 0x3F, capacity=len(payload) + 8)
-    buffer.push_bytes(payload[1:])
-    [data], _ = builder.flush()
-    quic._packet_number = builder.packet_number
-    return data
 
 
 def ended_with(link: Link, code: int) -> bool:

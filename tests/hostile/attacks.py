@@ -1,0 +1,196 @@
+"""What an attack is, the table of all of them, and the processes in which attackers run."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from catbus.auth import Grants, sign
+
+SECRET = "a secret that the hostile clients do not have"
+NICENESS = 10
+"""Real attackers have machines of their own, so they take what honest clients and the broker leave."""
+PAUSE = 0.05
+"""Seconds before an attacker comes back after the broker has closed its connection."""
+MAX_CODE = 5000
+
+processes = multiprocessing.get_context("fork")
+
+EVERYTHING = Grants.ALL
+
+
+class Ended(Exception):
+    """The broker has closed an attacker's connection."""
+
+
+class Tally:
+    """What the attackers of one attack have done, counted by all their processes together."""
+
+    def __init__(self) -> None:
+        self._numbers = processes.Array("d", 3)
+        self._codes = processes.Array("i", MAX_CODE)
+        self._faults: multiprocessing.SimpleQueue[str] = processes.SimpleQueue()
+
+    def sent(self, size: int, units: int = 1) -> None:
+        """Count bytes, and packets, requests or connections."""
+        with self._numbers.get_lock():
+            self._numbers[0] += size
+            self._numbers[1] += units
+
+    def ended(self, code: int | None) -> None:
+        """The broker has closed a connection, with this code if it named one."""
+        with self._numbers.get_lock():
+            self._numbers[2] += 1
+            if code is not None and code < MAX_CODE:
+                self._codes[code] += 1
+
+    def fault(self, text: str) -> None:
+        """An attack has got what nobody may get."""
+        self._faults.put(text)
+
+    @property
+    def size(self) -> float:
+        return float(self._numbers[0])
+
+    @property
+    def units(self) -> float:
+        return float(self._numbers[1])
+
+    @property
+    def endings(self) -> int:
+        return int(self._numbers[2])
+
+    def codes(self) -> dict[int, int]:
+        """How often each closing code came."""
+        return {code: count for code, count in enumerate(self._codes[:]) if count}
+
+    def faults(self) -> list[str]:
+        found = []
+        while not self._faults.empty():
+            found.append(self._faults.get())
+        return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """The broker that is attacked. `elsewhere`: the WebSocket port of another replica, or the same one."""
+
+    pid: int
+    port: int
+    tally: Tally
+    quic_port: int = 0
+    ca: str = ""
+    tls: bool = False
+    elsewhere: int = 0
+    database: str = ""
+    seconds: float = 5.0
+    """For how long it is attacked."""
+
+    def against(self, tally: Tally) -> Target:
+        """The same, counted elsewhere."""
+        return replace(self, tally=tally)
+
+    def token(self, client_id: str = "mallory", grants: Grants = EVERYTHING) -> str:
+        return sign(SECRET, client_id=client_id, grants=grants)
+
+
+Run = Callable[[Target], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One way to harm a broker. `run` is called in `processes` processes, and again whenever it returns or is ended.
+
+    `token`: whether the attacker has a token. `like`: what honest clients send as much of for comparison: `bytes` or
+    `requests` (of HTTP, as many bytes), `packets` (of QUIC) or `connections`; with none, an attack is compared with
+    the calm before it. `filled`: how many messages the log has before. `kept`: MiB that may stay, because
+    the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether the broker
+    withstands it so far.
+    """
+
+    name: str
+    layer: str
+    about: str
+    run: Run
+    token: bool = False
+    processes: int = 1
+    like: str = ""
+    log: str = "memory"
+    replicas: int = 1
+    settings: str = ""
+    files: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+    open_files: int = 0
+    kept: int = 0
+    filled: int = 0
+    drains: bool = False
+    stands: bool = True
+
+    @property
+    def quic(self) -> bool:
+        return self.layer == "quic"
+
+    @property
+    def tls(self) -> bool:
+        return self.layer == "tls"
+
+
+ATTACKS: dict[str, Attack] = {}
+
+
+def attack(layer: str, name: str, about: str, **options: object) -> Callable[[Run], Run]:
+    """Put a function into the table. Several of these may stand above one function."""
+
+    def register(run: Run) -> Run:
+        assert name not in ATTACKS, name
+        ATTACKS[name] = Attack(name=name, layer=layer, about=about, run=run, **options)  # type: ignore[arg-type]
+        return run
+
+    return register
+
+
+def pace(per_second: float) -> Iterator[None]:
+    """Return as often as that, and make up for no more than half a second."""
+    due = time.monotonic()
+    while True:
+        yield
+        due += 1 / per_second
+        left = due - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+        elif left < -0.5:
+            due = time.monotonic()
+
+
+@contextmanager
+def attackers(attack: Attack, target: Target, count: int = 0) -> Iterator[None]:
+    """The attack goes on in processes of its own: in `count`, or in as many as it has."""
+    running = [
+        processes.Process(target=_again_and_again, args=(attack, target), daemon=True)
+        for _ in range(count or attack.processes)
+    ]
+    for each in running:
+        each.start()
+    try:
+        yield
+        for each in running:
+            if not each.is_alive():
+                raise RuntimeError(f"{attack.name}: an attacker has ended by itself, see above")
+    finally:
+        for each in running:
+            each.kill()
+            each.join()
+
+
+def _again_and_again(attack: Attack, target: Target) -> None:
+    os.nice(NICENESS)
+    logging.disable()
+    while True:
+        try:
+            attack.run(target)
+        except (Ended, OSError):
+            time.sleep(PAUSE)

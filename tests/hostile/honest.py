@@ -1,0 +1,323 @@
+"""Honest clients beside an attack: a stream of messages, newcomers, and load of the same size as the attack."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import multiprocessing
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from catbus.auth import Grants, sign
+from catbus.errors import Disconnected
+from catbus.testing.connections import Dialled, dial
+
+from .attacks import SECRET, Target, pace, processes
+from .peers import QuicPeer, WebSocketPeer, frame, request
+
+RATE = 50
+"""Messages a second."""
+VISITS = 4
+"""Newcomers a second."""
+PATIENCE = 15.0
+"""Seconds after which what has not come is lost."""
+CHANNEL = "honest.stream"
+QUIET = "honest.quiet"
+LOAD_MESSAGE = 1000
+"""Bytes of a message of the honest load."""
+MESSAGES_IN_FRAME = 16
+STEPS = "connect", "resume", "history", "post"
+
+
+def token(client_id: str) -> str:
+    return sign(SECRET, client_id=client_id, grants=Grants(("honest.*",), ("honest.*",)))
+
+
+class Sent(NamedTuple):
+    """A message of the stream: when it was published, and the seconds until it came, or None."""
+
+    at: float
+    latency: float | None
+
+
+class Visit(NamedTuple):
+    """One step of a newcomer: when it began, and the seconds it took, or None and why not."""
+
+    at: float
+    step: str
+    seconds: float | None
+    fault: str = ""
+
+
+class Seen(NamedTuple):
+    """All that honest clients have seen."""
+
+    sent: list[Sent]
+    refused: list[tuple[float, str]]
+    """When a publish was refused, and with which code; or why a connection was lost."""
+    visits: list[Visit]
+    disorder: int
+    """Messages that came in another order than they were published in, or again."""
+
+
+class Honest:
+    """The clients, in two processes of their own, until `stop`."""
+
+    def __init__(self, target: Target, url: str) -> None:
+        self._over = processes.Event()
+        self._pipes = []
+        self._processes = []
+        for run in (_stream, _visit):
+            here, there = processes.Pipe()
+            process = processes.Process(target=run, args=(target, url, there, self._over), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            assert pipe.recv() == "ready"
+
+    def stop(self) -> Seen:
+        self._over.set()
+        (sent, refused, disorder), visits = (pipe.recv() for pipe in self._pipes)
+        for process in self._processes:
+            process.join()
+        return Seen(sent, refused, visits, disorder)
+
+
+@contextlib.contextmanager
+def _authority(target: Target) -> Iterator[str | None]:
+    """A file with the broker's certificate, where it has one."""
+    if not target.ca:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "ca.pem")
+        path.write_text(target.ca)
+        yield str(path)
+
+
+def _enter(url: str, ca: str | None, client_id: str) -> Dialled:
+    """A client that has authenticated."""
+    connection = dial(url, ca=ca, timeout=PATIENCE)
+    connection.send(request("auth", token=token(client_id), protocol=1))
+    _expect(connection, "auth_ok")
+    return connection
+
+
+def _expect(connection: Dialled, kind: str) -> dict[str, Any]:
+    deadline = time.monotonic() + PATIENCE
+    while (found := connection.receive(deadline - time.monotonic())) is not None:
+        if found["type"] == kind:
+            return found
+        if found["type"].endswith("error"):
+            raise Disconnected(str(found.get("code")))
+    raise Disconnected(f"closed with {connection.code}")
+
+
+def _stream(target: Target, url: str, pipe: Any, over: Any) -> None:
+    """Publish, and take the time until each message comes back to another connection."""
+    with _authority(target) as ca:
+        publisher, subscriber = _enter(url, ca, "publisher"), _enter(url, ca, "subscriber")
+        subscriber.send(request("subscribe", pattern=CHANNEL))
+        _expect(subscriber, "subscribed")
+        times: list[float] = []
+        latencies: dict[int, float] = {}
+        refused: list[tuple[float, str]] = []
+        disorder, last = 0, -1
+
+        def take(connection: Dialled, until: float) -> None:
+            nonlocal disorder, last
+            while True:
+                try:
+                    found = connection.receive(until - time.monotonic())
+                except TimeoutError:
+                    return
+                now = time.monotonic()
+                if found is None:
+                    refused.append((now, f"closed with {connection.code}"))
+                    raise EOFError
+                if found["type"] == "message":
+                    number = found["payload"]["n"]
+                    disorder += number <= last
+                    last = max(last, number)
+                    latencies.setdefault(number, now - times[number])
+                elif found["type"].endswith("error"):
+                    refused.append((now, found["code"]))
+                if until <= now:
+                    return
+
+        pipe.send("ready")
+        with contextlib.suppress(EOFError):
+            due = time.monotonic()
+            for number in itertools.count():
+                if over.is_set():
+                    break
+                times.append(time.monotonic())
+                publisher.send(request("publish", channel=CHANNEL, payload={"n": number}, id=number))
+                due = max(due + 1 / RATE, times[-1])
+                take(publisher, time.monotonic())
+                take(subscriber, due)
+            deadline = time.monotonic() + PATIENCE
+            while len(latencies) < len(times) and time.monotonic() < deadline:
+                take(subscriber, time.monotonic() + 0.1)
+            take(publisher, time.monotonic())
+        pipe.send(([Sent(at, latencies.get(number)) for number, at in enumerate(times)], refused, disorder))
+
+
+def _visit(target: Target, url: str, pipe: Any, over: Any) -> None:
+    """Come, resume, ask for history, publish over HTTP, and go; again and again."""
+    visits: list[Visit] = []
+    with _authority(target) as ca:
+        # What is there to resume from, and to read.
+        with contextlib.closing(_enter(url, ca, "visitor")) as first:
+            for number in range(20):
+                first.send(request("publish", channel=QUIET, payload=number, id=number))
+            seq = 0
+            for _ in range(20):
+                seq = _expect(first, "published")["seq"]
+        pipe.send("ready")
+        for _ in pace(VISITS):
+            if over.is_set():
+                break
+            began, step = time.monotonic(), STEPS[0]
+            connection = None
+            try:
+                for step in STEPS:
+                    began = time.monotonic()
+                    if step == "connect":
+                        connection = _enter(url, ca, "visitor")
+                    elif step == "resume":
+                        assert connection is not None
+                        head = connection_head(connection)
+                        connection.send(request("subscribe", pattern=QUIET, since=max(seq, head - 50)))
+                        _expect(connection, "live")
+                    elif step == "history":
+                        assert connection is not None
+                        connection.send(request("history", pattern=QUIET, limit=10, id=1))
+                        _expect(connection, "history")
+                    else:
+                        _post(target)
+                    visits.append(Visit(began, step, time.monotonic() - began))
+            except (Disconnected, OSError, TimeoutError, http.client.HTTPException) as error:
+                visits.append(Visit(began, step, None, str(error) or type(error).__name__))
+            finally:
+                if connection is not None:
+                    connection.close()
+        pipe.send(visits)
+
+
+def connection_head(connection: Dialled) -> int:
+    """The log's head, as a `ping` is told of it."""
+    connection.send(request("ping", seq=1))
+    return int(_expect(connection, "head")["seq"])
+
+
+def _post(target: Target) -> None:
+    """Publish a message over HTTP."""
+    if target.tls:
+        context = ssl.create_default_context(cadata=target.ca)
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "127.0.0.1", target.port, timeout=PATIENCE, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        body = json.dumps({"channel": "honest.posted", "payload": 1})
+        connection.request("POST", "/publish", body, {"Authorization": f"Bearer {token('poster')}"})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status != 200:
+            raise Disconnected(f"HTTP {answer.status}")
+
+
+# Load
+
+
+def fill(target: Target, count: int) -> None:
+    """Put so many small messages into the log."""
+    if not count:
+        return
+    peer = WebSocketPeer(target, sign(SECRET, client_id="filler", grants=Grants.ALL))
+    for start in range(0, count, 500):
+        numbers = range(start, min(start + 500, count))
+        lines = [
+            request("publish", channel=f"noise.fill{n % 100}", payload=n, id=n, ack=n == numbers[-1]) for n in numbers
+        ]
+        peer.send(frame(b"".join(lines)))
+        peer.wait_for(b'"id":%d' % numbers[-1])
+    peer.close()
+
+
+@contextlib.contextmanager
+def load(target: Target, kind: str, rate: float, connections: int) -> Iterator[None]:
+    """As much of honest clients' work as an attack was: `rate` bytes, packets, or connections a second."""
+    running: list[multiprocessing.process.BaseProcess] = []
+    if kind:
+        share = min(connections, 4)
+        for _ in range(share):
+            process = processes.Process(target=_LOADS[kind], args=(target, max(rate / share, 1.0)), daemon=True)
+            process.start()
+            running.append(process)
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+
+
+def _load_bytes(target: Target, rate: float) -> None:
+    """Publish over a WebSocket, several messages in a frame."""
+    peer = WebSocketPeer(target, token("load"))
+    numbers = itertools.count()
+    size = MESSAGES_IN_FRAME * LOAD_MESSAGE
+    for _ in pace(rate / size):
+        lines = [_message(next(numbers)) for _ in range(MESSAGES_IN_FRAME)]
+        peer.send(frame(b"".join(lines)))
+        peer.drain()
+
+
+def _load_requests(target: Target, rate: float) -> None:
+    """Publish over HTTP, several messages in a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
+    message = {"channel": "honest.load", "payload": "x" * LOAD_MESSAGE}
+    body = json.dumps([message] * MESSAGES_IN_FRAME)
+    for _ in pace(rate / len(body)):
+        connection.request("POST", "/publish", body, {"Authorization": f"Bearer {token('load')}"})
+        answer = connection.getresponse()
+        answer.read()
+        target.tally.sent(len(body))
+
+
+def _load_packets(target: Target, rate: float) -> None:
+    """Publish over WebTransport, a message in a packet."""
+    peer = QuicPeer(target, token("load"))
+    for number, _ in enumerate(pace(rate)):
+        if peer.connection.writable(peer.stream):
+            peer.connection.send(peer.stream, _message(number))
+        peer.turn(0)
+
+
+def _load_connections(target: Target, rate: float) -> None:
+    """Connect, authenticate, and leave."""
+    for _ in pace(rate):
+        WebSocketPeer(target, token("load")).close()
+        target.tally.sent(0)
+
+
+def _message(number: int) -> bytes:
+    return request("publish", channel="honest.load", payload="x" * (LOAD_MESSAGE - 100), id=number, ack=False)
+
+
+_LOADS = {
+    "bytes": _load_bytes,
+    "requests": _load_requests,
+    "packets": _load_packets,
+    "connections": _load_connections,
+}

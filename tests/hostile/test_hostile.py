@@ -1,0 +1,63 @@
+"""Beside each attack an honest client gets all of its messages in order, and nothing stays of the attack.
+
+How long that takes is measured by `python -m tests.hostile`, and says nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from tests.hostile.__main__ import ATTACKS, table
+from tests.hostile.broker import ROOT
+from tests.postgres.server import execute, to_database
+
+STOOD = [name for name, attack in ATTACKS.items() if attack.stands and not attack.drains]
+
+
+class Outcomes:
+    """What a program says of one attack after the other."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self._lines = lines
+        self._found: dict[str, list[str]] = {}
+
+    def wait(self, name: str) -> list[str]:
+        """What was wrong with this one."""
+        while name not in self._found:
+            line = self._lines.readline()
+            assert line, "the program has ended"
+            done, faults = json.loads(line)
+            self._found[done] = faults
+        return self._found[name]
+
+
+@pytest.fixture(scope="module")
+def outcomes(postgres_server: str) -> Iterator[Outcomes]:
+    maintenance, name = to_database(postgres_server, "postgres"), f"catbus_hostile_{os.getpid()}"
+    execute(maintenance, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
+    url = to_database(postgres_server, name)
+    command = [sys.executable, "-m", "tests.hostile", "--short", "--database", url]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        try:
+            yield Outcomes(program.stdout)
+        finally:
+            program.terminate()
+    execute(maintenance, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_documentation_lists_every_attack() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    assert "\n".join(table(ATTACKS.values())) in text
+
+
+@pytest.mark.parametrize("name", STOOD)
+def test_broker_stands(outcomes: Outcomes, name: str) -> None:
+    assert outcomes.wait(name) == []
