@@ -151,9 +151,10 @@ class Conversation:
 
     # What comes in
 
-    def receive(self, data: bytes, stream: int = MAIN, ended: bool = False) -> None:
+    def receive(self, data: bytes, stream: int = MAIN, ended: bool = False, reset: bool = False) -> None:
         """Understand more bytes of a stream, which may be its last, or a datagram.
 
+        `reset`: the broker has given the stream up, and says on the session's stream that its subscription has ended.
         Raises `PeerError` with `close` when the broker makes no sense.
         """
         if self.lost is not None:
@@ -183,7 +184,9 @@ class Conversation:
                 about(self, message, lane)
             elif message is not None:
                 _HANDLERS[type(message)](self, message)
-        if ended:
+        if reset:
+            self._subscriptions.forsake(self._lanes.pop(stream))
+        elif ended:
             del self._lanes[stream]
             if routes or lane.fresh:
                 raise PeerError(Code.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
@@ -292,7 +295,7 @@ _OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], object]] = {
 _HANDLERS: dict[type, Callable[[Conversation, Any], object]] = {
     wire.AuthOk: Conversation._auth_ok,
     wire.AuthError: Conversation._auth_error,
-    wire.Unsubscribed: lambda self, reply: self._subscriptions.unsubscribed(reply),
+    wire.Unsubscribed: lambda self, reply: self._subscriptions.unsubscribed(reply, self),
     wire.SubscribeError: lambda self, reply: self._subscriptions.refused(reply),
     wire.Published: Conversation._published,
     wire.PublishError: Conversation._publish_error,

@@ -156,8 +156,24 @@ class Switchboard:
             inbox.lane = lane
             inbox.begin(reply.seq, lane.epoch)
 
-    def unsubscribed(self, reply: wire.Unsubscribed) -> None:
-        self._answered(reply.id)
+    def unsubscribed(self, reply: wire.Unsubscribed, desk: Desk) -> None:
+        """The broker ends a subscription: as it was asked to, or because its own stream was not read for too long.
+
+        One that is still wanted then goes on from where it stands.
+        """
+        if reply.id is not None:
+            self._answered(reply.id)
+            return
+        inbox = self._inboxes.get(reply.pattern)
+        if inbox is not None and inbox.phase is Phase.HELD and desk is self._desk:
+            if inbox.lane is None or inbox.lane.connection is desk:
+                self._unroute(inbox)
+                self._ask(inbox)
+
+    def forsake(self, lane: Lane) -> None:
+        """The broker sends nothing more on a stream; `unsubscribed` says what comes of its subscription."""
+        for inbox in {*lane.routes.values(), *lane.fresh.values()}:
+            self._unroute(inbox)
 
     def refused(self, reply: wire.SubscribeError) -> None:
         inbox = self._answered(reply.id)

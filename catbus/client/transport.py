@@ -18,11 +18,12 @@ DATAGRAM = -1
 
 
 class Chunk(NamedTuple):
-    """Bytes as they came, cut anywhere; which stream they are of; and whether they are its last."""
+    """Bytes as they came, cut anywhere; which stream they are of; whether they are its last, or the rest was given up."""
 
     data: bytes
     stream: int = MAIN
     ended: bool = False
+    reset: bool = False
 
 
 class Transport(Protocol):

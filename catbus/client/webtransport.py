@@ -250,7 +250,7 @@ class WebTransport:
                 self._connection.stop_sending(event.stream, 0)
                 self._connection.reset(event.stream, 0)
             case StreamReset() if event.stream % 4 == _SERVER_UNIDIRECTIONAL:
-                self._take(Chunk(b"", event.stream, ended=True))
+                self._take(Chunk(b"", event.stream, reset=True))
             case Datagram() if self._datagrams < DATAGRAMS:
                 self._datagrams += 1
                 self._take(Chunk(event.data, DATAGRAM))

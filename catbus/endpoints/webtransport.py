@@ -23,7 +23,7 @@ CLOSING_TIME = 2.0
 LEAVING_TIME = 6.0
 """Seconds for the end of the session to arrive; the connection itself gives up before that."""
 STALL_TIME = 60.0
-"""Seconds that a peer may take nothing of what waits for it."""
+"""Seconds that a peer may take nothing of what waits for it on a stream."""
 
 PORTION = 65_536
 """About how many bytes leave a mailbox at a time, while the connection takes more."""
@@ -35,6 +35,7 @@ REFUSED = 1
 """The code with which a stream that means nothing to us is refused."""
 
 FAULT = CloseCode.INTERNAL, "internal error"
+UNREAD = "nothing was read for a minute"
 
 logger = get_logger("catbus.endpoints")
 
@@ -42,7 +43,7 @@ logger = get_logger("catbus.endpoints")
 class Lane:
     """The outlet of one mailbox: a stream, which the client opens for the session and we for a subscription."""
 
-    __slots__ = ("_flush", "ending", "mailbox", "on_stopped", "stream")
+    __slots__ = ("_flush", "acknowledged", "ending", "mailbox", "moved", "on_stopped", "over", "sent", "stream")
 
     mailbox: Mailbox
 
@@ -50,6 +51,13 @@ class Lane:
         self.stream: int | None = None
         self.ending = False
         """Whether the stream ends after what the mailbox holds."""
+        self.over = False
+        """Whether all that the mailbox held has been handed over, and the end."""
+        self.sent = 0
+        self.acknowledged = 0
+        """How many of the bytes that were sent the peer is known to have taken, as `check` found it."""
+        self.moved = trio.current_time()
+        """When that last changed, or nothing was waiting."""
         self.on_stopped: Callable[[Mailbox], None] | None = None
         self._flush = flush
 
@@ -65,7 +73,6 @@ class Conversation:
     """
 
     __slots__ = (
-        "_acknowledged",
         "_blocked",
         "_client",
         "_connection",
@@ -81,7 +88,6 @@ class Conversation:
         "_news",
         "_on_fault",
         "_room",
-        "_sent",
         "_spacer",
         "_transmit",
     )
@@ -99,7 +105,7 @@ class Conversation:
         self._on_fault = on_fault
         self._main = Lane(self._flush)
         self._lanes: dict[int, Lane] = {}
-        """Those of subscriptions, by their streams, until all of theirs has been handed over."""
+        """Those of subscriptions, by their streams, until the peer has all of theirs."""
         self._blocked: dict[Lane, None] = {}
         """Those whose mailboxes hold what the connection did not take, the longest waiting first."""
         self._datagrams = False
@@ -114,9 +120,8 @@ class Conversation:
         self._lost = trio.Event()
         self._news = trio.Event()
         self._room = trio.lowlevel.ParkingLot()
-        self._sent = 0
-        self._acknowledged = -1
         self._moved = trio.current_time()
+        """When the peer last took something, of any stream."""
         self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self)
         self._main.mailbox = self._client.mailbox
 
@@ -173,7 +178,7 @@ class Conversation:
             self._room.unpark_all()
 
     def _stopped(self, lane: Lane) -> None:
-        """The peer does not want the rest of a stream of ours."""
+        """The peer gets no more of a stream of ours, because it does not want it or does not read it."""
         lane.stream = None
         lane.mailbox.take()
         self._blocked.pop(lane, None)
@@ -204,7 +209,7 @@ class Conversation:
     def end_stream(self, mailbox: Mailbox) -> None:
         lane = mailbox.outlet
         assert isinstance(lane, Lane)
-        if lane.stream is None:
+        if lane.stream is None or lane.ending:
             return
         lane.ending = True
         if not mailbox:
@@ -243,7 +248,7 @@ class Conversation:
             return False
         if mailbox.protocol is Protocol.FIRST:
             return self._fill_spaced(lane)
-        before = self._sent
+        before = lane.sent
         while stream is not None and self._connection.writable(stream):
             items = mailbox.take(PORTION)
             if lane is self._main and self._spacer:
@@ -251,7 +256,7 @@ class Conversation:
                 items = [*self._spacer.clear(), *items]
             if items:
                 lines = join_lines(items)
-                self._sent += len(lines)
+                lane.sent += len(lines)
                 self._connection.send(stream, lines, lane.ending and not mailbox)
             if not mailbox:
                 self._blocked.pop(lane, None)
@@ -260,7 +265,7 @@ class Conversation:
                 break
         if mailbox or mailbox.awaited:
             self._blocked[lane] = None
-        if self._sent == before:
+        if lane.sent == before:
             return False
         self._room.unpark_all()
         return True
@@ -277,25 +282,44 @@ class Conversation:
                 del self._blocked[lane]
             return False
         self._connection.send(stream, line)
-        self._sent += len(line)
+        lane.sent += len(line)
         self._room.unpark_all()
         return True
 
     def _over(self, lane: Lane) -> None:
-        """All of it has been handed over."""
-        if lane.stream is not None:
-            self._lanes.pop(lane.stream, None)
-            lane.stream = None
+        """All of it has been handed over. The peer may leave it unread yet."""
+        lane.over = True
 
     def check(self, now: float) -> None:
-        """Give up a peer that takes nothing of what waits for it."""
-        unacknowledged = self._connection.unacknowledged()
-        acknowledged = self._sent - unacknowledged
-        if acknowledged > self._acknowledged or not (unacknowledged or self._blocked):
-            self._acknowledged, self._moved = acknowledged, now
-        elif now - self._moved >= STALL_TIME:
+        """Give up the streams of which the peer takes nothing, or the session when it takes nothing at all."""
+        stalled: list[int] = []
+        for stream, lane in list(self._lanes.items()):
+            if self._is_stalled(lane, now):
+                stalled.append(stream)
+            elif lane.over and not self._connection.unacknowledged(stream):
+                del self._lanes[stream]
+        waits = self._main.stream is not None and self._is_stalled(self._main, now)
+        # Streams that are not read can hold the window of the whole connection, so that others have not even begun.
+        for stream in [one for one in stalled if self._lanes[one].acknowledged > 0] or stalled:
+            logger.info("a client does not read a subscription's stream", seconds=STALL_TIME)
+            self._connection.reset(stream, CloseCode.UNRESPONSIVE)
+            self._stopped(self._lanes.pop(stream))
+        if stalled:
+            for lane in (self._main, *self._lanes.values()):
+                lane.moved = now
+        elif waits and now - self._moved >= STALL_TIME:
             logger.info("a client does not read", seconds=STALL_TIME)
-            self._connection.close("nothing was read")
+            self._connection.close_session(CloseCode.UNRESPONSIVE, UNREAD, now)
+
+    def _is_stalled(self, lane: Lane, now: float) -> bool:
+        unacknowledged = self._connection.unacknowledged(lane.stream)
+        acknowledged = lane.sent - unacknowledged
+        if acknowledged > lane.acknowledged:
+            lane.acknowledged = acknowledged
+            lane.moved = self._moved = now
+        elif not (unacknowledged or lane in self._blocked):
+            lane.moved = now
+        return now - lane.moved >= STALL_TIME
 
     def stop(self) -> None:
         """The endpoint is about to end."""

@@ -58,7 +58,8 @@ class Streams(Interface):
     def open_stream(self, on_stopped: Callable[[Mailbox], None]) -> Mailbox | None:
         """A mailbox whose content goes over a stream of its own; None when the peer allows no more of them.
 
-        `on_stopped` is called with it when the peer does not want the rest. Then nothing of it is sent any more.
+        `on_stopped` is called with it when the peer does not want the rest, or has taken nothing of it for too long.
+        Then nothing of it is sent any more.
         """
 
     def end_stream(self, mailbox: Mailbox) -> None:
@@ -310,7 +311,7 @@ class Client:
         self._end_stream(subscription)
 
     def _stopped(self, pattern: str, own: Mailbox) -> None:
-        """The peer has stopped a subscription's own stream, by which it unsubscribes."""
+        """A subscription's own stream was stopped by the peer, or given up as unread; the subscription ends with it."""
         if pattern in self._subscriptions and self._subscriptions[pattern].mailbox is own:
             self._take_out(pattern)
             self.session.left(wire.Unsubscribe(pattern), self._hub.delivery.position)

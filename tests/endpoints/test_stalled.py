@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,10 +16,11 @@ import catbus.endpoints.webtransport as webtransport_module
 from catbus.auth import Authenticator
 from catbus.broker import OWNER
 from catbus.endpoints.router import PING_INTERVAL
-from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, Conversation
+from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, UNREAD, Conversation
+from catbus.errors import CloseCode
 from catbus.hub import Hub
 from catbus.log import MemoryLog
-from catbus.webtransport import ConnectionLost, Limits
+from catbus.webtransport import ConnectionLost, Limits, SessionClosed, StreamReset
 from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.peers import patience
@@ -32,8 +34,7 @@ START = 1000.0
 class Pair:
     """A conversation and its peer, which acknowledges every packet and pings, and takes what it wants."""
 
-    def __init__(self, hub: Hub) -> None:
-        limits = Limits(connection_window=4 * WINDOW, stream_window=WINDOW, unidirectional=20)
+    def __init__(self, hub: Hub, limits: Limits) -> None:
         self.hub = hub
         self.link = Link(client=client_config(limits))
         self.link.open()
@@ -75,19 +76,32 @@ class Pair:
             self.link.flush()
             await wait_all_tasks_blocked()
 
+    def lines(self, stream: int) -> list[dict[str, Any]]:
+        """What has come whole on a stream."""
+        return [json.loads(line) for line in bytes(self.link.client.received[stream]).split(b"\n")[:-1]]
+
+    @property
+    def resets(self) -> list[StreamReset]:
+        return self.link.client.saw(StreamReset)
+
     def seqs(self) -> list[int]:
         """Of the messages that it has got whole, on any stream."""
         lines = [line for data in self.link.client.received.values() for line in data.split(b"\n")[:-1]]
         told = [json.loads(line) for line in lines]
         return [line["seq"] for line in told if line["type"] == "message"]
 
-    async def publish(self, *sizes: int) -> None:
+    async def publish(self, *sizes: int, channel: str = "a.b") -> None:
         payloads = [msgspec.Raw(b'"%b"' % (b"x" * size)) for size in sizes]
-        await self.hub.publish(OWNER, [Publish("a.b", payload) for payload in payloads])
+        await self.hub.publish(OWNER, [Publish(channel, payload) for payload in payloads])
+
+
+LIMITS = Limits(connection_window=4 * WINDOW, stream_window=WINDOW, unidirectional=20)
 
 
 @asynccontextmanager
-async def conversing(clock: MockClock, *, total: int = 1 << 28, **subscribe: object) -> AsyncIterator[Pair]:
+async def conversing(
+    clock: MockClock, *, total: int = 1 << 28, credit: Limits = LIMITS, **subscribe: object
+) -> AsyncIterator[Pair]:
     limits = msgspec.structs.replace(CONFIG.limits, mailbox_total=total)
     hub = Hub(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
     with patience():
@@ -96,7 +110,7 @@ async def conversing(clock: MockClock, *, total: int = 1 << 28, **subscribe: obj
             nursery.start_soon(hub.delivery.run)
             nursery.start_soon(hub.flusher.run)
             clock.jump(START - trio.current_time())
-            pair = Pair(hub)
+            pair = Pair(hub, credit)
             nursery.start_soon(pair.conversation.run)
             pair.say(type="auth", token=TOKEN, protocol=1)
             pair.say(type="subscribe", pattern="a.*", **subscribe)
@@ -107,11 +121,10 @@ async def conversing(clock: MockClock, *, total: int = 1 << 28, **subscribe: obj
             nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("waiting", [3, 100])
-async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock, waiting: int, stream: bool) -> None:
+async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock, waiting: int) -> None:
     """With the less of the two, all that waits is in the connection, and the mailbox is empty."""
-    async with conversing(autojump_clock, stream=stream) as pair:
+    async with conversing(autojump_clock) as pair:
         pair.link.client.consumes = False
         began = trio.current_time()
         for _ in range(waiting):
@@ -119,8 +132,119 @@ async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock,
         await pair.pass_time(3 * STALL_TIME)
         assert pair.lost
         assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 2 * PING_INTERVAL / 4
+        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
         assert not pair.hub.clients
         assert pair.hub.delivery.statistics().held == 0
+
+
+@pytest.mark.parametrize("waiting", [3, 100])
+async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, waiting: int) -> None:
+    async with conversing(autojump_clock, stream=True) as pair:
+        pair.say(type="subscribe", pattern="main.*")
+        await pair.pass_time(5)
+        pair.link.client.consumes = False
+        for _ in range(waiting):
+            await pair.publish(10_000)
+        [own] = pair.link.client.received.keys() - {pair.stream}
+        await pair.pass_time(STALL_TIME - 5)
+        assert not pair.resets
+        await pair.pass_time(15)
+        assert pair.resets == [StreamReset(own, CloseCode.UNRESPONSIVE)]
+        last = pair.lines(pair.stream)[-1]
+        assert last == {"type": "unsubscribed", "pattern": "a.*", "seq": waiting}
+        assert pair.hub.delivery.statistics().held == 0
+        # The session goes on, and the subscription where it stood.
+        await pair.pass_time(10 * STALL_TIME)
+        pair.link.client.consumes = True
+        pair.link.client.it.consumed(pair.stream, 1 << 20)
+        await pair.publish(10, channel="main.b")
+        heard = [line["seq"] for line in pair.lines(own) if line["type"] == "message"]
+        pair.say(type="subscribe", pattern="a.*", since=max(heard, default=0), stream=True)
+        await pair.pass_time(50 * PING_INTERVAL)
+        assert not pair.lost
+        assert sorted(pair.seqs()) == list(range(1, waiting + 2))
+
+
+async def test_many_streams_that_are_not_read_end_together(autojump_clock: MockClock) -> None:
+    """They hold the window of the whole connection, so that the session's stream stands still with them."""
+    async with conversing(autojump_clock, stream=True) as pair:
+        patterns = [f"p{number}.*" for number in range(12)]
+        for pattern in patterns:
+            pair.say(type="subscribe", pattern=pattern, stream=True)
+        pair.say(type="subscribe", pattern="main.*")
+        await pair.pass_time(5)
+        pair.link.client.consumes = False
+        for number in range(12):
+            await pair.publish(10_000, 10_000, channel=f"p{number}.x")
+        await pair.pass_time(5)
+        await pair.publish(1000, channel="main.x")
+        await pair.pass_time(STALL_TIME - 10)
+        assert "message" not in [line["type"] for line in pair.lines(pair.stream)]
+        pair.link.client.consumes = True
+        pair.link.client.it.consumed(pair.stream, 1 << 20)
+        await pair.pass_time(4 * STALL_TIME)
+        assert not pair.lost
+        lines = pair.lines(pair.stream)
+        ended = [line["pattern"] for line in lines if line["type"] == "unsubscribed"]
+        assert len(pair.resets) == len(set(ended)) == len(ended) >= 3
+        assert [line["pattern"] for line in lines if line["type"] == "message"] == ["main.*"]
+        # Those that only had to wait for the others have all of theirs.
+        got = [
+            line["pattern"]
+            for stream in pair.link.client.received
+            for line in pair.lines(stream)
+            if line["type"] == "message" and line["pattern"] in patterns
+        ]
+        assert {pattern for pattern in patterns if got.count(pattern) == 2} >= set(patterns) - set(ended)
+        assert pair.hub.delivery.statistics().live == 14 - len(ended)
+
+
+async def test_a_stream_that_is_over_and_not_read_ends_alone(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, stream=True) as pair:
+        pair.link.client.consumes = False
+        await pair.publish(10_000, 10_000)
+        pair.say(type="unsubscribe", pattern="a.*", id=1)
+        await pair.pass_time(3 * STALL_TIME)
+        assert [reset.code for reset in pair.resets] == [CloseCode.UNRESPONSIVE]
+        assert not pair.lost
+        assert pair.link.server.it.unacknowledged() == 0
+
+
+async def test_a_session_is_not_read_while_a_stream_is(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, stream=True) as pair:
+        pair.say(type="subscribe", pattern="main.*")
+        await pair.pass_time(5)
+        [own] = pair.link.client.received.keys() - {pair.stream}
+        pair.link.client.consumes = False
+        await pair.publish(10_000, 10_000, channel="main.x")
+        for _ in range(8):
+            await pair.publish(10_000)
+            await pair.pass_time(STALL_TIME / 2)
+            pair.link.client.it.consumed(own, 1 << 20)
+        assert not pair.lost
+        assert not pair.resets
+        await pair.pass_time(3 * STALL_TIME)
+        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
+
+
+async def test_a_peer_without_credit_for_streams_hears_on_that_of_the_session(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, credit=Limits(unidirectional=3), stream=True) as pair:
+        await pair.publish(100)
+        await pair.pass_time(3 * STALL_TIME)
+        assert pair.link.client.received.keys() == {pair.stream}
+        subscribed = next(line for line in pair.lines(pair.stream) if line["type"] == "subscribed")
+        assert "stream" not in subscribed
+        assert pair.seqs() == [1]
+
+
+async def test_datagrams_that_nobody_takes_harm_nothing(autojump_clock: MockClock) -> None:
+    async with conversing(autojump_clock, stream=True, datagrams=True) as pair:
+        pair.link.client.consumes = False
+        for _ in range(200):
+            await pair.hub.publish(OWNER, [Publish("a.b", msgspec.Raw(b"1"), ephemeral=True)])
+        await pair.pass_time(3 * STALL_TIME)
+        assert not pair.lost
+        assert not pair.resets
 
 
 async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockClock) -> None:

@@ -491,6 +491,8 @@ class Link {
         return this.#answer(object);
       }
       case 'unsubscribed':
+        if (object.id === undefined) return this.#client.dropped(this, object.pattern);
+        return this.#answer(object);
       case 'history':
         return this.#answer(object);
       case 'subscribe_error':
@@ -531,6 +533,7 @@ class Link {
  * @property {(link: Link, message: any, stream: Stream | undefined) => void} deliver
  * @property {(link: Link, mark: any, stream: Stream | undefined) => void} mark
  * @property {(link: Link, feed: Feed, answer: any, stream: Stream | undefined) => void} joined
+ * @property {(link: Link, pattern: string) => void} dropped
  * @property {(link: Link, answer: any) => void} settled
  * @property {(link: Link, goaway: any) => void} sentAway
  * @property {(link: Link, why: Disconnected) => void} ended
@@ -639,6 +642,7 @@ export class CatbusClient {
       deliver: (link, message, stream) => this.#deliver(link, message, stream),
       mark: (link, mark, stream) => this.#mark(link, mark, stream),
       joined: (link, feed, answer, stream) => this.#joined(link, feed, answer, stream),
+      dropped: (link, pattern) => this.#dropped(link, pattern),
       settled: (link, answer) => this.#settled(link, answer),
       sentAway: (link, goaway) => this.#sentAway(link, goaway),
       ended: (link, why) => this.#forget(link, why),
@@ -1121,6 +1125,19 @@ export class CatbusClient {
       feed.cursor = answer.seq;
       feed.epoch = answer.epoch;
     }
+  }
+
+  /**
+   * The broker has ended a subscription whose own stream was not read for too long (a page may be frozen): it goes on
+   * from its cursor.
+   *
+   * @type {LinkOwner['dropped']}
+   */
+  #dropped(link, pattern) {
+    const feed = this.#feeds.get(pattern);
+    if (!feed || feed.link !== link || feed.paused) return;
+    feed.link = feed.stream = undefined;
+    this.#takeUp(link, feed);
   }
 
   /** @param {Feed} feed */
