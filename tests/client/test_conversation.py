@@ -612,6 +612,42 @@ def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> N
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
+GIVEN_UP = {"type": "unsubscribed", "pattern": "a.*", "seq": 110}
+
+
+@pytest.mark.parametrize("told_first", [False, True])
+def test_a_subscription_whose_stream_was_given_up_goes_on_where_it_stood(told_first: bool) -> None:
+    conversation = begin()
+    inbox = conversation.subscribe("a.*", None, None, 10, stream=True)
+    conversation.receive(lines(subscribed(100, 1), message(101)) + b'{"type": "mess', 7)
+    sent(conversation)
+    if told_first:
+        conversation.receive(lines(GIVEN_UP))
+        conversation.receive(b"", 7, reset=True)
+    else:
+        conversation.receive(b"", 7, reset=True)
+        assert sent(conversation) == []
+        conversation.receive(lines(GIVEN_UP))
+    again = {"type": "subscribe", "pattern": "a.*", "since": 101, "epoch": EPOCH, "stream": True, "id": 2}
+    assert sent(conversation) == [again]
+    conversation.receive(lines(subscribed(110, 2), message(102)), 11)
+    assert seqs(inbox) == [101, 102]
+    assert phase(inbox) is Phase.HELD
+
+
+def test_a_subscription_that_is_not_wanted_any_more_is_not_asked_for_when_its_stream_is_given_up() -> None:
+    conversation = begin()
+    away = conversation.subscribe("a.*", None, None, 1, stream=True)
+    conversation.receive(lines(subscribed(100, 1), message(101)), 7)
+    conversation.subscriptions.suspend(away)
+    sent(conversation)
+    conversation.receive(lines(GIVEN_UP))
+    conversation.receive(b"", 7, reset=True)
+    conversation.receive(lines(GIVEN_UP | {"pattern": "nobodys.*"}))
+    assert sent(conversation) == []
+    assert phase(away) is Phase.AWAY
+
+
 def test_an_answer_that_names_another_pattern_leads_nowhere_else() -> None:
     conversation = begin()
     inbox = conversation.subscribe("a.*", None, None, 10)

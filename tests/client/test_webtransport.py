@@ -622,6 +622,23 @@ async def test_streams_and_datagrams_of_the_servers_are_told_apart() -> None:
         assert ended == {second}
 
 
+async def test_a_stream_that_the_server_gives_up_is_no_end_of_it() -> None:
+    async def script(peer: StreamPeer) -> None:
+        await peer.read()
+        stream = peer.connection.open_stream(bidirectional=False)
+        assert stream is not None
+        peer.connection.reset(stream, 4508)
+        await peer.write(b"still here")
+
+    async with dial(script) as (transport, _):
+        await transport.send(b"hello")
+        chunks = [await transport.receive() for _ in range(2)]
+        assert Chunk(b"still here") in chunks
+        assert [(chunk.data, chunk.ended, chunk.reset) for chunk in chunks if chunk.stream != MAIN] == [
+            (b"", False, True)
+        ]
+
+
 async def test_more_datagrams_than_anybody_takes_are_dropped() -> None:
     async with dial(echo) as (transport, _):
         for number in range(2 * DATAGRAMS):
