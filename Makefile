@@ -24,7 +24,7 @@ help:
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
-test: lint types $(venv)/programs $(venv)/javascript
+test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
 	$(bin)/python -m pytest
 
 lint: $(venv)/installed-test
@@ -102,15 +102,30 @@ $(venv)/javascript: $(venv)/made clients/javascript/package-lock.json
 		npm ci --silent --no-audit --no-fund --prefix clients/javascript && touch $@; \
 	fi
 
-# The distribution's Chromium, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.
+# WebTransport libraries of others, which need Python 3.12. Where there is none, the tests that use them say so.
+$(venv)/installed-foreign: $(venv)/made tests/foreign/requirements.txt
+	@for python in $(bin)/python python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python); do \
+		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -n "$$found" ]; then \
+		echo 'Installing the WebTransport libraries of others for the tests (once) ...'; \
+		rm -rf $(venv)/foreign && $$found -m venv $(venv)/foreign && \
+		$(venv)/foreign/bin/python -m pip --disable-pip-version-check --no-input -qq install --requirement tests/foreign/requirements.txt && \
+		touch $@; \
+	fi
+
+# The distribution's Chromium, Firefox, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile
 	@missing=; \
-	for program in chromium haproxy pgbouncer; do \
+	for program in chromium firefox-esr haproxy pgbouncer; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing="$$missing $$program"; \
 	done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "Installing for the tests (once):$$missing ..."; \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing >/dev/null && missing=; \
+		wanted=$$missing; missing=; apt-get update -qq; \
+		for program in $$wanted; do \
+			apt-get install -y -qq --no-install-recommends $$program >/dev/null || missing="$$missing $$program"; \
+		done; \
 	fi; \
 	if [ -z "$$missing" ]; then touch $@; fi
 

@@ -1,9 +1,10 @@
-"""What some tests drive that is not Python's: programs of the distribution, and what npm has installed."""
+"""What some tests drive that is not of this environment: programs, what npm has installed, another Python."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def find_module(path: str) -> Path:
     found = CLIENT / "node_modules" / path
     if not found.exists():
         raise _missing("npm has installed nothing in clients/javascript: npm ci --prefix clients/javascript")
+    return found
+
+
+def find_foreign_python() -> Path:
+    """The Python that has what `tests/foreign/requirements.txt` names, likewise."""
+    found = Path(sys.prefix) / "foreign" / "bin" / "python"
+    if not found.exists():
+        raise _missing("the WebTransport libraries of others need Python 3.12 or newer: make .venv/installed-foreign")
     return found
 
 

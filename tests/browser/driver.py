@@ -1,42 +1,73 @@
-"""Drives one page of Chromium by lines of JSON on stdin, and answers each on stdout.
-
-A process of its own: Playwright wants an asyncio loop that nobody else has a hand in.
-"""
+"""A real browser for tests on Trio: a process beside this one drives it, by lines of JSON."""
 
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Error, Page, sync_playwright
+import trio
 
-QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+from tests.programs import find_program
 
+HERE = Path(__file__).parent
 
-def main(path: str) -> None:
-    with sync_playwright() as playwright:
-        # Chromium as root has no sandbox.
-        browser = playwright.chromium.launch(
-            executable_path=path, args=[*QUIET, *([] if os.geteuid() else ["--no-sandbox"])]
-        )
-        page = browser.new_page()
-        for line in sys.stdin:
-            try:
-                answer: Any = {"result": carry_out(page, **json.loads(line))}
-            except Error as error:
-                answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
-        browser.close()
+PROGRAMS = {
+    "chromium": ("chromium", "chromium", "chromium-browser", "google-chrome"),
+    "firefox": ("firefox-esr", "firefox-esr", "firefox"),
+}
+"""The package of the distribution that has each, and what its program may be called."""
 
 
-def carry_out(page: Page, what: str, text: str, arguments: list[Any]) -> Any:
-    if what == "goto":
-        page.goto(text)
-        return None
-    return page.evaluate(f"async (args) => {{ {text} }}", arguments)
+class Browser:
+    """One page."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self._process = process
+
+    def open_page(self) -> None:
+        """A new page in the place of the one before, for the next test. Waits without Trio."""
+        self._exchange("open", "", ())
+
+    async def goto(self, url: str) -> None:
+        """Open a page; what is `run` then has the rights of its origin."""
+        await self._ask("goto", url)
+
+    async def run(self, script: str, *arguments: Any) -> Any:
+        """Run the body of an async function of `args`, and return what it returns."""
+        return await self._ask("run", script, *arguments)
+
+    async def _ask(self, what: str, text: str, *arguments: Any) -> Any:
+        return await trio.to_thread.run_sync(self._exchange, what, text, arguments, abandon_on_cancel=True)
+
+    def _exchange(self, what: str, text: str, arguments: tuple[Any, ...]) -> Any:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps({"what": what, "text": text, "arguments": arguments}) + "\n")
+        stdin.flush()
+        line = stdout.readline()
+        assert line, f"{self.name} has gone"
+        answer = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+@contextmanager
+def open_browser(name: str) -> Iterator[Browser]:
+    """Start "chromium" or "firefox", and end it."""
+    command = [sys.executable, str(HERE / f"{name}.py"), find_program(*PROGRAMS[name])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Browser(name, process)
+            # At the end of its input it closes the browser and leaves.
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(20)
+        finally:
+            process.terminate()

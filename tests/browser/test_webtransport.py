@@ -1,4 +1,4 @@
-"""Real Chromium over WebTransport: the certificate by its hash, another replica, own streams, datagrams, the end."""
+"""Real browsers over WebTransport: the certificate by its hash, another replica, own streams, datagrams, the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catbus.endpoints import spacing
 from catbus.endpoints.datagrams import Port
 from catbus.webtransport import configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
-from tests.browser.chromium import open_browser
+from tests.browser.driver import Browser
 
 CONNECT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
@@ -42,10 +42,10 @@ def configuration(state: Path, database: Database | None = None) -> Config:
     )
 
 
-async def test_a_page_publishes_and_hears_another_replica(tmp_path: Path, database_url: str) -> None:
+async def test_a_page_publishes_and_hears_another_replica(browser: Browser, tmp_path: Path, database_url: str) -> None:
     config = configuration(tmp_path, Database(url=database_url))
     with trio.fail_after(90):
-        async with serving(config) as (_, origin), serving(config) as (_, other), open_browser() as browser:
+        async with serving(config) as (_, origin), serving(config) as (_, other):
             await browser.goto(f"{origin}/health")
             hello, subscribed = await browser.run(CONNECT, TOKEN, True)
             assert (hello["type"], hello["client_id"], subscribed["type"]) == ("auth_ok", "alice", "subscribed")
@@ -59,9 +59,9 @@ async def test_a_page_publishes_and_hears_another_replica(tmp_path: Path, databa
             assert (message["seq"], message["channel"]) == (seq, "web.service")
 
 
-async def test_closing_codes_pass_both_ways(tmp_path: Path) -> None:
+async def test_closing_codes_pass_both_ways(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             assert len(broker.hub.clients) == 1
@@ -75,9 +75,9 @@ async def test_closing_codes_pass_both_ways(tmp_path: Path) -> None:
             assert info == [CloseCode.SHUTTING_DOWN, "the replica is stopping"]
 
 
-async def test_150_subscriptions_with_streams_of_their_own(tmp_path: Path) -> None:
+async def test_150_subscriptions_with_streams_of_their_own(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             await browser.run(
@@ -105,9 +105,9 @@ async def test_150_subscriptions_with_streams_of_their_own(tmp_path: Path) -> No
             }
 
 
-async def test_ephemeral_messages_come_as_datagrams(tmp_path: Path) -> None:
+async def test_ephemeral_messages_come_as_datagrams(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             await browser.run("await bus.say({type: 'subscribe', pattern: 'pointer.*', datagrams: true})")
@@ -122,9 +122,9 @@ async def test_ephemeral_messages_come_as_datagrams(tmp_path: Path) -> None:
             assert {message["pattern"] for message in datagrams} == {"pointer.*"}
 
 
-async def test_objects_may_be_cut_anywhere_or_nowhere(tmp_path: Path) -> None:
+async def test_objects_may_be_cut_anywhere_or_nowhere(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             # Three back to back in one write, then one in as many writes as it has bytes; no newline in any of them.
@@ -144,10 +144,12 @@ def swallow(port: Port, most: int) -> list[Any]:
     return []
 
 
-async def test_a_broker_that_vanishes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broker_that_vanishes_is_noticed(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webtransport_configuration, "IDLE_TIMEOUT", 3.0)
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (broker, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             with monkeypatch.context() as silence:
@@ -161,9 +163,9 @@ async def test_a_broker_that_vanishes_is_noticed(tmp_path: Path, monkeypatch: py
                     await trio.sleep(0.05)
 
 
-async def test_a_wrong_token_closes_with_its_code(tmp_path: Path) -> None:
+async def test_a_wrong_token_closes_with_its_code(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
             # What a page has not read when the session closes it never reads: so the closing says all of it again.
             await browser.run(CONNECT, "sub-wrong", False)
@@ -184,11 +186,13 @@ const hear = async () => JSON.parse(new TextDecoder().decode((await reader.read(
 """A client of the first version: what one read brings is one object to it."""
 
 
-async def test_a_first_version_page_reads_one_object_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_first_version_page_reads_one_object_at_a_time(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A machine that is busy with other tests may not let the page read for longer than the broker waits by default.
     monkeypatch.setattr(spacing, "SPACING", (0.5, 0.5))
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
             heard = await browser.run(
                 FIRST_VERSION + "say({type: 'auth', token: args[0]}); say({type: 'subscribe', pattern: 'a.*'});"
@@ -200,10 +204,10 @@ async def test_a_first_version_page_reads_one_object_at_a_time(tmp_path: Path, m
             assert {message["type"] for message in heard[2:]} == {"message", "published", "pong"}
 
 
-async def test_no_object_for_a_first_version_page_is_cut(tmp_path: Path) -> None:
+async def test_no_object_for_a_first_version_page_is_cut(browser: Browser, tmp_path: Path) -> None:
     """The page hears more than its ring buffer of 64 KiB holds, and asks for each object when it has read the last."""
     with trio.fail_after(90):
-        async with serving(configuration(tmp_path)) as (_, origin), open_browser() as browser:
+        async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
             # Only what it has read makes it go on.
             heard = await browser.run(

@@ -1,0 +1,22 @@
+"""Every test of this folder plays in Chromium and in Firefox; each is started once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.browser.driver import PROGRAMS, Browser, open_browser
+
+
+@pytest.fixture(scope="session", params=PROGRAMS)
+def running_browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    with open_browser(request.param) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(running_browser: Browser) -> Browser:
+    """A browser with a page that no other test has had."""
+    running_browser.open_page()
+    return running_browser
