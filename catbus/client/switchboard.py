@@ -165,10 +165,11 @@ class Switchboard:
             self._answered(reply.id)
             return
         inbox = self._inboxes.get(reply.pattern)
-        if inbox is not None and inbox.phase is Phase.HELD and desk is self._desk:
-            if inbox.lane is None or inbox.lane.connection is desk:
-                self._unroute(inbox)
-                self._ask(inbox)
+        if inbox is None or inbox.phase is not Phase.HELD or desk is not self._desk:
+            return
+        if inbox.lane is None or inbox.lane.connection is desk:
+            self._unroute(inbox)
+            self._ask(inbox)
 
     def forsake(self, lane: Lane) -> None:
         """The broker sends nothing more on a stream; `unsubscribed` says what comes of its subscription."""

@@ -18,7 +18,7 @@ DATAGRAM = -1
 
 
 class Chunk(NamedTuple):
-    """Bytes as they came, cut anywhere; which stream they are of; whether they are its last, or the rest was given up."""
+    """Bytes as they came, cut anywhere; their stream; whether they are its last, or it was reset and has no last."""
 
     data: bytes
     stream: int = MAIN

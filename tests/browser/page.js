@@ -15,6 +15,7 @@ const bus = window.bus = {
     lines: [],       // what came on the session's stream
     own: {},         // what came on streams of subscriptions' own, by pattern
     datagrams: [],
+    cancelling: false, // whether to cancel the reader of each such stream that comes, after its first bytes
     say: (...messages) => writer.write(encoder.encode(messages.map((m) => JSON.stringify(m)).join(''))),
     until: async (condition) => {
         while (!condition()) await new Promise((resolve) => setTimeout(resolve, 5));
@@ -40,7 +41,14 @@ const readLines = (readable, take) => {
 };
 const ended = () => {};
 readLines(stream.readable, (line) => bus.lines.push(line)).catch(ended);
-read(session.incomingUnidirectionalStreams, (readable) => {
+read(session.incomingUnidirectionalStreams, async (readable) => {
+    if (bus.cancelling) {
+        const reader = readable.getReader();
+        await reader.read();
+        await reader.cancel();
+        bus.cancelled = true;
+        return;
+    }
     let lines;
     readLines(readable, (line) => {
         if (!lines) lines = bus.own[line.pattern] = [];

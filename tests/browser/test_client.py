@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import pytest
 import trio
 
 import catbus
 from catbus.config import Database, Drain, WebTransport
+from catbus.endpoints import router, webtransport
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
 from tests.browser.test_webtransport import serving
@@ -214,3 +216,45 @@ async def test_a_replica_that_stops_is_left_for_another_without_a_loss(
     assert heard == [[number + 1, number] for number in range(600)]
     assert told["goaways"] == 1
     assert "reconnecting" not in told["states"]
+
+
+FREEZE = """
+    // A page that is frozen, or hangs: nothing is read of any stream until it goes on.
+    const read = ReadableStreamDefaultReader.prototype.read;
+    ReadableStreamDefaultReader.prototype.read = async function () {
+        await window.frozen;
+        return read.call(this);
+    };
+    window.freeze = () => { window.frozen = new Promise((resolve) => { window.thaw = resolve; }); };
+"""
+
+
+async def test_a_subscription_whose_stream_was_not_read_goes_on_where_it_stood(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webtransport, "STALL_TIME", 1.0)
+    monkeypatch.setattr(router, "PING_INTERVAL", 1.0)
+    # So much that no browser takes it all without its page.
+    payload = "x" * 60_000
+    async with open_place(browser, configuration(tmp_path)) as place:
+        await browser.run(FREEZE)
+        await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, PATIENT)
+        await browser.run(SUBSCRIBE, "own.*", {"stream": True})
+        await browser.run("freeze()")
+        published = 0
+        with trio.fail_after(60):
+            while place.broker.hub.delivery.statistics().live:
+                await place.broker.publish("own.x", payload)
+                published += 1
+                await trio.sleep(0.005)
+            # Its stream is given up, and with it the subscription; the session is not.
+            while place.broker.hub.delivery.statistics().late:
+                await trio.sleep(0.05)
+        assert len(place.broker.hub.clients) == 1
+        await browser.run("thaw()")
+        await browser.run(UNTIL % f"heard.length >= {published}")
+        assert await browser.run("return heard.map(([seq]) => seq)") == list(range(1, published + 1))
+        assert await browser.run("return [told.states, told.errors]") == [
+            ["connecting", "authenticating", "connected"],
+            [],
+        ]

@@ -14,7 +14,7 @@ import trio
 import catbus
 from catbus import Broker, CloseCode, Config
 from catbus.config import Database, WebTransport
-from catbus.endpoints import spacing
+from catbus.endpoints import router, spacing, webtransport
 from catbus.endpoints.datagrams import Port
 from catbus.webtransport import configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
@@ -220,3 +220,28 @@ async def test_no_object_for_a_first_version_page_is_cut(browser: Browser, tmp_p
                 TOKEN,
             )
             assert heard == list(range(90))
+
+
+async def test_a_stream_whose_reader_is_cancelled_ends_alone(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chromium says STOP_SENDING then. Firefox says nothing, and takes nothing any more."""
+    monkeypatch.setattr(webtransport, "STALL_TIME", 1.0)
+    monkeypatch.setattr(router, "PING_INTERVAL", 1.0)
+    with trio.fail_after(90):
+        async with serving(configuration(tmp_path)) as (broker, origin):
+            await browser.goto(f"{origin}/health")
+            await browser.run(CONNECT, TOKEN, True)
+            await browser.run("bus.cancelling = true")
+            await browser.run("await bus.say({type: 'subscribe', pattern: 'own.*', stream: true})")
+            await browser.run("await bus.until(() => bus.cancelled)")
+            while len(broker.hub.delivery._readers) > 1:
+                await broker.publish("own.x", "x" * 60_000)
+                await trio.sleep(0.005)
+            line = await browser.run("return await bus.hear()")
+            assert (line["type"], line["pattern"]) == ("unsubscribed", "own.*")
+            seq = await broker.publish("web.page", "still here")
+            while (line := await browser.run("return await bus.hear()"))["type"] != "message":
+                pass
+            assert (line["seq"], line["payload"]) == (seq, "still here")
+            assert len(broker.hub.clients) == 1
