@@ -7,24 +7,12 @@ from collections.abc import Callable, Sequence
 from ..log import Append, Outcome, Rejected
 from ..log.base import UNKNOWN
 
-_APPEND = """
-SELECT at, first, seqs FROM catbus.append($1, $2, {texts},
-    CASE cardinality($6::bytea[]) WHEN 1 THEN array_fill(($6::bytea[])[1], ARRAY[$10::integer]) ELSE $6::bytea[] END,
-    string_to_array($7, ',')::bigint[], {senders},
-    coalesce($8::bytea[], array_fill(NULL::bytea, ARRAY[$10::integer])),
-    CASE cardinality($9::bigint[]) WHEN 1 THEN array_fill(($9::bigint[])[1], ARRAY[$10::integer]) ELSE $9::bigint[] END)
-WHERE pg_postmaster_start_time() = $11
-"""
-_APPEND_LINES = _APPEND.format(
-    texts=r"string_to_array($3, E'\n'), string_to_array($4, E'\n')", senders=r"string_to_array($5, E'\n', E'\x01')"
-)
-_APPEND_ARRAYS = _APPEND.format(texts="$3::text[], $4::text[]", senders="$5::text[]")
+_ARGUMENTS = ", ".join(f"${number}" for number in range(1, 12))
+APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL, NULL, NULL, NULL)"
+APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true, NULL, NULL, NULL, NULL, NULL, NULL)"
+MOVE = "CALL catbus.move_outbox_transaction($1, $2, $3, NULL, NULL, NULL)"
 _NULL = "\x01"
-
-MOVE = "SELECT moved, last, more FROM catbus.move_outbox($1, $2, NULL) WHERE pg_postmaster_start_time() = $3"
-# The time that the append returns is what makes the database call it first.
-_BEHIND = "SELECT a.at, a.first, a.seqs, m.moved, m.last, m.more FROM ({}) AS a, catbus.move_outbox($1, $2, a.at) AS m"
-_APPEND_AND_MOVE = {statement: _BEHIND.format(statement) for statement in (_APPEND_LINES, _APPEND_ARRAYS)}
+"""What stands for a sender that is null, among lines."""
 
 
 class Batch:
@@ -54,12 +42,13 @@ class Batch:
         self.after = after
         self.answered = answered
         """So many from the beginning have had their answer."""
-        self._args: tuple[str, tuple[object, ...]] | None = None
+        self._args: tuple[object, ...] | None = None
 
     def call(self, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         """The statement that appends them, and its arguments from the third on.
 
-        With `move` it then moves messages from the outbox too, and returns three columns more: those of `MOVE`.
+        It returns `at`, `first` and `seqs` of `catbus.append`, and then what `MOVE` returns: with `move` it also moves
+        messages from the outbox.
 
         Columns of text go over as lines: asyncpg looks at every element of an array several times, which took half of
         all the time that an entry cost. No channel or payload has a line break in it, and where one does, or something
@@ -67,10 +56,9 @@ class Batch:
         """
         if self._args is None:
             self._args = self._encode()
-        statement, args = self._args
-        return (_APPEND_AND_MOVE[statement] if move else statement), args
+        return (APPEND_AND_MOVE if move else APPEND), self._args
 
-    def _encode(self) -> tuple[str, tuple[object, ...]]:
+    def _encode(self) -> tuple[object, ...]:
         appends, own, after = self.appends, self.own, self.after
         channels = [append.channel for append in appends]
         senders = [append.sender for append in appends]
@@ -81,14 +69,14 @@ class Batch:
         )
         columns: tuple[object, ...]
         breaks = len(appends) - 1
-        if all(text and text.count("\n") == breaks for text in lines) and _NULL not in senders:
-            statement, columns = _APPEND_LINES, lines
+        if breaks and all(text and text.count("\n") == breaks for text in lines) and _NULL not in senders:
+            columns = tuple([text] for text in lines)
         else:
-            statement, columns = _APPEND_ARRAYS, (channels, [append.payload.decode() for append in appends], senders)
+            columns = channels, [append.payload.decode() for append in appends], senders
         producers = [own if append.producer is None else append.producer for append in appends]
         origins = [append.origin for append in appends]
         afters = [after if append.after is None else append.after for append in appends]
-        return statement, (
+        return (
             *columns,
             producers[:1] if producers.count(producers[0]) == len(producers) else producers,
             ",".join(map(str, self.numbers)),

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +21,7 @@ import trio_asyncio  # type: ignore[import-untyped]
 
 from ..errors import ConfigError
 from ..loggers import Recurring, get_logger
+from .environment import REFUSED_AT_START, START_UP, begin, complete
 from .urls import Target, find_targets
 
 logger = get_logger("catbus.postgres")
@@ -44,6 +45,8 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4_000),
 )
+_MENTION_TYPES = "SELECT $1::text[], $2::bytea[], $3::bigint[]"
+"""All that arguments and results are of, beside those that asyncpg knows."""
 
 
 def sqlstate(error: BaseException) -> str:
@@ -97,6 +100,8 @@ class Bridge:
         self._connections: set[Connection] = set()
         self._pooled: set[str] = set()
         """The URLs that led to a pooler."""
+        self._plain: set[str] = set()
+        """Those where a session cannot be started with settings, as behind many a pooler."""
         self._good: set[str] = set()
         """Those that have led somewhere."""
 
@@ -129,7 +134,15 @@ class Bridge:
                         raise OSError(text) from None
                     raise ConfigError(text) from None
                 share = timeout if len(targets) == 1 else timeout / len(targets)
-                connection: Connection = await self.cross(partial(self._open, targets, share, pooled), _give_up)
+                try:
+                    start = partial(self._open, targets, share, pooled, plain=url in self._plain)
+                    connection: Connection = await self.cross(start, _give_up)
+                except asyncpg.PostgresError as error:
+                    if url in self._plain or sqlstate(error) not in REFUSED_AT_START:
+                        raise
+                    self._plain.add(url)
+                    self._pooled.add(url)
+                    continue
                 self._good.add(url)
                 if connection.pooled == pooled:
                     self._connections.add(connection)
@@ -139,17 +152,24 @@ class Bridge:
                 (self._pooled.add if connection.pooled else self._pooled.discard)(url)
         raise TimeoutError(f"no connection within {timeout:g} s")
 
-    async def _open(self, targets: Sequence[Target], share: float, pooled: bool) -> Connection:
+    async def _open(self, targets: Sequence[Target], share: float, pooled: bool, *, plain: bool) -> Connection:
         """A connection, with prepared statements unless it is expected to lead to a pooler.
 
-        Behind a pooler the next statement may meet another server process, which has not prepared the same.
+        Behind a pooler the next statement may meet another server process, which has not prepared the same. `plain`
+        starts the session without settings.
         """
         options = {"statement_cache_size": 0} if pooled else {"max_cached_statement_lifetime": 0}
-        raw = await _dial(targets, share, options)
+        raw = await _dial(targets, share, {} if plain else START_UP, options)
         try:
-            # Without a name, it is prepared and run before a pooler may give the server to somebody else.
-            statement = await raw.prepare("SELECT pg_backend_pid()", name="")
-            return Connection(self, raw, await statement.fetchval())
+            # In a transaction a pooler does not give the server to somebody else. Without a name: it may have that.
+            await _begin(raw)
+            statement = await raw.prepare("SELECT pg_catalog.pg_backend_pid()", name="")
+            connection = Connection(self, raw, await statement.fetchval())
+            if connection.pooled:
+                # asyncpg asks about types when it meets them, by names that a session may have given another meaning.
+                await raw.prepare(_MENTION_TYPES, name="")
+            await raw.execute("COMMIT" if connection.pooled else complete(connection.version, started=not plain))
+            return connection
         except BaseException:
             raw.terminate()
             raise
@@ -179,7 +199,9 @@ class Bridge:
         return future.result()
 
 
-async def _dial(targets: Sequence[Target], share: float, options: Mapping[str, Any]) -> Any:
+async def _dial(
+    targets: Sequence[Target], share: float, settings: Mapping[str, str], options: Mapping[str, Any]
+) -> Any:
     """The first of the hosts that takes us, each within `share` seconds; raises what the last one has said.
 
     As with libpq, a host that refuses the user or the password ends the search: the others would do the same.
@@ -187,7 +209,7 @@ async def _dial(targets: Sequence[Target], share: float, options: Mapping[str, A
     for number, target in enumerate(targets, 1):
         timeout = min(target.timeout or share, share)
         try:
-            return await _dial_host(target, timeout, options)
+            return await _dial_host(target, timeout, settings, options)
         except (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched) as error:
             if number == len(targets):
                 if isinstance(error, TimeoutError):
@@ -196,18 +218,28 @@ async def _dial(targets: Sequence[Target], share: float, options: Mapping[str, A
     raise AssertionError("there is always a host")
 
 
-async def _dial_host(target: Target, timeout: float, options: Mapping[str, Any]) -> Any:
-    """Connect to one host, with TLS or without, as its ways have it."""
+async def _dial_host(target: Target, timeout: float, settings: Mapping[str, str], options: Mapping[str, Any]) -> Any:
+    """Connect to one host, with TLS or without, as its ways have it. `settings` are those of the session."""
+    arguments = {**target.arguments, "server_settings": {**target.arguments["server_settings"], **settings}}
     *ways, last = target.ways
     for way in ways:
         try:
-            return await asyncpg.connect(**target.arguments, ssl=way, timeout=timeout, **options)
+            return await asyncpg.connect(**arguments, ssl=way, timeout=timeout, **options)
         except (ConnectionRefusedError, asyncpg.InvalidPasswordError, asyncpg.CannotConnectNowError):
             # It would be the same the other way, and its error tells more.
             raise
         except (ConnectionError, ssl.SSLError, asyncpg.PostgresError):
             pass
-    return await asyncpg.connect(**target.arguments, ssl=last, timeout=timeout, **options)
+    return await asyncpg.connect(**arguments, ssl=last, timeout=timeout, **options)
+
+
+async def _begin(raw: Any) -> None:
+    """Begin a transaction with the settings of `environment`."""
+    version = raw.get_server_version().major
+    try:
+        await raw.execute(begin(version))
+    except asyncpg.FeatureNotSupportedError:
+        await raw.execute(begin(version, read_write=False))  # a standby
 
 
 def _stays_here(peer: socket.socket) -> bool:
@@ -271,15 +303,25 @@ class Connection:
         self._raw.terminate()
 
     async def fetch(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> list[Row]:
-        """All rows of one statement."""
-        return await self._call(lambda: self._raw.fetch(query, *args), timeout)
+        """All rows of one statement. It runs with the settings of `environment`, unless it is a CALL.
+
+        Behind a pooler a session keeps no settings, so a transaction has them. That costs two round trips, through
+        which locks are held. A procedure begins a transaction by itself instead.
+        """
+        wrapped = self.pooled and not query.startswith("CALL ")
+        fetch = self._fetch_in_transaction if wrapped else self._raw.fetch
+        return await self._call(lambda: fetch(query, *args), timeout)
 
     async def fetchrow(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> Row:
         """The one row of a statement that always has one."""
-        row: Row | None = await self._call(lambda: self._raw.fetchrow(query, *args), timeout)
-        if row is None:
+        rows = await self.fetch(query, *args, timeout=timeout)
+        if not rows:
             raise OSError("the database gave no answer where there always is one")
-        return row
+        return rows[0]
+
+    async def begin(self, *, timeout: float = QUERY_TIMEOUT) -> None:
+        """Begin a transaction with the settings of `environment`. Until it ends, statements run in it."""
+        await self._call(lambda: _begin(self._raw), timeout)
 
     async def execute(self, script: str, *, timeout: float = QUERY_TIMEOUT) -> None:
         """Any number of statements, in one transaction unless they say otherwise."""
@@ -295,6 +337,20 @@ class Connection:
             callback(pid, payload)
 
         await self._call(lambda: self._raw.add_listener(channel, heard), timeout)
+
+    async def _fetch_in_transaction(self, query: str, *args: object) -> list[Row]:
+        raw = self._raw
+        if raw.is_in_transaction():
+            return list(await raw.fetch(query, *args))
+        await _begin(raw)
+        try:
+            rows: list[Row] = await raw.fetch(query, *args)
+        except asyncpg.PostgresError:
+            with suppress(*OUTAGE):
+                await raw.execute("ROLLBACK")
+            raise
+        await raw.execute("COMMIT")
+        return rows
 
     async def _call(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float) -> T:
         with trio.move_on_after(timeout):

@@ -24,12 +24,14 @@ SKEW = 1.0
 """Seconds by which two clocks may differ before it is worth a word."""
 CONNECTIONS = 8
 """How many a replica has at the most."""
+SHORTEST = 1000
+"""Milliseconds that a statement has to have. The broker itself waits for up to 4.5 s."""
 QUEUE = 0.25
 """From this part of the notification queue on, somebody does not read what it listens to."""
 
 _SERVER = """
 SELECT current_setting('server_version'), current_setting('server_encoding'), pg_is_in_recovery(),
-       current_setting('transaction_read_only')::boolean, current_setting('fsync')::boolean,
+       current_setting('fsync')::boolean,
        current_setting('full_page_writes')::boolean, current_setting('synchronous_standby_names'),
        current_setting('max_connections')::integer, pg_notification_queue_usage(),
        extract(epoch FROM clock_timestamp())::double precision, current_user, current_database(),
@@ -43,6 +45,15 @@ SELECT EXISTS (
        to_regnamespace('catbus') IS NOT NULL,
        has_database_privilege(current_database(), 'CREATE'),
        coalesce((SELECT pg_has_role(n.nspowner, 'USAGE') FROM pg_namespace AS n WHERE n.nspname = 'catbus'), true)
+"""
+_LIMITED = "statement_timeout", "transaction_timeout"
+# What a session begins with: behind a pooler it is what the role or the database has set, and elsewhere ours.
+_LIMITS = """
+SELECT s.name, s.reset_val::bigint,
+       format('ALTER ROLE %I IN DATABASE %I SET %s = 0', current_user, current_database(), s.name)
+FROM pg_settings AS s
+WHERE CASE WHEN s.name = ANY ($1::text[]) THEN s.reset_val::bigint BETWEEN 1 AND 4999 END
+ORDER BY s.name
 """
 _SAME = """
 SELECT d.oid::bigint, pg_postmaster_start_time() FROM pg_database AS d WHERE d.datname = current_database()
@@ -87,7 +98,6 @@ async def _look(bridge: Bridge, connection: Connection, settings: Database, plac
         version,
         encoding,
         standby,
-        read_only,
         fsync,
         full_pages,
         standbys,
@@ -104,9 +114,12 @@ async def _look(bridge: Bridge, connection: Connection, settings: Database, plac
         tell(Finding("error", "version", f"PostgreSQL {version}", f"Catbus needs PostgreSQL {OLDEST_SERVER} or newer"))
     if encoding != "UTF8":
         tell(Finding("error", "encoding", encoding, "create the database with ENCODING 'UTF8' TEMPLATE template0"))
-    if standby or read_only:
-        what = "it is a standby" if standby else "transactions are read-only by default"
-        tell(Finding("error", "writing", what, "give the URL of the primary, and a user that may write"))
+    if standby:
+        tell(Finding("error", "writing", "it is a standby", "give the URL of the primary"))
+    for limit, milliseconds, advice in await connection.fetch(_LIMITS, list(_LIMITED)):
+        level: Level = "error" if milliseconds < SHORTEST else "warning"
+        text = f"{limit} is {milliseconds} ms, which nothing overrides behind a pooler"
+        tell(Finding(level, "settings", text, advice))
     if connection.encrypted:
         tell(Finding("ok", "encryption", "the connection goes through TLS"))
     elif local or not connection.remote:

@@ -42,7 +42,7 @@ _LOOK = (
     "FROM catbus.look($1)"
 )
 _MARK = "SELECT catbus.mark($1)"
-_NEW_EPOCH = "SELECT epoch, after_seq, made FROM catbus.new_epoch($1, $2)"
+_NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
 _EPOCHS = """
 SELECT e.epoch, e.after_seq FROM catbus.epochs AS e JOIN catbus.epochs AS newest ON e.ordinal <= newest.ordinal

@@ -25,6 +25,12 @@ SELECT EXISTS (
     WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
 )
 """
+_AS_SCRIPTS_NEED = """
+SET LOCAL default_table_access_method = heap;
+SET LOCAL plpgsql.extra_errors = none;
+SET LOCAL work_mem = '16MB';
+"""
+"""What the files rely on beside the settings of every transaction."""
 
 
 def schema_files() -> list[tuple[int, str, str]]:
@@ -52,7 +58,9 @@ async def begin_epoch(settings: Database) -> tuple[str, int]:
         made = False
         while not made:
             (present,) = await connection.fetchrow("SELECT epoch FROM catbus.head")
-            epoch, after, made = await connection.fetchrow("SELECT * FROM catbus.new_epoch($1)", present)
+            epoch, after, made = await connection.fetchrow(
+                "CALL catbus.new_epoch_transaction($1, NULL, NULL, NULL, NULL)", present
+            )
         return epoch, after
 
 
@@ -81,7 +89,8 @@ async def migrate(connection: Connection) -> list[str]:
     if await _version(connection, files[-1][0]) == files[-1][0]:
         return []
     # Whatever goes wrong from here on, the caller drops the connection and the transaction with it.
-    await connection.execute("BEGIN")
+    await connection.begin()
+    await connection.execute(_AS_SCRIPTS_NEED)
     await connection.fetchrow("SELECT pg_advisory_xact_lock($1)", _LOCK, timeout=_PATIENCE)
     version = await _version(connection, files[-1][0])
     missing = [(number, name, script) for number, name, script in files if number > version]

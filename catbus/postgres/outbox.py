@@ -25,7 +25,7 @@ PATIENCE = 3.0
 """A connection that does not answer for so long is given up."""
 
 _LOOK = "SELECT catbus.outbox_waits()"
-_TURN = "SELECT catbus.turn_outbox()"
+_TURN = "CALL catbus.turn_outbox_transaction()"
 
 
 class Outbox:
@@ -56,7 +56,7 @@ class Outbox:
                 working()
                 if began - turned >= TURN_PACE:
                     turned = began
-                    await connection.fetchrow(_TURN, timeout=PATIENCE)
+                    await connection.fetch(_TURN, timeout=PATIENCE)
                 await trio.sleep(max(self._pace(), (SHARE - 1) * took))
 
     def _pace(self) -> float:

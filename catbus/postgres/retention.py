@@ -19,7 +19,7 @@ HELD_PACE = 10.0
 SLOTS = 8
 
 _LOOK = "SELECT o.victim, o.bytes, o.victim IS NOT NULL OR o.closing FROM catbus.overdue($1, $2) AS o"
-_STEP = "SELECT floor, dropped, early, closed, held FROM catbus.retain($1, $2)"
+_STEP = "CALL catbus.retain_transaction($1, $2, NULL, NULL, NULL, NULL, NULL, NULL)"
 
 # Who has come just now is on the way out again, or gone by the time that processes are looked at. One whose state may
 # not be seen is believed to stay, and what was prepared for a commit in two phases has no process. The text of a query

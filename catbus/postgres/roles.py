@@ -27,7 +27,8 @@ _SHOW = f"{SELECT} WHERE r.key = $1"
 _NAMED = "SELECT r.key FROM catbus.roles AS r WHERE starts_with(encode(r.key, 'hex'), $1) ORDER BY r.key"
 _LOCK = f"{_NAMED} FOR UPDATE"
 _CREATE = "INSERT INTO catbus.roles (key, client_id) VALUES ($1, $2)"
-_DELETE = "DELETE FROM catbus.roles WHERE key = $1"
+# Its grants too, where session_replication_role keeps foreign keys from doing that.
+_DELETE = "WITH grants AS (DELETE FROM catbus.role_grants WHERE role = $1) DELETE FROM catbus.roles WHERE key = $1"
 _GRANT = """
 INSERT INTO catbus.role_grants (role, permission, pattern)
 SELECT $1, g.permission, g.pattern FROM unnest($2::text[], $3::text[]) AS g (permission, pattern)
@@ -160,7 +161,7 @@ class Roles:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[None]:
-        await self._connection.execute("BEGIN")
+        await self._connection.begin()
         try:
             yield
         except RoleError:

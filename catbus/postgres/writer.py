@@ -359,10 +359,10 @@ class Writer:
         back until that has been found out: what came in the place of what was lost would be taken for the same.
         """
         settings = self._synchronous_commit, epoch
-        rows = await connection.fetch(statement, *settings, *args, self._tail.server, timeout=PATIENCE)
-        if not rows:
+        row = await connection.fetchrow(statement, *settings, *args, self._tail.server, timeout=PATIENCE)
+        if row[0] is None:
             raise OSError("this is another server than the one that was looked at")
-        return rows[0]
+        return row
 
     def _isolate(self, batch: Batch, error: BaseException) -> None:
         """One entry that the database refuses must not fail its neighbours: halve the batch until it is alone."""

@@ -16,10 +16,12 @@ import trustme
 from catbus.cli import check
 from catbus.config import Database
 from catbus.postgres import inspection
+from catbus.postgres.inspection import Finding, inspect
 from catbus.postgres.migrate import init
 from tests.cli.conftest import Command, Start, next_event
 from tests.postgres.bouncer import open_bouncer
 from tests.postgres.server import execute, to_database
+from tests.postgres.sql import open_sql
 
 SECRET = "a secret that is long enough and has words of its own"
 
@@ -226,11 +228,42 @@ def test_settings_that_promise_less(catbus: Command, database_url: str, tmp_path
     assert (status, found["failover"][0]) == (1, "error")
 
 
-def test_a_database_that_may_not_be_written_to(catbus: Command, database_url: str) -> None:
+SETTINGS = {
+    "default_transaction_isolation": "serializable",
+    "default_transaction_read_only": "on",
+    "standard_conforming_strings": "off",
+    "statement_timeout": "20",
+}
+
+
+@pytest.fixture
+def altered_database_url(database_url: str) -> str:
     name = urlsplit(database_url).path[1:]
-    execute(to_database(database_url, "postgres"), f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
-    status, found = run(catbus, "--database", database_url)
-    assert (status, found["writing"][0]) == (1, "error")
+    execute(
+        to_database(database_url, "postgres"),
+        *[f"ALTER DATABASE \"{name}\" SET {setting} = '{value}'" for setting, value in SETTINGS.items()],
+    )
+    return database_url
+
+
+def test_what_a_database_has_set_is_overridden(catbus: Command, altered_database_url: str) -> None:
+    status, found = run(catbus, "--database", altered_database_url)
+    assert status == 0
+    assert not {"settings", "writing"} & set(found)
+
+
+async def test_what_cannot_be_overridden_behind_a_pooler_is_named(altered_database_url: str) -> None:
+    async def find() -> dict[str, Finding]:
+        findings: list[Finding] = []
+        async with open_bouncer(altered_database_url) as bouncer:
+            await inspect(Database(url=bouncer.url), findings.append)
+        return {finding.name: finding for finding in findings}
+
+    found = (await find())["settings"]
+    assert (found.level, found.text.partition(",")[0]) == ("error", "statement_timeout is 20 ms")
+    async with open_sql(altered_database_url) as sql:
+        await sql.execute(found.advice)
+    assert "settings" not in await find()
 
 
 @pytest.fixture

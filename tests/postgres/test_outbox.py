@@ -343,8 +343,13 @@ class Scripted:
 
     async def fetchrow(self, query: str, *, timeout: float) -> tuple[bool]:
         await trio.sleep(self.cost)
-        (self.turns if "turn" in query else self.looks).append(trio.current_time())
-        return (self.waits and "turn" not in query,)
+        self.looks.append(trio.current_time())
+        return (self.waits,)
+
+    async def fetch(self, query: str, *, timeout: float) -> list[object]:
+        await trio.sleep(self.cost)
+        self.turns.append(trio.current_time())
+        return []
 
 
 async def look_for(seconds: float, database: Scripted, move: Callable[[], Awaitable[None]]) -> list[float]:

@@ -21,7 +21,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from catbus import wire
 from catbus.errors import PeerError
-from catbus.postgres.batch import _BEHIND
 from catbus.topics import check_channel
 from tests.postgres.server import _fresh
 from tests.postgres.test_append import Connection, Sent, append, connected, play, position, values, wait_blocked
@@ -362,7 +361,10 @@ def test_one_notification_covers_what_a_call_has_moved(database_url: str) -> Non
 
 
 def test_what_is_moved_stands_behind_what_is_appended_and_commits_with_it(database_url: str) -> None:
-    call = _BEHIND.format("SELECT * FROM catbus.append($1, $2, $3, $4, $5, $6, $7, $8, $9)")
+    call = """
+        SELECT a.at, a.first, a.seqs, m.moved, m.last, m.more
+        FROM catbus.append($1, $2, $3, $4, $5, $6, $7, $8, $9) AS a, catbus.move_outbox($1, $2, a.at) AS m
+    """
 
     async def both(writer: Connection, epoch: str, *numbers: int) -> tuple[Any, ...]:
         texts = [f'"sent {number}"' for number in numbers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from re import sub
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ class Clock:
         self.passed += milliseconds
         now = f"floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint + {self.passed}"
         for name, original in zip(self.statements, self._originals, strict=True):
-            self._monkeypatch.setattr(retention_module, name, original.replace("($1, $2)", f"($1, $2, {now})"))
+            self._monkeypatch.setattr(retention_module, name, sub(r"\(\$1, \$2(, NULL)?", f"($1, $2, {now}", original))
 
 
 @pytest.fixture
@@ -310,6 +311,7 @@ async def test_who_has_only_just_come_or_is_gone_is_in_nobodys_way(
     pid = "NULL" if name == "a prepared transaction" else "1234"
     async with open_sql(database_url) as sql:
         await sql.execute(f"""
+            SET search_path = pg_temp, pg_catalog;
             CREATE TEMPORARY TABLE pg_locks AS SELECT * FROM pg_locks LIMIT 0;
             INSERT INTO pg_temp.pg_locks (locktype, database, relation, virtualtransaction, pid, mode, granted)
             SELECT 'relation', oid, 'catbus.entries_3'::regclass, '-1/1234', {pid}, 'AccessShareLock', true

@@ -130,13 +130,15 @@ class Database:
     # The log
 
     def _append(self, pid: int, *args: Any) -> list[Row]:
-        return [self.append(pid, *_decode(args))] if self.is_server(args[-1]) else []
+        return [self.append(pid, *_decode(args))] if self.is_server(args[-1]) else [(None,)]
 
     def _append_and_move(self, pid: int, *args: Any) -> list[Row]:
-        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))] if self.is_server(args[-1]) else []
+        if not self.is_server(args[-1]):
+            return [(None,)]
+        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))]
 
     def _move(self, pid: int, _: str, epoch: str, server: object) -> list[Row]:
-        return [self.move(pid, epoch)] if self.is_server(server) else []
+        return [self.move(pid, epoch)] if self.is_server(server) else [(None,)]
 
     def is_server(self, server: object) -> bool:
         return server == self.server
@@ -262,9 +264,9 @@ class Database:
 def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
     """The arguments of an append: its epoch, and the entries, each with what the schema calls its columns."""
     _, epoch, channels, payloads, senders, producers, numbers, origins, afters, size, _ = args
-    if isinstance(channels, str):
-        channels, payloads = channels.split("\n"), payloads.split("\n")
-        senders = [None if sender == "\x01" else sender for sender in senders.split("\n")]
+    if len(channels) < size:
+        channels, payloads = channels[0].split("\n"), payloads[0].split("\n")
+        senders = [None if sender == "\x01" else sender for sender in senders[0].split("\n")]
     numbers = map(int, numbers.split(","))
     columns = (
         channels,
@@ -294,8 +296,8 @@ def _with_luggage(hint: str, new: list[Stored]) -> str:
 
 
 _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
-    **dict.fromkeys((batch._APPEND_LINES, batch._APPEND_ARRAYS), Database._append),
-    **dict.fromkeys(batch._APPEND_AND_MOVE.values(), Database._append_and_move),
+    batch.APPEND: Database._append,
+    batch.APPEND_AND_MOVE: Database._append_and_move,
     batch.MOVE: Database._move,
     reader._PAGE: Database._page,
     reader._POSITION: Database._position,
@@ -307,7 +309,7 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     courier.SECRET: lambda *_: [(SEAL,)],
     courier._NOTIFY: Database._notify_cards,
     outbox._LOOK: lambda self, _: [(bool(self.state.outbox),)],
-    outbox._TURN: lambda *_: [(None,)],
+    outbox._TURN: lambda *_: [],
     retention._LOOK: Database._overdue,
     retention._STEP: Database._retain,
     retention._HOLDERS: lambda *_: [],

@@ -19,7 +19,7 @@ from .database import Database, SqlError
 
 LOCK_TIMEOUT = 0.4
 QUERY_TIMEOUT = 2.0
-_APPENDS = (batch._APPEND_LINES, batch._APPEND_ARRAYS, *batch._APPEND_AND_MOVE.values(), batch.MOVE)
+_APPENDS = (batch.APPEND, batch.APPEND_AND_MOVE, batch.MOVE)
 _WRITES = {*_APPENDS, listener._NEW_EPOCH, retention._STEP}
 """What waits for the head row, and fails on a standby."""
 
