@@ -491,3 +491,87 @@ async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
     nursery.start_soon(leave)
     await hub.send_away()
     assert trio.current_time() - began == pytest.approx(4)
+
+
+def token(client_id: str | None) -> str:
+    return sign(SECRET, client_id=client_id, grants=Grants.ALL)
+
+
+def hello(client_id: str | None) -> bytes:
+    return json.dumps({"type": "auth", "token": token(client_id), "protocol": 1}).encode()
+
+
+@pytest.fixture
+async def strict_hub(nursery: trio.Nursery) -> Hub:
+    limits = Limits(publish_rate=10, publish_bytes=1000, sessions=2, client_id=8)
+    hub = Hub(Config(limits=limits), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        (b'{"type":"publish","channel":"a","payload":1}', 2),
+        (b'{"type":"publish","channel":"a","payload":1,"ephemeral":true}', 2),
+        (b'{"type":"publish","channel":"a","payload":"%b"}' % (b"x" * 196), 5),
+    ],
+    ids=["messages", "ephemeral messages", "bytes"],
+)
+async def test_a_session_is_read_no_faster_than_its_client_may_publish(
+    strict_hub: Hub, message: bytes, seconds: float, autojump_clock: MockClock
+) -> None:
+    client, sibling, other = (open_client(strict_hub) for _ in range(3))
+    await client.receive(hello("a"))
+    await sibling.receive(hello("a"))
+    await other.receive(hello("b"))
+    await client.receive(message * 30)
+    assert trio.current_time() == pytest.approx(seconds)
+    await other.receive(message)
+    assert trio.current_time() == pytest.approx(seconds)
+    await sibling.receive(message)
+    assert trio.current_time() > seconds + 0.05
+    for each in (client, sibling, other):
+        each.leave()
+
+
+async def test_a_request_over_the_rate_is_told_when_to_come_again(strict_hub: Hub, autojump_clock: MockClock) -> None:
+    identity = strict_hub.authenticator.verify(token("a"), 0)
+    requests = [Publish("a", Raw(b"1")) for _ in range(30)]
+    await strict_hub.publish(identity, requests)
+    with pytest.raises(PeerError) as caught:
+        await strict_hub.publish(identity, requests[:1])
+    assert caught.value.code is Code.RATE_LIMITED
+    assert caught.value.retry_after == pytest.approx(2)
+    await strict_hub.publish(strict_hub.authenticator.verify(token("b"), 0), requests[:1])
+    await trio.sleep(caught.value.retry_after)
+    await strict_hub.publish(identity, requests[:1])
+    await strict_hub.publish(OWNER, requests * 10)
+
+
+async def test_a_client_has_so_many_sessions_and_no_more(strict_hub: Hub) -> None:
+    clients = [open_client(strict_hub) for _ in range(4)]
+    for client in clients[:3]:
+        await client.receive(hello("a"))
+        await client.receive(hello("a"))
+    assert [client.closing and client.closing[0] for client in clients[:3]] == [None, None, CloseCode.OVERLOADED]
+    await clients[3].receive(hello(None))
+    assert clients[3].closing is None
+    clients[0].leave()
+    clients[2].leave()
+    assert strict_hub.sessions == {"a": 1}
+    again = open_client(strict_hub)
+    await again.receive(hello("a"))
+    assert again.closing is None
+    for client in (*clients, again):
+        client.leave()
+    assert not strict_hub.sessions
+
+
+async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:
+    await strict_hub.authenticate(token("12345678"))
+    await strict_hub.authenticate(token("äöüß"))
+    for client_id in ("123456789", "äöüßx"):
+        with pytest.raises(PeerError) as caught:
+            await strict_hub.authenticate(token(client_id))
+        assert caught.value.code is Code.UNAUTHENTICATED

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"bucket", "errors", "loggers", "histogram", "release"},
+    {"bucket", "errors", "loggers", "histogram", "quotas", "release"},
     {"keys", "topics", "wire"},
     {"refusals"},
     {"framing", "auth"},
@@ -56,6 +56,7 @@ ONLY_IMPORTERS = {
 PURE = {
     "auth",
     "bucket",
+    "quotas",
     "errors",
     "framing",
     "histogram",

@@ -149,6 +149,14 @@ class Limits(Section, frozen=True, kw_only=True):
     token_grace: Duration = 30.0
     """How long a session outlives its token."""
     connections: Count = 10_000
+    sessions: Count = 10_000
+    """Of one client_id."""
+    client_id: Size = 256
+    """Bytes that a client_id may have."""
+    publish_rate: Count = 100_000
+    """Messages that one client may publish in a second."""
+    publish_bytes: Size = 134_217_728
+    """Bytes of them."""
 
 
 class Drain(Section, frozen=True, kw_only=True):

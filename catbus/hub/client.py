@@ -104,6 +104,11 @@ class Client:
         self._alarm = trio.CancelScope()
         self._room = trio.Event()
         self._finishing = False
+        self._quota = hub.quotas.new(trio.current_time())
+        self._wait = 0.0
+        """Seconds in which nothing more is to be read from it, as it has published more than its quota."""
+        self._counted = ""
+        """The client_id whose sessions this one counts among."""
 
     @property
     def closing(self) -> tuple[CloseCode, str] | None:
@@ -129,6 +134,9 @@ class Client:
             if effect is not None:
                 await self._perform(effect)
                 continue
+            if self._wait > 0:
+                await trio.sleep(self._wait)
+                self._wait = 0.0
             while self._has_enough():
                 await self._wait_for_room()
             if perf_counter() - began > TURN:
@@ -189,6 +197,7 @@ class Client:
         """The connection is gone."""
         self._hub.forget_client(self)
         self._hub.permissions.release(self)
+        self._exit()
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
             subscription.mailbox.close()
@@ -221,9 +230,11 @@ class Client:
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
-            case Submit():
-                self._hub.submit(effect.append, effect.epoch)
-            case Broadcast():
+            case Submit(append=append):
+                self._pay(append.size)
+                self._hub.submit(append, effect.epoch)
+            case Broadcast(channel=channel, payload=payload):
+                self._pay(len(channel) + len(payload))
                 self._hub.broadcast(effect)
             case Join():
                 self._join(effect.request)
@@ -236,6 +247,29 @@ class Client:
             case Recall():
                 await self._recall(effect.request)
 
+    def _pay(self, size: int) -> None:
+        """Note that the client has published so many bytes: perhaps nothing more is read from it for a moment."""
+        self._wait = self._quota.spend(1, size, trio.current_time())
+
+    def _enter(self, client_id: str | None) -> None:
+        """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""
+        hub = self._hub
+        if self._counted or client_id is None:
+            return
+        if hub.sessions[client_id] >= hub.config.limits.sessions:
+            raise PeerError(Code.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
+        hub.sessions[client_id] += 1
+        self._counted = client_id
+        self._quota = hub.quotas.of(client_id, trio.current_time())
+
+    def _exit(self) -> None:
+        """Count it no more."""
+        if self._counted:
+            self._hub.sessions[self._counted] -= 1
+            if not self._hub.sessions[self._counted]:
+                del self._hub.sessions[self._counted]
+            self._counted = ""
+
     async def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session
         try:
@@ -245,6 +279,7 @@ class Client:
             identity = await hub.authenticate(effect.token)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
+            self._enter(identity.client_id)
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer

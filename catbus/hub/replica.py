@@ -25,6 +25,7 @@ from ..log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_tak
 from ..loggers import Recurring, get_logger
 from ..mailbox import Budget, Outlet
 from ..permissions import Permissions
+from ..quotas import Quotas
 from ..refusals import Reason, TokenRefused
 from ..release import version
 from ..session import Broadcast, make_append
@@ -93,6 +94,9 @@ class Hub:
         self.draining = False
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)
+        self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
+        self.sessions: Counter[str] = Counter()
+        """How many each client_id has."""
         self._roles = roles
         self._refusals = Recurring(logger.info)
         """Tokens that were refused: a stranger can send as many as it likes."""
@@ -166,8 +170,13 @@ class Hub:
         try:
             key = role_key(token)
             if key is None or self._roles is None:
-                return self.authenticator.verify(token, time.time())
-            return await self._find_role(self._roles, key)
+                identity = self.authenticator.verify(token, time.time())
+            else:
+                identity = await self._find_role(self._roles, key)
+            longest = self.config.limits.client_id
+            if identity.client_id is not None and len(identity.client_id.encode()) > longest:
+                raise TokenRefused(Reason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)")
+            return identity
         except TokenRefused as error:
             self.vitals.refused_tokens[error.reason] += 1
             fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
@@ -199,6 +208,9 @@ class Hub:
         With `producer`, the same requests may be published again and are recognised by their places. Those with the
         same `client`, or client_id, share a part of the log. Cancelling it leaves open which of them are committed.
         """
+        payer = identity.client_id or client
+        if payer is not None:
+            self._charge(payer, requests)
         outcomes: dict[int, Outcome | None] = {}
         done = trio.Event()
 
@@ -212,7 +224,7 @@ class Hub:
                 await trio.lowlevel.checkpoint()
             request.id, request.retry = index, False
             try:
-                append = make_append(request, identity, producer, partial(settle, index), identity.client_id or client)
+                append = make_append(request, identity, producer, partial(settle, index), payer)
             except PeerError as error:
                 outcomes[index] = Rejected(error.code, error.message)
                 continue
@@ -224,6 +236,14 @@ class Hub:
         if len(outcomes) < len(requests):
             await done.wait()
         return [outcomes[index] for index in range(len(requests))]
+
+    def _charge(self, payer: Hashable, requests: Sequence[wire.Publish]) -> None:
+        """Spend of a client's quota what is to be published for it. Raises `PeerError` when it has used that up."""
+        now = trio.current_time()
+        quota = self.quotas.of(payer, now)
+        if (wait := quota.spend(0, 0, now)) > 0:
+            raise PeerError(Code.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait)
+        quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)
 
     def submit(self, append: Append, epoch: str | None = None) -> None:
         """Append to the log, unless it is a retry from an epoch of which nothing can be known."""

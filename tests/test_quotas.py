@@ -1,0 +1,53 @@
+"""How fast a client may publish, and that no other has part in it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus import quotas
+from catbus.quotas import Quota, Quotas
+
+
+def test_a_second_s_worth_goes_at_once_and_then_the_rate_applies() -> None:
+    some = Quota(10, 1000, 5.0)
+    assert [some.spend(1, 10, 5.0) for _ in range(11)] == [0.0] * 10 + [0.1]
+    assert some.spend(0, 0, 5.0) == 0.1
+    assert some.spend(0, 0, 5.1) == pytest.approx(0)
+
+
+def test_bytes_count_beside_messages() -> None:
+    some = Quota(10, 1000, 0.0)
+    assert some.spend(1, 5000, 0.0) == 4.0
+    assert some.spend(0, 0, 3.0) == 1.0
+    assert some.spend(0, 0, 4.0) == 0.0
+
+
+@given(st.integers(1, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), max_size=40))
+def test_a_client_that_waits_as_long_as_it_is_told_keeps_to_its_rate(rate: int, steps: list[tuple[int, int]]) -> None:
+    quota, now, spent = Quota(rate, 1 << 40, 0.0), 0.0, 0
+    for pause, messages in steps:
+        now += pause
+        spent += messages
+        now += quota.spend(messages, 0, now)
+        assert spent <= rate * (now + 1) + 1e-6
+
+
+def test_the_sessions_of_a_client_share_its_quota_and_those_of_others_do_not() -> None:
+    some = Quotas(10, 1000)
+    assert some.of("a", 0.0) is some.of("a", 1.0)
+    assert some.of("a", 0.0) is not some.of("b", 0.0)
+    assert some.new(0.0) is not some.new(0.0)
+
+
+def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quotas, "KEPT", 3)
+    some = Quotas(10, 1000)
+    quick = some.of("quick", 0.0)
+    quick.spend(30, 0, 0.0)
+    for client in "xy":
+        some.of(client, 0.0).spend(1, 0, 0.0)
+    some.of("z", 1.0)
+    assert some.of("quick", 1.0) is quick
+    assert len(some._clients) == 2
