@@ -109,6 +109,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_listener_lag_messages": (GAUGE, "Committed messages that this replica has not handed on yet."),
     "catbus_notifications_total": (COUNTER, "Notifications heard."),
     "catbus_notifications_dropped_total": (COUNTER, "Notifications for which there was no room."),
+    "catbus_notifications_rejected_total": (COUNTER, "Notifications that no replica of this log has sent."),
+    "catbus_notification_floods_total": (
+        COUNTER,
+        "How often so many of them came that the replica polled instead of listening.",
+    ),
     "catbus_notify_queue_usage_ratio": (GAUGE, "How much of the database's notification queue is in use."),
     "catbus_polls_total": (COUNTER, "How often the database was asked for news."),
     "catbus_retention_steps_total": (COUNTER, "How often this replica has closed a part of the log, or dropped one."),
@@ -264,6 +269,8 @@ def _read_postgres(log: PostgresLog) -> Iterator[Reading]:
     yield "catbus_listener_lag_messages", {}, max(0, found.announced - log.applied)
     yield "catbus_notifications_total", {}, found.notifications
     yield "catbus_notifications_dropped_total", {}, found.dropped
+    yield "catbus_notifications_rejected_total", {}, found.rejected
+    yield "catbus_notification_floods_total", {}, found.floods
     yield "catbus_notify_queue_usage_ratio", {}, found.queue
     yield "catbus_polls_total", {}, found.polls
     yield "catbus_retention_steps_total", {}, found.retention_steps

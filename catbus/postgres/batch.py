@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..log import Append, Outcome, Rejected
+import msgspec
+from msgspec import Raw
+
+from ..log import Append, Entry, Outcome, Rejected
 from ..log.base import UNKNOWN
 
-_ARGUMENTS = ", ".join(f"${number}" for number in range(1, 12))
+_ARGUMENTS = ", ".join(f"${number}" for number in range(1, 13))
 APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL, NULL, NULL, NULL)"
 APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true, NULL, NULL, NULL, NULL, NULL, NULL)"
 MOVE = "CALL catbus.move_outbox_transaction($1, $2, $3, NULL, NULL, NULL)"
 _NULL = "\x01"
 """What stands for a sender that is null, among lines."""
+
+_ENCLOSED = 900
+"""Bytes of text that travel with a notification, so that nobody has to read these entries."""
+_ENCLOSED_ENTRIES = 28
+"""More do not fit: the smallest entry takes 21 bytes of text."""
+
+_entries = msgspec.json.Decoder(list[tuple[str, str | None, str | None, Raw]])
+
+Encrypt = Callable[[bytes], str]
 
 
 class Batch:
@@ -44,8 +56,10 @@ class Batch:
         """So many from the beginning have had their answer."""
         self._args: tuple[object, ...] | None = None
 
-    def call(self, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
+    def call(self, encrypt: Encrypt, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         """The statement that appends them, and its arguments from the third on.
+
+        Few small messages are also encrypted, to travel with the notification: once, however often they are sent.
 
         It returns `at`, `first` and `seqs` of `catbus.append`, and then what `MOVE` returns: with `move` it also moves
         messages from the outbox.
@@ -55,10 +69,10 @@ class Batch:
         else is out of the ordinary, they go as arrays.
         """
         if self._args is None:
-            self._args = self._encode()
+            self._args = self._encode(encrypt)
         return (APPEND_AND_MOVE if move else APPEND), self._args
 
-    def _encode(self) -> tuple[object, ...]:
+    def _encode(self, encrypt: Encrypt) -> tuple[object, ...]:
         appends, own, after = self.appends, self.own, self.after
         channels = [append.channel for append in appends]
         senders = [append.sender for append in appends]
@@ -82,6 +96,7 @@ class Batch:
             ",".join(map(str, self.numbers)),
             None if origins.count(None) == len(origins) else origins,
             afters[:1] if afters.count(after) == len(afters) else afters,
+            _enclose(appends, encrypt),
             len(appends),
         )
 
@@ -128,3 +143,27 @@ class Batch:
         if not kept:
             return None
         return Batch([self.appends[i] for i in kept], [self.numbers[i] for i in kept], self.own, self.epoch, self.after)
+
+
+# What travels with a notification
+
+
+def _enclose(appends: Sequence[Append], encrypt: Encrypt) -> str | None:
+    """Messages that are few and small, encrypted."""
+    if len(appends) > _ENCLOSED_ENTRIES or sum([append.size for append in appends]) > _ENCLOSED:
+        return None
+    text = msgspec.json.encode(
+        [
+            (append.channel, append.sender, None if append.origin is None else append.origin.hex(), Raw(append.payload))
+            for append in appends
+        ]
+    )
+    return encrypt(text) if len(text) <= _ENCLOSED else None
+
+
+def read_enclosed(text: bytes, first: int, at: int) -> list[Entry]:
+    """The entries that were enclosed, of which the first has this seq. Raises `msgspec.DecodeError` or `ValueError`."""
+    return [
+        Entry(seq, at, channel, bytes(payload), sender, None if origin is None else bytes.fromhex(origin))
+        for seq, (channel, sender, origin, payload) in enumerate(_entries.decode(text), first)
+    ]

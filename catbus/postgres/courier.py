@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from ..log import Entry
 from .bridge import Connection
 from .postcard import Post, enclose
+from .sealing import EPHEMERAL
 from .supervise import Working
 from .tail import Tail
 
-EPHEMERAL = "catbus_ephemeral"
-"""The channel of its notifications."""
 PACE = 0.01
 """Seconds between statements, in which messages gather."""
 AGE = 1.0
@@ -24,9 +23,6 @@ PATIENCE = 3.0
 MESSAGES = 10_000
 BYTES = 1 << 20
 """How much may gather."""
-
-SECRET = "SELECT seal FROM catbus.head"
-"""What the secret is read with by which the log's replicas know one another."""
 
 # Nobody waits for a disk or a standby here, and nobody waits long for the lock that a commit with a notification holds,
 # which another's commit may hold while it does wait for them. As in catbus.append, a listener that has stopped must not
@@ -70,9 +66,18 @@ class Courier:
         self._size += len(message)
         self._work.set()
 
-    def take(self, card: str, secret: str) -> None:
-        """Hand on what another replica has sent. Raises as `Post.read` does."""
-        for entry in self._post.read(card, self._tail.epoch, secret):
+    def begin(self) -> None:
+        """A connection begins to listen for what other replicas send."""
+        self._post.begin(self._tail.database_time())
+
+    def read(self, card: str) -> list[Entry]:
+        """What another replica has sent. Raises as `Post.read` does."""
+        tail = self._tail
+        return self._post.read(card, tail.epoch, tail.seal, tail.database_time())
+
+    def deliver(self, entries: Sequence[Entry]) -> None:
+        """Hand on what was read."""
+        for entry in entries:
             self.received += 1
             self._tail.broadcast(entry)
 
@@ -82,10 +87,9 @@ class Courier:
         while True:
             await self._wait_work()
             with await self._connect() as connection:
-                (secret,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
                 while not connection.closed:
                     pause = trio.current_time() + PACE
-                    await self._send(connection, secret)
+                    await self._send(connection)
                     working()
                     await trio.sleep_until(pause)
                     await self._wait_work()
@@ -95,7 +99,7 @@ class Courier:
             self._work = trio.Event()
             await self._work.wait()
 
-    async def _send(self, connection: Connection, secret: str) -> None:
+    async def _send(self, connection: Connection) -> None:
         """Send all that has gathered. Whether that succeeds or not, it is not sent again."""
         self._drop_old(trio.current_time())
         messages = [message for _, message in self._gathered]
@@ -103,7 +107,8 @@ class Courier:
         self._size = 0
         sent = 0
         try:
-            cards, number = self._post.write(messages, self._tail.epoch, secret)
+            tail = self._tail
+            cards, number = self._post.write(messages, tail.epoch, tail.seal, tail.database_time())
             if cards:
                 self.statements += 1
                 *_, notified = await connection.fetchrow(_NOTIFY, EPHEMERAL, cards, timeout=PATIENCE)

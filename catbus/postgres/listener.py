@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from hashlib import sha256
-from hmac import compare_digest
 from typing import NamedTuple
 
 import msgspec
 import trio
-from msgspec import Raw
 
-from ..log import Entry
 from ..loggers import get_logger
+from .batch import read_enclosed
 from .bridge import Connection
-from .courier import EPHEMERAL, SECRET, Courier
+from .courier import Courier
 from .epochs import Epochs
+from .intruders import Intruders
 from .pace import Pace
-from .role_changes import ROLES, RoleChanges
+from .role_changes import RoleChanges
+from .sealing import EPHEMERAL, LOG, ROLES, ForgedError, Seal
 from .supervise import Working
 from .tail import Tail
 
 logger = get_logger("catbus.postgres")
 
-CHANNEL = "catbus"
 PATIENCE = 2.5
 """Seconds after which a connection that does not answer the poll is given up: 4.5 s after it died at the latest."""
 _HEARD = 10_000
 """Notifications that may wait; for more there is the poll."""
+_SPACING = 0.05
+"""Seconds between two polls for the sake of notifications: one that is sent again and again costs one in each."""
 
 _TRIES = 10
 """How often the log may turn out to be yet another one before the connection is given up."""
@@ -37,9 +37,10 @@ _CLAIMS = 1.0
 """Seconds between two looks for the sake of what clients say."""
 
 _STANDBY = "SELECT pg_is_in_recovery()"
+_SEAL = "SELECT h.seal FROM catbus.head AS h"
 _LOOK = (
-    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, pg_postmaster_start_time() "
-    "FROM catbus.look($1)"
+    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, pg_postmaster_start_time(), "
+    "extract(epoch FROM clock_timestamp())::double precision FROM catbus.look($1)"
 )
 _MARK = "SELECT catbus.mark($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
@@ -48,8 +49,6 @@ _EPOCHS = """
 SELECT e.epoch, e.after_seq FROM catbus.epochs AS e JOIN catbus.epochs AS newest ON e.ordinal <= newest.ordinal
 WHERE newest.epoch = $1 ORDER BY e.ordinal
 """
-
-_enclosed = msgspec.json.Decoder(list[tuple[int, int, str, str | None, str | None, Raw]])
 
 
 class _Look(NamedTuple):
@@ -64,6 +63,8 @@ class _Look(NamedTuple):
     same_timeline: bool | None
     role_version: str
     server: object
+    clock: float
+    """The database's time in seconds since 1970."""
 
 
 class Listener:
@@ -89,22 +90,24 @@ class Listener:
         """Notifications for which there was no room."""
         self.polls = 0
         self.pace = Pace()
+        self.intruders = Intruders()
         self._connect = connect
         self._tail = tail
         self._own_pid = own_pid
         self._courier = courier
         self._role_changes = role_changes
         self._lossless = lossless
-        self._seal = ""
-        self._heard: deque[tuple[str, int, str]] = deque()
+        self._heard: deque[Callable[[], None]] = deque()
         self._news = trio.Event()
         self._doubt = trio.Event()
+        self._hinted = trio.Event()
         self._recognised = 0
         """Which poll was the last that found the log to be the one that is followed."""
         self._looked = trio.Event()
         self._claimed = 0.0
         self._standby = False
         self._polling = False
+        self._listening = False
 
     def check(self) -> None:
         """Poll at once: there is reason to think that the log is another one."""
@@ -136,20 +139,36 @@ class Listener:
             # A standby would not even let us LISTEN.
             (standby,) = await connection.fetchrow(_STANDBY, timeout=PATIENCE)
             self._refuse_standby(standby)
-            self.pace.begin(deaf=connection.pooled)
-            if not connection.pooled:
-                for channel in (CHANNEL, EPHEMERAL, ROLES):
-                    await connection.listen(channel, partial(self._hear, channel))
-            (self._seal,) = await connection.fetchrow(SECRET, timeout=PATIENCE)
+            await self._read_seal(connection)
+            self._listening = False
+            self.pace.begin(deaf=True)
+            if self._may_listen(connection):
+                await self._listen(connection)
             try:
                 await self._poll(connection)
+                self._courier.begin()
                 working()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._follow, connection)
+                    nursery.start_soon(self._heed)
                     await self._watch(connection, working)
             except Exception:
                 self._tail.distrust()
+                self.intruders.look(trio.current_time(), PATIENCE)
                 raise
+
+    def _may_listen(self, connection: Connection) -> bool:
+        return not connection.pooled and self.intruders.may_listen(trio.current_time())
+
+    async def _listen(self, connection: Connection) -> None:
+        self._listening = True
+        self.pace.begin(deaf=False)
+        for channel in (LOG, EPHEMERAL, ROLES):
+            await connection.listen(channel, partial(self._hear, channel))
+
+    async def _read_seal(self, connection: Connection) -> None:
+        (secret,) = await connection.fetchrow(_SEAL, timeout=PATIENCE)
+        self._tail.seal = Seal(secret)
 
     def _refuse_standby(self, standby: bool) -> None:
         if standby:
@@ -160,8 +179,46 @@ class Listener:
         self._standby = False
 
     def _hear(self, channel: str, pid: int, payload: str) -> None:
+        """Take in one notification, within the reader. What others than replicas of this log have sent ends here."""
+        self.notifications += 1
+        try:
+            if channel == LOG:
+                self._hear_position(pid, payload)
+            elif channel == EPHEMERAL:
+                if entries := self._courier.read(payload):
+                    self._put(partial(self._courier.deliver, entries))
+            elif payload:  # The empty one is for replicas of earlier releases.
+                self._hear_role(payload)
+        except ForgedError:
+            if self.intruders.note():
+                self._hinted.set()
+        except (ValueError, msgspec.DecodeError):
+            logger.warning("a notification that cannot be understood", channel=channel, length=len(payload))
+
+    def _hear_position(self, pid: int, payload: str) -> None:
+        """Understand `epoch:first:last`, perhaps with the time and the encrypted text of the entries."""
+        tail = self._tail
+        position, enclosed = tail.seal.verify(LOG, payload)
+        epoch, first, last = position.rsplit(":", 2)
+        newest = int(last)
+        if epoch == tail.epoch:
+            self.pace.hear(newest)
+            if newest <= tail.applied:
+                return
+        elif epoch in self.epochs:
+            return
+        self._put(partial(self._take, pid, epoch, int(first), newest, enclosed))
+
+    def _hear_role(self, payload: str) -> None:
+        shown, _ = self._tail.seal.verify(ROLES, payload)
+        if shown == "*":
+            self._hinted.set()
+        else:
+            self._role_changes.hear(self._tail.seal.read_role(shown))
+
+    def _put(self, take: Callable[[], None]) -> None:
         if len(self._heard) < _HEARD:
-            self._heard.append((channel, pid, payload))
+            self._heard.append(take)
             self._news.set()
         else:
             self.dropped += 1
@@ -174,53 +231,63 @@ class Listener:
             await self._news.wait()
             self._news = trio.Event()
             while self._heard:
-                self._take(*self._heard.popleft())
+                self._heard.popleft()()
                 # A burst is handed on bit by bit, so that the mailboxes are emptied in between.
                 await trio.lowlevel.checkpoint()
             if connection.closed:
                 raise OSError("the connection that listens was lost")
 
-    def _take(self, channel: str, pid: int, payload: str) -> None:
-        """Understand one notification, if it is one of ours: anybody who may connect to the database may notify."""
-        self.notifications += 1
-        try:
-            if channel == EPHEMERAL:
-                self._courier.take(payload, self._seal)
-            elif channel == ROLES:
-                self._role_changes.hear(payload)
-            else:
-                self._take_hint(pid, payload)
-        except (ValueError, msgspec.DecodeError):
-            logger.warning("a notification that is not ours", channel=channel, length=len(payload))
-
-    def _take_hint(self, pid: int, payload: str) -> None:
-        """Understand `epoch:first:last`, perhaps followed by a seal and the entries themselves.
-
-        A position is read before it is believed, and entries are believed when their seal was made with a secret of
-        the log's owner.
-        """
-        head, _, rest = payload.partition(" ")
-        seal, _, enclosed = rest.partition(" ")
-        epoch, _, last = head.split(":")
-        newest = int(last)
-        if epoch != self._tail.epoch:
-            self.check()
+    def _take(self, pid: int, epoch: str, first: int, last: int, enclosed: str) -> None:
+        """Take what a notification tells of: the entries, where they are enclosed and can be read, or the position."""
+        tail = self._tail
+        if epoch != tail.epoch:
+            self._hinted.set()
             return
-        self.pace.hear(newest)
+        self.pace.hear(last)
         if pid == self._own_pid():
-            self._tail.expect(newest)
-        else:
-            if enclosed and compare_digest(seal.encode(), sealed(head, enclosed, self._seal).encode()):
-                self._tail.offer(_entries(enclosed))
-            self._tail.announce(newest)
+            tail.expect(last)
+            return
+        at, _, token = enclosed.partition(" ")
+        if token:
+            try:
+                entries = read_enclosed(tail.seal.decrypt(LOG, token), first, int(at))
+                if len(entries) == last - first + 1:
+                    tail.offer(entries)
+            except (ValueError, msgspec.DecodeError):
+                logger.warning("entries in a notification that cannot be read", first=first, last=last)
+        tail.announce(last)
+
+    async def _heed(self) -> None:
+        """Poll at once when a notification gives reason to, and not again before some time has passed."""
+        while True:
+            await self._hinted.wait()
+            self._hinted = trio.Event()
+            self.check()
+            await trio.sleep(_SPACING)
 
     async def _watch(self, connection: Connection, working: Working) -> None:
         while True:
             with trio.move_on_after(self.pace.pause(trio.current_time())):
                 await self._doubt.wait()
             self._doubt = trio.Event()
+            began = trio.current_time()
             await self._poll(connection)
+            self.intruders.look(trio.current_time(), trio.current_time() - began)
+            if self._listening != self._may_listen(connection):
+                await self._turn(connection)
             working()
+
+    async def _turn(self, connection: Connection) -> None:
+        """Stop to listen while others hold everything up by what they send, or begin again."""
+        if self._listening:
+            self._listening = False
+            await connection.unlisten(timeout=PATIENCE)
+            self.pace.begin(deaf=True)
+        else:
+            # As on a new connection: LISTEN first, then the position.
+            await self._listen(connection)
+            self._courier.begin()
+            self.check()
 
     async def _poll(self, connection: Connection) -> None:
         began = trio.current_time()
@@ -237,6 +304,8 @@ class Listener:
         self._polling = polling
         if not polling:
             logger.info("notifications tell of everything again: polling less")
+        elif not self._listening and not connection.pooled:
+            logger.warning("others send so many notifications that this replica does not listen: polling")
         elif connection.pooled:
             logger.warning("no notifications come through a pooler: polling; [database] listen_url leads past it")
         else:
@@ -249,7 +318,9 @@ class Listener:
         number = self.polls
         for _ in range(_TRIES):
             applied, mark = tail.applied, tail.marks.newest
+            asked = trio.current_time()
             look = _Look(*await connection.fetchrow(_LOOK, applied, timeout=PATIENCE))
+            tail.clock_offset = look.clock - (asked + trio.current_time()) / 2
             self._refuse_standby(look.standby)
             if await self._recognise(connection, look, applied, mark):
                 tail.floor = look.floor
@@ -312,6 +383,7 @@ class Listener:
         # Even below the floor: what was handed on above it has to be taken back, before retention tells of the rest.
         start = min(start, look.head)
         (there,) = await connection.fetchrow(_MARK, start, timeout=PATIENCE)
+        await self._read_seal(connection)
         if tail.epoch:
             logger.warning("the log is another one now", epoch=look.epoch, applied=applied, head=look.head, after=start)
         self.epochs = epochs
@@ -333,18 +405,3 @@ class Listener:
         epoch, after, made = await connection.fetchrow(_NEW_EPOCH, look.epoch, agreed, timeout=PATIENCE)
         if made:
             logger.warning("a new epoch begins", epoch=epoch, reason=reason, head=look.head, after=after)
-
-
-def sealed(head: str, enclosed: str, secret: str) -> str:
-    """The seal that `catbus.append` puts on the entries in a notification."""
-    return sha256(f"{head}{enclosed}{secret}".encode()).hexdigest()[:32]
-
-
-def _entries(enclosed: str) -> list[Entry]:
-    found = [
-        Entry(seq, at, channel, bytes(payload), sender, None if origin is None else bytes.fromhex(origin))
-        for seq, at, channel, sender, origin, payload in _enclosed.decode(enclosed)
-    ]
-    if not found or found[-1].seq - found[0].seq != len(found) - 1:
-        raise ValueError("not a stretch of the log")
-    return found

@@ -52,6 +52,10 @@ class PostgresStatistics:
     notifications: int
     dropped: int
     """Notifications for which there was no room; the poll makes up for those of the log."""
+    rejected: int
+    """Notifications that no replica of this log has sent."""
+    floods: int
+    """How often there were so many of them that the replica stopped to listen for some seconds."""
     unannounced: int
     """How often the poll found what no notification had told of."""
     jumps: int
@@ -258,6 +262,8 @@ class PostgresLog:
             recent_bytes=tail.recent.size,
             notifications=listener.notifications,
             dropped=listener.dropped,
+            rejected=listener.intruders.rejected,
+            floods=listener.intruders.floods,
             unannounced=listener.pace.unannounced,
             jumps=tail.jumps,
             polls=listener.polls,

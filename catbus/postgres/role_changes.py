@@ -7,9 +7,8 @@ from math import inf
 
 import trio
 
-ROLES = "catbus_roles"
-"""The channel on which the triggers of the roles notify."""
-
+PAUSE = 0.05
+"""Seconds from one answer to the next: a notification that is sent again and again costs one look in each."""
 _MANY = 1000
 """Roles that may wait to be looked at by name; for more it is as well to look at all of them."""
 
@@ -25,14 +24,11 @@ class RoleChanges:
         self._keys: set[bytes] | None = set()
         """None: any of them."""
         self._news = trio.Event()
+        self._taken = -inf
 
-    def hear(self, payload: str) -> None:
-        """Understand a notification: the key of a role, in hexadecimal, or nothing where it may be any.
-
-        Whoever may notify can only have us look. Raises `ValueError` for anything else.
-        """
-        key = bytes.fromhex(payload)
-        self._note({key} if key else None)
+    def hear(self, key: bytes) -> None:
+        """A notification has named a role."""
+        self._note({key})
 
     def look(self, epoch: str, version: str) -> None:
         """The database has been asked what it knows of changes. In another epoch it may be another database."""
@@ -49,6 +45,8 @@ class RoleChanges:
     async def wait(self) -> Collection[bytes] | None:
         """Wait for changes and take them: keys, or None for any role. Cancelling it takes none."""
         await self._news.wait()
+        await trio.sleep_until(self._taken + PAUSE)
+        self._taken = trio.current_time()
         self._news = trio.Event()
         keys, self._keys = self._keys, set()
         return keys

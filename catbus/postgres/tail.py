@@ -9,6 +9,7 @@ import trio
 
 from ..log import Entry, Follower, Page, Recent
 from .marks import Marks
+from .sealing import unknown_seal
 
 _AHEAD = 16
 """Batches that may wait for the rows before them; more are read from the table again."""
@@ -31,6 +32,10 @@ class Tail:
         self.epoch = ""
         self.server: object = None
         """When the server was started that was found to have the log: by this it is known from any other one."""
+        self.seal = unknown_seal()
+        """The secret of the log."""
+        self.clock_offset = 0.0
+        """Seconds by which the database's clock is ahead of Trio's."""
         self.applied = 0
         self.floor = 1
         self.generation = 0
@@ -87,6 +92,10 @@ class Tail:
         assert self._follower is not None
         self._follower.broadcast(entry)
 
+    def database_time(self) -> float:
+        """What the database's clock shows, in seconds since 1970. All replicas agree on it to some milliseconds."""
+        return trio.current_time() + self.clock_offset
+
     # What is known to be there
 
     def announce(self, last: int) -> None:
@@ -133,7 +142,7 @@ class Tail:
         if page.entries:
             self.offer(page.entries)
         elif page.last <= self.applied:
-            self.announced = self.applied  # a false announcement: anybody may NOTIFY
+            self.announced = self.applied  # what was announced is gone: the log was set back
 
     # What is to be read
 

@@ -29,6 +29,7 @@ from ..log.queue import AppendQueue
 from ..loggers import Recurring, get_logger
 from .batch import MOVE, Batch
 from .bridge import Connection, Row, sqlstate
+from .sealing import LOG, Sealer
 from .supervise import Working
 from .tail import Tail
 
@@ -90,6 +91,7 @@ class Writer:
         self._flight: deque[Batch] = deque()
         self._incarnation = secrets.token_bytes(16)
         self._numbers = count(1)
+        self._sealer = Sealer(LOG)
         self._work = trio.Event()
         self._moving = False
         """Whether messages are known to wait in the outbox."""
@@ -245,7 +247,7 @@ class Writer:
         appends.sort(key=_deadline)
         batch = self._number(appends)
         try:
-            batch.call()
+            batch.call(self._encrypt)
         except UnicodeDecodeError:
             self._refusals.note(trio.current_time(), "a message that is not UTF-8 has come this far")
             sound = batch.part(_is_sound)
@@ -267,6 +269,9 @@ class Writer:
             min([self._tail.announced, *[append.known for append in appends if append.known is not None]]),
         )
 
+    def _encrypt(self, text: bytes) -> str:
+        return self._sealer.encrypt(self._tail.seal, text)
+
     async def _send(self, connection: Connection, batch: Batch) -> None:
         """Append a batch and answer. Never cancelled: only a lost connection ends it before its answer or its time."""
         epoch, generation, moving = self._tail.epoch, self._tail.generation, self._moving
@@ -274,7 +279,7 @@ class Writer:
             self._carry_over(batch)
             return
         try:
-            statement, args = batch.call(move=moving)
+            statement, args = batch.call(self._encrypt, move=moving)
             began = trio.current_time()
             with trio.CancelScope(shield=True):
                 at, first, seqs, *moves = await self._call(connection, epoch, statement, *args)

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
-from catbus.postgres.listener import sealed
+from catbus.postgres.sealing import LOG, Seal
 
 T = TypeVar("T")
 Connection = Any
@@ -44,13 +44,15 @@ class Answer(NamedTuple):
     seqs: list[int]
 
 
-async def append(connection: Connection, epoch: str, batch: Sequence[Sent], commit: str = "on") -> Answer:
+async def append(
+    connection: Connection, epoch: str, batch: Sequence[Sent], commit: str = "on", enclosed: str | None = None
+) -> Answer:
     columns = [
         [getattr(entry, name) for entry in batch]
         for name in ("channel", "payload", "producer", "number", "sender", "origin", "after")
     ]
     row = await connection.fetchrow(
-        "SELECT * FROM catbus.append($1, $2, $3, $4, $5, $6, $7, $8, $9)", commit, epoch, *columns
+        "SELECT * FROM catbus.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)", commit, epoch, *columns, enclosed
     )
     return Answer(*row)
 
@@ -133,7 +135,7 @@ class AppendMachine(RuleBasedStateMachine):
         self.epoch, self.base, _ = self.run(position(self.connection))
         self.floor = self.base + 1
         self.run(self.connection.execute(f"DELETE FROM catbus.entries; UPDATE catbus.head SET floor = {self.floor}"))
-        self.secret = self.run(self.connection.fetchval("SELECT seal FROM catbus.head"))
+        self.seal = Seal(self.run(self.connection.fetchval("SELECT seal FROM catbus.head")))
         self.heard: list[str] = []
         self.run(self.connection.add_listener("catbus", lambda *arguments: self.heard.append(arguments[-1])))
         self.log: list[Row] = []
@@ -189,14 +191,16 @@ class AppendMachine(RuleBasedStateMachine):
                 expected.append(first + len(new))
                 new.append(Row(first + len(new), *entry[:6]))
 
-        answer = self.run(append(self.connection, self.epoch, batch))
+        answer = self.run(append(self.connection, self.epoch, batch, enclosed="encrypted"))
         assert (answer.first, answer.seqs) == (first, expected)
         assert answer.at >= self.at
         self.at = answer.at
         self.log += new
 
         self.run(asyncio.sleep(0))
-        assert self.heard == ([announcement(self.epoch, answer.at, new, self.secret)] if new else [])
+        span = f"{self.epoch}:{first}:{self.head}"
+        enclosed = f"{answer.at} encrypted" if len(new) == len(batch) else ""
+        assert self.heard == ([self.seal.sign(LOG, span, enclosed)] if new else [])
         self.heard.clear()
 
     @rule(target=sent, data=st.data())
@@ -262,19 +266,6 @@ class AppendMachine(RuleBasedStateMachine):
     @invariant()
     def the_position_is_that_of_the_list(self) -> None:
         assert self.run(position(self.connection)) == (self.epoch, self.head, self.floor)
-
-
-def announcement(epoch: str, at: int, rows: Sequence[Row], secret: str) -> str:
-    """The notification that tells of these entries."""
-    span = f"{epoch}:{rows[0].seq}:{rows[-1].seq}"
-    entries = []
-    for row in rows:
-        sender = json.dumps(row.sender, ensure_ascii=False)
-        origin = json.dumps(row.origin and row.origin.hex())
-        entries.append(f'[{row.seq},{at},"{row.channel}",{sender},{origin},{row.payload}]')
-    enclosed = f"[{','.join(entries)}]"
-    whole = f"{span} {sealed(span, enclosed, secret)} {enclosed}"
-    return whole if len(whole.encode()) <= 1000 else span
 
 
 def test_append_does_what_a_list_would(database_url: str) -> None:
@@ -535,19 +526,32 @@ def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) ->
     play(database_url, scene)
 
 
-@pytest.mark.parametrize("size", [1000, 1001])
-def test_entries_travel_with_a_notification_of_up_to_1000_bytes(database_url: str, size: int) -> None:
+def test_what_does_not_fit_into_a_notification_stays_behind(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
-        await writer.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
-        around = 33 + len(f'{epoch}:1:1 [[1,{int(time.time() * 1000)},"a.b",null,null,""]]')
-        payload = '"' + "é" * ((size - around) // 2) + "e" * ((size - around) % 2) + '"'
-        answer = await append(writer, epoch, [Sent(b"p", 1, payload=payload)])
+        await writer.add_listener(LOG, lambda *arguments: heard.append(arguments[-1]))
+        seal = Seal(await writer.fetchval("SELECT seal FROM catbus.head"))
+        for seq, size, fits in ((1, 7800, True), (2, 7900, False), (3, 1_000_000, False)):
+            answer = await append(writer, epoch, [Sent(b"p", seq)], enclosed="x" * size)
+            await asyncio.sleep(0)
+            shown = f"{epoch}:{seq}:{seq}"
+            assert heard.pop() == seal.sign(LOG, shown, f"{answer.at} {'x' * size}" if fits else "")
+
+    play(database_url, scene)
+
+
+def test_a_replica_of_an_earlier_release_appends_without_enclosing_anything(database_url: str) -> None:
+    async def scene(epoch: str, writer: Connection) -> None:
+        heard: list[str] = []
+        await writer.add_listener(LOG, lambda *arguments: heard.append(arguments[-1]))
+        seal = Seal(await writer.fetchval("SELECT seal FROM catbus.head"))
+        row = await writer.fetchrow(
+            "SELECT * FROM catbus.append('on', $1, '{a}', '{1}', '{p}', '{1}', '{null}', '{null}', '{null}')",
+            epoch,
+        )
         await asyncio.sleep(0)
-        span, enclosed = f"{epoch}:1:1", f'[[1,{answer.at},"a.b",null,null,{payload}]]'
-        whole = f"{span} {sealed(span, enclosed, await writer.fetchval('SELECT seal FROM catbus.head'))} {enclosed}"
-        assert len(whole.encode()) == size
-        assert heard == [whole if size == 1000 else f"{epoch}:1:1"]
+        assert row["seqs"] == [1]
+        assert heard == [seal.sign(LOG, f"{epoch}:1:1")]
 
     play(database_url, scene)
 

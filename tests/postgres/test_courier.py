@@ -19,8 +19,9 @@ from catbus.log import EPHEMERAL_SIZE, Entry, Recent
 from catbus.postgres import PostgresLog
 from catbus.postgres import courier as courier_module
 from catbus.postgres.bridge import Connection
-from catbus.postgres.courier import EPHEMERAL, Courier
+from catbus.postgres.courier import Courier
 from catbus.postgres.postcard import Post, enclose
+from catbus.postgres.sealing import EPHEMERAL
 from catbus.postgres.tail import Tail
 from tests.brokers import CONFIG, TOKEN
 from tests.brokers import running as running_broker
@@ -147,14 +148,13 @@ async def test_both_ways_at_once(database_url: str) -> None:
         lambda card: "",
         lambda card: "nonsense",
         lambda card: card,
-        lambda card: card[:-5],
-        lambda card: card.split(" ")[0],
-        lambda card: card.replace('"first"', '"lies!"'),
-        lambda card: card.replace(":1 ", ":2 ", 1),
+        lambda card: card[:-4],
+        lambda card: card.split(":")[0],
+        lambda card: card[:40] + ("A" if card[40] != "A" else "B") + card[41:],
         lambda card: "another-epoch" + card[card.index(":") :],
-        lambda card: card.replace(card.split(" ")[1], "é" * 32),
+        lambda card: card[:3] + "é" * 32,
     ],
-    ids=["empty", "nonsense", "again", "cut short", "bare", "changed", "renumbered", "another epoch", "not ASCII"],
+    ids=["empty", "nonsense", "again", "cut short", "bare", "changed", "another epoch", "not ASCII"],
 )
 async def test_a_notification_that_is_not_the_replicas_own_is_not_believed(
     database_url: str, forge: Callable[[str], str]
@@ -178,6 +178,7 @@ async def test_a_notification_that_is_not_the_replicas_own_is_not_believed(
         assert await publisher.publish_seq("a", b"1") == 1
         statistics = other.statistics()
         assert (statistics.ephemeral_received, statistics.failures, statistics.restarts) == (2, 0, 0)
+        assert statistics.rejected == 1
 
 
 async def test_a_notification_of_the_log_is_no_ephemeral_message(database_url: str) -> None:
@@ -333,7 +334,8 @@ class Sent(Connection):
 
     closed = False
 
-    def __init__(self) -> None:
+    def __init__(self, tail: Tail) -> None:
+        self.tail = tail
         self.statements: list[tuple[float, list[object]]] = []
         self.connected = 0
         self._post = Post()
@@ -347,10 +349,11 @@ class Sent(Connection):
         return self
 
     async def fetchrow(self, query: str, *args: Any, timeout: float = 0) -> Any:
-        if not args:
-            return ["secret"]
         assert not self.closed
-        entries = [entry for card in args[1] for entry in self._post.read(card, "epoch", "secret")]
+        tail = self.tail
+        entries = [
+            entry for card in args[1] for entry in self._post.read(card, "epoch", tail.seal, tail.database_time())
+        ]
         self.statements.append((round(trio.current_time(), 3), [json.loads(entry.payload) for entry in entries]))
         return ["off", "1s", len(args[1])]
 
@@ -358,7 +361,8 @@ class Sent(Connection):
 async def test_the_first_goes_at_once_and_what_follows_goes_together(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    connection, tail = Sent(), Tail(Recent(0))
+    tail = Tail(Recent(0))
+    connection = Sent(tail)
     tail.epoch = "epoch"
     courier = Courier(connection.connect, tail)
     nursery.start_soon(courier.run, lambda: None)
@@ -392,7 +396,8 @@ LARGE = message("x" * 1000)
 async def test_so_much_gathers_and_no_more(
     entry: Entry, room: int, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    connection, tail = Sent(), Tail(Recent(0))
+    tail = Tail(Recent(0))
+    connection = Sent(tail)
     courier = Courier(connection.connect, tail)
     for _ in range(room + 5):
         courier.broadcast(entry)
@@ -408,7 +413,8 @@ async def test_so_much_gathers_and_no_more(
 
 
 async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    connection, tail = Sent(), Tail(Recent(0))
+    tail = Tail(Recent(0))
+    connection = Sent(tail)
     courier = Courier(connection.connect, tail)
     nursery.start_soon(courier.run, lambda: None)
     for n in range(3):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable
-from contextlib import suppress
 
 import msgspec
 import pytest
@@ -12,10 +12,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catbus.log import EPHEMERAL_SIZE, Entry
-from catbus.postgres.postcard import SIZE, Post, enclose, sealed
+from catbus.postgres.postcard import FRESH, SIZE, Post, enclose
+from catbus.postgres.sealing import EPHEMERAL, LOG, ForgedError, Seal, Sealer
 
 EPOCH = "123e4567-e89b-12d3-a456-426614174000"
-SECRET = "known to the owner of the log"
+SEAL = Seal("known to the owner of the log")
+NOW = 1_763_912_345.678
 ALICE = b"alice-----------"
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -56,8 +58,13 @@ def full(channel: str = "a.b", sender: str | None = None) -> Entry:
     return entry
 
 
+def refused(post: Post, card: str) -> None:
+    with pytest.raises(ForgedError, match="before"):
+        post.read(card, EPOCH, SEAL, NOW)
+
+
 def write(post: Post, *messages: Entry) -> list[str]:
-    cards, number = post.write([enclose(message) for message in messages], EPOCH, SECRET)
+    cards, number = post.write([enclose(message) for message in messages], EPOCH, SEAL, NOW)
     assert number == len(messages)
     return cards
 
@@ -69,51 +76,73 @@ def test_what_is_written_is_read_in_order_and_once(messages: list[Entry]) -> Non
     sender, receiver = Post(), Post()
     cards = write(sender, *messages)
     assert all(len(card.encode()) <= SIZE < 8000 for card in cards)
-    assert [entry for card in cards for entry in receiver.read(card, EPOCH, SECRET)] == messages
-    assert [entry for card in cards for entry in receiver.read(card, EPOCH, SECRET)] == []
-    assert [entry for card in cards for entry in sender.read(card, EPOCH, SECRET)] == []
+    assert [entry for card in cards for entry in receiver.read(card, EPOCH, SEAL, NOW)] == messages
+    for card in cards:
+        refused(receiver, card)
+    assert [entry for card in cards for entry in sender.read(card, EPOCH, SEAL, NOW)] == []
 
 
 def test_as_much_goes_into_a_postcard_as_fits() -> None:
     small = Entry(0, 1_763_912_345_678, "a", b"1")
     *whole, rest = write(Post(), *[small] * 1000)
-    assert len(whole) == 4
-    slack = len(enclose(small)) + len(",") + len(str(2**63))
+    assert len(whole) == 5
+    slack = (len(enclose(small)) + len(",")) * 4 / 3 + 4
     assert all(SIZE - slack <= len(card) <= SIZE for card in whole)
-    assert len(rest) < SIZE // 2
-    assert len(write(Post(), full(), full())) == 2
+    assert len(rest) < SIZE
+    assert len(write(Post(), full(), full())) == 4
 
 
 def test_a_message_that_no_postcard_holds_is_left_out() -> None:
     small, big = Entry(0, 1, "a", b"1"), Entry(0, 1, "a", b'"%b"' % (b"x" * SIZE))
-    cards, number = Post().write([enclose(small), enclose(big), enclose(small)], EPOCH, SECRET)
+    cards, number = Post().write([enclose(small), enclose(big), enclose(small)], EPOCH, SEAL, NOW)
     assert (len(cards), number) == (1, 2)
-    assert Post().read(cards[0], EPOCH, SECRET) == [small, small]
-    assert Post().write([], EPOCH, SECRET) == ([], 0)
+    assert Post().read(cards[0], EPOCH, SEAL, NOW) == [small, small]
+    assert Post().write([], EPOCH, SEAL, NOW) == ([], 0)
 
 
-def resealed(secret: str) -> Callable[[str], str]:
-    def change(card: str) -> str:
-        head, _, messages = card.split(" ", 2)
-        return f"{head} {sealed(head, messages, secret)} {messages}"
+def test_a_message_in_two_postcards_is_read_when_both_have_come() -> None:
+    """Without one of them it is lost, and what follows is not."""
+    small = Entry(0, 1, "a", b"1")
+    for lost in (0, 1, None):
+        receiver = Post()
+        cards = write(Post(), full(), small)
+        assert len(cards) == 3
+        read = [receiver.read(card, EPOCH, SEAL, NOW) for index, card in enumerate(cards) if index != lost]
+        assert [entry for entries in read for entry in entries] == ([full(), small] if lost is None else [small])
 
-    return change
+
+def test_a_postcard_shows_nothing_and_no_two_are_encrypted_alike() -> None:
+    message = Entry(0, 1, "channel", b'"payload"', "sender", ALICE)
+    post = Post()
+    cards = write(post, message) + write(post, message)
+    for card in cards:
+        shown = card.encode() + b64decode(card.removeprefix("2::"))
+        assert not any(text in shown for text in (b"channel", b"payload", b"sender", ALICE, EPOCH.encode()))
+    assert b64decode(cards[0][3:])[24:] != b64decode(cards[1][3:])[24:]
+
+
+def with_token(change: Callable[[bytes], bytes]) -> Callable[[str], str]:
+    return lambda card: "2::" + b64encode(change(b64decode(card[3:]))).decode()
+
+
+def made_with(seal: Seal, channel: str) -> Callable[[str], str]:
+    return lambda _: "2::" + Sealer(channel).encrypt(seal, bytes(9) + b"[]", EPOCH)
 
 
 FORGERIES: dict[str, Callable[[str], str]] = {
     "nothing": lambda _: "",
     "nonsense": lambda _: "nonsense",
-    "no seal": lambda card: card.split(" ")[0],
-    "no messages": lambda card: card[: card.index("[")],
-    "cut short": lambda card: card[:-1],
+    "no token": lambda _: "2::",
+    "cut short": lambda card: card[:-4],
     "one more": lambda card: card + " ",
-    "another message": lambda card: card.replace('"true"', '"lies"'),
-    "another number": lambda card: card.replace(":1 ", ":2 "),
-    "another incarnation": lambda card: card.replace(card[37:69], "0" * 32),
-    "another seal": lambda card: card.replace(card[72:104], "0" * 32),
-    "a seal that is not ASCII": lambda card: card.replace(card[72:104], "é" * 32),
-    "another secret": resealed("guessed"),
-    "no secret": resealed(""),
+    "not ASCII": lambda card: card[:20] + "é" + card[21:],
+    "another text": with_token(lambda raw: raw[:30] + bytes([raw[30] ^ 1]) + raw[31:]),
+    "another tag": with_token(lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])),
+    "another number": with_token(lambda raw: raw[:23] + b"\x02" + raw[24:]),
+    "another incarnation": with_token(lambda raw: bytes(16) + raw[16:]),
+    "another secret": made_with(Seal("guessed"), EPHEMERAL),
+    "no secret": made_with(Seal(""), EPHEMERAL),
+    "another purpose": made_with(SEAL, LOG),
 }
 
 
@@ -123,35 +152,55 @@ def test_what_no_replica_has_written_is_not_believed(name: str) -> None:
     forged = FORGERIES[name](card)
     receiver = Post()
     assert forged != card
-    with pytest.raises((ValueError, msgspec.DecodeError)):
-        receiver.read(forged, EPOCH, SECRET)
-    assert receiver.read(card, EPOCH, SECRET), "and the true one still is"
+    with pytest.raises(ForgedError):
+        receiver.read(forged, EPOCH, SEAL, NOW)
+    assert receiver.read(card, EPOCH, SEAL, NOW), "and the true one still is"
 
 
-@given(st.text())
-def test_anything_else_is_nonsense(text: str) -> None:
-    """Whatever a stranger notifies, it is refused by one of the two errors, or is empty."""
-    for forged in (text, f"{EPOCH}:{text}", f"{EPOCH}:x:1 {text}"):
-        with suppress(ValueError, msgspec.DecodeError):
-            assert Post().read(forged, EPOCH, SECRET) == []
+@given(st.text() | st.binary(max_size=60).map(lambda raw: "2::" + b64encode(raw).decode()))
+def test_anything_else_is_forged(text: str) -> None:
+    for forged in (text, f"2::{text}", f"{EPOCH}:x:1 {text}"):
+        with pytest.raises(ForgedError):
+            Post().read(forged, EPOCH, SEAL, NOW)
+
+
+@given(st.data())
+def test_a_postcard_of_which_anything_was_changed_is_forged(data: st.DataObject) -> None:
+    [card] = write(Post(), Entry(0, 1, "a", b'"true"'))
+    raw = bytearray(b64decode(card[3:]))
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    changed = "2::" + b64encode(raw[: data.draw(st.integers(1, len(raw)))]).decode()
+    with pytest.raises(ForgedError):
+        Post().read(changed, EPOCH, SEAL, NOW)
 
 
 def test_a_postcard_of_another_epoch_is_not_read() -> None:
     [card] = write(Post(), Entry(0, 1, "a", b"1"))
-    assert Post().read(card, "another", SECRET) == []
-    assert Post().read(card.replace(EPOCH, "another"), EPOCH, SECRET) == []
-    with pytest.raises(ValueError, match="seal"):
-        Post().read(card.replace(EPOCH, "another"), "another", SECRET)
+    with pytest.raises(ForgedError):
+        Post().read(card, "another", SEAL, NOW)
+
+
+def test_a_postcard_that_was_recorded_is_read_by_nobody_later() -> None:
+    """Neither by a replica that was not there yet, nor long after it was written."""
+    [card] = write(Post(), Entry(0, 1, "a", b"1"))
+    for late in (FRESH + 0.1, 86400.0, -FRESH - 0.1):
+        with pytest.raises(ForgedError, match="fresh"):
+            Post().read(card, EPOCH, SEAL, NOW + late)
+    newcomer = Post()
+    newcomer.begin(NOW + 0.1)
+    with pytest.raises(ForgedError, match="fresh"):
+        newcomer.read(card, EPOCH, SEAL, NOW + 0.2)
+    assert Post().read(card, EPOCH, SEAL, NOW + FRESH - 0.1)
 
 
 def test_an_older_postcard_is_not_read_after_a_newer_one() -> None:
     sender, other, receiver = Post(), Post(), Post()
     first, second, third = (write(sender, Entry(0, n, "a", b"1"))[0] for n in range(3))
-    assert receiver.read(second, EPOCH, SECRET)
-    assert not receiver.read(first, EPOCH, SECRET)
-    assert receiver.read(write(other, Entry(0, 9, "a", b"1"))[0], EPOCH, SECRET), "each replica counts for itself"
-    assert receiver.read(third, EPOCH, SECRET)
-    assert not receiver.read(second, EPOCH, SECRET)
+    assert receiver.read(second, EPOCH, SEAL, NOW)
+    refused(receiver, first)
+    assert receiver.read(write(other, Entry(0, 9, "a", b"1"))[0], EPOCH, SEAL, NOW), "each replica counts for itself"
+    assert receiver.read(third, EPOCH, SEAL, NOW)
+    refused(receiver, second)
 
 
 def test_replicas_that_are_no_more_are_forgotten_those_first_that_were_silent_longest() -> None:
@@ -160,12 +209,12 @@ def test_replicas_that_are_no_more_are_forgotten_those_first_that_were_silent_lo
     old, faithful = Post(), Post()
     [from_old], [from_faithful] = write(old, message), write(faithful, message)
     for card in (from_old, from_faithful):
-        assert receiver.read(card, EPOCH, SECRET)
+        assert receiver.read(card, EPOCH, SEAL, NOW)
     for _ in range(998):
-        assert receiver.read(write(Post(), message)[0], EPOCH, SECRET)
-    assert receiver.read(write(faithful, message)[0], EPOCH, SECRET)
-    assert not receiver.read(from_old, EPOCH, SECRET)
+        assert receiver.read(write(Post(), message)[0], EPOCH, SEAL, NOW)
+    assert receiver.read(write(faithful, message)[0], EPOCH, SEAL, NOW)
+    refused(receiver, from_old)
     for _ in range(2):
-        assert receiver.read(write(Post(), message)[0], EPOCH, SECRET)
-    assert not receiver.read(from_faithful, EPOCH, SECRET)
-    assert receiver.read(from_old, EPOCH, SECRET), "a thousand are remembered, and it was the first to go"
+        assert receiver.read(write(Post(), message)[0], EPOCH, SEAL, NOW)
+    refused(receiver, from_faithful)
+    assert receiver.read(from_old, EPOCH, SEAL, NOW), "a thousand are remembered, and it was the first to go"

@@ -6,7 +6,6 @@ another one in its place, and an older one is what a failover or a restore goes 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,10 +16,12 @@ import asyncpg  # type: ignore[import-untyped]
 from catbus.log import Entry
 from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention, roll
 from catbus.postgres.bridge import Row
+from catbus.postgres.sealing import LOG, Seal
 
 from .machine import POISON
 
-SEAL = "seal"
+SECRET = "the secret of the log"
+SEAL = Seal(SECRET)
 
 
 class Stored(NamedTuple):
@@ -143,7 +144,7 @@ class Database:
     def is_server(self, server: object) -> bool:
         return server == self.server
 
-    def append(self, pid: int, epoch: str, columns: list[tuple[Any, ...]]) -> Row:
+    def append(self, pid: int, epoch: str, columns: list[tuple[Any, ...]], enclosed: str | None) -> Row:
         self.check_epoch(epoch)
         state, at = self.state, self._now()
         first = state.head + 1
@@ -162,7 +163,8 @@ class Database:
                 new.append(Stored(seqs[-1], at, channel, payload, sender, origin, producer, number))
         if new:
             hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
-            self._insert(pid, new, epoch, _with_luggage(hint, new))
+            whole = enclosed is not None and len(new) == len(columns)
+            self._insert(pid, new, epoch, SEAL.sign(LOG, hint, f"{at} {enclosed}" if whole else ""))
         return at, first, seqs
 
     def move(self, pid: int, epoch: str) -> Row:
@@ -176,7 +178,7 @@ class Database:
             for i, (channel, payload) in enumerate(state.outbox)
         ]
         last = first + len(new) - 1
-        self._insert(pid, new, epoch, f"{state.epoch}:{first}:{last}", outbox=())
+        self._insert(pid, new, epoch, SEAL.sign(LOG, f"{state.epoch}:{first}:{last}"), outbox=())
         return len(new), last, False
 
     def check_epoch(self, epoch: str) -> None:
@@ -189,7 +191,7 @@ class Database:
     def _insert(self, pid: int, new: list[Stored], epoch: str, hint: str, **changes: Any) -> None:
         self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
         self.committed(new, epoch)
-        self._notify(pid, listener.CHANNEL, hint)
+        self._notify(pid, LOG, hint)
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
@@ -222,6 +224,7 @@ class Database:
                 same,
                 "",
                 self.server,
+                self._clock(),
             )
         ]
 
@@ -239,7 +242,7 @@ class Database:
             after = max(0, min(state.head if agreed is None else agreed, state.head))
             epoch = f"e{next(self._names)}"
             self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), began=self.timeline))
-            self._notify(pid, listener.CHANNEL, f"{epoch}:{state.head + 1}:{state.head}")
+            self._notify(pid, LOG, SEAL.sign(LOG, f"{epoch}:{state.head + 1}:{state.head}"))
         return [(*self.state.epochs[-1], made)]
 
     def _epochs(self, _: int, epoch: str) -> list[Row]:
@@ -261,9 +264,9 @@ class Database:
         return [("", "", len(cards))]
 
 
-def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
-    """The arguments of an append: its epoch, and the entries, each with what the schema calls its columns."""
-    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, size, _ = args
+def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]], str | None]:
+    """The arguments of an append: its epoch, the columns of each entry as the schema names them, and `enclosed`."""
+    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed, size, _ = args
     if len(channels) < size:
         channels, payloads = channels[0].split("\n"), payloads[0].split("\n")
         senders = [None if sender == "\x01" else sender for sender in senders[0].split("\n")]
@@ -277,22 +280,11 @@ def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]]]:
         origins or [None] * size,
         _spread(afters, size),
     )
-    return epoch, list(zip(*columns, strict=True))
+    return epoch, list(zip(*columns, strict=True)), enclosed
 
 
 def _spread(column: Sequence[Any], size: int) -> Sequence[Any]:
     return list(column) * size if len(column) == 1 else column
-
-
-def _with_luggage(hint: str, new: list[Stored]) -> str:
-    luggage = ",".join(
-        f"[{r.seq},{r.at},{json.dumps(r.channel)},{json.dumps(r.sender)},"
-        f"{json.dumps(r.origin and r.origin.hex())},{r.payload}]"
-        for r in new
-    )
-    if len(new) > 28 or len(hint) + len(luggage) + 36 > 1000:
-        return hint
-    return f"{hint} {listener.sealed(hint, f'[{luggage}]', SEAL)} [{luggage}]"
 
 
 _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
@@ -306,7 +298,7 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     listener._MARK: Database._mark,
     listener._NEW_EPOCH: Database._new_epoch,
     listener._EPOCHS: Database._epochs,
-    courier.SECRET: lambda *_: [(SEAL,)],
+    listener._SEAL: lambda *_: [(SECRET,)],
     courier._NOTIFY: Database._notify_cards,
     outbox._LOOK: lambda self, _: [(bool(self.state.outbox),)],
     outbox._TURN: lambda *_: [],

@@ -333,3 +333,7 @@ class Connection:
         if self.closed:
             raise asyncpg.InterfaceError("connection is closed")
         self.heard[channel] = callback
+
+    async def unlisten(self, *, timeout: float = QUERY_TIMEOUT) -> None:
+        await trio.lowlevel.checkpoint()
+        self.heard.clear()

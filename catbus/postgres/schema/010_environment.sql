@@ -78,7 +78,7 @@ REVOKE ALL ON FUNCTION catbus.is_server FROM PUBLIC;
 -- channels, payloads, senders   the text of all of them, a line each; of a sender that is null, E'\x01'
 -- producers, afters             what all of them have
 --
--- numbers are separated by commas; origins are null where all of them are.
+-- numbers are separated by commas; origins are null where all of them are. `enclosed` is passed on.
 CREATE FUNCTION catbus.append_packed(
     synchronous_commit text,
     epoch     text,
@@ -89,6 +89,7 @@ CREATE FUNCTION catbus.append_packed(
     numbers   text,
     origins   bytea[],
     afters    bigint[],
+    enclosed  text,
     length    integer
 ) RETURNS TABLE (at bigint, first bigint, seqs bigint[])
 LANGUAGE plpgsql
@@ -112,7 +113,7 @@ BEGIN
     SELECT a.at, a.first, a.seqs INTO STRICT at, first, seqs
     FROM catbus.append(
         synchronous_commit, epoch, channels, payloads, producers, string_to_array(numbers, ',')::bigint[], senders,
-        coalesce(origins, array_fill(NULL::bytea, ARRAY[length])), afters
+        coalesce(origins, array_fill(NULL::bytea, ARRAY[length])), afters, enclosed
     ) AS a;
     RETURN NEXT;
 END
@@ -132,6 +133,7 @@ CREATE PROCEDURE catbus.append_transaction(
     numbers   text,
     origins   bytea[],
     afters    bigint[],
+    enclosed  text,
     length    integer,
     server    timestamptz,
     move      boolean,
@@ -150,7 +152,8 @@ BEGIN
     IF catbus.is_server(server) THEN
         SELECT a.at, a.first, a.seqs INTO at, first, seqs
         FROM catbus.append_packed(
-            synchronous_commit, epoch, channels, payloads, senders, producers, numbers, origins, afters, length) AS a;
+            synchronous_commit, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed,
+            length) AS a;
         IF move THEN
             SELECT m.moved, m.last, m.more INTO moved, last, more
             FROM catbus.move_outbox(synchronous_commit, epoch, at) AS m;
