@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from catbus.auth import Grants, sign
 
 from .attacks import SECRET, Ended, Target, attack
-from .peers import PATIENCE, UPGRADE, Peer
+from .peers import PATIENCE, UPGRADE, Peer, pump
 
 POST = b"POST /publish HTTP/1.1\r\nHost: bus.example\r\n"
 GET = b"GET %b HTTP/1.1\r\nHost: bus.example\r\n\r\n"
 BODY = 1 << 20
+BASE64URL = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 def hold(target: Target, count: int, begin: Callable[[Peer], None], idle: Callable[[Peer], None]) -> None:
@@ -70,6 +71,14 @@ def tiny_chunks(target: Target) -> None:
     burst = b"1\r\nx\r\n" * 10_000
     while True:
         peer.send(burst)
+
+
+@attack("http", "chunks of one byte, 100 connections", "each of them a little at a time", like="requests", processes=2)
+def many_tiny_chunks(target: Target) -> None:
+    peers = [Peer(target) for _ in range(50)]
+    for peer in peers:
+        peer.send(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+    pump(peers, b"1\r\nx\r\n" * 10_000)
 
 
 @attack(
@@ -243,6 +252,58 @@ def after_the_end(target: Target) -> None:
 )
 def all_connections(target: Target) -> None:
     hold(target, 2600, lambda peer: peer.send(b"GET /"), nothing)
+
+
+@attack(
+    "http",
+    "connections from 10,000 addresses",
+    "one from each, up to the limit; each one more has somebody give way, who is to be looked for",
+    processes=4,
+)
+def many_addresses(target: Target) -> None:
+    peers = []
+    number = os.getpid() * 4096
+    while True:
+        number += 1
+        address = f"127.{1 + (number >> 16 & 0x7F)}.{number >> 8 & 0xFF}.{number & 0xFF}"
+        peers.append(Peer(target, address=address))
+        if len(peers) > 3000:
+            peers.pop(0).close()
+
+
+@attack("http", "requests over 200 connections", "each asks for /health again and again", like="requests", processes=2)
+def many_requests(target: Target) -> None:
+    pump([Peer(target) for _ in range(100)], GET % b"/health" * 20)
+
+
+@attack(
+    "http",
+    "a share for each spelling of a token",
+    "a JWT without a subject, in all 8 spellings of its signature, publishes 1,000 messages in each request",
+    token=True,
+    log="postgres",
+    processes=2,
+    kept=160,
+    stands=False,
+)
+def spellings(target: Target) -> None:
+    body = json.dumps([{"channel": "noise.http", "payload": "x" * 50}] * 1000).encode()
+    token = jwt_of(SECRET, {"catbus": {"read": ["*"], "write": ["*"]}}).encode()
+    # Two bits of the last character mean nothing, and neither does a sign that fills up.
+    last = BASE64URL.index(token[-1])
+    tokens = [token[:-1] + BASE64URL[last ^ bits : (last ^ bits) + 1] + end for bits in range(4) for end in (b"", b"=")]
+    peers = [Peer(target) for _ in range(75)]
+    heads = [
+        POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (each, len(body))
+        for each, _ in zip(itertools.cycle(tokens), peers, strict=False)
+    ]
+    while True:
+        for peer, head in zip(peers, heads, strict=True):
+            peer.send(head + body)
+        for peer in peers:
+            if b" 200 " not in peer.wait_for(b"\r\n\r\n"):
+                time.sleep(1)  # It is known for what it is.
+            peer.drain()
 
 
 @attack(

@@ -44,6 +44,15 @@ class Span:
         times = [visit.seconds for visit in self.visits if visit.step == step and visit.seconds is not None]
         return statistics.median(times) if times else float("inf")
 
+    def joined(self, other: Span) -> Span:
+        """Both together."""
+        return Span(
+            self.latencies + other.latencies,
+            self.lost + other.lost,
+            self.refused + other.refused,
+            self.visits + other.visits,
+        )
+
     @property
     def failures(self) -> list[str]:
         return [f"{visit.step}: {visit.fault}" for visit in self.visits if visit.seconds is None]
@@ -141,23 +150,28 @@ def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
                 seen = honest.stop()
                 exit_time = broker.stop(EXIT_TIME)
         endings, codes = tally.endings, tally.codes()
-        after, calmed, like = before, True, attack.like
-        if not attack.drains:
+        after, calmed, like = before, True, "" if attack.drains else attack.like
+        if attack.drains:
+            began += began[-1:] * 2
+        else:
             after = _wait_returned(broker, before, attack)
             calmed = _wait_idle(broker)
             like = like if calmed else ""
             began.append(time.monotonic())
             rate = size if like in ("bytes", "requests") else units
             with load(target, like, rate, attack.processes):
-                time.sleep(seconds / 2 if like else 0)
+                time.sleep(seconds / 2)
                 began.append(time.monotonic())
             seen = honest.stop()
         calm, during = _between(seen, began[0], began[1]), _between(seen, began[1], began[2])
+        beside = _between(seen, began[3], began[4])
+        if not like:
+            calm = beside = calm.joined(beside)
         return Result(
             attack,
             calm,
             during,
-            _between(seen, began[3], began[4]) if like and not attack.drains else calm,
+            beside,
             before,
             after,
             peak,
@@ -249,8 +263,10 @@ def row(result: Result) -> str:
         f"{result.busy * 100:.0f} %, {_amount(1000 * result.busy / max(result.units, 0.001))}ms each",
         f"{_amount(result.size)}B, {_amount(result.units)}",
         f"{result.endings}" + (f" ({codes})" if codes else ""),
-        "; ".join(result.verdict()) or "stands" + (f", stops in {result.exit:.1f} s" if result.exit else ""),
+        "; ".join(result.verdict()) or "stands",
     ]
+    if result.exit is not None:
+        cells[-1] += f"; stops in {result.exit:.1f} s"
     if result.logged > 10_000:
         cells[-1] += f"; logs {_amount(result.logged)}B"
     return f"| {' | '.join(cells)} |"

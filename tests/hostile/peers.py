@@ -9,6 +9,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from catbus.webtransport import (
@@ -56,11 +57,15 @@ def request(kind: str, **fields: object) -> bytes:
 class Peer:
     """A TCP connection, with TLS where the port has that."""
 
-    def __init__(self, target: Target, port: int | None = None, *, tls: bool | None = None) -> None:
+    def __init__(
+        self, target: Target, port: int | None = None, *, tls: bool | None = None, address: str = "127.0.0.1"
+    ) -> None:
         self.target = target
         self.read = b""
         """The last of what has come."""
-        self.socket = socket.create_connection(("127.0.0.1", port or target.port), timeout=PATIENCE)
+        self.socket = socket.create_connection(
+            ("127.0.0.1", port or target.port), timeout=PATIENCE, source_address=(address, 0)
+        )
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if target.tls if tls is None else tls:
             self.socket = client_context().wrap_socket(self.socket)
@@ -135,6 +140,43 @@ def client_context() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
+
+
+class Pump:
+    """Sends the same on one connection, over and over, as much as goes without waiting."""
+
+    def __init__(self, peer: Peer, data: bytes) -> None:
+        self.peer = peer
+        self._data = data
+        self._sent = 0
+
+    def turn(self) -> bool:
+        """Send, and drop what has come; whether any of it went. Raises `Ended`."""
+        self.peer.drain()
+        self.peer.socket.setblocking(False)
+        try:
+            size = self.peer.socket.send(self._data[self._sent :])
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.peer.end()
+        self._sent = (self._sent + size) % len(self._data)
+        self.peer.target.tally.sent(size)
+        return True
+
+
+def pump(peers: Sequence[Peer], data: bytes) -> None:
+    """Send the same on all of them for as long as one is left."""
+    pumps = [Pump(peer, data) for peer in peers]
+    while pumps:
+        went = False
+        for each in tuple(pumps):
+            try:
+                went = each.turn() or went
+            except Ended:
+                pumps.remove(each)
+        if not went:
+            time.sleep(0.002)
 
 
 def close_code(data: bytes) -> int | None:

@@ -279,6 +279,27 @@ def empty_streams(target: Target) -> None:
     inject(target, same(full(b"\x0a\x04\x00")), 1000)
 
 
+@attack("quic", "empty STREAM frames, 20 connections", "50 such packets/s on each of them", like="packets")
+def many_empty_streams(target: Target) -> None:
+    peers = [QuicPeer(target) for _ in range(20)]
+    payload = full(b"\x0a\x04\x00")
+    for number, _ in enumerate(pace(1000)):
+        peer = peers[number % len(peers)]
+        peer.inject(payload)
+        while readable(peer.socket, 0):
+            peer.socket.recv(LARGEST)
+
+
+@attack("quic", "small packets, 20 connections", "a PING in each, 250/s on each of them", like="packets")
+def many_small_packets(target: Target) -> None:
+    peers = [QuicPeer(target) for _ in range(20)]
+    for number, _ in enumerate(pace(5000)):
+        peers[number % len(peers)].inject(b"\x01\x00\x00\x00")
+        if number % 100 == 0:
+            for peer in peers:
+                peer.turn(0)
+
+
 @attack("quic", "PING frames", "packets of 1,150 of them, 1,000/s", like="packets")
 def ping_frames(target: Target) -> None:
     inject(target, same(full(b"\x01")), 1000)

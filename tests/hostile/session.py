@@ -17,7 +17,7 @@ from catbus.auth import Grants
 
 from .attacks import SECRET, Ended, Target, attack, pace
 from .http import jwt_of
-from .peers import Peer, WebSocketPeer, frame, request
+from .peers import Peer, WebSocketPeer, frame, pump, request
 from .websocket import keep
 
 FAR_AHEAD = 1 << 62
@@ -79,6 +79,23 @@ def small_publishes(target: Target) -> None:
         for peer in peers:
             peer.send(frame(b"".join(lines)))
             peer.drain()
+
+
+@attack(
+    "session",
+    "200 sessions without a client_id",
+    "each with a share of the log, as nobody can tell that they are one client's",
+    token=True,
+    log="postgres",
+    processes=4,
+    kept=RING,
+    stands=False,
+)
+def anonymous(target: Target) -> None:
+    token = jwt_of(SECRET, {"catbus": {"read": ["*"], "write": ["*"]}})
+    peers = [WebSocketPeer(target, token) for _ in range(50)]
+    lines = b"".join([request("publish", channel="noise.many", payload=1, ack=False)] * 100)
+    pump(peers, frame(lines))
 
 
 @attack(

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import IO
 
 import pytest
@@ -18,20 +19,22 @@ from tests.hostile.__main__ import ATTACKS, table
 from tests.hostile.broker import ROOT
 from tests.postgres.server import execute, to_database
 
+SIDE_BY_SIDE = ("session", "tls"), ("http",), ("websocket", "quic")
+"""Programs with the layers that each of them attacks; most of the time they wait."""
 STOOD = [name for name, attack in ATTACKS.items() if attack.stands and not attack.drains]
 
 
 class Outcomes:
-    """What a program says of one attack after the other."""
+    """What programs say of one attack after the other, by its layer."""
 
-    def __init__(self, lines: IO[str]) -> None:
+    def __init__(self, lines: Mapping[str, IO[str]]) -> None:
         self._lines = lines
         self._found: dict[str, list[str]] = {}
 
     def wait(self, name: str) -> list[str]:
         """What was wrong with this one."""
         while name not in self._found:
-            line = self._lines.readline()
+            line = self._lines[ATTACKS[name].layer].readline()
             assert line, "the program has ended"
             done, faults = json.loads(line)
             self._found[done] = faults
@@ -43,13 +46,17 @@ def outcomes(postgres_server: str) -> Iterator[Outcomes]:
     maintenance, name = to_database(postgres_server, "postgres"), f"catbus_hostile_{os.getpid()}"
     execute(maintenance, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
     url = to_database(postgres_server, name)
-    command = [sys.executable, "-m", "tests.hostile", "--short", "--database", url]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
-        assert program.stdout is not None
-        try:
-            yield Outcomes(program.stdout)
-        finally:
-            program.terminate()
+    command = [sys.executable, "-m", "tests.hostile", "--short", "--database", url, "--only"]
+    with ExitStack() as stack:
+        lines = {}
+        for layers in SIDE_BY_SIDE:
+            program = stack.enter_context(
+                subprocess.Popen([*command, *layers], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(program.terminate)
+            assert program.stdout is not None
+            lines.update(dict.fromkeys(layers, program.stdout))
+        yield Outcomes(lines)
     execute(maintenance, f"DROP DATABASE {name} WITH (FORCE)")
 
 

@@ -6,7 +6,7 @@ import itertools
 import time
 
 from .attacks import Ended, Target, attack, pace
-from .peers import BINARY, CLOSE, PING, PONG, WebSocketPeer, frame, request
+from .peers import BINARY, CLOSE, PING, PONG, WebSocketPeer, frame, pump, request
 
 BURST = 65_536
 MEGABYTE = 1_000_000
@@ -117,6 +117,16 @@ def empty_messages(target: Target) -> None:
     repeat(target, frame(b""))
 
 
+@attack("websocket", "empty messages, 100 connections", "the same, a little on each of them", like="bytes", processes=2)
+def many_empty_messages(target: Target) -> None:
+    pump([WebSocketPeer(target) for _ in range(50)], frame(b"") * 10_000)
+
+
+@attack("websocket", "pings, 200 connections", "of 125 bytes, on each as many as go", like="bytes", processes=2)
+def many_pings(target: Target) -> None:
+    pump([WebSocketPeer(target) for _ in range(100)], frame(bytes(125), PING) * 500)
+
+
 @attack("websocket", "binary messages of a space", "which are passed on one by one", like="bytes", processes=2)
 def binary_messages(target: Target) -> None:
     repeat(target, frame(b" ", BINARY))
@@ -158,6 +168,12 @@ def braces(target: Target) -> None:
 @attack("websocket", "payloads of empty arrays", "publishes of 60 KB, whose depth is looked for", like="bytes")
 def brackets(target: Target) -> None:
     repeat(target, frame(b'{"type":"publish","channel":"a","payload":[' + b"[]," * 20_000 + b"[]]}"))
+
+
+@attack("websocket", "payloads of empty arrays, 50 connections", "the same", like="bytes", processes=2)
+def many_brackets(target: Target) -> None:
+    line = b'{"type":"publish","channel":"a","payload":[' + b"[]," * 20_000 + b"[]]}"
+    pump([WebSocketPeer(target) for _ in range(25)], frame(line))
 
 
 @attack("websocket", "objects of backslashes", "strings of 64 KB in which every other byte is escaped", like="bytes")
