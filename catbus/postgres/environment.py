@@ -16,6 +16,8 @@ RELIED_ON = {
 
 Statements are short: the last three can make planning one, or starting it, take longer than all else.
 """
+WORK_MEM = "16MB"
+"""The same in transactions: a role may be allowed no temporary file, and less would need one to read `pg_settings`."""
 NEWER = {"transaction_timeout": (17, "0")}
 """The same, with the major version of PostgreSQL that was the first to know them."""
 
@@ -36,7 +38,7 @@ REFUSED_AT_START = "08P01", "0A000"
 def begin(version: int, *, read_write: bool = True) -> str:
     """The script that begins a transaction with what statements rely on. On a standby it cannot be read-write."""
     access = ", READ WRITE" if read_write else ""
-    settings = _set({**_newer(version), **RELIED_ON}, local=True)
+    settings = _set({**_newer(version), **RELIED_ON, "work_mem": WORK_MEM}, local=True)
     return f"BEGIN ISOLATION LEVEL READ COMMITTED, NOT DEFERRABLE{access}; {settings}"
 
 

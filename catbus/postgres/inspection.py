@@ -47,7 +47,7 @@ SELECT EXISTS (
        coalesce((SELECT pg_has_role(n.nspowner, 'USAGE') FROM pg_namespace AS n WHERE n.nspname = 'catbus'), true)
 """
 _LIMITED = "statement_timeout", "transaction_timeout"
-# What a session begins with: behind a pooler it is what the role or the database has set, and elsewhere ours.
+# What a session begins with. Behind a pooler that is what the role or the database has set.
 _LIMITS = """
 SELECT s.name, s.reset_val::bigint,
        format('ALTER ROLE %I IN DATABASE %I SET %s = 0', current_user, current_database(), s.name)
@@ -116,7 +116,7 @@ async def _look(bridge: Bridge, connection: Connection, settings: Database, plac
         tell(Finding("error", "encoding", encoding, "create the database with ENCODING 'UTF8' TEMPLATE template0"))
     if standby:
         tell(Finding("error", "writing", "it is a standby", "give the URL of the primary"))
-    for limit, milliseconds, advice in await connection.fetch(_LIMITS, list(_LIMITED)):
+    for limit, milliseconds, advice in await connection.fetch(_LIMITS, list(_LIMITED) if connection.pooled else []):
         level: Level = "error" if milliseconds < SHORTEST else "warning"
         text = f"{limit} is {milliseconds} ms, which nothing overrides behind a pooler"
         tell(Finding(level, "settings", text, advice))

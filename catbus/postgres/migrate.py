@@ -28,7 +28,6 @@ SELECT EXISTS (
 _AS_SCRIPTS_NEED = """
 SET LOCAL default_table_access_method = heap;
 SET LOCAL plpgsql.extra_errors = none;
-SET LOCAL work_mem = '16MB';
 """
 """What the files rely on beside the settings of every transaction."""
 

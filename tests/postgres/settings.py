@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -163,7 +164,8 @@ async def _exercise(url: str, user: str) -> None:
         assert [(s.failures, s.stray_errors) for s in statistics] == [(0, 0)] * 2
     findings: list[Finding] = []
     await inspect(settings, findings.append)
-    assert not [finding for finding in findings if finding.level == "error"]
+    errors = [finding for finding in findings if finding.level == "error"]
+    assert not errors, errors
 
 
 PUBLISHED = (
@@ -295,7 +297,7 @@ class Laboratory:
                 await exercise(bouncer.url, app)
             return ""
         except Exception as error:  # noqa: BLE001
-            return "; ".join(f"{type(leaf).__name__}: {leaf}" for leaf in leaves(error))
+            return "; ".join(map(_described, leaves(error)))
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._execute, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -335,6 +337,12 @@ class Laboratory:
 
     def _execute(self, *statements: str) -> None:
         execute(self.server, *statements)
+
+
+def _described(error: BaseException) -> str:
+    """What went wrong, and in which line."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__}: {error} ({line})"
 
 
 def _set(trial: Trial) -> str:
