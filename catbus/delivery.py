@@ -121,9 +121,10 @@ class Delivery:
             self._work.set()
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
-        """Go on after `applied`, and tell everyone what may be missing: `lost` is "epoch" or "retention".
+        """Go on after `applied`, and tell everyone what may be missing: `lost` is the reason.
 
         In another epoch, who is late and not beyond `applied` misses nothing, is told so, and goes on from its cursor.
+        With "repair", a subscription that has not come as far as the hole goes on from its cursor, and is told there.
         """
         previous, self.position, self.at = self.position, applied, 0
         self._restarts += 1
@@ -143,6 +144,9 @@ class Delivery:
                 # Another replica has served it with what this one never had.
                 if known == applied:
                     self._go_live(subscription)
+                continue
+            elif lost == "repair" and subscription.late and known < previous:
+                # It is told when it gets there.
                 continue
             self._announce_gap(subscription, min(known, applied), applied, lost)
             if subscription.late:
@@ -250,9 +254,11 @@ class Delivery:
         restarts = self._restarts
         self._swept[position >= self._log.recent - 1] = page.last
         if page.after > position:
+            # What retention has taken is gone for every lower cursor; a hole is a gap for those that have come to it.
+            lowest = position if page.lost == "repair" else 0
             for subscription in self._reading:
-                if subscription.cursor < page.after:
-                    self._announce_gap(subscription, subscription.cursor, page.after, "retention")
+                if lowest <= subscription.cursor < page.after:
+                    self._announce_gap(subscription, subscription.cursor, page.after, page.lost)
                     subscription.cursor = page.after
         shelves: dict[Subscription, list[Shelf]] = {s: [] for s in self._reading if page.after <= s.cursor <= page.last}
         for group, hits in find_hits(self._late, page.entries).items():

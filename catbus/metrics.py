@@ -89,6 +89,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_log_applied": (GAUGE, "The newest message that this replica has handed on."),
     "catbus_log_floor": (GAUGE, "The oldest message that still exists."),
     "catbus_log_head": (GAUGE, "The newest message that is known to be committed."),
+    "catbus_log_missing_messages": (GAUGE, "Messages that were deleted from the log by hand and not repaired."),
     "catbus_log_size_bytes": (GAUGE, "What the log's tables take up."),
     "catbus_log_recent_messages": (GAUGE, "The newest messages that are kept in memory."),
     "catbus_log_recent_bytes": (GAUGE, "Bytes of them."),
@@ -255,6 +256,7 @@ def _read_postgres(log: PostgresLog) -> Iterator[Reading]:
     yield "catbus_publishes_pending", {}, found.pending
     yield "catbus_publishes_pending_bytes", {}, found.pending_bytes
     yield "catbus_log_head", {}, found.announced
+    yield "catbus_log_missing_messages", {}, found.missing
     yield "catbus_log_size_bytes", {}, found.table_size
     yield "catbus_log_recent_messages", {}, found.recent
     yield "catbus_log_recent_bytes", {}, found.recent_bytes

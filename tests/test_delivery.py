@@ -48,14 +48,22 @@ class ListLog:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.floor = 1
+        self.holes: set[int] = set()
+        """Seqs that were taken out of it, and that was repaired."""
+
+    def is_gone(self, seq: int) -> bool:
+        return seq < self.floor or seq in self.holes
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         return Resumption(since)
 
     def page(self, after: int, rows: int) -> Page:
-        after = max(after, self.floor - 1)
+        after, lost = max(after, self.floor - 1), "retention"
+        while after + 1 in self.holes:
+            after, lost = after + 1, "repair"
         entries = self.entries[after : after + rows]
-        return Page(after, entries[-1].seq if entries else after, entries)
+        entries = entries[: next((i for i, e in enumerate(entries) if e.seq in self.holes), rows)]
+        return Page(after, entries[-1].seq if entries else after, entries, lost)
 
 
 def exhaust(steps: Iterator[None]) -> None:
@@ -117,7 +125,7 @@ def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
 
 
 class DeliveryMachine(RuleBasedStateMachine):
-    """Publishing, subscribing, lagging, sweeping and retention in any order.
+    """Publishing, subscribing, lagging, sweeping, retention and holes that are repaired, in any order.
 
     A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
     a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle. The
@@ -270,6 +278,13 @@ class DeliveryMachine(RuleBasedStateMachine):
         """Retention takes what is old, whoever has not had it; between a page's reading and its use changes nothing."""
         self.log.floor = max(self.log.floor, min(ahead, len(self.log.entries) + 1))
 
+    @precondition(lambda self: self.page is None)
+    @rule(first=st.integers(1, 20), length=st.integers(1, 4))
+    def dig(self, first: int, length: int) -> None:
+        """Somebody takes entries out, but for the newest one, and it is repaired."""
+        last = min(first + length, len(self.log.entries)) - 1
+        self.log.holes.update(range(max(first, self.log.floor), last + 1))
+
     @invariant()
     def everyone_has_the_beginning_of_what_is_due(self) -> None:
         for client in getattr(self, "clients", ()):
@@ -319,9 +334,12 @@ class DeliveryMachine(RuleBasedStateMachine):
                     assert due and seq == due[0], f"{pattern}: got {seq}, owed {due[:3]}"
                     due.pop(0)
                     cursor = seq
-                case wire.Gap(first=first, last=last):
-                    assert cursor < first <= last < self.log.floor
+                case wire.Gap(first=first, last=last, reason=reason):
+                    assert cursor < first <= last
+                    assert self.log.is_gone(last)
+                    assert reason == "repair" or last < self.log.floor
                     assert not due or due[0] >= first, f"{pattern}: a gap from {first} without {due[:3]}"
+                    assert all(self.log.is_gone(seq) for seq in due if seq <= last), "only what is gone is missing"
                     due = [seq for seq in due if seq > last]
                 case wire.Live(seq=seq) | wire.Head(seq=seq):
                     assert not due or due[0] > seq, f"{pattern}: complete up to {seq} without {due[:3]}"
@@ -334,7 +352,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         due = sorted({seq for p, start in client.wanted.items() for seq in self.owed(p, client.producer, start)})
         missing = set(due) - set(got)
         assert set(got) <= set(due)
-        assert all(seq < self.log.floor for seq in missing), "only what retention has taken is missing"
+        assert all(self.log.is_gone(seq) for seq in missing), "only what is gone is missing"
 
 
 @pytest.fixture(autouse=True)
@@ -649,6 +667,38 @@ def test_a_replica_that_retention_has_overtaken_says_so(log: ListLog, delivery: 
     reader = Reader(delivery, "a")
     delivery.restart(5, "retention")
     assert reader.mail() == [wire.Gap("a", 2, 5, "e", "retention")]
+
+
+def test_a_hole_is_a_gap_for_subscriptions_that_come_to_it(log: ListLog, delivery: Delivery) -> None:
+    publish(log, delivery, *["a"] * 12)
+    log.holes = {7, 8}
+    far, near = Reader(delivery, "a", since=0), Reader(delivery, "a", since=6)
+    exhaust(delivery.serve(6, log.page(6, 10)))
+    assert near.mail() == [wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
+    got = []
+    for _ in range(4):
+        sweep(log, delivery)
+        got += far.mail()
+    assert got == [*range(1, 7), wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
+
+
+def test_a_replica_that_stopped_before_a_hole_goes_on_and_so_do_lagging_subscriptions(
+    log: ListLog, delivery: Delivery
+) -> None:
+    publish(log, delivery, *["a"] * 4)
+    far, live, within = Reader(delivery, "a", since=1), Reader(delivery, "a"), Reader(delivery, "a", since=5)
+    log.entries += [entry(n, "a") for n in (5, 6, 7)]
+    log.holes = {5, 6}
+    delivery.restart(6, "repair")
+    assert live.mail() == [wire.Gap("a", 5, 6, "e", "repair")]
+    assert within.mail() == [wire.Gap("a", 6, 6, "e", "repair"), wire.Live("a", 6)]
+    delivery.apply([log.entries[6]])
+    assert live.mail() == within.mail() == [7]
+    got = []
+    for _ in range(3):
+        sweep(log, delivery)
+        got += far.mail()
+    assert got == [2, 3, 4, wire.Gap("a", 5, 6, "e", "repair"), 7, wire.Live("a", 7)]
 
 
 def test_who_is_further_than_retention_has_overtaken_this_replica_misses_nothing(delivery: Delivery) -> None:

@@ -16,7 +16,7 @@ from ..errors import CatbusError
 from .logs import configure, scrub
 from .output import close_all
 
-COMMANDS = ("run", "check", "init", "grant", "token", "role", "revoke", "status", "pub", "sub", "fuzz")
+COMMANDS = ("run", "check", "init", "repair", "grant", "token", "role", "revoke", "status", "pub", "sub", "fuzz")
 """In the order in which one meets them. Each is a module here, which is imported when it is needed."""
 
 

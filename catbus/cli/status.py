@@ -95,6 +95,8 @@ def _lines(report: dict[str, Any], note: str) -> Iterator[str]:
     if "server" not in log:
         return
     yield _row("database", f"{log['server'] or 'not reached yet'}, {'there' if log['available'] else 'away'}")
+    if log.get("missing"):
+        yield _row("missing", _missing(log))
     yield _row("news", f"by {log['news']}, {log['behind']:,} messages behind the database")
     yield _row("queue", f"{log['notify_queue']:.1%} of the notification queue is in use")
     yield _row("roles", f"{log['roles']:,}")
@@ -102,6 +104,11 @@ def _lines(report: dict[str, Any], note: str) -> Iterator[str]:
     for holder in log["retention"]["holders"]:
         yield _row("", f"in its way: {holder['application'] or 'somebody'}, process {holder['pid']}, {holder['since']}")
     yield from _table(log["replicas"], now)
+
+
+def _missing(log: dict[str, Any]) -> str:
+    shown = ", ".join(f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in log["holes"])
+    return f"{log['missing']:,} messages were deleted by hand: {shown}; `catbus repair` goes on behind them"
 
 
 def _retention(found: dict[str, Any], now: float) -> str:

@@ -85,14 +85,14 @@ async def health(hub: Hub, request: Request) -> Answer:
 async def ready(hub: Hub, request: Request) -> Answer:
     """Whether new clients should be sent here.
 
-    A database that is away does not change that: all replicas share it, and taking all of them out of service would
-    make an outage of a pause.
+    A database that is away does not change that, nor does a hole in the log: all replicas share them, and taking all of
+    them out of service would make an outage of a pause.
     """
     match hub.readiness:
         case "ready":
             return line(200, "ready")
         case "degraded":
-            return line(200, "degraded: database")
+            return line(200, f"degraded: {hub.log.trouble}")
         case other:
             return line(503, other)
 

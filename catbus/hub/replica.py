@@ -141,13 +141,13 @@ class Hub:
     def readiness(self) -> str:
         """`starting` until the log has been read for the first time, then `ready` or `degraded`; `draining` at the end.
 
-        `degraded` means that the log is out of reach: sessions stay, publishes wait.
+        `degraded` means that the log is out of reach, and publishes wait, or that it lacks messages: sessions stay.
         """
         if self.draining:
             return "draining"
         if not self.log.epoch:
             return "starting"
-        return "ready" if self.log.available else "degraded"
+        return "degraded" if self.log.trouble else "ready"
 
     def open_client(self, outlet: Outlet, *, transport: str, streams: Streams | None = None) -> Client:
         """A new connection. Its owner calls `leave` in the end, whatever happens."""

@@ -118,12 +118,13 @@ def not_taken(append: Append, refusal: Rejected) -> Rejected:
 class Page:
     """A stretch of the log: all that still exists with `after < seq <= last`, in order.
 
-    `after` is greater than what was asked for where retention has taken the entries in between.
+    `after` is greater than what was asked for where entries in between are gone: `lost` is the reason of the gap.
     """
 
     after: int
     last: int
     entries: Sequence[Entry]
+    lost: str = "retention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,8 @@ class Follower(Protocol):
         """Take the next entries: their seqs follow on one another and on all that came before."""
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
-        """The next entry is `applied + 1`: the log was opened, or has another epoch (`lost` is "epoch"), or retention
-        has overtaken this replica ("retention")."""
+        """The next entry is `applied + 1`: the log was opened, or has another epoch (`lost` is "epoch"), or entries
+        after the last one that was applied are gone ("retention", or "repair" for a hole that was repaired)."""
 
     def broadcast(self, entry: Entry) -> None:
         """Take an ephemeral message of another replica's (its seq is 0), which is no part of the log."""
@@ -173,6 +174,10 @@ class Log(Protocol):
     @property
     def available(self) -> bool:
         """Whether appending and reading are possible just now."""
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the log, in a few words; empty where nothing is."""
 
     @property
     def allowance(self) -> int:

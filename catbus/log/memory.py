@@ -82,6 +82,10 @@ class MemoryLog:
         return self._running
 
     @property
+    def trouble(self) -> str:
+        return "" if self._running else "database"
+
+    @property
     def allowance(self) -> int:
         return self._pending.allowance(_BATCH_SIZE)
 

@@ -95,6 +95,16 @@ class Recent:
             seq -= 1
         return found, seq
 
+    def forget(self, last: int) -> None:
+        """Drop the entries up to `last`, as far as there are any."""
+        dropped = min(last, self.last) - self.first + 1
+        if dropped > 0:
+            start = self._start + dropped
+            self.size -= sum(self._overhead + e.size for e in self._entries[self._start : start])
+            del self._entries[:start]
+            self._start = 0
+            self.first += dropped
+
     def clear(self, applied: int) -> None:
         """Drop everything; the next entry is `applied + 1`."""
         self._entries = []

@@ -150,7 +150,10 @@ async def _look(bridge: Bridge, connection: Connection, settings: Database, plac
         text = f"the database's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's"
         advice = "keep both right (NTP): tokens expire by ours, messages are stamped by its"
         tell(Finding("warning", "clock", text, advice))
-    tell(await _look_at_schema(connection))
+    schema = await _look_at_schema(connection)
+    tell(schema)
+    if schema.text == f"version {schema_files()[-1][0]}":
+        await _look_at_log(connection, tell)
     tell(await _listen(bridge, connection, settings))
 
 
@@ -171,6 +174,13 @@ async def _look_at_schema(connection: Connection) -> Finding:
         return Finding("error", "schema", f"version {version}, and this release knows {newest}", "upgrade Catbus")
     behind = "" if version == newest else f"; `catbus run` or `catbus init` brings it to {newest}"
     return Finding("ok", "schema", f"version {version}{behind}")
+
+
+async def _look_at_log(connection: Connection, tell: Tell) -> None:
+    (missing,) = await connection.fetchrow("SELECT missing FROM catbus.hole_report()")
+    if missing:
+        text = f"{missing:,} messages were deleted by hand, and subscriptions that have to read them stop before them"
+        tell(Finding("warning", "log", text, "`catbus repair` says which, and has subscriptions go on behind them"))
 
 
 async def _listen(bridge: Bridge, connection: Connection, settings: Database) -> Finding:

@@ -15,6 +15,7 @@ from .batch import read_enclosed
 from .bridge import Connection
 from .courier import Courier
 from .epochs import Epochs
+from .holes import Holes
 from .intruders import Intruders
 from .pace import Pace
 from .role_changes import RoleChanges
@@ -39,8 +40,8 @@ _CLAIMS = 1.0
 _STANDBY = "SELECT pg_is_in_recovery()"
 _SEAL = "SELECT h.seal FROM catbus.head AS h"
 _LOOK = (
-    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, pg_postmaster_start_time(), "
-    "extract(epoch FROM clock_timestamp())::double precision FROM catbus.look($1)"
+    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, holes, "
+    "pg_postmaster_start_time(), extract(epoch FROM clock_timestamp())::double precision FROM catbus.look($1)"
 )
 _MARK = "SELECT catbus.mark($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
@@ -62,6 +63,7 @@ class _Look(NamedTuple):
     same_system: bool | None
     same_timeline: bool | None
     role_version: str
+    holes: int | None
     server: object
     clock: float
     """The database's time in seconds since 1970."""
@@ -85,6 +87,7 @@ class Listener:
         lossless: bool = False,
     ) -> None:
         self.epochs = Epochs()
+        self.holes = Holes()
         self.notifications = 0
         self.dropped = 0
         """Notifications for which there was no room."""
@@ -326,6 +329,9 @@ class Listener:
                 tail.floor = look.floor
                 tail.server = look.server
                 self._role_changes.look(look.epoch, look.role_version)
+                if await self.holes.look(connection, look.holes, look.floor):
+                    # What is gone is gone for everybody, though some of it may still be in memory.
+                    tail.recent.forget(min(self.holes.report.repaired, tail.applied))
                 if not tail.trusted:
                     tail.trust()
                 self._recognised = number

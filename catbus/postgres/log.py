@@ -65,6 +65,8 @@ class PostgresStatistics:
     """Whether news come by polling often, because notifications do not come, or do not tell of everything."""
     announced: int
     """The newest seq that is known to be committed."""
+    missing: int
+    """How many messages the log lacks that somebody has taken out by hand."""
     looks: int
     """How often messages published from SQL were looked for."""
     reads: int
@@ -171,6 +173,12 @@ class PostgresLog:
         return self._services.available
 
     @property
+    def trouble(self) -> str:
+        if not self.available:
+            return "database"
+        return "messages are missing" if self._listener.holes.report.holes else ""
+
+    @property
     def allowance(self) -> int:
         return self._writer.allowance
 
@@ -225,12 +233,15 @@ class PostgresLog:
 
     def report(self) -> dict[str, object]:
         retention, roll, tail = self._retention, self._roll, self._tail
+        holes = self._listener.holes.report
         return {
             "available": self.available,
             "server": self._server,
             "size": retention.bytes,
             "news": "polling" if self._listener.pace.polling else "notifications",
             "behind": tail.announced - tail.applied,
+            "missing": holes.missing,
+            "holes": [list(hole) for hole in holes.ranges],
             "notify_queue": roll.queue,
             "roles": roll.roles,
             "replicas": [
@@ -269,6 +280,7 @@ class PostgresLog:
             polls=listener.polls,
             polling=listener.pace.polling,
             announced=tail.announced,
+            missing=listener.holes.report.missing,
             looks=self._outbox.looks,
             reads=self._reader.reads + self._historian.reads,
             floor=self.floor,

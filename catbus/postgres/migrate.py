@@ -44,7 +44,7 @@ async def init(settings: Database) -> list[str]:
 
     Raises `ConfigError` for a database that cannot be used, and `Unavailable` where it cannot be reached or refuses.
     """
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         return await migrate(connection)
 
 
@@ -53,7 +53,7 @@ async def begin_epoch(settings: Database) -> tuple[str, int]:
 
     A second time does no harm: what is there by then belongs to both. Raises as `init` does.
     """
-    async with _connected(settings) as connection:
+    async with connected(settings) as connection:
         made = False
         while not made:
             (present,) = await connection.fetchrow("SELECT epoch FROM catbus.head")
@@ -64,7 +64,8 @@ async def begin_epoch(settings: Database) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def _connected(settings: Database) -> AsyncIterator[Connection]:
+async def connected(settings: Database) -> AsyncIterator[Connection]:
+    """A connection for work by hand. Raises `ConfigError`, and `Unavailable` for whatever goes wrong with it."""
     try:
         async with open_bridge() as bridge:
             with await bridge.connect(settings.url, settings.connect_timeout) as connection:

@@ -8,7 +8,11 @@ from ..errors import Unavailable
 from ..log import Entry, Page
 from ..topics import matches, prefix_range
 from .bridge import OUTAGE, Connection, Row
+from .holes import Hole
 from .inquiry import Inquiry
+
+DOUBTS = 3
+"""How often a page may disagree with what was found out about it."""
 
 PATIENCE = 4.5
 """Seconds for a page of the log. A history may take longer: it has more to look for."""
@@ -28,6 +32,7 @@ ORDER BY seq
 """
 
 _POSITION = "SELECT head, floor FROM catbus.position()"
+_HOLE = "SELECT first, last, repaired FROM catbus.find_hole($1)"
 
 _HISTORY = """
 SELECT seq, at, channel, payload, sender, origin
@@ -58,18 +63,19 @@ class Reader:
     async def page(self, after: int, last: int, rows: int, size: int) -> Page:
         """What there is with `after < seq <= last`, from the beginning, at most so many rows and bytes.
 
-        The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`.
+        The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`, and that
+        is `Hole` where somebody has taken entries away by hand.
         """
-        start = after
-        doubted = False
-        while True:
+        start, lost = after, "retention"
+        doubts = 0
+        while doubts < DOUBTS:
             # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
             found = await self._inquiry.fetch(_PAGE, start, min(last, start + rows), size, timeout=PATIENCE)
             entries = [_entry(row) for row in found]
             if entries and entries[0].seq == start + 1:
                 if entries[-1].seq != start + len(entries):
                     del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
-                return Page(start, entries[-1].seq, entries)
+                return Page(start, entries[-1].seq, entries, lost)
             # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
             ((head, floor),) = await self._inquiry.fetch(_POSITION, timeout=PATIENCE)
             if head <= after:
@@ -77,11 +83,20 @@ class Reader:
             if floor > last:
                 return Page(last, last, ())
             if floor > start + 1:
-                start = floor - 1
-            elif doubted:
-                raise OSError(f"the table lacks entries after {start} that it should have")
-            # They may have been committed between the two looks.
-            doubted = True
+                start, lost = floor - 1, "retention"
+                continue
+            holes = await self._inquiry.fetch(_HOLE, start, timeout=PATIENCE)
+            if not holes:
+                # It may have been committed between the looks.
+                doubts += 1
+                continue
+            ((first, end, repaired),) = holes
+            if not repaired:
+                raise Hole(first, end)
+            start, lost = end, "repair"
+            if start >= last:
+                return Page(last, last, (), lost)
+        raise OSError(f"the table has entries after {start} at one moment and lacks them at the next")
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
         """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""

@@ -135,9 +135,10 @@ class Tail:
         if generation != self.generation:
             return
         if page.after > self.applied:
-            # Retention has overtaken this replica.
+            # Retention has overtaken this replica, or a hole was repaired that it had stopped before.
             announced = self.announced
-            self.restart(self.epoch, page.after, page.after + 1, "retention")
+            floor = page.after + 1 if page.lost == "retention" else self.floor
+            self.restart(self.epoch, page.after, floor, page.lost)
             self.announced = max(announced, page.after)
         if page.entries:
             self.offer(page.entries)

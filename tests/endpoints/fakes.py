@@ -58,6 +58,7 @@ class FakeHub:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self.readiness = "ready"
+        self.log = SimpleNamespace(trouble="database")
         self.certificates = None
         self.webtransport_port = None
         self.refusals: list[Code] = []

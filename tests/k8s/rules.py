@@ -473,10 +473,11 @@ def expressions_use_metrics_that_exist(documents: list[Document]) -> Iterator[st
 
 
 def metrics_in(text: str) -> list[str]:
-    """The metrics in PromQL: its names, but those of functions, labels and durations."""
+    """The metrics in PromQL: its names, but those of functions, operators, labels and durations."""
     text = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|without)\s*\([^)]*\)", " ", text)
     text = re.sub(r"(label_values\(\w+),\s*\w+", r"\1", text)
-    return re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", text)
+    names = re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", text)
+    return [name for name in names if name not in ("and", "or", "unless")]
 
 
 def expressions(documents: list[Document]) -> Iterator[str]:

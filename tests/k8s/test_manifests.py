@@ -320,6 +320,17 @@ def test_every_alert_says_what_it_means() -> None:
         assert alert["labels"]["severity"] in ("critical", "warning")
 
 
+def test_a_hole_in_the_log_and_a_database_that_is_away_are_told_apart() -> None:
+    [group] = spec("PrometheusRule")(render("overlays/monitoring"))["groups"]
+    alerts = {rule["alert"]: " ".join(rule["expr"].split()) for rule in group["rules"]}
+    assert alerts["CatbusMessagesMissing"] == "max by (namespace) (catbus_log_missing_messages) > 0"
+    # A replica is degraded in both cases, and its log is available in one.
+    assert alerts["CatbusDatabaseAway"] == (
+        'max by (namespace, pod) (catbus_state{state="degraded"}) == 1 '
+        "and min by (namespace, pod) (catbus_log_available) == 0"
+    )
+
+
 def test_the_readme_explains_every_overlay_and_every_secret() -> None:
     for place in kustomizations()[1:]:
         assert f"`{place.removeprefix('overlays/')}`" in README

@@ -223,6 +223,7 @@ class Database:
                 None if same is None else True,
                 same,
                 "",
+                None,
                 self.server,
                 self._clock(),
             )
@@ -293,6 +294,7 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     batch.MOVE: Database._move,
     reader._PAGE: Database._page,
     reader._POSITION: Database._position,
+    reader._HOLE: lambda *_: [],
     listener._STANDBY: lambda self, _: [(self.standby,)],
     listener._LOOK: Database._look,
     listener._MARK: Database._mark,

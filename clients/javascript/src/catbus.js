@@ -51,7 +51,7 @@
  * @property {number} from
  * @property {number} to
  * @property {string} epoch
- * @property {string} reason `retention`: it was deleted; `epoch`: the log is another one.
+ * @property {string} reason `retention`: it was deleted; `epoch`: the log is another one; `repair`: it was deleted by hand.
  *
  * @typedef {object} SubscribeOptions
  * @property {number} [since] First everything after this seq, then what is new.

@@ -1,0 +1,372 @@
+"""Messages that somebody has deleted by hand: everybody says so, and `catbus repair` has subscriptions go on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import asyncpg  # type: ignore[import-untyped]
+import pytest
+import trio
+from structlog.testing import CapturingLogger
+
+from catbus.config import Database
+from catbus.errors import Unavailable
+from catbus.log import Committed, Page
+from catbus.log.base import UNDECIDED
+from catbus.postgres import PostgresLog, holes
+from catbus.postgres import repair as repair_module
+from catbus.postgres.repair import repair
+from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.postgres.sql import open_sql
+
+ALICE = b"alice-is-a-producer"[:16]
+
+
+def make(url: str, *, recent: int = 0) -> PostgresLog:
+    return PostgresLog(Database(url=url), recent=recent)
+
+
+@asynccontextmanager
+async def filled(
+    url: str, messages: int = 10, *, recent: int = 0
+) -> AsyncIterator[tuple[PostgresLog, Recorder, Publisher]]:
+    log = make(url, recent=recent)
+    async with running(log) as (follower, publisher):
+        for n in range(1, messages + 1):
+            await publisher.publish_seq("a", b"%d" % n, producer=ALICE, number=n)
+        yield log, follower, publisher
+
+
+async def delete(url: str, condition: str, table: str = "entries") -> None:
+    async with open_sql(url) as sql:
+        await sql.execute(f"DELETE FROM catbus.{table} WHERE {condition}")
+
+
+async def until_trouble(trouble: str, *logs: PostgresLog) -> None:
+    with trio.fail_after(PATIENCE):
+        while any(log.trouble != trouble for log in logs):
+            await trio.sleep(0.01)
+
+
+async def run_repair(url: str, *, apply: bool = True) -> Sequence[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    _, found = await repair(Database(url=url), lambda seq, last: told.append((seq, last)), apply=apply)
+    assert not told or told[-1][0] == told[-1][1]
+    return found
+
+
+async def read_on(log: PostgresLog, after: int) -> Page:
+    """What a reader gets as soon as it gets anything."""
+    with trio.fail_after(PATIENCE):
+        while True:
+            try:
+                return await log.read(after)
+            except Unavailable:
+                await trio.sleep(0.01)
+
+
+# It is told of
+
+
+@pytest.mark.parametrize("recent", [0, 1 << 20])
+async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_memory(
+    database_url: str, recent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = CapturingLogger()
+    monkeypatch.setattr(holes, "logger", lines)
+    async with filled(database_url, recent=recent) as (one, _, _):
+        other = make(database_url)
+        async with running(other):
+            await delete(database_url, "seq IN (3, 4, 7)")
+            await until_trouble("messages are missing", one, other)
+            for log in (one, other):
+                assert (log.report()["missing"], log.report()["holes"]) == (3, [[3, 4], [7, 7]])
+                assert log.statistics().missing == 3
+                assert log.available
+    errors = [call.kwargs for call in lines.calls if call.method_name == "error"]
+    assert len(errors) == 2
+    assert errors[0] == {"missing": 3, "holes": 2, "ranges": ["3-4", "7-7"]}
+
+
+async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = CapturingLogger()
+    monkeypatch.setattr(holes, "logger", lines)
+    monkeypatch.setattr(holes, "REPEAT", 0.5)
+    async with filled(database_url) as (log, _, _):
+        await delete(database_url, "seq = 3")
+        with trio.fail_after(PATIENCE):
+            while len(lines.calls) < 2:
+                log._listener.check()
+                await trio.sleep(0.01)
+        assert log.statistics().polls > 4
+    assert {call.method_name for call in lines.calls} == {"error"}
+
+
+async def test_a_hole_that_no_trigger_has_seen_is_found_by_reading(database_url: str) -> None:
+    async with filled(database_url) as (one, _, _):
+        async with open_sql(database_url) as sql:
+            await sql.execute(
+                "ALTER TABLE catbus.entries DISABLE TRIGGER note_deleted; DELETE FROM catbus.entries WHERE seq = 5; "
+                "ALTER TABLE catbus.entries ENABLE ALWAYS TRIGGER note_deleted"
+            )
+        assert (await one.read(0)).last == 4
+        assert one.trouble == ""
+        with pytest.raises(Unavailable):
+            await one.read(4)
+        await until_trouble("messages are missing", one)
+        assert one.report()["holes"] == [[5, 5]]
+
+
+async def test_a_partition_is_watched_too(database_url: str) -> None:
+    async with filled(database_url) as (log, _, _):
+        await delete(database_url, "seq = 5", "entries_0")
+        await until_trouble("messages are missing", log)
+
+
+async def test_what_is_deleted_at_the_end_is_another_log_and_no_hole(database_url: str) -> None:
+    async with filled(database_url) as (log, follower, publisher):
+        await delete(database_url, "seq > 8")
+        await follower.wait_until(lambda self: self.restarts[-1] == 8)
+        assert await publisher.publish_seq("a", b"9") == 9
+        assert log.trouble == ""
+    async with open_sql(database_url) as sql:
+        assert await sql.fetchrow("SELECT count(*) FROM catbus.holes") == (0,)
+
+
+async def test_retention_makes_no_hole(database_url: str) -> None:
+    async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
+        await sql.execute("UPDATE catbus.head SET floor = 5; DELETE FROM catbus.entries WHERE seq < 5")
+        await delete(database_url, "seq = 7")
+        await until_trouble("messages are missing", log)
+        assert log.report()["holes"] == [[7, 7]]
+        # When the floor has passed it there is nothing left to tell of.
+        await sql.execute("UPDATE catbus.head SET floor = 8; DELETE FROM catbus.entries WHERE seq < 8")
+        await until_trouble("", log)
+        assert await run_repair(database_url) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "payload = '{'",
+        "payload = E'[1,\\n2]'",
+        "channel = 'a b'",
+        "seq = 100",
+        "number = 100",
+        "producer = ''",
+        "payload = repeat('1', 70000)",
+    ],
+)
+async def test_what_is_changed_by_hand_can_still_be_delivered(database_url: str, change: str) -> None:
+    async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
+        with pytest.raises(asyncpg.PostgresError):
+            await sql.execute(f"UPDATE catbus.entries SET {change} WHERE seq = 3")
+        await sql.execute("""UPDATE catbus.entries SET payload = '"changed"', sender = NULL WHERE seq = 3""")
+        assert [entry.payload for entry in (await log.read(0)).entries][2] == b'"changed"'
+
+
+# It is repaired
+
+
+async def test_what_is_missing_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_module, "WINDOW", 3)
+    async with filled(database_url, 20):
+        await delete(database_url, "seq IN (1, 2, 5, 6, 7, 8, 9, 12, 19)")
+        wanted = [(1, 2), (5, 9), (12, 12), (19, 19)]
+        assert await run_repair(database_url, apply=False) == wanted
+        assert await run_repair(database_url) == wanted
+        assert await run_repair(database_url) == []
+        await delete(database_url, "seq = 13")
+        assert await run_repair(database_url) == [(13, 13)]
+
+
+async def test_many_holes_are_repaired_in_portions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_module, "PORTION", 7)
+    async with filled(database_url, 1) as (log, _, publisher):
+        for n in range(60):
+            publisher.submit("a", b"%d" % n)
+        await publisher.wait()
+        await delete(database_url, "seq % 2 = 0 AND seq < 60")
+        assert len(await run_repair(database_url)) == 29
+        await until_trouble("", log)
+        after, gaps = 0, 0
+        while after < log.applied:
+            page = await log.read(after)
+            gaps += page.after > after
+            after = page.last
+        assert gaps == 29
+
+
+async def test_a_database_with_another_isolation_level_is_repaired(database_url: str) -> None:
+    async with filled(database_url):
+        await delete(database_url, "seq = 3")
+        async with open_sql(database_url) as sql:
+            (name,) = await sql.fetchrow("SELECT current_database()")
+            await sql.execute(f'ALTER DATABASE "{name}" SET default_transaction_isolation = serializable')
+            assert await run_repair(database_url) == [(3, 3)]
+            await sql.execute(f'ALTER DATABASE "{name}" RESET ALL')
+
+
+async def test_readers_stop_before_a_hole_until_it_is_repaired_and_lose_nothing_else(database_url: str) -> None:
+    async with filled(database_url) as (one, _, publisher):
+        other = make(database_url)
+        async with running(other):
+            await delete(database_url, "seq BETWEEN 3 AND 5")
+            for log in (one, other):
+                assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2]
+                with pytest.raises(Unavailable):
+                    await log.read(2)
+            assert await publisher.publish_seq("a", b"11") == 11
+            assert await run_repair(database_url) == [(3, 5)]
+            await until_trouble("", one, other)
+            for log in (one, other):
+                page = await read_on(log, 2)
+                assert (page.after, page.lost) == (5, "repair")
+                assert [entry.seq for entry in page.entries][:5] == [6, 7, 8, 9, 10]
+                assert (await log.read(5)).after == 5
+
+
+async def test_what_was_repaired_is_gone_from_memory_on_every_replica(database_url: str) -> None:
+    async with filled(database_url, recent=1 << 20) as (log, _, _):
+        await delete(database_url, "seq = 5")
+        await until_trouble("messages are missing", log)
+        assert len((await log.read(0)).entries) == 10
+        await run_repair(database_url)
+        await until_trouble("", log)
+        assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3, 4]
+        page = await log.read(4)
+        assert (page.after, page.lost, page.entries[0].seq) == (5, "repair", 6)
+        entries, _ = await log.history("*", before=None, limit=100)
+        assert [entry.seq for entry in entries] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+
+
+async def test_a_replica_that_stopped_before_a_hole_goes_on(database_url: str) -> None:
+    """Messages are deleted that it has not applied yet: without a notification it has to read them."""
+    log = make(database_url)
+    async with running(log) as (follower, publisher), open_sql(database_url) as sql:
+        await publisher.publish_seq("a", b"1")
+        epoch = log.epoch
+        await sql.execute("SET synchronous_commit = off; BEGIN; SELECT FROM catbus.head FOR UPDATE")
+        await sql.fetch(
+            """
+            INSERT INTO catbus.entries (slot, seq, at, channel, payload, producer, number)
+            SELECT 0, n, 1, 'a', n::text, '\\x00', n FROM generate_series(2, 9) AS n WHERE n NOT BETWEEN 4 AND 6
+            """
+        )
+        await sql.execute("COMMIT")
+        await follower.wait_for(3)
+        await until_trouble("database", log)
+        assert follower.texts == ["1", "2", "3"]
+        assert await run_repair(database_url) == [(4, 6)]
+        await follower.wait_for(9)
+        assert follower.texts == ["1", "2", "3", "7", "8", "9"]
+        assert follower.restarts == [0, 6]
+        await until_trouble("", log)
+        assert log.epoch == epoch
+        # What stands before the hole is read as before.
+        assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3]
+
+
+async def test_a_hole_that_is_filled_again_is_read_again(database_url: str) -> None:
+    async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
+        await sql.execute("CREATE TABLE public.saved AS SELECT * FROM catbus.entries WHERE seq BETWEEN 3 AND 5")
+        await delete(database_url, "seq BETWEEN 3 AND 5")
+        await until_trouble("messages are missing", log)
+        await run_repair(database_url)
+        await sql.execute("INSERT INTO catbus.entries SELECT * FROM public.saved WHERE seq = 4")
+        page = await log.read(2)
+        assert (page.after, page.lost, page.entries[0].seq) == (3, "repair", 4)
+        page = await log.read(4)
+        assert (page.after, page.lost, page.entries[0].seq) == (5, "repair", 6)
+
+
+async def test_a_role_without_rights_cannot_repair(database_url: str) -> None:
+    async with filled(database_url), open_sql(database_url) as sql:
+        await sql.execute("CREATE ROLE bystander")
+        try:
+            for call in ("find_hole(1)", "list_holes(1, 2)", "repair('{1}', '{1}')", "hole_report()", "newest_known()"):
+                await sql.execute("SET ROLE bystander")
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await sql.fetch(f"SELECT catbus.{call}")
+                await sql.execute("RESET ROLE")
+        finally:
+            await sql.execute("DROP ROLE bystander")
+
+
+# Keys
+
+
+async def test_a_retry_of_a_message_that_was_deleted_is_unknown_once_that_is_repaired(database_url: str) -> None:
+    async with filled(database_url) as (_, _, publisher):
+        await delete(database_url, "seq BETWEEN 3 AND 5")
+        await run_repair(database_url)
+        again = {"producer": ALICE, "channel": "a"}
+        assert await publisher.publish(**again, payload=b"4", number=4, after=3) == UNDECIDED
+        assert await publisher.publish(**again, payload=b"7", number=7, after=3) == Committed(7, duplicate=True)
+        assert await publisher.publish(**again, payload=b"99", number=99, after=5) == Committed(11)
+        assert await publisher.publish(**again, payload=b"100", number=100) == Committed(12)
+
+
+# An empty log
+
+
+async def test_a_log_whose_rows_were_left_out_of_a_restore_gives_no_seq_twice(database_url: str) -> None:
+    log = make(database_url)
+    async with running(log) as (_, publisher):
+        for n in range(10):
+            await publisher.publish_seq("a", b"%d" % n)
+        with trio.fail_after(PATIENCE):
+            async with open_sql(database_url) as sql:
+                while (await sql.fetchrow("SELECT last_value FROM catbus.reached"))[0] < 10:
+                    await trio.sleep(0.05)
+    async with open_sql(database_url) as sql:
+        await sql.execute("TRUNCATE catbus.entries")
+        (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
+        name, after, made = await sql.fetchrow("SELECT epoch, after_seq, made FROM catbus.new_epoch($1)", epoch)
+        assert (after, made, name != epoch) == (0, True, True)
+    log = make(database_url)
+    async with running(log) as (_, publisher):
+        first = await publisher.publish_seq("a", b"new")
+        assert first == 1_000_011
+        # Who was complete up to some seq of the log before is told of what may be missing.
+        resumption = log.resume(7, epoch)
+        assert (resumption.cursor, resumption.lost) == (0, "epoch")
+        page = await log.read(0)
+        assert (page.after, page.lost, page.last) == (1_000_010, "retention", first)
+
+
+async def test_an_empty_log_of_which_nothing_is_known_begins_with_1(database_url: str) -> None:
+    async with running(make(database_url)), open_sql(database_url) as sql:
+        (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
+        await sql.fetchrow("SELECT epoch FROM catbus.new_epoch($1)", epoch)
+    async with running(make(database_url)) as (_, publisher):
+        assert await publisher.publish_seq("a", b"1") == 1
+
+
+async def test_a_log_that_retention_has_emptied_goes_on_where_it_was(database_url: str) -> None:
+    async with filled(database_url), open_sql(database_url) as sql:
+        await sql.execute("UPDATE catbus.head SET floor = 11; DELETE FROM catbus.entries")
+        (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
+        await sql.fetchrow("SELECT setval('catbus.reached', 10)")
+        await sql.fetchrow("SELECT epoch FROM catbus.new_epoch($1)", epoch)
+    async with running(make(database_url)) as (_, publisher):
+        assert await publisher.publish_seq("a", b"1") == 11
+
+
+async def test_a_log_that_is_emptied_by_hand_under_its_replicas_gives_no_seq_twice(database_url: str) -> None:
+    one, other = make(database_url), make(database_url)
+    async with running(one) as (here, publisher), running(other) as (there, _):
+        for n in range(10):
+            await publisher.publish_seq("a", b"%d" % n)
+        await there.wait_for(10)
+        with trio.fail_after(PATIENCE):
+            async with open_sql(database_url) as sql:
+                while (await sql.fetchrow("SELECT last_value FROM catbus.reached"))[0] < 10:
+                    await trio.sleep(0.05)
+                await sql.execute("TRUNCATE catbus.entries")
+        await here.wait_until(lambda self: self.restarts[-1] == 1_000_010)
+        await there.wait_until(lambda self: self.restarts[-1] == 1_000_010)
+        assert await publisher.publish_seq("a", b"new") == 1_000_011
+        await there.wait_for(1_000_011)
+        assert here.texts[-1] == there.texts[-1] == "new"
