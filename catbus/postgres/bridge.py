@@ -12,6 +12,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -115,7 +116,8 @@ class Bridge:
         """Log and count what went wrong in a callback: by default it would end the loop and all beside it."""
         self.stray_errors += 1
         text, error = context.get("message"), context.get("exception")
-        self._strays.note(trio.current_time(), "error in a callback", kind=text, reason=text, exception=error)
+        # asyncio says some of it while objects are collected, when Trio need not be running.
+        self._strays.note(monotonic(), "error in a callback", kind=text, reason=text, exception=error)
 
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> Connection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.

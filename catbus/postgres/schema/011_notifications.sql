@@ -121,7 +121,7 @@ BEGIN
             SELECT FROM catbus.entries AS e WHERE e.producer = key.producer AND e.number >= key.lowest LIMIT 1
         ) AS known
     ) AND NOT EXISTS (
-        SELECT FROM unnest(afters) AS retry (after) WHERE retry.after < head.floor - 1
+        SELECT FROM unnest(afters) AS retry (after) WHERE retry.after < (SELECT catbus.unknown_below(head.floor, first))
     ) THEN
         added := cardinality(channels);
         seqs := ARRAY(SELECT generate_series(first, first + added - 1));
@@ -136,7 +136,7 @@ BEGIN
                    count(*) FILTER (WHERE checked.known IS NULL) OVER (ORDER BY checked.i) AS nth
             FROM (
                 SELECT given.i,
-                       CASE WHEN e.seq IS NULL THEN CASE WHEN given.after < head.floor - 1 THEN -1 END
+                       CASE WHEN e.seq IS NULL THEN CASE WHEN given.after < (SELECT catbus.unknown_below(head.floor, first)) THEN -1 END
                             WHEN e.channel = given.channel AND e.payload = given.payload THEN e.seq
                             ELSE 0
                        END AS known
@@ -275,6 +275,7 @@ BEGIN
                greatest(least(agreed, newest), 0), p.system_identifier, p.timeline
         FROM catbus.place() AS p
         RETURNING epochs.epoch INTO epoch;
+        newest := catbus.begin_seqs(newest);
         UPDATE catbus.head SET epoch = new_epoch.epoch;
         PERFORM catbus.notify('catbus', format('%s:%s:%s', epoch, newest + 1, newest));
     END IF;

@@ -271,7 +271,8 @@ $$;
 
 REVOKE ALL ON FUNCTION catbus.newest_known FROM PUBLIC;
 
--- Called under the head row when a new epoch begins in a log whose head is `newest`; returns the head from then on.
+-- catbus.new_epoch calls this under the head row, when a new epoch begins in a log whose head is `newest`. Returns the head
+-- from then on.
 --
 -- Where the log is empty although seqs were given above its floor, as after a restore that left its rows out, the floor
 -- goes above all that is known: no seq is given a second time. What was given and is not known any more was given within
@@ -295,7 +296,7 @@ BEGIN
 END
 $$;
 
--- Of a retry that was first sent when the head was below this nobody can know whether its original was in the log:
+-- For catbus.append: of a retry that was first sent when the head was below this nobody can know whether its original was in the log:
 -- retention or a hole may have it. `next` is the next seq to be given.
 CREATE FUNCTION catbus.unknown_below(floor bigint, next bigint) RETURNS bigint
 LANGUAGE plpgsql STABLE
@@ -311,28 +312,6 @@ END
 $$;
 
 REVOKE ALL ON FUNCTION catbus.begin_seqs, catbus.unknown_below FROM PUBLIC;
-
--- Two functions call these, and are otherwise as the files before this have made them.
-DO $do$
-DECLARE
-    changes CONSTANT text[] := ARRAY[
-        ['new_epoch', 'UPDATE catbus.head SET epoch = ', 'newest := catbus.begin_seqs(newest);
-        UPDATE catbus.head SET epoch = '],
-        ['append', 'retry.after < head.floor - 1', 'retry.after < (SELECT catbus.unknown_below(head.floor, first))'],
-        ['append', 'given.after < head.floor - 1', 'given.after < (SELECT catbus.unknown_below(head.floor, first))']
-    ];
-    change     text[];
-    definition text;
-BEGIN
-    FOREACH change SLICE 1 IN ARRAY changes LOOP
-        definition := pg_get_functiondef(format('catbus.%I', change[1])::regproc);
-        IF strpos(definition, change[2]) = 0 THEN
-            RAISE EXCEPTION 'catbus.% is not as this file expects it', change[1];
-        END IF;
-        EXECUTE replace(definition, change[2], change[3]);
-    END LOOP;
-END
-$do$;
 
 -- As before, and notes up to where seqs have been given.
 CREATE OR REPLACE FUNCTION catbus.beat(own text, own_report text)
