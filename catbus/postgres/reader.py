@@ -14,6 +14,12 @@ from .inquiry import Inquiry
 DOUBTS = 3
 """How often a page may disagree with what was found out about it."""
 
+STEP = 100
+"""Messages of a history that are read before others have their turn."""
+
+HISTORY_SIZE = 1 << 20
+"""Bytes after which no more are read of one."""
+
 PATIENCE = 4.5
 """Seconds for a page of the log. A history may take longer: it has more to look for."""
 
@@ -99,19 +105,34 @@ class Reader:
         raise OSError(f"the table has entries after {start} at one moment and lacks them at the next")
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
-        """The newest `limit` matches below `before`, oldest first, and whether there are more. Raises `Unavailable`."""
-        fetch, bounds = self._inquiry.fetch, prefix_range(pattern)
-        try:
-            if pattern == "*":
-                found = await fetch(_HISTORY_OF_ALL, before, limit + 1)
-            elif bounds is None:
-                found = await fetch(_HISTORY_OF_ONE, before, limit + 1, pattern)
-            else:
-                found = await fetch(_HISTORY_OF_MANY, before, limit + 1, *bounds)
-        except OUTAGE as error:
-            raise unavailable(error) from error
-        entries = [entry for entry in map(_entry, found[:limit]) if matches(pattern, entry.channel)]
-        return entries[::-1], len(found) > limit
+        """The newest matches below `before`, oldest first, and whether there are more. Raises `Unavailable`.
+
+        They are `limit` at the most, and fewer where they are large. They are read a few at a time, so that others who
+        ask wait for a few as well, and not for all.
+        """
+        bounds = prefix_range(pattern)
+        values: tuple[str, ...]
+        if pattern == "*":
+            query, values = _HISTORY_OF_ALL, ()
+        elif bounds is None:
+            query, values = _HISTORY_OF_ONE, (pattern,)
+        else:
+            query, values = _HISTORY_OF_MANY, bounds
+        entries: list[Entry] = []
+        size, more = 0, True
+        while more and len(entries) <= limit and size <= HISTORY_SIZE:
+            wanted = min(STEP, limit + 1 - len(entries))
+            try:
+                found = await self._inquiry.fetch(query, before, wanted, *values)
+            except OUTAGE as error:
+                raise unavailable(error) from error
+            more = len(found) == wanted
+            if found:
+                before = found[-1][0]
+            some = [entry for entry in map(_entry, found) if matches(pattern, entry.channel)]
+            entries += some
+            size += sum([entry.size for entry in some])
+        return entries[:limit][::-1], more or len(entries) > limit
 
 
 def unavailable(error: BaseException) -> Unavailable:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import asyncpg  # type: ignore[import-untyped]
 import pytest
 import trio
+import trio.testing
 from structlog.testing import CapturingLogger
 
 from catbus.config import Database
@@ -20,6 +21,7 @@ from catbus.postgres import bridge as bridge_module
 from catbus.postgres import listener as listener_module
 from catbus.postgres import migrate as migrate_module
 from catbus.postgres import pace as pace_module
+from catbus.postgres import reader as reader_module
 from catbus.postgres import retention as retention_module
 from catbus.postgres import supervise as supervise_module
 from catbus.postgres import writer as writer_module
@@ -234,6 +236,60 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
             entries, more = await log.history(pattern, before=before, limit=limit)
             assert ([entry.seq for entry in entries], more) == expected
         assert log.statistics().reads - reads == {100: 0, 4: 3, 0: 5}[held]
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 100])
+async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
+    database_url: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "STEP", step)
+    log = make(database_url, recent=0)
+    async with running(log) as (follower, publisher):
+        for number in range(9):
+            publisher.submit("ab"[number % 2], b"%d" % number)
+        await follower.wait_for(9)
+        for limit in range(1, 11):
+            entries, more = await log.history("*", before=None, limit=limit)
+            assert ([entry.seq for entry in entries], more) == ([*range(1, 10)][-limit:], limit < 9)
+            entries, more = await log.history("a", before=8, limit=limit)
+            assert ([entry.seq for entry in entries], more) == ([1, 3, 5, 7][-limit:], limit < 4)
+
+
+async def test_a_history_of_large_messages_ends_when_there_is_enough(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "STEP", 2)
+    monkeypatch.setattr(reader_module, "HISTORY_SIZE", 25_000)
+    log = make(database_url, recent=0)
+    async with running(log) as (follower, publisher):
+        for _ in range(9):
+            publisher.submit("a", b'"%b"' % (b"x" * 10_000))
+        await follower.wait_for(9)
+        entries, more = await log.history("*", before=None, limit=100)
+        assert ([entry.seq for entry in entries], more) == ([6, 7, 8, 9], True)
+
+
+async def test_who_asks_for_a_short_history_does_not_wait_for_those_who_ask_for_long_ones(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "STEP", 5)
+    log = make(database_url, recent=0)
+    ended: list[int] = []
+
+    async def ask(limit: int) -> None:
+        entries, _ = await log.history("*", before=None, limit=limit)
+        ended.append(len(entries))
+
+    async with running(log) as (follower, publisher):
+        for _ in range(100):
+            publisher.submit("a", b"1")
+        await follower.wait_for(100)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask, 90)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(ask, 1)
+    assert ended == [1] + [90] * 5
 
 
 async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
