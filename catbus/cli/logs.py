@@ -17,9 +17,6 @@ from .output import LineWriter, writer_of
 _ALIASES = {"aioquic": ("quic", "http3"), "trio_websocket": ("trio-websocket",)}
 
 
-DROPPED = "log lines were dropped, because the output was not read"
-
-
 def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
     """Send all log lines to `stream`. No program waits for its reader: see `LineWriter`.
 
