@@ -15,10 +15,6 @@ from pathlib import Path
 import h11
 import msgspec
 from aioquic.buffer import UINT_VAR_MAX
-from wsproto import ConnectionType
-from wsproto.connection import Connection as WebSocketConnection
-from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
-from wsproto.utilities import RemoteProtocolError
 
 from catbus import topics, wire
 from catbus.auth import Authenticator, Grants, sign
@@ -31,6 +27,7 @@ from catbus.webtransport import Connection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
 from catbus.webtransport.packets import ID_LENGTH, read_header
 from catbus.wire import UNDECODABLE
+from tests.endpoints.test_coalesce import seen
 from tests.webtransport.link import CLIENT, Link, server_config
 from tests.webtransport.test_hostile import packet, raw
 
@@ -181,28 +178,6 @@ def tokens(data: bytes) -> None:
 def websockets(data: bytes) -> None:
     """The library sees the same messages whether what a client sends is joined first or not."""
 
-    def read(pieces: list[bytes]) -> list[object]:
-        connection = WebSocketConnection(ConnectionType.SERVER)
-        events: list[object] = []
-        try:
-            for piece in pieces:
-                if piece:
-                    connection.receive_data(piece)
-                for event in connection.events():
-                    match event:
-                        case TextMessage(data=text):
-                            if events and isinstance(events[-1], str):
-                                events[-1] += text
-                            elif text:
-                                events.append(text)
-                        case BytesMessage(data=binary):
-                            events.append(bytes(binary))
-                        case Ping() | Pong() | CloseConnection():
-                            events.append(event)
-        except RemoteProtocolError as error:
-            events.append(str(error))
-        return events
-
     pieces, _ = cut(data)
     coalescer = Coalescer(64, 1 << 62)
     passed: list[bytes] = []
@@ -210,7 +185,7 @@ def websockets(data: bytes) -> None:
         coalescer.feed(piece)
         passed += iter(coalescer.take, b"")
     if coalescer.refused is None:
-        assert read(passed) == read(pieces)
+        assert seen(passed) == seen(pieces)
 
 
 def datagrams(data: bytes) -> None:
