@@ -11,13 +11,13 @@ RELIED_ON = {
     "geqo": "off",
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
+    "work_mem": "16MB",
 }
 """Settings of every statement. A client that stops within a transaction must not hold its locks for ever.
 
-Statements are short: the last three can make planning one, or starting it, take longer than all else.
+Statements are short: `geqo`, `jit` and parallel workers can make planning one, or starting it, take longer than all
+else. With less memory, reading `pg_settings` takes a temporary file, of which a role may be allowed none.
 """
-WORK_MEM = "16MB"
-"""The same in transactions: a role may be allowed no temporary file, and less would need one to read `pg_settings`."""
 NEWER = {"transaction_timeout": (17, "0")}
 """The same, with the major version of PostgreSQL that was the first to know them."""
 
@@ -38,7 +38,7 @@ REFUSED_AT_START = "08P01", "0A000"
 def begin(version: int, *, read_write: bool = True) -> str:
     """The script that begins a transaction with what statements rely on. On a standby it cannot be read-write."""
     access = ", READ WRITE" if read_write else ""
-    settings = _set({**_newer(version), **RELIED_ON, "work_mem": WORK_MEM}, local=True)
+    settings = _set({**_newer(version), **RELIED_ON}, local=True)
     return f"BEGIN ISOLATION LEVEL READ COMMITTED, NOT DEFERRABLE{access}; {settings}"
 
 
