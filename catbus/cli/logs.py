@@ -16,6 +16,8 @@ from .output import LineWriter, writer_of
 # What a library is called and what its loggers are called is not always the same.
 _ALIASES = {"aioquic": ("quic", "http3"), "trio_websocket": ("trio-websocket",)}
 
+DROPPED = "log lines were dropped, because the output was not read"
+
 
 def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
     """Send all log lines to `stream`. No program waits for its reader: see `LineWriter`.
@@ -74,9 +76,7 @@ class _LineHandler(logging.Handler):
         return f"{self.format(record)}\n".encode(errors="backslashreplace")
 
     def _report(self, number: int) -> bytes:
-        return self._line(
-            _made("catbus.logs", "log lines were dropped, because the output was not read", number=number)
-        )
+        return self._line(_made("catbus.logs", DROPPED, number=number))
 
 
 def _made(name: str, text: str, **values: object) -> logging.LogRecord:

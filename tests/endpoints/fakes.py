@@ -64,6 +64,7 @@ class FakeHub:
         self.refusals: list[Code] = []
         self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []
+        self.clients_of_requests: list[bytes] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
         self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
@@ -80,7 +81,7 @@ class FakeHub:
     async def authenticate(self, token: str) -> Identity:
         if token == "narrow":
             return Identity("bob", Grants(("a.*",), ("*",)), None)
-        if token != "good":
+        if token != "good" and not token.startswith("sub-ab"):
             raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
         return Identity("alice", Grants.ALL, None)
 
@@ -88,6 +89,7 @@ class FakeHub:
         self, identity: Identity, requests: Sequence[Publish], producer: bytes, client: bytes
     ) -> list[Outcome | None]:
         outcomes: list[Any] = []
+        self.clients_of_requests.append(client)
         for request in requests:
             self.published.append(request)
             outcomes.append(self.on_publish(request))

@@ -133,3 +133,10 @@ async def test_limits() -> None:
     assert (await post(hub, b'[{"channel":"a","payload":12345},{"channel":"a","payload":1}]'))[0] == 413
     assert (await post(hub, b"[" + b",".join([b'{"channel":"a","payload":1}'] * 4) + b"]"))[0] == 413
     assert len(hub.published) == 2
+
+
+async def test_requests_with_the_same_token_are_one_client_s_however_its_signature_is_written() -> None:
+    hub = FakeHub()
+    for text in ("good", "sub-abc.c2ln", "sub-abc.c2lm", "sub-abd.c2ln"):
+        await post(hub, b'{"channel":"a","payload":1}', (b"authorization", f"Bearer {text}".encode()))
+    assert [hub.clients_of_requests.index(each) for each in hub.clients_of_requests] == [0, 1, 1, 3]
