@@ -27,12 +27,13 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import http, quic, session, short, tls, websocket
+from . import frames, http, publishing, quic, short, subscribing, tls, tokens, websocket
 from .attacks import ATTACKS, Attack
 from .broker import ROOT
 from .measure import HEAD, Result, measure, row
 
-LAYERS = (http, websocket, quic, session, tls)
+MODULES = (http, tokens, websocket, quic, frames, publishing, subscribing, tls)
+"""Each puts its attacks into the table."""
 
 
 def main() -> None:

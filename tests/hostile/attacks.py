@@ -50,7 +50,7 @@ class Tally:
                 self._codes[code] += 1
 
     def fault(self, text: str) -> None:
-        """An attack has got what nobody may get."""
+        """An attack has got what no client may get."""
         self._faults.put(text)
 
     @property

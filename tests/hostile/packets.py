@@ -37,7 +37,7 @@ def one_rtt(quic: Any, payload: bytes, size: int = PACKET) -> bytes:
 
 
 class Initials:
-    """The first packets of one client, who says in them whatever it likes."""
+    """The first packets of one client, with any frames in them."""
 
     def __init__(self, token: bytes = b"", destination: bytes | None = None) -> None:
         self.destination = os.urandom(8) if destination is None else destination
@@ -90,7 +90,7 @@ def junk_initial(size: int = PACKET, destination: bytes | None = None, token: by
 
 
 def unknown_version(size: int = PACKET) -> bytes:
-    """A packet of a version that nobody speaks."""
+    """A packet of an unknown version."""
     head = b"\xc3\x1a\x2a\x3a\x4a\x08" + os.urandom(8) + b"\x08" + os.urandom(8)
     return head + os.urandom(size - len(head))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import os
 import select
@@ -30,6 +31,10 @@ PATIENCE = 20.0
 """Seconds after which an attacker that gets nowhere begins again."""
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 FINAL = 0x80
+POST = b"POST /publish HTTP/1.1\r\nHost: bus.example\r\n"
+GET = b"GET %b HTTP/1.1\r\nHost: bus.example\r\n\r\n"
+LARGEST = 2048
+"""Bytes of the largest datagram that the broker looks at."""
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: bus.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: %b\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -217,10 +222,44 @@ class WebSocketPeer(Peer):
             )
 
 
+def keep(peers: list[WebSocketPeer], first: bytes) -> None:
+    """Send this on all of them, and keep those that are not closed."""
+    for peer in tuple(peers):
+        try:
+            peer.send(first)
+        except Ended:
+            peers.remove(peer)
+    while peers:
+        time.sleep(0.5)
+        for peer in tuple(peers):
+            try:
+                peer.drain()
+            except Ended:
+                peers.remove(peer)
+
+
+def pour(peer: WebSocketPeer, lines: bytes, units: int = 1) -> None:
+    """Send the same frame without end, as fast as it is taken, and drop what comes."""
+    data = frame(lines)
+    while True:
+        peer.send(data, units)
+        peer.drain()
+
+
+def base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def jwt_of(secret: str, claims: dict[str, object]) -> str:
+    """A token that is good: HS256, as the broker's own secret signs it."""
+    text = base64url(b'{"alg":"HS256"}') + b"." + base64url(json.dumps(claims, separators=(",", ":")).encode())
+    return (text + b"." + base64url(hmac.digest(secret.encode(), text, "sha256"))).decode()
+
+
 class QuicPeer:
     """A WebTransport client on a UDP socket. With `token` it has authenticated on its first stream.
 
-    With `open` False nothing has been sent yet: whoever drives it calls `transmit`.
+    With `open` False nothing has been sent yet: the caller calls `transmit`.
     """
 
     def __init__(self, target: Target, token: str | None = None, *, open: bool = True) -> None:  # noqa: A002

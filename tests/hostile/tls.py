@@ -8,8 +8,8 @@ import time
 from contextlib import suppress
 
 from .attacks import Ended, Target, attack
-from .http import GET, hold, nothing
-from .peers import Peer
+from .http import hold, nothing
+from .peers import GET, Peer
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 """The beginning of a ClientHello in a record of 512 bytes."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 from .attacks import Ended, Target, attack, pace
-from .peers import BINARY, CLOSE, PING, PONG, WebSocketPeer, frame, pump, request
+from .peers import BINARY, CLOSE, PING, PONG, WebSocketPeer, frame, keep, pump, request
 
 BURST = 65_536
 MEGABYTE = 1_000_000
@@ -60,22 +59,6 @@ def unfinished_messages(target: Target) -> None:
     keep([WebSocketPeer(target) for _ in range(500)], part)
 
 
-def keep(peers: list[WebSocketPeer], first: bytes) -> None:
-    """Send this on all of them, and keep those that are not closed."""
-    for peer in tuple(peers):
-        try:
-            peer.send(first)
-        except Ended:
-            peers.remove(peer)
-    while peers:
-        time.sleep(0.5)
-        for peer in tuple(peers):
-            try:
-                peer.drain()
-            except Ended:
-                peers.remove(peer)
-
-
 @attack(
     "websocket", "frames that claim to be huge", "the header of a frame of 2^62 bytes, and then bytes", like="bytes"
 )
@@ -105,7 +88,7 @@ def unread_pongs(target: Target) -> None:
         peer.send(frame(bytes(125), PING) * 500)
 
 
-@attack("websocket", "pongs", "that nobody asked for, as fast as they are taken", like="bytes", processes=2)
+@attack("websocket", "pongs", "unsolicited, as fast as they are taken", like="bytes", processes=2)
 def pongs(target: Target) -> None:
     repeat(target, frame(b"", PONG))
 
@@ -155,7 +138,7 @@ def after_close(target: Target) -> None:
 # Objects
 
 
-@attack("websocket", "a megabyte of line ends", "messages in which there are only empty lines", like="bytes")
+@attack("websocket", "a message of line ends", "messages in which there are only empty lines", like="bytes")
 def line_ends(target: Target) -> None:
     repeat(target, frame(b"\n" * (MESSAGE - 16)))
 
