@@ -47,7 +47,11 @@ SUBSCRIBE = """
     await client.subscribe(args[0], ({ seq, payload }) => heard.push([seq, payload]), args[1] ?? {});
 """
 UNTIL = """
-    while (!(%s)) await new Promise((resolve) => setTimeout(resolve, 5));
+    const began = Date.now();
+    while (!(%s)) {
+        if (Date.now() - began > 60_000) throw new Error(JSON.stringify([heard.length, heard.slice(-3), told]));
+        await new Promise((resolve) => setTimeout(resolve, 5));
+    }
     return true;
 """
 
@@ -207,6 +211,8 @@ async def test_a_replica_that_stops_is_left_for_another_without_a_loss(
         # Who connects from now on comes to the other one; who is connected stays.
         relay.target = ("127.0.0.1", int(dict(other.addresses)["webtransport"].rpartition(":")[2]))
         place.broker.stop()
+        await browser.run("publishing.then(() => window.published = true)")
+        await browser.run(UNTIL % "window.published")
         seqs = await browser.run("return await publishing")
         await browser.run(UNTIL % "heard.length >= 600")
         heard = await browser.run("return heard")
