@@ -21,8 +21,8 @@ SAID = 60.0
 class Intruders:
     """Counts them. Times are Trio's, in seconds.
 
-    The server sends a connection all notifications that wait before it answers the next statement. Who sends more than
-    a replica can read delays its polls, and with them everything that a notification would have told of.
+    The server sends a connection all notifications that wait before it answers the next statement. A role that sends
+    more than a replica can read delays the replica's polls, and with them all that a notification would have told of.
     """
 
     def __init__(self) -> None:
