@@ -18,10 +18,14 @@ NICENESS = 10
 PAUSE = 0.05
 """Seconds before an attacker comes back after the broker has closed its connection."""
 MAX_CODE = 5000
+MAX_PROCESSES = 16
 
 processes = multiprocessing.get_context("fork")
 
 EVERYTHING = Grants.ALL
+
+_NUMBERS = 3
+"""That are counted: bytes, units, closed connections."""
 
 
 class Ended(Exception):
@@ -29,25 +33,31 @@ class Ended(Exception):
 
 
 class Tally:
-    """What the attackers of one attack have done, counted by all their processes together."""
+    """What the attackers of one attack have done, counted by each process for itself.
+
+    There is no lock: attackers are killed, and one that is killed while it holds a lock keeps it for ever.
+    """
 
     def __init__(self) -> None:
-        self._numbers = processes.Array("d", 3)
-        self._codes = processes.Array("i", MAX_CODE)
+        self._numbers = processes.RawArray("d", _NUMBERS * MAX_PROCESSES)
+        self._codes = processes.RawArray("i", MAX_CODE)
         self._faults: multiprocessing.SimpleQueue[str] = processes.SimpleQueue()
+        self._place = 0
+
+    def count_as(self, process: int) -> None:
+        """From now on, this process counts as the one with this number."""
+        self._place = _NUMBERS * process
 
     def sent(self, size: int, units: int = 1) -> None:
         """Count bytes, and packets, requests or connections."""
-        with self._numbers.get_lock():
-            self._numbers[0] += size
-            self._numbers[1] += units
+        self._numbers[self._place] += size
+        self._numbers[self._place + 1] += units
 
     def ended(self, code: int | None) -> None:
         """The broker has closed a connection, with this code if it named one."""
-        with self._numbers.get_lock():
-            self._numbers[2] += 1
-            if code is not None and code < MAX_CODE:
-                self._codes[code] += 1
+        self._numbers[self._place + 2] += 1
+        if code is not None and code < MAX_CODE:
+            self._codes[code] += 1
 
     def fault(self, text: str) -> None:
         """An attack has got what no client may get."""
@@ -55,15 +65,15 @@ class Tally:
 
     @property
     def size(self) -> float:
-        return float(self._numbers[0])
+        return float(sum(self._numbers[0::_NUMBERS]))
 
     @property
     def units(self) -> float:
-        return float(self._numbers[1])
+        return float(sum(self._numbers[1::_NUMBERS]))
 
     @property
     def endings(self) -> int:
-        return int(self._numbers[2])
+        return int(sum(self._numbers[2::_NUMBERS]))
 
     def codes(self) -> dict[int, int]:
         """How often each closing code came."""
@@ -170,8 +180,8 @@ def pace(per_second: float) -> Iterator[None]:
 def attackers(attack: Attack, target: Target, count: int = 0) -> Iterator[None]:
     """The attack goes on in processes of its own: in `count`, or in as many as it has."""
     running = [
-        processes.Process(target=_again_and_again, args=(attack, target), daemon=True)
-        for _ in range(count or attack.processes)
+        processes.Process(target=_again_and_again, args=(attack, target, number), daemon=True)
+        for number in range(count or attack.processes)
     ]
     for each in running:
         each.start()
@@ -186,7 +196,8 @@ def attackers(attack: Attack, target: Target, count: int = 0) -> Iterator[None]:
             each.join()
 
 
-def _again_and_again(attack: Attack, target: Target) -> None:
+def _again_and_again(attack: Attack, target: Target, number: int) -> None:
+    target.tally.count_as(number + 1)
     os.nice(NICENESS)
     logging.disable()
     while True:
