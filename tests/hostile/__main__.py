@@ -86,7 +86,7 @@ def main() -> None:
 
 def table(attacks: Iterable[Attack]) -> Iterator[str]:
     """The attacks as a table in Markdown, line by line."""
-    yield "| Attack | Layer | Token | Stands | |"
+    yield "| Attack | Layer | Token | Tested | |"
     yield "|---|---|---|---|---|"
     for attack in attacks:
         words = ("yes" if attack.token else "no", "yes" if attack.stands else "no")

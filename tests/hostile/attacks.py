@@ -119,8 +119,8 @@ class Attack:
     `token`: whether the attacker has a token. `like`: what honest clients send as much of for comparison: `bytes` or
     `requests` (of HTTP, as many bytes), `packets` (of QUIC) or `connections`; with none, an attack is compared with
     the calm before it. `filled`: how many messages the log has before. `kept`: MiB that may stay, because
-    the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether the broker
-    withstands it so far.
+    the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether the
+    tests demand that the broker withstands it.
     """
 
     name: str
