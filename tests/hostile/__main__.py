@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,8 @@ def main() -> None:
     if options.list:
         print(*table(chosen), sep="\n")
         return
+    # Brokers and attackers end with this process, also when that is told to.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.short:
         for name, faults in short.run([each for each in chosen if each.stands and not each.drains], options.database):
             print(json.dumps([name, faults]), flush=True)
