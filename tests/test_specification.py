@@ -561,7 +561,7 @@ def auth(
     *,
     client_id: str = "alice",
     read: str = "project.*",
-    expires: float = 1000.0,
+    expires: float = 1e6,
     starts: float = -1000.0,
 ) -> dict[str, Any]:
     grants = Grants(read=(read,), write=("project.*",))
@@ -584,8 +584,8 @@ WHAT_COMES: dict[str, Any] = {
     "`auth`, accepted, narrower grants": auth(read="project.a"),
     "`auth`, another `client_id`": auth(client_id="bob"),
     "`auth`, the token is not valid": {**auth(), "token": "sub-x.y"},
-    "`auth`, the token has expired": auth(expires=-10),
-    "`auth`, the token is not valid yet": auth(starts=100),
+    "`auth`, the token has expired": auth(expires=-100),
+    "`auth`, the token is not valid yet": auth(starts=1e5),
     "`auth`, the log was never reached yet": auth(),
     "`auth`, a role that cannot be looked up": {**auth(), "token": make_role_token()},
     "`subscribe`": subscribe("project.*"),

@@ -225,15 +225,24 @@ async def _dial_host(target: Target, timeout: float, settings: Mapping[str, str]
     """Connect to one host, with TLS or without, as its ways have it. `settings` are those of the session."""
     arguments = {**target.arguments, "server_settings": {**target.arguments["server_settings"], **settings}}
     *ways, last = target.ways
+    refusal: asyncpg.PostgresError | None = None
     for way in ways:
         try:
             return await asyncpg.connect(**arguments, ssl=way, timeout=timeout, **options)
         except (ConnectionRefusedError, asyncpg.InvalidPasswordError, asyncpg.CannotConnectNowError):
             # It would be the same the other way, and its error tells more.
             raise
-        except (ConnectionError, ssl.SSLError, asyncpg.PostgresError):
+        except asyncpg.PostgresError as error:
+            refusal = error if sqlstate(error) in REFUSED_AT_START else None
+        except (ConnectionError, ssl.SSLError):
             pass
-    return await asyncpg.connect(**arguments, ssl=last, timeout=timeout, **options)
+    try:
+        return await asyncpg.connect(**arguments, ssl=last, timeout=timeout, **options)
+    except ConnectionError:
+        if refusal is not None:
+            # There is no other way: it is the settings that a pooler does not take.
+            raise refusal from None
+        raise
 
 
 async def _begin(raw: Any) -> None:

@@ -108,6 +108,8 @@ class Listener:
         """Which poll was the last that found the log to be the one that is followed."""
         self._looked = trio.Event()
         self._claimed = 0.0
+        self._clock = 0.0
+        """The database's time at the last look, in seconds since 1970."""
         self._standby = False
         self._polling = False
         self._listening = False
@@ -296,6 +298,7 @@ class Listener:
         began = trio.current_time()
         self.pace.ask()
         head = await self._look(connection)
+        self._tail.clock_offset = self._clock - trio.current_time()
         self._role_changes.checked = began
         self._tail.announce(self.pace.note(head, trio.current_time()))
         self._say_pace(connection)
@@ -321,9 +324,8 @@ class Listener:
         number = self.polls
         for _ in range(_TRIES):
             applied, mark = tail.applied, tail.marks.newest
-            asked = trio.current_time()
             look = _Look(*await connection.fetchrow(_LOOK, applied, timeout=PATIENCE))
-            tail.clock_offset = look.clock - (asked + trio.current_time()) / 2
+            self._clock = look.clock
             self._refuse_standby(look.standby)
             if await self._recognise(connection, look, applied, mark):
                 tail.floor = look.floor

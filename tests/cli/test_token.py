@@ -32,7 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_token_is_shown_in_words(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", SECRET)
-    token = sign(SECRET, client_id="alice", grants=GRANTS, expires=time.time() + 7200.5)
+    token = sign(SECRET, client_id="alice", grants=GRANTS, expires=time.time() + 7230)
     status, output, _ = catbus("token", "show", token)
     assert status == 0
     shown = parts(output)

@@ -79,7 +79,9 @@ class Model:
         match query:
             case listener_module._LOOK:
                 same = world.place == world.began
-                return world.epoch, world.head, world.floor, world.mark(args[0]), False, same, same, "", 1
+                return world.epoch, world.head, world.floor, world.mark(args[0]), False, same, same, "", None, 1, 0.0
+            case listener_module._SEAL:
+                return ("a secret",)
             case listener_module._MARK:
                 return (world.mark(args[0]),)
             case listener_module._NEW_EPOCH:

@@ -352,7 +352,7 @@ def test_one_notification_covers_what_a_call_has_moved(database_url: str) -> Non
         assert heard == []
         assert await move(sql, epoch) == (5, 5, False)
         await asyncio.sleep(0)
-        assert heard == [f"{epoch}:1:5"]
+        assert [payload.split(" ")[0] for payload in heard] == [f"{epoch}:1:5"]
         assert await move(sql, epoch) == (0, None, False)
         await asyncio.sleep(0)
         assert len(heard) == 1

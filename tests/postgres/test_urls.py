@@ -365,8 +365,8 @@ async def test_the_setting_that_is_wrong_is_named(database_url: str) -> None:
 
 
 async def test_options_and_an_encoding_reach_the_server(database_url: str) -> None:
-    async with open_sql(f"{database_url}&options=-c%20work_mem%3D9MB&client_encoding=auto") as connection:
-        assert await connection.fetchrow("SHOW work_mem") == ("9MB",)
+    async with open_sql(f"{database_url}&options=-c%20maintenance_work_mem%3D9MB&client_encoding=auto") as connection:
+        assert await connection.fetchrow("SHOW maintenance_work_mem") == ("9MB",)
 
 
 def test_the_document_has_all_parameters_and_variables() -> None:

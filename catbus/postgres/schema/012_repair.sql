@@ -191,6 +191,7 @@ END
 $$;
 CREATE TRIGGER check_changed BEFORE UPDATE ON catbus.entries
     FOR EACH ROW EXECUTE FUNCTION catbus.check_changed_entry();
+ALTER TABLE catbus.entries ENABLE ALWAYS TRIGGER check_changed;
 
 -- How many holes there are that were not repaired, how many messages are missing in them, and the first few; and up to
 -- where the newest repaired one goes, null without one.
