@@ -324,7 +324,7 @@ async def test_a_look_up_that_hangs_does_not_put_the_deadline_off(
 LATE = [CI, None, Unavailable("away")]
 
 
-@pytest.mark.parametrize("answer", LATE, ids=repr)
+@pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
 @pytest.mark.parametrize("end", [Client.leave, Client.finish])
 async def test_who_has_gone_before_the_answer_is_not_admitted(
     role_hub: Hub, roles: Roles, nursery: trio.Nursery, end: Callable[[Client], None], answer: Any

@@ -106,7 +106,7 @@ def test_a_role_is_allowed_more_and_less(catbus: Command, database: str) -> None
     assert errors == f"catbus: the role {handle} has no such grant: write a.*; what it has: read a.*\n"
 
 
-@pytest.mark.parametrize("name", ["ci", "0" * 11, make_role_token()[:-1]])
+@pytest.mark.parametrize("name", ["ci", "0" * 11, make_role_token()[:-1]], ids=["name", "short", "cut token"])
 def test_what_names_no_role(catbus: Command, database: str, name: str) -> None:
     for command in (
         ["role", "show", name],

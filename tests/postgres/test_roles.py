@@ -144,7 +144,11 @@ async def test_a_handle_that_fits_several_roles_is_refused_until_it_says_more(da
         assert (await roles.show("0" * 12)).key == keys[1]
 
 
-@pytest.mark.parametrize("name", ["", "ci", "0" * 11, "%", "0" * 11 + "_", "role-x", make_role_token() + "="])
+@pytest.mark.parametrize(
+    "name",
+    ["", "ci", "0" * 11, "%", "0" * 11 + "_", "role-x", make_role_token() + "="],
+    ids=["nothing", "name", "short", "percent", "underscore", "no token", "long token"],
+)
 async def test_what_names_no_role_is_not_repeated(database_url: str, name: str) -> None:
     async with roles_of(database_url) as roles:
         await roles.create("ci", Grants())

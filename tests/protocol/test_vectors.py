@@ -104,7 +104,9 @@ def is_valid(check: Any, text: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "check"), [("channels", topics.check_channel), ("patterns", topics.check_pattern)], ids=lambda v: str(v)
+    ("kind", "check"),
+    [("channels", topics.check_channel), ("patterns", topics.check_pattern)],
+    ids=["channel", "pattern"],
 )
 def test_which_text_is_one(kind: str, check: Any) -> None:
     for expected, texts in (("valid", PATTERNS[kind]["valid"]), ("invalid", PATTERNS[kind]["invalid"])):
