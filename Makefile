@@ -24,8 +24,9 @@ help:
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
+# In two processes: much of the time tests wait. Those of a file share servers and browsers, and stay together.
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(venv)/installed-test
 	$(bin)/ruff check
