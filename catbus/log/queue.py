@@ -75,18 +75,18 @@ class AppendQueue:
 
     def offer(self, append: Append) -> bool:
         """Queue a message; False where its client has as many in the queue as there is room for, or as many bytes."""
-        messages, size = self._limits
-        line = self._lines.get(append.client)
+        messages, most = self._limits
+        line, size = self._lines.get(append.client), append.size
         if line is None:
-            if self._count >= messages or self.size >= size:
+            if self._count >= messages or self.size >= most:
                 return False
             line = self._lines[append.client] = _Line(append.client, self._had)
             heappush(self._turns, (line.had, next(self._turn), line))
-        elif len(line.appends) >= messages - self._count or line.size >= size - self.size:
+        elif len(line.appends) >= messages - self._count or line.size >= most - self.size:
             return False
         line.appends.append(append)
-        line.size += append.size
-        self.size += append.size
+        line.size += size
+        self.size += size
         self._count += 1
         self._earliest = min(self._earliest, append.deadline)
         return True
@@ -106,7 +106,8 @@ class AppendQueue:
             end = line.had + TURN if turns or waiting else inf
             while appends and line.had < end:
                 append = appends[0]
-                price = append.cost
+                size = append.size
+                price = size + OVERHEAD
                 full = len(taken) == messages or (price > budget and bool(taken))
                 key = None if append.producer is None else (append.producer, append.number)
                 repeated = key in keys
@@ -117,8 +118,8 @@ class AppendQueue:
                 taken.append(appends.popleft())
                 budget -= price
                 line.had += price
-                line.size -= append.size
-                self.size -= append.size
+                line.size -= size
+                self.size -= size
             if not appends:
                 del self._lines[line.client]
             elif repeated:
