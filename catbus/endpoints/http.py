@@ -74,7 +74,7 @@ class Refused(Exception):
 class Conversation:
     """One connection that speaks HTTP."""
 
-    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing) -> None:
+    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None]) -> None:
         self._hub = hub
         self._roster = roster
         self._stream = stream

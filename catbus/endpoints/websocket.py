@@ -44,17 +44,13 @@ _PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
 logger = get_logger("catbus.endpoints")
 
 
-def _nothing() -> None:
-    pass
-
-
 async def serve_websocket(
     hub: Hub,
     roster: Roster,
     stream: trio.abc.Stream,
     head: bytes,
-    rest: bytes = b"",
-    prove: Callable[[], None] = _nothing,
+    rest: bytes,
+    prove: Callable[[], None],
 ) -> None:
     """Serve a peer whose request for a WebSocket, `head`, was accepted, until one of the two closes.
 

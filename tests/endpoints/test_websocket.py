@@ -48,7 +48,7 @@ async def served(
     settings = hub.config.websocket
 
     async def serve() -> None:
-        await serve_websocket(cast(Any, hub), roster, ours, UPGRADE, rest)
+        await serve_websocket(cast(Any, hub), roster, ours, UPGRADE, rest, lambda: None)
         await ours.aclose()
         ended.set()
 
@@ -319,7 +319,7 @@ async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> 
     hub, roster = FakeHub(), Roster()
     ours, theirs = memory_stream_pair()
     await theirs.send_all(b"what will never be answered")
-    await serve_websocket(cast(Any, hub), roster, ours, b"GET /ws HTTP/1.1\r\n")
+    await serve_websocket(cast(Any, hub), roster, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
     assert 10 <= trio.current_time() < 13
     assert hub.clients == []
 
