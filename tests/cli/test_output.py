@@ -239,6 +239,8 @@ def test_a_reader_that_is_stuck_is_waited_for_only_once(monkeypatch: pytest.Monk
     writer.flush()
     writer.close()
     assert waits == [output.FLUSH_TIME]
+    # The thread writes the line while the descriptor is still that of this pipe.
+    assert next(pipe.read_lines()) == b"x\n"
 
 
 def test_a_record_that_has_no_text_is_told_of(pipe: Pipe) -> None:
