@@ -132,6 +132,11 @@ class Session:
         self.mailbox.protocol = protocol
 
     @property
+    def client(self) -> Hashable:
+        """In whose name its messages wait to be appended: the `client_id` of its token, or itself where that has none."""
+        return (self.identity and self.identity.client_id) or self
+
+    @property
     def closed(self) -> bool:
         """Whether nothing more is taken from the client, nor owed to it but what has been said."""
         return self.state is State.CLOSED
@@ -297,7 +302,7 @@ class Session:
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled, identity.client_id or self)
+        append = make_append(message, identity, self.producer, self.settled, self.client)
         if message.ephemeral:
             yield Broadcast(append.channel, append.payload, append.sender, append.origin)
             if message.ack:

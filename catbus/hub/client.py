@@ -336,7 +336,9 @@ class Client:
         session = self.session
         if session.pending and grants.write != before.write:
             refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
-            self._hub.log.withdraw(lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal)
+            self._hub.log.withdraw(
+                session.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
+            )
 
     def _revoke(self, pattern: str) -> None:
         subscription = self._take_out(pattern)

@@ -186,8 +186,11 @@ class Log(Protocol):
     def submit(self, append: Append) -> None:
         """Take a message to be appended. `append.settle` is called once its fate is known, perhaps at once."""
 
-    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        """Take back what was submitted and is on its way to nowhere yet. A retry is answered `unknown` all the same."""
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        """Take back what a client submitted and is on its way to nowhere yet. A retry is answered `unknown` all the same.
+
+        Messages of other clients are not looked at.
+        """
 
     def broadcast(self, entry: Entry) -> None:
         """Pass an ephemeral message (its seq is 0) on to the other replicas, at most once, past the log.

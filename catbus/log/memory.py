@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import trio
 
@@ -98,8 +98,8 @@ class MemoryLog:
         else:
             append.settle(append, not_taken(append, OVERLOADED))
 
-    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        for append in self._pending.withdraw(unwanted):
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        for append in self._pending.withdraw(unwanted, client):
             append.settle(append, not_taken(append, refusal))
 
     def broadcast(self, entry: Entry) -> None:

@@ -102,6 +102,8 @@ class AppendQueue:
         waiting: list[_Line] = []
         while turns and not full:
             self._had, _, line = heappop(turns)
+            if not line.appends:
+                continue  # They have been withdrawn, or were due.
             appends, repeated = line.appends, False
             end = line.had + TURN if turns or waiting else inf
             while appends and line.had < end:
@@ -135,31 +137,39 @@ class AppendQueue:
         """Take out all that are due at `now` or before. The deadlines of one client never go back."""
         expired: list[Append] = []
         if now >= self._earliest:
-            for line in self._lines.values():
+            for line in list(self._lines.values()):
+                due = []
                 while line.appends and line.appends[0].deadline <= now:
-                    expired.append(line.appends.popleft())
-            self._removed(expired)
+                    due.append(line.appends.popleft())
+                self._removed(line, due)
+                expired += due
+            self._turns = [turn for turn in self._turns if turn[2].appends]
+            heapify(self._turns)
+            self._earliest = min((line.appends[0].deadline for line in self._lines.values()), default=inf)
         return expired
 
-    def withdraw(self, unwanted: Callable[[Append], bool]) -> list[Append]:
-        """Take out some, wherever they stand."""
+    def withdraw(self, unwanted: Callable[[Append], bool], *clients: Hashable) -> list[Append]:
+        """Take out some of the messages of these clients, or of all where none is named, wherever they stand.
+
+        A client has its messages withdrawn by showing another token, so it costs no more than what that client has.
+        """
         withdrawn: list[Append] = []
-        for line in self._lines.values():
+        for line in [self._lines[c] for c in clients if c in self._lines] if clients else list(self._lines.values()):
             found = [append for append in line.appends if unwanted(append)]
             if found:
                 gone = set(found)
                 line.appends = deque(append for append in line.appends if append not in gone)
+                self._removed(line, found)
                 withdrawn += found
-        self._removed(withdrawn)
         return withdrawn
 
-    def _removed(self, appends: list[Append]) -> None:
-        """These have been taken out of their lines, from anywhere in them."""
+    def _removed(self, line: _Line, appends: list[Append]) -> None:
+        """These have been taken out of a line, from anywhere in it. An empty one keeps its turn, which `take` skips."""
+        size = sum([append.size for append in appends])
+        line.size -= size
+        self.size -= size
         self._count -= len(appends)
-        for append in appends:
-            self._lines[append.client].size -= append.size
-            self.size -= append.size
-        self._lines = {client: line for client, line in self._lines.items() if line.appends}
-        self._turns = [turn for turn in self._turns if turn[2].appends]
-        heapify(self._turns)
-        self._earliest = min((line.appends[0].deadline for line in self._lines.values()), default=inf)
+        if not line.appends:
+            del self._lines[line.client]
+        if not self._count:
+            self._turns.clear()

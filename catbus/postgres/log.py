@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,8 +185,8 @@ class PostgresLog:
     def submit(self, append: Append) -> None:
         self._writer.submit(append)
 
-    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        self._writer.withdraw(unwanted, refusal)
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        self._writer.withdraw(client, unwanted, refusal)
 
     def broadcast(self, entry: Entry) -> None:
         self._courier.broadcast(entry)

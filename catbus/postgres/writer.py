@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from itertools import count
 from operator import attrgetter
 
@@ -136,8 +136,8 @@ class Writer:
         else:
             append.settle(append, not_taken(append, OVERLOADED))
 
-    def withdraw(self, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        for append in self._queue.withdraw(unwanted):
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        for append in self._queue.withdraw(unwanted, client):
             append.settle(append, not_taken(append, refusal))
 
     async def move(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from catbus.errors import Code
-from catbus.log import EPHEMERAL_SIZE, Committed, Entry, Log, Rejected
+from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 
 MakeLog = Callable[..., Log]
@@ -276,7 +276,7 @@ class LogConformance(ReadConformance):
         mine, other = publisher.submit("a", b"1"), publisher.submit("b", b"2")
         retry = publisher.submit("a", b"3", producer=ALICE, number=1, after=0)
         refusal = Rejected(Code.UNAUTHORIZED, "not any more")
-        log.withdraw(lambda append: append.channel == "a", refusal)
+        log.withdraw(None, lambda append: append.channel == "a", refusal)
         assert publisher.answers[mine] == refusal
         # Its first try may be in the log.
         unknown = publisher.answers[retry]
@@ -286,6 +286,16 @@ class LogConformance(ReadConformance):
             assert await publisher.wait(other) == [Committed(1)]
             await follower.wait_for(1)
             assert follower.texts == ["2"]
+
+    async def test_withdrawing_leaves_alone_what_other_clients_have_submitted(self, make_log: MakeLog) -> None:
+        log = make_log()
+        publisher = Publisher(log)
+        mine, other = (publisher.submit("a", b"1", client=client) for client in ("mine", "other"))
+        looked: list[Append] = []
+        log.withdraw("mine", lambda append: looked.append(append) is None, Rejected(Code.UNAUTHORIZED, "not any more"))
+        assert looked == [mine]
+        async with running(log):
+            assert await publisher.wait(other) == [Committed(1)]
 
     async def test_a_stopped_log_refuses_for_good(self, make_log: MakeLog) -> None:
         log = make_log()

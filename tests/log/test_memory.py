@@ -51,7 +51,7 @@ async def test_what_is_withdrawn_makes_room_for_more() -> None:
         publisher.submit("a", b"1")
         publisher.submit("a", b"1")
         assert publisher.answers.keys() == set(publisher.submitted[:-2])
-        log.withdraw(lambda _: True, Rejected(Code.UNAUTHORIZED, "not any more"))
+        log.withdraw(None, lambda _: True, Rejected(Code.UNAUTHORIZED, "not any more"))
         assert publisher.answers.keys() == set(publisher.submitted)
 
 

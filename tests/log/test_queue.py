@@ -67,7 +67,13 @@ class QueueAgainstLists(RuleBasedStateMachine):
     @rule(client=st.sampled_from("abc"), number=st.integers(0, 3))
     def withdraw(self, client: str, number: int) -> None:
         unwanted = [append for append in self.lists[client] if append.number == number]
-        assert self.queue.withdraw(lambda append: append.client == client and append.number == number) == unwanted
+        assert self.queue.withdraw(lambda append: append.number == number, client) == unwanted
+        self.remove(unwanted)
+
+    @rule(number=st.integers(0, 3))
+    def withdraw_of_all(self, number: int) -> None:
+        unwanted = [append for append in self.waiting if append.number == number]
+        assert sorted(self.queue.withdraw(lambda append: append.number == number), key=id) == sorted(unwanted, key=id)
         self.remove(unwanted)
 
     def remove(self, appends: list[Append]) -> None:
@@ -129,3 +135,25 @@ def test_one_client_alone_fills_whole_batches() -> None:
     for number in range(3000):
         queue.offer(message("a", key=number + 1))
     assert [append.number for append in queue.take(1000, 1 << 20)] == list(range(1, 1001))
+
+
+def test_withdrawing_looks_at_no_message_of_another_client() -> None:
+    queue = AppendQueue(1000, 1 << 20)
+    mine = message("mine")
+    for client in range(100):
+        queue.offer(message(client))
+    queue.offer(mine)
+    looked: list[Append] = []
+    assert queue.withdraw(lambda append: looked.append(append) is None, "mine") == [mine]
+    assert looked == [mine]
+
+
+def test_a_client_that_publishes_and_withdraws_in_a_loop_leaves_nothing_behind() -> None:
+    queue = AppendQueue(1000, 1 << 20)
+    for _ in range(100):
+        queue.offer(message("a"))
+        queue.withdraw(lambda _: True, "a")
+    assert (len(queue), queue.clients, len(queue._turns)) == (0, 0, 0)
+    other = message("b")
+    queue.offer(other)
+    assert queue.take(10, 1 << 20) == [other]

@@ -297,7 +297,7 @@ async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
     publisher = Publisher(log)
     publisher.submit("a", b"1")
     kept = publisher.submit("b", b"1")
-    log.withdraw(lambda append: append.channel == "a", Rejected(Code.UNAUTHORIZED, "not any more"))
+    log.withdraw(None, lambda append: append.channel == "a", Rejected(Code.UNAUTHORIZED, "not any more"))
     assert (log.statistics().pending, log.statistics().pending_bytes) == (1, kept.size)
 
 
