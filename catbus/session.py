@@ -133,7 +133,7 @@ class Session:
 
     @property
     def client(self) -> Hashable:
-        """In whose name its messages wait to be appended: the `client_id` of its token, or itself where that has none."""
+        """In whose name its messages wait to be appended: the `client_id` of its token, or itself without one."""
         return (self.identity and self.identity.client_id) or self
 
     @property

@@ -187,9 +187,9 @@ class Log(Protocol):
         """Take a message to be appended. `append.settle` is called once its fate is known, perhaps at once."""
 
     def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        """Take back what a client submitted and is on its way to nowhere yet. A retry is answered `unknown` all the same.
+        """Take back what a client submitted and is on its way to nowhere yet. Messages of others are not looked at.
 
-        Messages of other clients are not looked at.
+        A retry is answered `unknown` all the same.
         """
 
     def broadcast(self, entry: Entry) -> None:
