@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import islice
+from weakref import WeakValueDictionary
+
+from .bucket import TokenBucket
 
 KEPT = 10_000
-"""Clients that are remembered. Over it those go that have published nothing for a second, or else the oldest."""
+"""Clients that are remembered beside those that have sessions."""
+_LOOKED_AT = 8
+"""Of those that have published nothing for the longest time, how many are looked at where one has to be forgotten."""
 
 
 class Quota:
@@ -14,28 +20,20 @@ class Quota:
     What was published is spent, and only then is there a wait: a single message may be larger than the quota.
     """
 
-    __slots__ = ("_at", "_bytes", "_messages", "_of_bytes", "_of_messages")
+    __slots__ = ("__weakref__", "_bytes", "_messages")
 
     def __init__(self, messages: int, size: int, now: float) -> None:
-        self._messages: float = messages
-        self._bytes: float = size
-        self._of_messages = messages
-        self._of_bytes = size
-        self._at = now
+        self._messages = TokenBucket(messages, messages, now)
+        self._bytes = TokenBucket(size, size, now)
 
     def spend(self, messages: int, size: int, now: float) -> float:
         """The client has published so much. Returns after how many seconds it may publish more; 0 for at once."""
-        passed, self._at = now - self._at, now
-        self._messages = left = min(self._of_messages, self._messages + passed * self._of_messages) - messages
-        self._bytes = room = min(self._of_bytes, self._bytes + passed * self._of_bytes) - size
-        if left >= 0 and room >= 0:
-            return 0.0
-        return max(-left / self._of_messages, -room / self._of_bytes)
+        wait, longer = self._messages.charge(messages, now), self._bytes.charge(size, now)
+        return longer if longer > wait else wait
 
     def is_full(self, now: float) -> bool:
         """Whether it is as if the client had published nothing."""
-        self.spend(0, 0, now)
-        return self._messages == self._of_messages and self._bytes == self._of_bytes
+        return all(bucket.level(now) == bucket.burst for bucket in (self._messages, self._bytes))
 
 
 class Quotas:
@@ -43,22 +41,27 @@ class Quotas:
 
     def __init__(self, messages: int, size: int) -> None:
         self._rates = messages, size
-        self._clients: dict[Hashable, Quota] = {}
+        self._quotas: WeakValueDictionary[Hashable, Quota] = WeakValueDictionary()
+        """All that there are: a session keeps its client's."""
+        self._recent: dict[Hashable, Quota] = {}
+        """Those that were asked for last, in this order."""
 
     def of(self, client: Hashable, now: float) -> Quota:
         """The quota of a client."""
-        quota = self._clients.get(client)
+        quota = self._quotas.get(client)
         if quota is None:
-            if len(self._clients) >= KEPT:
-                self._make_room(now)
-            quota = self._clients[client] = self.new(now)
+            quota = self._quotas[client] = self.new(now)
+        self._recent.pop(client, None)
+        self._recent[client] = quota
+        if len(self._recent) > KEPT:
+            self._forget_one(now)
         return quota
 
     def new(self, now: float) -> Quota:
         """A quota that nobody shares."""
         return Quota(*self._rates, now)
 
-    def _make_room(self, now: float) -> None:
-        idle = [client for client, quota in self._clients.items() if quota.is_full(now)]
-        for client in idle or [next(iter(self._clients))]:
-            del self._clients[client]
+    def _forget_one(self, now: float) -> None:
+        """Without a look at all of them: a client may come under many names."""
+        oldest = list(islice(self._recent.items(), _LOOKED_AT))
+        del self._recent[next((client for client, quota in oldest if quota.is_full(now)), oldest[0][0])]

@@ -38,3 +38,11 @@ def test_what_was_spent_beyond_what_there_was_has_to_come_again_first() -> None:
     assert not bucket.take(1, 3)
     assert bucket.take(2, 4)
     assert bucket.level(100) == 10
+
+
+def test_what_is_charged_says_when_nothing_is_owed_any_more() -> None:
+    bucket = TokenBucket(2, 10, 0)
+    assert bucket.charge(10, 0) == 0
+    assert bucket.charge(6, 0) == 3
+    assert bucket.charge(0, 1) == 2
+    assert bucket.charge(0, 3) == 0

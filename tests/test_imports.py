@@ -13,8 +13,8 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"bucket", "errors", "loggers", "histogram", "quotas", "release"},
-    {"keys", "topics", "wire"},
+    {"bucket", "errors", "loggers", "histogram", "release"},
+    {"keys", "quotas", "topics", "wire"},
     {"refusals"},
     {"framing", "auth"},
     {"config", "webtransport"},

@@ -49,5 +49,31 @@ def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkey
     for client in "xy":
         some.of(client, 0.0).spend(1, 0, 0.0)
     some.of("z", 1.0)
-    assert some.of("quick", 1.0) is quick
-    assert len(some._clients) == 2
+    del quick
+    assert some.of("quick", 1.0).spend(0, 0, 1.0) > 0, "it still owes what it has published"
+
+
+def test_a_client_with_a_session_is_not_forgotten_whoever_else_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quotas, "KEPT", 3)
+    some = Quotas(10, 1000)
+    held = some.of("held", 0.0)
+    for number in range(100):
+        some.of(number, 5.0)
+    assert some.of("held", 5.0) is held
+
+
+def test_clients_that_all_publish_are_forgotten_without_a_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    is_full = Quota.is_full
+
+    def counted(quota: Quota, now: float) -> bool:
+        nonlocal looks
+        looks += 1
+        return is_full(quota, now)
+
+    monkeypatch.setattr(Quota, "is_full", counted)
+    monkeypatch.setattr(quotas, "KEPT", 1000)
+    some = Quotas(10, 1000)
+    for network in range(3000):
+        some.of(("token", network), 0.0).spend(1, 0, 0.0)
+    assert looks <= 8 * 2000
