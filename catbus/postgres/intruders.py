@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from ..loggers import get_logger
+from ..loggers import Recurring, get_logger
 
 logger = get_logger("catbus.postgres")
 
@@ -14,8 +14,6 @@ SLOW = 0.25
 """Seconds that a poll takes when it has to wait for them."""
 DEAF, LONGEST_DEAF = 30.0, 480.0
 """Seconds for which nobody listens then: at first, and when they have held things up again and again."""
-SAID = 60.0
-"""Seconds between two lines of the log."""
 
 
 class Intruders:
@@ -30,8 +28,9 @@ class Intruders:
         self.floods = 0
         """How often they held something up."""
         self._counted = 0
-        self._said = -inf
         self._told = 0
+        """How many the log has told of."""
+        self._warnings = Recurring(logger.warning)
         self._deaf = DEAF
         self._quiet = -inf
         """Until when nobody listens."""
@@ -49,13 +48,13 @@ class Intruders:
             self._deaf = min(self._deaf * 2, LONGEST_DEAF) if now < self._quiet + self._deaf else DEAF
             self._quiet = now + self._deaf
             self.floods += 1
-        if self.rejected > self._told and now >= self._said + SAID:
-            logger.warning(
-                "somebody sends notifications that are not ours: see who may connect to the database",
-                count=self.rejected - self._told,
-                listening=not flood,
-            )
-            self._said, self._told = now, self.rejected
+        if self.rejected > self._told and self._warnings.note(
+            now,
+            "somebody sends notifications that are not ours: see who may connect to the database",
+            count=self.rejected - self._told,
+            listening=not flood,
+        ):
+            self._told = self.rejected
 
     def may_listen(self, now: float) -> bool:
         """Whether there are few enough to listen."""

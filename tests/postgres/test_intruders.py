@@ -7,8 +7,9 @@ from math import inf
 import pytest
 from structlog.testing import CapturingLogger
 
+from catbus.loggers import REPEAT
 from catbus.postgres import intruders as intruders_module
-from catbus.postgres.intruders import DEAF, LONGEST_DEAF, MANY, SAID, SLOW, Intruders
+from catbus.postgres.intruders import DEAF, LONGEST_DEAF, MANY, SLOW, Intruders
 
 
 @pytest.fixture
@@ -27,13 +28,13 @@ def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingL
     intruders = Intruders()
     intruders.look(0.0, 0.0)
     assert said.calls == []
-    for second in range(int(SAID * 2) + 1):
+    for second in range(int(REPEAT * 2) + 1):
         flood(intruders, 7)
         intruders.look(float(second), 0.0)
-    assert [call.kwargs["count"] for call in said.calls] == [7, 7 * SAID, 7 * SAID]
+    assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT, 7 * REPEAT]
     intruders.look(inf, 0.0)
     assert len(said.calls) == 3, "nothing has come since"
-    assert intruders.rejected == 7 * (SAID * 2 + 1)
+    assert intruders.rejected == 7 * (REPEAT * 2 + 1)
 
 
 def test_many_of_them_are_a_reason_to_poll_once() -> None:
