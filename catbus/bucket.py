@@ -33,8 +33,6 @@ class TokenBucket:
 
     def charge(self, tokens: float, now: float) -> float:
         """Take tokens, whether they are there or not. Returns after how many seconds none are owed; 0 for at once."""
-        # Each published message is charged for, so this does without calls.
-        level = self._level + (now - self._at) * self.rate
+        self._level = left = min(self.burst, self._level + (now - self._at) * self.rate) - tokens
         self._at = now
-        self._level = left = (level if level < self.burst else self.burst) - tokens
         return -left / self.rate if left < 0 else 0.0

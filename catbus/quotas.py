@@ -29,7 +29,7 @@ class Quota:
     def spend(self, messages: int, size: int, now: float) -> float:
         """The client has published so much. Returns after how many seconds it may publish more; 0 for at once."""
         wait, longer = self._messages.charge(messages, now), self._bytes.charge(size, now)
-        return longer if longer > wait else wait
+        return max(wait, longer)
 
     def is_full(self, now: float) -> bool:
         """Whether it is as if the client had published nothing."""
