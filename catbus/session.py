@@ -28,7 +28,7 @@ from . import wire
 from .auth import Grants, Identity
 from .errors import RETRYABLE, CloseCode, Code, PeerError
 from .framing import Framer
-from .log import EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
+from .log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
 from .mailbox import Mailbox, Mark
 from .topics import check_channel, check_pattern
 from .wire import Protocol, Reply
@@ -232,7 +232,7 @@ class Session:
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
         self.pending -= 1
-        self.pending_cost -= append.cost
+        self.pending_cost -= append.size + OVERHEAD
         if self.state is State.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
@@ -309,7 +309,7 @@ class Session:
                 self.say(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
-            self.pending_cost += append.cost
+            self.pending_cost += append.size + OVERHEAD
             yield Submit(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:

@@ -251,7 +251,10 @@ def decode_client(data: bytes) -> ClientMessage:
     Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `refusal` makes the reply of them.
     """
     _check_text(data)
-    return decode_last(_client_decoder.decode, data)
+    try:
+        return _client_decoder.decode(data)
+    except msgspec.ValidationError:
+        return decode_last(_client_decoder.decode, data)
 
 
 def decode_publish(data: bytes) -> Publish:

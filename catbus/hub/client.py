@@ -105,8 +105,8 @@ class Client:
         self._room = trio.Event()
         self._finishing = False
         self._quota = hub.quotas.new(trio.current_time())
-        self._wait = 0.0
-        """Seconds in which nothing more is to be read from it, as it has published more than its quota."""
+        self._published = self._published_bytes = 0
+        """Messages, and bytes of their texts, that its quota has yet to pay for."""
         self._counted = ""
         """The client_id whose sessions this one counts among."""
 
@@ -129,20 +129,22 @@ class Client:
         """
         if self._finishing:
             return
+        session, mailbox = self.session, self.mailbox
+        most, allowance = self._pending_limit, self._hub.log.allowance
         began = perf_counter()
-        for effect in self.session.receive(data):
+        for effect in session.receive(data):
             if effect is not None:
                 await self._perform(effect)
                 continue
-            if self._wait > 0:
-                await trio.sleep(self._wait)
-                self._wait = 0.0
-            while self._has_enough():
+            while mailbox.full or session.pending_cost >= allowance or session.pending >= most:
                 await self._wait_for_room()
+                allowance = self._hub.log.allowance
             if perf_counter() - began > TURN:
+                await self._pay()
                 await trio.lowlevel.checkpoint()
-                began = perf_counter()
-        if self.session.closing is not None:
+                began, allowance = perf_counter(), self._hub.log.allowance
+        await self._pay()
+        if session.closing is not None:
             self._closing.set()
 
     def close(self, code: CloseCode, reason: str) -> None:
@@ -211,15 +213,6 @@ class Client:
         if self._finishing and not self.session.pending:
             self.close(CloseCode.SHUTTING_DOWN, STOPPING)
 
-    def _has_enough(self) -> bool:
-        """Whether the client has as much under way as it may, so that nothing more is to be read from it."""
-        session = self.session
-        if session.pending and (
-            session.pending >= self._pending_limit or session.pending_cost >= self._hub.log.allowance
-        ):
-            return True
-        return self.mailbox.full
-
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
         if self.mailbox.full:
@@ -230,11 +223,13 @@ class Client:
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
-            case Submit(append=append):
-                self._pay(append.size)
-                self._hub.submit(append, effect.epoch)
-            case Broadcast(channel=channel, payload=payload):
-                self._pay(len(channel) + len(payload))
+            case Submit():
+                self._published += 1
+                self._published_bytes += effect.append.size
+                self._hub.submit(effect.append, effect.epoch)
+            case Broadcast():
+                self._published += 1
+                self._published_bytes += len(effect.channel) + len(effect.payload)
                 self._hub.broadcast(effect)
             case Join():
                 self._join(effect.request)
@@ -247,9 +242,13 @@ class Client:
             case Recall():
                 await self._recall(effect.request)
 
-    def _pay(self, size: int) -> None:
-        """Note that the client has published so many bytes: perhaps nothing more is read from it for a moment."""
-        self._wait = self._quota.spend(1, size, trio.current_time())
+    async def _pay(self) -> None:
+        """Spend of the client's quota what it has published; wait where it has used that up."""
+        if self._published:
+            wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
+            self._published = self._published_bytes = 0
+            if wait > 0:
+                await trio.sleep(wait)
 
     def _enter(self, client_id: str | None) -> None:
         """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""

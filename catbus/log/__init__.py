@@ -5,6 +5,7 @@
 
 from .base import (
     EPHEMERAL_SIZE,
+    OVERHEAD,
     Append,
     Committed,
     Entry,
@@ -21,6 +22,7 @@ from .recent import Recent
 
 __all__ = [
     "EPHEMERAL_SIZE",
+    "OVERHEAD",
     "Append",
     "Committed",
     "Entry",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -70,13 +70,12 @@ EPHEMERAL_SIZE = 7500
 """How many bytes an ephemeral message may have: those of channel and payload, and of the sender as JSON."""
 
 
-@dataclass(slots=True, eq=False)
-class Append:
+class Append(Struct, eq=False, gc=False):
     """A message on its way into the log.
 
     `(producer, number)` is the key under which a retry is recognised; where `producer` is None the log takes a key
     of its own. `after` is None unless this is a retry: the head that the client knew when it first sent the message.
-    `settle` is called exactly once, synchronously, and must not raise.
+    `settle` is called exactly once, synchronously, and must not raise. Nothing that a message refers to refers to it.
     """
 
     channel: str
@@ -90,23 +89,18 @@ class Append:
     id: int | None = None
     """The client's number for the publish, to be repeated in the reply."""
     acknowledge: bool = True
-    deadline: float = field(default=0.0)
+    deadline: float = 0.0
     """Trio time at which an answer is owed; set by the log."""
     client: Hashable = None
     """Whose share of the log it takes: messages of one client keep their order, and clients take turns."""
     known: int | None = None
     """The newest seq that was known to be committed when the log took the message, where any was; set by the log."""
+    size: int = 0
+    """Bytes of its texts, which are not added up again wherever they count."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of its texts."""
+    def __post_init__(self) -> None:
         sender = self.sender
-        return len(self.channel) + len(self.payload) + (0 if sender is None else len(sender))
-
-    @property
-    def cost(self) -> int:
-        """What it takes of the log, in bytes."""
-        return self.size + OVERHEAD
+        self.size = len(self.channel) + len(self.payload) + (0 if sender is None else len(sender))
 
 
 def not_taken(append: Append, refusal: Rejected) -> Rejected:

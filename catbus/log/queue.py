@@ -88,7 +88,8 @@ class AppendQueue:
         line.size += size
         self.size += size
         self._count += 1
-        self._earliest = min(self._earliest, append.deadline)
+        if append.deadline < self._earliest:
+            self._earliest = append.deadline
         return True
 
     def take(self, messages: int, budget: int) -> list[Append]:
@@ -105,23 +106,26 @@ class AppendQueue:
             if not line.appends:
                 continue  # They have been withdrawn, or were due.
             appends, repeated = line.appends, False
-            end = line.had + TURN if turns or waiting else inf
-            while appends and line.had < end:
+            before, left = len(taken), budget
+            end = budget - TURN if turns or waiting else -inf
+            while appends and budget > end:
                 append = appends[0]
-                size = append.size
-                price = size + OVERHEAD
+                price = append.size + OVERHEAD
                 full = len(taken) == messages or (price > budget and bool(taken))
-                key = None if append.producer is None else (append.producer, append.number)
-                repeated = key in keys
-                if full or repeated:
+                if full:
                     break
-                if key is not None:
+                if append.producer is not None:
+                    key = append.producer, append.number
+                    repeated = key in keys
+                    if repeated:
+                        break
                     keys.add(key)
                 taken.append(appends.popleft())
                 budget -= price
-                line.had += price
-                line.size -= size
-                self.size -= size
+            line.had += left - budget
+            size = left - budget - (len(taken) - before) * OVERHEAD
+            line.size -= size
+            self.size -= size
             if not appends:
                 del self._lines[line.client]
             elif repeated:

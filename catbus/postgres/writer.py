@@ -14,6 +14,7 @@ from ..histogram import Histogram
 from ..log import Append, Committed, Entry, Rejected
 from ..log.base import (
     CONFLICT,
+    OVERHEAD,
     OVERLOADED,
     PENDING,
     PENDING_BYTES,
@@ -303,7 +304,8 @@ class Writer:
         ]
         took = trio.current_time() - began
         self.commit_duration.observe(took)
-        self._speed += (sum([append.cost for append in batch.appends]) / max(took, 1e-6) - self._speed) / 4
+        cost = sum([append.size for append in batch.appends]) + len(batch.appends) * OVERHEAD
+        self._speed += (cost / max(took, 1e-6) - self._speed) / 4
         self.commits += 1
         self.appended += len(entries)
         self.duplicates += len(seqs) - len(entries)

@@ -51,7 +51,7 @@ class QueueAgainstLists(RuleBasedStateMachine):
         taken = self.queue.take(messages, budget)
         assert bool(taken) == any(before.values())
         assert len(taken) <= messages
-        assert len(taken) <= 1 or sum(append.cost for append in taken) <= budget
+        assert len(taken) <= 1 or sum(append.size + OVERHEAD for append in taken) <= budget
         keys = [append.number for append in taken if append.producer is not None]
         assert len(keys) == len(set(keys))
         for append in taken:
@@ -105,7 +105,7 @@ def test_a_message_waits_for_one_turn_of_each_other_client_at_the_most(sizes: li
     assert queue.offer(honest)
     before = 0
     while (taken := queue.take(1, 1 << 20)) != [honest]:
-        before += taken[0].cost
+        before += taken[0].size + OVERHEAD
     assert before <= len(sizes) * (TURN + 301 + OVERHEAD)
 
 
@@ -118,7 +118,7 @@ def test_clients_that_never_stop_get_the_same_bytes_each_whatever_their_messages
             queue.offer(message(client, size))
     for _ in range(100):
         for append in queue.take(50, 20_000):
-            had[str(append.client)] += append.cost
+            had[str(append.client)] += append.size + OVERHEAD
     assert max(had.values()) - min(had.values()) <= 2 * (TURN + max(sizes.values()) + OVERHEAD)
 
 
