@@ -8,10 +8,10 @@ import math
 import os
 import re
 from base64 import b64decode, urlsafe_b64encode
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
@@ -74,6 +74,19 @@ class Identity:
     expires: float | None
     admin: bool = False
     role: bytes | None = None
+
+
+def client_of(identity: Identity, token: str, network: str) -> Hashable:
+    """Whose share of the log and whose limits the bearer of a token takes: that of its client_id, where it has one.
+
+    Otherwise that of all that come with this token from this network: a page may give all of its visitors one token,
+    and a single machine is still one client, however many sessions it opens. The signature, behind the last dot, is
+    left out: the same one can be written in several ways.
+    """
+    if identity.client_id:
+        return identity.client_id
+    signed = (token.rpartition(".")[0] or token).encode(errors="surrogatepass")
+    return blake2b(signed, digest_size=16, person=b"catbus client").digest(), network
 
 
 def sign(

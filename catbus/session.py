@@ -96,6 +96,16 @@ class SessionLimits:
     token_grace: float = 30.0
 
 
+@dataclass(slots=True, eq=False)
+class Share:
+    """A client's share of the log, which all of its sessions have together."""
+
+    client: Hashable
+    sessions: int = 0
+    cost: int = 0
+    """What their publishes take of the log that have not been settled yet, in bytes."""
+
+
 class Session:
     """The state of one client: who it is, what it subscribed to, what it is owed."""
 
@@ -105,11 +115,11 @@ class Session:
         self.protocol = Protocol.FIRST
         self.identity: Identity | None = None
         self.producer = b""
+        self.share = Share(self)
+        """Which part of the log it takes. It stays the same, so that what it publishes keeps its order."""
         self.patterns: set[str] = set()
         self.pending = 0
         """Publishes that have not been settled yet."""
-        self.pending_cost = 0
-        """What they take of the log, in bytes."""
         self.deadline = now + limits.auth_timeout
         """When `tick` is due."""
         self.closing: tuple[CloseCode, str] | None = None
@@ -130,11 +140,6 @@ class Session:
     @protocol.setter
     def protocol(self, protocol: Protocol) -> None:
         self.mailbox.protocol = protocol
-
-    @property
-    def client(self) -> Hashable:
-        """In whose name its messages wait to be appended: the `client_id` of its token, or itself without one."""
-        return (self.identity and self.identity.client_id) or self
 
     @property
     def closed(self) -> bool:
@@ -180,15 +185,26 @@ class Session:
 
     # What has become of it
 
-    def admit(self, identity: Identity, reply: wire.AuthOk, producer: bytes, now: float, wall: float) -> list[str]:
+    def admit(
+        self,
+        identity: Identity,
+        reply: wire.AuthOk,
+        producer: bytes,
+        now: float,
+        wall: float,
+        share: Share | None = None,
+    ) -> list[str]:
         """The token was good. Returns the patterns held that it does not cover any more.
 
-        `wall` is the time that tokens are stamped with, in seconds since 1970; `now` counts as `deadline` does.
+        `share`: that of the client whose session it is, when it has become known. `wall` is the time that tokens are
+        stamped with, in seconds since 1970; `now` counts as `deadline` does.
         """
         if self.identity is not None and self.identity.client_id != identity.client_id:
             raise PeerError(Code.UNAUTHORIZED, "a session cannot become another client's")
         self.state = State.OPEN
         self.identity = identity
+        if share is not None:
+            self.share = share
         self.producer = producer
         self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
         self.say(reply)
@@ -232,7 +248,7 @@ class Session:
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
         self.pending -= 1
-        self.pending_cost -= append.size + OVERHEAD
+        self.share.cost -= append.size + OVERHEAD
         if self.state is State.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
@@ -302,14 +318,14 @@ class Session:
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled, self.client)
+        append = make_append(message, identity, self.producer, self.settled, self.share.client)
         if message.ephemeral:
             yield Broadcast(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
                 self.say(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
-            self.pending_cost += append.size + OVERHEAD
+            self.share.cost += append.size + OVERHEAD
             yield Submit(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:

@@ -21,6 +21,7 @@ from catbus.auth import (
     Authenticator,
     Grants,
     Identity,
+    client_of,
     make_role_token,
     role_digits,
     role_handle,
@@ -722,3 +723,12 @@ def test_without_secrets_producers_are_known_to_their_maker_only() -> None:
     text = authenticator.new_producer("a", NOW)
     assert authenticator.check_producer(text, "a") is not None
     assert Authenticator([]).check_producer(text, "a") is None
+
+
+def test_bearer_of_a_token_is_its_client_id_or_that_token_in_one_network() -> None:
+    named, nobody = Identity("alice", Grants.ALL, None), Identity(None, Grants.ALL, None)
+    assert client_of(named, "sub-abc.c2ln", "a") == client_of(named, "another", "b") == "alice"
+    here = client_of(nobody, "sub-abc.c2ln", "a")
+    assert client_of(nobody, "sub-abc.c2lm", "a") == here, "another spelling of its signature"
+    assert here not in {client_of(nobody, "sub-abc.c2ln", "b"), client_of(nobody, "sub-abd.c2ln", "a"), "sub-abc.c2ln"}
+    assert client_of(Identity("", Grants.ALL, None), "sub-abc.c2ln", "a") == here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ import trio
 from msgspec import Raw
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
+from catbus.auth import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
 from catbus.broker import OWNER
 from catbus.config import Config, Drain, Limits
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
 from catbus.hub import client as client_module
-from catbus.log import MemoryLog
+from catbus.log import Append, MemoryLog
+from catbus.log.base import OVERHEAD
 from catbus.wire import Publish, check_payload
 
 SECRET = "a secret of the tests"
@@ -44,8 +46,8 @@ def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
     return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode()
 
 
-def open_client(hub: Hub) -> Client:
-    return hub.open_client(Outlet(), transport="test")
+def open_client(hub: Hub, network: str = "") -> Client:
+    return hub.open_client(Outlet(), transport="test", network=network)
 
 
 def said(client: Client) -> list[Any]:
@@ -559,13 +561,78 @@ async def test_a_client_has_so_many_sessions_and_no_more(strict_hub: Hub) -> Non
     assert clients[3].closing is None
     clients[0].leave()
     clients[2].leave()
-    assert strict_hub.sessions == {"a": 1}
+    assert strict_hub.shares["a"].sessions == 1
     again = open_client(strict_hub)
     await again.receive(hello("a"))
     assert again.closing is None
     for client in (*clients, again):
         client.leave()
-    assert not strict_hub.sessions
+    assert not strict_hub.shares
+
+
+async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_network(
+    strict_hub: Hub, autojump_clock: MockClock
+) -> None:
+    here, beside, elsewhere, late = (open_client(strict_hub, network) for network in ("a", "a", "b", "a"))
+    for client in (here, beside, elsewhere, late):
+        await client.receive(hello(None))
+    assert late.closing is not None
+    assert late.closing[0] is CloseCode.OVERLOADED
+    assert here.session.share.client == beside.session.share.client != elsewhere.session.share.client
+    message = b'{"type":"publish","channel":"a","payload":1}'
+    await here.receive(message * 20)
+    began = trio.current_time()
+    await elsewhere.receive(message * 2)
+    assert trio.current_time() == began
+    await beside.receive(message * 2)
+    assert trio.current_time() > began
+    identity = strict_hub.authenticator.verify(token(None), 0)
+    with pytest.raises(PeerError, match="publishes too much"):
+        await strict_hub.publish(identity, [Publish("a", Raw(b"1"))], client=client_of(identity, token(None), "a"))
+    for client in (here, beside, elsewhere, late):
+        client.leave()
+    assert not strict_hub.shares
+
+
+class HoldingLog(MemoryLog):
+    """Settles nothing by itself."""
+
+    allowance = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Append] = []
+
+    def submit(self, append: Append) -> None:
+        self.held.append(append)
+
+
+async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(nursery: trio.Nursery) -> None:
+    log = HoldingLog()
+    hub = Hub(Config(), log, Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    clients = {name: open_client(hub, network) for name, network in (("one", "a"), ("two", "a"), ("other", "b"))}
+    for client in clients.values():
+        await client.receive(hello(None))
+    full = ceil(1000 / (len("a") + len("1") + OVERHEAD))
+    for name, taken in (("one", full), ("two", 1), ("other", full)):
+        log.held.clear()
+        nursery.start_soon(clients[name].receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
+        await wait_all_tasks_blocked()
+        assert len(log.held) == taken, name
+    nursery.cancel_scope.cancel()
+
+
+async def test_session_without_a_client_id_keeps_its_share_with_another_token(strict_hub: Hub) -> None:
+    client = open_client(strict_hub, "a")
+    await client.receive(hello(None))
+    before = client.session.share.client
+    other = sign(SECRET, client_id=None, grants=Grants(("b",), ("b",)))
+    await client.receive(json.dumps({"type": "auth", "token": other, "protocol": 1}).encode())
+    assert client.session.identity is not None
+    assert client.session.identity.grants.write == ("b",)
+    assert client.session.share.client == before
+    client.leave()
 
 
 async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:

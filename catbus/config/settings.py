@@ -150,7 +150,7 @@ class Limits(Section, frozen=True, kw_only=True):
     """How long a session outlives its token."""
     connections: Count = 10_000
     sessions: Count = 10_000
-    """Of one client_id."""
+    """Of one client: a client_id, or a token without one in one network."""
     client_id: Size = 256
     """Bytes that a client_id may have."""
     publish_rate: Count = 100_000

@@ -48,14 +48,14 @@ def _nothing() -> None:
 
 
 async def serve_connection(
-    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing
+    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing, network: str = ""
 ) -> None:
     """Answer the requests on one connection until either side has had enough. Does not close the stream.
 
-    `prove` is called when the peer has shown a token.
+    `prove` is called when the peer has shown a token. `network` is where it is.
     """
     try:
-        await Conversation(hub, roster, stream, prove).run()
+        await Conversation(hub, roster, stream, prove, network).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         logger.debug("a connection was lost")
 
@@ -74,11 +74,14 @@ class Refused(Exception):
 class Conversation:
     """One connection that speaks HTTP."""
 
-    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None]) -> None:
+    def __init__(
+        self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None], network: str
+    ) -> None:
         self._hub = hub
         self._roster = roster
         self._stream = stream
         self._prove = prove
+        self._network = network
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
 
     async def run(self) -> None:
@@ -93,7 +96,9 @@ class Conversation:
                     if answer is None and not self._roster.closed:
                         rest = self._http.trailing_data[0]
                         head = upgrade.restated(request)
-                        await serve_websocket(self._hub, self._roster, self._stream, head, rest, self._prove)
+                        await serve_websocket(
+                            self._hub, self._roster, self._stream, head, rest, self._prove, self._network
+                        )
                         return
                     await self._send(request, answer or line(503, "this replica is stopping"))
                 else:
@@ -117,7 +122,8 @@ class Conversation:
         if isinstance(handler, Answer):
             return handler
         try:
-            answer = await handler(self._hub, replace(request, read=partial(self._read_wanted, request)))
+            read = partial(self._read_wanted, request)
+            answer = await handler(self._hub, replace(request, read=read, network=self._network))
         except Refused:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)

@@ -146,14 +146,15 @@ def _connection_limit(wanted: int) -> int:
 async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:
     """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
     full = roster.connections >= limit and not roster.evict()
-    with roster.admit(_network(stream)) as prove:
+    network = _network(stream)
+    with roster.admit(network) as prove:
         try:
             if full:
                 await _turn_away(roster, roster.connections - limit, stream, plain=not hub.config.websocket.tls)
             elif not hub.config.websocket.tls:
-                await serve_connection(hub, roster, stream, prove)
+                await serve_connection(hub, roster, stream, prove, network)
             elif (encrypted := await _encrypt(hub, stream)) is not None:
-                await serve_connection(hub, roster, encrypted, prove)
+                await serve_connection(hub, roster, encrypted, prove, network)
         except* Exception as error:  # noqa: BLE001 (it is logged)
             roster.fault("a connection failed", error)
 

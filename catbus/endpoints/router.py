@@ -70,10 +70,11 @@ logger = get_logger("catbus.endpoints")
 class Peer:
     """One connection, and its session once it has one."""
 
-    __slots__ = ("connection", "conversation", "heard", "lost", "pinged", "settling", "share")
+    __slots__ = ("connection", "conversation", "heard", "lost", "network", "pinged", "settling", "share")
 
-    def __init__(self, connection: Connection, now: float) -> None:
+    def __init__(self, connection: Connection, network: str, now: float) -> None:
         self.connection = connection
+        self.network = network
         self.conversation: Conversation | None = None
         self.lost = False
         self.heard = self.pinged = now
@@ -249,9 +250,9 @@ class Router:
         transmit(datagrams)
         if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
-        peer = Peer(connection, now)
+        peer = Peer(connection, network_of(place.address[0]), now)
         self.peers.add(peer)
-        self._half_open.add(peer, network_of(place.address[0]))
+        self._half_open.add(peer, peer.network)
         self.begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
@@ -314,7 +315,7 @@ class Router:
         elif self._origins and request.origin is not None and request.origin not in self._origins:
             connection.refuse(403, trio.current_time())
         elif connection.accept():
-            conversation = Conversation(self._hub, connection, lambda: self.settle(peer), self.fault)
+            conversation = Conversation(self._hub, connection, lambda: self.settle(peer), self.fault, peer.network)
             peer.conversation = conversation
             try:
                 self._sessions.start_soon(conversation.run)

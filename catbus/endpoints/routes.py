@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import wire
-from ..auth import Identity
+from ..auth import Identity, client_of
 from ..certificates import discovery
 from ..errors import Code, PeerError, Unavailable
 from ..log import Outcome, Rejected
@@ -41,6 +41,8 @@ class Request:
     version: bytes = b"1.1"
     host: str = ""
     """The name and port that the client asks for; empty where HTTP/1.0 does not say."""
+    network: str = ""
+    """Where the client is: see `network_of`."""
     read: Callable[[], Awaitable[bytes]] = _nothing
     """Reads the body, once. Nothing is kept of a body that is not asked for: see first who sends it."""
 
@@ -182,7 +184,8 @@ async def publish(hub: Hub, request: Request) -> Answer:
         single, items = _split(await request.read(), hub.config.limits.pending_publishes)
         wanted = [_decode(item, hub.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]
-        outcomes = iter(await hub.publish(identity, requests, _producer(request, identity), _client(token)))
+        client = client_of(identity, token, request.network)
+        outcomes = iter(await hub.publish(identity, requests, _producer(request, identity), client))
     except (PeerError, Unavailable) as error:
         return _refusal(hub, error)
     results: list[dict[str, object]] = []
@@ -211,15 +214,6 @@ def _producer(request: Request, identity: Identity) -> bytes:
         raise PeerError(Code.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
     subject = (identity.client_id or "").encode()
     return blake2b(key + b"\0" + subject, digest_size=16, person=b"catbus publish").digest() if key else b""
-
-
-def _client(token: str) -> bytes:
-    """Whose share of the log requests take that come with a token without a client_id: that of all with this token.
-
-    Its signature, behind the last dot, is left out: the same one can be written in several ways.
-    """
-    signed = (token.rpartition(".")[0] or token).encode("latin-1")
-    return blake2b(signed, digest_size=16, person=b"catbus client").digest()
 
 
 def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]:

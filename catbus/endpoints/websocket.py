@@ -51,10 +51,12 @@ async def serve_websocket(
     head: bytes,
     rest: bytes,
     prove: Callable[[], None],
+    network: str = "",
 ) -> None:
     """Serve a peer whose request for a WebSocket, `head`, was accepted, until one of the two closes.
 
-    `rest` is what it sent after that. `prove` is called when it has shown a token. Does not close the stream.
+    `rest` is what it sent after that. `prove` is called when it has shown a token. `network` is where it is. Does not
+    close the stream.
     """
     settings = hub.config.websocket
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
@@ -65,7 +67,7 @@ async def serve_websocket(
         connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest, prove)
         try:
             with roster.carry(connection.outbox):
-                await connection.serve(hub)
+                await connection.serve(hub, network)
         finally:
             connection.outbox.abort()
             writers.cancel_scope.cancel()
@@ -165,10 +167,10 @@ class Connection:
             self._pinged = now
             outbox.write(PING)
 
-    async def serve(self, hub: Hub) -> None:
+    async def serve(self, hub: Hub, network: str) -> None:
         """Serve the peer until the connection has been closed, or nothing more can be done about it."""
         try:
-            await self._converse(hub)
+            await self._converse(hub, network)
         except* (LocalProtocolError, ConnectionClosed):
             # The library's reader raises these at a peer that goes on after its Close frame.
             logger.debug("a peer broke the protocol while closing", exc_info=True)
@@ -178,7 +180,7 @@ class Connection:
         with trio.move_on_at(min(self._give_up, trio.current_time() + CLOSING_TIME)):
             await self.outbox.finish()
 
-    async def _converse(self, hub: Hub) -> None:
+    async def _converse(self, hub: Hub, network: str) -> None:
         with self._conversing:
             async with trio.open_nursery() as library:
                 with trio.move_on_after(HANDSHAKE_TIME) as limit:
@@ -186,7 +188,7 @@ class Connection:
                 if limit.cancelled_caught:
                     library.cancel_scope.cancel()
                     return
-                self._client = client = hub.open_client(self, transport="websocket")
+                self._client = client = hub.open_client(self, transport="websocket", network=network)
                 self._mailbox = client.mailbox
                 try:
                     with self._roster.watch(self):

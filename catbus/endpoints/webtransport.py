@@ -98,6 +98,7 @@ class Conversation:
         connection: Connection,
         transmit: Callable[[], None],
         on_fault: Callable[[str, BaseException], None],
+        network: str = "",
     ) -> None:
         self._hub = hub
         self._connection = connection
@@ -122,7 +123,7 @@ class Conversation:
         self._room = trio.lowlevel.ParkingLot()
         self._moved = trio.current_time()
         """When the peer last took something, of any stream."""
-        self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self)
+        self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self, network=network)
         self._main.mailbox = self._client.mailbox
 
     @property

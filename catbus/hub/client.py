@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
@@ -15,7 +15,7 @@ from typing import Protocol as Interface
 import trio
 
 from .. import wire
-from ..auth import Grants, Identity
+from ..auth import Grants, Identity, client_of
 from ..errors import CloseCode, Code, PeerError, Unavailable
 from ..log import Rejected
 from ..mailbox import OVERHEAD, Mailbox, Outlet
@@ -29,6 +29,7 @@ from ..session import (
     Recall,
     Session,
     SessionLimits,
+    Share,
     Submit,
 )
 from ..subscription import Subscription
@@ -75,7 +76,7 @@ class Client:
     There is one mailbox for the session, and one for each subscription that has a stream of its own.
     """
 
-    def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None) -> None:
+    def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None, network: str) -> None:
         limits = hub.config.limits
         self.transport = transport
         self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox, hub.delivery.budget)
@@ -95,6 +96,7 @@ class Client:
         self.session.roles_known = lambda: hub.permissions.known
         self._hub = hub
         self._streams = streams
+        self._network = network
         self._pending_limit = limits.pending_publishes
         self._subscriptions: dict[str, Subscription] = {}
         self._producer = ""
@@ -107,8 +109,8 @@ class Client:
         self._quota = hub.quotas.new(trio.current_time())
         self._published = self._published_bytes = 0
         """Messages, and bytes of their texts, that its quota has yet to pay for."""
-        self._counted = ""
-        """The client_id whose sessions this one counts among."""
+        self._counted = False
+        """Whether it counts among the sessions of its client."""
 
     @property
     def closing(self) -> tuple[CloseCode, str] | None:
@@ -136,7 +138,8 @@ class Client:
             if effect is not None:
                 await self._perform(effect)
                 continue
-            while mailbox.full or session.pending_cost >= allowance or session.pending >= most:
+            # One that has nothing under way goes on: it would have nothing to wait for.
+            while mailbox.full or session.pending >= most or (session.share.cost >= allowance and session.pending):
                 await self._wait_for_room()
                 allowance = self._hub.log.allowance
             if perf_counter() - began > TURN:
@@ -250,24 +253,27 @@ class Client:
             if wait > 0:
                 await trio.sleep(wait)
 
-    def _enter(self, client_id: str | None) -> None:
+    def _enter(self, client: Hashable) -> Share:
         """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""
         hub = self._hub
-        if self._counted or client_id is None:
-            return
-        if hub.sessions[client_id] >= hub.config.limits.sessions:
+        if self._counted:
+            return self.session.share
+        share = hub.shares.setdefault(client, Share(client))
+        if share.sessions >= hub.config.limits.sessions:
             raise PeerError(Code.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
-        hub.sessions[client_id] += 1
-        self._counted = client_id
-        self._quota = hub.quotas.of(client_id, trio.current_time())
+        share.sessions += 1
+        self._counted = True
+        self._quota = hub.quotas.of(client, trio.current_time())
+        return share
 
     def _exit(self) -> None:
         """Count it no more."""
         if self._counted:
-            self._hub.sessions[self._counted] -= 1
-            if not self._hub.sessions[self._counted]:
-                del self._hub.sessions[self._counted]
-            self._counted = ""
+            self._counted = False
+            share = self.session.share
+            share.sessions -= 1
+            if not share.sessions:
+                del self._hub.shares[share.client]
 
     async def _authenticate(self, effect: Authenticate) -> None:
         hub, session = self._hub, self.session
@@ -278,7 +284,7 @@ class Client:
             identity = await hub.authenticate(effect.token)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
-            self._enter(identity.client_id)
+            share = self._enter(client_of(identity, effect.token, self._network))
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer
@@ -294,7 +300,7 @@ class Client:
                 limits=hub.limits(),
             )
             before = Grants() if session.identity is None else session.identity.grants
-            withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time())
+            withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), share)
         except PeerError as error:
             if not session.closed:
                 session.refuse(error)
@@ -336,7 +342,7 @@ class Client:
         if session.pending and grants.write != before.write:
             refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
             self._hub.log.withdraw(
-                session.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
+                session.share.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
             )
 
     def _revoke(self, pattern: str) -> None:

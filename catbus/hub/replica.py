@@ -28,7 +28,7 @@ from ..permissions import Permissions
 from ..quotas import Quotas
 from ..refusals import Reason, TokenRefused
 from ..release import version
-from ..session import Broadcast, make_append
+from ..session import Broadcast, Share, make_append
 from ..vitals import Vitals
 from ..wire import clip
 from .client import MAX_HISTORY, STOPPING, Client, Streams
@@ -95,8 +95,8 @@ class Hub:
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)
         self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
-        self.sessions: Counter[str] = Counter()
-        """How many each client_id has."""
+        self.shares: dict[Hashable, Share] = {}
+        """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
         self._roles = roles
         self._refusals = Recurring(logger.info)
         """Tokens that were refused: a stranger can send as many as it likes."""
@@ -149,9 +149,11 @@ class Hub:
             return "starting"
         return "degraded" if self.log.trouble else "ready"
 
-    def open_client(self, outlet: Outlet, *, transport: str, streams: Streams | None = None) -> Client:
-        """A new connection. Its owner calls `leave` in the end, whatever happens."""
-        client = Client(self, outlet, transport, streams)
+    def open_client(
+        self, outlet: Outlet, *, transport: str, streams: Streams | None = None, network: str = ""
+    ) -> Client:
+        """A new connection, from this network. Its owner calls `leave` in the end, whatever happens."""
+        client = Client(self, outlet, transport, streams, network)
         self.clients.add(client)
         self._clients[transport] += 1
         self._opened[transport] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,12 +64,12 @@ class FakeHub:
         self.refusals: list[Code] = []
         self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []
-        self.clients_of_requests: list[bytes] = []
+        self.clients_of_requests: list[Hashable] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
         self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
 
-    def open_client(self, outlet: Outlet, *, transport: str) -> FakeClient:
+    def open_client(self, outlet: Outlet, *, transport: str, network: str) -> FakeClient:
         assert transport == "websocket"
         client = FakeClient(self, outlet)
         self.clients.append(client)
@@ -83,10 +83,10 @@ class FakeHub:
             return Identity("bob", Grants(("a.*",), ("*",)), None)
         if token != "good" and not token.startswith("sub-ab"):
             raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
-        return Identity("alice", Grants.ALL, None)
+        return Identity("alice" if token == "good" else None, Grants.ALL, None)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes, client: bytes
+        self, identity: Identity, requests: Sequence[Publish], producer: bytes, client: Hashable
     ) -> list[Outcome | None]:
         outcomes: list[Any] = []
         self.clients_of_requests.append(client)

@@ -62,12 +62,11 @@ def small_publishes(target: Target) -> None:
 @attack(
     "session",
     "200 sessions without a client_id",
-    "each has a share of the log, as nothing says that they are one client's",
+    "with one token, from one address, as fast as they are taken",
     token=True,
     log="postgres",
     processes=4,
     kept=RING,
-    stands=False,
 )
 def anonymous(target: Target) -> None:
     token = jwt_of(SECRET, {"catbus": {"read": ["*"], "write": ["*"]}})
