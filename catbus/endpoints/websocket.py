@@ -83,15 +83,14 @@ class Connection:
         "_goodbye",
         "_inbound",
         "_largest",
+        "_last_busy",
         "_listening",
         "_mailbox",
         "_packer",
         "_pinged",
         "_prove",
         "_roster",
-        "_sent",
         "_settings",
-        "_took",
         "outbox",
     )
 
@@ -119,8 +118,7 @@ class Connection:
         self.outbox = Outbox(
             stream, writers, refill=self._take, reading=self._conversing, inbound=self._inbound, head=head, rest=rest
         )
-        self._pinged = self._took = self.outbox.last_heard
-        self._sent = 0
+        self._pinged = self._last_busy = self.outbox.last_heard
         self._goodbye: tuple[int, str] | None = None
         self._give_up = inf
 
@@ -148,15 +146,15 @@ class Connection:
     def check(self, now: float) -> None:
         """Ping a peer that has been silent for a while, and give up one that has been for long.
 
-        A peer that takes what has been waiting for it is not silent. One that takes nothing is past being told.
+        A peer for which something waits is not silent: no ping gets past that. It has `STALL_TIME` to take some of it,
+        and then as long as others to answer a ping. A peer that takes nothing is past being told.
         """
         outbox, client = self.outbox, self._client
         if client is None:
             return
-        if outbox.busy and outbox.sent > self._sent:
-            self._took = now
-        self._sent = outbox.sent
-        silent = now - max(outbox.last_heard, self._took)
+        if outbox.busy:
+            self._last_busy = now
+        silent = now - max(outbox.last_heard, self._last_busy)
         if outbox.busy:
             if now - outbox.last_moved >= STALL_TIME:
                 logger.info("a client does not read", seconds=STALL_TIME)

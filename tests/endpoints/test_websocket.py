@@ -415,3 +415,21 @@ async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: 
         assert (await it.peer.frame()).opcode == peers.PING
         assert trio.current_time() - began <= 25
         assert not it.client.left
+
+
+async def test_a_peer_that_reads_again_after_a_pause_is_pinged_before_it_is_taken_for_silent(
+    autojump_clock: MockClock,
+) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await trio.sleep(15)
+        it.client.mailbox.put(b"a" * 60_000)
+        it.client.mailbox.outlet.flush()
+        await trio.sleep(STALL_TIME - 5)
+        # It was heard more than a minute ago. A ping has not been possible since.
+        assert (await it.peer.frame()).opcode == peers.TEXT
+        began = trio.current_time()
+        assert (await it.peer.frame()).opcode == peers.PING
+        assert 15 <= trio.current_time() - began <= 25
+        await it.peer.send(masked(peers.PONG, b""))
+        assert (await it.peer.frame()).opcode == peers.PING
+        assert not it.client.left
