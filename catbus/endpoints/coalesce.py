@@ -23,6 +23,7 @@ TOO_MANY_FRAGMENTS = 1009, "a message comes in too many fragments"
 
 _FINAL = 0x80
 _WHOLE_TEXT = 0x81
+_CLOSE = 0x88
 _CONTROL = 0x08
 _OPCODE = 0x0F
 _MASKED = 0x80
@@ -37,16 +38,30 @@ class Coalescer:
     fragments, frames that did not arrive whole, and text that is not ASCII, of which each message must be valid UTF-8.
     A whole text frame amid fragments is a fault, and so is what is made of several.
 
-    `feed` takes bytes, and `take` gives those to pass on, until it gives none: then it is time for more.
+    `feed` takes bytes, and `take` gives those to pass on, until it gives none: then it is time for more. `skip` takes
+    bytes of which nothing is passed on any more.
     """
 
-    __slots__ = ("_begun", "_broken", "_fragments", "_limit", "_portions", "_rest", "_size", "largest", "refused")
+    __slots__ = (
+        "_begun",
+        "_broken",
+        "_fragments",
+        "_limit",
+        "_portions",
+        "_rest",
+        "_size",
+        "ended",
+        "largest",
+        "refused",
+    )
 
     def __init__(self, limit: int = 65_536, largest: int = 1 << 20) -> None:
         self.largest = largest
         """How many bytes a message may have."""
         self.refused: tuple[int, str] | None = None
         """The code and the reason to close with, of a client of which nothing more is taken."""
+        self.ended = False
+        """Whether the client's Close frame has come, or something after which none could be told from the rest."""
         self._limit = limit
         self._begun = b""
         """A header that has not come whole."""
@@ -65,6 +80,7 @@ class Coalescer:
     def feed(self, data: bytes) -> None:
         """Take bytes, after all that could be passed on has been taken."""
         if self.refused is not None:
+            self.skip(data)
             return
         if self._begun:
             data, self._begun = self._begun + data, b""
@@ -80,7 +96,7 @@ class Coalescer:
         while position < len(data):
             start, header = position, _header(data, position)
             if _is_faulty(data[start : start + 2]):
-                self._broken = True
+                self._broken = self.ended = True
                 passed += (_joined(data, run), data[start:])
                 run = []
                 break
@@ -91,6 +107,7 @@ class Coalescer:
             position = payload + size
             first = data[start]
             if not self._is_welcome(first, size):
+                self.skip(data[start:])
                 break
             if first == _WHOLE_TEXT and data[start + 1] & _MASKED and position <= len(data):
                 if run and position - run[0][0] > self._limit:
@@ -100,12 +117,26 @@ class Coalescer:
                 continue
             passed += (_joined(data, run), data[start:position])
             run = []
+            self.ended = self.ended or first == _CLOSE
             self._rest = max(0, position - len(data))
             if len(passed) >= 2 * FRAMES:
                 self._portions.append(b"".join(passed))
                 passed = []
         passed.append(_joined(data, run))
         self._portions.append(b"".join(passed))
+
+    def skip(self, data: bytes) -> None:
+        """Take bytes that are not passed on, to see whether the client's Close frame is among them."""
+        data, self._begun = self._begun + data, b""
+        position, self._rest = self._rest, 0
+        while position < len(data) and not self.ended:
+            header = _header(data, position)
+            self.ended = data[position] == _CLOSE or _is_faulty(data[position : position + 2])
+            if header is None:
+                self._begun = data[position:]
+                return
+            position = sum(header)
+        self._rest = max(0, position - len(data))
 
     def _is_welcome(self, first: int, size: int) -> bool:
         """Whether a frame may pass that begins with this byte and has a payload of this size."""

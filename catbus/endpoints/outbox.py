@@ -147,9 +147,19 @@ class Outbox(trio.abc.Stream):
         self._reading.cancel()
 
     async def finish(self) -> None:
-        """Wait until all has been sent and the peer has closed, too. Nobody else may be reading."""
+        """Wait until all has been sent and the peer has closed, too. Nobody else may be reading.
+
+        This side of the connection stays open until the peer's Close frame has come. A proxy ends both sides when one
+        has ended, and a peer that still sends then never reads why it was closed.
+        """
         while self.busy and not self.broken:
             await self._moved.park()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while self.shut and not (self.broken or self._inbound.ended):
+                data = await self._next_bytes(_CHUNK)
+                if not data:
+                    break
+                self._inbound.skip(data)
         if not self.broken:
             await close_gently(self._stream)
 

@@ -190,3 +190,33 @@ def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: 
         assert passed(coalescer, frame) == [frame]
     assert passed(coalescer, frames[-1]) == []
     assert coalescer.refused == TOO_LARGE
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 16])
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_close_frame_of_a_client_is_seen_after_whatever_came_before(size: int, refused: bool) -> None:
+    coalescer = Coalescer(largest=1000 if refused else 10_000)
+    before = masked(TEXT, b"\x88\x80" * 1000) + masked(PING, b"\x88\x80")
+    for start in range(0, len(before), size):
+        passed(coalescer, before[start : start + size])
+        assert not coalescer.ended
+    assert (coalescer.refused is not None) == refused
+    for start in range(0, 8, size):
+        passed(coalescer, masked(CLOSE, b"\x03\xe8")[start : start + size])
+    assert coalescer.ended
+
+
+def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() -> None:
+    coalescer = Coalescer()
+    whole = masked(TEXT, b"\x88\x80" * 100, fin=False)
+    passed(coalescer, whole[:150])
+    coalescer.skip(whole[150:])
+    assert not coalescer.ended
+    coalescer.skip(masked(CONTINUATION, b"x") + masked(CLOSE, b""))
+    assert coalescer.ended
+
+
+def test_bytes_that_are_no_frames_end_the_search_for_a_close_frame() -> None:
+    coalescer = Coalescer()
+    coalescer.skip(b"\x83\x80\0\0\0\0")
+    assert coalescer.ended

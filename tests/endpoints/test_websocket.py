@@ -12,7 +12,7 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 
 from catbus.config import Config, Limits
 from catbus.endpoints.roster import Roster
-from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, Connection, serve_websocket
+from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, UNPROVEN_SIZE, Connection, serve_websocket
 from catbus.errors import CloseCode
 from catbus.log import Entry
 from catbus.mailbox import Run
@@ -266,6 +266,28 @@ async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClo
         await it.ended.wait()
         assert it.client.left
         assert it.roster.faults == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [(masked(peers.TEXT, b"x" * (UNPROVEN_SIZE + 1)), 1009), (masked(peers.TEXT, b"\xff" * 1600), 1007)],
+    ids=["too long", "not UTF-8"],
+)
+async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
+    message: bytes, code: int, autojump_clock: MockClock
+) -> None:
+    """A proxy between the two would end both sides when the broker ended its own."""
+    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+        await it.peer.send(message[:20])
+        assert (await it.peer.frame()).code == code
+        began = trio.current_time()
+        with trio.move_on_after(CLOSING_TIME / 2) as waiting:
+            await it.peer.at_end()
+        assert waiting.cancelled_caught
+        await it.peer.send(message[20:] + peers.close_frame(code))
+        assert await it.peer.at_end()
+        assert trio.current_time() - began == CLOSING_TIME / 2
+        await it.ended.wait()
 
 
 # Our own mistakes
