@@ -261,6 +261,7 @@ async def test_nothing_follows_a_close_frame() -> None:
         assert (await peer.frame()).code == 4000
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outbox.finish)
+            await peer.send(peers.close_frame(4000))
             assert await peer.at_end()
             await client.send_eof()
 
