@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
 from math import inf
 from typing import Protocol as Interface
 from typing import Self
@@ -15,43 +14,75 @@ from .wire import Protocol, encode_entry, encode_first_version
 OVERHEAD = 96
 """What a `message` line adds to its channel and payload, roughly, in bytes."""
 
+# What objects take in memory besides their texts, in bytes, as CPython lays them out on a 64-bit machine.
+SLOT = 9
+"""A place in a list, which grows by an eighth at a time."""
+REPLY = 48 + SLOT
+"""A `bytes` object, rounded up to 16, and its place."""
+MARK = REPLY + 256
+"""The same with a `__dict__`."""
+ENTRY = 240
+"""An entry with its numbers, and what its texts take as objects."""
+RUN = 256
+"""A run with its list, its numbers, and what its lines take as an object."""
+IN_MEMORY = 4
+"""How many times what its lines have a run of many messages takes at the most."""
+
 
 class Run:
     """Consecutive matches of one pattern, encoded once for everyone who gets them."""
+
+    __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "size")
 
     def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
         self.pattern = pattern
         self.entries = entries
         self.holders = 0
         """How many mailboxes it is in."""
-        self.size = sum([entry.size for entry in entries]) + len(entries) * (OVERHEAD + len(pattern))
+        count, texts = len(entries), sum([entry.size for entry in entries])
+        self.size = texts + count * (OVERHEAD + len(pattern))
+        """About how many bytes its lines have."""
+        self.charge = self.size + texts + count * ENTRY + RUN
+        """What it takes in memory, once for all who hold it: the entries, and their lines once they are encoded."""
+        self._lines: bytes | None = None
+        self._first_version_lines: list[bytes] | None = None
 
-    @cached_property
+    @property
     def lines(self) -> bytes:
         """All of them, a line each, as a `catbus.v1` client reads them."""
-        pattern = self.pattern
-        return b"".join(
-            [encode_entry(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
-        )
+        if self._lines is None:
+            pattern = self.pattern
+            self._lines = b"".join(
+                [encode_entry(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
+            )
+        return self._lines
 
-    @cached_property
+    @property
     def first_version_lines(self) -> list[bytes]:
         """A line each, as a first-version client reads them."""
-        return [encode_first_version(e.channel, e.payload) for e in self.entries]
+        if self._first_version_lines is None:
+            self._first_version_lines = [encode_first_version(e.channel, e.payload) for e in self.entries]
+        return self._first_version_lines
 
 
 Item = Run | bytes
 
 
-class Mark(bytes):
-    """A line that says up to where `pattern` is complete, or, where that is empty, all that the mailbox is for.
+class Head(bytes):
+    """A line that says up to where all is complete that the mailbox is for.
 
     It counts the messages before it as delivered, and is never sent without them.
     """
 
+    __slots__ = ()
+
+
+class Mark(bytes):
+    """The same of one pattern."""
+
     pattern: str
 
-    def __new__(cls, line: bytes, pattern: str = "") -> Self:
+    def __new__(cls, line: bytes, pattern: str) -> Self:
         mark = super().__new__(cls, line)
         mark.pattern = pattern
         return mark
@@ -68,7 +99,7 @@ class Outlet(Interface):
 
 
 class Budget:
-    """What all mailboxes of a replica hold together, in bytes. Messages that several of them hold count once.
+    """What all mailboxes of a replica hold together, in bytes of memory. Messages that several hold count once.
 
     Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
     takes no room for messages.
@@ -90,13 +121,12 @@ class Budget:
 
     @property
     def room(self) -> int:
-        """How many bytes of older messages are welcome. Half of it is kept free for what is new."""
-        return self.for_messages // 2 - self.messages
+        """How many bytes of lines of older messages are welcome. Half of it is kept free for what is new."""
+        return (self.for_messages // 2 - self.messages) // IN_MEMORY
 
     def hold(self, run: Run) -> None:
         """A mailbox holds these messages."""
-        if not run.holders:
-            self.messages += run.size
+        self.messages += SLOT if run.holders else run.charge + SLOT
         run.holders += 1
 
     def release(self, items: Sequence[Item]) -> int:
@@ -104,12 +134,11 @@ class Budget:
         messages = replies = count = 0
         for item in items:
             if isinstance(item, bytes):
-                replies += len(item)
+                replies += _size(item)
             else:
                 count += len(item.entries)
                 item.holders -= 1
-                if not item.holders:
-                    messages += item.size
+                messages += SLOT if item.holders else item.charge + SLOT
         self.messages -= messages
         self.replies -= replies
         return count
@@ -184,12 +213,29 @@ class Mailbox:
         self._waiting.append(callback)
 
     def put(self, line: bytes) -> None:
-        """Queue a reply or a mark."""
+        """Queue a reply or a mark. A newer `head` takes the place of one behind which there are only replies."""
         if not self._items:
             self._wake(self)
+        elif isinstance(line, Head):
+            self._drop_head()
         self._items.append(line)
-        self.size += len(line)
-        self._budget.replies += len(line)
+        size = _size(line)
+        self.size += size
+        self._budget.replies += size
+
+    def _drop_head(self) -> None:
+        """Drop the newest `head`, which is about to be said anew, unless there is more than replies behind it."""
+        items = self._items
+        for index in range(len(items) - 1, -1, -1):
+            item = items[index]
+            if isinstance(item, Head):
+                del items[index]
+                self._fixed -= index < self._fixed
+                self.size -= _size(item)
+                self._budget.replies -= _size(item)
+                return
+            if isinstance(item, Run | Mark):
+                return
 
     def offer(self, run: Run) -> bool:
         """Queue messages, unless there is no room for them. An empty mailbox takes one message of any size."""
@@ -250,12 +296,13 @@ class Mailbox:
         for item in items:
             if isinstance(item, Run) and not item.pattern:
                 kept = Run("", [e for e in item.entries if any(matches(other, e.channel) for other in others)])
-                self._budget.hold(kept)
                 self._budget.release([item])
                 self.size += kept.size - item.size
+                if not kept.entries:
+                    continue
+                self._budget.hold(kept)
                 item = kept
-            if isinstance(item, bytes) or item.entries:
-                self._items.append(item)
+            self._items.append(item)
         self._fixed = min(self._fixed, len(self._items))
 
     def _drop(self, start: int, pattern: str | None) -> dict[str, int]:
@@ -268,7 +315,7 @@ class Mailbox:
                 if drop and (seq := item.entries[0].seq):
                     first.setdefault(item.pattern, seq)
             else:
-                drop = isinstance(item, Mark) and bool(first) and (not item.pattern or item.pattern in first)
+                drop = item.pattern in first if isinstance(item, Mark) else isinstance(item, Head) and bool(first)
             (dropped if drop else kept).append(item)
         self._items = kept
         self._fixed = min(self._fixed, len(kept))
@@ -278,4 +325,7 @@ class Mailbox:
 
 
 def _size(item: Item) -> int:
-    return len(item) if isinstance(item, bytes) else item.size
+    """What it takes of a mailbox: messages about what their lines have, anything else what it takes in memory."""
+    if isinstance(item, Run):
+        return item.size
+    return len(item) + (MARK if isinstance(item, Mark) else REPLY)

@@ -76,7 +76,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_lag_messages": (GAUGE, "By how many messages of the log the latest subscription is behind."),
     "catbus_lags_total": (COUNTER, "How often a subscription fell behind."),
     "catbus_sweeps_total": (COUNTER, "Pages of the log read for those that are behind."),
-    "catbus_mailbox_bytes": (GAUGE, "Bytes that wait to be sent."),
+    "catbus_mailbox_bytes": (GAUGE, "Bytes of memory of what waits to be sent."),
     "catbus_withdrawals_total": (
         COUNTER,
         "How often messages for a client were given up, to be read again later.",

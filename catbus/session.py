@@ -29,7 +29,7 @@ from .auth import Grants, Identity
 from .errors import RETRYABLE, CloseCode, Code, PeerError
 from .framing import Framer
 from .log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
-from .mailbox import Mailbox, Mark
+from .mailbox import Head, Mailbox
 from .topics import check_channel, check_pattern
 from .wire import Protocol, Reply
 
@@ -278,8 +278,7 @@ class Session:
             self.on_refused(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:
-            marks = isinstance(reply, wire.Head)
-            (self.mailbox if mailbox is None else mailbox).put(Mark(line) if marks else line)
+            (self.mailbox if mailbox is None else mailbox).put(Head(line) if isinstance(reply, wire.Head) else line)
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import pytest
+
+from catbus import wire
 from catbus.log import Entry
-from catbus.mailbox import Budget, Mailbox, Mark, Run
+from catbus.mailbox import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run
 
 
 class Outlet:
@@ -78,7 +83,7 @@ def test_what_has_been_revoked_is_taken_back() -> None:
     mailbox.put(b"reply")
     mailbox.offer(kept)
     mailbox.revoke("a")
-    assert mailbox.size == 5 + kept.size
+    assert mailbox.size == 5 + REPLY + kept.size
     assert mailbox.take() == [b"reply", kept]
 
 
@@ -86,9 +91,9 @@ def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> Non
     mailbox = Mailbox(Outlet(), lambda _: None)
     before, after, other = Mark(b"before", "a"), Mark(b"after", "a"), Mark(b"other", "b")
     mailbox.put(before)
-    mailbox.put(Mark(b"head"))
+    mailbox.put(Head(b"head"))
     mailbox.offer(run(1, 2))
-    for line in (after, other, Mark(b"another head"), b"reply"):
+    for line in (after, other, Head(b"another head"), b"reply"):
         mailbox.put(line)
     mailbox.revoke("a")
     assert mailbox.take() == [before, b"head", other, b"reply"]
@@ -109,7 +114,7 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
     assert size == kept.size
     assert [(entry.seq, entry.channel) for entry in kept.entries] == [(1, "x"), (3, "x")]
     assert (mailbox.size, mailbox.withdraw()) == (0, {})
-    assert budget.held == mixed.size + alone.size
+    assert budget.held == mixed.charge + alone.charge + 2 * SLOT
     assert other.take() == [mixed, alone]
     assert budget.held == 0
 
@@ -126,7 +131,7 @@ def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> Non
     mailbox.put(Mark(b"live", "b"))
     mailbox.put(b"reply")
     assert mailbox.withdraw() == {"a": 5, "b": 7}
-    assert mailbox.size == budget.held == fixed.size + 8
+    assert (budget.messages, budget.replies) == (fixed.charge + SLOT, mailbox.size - fixed.size)
     assert mailbox.withdraw() == {}
     assert mailbox.take() == [fixed, b"gap", b"reply"]
     assert budget.held == 0
@@ -139,9 +144,9 @@ def test_what_several_mailboxes_hold_is_counted_once() -> None:
     for mailbox in (one, other):
         mailbox.offer(shared)
         mailbox.put(b"reply")
-    assert budget.held == shared.size + 10
+    assert budget.held == shared.charge + 2 * (SLOT + REPLY + 5)
     one.take()
-    assert budget.held == shared.size + 5
+    assert budget.held == shared.charge + SLOT + REPLY + 5
     other.close()
     assert budget.held == 0
     other.put(b"too late")
@@ -162,7 +167,7 @@ def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
     budget = Budget(4000)
     one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 10_000)
-    assert other.room == 1500
+    assert other.room == 1500 // IN_MEMORY
     one.offer(run(1, size=1500))
     assert other.room == 0
 
@@ -177,11 +182,60 @@ def test_some_of_it_can_be_taken() -> None:
         mailbox.put(item) if isinstance(item, bytes) else mailbox.offer(item)
     mailbox.fix()
     assert mailbox.take(first.size + 1) == [first, b"x" * 40]
-    assert mailbox.size == budget.held == second.size
+    assert (mailbox.size, budget.held) == (second.size, second.charge + SLOT)
     assert mailbox.withdraw() == {}
     assert not calls
     assert mailbox.take(1) == [second]
     assert calls == ["empty"]
+
+
+def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> None:
+    budget = Budget()
+    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    for item in (Head(b"1"), b"pong", Head(b"2"), b"pong", Head(b"3")):
+        mailbox.put(item)
+    assert mailbox.offer(run(1))
+    for item in (Head(b"4"), Mark(b"live", "a"), Head(b"5"), Head(b"6"), b"pong"):
+        mailbox.put(item)
+    mailbox.fix()
+    mailbox.put(Head(b"7"))
+    assert mailbox.withdraw() == {}
+    said = mailbox.size, budget.replies
+    assert [item for item in mailbox.take() if isinstance(item, bytes)] == [
+        *(b"pong", b"pong", b"3"),
+        *(b"4", b"live", b"pong", b"7"),
+    ]
+    assert said == (said[1] + run(1).size, 6 * REPLY + MARK + 3 * 4 + 3 + 4)
+    assert (mailbox.size, budget.held) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+@pytest.mark.parametrize("together", [1, 50])
+def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
+    budget = Budget()
+    mailboxes = [Mailbox(Outlet(), lambda _: None, 1 << 30, budget) for _ in range(5)]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(0, 500, together):
+            entries = [Entry(10**6 + number + n, 10**12 + n, f"room.{n}", b"1" * size) for n in range(together)]
+            runs = Run("room.*", entries)
+            for each in mailboxes:
+                assert each.offer(runs)
+            assert runs.lines
+            for _ in range(together):
+                mailboxes[0].put(wire.encode(wire.Pong(10**6 + number)) or b"")
+            mailboxes[0].put(Mark(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert budget.held / 2 < taken < budget.held
+
+
+def test_a_run_of_many_messages_takes_no_more_memory_than_room_is_made_for() -> None:
+    """Otherwise what is read for a lagging subscription would be withdrawn at once, again and again."""
+    runs = Run("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
+    assert runs.charge <= IN_MEMORY * runs.size
 
 
 def test_a_run_is_encoded_once_and_its_size_is_near_the_truth() -> None:

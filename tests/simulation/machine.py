@@ -193,7 +193,7 @@ class Machine:
 
     def start(self, slot: int) -> Replica:
         number = next(self.starts)
-        recent, budget = [(1 << 20, 1 << 20), (0, 1 << 20), (700, 1 << 20), (0, 1200)][(self.case.recents + number) % 4]
+        recent, budget = [(1 << 20, 1 << 20), (0, 1 << 20), (700, 1 << 20), (0, 6000)][(self.case.recents + number) % 4]
         replica = Replica(self.model, self.url(slot, number), recent, budget)
         self.nursery.start_soon(replica.run)
         return replica
