@@ -9,10 +9,10 @@ last one has come. So it is given few frames at a time, and no message that is t
 
 from __future__ import annotations
 
-from collections import deque
-
 FRAMES = 50
 """About how many frames go on at a time."""
+LOOKED_AT = 400
+"""How many frames are looked at before others have their turn, of which many may be joined."""
 FRAGMENTS = 128
 """How many fragments any message may have."""
 FRAGMENT_SIZE = 32
@@ -39,15 +39,15 @@ class Coalescer:
     A whole text frame amid fragments is a fault, and so is what is made of several.
 
     `feed` takes bytes, and `take` gives those to pass on, until it gives none: then it is time for more. `skip` takes
-    bytes of which nothing is passed on any more.
+    bytes of which nothing is passed on any more. Between two calls others may have their turn.
     """
 
     __slots__ = (
-        "_begun",
         "_broken",
+        "_data",
         "_fragments",
         "_limit",
-        "_portions",
+        "_position",
         "_rest",
         "_size",
         "ended",
@@ -63,53 +63,46 @@ class Coalescer:
         self.ended = False
         """Whether the client's Close frame has come, or something after which none could be told from the rest."""
         self._limit = limit
-        self._begun = b""
-        """A header that has not come whole."""
+        self._data = b""
+        self._position = 0
+        """Where in it that begins which has not been passed on: in the end, a header that has not come whole."""
         self._rest = 0
         """How much of a frame that passes as it is has yet to come."""
         self._broken = False
         """Whether there was something that is no frame of a client: the library will end the connection over it."""
         self._fragments = self._size = 0
         """Of the message that has begun."""
-        self._portions: deque[bytes] = deque()
-
-    def take(self) -> bytes:
-        """What can be passed on next; empty until more has been fed."""
-        return self._portions.popleft() if self._portions else b""
 
     def feed(self, data: bytes) -> None:
         """Take bytes, after all that could be passed on has been taken."""
+        self._data += data
+
+    def take(self) -> bytes:
+        """What can be passed on next, of a few hundred frames at the most; empty until more has been fed."""
         if self.refused is not None:
-            self.skip(data)
-            return
-        if self._begun:
-            data, self._begun = self._begun + data, b""
-        if self._broken or self._rest >= len(data):
-            self._rest = max(0, self._rest - len(data))
-            self._portions.append(data)
-            return
-        passed: list[bytes] = []
+            self.skip(b"")
+            return b""
+        data, position = self._data, min(self._position + self._rest, len(self._data))
+        passed = [data[self._position : position]]
         run: list[tuple[int, int, int]] = []
-        position, self._rest = self._rest, 0
-        if position:
-            passed.append(data[:position])
-        while position < len(data):
+        self._rest -= position - self._position
+        looked = 0
+        while position < len(data) and looked < LOOKED_AT and len(passed) < 2 * FRAMES:
+            looked += 1
             start, header = position, _header(data, position)
-            if _is_faulty(data[start : start + 2]):
+            if self._broken or _is_faulty(data[start : start + 2]):
                 self._broken = self.ended = True
                 passed += (_joined(data, run), data[start:])
-                run = []
+                run, position = [], len(data)
                 break
             if header is None:
-                self._begun = data[start:]
                 break
             payload, size = header
-            position = payload + size
-            first = data[start]
+            first, end = data[start], payload + size
             if not self._is_welcome(first, size):
-                self.skip(data[start:])
                 break
-            if first == _WHOLE_TEXT and data[start + 1] & _MASKED and position <= len(data):
+            position = min(end, len(data))
+            if first == _WHOLE_TEXT and data[start + 1] & _MASKED and end <= len(data):
                 if run and position - run[0][0] > self._limit:
                     passed.append(_joined(data, run))
                     run = []
@@ -118,25 +111,29 @@ class Coalescer:
             passed += (_joined(data, run), data[start:position])
             run = []
             self.ended = self.ended or first == _CLOSE
-            self._rest = max(0, position - len(data))
-            if len(passed) >= 2 * FRAMES:
-                self._portions.append(b"".join(passed))
-                passed = []
+            self._rest = end - position
+        ended = looked < LOOKED_AT and len(passed) < 2 * FRAMES
         passed.append(_joined(data, run))
-        self._portions.append(b"".join(passed))
+        # In the end there is left a header that has not come whole, or all from where the client was refused.
+        self._data, self._position = (data[position:], 0) if ended else (data, position)
+        return b"".join(passed)
 
-    def skip(self, data: bytes) -> None:
-        """Take bytes that are not passed on, to see whether the client's Close frame is among them."""
-        data, self._begun = self._begun + data, b""
+    def skip(self, data: bytes) -> bool:
+        """Take bytes that are not passed on, to see whether the client's Close frame is among them.
+
+        Returns whether there is more to be looked at: then call it again with none, when others have had their turn.
+        """
+        data, looked = self._data[self._position :] + data, 0
         position, self._rest = self._rest, 0
-        while position < len(data) and not self.ended:
+        while position < len(data) and not self.ended and looked < LOOKED_AT:
+            looked += 1
             header = _header(data, position)
             self.ended = data[position] == _CLOSE or _is_faulty(data[position : position + 2])
             if header is None:
-                self._begun = data[position:]
-                return
+                break
             position = sum(header)
-        self._rest = max(0, position - len(data))
+        self._data, self._position, self._rest = data[position:], 0, max(0, position - len(data))
+        return looked == LOOKED_AT
 
     def _is_welcome(self, first: int, size: int) -> bool:
         """Whether a frame may pass that begins with this byte and has a payload of this size."""

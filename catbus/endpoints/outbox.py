@@ -155,11 +155,15 @@ class Outbox(trio.abc.Stream):
         while self.busy and not self.broken:
             await self._moved.park()
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            more = self._inbound.skip(b"")
             while self.shut and not (self.broken or self._inbound.ended):
-                data = await self._next_bytes(_CHUNK)
-                if not data:
+                if more:
+                    await trio.lowlevel.checkpoint()
+                    more = self._inbound.skip(b"")
+                elif data := await self._next_bytes(_CHUNK):
+                    more = self._inbound.skip(data)
+                else:
                     break
-                self._inbound.skip(data)
         if not self.broken:
             await close_gently(self._stream)
 

@@ -17,6 +17,7 @@ from catbus.endpoints.coalesce import (
     FRAGMENT_SIZE,
     FRAGMENTS,
     FRAMES,
+    LOOKED_AT,
     TOO_LARGE,
     TOO_MANY_FRAGMENTS,
     Coalescer,
@@ -135,7 +136,7 @@ def test_it_takes_time_in_proportion() -> None:
     def cost(count: int) -> float:
         data = masked(TEXT, b"x" * 50) * count
         began = time.perf_counter()
-        Coalescer().feed(data)
+        passed(Coalescer(), data)
         return time.perf_counter() - began
 
     small = min(cost(1_000) for _ in range(5))
@@ -149,6 +150,18 @@ def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
     for chunk in (data[:cut], data[cut:]):
         for portion in passed(coalescer, chunk):
             assert len(portion) <= (FRAMES + 1) * 66
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [masked(TEXT, b"x"), masked(PING, b"x"), masked(TEXT, b"x", fin=False) + masked(CONTINUATION, b"")],
+    ids=["whole", "control", "fragments"],
+)
+def test_few_frames_are_looked_at_in_one_turn(frames: bytes) -> None:
+    """However small they are, and whether or not they become one."""
+    portions = passed(Coalescer(), frames * 5000)
+    assert len(portions) >= 5000 // LOOKED_AT
+    assert all(len(portion) <= LOOKED_AT * len(frames) for portion in portions)
 
 
 def fragments(count: int, size: int) -> bytes:
@@ -213,6 +226,16 @@ def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() 
     coalescer.skip(whole[150:])
     assert not coalescer.ended
     coalescer.skip(masked(CONTINUATION, b"x") + masked(CLOSE, b""))
+    assert coalescer.ended
+
+
+def test_few_skipped_frames_are_looked_at_in_one_turn() -> None:
+    coalescer = Coalescer()
+    more = coalescer.skip(masked(PING, b"") * 2 * LOOKED_AT + masked(CLOSE, b""))
+    for _ in range(2):
+        assert more
+        assert not coalescer.ended
+        more = coalescer.skip(b"")
     assert coalescer.ended
 
 
