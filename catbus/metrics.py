@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from .endpoints.listen import Endpoint
-from .endpoints.quic import QuicEndpoint
+from .endpoints.listen import Endpoint, EndpointStatistics
+from .endpoints.quic import QuicEndpoint, QuicStatistics
 from .errors import Code
 from .histogram import Histogram
 from .hub import Hub
@@ -42,7 +42,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_sessions": (GAUGE, "Clients that are connected."),
     "catbus_sessions_opened_total": (COUNTER, "Clients that have connected."),
     "catbus_connections": (GAUGE, "Connections, whether or not there is a client in them yet."),
-    "catbus_connections_refused_total": (COUNTER, "Connections over the limit."),
+    "catbus_connections_refused_total": (COUNTER, "Connections over the limit of all, or of an address."),
     "catbus_connections_evicted_total": (
         COUNTER,
         "Connections that gave way to others at the limit, as they had shown no token.",
@@ -222,7 +222,7 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
 def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
     found = door.statistics()
     yield "catbus_connections", labels, found.connections
-    yield "catbus_connections_refused_total", labels, found.refused
+    yield from _read_refused(found, labels)
     yield "catbus_connections_evicted_total", labels, found.evicted
     yield "catbus_accepts_failed_total", labels, found.starved
     yield "catbus_sent_bytes_total", labels, found.sent
@@ -232,12 +232,18 @@ def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
         yield "catbus_http_requests_total", {"path": path, "status": str(status)}, number
 
 
+def _read_refused(found: EndpointStatistics | QuicStatistics, labels: Labels) -> Iterator[Reading]:
+    yield "catbus_connections_refused_total", {**labels, "reason": "limit"}, found.refused
+    yield "catbus_connections_refused_total", {**labels, "reason": "address"}, found.crowded
+
+
 def _read_webtransport(door: QuicEndpoint, labels: Labels) -> Iterator[Reading]:
     found = door.statistics()
     yield "catbus_connections", labels, found.connections
     yield "catbus_sent_bytes_total", labels, found.sent
     yield "catbus_received_bytes_total", labels, found.received
     yield "catbus_faults_total", labels, found.faults
+    yield from _read_refused(found, labels)
     yield "catbus_quic_half_open", {}, found.half_open
     yield "catbus_quic_handshakes_total", {"outcome": "begun"}, found.begun
     yield "catbus_quic_handshakes_total", {"outcome": "completed"}, found.completed

@@ -134,6 +134,7 @@ def test_every_variable_of_the_deployment_guide() -> None:
             "CATBUS_WS_BIND": "0.0.0.0:80",
             "CATBUS_LOG": "catbus=debug,aioquic=warning",
             "CATBUS_STATE": "/state",
+            "CATBUS_TRUSTED_PROXIES": "10.0.0.0/8, fd00::/8",
         }
     )
     assert config.database == Database(url="postgresql://db/catbus", listen_url="postgres://direct/catbus")
@@ -142,6 +143,7 @@ def test_every_variable_of_the_deployment_guide() -> None:
     assert (config.webtransport.bind, config.websocket.bind) == (("[::]:4433",), ("0.0.0.0:80",))
     assert config.logging.levels == "catbus=debug,aioquic=warning"
     assert config.state_directory == Path("/state")
+    assert config.websocket.trusted_proxies == ("10.0.0.0/8", "fd00::/8")
 
 
 def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
@@ -272,6 +274,8 @@ def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: P
         (WebSocket, {"ping_interval": "soon"}, 'websocket.ping_interval: expected a duration: .* found "soon"'),
         (WebSocket, {"ping_interval": None}, "websocket.ping_interval: expected a duration: .* found a NoneType"),
         (WebSocket, {"tls": "yes"}, 'websocket.tls: expected true or false, found "yes"'),
+        (WebSocket, {"trusted_proxies": "10.0.0.1/8"}, "websocket.trusted_proxies: expected an address or a network"),
+        (WebSocket, {"trusted_proxies": ("proxy",)}, 'or a list of such, found ["proxy"]'),
         (Limits, {"message_size": 10**5000}, "limits.message_size: .* found a number that is too large"),
         (Limits, {"message_size": "9" * 400 + "B"}, "limits.message_size: expected a size above 0"),
         (Database, {"url": "mysql://me:hunter2@db"}, 'database.url: expected .* found "mysql://..."'),
@@ -400,6 +404,7 @@ EXAMPLES = {
     "a secret: text that is not empty, or": ("one", ("one",)),
     "a secret": ("one", "one"),
     "text, or a list": ('["a", "b"]', ("a", "b")),
+    "an address or a network": ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
     "an address": ("[::1]:1, 127.0.0.1:1", ("[::1]:1", "127.0.0.1:1")),
     '"embedded"': ("embedded", "embedded"),
     "a URL": ("postgres://db/x", "postgres://db/x"),

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "catbus"
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
     {"bucket", "errors", "loggers", "histogram", "release"},
-    {"keys", "quotas", "topics", "wire"},
+    {"addresses", "keys", "quotas", "topics", "wire"},
     {"refusals"},
     {"framing", "auth"},
     {"config", "webtransport"},
@@ -54,6 +54,7 @@ ONLY_IMPORTERS = {
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
 PURE = {
+    "addresses",
     "auth",
     "bucket",
     "quotas",

@@ -79,7 +79,7 @@ def _look(path: Path | None, given: Mapping[str, object], tell: Tell) -> None:
     tell(Finding("ok", "configuration", f"{path or 'no file'}, and the environment"))
     for finding in _settings(reading):
         tell(finding)
-    for look in (_secret, _certificate, _ports, _files):
+    for look in (_secret, _certificate, _ports, _files, _limits):
         for finding in look(config):
             tell(finding)
     _look_at_database(reading, tell)
@@ -206,6 +206,17 @@ def _files(config: Config) -> Iterator[Finding]:
     if possible < wanted:
         text = f"{files:,} may be open, which is enough for {possible:,} of {wanted:,} connections (limits.connections)"
         yield Finding("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
+
+
+def _limits(config: Config) -> Iterator[Finding]:
+    """What a client, and an address, may have."""
+    limits, proxies = config.limits, config.websocket.trusted_proxies
+    text = (
+        f"a client publishes {limits.publish_rate:,} messages and {limits.publish_bytes:,} bytes a second unless its "
+        f"token says otherwise, and has {limits.sessions:,} sessions; an address has {limits.address_connections:,} of "
+        f"{limits.connections:,} connections; proxies that are trusted: {', '.join(proxies) or 'none'}"
+    )
+    yield Finding("ok", "limits", text)
 
 
 def _look_at_database(reading: Reading, tell: Tell) -> None:

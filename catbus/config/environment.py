@@ -18,6 +18,7 @@ SHORT = {
     "CATBUS_ADMIN_KEY": "auth.admin_key",
     "CATBUS_WS_BIND": "websocket.bind",
     "CATBUS_WS_TLS": "websocket.tls",
+    "CATBUS_TRUSTED_PROXIES": "websocket.trusted_proxies",
     "CATBUS_BIND": "webtransport.bind",
     "CATBUS_CERT": "webtransport.cert",
     "CATBUS_KEY": "webtransport.key",

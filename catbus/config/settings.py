@@ -23,6 +23,7 @@ from .values import (
     Format,
     Levels,
     LogSize,
+    Network,
     PostgresUrl,
     Secret,
     Size,
@@ -119,6 +120,8 @@ class WebSocket(Section, frozen=True, kw_only=True):
     ping_interval: Timeout = 20.0
     silence: Timeout = 60.0
     """A client that was not heard for so long is gone."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Addresses of proxies: what these say of where a client is, is believed; what others say is not."""
 
 
 class WebTransport(Section, frozen=True, kw_only=True):
@@ -149,6 +152,8 @@ class Limits(Section, frozen=True, kw_only=True):
     token_grace: Duration = 30.0
     """How long a session outlives its token."""
     connections: Count = 10_000
+    address_connections: Count = 5_000
+    """Of one address, or /64 of IPv6, that is not this machine's and no trusted proxy's."""
     sessions: Count = 10_000
     """Of one client: a client_id, or a token without one in one network."""
     client_id: Size = 256

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -32,6 +33,7 @@ Switch = Annotated[bool, Meta(description="true or false")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
 Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
 Address = Annotated[str, Meta(description='an address with a port, like "127.0.0.1:8080" or "[::1]:8080"')]
+Network = Annotated[str, Meta(description='an address or a network, like "192.0.2.7", "10.0.0.0/8" or "fd00::/8"')]
 DatabaseUrl = Annotated[str, Meta(description='"embedded", "memory" or a URL that begins with postgres://')]
 PostgresUrl = Annotated[str, Meta(description="a URL that begins with postgres://")]
 Levels = Annotated[str, Meta(description='log levels, like "info" or "catbus=info,aioquic=warning"')]
@@ -88,6 +90,8 @@ def _read_text(kind: Any, text: str) -> object:
             split_address(text)
         except ConfigError:
             raise ValueError from None
+    if kind == Network:
+        ip_network(text)
     if kind == DatabaseUrl and text in ("embedded", "memory"):
         return text
     if kind in (DatabaseUrl, PostgresUrl) and not text.startswith(("postgres://", "postgresql://")):

@@ -1,4 +1,4 @@
-"""What proxies say of the client's own request: `Forwarded` (RFC 7239), and the headers from before there was one."""
+"""What proxies say of a client and of its own request: `Forwarded` (RFC 7239), and the headers from before that."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 _PAIR = re.compile(
     r"""[ \t]*+(?:([\w!#$%&'*+.^`|~-]++)=(?:"((?:[^"\\]|\\.)*+)"|([^\s",;]*+)))?[ \t]*+([;,]|$)""", re.ASCII
 )
+
+# An address, in brackets if a port may follow and it is one of IPv6.
+_NODE = re.compile(
+    r"\[([0-9a-fA-F:.]{2,45})\](?::\d{1,5})?|([\d.]{7,15}(?=:|\Z)|[0-9a-fA-F:.]{2,45})(?::\d{1,5})?", re.ASCII
+)
+
+_MOST_HOPS = 32
+"""Proxies that are looked at, one behind the other."""
 
 _SECURE = {"http": False, "ws": False, "https": True, "wss": True}
 
@@ -48,3 +56,24 @@ def _forwarded(text: str) -> dict[str, str]:
             found.setdefault(name.lower(), plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted))
         position = pair.end() if pair[4] else len(text) + 1
     return found
+
+
+def hops(request: Request) -> list[str]:
+    """The addresses that proxies have added, each that of its own peer, the last one at the end; "" for no address.
+
+    `Forwarded` counts only where there is no `X-Forwarded-For`: most proxies add the second and pass the first on as it
+    came. Either is cut at its commas, whatever is between quotes: what a client has left open there must not hide what
+    a proxy has added, and no address has a comma.
+    """
+    if said := request.header(b"x-forwarded-for").decode("latin-1"):
+        return [_host(item) for item in said.rsplit(",", _MOST_HOPS)[-_MOST_HOPS:]]
+    if said := request.header(b"forwarded").decode("latin-1"):
+        items = said.rsplit(",", _MOST_HOPS)[-_MOST_HOPS:]
+        return [_host(_forwarded(item).get("for", "")) for item in items]
+    return []
+
+
+def _host(text: str) -> str:
+    """An address without its port, and without the brackets of IPv6; "" for what is neither."""
+    found = _NODE.fullmatch(text.strip())
+    return "" if found is None else found[1] or found[2]

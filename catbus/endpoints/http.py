@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
+from ..errors import Code
 from ..loggers import get_logger
 from . import upgrade
 from .head import read_head
 from .outbox import close_gently, say_goodbye
 from .roster import Roster
-from .routes import ROUTES, Answer, Request, find, line
+from .routes import CROWDED, ROUTES, Answer, Request, find, line
 from .websocket import serve_websocket
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ def _nothing() -> None:
 
 
 async def serve_connection(
-    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing, network: str = ""
+    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing, peer: str = ""
 ) -> None:
     """Answer the requests on one connection until either side has had enough. Does not close the stream.
 
-    `prove` is called when the peer has shown a token. `network` is where it is.
+    `prove` is called when the peer has shown a token. `peer` is its address.
     """
     try:
-        await Conversation(hub, roster, stream, prove, network).run()
+        await Conversation(hub, roster, stream, prove, peer).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         logger.debug("a connection was lost")
 
@@ -74,14 +75,12 @@ class Refused(Exception):
 class Conversation:
     """One connection that speaks HTTP."""
 
-    def __init__(
-        self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None], network: str
-    ) -> None:
+    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None], peer: str) -> None:
         self._hub = hub
         self._roster = roster
         self._stream = stream
         self._prove = prove
-        self._network = network
+        self._peer = peer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
 
     async def run(self) -> None:
@@ -91,18 +90,8 @@ class Conversation:
             while True:
                 request = None
                 request = await self._next_request(idle_time)
-                if upgrade.is_offered(request):
-                    answer = upgrade.refuse(request, self._hub.config.websocket.allowed_origins)
-                    if answer is None and not self._roster.closed:
-                        rest = self._http.trailing_data[0]
-                        head = upgrade.restated(request)
-                        await serve_websocket(
-                            self._hub, self._roster, self._stream, head, rest, self._prove, self._network
-                        )
-                        return
-                    await self._send(request, answer or line(503, "this replica is stopping"))
-                else:
-                    await self._send(request, await self._answer(request))
+                if await self._serve(request):
+                    return
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     break
                 self._http.start_next_cycle()
@@ -117,13 +106,36 @@ class Conversation:
         with trio.move_on_after(CLOSING_TIME):
             await close_gently(self._stream)
 
+    async def _serve(self, request: Request) -> bool:
+        """Answer a request; True where it has become a WebSocket instead, which is over then."""
+        hub, roster = self._hub, self._roster
+        client = roster.proxies.client_of(self._peer, request)
+        request = replace(request, network=client.network)
+        # The connection itself counts already, as its peer's.
+        counted = roster.proxies.source_of(self._peer).limited == client.limited
+        with hub.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
+            if not admitted:
+                roster.crowded += 1
+                hub.vitals.refused(Code.OVERLOADED)
+                answer: Answer | None = CROWDED
+            elif upgrade.is_offered(request):
+                answer = upgrade.refuse(request, hub.config.websocket.allowed_origins)
+                if answer is None and not roster.closed:
+                    head, rest = upgrade.restated(request), self._http.trailing_data[0]
+                    await serve_websocket(hub, roster, self._stream, head, rest, self._prove, request.network)
+                    return True
+            else:
+                answer = await self._answer(request)
+            await self._send(request, answer or line(503, "this replica is stopping"))
+        return False
+
     async def _answer(self, request: Request) -> Answer:
         handler = find(request.method, request.path)
         if isinstance(handler, Answer):
             return handler
         try:
             read = partial(self._read_wanted, request)
-            answer = await handler(self._hub, replace(request, read=read, network=self._network))
+            answer = await handler(self._hub, replace(request, read=read))
         except Refused:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..config import join_address, split_address
-from ..errors import ConfigError
+from ..errors import Code, ConfigError
 from ..loggers import get_logger
 from .capacity import SPARE_FILES, PatientListener, connections_that_fit
 from .http import serve_connection
-from .networks import network_of
 from .outbox import TlsStream, close_gently
 from .roster import Roster
+from .routes import CROWDED
 
 if TYPE_CHECKING:
     from ..hub import Hub
@@ -32,6 +33,10 @@ _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
 )
+_CROWDED = (
+    b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 5\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+) % (len(CROWDED.body), CROWDED.body)
 
 logger = get_logger("catbus.endpoints")
 
@@ -41,8 +46,9 @@ class EndpointStatistics:
     """`connections` and `websockets` are here now; the rest has been counted from the start.
 
     `requests`: HTTP requests by path and status. `sent` and `received`: bytes of WebSockets. `refused`: connections
-    over the limit. `evicted`: those that gave way to others, as they had shown no token. `starved`: how often one could
-    not be accepted. `faults`: exceptions of ours that ended a request or a connection.
+    over the limit of all. `crowded`: those over the limit of an address, and such requests through proxies. `evicted`:
+    those that gave way to others, as they had shown no token. `starved`: how often one could not be accepted. `faults`:
+    exceptions of ours that ended a request or a connection.
     """
 
     connections: int
@@ -51,6 +57,7 @@ class EndpointStatistics:
     sent: int
     received: int
     refused: int
+    crowded: int
     evicted: int
     starved: int
     faults: int
@@ -77,6 +84,7 @@ class Endpoint:
             dict(roster.requests),
             *roster.traffic(),
             roster.refused,
+            roster.crowded,
             roster.evicted,
             roster.starved,
             roster.faults,
@@ -95,7 +103,7 @@ async def serve_http(
     Each connection is a task of its own in `sessions`, out of which no exception comes. Started with the `Endpoint`;
     returns when that has been closed and the last connection has gone. Raises `ConfigError` when it cannot listen.
     """
-    roster = Roster()
+    roster = Roster(hub.config.websocket.trusted_proxies)
     doors = trio.CancelScope()
     listeners = await open_listeners(binds)
     settings = hub.config.websocket
@@ -145,26 +153,35 @@ def _connection_limit(wanted: int) -> int:
 
 async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:
     """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
-    full = roster.connections >= limit and not roster.evict()
-    network = _network(stream)
-    with roster.admit(network) as prove:
+    peer, plain = _address(stream), not hub.config.websocket.tls
+    source = roster.proxies.source_of(peer)
+    with ExitStack() as stack:
+        admitted = stack.enter_context(hub.addresses.holding(source.limited, trio.current_time()))
+        full = admitted and roster.connections >= limit and not roster.evict()
+        prove = stack.enter_context(roster.admit(source.network))
         try:
-            if full:
-                await _turn_away(roster, roster.connections - limit, stream, plain=not hub.config.websocket.tls)
-            elif not hub.config.websocket.tls:
-                await serve_connection(hub, roster, stream, prove, network)
+            if not admitted:
+                roster.crowded += 1
+                hub.vitals.refused(Code.OVERLOADED)
+                await _turn_away(roster, stream, _CROWDED if plain else b"")
+            elif full:
+                roster.refused += 1
+                await _turn_away(roster, stream, _BUSY if plain else b"")
+            elif plain:
+                await serve_connection(hub, roster, stream, prove, peer)
             elif (encrypted := await _encrypt(hub, stream)) is not None:
-                await serve_connection(hub, roster, encrypted, prove, network)
+                await serve_connection(hub, roster, encrypted, prove, peer)
         except* Exception as error:  # noqa: BLE001 (it is logged)
             roster.fault("a connection failed", error)
 
 
-def _network(stream: trio.SocketStream) -> str:
-    """Where the peer is; empty for one that has left already."""
+def _address(stream: trio.SocketStream) -> str:
+    """The address of the peer; empty for one that has left already."""
     try:
-        return network_of(stream.socket.getpeername()[0])
+        address: str = stream.socket.getpeername()[0]
     except OSError:
         return ""
+    return address
 
 
 async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
@@ -181,13 +198,15 @@ async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
     return None
 
 
-async def _turn_away(roster: Roster, excess: int, stream: trio.SocketStream, *, plain: bool) -> None:
-    roster.refused += 1
-    if excess > TURNING_AWAY_AT_ONCE or not plain:
+async def _turn_away(roster: Roster, stream: trio.SocketStream, answer: bytes) -> None:
+    if roster.turning_away >= TURNING_AWAY_AT_ONCE or not answer:
         return
-    with trio.move_on_after(TURNING_AWAY_TIME):
-        try:
-            await stream.send_all(_BUSY)
-        except trio.BrokenResourceError:
-            return
-        await close_gently(stream)
+    roster.turning_away += 1
+    try:
+        with trio.move_on_after(TURNING_AWAY_TIME):
+            await stream.send_all(answer)
+            await close_gently(stream)
+    except trio.BrokenResourceError:
+        pass
+    finally:
+        roster.turning_away -= 1

@@ -26,7 +26,8 @@ class QuicStatistics:
 
     `begun` and `completed`: handshakes, which are complete when a session is asked for. `received` and `sent`: bytes.
     `lost`: packets that did not arrive; of all servers in this process. `dropped`: datagrams in that no connection
-    took; `overdrawn` of them because the peer had used more CPU than its share. `evicted`: half-open connections that
+    took; `overdrawn` of them because the peer had used more CPU than its share. `refused`: connections over the limit;
+    `crowded`: those over the limit of an address. `evicted`: half-open connections that
     gave way to newer ones. `faults`: exceptions of ours that ended something.
     """
 
@@ -41,6 +42,8 @@ class QuicStatistics:
     lost: int
     dropped: int
     overdrawn: int
+    refused: int
+    crowded: int
     evicted: int
     faults: int
 
@@ -70,6 +73,8 @@ class QuicEndpoint:
             losses.packets,
             router.dropped,
             router.overdrawn,
+            router.refused,
+            router.crowded,
             router.evicted,
             router.faults,
         )

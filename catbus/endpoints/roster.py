@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -13,6 +13,7 @@ import trio
 from ..loggers import Recurring, get_logger
 from .frames import Packer
 from .networks import Newcomers
+from .proxies import Proxies
 
 logger = get_logger("catbus.endpoints")
 
@@ -44,10 +45,16 @@ class Roster:
     those in the middle of one end after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, proxies: Iterable[str] = ()) -> None:
+        self.proxies = Proxies(proxies)
         self.closed = False
         self.connections = 0
         self.refused = 0
+        """Connections over the limit of all."""
+        self.crowded = 0
+        """Connections, and requests through proxies, over the limit of an address."""
+        self.turning_away = 0
+        """Connections that are being told that there are too many."""
         self.evicted = 0
         """Connections that were ended because others needed their places."""
         self.starved = 0

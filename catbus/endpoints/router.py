@@ -34,6 +34,7 @@ from ..webtransport.packets import (
 )
 from .datagrams import Place, Port, transmit
 from .networks import Newcomers, network_of
+from .proxies import Proxies
 from .tickets import Tickets
 from .timers import Timers
 from .webtransport import Conversation
@@ -70,11 +71,13 @@ logger = get_logger("catbus.endpoints")
 class Peer:
     """One connection, and its session once it has one."""
 
-    __slots__ = ("connection", "conversation", "heard", "lost", "network", "pinged", "settling", "share")
+    __slots__ = ("connection", "conversation", "heard", "limited", "lost", "network", "pinged", "settling", "share")
 
-    def __init__(self, connection: Connection, network: str, now: float) -> None:
+    def __init__(self, connection: Connection, network: str, limited: str, now: float) -> None:
         self.connection = connection
         self.network = network
+        self.limited = limited
+        """The network among whose connections it counts, if it does."""
         self.conversation: Conversation | None = None
         self.lost = False
         self.heard = self.pinged = now
@@ -106,6 +109,10 @@ class Router:
         """Datagrams that were dropped because their peers had had more than their share."""
         self.evicted = 0
         """Half-open connections that gave way to others."""
+        self.refused = 0
+        """Connections over the limit of all, while none of them is half-open."""
+        self.crowded = 0
+        """Connections over the limit of an address."""
         self.faults = 0
         self._mistakes = Recurring(logger.error)
         self.closed = False
@@ -113,6 +120,7 @@ class Router:
         self._configuration = configuration
         self._sessions = sessions
         self._limit = hub.config.limits.connections
+        self._proxies = Proxies(hub.config.websocket.trusted_proxies)
         self._origins = frozenset(hub.config.websocket.allowed_origins)
         self._tickets = Tickets(secrets[0] if secrets else None)
         self._routes: dict[bytes, Peer] = {}
@@ -230,12 +238,19 @@ class Router:
             return None
         full = len(self.peers) >= self._limit
         if full and not self._half_open:
+            self.refused += 1
             return None
+        limited, addresses = self._proxies.source_of(place.address[0]).limited, self._hub.addresses
+        if not addresses.has_room(limited, now):
+            self.crowded += 1
+            return None
+        # What is not proved may be forged: by that nobody shall take more than half of what an address may have.
+        half = addresses.of(limited) >= addresses.most // 2
         original, retry_source = header.destination, None
         proved = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
         if proved is not None:
             original, retry_source = proved, header.destination
-        elif full or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
+        elif full or half or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
             again = os.urandom(ID_LENGTH)
             token = self._tickets.retry_token(place.address, header.destination, again, time.time())
             place.port.send((retry(header, again, token),), place)
@@ -250,8 +265,9 @@ class Router:
         transmit(datagrams)
         if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
-        peer = Peer(connection, network_of(place.address[0]), now)
+        peer = Peer(connection, network_of(place.address[0]), limited, now)
         self.peers.add(peer)
+        addresses.enter(limited)
         self._half_open.add(peer, peer.network)
         self.begun += 1
         for connection_id in connection.connection_ids:
@@ -333,7 +349,9 @@ class Router:
             if peer.conversation is not None:
                 peer.conversation.handle(ConnectionLost("forgotten"))
         self._timers.set(peer, None)
-        self.peers.discard(peer)
+        if peer in self.peers:
+            self.peers.remove(peer)
+            self._hub.addresses.leave(peer.limited)
         for connection_id in peer.connection.connection_ids:
             if self._routes.get(connection_id) is peer:
                 del self._routes[connection_id]

@@ -152,6 +152,12 @@ UPGRADE_REQUIRED = line(
     [(b"upgrade", b"websocket"), (b"connection", b"upgrade"), (b"sec-websocket-version", b"13")],
 )
 
+CROWDED = json(
+    {"error": "this address has too many connections (limits.address_connections)", "code": Code.OVERLOADED},
+    429,
+    [(b"retry-after", b"5")],
+)
+
 # POST /publish
 
 STATUSES = {

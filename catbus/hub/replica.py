@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from .. import wire
+from ..addresses import AddressLimit
 from ..auth import Authenticator, Identity, RoleSource, role_handle, role_key
 from ..certificates import CertificateSource
 from ..config import Config
@@ -97,6 +98,7 @@ class Hub:
         self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
         self.shares: dict[Hashable, Share] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
+        self.addresses = AddressLimit(config.limits.address_connections)
         self._roles = roles
         self._refusals = Recurring(logger.info)
         """Tokens that were refused: a stranger can send as many as it likes."""

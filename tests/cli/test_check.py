@@ -48,6 +48,7 @@ def test_a_database_that_is_as_it_should_be(catbus: Command, database_url: str) 
     assert {name: level for name, (level, _, _) in found.items() if level != "ok"} == {"durability": "warning"}
     assert status == 0
     assert {"configuration", "secret", "certificate", "port", "database", "encryption", "schema"} <= set(found)
+    assert "an address has 5,000 of 10,000 connections; proxies that are trusted: none" in found["limits"][1]
     assert found["notifications"][1].startswith("they come through database.url (0.")
     assert "fsync is off" in found["durability"][1]  # the tests' own server
     assert run(catbus, "--database", database_url, "--strict")[0] == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 
+from catbus.addresses import AddressLimit
 from catbus.auth import Grants, Identity
 from catbus.config import Config
 from catbus.errors import CloseCode, Code, PeerError
@@ -61,9 +62,12 @@ class FakeHub:
         self.log = SimpleNamespace(trouble="database")
         self.certificates = None
         self.webtransport_port = None
+        self.addresses = AddressLimit(self.config.limits.address_connections)
         self.refusals: list[Code] = []
         self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []
+        self.networks: list[str] = []
+        """Those that the clients are in."""
         self.clients_of_requests: list[Hashable] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
@@ -71,6 +75,7 @@ class FakeHub:
 
     def open_client(self, outlet: Outlet, *, transport: str, network: str) -> FakeClient:
         assert transport == "websocket"
+        self.networks.append(network)
         client = FakeClient(self, outlet)
         self.clients.append(client)
         return client

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from ipaddress import IPv4Address
 from typing import Any, cast
 
 import pytest
 import trio
 
-from catbus.config import Config, Limits
+from catbus.config import Config, Limits, WebSocket
 from catbus.endpoints import Endpoint, listen, serve_http
-from catbus.errors import CloseCode, ConfigError
+from catbus.errors import CloseCode, Code, ConfigError
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
 from tests.endpoints.peers import Peer, masked, patience
@@ -133,6 +135,63 @@ async def test_those_who_are_too_many_are_told_so() -> None:
         async with connected(endpoint) as peer:
             await peer.send(HEALTH)
             assert (await peer.response()).status == 200
+
+
+async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
+    hub = FakeHub(Config(limits=Limits(address_connections=1)))
+    async with serving(hub) as endpoint:
+        async with connected(endpoint) as first:
+            await show_token(first)
+            async with connected(endpoint) as second:
+                response = await second.response()
+                assert (response.status, response.headers["retry-after"]) == (429, "5")
+                assert json.loads(response.body)["code"] == "overloaded"
+                assert await second.at_end()
+            assert (endpoint.statistics().crowded, endpoint.statistics().refused) == (1, 0)
+        while endpoint.statistics().connections:
+            await trio.lowlevel.checkpoint()
+        async with connected(endpoint) as peer:
+            await peer.send(HEALTH)
+            assert (await peer.response()).status == 200
+    assert (hub.networks, hub.refusals) == (["127.0.0.1"], [Code.OVERLOADED])
+
+
+def through_proxies(head: bytes, *said: str) -> bytes:
+    return head.replace(b"\r\n\r\n", f"\r\nX-Forwarded-For: {', '.join(said)}\r\n\r\n".encode())
+
+
+async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None:
+    settings = WebSocket(trusted_proxies=("127.0.0.1", "10.0.0.0/8"))
+    hub = FakeHub(Config(limits=Limits(address_connections=2), websocket=settings))
+    async with serving(hub) as endpoint, AsyncExitStack() as stack:
+
+        async def upgrade(*said: str) -> int:
+            peer = await stack.enter_async_context(connected(endpoint))
+            await peer.send(through_proxies(peers.UPGRADE, *said))
+            return (await peer.response(head=True)).status
+
+        assert await upgrade("203.0.113.1", "198.51.100.7") == 101
+        assert await upgrade("198.51.100.7", "10.1.1.1") == 101
+        assert await upgrade("203.0.113.2", "198.51.100.7") == 429
+        assert await upgrade("203.0.113.1") == 101
+        proxy = await stack.enter_async_context(connected(endpoint))
+        # A proxy sends the requests of many clients over one connection.
+        for address, status in (("198.51.100.7", 429), ("203.0.113.2", 200), ("198.51.100.7", 429)):
+            await proxy.send(through_proxies(HEALTH, address))
+            response = await proxy.response()
+            assert response.status == status
+            assert ("retry-after" in response.headers) == (status == 429)
+        for _ in range(5):
+            await proxy.send(HEALTH)
+            assert (await proxy.response()).status == 200
+        assert endpoint.statistics().crowded == 3
+        hub.clients[0].leave()
+        while hub.addresses.of("198.51.100.7") > 1:
+            await trio.lowlevel.checkpoint()
+        assert await upgrade("198.51.100.7") == 101
+    assert hub.networks == ["198.51.100.7", "198.51.100.7", "203.0.113.1", "198.51.100.7"]
+    assert not hub.addresses._connections
 
 
 async def test_connections_without_a_token_give_way_to_others() -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import time
+from ipaddress import IPv4Address
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from trio.testing import MockClock
 
 import catbus.endpoints.router as router_module
 from catbus.broker import OWNER
+from catbus.config import Limits as BrokerLimits
 from catbus.endpoints.datagrams import Port
 from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
@@ -278,6 +280,25 @@ async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_
         assert (await client.heard("pong"))["seq"] == 1
         await server.log_in()
         assert server.router.evicted == 1
+
+
+async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for_the_second_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
+    async with serving(msgspec.structs.replace(CONFIG, limits=BrokerLimits(address_connections=2))) as server:
+        addresses = server.hub.addresses
+        first, second = await server.log_in(), await server.log_in()
+        assert (first.retried, second.retried) == (False, True)
+        assert await ask(server.address, *first_flight(server.address)) is None
+        assert server.endpoint.statistics().crowded > 0
+        assert (addresses.of("127.0.0.1"), server.router.half_open) == (2, 0)
+        second.connection.close()
+        second.transmit()
+        while addresses.of("127.0.0.1") > 1:
+            await trio.sleep(0.01)
+        await server.log_in()
+        assert addresses.of("127.0.0.1") == 2
 
 
 async def test_a_peer_that_has_had_more_than_its_share_is_not_listened_to_for_a_while() -> None:

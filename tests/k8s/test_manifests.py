@@ -207,6 +207,7 @@ def test_the_guides_names() -> None:
         "CATBUS_CERT": "/etc/catbus/tls/tls.crt",
         "CATBUS_KEY": "/etc/catbus/tls/tls.key",
         "RUST_LOG": "catbus=info",
+        "CATBUS_TRUSTED_PROXIES": "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fd00::/8",
         "CATBUS_DRAIN_DELAY": "5s",
         "CATBUS_DRAIN_WINDOW": "5s",
         "CATBUS_DRAIN_DEADLINE": "10s",
