@@ -12,7 +12,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
 from jwt import PyJWTError
@@ -67,13 +67,18 @@ Grants.ALL = Grants(("*",), ("*",))
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a token says. `expires` is in seconds since 1970; None: never. `role`: the key of the role it stands for."""
+    """What a token says. `expires` is in seconds since 1970; None: never. `role`: the key of the role it stands for.
+
+    `publish_rate`, in messages, and `publish_bytes` are what its bearer may publish in a second; None: what all may.
+    """
 
     client_id: str | None
     grants: Grants
     expires: float | None
     admin: bool = False
     role: bytes | None = None
+    publish_rate: int | None = None
+    publish_bytes: int | None = None
 
 
 def client_of(identity: Identity, token: str, network: str) -> Hashable:
@@ -97,8 +102,12 @@ def sign(
     expires: float | None = None,
     not_before: float | None = None,
     issued_at: float | None = None,
+    publish_rate: int | None = None,
+    publish_bytes: int | None = None,
 ) -> str:
     """Make a `sub-` token. Times are in seconds since 1970, and never widened by being made whole.
+
+    `publish_rate`, in messages, and `publish_bytes` take the place of the broker's own limits for a second.
 
     Raises `PeerError` (invalid_pattern) for a grant that is no pattern, and `ConfigError` for an empty secret and for
     more grants than a token can hold.
@@ -113,6 +122,8 @@ def sign(
         exp=None if expires is None else math.floor(expires),
         nbf=None if not_before is None else math.ceil(not_before),
         iat=None if issued_at is None else math.floor(issued_at),
+        publish_rate=publish_rate,
+        publish_bytes=publish_bytes,
     )
     text = _base64(msgspec.json.encode(claims))
     token = b"sub-%b.%b" % (text, _token_mac(secret.encode(), text))
@@ -250,7 +261,8 @@ class Authenticator:
                 close=CloseCode.TOKEN_EXPIRED,
                 subject=subject,
             )
-        return Identity(subject, claims.allowed(), claims.exp)
+        messages, size = claims.rates()
+        return Identity(subject, claims.allowed(), claims.exp, publish_rate=messages, publish_bytes=size)
 
     def new_producer(self, subject: str | None, now: float) -> str:
         """A name that no publisher has had, for the bearers of tokens with this client_id.
@@ -310,6 +322,9 @@ class Authenticator:
 # What tokens hold
 
 
+_Rate = Annotated[int, msgspec.Meta(gt=0, le=2**53)]
+
+
 class _Claims(msgspec.Struct, kw_only=True, omit_defaults=True):
     client_id: str | None = None
     exp: float | None = None
@@ -331,6 +346,11 @@ class _GrantList(msgspec.Struct):
 
 class _SubClaims(_Claims, kw_only=True):
     grants: _GrantList
+    publish_rate: _Rate | None = None
+    publish_bytes: _Rate | None = None
+
+    def rates(self) -> tuple[int | None, int | None]:
+        return self.publish_rate, self.publish_bytes
 
     def allowed(self) -> Grants:
         grants = self.grants.grants
@@ -343,6 +363,8 @@ class _SubClaims(_Claims, kw_only=True):
 class _Access(msgspec.Struct):
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    publish_rate: _Rate | None = None
+    publish_bytes: _Rate | None = None
 
     def __post_init__(self) -> None:
         for pattern in self.read + self.write:
@@ -355,6 +377,9 @@ class _JwtClaims(_Claims, kw_only=True):
 
     def allowed(self) -> Grants:
         return Grants(self.catbus.read, self.catbus.write)
+
+    def rates(self) -> tuple[int | None, int | None]:
+        return self.catbus.publish_rate, self.catbus.publish_bytes
 
 
 C = TypeVar("C", bound=_Claims)

@@ -46,13 +46,18 @@ class Quotas:
         self._recent: dict[Hashable, Quota] = {}
         """Those that were asked for last, in this order."""
 
-    def of(self, client: Hashable, now: float) -> Quota:
-        """The quota of a client."""
-        quota = self._quotas.get(client)
+    def of(self, client: Hashable, now: float, messages: int | None = None, size: int | None = None) -> Quota:
+        """The quota of a client, whose token may name other rates.
+
+        Each rate that its tokens name is a quota of its own: it spends what somebody has signed.
+        """
+        rates = messages or self._rates[0], size or self._rates[1]
+        key = client, rates
+        quota = self._quotas.get(key)
         if quota is None:
-            quota = self._quotas[client] = self.new(now)
-        self._recent.pop(client, None)
-        self._recent[client] = quota
+            quota = self._quotas[key] = Quota(*rates, now)
+        self._recent.pop(key, None)
+        self._recent[key] = quota
         if len(self._recent) > KEPT:
             self._forget_one(now)
         return quota
@@ -64,4 +69,4 @@ class Quotas:
     def _forget_one(self, now: float) -> None:
         """Without a look at all of them: a client may come under many names."""
         oldest = list(islice(self._recent.items(), _LOOKED_AT))
-        del self._recent[next((client for client, quota in oldest if quota.is_full(now)), oldest[0][0])]
+        del self._recent[next((key for key, quota in oldest if quota.is_full(now)), oldest[0][0])]

@@ -732,3 +732,16 @@ def test_bearer_of_a_token_is_its_client_id_or_that_token_in_one_network() -> No
     assert client_of(nobody, "sub-abc.c2lm", "a") == here, "another spelling of its signature"
     assert here not in {client_of(nobody, "sub-abc.c2ln", "b"), client_of(nobody, "sub-abd.c2ln", "a"), "sub-abc.c2ln"}
     assert client_of(Identity("", Grants.ALL, None), "sub-abc.c2ln", "a") == here
+
+
+@pytest.mark.parametrize("rate", [0, -1, 1.5, "many", 2**60, True])
+def test_rate_that_makes_no_sense_is_no_claim(rate: object) -> None:
+    authenticator = Authenticator([SECRET * 2])
+    good = {"sub": "a", "catbus": {"write": ["*"], "publish_rate": 7, "publish_bytes": None}}
+    identity = authenticator.verify(jwt.encode(good, SECRET * 2, algorithm="HS256"), NOW)
+    assert (identity.publish_rate, identity.publish_bytes) == (7, None)
+    for name in ("publish_rate", "publish_bytes"):
+        claims = {"sub": "a", "catbus": {"write": ["*"], name: rate}}
+        with pytest.raises(TokenRefused) as caught:
+            authenticator.verify(jwt.encode(claims, SECRET * 2, algorithm="HS256"), NOW)
+        assert caught.value.reason is Reason.CLAIMS

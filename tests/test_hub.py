@@ -551,6 +551,32 @@ async def test_a_request_over_the_rate_is_told_when_to_come_again(strict_hub: Hu
     await strict_hub.publish(OWNER, requests * 10)
 
 
+async def test_token_may_name_another_rate(strict_hub: Hub, autojump_clock: MockClock) -> None:
+    fast = sign(SECRET, client_id="a", grants=Grants.ALL, publish_rate=100, publish_bytes=1 << 20)
+    hasty, slow = open_client(strict_hub), open_client(strict_hub)
+    await hasty.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
+    await slow.receive(hello("a"))
+    message = b'{"type":"publish","channel":"a","payload":1}'
+    await hasty.receive(message * 200)
+    assert trio.current_time() == pytest.approx(1)
+    await slow.receive(message * 20)
+    assert trio.current_time() == pytest.approx(2), "beside it, tokens without one have the rate of all"
+    identity = strict_hub.authenticator.verify(fast, 0)
+    await trio.sleep(5)
+    requests = [Publish("a", Raw(b"1")) for _ in range(100)]
+    await strict_hub.publish(identity, requests)
+    await strict_hub.publish(identity, requests)
+    with pytest.raises(PeerError) as caught:
+        await strict_hub.publish(identity, requests)
+    assert (caught.value.code, caught.value.retry_after) == (Code.RATE_LIMITED, pytest.approx(1))
+    await hasty.receive(hello("a"))
+    began = trio.current_time()
+    await hasty.receive(message * 20)
+    assert trio.current_time() == pytest.approx(began + 1), "what counts is the last token"
+    for client in (hasty, slow):
+        client.leave()
+
+
 async def test_a_client_has_so_many_sessions_and_no_more(strict_hub: Hub) -> None:
     clients = [open_client(strict_hub) for _ in range(4)]
     for client in clients[:3]:

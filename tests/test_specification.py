@@ -450,7 +450,8 @@ CLAIMS = table(section("Tokens"), "Claim", "Type", "Needed")
 
 
 def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None:
-    values = {"client_id": "alice", "grants": {"grants": []}, "exp": NOW + 1, "nbf": NOW - 1, "iat": NOW}
+    values = {"client_id": "alice", "grants": {"grants": []}, "exp": NOW + 1, "nbf": NOW - 1}
+    values |= {"publish_rate": 1, "publish_bytes": 1, "iat": NOW}
     assert [quoted(row["Claim"]) for row in CLAIMS] == [[name] for name in values]
     authenticator = Authenticator([SECRET])
     for row in CLAIMS:
@@ -497,7 +498,8 @@ def test_the_claims_of_a_jwt_are_understood() -> None:
     secret = SECRET.ljust(32, ".")
     identity = Authenticator([secret]).verify(jwt.encode(claims, secret, "HS256"), NOW)
     grants = Grants(tuple(claims["catbus"]["read"]), tuple(claims["catbus"]["write"]))
-    assert identity == Identity(claims["sub"], grants, claims["exp"])
+    rate = claims["catbus"]["publish_rate"]
+    assert identity == Identity(claims["sub"], grants, claims["exp"], publish_rate=rate)
 
 
 # HTTP

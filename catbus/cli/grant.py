@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ..auth import sign
-from ..config import load, parse_duration
+from ..config import load, parse_duration, parse_size
 from .database import database_options, load_database, show_role, with_roles
 from .development import read_secret
 from .options import grants_of, patterns_argument, permissions_option
@@ -23,6 +23,8 @@ _LONGEST = 10 * 365 * 86_400
 @permissions_option("What the bearer may do", required=True)
 @click.option("--client-id", metavar="NAME", help="Who the bearer is: the `sender` of its messages.")
 @click.option("--expires", metavar="DURATION", help="How long it is good for, like 30s, 5m, 1h or 7d. [for ever]")
+@click.option("--publish-rate", type=click.IntRange(1, 2**53), help="Messages a second. [what the broker allows all]")
+@click.option("--publish-bytes", metavar="SIZE", help="Bytes of them a second, like 512KiB or 1GiB. [what ... all]")
 @click.option("--secret", help="Sign with this secret. CATBUS_SECRET keeps it off the command line.")
 @click.option("--to", "role", metavar="ROLE", help="Allow this role more, by its token or handle, and make no token.")
 @database_options
@@ -31,6 +33,8 @@ def command(
     permissions: tuple[str, ...],
     client_id: str | None,
     expires: str | None,
+    publish_rate: int | None,
+    publish_bytes: str | None,
     secret: str | None,
     role: str | None,
     config: Path | None,
@@ -51,11 +55,19 @@ def command(
       catbus grant -p read -p write 'project.*' --client-id alice
       catbus grant -p read 'orders.*' 'invoices.*' --client-id report --expires 12h
       TOKEN=$(catbus grant -p all '*' --client-id admin 2>/dev/null)
+      catbus grant -p write 'metrics.*' --client-id collector --publish-rate 200000 --publish-bytes 256MiB
       catbus grant -p read 'orders.*' --to 0123456789ab
     """
     grants = grants_of(permissions, patterns)
     if role is not None:
-        for option, value in (("--client-id", client_id), ("--expires", expires), ("--secret", secret)):
+        of_tokens = {
+            "--client-id": client_id,
+            "--expires": expires,
+            "--publish-rate": publish_rate,
+            "--publish-bytes": publish_bytes,
+            "--secret": secret,
+        }
+        for option, value in of_tokens.items():
             if value is not None:
                 raise click.UsageError(f"{option} means nothing with --to: a role has its token already")
         settings = load_database(config, database, state)
@@ -69,7 +81,9 @@ def command(
         raise click.UsageError("--client-id is empty")
     until = None if expires is None else time.time() + _duration(expires)
     signer, origin = _secret(secret, config, state)
-    click.echo(sign(signer, client_id=client_id, grants=grants, expires=until))
+    size = None if publish_bytes is None else _size(publish_bytes)
+    rates = {"publish_rate": publish_rate, "publish_bytes": size}
+    click.echo(sign(signer, client_id=client_id, grants=grants, expires=until, **rates))
     end = (
         "and does not expire" if until is None else f"until {datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC"
     )
@@ -86,6 +100,16 @@ def _duration(text: str) -> float:
             f'--expires: expected a duration like "30s", "5m", "1h" or "7d", of ten years at most, found "{text[:40]}"'
         )
     return seconds
+
+
+def _size(text: str) -> int:
+    try:
+        size = int(text) if text.isascii() and text.isdigit() else parse_size(text)
+    except ValueError:
+        size = 0
+    if not 0 < size <= 2**53:
+        raise click.UsageError(f'--publish-bytes: expected a size like "512KiB" or "1GiB", found "{text[:40]}"')
+    return size
 
 
 def _secret(given: str | None, path: Path | None, state: str | None) -> tuple[str, str]:

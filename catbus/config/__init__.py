@@ -17,7 +17,7 @@ from .settings import (
     WebTransport,
     default_state_directory,
 )
-from .values import parse_duration
+from .values import parse_duration, parse_size
 
 __all__ = [
     "ENVIRONMENT",
@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "parse_duration",
     "parse_levels",
+    "parse_size",
     "read",
     "redact",
     "show",

@@ -112,6 +112,11 @@ def parse_duration(text: str) -> float:
     return _amount(text, _SECONDS)
 
 
+def parse_size(text: str) -> int:
+    """Text like "64KiB" or "1MiB" as bytes; raises `ValueError`."""
+    return int(_amount(text, _BYTES))
+
+
 def _kind(hint: Any) -> Any:
     """The type of a value where there is one: `X` for `X | None`. A file has no way to write None."""
     rest = [each for each in get_args(hint) if each is not type(None)]

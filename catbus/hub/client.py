@@ -263,7 +263,6 @@ class Client:
             raise PeerError(Code.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
         share.sessions += 1
         self._counted = True
-        self._quota = hub.quotas.of(client, trio.current_time())
         return share
 
     def _exit(self) -> None:
@@ -285,6 +284,8 @@ class Client:
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
             share = self._enter(client_of(identity, effect.token, self._network))
+            rates = identity.publish_rate, identity.publish_bytes
+            self._quota = hub.quotas.of(share.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer

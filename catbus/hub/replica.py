@@ -214,7 +214,7 @@ class Hub:
         """
         payer = identity.client_id or client
         if payer is not None:
-            self._charge(payer, requests)
+            self._charge(payer, identity, requests)
         outcomes: dict[int, Outcome | None] = {}
         done = trio.Event()
 
@@ -241,10 +241,10 @@ class Hub:
             await done.wait()
         return [outcomes[index] for index in range(len(requests))]
 
-    def _charge(self, payer: Hashable, requests: Sequence[wire.Publish]) -> None:
+    def _charge(self, payer: Hashable, identity: Identity, requests: Sequence[wire.Publish]) -> None:
         """Spend of a client's quota what is to be published for it. Raises `PeerError` when it has used that up."""
         now = trio.current_time()
-        quota = self.quotas.of(payer, now)
+        quota = self.quotas.of(payer, now, identity.publish_rate, identity.publish_bytes)
         if (wait := quota.spend(0, 0, now)) > 0:
             raise PeerError(Code.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait)
         quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)

@@ -45,6 +45,19 @@ def test_several_patterns(catbus: Command, permissions: list[str], grants: Grant
     assert Authenticator([SECRET]).verify(token, 0).grants == grants
 
 
+def test_token_names_how_much_its_bearer_may_publish(catbus: Command) -> None:
+    options = "-p", "all", "*", "--client-id", "x", "--secret", SECRET
+    token = catbus("grant", *options, "--publish-rate", "500", "--publish-bytes", "1MiB").output.strip()
+    identity = Authenticator([SECRET]).verify(token, 0)
+    assert (identity.publish_rate, identity.publish_bytes) == (500, 1 << 20)
+    identity = Authenticator([SECRET]).verify(catbus("grant", *options, "--publish-bytes", "17").output.strip(), 0)
+    assert (identity.publish_rate, identity.publish_bytes) == (None, 17)
+    for wrong in ("0", "much", "1e9B", "-1", "9" * 30):
+        assert catbus("grant", *options, "--publish-bytes", wrong).status == 2
+    assert catbus("grant", *options, "--publish-rate", "0").status == 2
+    assert catbus("grant", "-p", "all", "*", "--to", "0" * 12, "--publish-rate", "1").status == 2
+
+
 def test_it_expires(catbus: Command) -> None:
     began = time.time()
     _, output, errors = catbus(
