@@ -7,6 +7,7 @@ that all late subscriptions share. Joining with `since`, falling behind and star
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,9 @@ RETRY = 0.25
 
 SERVED = 50
 """Late subscriptions that are served from a page before other tasks get a turn."""
+
+SURVEYED = 500
+"""Lagging subscriptions whose cursors are looked at before other tasks get a turn."""
 
 KEPT = 0.75
 """How much of the budget is still in use when it has been exceeded and the largest mailboxes have given theirs back."""
@@ -73,6 +77,10 @@ class Delivery:
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
         self._late: TopicTree[Subscription] = TopicTree()
+        self._in_both = 0
+        """How many patterns are in both trees."""
+        self._lag = 0
+        """By how many messages the latest of the late was behind, as `survey` has found it."""
         self._reading: dict[Subscription, None] = {}
         """Those of the late that can be served: neither stalled nor ahead."""
         self._ahead: dict[Subscription, None] = {}
@@ -91,19 +99,32 @@ class Delivery:
         self._alarm = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
-        late = [member.cursor for group in self._late.groups() for member in group.members]
+        """Take the figures, at the same cost whatever the number of subscriptions: a stranger may ask for them."""
+        if len(self._late) <= SURVEYED:
+            deque(self.survey(), maxlen=0)
         return DeliveryStatistics(
             position=self.position,
             live=len(self._live),
             late=len(self._late),
-            patterns=self._live.patterns + sum(group.pattern not in self._live for group in self._late.groups()),
-            lag=max(0, self.position - min(late, default=self.position)),
+            patterns=self._live.patterns + self._late.patterns - self._in_both,
+            lag=self._lag,
             lags=self._lags,
             sweeps=self._sweeps,
             held=self.budget.held,
             withdrawals=self._withdrawals,
             delivered=self.budget.delivered,
         )
+
+    def survey(self) -> Iterator[None]:
+        """Look at the cursors of all lagging subscriptions, in steps; where they are few, `statistics` does."""
+        lag = looked = 0
+        for group in list(self._late.groups()):
+            for member in list(group.members):
+                lag = max(lag, self.position - member.cursor)
+                looked += 1
+                if looked % SURVEYED == 0:
+                    yield
+        self._lag = lag
 
     # The log's follower
 
@@ -162,7 +183,7 @@ class Delivery:
         if since is None:
             subscription.patterns[pattern] = self.position
             subscription.overlapping = len(subscription.patterns) > 1
-            (self._late if subscription.late else self._live).add(pattern, subscription)
+            self._enter(pattern, subscription)
             return
         resumption = self._log.resume(since, epoch)
         subscription.patterns[pattern] = resumption.cursor
@@ -175,7 +196,7 @@ class Delivery:
 
     def unsubscribe(self, subscription: Subscription, pattern: str) -> None:
         """Deliver nothing more for `pattern`. What is in the mailbox already stays there."""
-        (self._late if subscription.late else self._live).remove(pattern, subscription)
+        self._exit(pattern, subscription)
         subscription.patterns.pop(pattern, None)
         subscription.overlapping = len(subscription.patterns) > 1
         if not subscription.patterns:
@@ -305,11 +326,28 @@ class Delivery:
 
     # Between the trees
 
-    def _go_late(self, subscription: Subscription, cursor: int) -> None:
+    def _trees(self, subscription: Subscription) -> tuple[TopicTree[Subscription], TopicTree[Subscription]]:
+        """The one in which it stands, and the other."""
+        return (self._late, self._live) if subscription.late else (self._live, self._late)
+
+    def _enter(self, pattern: str, subscription: Subscription) -> None:
+        tree, other = self._trees(subscription)
+        self._in_both += pattern not in tree and pattern in other
+        tree.add(pattern, subscription)
+
+    def _exit(self, pattern: str, subscription: Subscription) -> None:
+        tree, other = self._trees(subscription)
+        self._in_both -= tree.remove(pattern, subscription) and pattern not in tree and pattern in other
+
+    def _move(self, subscription: Subscription, *, late: bool) -> None:
         for pattern in subscription.patterns:
-            self._live.remove(pattern, subscription)
-            self._late.add(pattern, subscription)
-        subscription.late = True
+            self._exit(pattern, subscription)
+        subscription.late = late
+        for pattern in subscription.patterns:
+            self._enter(pattern, subscription)
+
+    def _go_late(self, subscription: Subscription, cursor: int) -> None:
+        self._move(subscription, late=True)
         subscription.cursor = cursor
         if subscription.mailbox:
             self._stall(subscription)
@@ -349,10 +387,8 @@ class Delivery:
 
     def _go_live(self, subscription: Subscription) -> None:
         """Nothing is awaited between finding the cursor at `position` and this."""
-        for pattern in subscription.patterns:
-            self._late.remove(pattern, subscription)
-            self._live.add(pattern, subscription)
-        subscription.late = subscription.stalled = False
+        self._move(subscription, late=False)
+        subscription.stalled = False
         self._reading.pop(subscription, None)
         self._ahead.pop(subscription, None)
         if subscription.owed_live:

@@ -15,12 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import catbus.delivery as delivery_module
 from catbus import wire
-from catbus.delivery import Delivery
+from catbus.delivery import SURVEYED, Delivery
 from catbus.log import Entry, Page, Recent, Resumption
 from catbus.log.recent import OVERHEAD
 from catbus.mailbox import MARK, REPLY, SLOT, Budget, Head, Item, Mailbox, Mark, Run
 from catbus.subscription import PAGE_ROWS, Subscription
-from catbus.topics import matches
+from catbus.topics import TopicTree, matches
 from catbus.wire import Protocol
 
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
@@ -483,6 +483,24 @@ def test_over_the_total_those_with_the_largest_mailboxes_go_late_and_the_others_
         sweep(log, delivery)
         got += large.mail()
     assert got == [*range(2, 82, 2), wire.Live("a.*", 81)]
+
+
+def test_the_figures_cost_the_same_whatever_the_number_of_lagging_subscriptions(
+    log: ListLog, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(log, delivery, *["a"] * 100)
+    readers = [Reader(delivery, f"x.n{number}", since=50) for number in range(2 * SURVEYED)]
+    Reader(delivery, "x.n0")
+    slowest = Reader(delivery, "y", since=10)
+    deque(delivery.survey(), maxlen=0)
+    with monkeypatch.context() as patch:
+        patch.delattr(TopicTree, "groups")
+        figures = delivery.statistics()
+    assert (figures.late, figures.lag, figures.patterns) == (2 * SURVEYED + 1, 90, 2 * SURVEYED + 1)
+    for reader in (*readers, slowest):
+        delivery.unsubscribe(reader.subscription, next(iter(reader.subscription.patterns)))
+    figures = delivery.statistics()
+    assert (figures.late, figures.lag, figures.patterns) == (0, 0, 1)
 
 
 def test_what_many_share_counts_once(log: ListLog) -> None:

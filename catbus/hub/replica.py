@@ -287,7 +287,10 @@ class Hub:
         return random.uniform(0, SPREAD * left)  # noqa: S311 (no secret)
 
     async def mark_time(self) -> None:
-        """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors."""
+        """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors.
+
+        And find out how far the lagging subscriptions are behind.
+        """
         while True:
             await trio.sleep(1)
             now = trio.current_time()
@@ -295,6 +298,8 @@ class Hub:
                 if index % MARKED_AT_A_TIME == 0:
                     await trio.lowlevel.checkpoint()
                 client.mark_time(now)
+            for _ in self.delivery.survey():
+                await trio.lowlevel.checkpoint()
 
     async def send_away(self) -> None:
         """Be not ready for a while, then tell every client to leave, and wait until all have left.
