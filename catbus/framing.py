@@ -27,11 +27,12 @@ class Framer(Generic[M]):
     anything else. Between two feeds only an object that has begun is kept, and never more than `limit` bytes of it.
     """
 
-    __slots__ = ("_begun", "_decode", "_level", "_limit", "_until")
+    __slots__ = ("_begun", "_decode", "_level", "_until", "limit")
 
     def __init__(self, decode: Callable[[bytes], M], limit: int = 65536) -> None:
         self._decode = decode
-        self._limit = limit
+        self.limit = limit
+        """Bytes that an object may have. It may be set whenever an object has been yielded."""
         self._begun = bytearray()
         self._level = 0
         self._until = _OBJECT
@@ -43,7 +44,7 @@ class Framer(Generic[M]):
         with `close`, after what stood before: bad_message for anything but white space between objects, too_large for
         an object of more than `limit` bytes. Exhaust the iterator before the next feed; feed nothing after an error.
         """
-        decode, limit = self._decode, self._limit
+        decode = self._decode
         result: M | PeerError
         position, lines_tried = 0, False
         while position < len(data):
@@ -53,7 +54,7 @@ class Framer(Generic[M]):
                     lines_tried = True
                     for line in data[position:].split(b"\n"):
                         if line:
-                            if len(line) > limit:
+                            if len(line) > self.limit:
                                 break
                             try:
                                 result = decode(line)
@@ -82,7 +83,7 @@ class Framer(Generic[M]):
 
     def _scan(self, data: bytes, start: int) -> int | None:
         """Go on with an object: where it ends, or None when `data` does not hold the end, and what there is is kept."""
-        room = self._limit - len(self._begun)
+        room = self.limit - len(self._begun)
         stop = len(data) if len(data) - start <= room else start + room
         position, level, until = start, self._level, self._until
         while position < stop and (match := until.match(data, position, stop)):
@@ -106,7 +107,7 @@ class Framer(Generic[M]):
         if not level:
             return position
         if stop < len(data):
-            raise PeerError(Code.TOO_LARGE, f"larger than {self._limit} bytes", CloseCode.TOO_LARGE)
+            raise PeerError(Code.TOO_LARGE, f"larger than {self.limit} bytes", CloseCode.TOO_LARGE)
         self._begun += data[start:]
         return None
 

@@ -62,6 +62,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "UDP datagrams that were dropped: for no connection, or of a peer that used more CPU than its share.",
     ),
     "catbus_quic_packets_lost_total": (COUNTER, "QUIC packets that did not arrive."),
+    "catbus_strangers_bytes": (GAUGE, "Bytes that are kept of peers that have shown no token, at the most."),
+    "catbus_strangers_ended_total": (COUNTER, "Connections without a token that had to give way for that."),
     # Publishing and delivery
     "catbus_publishes_total": (COUNTER, "Messages that were to be published, whatever became of them."),
     "catbus_publishes_pending": (GAUGE, "Messages that wait to be written."),
@@ -200,6 +202,8 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
         yield "catbus_refusals_total", {"code": code.value}, vitals.refusals[code]
     for reason in Reason:
         yield "catbus_tokens_refused_total", {"reason": reason.value}, vitals.refused_tokens[reason]
+    yield "catbus_strangers_bytes", {}, hub.strangers.size
+    yield "catbus_strangers_ended_total", {}, hub.strangers.ended
     yield "catbus_publishes_total", {}, hubs.published
     yield "catbus_subscriptions", {"state": "live"}, delivery.live
     yield "catbus_subscriptions", {"state": "late"}, delivery.late

@@ -30,6 +30,7 @@ from .errors import RETRYABLE, CloseCode, Code, PeerError
 from .framing import Framer
 from .log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
 from .mailbox import Head, Mailbox
+from .strangers import UNPROVEN_SIZE
 from .topics import check_channel, check_pattern
 from .wire import Protocol, Reply
 
@@ -130,7 +131,7 @@ class Session:
         self.on_refused: Callable[[Code], None] = _ignore
         """Called with the code of each refusal that the client is told."""
         self._limits = limits
-        self._framer = Framer(wire.decode_client, limits.message_size)
+        self._framer = Framer(wire.decode_client, min(UNPROVEN_SIZE, limits.message_size))
 
     @property
     def protocol(self) -> Protocol:
@@ -202,6 +203,7 @@ class Session:
         if self.identity is not None and self.identity.client_id != identity.client_id:
             raise PeerError(Code.UNAUTHORIZED, "a session cannot become another client's")
         self.state = State.OPEN
+        self._framer.limit = self._limits.message_size
         self.identity = identity
         if share is not None:
             self.share = share

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "catbus"
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
     {"bucket", "errors", "loggers", "histogram", "release"},
-    {"addresses", "keys", "quotas", "topics", "wire"},
+    {"addresses", "keys", "quotas", "strangers", "topics", "wire"},
     {"refusals"},
     {"framing", "auth"},
     {"config", "webtransport"},
@@ -58,6 +58,7 @@ PURE = {
     "auth",
     "bucket",
     "quotas",
+    "strangers",
     "errors",
     "framing",
     "histogram",

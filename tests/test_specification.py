@@ -22,7 +22,7 @@ from msgspec import Raw
 from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus import permissions, topics, wire
+from catbus import permissions, strangers, topics, wire
 from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, Limits
 from catbus.endpoints import coalesce, http, routes, websocket, webtransport
@@ -345,6 +345,8 @@ CONSTANTS = {
     "seconds without the database in which roles keep what they may": permissions.STALE,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
+    "bytes of an object before the first `auth_ok`": strangers.UNPROVEN_SIZE,
+    "bytes that are kept of all peers that have shown no token": strangers.STRANGERS_SIZE,
     "fragments of a WebSocket message, and one more for every 32 bytes of it": coalesce.FRAGMENTS,
     "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
     "streams of the broker's in a session": CONNECTION_LIMITS.opened,

@@ -14,6 +14,7 @@ import trio
 
 from ..errors import Code
 from ..loggers import get_logger
+from ..strangers import TOO_MUCH, Stranger
 from . import upgrade
 from .head import read_head
 from .outbox import close_gently, say_goodbye
@@ -82,9 +83,24 @@ class Conversation:
         self._prove = prove
         self._peer = peer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
+        self._scope = trio.CancelScope()
+        self._stranger = Stranger(hub.strangers, self._scope.cancel)
 
     async def run(self) -> None:
         """Answer one request after another. Raises when the connection breaks."""
+        try:
+            with self._scope:
+                await self._converse()
+        finally:
+            self._stranger.leave()
+        if self._scope.cancelled_caught:
+            self._hub.vitals.refused(Code.OVERLOADED)
+            with trio.move_on_after(CLOSING_TIME):
+                if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                    await self._send(None, line(503, TOO_MUCH), last=True)
+                await close_gently(self._stream)
+
+    async def _converse(self) -> None:
         idle_time, request = HEAD_TIME, None
         try:
             while True:
@@ -95,6 +111,7 @@ class Conversation:
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     break
                 self._http.start_next_cycle()
+                self._stranger.understood()
                 idle_time = IDLE_TIME
         except Refused as refused:
             await self._send(request, refused.answer, last=True)
@@ -122,6 +139,7 @@ class Conversation:
                 answer = upgrade.refuse(request, hub.config.websocket.allowed_origins)
                 if answer is None and not roster.closed:
                     head, rest = upgrade.restated(request), self._http.trailing_data[0]
+                    self._stranger.leave()
                     await serve_websocket(hub, roster, self._stream, head, rest, self._prove, request.network)
                     return True
             else:
@@ -174,6 +192,7 @@ class Conversation:
     async def _read_wanted(self, request: Request) -> bytes:
         """Read a body that is asked for, which is after its sender has shown a token."""
         self._prove()
+        self._stranger.leave()
         return await self._read_body(request)
 
     async def _read_body(self, request: Request, *, keep: bool = True) -> bytes:
@@ -196,7 +215,9 @@ class Conversation:
         raise Refused(line(408))
 
     async def _receive(self) -> None:
-        self._http.receive_data(bytes(await self._stream.receive_some(_RECEIVE_SIZE)))
+        data = bytes(await self._stream.receive_some(_RECEIVE_SIZE))
+        self._stranger.heard(len(data))
+        self._http.receive_data(data)
 
     async def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:

@@ -52,6 +52,7 @@ class Outbox(trio.abc.Stream):
         "busy",
         "last_heard",
         "last_moved",
+        "on_received",
         "received",
         "sent",
         "shut",
@@ -79,6 +80,8 @@ class Outbox(trio.abc.Stream):
         """Whether anything more can be sent."""
         self.broken = False
         self.received = 0
+        self.on_received: Callable[[int], None] | None = None
+        """Called with the number of bytes whenever some have been received."""
         self.sent = 0
         self.waiting = 0
         """Bytes that the kernel has not taken yet."""
@@ -257,7 +260,8 @@ class Outbox(trio.abc.Stream):
                 self.close(close_frame(*self._inbound.refused))
                 self._reading.cancel()
                 await trio.lowlevel.checkpoint()
-            data = await self._next_bytes(max_bytes)
+            # What is kept is no more than one message of those that the peer may send.
+            data = await self._next_bytes(min(max_bytes or _CHUNK, self._inbound.largest))
             if not data:
                 return data
             self._inbound.feed(data)
@@ -271,6 +275,8 @@ class Outbox(trio.abc.Stream):
             data = bytes(await self._stream.receive_some(max_bytes))
         self.last_heard = trio.current_time()
         self.received += len(data)
+        if self.on_received is not None:
+            self.on_received(len(data))
         return data
 
     async def aclose(self) -> None:

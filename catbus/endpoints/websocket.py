@@ -13,6 +13,7 @@ from wsproto.utilities import LocalProtocolError
 from ..errors import CloseCode
 from ..loggers import get_logger
 from ..mailbox import Item, Mailbox
+from ..strangers import UNPROVEN_SIZE
 from ..wire import Protocol
 from .coalesce import Coalescer
 from .frames import PING, close_frame
@@ -33,8 +34,6 @@ PORTION = 65_536
 the mailbox is shared with other mailboxes, counted, and can be had again from the log."""
 OBJECTS_IN_MESSAGE = 16
 """How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
-UNPROVEN_SIZE = 16_384
-"""Bytes that a WebSocket message may have before the client has shown a token: what a token may have, and some more."""
 
 FAULT = CloseCode.INTERNAL, "internal error"
 
@@ -188,6 +187,7 @@ class Connection:
                     return
                 self._client = client = hub.open_client(self, transport="websocket", network=network)
                 self._mailbox = client.mailbox
+                self.outbox.on_received = client.heard
                 try:
                     with self._roster.watch(self):
                         library.start_soon(self._read, websocket, client)
@@ -239,5 +239,6 @@ class Connection:
             await client.receive(message.encode() if isinstance(message, str) else message)
             if client.proven and self._inbound.largest != self._largest:
                 self._inbound.largest = self._largest
+                self.outbox.on_received = None
                 self._prove()
             self.flush()

@@ -161,6 +161,7 @@ class Conversation:
             return
         if event.data:
             self._inbox.append(event.data)
+            self._client.heard(len(event.data))
         if event.ended:
             self._ended = True
         self._news.set()

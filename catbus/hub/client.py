@@ -32,6 +32,7 @@ from ..session import (
     Share,
     Submit,
 )
+from ..strangers import TOO_MUCH, Stranger
 from ..subscription import Subscription
 from ..wire import Protocol
 
@@ -91,6 +92,7 @@ class Client:
             ),
             trio.current_time(),
         )
+        self._stranger = Stranger(hub.strangers, self._give_way)
         self.session.on_settled = self._settled
         self.session.on_refused = hub.vitals.refused
         self.session.roles_known = lambda: hub.permissions.known
@@ -116,6 +118,10 @@ class Client:
     def closing(self) -> tuple[CloseCode, str] | None:
         """Set when the connection is to be closed, once the mailbox has been sent."""
         return self.session.closing
+
+    def heard(self, size: int) -> None:
+        """The peer has sent so many bytes, which are kept until `receive` has understood them."""
+        self._stranger.heard(size)
 
     @property
     def proven(self) -> bool:
@@ -209,6 +215,12 @@ class Client:
         self._subscriptions.clear()
         self.session.abandon()
         self.mailbox.close()
+        self._closing.set()
+        self._stranger.leave()
+
+    def _give_way(self) -> None:
+        """Others that have shown no token need the memory that is kept for this one."""
+        self.session.refuse(PeerError(Code.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
         self._closing.set()
 
     def _settled(self) -> None:
@@ -306,6 +318,7 @@ class Client:
             if not session.closed:
                 session.refuse(error)
             return
+        self._stranger.leave()
         self._alarm.deadline = session.deadline
         hub.permissions.hold(self, identity.role, changes)
         self._withdraw(withdrawn, before, identity.grants)

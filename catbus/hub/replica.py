@@ -30,6 +30,7 @@ from ..quotas import Quotas
 from ..refusals import Reason, TokenRefused
 from ..release import version
 from ..session import Broadcast, Share, make_append
+from ..strangers import Strangers
 from ..vitals import Vitals
 from ..wire import clip
 from .client import MAX_HISTORY, STOPPING, Client, Streams
@@ -92,6 +93,7 @@ class Hub:
         self.flusher.on_pass = self.vitals.flushed
         self.scrape: Callable[[], tuple[bytes, str]] | None = None
         """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
+        self.strangers = Strangers()
         self.draining = False
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)

@@ -14,6 +14,7 @@ from catbus.config import Config
 from catbus.errors import CloseCode, Code, PeerError
 from catbus.log import Committed, Outcome
 from catbus.mailbox import Mailbox, Outlet
+from catbus.strangers import Strangers
 from catbus.wire import Publish
 
 
@@ -33,6 +34,9 @@ class FakeClient:
     async def receive(self, data: bytes) -> None:
         self.received.append(data)
         await self.hub.on_receive(self, data)
+
+    def heard(self, size: int) -> None:
+        """Its bytes are not counted."""
 
     def close(self, code: CloseCode, reason: str) -> None:
         if self.closing is None:
@@ -63,6 +67,7 @@ class FakeHub:
         self.certificates = None
         self.webtransport_port = None
         self.addresses = AddressLimit(self.config.limits.address_connections)
+        self.strangers = Strangers()
         self.refusals: list[Code] = []
         self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []

@@ -15,6 +15,8 @@ from catbus.config import Config, WebSocket
 from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, IDLE_TIME, SEND_TIME, serve_connection
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.routes import Request
+from catbus.errors import Code
+from catbus.strangers import TOO_MUCH, Strangers
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
 from tests.endpoints.peers import UPGRADE, Peer, masked, patience
@@ -54,6 +56,24 @@ def get(path: str, *lines: str, method: str = "GET", version: str = "1.1") -> by
 
 def post(path: str, body: bytes, *lines: str) -> bytes:
     return get(path, f"Content-Length: {len(body)}", *lines, method="POST") + body
+
+
+async def test_the_oldest_connections_without_a_token_give_way_when_too_much_is_kept_of_them() -> None:
+    hub = FakeHub()
+    hub.strangers = Strangers(3000)
+    async with served(hub) as first, served(hub) as second:
+        for each, size in ((first, 1500), (second, 1000)):
+            await each.peer.send(get("/health")[:-2] + b"X: " + b"x" * size)
+            await wait_all_tasks_blocked()
+        assert hub.strangers.size > 2500
+        await second.peer.send(b"x" * 500)
+        answer = await first.peer.response()
+        assert (answer.status, TOO_MUCH in answer.body.decode()) == (503, True)
+        assert (hub.strangers.ended, hub.refusals) == (1, [Code.OVERLOADED])
+        await second.peer.send(b"\r\n\r\n")
+        assert (await second.peer.response()).status == 200
+        await wait_all_tasks_blocked()
+        assert hub.strangers.size == 0
 
 
 # What is asked and what is answered

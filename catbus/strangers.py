@@ -1,0 +1,72 @@
+"""What is kept for peers that have shown no token: little for each of them, and not much for all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+UNPROVEN_SIZE = 16_384
+"""Bytes that an object may have before a good token: that of an `auth`, whose token has up to 8,192."""
+STRANGER_SIZE = 3 * UNPROVEN_SIZE
+"""Bytes that are counted for one peer at the most: more of it is never kept, whatever it sends."""
+STRANGERS_SIZE = 64 << 20
+"""Bytes that all of them may take."""
+TOO_MUCH = "too much is kept of peers that have shown no token"
+
+
+class Strangers:
+    """Peers that have shown no token, and what they have sent. When that is too much, the oldest of them give way."""
+
+    def __init__(self, limit: int = STRANGERS_SIZE) -> None:
+        self.size = 0
+        """Bytes that are kept for them at the most."""
+        self.ended = 0
+        """How many had to give way."""
+        self._limit = limit
+        self._charged: dict[Stranger, None] = {}
+
+    def charge(self, stranger: Stranger, size: int) -> None:
+        """It has sent so many bytes more, which may be kept."""
+        more = min(size, STRANGER_SIZE - stranger.size)
+        if more <= 0 or stranger.known:
+            return
+        self._charged[stranger] = None
+        stranger.size += more
+        self.size += more
+        while self.size > self._limit:
+            oldest = next(iter(self._charged))
+            self.clear(oldest)
+            self.ended += 1
+            oldest.give_way()
+
+    def clear(self, stranger: Stranger) -> None:
+        """Nothing of what it has sent is kept any more."""
+        if stranger in self._charged:
+            del self._charged[stranger]
+            self.size -= stranger.size
+            stranger.size = 0
+
+
+class Stranger:
+    """One of them. `give_way` ends its connection; it is synchronous and must not raise."""
+
+    __slots__ = ("_strangers", "give_way", "known", "size")
+
+    def __init__(self, strangers: Strangers, give_way: Callable[[], None]) -> None:
+        self.give_way = give_way
+        self.size = 0
+        self.known = False
+        """Whether it has shown a token, or has left: it is counted no more."""
+        self._strangers = strangers
+
+    def heard(self, size: int) -> None:
+        """It has sent so many bytes."""
+        self._strangers.charge(self, size)
+
+    def understood(self) -> None:
+        """All that it has sent has been answered, and nothing of it is kept."""
+        self._strangers.clear(self)
+
+    def leave(self) -> None:
+        """It is no stranger any more."""
+        self.known = True
+        self._strangers.clear(self)

@@ -1,0 +1,87 @@
+"""What is kept of peers that have shown no token, by itself and in a hub."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.auth import Authenticator, Grants, sign
+from catbus.config import Config
+from catbus.errors import CloseCode
+from catbus.hub import Hub
+from catbus.log import MemoryLog
+from catbus.strangers import STRANGER_SIZE, UNPROVEN_SIZE, Stranger, Strangers
+from tests.test_hub import Outlet, said
+
+SECRET = "a secret of the tests"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2 * STRANGER_SIZE), st.sampled_from("hhhhul")), max_size=60)
+)
+def test_no_more_is_kept_than_may_be_and_the_oldest_give_way(steps: list[tuple[int, int, str]]) -> None:
+    strangers, ended = Strangers(3 * STRANGER_SIZE), list[int]()
+    peers = [Stranger(strangers, lambda number=number: ended.append(number)) for number in range(6)]  # type: ignore[misc]
+    order: list[int] = []
+    for number, size, step in steps:
+        gone = len(ended)
+        if step == "h":
+            peers[number].heard(size)
+            if size and not peers[number].known and number not in order:
+                order.append(number)
+        elif step == "u":
+            peers[number].understood()
+        else:
+            peers[number].leave()
+        assert ended[gone:] == order[: len(ended) - gone]
+        order = [number for number in order if peers[number].size]
+        assert all(peer.size <= STRANGER_SIZE for peer in peers)
+        assert strangers.size == sum(peer.size for peer in peers) <= 3 * STRANGER_SIZE
+    assert strangers.ended == len(ended)
+
+
+@pytest.fixture
+async def hub(nursery: trio.Nursery) -> Hub:
+    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    return hub
+
+
+def auth() -> bytes:
+    return b'{"type":"auth","protocol":1,"token":"%s"}' % sign(SECRET, client_id="alice", grants=Grants.ALL).encode()
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 100_000])
+async def test_an_object_may_be_large_from_the_token_on(hub: Hub, cut: int) -> None:
+    large = b'{"type":"publish","id":1,"channel":"a","payload":"%s"}' % (b"x" * 60_000)
+    client = hub.open_client(Outlet(), transport="test")
+    for start in range(0, len(auth() + large), cut):
+        await client.receive((auth() + large)[start : start + cut])
+    assert client.closing is None
+    stranger = hub.open_client(Outlet(), transport="test")
+    for start in range(0, UNPROVEN_SIZE + cut, cut):
+        await stranger.receive(large[start : start + cut])
+    assert stranger.closing is not None
+    assert stranger.closing[0] is CloseCode.TOO_LARGE
+    assert said(stranger) == ["error"]
+
+
+async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(hub: Hub) -> None:
+    hub.strangers = Strangers(1000)
+    proven, first, second, third = (hub.open_client(Outlet(), transport="test") for _ in range(4))
+    proven.heard(900)
+    await proven.receive(auth())
+    assert hub.strangers.size == 0
+    proven.heard(10_000)
+    for client in (first, second, third):
+        client.heard(400)
+    assert [client.closing and client.closing[0] for client in (proven, first, second, third)] == [
+        *(None, CloseCode.OVERLOADED),
+        *(None, None),
+    ]
+    assert said(first) == ["auth_error"]
+    for client in (proven, first, second, third):
+        client.leave()
+    assert (hub.strangers.size, hub.strangers.ended) == (0, 1)
