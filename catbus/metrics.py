@@ -52,6 +52,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_received_bytes_total": (COUNTER, "Bytes received from clients."),
     "catbus_http_requests_total": (COUNTER, "HTTP requests that were answered."),
     "catbus_refusals_total": (COUNTER, "Refusals and errors that clients were told, by code."),
+    "catbus_reading_pauses_total": (
+        COUNTER,
+        "How often nothing was read from a client for a while, as it had as much under way as it may.",
+    ),
     "catbus_tokens_refused_total": (COUNTER, "Tokens that were refused, by reason; the log has the details."),
     "catbus_faults_total": (COUNTER, "Mistakes of the broker's own that ended a request or a connection."),
     "catbus_quic_half_open": (GAUGE, "QUIC connections that have no session yet."),
@@ -200,6 +204,8 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
         yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]
     for code in Code:
         yield "catbus_refusals_total", {"code": code.value}, vitals.refusals[code]
+    for pause, number in vitals.pauses.items():
+        yield "catbus_reading_pauses_total", {"reason": pause}, number
     for reason in Reason:
         yield "catbus_tokens_refused_total", {"reason": reason.value}, vitals.refused_tokens[reason]
     yield "catbus_strangers_bytes", {}, hub.strangers.size

@@ -15,6 +15,9 @@ from .refusals import Reason
 
 INTERVAL = 0.25
 """Seconds between two looks at how late a task gets its turn."""
+PAUSES = "publishes", "replies", "rate"
+"""Why nothing more is read from a client: its publishes are not settled, its replies wait for it, or it has published
+more than it may in a second."""
 
 
 class Vitals:
@@ -23,6 +26,8 @@ class Vitals:
     def __init__(self, delivery: Delivery) -> None:
         self.refusals: Counter[Code] = Counter()
         """How often a client was refused something, by the code that it was told."""
+        self.pauses = Counter(dict.fromkeys(PAUSES, 0))
+        """How often nothing was read from a client for a while, by the reason."""
         self.refused_tokens: Counter[Reason] = Counter()
         self.loop_delay = Histogram()
         """Seconds by which tasks are woken late."""

@@ -529,6 +529,7 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
     await other.receive(hello("b"))
     await client.receive(message * 30)
     assert trio.current_time() == pytest.approx(seconds)
+    assert strict_hub.vitals.pauses["rate"] > 0
     await other.receive(message)
     assert trio.current_time() == pytest.approx(seconds)
     await sibling.receive(message)
@@ -646,6 +647,19 @@ async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(
         nursery.start_soon(clients[name].receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
         await wait_all_tasks_blocked()
         assert len(log.held) == taken, name
+    nursery.cancel_scope.cancel()
+
+
+async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
+    log = HoldingLog()
+    hub = Hub(Config(limits=Limits(pending_publishes=3)), log, Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    client = open_client(hub)
+    await client.receive(hello(None))
+    nursery.start_soon(client.receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
+    await wait_all_tasks_blocked()
+    assert len(log.held) == 3
+    assert hub.vitals.pauses == {"publishes": 1, "replies": 0, "rate": 0}
     nursery.cancel_scope.cancel()
 
 

@@ -230,6 +230,7 @@ class Client:
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
+        self._hub.vitals.pauses["replies" if self.mailbox.full else "publishes"] += 1
         if self.mailbox.full:
             self.mailbox.when_emptied(self._room.set)
         await self._room.wait()
@@ -263,6 +264,7 @@ class Client:
             wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
             self._published = self._published_bytes = 0
             if wait > 0:
+                self._hub.vitals.pauses["rate"] += 1
                 await trio.sleep(wait)
 
     def _enter(self, client: Hashable) -> Share:
