@@ -28,12 +28,12 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import frames, http, publishing, quic, short, subscribing, tls, tokens, websocket
+from . import frames, http, limits, publishing, quic, short, subscribing, tls, tokens, websocket
 from .attacks import ATTACKS, Attack
 from .broker import ROOT
 from .measure import HEAD, Result, measure, row
 
-MODULES = (http, tokens, websocket, quic, frames, publishing, subscribing, tls)
+MODULES = (http, tokens, websocket, quic, frames, publishing, limits, subscribing, tls)
 """Each puts its attacks into the table."""
 
 

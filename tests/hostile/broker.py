@@ -24,6 +24,8 @@ from .attacks import SECRET, Attack
 ROOT = Path(__file__).parents[2]
 STARTING_TIME = 60.0
 OPEN_FILES = 20_000
+ADDRESS_CONNECTIONS = 5
+"""That one address may have which a proxy names: attackers and honest clients come from this machine, without such."""
 _CONFIG = """
 [websocket]
 bind = ["127.0.0.1:0"]
@@ -167,6 +169,8 @@ def _run(attack: Attack, tree: Path, database: str) -> Iterator[Broker]:
             "DATABASE_URL": database,
             "CATBUS_SECRET": SECRET,
             "CATBUS_STATE": str(directory / "state"),
+            "CATBUS_TRUSTED_PROXIES": "127.0.0.1",
+            "CATBUS_LIMITS_ADDRESS_CONNECTIONS": str(ADDRESS_CONNECTIONS),
             "PYTHONPATH": str(tree),
         }
         with (directory / "log").open("wb") as log:
