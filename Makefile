@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile clean
+.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -19,6 +19,7 @@ help:
 	@echo 'make fuzz     play clients of all kinds to replicas, and compare with a model (FUZZ_MINUTES=5)'
 	@echo 'make fuzz-bytes  look for bytes that break what takes them from strangers (FUZZ_SECONDS=60 for each)'
 	@echo 'make hostile  attack a broker in every way, and measure what honest clients notice (HOSTILE_SECONDS=6)'
+	@echo 'make conformance  play suites, client libraries and proxies of others to a broker (PYTHON2=, for Autobahn)'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -76,6 +77,9 @@ HOSTILE_SECONDS := 6
 hostile: $(venv)/installed-test
 	$(bin)/python -m tests.hostile --seconds $(HOSTILE_SECONDS)
 
+conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-conformance
+	$(bin)/python -m tests.conformance
+
 clean:
 	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -113,6 +117,27 @@ $(venv)/installed-foreign: $(venv)/made tests/foreign/requirements.txt
 		rm -rf $(venv)/foreign && $$found -m venv $(venv)/foreign && \
 		$(venv)/foreign/bin/python -m pip --disable-pip-version-check --no-input -qq install --requirement tests/foreign/requirements.txt && \
 		touch $@; \
+	fi
+
+# What conformance is tried with: libraries, Caddy, the distribution's nginx, and the Autobahn suite. That needs Python 2.7:
+# PYTHON2, or `python2.7` on PATH, or pyenv's. Where it or nginx cannot be had, the table says so.
+$(venv)/installed-conformance: $(venv)/made $(wildcard tests/conformance/*.txt)
+	@echo 'Installing the clients and proxies of others (once; this can take a minute) ...'
+	@rm -rf $(venv)/conformance $(venv)/autobahn && $(bin)/python -m venv $(venv)/conformance
+	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --requirement tests/conformance/requirements.txt
+	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --no-deps --require-hashes --requirement tests/conformance/programs.txt
+	@if ! PATH=$$PATH:/usr/sbin command -v nginx >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx >/dev/null || true; \
+	fi
+	@for python in $(PYTHON2) python2.7 $(wildcard $(HOME)/.pyenv/versions/2.7*/bin/python2.7); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (2, 7))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo 'There is no Python 2.7 for the Autobahn suite. Install one, or say: make conformance PYTHON2=/path/to/python2.7' >&2; \
+	else \
+		$(venv)/conformance/bin/python -m virtualenv --quiet --python $$found $(venv)/autobahn && \
+		$(venv)/autobahn/bin/python -m pip --disable-pip-version-check --no-input -qqq --no-python-version-warning \
+			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 
 # The distribution's Chromium, Firefox, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.

@@ -22,9 +22,9 @@ CONFIG = Config(
 
 
 @asynccontextmanager
-async def running(config: Config = CONFIG) -> AsyncIterator[tuple[Broker, str]]:
+async def running(config: Config = CONFIG, *, seconds: float = 60) -> AsyncIterator[tuple[Broker, str]]:
     """A broker that is serving, and its address; stopped in order at the end. A minute is more than any test needs."""
-    with trio.fail_after(60):
+    with trio.fail_after(seconds):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)
             [(kind, address)] = broker.addresses

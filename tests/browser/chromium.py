@@ -15,18 +15,19 @@ from playwright.sync_api import Error, Page, sync_playwright
 QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-def main(path: str) -> None:
+def main(path: str, any_certificate: str = "") -> None:
     with sync_playwright() as playwright:
         # Chromium as root has no sandbox.
         browser = playwright.chromium.launch(
             executable_path=path, args=[*QUIET, *([] if os.geteuid() else ["--no-sandbox"])]
         )
-        page = browser.new_page()
+        trusting = bool(any_certificate)
+        page = browser.new_page(ignore_https_errors=trusting)
         for line in sys.stdin:
             request = json.loads(line)
             if request["what"] == "open":
                 page.close()
-                page = browser.new_page()
+                page = browser.new_page(ignore_https_errors=trusting)
                 print('{"result": null}', flush=True)
                 continue
             try:
@@ -45,4 +46,4 @@ def carry_out(page: Page, what: str, text: str, arguments: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

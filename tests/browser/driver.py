@@ -59,9 +59,10 @@ class Browser:
 
 
 @contextmanager
-def open_browser(name: str) -> Iterator[Browser]:
-    """Start "chromium" or "firefox", and end it."""
+def open_browser(name: str, *, any_certificate: bool = False) -> Iterator[Browser]:
+    """Start "chromium" or "firefox", and end it. With `any_certificate`, it trusts every one that it is shown."""
     command = [sys.executable, str(HERE / f"{name}.py"), find_program(*PROGRAMS[name])]
+    command += ["any certificate"] * any_certificate
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Browser(name, process)

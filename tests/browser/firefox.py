@@ -87,7 +87,7 @@ class Session:
                 return answer["result"]
 
 
-async def main(path: str) -> None:
+async def main(path: str, any_certificate: str = "") -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in QUIET.items()]
         await trio.Path(profile, "user.js").write_text("\n".join(lines), encoding="utf-8")
@@ -99,7 +99,8 @@ async def main(path: str) -> None:
                 nursery.start_soon(drain, firefox)
                 async with open_websocket_url(f"{url}/session") as socket:
                     session = Session(socket)
-                    await session.call("session.new", capabilities={})
+                    trusting = {"alwaysMatch": {"acceptInsecureCerts": True}} if any_certificate else {}
+                    await session.call("session.new", capabilities=trusting)
                     await serve(session)
                     await session.call("browser.close")
                 await firefox.wait()
@@ -138,4 +139,4 @@ async def serve(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1])
+    trio.run(main, *sys.argv[1:])

@@ -1,0 +1,65 @@
+"""What `make conformance` is made of, and one client through one proxy: a short form of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import trio
+from trio_websocket import open_websocket_url
+
+from tests.conformance import autobahn, proxies, puppets
+from tests.conformance.conversation import codes, fragments, leaving, session
+from tests.conformance.echo import echoing
+from tests.conformance.ways import WAYS, Certificates
+from tests.programs import find_program
+
+
+async def test_a_client_of_others_converses_through_a_proxy_as_documented(tmp_path: Path) -> None:
+    made = Certificates(tmp_path)
+    with trio.fail_after(60):
+        async with puppets.PUPPETS["ws"]() as puppet:
+            async with WAYS["HAProxy"].scene(puppet, made, tmp_path) as (scene, place):
+                assert place is not None
+                for step in (session, fragments, leaving, codes):
+                    await step(scene)
+                found = await ask(place.port, "/.well-known/catbus")
+                assert json.loads(found)["websocket"] == "wss://bus.example.com/ws"
+                assert (await ask(place.port, "/metrics")).startswith("<html>")
+            assert place.versions() == {"HTTP/1.1"}
+
+
+async def ask(port: int, path: str) -> str:
+    """The body of an answer, to a client that the proxy knows as `bus.example.com`."""
+    url = f"https://127.0.0.1:{port}{path}"
+    command = [find_program("curl", "curl"), "--silent", "--insecure", "--header", "Host: bus.example.com", url]
+    return (await trio.run_process(command, capture_stdout=True)).stdout.decode()
+
+
+@pytest.mark.parametrize("proxy", proxies.PROXIES)
+def test_each_proxy_is_documented(proxy: str) -> None:
+    language = {"Caddy": "caddyfile"}.get(proxy, proxy.lower())
+    text = proxies.documented(language)
+    for path in ("/ws", "/publish", "/catbus.js", "/.well-known/catbus"):
+        assert path.rpartition("/")[2] in text.replace("\\", "")
+
+
+async def test_the_echo_sends_back_what_came_as_it_came() -> None:
+    async with echoing() as url, open_websocket_url(url) as socket:
+        for message in ("", "grüße", b"\x00\xff", b"x" * 100_000):
+            await socket.send_message(message)
+            assert await socket.get_message() == message
+
+
+def test_a_report_counts_verdicts_and_names_what_did_not_pass() -> None:
+    found = {
+        "1.1.1": {"behavior": "OK", "behaviorClose": "OK", "remoteCloseCode": 1000},
+        "1.1.2": {"behavior": "OK", "behaviorClose": "FAILED", "remoteCloseCode": None},
+        "9.1.4": {"behavior": "FAILED", "behaviorClose": "OK", "remoteCloseCode": 1009},
+        "12.1.1": {"behavior": "UNIMPLEMENTED", "behaviorClose": "OK", "remoteCloseCode": 1000},
+    }
+    report = autobahn.read(found)
+    assert report.verdicts == Counter({"OK": 2, "FAILED": 1, "UNIMPLEMENTED": 1})
+    assert report.failed == {"1.1.2": None, "9.1.4": 1009}
