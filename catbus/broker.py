@@ -151,6 +151,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     if isinstance(log, PostgresLog):
         log.describe = hub.describe
     await nursery.start(hub.log.run, hub.delivery)
+    nursery.start_soon(hub.turns.run)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)
     nursery.start_soon(hub.mark_time)

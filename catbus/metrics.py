@@ -87,6 +87,8 @@ METRICS: dict[str, tuple[str, str]] = {
         COUNTER,
         "How often messages for a client were given up, to be read again later.",
     ),
+    "catbus_turns_waiting": (GAUGE, "Connections that wait for their turn at the CPU."),
+    "catbus_turns_waited_total": (COUNTER, "How often a connection waited for its turn, as its client had used much."),
     "catbus_flush_passes_total": (COUNTER, "Passes over those for whom something waits."),
     "catbus_flushes_total": (COUNTER, "How often a client was sent something in such a pass."),
     "catbus_flush_seconds_total": (COUNTER, "Seconds spent in such passes."),
@@ -221,6 +223,8 @@ def _read_hub(hub: Hub) -> Iterator[Reading]:
     yield "catbus_sweeps_total", {}, delivery.sweeps
     yield "catbus_mailbox_bytes", {}, delivery.held
     yield "catbus_withdrawals_total", {}, delivery.withdrawals
+    yield "catbus_turns_waiting", {}, hub.turns.waiting
+    yield "catbus_turns_waited_total", {}, hub.turns.waits
     yield "catbus_flush_passes_total", {}, flusher.passes
     yield "catbus_flushes_total", {}, flusher.flushes
     yield "catbus_flush_seconds_total", {}, flusher.spent

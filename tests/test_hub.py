@@ -18,9 +18,9 @@ from catbus.broker import OWNER
 from catbus.config import Config, Drain, Limits
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
-from catbus.hub import client as client_module
 from catbus.log import Append, MemoryLog
 from catbus.log.base import OVERHEAD
+from catbus.turns import Pace
 from catbus.wire import Publish, check_payload
 
 SECRET = "a secret of the tests"
@@ -135,7 +135,7 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
 async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "TURN", 0.0)
+    hub.turns.pace = Pace(0.0, 0.0)
     client = open_client(hub)
     await client.receive(auth(None, monkeypatch))
     turns = 0

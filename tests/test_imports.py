@@ -14,7 +14,7 @@ PACKAGE = ROOT / "catbus"
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
     {"bucket", "errors", "loggers", "histogram", "release"},
-    {"addresses", "keys", "quotas", "strangers", "topics", "wire"},
+    {"addresses", "keys", "quotas", "strangers", "topics", "turns", "wire"},
     {"refusals"},
     {"framing", "auth"},
     {"config", "webtransport"},

@@ -166,7 +166,9 @@ class Conversation:
     # Reading
 
     async def _next_request(self, idle_time: float) -> Request:
-        if not self._http.trailing_data[0]:
+        if self._http.trailing_data[0]:
+            await self._hub.turns.next()
+        else:
             await self._wait_for_more(idle_time)
         with trio.move_on_after(HEAD_TIME) as limit:
             event = await self._next_event()
@@ -208,7 +210,7 @@ class Conversation:
                 if keep:
                     body += event.data
                 if parts % PARTS_AT_A_TIME == 0:
-                    await trio.lowlevel.checkpoint()
+                    await self._hub.turns.next()
                 if size > BODY_SIZE:
                     raise Refused(line(413))
             return bytes(body)
@@ -217,6 +219,7 @@ class Conversation:
     async def _receive(self) -> None:
         data = bytes(await self._stream.receive_some(_RECEIVE_SIZE))
         self._stranger.heard(len(data))
+        await self._hub.turns.wait()
         self._http.receive_data(data)
 
     async def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:

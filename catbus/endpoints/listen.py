@@ -159,6 +159,7 @@ async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketS
         admitted = stack.enter_context(hub.addresses.holding(source.limited, trio.current_time()))
         full = admitted and roster.connections >= limit and not roster.evict()
         prove = stack.enter_context(roster.admit(source.network))
+        stack.enter_context(hub.turns.serve(source.network))
         try:
             if not admitted:
                 roster.crowded += 1
@@ -190,6 +191,7 @@ async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
     encrypted = trio.SSLStream(stream, hub.certificates.latest_tls(), server_side=True, https_compatible=True)
     with trio.move_on_after(HANDSHAKE_TIME):
         try:
+            await hub.turns.wait()
             await encrypted.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.debug("a peer does not speak TLS", reason=str(error.__cause__ or error))

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import trio
 
+from ..turns import Turns
 from .coalesce import Coalescer
 from .frames import close_frame, is_close
 
@@ -48,6 +49,7 @@ class Outbox(trio.abc.Stream):
         "_rest",
         "_socket",
         "_stream",
+        "_turns",
         "broken",
         "busy",
         "last_heard",
@@ -67,6 +69,7 @@ class Outbox(trio.abc.Stream):
         refill: Callable[[], bytes],
         reading: trio.CancelScope,
         inbound: Coalescer | None = None,
+        turns: Turns | None = None,
         head: bytes = b"",
         rest: bytes = b"",
     ) -> None:
@@ -93,6 +96,7 @@ class Outbox(trio.abc.Stream):
         self._nursery = nursery
         self._refill = refill
         self._inbound = Coalescer() if inbound is None else inbound
+        self._turns = Turns() if turns is None else turns
         self._reading = reading
         self._head = head
         self._rest = rest
@@ -254,7 +258,7 @@ class Outbox(trio.abc.Stream):
         while True:
             if passed := self._inbound.take():
                 # The library may take all that it gets in one go: somebody else's turn comes first.
-                await trio.lowlevel.checkpoint()
+                await self._turns.next()
                 return passed
             if self._inbound.refused is not None:
                 self.close(close_frame(*self._inbound.refused))
@@ -273,6 +277,7 @@ class Outbox(trio.abc.Stream):
             self._rest = self._rest[len(data) :]
         else:
             data = bytes(await self._stream.receive_some(max_bytes))
+            await self._turns.wait()
         self.last_heard = trio.current_time()
         self.received += len(data)
         if self.on_received is not None:

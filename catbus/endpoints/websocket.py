@@ -23,6 +23,7 @@ from .roster import Roster
 if TYPE_CHECKING:
     from ..config import WebSocket
     from ..hub import Client, Hub
+    from ..turns import Turns
 
 HANDSHAKE_TIME = 10.0
 CLOSING_TIME = 2.0
@@ -63,7 +64,8 @@ async def serve_websocket(
         # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
         transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
-        connection = Connection(roster, settings, hub.config.limits.message_size, stream, writers, head, rest, prove)
+        size = hub.config.limits.message_size
+        connection = Connection(roster, settings, hub.turns, size, stream, writers, head, rest, prove)
         try:
             with roster.carry(connection.outbox):
                 await connection.serve(hub, network)
@@ -97,6 +99,7 @@ class Connection:
         self,
         roster: Roster,
         settings: WebSocket,
+        turns: Turns,
         message_size: int,
         stream: trio.abc.Stream,
         writers: trio.Nursery,
@@ -115,7 +118,14 @@ class Connection:
         self._inbound = Coalescer(message_size, UNPROVEN_SIZE)
         self._largest = OBJECTS_IN_MESSAGE * message_size
         self.outbox = Outbox(
-            stream, writers, refill=self._take, reading=self._conversing, inbound=self._inbound, head=head, rest=rest
+            stream,
+            writers,
+            refill=self._take,
+            reading=self._conversing,
+            inbound=self._inbound,
+            turns=turns,
+            head=head,
+            rest=rest,
         )
         self._pinged = self._last_busy = self.outbox.last_heard
         self._goodbye: tuple[int, str] | None = None

@@ -338,7 +338,8 @@ class Conversation:
         """Serve the client until the connection is lost. No exception comes out of it."""
         client = self._client
         try:
-            goodbye = await self._converse(client)
+            with self._hub.turns.serve("webtransport"):
+                goodbye = await self._converse(client)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self._on_fault("a session failed", error)
             goodbye = FAULT
@@ -379,6 +380,7 @@ class Conversation:
         try:
             while client.closing is None:
                 if self._inbox:
+                    await self._hub.turns.wait()
                     data = b"".join(self._inbox)
                     self._inbox.clear()
                     await client.receive(data)

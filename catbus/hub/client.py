@@ -50,9 +50,6 @@ MAX_HISTORY_BYTES = 1 << 20
 QUIET = 15.0
 """Seconds without anything sent, after which a client is told how far its subscriptions are complete."""
 
-TURN = 0.002
-"""Seconds that one client is served in one go while others wait; a `ping` looks at all of its subscriptions."""
-
 
 class Streams(Interface):
     """What a transport can do that has more than one stream, and datagrams."""
@@ -138,7 +135,7 @@ class Client:
         if self._finishing:
             return
         session, mailbox = self.session, self.mailbox
-        most, allowance = self._pending_limit, self._hub.log.allowance
+        turns, most, allowance = self._hub.turns, self._pending_limit, self._hub.log.allowance
         began = perf_counter()
         for effect in session.receive(data):
             if effect is not None:
@@ -148,9 +145,9 @@ class Client:
             while mailbox.full or session.pending >= most or (session.share.cost >= allowance and session.pending):
                 await self._wait_for_room()
                 allowance = self._hub.log.allowance
-            if perf_counter() - began > TURN:
+            if perf_counter() - began > turns.pace.turn:
                 await self._pay()
-                await trio.lowlevel.checkpoint()
+                await turns.next()
                 began, allowance = perf_counter(), self._hub.log.allowance
         await self._pay()
         if session.closing is not None:

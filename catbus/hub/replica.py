@@ -31,6 +31,7 @@ from ..refusals import Reason, TokenRefused
 from ..release import version
 from ..session import Broadcast, Share, make_append
 from ..strangers import Strangers
+from ..turns import Turns
 from ..vitals import Vitals
 from ..wire import clip
 from .client import MAX_HISTORY, STOPPING, Client, Streams
@@ -97,6 +98,7 @@ class Hub:
         self.draining = False
         self.clients: set[Client] = set()
         self.permissions = Permissions(roles)
+        self.turns = Turns()
         self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
         self.shares: dict[Hashable, Share] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
@@ -182,6 +184,7 @@ class Hub:
             longest = self.config.limits.client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
                 raise TokenRefused(Reason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)")
+            self.turns.prove(identity.client_id)
             return identity
         except TokenRefused as error:
             self.vitals.refused_tokens[error.reason] += 1
@@ -227,7 +230,7 @@ class Hub:
 
         for index, request in enumerate(requests):
             if index % PUBLISHED_AT_A_TIME == PUBLISHED_AT_A_TIME - 1:
-                await trio.lowlevel.checkpoint()
+                await self.turns.next()
             request.id, request.retry = index, False
             try:
                 append = make_append(request, identity, producer, partial(settle, index), payer)

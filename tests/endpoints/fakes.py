@@ -15,6 +15,7 @@ from catbus.errors import CloseCode, Code, PeerError
 from catbus.log import Committed, Outcome
 from catbus.mailbox import Mailbox, Outlet
 from catbus.strangers import Strangers
+from catbus.turns import Turns
 from catbus.wire import Publish
 
 
@@ -68,6 +69,7 @@ class FakeHub:
         self.webtransport_port = None
         self.addresses = AddressLimit(self.config.limits.address_connections)
         self.strangers = Strangers()
+        self.turns = Turns()
         self.refusals: list[Code] = []
         self.vitals = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []

@@ -1,0 +1,232 @@
+"""Turns at the CPU, on a clock that only the work itself moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from catbus.turns import FREE_RATE, QUICK, STEADY, Turns
+
+
+class Machine:
+    """A CPU that is as fast as its clock says, the tasks that use it, and how much each of them has used."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.used: Counter[Hashable] = Counter()
+        self.turns = Turns(lambda: self.now)
+
+    def work(self, name: Hashable, seconds: float) -> None:
+        self.now += seconds
+        self.used[name] += seconds
+
+    async def be_busy(
+        self,
+        name: Hashable,
+        *,
+        network: Hashable = "",
+        client: Hashable = None,
+    ) -> None:
+        """Use all the CPU that is to be had; without a client as a stranger."""
+        with self.turns.serve(network or name):
+            if client is not None:
+                self.turns.prove(client)
+            while True:
+                await self.turns.next()
+                self.work(name, self.turns.pace.turn)
+
+    async def use_little(self, name: Hashable, *, seconds: float, every: float, times: int) -> list[float]:
+        """Work now and then, as a client of its own; returns how long it waited each time for its turn."""
+        waited = []
+        with self.turns.serve(name):
+            self.turns.prove(name)
+            for _ in range(times):
+                until = self.now + every
+                while self.now < until:
+                    await trio.lowlevel.checkpoint()
+                began = self.now
+                await self.turns.next()
+                waited.append(self.now - began)
+                self.work(name, seconds)
+        return waited
+
+    async def run_for(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            await trio.lowlevel.checkpoint()
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@asynccontextmanager
+async def running(machine: Machine) -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(machine.turns.run)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_uses_little_waits_for_one_pass_beside_any_number_of_busy_connections(
+    machine: Machine,
+) -> None:
+    async with running(machine) as nursery:
+        for number in range(200):
+            nursery.start_soon(machine.be_busy, number)
+        waited = await machine.use_little("honest", seconds=0.0002, every=0.02, times=200)
+    # The first waits are for the pace of those that have been alone until then.
+    assert max(waited[1:]) <= QUICK.whole + QUICK.turn
+    assert max(waited) <= STEADY.whole + STEADY.turn
+
+
+async def test_without_turns_it_waits_for_all_of_them(machine: Machine) -> None:
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(machine.be_busy, number)
+        waited = await machine.use_little("honest", seconds=0.0002, every=0.02, times=20)
+        nursery.cancel_scope.cancel()
+    assert max(waited) > 50 * STEADY.whole
+
+
+async def test_clients_have_equal_shares_whatever_number_of_connections_they_have(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for client, connections in ("one", 1), ("few", 7), ("many", 50):
+            for _ in range(connections):
+                nursery.start_soon(lambda name: machine.be_busy(name, client=name), client)
+        await machine.run_for(6.0)
+    shares = [machine.used[name] for name in ("one", "few", "many")]
+    assert max(shares) <= 1.1 * min(shares)
+
+
+async def test_networks_of_strangers_have_equal_shares(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for network, connections in ("one", 1), ("many", 50):
+            for _ in range(connections):
+                nursery.start_soon(lambda name: machine.be_busy(name, network=name), network)
+        await machine.run_for(6.0)
+    assert machine.used["many"] <= 1.1 * machine.used["one"]
+
+
+async def test_connections_of_a_client_have_equal_parts_of_its_share(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for number in range(10):
+            nursery.start_soon(lambda name: machine.be_busy(name, client="one"), number)
+        await machine.run_for(6.0)
+    assert max(machine.used.values()) <= 1.1 * min(machine.used.values())
+
+
+async def test_strangers_have_half_beside_busy_clients_however_many_networks_they_come_from(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for number in range(300):
+            nursery.start_soon(machine.be_busy, number)
+        nursery.start_soon(lambda: machine.be_busy("client", client="client"))
+        await machine.run_for(6.0)
+    strangers = sum(used for name, used in machine.used.items() if name != "client")
+    assert 0.4 <= machine.used["client"] / (machine.used["client"] + strangers) <= 0.6
+
+
+async def test_a_share_that_was_not_used_is_not_saved_up(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for number in range(5):
+            nursery.start_soon(lambda name: machine.be_busy(name, client=name), number)
+        with machine.turns.serve("late"):
+            machine.turns.prove("late")
+            await machine.run_for(10.0)
+            before = machine.now
+            nursery.start_soon(lambda: machine.be_busy("late", client="late"))
+            await machine.run_for(3.0)
+    assert machine.used["late"] <= (machine.now - before) / 6 * 1.2 + FREE_RATE * 3.0
+
+
+async def test_a_client_that_pauses_after_much_work_uses_little_again_a_second_later(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        async with trio.open_nursery() as busy:
+            busy.start_soon(lambda: machine.be_busy("client", client="client"))
+            with machine.turns.serve("client"):
+                machine.turns.prove("client")
+                await machine.run_for(5.0)
+                busy.cancel_scope.cancel()
+        machine.now += 1.3
+        for number in range(50):
+            nursery.start_soon(machine.be_busy, number)
+        waited = await machine.use_little("client", seconds=0.0002, every=0.02, times=20)
+    assert max(waited[1:]) <= QUICK.whole + QUICK.turn
+
+
+async def test_tasks_that_a_connection_starts_work_at_its_expense(machine: Machine) -> None:
+    async def serve(network: str, children: int) -> None:
+        with machine.turns.serve(network):
+            async with trio.open_nursery() as own:
+                for _ in range(children):
+                    own.start_soon(work, network)
+
+    async def work(network: str) -> None:
+        while True:
+            await machine.turns.next()
+            machine.work(network, machine.turns.pace.turn)
+
+    async with running(machine) as nursery:
+        nursery.start_soon(serve, "one", 1)
+        nursery.start_soon(serve, "many", 20)
+        await machine.run_for(4.0)
+    assert machine.used["many"] <= 1.1 * machine.used["one"]
+
+
+async def test_peers_that_are_cancelled_while_they_wait_leave_the_queue_to_the_others(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        nursery.start_soon(lambda: machine.be_busy("stays", client="stays"))
+        for _ in range(20):
+            with trio.move_on_after(0) as scope:
+                async with trio.open_nursery() as leaving:
+                    for number in range(100):
+                        leaving.start_soon(machine.be_busy, number)
+                    scope.deadline = trio.current_time() + 60
+                    await machine.run_for(0.05)
+                    assert machine.turns.waiting > 50
+                    scope.cancel()
+        assert machine.turns.waiting <= 1
+        before = machine.used["stays"]
+        await machine.run_for(0.1)
+        assert machine.used["stays"] > before
+
+
+async def test_nobody_waits_while_there_is_time_or_nobody_else(machine: Machine) -> None:
+    async with running(machine):
+        with machine.turns.serve("alone"):
+            for _ in range(10):
+                await machine.turns.wait()
+                await trio.lowlevel.checkpoint()
+                machine.work("alone", STEADY.whole / 2)
+        assert machine.turns.waits == 0
+
+
+async def test_who_waits_when_it_ends_goes_on_at_once(machine: Machine) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with running(machine):
+                for number in range(50):
+                    nursery.start_soon(machine.be_busy, number)
+                await machine.run_for(0.05)
+                assert machine.turns.waiting > 40
+                scope.cancel()
+        assert machine.turns.waiting == 0
+        await machine.run_for(0.5)
+        assert len(machine.used) == 50
+        nursery.cancel_scope.cancel()
+
+
+async def test_two_that_share_a_thread_count_their_own_peers_only(machine: Machine) -> None:
+    other = Turns(lambda: machine.now)
+    async with running(machine) as nursery:
+        nursery.start_soon(other.run)
+        nursery.start_soon(lambda: machine.be_busy("here", client="here"))
+        with other.serve("there") as peer:
+            await machine.run_for(1.0)
+        assert peer.had == 0
+        assert other.waits == 0
