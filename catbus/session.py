@@ -99,12 +99,13 @@ class SessionLimits:
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """A client's share of the log, which all of its sessions have together."""
+    """A client's share of what there is for all, which its sessions have together."""
 
     client: Hashable
     sessions: int = 0
     cost: int = 0
     """What their publishes take of the log that have not been settled yet, in bytes."""
+    subscriptions: int = 0
 
 
 class Session:
@@ -271,7 +272,7 @@ class Session:
         messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
         self.say(wire.HistoryPage(messages, more, request.id))
 
-    def refuse_request(self, request: wire.History, error: PeerError) -> None:
+    def refuse_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
         self.say(error_reply(request, error))
 
     def say(self, reply: Reply, mailbox: Mailbox | None = None) -> None:

@@ -650,6 +650,30 @@ async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(
     nursery.cancel_scope.cancel()
 
 
+async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: trio.Nursery) -> None:
+    hub = Hub(Config(limits=Limits(subscriptions_total=10)), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    greedy, sibling, other = open_client(hub), open_client(hub), open_client(hub)
+
+    async def subscribe(client: Client, name: str, count: int) -> list[str]:
+        for number in range(count):
+            await client.receive(json.dumps({"type": "subscribe", "pattern": f"{name}.{number}"}).encode())
+        return [kind for kind in said(client) if kind in ("subscribed", "subscribe_error")]
+
+    for client, client_id in ((greedy, "a"), (sibling, "a"), (other, "b")):
+        await client.receive(hello(client_id))
+    assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4
+    assert await subscribe(sibling, "b", 2) == ["subscribed", "subscribe_error"]
+    assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4, "those that it has already"
+    assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
+    assert hub.vitals.refusals[Code.OVERLOADED] == 1
+    await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
+    assert hub.subscriptions == 7
+    for client in (greedy, sibling, other):
+        client.leave()
+    assert hub.subscriptions == 0
+
+
 async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
     log = HoldingLog()
     hub = Hub(Config(limits=Limits(pending_publishes=3)), log, Authenticator([SECRET]))

@@ -138,6 +138,8 @@ class Limits(Section, frozen=True, kw_only=True):
     message_size: Size = 65_536
     subscriptions: Count = 1000
     """Of one session."""
+    subscriptions_total: Count = 1_000_000
+    """Of all sessions together; one client may have as many as there is room left."""
     pending_publishes: Count = 1000
     """Of one session: publishes that are not answered yet."""
     pending_total: Count = 100_000

@@ -209,6 +209,7 @@ class Client:
         for pattern, subscription in self._subscriptions.items():
             self._hub.delivery.unsubscribe(subscription, pattern)
             subscription.mailbox.close()
+        self._count_subscriptions(-len(self._subscriptions))
         self._subscriptions.clear()
         self.session.abandon()
         self.mailbox.close()
@@ -329,6 +330,10 @@ class Client:
         held = self._take_out(pattern)
         if held is not None:
             self._end_stream(held)
+        elif session.share.subscriptions >= self._hub.config.limits.subscriptions_total - self._hub.subscriptions:
+            text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
+            session.refuse_request(request, PeerError(Code.OVERLOADED, text))
+            return
         own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
         session.joined(request, delivery.position, self._hub.log.epoch, own)
         subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
@@ -339,6 +344,7 @@ class Client:
                 streams.send_datagram if streams is not None and request.datagrams else None,
             )
         self._subscriptions[pattern] = subscription
+        self._count_subscriptions(1)
         delivery.subscribe(subscription, pattern, request.since, request.epoch)
 
     def _leave(self, request: wire.Unsubscribe) -> None:
@@ -376,7 +382,12 @@ class Client:
         subscription = self._subscriptions.pop(pattern, None)
         if subscription is not None:
             self._hub.delivery.unsubscribe(subscription, pattern)
+            self._count_subscriptions(-1)
         return subscription
+
+    def _count_subscriptions(self, more: int) -> None:
+        self.session.share.subscriptions += more
+        self._hub.subscriptions += more
 
     def _end_stream(self, subscription: Subscription) -> None:
         if subscription.mailbox is not self.mailbox and self._streams is not None:

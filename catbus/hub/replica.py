@@ -102,6 +102,8 @@ class Hub:
         self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
         self.shares: dict[Hashable, Share] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
+        self.subscriptions = 0
+        """How many all of them have."""
         self.addresses = AddressLimit(config.limits.address_connections)
         self._roles = roles
         self._refusals = Recurring(logger.info)
