@@ -8,7 +8,7 @@ from typing import Protocol as Interface
 from typing import Self
 
 from .log import Entry
-from .topics import matches
+from .topics import selectors
 from .wire import Protocol, encode_entry, encode_first_version
 
 OVERHEAD = 96
@@ -32,13 +32,15 @@ IN_MEMORY = 4
 class Run:
     """Consecutive matches of one pattern, encoded once for everyone who gets them."""
 
-    __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "size")
+    __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "pins", "size")
 
     def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
         self.pattern = pattern
         self.entries = entries
         self.holders = 0
         """How many mailboxes it is in."""
+        self.pins = 0
+        """In how many of them it stays whatever happens."""
         count, texts = len(entries), sum([entry.size for entry in entries])
         self.size = texts + count * (OVERHEAD + len(pattern))
         """About how many bytes its lines have."""
@@ -102,15 +104,18 @@ class Budget:
     """What all mailboxes of a replica hold together, in bytes of memory. Messages that several hold count once.
 
     Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
-    takes no room for messages.
+    takes no room for messages. Messages that cannot be had again have one, too: over it, no more of them become so.
     """
 
-    __slots__ = ("delivered", "for_messages", "for_replies", "messages", "replies")
+    __slots__ = ("delivered", "for_messages", "for_pinned", "for_replies", "messages", "pinned", "replies")
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self.for_replies = limit // 4
         self.for_messages = limit - self.for_replies
+        self.for_pinned = self.for_messages // 4
         self.messages = 0
+        self.pinned = 0
+        """What of them cannot be had again."""
         self.replies = 0
         self.delivered = 0
         """How many messages were taken to be sent, each as often as it was taken."""
@@ -128,6 +133,20 @@ class Budget:
         """A mailbox holds these messages."""
         self.messages += SLOT if run.holders else run.charge + SLOT
         run.holders += 1
+
+    def pin(self, items: Sequence[Item]) -> None:
+        """A mailbox keeps these whatever happens."""
+        for item in items:
+            if isinstance(item, Run):
+                self.pinned += 0 if item.pins else item.charge
+                item.pins += 1
+
+    def unpin(self, items: Sequence[Item]) -> None:
+        """It does not any more."""
+        for item in items:
+            if isinstance(item, Run):
+                item.pins -= 1
+                self.pinned -= 0 if item.pins else item.charge
 
     def release(self, items: Sequence[Item]) -> int:
         """A mailbox does not hold these any more; returns how many messages they are."""
@@ -204,6 +223,11 @@ class Mailbox:
         return self.size >= self.limit or (self._budget.replies > self._budget.for_replies and self.size > 0)
 
     @property
+    def to_be_emptied(self) -> bool:
+        """Whether it should be emptied before anything is done for which what is here has to stay."""
+        return self.size > 0 and self._budget.pinned > self._budget.for_pinned
+
+    @property
     def room(self) -> int:
         """How many bytes of older messages are welcome. Half the mailbox is kept free for what is new."""
         return max(0, min(self.limit // 2 - self.size, self._budget.room))
@@ -254,7 +278,7 @@ class Mailbox:
 
     def take(self, most: float = inf) -> list[Item]:
         """Take what is oldest: up to `most` bytes, and what goes beyond that by less than an item."""
-        items = self._items
+        items, fixed = self._items, self._fixed
         if self.size <= most:
             self._items, self._fixed, self.size = [], 0, 0
         else:
@@ -263,9 +287,11 @@ class Mailbox:
                 taken += _size(items[count])
                 count += 1
             self._items = items[count:]
-            self._fixed = max(0, self._fixed - count)
+            self._fixed = max(0, fixed - count)
             self.size -= taken
             items = items[:count]
+        if fixed:
+            self._budget.unpin(items[:fixed])
         if items:
             self._budget.delivered += self._budget.release(items)
         if self._waiting and not self._items:
@@ -276,6 +302,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Drop everything; nobody takes it any more."""
+        self._budget.unpin(self._items[: self._fixed])
         self._budget.release(self._items)
         self._items, self._fixed, self.size = [], 0, 0
         self.take()
@@ -283,19 +310,24 @@ class Mailbox:
 
     def fix(self) -> None:
         """What is here cannot be had again from the log, so that it stays."""
+        self._budget.pin(self._items[self._fixed :])
         self._fixed = len(self._items)
 
     def withdraw(self) -> dict[str, int]:
         """Drop the messages that can be had again; returns for each pattern from which seq on they were dropped."""
         return self._drop(self._fixed, None)
 
-    def revoke(self, pattern: str, others: Collection[str] = ()) -> None:
-        """Drop the messages for a pattern that are still here; where a copy is for several, unless `others` match."""
-        self._drop(0, pattern)
-        items, self._items = self._items, []
-        for item in items:
+    def revoke(self, patterns: Collection[str], others: Collection[str] = ()) -> None:
+        """Drop the messages for these patterns that are still here; of copies for several, what `others` do not match.
+
+        It costs no more for many patterns than for one.
+        """
+        self._drop(0, patterns)
+        items, fixed, self._items, self._fixed = self._items, self._fixed, [], 0
+        self._budget.unpin(items[:fixed])
+        for index, item in enumerate(items):
             if isinstance(item, Run) and not item.pattern:
-                kept = Run("", [e for e in item.entries if any(matches(other, e.channel) for other in others)])
+                kept = Run("", [e for e in item.entries if any(s in others for s in selectors(e.channel))])
                 self._budget.release([item])
                 self.size += kept.size - item.size
                 if not kept.entries:
@@ -303,22 +335,27 @@ class Mailbox:
                 self._budget.hold(kept)
                 item = kept
             self._items.append(item)
-        self._fixed = min(self._fixed, len(self._items))
+            self._fixed += index < fixed
+        self._budget.pin(self._items[: self._fixed])
 
-    def _drop(self, start: int, pattern: str | None) -> dict[str, int]:
-        """Drop messages, of one pattern or all, from an item on, and the marks that would count them as delivered."""
+    def _drop(self, start: int, patterns: Collection[str] | None) -> dict[str, int]:
+        """Drop messages, of some patterns or all, from an item on, and the marks that would count them as delivered."""
         first: dict[str, int] = {}
-        kept, dropped = self._items[:start], list[Item]()
-        for item in self._items[start:]:
+        items, fixed = self._items, self._fixed
+        self._budget.unpin(items[:fixed])
+        kept, dropped = items[:start], list[Item]()
+        self._fixed = min(start, fixed)
+        for index, item in enumerate(items[start:], start):
             if isinstance(item, Run):
-                drop = pattern is None or item.pattern == pattern
+                drop = patterns is None or item.pattern in patterns
                 if drop and (seq := item.entries[0].seq):
                     first.setdefault(item.pattern, seq)
             else:
                 drop = item.pattern in first if isinstance(item, Mark) else isinstance(item, Head) and bool(first)
             (dropped if drop else kept).append(item)
+            self._fixed += not drop and index < fixed
         self._items = kept
-        self._fixed = min(self._fixed, len(kept))
+        self._budget.pin(kept[: self._fixed])
         self.size -= sum(_size(item) for item in dropped)
         self._budget.release(dropped)
         return first

@@ -233,7 +233,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         """As `unsubscribe`, but what is queued goes, too; what is left must not count that as delivered."""
         held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
         client, pattern = data.draw(st.sampled_from(held))
-        client.mailbox.revoke(pattern)
+        client.mailbox.revoke([pattern])
         self.unsubscribe_one(client, pattern)
 
     @precondition(lambda self: self.clients)
@@ -307,6 +307,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         replies = [item for item in items if isinstance(item, bytes)]
         assert budget.replies == sum(len(item) + (MARK if isinstance(item, Mark) else REPLY) for item in replies)
         fixed = [item for client in self.clients for item in client.mailbox._items[: client.mailbox._fixed]]
+        assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, Run)}.values())
         self.fixed = max(self.fixed, charge(fixed))
         assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
 

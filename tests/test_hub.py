@@ -21,6 +21,7 @@ from catbus.hub import Client, Hub
 from catbus.log import Append, MemoryLog
 from catbus.log.base import OVERHEAD
 from catbus.turns import Pace
+from catbus.mailbox import Mailbox, Run
 from catbus.wire import Publish, check_payload
 
 SECRET = "a secret of the tests"
@@ -706,3 +707,62 @@ async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:
         with pytest.raises(PeerError) as caught:
             await strict_hub.authenticate(token(client_id))
         assert caught.value.code is Code.UNAUTHENTICATED
+
+
+# What stays in memory for those that do not read
+
+
+async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(Config(limits=Limits(mailbox=10_000, mailbox_total=100_000)), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    clients = [open_client(hub) for _ in range(10)]
+    unsubscribed = []
+
+    async def unsubscribe(client: Client) -> None:
+        await client.receive(b'{"type":"unsubscribe","pattern":"n%d"}' % clients.index(client))
+        unsubscribed.append(client)
+
+    for number, client in enumerate(clients):
+        for said_by_client in (auth(None, monkeypatch), b'{"type":"subscribe","pattern":"n%d"}' % number):
+            await client.receive(said_by_client)
+            client.mailbox.take()
+        await client.receive(b'{"type":"publish","channel":"n%d","payload":"%s"}' % (number, b"x" * 4000))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(unsubscribe, client)
+    await wait_all_tasks_blocked()
+    budget = hub.delivery.budget
+    assert 0 < len(unsubscribed) < 10
+    assert budget.for_pinned < budget.pinned <= budget.for_pinned + 10_000
+    for client in clients:
+        assert said(client)
+    await wait_all_tasks_blocked()
+    assert len(unsubscribed) == 10
+    assert budget.pinned == 0
+    for client in clients:
+        client.leave()
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+async def test_all_that_is_revoked_at_once_is_looked_for_once(
+    protocol: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(hub.log.run, hub.delivery)
+    client = open_client(hub)
+    await client.receive(auth(None, monkeypatch).replace(b'"protocol": 1', b'"protocol": %d' % protocol))
+    for number in range(100):
+        await client.receive(b'{"type":"subscribe","pattern":"n%d"}' % number)
+        client.mailbox.take()
+    await client.receive(b"".join([b'{"type":"publish","channel":"n%d","payload":1}' % n for n in (0, 99)]))
+    await wait_all_tasks_blocked()
+    looked = []
+    drop = Mailbox._drop
+    monkeypatch.setattr(Mailbox, "_drop", lambda *args: looked.append(args) or drop(*args))
+    narrow = sign(SECRET, client_id="alice", grants=Grants(("n0",), ("*",)))
+    await client.receive(b'{"type":"auth","protocol":1,"token":"%s"}' % narrow.encode())
+    assert len(looked) == 1
+    kept = [item for item in client.mailbox.take() if isinstance(item, Run)]
+    assert [entry.channel for run in kept for entry in run.entries] == ["n0"]
+    client.leave()

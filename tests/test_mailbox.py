@@ -82,7 +82,7 @@ def test_what_has_been_revoked_is_taken_back() -> None:
     mailbox.offer(run(1, 2))
     mailbox.put(b"reply")
     mailbox.offer(kept)
-    mailbox.revoke("a")
+    mailbox.revoke(["a"])
     assert mailbox.size == 5 + REPLY + kept.size
     assert mailbox.take() == [b"reply", kept]
 
@@ -95,7 +95,7 @@ def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> Non
     mailbox.offer(run(1, 2))
     for line in (after, other, Head(b"another head"), b"reply"):
         mailbox.put(line)
-    mailbox.revoke("a")
+    mailbox.revoke(["a"])
     assert mailbox.take() == [before, b"head", other, b"reply"]
 
 
@@ -107,7 +107,7 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
     for item in (mixed, alone):
         mailbox.offer(item)
         other.offer(item)
-    mailbox.revoke("a", ["x"])
+    mailbox.revoke(["a"], ["x"])
     size = mailbox.size
     [kept] = mailbox.take()
     assert isinstance(kept, Run)

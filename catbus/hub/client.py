@@ -246,8 +246,10 @@ class Client:
                 self._published_bytes += len(effect.channel) + len(effect.payload)
                 self._hub.broadcast(effect)
             case Join():
+                await self._wait_until_read(effect.request.pattern)
                 self._join(effect.request)
             case Leave():
+                await self._wait_until_read(effect.request.pattern)
                 self._leave(effect.request)
             case Measure():
                 self._say_heads()
@@ -255,6 +257,18 @@ class Client:
                 await self._authenticate(effect)
             case Recall():
                 await self._recall(effect.request)
+
+    async def _wait_until_read(self, pattern: str) -> None:
+        """Wait until what is said of `pattern` does not make messages stay in memory that the client does not read.
+
+        That is so once those of all clients are too many.
+        """
+        held = self._subscriptions.get(pattern)
+        for mailbox in (self.mailbox,) if held is None else (self.mailbox, held.mailbox):
+            while mailbox.to_be_emptied:
+                emptied = trio.Event()
+                mailbox.when_emptied(emptied.set)
+                await emptied.wait()
 
     async def _pay(self) -> None:
         """Spend of the client's quota what it has published; wait where it has used that up."""
@@ -349,27 +363,29 @@ class Client:
 
     def _leave(self, request: wire.Unsubscribe) -> None:
         subscription = self._take_out(request.pattern)
-        assert subscription is not None
-        self.session.left(request, self._hub.delivery.position, subscription.mailbox)
-        self._end_stream(subscription)
+        own = None if subscription is None else subscription.mailbox
+        self.session.left(request, self._hub.delivery.position, own)
+        if subscription is not None:
+            self._end_stream(subscription)
 
     def _withdraw(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
         """End these subscriptions, and take back what is still to be published and may not be."""
-        for pattern in patterns:
-            self._revoke(pattern)
         session = self.session
+        ended = {pattern: subscription for pattern in patterns if (subscription := self._take_out(pattern)) is not None}
+        gone: dict[Mailbox, set[str]] = {}
+        for pattern, subscription in ended.items():
+            gone.setdefault(subscription.mailbox, set()).add(pattern)
+        for subscription in dict.fromkeys(ended.values()):
+            if (some := gone.pop(subscription.mailbox, None)) is not None:
+                subscription.mailbox.revoke(some, subscription.patterns)
+        for pattern, subscription in ended.items():
+            session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
+            self._end_stream(subscription)
         if session.pending and grants.write != before.write:
             refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
             self._hub.log.withdraw(
                 session.share.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
             )
-
-    def _revoke(self, pattern: str) -> None:
-        subscription = self._take_out(pattern)
-        assert subscription is not None
-        subscription.mailbox.revoke(pattern, subscription.patterns)
-        self.session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
-        self._end_stream(subscription)
 
     def _stopped(self, pattern: str, own: Mailbox) -> None:
         """A subscription's own stream was stopped by the peer, or given up as unread; the subscription ends with it."""
