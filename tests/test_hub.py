@@ -20,8 +20,8 @@ from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.hub import Client, Hub
 from catbus.log import Append, MemoryLog
 from catbus.log.base import OVERHEAD
-from catbus.turns import Pace
 from catbus.mailbox import Mailbox, Run
+from catbus.turns import Pace
 from catbus.wire import Publish, check_payload
 
 SECRET = "a secret of the tests"
