@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Hashable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
@@ -23,34 +23,59 @@ def network_of(host: str) -> str:
 
 
 class Newcomers(Generic[T]):
-    """Peers that have not shown yet who they are, the oldest first, each with its network."""
+    """Peers that have not shown yet who they are, the oldest first, each with its network.
 
-    __slots__ = ("_networks", "_peers")
+    All methods take constant time: a flood makes each newcomer the end of another one.
+    """
+
+    __slots__ = ("_networks", "_peers", "_ranks")
 
     def __init__(self) -> None:
         self._peers: dict[T, str] = {}
-        self._networks: Counter[str] = Counter()
-        """How many of them each network has."""
+        self._networks: dict[str, OrderedDict[T, None]] = {}
+        """The peers of each network, the oldest first. The first one of a plain dict takes long to find when those
+        before it were deleted."""
+        self._ranks: list[OrderedDict[str, None]] = [OrderedDict()]
+        """By how many peers they have: the networks. The last one is not empty, but for the first."""
 
     def __len__(self) -> int:
         return len(self._peers)
 
+    def networks(self) -> dict[str, int]:
+        """How many of them each network has."""
+        return {network: len(peers) for network, peers in self._networks.items()}
+
     def add(self, peer: T, network: str) -> None:
         """One more has come."""
         self._peers[peer] = network
-        self._networks[network] += 1
+        peers = self._networks.setdefault(network, OrderedDict())
+        peers[peer] = None
+        self._move(network, len(peers) - 1, len(peers))
 
     def discard(self, peer: T) -> None:
         """It is none any more, if it was one."""
         network = self._peers.pop(peer, None)
-        if network is not None:
-            self._networks[network] -= 1
-            if not self._networks[network]:
-                del self._networks[network]
+        if network is None:
+            return
+        peers = self._networks[network]
+        del peers[peer]
+        self._move(network, len(peers) + 1, len(peers))
+        if not peers:
+            del self._networks[network]
 
     def next_to_go(self) -> T | None:
-        """Which gives way where there is no room for one more: of the network that has most of them, the oldest."""
+        """Which gives way where there is no room for one more: of a network that has most of them, the oldest."""
         if not self._peers:
             return None
-        network = max(self._networks, key=self._networks.__getitem__)
-        return next(peer for peer, own in self._peers.items() if own == network)
+        return next(iter(self._networks[next(iter(self._ranks[-1]))]))
+
+    def _move(self, network: str, before: int, after: int) -> None:
+        """A network has one peer more or less."""
+        ranks = self._ranks
+        ranks[before].pop(network, None)
+        if after == len(ranks):
+            ranks.append(OrderedDict())
+        if after:
+            ranks[after][network] = None
+        while len(ranks) > 1 and not ranks[-1]:
+            ranks.pop()
