@@ -63,8 +63,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_quic_datagrams_total": (COUNTER, "UDP datagrams."),
     "catbus_quic_datagrams_dropped_total": (
         COUNTER,
-        "UDP datagrams that were dropped: for no connection, or of a peer that used more CPU than its share.",
+        "UDP datagrams that were dropped: for no connection, or because too much of the same client or network waited.",
     ),
+    "catbus_quic_violations_total": (COUNTER, "QUIC connections that ended because the peer broke the rules."),
     "catbus_quic_packets_lost_total": (COUNTER, "QUIC packets that did not arrive."),
     "catbus_strangers_bytes": (GAUGE, "Bytes that are kept of peers that have shown no token, at the most."),
     "catbus_strangers_ended_total": (COUNTER, "Connections without a token that had to give way for that."),
@@ -266,6 +267,7 @@ def _read_webtransport(door: QuicEndpoint, labels: Labels) -> Iterator[Reading]:
     yield "catbus_quic_datagrams_dropped_total", {"reason": "unknown"}, found.dropped - found.overdrawn
     yield "catbus_quic_datagrams_dropped_total", {"reason": "share"}, found.overdrawn
     yield "catbus_connections_evicted_total", labels, found.evicted
+    yield "catbus_quic_violations_total", {}, found.violations
     yield "catbus_quic_packets_lost_total", {}, found.lost
 
 

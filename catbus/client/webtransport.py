@@ -261,7 +261,7 @@ class WebTransport:
                 self._fail(f"the broker closed the connection: {reason}", event.code)
             case ConnectionLost():
                 self._lost.set()
-                self._fail(self._describe(event.reason))
+                self._fail(self._describe(event.reason), cause=event.fault)
 
     def _take(self, chunk: Chunk) -> None:
         self._received.append(chunk)
@@ -292,7 +292,7 @@ class WebTransport:
         self._flush()
         return True
 
-    def _fail(self, message: str, code: int | None = None, cause: OSError | None = None) -> None:
+    def _fail(self, message: str, code: int | None = None, cause: Exception | None = None) -> None:
         """Nothing more can be sent, or received beyond what is there. The first reason stands."""
         if self._end is None:
             self._end = Disconnected(message, code)

@@ -26,9 +26,10 @@ class QuicStatistics:
 
     `begun` and `completed`: handshakes, which are complete when a session is asked for. `received` and `sent`: bytes.
     `lost`: packets that did not arrive; of all servers in this process. `dropped`: datagrams in that no connection
-    took; `overdrawn` of them because the peer had used more CPU than its share. `refused`: connections over the limit;
-    `crowded`: those over the limit of an address. `evicted`: half-open connections that
-    gave way to newer ones. `faults`: exceptions of ours that ended something.
+    took; `overdrawn` of them because too much waited already of the client or the network. `refused`: connections over
+    the limit; `crowded`: those over the limit of an address. `evicted`: half-open connections that gave way to newer
+    ones. `violations`: connections that ended because the peer broke the rules. `faults`: exceptions of ours that ended
+    something.
     """
 
     connections: int
@@ -45,6 +46,7 @@ class QuicStatistics:
     refused: int
     crowded: int
     evicted: int
+    violations: int
     faults: int
 
 
@@ -76,6 +78,7 @@ class QuicEndpoint:
             router.refused,
             router.crowded,
             router.evicted,
+            router.violations,
             router.faults,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,9 @@ from ..webtransport.packets import (
 )
 from .datagrams import Place, Port, transmit
 from .networks import Newcomers, network_of
+from .peer import Item, Peer
 from .proxies import Proxies
+from .scheduler import TURN, Queue, Scheduler
 from .tickets import Tickets
 from .timers import Timers
 from .webtransport import Conversation
@@ -42,13 +44,8 @@ from .webtransport import Conversation
 if TYPE_CHECKING:
     from ..hub import Hub
 
-BATCH = 32
-"""Datagrams that are taken from a socket before others have their turn."""
-TURN = 0.002
-"""Seconds after which others have their turn, however few datagrams were dealt with."""
-SHARE, SAVED = 0.4, 0.2
-"""Of each second, how many seconds of CPU one peer's packets may take, and how many it may save for later. What comes
-beyond that is dropped, by which QUIC tells a peer to send less."""
+BATCH = 128
+"""Datagrams that are taken from a socket at a time. What stays there is dropped by the kernel, whoever it is from."""
 RETRY_FROM = 256
 """Half-open connections from which on a client has to prove its address first."""
 UNPROVED = 100
@@ -59,36 +56,14 @@ MAX_HALF_OPEN = 2048
 through with its handshake in some round trips."""
 ANSWERS = 100
 """Packets for nobody that are answered, in a second."""
+REMARKS = 5
+"""Lines of one kind about what peers do, in a minute."""
 PING_INTERVAL = 20.0
 """Seconds of silence after which a peer is pinged: it keeps NATs awake, and tells who has gone."""
 
 _SHORTEST_CHOSEN_ID = 8
-_AT_A_TIME = 100
 
 logger = get_logger("catbus.endpoints")
-
-
-class Peer:
-    """One connection, and its session once it has one."""
-
-    __slots__ = ("connection", "conversation", "heard", "limited", "lost", "network", "pinged", "settling", "share")
-
-    def __init__(self, connection: Connection, network: str, limited: str, now: float) -> None:
-        self.connection = connection
-        self.network = network
-        self.limited = limited
-        """The network among whose connections it counts, if it does."""
-        self.conversation: Conversation | None = None
-        self.lost = False
-        self.heard = self.pinged = now
-        self.settling = False
-        self.share = TokenBucket(SHARE, SAVED, now)
-
-    @property
-    def timer(self) -> float | None:
-        """When it wants to be called."""
-        at, due = self.connection.timer, None if self.conversation is None else self.conversation.due
-        return at if due is None or (at is not None and at < due) else due
 
 
 class Router:
@@ -106,7 +81,7 @@ class Router:
         """How many of them led to a session, or to a refusal of one."""
         self.dropped = 0
         self.overdrawn = 0
-        """Datagrams that were dropped because their peers had had more than their share."""
+        """Datagrams that were dropped because too much waited of their peers."""
         self.evicted = 0
         """Half-open connections that gave way to others."""
         self.refused = 0
@@ -114,7 +89,10 @@ class Router:
         self.crowded = 0
         """Connections over the limit of an address."""
         self.faults = 0
+        self.violations = 0
+        """Connections that ended because their peers broke the rules of QUIC or HTTP/3."""
         self._mistakes = Recurring(logger.error)
+        self._remarks = Recurring(logger.info, burst=REMARKS)
         self.closed = False
         self._hub = hub
         self._configuration = configuration
@@ -126,6 +104,7 @@ class Router:
         self._routes: dict[bytes, Peer] = {}
         self._half_open: Newcomers[Peer] = Newcomers()
         """Those that have no session yet."""
+        self._scheduler: Scheduler[Item] = Scheduler(self._serve, self._gather)
         self._timers = Timers(self._fire)
         now = trio.current_time()
         self._answers = TokenBucket(ANSWERS, ANSWERS, now)
@@ -160,12 +139,16 @@ class Router:
     async def say_goodbye(self) -> None:
         """End all sessions, and wait until the peers know."""
         self.closed = True
+        ends = perf_counter() + TURN
         for peer in tuple(self.peers):
             if peer.conversation is not None:
                 peer.conversation.stop()
             else:
                 peer.connection.close()
             self.settle(peer)
+            if perf_counter() >= ends:
+                await trio.lowlevel.checkpoint()
+                ends = perf_counter() + TURN
         while not all(peer.lost for peer in self.peers):
             await self._changed.park()
 
@@ -179,64 +162,98 @@ class Router:
     # In.
 
     async def _receive(self, port: Port) -> None:
-        """Take in whatever comes, for ever; then let each connection that got something send, once."""
+        """Take in whatever comes, for ever."""
         while True:
             await port.wait()
-            arrived = deque(port.receive(BATCH))
-            while arrived:
-                touched: dict[Peer, None] = {}
-                now, ends = trio.current_time(), perf_counter() + TURN
-                while arrived and perf_counter() < ends:
-                    peer = self._take_in(*arrived.popleft(), now)
-                    if peer is not None:
-                        peer.heard = now
-                        touched[peer] = None
-                for peer in touched:
-                    self.settle(peer)
-                if arrived:
-                    await trio.lowlevel.checkpoint()
+            self._gather()
+            await self._scheduler.run()
 
-    def _take_in(self, data: bytes, place: Place, now: float) -> Peer | None:
-        """Take a datagram; returns the connection that took it."""
-        try:
-            peer = self._route(data, place, now)
-        except Exception as error:  # noqa: BLE001 (it is logged)
-            self.fault("a datagram could not be dealt with", error)
-            return None
-        self.dropped += peer is None
-        return peer
+    def _gather(self) -> None:
+        """Have what has arrived wait for its turn, by the client or the network that it is from."""
+        now = trio.current_time()
+        for port in self.ports:
+            for data, place in port.receive(BATCH):
+                try:
+                    taken = self._sort(data, place, now)
+                except Exception as error:  # noqa: BLE001 (it is logged)
+                    self.fault("a datagram could not be dealt with", error)
+                    taken = False
+                self.dropped += not taken
 
-    def _route(self, data: bytes, place: Place, now: float) -> Peer | None:
+    def _sort(self, data: bytes, place: Place, now: float) -> bool:
+        """Queue a datagram, or answer it at once if it is for nobody; whether it was queued."""
         if len(data) > MAX_PACKET or (header := read_header(data)) is None:
-            return None
+            return False
         peer = self._routes.get(header.destination)
         if peer is not None:
-            if peer.share.level(now) < 0:
-                self.overdrawn += 1
-                return None
-            began = thread_time()
-            peer.connection.receive_datagram(data, place, now)
-            peer.share.spend(thread_time() - began)
-            return peer
-        if header.initial:
-            return self._accept(header, data, place, now)
-        if header.version is None:
-            token = self._tickets.reset_token(header.destination)
-            self._answer(stateless_reset(token, len(data)), place, now)
-        elif not header.supported and not header.negotiation and len(data) >= SMALLEST_INITIAL:
-            self._answer(version_negotiation(header), place, now)
-        return None
+            queue, key = self._place_of(peer)
+            queued = queue.put(key, peer, (data, place, header, None), now)
+        elif header.initial:
+            if len(data) < SMALLEST_INITIAL or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
+                return False
+            # A packet with a token comes from where it says: no flood of forged addresses is in its way.
+            proof = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
+            queue = self._scheduler.strangers if proof is None else self._scheduler.newcomers
+            queued = queue.put(network_of(place.address[0]), place.address, (data, place, header, proof), now)
+        else:
+            if header.version is None:
+                token = self._tickets.reset_token(header.destination)
+                self._answer(stateless_reset(token, len(data)), place, now)
+            elif not header.supported and not header.negotiation and len(data) >= SMALLEST_INITIAL:
+                self._answer(version_negotiation(header), place, now)
+            return False
+        self.overdrawn += not queued
+        return queued
+
+    def _place_of(self, peer: Peer) -> tuple[Queue[Item], Hashable]:
+        """Where a peer's datagrams wait, and with whom it shares what it may have of the CPU."""
+        conversation, scheduler = peer.conversation, self._scheduler
+        if conversation is not None and peer.proven:
+            return scheduler.clients, conversation.client
+        return scheduler.newcomers if peer.connection.address_validated else scheduler.strangers, peer.network
+
+    def _serve(self, items: deque[Item], ends: float) -> float:
+        """Take what one source has sent, as long as there is time, and let it send; returns what is to be charged."""
+        began, now, count = thread_time(), trio.current_time(), len(items)
+        touched: dict[Peer, None] = {}
+        while items:
+            peer = self._take_in(*items.popleft(), now)
+            if peer is not None:
+                peer.heard = now
+                touched[peer] = None
+            if perf_counter() >= ends:
+                break
+        received, sent = thread_time(), 0
+        for peer in touched:
+            sent += self._settle(peer)
+        # What leaves beyond what has come is delivery, which the flusher shares out.
+        part = min(1.0, (count - len(items)) / max(sent, 1))
+        return received - began + (thread_time() - received) * part
+
+    def _take_in(self, data: bytes, place: Place, header: Header, proof: bytes | None, now: float) -> Peer | None:
+        """Take a datagram; returns the connection that took it."""
+        try:
+            peer = self._routes.get(header.destination)
+            if peer is not None:
+                peer.connection.receive_datagram(data, place, now)
+            elif header.initial:
+                peer = self._accept(header, data, place, proof, now)
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self.fault("a datagram could not be dealt with", error)
+            peer = None
+        self.dropped += peer is None
+        return peer
 
     def _answer(self, data: bytes | None, place: Place, now: float) -> None:
         """Answer a packet that belongs to nobody, unless that has been done too often just now."""
         if data is not None and self._answers.take(1, now):
             place.port.send((data,), place)
 
-    def _accept(self, header: Header, data: bytes, place: Place, now: float) -> Peer | None:
-        """A client's first packet: a new connection, or a Retry, or nothing."""
-        if len(data) < SMALLEST_INITIAL or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
-            return None
+    def _accept(self, header: Header, data: bytes, place: Place, proof: bytes | None, now: float) -> Peer | None:
+        """A client's first packet: a new connection, or a Retry, or nothing. `proof`: what its Retry token says."""
         full = len(self.peers) >= self._limit
+        if self.closed:
+            return None
         if full and not self._half_open:
             self.refused += 1
             return None
@@ -247,9 +264,8 @@ class Router:
         # What is not proved may be forged: by that nobody shall take more than half of what an address may have.
         half = addresses.of(limited) >= addresses.most // 2
         original, retry_source = header.destination, None
-        proved = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
-        if proved is not None:
-            original, retry_source = proved, header.destination
+        if proof is not None:
+            original, retry_source = proof, header.destination
         elif full or half or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
             again = os.urandom(ID_LENGTH)
             token = self._tickets.retry_token(place.address, header.destination, again, time.time())
@@ -259,16 +275,21 @@ class Router:
             self._configuration(), original, retry_source=retry_source, reset_token=self._tickets.reset_token
         )
         connection.receive_datagram(data, place, now)
+        peer = Peer(connection, network_of(place.address[0]), limited, now)
         datagrams = connection.datagrams_to_send(now)
         if not datagrams:
-            return None  # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
+            # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
+            for event in connection.events():
+                if isinstance(event, ConnectionLost):
+                    self._note_end(peer, event)
+            return None
         transmit(datagrams)
         if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
-        peer = Peer(connection, network_of(place.address[0]), limited, now)
         self.peers.add(peer)
         addresses.enter(limited)
-        self._half_open.add(peer, peer.network)
+        # Forged addresses make nobody's network one that has many of them.
+        self._half_open.add(peer, "" if proof is None else peer.network)
         self.begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
@@ -287,9 +308,23 @@ class Router:
 
     def settle(self, peer: Peer) -> None:
         """Take a connection's events, send what it has to send, and note when it wants to be called."""
+        if peer.proven:
+            self._settle(peer)
+            return
+        began, now = thread_time(), trio.current_time()
+        self._settle(peer)
+        self._charge_to(peer, thread_time() - began, now)
+
+    def _charge_to(self, peer: Peer, seconds: float, now: float) -> None:
+        """Charge a peer for what was done for it outside its turns."""
+        self._scheduler.charge(*self._place_of(peer), seconds, now)
+
+    def _settle(self, peer: Peer) -> int:
+        """Settle a connection, which is charged for by the caller; returns how many datagrams were sent."""
         if peer.settling:
-            return  # It is being done, further out.
+            return 0  # It is being done, further out.
         peer.settling = True
+        datagrams: Sequence[tuple[bytes, Place]] = ()
         try:
             self._take_events(peer)
             if peer.conversation is not None:
@@ -298,12 +333,18 @@ class Router:
             self._take_events(peer)
             if datagrams:
                 transmit(datagrams)
-            self._timers.set(peer, peer.timer)
+            if peer.lost and not peer.proven:
+                # Nothing is kept of a newcomer that has left. What it sends yet is answered with a stateless reset.
+                transmit(peer.connection.datagrams_to_send(trio.current_time()))
+                self._forget(peer)
+            else:
+                self._timers.set(peer, peer.timer)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self.fault("a connection failed", error)
             self._forget(peer)
         finally:
             peer.settling = False
+        return len(datagrams)
 
     def _take_events(self, peer: Peer) -> None:
         for event in peer.connection.events():
@@ -318,6 +359,7 @@ class Router:
                     self._forget(peer)
                 case _:
                     if isinstance(event, ConnectionLost):
+                        self._note_end(peer, event)
                         self._lose(peer)
                     if peer.conversation is not None:
                         peer.conversation.handle(event)
@@ -331,7 +373,9 @@ class Router:
         elif self._origins and request.origin is not None and request.origin not in self._origins:
             connection.refuse(403, trio.current_time())
         elif connection.accept():
-            conversation = Conversation(self._hub, connection, lambda: self.settle(peer), self.fault, peer.network)
+            conversation = Conversation(
+                self._hub, connection, lambda: self.settle(peer), self.fault, self._remark, peer.network
+            )
             peer.conversation = conversation
             try:
                 self._sessions.start_soon(conversation.run)
@@ -360,8 +404,10 @@ class Router:
     # Time.
 
     def _fire(self, peer: Peer, now: float) -> None:
+        began = thread_time()
         peer.connection.handle_timer(now)
-        self.settle(peer)
+        self._settle(peer)
+        self._charge_to(peer, thread_time() - began, now)
 
     async def _keep_alive(self) -> None:
         """Ping those that were silent for a while, and give up those that take nothing: one task for all of them."""
@@ -369,9 +415,11 @@ class Router:
         while True:
             await trio.sleep(interval)
             now = trio.current_time()
-            for index, peer in enumerate(tuple(self.peers)):
-                if index % _AT_A_TIME == 0:
+            ends = perf_counter() + TURN
+            for peer in tuple(self.peers):
+                if perf_counter() >= ends:
                     await trio.lowlevel.checkpoint()
+                    ends = perf_counter() + TURN
                 conversation = peer.conversation
                 if conversation is None or peer.lost:
                     continue
@@ -380,6 +428,19 @@ class Router:
                     peer.connection.ping()
                 conversation.check(now)
                 self.settle(peer)
+
+    def _note_end(self, peer: Peer, event: ConnectionLost) -> None:
+        violation = peer.connection.violation
+        if event.fault is not None:
+            self.fault("a WebTransport connection failed", event.fault)
+        elif violation is not None:
+            self.violations += 1
+            # One reason for all, of which only some are told: peers choose what they do wrong, and how often.
+            self._remark("a peer broke the rules of QUIC or HTTP/3", reason=violation)
+
+    def _remark(self, event: str, **fields: str) -> None:
+        """Log what a peer has done, or count it: peers may do it as often as they like."""
+        self._remarks.note(trio.current_time(), event, exception=None, **fields)
 
     def fault(self, event: str, error: BaseException) -> None:
         """Count a mistake of ours, and log it: peers may set it off as often as they like."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable
 from heapq import heappop, heappush
 from math import inf
+from time import perf_counter
 from typing import Generic, TypeVar
 
 import trio
@@ -14,7 +15,8 @@ T = TypeVar("T", bound=Hashable)
 
 _PER_SECOND = 1000
 """The kernel's wait is no finer."""
-_AT_A_TIME = 32
+_TURN = 0.002
+"""Seconds after which other tasks have their turn."""
 
 
 class Timers(Generic[T]):
@@ -64,18 +66,16 @@ class Timers(Generic[T]):
 
     async def run(self) -> None:
         """Fire for ever."""
-        fired = 0
         heap = self._heap
         while True:
             with trio.CancelScope(deadline=heap[0] / _PER_SECOND if heap else inf) as self._alarm:
                 await trio.sleep_forever()
-            now = trio.current_time()
+            now, ends = trio.current_time(), perf_counter() + _TURN
             while heap and heap[0] / _PER_SECOND <= now:
                 self._past = heappop(heap)
                 for member in self._members.pop(self._past):
                     if self._ticks.pop(member, None) is not None:
                         self._fire(member, now)
-                    fired += 1
-                    if fired % _AT_A_TIME == 0:
+                    if perf_counter() >= ends:
                         await trio.lowlevel.checkpoint()
-                        now = trio.current_time()
+                        now, ends = trio.current_time(), perf_counter() + _TURN

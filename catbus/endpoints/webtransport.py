@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from ..errors import CloseCode
 from ..hub import STOPPING
-from ..loggers import get_logger
 from ..mailbox import Item, Mailbox
 from ..webtransport import Connection, ConnectionLost, Event, SessionClosed, StreamData, StreamReset, StreamStopped
 from ..wire import Protocol
@@ -36,8 +35,6 @@ REFUSED = 1
 
 FAULT = CloseCode.INTERNAL, "internal error"
 UNREAD = "nothing was read for a minute"
-
-logger = get_logger("catbus.endpoints")
 
 
 class Lane:
@@ -69,7 +66,7 @@ class Conversation:
     """The lanes of one client, and the task that feeds the client what arrives.
 
     Whoever drives the connection passes its events to `handle` and calls `make_room` when something was acknowledged.
-    `transmit` is called when the connection has something to send.
+    `transmit` is called when the connection has something to send, `on_stall` for the log when a client does not read.
     """
 
     __slots__ = (
@@ -87,6 +84,7 @@ class Conversation:
         "_moved",
         "_news",
         "_on_fault",
+        "_on_stall",
         "_room",
         "_spacer",
         "_transmit",
@@ -98,12 +96,14 @@ class Conversation:
         connection: Connection,
         transmit: Callable[[], None],
         on_fault: Callable[[str, BaseException], None],
+        on_stall: Callable[[str], object],
         network: str = "",
     ) -> None:
         self._hub = hub
         self._connection = connection
         self._transmit = transmit
         self._on_fault = on_fault
+        self._on_stall = on_stall
         self._main = Lane(self._flush)
         self._lanes: dict[int, Lane] = {}
         """Those of subscriptions, by their streams, until the peer has all of theirs."""
@@ -125,6 +125,11 @@ class Conversation:
         """When the peer last took something, of any stream."""
         self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self, network=network)
         self._main.mailbox = self._client.mailbox
+
+    @property
+    def client(self) -> Hashable:
+        """Whose token the peer has shown last, once it has shown one."""
+        return self._client.session.share.client
 
     @property
     def due(self) -> float | None:
@@ -303,14 +308,14 @@ class Conversation:
         waits = self._main.stream is not None and self._is_stalled(self._main, now)
         # Streams that are not read can hold the window of the whole connection, so that others have not even begun.
         for stream in [one for one in stalled if self._lanes[one].acknowledged > 0] or stalled:
-            logger.info("a client does not read a subscription's stream", seconds=STALL_TIME)
+            self._on_stall("a client does not read a subscription's stream")
             self._connection.reset(stream, CloseCode.UNRESPONSIVE)
             self._stopped(self._lanes.pop(stream))
         if stalled:
             for lane in (self._main, *self._lanes.values()):
                 lane.moved = now
         elif waits and now - self._moved >= STALL_TIME:
-            logger.info("a client does not read", seconds=STALL_TIME)
+            self._on_stall("a client does not read")
             self._connection.close_session(CloseCode.UNRESPONSIVE, UNREAD, now)
 
     def _is_stalled(self, lane: Lane, now: float) -> bool:
@@ -384,6 +389,8 @@ class Conversation:
                     data = b"".join(self._inbox)
                     self._inbox.clear()
                     await client.receive(data)
+                    if client.proven:
+                        self._connection.trust()
                     assert self._main.stream is not None
                     self._connection.consumed(self._main.stream, len(data))
                     self._fill(self._main)

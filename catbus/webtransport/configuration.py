@@ -49,6 +49,9 @@ class Limits:
     """Datagrams that wait to be sent."""
     opening: float = 10.0
     """From the first packet until a session is asked for."""
+    silence: float = 6.0
+    """For a server: without a packet from a newcomer, which is pinged after half of it. Two packets of a handshake in a
+    row may be lost, each of which is repeated after twice as long as the one before. Until `Connection.trust`."""
     closing: float = 2.0
     """For what has been sent to arrive, and again for the closing itself."""
 

@@ -6,7 +6,6 @@ take the events, send what `datagrams_to_send` returns, then look at `timer` aga
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +22,6 @@ from .packets import ID_LENGTH, MAX_PACKET
 from .quic import Quic
 from .session import State
 from .streams import Kind, Stream
-
-logger = logging.getLogger(__name__)
 
 Address = Any
 """What the socket calls the peer. Only compared, and returned with what is to be sent there."""
@@ -52,6 +49,10 @@ class Connection:
         self._streams = self._demultiplexer.streams
         self._session = self._demultiplexer.session
         self._deadline: float | None = None
+        self._trusted = wanted is not None
+        self._heard = 0.0
+        self._asked = False
+        """Whether a newcomer was pinged since something was heard of it: it may be silent, but it has to be there."""
         self._pinging = False
         self._lost = False
         self._terminated = False
@@ -108,6 +109,16 @@ class Connection:
         return frozenset(self._ids)
 
     @property
+    def address_validated(self) -> bool:
+        """Whether the peer is known to be where its packets say that they come from."""
+        return self._quic.address_validated
+
+    @property
+    def violation(self) -> str | None:
+        """How the peer broke the rules of QUIC or HTTP/3, if that is why the connection ends."""
+        return self._quic.violation
+
+    @property
     def peer_address(self) -> Address | None:
         """Where the peer is just now; it may move."""
         return self._quic.get_peer_address()
@@ -117,15 +128,17 @@ class Connection:
         """When to call `handle_timer`. Changes with everything, `datagrams_to_send` above all."""
         if self._terminated:
             return None
-        at, deadline = self._quic.get_timer(), self._deadline
-        if at is None or (deadline is not None and deadline < at):
-            return deadline
+        at = self._quic.get_timer()
+        for other in (self._deadline, None if self._trusted else self._patience):
+            if other is not None and (at is None or other < at):
+                at = other
         return at
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take a UDP datagram. One that is no good is ignored; one that breaks the rules ends the connection."""
         if self._terminated or len(data) > MAX_PACKET:
             return
+        self._heard, self._asked = now, False
         if self._deadline is None and not self._lost and self._session.state is State.NONE:
             self._deadline = now + self._limits.opening
         try:
@@ -150,6 +163,8 @@ class Connection:
                 self._quic.handle_timer(now)
             if self._deadline is not None and self._deadline <= now and self._session.state.opening:
                 self.close("no session in time")
+            if self._patience is not None and self._patience <= now:
+                self._ask_or_give_up()
             self._take_events()
             self._go_on(now)
         except Exception as error:  # noqa: BLE001
@@ -217,6 +232,15 @@ class Connection:
         """Close the connection at once, whatever is under way: ConnectionLost."""
         self._quic.close(H3Code.NO_ERROR, reason_phrase=reason)
         self._notice()
+
+    @property
+    def trusted(self) -> bool:
+        """Whether `trust` was called; a client trusts its server."""
+        return self._trusted
+
+    def trust(self) -> None:
+        """The peer of a server is no newcomer any more: `Limits.silence` does not hold for it."""
+        self._trusted = True
 
     def ping(self) -> None:
         """Make the peer answer, which keeps the connection alive. Does nothing while one is unanswered."""
@@ -315,6 +339,22 @@ class Connection:
                 self._notice()
         self._notice()
 
+    @property
+    def _patience(self) -> float | None:
+        """When a newcomer that says nothing is asked whether it is there, and then when it is given up."""
+        if self._trusted or self._lost or not self._quic.has_path:
+            return None
+        asked = self._asked or not self._quic.handshake_complete
+        return self._heard + (self._limits.silence if asked else self._limits.silence / 2)
+
+    def _ask_or_give_up(self) -> None:
+        if self._quic.handshake_complete and not self._asked:
+            self._asked = True
+            self.ping()
+        else:
+            self._lose("the newcomer has gone")
+            self._terminate()
+
     def _go_on(self, now: float) -> None:
         """Close what can be closed by now."""
         state = self._session.state
@@ -350,13 +390,13 @@ class Connection:
         if not self._quic.has_path:
             self._terminate()
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, fault: Exception | None = None) -> None:
         if not self._lost:
             self._lost = True
             self._deadline = None
             self._session.state = State.OVER
             self._demultiplexer.clear()
-            self._events.append(ConnectionLost(reason))
+            self._events.append(ConnectionLost(reason, fault))
 
     def _terminate(self) -> None:
         if not self._terminated:
@@ -364,11 +404,10 @@ class Connection:
             self._events.append(Terminated())
 
     def _break(self, error: Exception) -> None:
-        """What should not happen: say so, close, and if that fails too, have done with it."""
-        logger.error("a WebTransport connection has failed", exc_info=error)
+        """What should not happen: close, say so, and if that fails too, have done with it."""
         again, self._broken = self._broken, True
         self._quic.close(H3Code.INTERNAL_ERROR)
-        self._lose(f"internal error: {type(error).__name__}")
+        self._lose(f"internal error: {type(error).__name__}", error)
         if again or not self._quic.has_path:
             self._terminate()
 

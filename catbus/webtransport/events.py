@@ -68,9 +68,13 @@ class SessionClosed:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
-    """The connection serves nothing more, whoever ended it. Comes once; only events of routing can follow."""
+    """The connection serves nothing more, whoever ended it. Comes once; only events of routing can follow.
+
+    `fault` is the exception that ended it, where a mistake of ours did.
+    """
 
     reason: str
+    fault: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)

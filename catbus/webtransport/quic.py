@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from aioquic.buffer import UINT_VAR_MAX_SIZE, Buffer  # type: ignore[attr-defined]
@@ -23,6 +24,7 @@ from aioquic.tls import Epoch
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from . import varint
+from .codes import H3Code
 from .configuration import Configuration
 
 MAX_HOLES = 512
@@ -35,6 +37,8 @@ RESET_STREAM_AT = 0x24
 """The frame and, next, the empty transport parameter of draft-ietf-quic-reliable-stream-reset."""
 RESET_STREAM_AT_PARAMETER = 0x1D
 
+_NO_VIOLATION = frozenset((QuicErrorCode.NO_ERROR, H3Code.NO_ERROR, H3Code.INTERNAL_ERROR))
+"""Codes with which we close because of something of ours."""
 _HOLES = "more holes than loss leaves"
 _RESET_TOKEN = 16
 _SMALLEST_RESET = 21
@@ -67,6 +71,13 @@ class HeldReset(NamedTuple):
     reliable: int
 
 
+class _Whisper(logging.LoggerAdapter[Any]):
+    """Logs all at `debug`: aioquic warns of each packet that breaks a rule, of which peers may send any number."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        super().log(logging.DEBUG, msg, *args, **kwargs)
+
+
 class Quic(QuicConnection):
     """One QUIC connection whose windows follow what has been consumed, where aioquic's follow what has arrived."""
 
@@ -83,6 +94,9 @@ class Quic(QuicConnection):
             original_destination_connection_id=original_destination,
             retry_source_connection_id=retry_source,
         )
+        self._logger: Any = _Whisper(self._logger, None)
+        self.violation: str | None = None
+        """How the peer broke the rules, if it did."""
         self._window = configuration.limits.connection_window
         self._stream_window = configuration.limits.stream_window
         self._consumed = 0
@@ -112,6 +126,17 @@ class Quic(QuicConnection):
         """Why the connection ends, from the moment that it does. aioquic's event comes when the draining is over."""
         return self._close_event
 
+    @property
+    def handshake_complete(self) -> bool:
+        complete: bool = self._handshake_complete
+        return complete
+
+    @property
+    def address_validated(self) -> bool:
+        """Whether the peer is known to be where its packets say that they come from."""
+        came_again = self._retry_source_connection_id is not None
+        return came_again or (bool(self._network_paths) and self._network_paths[0].is_validated)
+
     def stream_credit(self, bidirectional: bool) -> int:
         """How many more streams the peer lets us open. aioquic takes any number, and keeps what it cannot send."""
         allowed = self._remote_max_streams_bidi if bidirectional else self._remote_max_streams_uni
@@ -139,6 +164,18 @@ class Quic(QuicConnection):
         """The SHA-256 of the server's certificate."""
         certificate = self.tls._peer_certificate
         return hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest() if certificate else b""
+
+    # The end.
+
+    def close(
+        self,
+        error_code: int = QuicErrorCode.NO_ERROR,
+        frame_type: int | None = None,
+        reason_phrase: str = "",
+    ) -> None:
+        if self._close_event is None and error_code not in _NO_VIOLATION:
+            self.violation = reason_phrase or f"code {error_code:#x}"
+        super().close(error_code, frame_type, reason_phrase)
 
     # Sending.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
 import random
 import socket
@@ -17,9 +18,12 @@ import trio.testing
 from trio.testing import MockClock
 
 import catbus.endpoints.router as router_module
+from catbus.auth import Grants, Identity, client_of, sign
 from catbus.broker import OWNER
 from catbus.config import Limits as BrokerLimits
 from catbus.endpoints.datagrams import Port
+from catbus.endpoints.peer import Peer
+from catbus.endpoints.scheduler import TURN
 from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
 from catbus.errors import CloseCode
@@ -28,6 +32,7 @@ from catbus.webtransport.packets import ID_LENGTH, VERSIONS
 from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.udp import Client, Lost, Server, serving
+from tests.hostile.packets import one_rtt
 from tests.webtransport.link import client_config
 
 
@@ -263,14 +268,30 @@ async def test_more_new_connections_than_are_usual_have_to_prove_their_addresses
         assert client.retried
 
 
+async def half_open(address: str) -> None:
+    """Begin a connection, come again after a Retry, and say nothing more when there is an answer."""
+    host, _, port = address.rpartition(":")
+    broker = host, int(port)
+    connection = Connection.client(client_config(), broker, 0.0, authority="localhost")
+    with trio.socket.socket(type=socket.SOCK_DGRAM) as sock:
+        await sock.connect(broker)
+        answer = b"\xf0"
+        while answer[0] & 0xF0 == 0xF0:
+            for data, _ in connection.datagrams_to_send(0.0):
+                await sock.send(data)
+            answer = await sock.recv(4096)
+            connection.receive_datagram(answer, broker, 0.0)
+
+
 async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(router_module, "MAX_HALF_OPEN", 3)
+    monkeypatch.setattr(router_module, "RETRY_FROM", 0)
     async with serving() as server:
         for network in ("alone", "crowd", "crowd"):
             monkeypatch.setattr(router_module, "network_of", lambda host, network=network: network)
-            assert await ask(server.address, *first_flight(server.address)) is not None
+            await half_open(server.address)
         oldest = list(server.router.peers)
         client = await server.log_in()
         assert server.router.evicted == 1
@@ -301,20 +322,158 @@ async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for
         assert addresses.of("127.0.0.1") == 2
 
 
-async def test_a_peer_that_has_had_more_than_its_share_is_not_listened_to_for_a_while() -> None:
+async def test_forged_addresses_make_no_network_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        for _ in range(2):
+            await half_open(server.address)
+        monkeypatch.setattr(router_module, "RETRY_FROM", 0)
+        await half_open(server.address)
+        assert server.router._half_open.networks() == {"": 2, "127.0.0.1": 1}
+
+
+async def test_those_with_a_token_are_served_by_client_and_others_by_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        router, scheduler = server.router, server.router._scheduler
+
+        known: set[Peer] = set()
+
+        def place_of_last() -> tuple[object, object]:
+            [peer] = router.peers - known
+            known.add(peer)
+            return router._place_of(peer)
+
+        await half_open(server.address)
+        assert place_of_last() == (scheduler.strangers, "127.0.0.1")
+        monkeypatch.setattr(router_module, "RETRY_FROM", 0)
+        await half_open(server.address)
+        assert place_of_last() == (scheduler.newcomers, "127.0.0.1")
+        mute = server.connect()
+        await mute.open()
+        assert place_of_last() == (scheduler.newcomers, "127.0.0.1")
+        for _ in range(2):
+            await server.log_in()
+            assert place_of_last() == (scheduler.clients, "alice")
+        token = sign(SECRET, client_id=None, grants=Grants.ALL)
+        nameless = server.connect()
+        await nameless.open()
+        nameless.say(type="auth", token=token, protocol=1)
+        await nameless.heard("auth_ok")
+        assert place_of_last() == (scheduler.clients, client_of(Identity(None, Grants.ALL, None), token, "127.0.0.1"))
+
+
+async def test_what_is_done_for_those_without_a_token_is_charged_to_them_together() -> None:
+    async with serving() as server:
+        tokenless = server.router._scheduler.tokenless
+        client = await server.log_in()
+        before = tokenless.until
+        client.say(type="ping", seq=1)
+        await client.heard("pong")
+        assert tokenless.until == before
+        mute = server.connect()
+        await mute.open()
+        before = tokenless.until
+        [peer] = [peer for peer in server.router.peers if not peer.proven]
+        server.router.settle(peer)
+        settled = tokenless.until
+        assert settled > before
+        server.router._fire(peer, trio.current_time())
+        assert tokenless.until > settled
+
+
+async def test_newcomers_come_in_beside_others_that_have_had_all_that_newcomers_may_have() -> None:
     async with serving() as server:
         client = await server.log_in()
-        [peer] = server.router.peers
-        peer.share.spend(10)
+        server.router._scheduler.tokenless.charge(1000.0, trio.current_time())
         client.say(type="ping", seq=1)
-        with trio.move_on_after(0.2):
-            await client.heard("pong")
-        assert server.router.overdrawn > 0
-        other = await server.log_in()
-        other.say(type="ping", seq=2)
-        assert (await other.heard("pong"))["seq"] == 2
-        peer.share.spend(-10)
         assert (await client.heard("pong"))["seq"] == 1
+        await server.log_in()
+
+
+async def test_what_has_no_room_to_wait_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        monkeypatch.setattr(server.router._scheduler.strangers, "_most", 2)
+        hello = first_flight(server.address)
+        await ask(server.address, *hello * 30)
+        assert server.endpoint.statistics().overdrawn > 0
+        await server.log_in()
+
+
+async def test_a_newcomer_that_vanishes_is_forgotten_in_some_seconds(autojump_clock: MockClock) -> None:
+    async with serving() as server:
+        client = await server.log_in()
+        for session in (True, False):
+            newcomer = server.connect()
+            if session:
+                await newcomer.open()
+            else:
+                newcomer.connection._demultiplexer._wanted = None
+                while len(server.router.peers) < 2:
+                    await trio.sleep(0.001)
+            newcomer.deaf = True
+            began = trio.current_time()
+            while len(server.router.peers) > 1:
+                await trio.sleep(0.1)
+            assert trio.current_time() - began < Limits().silence + 1
+        await trio.sleep(40)
+        client.say(type="ping", seq=1)
+        assert (await client.heard("pong"))["seq"] == 1
+
+
+async def test_nothing_is_kept_of_a_newcomer_that_has_left() -> None:
+    async with serving() as server:
+        newcomer = server.connect()
+        await newcomer.open()
+        [peer] = server.router.peers
+        newcomer.connection.close("away")
+        newcomer.transmit()
+        while not peer.lost:
+            await trio.lowlevel.checkpoint()
+        assert not server.router.peers
+        assert not server.router._routes
+        assert len(server.router._timers) == 0
+
+
+async def test_peers_that_break_the_rules_are_counted_and_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    count = 2 * router_module.REMARKS
+    with caplog.at_level(logging.INFO):
+        async with serving() as server:
+            for _ in range(count):
+                client = server.connect()
+                await client.open()
+                data = one_rtt(client.connection._quic, b"\x3f")  # No such frame.
+                await client.socket.sendto(data, client.address)
+                await client.lost()
+            assert server.endpoint.statistics().violations == count
+            assert not server.router.peers
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == router_module.REMARKS
+    assert set(lines) == {"a peer broke the rules of QUIC or HTTP/3"}
+
+
+async def test_a_connection_that_fails_is_a_fault_and_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as server:
+        client = await server.log_in()
+
+        def fail(*_: object) -> None:
+            raise KeyError("ours")
+
+        for number in range(3):
+            victim = server.connect()
+            await victim.open()
+            for peer in server.router.peers:
+                handlers = peer.connection._quic._QuicConnection__frame_handlers  # type: ignore[attr-defined]
+                handlers[1] = (fail, handlers[1][1])
+            await victim.socket.sendto(one_rtt(victim.connection._quic, b"\x01"), victim.address)
+            await victim.lost()
+            assert server.endpoint.statistics().faults == number + 1
+        client.say(type="ping", seq=1)
+        assert (await client.heard("pong"))["seq"] == 1
+        [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
+        assert record.getMessage() == "a WebTransport connection failed"
+        assert record.exc_info is not None
+        server.router.faults = 0
 
 
 async def test_connections_are_limited() -> None:
@@ -537,6 +696,29 @@ async def test_timers_fire_in_order_and_hold_each_member_once(autojump_clock: Mo
         nursery.cancel_scope.cancel()
     assert [name for name, _ in fired] == ["moved", "soon", "soon", "late"]
     assert [at for _, at in fired] == [0.4, 1.0, 1.0, 3.0]
+
+
+async def test_timers_that_are_due_together_give_others_their_turn() -> None:
+    members, passes = 10, 0
+    fired: list[int] = []
+
+    def fire(name: int, now: float) -> None:
+        fired.append(passes)
+        until = time.perf_counter() + 2 * TURN
+        while time.perf_counter() < until:
+            pass
+
+    timers: Timers[int] = Timers(fire)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(timers.run)
+        at = trio.current_time() + 0.01
+        for member in range(members):
+            timers.set(member, at)
+        while len(fired) < members:
+            passes += 1
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert len(set(fired)) >= members // 2
 
 
 @pytest.mark.parametrize(("bind", "host"), [("0.0.0.0", "127.0.0.2"), ("[::]", "[::1]")])

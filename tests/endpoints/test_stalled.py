@@ -39,7 +39,8 @@ class Pair:
         self.link = Link(client=client_config(limits))
         self.link.open()
         self.faults = 0
-        self.conversation = Conversation(hub, self.link.server.it, self.link.flush, self.fault)
+        self.stalls: list[str] = []
+        self.conversation = Conversation(hub, self.link.server.it, self.link.flush, self.fault, self.stalls.append)
         self._handled = len(self.link.server.events)
         stream = self.link.client.it.open_stream(bidirectional=True)
         assert stream is not None

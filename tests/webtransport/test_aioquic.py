@@ -20,6 +20,7 @@ QUIC = [
     "_close_pending",
     "_crypto_streams",
     "_datagrams_pending",
+    "_handshake_complete",
     "_handshake_confirmed",
     "_handshake_done_pending",
     "_host_cids",
@@ -27,6 +28,7 @@ QUIC = [
     "_local_max_data",
     "_local_max_streams_bidi",
     "_local_max_streams_uni",
+    "_logger",
     "_network_paths",
     "_pacing_at",
     "_peer_cid",
@@ -38,6 +40,7 @@ QUIC = [
     "_remote_max_streams_uni",
     "_remote_preferred_address",
     "_retire_connection_ids",
+    "_retry_source_connection_id",
     "_spaces",
     "_streams",
     "_streams_blocked_pending",
@@ -72,6 +75,7 @@ def test_what_we_read_of_a_stream(link: Link) -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("close", ["self", "error_code", "frame_type", "reason_phrase"]),
         ("datagrams_to_send", ["self", "now"]),
         ("_write_connection_limits", ["self", "builder", "space"]),
         ("_write_stream_limits", ["self", "builder", "space", "stream"]),

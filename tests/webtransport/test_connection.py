@@ -21,7 +21,7 @@ from catbus.webtransport import (
 )
 from catbus.webtransport.codes import H3Code, to_http3
 from catbus.webtransport.http3 import Http3
-from tests.webtransport.link import End, Link, client_config, server_config, untouched
+from tests.webtransport.link import CLIENT, SERVER, Damage, End, Link, client_config, server_config, untouched
 
 
 def both(link: Link) -> list[tuple[End, End]]:
@@ -501,6 +501,7 @@ def test_a_peer_that_leaves_is_noticed_at_once(side: int) -> None:
 @SIDES
 def test_a_peer_that_vanishes_is_noticed_when_idle_for_a_minute(side: int) -> None:
     link = Link().open()
+    link.server.it.trust()
     link.run(1)
     here, there = both(link)[side]
     link.damage = lambda data: []
@@ -509,6 +510,69 @@ def test_a_peer_that_vanishes_is_noticed_when_idle_for_a_minute(side: int) -> No
     link.until(lambda: there.lost)
     assert there.lost == "Idle timeout"
     assert 55 < link.now - began <= 61
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_a_newcomer_that_vanishes_is_given_up_after_some_seconds(session: bool) -> None:
+    link = Link()
+    if session:
+        link.open()
+    else:
+        link.client.it._demultiplexer._wanted = None
+        link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
+    link.run(1)
+    link.damage = lambda data: []
+    link.client.it.close()
+    began = link.now
+    link.until(lambda: link.server.saw(Terminated))
+    assert link.server.lost == "the newcomer has gone"
+    assert link.now - began <= Limits().silence
+
+
+def test_a_newcomer_with_slow_answers_is_not_kept_for_longer() -> None:
+    # Three probe timeouts, as RFC 9000 section 10.1 recommends, are as many seconds as a peer wants them to be.
+    link = Link(damage=lambda data: [(1.9, data)], client=client_config(Limits(opening=60)))
+    link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
+    link.damage = lambda data: []
+    link.run(1.9)  # What is under way arrives.
+    began = link.now
+    link.until(lambda: link.server.saw(Terminated))
+    assert link.now - began <= Limits().silence
+
+
+def test_a_newcomer_that_says_nothing_is_asked_and_may_stay() -> None:
+    link = Link().open()
+    link.run(40)
+    assert link.server.lost is link.client.lost is None
+    assert not link.server.it.trusted
+
+
+def test_a_peer_that_is_trusted_may_be_silent_at_once() -> None:
+    link = Link().open()
+    link.run(1)
+    link.server.it.trust()
+    link.damage = lambda data: []
+    began = link.now
+    link.until(lambda: link.server.lost)
+    assert 55 < link.now - began <= 61
+
+
+def test_a_handshake_on_a_bad_network_has_time() -> None:
+    """Half a second each way, and the first packets of either side are lost twice."""
+    lost = {SERVER: 2, CLIENT: 2}
+    link = Link(client=client_config(Limits(opening=60)))
+
+    def damage(to: object) -> Damage:
+        def carry(data: bytes) -> list[tuple[float, bytes]]:
+            lost[to] -= 1
+            return [] if lost[to] >= 0 else [(0.5, data)]
+
+        return carry
+
+    link.upwards, link.damage = damage(SERVER), damage(CLIENT)
+    link.open()
+    link.run(20)
+    assert link.server.lost is link.client.lost is None
 
 
 def test_pings_keep_a_connection_alive() -> None:

@@ -138,7 +138,7 @@ def test_a_first_packet_that_is_no_good() -> None:
     connection.handle_timer(0.0)
     connection.receive_datagram(b"\xc0\0\0\0\1\x0812345678\0\0\x44\x00" + bytes(1200), CLIENT, 1.0)
     assert connection.datagrams_to_send(1.0) == []
-    assert connection.timer == 11.0
+    assert connection.timer == 1.0 + Limits().silence
     connection.handle_timer(11.0)
     events = list(connection.events())
     assert [type(event).__name__ for event in events] in (["ConnectionLost", "Terminated"], ["ConnectionLost"])
