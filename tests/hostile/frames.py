@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from catbus.webtransport.varint import encode as varint
 
@@ -49,13 +50,63 @@ def empty_streams(target: Target) -> None:
 
 @attack("quic", "empty STREAM frames, 20 connections", "50 such packets/s on each of them", like="packets")
 def many_empty_streams(target: Target) -> None:
-    peers = [QuicPeer(target) for _ in range(20)]
+    flood_streams(target, [QuicPeer(target) for _ in range(20)])
+
+
+def flood_streams(target: Target, peers: Sequence[QuicPeer]) -> None:
+    """Send 1,000 packets a second full of empty STREAM frames, by turns of all of them, and hear nothing."""
     payload = full(b"\x0a\x04\x00")
     for number, _ in enumerate(pace(1000)):
         peer = peers[number % len(peers)]
         peer.inject(payload)
         while readable(peer.socket, 0):
             peer.socket.recv(LARGEST)
+
+
+@attack(
+    "quic",
+    "empty STREAM frames, 20 sessions",
+    "50 such packets/s on each, with one client's token",
+    token=True,
+    like="packets",
+)
+def empty_streams_with_token(target: Target) -> None:
+    flood_streams(target, [QuicPeer(target, target.token()) for _ in range(20)])
+
+
+@attack(
+    "quic",
+    "empty STREAM frames, 20 clients",
+    "50 such packets/s on each, with a token of another client on each",
+    token=True,
+    like="packets",
+)
+def empty_streams_of_clients(target: Target) -> None:
+    flood_streams(target, [QuicPeer(target, target.token(f"mallory {number}")) for number in range(20)])
+
+
+@attack(
+    "quic", "broken rules", "sessions that send a frame that there is not, one after the other: each could be logged"
+)
+def broken_rules(target: Target) -> None:
+    while True:
+        peer = QuicPeer(target)
+        peer.inject(b"\x3f")
+        with suppress(Ended):
+            peer.turn(0.1)
+        peer.socket.close()
+
+
+@attack("quic", "sessions without a token", "50/s, which answer every ping and never authenticate", processes=2)
+def tokenless_sessions(target: Target) -> None:
+    peers: list[QuicPeer] = []
+    for _ in pace(25):
+        peers.append(QuicPeer(target))
+        for each in tuple(peers):
+            try:
+                each.turn(0)
+            except Ended:
+                peers.remove(each)
 
 
 @attack("quic", "small packets, 20 connections", "a PING in each, 250/s on each of them", like="packets")

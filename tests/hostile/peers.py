@@ -342,9 +342,11 @@ class QuicPeer:
         self.throw(packets.one_rtt(self.quic, frames))
 
 
-def udp(target: Target) -> socket.socket:
-    """A socket that sends to the broker's QUIC port."""
+def udp(target: Target, address: str = "") -> socket.socket:
+    """A socket that sends to the broker's QUIC port, from one of this machine's addresses."""
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    if address:
+        made.bind((address, 0))
     made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     made.setblocking(False)
     made.connect(("127.0.0.1", target.quic_port))

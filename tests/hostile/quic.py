@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from contextlib import suppress
 
 from aioquic.buffer import Buffer
 from aioquic.quic.packet import pull_quic_header
@@ -107,20 +108,17 @@ def half_open(target: Target) -> None:
 )
 def hellos(target: Target) -> None:
     sock = udp(target)
-    first = QuicPeer(target, open=False)
-    [(hello, _), *_] = first.connection.datagrams_to_send(time.monotonic())
-    payload = _crypto_of(hello, first)
+    payload = _crypto_of(QuicPeer(target, open=False))
     for _ in pace(200):
         throw(sock, target, Initials().packet(crypto(0, payload)))
         while readable(sock, 0):
             sock.recv(LARGEST)
 
 
-def _crypto_of(hello: bytes, peer: QuicPeer) -> bytes:
+def _crypto_of(peer: QuicPeer) -> bytes:
     """The ClientHello in a client's first packet."""
-    sender = next(iter(peer.quic._crypto_streams.values())).sender
-    assert hello
-    return bytes(sender._buffer)
+    assert peer.connection.datagrams_to_send(time.monotonic())
+    return bytes(peer.quic._crypto_streams[Epoch.INITIAL].sender._buffer)
 
 
 @attack("quic", "handshakes without a session", "complete, and then ask for none until they are given up", processes=2)
@@ -178,6 +176,47 @@ def retry_replay(target: Target) -> None:
         again = Initials(token, destination if number % 2 else None)
         throw(sock, target, again.packet(crypto(0, CLIENT_HELLO) + bytes(900)))
     kept.clear()
+
+
+@attack(
+    "quic",
+    "hellos from 250 networks",
+    "1,000/s, each a network's first for a while, so that none of them has used anything yet",
+    like="packets",
+)
+def many_networks(target: Target) -> None:
+    payload = _crypto_of(QuicPeer(target, open=False))
+    sockets = [udp(target, f"127.0.1.{number}") for number in range(1, 251)]
+    for number, _ in enumerate(pace(1000)):
+        sock = sockets[number % len(sockets)]
+        throw(sock, target, Initials().packet(crypto(0, payload)))
+        while readable(sock, 0):
+            sock.recv(LARGEST)
+
+
+@attack(
+    "quic", "forged Retry tokens", "Initials with tokens that are none, each to be checked, 3,000/s", like="packets"
+)
+def forged_tokens(target: Target) -> None:
+    sock = udp(target)
+    for _ in pace(3000):
+        throw(sock, target, junk_initial(token=os.urandom(40)))
+        while readable(sock, 0):
+            sock.recv(LARGEST)
+
+
+@attack("quic", "slow answers, and then silence", "handshakes over a link of two seconds, left in the middle")
+def slow_answers(target: Target) -> None:
+    late: list[tuple[float, QuicPeer]] = []
+    for _ in pace(100):
+        peer = QuicPeer(target, open=False)
+        peer.transmit()
+        late.append((time.monotonic() + 2, peer))
+        while late[0][0] < time.monotonic():
+            _, peer = late.pop(0)
+            with suppress(Ended):
+                peer.turn(0)
+            peer.socket.close()
 
 
 @attack("quic", "unknown QUIC versions", "2,000 packets/s, each to be answered", like="packets")
