@@ -26,6 +26,9 @@ from .wire import MAX_DEPTH, UNDECODABLE, clip, depth
 MAX_TOKEN = 8192
 """How many bytes a token may have."""
 
+KNOWN_SIZE = 64 * MAX_TOKEN
+"""Bytes of good tokens of which it is remembered what they say."""
+
 ROLE_HANDLE = 12
 """How many hexadecimal digits of a role's key are its handle."""
 
@@ -218,6 +221,9 @@ class Authenticator:
                 raise ConfigError(f"JWT key {number}: expected a public key, {USABLE_KEYS}, as PEM or JWKS")
             self._jwt_keys += keys
         self._leeway = leeway
+        self._known: dict[bytes, tuple[int, _SubClaims | _JwtClaims, Grants]] = {}
+        """What good tokens say, by their digests, the one that was shown last at the end; and how long they are."""
+        self._known_size = 0
         # No token is an HMAC over a text with a space in it.
         self._producer_keys = [_hmac(secret, b"catbus producer") for secret in self._secrets] or [os.urandom(32)]
 
@@ -236,11 +242,7 @@ class Authenticator:
         if role_key(token) is not None:
             text = "role tokens are kept in a database, and this broker has none"
             raise TokenRefused(Reason.ROLE, text, message=text)
-        claims: _SubClaims | _JwtClaims
-        if given.startswith(b"sub-"):
-            claims = _decode(self._signed_text(given[4:]), _SubClaims, "client_id")
-        else:
-            claims = _decode(self._signed_claims(given), _JwtClaims, "sub")
+        claims, grants = self._read(given)
         subject = claims.client_id
         if claims.nbf is not None and now < claims.nbf - self._leeway:
             raise TokenRefused(
@@ -262,7 +264,7 @@ class Authenticator:
                 subject=subject,
             )
         messages, size = claims.rates()
-        return Identity(subject, claims.allowed(), claims.exp, publish_rate=messages, publish_bytes=size)
+        return Identity(subject, grants, claims.exp, publish_rate=messages, publish_bytes=size)
 
     def new_producer(self, subject: str | None, now: float) -> str:
         """A name that no publisher has had, for the bearers of tokens with this client_id.
@@ -281,6 +283,28 @@ class Authenticator:
         name, mac = data[:16], data[16:]
         macs = [_producer_mac(key, name, subject) for key in self._producer_keys]
         return name if _is_any_of(mac, macs) else None
+
+    def _read(self, given: bytes) -> tuple[_SubClaims | _JwtClaims, Grants]:
+        """What a token says that is signed, whatever the time is.
+
+        To read a long one takes milliseconds, and its bearer may show it in a loop. So the last that were good are
+        remembered, by their digests alone. Only the same bytes have the same digest, so that no check is left out.
+        """
+        digest = sha256(given).digest()
+        known = self._known.pop(digest, None)
+        if known is None:
+            claims: _SubClaims | _JwtClaims
+            if given.startswith(b"sub-"):
+                claims = _decode(self._signed_text(given[4:]), _SubClaims, "client_id")
+            else:
+                claims = _decode(self._signed_claims(given), _JwtClaims, "sub")
+            known = len(given), claims, claims.allowed()
+            self._known_size += len(given)
+            while self._known_size > KNOWN_SIZE and self._known:
+                size, _, _ = self._known.pop(next(iter(self._known)))
+                self._known_size -= size
+        self._known[digest] = known
+        return known[1:]
 
     def _signed_text(self, given: bytes) -> bytes:
         """The JSON of a `sub-` token without its prefix, which one of the secrets has signed."""

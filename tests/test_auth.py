@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.auth import (
+    KNOWN_SIZE,
     MAX_TOKEN,
     Authenticator,
     Grants,
@@ -197,6 +198,41 @@ def test_what_is_signed_is_what_is_said(
     grants = Grants(tuple(read), tuple(write))
     token = sign(SECRET, client_id=client_id, grants=grants, expires=expires)
     assert Authenticator([SECRET]).verify(token, NOW) == Identity(client_id, grants, expires)
+
+
+@pytest.mark.parametrize("form", ["sub", "jwt"])
+def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authenticator = Authenticator((SECRET,))
+    claims = {"sub": "alice", "exp": NOW + 10, "nbf": NOW - 10, "catbus": {"read": ["a"], "write": []}}
+    token = sign(SECRET, client_id="alice", grants=Grants(("a",)), expires=NOW + 10, not_before=NOW - 10)
+    if form == "jwt":
+        token = signed_jwt({"alg": "HS256"}, claims)
+    identity = authenticator.verify(token, NOW)
+    with monkeypatch.context() as patch:
+        patch.setattr("catbus.auth._decode", None)
+        assert authenticator.verify(token, NOW + 1) == identity
+        assert_expired(authenticator, token, NOW + 10)
+        assert_not_valid_yet(authenticator, token, NOW - 11)
+    assert authenticator.verify(token, NOW) == identity
+    for place in (len(token) // 2, len(token) - 3):
+        other = "A" if token[place] != "A" else "B"
+        assert_unauthenticated(authenticator, token[:place] + other + token[place + 1 :])
+    assert_unauthenticated(Authenticator((OTHER,)), token)
+    assert token not in repr(authenticator._known)
+
+
+def test_what_is_remembered_of_tokens_is_bounded() -> None:
+    authenticator = Authenticator((SECRET,))
+    tokens = [sign(SECRET, client_id=f"c{n}", grants=Grants((f"a{n}." + "x" * 200,) * 20)) for n in range(200)]
+    for token in tokens:
+        authenticator.verify(token, NOW)
+        authenticator.verify(tokens[0], NOW)
+        assert authenticator._known_size == sum(size for size, _, _ in authenticator._known.values()) <= KNOWN_SIZE
+    assert hashlib.sha256(tokens[0].encode()).digest() in authenticator._known
+    assert 1 < len(authenticator._known) < 200
+    assert authenticator.verify(tokens[1], NOW).client_id == "c1"
 
 
 def test_any_of_several_secrets_verifies() -> None:
