@@ -11,6 +11,8 @@ import time
 
 import asyncpg  # type: ignore[import-untyped]
 
+from catbus.auth import Grants
+
 from .attacks import Ended, Target, attack, pace
 from .peers import Peer, WebSocketPeer, frame, keep, pour, request
 from .publishing import RING
@@ -278,6 +280,31 @@ def pinned(target: Target) -> None:
     while True:
         time.sleep(0.5)
         publisher.drain()
+
+
+@attack(
+    "session",
+    "grants given up with messages waiting",
+    "1,000 subscriptions with unread messages of which a narrower token covers none, and a wider one all again",
+    token=True,
+    kept=RING,
+)
+def narrower_and_wider(target: Target) -> None:
+    wide, narrow = target.token(), target.token(grants=Grants(("mallory.none",), ("*",)))
+    patterns = [f"mallory.g{number}" for number in range(1000)]
+    publisher = WebSocketPeer(target, wide)
+    messages = b"".join([request("publish", channel=pattern, payload=1, ack=False) for pattern in patterns])
+    while True:
+        peer = WebSocketPeer(target, wide)
+        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.subscribe_all(patterns)
+        for _ in range(4):
+            for start in range(0, len(messages), 50_000):
+                publisher.send(frame(messages[start : start + 50_000]))
+        publisher.drain()
+        peer.send(frame(request("auth", token=narrow, protocol=1)))
+        peer.wait_for(b'"auth_ok"')
+        peer.socket.close()
 
 
 # Leaving

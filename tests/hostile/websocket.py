@@ -204,3 +204,39 @@ def false_tokens(target: Target) -> None:
             peer.wait_for(b"nothing like it")
         except Ended:
             continue
+
+
+@attack(
+    "websocket",
+    "the beginnings of tokens",
+    "16 KB of an `auth` in fragments on 1,000 connections, which come again when they are closed",
+    processes=2,
+)
+def beginnings_of_tokens(target: Target) -> None:
+    begun = frame(b'{"type":"auth","token":"' + b"x" * 8000, final=False)
+    rest = frame(b"x" * 8000, 0, final=False)
+    keep([WebSocketPeer(target) for _ in range(500)], begun + rest)
+
+
+@attack(
+    "websocket", "frames of a byte after the Close frame", "a Close frame, and then the smallest frames", processes=2
+)
+def small_frames_after_close(target: Target) -> None:
+    while True:
+        peer = WebSocketPeer(target)
+        peer.send(frame(b"\x03\xe8", 8))
+        try:
+            for _ in range(20):
+                peer.send(frame(b"x") * 9000)
+        except Ended:
+            continue
+
+
+@attack("websocket", "numbers of 15,000 digits", "the `seq` of pings, of which each is to be read", like="bytes")
+def long_numbers(target: Target) -> None:
+    repeat(target, frame(b'{"type":"ping","seq":' + b"9" * 15_000 + b"}"))
+
+
+@attack("websocket", "objects in 2,700 objects", "each in the one before, to be refused for their depth", like="bytes")
+def deep_objects(target: Target) -> None:
+    repeat(target, frame(b'{"a":' * 2700 + b"1" + b"}" * 2700))
