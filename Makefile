@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance clean
+.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage clean
 
 help:
 	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
@@ -20,6 +20,7 @@ help:
 	@echo 'make fuzz-bytes  look for bytes that break what takes them from strangers (FUZZ_SECONDS=60 for each)'
 	@echo 'make hostile  attack a broker in every way, and measure what honest clients notice (HOSTILE_SECONDS=6)'
 	@echo 'make conformance  play suites, client libraries and proxies of others to a broker (PYTHON2=, for Autobahn)'
+	@echo 'make coverage  run all tests, and show which lines and branches of catbus/ none of them reaches'
 	@echo 'make clean    remove all that make has made'
 
 run: $(venv)/installed-run
@@ -80,8 +81,17 @@ hostile: $(venv)/installed-test
 conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-conformance
 	$(bin)/python -m tests.conformance
 
+# Below this the target fails.
+COVERED := 95
+
+coverage: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
+	@rm -rf .coverage && mkdir .coverage
+	$(bin)/coverage run -m pytest --numprocesses 2 --dist loadfile
+	@$(bin)/coverage combine --quiet
+	$(bin)/coverage report --fail-under $(COVERED)
+
 clean:
-	rm -rf $(venv) clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(venv) .coverage clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What has been installed stays until what is to be installed changes, so a second run needs no network.

@@ -615,8 +615,13 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     await beside.receive(message * 2)
     assert trio.current_time() > began
     identity = strict_hub.authenticator.verify(token(None), 0)
+    requests = [Publish("a", Raw(b"1")) for _ in range(20)]
+    await strict_hub.publish(identity, requests, client=client_of(identity, token(None), "a"))
     with pytest.raises(PeerError, match="publishes too much"):
-        await strict_hub.publish(identity, [Publish("a", Raw(b"1"))], client=client_of(identity, token(None), "a"))
+        await strict_hub.publish(identity, requests, client=client_of(identity, token(None), "a"))
+    began = trio.current_time()
+    await here.receive(message)
+    assert trio.current_time() > began
     for client in (here, beside, elsewhere, late):
         client.leave()
     assert not strict_hub.shares
