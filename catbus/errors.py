@@ -75,17 +75,23 @@ class PeerError(CatbusError):
     """The peer sent something that is refused: `code` and the text are the reply.
 
     With `close`, nothing that comes after can be understood or allowed: reply, then close with that code.
-    `retry_after`, in seconds, says when it would be allowed.
+    `retry_after`, in seconds, says when it would be allowed. `id` is that of the request, where only that can be told.
     """
 
     def __init__(
-        self, code: Code, message: str, close: CloseCode | None = None, retry_after: float | None = None
+        self,
+        code: Code,
+        message: str,
+        close: CloseCode | None = None,
+        retry_after: float | None = None,
+        id: int | None = None,  # noqa: A002
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.close = close
         self.retry_after = retry_after
+        self.id = id
 
 
 class Refused(CatbusError):

@@ -77,7 +77,7 @@ class Framer(Generic[M]):
             try:
                 result = decode(text)
             except UNDECODABLE as error:
-                result = refusal(error)
+                result = refusal(error, text)
             position = end
             yield result
 

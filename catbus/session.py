@@ -160,7 +160,7 @@ class Session:
         try:
             for message in self._framer.feed(data):
                 if isinstance(message, PeerError):
-                    self.say(wire.Error(message.message, message.code))
+                    self.say(wire.Error(message.message, message.code, message.id))
                 else:
                     try:
                         yield from _HANDLERS[type(message)](self, message)

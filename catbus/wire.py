@@ -207,7 +207,10 @@ class Pong(Reply, tag="pong"):
 
 
 class Error(Reply, tag="error"):
-    """`id`: of the `history` that it refuses; all other requests have a refusal of their own kind."""
+    """`id`: of the `history` that it refuses, or of an object that does not decode, where that can be read.
+
+    All other requests have a refusal of their own kind.
+    """
 
     message: str
     code: Code
@@ -289,8 +292,8 @@ def decode_pairs(data: bytes) -> dict[str, Raw]:
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def refusal(error: Exception) -> PeerError:
-    """The reply to an object that could not be decoded."""
+def refusal(error: Exception, data: bytes = b"") -> PeerError:
+    """The reply to an object that could not be decoded, which is `data`."""
     match error:
         case RecursionError():
             text = f"nested deeper than {MAX_DEPTH}"
@@ -298,7 +301,20 @@ def refusal(error: Exception) -> PeerError:
             text = "not valid UTF-8"
         case _:
             text = clip(str(error))
-    return PeerError(Code.BAD_MESSAGE, text)
+    return PeerError(Code.BAD_MESSAGE, text, id=_find_id(data))
+
+
+def _find_id(data: bytes) -> int | None:
+    """The `id` in an object that does not decode, where it can be read: its sender waits for an answer.
+
+    The standard library reads what msgspec does not: half of a surrogate pair, and text that is not UTF-8.
+    """
+    try:
+        found = json.loads(data.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    number = found.get("id") if isinstance(found, dict) else None
+    return number if type(number) is int and 0 <= number < 2**63 else None
 
 
 def clip(text: str) -> str:

@@ -314,3 +314,28 @@ def test_a_message_may_be_as_wide_as_it_likes() -> None:
 def test_a_bomb_is_refused(bomb: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE):
         wire.decode_client(publish(bomb))
+
+
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [
+        (b'{"type":"publish","channel":7,"id":3}', 3),
+        (b'{"id":3,"type":"history","limit":0}', 3),
+        (rb'{"payload":"\ud83d","id":3}', 3),
+        (b'{"payload":"\xff","id":3}', 3),
+        (b'{"payload":' + b"[" * 100 + b"]" * 100 + b',"id":3}', 3),
+        (b'{"id":1,"id":3}', 3),
+        (b'{"id":9223372036854775807}', 2**63 - 1),
+        (b'{"id":9223372036854775808}', None),
+        (b'{"id":-1}', None),
+        (b'{"id":true}', None),
+        (b'{"id":1.0}', None),
+        (b'{"id":"3"}', None),
+        (b'{"nested":{"id":3}}', None),
+        (b'{"channel":undefined,"id":3}', None),
+        (b'{"payload":' + b"[" * 60_000, None),
+        (b'{"payload":' + b"9" * 5000 + b"}", None),
+    ],
+)
+def test_what_does_not_decode_is_refused_by_its_id_where_that_can_be_read(data: bytes, number: int | None) -> None:
+    assert wire.refusal(msgspec.DecodeError("no"), data).id == number

@@ -252,7 +252,10 @@ class Conversation:
         if number is None:
             # Only a history has no refusal of its own kind, and histories are answered in order.
             number = self._ledger.oldest_history()
-        if self._ledger.answered(number, Refused(reply.code, reply.message)):
+        reason = Refused(reply.code, reply.message)
+        if self._ledger.answered(number, reason) or self._ledger.refused(number, reason):
+            return
+        if self._subscriptions.refused(wire.SubscribeError("", reply.message, reply.code, number)):
             return
         if reply.code is Code.BAD_MESSAGE:
             # It did not understand something that somebody here may be waiting for.

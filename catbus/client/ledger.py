@@ -267,14 +267,15 @@ class Ledger:
                 self._doubts.discard(number)
                 self._go_on()
 
-    def refused(self, number: int | None, reason: Refused) -> None:
+    def refused(self, number: int | None, reason: Refused) -> bool:
+        """A publish was refused; false when none is without an answer under this number."""
         pending = self._sent.get(number)  # type: ignore[arg-type]
         if pending is None or number is None:
-            return
+            return False
         if not pending.publish.ephemeral and (number in self._doubts or reason.code is Code.UNKNOWN):
             self._still_in_doubt(number, pending, reason)
             self._go_on()
-            return
+            return True
         del self._sent[number]
         if reason.code is Code.SHUTTING_DOWN and self._keeps_on and not pending.publish.ephemeral:
             # It is certain that it is not published, and the next replica can.
@@ -282,6 +283,7 @@ class Ledger:
             self.hold()
         else:
             pending.settle(reason)
+        return True
 
     def answered(self, number: int | None, value: Any) -> bool:
         """An answer to a history or a ping, or its refusal; false when nobody waits for one under this number."""

@@ -176,15 +176,18 @@ class Switchboard:
         for inbox in {*lane.routes.values(), *lane.fresh.values()}:
             self._unroute(inbox)
 
-    def refused(self, reply: wire.SubscribeError) -> None:
+    def refused(self, reply: wire.SubscribeError) -> bool:
+        """A request was refused; false when none is without an answer under this id."""
+        known = reply.id in self._asked
         inbox = self._answered(reply.id)
         if inbox is None or inbox.phase is not Phase.ASKED:
-            return
+            return known
         if inbox.begun and reply.code in RETRYABLE:
             self._again.append(inbox)
             self.doubted()
         else:
             self._close(inbox, Refused(reply.code, reply.message))
+        return True
 
     def retry(self) -> None:
         """Ask again for what could not be taken up."""

@@ -746,6 +746,20 @@ def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
+def test_an_object_that_the_broker_does_not_understand_is_refused_by_its_id() -> None:
+    conversation = begin()
+    batch = publish(conversation, "a", "b")
+    inbox = conversation.subscribe("a.*", None, None, 10)
+    page = conversation.ledger.history("a.*", 2, None)
+    requests = sent(conversation)
+    for request in requests[1:]:
+        conversation.receive(lines({"type": "error", "message": "what?", "code": "bad_message", "id": request["id"]}))
+    assert batch.results[0] is None
+    for refused in (batch.results[1], inbox.ending, page.value):
+        assert isinstance(refused, Refused)
+        assert refused.code is Code.BAD_MESSAGE
+
+
 def test_goaway_and_other_errors_are_events() -> None:
     events: list[wire.GoAway | wire.Error] = []
     conversation = Talk(events.append)

@@ -34,6 +34,7 @@ CANNOT_BE_SAID = {
     ],
     "what is no object ends the session": ["[1]"],
     "of two values with one name the last counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
+    "an object that is not understood is refused by its id": [*["unknown"] * 6, '{"type":undefined,"id":10}'],
 }
 """What there is no call for in a client, by conversation; all else both clients say."""
 
