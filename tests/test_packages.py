@@ -18,7 +18,9 @@ from tests.brokers import SECRET, TOKEN, running
 from tests.programs import CLIENT, find_module, find_program
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = CLIENT / "src" / "catbus.js"
+SOURCE = CLIENT / "src"
+MODULES = [SOURCE / "catbus.js", *sorted((SOURCE / "catbus").glob("*.js"))]
+"""What the broker serves: the JavaScript client, without what needs React."""
 SKIPPED = (
     ".git",
     ".venv",
@@ -63,26 +65,43 @@ def test_the_wheel_serves_from_where_nothing_else_is(wheel: Path, tmp_path: Path
             [catbus, "pub", "a", "1", "--url", url], env=environment, capture_output=True, text=True, check=True
         )
         assert told.stdout == '{"channel":"a","seq":1}\n'
-        with urllib.request.urlopen(url.replace("ws://", "http://").replace("/ws", "/catbus.js")) as answer:
-            assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
-            assert answer.headers["Access-Control-Allow-Origin"] == "*"
-            assert answer.read() == SCRIPT.read_bytes()
+        for module in MODULES:
+            path = f"/{module.relative_to(SOURCE)}"
+            with urllib.request.urlopen(url.replace("ws://", "http://").replace("/ws", path)) as answer:
+                assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
+                assert answer.headers["Access-Control-Allow-Origin"] == "*"
+                assert answer.read() == module.read_bytes()
         broker.send_signal(signal.SIGTERM)
         assert broker.wait(30) == 0
 
 
 USE = """
-import { CatbusClient, Refused } from '@catbus/client';
+import { CatbusClient, DisconnectedError, RefusedError, Refused } from '@catbus/client';
+import type { Message, Page, SubscriptionHandle } from '@catbus/client';
+interface Note { text: string }
 const client: CatbusClient = new CatbusClient({ url: 'wss://x/ws', token: async () => 't', headStart: 100 });
 const stop: () => void = client.on('gap', (gap) => gap.to.toFixed());
 const seq: Promise<number | undefined> = client.publish('a', { any: 'thing' }).then((answer) => answer.seq);
-for await (const message of client.messages('a.*', { since: 1 })) message.channel.length;
-export { stop, seq, Refused };
+for await (const message of client.messages<Note>('a.*', { since: 1 })) message.payload.text.length;
+const kept: string | undefined = undefined;
+const handle: SubscriptionHandle = client.subscribe<Note>('a.*', async ({ payload, cursor }) => {
+  payload.text.length + (cursor ?? '').length;
+}, { since: kept, onGap: ({ from }) => from, onLive: () => {}, onEnd: (error) => error.message });
+const { pattern, position }: { pattern: string, position: string | undefined } = await handle;
+const page: Page<Note> = await client.history<Note>('a', { after: position, limit: 5 });
+const last: Message<Note> | undefined = page.messages.at(-1);
+await handle.ready;
+await handle.close();
+export { stop, seq, pattern, last, Refused, RefusedError, DisconnectedError };
 """
 MISUSE = {
     "an option that there is not": "new CatbusClient({ url: 'wss://x/ws', token: 't', reconect: true });",
     "an event that there is not": "new CatbusClient({ url: 'wss://x/ws', token: 't' }).on('message', () => {});",
     "no token": "new CatbusClient({ url: 'wss://x/ws' });",
+    "a payload of another type": "new CatbusClient({ url: 'wss://x/ws', token: 't' })"
+    ".subscribe<{ n: number }>('a', ({ payload }) => payload.text);",
+    "a cursor that is none": "new CatbusClient({ url: 'wss://x/ws', token: 't' })"
+    ".subscribe('a', () => {}, { since: {} });",
 }
 
 
@@ -113,12 +132,33 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_npm_package_is_what_is_needed(installed: Path) -> None:
     package = installed / "node_modules" / "@catbus" / "client"
     files = {str(file.relative_to(package)) for file in package.rglob("*") if file.is_file()}
-    assert files == {"src/catbus.js", "types/catbus.d.ts", "package.json", "README.md", "LICENSE"}
+    modules = {str(file.relative_to(CLIENT)) for file in SOURCE.rglob("*.js")}
+    types = {name.replace("src/", "types/").replace(".js", ".d.ts") for name in modules}
+    assert files == {*modules, *types, "package.json", "README.md", "LICENSE"}
+
+
+def test_its_modules_are_small_and_say_what_they_are_for() -> None:
+    for module in SOURCE.rglob("*.js"):
+        text = module.read_text()
+        assert text.startswith("/**\n * "), module
+        assert text.count("\n") < 400, module
+
+
+def test_its_modules_are_those_that_the_broker_serves() -> None:
+    static = ROOT / "catbus" / "static"
+    assert [static / module.relative_to(SOURCE) for module in MODULES] == [
+        static / "catbus.js",
+        *sorted((static / "catbus").glob("*.js")),
+    ]
+    for module in MODULES:
+        assert (static / module.relative_to(SOURCE)).resolve() == module
 
 
 def compile_types(directory: Path, text: str) -> str:
+    """Where there is no DOM, and where every declaration that is installed is checked too."""
     (directory / "use.ts").write_text(text)
-    options = ["--strict", "--noEmit", "--module", "nodenext", "--target", "es2022", "--lib", "es2023,dom"]
+    options = ["--strict", "--noEmit", "--module", "nodenext", "--target", "es2022", "--lib", "es2023"]
+    options += ["--exactOptionalPropertyTypes", "--skipLibCheck", "false"]
     command = [find_program("nodejs", "node"), find_module("typescript/bin/tsc"), *options, "use.ts"]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False).stdout
 

@@ -19,7 +19,7 @@ from . import upgrade
 from .head import read_head
 from .outbox import close_gently, say_goodbye
 from .roster import Roster
-from .routes import CROWDED, ROUTES, Answer, Request, find, line
+from .routes import CROWDED, Answer, Request, find, line, route_of
 from .websocket import serve_websocket
 
 if TYPE_CHECKING:
@@ -240,10 +240,11 @@ class Conversation:
         """Answer `request`, or what was too broken to be one. Without all of its body, it is the last answer."""
         headers = [
             (b"date", formatdate(usegmt=True).encode()),
-            (b"content-type", answer.type),
-            (b"content-length", str(len(answer.body)).encode()),
             *answer.headers,
         ]
+        if answer.status != HTTPStatus.NOT_MODIFIED:
+            # There, a length would be that of the representation, which is not sent.
+            headers += [(b"content-type", answer.type), (b"content-length", str(len(answer.body)).encode())]
         if last or self._roster.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
         reason = HTTPStatus(answer.status).phrase.encode()
@@ -252,7 +253,7 @@ class Conversation:
             data += self._http.send(h11.Data(data=answer.body))
         data += self._http.send(h11.EndOfMessage())
         if request is not None:
-            path = request.path if request.path in ROUTES else "other"
+            path = route_of(request.path) or "other"
             self._roster.requests[path, answer.status] += 1
             logger.debug("request", method=request.method, path=request.path[:200], status=answer.status)
         with trio.move_on_after(SEND_TIME):

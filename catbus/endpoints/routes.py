@@ -108,14 +108,26 @@ async def metrics(hub: Hub, request: Request) -> Answer:
 
 
 async def script(hub: Hub, request: Request) -> Answer:
-    """The JavaScript client, for pages anywhere."""
-    headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"max-age=60")]
-    return Answer(200, _script(), headers, b"text/javascript; charset=utf-8")
+    """A module of the JavaScript client, for pages anywhere.
+
+    A browser asks each time whether it has the present one: modules of two releases do not go together.
+    """
+    body, tag = _scripts()[request.path]
+    headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-cache"), (b"etag", tag)]
+    known = [each.strip().removeprefix(b"W/") for each in request.header(b"if-none-match").split(b",")]
+    if tag in known or known == [b"*"]:
+        return Answer(304, b"", headers)
+    return Answer(200, body, headers, b"text/javascript; charset=utf-8")
 
 
 @cache
-def _script() -> bytes:
-    return (resources.files("catbus") / "static" / "catbus.js").read_bytes()
+def _scripts() -> dict[str, tuple[bytes, bytes]]:
+    """The modules of the JavaScript client by path, each with its entity tag: the first, and those that it imports."""
+    static = resources.files("catbus") / "static"
+    files = {"/catbus.js": static / "catbus.js"}
+    files |= {f"/catbus/{file.name}": file for file in (static / "catbus").iterdir() if file.name.endswith(".js")}
+    bodies = {path: file.read_bytes() for path, file in files.items()}
+    return {path: (body, b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()) for path, body in bodies.items()}
 
 
 async def status(hub: Hub, request: Request) -> Answer:
@@ -286,9 +298,17 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 
 
+def route_of(path: str) -> str | None:
+    """The route that serves a path; all modules of the JavaScript client have one."""
+    if path in ROUTES:
+        return path
+    return "/catbus.js" if path in _scripts() else None
+
+
 def find(method: str, path: str) -> Handler | Answer:
     """Who answers a request, or the answer if there is nobody. What can be asked for with GET can be with HEAD."""
-    methods = ROUTES.get(path)
+    route = route_of(path)
+    methods = None if route is None else ROUTES[route]
     if methods is None:
         return line(404)
     handler = methods.get("GET" if method == "HEAD" else method)

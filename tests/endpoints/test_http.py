@@ -233,6 +233,27 @@ async def test_head_is_get_without_the_body(path: str, status: int, size: str) -
         assert (await it.peer.response()).body == b"ok"
 
 
+async def test_modules_of_the_javascript_client_are_sent_once() -> None:
+    """A browser that has one asks by its tag, and is told that it is the present one."""
+    async with served() as it:
+        for path in ("/catbus.js", "/catbus/core.js"):
+            await it.peer.send(get(path))
+            whole = await it.peer.response()
+            assert (whole.status, whole.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+            assert whole.headers["cache-control"] == "no-cache"
+            for known in (whole.headers["etag"], f'"x", W/{whole.headers["etag"]}', "*"):
+                await it.peer.send(get(path, f"If-None-Match: {known}"))
+                response = await it.peer.response()
+                assert (response.status, response.body, response.headers["etag"]) == (304, b"", whole.headers["etag"])
+                assert response.headers["access-control-allow-origin"] == "*"
+                assert "content-length" not in response.headers
+            await it.peer.send(get(path, 'If-None-Match: "of another release"'))
+            assert (await it.peer.response()).body == whole.body
+        await it.peer.send(get("/catbus/nothing.js"))
+        assert (await it.peer.response()).status == 404
+        assert it.roster.requests["/catbus.js", 304] == 6
+
+
 async def test_head_of_what_only_takes_post() -> None:
     async with served() as it:
         await it.peer.send(get("/publish", method="HEAD"))

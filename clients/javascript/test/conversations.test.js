@@ -23,6 +23,7 @@ const CANNOT_BE_SAID = {
   ],
   'what is no object ends the session': ['[1]'],
   'of two values with one name the last counts': ['nothing'],
+  'an object that is not understood is refused by its id': [...Array(6).fill('unknown'), '{"type":undefined,"id":10}'],
 };
 
 /** Without what the client keeps for itself; of a refused `auth` it tells the refusal, not the closing code. */
@@ -30,6 +31,16 @@ function tellable(conversation) {
   const { steps, ...rest } = structuredClone(conversation);
   for (const { object } of steps) if (object?.type === 'auth_ok') for (const name of ['producer', 'floor']) delete object[name];
   return { ...rest, steps: steps.filter(({ hear, closed, object }) => !closed && !(hear && object?.type === 'live')) };
+}
+
+/** An object, or as its type a text that is none. */
+function parse(text) {
+  try {
+    const value = JSON.parse(text);
+    return Array.isArray(value) ? { type: text } : value;
+  } catch {
+    return { type: text };
+  }
 }
 
 class Peer {
@@ -53,7 +64,7 @@ class Peer {
   }
 
   async say(text) {
-    const message = text.startsWith('{') ? JSON.parse(text) : { type: text };
+    const message = parse(text);
     const call = this.#call(message);
     if (!call) {
       this.passedOver.push(message.type);

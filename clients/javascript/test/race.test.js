@@ -1,65 +1,80 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { Disconnected, Refused, expiryOf, race, untilRefresh } from '../src/catbus.js';
+import { Dial } from '../src/catbus/dial.js';
+import { DisconnectedError, RefusedError } from '../src/catbus/errors.js';
+import { Timers } from '../src/catbus/timers.js';
+import { expiryOf, renewalFloor, untilRefresh } from '../src/catbus/tokens.js';
 
-/** A way that is decided by the test. */
-function way() {
-  const made = { begun: false, signal: undefined };
-  made.start = (signal) => {
-    made.begun = true;
-    made.signal = signal;
-    return new Promise((resolve, reject) => Object.assign(made, { resolve, reject }));
+/** A dial by so many ways, which the test decides. */
+function dial(ways, headStart) {
+  const made = { timers: new Timers(), begun: [], closed: [], outcome: undefined };
+  const host = {
+    timers: made.timers,
+    open: (route) => (made.begun.push(route), route),
+    close: (link) => made.closed.push(link),
+    won: (link) => (made.outcome = link),
+    failed: (why) => (made.outcome = why),
   };
+  const routes = Array.from({ length: ways }, (_, id) => ({ id, url: `way ${id}` }));
+  made.dial = new Dial(1, routes, { headStart, connectTimeout: 1e5 }, host);
+  made.routes = routes;
+  made.dial.begin();
   return made;
 }
 
-const turn = () => new Promise((resolve) => setTimeout(resolve, 1));
-const run = () => new AbortController();
-
-test('the first way is tried alone, and what wins ends the others', async () => {
-  const [one, other] = [way(), way()];
-  const outcome = race([one.start, other.start], 5, run().signal);
-  assert.deepEqual([one.begun, other.begun], [true, false]);
-  while (!other.begun) await turn();
-  other.resolve('other');
-  assert.equal(await outcome, 'other');
-  assert.equal(one.signal.aborted, true);
+test('the first way is tried alone, and what wins ends the others', () => {
+  const { timers, routes: [one, other], begun, closed, dial: race, ...made } = dial(2, 300);
+  timers.advance(299);
+  assert.deepEqual(begun, [one]);
+  timers.advance(300);
+  assert.deepEqual(begun, [one, other]);
+  race.won(other);
+  assert.deepEqual([closed, timers.next], [[one], undefined]);
+  assert.equal(made.outcome, undefined);
 });
 
-test('the next way does not wait for the head start when the first has failed', async () => {
-  const [one, other] = [way(), way()];
-  const outcome = race([one.start, other.start], 1e6, run().signal);
-  one.reject(new Disconnected('no'));
-  while (!other.begun) await turn();
-  other.resolve(2);
-  assert.equal(await outcome, 2);
+test('what wins is told, once', () => {
+  const made = dial(2, 0);
+  made.timers.advance(10);
+  made.dial.won(made.routes[1]);
+  made.dial.failed(made.routes[0], new DisconnectedError('too late'));
+  assert.equal(made.outcome, made.routes[1]);
 });
 
-test('when all have failed, the last error is told', async () => {
-  const [one, other] = [way(), way()];
-  const outcome = race([one.start, other.start], 0, run().signal);
-  while (!other.begun) await turn();
-  other.reject(new Disconnected('first'));
-  one.reject(new Disconnected('last'));
-  await assert.rejects(outcome, { message: 'last' });
+test('the next way does not wait for the head start when the first has failed', () => {
+  const made = dial(2, 1e4);
+  made.dial.failed(made.routes[0], new DisconnectedError('no'));
+  assert.deepEqual(made.begun, made.routes);
+  made.dial.won(made.routes[1]);
+  assert.equal(made.outcome, made.routes[1]);
 });
 
-test('a refusal counts for all', async () => {
-  const [one, other] = [way(), way()];
-  const outcome = race([one.start, other.start], 1e6, run().signal);
-  one.reject(new Refused('unauthenticated', 'no'));
-  await assert.rejects(outcome, { code: 'unauthenticated' });
-  assert.equal(other.begun, false);
+test('when all have failed, the last error is told', () => {
+  const made = dial(2, 0);
+  made.timers.advance(10);
+  made.dial.failed(made.routes[1], new DisconnectedError('first'));
+  assert.equal(made.outcome, undefined);
+  made.dial.failed(made.routes[0], new DisconnectedError('last'));
+  assert.equal(made.outcome.message, 'last');
 });
 
-test('who gives up gives all of them up', async () => {
-  const one = way();
-  const controller = run();
-  const outcome = race([one.start], 1, controller.signal);
-  controller.abort(new Disconnected('enough'));
-  await assert.rejects(outcome, { message: 'enough' });
-  assert.equal(one.signal.aborted, true);
+test('a way that gets no answer fails', () => {
+  const made = dial(1, 0);
+  made.timers.advance(1e5);
+  assert.deepEqual([made.outcome.name, made.closed], ['DisconnectedError', made.routes]);
+});
+
+test('a refusal counts for all', () => {
+  const made = dial(2, 1e4);
+  made.dial.failed(made.routes[0], new RefusedError('unauthenticated', 'no'));
+  assert.deepEqual([made.outcome.code, made.begun.length, made.timers.next], ['unauthenticated', 1, undefined]);
+});
+
+test('a dial that is given up gives up all of its ways', () => {
+  const made = dial(1, 1);
+  made.dial.abort();
+  assert.deepEqual([made.closed, made.timers.next, made.outcome], [made.routes, undefined, undefined]);
 });
 
 test('tokens say when they expire', () => {
@@ -83,4 +98,5 @@ test('a device whose clock is wrong asks for the next token neither too often no
   assert.equal(untilRefresh(without, made * 1000), 1000);
   assert.equal(untilRefresh(without, (made + 600) * 1000), 30_000);
   assert.equal(untilRefresh('role-x', 0), undefined);
+  assert.deepEqual([0, 1, 2, 5, 50].map(renewalFloor), [1000, 2000, 4000, 30_000, 30_000]);
 });

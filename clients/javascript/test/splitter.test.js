@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { Splitter } from '../src/catbus.js';
+import { Splitter } from '../src/catbus/framing.js';
 
 const OBJECTS = [
   {},

@@ -2,7 +2,8 @@ import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 
-import { Splitter, expiryOf } from '../src/catbus.js';
+import { Splitter } from '../src/catbus/framing.js';
+import { expiryOf } from '../src/catbus/tokens.js';
 
 const read = (name) => JSON.parse(readFileSync(new URL(`../../../protocol/vectors/${name}.json`, import.meta.url), 'utf8'));
 

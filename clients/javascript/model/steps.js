@@ -1,0 +1,101 @@
+/** What can happen, as data that fast-check makes, makes smaller, and prints. */
+
+import fc from 'fast-check';
+
+import { CHANNELS, PATTERNS, World } from './world.js';
+
+const number = fc.nat(9);
+const channel = fc.constantFrom(...CHANNELS);
+const start = fc.oneof(
+  { weight: 3, arbitrary: fc.constant({}) },
+  { weight: 3, arbitrary: fc.record({ since: fc.nat(5) }) },
+  { weight: 1, arbitrary: fc.record({ last: fc.integer({ min: 1, max: 5 }) }) },
+);
+
+/** Each step: how often, what it needs to know, and what it does with the world. Where there is nothing to do it to, nothing. */
+const STEPS = {
+  publish: [6, { channel, count: fc.integer({ min: 1, max: 3 }) }, (world, { channel, count }) => {
+    for (let n = 0; n < count; n++) world.publish(channel, false);
+  }],
+  poison: [2, { channel }, (world, { channel }) => world.publish(channel, true)],
+  others: [3, { channel }, ({ log }, { channel }) => void log.append(channel, 'of others')],
+  subscribe: [4, { pattern: fc.constantFrom(...PATTERNS), start }, (world, { pattern, start }) =>
+    world.subscribe(pattern, { ...start, ...(start.since !== undefined && { epoch: 'e1' }) })],
+  unsubscribe: [2, { number }, (world, { number }) => pick(world.open, number, (reader) => world.unsubscribe(reader))],
+  pause: [1, { number }, (world, { number }) =>
+    pick(world.open, number, ({ reader }) => world.do((core) => core.subscriptions.pause(reader)))],
+  goOn: [1, { number }, (world, { number }) =>
+    pick(world.open, number, ({ reader }) => world.do((core) => core.subscriptions.goOn(reader)))],
+  ping: [1, {}, (world) => world.ask((core, settler) => core.ping(settler))],
+  history: [1, { pattern: fc.constantFrom(...PATTERNS) }, (world, { pattern }) =>
+    world.ask((core, settler) => core.history(pattern, 3, undefined, settler))],
+  connect: [1, {}, (world) => world.connect()],
+  disconnect: [0.5, {}, (world) => world.disconnect()],
+  become: [0.5, { clientId: fc.constantFrom('alice', 'bob') }, (world, { clientId }) => world.become(clientId)],
+  open: [8, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.openLink(index))],
+  fail: [1, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.failLink(index))],
+  token: [8, { number }, (world, { number }) => pick(world.tokens, number, (_, index) => world.giveToken(index))],
+  noToken: [0.5, { number }, (world, { number }) => pick(world.tokens, number, (_, index) => world.noToken(index))],
+  work: [10, { number, count: fc.integer({ min: 1, max: 5 }) }, (world, { number, count }) =>
+    pick(world.alive, number, ([, replica]) => {
+      replica.work(count);
+      replica.deliver(replica.applied + count);
+    })],
+  bring: [12, { number, size: fc.integer({ min: 1, max: 600 }) }, (world, { number, size }) =>
+    pick(world.alive, number, ([link]) => world.bring(link, size))],
+  workLate: [1, { number, count: fc.integer({ min: 1, max: 5 }) }, (world, { number, count }) =>
+    pick([...world.replicas.values()], number, (replica) => replica.work(count))],
+  lose: [2, { number, code: fc.constantFrom(1006, 4504, 4508, 4401) }, (world, { number, code }) =>
+    pick(world.alive, number, ([link]) => world.lose(link, code))],
+  cut: [2, {}, (world) => {
+    for (const [link] of world.alive) world.lose(link, 1006);
+  }],
+  busy: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void replica.busy++)],
+  goaway: [3, { number }, (world, { number }) => pick(world.alive, number, ([link]) => world.goaway(link))],
+  stop: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void (replica.stopping = true))],
+  hang: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => {
+      world.doubt();
+      replica.stuck = true;
+    })],
+  comeRound: [1, { number }, (world, { number }) => pick([...world.replicas.values()], number, (replica) => replica.comeRound())],
+  giveUp: [1, { number }, (world, { number }) =>
+    pick(world.alive, number, ([, replica]) => {
+      world.doubt();
+      replica.giveUp();
+    })],
+  refuse: [1, { number, refusing: fc.boolean() }, (world, { number, refusing }) =>
+    pick(world.alive, number, ([, replica]) => void (replica.refusing = refusing))],
+  older: [0.5, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void (replica.old = true))],
+  head: [1, { number }, (world, { number }) =>
+    pick(world.alive, number, ([, replica]) => {
+      if (replica.authenticated && ![...replica.held.values()].some(({ behind }) => behind)) replica.head();
+    })],
+  restore: [0.3, { back: fc.nat(3) }, (world, { back }) => world.restore(Math.max(0, world.log.head - back))],
+  wake: [1, {}, (world) => world.do((core) => core.wake())],
+  wait: [6, { ms: fc.oneof(fc.constantFrom(4, 500, 1000, 2500), fc.constantFrom(10_000, 60_000)) }, (world, { ms }) => world.wait(ms)],
+  run: [1, { ms: fc.constantFrom(1000, 20_000) }, (world, { ms }) => world.run(ms)],
+  clock: [0.5, { ms: fc.constantFrom(-3_600_000, -600_000, 600_000, 86_400_000) }, (world, { ms }) => void (world.wall += ms)],
+};
+
+function pick(list, number, act) {
+  if (list.length) act(list[number % list.length], number % list.length);
+}
+
+const steps = fc.array(
+  fc.oneof(...Object.entries(STEPS).map(([step, [weight, needs]]) => ({
+    weight: weight * 10,
+    arbitrary: fc.record({ step: fc.constant(step), ...needs }),
+  }))),
+  { maxLength: 70, size: 'max' },
+);
+
+/** A life: steps, one after another, most often of a client that is connected. */
+export const life = fc.record({ connected: fc.oneof({ weight: 4, arbitrary: fc.constant(true) }, fc.constant(false)), steps });
+
+/** Live it, with the modules of a client. */
+export function live(modules, { connected, steps }) {
+  const world = new World(modules);
+  if (connected) world.settle();
+  for (const { step, ...needs } of steps) STEPS[step][2](world, needs);
+  world.finish();
+}

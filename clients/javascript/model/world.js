@@ -1,0 +1,417 @@
+/**
+ * The core of a client, driven through connections that die, are late and overtake each other, against a model.
+ *
+ * However connections are lost, in whatever order they follow each other: each publish is in the log once and in its order,
+ * what is answered is true, each subscription gets exactly what it is owed, and nothing is left without an answer.
+ */
+
+import assert from 'node:assert/strict';
+
+import { Log, Replica, matches } from './broker.js';
+
+const CHANNELS = ['a.x', 'b'];
+const PATTERNS = ['a.*', '*'];
+/** How long, of the model's own time, everything may take to come to rest: milliseconds. */
+const PATIENCE = 600_000;
+const TOKEN_LIFE = 120;
+
+export class World {
+  now = 0;
+  wall = 1e12;
+  log = new Log();
+  clients = { count: 0 };
+  /** The broker's ends, by link. */
+  replicas = new Map();
+  opening = [];
+  tokens = [];
+  tokensAsked = 0;
+  opened = 0;
+  publishes = [];
+  requests = [];
+  readers = [];
+  clientId = 'alice';
+  number = 0;
+  running = false;
+  /** How the core is made; `modules` are those of the client, or of one with a mistake. */
+  constructor({ Core }) {
+    this.log.append('a.x', 'first');
+    this.log.append('b', 'second');
+    this.core = new Core({
+      routes: () => [{ url: 'ws://x', kind: 'websocket' }],
+      won: () => {},
+      upgradable: false,
+      renewable: true,
+      autoReconnect: true,
+      reconnectDelay: 1000,
+      maxReconnectDelay: 8000,
+      reconnectJitter: 0,
+      pingInterval: 30_000,
+      pingTimeout: 10_000,
+      offlineQueue: true,
+      maxQueueSize: 1000,
+      connectTimeout: 10_000,
+      headStart: 300,
+      upgradeInterval: 60_000,
+      parse: JSON.parse,
+      random: () => 0.5,
+    });
+    this.connect();
+  }
+
+  // Effects
+
+  do(call) {
+    this.core.advance(this.now, this.wall);
+    const result = call(this.core);
+    this.carryOut();
+    return result;
+  }
+
+  carryOut() {
+    const { effects } = this.core;
+    for (let at = 0; at < effects.length; at++) this.perform(effects[at]);
+    effects.length = 0;
+    for (const [link, replica] of this.replicas) if (!replica.gone) replica.hear(link.take());
+    this.check();
+  }
+
+  perform({ type, link, settler, error, value, target, what }) {
+    if (type === 'open') {
+      this.opening.push(link);
+      this.opened++;
+    } else if (type === 'token') {
+      this.tokens.push(link);
+      this.tokensAsked++;
+    } else if (type === 'close') {
+      this.opening = this.opening.filter((each) => each !== link);
+      // What was sent before arrives all the same, and some of it is dealt with.
+      const replica = this.replicas.get(link);
+      if (replica) {
+        replica.hear(link.take());
+        replica.gone = true;
+      }
+    } else if (type === 'settle') {
+      error ? settler.reject(error) : settler.resolve(value);
+    } else if (type === 'tell') {
+      target.told(what, value);
+    }
+  }
+
+  // What the application does
+
+  connect() {
+    this.running = true;
+    this.do((core) => core.connect({ resolve: () => {}, reject: () => {} }, Infinity));
+  }
+
+  /** From now on nobody can say of some what becomes of them. */
+  doubt() {
+    for (const publish of this.publishes) publish.doubtful ||= !publish.result;
+  }
+
+  disconnect() {
+    this.doubt();
+    this.running = false;
+    this.do((core) => core.disconnect());
+  }
+
+  /** Sign in as somebody else. */
+  become(clientId) {
+    this.disconnect();
+    this.clientId = clientId;
+    this.connect();
+  }
+
+  publish(channel, poisonous) {
+    const payload = poisonous ? 'poison' : ++this.number;
+        const hanging = this.alive.some(([, { stuck }]) => stuck);
+    // A client that has not heard of a new epoch names the old one.
+    const outdated = this.log.epoch !== 'e1' && this.core.present?.epoch !== this.log.epoch;
+    const publish = { channel, payload, result: undefined, doubtful: poisonous || hanging || outdated };
+    this.publishes.push(publish);
+    const settler = {
+      resolve: (value) => (publish.result = value),
+      reject: (error) => (publish.result = error),
+    };
+    this.do((core) => core.publish(`"channel":"${channel}","payload":${JSON.stringify(payload)}}`, false, settler));
+  }
+
+  ask(call) {
+    const request = { settled: false };
+    this.requests.push(request);
+    const settle = () => (request.settled = true);
+    this.do((core) => call(core, { resolve: settle, reject: settle }));
+  }
+
+  subscribe(pattern, start) {
+    if (this.open.length >= 5) return;
+    // Of a past in an epoch that the client has not heard of, nobody says what it is.
+    if (start.last !== undefined && this.log.epoch !== 'e1') return;
+    const reader = new ModelReader(pattern, start, this);
+    this.readers.push(reader);
+    reader.reader = this.do((core) => core.subscriptions.add(pattern, start, reader));
+  }
+
+  get open() {
+    return this.readers.filter(({ ended }) => !ended);
+  }
+
+  unsubscribe(reader) {
+    const { settled } = reader;
+    Object.assign(reader, { ended: true, left: true, unsubscribed: false });
+    this.do((core) => core.subscriptions.remove(reader.reader, { resolve: settled, reject: settled }));
+  }
+
+  // What happens to connections
+
+  get alive() {
+    return [...this.replicas].filter(([, { gone }]) => !gone);
+  }
+
+  openLink(index) {
+    const [link] = this.opening.splice(index, 1);
+    this.replicas.set(link, new Replica(this.log, this.clients, this.now));
+    this.do((core) => core.opened(link));
+  }
+
+  failLink(index) {
+    const [link] = this.opening.splice(index, 1);
+    this.do((core) => core.failed(link, new Error('no way there')));
+  }
+
+  giveToken(index) {
+    const [link] = this.tokens.splice(index, 1);
+    const iat = this.serverTime;
+    const claims = Buffer.from(JSON.stringify({ iat, exp: iat + TOKEN_LIFE })).toString('base64url');
+    this.do((core) => core.gotToken(link, JSON.stringify({ clientId: this.clientId, claims: `.${claims}.` })));
+  }
+
+  noToken(index) {
+    const [link] = this.tokens.splice(index, 1);
+    this.do((core) => core.noToken(link, new Error('no token now')));
+  }
+
+  get serverTime() {
+    return 1e9 + this.now / 1000;
+  }
+
+  bring(link, size) {
+    const replica = this.replicas.get(link);
+    const text = replica.replies.slice(0, size);
+    replica.replies = replica.replies.slice(size);
+    if (text) this.do((core) => core.received(link, text));
+  }
+
+  lose(link, code) {
+    this.replicas.get(link).gone = true;
+    this.do((core) => core.closed(link, code, ''));
+  }
+
+  goaway(link) {
+    const replica = this.replicas.get(link);
+    if (!replica.authenticated || replica.stopping) return;
+    replica.say({ type: 'goaway', reason: 'stopping', reconnect_in: 0.5 });
+  }
+
+  restore(seq) {
+    // What a reader with `last` is owed of a past that is no more, nobody says.
+    if (this.readers.some(({ start }) => start.last !== undefined)) return;
+    this.doubt();
+    this.log.restore(seq);
+    for (const [, replica] of this.alive) replica.restored(this.log.head);
+  }
+
+  wait(ms) {
+    this.now += ms;
+    this.wall += ms;
+    this.do(() => {});
+  }
+
+  // What must be true
+
+  /** At any moment. */
+  check() {
+    for (const reader of this.readers) if (reader.wrong) assert.fail(reader.wrong);
+    const logs = [...this.log.epochs.values()];
+    const unknown = new Set();
+    for (const { channel, payload, result, doubtful } of this.publishes) {
+      if (!result) continue;
+      if (result.seq !== undefined) {
+        assert.ok(
+          logs.some((entries) => entries[result.seq - 1]?.payload === payload && entries[result.seq - 1].channel === channel),
+          `publish ${payload} was answered with a seq that is not its own`,
+        );
+      } else if (result.code === 'unknown') {
+        assert.ok(doubtful, `publish ${payload} is in doubt: ${result.message}`);
+        unknown.add(payload);
+      } else assert.ok(!this.log.entries.some((entry) => entry.payload === payload), `publish ${payload} is refused (${result.code}) and in the log`);
+    }
+    const ours = this.log.entries.map(({ payload }) => payload).filter((payload) => typeof payload === 'number');
+    assert.equal(new Set(ours).size, ours.length, 'a publish is in the log twice');
+    const known = ours.filter((payload) => !unknown.has(payload));
+    known.forEach((later, place) => {
+      for (const earlier of known.slice(place + 1)) {
+        const allowed = later < earlier || this.log.overtaking.get(earlier)?.has(later);
+        assert.ok(allowed, `publish ${later} has overtaken ${earlier}`);
+      }
+    });
+    const floor = this.opened + this.now / 1000 + 2;
+    assert.ok(this.tokensAsked <= floor, `${this.tokensAsked} tokens in ${this.now / 1000} s`);
+  }
+
+  /** In the end, when there are connections and everybody answers: nothing is left open, and nobody is deaf. */
+  finish() {
+    for (const [, replica] of this.replicas) replica.comeRound();
+    for (const [link, replica] of this.alive) {
+      if (replica.stopping) this.lose(link, 4504);
+      Object.assign(replica, { stuck: false, refusing: false });
+    }
+    for (const { reader, ended } of this.readers) if (!ended) this.do((core) => core.subscriptions.goOn(reader));
+    if (!this.running) this.connect();
+    this.settle();
+    this.check();
+    for (const reader of this.readers) reader.finish();
+    const wanted = new Set(this.open.map(({ pattern }) => pattern));
+    for (const [, { held }] of this.alive) assert.deepEqual(new Set(held.keys()), wanted, 'the broker sends to nobody');
+  }
+
+  /** Let everything happen that is to happen, until nothing is. */
+  settle() {
+    const until = this.now + PATIENCE;
+    let turns = 0;
+    while (this.turn() || !this.atRest()) {
+      assert.ok(this.now < until && ++turns < 5000, `it does not come to rest: ${this.describe()}`);
+      if (!this.busy && !this.atRest()) this.wait(Math.max(1, (this.core.deadline ?? this.now) - this.now));
+    }
+  }
+
+  /** Let so much time pass, while everybody answers. */
+  run(ms) {
+    const until = this.now + ms;
+    while (this.now < until) {
+      while (this.turn());
+      this.wait(Math.max(1, Math.min(this.core.deadline ?? until, until) - this.now));
+    }
+  }
+
+  /** Have everybody answer what there is. Returns whether there is more. */
+  turn() {
+    while (this.opening.length) this.openLink(0);
+    while (this.tokens.length) this.giveToken(0);
+    for (const [link, replica] of this.alive) {
+      replica.work(Infinity);
+      replica.deliver(this.log.head);
+      this.bring(link, Infinity);
+      replica.comeRound();
+    }
+    return this.busy;
+  }
+
+  get busy() {
+    return this.opening.length > 0 || this.tokens.length > 0 || this.alive.some(([, { requests, replies }]) => requests.length || replies);
+  }
+
+  atRest() {
+    if (this.core.state !== 'connected' || this.core.supervisor.next) return false;
+    return !this.busy && !this.openEnds().length;
+  }
+
+  openEnds() {
+    return [
+      ...this.publishes.filter(({ result }) => !result).map(({ payload }) => `publish ${payload}`),
+      ...this.requests.filter(({ settled }) => !settled).map(() => 'a request'),
+      ...this.readers.filter((reader) => !reader.complete).map(({ pattern }) => `a subscription of ${pattern}`),
+    ];
+  }
+
+  describe() {
+    return `${this.core.state}, ${this.openEnds().join(', ') || 'nothing open'}`;
+  }
+}
+
+/** What one handler is owed. */
+class ModelReader {
+  /** What it has got, and what it was told. */
+  ended = false;
+  left = false;
+  /** Up to where it is complete, as far as it was told. */
+  at;
+  wrong;
+  unsubscribed = true;
+
+  constructor(pattern, start, world) {
+    this.pattern = pattern;
+    this.start = start;
+    this.world = world;
+    if (start.since !== undefined) this.at = { seq: start.since, epoch: start.epoch };
+    this.settled = () => (this.unsubscribed = true);
+  }
+
+  told(what, value) {
+    if (this.left) {
+      if (what === 'message' || what === 'gap') this.wrong = `${this.pattern} was told of a ${what} after its end`;
+      return;
+    }
+    if (what === 'begun') return this.begun(value);
+    if (what === 'message') return this.message(value.message.seq, value.epoch);
+    if (what === 'gap') return this.gap(value);
+    if (what === 'ended') {
+      this.ended = true;
+      const mine = value?.code === 'unauthorized' && this.owner !== this.world.core.supervisor.identity;
+      if (!mine) this.wrong = `${this.pattern} has ended: ${value?.message}`;
+    }
+  }
+
+  /** Where it begins was settled when it was told so: what has come since is told after this. */
+  begun({ cursor: seq, epoch, owner }) {
+    this.owner = owner;
+    if (this.at) return;
+    this.at = { seq, epoch };
+    this.past = this.start.last !== undefined;
+  }
+
+  /** So many of the past come first: as many as there are when it gets the first of them. */
+  addPast() {
+    if (!this.past) return;
+    this.past = false;
+    const past = this.world.log.after(this.pattern, 0).filter((each) => each <= this.at.seq);
+    const first = past.at(-this.start.last) ?? past[0];
+    if (first !== undefined) this.at.seq = first - 1;
+  }
+
+  /** The next seq that it is owed in an epoch. */
+  next(epoch) {
+    const { log } = this.world;
+    const { seq, epoch: own } = this.at;
+    if (own !== epoch && seq > log.common(own, epoch)) return undefined;
+    return log.after(this.pattern, seq, epoch)[0];
+  }
+
+  message(seq, epoch) {
+    this.addPast();
+    const owed = this.next(epoch);
+    if (seq !== owed) this.wrong ??= `${this.pattern} got ${seq} of ${epoch} after ${this.at.seq} of ${this.at.epoch}, and is owed ${owed}`;
+    this.at = { seq, epoch };
+  }
+
+  gap({ to, epoch }) {
+    const { log } = this.world;
+    if (log.after(this.pattern, this.at.seq, this.at.epoch).some((seq) => seq <= to)) this.wrong ??= `${this.pattern} was told of a gap that there is not`;
+    this.at = { seq: to, epoch };
+  }
+
+  get complete() {
+    if (this.ended) return this.unsubscribed;
+    if (!this.at || this.reader.held) return false;
+    this.addPast();
+    const { log } = this.world;
+    const lost = this.at.epoch !== log.epoch && this.at.seq > log.common(this.at.epoch, log.epoch);
+    return !lost && this.next(log.epoch) === undefined && this.reader.phase === 'heard';
+  }
+
+  finish() {
+    if (!this.ended) assert.equal(this.owner, this.world.clientId, `${this.pattern} belongs to somebody else`);
+  }
+}
+
+export { CHANNELS, PATTERNS, matches };

@@ -1,0 +1,77 @@
+/**
+ * The errors of this client, and what they say about connecting again.
+ *
+ * Names are literal: a minifier renames classes, and `error.name` has to stay what the documentation says.
+ *
+ * @module
+ */
+
+/** The base of all errors of this client. `code` is one of section 10 of the specification, or a word of the client's own. */
+export class CatbusError extends Error {
+  /** @param {string} code @param {string} message */
+  constructor(code, message) {
+    super(message);
+    this.name = 'CatbusError';
+    /** Why, as a word for programs. */
+    this.code = code;
+  }
+}
+
+/**
+ * A request was refused, by the broker or before it was sent. After the code `unknown` a message may have been published.
+ *
+ * Thrown by a `token` function it says that there will be no other token: the client ends and does not come back by itself.
+ */
+export class RefusedError extends CatbusError {
+  /** @param {string} code @param {string} message @param {number} [retryAfter] seconds */
+  constructor(code, message, retryAfter) {
+    super(code, message);
+    this.name = 'RefusedError';
+    /** For how many seconds the same would be refused again, where the broker says so. */
+    this.retryAfter = retryAfter;
+  }
+}
+
+/** There is no connection. */
+export class DisconnectedError extends CatbusError {
+  /** @param {string} message @param {{closeCode?: number, final?: boolean, code?: string}} [more] */
+  constructor(message, { closeCode, final = false, code = 'disconnected' } = {}) {
+    super(code, message);
+    this.name = 'DisconnectedError';
+    /** The closing code, as section 11 of the specification has it, where there was one. @type {number | undefined} */
+    this.closeCode = closeCode;
+    /** Whether the client does not come back by itself. */
+    this.final = final;
+  }
+}
+
+/** Codes after which the same request can succeed later (section 10). A code that is not known counts as `internal`. */
+export const TRY_AGAIN = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);
+
+/** Codes by which a token is refused for good: it would be no better later. */
+const FINAL = new Set(
+  'bad_message unauthenticated unauthorized invalid_channel invalid_pattern too_large token_expired revoked limit'.split(' '),
+);
+
+/** WebSocket's own closing codes which say that what was sent was wrong, and would be again (section 11). */
+const WRONG = new Set([1002, 1003, 1007, 1009]);
+
+/** @param {number} code @param {string} reason what the broker says */
+export function closedBy(code, reason) {
+  const final = (code >= 4000 && code < 4400) || WRONG.has(code);
+  return new DisconnectedError(reason || `the connection was lost (${code})`, { closeCode: code, final });
+}
+
+/** Whether coming back would be no better. @param {Error} why @param {boolean} renewable whether there are other tokens */
+export function isFinal(why, renewable) {
+  if (why instanceof DisconnectedError) {
+    const { closeCode = 0 } = why;
+    return why.final || (!renewable && closeCode >= 4400 && closeCode < 4500);
+  }
+  return why instanceof RefusedError && FINAL.has(why.code) && !(renewable && why.code === 'token_expired');
+}
+
+/** Anything that was thrown, as an error. @param {unknown} thrown @returns {Error} */
+export function asError(thrown) {
+  return thrown instanceof Error ? thrown : new Error(`${thrown}`);
+}

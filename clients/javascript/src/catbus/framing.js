@@ -1,0 +1,71 @@
+/**
+ * Where the objects of a stream end (section 4 of the specification).
+ *
+ * @module
+ */
+
+import { CatbusError } from './errors.js';
+
+/**
+ * Cuts a stream of text into JSON objects, which end where their braces balance and nowhere else (section 4).
+ *
+ * Every character is looked at once, however the text comes in pieces.
+ */
+export class Splitter {
+  #rest = '';
+  #looked = 0;
+  #depth = 0;
+  #quoted = false;
+  #parse;
+
+  /** @param {(json: string) => any} [parse] what makes a value of the text of an object */
+  constructor(parse = JSON.parse) {
+    this.#parse = parse;
+  }
+
+  /**
+   * Have `take` called with each object that is whole by now. Throws where something else stands, after what was before it.
+   *
+   * @param {string} text @param {(object: any) => void} take
+   */
+  feed(text, take) {
+    let rest = this.#rest + text;
+    let start = 0;
+    const marks = /["\\{}]/g;
+    marks.lastIndex = this.#looked;
+    for (;;) {
+      if (this.#depth === 0) {
+        // Between objects nothing but white space may stand.
+        while (start < rest.length && ' \t\r\n'.includes(rest[start])) start++;
+        if (start === rest.length) break;
+        if (rest[start] !== '{') throw new CatbusError('bad_message', 'the broker sent something other than objects');
+        marks.lastIndex = start + 1;
+        this.#depth = 1;
+      }
+      const mark = marks.exec(rest);
+      if (mark === null) {
+        marks.lastIndex = rest.length;
+        break;
+      }
+      const character = mark[0];
+      if (character === '\\') {
+        if (marks.lastIndex === rest.length) {
+          marks.lastIndex--; // What it escapes has not come yet.
+          break;
+        }
+        marks.lastIndex++;
+      } else if (character === '"') {
+        this.#quoted = !this.#quoted;
+      } else if (!this.#quoted) {
+        this.#depth += character === '{' ? 1 : -1;
+        if (this.#depth === 0) {
+          const end = marks.lastIndex;
+          take(this.#parse(rest.slice(start, end)));
+          marks.lastIndex = start = end;
+        }
+      }
+    }
+    this.#rest = rest.slice(start);
+    this.#looked = this.#depth ? Math.max(0, marks.lastIndex - start) : 0;
+  }
+}

@@ -1,0 +1,72 @@
+/**
+ * Payloads as JSON: what may be published, and integers of any size.
+ *
+ * @module
+ */
+
+import { RefusedError } from './errors.js';
+
+/** How deep a message may be nested, itself counted (section 4). */
+const MAX_DEPTH = 64;
+/** What `JSON.stringify` makes of a surrogate that stands alone; a backslash may itself be escaped. */
+const HALF_A_PAIR = /(?:^|[^\\])(?:\\\\)*\\ud[89a-f]/;
+const TOKENS = /"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g;
+/** Marks an integer among strings. Nobody can guess it, so no payload can contain it by intent. */
+const MARK = `bigint ${Math.random()} `;
+
+const encoder = new TextEncoder();
+
+/** How many bytes a text has in UTF-8. @param {string} text */
+export function byteLength(text) {
+  return encoder.encode(text).length;
+}
+
+/**
+ * The JSON of a payload. Integers that are `bigint` are written out.
+ *
+ * Throws `TypeError` for a value without a JSON form, and `RefusedError` for JSON that the broker would not take.
+ *
+ * @param {unknown} payload @returns {string}
+ */
+export function encodePayload(payload) {
+  let exact = false;
+  /** @type {string | undefined} */
+  let json = JSON.stringify(payload, (_, value) => {
+    if (typeof value !== 'bigint') return value;
+    exact = true;
+    return MARK + value;
+  });
+  if (json === undefined) throw new TypeError('the payload has no JSON form');
+  if (exact) json = json.replaceAll(new RegExp(`"${MARK}(-?\\d+)"`, 'g'), '$1');
+  if (json.includes('\\ud') && HALF_A_PAIR.test(json)) {
+    throw new RefusedError('bad_message', 'the payload contains half of a surrogate pair, which is no text');
+  }
+  if (depthOf(json) >= MAX_DEPTH) throw new RefusedError('bad_message', `the payload is nested deeper than ${MAX_DEPTH - 1}`);
+  return json;
+}
+
+/** As `JSON.parse`, but integers beyond 2^53 are `bigint` and lose no digit. @param {string} json @returns {any} */
+export function parseExact(json) {
+  // Such an integer has 16 digits or more, and most objects have no such run.
+  if (!/\d{16}/.test(json)) return JSON.parse(json);
+  const marked = json.replace(TOKENS, (token) =>
+    /^-?\d{16,}$/.test(token) && !Number.isSafeInteger(Number(token)) ? `"${MARK}${token}"` : token,
+  );
+  return JSON.parse(marked, (_, value) =>
+    typeof value === 'string' && value.startsWith(MARK) ? BigInt(value.slice(MARK.length)) : value,
+  );
+}
+
+/** How deep the arrays and objects of a JSON text are nested, at most. @param {string} json */
+function depthOf(json) {
+  // With so few brackets it cannot be deep, and most texts have few.
+  const brackets = json.match(/[[{]/g)?.length ?? 0;
+  if (brackets < MAX_DEPTH) return brackets;
+  let deepest = 0;
+  let depth = 0;
+  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
+    if (token === '[' || token === '{') deepest = Math.max(deepest, ++depth);
+    else if (token === ']' || token === '}') depth--;
+  }
+  return deepest;
+}

@@ -1,0 +1,312 @@
+/**
+ * The publishes of one client that have no answer yet, whichever connection will bring it.
+ *
+ * A publish is sent in its turn, and kept until it is answered. When the connection is lost first, or the broker does not
+ * know, it is in doubt: it is sent again under its old id, on the next connection by `resume` and on this one by `retry`.
+ * Newer ones wait until everything in doubt is answered, or they would overtake it. Nothing is in doubt for ever: after
+ * `TRIES` on one connection, or `LOSSES` connections, it is settled as `unknown`, and the others go on (section 9.1).
+ *
+ * @module
+ */
+
+import { DisconnectedError, RefusedError, TRY_AGAIN } from './errors.js';
+import { byteLength } from './json.js';
+
+/** @typedef {import('./link.js').Link} Link */
+/** @typedef {import('./core.js').Settler} Settler */
+
+/** How often a publish is sent at most on one connection. */
+const TRIES = 6;
+/** On how many connections that were lost a publish may have been without an answer. */
+const LOSSES = 20;
+const RETRY_PAUSE = 500;
+/** How long a publish may be without an answer on a connection that answers pings, in milliseconds. */
+export const STUCK = 30_000;
+/** How many publishes may be without an answer where the broker names no limit. */
+const WINDOW = 1000;
+/** Bytes that are added to a body: the type, the id, and what a retry says. */
+const ADDED = 256;
+
+/**
+ * @typedef {object} Publish
+ * @property {number} id
+ * @property {string} body `"channel":...,"payload":...` and what else never changes
+ * @property {Settler} settler
+ * @property {string | null | undefined} owner whose it is: the client_id under which it was asked for, where that is known
+ * @property {number} after what was known when it was first sent
+ * @property {string} epoch
+ * @property {number} tries on this connection
+ * @property {number} losses
+ * @property {number} at when it was last sent
+ */
+
+/**
+ * @typedef {object} Host
+ * @property {import('./timers.js').Timers} timers
+ * @property {() => number} nextId
+ * @property {(settler: Settler, error: Error | undefined, value?: unknown) => void} settle
+ */
+
+export class Publishes {
+  #host;
+  #keepsOn;
+  /** @type {Link | undefined} */
+  #desk;
+  #held = false;
+  #producer = '';
+  /** The highest id that the log has taken. */
+  #taken = 0;
+  /** @type {Publish[]} */
+  #unsent = [];
+  /** In the order of their ids. @type {Map<number, Publish>} */
+  #sent = new Map();
+  /** The ids of those that an earlier try may have published. @type {Set<number>} */
+  #doubts = new Set();
+  /** The ids of those among them that wait for `retry`. @type {Set<number>} */
+  #again = new Set();
+  /** Those that a replica which stops has given back. @type {Publish[]} */
+  #returned = [];
+  /** Ephemeral ones, which are sent once. @type {Map<number, Settler>} */
+  #ephemeral = new Map();
+
+  /** @param {Host} host @param {boolean} keepsOn whether there will be another connection after this one */
+  constructor(host, keepsOn) {
+    this.#host = host;
+    this.#keepsOn = keepsOn;
+  }
+
+  /** How many wait to be sent. */
+  get waiting() {
+    return this.#unsent.length;
+  }
+
+  /** Whether the answer to a publish may still come on this connection. */
+  get inDoubt() {
+    return this.#sent.size > this.#again.size || this.#ephemeral.size > 0;
+  }
+
+  /** @param {string} body @param {Settler} settler @param {string | null | undefined} owner */
+  publish(body, settler, owner) {
+    this.#unsent.push({ id: 0, body, settler, owner, after: 0, epoch: '', tries: 0, losses: 0, at: 0 });
+    this.#goOn();
+  }
+
+  /** @param {string} body @param {Settler} settler */
+  publishEphemeral(body, settler) {
+    const desk = this.#desk;
+    if (!desk) return this.#host.settle(settler, new DisconnectedError('not connected'));
+    const id = this.#host.nextId();
+    this.#ephemeral.set(id, settler);
+    desk.sendText(`{"type":"publish","id":${id},"ephemeral":true,${body}`);
+  }
+
+  // Between connections
+
+  /** Keep what is asked for from now on, for the next connection. */
+  hold() {
+    this.#held = true;
+  }
+
+  /** There is no next connection after all. */
+  release() {
+    this.#held = false;
+    if (this.#again.size) this.#host.timers.set('retry publishes', RETRY_PAUSE, () => this.#retry());
+    this.#goOn();
+  }
+
+  /** Another connection is there, and authenticated: send what has no answer, oldest first. @param {Link} desk */
+  resume(desk) {
+    const known = desk.producer === this.#producer && this.#producer !== '';
+    this.#producer = desk.producer;
+    for (const publish of [...this.#sent.values()]) {
+      publish.tries = 0;
+      if (known) this.#sendAgain(publish, desk);
+      else this.#giveUp(publish, 'the broker does not know any more who published this');
+    }
+    const { clientId } = desk;
+    for (const { owner, settler } of this.#unsent) {
+      if (owner !== undefined && owner !== clientId) {
+        this.#host.settle(settler, new RefusedError('unauthorized', 'the connection belongs to another client_id now'));
+      }
+    }
+    this.#unsent = this.#unsent.filter(({ owner }) => owner === undefined || owner === clientId);
+    this.#desk = desk;
+    this.#held = false;
+    this.#goOn();
+  }
+
+  /** A connection is gone: what has no answer has none to come from there. @param {Link} desk @param {Error} why */
+  lose(desk, why) {
+    if (this.#desk !== desk) return;
+    this.#desk = undefined;
+    this.#host.timers.cancel('retry publishes');
+    this.#doubts.clear();
+    this.#again.clear();
+    for (const settler of this.#ephemeral.values()) this.#host.settle(settler, why);
+    this.#ephemeral.clear();
+    // Given back and sent again, it comes behind what may have been taken meanwhile: that is for its owner to decide.
+    const newest = Math.max(this.#taken, ...this.#sent.keys());
+    const again = [];
+    for (const publish of this.#returned) {
+      if (publish.id > newest) again.push(publish);
+      else this.#host.settle(publish.settler, new RefusedError('shutting_down', 'the replica stops, and the log has what came after this'));
+    }
+    this.#returned = [];
+    this.#unsent = [...again, ...this.#unsent];
+    for (const publish of [...this.#sent.values()]) {
+      if (++publish.losses > LOSSES) this.#giveUp(publish, `${LOSSES} connections were lost before an answer`);
+    }
+  }
+
+  /** There will be no further connection for now: nothing that is unanswered ever will be. @param {Error} why */
+  fail(why) {
+    for (const publish of [...this.#sent.values()]) this.#giveUp(publish, `${why.message}; it may have been published`);
+    for (const { settler } of [...this.#returned, ...this.#unsent]) this.#host.settle(settler, why);
+    this.#returned = [];
+    this.#unsent = [];
+  }
+
+  // What the broker says
+
+  /** @param {number} id @param {number | undefined} seq @param {boolean} duplicate @returns {boolean} whether it was one of these */
+  published(id, seq, duplicate) {
+    const ephemeral = this.#ephemeral.get(id);
+    if (ephemeral) {
+      this.#ephemeral.delete(id);
+      this.#host.settle(ephemeral, undefined, {});
+      return true;
+    }
+    const publish = this.#sent.get(id);
+    if (!publish) return false;
+    this.#remove(id);
+    this.#taken = Math.max(this.#taken, id);
+    this.#host.settle(publish.settler, undefined, { seq, duplicate });
+    this.#goOn();
+    return true;
+  }
+
+  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
+  refused(id, reason) {
+    const ephemeral = this.#ephemeral.get(id);
+    if (ephemeral) {
+      this.#ephemeral.delete(id);
+      this.#host.settle(ephemeral, reason);
+      return true;
+    }
+    const publish = this.#sent.get(id);
+    if (!publish) return false;
+    if (this.#doubts.has(id) || reason.code === 'unknown') {
+      this.#stillInDoubt(publish, reason);
+    } else {
+      this.#remove(id);
+      if (reason.code === 'shutting_down' && this.#keepsOn) {
+        // It is certain that it is not published, and the next replica can.
+        this.#returned.push(publish);
+        this.hold();
+      } else {
+        this.#host.settle(publish.settler, reason);
+      }
+    }
+    this.#goOn();
+    return true;
+  }
+
+  /** The broker has answered what was asked at `moment`: what was sent long before gets no answer any more. @param {number} moment */
+  giveUpBefore(moment) {
+    for (const publish of [...this.#sent.values()]) {
+      if (publish.at < moment - STUCK && !this.#again.has(publish.id)) this.#giveUp(publish, 'the broker does not answer it');
+    }
+    this.#goOn();
+  }
+
+  // Helpers
+
+  /** A try has brought no certainty: only another one can. @param {Publish} publish @param {RefusedError} reason */
+  #stillInDoubt(publish, reason) {
+    const { id } = publish;
+    this.#doubts.add(id);
+    if (reason.code === 'shutting_down' && this.#keepsOn) {
+      // The next replica will know.
+      this.hold();
+      this.#again.add(id);
+    } else if (TRY_AGAIN.has(reason.code) && publish.tries < TRIES) {
+      this.#again.add(id);
+      const { timers } = this.#host;
+      if (!timers.has('retry publishes')) timers.set('retry publishes', RETRY_PAUSE * publish.tries, () => this.#retry());
+    } else {
+      this.#giveUp(publish, `it may have been published, and asking again brought only: ${reason.message}`);
+    }
+  }
+
+  /** Ask again on this connection what became of those that are in doubt. */
+  #retry() {
+    const desk = this.#desk;
+    if (!desk || this.#held) return;
+    const again = [...this.#again].sort((a, b) => a - b);
+    this.#again.clear();
+    for (const id of again) {
+      const publish = this.#sent.get(id);
+      if (publish) this.#sendAgain(publish, desk);
+    }
+    this.#goOn();
+  }
+
+  /** Send again under its old id, unless nobody could know any more what became of it. @param {Publish} publish @param {Link} desk */
+  #sendAgain(publish, desk) {
+    const { id, after, epoch, body } = publish;
+    if (epoch !== desk.epoch || after < desk.floor - 1) {
+      return this.#giveUp(publish, 'too much has happened to the log to tell whether it has this');
+    }
+    if (tooLarge(body, desk.limits)) return this.#giveUp(publish, 'it is too large for the broker to be asked whether it has this');
+    this.#doubts.add(id);
+    publish.tries++;
+    publish.at = this.#host.timers.now;
+    desk.sendText(`{"type":"publish","id":${id},"retry":true,"after":${after},"epoch":${JSON.stringify(epoch)},${body}`);
+  }
+
+  /** Send what has waited, unless something is in its way. */
+  #goOn() {
+    const desk = this.#desk;
+    if (!desk || this.#held || this.#doubts.size) return;
+    const window = desk.limits.pending_publishes ?? WINDOW;
+    let sent = 0;
+    for (const publish of this.#unsent) {
+      if (this.#sent.size >= window) break;
+      sent++;
+      if (tooLarge(publish.body, desk.limits)) {
+        this.#host.settle(publish.settler, new RefusedError('too_large', `a message may have at most ${sizeLimit(desk.limits)} bytes`));
+        continue;
+      }
+      // A new id each time, should it have been given back: the old one stays refused.
+      const id = (publish.id = this.#host.nextId());
+      Object.assign(publish, { after: desk.head, epoch: desk.epoch, tries: 1, at: this.#host.timers.now });
+      this.#sent.set(id, publish);
+      desk.sendText(`{"type":"publish","id":${id},${publish.body}`);
+    }
+    if (sent) this.#unsent = this.#unsent.slice(sent);
+  }
+
+  /** Nobody will ever know what became of it. @param {Publish} publish @param {string} why */
+  #giveUp(publish, why) {
+    this.#remove(publish.id);
+    this.#host.settle(publish.settler, new RefusedError('unknown', why));
+  }
+
+  /** @param {number} id */
+  #remove(id) {
+    this.#sent.delete(id);
+    this.#doubts.delete(id);
+    this.#again.delete(id);
+  }
+}
+
+/** @param {{message_size?: number}} limits */
+function sizeLimit({ message_size: size = 65_536 }) {
+  return size;
+}
+
+/** Over the limit the broker closes the connection. @param {string} body @param {{message_size?: number}} limits */
+export function tooLarge(body, limits) {
+  const room = sizeLimit(limits) - ADDED;
+  return body.length > room || (body.length * 3 > room && byteLength(body) > room);
+}

@@ -1,0 +1,355 @@
+/** What went wrong once, each told to the client by a broker that the test plays. `CATBUS_CLIENT=file:///... node --test` tries another client. */
+
+import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
+import { test } from 'node:test';
+
+import { GOAWAY, client as module, message, outcome, scripted, until } from './scripted.js';
+
+const { RefusedError = module.Refused, DisconnectedError = module.Disconnected } = module;
+
+// A late answer of a connection that another one has replaced
+
+const LATE = ['subscribed', 'published', 'unsubscribed', 'error'];
+
+/** A client on A with one request of each kind that has no answer, and what A answers to one of them. */
+async function unanswered(kind) {
+  const made = scripted();
+  const { client } = made;
+  const heard = [];
+  const A = await made.connected();
+  const gone = client.subscribe('gone', () => assert.fail('it was left'));
+  A.say({ type: 'subscribed', pattern: 'gone', seq: 10, epoch: 'e1', id: (await A.next('subscribe')).id });
+  const leaving = (await gone).unsubscribe();
+  const unsubscribe = await A.next('unsubscribe');
+  const published = client.publish('late', 1);
+  const publish = await A.next('publish');
+  const subscribing = client.subscribe('late', ({ seq }) => heard.push(seq));
+  const subscribe = await A.next('subscribe');
+  const page = client.history('late');
+  const history = await A.next('history');
+  const answers = {
+    subscribed: { type: 'subscribed', pattern: 'late', seq: 11, epoch: 'e1', id: subscribe.id },
+    published: { type: 'published', channel: 'late', id: publish.id, seq: 11 },
+    unsubscribed: { type: 'unsubscribed', pattern: 'gone', seq: 11, id: unsubscribe.id },
+    error: { type: 'error', message: 'no', code: 'unavailable', id: history.id },
+  };
+  return { ...made, A, heard, answer: answers[kind], settled: Promise.allSettled([leaving, published, subscribing, page]) };
+}
+
+/** The last connection is answered all that it is asked, and has to have the subscription. */
+async function check({ client, heard, settled }, last) {
+  const answering = setInterval(() => last.answer(11), 2);
+  try {
+    assert.notEqual(await outcome(settled), 'nothing', 'a request has no answer');
+    // What it asked for there, after all that it was told before.
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    last.say(message('late', 12));
+    assert.deepEqual([client.connectionState, heard], ['connected', [12]]);
+  } finally {
+    clearInterval(answering);
+  }
+}
+
+for (const kind of LATE) {
+  test(`${kind} arrives on A before B takes over`, async () => {
+    const made = await unanswered(kind);
+    const { A, answer } = made;
+    A.say(GOAWAY);
+    const B = await made.socket(1);
+    A.say(answer);
+    await B.accept();
+    await until(() => B.sent.some(({ type }) => type === 'subscribe'));
+    A.lose(4504);
+    await check(made, B);
+  });
+
+  test(`${kind} arrives on A while B takes over`, async () => {
+    const made = await unanswered(kind);
+    const { A, answer } = made;
+    A.say(GOAWAY);
+    const B = await made.socket(1);
+    await B.accept();
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    A.say(answer);
+    A.lose(4504);
+    await check(made, B);
+  });
+
+  test(`${kind} arrives on A after B has taken over`, async () => {
+    const made = await unanswered(kind);
+    const { A, answer } = made;
+    A.say(GOAWAY);
+    const B = await made.socket(1);
+    await B.accept();
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    B.answer(11);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    A.say(answer);
+    A.lose(4504);
+    await check(made, B);
+  });
+
+  test(`${kind} arrives on A when C has overtaken B`, async () => {
+    const made = await unanswered(kind);
+    const { A, answer } = made;
+    A.say(GOAWAY);
+    const B = await made.socket(1);
+    await B.accept();
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    B.say(GOAWAY);
+    A.lose(4504);
+    B.lose(4504);
+    const C = await made.socket(2);
+    await C.accept();
+    A.say(answer);
+    B.say({ ...answer });
+    await check(made, C);
+  });
+}
+
+// Requests that never settle
+
+const REFUSED = {
+  'half of a surrogate pair': (client) => client.publish('a', 'party 🎉'.slice(0, -1)),
+  'arrays in 100 arrays': (client) => client.publish('a', JSON.parse('['.repeat(100) + ']'.repeat(100))),
+  'a channel that is undefined': (client) => client.publish(undefined, 1),
+  'a channel that is a number': (client) => client.publish(7, 1),
+  'a cursor below 0': (client) => client.subscribe('a', () => {}, { since: -1 }),
+  'a cursor that is a number in quotes': (client) => client.subscribe('a', () => {}, { since: '5' }),
+  'a cursor that is no number': (client) => client.subscribe('a', () => {}, { since: NaN }),
+  'an epoch that is a number': (client) => client.subscribe('a', () => {}, { since: 1, epoch: 5 }),
+  'a pattern that is undefined': (client) => client.subscribe(undefined, () => {}),
+  'a handler that is none': (client) => client.subscribe('a'),
+  'a page of 0 messages': (client) => client.history('a', { limit: 0 }),
+  'a page before nowhere': (client) => client.history('a', { before: 'x' }),
+  'the past of undefined': (client) => client.history(undefined),
+};
+
+for (const [what, call] of Object.entries(REFUSED)) {
+  test(`refused at once: ${what}`, async () => {
+    const made = scripted();
+    const A = await made.connected();
+    const error = await outcome(call(made.client));
+    assert.ok(error instanceof TypeError || error instanceof RefusedError, `${error}`);
+    assert.deepEqual(A.sent.filter(({ type }) => type !== 'auth'), []);
+    // And it was an error of that call alone.
+    const published = made.client.publish('a', 1);
+    await A.next('publish');
+    A.answer();
+    assert.equal((await published).seq, 11);
+  });
+}
+
+test('what the broker does not understand is refused by its id', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const calls = [made.client.publish('a', 1), made.client.subscribe('a', () => {}), made.client.history('a')];
+  await until(() => A.sent.length === 4);
+  for (const { id } of A.sent.slice(1)) A.say({ type: 'error', message: 'no', code: 'bad_message', id });
+  for (const call of calls) assert.equal((await outcome(call)).code, 'bad_message');
+});
+
+test('a publish that no broker understands holds nothing up', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const poison = outcome(made.client.publish('a', 'poison'));
+  await A.next('publish');
+  A.lose();
+  const B = await made.socket(1);
+  await B.accept();
+  const { id } = await B.next('publish');
+  const newer = made.client.publish('a', 'newer');
+  B.say({ type: 'error', message: 'no', code: 'bad_message', id });
+  B.say({ type: 'published', channel: 'a', id: (await B.next('publish')).id, seq: 11 });
+  assert.equal((await outcome(newer)).seq, 11);
+  assert.equal((await poison).code, 'unknown');
+});
+
+// Subscriptions
+
+test('a subscription that is left while it is asked for anew is left at the broker too', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const subscribing = made.client.subscribe('a', () => {});
+  await A.next('subscribe');
+  A.answer();
+  const subscription = await subscribing;
+  A.lose();
+  const B = await made.socket(1);
+  await B.accept();
+  await B.next('subscribe');
+  const leaving = subscription.unsubscribe();
+  assert.equal((await B.next('unsubscribe')).pattern, 'a');
+  B.answer();
+  await leaving;
+});
+
+test('several handlers of a pattern share one subscription, and the last ends it', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const heard = [[], [], []];
+  const first = made.client.subscribe('a', ({ seq }) => heard[0].push(seq));
+  await A.next('subscribe');
+  A.answer();
+  await first;
+  const second = await made.client.subscribe('a', ({ seq }) => heard[1].push(seq));
+  A.say(message('a', 11));
+  const past = made.client.subscribe('a', ({ seq }) => heard[2].push(seq), { since: 9, epoch: 'e1' });
+  const { since, id } = await A.next('subscribe');
+  assert.equal(since, 9);
+  A.say({ type: 'subscribed', pattern: 'a', seq: 11, epoch: 'e1', id }, message('a', 10), message('a', 11));
+  A.say({ type: 'live', pattern: 'a', seq: 11 }, message('a', 12));
+  A.answer();
+  await past;
+  assert.deepEqual(heard, [[11, 12], [11, 12], [10, 11, 12]]);
+  await (await first).unsubscribe();
+  await second.unsubscribe();
+  assert.deepEqual(A.sent, []);
+  const leaving = (await past).unsubscribe();
+  await A.next('unsubscribe');
+  A.answer();
+  await leaving;
+});
+
+test('mounted, unmounted and mounted again, as React does it', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const heard = [];
+  made.client.subscribe('a', () => assert.fail('it was left')).close();
+  const again = made.client.subscribe('a', ({ seq }) => heard.push(seq));
+  await until(() => A.sent.filter(({ type }) => type === 'subscribe').length === 2);
+  A.answer();
+  await again;
+  A.say(message('a', 11));
+  assert.deepEqual(heard, [11]);
+});
+
+test('a subscription can be asked for before there is a connection', async () => {
+  const made = scripted();
+  const subscribing = made.client.subscribe('a', () => {});
+  const A = made.connected();
+  const socket = await made.socket(0);
+  await socket.next('subscribe');
+  socket.answer();
+  assert.equal((await outcome(subscribing)).pattern, 'a');
+  await A;
+});
+
+// The network and the page
+
+test('when the network has changed, the connection is looked at at once', async () => {
+  const page = new EventTarget();
+  for (const name of ['addEventListener', 'removeEventListener']) globalThis[name] = page[name].bind(page);
+  try {
+    const made = scripted();
+    const A = await made.connected();
+    page.dispatchEvent(new Event('online'));
+    await A.next('ping');
+  } finally {
+    for (const name of ['addEventListener', 'removeEventListener']) delete globalThis[name];
+  }
+});
+
+// Smaller things
+
+test('leaving while connecting ends no process', () => {
+  const url = process.env.CATBUS_CLIENT ?? new URL('../src/catbus.js', import.meta.url).href;
+  const script = `
+    import { CatbusClient } from '${url}';
+    class WebSocket { close() {} }
+    const client = new CatbusClient({ url: 'ws://example.com/ws', token: 'x', WebSocket });
+    client.connect();
+    client.disconnect();
+    setTimeout(() => {}, 20);
+  `;
+  const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', script]);
+  assert.equal(status, 0, `${stderr}`);
+});
+
+test('async handlers run one after another, and a rejection is an error event', async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const told = [];
+  const errors = [];
+  made.client.on('error', (error) => errors.push(error.message));
+  const subscribing = made.client.subscribe('a', async ({ seq }) => {
+    told.push(`begin ${seq}`);
+    await new Promise((resolve) => setTimeout(resolve, 20 - seq));
+    told.push(`end ${seq}`);
+    if (seq === 11) throw new Error('mine');
+  });
+  await A.next('subscribe');
+  A.answer();
+  await subscribing;
+  A.say(message('a', 11), message('a', 12));
+  await until(() => told.length === 4);
+  assert.deepEqual([told, errors], [['begin 11', 'end 11', 'begin 12', 'end 12'], ['mine']]);
+});
+
+test('errors have names that stay', () => {
+  assert.deepEqual([new RefusedError('unknown', '').name, new DisconnectedError('').name], ['RefusedError', 'DisconnectedError']);
+  assert.equal(/name = new.target/.test(`${module.CatbusError}`), false);
+});
+
+test('a token function that says "signed out" is asked no more', async () => {
+  let asked = 0;
+  const token = () => {
+    asked++;
+    throw new RefusedError('signed_out', 'signed out');
+  };
+  const made = scripted({ token });
+  const error = await outcome(made.client.connect());
+  assert.deepEqual([error.message, made.client.connectionState], ['signed out', 'disconnected']);
+  await new Promise((resolve) => setTimeout(resolve, 40));
+  assert.equal(asked, 1);
+});
+
+test("one user's subscriptions are not another's", async () => {
+  const made = scripted();
+  const A = await made.connected();
+  const ended = [];
+  const subscribing = made.client.subscribe('a', () => {}, { onEnd: (error) => ended.push(error.code) });
+  await A.next('subscribe');
+  A.answer();
+  await subscribing;
+  await made.client.disconnect();
+  const mine = made.client.subscribe('b', () => {});
+  const connecting = made.client.connect();
+  const B = await made.socket(1);
+  await B.accept({ clientId: 'bob' });
+  await connecting;
+  await until(() => B.sent.some(({ type }) => type === 'subscribe'));
+  assert.deepEqual(B.sent.filter(({ type }) => type === 'subscribe').map(({ pattern }) => pattern), ['b']);
+  B.answer();
+  await mine;
+  assert.deepEqual(ended, ['unauthorized']);
+});
+
+test('waiting for a connection has an end, and trying has none', async () => {
+  const made = scripted();
+  const error = await outcome(made.client.connect({ timeout: 20 }));
+  assert.deepEqual([error.name, error.final], ['DisconnectedError', false]);
+  const connecting = made.client.connect();
+  await (await made.socket(0)).accept();
+  await connecting;
+});
+
+test('integers of any size keep their digits, where that is asked for', async () => {
+  const made = scripted({ bigint: true });
+  const A = await made.connected();
+  const heard = [];
+  const subscribing = made.client.subscribe('a', ({ payload }) => heard.push(payload));
+  await A.next('subscribe');
+  A.answer();
+  await subscribing;
+  const payload = '{"n":12345678901234567890,"m":-9007199254740993,"s":"12345678901234567890","x":1.2345678901234567890,"i":7}';
+  A.onmessage({ data: `{"type":"message","channel":"a","payload":${payload},"pattern":"a","seq":11,"at":1}` });
+  assert.deepEqual(heard, [{ n: 12345678901234567890n, m: -9007199254740993n, s: '12345678901234567890', x: 1.2345678901234567, i: 7 }]);
+  let sent;
+  const { send } = A;
+  A.send = (text) => ((sent = text), send.call(A, text));
+  made.client.publish('a', { n: 12345678901234567890n }).catch(() => {});
+  await A.next('publish');
+  assert.match(sent, /"payload":\{"n":12345678901234567890\}/);
+});

@@ -1,0 +1,141 @@
+/** A client over sockets that the test plays the broker of. */
+
+import { after } from 'node:test';
+
+/** Another client can be tried: CATBUS_CLIENT is its URL. */
+export const client = await import(process.env.CATBUS_CLIENT ?? '../src/catbus.js');
+
+const EPOCH = 'e1';
+
+/** Wait for a condition, and fail when it does not come. */
+export async function until(condition, what = `${condition}`) {
+  for (let turns = 0; !condition(); turns++) {
+    if (turns > 400) throw new Error(`it does not come: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 2));
+  }
+}
+
+/** What becomes of a promise soon, or `'nothing'`. */
+export const outcome = (promise) =>
+  Promise.race([
+    Promise.resolve(promise).then((value) => value, (error) => error),
+    new Promise((resolve) => setTimeout(resolve, 150, 'nothing')),
+  ]);
+
+class Socket {
+  readyState = 1;
+  closed = undefined;
+  /** What the client has sent. */
+  sent = [];
+  #taken = 0;
+
+  constructor(sockets) {
+    sockets.push(this);
+    queueMicrotask(() => this.onopen?.({}));
+  }
+
+  send(text) {
+    let depth = 0;
+    let quoted = false;
+    let start = 0;
+    for (let at = 0; at < text.length; at++) {
+      if (quoted) {
+        if (text[at] === '\\') at++;
+        else if (text[at] === '"') quoted = false;
+      } else if (text[at] === '"') quoted = true;
+      else if (text[at] === '{') depth++;
+      else if (text[at] === '}' && --depth === 0) {
+        this.sent.push(parse(text.slice(start, at + 1)));
+        start = at + 1;
+      }
+    }
+  }
+
+  close(code = 1000) {
+    this.closed = code;
+  }
+
+  /** The broker says something. */
+  say(...objects) {
+    this.onmessage?.({ data: objects.map((object) => `${JSON.stringify(object)}\n`).join('') });
+  }
+
+  /** The connection ends. */
+  lose(code = 1006) {
+    this.onclose?.({ code, reason: '' });
+  }
+
+  /** The next request of a type. */
+  async next(type) {
+    const find = () => this.sent.slice(this.#taken).findIndex((each) => each?.type === type);
+    await until(() => find() >= 0, `${type} after ${JSON.stringify(this.sent)}`);
+    this.#taken += find() + 1;
+    return this.sent[this.#taken - 1];
+  }
+
+  /** Accept the token. */
+  async accept({ clientId = 'alice', head = 10, ...more } = {}) {
+    await this.next('auth');
+    this.say({ type: 'auth_ok', client_id: clientId, producer: `producer of ${clientId}`, epoch: EPOCH, head, floor: 1, limits: {}, ...more });
+  }
+
+  /** Agree to what was asked for, in any order. */
+  answer(seq = 10) {
+    for (const { type, pattern, id, since, channel } of this.sent.splice(0)) {
+      if (type === 'subscribe') {
+        this.say({ type: 'subscribed', pattern, seq, epoch: EPOCH, id });
+        if (since !== undefined) this.say({ type: 'live', pattern, seq });
+      } else if (type === 'unsubscribe') this.say({ type: 'unsubscribed', pattern, seq, id });
+      else if (type === 'publish') this.say({ type: 'published', channel, id, seq: ++seq });
+      else if (type === 'history') this.say({ type: 'history', messages: [], more: false, id });
+      else if (type === 'ping') this.say({ type: 'pong', seq: id });
+    }
+    this.#taken = 0;
+  }
+}
+
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return { type: 'nonsense', text };
+  }
+}
+
+/** A client, and the sockets that it opens. */
+export function scripted(options = {}) {
+  const sockets = [];
+  const made = new client.CatbusClient({
+    url: 'ws://example.com/ws',
+    token: 'a token',
+    reconnectDelay: 10,
+    WebSocket: class extends Socket {
+      constructor() {
+        super(sockets);
+      }
+    },
+    ...options,
+  });
+  made.on('error', () => {});
+  after(() => made.disconnect());
+  return {
+    client: made,
+    sockets,
+    /** The socket that is opened as the nth, when it is. */
+    async socket(number) {
+      await until(() => sockets.length > number, `socket ${number}`);
+      return sockets[number];
+    },
+    /** Connected, by the first. */
+    async connected() {
+      const connecting = made.connect();
+      const socket = await this.socket(0);
+      await socket.accept();
+      await connecting;
+      return socket;
+    },
+  };
+}
+
+export const message = (pattern, seq, payload = seq) => ({ type: 'message', channel: pattern, payload, pattern, seq, at: 1 });
+export const GOAWAY = { type: 'goaway', reason: 'stopping', reconnect_in: 0 };
