@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Hashable
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 from math import inf
 from typing import Generic, TypeVar
@@ -17,6 +17,11 @@ SHARE, SAVED = 0.4, 0.2
 """Of each second, how many seconds of CPU one user may take before others go first, and how many it may save up."""
 LONGEST_WAIT = 1.0
 """Seconds after which use is forgotten, however much it was: use that nobody else had a need for is no debt."""
+CREDIT = 0.02
+"""Seconds of CPU that a key had less of than others and may have before them. So a key that uses little goes before any
+number of those that use much, and not after all of them that have begun with it."""
+MOST_BEHIND = 0.1
+"""Seconds of CPU that others may have before a key that was charged beside its turns."""
 _SAVED_FOR = SAVED / SHARE
 _FEW = 256
 
@@ -24,7 +29,7 @@ _FEW = 256
 class Usage:
     """The CPU that one user has used lately. No clock: times are arguments.
 
-    `until` is when that has been made up for, at `SHARE` seconds in a second. So it also says who has used less.
+    `until` is when that has been made up for, at `SHARE` seconds in a second.
     """
 
     __slots__ = ("until",)
@@ -44,10 +49,12 @@ class Usage:
 class Flow(Generic[S, T]):
     """What waits under one key, by its source: sources take turns, the first is next."""
 
-    __slots__ = ("size", "usage", "waiting")
+    __slots__ = ("size", "start", "usage", "waiting")
 
     def __init__(self) -> None:
         self.usage = Usage()
+        self.start = 0.0
+        """Seconds of CPU that it has had, as if it had always had as much as the others that wait."""
         self.waiting: OrderedDict[S, deque[T]] = OrderedDict()
         self.size = 0
 
@@ -72,9 +79,10 @@ class Turn(Generic[S, T]):
 class FairQueue(Generic[K, S, T]):
     """Items that wait, each of a source, which belongs to a key. All methods take constant or logarithmic time.
 
-    The key that has used least CPU goes first, so one that seldom has something waits for nearly nobody, however many
-    others there are. Under one key the sources take turns. A key, and a source under it, may hold as many items as
-    there are places left: a flood leaves room for others, however much of it there is.
+    Start-time fair queueing (Goyal, Vin and Cheng, 1996): the key that has used least CPU goes first. One that seldom
+    has something waits for nearly nobody, however many others there are and however little CPU there is. Under one key
+    the sources take turns. A key, and a source under it, may hold as many items as there are places left: a flood
+    leaves room for others, however much of it there is.
     """
 
     def __init__(self, most: int) -> None:
@@ -85,6 +93,8 @@ class FairQueue(Generic[K, S, T]):
         """Each flow in which something waits, once, but for the one whose turn it is."""
         self._order = count()
         self._many = _FEW
+        self._served = 0.0
+        """The latest start of a flow that was served."""
 
     def __len__(self) -> int:
         return self._size
@@ -102,19 +112,21 @@ class FairQueue(Generic[K, S, T]):
         flow.size += 1
         self._size += 1
         if flow.size == 1:
+            flow.start = max(flow.start, self._served - CREDIT)
             self._push(flow)
         return True
 
     def take(self, now: float, *, beyond: bool = False) -> Turn[S, T] | None:
-        """Whose turn it is; None when nothing waits, or, without `beyond`, when all have exceeded their shares."""
+        """Whose turn it is; None when nothing waits, or, without `beyond`, when that one has exceeded its share."""
         while self._heap:
-            until, _, flow = self._heap[0]
-            if until - now > _SAVED_FOR and not beyond:
+            start, _, flow = self._heap[0]
+            if flow.start > start:  # It was charged meanwhile.
+                heapreplace(self._heap, (flow.start, next(self._order), flow))
+                continue
+            if not beyond and flow.usage.exceeded(now):
                 return None
             heappop(self._heap)
-            if flow.usage.until > until:  # It was charged meanwhile.
-                self._push(flow)
-                continue
+            self._served = max(self._served, start)
             source, items = flow.waiting.popitem(last=False)
             return Turn(flow, source, items)
         return None
@@ -123,6 +135,7 @@ class FairQueue(Generic[K, S, T]):
         """A turn is over, and has taken so much CPU. What is left of it waits again."""
         flow = turn.flow
         flow.usage.charge(seconds, now)
+        flow.start += seconds
         flow.size -= turn.taken
         self._size -= turn.taken
         if turn.items:
@@ -132,10 +145,12 @@ class FairQueue(Generic[K, S, T]):
 
     def charge(self, key: K, seconds: float, now: float) -> None:
         """Note CPU that was used for a key beside its turns."""
-        self._flow(key, now).usage.charge(seconds, now)
+        flow = self._flow(key, now)
+        flow.usage.charge(seconds, now)
+        flow.start = min(max(flow.start, self._served) + seconds, self._served + MOST_BEHIND)
 
     def _push(self, flow: Flow[S, T]) -> None:
-        heappush(self._heap, (flow.usage.until, next(self._order), flow))
+        heappush(self._heap, (flow.start, next(self._order), flow))
 
     def _flow(self, key: K, now: float) -> Flow[S, T]:
         flow = self._flows.get(key)

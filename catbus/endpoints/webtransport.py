@@ -82,6 +82,7 @@ class Conversation:
         "_lost",
         "_main",
         "_moved",
+        "_network",
         "_news",
         "_on_fault",
         "_on_stall",
@@ -104,6 +105,7 @@ class Conversation:
         self._transmit = transmit
         self._on_fault = on_fault
         self._on_stall = on_stall
+        self._network = network
         self._main = Lane(self._flush)
         self._lanes: dict[int, Lane] = {}
         """Those of subscriptions, by their streams, until the peer has all of theirs."""
@@ -343,7 +345,7 @@ class Conversation:
         """Serve the client until the connection is lost. No exception comes out of it."""
         client = self._client
         try:
-            with self._hub.turns.serve("webtransport"):
+            with self._hub.turns.serve(self._network):
                 goodbye = await self._converse(client)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self._on_fault("a session failed", error)

@@ -49,6 +49,28 @@ def test_a_key_that_seldom_has_something_waits_for_one_other_at_the_most() -> No
     assert drain(queue, 0.0, 0.001, most=1) == ["honest"]
 
 
+def test_a_key_that_uses_little_goes_first_also_where_there_is_little_cpu() -> None:
+    """The broker has a tenth of a core, so nobody uses as much as its share of one."""
+    queue: FairQueue[str, str, int] = FairQueue(10_000)
+    now, waited = 0.0, []
+    for number in range(1000):
+        queue.put(f"flood {number % 20}", "flood", number, now)
+    for number in range(500):
+        if number % 10 == 0:
+            queue.put("honest", "honest", number, now)
+        turn = queue.take(now, beyond=True)
+        assert turn is not None
+        item = turn.items.popleft()
+        if turn.source == "honest":
+            waited.append(number - item)
+        cost = 0.0001 if turn.source == "honest" else 0.002
+        now += 10 * cost
+        queue.end(turn, cost, now)
+    assert len(waited) == 50
+    # In the beginning nobody has had anything.
+    assert max(waited[3:]) == 0
+
+
 def test_keys_that_always_have_something_get_equal_time_whatever_their_turns_cost() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100_000)
     costs = {"dear": 0.002, "cheap": 0.0005}

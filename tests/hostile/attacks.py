@@ -136,6 +136,7 @@ class Attack:
     files: Mapping[str, Callable[[], str]] = field(default_factory=dict)
     open_files: int = 0
     kept: int = 0
+    left: int = 0
     filled: int = 0
     drains: bool = False
     stands: bool = True

@@ -68,6 +68,7 @@ def flood_streams(target: Target, peers: Sequence[QuicPeer]) -> None:
     "empty STREAM frames, 20 sessions",
     "50 such packets/s on each, with one client's token",
     token=True,
+    left=20,
     like="packets",
 )
 def empty_streams_with_token(target: Target) -> None:
@@ -79,6 +80,7 @@ def empty_streams_with_token(target: Target) -> None:
     "empty STREAM frames, 20 clients",
     "50 such packets/s on each, with a token of another client on each",
     token=True,
+    left=20,
     like="packets",
 )
 def empty_streams_of_clients(target: Target) -> None:

@@ -100,7 +100,7 @@ class Result:
             found.append("memory stays")
         if self.after.files > self.before.files + SPARE_FILES:
             found.append("files stay")
-        if self.after.connections > self.before.connections + SPARE_FILES:
+        if self.after.connections > self.before.connections + SPARE_FILES + self.attack.left:
             found.append("connections stay")
         if self.after.faults > self.before.faults:
             found.append(f"{self.after.faults - self.before.faults} faults of the broker's")
@@ -202,7 +202,7 @@ def _wait_returned(broker: Broker, before: Use, attack: Attack) -> Use:
             _is_idle(broker)
             and broker.files <= before.files + SPARE_FILES
             and broker.memory <= before.memory + SCATTERED + (attack.kept << 20)
-            and (now := broker.use()).connections <= before.connections + SPARE_FILES
+            and (now := broker.use()).connections <= before.connections + SPARE_FILES + attack.left
         ):
             return now
     return broker.use()
