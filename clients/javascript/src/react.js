@@ -1,0 +1,155 @@
+/**
+ * The Catbus client for React 18 and 19: a provider and hooks.
+ *
+ * @module
+ */
+'use client';
+
+import { createContext, createElement, useCallback, useContext, useEffect, useRef, useState, useSyncExternalStore } from 'react';
+
+/**
+ * @import { CatbusClient } from './catbus/client.js'
+ * @import { ConnectionState, Gap, Message, Published, SubscribeOptions } from './catbus/types.js'
+ */
+
+const ClientContext = createContext(/** @type {CatbusClient | undefined} */ (undefined));
+
+/**
+ * Gives a client to all components below. It connects when it is mounted and disconnects when it is removed, unless
+ * `connect` is false. Another client takes the place of the one before: have one for each user that signs in.
+ *
+ * @param {{client: CatbusClient, connect?: boolean | undefined, children?: import('react').ReactNode}} props
+ * @returns {import('react').ReactElement}
+ */
+export function CatbusProvider({ client, connect = true, children }) {
+  useEffect(() => {
+    if (!connect) return undefined;
+    client.connect();
+    return () => void client.disconnect();
+  }, [client, connect]);
+  return createElement(ClientContext.Provider, { value: client }, children);
+}
+
+/** The client of the nearest `CatbusProvider`. @returns {CatbusClient} */
+export function useCatbus() {
+  const client = useContext(ClientContext);
+  if (!client) throw new Error('there is no CatbusProvider around this component');
+  return client;
+}
+
+/** How the client is connected; `disconnected` while a page is rendered on a server. @returns {ConnectionState} */
+export function useConnectionState() {
+  const client = useCatbus();
+  const subscribe = useCallback((/** @type {() => void} */ changed) => client.onStateChange(changed), [client]);
+  return useSyncExternalStore(subscribe, () => client.connectionState, () => 'disconnected');
+}
+
+/**
+ * A function to publish with, the same one as long as the client is.
+ *
+ * @returns {(channel: string, payload: unknown, options?: {ephemeral?: boolean | undefined, echo?: boolean | undefined}) => Promise<Published>}
+ */
+export function usePublish() {
+  const client = useCatbus();
+  return useCallback((channel, payload, options) => client.publish(channel, payload, options), [client]);
+}
+
+/**
+ * How a subscription is: `live` when it has caught up, `error` when it has ended.
+ *
+ * @typedef {{live: boolean, error: Error | undefined}} SubscriptionState
+ */
+
+/**
+ * Subscribe while the component is mounted and `pattern` is one: `null` and `undefined` are none. The newest `handler`
+ * is called; another one does not subscribe anew, and neither does another start (`since`, `last`).
+ *
+ * @template [T=any]
+ * @param {string | null | undefined} pattern @param {(message: Message<T>) => unknown} handler
+ * @param {Omit<SubscribeOptions, 'signal'>} [options] @returns {SubscriptionState}
+ */
+export function useSubscription(pattern, handler, options = {}) {
+  return useReader(pattern, handler, options, undefined);
+}
+
+/**
+ * The same, which subscribes anew when `start` is another one.
+ *
+ * @param {string | null | undefined} pattern @param {(message: Message) => unknown} handler
+ * @param {Omit<SubscribeOptions, 'signal'>} options @param {unknown} start @returns {SubscriptionState}
+ */
+function useReader(pattern, handler, options, start) {
+  const client = useCatbus();
+  const newest = useRef({ handler, options });
+  useEffect(() => {
+    newest.current = { handler, options };
+  });
+  const [state, setState] = useState(/** @type {SubscriptionState & {of?: unknown}} */ ({ live: false, error: undefined }));
+  const { persist, stream, datagrams } = options;
+  useEffect(() => {
+    if (pattern === null || pattern === undefined) return undefined;
+    setState({ live: false, error: undefined, of: pattern });
+    const subscription = client.subscribe(pattern, (message) => newest.current.handler(message), {
+      ...newest.current.options,
+      onGap: (gap) => newest.current.options.onGap?.(gap),
+      onLive() {
+        setState({ live: true, error: undefined, of: pattern });
+        newest.current.options.onLive?.();
+      },
+      onEnd(error) {
+        setState({ live: false, error, of: pattern });
+        newest.current.options.onEnd?.(error);
+      },
+    });
+    return () => void subscription.close();
+  }, [client, pattern, persist, stream, datagrams, start]);
+  // What was of another pattern is not shown for this one, not even once.
+  return state.of === pattern ? { live: state.live, error: state.error } : { live: false, error: undefined };
+}
+
+/**
+ * The last messages that match, oldest first: those of the past, then what is new, and never more than `last` (50).
+ * `gap` is the last of what may be missing between them.
+ *
+ * @template [T=any]
+ * @param {string | null | undefined} pattern @param {{last?: number | undefined}} [options]
+ * @returns {SubscriptionState & {messages: Message<T>[], gap: Gap | undefined}}
+ */
+export function useMessages(pattern, { last = 50 } = {}) {
+  const client = useCatbus();
+  const [shown, setShown] = useState({ of: /** @type {unknown} */ (undefined), messages: /** @type {Message<T>[]} */ ([]), gap: /** @type {Gap | undefined} */ (undefined) });
+  const key = `${last} ${pattern}`;
+  const list = useRef(/** @type {{client: unknown, key: string, messages: Message<T>[], gap: Gap | undefined, due: boolean}} */ ({ client, key, messages: [], gap: undefined, due: false }));
+  useEffect(() => {
+    // Begun anew with each subscription, which brings the past again.
+    list.current = { client, key, messages: [], gap: undefined, due: false };
+    setShown({ of: client, messages: [], gap: undefined });
+  }, [client, key]);
+  const show = () => {
+    const own = list.current;
+    if (own.due) return;
+    own.due = true;
+    // One update for all that comes together.
+    queueMicrotask(() => {
+      own.due = false;
+      if (list.current === own) setShown({ of: client, messages: own.messages, gap: own.gap });
+    });
+  };
+  const state = useReader(
+    pattern,
+    (/** @type {Message<T>} */ message) => {
+      list.current.messages = [...list.current.messages, message].slice(-last);
+      show();
+    },
+    {
+      last,
+      onGap(gap) {
+        list.current.gap = gap;
+        show();
+      },
+    },
+    last,
+  );
+  const mine = shown.of === client && list.current.key === key;
+  return { ...state, messages: mine ? shown.messages : [], gap: mine ? shown.gap : undefined };
+}

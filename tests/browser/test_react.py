@@ -1,0 +1,82 @@
+"""The React hooks of the JavaScript client, under StrictMode, in real browsers, with each release of React that they are for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+
+from catbus.auth import Grants, sign
+from tests.brokers import SECRET, running
+from tests.browser.driver import Browser
+from tests.programs import CLIENT, find_module
+
+APPLICATION = Path(__file__).parent / "react_app.js"
+UNTIL = """
+    const began = Date.now();
+    while (text(args[0]) !== args[1]) {
+        if (Date.now() - began > 30_000) throw new Error(`${args[0]}: ${text(args[0])}, and not ${args[1]}`);
+        await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+"""
+
+
+@pytest.fixture(scope="module", params=["18", "19"])
+def application(request: pytest.FixtureRequest) -> str:
+    release = "18" if request.param == "18" else ""
+    alias = [f"--alias:{name}={find_module(name + release)}" for name in ("react", "react-dom")]
+    command = [find_module(".bin/esbuild"), APPLICATION, "--bundle", "--log-level=error", *alias]
+    command.append('--define:process.env.NODE_ENV="development"')
+    return subprocess.run(command, cwd=CLIENT, capture_output=True, text=True, check=True).stdout
+
+
+def token(client_id: str) -> str:
+    return sign(SECRET, client_id=client_id, grants=Grants.ALL)
+
+
+async def shows(browser: Browser, *, live: bool = True, **rooms: list[object]) -> None:
+    for name, payloads in rooms.items():
+        wanted = json.dumps([payloads, live, None], separators=(",", ":"))
+        await browser.run(UNTIL, name, wanted)
+
+
+async def test_components_share_a_subscription_and_follow_their_props_and_their_user(
+    browser: Browser, application: str
+) -> None:
+    with trio.fail_after(60):
+        async with running() as (broker, address):
+            await browser.goto(f"http://{address}/health")
+            await browser.run(application)
+            for number in range(1, 6):
+                await broker.publish("room.a", number)
+            await broker.publish("room.b", "other")
+            shown = {"url": f"ws://{address}/ws", "user": "alice", "token": token("alice"), "pattern": "room.a"}
+            await browser.run("show(args[0])", shown)
+            await browser.run(UNTIL, "state", "connected")
+            # The last three, in both, by one subscription; the one that counts has begun with what is new.
+            await shows(browser, one=[3, 4, 5], two=[3, 4, 5])
+            assert broker.hub.delivery.statistics().live == 1
+            await browser.run("await publish('room.a', 6)")
+            await shows(browser, one=[4, 5, 6], two=[4, 5, 6])
+            assert await browser.run("return counted") == [6]
+            # Another pattern, and more of it.
+            await browser.run("show(args[0])", {**shown, "pattern": "room.b"})
+            await shows(browser, one=["other"], two=["other"])
+            await browser.run("show(args[0])", {**shown, "last": 5})
+            await shows(browser, one=[2, 3, 4, 5, 6], two=[2, 3, 4, 5, 6])
+            await browser.run("show(args[0])", {**shown, "last": 5, "rooms": 1})
+            await broker.publish("room.a", 7)
+            await shows(browser, one=[3, 4, 5, 6, 7])
+            # Signed out, and in as somebody else.
+            await browser.run("show({})")
+            await browser.run(UNTIL, "state", "signed out")
+            while broker.hub.clients:
+                await trio.sleep(0.01)
+            await broker.publish("room.a", 8)
+            await browser.run("show(args[0])", {**shown, "user": "bob", "token": token("bob")})
+            await shows(browser, one=[6, 7, 8], two=[6, 7, 8])
+            assert await browser.run("return counted") == [6, 7]
+            assert [client.session.identity.client_id for client in broker.hub.clients] == ["bob"]
