@@ -1,4 +1,4 @@
-"""The React hooks of the JavaScript client, under StrictMode, in real browsers, with each release of React that they are for."""
+"""The React hooks of the JavaScript client, under StrictMode, in real browsers, with React 18 and 19."""
 
 from __future__ import annotations
 
