@@ -78,7 +78,8 @@ HOSTILE_SECONDS := 6
 hostile: $(venv)/installed-test
 	$(bin)/python -m tests.hostile --seconds $(HOSTILE_SECONDS)
 
-conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-conformance
+conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign \
+		$(venv)/installed-conformance $(venv)/installed-autobahn
 	$(bin)/python -m tests.conformance
 
 # Below this the target fails.
@@ -129,24 +130,29 @@ $(venv)/installed-foreign: $(venv)/made tests/foreign/requirements.txt
 		touch $@; \
 	fi
 
-# What conformance is tried with: libraries, Caddy, the distribution's nginx, and the Autobahn suite. That needs Python 2.7:
-# PYTHON2, or `python2.7` on PATH, or pyenv's. Where it or nginx cannot be had, the table says so.
-$(venv)/installed-conformance: $(venv)/made $(wildcard tests/conformance/*.txt)
-	@echo 'Installing the clients and proxies of others (once; this can take a minute) ...'
-	@rm -rf $(venv)/conformance $(venv)/autobahn && $(bin)/python -m venv $(venv)/conformance
+# What conformance is tried with: client libraries, Caddy, and the distribution's nginx. Without nginx, the table says so.
+$(venv)/installed-conformance: $(venv)/made tests/conformance/requirements.txt tests/conformance/programs.txt
+	@echo 'Installing the WebSocket clients and proxies of others (once; this can take a minute) ...'
+	@rm -rf $(venv)/conformance && $(bin)/python -m venv $(venv)/conformance
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --requirement tests/conformance/requirements.txt
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --no-deps --require-hashes --requirement tests/conformance/programs.txt
 	@if ! PATH=$$PATH:/usr/sbin command -v nginx >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx >/dev/null || true; \
 	fi
+	@touch $@
+
+# The Autobahn suite runs on Python 2.7 alone: PYTHON2, or `python2.7` on PATH, or pyenv's.
+$(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/autobahn.txt
 	@for python in $(PYTHON2) python2.7 $(wildcard $(HOME)/.pyenv/versions/2.7*/bin/python2.7); do \
 		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (2, 7))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
 		echo 'There is no Python 2.7 for the Autobahn suite. Install one, or say: make conformance PYTHON2=/path/to/python2.7' >&2; \
 	else \
+		echo 'Installing the Autobahn suite (once; this can take a minute) ...'; \
+		rm -rf $(venv)/autobahn && \
 		$(venv)/conformance/bin/python -m virtualenv --quiet --python $$found $(venv)/autobahn && \
-		$(venv)/autobahn/bin/python -m pip --disable-pip-version-check --no-input -qqq --no-python-version-warning \
+		$(venv)/autobahn/bin/python -m pip --disable-pip-version-check --no-input --no-python-version-warning -qqq \
 			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 

@@ -37,6 +37,14 @@ def find_foreign_python() -> Path:
     return found
 
 
+def find_for_conformance(name: str, environment: str = "conformance") -> Path:
+    """A program that has been installed for `make conformance` alone, likewise. `autobahn` is one for Python 2.7."""
+    found = Path(sys.prefix) / environment / "bin" / name
+    if not found.exists():
+        raise _missing(f"{environment}/bin/{name} is not installed: make .venv/installed-conformance")
+    return found
+
+
 def _missing(reason: str) -> BaseException:
     """What a test ends with that cannot do without: it fails with CI=true, and is skipped elsewhere."""
     return (pytest.fail if os.environ.get("CI") == "true" else pytest.skip).Exception(reason)

@@ -17,7 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from tests.conformance import autobahn, conversation, proxies, puppets
 from tests.conformance.echo import SIZE, echoing
 from tests.conformance.ways import EXTENDED_CONNECT, WAYS, Certificates
 from tests.foreign.test_webtransport import play as play_webtransport
-from tests.programs import CLIENT, find_foreign_python, find_program
+from tests.programs import CLIENT, find_for_conformance, find_foreign_python, find_program
 
 STEP_TIME = 60
 """Seconds for a step of a conversation."""
@@ -51,11 +52,10 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 
 async def play_autobahn(made: Certificates, directory: Path, only: Sequence[str]) -> tuple[str, bool]:
-    if not autobahn.WSTEST.exists():
-        return (
-            "The Autobahn suite was not played: it needs Python 2.7 (`make conformance PYTHON2=/path/to/python2.7`).",
-            True,
-        )
+    try:
+        find_for_conformance("wstest", "autobahn")
+    except Missing:
+        return "Not played: it needs Python 2.7 (`make conformance PYTHON2=/path/to/python2.7`).", True
     rows: list[Row] = []
     fine = True
     for way, size in (("plain", SIZE), ("TLS", SIZE), ("plain", 65_536)):
@@ -111,6 +111,8 @@ async def play_clients(
                     place = directory / f"{name}-{number}"
                     place.mkdir()
                     try:
+                        if proxy_name := WAYS[way].proxy:
+                            proxies.PROGRAMS[proxy_name]()
                         async with WAYS[way].scene(puppet, made, place) as (scene, proxy):
                             results[name, way] = await converse(scene)
                     except Missing as missing:
@@ -155,59 +157,47 @@ async def play_webtransport_libraries() -> dict[str, str]:
 # What was played with
 
 
-def said(*command: str | Path, pattern: str = r"\d+\.[\w.+~-]+") -> str:
+def said(find: Callable[[], str | Path], *options: str, pattern: str = r"\d+\.[\w.+~-]+") -> str:
     """The version that a program names."""
     try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=60)
-    except OSError:
-        return "not installed"
-    found = re.search(pattern, done.stdout + done.stderr)
-    return found[0] if found else "?"
-
-
-def program(package: str, *names: str, option: str = "--version") -> str:
-    try:
-        return said(find_program(package, *names), option)
+        command = [str(find()), *options]
     except Missing:
         return "not installed"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(pattern, done.stdout + done.stderr)
+    return found[0] if found else "not installed"
 
 
-def packages(python: Path, *names: str) -> list[Row]:
-    code = "import importlib.metadata as m, sys; print([m.version(n) for n in sys.argv[1:]])"
-    try:
-        done = subprocess.run([str(python), "-c", code, *names], capture_output=True, text=True, check=False)
-    except OSError:
-        return [[name, "not installed"] for name in names]
-    found = re.findall(r"'([^']+)'", done.stdout) or ["not installed"] * len(names)
-    return [[name, version] for name, version in zip(names, found, strict=True)]
+def packages(find: Callable[[], Path], *names: str) -> list[Row]:
+    """The versions of packages for another Python."""
+    code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    return [[name, said(find, "-c", code, name)] for name in names]
 
 
 def versions_played() -> str:
+    browsers = [[name, said(partial(find_program, *PROGRAMS[name.lower()]), "--version")] for name in BROWSERS]
+    python2 = partial(find_for_conformance, "python", "autobahn")
+    suite = said(python2, "-m", "pip", "show", "autobahntestsuite", pattern=r"(?<=Version: )\S+")
     rows: list[Row] = [
         ["Python of the broker", sys.version.split()[0]],
         *[[name, importlib.metadata.version(name)] for name in ("trio-websocket", "wsproto", "aioquic")],
+        ["Autobahn suite", suite],
+        *packages(partial(find_for_conformance, "python"), "websockets", "aiohttp", "websocket-client", "niquests"),
+        *packages(find_foreign_python, "pywebtransport", "web-transport-quinn"),
+        ["Node", said(partial(find_program, "nodejs", "node"), "--version")],
         [
-            "Autobahn suite",
-            said(autobahn.PYTHON, "-m", "pip", "show", "autobahntestsuite", pattern=r"(?<=Version: )\S+"),
+            "ws",
+            said(lambda: find_program("npm", "npm"), "ls", "--prefix", str(CLIENT), "ws", pattern=r"(?<=ws@)[\w.]+"),
         ],
-        *packages(puppets.PYTHON, "websockets", "aiohttp", "websocket-client", "niquests"),
-        ["Node", program("nodejs", "node")],
-        ["ws", said("npm", "ls", "--prefix", CLIENT, "ws", pattern=r"(?<=ws@)[\w.]+")],
-        ["Chromium", program(*PROGRAMS["chromium"])],
-        ["Firefox", program(*PROGRAMS["firefox"])],
-        ["nginx", program("nginx-light", "nginx", option="-v")],
-        ["HAProxy", program("haproxy", "haproxy", option="-v")],
-        ["Caddy", said(proxies.CADDY, "version")],
-        *foreign_packages(),
+        *browsers,
+        *[[name, said(find, OPTIONS[name])] for name, find in proxies.PROGRAMS.items()],
     ]
     return table(["", "Version"], rows)
 
 
-def foreign_packages() -> list[Row]:
-    try:
-        return packages(find_foreign_python(), "pywebtransport", "web-transport-quinn")
-    except Missing:
-        return [["pywebtransport, web-transport-quinn", "not installed"]]
+BROWSERS = "Chromium", "Firefox"
+OPTIONS = {"nginx": "-v", "HAProxy": "-v", "Caddy": "version"}
+"""How proxies are asked for their versions."""
 
 
 # All of it

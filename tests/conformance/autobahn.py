@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import trio
 
-PYTHON = Path(sys.prefix) / "autobahn" / "bin" / "python"
-WSTEST = PYTHON.with_name("wstest")
-"""Where `make conformance` puts the suite."""
+from tests.programs import find_for_conformance
 
 OVER_A_MEBIBYTE = frozenset(
     [f"9.{part}.{case}" for part in (1, 2) for case in (4, 5, 6)]
@@ -44,7 +41,7 @@ async def play(url: str, directory: Path, cases: list[str]) -> Report:
     }
     path = directory / "fuzzingclient.json"
     await trio.Path(path).write_text(json.dumps(specification))
-    command = [str(WSTEST), "--mode", "fuzzingclient", "--spec", str(path)]
+    command = [str(find_for_conformance("wstest", "autobahn")), "--mode", "fuzzingclient", "--spec", str(path)]
     await trio.run_process(command, stdout=subprocess.DEVNULL)
     return read(json.loads((directory / "index.json").read_text())["catbus"])
 

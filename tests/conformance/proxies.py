@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,10 +15,16 @@ from pathlib import Path
 import trio
 import trustme
 
-from tests.programs import find_program
+from tests.programs import find_for_conformance, find_program
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "proxies.md"
-CADDY = Path(sys.prefix) / "conformance" / "bin" / "caddy"
+
+PROGRAMS: Mapping[str, Callable[[], str]] = {
+    "nginx": lambda: find_program("nginx", "nginx"),
+    "HAProxy": lambda: find_program("haproxy", "haproxy"),
+    "Caddy": lambda: str(find_for_conformance("caddy")),
+}
+"""How each is found, or is said to be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,7 @@ def nginx(place: Place) -> list[str]:
         f"""http {{ {scratch} log_format version '"proto":"$server_protocol","uri":"$uri"';"""
         f" access_log {place.log} version;\n{servers}}}\n"
     )
-    program = find_program("nginx-light", "nginx")
-    return [program, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(configuration)]
+    return [PROGRAMS["nginx"](), "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(configuration)]
 
 
 def haproxy(place: Place) -> list[str]:
@@ -98,7 +102,7 @@ def haproxy(place: Place) -> list[str]:
     )
     configuration = place.directory / "haproxy.cfg"
     configuration.write_text(text)
-    return [find_program("haproxy", "haproxy"), "-db", "-f", str(configuration)]
+    return [PROGRAMS["HAProxy"](), "-db", "-f", str(configuration)]
 
 
 def caddy(place: Place) -> list[str]:
@@ -118,7 +122,7 @@ def caddy(place: Place) -> list[str]:
         "{\n    admin off\n    auto_https disable_redirects\n    skip_install_trust\n    persist_config off\n"
         f"    storage file_system {place.directory}/caddy\n    servers {{\n        protocols h1 h2\n    }}\n}}\n{site}"
     )
-    return [str(CADDY), "run", "--adapter", "caddyfile", "--config", str(configuration)]
+    return [PROGRAMS["Caddy"](), "run", "--adapter", "caddyfile", "--config", str(configuration)]
 
 
 PROXIES: Mapping[str, Callable[[Place], list[str]]] = {"nginx": nginx, "HAProxy": haproxy, "Caddy": caddy}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -14,12 +13,9 @@ from typing import Any
 import trio
 
 from tests.browser.driver import Browser, open_browser
-from tests.programs import CLIENT, find_module, find_program
+from tests.programs import CLIENT, find_for_conformance, find_module, find_program
 
 CLIENTS = Path(__file__).with_name("clients")
-PYTHON = Path(sys.prefix) / "conformance" / "bin" / "python"
-"""What `make conformance` has made for the libraries that `requirements.txt` names."""
-
 PATIENCE = 20
 """Seconds that a command may take."""
 
@@ -106,7 +102,7 @@ async def running_process(*command: str | Path) -> AsyncIterator[Puppet]:
 
 
 def library(name: str) -> Callable[[], AbstractAsyncContextManager[Puppet]]:
-    return lambda: running_process(PYTHON, CLIENTS / "libraries.py", name)
+    return lambda: running_process(find_for_conformance("python"), CLIENTS / "libraries.py", name)
 
 
 def ws() -> AbstractAsyncContextManager[Puppet]:
