@@ -406,7 +406,7 @@ class ModelReader {
     this.addPast();
     const { log } = this.world;
     const lost = this.at.epoch !== log.epoch && this.at.seq > log.common(this.at.epoch, log.epoch);
-    return !lost && this.next(log.epoch) === undefined && this.reader.phase === 'heard';
+    return !lost && this.next(log.epoch) === undefined && this.reader.phase === 'heard' && this.reader.feed.lane !== undefined;
   }
 
   finish() {

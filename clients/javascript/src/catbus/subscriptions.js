@@ -41,9 +41,9 @@ export class Subscriptions {
     this.#host = host;
   }
 
-  /** Whether an answer is still to come. */
+  /** Whether an agreement is still to come. */
   get asking() {
-    return this.#asked.size > 0;
+    return this.#asked.size + this.#again.size > 0;
   }
 
   // What the application asks
