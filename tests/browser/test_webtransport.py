@@ -133,8 +133,13 @@ async def test_objects_may_be_cut_anywhere_or_nowhere(browser: Browser, tmp_path
                 "for (const byte of new TextEncoder().encode(JSON.stringify({type: 'ping', seq: 4, pad: 'ü}{'})))"
                 " await bus.writer.write(new Uint8Array([byte]))"
             )
-            heard = [await browser.run("return await bus.hear()") for _ in range(8)]
-            assert [line["seq"] for line in heard if line["type"] == "pong"] == [1, 2, 3, 4]
+            pongs: list[int] = []
+            heard: dict[str, Any] = {}
+            # A head may stand for several, where none of them had been sent yet.
+            while len(pongs) < 4 or heard.get("type") != "head":
+                heard = await browser.run("return await bus.hear()")
+                pongs += [heard["seq"]] if heard["type"] == "pong" else []
+            assert pongs == [1, 2, 3, 4]
 
 
 def swallow(port: Port, most: int) -> list[Any]:
