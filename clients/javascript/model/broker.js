@@ -79,6 +79,8 @@ export class Replica {
   /** Whether an object that it does not understand is answered without its id, as an older broker does. */
   old = false;
   gone = false;
+  /** Whether nothing gets through any more, in either direction, and nobody is told. */
+  silent = false;
   /** Publishes that were handed to the database, which may commit them when nobody is there any more. */
   flight = [];
   held = new Map();
@@ -105,6 +107,7 @@ export class Replica {
   }
 
   work(count) {
+    if (this.silent) return;
     for (const request of this.requests.splice(0, count)) this.answer(request);
   }
 

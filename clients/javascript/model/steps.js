@@ -52,6 +52,11 @@ const STEPS = {
   }],
   busy: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void replica.busy++)],
   goaway: [3, { number }, (world, { number }) => pick(world.alive, number, ([link]) => world.goaway(link))],
+  silence: [0.7, { number }, (world, { number }) =>
+    pick(world.alive, number, ([, replica]) => {
+      world.doubt();
+      replica.silent = true;
+    })],
   stop: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void (replica.stopping = true))],
   hang: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => {
       world.doubt();
