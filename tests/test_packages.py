@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -142,6 +143,16 @@ def test_its_modules_are_small_and_say_what_they_are_for() -> None:
         text = module.read_text()
         assert text.startswith("/**\n * "), module
         assert text.count("\n") < 400, module
+
+
+SIZE = 15_360
+"""Bytes, minified and gzipped: so that the client does not grow without anybody noticing."""
+
+
+def test_it_is_small() -> None:
+    command = [find_module(".bin/esbuild"), MODULES[0], "--bundle", "--minify", "--format=esm"]
+    minified = subprocess.run(command, capture_output=True, check=True).stdout
+    assert len(gzip.compress(minified, 9)) <= SIZE
 
 
 def test_its_modules_are_those_that_the_broker_serves() -> None:

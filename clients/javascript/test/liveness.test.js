@@ -1,0 +1,70 @@
+/** Whether a connection lives, in the model's own time. */
+
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+
+import * as modules from '../src/catbus/core.js';
+import { World } from '../model/world.js';
+
+/** A client that is connected, and the broker's end. */
+function connected() {
+  const world = new World(modules);
+  world.settle();
+  const [[link, replica]] = world.alive;
+  return { world, link, replica };
+}
+
+test('a connection that died with the network is left 2.5 seconds after that is known', () => {
+  const { world, replica } = connected();
+  replica.silent = true;
+  world.wait(5000);
+  world.do((core) => core.wake());
+  world.wait(2499);
+  // Another event puts nothing off.
+  world.do((core) => core.wake());
+  assert.equal(world.core.state, 'connected');
+  world.wait(1);
+  assert.equal(world.core.state, 'reconnecting');
+});
+
+test('a connection that lives stays, whatever the network says', () => {
+  const { world } = connected();
+  world.do((core) => core.wake());
+  world.run(5000);
+  assert.deepEqual([world.core.state, world.opened], ['connected', 1]);
+});
+
+test('a page that was asleep looks again before it takes a connection for lost', () => {
+  const { world, link, replica } = connected();
+  world.wait(30_000); // A ping is due and sent.
+  replica.work(Infinity);
+  world.wait(600_000); // The page was frozen: its answer has come and was not read.
+  assert.equal(world.core.state, 'connected');
+  world.bring(link, Infinity);
+  world.turn();
+  world.wait(2500);
+  assert.deepEqual([world.core.state, world.opened], ['connected', 1]);
+});
+
+test('a page that is seen again does not wait for its turn to connect, but for a second', () => {
+  const { world, link } = connected();
+  world.lose(link, 1006);
+  for (const seconds of [0, 1, 2]) {
+    world.wait(1000 * 2 ** seconds);
+    world.failLink(0);
+  }
+  const { opened } = world;
+  world.do((core) => core.wake());
+  assert.equal(world.opened, opened);
+  world.wait(1000);
+  world.do((core) => core.wake());
+  assert.equal(world.opened, opened + 1);
+});
+
+test('a clock that is 10 minutes fast asks for few tokens', () => {
+  const { world } = connected();
+  world.wall += 600_000;
+  const { tokensAsked } = world;
+  world.run(600_000);
+  assert.ok(world.tokensAsked - tokensAsked < 20, `${world.tokensAsked - tokensAsked}`);
+});
