@@ -166,8 +166,12 @@ class Bus:
         After the loss of a connection it goes on with the next one from where it was: nothing is left out or comes
         twice, but for ephemeral messages.
 
-        Raises `Refused`, and `ValueError` where there is a subscription to the pattern already. Leaving
-        does not wait for the broker.
+        Any number of tasks may subscribe to one pattern, each from its own start, with its own buffer. They share one
+        subscription of the broker's, which ends with the last of them, and has `stream` and `datagrams` once one of
+        them asks for that. When one of them begins further back, the others wait until the broker has caught up; an
+        iteration that is always much slower than the others is better off with a bus of its own.
+
+        Raises `Refused`. Leaving does not wait for the broker.
         """
         _check(check_pattern, pattern)
         if buffer < 1:

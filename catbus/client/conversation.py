@@ -17,7 +17,8 @@ from typing import Any
 from .. import wire
 from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
 from ..framing import Framer
-from .inbox import Inbox, Lane
+from .feed import Lane
+from .inbox import Inbox
 from .ledger import Answer, Ledger
 from .messages import Message, Page, ServerMessage, decode
 from .switchboard import Switchboard
@@ -167,17 +168,20 @@ class Conversation:
         if lane is None:
             lane = self._lanes[stream] = self._new_lane(self.epoch)
         routes = lane.routes
-        for message in lane.feed(data):
+        for message in lane.decode(data):
             if type(message) is Message:
-                inbox = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
-                if inbox is None and (inbox := lane.find(message.pattern)) is None:
+                feed = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
+                if feed is None and (feed := lane.find(message.pattern)) is None:
                     continue
                 seq = message.seq
                 if seq is not None:
-                    if seq <= inbox.arrived:
-                        continue
-                    inbox.arrived = seq
-                self._hand_over(message, inbox)
+                    feed.arrived = seq
+                for inbox in feed.hearing:
+                    if seq is not None:
+                        if seq <= inbox.arrived:
+                            continue
+                        inbox.arrived = seq
+                    self._hand_over(message, inbox)
             elif isinstance(message, PeerError):
                 raise PeerError(message.code, message.message, CloseCode.BAD_MESSAGE)
             elif (about := _OF_A_LANE.get(type(message))) is not None:
@@ -188,7 +192,7 @@ class Conversation:
             self._subscriptions.forsake(self._lanes.pop(stream))
         elif ended:
             del self._lanes[stream]
-            if routes or lane.fresh:
+            if self._subscriptions.end(lane):
                 raise PeerError(Code.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
 
     def _receive_datagram(self, data: bytes) -> None:
@@ -198,8 +202,8 @@ class Conversation:
         except wire.UNDECODABLE:
             return
         if isinstance(message, Message) and message.seq is None:
-            inbox = self._subscriptions.find(message.pattern, self)
-            if inbox is not None:
+            feed = self._subscriptions.find(message.pattern, self)
+            for inbox in feed.hearing if feed is not None else ():
                 self._hand_over(message, inbox)
 
     def _hand_over(self, message: Message, inbox: Inbox) -> None:
@@ -257,8 +261,8 @@ class Conversation:
             return
         if self._subscriptions.refused(wire.SubscribeError("", reply.message, reply.code, number)):
             return
-        if reply.code is Code.BAD_MESSAGE:
-            # It did not understand something that somebody here may be waiting for.
+        if reply.code is Code.BAD_MESSAGE and reply.id is None:
+            # It did not understand something that somebody here may be waiting for, and cannot say what.
             raise PeerError(reply.code, reply.message, CloseCode.BAD_MESSAGE)
         self._tell(reply)
 

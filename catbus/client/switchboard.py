@@ -1,4 +1,4 @@
-"""Which subscriptions the broker has been asked to begin and to end, and which inbox its answers are for. Pure."""
+"""Which subscriptions the broker has been asked to begin and to end, and which inboxes its answers are for. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from .. import wire
 from ..errors import RETRYABLE, Code, Refused
-from .inbox import Inbox, Lane, Phase
+from .feed import Feed, Lane
+from .inbox import Inbox, Phase
 from .ledger import Desk
 from .messages import Message
 
@@ -20,9 +21,9 @@ OVERHEAD = 256
 class Switchboard:
     """The subscriptions of one client, which outlive its connections. `number` gives the next request its id.
 
-    The answers come on different streams, and so in any order: each is known by its id. A subscription hears one
-    connection at a time: the last one that has agreed to send. There it was asked for with where it stood, so nothing
-    is missing between, and what both have sent is dropped by its seq.
+    All inboxes of a pattern share one `Feed`. The answers come on different streams, and so in any order: each is known
+    by its id. A feed hears one connection at a time: the last one that has agreed to send. There it was asked for with
+    where it stood, so nothing is missing between, and what both have sent is dropped by its seq.
     """
 
     def __init__(self, number: Callable[[], int]) -> None:
@@ -31,11 +32,11 @@ class Switchboard:
         self._desk: Desk | None = None
         """The connection to ask, if there is one."""
         self._number = number
-        self._inboxes: dict[str, Inbox] = {}
-        """All that have not ended."""
-        self._asked: dict[int, Inbox | None] = {}
-        """What will be answered: an inbox's `subscribe`, or (None) an `unsubscribe`."""
-        self._again: list[Inbox] = []
+        self._feeds: dict[str, Feed] = {}
+        """All that have an inbox."""
+        self._asked: dict[int, Feed | None] = {}
+        """What will be answered: a feed's `subscribe`, or (None) an `unsubscribe`."""
+        self._again: dict[Feed, None] = {}
         """Those that the broker could not take up again just now."""
         self.doubted: Callable[[], None] = _nobody
         """Called when a subscription is to be asked for again on this connection: after a pause, by `retry`."""
@@ -61,30 +62,38 @@ class Switchboard:
         stream: bool = False,
         datagrams: bool = False,
     ) -> Inbox:
-        """Ask for a subscription whose inbox welcomes `limit` messages. `present` is the epoch where none is named.
+        """An inbox that welcomes `limit` messages of a pattern. `present` is the epoch where none is named.
 
-        The inbox has `begun` or is ENDED when the answer is there. Raises `ValueError` if there is one already.
+        It has `begun`, or is ENDED, at once or when the broker has answered.
         """
-        if pattern in self._inboxes:
-            raise ValueError(f"this connection has a subscription to {pattern} already")
-        named = epoch is not None
-        inbox = Inbox(pattern, since, epoch or present, limit, named=named, stream=stream, datagrams=datagrams)
-        self._inboxes[pattern] = inbox
-        self._ask(inbox)
+        feed = self._feeds.setdefault(pattern, Feed(pattern))
+        more = (stream and not feed.stream) or (datagrams and not feed.datagrams)
+        feed.stream, feed.datagrams = feed.stream or stream, feed.datagrams or datagrams
+        inbox = Inbox(pattern, since, epoch or present, limit, named=epoch is not None or since is None)
+        feed.inboxes[inbox] = None
+        desk = self._desk
+        if since is not None or more or desk is None or (feed.since or 0) > desk.head:
+            self._ask(feed)
+        elif feed.asked is not None:
+            feed.covered += (inbox,)
+        elif feed.lane is not None and feed.lane.connection is desk and pattern in feed.lane.routes:
+            # What is new from now on comes already.
+            lane = feed.lane
+            inbox.begin(max(feed.arrived, desk.head) if lane.epoch == desk.epoch else feed.arrived, lane.epoch)
+            feed.hearing += (inbox,)
+        else:
+            self._ask(feed)
         return inbox
 
-    def find(self, pattern: str | None, desk: Desk) -> Inbox | None:
+    def find(self, pattern: str | None, desk: Desk) -> Feed | None:
         """Whose the pattern is, while this connection sends for it: a datagram belongs to no stream."""
-        inbox = self._inboxes.get(pattern) if pattern is not None else None
-        return inbox if inbox is not None and inbox.lane is not None and inbox.lane.connection is desk else None
+        feed = self._feeds.get(pattern) if pattern is not None else None
+        return feed if feed is not None and feed.lane is not None and feed.lane.connection is desk else None
 
     def leave(self, inbox: Inbox) -> None:
-        """End a subscription, from this side."""
-        if inbox.phase is Phase.ENDED:
-            return
-        if inbox.phase is not Phase.AWAY:
-            self._unsubscribe(inbox)
-        self._close(inbox, None)
+        """End an inbox from this side, and with the last one the subscription."""
+        if inbox.phase is not Phase.ENDED:
+            self._close(inbox, None)
 
     def crowd(self, inbox: Inbox, message: Message) -> None:
         """A message has come to a full inbox."""
@@ -95,13 +104,17 @@ class Switchboard:
             self.suspend(inbox)
 
     def suspend(self, inbox: Inbox) -> None:
-        """Have the broker stop sending to a full inbox; `relieve` takes it up again from where it stopped."""
+        """Hand a full inbox nothing more; `relieve` has it go on from where it stopped."""
         self.crowded.pop(inbox, None)
+        feed = self._feeds.get(inbox.pattern)
+        if feed is None or inbox not in feed.inboxes:
+            return
+        feed.hearing = tuple(each for each in feed.hearing if each is not inbox)
+        # Where it has been asked for already, it goes on with the answer to that.
         if inbox.phase is Phase.HELD:
-            self._unsubscribe(inbox)
             inbox.phase = Phase.AWAY
-        # Where it has been asked for on another connection, that one begins where this one is not heard any more.
-        self._unroute(inbox)
+            if not feed.wanted:
+                self._unsubscribe(feed)
 
     def relieve(self, inbox: Inbox) -> None:
         """The application has taken enough out of an inbox that was full."""
@@ -109,7 +122,8 @@ class Switchboard:
         inbox.spilled = 0
         self.crowded.pop(inbox, None)
         if inbox.phase is Phase.AWAY:
-            self._ask(inbox)
+            inbox.phase = Phase.ASKED
+            self._ask(self._feeds[inbox.pattern])
 
     # Between connections
 
@@ -119,42 +133,49 @@ class Switchboard:
         One before it, if it is still there, goes on being heard for each until its answer.
         """
         self._desk = desk
-        self._asked.clear()
-        self._again.clear()
-        for inbox in self._inboxes.values():
-            if inbox.phase is not Phase.AWAY:
-                self._ask(inbox)
+        self._forget_asked()
+        for feed in self._feeds.values():
+            if feed.wanted:
+                self._ask(feed)
 
     def lose(self, desk: Desk, lanes: Iterable[Lane]) -> None:
-        """A connection is gone, and its lanes with it. Those who were heard there wait for the next one."""
+        """A connection is gone, and its lanes with it. What was heard there waits for the next one."""
         for lane in lanes:
-            for inbox in {*lane.routes.values(), *lane.fresh.values()}:
-                self._unroute(inbox)
-                self.crowded.pop(inbox, None)
+            for feed in lane.feeds:
+                for inbox in feed.hearing:
+                    self.crowded.pop(inbox, None)
+                self._unroute(feed)
         if self._desk is desk:
             self._desk = None
-            self._asked.clear()
-            self._again.clear()
-            for inbox in self._inboxes.values():
-                if inbox.phase is Phase.HELD:
-                    inbox.phase = Phase.ASKED
+            self._forget_asked()
+            for feed in self._feeds.values():
+                for inbox in feed.inboxes:
+                    if inbox.phase is Phase.HELD:
+                        inbox.phase = Phase.ASKED
 
     def wake(self) -> None:
         """There will be no further connection, and so say those who are woken."""
-        for inbox in self._inboxes.values():
-            inbox.wake()
+        for feed in self._feeds.values():
+            for inbox in feed.inboxes:
+                inbox.wake()
 
     # What the broker says
 
     def subscribed(self, reply: wire.Subscribed, lane: Lane) -> None:
         if reply.epoch is not None:
             lane.epoch = reply.epoch
-        inbox = self._answered(reply.id)
-        if inbox is not None and inbox.phase is Phase.ASKED:
-            self._unroute(inbox)
-            (lane.fresh if inbox.resuming else lane.routes)[inbox.pattern] = inbox
-            inbox.lane = lane
-            inbox.begin(reply.seq, lane.epoch)
+        feed = self._answered(reply.id)
+        if feed is None:
+            return
+        self._unroute(feed)
+        feed.lane, feed.live = lane, feed.since is None
+        (lane.routes if feed.live else lane.fresh)[feed.pattern] = feed
+        feed.arrived = reply.seq if feed.since is None else feed.since
+        feed.hearing = tuple(inbox for inbox in feed.covered if inbox.phase is Phase.ASKED)
+        # A replica that is behind sends from `since` on, not from where it is.
+        start = max(reply.seq, feed.arrived) if feed.epoch == lane.epoch else reply.seq
+        for inbox in feed.hearing:
+            inbox.begin(start, lane.epoch)
 
     def unsubscribed(self, reply: wire.Unsubscribed, desk: Desk) -> None:
         """The broker ends a subscription: as it was asked to, or because its own stream was not read for too long.
@@ -164,95 +185,143 @@ class Switchboard:
         if reply.id is not None:
             self._answered(reply.id)
             return
-        inbox = self._inboxes.get(reply.pattern)
-        if inbox is None or inbox.phase is not Phase.HELD or desk is not self._desk:
+        feed = self._feeds.get(reply.pattern)
+        if feed is None or not feed.wanted or feed.asked is not None or desk is not self._desk:
             return
-        if inbox.lane is None or inbox.lane.connection is desk:
-            self._unroute(inbox)
-            self._ask(inbox)
+        if feed.lane is None or feed.lane.connection is desk:
+            self._unroute(feed)
+            self._ask(feed)
 
     def forsake(self, lane: Lane) -> None:
         """The broker sends nothing more on a stream; `unsubscribed` says what comes of its subscription."""
-        for inbox in {*lane.routes.values(), *lane.fresh.values()}:
-            self._unroute(inbox)
+        for feed in lane.feeds:
+            self._unroute(feed)
+
+    def end(self, lane: Lane) -> bool:
+        """A stream has ended. True where its subscription has not, and no other one takes its place."""
+        left = lane.feeds
+        self.forsake(lane)
+        return any(feed.asked is None for feed in left)
 
     def refused(self, reply: wire.SubscribeError) -> bool:
         """A request was refused; false when none is without an answer under this id."""
         known = reply.id in self._asked
-        inbox = self._answered(reply.id)
-        if inbox is None or inbox.phase is not Phase.ASKED:
+        feed = self._answered(reply.id)
+        if feed is None:
             return known
-        if inbox.begun and reply.code in RETRYABLE:
-            self._again.append(inbox)
+        # A `subscribe` that is refused leaves what it was to replace.
+        heard = feed.hearing if feed.lane is not None and feed.lane.connection is self._desk else ()
+        for inbox in heard:
+            inbox.phase = Phase.HELD
+        for inbox in [inbox for inbox in feed.inboxes if inbox.phase is Phase.ASKED]:
+            if inbox.begun and reply.code in RETRYABLE:
+                self._again[feed] = None
+            else:
+                self._close(inbox, Refused(reply.code, reply.message))
+        if feed in self._again:
             self.doubted()
-        else:
-            self._close(inbox, Refused(reply.code, reply.message))
         return True
 
     def retry(self) -> None:
         """Ask again for what could not be taken up."""
-        again, self._again = self._again, []
-        for inbox in again:
-            if self._inboxes.get(inbox.pattern) is inbox and inbox.phase is Phase.ASKED:
-                self._ask(inbox)
+        again, self._again = self._again, {}
+        for feed in again:
+            if feed.asked is None and any(inbox.phase is Phase.ASKED for inbox in feed.inboxes):
+                self._ask(feed)
 
     def revoked(self, reply: wire.Revoked, lane: Lane) -> None:
-        inbox = lane.heard(reply.pattern)
-        if inbox is not None:
-            if inbox.phase is Phase.ASKED:
-                # It was to move to another connection.
-                self._unsubscribe(inbox)
-            self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
+        feed = lane.heard(reply.pattern)
+        if feed is not None:
+            if feed.asked is None:
+                # The broker has ended it already.
+                self._unroute(feed)
+            for inbox in list(feed.inboxes):
+                self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
 
     def live(self, event: wire.Live, lane: Lane) -> None:
-        inbox = lane.heard(event.pattern)
-        if inbox is not None:
-            inbox.live = True
+        feed = lane.heard(event.pattern)
+        if feed is None:
+            return
+        feed.live = True
+        feed.arrived = max(feed.arrived, event.seq)
+        for inbox in feed.hearing:
             inbox.mark(event, event.seq, lane.epoch)
+        if (
+            lane.connection is self._desk
+            and feed.asked is None
+            and feed not in self._again
+            and any(inbox.phase is Phase.ASKED for inbox in feed.inboxes)
+        ):
+            # The others stand in another epoch.
+            self._ask(feed)
 
     def gap(self, event: wire.Gap, lane: Lane) -> None:
-        inbox = lane.heard(event.pattern)
-        if inbox is not None:
-            inbox.mark(event, event.last, event.epoch)
+        feed = lane.heard(event.pattern)
+        if feed is not None:
+            feed.arrived = event.last
+            for inbox in feed.hearing:
+                inbox.gap(event)
 
     def head(self, event: wire.Head, lane: Lane) -> None:
-        for inbox in lane.routes.values():
-            if inbox.live:
-                inbox.mark(event, event.seq, event.epoch)
+        for feed in lane.routes.values():
+            if feed.live:
+                for inbox in feed.hearing:
+                    inbox.mark(event, event.seq, event.epoch)
 
     # Helpers
 
-    def _ask(self, inbox: Inbox) -> None:
-        inbox.phase = Phase.ASKED
-        if self._desk is not None:
+    def _ask(self, feed: Feed) -> None:
+        desk = self._desk
+        if desk is not None:
             number = self._number()
-            since, epoch = inbox.resume()
-            self._desk.say(wire.Subscribe(inbox.pattern, since, epoch, inbox.stream, inbox.datagrams, number))
-            self._asked[number] = inbox
+            desk.say(feed.ask(number, desk.head, desk.epoch))
+            self._asked[number] = feed
 
-    def _unsubscribe(self, inbox: Inbox) -> None:
-        if self._desk is not None:
+    def _unsubscribe(self, feed: Feed) -> None:
+        """Have the broker stop sending, where it does or has been asked to."""
+        desk = self._desk
+        if desk is not None and (feed.asked is not None or (feed.lane is not None and feed.lane.connection is desk)):
             number = self._number()
-            self._desk.say(wire.Unsubscribe(inbox.pattern, number))
+            desk.say(wire.Unsubscribe(feed.pattern, number))
             self._asked[number] = None
+        feed.asked = None
+        self._unroute(feed)
 
-    def _answered(self, number: int | None) -> Inbox | None:
-        """Whom a reply is for, which comes once for each request."""
-        return self._asked.pop(number, None) if number is not None else None
+    def _answered(self, number: int | None) -> Feed | None:
+        """Which feed a reply is for: that to the newest `subscribe` of one."""
+        feed = self._asked.pop(number, None) if number is not None else None
+        if feed is None or feed.asked != number:
+            return None
+        feed.asked = None
+        return feed
+
+    def _forget_asked(self) -> None:
+        """There is no answer to come from a connection that another one follows."""
+        self._asked.clear()
+        self._again.clear()
+        for feed in self._feeds.values():
+            feed.asked = None
 
     def _close(self, inbox: Inbox, ending: Refused | None) -> None:
-        if self._inboxes.get(inbox.pattern) is inbox:
-            del self._inboxes[inbox.pattern]
-        self._unroute(inbox)
         self.crowded.pop(inbox, None)
+        feed = self._feeds[inbox.pattern]
+        wanted = feed.wanted
+        del feed.inboxes[inbox]
+        feed.hearing = tuple(each for each in feed.hearing if each is not inbox)
+        if wanted and not feed.wanted:
+            self._unsubscribe(feed)
+        if not feed.inboxes:
+            del self._feeds[inbox.pattern]
+            self._again.pop(feed, None)
         inbox.end(ending)
 
-    def _unroute(self, inbox: Inbox) -> None:
-        lane, inbox.lane = inbox.lane, None
+    def _unroute(self, feed: Feed) -> None:
+        lane, feed.lane = feed.lane, None
+        feed.hearing = ()
         if lane is not None:
             for routes in (lane.routes, lane.fresh):
-                if routes.get(inbox.pattern) is inbox:
-                    del routes[inbox.pattern]
+                if routes.get(feed.pattern) is feed:
+                    del routes[feed.pattern]
 
 
 def _nobody() -> None:

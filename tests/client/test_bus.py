@@ -267,13 +267,19 @@ async def test_a_subscription_that_the_broker_refuses() -> None:
             pass
 
 
-async def test_a_second_subscription_to_a_pattern_is_our_mistake() -> None:
-    async with talk_to(Honest()) as bus, bus.subscribe("a"):
-        with pytest.raises(ValueError, match="already"):
-            async with bus.subscribe("a"):
-                pass
-        async with bus.subscribe("a.*"):
-            pass
+async def test_two_iterations_of_a_pattern_share_one_subscription_each_from_its_own_start() -> None:
+    broker = Honest()
+    async with talk_to(broker) as bus, bus.subscribe("a") as first:
+        await bus.publish_many([("a", 1), ("a", 2)])
+        async with bus.subscribe("a", since=101) as second, bus.subscribe("a") as third:
+            assert (await anext(second)).payload == 2
+            await bus.publish("a", 3)
+            assert (await anext(second)).payload == 3
+            assert (await anext(third)).payload == 3
+            assert broker.unsubscribes == 0
+        assert [(await anext(first)).payload for _ in range(3)] == [1, 2, 3]
+        assert list(broker.held) == ["a"]
+    assert len(broker.subscribes) == 2
 
 
 async def test_a_revoked_subscription_hands_out_what_came_before_and_then_raises() -> None:

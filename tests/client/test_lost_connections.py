@@ -653,6 +653,7 @@ class Reader:
         self.start = since
         self.taken: list[int] = []
         inbox.wake = self.note
+        self.note()
 
     def note(self) -> None:
         if self.inbox.begun and self.start is None:
@@ -710,10 +711,12 @@ class Lives(RuleBasedStateMachine):
     def ping(self) -> None:
         self.pings.append(self.client.ledger.ping())
 
-    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), since=st.none() | st.integers(0, 2))
+    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), since=st.none() | st.integers(0, 6))
     def subscribe(self, pattern: str, since: int | None) -> None:
-        if all(reader.pattern != pattern for reader in self.readers):
-            inbox = self.client.subscriptions.subscribe(pattern, since, EPOCH if since is not None else None, 3)
+        if sum(reader.pattern == pattern for reader in self.readers) < 3:
+            inbox = self.client.subscriptions.subscribe(
+                pattern, since, EPOCH if since is not None else None, 3, present=EPOCH
+            )
             self.readers.append(Reader(pattern, inbox, since))
 
     @precondition(lambda self: self.readers)
@@ -841,6 +844,11 @@ class Lives(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "log"):
             return
+        if self.present is not None and self.next is None:
+            for _ in range(2):
+                self.present.hear(10_000)
+                self.present.bring(10_000_000)
+            assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
         for replica in self.replicas:
             replica.conversation.lose("gone")
             self.bury(replica)
