@@ -219,6 +219,8 @@ export class World {
     if (this.readers.some(({ start }) => start.last !== undefined)) return;
     this.doubt();
     this.log.restore(seq);
+    // What dead connections still hold would be new to this log, whose keys went with its end.
+    for (const [, replica] of this.replicas) if (replica.gone) Object.assign(replica, { requests: [], flight: [] });
     for (const [, replica] of this.alive) replica.restored(this.log.head);
   }
 
