@@ -22,7 +22,10 @@ MAX_DEPTH = 64
 
 M = TypeVar("M")
 
-Number = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+MAX_NUMBER = 2**63 - 1
+"""The largest seq, and the largest id of a request."""
+
+Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
 class Protocol(IntEnum):

@@ -8,18 +8,33 @@ from typing import Any, Literal, TypeVar, overload
 
 import anyio
 from msgspec import Raw
+from msgspec.structs import force_setattr
 
-from ..errors import PeerError, Refused
+from ..errors import Refused
 from ..topics import check_channel, check_pattern
+from .arguments import (
+    MOST_RECENT,
+    check_flags,
+    check_function,
+    check_integer,
+    check_name,
+    check_place,
+    check_text,
+    encode_cursor,
+)
 from .bell import Bell
 from .coming_back import State
 from .inbox import Event
 from .ledger import Answer, Batch
 from .messages import Page, encode_payload
+from .recent import Recent
 from .subscription import Messages
 from .supervisor import Supervisor
 
 T = TypeVar("T")
+
+AUTH = 200
+"""What an `auth` has beside its token, at most, in bytes."""
 
 
 class Bus:
@@ -105,7 +120,8 @@ class Bus:
         then too nobody here can say, and so it is when this is cancelled after it was sent.
         """
         batch = Batch(1)
-        _check(check_channel, channel)
+        check_name("channel", channel, check_channel)
+        check_flags(ephemeral=ephemeral, echo=echo)
         await self._publish([(0, channel, encode_payload(payload))], batch, ephemeral=ephemeral, echo=echo)
         [result] = batch.results
         if isinstance(result, Refused):
@@ -120,11 +136,15 @@ class Bus:
         Returns for each its seq (None for an ephemeral one) or the refusal. Otherwise as `publish`: after
         `Disconnected` any of them may be committed.
         """
+        check_flags(ephemeral=ephemeral, echo=echo)
         requests = []
         refused = []
-        for place, (channel, payload) in enumerate(messages):
+        for place, message in enumerate(messages):
+            if not isinstance(message, tuple | list) or len(message) != 2:
+                raise TypeError(f"messages[{place}]: a pair of a channel and a payload")
+            channel, payload = message
             try:
-                _check(check_channel, channel)
+                check_name(f"channel of messages[{place}]", channel, check_channel)
             except Refused as refusal:
                 refused.append((place, refusal))
             else:
@@ -140,18 +160,21 @@ class Bus:
         self,
         pattern: str,
         *,
-        since: int | None = None,
+        since: int | str | None = None,
         epoch: str | None = None,
+        last: int | None = None,
         buffer: int = 1000,
         stream: bool = False,
         datagrams: bool = False,
         on_event: Callable[[Event], None] | None = None,
     ) -> AsyncIterator[Messages]:
-        """Subscribe to what matches `pattern`: from now on, or everything after `since` first.
+        """Subscribe to what matches `pattern`: from now on, or everything after `since` first, or the `last` so many.
 
-        `since` and `epoch` are the `cursor` and `epoch` of an earlier subscription. `on_event` is called by the
-        iteration, in order with the messages, with each `Gap` (what may be missing), `Live` (catching up has ended)
-        and `Head` (complete up to there).
+        `since` is the `cursor` of a message or of a page of history, or the `resume_from` of an earlier subscription. A
+        seq will do too, with the `epoch` that it is of. With `last`, the newest `last` messages of the log come first,
+        then what is new, with no hole and no repeat between. `on_event` is called by the iteration, in order with the
+        messages, with each `Gap` (what may be missing), `Live` (catching up has ended) and `Head` (complete up to
+        there).
 
         Over WebTransport, with `stream` the messages come on a stream of their own, so that a packet lost of one
         subscription holds up no other, unless the connection has no more streams to give; and with `datagrams`,
@@ -171,17 +194,23 @@ class Bus:
         them asks for that. When one of them begins further back, the others wait until the broker has caught up; an
         iteration that is always much slower than the others is better off with a bus of its own.
 
-        Raises `Refused`. Leaving does not wait for the broker.
+        Raises `Refused`; `TypeError` and `ValueError`, which name it, for a wrong argument. Leaving does not wait for
+        the broker.
         """
-        _check(check_pattern, pattern)
-        if buffer < 1:
-            raise ValueError("a buffer holds one message at least")
+        check_name("pattern", pattern, check_pattern)
+        seq, epoch = check_place("since", since, epoch)
+        if last is not None:
+            check_integer("last", last, 1, MOST_RECENT)
+            if seq is not None:
+                raise ValueError("since and last: one of them")
+        check_integer("buffer", buffer, 1)
+        check_flags(stream=stream, datagrams=datagrams)
+        check_function("on_event", on_event)
         supervisor = self._supervisor
         supervisor.check()
         subscriptions, present = supervisor.subscriptions, supervisor.conversation.epoch
-        inbox = subscriptions.subscribe(
-            pattern, since, epoch, buffer, present=present, stream=stream, datagrams=datagrams
-        )
+        options = {"stream": stream, "datagrams": datagrams}
+        inbox = subscriptions.subscribe(pattern, seq, epoch, buffer, present=present, **options)
         try:
             bell = Bell()
             inbox.wake = bell.ring
@@ -191,18 +220,33 @@ class Bus:
                     raise inbox.ending
                 supervisor.check()
                 await bell.wait()
+            if last is not None:
+                recent = Recent(inbox, last)
+                while (wanted := recent.wanted) is not None:
+                    recent.take(await self._answer(supervisor.ledger.history(pattern, *wanted)))
             yield Messages(inbox, supervisor, bell, on_event)
         finally:
             subscriptions.leave(inbox)
             supervisor.lobby.requested()
 
-    async def history(self, pattern: str, *, limit: int = 100, before: int | None = None) -> Page:
-        """The newest messages that match, below the seq `before`, oldest first; `Page.more` says if there are older.
+    async def history(self, pattern: str, *, limit: int = 100, before: int | str | None = None) -> Page:
+        """The newest messages that match, below `before`, oldest first; `Page.more` says if there are older.
 
-        The broker may give fewer than `limit` at a time. Raises `Refused`.
+        `before` is a seq, or the cursor of a message. The broker may give fewer than `limit` at a time. Raises
+        `Refused`; `TypeError` and `ValueError`, which name it, for a wrong argument.
         """
-        _check(check_pattern, pattern)
-        return await self._answer(self._supervisor.ledger.history(pattern, limit, before))
+        check_name("pattern", pattern, check_pattern)
+        check_integer("limit", limit, 1)
+        seq, _ = check_place("before", before)
+        head = self._supervisor.conversation.head
+        page = await self._answer(self._supervisor.ledger.history(pattern, limit, seq))
+        epoch = self._supervisor.conversation.epoch
+        for message in page.messages:
+            force_setattr(message, "epoch", epoch)
+        # What matches nothing is complete up to where the log was before it was asked.
+        upto = page.messages[-1].seq if page.messages else head if seq is None else min(head, max(seq - 1, 0))
+        page.cursor = encode_cursor(upto or 0, epoch)
+        return page
 
     async def ping(self) -> float:
         """How many seconds the broker takes to answer. Live subscriptions have their cursors moved on the way.
@@ -218,6 +262,8 @@ class Bus:
 
         Where `connect` was given a token, this one takes its place when another connection is made.
         """
+        longest = self._supervisor.conversation.limits.get("message_size")
+        check_text("token", token, None if longest is None else longest - AUTH)
         await self._supervisor.authenticate(token)
 
     async def _publish(
@@ -254,10 +300,3 @@ class Bus:
         if isinstance(answer.value, Refused):
             raise answer.value
         return answer.value
-
-
-def _check(check: Callable[[str], None], name: str) -> None:
-    try:
-        check(name)
-    except PeerError as error:
-        raise Refused(error.code, error.message) from None

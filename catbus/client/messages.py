@@ -11,6 +11,7 @@ from msgspec import Raw, Struct
 from .. import wire
 from ..errors import Code, PeerError
 from ..wire import Gap, GoAway, Head, Live, Reply
+from .arguments import encode_cursor
 
 __all__ = ["Gap", "GoAway", "Head", "Live", "Message", "Page", "ServerMessage", "decode", "encode_payload"]
 
@@ -19,7 +20,8 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
     """One message of one subscription.
 
     `at` is in milliseconds since 1970 by the broker's clock. An ephemeral message has no `seq`. `sender` is the
-    publisher's client_id, where it has one. `raw` may stand inside a payload that is published again.
+    publisher's client_id, where it has one. `epoch` is that of the log in which it has its `seq`. `raw` may stand
+    inside a payload that is published again.
     """
 
     channel: str
@@ -28,6 +30,12 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
     seq: int | None = None
     at: int | None = None
     sender: str | None = None
+    epoch: str = ""
+
+    @property
+    def cursor(self) -> str | None:
+        """The place after this message, as opaque text that `since` takes. An ephemeral message has none."""
+        return None if self.seq is None else encode_cursor(self.seq, self.epoch)
 
     @cached_property
     def payload(self) -> Any:
@@ -47,11 +55,15 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
 
 
 class Page(Reply, tag="history"):
-    """Messages from the log, oldest first, and whether there are more before them."""
+    """Messages from the log, oldest first, and whether there are more before them.
+
+    `cursor` is the place after the newest of them, as opaque text that `since` takes.
+    """
 
     messages: list[Message]
     more: bool
     id: int | None = None
+    cursor: str = ""
 
 
 ServerMessage = (

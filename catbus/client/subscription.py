@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 from anyio.lowlevel import checkpoint
+from msgspec.structs import force_setattr
 
 from ..errors import Refused
+from .arguments import encode_cursor
 from .bell import Bell
 from .inbox import Event, Inbox, Mark, Phase
 from .messages import Gap, Message
@@ -58,6 +60,11 @@ class Messages(AsyncIterator[Message]):
         """The incarnation of the log that `cursor` belongs to."""
         return self._inbox.epoch
 
+    @property
+    def resume_from(self) -> str:
+        """`cursor` and `epoch` as opaque text that `since` takes."""
+        return encode_cursor(self._inbox.cursor, self._inbox.epoch)
+
     async def __anext__(self) -> Message:
         inbox = self._inbox
         items = inbox.items
@@ -73,6 +80,7 @@ class Messages(AsyncIterator[Message]):
                 if type(item) is Message:
                     if item.seq is not None:
                         inbox.cursor = item.seq
+                        force_setattr(item, "epoch", inbox.epoch)
                     self._turns += 1
                     return item
                 self._pass(item)  # type: ignore[arg-type]

@@ -310,6 +310,8 @@ class Honest:
     def __init__(self, head: int = 100) -> None:
         self.log: list[dict[str, Any]] = []
         self.floor = head + 1
+        self.page = 1000
+        """How many messages of history it gives at the most."""
         self.head = head
         self.published: list[dict[str, Any]] = []
         self.subscribes: list[dict[str, Any]] = []
@@ -356,8 +358,10 @@ class Honest:
                 del self.held[pattern]
                 return [[{"type": "unsubscribed", "pattern": pattern, "seq": self.head, "id": number}]]
             case {"type": "history", "pattern": pattern, "id": number}:
-                found = [self.copy(entry, pattern) for entry in self.log if matches(pattern, entry["channel"])]
-                limit = request.get("limit", 100)
+                before = request.get("before", self.head + 1)
+                kept = [entry for entry in self.log if entry["seq"] < before and matches(pattern, entry["channel"])]
+                found = [self.copy(entry, pattern) for entry in kept]
+                limit = min(request.get("limit", 100), self.page)
                 page = {"messages": found[-limit:], "more": len(found) > limit}
                 return [[{"type": "history", "id": number, **page}]]
             case {"type": "ping", "seq": number}:

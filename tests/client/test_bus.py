@@ -79,7 +79,7 @@ async def test_what_is_obviously_wrong_is_never_sent() -> None:
         with pytest.raises(Refused) as caught:
             await bus.publish("a", "x" * 70_000)
         assert caught.value.code is Code.TOO_LARGE
-        with pytest.raises(ValueError, match="one message"):
+        with pytest.raises(ValueError, match="buffer: an integer from 1"):
             async with bus.subscribe("a", buffer=0):
                 pass
         await bus.ping()
@@ -330,6 +330,78 @@ async def test_history_comes_in_pages() -> None:
         page = await bus.history("a.*")
         assert [item.seq for item in page.messages] == [101, 102, 103, 104, 105]
         assert not page.more
+
+
+async def test_the_last_messages_come_first_and_then_what_is_new() -> None:
+    broker = Honest()
+    broker.page = 2
+    async with talk_to(broker) as bus:
+        await bus.publish_many([("a", number) for number in range(6)])
+        async with bus.subscribe("a", last=5) as messages:
+            assert messages.cursor == 101
+            await bus.publish("a", 6)
+            assert [(await anext(messages)).payload for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+        async with bus.subscribe("a", last=100) as messages, bus.subscribe("b", last=1) as nothing:
+            assert [(await anext(messages)).payload for _ in range(7)] == list(range(7))
+            assert nothing.cursor == 107
+
+
+async def test_what_is_published_while_the_last_messages_are_fetched_comes_after_them() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(seq=110)
+        request = await peer.expect("history")
+        assert (request["limit"], request["before"]) == (2, 111)
+        await peer.send(message(111, "new"))
+        page = [message(seq, "old") for seq in (104, 109)]
+        await peer.send({"type": "history", "id": request["id"], "messages": page, "more": True})
+
+    async with talk(script) as bus, bus.subscribe("a.*", last=2) as messages:
+        assert [(await anext(messages)).seq for _ in range(3)] == [104, 109, 111]
+
+
+async def test_the_last_messages_of_another_log_are_left_out_where_a_gap_tells_of_them() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed(seq=110)
+        request = await peer.expect("history")
+        await peer.send({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"})
+        await peer.send({"type": "history", "id": request["id"], "messages": [message(105)], "more": False})
+        await peer.send(message(91))
+
+    async with talk(script) as bus, bus.subscribe("a.*", last=2) as messages:
+        item = await anext(messages)
+        assert (item.seq, item.cursor) == (91, "91.e2")
+        assert [gap.last for gap in messages.gaps] == [90]
+
+
+async def test_cursors_of_messages_and_pages_and_subscriptions_are_places_to_go_on_from() -> None:
+    broker = Honest()
+    async with talk_to(broker) as bus:
+        await bus.publish_many([("a", number) for number in range(4)])
+        page = await bus.history("a", limit=2)
+        assert [item.cursor for item in page.messages] == [f"103.{EPOCH}", f"104.{EPOCH}"]
+        assert page.cursor == page.messages[-1].cursor
+        older = await bus.history("a", before=page.messages[0].cursor)
+        assert [item.seq for item in older.messages] == [101, 102]
+        assert (await bus.history("b")).cursor == f"104.{EPOCH}"
+        assert (await bus.history("b", before=50)).cursor == f"49.{EPOCH}"
+        async with bus.subscribe("a", since=older.messages[0].cursor) as messages:
+            item = await anext(messages)
+            assert (item.seq, item.epoch, item.cursor) == (102, EPOCH, f"102.{EPOCH}")
+            assert messages.resume_from == item.cursor
+            await bus.publish("a", 5, ephemeral=True)
+        request = broker.subscribes[-1]
+        assert (request["since"], request["epoch"]) == (101, EPOCH)
+        async with bus.subscribe("a", since=messages.resume_from) as messages:
+            assert (await anext(messages)).seq == 103
+
+
+async def test_an_ephemeral_message_is_no_place_to_go_on_from() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.subscribed()
+        await peer.send(message(None, "psst"))
+
+    async with talk(script) as bus, bus.subscribe("a.*") as messages:
+        assert (await anext(messages)).cursor is None
 
 
 async def test_history_asks_for_what_it_is_told_to() -> None:

@@ -15,6 +15,7 @@ from catbus.client.conversation import Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
 from catbus.client.ledger import TRIES, Answer, Batch, Ledger
 from catbus.client.messages import Message, Page, encode_payload
+from catbus.client.recent import Recent
 from catbus.client.switchboard import Switchboard
 from catbus.errors import Code, Refused
 from catbus.topics import matches
@@ -591,6 +592,14 @@ class Replica:
             case {"type": "unsubscribe", "pattern": pattern, "id": number}:
                 self.held.pop(pattern, None)
                 self.say({"type": "unsubscribed", "pattern": pattern, "seq": self.applied, "id": number})
+            case {"type": "history", "pattern": pattern, "id": number, "limit": limit, "before": before}:
+                found = [
+                    seq for seq in range(1, min(before, len(self.log) + 1)) if matches(pattern, self.log[seq - 1][0])
+                ]
+                # A page may be shorter than was asked for.
+                page = found[-min(limit, 2) :]
+                messages = [message(seq, self.log[seq - 1][1], pattern, self.log[seq - 1][0]) for seq in page]
+                self.say({"type": "history", "id": number, "messages": messages, "more": len(found) > len(page)})
             case {"type": "ping", "seq": number}:
                 self.say({"type": "pong", "seq": number})
                 if all(cursor <= self.applied for cursor in self.held.values()):
@@ -648,18 +657,47 @@ class Replica:
 class Reader:
     """An application's side of a subscription."""
 
-    def __init__(self, pattern: str, inbox: Inbox, since: int | None) -> None:
+    def __init__(
+        self, pattern: str, inbox: Inbox, since: int | None, last: int = 0, ledger: Ledger | None = None
+    ) -> None:
         self.pattern, self.inbox = pattern, inbox
         self.start = since
+        self.last = last
+        """How many messages from before `start` it is owed."""
         self.taken: list[int] = []
+        self._ledger = ledger
+        self._recent: Recent | None = None
+        self._answer: Answer[Page] | None = None
         inbox.wake = self.note
         self.note()
+
+    @property
+    def fetching(self) -> bool:
+        """Whether it waits for messages of the past, and takes nothing before that."""
+        return self.inbox.begun and self.last > 0 and (self._recent is None or self._recent.wanted is not None)
 
     def note(self) -> None:
         if self.inbox.begun and self.start is None:
             self.start = self.inbox.cursor
+            if self.last:
+                self._recent = Recent(self.inbox, self.last)
+                self.fetch()
+
+    def fetch(self) -> None:
+        """Take the page that has come, and ask for the next."""
+        assert self._recent is not None
+        if self._answer is not None and isinstance(self._answer.value, Page):
+            self._recent.take(self._answer.value)
+            self._answer = None
+        if self._answer is None and self._recent.wanted is not None:
+            assert self._ledger is not None
+            self._answer = self._ledger.history(self.pattern, *self._recent.wanted)
 
     def take(self, count: int) -> None:
+        if self.fetching:
+            self.fetch()
+        if self.fetching:
+            return
         for _ in range(min(count, len(self.inbox.items))):
             item = self.inbox.items.popleft()
             if isinstance(item, Message):
@@ -718,6 +756,12 @@ class Lives(RuleBasedStateMachine):
                 pattern, since, EPOCH if since is not None else None, 3, present=EPOCH
             )
             self.readers.append(Reader(pattern, inbox, since))
+
+    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), last=st.integers(1, 4))
+    def subscribe_to_the_last(self, pattern: str, last: int) -> None:
+        if sum(reader.pattern == pattern for reader in self.readers) < 3:
+            inbox = self.client.subscriptions.subscribe(pattern, None, None, 3, present=EPOCH)
+            self.readers.append(Reader(pattern, inbox, None, last, self.client.ledger))
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
@@ -817,7 +861,10 @@ class Lives(RuleBasedStateMachine):
         for reader in self.readers:
             assert reader.inbox.ending is None
             had = reader.taken + [s for s in seqs(reader.inbox) if s is not None]
-            assert had == self.owed(reader)[: len(had)]
+            owed = self.owed(reader)
+            if reader.fetching:
+                owed = [seq for seq in owed if seq > (reader.start or 0)]
+            assert had == owed[: len(had)]
         ours = [payload for _, payload in self.log if payload is not None]
         assert len(ours) == len(set(ours))
         unknown = set()
@@ -837,9 +884,9 @@ class Lives(RuleBasedStateMachine):
     def owed(self, reader: Reader) -> list[int]:
         if reader.start is None:
             return []
-        return [
-            seq for seq, (name, _) in enumerate(self.log, 1) if seq > reader.start and matches(reader.pattern, name)
-        ]
+        found = [seq for seq, (name, _) in enumerate(self.log, 1) if matches(reader.pattern, name)]
+        past = [seq for seq in found if seq <= reader.start]
+        return past[len(past) - min(reader.last, len(past)) :] + [seq for seq in found if seq > reader.start]
 
     def teardown(self) -> None:
         if not hasattr(self, "log"):
@@ -856,7 +903,7 @@ class Lives(RuleBasedStateMachine):
             replica.come_round()
         last = self.new()
         last.conversation.take_over()
-        for _ in range(4):
+        for _ in range(6):
             last.hear(10_000)
             last.deliver(len(self.log))
             last.bring(10_000_000)
