@@ -8,13 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .broker import Broker, open_broker, serve
-    from .client import Bus, connect
+    from .client import (
+        Backoff,
+        Bus,
+        Ended,
+        Gap,
+        GoAway,
+        Head,
+        Live,
+        Message,
+        Messages,
+        Page,
+        Reconnected,
+        Reconnecting,
+        State,
+        connect,
+    )
     from .config import Config, load
     from .errors import CatbusError, CloseCode, Code, ConfigError, Disconnected, PeerError, Refused, Unavailable
 
 _HOMES = {
     "broker": ("Broker", "open_broker", "serve"),
-    "client": ("Bus", "connect"),
+    "client": (
+        "Backoff",
+        "Bus",
+        "Ended",
+        "Gap",
+        "GoAway",
+        "Head",
+        "Live",
+        "Message",
+        "Messages",
+        "Page",
+        "Reconnected",
+        "Reconnecting",
+        "State",
+        "connect",
+    ),
     "config": ("Config", "load"),
     "errors": (
         "CatbusError",
@@ -29,6 +59,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Backoff",
     "Broker",
     "Bus",
     "CatbusError",
@@ -37,8 +68,19 @@ __all__ = [
     "Config",
     "ConfigError",
     "Disconnected",
+    "Ended",
+    "Gap",
+    "GoAway",
+    "Head",
+    "Live",
+    "Message",
+    "Messages",
+    "Page",
     "PeerError",
+    "Reconnected",
+    "Reconnecting",
     "Refused",
+    "State",
     "Unavailable",
     "connect",
     "load",

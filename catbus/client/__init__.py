@@ -8,7 +8,7 @@ with several addresses. `bus` and `subscription` are what an application holds i
 
 from ..errors import Disconnected, Refused
 from .bus import Bus
-from .coming_back import Backoff, Reconnected, Reconnecting, State
+from .coming_back import Backoff, Ended, Reconnected, Reconnecting, State
 from .connecting import connect, open_bus
 from .messages import Gap, GoAway, Head, Live, Message, Page
 from .subscription import Messages
@@ -18,6 +18,7 @@ __all__ = [
     "Backoff",
     "Bus",
     "Disconnected",
+    "Ended",
     "Gap",
     "GoAway",
     "Head",

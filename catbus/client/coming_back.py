@@ -69,6 +69,18 @@ class Reconnected:
     moved: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """There will be no further connection. `reason` and `code`, a closing code where there was one, say why."""
+
+    reason: str
+    code: int | None
+
+
+class SignedOut(Refused):
+    """The token function says that there is no token any more."""
+
+
 def judge(code: int | None) -> Verdict:
     """What a closing code says, by its range (protocol/README.md, section 11)."""
     if code is None:
@@ -80,6 +92,8 @@ def judge(code: int | None) -> Verdict:
 
 def judge_refusal(refusal: Refused) -> Verdict:
     """What a refused token says."""
+    if isinstance(refusal, SignedOut):
+        return Verdict.FINAL
     if refusal.code is Code.TOKEN_EXPIRED:
         return Verdict.NEW_TOKEN
     return Verdict.AGAIN if refusal.code in RETRYABLE else Verdict.FINAL

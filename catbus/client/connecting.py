@@ -10,6 +10,7 @@ from functools import partial
 
 import anyio
 
+from .arguments import check_flags, check_function, check_seconds, check_text
 from .bus import Bus
 from .coming_back import Backoff
 from .racing import race
@@ -34,6 +35,7 @@ async def connect(
     upgrade: float = 60.0,
     reconnect: bool | Backoff = True,
     persist: bool = False,
+    wait: bool = True,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
     """Connect to a broker and authenticate; leaving the block says goodbye and closes.
@@ -50,26 +52,33 @@ async def connect(
     everything goes over to it, without a loss, once it gets through. `timeout`, in seconds,
     bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
     sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
-    and before the time of the last one is over where it says when that is. What it raises ends everything and comes out
-    of this block, in an exception group once there was a connection; except an `OSError`: then it is asked again, as
-    after a connection that could not be made.
+    and before the time of the last one is over where it says when that is. Where it returns None or raises `Refused`,
+    nobody is signed in any more: that is final, everything raises `Disconnected` with the code 4001, and it is not
+    asked again. After an `OSError` it is asked again, as after a connection that could not be made. Anything else that
+    it raises comes out of this block, in an exception group once there was a connection.
 
     A connection that is lost is made anew, after pauses as `reconnect`, a `Backoff`, says: about a second first, then
     longer, 30 s at most. Subscriptions go on where they were, and what had no answer is sent again; see `Bus`. A broker
     that is about to stop says when to connect anew; that is done beside the old connection, which ends when the new
     one has taken over. It is the end, and everything raises `Disconnected`, where the broker says that coming back is
     no use, and where the token is not taken any more and there is no other. The first connection is tried once; with
-    `persist`, until it is made. With `reconnect=False` there is one connection and no other.
+    `persist`, until it is made. With `wait=False` the block begins at once, also while the broker is away: the first
+    connection is made beside it, as after a loss, and what is asked for meanwhile waits for it. With `reconnect=False`
+    there is one connection and no other.
 
     `on_event` is called with `Reconnecting` when a connection is lost and whenever the next one could not be made, with
-    `Reconnected` when there is one again, with `GoAway` when the broker will close soon, and with an `Error` that
-    answers no request; it must not raise.
+    `Reconnected` when there is one again (with `wait=False`, also when there is the first), with `GoAway` when the
+    broker will close soon, with an `Error` that answers no request, and with `Ended` when there will be no further
+    connection, unless because this block was left; it must not raise.
 
-    Raises `ValueError` for a wrong URL, or an option that has no use with it; `OSError` or `ConfigError` for a `ca`
-    that cannot be read and a hash of another length, `Refused` when the token is not
-    taken, `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Cancelling it
-    closes the connection at once.
+    Raises `TypeError` and `ValueError`, which name it, for a wrong argument or one that has no use here; `OSError` or
+    `ConfigError` for a `ca` that cannot be read and a hash of another length, `Refused` when the token is not taken,
+    `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Cancelling it closes
+    the connection at once.
     """
+    check_text("url", url)
+    if fallback_url is not None:
+        check_text("fallback_url", fallback_url)
     addresses = [parse_address(each) for each in (url, fallback_url) if each is not None]
     if ssl_context is not None and all(address.quic for address in addresses):
         raise ValueError("ssl_context is for wss:// only; for https:// there are ca and certificate_hash")
@@ -95,6 +104,7 @@ async def connect(
         keepalive=keepalive,
         reconnect=reconnect,
         persist=persist,
+        wait=wait,
         on_event=on_event,
     ) as bus:
         yield bus
@@ -154,12 +164,20 @@ async def open_bus(
     keepalive: float = 30.0,
     reconnect: bool | Backoff = True,
     persist: bool = False,
+    wait: bool = True,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
     """As `connect`, over whatever transport `dial` brings; it raises `Disconnected` where there is none.
 
     `better` is a way to WebTransport that is tried every `upgrade` seconds while `dial` has brought something else.
     """
+    if not callable(token):
+        check_text("token", token)
+    check_seconds(timeout=timeout, keepalive=keepalive, upgrade=upgrade)
+    check_flags(persist=persist, wait=wait)
+    check_function("on_event", on_event)
+    if not isinstance(reconnect, bool | Backoff):
+        raise TypeError(f"reconnect: True, False or a Backoff, not {type(reconnect).__name__}")
     backoff = reconnect if isinstance(reconnect, Backoff) else Backoff() if reconnect else None
     failure: BaseException | None = None
     async with anyio.create_task_group() as tasks:
@@ -175,7 +193,7 @@ async def open_bus(
             upgrade=upgrade,
         )
         try:
-            await supervisor.start(persist=persist)
+            await supervisor.start(persist=persist, wait=wait)
             yield Bus(supervisor)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  # raised below
             # The task group would wrap it, and whoever waits for a Refused would not find it.

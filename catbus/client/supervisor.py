@@ -12,9 +12,10 @@ import anyio.abc
 
 from ..errors import CloseCode, Code, Disconnected, Refused
 from ..wire import AuthOk, Error, GoAway
+from .arguments import check_text
 from .bearer import until_renewal
 from .bell import Bell
-from .coming_back import Backoff, Reconnected, Reconnecting, State, Verdict, judge, judge_refusal
+from .coming_back import Backoff, Ended, Reconnected, Reconnecting, SignedOut, State, Verdict, judge, judge_refusal
 from .conversation import Conversation
 from .ledger import Ledger
 from .link import Link
@@ -22,9 +23,9 @@ from .lobby import Lobby
 from .switchboard import Switchboard
 from .transport import Transport
 
-BusEvent = GoAway | Error | Reconnecting | Reconnected
+BusEvent = GoAway | Error | Reconnecting | Reconnected | Ended
 
-Token = str | Callable[[], Awaitable[str]]
+Token = str | Callable[[], Awaitable[str | None]]
 
 OUTBOX = 256 * 1024
 """How many bytes may wait to be sent before who publishes has to wait."""
@@ -90,13 +91,13 @@ class Supervisor:
     def state(self) -> State:
         if self._ended is not None:
             return State.CLOSED
-        return State.CONNECTED if self.conversation.lost is None else State.RECONNECTING
+        connected = self._link is not None and self.conversation.lost is None
+        return State.CONNECTED if connected else State.RECONNECTING
 
     @property
     def transport(self) -> str:
-        """What the present connection goes by, or the last one while there is none."""
-        assert self._link is not None
-        return self._link.kind
+        """What the present connection goes by, or the last one while there is none; empty before the first."""
+        return self._link.kind if self._link is not None else ""
 
     def check(self) -> None:
         """Raise `Disconnected` when there will be no further connection."""
@@ -133,11 +134,16 @@ class Supervisor:
 
     # The connections
 
-    async def start(self, *, persist: bool) -> None:
-        """Make the first connection; with `persist` until it succeeds, otherwise one time.
+    async def start(self, *, persist: bool, wait: bool) -> None:
+        """Make the first connection; with `persist` until it succeeds, otherwise one time. Without `wait`, beside us.
 
         Raises `Refused` and `Disconnected`, and what the `token` function raises.
         """
+        first = await self._open_first(persist=persist) if wait else None
+        self._tasks.start_soon(self._run, first)
+        self._tasks.start_soon(self._retry)
+
+    async def _open_first(self, *, persist: bool) -> Link:
         while True:
             try:
                 link = await self._open()
@@ -153,8 +159,7 @@ class Supervisor:
         with suppress(Disconnected):
             link.conversation.take_over()
         self._go_on(link)
-        self._tasks.start_soon(self._run, link)
-        self._tasks.start_soon(self._retry)
+        return link
 
     def stop(self) -> None:
         """End it in order: the connections say goodbye."""
@@ -163,9 +168,12 @@ class Supervisor:
             link.stop()
         self._scope.cancel()
 
-    async def _run(self, link: Link) -> None:
+    async def _run(self, link: Link | None) -> None:
         with self._scope:
             try:
+                if link is None:
+                    link = await self._open_first(persist=True)
+                    self._tell(Reconnected())
                 while True:
                     began = anyio.current_time()
                     link = await self._improve(link)
@@ -176,10 +184,8 @@ class Supervisor:
                         # One that is closed as soon as it is there counts as a failure.
                         self._failures = 0
                     link = await self._replace(link)
-            except Disconnected as error:
-                self._end(str(error), error.code)
-                for each in self._links:
-                    each.stop()
+            except (Refused, Disconnected) as error:
+                self._finish(error)
 
     async def _improve(self, link: Link) -> Link:
         """Wait until the connection is gone or will be. Until then, try the better way now and then, and go over to it.
@@ -314,6 +320,15 @@ class Supervisor:
         finally:
             self._links.discard(link)
 
+    def _finish(self, error: Disconnected | Refused) -> None:
+        """End everything because of an error, and tell the application."""
+        if self._ended is None:
+            end = error if isinstance(error, Disconnected) else _refused_for_good(error)
+            self._end(str(end), end.code)
+            for link in self._links:
+                link.stop()
+            self._tell(Ended(str(end), end.code))
+
     def _end(self, message: str, code: int | None) -> None:
         """There will be no further connection. The first reason stands."""
         if self._ended is None:
@@ -343,9 +358,14 @@ class Supervisor:
         if isinstance(self._token, str):
             return self._token
         try:
-            return await self._token()
+            token = await self._token()
         except OSError as error:
             raise Disconnected(f"no token to be had: {error}") from error
+        except Refused as error:
+            raise SignedOut(error.code, error.message) from error
+        if token is None:
+            raise SignedOut(Code.UNAUTHENTICATED, "the token function returned None")
+        return check_text("token", token)
 
     async def _authenticate(self, conversation: Conversation, token: str) -> AuthOk | None:
         """The answer, or None when the connection is lost before it. Raises `Refused`."""
@@ -367,6 +387,10 @@ class Supervisor:
                 try:
                     new = await self._ask_for_token()
                     await self._authenticate(link.conversation, new)
+                except SignedOut as error:
+                    self._scope.cancel()
+                    self._finish(error)
+                    return
                 except (Refused, Disconnected):
                     # Where that matters the broker closes the connection, and the next one begins with a token.
                     continue
@@ -410,5 +434,7 @@ class Supervisor:
 
 
 def _refused_for_good(refusal: Refused) -> Disconnected:
+    if isinstance(refusal, SignedOut):
+        return Disconnected(f"signed out: {refusal}", CloseCode.UNAUTHENTICATED)
     code = {Code.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED, Code.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED}
     return Disconnected(f"the broker does not take the token: {refusal}", code.get(refusal.code))

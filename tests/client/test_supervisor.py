@@ -18,6 +18,7 @@ from catbus.client import (
     Backoff,
     Bus,
     Disconnected,
+    Ended,
     GoAway,
     Reconnected,
     Reconnecting,
@@ -162,7 +163,7 @@ async def test_there_is_an_end(code: int, autojump_clock: MockClock) -> None:
         with pytest.raises(Disconnected):
             async with bus.subscribe("a"):
                 pass
-        assert net.told == []
+        assert net.events == [Ended("the broker closed the connection: away", code)]
 
 
 async def test_the_end_comes_after_what_had_arrived(autojump_clock: MockClock) -> None:
@@ -185,7 +186,7 @@ async def test_the_next_token_is_not_taken_either(autojump_clock: MockClock) -> 
 
     async with network(lost(5), refuse) as (bus, net):
         assert (await end_of(bus)).code == 4001
-        assert net.told == [(1, 1)]
+        assert net.told == [(1, 1), Ended]
 
 
 async def test_the_first_connection_is_tried_once(autojump_clock: MockClock) -> None:
