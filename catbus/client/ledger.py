@@ -21,6 +21,12 @@ from .messages import Page
 TRIES = 6
 """How often a publish is sent at most on one connection, while nobody can say what became of it."""
 
+LOSSES = 8
+"""How many connections in a row may be lost with the same publish as the oldest one without an answer.
+
+What is newer waits for it, so a publish that ends every connection would hold back all that follows.
+"""
+
 ENTRY = 200
 """What a publish that waits takes beside its payload, roughly, in bytes."""
 
@@ -72,7 +78,7 @@ class Batch:
 class Pending:
     """A publish without an answer, who waits for it, and what was known when it was first sent."""
 
-    __slots__ = ("after", "batch", "epoch", "place", "publish", "tries")
+    __slots__ = ("after", "batch", "epoch", "losses", "place", "publish", "tries")
 
     def __init__(self, publish: wire.Publish, batch: Batch, place: int) -> None:
         self.publish = publish
@@ -82,6 +88,8 @@ class Pending:
         self.epoch = ""
         self.tries = 0
         """How often it was sent on the present connection."""
+        self.losses = 0
+        """How many connections were lost while it was the oldest without an answer."""
 
     def settle(self, result: Result) -> None:
         self.batch.settle(self.place, result)
@@ -217,6 +225,11 @@ class Ledger:
         self._drop_unwanted()
         for number in [number for number, pending in self._sent.items() if pending.publish.ephemeral]:
             self._doubt(number, "the connection was lost before the answer, and an ephemeral message goes out once")
+        oldest = next(iter(self._sent), None)
+        if oldest is not None:
+            self._sent[oldest].losses += 1
+            if self._sent[oldest].losses >= LOSSES:
+                self._doubt(oldest, f"{LOSSES} connections were lost before the answer")
         # Given back and sent again it comes behind what may have been taken meanwhile: that is for its owner to decide.
         newest = max(self._taken, next(reversed(self._sent), 0))
         again = []

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from catbus import wire
 from catbus.client.conversation import Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
-from catbus.client.ledger import TRIES, Answer, Batch, Ledger
+from catbus.client.ledger import LOSSES, TRIES, Answer, Batch, Ledger
 from catbus.client.messages import Message, Page, encode_payload
 from catbus.client.recent import Recent
 from catbus.client.switchboard import Switchboard
@@ -228,6 +228,22 @@ def test_asking_again_has_an_end(code: Code) -> None:
         only.receive(lines(refused(1, code)))
     assert codes(batch) == [Code.UNKNOWN]
     assert tries == TRIES
+
+
+def test_publish_that_ends_every_connection_does_not_hold_back_what_is_newer_for_ever() -> None:
+    client = Client()
+    poison, newer = client.publish("poison"), client.publish("newer")
+    later: list[Batch] = []
+    for _ in range(LOSSES):
+        later.append(client.publish("later"))
+        client.go_on().lose("gone", 4500)
+    assert codes(poison) == [Code.UNKNOWN]
+    assert newer.missing
+    last = client.go_on()
+    for number in range(2, 20):
+        last.receive(lines(published(number, 100 + number)))
+    assert newer.results == [102]
+    assert not any(batch.missing for batch in later)
 
 
 @pytest.mark.parametrize("how", ["lost", "unknown"])
