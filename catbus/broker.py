@@ -56,6 +56,13 @@ class Broker:
         """What is served and where: `("websocket", "127.0.0.1:8080")`, `("webtransport", "127.0.0.1:4433")`."""
         self._stopping = trio.Event()
 
+    @property
+    def urls(self) -> list[str]:
+        """What clients connect to: `ws://127.0.0.1:8080/ws` (or `wss://`), `https://127.0.0.1:4433`."""
+        websocket = "wss" if self.hub.config.websocket.tls else "ws"
+        forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
+        return [forms[kind].format(address) for kind, address in self.addresses]
+
     async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False) -> int | None:
         """Publish a JSON value and return its seq once it is committed (None for an ephemeral one).
 

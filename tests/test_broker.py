@@ -126,7 +126,7 @@ async def test_stopping_answers_what_is_published_and_tells_everyone_to_come_bac
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, CONFIG)
-            url = f"ws://{broker.addresses[0][1]}/ws"
+            [url] = broker.urls
             async with catbus.connect(url, token=TOKEN, reconnect=False) as bus, bus.subscribe("a") as messages:
                 assert await bus.publish("a", 1) == 1
                 broker.stop()

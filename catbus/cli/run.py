@@ -204,8 +204,7 @@ async def supervise(config: Config, token: str | None, reload: Callable[[], None
 
 
 def _announce(broker: Broker, config: Config, token: str | None) -> None:
-    forms = {"websocket": "wss://{}/ws" if config.websocket.tls else "ws://{}/ws", "webtransport": "https://{}"}
-    urls = [forms[kind].format(address) for kind, address in broker.addresses]
+    urls = broker.urls
     logger.info("serving", urls=urls)
     if config.webtransport.bind and not config.webtransport_served:
         logger.warning("WebTransport is not served: there is no certificate (CATBUS_CERT and CATBUS_KEY)")
