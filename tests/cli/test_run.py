@@ -24,8 +24,8 @@ LOCAL = WebSocket(bind=("127.0.0.1:0",))
 
 
 class FakeBroker:
-    def __init__(self, addresses: list[tuple[str, str]]) -> None:
-        self.addresses = addresses
+    def __init__(self, *urls: str) -> None:
+        self.urls = list(urls)
         self.stopping = trio.Event()
 
     def stop(self) -> None:
@@ -39,7 +39,7 @@ class FakeServer:
         self.starts = starts
         self.orderly = orderly
         self.started = trio.Event()
-        self.broker = FakeBroker([("websocket", "127.0.0.1:8080")])
+        self.broker = FakeBroker("ws://127.0.0.1:8080/ws")
         self.ended = ""
 
     async def __call__(self, config: Config, *, task_status: trio.TaskStatus[FakeBroker]) -> None:
@@ -183,7 +183,7 @@ def test_sighup_names_public_keys_that_have_changed(start: Start, tmp_path: Path
 
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:
-    broker = FakeBroker([("websocket", "127.0.0.1:8080"), ("websocket", "[::1]:8080")])
+    broker = FakeBroker("ws://127.0.0.1:8080/ws", "ws://[::1]:8080/ws")
     run._announce(broker, Config(logging=Logging(format=form), state=state), token)  # type: ignore[arg-type]
     output, errors = capsys.readouterr()
     return output, errors
