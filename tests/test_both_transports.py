@@ -19,7 +19,7 @@ import trio.testing
 
 import catbus
 from catbus import CloseCode, Config
-from catbus.client import Backoff, Bus, Disconnected, GoAway, Reconnected, Transport
+from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected, Transport
 from catbus.client.connecting import MEMORY, Ways
 from catbus.client.websocket import WebSocket
 from catbus.client.webtransport import WebTransport as OverQuic
@@ -73,12 +73,16 @@ async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> N
 async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_may(tmp_path: Path) -> None:
     """Over either transport `goaway` names a moment within the window, and the closing code is one to come back by."""
     told: list[GoAway] = []
+    ended: list[int | None] = []
     codes: list[int | None] = []
 
     async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
         def note(event: object) -> None:
-            assert isinstance(event, GoAway)
-            told.append(event)
+            if isinstance(event, Ended):
+                ended.append(event.code)
+            else:
+                assert isinstance(event, GoAway)
+                told.append(event)
 
         try:
             async with (
@@ -99,7 +103,7 @@ async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_ma
     assert len(told) == 10
     assert all(0 <= goaway.reconnect_in <= 0.5 for goaway in told)
     assert len({goaway.reconnect_in for goaway in told}) > 1, "they do not all come back at once"
-    assert codes == [CloseCode.SHUTTING_DOWN] * 10
+    assert codes == ended == [CloseCode.SHUTTING_DOWN] * 10
 
 
 async def test_a_cursor_from_one_transport_goes_on_over_the_other(tmp_path: Path) -> None:
