@@ -22,6 +22,7 @@ from .errors import PeerError, Refused
 from .hub import Hub
 from .local import Messages
 from .log import Log, MemoryLog, Rejected
+from .memory import return_memory
 from .metrics import Metrics
 from .postgres import PostgresLog, embedded
 from .wire import Publish, check_payload, to_json
@@ -159,6 +160,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
         log.describe = hub.describe
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.turns.run)
+    nursery.start_soon(return_memory)
     nursery.start_soon(hub.delivery.run)
     nursery.start_soon(hub.flusher.run)
     nursery.start_soon(hub.mark_time)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
-    {"bucket", "errors", "loggers", "histogram", "release"},
+    {"bucket", "errors", "loggers", "histogram", "memory", "release"},
     {"addresses", "keys", "quotas", "strangers", "topics", "turns", "wire"},
     {"refusals"},
     {"framing", "auth"},

@@ -1,0 +1,51 @@
+"""Memory goes back to the system after a peak."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from catbus import memory
+from catbus.memory import WORTH, Watch
+
+PEAK = """
+import trio
+from trio.testing import MockClock
+from catbus import memory
+
+async def main() -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(memory.return_memory)
+        await trio.sleep(memory.INTERVAL + 1)
+        # Every hundredth stays, so that nothing but holes is free.
+        held = [bytes(4096) for _ in range(25_000)]
+        peak = memory.resident()
+        held = held[::100]
+        while memory.resident() > peak - (64 << 20):
+            await trio.sleep(memory.INTERVAL)
+        nursery.cancel_scope.cancel()
+
+trio.run(main, clock=MockClock(rate=1000))
+"""
+
+
+def test_memory_goes_back_after_a_peak_and_not_before_it_is_over() -> None:
+    watch = Watch(100 * WORTH)
+    looks = [101, 102, 102, 102]
+    assert [watch.is_worth(look * WORTH) for look in looks] == [False, False, True, True]
+    watch.gave_back(101 * WORTH)
+    assert [watch.is_worth(look * WORTH) for look in (101, 102 - 1 / 64, 101, 102, 102)] == [False] * 4 + [True]
+
+
+def test_a_smaller_process_is_the_measure_of_the_next_peak() -> None:
+    watch = Watch(100 * WORTH)
+    assert [watch.is_worth(look * WORTH) for look in (50, 51, 51)] == [False, False, True]
+
+
+@pytest.mark.skipif(
+    memory.give_back() is None, reason="only glibc keeps what is free between blocks, and gives it back"
+)
+def test_what_is_free_between_blocks_goes_back_to_the_system() -> None:
+    subprocess.run([sys.executable, "-c", PEAK], check=True, timeout=60)
