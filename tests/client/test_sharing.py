@@ -126,6 +126,17 @@ def test_only_the_last_to_leave_unsubscribes() -> None:
     assert [request["type"] for request in sent(conversation)] == ["unsubscribe"]
 
 
+def test_inbox_that_leaves_before_the_answer_gets_nothing() -> None:
+    client = Client()
+    conversation = client.go_on()
+    first, second = client.subscribe(), client.subscribe()
+    [request] = sent(conversation)
+    client.subscriptions.leave(first)
+    conversation.receive(lines(subscribed(120, request["id"]), message(121)))
+    assert (first.phase, seqs(first)) == (Phase.ENDED, [])
+    assert seqs(second) == [121]
+
+
 def test_full_inbox_waits_alone_and_goes_on_where_it_stopped() -> None:
     client = Client()
     conversation, slow = begin(client)
