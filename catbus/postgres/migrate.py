@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib import resources
 
 from ..config import Database
@@ -32,7 +33,8 @@ SET LOCAL plpgsql.extra_errors = none;
 """What the files rely on beside the settings of every transaction."""
 
 
-def schema_files() -> list[tuple[int, str, str]]:
+@cache
+def schema_files() -> Sequence[tuple[int, str, str]]:
     """The files that make the schema, in order: number, name, script."""
     folder = resources.files(__package__) / "schema"
     found = [(file.name, file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".sql")]

@@ -281,14 +281,15 @@ trio.run(*{"serve": [serve], "connect": [connect]}[sys.argv[2]], sys.argv[3])
 
 async def play(user: str, work: str, argument: object, environ: Mapping[str, str]) -> str:
     """What a process prints that serves an embedded database in a directory, or connects to a URL."""
-    done = await trio.run_process(
-        [sys.executable, "-c", BECOME, user, work, str(argument)],
-        env={**environ, "PATH": os.environ["PATH"]},
-        cwd="/",
-        capture_stdout=True,
-        capture_stderr=True,
-        check=False,
-    )
+    with trio.fail_after(60):
+        done = await trio.run_process(
+            [sys.executable, "-c", BECOME, user, work, str(argument)],
+            env={**environ, "PATH": os.environ["PATH"]},
+            cwd="/",
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
     return (done.stdout or done.stderr).decode().strip()
 
 
