@@ -15,9 +15,9 @@ from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_k
 from catbus.config import Config
 from catbus.errors import CloseCode, Unavailable
 from catbus.hub import Client, Hub
-from catbus.hub import client as client_module
 from catbus.log import Entry, MemoryLog
 from catbus.permissions import STALE
+from catbus.turns import Pace
 from catbus.wire import Publish, check_payload, decode_server
 from tests.test_hub import AUTH, CI, ROLE, SECRET, Roles, objects, open_client, said
 
@@ -121,10 +121,8 @@ async def test_a_role_that_is_no_more_ends_the_session(hub: Hub, roles: Roles, a
     assert hub.delivery.statistics().live == 0
 
 
-async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(
-    hub: Hub, roles: Roles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "TURN", 3600.0)
+async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(hub: Hub, roles: Roles) -> None:
+    hub.turns.pace = Pace(3600.0, 3600.0)
     mine, other = await enter(hub), await enter(hub, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
         await client.receive(objects(publish("a.x", id=1), publish("a.b", id=2)))
