@@ -49,7 +49,7 @@ class Subscriber:
     def join(self, replica: Replica, *, anew: bool) -> None:
         delivery = replica.delivery
         self.replica, self.session = replica, replica.log.epoch
-        self.subscription = Subscription(Mailbox(Outlet(), lambda _: None, 400, delivery.budget))
+        self.subscription = Subscription(Mailbox(Outlet(), lambda _: None, 1100, delivery.budget))
         if anew:
             self.known.clear()
             self.gaps.clear()
