@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
 
 @lru_cache(4096)
+def address_of(host: str) -> IPv4Address | IPv6Address:
+    """An IP address without its zone; IPv4 where IPv6 carries it. Raises `ValueError` for anything else."""
+    address = ip_address(host.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@lru_cache(4096)
 def network_of(host: str) -> str:
     """The network of an IP address: an IPv4 address by itself, also one that IPv6 carries, and a /64 in IPv6."""
-    address = ip_address(host.partition("%")[0])
+    address = address_of(host)
     if not isinstance(address, IPv6Address):
         return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
     return f"{IPv6Address(int(address) >> 64 << 64)}/64"
 
 

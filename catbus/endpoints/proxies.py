@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..loggers import get_logger
 from .forwarded import hops
-from .networks import network_of
+from .networks import address_of, network_of
 
 if TYPE_CHECKING:
     from .routes import Request
@@ -81,10 +81,8 @@ class Proxies:
             )
 
 
-@lru_cache(4096)
 def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        address = ip_address(host.partition("%")[0])
+        return address_of(host)
     except ValueError:
         return None
-    return getattr(address, "ipv4_mapped", None) or address
