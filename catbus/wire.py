@@ -257,10 +257,11 @@ def decode_client(data: bytes) -> ClientMessage:
     Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `refusal` makes the reply of them.
     """
     _check_text(data)
+    # As `decode_last` does, without a call: this is done for every object of every client.
     try:
         return _client_decoder.decode(data)
     except msgspec.ValidationError:
-        return decode_last(_client_decoder.decode, data)
+        return _decode_pairwise(_client_decoder.decode, data)
 
 
 def decode_publish(data: bytes) -> Publish:
@@ -284,7 +285,12 @@ def decode_last(decode: Callable[[bytes], M], data: bytes) -> M:
     try:
         return decode(data)
     except msgspec.ValidationError:
-        return decode(_encoder.encode(decode_pairs(data)))
+        return _decode_pairwise(decode, data)
+
+
+def _decode_pairwise(decode: Callable[[bytes], M], data: bytes) -> M:
+    """Decode an object of which only the last value of each name is left."""
+    return decode(_encoder.encode(decode_pairs(data)))
 
 
 def decode_pairs(data: bytes) -> dict[str, Raw]:
