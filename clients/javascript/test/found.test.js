@@ -37,6 +37,15 @@ async function unanswered(kind) {
   return { ...made, A, heard, answer: answers[kind], settled: Promise.allSettled([leaving, published, subscribing, page]) };
 }
 
+/** B has accepted the client that A sends away, and has answered nothing else yet. */
+async function takeOver(made) {
+  made.A.say(GOAWAY);
+  const B = await made.socket(1);
+  await B.accept();
+  await new Promise((resolve) => setTimeout(resolve, 5));
+  return B;
+}
+
 /** The last connection is answered all that it is asked, and has to have the subscription. */
 async function check({ client, heard, settled }, last) {
   const answering = setInterval(() => last.answer(11), 2);
@@ -67,10 +76,7 @@ for (const kind of LATE) {
   test(`${kind} arrives on A while B takes over`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
-    A.say(GOAWAY);
-    const B = await made.socket(1);
-    await B.accept();
-    await new Promise((resolve) => setTimeout(resolve, 5));
+    const B = await takeOver(made);
     A.say(answer);
     A.lose(4504);
     await check(made, B);
@@ -79,10 +85,7 @@ for (const kind of LATE) {
   test(`${kind} arrives on A after B has taken over`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
-    A.say(GOAWAY);
-    const B = await made.socket(1);
-    await B.accept();
-    await new Promise((resolve) => setTimeout(resolve, 5));
+    const B = await takeOver(made);
     B.answer(11);
     await new Promise((resolve) => setTimeout(resolve, 5));
     A.say(answer);
@@ -93,10 +96,7 @@ for (const kind of LATE) {
   test(`${kind} arrives on A when C has overtaken B`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
-    A.say(GOAWAY);
-    const B = await made.socket(1);
-    await B.accept();
-    await new Promise((resolve) => setTimeout(resolve, 5));
+    const B = await takeOver(made);
     B.say(GOAWAY);
     A.lose(4504);
     B.lose(4504);
