@@ -1,4 +1,4 @@
-"""`docs/guarantees.md` names tests, and they are there."""
+"""`docs/guarantees.md` lists promises in tables and, folded away below each table, the tests that hold them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,23 @@ ROWS = [
     for line in DOCUMENT.splitlines()
     if re.match(r"\| \d+\.\d+ \|", line)
 ]
-PROMISES = [row for row in ROWS if row[2].startswith("`tests/")]
+PROMISES = [row for row in ROWS if len(row) == 2]
+NUMBERS = [row[0] for row in PROMISES]
+FIGURES = [row for row in ROWS if len(row) != 2]
+
+
+def folded_tests() -> list[tuple[str, list[str]]]:
+    """The tests in the document's `<details>`: the number of each promise, and the lines of the list below it."""
+    folded = "\n".join(re.findall(r"^<details>\n(.*?)^</details>$", DOCUMENT, re.MULTILINE | re.DOTALL))
+    return [
+        (number, re.findall(r"^  - `(.+)`$", lines, re.MULTILINE))
+        for number, lines in re.findall(r"^- (\d+\.\d+)\n((?:  - .*\n)*)", folded, re.MULTILINE)
+    ]
 
 
 @cache
 def names(path: str) -> set[str]:
-    """The tests in a file, those of a class behind its name; and the classes that are made of something else."""
+    """The tests in a file: functions, methods as `Class::method`, and names assigned a generated test class."""
     found = set()
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         match node:
@@ -38,7 +49,7 @@ def names(path: str) -> set[str]:
 def test_promises_are_numbered_without_a_gap() -> None:
     chapters = [int(number) for number in re.findall(r"^## (\d+)\. ", DOCUMENT, re.MULTILINE)]
     assert chapters == list(range(1, len(chapters) + 1))
-    numbers = [tuple(map(int, row[0].split("."))) for row in PROMISES]
+    numbers = [tuple(map(int, number.split("."))) for number in NUMBERS]
     assert numbers == [
         (chapter, number)
         for chapter in chapters
@@ -47,20 +58,27 @@ def test_promises_are_numbered_without_a_gap() -> None:
     assert {chapter for chapter, _ in numbers} == set(chapters)
 
 
-@pytest.mark.parametrize("row", PROMISES, ids=lambda row: row[0])
-def test_every_promise_has_a_checker_that_exists(row: list[str]) -> None:
-    checkers = re.findall(r"`([^`]+)`", row[2])
-    assert checkers
-    for checker in checkers:
-        path, _, name = checker.partition("::")
-        assert name in names(path), f"there is no {checker}"
+@pytest.mark.parametrize("promise", [row[1] for row in PROMISES], ids=NUMBERS)
+def test_promise_is_one_sentence(promise: str) -> None:
+    assert re.fullmatch(r"([^.]|\.(?=\d))+\.", re.sub(r"`[^`]*`", "", promise))
 
 
-def test_every_figure_is_of_a_promise_and_is_printed_by_something() -> None:
-    figures = [row for row in ROWS if row not in PROMISES]
-    assert figures
-    for promise, _, figure, printed in figures:
-        assert promise in [row[0] for row in PROMISES]
+def test_every_promise_lists_its_tests() -> None:
+    assert [number for number, _ in folded_tests()] == NUMBERS
+
+
+@pytest.mark.parametrize(("number", "tests"), folded_tests(), ids=[number for number, _ in folded_tests()])
+def test_tests_of_a_promise_exist(number: str, tests: list[str]) -> None:
+    assert tests
+    for test in tests:
+        path, _, name = test.partition("::")
+        assert name in names(path), f"{number}: there is no {test}"
+
+
+def test_every_figure_belongs_to_a_promise_and_is_printed_by_a_command() -> None:
+    assert FIGURES
+    for promise, _, figure, printed in FIGURES:
+        assert promise in NUMBERS
         assert re.search(r"\d", figure), figure
         command = re.fullmatch(r"`python (?:-m )?(\S+).*`", printed)
         assert command, printed

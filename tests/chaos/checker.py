@@ -50,21 +50,21 @@ SHOWN = 5
 """How many breaches of a promise are told in full."""
 
 PROMISES = {
-    "acknowledged": "What was acknowledged is in the log, under the seq it was acknowledged with",
-    "refused": "What was refused for good is not in the log",
-    "once": "A publish is in the log once at most, however often it was sent",
-    "ordered": "The messages of one publisher, unless `unknown` to it, stand in the log in the order of sending",
-    "agreed": "A seq of an epoch is the same message for everybody",
+    "acknowledged": "An acknowledged message is in the log under the acknowledged seq",
+    "refused": "A publish that was rejected for good is not in the log",
+    "once": "A publish is in the log at most once, however often it was sent",
+    "ordered": "The messages of one publisher, except `unknown` ones, are in the log in the order of sending",
+    "agreed": "A seq of an epoch is the same message for all clients",
     "increasing": "A subscription gets its messages in the order of their seqs, none of them twice",
-    "whole": "What a subscription does not get has been announced as a gap",
-    "kept": "What is announced as gone is older than the retention",
+    "whole": "A subscription gets every message that was not announced as a gap",
+    "kept": "A message announced as deleted is older than the retention",
     "complete": "In the end every subscription has caught up with the log",
-    "prompt": "While nothing is wrong, a message arrives within 5 s",
-    "readable": "Who may not read any more gets nothing 1 s later",
-    "writable": "Who may not publish any more publishes nothing 1 s later",
-    "connected": "What is wrong with the database alone disconnects nobody",
-    "noticed": "A database connection that is dead for 5 s has been noticed by then",
-    "ephemeral": "An ephemeral message comes to a session once at most",
+    "prompt": "Without a fault, a message arrives within 5 s",
+    "readable": "A client without read permission gets nothing after 1 s",
+    "writable": "A client without write permission publishes nothing after 1 s",
+    "connected": "A fault of the database alone disconnects no client",
+    "noticed": "A dead database connection is detected within 5 s",
+    "ephemeral": "An ephemeral message reaches a session at most once",
 }
 
 
