@@ -17,7 +17,7 @@ from aioquic.quic.events import ConnectionIdIssued
 
 from catbus.endpoints.datagrams import BUFFER, Port, transmit
 from catbus.webtransport import Configuration
-from catbus.webtransport.packets import ID_LENGTH, read_header
+from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 
 READ = 65_536
 HELLO = b"hello\n"

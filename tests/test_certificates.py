@@ -33,7 +33,7 @@ from catbus.certificates import FILE, Certificate, CertificateSource, developmen
 from catbus.config import WebTransport
 from catbus.errors import ConfigError
 from catbus.webtransport import Configuration, Limits, client_configuration, server_configuration
-from tests.webtransport.link import Link
+from tests.webtransport.simulated_link import Link
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)

@@ -173,10 +173,10 @@ def test_the_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
     module.parent.mkdir(parents=True)
     module.write_text(
         "import trio, asyncpg.pool\nfrom .. import wire, errors\nfrom ..hub import Hub\nfrom .base import Log\n"
-        "from catbus import broker\nfrom catbus.cli.run import x\ndef f():\n    from ..client import connect\n"
+        "from catbus import broker\nfrom catbus.cli.commands.run import x\ndef f():\n    from ..client import connect\n"
     )
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert set(imports(module)) == {
         "trio", "asyncpg.pool", "catbus.wire", "catbus.errors", "catbus.hub", "catbus.log.base", "catbus.broker",
-        "catbus.cli.run", "catbus.client",
+        "catbus.cli.commands.run", "catbus.client",
     }  # fmt: skip

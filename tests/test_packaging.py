@@ -13,7 +13,7 @@ import click
 import pytest
 
 import catbus
-from catbus.cli import entry
+from catbus.cli import main_command
 from catbus.config import Config, keys, load
 
 ROOT = Path(__file__).parent.parent
@@ -109,13 +109,13 @@ def test_the_examples_in_the_readme_are_python() -> None:
 
 def test_the_commands_in_the_readme_exist() -> None:
     used = set(re.findall(r"^(?:\.venv/bin/)?catbus (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert used and used <= set(entry.COMMANDS)
+    assert used and used <= set(main_command.COMMANDS)
 
 
 def test_help_shows_an_example_of_every_command() -> None:
-    context = click.Context(entry.catbus)
-    for name in entry.COMMANDS:
-        command = entry.catbus.get_command(context, name)
+    context = click.Context(main_command.catbus)
+    for name in main_command.COMMANDS:
+        command = main_command.catbus.get_command(context, name)
         assert command is not None
         assert "Examples:" in (command.help or "")
         assert f"catbus {name}" in (command.help or "")

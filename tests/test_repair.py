@@ -12,7 +12,7 @@ import trio
 
 import catbus
 from catbus import Config
-from catbus.cli.status import _missing
+from catbus.cli.commands.status import _missing
 from catbus.client import Bus
 from catbus.client.messages import Gap
 from catbus.config import Database, Limits

@@ -211,7 +211,9 @@ def test_a_project_that_uses_it(tmp_path: Path) -> None:
 
 
 def test_the_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
-    script = "import catbus, catbus.cli.run, sys; print([m for m in ('hypothesis', 'pytest') if m in sys.modules])"
+    script = (
+        "import catbus, catbus.cli.commands.run, sys; print([m for m in ('hypothesis', 'pytest') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
 

@@ -1,5 +1,5 @@
 """The `catbus` command."""
 
-from .entry import main
+from .main_command import main
 
 __all__ = ["main"]

@@ -29,7 +29,7 @@ from ..webtransport import (
     StreamStopped,
     client_configuration,
 )
-from ..webtransport.configuration import CLIENT_LIMITS
+from ..webtransport.quic_configuration import CLIENT_LIMITS
 from .bell import Bell
 from .racing import look_up, race
 from .transport import DATAGRAM, MAIN, Address, Chunk, is_pem

@@ -1,10 +1,9 @@
 """How a broker is set up: built-in defaults, then a TOML file, then the environment, then the command line."""
 
-from .addresses import is_loopback, join_address, redact, split_address
-from .environment import variable
-from .exposure import MAKE_ONE, find_weak_secrets, weakness
-from .levels import parse_levels
-from .reading import ENVIRONMENT, Reading, differences, keys, load, read, show
+from .environment_variables import variable
+from .loader import ENVIRONMENT, Reading, differences, keys, load, read, show
+from .log_levels import parse_levels
+from .network_addresses import is_loopback, join_address, redact, split_address
 from .settings import (
     Auth,
     Config,
@@ -17,7 +16,8 @@ from .settings import (
     WebTransport,
     default_state_directory,
 )
-from .values import parse_duration, parse_size
+from .value_types import parse_duration, parse_size
+from .weak_secrets import MAKE_ONE, find_weak_secrets, weakness
 
 __all__ = [
     "ENVIRONMENT",

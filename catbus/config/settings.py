@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 from msgspec import Struct, field, structs
 
 from ..errors import ConfigError
-from .addresses import is_loopback, redact, split_address
-from .values import (
+from .network_addresses import is_loopback, redact, split_address
+from .value_types import (
     Address,
     Count,
     DatabaseUrl,

@@ -12,7 +12,7 @@ import trio
 
 from ..config import join_address, split_address
 from ..errors import ConfigError
-from ..webtransport.packets import MAX_PACKET
+from ..webtransport.connectionless_packets import MAX_PACKET
 
 BUFFER = 4 << 20
 """Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..webtransport import Connection
-from ..webtransport.packets import Header
+from ..webtransport.connectionless_packets import Header
 from .datagrams import Place
 from .webtransport import Conversation
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..webtransport import Configuration
-from ..webtransport.losses import losses
+from ..webtransport.packet_loss import losses
 from .datagrams import open_ports
 from .router import Router
 

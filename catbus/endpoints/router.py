@@ -22,7 +22,7 @@ from ..webtransport import (
     SessionRequested,
     Terminated,
 )
-from ..webtransport.packets import (
+from ..webtransport.connectionless_packets import (
     ID_LENGTH,
     MAX_PACKET,
     SMALLEST_INITIAL,

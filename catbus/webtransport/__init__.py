@@ -1,7 +1,5 @@
 """WebTransport over HTTP/3 and QUIC, for servers and clients, without I/O: datagrams and times in, events out."""
 
-from .configuration import Configuration, Limits, client_configuration, server_configuration
-from .connection import Connection
 from .events import (
     ConnectionLost,
     Datagram,
@@ -17,6 +15,8 @@ from .events import (
     StreamStopped,
     Terminated,
 )
+from .quic_configuration import Configuration, Limits, client_configuration, server_configuration
+from .webtransport_connection import Connection
 
 __all__ = [
     "Configuration",

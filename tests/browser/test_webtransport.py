@@ -16,7 +16,7 @@ from catbus import Broker, CloseCode, Config
 from catbus.config import Database, WebTransport
 from catbus.endpoints import router, spacing, webtransport
 from catbus.endpoints.datagrams import Port
-from catbus.webtransport import configuration as webtransport_configuration
+from catbus.webtransport import quic_configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from catbus.cli.entry import main
+from catbus.cli.main_command import main
 from catbus.delivery import Delivery
 from catbus.log import Append, Committed
 from catbus.permissions import Permissions

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from catbus.cli.development import CERTIFICATE
+from catbus.cli.development_credentials import CERTIFICATE
 from catbus.client import Transport
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trustme
 
-from catbus.cli import check
+from catbus.cli.commands import check
 from catbus.config import Database
 from catbus.postgres import inspection
 from catbus.postgres.inspection import Finding, inspect

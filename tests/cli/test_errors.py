@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from catbus.cli import entry
-from catbus.cli.entry import explain
+from catbus.cli import main_command
+from catbus.cli.main_command import explain
 from catbus.errors import Code, ConfigError, Disconnected, Refused
 
 from .conftest import Command
@@ -170,7 +170,7 @@ def test_an_interruption_says_nothing(catbus: Command, monkeypatch: pytest.Monke
     def command() -> None:
         raise raised
 
-    monkeypatch.setattr(entry.catbus, "get_command", lambda *_: command)
+    monkeypatch.setattr(main_command.catbus, "get_command", lambda *_: command)
     status, output, errors = catbus("run")
     # click ends the line on which the terminal shows ^C.
     assert (status, output, errors.strip()) == (130, "", "")

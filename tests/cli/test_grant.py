@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from catbus.auth import Authenticator, Grants
-from catbus.cli.development import FILE, development_token, find_token, keep_secret, read_secret
+from catbus.cli.development_credentials import FILE, development_token, find_token, keep_secret, read_secret
 from catbus.errors import Code, ConfigError, PeerError
 
 from .conftest import Command

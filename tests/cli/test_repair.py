@@ -8,7 +8,7 @@ import re
 import pytest
 import trio
 
-from catbus.cli import repair as command
+from catbus.cli.commands import repair as command
 from tests.postgres.sql import open_sql
 
 from .conftest import Command

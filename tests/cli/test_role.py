@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from catbus.auth import Grants, make_role_token, role_handle, role_key
-from catbus.cli.revoke import still_allowed
+from catbus.cli.commands.revoke import still_allowed
 from catbus.postgres import embedded
 
 from .conftest import Command, Start, next_event

@@ -14,8 +14,8 @@ import trio
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from catbus.cli import run
-from catbus.cli.development import development_token, read_secret
+from catbus.cli.commands import run
+from catbus.cli.development_credentials import development_token, read_secret
 from catbus.config import Auth, Config, Logging, WebSocket
 from catbus.errors import ConfigError
 from tests.cli.conftest import Start, next_event

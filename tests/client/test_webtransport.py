@@ -35,7 +35,7 @@ from catbus.webtransport import (
     Terminated,
     server_configuration,
 )
-from catbus.webtransport.packets import read_header
+from catbus.webtransport.connectionless_packets import read_header
 from tests.client.fake import Gone, Honest, Peer, message
 
 pytestmark = pytest.mark.anyio

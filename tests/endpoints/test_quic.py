@@ -28,12 +28,12 @@ from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
 from catbus.errors import CloseCode
 from catbus.webtransport import Connection, Limits, SessionClosed, SessionOpened
-from catbus.webtransport.packets import ID_LENGTH, VERSIONS
+from catbus.webtransport.connectionless_packets import ID_LENGTH, VERSIONS
 from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.udp import Client, Lost, Server, serving
 from tests.hostile.packets import one_rtt
-from tests.webtransport.link import client_config
+from tests.webtransport.simulated_link import client_config
 
 
 def text(**message: object) -> bytes:

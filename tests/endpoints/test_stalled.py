@@ -24,7 +24,7 @@ from catbus.webtransport import ConnectionLost, Limits, SessionClosed, StreamRes
 from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.peers import patience
-from tests.webtransport.link import Link, client_config
+from tests.webtransport.simulated_link import Link, client_config
 
 WINDOW = 1 << 14
 START = 1000.0

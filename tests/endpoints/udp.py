@@ -33,7 +33,7 @@ from catbus.webtransport import (
 )
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import patience
-from tests.webtransport.link import client_config, server_config
+from tests.webtransport.simulated_link import client_config, server_config
 
 
 class Lost(Exception):

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 from trio.testing import MockClock
 
-from catbus.cli.fuzz import command
+from catbus.cli.commands.fuzz import command
 from catbus.testing import BrokerMachine, TestServer, open_test_broker, open_test_server
 from catbus.testing.fuzz import Target, fuzz
 from tests.fuzz.mistakes import MISTAKES, Patch

@@ -25,11 +25,11 @@ from catbus.errors import PeerError
 from catbus.framing import Framer
 from catbus.webtransport import Connection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
-from catbus.webtransport.packets import ID_LENGTH, read_header
+from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 from catbus.wire import UNDECODABLE
 from tests.endpoints.test_coalesce import seen
-from tests.webtransport.link import CLIENT, Link, server_config
-from tests.webtransport.test_hostile import packet, raw
+from tests.webtransport.simulated_link import CLIENT, Link, server_config
+from tests.webtransport.test_hostile_peers import packet, raw
 
 Target = Callable[[bytes], None]
 

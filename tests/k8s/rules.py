@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from catbus.config import Config, load
-from catbus.config.addresses import split_address
-from catbus.config.reading import ENVIRONMENT
+from catbus.config.loader import ENVIRONMENT
+from catbus.config.network_addresses import split_address
 from catbus.endpoints.routes import ROUTES
 from catbus.metrics import METRICS
 from tests.k8s.manifests import Document, named, of_kind

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from catbus.cli.run import refuse_exposure
+from catbus.cli.commands.run import refuse_exposure
 from catbus.config import ENVIRONMENT, load, read
 from catbus.errors import ConfigError
 from tests.k8s.image import context, instructions

@@ -12,7 +12,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from catbus.cli.run import refuse_exposure
+from catbus.cli.commands.run import refuse_exposure
 from catbus.config import read
 from tests.k8s import rules
 from tests.k8s.manifests import (

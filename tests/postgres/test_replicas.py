@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from catbus.cli.development import CERTIFICATE
+from catbus.cli.development_credentials import CERTIFICATE
 from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport, connect, open_bus
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket

@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from catbus.cli.status import SILENT
+from catbus.cli.commands.status import SILENT
 from catbus.client import connect
 from catbus.config import Database
 from catbus.log import Committed

@@ -1,0 +1,166 @@
+"""`catbus fuzz`: try to break a broker that runs."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ...client.transport import parse_address
+from ...errors import PeerError
+from ...topics import check_channel
+from ..connection_options import ca_option
+from ..development_credentials import DEFAULT_URL, find_secret
+
+if TYPE_CHECKING:
+    from ...testing.fuzz import Tally
+
+SMALLER = 60.0
+"""Seconds in which what was found is made smaller."""
+LINE_EVERY = 30.0
+"""Seconds between two lines where there is no terminal to draw a bar on."""
+
+
+@click.command("fuzz", short_help="Try to break a broker: a state machine against a model, and hostile clients.")
+@click.option(
+    "--url",
+    "urls",
+    multiple=True,
+    default=[DEFAULT_URL],
+    envvar="CATBUS_URL",
+    show_default=True,
+    help="The broker; several times for its replicas, which take turns. WebTransport is found by itself where a "
+    "WebSocket tells of it. Also CATBUS_URL.",
+)
+@click.option(
+    "--token",
+    envvar="CATBUS_TOKEN",
+    help="Who all clients are, who may read and write `fuzz.*`. Also CATBUS_TOKEN. With a secret instead there are "
+    "clients that may more and less.",
+)
+@click.option(
+    "--secret",
+    help="Sign tokens with this secret. CATBUS_SECRET keeps it off the command line; for a broker on this machine the "
+    "development secret is found by itself.",
+)
+@ca_option
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="For how long."
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same examples again. [a new one each time]")
+@click.option("--root", default="fuzz", show_default=True, help="All channels are below this one.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    default=".hypothesis",
+    show_default=True,
+    help="What was found is kept here, and tried first the next time.",
+)
+@click.option("--script", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the replay here.")
+def command(
+    urls: tuple[str, ...],
+    token: str | None,
+    secret: str | None,
+    ca: str | None,
+    minutes: float,
+    seed: int | None,
+    root: str,
+    keep: str,
+    script: str | None,
+) -> None:
+    """Play a state machine of clients to a broker that runs, with hostile clients beside it.
+
+    They come, subscribe, publish, are allowed more and less, are cut off, leave and come back from where they were;
+    after each step all of them must have exactly what a model of the protocol says, over WebSocket and WebTransport.
+    Nobody else may publish to channels below --root meanwhile; what is there is not touched, and some thousand messages
+    a minute stay behind.
+
+    When something is found, it is made smaller, and a Python script that does it again is printed. The exit status is
+    then 1, otherwise 0. Needs Hypothesis: pip install 'catbus-broker[testing]'.
+
+    \b
+    Examples:
+      catbus fuzz --minutes 1
+      catbus fuzz --url wss://bus.example.com/ws --token "$TOKEN" --minutes 5
+      catbus fuzz --url ws://10.0.0.1:8080/ws --url ws://10.0.0.2:8080/ws --minutes 60
+    """
+    try:
+        from ...testing.fuzz import find_target, fuzz, make_smaller, write_script
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'catbus-broker[testing]'") from None
+    _check(urls, root)
+    secret = None if token is not None else secret or find_secret(urls)
+    if token is None and secret is None:
+        raise click.UsageError("there is nothing to sign or show: give --token, or set CATBUS_SECRET")
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    target = find_target(urls, token=token, secret=secret, ca=ca, root=root)
+    for reason in target.unreachable:
+        click.echo(f"catbus: {reason}; going on without it", err=True)
+    click.echo(f"fuzzing {', '.join(url for url, _ in target.places)} for {minutes:g} min, seed {seed}", err=True)
+    progress = _Progress(60 * minutes)
+    try:
+        tally = fuzz(target, 60 * minutes, seed, keep=keep, watch=progress.show)
+    finally:
+        progress.end()
+    done = f"{tally.examples} examples with {tally.steps} steps, {tally.attacks} of hostile clients"
+    if tally.found is None:
+        click.echo(f"nothing was found in {done}; seed {seed}")
+        return
+    click.echo("something was found; making it smaller ...", err=True)
+    smaller = make_smaller(target, tally.found, SMALLER)
+    found = smaller or tally.found
+    click.echo(f"something was found in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
+    click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
+    program = write_script(urls, found, ca=ca, root=root)
+    if script is None:
+        click.echo(f"\n{program}")
+    else:
+        Path(script).write_text(program, encoding="utf-8")
+        click.echo(f"They are in {script}.")
+    raise click.exceptions.Exit(1)
+
+
+def _check(urls: tuple[str, ...], root: str) -> None:
+    for url in urls:
+        try:
+            parse_address(url)
+        except ValueError as error:
+            raise click.UsageError(f"--url: {error}") from None
+    try:
+        check_channel(root)
+    except PeerError as error:
+        raise click.UsageError(f"--root: {error}") from None
+
+
+class _Progress:
+    """How far it is, on stderr: a bar on a terminal, and a line now and then where there is none."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._began = self._told = time.monotonic()
+        self._bar = click.progressbar(
+            length=max(1, round(seconds)), file=sys.stderr, show_eta=False, item_show_func=lambda text: text
+        )
+
+    def show(self, tally: Tally) -> None:
+        now = time.monotonic()
+        spent = now - self._began
+        text = f"{tally.examples} examples, {tally.steps} steps"
+        if sys.stderr.isatty():
+            self._bar.update(round(min(spent, self._seconds)) - self._bar.pos, text)
+        elif now - self._told >= LINE_EVERY:
+            self._told = now
+            click.echo(f"{_minutes(spent)} of {_minutes(self._seconds)}: {text}", err=True)
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            self._bar.render_finish()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -1,0 +1,52 @@
+"""`catbus revoke`: take grants from a role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ...auth import Grants
+from ...topics import covers
+from ..database_access import database_options, load_database, show_role, with_roles
+from ..shared_options import grants_of, patterns_argument, permissions_option
+
+
+@click.command("revoke", short_help="Take grants from a role.")
+@patterns_argument(required=True)
+@permissions_option("What to take", required=True)
+@click.option("--from", "role", required=True, metavar="ROLE", help="The role: its token or its handle.")
+@database_options
+def command(
+    patterns: tuple[str, ...],
+    permissions: tuple[str, ...],
+    role: str,
+    config: Path | None,
+    database: str | None,
+    state: str | None,
+) -> None:
+    """Take from a role exactly these grants, and show what it is then. It has to have all of them.
+
+    It applies within a second to everyone who is connected by the role. A token of `catbus grant` cannot be changed: it
+    is good until it expires.
+
+    \b
+    Examples:
+      catbus revoke -p write 'builds.*' --from 0123456789ab
+      catbus revoke -p all 'builds.*' 'orders.42' --from "$TOKEN"
+    """
+    taken = grants_of(permissions, patterns)
+    left = with_roles(load_database(config, database, state), lambda roles: roles.revoke(role, taken))
+    show_role(left)
+    for line in still_allowed(taken, left.grants):
+        click.echo(f"the role {left.handle} {line}", err=True)
+
+
+def still_allowed(taken: Grants, left: Grants) -> list[str]:
+    """What was taken and is allowed all the same, by a grant that was left."""
+    return [
+        f"may still {verb} {pattern}, by its grant on {cover}"
+        for verb, patterns, rest in (("read", taken.read, left.read), ("write", taken.write, left.write))
+        for pattern in patterns
+        for cover in [grant for grant in rest if covers(grant, pattern)][:1]
+    ]

@@ -1,0 +1,201 @@
+"""`catbus token`: what a token says, and whether a broker with this configuration takes it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ...auth import MAX_TOKEN, Authenticator, Grants, role_handle, role_key
+from ...config import Config, load
+from ...errors import ConfigError
+from ...refusals import Reason, TokenRefused, moment
+from ...wire import UNDECODABLE, to_json
+from ..development_credentials import read_secret
+from ..shared_options import config_option, state_option
+
+UNSIGNED = frozenset({Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE})
+"""With these the signature is not that of any configured secret or key."""
+
+TIMES = ("iat", "nbf", "exp")
+
+
+@click.group("token", short_help="Show what a token says, and why it is refused.", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Show what a token says, and why a broker refuses it.
+
+    \b
+    Examples:
+      catbus token show "$TOKEN"
+      catbus token show --config catbus.toml < token.txt
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@command.command("show", short_help="Show a token.")
+@click.argument("token", required=False)
+@config_option
+@state_option
+@click.option("--secret", help="Check the signature with this secret. CATBUS_SECRET keeps it off the command line.")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON, on one line, for scripts.")
+def show(token: str | None, config: Path | None, state: str | None, secret: str | None, as_json: bool) -> None:
+    """Show the claims of TOKEN, what it allows, until when, and whether a broker takes it.
+
+    Without TOKEN, or with "-", it is read from stdin, which keeps it off the command line. The signature is checked
+    with --secret, else with the secrets and keys of the environment and of the file that --config names, else with the
+    development secret of this user. No secret is shown. Exits with 1 where the token is refused.
+
+    \b
+    Examples:
+      catbus token show "$TOKEN"
+      echo "$TOKEN" | catbus token show --json | jq .detail
+      CATBUS_SECRET=... catbus token show "$TOKEN"
+    """
+    # One more than the most: a token that is too long is refused as such.
+    text = sys.stdin.read(MAX_TOKEN + 2).strip() if token in (None, "-") else str(token).strip()
+    if not text:
+        raise click.UsageError("there is no token: give it as an argument or on stdin")
+    found = examine(text, load(config, os.environ, {"state": state}), secret, time.time())
+    click.echo(to_json(found).decode() if as_json else "\n".join(describe(found, time.time())))
+    if found["accepted"] is False:
+        raise click.exceptions.Exit(1)
+
+
+def examine(token: str, config: Config, secret: str | None, now: float) -> dict[str, Any]:
+    """All that can be told of a token, as JSON has it. `accepted` is null where it cannot be told here."""
+    key = role_key(token)
+    if key is not None:
+        detail = "its grants are in the brokers' database: `catbus role show` tells them"
+        return {"kind": "role", "role": role_handle(key), "signature": "none", "accepted": None, "detail": detail}
+    header, claims = read_parts(token)
+    found: dict[str, Any] = {"kind": _kind(token, claims), **({"header": header} if header else {}), "claims": claims}
+    if (grants := grants_in(claims)) is not None:
+        found |= {"read": grants.read, "write": grants.write}
+    secrets = (secret,) if secret else config.auth.secrets
+    if not secrets and not config.auth.jwt and (kept := read_secret(config.state_directory)):
+        secrets = (kept,)
+    keys = [_read(Path(file)) for file in config.auth.jwt]
+    try:
+        authenticator = Authenticator(
+            secrets, admin_key=config.auth.admin_key, jwt_keys=keys, leeway=config.auth.leeway
+        )
+        identity = authenticator.verify(token, now)
+    except TokenRefused as error:
+        if error.reason in UNSIGNED and not secrets and not keys and claims is not None:
+            detail = "no secret and no key is configured: set CATBUS_SECRET, or give --config"
+            return {**found, "signature": "unchecked", "accepted": None, "detail": detail}
+        signature = "invalid" if error.reason in UNSIGNED else "valid"
+        refusal = {"accepted": False, "code": error.code, "reason": error.reason, "detail": error.detail}
+        return {**found, "signature": signature, **refusal}
+    if identity.admin:
+        return {"kind": "admin key", "signature": "none", "accepted": True, "read": ["*"], "write": ["*"]}
+    return {**found, "signature": "valid", "accepted": True}
+
+
+def describe(found: Mapping[str, Any], now: float) -> list[str]:
+    """The same for people, a line each."""
+    lines = [("token", {"sub": "sub- token"}.get(found["kind"], found["kind"]))]
+    if found["kind"] == "role":
+        lines.append(("role", found["role"]))
+    for name, value in (found.get("header") or {}).items():
+        lines.append((f"header {name}", _shown(value)))
+    for name, value in (found.get("claims") or {}).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        lines.append((name, f"{moment(value)}, {relative(value - now)}" if name in TIMES and number else _shown(value)))
+    if "read" in found:
+        lines.append(("allows", str(Grants(tuple(found["read"]), tuple(found["write"])))))
+    lines.append(("signature", found["signature"]))
+    match found["accepted"]:
+        case True:
+            lines.append(("verdict", "accepted"))
+        case False:
+            lines.append(("verdict", f"refused as {found['code']} ({found['reason']}): {found['detail']}"))
+        case _:
+            lines.append(("verdict", f"not known here: {found['detail']}"))
+    return [f"{name:<12}{text}" for name, text in lines]
+
+
+def relative(seconds: float) -> str:
+    """A difference of times in words: `in 3 hours`, `40 seconds ago`."""
+    size, unit = next((size, unit) for size, unit in _UNITS if abs(seconds) >= 2 * size or size == 1)
+    number = f"{abs(seconds) / size:.0f} {unit}s"
+    return f"{number} ago" if seconds < 0 else f"in {number}"
+
+
+_UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+"""A unit is used from two of it on."""
+
+
+def read_parts(token: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The header and the claims, where there are such. Nothing is verified."""
+    if token.startswith("sub-"):
+        return None, _object(token[4:].partition(".")[0])
+    parts = token.split(".")
+    return (_object(parts[0]), _object(parts[1])) if len(parts) == 3 else (None, None)
+
+
+def grants_in(claims: Mapping[str, Any] | None) -> Grants | None:
+    """What the claims would allow if they were signed; None where they do not say that as they should."""
+    try:
+        if claims is None or "catbus" not in claims:
+            given = msgspec.convert(claims, _Sub).grants.grants
+            read = [one.pattern for one in given if one.grant_type in ("read", "all")]
+            return Grants(tuple(read), tuple(one.pattern for one in given if one.grant_type in ("write", "all")))
+        access = msgspec.convert(claims["catbus"], _Access)
+        return Grants(access.read, access.write)
+    except msgspec.ValidationError:
+        return None
+
+
+class _Grant(msgspec.Struct):
+    grant_type: str
+    pattern: str
+
+
+class _Grants(msgspec.Struct):
+    grants: list[_Grant]
+
+
+class _Sub(msgspec.Struct):
+    grants: _Grants
+
+
+class _Access(msgspec.Struct):
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+
+def _kind(token: str, claims: object) -> str:
+    if token.startswith("sub-"):
+        return "sub"
+    return "unknown" if claims is None else "JWT"
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        data = base64.b64decode(text.encode() + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (*UNDECODABLE, binascii.Error, ValueError):
+        return None
+
+
+def _shown(value: object) -> str:
+    """A claim on one line: JSON, in which control characters are escaped."""
+    return value if isinstance(value, str) and value.isprintable() else to_json(value).decode()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"auth.jwt: {file} cannot be read: {error}") from None

@@ -1,0 +1,160 @@
+"""What the value of a setting may be, however it is given: as TOML has it, as text, or as a Python value."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import ConfigError
+from .log_levels import parse_levels
+from .network_addresses import split_address
+
+# What a value may be. The description is what an error says was expected.
+
+_TEN_YEARS = 315_360_000.0
+_DURATION = 'a duration: seconds, or text like "30s", "5m" or "1h"'
+
+Text = Annotated[str, Meta(min_length=1, description="text")]
+Duration = Annotated[float, Meta(ge=0, le=_TEN_YEARS, description=_DURATION)]
+Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, above 0")]
+Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
+LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of 64 MiB at least, like "10GiB"')]
+Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
+Switch = Annotated[bool, Meta(description="true or false")]
+File = Annotated[str, Meta(min_length=1, description="a path")]
+Secret = Annotated[str, Meta(min_length=1, description="a secret: text that is not empty")]
+Address = Annotated[str, Meta(description='an address with a port, like "127.0.0.1:8080" or "[::1]:8080"')]
+Network = Annotated[str, Meta(description='an address or a network, like "192.0.2.7", "10.0.0.0/8" or "fd00::/8"')]
+DatabaseUrl = Annotated[str, Meta(description='"embedded", "memory" or a URL that begins with postgres://')]
+PostgresUrl = Annotated[str, Meta(description="a URL that begins with postgres://")]
+Levels = Annotated[str, Meta(description='log levels, like "info" or "catbus=info,aioquic=warning"')]
+Format = Literal["auto", "json", "text"]
+SynchronousCommit = Literal["on", "off", "local", "remote_write", "remote_apply"]
+Failover = Literal["lossy", "lossless"]
+
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+_BYTES |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+
+
+def convert(hint: Any, value: object, base: Path | None = None) -> Any:
+    """Convert `value` to what the type `hint` of a setting wants; raises `ValueError`.
+
+    What it returns, it takes. A relative path is one in the directory `base`, where there is one.
+    """
+    kind = _kind(hint)
+    if value is None and kind is not hint:
+        return None
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if isinstance(value, str | os.PathLike):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise ValueError
+        return tuple(convert(item, each, base) for each in value)
+    if kind == File and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        value = _read_text(kind, value)
+    # msgspec's own error is a ValueError, but what it says is for programmers.
+    checked = msgspec.convert(value, kind)
+    return _path(checked, base) if kind == File else checked
+
+
+def _path(text: str, base: Path | None) -> str:
+    try:
+        return str((base or Path()) / Path(text).expanduser())
+    except RuntimeError:  # There is no such home.
+        raise ValueError from None
+
+
+def _read_text(kind: Any, text: str) -> object:
+    if kind in (Duration, Timeout):
+        return _amount(text, _SECONDS)
+    if kind in (Size, LogSize):
+        return int(_amount(text, _BYTES))
+    if kind == Levels:
+        parse_levels(text)
+    if kind == Address:
+        try:
+            split_address(text)
+        except ConfigError:
+            raise ValueError from None
+    if kind == Network:
+        ip_network(text)
+    if kind == DatabaseUrl and text in ("embedded", "memory"):
+        return text
+    if kind in (DatabaseUrl, PostgresUrl) and not text.startswith(("postgres://", "postgresql://")):
+        raise ValueError
+    return text
+
+
+def _amount(text: str, units: Mapping[str, float]) -> float:
+    match = _AMOUNT.fullmatch(text)
+    amount = float(match[1]) * units.get(match[2], math.nan) if match else math.nan
+    if not math.isfinite(amount):
+        raise ValueError
+    return amount
+
+
+def parse_duration(text: str) -> float:
+    """Text like "30s", "5m", "1h" or "7d" as seconds; raises `ValueError`."""
+    return _amount(text, _SECONDS)
+
+
+def parse_size(text: str) -> int:
+    """Text like "64KiB" or "1MiB" as bytes; raises `ValueError`."""
+    return int(_amount(text, _BYTES))
+
+
+def _kind(hint: Any) -> Any:
+    """The type of a value where there is one: `X` for `X | None`. A file has no way to write None."""
+    rest = [each for each in get_args(hint) if each is not type(None)]
+    return rest[0] if type(None) in get_args(hint) else hint
+
+
+def mistake(hint: Any, value: object, *, hidden: bool) -> str:
+    """Say what was expected and what was found, of which nothing shows that may be secret."""
+    return f"expected {expected(hint)}, found {_found_secret(value) if hidden else found(value)}"
+
+
+def expected(hint: Any) -> str:
+    kind = _kind(hint)
+    if get_origin(kind) is tuple:
+        return f"{expected(get_args(kind)[0])}, or a list of such"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
+    return next(meta.description for meta in get_args(kind) if isinstance(meta, Meta) and meta.description)
+
+
+def found(value: object) -> str:
+    """A value for an error message, as TOML would write it and not too long."""
+    match value:
+        case float():
+            return repr(value)
+        case int() if value.bit_length() > 256:
+            return "a number that is too large"
+        case bool() | str() | int():
+            text = json.dumps(value, ensure_ascii=True)
+            return text if len(text) <= 60 else text[:57] + '..."'
+        case list() | tuple():
+            return "[" + ", ".join(map(found, value[:4])) + (", ...]" if len(value) > 4 else "]")
+        case Mapping():
+            return "a table"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def _found_secret(value: object) -> str:
+    scheme, separator, _ = value.partition("://") if isinstance(value, str) else ("", "", "")
+    return found(f"{scheme}://...") if separator else "something else"

@@ -1,0 +1,137 @@
+"""How log lines look, which there are, and that nothing secret is in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from catbus.cli.log_configuration import configure, scrub
+from catbus.loggers import get_logger
+
+TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"
+SECRET = "correct horse battery staple"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def logged(levels: str = "debug") -> tuple[io.StringIO, Any]:
+    stream = io.StringIO()
+    configure(levels, "auto", stream, secrets=[SECRET])
+    return stream, get_logger("catbus.test")
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_where_nobody_looks() -> None:
+    stream, logger = logged()
+    logger.info("serving", urls=["ws://127.0.0.1:1/ws"])
+    logging.getLogger("other").warning("%s is odd", "this")
+    ours, theirs = lines(stream)
+    assert ours["timestamp"].endswith("Z")
+    assert {**ours, "timestamp": ""} == {
+        "event": "serving",
+        "level": "info",
+        "logger": "catbus.test",
+        "timestamp": "",
+        "urls": ["ws://127.0.0.1:1/ws"],
+    }
+    assert (theirs["event"], theirs["level"], theirs["logger"]) == ("this is odd", "warning", "other")
+
+
+def test_text_on_a_terminal() -> None:
+    stream = Terminal()
+    configure("info", "auto", stream)
+    get_logger("catbus.test").info("serving", port=1)
+    assert "serving" in stream.getvalue()
+    assert not stream.getvalue().startswith("{")
+
+
+def test_an_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
+    stream, logger = logged()
+    terminal = Terminal()
+    try:
+        raise ValueError(f"token={TOKEN}")
+    except ValueError:
+        logger.exception("odd")
+        configure("debug", "auto", terminal)
+        logger.exception("odd")
+    [line] = lines(stream)
+    assert "Traceback" in line["exception"] and "Traceback" in terminal.getvalue()
+    assert TOKEN not in stream.getvalue() + terminal.getvalue()
+
+
+def test_levels_hold_for_everything_below_a_name() -> None:
+    stream, _ = logged("catbus=info,catbus.log=error,aioquic=debug")
+    for name in ("catbus", "catbus.hub", "catbus.log", "catbus.log.memory", "quic", "other"):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+            logging.getLogger(name).log(level, "x")
+    heard: dict[str, list[str]] = {}
+    for line in lines(stream):
+        heard.setdefault(line["logger"], []).append(line["level"])
+    assert heard == {
+        "catbus": ["info", "warning", "error"],
+        "catbus.hub": ["info", "warning", "error"],
+        "catbus.log": ["error"],
+        "catbus.log.memory": ["error"],
+        "quic": ["debug", "info", "warning", "error"],
+        "other": ["warning", "error"],
+    }
+
+
+def test_off_is_off() -> None:
+    stream, logger = logged("off")
+    logger.critical("x")
+    assert not stream.getvalue()
+
+
+def test_no_secret_gets_into_a_line() -> None:
+    stream, logger = logged()
+    logger.info(f"took {TOKEN}", token="plain", nested={"admin_key": "hunter2", "deep": [{"password": "hunter2"}]})
+    logger.info("using " + SECRET, value=SECRET, raw=SECRET.encode(), odd=object, error=ValueError(SECRET))
+    logger.info("connecting", url="postgres://me:hunter2@db/catbus?sslmode=require&password=hunter2")
+    logger.info("request", headers={"Authorization": "Bearer hunter2"}, line="Authorization: Bearer hunter2")
+    logger.info("environment", text="CATBUS_SECRET=hunter2 PGPASSWORD=hunter2")
+    logging.getLogger("other").info("token: %s", "hunter2")
+    for secret in (TOKEN, SECRET, "hunter2", "plain"):
+        assert secret not in stream.getvalue()
+    assert "postgres://me:***@db/catbus?sslmode=require&password=***" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "the token has expired",
+        "unauthenticated (token_expired)",
+        "sub-project.updates",
+        "ws://127.0.0.1:8080/ws",
+        "postgres://db:5432/catbus",
+        "role-play",
+    ],
+)
+def test_what_is_no_secret_stays(harmless: str) -> None:
+    assert scrub(harmless) == harmless
+
+
+@pytest.mark.parametrize(
+    "secret", [TOKEN, "role-AAAAAAAAAAAAAAAAAAAAAA", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"]
+)
+def test_every_kind_of_token_is_recognised(secret: str) -> None:
+    assert secret not in scrub(f"this is {secret}, is it not?")
+
+
+def test_without_the_command_the_program_around_decides(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_logger("catbus.test").warning("odd", port=1)
+    [record] = caplog.records
+    assert (record.getMessage(), record.name, vars(record)["port"]) == ("odd", "catbus.test", 1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,122 @@
+"""catbus.webtransport.connectionless_packets"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.webtransport import Connection, SessionOpened, Terminated
+from catbus.webtransport.connectionless_packets import (
+    VERSIONS,
+    Header,
+    read_header,
+    retry,
+    stateless_reset,
+    version_negotiation,
+)
+from tests.webtransport.simulated_link import CLIENT, SERVER, Link, client_config, server_config
+
+
+def first_initial() -> tuple[Connection, bytes]:
+    connection = Connection.client(client_config(), SERVER, 0.0, authority="localhost")
+    [(data, to)] = connection.datagrams_to_send(0.0)
+    assert to == SERVER
+    return connection, data
+
+
+def test_a_clients_first_packet() -> None:
+    connection, data = first_initial()
+    header = read_header(data)
+    assert header is not None
+    assert header.initial and header.supported and not header.negotiation
+    assert len(data) >= 1200
+    assert {header.source} == connection.connection_ids
+    assert header.version == VERSIONS[0]
+    assert header.token == b""
+
+
+@given(st.binary(max_size=100))
+def test_anything_can_be_read(data: bytes) -> None:
+    header = read_header(data)
+    assert header is None or len(header.destination) <= 255
+
+
+def test_a_short_header() -> None:
+    assert read_header(b"\x40" + b"12345678" + b"rest") == Header(None, False, b"12345678", b"", b"")
+    assert read_header(b"\x40" + b"1234567") is None
+    assert read_header(b"\x00" + b"12345678" + b"rest") is None
+
+
+def test_an_unknown_version_is_answered_with_ours() -> None:
+    strange = b"\xc0" + b"\x1a\x2a\x3a\x4a" + b"\x03abc" + b"\x02de" + bytes(1200)
+    header = read_header(strange)
+    assert header is not None
+    assert not header.supported and not header.initial and not header.negotiation
+    answer = read_header(version_negotiation(header))
+    assert answer is not None
+    assert answer.negotiation
+    assert (answer.destination, answer.source) == (b"de", b"abc")
+
+
+def test_a_client_comes_again_after_a_retry() -> None:
+    connection, data = first_initial()
+    header = read_header(data)
+    assert header is not None
+    connection.receive_datagram(retry(header, b"newplace", b"token"), SERVER, 0.1)
+    [(again, _)] = connection.datagrams_to_send(0.1)
+    second = read_header(again)
+    assert second is not None
+    assert (second.token, second.destination) == (b"token", b"newplace")
+
+    server = Connection.server(server_config(), header.destination, retry_source=b"newplace")
+    assert b"newplace" in server.connection_ids
+    link = Link(connect=False)
+    link.now = 0.2
+    link.client.connection, link.server.connection = connection, server
+    link.arrive(SERVER, again)
+    link.until(lambda: link.client.saw(SessionOpened))
+
+
+def test_a_stateless_reset_ends_a_client_at_once() -> None:
+    link = Link(connect=False)
+    connection, data = first_initial()
+    header = read_header(data)
+    assert header is not None
+    link.client.connection, link.now = connection, 0.1
+    link.server.connection = Connection.server(
+        server_config(), header.destination, reset_token=lambda connection_id: connection_id * 2
+    )
+    link.arrive(SERVER, data)
+    link.open()
+    link.run(1)
+    used = link.client.it._quic._peer_cid.cid
+    for one in link.client.it._quic._peer_cid_available:
+        assert one.stateless_reset_token == one.cid * 2
+    wrong = stateless_reset(b"x" * 16, 100)
+    right = stateless_reset(used * 2, 100)
+    assert wrong is not None and right is not None
+    link.client.it.receive_datagram(wrong, SERVER, link.now)
+    link.flush()
+    assert link.client.lost is None
+    link.client.it.receive_datagram(right, SERVER, link.now)
+    link.flush()
+    assert link.client.lost == "the server does not know this connection any more"
+    assert link.client.saw(Terminated)
+    assert link.client.it.timer is None
+
+
+@pytest.mark.parametrize(("size", "length"), [(21, None), (22, 21), (44, 43), (1200, 43)])
+def test_a_stateless_reset_is_smaller_than_what_it_answers(size: int, length: int | None) -> None:
+    packet = stateless_reset(b"t" * 16, size)
+    assert (packet and len(packet)) == length
+    if packet:
+        assert packet.endswith(b"t" * 16)
+        assert packet[0] & 0xC0 == 0x40
+
+
+def test_a_reset_is_no_answer_to_a_server() -> None:
+    link = Link().open()
+    link.server.it.receive_datagram(stateless_reset(bytes(16), 100) or b"", CLIENT, link.now)
+    link.flush()
+    assert link.server.lost is None

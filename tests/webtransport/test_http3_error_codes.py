@@ -1,0 +1,56 @@
+"""catbus.webtransport.http3_error_codes, varint"""
+
+from __future__ import annotations
+
+import pytest
+from aioquic.buffer import encode_uint_var
+from aioquic.quic.packet import Buffer  # type: ignore[attr-defined]
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.webtransport import varint
+from catbus.webtransport.http3_error_codes import H3Code, from_http3, to_http3
+
+
+@given(st.integers(0, 0xFFFFFFFF))
+def test_a_code_comes_back_as_it_went(code: int) -> None:
+    carried = to_http3(code)
+    assert from_http3(carried) == code
+    assert (carried - 0x21) % 0x1F, "a reserved value"
+
+
+def test_the_drafts_own_figures() -> None:
+    assert to_http3(0) == 0x52E4A40FA8DB
+    assert to_http3(0xFFFFFFFF) == 0x52E5AC983162
+    assert to_http3(0x1D) + 2 == to_http3(0x1E)
+
+
+@pytest.mark.parametrize("code", [*H3Code, 0, 0x52E4A40FA8DA, 0x52E5AC983163, 0x52E4A40FA8F9, 2**62 - 1])
+def test_other_codes_are_not_the_applications(code: int) -> None:
+    assert from_http3(code) is None
+
+
+@pytest.mark.parametrize("code", [-1, 2**32])
+def test_a_code_has_32_bits(code: int) -> None:
+    with pytest.raises(ValueError, match="32 bits"):
+        to_http3(code)
+
+
+@given(st.integers(0, varint.MAX), st.binary(max_size=3), st.binary(max_size=3))
+def test_integers_are_written_as_aioquic_writes_them(value: int, before: bytes, after: bytes) -> None:
+    written = varint.encode(value)
+    assert written == encode_uint_var(value)
+    assert varint.decode(before + written + after, len(before)) == (value, len(before) + len(written))
+    for cut in range(len(written)):
+        assert varint.decode(written[:cut]) is None
+
+
+@given(st.binary(min_size=8, max_size=8))
+def test_integers_are_read_in_any_form(data: bytes) -> None:
+    buffer = Buffer(data=data)
+    assert varint.decode(data) == (buffer.pull_uint_var(), buffer.tell())
+
+
+def test_an_integer_that_is_too_large() -> None:
+    with pytest.raises(ValueError, match="too large"):
+        varint.encode(varint.MAX + 1)

@@ -1,0 +1,611 @@
+"""catbus.webtransport.webtransport_connection: a session from its request to its end, over a link that loses nothing"""
+
+from __future__ import annotations
+
+import pytest
+
+from catbus.webtransport import (
+    ConnectionLost,
+    Datagram,
+    IdIssued,
+    IdRetired,
+    Limits,
+    SessionClosed,
+    SessionOpened,
+    SessionRefused,
+    SessionRequested,
+    StreamData,
+    StreamReset,
+    StreamStopped,
+    Terminated,
+)
+from catbus.webtransport.http3_connection import Http3
+from catbus.webtransport.http3_error_codes import H3Code, to_http3
+from tests.webtransport.simulated_link import CLIENT, SERVER, Damage, End, Link, client_config, server_config, untouched
+
+
+def both(link: Link) -> list[tuple[End, End]]:
+    """Each side with its peer: what holds for one holds for the other."""
+    return [(link.client, link.server), (link.server, link.client)]
+
+
+SIDES = pytest.mark.parametrize("side", [0, 1], ids=["client", "server"])
+BOTH = pytest.mark.parametrize("bidirectional", [True, False], ids=["bidirectional", "unidirectional"])
+
+
+# The request.
+
+
+def test_a_request_says_what_for() -> None:
+    link = Link(path="/any/päth?q", authority="bus.example:4433", origin="https://page.example").open()
+    [request] = link.server.saw(SessionRequested)
+    assert request == SessionRequested("/any/päth?q", "bus.example:4433", "https://page.example")
+
+
+def test_a_client_that_is_no_browser_has_no_origin() -> None:
+    assert Link().open().server.saw(SessionRequested)[0].origin is None
+
+
+def test_both_announce_webtransport_in_every_way_that_browsers_look_for() -> None:
+    link = Link().open()
+    for one, _ in both(link):
+        http3 = one.it._session.http3
+        assert http3 is not None
+        settings = http3.received_settings
+        assert settings is not None
+        for name in (0x2B603742, 0xC671706A, 0x14E9CD29, 0x2C7CF000, 0x08, 0x33):
+            assert settings[name] == 1, hex(name)
+        assert settings[0x01] == settings[0x07] == 0, "no dynamic table"
+
+
+@pytest.mark.parametrize("status", [403, 404, 429, 503])
+def test_a_refused_session(status: int) -> None:
+    link = Link()
+    link.server.answer = lambda connection, now: connection.refuse(status, now)
+    link.until(lambda: link.server.lost and link.client.lost)
+    assert link.client.saw(SessionRefused) == [SessionRefused(status)]
+    assert not link.client.saw(SessionOpened)
+    assert not link.client.saw(SessionClosed)
+    assert not link.client.it.session_open
+
+
+def test_a_request_that_is_withdrawn_cannot_be_accepted() -> None:
+    link = Link()
+    link.server.answer = lambda connection, now: None
+    link.until(lambda: link.server.saw(SessionRequested))
+    link.client.it.close()
+    link.until(lambda: link.server.lost)
+    assert link.server.it.accept() is False
+    assert link.server.it.refuse(403, link.now) is False
+
+
+def test_nothing_can_be_accepted_that_nobody_asked_for() -> None:
+    link = Link().open()
+    assert link.client.it.accept() is False
+    assert link.server.it.accept() is False
+    assert link.server.it.refuse(403, link.now) is False
+
+
+def test_nothing_can_be_sent_before_there_is_a_session() -> None:
+    link = Link()
+    assert link.client.it.open_stream(bidirectional=True) is None
+    assert link.client.it.stream_credit(bidirectional=True) == 0
+    assert link.client.it.send_datagram(b"x") is False
+    assert link.client.it.close_session(0, "", link.now) is False
+
+
+def test_a_session_must_be_asked_for_in_time() -> None:
+    link = Link()
+    link.client.it._demultiplexer._wanted = None
+    link.until(lambda: link.server.lost)
+    assert link.server.lost == "no session in time"
+    assert 1009 < link.now < 1012
+    link.until(lambda: link.client.lost)
+
+
+def test_a_server_that_does_not_answer() -> None:
+    link = Link(damage=lambda data: [])
+    link.until(lambda: link.client.lost)
+    assert link.client.lost == "no session in time"
+    assert 1009 < link.now < 1012
+    link.until(lambda: link.client.saw(Terminated))
+    assert link.client.it.timer is None
+
+
+def test_a_server_without_webtransport(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Http3, "_get_local_settings", lambda self: {0x1: 0, 0x7: 0, 0x8: 1})
+    link = Link()
+    link.until(lambda: link.client.lost)
+    assert link.client.lost == "the server does not speak WebTransport"
+    assert not link.server.saw(SessionRequested)
+
+
+# Streams.
+
+
+@SIDES
+@BOTH
+def test_a_stream_carries_bytes_and_an_end(side: int, bidirectional: bool) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=bidirectional)
+    assert stream is not None
+    assert here.it.send(stream, b"one ")
+    assert here.it.send(stream, b"two", end=True)
+    link.until(lambda: stream in there.ended)
+    assert there.received[stream] == b"one two"
+    if bidirectional:
+        assert there.it.send(stream, b"three", end=True)
+        link.until(lambda: stream in here.ended)
+        assert here.received[stream] == b"three"
+    else:
+        assert there.it.send(stream, b"three") is False
+    link.run(1)
+    assert here.it._mine(stream) is None
+    assert there.it._mine(stream) is None
+
+
+@SIDES
+def test_an_end_alone_arrives(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=False)
+    assert stream is not None
+    assert here.it.send(stream, b"", end=True)
+    link.until(lambda: there.ended)
+    assert there.saw(StreamData) == [StreamData(stream, b"", ended=True)]
+
+
+@SIDES
+def test_writing_after_the_end_or_to_no_stream_does_nothing(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=True)
+    assert stream is not None
+    here.it.send(stream, b"x", end=True)
+    for unknown in (stream, 0, 1, 2, 3, 4000, 4001, -1):
+        assert here.it.send(unknown, b"more") is False
+        assert here.it.send(unknown, b"", end=True) is False
+        assert here.it.writable(unknown) is False
+    for unknown in (0, 2, 3, 4000, -1):
+        assert here.it.reset(unknown, 1) is False
+        assert here.it.stop_sending(unknown, 1) is False
+        assert here.it.unacknowledged(unknown) == 0
+        here.it.consumed(unknown, 5)
+    link.until(lambda: stream in there.ended)
+    link.run(1)
+    assert there.received[stream] == b"x"
+    assert link.client.lost is link.server.lost is None
+
+
+@SIDES
+@BOTH
+def test_a_reset_reaches_the_peer_with_its_code(side: int, bidirectional: bool) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=bidirectional)
+    assert stream is not None
+    here.it.send(stream, b"x" * 100)
+    link.run(0.1)
+    assert here.it.reset(stream, 7) is True
+    assert here.it.reset(stream, 8) is False
+    assert here.it.send(stream, b"y") is False
+    link.until(lambda: there.saw(StreamReset))
+    assert there.saw(StreamReset) == [StreamReset(stream, 7)]
+    if bidirectional:
+        assert there.it.send(stream, b"the other way still goes", end=True)
+        link.until(lambda: stream in here.ended)
+    link.run(1)
+    assert here.it._mine(stream) is there.it._mine(stream) is None
+
+
+@SIDES
+@BOTH
+def test_stop_sending_reaches_the_peer_with_its_code(side: int, bidirectional: bool) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=bidirectional)
+    assert stream is not None
+    here.it.send(stream, b"x" * 100)
+    link.run(0.1)
+    assert there.it.stop_sending(stream, 0xFFFFFFFF) is True
+    assert there.it.stop_sending(stream, 1) is False
+    # What is written before the peer's word arrives is lost, and nothing is raised.
+    assert here.it.send(stream, b"racing")
+    link.until(lambda: here.saw(StreamStopped))
+    assert here.saw(StreamStopped) == [StreamStopped(stream, 0xFFFFFFFF)]
+    assert here.it.send(stream, b"y") is False
+    assert here.it.reset(stream, 1) is False
+    assert here.it.unacknowledged(stream) == 0
+    link.run(1)
+    assert there.received[stream] == b"x" * 100
+    assert not there.saw(StreamReset), "the answer to our own request is no news"
+    if bidirectional:
+        assert there.it.send(stream, b"the other way still goes", end=True)
+        link.until(lambda: stream in here.ended)
+    link.run(1)
+    assert here.it._mine(stream) is there.it._mine(stream) is None
+
+
+def test_a_code_of_http3_is_not_the_applications() -> None:
+    link = Link().open()
+    stream = link.client.it.open_stream(bidirectional=True)
+    assert stream is not None
+    link.client.it.send(stream, b"x")
+    link.run(0.1)
+    link.client.it._quic.reset_stream(stream, H3Code.REQUEST_CANCELLED)
+    link.until(lambda: link.server.saw(StreamReset))
+    assert link.server.saw(StreamReset) == [StreamReset(stream, None)]
+
+
+@SIDES
+@BOTH
+def test_no_more_streams_are_opened_than_the_peer_allows(side: int, bidirectional: bool) -> None:
+    limits = Limits(bidirectional=5, unidirectional=7)
+    link = Link(server=server_config(limits), client=client_config(limits)).open()
+    here, there = both(link)[side]
+    # The session's own stream and the three of HTTP/3 count.
+    expected = (4 if side == 0 else 5) if bidirectional else 4
+    assert here.it.stream_credit(bidirectional=bidirectional) == expected
+    streams = [here.it.open_stream(bidirectional=bidirectional) for _ in range(expected)]
+    assert None not in streams
+    assert here.it.open_stream(bidirectional=bidirectional) is None
+    assert here.it.stream_credit(bidirectional=bidirectional) == 0
+    first = streams[0]
+    assert first is not None
+    here.it.send(first, b"x", end=True)
+    link.until(lambda: first in there.ended)
+    if bidirectional:
+        there.it.send(first, b"", end=True)
+    link.until(lambda: here.it.stream_credit(bidirectional=bidirectional) == 1)
+    assert here.it.open_stream(bidirectional=bidirectional) is not None
+
+
+def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
+    generous = client_config(Limits(unidirectional=1000))
+    link = Link(client=generous, server=server_config(Limits(opened=10))).open()
+    assert link.server.it.stream_credit(bidirectional=False) == 10
+    opened = [link.server.it.open_stream(bidirectional=False) for _ in range(11)]
+    assert opened[-1] is None
+    assert opened[9] is not None
+    link.server.it.reset(opened[9], 0)
+    link.until(lambda: link.server.it.stream_credit(bidirectional=False) == 1)
+
+
+def test_streams_that_the_peer_stops_count_until_it_knows_that_they_are_reset() -> None:
+    generous = client_config(Limits(unidirectional=1000))
+    link = Link(client=generous, server=server_config(Limits(opened=10))).open()
+    opened = [link.server.it.open_stream(bidirectional=False) for _ in range(10)]
+    link.run(1)
+    link.damage = lambda data: ()
+    link.upwards = untouched
+    for stream in opened:
+        assert stream is not None
+        link.client.it._quic.stop_stream(stream, 0)
+    link.until(lambda: len(link.server.saw(StreamStopped)) == 10)
+    assert link.server.it.stream_credit(bidirectional=False) == 0
+    link.damage = untouched
+    link.until(lambda: link.server.it.stream_credit(bidirectional=False) == 10)
+
+
+# Datagrams.
+
+
+@SIDES
+def test_datagrams(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    largest = here.it.max_datagram_size
+    assert largest > 1100
+    assert here.it.send_datagram(b"x" * (largest + 1)) is False
+    assert here.it.send_datagram(b"x" * largest) is True
+    assert here.it.send_datagram(b"") is True
+    link.run(1)
+    assert there.saw(Datagram) == [Datagram(b"x" * largest), Datagram(b"")]
+
+
+def test_the_largest_datagram_goes_out_whatever_else_there_is_to_send() -> None:
+    link = Link().open()
+    stream = link.client.it.open_stream(bidirectional=True)
+    assert stream is not None
+    for _ in range(10):
+        link.client.it.send(stream, b"y" * 3000)
+        link.client.it.ping()
+        assert link.client.it.send_datagram(b"x" * link.client.it.max_datagram_size)
+        link.run(0.2)
+    assert len(link.server.saw(Datagram)) == 10
+
+
+def test_datagrams_that_nobody_takes_are_dropped() -> None:
+    link = Link(server=server_config(Limits(datagrams=5))).open()
+    assert [link.server.it.send_datagram(b"x") for _ in range(7)] == [True] * 5 + [False] * 2
+    link.run(0.1)
+    for _ in range(100):
+        for _ in range(10):
+            link.client.it.send_datagram(b"z")
+        for data, _to in link.client.it.datagrams_to_send(link.now):
+            link.server.it.receive_datagram(data, link.client.address, link.now)
+        for data, _to in link.server.it.datagrams_to_send(link.now):
+            link.client.it.receive_datagram(data, link.server.address, link.now)
+        link.now += 0.03
+    assert len(link.server.it._events) == 256
+    link.server.take(link.now)
+    assert link.server.it._demultiplexer.datagrams_waiting == 0
+
+
+# The end.
+
+
+@SIDES
+@pytest.mark.parametrize("code", [0, 1, 4401, 0xFFFFFFFF])
+def test_closing_codes_pass(side: int, code: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    assert here.it.close_session(code, "grüße", link.now) is True
+    assert here.it.close_session(1, "again", link.now) is False
+    link.until(lambda: here.lost and there.lost)
+    assert there.saw(SessionClosed) == [SessionClosed(code, "grüße")]
+    assert not here.saw(SessionClosed)
+    assert [type(event) for event in there.events[-2:]] == [SessionClosed, ConnectionLost]
+    link.until(lambda: here.saw(Terminated) and there.saw(Terminated))
+    assert link.now < 1005
+    assert here.it.timer is there.it.timer is None
+    assert len(here.saw(ConnectionLost)) == len(there.saw(ConnectionLost)) == 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_lost_packet_holds_up_its_own_stream_only(apart: bool) -> None:
+    link = Link().open()
+    link.run(1)
+    one = link.server.it.open_stream(bidirectional=False)
+    other = link.server.it.open_stream(bidirectional=False) if apart else one
+    assert one is not None and other is not None
+    for stream in (one, other):
+        link.server.it.send(stream, b"begin;")
+    link.run(1)
+    link.damage = lambda data: []
+    link.server.it.send(one, b"lost;")
+    link.flush()
+    link.damage = untouched
+    link.server.it.send(other, b"next;")
+    link.until(lambda: link.client.received[other].endswith(b"next;"))
+    assert (b"lost;" in link.client.received[one]) is not apart
+    link.until(lambda: b"lost;" in link.client.received[one])
+
+
+@SIDES
+def test_a_connection_that_ends_after_its_session_ends_without_an_error(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chromium may see the connection close before it has told its page how the session did: with any code but QUIC's
+    # own NO_ERROR, as the transport's, the page hears "Connection lost" and no closing code.
+    link = Link().open()
+    here, there = both(link)[side]
+    monkeypatch.setattr(there.it, "close", lambda reason="": None)
+    here.it.close_session(4001, "", link.now)
+    link.until(lambda: here.lost and there.lost)
+    assert there.saw(SessionClosed) == [SessionClosed(4001, "")]
+    assert_no_error(there)
+
+
+@SIDES
+def test_a_connection_whose_peer_ends_the_session_ends_without_an_error(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    here.it.close_session(7, "enough", link.now)
+    link.until(lambda: here.lost and there.lost)
+    # Here the peer was quicker to close.
+    assert_no_error(here)
+
+
+def assert_no_error(end: End) -> None:
+    """What a connection was closed with by its peer: NO_ERROR of the transport's own."""
+    ending = end.it._quic.ending
+    assert ending is not None
+    assert (ending.error_code, ending.frame_type) == (0, 0)
+
+
+@SIDES
+def test_last_words_arrive_before_the_closing(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    stream = here.it.open_stream(bidirectional=True)
+    assert stream is not None
+    here.it.send(stream, b"w" * 100_000)
+    link.run(0.025)
+    assert 0 < len(there.received[stream]) < 100_000
+    there.it.send(stream, b"what comes while we close is dropped")
+    for bidirectional in (True, False):
+        other = there.it.open_stream(bidirectional=bidirectional)
+        assert other is not None
+        there.it.send(other, b"and so is this")
+    here.it.close_session(4000, "", link.now)
+    assert here.it.send(stream, b"too late") is False
+    assert not here.it.session_open
+    link.until(lambda: there.lost)
+    assert there.received[stream] == b"w" * 100_000
+    assert there.saw(SessionClosed) == [SessionClosed(4000, "")]
+    assert not here.saw(StreamData)
+
+
+def test_a_peer_that_does_not_listen_holds_up_no_closing() -> None:
+    link = Link().open()
+    link.run(1)
+    stream = link.server.it.open_stream(bidirectional=True)
+    assert stream is not None
+    link.damage = lambda data: []
+    link.server.it.send(stream, b"x" * 1000)
+    link.server.it.close_session(1, "", link.now)
+    began = link.now
+    link.until(lambda: link.server.lost)
+    assert 3.9 < link.now - began < 5
+
+
+@SIDES
+def test_an_end_without_words_is_a_close_with_code_0(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    http3 = here.it._session.http3
+    assert http3 is not None
+    http3.send_data(0, b"", end_stream=True)
+    link.until(lambda: there.lost)
+    assert there.saw(SessionClosed) == [SessionClosed(0, "")]
+    assert link.now < 1000.2, "a browser leaves the connection open"
+
+
+@SIDES
+def test_a_connection_is_closed_as_soon_as_the_peer_has_heard(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    # Like a browser, the other side does not close the connection.
+    there.it._demultiplexer._over = lambda code, reason: None  # type: ignore[method-assign]
+    here.it.close_session(1, "", link.now)
+    link.until(lambda: here.lost)
+    assert link.now < 1000.2
+
+
+@SIDES
+@pytest.mark.parametrize("how", ["reset", "stop", "half a capsule", "a lying capsule"])
+def test_a_session_that_breaks_off(side: int, how: str) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    http3 = here.it._session.http3
+    assert http3 is not None
+    if how == "reset":
+        here.it._quic.reset_stream(0, to_http3(5))
+    elif how == "stop":
+        here.it._quic.stop_stream(0, to_http3(5))
+    elif how == "half a capsule":
+        http3.send_data(0, b"\x68\x43\x08\0\0", end_stream=True)
+    else:
+        http3.send_data(0, b"\x68\x43\x02\0\0", end_stream=False)
+    link.until(lambda: there.lost)
+    assert there.saw(SessionClosed) == [SessionClosed(None, "")]
+    link.until(lambda: here.lost)
+
+
+@SIDES
+def test_a_peer_that_leaves_is_noticed_at_once(side: int) -> None:
+    link = Link().open()
+    here, there = both(link)[side]
+    here.it.close("going")
+    assert [event for event in here.it.events() if isinstance(event, ConnectionLost)] == [ConnectionLost("going")]
+    began = link.now
+    link.until(lambda: there.lost)
+    assert there.lost == "going"
+    assert link.now - began < 0.05
+    assert here.it.send(4, b"") is False
+    assert there.it.open_stream(bidirectional=True) is None
+
+
+@SIDES
+def test_a_peer_that_vanishes_is_noticed_when_idle_for_a_minute(side: int) -> None:
+    link = Link().open()
+    link.server.it.trust()
+    link.run(1)
+    here, there = both(link)[side]
+    link.damage = lambda data: []
+    here.it.close()
+    began = link.now
+    link.until(lambda: there.lost)
+    assert there.lost == "Idle timeout"
+    assert 55 < link.now - began <= 61
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_a_newcomer_that_vanishes_is_given_up_after_some_seconds(session: bool) -> None:
+    link = Link()
+    if session:
+        link.open()
+    else:
+        link.client.it._demultiplexer._wanted = None
+        link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
+    link.run(1)
+    link.damage = lambda data: []
+    link.client.it.close()
+    began = link.now
+    link.until(lambda: link.server.saw(Terminated))
+    assert link.server.lost == "the newcomer has gone"
+    assert link.now - began <= Limits().silence
+
+
+def test_a_newcomer_with_slow_answers_is_not_kept_for_longer() -> None:
+    # Three probe timeouts, as RFC 9000 section 10.1 recommends, are as many seconds as a peer wants them to be.
+    link = Link(damage=lambda data: [(1.9, data)], client=client_config(Limits(opening=60)))
+    link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
+    link.damage = lambda data: []
+    link.run(1.9)  # What is under way arrives.
+    began = link.now
+    link.until(lambda: link.server.saw(Terminated))
+    assert link.now - began <= Limits().silence
+
+
+def test_a_newcomer_that_says_nothing_is_asked_and_may_stay() -> None:
+    link = Link().open()
+    link.run(40)
+    assert link.server.lost is link.client.lost is None
+    assert not link.server.it.trusted
+
+
+def test_a_peer_that_is_trusted_may_be_silent_at_once() -> None:
+    link = Link().open()
+    link.run(1)
+    link.server.it.trust()
+    link.damage = lambda data: []
+    began = link.now
+    link.until(lambda: link.server.lost)
+    assert 55 < link.now - began <= 61
+
+
+def test_a_handshake_on_a_bad_network_has_time() -> None:
+    """Half a second each way, and the first packets of either side are lost twice."""
+    lost = {SERVER: 2, CLIENT: 2}
+    link = Link(client=client_config(Limits(opening=60)))
+
+    def damage(to: object) -> Damage:
+        def carry(data: bytes) -> list[tuple[float, bytes]]:
+            lost[to] -= 1
+            return [] if lost[to] >= 0 else [(0.5, data)]
+
+        return carry
+
+    link.upwards, link.damage = damage(SERVER), damage(CLIENT)
+    link.open()
+    link.run(20)
+    assert link.server.lost is link.client.lost is None
+
+
+def test_pings_keep_a_connection_alive() -> None:
+    link = Link().open()
+    for _ in range(10):
+        link.server.it.ping()
+        link.server.it.ping()
+        assert len(link.server.it._quic._ping_pending) == 1
+        link.run(20)
+    assert link.server.lost is link.client.lost is None
+
+
+@SIDES
+def test_a_router_knows_all_connection_ids(side: int) -> None:
+    link = Link().open()
+    link.run(1)
+    here, _ = both(link)[side]
+    issued = {event.connection_id for event in here.saw(IdIssued)}
+    assert len(issued) == 7
+    assert issued < here.it.connection_ids
+    known = {one.cid for one in here.it._quic._host_cids}
+    assert known <= here.it.connection_ids
+    assert here.it._quic.host_cid in known
+
+
+def test_a_retired_connection_id_is_told() -> None:
+    link = Link().open()
+    link.run(1)
+    before = link.server.it.connection_ids
+    link.client.it._quic.change_connection_id()
+    link.client.it.ping()
+    link.run(1)
+    [retired] = link.server.saw(IdRetired)
+    assert retired.connection_id in before
+    assert retired.connection_id not in link.server.it.connection_ids
+    assert len(link.server.it.connection_ids) == len(before)
