@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from catbus.auth import Grants, sign
-from catbus.postgres import embedded
+from catbus.postgres.embedded import server as embedded_server
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a secret that only benchmarks have"
@@ -144,7 +144,7 @@ def database(url: str | None, directory: str | None = None) -> Iterator[str]:
             "PostgreSQL and clients share these cores; "
             f"fdatasync in {Path(place).parent}: {_fsync_time(place):.2f} ms, fsync is on"
         )
-        with embedded.prepare(Path(place)) as server, server.log_file.open("ab") as log:
+        with embedded_server.prepare(Path(place)) as server, server.log_file.open("ab") as log:
             process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
             try:
                 server.wait_ready(process)

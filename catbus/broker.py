@@ -24,7 +24,8 @@ from .local import Messages
 from .log import Log, MemoryLog, Rejected
 from .memory import return_memory
 from .metrics import Metrics
-from .postgres import PostgresLog, embedded
+from .postgres import PostgresLog
+from .postgres.embedded import server as embedded_server
 from .wire import Publish, check_payload, to_json
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
@@ -174,6 +175,6 @@ async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
     if settings.url == "memory":
         return MemoryLog(limits.recent, pending=limits.pending_total)
     if settings.url == "embedded":
-        url = await nursery.start(embedded.run, config.state_directory / "postgres")
+        url = await nursery.start(embedded_server.run, config.state_directory / "postgres")
         settings = msgspec.structs.replace(settings, url=url)
     return PostgresLog(settings, config.retention, recent=limits.recent, pending=limits.pending_total)

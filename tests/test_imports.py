@@ -44,11 +44,11 @@ NARROWER = {
 # Libraries that only these may import: a module, or a package with all in it.
 ONLY_IMPORTERS = {
     "aioquic": {"catbus.webtransport"},
-    "asyncpg": {"catbus.postgres.bridge"},
+    "asyncpg": {"catbus.postgres.access.asyncpg_bridge"},
     "click": {"catbus.cli"},
     "prometheus_client": {"catbus.metrics"},
     "hypothesis": {"catbus.testing"},
-    "trio_asyncio": {"catbus.postgres.bridge"},
+    "trio_asyncio": {"catbus.postgres.access.asyncpg_bridge"},
     "trio_websocket": {"catbus.endpoints.websocket"},
 }
 

@@ -16,7 +16,7 @@ from catbus.cli.commands.status import _missing
 from catbus.client import Bus
 from catbus.client.messages import Gap
 from catbus.config import Database, Limits
-from catbus.postgres.repair import repair
+from catbus.postgres.maintenance.repair import repair
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import Peer
 from tests.postgres.sql import open_sql

@@ -16,7 +16,7 @@ from catbus import Config
 from catbus.auth import Grants, make_role_token
 from catbus.config import Database
 from catbus.errors import CloseCode, Code
-from catbus.postgres.roles import open_roles
+from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
 from tests.endpoints.peers import Peer
 from tests.postgres.proxy import open_proxy

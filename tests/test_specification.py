@@ -30,8 +30,10 @@ from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.framing import Framer
 from catbus.hub import MAX_HISTORY, QUIET, Hub
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
-from catbus.postgres import lookup, outbox, pace
-from catbus.postgres.bridge import OUTAGE, sqlstate
+from catbus.postgres import outbox_relay
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, sqlstate
+from catbus.postgres.listen import polling_interval
+from catbus.postgres.roles import role_lookup
 from catbus.webtransport import Limits as ConnectionLimits
 from catbus.wire import Protocol, Reply, Request
 from tests.postgres.sql import open_sql
@@ -341,7 +343,7 @@ CONSTANTS = {
     "segments of a channel or pattern": topics.MAX_SEGMENTS,
     "nesting of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
-    "seconds that looking up a role takes": lookup.PATIENCE,
+    "seconds that looking up a role takes": role_lookup.PATIENCE,
     "seconds without the database in which roles keep what they may": permissions.STALE,
     "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
@@ -396,9 +398,9 @@ def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
 
 
 def test_the_paces_in_the_text_are_those_of_the_code() -> None:
-    assert f"every {pace.PACE:g} seconds, they look" in section("Delivery")
-    look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox.PACE, outbox.BRISK_PACE))
-    assert f"every {look}, and every {brisk} in the {outbox.RECENT:g} seconds" in section("Publishing")
+    assert f"every {polling_interval.PACE:g} seconds, they look" in section("Delivery")
+    look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox_relay.PACE, outbox_relay.BRISK_PACE))
+    assert f"every {look}, and every {brisk} in the {outbox_relay.RECENT:g} seconds" in section("Publishing")
 
 
 async def test_sql_is_refused_as_the_table_says(database_url: str) -> None:
@@ -491,7 +493,7 @@ def test_the_worked_example_of_a_role_has_its_hash_and_its_handle() -> None:
     assert key is not None
     assert (key.hex(), role_handle(key)) == (said["sha256"], said["handle"])
     assert len(make_role_token()) == len(said["token"])
-    assert f"has not answered within {lookup.PATIENCE:g} seconds" in section("Tokens")
+    assert f"has not answered within {role_lookup.PATIENCE:g} seconds" in section("Tokens")
 
 
 def test_the_claims_of_a_jwt_are_understood() -> None:

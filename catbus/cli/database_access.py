@@ -14,8 +14,8 @@ import trio
 
 from ..config import Config, Database, load, redact
 from ..errors import ConfigError
-from ..postgres import embedded
-from ..postgres.roles import Role, Roles, open_roles
+from ..postgres.embedded import server as embedded_server
+from ..postgres.roles.role_store import Role, RoleStore, open_roles
 from ..wire import to_json
 from .shared_options import config_option, database_option, state_option
 
@@ -35,7 +35,7 @@ def load_database(path: Path | None, database: str | None, state: str | None) ->
     """
     given = {"database.url": database, "state": state}
     config = load(path, os.environ, given)
-    if embedded.is_kept_in(directory_of(config)):
+    if embedded_server.is_kept_in(directory_of(config)):
         config = load(path, os.environ, given, {"database.url": "embedded"})
     if config.database.url == "memory":
         raise ConfigError(
@@ -62,11 +62,11 @@ async def reach_database(config: Config) -> AsyncIterator[Database]:
     if config.database.url != "embedded":
         yield config.database
         return
-    async with embedded.reach(directory_of(config)) as url:
+    async with embedded_server.reach(directory_of(config)) as url:
         yield msgspec.structs.replace(config.database, url=url)
 
 
-def with_roles(config: Config, work: Callable[[Roles], Awaitable[T]], *, change: bool = True) -> T:
+def with_roles(config: Config, work: Callable[[RoleStore], Awaitable[T]], *, change: bool = True) -> T:
     """What `work` makes of the roles in the database. Only what changes them brings the schema to this version."""
 
     async def go() -> T:

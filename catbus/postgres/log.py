@@ -14,20 +14,20 @@ from ..errors import Unavailable
 from ..histogram import Histogram
 from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
 from ..log.base import PENDING, PENDING_BYTES
-from .bridge import OUTAGE, Bridge, Connection, open_bridge
-from .courier import Courier
-from .housekeeping import Housekeeping
-from .listener import Listener
-from .lookup import Lookup
-from .migrate import migrate
-from .outbox import Outbox
-from .reader import Reader, unavailable
-from .retention import Retention
-from .role_changes import RoleChanges
-from .roll import Roll
-from .supervise import Supervisor, Working
-from .tail import Tail
-from .writer import Writer
+from .access.asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
+from .access.migrations import migrate
+from .access.reconnecting_tasks import ReconnectingTasks, ReportProgress
+from .append.log_writer import LogWriter
+from .ephemeral.ephemeral_relay import EphemeralRelay
+from .follow.log_reader import LogReader, unavailable
+from .follow.log_tail import LogTail
+from .listen.notification_listener import NotificationListener
+from .maintenance.heartbeat import Heartbeat
+from .maintenance.log_retention import LogRetention
+from .maintenance.schedule import MaintenanceSchedule
+from .outbox_relay import OutboxRelay
+from .roles.role_changes import RoleChanges
+from .roles.role_lookup import RoleLookup
 
 _ROWS, _SIZE = 1000, 1 << 20
 """The pages in which missing entries are read."""
@@ -119,14 +119,14 @@ class PostgresLog:
         self._settings = settings
         self._url = url or settings.url
         self._role_changes = RoleChanges()
-        self.roles = Lookup(self._connect_vouched, self._role_changes)
+        self.roles = RoleLookup(self._connect_vouched, self._role_changes)
         """Where those who show a role token are looked up, while the log runs."""
         self._server = ""
         self._bridge: Bridge | None = None
-        self._services = Supervisor("schema", "listener", "writer", "reader")
-        self._tail = Tail(Recent(recent))
-        self._courier = Courier(self._connect, self._tail)
-        self._listener = Listener(
+        self._services = ReconnectingTasks("schema", "listener", "writer", "reader")
+        self._tail = LogTail(Recent(recent))
+        self._courier = EphemeralRelay(self._connect, self._tail)
+        self._listener = NotificationListener(
             self._connect_listener,
             self._tail,
             lambda: self._writer.pid,
@@ -134,14 +134,14 @@ class PostgresLog:
             self._role_changes,
             lossless=settings.failover == "lossless",
         )
-        self._reader = Reader(self._connect_vouched)
-        self._historian = Reader(self._connect)
+        self._reader = LogReader(self._connect_vouched)
+        self._historian = LogReader(self._connect)
         self.describe: Callable[[], Mapping[str, Any]] = dict
         """What this replica has to say of itself to whoever asks any of them; as it is written in JSON."""
-        self._roll = Roll(lambda: self.describe())
-        self._retention = Retention(retention or RetentionSettings())
-        self._housekeeping = Housekeeping(self._connect, self._retention, self._roll)
-        self._writer = Writer(
+        self._roll = Heartbeat(lambda: self.describe())
+        self._retention = LogRetention(retention or RetentionSettings())
+        self._housekeeping = MaintenanceSchedule(self._connect, self._retention, self._roll)
+        self._writer = LogWriter(
             self._connect_vouched,
             self._tail,
             self._listener.check,
@@ -150,7 +150,7 @@ class PostgresLog:
             pending=pending,
             pending_bytes=pending_bytes,
         )
-        self._outbox = Outbox(self._connect, self._writer.move)
+        self._outbox = OutboxRelay(self._connect, self._writer.move)
 
     @property
     def epoch(self) -> str:
@@ -318,13 +318,13 @@ class PostgresLog:
             self._services.stop()
             self._writer.abandon()
 
-    async def _prepare(self, working: Working) -> None:
+    async def _prepare(self, working: ReportProgress) -> None:
         with await self._connect() as connection:
             await migrate(connection)
             self._server = f"PostgreSQL {connection.version}" + (", through TLS" if connection.encrypted else "")
         working()
 
-    async def _read_missing(self, working: Working) -> None:
+    async def _read_missing(self, working: ReportProgress) -> None:
         """Read what the tail lacks, whenever it lacks something."""
         tail = self._tail
         await self._reader.connect()
@@ -336,10 +336,10 @@ class PostgresLog:
             tail.fill(page, generation)
             working()
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> DatabaseConnection:
         return await self._dial(self._url)
 
-    async def _connect_vouched(self) -> Connection:
+    async def _connect_vouched(self) -> DatabaseConnection:
         """A connection to the log that the tail follows, or is about to follow: not to one that was set back since."""
         connection = await self._connect()
         try:
@@ -352,12 +352,12 @@ class PostgresLog:
         connection.terminate()
         raise TimeoutError("nobody can say whether the log is still the same")
 
-    async def _connect_listener(self) -> Connection:
+    async def _connect_listener(self) -> DatabaseConnection:
         if self._settings.listen_url is None:
             return await self._connect()
         return await self._dial(self._settings.listen_url, "listen_url")
 
-    async def _dial(self, url: str, setting: str = "url") -> Connection:
+    async def _dial(self, url: str, setting: str = "url") -> DatabaseConnection:
         if self._bridge is None:
             raise OSError("the log is not running")
         return await self._bridge.connect(url, self._settings.connect_timeout, setting=setting)

@@ -30,8 +30,8 @@ import trio
 
 from catbus.auth import Grants
 from catbus.config import Database as DatabaseSettings
-from catbus.postgres.migrate import schema_files
-from catbus.postgres.roles import open_roles
+from catbus.postgres.access.migrations import schema_files
+from catbus.postgres.roles.role_store import open_roles
 from tests.postgres.server import execute
 
 from . import load

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from catbus.errors import ConfigError
-from catbus.postgres.bridge import OUTAGE, Row
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, Row
 from tests.postgres.clusters import SETTINGS, Cluster
 from tests.postgres.proxy import Proxy
 from tests.postgres.sql import open_sql

@@ -12,7 +12,7 @@ from itertools import count
 
 import trio
 
-from catbus.postgres.bridge import OUTAGE
+from catbus.postgres.access.asyncpg_bridge import OUTAGE
 from tests.postgres.sql import open_sql
 
 from .database import Database, is_root

@@ -13,10 +13,10 @@ from catbus.cli.main_command import main
 from catbus.delivery import Delivery
 from catbus.log import Append, Committed
 from catbus.permissions import Permissions
-from catbus.postgres.batch import Batch
+from catbus.postgres.append.append_batch import AppendBatch
+from catbus.postgres.append.log_writer import LogWriter
+from catbus.postgres.follow.log_reader import LogReader
 from catbus.postgres.log import PostgresLog
-from catbus.postgres.reader import Reader
-from catbus.postgres.writer import Writer
 from catbus.subscription import Subscription
 
 from .faults import NOTHING
@@ -24,32 +24,32 @@ from .faults import NOTHING
 
 def acknowledge_early() -> None:
     """A message is acknowledged when it is about to be committed."""
-    take = Writer._take
+    take = LogWriter._take
 
-    def take_and_answer(self: Writer) -> Batch | None:
+    def take_and_answer(self: LogWriter) -> AppendBatch | None:
         batch = take(self)
         if batch is not None:
             batch.settle([Committed(self._tail.announced + nth) for nth, _ in enumerate(batch.appends, 1)])
         return batch
 
-    Writer._take = take_and_answer  # type: ignore[method-assign]
+    LogWriter._take = take_and_answer  # type: ignore[method-assign]
 
 
 def forget_keys() -> None:
     """A retry is not checked: the key that its client gave it is not used."""
-    number = Writer._number
+    number = LogWriter._number
 
-    def number_anew(self: Writer, appends: Sequence[Append]) -> Batch:
+    def number_anew(self: LogWriter, appends: Sequence[Append]) -> AppendBatch:
         for append in appends:
             append.producer = None
         return number(self, appends)
 
-    Writer._number = number_anew  # type: ignore[method-assign]
+    LogWriter._number = number_anew  # type: ignore[method-assign]
 
 
 def read_to_the_head() -> None:
     """Who is behind is caught up to what the database has, not to what the replica has handed to the live ones."""
-    read, page = PostgresLog.read, Reader.page
+    read, page = PostgresLog.read, LogReader.page
 
     async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Any:
         if after >= self.floor - 1:

@@ -15,9 +15,9 @@ import trustme
 
 from catbus.cli.commands import check
 from catbus.config import Database
-from catbus.postgres import inspection
-from catbus.postgres.inspection import Finding, inspect
-from catbus.postgres.migrate import init
+from catbus.postgres.access import database_checks
+from catbus.postgres.access.database_checks import CheckResult, check_database
+from catbus.postgres.access.migrations import init
 from tests.cli.conftest import Command, Start, next_event
 from tests.postgres.bouncer import open_bouncer
 from tests.postgres.server import execute, to_database
@@ -254,10 +254,10 @@ def test_what_a_database_has_set_is_overridden(catbus: Command, altered_database
 
 
 async def test_what_cannot_be_overridden_behind_a_pooler_is_named(altered_database_url: str) -> None:
-    async def find() -> dict[str, Finding]:
-        findings: list[Finding] = []
+    async def find() -> dict[str, CheckResult]:
+        findings: list[CheckResult] = []
         async with open_bouncer(altered_database_url) as bouncer:
-            await inspect(Database(url=bouncer.url), findings.append)
+            await check_database(Database(url=bouncer.url), findings.append)
         return {finding.name: finding for finding in findings}
 
     found = (await find())["settings"]
@@ -286,9 +286,9 @@ def test_a_user_that_may_not(catbus: Command, database_url: str, outsider: str) 
 
 
 async def test_what_comes_through_a_pooler(database_url: str, tmp_path: Path) -> None:
-    async def look(listen_url: str | None) -> inspection.Finding:
-        found: list[inspection.Finding] = []
-        await inspection.inspect(Database(url=bouncer.url, listen_url=listen_url), found.append)
+    async def look(listen_url: str | None) -> database_checks.CheckResult:
+        found: list[database_checks.CheckResult] = []
+        await database_checks.check_database(Database(url=bouncer.url, listen_url=listen_url), found.append)
         return {finding.name: finding for finding in found}["notifications"]
 
     async with open_bouncer(database_url) as bouncer:

@@ -14,7 +14,7 @@ import pytest
 
 from catbus.auth import Grants, make_role_token, role_handle, role_key
 from catbus.cli.commands.revoke import still_allowed
-from catbus.postgres import embedded
+from catbus.postgres.embedded import server as embedded_server
 
 from .conftest import Command, Start, next_event
 
@@ -184,7 +184,7 @@ def test_a_role_of_the_broker_on_this_machine_works_at_once(
 
 def test_without_a_broker_the_embedded_database_is_served_for_the_moment(catbus: Command, state: Path) -> None:
     token = make(catbus, "--database", "embedded", "-p", "read", "a")
-    assert embedded.served(state / "postgres") is None
+    assert embedded_server.served(state / "postgres") is None
     assert not (state / "postgres" / "cluster" / "data" / "postmaster.pid").exists()
     # Once it is there it need not be named any more.
     assert [role["role"] for role in shown(catbus("role", "list").output)] == [handle_of(token)]

@@ -23,9 +23,9 @@ import asyncpg  # type: ignore[import-untyped]
 import pytest
 
 from catbus.errors import ConfigError
-from catbus.postgres import embedded
-from catbus.postgres.binaries import find_binaries
-from catbus.postgres.migrate import schema_files
+from catbus.postgres.access.migrations import schema_files
+from catbus.postgres.embedded import server as embedded_server
+from catbus.postgres.embedded.installations import find_installation
 
 TEMPLATE = "catbus_test_template"
 MEMORY = 4 << 30
@@ -65,10 +65,10 @@ def serve() -> Iterator[str]:
     fsync = os.environ.get("CATBUS_TEST_FSYNC", "off")
     directory = make_directory(durable=fsync != "off")
     settings = {"fsync": fsync, "max_connections": "50"}
-    if find_binaries().major >= 17:
+    if find_installation().major >= 17:
         settings["max_notify_queue_pages"] = "1024"  # 8 MB instead of 8 GB, so that a test can fill it
     try:
-        with embedded.prepare(directory, settings) as server:
+        with embedded_server.prepare(directory, settings) as server:
             with server.log_file.open("ab") as log:
                 process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
             with tethered(process, directory):

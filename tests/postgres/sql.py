@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from catbus.postgres.bridge import Connection, open_bridge
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge
 from tests.log.harness import PATIENCE
 
 
 @asynccontextmanager
-async def open_sql(url: str) -> AsyncIterator[Connection]:
+async def open_sql(url: str) -> AsyncIterator[DatabaseConnection]:
     """A connection of the test's own."""
     async with open_bridge() as bridge:
         with await bridge.connect(url) as connection:
@@ -36,7 +36,7 @@ async def head_locked(url: str) -> AsyncIterator[None]:
         await connection.execute("ROLLBACK")
 
 
-async def pids(connection: Connection, query: str = "%") -> list[int]:
+async def pids(connection: DatabaseConnection, query: str = "%") -> list[int]:
     """The processes of this database that run, or ran last, such a query; our own is not among them."""
     rows = await connection.fetch(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
@@ -46,7 +46,7 @@ async def pids(connection: Connection, query: str = "%") -> list[int]:
     return [pid for (pid,) in rows]
 
 
-async def waiting(connection: Connection) -> int:
+async def waiting(connection: DatabaseConnection) -> int:
     """How many appends wait for the head row."""
     ((count,),) = await connection.fetch(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "

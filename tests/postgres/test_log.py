@@ -17,14 +17,11 @@ from catbus.errors import Code, ConfigError, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
 from catbus.log.recent import OVERHEAD
 from catbus.postgres import PostgresLog
-from catbus.postgres import bridge as bridge_module
-from catbus.postgres import listener as listener_module
-from catbus.postgres import migrate as migrate_module
-from catbus.postgres import pace as pace_module
-from catbus.postgres import reader as reader_module
-from catbus.postgres import retention as retention_module
-from catbus.postgres import supervise as supervise_module
-from catbus.postgres import writer as writer_module
+from catbus.postgres.access import asyncpg_bridge, migrations, reconnecting_tasks
+from catbus.postgres.append import log_writer
+from catbus.postgres.follow import log_reader
+from catbus.postgres.listen import notification_listener, polling_interval
+from catbus.postgres.maintenance import log_retention
 from tests.log.conformance import ALICE, LogConformance, MakeLog, ReadConformance
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 from tests.postgres.proxy import open_proxy
@@ -149,14 +146,14 @@ async def test_acknowledged_means_committed(database_url: str) -> None:
 async def test_a_log_that_acknowledges_before_the_commit_is_found_out(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = writer_module.Writer._send
+    send = log_writer.LogWriter._send
     guessed = iter(range(1, 100))
 
-    async def hasty(self: writer_module.Writer, connection: Any, batch: Any) -> None:
+    async def hasty(self: log_writer.LogWriter, connection: Any, batch: Any) -> None:
         batch.settle([Committed(next(guessed)) for _ in batch.appends])
         await send(self, connection, batch)
 
-    monkeypatch.setattr(writer_module.Writer, "_send", hasty)
+    monkeypatch.setattr(log_writer.LogWriter, "_send", hasty)
     with pytest.raises(BaseExceptionGroup) as caught:
         await acknowledged_means_committed(make(database_url), database_url)
     assert caught.group_contains(AssertionError)
@@ -242,7 +239,7 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
 async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
     database_url: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "STEP", step)
+    monkeypatch.setattr(log_reader, "STEP", step)
     log = make(database_url, recent=0)
     async with running(log) as (follower, publisher):
         for number in range(9):
@@ -258,8 +255,8 @@ async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
 async def test_a_history_of_large_messages_ends_when_there_is_enough(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "STEP", 2)
-    monkeypatch.setattr(reader_module, "HISTORY_SIZE", 25_000)
+    monkeypatch.setattr(log_reader, "STEP", 2)
+    monkeypatch.setattr(log_reader, "HISTORY_SIZE", 25_000)
     log = make(database_url, recent=0)
     async with running(log) as (follower, publisher):
         for _ in range(9):
@@ -272,7 +269,7 @@ async def test_a_history_of_large_messages_ends_when_there_is_enough(
 async def test_who_asks_for_a_short_history_does_not_wait_for_those_who_ask_for_long_ones(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "STEP", 5)
+    monkeypatch.setattr(log_reader, "STEP", 5)
     log = make(database_url, recent=0)
     ended: list[int] = []
 
@@ -302,9 +299,9 @@ async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
 
 
 async def test_a_database_that_stops_answering_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "PATIENCE", 0.3)
-    monkeypatch.setattr(listener_module, "PATIENCE", 0.3)
-    monkeypatch.setattr(pace_module, "PACE", 0.1)
+    monkeypatch.setattr(log_writer, "PATIENCE", 0.3)
+    monkeypatch.setattr(notification_listener, "PATIENCE", 0.3)
+    monkeypatch.setattr(polling_interval, "PACE", 0.1)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -493,7 +490,7 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
 
 
 async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(log_writer, "PATIENCE", 0.2)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         recorder, publisher = Recorder(), Publisher(log)
@@ -518,7 +515,7 @@ async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monk
 async def test_a_notification_that_is_lost_is_found_by_the_poll(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_module, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "PACE", 0.1)
     deaf, other = make(database_url), make(database_url)
     monkeypatch.setattr(deaf._listener, "_hear", lambda *_: None)
     async with running(deaf) as (follower, _), running(other) as (_, publisher):
@@ -636,7 +633,7 @@ async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> Non
 
 
 async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace_module, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "PACE", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher):
         await publisher.publish_seq("a", b"1")
@@ -646,7 +643,7 @@ async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, m
 
 
 async def test_a_log_that_was_rolled_back_is_another_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace_module, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "PACE", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         for n in range(1, 6):
@@ -742,7 +739,7 @@ async def test_a_mistake_of_ours_ends_it_when_it_comes_again_and_again(
     async def mistaken(self: object, working: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(writer_module.Writer, "run", mistaken)
+    monkeypatch.setattr(log_writer.LogWriter, "run", mistaken)
     log = make(database_url)
     publisher = Publisher(log)
     append = publisher.submit("a", b"1")
@@ -752,7 +749,7 @@ async def test_a_mistake_of_ours_ends_it_when_it_comes_again_and_again(
     assert log.statistics().failures == 5
 
 
-MODULES = supervise_module, listener_module, writer_module, bridge_module, migrate_module, retention_module
+MODULES = reconnecting_tasks, notification_listener, log_writer, asyncpg_bridge, migrations, log_retention
 
 
 async def test_the_password_is_in_no_line_of_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ import trio
 from catbus.config import Database
 from catbus.log import Committed, Entry, Resumption
 from catbus.log.base import UNDECIDED
-from catbus.postgres import PostgresLog, supervise
-from catbus.postgres import pace as pace_module
-from catbus.postgres.marks import mark
+from catbus.postgres import PostgresLog
+from catbus.postgres.access import reconnecting_tasks
+from catbus.postgres.follow.fingerprints import fingerprint
+from catbus.postgres.listen import polling_interval
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 from tests.postgres.clusters import Cluster, open_cluster, open_served_cluster
 from tests.postgres.proxy import open_proxy
@@ -27,7 +28,7 @@ def make(url: str, *, recent: int = 1 << 20, failover: str = "lossy") -> Postgre
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "LONGEST_DELAY", 0.1)
+    monkeypatch.setattr(reconnecting_tasks, "LONGEST_DELAY", 0.1)
 
 
 @pytest.fixture
@@ -474,16 +475,16 @@ async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> N
         await there.wait_for(len(TEXTS))
         for mine, theirs in zip(follower.entries, there.entries, strict=True):
             (found,) = await sql.fetchrow("SELECT catbus.mark($1)", mine.seq)
-            assert found == mark(mine) == mark(theirs)
+            assert found == fingerprint(mine) == fingerprint(theirs)
         assert await sql.fetchrow("SELECT catbus.mark(99)") == (None,)
         assert other.statistics().reads == 0
-    assert mark(Entry(1, 2, "a", b"1")) != mark(Entry(1, 3, "a", b"1"))
+    assert fingerprint(Entry(1, 2, "a", b"1")) != fingerprint(Entry(1, 3, "a", b"1"))
 
 
 async def test_what_retention_has_taken_is_no_reason_for_doubt(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace_module, "PACE", 0.05)
+    monkeypatch.setattr(polling_interval, "PACE", 0.05)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publish(publisher, "1", "2", "3")

@@ -22,12 +22,10 @@ from catbus.auth import Grants, role_key
 from catbus.config import Database
 from catbus.log import Entry
 from catbus.postgres import PostgresLog
-from catbus.postgres import intruders as intruders_module
-from catbus.postgres import listener as listener_module
-from catbus.postgres import pace as pace_module
-from catbus.postgres.bridge import Connection
-from catbus.postgres.roles import open_roles
-from catbus.postgres.sealing import EPHEMERAL, LOG, ROLES
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.listen import forged_notifications, notification_listener, polling_interval
+from catbus.postgres.notifications.encryption import EPHEMERAL_CHANNEL, LOG_CHANNEL, ROLES_CHANNEL
+from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, TOKEN
 from tests.brokers import running as running_broker
 from tests.log.harness import running
@@ -49,11 +47,11 @@ def lowly_url(database_url: str) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def listening(url: str) -> AsyncIterator[tuple[Connection, list[Heard]]]:
+async def listening(url: str) -> AsyncIterator[tuple[DatabaseConnection, list[Heard]]]:
     """A connection that keeps what comes on all three channels."""
     heard: list[Heard] = []
     async with open_sql(url) as sql:
-        for channel in (LOG, EPHEMERAL, ROLES):
+        for channel in (LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL):
             await sql.listen(channel, lambda _, payload, channel=channel: heard.append((channel, payload)))
         yield sql, heard
 
@@ -130,9 +128,9 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
             role.handle.encode(),
         ]
         assert role_key(token) == role.key
-        await has_come(heard, LOG, 7)
-        await has_come(heard, EPHEMERAL, 4)
-        await has_come(heard, ROLES, 5)
+        await has_come(heard, LOG_CHANNEL, 7)
+        await has_come(heard, EPHEMERAL_CHANNEL, 4)
+        await has_come(heard, ROLES_CHANNEL, 5)
         epoch = broker.hub.log.epoch
     ((seal,),) = await _fetch(database_url, "SELECT seal FROM catbus.head")
     shown.append(seal.encode())
@@ -142,9 +140,9 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
                 assert secret not in text, f"{secret!r} on {channel}: {payload}"
         assert re.fullmatch(
             {
-                LOG: rf"{epoch}:\d+:\d+ [A-Za-z0-9+/=]{{44}}( \d+ [A-Za-z0-9+/=]+)?",
-                EPHEMERAL: r"2::[A-Za-z0-9+/=]+",
-                ROLES: r"|(\*|[0-9a-f]{96}) [A-Za-z0-9+/=]{44}",
+                LOG_CHANNEL: rf"{epoch}:\d+:\d+ [A-Za-z0-9+/=]{{44}}( \d+ [A-Za-z0-9+/=]+)?",
+                EPHEMERAL_CHANNEL: r"2::[A-Za-z0-9+/=]+",
+                ROLES_CHANNEL: r"|(\*|[0-9a-f]{96}) [A-Za-z0-9+/=]{44}",
             }[channel],
             payload,
         ), payload
@@ -173,14 +171,14 @@ def forgeries(heard: list[Heard]) -> Iterator[Heard]:
             yield channel, payload[:place] + ("B" if payload[place] == "A" else "A") + payload[place + 1 :]
         for length in (1, len(payload) // 2, len(payload) - 1):
             yield channel, payload[:length]
-        for other in {LOG, EPHEMERAL, ROLES} - {channel}:
+        for other in {LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL} - {channel}:
             yield other, payload
         yield channel, payload + " more"
-    log = [payload.split(" ") for channel, payload in heard if channel == LOG]
+    log = [payload.split(" ") for channel, payload in heard if channel == LOG_CHANNEL]
     for one, other in pairwise(log):
-        yield LOG, " ".join([one[0], *other[1:]])
-        yield LOG, " ".join([*one[:2], *other[2:]])
-        yield LOG, one[0]
+        yield LOG_CHANNEL, " ".join([one[0], *other[1:]])
+        yield LOG_CHANNEL, " ".join([*one[:2], *other[2:]])
+        yield LOG_CHANNEL, one[0]
 
 
 async def test_forged_and_repeated_notifications_have_no_effect(database_url: str, lowly_url: str) -> None:
@@ -197,8 +195,8 @@ async def test_forged_and_repeated_notifications_have_no_effect(database_url: st
         await there.wait_until(lambda self: len(self.messages) == 1)
         _, role = await roles.create("x", Grants(("a",), ()))
         await roles.grant(role.handle, Grants(("b",)))
-        await has_come(heard, LOG, 3)
-        await has_come(heard, ROLES, 3)
+        await has_come(heard, LOG_CHANNEL, 3)
+        await has_come(heard, ROLES_CHANNEL, 3)
         recorded = [(channel, payload) for channel, payload in heard if payload]
         forged = [each for each in forgeries(recorded) if each[1] and each not in recorded]
         before = other.statistics()
@@ -226,7 +224,7 @@ async def test_a_forged_position_is_neither_read_nor_taken_for_the_head(database
     log = PostgresLog(Database(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(lowly_url) as lowly:
         await publisher.publish_seq("a", b"1")
-        await lowly.fetch("SELECT pg_notify($1, $2)", LOG, f"{log.epoch}:2:1000000")
+        await lowly.fetch("SELECT pg_notify($1, $2)", LOG_CHANNEL, f"{log.epoch}:2:1000000")
 
         async def rejected() -> bool:
             return log.statistics().rejected == 1
@@ -280,19 +278,19 @@ async def flooding(url: str, epoch: str, recorded: list[Heard]) -> AsyncIterator
         await process.wait()
 
 
-@pytest.mark.parametrize("slow", [intruders_module.SLOW, 0.0], ids=["as it is", "polling in any case"])
+@pytest.mark.parametrize("slow", [forged_notifications.SLOW, 0.0], ids=["as it is", "polling in any case"])
 async def test_a_flood_of_forged_notifications_holds_nothing_up(
     database_url: str, lowly_url: str, slow: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(intruders_module, "SLOW", slow)
+    monkeypatch.setattr(forged_notifications, "SLOW", slow)
     one, other = (PostgresLog(Database(url=database_url, publish_timeout=20)) for _ in range(2))
     count = 30
     async with running(one) as (_, publisher), running(other) as (there, _):
         async with listening(lowly_url) as (_, heard):
             await publisher.publish_seq("a", b"0")
             one.broadcast(Entry(0, 1, "a", b'"ephemeral"'))
-            await has_come(heard, EPHEMERAL)
-            await has_come(heard, LOG)
+            await has_come(heard, EPHEMERAL_CHANNEL)
+            await has_come(heard, LOG_CHANNEL)
         began, before = trio.current_time(), other.statistics()
         async with flooding(lowly_url, one.epoch, list(heard)):
             for n in range(1, count):
@@ -312,7 +310,7 @@ async def test_a_flood_of_forged_notifications_holds_nothing_up(
     assert after.failures == 0
     assert after.jumps - before.jumps <= count
     # Nothing that is forged makes it ask the database more often than it may by itself.
-    assert after.polls - before.polls <= elapsed / min(pace_module.BUSY_PACE, listener_module._SPACING) + 10
+    assert after.polls - before.polls <= elapsed / min(polling_interval.BUSY_PACE, notification_listener._SPACING) + 10
     lines = [record for record in caplog.records if "not ours" in record.getMessage()]
     assert 1 <= len(lines) <= 2, "one for each replica"
     assert len(caplog.records) < 20
@@ -326,7 +324,7 @@ async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_cost
     async with running(log) as (_, publisher), open_sql(database_url) as sql, listening(lowly_url) as (lowly, heard):
         await sql.fetch("SELECT catbus.notify('catbus', 'unknown:1:1')")
         await sql.fetch("SELECT catbus.notify('catbus_roles', '*')")
-        await has_come(heard, ROLES)
+        await has_come(heard, ROLES_CHANNEL)
         began, before = trio.current_time(), log.statistics()
         for _ in range(1000):
             for channel, payload in heard[:2]:
@@ -334,7 +332,7 @@ async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_cost
         await publisher.publish_seq("a", b"1")
         after = log.statistics()
         assert after.notifications - before.notifications >= 2000
-        assert after.polls - before.polls <= (trio.current_time() - began) / listener_module._SPACING + 10
+        assert after.polls - before.polls <= (trio.current_time() - began) / notification_listener._SPACING + 10
 
 
 # Replicas of the release before
@@ -342,12 +340,12 @@ async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_cost
 
 def earlier(epoch: str, channel: str, payload: str) -> object:
     """What a replica of version 0.1 made of a notification whose seal is not as it expects it; raises as it did."""
-    if channel == ROLES:
+    if channel == ROLES_CHANNEL:
         return bytes.fromhex(payload) or "any"
     head, _, rest = payload.partition(" ")
     rest.partition(" ")
     one, two, three = head.split(":")
-    if channel == EPHEMERAL:
+    if channel == EPHEMERAL_CHANNEL:
         assert one != epoch, "it would have looked at the seal, and logged"
         return None
     assert one == epoch
@@ -365,10 +363,12 @@ async def test_replicas_of_the_release_before_learn_positions_and_that_roles_hav
         await sql.fetch("SELECT catbus.publish('a', '2')")
         log.broadcast(Entry(0, 1, "a", b'"ephemeral"'))
         await roles.create("x", Grants(("a",), ()))
-        await has_come(heard, LOG, 2)
-        await has_come(heard, EPHEMERAL)
-        await has_come(heard, ROLES, 2)
-        positions = [earlier(log.epoch, LOG, payload) for channel, payload in heard if channel == LOG]
+        await has_come(heard, LOG_CHANNEL, 2)
+        await has_come(heard, EPHEMERAL_CHANNEL)
+        await has_come(heard, ROLES_CHANNEL, 2)
+        positions = [earlier(log.epoch, LOG_CHANNEL, payload) for channel, payload in heard if channel == LOG_CHANNEL]
         assert positions == [(1, 1), (2, 2)]
-        assert {earlier(log.epoch, EPHEMERAL, payload) for channel, payload in heard if channel == EPHEMERAL} == {None}
-        assert "any" in [earlier(log.epoch, ROLES, payload) for channel, payload in heard if payload == ""]
+        assert {
+            earlier(log.epoch, EPHEMERAL_CHANNEL, payload) for channel, payload in heard if channel == EPHEMERAL_CHANNEL
+        } == {None}
+        assert "any" in [earlier(log.epoch, ROLES_CHANNEL, payload) for channel, payload in heard if payload == ""]

@@ -12,12 +12,11 @@ import trio
 from catbus.config import Database
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
-from catbus.postgres import listener as listener_module
-from catbus.postgres import pace as pace_module
-from catbus.postgres import reader as reader_module
-from catbus.postgres import writer as writer_module
-from catbus.postgres.bridge import OUTAGE, open_bridge
-from catbus.postgres.reader import Reader
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.append import log_writer
+from catbus.postgres.follow import log_reader
+from catbus.postgres.follow.log_reader import LogReader
+from catbus.postgres.listen import notification_listener, polling_interval
 from tests.log.harness import PATIENCE, Publisher, Recorder, running
 from tests.postgres.clusters import Cluster, open_served_cluster
 from tests.postgres.proxy import open_proxy
@@ -32,8 +31,8 @@ LEEWAY = 3.0
 
 def test_whatever_does_not_answer_is_given_up_in_time() -> None:
     """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
-    assert pace_module.PACE + listener_module.PATIENCE <= NOTICED
-    assert max(writer_module.PATIENCE, reader_module.PATIENCE) <= NOTICED
+    assert polling_interval.PACE + notification_listener.PATIENCE <= NOTICED
+    assert max(log_writer.PATIENCE, log_reader.PATIENCE) <= NOTICED
 
 
 async def wait_available(log: PostgresLog, available: bool, seconds: float) -> None:
@@ -184,9 +183,9 @@ async def test_a_full_disk_is_one_outage_until_there_is_room(
 
 
 async def test_a_page_of_the_log_is_not_waited_for_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(log_reader, "PATIENCE", 0.2)
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
-        reader = Reader(partial(bridge.connect, proxy.url))
+        reader = LogReader(partial(bridge.connect, proxy.url))
         await reader.connect()
         proxy.block()
         with trio.fail_after(PATIENCE / 2), pytest.raises(OUTAGE):

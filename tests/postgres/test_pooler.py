@@ -12,14 +12,14 @@ import trio
 from catbus.config import Database
 from catbus.log import Entry
 from catbus.postgres import PostgresLog
-from catbus.postgres import pace as pace_module
-from catbus.postgres.bridge import OUTAGE, open_bridge
-from catbus.postgres.roles import open_roles
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.listen import polling_interval
+from catbus.postgres.roles.role_store import open_roles
 from tests.log.harness import PATIENCE, Publisher, Recorder, running
 from tests.postgres.bouncer import Bouncer, open_bouncer
 from tests.postgres.clusters import open_served_cluster
 from tests.postgres.sql import open_sql
-from tests.postgres.test_lookup import make_role
+from tests.postgres.test_role_lookup import make_role
 
 
 def make(url: str, **settings: object) -> PostgresLog:
@@ -157,7 +157,7 @@ async def test_another_server_behind_it_is_not_taken_for_the_one_that_was_looked
 ) -> None:
     """Its clients stay connected while the server is put back to what it was: nobody looks until somebody asks."""
     for name in ("PACE", "IDLE_PACE", "BUSY_PACE"):
-        monkeypatch.setattr(pace_module, name, 3600.0)
+        monkeypatch.setattr(polling_interval, name, 3600.0)
     with open_served_cluster() as cluster:
         async with open_bouncer(cluster.url) as bouncer, running(make(bouncer.url)) as (follower, publisher):
             await publish(publisher, 2)

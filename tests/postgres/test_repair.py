@@ -14,9 +14,10 @@ from catbus.config import Database
 from catbus.errors import Unavailable
 from catbus.log import Committed, Page
 from catbus.log.base import UNDECIDED
-from catbus.postgres import PostgresLog, holes
-from catbus.postgres import repair as repair_module
-from catbus.postgres.repair import repair
+from catbus.postgres import PostgresLog
+from catbus.postgres.follow import deleted_ranges
+from catbus.postgres.maintenance import repair as repair_module
+from catbus.postgres.maintenance.repair import repair
 from tests.log.harness import PATIENCE, Publisher, Recorder, running
 from tests.postgres.sql import open_sql
 
@@ -74,7 +75,7 @@ async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_m
     database_url: str, recent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = CapturingLogger()
-    monkeypatch.setattr(holes, "logger", lines)
+    monkeypatch.setattr(deleted_ranges, "logger", lines)
     async with filled(database_url, recent=recent) as (one, _, _):
         other = make(database_url)
         async with running(other):
@@ -91,8 +92,8 @@ async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_m
 
 async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = CapturingLogger()
-    monkeypatch.setattr(holes, "logger", lines)
-    monkeypatch.setattr(holes, "REPEAT", 0.5)
+    monkeypatch.setattr(deleted_ranges, "logger", lines)
+    monkeypatch.setattr(deleted_ranges, "REPEAT", 0.5)
     async with filled(database_url) as (log, _, _):
         await delete(database_url, "seq = 3")
         with trio.fail_after(PATIENCE):

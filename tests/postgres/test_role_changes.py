@@ -12,23 +12,23 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus.auth import Grants
 from catbus.config import Database
 from catbus.postgres import PostgresLog
-from catbus.postgres.bridge import Connection
-from catbus.postgres.role_changes import PAUSE, RoleChanges
-from catbus.postgres.roles import Roles
-from catbus.postgres.sealing import ROLES, Seal
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.notifications.encryption import ROLES_CHANNEL, NotificationKeys
+from catbus.postgres.roles.role_changes import PAUSE, RoleChanges
+from catbus.postgres.roles.role_store import RoleStore
 from tests.log.harness import running
 from tests.postgres.sql import open_sql, pids
-from tests.postgres.test_lookup import make_role
+from tests.postgres.test_role_lookup import make_role
 
 
 class Ear:
     """What is notified on the channel of the roles, and how often they have changed."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: DatabaseConnection) -> None:
         self.connection = connection
         self.heard: list[str] = []
         """What every notification names: the key of a role, or `*`; and nothing, for replicas of earlier releases."""
-        self.seal = Seal("")
+        self.seal = NotificationKeys("")
 
     async def take(self) -> tuple[int, set[str]]:
         """How many changes have been counted, and what has come until now."""
@@ -40,7 +40,7 @@ class Ear:
         return version, set(heard) - {""}
 
     def hear(self, _pid: int, payload: str) -> None:
-        shown = self.seal.verify(ROLES, payload)[0] if payload else ""
+        shown = self.seal.verify(ROLES_CHANNEL, payload)[0] if payload else ""
         self.heard.append(shown if len(shown) < 2 else self.seal.read_role(shown).hex())
 
 
@@ -49,8 +49,8 @@ async def ear(url: str) -> AsyncIterator[Ear]:
     async with open_sql(url) as connection:
         ear = Ear(connection)
         (secret,) = await connection.fetchrow("SELECT seal FROM catbus.head")
-        ear.seal = Seal(secret)
-        await connection.listen(ROLES, ear.hear)
+        ear.seal = NotificationKeys(secret)
+        await connection.listen(ROLES_CHANNEL, ear.hear)
         yield ear
 
 
@@ -62,7 +62,7 @@ async def test_whatever_changes_a_role_is_counted_and_told_of(database_url: str)
     await make_role(database_url)
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
-        roles = Roles(sql)
+        roles = RoleStore(sql)
         await roles.grant(key, Grants(("c",)))
         assert await listening.take() == (version + 1, {key})
         await roles.revoke(key, Grants(("c",)))
@@ -104,7 +104,7 @@ async def test_a_statement_that_changes_nothing_is_no_change(database_url: str) 
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
         ((read,),) = await sql.fetch("SELECT min(pattern) FROM catbus.role_grants WHERE permission = 'read'")
-        await Roles(sql).grant(key, Grants((read,)))
+        await RoleStore(sql).grant(key, Grants((read,)))
         await sql.execute("DELETE FROM catbus.role_grants WHERE pattern = 'nobody.has.this'")
         await sql.execute("DELETE FROM catbus.roles WHERE client_id = 'nobody'")
         assert await listening.take() == (version, set())
@@ -114,7 +114,7 @@ async def test_grants_of_one_role_that_come_together_are_told_of_once(database_u
     key = (await make_role(database_url)).hex()
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
-        await Roles(sql).grant(key, Grants(tuple(f"many.{n}" for n in range(200))))
+        await RoleStore(sql).grant(key, Grants(tuple(f"many.{n}" for n in range(200))))
         await listening.connection.fetch("SELECT 1")
         assert listening.heard == [key, ""]
         assert await listening.take() == (version + 1, {key})
@@ -229,7 +229,7 @@ async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
         before = log.roles.changes
-        await Roles(sql).grant(key.hex(), Grants(("c",)))
+        await RoleStore(sql).grant(key.hex(), Grants(("c",)))
         with trio.fail_after(5):
             assert await log.roles.wait_changes() == {key}
         assert log.roles.changes > before

@@ -18,7 +18,7 @@ from catbus.config import Database
 from catbus.errors import ConfigError
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
-from catbus.postgres.bridge import OUTAGE, open_bridge
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
 from tests.log.harness import running
 from tests.postgres.bouncer import open_bouncer
 

@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 import asyncpg  # type: ignore[import-untyped]
 
 from catbus.log import Entry
-from catbus.postgres import batch, courier, listener, marks, outbox, reader, retention, roll
-from catbus.postgres.bridge import Row
-from catbus.postgres.sealing import LOG, Seal
+from catbus.postgres import outbox_relay
+from catbus.postgres.access.asyncpg_bridge import Row
+from catbus.postgres.append import append_batch
+from catbus.postgres.ephemeral import ephemeral_relay
+from catbus.postgres.follow import fingerprints, log_reader
+from catbus.postgres.listen import notification_listener
+from catbus.postgres.maintenance import heartbeat, log_retention
+from catbus.postgres.notifications.encryption import LOG_CHANNEL, NotificationKeys
 
 from .machine import POISON
 
 SECRET = "the secret of the log"
-SEAL = Seal(SECRET)
+SEAL = NotificationKeys(SECRET)
 
 
 class Stored(NamedTuple):
@@ -164,7 +169,7 @@ class Database:
         if new:
             hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
             whole = enclosed is not None and len(new) == len(columns)
-            self._insert(pid, new, epoch, SEAL.sign(LOG, hint, f"{at} {enclosed}" if whole else ""))
+            self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, hint, f"{at} {enclosed}" if whole else ""))
         return at, first, seqs
 
     def move(self, pid: int, epoch: str) -> Row:
@@ -178,7 +183,7 @@ class Database:
             for i, (channel, payload) in enumerate(state.outbox)
         ]
         last = first + len(new) - 1
-        self._insert(pid, new, epoch, SEAL.sign(LOG, f"{state.epoch}:{first}:{last}"), outbox=())
+        self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, f"{state.epoch}:{first}:{last}"), outbox=())
         return len(new), last, False
 
     def check_epoch(self, epoch: str) -> None:
@@ -191,7 +196,7 @@ class Database:
     def _insert(self, pid: int, new: list[Stored], epoch: str, hint: str, **changes: Any) -> None:
         self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
         self.committed(new, epoch)
-        self._notify(pid, LOG, hint)
+        self._notify(pid, LOG_CHANNEL, hint)
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
@@ -231,7 +236,7 @@ class Database:
 
     def mark(self, seq: int) -> bytes | None:
         state = self.state
-        return marks.mark(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
+        return fingerprints.fingerprint(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
 
     def _mark(self, _: int, seq: int) -> list[Row]:
         return [(self.mark(seq),)]
@@ -243,7 +248,7 @@ class Database:
             after = max(0, min(state.head if agreed is None else agreed, state.head))
             epoch = f"e{next(self._names)}"
             self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), began=self.timeline))
-            self._notify(pid, LOG, SEAL.sign(LOG, f"{epoch}:{state.head + 1}:{state.head}"))
+            self._notify(pid, LOG_CHANNEL, SEAL.sign(LOG_CHANNEL, f"{epoch}:{state.head + 1}:{state.head}"))
         return [(*self.state.epochs[-1], made)]
 
     def _epochs(self, _: int, epoch: str) -> list[Row]:
@@ -289,23 +294,23 @@ def _spread(column: Sequence[Any], size: int) -> Sequence[Any]:
 
 
 _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
-    batch.APPEND: Database._append,
-    batch.APPEND_AND_MOVE: Database._append_and_move,
-    batch.MOVE: Database._move,
-    reader._PAGE: Database._page,
-    reader._POSITION: Database._position,
-    reader._HOLE: lambda *_: [],
-    listener._STANDBY: lambda self, _: [(self.standby,)],
-    listener._LOOK: Database._look,
-    listener._MARK: Database._mark,
-    listener._NEW_EPOCH: Database._new_epoch,
-    listener._EPOCHS: Database._epochs,
-    listener._SEAL: lambda *_: [(SECRET,)],
-    courier._NOTIFY: Database._notify_cards,
-    outbox._LOOK: lambda self, _: [(bool(self.state.outbox),)],
-    outbox._TURN: lambda *_: [],
-    retention._LOOK: Database._overdue,
-    retention._STEP: Database._retain,
-    retention._HOLDERS: lambda *_: [],
-    roll._BEAT: lambda _, __, own, report: [(own, 0.0, report, 0.0, 0)],
+    append_batch.APPEND: Database._append,
+    append_batch.APPEND_AND_MOVE: Database._append_and_move,
+    append_batch.MOVE: Database._move,
+    log_reader._PAGE: Database._page,
+    log_reader._POSITION: Database._position,
+    log_reader._HOLE: lambda *_: [],
+    notification_listener._STANDBY: lambda self, _: [(self.standby,)],
+    notification_listener._LOOK: Database._look,
+    notification_listener._MARK: Database._mark,
+    notification_listener._NEW_EPOCH: Database._new_epoch,
+    notification_listener._EPOCHS: Database._epochs,
+    notification_listener._SEAL: lambda *_: [(SECRET,)],
+    ephemeral_relay._NOTIFY: Database._notify_cards,
+    outbox_relay._LOOK: lambda self, _: [(bool(self.state.outbox),)],
+    outbox_relay._TURN: lambda *_: [],
+    log_retention._LOOK: Database._overdue,
+    log_retention._STEP: Database._retain,
+    log_retention._HOLDERS: lambda *_: [],
+    heartbeat._BEAT: lambda _, __, own, report: [(own, 0.0, report, 0.0, 0)],
 }

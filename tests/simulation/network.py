@@ -1,4 +1,4 @@
-"""The way to the simulated database, and what can happen on it: in the place of `catbus.postgres.bridge`."""
+"""The way to the simulated database, and what can happen on it, in the place of the bridge to asyncpg."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from typing import Any, NamedTuple
 import asyncpg  # type: ignore[import-untyped]
 import trio
 
-from catbus.postgres import batch, listener, reader, retention
-from catbus.postgres.bridge import Heard, Row
+from catbus.postgres.access.asyncpg_bridge import NotificationCallback, Row
+from catbus.postgres.append import append_batch
+from catbus.postgres.follow import log_reader
+from catbus.postgres.listen import notification_listener
+from catbus.postgres.maintenance import log_retention
 
 from .database import Database, SqlError
 
 LOCK_TIMEOUT = 0.4
 QUERY_TIMEOUT = 2.0
-_APPENDS = (batch.APPEND, batch.APPEND_AND_MOVE, batch.MOVE)
-_WRITES = {*_APPENDS, listener._NEW_EPOCH, retention._STEP}
+_APPENDS = (append_batch.APPEND, append_batch.APPEND_AND_MOVE, append_batch.MOVE)
+_WRITES = {*_APPENDS, notification_listener._NEW_EPOCH, log_retention._STEP}
 """What waits for the head row, and fails on a standby."""
 
 KINDS = ("append", "look", "page", "epoch", "connect")
 _KIND = {
     **dict.fromkeys(_APPENDS, "append"),
-    listener._LOOK: "look",
-    **dict.fromkeys((reader._PAGE, reader._POSITION), "page"),
-    **dict.fromkeys((listener._MARK, listener._EPOCHS, listener._NEW_EPOCH), "epoch"),
+    notification_listener._LOOK: "look",
+    **dict.fromkeys((log_reader._PAGE, log_reader._POSITION), "page"),
+    **dict.fromkeys(
+        (notification_listener._MARK, notification_listener._EPOCHS, notification_listener._NEW_EPOCH), "epoch"
+    ),
 }
 
 FATES = ("lost", "unanswered", "late", "slow", "slowly answered", "refused", "before", "after")
@@ -258,7 +263,7 @@ class Bridge:
 
 
 class Connection:
-    """What `catbus.postgres.bridge.Connection` is for those who use it."""
+    """What `catbus.postgres.access.asyncpg_bridge.DatabaseConnection` is for those who use it."""
 
     version = 16
     encrypted = False
@@ -268,7 +273,7 @@ class Connection:
         self.pid = next(network.pids)
         self.pooled = owner.endswith(POOLED)
         self.closed = False
-        self.heard: dict[str, Heard] = {}
+        self.heard: dict[str, NotificationCallback] = {}
         self._network = network
         self._callbacks: list[Callable[[], None]] = []
         self._scope: trio.CancelScope | None = None
@@ -328,7 +333,7 @@ class Connection:
         (row,) = await self.fetch(query, *args, timeout=timeout)
         return row
 
-    async def listen(self, channel: str, callback: Heard, *, timeout: float = QUERY_TIMEOUT) -> None:
+    async def listen(self, channel: str, callback: NotificationCallback, *, timeout: float = QUERY_TIMEOUT) -> None:
         await trio.lowlevel.checkpoint()
         if self.closed:
             raise asyncpg.InterfaceError("connection is closed")

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from catbus.postgres.bridge import Connection
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from tests.postgres.proxy import Proxy, open_proxy
 from tests.postgres.sql import open_sql
 
@@ -42,7 +42,12 @@ class Real(Machine):
     patience = 20.0
 
     def __init__(
-        self, case: Case, nursery: trio.Nursery, sql: Connection, locking: Connection, proxies: list[Proxy]
+        self,
+        case: Case,
+        nursery: trio.Nursery,
+        sql: DatabaseConnection,
+        locking: DatabaseConnection,
+        proxies: list[Proxy],
     ) -> None:
         self.sql = sql
         """What the test does to the database, and `locking` holds the head row for it."""
@@ -171,7 +176,7 @@ class Real(Machine):
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[tuple[Connection, Connection, list[Proxy]]]:
+async def connected(url: str) -> AsyncIterator[tuple[DatabaseConnection, DatabaseConnection, list[Proxy]]]:
     async with (
         open_sql(url) as sql,
         open_sql(url) as locking,
@@ -181,7 +186,7 @@ async def connected(url: str) -> AsyncIterator[tuple[Connection, Connection, lis
         yield sql, locking, [one, other]
 
 
-async def play(case: Case, sql: Connection, locking: Connection, proxies: list[Proxy]) -> int:
+async def play(case: Case, sql: DatabaseConnection, locking: DatabaseConnection, proxies: list[Proxy]) -> int:
     """Run a case, within `connected()`; returns how many episodes it had. Raises `Broken`."""
     random.seed(case.seed)
     await sql.execute(_NEW)

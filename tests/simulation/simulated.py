@@ -11,8 +11,12 @@ import trio
 from trio._core._run import _r as _scheduler
 from trio.testing import MockClock
 
-from catbus.postgres import listener, outbox, pace, retention, supervise, writer
 from catbus.postgres import log as log_module
+from catbus.postgres import outbox_relay
+from catbus.postgres.access import reconnecting_tasks
+from catbus.postgres.append import log_writer
+from catbus.postgres.listen import notification_listener, polling_interval
+from catbus.postgres.maintenance import log_retention
 from catbus.testing.fuzz import reduce as without_needless
 
 from .database import Stored
@@ -166,15 +170,15 @@ def quiet() -> Iterator[None]:
         # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
         # fewer turns in a case, and the same happens in them.
         for module, name, seconds in (
-            (writer, "PATIENCE", 2.0),
-            (writer, "EPOCH_PATIENCE", 1.0),
-            (listener, "PATIENCE", 0.6),
-            (outbox, "PATIENCE", 0.6),
-            (pace, "IDLE_PACE", 0.5),
-            (pace, "BUSY_PACE", 0.1),
-            (outbox, "PACE", 1.0),
-            (outbox, "BRISK_PACE", 1.0),
-            (outbox, "SHARE", 1),
+            (log_writer, "PATIENCE", 2.0),
+            (log_writer, "EPOCH_PATIENCE", 1.0),
+            (notification_listener, "PATIENCE", 0.6),
+            (outbox_relay, "PATIENCE", 0.6),
+            (polling_interval, "IDLE_PACE", 0.5),
+            (polling_interval, "BUSY_PACE", 0.1),
+            (outbox_relay, "PACE", 1.0),
+            (outbox_relay, "BRISK_PACE", 1.0),
+            (outbox_relay, "SHARE", 1),
         ):
             patch.setattr(module, name, seconds)
         yield
@@ -182,7 +186,7 @@ def quiet() -> Iterator[None]:
 
 def hush(patch: pytest.MonkeyPatch) -> None:
     """Every outage is worth a line, and here there are thousands."""
-    for module in (listener, retention, supervise, writer):
+    for module in (notification_listener, log_retention, reconnecting_tasks, log_writer):
         patch.setattr(module, "logger", Silence())
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import trio
 
-from catbus.postgres import outbox, supervise
+from catbus.postgres import outbox_relay
+from catbus.postgres.access import reconnecting_tasks
 
 from .machine import Broken, random_case
 from .real import connected, play
@@ -26,8 +27,8 @@ async def test_whatever_goes_wrong_everything_is_as_promised(
     database_url: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
     hush(monkeypatch)
-    monkeypatch.setattr(supervise, "LONGEST_DELAY", 0.1)
-    monkeypatch.setattr(outbox, "PACE", 0.05)
+    monkeypatch.setattr(reconnecting_tasks, "LONGEST_DELAY", 0.1)
+    monkeypatch.setattr(outbox_relay, "PACE", 0.05)
     seed = int(os.environ.get("CATBUS_SEED") or Random().randrange(1 << 32))
     source, number, episodes = Random(seed), 0, 0
     async with connected(database_url) as (sql, locking, proxies):

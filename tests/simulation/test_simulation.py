@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from catbus.delivery import Delivery
 from catbus.log import Append, Committed, Entry, Page, Rejected
 from catbus.postgres import PostgresLog
-from catbus.postgres import writer as writer_module
-from catbus.postgres.batch import Batch
-from catbus.postgres.bridge import Connection
-from catbus.postgres.supervise import Working
-from catbus.postgres.tail import Tail
-from catbus.postgres.writer import Writer
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.access.reconnecting_tasks import ReportProgress
+from catbus.postgres.append import log_writer
+from catbus.postgres.append.append_batch import AppendBatch
+from catbus.postgres.append.log_writer import LogWriter
+from catbus.postgres.follow.log_tail import LogTail
 
 from .database import Database
 from .machine import Broken, Case, cases, random_case
@@ -51,13 +51,13 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def acknowledge_before_the_commit(patch: pytest.MonkeyPatch) -> None:
-    send = Writer._send
+    send = LogWriter._send
 
-    async def hasty(self: Writer, connection: Connection, batch: Batch) -> None:
+    async def hasty(self: LogWriter, connection: DatabaseConnection, batch: AppendBatch) -> None:
         batch.settle([Committed(self._tail.applied + 1 + i) for i in range(len(batch.appends))])
         await send(self, connection, batch)
 
-    patch.setattr(Writer, "_send", hasty)
+    patch.setattr(LogWriter, "_send", hasty)
 
 
 def append_a_retry_without_looking_for_its_key(patch: pytest.MonkeyPatch) -> None:
@@ -88,40 +88,40 @@ def announce_no_gap(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_what_is_in_doubt(patch: pytest.MonkeyPatch) -> None:
-    run = Writer.run
+    run = LogWriter.run
 
-    async def forgetful(self: Writer, working: Working) -> None:
+    async def forgetful(self: LogWriter, working: ReportProgress) -> None:
         self._flight.clear()
         await run(self, working)
 
-    patch.setattr(Writer, "run", forgetful)
+    patch.setattr(LogWriter, "run", forgetful)
 
 
 def send_what_is_in_doubt_under_new_keys(patch: pytest.MonkeyPatch) -> None:
-    call, numbers = Batch.call, count(1_000_000)
+    call, numbers = AppendBatch.call, count(1_000_000)
 
-    def renewed(self: Batch, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
+    def renewed(self: AppendBatch, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         if self._args is not None:
             self._args, self.numbers = None, [next(numbers) for _ in self.numbers]
         return call(self, move=move)
 
-    patch.setattr(Batch, "call", renewed)
+    patch.setattr(AppendBatch, "call", renewed)
 
 
 def apply_what_a_notification_brings_without_looking_what_is_missing(patch: pytest.MonkeyPatch) -> None:
-    def offer(self: Tail, entries: Sequence[Entry]) -> None:
+    def offer(self: LogTail, entries: Sequence[Entry]) -> None:
         if self.trusted and entries[-1].seq > self.applied:
             self.applied = max(self.applied, entries[0].seq - 1)
             self._apply(entries)
 
-    patch.setattr(Tail, "offer", offer)
+    patch.setattr(LogTail, "offer", offer)
 
 
 def refuse_a_retry_as_if_it_were_the_first_try(patch: pytest.MonkeyPatch) -> None:
     def refusal(append: Append, outcome: Rejected) -> Rejected:
         return outcome
 
-    patch.setattr(writer_module, "not_taken", refusal)
+    patch.setattr(log_writer, "not_taken", refusal)
 
 
 MISTAKES: tuple[Patch, ...] = (

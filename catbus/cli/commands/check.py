@@ -22,9 +22,9 @@ from ...certificates import CertificateSource
 from ...config import MAKE_ONE, Config, Reading, find_weak_secrets, read, show, split_address
 from ...endpoints.capacity import connections_that_fit
 from ...errors import ConfigError
-from ...postgres.binaries import find_binaries
-from ...postgres.embedded import served
-from ...postgres.inspection import Finding, Tell, inspect
+from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
+from ...postgres.embedded.installations import find_installation
+from ...postgres.embedded.server import served
 from ...wire import to_json
 from ..database_access import directory_of
 from ..shared_options import config_option, database_option, state_option
@@ -55,7 +55,7 @@ def command(config: Path | None, database: str | None, state: str | None, strict
     """
     levels: set[str] = set()
 
-    def tell(finding: Finding) -> None:
+    def tell(finding: CheckResult) -> None:
         levels.add(finding.level)
         click.echo(to_json(asdict(finding)).decode() if as_json else _line(finding))
 
@@ -64,19 +64,19 @@ def command(config: Path | None, database: str | None, state: str | None, strict
         raise click.exceptions.Exit(1)
 
 
-def _line(finding: Finding) -> str:
+def _line(finding: CheckResult) -> str:
     advice = f"\n{'':9}{'':15}{finding.advice}" if finding.advice else ""
     return f"{finding.level:<9}{finding.name:<15}{finding.text}{advice}"
 
 
-def _look(path: Path | None, given: Mapping[str, object], tell: Tell) -> None:
+def _look(path: Path | None, given: Mapping[str, object], tell: ReportResult) -> None:
     try:
         reading = read(path, os.environ, given)
     except ConfigError as error:
-        tell(Finding("error", "configuration", str(error)))
+        tell(CheckResult("error", "configuration", str(error)))
         return
     config = reading.config
-    tell(Finding("ok", "configuration", f"{path or 'no file'}, and the environment"))
+    tell(CheckResult("ok", "configuration", f"{path or 'no file'}, and the environment"))
     for finding in _settings(reading):
         tell(finding)
     for look in (_secret, _certificate, _ports, _files, _limits):
@@ -85,57 +85,57 @@ def _look(path: Path | None, given: Mapping[str, object], tell: Tell) -> None:
     _look_at_database(reading, tell)
 
 
-def _settings(reading: Reading) -> Iterator[Finding]:
+def _settings(reading: Reading) -> Iterator[CheckResult]:
     """Where each setting comes from that has not its default, and the variables that set nothing."""
     for name, source in sorted(reading.sources.items()):
-        yield Finding("ok", "setting", f"{name} = {show(reading.config, name)} ({source})")
+        yield CheckResult("ok", "setting", f"{name} = {show(reading.config, name)} ({source})")
     for text in reading.warnings:
-        yield Finding("warning", "environment", text, "correct its name, or unset it")
+        yield CheckResult("warning", "environment", text, "correct its name, or unset it")
 
 
-def _secret(config: Config) -> Iterator[Finding]:
+def _secret(config: Config) -> Iterator[CheckResult]:
     secrets, weak = config.auth.secrets, find_weak_secrets(config)
     if not secrets and not config.loopback:
         advice = f"set CATBUS_SECRET, for example to the output of `{MAKE_ONE}`"
-        yield Finding("error", "secret", "there is none, and others can reach this broker", advice)
+        yield CheckResult("error", "secret", "there is none, and others can reach this broker", advice)
     elif not secrets:
-        yield Finding("ok", "secret", "one is made and kept, as only this machine can reach the broker")
+        yield CheckResult("ok", "secret", "one is made and kept, as only this machine can reach the broker")
     elif not weak:
-        yield Finding("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
+        yield CheckResult("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
     bearable = config.loopback or config.auth.allow_weak_secrets
     for text in weak:
-        yield Finding("warning" if bearable else "error", "secret", text, f"use the output of `{MAKE_ONE}`")
+        yield CheckResult("warning" if bearable else "error", "secret", text, f"use the output of `{MAKE_ONE}`")
 
 
-def _certificate(config: Config) -> Iterator[Finding]:
+def _certificate(config: Config) -> Iterator[CheckResult]:
     if not config.certificate_needed:
         if config.webtransport.bind:
             advice = "set CATBUS_CERT and CATBUS_KEY to the certificate and its key"
-            yield Finding("warning", "certificate", "there is none, so that WebTransport is not served", advice)
+            yield CheckResult("warning", "certificate", "there is none, so that WebTransport is not served", advice)
         return
     if config.webtransport.cert is None:
-        yield Finding("ok", "certificate", "one is made, as only this machine can reach the broker")
+        yield CheckResult("ok", "certificate", "one is made, as only this machine can reach the broker")
         return
     now = datetime.now(UTC)
     try:
         found = CertificateSource(config.webtransport, config.state_directory, now).current(now).quic.certificate
     except ConfigError as error:
-        yield Finding("error", "certificate", str(error))
+        yield CheckResult("error", "certificate", str(error))
         return
     assert found is not None
     names = _names(found)
     left = found.not_valid_after_utc - now
     text = f"for {', '.join(names) or 'nobody'}, until {found.not_valid_after_utc:%Y-%m-%d}"
     if left <= timedelta(0):
-        yield Finding("error", "certificate", f"expired: {text}", "renew it")
+        yield CheckResult("error", "certificate", f"expired: {text}", "renew it")
     elif found.not_valid_before_utc > now:
-        yield Finding("error", "certificate", f"not valid yet: {text}", "check this machine's clock")
+        yield CheckResult("error", "certificate", f"not valid yet: {text}", "check this machine's clock")
     elif not names:
-        yield Finding("error", "certificate", "it names no host (subjectAltName)", "clients look nowhere else")
+        yield CheckResult("error", "certificate", "it names no host (subjectAltName)", "clients look nowhere else")
     elif left < RENEWAL:
-        yield Finding("warning", "certificate", text, "renew it; a running broker takes the new one by itself")
+        yield CheckResult("warning", "certificate", text, "renew it; a running broker takes the new one by itself")
     else:
-        yield Finding("ok", "certificate", text)
+        yield CheckResult("ok", "certificate", text)
 
 
 def _names(certificate: x509.Certificate) -> list[str]:
@@ -146,7 +146,7 @@ def _names(certificate: x509.Certificate) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
-def _ports(config: Config) -> Iterator[Finding]:
+def _ports(config: Config) -> Iterator[CheckResult]:
     udp = config.webtransport.bind if config.webtransport_served else ()
     kinds = ((socket.SOCK_STREAM, "TCP", config.websocket.bind), (socket.SOCK_DGRAM, "UDP", udp))
     serving = False
@@ -157,7 +157,7 @@ def _ports(config: Config) -> Iterator[Finding]:
             yield finding
 
 
-def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> Finding:
+def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> CheckResult:
     """Whether it can be had. `serving`: a broker was found on another one, which has this one too then."""
     host, port = split_address(address)
     place = f"{name} {address}"
@@ -171,16 +171,16 @@ def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tl
         if error.errno == errno.EADDRINUSE:
             return _taken(kind, place, host, port, serving, tls=tls)
         advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
-        return Finding("error", "port", f"{place}: {error.strerror}", advice)
-    return Finding("ok", "port", f"{place} can be had")
+        return CheckResult("error", "port", f"{place}: {error.strerror}", advice)
+    return CheckResult("ok", "port", f"{place} can be had")
 
 
-def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool) -> Finding:
+def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool) -> CheckResult:
     """A broker that runs already is no mistake: then this is asked beside it."""
     advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
     if kind is socket.SOCK_DGRAM:
         text = f"{place}: {SERVING}" if serving else f"{place} is in use, and who has it cannot be told"
-        return Finding("ok", "port", text) if serving else Finding("error", "port", text, advice)
+        return CheckResult("ok", "port", text) if serving else CheckResult("error", "port", text, advice)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     if tls:
@@ -191,24 +191,24 @@ def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: b
     try:
         connection.request("GET", "/health")
         if connection.getresponse().read(16) == b"ok":
-            return Finding("ok", "port", f"{place}: {SERVING}")
+            return CheckResult("ok", "port", f"{place}: {SERVING}")
     except (OSError, http.client.HTTPException):
         pass
     finally:
         connection.close()
-    return Finding("error", "port", f"{place} is in use, and not by a broker", advice)
+    return CheckResult("error", "port", f"{place} is in use, and not by a broker", advice)
 
 
-def _files(config: Config) -> Iterator[Finding]:
+def _files(config: Config) -> Iterator[CheckResult]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = config.limits.connections
     possible = connections_that_fit(wanted, files)
     if possible < wanted:
         text = f"{files:,} may be open, which is enough for {possible:,} of {wanted:,} connections (limits.connections)"
-        yield Finding("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
+        yield CheckResult("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
 
 
-def _limits(config: Config) -> Iterator[Finding]:
+def _limits(config: Config) -> Iterator[CheckResult]:
     """What a client, and an address, may have."""
     limits, proxies = config.limits, config.websocket.trusted_proxies
     text = (
@@ -216,26 +216,26 @@ def _limits(config: Config) -> Iterator[Finding]:
         f"token says otherwise, and has {limits.sessions:,} sessions; an address has {limits.address_connections:,} of "
         f"{limits.connections:,} connections; proxies that are trusted: {', '.join(proxies) or 'none'}"
     )
-    yield Finding("ok", "limits", text)
+    yield CheckResult("ok", "limits", text)
 
 
-def _look_at_database(reading: Reading, tell: Tell) -> None:
+def _look_at_database(reading: Reading, tell: ReportResult) -> None:
     config = reading.config
     settings = config.database
     if settings.url == "memory":
         text = "in memory: the log ends with the process, and no other replica has it"
         unasked = not config.loopback and "database.url" not in reading.sources
         advice = "set DATABASE_URL to keep it" + (", or to memory where that is meant" if unasked else "")
-        tell(Finding("error" if unasked else "warning", "database", text, advice))
+        tell(CheckResult("error" if unasked else "warning", "database", text, advice))
         return
     if settings.url == "embedded":
         directory = directory_of(config)
         url = served(directory)
         if url is None:
             try:
-                tell(Finding("ok", "database", f"embedded in {directory}, not running; {find_binaries()}"))
+                tell(CheckResult("ok", "database", f"embedded in {directory}, not running; {find_installation()}"))
             except ConfigError as error:
-                tell(Finding("error", "database", str(error)))
+                tell(CheckResult("error", "database", str(error)))
             return
         settings = msgspec.structs.replace(settings, url=url)
-    trio.run(inspect, settings, tell)
+    trio.run(check_database, settings, tell)

@@ -10,7 +10,7 @@ import trio
 
 from ...config import Config, load, redact
 from ...errors import ConfigError
-from ...postgres.migrate import begin_epoch, init
+from ...postgres.access.migrations import begin_epoch, init
 from ..database_access import database_options, reach_database
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import trio
 
-from ...postgres.repair import Hole, repair
+from ...postgres.maintenance.repair import DeletedRange, repair
 from ...wire import to_json
 from ..database_access import database_options, load_database, place_of, reach_database
 
@@ -49,7 +49,7 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
         if shown:
             click.echo(f"\r{seq:,} of {last:,}", err=True, nl=False)
 
-    async def go() -> tuple[Hole, list[Hole]]:
+    async def go() -> tuple[DeletedRange, list[DeletedRange]]:
         async with reach_database(settings) as reached:
             return await repair(reached, tell, apply=apply)
 
@@ -66,7 +66,7 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
         raise click.exceptions.Exit(1)
 
 
-def _show(place: str, bounds: Hole, holes: list[Hole], missing: int, apply: bool) -> None:
+def _show(place: str, bounds: DeletedRange, holes: list[DeletedRange], missing: int, apply: bool) -> None:
     first, last = bounds
     looked = f"looked through messages {first:,} to {last:,}" if last >= first else "the log is empty"
     click.echo(f"{place}: {looked}")

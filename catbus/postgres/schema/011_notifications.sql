@@ -1,6 +1,6 @@
 -- What crosses by NOTIFY shows nothing but positions, and what others notify is not believed. Every role that may connect
 -- to the database hears all notifications and may send any; PostgreSQL has no permission for either. Only the owner of
--- the schema can read `catbus.head.seal`, by which replicas recognise and read notifications (catbus/postgres/sealing.py).
+-- the schema can read `catbus.head.seal`, by which replicas recognise and read notifications (catbus/postgres/notifications/encryption.py).
 
 COMMENT ON COLUMN catbus.head.seal IS 'The secret by which replicas recognise and read notifications';
 

@@ -1,0 +1,1 @@
+"""Access to PostgreSQL: connections, their URLs and settings, reconnection, schema migrations and checks."""

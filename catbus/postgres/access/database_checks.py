@@ -1,0 +1,260 @@
+"""Whether a database is as Catbus needs it: what is looked at, what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from ...config import Database, redact
+from ...errors import ConfigError
+from .asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
+from .migrations import OLDEST_SERVER, schema_files
+
+Level = Literal["ok", "warning", "error"]
+
+HEARING = 3.0
+"""Seconds that a notification may take."""
+SKEW = 1.0
+"""Seconds by which two clocks may differ before it is worth a word."""
+CONNECTIONS = 8
+"""How many a replica has at the most."""
+SHORTEST = 1000
+"""Milliseconds that a statement has to have. The broker itself waits for up to 4.5 s."""
+QUEUE = 0.25
+"""From this part of the notification queue on, somebody does not read what it listens to."""
+
+_SERVER = """
+SELECT current_setting('server_version'), current_setting('server_encoding'), pg_is_in_recovery(),
+       current_setting('fsync')::boolean,
+       current_setting('full_page_writes')::boolean, current_setting('synchronous_standby_names'),
+       current_setting('max_connections')::integer, pg_notification_queue_usage(),
+       extract(epoch FROM clock_timestamp())::double precision, current_user, current_database(),
+       inet_server_addr() IS NULL
+"""
+_SCHEMA = """
+SELECT EXISTS (
+           SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+           WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
+       ),
+       to_regnamespace('catbus') IS NOT NULL,
+       has_database_privilege(current_database(), 'CREATE'),
+       coalesce((SELECT pg_has_role(n.nspowner, 'USAGE') FROM pg_namespace AS n WHERE n.nspname = 'catbus'), true)
+"""
+_LIMITED = "statement_timeout", "transaction_timeout"
+# What a session begins with. Behind a pooler that is what the role or the database has set.
+_LIMITS = """
+SELECT s.name, s.reset_val::bigint,
+       format('ALTER ROLE %I IN DATABASE %I SET %s = 0', current_user, current_database(), s.name)
+FROM pg_settings AS s
+WHERE CASE WHEN s.name = ANY ($1::text[]) THEN s.reset_val::bigint BETWEEN 1 AND 4999 END
+ORDER BY s.name
+"""
+_SAME = """
+SELECT d.oid::bigint, pg_postmaster_start_time() FROM pg_database AS d WHERE d.datname = current_database()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What was looked at, and how it is. What is an error keeps a broker from serving; a warning is worth knowing."""
+
+    level: Level
+    name: str
+    text: str
+    advice: str = ""
+    """What to do, where there is something to be done."""
+
+
+ReportResult = Callable[[CheckResult], None]
+
+
+async def check_database(settings: Database, tell: ReportResult) -> None:
+    """Look at the database that `url` leads to, and at `listen_url`, and tell what was found as it is.
+
+    Nothing in it is changed.
+    """
+    async with open_bridge() as bridge:
+        place = redact(settings.url)
+        try:
+            connection = await bridge.connect(settings.url, settings.connect_timeout)
+        except (ConfigError, *OUTAGE) as error:
+            tell(CheckResult("error", "database", f"{place} cannot be reached: {_said(error)}", _reach(error)))
+            return
+        with connection:
+            try:
+                await _look(bridge, connection, settings, place, tell)
+            except OUTAGE as error:
+                tell(CheckResult("error", "database", f"{place} did not answer: {_said(error)}"))
+
+
+async def _look(
+    bridge: Bridge, connection: DatabaseConnection, settings: Database, place: str, tell: ReportResult
+) -> None:
+    (
+        version,
+        encoding,
+        standby,
+        fsync,
+        full_pages,
+        standbys,
+        most,
+        queue,
+        clock,
+        user,
+        name,
+        local,
+    ) = await connection.fetchrow(_SERVER)
+    skew = clock - time.time()
+    tell(CheckResult("ok", "database", f"{name} on PostgreSQL {version} as {user}, {place}"))
+    if connection.version < OLDEST_SERVER:
+        tell(
+            CheckResult(
+                "error", "version", f"PostgreSQL {version}", f"Catbus needs PostgreSQL {OLDEST_SERVER} or newer"
+            )
+        )
+    if encoding != "UTF8":
+        tell(CheckResult("error", "encoding", encoding, "create the database with ENCODING 'UTF8' TEMPLATE template0"))
+    if standby:
+        tell(CheckResult("error", "writing", "it is a standby", "give the URL of the primary"))
+    for limit, milliseconds, advice in await connection.fetch(_LIMITS, list(_LIMITED) if connection.pooled else []):
+        level: Level = "error" if milliseconds < SHORTEST else "warning"
+        text = f"{limit} is {milliseconds} ms, which nothing overrides behind a pooler"
+        tell(CheckResult(level, "settings", text, advice))
+    if connection.encrypted:
+        tell(CheckResult("ok", "encryption", "the connection goes through TLS"))
+    elif local or not connection.remote:
+        tell(CheckResult("ok", "encryption", "none, and none needed: the connection stays on this machine"))
+    else:
+        tell(CheckResult("warning", "encryption", "the connection is not encrypted", "add ?sslmode=require to the URL"))
+    if not (fsync and full_pages):
+        text = f"fsync is {_switch(fsync)}, full_page_writes is {_switch(full_pages)}"
+        tell(
+            CheckResult(
+                "warning", "durability", text, "turn both on: a crash of the server loses acknowledged messages"
+            )
+        )
+    elif settings.synchronous_commit == "off":
+        text = "database.synchronous_commit is off: messages of the last moments before a crash can be lost"
+        tell(CheckResult("warning", "durability", text, "leave it on, unless that is meant"))
+    else:
+        tell(CheckResult("ok", "durability", f"fsync is on, synchronous_commit is {settings.synchronous_commit}"))
+    if settings.failover == "lossless" and not standbys:
+        text = "no commit waits for a standby: synchronous_standby_names is empty"
+        advice = 'set it, or leave database.failover at "lossy"'
+        tell(CheckResult("error", "failover", text, advice))
+    if most < 3 * CONNECTIONS:
+        text = f"max_connections is {most}, and a replica has up to {CONNECTIONS}"
+        tell(CheckResult("warning", "connections", text, "raise it, or put a pooler in between"))
+    else:
+        tell(CheckResult("ok", "connections", f"max_connections is {most}; a replica has up to {CONNECTIONS}"))
+    if queue > QUEUE:
+        text = f"{queue:.0%} of the notification queue is in use"
+        tell(
+            CheckResult(
+                "warning", "queue", text, "some session listens and stays in a transaction: see pg_stat_activity"
+            )
+        )
+    if abs(skew) > SKEW:
+        text = f"the database's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's"
+        advice = "keep both right (NTP): tokens expire by ours, messages are stamped by its"
+        tell(CheckResult("warning", "clock", text, advice))
+    schema = await _look_at_schema(connection)
+    tell(schema)
+    if schema.text == f"version {schema_files()[-1][0]}":
+        await _look_at_log(connection, tell)
+    tell(await _listen(bridge, connection, settings))
+
+
+async def _look_at_schema(connection: DatabaseConnection) -> CheckResult:
+    there, schema, may_create, ours = await connection.fetchrow(_SCHEMA)
+    newest = schema_files()[-1][0]
+    if not ours:
+        return CheckResult("error", "schema", "the schema catbus belongs to another user", "connect as that user")
+    if not there:
+        if not (schema or may_create):
+            return CheckResult(
+                "error", "schema", "there is none, and this user may not make it",
+                "GRANT CREATE ON DATABASE to it, or run `catbus init` as a user that may",
+            )  # fmt: skip
+        return CheckResult("ok", "schema", "there is none yet: `catbus run` or `catbus init` makes it")
+    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    if version > newest:
+        return CheckResult("error", "schema", f"version {version}, and this release knows {newest}", "upgrade Catbus")
+    behind = "" if version == newest else f"; `catbus run` or `catbus init` brings it to {newest}"
+    return CheckResult("ok", "schema", f"version {version}{behind}")
+
+
+async def _look_at_log(connection: DatabaseConnection, tell: ReportResult) -> None:
+    (missing,) = await connection.fetchrow("SELECT missing FROM catbus.hole_report()")
+    if missing:
+        text = f"{missing:,} messages were deleted by hand, and subscriptions that have to read them stop before them"
+        tell(CheckResult("warning", "log", text, "`catbus repair` says which, and has subscriptions go on behind them"))
+
+
+async def _listen(bridge: Bridge, connection: DatabaseConnection, settings: Database) -> CheckResult:
+    """Notify through `url` and hear it through `listen_url`, as replicas do."""
+    if settings.listen_url is None:
+        if connection.pooled:
+            return CheckResult(
+                "warning", "notifications", "none come through a pooler: news come by polling, some 10 to 100 ms later",
+                "set database.listen_url (CATBUS_LISTEN_URL) to a way past the pooler",
+            )  # fmt: skip
+        return await _hear(connection, connection, "database.url")
+    place = redact(settings.listen_url)
+    try:
+        with await bridge.connect(settings.listen_url, settings.connect_timeout, setting="listen_url") as listening:
+            if listening.pooled:
+                text = f"database.listen_url, {place}, leads to a pooler too"
+                return CheckResult("error", "notifications", text, "give it the address of PostgreSQL itself")
+            if tuple(await listening.fetchrow(_SAME)) != tuple(await connection.fetchrow(_SAME)):
+                text = f"database.listen_url, {place}, leads to another database than database.url"
+                return CheckResult("error", "notifications", text, "both have to lead to the same database")
+            return await _hear(listening, connection, "database.listen_url")
+    except (ConfigError, *OUTAGE) as error:
+        text = f"database.listen_url, {place}, cannot be reached: {_said(error)}"
+        return CheckResult("error", "notifications", text, _reach(error))
+
+
+async def _hear(listening: DatabaseConnection, notifying: DatabaseConnection, name: str) -> CheckResult:
+    channel, heard = f"catbus_check_{secrets.token_hex(4)}", trio.Event()
+    await listening.listen(channel, lambda pid, payload: heard.set())
+    began = trio.current_time()
+    await notifying.fetch("SELECT pg_notify($1, '')", channel)
+    with trio.move_on_after(HEARING):
+        await heard.wait()
+        return CheckResult("ok", "notifications", f"they come through {name} ({trio.current_time() - began:.3f} s)")
+    text = f"none came through {name} within {HEARING:g} s"
+    return CheckResult("error", "notifications", text, "whatever is in between has to pass them on")
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
+
+
+def _said(error: BaseException) -> str:
+    text = re.sub(r"^\[database\] \w+: ", "", str(error))
+    return (text or type(error).__name__).splitlines()[0]
+
+
+_ADVICE = (
+    ("rejected SSL upgrade", "the server has no TLS: turn it on there, or leave sslmode out"),
+    ("SSL required", "the server wants TLS: add ?sslmode=require"),
+    ("no encryption", "the server wants TLS: add ?sslmode=require"),
+    ("CERTIFICATE_VERIFY_FAILED", "sslrootcert has to name the authority that signed the server's certificate"),
+    ("password authentication failed", "check user and password in the URL"),
+    ("does not exist", "create it, or correct the URL"),
+    ("Name or service not known", "check the host in the URL"),
+    ("Connect call failed", "is PostgreSQL running there, and may this machine come in?"),
+    ("no connection within", "something in between drops packets: check firewalls and network policies"),
+)
+
+
+def _reach(error: BaseException) -> str:
+    said = str(error)
+    return next((advice for text, advice in _ADVICE if text in said), "")

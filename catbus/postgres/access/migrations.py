@@ -1,0 +1,119 @@
+"""The schema in the database, brought up to the one that this release needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib import resources
+
+from ...config import Database
+from ...errors import ConfigError, Unavailable
+from ...loggers import get_logger
+from .asyncpg_bridge import OUTAGE, DatabaseConnection, open_bridge
+
+logger = get_logger("catbus.postgres")
+
+OLDEST_SERVER = 14
+_PATIENCE = 120.0
+"""Seconds for one file: another replica may be at it, and a big table takes its time."""
+_LOCK = 0x636174627573
+"""The key of the advisory lock: "catbus"."""
+# to_regclass() would go by a cache, in which the other replica's table need not be yet when we get its lock.
+_PREPARED = """
+SELECT EXISTS (
+    SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
+)
+"""
+_AS_SCRIPTS_NEED = """
+SET LOCAL default_table_access_method = heap;
+SET LOCAL plpgsql.extra_errors = none;
+"""
+"""What the files rely on beside the settings of every transaction."""
+
+
+@cache
+def schema_files() -> Sequence[tuple[int, str, str]]:
+    """The files that make the schema, in order: number, name, script."""
+    folder = resources.files("catbus.postgres") / "schema"
+    found = [(file.name, file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".sql")]
+    return sorted((int(name.partition("_")[0]), name, script) for name, script in found)
+
+
+async def init(settings: Database) -> list[str]:
+    """Connect, apply what is missing, and return its names.
+
+    Raises `ConfigError` for a database that cannot be used, and `Unavailable` where it cannot be reached or refuses.
+    """
+    async with open_connection(settings) as connection:
+        return await migrate(connection)
+
+
+async def begin_epoch(settings: Database) -> tuple[str, int]:
+    """Begin a new epoch of a log that is as it was restored; returns the epoch, and the seq after which it begins.
+
+    A second time does no harm: what is there by then belongs to both. Raises as `init` does.
+    """
+    async with open_connection(settings) as connection:
+        made = False
+        while not made:
+            (present,) = await connection.fetchrow("SELECT epoch FROM catbus.head")
+            epoch, after, made = await connection.fetchrow(
+                "CALL catbus.new_epoch_transaction($1, NULL, NULL, NULL, NULL)", present
+            )
+        return epoch, after
+
+
+@asynccontextmanager
+async def open_connection(settings: Database) -> AsyncIterator[DatabaseConnection]:
+    """A connection for work by hand. Raises `ConfigError`, and `Unavailable` for whatever goes wrong with it."""
+    try:
+        async with open_bridge() as bridge:
+            with await bridge.connect(settings.url, settings.connect_timeout) as connection:
+                yield connection
+    except OUTAGE as error:
+        raise Unavailable(f"the database cannot be prepared: {type(error).__name__}: {error}") from error
+
+
+async def migrate(connection: DatabaseConnection) -> list[str]:
+    """Apply the files that the database lacks, all in one transaction, and return their names.
+
+    Replicas that start together wait for one another. Raises `ConfigError` for a database that cannot be used: too
+    old a server, another encoding than UTF-8, or a schema that a newer release has made.
+    """
+    if connection.version < OLDEST_SERVER:
+        raise ConfigError(f"the database is PostgreSQL {connection.version}; Catbus needs {OLDEST_SERVER} or newer")
+    (encoding,) = await connection.fetchrow("SELECT current_setting('server_encoding')")
+    if encoding != "UTF8":
+        raise ConfigError(f"the database's encoding is {encoding}; create it with ENCODING 'UTF8' TEMPLATE template0")
+    files = schema_files()
+    if await _version(connection, files[-1][0]) == files[-1][0]:
+        return []
+    # Whatever goes wrong from here on, the caller drops the connection and the transaction with it.
+    await connection.begin()
+    await connection.execute(_AS_SCRIPTS_NEED)
+    await connection.fetchrow("SELECT pg_advisory_xact_lock($1)", _LOCK, timeout=_PATIENCE)
+    version = await _version(connection, files[-1][0])
+    missing = [(number, name, script) for number, name, script in files if number > version]
+    for number, _, script in missing:
+        await connection.execute(script, timeout=_PATIENCE)
+        await connection.execute(f"UPDATE catbus.schema_version SET version = {number:d}")  # noqa: S608
+    await connection.execute("COMMIT", timeout=_PATIENCE)
+    names = [name for _, name, _ in missing]
+    if names:
+        logger.info("schema applied", files=names)
+    return names
+
+
+async def _version(connection: DatabaseConnection, newest: int) -> int:
+    """The number of the newest file that was applied; 0 for none."""
+    (prepared,) = await connection.fetchrow(_PREPARED)
+    if not prepared:
+        return 0
+    (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")
+    if version > newest:
+        raise ConfigError(
+            f"the database's schema has version {version} and this release knows {newest}: a newer release made it"
+        )
+    return int(version)

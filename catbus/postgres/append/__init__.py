@@ -1,0 +1,1 @@
+"""Appending to the log: publishes are batched and committed through one connection."""

@@ -1,0 +1,1 @@
+"""The embedded database: a PostgreSQL server that Catbus finds, starts and stops itself."""

@@ -1,0 +1,1 @@
+"""The LISTEN connection: notifications, the polling fallback, and protection against forged notifications."""

@@ -1,0 +1,1 @@
+"""The format of notifications, which every role of the database can hear and send."""

@@ -1,0 +1,1 @@
+"""Roles in the database: their administration, their lookup for `auth`, and their changes."""

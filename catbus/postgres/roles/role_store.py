@@ -1,0 +1,187 @@
+"""Roles as their owner keeps them: made, shown, changed, deleted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from ...auth import Grants, make_role_token, role_digits, role_handle, role_key
+from ...config import Database
+from ...errors import CatbusError, ConfigError, Unavailable
+from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row, open_bridge, sqlstate
+from ..access.migrations import migrate
+
+# One statement, so that a role and its grants are of one moment.
+SELECT = """
+SELECT r.key, r.client_id, r.created,
+       ARRAY(SELECT g.pattern FROM catbus.role_grants AS g
+             WHERE g.role = r.key AND g.permission = 'read' ORDER BY g.pattern) AS read,
+       ARRAY(SELECT g.pattern FROM catbus.role_grants AS g
+             WHERE g.role = r.key AND g.permission = 'write' ORDER BY g.pattern) AS write
+FROM catbus.roles AS r
+"""
+_LIST = f"{SELECT} ORDER BY r.created, r.key"
+_SHOW = f"{SELECT} WHERE r.key = $1"
+_NAMED = "SELECT r.key FROM catbus.roles AS r WHERE starts_with(encode(r.key, 'hex'), $1) ORDER BY r.key"
+_LOCK = f"{_NAMED} FOR UPDATE"
+_CREATE = "INSERT INTO catbus.roles (key, client_id) VALUES ($1, $2)"
+# Its grants too, where session_replication_role keeps foreign keys from doing that.
+_DELETE = "WITH grants AS (DELETE FROM catbus.role_grants WHERE role = $1) DELETE FROM catbus.roles WHERE key = $1"
+_GRANT = """
+INSERT INTO catbus.role_grants (role, permission, pattern)
+SELECT $1, g.permission, g.pattern FROM unnest($2::text[], $3::text[]) AS g (permission, pattern)
+ON CONFLICT DO NOTHING
+"""
+_REVOKE = """
+DELETE FROM catbus.role_grants AS held USING unnest($2::text[], $3::text[]) AS g (permission, pattern)
+WHERE held.role = $1 AND held.permission = g.permission AND held.pattern = g.pattern
+"""
+
+_NO_SUCH_TABLE = "42P01"
+
+
+class RoleError(CatbusError):
+    """A role that is not there, not the only one of its name, or without what is to be taken from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What is known of the bearer of a role token."""
+
+    key: bytes
+    client_id: str | None
+    created: datetime
+    grants: Grants
+
+    @property
+    def handle(self) -> str:
+        return role_handle(self.key)
+
+
+def role_from_row(row: Row) -> Role:
+    """What a row of `SELECT` says."""
+    key, client_id, created, read, write = row
+    return Role(key, client_id, created, Grants(tuple(read), tuple(write)))
+
+
+@asynccontextmanager
+async def open_roles(settings: Database, *, prepare: bool = True) -> AsyncIterator[RoleStore]:
+    """Connect to the database, and bring its schema to this version where that may be needed.
+
+    Raises `ConfigError` for a database that cannot be used, `Unavailable` where it cannot be reached or refuses, also
+    within the block.
+    """
+    try:
+        async with open_bridge() as bridge:
+            with await bridge.connect(settings.url, settings.connect_timeout) as connection:
+                if prepare:
+                    await migrate(connection)
+                yield RoleStore(connection)
+    except OUTAGE as error:
+        if sqlstate(error) == _NO_SUCH_TABLE:
+            raise ConfigError("the database has no roles: `catbus init` brings its schema to this version") from error
+        raise Unavailable(f"the database cannot be used: {type(error).__name__}: {error}") from error
+
+
+class RoleStore:
+    """The roles of a database, through a connection that nobody else uses meanwhile.
+
+    A role is named by its token or by its handle. Each method raises one of `OUTAGE`, and `RoleError` for a role that
+    is not to be found; then nothing has changed.
+    """
+
+    def __init__(self, connection: DatabaseConnection) -> None:
+        self._connection = connection
+
+    async def create(self, client_id: str | None, grants: Grants) -> tuple[str, Role]:
+        """Make a role. Its token is nowhere else: whoever loses it makes another role."""
+        token = make_role_token()
+        key = role_key(token)
+        assert key is not None
+        async with self._transaction():
+            await self._connection.fetch(_CREATE, key, client_id)
+            await self._connection.fetch(_GRANT, key, *_columns(grants))
+            return token, await self._show(key)
+
+    async def list(self) -> Sequence[Role]:
+        """All of them, oldest first."""
+        return [role_from_row(row) for row in await self._connection.fetch(_LIST)]
+
+    async def show(self, name: str) -> Role:
+        return await self._show(await self._find(_NAMED, name))
+
+    async def delete(self, name: str) -> Role:
+        """Delete a role and return what it was. Its token is nobody's from then on."""
+        async with self._transaction():
+            role = await self._show(await self._find(_LOCK, name))
+            await self._connection.fetch(_DELETE, role.key)
+            return role
+
+    async def grant(self, name: str, grants: Grants) -> Role:
+        """Allow a role more, and return what it is now. What it has already stays as it is."""
+        async with self._transaction():
+            key = await self._find(_LOCK, name)
+            await self._connection.fetch(_GRANT, key, *_columns(grants))
+            return await self._show(key)
+
+    async def revoke(self, name: str, grants: Grants) -> Role:
+        """Take exactly these grants from a role, and return what it is now.
+
+        Raises `RoleError` where it lacks one of them. What other grants of the role allow, it still may.
+        """
+        async with self._transaction():
+            role = await self._show(await self._find(_LOCK, name))
+            lacking = _without(grants, role.grants)
+            if any(lacking):
+                raise RoleError(
+                    f"the role {role.handle} has no such grant: {Grants(*lacking)}; what it has: {role.grants}"
+                )
+            await self._connection.fetch(_REVOKE, role.key, *_columns(grants))
+            return await self._show(role.key)
+
+    async def _find(self, query: str, name: str) -> bytes:
+        digits = role_digits(name)
+        if digits is None:
+            raise RoleError("a role is named by its token or by its handle, which has 12 hexadecimal digits or more")
+        found = [key for (key,) in await self._connection.fetch(query, digits)]
+        if len(found) > 1:
+            raise RoleError(f"{digits} fits several roles, say more of it: {', '.join(key.hex() for key in found)}")
+        if not found:
+            raise RoleError(f"there is no role {digits[:12]}" if digits == name.lower() else "no role has this token")
+        key: bytes = found[0]
+        return key
+
+    async def _show(self, key: bytes) -> Role:
+        found = await self._connection.fetch(_SHOW, key)
+        if not found:
+            raise RoleError(f"there is no role {role_handle(key)} any more")
+        return role_from_row(found[0])
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        await self._connection.begin()
+        try:
+            yield
+        except RoleError:
+            await self._connection.execute("ROLLBACK")
+            raise
+        except BaseException:
+            # Nobody can say how far it got, and with the connection the transaction ends.
+            self._connection.terminate()
+            raise
+        await self._connection.execute("COMMIT")
+
+
+def _without(grants: Grants, held: Grants) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The grants that are not among those held, to read and to write."""
+    return (
+        tuple(pattern for pattern in grants.read if pattern not in held.read),
+        tuple(pattern for pattern in grants.write if pattern not in held.write),
+    )
+
+
+def _columns(grants: Grants) -> tuple[list[str], list[str]]:
+    """Grants as two columns: permissions and patterns."""
+    return ["read"] * len(grants.read) + ["write"] * len(grants.write), [*grants.read, *grants.write]

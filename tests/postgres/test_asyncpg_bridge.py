@@ -1,0 +1,169 @@
+"""The bridge to asyncpg: what is cancelled, late, lost or wrong stays where it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+import trio
+
+from catbus.errors import ConfigError
+from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge, sqlstate
+from tests.log.harness import PATIENCE
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import open_sql, pids, wait_until
+
+
+async def test_a_query_and_its_answer(database_url: str) -> None:
+    async with open_sql(database_url) as connection:
+        assert await connection.fetchrow("SELECT $1::int + 1, $2::text", 1, "é") == (2, "é")
+        assert [tuple(row) for row in await connection.fetch("SELECT generate_series(1, 3)")] == [(1,), (2,), (3,)]
+        assert connection.version >= 14
+        assert await connection.fetchrow("SELECT pg_backend_pid()") == (connection.pid,)
+
+
+async def test_an_error_of_the_database_leaves_the_connection_as_it_was(database_url: str) -> None:
+    async with open_sql(database_url) as connection:
+        with pytest.raises(OUTAGE) as caught:
+            await connection.fetch("SELECT 1 / 0")
+        assert sqlstate(caught.value) == "22012"
+        assert not connection.closed
+        assert await connection.fetchrow("SELECT 1") == (1,)
+
+
+async def test_no_row_where_there_must_be_one_is_an_outage(database_url: str) -> None:
+    async with open_sql(database_url) as connection:
+        with pytest.raises(OSError, match="no answer"):
+            await connection.fetchrow("SELECT 1 WHERE false")
+
+
+async def test_a_cancelled_query_ends_its_connection_and_opens_no_other(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge, open_sql(database_url) as sql:
+        connection = await bridge.connect(proxy.url)
+        with trio.move_on_after(0.1) as scope:
+            await connection.fetch("SELECT pg_sleep(60)")
+        assert scope.cancelled_caught
+        assert connection.closed
+        with pytest.raises(OUTAGE):
+            await connection.fetch("SELECT 1")
+        assert (proxy.accepted, proxy.refused) == (1, 0)
+        for pid in await pids(sql, "%pg_sleep%"):
+            await sql.fetch("SELECT pg_terminate_backend($1)", pid)
+
+
+async def test_a_query_that_takes_too_long_ends_its_connection(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        connection = await bridge.connect(proxy.url)
+        proxy.block()
+        with pytest.raises(TimeoutError, match="no answer within"):
+            await connection.fetch("SELECT 1", timeout=0.1)
+        assert connection.closed
+        assert proxy.accepted == 1
+
+
+async def test_a_silent_server_is_waited_for_no_longer_than_asked(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        proxy.block()
+        with pytest.raises(TimeoutError, match="no connection within"):
+            await bridge.connect(proxy.url, timeout=0.1)
+        with trio.move_on_after(0.1) as scope:
+            await bridge.connect(proxy.url)
+        assert scope.cancelled_caught
+
+
+async def test_a_server_that_refuses_is_an_outage(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        proxy.close()
+        with pytest.raises(OUTAGE):
+            await bridge.connect(proxy.url)
+        with pytest.raises(OSError, match=r"refused|failed"):
+            await bridge.connect("postgres://localhost:1/x?sslmode=disable")
+
+
+async def test_a_wrong_url_is_a_mistake_of_the_configuration() -> None:
+    async with open_bridge() as bridge:
+        with pytest.raises(ConfigError, match="sslmode"):
+            await bridge.connect("postgres://someone:sesame@localhost/x?sslmode=perhaps")
+
+
+async def test_a_connection_that_is_lost_says_so(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        with await bridge.connect(proxy.url) as connection:
+            lost = trio.Event()
+            connection.when_closed(lost.set)
+            proxy.cut()
+            with trio.fail_after(PATIENCE):
+                await lost.wait()
+            assert connection.closed
+
+
+async def test_what_runs_when_the_bridge_closes_sees_an_outage(database_url: str) -> None:
+    failed: list[Exception] = []
+
+    async with trio.open_nursery() as nursery, open_bridge() as bridge:
+        connection = await bridge.connect(database_url)
+
+        async def query() -> None:
+            try:
+                await connection.fetch("SELECT pg_sleep(60)")
+            except OUTAGE as error:
+                failed.append(error)
+
+        nursery.start_soon(query)
+        async with open_sql(database_url) as sql:
+            await wait_until(lambda: pids(sql, "%pg_sleep%"))
+    assert len(failed) == 1
+    assert connection.closed
+    with pytest.raises(OSError, match="not running"):
+        await connection.fetch("SELECT 1")
+
+
+async def test_notifications_are_heard_with_their_sender(database_url: str) -> None:
+    heard: list[tuple[int, str]] = []
+    news = trio.Event()
+
+    def hear(pid: int, payload: str) -> None:
+        heard.append((pid, payload))
+        news.set()
+
+    async with open_sql(database_url) as listener, open_sql(database_url) as sender:
+        await listener.listen("news", hear)
+        await sender.execute("NOTIFY news, 'good'")
+        with trio.fail_after(PATIENCE):
+            await news.wait()
+        assert heard == [(sender.pid, "good")]
+
+
+async def test_an_error_in_a_callback_is_counted_and_ends_nothing(database_url: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    async def fail_later() -> None:
+        raise ZeroDivisionError
+
+    async with open_bridge() as bridge:
+        with await bridge.connect(database_url) as connection:
+            await connection.listen("news", fail)
+            await connection.execute("NOTIFY news")
+            with trio.fail_after(PATIENCE):
+                while not bridge.stray_errors:
+                    await trio.sleep(0.01)
+            assert await connection.fetchrow("SELECT 1") == (1,)
+            with pytest.raises(ZeroDivisionError):
+                await bridge.cross(fail_later, asyncio.Task.cancel)
+
+
+async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, open_bridge() as bridge:
+        with await bridge.connect(proxy.url) as connection:
+            peer = connection._raw._transport.get_extra_info("socket")
+            assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4_000
+
+
+async def test_what_goes_wrong_within_leaves_the_bridge_as_it_is() -> None:
+    with pytest.raises(KeyError):
+        async with open_bridge():
+            raise KeyError

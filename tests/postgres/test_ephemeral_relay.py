@@ -1,0 +1,482 @@
+"""Ephemeral messages between replicas on a real PostgreSQL: to everyone else, once and in order, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+import catbus
+from catbus import Broker, Config
+from catbus.config import Database
+from catbus.log import EPHEMERAL_SIZE, Entry, Recent
+from catbus.postgres import PostgresLog
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.ephemeral import ephemeral_relay
+from catbus.postgres.ephemeral.encoding import EphemeralEncoder, encode_message
+from catbus.postgres.ephemeral.ephemeral_relay import EphemeralRelay
+from catbus.postgres.follow.log_tail import LogTail
+from catbus.postgres.notifications.encryption import EPHEMERAL_CHANNEL
+from tests.brokers import CONFIG, TOKEN
+from tests.brokers import running as running_broker
+from tests.endpoints.peers import Peer, masked
+from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import open_sql, wait_until
+
+ALICE = b"alice-----------"
+SHORT = 50
+"""Messages that go together in one statement, with room to spare."""
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is shared, a connection may take longer than a message stays fresh."""
+    monkeypatch.setattr(ephemeral_relay, "AGE", PATIENCE)
+
+
+def make(url: str) -> PostgresLog:
+    return PostgresLog(Database(url=url, publish_timeout=20))
+
+
+def message(payload: object, **fields: Any) -> Entry:
+    return Entry(0, 1_763_912_345_678, "a.b", json.dumps(payload).encode(), **fields)
+
+
+def payloads(follower: Recorder) -> list[object]:
+    return [json.loads(entry.payload) for entry in follower.messages]
+
+
+async def heard(follower: Recorder, last: object) -> list[object]:
+    """What a follower has heard once it has heard `last`."""
+    await follower.wait_until(lambda self: bool(self.messages) and json.loads(self.messages[-1].payload) == last)
+    return payloads(follower)
+
+
+async def until(log: PostgresLog, reached: Callable[[Any], bool]) -> None:
+    """Look again and again until the statistics are as they should be."""
+
+    async def look() -> bool:
+        return reached(log.statistics())
+
+    await wait_until(look)
+
+
+@asynccontextmanager
+async def two(url: str, other_url: str | None = None) -> AsyncIterator[tuple[PostgresLog, Recorder, Recorder]]:
+    """Two replicas: the log of the one, and the followers of both."""
+    one, other = make(other_url or url), make(url)
+    async with running(one) as (here, _), running(other) as (there, _):
+        await until(one, lambda _: one.available and other.available)
+        yield one, here, there
+
+
+async def test_a_message_reaches_the_follower_of_every_other_replica(database_url: str) -> None:
+    one, other, third = make(database_url), make(database_url), make(database_url)
+    entry = message({"text": "é☃𝄞", "n": 1e30}, sender='o"brien\n☃', origin=ALICE)
+    async with running(one) as (here, _), running(other) as (there, _), running(third) as (elsewhere, _):
+        one.broadcast(entry)
+        for follower in (there, elsewhere):
+            await heard(follower, {"text": "é☃𝄞", "n": 1e30})
+            assert follower.messages == [entry]
+        # Notifications come in one order, so its own would have come before this.
+        other.broadcast(message("back"))
+        assert await heard(here, "back") == ["back"]
+        assert await heard(elsewhere, "back") == [{"text": "é☃𝄞", "n": 1e30}, "back"]
+        assert payloads(there) == [{"text": "é☃𝄞", "n": 1e30}]
+        assert here.entries == there.entries == []
+        assert one.applied == 0
+        await until(one, lambda statistics: statistics.ephemeral_sent == statistics.ephemeral_received == 1)
+        assert one.statistics().ephemeral_dropped == 0
+
+
+async def test_the_biggest_there_may_be_gets_there(database_url: str) -> None:
+    sender = "\x01é" * 300
+    room = EPHEMERAL_SIZE - len("a.b") - len(msgspec.json.encode(sender)) - len('""')
+    async with two(database_url) as (one, _, there):
+        one.broadcast(message("x" * room, sender=sender, origin=ALICE))
+        one.broadcast(message("x" * 8000))
+        one.broadcast(message("end"))
+        assert await heard(there, "end") == ["x" * room, "end"]
+        await until(one, lambda statistics: (statistics.ephemeral_sent, statistics.ephemeral_dropped) == (2, 1))
+
+
+async def test_a_burst_comes_in_order_and_once_in_few_statements(database_url: str) -> None:
+    count = 5000
+    async with two(database_url) as (one, here, there):
+        for n in range(count):
+            one.broadcast(message(n))
+        assert await heard(there, count - 1) == list(range(count))
+        assert payloads(here) == []
+        await until(one, lambda statistics: statistics.ephemeral_sent == count)
+        assert one.statistics().ephemeral_dropped == 0
+        assert one.statistics().ephemeral_statements <= 3
+
+
+async def test_a_connection_is_made_when_there_is_something_to_send(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
+        before = proxy.accepted
+        for n in range(3):
+            one.broadcast(message(n))
+            await heard(there, n)
+        assert proxy.accepted == before + 1
+
+
+async def test_both_ways_at_once(database_url: str) -> None:
+    one, other = make(database_url), make(database_url)
+    async with running(one) as (here, alice), running(other) as (there, _):
+        for n in range(300):
+            one.broadcast(message(n))
+            other.broadcast(message(n))
+            await alice.publish_seq("a", b"%d" % n)
+        assert await heard(there, 299) == await heard(here, 299) == list(range(300))
+        await there.wait_for(300)
+
+
+# Strangers
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda card: "",
+        lambda card: "nonsense",
+        lambda card: card,
+        lambda card: card[:-4],
+        lambda card: card.split(":")[0],
+        lambda card: card[:40] + ("A" if card[40] != "A" else "B") + card[41:],
+        lambda card: "another-epoch" + card[card.index(":") :],
+        lambda card: card[:3] + "é" * 32,
+    ],
+    ids=["empty", "nonsense", "again", "cut short", "bare", "changed", "another epoch", "not ASCII"],
+)
+async def test_a_notification_that_is_not_the_replicas_own_is_not_believed(
+    database_url: str, forge: Callable[[str], str]
+) -> None:
+    cards: list[str] = []
+    overheard = trio.Event()
+
+    def hear(_: int, card: str) -> None:
+        cards.append(card)
+        overheard.set()
+
+    one, other = make(database_url), make(database_url)
+    async with running(one), running(other) as (there, publisher), open_sql(database_url) as sql:
+        await sql.listen(EPHEMERAL_CHANNEL, hear)
+        one.broadcast(message("first"))
+        await heard(there, "first")
+        await overheard.wait()
+        await sql.fetch("SELECT pg_notify($1, $2)", EPHEMERAL_CHANNEL, forge(cards[0]))
+        one.broadcast(message("second"))
+        assert await heard(there, "second") == ["first", "second"]
+        assert await publisher.publish_seq("a", b"1") == 1
+        statistics = other.statistics()
+        assert (statistics.ephemeral_received, statistics.failures, statistics.restarts) == (2, 0, 0)
+        assert statistics.rejected == 1
+
+
+async def test_a_notification_of_the_log_is_no_ephemeral_message(database_url: str) -> None:
+    """Though both are sealed with the same secret."""
+    hints: list[str] = []
+    async with two(database_url) as (one, _, there), open_sql(database_url) as sql:
+        await sql.listen("catbus", lambda _, payload: hints.append(payload))
+        publisher = Publisher(one)
+        await publisher.publish_seq("a", b"1")
+        await there.wait_for(1)
+        await wait_until(_is_there(hints))
+        await sql.fetch("SELECT pg_notify($1, $2)", EPHEMERAL_CHANNEL, hints[0])
+        one.broadcast(message("true"))
+        assert await heard(there, "true") == ["true"]
+
+
+def _is_there(things: list[str]) -> Callable[[], Any]:
+    async def look() -> bool:
+        return bool(things)
+
+    return look
+
+
+# At most once
+
+
+async def test_what_an_outage_keeps_from_going_is_dropped_when_it_is_old(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
+        one.broadcast(message("before"))
+        await heard(there, "before")
+        await until(one, lambda statistics: statistics.ephemeral_sent == 1)
+        proxy.close()
+        one.broadcast(message("lost"))
+        await proxy.wait_refused()
+        assert not one.available
+        for n in range(SHORT):
+            one.broadcast(message(n))
+        monkeypatch.setattr(ephemeral_relay, "AGE", 0.0)
+        proxy.open()
+        await until(one, lambda statistics: statistics.ephemeral_dropped == SHORT + 1)
+        monkeypatch.setattr(ephemeral_relay, "AGE", PATIENCE)
+        await until(one, lambda _: one.available)
+        one.broadcast(message("after"))
+        assert await heard(there, "after") == ["before", "after"]
+        await until(one, lambda statistics: statistics.ephemeral_sent == 2)
+        assert one.statistics().ephemeral_dropped == SHORT + 1
+
+
+async def test_what_a_short_outage_delays_is_not_lost(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
+        proxy.close()
+        for n in range(SHORT):
+            one.broadcast(message(n))
+        await proxy.wait_refused()
+        proxy.open()
+        assert await heard(there, SHORT - 1) == list(range(SHORT))
+        assert one.statistics().ephemeral_dropped == 0
+
+
+async def test_what_is_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks between the commit and its answer."""
+    fetchrow = DatabaseConnection.fetchrow
+    failures = iter([OSError("the answer is lost")])
+
+    async def lossy(self: DatabaseConnection, query: str, *args: object, **options: Any) -> Any:
+        row = await fetchrow(self, query, *args, **options)
+        if "pg_notify" in query and (failure := next(failures, None)):
+            raise failure
+        return row
+
+    monkeypatch.setattr(DatabaseConnection, "fetchrow", lossy)
+    async with two(database_url) as (one, _, there):
+        one.broadcast(message("in doubt"))
+        await until(one, lambda statistics: statistics.ephemeral_dropped == 1)
+        one.broadcast(message("next"))
+        assert await heard(there, "next") == ["in doubt", "next"]
+        await until(one, lambda statistics: statistics.ephemeral_sent == 1)
+        assert one.statistics().ephemeral_dropped == 1
+        assert one.available
+
+
+async def test_a_database_that_does_not_answer_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
+        one.broadcast(message("before"))
+        await heard(there, "before")
+        await until(one, lambda statistics: statistics.ephemeral_sent == 1)
+        monkeypatch.setattr(ephemeral_relay, "PATIENCE", 0.2)
+        proxy.block()
+        one.broadcast(message("in doubt"))
+        await until(one, lambda statistics: statistics.ephemeral_dropped == 1)
+        proxy.cut()
+        proxy.unblock()
+        monkeypatch.setattr(ephemeral_relay, "PATIENCE", PATIENCE)
+        one.broadcast(message("after"))
+        assert (await heard(there, "after"))[-1] == "after"
+        assert payloads(there).count("in doubt") <= 1
+
+
+async def test_it_is_of_no_consequence_for_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database takes one connection less than are wanted, say."""
+    one, other = make(database_url), make(database_url)
+
+    async def refuse() -> DatabaseConnection:
+        raise OSError("too many connections")
+
+    connect = one._courier._connect
+    monkeypatch.setattr(one._courier, "_connect", refuse)
+    async with running(one) as (_, publisher), running(other) as (there, _):
+        await until(one, lambda _: one.available)
+        one.broadcast(message("late"))
+        await until(one, lambda statistics: statistics.restarts >= 2)
+        assert one.available
+        assert await publisher.publish_seq("a", b"1") == 1
+        monkeypatch.setattr(one._courier, "_connect", connect)
+        assert await heard(there, "late") == ["late"]
+
+
+async def test_a_queue_of_notifications_that_fills_up_is_left_alone(database_url: str) -> None:
+    async with two(database_url) as (one, _, there), open_sql(database_url) as stopped, open_sql(database_url) as sql:
+        await stopped.execute("LISTEN others")
+        await stopped.execute("BEGIN; SELECT 1")
+        for start in range(0, 1200, 70):
+            await sql.execute(
+                f"SELECT pg_notify('others', repeat('x', 7900) || i) FROM generate_series({start}, {start + 69}) AS i"
+            )
+            (usage,) = await sql.fetchrow("SELECT pg_notification_queue_usage()")
+            if usage > 0.5:
+                break
+        else:
+            pytest.skip("this server's queue of notifications is too big to be filled")
+        one.broadcast(message("lost"))
+        await until(one, lambda statistics: statistics.ephemeral_dropped == 1)
+        await stopped.execute("ROLLBACK")
+        await wait_until(lambda: _is_free(sql))
+        one.broadcast(message("next"))
+        assert await heard(there, "next") == ["next"]
+        assert one.available
+
+
+async def _is_free(sql: DatabaseConnection) -> bool:
+    await sql.execute("NOTIFY others")
+    (usage,) = await sql.fetchrow("SELECT pg_notification_queue_usage()")
+    return bool(usage < 0.4)
+
+
+# Gathering
+
+
+class Sent(DatabaseConnection):
+    """A connection that keeps what is sent, and when."""
+
+    closed = False
+
+    def __init__(self, tail: LogTail) -> None:
+        self.tail = tail
+        self.statements: list[tuple[float, list[object]]] = []
+        self.connected = 0
+        self._post = EphemeralEncoder()
+
+    def terminate(self) -> None:
+        pass
+
+    async def connect(self) -> DatabaseConnection:
+        self.connected += 1
+        self.closed = False
+        return self
+
+    async def fetchrow(self, query: str, *args: Any, timeout: float = 0) -> Any:
+        assert not self.closed
+        tail = self.tail
+        entries = [
+            entry for card in args[1] for entry in self._post.read(card, "epoch", tail.seal, tail.database_time())
+        ]
+        self.statements.append((round(trio.current_time(), 3), [json.loads(entry.payload) for entry in entries]))
+        return ["off", "1s", len(args[1])]
+
+
+async def test_the_first_goes_at_once_and_what_follows_goes_together(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    tail = LogTail(Recent(0))
+    connection = Sent(tail)
+    tail.epoch = "epoch"
+    courier = EphemeralRelay(connection.connect, tail)
+    nursery.start_soon(courier.run, lambda: None)
+    for begin in (1, 2):
+        await trio.sleep_until(begin)
+        assert connection.connected == begin - 1
+        for n in range(25):
+            courier.broadcast(message(n))
+            await trio.sleep_until(begin + n / 1000 + 0.0005)
+        await trio.sleep_until(begin + 0.5)
+        assert connection.statements == [
+            (begin, [0]),
+            (begin + 0.01, list(range(1, 11))),
+            (begin + 0.02, list(range(11, 21))),
+            (begin + 0.03, list(range(21, 25))),
+        ]
+        connection.statements.clear()
+        # The connection is lost without anybody being told; the next message goes on another one.
+        connection.closed = True
+    assert courier.sent == 50
+
+
+LARGE = message("x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("entry", "room"),
+    [(message(1), ephemeral_relay.MESSAGES), (LARGE, ephemeral_relay.BYTES // len(encode_message(LARGE)))],
+    ids=["messages", "bytes"],
+)
+async def test_so_much_gathers_and_no_more(
+    entry: Entry, room: int, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    tail = LogTail(Recent(0))
+    connection = Sent(tail)
+    courier = EphemeralRelay(connection.connect, tail)
+    for _ in range(room + 5):
+        courier.broadcast(entry)
+    assert courier.dropped == 5
+    tail.restart("epoch", 0, 1)
+    nursery.start_soon(courier.run, lambda: None)
+    await trio.sleep(0.1)
+    assert [len(payloads) for _, payloads in connection.statements] == [room]
+    assert (courier.sent, courier.dropped) == (room, 5)
+    courier.broadcast(entry)
+    await trio.sleep(0.1)
+    assert courier.sent == room + 1, "there is room again"
+
+
+async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    tail = LogTail(Recent(0))
+    connection = Sent(tail)
+    courier = EphemeralRelay(connection.connect, tail)
+    nursery.start_soon(courier.run, lambda: None)
+    for n in range(3):
+        await trio.sleep(ephemeral_relay.AGE * 1.1)
+        for _ in range(ephemeral_relay.MESSAGES):
+            courier.broadcast(message(n))
+    tail.restart("epoch", 0, 1)
+    await trio.sleep(0.1)
+    assert [payloads for _, payloads in connection.statements] == [[2] * ephemeral_relay.MESSAGES]
+    assert (courier.sent, courier.dropped) == (ephemeral_relay.MESSAGES, 2 * ephemeral_relay.MESSAGES)
+
+
+# Whole brokers
+
+
+@asynccontextmanager
+async def replica(url: str) -> AsyncIterator[tuple[Broker, str]]:
+    """A broker that has reached the database, and its address."""
+    config: Config = msgspec.structs.replace(CONFIG, database=Database(url=url))
+    async with running_broker(config) as (broker, address):
+        await broker.hub.log.wait_open()
+        yield broker, address
+
+
+async def test_from_a_session_on_one_replica_to_those_on_another(database_url: str) -> None:
+    async with (
+        replica(database_url) as (_, address),
+        replica(database_url) as (broker, other_address),
+        catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus,
+        catbus.connect(f"ws://{other_address}/ws", token=TOKEN) as other,
+        bus.subscribe("cursors.*") as own,
+        other.subscribe("cursors.*") as messages,
+        broker.subscribe("cursors.*") as local,
+    ):
+        assert await bus.publish("cursors.alice", [12, 80], ephemeral=True) is None
+        for received in (await anext(messages), await anext(local), await anext(own)):
+            assert (received.channel, received.payload, received.seq) == ("cursors.alice", [12, 80], None)
+            assert received.sender == "alice"
+        assert await broker.publish("cursors.broker", 1, ephemeral=True) is None
+        assert (await anext(own)).payload == 1
+        assert (await anext(messages)).payload == 1
+        assert await bus.publish("cursors.alice", "durable") == 1
+        assert (await anext(messages)).seq == (await anext(own)).seq == 1
+
+
+async def test_a_producer_does_not_get_back_on_another_replica_what_it_did_not_want_back(database_url: str) -> None:
+    async with (
+        replica(database_url) as (_, address),
+        replica(database_url) as (_, other_address),
+        catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus,
+    ):
+        host, _, port = other_address.rpartition(":")
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            peer = Peer(stream)
+            await peer.upgrade()
+            auth = {"type": "auth", "token": TOKEN, "protocol": 1, "producer": bus.producer}
+            await peer.send(masked(1, json.dumps([auth])[1:-1].encode() + b'{"type":"subscribe","pattern":"a"}'))
+            heard: list[Any] = []
+            while not heard or heard[-1]["type"] != "subscribed":
+                heard += map(json.loads, (await peer.frame()).payload.splitlines())
+            assert heard[0]["producer"] == bus.producer
+            await bus.publish("a", "hidden", ephemeral=True, echo=False)
+            await bus.publish("a", "shown", ephemeral=True)
+            [received] = map(json.loads, (await peer.frame()).payload.splitlines())
+            assert received["payload"] == "shown"

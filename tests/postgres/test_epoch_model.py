@@ -1,0 +1,363 @@
+"""A model of logs that part at any point, and of all who know something of them.
+
+The listener, the tail, the epochs and delivery are the real ones; the database, its failures, and the clients are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, cast
+
+import pytest
+import trio
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from structlog.testing import CapturingLogger
+from trio.testing import MockClock
+
+from catbus.config import Database
+from catbus.delivery import Delivery
+from catbus.log import Entry, Page
+from catbus.postgres import PostgresLog
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.follow.fingerprints import fingerprint
+from catbus.postgres.listen import notification_listener
+from catbus.postgres.listen.notification_listener import NotificationListener
+from tests.simulation.clients import Subscriber
+from tests.test_delivery import exhaust
+
+
+def now(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns that waits for nothing."""
+
+    async def run() -> Any:
+        with trio.fail_after(0):
+            return await coroutine
+
+    return trio.run(run, clock=MockClock())
+
+
+@dataclass(frozen=True)
+class World:
+    """All that a database has; another one takes its place when it is set back."""
+
+    entries: tuple[Entry, ...] = ()
+    epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
+    floor: int = 1
+    place: int = 0
+    """Where it is, and where its epoch began: system identifier and timeline in one."""
+    began: int = 0
+
+    @property
+    def epoch(self) -> str:
+        return self.epochs[-1][0]
+
+    @property
+    def head(self) -> int:
+        return len(self.entries)
+
+    def fingerprint(self, seq: int) -> bytes | None:
+        return fingerprint(self.entries[seq - 1]) if self.floor <= seq <= self.head else None
+
+
+class Model:
+    """A database that answers the listener's questions, and can be set back."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.saved = [self.world]
+        self.names = count(1)
+        self.texts = count(1)
+
+    def append(self, number: int) -> None:
+        world = self.world
+        new = [Entry(world.head + i, 0, "a", b"%d" % next(self.texts)) for i in range(1, number + 1)]
+        self.world = replace(world, entries=(*world.entries, *new))
+
+    async def fetchrow(self, query: str, *args: Any, timeout: float = 0) -> tuple[Any, ...]:
+        world = self.world
+        match query:
+            case notification_listener._LOOK:
+                same = world.place == world.began
+                return (
+                    world.epoch,
+                    world.head,
+                    world.floor,
+                    world.fingerprint(args[0]),
+                    False,
+                    same,
+                    same,
+                    "",
+                    None,
+                    1,
+                    0.0,
+                )
+            case notification_listener._SEAL:
+                return ("a secret",)
+            case notification_listener._MARK:
+                return (world.fingerprint(args[0]),)
+            case notification_listener._NEW_EPOCH:
+                expected, agreed = args
+                made = world.epoch == expected
+                if made:
+                    after = max(0, min(world.head if agreed is None else agreed, world.head))
+                    epochs = (*world.epochs, (f"e{next(self.names)}", after))
+                    self.world = replace(world, epochs=epochs, began=world.place)
+                return (*self.world.epochs[-1], made)
+        raise AssertionError(query)
+
+    async def fetch(self, query: str, *args: Any, timeout: float = 0) -> list[tuple[str, int]]:
+        assert query == notification_listener._EPOCHS
+        names = [name for name, _ in self.world.epochs]
+        return list(self.world.epochs[: names.index(args[0]) + 1])
+
+
+class Replica:
+    """What a replica is made of, without tasks and connections."""
+
+    def __init__(self, model: Model, recent: int) -> None:
+        self.model = model
+        self.log = PostgresLog(Database(url="postgres://nowhere"), recent=recent)
+        self.listener: NotificationListener = self.log._listener
+        self.listener.question = lambda: None  # type: ignore[method-assign]
+        self.tail = self.log._tail
+        self.delivery = Delivery(self.log)
+        self.tail.follow(self.delivery)
+        self.look()
+
+    def look(self) -> None:
+        """Connect anew, or poll."""
+        self.tail.announce(now(self.listener._look(cast(DatabaseConnection, self.model))))
+
+    def lose(self) -> None:
+        self.tail.distrust()
+
+    def read(self) -> None:
+        """Read some of what is missing."""
+        missing = self.tail.missing()
+        if missing is not None:
+            self.tail.fill(self.page(missing[0], 3), self.tail.generation)
+
+    def page(self, after: int, rows: int) -> Page:
+        world = self.model.world
+        start = max(after, world.floor - 1)
+        entries = world.entries[start : min(start + rows, self.tail.announced)]
+        return Page(start, entries[-1].seq if entries else start, entries)
+
+    def sweep(self) -> bool:
+        """Serve the late; whether there were any."""
+        position = self.delivery.next_position()
+        if position is not None:
+            page = self.tail.recent.since(position, 2, 1 << 20)
+            if page is None:
+                page = self.page(position, min(2, self.tail.applied - position))
+            exhaust(self.delivery.serve(position, page))
+        return position is not None
+
+
+class ForkMachine(RuleBasedStateMachine):
+    """Logs part at any point, unnoticed at first, and replicas look at them in any order.
+
+    Once every replica has looked, what a client that is subscribed believes of the log stands in the log, and whatever
+    stands in the log above its last gap it has, or will be told.
+
+    A client comes back only then. It is not promised that it is told of a log that no replica has known that is still
+    there, or none yet that has looked.
+    """
+
+    @initialize(recents=st.lists(st.sampled_from([0, 700, 1 << 20]), min_size=1, max_size=3))
+    def begin(self, recents: list[int]) -> None:
+        self.model = Model()
+        self.replicas = [Replica(self.model, recent) for recent in recents]
+        self.clients: list[Subscriber] = []
+
+    def pick(self, index: int) -> Replica:
+        return self.replicas[index % len(self.replicas)]
+
+    # What happens to the database
+
+    @rule(index=st.integers(0, 9), number=st.integers(1, 6))
+    def append(self, index: int, number: int) -> None:
+        """A writer appends only once its replica has looked, and only to its epoch."""
+        replica = self.pick(index)
+        if replica.tail.trusted and replica.log.epoch == self.model.world.epoch:
+            self.model.append(number)
+            replica.tail.announce(self.model.world.head)
+
+    @rule()
+    def save(self) -> None:
+        self.model.saved.append(self.model.world)
+
+    @rule(index=st.integers(0, 9), moved=st.booleans())
+    def set_back(self, index: int, moved: bool) -> None:
+        """Any earlier state takes the place of the present one, here or elsewhere: all connections are lost."""
+        saved = self.model.saved[index % len(self.model.saved)]
+        self.model.world = replace(saved, place=next(self.model.texts)) if moved else saved
+        for replica in self.replicas:
+            replica.lose()
+
+    @rule(share=st.floats(0, 1))
+    def lose_the_end(self, share: float) -> None:
+        """The last entries are gone, and nothing else."""
+        world = self.model.world
+        kept = max(int(world.head * share), world.floor - 1, *[after for _, after in world.epochs])
+        self.model.world = replace(world, entries=world.entries[:kept])
+        for replica in self.replicas:
+            replica.lose()
+
+    @rule(number=st.integers(1, 4))
+    def retain(self, number: int) -> None:
+        world = self.model.world
+        self.model.world = replace(world, floor=min(world.floor + number, world.head + 1))
+
+    # What replicas do
+
+    @rule(index=st.integers(0, 9))
+    def look(self, index: int) -> None:
+        self.pick(index).look()
+
+    @rule(index=st.integers(0, 9))
+    def lose(self, index: int) -> None:
+        self.pick(index).lose()
+
+    @rule(index=st.integers(0, 9))
+    def read(self, index: int) -> None:
+        self.pick(index).read()
+
+    @rule(index=st.integers(0, 9))
+    def sweep(self, index: int) -> None:
+        self.pick(index).sweep()
+
+    @rule(recent=st.sampled_from([0, 1 << 20]))
+    @precondition(lambda self: len(self.replicas) < 5)
+    def start_another(self, recent: int) -> None:
+        self.replicas.append(Replica(self.model, recent))
+
+    # What clients do
+
+    @rule(index=st.integers(0, 9))
+    @precondition(lambda self: len(self.clients) < 6)
+    def arrive(self, index: int) -> None:
+        client = Subscriber()
+        client.join(self.pick(index), anew=True)
+        self.clients.append(client)
+
+    @rule(index=st.integers(0, 9))
+    @precondition(lambda self: self.clients)
+    def leave(self, index: int) -> None:
+        client = self.clients[index % len(self.clients)]
+        if client.replica is not None:
+            client.leave()
+
+    @rule(index=st.integers(0, 9), where=st.integers(0, 9))
+    @precondition(lambda self: self.clients)
+    def come_back(self, index: int, where: int) -> None:
+        client = self.clients[index % len(self.clients)]
+        if client.replica is None:
+            self.settle()
+            client.join(self.pick(where), anew=False)
+
+    @rule(index=st.integers(0, 9))
+    @precondition(lambda self: self.clients)
+    def take(self, index: int) -> None:
+        self.clients[index % len(self.clients)].take()
+
+    @rule()
+    def settle(self) -> None:
+        epochs: set[str] = set()
+        while len(epochs) != 1:
+            for replica in self.replicas:
+                replica.look()
+            epochs = {replica.log.epoch for replica in self.replicas}
+            if self.model.world.epoch not in epochs:
+                epochs.clear()
+
+    @rule()
+    def check(self) -> None:
+        self.settle()
+        world = self.model.world
+        for replica in self.replicas:
+            while replica.tail.missing() is not None:
+                replica.read()
+            assert replica.tail.applied == world.head
+        served = True
+        while served:
+            for client in self.clients:
+                client.take()
+            served = sum(replica.sweep() for replica in self.replicas) > 0
+        for client in self.clients:
+            if client.replica is None:
+                continue
+            assert client.subscription is not None and not client.subscription.late
+            assert client.replica.delivery.position == world.head
+            for seq, text in client.known.items():
+                assert world.entries[seq - 1].payload == text.encode(), f"another {seq}"
+
+    @invariant()
+    def nobody_applies_what_nobody_trusts(self) -> None:
+        for replica in getattr(self, "replicas", ()):
+            assert replica.tail.applied == replica.delivery.position
+
+    def teardown(self) -> None:
+        if hasattr(self, "replicas"):
+            self.check()
+
+
+ForkMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestForks = ForkMachine.TestCase
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every epoch is worth a line, and here there are thousands."""
+    monkeypatch.setattr(notification_listener, "logger", CapturingLogger())
+
+
+def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() -> None:
+    model = Model()
+    one, other = Replica(model, 0), Replica(model, 0)
+    client = Subscriber()
+    client.join(one, anew=True)
+    model.append(3)
+    one.tail.announce(3)
+    one.read()
+    client.take()
+    assert list(client.known) == [1, 2, 3]
+
+    model.world = replace(model.saved[0], place=1)
+    other.look()
+    model.append(5)
+    model.world = replace(model.world, floor=5)
+    one.look()
+    while one.tail.missing() is not None:
+        one.read()
+    client.take()
+    assert list(client.known) == [5]
+    assert [(gap.first, gap.last, gap.reason) for gap in client.gaps] == [(1, 0, "epoch"), (1, 4, "retention")]
+
+
+def test_what_an_epoch_had_that_the_database_has_lost_is_taken_back_too() -> None:
+    model = Model()
+    one, other = Replica(model, 0), Replica(model, 0)
+    client = Subscriber()
+    client.join(one, anew=True)
+    model.append(2)
+    one.tail.announce(2)
+    one.read()
+    now(model.fetchrow(notification_listener._NEW_EPOCH, "e0", None))
+    one.look()
+    client.take()
+    assert list(client.known) == [1, 2]
+
+    model.world = replace(model.saved[0], place=1)
+    other.look()
+    model.append(4)
+    model.world = replace(model.world, floor=4)
+    one.look()
+    while one.tail.missing() is not None:
+        one.read()
+    client.take()
+    assert list(client.known) == [4]

@@ -1,0 +1,73 @@
+"""Notifications that are not ours: how often they are told of, and when nobody listens any more."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+from structlog.testing import CapturingLogger
+
+from catbus.loggers import REPEAT
+from catbus.postgres.listen import forged_notifications
+from catbus.postgres.listen.forged_notifications import DEAF, LONGEST_DEAF, MANY, SLOW, ForgedNotifications
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
+    logger = CapturingLogger()
+    monkeypatch.setattr(forged_notifications, "logger", logger)
+    return logger
+
+
+def flood(intruders: ForgedNotifications, number: int = MANY) -> None:
+    for _ in range(number):
+        intruders.note()
+
+
+def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
+    intruders = ForgedNotifications()
+    intruders.look(0.0, 0.0)
+    assert said.calls == []
+    for second in range(int(REPEAT * 2) + 1):
+        flood(intruders, 7)
+        intruders.look(float(second), 0.0)
+    assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT, 7 * REPEAT]
+    intruders.look(inf, 0.0)
+    assert len(said.calls) == 3, "nothing has come since"
+    assert intruders.rejected == 7 * (REPEAT * 2 + 1)
+
+
+def test_many_of_them_are_a_reason_to_poll_once() -> None:
+    intruders = ForgedNotifications()
+    assert [intruders.note() for _ in range(3 * MANY)].count(True) == 1
+    intruders.look(0.0, 0.0)
+    assert [intruders.note() for _ in range(MANY)] == [False] * (MANY - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("number", "took", "listens"), [(MANY, SLOW, False), (MANY - 1, SLOW, True), (MANY, SLOW / 2, True)]
+)
+def test_nobody_listens_when_many_have_held_up_a_poll(number: int, took: float, listens: bool) -> None:
+    intruders = ForgedNotifications()
+    flood(intruders, number)
+    intruders.look(100.0, took)
+    assert intruders.may_listen(100.0) == listens
+    assert intruders.floods == (not listens)
+    assert intruders.may_listen(100.0 + DEAF)
+
+
+def test_those_who_come_again_and_again_are_listened_to_ever_more_seldom() -> None:
+    intruders, now = ForgedNotifications(), 0.0
+    pauses = []
+    for _ in range(8):
+        flood(intruders)
+        intruders.look(now, SLOW)
+        began = now
+        while not intruders.may_listen(now):
+            now += DEAF
+        pauses.append(now - began)
+    assert pauses == [min(DEAF * 2**n, LONGEST_DEAF) for n in range(8)]
+    now += 2 * LONGEST_DEAF
+    flood(intruders)
+    intruders.look(now, SLOW)
+    assert intruders.may_listen(now + DEAF), "and as before after a long rest"

@@ -1,0 +1,95 @@
+"""catbus.postgres.maintenance.heartbeat: every replica knows which there are, and how they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import trio
+
+from catbus.cli.commands.status import SILENT
+from catbus.client import connect
+from catbus.config import Database
+from catbus.log import Committed
+from catbus.postgres import PostgresLog
+from catbus.postgres.maintenance.heartbeat import Heartbeat
+from tests.log.harness import running
+from tests.postgres.processes import Replica, open_replicas, token
+from tests.postgres.sql import open_sql
+
+
+async def status(replica: Replica, *options: str) -> str:
+    command = [sys.executable, "-m", "catbus", "status", "--url", replica.url, "--token", token("operator"), *options]
+    done = await trio.run_process(command, capture_stdout=True)
+    return done.stdout.decode()
+
+
+async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None:
+    with trio.fail_after(60):
+        async with open_replicas(database_url, 2) as (one, other):
+            async with connect(one.url, token=token("a")) as bus:
+                await bus.publish("a", 1)
+            async with connect(other.url, token=token("b")):
+                report: dict[str, Any] = {}
+                while [r.get("clients") for r in report.get("log", {}).get("replicas", ())] != [0, 1]:
+                    report = json.loads(await status(one, "--json"))
+            assert (report["ready"], report["head"]) == (True, 1)
+            mine, theirs = report["log"]["replicas"]
+            assert mine["pid"] == report["pid"] != theirs["pid"]
+            assert mine["silent"] <= theirs["silent"] < SILENT
+            assert {r["state"] for r in (mine, theirs)} == {"ready"}
+            text = await status(one)
+    assert re.search(rf"^  \S+:{mine['pid']} +ready +0 +[01] ", text, re.MULTILINE)
+    assert re.search(rf"^  \S+:{theirs['pid']} +ready +1 +[01] ", text, re.MULTILINE)
+    assert "\n  news       by notifications, 0 messages behind the database\n" in text
+
+
+async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) -> None:
+    log = PostgresLog(Database(url=database_url))
+    async with running(log) as (_, publisher), open_sql(database_url) as sql:
+        assert await publisher.publish("a", b"1") == Committed(1)
+        one, other = Heartbeat(lambda: {"name": "one"}), Heartbeat(lambda: {"name": "other"})
+        await one.call(sql)
+        await other.call(sql)
+        assert {"one", "other"} <= {r.report.get("name") for r in other.replicas}
+        assert other.replicas[0].id == other.id
+        await sql.execute(f"UPDATE catbus.replicas SET seen = seen - interval '50 seconds' WHERE id = '{one.id}'")
+        third = Heartbeat(dict)
+        await third.call(sql)
+        assert [round(r.silent) for r in third.replicas if r.id == one.id] == [50]
+        await sql.execute(f"UPDATE catbus.replicas SET seen = seen - interval '11 seconds' WHERE id = '{one.id}'")
+        fourth = Heartbeat(dict)
+        await fourth.call(sql)
+        assert one.id not in {r.id for r in fourth.replicas}
+        assert other.id in {r.id for r in fourth.replicas}
+
+
+async def test_it_is_called_every_so_often_and_not_with_every_look(database_url: str) -> None:
+    log = PostgresLog(Database(url=database_url))
+    described = 0
+
+    def describe() -> dict[str, object]:
+        nonlocal described
+        described += 1
+        return {}
+
+    async with running(log) as (_, publisher), open_sql(database_url) as sql:
+        assert await publisher.publish("a", b"1") == Committed(1)
+        roll = Heartbeat(describe)
+        for _ in range(10):
+            await roll.call(sql)
+    assert described == 1
+
+
+async def test_what_another_release_says_of_itself_harms_nobody(database_url: str) -> None:
+    log = PostgresLog(Database(url=database_url))
+    async with running(log) as (_, publisher), open_sql(database_url) as sql:
+        assert await publisher.publish("a", b"1") == Committed(1)
+        for name, report in (("x", "not JSON"), ("y", "[1]"), ("z", '{"clients":"many"}')):
+            await sql.execute(f"INSERT INTO catbus.replicas VALUES ('{name}', clock_timestamp(), '{report}')")
+        roll = Heartbeat(dict)
+        await roll.call(sql)
+        found = {r.id: r.report for r in roll.replicas}
+        assert (found["x"], found["y"], found["z"]) == ({}, {}, {"clients": "many"})

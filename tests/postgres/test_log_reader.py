@@ -1,0 +1,54 @@
+"""Pages of the log, where what was announced and what is there disagree for a moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catbus.log import Page
+from catbus.postgres.follow.log_reader import DOUBTS, LogReader
+
+
+class Scripted:
+    """A connection that answers what it was told to, in order: rows of a page, or a position (head, floor)."""
+
+    closed = False
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers = list(answers)
+
+    async def fetch(self, query: str, *args: object, timeout: float) -> list[Any]:
+        return self.answers.pop(0)
+
+
+def reading(*answers: list[Any]) -> LogReader:
+    async def connect() -> Any:
+        return Scripted(*answers)
+
+    return LogReader(connect)
+
+
+def row(seq: int) -> tuple[int, int, str, str, None, None]:
+    return (seq, 1000, "a", "1", None, None)
+
+
+async def test_what_is_committed_between_two_looks_is_found_with_a_third() -> None:
+    # Somebody announces 2 where there is nothing yet; then 1 and 2 are committed, after the page was read.
+    page = await reading([], [(2, 1)], [], [row(1), row(2)]).page(0, 2, 1000, 1 << 20)
+    assert [entry.seq for entry in page.entries] == [1, 2]
+
+
+async def test_a_false_announcement_is_an_empty_page() -> None:
+    assert await reading([], [(0, 1)]).page(0, 2, 1000, 1 << 20) == Page(0, 0, ())
+
+
+async def test_what_retention_has_taken_is_passed_over() -> None:
+    page = await reading([row(4)], [(4, 4)], [row(4)]).page(0, 4, 1000, 1 << 20)
+    assert (page.after, page.last) == (3, 4)
+
+
+async def test_a_table_that_lacks_entries_is_not_read_for_ever() -> None:
+    answers = [[], [(2, 1)], []] * DOUBTS
+    with pytest.raises(OSError, match="entries after 0"):
+        await reading(*answers).page(0, 2, 1000, 1 << 20)

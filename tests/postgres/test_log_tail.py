@@ -1,0 +1,126 @@
+"""The tail, fed in any order: every entry is handed on once, in order, and what is missing is always asked for."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.log import Entry, Page, Recent
+from catbus.postgres.follow.log_tail import LogTail
+from tests.log.harness import Recorder
+
+
+def stretch(first: int, last: int) -> list[Entry]:
+    return [Entry(seq, 0, "a", b"%d" % seq) for seq in range(first, last + 1)]
+
+
+def open_tail(applied: int = 0) -> tuple[LogTail, Recorder]:
+    tail, follower = LogTail(Recent(1 << 20)), Recorder()
+    tail.follow(follower)
+    tail.restart("e", applied, 1)
+    tail.trust()
+    return tail, follower
+
+
+LAST = 60
+pieces = st.tuples(st.integers(1, LAST), st.integers(0, 9)).map(lambda p: (p[0], min(LAST, p[0] + p[1])))
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("offer"), pieces),
+        st.tuples(st.just("announce"), pieces),
+        st.tuples(st.just("expect"), pieces),
+        st.tuples(st.just("resolve"), st.just((0, 0))),
+        st.tuples(st.just("read"), st.integers(1, 10).map(lambda n: (n, n))),
+    ),
+    max_size=40,
+)
+
+
+@given(steps)
+def test_whatever_comes_in_whatever_order_each_entry_is_handed_on_once_in_order(
+    steps: list[tuple[str, tuple[int, int]]],
+) -> None:
+    tail, follower = open_tail()
+    known = expected = 0
+
+    def read(rows: int) -> None:
+        gap = tail.missing()
+        assert gap is not None
+        after, last = gap
+        page = stretch(after + 1, min(last, after + rows))
+        tail.fill(Page(after, page[-1].seq, page), tail.generation)
+
+    for step, (first, last) in steps:
+        match step:
+            case "offer":
+                tail.offer(stretch(first, last))
+                known = max(known, last)
+            case "announce":
+                tail.announce(last)
+                known = max(known, last)
+            case "expect":
+                tail.expect(last)
+                expected = max(expected, last)
+            case "resolve":
+                tail.resolve()
+                known = max(known, expected)
+            case "read" if tail.missing() is not None:
+                read(first)
+        # The recorder has checked that nothing was skipped or repeated.
+        assert follower.applied == tail.applied <= known
+        assert tail.announced == known
+        assert (tail.missing() is None) == (tail.applied == known)
+        assert tail.recent.last == tail.applied
+    while tail.missing() is not None:
+        read(10)
+    assert tail.applied == known
+    assert [entry.seq for entry in follower.entries] == list(range(1, known + 1))
+
+
+def test_only_what_is_missing_before_a_batch_of_our_own_is_read() -> None:
+    tail, follower = open_tail()
+    tail.offer(stretch(11, 20))
+    assert tail.missing() == (0, 10)
+    tail.offer(stretch(26, 30))
+    tail.fill(Page(0, 10, stretch(1, 10)), tail.generation)
+    assert follower.applied == 20
+    assert tail.missing() == (20, 25)
+    assert tail.jumps == 1
+
+
+def test_a_page_of_another_generation_is_not_taken() -> None:
+    tail, follower = open_tail()
+    tail.announce(10)
+    generation = tail.generation
+    tail.restart("other", 5, 1)
+    tail.fill(Page(0, 10, stretch(1, 10)), generation)
+    assert follower.entries == []
+    assert (tail.applied, tail.announced, tail.missing()) == (5, 5, None)
+
+
+def test_a_false_announcement_is_forgotten() -> None:
+    tail, _ = open_tail(3)
+    tail.announce(99)
+    assert tail.missing() == (3, 99)
+    tail.fill(Page(3, 3, ()), tail.generation)
+    assert tail.missing() is None
+
+
+def test_when_retention_has_passed_it_who_follows_is_told_where_it_goes_on() -> None:
+    tail, follower = open_tail()
+    tail.announce(20)
+    tail.fill(Page(15, 18, stretch(16, 18)), tail.generation)
+    assert follower.restarts == [0, 15]
+    assert follower.applied == 18
+    assert tail.missing() == (18, 20)
+
+
+def test_what_waits_for_what_is_missing_does_not_outlast_the_trust_in_the_log() -> None:
+    tail, follower = open_tail()
+    tail.offer(stretch(2, 3))
+    tail.distrust()
+    tail.trust()
+    assert tail.missing() == (0, 3)
+    tail.fill(Page(0, 1, stretch(1, 1)), tail.generation)
+    assert follower.texts == ["1"]
+    assert tail.missing() == (1, 3)

@@ -1,0 +1,41 @@
+"""What the writer makes of what is submitted, without a database."""
+
+from __future__ import annotations
+
+import trio
+
+from catbus.log import Append, Recent
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
+from catbus.postgres.append.log_writer import LogWriter
+from catbus.postgres.follow.log_tail import LogTail
+from tests.log.harness import Recorder
+
+
+async def never() -> DatabaseConnection:
+    await trio.sleep_forever()
+    raise AssertionError
+
+
+async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() -> None:
+    tail = LogTail(Recent(0))
+    tail.follow(Recorder())
+    tail.restart("e", 3, 1)
+    writer = LogWriter(never, tail, lambda: None)
+    writer.submit(Append("a", b"1", lambda _, __: None))
+    # A retry of it by another replica may be among these.
+    tail.announce(9)
+    writer.submit(Append("a", b"2", lambda _, __: None))
+    batch = writer._take()
+    assert batch is not None
+    assert batch.after == 3
+
+
+async def test_what_comes_before_the_log_is_open_is_as_new_as_the_log_then() -> None:
+    tail = LogTail(Recent(0))
+    tail.follow(Recorder())
+    writer = LogWriter(never, tail, lambda: None)
+    writer.submit(Append("a", b"1", lambda _, __: None))
+    tail.restart("e", 9, 8)
+    batch = writer._take()
+    assert batch is not None
+    assert batch.after == 9

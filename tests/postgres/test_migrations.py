@@ -1,0 +1,101 @@
+"""Bringing the schema up to the one that this release needs."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import pytest
+import trio
+
+from catbus.config import Database
+from catbus.errors import ConfigError, Unavailable
+from catbus.postgres import PostgresLog
+from catbus.postgres.access import migrations
+from catbus.postgres.access.migrations import init, migrate, schema_files
+from tests.log.harness import running
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import open_sql
+
+NAMES = [name for _, name, _ in schema_files()]
+NEWEST = schema_files()[-1][0]
+
+
+def test_the_files_are_numbered_without_a_gap() -> None:
+    assert [number for number, _, _ in schema_files()] == list(range(1, len(NAMES) + 1))
+
+
+async def test_an_empty_database_gets_everything_and_a_prepared_one_nothing(empty_database_url: str) -> None:
+    settings = Database(url=empty_database_url)
+    assert await init(settings) == NAMES
+    assert await init(settings) == []
+    async with open_sql(empty_database_url) as sql:
+        assert await sql.fetchrow("SELECT version FROM catbus.schema_version") == (NEWEST,)
+        assert (await sql.fetchrow("SELECT head, floor FROM catbus.position()")) == (0, 1)
+
+
+async def test_a_log_prepares_its_database_by_itself(empty_database_url: str) -> None:
+    async with running(PostgresLog(Database(url=empty_database_url))) as (_, publisher):
+        assert await publisher.publish_seq("a", b"1") == 1
+
+
+async def test_replicas_that_start_together_apply_each_file_once(empty_database_url: str) -> None:
+    applied: list[list[str]] = []
+
+    async def start() -> None:
+        applied.append(await init(Database(url=empty_database_url)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(start)
+    assert sorted(applied) == [[], [], [], NAMES]
+
+
+async def test_only_what_is_missing_is_applied(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await init(Database(url=empty_database_url))
+    more = [*schema_files(), (NEWEST + 1, "999_more.sql", "CREATE TABLE catbus.more ()")]
+    monkeypatch.setattr(migrations, "schema_files", lambda: more)
+    assert await init(Database(url=empty_database_url)) == ["999_more.sql"]
+
+
+async def test_a_file_that_fails_leaves_nothing_behind(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*schema_files(), (NEWEST + 1, "999_wrong.sql", "CREATE TABLE catbus.more (); SELECT 1 / 0")]
+    monkeypatch.setattr(migrations, "schema_files", lambda: more)
+    with pytest.raises(Unavailable, match="division by zero"):
+        await init(Database(url=empty_database_url))
+    async with open_sql(empty_database_url) as sql:
+        assert await sql.fetchrow("SELECT to_regnamespace('catbus')::text") == (None,)
+
+
+async def test_the_schema_of_a_newer_release_is_refused(database_url: str) -> None:
+    async with open_sql(database_url) as sql:
+        await sql.execute(f"UPDATE catbus.schema_version SET version = {NEWEST + 1}")
+    with pytest.raises(ConfigError, match=f"version {NEWEST + 1} and this release knows {NEWEST}"):
+        await init(Database(url=database_url))
+
+
+async def test_another_encoding_is_refused(empty_database_url: str) -> None:
+    parts = urlsplit(empty_database_url)
+    name = parts.path.strip("/") + "_latin"
+    async with open_sql(empty_database_url) as sql:
+        await sql.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+        try:
+            with pytest.raises(ConfigError, match="encoding is LATIN1"):
+                await init(Database(url=parts._replace(path=f"/{name}").geturl()))
+        finally:
+            await sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def test_an_old_server_is_refused(database_url: str) -> None:
+    async with open_sql(database_url) as sql:
+        sql.version = 13
+        with pytest.raises(ConfigError, match="PostgreSQL 13; Catbus needs 14"):
+            await migrate(sql)
+
+
+async def test_a_database_that_is_away_is_said_so(database_url: str) -> None:
+    async with open_proxy(database_url) as proxy:
+        proxy.close()
+        with pytest.raises(Unavailable, match="the database cannot be prepared"):
+            await init(Database(url=proxy.url))

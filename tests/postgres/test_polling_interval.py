@@ -1,0 +1,167 @@
+"""How often the database is asked: a pace that follows what notifications tell of."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catbus.postgres.listen.polling_interval import BUSY, BUSY_PACE, GRACE, IDLE_PACE, PACE, TRIAL, PollingInterval
+
+
+class Clock:
+    """Polls when it is time to, or when told to."""
+
+    def __init__(self, *, deaf: bool = False, head: int = 10) -> None:
+        self.pace = PollingInterval()
+        self.pace.begin(deaf=deaf)
+        self.now = 100.0
+        self.head = head
+        assert self.poll()
+
+    def poll(self) -> bool:
+        """Whether the head is to be believed at once."""
+        self.pace.ask()
+        self.believed = self.pace.note(self.head, self.now)
+        return self.believed == self.head
+
+    def wait(self) -> float:
+        """Until the next poll, which is made."""
+        pause = self.pace.pause(self.now)
+        self.now += pause
+        self.poll()
+        return pause
+
+    def commit(self, *, told: bool = True) -> None:
+        self.head += 1
+        if told:
+            self.pace.hear(self.head)
+
+
+def test_while_everything_is_told_of_polls_are_rare() -> None:
+    clock = Clock()
+    for _ in range(10):
+        clock.commit()
+        assert clock.wait() == PACE
+    assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
+
+
+def test_a_poll_may_be_ahead_of_the_notification() -> None:
+    clock = Clock()
+    clock.commit(told=False)
+    assert not clock.poll()
+    assert clock.pace.pause(clock.now) == GRACE
+    clock.pace.hear(clock.head)
+    assert clock.pace.pause(clock.now) == PACE
+    clock.now += GRACE
+    clock.poll()
+    assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
+
+
+def test_what_nothing_has_told_of_is_read_and_then_polls_are_frequent() -> None:
+    clock = Clock()
+    clock.commit(told=False)
+    assert not clock.poll()
+    clock.now += GRACE
+    assert clock.poll()
+    assert clock.pace.unannounced == 1
+    clock.commit(told=False)
+    assert clock.poll()
+    assert clock.pace.pause(clock.now) == BUSY_PACE
+    clock.now += BUSY
+    assert clock.poll()
+    assert clock.pace.pause(clock.now) == IDLE_PACE
+
+
+def test_notifications_are_relied_on_again_when_they_have_told_of_everything_for_long() -> None:
+    clock = Clock()
+    clock.commit(told=False)
+    clock.poll()
+    clock.now += GRACE
+    clock.poll()
+    end = clock.now + TRIAL
+    while clock.now < end - 1:
+        clock.commit()
+        clock.poll()
+        clock.now += 0.5
+        assert clock.pace.polling
+    clock.commit(told=False)
+    clock.poll()
+    clock.now += GRACE
+    clock.poll()
+    assert clock.pace.unannounced == 2
+    end = clock.now + TRIAL
+    # For as long as nothing happens, nothing is known of them.
+    clock.now = end + TRIAL
+    clock.poll()
+    assert clock.pace.polling
+    clock.commit()
+    clock.poll()
+    clock.now += GRACE
+    clock.poll()
+    assert not clock.pace.polling
+    assert clock.pace.pause(clock.now) == PACE
+
+
+def test_where_none_come_there_is_only_polling() -> None:
+    clock = Clock(deaf=True)
+    assert clock.pace.polling
+    clock.now += TRIAL * 2
+    assert clock.wait() == IDLE_PACE
+    clock.commit(told=False)
+    assert clock.poll()
+    assert clock.wait() == BUSY_PACE
+    clock.pace.begin(deaf=False)
+    clock.commit(told=False)
+    assert clock.poll(), "what the first poll finds is always news"
+    clock.commit(told=False)
+    assert not clock.poll()
+    assert (clock.pace.polling, clock.pace.pause(clock.now)) == (False, GRACE)
+
+
+def test_a_false_notification_hides_nothing() -> None:
+    clock = Clock()
+    clock.pace.hear(1 << 60)
+    clock.commit(told=False)
+    clock.poll()
+    clock.now += GRACE
+    assert clock.poll()
+    assert clock.pace.unannounced == 1
+
+
+def test_after_a_log_was_set_back_old_notifications_tell_of_nothing() -> None:
+    clock = Clock(head=100)
+    clock.commit()
+    clock.poll()
+    clock.head = 50
+    clock.poll()
+    clock.commit(told=False)
+    assert not clock.poll()
+    clock.now += GRACE
+    assert clock.poll()
+    assert clock.pace.unannounced == 1
+
+
+@given(st.lists(st.sampled_from(["told", "untold", "poll", "false"]), max_size=50), st.booleans())
+def test_whatever_happens_what_is_there_is_announced_in_time(events: list[str], deaf: bool) -> None:
+    """By a notification, or by a poll that follows in time."""
+    clock = Clock(deaf=deaf)
+    pace, announced = clock.pace, clock.head
+    for event in events:
+        clock.now += 0.01
+        match event:
+            case "told":
+                clock.commit()
+                announced = clock.head
+            case "untold":
+                clock.commit(told=False)
+            case "false":
+                pace.hear(clock.head + 5)
+            case "poll":
+                clock.poll()
+                announced = max(announced, clock.believed)
+    began = clock.now
+    while announced < clock.head:
+        clock.now += pace.pause(clock.now)
+        assert clock.now <= began + 2 * PACE + GRACE
+        clock.poll()
+        announced = max(announced, clock.believed)

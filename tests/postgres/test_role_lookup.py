@@ -1,0 +1,243 @@
+"""Looking roles up: as of now, many at a time, through outages, and without a trace of a token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from catbus.auth import Grants, Identity, make_role_token, role_key
+from catbus.config import Database
+from catbus.errors import Unavailable
+from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge
+from catbus.postgres.roles import role_lookup
+from catbus.postgres.roles.role_changes import RoleChanges
+from catbus.postgres.roles.role_lookup import PATIENCE, RoleLookup
+from catbus.postgres.roles.role_store import open_roles
+from tests.postgres.proxy import open_proxy
+from tests.postgres.sql import open_sql, pids, wait_until
+
+GRANTS = Grants(("a.*", "b"), ("a.c",))
+
+
+@asynccontextmanager
+async def looking_up(url: str) -> AsyncIterator[RoleLookup]:
+    """A look-up that runs, through connections of its own."""
+    with trio.fail_after(60):
+        async with open_bridge() as bridge, trio.open_nursery() as nursery:
+            lookup = RoleLookup(partial(bridge.connect, url), RoleChanges())
+            nursery.start_soon(lookup.run)
+            yield lookup
+            nursery.cancel_scope.cancel()
+
+
+async def look_up(lookup: RoleLookup, key: bytes) -> Identity | None:
+    return (await lookup.find([key])).get(key)
+
+
+def key_of(token: str) -> bytes:
+    key = role_key(token)
+    assert key is not None
+    return key
+
+
+async def make_role(url: str, client_id: str | None = "ci", grants: Grants = GRANTS) -> bytes:
+    async with open_roles(Database(url=url)) as roles:
+        token, _ = await roles.create(client_id, grants)
+    return key_of(token)
+
+
+async def test_a_role_is_found_as_it_is_now(database_url: str) -> None:
+    key = await make_role(database_url)
+    bare = await make_role(database_url, None, Grants())
+    async with looking_up(database_url) as lookup, open_roles(Database(url=database_url)) as roles:
+        assert await look_up(lookup, key) == Identity("ci", GRANTS, None, role=key)
+        assert await look_up(lookup, bare) == Identity(None, Grants(), None, role=bare)
+        assert await look_up(lookup, key_of(make_role_token())) is None
+        await roles.revoke(key.hex(), Grants(("b",)))
+        assert await look_up(lookup, key) == Identity("ci", Grants(("a.*",), ("a.c",)), None, role=key)
+        await roles.delete(key.hex())
+        assert await look_up(lookup, key) is None
+
+
+async def test_those_who_come_together_are_looked_up_together(database_url: str) -> None:
+    keys = [await make_role(database_url, f"c{number}") for number in range(3)]
+    found: list[object] = []
+
+    async def find(key: bytes) -> None:
+        found.append(await look_up(lookup, key))
+
+    async with looking_up(database_url) as lookup:
+        await look_up(lookup, keys[0])
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                for key in (*keys, bytes(32)):
+                    nursery.start_soon(find, key)
+        assert lookup._inquiry.statements == 2
+    for number, key in enumerate(keys):
+        assert found.count(Identity(f"c{number}", GRANTS, None, role=key)) == 100
+    assert found.count(None) == 100
+
+
+async def test_who_asks_while_a_statement_is_under_way_gets_a_later_answer(database_url: str) -> None:
+    key = await make_role(database_url)
+    found: list[object] = []
+
+    async def find() -> None:
+        found.append(await look_up(lookup, key))
+
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        await look_up(lookup, key)
+        async with trio.open_nursery() as nursery:
+            proxy.block()
+            nursery.start_soon(find)
+            await wait_all_tasks_blocked()
+            async with open_roles(Database(url=database_url)) as roles:
+                await roles.delete(key.hex())
+            nursery.start_soon(find)
+            await wait_all_tasks_blocked()
+            proxy.unblock()
+    assert found[-1] is None
+    assert len(found) == 2
+
+
+async def test_who_leaves_takes_nothing_from_the_others(database_url: str) -> None:
+    key = await make_role(database_url)
+    found: list[object] = []
+
+    async def find() -> None:
+        found.append(await look_up(lookup, key))
+
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        await look_up(lookup, key)
+        async with trio.open_nursery() as nursery:
+            proxy.block()
+            nursery.start_soon(find)
+            await wait_all_tasks_blocked()
+            async with trio.open_nursery() as leaving:
+                leaving.start_soon(lookup.find, key)
+                await wait_all_tasks_blocked()
+                leaving.cancel_scope.cancel()
+            proxy.unblock()
+        assert found == [Identity("ci", GRANTS, None, role=key)]
+        assert await look_up(lookup, key) is not None
+        assert proxy.accepted == 1
+
+
+async def test_a_connection_is_made_when_it_is_needed_and_again_when_it_was_lost(database_url: str) -> None:
+    key = await make_role(database_url)
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        await wait_all_tasks_blocked()
+        assert proxy.accepted == 0
+        await look_up(lookup, key)
+        async with open_sql(database_url) as sql:
+            [pid] = await pids(sql, "%catbus.roles%")
+            await sql.fetch("SELECT pg_terminate_backend($1)", pid)
+
+            async def gone() -> bool:
+                return not await pids(sql, "%catbus.roles%")
+
+            await wait_until(gone)
+        await wait_until_closed(lookup)
+        assert await look_up(lookup, key) is not None
+        assert proxy.accepted == 2
+
+
+async def wait_until_closed(lookup: RoleLookup) -> None:
+    connection = lookup._inquiry._connection
+    assert isinstance(connection, DatabaseConnection)
+
+    async def closed() -> bool:
+        return connection.closed
+
+    await wait_until(closed)
+
+
+async def test_a_database_that_is_away_is_unavailable_and_found_again(database_url: str) -> None:
+    key = await make_role(database_url)
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        proxy.close()
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await look_up(lookup, key)
+        proxy.open()
+        assert await look_up(lookup, key) is not None
+        proxy.close()
+        with pytest.raises(Unavailable):
+            await look_up(lookup, key)
+        proxy.open()
+        assert await look_up(lookup, key) is not None
+
+
+async def test_a_database_without_the_schema_is_unavailable(empty_database_url: str) -> None:
+    async with looking_up(empty_database_url) as lookup:
+        with pytest.raises(Unavailable):
+            await look_up(lookup, bytes(32))
+
+
+async def test_a_database_that_hangs_is_unavailable_in_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await make_role(database_url)
+    monkeypatch.setattr(role_lookup, "PATIENCE", 0.2)
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        await look_up(lookup, key)
+        proxy.block()
+        with pytest.raises(Unavailable), trio.fail_after(10):
+            await look_up(lookup, key)
+        proxy.unblock()
+        await wait_until_found(lookup, key)
+
+
+async def wait_until_found(lookup: RoleLookup, key: bytes) -> None:
+    async def found() -> bool:
+        try:
+            return await look_up(lookup, key) is not None
+        except Unavailable:
+            return False
+
+    await wait_until(found)
+
+
+async def test_nobody_waits_longer_than_the_bound_whatever_the_connection_does(autojump_clock: MockClock) -> None:
+    async def connect() -> DatabaseConnection:
+        await trio.sleep_forever()
+
+    lookup = RoleLookup(connect, RoleChanges())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lookup.run)
+        with pytest.raises(Unavailable):
+            await look_up(lookup, bytes(32))
+        assert trio.current_time() == PATIENCE
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_mistake_of_ours_is_logged_and_no_end_of_the_replica(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = await make_role(database_url)
+    async with looking_up(database_url) as lookup:
+        with monkeypatch.context() as patch:
+            patch.setattr(role_lookup, "role_from_row", lambda row: row.no_such_thing)
+            with pytest.raises(Unavailable):
+                await look_up(lookup, key)
+        assert "looking roles up failed" in caplog.text
+        assert await look_up(lookup, key) is not None
+
+
+async def test_the_log_says_once_that_roles_cannot_be_looked_up_and_nothing_of_whom(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    key = await make_role(database_url)
+    async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
+        for open_ in (False, False, True, False):
+            (proxy.open if open_ else proxy.close)()
+            with suppress(Unavailable):
+                await look_up(lookup, key)
+    assert caplog.text.count("roles cannot be looked up") == 2
+    assert key.hex()[:12] not in caplog.text
+    assert repr(key)[2:12] not in caplog.text
