@@ -56,6 +56,11 @@ def section(title: str) -> str:
     return found[1]
 
 
+def prose(title: str) -> str:
+    """The text of a section in one line, so that searches do not depend on its line breaks."""
+    return " ".join(section(title).split())
+
+
 def table(text: str, *columns: str) -> list[Row]:
     """The rows of the table that begins with these columns."""
     lines = text.splitlines()
@@ -129,8 +134,8 @@ def test_patterns_match_and_cover_what_the_table_says(row: Row) -> None:
 
 def test_what_is_said_to_be_no_channel_is_none() -> None:
     text = section("Channels and patterns")
-    [neither] = re.findall(r"These are neither: (.*?)\. These", text, re.DOTALL)
-    [patterns] = re.findall(r"These are patterns and not channels:\s(.*?)\.\n", text, re.DOTALL)
+    [neither] = re.findall(r"Neither channels nor patterns: (.*?)\.\n", text, re.DOTALL)
+    [patterns] = re.findall(r"Patterns but not channels: (.*?)\.\n", text, re.DOTALL)
     for word in quoted(neither) + quoted(patterns):
         with pytest.raises(PeerError):
             topics.check_channel(word)
@@ -201,22 +206,22 @@ def fixed(rows: list[Row]) -> list[str] | None:
 
 
 def test_all_messages_of_a_client_are_in_the_table_and_no_others() -> None:
-    assert list(fields_in_document("What a client says", "If left out")) == list(REQUESTS)
+    assert list(fields_in_document("Client messages", "Default")) == list(REQUESTS)
 
 
 def test_all_messages_of_a_broker_are_in_the_table_and_no_others() -> None:
-    assert list(fields_in_document("What a broker says", "Sent")) == list(REPLIES)
+    assert list(fields_in_document("Broker messages", "Sent")) == list(REPLIES)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_fields_of_a_request_are_those_of_the_table(name: str) -> None:
-    rows = fields_in_document("What a client says", "If left out")[name]
-    said = [(*quoted(row["Field"]), row["Type"], row["If left out"]) for row in rows]
+    rows = fields_in_document("Client messages", "Default")[name]
+    said = [(*quoted(row["Field"]), row["Type"], row["Default"]) for row in rows]
     done = []
     for field in msgspec.structs.fields(REQUESTS[name]):
         assert is_nullable(field) is (not field.required and field.default is None)
         value = (
-            "none" if field.default is None else f"`{json.dumps(field.default)}`" if not field.required else "needed"
+            "none" if field.default is None else f"`{json.dumps(field.default)}`" if not field.required else "required"
         )
         done.append((field.encode_name, type_in_words(field), value))
     assert said == done
@@ -224,7 +229,7 @@ def test_the_fields_of_a_request_are_those_of_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_fixed_fields_of_a_request_are_all_that_it_needs(name: str) -> None:
-    marked = fixed(fields_in_document("What a client says", "If left out")[name])
+    marked = fixed(fields_in_document("Client messages", "Default")[name])
     assert marked == FIRST_VERSION_REQUESTS.get(name)
     if marked is not None:
         assert marked == [field.encode_name for field in msgspec.structs.fields(REQUESTS[name]) if field.required]
@@ -232,7 +237,7 @@ def test_the_fixed_fields_of_a_request_are_all_that_it_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_the_fields_of_a_reply_are_those_of_the_table(name: str) -> None:
-    rows = fields_in_document("What a broker says", "Sent")[name]
+    rows = fields_in_document("Broker messages", "Sent")[name]
     said = [(*quoted(row["Field"]), row["Type"], row["Sent"]) for row in rows]
     done = [
         (field.encode_name, type_in_words(field), "always" if field.required else "optional")
@@ -243,7 +248,7 @@ def test_the_fields_of_a_reply_are_those_of_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPLIES)
 def test_the_fixed_fields_of_a_reply_are_those_that_a_first_version_client_gets(name: str) -> None:
-    marked = fixed(fields_in_document("What a broker says", "Sent")[name])
+    marked = fixed(fields_in_document("Broker messages", "Sent")[name])
     known = REPLIES[name].fixed
     assert marked == (None if known is None else list(known))
 
@@ -262,7 +267,7 @@ def test_examples_decode_and_have_no_unknown_fields(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "title", "messages"),
-    [("client", "What a client says", REQUESTS), ("server", "What a broker says", REPLIES)],
+    [("client", "Client messages", REQUESTS), ("server", "Broker messages", REPLIES)],
     ids=["client", "server"],
 )
 def test_every_message_has_an_example(kind: str, title: str, messages: dict[str, Any]) -> None:
@@ -291,7 +296,7 @@ def test_examples_for_http_decode() -> None:
 
 def test_the_codes_are_those_of_the_table() -> None:
     said = [
-        (*quoted(row["Code"]), row["Try again?"], row["HTTP"]) for row in table(section("Codes"), "Code", "Try again?")
+        (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
     ]
     done = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in Code]
     assert said == done
@@ -315,8 +320,8 @@ def test_every_closing_code_stands_in_the_range_of_its_kind() -> None:
 
 def test_what_may_be_published_again_is_what_can_be_tried_again() -> None:
     advice: dict[str, set[str]] = {}
-    for row in table(section("Publishing"), "Answer"):
-        answer, _, codes = row["Answer"].partition(":")
+    for row in table(section("Publishing"), "Reply"):
+        answer, _, codes = row["Reply"].partition(":")
         if answer == "`publish_error`":
             key = re.sub(r"\W", " ", row["What to do"]).split(" id")[0].split()[-1]
             advice.setdefault(key, set()).update(quoted(codes))
@@ -341,20 +346,22 @@ CONSTANTS = {
     "`ephemeral_size`": EPHEMERAL_SIZE,
     "bytes of a channel or pattern": topics.MAX_LENGTH,
     "segments of a channel or pattern": topics.MAX_SEGMENTS,
-    "nesting of an object from a client": wire.MAX_DEPTH,
+    "nesting depth of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
-    "seconds that looking up a role takes": role_lookup.PATIENCE,
-    "seconds without the database in which roles keep what they may": permissions.STALE,
-    "objects of the full size in a WebSocket message": websocket.OBJECTS_IN_MESSAGE,
+    "seconds for the lookup of a role": role_lookup.PATIENCE,
+    "seconds without the database during which roles keep their permissions": permissions.STALE,
+    "size of a WebSocket message, in objects of `message_size`": websocket.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
     "bytes of an object before the first `auth_ok`": strangers.UNPROVEN_SIZE,
-    "bytes that are kept of all peers that have shown no token": strangers.STRANGERS_SIZE,
-    "fragments of a WebSocket message, and one more for every 32 bytes of it": coalesce.FRAGMENTS,
-    "bytes waiting for a subscription on a stream of its own: one part of `limits.mailbox` in": webtransport.OWN_SHARE,
-    "streams of the broker's in a session": CONNECTION_LIMITS.opened,
+    "bytes held for all unauthenticated peers together": strangers.STRANGERS_SIZE,
+    "fragments of a WebSocket message, plus one for every 32 bytes of it": coalesce.FRAGMENTS,
+    "bytes waiting for a subscription on its own stream, as a fraction of `limits.mailbox`: one part in": (
+        webtransport.OWN_SHARE
+    ),
+    "streams that the broker opens in a session": CONNECTION_LIMITS.opened,
     "datagrams waiting in a session": CONNECTION_LIMITS.datagrams,
-    "seconds without anything sent until `head` comes by itself, or twice as many": QUIET,
-    "seconds in which nothing of what waits is taken": websocket.STALL_TIME,
+    "seconds without other data until the broker sends `head` unasked (at most twice as many)": QUIET,
+    "seconds during which a client takes none of the waiting data": websocket.STALL_TIME,
     "the same for a subscription's own stream": webtransport.STALL_TIME,
     "seconds for closing": websocket.CLOSING_TIME,
     "bytes of the head of an HTTP request": http.HEAD_SIZE,
@@ -389,24 +396,24 @@ def test_no_limit_is_left_out() -> None:
 
 
 def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
-    text = section("Channels and patterns")
+    text = prose("Channels and patterns")
     assert f"at most {topics.MAX_LENGTH} bytes and {topics.MAX_SEGMENTS} segments" in text
-    assert f"nested at most {wire.MAX_DEPTH} deep" in section("Framing")
+    assert f"nested at most {wire.MAX_DEPTH} deep" in prose("Framing")
 
 
 # Epochs, and publishing from SQL
 
 
 def test_the_paces_in_the_text_are_those_of_the_code() -> None:
-    assert f"every {polling_interval.PACE:g} seconds, they look" in section("Delivery")
+    assert f"every {polling_interval.PACE:g} seconds, they check" in prose("Delivery")
     look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox_relay.PACE, outbox_relay.BRISK_PACE))
-    assert f"every {look}, and every {brisk} in the {outbox_relay.RECENT:g} seconds" in section("Publishing")
+    assert f"every {look}, and every {brisk} in the {outbox_relay.RECENT:g} seconds" in prose("Publishing")
 
 
 async def test_sql_is_refused_as_the_table_says(database_url: str) -> None:
     text = section("Publishing")
     async with open_sql(database_url) as sql:
-        for row in table(text, "What is refused", "SQLSTATE"):
+        for row in table(text, "Rejected", "SQLSTATE"):
             [state], [statement] = quoted(row["SQLSTATE"]), quoted(row["For example"])
             with pytest.raises(OUTAGE) as refused:
                 await sql.fetch(statement)
@@ -416,7 +423,9 @@ async def test_sql_is_refused_as_the_table_says(database_url: str) -> None:
             [statement] = [statement for statement in re.findall(r"`(SELECT .*?)` \|", text) if too_much in statement]
             await sql.fetch(statement.replace(too_much, enough))
         rows = await sql.fetch("SELECT octet_length(channel) + octet_length(payload) FROM catbus.outbox_0 ORDER BY id")
-        assert f"nested at most {wire.MAX_DEPTH} deep, itself counted, and has at most {rows[1][0]} bytes" in text
+        assert f"nested at most {wire.MAX_DEPTH} deep, counting itself, and has at most {rows[1][0]} bytes" in prose(
+            "Publishing"
+        )
 
 
 # Tokens
@@ -450,7 +459,7 @@ def test_the_worked_example_of_a_token_verifies() -> None:
     assert caught.value.code is Code.TOKEN_EXPIRED
 
 
-CLAIMS = table(section("Tokens"), "Claim", "Type", "Needed")
+CLAIMS = table(section("Tokens"), "Claim", "Type", "Required")
 
 
 def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None:
@@ -463,7 +472,7 @@ def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None
         without = {key: value for key, value in values.items() if key != name}
         for body, works in [
             (values, True),
-            (without, row["Needed"] == "no"),
+            (without, row["Required"] == "no"),
             ({**values, name: None}, row["Type"].endswith("or null")),
             ({**values, name: True}, False),
         ]:
@@ -493,7 +502,7 @@ def test_the_worked_example_of_a_role_has_its_hash_and_its_handle() -> None:
     assert key is not None
     assert (key.hex(), role_handle(key)) == (said["sha256"], said["handle"])
     assert len(make_role_token()) == len(said["token"])
-    assert f"has not answered within {role_lookup.PATIENCE:g} seconds" in section("Tokens")
+    assert f"has not answered within {role_lookup.PATIENCE:g} seconds" in prose("Tokens")
 
 
 def test_the_claims_of_a_jwt_are_understood() -> None:
@@ -511,7 +520,7 @@ def test_the_claims_of_a_jwt_are_understood() -> None:
 
 def test_the_routes_are_those_of_the_table() -> None:
     said: dict[str, list[str]] = {}
-    for row in table(section("HTTP"), "Request", "Answer"):
+    for row in table(section("HTTP"), "Request", "Response"):
         [request] = quoted(row["Request"])
         method, path = request.split()
         said.setdefault(path, []).append(method)
@@ -584,7 +593,7 @@ def subscribe(pattern: str) -> dict[str, Any]:
     return {"type": "subscribe", "pattern": pattern}
 
 
-# What comes, by the words of the table; the session in the state "open" has subscribed to project.* already.
+# The events, by the words of the table; the session in the state "open" has subscribed to project.* already.
 WHAT_COMES: dict[str, Any] = {
     "`auth`, accepted": auth(),
     "`auth`, accepted, narrower grants": auth(read="project.a"),
@@ -592,14 +601,14 @@ WHAT_COMES: dict[str, Any] = {
     "`auth`, the token is not valid": {**auth(), "token": "sub-x.y"},
     "`auth`, the token has expired": auth(expires=-100),
     "`auth`, the token is not valid yet": auth(starts=1e5),
-    "`auth`, the log was never reached yet": auth(),
+    "`auth`, the log has never been reachable": auth(),
     "`auth`, a role that cannot be looked up": {**auth(), "token": make_role_token()},
     "`subscribe`": subscribe("project.*"),
     "`subscribe`, not a pattern": subscribe("project.*.a"),
     "`subscribe`, no grant covers it": subscribe("*"),
-    "`subscribe`, one too many": subscribe("project.b"),
+    "`subscribe`, too many subscriptions": subscribe("project.b"),
     "`unsubscribe`": {"type": "unsubscribe", "pattern": "project.*"},
-    "`unsubscribe`, a pattern not held": {"type": "unsubscribe", "pattern": "project.b"},
+    "`unsubscribe`, not subscribed to the pattern": {"type": "unsubscribe", "pattern": "project.b"},
     "`publish`": publish(),
     "`publish`, not a channel": publish(channel="project.*"),
     "`publish`, no grant matches it": publish(channel="projects"),
@@ -614,30 +623,30 @@ WHAT_COMES: dict[str, Any] = {
     "anything": {"type": "ping", "seq": 1},
 }
 
+TIMEOUTS = ("no `auth` within the time limit", "the token's grace period ends")
+
 TRANSITIONS = [
     (state, row)
-    for row in table(section("Sessions"), "State", "What comes")
+    for row in table(section("Sessions"), "State", "Event")
     for state in (["new", "open"] if row["State"] == "any" else [row["State"]])
 ]
 
 
 @pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
-@pytest.mark.parametrize(
-    ("state", "row"), TRANSITIONS, ids=[f"{state}: {row['What comes']}" for state, row in TRANSITIONS]
-)
+@pytest.mark.parametrize(("state", "row"), TRANSITIONS, ids=[f"{state}: {row['Event']}" for state, row in TRANSITIONS])
 async def test_a_session_does_what_the_table_says(
     state: str, row: Row, protocol: Protocol, autojump_clock: MockClock
 ) -> None:
-    what = row["What comes"]
-    answers, codes = quoted(row["Answer"]), quoted(row["Code"])
-    if protocol is Protocol.FIRST and (state, what) == ("open", "`unsubscribe`, a pattern not held"):
+    what = row["Event"]
+    answers, codes = quoted(row["Reply"]), quoted(row["Code"])
+    if protocol is Protocol.FIRST and (state, what) == ("open", "`unsubscribe`, not subscribed to the pattern"):
         answers, codes = ["unsubscribed"], []
     elif protocol is Protocol.FIRST:
         answers = ["subscribe_error" if name == "revoked" else name for name in answers]
         answers, codes = [name for name in answers if REPLIES[name].fixed is not None], []
     config = Config(limits=Limits(subscriptions=1, message_size=10_000))
     async with running(config) as hub:
-        if "never reached" in what:
+        if "never been reachable" in what:
             hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
         peer = Peer(hub)
         session = peer.client.session
@@ -649,17 +658,17 @@ async def test_a_session_does_what_the_table_says(
         if state == "closed":
             peer.client.close(CloseCode.INTERNAL, "")
         before = session.state
-        if "has passed" in what:
+        if what in TIMEOUTS:
             await trio.sleep_until(session.deadline)
             session.tick(trio.current_time())
             heard = await peer.hear()
-        elif what == "the role may less":
+        elif what == "the role loses permissions":
             peer.client.regrant(Identity("alice", Grants(("project.a",)), None))
             heard = await peer.hear()
-        elif what.startswith("the role was deleted"):
+        elif what.startswith("the role is deleted"):
             peer.client.regrant(None)
             heard = await peer.hear()
-        elif what == "the replica is about to stop":
+        elif what == "the replica begins to stop":
             await hub.send_away()
             heard = await peer.hear()
         elif what == "the replica stops":
@@ -673,14 +682,14 @@ async def test_a_session_does_what_the_table_says(
         expected = before.name.lower() if row["Next"] == "same" else row["Next"]
         assert session.state.name.lower() == expected
         if state != "closed":
-            assert (NOTHING if session.closing is None else str(int(session.closing[0]))) == row["Closing"]
+            assert (NOTHING if session.closing is None else str(int(session.closing[0]))) == row["Closing code"]
 
 
 def test_the_session_table_tells_all_that_can_come() -> None:
-    described = {row["What comes"] for _, row in TRANSITIONS}
+    described = {row["Event"] for _, row in TRANSITIONS}
     assert set(WHAT_COMES) <= described
     for state in ("new", "open"):
-        requests = {name for place, row in TRANSITIONS if place == state for name in quoted(row["What comes"])[:1]}
+        requests = {name for place, row in TRANSITIONS if place == state for name in quoted(row["Event"])[:1]}
         assert set(REQUESTS) <= requests
 
 
@@ -704,7 +713,7 @@ async def test_what_the_first_version_had_besides_is_answered_as_the_table_says(
             for row in rows:
                 [kind] = quoted(row["Message"])
                 answer, pong = (await peer.say({"type": kind, "channel": "project.a"}, {"type": "ping", "seq": 1}))[:2]
-                assert [answer["type"]] == quoted(row["Answer"])
+                assert [answer["type"]] == quoted(row["Reply"])
                 assert pong == {"type": "pong", "seq": 1}
                 if kind in example["message"]:
                     assert answer == example

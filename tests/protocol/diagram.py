@@ -9,7 +9,7 @@ import re
 
 from tests.test_specification import ROOT, section, table
 
-COLUMNS = ("State", "What comes", "Answer", "Code", "Closing", "Next")
+COLUMNS = ("State", "Event", "Reply", "Code", "Closing code", "Next")
 PLACE = re.compile(r"(?<=^```mermaid\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -19,8 +19,8 @@ def make() -> str:
     for row in table(section("Sessions"), *COLUMNS):
         if row["Next"] in ("same", row["State"]):
             continue
-        text = row["What comes"].replace("`", "")
-        code = "" if row["Closing"] == "-" else f" ({row['Closing']})"
+        text = row["Event"].replace("`", "")
+        code = "" if row["Closing code"] == "-" else f" ({row['Closing code']})"
         states = ("new", "open") if row["State"] == "any" else (row["State"],)
         lines += [f"    {state} --> {row['Next']}: {text}{code}" for state in states]
     return "\n".join([*lines, "    closed --> [*]", ""])

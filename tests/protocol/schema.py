@@ -18,8 +18,8 @@ from tests.test_specification import section, table
 ROOT = Path(__file__).parents[2]
 DIRECTORY = ROOT / "protocol" / "schema"
 SIDES = {
-    "client": (wire.ClientMessage, "What a client says", ("Message", "Field", "Type", "If left out")),
-    "server": (wire.ServerMessage, "What a broker says", ("Message", "Field", "Type", "Sent")),
+    "client": (wire.ClientMessage, "Client messages", ("Message", "Field", "Type", "Default")),
+    "server": (wire.ServerMessage, "Broker messages", ("Message", "Field", "Type", "Sent")),
 }
 
 
