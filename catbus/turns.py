@@ -89,11 +89,10 @@ class CpuShare:
 class CpuUser:
     """One connection, which all tasks that serve it work for."""
 
-    __slots__ = ("began", "had", "network", "share", "turns")
+    __slots__ = ("began", "had", "share", "turns")
 
-    def __init__(self, turns: Turns, network: Hashable, share: CpuShare) -> None:
+    def __init__(self, turns: Turns, share: CpuShare) -> None:
         self.turns = turns
-        self.network = network
         self.share = share
         self.had = 0.0
         self.began = 0.0
@@ -172,7 +171,7 @@ class Turns(trio.abc.Instrument):
     @contextmanager
     def serve(self, network: Hashable) -> Iterator[CpuUser]:
         """While this task, and those that it starts, work for a peer of this network that has shown no token yet."""
-        peer = CpuUser(self, network, self._share(("stranger", network), proven=False))
+        peer = CpuUser(self, self._share(("stranger", network), proven=False))
         token = _peer.set(peer)
         try:
             yield peer
@@ -180,14 +179,17 @@ class Turns(trio.abc.Instrument):
             _peer.reset(token)
 
     def prove(self, client: Hashable) -> None:
-        """The peer that this task works for has shown a token: it has a part of this client's share from now on.
+        """The peer that this task works for has shown a token: it has a part of this client's share from now on."""
+        self._move(("client", client), proven=True)
 
-        Without a client, which is None, those of one network have a share.
-        """
+    def come_from(self, network: Hashable) -> None:
+        """A stranger of this network is behind the peer that this task works for, which is a proxy."""
+        self._move(("stranger", network), proven=False)
+
+    def _move(self, key: Hashable, *, proven: bool) -> None:
         peer = _peer.get()
         if peer is not None:
-            key = ("client", client) if client is not None else ("network", peer.network)
-            peer.share = self._share(key, proven=True)
+            peer.share = self._share(key, proven=proven)
 
     def _share(self, key: Hashable, *, proven: bool) -> CpuShare:
         share = self._shares.get(key)

@@ -628,6 +628,17 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     assert not strict_hub.shares
 
 
+async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(hub: Hub) -> None:
+    shares = []
+    with hub.turns.serve("a proxy") as peer:
+        for shown, network in ((None, "a"), (None, "b"), (None, "a"), ("alice", "a"), ("alice", "b")):
+            client = open_client(hub, network)
+            await client.receive(hello(shown))
+            shares.append(peer.share)
+            client.leave()
+    assert [shares.index(share) for share in shares] == [0, 1, 0, 3, 3]
+
+
 class HoldingLog(MemoryLog):
     """Settles nothing by itself."""
 

@@ -30,9 +30,12 @@ class Machine:
         *,
         network: Hashable = "",
         client: Hashable = None,
+        behind: Hashable = None,
     ) -> None:
-        """Use all the CPU that is to be had; without a client as a stranger."""
+        """Use all the CPU that is to be had; without a client as a stranger, who may be behind a proxy."""
         with self.turns.serve(network or name):
+            if behind is not None:
+                self.turns.come_from(behind)
             if client is not None:
                 self.turns.prove(client)
             while True:
@@ -109,6 +112,15 @@ async def test_networks_of_strangers_have_equal_shares(machine: Machine) -> None
         for network, connections in ("one", 1), ("many", 50):
             for _ in range(connections):
                 nursery.start_soon(lambda name: machine.be_busy(name, network=name), network)
+        await machine.run_for(6.0)
+    assert machine.used["many"] <= 1.1 * machine.used["one"]
+
+
+async def test_networks_of_strangers_behind_one_proxy_have_equal_shares(machine: Machine) -> None:
+    async with running(machine) as nursery:
+        for network, connections in ("one", 1), ("many", 50):
+            for _ in range(connections):
+                nursery.start_soon(lambda name: machine.be_busy(name, network="proxy", behind=name), network)
         await machine.run_for(6.0)
     assert machine.used["many"] <= 1.1 * machine.used["one"]
 

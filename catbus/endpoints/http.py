@@ -128,8 +128,11 @@ class Conversation:
         hub, roster = self._hub, self._roster
         client = roster.proxies.client_of(self._peer, request)
         request = replace(request, network=client.network)
+        source = roster.proxies.source_of(self._peer)
+        if client.network != source.network:
+            hub.turns.come_from(client.network)
         # The connection itself counts already, as its peer's.
-        counted = roster.proxies.source_of(self._peer).limited == client.limited
+        counted = source.limited == client.limited
         with hub.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
             if not admitted:
                 roster.crowded += 1

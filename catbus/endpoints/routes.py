@@ -133,7 +133,7 @@ def _scripts() -> dict[str, tuple[bytes, bytes]]:
 async def status(hub: Hub, request: Request) -> Answer:
     """How this replica is, for who may read everything."""
     try:
-        identity = await hub.authenticate(_bearer(request))
+        identity = await hub.authenticate(_bearer(request), request.network)
         if not identity.grants.may_read("*"):
             raise PeerError(Code.UNAUTHORIZED, "only who may read `*` is told")
     except PeerError as error:
@@ -198,7 +198,7 @@ async def publish(hub: Hub, request: Request) -> Answer:
     """
     try:
         token = _bearer(request)
-        identity = await hub.authenticate(token)
+        identity = await hub.authenticate(token, request.network)
         single, items = _split(await request.read(), hub.config.limits.pending_publishes)
         wanted = [_decode(item, hub.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]

@@ -306,7 +306,7 @@ class Client:
             if not hub.log.epoch:
                 raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
             changes = hub.permissions.changes
-            identity = await hub.authenticate(effect.token)
+            identity = await hub.authenticate(effect.token, self._network)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
             share = self._enter(client_of(identity, effect.token, self._network))

@@ -16,7 +16,7 @@ import trio
 
 from .. import wire
 from ..addresses import AddressLimit
-from ..auth import Authenticator, Identity, RoleSource, role_handle, role_key
+from ..auth import Authenticator, Identity, RoleSource, client_of, role_handle, role_key
 from ..certificates import CertificateSource
 from ..config import Config
 from ..delivery import Delivery
@@ -175,8 +175,11 @@ class Hub:
             self._clients[client.transport] -= 1
         self._left.unpark_all()
 
-    async def authenticate(self, token: str) -> Identity:
-        """Who bears the token; raises `PeerError` that closes. A role's is waited for, for seconds at the most."""
+    async def authenticate(self, token: str, network: str = "") -> Identity:
+        """Who bears the token, in this network; raises `PeerError` that closes.
+
+        A role's is waited for, for seconds at the most. From then on the client has its share of the CPU.
+        """
         try:
             key = role_key(token)
             if key is None or self._roles is None:
@@ -186,7 +189,7 @@ class Hub:
             longest = self.config.limits.client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
                 raise TokenRefused(Reason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)")
-            self.turns.prove(identity.client_id)
+            self.turns.prove(client_of(identity, token, network))
             return identity
         except TokenRefused as error:
             self.vitals.refused_tokens[error.reason] += 1

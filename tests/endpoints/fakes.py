@@ -75,6 +75,7 @@ class FakeHub:
         self.clients: list[FakeClient] = []
         self.networks: list[str] = []
         """Those that the clients are in."""
+        self.networks_of_tokens: list[str] = []
         self.clients_of_requests: list[Hashable] = []
         self.published: list[Publish] = []
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
@@ -90,7 +91,8 @@ class FakeHub:
     def report(self) -> dict[str, object]:
         return {"state": self.readiness}
 
-    async def authenticate(self, token: str) -> Identity:
+    async def authenticate(self, token: str, network: str = "") -> Identity:
+        self.networks_of_tokens.append(network)
         if token == "narrow":
             return Identity("bob", Grants(("a.*",), ("*",)), None)
         if token != "good" and not token.startswith("sub-ab"):

@@ -194,6 +194,17 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
     assert not hub.addresses._connections
 
 
+async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_addresses() -> None:
+    hub = FakeHub(Config(websocket=WebSocket(trusted_proxies=("127.0.0.1",))))
+    async with serving(hub) as endpoint, connected(endpoint) as proxy:
+        for address in "198.51.100.7", "203.0.113.2":
+            head = b"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer good\r\nContent-Length: 2\r\n\r\n"
+            await proxy.send(through_proxies(head, address) + b"[]")
+            assert (await proxy.response()).status == 200
+            assert hub.networks_of_tokens[-1] == address
+            assert set(hub.turns._shares) == {("stranger", address)}
+
+
 async def test_connections_without_a_token_give_way_to_others() -> None:
     async with serving(FakeHub(Config(limits=Limits(connections=3)))) as endpoint, AsyncExitStack() as stack:
         client = await stack.enter_async_context(connected(endpoint))

@@ -89,7 +89,7 @@ async def test_a_token_that_cannot_be_looked_up_just_now() -> None:
     for error in [PeerError(Code.UNAVAILABLE, "later"), Unavailable("later")]:
         hub = FakeHub()
 
-        async def fail(token: str, error: Exception = error) -> Any:
+        async def fail(token: str, network: str = "", error: Exception = error) -> Any:
             raise error
 
         hub.authenticate = fail  # type: ignore[method-assign]
