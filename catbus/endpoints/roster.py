@@ -62,6 +62,7 @@ class Roster:
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
         self._mistakes = Recurring(logger.error)
+        self._remarks = Recurring(logger.info)
         self.requests: Counter[tuple[str, int]] = Counter()
         """HTTP requests that were answered, by path and status; paths that mean nothing here count as one."""
         self.packer = Packer()
@@ -82,6 +83,10 @@ class Roster:
         """Count a mistake of ours, and log it: peers may set it off as often as they like."""
         self.faults += 1
         self._mistakes.note(trio.current_time(), event, exception=error)
+
+    def remark(self, event: str, **fields: object) -> None:
+        """Log what a peer has done, or count it: peers may do it as often as they like."""
+        self._remarks.note(trio.current_time(), event, exception=None, **fields)
 
     @contextmanager
     def admit(self, network: str = "") -> Iterator[Callable[[], None]]:

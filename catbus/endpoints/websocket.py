@@ -166,7 +166,7 @@ class Connection:
         silent = now - max(outbox.last_heard, self._last_busy)
         if outbox.busy:
             if now - outbox.last_moved >= STALL_TIME:
-                logger.info("a client does not read", seconds=STALL_TIME)
+                self._roster.remark("a client does not read", seconds=STALL_TIME)
                 outbox.abort()
         elif silent >= self._settings.silence:
             client.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
+import trio
+from trio.testing import MockClock
 
 from catbus.endpoints.roster import Roster
+from catbus.loggers import REPEAT
 
 
 async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logged_once(
@@ -17,3 +22,15 @@ async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logge
     assert roster.faults == 1001
     assert [record.getMessage() for record in caplog.records] == ["a request failed", "a session failed"]
     assert all(record.exc_info for record in caplog.records)
+
+
+async def test_what_peers_do_again_and_again_is_logged_once_in_a_minute(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    roster = Roster()
+    with caplog.at_level(logging.INFO):
+        for _ in range(1000):
+            roster.remark("a client does not read", seconds=60.0)
+        await trio.sleep(REPEAT + 1)
+        roster.remark("a client does not read", seconds=60.0)
+    assert [getattr(record, "repeated", 0) for record in caplog.records] == [0, 999]

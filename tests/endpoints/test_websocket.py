@@ -43,7 +43,8 @@ async def served(
     pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
     rest: bytes = b"",
 ) -> AsyncIterator[Served]:
-    hub, roster, ended = hub or FakeHub(), Roster(), trio.Event()
+    roster: Roster | None = None,
+    hub, roster, ended = hub or FakeHub(), roster or Roster(), trio.Event()
     ours, theirs = pair()
     settings = hub.config.websocket
 
@@ -395,6 +396,22 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
 
 
 async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
+async def test_clients_that_do_not_read_fill_no_log(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    roster = Roster()
+    with caplog.at_level(logging.INFO):
+        for _ in range(20):
+            async with served(pair=lockstep_stream_pair, roster=roster) as it:
+                await wait_all_tasks_blocked()
+                it.client.mailbox.put(b"a" * 100_000)
+                it.client.mailbox.outlet.flush()
+                [connection] = roster.watched
+                connection.check(trio.current_time() + STALL_TIME)
+                await it.ended.wait()
+    assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
+
+
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         outlet = it.client.mailbox.outlet
