@@ -98,7 +98,7 @@ class Conversation:
             with trio.move_on_after(CLOSING_TIME):
                 if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     await self._send(None, line(503, TOO_MUCH), last=True)
-                await close_gently(self._stream)
+                await close_gently(self._stream, self._hub.turns)
 
     async def _converse(self) -> None:
         idle_time, request = HEAD_TIME, None
@@ -121,7 +121,7 @@ class Conversation:
                     await say_goodbye(self._stream)
             return
         with trio.move_on_after(CLOSING_TIME):
-            await close_gently(self._stream)
+            await close_gently(self._stream, self._hub.turns)
 
     async def _serve(self, request: Request) -> bool:
         """Answer a request; True where it has become a WebSocket instead, which is over then."""

@@ -22,6 +22,7 @@ from .routes import CROWDED
 
 if TYPE_CHECKING:
     from ..hub import Hub
+    from ..turns import Turns
 
 HANDSHAKE_TIME = 10.0
 """Seconds for TLS to be agreed on."""
@@ -164,10 +165,10 @@ async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketS
             if not admitted:
                 roster.crowded += 1
                 hub.vitals.refused(Code.OVERLOADED)
-                await _turn_away(roster, stream, _CROWDED if plain else b"")
+                await _turn_away(roster, hub.turns, stream, _CROWDED if plain else b"")
             elif full:
                 roster.refused += 1
-                await _turn_away(roster, stream, _BUSY if plain else b"")
+                await _turn_away(roster, hub.turns, stream, _BUSY if plain else b"")
             elif plain:
                 await serve_connection(hub, roster, stream, prove, peer)
             elif (encrypted := await _encrypt(hub, stream)) is not None:
@@ -200,14 +201,14 @@ async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
     return None
 
 
-async def _turn_away(roster: Roster, stream: trio.SocketStream, answer: bytes) -> None:
+async def _turn_away(roster: Roster, turns: Turns, stream: trio.SocketStream, answer: bytes) -> None:
     if roster.turning_away >= TURNING_AWAY_AT_ONCE or not answer:
         return
     roster.turning_away += 1
     try:
         with trio.move_on_after(TURNING_AWAY_TIME):
             await stream.send_all(answer)
-            await close_gently(stream)
+            await close_gently(stream, turns)
     except trio.BrokenResourceError:
         pass
     finally:

@@ -13,6 +13,8 @@ from .coalesce import Coalescer
 from .frames import close_frame, is_close
 
 _CHUNK = 65_536
+_UNREAD = 2 << 20
+"""Bytes that are read of a peer whose connection is about to be closed: a whole body, and what stands behind it."""
 
 TlsStream = trio.SSLStream[trio.SocketStream]
 
@@ -172,7 +174,7 @@ class Outbox(trio.abc.Stream):
                 else:
                     break
         if not self.broken:
-            await close_gently(self._stream)
+            await close_gently(self._stream, self._turns)
 
     async def _write_on(self) -> None:
         try:
@@ -290,11 +292,12 @@ class Outbox(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-async def close_gently(stream: trio.abc.Stream) -> None:
-    """Tell the peer that nothing follows, and read until it closes.
+async def close_gently(stream: trio.abc.Stream, turns: Turns) -> None:
+    """Tell the peer that nothing follows, and read until it closes, or has sent more than a whole body.
 
     To close a socket with bytes unread makes the kernel reset the connection, and the peer may then lose what it has
-    not read itself. It takes as long as the peer does: put a limit around it.
+    not read itself. It takes as long as the peer does: put a limit around it. A peer that goes on sending waits for its
+    turn after each piece.
     """
     if isinstance(stream, trio.SSLStream):
         # `unwrap` takes the transport away from a stream that it has closed cleanly.
@@ -304,8 +307,10 @@ async def close_gently(stream: trio.abc.Stream) -> None:
     try:
         if isinstance(stream, trio.abc.HalfCloseableStream):
             await stream.send_eof()
-        while await stream.receive_some(_CHUNK):
-            pass
+        left = _UNREAD
+        while left > 0 and (data := await stream.receive_some(_CHUNK)):
+            left -= len(data)
+            await turns.next()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
 

@@ -6,7 +6,7 @@ import os
 import random
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -14,7 +14,9 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
 from catbus.endpoints.frames import PING, close_frame, text_header
+from catbus.endpoints.http import BODY_SIZE
 from catbus.endpoints.outbox import Outbox, close_gently
+from catbus.turns import Turns
 from tests.endpoints import peers
 from tests.endpoints.peers import UPGRADE, Frame, Mixed, Peer, masked, patience
 
@@ -374,7 +376,7 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
         closed = trio.Event()
 
         async def close() -> None:
-            await close_gently(server)
+            await close_gently(server, Turns())
             closed.set()
 
         with patience():
@@ -387,3 +389,31 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
                 assert not closed.is_set()
                 await client.aclose()
                 await closed.wait()
+
+
+class CountedTurns(Turns):
+    count = 0
+
+    async def next(self) -> None:
+        self.count += 1
+        await super().next()
+
+
+async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_peer_that_never_ends() -> None:
+    async with tcp_pair() as (server, client):
+        turns, sent = CountedTurns(), 0
+
+        async def go_on() -> None:
+            nonlocal sent
+            with suppress(trio.BrokenResourceError):
+                while True:
+                    await client.send_all(bytes(65_536))
+                    sent += 65_536
+
+        with patience():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(go_on)
+                await close_gently(server, turns)
+                await server.aclose()
+        assert BODY_SIZE < sent < 4 * BODY_SIZE
+        assert turns.count > BODY_SIZE // 65_536
