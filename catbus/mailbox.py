@@ -104,7 +104,8 @@ class Budget:
     """What all mailboxes of a replica hold together, in bytes of memory. Messages that several hold count once.
 
     Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
-    takes no room for messages. Messages that cannot be had again have one, too: over it, no more of them become so.
+    takes no room for messages. They count until they are sent, also after an outlet has taken them. Messages that
+    cannot be had again have a part of it, too: over it, no more of them become so.
     """
 
     __slots__ = ("delivered", "for_messages", "for_pinned", "for_replies", "messages", "pinned", "replies")
@@ -175,6 +176,7 @@ class Mailbox:
         "_budget",
         "_fixed",
         "_items",
+        "_unsent",
         "_waiting",
         "_wake",
         "limit",
@@ -206,6 +208,8 @@ class Mailbox:
         self._items: list[Item] = []
         self._fixed = 0
         """How many of them, from the oldest on, stay whatever happens."""
+        self._unsent = 0
+        """Bytes of memory of replies that were taken and not sent yet."""
         self._wake = wake
         self._waiting: list[Callable[[], None]] = []
 
@@ -220,7 +224,9 @@ class Mailbox:
     @property
     def full(self) -> bool:
         """Whether the client should be given no reason for more replies."""
-        return self.size >= self.limit or (self._budget.replies > self._budget.for_replies and self.size > 0)
+        if self.size >= self.limit:
+            return True
+        return self._budget.replies > self._budget.for_replies and self.size + self._unsent > 0
 
     @property
     def to_be_emptied(self) -> bool:
@@ -300,8 +306,17 @@ class Mailbox:
                 callback()
         return items
 
+    def count_unsent(self, size: int) -> None:
+        """Of the replies that were taken, the outlet holds so many bytes: they count until it says how many are left.
+
+        While it says that there are some, it takes again as soon as there is room, even where the mailbox is empty.
+        """
+        self._budget.replies += size - self._unsent
+        self._unsent = size
+
     def close(self) -> None:
         """Drop everything; nobody takes it any more."""
+        self.count_unsent(0)
         self._budget.unpin(self._items[: self._fixed])
         self._budget.release(self._items)
         self._items, self._fixed, self.size = [], 0, 0
@@ -359,6 +374,11 @@ class Mailbox:
         self.size -= sum(_size(item) for item in dropped)
         self._budget.release(dropped)
         return first
+
+
+def size_of_replies(items: Sequence[Item]) -> int:
+    """Bytes that the replies among these take in memory."""
+    return sum([_size(item) for item in items if isinstance(item, bytes)])
 
 
 def _size(item: Item) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from catbus import wire
 from catbus.log import Entry
-from catbus.mailbox import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run
+from catbus.mailbox import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run, size_of_replies
 
 
 class Outlet:
@@ -161,6 +161,22 @@ def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies
     assert (one.full, other.full, empty.full) == (True, True, False)
     one.take()
     assert not other.full
+
+
+def test_replies_that_were_taken_count_until_they_are_sent() -> None:
+    budget = Budget(400)
+    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    one.put(b"x" * 100)
+    one.count_unsent(size_of_replies(one.take()))
+    other.put(b"x")
+    assert budget.replies > 100
+    assert (one.full, other.full) == (True, True)
+    one.count_unsent(0)
+    assert (one.full, other.full) == (False, False)
+    one.count_unsent(1000)
+    one.close()
+    other.close()
+    assert budget.held == 0
 
 
 def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:

@@ -12,7 +12,7 @@ from wsproto.utilities import LocalProtocolError
 
 from ..errors import CloseCode
 from ..loggers import get_logger
-from ..mailbox import Item, Mailbox
+from ..mailbox import Item, Mailbox, size_of_replies
 from ..strangers import UNPROVEN_SIZE
 from ..wire import Protocol
 from .coalesce import Coalescer
@@ -32,7 +32,8 @@ STALL_TIME = 60.0
 """Seconds that a write may make no progress."""
 PORTION = 65_536
 """About how many bytes leave the mailbox at a time, and only when those before have left for the kernel: what waits in
-the mailbox is shared with other mailboxes, counted, and can be had again from the log."""
+the mailbox is shared with other mailboxes, counted, and can be had again from the log. Of what has left, replies count:
+one may have a megabyte. Messages do not, of which many connections hold the same bytes."""
 OBJECTS_IN_MESSAGE = 16
 """How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
 
@@ -138,11 +139,17 @@ class Connection:
             items = mailbox.take(PORTION)
             while items:
                 outbox.write(self._pack(items, mailbox.protocol))
+                if outbox.busy:
+                    mailbox.count_unsent(size_of_replies(items))
                 items = mailbox.take(PORTION) if mailbox.size and not outbox.busy else []
 
     def _take(self) -> bytes:
         mailbox = self._mailbox
-        return b"" if mailbox is None else self._pack(mailbox.take(PORTION), mailbox.protocol)
+        if mailbox is None:
+            return b""
+        items = mailbox.take(PORTION)
+        mailbox.count_unsent(size_of_replies(items))
+        return self._pack(items, mailbox.protocol)
 
     def _pack(self, items: list[Item], protocol: Protocol) -> bytes:
         try:

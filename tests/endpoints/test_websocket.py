@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -42,8 +43,8 @@ async def served(
     *,
     pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
     rest: bytes = b"",
-) -> AsyncIterator[Served]:
     roster: Roster | None = None,
+) -> AsyncIterator[Served]:
     hub, roster, ended = hub or FakeHub(), roster or Roster(), trio.Event()
     ours, theirs = pair()
     settings = hub.config.websocket
@@ -395,7 +396,6 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
         assert it.client.left
 
 
-async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
 async def test_clients_that_do_not_read_fill_no_log(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
@@ -412,6 +412,7 @@ async def test_clients_that_do_not_read_fill_no_log(
     assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
 
 
+async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         outlet = it.client.mailbox.outlet
@@ -425,6 +426,25 @@ async def test_clients_that_do_not_read_fill_no_log(
             received += (await it.peer.frame()).payload
             await wait_all_tasks_blocked()
         assert received == (b"a" * 20_000 + b"\n") * 20
+
+
+async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        mailbox = it.client.mailbox
+        budget, room = mailbox._budget, trio.Event()
+        budget.for_replies = 100_000
+        mailbox.put(b"a" * 300_000 + b"\n")
+        mailbox.outlet.flush()
+        assert not mailbox
+        assert mailbox.full
+        mailbox.when_emptied(room.set)
+        mailbox.put(b"b\n")
+        assert (await it.peer.frame()).payload == b"a" * 300_000 + b"\n"
+        assert (await it.peer.frame()).payload == b"b\n"
+        await room.wait()
+        await wait_all_tasks_blocked()
+        assert budget.replies == 0
 
 
 async def test_what_stands_in_the_mailbox_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
