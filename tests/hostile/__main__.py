@@ -6,9 +6,9 @@
 
 Each attack has a `catbus run` of its own, of this tree or of another one. An honest client publishes 50 messages a
 second to another one, and newcomers connect, resume, read history and publish over HTTP 4 times a second: first while
-nothing else happens, then during the attack, then beside as many bytes, packets or connections of honest load. With
-attacks on QUIC they come over WebTransport, otherwise over WebSocket. Attackers are processes of their own, at a lower
-priority, which come back when the broker has closed them.
+nothing else happens, then during the attack, then beside no more bytes, packets or connections of four honest clients
+than the attack sent. With attacks on QUIC they come over WebTransport, otherwise over WebSocket. Attackers and the
+honest load are processes of their own, at a lower priority; attackers come back when the broker has closed them.
 
 A broker stands an attack when the honest p99 is at most twice what it is beside the honest load, or 10 ms more; when
 nobody honest is refused and nothing lost; when memory, files and connections are within 10 s what they were.
@@ -75,7 +75,7 @@ def main() -> None:
             except (OSError, RuntimeError, EOFError, AssertionError):
                 traceback.print_exc()
         if not results:
-            print(f"| {attack.name} | | | | | | | | | | | did not run |", flush=True)
+            print(f"| {attack.name} | | | | | | | | | | | | did not run |", flush=True)
             fallen = True
             continue
         best = min(results, key=lambda result: (len(result.verdict()), result.during.at(0.99)))
@@ -102,14 +102,20 @@ def _plain(result: Result) -> dict[str, object]:
         "attack": result.attack.name,
         "verdict": result.verdict(),
         **{
-            name: {"p50": span.at(0.5), "p99": span.at(0.99), "lost": span.lost, "refused": span.refused}
+            name: {
+                "p50": span.at(0.5),
+                "p99": span.at(0.99),
+                "lost": span.lost,
+                "delivered": len(span.latencies),
+                "refused": span.refused,
+            }
             | {"failures": span.failures}
             for name, span in (("calm", result.calm), ("during", result.during), ("beside", result.beside))
         },
         **{
             each.name: getattr(result, each.name)
             for each in dataclasses.fields(result)
-            if each.name in ("peak", "busy", "calmed", "size", "units", "endings", "codes", "logged", "exit")
+            if each.name in ("peak", "busy", "calmed", "size", "units", "load", "endings", "codes", "logged", "exit")
         },
         "before": result.before._asdict(),
         "after": result.after._asdict(),

@@ -24,8 +24,11 @@ processes = multiprocessing.get_context("fork")
 
 EVERYTHING = Grants.ALL
 
-_NUMBERS = 3
-"""That are counted: bytes, units, closed connections."""
+FEW_BYTES = "a request of few bytes is much work, and honest load of as many bytes is none"
+"""Why nothing is like an attack."""
+
+_NUMBERS = 5
+"""That are counted: bytes, units, closed connections, opened ones, bytes of what comes before an attack."""
 
 
 class Ended(Exception):
@@ -53,6 +56,15 @@ class Tally:
         self._numbers[self._place] += size
         self._numbers[self._place + 1] += units
 
+    def opened(self) -> None:
+        """Count a connection."""
+        self.sent(0)
+        self._numbers[self._place + 3] += 1
+
+    def prepared(self, size: int) -> None:
+        """Count bytes of a handshake, or of a request whose reply an attacker waits for."""
+        self._numbers[self._place + 4] += size
+
     def ended(self, code: int | None) -> None:
         """The broker has closed a connection, with this code if it named one."""
         self._numbers[self._place + 2] += 1
@@ -70,6 +82,16 @@ class Tally:
     @property
     def units(self) -> float:
         return float(sum(self._numbers[1::_NUMBERS]))
+
+    def numbers(self) -> tuple[float, float, float]:
+        """Bytes of all kinds, units and connections so far."""
+        connections, prepared = (float(sum(self._numbers[place::_NUMBERS])) for place in (3, 4))
+        return self.size + prepared, self.units, connections
+
+    def rates(self, before: tuple[float, float, float], seconds: float) -> tuple[float, float, float]:
+        """What came to these in so many seconds, in each of them."""
+        size, units, connections = ((now - then) / seconds for now, then in zip(self.numbers(), before, strict=True))
+        return size, units, connections
 
     @property
     def endings(self) -> int:
@@ -117,10 +139,10 @@ class Attack:
     """One way to harm a broker. `run` is called in `processes` processes, and again whenever it returns or is ended.
 
     `token`: whether the attacker has a token. `like`: what honest clients send as much of for comparison: `bytes` or
-    `requests` (of HTTP, as many bytes), `packets` (of QUIC) or `connections`; with none, an attack is compared with
-    the calm before it. `filled`: how many messages the log has before. `kept`: MiB that may stay, because
-    the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether the
-    tests demand that the broker withstands it.
+    `requests` (of HTTP, as many bytes), `packets` (of QUIC) or `connections`. `alone`: why nothing is like it; such an
+    attack is compared with the calm before it. `filled`: how many messages the log has before. `kept`: MiB that may
+    stay, because the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether
+    the tests demand that the broker withstands it.
     """
 
     name: str
@@ -130,6 +152,7 @@ class Attack:
     token: bool = False
     processes: int = 1
     like: str = ""
+    alone: str = ""
     log: str = "memory"
     replicas: int = 1
     settings: str = ""
@@ -158,7 +181,8 @@ def attack(layer: str, name: str, about: str, **options: object) -> Callable[[Ru
 
     def register(run: Run) -> Run:
         assert name not in ATTACKS, name
-        ATTACKS[name] = Attack(name=name, layer=layer, about=about, run=run, **options)  # type: ignore[arg-type]
+        ATTACKS[name] = made = Attack(name=name, layer=layer, about=about, run=run, **options)  # type: ignore[arg-type]
+        assert bool(made.like) != bool(made.alone), name
         return run
 
     return register

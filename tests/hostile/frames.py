@@ -88,7 +88,10 @@ def empty_streams_of_clients(target: Target) -> None:
 
 
 @attack(
-    "quic", "broken rules", "sessions that send a frame that there is not, one after the other: each could be logged"
+    "quic",
+    "broken rules",
+    "sessions that send a frame that there is not, one after the other: each could be logged",
+    like="packets",
 )
 def broken_rules(target: Target) -> None:
     while True:
@@ -99,7 +102,13 @@ def broken_rules(target: Target) -> None:
         peer.socket.close()
 
 
-@attack("quic", "sessions without a token", "50/s, which answer every ping and never authenticate", processes=2)
+@attack(
+    "quic",
+    "sessions without a token",
+    "50/s, which answer every ping and never authenticate",
+    processes=2,
+    like="packets",
+)
 def tokenless_sessions(target: Target) -> None:
     peers: list[QuicPeer] = []
     for _ in pace(25):
@@ -286,7 +295,10 @@ def capsules(target: Target) -> None:
 
 
 @attack(
-    "quic", "QPACK instructions", "on the encoder's stream: a table that there must not be, connection after connection"
+    "quic",
+    "QPACK instructions",
+    "on the encoder's stream: a table that there must not be, connection after connection",
+    like="packets",
 )
 def qpack(target: Target) -> None:
     peer = QuicPeer(target)
@@ -320,7 +332,9 @@ def session_datagrams(target: Target) -> None:
     inject(target, same(fill(b"\x31\x03\x00ab" for _ in range(ROOM))), 1000)
 
 
-@attack("quic", "a CONNECT that is never finished", "half of the request, on 300 connections", processes=2)
+@attack(
+    "quic", "a CONNECT that is never finished", "half of the request, on 300 connections", processes=2, like="packets"
+)
 def slow_connects(target: Target) -> None:
     peers: list[QuicPeer] = []
     for _ in pace(30):
@@ -350,6 +364,7 @@ def slow_connects(target: Target) -> None:
     "acknowledges all, and takes nothing of what it asks for",
     token=True,
     processes=2,
+    like="packets",
 )
 def never_reads(target: Target) -> None:
     peer = QuicPeer(target, target.token())
@@ -361,7 +376,13 @@ def never_reads(target: Target) -> None:
         peer.turn(0.005)
 
 
-@attack("quic", "subscription streams opened and closed", "subscribe with `stream`, and unsubscribe", token=True)
+@attack(
+    "quic",
+    "subscription streams opened and closed",
+    "subscribe with `stream`, and unsubscribe",
+    token=True,
+    like="packets",
+)
 def stream_churn(target: Target) -> None:
     peer = QuicPeer(target, target.token())
     lines = b"".join(

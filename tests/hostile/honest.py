@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import multiprocessing
+import os
 import ssl
 import tempfile
 import time
@@ -18,7 +19,7 @@ from catbus.auth import Grants, sign
 from catbus.errors import Disconnected
 from catbus.testing.connections import Dialled, dial
 
-from .attacks import SECRET, Target, pace, processes
+from .attacks import NICENESS, SECRET, Target, pace, processes
 from .peers import QuicPeer, WebSocketPeer, frame, request
 
 RATE = 50
@@ -32,6 +33,8 @@ QUIET = "honest.quiet"
 LOAD_MESSAGE = 1000
 """Bytes of a message of the honest load."""
 MESSAGES_IN_FRAME = 16
+LOAD_CLIENTS = 4
+"""Clients of the honest load, each of which has a process and a client_id of its own."""
 STEPS = "connect", "resume", "history", "post"
 
 
@@ -218,16 +221,17 @@ def connection_head(connection: Dialled) -> int:
     return int(_expect(connection, "head")["seq"])
 
 
+def _http(target: Target) -> http.client.HTTPConnection:
+    """A connection for requests, with TLS where the port has that."""
+    if not target.tls:
+        return http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
+    context = ssl.create_default_context(cadata=target.ca)
+    return http.client.HTTPSConnection("127.0.0.1", target.port, timeout=PATIENCE, context=context)
+
+
 def _post(target: Target) -> None:
     """Publish a message over HTTP."""
-    if target.tls:
-        context = ssl.create_default_context(cadata=target.ca)
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            "127.0.0.1", target.port, timeout=PATIENCE, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
-    with contextlib.closing(connection):
+    with contextlib.closing(_http(target)) as connection:
         body = json.dumps({"channel": "honest.posted", "payload": 1})
         connection.request("POST", "/publish", body, {"Authorization": f"Bearer {token('poster')}"})
         answer = connection.getresponse()
@@ -255,13 +259,12 @@ def fill(target: Target, count: int) -> None:
 
 
 @contextlib.contextmanager
-def load(target: Target, kind: str, rate: float, connections: int) -> Iterator[None]:
-    """As much of honest clients' work as an attack was: `rate` bytes, packets, or connections a second."""
+def load(target: Target, kind: str, rate: float) -> Iterator[None]:
+    """As much of honest clients' work as an attack was at the most: `rate` bytes, packets, or connections a second."""
     running: list[multiprocessing.process.BaseProcess] = []
-    if kind:
-        share = min(connections, 4)
-        for _ in range(share):
-            process = processes.Process(target=_LOADS[kind], args=(target, max(rate / share, 1.0)), daemon=True)
+    if kind and rate > 0:
+        for number in range(LOAD_CLIENTS):
+            process = processes.Process(target=_work, args=(target, kind, rate / LOAD_CLIENTS, number), daemon=True)
             process.start()
             running.append(process)
     try:
@@ -272,9 +275,16 @@ def load(target: Target, kind: str, rate: float, connections: int) -> Iterator[N
             process.join()
 
 
-def _load_bytes(target: Target, rate: float) -> None:
+def _work(target: Target, kind: str, rate: float, number: int) -> None:
+    """One client of the load, with as much CPU as an attacker has."""
+    target.tally.count_as(number + 1)
+    os.nice(NICENESS)
+    _LOADS[kind](target, rate, token(f"load {number}"))
+
+
+def _load_bytes(target: Target, rate: float, token: str) -> None:
     """Publish over a WebSocket, several messages in a frame."""
-    peer = WebSocketPeer(target, token("load"))
+    peer = WebSocketPeer(target, token)
     numbers = itertools.count()
     size = MESSAGES_IN_FRAME * LOAD_MESSAGE
     for _ in pace(rate / size):
@@ -283,32 +293,31 @@ def _load_bytes(target: Target, rate: float) -> None:
         peer.drain()
 
 
-def _load_requests(target: Target, rate: float) -> None:
+def _load_requests(target: Target, rate: float, token: str) -> None:
     """Publish over HTTP, several messages in a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
+    connection = _http(target)
     message = {"channel": "honest.load", "payload": "x" * LOAD_MESSAGE}
     body = json.dumps([message] * MESSAGES_IN_FRAME)
     for _ in pace(rate / len(body)):
-        connection.request("POST", "/publish", body, {"Authorization": f"Bearer {token('load')}"})
+        connection.request("POST", "/publish", body, {"Authorization": f"Bearer {token}"})
         answer = connection.getresponse()
         answer.read()
         target.tally.sent(len(body))
 
 
-def _load_packets(target: Target, rate: float) -> None:
+def _load_packets(target: Target, rate: float, token: str) -> None:
     """Publish over WebTransport, a message in a packet."""
-    peer = QuicPeer(target, token("load"))
+    peer = QuicPeer(target, token)
     for number, _ in enumerate(pace(rate)):
         if peer.connection.writable(peer.stream):
             peer.connection.send(peer.stream, _message(number))
         peer.turn(0)
 
 
-def _load_connections(target: Target, rate: float) -> None:
+def _load_connections(target: Target, rate: float, token: str) -> None:
     """Connect, authenticate, and leave."""
     for _ in pace(rate):
-        WebSocketPeer(target, token("load")).close()
-        target.tally.sent(0)
+        WebSocketPeer(target, token).close()
 
 
 def _message(number: int) -> bytes:

@@ -88,13 +88,14 @@ def chunk_extensions(target: Target) -> None:
     "http",
     "unfinished bodies",
     "1,000 connections send a megabyte to /publish but for its last byte, and no token",
+    like="requests",
 )
 def unfinished_bodies(target: Target) -> None:
     head = POST + b"Content-Length: %d\r\n\r\n" % BODY
     hold(target, 1000, lambda peer: peer.send(head + bytes(BODY - 1)), nothing)
 
 
-@attack("http", "a body byte by byte", "500 connections send a byte of a body each second")
+@attack("http", "a body byte by byte", "500 connections send a byte of a body each second", like="connections")
 def slow_bodies(target: Target) -> None:
     hold(
         target,
@@ -104,7 +105,13 @@ def slow_bodies(target: Target) -> None:
     )
 
 
-@attack("http", "an array of half a million numbers", "an array of half a million numbers to /publish", token=True)
+@attack(
+    "http",
+    "an array of half a million numbers",
+    "an array of half a million numbers to /publish",
+    token=True,
+    like="requests",
+)
 def numbers(target: Target) -> None:
     body = b"[" + b"1," * (BODY // 2 - 2) + b"1]"
     head = POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (target.token().encode(), len(body))
@@ -143,6 +150,7 @@ def many_ephemeral(target: Target) -> None:
     processes=2,
     kept=160,
     stands=False,
+    like="requests",
 )
 def many_publishes(target: Target) -> None:
     body = json.dumps([{"channel": "noise.http", "payload": "x" * 50}] * 1000).encode()
@@ -158,22 +166,27 @@ def many_publishes(target: Target) -> None:
 # Heads and answers
 
 
-@attack("http", "silence after connecting", "2,000 connections say nothing at all")
+@attack("http", "silence after connecting", "2,000 connections say nothing at all", like="connections")
 def silence(target: Target) -> None:
     hold(target, 2000, nothing, nothing)
 
 
-@attack("http", "a head byte by byte", "500 connections send a byte of a request each second")
+@attack("http", "a head byte by byte", "500 connections send a byte of a request each second", like="connections")
 def slow_heads(target: Target) -> None:
     hold(target, 500, lambda peer: peer.send(b"GET / HTTP/1.1\r\nX: "), lambda peer: peer.send(b"x"))
 
 
-@attack("http", "a WebSocket handshake byte by byte", "500 connections send a byte of an Upgrade each second")
+@attack(
+    "http",
+    "a WebSocket handshake byte by byte",
+    "500 connections send a byte of an Upgrade each second",
+    like="connections",
+)
 def slow_upgrades(target: Target) -> None:
     hold(target, 500, lambda peer: peer.send(UPGRADE[:100]), lambda peer: peer.send(b"x"))
 
 
-@attack("http", "heads of 16 KB that do not end", "connection after connection")
+@attack("http", "heads of 16 KB that do not end", "connection after connection", like="connections")
 def long_heads(target: Target) -> None:
     head = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2600
     while True:
@@ -195,7 +208,11 @@ def heads_in_lines(target: Target) -> None:
 
 
 @attack(
-    "http", "requests without reading answers", "/catbus.js is asked for without end, and nothing read", processes=4
+    "http",
+    "requests without reading answers",
+    "/catbus.js is asked for without end, and nothing read",
+    processes=4,
+    like="requests",
 )
 def unread_answers(target: Target) -> None:
     peer = Peer(target)
@@ -213,7 +230,7 @@ def pipelined(target: Target) -> None:
         peer.drain()
 
 
-@attack("http", "scrapes of /metrics", "again and again, over 4 connections", processes=4)
+@attack("http", "scrapes of /metrics", "again and again, over 4 connections", processes=4, like="requests")
 def scrapes(target: Target) -> None:
     peer = Peer(target)
     while True:
@@ -222,7 +239,13 @@ def scrapes(target: Target) -> None:
         peer.drain()
 
 
-@attack("http", "bytes after the last answer", "a connection that is being closed goes on sending", processes=4)
+@attack(
+    "http",
+    "bytes after the last answer",
+    "a connection that is being closed goes on sending",
+    processes=4,
+    like="requests",
+)
 def after_the_end(target: Target) -> None:
     peer = Peer(target)
     peer.send(b"nonsense\r\n\r\n")
@@ -238,6 +261,7 @@ def after_the_end(target: Target) -> None:
     "connections up to the limit",
     "one address holds 10,000 connections, and comes back for those that are closed",
     processes=4,
+    like="connections",
 )
 def all_connections(target: Target) -> None:
     hold(target, 2600, lambda peer: peer.send(b"GET /"), nothing)
@@ -248,6 +272,7 @@ def all_connections(target: Target) -> None:
     "connections from 10,000 addresses",
     "one from each, up to the limit; for each further one the broker looks for one to end",
     processes=4,
+    like="connections",
 )
 def many_addresses(target: Target) -> None:
     peers = []
@@ -270,6 +295,7 @@ def many_requests(target: Target) -> None:
     "keep-alive up to the limit of files",
     "one address asks for /health on 1,000 connections and keeps them, where the process may have 1,024 files",
     open_files=1024,
+    like="connections",
 )
 def keep_alive(target: Target) -> None:
     hold(target, 1000, lambda peer: peer.send(GET % b"/health"), nothing)

@@ -49,6 +49,7 @@ def crowd(target: Target, header: str) -> None:
     "http",
     "forged addresses before a proxy",
     "a client names another address in X-Forwarded-For each time, to have more WebSockets than an address may have",
+    like="connections",
 )
 def forged_addresses(target: Target) -> None:
     crowd(target, "X-Forwarded-For: {forged}, {client}")
@@ -58,6 +59,7 @@ def forged_addresses(target: Target) -> None:
     "http",
     "a quote left open before a proxy",
     "the same in Forwarded, where what the proxy adds would be within the quotes",
+    like="connections",
 )
 def open_quote(target: Target) -> None:
     crowd(target, 'Forwarded: for="{forged}, for={client}')
@@ -67,6 +69,7 @@ def open_quote(target: Target) -> None:
     "http",
     "an address beside the proxy's",
     "the same with both headers, of which the proxy adds to one alone",
+    like="connections",
 )
 def other_header(target: Target) -> None:
     crowd(target, "Forwarded: for={forged}\r\nX-Forwarded-For: {client}")
@@ -116,6 +119,7 @@ def rotating_networks(target: Target) -> None:
     log="postgres",
     processes=4,
     kept=RING,
+    like="bytes",
 )
 def many_sessions(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(50)]

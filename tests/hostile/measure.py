@@ -75,6 +75,9 @@ class Result:
     """Whether the broker was idle again soon after it."""
     size: float
     units: float
+    """What the attack sent in a second: bytes, and packets, requests or connections."""
+    load: tuple[float, float, float]
+    """The same of the honest load, and connections."""
     endings: int
     codes: dict[int, int]
     logged: int
@@ -136,13 +139,13 @@ def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
         broker.forget_peak()
         began.append(time.monotonic())
         tally = target.tally
-        logged, cpu, done = broker.logged, broker.cpu, (tally.size, tally.units)
+        logged, cpu, done = broker.logged, broker.cpu, tally.numbers()
         exit_time = None
         with attackers(attack, target):
             time.sleep(seconds)
             lasted = time.monotonic() - began[-1]
             busy = (broker.cpu - cpu) / lasted
-            size, units = (tally.size - done[0]) / lasted, (tally.units - done[1]) / lasted
+            size, units, opened = tally.rates(done, lasted)
             logged = broker.logged - logged
             peak = _peak(broker)
             began.append(time.monotonic())
@@ -151,6 +154,7 @@ def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
                 exit_time = broker.stop(EXIT_TIME)
         endings, codes = tally.endings, tally.codes()
         after, calmed, like = before, True, "" if attack.drains else attack.like
+        loaded = (0.0, 0.0, 0.0)
         if attack.drains:
             began += began[-1:] * 2
         else:
@@ -158,10 +162,12 @@ def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
             calmed = _wait_idle(broker)
             like = like if calmed else ""
             began.append(time.monotonic())
-            rate = size if like in ("bytes", "requests") else units
-            with load(target, like, rate, attack.processes):
+            rate = {"packets": units, "connections": opened}.get(like, size)
+            done = tally.numbers()
+            with load(target, like, rate):
                 time.sleep(seconds / 2)
                 began.append(time.monotonic())
+                loaded = tally.rates(done, began[-1] - began[-2])
             seen = honest.stop()
         calm, during = _between(seen, began[0], began[1]), _between(seen, began[1], began[2])
         beside = _between(seen, began[3], began[4])
@@ -179,6 +185,7 @@ def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
             calmed,
             size,
             units,
+            loaded,
             endings,
             codes,
             logged,
@@ -235,10 +242,10 @@ def _between(seen: Seen, start: float, end: float) -> Span:
 
 
 HEAD = (
-    "| Attack | Token | Honest p50 / p99 calm, beside as much honest load, during (ms) | Newcomer: connect, resume, "
-    "history, POST during (ms) | Refused, lost | Memory before, peak, after (MiB) | Files before, after | Connections "
-    "before, after | CPU | Sent per s | Closed | Verdict |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| Attack | Token | Honest p50 / p99 calm, beside as much honest load, during (ms) | Delivered of published during "
+    "| Newcomer: connect, resume, history, POST during (ms) | Refused, lost | Memory before, peak, after (MiB) "
+    "| Files before, after | Connections before, after | CPU | Sent per s | Closed | Verdict |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -249,12 +256,15 @@ def row(result: Result) -> str:
         return f"{span.at(0.5) * 1e3:.1f} / {span.at(0.99) * 1e3:.1f}"
 
     attack, before, after = result.attack, result.before, result.after
-    beside = "-" if result.beside is result.calm else latency(result.beside)
+    beside = "-"
+    if result.beside is not result.calm:
+        beside = f"{latency(result.beside)} ({_amount(result.load[0])}B, {_amount(result.load[1])}/s)"
     codes = ", ".join(f"{code} x {count}" for code, count in result.codes.items())
     cells = [
         attack.name,
         "yes" if attack.token else "no",
         f"{latency(result.calm)}; {beside}; **{latency(result.during)}**",
+        f"{len(result.during.latencies)} of {len(result.during.latencies) + result.during.lost}",
         ", ".join(f"{result.during.step(step) * 1e3:.0f}" for step in STEPS),
         f"{len(result.during.refused) + len(result.during.failures)}, {result.during.lost}",
         f"{before.memory >> 20}, {result.peak >> 20}, {after.memory >> 20}",

@@ -74,7 +74,7 @@ class Peer:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if target.tls if tls is None else tls:
             self.socket = client_context().wrap_socket(self.socket)
-        target.tally.sent(0)
+        target.tally.opened()
 
     def send(self, data: bytes, units: int = 1) -> None:
         """Send all of it. Raises `Ended` when the broker has closed the connection."""
@@ -199,7 +199,7 @@ class WebSocketPeer(Peer):
 
     def __init__(self, target: Target, token: str | None = None, port: int | None = None, *, protocol: int = 1) -> None:
         super().__init__(target, port)
-        self.socket.sendall(UPGRADE % base64.b64encode(os.urandom(16)))
+        self._prepare(UPGRADE % base64.b64encode(os.urandom(16)))
         if b" 101 " not in self.wait_for(b"\r\n\r\n"):
             self.target.tally.ended(None)
             raise Ended
@@ -208,8 +208,13 @@ class WebSocketPeer(Peer):
 
     def ask(self, said: bytes, expected: bytes) -> bytes:
         """Send objects in a frame, and wait for a reply."""
-        self.socket.sendall(frame(said))
+        self._prepare(frame(said))
         return self.wait_for(expected)
+
+    def _prepare(self, data: bytes) -> None:
+        """Send what a reply is waited for to."""
+        self.socket.sendall(data)
+        self.target.tally.prepared(len(data))
 
     def subscribe_all(self, patterns: list[str], **more: object) -> None:
         """Hold all of them, a hundred at a time."""

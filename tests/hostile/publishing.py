@@ -21,6 +21,7 @@ RING = 160
     token=True,
     log="postgres",
     kept=RING,
+    like="bytes",
 )
 @attack(
     "session",
@@ -30,6 +31,7 @@ RING = 160
     log="postgres",
     processes=4,
     kept=RING,
+    like="bytes",
 )
 def large_publishes(target: Target) -> None:
     peer = WebSocketPeer(target, target.token())
@@ -46,6 +48,7 @@ def large_publishes(target: Target) -> None:
     log="postgres",
     processes=4,
     kept=RING,
+    like="bytes",
 )
 def small_publishes(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token(f"mallory {number}")) for number in range(6)]
@@ -67,6 +70,7 @@ def small_publishes(target: Target) -> None:
     log="postgres",
     processes=4,
     kept=RING,
+    like="bytes",
 )
 def anonymous(target: Target) -> None:
     token = jwt_of(SECRET, {"catbus": {"read": ["*"], "write": ["*"]}})
@@ -96,6 +100,7 @@ def one_id(target: Target) -> None:
     log="postgres",
     processes=2,
     kept=RING,
+    like="bytes",
 )
 def retries(target: Target) -> None:
     peer = WebSocketPeer(target)
@@ -118,6 +123,7 @@ def retries(target: Target) -> None:
     log="postgres",
     replicas=2,
     kept=32,
+    like="bytes",
 )
 def long_client_id(target: Target) -> None:
     peer = WebSocketPeer(target, target.token("m" * 5900), target.elsewhere)
@@ -222,6 +228,7 @@ def auth_again(target: Target) -> None:
     log="postgres",
     processes=2,
     kept=RING,
+    like="bytes",
 )
 def grants_back_and_forth(target: Target) -> None:
     tokens = [target.token(grants=Grants(("*",), ("noise.*", f"other{number}.*"))) for number in range(2)]

@@ -94,6 +94,7 @@ def begin(target: Target, *, answer_retry: bool) -> QuicPeer:
     "half-open connections that answer Retry",
     "as many as there may be, and again when they are given up",
     processes=2,
+    like="packets",
 )
 def half_open(target: Target) -> None:
     peers = []
@@ -121,7 +122,13 @@ def _crypto_of(peer: QuicPeer) -> bytes:
     return bytes(peer.quic._crypto_streams[Epoch.INITIAL].sender._buffer)
 
 
-@attack("quic", "handshakes without a session", "complete, and then ask for none until they are given up", processes=2)
+@attack(
+    "quic",
+    "handshakes without a session",
+    "complete, and then ask for none until they are given up",
+    processes=2,
+    like="packets",
+)
 def no_session(target: Target) -> None:
     peers: list[QuicPeer] = []
     for _ in pace(50):
@@ -150,7 +157,9 @@ def slow_handshakes(target: Target) -> None:
         time.sleep(0.3)
 
 
-@attack("quic", "a flood of Retries", "hellos beside 300 half-open connections, each answered with a Retry")
+@attack(
+    "quic", "a flood of Retries", "hellos beside 300 half-open connections, each answered with a Retry", like="packets"
+)
 def retries(target: Target) -> None:
     kept = [begin(target, answer_retry=False) for _ in range(300)]
     sock = udp(target)
@@ -205,7 +214,12 @@ def forged_tokens(target: Target) -> None:
             sock.recv(LARGEST)
 
 
-@attack("quic", "slow answers, and then silence", "handshakes over a link of two seconds, left in the middle")
+@attack(
+    "quic",
+    "slow answers, and then silence",
+    "handshakes over a link of two seconds, left in the middle",
+    like="packets",
+)
 def slow_answers(target: Target) -> None:
     late: list[tuple[float, QuicPeer]] = []
     for _ in pace(100):
@@ -230,6 +244,7 @@ def versions(target: Target) -> None:
     "quic",
     "packets for unknown connections",
     "2,000 packets/s that ask for stateless resets; a reset must not tell of others",
+    like="packets",
 )
 def resets(target: Target) -> None:
     sock = udp(target)
@@ -245,7 +260,12 @@ def resets(target: Target) -> None:
             answered = 0
 
 
-@attack("quic", "forged stateless resets", "the reset of one connection ID, tried on another: both must differ")
+@attack(
+    "quic",
+    "forged stateless resets",
+    "the reset of one connection ID, tried on another: both must differ",
+    like="packets",
+)
 def reset_oracle(target: Target) -> None:
     sock = udp(target)
     tokens = []
@@ -269,7 +289,7 @@ def noise(target: Target) -> None:
         throw(sock, target, os.urandom(1 + number * 7 % 1400))
 
 
-@attack("quic", "datagrams of 64 KB", "200/s, of which the broker looks at none")
+@attack("quic", "datagrams of 64 KB", "200/s, of which the broker looks at none", like="packets")
 def large_datagrams(target: Target) -> None:
     sock = udp(target)
     data = b"\x43" + bytes(60_000)

@@ -13,7 +13,7 @@ import asyncpg  # type: ignore[import-untyped]
 
 from catbus.auth import Grants
 
-from .attacks import Ended, Target, attack, pace
+from .attacks import FEW_BYTES, Ended, Target, attack, pace
 from .peers import Peer, WebSocketPeer, frame, keep, pour, request
 from .publishing import RING
 
@@ -25,6 +25,7 @@ FAR_AHEAD = 1 << 62
     "patterns of 31 segments",
     "50 sessions with 1,000 of them each, and then all leave and come again",
     token=True,
+    like="bytes",
 )
 def long_patterns(target: Target) -> None:
     peers = []
@@ -47,6 +48,7 @@ def long_patterns(target: Target) -> None:
     log="postgres",
     filled=300_000,
     kept=RING,
+    alone=FEW_BYTES,
 )
 def since_nothing(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(20)]
@@ -64,6 +66,7 @@ def since_nothing(target: Target) -> None:
     "1,000 subscriptions that begin again and again, over 20,000 messages in memory",
     token=True,
     filled=20_000,
+    like="bytes",
 )
 def since_again(target: Target) -> None:
     peer = WebSocketPeer(target, target.token())
@@ -79,6 +82,7 @@ def since_again(target: Target) -> None:
     "cursors far ahead of the log",
     "50 sessions with 1,000 subscriptions that wait for seq 2^62: each is looked at with every commit",
     token=True,
+    like="bytes",
 )
 def far_ahead(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(50)]
@@ -125,6 +129,7 @@ def pattern_churn(target: Target) -> None:
     "each time all of them are made and given up",
     token=True,
     processes=2,
+    like="bytes",
 )
 def heavy_visits(target: Target) -> None:
     patterns = [f"mallory.{os.getpid()}.{number}" for number in range(1000)]
@@ -140,6 +145,7 @@ def heavy_visits(target: Target) -> None:
     "each /metrics looks at those that are late, by a stranger",
     token=True,
     processes=2,
+    like="bytes",
 )
 def heavy_scrapes(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(25)]
@@ -174,6 +180,7 @@ def heavy_pings(target: Target) -> None:
     "replies that are not read",
     "300 sessions ask for more than they ever take",
     token=True,
+    like="bytes",
 )
 def unread_replies(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(300)]
@@ -198,6 +205,7 @@ def unread_replies(target: Target) -> None:
     filled=20_000,
     processes=2,
     stands=False,
+    alone=FEW_BYTES,
 )
 def history(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(4)]
@@ -219,6 +227,7 @@ def history(target: Target) -> None:
     filled=300_000,
     processes=2,
     kept=RING,
+    alone=FEW_BYTES,
 )
 @attack(
     "session",
@@ -228,6 +237,7 @@ def history(target: Target) -> None:
     filled=300_000,
     processes=2,
     kept=RING,
+    alone=FEW_BYTES,
 )
 def narrow_history(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(4)]
@@ -264,6 +274,7 @@ def unread(target: Target) -> None:
     token=True,
     settings='[limits]\nmailbox_total = "16MiB"\n',
     kept=RING,
+    like="bytes",
 )
 def pinned(target: Target) -> None:
     peers = [WebSocketPeer(target, target.token()) for _ in range(40)]
@@ -288,6 +299,7 @@ def pinned(target: Target) -> None:
     "1,000 subscriptions with unread messages of which a narrower token covers none, and a wider one all again",
     token=True,
     kept=RING,
+    like="bytes",
 )
 def narrower_and_wider(target: Target) -> None:
     wide, narrow = target.token(), target.token(grants=Grants(("mallory.none",), ("*",)))
@@ -317,6 +329,7 @@ def narrower_and_wider(target: Target) -> None:
     token=True,
     drains=True,
     processes=2,
+    alone="the broker is gone when the attack is over",
 )
 def stopping(target: Target) -> None:
     silent = [WebSocketPeer(target, target.token()) for _ in range(100)]
@@ -344,6 +357,7 @@ def stopping(target: Target) -> None:
     "any role that may connect to the database announces roles and messages that there are not",
     token=True,
     log="postgres",
+    alone="it sends to the database, and the broker nothing",
 )
 def notifications(target: Target) -> None:
     async def notify() -> None:

@@ -45,17 +45,21 @@ def handshakes(target: Target) -> None:
         Peer(target).close()
 
 
-@attack("tls", "half of a TLS handshake", "a ClientHello's beginning and silence, on 1,000 connections")
+@attack(
+    "tls", "half of a TLS handshake", "a ClientHello's beginning and silence, on 1,000 connections", like="connections"
+)
 def half_handshakes(target: Target) -> None:
     hold_raw(target, 1000, HELLO, b"")
 
 
-@attack("tls", "a ClientHello byte by byte", "500 connections, a byte a second")
+@attack("tls", "a ClientHello byte by byte", "500 connections, a byte a second", like="connections")
 def slow_hellos(target: Target) -> None:
     hold_raw(target, 500, HELLO, b"x")
 
 
-@attack("tls", "no TLS at all", "HTTP where TLS is expected, connection after connection", processes=2)
+@attack(
+    "tls", "no TLS at all", "HTTP where TLS is expected, connection after connection", processes=2, like="connections"
+)
 def plain(target: Target) -> None:
     while True:
         peer = Raw(target)
@@ -64,12 +68,12 @@ def plain(target: Target) -> None:
         peer.close()
 
 
-@attack("tls", "silence after TLS", "1,000 connections shake hands and say nothing")
+@attack("tls", "silence after TLS", "1,000 connections shake hands and say nothing", like="connections")
 def silence_after(target: Target) -> None:
     hold(target, 1000, nothing, nothing)
 
 
-@attack("tls", "records of a byte", "requests of which each byte is a record of its own", processes=2)
+@attack("tls", "records of a byte", "requests of which each byte is a record of its own", processes=2, like="bytes")
 def tiny_records(target: Target) -> None:
     peer = Peer(target)
     for byte in itertools.cycle(GET % b"/health"):
@@ -77,7 +81,7 @@ def tiny_records(target: Target) -> None:
         peer.drain()
 
 
-@attack("tls", "garbage in records", "records that cannot be decrypted, after a handshake", processes=2)
+@attack("tls", "garbage in records", "records that cannot be decrypted, after a handshake", processes=2, like="bytes")
 def garbage(target: Target) -> None:
     while True:
         peer = Peer(target)

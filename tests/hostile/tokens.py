@@ -67,6 +67,7 @@ KEYS = '[auth]\njwt = ["keys.pem"]\n'
     "JWTs: `alg: none` in all spellings, HS256 with the public key as the secret, keys and addresses in the header",
     settings=KEYS,
     files={"keys.pem": public_key},
+    like="requests",
 )
 def confused_keys(target: Target) -> None:
     pem = public_key().encode()
@@ -149,6 +150,7 @@ def unknown_roles(target: Target) -> None:
     "http",
     "timing of tokens",
     "whether the time of an answer tells how much of a signature is right: many of each, compared by Welch's t",
+    like="requests",
 )
 def timing(target: Target) -> None:
     good = sign(SECRET, client_id="alice", grants=Grants.ALL).encode()
@@ -188,6 +190,7 @@ def welch(one: list[float], other: list[float]) -> float:
     processes=2,
     kept=160,
     stands=False,
+    like="requests",
 )
 def spellings(target: Target) -> None:
     body = json.dumps([{"channel": "noise.http", "payload": "x" * 50}] * 1000).encode()

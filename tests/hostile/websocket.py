@@ -53,6 +53,7 @@ def tiny_fragments(target: Target) -> None:
     "websocket",
     "unfinished messages",
     "500 connections send a megabyte of a message that does not end",
+    like="bytes",
 )
 def unfinished_messages(target: Target) -> None:
     part = frame(b"x" * (MESSAGE - 10), final=False)
@@ -120,14 +121,16 @@ def accents(target: Target) -> None:
     repeat(target, frame('{"é":1}'.encode()))
 
 
-@attack("websocket", "a byte in a packet", "messages whose bytes come one by one", processes=2)
+@attack("websocket", "a byte in a packet", "messages whose bytes come one by one", processes=2, like="bytes")
 def byte_by_byte(target: Target) -> None:
     peer = WebSocketPeer(target)
     for byte in itertools.cycle(frame(b" ")):
         peer.send(bytes((byte,)))
 
 
-@attack("websocket", "on after the Close frame", "a Close frame, and then messages without end", processes=2)
+@attack(
+    "websocket", "on after the Close frame", "a Close frame, and then messages without end", processes=2, like="bytes"
+)
 def after_close(target: Target) -> None:
     peer = WebSocketPeer(target)
     peer.send(frame(b"\x03\xe8", CLOSE))
@@ -164,7 +167,13 @@ def backslashes(target: Target) -> None:
     repeat(target, frame(b'{"' + b'\\"' * 32_000 + b'":1}'))
 
 
-@attack("websocket", "empty objects", "each of two bytes, and answered with an error that is not read", processes=4)
+@attack(
+    "websocket",
+    "empty objects",
+    "each of two bytes, and answered with an error that is not read",
+    processes=4,
+    like="bytes",
+)
 def empty_objects(target: Target) -> None:
     peer = WebSocketPeer(target)
     while True:
@@ -178,12 +187,19 @@ def empty_objects_read(target: Target) -> None:
     repeat(target, frame(b"{}" * 30_000))
 
 
-@attack("websocket", "the beginnings of objects", "60 KB of an object on 1,000 connections, before `auth`")
+@attack(
+    "websocket", "the beginnings of objects", "60 KB of an object on 1,000 connections, before `auth`", like="bytes"
+)
 def beginnings(target: Target) -> None:
     keep([WebSocketPeer(target) for _ in range(1000)], frame(b'{"type":"' + b"x" * 65_000))
 
 
-@attack("websocket", "silence before auth", "2,000 connections shake hands, say nothing, and come back when closed")
+@attack(
+    "websocket",
+    "silence before auth",
+    "2,000 connections shake hands, say nothing, and come back when closed",
+    like="connections",
+)
 def no_auth(target: Target) -> None:
     keep([WebSocketPeer(target) for _ in range(2000)], b"")
 
@@ -211,6 +227,7 @@ def false_tokens(target: Target) -> None:
     "the beginnings of tokens",
     "16 KB of an `auth` in fragments on 1,000 connections, which come again when they are closed",
     processes=2,
+    like="connections",
 )
 def beginnings_of_tokens(target: Target) -> None:
     begun = frame(b'{"type":"auth","token":"' + b"x" * 8000, final=False)
@@ -219,7 +236,11 @@ def beginnings_of_tokens(target: Target) -> None:
 
 
 @attack(
-    "websocket", "frames of a byte after the Close frame", "a Close frame, and then the smallest frames", processes=2
+    "websocket",
+    "frames of a byte after the Close frame",
+    "a Close frame, and then the smallest frames",
+    processes=2,
+    like="bytes",
 )
 def small_frames_after_close(target: Target) -> None:
     while True:
