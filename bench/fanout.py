@@ -51,8 +51,8 @@ from harness import BINARY, PAYLOAD_SIZE, PONG, Publisher, auth_line, cpu_time, 
 
 from catbus.certificates import development_certificate
 from catbus.endpoints.frames import text_header
+from catbus.protocol.wire_messages import encode_entry
 from catbus.webtransport import server_configuration
-from catbus.wire import encode_entry
 
 CHANNEL, PATTERN = "bench.fanout", "bench.*"
 OBJECTS_IN_FRAME = 50

@@ -36,7 +36,7 @@ import trustme
 from harness import SECRET, percentile
 
 import catbus
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.config import Auth, Config, Drain, WebSocket, WebTransport
 
 NAMESPACE = "catbus-hol"

@@ -27,7 +27,7 @@ import trio
 from harness import SECRET, Server, percentile
 from moving import Load, plot
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Transport
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket

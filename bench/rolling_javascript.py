@@ -24,7 +24,7 @@ from pathlib import Path
 import harness
 from rolling import Replica
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 
 PROGRAM = Path(__file__).with_suffix(".mjs")
 DRAIN = "[drain]\ndelay = 0.3\nwindow = 1.0\n"

@@ -25,7 +25,7 @@ from harness import SECRET, percentile
 from moving import Load
 from rolling import Balancer, Replica
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client import Transport
 
 PATIENCE = 60.0

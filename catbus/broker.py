@@ -14,19 +14,19 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from .auth import Authenticator, Grants, Identity
+from .auth.tokens import Authenticator, Grants, Identity
 from .certificates import CertificateSource
 from .config import Config, split_address
 from .endpoints import serve_http, serve_quic
 from .errors import PeerError, Refused
-from .hub import Hub
-from .local import Messages
+from .in_process import Messages
 from .log import Log, MemoryLog, Rejected
-from .memory import return_memory
-from .metrics import Metrics
+from .malloc_trim import return_memory
+from .observability.metrics import Metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
-from .wire import Publish, check_payload, to_json
+from .protocol.wire_messages import Publish, check_payload, to_json
+from .replica import Hub
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
 """Who publishes and subscribes in this process."""

@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .config import WebTransport
 from .errors import ConfigError
-from .loggers import get_logger
+from .observability.loggers import get_logger
 from .webtransport import Configuration, Limits, server_configuration
 
 logger = get_logger("catbus.certificates")

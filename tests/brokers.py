@@ -9,7 +9,7 @@ import trio
 
 import catbus
 from catbus import Broker, Config
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.config import Auth, Drain, WebSocket
 
 SECRET = "a secret of the tests"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.addresses import AddressLimit
+from catbus.limits.connections_per_address import AddressLimit
 
 
 def test_network_has_no_more_connections_than_it_may() -> None:

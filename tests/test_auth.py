@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth import (
+from catbus.auth.token_errors import LONGEST_WAIT, Reason, TokenRefused
+from catbus.auth.tokens import (
     KNOWN_SIZE,
     MAX_TOKEN,
     Authenticator,
@@ -30,7 +31,6 @@ from catbus.auth import (
     sign,
 )
 from catbus.errors import CloseCode, Code, ConfigError, PeerError
-from catbus.refusals import LONGEST_WAIT, Reason, TokenRefused
 
 SECRET = "correct horse battery staple"
 OTHER = "Tr0ub4dor&3"
@@ -211,7 +211,7 @@ def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
         token = signed_jwt({"alg": "HS256"}, claims)
     identity = authenticator.verify(token, NOW)
     with monkeypatch.context() as patch:
-        patch.setattr("catbus.auth._decode", None)
+        patch.setattr("catbus.auth.tokens._decode", None)
         assert authenticator.verify(token, NOW + 1) == identity
         assert_expired(authenticator, token, NOW + 10)
         assert_not_valid_yet(authenticator, token, NOW - 11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.bucket import TokenBucket
+from catbus.limits.token_bucket import TokenBucket
 
 
 @given(

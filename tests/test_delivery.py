@@ -13,15 +13,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import catbus.delivery as delivery_module
-from catbus import wire
-from catbus.delivery import SURVEYED, Delivery
+import catbus.delivery.fan_out as delivery_module
+from catbus.delivery.fan_out import SURVEYED, Delivery
+from catbus.delivery.send_queue import MARK, REPLY, SLOT, Budget, Head, Item, Mailbox, Mark, Run
+from catbus.delivery.subscription import PAGE_ROWS, Subscription
+from catbus.delivery.topic_tree import TopicTree
 from catbus.log import Entry, Page, Recent, Resumption
-from catbus.log.recent import OVERHEAD
-from catbus.mailbox import MARK, REPLY, SLOT, Budget, Head, Item, Mailbox, Mark, Run
-from catbus.subscription import PAGE_ROWS, Subscription
-from catbus.topics import TopicTree, matches
-from catbus.wire import Protocol
+from catbus.log.recent_messages import OVERHEAD
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.channels import matches
+from catbus.protocol.wire_messages import Protocol
 
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
 PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]

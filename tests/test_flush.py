@@ -5,8 +5,8 @@ from __future__ import annotations
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.flush import LONGEST_REST, LOOK, SLICE, Flusher
-from catbus.mailbox import Mailbox
+from catbus.delivery.flusher import LONGEST_REST, LOOK, SLICE, Flusher
+from catbus.delivery.send_queue import Mailbox
 
 
 class Stopwatch:

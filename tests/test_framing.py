@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus import wire
 from catbus.errors import CloseCode, Code, PeerError
-from catbus.framing import Framer
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import Framer
 
 LIMIT = 65536
 

@@ -13,16 +13,17 @@ import trio
 from msgspec import Raw
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
+from catbus.auth.tokens import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
 from catbus.broker import OWNER
 from catbus.config import Config, Drain, Limits
+from catbus.delivery.send_queue import Mailbox, Run
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
-from catbus.hub import Client, Hub
+from catbus.limits.cpu_fairness import Pace
 from catbus.log import Append, MemoryLog
-from catbus.log.base import OVERHEAD
-from catbus.mailbox import Mailbox, Run
-from catbus.turns import Pace
-from catbus.wire import Publish, check_payload
+from catbus.log.interface import OVERHEAD
+from catbus.protocol.wire_messages import Publish, check_payload
+from catbus.replica import Hub
+from catbus.session.driver import Client
 
 SECRET = "a secret of the tests"
 

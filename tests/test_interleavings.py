@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from catbus.delivery import Delivery, Subscription
+from catbus.delivery.fan_out import Delivery, Subscription
+from catbus.delivery.send_queue import Mailbox, Run
 from catbus.log import Entry, Page, Resumption
-from catbus.mailbox import Mailbox, Run
-from catbus.topics import matches
+from catbus.protocol.channels import matches
 from tests.test_delivery import Outlet, entry, exhaust
 
 CHANNELS = ["a.b", "a.c", "d"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from catbus.config import Config, Limits
-from catbus.metrics import METRICS
+from catbus.observability.metrics import METRICS
 
 from .test_guarantees import names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from catbus.loggers import REPEAT, Recurring
+from catbus.observability.loggers import REPEAT, Recurring
 
 
 class Lines:

@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-from catbus import wire
+from catbus.delivery.send_queue import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run, size_of_replies
 from catbus.log import Entry
-from catbus.mailbox import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run, size_of_replies
+from catbus.protocol import wire_messages as wire
 
 
 class Outlet:

@@ -7,24 +7,24 @@ import sys
 
 import pytest
 
-from catbus import memory
-from catbus.memory import WORTH, Watch
+from catbus import malloc_trim
+from catbus.malloc_trim import WORTH, Watch
 
 PEAK = """
 import trio
 from trio.testing import MockClock
-from catbus import memory
+from catbus import malloc_trim
 
 async def main() -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(memory.return_memory)
-        await trio.sleep(memory.INTERVAL + 1)
+        nursery.start_soon(malloc_trim.return_memory)
+        await trio.sleep(malloc_trim.INTERVAL + 1)
         # Every hundredth stays, so that nothing but holes is free.
         held = [bytes(4096) for _ in range(25_000)]
-        peak = memory.resident()
+        peak = malloc_trim.resident()
         held = held[::100]
-        while memory.resident() > peak - (64 << 20):
-            await trio.sleep(memory.INTERVAL)
+        while malloc_trim.resident() > peak - (64 << 20):
+            await trio.sleep(malloc_trim.INTERVAL)
         nursery.cancel_scope.cancel()
 
 trio.run(main, clock=MockClock(rate=1000))
@@ -45,7 +45,7 @@ def test_a_smaller_process_is_the_measure_of_the_next_peak() -> None:
 
 
 @pytest.mark.skipif(
-    memory.give_back() is None, reason="only glibc keeps what is free between blocks, and gives it back"
+    malloc_trim.give_back() is None, reason="only glibc keeps what is free between blocks, and gives it back"
 )
 def test_what_is_free_between_blocks_goes_back_to_the_system() -> None:
     subprocess.run([sys.executable, "-c", PEAK], check=True, timeout=60)

@@ -10,15 +10,16 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus import permissions
-from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_key, sign
+from catbus.auth import live_permissions
+from catbus.auth.live_permissions import STALE
+from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_key, sign
 from catbus.config import Config
 from catbus.errors import CloseCode, Unavailable
-from catbus.hub import Client, Hub
+from catbus.limits.cpu_fairness import Pace
 from catbus.log import Entry, MemoryLog
-from catbus.permissions import STALE
-from catbus.turns import Pace
-from catbus.wire import Publish, check_payload, decode_server
+from catbus.protocol.wire_messages import Publish, check_payload, decode_server
+from catbus.replica import Hub
+from catbus.session.driver import Client
 from tests.test_hub import AUTH, CI, ROLE, SECRET, Roles, objects, open_client, said
 
 READER = Identity("ci", Grants(("a.b",), ()), None, role=role_key(ROLE))
@@ -229,7 +230,7 @@ async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_da
 async def test_what_is_known_to_have_changed_goes_before_what_may_have(
     hub: Hub, roles: Roles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(permissions, "CHUNK", 3)
+    monkeypatch.setattr(live_permissions, "CHUNK", 3)
     tokens = [make_role_token() for _ in range(8)]
     keys = [role_key(token) for token in tokens]
     for token in tokens:
@@ -311,7 +312,7 @@ async def test_a_first_version_client_keeps_what_another_of_its_patterns_matches
 async def test_many_sessions_are_told_bit_by_bit(
     hub: Hub, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(permissions, "TURN", -1.0)
+    monkeypatch.setattr(live_permissions, "TURN", -1.0)
     clients = [await enter(hub, *subscribe("a.*")) for _ in range(100)]
     left: list[Client] = []
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus import quotas
-from catbus.quotas import Quota, Quotas
+from catbus.limits import publish_rate
+from catbus.limits.publish_rate import Quota, Quotas
 
 
 def test_a_second_s_worth_goes_at_once_and_then_the_rate_applies() -> None:
@@ -42,7 +42,7 @@ def test_the_sessions_of_a_client_share_its_quota_and_those_of_others_do_not() -
 
 
 def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quotas, "KEPT", 3)
+    monkeypatch.setattr(publish_rate, "KEPT", 3)
     some = Quotas(10, 1000)
     quick = some.of("quick", 0.0)
     quick.spend(30, 0, 0.0)
@@ -54,7 +54,7 @@ def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkey
 
 
 def test_a_client_with_a_session_is_not_forgotten_whoever_else_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quotas, "KEPT", 3)
+    monkeypatch.setattr(publish_rate, "KEPT", 3)
     some = Quotas(10, 1000)
     held = some.of("held", 0.0)
     for number in range(100):
@@ -72,7 +72,7 @@ def test_clients_that_all_publish_are_forgotten_without_a_look_at_all_of_them(mo
         return is_full(quota, now)
 
     monkeypatch.setattr(Quota, "is_full", counted)
-    monkeypatch.setattr(quotas, "KEPT", 1000)
+    monkeypatch.setattr(publish_rate, "KEPT", 1000)
     some = Quotas(10, 1000)
     for network in range(3000):
         some.of(("token", network), 0.0).spend(1, 0, 0.0)

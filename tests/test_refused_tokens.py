@@ -13,14 +13,14 @@ import trio
 from trio.testing import MockClock
 
 import catbus
-from catbus.auth import Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
+from catbus.auth.token_errors import Reason
+from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.client import Backoff
 from catbus.config import Auth, Config
 from catbus.errors import CloseCode, Code, PeerError
-from catbus.hub import Hub
 from catbus.log import MemoryLog
-from catbus.metrics import Metrics
-from catbus.refusals import Reason
+from catbus.observability.metrics import Metrics
+from catbus.replica import Hub
 from tests.brokers import CONFIG, SECRET, running
 from tests.endpoints.peers import Peer
 from tests.test_auth import signed_jwt

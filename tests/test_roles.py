@@ -13,7 +13,7 @@ import trio
 
 import catbus
 from catbus import Config
-from catbus.auth import Grants, make_role_token
+from catbus.auth.tokens import Grants, make_role_token
 from catbus.config import Database
 from catbus.errors import CloseCode, Code
 from catbus.postgres.roles.role_store import open_roles

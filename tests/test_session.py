@@ -11,12 +11,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from catbus.auth import Grants, Identity
+from catbus.auth.tokens import Grants, Identity
+from catbus.delivery.send_queue import Mailbox
 from catbus.errors import CloseCode, Code, PeerError
-from catbus.framing import Framer
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
-from catbus.mailbox import Mailbox
-from catbus.session import (
+from catbus.protocol.json_splitter import Framer
+from catbus.protocol.wire_messages import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server
+from catbus.session.state_machine import (
     Authenticate,
     Broadcast,
     Effect,
@@ -29,7 +30,6 @@ from catbus.session import (
     State,
     Submit,
 )
-from catbus.wire import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server
 
 ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), None)
 PRODUCER = b"p" * 16

@@ -22,20 +22,24 @@ from msgspec import Raw
 from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus import permissions, strangers, topics, wire
-from catbus.auth import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
+from catbus.auth import live_permissions
+from catbus.auth.tokens import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, Limits
 from catbus.endpoints import coalesce, http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
-from catbus.framing import Framer
-from catbus.hub import MAX_HISTORY, QUIET, Hub
+from catbus.limits import unauthenticated
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.postgres import outbox_relay
 from catbus.postgres.access.asyncpg_bridge import OUTAGE, sqlstate
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles import role_lookup
+from catbus.protocol import channels
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import Framer
+from catbus.protocol.wire_messages import Protocol, Reply, Request
+from catbus.replica import Hub
+from catbus.session.driver import MAX_HISTORY, QUIET
 from catbus.webtransport import Limits as ConnectionLimits
-from catbus.wire import Protocol, Reply, Request
 from tests.postgres.sql import open_sql
 from tests.test_hub import Roles
 
@@ -122,13 +126,13 @@ PATTERNS = table(section("Channels and patterns"), "Pattern")
 def test_patterns_match_and_cover_what_the_table_says(row: Row) -> None:
     [pattern] = quoted(row["Pattern"])
     for column, relation, expected in [
-        ("Matches", topics.matches, True),
-        ("Does not match", topics.matches, False),
-        ("As a grant, covers", topics.covers, True),
-        ("Does not cover", topics.covers, False),
+        ("Matches", channels.matches, True),
+        ("Does not match", channels.matches, False),
+        ("As a grant, covers", channels.covers, True),
+        ("Does not cover", channels.covers, False),
     ]:
         for other in quoted(row[column]):
-            (topics.check_channel if "atch" in column else topics.check_pattern)(other)
+            (channels.check_channel if "atch" in column else channels.check_pattern)(other)
             assert relation(pattern, other) is expected, f"{pattern} {column} {other}"
 
 
@@ -138,12 +142,12 @@ def test_what_is_said_to_be_no_channel_is_none() -> None:
     [patterns] = re.findall(r"Patterns but not channels: (.*?)\.\n", text, re.DOTALL)
     for word in quoted(neither) + quoted(patterns):
         with pytest.raises(PeerError):
-            topics.check_channel(word)
+            channels.check_channel(word)
     for word in quoted(neither):
         with pytest.raises(PeerError):
-            topics.check_pattern(word)
+            channels.check_pattern(word)
     for word in quoted(patterns):
-        topics.check_pattern(word)
+        channels.check_pattern(word)
 
 
 # Messages
@@ -344,16 +348,16 @@ CONNECTION_LIMITS = ConnectionLimits()
 CONSTANTS = {
     "`history`": MAX_HISTORY,
     "`ephemeral_size`": EPHEMERAL_SIZE,
-    "bytes of a channel or pattern": topics.MAX_LENGTH,
-    "segments of a channel or pattern": topics.MAX_SEGMENTS,
+    "bytes of a channel or pattern": channels.MAX_LENGTH,
+    "segments of a channel or pattern": channels.MAX_SEGMENTS,
     "nesting depth of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
     "seconds for the lookup of a role": role_lookup.PATIENCE,
-    "seconds without the database during which roles keep their permissions": permissions.STALE,
+    "seconds without the database during which roles keep their permissions": live_permissions.STALE,
     "size of a WebSocket message, in objects of `message_size`": websocket.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
-    "bytes of an object before the first `auth_ok`": strangers.UNPROVEN_SIZE,
-    "bytes held for all unauthenticated peers together": strangers.STRANGERS_SIZE,
+    "bytes of an object before the first `auth_ok`": unauthenticated.UNPROVEN_SIZE,
+    "bytes held for all unauthenticated peers together": unauthenticated.STRANGERS_SIZE,
     "fragments of a WebSocket message, plus one for every 32 bytes of it": coalesce.FRAGMENTS,
     "bytes waiting for a subscription on its own stream, as a fraction of `limits.mailbox`: one part in": (
         webtransport.OWN_SHARE
@@ -397,7 +401,7 @@ def test_no_limit_is_left_out() -> None:
 
 def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
     text = prose("Channels and patterns")
-    assert f"at most {topics.MAX_LENGTH} bytes and {topics.MAX_SEGMENTS} segments" in text
+    assert f"at most {channels.MAX_LENGTH} bytes and {channels.MAX_SEGMENTS} segments" in text
     assert f"nested at most {wire.MAX_DEPTH} deep" in prose("Framing")
 
 

@@ -7,12 +7,12 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth import Authenticator, Grants, sign
+from catbus.auth.tokens import Authenticator, Grants, sign
 from catbus.config import Config
 from catbus.errors import CloseCode
-from catbus.hub import Hub
+from catbus.limits.unauthenticated import STRANGER_SIZE, UNPROVEN_SIZE, Stranger, Strangers
 from catbus.log import MemoryLog
-from catbus.strangers import STRANGER_SIZE, UNPROVEN_SIZE, Stranger, Strangers
+from catbus.replica import Hub
 from tests.test_hub import Outlet, said
 
 SECRET = "a secret of the tests"

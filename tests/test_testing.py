@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import catbus
-from catbus import testing, topics, wire
-from catbus.auth import Authenticator, Grants
+from catbus import testing
+from catbus.auth.tokens import Authenticator, Grants
 from catbus.config import Limits
 from catbus.errors import PeerError
-from catbus.framing import Framer
+from catbus.protocol import channels
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import Framer
 from catbus.testing import model
 
 if TYPE_CHECKING:
@@ -37,17 +39,17 @@ ROOT = Path(__file__).parent.parent
 
 @given(testing.channels())
 def test_channels_are_channels(channel: str) -> None:
-    topics.check_channel(channel)
+    channels.check_channel(channel)
 
 
 @given(testing.patterns())
 def test_patterns_are_patterns(pattern: str) -> None:
-    topics.check_pattern(pattern)
+    channels.check_pattern(pattern)
 
 
 @given(testing.grants(), testing.patterns())
 def test_grants_say_what_is_allowed(grants: Grants, pattern: str) -> None:
-    assert grants.may_read(pattern) == any(topics.covers(grant, pattern) for grant in grants.read)
+    assert grants.may_read(pattern) == any(channels.covers(grant, pattern) for grant in grants.read)
 
 
 @given(testing.tokens("a secret"))
@@ -86,8 +88,8 @@ def test_what_is_nearly_a_message_is_an_object(data: bytes) -> None:
 
 @given(testing.patterns(), testing.patterns(), testing.channels())
 def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: str) -> None:
-    assert model.matches(one, channel) == topics.matches(one, channel)
-    assert model.covers(one, other) == topics.covers(one, other)
+    assert model.matches(one, channel) == channels.matches(one, channel)
+    assert model.covers(one, other) == channels.covers(one, other)
 
 
 # Brokers

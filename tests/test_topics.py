@@ -12,18 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from catbus import topics
+from catbus.delivery import topic_tree
+from catbus.delivery.topic_tree import Group, TopicTree
 from catbus.errors import Code, PeerError
-from catbus.topics import (
-    Group,
-    TopicTree,
-    check_channel,
-    check_pattern,
-    covers,
-    matches,
-    prefix_range,
-    selectors,
-)
+from catbus.protocol.channels import check_channel, check_pattern, covers, matches, prefix_range, selectors
 
 segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])
 channels = st.lists(segments, min_size=1, max_size=4).map(".".join)
@@ -308,9 +300,9 @@ def test_another_channel_coming_and_going_leaves_the_memory_alone() -> None:
 def test_the_memory_is_bounded() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
-    for number in range(3 * topics.CACHED_CHANNELS):
+    for number in range(3 * topic_tree.CACHED_CHANNELS):
         assert len(tree.match(f"a.{number}")) == 1
-        assert len(tree._cache) <= topics.CACHED_CHANNELS
+        assert len(tree._cache) <= topic_tree.CACHED_CHANNELS
 
 
 def test_groups_are_told_apart_by_identity() -> None:

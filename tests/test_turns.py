@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from catbus.turns import FREE_RATE, QUICK, STEADY, Turns
+from catbus.limits.cpu_fairness import FREE_RATE, QUICK, STEADY, Turns
 
 
 class Machine:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from catbus import wire
 from catbus.errors import Code, PeerError
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.wire_messages import MAX_DEPTH, Protocol, Reply, Request
 from catbus.testing.strategies import JSON, channels, client_messages, messages, patterns, payloads, server_messages
-from catbus.wire import MAX_DEPTH, Protocol, Reply, Request
 
 REQUESTS: list[type[Request]] = list(get_args(wire.ClientMessage))
 REPLIES: list[type[Reply]] = list(get_args(wire.ServerMessage))

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 import catbus
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.config import Limits
 from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running

@@ -16,7 +16,7 @@ from ..config import Config, Database, load, redact
 from ..errors import ConfigError
 from ..postgres.embedded import server as embedded_server
 from ..postgres.roles.role_store import Role, RoleStore, open_roles
-from ..wire import to_json
+from ..protocol.wire_messages import to_json
 from .shared_options import config_option, database_option, state_option
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
 from ..config import default_state_directory, is_loopback, load
 from ..errors import ConfigError
 

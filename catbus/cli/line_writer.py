@@ -11,7 +11,7 @@ from typing import TextIO
 
 import trio
 
-from ..loggers import lost_lines
+from ..observability.loggers import lost_lines
 
 MOST_WAITING = 1 << 20
 """Bytes that wait for a reader. What is more is dropped, until the reader has caught up."""

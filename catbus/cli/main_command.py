@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import click
 
-from .. import release
 from ..errors import CatbusError
+from ..version import version as release
 from .line_writer import close_all
 from .log_configuration import configure, scrub
 
@@ -47,7 +47,7 @@ def catbus(context: click.Context, debug: bool, version: bool) -> None:
     `catbus COMMAND --help` tells more, with examples.
     """
     if version:
-        click.echo(f"catbus {release.version()}")
+        click.echo(f"catbus {release()}")
     elif context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..auth import Grants
+from ..auth.tokens import Grants
 from ..errors import PeerError
-from ..topics import check_pattern
+from ..protocol.channels import check_pattern
 
 config_option = click.option(
     "-c", "--config", type=click.Path(path_type=Path), metavar="FILE", help="Read settings from this file."

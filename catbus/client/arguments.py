@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import PeerError, Refused
-from ..wire import MAX_NUMBER
+from ..protocol.wire_messages import MAX_NUMBER
 
 LONGEST_EPOCH = 255
 """How many characters an epoch may have."""

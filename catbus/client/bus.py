@@ -11,7 +11,7 @@ from msgspec import Raw
 from msgspec.structs import force_setattr
 
 from ..errors import Refused
-from ..topics import check_channel, check_pattern
+from ..protocol.channels import check_channel, check_pattern
 from .arguments import (
     MOST_RECENT,
     check_flags,

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .. import wire
 from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
-from ..framing import Framer
+from ..protocol import wire_messages as wire
+from ..protocol.json_splitter import Framer
 from .feed import Lane
 from .inbox import Inbox
 from .ledger import Answer, Ledger

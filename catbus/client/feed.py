@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import PeerError
-from ..wire import Subscribe
+from ..protocol.wire_messages import Subscribe
 from .inbox import Inbox, Phase
 from .messages import ServerMessage
 

@@ -14,8 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Raw, structs
 
-from .. import wire
 from ..errors import Code, Refused
+from ..protocol import wire_messages as wire
 from .messages import Page
 
 TRIES = 6

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Raw, Struct
 
-from .. import wire
 from ..errors import Code, PeerError
-from ..wire import Gap, GoAway, Head, Live, Reply
+from ..protocol import wire_messages as wire
+from ..protocol.wire_messages import Gap, GoAway, Head, Live, Reply
 from .arguments import encode_cursor
 
 __all__ = ["Gap", "GoAway", "Head", "Live", "Message", "Page", "ServerMessage", "decode", "encode_payload"]

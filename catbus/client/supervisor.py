@@ -11,7 +11,7 @@ import anyio
 import anyio.abc
 
 from ..errors import CloseCode, Code, Disconnected, Refused
-from ..wire import AuthOk, Error, GoAway
+from ..protocol.wire_messages import AuthOk, Error, GoAway
 from .arguments import check_text
 from .bearer import until_renewal
 from .bell import Bell

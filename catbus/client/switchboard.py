@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .. import wire
 from ..errors import RETRYABLE, Code, Refused
+from ..protocol import wire_messages as wire
 from .feed import Feed, Lane
 from .inbox import Inbox, Phase
 from .ledger import Desk

@@ -7,7 +7,7 @@ import resource
 
 import trio
 
-from ..loggers import Recurring, get_logger
+from ..observability.loggers import Recurring, get_logger
 from .roster import Roster
 
 SPARE_FILES = 40

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..mailbox import Item
-from ..wire import Protocol
+from ..delivery.send_queue import Item
+from ..protocol.wire_messages import Protocol
 
 FRAME_SIZE = 65_536
 """About how many bytes of lines go into one frame. A single longer item makes a longer frame."""

@@ -13,8 +13,8 @@ import h11
 import trio
 
 from ..errors import Code
-from ..loggers import get_logger
-from ..strangers import TOO_MUCH, Stranger
+from ..limits.unauthenticated import TOO_MUCH, Stranger
+from ..observability.loggers import get_logger
 from . import upgrade
 from .head import read_head
 from .outbox import close_gently, say_goodbye
@@ -23,7 +23,7 @@ from .routes import CROWDED, Answer, Request, find, line, route_of
 from .websocket import serve_websocket
 
 if TYPE_CHECKING:
-    from ..hub import Hub
+    from ..replica import Hub
 
 HEAD_SIZE = 16_384
 BODY_SIZE = 1_048_576

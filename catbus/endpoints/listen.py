@@ -13,7 +13,7 @@ import trio
 
 from ..config import join_address, split_address
 from ..errors import Code, ConfigError
-from ..loggers import get_logger
+from ..observability.loggers import get_logger
 from .capacity import SPARE_FILES, PatientListener, connections_that_fit
 from .http import serve_connection
 from .outbox import TlsStream, close_gently
@@ -21,8 +21,8 @@ from .roster import Roster
 from .routes import CROWDED
 
 if TYPE_CHECKING:
-    from ..hub import Hub
-    from ..turns import Turns
+    from ..limits.cpu_fairness import Turns
+    from ..replica import Hub
 
 HANDSHAKE_TIME = 10.0
 """Seconds for TLS to be agreed on."""

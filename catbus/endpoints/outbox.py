@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import trio
 
-from ..turns import Turns
+from ..limits.cpu_fairness import Turns
 from .coalesce import Coalescer
 from .frames import close_frame, is_close
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..loggers import get_logger
+from ..observability.loggers import get_logger
 from .forwarded import hops
 from .networks import address_of, network_of
 

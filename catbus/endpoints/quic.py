@@ -14,7 +14,7 @@ from .datagrams import open_ports
 from .router import Router
 
 if TYPE_CHECKING:
-    from ..hub import Hub
+    from ..replica import Hub
 
 GOODBYE_TIME = 2.0
 """Seconds for the last words to arrive when the endpoint is cancelled."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import trio
 
-from ..loggers import Recurring, get_logger
+from ..observability.loggers import Recurring, get_logger
 from .frames import Packer
 from .networks import Newcomers
 from .proxies import Proxies

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..bucket import TokenBucket
-from ..loggers import Recurring, get_logger
+from ..limits.token_bucket import TokenBucket
+from ..observability.loggers import Recurring, get_logger
 from ..webtransport import (
     Configuration,
     Connection,
@@ -42,7 +42,7 @@ from .timers import Timers
 from .webtransport import Conversation
 
 if TYPE_CHECKING:
-    from ..hub import Hub
+    from ..replica import Hub
 
 BATCH = 128
 """Datagrams that are taken from a socket at a time. What stays there is dropped by the kernel, whoever it is from."""

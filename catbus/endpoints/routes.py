@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .. import wire
-from ..auth import Identity, client_of
+from ..auth.tokens import Identity, client_of
 from ..certificates import discovery
 from ..errors import Code, PeerError, Unavailable
 from ..log import Outcome, Rejected
+from ..protocol import wire_messages as wire
 from .forwarded import origin_of
 
 if TYPE_CHECKING:
-    from ..hub import Hub
+    from ..replica import Hub
 
 Headers = Sequence[tuple[bytes, bytes]]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ..mailbox import Item, Mailbox
+from ..delivery.send_queue import Item, Mailbox
 
 SPACING = 0.025, 0.1
 """Seconds, at least and at most, from the acknowledgement of an object to the next one."""

@@ -10,11 +10,11 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
+from ..delivery.send_queue import Item, Mailbox, size_of_replies
 from ..errors import CloseCode
-from ..loggers import get_logger
-from ..mailbox import Item, Mailbox, size_of_replies
-from ..strangers import UNPROVEN_SIZE
-from ..wire import Protocol
+from ..limits.unauthenticated import UNPROVEN_SIZE
+from ..observability.loggers import get_logger
+from ..protocol.wire_messages import Protocol
 from .coalesce import Coalescer
 from .frames import PING, close_frame
 from .outbox import Outbox
@@ -22,8 +22,9 @@ from .roster import Roster
 
 if TYPE_CHECKING:
     from ..config import WebSocket
-    from ..hub import Client, Hub
-    from ..turns import Turns
+    from ..limits.cpu_fairness import Turns
+    from ..replica import Hub
+    from ..session.driver import Client
 
 HANDSHAKE_TIME = 10.0
 CLOSING_TIME = 2.0

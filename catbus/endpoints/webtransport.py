@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..delivery.send_queue import Item, Mailbox
 from ..errors import CloseCode
-from ..hub import STOPPING
-from ..mailbox import Item, Mailbox
+from ..protocol.wire_messages import Protocol
+from ..session.driver import STOPPING
 from ..webtransport import Connection, ConnectionLost, Event, SessionClosed, StreamData, StreamReset, StreamStopped
-from ..wire import Protocol
 from .spacing import Spacer
 
 if TYPE_CHECKING:
-    from ..hub import Client, Hub
+    from ..replica import Hub
+    from ..session.driver import Client
 
 CLOSING_TIME = 2.0
 """Seconds in which the peer must take the mailboxes, before it is told that the session ends."""

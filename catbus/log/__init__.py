@@ -3,7 +3,8 @@
 `base` says what a log is, `memory` is the one that lives in this process; `catbus.postgres` holds the durable one.
 """
 
-from .base import (
+from .in_memory import MemoryLog
+from .interface import (
     EPHEMERAL_SIZE,
     OVERHEAD,
     Append,
@@ -17,8 +18,7 @@ from .base import (
     Resumption,
     not_taken,
 )
-from .memory import MemoryLog
-from .recent import Recent
+from .recent_messages import Recent
 
 __all__ = [
     "EPHEMERAL_SIZE",

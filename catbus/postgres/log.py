@@ -11,9 +11,9 @@ import trio
 from ..config import Database
 from ..config import Retention as RetentionSettings
 from ..errors import Unavailable
-from ..histogram import Histogram
 from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
-from ..log.base import PENDING, PENDING_BYTES
+from ..log.interface import PENDING, PENDING_BYTES
+from ..observability.histogram import Histogram
 from .access.asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
 from .access.migrations import migrate
 from .access.reconnecting_tasks import ReconnectingTasks, ReportProgress

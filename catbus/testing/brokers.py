@@ -13,7 +13,7 @@ import msgspec
 import trio
 import trio.testing
 
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
 from ..broker import Broker, open_broker
 from ..client import Bus
 from ..client.connecting import open_bus

@@ -17,7 +17,7 @@ from ..client import Transport
 from ..client.transport import DATAGRAM, Driven, make_ssl_context, parse_address
 from ..client.websocket import open_websocket
 from ..errors import Disconnected, PeerError
-from ..framing import Framer
+from ..protocol.json_splitter import Framer
 
 LONGEST = 1 << 24
 """Bytes of the longest object that is taken."""

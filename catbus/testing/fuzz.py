@@ -22,7 +22,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import run_state_machine_as_test
 
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
 from ..client.transport import make_ssl_context
 from ..errors import Code, Disconnected, Refused, Unavailable
 from .connections import Dialled, dial
@@ -290,7 +290,7 @@ def write_script(urls: Sequence[str], finding: Finding, *, ca: str | None, root:
     steps = "".join(f"        ({name!r}, {arguments!r}),\n" for name, arguments in finding.steps)
     return f"""import os
 
-from catbus.auth import Grants
+from catbus.auth.tokens import Grants
 from catbus.testing.fuzz import find_target, replay
 
 token, secret = os.environ.get("CATBUS_TOKEN"), os.environ.get("CATBUS_SECRET")

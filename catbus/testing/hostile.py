@@ -9,8 +9,8 @@ from itertools import count
 
 import msgspec
 
-from .. import wire
 from ..errors import CloseCode
+from ..protocol import wire_messages as wire
 from .connections import Connection
 
 WHOLE, INSIDE, BROKEN = "whole", "inside", "broken"

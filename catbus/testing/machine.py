@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
 from .connections import Connection
 from .hostile import attack
 from .model import Entry, Model, Session, matches

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
 from ..broker import Broker, serve
 from ..config import Auth, Config, Drain, WebSocket, WebTransport
 

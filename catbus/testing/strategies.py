@@ -14,8 +14,8 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from .. import wire
-from ..auth import Grants, sign
+from ..auth.tokens import Grants, sign
+from ..protocol import wire_messages as wire
 
 MOST = 2**63 - 1
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from catbus.topics import matches
+from catbus.protocol.channels import matches
 
 from .history import (
     Answered,

@@ -29,8 +29,8 @@ from catbus.client import (
 )
 from catbus.client.transport import MAIN, Driven
 from catbus.errors import Code
-from catbus.framing import Framer
 from catbus.postgres.access.asyncpg_bridge import OUTAGE
+from catbus.protocol.json_splitter import Framer
 from tests.postgres.processes import token
 from tests.postgres.sql import open_sql
 

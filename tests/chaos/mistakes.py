@@ -9,15 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from catbus.auth.live_permissions import Permissions
 from catbus.cli.main_command import main
-from catbus.delivery import Delivery
+from catbus.delivery.fan_out import Delivery
+from catbus.delivery.subscription import Subscription
 from catbus.log import Append, Committed
-from catbus.permissions import Permissions
 from catbus.postgres.append.append_batch import AppendBatch
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_reader import LogReader
 from catbus.postgres.log import PostgresLog
-from catbus.subscription import Subscription
 
 from .faults import NOTHING
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from catbus.auth import Authenticator, Grants
+from catbus.auth.tokens import Authenticator, Grants
 from catbus.cli.development_credentials import FILE, development_token, find_token, keep_secret, read_secret
 from catbus.errors import Code, ConfigError, PeerError
 

@@ -19,7 +19,7 @@ import pytest
 from catbus.cli import line_writer
 from catbus.cli.line_writer import LineWriter
 from catbus.cli.log_configuration import DROPPED, configure
-from catbus.loggers import get_logger, lost_lines
+from catbus.observability.loggers import get_logger, lost_lines
 from tests.cli.conftest import Command, Start, next_event
 
 PATIENCE = 60

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from catbus.cli.log_configuration import configure, scrub
-from catbus.loggers import get_logger
+from catbus.observability.loggers import get_logger
 
 TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"
 SECRET = "correct horse battery staple"
@@ -71,7 +71,7 @@ def test_an_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
 
 def test_levels_hold_for_everything_below_a_name() -> None:
     stream, _ = logged("catbus=info,catbus.log=error,aioquic=debug")
-    for name in ("catbus", "catbus.hub", "catbus.log", "catbus.log.memory", "quic", "other"):
+    for name in ("catbus", "catbus.replica", "catbus.log", "catbus.log.in_memory", "quic", "other"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
             logging.getLogger(name).log(level, "x")
     heard: dict[str, list[str]] = {}
@@ -79,9 +79,9 @@ def test_levels_hold_for_everything_below_a_name() -> None:
         heard.setdefault(line["logger"], []).append(line["level"])
     assert heard == {
         "catbus": ["info", "warning", "error"],
-        "catbus.hub": ["info", "warning", "error"],
+        "catbus.replica": ["info", "warning", "error"],
         "catbus.log": ["error"],
-        "catbus.log.memory": ["error"],
+        "catbus.log.in_memory": ["error"],
         "quic": ["debug", "info", "warning", "error"],
         "other": ["warning", "error"],
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from catbus.auth import Grants, make_role_token, role_handle, role_key, sign
+from catbus.auth.tokens import Grants, make_role_token, role_handle, role_key, sign
 from catbus.cli.commands.token import relative
 from tests.test_auth import EC_KEY, jwks, pem, signed_jwt
 

@@ -19,8 +19,8 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Ping
 from catbus.client import Bus, connect, open_bus
 from catbus.client.transport import Chunk
 from catbus.errors import Disconnected
-from catbus.framing import Framer
-from catbus.topics import matches
+from catbus.protocol.channels import matches
+from catbus.protocol.json_splitter import Framer
 
 LIMIT = 5.0
 """Seconds after which a test that waits has failed."""

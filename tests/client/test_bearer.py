@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client.bearer import find_expiry, until_renewal
 
 SECRET = "a secret that is long enough for a JWT"

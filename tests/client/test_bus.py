@@ -8,9 +8,9 @@ import anyio
 import pytest
 import sniffio
 
-from catbus import wire
 from catbus.client import Disconnected, Gap, Head, Live, Refused, connect
 from catbus.errors import Code
+from catbus.protocol import wire_messages as wire
 from tests.client.fake import EPOCH, Honest, Peer, message, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio

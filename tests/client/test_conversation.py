@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus import wire
 from catbus.client import switchboard
 from catbus.client.conversation import FRAME, Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
@@ -20,6 +19,7 @@ from catbus.client.messages import Message, Page, encode_payload
 from catbus.client.switchboard import Switchboard
 from catbus.client.transport import DATAGRAM
 from catbus.errors import CloseCode, Code, Disconnected, PeerError, Refused
+from catbus.protocol import wire_messages as wire
 from tests.client.fake import AUTH_OK, EPOCH, message
 
 

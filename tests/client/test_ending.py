@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Ended, Reconnected, Refused, State, open_bus
 from catbus.errors import Code
 from tests.client.fake import AUTH_OK, Honest, Peer, Pipe

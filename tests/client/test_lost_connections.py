@@ -10,7 +10,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from catbus import wire
 from catbus.client.conversation import Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
 from catbus.client.ledger import LOSSES, TRIES, Answer, Batch, Ledger
@@ -18,7 +17,8 @@ from catbus.client.messages import Message, Page, encode_payload
 from catbus.client.recent import Recent
 from catbus.client.switchboard import Switchboard
 from catbus.errors import Code, Refused
-from catbus.topics import matches
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.channels import matches
 from tests.client.fake import AUTH_OK, EPOCH, message
 from tests.client.test_conversation import lines, sent, seqs, subscribed
 

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from catbus import wire
 from catbus.client.messages import Message, Page, decode, encode_payload
 from catbus.errors import Code
-from catbus.wire import UNDECODABLE
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.wire_messages import UNDECODABLE
 
 
 def test_a_message_keeps_its_payload_as_it_was_published() -> None:

@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client import (
     Backoff,
     Bus,

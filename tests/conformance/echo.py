@@ -16,7 +16,7 @@ import trio_websocket
 from catbus.config import Limits, WebSocket, WebTransport
 from catbus.endpoints import websocket
 from catbus.endpoints.frames import text_header
-from catbus.hub import Client
+from catbus.session.driver import Client
 from tests.brokers import CONFIG, running
 
 SIZE = 1 << 20

@@ -8,15 +8,15 @@ from typing import Any
 
 import trio
 
-from catbus.addresses import AddressLimit
-from catbus.auth import Grants, Identity
+from catbus.auth.tokens import Grants, Identity
 from catbus.config import Config
+from catbus.delivery.send_queue import Mailbox, Outlet
 from catbus.errors import CloseCode, Code, PeerError
+from catbus.limits.connections_per_address import AddressLimit
+from catbus.limits.cpu_fairness import Turns
+from catbus.limits.unauthenticated import Strangers
 from catbus.log import Committed, Outcome
-from catbus.mailbox import Mailbox, Outlet
-from catbus.strangers import Strangers
-from catbus.turns import Turns
-from catbus.wire import Publish
+from catbus.protocol.wire_messages import Publish
 
 
 class FakeClient:

@@ -12,8 +12,8 @@ import trio
 import catbus.endpoints.spacing as spacing_module
 from catbus.broker import OWNER
 from catbus.endpoints.spacing import SPACING, UNIT, fill_up, spacing
+from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import StreamData
-from catbus.wire import Publish
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.udp import Client, Server, serving
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from catbus.delivery.send_queue import Run
 from catbus.endpoints.frames import FRAME_SIZE, PING, Packer, close_frame, is_close, text_header
 from catbus.log import Entry
-from catbus.mailbox import Run
-from catbus.wire import Protocol
+from catbus.protocol.wire_messages import Protocol
 from tests.endpoints import peers
 from tests.endpoints.peers import FrameParser
 

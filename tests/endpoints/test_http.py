@@ -16,7 +16,7 @@ from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, ID
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.routes import Request
 from catbus.errors import Code
-from catbus.strangers import TOO_MUCH, Strangers
+from catbus.limits.unauthenticated import TOO_MUCH, Strangers
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeHub
 from tests.endpoints.peers import UPGRADE, Peer, masked, patience

@@ -16,7 +16,7 @@ from trio_websocket import ConnectionClosed, wrap_server_stream
 from catbus.endpoints.frames import PING, close_frame, text_header
 from catbus.endpoints.http import BODY_SIZE
 from catbus.endpoints.outbox import Outbox, close_gently
-from catbus.turns import Turns
+from catbus.limits.cpu_fairness import Turns
 from tests.endpoints import peers
 from tests.endpoints.peers import UPGRADE, Frame, Mixed, Peer, masked, patience
 

@@ -18,7 +18,7 @@ import trio.testing
 from trio.testing import MockClock
 
 import catbus.endpoints.router as router_module
-from catbus.auth import Grants, Identity, client_of, sign
+from catbus.auth.tokens import Grants, Identity, client_of, sign
 from catbus.broker import OWNER
 from catbus.config import Limits as BrokerLimits
 from catbus.endpoints.datagrams import Port
@@ -27,9 +27,9 @@ from catbus.endpoints.scheduler import TURN
 from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
 from catbus.errors import CloseCode
+from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import Connection, Limits, SessionClosed, SessionOpened
 from catbus.webtransport.connectionless_packets import ID_LENGTH, VERSIONS
-from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.udp import Client, Lost, Server, serving
 from tests.hostile.packets import one_rtt

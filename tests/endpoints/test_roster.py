@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from catbus.endpoints.roster import Roster
-from catbus.loggers import REPEAT
+from catbus.observability.loggers import REPEAT
 
 
 async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logged_once(

@@ -13,15 +13,15 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import catbus.endpoints.webtransport as webtransport_module
-from catbus.auth import Authenticator
+from catbus.auth.tokens import Authenticator
 from catbus.broker import OWNER
 from catbus.endpoints.router import PING_INTERVAL
 from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, UNREAD, Conversation
 from catbus.errors import CloseCode
-from catbus.hub import Hub
 from catbus.log import MemoryLog
+from catbus.protocol.wire_messages import Publish
+from catbus.replica import Hub
 from catbus.webtransport import ConnectionLost, Limits, SessionClosed, StreamReset
-from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.peers import patience
 from tests.webtransport.simulated_link import Link, client_config

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import catbus.endpoints.webtransport as webtransport_module
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.broker import OWNER
 from catbus.errors import CloseCode
+from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import Limits
-from catbus.wire import Publish
 from tests.brokers import CONFIG, SECRET
 from tests.endpoints.udp import Client, Own, Server, serving
 

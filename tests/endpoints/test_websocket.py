@@ -12,12 +12,12 @@ import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from catbus.config import Config, Limits
+from catbus.delivery.send_queue import Run
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, UNPROVEN_SIZE, Connection, serve_websocket
 from catbus.errors import CloseCode
 from catbus.log import Entry
-from catbus.mailbox import Run
-from catbus.wire import Protocol
+from catbus.protocol.wire_messages import Protocol
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeClient, FakeHub
 from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked, patience

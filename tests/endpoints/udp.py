@@ -11,12 +11,12 @@ from typing import Any
 
 import trio
 
-from catbus.auth import Authenticator
+from catbus.auth.tokens import Authenticator
 from catbus.config import Config
 from catbus.endpoints.quic import QuicEndpoint, serve_quic
 from catbus.endpoints.router import Router
-from catbus.hub import Hub
 from catbus.log import MemoryLog
+from catbus.replica import Hub
 from catbus.webtransport import (
     Connection,
     ConnectionLost,

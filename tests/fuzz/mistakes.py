@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from catbus import delivery, framing, mailbox, session, subscription, topics, wire
-from catbus.auth import Grants
+from catbus.auth.tokens import Grants
+from catbus.delivery import fan_out, send_queue, subscription, topic_tree
 from catbus.errors import PeerError
-from catbus.hub import client as client_module
 from catbus.log import MemoryLog
+from catbus.protocol import json_splitter
+from catbus.protocol import wire_messages as wire
+from catbus.session import driver as client_module
+from catbus.session import state_machine
 
 Patch = pytest.MonkeyPatch
 
@@ -29,7 +32,7 @@ def every(number: int, mistaken: Callable[..., Any], right: Callable[..., Any]) 
 
 
 def drop_a_message(patch: Patch) -> None:
-    patch.setattr(mailbox.Mailbox, "offer", every(7, lambda self, run: True, mailbox.Mailbox.offer))
+    patch.setattr(send_queue.Mailbox, "offer", every(7, lambda self, run: True, send_queue.Mailbox.offer))
 
 
 def swap_two(patch: Patch) -> None:
@@ -38,26 +41,26 @@ def swap_two(patch: Patch) -> None:
     def swapped(tree: Any, entries: Sequence[Any]) -> Any:
         return {group: hits[::-1] for group, hits in right(tree, entries).items()}
 
-    for module in (subscription, delivery):
+    for module in (subscription, fan_out):
         patch.setattr(module, "find_hits", swapped)
 
 
 def repeat_at_the_seam(patch: Patch) -> None:
-    right = delivery.Delivery.subscribe
+    right = fan_out.Delivery.subscribe
 
     def early(self: Any, held: Any, pattern: str, since: int | None = None, epoch: str | None = None) -> None:
         right(self, held, pattern, since if since is None else max(0, since - 1), epoch)
 
-    patch.setattr(delivery.Delivery, "subscribe", early)
+    patch.setattr(fan_out.Delivery, "subscribe", early)
 
 
 def be_off_by_one(patch: Patch) -> None:
-    right = delivery.Delivery.subscribe
+    right = fan_out.Delivery.subscribe
 
     def late(self: Any, held: Any, pattern: str, since: int | None = None, epoch: str | None = None) -> None:
         right(self, held, pattern, since if since is None else min(self.position, since + 1), epoch)
 
-    patch.setattr(delivery.Delivery, "subscribe", late)
+    patch.setattr(fan_out.Delivery, "subscribe", late)
 
 
 def leak_a_grant(patch: Patch) -> None:
@@ -69,22 +72,22 @@ def go_on_after_revoking(patch: Patch) -> None:
 
 
 def match_ones_own_prefix(patch: Patch) -> None:
-    right = topics.TopicTree.match
+    right = topic_tree.TopicTree.match
 
     def more(self: Any, channel: str) -> Any:
         return [*right(self, channel), *(g for g in self.groups() if g.pattern == f"{channel}.*")]
 
-    patch.setattr(topics.TopicTree, "match", more)
+    patch.setattr(topic_tree.TopicTree, "match", more)
 
 
 def answer_somebody_else(patch: Patch) -> None:
-    right = session.Session.settled
+    right = state_machine.Session.settled
 
     def other(self: Any, append: Any, outcome: Any) -> None:
         append.id = append.id and append.id + 1
         right(self, append, outcome)
 
-    patch.setattr(session.Session, "settled", every(5, other, right))
+    patch.setattr(state_machine.Session, "settled", every(5, other, right))
 
 
 def go_on_after_unsubscribing(patch: Patch) -> None:
@@ -98,14 +101,14 @@ def go_on_after_unsubscribing(patch: Patch) -> None:
 
 
 def stumble_over_a_split_object(patch: Patch) -> None:
-    right = framing.Framer.feed
+    right = json_splitter.Framer.feed
 
     def whole(self: Any, data: bytes) -> Any:
-        if self.__class__ is framing.Framer and self._decode is wire.decode_client and data.strip()[-1:] != b"}":
+        if self.__class__ is json_splitter.Framer and self._decode is wire.decode_client and data.strip()[-1:] != b"}":
             raise RuntimeError("half an object")
         return right(self, data)
 
-    patch.setattr(framing.Framer, "feed", whole)
+    patch.setattr(json_splitter.Framer, "feed", whole)
 
 
 def publish_what_is_sent_again(patch: Patch) -> None:
@@ -122,7 +125,7 @@ def stumble_over_nonsense(patch: Patch) -> None:
     def fail(error: Exception) -> PeerError:
         raise RuntimeError("nobody has thought of that")
 
-    patch.setattr(framing, "refusal", fail)
+    patch.setattr(json_splitter, "refusal", fail)
 
 
 MISTAKES = [

@@ -16,17 +16,18 @@ import h11
 import msgspec
 from aioquic.buffer import UINT_VAR_MAX
 
-from catbus import topics, wire
-from catbus.auth import Authenticator, Grants, sign
+from catbus.auth.tokens import Authenticator, Grants, sign
 from catbus.endpoints.coalesce import Coalescer
 from catbus.endpoints.head import read_head
 from catbus.endpoints.routes import Answer
 from catbus.errors import PeerError
-from catbus.framing import Framer
+from catbus.protocol import channels
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import Framer
+from catbus.protocol.wire_messages import UNDECODABLE
 from catbus.webtransport import Connection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
-from catbus.wire import UNDECODABLE
 from tests.endpoints.test_coalesce import seen
 from tests.webtransport.simulated_link import CLIENT, Link, server_config
 from tests.webtransport.test_hostile_peers import packet, raw
@@ -127,7 +128,7 @@ def patterns(data: bytes) -> None:
     texts = [text.decode(errors="replace") for text in data.split(b"\n")[:3]]
     valid = []
     for text in texts:
-        for check, grammar in ((topics.check_channel, CHANNEL), (topics.check_pattern, PATTERN)):
+        for check, grammar in ((channels.check_channel, CHANNEL), (channels.check_pattern, PATTERN)):
             right = bool(grammar.fullmatch(text)) and len(text) <= 255 and text.count(".") < 32
             try:
                 check(text)
@@ -136,15 +137,15 @@ def patterns(data: bytes) -> None:
                 assert len(error.message) < 400
             else:
                 assert right
-                valid.append((text, check is topics.check_channel))
+                valid.append((text, check is channels.check_channel))
     for pattern, _ in valid:
         for channel, is_channel in valid:
             if is_channel:
                 expected = (
                     channel == pattern or pattern == "*" or (pattern[-2:] == ".*" and channel.startswith(pattern[:-1]))
                 )
-                assert topics.matches(pattern, channel) == expected
-                assert (pattern in topics.selectors(channel)) == expected
+                assert channels.matches(pattern, channel) == expected
+                assert (pattern in channels.selectors(channel)) == expected
 
 
 CHANNEL = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")

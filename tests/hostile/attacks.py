@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 
 SECRET = "a secret that the hostile clients do not have"
 NICENESS = 10

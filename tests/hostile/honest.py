@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.errors import Disconnected
 from catbus.testing.connections import Dialled, dial
 

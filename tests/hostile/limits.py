@@ -9,7 +9,7 @@ import os
 import random
 import time
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 
 from .attacks import SECRET, Target, attack
 from .broker import ADDRESS_CONNECTIONS

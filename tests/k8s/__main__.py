@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from bench.moving import Load, plot
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from tests.k8s.cluster import Cluster, open_cluster
 from tests.k8s.image import installed
 from tests.postgres.clusters import open_served_cluster

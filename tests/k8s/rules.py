@@ -13,7 +13,7 @@ from catbus.config import Config, load
 from catbus.config.loader import ENVIRONMENT
 from catbus.config.network_addresses import split_address
 from catbus.endpoints.routes import ROUTES
-from catbus.metrics import METRICS
+from catbus.observability.metrics import METRICS
 from tests.k8s.manifests import Document, named, of_kind
 
 HIDDEN = {"auth.secret", "auth.admin_key", "database.url", "database.listen_url"}

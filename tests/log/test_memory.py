@@ -8,8 +8,8 @@ from trio.testing import MockClock
 
 from catbus.errors import Code
 from catbus.log import Append, Committed, MemoryLog, Rejected
-from catbus.log.memory import KEY
-from catbus.log.recent import OVERHEAD
+from catbus.log.in_memory import KEY
+from catbus.log.recent_messages import OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
 from tests.log.harness import Publisher, Recorder, running
 

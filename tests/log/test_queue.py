@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from catbus.log import Append
-from catbus.log.base import OVERHEAD
-from catbus.log.queue import TURN, AppendQueue
+from catbus.log.append_queue import TURN, AppendQueue
+from catbus.log.interface import OVERHEAD
 
 MESSAGES, SIZE = 30, 4000
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.log import Entry, Recent
-from catbus.log.recent import OVERHEAD
+from catbus.log.recent_messages import OVERHEAD
 
 
 def entry(seq: int, size: int = 10) -> Entry:

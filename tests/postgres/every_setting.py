@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import asyncpg  # type: ignore[import-untyped]
 import trio
 
-from catbus.auth import Grants, role_key
+from catbus.auth.tokens import Grants, role_key
 from catbus.config import Database
 from catbus.config import Retention as RetentionSettings
 from catbus.log import Committed, Entry, Rejected, Resumption

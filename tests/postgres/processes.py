@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("replica.toml")

@@ -19,7 +19,7 @@ from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
 from catbus.config import Database
-from catbus.delivery import Delivery
+from catbus.delivery.fan_out import Delivery
 from catbus.log import Entry, Page
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 from structlog.testing import CapturingLogger
 
-from catbus.loggers import REPEAT
+from catbus.observability.loggers import REPEAT
 from catbus.postgres.listen import forged_notifications
 from catbus.postgres.listen.forged_notifications import DEAF, LONGEST_DEAF, MANY, SLOW, ForgedNotifications
 

@@ -15,7 +15,7 @@ from structlog.testing import CapturingLogger
 from catbus.config import Database
 from catbus.errors import Code, ConfigError, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
-from catbus.log.recent import OVERHEAD
+from catbus.log.recent_messages import OVERHEAD
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import asyncpg_bridge, migrations, reconnecting_tasks
 from catbus.postgres.append import log_writer

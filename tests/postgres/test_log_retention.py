@@ -13,15 +13,15 @@ import trio
 from msgspec import structs
 from structlog.testing import CapturingLogger
 
-from catbus import wire
 from catbus.config import Database
 from catbus.config import Retention as Settings
-from catbus.delivery import Delivery
+from catbus.delivery.fan_out import Delivery
 from catbus.log import Committed, Rejected
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.migrations import begin_epoch
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.maintenance import log_retention, schedule
+from catbus.protocol import wire_messages as wire
 from tests.log.harness import PATIENCE, Publisher, read_all, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until

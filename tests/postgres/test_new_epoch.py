@@ -11,7 +11,7 @@ import trio
 
 from catbus.config import Database
 from catbus.log import Committed, Entry, Resumption
-from catbus.log.base import UNDECIDED
+from catbus.log.interface import UNDECIDED
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import reconnecting_tasks
 from catbus.postgres.follow.fingerprints import fingerprint

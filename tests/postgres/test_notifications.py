@@ -18,7 +18,7 @@ import pytest
 import trio
 
 import catbus
-from catbus.auth import Grants, role_key
+from catbus.auth.tokens import Grants, role_key
 from catbus.config import Database
 from catbus.log import Entry
 from catbus.postgres import PostgresLog

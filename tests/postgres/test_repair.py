@@ -13,7 +13,7 @@ from structlog.testing import CapturingLogger
 from catbus.config import Database
 from catbus.errors import Unavailable
 from catbus.log import Committed, Page
-from catbus.log.base import UNDECIDED
+from catbus.log.interface import UNDECIDED
 from catbus.postgres import PostgresLog
 from catbus.postgres.follow import deleted_ranges
 from catbus.postgres.maintenance import repair as repair_module

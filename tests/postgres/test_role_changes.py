@@ -9,7 +9,7 @@ from itertools import pairwise
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth import Grants
+from catbus.auth.tokens import Grants
 from catbus.config import Database
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth import Grants, Identity, make_role_token, role_key
+from catbus.auth.tokens import Grants, Identity, make_role_token, role_key
 from catbus.config import Database
 from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge

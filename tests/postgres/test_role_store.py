@@ -11,12 +11,12 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from catbus.auth import Grants, make_role_token, role_key
+from catbus.auth.tokens import Grants, make_role_token, role_key
 from catbus.config import Database
 from catbus.errors import ConfigError, PeerError, Unavailable
 from catbus.postgres.access import migrations
 from catbus.postgres.roles.role_store import Role, RoleError, RoleStore, open_roles
-from catbus.topics import MAX_LENGTH, MAX_SEGMENTS, check_pattern
+from catbus.protocol.channels import MAX_LENGTH, MAX_SEGMENTS, check_pattern
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
 

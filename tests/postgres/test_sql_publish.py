@@ -19,9 +19,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from catbus import wire
 from catbus.errors import PeerError
-from catbus.topics import check_channel
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.channels import check_channel
 from tests.postgres.server import _fresh
 from tests.postgres.test_sql_append import Connection, Sent, append, connected, play, position, values, wait_blocked
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from catbus.auth import Grants, sign
+from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Transport
 from catbus.client.transport import Driven
-from catbus.framing import Framer
+from catbus.protocol.json_splitter import Framer
 
 FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "conversations.json"
 CONVERSATIONS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["conversations"]

@@ -1,4 +1,4 @@
-"""JSON Schema of the messages, made from `catbus/wire.py`, with the words of the specification's tables.
+"""JSON Schema of the messages, made from the structs of `catbus.v1`, with the words of the specification's tables.
 
 python -m tests.protocol.schema     writes protocol/schema/
 """
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from catbus import wire
+from catbus.protocol import wire_messages as wire
 from tests.test_specification import section, table
 
 ROOT = Path(__file__).parents[2]

@@ -15,14 +15,16 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from catbus import Config, topics, wire
-from catbus.auth import Authenticator
+from catbus import Config
+from catbus.auth.tokens import Authenticator
 from catbus.client import messages
 from catbus.client.bearer import find_expiry
 from catbus.client.messages import encode_payload
 from catbus.errors import PeerError
-from catbus.framing import Framer
-from catbus.local import Message as LocalMessage
+from catbus.in_process import Message as LocalMessage
+from catbus.protocol import channels
+from catbus.protocol import wire_messages as wire
+from catbus.protocol.json_splitter import Framer
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
 from tests.protocol.conversations import CONVERSATIONS
@@ -105,7 +107,7 @@ def is_valid(check: Any, text: str) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "check"),
-    [("channels", topics.check_channel), ("patterns", topics.check_pattern)],
+    [("channels", channels.check_channel), ("patterns", channels.check_pattern)],
     ids=["channel", "pattern"],
 )
 def test_which_text_is_one(kind: str, check: Any) -> None:
@@ -117,7 +119,7 @@ def test_which_text_is_one(kind: str, check: Any) -> None:
 @pytest.mark.parametrize("relation", ["matches", "covers"])
 def test_which_pattern_is_for_what(relation: str) -> None:
     for one, other, expected in PATTERNS[relation]:
-        assert getattr(topics, relation)(one, other) == expected, (one, other)
+        assert getattr(channels, relation)(one, other) == expected, (one, other)
 
 
 # Tokens

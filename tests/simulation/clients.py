@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from catbus import wire
-from catbus.delivery import Delivery, Subscription
+from catbus.delivery.fan_out import Delivery, Subscription
+from catbus.delivery.send_queue import Mailbox, Run
 from catbus.errors import Code
 from catbus.log import Append, Committed, Log, Outcome
-from catbus.mailbox import Mailbox, Run
+from catbus.protocol import wire_messages as wire
 
 from .model import Gap, Model
 

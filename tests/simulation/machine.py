@@ -15,9 +15,9 @@ import trio
 from hypothesis import strategies as st
 
 from catbus.config import Database as Settings
-from catbus.delivery import Delivery
+from catbus.delivery.fan_out import Delivery
+from catbus.delivery.send_queue import Budget
 from catbus.log import Entry
-from catbus.mailbox import Budget
 from catbus.postgres import PostgresLog
 
 from .clients import Client, Subscriber

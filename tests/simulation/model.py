@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from catbus.topics import matches
+from catbus.protocol.channels import matches
 
 
 class Row(NamedTuple):

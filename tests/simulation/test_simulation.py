@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from catbus.delivery import Delivery
+from catbus.delivery.fan_out import Delivery
 from catbus.log import Append, Committed, Entry, Page, Rejected
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection

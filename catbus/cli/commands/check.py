@@ -25,7 +25,7 @@ from ...errors import ConfigError
 from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
 from ...postgres.embedded.installations import find_installation
 from ...postgres.embedded.server import served
-from ...wire import to_json
+from ...protocol.wire_messages import to_json
 from ..database_access import directory_of
 from ..shared_options import config_option, database_option, state_option
 

@@ -12,7 +12,7 @@ import click
 
 from ...client.transport import parse_address
 from ...errors import PeerError
-from ...topics import check_channel
+from ...protocol.channels import check_channel
 from ..connection_options import ca_option
 from ..development_credentials import DEFAULT_URL, find_secret
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ...auth import sign
+from ...auth.tokens import sign
 from ...config import load, parse_duration, parse_size
 from ..database_access import database_options, load_database, show_role, with_roles
 from ..development_credentials import read_secret

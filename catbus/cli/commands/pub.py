@@ -13,8 +13,8 @@ from msgspec import Raw
 
 from ...client import Bus
 from ...errors import Code, PeerError, Refused
-from ...topics import check_channel
-from ...wire import check_payload, to_json
+from ...protocol.channels import check_channel
+from ...protocol.wire_messages import check_payload, to_json
 from ..connection_options import Remote, remote_options
 from ..line_writer import say, write_output
 

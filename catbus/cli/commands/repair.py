@@ -9,7 +9,7 @@ import click
 import trio
 
 from ...postgres.maintenance.repair import DeletedRange, repair
-from ...wire import to_json
+from ...protocol.wire_messages import to_json
 from ..database_access import database_options, load_database, place_of, reach_database
 
 SHOWN = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ...auth import Grants
-from ...topics import covers
+from ...auth.tokens import Grants
+from ...protocol.channels import covers
 from ..database_access import database_options, load_database, show_role, with_roles
 from ..shared_options import grants_of, patterns_argument, permissions_option
 

@@ -18,7 +18,7 @@ from ...broker import Broker, serve
 from ...config import MAKE_ONE, Config, Reading, default_state_directory, differences, find_weak_secrets, read, redact
 from ...endpoints.capacity import raise_limit
 from ...errors import ConfigError
-from ...loggers import get_logger
+from ...observability.loggers import get_logger
 from ..development_credentials import DEFAULT_URL, development_token, keep_secret
 from ..line_writer import say
 from ..log_configuration import configure, set_levels

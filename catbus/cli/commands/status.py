@@ -13,7 +13,7 @@ import click
 
 from ...client.transport import make_ssl_context
 from ...errors import Unavailable
-from ...wire import to_json
+from ...protocol.wire_messages import to_json
 from ..connection_options import Remote, remote_options
 
 _PATIENCE = 5.0

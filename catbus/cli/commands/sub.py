@@ -14,8 +14,8 @@ from msgspec import Raw
 
 from ...client import Bus, Gap
 from ...errors import PeerError
-from ...topics import check_pattern
-from ...wire import to_json
+from ...protocol.channels import check_pattern
+from ...protocol.wire_messages import to_json
 from ..connection_options import Remote, remote_options
 from ..line_writer import say, write_output
 

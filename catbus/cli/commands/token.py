@@ -14,11 +14,11 @@ from typing import Any
 import click
 import msgspec
 
-from ...auth import MAX_TOKEN, Authenticator, Grants, role_handle, role_key
+from ...auth.token_errors import Reason, TokenRefused, moment
+from ...auth.tokens import MAX_TOKEN, Authenticator, Grants, role_handle, role_key
 from ...config import Config, load
 from ...errors import ConfigError
-from ...refusals import Reason, TokenRefused, moment
-from ...wire import UNDECODABLE, to_json
+from ...protocol.wire_messages import UNDECODABLE, to_json
 from ..development_credentials import read_secret
 from ..shared_options import config_option, state_option
 

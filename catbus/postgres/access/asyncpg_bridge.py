@@ -21,7 +21,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 
 from ...errors import ConfigError
-from ...loggers import Recurring, get_logger
+from ...observability.loggers import Recurring, get_logger
 from .connection_url import ConnectionTarget, find_targets
 from .session_settings import POOLER_ERROR_CODES, STARTUP_SETTINGS, begin_script, complete_script
 

@@ -9,7 +9,7 @@ from importlib import resources
 
 from ...config import Database
 from ...errors import ConfigError, Unavailable
-from ...loggers import get_logger
+from ...observability.loggers import get_logger
 from .asyncpg_bridge import OUTAGE, DatabaseConnection, open_bridge
 
 logger = get_logger("catbus.postgres")

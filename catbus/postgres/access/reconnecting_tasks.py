@@ -10,7 +10,7 @@ from functools import partial
 import trio
 
 from ...errors import ConfigError
-from ...loggers import Recurring, get_logger
+from ...observability.loggers import Recurring, get_logger
 from .asyncpg_bridge import OUTAGE, leaf_exceptions
 
 logger = get_logger("catbus.postgres")

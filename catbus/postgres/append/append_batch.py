@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Raw
 
 from ...log import Append, Entry, Outcome, Rejected
-from ...log.base import UNKNOWN
+from ...log.interface import UNKNOWN
 
 _ARGUMENTS = ", ".join(f"${number}" for number in range(1, 13))
 APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL, NULL, NULL, NULL)"

@@ -10,9 +10,9 @@ from operator import attrgetter
 
 import trio
 
-from ...histogram import Histogram
 from ...log import Append, Committed, Entry, Rejected
-from ...log.base import (
+from ...log.append_queue import AppendQueue
+from ...log.interface import (
     CONFLICT,
     OVERHEAD,
     OVERLOADED,
@@ -26,8 +26,8 @@ from ...log.base import (
     Outcome,
     not_taken,
 )
-from ...log.queue import AppendQueue
-from ...loggers import Recurring, get_logger
+from ...observability.histogram import Histogram
+from ...observability.loggers import Recurring, get_logger
 from ..access.asyncpg_bridge import DatabaseConnection, Row, sqlstate
 from ..access.reconnecting_tasks import ReportProgress
 from ..follow.log_tail import LogTail

@@ -34,7 +34,7 @@ from urllib.parse import quote
 import trio
 
 from ...errors import ConfigError
-from ...loggers import Recurring, get_logger
+from ...observability.loggers import Recurring, get_logger
 from .installations import Installation, find_installation
 
 logger = get_logger("catbus.postgres")

@@ -8,7 +8,7 @@ from math import inf
 
 import trio
 
-from ...loggers import REPEAT, get_logger
+from ...observability.loggers import REPEAT, get_logger
 from ..access.asyncpg_bridge import DatabaseConnection
 
 logger = get_logger("catbus.postgres")

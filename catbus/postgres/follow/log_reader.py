@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from ...errors import Unavailable
 from ...log import Entry, Page
-from ...topics import matches, prefix_range
+from ...protocol.channels import matches, prefix_range
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row
 from ..access.query_connection import QueryConnection
 from .deleted_ranges import DeletedRangeError

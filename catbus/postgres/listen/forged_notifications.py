@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from ...loggers import Recurring, get_logger
+from ...observability.loggers import Recurring, get_logger
 
 logger = get_logger("catbus.postgres")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 import trio
 
-from ...loggers import get_logger
+from ...observability.loggers import get_logger
 from ..access.asyncpg_bridge import DatabaseConnection
 from ..access.reconnecting_tasks import ReportProgress
 from ..append.append_batch import decode_enclosed

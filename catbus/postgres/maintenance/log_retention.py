@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...config import Retention as Settings
-from ...loggers import get_logger
+from ...observability.loggers import get_logger
 from ..access.asyncpg_bridge import DatabaseConnection
 
 logger = get_logger("catbus.postgres")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ...auth import Identity
+from ...auth.tokens import Identity
 from ...errors import Unavailable
-from ...loggers import Recurring, get_logger
+from ...observability.loggers import Recurring, get_logger
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection
 from ..access.query_connection import QueryConnection
 from .role_changes import RoleChanges

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from ...auth import Grants, make_role_token, role_digits, role_handle, role_key
+from ...auth.tokens import Grants, make_role_token, role_digits, role_handle, role_key
 from ...config import Database
 from ...errors import CatbusError, ConfigError, Unavailable
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row, open_bridge, sqlstate

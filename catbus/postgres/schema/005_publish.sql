@@ -10,7 +10,7 @@ CREATE SEQUENCE catbus.outbox_id CACHE 1;
 -- snapshot that is old sees the new one.
 CREATE SEQUENCE catbus.outbox_turn MINVALUE 0 MAXVALUE 1 START 0 CACHE 1;
 
--- A channel by the grammar of all channels; a payload that is JSON, as check_payload in catbus/wire.py has it. Both
+-- A channel by the grammar of all channels; a payload that is JSON, as check_payload in catbus/protocol/wire_messages.py has it. Both
 -- together have no more bytes than a client may publish by default: 65,536 less the 42 around them.
 --
 -- Never false: it raises, because its message can say what was expected and that of a constraint cannot.

@@ -1,0 +1,74 @@
+"""The keys that verify JWTs, each with the one algorithm that it is used with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from jwt import PyJWKSet, PyJWS, PyJWTError
+from jwt.algorithms import HMACAlgorithm
+
+from ..errors import ConfigError
+
+
+class _LenientHmac(HMACAlgorithm):
+    """HMAC that takes a secret as short as the operator made it: it signs the other tokens too."""
+
+    def check_key_length(self, key: bytes) -> str | None:
+        return None
+
+
+jws = PyJWS(algorithms=["RS256", "ES256"])
+jws.register_algorithm("HS256", _LenientHmac(HMACAlgorithm.SHA256))
+
+ALGORITHMS = ("HS256", "RS256", "ES256")
+
+USABLE_KEYS = "RSA of 2048 bits or more or ECDSA on P-256"
+
+
+@dataclass(frozen=True, slots=True)
+class JwtKey:
+    """A key with the one algorithm it is used with."""
+
+    algorithm: Literal["HS256", "RS256", "ES256"]
+    key: bytes | RSAPublicKey | EllipticCurvePublicKey = field(repr=False)
+    kid: str | None = None
+
+
+def from_pem(text: str) -> Iterator[JwtKey]:
+    for block in re.finditer(r"-----BEGIN ((?:RSA )?PUBLIC KEY)-----.*?-----END \1-----", text, re.DOTALL):
+        try:
+            key = _public_key(load_pem_public_key(block[0].encode()), None)
+        except (ValueError, UnsupportedAlgorithm):
+            key = None
+        if key is None:
+            raise ConfigError(f"a PEM block is not a public key of use: expected {USABLE_KEYS}")
+        yield key
+
+
+def from_jwks(text: str) -> Iterator[JwtKey]:
+    """The keys of the set that are of use here; a set may hold others."""
+    try:
+        jwks = PyJWKSet.from_json(text).keys
+    except (PyJWTError, ValueError):
+        return
+    for jwk in jwks:
+        key = _public_key(jwk.key, jwk.key_id)
+        if key is not None and key.algorithm == jwk.algorithm_name and jwk.public_key_use != "enc":
+            yield key
+
+
+def _public_key(key: object, kid: str | None) -> JwtKey | None:
+    match key:
+        case RSAPublicKey() if key.key_size >= 2048:
+            return JwtKey("RS256", key, kid)
+        case EllipticCurvePublicKey() if isinstance(key.curve, SECP256R1):
+            return JwtKey("ES256", key, kid)
+        case _:
+            return None

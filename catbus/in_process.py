@@ -1,0 +1,92 @@
+"""A subscription within the broker's own process: the same delivery, without a wire."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from .delivery.send_queue import Mailbox, Run
+from .delivery.subscription import Subscription
+from .log import Entry
+from .protocol.channels import check_pattern
+from .protocol.wire_messages import Gap, decode_payload, decode_server
+from .replica import Hub
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as a subscriber gets it. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
+
+    channel: str
+    data: bytes
+    seq: int | None
+    at: int
+    sender: str | None
+    pattern: str
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded."""
+        return decode_payload(self.data)
+
+
+class Messages(AsyncIterator[Message]):
+    """The messages of one pattern. While nobody takes them they wait in a bounded mailbox, and beyond it in the log."""
+
+    def __init__(self, hub: Hub, pattern: str, since: int | None, epoch: str | None) -> None:
+        check_pattern(pattern)
+        self.pattern = pattern
+        self.cursor = hub.delivery.position if since is None else since
+        """Complete up to here: the place to go on from."""
+        self.epoch = hub.log.epoch
+        self.gaps: list[Gap] = []
+        """What may have been missed, oldest first."""
+        self._delivery = hub.delivery
+        self._ready: deque[Entry] = deque()
+        self._mail = trio.Event()
+        self._mailbox = Mailbox(self, self._wake, hub.config.limits.mailbox, self._delivery.budget)
+        self._subscription = Subscription(self._mailbox)
+        self._closed = False
+        self._delivery.subscribe(self._subscription, pattern, since, epoch)
+
+    async def __anext__(self) -> Message:
+        """The next message. Cancelling it loses none."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._unpack()
+        while not self._ready:
+            if self._closed:
+                raise StopAsyncIteration
+            self._mail = trio.Event()
+            await self._mail.wait()
+            self._unpack()
+        entry = self._ready.popleft()
+        self.cursor = entry.seq or self.cursor
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return Message(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, self.pattern)
+
+    def close(self) -> None:
+        """End the subscription, and whoever iterates."""
+        self._closed = True
+        self._delivery.unsubscribe(self._subscription, self.pattern)
+        self._mailbox.close()
+        self._mail.set()
+
+    def flush(self) -> None:
+        """Whoever iterates takes what there is when it comes to it."""
+
+    def _wake(self, _: Mailbox) -> None:
+        self._mail.set()
+
+    def _unpack(self) -> None:
+        for item in self._mailbox.take():
+            if isinstance(item, Run):
+                self._ready.extend(item.entries)
+            else:
+                mark = decode_server(item)
+                if isinstance(mark, Gap):
+                    self.gaps.append(mark)
+                    self.cursor, self.epoch = mark.last, mark.epoch

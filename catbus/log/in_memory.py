@@ -1,0 +1,183 @@
+"""The log of one process: nothing outlives it. For embedding, for tests, and for single nodes without a database."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+import trio
+
+from .append_queue import AppendQueue
+from .interface import (
+    CONFLICT,
+    OVERLOADED,
+    PENDING,
+    PENDING_BYTES,
+    SHUTTING_DOWN,
+    UNDECIDED,
+    Append,
+    Committed,
+    Entry,
+    Follower,
+    Outcome,
+    Page,
+    Rejected,
+    Resumption,
+    not_taken,
+)
+from .recent_messages import OVERHEAD, Recent
+
+_BATCH, _BATCH_SIZE = 1000, 4 << 20
+"""Entries, and bytes of them, that are committed and handed to the follower at once."""
+KEY = 200
+"""What an entry takes besides, roughly, in bytes, for its retry to be recognised."""
+
+
+class MemoryLog:
+    """A `Log` in a ring of `limit_bytes`: what is dropped from it is retention's, and a retried message is recognised
+    while its original is still there. `clock` gives `at`, in seconds since 1970; nothing else depends on it.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.time,
+        *,
+        pending: int = PENDING,
+        pending_bytes: int = PENDING_BYTES,
+    ) -> None:
+        self._recent = Recent(limit_bytes, overhead=OVERHEAD + KEY)
+        self._keys: deque[tuple[bytes, int] | None] = deque()
+        """The key of each entry in the ring."""
+        self._seqs: dict[tuple[bytes, int], int] = {}
+        self._clock = clock
+        self._at = 0
+        self._epoch = ""
+        self._pending = AppendQueue(pending, pending_bytes)
+        self._work = trio.Event()
+        self._open = trio.Event()
+        self._running = False
+        self._stopped = False
+
+    @property
+    def epoch(self) -> str:
+        return self._epoch
+
+    @property
+    def applied(self) -> int:
+        return self._recent.last
+
+    @property
+    def floor(self) -> int:
+        return self._recent.first
+
+    @property
+    def recent(self) -> int:
+        return self._recent.first
+
+    @property
+    def available(self) -> bool:
+        return self._running
+
+    @property
+    def trouble(self) -> str:
+        return "" if self._running else "database"
+
+    @property
+    def allowance(self) -> int:
+        return self._pending.allowance(_BATCH_SIZE)
+
+    def submit(self, append: Append) -> None:
+        """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
+        if self._stopped:
+            append.settle(append, not_taken(append, SHUTTING_DOWN))
+        elif self._pending.offer(append):
+            self._work.set()
+        else:
+            append.settle(append, not_taken(append, OVERLOADED))
+
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+        for append in self._pending.withdraw(unwanted, client):
+            append.settle(append, not_taken(append, refusal))
+
+    def broadcast(self, entry: Entry) -> None:
+        """There are no other replicas."""
+
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+        await trio.lowlevel.checkpoint()
+        page = self._recent.since(max(after, self.floor - 1), rows, size)
+        assert page is not None
+        return page
+
+    async def history(self, pattern: str, *, before: int | None, limit: int) -> tuple[Sequence[Entry], bool]:
+        seq = self.applied if before is None else min(before - 1, self.applied)
+        found: list[Entry] = []
+        while seq >= self.floor and len(found) <= limit:
+            await trio.lowlevel.checkpoint()
+            more, seq = self._recent.search(pattern, seq, self.floor, limit + 1 - len(found))
+            found += more
+        return found[:limit][::-1], len(found) > limit
+
+    def resume(self, since: int, epoch: str | None) -> Resumption:
+        if epoch is None or epoch == self._epoch:
+            return Resumption(since)
+        return Resumption(0, "epoch")
+
+    def report(self) -> dict[str, object]:
+        return {"size": self._recent.size}
+
+    async def wait_open(self) -> None:
+        await self._open.wait()
+
+    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._stopped, self._running = False, True
+        self._epoch = self._epoch or secrets.token_hex(8)
+        follower.restart(self.applied)
+        self._open.set()
+        task_status.started()
+        try:
+            while True:
+                await self._work.wait()
+                while self._pending:
+                    self._commit(follower)
+                    await trio.lowlevel.checkpoint()
+                self._work = trio.Event()
+        finally:
+            self._stopped, self._running = True, False
+            for append in self._pending.expire():
+                append.settle(append, not_taken(append, SHUTTING_DOWN))
+
+    def _commit(self, follower: Follower) -> None:
+        """Append what has gathered, hand it on, and answer, in this order."""
+        batch = self._pending.take(_BATCH, _BATCH_SIZE)
+        self._at = max(self._at, int(self._clock() * 1000))
+        entries: list[Entry] = []
+        outcomes = [self._take(append, entries) for append in batch]
+        if entries:
+            for _ in range(self._recent.append(entries)):
+                key = self._keys.popleft()
+                if key is not None:
+                    del self._seqs[key]
+            follower.apply(entries)
+        for append, outcome in zip(batch, outcomes, strict=True):
+            append.settle(append, outcome)
+
+    def _take(self, append: Append, entries: list[Entry]) -> Outcome:
+        """Number one message, unless it is here already."""
+        key = None if append.producer is None else (append.producer, append.number)
+        if key is not None:
+            seq = self._seqs.get(key)
+            if seq is not None:
+                known = self._recent[seq] if seq <= self.applied else entries[seq - self.applied - 1]
+                same = known.channel == append.channel and known.payload == append.payload
+                return Committed(seq, duplicate=True) if same else CONFLICT
+            if append.after is not None and append.after < self.floor - 1:
+                return UNDECIDED
+        seq = self.applied + len(entries) + 1
+        entries.append(Entry(seq, self._at, append.channel, append.payload, append.sender, append.origin))
+        self._keys.append(key)
+        if key is not None:
+            self._seqs[key] = seq
+        return Committed(seq)

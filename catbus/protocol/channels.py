@@ -1,0 +1,91 @@
+"""Channels, and the patterns that select them.
+
+A channel is dot-separated segments: `project.abc123.updates`. A pattern is a channel, or a channel followed by `.*`
+(everything below it, at any depth, and not itself), or `*` alone (everything).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..errors import Code, PeerError
+
+MAX_LENGTH = 255
+"""How many bytes a channel or a pattern may have."""
+
+MAX_SEGMENTS = 32
+"""How many segments a channel or a pattern may have; the `*` of a pattern is one."""
+
+_SEGMENTS = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+_STRANGER = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+def check_channel(text: str) -> None:
+    """Raise `PeerError` (invalid_channel) unless `text` is a channel."""
+    fault = _fault(text, text)
+    if fault is not None:
+        raise PeerError(Code.INVALID_CHANNEL, f"not a channel: {_clip(text)}: {fault}")
+
+
+def check_pattern(text: str) -> None:
+    """Raise `PeerError` (invalid_pattern) unless `text` is a pattern."""
+    if text == "*":
+        return
+    fault = _fault(text, text.removesuffix(".*"))
+    if fault is not None:
+        raise PeerError(Code.INVALID_PATTERN, f"not a pattern: {_clip(text)}: {fault}")
+
+
+def matches(pattern: str, channel: str) -> bool:
+    """Whether the pattern selects the channel. Both are taken to be valid."""
+    if pattern == "*":
+        return True
+    if pattern.endswith(".*"):
+        return channel.startswith(pattern[:-1])
+    return channel == pattern
+
+
+def selectors(text: str) -> Iterator[str]:
+    """Every pattern that matches a valid channel, the widest first; of a valid pattern, every grant that covers it."""
+    if text != "*":
+        yield "*"
+    end = text.find(".")
+    while end > 0:
+        wildcard = text[: end + 1] + "*"
+        if wildcard != text:
+            yield wildcard
+        end = text.find(".", end + 1)
+    yield text
+
+
+def covers(grant: str, pattern: str) -> bool:
+    """Whether every channel that `pattern` can match matches `grant` too. Both are taken to be valid patterns."""
+    # A pattern with a wildcard begins as all that it matches begins, so it is covered where it would be matched.
+    return matches(grant, pattern)
+
+
+def prefix_range(pattern: str) -> tuple[str, str] | None:
+    """The bounds (`>=`, `<`) in byte order of what `a.b.*` matches; None for a channel and for `*`."""
+    if not pattern.endswith(".*"):
+        return None
+    return pattern[:-1], pattern[:-2] + "/"
+
+
+def _fault(text: str, channel: str) -> str | None:
+    if _SEGMENTS.fullmatch(channel) and len(text) <= MAX_LENGTH and text.count(".") < MAX_SEGMENTS:
+        return None
+    if not text:
+        return "it is empty"
+    if len(text) > MAX_LENGTH:
+        return f"longer than {MAX_LENGTH} bytes"
+    stranger = _STRANGER.search(channel)
+    if stranger is None:
+        return f"more than {MAX_SEGMENTS} segments" if _SEGMENTS.fullmatch(channel) else "a segment is empty"
+    if stranger[0] == "*":
+        return "a wildcard may only be the last segment of a pattern"
+    return f"{stranger[0]!a} may not stand in it"
+
+
+def _clip(text: str) -> str:
+    return ascii(text if len(text) <= 64 else text[:61] + "...")

@@ -1,0 +1,119 @@
+"""JSON objects one after another, any or no white space between them, split anywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from ..errors import CloseCode, Code, PeerError
+from .wire_messages import UNDECODABLE, refusal
+
+M = TypeVar("M")
+
+_OPEN = ord("{")
+_SPACE = re.compile(rb"[ \t\r\n]+")
+
+# How the scanner goes on from where it stands, up to and with the byte (in the group) that matters next.
+_OBJECT = re.compile(rb'[^"{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*"[^"{}]*+)*(["{}]?)', re.DOTALL)
+_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*(["\\]?)', re.DOTALL)
+_ESCAPED = re.compile(rb"(.)", re.DOTALL)
+
+
+class Framer(Generic[M]):
+    """Cuts what arrives into objects and decodes them.
+
+    `decode` takes the bytes of one object, which white space may surround, and raises one of `wire.UNDECODABLE` for
+    anything else. Between two feeds only an object that has begun is kept, and never more than `limit` bytes of it.
+    """
+
+    __slots__ = ("_begun", "_decode", "_level", "_until", "limit")
+
+    def __init__(self, decode: Callable[[bytes], M], limit: int = 65536) -> None:
+        self._decode = decode
+        self.limit = limit
+        """Bytes that an object may have. It may be set whenever an object has been yielded."""
+        self._begun = bytearray()
+        self._level = 0
+        self._until = _OBJECT
+
+    def feed(self, data: bytes) -> Iterator[M | PeerError]:
+        """Take the next bytes and yield the messages that they complete, each when it is asked for.
+
+        An object that does not decode is yielded as the `PeerError` (bad_message) to reply with. Raises `PeerError`
+        with `close`, after what stood before: bad_message for anything but white space between objects, too_large for
+        an object of more than `limit` bytes. Exhaust the iterator before the next feed; feed nothing after an error.
+        """
+        decode = self._decode
+        result: M | PeerError
+        position, lines_tried = 0, False
+        while position < len(data):
+            if not self._level:
+                if not lines_tried:
+                    # Most often every line is one object. From the first that is not, the scanner says where they end.
+                    lines_tried = True
+                    for line in data[position:].split(b"\n"):
+                        if line:
+                            if len(line) > self.limit:
+                                break
+                            try:
+                                result = decode(line)
+                            except UNDECODABLE:
+                                break
+                            position += len(line)
+                            yield result
+                        position += 1
+                    continue
+                if data[position] != _OPEN:
+                    position = _skip_space(data, position)
+                    continue
+            end = self._scan(data, position)
+            if end is None:
+                return
+            text = data[position:end]
+            if self._begun:
+                text = bytes(self._begun) + text
+                self._begun.clear()
+            try:
+                result = decode(text)
+            except UNDECODABLE as error:
+                result = refusal(error, text)
+            position = end
+            yield result
+
+    def _scan(self, data: bytes, start: int) -> int | None:
+        """Go on with an object: where it ends, or None when `data` does not hold the end, and what there is is kept."""
+        room = self.limit - len(self._begun)
+        stop = len(data) if len(data) - start <= room else start + room
+        position, level, until = start, self._level, self._until
+        while position < stop and (match := until.match(data, position, stop)):
+            byte = match[1]
+            if not byte:
+                break
+            position = match.end()
+            if until is _ESCAPED:
+                until = _STRING
+            elif byte == b"{":
+                level += 1
+            elif byte == b"}":
+                level -= 1
+                if not level:
+                    break
+            elif byte == b'"':
+                until = _OBJECT if until is _STRING else _STRING
+            elif byte == b"\\":
+                until = _ESCAPED
+        self._level, self._until = level, until
+        if not level:
+            return position
+        if stop < len(data):
+            raise PeerError(Code.TOO_LARGE, f"larger than {self.limit} bytes", CloseCode.TOO_LARGE)
+        self._begun += data[start:]
+        return None
+
+
+def _skip_space(data: bytes, position: int) -> int:
+    space = _SPACE.match(data, position)
+    if space is None:
+        raise PeerError(Code.BAD_MESSAGE, "only JSON objects may be sent", CloseCode.BAD_MESSAGE)
+    return space.end()

@@ -1,0 +1,427 @@
+"""The messages of `catbus.v1`: what may be said, how it is decoded, how it is encoded.
+
+`protocol/README.md` is the specification. Each message of the server's names in `fixed` the fields that a
+first-version client knows; one without `fixed` is never sent to such a client.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from ..errors import Code, PeerError
+
+MAX_DEPTH = 64
+"""How deep a message may be nested."""
+
+M = TypeVar("M")
+
+MAX_NUMBER = 2**63 - 1
+"""The largest seq, and the largest id of a request."""
+
+Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
+
+
+class Protocol(IntEnum):
+    """Which specification a client knows: it says so in `auth`."""
+
+    FIRST = 0
+    V1 = 1
+
+
+# From the client
+
+
+class Request(Struct, omit_defaults=True):
+    """What a client says."""
+
+
+class Auth(Request, tag="auth"):
+    token: str
+    protocol: int = 0
+    producer: str | None = None
+
+
+class Subscribe(Request, tag="subscribe"):
+    pattern: str
+    since: Number | None = None
+    epoch: str | None = None
+    stream: bool = False
+    datagrams: bool = False
+    id: Number | None = None
+
+
+class Unsubscribe(Request, tag="unsubscribe"):
+    pattern: str
+    id: Number | None = None
+
+
+class Publish(Request, tag="publish"):
+    channel: str
+    payload: Raw
+    id: Number | None = None
+    retry: bool = False
+    after: Number | None = None
+    epoch: str | None = None
+    ephemeral: bool = False
+    echo: bool = True
+    ack: bool = True
+
+
+class History(Request, tag="history"):
+    pattern: str
+    limit: Annotated[int, Meta(ge=1)] = 100
+    before: Number | None = None
+    id: Number | None = None
+
+
+class Ping(Request, tag="ping"):
+    seq: int
+
+
+ClientMessage = Auth | Subscribe | Unsubscribe | Publish | History | Ping
+
+
+# From the server
+
+
+class Reply(Struct, omit_defaults=True):
+    """What a server says."""
+
+    fixed: ClassVar[tuple[str, ...] | None] = None
+
+
+class AuthOk(Reply, tag="auth_ok"):
+    client_id: str | None
+    producer: str = ""
+    epoch: str = ""
+    head: int | None = None
+    floor: int | None = None
+    limits: dict[str, int] = {}
+    fixed = ("client_id",)
+
+
+class AuthError(Reply, tag="auth_error"):
+    message: str
+    code: Code
+    retry_after: float | None = None
+    fixed = ("message",)
+
+
+class Subscribed(Reply, tag="subscribed"):
+    pattern: str
+    seq: int
+    stream: bool = False
+    epoch: str | None = None
+    id: int | None = None
+    fixed = ("pattern",)
+
+
+class Unsubscribed(Reply, tag="unsubscribed"):
+    """`id`: of the `unsubscribe`; none where the peer has stopped the subscription's own stream instead."""
+
+    pattern: str
+    seq: int
+    id: int | None = None
+    fixed = ("pattern",)
+
+
+class SubscribeError(Reply, tag="subscribe_error"):
+    pattern: str
+    message: str
+    code: Code
+    id: int | None = None
+    fixed = ("pattern", "message")
+
+
+class Published(Reply, tag="published"):
+    channel: str
+    id: int | None = None
+    seq: int | None = None
+    duplicate: bool = False
+    fixed = ("channel",)
+
+
+class PublishError(Reply, tag="publish_error"):
+    channel: str
+    message: str
+    code: Code
+    id: int | None = None
+    retry_after: float | None = None
+    fixed = ("channel", "message")
+
+
+class Message(Reply, tag="message"):
+    """One message of one subscription. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
+
+    channel: str
+    payload: Raw
+    pattern: str | None = None
+    seq: int | None = None
+    at: int | None = None
+    sender: str | None = None
+    fixed = ("channel", "payload")
+
+
+class Live(Reply, tag="live"):
+    pattern: str
+    seq: int
+
+
+class Head(Reply, tag="head"):
+    seq: int
+    epoch: str
+    at: int
+
+
+class Gap(Reply, tag="gap", rename={"first": "from", "last": "to"}):
+    pattern: str
+    first: int
+    last: int
+    epoch: str
+    reason: str
+
+
+class Revoked(Reply, tag="revoked"):
+    pattern: str
+    seq: int
+
+
+class HistoryPage(Reply, tag="history"):
+    messages: list[Message]
+    more: bool
+    id: int | None = None
+
+
+class GoAway(Reply, tag="goaway"):
+    reason: str
+    reconnect_in: float
+
+
+class Pong(Reply, tag="pong"):
+    seq: int
+    fixed = ("seq",)
+
+
+class Error(Reply, tag="error"):
+    """`id`: of the `history` that it refuses, or of an object that does not decode, where that can be read.
+
+    All other requests have a refusal of their own kind.
+    """
+
+    message: str
+    code: Code
+    id: int | None = None
+    fixed = ("message",)
+
+
+REFUSALS = AuthError, SubscribeError, PublishError, Error
+"""The replies that say what was refused, or what has gone wrong."""
+
+
+ServerMessage = (
+    AuthOk
+    | AuthError
+    | Subscribed
+    | Unsubscribed
+    | SubscribeError
+    | Published
+    | PublishError
+    | Message
+    | Live
+    | Head
+    | Gap
+    | Revoked
+    | HistoryPage
+    | GoAway
+    | Pong
+    | Error
+)
+
+_client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
+_publish_decoder = msgspec.json.Decoder(Publish)
+_server_decoder: msgspec.json.Decoder[ServerMessage] = msgspec.json.Decoder(ServerMessage)
+_pairs_decoder = msgspec.json.Decoder(dict[str, Raw])
+_encoder = msgspec.json.Encoder()
+
+
+def decode_client(data: bytes) -> ClientMessage:
+    """Decode one whole object from a client.
+
+    Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `refusal` makes the reply of them.
+    """
+    _check_text(data)
+    # As `decode_last` does, without a call: this is done for every object of every client.
+    try:
+        return _client_decoder.decode(data)
+    except msgspec.ValidationError:
+        return _decode_pairwise(_client_decoder.decode, data)
+
+
+def decode_publish(data: bytes) -> Publish:
+    """Decode a publish where nothing else can stand, so `type` may be left out; raises as `decode_client` does."""
+    _check_text(data)
+    return decode_last(_publish_decoder.decode, data)
+
+
+def decode_server(data: bytes) -> ServerMessage:
+    """Decode one whole object from a server; raises as `decode_client` does."""
+    _check_text(data)
+    return decode_last(_server_decoder.decode, data)
+
+
+def decode_last(decode: Callable[[bytes], M], data: bytes) -> M:
+    """Decode an object in which of two values with one name the last counts, as it does for `JSON.parse`.
+
+    msgspec takes the last one, too, but wants those before it to be of the right type, and every `type` to be the same.
+    To look for such names in what decodes would cost more than decoding it.
+    """
+    try:
+        return decode(data)
+    except msgspec.ValidationError:
+        return _decode_pairwise(decode, data)
+
+
+def _decode_pairwise(decode: Callable[[bytes], M], data: bytes) -> M:
+    """Decode an object of which only the last value of each name is left."""
+    return decode(_encoder.encode(decode_pairs(data)))
+
+
+def decode_pairs(data: bytes) -> dict[str, Raw]:
+    """Decode an object as the last value of each name, as it was written; raises as `decode_client` does."""
+    return _pairs_decoder.decode(data)
+
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def refusal(error: Exception, data: bytes = b"") -> PeerError:
+    """The reply to an object that could not be decoded, which is `data`."""
+    match error:
+        case RecursionError():
+            text = f"nested deeper than {MAX_DEPTH}"
+        case UnicodeDecodeError():
+            text = "not valid UTF-8"
+        case _:
+            text = clip(str(error))
+    return PeerError(Code.BAD_MESSAGE, text, id=_find_id(data))
+
+
+def _find_id(data: bytes) -> int | None:
+    """The `id` in an object that does not decode, where it can be read: its sender waits for an answer.
+
+    The standard library reads what msgspec does not: half of a surrogate pair, and text that is not UTF-8.
+    """
+    try:
+        found = json.loads(data.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    number = found.get("id") if isinstance(found, dict) else None
+    return number if type(number) is int and 0 <= number < 2**63 else None
+
+
+def clip(text: str) -> str:
+    """What a peer has called something, short enough to be repeated to it."""
+    return text if len(text) <= 255 else text[:252] + "..."
+
+
+def _check_text(data: bytes) -> None:
+    # msgspec hands on a Raw value without looking at its UTF-8, and a browser drops the connection over it.
+    if not data.isascii():
+        data.decode()
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and depth(data) > MAX_DEPTH:
+        raise RecursionError
+
+
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]+|[\]}]+', re.DOTALL)
+
+
+def depth(data: bytes) -> int:
+    """How deep the arrays and objects of a JSON text are nested."""
+    deepest = level = 0
+    for token in _BRACKETS.finditer(data):
+        first, width = token[0][0], token.end() - token.start()
+        if first in b"[{":
+            level += width
+            deepest = max(deepest, level)
+        elif first in b"]}":
+            level -= width
+    return deepest
+
+
+_LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
+
+
+def payload_bytes(raw: Raw | bytes) -> bytes:
+    """A payload as it is kept and sent: the client's own bytes, with line breaks, which are white space, as spaces."""
+    data = bytes(raw)
+    return data.translate(_LINE_BREAKS) if b"\n" in data or b"\r" in data else data
+
+
+def check_payload(data: bytes) -> bytes:
+    """A payload that came by another way than `publish`, checked and normalised likewise; raises `PeerError`."""
+    try:
+        _check_text(data)
+        return payload_bytes(msgspec.json.decode(data, type=Raw))
+    except UNDECODABLE as error:
+        raise PeerError(Code.BAD_MESSAGE, f"the payload is not JSON: {refusal(error).message}") from None
+
+
+def decode_payload(data: bytes | Raw) -> Any:
+    """Decode a payload. A number that is too large becomes infinity, as for `JSON.parse`: it fails for none.
+
+    An integer is exact up to as many digits as Python reads (4,300, unless it was told otherwise).
+    """
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.ValidationError:
+        return json.loads(bytes(data), parse_int=_read_integer)
+
+
+def _read_integer(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def encode(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes | None:
+    """The line that says `message`, line end included; None where a first-version client must not hear of it."""
+    if protocol == Protocol.FIRST and isinstance(message, Reply):
+        if isinstance(message, Revoked):
+            message = SubscribeError(message.pattern, "the permission was withdrawn", Code.REVOKED)
+        if message.fixed is None:
+            return None
+        known = {name: getattr(message, name) for name in message.fixed}
+        return _encoder.encode({"type": type(message).__struct_config__.tag, **known}) + b"\n"
+    return _encoder.encode(message) + b"\n"
+
+
+def encode_entry(channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None) -> bytes:
+    """The `message` line of one entry for one pattern, as `encode` would make it, several times faster."""
+    number = b"" if seq is None else b',"seq":%d' % seq
+    name = b"" if sender is None else b',"sender":' + _encoder.encode(sender)
+    return b'{"type":"message","channel":"%b","payload":%b,"pattern":"%b"%b,"at":%d%b}\n' % (
+        channel.encode(),
+        payload,
+        pattern.encode(),
+        number,
+        at,
+        name,
+    )
+
+
+def encode_first_version(channel: str, payload: bytes) -> bytes:
+    """The `message` line that a first-version client knows."""
+    return b'{"type":"message","channel":"%b","payload":%b}\n' % (channel.encode(), payload)
+
+
+def to_json(value: Any) -> bytes:
+    """A Python value as JSON; raises `TypeError` for what has no JSON form."""
+    return _encoder.encode(value)

@@ -1,0 +1,426 @@
+"""One client's side of the protocol, without its transport: bytes in, replies into the mailbox, effects out.
+
+Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
+one and carries each out before it takes the next:
+
+    Authenticate  call `admit` or `refuse`, unless it is `closed` by then
+    Join          call `joined`, then deliver what matches
+    Leave         stop delivering, then call `left`
+    Submit        append to the log; it settles by itself
+    Broadcast     pass the message on, once
+    Recall        read the history, then call `recalled` or `refuse_request`
+    Measure       say `Head` on every stream whose subscriptions are live
+
+It closes the connection once `closing` is set and the mailbox has been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from math import inf
+from typing import Any
+
+from msgspec import Raw
+
+from ..auth.tokens import Grants, Identity
+from ..delivery.send_queue import Head, Mailbox
+from ..errors import RETRYABLE, CloseCode, Code, PeerError
+from ..limits.unauthenticated import UNPROVEN_SIZE
+from ..log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
+from ..protocol import wire_messages as wire
+from ..protocol.channels import check_channel, check_pattern
+from ..protocol.json_splitter import Framer
+from ..protocol.wire_messages import Protocol, Reply
+
+
+class State(Enum):
+    """What a session may do: authenticate; everything; nothing more."""
+
+    NEW = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticate:
+    token: str
+    producer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    request: wire.Subscribe
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    request: wire.Unsubscribe
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    append: Append
+    epoch: str | None
+    """For a retry: the epoch that the client knew when it first sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    channel: str
+    payload: bytes
+    sender: str | None
+    origin: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    request: wire.History
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A client wants to know how far its subscriptions are complete."""
+
+
+Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Sizes in bytes, times in seconds."""
+
+    message_size: int = 65_536
+    subscriptions: int = 1_000
+    auth_timeout: float = 10.0
+    token_grace: float = 30.0
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """A client's share of what there is for all, which its sessions have together."""
+
+    client: Hashable
+    sessions: int = 0
+    cost: int = 0
+    """What their publishes take of the log that have not been settled yet, in bytes."""
+    subscriptions: int = 0
+
+
+class Session:
+    """The state of one client: who it is, what it subscribed to, what it is owed."""
+
+    def __init__(self, mailbox: Mailbox, limits: SessionLimits, now: float) -> None:
+        self.mailbox = mailbox
+        self.state = State.NEW
+        self.protocol = Protocol.FIRST
+        self.identity: Identity | None = None
+        self.producer = b""
+        self.share = Share(self)
+        """Which part of the log it takes. It stays the same, so that what it publishes keeps its order."""
+        self.patterns: set[str] = set()
+        self.pending = 0
+        """Publishes that have not been settled yet."""
+        self.deadline = now + limits.auth_timeout
+        """When `tick` is due."""
+        self.closing: tuple[CloseCode, str] | None = None
+        self.on_settled: Callable[[], None] = _nothing
+        """Called whenever `pending` has fallen."""
+        self.roles_known: Callable[[], bool] = _always
+        """Whether it is known what roles may just now. Otherwise nothing new is allowed to one."""
+        self.on_refused: Callable[[Code], None] = _ignore
+        """Called with the code of each refusal that the client is told."""
+        self._limits = limits
+        self._framer = Framer(wire.decode_client, min(UNPROVEN_SIZE, limits.message_size))
+
+    @property
+    def protocol(self) -> Protocol:
+        """Which specification the client knows, as far as it has said."""
+        return self.mailbox.protocol
+
+    @protocol.setter
+    def protocol(self, protocol: Protocol) -> None:
+        self.mailbox.protocol = protocol
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken from the client, nor owed to it but what has been said."""
+        return self.state is State.CLOSED
+
+    # What the client says
+
+    def receive(self, data: bytes) -> Iterator[Effect | None]:
+        """Understand more bytes. Take every effect and carry it out before the next; take them all.
+
+        None comes after each object, whether it had an effect or not: there are replies now that take room.
+        """
+        if self.closed:
+            return
+        try:
+            for message in self._framer.feed(data):
+                if isinstance(message, PeerError):
+                    self.say(wire.Error(message.message, message.code, message.id))
+                else:
+                    try:
+                        yield from _HANDLERS[type(message)](self, message)
+                    except PeerError as error:
+                        self.say(error_reply(message, error))
+                yield None
+                if self.closed:
+                    return
+        except PeerError as error:
+            self.say(wire.Error(error.message, error.code))
+            self.close(error.close or CloseCode.BAD_MESSAGE, error.message)
+
+    def tick(self, now: float) -> None:
+        """The time has come that `deadline` names."""
+        if now < self.deadline:
+            return
+        if self.state is State.NEW:
+            text = f"no auth within {self._limits.auth_timeout:g} s"
+            self.say(wire.AuthError(text, Code.AUTH_TIMEOUT))
+            self.close(CloseCode.AUTH_TIMEOUT, text)
+        elif self.state is State.OPEN:
+            self.say(wire.Error("the token has expired", Code.TOKEN_EXPIRED))
+            self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
+
+    # What has become of it
+
+    def admit(
+        self,
+        identity: Identity,
+        reply: wire.AuthOk,
+        producer: bytes,
+        now: float,
+        wall: float,
+        share: Share | None = None,
+    ) -> list[str]:
+        """The token was good. Returns the patterns held that it does not cover any more.
+
+        `share`: that of the client whose session it is, when it has become known. `wall` is the time that tokens are
+        stamped with, in seconds since 1970; `now` counts as `deadline` does.
+        """
+        if self.identity is not None and self.identity.client_id != identity.client_id:
+            raise PeerError(Code.UNAUTHORIZED, "a session cannot become another client's")
+        self.state = State.OPEN
+        self._framer.limit = self._limits.message_size
+        self.identity = identity
+        if share is not None:
+            self.share = share
+        self.producer = producer
+        self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
+        self.say(reply)
+        return self._unreadable(identity.grants)
+
+    def regrant(self, grants: Grants) -> list[str]:
+        """The role that the token stands for may this from now on. Returns the patterns held that it may not read."""
+        assert self.identity is not None
+        self.identity = replace(self.identity, grants=grants)
+        return self._unreadable(grants)
+
+    def _unreadable(self, grants: Grants) -> list[str]:
+        return [pattern for pattern in self.patterns if not grants.may_read(pattern)]
+
+    def refuse(self, error: PeerError) -> None:
+        """The token was not good, or nobody knows; without `close` in the error the session goes on as who it was.
+
+        It also does where it is open and trying again can help: an outage is a pause.
+        """
+        self.say(wire.AuthError(error.message, error.code, error.retry_after))
+        if error.close is not None and (error.code not in RETRYABLE or self.state is not State.OPEN):
+            self.close(error.close, error.message)
+
+    def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: Mailbox | None = None) -> None:
+        """The subscription is there, with a stream of its `own` where that is not None: what it gets goes there.
+
+        It begins in this `epoch`. A session that had no subscription may not have heard of it, and a stream of its own
+        may be read before or after what other streams say.
+        """
+        self.patterns.add(request.pattern)
+        self.say(wire.Subscribed(request.pattern, seq, own is not None, epoch or None, request.id), own)
+
+    def left(self, request: wire.Unsubscribe, seq: int, mailbox: Mailbox | None = None) -> None:
+        self.patterns.discard(request.pattern)
+        self.say(wire.Unsubscribed(request.pattern, seq, request.id), mailbox)
+
+    def revoked(self, pattern: str, seq: int, mailbox: Mailbox | None = None) -> None:
+        self.patterns.discard(pattern)
+        self.say(wire.Revoked(pattern, seq), mailbox)
+
+    def settled(self, append: Append, outcome: Outcome) -> None:
+        """The fate of a publish; `Append.settle` of every one that this session submits."""
+        self.pending -= 1
+        self.share.cost -= append.size + OVERHEAD
+        if self.state is State.CLOSED and self.closing is None:
+            pass
+        elif isinstance(outcome, Rejected):
+            self.say(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
+        elif append.acknowledge:
+            self.say(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
+        self.on_settled()
+
+    def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
+        """What was asked for has been read, unless the client may not have it any more by now."""
+        if self.closed:
+            return
+        try:
+            self._check_readable(request.pattern)
+        except PeerError as error:
+            self.refuse_request(request, error)
+            return
+        messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
+        self.say(wire.HistoryPage(messages, more, request.id))
+
+    def refuse_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
+        self.say(error_reply(request, error))
+
+    def say(self, reply: Reply, mailbox: Mailbox | None = None) -> None:
+        """Queue a reply in the words that the client knows; unless a mailbox is named, in the session's own."""
+        if isinstance(reply, wire.REFUSALS):
+            self.on_refused(reply.code)
+        line = wire.encode(reply, self.protocol)
+        if line is not None:
+            (self.mailbox if mailbox is None else mailbox).put(Head(line) if isinstance(reply, wire.Head) else line)
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""
+        self.state = State.CLOSED
+        if self.closing is None:
+            self.closing = (code, reason)
+
+    def abandon(self) -> None:
+        """The connection is gone: nothing can be said any more."""
+        self.state = State.CLOSED
+        self.closing = None
+
+    # One handler a message
+
+    def _auth(self, message: wire.Auth) -> Iterator[Effect]:
+        if self.state is State.NEW:
+            self.protocol = Protocol.V1 if message.protocol >= 1 else Protocol.FIRST
+        yield Authenticate(message.token, message.producer)
+
+    def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
+        self._check_readable(message.pattern)
+        if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
+            raise PeerError(Code.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
+        yield Join(wire.Subscribe(message.pattern) if self.protocol is Protocol.FIRST else message)
+
+    def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
+        self._authenticated()
+        check_pattern(message.pattern)
+        if message.pattern in self.patterns:
+            yield Leave(message)
+        elif self.protocol is Protocol.FIRST:
+            # To the first version it was no mistake.
+            self.say(wire.Unsubscribed(message.pattern, 0))
+        else:
+            raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
+
+    def _publish(self, message: wire.Publish) -> Iterator[Effect]:
+        identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
+        append = make_append(message, identity, self.producer, self.settled, self.share.client)
+        if message.ephemeral:
+            yield Broadcast(append.channel, append.payload, append.sender, append.origin)
+            if message.ack:
+                self.say(wire.Published(append.channel, append.id))
+        else:
+            self.pending += 1
+            self.share.cost += append.size + OVERHEAD
+            yield Submit(append, message.epoch if message.retry else None)
+
+    def _history(self, message: wire.History) -> Iterator[Effect]:
+        self._check_readable(message.pattern)
+        yield Recall(message)
+
+    def _ping(self, message: wire.Ping) -> Iterator[Effect]:
+        self.say(wire.Pong(message.seq))
+        yield Measure()
+
+    def _authenticated(self) -> Identity:
+        if self.identity is None:
+            raise PeerError(Code.UNAUTHENTICATED, "authenticate first")
+        return self.identity
+
+    def _vouched(self, code: Code = Code.UNAVAILABLE) -> Identity:
+        """Who the client is, and what it may, unless nobody knows that at the moment."""
+        identity = self._authenticated()
+        if identity.role is not None and not self.roles_known():
+            raise PeerError(code, "the database has been away for so long that nobody knows what the role may by now")
+        return identity
+
+    def _check_readable(self, pattern: str) -> None:
+        identity = self._vouched()
+        check_pattern(pattern)
+        if not identity.grants.may_read(pattern):
+            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+
+
+_HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
+    wire.Auth: Session._auth,
+    wire.Subscribe: Session._subscribe,
+    wire.Unsubscribe: Session._unsubscribe,
+    wire.Publish: Session._publish,
+    wire.History: Session._history,
+    wire.Ping: Session._ping,
+}
+
+
+def make_append(
+    message: wire.Publish,
+    identity: Identity,
+    producer: bytes,
+    settle: Callable[[Append, Outcome], None],
+    client: Hashable = None,
+) -> Append:
+    """What a publish puts into the log, if it may; raises `PeerError`. `client`: whose share of the log it takes."""
+    check_channel(message.channel)
+    if not identity.grants.may_write(message.channel):
+        raise PeerError(Code.UNAUTHORIZED, "no write grant covers this channel")
+    if message.retry and None in (message.id, message.after, message.epoch):
+        raise PeerError(Code.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
+    if message.ephemeral:
+        size = len(message.channel) + len(bytes(message.payload)) + len(wire.to_json(identity.client_id))
+        if size > EPHEMERAL_SIZE:
+            raise PeerError(Code.TOO_LARGE, f"an ephemeral message may have at most {EPHEMERAL_SIZE} bytes")
+    return Append(
+        channel=message.channel,
+        payload=wire.payload_bytes(message.payload),
+        settle=settle,
+        producer=producer if producer and message.id is not None else None,
+        number=message.id or 0,
+        sender=identity.client_id,
+        origin=None if message.echo else producer or None,
+        after=message.after if message.retry else None,
+        id=message.id,
+        acknowledge=message.ack,
+        client=client,
+    )
+
+
+def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
+    """The reply that refuses a message: of the type that its sender waits for."""
+    match message:
+        case wire.Auth():
+            return wire.AuthError(error.message, error.code)
+        case wire.Subscribe(pattern=pattern) | wire.Unsubscribe(pattern=pattern):
+            return wire.SubscribeError(wire.clip(pattern), error.message, error.code, message.id)
+        case wire.Publish(channel=channel):
+            return wire.PublishError(wire.clip(channel), error.message, error.code, message.id)
+        case wire.History():
+            return wire.Error(error.message, error.code, message.id)
+        case _:
+            return wire.Error(error.message, error.code)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(_: Code) -> None:
+    pass
+
+
+def _always() -> bool:
+    return True
