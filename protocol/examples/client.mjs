@@ -1,5 +1,5 @@
-// A client of `catbus.v1` in one file, from the specification alone: plain Node, nothing installed. It plays the
-// conversations of `protocol/vectors` to a broker that runs, and says which of them went as written.
+// A client of `catbus.v1` in one file, written from the specification alone, for plain Node without packages. It runs the
+// sessions of `protocol/vectors/conversations.json` against a running broker and reports which of them passed.
 //
 //   node protocol/examples/client.mjs ws://127.0.0.1:8080/ws SECRET
 
@@ -18,7 +18,7 @@ function sign({ client_id, grants }, secret) {
   return `sub-${text}.${createHmac('sha256', secret).update(text).digest().subarray(0, 16).toString('base64url')}`;
 }
 
-/** WebSocket as far as it is needed (RFC 6455): text out, text and a closing code in. */
+/** The part of WebSocket (RFC 6455) that the vectors need: sends text, receives text and a closing code. */
 class Connection {
   #socket;
   #bytes = Buffer.alloc(0);
@@ -60,7 +60,7 @@ class Connection {
     this.#socket.end();
   }
 
-  /** The next object that is not `head`; nothing when the connection has been closed. */
+  /** The next object other than `head`, or undefined when the connection is closed. */
   async hear() {
     for (;;) {
       while (this.#objects.length) {
@@ -91,15 +91,15 @@ class Connection {
       const payload = bytes.subarray(at, at + size);
       this.#bytes = bytes.subarray(at + size);
       const opcode = bytes[0] & 15;
-      if (opcode === 1) this.#understand(payload.toString());
+      if (opcode === 1) this.#split(payload.toString());
       else if (opcode === 8) this.code = payload.length < 2 ? 1005 : payload.readUInt16BE(0);
       else if (opcode === 9) this.#send(10, payload);
       this.#wake();
     }
   }
 
-  /** Objects end where their braces balance (section 4). */
-  #understand(text) {
+  /** Queues the complete objects of the received text. Objects end where their braces balance (section 4). */
+  #split(text) {
     this.#text += text;
     let [depth, quoted, start] = [0, false, 0];
     for (let at = 0; at < this.#text.length; at++) {
@@ -117,8 +117,9 @@ class Connection {
 }
 
 /**
- * One conversation; throws where the broker says something else. `open` makes a connection: an object with `say(text)`,
- * `hear()`, `close()` and `code`. One that cannot be brought to say something answers `false`; then nothing is to be heard.
+ * Runs one session of the vectors; throws if the broker sends something else. `open` makes a connection: an object with
+ * `say(text)`, `hear()`, `close()` and `code`. If `say` returns `false`, the connection cannot send this text, and the
+ * steps that receive its replies are skipped.
  */
 export async function play({ tokens, steps }, open, secret) {
   const run = randomBytes(4).toString('hex');
@@ -160,7 +161,7 @@ export async function play({ tokens, steps }, open, secret) {
     if (!connections.has(name)) connections.set(name, await open());
     const connection = connections.get(name);
     const fail = (heard) => {
-      throw new Error(`step ${number + 1}: heard ${JSON.stringify(heard)}`);
+      throw new Error(`step ${number + 1}: received ${JSON.stringify(heard)}`);
     };
     if (step.say) {
       silent.delete(name);

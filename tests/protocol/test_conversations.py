@@ -21,8 +21,8 @@ from tests.test_both_transports import running
 
 CANNOT_BE_SAID = {
     "a publish that is sent again appears once": ["auth", "publish", "publish"],  # it sends again by itself
-    "what is not allowed is refused, and the session goes on": ["ping", "unsubscribe", "nonsense"],
-    "a first-version client hears what it knows": [
+    "requests without a grant are rejected, and the session continues": ["ping", "unsubscribe", "nonsense"],
+    "a first-version client gets only what it knows": [
         "auth",
         "subscribe",
         "publish",
@@ -32,9 +32,9 @@ CANNOT_BE_SAID = {
         "yjs_sync_request",
         "ping",
     ],
-    "what is no object ends the session": ["[1]"],
-    "of two values with one name the last counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
-    "an object that is not understood is refused by its id": [*["unknown"] * 6, '{"type":undefined,"id":10}'],
+    "a value other than an object ends the session": ["[1]"],
+    "the last of two values with one name counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
+    "an object that does not decode is rejected by its id": [*["unknown"] * 6, '{"type":undefined,"id":10}'],
 }
 """What there is no call for in a client, by conversation; all else both clients say."""
 

@@ -10,8 +10,8 @@ import { makeClient, skip } from './helpers.js';
 /** What there is no call for. */
 const CANNOT_BE_SAID = {
   'a publish that is sent again appears once': ['auth', 'publish', 'publish'], // it sends again by itself
-  'what is not allowed is refused, and the session goes on': ['ping', 'unsubscribe', 'nonsense'],
-  'a first-version client hears what it knows': [
+  'requests without a grant are rejected, and the session continues': ['ping', 'unsubscribe', 'nonsense'],
+  'a first-version client gets only what it knows': [
     'auth',
     'subscribe',
     'publish',
@@ -21,9 +21,9 @@ const CANNOT_BE_SAID = {
     'yjs_sync_request',
     'ping',
   ],
-  'what is no object ends the session': ['[1]'],
-  'of two values with one name the last counts': ['nothing'],
-  'an object that is not understood is refused by its id': [...Array(6).fill('unknown'), '{"type":undefined,"id":10}'],
+  'a value other than an object ends the session': ['[1]'],
+  'the last of two values with one name counts': ['nothing'],
+  'an object that does not decode is rejected by its id': [...Array(6).fill('unknown'), '{"type":undefined,"id":10}'],
 };
 
 /** Without what the client keeps for itself; of a refused `auth` it tells the refusal, not the closing code. */
