@@ -326,7 +326,7 @@ def test_a_hole_in_the_log_and_a_database_that_is_away_are_told_apart() -> None:
     alerts = {rule["alert"]: " ".join(rule["expr"].split()) for rule in group["rules"]}
     assert alerts["CatbusMessagesMissing"] == "max by (namespace) (catbus_log_missing_messages) > 0"
     # A replica is degraded in both cases, and its log is available in one.
-    assert alerts["CatbusDatabaseAway"] == (
+    assert alerts["CatbusDatabaseUnreachable"] == (
         'max by (namespace, pod) (catbus_state{state="degraded"}) == 1 '
         "and min by (namespace, pod) (catbus_log_available) == 0"
     )
