@@ -33,7 +33,7 @@ export const MISTAKES = {
     ['publishes.js', 'if (known) this.#sendAgain(publish, desk);', 'if (known) continue;'],
   ],
   'a refused retry holds up everything for ever': [1,
-    ['publishes.js', '      this.#giveUp(publish, `it may have been published, and asking again', '      if (!publish) this.#giveUp(publish, `it may have been published, and asking again'],
+    ['publishes.js', '      this.#giveUp(publish, reason.message);', '      if (!publish) this.#giveUp(publish, reason.message);'],
     ['publishes.js', 'if (publish.at < moment - STUCK', 'if (publish.at < 0 * moment - STUCK'],
   ],
   'a publish that the broker does not answer waits for ever': [8,

@@ -75,7 +75,8 @@ export class World {
     this.check();
   }
 
-  perform({ type, link, settler, error, value, target, what }) {
+  perform([type, ...details]) {
+    const [link] = details;
     if (type === 'open') {
       this.opening.push(link);
       this.opened++;
@@ -91,8 +92,10 @@ export class World {
         replica.gone = true;
       }
     } else if (type === 'settle') {
-      error ? settler.reject(error) : settler.resolve(value);
+      const [settler, error, value] = details;
+      settler(error, value);
     } else if (type === 'tell') {
+      const [target, what, value] = details;
       target.told(what, value);
     }
   }
@@ -101,7 +104,7 @@ export class World {
 
   connect() {
     this.running = true;
-    this.do((core) => core.connect({ resolve: () => {}, reject: () => {} }, Infinity));
+    this.do((core) => core.connect(() => {}, Infinity));
   }
 
   /** From now on nobody can say of some what becomes of them. */
@@ -129,10 +132,7 @@ export class World {
     const outdated = this.log.epoch !== 'e1' && this.core.present?.epoch !== this.log.epoch;
     const publish = { channel, payload, result: undefined, doubtful: poisonous || hanging || outdated };
     this.publishes.push(publish);
-    const settler = {
-      resolve: (value) => (publish.result = value),
-      reject: (error) => (publish.result = error),
-    };
+    const settler = (error, value) => (publish.result = error ?? value);
     this.do((core) => core.publish(`"channel":"${channel}","payload":${JSON.stringify(payload)}}`, false, settler));
   }
 
@@ -140,7 +140,7 @@ export class World {
     const request = { settled: false };
     this.requests.push(request);
     const settle = () => (request.settled = true);
-    this.do((core) => call(core, { resolve: settle, reject: settle }));
+    this.do((core) => call(core, settle));
   }
 
   subscribe(pattern, start) {
@@ -159,7 +159,7 @@ export class World {
   unsubscribe(reader) {
     const { settled } = reader;
     Object.assign(reader, { ended: true, left: true, unsubscribed: false });
-    this.do((core) => core.subscriptions.remove(reader.reader, { resolve: settled, reject: settled }));
+    this.do((core) => core.subscriptions.remove(reader.reader, settled));
   }
 
   // What happens to connections
@@ -284,7 +284,7 @@ export class World {
     let turns = 0;
     while (this.turn() || !this.atRest()) {
       assert.ok(this.now < until && ++turns < 5000, `it does not come to rest: ${this.describe()}`);
-      if (!this.busy && !this.atRest()) this.wait(Math.max(1, (this.core.deadline ?? this.now) - this.now));
+      if (!this.busy && !this.atRest()) this.wait(Math.max(1, (this.core.timers.next ?? this.now) - this.now));
     }
   }
 
@@ -293,7 +293,7 @@ export class World {
     const until = this.now + ms;
     while (this.now < until) {
       while (this.turn());
-      this.wait(Math.max(1, Math.min(this.core.deadline ?? until, until) - this.now));
+      this.wait(Math.max(1, Math.min(this.core.timers.next ?? until, until) - this.now));
     }
   }
 

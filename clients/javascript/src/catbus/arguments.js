@@ -19,52 +19,50 @@ export function encodeCursor(seq, epoch) {
   return `${seq}.${epoch}`;
 }
 
+/** What is wrong with text that UTF-8 does not have: the broker could not decode the object around it. */
+export const HALF_A_PAIR = 'half of a surrogate pair is no text';
+
 /**
  * The place that an argument names: a cursor, or a seq with its epoch.
  *
  * @param {string} name the argument's name @param {unknown} value @param {unknown} [epoch] @returns {Place | undefined}
  */
 export function checkPlace(name, value, epoch) {
-  if (epoch !== undefined && typeof epoch !== 'string') throw new TypeError(`epoch: a string, not ${show(epoch)}`);
+  if (epoch !== undefined && typeof epoch !== 'string') throw wrong('epoch', 'a string', epoch);
   if (value === undefined) return undefined;
   if (typeof value === 'string') {
     const [, seq, own] = CURSOR.exec(value) ?? [];
-    if (own === undefined || !Number.isSafeInteger(Number(seq))) {
-      throw new TypeError(`${name}: a seq or the cursor of a message, not ${show(value)}`);
-    }
+    if (!Number.isSafeInteger(Number(seq))) throw wrong(name, 'a seq or the cursor of a message', value);
     return { seq: Number(seq), epoch: own };
   }
   return { seq: checkInteger(name, value, 0), epoch };
 }
 
-/** @param {string} name @param {unknown} value @param {number} least @returns {number} */
+/** @param {string} name @param {any} value @param {number} least @returns {number} */
 export function checkInteger(name, value, least) {
-  if (typeof value !== 'number' || !Number.isSafeInteger(value) || value < least) {
-    throw new TypeError(`${name}: an integer from ${least}, not ${show(value)}`);
-  }
+  if (!Number.isSafeInteger(value) || value < least) throw wrong(name, `an integer from ${least}`, value);
   return value;
 }
 
 /** @param {string} name @param {unknown} value @returns {string} */
 export function checkText(name, value) {
-  if (typeof value !== 'string') throw new TypeError(`${name}: a text, not ${show(value)}`);
-  // It is no text in UTF-8: the broker could not decode the object around it.
-  if (/[\ud800-\udfff]/u.test(value)) throw new RefusedError('bad_message', `${name}: half of a surrogate pair is no text`);
+  if (typeof value !== 'string') throw wrong(name, 'a text', value);
+  if (/[\ud800-\udfff]/u.test(value)) throw new RefusedError('bad_message', `${name}: ${HALF_A_PAIR}`);
   return value;
 }
 
 /** @param {string} name @param {unknown} value @returns {asserts value is Function | undefined} */
 export function checkFunction(name, value) {
-  if (value !== undefined && typeof value !== 'function') throw new TypeError(`${name}: a function, not ${show(value)}`);
+  if (value !== undefined && typeof value !== 'function') throw wrong(name, 'a function', value);
 }
 
 /** @param {string} name @param {unknown} value @param {number} least in milliseconds */
 export function checkDuration(name, value, least) {
-  if (typeof value !== 'number' || !(value >= least)) throw new TypeError(`${name}: milliseconds from ${least}, not ${show(value)}`);
-  return value;
+  if (typeof value !== 'number' || !(value >= least)) throw wrong(name, `milliseconds from ${least}`, value);
 }
 
-/** @param {unknown} value */
-function show(value) {
-  return typeof value === 'string' ? JSON.stringify(value.slice(0, 60)) : typeof value === 'object' ? typeof value : String(value);
+/** @param {string} name @param {string} right what it should be @param {unknown} value */
+export function wrong(name, right, value) {
+  const shown = typeof value === 'string' ? JSON.stringify(value.slice(0, 60)) : typeof value === 'object' ? 'object' : String(value);
+  return new TypeError(`${name}: ${right}, not ${shown}`);
 }

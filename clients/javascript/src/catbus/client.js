@@ -6,32 +6,27 @@
 
 import { checkDuration, checkFunction, checkInteger, checkPlace, checkText, encodeCursor } from './arguments.js';
 import { Core } from './core.js';
-import { Driver, constructorFor } from './driver.js';
-import { RefusedError } from './errors.js';
+import { constructorFor, drive } from './driver.js';
 import { encodePayload, parseExact } from './json.js';
 import { kindOf, rememberWinner, routesTo } from './routes.js';
-import { Entry, Handle, asMessage } from './subscription.js';
+import { Entry, asMessage, handleOf } from './subscription.js';
 import { tooLarge } from './publishes.js';
 
 /**
  * @import { ConnectionState, Events, HistoryOptions, Message, Options, Page, Published, SubscribeOptions, SubscriptionHandle } from './types.js'
  */
 
-const DEFAULTS = {
-  autoReconnect: true,
+/** In milliseconds. */
+const DURATIONS = {
   reconnectDelay: 1000,
   maxReconnectDelay: 30_000,
-  reconnectJitter: 0.3,
   pingInterval: 30_000,
   pingTimeout: 10_000,
-  offlineQueue: true,
-  maxQueueSize: 100,
   connectTimeout: 10_000,
   headStart: 300,
   upgradeInterval: 60_000,
 };
-/** The least that each of these may be, in milliseconds. */
-const LEAST = { reconnectDelay: 1, maxReconnectDelay: 1, pingInterval: 1, pingTimeout: 1, connectTimeout: 1, headStart: 0, upgradeInterval: 1 };
+const DEFAULTS = { ...DURATIONS, autoReconnect: true, reconnectJitter: 0.3, offlineQueue: true, maxQueueSize: 100 };
 
 /** A client of a Catbus broker. `connect()` begins; what is asked for before that, and meanwhile, waits for a connection. */
 export class CatbusClient {
@@ -46,11 +41,11 @@ export class CatbusClient {
     const { url, fallbackUrl, token } = options;
     for (const each of [url, fallbackUrl]) if (each !== undefined) kindOf(each);
     if (fallbackUrl !== undefined && kindOf(fallbackUrl) !== 'websocket') {
-      throw new TypeError('fallbackUrl: a WebSocket, which begins with ws:// or wss://');
+      throw new TypeError('fallbackUrl: begins with ws:// or wss://');
     }
     if (typeof token !== 'string') checkFunction('token', token ?? null);
     const all = { ...DEFAULTS, ...defined(options) };
-    for (const [name, least] of Object.entries(LEAST)) checkDuration(name, /** @type {any} */ (all)[name], least);
+    for (const name of Object.keys(DURATIONS)) checkDuration(name, /** @type {any} */ (all)[name], name === 'headStart' ? 0 : 1);
     this.#options = all;
     this.#core = new Core({
       ...all,
@@ -64,7 +59,7 @@ export class CatbusClient {
       parse: all.bigint ? parseExact : JSON.parse,
       random: Math.random,
     });
-    this.#driver = new Driver(this.#core, all, (event, value) => this.#emit(event, value));
+    this.#driver = drive(this.#core, all, (event, value) => this.#emit(event, value));
   }
 
   // What it is
@@ -127,9 +122,7 @@ export class CatbusClient {
 
   /** Leave. Subscriptions go on with the next `connect`, from where they are; what is not answered is rejected. @returns {Promise<void>} */
   async disconnect() {
-    this.#driver.deafen();
-    this.#driver.do((core) => core.disconnect());
-    this.#driver.rest();
+    this.#driver.leave();
   }
 
   // Subscribing
@@ -147,7 +140,7 @@ export class CatbusClient {
    * @returns {SubscriptionHandle}
    */
   subscribe(pattern, handler, options = {}) {
-    return /** @type {SubscriptionHandle} */ (new Handle(this.#subscribe(pattern, handler, options)));
+    return handleOf(this.#subscribe(pattern, handler, options));
   }
 
   /**
@@ -163,6 +156,9 @@ export class CatbusClient {
     let waiting;
     let over = false;
     let wake = () => {};
+    const { signal } = options;
+    const onAbort = () => wake();
+    signal?.addEventListener('abort', onAbort);
     /** @param {Message<T>} message @returns {Promise<void>} */
     const take = (message) =>
       new Promise((done) => {
@@ -183,17 +179,12 @@ export class CatbusClient {
           waiting = undefined;
           yield message;
           done();
-        }
-        if (waiting) continue;
-        if (over) throw entry.failure;
-        if (options.signal?.aborted) throw options.signal.reason;
-        await new Promise((resolve) => {
-          wake = () => resolve(undefined);
-          options.signal?.addEventListener('abort', wake);
-        });
-        options.signal?.removeEventListener('abort', wake);
+        } else if (over) throw entry.failure;
+        else if (signal?.aborted) throw signal.reason;
+        else await new Promise((resolve) => (wake = () => resolve(undefined)));
       }
     } finally {
+      signal?.removeEventListener('abort', onAbort);
       await entry.close();
     }
   }
@@ -202,9 +193,9 @@ export class CatbusClient {
    * @param {string} pattern @param {(message: Message) => unknown} handler
    * @param {SubscribeOptions & {buffer?: number | undefined}} options
    */
-  #subscribe(pattern, handler, { buffer, ...options }) {
-    const entry = new Entry(`${pattern}`, handler, { ...options, ...(buffer !== undefined && { buffer }) }, this.#options.storage, {
-      ask: (call) => this.#driver.do((core) => call(core.subscriptions)),
+  #subscribe(pattern, handler, options) {
+    const entry = new Entry(`${pattern}`, handler, options, this.#options.storage, {
+      ask: (call) => this.#driver.perform((core) => call(core.subscriptions)),
       threw: report,
       complain: (error) => this.#emit('error', error),
     });
@@ -212,18 +203,18 @@ export class CatbusClient {
       checkText('pattern', pattern);
       checkFunction('handler', handler ?? null);
       for (const name of /** @type {const} */ (['onGap', 'onLive', 'onEnd'])) checkFunction(name, options[name]);
-      const { since, epoch, last, persist, signal, stream, datagrams } = options;
+      const { since, epoch, last, persist, signal, stream, datagrams, buffer } = options;
       let place = checkPlace('since', since, epoch);
       if (last !== undefined) checkInteger('last', last, 1);
-      if (place && last !== undefined) throw new TypeError('since and last: one of them');
+      if (place && last !== undefined) throw new TypeError('since and last: only one of them');
       if (buffer !== undefined) checkInteger('buffer', buffer, 1);
       if (persist !== undefined) {
         checkText('persist', persist);
         place = kept(entry) ?? place;
       }
       if (signal?.aborted) throw signal.reason;
-      const start = { ...(place ? { since: place.seq, ...(place.epoch !== undefined && { epoch: place.epoch }) } : { ...(last !== undefined && { last }) }) };
-      this.#driver.do(({ subscriptions }) => {
+      const start = place ? { since: place.seq, epoch: place.epoch } : { last };
+      this.#driver.perform(({ subscriptions }) => {
         entry.reader = subscriptions.add(pattern, { ...start, stream: stream === true, datagrams: datagrams === true }, entry);
       });
     } catch (error) {
@@ -247,7 +238,8 @@ export class CatbusClient {
     const json = encodePayload(payload);
     const body = `"channel":${JSON.stringify(checkText('channel', channel))},"payload":${json}${echo ? '' : ',"echo":false'}}`;
     const { limits = {} } = this.#core.present ?? {};
-    if (tooLarge(body, limits)) throw new RefusedError('too_large', `a message may have at most ${limits.message_size ?? 65_536} bytes`);
+    const over = tooLarge(body, limits);
+    if (over) throw over;
     return this.#driver.ask((core, settler) => core.publish(body, ephemeral === true, settler));
   }
 

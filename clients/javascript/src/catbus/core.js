@@ -21,19 +21,18 @@ import { Timers } from './timers.js';
 /** @typedef {import('./link.js').Lane} Lane */
 
 /**
- * Whom a settlement is for.
+ * What is called when a request is settled.
  *
- * @typedef {{resolve: (value: any) => void, reject: (error: Error) => void}} Settler
+ * @typedef {(error: Error | undefined, value?: any) => void} Settler
  */
 
 /**
- * What is to be done.
+ * What is to be done, and with what.
  *
- * @typedef {{type: 'open', link: Link} | {type: 'token', link: Link} | {type: 'flush', link: Link}
- *   | {type: 'close', link: Link, code: number}
- *   | {type: 'settle', settler: Settler, error: Error | undefined, value: any}
- *   | {type: 'tell', target: any, what: import('./feeds.js').What, value: any}
- *   | {type: 'emit', event: string, value: any}} Effect
+ * @typedef {['open', Link] | ['token', Link] | ['flush', Link] | ['close', Link, number]
+ *   | ['settle', Settler, Error | undefined, any]
+ *   | ['tell', any, import('./feeds.js').What, any]
+ *   | ['emit', string, any]} Effect
  */
 
 /**
@@ -74,34 +73,10 @@ export class Core {
   /** @param {CoreOptions} options */
   constructor(options) {
     this.#options = options;
-    /** @type {import('./publishes.js').Host & import('./feeds.js').Telling} */
-    const host = {
-      timers: this.timers,
-      nextId: () => ++this.#ids,
-      settle: (settler, error, value) => this.#settle(settler, error, value),
-      tell: ({ target }, what, value) => void this.effects.push({ type: 'tell', target, what, value }),
-      emit: (event, value) => this.emit(event, value),
-    };
-    this.publishes = new Publishes(host, options.autoReconnect);
-    this.requests = new Requests(host);
-    this.subscriptions = new Subscriptions({ ...host, requests: this.requests });
-    this.supervisor = new Supervisor(options, {
-      timers: this.timers,
-      nextId: host.nextId,
-      emit: host.emit,
-      effect: (effect) => void this.effects.push(effect),
-      publishes: this.publishes,
-      requests: this.requests,
-      subscriptions: this.subscriptions,
-      arrived: (error) => {
-        for (const id of [...this.#connecting.keys()]) this.#promised(id, error);
-      },
-    });
-  }
-
-  /** When `advance` is to be called at the latest. @returns {number | undefined} */
-  get deadline() {
-    return this.timers.next;
+    this.publishes = new Publishes(this, options.autoReconnect);
+    this.requests = new Requests(this);
+    this.subscriptions = new Subscriptions(this);
+    this.supervisor = new Supervisor(options, this);
   }
 
   get state() {
@@ -128,13 +103,13 @@ export class Core {
 
   /** @param {Settler} settler @param {number} timeout milliseconds until it is rejected, while the client goes on trying */
   connect(settler, timeout) {
-    if (this.state === 'connected') return this.#settle(settler, undefined);
-    const id = ++this.#ids;
+    if (this.state === 'connected') return this.settle(settler, undefined);
+    const id = this.nextId();
     this.#connecting.set(id, settler);
     if (timeout < Infinity) {
       this.timers.set(`connected ${id}`, timeout, () => {
         const { last } = this.supervisor;
-        this.#promised(id, new DisconnectedError(`not connected after ${timeout} ms, and still trying${last ? `: ${last.message}` : ''}`));
+        this.#promised(id, new DisconnectedError(`not connected after ${timeout} ms: ${last?.message ?? 'still trying'}`));
       });
     }
     this.supervisor.start();
@@ -151,10 +126,10 @@ export class Core {
     const { present, running, identity } = this.supervisor;
     if (!present) {
       const { offlineQueue, maxQueueSize } = this.#options;
-      if (!offlineQueue || !running) return this.#settle(settler, new DisconnectedError('not connected'));
+      if (!offlineQueue || !running) return this.settle(settler, new DisconnectedError('not connected'));
       const { waiting } = this.publishes;
       if (waiting >= maxQueueSize) {
-        return this.#settle(settler, new RefusedError('overloaded', `${waiting} messages wait for a connection already`));
+        return this.settle(settler, new RefusedError('overloaded', `${waiting} messages wait already`));
       }
     }
     this.publishes.publish(body, settler, identity);
@@ -162,17 +137,17 @@ export class Core {
 
   /** @param {string} pattern @param {number | undefined} limit @param {number | undefined} before @param {Settler} settler */
   history(pattern, limit, before, settler) {
-    if (!this.supervisor.running) return this.#settle(settler, new DisconnectedError('not connected'));
+    if (!this.supervisor.running) return this.settle(settler, new DisconnectedError('not connected'));
     const { head, epoch } = this.present ?? { head: undefined, epoch: '' };
     this.requests.history(pattern, limit, before, (error, page) =>
-      this.#settle(settler, error, page && { ...page, head, epoch: this.present?.epoch ?? epoch }),
+      this.settle(settler, error, page && { ...page, head, epoch: this.present?.epoch ?? epoch }),
     );
   }
 
   /** @param {Settler} settler */
   ping(settler) {
-    if (!this.present) return this.#settle(settler, new DisconnectedError('not connected'));
-    this.requests.ping((error, ms) => this.#settle(settler, error, ms));
+    if (!this.present) return this.settle(settler, new DisconnectedError('not connected'));
+    this.requests.ping((error, ms) => this.settle(settler, error, ms));
   }
 
   /** There is a network again, or the page is seen again. */
@@ -214,11 +189,11 @@ export class Core {
     link.heard = this.timers.now;
     const lane = link.lane(stream);
     try {
-      lane.splitter.feed(text, (object) => this.#handle(link, lane, object));
+      lane.splitter.feed(text, (object) => this.#handle(lane, object));
     } catch (error) {
       if (!(error instanceof SyntaxError || (error instanceof Error && 'code' in error))) throw error;
       // What follows cannot be understood any more.
-      this.supervisor.lose(link, new DisconnectedError(error.message), 4000);
+      this.lose(link, new DisconnectedError(error.message), 4000);
     }
     this.supervisor.settleMove();
   }
@@ -232,7 +207,7 @@ export class Core {
 
   /** @param {Link} link @param {number} code @param {string} reason */
   closed(link, code, reason) {
-    this.supervisor.lose(link, closedBy(code, reason), undefined);
+    this.lose(link, closedBy(code, reason));
     this.supervisor.settleMove();
   }
 
@@ -262,7 +237,7 @@ export class Core {
     this.publishes.giveUpBefore(sent);
     this.requests.giveUpBefore(sent);
     if (this.subscriptions.stuckBefore(sent)) {
-      this.supervisor.lose(link, new DisconnectedError('the broker does not answer a subscribe'), 4000);
+      this.lose(link, new DisconnectedError('the broker does not answer'), 4000);
     }
   }
 
@@ -272,22 +247,48 @@ export class Core {
     this.supervisor.leaving(link, Math.max(0, Number(reconnectIn) || 0));
   }
 
-  /** @param {string} event @param {any} value */
-  emit(event, value) {
-    this.effects.push({ type: 'emit', event, value });
+  // What its parts ask
+
+  nextId() {
+    return ++this.#ids;
   }
 
-  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether something has waited for it */
-  refused(id, reason) {
-    return this.publishes.refused(id, reason) || this.requests.answered(id, reason) || this.subscriptions.refused(id, reason);
+  /** @param {Effect} effect */
+  effect(...effect) {
+    this.effects.push(effect);
+  }
+
+  /** @param {Settler} settler @param {Error | undefined} error @param {unknown} [value] */
+  settle(settler, error, value) {
+    this.effect('settle', settler, error, value);
+  }
+
+  /** @param {import('./readers.js').Reader} reader @param {import('./feeds.js').What} what @param {any} [value] */
+  tell(reader, what, value) {
+    this.effect('tell', reader.target, what, value);
+  }
+
+  /** @param {string} event @param {any} value */
+  emit(event, value) {
+    this.effect('emit', event, value);
+  }
+
+  /** There is a connection, or there will be none. @param {Error} [error] */
+  arrived(error) {
+    for (const id of [...this.#connecting.keys()]) this.#promised(id, error);
+  }
+
+  /** A connection has ended. @param {Link} link @param {DisconnectedError} why @param {number} [code] to close it with, where it has not closed by itself */
+  lose(link, why, code) {
+    this.supervisor.lose(link, why, code);
   }
 
   // Helpers
 
-  /** @param {Link} link @param {Lane} lane @param {any} object */
-  #handle(link, lane, object) {
+  /** @param {Lane} lane @param {any} object */
+  #handle(lane, object) {
     // What is not known is for those who know it (section 15).
-    if (link.phase !== 'ended' && Object.hasOwn(HANDLERS, object.type)) HANDLERS[object.type](this, object, lane, link);
+    if (lane.link.phase !== 'ended' && Object.hasOwn(HANDLERS, object.type)) HANDLERS[object.type](this, object, lane);
   }
 
   /** @param {number} id @param {Error | undefined} error */
@@ -295,11 +296,6 @@ export class Core {
     const settler = this.#connecting.get(id);
     this.#connecting.delete(id);
     this.timers.cancel(`connected ${id}`);
-    if (settler) this.#settle(settler, error);
-  }
-
-  /** @param {Settler} settler @param {Error | undefined} error @param {unknown} [value] */
-  #settle(settler, error, value) {
-    this.effects.push({ type: 'settle', settler, error, value });
+    if (settler) this.settle(settler, error);
   }
 }

@@ -34,9 +34,9 @@ export class RefusedError extends CatbusError {
 
 /** There is no connection. */
 export class DisconnectedError extends CatbusError {
-  /** @param {string} message @param {{closeCode?: number, final?: boolean, code?: string}} [more] */
-  constructor(message, { closeCode, final = false, code = 'disconnected' } = {}) {
-    super(code, message);
+  /** @param {string} message @param {{closeCode?: number, final?: boolean}} [more] */
+  constructor(message, { closeCode, final = false } = {}) {
+    super('disconnected', message);
     this.name = 'DisconnectedError';
     /** The closing code, as section 11 of the specification has it, where there was one. @type {number | undefined} */
     this.closeCode = closeCode;
@@ -44,6 +44,9 @@ export class DisconnectedError extends CatbusError {
     this.final = final;
   }
 }
+
+/** What is told of what an earlier session began, where the next one is another client's. */
+export const ANOTHER_CLIENT = 'the connection belongs to another client_id';
 
 /** Codes after which the same request can succeed later (section 10). A code that is not known counts as `internal`. */
 export const TRY_AGAIN = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);

@@ -49,6 +49,11 @@ export class Feed {
     this.pattern = pattern;
   }
 
+  /** Those that get what it brings. */
+  get heard() {
+    return [...this.readers].filter(({ phase }) => phase === 'heard');
+  }
+
   get attached() {
     return [...this.readers].filter((reader) => reader.attached);
   }
@@ -94,7 +99,7 @@ export function tell(host, reader, what, value) {
  * @param {Host} host @param {Reader} reader @param {number} wanted @param {number} before
  */
 export function fetchPast(host, reader, wanted, before) {
-  /** @type {import('./requests.js').Done} */
+  /** @type {Settler} */
   const done = (error, page) => {
     if (reader.phase === 'ended') return;
     if (error instanceof RefusedError && TRY_AGAIN.has(error.code)) {

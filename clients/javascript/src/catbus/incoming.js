@@ -7,7 +7,6 @@
 import { RefusedError } from './errors.js';
 
 /** @typedef {import('./core.js').Core} Core */
-/** @typedef {import('./link.js').Link} Link */
 /** @typedef {import('./link.js').Lane} Lane */
 
 /** @param {any} object */
@@ -25,21 +24,21 @@ function refused(core, object) {
   else publishes.refused(id, reason) || requests.answered(id, reason) || subscriptions.refused(id, reason);
 }
 
-/** @param {any} object @param {Lane} lane @param {Link} link */
-function learn(object, lane, link) {
+/** @param {any} object @param {Lane} lane */
+function learn(object, lane) {
   const seq = object.type === 'gap' ? object.to : object.seq;
   if (!object.epoch) return;
   // Other streams may have told of a later epoch than the one in which a subscription's own stream begins.
   if (object.type === 'subscribed' && lane.own) lane.epoch = object.epoch;
-  else link.advance(seq ?? 0, object.epoch, lane);
+  else lane.link.advance(seq ?? 0, object.epoch, lane);
 }
 
-/** @type {Record<string, (core: Core, object: any, lane: Lane, link: Link) => void>} */
+/** @type {Record<string, (core: Core, object: any, lane: Lane) => void>} */
 export const HANDLERS = {
   message: (core, object, lane) => core.subscriptions.message(object, lane),
-  auth_ok: (core, object, lane, link) => core.authenticated(link, object),
-  auth_error: (core, object, lane, link) => core.notAuthenticated(link, reasonOf({ code: 'unauthenticated', ...object })),
-  published: (core, { id, seq, duplicate }, lane, link) => {
+  auth_ok: (core, object, lane) => core.authenticated(lane.link, object),
+  auth_error: (core, object, lane) => core.notAuthenticated(lane.link, reasonOf({ code: 'unauthenticated', ...object })),
+  published: (core, { id, seq, duplicate }, { link }) => {
     if (seq > link.head) link.head = seq;
     core.publishes.published(id, seq, duplicate === true);
   },
@@ -47,21 +46,21 @@ export const HANDLERS = {
   subscribe_error: refused,
   error: refused,
   history: (core, object) => void core.requests.answered(object.id, undefined, object),
-  pong: (core, object, lane, link) => core.ponged(link, object),
-  subscribed: (core, object, lane, link) => {
-    learn(object, lane, link);
+  pong: (core, object, lane) => core.ponged(lane.link, object),
+  subscribed: (core, object, lane) => {
+    learn(object, lane);
     core.subscriptions.subscribed(object, lane);
   },
-  unsubscribed: (core, object, lane, link) => core.subscriptions.unsubscribed(object, link),
+  unsubscribed: (core, object, lane) => core.subscriptions.unsubscribed(object, lane.link),
   revoked: (core, object, lane) => core.subscriptions.revoked(object, lane),
   live: (core, object, lane) => core.subscriptions.live(object, lane),
-  head: (core, object, lane, link) => {
-    learn(object, lane, link);
+  head: (core, object, lane) => {
+    learn(object, lane);
     core.subscriptions.head(object, lane);
   },
-  gap: (core, object, lane, link) => {
-    learn(object, lane, link);
+  gap: (core, object, lane) => {
+    learn(object, lane);
     core.subscriptions.gap(object, lane);
   },
-  goaway: (core, object, lane, link) => core.leaving(link, object),
+  goaway: (core, object, lane) => core.leaving(lane.link, object),
 };

@@ -4,22 +4,14 @@
  * @module
  */
 
+import { HALF_A_PAIR } from './arguments.js';
 import { RefusedError } from './errors.js';
 
 /** How deep a message may be nested, itself counted (section 4). */
 const MAX_DEPTH = 64;
-/** What `JSON.stringify` makes of a surrogate that stands alone; a backslash may itself be escaped. */
-const HALF_A_PAIR = /(?:^|[^\\])(?:\\\\)*\\ud[89a-f]/;
 const TOKENS = /"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g;
 /** Marks an integer among strings. Nobody can guess it, so no payload can contain it by intent. */
 const MARK = `bigint ${Math.random()} `;
-
-const encoder = new TextEncoder();
-
-/** How many bytes a text has in UTF-8. @param {string} text */
-export function byteLength(text) {
-  return encoder.encode(text).length;
-}
 
 /**
  * The JSON of a payload. Integers that are `bigint` are written out.
@@ -36,12 +28,11 @@ export function encodePayload(payload) {
     exact = true;
     return MARK + value;
   });
-  if (json === undefined) throw new TypeError('the payload has no JSON form');
+  if (json === undefined) throw new TypeError('payload: no JSON form');
   if (exact) json = json.replaceAll(new RegExp(`"${MARK}(-?\\d+)"`, 'g'), '$1');
-  if (json.includes('\\ud') && HALF_A_PAIR.test(json)) {
-    throw new RefusedError('bad_message', 'the payload contains half of a surrogate pair, which is no text');
-  }
-  if (depthOf(json) >= MAX_DEPTH) throw new RefusedError('bad_message', `the payload is nested deeper than ${MAX_DEPTH - 1}`);
+  // This is what `JSON.stringify` makes of a surrogate that stands alone. A backslash may itself be escaped.
+  if (json.includes('\\ud') && json.replaceAll('\\\\', '').includes('\\ud')) throw new RefusedError('bad_message', `payload: ${HALF_A_PAIR}`);
+  if (depthOf(json) >= MAX_DEPTH) throw new RefusedError('bad_message', `payload: nested deeper than ${MAX_DEPTH - 1}`);
   return json;
 }
 
@@ -65,8 +56,8 @@ function depthOf(json) {
   let deepest = 0;
   let depth = 0;
   for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[\]{}]/g)) {
-    if (token === '[' || token === '{') deepest = Math.max(deepest, ++depth);
-    else if (token === ']' || token === '}') depth--;
+    if ('[{'.includes(token)) deepest = Math.max(deepest, ++depth);
+    else if (']}'.includes(token)) depth--;
   }
   return deepest;
 }

@@ -8,71 +8,59 @@
 const DELAY = 200;
 const PREFIX = 'catbus:';
 
-export class Persisted {
-  #key;
-  #storage;
-  #position;
+/**
+ * Keep a cursor. `load` says what was kept, `touch` that the position is another one, `close` that none follows.
+ *
+ * @param {string} name @param {import('./types.js').StorageLike | undefined} storage
+ * @param {() => string | undefined} position where the subscription is
+ */
+export function keepCursor(name, storage, position) {
+  const key = PREFIX + name;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
-  #timer;
-  #flush = () => this.flush();
+  let timer;
+  const stop = listenFor(['pagehide', 'visibilitychange', 'freeze'], flush);
 
   /**
-   * @param {string} key @param {import('./types.js').StorageLike | undefined} storage
-   * @param {() => string | undefined} position where the subscription is
+   * Do something with the storage. Where it is forbidden, a subscription starts as if nothing was kept; where it is full,
+   * what comes again after a reload is dropped by nobody but the application.
+   *
+   * @template T @param {(storage: import('./types.js').StorageLike | undefined) => T} use @returns {T | undefined}
    */
-  constructor(key, storage, position) {
-    this.#key = PREFIX + key;
-    this.#storage = storage ?? defaultStorage();
-    this.#position = position;
-    for (const type of ['pagehide', 'visibilitychange', 'freeze']) addListener(type, this.#flush);
-  }
-
-  /** What was kept. @returns {string | undefined} */
-  load() {
+  function attempt(use) {
     try {
-      return this.#storage?.getItem(this.#key) ?? undefined;
+      return use(storage ?? globalThis.localStorage);
     } catch {
-      return undefined; // Where storage is forbidden, the subscription starts as if nothing was kept.
+      return undefined;
     }
   }
 
-  /** The position is another one. */
-  touch() {
-    this.#timer ??= setTimeout(this.#flush, DELAY);
+  function flush() {
+    clearTimeout(timer);
+    timer = undefined;
+    const at = position();
+    if (at !== undefined) attempt((place) => place?.setItem(key, at));
   }
 
-  flush() {
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
-    const position = this.#position();
-    if (position === undefined) return;
-    try {
-      this.#storage?.setItem(this.#key, position);
-    } catch {
-      // It is full, or forbidden: what comes again after a reload is dropped by nobody but the application.
-    }
-  }
-
-  close() {
-    this.flush();
-    for (const type of ['pagehide', 'visibilitychange', 'freeze']) removeListener(type, this.#flush);
-  }
+  return {
+    load: () => attempt((place) => place?.getItem(key)) ?? undefined,
+    touch() {
+      timer ??= setTimeout(flush, DELAY);
+    },
+    close() {
+      flush();
+      stop();
+    },
+  };
 }
 
-function defaultStorage() {
-  try {
-    return globalThis.localStorage;
-  } catch {
-    return undefined;
-  }
-}
-
-/** Listen on the page, where there is one: events of the document bubble to the window. @param {string} type @param {() => void} listener */
-export function addListener(type, listener) {
-  globalThis.addEventListener?.(type, listener, true);
-}
-
-/** @param {string} type @param {() => void} listener */
-export function removeListener(type, listener) {
-  globalThis.removeEventListener?.(type, listener, true);
+/**
+ * Listen on the page, where there is one: events of the document bubble to the window. Returns what ends it.
+ *
+ * @param {string[]} types @param {() => void} listener
+ */
+export function listenFor(types, listener) {
+  for (const type of types) globalThis.addEventListener?.(type, listener, true);
+  return () => {
+    for (const type of types) globalThis.removeEventListener?.(type, listener, true);
+  };
 }

@@ -9,8 +9,7 @@
  * @module
  */
 
-import { DisconnectedError, RefusedError, TRY_AGAIN } from './errors.js';
-import { byteLength } from './json.js';
+import { ANOTHER_CLIENT, DisconnectedError, RefusedError, TRY_AGAIN } from './errors.js';
 
 /** @typedef {import('./link.js').Link} Link */
 /** @typedef {import('./core.js').Settler} Settler */
@@ -121,15 +120,13 @@ export class Publishes {
     for (const publish of [...this.#sent.values()]) {
       publish.tries = 0;
       if (known) this.#sendAgain(publish, desk);
-      else this.#giveUp(publish, 'the broker does not know any more who published this');
+      else this.#giveUp(publish, 'the broker has forgotten its producer');
     }
     const { clientId } = desk;
-    for (const { owner, settler } of this.#unsent) {
-      if (owner !== undefined && owner !== clientId) {
-        this.#host.settle(settler, new RefusedError('unauthorized', 'the connection belongs to another client_id now'));
-      }
-    }
-    this.#unsent = this.#unsent.filter(({ owner }) => owner === undefined || owner === clientId);
+    this.#unsent = this.#unsent.filter(({ owner = clientId, settler }) => {
+      if (owner === clientId) return true;
+      this.#host.settle(settler, new RefusedError('unauthorized', ANOTHER_CLIENT));
+    });
     this.#desk = desk;
     this.#held = false;
     this.#goOn();
@@ -142,25 +139,24 @@ export class Publishes {
     this.#host.timers.cancel('retry publishes');
     this.#doubts.clear();
     this.#again.clear();
-    for (const settler of this.#ephemeral.values()) this.#host.settle(settler, why);
-    this.#ephemeral.clear();
+    for (const id of [...this.#ephemeral.keys()]) this.#settleEphemeral(id, why);
     // Given back and sent again, it comes behind what may have been taken meanwhile: that is for its owner to decide.
     const newest = Math.max(this.#taken, ...this.#sent.keys());
     const again = [];
     for (const publish of this.#returned) {
       if (publish.id > newest) again.push(publish);
-      else this.#host.settle(publish.settler, new RefusedError('shutting_down', 'the replica stops, and the log has what came after this'));
+      else this.#host.settle(publish.settler, new RefusedError('shutting_down', 'the replica stops, and the log has newer ones'));
     }
     this.#returned = [];
     this.#unsent = [...again, ...this.#unsent];
     for (const publish of [...this.#sent.values()]) {
-      if (++publish.losses > LOSSES) this.#giveUp(publish, `${LOSSES} connections were lost before an answer`);
+      if (++publish.losses > LOSSES) this.#giveUp(publish, `${LOSSES} connections were lost`);
     }
   }
 
   /** There will be no further connection for now: nothing that is unanswered ever will be. @param {Error} why */
   fail(why) {
-    for (const publish of [...this.#sent.values()]) this.#giveUp(publish, `${why.message}; it may have been published`);
+    for (const publish of [...this.#sent.values()]) this.#giveUp(publish, why.message);
     for (const { settler } of [...this.#returned, ...this.#unsent]) this.#host.settle(settler, why);
     this.#returned = [];
     this.#unsent = [];
@@ -168,31 +164,20 @@ export class Publishes {
 
   // What the broker says
 
-  /** @param {number} id @param {number | undefined} seq @param {boolean} duplicate @returns {boolean} whether it was one of these */
+  /** @param {number} id @param {number | undefined} seq @param {boolean} duplicate */
   published(id, seq, duplicate) {
-    const ephemeral = this.#ephemeral.get(id);
-    if (ephemeral) {
-      this.#ephemeral.delete(id);
-      this.#host.settle(ephemeral, undefined, {});
-      return true;
-    }
+    if (this.#settleEphemeral(id)) return;
     const publish = this.#sent.get(id);
-    if (!publish) return false;
+    if (!publish) return;
     this.#remove(id);
     this.#taken = Math.max(this.#taken, id);
     this.#host.settle(publish.settler, undefined, { seq, duplicate });
     this.#goOn();
-    return true;
   }
 
   /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
   refused(id, reason) {
-    const ephemeral = this.#ephemeral.get(id);
-    if (ephemeral) {
-      this.#ephemeral.delete(id);
-      this.#host.settle(ephemeral, reason);
-      return true;
-    }
+    if (this.#settleEphemeral(id, reason)) return true;
     const publish = this.#sent.get(id);
     if (!publish) return false;
     if (this.#doubts.has(id) || reason.code === 'unknown') {
@@ -214,7 +199,7 @@ export class Publishes {
   /** The broker has answered what was asked at `moment`: what was sent long before gets no answer any more. @param {number} moment */
   giveUpBefore(moment) {
     for (const publish of [...this.#sent.values()]) {
-      if (publish.at < moment - STUCK && !this.#again.has(publish.id)) this.#giveUp(publish, 'the broker does not answer it');
+      if (publish.at < moment - STUCK && !this.#again.has(publish.id)) this.#giveUp(publish, 'the broker does not answer');
     }
     this.#goOn();
   }
@@ -234,7 +219,7 @@ export class Publishes {
       const { timers } = this.#host;
       if (!timers.has('retry publishes')) timers.set('retry publishes', RETRY_PAUSE * publish.tries, () => this.#retry());
     } else {
-      this.#giveUp(publish, `it may have been published, and asking again brought only: ${reason.message}`);
+      this.#giveUp(publish, reason.message);
     }
   }
 
@@ -255,9 +240,10 @@ export class Publishes {
   #sendAgain(publish, desk) {
     const { id, after, epoch, body } = publish;
     if (epoch !== desk.epoch || after < desk.floor - 1) {
-      return this.#giveUp(publish, 'too much has happened to the log to tell whether it has this');
+      return this.#giveUp(publish, 'the log has changed too much to tell');
     }
-    if (tooLarge(body, desk.limits)) return this.#giveUp(publish, 'it is too large for the broker to be asked whether it has this');
+    const over = tooLarge(body, desk.limits);
+    if (over) return this.#giveUp(publish, over.message);
     this.#doubts.add(id);
     publish.tries++;
     publish.at = this.#host.timers.now;
@@ -273,8 +259,9 @@ export class Publishes {
     for (const publish of this.#unsent) {
       if (this.#sent.size >= window) break;
       sent++;
-      if (tooLarge(publish.body, desk.limits)) {
-        this.#host.settle(publish.settler, new RefusedError('too_large', `a message may have at most ${sizeLimit(desk.limits)} bytes`));
+      const over = tooLarge(publish.body, desk.limits);
+      if (over) {
+        this.#host.settle(publish.settler, over);
         continue;
       }
       // A new id each time, should it have been given back: the old one stays refused.
@@ -289,7 +276,14 @@ export class Publishes {
   /** Nobody will ever know what became of it. @param {Publish} publish @param {string} why */
   #giveUp(publish, why) {
     this.#remove(publish.id);
-    this.#host.settle(publish.settler, new RefusedError('unknown', why));
+    this.#host.settle(publish.settler, new RefusedError('unknown', `it may have been published: ${why}`));
+  }
+
+  /** @param {number} id @param {Error} [error] @returns {boolean} whether it was an ephemeral one */
+  #settleEphemeral(id, error) {
+    const settler = this.#ephemeral.get(id);
+    if (settler) this.#host.settle(settler, error, {});
+    return this.#ephemeral.delete(id);
   }
 
   /** @param {number} id */
@@ -300,13 +294,13 @@ export class Publishes {
   }
 }
 
-/** @param {{message_size?: number}} limits */
-function sizeLimit({ message_size: size = 65_536 }) {
-  return size;
-}
+const encoder = new TextEncoder();
 
-/** Over the limit the broker closes the connection. @param {string} body @param {{message_size?: number}} limits */
-export function tooLarge(body, limits) {
-  const room = sizeLimit(limits) - ADDED;
-  return body.length > room || (body.length * 3 > room && byteLength(body) > room);
+/**
+ * Why a body cannot be sent, where it cannot: over the limit the broker closes the connection.
+ *
+ * @param {string} body @param {{message_size?: number}} limits
+ */
+export function tooLarge(body, { message_size: size = 65_536 }) {
+  if (encoder.encode(body).length > size - ADDED) return new RefusedError('too_large', `a message may have at most ${size} bytes`);
 }

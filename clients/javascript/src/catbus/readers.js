@@ -5,6 +5,7 @@
  */
 
 /** @typedef {import('./feeds.js').Feed} Feed */
+/** @typedef {{since?: number | undefined, epoch?: string | undefined, last?: number | undefined}} Start */
 
 /**
  * One handler of a pattern. Several share one subscription on the wire; each drops what is not above its own cursor.
@@ -36,7 +37,7 @@ export class Reader {
 
   /**
    * @param {Feed} feed
-   * @param {{since?: number, epoch?: string, last?: number}} start
+   * @param {Start} start
    * @param {any} owner what the effects about it are for
    */
   constructor(feed, { since, epoch, last }, owner) {

@@ -8,34 +8,32 @@ import { RefusedError } from './errors.js';
 import { STUCK } from './publishes.js';
 
 /** @typedef {import('./link.js').Link} Link */
-/** @typedef {(error: Error | undefined, answer?: any) => void} Done */
+/** @typedef {import('./core.js').Settler} Settler */
 
 export class Requests {
-  #timers;
-  #nextId;
+  #host;
   /** @type {Link | undefined} */
   #desk;
-  /** @type {Map<number, {message: any, done: Done, at: number, kept: boolean}>} */
+  /** @type {Map<number, {message: any, done: Settler, at: number, kept: boolean}>} */
   #open = new Map();
 
   /** @param {{timers: import('./timers.js').Timers, nextId: () => number}} host */
-  constructor({ timers, nextId }) {
-    this.#timers = timers;
-    this.#nextId = nextId;
+  constructor(host) {
+    this.#host = host;
   }
 
   /**
-   * @param {string} pattern @param {number | undefined} limit @param {number | undefined} before @param {Done} done
+   * @param {string} pattern @param {number | undefined} limit @param {number | undefined} before @param {Settler} done
    * @param {boolean} [kept] whether it waits for a connection also while the application wants none
    */
   history(pattern, limit, before, done, kept = false) {
-    const id = this.#nextId();
+    const id = this.#host.nextId();
     this.#ask(id, { type: 'history', pattern, limit, before, id }, done, kept);
   }
 
-  /** @param {Done} done told how many milliseconds it took */
+  /** @param {Settler} done told how many milliseconds it took */
   ping(done) {
-    const seq = this.#nextId();
+    const seq = this.#host.nextId();
     this.#ask(seq, { type: 'ping', seq }, done);
   }
 
@@ -43,7 +41,7 @@ export class Requests {
   resume(desk) {
     this.#desk = desk;
     for (const request of this.#open.values()) {
-      request.at = this.#timers.now;
+      request.at = this.#host.timers.now;
       desk.send(request.message);
     }
   }
@@ -63,7 +61,7 @@ export class Requests {
     const request = this.#open.get(id);
     if (!request) return false;
     this.#open.delete(id);
-    request.done(error, answer?.type === 'pong' ? this.#timers.now - request.at : answer);
+    request.done(error, answer?.type === 'pong' ? this.#host.timers.now - request.at : answer);
     return true;
   }
 
@@ -74,9 +72,9 @@ export class Requests {
     }
   }
 
-  /** @param {number} id @param {any} message @param {Done} done @param {boolean} [kept] */
+  /** @param {number} id @param {any} message @param {Settler} done @param {boolean} [kept] */
   #ask(id, message, done, kept = false) {
-    this.#open.set(id, { message, done, at: this.#timers.now, kept });
+    this.#open.set(id, { message, done, at: this.#host.timers.now, kept });
     this.#desk?.send(message);
   }
 }

@@ -5,11 +5,11 @@
  */
 
 import { encodeCursor } from './arguments.js';
-import { RefusedError } from './errors.js';
+import { RefusedError, asError } from './errors.js';
 import { Inbox } from './inbox.js';
-import { Persisted } from './persist.js';
+import { keepCursor } from './persist.js';
 
-/** @import { Message, SubscribeOptions, StorageLike } from './types.js' */
+/** @import { Message, Subscription, SubscribeOptions, StorageLike } from './types.js' */
 /** @import { Reader } from './readers.js' */
 
 /** How many messages may wait for an `async` handler; the log keeps the others. */
@@ -30,16 +30,16 @@ export class Entry {
   failure;
   /** Whether anybody looks at `ready`. */
   observed = false;
-  /** @type {Promise<PlainSubscription>} */
+  /** @type {Promise<Subscription>} */
   ready;
-  /** @type {Persisted | undefined} */
+  /** @type {ReturnType<typeof keepCursor> | undefined} */
   persisted;
 
   #host;
   #handler;
   #options;
   #inbox;
-  /** @type {(value: PlainSubscription) => void} */
+  /** @type {(value: Subscription) => void} */
   #begun = () => {};
   /** @type {(error: Error) => void} */
   #failed = () => {};
@@ -50,7 +50,7 @@ export class Entry {
 
   /**
    * @param {string} pattern @param {(message: Message) => unknown} handler
-   * @param {SubscribeOptions & {buffer?: number}} options @param {StorageLike | undefined} storage @param {Host} host
+   * @param {SubscribeOptions & {buffer?: number | undefined}} options @param {StorageLike | undefined} storage @param {Host} host
    */
   constructor(pattern, handler, options, storage, host) {
     this.pattern = pattern;
@@ -62,7 +62,7 @@ export class Entry {
       pause: () => this.#ask((subscriptions, reader) => subscriptions.pause(reader)),
       goOn: () => this.#ask((subscriptions, reader) => subscriptions.goOn(reader)),
       threw: host.threw,
-      rejected: (error) => host.complain(error instanceof Error ? error : new Error(`${error}`)),
+      rejected: (error) => host.complain(asError(error)),
     });
     this.ready = new Promise((resolve, reject) => {
       this.#begun = resolve;
@@ -70,7 +70,7 @@ export class Entry {
     });
     // Nobody has to wait for it: what goes wrong is told to `onEnd`, or as an `error`.
     this.ready.catch(() => {});
-    if (options.persist !== undefined) this.persisted = new Persisted(options.persist, storage, () => this.position);
+    if (options.persist !== undefined) this.persisted = keepCursor(options.persist, storage, () => this.position);
     options.signal?.addEventListener('abort', this.#abort);
   }
 
@@ -94,8 +94,7 @@ export class Entry {
       }
       this.#finish();
       this.#failed(this.#options.signal?.aborted ? this.#options.signal.reason : new RefusedError('closed', 'the subscription was closed'));
-      const settler = { resolve: () => resolve(), reject: () => resolve() };
-      this.#ask((subscriptions, reader) => subscriptions.remove(reader, settler));
+      this.#ask((subscriptions, reader) => subscriptions.remove(reader, () => resolve()));
     });
   }
 
@@ -109,7 +108,7 @@ export class Entry {
   // Effects
 
   begun() {
-    this.#begun(new PlainSubscription(this));
+    this.#begun(agreed(this));
     this.persisted?.touch();
   }
 
@@ -164,75 +163,42 @@ export class Entry {
   }
 }
 
-/** A subscription that the broker has agreed to. */
-export class PlainSubscription {
-  #entry;
-
-  /** @param {Entry} entry */
-  constructor(entry) {
-    this.#entry = entry;
-  }
-
-  get pattern() {
-    return this.#entry.pattern;
-  }
-
-  /** The seq up to which everything was handled. @returns {number | undefined} */
-  get cursor() {
-    return this.#entry.place?.cursor;
-  }
-
-  /** @returns {string | undefined} */
-  get epoch() {
-    return this.#entry.place?.epoch;
-  }
-
-  /** @returns {string | undefined} */
-  get position() {
-    return this.#entry.position;
-  }
-
-  /** @returns {Promise<void>} */
-  close() {
-    return this.#entry.close();
-  }
-
-  /** @returns {Promise<void>} */
-  unsubscribe() {
-    return this.#entry.close();
-  }
+/** What the application has of a subscription that the broker has agreed to. @param {Entry} entry @returns {Subscription} */
+function agreed(entry) {
+  const close = () => entry.close();
+  return {
+    pattern: entry.pattern,
+    get cursor() {
+      return entry.place?.cursor;
+    },
+    get epoch() {
+      return entry.place?.epoch;
+    },
+    get position() {
+      return entry.position;
+    },
+    close,
+    unsubscribe: close,
+  };
 }
 
-/** A subscription from the moment it is asked for; awaiting it waits until the broker has agreed. */
-export class Handle extends PlainSubscription {
-  #entry;
-
-  /** @param {Entry} entry */
-  constructor(entry) {
-    super(entry);
-    this.#entry = entry;
-  }
-
-  /** @returns {Promise<import('./types.js').Subscription>} */
-  get ready() {
-    this.#entry.observed = true;
-    return this.#entry.ready;
-  }
-
-  /** @type {PromiseLike<import('./types.js').Subscription>['then']} */
-  then(onFulfilled, onRejected) {
-    return this.ready.then(onFulfilled, onRejected);
-  }
-
-  /** @type {Promise<import('./types.js').Subscription>['catch']} */
-  catch(onRejected) {
-    return this.ready.catch(onRejected);
-  }
-
-  /** @type {Promise<import('./types.js').Subscription>['finally']} */
-  finally(onFinally) {
-    return this.ready.finally(onFinally);
-  }
+/** What it has from the moment it asks for it; awaiting it waits until the broker has agreed. @param {Entry} entry */
+export function handleOf(entry) {
+  const ready = () => {
+    entry.observed = true;
+    return entry.ready;
+  };
+  /** @type {PromiseLike<Subscription> & Record<string, any>} */
+  const handle = {
+    __proto__: agreed(entry),
+    get ready() {
+      return ready();
+    },
+    then: (onFulfilled, onRejected) => ready().then(onFulfilled, onRejected),
+    catch: (/** @type {any} */ onRejected) => ready().catch(onRejected),
+    finally: (/** @type {any} */ onFinally) => ready().finally(onFinally),
+  };
+  return /** @type {import('./types.js').SubscriptionHandle} */ (handle);
 }
 
 /** @param {any} message @param {string} epoch @returns {Message} */

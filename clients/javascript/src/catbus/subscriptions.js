@@ -10,7 +10,7 @@
  * @module
  */
 
-import { RefusedError, TRY_AGAIN } from './errors.js';
+import { ANOTHER_CLIENT, RefusedError, TRY_AGAIN } from './errors.js';
 import { Feed, RETRY_PAUSE, fetchPast, tell } from './feeds.js';
 import { STUCK } from './publishes.js';
 import { Reader } from './readers.js';
@@ -18,8 +18,11 @@ import { Reader } from './readers.js';
 /** @typedef {import('./link.js').Link} Link */
 /** @typedef {import('./link.js').Lane} Lane */
 /** @typedef {import('./core.js').Settler} Settler */
+/** @typedef {import('./readers.js').Start} Start */
 
 const LONGEST_RETRY = 10_000;
+
+const nobody = () => {};
 
 export class Subscriptions {
   #host;
@@ -31,7 +34,7 @@ export class Subscriptions {
   #feeds = new Map();
   /** @type {Map<number, Feed>} */
   #asked = new Map();
-  /** What waits for `unsubscribed`. @type {Map<number, Settler | undefined>} */
+  /** What waits for `unsubscribed`. @type {Map<number, Settler>} */
   #leaving = new Map();
   /** @type {Set<Feed>} */
   #again = new Set();
@@ -49,7 +52,7 @@ export class Subscriptions {
   // What the application asks
 
   /**
-   * @param {string} pattern @param {{since?: number, epoch?: string, last?: number, stream?: boolean, datagrams?: boolean}} options
+   * @param {string} pattern @param {Start & {stream?: boolean, datagrams?: boolean}} options
    * @param {any} owner @returns {Reader}
    */
   add(pattern, { stream = false, datagrams = false, ...start }, owner) {
@@ -70,20 +73,20 @@ export class Subscriptions {
     return reader;
   }
 
-  /** End it from this side. @param {Reader} reader @param {Settler} [settler] settled when the broker knows */
+  /** End it from this side. @param {Reader} reader @param {Settler} settler settled when the broker knows */
   remove(reader, settler) {
     const { feed } = reader;
     const attached = reader.attached;
     this.#end(reader, undefined);
     if (attached && !feed.attached.length) this.#leave(feed, settler);
-    else if (settler) this.#host.settle(settler, undefined);
+    else this.#host.settle(settler, undefined);
   }
 
   /** Have nothing sent to it for now. @param {Reader} reader */
   pause(reader) {
     if (!reader.attached) return;
     reader.phase = 'paused';
-    if (!reader.feed.attached.length) this.#leave(reader.feed, undefined);
+    if (!reader.feed.attached.length) this.#leave(reader.feed);
   }
 
   /** Go on from where it stands. @param {Reader} reader */
@@ -98,8 +101,8 @@ export class Subscriptions {
   belongTo(clientId) {
     for (const reader of this.#readers()) {
       if (reader.owner === undefined || reader.owner === clientId) continue;
-      this.#refuse(reader, new RefusedError('unauthorized', 'the connection belongs to another client_id now'));
-      if (!reader.feed.attached.length) this.#leave(reader.feed, undefined);
+      this.#refuse(reader, new RefusedError('unauthorized', ANOTHER_CLIENT));
+      if (!reader.feed.attached.length) this.#leave(reader.feed);
     }
   }
 
@@ -160,8 +163,8 @@ export class Subscriptions {
   /** @param {any} reply @param {Link} link */
   unsubscribed(reply, link) {
     if (reply.id !== undefined) {
-      const settler = this.#leaving.get(reply.id);
-      if (this.#leaving.delete(reply.id) && settler) this.#host.settle(settler, undefined);
+      this.#host.settle(this.#leaving.get(reply.id) ?? nobody, undefined);
+      this.#leaving.delete(reply.id);
       return;
     }
     // Its own stream was not read for too long (a page may be frozen): it goes on from where it stands.
@@ -190,7 +193,7 @@ export class Subscriptions {
     const heard = feed.lane !== undefined && feed.lane.link === this.#desk;
     for (const reader of [...feed.readers]) this.#refuse(reader, reason);
     // A refused `subscribe` leaves the subscription that it was to replace.
-    if (heard) this.#leave(feed, undefined);
+    if (heard) this.#leave(feed);
     return true;
   }
 
@@ -205,7 +208,7 @@ export class Subscriptions {
     if (!feed) return;
     const reason = new RefusedError('revoked', 'the permission was withdrawn');
     // It was asked for anew, here or on the next connection.
-    if (feed.asked) this.#leave(feed, undefined);
+    if (feed.asked) this.#leave(feed);
     for (const reader of [...feed.readers]) this.#end(reader, reason);
     this.#silence(feed);
     this.#host.emit('revoked', { pattern: reply.pattern, seq: reply.seq });
@@ -219,13 +222,13 @@ export class Subscriptions {
     if (seq === undefined) {
       // A datagram belongs to no stream.
       if (feed.lane.link !== lane.link) return;
-      for (const reader of feed.readers) if (reader.phase === 'heard') tell(this.#host, reader, 'message', { message, epoch: '' });
+      for (const reader of feed.heard) tell(this.#host, reader, 'message', { message, epoch: '' });
       return;
     }
     if (feed.lane !== lane) return;
     feed.seq = seq;
-    for (const reader of [...feed.readers]) {
-      if (reader.phase === 'heard' && reader.take(seq, lane.epoch)) tell(this.#host, reader, 'message', { message, epoch: lane.epoch });
+    for (const reader of feed.heard) {
+      if (reader.take(seq, lane.epoch)) tell(this.#host, reader, 'message', { message, epoch: lane.epoch });
     }
   }
 
@@ -235,8 +238,7 @@ export class Subscriptions {
     if (!feed) return;
     feed.live = true;
     feed.seq = reply.seq;
-    for (const reader of [...feed.readers]) {
-      if (reader.phase !== 'heard') continue;
+    for (const reader of feed.heard) {
       reader.move(reply.seq, lane.epoch);
       this.#becomeLive(reader);
     }
@@ -248,7 +250,7 @@ export class Subscriptions {
     for (const feed of lane.own ? [lane.feed] : this.#feeds.values()) {
       if (feed?.lane !== lane || !feed.live) continue;
       feed.seq = reply.seq;
-      for (const reader of feed.readers) if (reader.phase === 'heard') reader.move(reply.seq, reply.epoch);
+      for (const reader of feed.heard) reader.move(reply.seq, reply.epoch);
     }
   }
 
@@ -258,8 +260,8 @@ export class Subscriptions {
     if (!feed) return;
     const { pattern, epoch, reason } = reply;
     feed.seq = feed.head = reply.to;
-    for (const reader of [...feed.readers]) {
-      const missing = reader.phase === 'heard' && reader.miss(reply);
+    for (const reader of feed.heard) {
+      const missing = reader.miss(reply);
       if (!missing) continue;
       const gap = { pattern, ...missing, epoch, reason };
       tell(this.#host, reader, 'gap', gap);
@@ -309,8 +311,8 @@ export class Subscriptions {
     this.#again.clear();
   }
 
-  /** Nobody wants it any more, for now or for good. @param {Feed} feed @param {Settler | undefined} settler */
-  #leave(feed, settler) {
+  /** Nobody wants it any more, for now or for good. @param {Feed} feed @param {Settler} settler */
+  #leave(feed, settler = nobody) {
     const desk = this.#desk;
     const known = feed.asked || (feed.lane && feed.lane.link === desk);
     if (feed.asked) this.#asked.delete(feed.asked.id);
@@ -323,7 +325,7 @@ export class Subscriptions {
       const id = this.#host.nextId();
       this.#leaving.set(id, settler);
       desk.send({ type: 'unsubscribe', pattern, id });
-    } else if (settler) {
+    } else {
       this.#host.settle(settler, undefined);
     }
   }
@@ -347,7 +349,7 @@ export class Subscriptions {
     this.#asked.clear();
     this.#again.clear();
     this.#host.timers.cancel('retry subscriptions');
-    for (const settler of this.#leaving.values()) if (settler) this.#host.settle(settler, undefined);
+    for (const settler of this.#leaving.values()) this.#host.settle(settler, undefined);
     this.#leaving.clear();
   }
 

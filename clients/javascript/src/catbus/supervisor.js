@@ -22,15 +22,13 @@ const REPLIES = 2000;
 const BETWEEN_TRIES = 1000;
 
 /**
- * @typedef {object} Host
- * @property {import('./timers.js').Timers} timers
- * @property {() => number} nextId
- * @property {(event: string, value: any) => void} emit
- * @property {(effect: import('./core.js').Effect) => void} effect
+ * @typedef {import('./upkeep.js').Host & More} Host
+ *
+ * @typedef {object} More
  * @property {import('./publishes.js').Publishes} publishes
  * @property {import('./requests.js').Requests} requests
  * @property {import('./subscriptions.js').Subscriptions} subscriptions
- * @property {(error: Error | undefined) => void} arrived there is a connection, or there will be none
+ * @property {(error?: Error) => void} arrived there is a connection, or there will be none
  */
 
 export class Supervisor {
@@ -65,13 +63,7 @@ export class Supervisor {
   constructor(options, host) {
     this.#options = options;
     this.#host = host;
-    this.#upkeep = new Upkeep(options, {
-      timers: host.timers,
-      nextId: host.nextId,
-      emit: host.emit,
-      askForToken: (link) => host.effect({ type: 'token', link }),
-      lose: (link, why, code) => this.lose(link, why, code),
-    });
+    this.#upkeep = new Upkeep(options, host);
   }
 
   start() {
@@ -85,7 +77,7 @@ export class Supervisor {
   /** There will be no further connection for now. @param {Error} why @param {'disconnect()' | 'ended for good'} event */
   stop(why, event) {
     if (!this.running) return;
-    const { timers, publishes, requests, subscriptions, arrived } = this.#host;
+    const { timers, publishes, requests, subscriptions } = this.#host;
     this.last = why;
     this.running = false;
     this.identity = undefined;
@@ -102,7 +94,7 @@ export class Supervisor {
     requests.fail(why);
     if (event === 'ended for good') subscriptions.endAll(why);
     this.#go(event);
-    arrived(why);
+    this.#host.arrived(why);
   }
 
   /** There is a network again, or the page is seen again: see at once whether the connection lives, or try to get one. */
@@ -122,7 +114,7 @@ export class Supervisor {
     if (link.phase !== 'opening') return;
     link.phase = 'token';
     if (!this.present) this.#go('a transport is open');
-    this.#host.effect({ type: 'token', link });
+    this.#host.effect('token', link);
   }
 
   /** A way leads nowhere. @param {Link} link @param {Error} why */
@@ -175,8 +167,8 @@ export class Supervisor {
     this.#dial = new Dial(this.#host.nextId(), ways, this.#options, {
       timers: this.#host.timers,
       open: (route) => {
-        const link = new Link(this.#host.nextId(), route, this.#options.parse, (ready) => this.#host.effect({ type: 'flush', link: ready }));
-        this.#host.effect({ type: 'open', link });
+        const link = new Link(this.#host.nextId(), route, this.#options.parse, (ready) => this.#host.effect('flush', ready));
+        this.#host.effect('open', link);
         return link;
       },
       close: (link) => this.#close(link, 0),
@@ -236,7 +228,7 @@ export class Supervisor {
     this.#resumeRequests(link);
     this.#host.emit('transport', link.kind);
     this.#go('the token is accepted');
-    this.#host.arrived(undefined);
+    this.#host.arrived();
   }
 
   /** @param {Link} link */
@@ -299,7 +291,7 @@ export class Supervisor {
     if (link.phase === 'ended') return;
     link.phase = 'ended';
     this.#upkeep.stop(link);
-    if (code !== undefined) this.#host.effect({ type: 'close', link, code });
+    if (code !== undefined) this.#host.effect('close', link, code);
   }
 
   // Moving

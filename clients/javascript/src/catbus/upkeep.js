@@ -22,7 +22,7 @@ const LONGEST_RENEW = 60_000;
  * @property {import('./timers.js').Timers} timers
  * @property {() => number} nextId
  * @property {(event: string, value: any) => void} emit
- * @property {(link: Link) => void} askForToken
+ * @property {(...effect: import('./core.js').Effect) => void} effect
  * @property {(link: Link, why: DisconnectedError, code: number) => void} lose
  */
 
@@ -82,13 +82,13 @@ export class Upkeep {
     if (!this.#options.renewable || delay === undefined) return;
     const floor = renewalFloor(link.early);
     link.early = delay <= floor ? link.early + 1 : 0;
-    this.#host.timers.set(`renew ${link.id}`, Math.max(delay, floor), () => this.#host.askForToken(link));
+    this.#host.timers.set(`renew ${link.id}`, Math.max(delay, floor), () => this.#host.effect('token', link));
   }
 
   /** @param {Link} link @param {Error} why */
   renewAgain(link, why) {
     this.#host.emit('error', why);
     const delay = Math.min(LONGEST_RENEW, RENEW_AGAIN * 2 ** Math.min(link.early++, 10));
-    this.#host.timers.set(`renew ${link.id}`, delay, () => this.#host.askForToken(link));
+    this.#host.timers.set(`renew ${link.id}`, delay, () => this.#host.effect('token', link));
   }
 }

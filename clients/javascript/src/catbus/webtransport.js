@@ -28,10 +28,11 @@ const found = new Map();
 
 /**
  * @param {string} url @param {new (url: string, options?: any) => any} constructor
- * @param {any[] | undefined} hashes @param {AbortSignal} signal
+ * @param {AbortSignal} signal @param {import('./types.js').Options} options
  * @returns {Promise<Transport>}
  */
-export async function openWebTransport(url, constructor, hashes, signal) {
+export async function openWebTransport(url, constructor, signal, options) {
+  const hashes = options.serverCertificateHashes ?? (await findHashes(url, options, signal));
   const session = new constructor(url, hashes ? { serverCertificateHashes: hashes } : {});
   const closed = session.closed.then(
     (/** @type {any} */ { closeCode = 0, reason = '' }) => ({ code: closeCode, reason }),
@@ -91,7 +92,7 @@ async function readText(readable, take) {
  *
  * @param {string} url @param {{discovery?: string | undefined, fallbackUrl?: string | undefined}} options @param {AbortSignal} signal
  */
-export async function findHashes(url, { discovery, fallbackUrl }, signal) {
+async function findHashes(url, { discovery, fallbackUrl }, signal) {
   if (!discovery && !isLoopback(new URL(url).hostname)) return undefined;
   const page = globalThis.location?.origin;
   const origins = [discovery, fallbackUrl?.replace(/^ws/, 'http'), page?.startsWith('http') ? page : undefined];
