@@ -78,7 +78,7 @@ test('a subscription that is kept goes on after a reload where its handler was',
   await listening;
   for (const n of [3, 4]) await other.publish(place, n);
   await visit(4, async ({ payload }) => {
-    await new Promise((resolve) => setTimeout(resolve, 5));
+    await new Promise(setImmediate);
     heard.push(payload);
   });
   assert.deepEqual(heard, [1, 2, 3, 4]);

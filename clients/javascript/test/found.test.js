@@ -4,7 +4,7 @@ import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
 import { test } from 'node:test';
 
-import { GOAWAY, client as module, message, outcome, scripted, until } from './scripted.js';
+import { GOAWAY, client as module, fakeClock, message, outcome, scripted, until } from './scripted.js';
 
 const { RefusedError = module.Refused, DisconnectedError = module.Disconnected } = module;
 
@@ -42,7 +42,7 @@ async function takeOver(made) {
   made.A.say(GOAWAY);
   const B = await made.socket(1);
   await B.accept();
-  await new Promise((resolve) => setTimeout(resolve, 5));
+  await until(() => B.sent.some(({ type }) => type === 'subscribe'));
   return B;
 }
 
@@ -51,8 +51,7 @@ async function check({ client, heard, settled }, last) {
   const answering = setInterval(() => last.answer(11), 2);
   try {
     assert.notEqual(await outcome(settled), 'nothing', 'a request has no answer');
-    // What it asked for there, after all that it was told before.
-    await new Promise((resolve) => setTimeout(resolve, 20));
+    await until(() => last.agreed.has('late'));
     last.say(message('late', 12));
     assert.deepEqual([client.connectionState, heard], ['connected', [12]]);
   } finally {
@@ -87,7 +86,6 @@ for (const kind of LATE) {
     const { A, answer } = made;
     const B = await takeOver(made);
     B.answer(11);
-    await new Promise((resolve) => setTimeout(resolve, 5));
     A.say(answer);
     A.lose(4504);
     await check(made, B);
@@ -261,7 +259,6 @@ test('leaving while connecting ends no process', () => {
     const client = new CatbusClient({ url: 'ws://example.com/ws', token: 'x', WebSocket });
     client.connect();
     client.disconnect();
-    setTimeout(() => {}, 20);
   `;
   const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', script]);
   assert.equal(status, 0, `${stderr}`);
@@ -272,10 +269,11 @@ test('async handlers run one after another, and a rejection is an error event', 
   const A = await made.connected();
   const told = [];
   const errors = [];
+  const gates = new Map();
   made.client.on('error', (error) => errors.push(error.message));
   const subscribing = made.client.subscribe('a', async ({ seq }) => {
     told.push(`begin ${seq}`);
-    await new Promise((resolve) => setTimeout(resolve, 20 - seq));
+    await new Promise((resolve) => gates.set(seq, resolve));
     told.push(`end ${seq}`);
     if (seq === 11) throw new Error('mine');
   });
@@ -283,6 +281,11 @@ test('async handlers run one after another, and a rejection is an error event', 
   A.answer();
   await subscribing;
   A.say(message('a', 11), message('a', 12));
+  assert.deepEqual(told, ['begin 11']);
+  for (const seq of [11, 12]) {
+    await until(() => gates.has(seq));
+    gates.get(seq)();
+  }
   await until(() => told.length === 4);
   assert.deepEqual([told, errors], [['begin 11', 'end 11', 'begin 12', 'end 12'], ['mine']]);
 });
@@ -292,7 +295,8 @@ test('errors have names that stay', () => {
   assert.equal(/name = new.target/.test(`${module.CatbusError}`), false);
 });
 
-test('a token function that says "signed out" is asked no more', async () => {
+test('a token function that says "signed out" is asked no more', async (context) => {
+  const clock = fakeClock(context);
   let asked = 0;
   const token = () => {
     asked++;
@@ -301,7 +305,7 @@ test('a token function that says "signed out" is asked no more', async () => {
   const made = scripted({ token });
   const error = await outcome(made.client.connect());
   assert.deepEqual([error.message, made.client.connectionState], ['signed out', 'disconnected']);
-  await new Promise((resolve) => setTimeout(resolve, 40));
+  await clock.pass(600_000);
   assert.equal(asked, 1);
 });
 
@@ -326,9 +330,12 @@ test("one user's subscriptions are not another's", async () => {
   assert.deepEqual(ended, ['unauthorized']);
 });
 
-test('waiting for a connection has an end, and trying has none', async () => {
-  const made = scripted();
-  const error = await outcome(made.client.connect({ timeout: 20 }));
+test('waiting for a connection has an end, and trying has none', async (context) => {
+  const clock = fakeClock(context);
+  const made = scripted({ connectTimeout: 60_000 });
+  const waiting = made.client.connect({ timeout: 20_000 });
+  await clock.pass(20_000);
+  const error = await outcome(waiting);
   assert.deepEqual([error.name, error.final], ['DisconnectedError', false]);
   const connecting = made.client.connect();
   await (await made.socket(0)).accept();

@@ -6,6 +6,7 @@ import { after } from 'node:test';
 export const client = await import(process.env.CATBUS_CLIENT ?? '../src/catbus.js');
 
 const EPOCH = 'e1';
+const { setTimeout } = globalThis;
 
 /** Wait for a condition, and fail when it does not come. */
 export async function until(condition, what = `${condition}`) {
@@ -22,11 +23,38 @@ export const outcome = (promise) =>
     new Promise((resolve) => setTimeout(resolve, 150, 'nothing')),
   ]);
 
+/** Have time pass for the clients of one test only as the test says. */
+export function fakeClock({ mock }) {
+  const timers = new Map();
+  let now = performance.now();
+  let ids = 0;
+  mock.method(performance, 'now', () => now);
+  mock.method(globalThis, 'setTimeout', (run, delay) => (timers.set(++ids, { run, at: now + delay }), ids));
+  mock.method(globalThis, 'clearTimeout', (id) => timers.delete(id));
+  return {
+    /** Run what is due within so many milliseconds, in its order. */
+    async pass(ms) {
+      const end = now + ms;
+      for (;;) {
+        await new Promise(setImmediate);
+        const [[id, { run, at }] = [0, { at: Infinity }]] = [...timers].sort(([, a], [, b]) => a.at - b.at);
+        if (at > end) break;
+        timers.delete(id);
+        now = Math.max(now, at);
+        run();
+      }
+      now = end;
+    },
+  };
+}
+
 class Socket {
   readyState = 1;
   closed = undefined;
   /** What the client has sent. */
   sent = [];
+  /** The patterns that it was told it has, here. */
+  agreed = new Set();
   #taken = 0;
 
   constructor(sockets) {
@@ -84,6 +112,7 @@ class Socket {
     for (const { type, pattern, id, since, channel } of this.sent.splice(0)) {
       if (type === 'subscribe') {
         this.say({ type: 'subscribed', pattern, seq, epoch: EPOCH, id });
+        this.agreed.add(pattern);
         if (since !== undefined) this.say({ type: 'live', pattern, seq });
       } else if (type === 'unsubscribe') this.say({ type: 'unsubscribed', pattern, seq, id });
       else if (type === 'publish') this.say({ type: 'published', channel, id, seq: ++seq });
