@@ -1,4 +1,4 @@
-"""`protocol/README.md` and the code say the same: tables are compared, examples decoded, verified and played."""
+"""`protocol/README.md` agrees with the code: tests compare its tables, decode and verify its examples, and run them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Row = dict[str, str]
 
 
 def section(title: str) -> str:
-    """The part of the document under a heading, whatever its number, up to the next of the same level."""
+    """The text below a heading, whatever its number, up to the next heading of the same level."""
     found = re.search(rf"^## \d+\. {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
     assert found, title
     return found[1]
@@ -66,7 +66,7 @@ def prose(title: str) -> str:
 
 
 def table(text: str, *columns: str) -> list[Row]:
-    """The rows of the table that begins with these columns."""
+    """The rows of the table whose first columns are these."""
     lines = text.splitlines()
     for number, line in enumerate(lines):
         head = _cells(line)
@@ -86,7 +86,7 @@ def _cells(line: str) -> list[str]:
 
 
 def quoted(cell: str) -> list[str]:
-    """What stands in a cell as code."""
+    """The code spans in a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
@@ -98,18 +98,18 @@ def blocks(*kinds: str, within: str = DOCUMENT) -> Iterator[tuple[str, bytes]]:
 
 
 def objects(text: bytes) -> list[Any]:
-    """The objects in a block, cut as the broker cuts them."""
+    """The objects in a block, found as the broker finds them."""
     return list(Framer(msgspec.json.decode, limit=1 << 20).feed(text))
 
 
 def anchors(document: str) -> set[str]:
-    """What its headings may be called in a link."""
+    """The link targets of its headings."""
     headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", ["README.md", "protocol/README.md", "docs/guarantees.md"])
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_lead_to_existing_files_and_headings(name: str) -> None:
     document = ROOT / name
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
         there = document.parent / target if target else document
@@ -123,7 +123,7 @@ PATTERNS = table(section("Channels and patterns"), "Pattern")
 
 
 @pytest.mark.parametrize("row", PATTERNS, ids=lambda row: row["Pattern"])
-def test_patterns_match_and_cover_what_the_table_says(row: Row) -> None:
+def test_patterns_match_and_cover_as_in_the_table(row: Row) -> None:
     [pattern] = quoted(row["Pattern"])
     for column, relation, expected in [
         ("Matches", channels.matches, True),
@@ -136,7 +136,7 @@ def test_patterns_match_and_cover_what_the_table_says(row: Row) -> None:
             assert relation(pattern, other) is expected, f"{pattern} {column} {other}"
 
 
-def test_what_is_said_to_be_no_channel_is_none() -> None:
+def test_texts_listed_as_invalid_are_rejected() -> None:
     text = section("Channels and patterns")
     [neither] = re.findall(r"Neither channels nor patterns: (.*?)\.\n", text, re.DOTALL)
     [patterns] = re.findall(r"Patterns but not channels: (.*?)\.\n", text, re.DOTALL)
@@ -162,7 +162,7 @@ FIRST_VERSION_REQUESTS = {
     "publish": ["channel", "payload"],
     "ping": ["seq"],
 }
-"""What clients in the wild say. It never changes, so it is written down here."""
+"""The required fields of first-version clients. They never change, so they are repeated here."""
 
 TYPES: dict[Any, str] = {
     str: "string",
@@ -178,7 +178,7 @@ TYPES: dict[Any, str] = {
 
 
 def fields_in_document(title: str, column: str) -> dict[str, list[Row]]:
-    """The rows of each message; a row without a name goes on with the message above it."""
+    """The rows of each message. A row without a name belongs to the message above it."""
     messages: dict[str, list[Row]] = {}
     for row in table(section(title), "Message", "Field", "Type", column):
         if row["Message"]:
@@ -204,35 +204,35 @@ def is_nullable(field: FieldInfo) -> bool:
 
 
 def fixed(rows: list[Row]) -> list[str] | None:
-    """The fields of a message that are marked as known to the first version; None where the message is not."""
+    """The fields of a message that are marked as part of the first version, or None if the message is not."""
     marked = [name for row in rows for name in quoted(row["Field"]) if row["Field"].endswith("*")]
     return marked if rows[0]["Message"].endswith("*") else None
 
 
-def test_all_messages_of_a_client_are_in_the_table_and_no_others() -> None:
+def test_table_lists_all_client_messages_and_no_others() -> None:
     assert list(fields_in_document("Client messages", "Default")) == list(REQUESTS)
 
 
-def test_all_messages_of_a_broker_are_in_the_table_and_no_others() -> None:
+def test_table_lists_all_broker_messages_and_no_others() -> None:
     assert list(fields_in_document("Broker messages", "Sent")) == list(REPLIES)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_the_fields_of_a_request_are_those_of_the_table(name: str) -> None:
+def test_request_has_the_fields_of_the_table(name: str) -> None:
     rows = fields_in_document("Client messages", "Default")[name]
-    said = [(*quoted(row["Field"]), row["Type"], row["Default"]) for row in rows]
-    done = []
+    listed = [(*quoted(row["Field"]), row["Type"], row["Default"]) for row in rows]
+    defined = []
     for field in msgspec.structs.fields(REQUESTS[name]):
         assert is_nullable(field) is (not field.required and field.default is None)
         value = (
             "none" if field.default is None else f"`{json.dumps(field.default)}`" if not field.required else "required"
         )
-        done.append((field.encode_name, type_in_words(field), value))
-    assert said == done
+        defined.append((field.encode_name, type_in_words(field), value))
+    assert listed == defined
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_the_fixed_fields_of_a_request_are_all_that_it_needs(name: str) -> None:
+def test_request_requires_exactly_its_fixed_fields(name: str) -> None:
     marked = fixed(fields_in_document("Client messages", "Default")[name])
     assert marked == FIRST_VERSION_REQUESTS.get(name)
     if marked is not None:
@@ -240,18 +240,18 @@ def test_the_fixed_fields_of_a_request_are_all_that_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_the_fields_of_a_reply_are_those_of_the_table(name: str) -> None:
+def test_reply_has_the_fields_of_the_table(name: str) -> None:
     rows = fields_in_document("Broker messages", "Sent")[name]
-    said = [(*quoted(row["Field"]), row["Type"], row["Sent"]) for row in rows]
-    done = [
+    listed = [(*quoted(row["Field"]), row["Type"], row["Sent"]) for row in rows]
+    defined = [
         (field.encode_name, type_in_words(field), "always" if field.required else "optional")
         for field in msgspec.structs.fields(REPLIES[name])
     ]
-    assert said == done
+    assert listed == defined
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_the_fixed_fields_of_a_reply_are_those_that_a_first_version_client_gets(name: str) -> None:
+def test_first_version_client_gets_the_fixed_fields_of_a_reply(name: str) -> None:
     marked = fixed(fields_in_document("Broker messages", "Sent")[name])
     known = REPLIES[name].fixed
     assert marked == (None if known is None else list(known))
@@ -298,20 +298,20 @@ def test_examples_for_http_decode() -> None:
 # Codes
 
 
-def test_the_codes_are_those_of_the_table() -> None:
-    said = [
+def test_error_codes_are_those_of_the_table() -> None:
+    listed = [
         (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
     ]
-    done = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in Code]
-    assert said == done
+    defined = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in Code]
+    assert listed == defined
 
 
-def test_the_closing_codes_are_those_of_the_table() -> None:
-    said = [(row["Code"], *quoted(row["Name"])) for row in table(section("Closing codes"), "Code", "Name")]
-    assert said == [(str(int(code)), code.name.lower()) for code in CloseCode]
+def test_closing_codes_are_those_of_the_table() -> None:
+    listed = [(row["Code"], *quoted(row["Name"])) for row in table(section("Closing codes"), "Code", "Name")]
+    assert listed == [(str(int(code)), code.name.lower()) for code in CloseCode]
 
 
-def test_every_closing_code_stands_in_the_range_of_its_kind() -> None:
+def test_closing_code_is_in_the_range_of_its_kind() -> None:
     ranges = [(int(row["From"]), int(row["To"])) for row in table(section("Closing codes"), "From", "To")]
     final, new_token, again = ranges
     assert final[1] + 1 == new_token[0]
@@ -322,7 +322,7 @@ def test_every_closing_code_stands_in_the_range_of_its_kind() -> None:
         assert (code in (CloseCode.TOKEN_EXPIRED, CloseCode.REVOKED)) is (home == new_token[0])
 
 
-def test_what_may_be_published_again_is_what_can_be_tried_again() -> None:
+def test_advice_for_publish_errors_agrees_with_the_retryable_codes() -> None:
     advice: dict[str, set[str]] = {}
     for row in table(section("Publishing"), "Reply"):
         answer, _, codes = row["Reply"].partition(":")
@@ -340,7 +340,7 @@ def setting(name: str) -> Any:
     return reduce(getattr, name.split("."), Config())
 
 
-TOLD_LIMITS = table(section("Limits"), "Name", "Default")
+AUTH_OK_LIMITS = table(section("Limits"), "Name", "Default")
 OTHER_LIMITS = table(section("Limits"), "Limit", "Default")
 
 CONNECTION_LIMITS = ConnectionLimits()
@@ -371,16 +371,16 @@ CONSTANTS = {
     "bytes of the head of an HTTP request": http.HEAD_SIZE,
     "bytes of the body of `POST /publish`": http.BODY_SIZE,
 }
-"""The limits that cannot be set."""
+"""The limits that have no setting, by their names in the tables."""
 
 
-def test_the_limits_that_a_client_is_told_are_those_of_the_table() -> None:
+def test_auth_ok_contains_the_limits_of_the_table() -> None:
     hub = Hub(Config(), MemoryLog(), Authenticator(()))
-    assert {name: int(row["Default"]) for row in TOLD_LIMITS for name in quoted(row["Name"])} == hub.limits()
+    assert {name: int(row["Default"]) for row in AUTH_OK_LIMITS for name in quoted(row["Name"])} == hub.limits()
 
 
-@pytest.mark.parametrize("row", TOLD_LIMITS + OTHER_LIMITS, ids=lambda row: row.get("Name") or row["Limit"])
-def test_a_limit_has_the_default_of_the_table(row: Row) -> None:
+@pytest.mark.parametrize("row", AUTH_OK_LIMITS + OTHER_LIMITS, ids=lambda row: row.get("Name") or row["Limit"])
+def test_limit_has_the_default_of_the_table(row: Row) -> None:
     label = row.get("Name") or row["Limit"]
     if row["Set by"] == NOTHING:
         assert float(row["Default"]) == CONSTANTS[label]
@@ -390,16 +390,16 @@ def test_a_limit_has_the_default_of_the_table(row: Row) -> None:
         assert label not in CONSTANTS
 
 
-def test_no_limit_is_left_out() -> None:
-    named = [name for row in TOLD_LIMITS + OTHER_LIMITS for name in quoted(row["Set by"])]
-    of_no_interest = {"recent"}
+def test_tables_contain_every_limit_once() -> None:
+    named = [name for row in AUTH_OK_LIMITS + OTHER_LIMITS for name in quoted(row["Set by"])]
+    internal = {"recent"}
     assert {name for name in named if name.startswith("limits.")} == {
-        f"limits.{name}" for name in Limits.__struct_fields__ if name not in of_no_interest
+        f"limits.{name}" for name in Limits.__struct_fields__ if name not in internal
     }
     assert len(set(named)) == len(named)
 
 
-def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
+def test_sizes_in_the_text_are_those_of_the_code() -> None:
     text = prose("Channels and patterns")
     assert f"at most {channels.MAX_LENGTH} bytes and {channels.MAX_SEGMENTS} segments" in text
     assert f"nested at most {wire.MAX_DEPTH} deep" in prose("Framing")
@@ -408,13 +408,13 @@ def test_the_sizes_in_the_text_are_those_of_the_code() -> None:
 # Epochs, and publishing from SQL
 
 
-def test_the_paces_in_the_text_are_those_of_the_code() -> None:
+def test_intervals_in_the_text_are_those_of_the_code() -> None:
     assert f"every {polling_interval.PACE:g} seconds, they check" in prose("Delivery")
     look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox_relay.PACE, outbox_relay.BRISK_PACE))
     assert f"every {look}, and every {brisk} in the {outbox_relay.RECENT:g} seconds" in prose("Publishing")
 
 
-async def test_sql_is_refused_as_the_table_says(database_url: str) -> None:
+async def test_sql_function_rejects_as_in_the_table(database_url: str) -> None:
     text = section("Publishing")
     async with open_sql(database_url) as sql:
         for row in table(text, "Rejected", "SQLSTATE"):
@@ -443,30 +443,30 @@ def base64url(data: bytes) -> str:
 
 
 def make_token(body: bytes, secret: str = SECRET) -> tuple[str, str, str]:
-    """TEXT, MAC and the token, by the words of the specification."""
+    """TEXT, MAC and the token, made as the specification describes."""
     text = base64url(body)
     mac = base64url(hmac.digest(secret.encode(), text.encode(), "sha256")[:16])
     return text, mac, f"sub-{text}.{mac}"
 
 
-def test_the_worked_example_of_a_token_verifies() -> None:
+def test_token_example_verifies() -> None:
     [(_, block)] = blocks("token")
-    said = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
-    assert (said["text"], said["mac"], said["token"]) == make_token(said["json"].encode(), said["secret"])
-    identity = Authenticator([said["secret"]]).verify(said["token"], NOW)
-    claims = json.loads(said["json"])
+    listed = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
+    assert (listed["text"], listed["mac"], listed["token"]) == make_token(listed["json"].encode(), listed["secret"])
+    identity = Authenticator([listed["secret"]]).verify(listed["token"], NOW)
+    claims = json.loads(listed["json"])
     read = tuple(grant["pattern"] for grant in claims["grants"]["grants"])
     assert {grant["grant_type"] for grant in claims["grants"]["grants"]} == {"read"}
     assert identity == Identity(claims["client_id"], Grants(read=read), claims["exp"])
     with pytest.raises(PeerError) as caught:
-        Authenticator([said["secret"]]).verify(said["token"], claims["exp"])
+        Authenticator([listed["secret"]]).verify(listed["token"], claims["exp"])
     assert caught.value.code is Code.TOKEN_EXPIRED
 
 
 CLAIMS = table(section("Tokens"), "Claim", "Type", "Required")
 
 
-def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None:
+def test_claims_are_optional_as_in_the_table() -> None:
     values = {"client_id": "alice", "grants": {"grants": []}, "exp": NOW + 1, "nbf": NOW - 1}
     values |= {"publish_rate": 1, "publish_bytes": 1, "iat": NOW}
     assert [quoted(row["Claim"]) for row in CLAIMS] == [[name] for name in values]
@@ -488,7 +488,7 @@ def test_the_claims_of_a_token_may_be_left_out_where_the_table_says_so() -> None
                     authenticator.verify(token, NOW)
 
 
-def test_the_types_of_grants_are_those_of_the_table() -> None:
+def test_grant_types_are_those_of_the_table() -> None:
     [row] = [row for row in CLAIMS if row["Claim"] == "`grants`"]
     names = quoted(row["Meaning"].partition("TYPE:")[2])
     allowed = {"read": (True, False), "write": (False, True), "all": (True, True), "create": (False, False)}
@@ -499,17 +499,17 @@ def test_the_types_of_grants_are_those_of_the_table() -> None:
         assert (grants.may_read("a.*"), grants.may_write("a.b")) == allowed[name]
 
 
-def test_the_worked_example_of_a_role_has_its_hash_and_its_handle() -> None:
+def test_role_example_has_its_hash_and_its_handle() -> None:
     [(_, block)] = blocks("role", within=section("Tokens"))
-    said = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
-    key = role_key(said["token"])
+    listed = dict(line.split(maxsplit=1) for line in block.decode().splitlines())
+    key = role_key(listed["token"])
     assert key is not None
-    assert (key.hex(), role_handle(key)) == (said["sha256"], said["handle"])
-    assert len(make_role_token()) == len(said["token"])
+    assert (key.hex(), role_handle(key)) == (listed["sha256"], listed["handle"])
+    assert len(make_role_token()) == len(listed["token"])
     assert f"has not answered within {role_lookup.PATIENCE:g} seconds" in prose("Tokens")
 
 
-def test_the_claims_of_a_jwt_are_understood() -> None:
+def test_jwt_example_verifies() -> None:
     [(_, text)] = blocks("jwt")
     claims = json.loads(text)
     secret = SECRET.ljust(32, ".")
@@ -522,50 +522,51 @@ def test_the_claims_of_a_jwt_are_understood() -> None:
 # HTTP
 
 
-def test_the_routes_are_those_of_the_table() -> None:
-    said: dict[str, list[str]] = {}
+def test_routes_are_those_of_the_table() -> None:
+    listed: dict[str, list[str]] = {}
     for row in table(section("HTTP"), "Request", "Response"):
         [request] = quoted(row["Request"])
         method, path = request.split()
-        said.setdefault(path, []).append(method)
-    assert said == {path: list(methods) for path, methods in routes.ROUTES.items()}
+        listed.setdefault(path, []).append(method)
+    assert listed == {path: list(methods) for path, methods in routes.ROUTES.items()}
 
 
 # Sessions, against a broker without a network
 
 
 class Peer:
-    """A client that is connected to a hub by nothing but its mailbox."""
+    """A client without a network: it reads the send queue of its session."""
 
     def __init__(self, hub: Hub) -> None:
         self.client = hub.open_client(self, transport="test")
 
     def flush(self) -> None:
-        """The tests take the mail themselves."""
+        """Do nothing: the tests empty the send queue themselves."""
 
-    async def say(self, *messages: Any) -> list[dict[str, Any]]:
+    async def send(self, *messages: Any) -> list[dict[str, Any]]:
+        """Send messages to the broker, and return what it sends until all tasks wait."""
         data = [message if isinstance(message, bytes) else json.dumps(message).encode() for message in messages]
         await self.client.receive(b"\n".join(data))
-        return await self.hear()
+        return await self.receive()
 
-    async def hear(self) -> list[dict[str, Any]]:
-        """All that comes until everybody is waiting for somebody else."""
-        heard: list[dict[str, Any]] = []
+    async def receive(self) -> list[dict[str, Any]]:
+        """Return what the broker sends until all tasks wait."""
+        received: list[dict[str, Any]] = []
         first = self.client.session.protocol is Protocol.FIRST
         while True:
             await wait_all_tasks_blocked()
             items = self.client.mailbox.take()
             if not items:
-                return heard
+                return received
             for item in items:
                 lines = item if isinstance(item, bytes) else b"".join(item.first_version_lines) if first else item.lines
-                heard += objects(lines)
+                received += objects(lines)
 
 
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Hub]:
     roles = Roles()
-    roles.answer = Unavailable("the database is away")
+    roles.answer = Unavailable("the database is unreachable")
     roles.let.set()
     hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
     async with trio.open_nursery() as nursery:
@@ -597,8 +598,8 @@ def subscribe(pattern: str) -> dict[str, Any]:
     return {"type": "subscribe", "pattern": pattern}
 
 
-# The events, by the words of the table; the session in the state "open" has subscribed to project.* already.
-WHAT_COMES: dict[str, Any] = {
+# The events, named as in the table. A session in the state "open" has already subscribed to project.*.
+EVENTS: dict[str, Any] = {
     "`auth`, accepted": auth(),
     "`auth`, accepted, narrower grants": auth(read="project.a"),
     "`auth`, another `client_id`": auth(client_id="bob"),
@@ -638,74 +639,74 @@ TRANSITIONS = [
 
 @pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
 @pytest.mark.parametrize(("state", "row"), TRANSITIONS, ids=[f"{state}: {row['Event']}" for state, row in TRANSITIONS])
-async def test_a_session_does_what_the_table_says(
+async def test_session_changes_state_as_in_the_table(
     state: str, row: Row, protocol: Protocol, autojump_clock: MockClock
 ) -> None:
-    what = row["Event"]
-    answers, codes = quoted(row["Reply"]), quoted(row["Code"])
-    if protocol is Protocol.FIRST and (state, what) == ("open", "`unsubscribe`, not subscribed to the pattern"):
-        answers, codes = ["unsubscribed"], []
+    event = row["Event"]
+    replies, codes = quoted(row["Reply"]), quoted(row["Code"])
+    if protocol is Protocol.FIRST and (state, event) == ("open", "`unsubscribe`, not subscribed to the pattern"):
+        replies, codes = ["unsubscribed"], []
     elif protocol is Protocol.FIRST:
-        answers = ["subscribe_error" if name == "revoked" else name for name in answers]
-        answers, codes = [name for name in answers if REPLIES[name].fixed is not None], []
+        replies = ["subscribe_error" if name == "revoked" else name for name in replies]
+        replies, codes = [name for name in replies if REPLIES[name].fixed is not None], []
     config = Config(limits=Limits(subscriptions=1, message_size=10_000))
     async with running(config) as hub:
-        if "never been reachable" in what:
+        if "never been reachable" in event:
             hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
         peer = Peer(hub)
         session = peer.client.session
         if state == "new":
-            # Everybody counts as a first-version client then. This shows the codes that are not sent.
+            # A new session counts as a first-version client, which gets no codes. This makes them visible.
             session.protocol = protocol
         else:
-            await peer.say(auth(protocol), subscribe("project.*"))
+            await peer.send(auth(protocol), subscribe("project.*"))
         if state == "closed":
             peer.client.close(CloseCode.INTERNAL, "")
         before = session.state
-        if what in TIMEOUTS:
+        if event in TIMEOUTS:
             await trio.sleep_until(session.deadline)
             session.tick(trio.current_time())
-            heard = await peer.hear()
-        elif what == "the role loses permissions":
+            received = await peer.receive()
+        elif event == "the role loses permissions":
             peer.client.regrant(Identity("alice", Grants(("project.a",)), None))
-            heard = await peer.hear()
-        elif what.startswith("the role is deleted"):
+            received = await peer.receive()
+        elif event.startswith("the role is deleted"):
             peer.client.regrant(None)
-            heard = await peer.hear()
-        elif what == "the replica begins to stop":
+            received = await peer.receive()
+        elif event == "the replica begins to stop":
             await hub.send_away()
-            heard = await peer.hear()
-        elif what == "the replica stops":
+            received = await peer.receive()
+        elif event == "the replica stops":
             hub.finish()
-            heard = await peer.hear()
+            received = await peer.receive()
         else:
-            message = WHAT_COMES[what]
-            heard = await peer.say({**message, "protocol": protocol} if what.startswith("`auth`") else message)
-        assert [message["type"] for message in heard] == answers
-        assert [message["code"] for message in heard if "code" in message] == codes
+            message = EVENTS[event]
+            received = await peer.send({**message, "protocol": protocol} if event.startswith("`auth`") else message)
+        assert [message["type"] for message in received] == replies
+        assert [message["code"] for message in received if "code" in message] == codes
         expected = before.name.lower() if row["Next"] == "same" else row["Next"]
         assert session.state.name.lower() == expected
         if state != "closed":
             assert (NOTHING if session.closing is None else str(int(session.closing[0]))) == row["Closing code"]
 
 
-def test_the_session_table_tells_all_that_can_come() -> None:
+def test_session_table_contains_every_event_and_request() -> None:
     described = {row["Event"] for _, row in TRANSITIONS}
-    assert set(WHAT_COMES) <= described
+    assert set(EVENTS) <= described
     for state in ("new", "open"):
         requests = {name for place, row in TRANSITIONS if place == state for name in quoted(row["Event"])[:1]}
         assert set(REQUESTS) <= requests
 
 
 def comparable(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without what is another each time."""
+    """A message without the fields that differ in every run."""
     message = {name: value for name, value in message.items() if name not in ("at", "producer")}
     if "messages" in message:
         message["messages"] = [comparable(each) for each in message["messages"]]
     return message
 
 
-async def test_what_the_first_version_had_besides_is_answered_as_the_table_says() -> None:
+async def test_other_first_version_messages_are_answered_as_in_the_table() -> None:
     rows = table(section("Compatibility"), "Message", "In the first version")
     assert [quoted(row["Message"]) for row in rows] == [["yjs_update"], ["yjs_awareness"], ["yjs_sync_request"]]
     [(_, text)] = blocks("first-version", within=section("Compatibility"))
@@ -713,32 +714,32 @@ async def test_what_the_first_version_had_besides_is_answered_as_the_table_says(
     async with running(Config()) as hub:
         for before in ([], [auth(0)]):
             peer = Peer(hub)
-            await peer.say(*before)
+            await peer.send(*before)
             for row in rows:
                 [kind] = quoted(row["Message"])
-                answer, pong = (await peer.say({"type": kind, "channel": "project.a"}, {"type": "ping", "seq": 1}))[:2]
+                answer, pong = (await peer.send({"type": kind, "channel": "project.a"}, {"type": "ping", "seq": 1}))[:2]
                 assert [answer["type"]] == quoted(row["Reply"])
                 assert pong == {"type": "pong", "seq": 1}
                 if kind in example["message"]:
                     assert answer == example
 
 
-async def test_the_conversation_goes_as_it_is_told() -> None:
+async def test_example_session_runs_as_written() -> None:
     example = section("An example")
     [epoch] = set(re.findall(r'"epoch": ?"(\w+)"', example))
     answered = 0
     async with running(Config()) as hub:
         peer = Peer(hub)
-        heard: list[dict[str, Any]] = []
+        received: list[dict[str, Any]] = []
         for kind, text in blocks("client", "server", within=example):
             text = text.replace(epoch.encode(), hub.log.epoch.encode())
             if kind == "client":
-                assert heard == []
-                heard = await peer.say(text.replace(b'"..."', json.dumps(auth()["token"]).encode()))
+                assert received == []
+                received = await peer.send(text.replace(b'"..."', json.dumps(auth()["token"]).encode()))
                 continue
             expected = objects(text)
-            assert list(map(comparable, heard)) == list(map(comparable, expected))
-            assert [message.keys() for message in heard] == [message.keys() for message in expected]
+            assert list(map(comparable, received)) == list(map(comparable, expected))
+            assert [message.keys() for message in received] == [message.keys() for message in expected]
             answered += 1
-            heard = []
+            received = []
     assert answered == 4
