@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 
-# What is installed, in a virtual environment that is all the second stage takes over.
+# Install into a virtual environment. The second stage copies nothing else.
 FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/catbus
@@ -17,7 +17,7 @@ RUN groupadd --gid 10001 catbus \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin catbus \
     && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/catbus
 COPY --from=build /opt/catbus /opt/catbus
-# Nothing is written but to the state directory, and in production nothing there: the file system may be read-only.
+# The broker writes to the state directory only, and in production not even there, so the file system may be read-only.
 ENV PATH=/opt/catbus/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -25,9 +25,9 @@ ENV PATH=/opt/catbus/bin:$PATH \
 USER 10001:10001
 # WebTransport, over QUIC; WebSocket and HTTP.
 EXPOSE 4433/udp 8080/tcp
-# Kubernetes has probes of its own and does not read this.
+# Kubernetes has its own probes and ignores this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/health', timeout=2)"]
-# With SIGTERM it says goodbye to its clients, which takes up to 15 s with many: give it the time (docker stop --time 30).
+# On SIGTERM the broker drains, which takes up to 15 s with many clients: allow that time (docker stop --time 30).
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["catbus", "run"]

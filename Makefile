@@ -1,32 +1,33 @@
-# `make` alone says what there is. Everything goes into .venv; deleting it starts afresh.
+# `make` alone lists the targets. Everything is installed into .venv; delete it to start again.
 
 venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
-# One thing at a time, whatever -j says: the targets share one virtual environment and one machine.
+# Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
 .PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage clean
 
 help:
-	@echo 'make run      start a broker on this machine, with a PostgreSQL of its own'
-	@echo 'make test     check style and types, then run all tests'
-	@echo 'make lint     check style only'
-	@echo 'make types    check types only'
-	@echo 'make format   put the code into its standard form'
-	@echo 'make bench    measure'
-	@echo 'make chaos    hurt replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
-	@echo 'make fuzz     play clients of all kinds to replicas, and compare with a model (FUZZ_MINUTES=5)'
-	@echo 'make fuzz-bytes  look for bytes that break what takes them from strangers (FUZZ_SECONDS=60 for each)'
-	@echo 'make hostile  attack a broker in every way, and measure what honest clients notice (HOSTILE_SECONDS=6)'
-	@echo 'make conformance  play suites, client libraries and proxies of others to a broker (PYTHON2=, for Autobahn)'
-	@echo 'make coverage  run all tests, and show which lines and branches of catbus/ none of them reaches'
-	@echo 'make clean    remove all that make has made'
+	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
+	@echo 'make test         check style and types, then run all tests'
+	@echo 'make lint         check style'
+	@echo 'make types        check types'
+	@echo 'make format       format the code'
+	@echo 'make bench        run the benchmarks'
+	@echo 'make chaos        inject faults into replicas and their database, and check what clients see (CHAOS_MINUTES=2)'
+	@echo 'make fuzz         run random clients against two replicas, and compare with a model (FUZZ_MINUTES=5)'
+	@echo 'make fuzz-bytes   fuzz each parser of untrusted bytes (FUZZ_SECONDS=60 for each)'
+	@echo 'make hostile      attack a broker, and measure the latency of honest clients (HOSTILE_SECONDS=6 for each attack)'
+	@echo 'make conformance  run suites, clients and proxies of other projects against a broker (PYTHON2= for Autobahn)'
+	@echo 'make coverage     run all tests, and show the lines and branches of catbus/ that no test reaches'
+	@echo 'make clean        remove everything that make has made'
 
 run: $(venv)/installed-run
 	@exec $(bin)/catbus run --config catbus.toml
 
-# In two processes: much of the time tests wait. Those of a file share servers and browsers, and stay together.
+# In two processes, because tests wait for much of their time. The tests of a file share servers and browsers, so they
+# run in one process.
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -53,26 +54,26 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/storm.py --clients 300
 	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
 
-# How long there are faults; then each mistake that replicas can be made to make has to be found.
+# How long faults are injected. Then each planted mistake must be found.
 CHAOS_MINUTES := 2
 
 chaos: $(venv)/installed-test $(venv)/programs
 	$(bin)/python -m tests.chaos --minutes $(CHAOS_MINUTES)
 	$(bin)/python -m tests.chaos --mistakes
 
-# For how long. What is found is written to found.py, which does it again.
+# How long to run. A failure is written to found.py, which reproduces it.
 FUZZ_MINUTES := 5
 
 fuzz: $(venv)/installed-test
 	$(bin)/python -m tests.fuzz --minutes $(FUZZ_MINUTES) --script found.py
 
-# For each of the targets.
+# For each parser.
 FUZZ_SECONDS := 60
 
 fuzz-bytes: $(venv)/installed-test $(venv)/atheris
 	$(bin)/python -m tests.fuzz_bytes all --seconds $(FUZZ_SECONDS)
 
-# How long each attack goes on.
+# How long each attack lasts.
 HOSTILE_SECONDS := 6
 
 hostile: $(venv)/installed-test
@@ -82,7 +83,7 @@ conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/
 		$(venv)/installed-conformance $(venv)/installed-autobahn
 	$(bin)/python -m tests.conformance
 
-# Below this the target fails.
+# The target fails below this percentage.
 COVERED := 95
 
 coverage: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
@@ -95,15 +96,15 @@ clean:
 	rm -rf $(venv) .coverage clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What has been installed stays until what is to be installed changes, so a second run needs no network.
+# Installed packages stay until the requirements change, so a second run needs no network.
 
 $(venv)/installed-run: $(venv)/made setup.cfg pyproject.toml
-	@echo 'Installing Catbus and what it needs into $(venv) (once; this can take a minute) ...'
+	@echo 'Installing Catbus and its dependencies into $(venv) (once; this can take a minute) ...'
 	@$(pip) install --editable '.[embedded]'
 	@touch $@
 
 $(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml tests/k8s/requirements.txt
-	@echo 'Installing Catbus and what its tests need into $(venv) (once; this can take a minute) ...'
+	@echo 'Installing Catbus and the dependencies of its tests into $(venv) (once; this can take a minute) ...'
 	@$(pip) install --editable '.[embedded,testing,dev]'
 	@$(pip) install --no-deps --require-hashes --requirement tests/k8s/requirements.txt
 	@touch $@ $(venv)/installed-run
@@ -111,28 +112,29 @@ $(venv)/installed-test: $(venv)/made setup.cfg pyproject.toml tests/k8s/requirem
 $(venv)/atheris: $(venv)/made
 	@$(pip) install 'atheris>=3' && touch $@
 
-# What the JavaScript client is checked and tested with. Without npm, the tests that need it say so.
+# Tools that check and test the JavaScript client. Without npm, the tests that need them say so.
 $(venv)/javascript: $(venv)/made clients/javascript/package-lock.json
 	@if command -v npm >/dev/null; then \
-		echo 'Installing what the JavaScript client is tested with (once) ...'; \
+		echo 'Installing the test tools of the JavaScript client (once) ...'; \
 		npm ci --silent --no-audit --no-fund --prefix clients/javascript && touch $@; \
 	fi
 
-# WebTransport libraries of others, which need Python 3.12. Where there is none, the tests that use them say so.
+# WebTransport libraries of other projects, which need Python 3.12. Without it, the tests that use them say so.
 $(venv)/installed-foreign: $(venv)/made tests/foreign/requirements.txt
 	@for python in $(bin)/python python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python); do \
 		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -n "$$found" ]; then \
-		echo 'Installing the WebTransport libraries of others for the tests (once) ...'; \
+		echo 'Installing WebTransport libraries for the tests (once) ...'; \
 		rm -rf $(venv)/foreign && $$found -m venv $(venv)/foreign && \
 		$(venv)/foreign/bin/python -m pip --disable-pip-version-check --no-input -qq install --requirement tests/foreign/requirements.txt && \
 		touch $@; \
 	fi
 
-# What conformance is tried with: client libraries, Caddy, and the distribution's nginx. Without nginx, the table says so.
+# The programs of the conformance tests: client libraries, Caddy, and the distribution's nginx. Without nginx, the table
+# says so.
 $(venv)/installed-conformance: $(venv)/made tests/conformance/requirements.txt tests/conformance/programs.txt
-	@echo 'Installing the WebSocket clients and proxies of others (once; this can take a minute) ...'
+	@echo 'Installing WebSocket clients and proxies (once; this can take a minute) ...'
 	@rm -rf $(venv)/conformance && $(bin)/python -m venv $(venv)/conformance
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --requirement tests/conformance/requirements.txt
 	@$(subst $(bin),$(venv)/conformance/bin,$(pip)) install --no-deps --require-hashes --requirement tests/conformance/programs.txt
@@ -141,13 +143,13 @@ $(venv)/installed-conformance: $(venv)/made tests/conformance/requirements.txt t
 	fi
 	@touch $@
 
-# The Autobahn suite runs on Python 2.7 alone: PYTHON2, or `python2.7` on PATH, or pyenv's.
+# The Autobahn suite needs Python 2.7: PYTHON2, `python2.7` on PATH, or pyenv's.
 $(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/autobahn.txt
 	@for python in $(PYTHON2) python2.7 $(wildcard $(HOME)/.pyenv/versions/2.7*/bin/python2.7); do \
 		if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (2, 7))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-		echo 'There is no Python 2.7 for the Autobahn suite. Install one, or say: make conformance PYTHON2=/path/to/python2.7' >&2; \
+		echo 'There is no Python 2.7 for the Autobahn suite. Install it, or run: make conformance PYTHON2=/path/to/python2.7' >&2; \
 	else \
 		echo 'Installing the Autobahn suite (once; this can take a minute) ...'; \
 		rm -rf $(venv)/autobahn && \
@@ -156,7 +158,7 @@ $(venv)/installed-autobahn: $(venv)/installed-conformance tests/conformance/auto
 			install --no-warn-script-location --requirement tests/conformance/autobahn.txt && touch $@; \
 	fi
 
-# The distribution's Chromium, Firefox, PgBouncer and HAProxy. Where one cannot be installed from here, the tests that use it say so.
+# The distribution's Chromium, Firefox, PgBouncer and HAProxy. If one cannot be installed, the tests that use it say so.
 $(venv)/programs: $(venv)/made Makefile
 	@missing=; \
 	for program in chromium firefox-esr haproxy pgbouncer; do \
@@ -176,7 +178,7 @@ $(venv)/made:
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-		echo 'Catbus needs Python 3.11 or newer, and there is none on PATH. Install one, or say: make PYTHON=/path/to/python3' >&2; \
+		echo 'Catbus needs Python 3.11 or newer, and PATH has none. Install it, or run: make PYTHON=/path/to/python3' >&2; \
 		exit 1; \
 	fi; \
 	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
