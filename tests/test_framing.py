@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -328,3 +329,17 @@ def test_no_byte_is_decoded_more_than_twice() -> None:
             for _ in framer.feed(chunk):
                 pass
         assert given_to_decode <= 2 * len(data)
+
+
+def test_of_many_objects_few_are_taken_apart_before_they_are_asked_for() -> None:
+    data = b'{"type":"ping","seq":1}\n' * 40_000
+    results = Framer(decode_object).feed(data)
+    tracemalloc.start()
+    try:
+        for _ in range(1001):
+            next(results)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+    assert sum(1 for _ in results) == 40_000 - 1001

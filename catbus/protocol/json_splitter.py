@@ -11,6 +11,8 @@ from .wire_messages import UNDECODABLE, refusal
 
 M = TypeVar("M")
 
+_LINES = 4096
+"""Bytes of lines that are taken apart at a time."""
 _OPEN = ord("{")
 _SPACE = re.compile(rb"[ \t\r\n]+")
 
@@ -51,14 +53,15 @@ class Framer(Generic[M]):
             if not self._level:
                 if not lines_tried:
                     # Most often every line is one object. From the first that is not, the scanner says where they end.
-                    lines_tried = True
-                    for line in data[position:].split(b"\n"):
+                    for line in _next_lines(data, position):
                         if line:
                             if len(line) > self.limit:
+                                lines_tried = True
                                 break
                             try:
                                 result = decode(line)
                             except UNDECODABLE:
+                                lines_tried = True
                                 break
                             position += len(line)
                             yield result
@@ -110,6 +113,15 @@ class Framer(Generic[M]):
             raise PeerError(Code.TOO_LARGE, f"larger than {self.limit} bytes", CloseCode.TOO_LARGE)
         self._begun += data[start:]
         return None
+
+
+def _next_lines(data: bytes, start: int) -> list[bytes]:
+    """The lines from there on, of which there is at least one: about `_LINES` bytes, as they may be kept for long."""
+    stop = start + _LINES
+    end = len(data) if stop >= len(data) else data.rfind(b"\n", start, stop)
+    if end < 0:
+        end = data.find(b"\n", stop)
+    return data[start : end if end >= 0 else len(data)].split(b"\n")
 
 
 def _skip_space(data: bytes, position: int) -> int:
