@@ -6,7 +6,19 @@ import tracemalloc
 
 import pytest
 
-from catbus.delivery.send_queue import IN_MEMORY, MARK, REPLY, SLOT, Budget, Head, Mailbox, Mark, Run, size_of_replies
+from catbus.delivery.send_queue import (
+    IN_MEMORY,
+    JOINED,
+    MARK,
+    REPLY,
+    SLOT,
+    Budget,
+    Head,
+    Mailbox,
+    Mark,
+    Run,
+    size_of_replies,
+)
 from catbus.log import Entry
 from catbus.protocol import wire_messages as wire
 
@@ -223,6 +235,26 @@ def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> 
     ]
     assert said == (said[1] + run(1).size, 6 * REPLY + MARK + 3 * 4 + 3 + 4)
     assert (mailbox.size, budget.held) == (0, 0)
+
+
+@pytest.mark.parametrize("protocol", wire.Protocol)
+def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wire.Protocol) -> None:
+    budget = Budget()
+    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    mailbox.protocol = protocol
+    lines = [b"%d\n" % number for number in range(2000)]
+    for number, line in enumerate(lines):
+        mailbox.put(line)
+        mailbox.put(Head(b"head\n"))
+        if number == 1000:
+            mailbox.fix()
+            mailbox.put(Mark(b"mark\n", "a"))
+    assert mailbox.size == budget.replies
+    items = mailbox.take()
+    assert b"".join([item for item in items if type(item) is bytes]) == b"".join(lines)
+    assert (len(items) < 400) == (protocol is wire.Protocol.V1)
+    assert max(map(len, items)) < JOINED + 10
+    assert budget.replies == 0
 
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])

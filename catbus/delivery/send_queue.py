@@ -29,6 +29,12 @@ IN_MEMORY = 4
 """How many times what its lines have a run of many messages takes at the most."""
 
 
+PILE = 8192
+"""Bytes in a mailbox from which on replies are joined: less is soon read."""
+JOINED = 4096
+"""Bytes to which they are joined, in each object."""
+
+
 class Run:
     """Consecutive matches of one pattern, encoded once for everyone who gets them."""
 
@@ -248,10 +254,28 @@ class Mailbox:
             self._wake(self)
         elif isinstance(line, Head):
             self._drop_head()
+        if self.size > PILE:
+            self._join()
         self._items.append(line)
         size = _size(line)
         self.size += size
         self._budget.replies += size
+
+    def _join(self) -> None:
+        """Make one object of the two newest replies, unless they are large.
+
+        Python keeps small objects in arenas of a megabyte, and an arena goes back to the system only when the last of
+        them has gone. What lies beside the replies of somebody who does not read may stay for long.
+        """
+        items = self._items
+        if self.protocol is Protocol.FIRST or len(items) < 2:
+            return
+        first, second = items[-2:]
+        if type(first) is bytes and type(second) is bytes and len(first) < JOINED:
+            items[-2:] = [first + second]
+            self._fixed = min(self._fixed, len(items))
+            self.size -= REPLY
+            self._budget.replies -= REPLY
 
     def _drop_head(self) -> None:
         """Drop the newest `head`, which is about to be said anew, unless there is more than replies behind it."""
