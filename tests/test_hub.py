@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from math import ceil
@@ -19,7 +21,7 @@ from catbus.config import Config, Drain, Limits
 from catbus.delivery.send_queue import Mailbox, Run
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.limits.cpu_fairness import Pace
-from catbus.log import Append, MemoryLog
+from catbus.log import Append, Committed, MemoryLog
 from catbus.log.interface import OVERHEAD
 from catbus.protocol.wire_messages import Publish, check_payload
 from catbus.replica import Hub
@@ -651,6 +653,32 @@ class HoldingLog(MemoryLog):
 
     def submit(self, append: Append) -> None:
         self.held.append(append)
+
+
+@pytest.mark.parametrize("settled_first", [True, False])
+async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
+    nursery: trio.Nursery, settled_first: bool
+) -> None:
+    log = HoldingLog()
+    hub = Hub(Config(), log, Authenticator([SECRET]))
+    await nursery.start(log.run, hub.delivery)
+    client = open_client(hub)
+    await client.receive(hello("a") + objects(SUBSCRIBE, {"type": "publish", "channel": "a", "payload": 1}))
+    await client.receive(objects({"type": "publish", "channel": "a", "payload": 2}))
+    kept = weakref.ref(client)
+    gc.disable()
+    try:
+        for step in range(3):
+            if step == (2 if settled_first else 0):
+                client.leave()
+                del client
+            else:
+                append = log.held.pop()
+                append.settle(append, Committed(step))
+                del append
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(nursery: trio.Nursery) -> None:

@@ -152,6 +152,9 @@ class Outbox(trio.abc.Stream):
         self.shut = self.broken = True
         self._queue.clear()
         self.waiting = 0
+        # Both lead back to who has this connection, and only the garbage collector would free a circle.
+        self._refill = bytes
+        self.on_received = None
         self._moved.unpark_all()
         self._reading.cancel()
 

@@ -72,7 +72,7 @@ async def serve_websocket(
             with roster.carry(connection.outbox):
                 await connection.serve(hub, network)
         finally:
-            connection.outbox.abort()
+            connection.release()
             writers.cancel_scope.cancel()
 
 
@@ -132,6 +132,11 @@ class Connection:
         self._pinged = self._last_busy = self.outbox.last_heard
         self._goodbye: tuple[int, str] | None = None
         self._give_up = inf
+
+    def release(self) -> None:
+        """Give up what is left of the connection, so that it is freed at once: the garbage collector comes seldom."""
+        self.outbox.abort()
+        self._client = self._mailbox = None
 
     def flush(self) -> None:
         """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""

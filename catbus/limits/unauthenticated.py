@@ -13,6 +13,10 @@ STRANGERS_SIZE = 64 << 20
 TOO_MUCH = "too much is kept of peers that have shown no token"
 
 
+def _nothing() -> None:
+    """It has no connection to end any more."""
+
+
 class Strangers:
     """Peers that have shown no token, and what they have sent. When that is too much, the oldest of them give way."""
 
@@ -69,4 +73,5 @@ class Stranger:
     def leave(self) -> None:
         """It is no stranger any more."""
         self.known = True
+        self.give_way = _nothing
         self._strangers.clear(self)

@@ -104,7 +104,7 @@ class Client:
         self._closing = trio.Event()
         self._alarm = trio.CancelScope()
         self._room = trio.Event()
-        self._finishing = False
+        self._finishing = self._left = False
         self._quota = hub.quotas.new(trio.current_time())
         self._published = self._published_bytes = 0
         """Messages, and bytes of their texts, that its quota has yet to pay for."""
@@ -213,8 +213,18 @@ class Client:
         self._subscriptions.clear()
         self.session.abandon()
         self.mailbox.close()
+        self._left = True
+        self._release()
         self._closing.set()
         self._stranger.leave()
+
+    def _release(self) -> None:
+        """Leave nothing that only the garbage collector would free, which comes seldom, once nothing is owed any more.
+
+        What waits for a client that left is much larger than the client.
+        """
+        if self._left and not self.session.pending:
+            self.session.on_settled = _nothing
 
     def _give_way(self) -> None:
         """Others that have shown no token need the memory that is kept for this one."""
@@ -223,6 +233,7 @@ class Client:
 
     def _settled(self) -> None:
         self._room.set()
+        self._release()
         if self._finishing and not self.session.pending:
             self.close(CloseCode.SHUTTING_DOWN, STOPPING)
 
@@ -442,6 +453,10 @@ class Client:
         sizes = list(accumulate(entry.size + OVERHEAD for entry in reversed(entries)))
         kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
         self.session.recalled(request, kept, more or len(kept) < len(entries))
+
+
+def _nothing() -> None:
+    """Nobody waits for a session that was left."""
 
 
 def _is_quiet(mailbox: Mailbox, since: float | None) -> bool:

@@ -117,7 +117,7 @@ class Session:
         self.protocol = Protocol.FIRST
         self.identity: Identity | None = None
         self.producer = b""
-        self.share = Share(self)
+        self.share = Share(object())
         """Which part of the log it takes. It stays the same, so that what it publishes keeps its order."""
         self.patterns: set[str] = set()
         self.pending = 0

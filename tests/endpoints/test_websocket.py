@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,13 +12,18 @@ import pytest
 import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
+from catbus.auth.tokens import Authenticator
 from catbus.config import Config, Limits
-from catbus.delivery.send_queue import Run
+from catbus.delivery.send_queue import Mailbox, Run
+from catbus.endpoints.outbox import Outbox
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, UNPROVEN_SIZE, Connection, serve_websocket
 from catbus.errors import CloseCode
-from catbus.log import Entry
+from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import Protocol
+from catbus.replica import Hub
+from catbus.session.driver import Client
+from catbus.session.state_machine import Session
 from tests.endpoints import peers
 from tests.endpoints.fakes import FakeClient, FakeHub
 from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked, patience
@@ -69,6 +75,25 @@ def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, 
         reaction(client, data)
 
     return on_receive
+
+
+async def test_nothing_of_a_connection_is_left_for_the_garbage_collector(nursery: trio.Nursery) -> None:
+    hub = Hub(Config(), MemoryLog(), Authenticator([]))
+    nursery.start_soon(hub.flusher.run)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        async with served(cast(Any, hub)) as it:
+            await it.peer.send(masked(peers.TEXT, b'{"type":"ping","seq":1}{"type":"history","pattern":"a"}'))
+            assert b"pong" in (await it.peer.frame()).payload
+            await it.peer.send(close_frame(1000))
+            await it.ended.wait()
+        gc.collect()
+        kept = [type(each) for each in gc.garbage if isinstance(each, Client | Connection | Outbox | Mailbox | Session)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert kept == []
 
 
 # Talking
