@@ -108,7 +108,15 @@ def anchors(document: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["README.md", "protocol/README.md", "docs/guarantees.md"])
+DOCUMENTS = [
+    "README.md",
+    "SECURITY.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+    *("protocol/README.md", "clients/javascript/README.md", "k8s/README.md", "bench/README.md"),
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_to_existing_files_and_headings(name: str) -> None:
     document = ROOT / name
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
