@@ -1,10 +1,10 @@
-"""The manifests carried out under load, without a cluster: a renewed certificate, then a rolling restart.
+"""Run the manifests under load, without a cluster: renew a certificate, then do a rolling restart.
 
     python -m tests.k8s --sessions 200 --rate 20
 
-Three replicas as the rendered Deployment has them, PgBouncer, and HAProxy in the Ingress's place; see
+It runs three replicas of the rendered Deployment, PgBouncer, and HAProxy in place of the Ingress; see
 `tests/k8s/cluster.py`. Half of the sessions come through the ingress, by WebSocket, and half directly, by WebTransport.
-Ends with status 1 when anybody lacks a message, gets one twice, or when a publish was not acknowledged.
+The exit status is 1 if a subscriber lacks a message or gets one twice, or if a publish is not acknowledged.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.postgres.clusters import open_served_cluster
 
 SECRET = "a secret that all replicas share"
 NOTICE = 2.0
-"""Seconds in which everybody has had the time to see that the certificate is another one."""
+"""Seconds for all replicas to load the new certificate."""
 
 
 @dataclass
 class Outcome:
-    """`seconds` that the restart took, and how many sessions had been `lost` before it, with a certificate renewed."""
+    """`seconds`: the duration of the restart. `lost`: sessions lost before it, when the certificate was renewed."""
 
     cluster: Cluster
     load: Load
@@ -38,7 +38,7 @@ class Outcome:
     lost: int = 0
 
 
-async def play(command: Path, url: str, directory: Path, sessions: int, rate: float) -> Outcome:
+async def run_load(command: Path, url: str, directory: Path, sessions: int, rate: float) -> Outcome:
     async with open_cluster(command, url, SECRET, directory) as cluster:
         load = Load(cluster.dial, sign(SECRET, client_id="load", grants=Grants(("*",), ("*",))))
         outcome = Outcome(cluster, load)
@@ -60,16 +60,16 @@ def main() -> None:
         prog="python -m tests.k8s", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=20.0, help="messages a second, all publishers together")
+    parser.add_argument("--rate", type=float, default=20.0, help="messages per second, of all publishers together")
     options = parser.parse_args()
-    print("installing what the Dockerfile installs, and starting PostgreSQL ...", flush=True)
+    print("running the steps of the Dockerfile, and starting PostgreSQL ...", flush=True)
     with installed() as image, open_served_cluster() as postgres, tempfile.TemporaryDirectory() as name:
-        print("playing ...", flush=True)
+        print("running ...", flush=True)
         command = image / "bin" / "catbus"
-        outcome = trio.run(play, command, postgres.url, Path(name), options.sessions, options.rate)
+        outcome = trio.run(run_load, command, postgres.url, Path(name), options.sessions, options.rate)
     load, pods = outcome.load, outcome.cluster.all
     pauses = load.pauses
-    print("\nreconnects in each second:")
+    print("\nreconnects per second:")
     print("\n".join(plot(load.moves)))
     print(
         f"\n| sessions | lost by a renewed certificate | moved | seconds for all replicas | published | acknowledged "
@@ -79,7 +79,8 @@ def main() -> None:
         f"| {pauses[len(pauses) // 2] * 1e3:.0f}, {pauses[len(pauses) * 99 // 100] * 1e3:.0f} |"
     )
     for pod in pods:
-        print(f"{pod.name}: status {pod.status}, {pod.stopped_in:.1f} s to end; {', '.join(pod.failures) or 'well'}")
+        failures = ", ".join(pod.failures) or "no failures"
+        print(f"{pod.name}: status {pod.status}, {pod.stopped_in:.1f} s to end; {failures}")
     failed = load.lost or load.repeated or load.published != load.acknowledged or any(pod.failures for pod in pods)
     sys.exit(bool(failed or outcome.lost))
 

@@ -1,11 +1,11 @@
-"""The manifests carried out without a cluster: pods as processes, and what Kubernetes would have around them.
+"""The manifests without a cluster: pods as processes, and the parts of Kubernetes around them.
 
-A pod has an address of its own (127.0.1.N), the container's ports on it, its environment, with Secrets and volumes put
-in their places, and its probes. What is in front of the pods and behind them are the programs that an installation has:
-HAProxy in the Ingress's place, with what the Ingress says, and PgBouncer with the overlay's own configuration.
+A pod has its own address (127.0.1.N), the container's ports, its environment with the values of Secrets and volumes,
+and its probes. In front of the pods is HAProxy in place of the Ingress, with the rules of the Ingress. Behind them is
+PgBouncer with the overlay's configuration.
 
-Not the same: the pods share this machine's network, so that they are told their address (`CATBUS_WS_BIND`,
-`CATBUS_BIND`), its file system, which they could write to, and its users.
+Differences from a cluster: the pods share this machine's network, so they get their addresses by `CATBUS_WS_BIND` and
+`CATBUS_BIND`; its file system, to which they could write; and its users.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ Probe = dict[str, Any]
 ADDRESSES = [f"127.0.1.{number}" for number in range(1, 10)]
 POOLER = "127.0.2.1"
 INGRESS = "127.0.3.1"
-PATIENCE = 30.0
+START_TIMEOUT = 30.0
 DEFAULTS = {"periodSeconds": 10, "timeoutSeconds": 1, "failureThreshold": 3, "initialDelaySeconds": 0}
-"""Of a probe, as Kubernetes has them."""
+"""The defaults of Kubernetes for a probe."""
 
 
 class Pod:
-    """One replica, as the Deployment's template has it. `run` is its life, and the kubelet's part in it."""
+    """One replica of the Deployment's template. `run` runs it and does the kubelet's part."""
 
     def __init__(self, name: str, address: str, spec: dict[str, Any], environment: Mapping[str, str], command: Path):
         self.name = name
@@ -55,9 +55,9 @@ class Pod:
         self.ending = False
         self.status: int | None = None
         self.stopped_in = 0.0
-        """Seconds from the wish that it should end to its end."""
+        """Seconds from the deletion of the pod to its end."""
         self.failures: list[str] = []
-        """What a kubelet would have restarted it for."""
+        """The reasons for which a kubelet would have restarted it."""
         self._spec = spec
         [self._container] = spec["containers"]
         self._environment = environment
@@ -84,7 +84,7 @@ class Pod:
             self.failures.append(f"ended by itself with status {self.status}")
 
     async def delete(self) -> None:
-        """End it: first nobody is sent to it any more, then come preStop, SIGTERM, and at last SIGKILL."""
+        """End the pod: take it out of rotation, then preStop, SIGTERM, and at last SIGKILL."""
         began = trio.current_time()
         self.ending, self.ready = True, False
         process = self._process
@@ -94,7 +94,7 @@ class Pod:
             process.terminate()
             await process.wait()
         if process.returncode is None:
-            self.failures.append("was still there at the end of its grace")
+            self.failures.append("did not end within its grace period")
             process.kill()
             await process.wait()
         self.stopped_in = trio.current_time() - began
@@ -107,7 +107,7 @@ class Pod:
             await self._until("livenessProbe", success=False)
 
     async def _until(self, name: str, *, success: bool) -> None:
-        """Ask until it is so, or until it has failed so often that it would be restarted."""
+        """Probe until `success`, or until the probe has failed so often that a kubelet would restart the pod."""
         probe, failed = DEFAULTS | self._container[name], 0
         await trio.sleep(probe["initialDelaySeconds"])
         while True:
@@ -133,20 +133,20 @@ class Pod:
             await trio.sleep(probe["periodSeconds"])
 
     async def _ask(self, probe: Probe) -> bool:
-        """The kubelet's HTTP probe: good is any status from 200 to 399."""
+        """The kubelet's HTTP probe, which succeeds with any status from 200 to 399."""
         wanted = probe["httpGet"]
         [port] = [p["containerPort"] for p in self._container["ports"] if p["name"] == wanted["port"]]
         head = f"GET {wanted['path']} HTTP/1.1\r\nHost: {self.address}:{port}\r\nConnection: close\r\n\r\n"
         with trio.move_on_after(probe["timeoutSeconds"]), suppress(OSError, trio.BrokenResourceError, IndexError):
             async with await trio.open_tcp_stream(self.address, port) as stream:
                 await stream.send_all(head.encode())
-                answer = b"".join([data async for data in stream])
-            return 200 <= int(answer.split(b" ", 2)[1]) < 400
+                response = b"".join([data async for data in stream])
+            return 200 <= int(response.split(b" ", 2)[1]) < 400
         return False
 
 
 class Ingress:
-    """HAProxy, with TLS to the clients, doing what the rendered Ingress says."""
+    """HAProxy with TLS for the clients and the rules of the rendered Ingress."""
 
     def __init__(self, directory: Path, certificate: bytes) -> None:
         spec = named(render("overlays/ingress"), "Ingress", "catbus-websocket")["spec"]
@@ -171,7 +171,7 @@ class Ingress:
 
     @property
     def backend(self) -> int:
-        """The port of the pods that the Service leads to."""
+        """The port of the pods to which the Service leads."""
         documents = render("overlays/ingress")
         [port] = named(documents, "Service", "catbus-ws")["spec"]["ports"]
         ports = {p["name"]: p["containerPort"] for p in catbus_container(documents)["ports"]}
@@ -179,7 +179,7 @@ class Ingress:
         return number
 
     async def run(self, pods: Mapping[str, Pod]) -> None:
-        """Serve, and follow which pods are ready: nobody new is sent to the others, and who is there stays."""
+        """Serve. Pods that are not ready get no new connections and keep their present ones."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.run_process, self._command)
             while True:
@@ -201,7 +201,7 @@ class Ingress:
 
 
 class Pooler:
-    """PgBouncer with the configuration of the overlay, but for where it is and where its database is."""
+    """PgBouncer with the overlay's configuration, except for its address and that of its database."""
 
     def __init__(self, directory: Path, database_url: str, certificate: bytes) -> None:
         parts = urlsplit(database_url)
@@ -231,7 +231,7 @@ class Pooler:
 
 
 class Cluster:
-    """`pods` by name; `secrets` as `kubectl create secret` would have made them."""
+    """The pods, by name, with the Secrets that `kubectl create secret` would make."""
 
     def __init__(self, directory: Path, command: Path, database_url: str, secret: str) -> None:
         documents = render("overlays/pgbouncer")
@@ -239,7 +239,7 @@ class Cluster:
         self.authority = trustme.CA()
         self.pods: dict[str, Pod] = {}
         self.all: list[Pod] = []
-        """Those that have gone, too."""
+        """All pods, including those that have ended."""
         self._directory = directory
         self._command = command
         self._names = (f"catbus-{number}" for number in itertools.count(1))
@@ -263,12 +263,12 @@ class Cluster:
         return self.authority.issue_cert(*names).private_key_and_cert_chain_pem.bytes()
 
     def renew(self) -> None:
-        """Put another certificate into the Secret, as cert-manager does, and the kubelet into the pods."""
+        """Put a new certificate into the Secret, as cert-manager does, and into the pods, as the kubelet does."""
         issued = self.authority.issue_cert(*ADDRESSES)
         self.tls.put({"tls.crt": issued.cert_chain_pems[0].bytes(), "tls.key": issued.private_key_pem.bytes()})
 
     def _environment(self, address: str) -> dict[str, str]:
-        """What the container finds, with references looked up and what is mounted in its place."""
+        """The container's environment, with the values of references and the paths of mounted volumes."""
         container = catbus_container([self.deployment])
         [mount] = container["volumeMounts"]
         found = {}
@@ -292,7 +292,7 @@ class Cluster:
         pod = self.pods[name] = Pod(name, address, spec, self._environment(address), self._command)
         self.all.append(pod)
         nursery.start_soon(pod.run, self._directory / f"{name}.log")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(START_TIMEOUT):
             while not pod.ready:
                 assert not pod.failures, (pod.failures, (self._directory / f"{name}.log").read_text())
                 await trio.sleep(0.02)
@@ -303,7 +303,7 @@ class Cluster:
         del self.pods[pod.name]
 
     async def open(self, nursery: trio.Nursery) -> None:
-        """Start all of it, and wait until every replica is ready."""
+        """Start all parts, and wait until every replica is ready."""
         nursery.start_soon(self.pooler.run)
         nursery.start_soon(self.ingress.run, self.pods)
         self._nursery = nursery
@@ -313,7 +313,7 @@ class Cluster:
                 await trio.sleep(0.01)
 
     async def restart(self) -> None:
-        """`kubectl rollout restart`: a new pod is ready before an old one ends, one after the other."""
+        """Do `kubectl rollout restart`: replace pods one by one, each new one ready before an old one ends."""
         assert self.deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
         async with trio.open_nursery() as ending:
             for pod in list(self.pods.values()):
@@ -321,8 +321,10 @@ class Cluster:
                 ending.start_soon(self._delete, pod)
 
     async def dial(self, transport: str) -> Transport:
-        """Connect as a client outside does by WebSocket, or a service inside by `catbus-wt-headless`: DNS has those
-        that are ready."""
+        """Connect over WebSocket as a client outside, or over WebTransport as a service inside.
+
+        The service uses `catbus-wt-headless`, for which DNS returns the addresses of ready pods.
+        """
         if transport == "websocket":
             return await self.ingress.dial(self._context)
         ready = [pod for pod in self.pods.values() if pod.ready]
@@ -335,7 +337,7 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(command: Path, database_url: str, secret: str, directory: Path) -> AsyncIterator[Cluster]:
-    """Apply the manifests. `command` is the image's `catbus`."""
+    """Run the manifests. `command` is the image's `catbus`."""
     cluster = Cluster(directory, command, database_url, secret)
     async with trio.open_nursery() as nursery:
         await cluster.open(nursery)

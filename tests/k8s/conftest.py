@@ -1,4 +1,4 @@
-"""What the tests of the manifests share."""
+"""The fixture that the tests of the manifests share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.k8s.image import installed
 
 @pytest.fixture(scope="session")
 def image() -> Iterator[Path]:
-    """A directory with what the image has in `/opt/catbus`."""
+    """A directory with the contents of the image's `/opt/catbus`."""
     with installed() as directory:
         yield directory

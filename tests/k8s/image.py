@@ -1,4 +1,4 @@
-"""The container's image without a container engine: what its Dockerfile installs, in a place of its own."""
+"""The container's image without a container engine: the steps of its Dockerfile, run in a temporary directory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def instructions(name: str) -> list[str]:
-    """The instructions of this name, each on one line."""
+    """The instructions with this name, each on one line."""
     joined = re.sub(r"\\\n\s*", "", DOCKERFILE)
     return [line.partition(" ")[2] for line in joined.splitlines() if line.startswith(f"{name} ")]
 
 
 def context() -> list[Path]:
-    """What `.dockerignore` lets through, below the root."""
+    """The files below the root that `.dockerignore` permits."""
     allowed: set[Path] = set()
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line.startswith("!"):
@@ -35,7 +35,7 @@ def context() -> list[Path]:
 
 @contextmanager
 def installed() -> Iterator[Path]:
-    """A directory in which the Dockerfile's steps have put what the image has in `/opt/catbus`."""
+    """A directory with the contents of the image's `/opt/catbus`, made by the steps of the Dockerfile."""
     with tempfile.TemporaryDirectory(prefix="catbus-image-") as name:
         directory = Path(name)
         source, target = directory / "src", directory / "catbus"
@@ -48,6 +48,6 @@ def installed() -> Iterator[Path]:
                 script = step.replace("/opt/catbus", str(target)).replace("/src", str(source))
                 script = re.sub(r"^python ", f"{sys.executable} ", script)
                 subprocess.run(["/bin/sh", "-euc", script], check=True, stdout=subprocess.DEVNULL)
-        # Whoever runs what is in it is somebody else.
+        # Another user runs the programs in it.
         directory.chmod(0o755)
         yield target

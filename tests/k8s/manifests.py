@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` makes of the manifests, and the schemas that it has to satisfy."""
+"""The manifests as `kubectl kustomize` renders them, and the schemas that they must satisfy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "k8s"
 CRDS = Path(__file__).parent / "crds"
-"""Schemas of kinds that are not Kubernetes' own: as strict as those, and with what we use."""
+"""Schemas of custom resources: as strict as those of Kubernetes, with the fields that the manifests use."""
 OLDEST = "1.28"
 VERSIONS = OLDEST, kubernetes_validate.latest_version()
 
@@ -24,12 +24,12 @@ Document = dict[str, Any]
 
 
 def kustomizations() -> list[str]:
-    """What can be applied, by its place below `k8s/`."""
+    """The paths below `k8s/` that can be applied."""
     return ["base", *sorted(f"overlays/{each.name}" for each in (MANIFESTS / "overlays").iterdir())]
 
 
 def program(name: str) -> Path:
-    """A program that came in a wheel."""
+    """The path of a program that a wheel installed."""
     return Path(sysconfig.get_path("scripts")) / name
 
 
@@ -38,17 +38,17 @@ def _render(place: str) -> str:
     command = [program("kubectl"), "kustomize", str(MANIFESTS / place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, "it warns of what will not be understood any more"
+    assert not done.stderr, "kubectl warns of deprecated fields"
     return done.stdout
 
 
 def render(place: str) -> list[Document]:
-    """The documents of a kustomization; the caller's own, to be changed."""
+    """The documents of a kustomization. Each call returns new ones, which the caller may change."""
     return [document for document in yaml.safe_load_all(_render(place)) if document]
 
 
 def validate(document: Document, version: str) -> None:
-    """Raise unless the schema of its kind in this version of Kubernetes allows it, with no field that is not known."""
+    """Raise unless the schema of its kind in this version of Kubernetes allows the document, without unknown fields."""
     crd = CRDS / f"{document['kind']}.json"
     if crd.exists():
         jsonschema.validate(document, json.loads(crd.read_text()))

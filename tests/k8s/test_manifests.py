@@ -34,7 +34,7 @@ README = (MANIFESTS / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("place", kustomizations())
-def test_each_is_valid(place: str, version: str) -> None:
+def test_kustomization_satisfies_the_schemas(place: str, version: str) -> None:
     documents = render(place)
     assert documents
     for document in documents:
@@ -43,14 +43,14 @@ def test_each_is_valid(place: str, version: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("place", kustomizations())
-def test_each_keeps_the_rules(place: str, rule: str) -> None:
+def test_kustomization_keeps_the_rules(place: str, rule: str) -> None:
     assert list(RULES[rule](render(place))) == []
 
 
-# The schemas and the rules bite.
+# The schemas and the rules find mistakes.
 
 
-def test_a_field_that_is_not_known_is_invalid() -> None:
+def test_unknown_field_is_invalid() -> None:
     deployment = named(render("base"), "Deployment", "catbus")
     pod_of(deployment)["spec"]["containers"][0]["livenesProbe"] = {}
     for version in VERSIONS:
@@ -58,13 +58,13 @@ def test_a_field_that_is_not_known_is_invalid() -> None:
             validate(deployment, version)
 
 
-def test_a_kind_without_a_schema_is_invalid() -> None:
+def test_kind_without_a_schema_is_invalid() -> None:
     with pytest.raises(kubernetes_validate.SchemaNotFoundError):
         validate({"apiVersion": "example.com/v1", "kind": "Cat", "metadata": {"name": "x"}}, VERSIONS[0])
 
 
 @pytest.mark.parametrize("kind", sorted(file.stem for file in CRDS.iterdir()))
-def test_kinds_that_are_not_kubernetes_own_are_as_strict(kind: str) -> None:
+def test_schemas_of_custom_resources_reject_unknown_fields(kind: str) -> None:
     [document] = [d for place in kustomizations() for d in of_kind(render(place), kind)]
     validate(document, VERSIONS[0])
     with pytest.raises(jsonschema.ValidationError):
@@ -83,35 +83,38 @@ def spec(kind: str, name: str = "catbus") -> Callable[[list[Document]], Document
 
 
 BROKEN: dict[str, tuple[str, Break]] = {
-    "names_are_used_once": ("base", lambda d: d.append(d[0])),
-    "enumerations_are_known": (
+    "names_are_unique": ("base", lambda d: d.append(d[0])),
+    "enumerations_have_known_values": (
         "base",
         lambda d: spec("Service", "catbus-wt")(d)["ports"][0].update(protocol="QUIC"),
     ),
-    "service_types_are_known": ("aws-nlb", lambda d: spec("Service", "catbus-wt-external")(d).update(type="Balancer")),
-    "selectors_select_something_in_particular": (
+    "services_have_known_types": (
+        "aws-nlb",
+        lambda d: spec("Service", "catbus-wt-external")(d).update(type="Balancer"),
+    ),
+    "selectors_are_not_empty": (
         "base",
         lambda d: spec("NetworkPolicy")(d)["podSelector"].update(matchLabels={}),
     ),
-    "replicas_are_spread_among_their_own": (
+    "topology_spreads_count_their_own_pods": (
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["topologySpreadConstraints"][0].update(
             topologyKey="kubernetes.io/host"
         ),
     ),
-    "what_is_named_exists": ("cert-manager", lambda d: spec("Certificate")(d).update(secretName="catbus-cert")),
-    "every_host_has_tls": ("ingress", lambda d: spec("Ingress", "catbus-websocket")(d).pop("tls")),
-    "budgets_let_a_node_be_drained": ("base", lambda d: spec("PodDisruptionBudget")(d).pop("maxUnavailable")),
-    "every_port_is_let_in": ("base", lambda d: spec("NetworkPolicy")(d)["ingress"][0]["ports"].pop()),
-    "a_rollout_takes_nobody_away_first": (
+    "references_exist": ("cert-manager", lambda d: spec("Certificate")(d).update(secretName="catbus-cert")),
+    "hosts_have_tls": ("ingress", lambda d: spec("Ingress", "catbus-websocket")(d).pop("tls")),
+    "budgets_permit_draining_a_node": ("base", lambda d: spec("PodDisruptionBudget")(d).pop("maxUnavailable")),
+    "network_policies_allow_every_port": ("base", lambda d: spec("NetworkPolicy")(d)["ingress"][0]["ports"].pop()),
+    "rollouts_add_a_replica_before_removing_one": (
         "base",
         lambda d: spec("Deployment")(d)["strategy"]["rollingUpdate"].update(maxUnavailable=1),
     ),
-    "the_autoscaler_knows_its_types": (
+    "autoscalers_have_known_types": (
         "hpa",
         lambda d: spec("HorizontalPodAutoscaler")(d)["metrics"][0]["resource"]["target"].update(type="Usage"),
     ),
-    "secrets_can_be_read": (
+    "secrets_are_readable": (
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["securityContext"].pop("fsGroup"),
     ),
@@ -119,15 +122,15 @@ BROKEN: dict[str, tuple[str, Break]] = {
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["metadata"].update(labels={"app": "cat"}),
     ),
-    "services_lead_to_ports_that_exist": (
+    "services_lead_to_existing_ports": (
         "base",
         lambda d: spec("Service", "catbus-ws")(d)["ports"][0].update(targetPort="webtransport"),
     ),
-    "ingresses_lead_to_services_that_exist": (
+    "ingresses_lead_to_existing_services": (
         "traefik",
         lambda d: spec("IngressRoute", "catbus-websocket")(d)["routes"][0]["services"][0].update(port=80),
     ),
-    "ingresses_pass_on_the_path_of_websockets_and_no_other": (
+    "ingresses_forward_only_the_websocket_path": (
         "ingress",
         lambda d: spec("Ingress", "catbus-websocket")(d)["rules"][0]["http"]["paths"][0].update(path="/"),
     ),
@@ -135,60 +138,63 @@ BROKEN: dict[str, tuple[str, Break]] = {
         "base",
         lambda d: spec("PodDisruptionBudget")(d)["selector"].update(matchLabels={"app": "dog"}),
     ),
-    "monitors_find_a_port": ("monitoring", lambda d: spec("ServiceMonitor")(d)["endpoints"][0].update(port="metrics")),
-    "the_autoscaler_decides_alone": ("hpa", lambda d: spec("Deployment")(d).update(replicas=3)),
+    "monitors_find_one_port": (
+        "monitoring",
+        lambda d: spec("ServiceMonitor")(d)["endpoints"][0].update(port="metrics"),
+    ),
+    "autoscalers_alone_set_the_number_of_replicas": ("hpa", lambda d: spec("Deployment")(d).update(replicas=3)),
     "secrets_and_config_maps_exist": (
         "base",
         lambda d: container(d)["env"][0]["valueFrom"]["secretKeyRef"].update(key="database_url"),
     ),
-    "the_certificate_is_mounted_as_a_directory": (
+    "certificates_are_mounted_as_a_directory": (
         "base",
         lambda d: container(d)["volumeMounts"][0].update(subPath="tls.crt"),
     ),
-    "probes_ask_what_the_broker_answers": (
+    "probes_use_routes_of_the_broker": (
         "base",
         lambda d: container(d)["readinessProbe"]["httpGet"].update(path="/health"),
     ),
     "ports_are_the_brokers_defaults": ("base", lambda d: container(d)["ports"][0].update(containerPort=4434)),
-    "the_environment_is_understood": ("base", lambda d: container(d)["env"][1].update(name="CATBUS_SECRETS")),
-    "the_image_decides_what_runs": ("base", lambda d: container(d).update(args=["run"])),
-    "images_are_named_with_a_version": ("base", lambda d: container(d).update(image="ghcr.io/your-org/catbus")),
-    "accounts_give_no_token": (
+    "environments_have_only_known_settings": ("base", lambda d: container(d)["env"][1].update(name="CATBUS_SECRETS")),
+    "images_set_their_own_command": ("base", lambda d: container(d).update(args=["run"])),
+    "images_have_a_version": ("base", lambda d: container(d).update(image="ghcr.io/your-org/catbus")),
+    "accounts_mount_no_token": (
         "base",
         lambda d: named(d, "ServiceAccount", "catbus").pop("automountServiceAccountToken"),
     ),
-    "there_is_time_to_drain": (
+    "grace_periods_suffice_to_drain": (
         "base",
         lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"].update(terminationGracePeriodSeconds=25),
     ),
-    "nobody_may_more_than_needed": ("dev", lambda d: container(d)["securityContext"].pop("capabilities")),
-    "expressions_use_metrics_that_exist": (
+    "containers_have_minimal_privileges": ("dev", lambda d: container(d)["securityContext"].pop("capabilities")),
+    "expressions_use_existing_metrics": (
         "monitoring",
         lambda d: spec("PrometheusRule")(d)["groups"][0]["rules"][0].update(expr="catbus_session > 1"),
     ),
 }
-"""For each rule the place of a manifest, and what makes it break the rule."""
+"""For each rule a kustomization, and a change that breaks the rule."""
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_bites(rule: str) -> None:
+def test_rule_finds_its_violation(rule: str) -> None:
     place, change = BROKEN[rule]
     documents = render(place if place == "base" else f"overlays/{place}")
     change(documents)
     assert list(RULES[rule](documents))
 
 
-def test_wrong_enumerations_are_what_the_schemas_let_through() -> None:
-    """Which is why there is a rule for them."""
+def test_schemas_accept_wrong_enumerations() -> None:
+    """So there is a rule for them."""
     service = named(render("base"), "Service", "catbus-wt")
     service["spec"]["ports"][0]["protocol"] = "SMTP"
     validate(service, VERSIONS[0])
 
 
-# What the deployment guide fixes
+# The deployment guide
 
 
-def test_the_guides_names() -> None:
+def test_base_has_the_documents_of_the_deployment_guide() -> None:
     documents = render("base")
     assert {rules.name_of(document) for document in documents} == {
         "Deployment/catbus",
@@ -216,7 +222,7 @@ def test_the_guides_names() -> None:
     assert volume["secret"]["secretName"] == "catbus-tls"
 
 
-def test_the_guides_services() -> None:
+def test_base_has_the_services_of_the_deployment_guide() -> None:
     found = {
         service["metadata"]["name"]: (service["spec"].get("clusterIP"), port["name"], port["port"], port["protocol"])
         for service in of_kind(render("base"), "Service")
@@ -229,7 +235,7 @@ def test_the_guides_services() -> None:
     }
 
 
-def test_the_pooler_is_where_the_guide_has_it() -> None:
+def test_pooler_has_the_port_of_the_deployment_guide() -> None:
     documents = render("overlays/pgbouncer")
     assert [port["port"] for port in spec("Service", "pgbouncer")(documents)["ports"]] == [6432]
     [config] = of_kind(documents, "ConfigMap")
@@ -247,7 +253,7 @@ def test_the_pooler_is_where_the_guide_has_it() -> None:
 DEV_SECRET = "development-secret-of-the-dev-overlay"
 
 
-def test_dev_starts_with_its_public_secret_and_its_own_database() -> None:
+def test_dev_overlay_starts_with_its_public_secret_and_its_own_database() -> None:
     documents = render("overlays/dev")
     secrets = {
         (secret["metadata"]["name"], key): base64.b64decode(value).decode()
@@ -276,13 +282,13 @@ def test_dev_starts_with_its_public_secret_and_its_own_database() -> None:
     assert (port["port"], opened["containerPort"], port["targetPort"]) == (url.port, 5432, opened["name"])
 
 
-def test_promql_is_read_as_far_as_its_metrics() -> None:
+def test_metrics_are_found_in_promql() -> None:
     text = 'histogram_quantile(0.9, sum by (le) (rate(a_bucket{b="c"}[5m]))) / time() > 7 * process_x'
     assert rules.metrics_in(text) == ["a_bucket", "process_x"]
     assert rules.metrics_in("label_values(catbus_build_info, namespace)") == ["catbus_build_info"]
 
 
-def test_the_guides_overlays() -> None:
+def test_overlays_have_the_settings_of_the_deployment_guide() -> None:
     route = spec("IngressRoute", "catbus-websocket")(render("overlays/traefik"))
     assert route["routes"][0]["match"] == "Host(`catbus.example.com`) && PathPrefix(`/ws`)"
     external = named(render("overlays/aws-nlb"), "Service", "catbus-wt-external")
@@ -305,7 +311,7 @@ def test_the_guides_overlays() -> None:
     assert spec("Deployment")(render("overlays/dev"))["replicas"] == 1
 
 
-def test_the_dashboard_is_one_and_its_panels_ask_something() -> None:
+def test_dashboard_panels_have_expressions() -> None:
     [config] = of_kind(render("overlays/monitoring"), "ConfigMap")
     dashboard = json.loads(config["data"]["catbus.json"])
     assert dashboard["title"] == "Catbus"
@@ -313,7 +319,7 @@ def test_the_dashboard_is_one_and_its_panels_ask_something() -> None:
     assert len(list(rules.expressions(render("overlays/monitoring")))) > 30
 
 
-def test_every_alert_says_what_it_means() -> None:
+def test_alerts_have_a_summary_and_a_severity() -> None:
     groups = spec("PrometheusRule")(render("overlays/monitoring"))["groups"]
     for alert in (rule for group in groups for rule in group["rules"]):
         assert alert["alert"].startswith("Catbus")
@@ -321,18 +327,18 @@ def test_every_alert_says_what_it_means() -> None:
         assert alert["labels"]["severity"] in ("critical", "warning")
 
 
-def test_a_hole_in_the_log_and_a_database_that_is_away_are_told_apart() -> None:
+def test_alerts_distinguish_missing_messages_from_an_unreachable_database() -> None:
     [group] = spec("PrometheusRule")(render("overlays/monitoring"))["groups"]
     alerts = {rule["alert"]: " ".join(rule["expr"].split()) for rule in group["rules"]}
     assert alerts["CatbusMessagesMissing"] == "max by (namespace) (catbus_log_missing_messages) > 0"
-    # A replica is degraded in both cases, and its log is available in one.
+    # A replica is degraded in both cases. Its log is available only if messages are missing.
     assert alerts["CatbusDatabaseUnreachable"] == (
         'max by (namespace, pod) (catbus_state{state="degraded"}) == 1 '
         "and min by (namespace, pod) (catbus_log_available) == 0"
     )
 
 
-def test_the_readme_explains_every_overlay_and_every_secret() -> None:
+def test_readme_explains_every_overlay_and_every_secret() -> None:
     for place in kustomizations()[1:]:
         assert f"`{place.removeprefix('overlays/')}`" in README
     for name, keys in rules.EXPECTED.items():
@@ -340,7 +346,7 @@ def test_the_readme_explains_every_overlay_and_every_secret() -> None:
         assert all(key in README for key in keys)
 
 
-def test_no_machines_paths_and_no_secrets_but_those_of_dev() -> None:
+def test_manifests_contain_no_local_paths_and_no_secrets_outside_dev() -> None:
     for file in MANIFESTS.rglob("*"):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
