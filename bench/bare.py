@@ -16,7 +16,7 @@ from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionIdIssued
 
 from catbus.endpoints.datagrams import BUFFER, Port, transmit
-from catbus.webtransport import Configuration
+from catbus.webtransport import WebTransportConfiguration
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 
 READ = 65_536
@@ -40,7 +40,7 @@ def websocket_relay(listener: socket.socket) -> None:
             write(file, data)
 
 
-def webtransport_relay(listener: socket.socket, sock: socket.socket, configuration: Configuration) -> None:
+def webtransport_relay(listener: socket.socket, sock: socket.socket, configuration: WebTransportConfiguration) -> None:
     """Pass what a TCP client sends on to everyone who has said HELLO on a WebTransport stream."""
     sock.setblocking(False)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
@@ -78,7 +78,7 @@ class _Peer:
 class _Loop:
     """As little as a server on aioquic can do: packets to connections and back, acknowledgements, timers."""
 
-    def __init__(self, port: Port, configuration: Configuration) -> None:
+    def __init__(self, port: Port, configuration: WebTransportConfiguration) -> None:
         self._port = port
         self._configuration = configuration.quic
         self._peers: list[_Peer] = []
@@ -121,7 +121,7 @@ class _Loop:
         if header is None or header.version is None:
             return None
         number = self._routes.get(header.destination)
-        if number is None and header.initial:
+        if number is None and header.is_initial:
             quic = QuicConnection(
                 configuration=self._configuration, original_destination_connection_id=header.destination
             )

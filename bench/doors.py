@@ -13,12 +13,12 @@ from math import inf
 import harness
 
 from catbus.webtransport import (
-    Configuration,
-    Connection,
     ConnectionLost,
     SessionOpened,
     SessionRefused,
     StreamData,
+    WebTransportConfiguration,
+    WebTransportConnection,
     client_configuration,
 )
 
@@ -164,14 +164,16 @@ class WebTransportPeers:
 class WebTransportPeer:
     """One connection with one stream, which is opened as soon as that is possible."""
 
-    def __init__(self, configuration: Configuration, port: int) -> None:
+    def __init__(self, configuration: WebTransportConfiguration, port: int) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._address = "127.0.0.1", port
         self.socket.connect(self._address)
         now = time.monotonic()
-        self.connection = Connection.client(configuration, self._address, now, authority=f"127.0.0.1:{port}")
+        self.connection = WebTransportConnection.client(
+            configuration, self._address, now, authority=f"127.0.0.1:{port}"
+        )
         self.stream: int | None = None
         self.alarm = inf
         self.consumes = True

@@ -37,7 +37,7 @@ from harness import SECRET, percentile
 
 import catbus
 from catbus.auth.tokens import Grants, sign
-from catbus.config import Auth, Config, Drain, WebSocket, WebTransport
+from catbus.config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
 
 NAMESPACE = "catbus-hol"
 HERE, THERE = "10.77.0.1", "10.77.0.2"
@@ -172,12 +172,12 @@ def configuration(directory: Path) -> tuple[Config, str]:
     issued.private_key_pem.write_to_path(directory / "key.pem")
     issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
     config = Config(
-        auth=Auth(secrets=(SECRET,)),
-        websocket=WebSocket(bind=(f"{HERE}:0",)),
-        webtransport=WebTransport(
+        auth=AuthSettings(secrets=(SECRET,)),
+        websocket=WebSocketSettings(bind=(f"{HERE}:0",)),
+        webtransport=WebTransportSettings(
             bind=(f"{HERE}:0",), cert=str(directory / "cert.pem"), key=str(directory / "key.pem")
         ),
-        drain=Drain(delay=0, window=0, deadline=0),
+        drain=DrainSettings(delay=0, window=0, deadline=0),
     )
     return config, str(directory / "ca.pem")
 

@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .config import WebTransport
+from .config import WebTransportSettings
 from .errors import ConfigError
 from .observability.loggers import get_logger
-from .webtransport import Configuration, Limits, server_configuration
+from .webtransport import ConnectionLimits, WebTransportConfiguration, server_configuration
 
 logger = get_logger("catbus.certificates")
 
@@ -196,7 +196,7 @@ _Stamp = tuple[tuple[int, ...], tuple[int, ...]]
 class Credentials:
     """One certificate, as it is shown over QUIC and over TCP."""
 
-    quic: Configuration
+    quic: WebTransportConfiguration
     tls: ssl.SSLContext
 
     @property
@@ -215,7 +215,9 @@ class CertificateSource:
     Raises ConfigError when there is nothing good to begin with.
     """
 
-    def __init__(self, settings: WebTransport, directory: Path, now: datetime, limits: Limits | None = None) -> None:
+    def __init__(
+        self, settings: WebTransportSettings, directory: Path, now: datetime, limits: ConnectionLimits | None = None
+    ) -> None:
         self._directory = directory
         self._limits = limits
         self._files = (Path(settings.cert), Path(settings.key)) if settings.cert and settings.key else None
@@ -233,11 +235,11 @@ class CertificateSource:
             self._refresh(now)
         return self._credentials
 
-    def current(self, now: datetime) -> Configuration:
+    def current(self, now: datetime) -> WebTransportConfiguration:
         """The configuration for a QUIC connection that begins now."""
         return self.credentials(now).quic
 
-    def latest(self) -> Configuration:
+    def latest(self) -> WebTransportConfiguration:
         """The configuration for a QUIC connection that begins at this moment."""
         return self.current(datetime.now(UTC))
 
@@ -298,7 +300,7 @@ def _stamp_one(name: str, path: Path) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _read_pair(certificate: Path, key: Path, limits: Limits | None) -> Credentials:
+def _read_pair(certificate: Path, key: Path, limits: ConnectionLimits | None) -> Credentials:
     certificate_pem, key_pem = _read("cert", certificate), _read("key", key)
     try:
         return _credentials(certificate_pem, key_pem, limits)
@@ -308,7 +310,7 @@ def _read_pair(certificate: Path, key: Path, limits: Limits | None) -> Credentia
         ) from None
 
 
-def _credentials(certificate_pem: bytes, key_pem: bytes, limits: Limits | None) -> Credentials:
+def _credentials(certificate_pem: bytes, key_pem: bytes, limits: ConnectionLimits | None) -> Credentials:
     """Raises `ConfigError` where they are no good."""
     # First, because it knows what to say of what is wrong with them.
     quic = server_configuration(certificate_pem, key_pem, limits)

@@ -48,7 +48,7 @@ class Messages(AsyncIterator[Message]):
         self._delivery = hub.delivery
         self._ready: deque[Entry] = deque()
         self._mail = trio.Event()
-        self._mailbox = Mailbox(self, self._wake, hub.config.limits.mailbox, self._delivery.budget)
+        self._mailbox = Mailbox(self, self._wake, hub.config.limits.send_queue, self._delivery.budget)
         self._subscription = Subscription(self._mailbox)
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)

@@ -89,7 +89,7 @@ class Hub:
         """Where there is WebTransport, or TLS on the WebSocket port."""
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
-        self.delivery = Delivery(log, Budget(config.limits.mailbox_total))
+        self.delivery = Delivery(log, Budget(config.limits.send_queue_total))
         self.vitals = Vitals(self.delivery)
         self.flusher.on_pass = self.vitals.flushed
         self.scrape: Callable[[], tuple[bytes, str]] | None = None

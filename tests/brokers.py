@@ -10,14 +10,14 @@ import trio
 import catbus
 from catbus import Broker, Config
 from catbus.auth.tokens import Grants, sign
-from catbus.config import Auth, Drain, WebSocket
+from catbus.config import AuthSettings, DrainSettings, WebSocketSettings
 
 SECRET = "a secret of the tests"
 TOKEN = sign(SECRET, client_id="alice", grants=Grants.ALL)
 CONFIG = Config(
-    auth=Auth(secrets=(SECRET,)),
-    websocket=WebSocket(bind=("127.0.0.1:0",)),
-    drain=Drain(delay=0, window=0, deadline=5),
+    auth=AuthSettings(secrets=(SECRET,)),
+    websocket=WebSocketSettings(bind=("127.0.0.1:0",)),
+    drain=DrainSettings(delay=0, window=0, deadline=5),
 )
 
 

@@ -23,7 +23,7 @@ from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected
 from catbus.client.connecting import MEMORY, Ways
 from catbus.client.websocket import WebSocket
 from catbus.client.webtransport import WebTransport as OverQuic
-from catbus.config import Drain, WebTransport
+from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.network import Relay
 from tests.endpoints.peers import Peer
@@ -32,7 +32,7 @@ from tests.endpoints.peers import Peer
 @asynccontextmanager
 async def running(state: Path, config: Config = CONFIG) -> AsyncIterator[tuple[catbus.Broker, str, dict[str, Any]]]:
     """A broker with both doors, its WebSocket URL, and what it tells those who look for it."""
-    config = msgspec.structs.replace(config, state=str(state), webtransport=WebTransport(bind=("127.0.0.1:0",)))
+    config = msgspec.structs.replace(config, state=str(state), webtransport=WebTransportSettings(bind=("127.0.0.1:0",)))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)
@@ -94,7 +94,7 @@ async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_ma
         except Disconnected as end:
             codes.append(end.code)
 
-    config = msgspec.structs.replace(CONFIG, drain=Drain(delay=0, window=0.5, deadline=5))
+    config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=0.5, deadline=5))
     async with trio.open_nursery() as nursery, running(tmp_path, config) as (broker, websocket, found):
         for _ in range(5):
             await nursery.start(stay, websocket, None)
@@ -255,9 +255,9 @@ async def test_a_wrong_token_is_refused_alike(tmp_path: Path) -> None:
 
 
 def test_without_a_certificate_nobody_else_is_served() -> None:
-    config = Config(webtransport=WebTransport(bind=("0.0.0.0:4433",)))
+    config = Config(webtransport=WebTransportSettings(bind=("0.0.0.0:4433",)))
     assert not config.webtransport_served
-    assert Config(webtransport=WebTransport(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served
+    assert Config(webtransport=WebTransportSettings(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served
 
 
 async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_path: Path) -> None:

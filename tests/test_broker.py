@@ -12,7 +12,7 @@ import trio
 import catbus
 from catbus import CloseCode, Code, Config
 from catbus.client import GoAway
-from catbus.config import Drain, Limits
+from catbus.config import DrainSettings, LimitSettings
 from catbus.log import EPHEMERAL_SIZE
 from tests.brokers import CONFIG, TOKEN, running
 from tests.endpoints.peers import Peer
@@ -40,7 +40,7 @@ async def test_without_doors_it_serves_its_own_process() -> None:
 
 
 async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
-    config = Config(limits=Limits(mailbox=2_000))
+    config = Config(limits=LimitSettings(send_queue=2_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
             for number in range(200):
@@ -60,7 +60,7 @@ async def test_in_process_what_was_not_read_is_dropped_with_the_subscription() -
 
 
 async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
-    config = Config(limits=Limits(mailbox_total=4_000))
+    config = Config(limits=LimitSettings(send_queue_total=4_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
             for number in range(200):
@@ -80,7 +80,7 @@ async def test_in_process_reading_begins_where_it_is_told_to() -> None:
 
 
 async def test_what_retention_has_taken_is_announced() -> None:
-    config = Config(limits=Limits(recent=1_000))
+    config = Config(limits=LimitSettings(recent=1_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker:
             for number in range(100):
@@ -140,7 +140,7 @@ async def test_stopping_answers_what_is_published_and_tells_everyone_to_come_bac
 
 
 async def test_a_client_that_does_not_leave_does_not_hold_up_the_end() -> None:
-    config = msgspec.structs.replace(CONFIG, drain=Drain(delay=0, window=0, deadline=0.2))
+    config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=0, deadline=0.2))
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)
@@ -152,7 +152,7 @@ async def test_a_client_that_does_not_leave_does_not_hold_up_the_end() -> None:
 
 
 async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
-    config = msgspec.structs.replace(CONFIG, drain=Drain(delay=0, window=30, deadline=5))
+    config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=30, deadline=5))
     events: list[object] = []
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
@@ -173,7 +173,7 @@ async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
 
 
 async def test_a_page_of_history_is_bounded_in_bytes() -> None:
-    config = msgspec.structs.replace(CONFIG, limits=Limits(message_size=1_000_000))
+    config = msgspec.structs.replace(CONFIG, limits=LimitSettings(message_size=1_000_000))
     async with running(config) as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
         for number in range(4):
             await broker.publish("a", str(number) * 600_000)

@@ -30,9 +30,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from catbus import certificates
 from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate, discovery
-from catbus.config import WebTransport
+from catbus.config import WebTransportSettings
 from catbus.errors import ConfigError
-from catbus.webtransport import Configuration, Limits, client_configuration, server_configuration
+from catbus.webtransport import ConnectionLimits, WebTransportConfiguration, client_configuration, server_configuration
 from tests.webtransport.simulated_link import Link
 
 NOW = datetime.now(UTC)
@@ -44,7 +44,7 @@ def parse(certificate: Certificate) -> x509.Certificate:
     return x509.load_pem_x509_certificate(certificate.certificate_pem.encode())
 
 
-def shown(configuration: Configuration) -> str:
+def shown(configuration: WebTransportConfiguration) -> str:
     """The PEM of the certificate that a server with this configuration shows."""
     certificate = configuration.quic.certificate
     assert certificate is not None
@@ -290,7 +290,7 @@ def test_processes_that_start_together_get_the_same(tmp_path: Path) -> None:
 def test_nothing_shows_the_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     made = make(tmp_path)
-    source = CertificateSource(WebTransport(), tmp_path, NOW)
+    source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
     renewed = source.self_made(NOW + 11 * DAY)
     assert renewed is not None
     assert caplog.records
@@ -310,7 +310,7 @@ class Files:
         self.cert, self.key = directory / "tls.crt", directory / "tls.key"
         self.cert.symlink_to("data/tls.crt")
         self.key.symlink_to("data/tls.key")
-        self.settings = WebTransport(cert=str(self.cert), key=str(self.key))
+        self.settings = WebTransportSettings(cert=str(self.cert), key=str(self.key))
         self._count = 0
 
     def swap(self, certificate: str, key: str) -> None:
@@ -356,9 +356,9 @@ def test_a_chain_is_shown_with_it(files: Files, one: Certificate, two: Certifica
 
 
 def test_limits_are_passed_on(files: Files) -> None:
-    limits = Limits(datagrams=7)
+    limits = ConnectionLimits(queued_datagrams=7)
     assert CertificateSource(files.settings, files.directory, NOW, limits).current(NOW).limits == limits
-    assert CertificateSource(WebTransport(), files.directory, NOW, limits).current(NOW).limits == limits
+    assert CertificateSource(WebTransportSettings(), files.directory, NOW, limits).current(NOW).limits == limits
 
 
 def test_a_swapped_link_is_noticed(files: Files, two: Certificate) -> None:
@@ -397,7 +397,7 @@ def test_files_written_over_are_noticed(files: Files, two: Certificate) -> None:
 def test_a_change_while_the_files_are_read_is_noticed(
     files: Files, one: Certificate, two: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_and_swap(certificate: bytes, key: bytes, limits: Limits | None) -> Configuration:
+    def read_and_swap(certificate: bytes, key: bytes, limits: ConnectionLimits | None) -> WebTransportConfiguration:
         files.swap(two.certificate_pem, two.key_pem)
         return server_configuration(certificate, key, limits)
 
@@ -502,7 +502,7 @@ def test_files_that_do_not_belong_together_at_the_start(files: Files, one: Certi
 
 
 def test_the_development_certificate_is_renewed_before_it_expires(tmp_path: Path) -> None:
-    source = CertificateSource(WebTransport(), tmp_path, NOW)
+    source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
     first, seen = source.self_made(NOW), set()
     assert first is not None
     now = NOW
@@ -519,12 +519,12 @@ def test_the_development_certificate_is_renewed_before_it_expires(tmp_path: Path
 
 
 def test_two_brokers_renew_to_the_same(tmp_path: Path) -> None:
-    sources = [CertificateSource(WebTransport(), tmp_path, NOW) for _ in range(2)]
+    sources = [CertificateSource(WebTransportSettings(), tmp_path, NOW) for _ in range(2)]
     assert len({source.self_made(NOW + 11 * DAY) for source in sources}) == 1
 
 
 def test_a_renewal_that_fails_is_logged_once_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = CertificateSource(WebTransport(), tmp_path, NOW)
+    source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
     first = source.self_made(NOW)
     (tmp_path / FILE).unlink()
     (tmp_path / FILE).mkdir()

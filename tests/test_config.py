@@ -15,27 +15,27 @@ import pytest
 
 import catbus.cli
 from catbus.config import (
-    ENVIRONMENT,
-    Auth,
+    VARIABLES,
+    AuthSettings,
     Config,
-    Database,
-    Drain,
-    Limits,
-    Retention,
-    WebSocket,
+    DatabaseSettings,
+    DrainSettings,
+    LimitSettings,
+    RetentionSettings,
+    WebSocketSettings,
+    changed_settings,
     default_state_directory,
-    differences,
     find_weak_secrets,
+    find_weakness,
     is_loopback,
-    keys,
     load,
+    load_with_sources,
     parse_levels,
-    read,
-    redact,
-    show,
+    redact_url,
+    setting_descriptions,
+    show_setting,
     split_address,
-    variable,
-    weakness,
+    variable_name,
 )
 from catbus.errors import ConfigError
 
@@ -79,7 +79,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         key = "/etc/key.pem"
         [limits]
         message_size = "128KiB"
-        mailbox = 1000
+        send_queue = 1000
         [retention]
         age = "7d"
         size = "1.5TiB"
@@ -90,14 +90,14 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     config = load(path)
     assert config.state == str(tmp_path / "here")
     assert config.state_directory == tmp_path / "here"
-    assert config.database == Database(url="embedded", publish_timeout=7.0)
+    assert config.database == DatabaseSettings(url="embedded", publish_timeout=7.0)
     assert config.auth.secrets == ("new", "old")
-    assert config.websocket == WebSocket(bind=("127.0.0.1:9000",), silence=300.0)
+    assert config.websocket == WebSocketSettings(bind=("127.0.0.1:9000",), silence=300.0)
     assert config.webtransport.cert == str(tmp_path / "tls/cert.pem")
     assert config.webtransport.key == "/etc/key.pem"
     assert config.limits.message_size == 131_072
-    assert config.limits.mailbox == 1000
-    assert config.retention == Retention(age=604_800.0, size=3 << 39)
+    assert config.limits.send_queue == 1000
+    assert config.retention == RetentionSettings(age=604_800.0, size=3 << 39)
     assert config.drain.delay == 0
     assert type(config.database.publish_timeout) is float
 
@@ -137,8 +137,8 @@ def test_every_variable_of_the_deployment_guide() -> None:
             "CATBUS_TRUSTED_PROXIES": "10.0.0.0/8, fd00::/8",
         }
     )
-    assert config.database == Database(url="postgresql://db/catbus", listen_url="postgres://direct/catbus")
-    assert config.auth == Auth(secrets=("hush",), admin_key="root")
+    assert config.database == DatabaseSettings(url="postgresql://db/catbus", listen_url="postgres://direct/catbus")
+    assert config.auth == AuthSettings(secrets=("hush",), admin_key="root")
     assert (config.webtransport.cert, config.webtransport.key) == ("/tls/tls.crt", "/tls/tls.key")
     assert (config.webtransport.bind, config.websocket.bind) == (("[::]:4433",), ("0.0.0.0:80",))
     assert config.logging.levels == "catbus=debug,aioquic=warning"
@@ -185,6 +185,7 @@ def test_levels(text: str, levels: dict[str, int]) -> None:
     ("text", "parts"),
     [
         ("[database]\nurll = 1", ['[database] urll: unknown key (did you mean "url"?)', "known are connect_timeout, "]),
+        ("[limits]\nmailbox = 1", ["[limits] mailbox: unknown key; its name is limits.send_queue now"]),
         ("databse = 1", ['databse: unknown key (did you mean "[database]"?)', "state"]),
         ("[nonsense]\nx = 1", ["nonsense: unknown key", "[limits]"]),
         ("database = 3", ["database: expected a table, [database], found 3"]),
@@ -205,7 +206,7 @@ def test_levels(text: str, levels: dict[str, int]) -> None:
         ('[limits]\nmessage_size = "64 sheep"', ['found "64 sheep"']),
         ('[limits]\nconnections = "64KiB"', ["expected a whole number above 0", 'found "64KiB"']),
         ('[retention]\nage = "a day"', ["[retention] age: expected a duration", "above 0", 'found "a day"']),
-        ('[retention]\nsize = "1MiB"', ["[retention] size: expected a size of 64 MiB at least", 'found "1MiB"']),
+        ('[retention]\nsize = "1MiB"', ["[retention] size: expected a size of at least 64 MiB", 'found "1MiB"']),
         ("[limits]\nconnections = 1.5", ["found 1.5"]),
         ("[limits]\nconnections = 1979-05-27", ["found a date"]),
         ('[logging]\nlevels = "catbus=loud"', ["[logging] levels: expected log levels", 'found "catbus=loud"']),
@@ -235,7 +236,7 @@ TABLES: dict[str, dict[str, object]] = {
     "auth": {"secret": ["new", "old"], "jwt": "/keys/public.pem"},
     "websocket": {"bind": ["127.0.0.1:9000", "[::1]:9000"], "silence": "5m", "allowed_origins": "https://a.example"},
     "webtransport": {"bind": [], "cert": "/tls/cert.pem", "key": "/tls/key.pem"},
-    "limits": {"message_size": "128KiB", "mailbox": 1000},
+    "limits": {"message_size": "128KiB", "send_queue": 1000},
     "drain": {"delay": 0},
     "logging": {"levels": "catbus=debug", "format": "json"},
 }
@@ -245,15 +246,15 @@ def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: P
     document = [f"state = {json.dumps(str(tmp_path))}"]
     for name, table in TABLES.items():
         document += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    read = load(write(tmp_path, "\n".join(document)))
-    assert Config(state=tmp_path, **TABLES) == read  # type: ignore[arg-type]
+    loaded = load(write(tmp_path, "\n".join(document)))
+    assert Config(state=tmp_path, **TABLES) == loaded  # type: ignore[arg-type]
     sections = {
         "state": str(tmp_path),
-        "database": Database(url="postgres://db/catbus", publish_timeout="7s", connect_timeout=3),  # type: ignore[arg-type]
-        "auth": Auth(secrets=["new", "old"], jwt=Path("/keys/public.pem")),  # type: ignore[arg-type]
+        "database": DatabaseSettings(url="postgres://db/catbus", publish_timeout="7s", connect_timeout=3),  # type: ignore[arg-type]
+        "auth": AuthSettings(secrets=["new", "old"], jwt=Path("/keys/public.pem")),  # type: ignore[arg-type]
     }
-    assert Config(**{**TABLES, **sections}) == read  # type: ignore[arg-type]
-    made = msgspec.structs.replace(read.websocket, bind="127.0.0.1:1")
+    assert Config(**{**TABLES, **sections}) == loaded  # type: ignore[arg-type]
+    made = msgspec.structs.replace(loaded.websocket, bind="127.0.0.1:1")
     assert made.bind == ("127.0.0.1:1",)
     assert Config(state=None, auth={"admin_key": None}) == Config()  # type: ignore[arg-type]
     assert Config(state="~/here").state == str(Path("~/here").expanduser())
@@ -263,26 +264,38 @@ def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: P
     ("make", "given", "said"),
     [
         (Config, {"websocket": {"bind": [8080]}}, "websocket.bind: expected an address with a port"),
-        (Config, {"websocket": {"bind": "here"}}, 'or a list of such, found "here"'),
+        (Config, {"websocket": {"bind": "here"}}, 'or a list of them, found "here"'),
         (Config, {"websocket": {"bnd": "127.0.0.1:1"}}, 'websocket.bnd: unknown key (did you mean "bind"?)'),
         (Config, {"websocket": {7: 1}}, "websocket.7: unknown key; known are"),
-        (Config, {"websocket": Drain()}, "websocket: expected a table, or a WebSocket; found a Drain"),
-        (Config, {"websocket": None}, "websocket: expected a table, or a WebSocket; found a NoneType"),
+        (Config, {"websocket": DrainSettings()}, "expected a table, or a WebSocketSettings; found a DrainSettings"),
+        (Config, {"websocket": None}, "websocket: expected a table, or a WebSocketSettings; found a NoneType"),
         (Config, {"state": 7}, "state: expected a path, found 7"),
         (Config, {"state": "~nobody-has-this-name/x"}, "state: expected a path, found"),
-        (WebSocket, {"bind": ("127.0.0.1",)}, 'websocket.bind: expected an address with a port, like "127.0.0.1:'),
-        (WebSocket, {"ping_interval": "soon"}, 'websocket.ping_interval: expected a duration: .* found "soon"'),
-        (WebSocket, {"ping_interval": None}, "websocket.ping_interval: expected a duration: .* found a NoneType"),
-        (WebSocket, {"tls": "yes"}, 'websocket.tls: expected true or false, found "yes"'),
-        (WebSocket, {"trusted_proxies": "10.0.0.1/8"}, "websocket.trusted_proxies: expected an address or a network"),
-        (WebSocket, {"trusted_proxies": ("proxy",)}, 'or a list of such, found ["proxy"]'),
-        (Limits, {"message_size": 10**5000}, "limits.message_size: .* found a number that is too large"),
-        (Limits, {"message_size": "9" * 400 + "B"}, "limits.message_size: expected a size above 0"),
-        (Database, {"url": "mysql://me:hunter2@db"}, 'database.url: expected .* found "mysql://..."'),
-        (Auth, {"secrets": ("hunter2", "")}, "auth.secret: expected a secret: .* found something else"),
+        (
+            WebSocketSettings,
+            {"bind": ("127.0.0.1",)},
+            'websocket.bind: expected an address with a port, like "127.0.0.1:',
+        ),
+        (WebSocketSettings, {"ping_interval": "soon"}, 'websocket.ping_interval: expected a duration: .* found "soon"'),
+        (
+            WebSocketSettings,
+            {"ping_interval": None},
+            "websocket.ping_interval: expected a duration: .* found a NoneType",
+        ),
+        (WebSocketSettings, {"tls": "yes"}, 'websocket.tls: expected true or false, found "yes"'),
+        (
+            WebSocketSettings,
+            {"trusted_proxies": "10.0.0.1/8"},
+            "websocket.trusted_proxies: expected an address or a network",
+        ),
+        (WebSocketSettings, {"trusted_proxies": ("proxy",)}, 'or a list of them, found ["proxy"]'),
+        (LimitSettings, {"message_size": 10**5000}, "limits.message_size: .* found a number that is too large"),
+        (LimitSettings, {"message_size": "9" * 400 + "B"}, "limits.message_size: expected a size above 0"),
+        (DatabaseSettings, {"url": "mysql://me:hunter2@db"}, 'database.url: expected .* found "mysql://..."'),
+        (AuthSettings, {"secrets": ("hunter2", "")}, "auth.secret: expected a secret: .* found something else"),
         (Config, {"auth": {"secret": b"hunter2"}}, "auth.secret: expected a secret: .* found something else"),
         (Config, {"webtransport": {"cert": "c.pem"}}, "webtransport.cert is set without webtransport.key"),
-        (Config, {"websocket": {"silence": 1}}, "websocket.silence (1 s) has to be longer than"),
+        (Config, {"websocket": {"silence": 1}}, "websocket.silence (1 s) must be longer than"),
         (partial(msgspec.structs.replace, Config()), {"drain": {"delay": -1}}, "drain.delay: expected a duration"),
     ],
 )  # fmt: skip
@@ -322,8 +335,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_secrets_do_not_show() -> None:
     config = Config(
-        auth=Auth(secrets=("hunter2", "hunter2-old"), admin_key="hunter2-admin"),
-        database=Database(url="postgres://me:hunter2@db/catbus?password=hunter2", listen_url="postgres://x:hunter2@y"),
+        auth=AuthSettings(secrets=("hunter2", "hunter2-old"), admin_key="hunter2-admin"),
+        database=DatabaseSettings(
+            url="postgres://me:hunter2@db/catbus?password=hunter2", listen_url="postgres://x:hunter2@y"
+        ),
     )
     shown = f"{config} {config!r} {config.auth!r} {config.database}"
     assert "hunter2" not in shown
@@ -343,7 +358,7 @@ def test_secrets_do_not_show() -> None:
     ],
 )
 def test_redact(url: str, shown: str) -> None:
-    assert redact(url) == shown
+    assert redact_url(url) == shown
 
 
 def test_addresses() -> None:
@@ -371,9 +386,9 @@ def test_loopback(host: str, loopback: bool) -> None:
 
 
 def test_only_loopback() -> None:
-    assert Config(websocket=WebSocket(bind=("127.0.0.1:1", "[::1]:1"))).loopback
-    assert not Config(websocket=WebSocket(bind=("127.0.0.1:1", "0.0.0.0:1"))).loopback
-    assert Config(websocket=WebSocket(bind=())).loopback
+    assert Config(websocket=WebSocketSettings(bind=("127.0.0.1:1", "[::1]:1"))).loopback
+    assert not Config(websocket=WebSocketSettings(bind=("127.0.0.1:1", "0.0.0.0:1"))).loopback
+    assert Config(websocket=WebSocketSettings(bind=())).loopback
 
 
 def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,8 +402,8 @@ def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_says_what_is_expected() -> None:
-    assert all(keys().values())
-    assert {"auth.secret", "state", "limits.message_size"} <= set(keys())
+    assert all(setting_descriptions().values())
+    assert {"auth.secret", "state", "limits.message_size"} <= set(setting_descriptions())
 
 
 # By environment
@@ -416,28 +431,28 @@ EXAMPLES = {
 """By how the description of a setting begins: a value in the environment, and what it is."""
 
 
-@pytest.mark.parametrize("name", keys())
+@pytest.mark.parametrize("name", setting_descriptions())
 def test_every_setting_can_be_given_by_environment(name: str) -> None:
-    text, value = next(found for begins, found in EXAMPLES.items() if keys()[name].startswith(begins))
+    text, value = next(found for begins, found in EXAMPLES.items() if setting_descriptions()[name].startswith(begins))
     together = {"CATBUS_WEBTRANSPORT_CERT": "c", "CATBUS_WEBTRANSPORT_KEY": "k", "CATBUS_WEBSOCKET_SILENCE": "70s"}
-    reading = read(environ={**together, variable(name): text})
+    reading = load_with_sources(environ={**together, variable_name(name): text})
     section, _, key = name.rpartition(".")
     found = getattr(reading.config, section) if section else reading.config
     assert getattr(found, {"secret": "secrets"}.get(key, key)) == value
-    assert reading.sources[name] == variable(name)
+    assert reading.sources[name] == variable_name(name)
     assert not reading.warnings
 
 
 def test_variables_take_what_a_file_takes() -> None:
     environ = {
         "CATBUS_DRAIN_DELAY": "2.5",
-        "CATBUS_LIMITS_MAILBOX": "1000",
+        "CATBUS_LIMITS_SEND_QUEUE": "1000",
         "CATBUS_WEBTRANSPORT_BIND": "[]",
         "CATBUS_WEBSOCKET_BIND": '["[::1]:1"]',
         "CATBUS_WEBSOCKET_TLS": "False",
     }
     config = load(environ=environ)
-    assert (config.drain.delay, config.limits.mailbox) == (2.5, 1000)
+    assert (config.drain.delay, config.limits.send_queue) == (2.5, 1000)
     assert (config.webtransport.bind, config.websocket.bind) == ((), ("[::1]:1",))
     assert config.websocket.tls is False
 
@@ -449,8 +464,8 @@ def test_a_wrong_amount_in_a_variable_is_named(text: str) -> None:
 
 
 def test_no_two_settings_share_a_variable() -> None:
-    assert len({variable(name) for name in keys()}) == len(keys())
-    assert set(ENVIRONMENT.values()) == set(keys())
+    assert len({variable_name(name) for name in setting_descriptions()}) == len(setting_descriptions())
+    assert set(VARIABLES.values()) == set(setting_descriptions())
 
 
 @pytest.mark.parametrize(
@@ -462,12 +477,13 @@ def test_no_two_settings_share_a_variable() -> None:
         ("CATBUS_LIMIT_CONNECTIONS", "CATBUS_LIMITS_CONNECTIONS"),
         ("CATBUS_TOKE", "CATBUS_TOKEN"),
         ("CATBUS_DATABASE", "DATABASE_URL"),
+        ("CATBUS_LIMITS_MAILBOX", "CATBUS_LIMITS_SEND_QUEUE"),
         ("CATBUS_PORT", ""),
         ("CATBUS_XYZZY", ""),
     ],
 )
 def test_a_variable_that_means_nothing_is_named_with_a_guess(name: str, guess: str) -> None:
-    [warning] = read(environ={name: "hunter2"}).warnings
+    [warning] = load_with_sources(environ={name: "hunter2"}).warnings
     assert warning.startswith(f"{name} is not a known variable")
     assert warning.endswith(f"(did you mean {guess}?)" if guess else "has no effect")
     assert "hunter2" not in warning
@@ -477,53 +493,55 @@ def test_a_variable_that_means_nothing_is_named_with_a_guess(name: str, guess: s
     "name", ["CATBUS_WS_SERVICE_HOST", "CATBUS_SERVICE_PORT_WEBSOCKET", "CATBUS_PORT", "CATBUS_WT_PORT_4433_UDP_ADDR"]
 )
 def test_variables_of_kubernetes_are_known(name: str) -> None:
-    assert read(environ={name: "tcp://10.0.0.1:8080", "PATH": "x", "RUST_LOG": "x=info"}).warnings == ()
+    assert load_with_sources(environ={name: "tcp://10.0.0.1:8080", "PATH": "x", "RUST_LOG": "x=info"}).warnings == ()
 
 
 def test_variables_of_the_client_commands_are_known() -> None:
     sources = "".join(path.read_text() for path in Path(catbus.cli.__file__).parent.glob("*.py"))
     names = set(re.findall(r'envvar="(\w+)"', sources))
     assert names
-    assert read(environ=dict.fromkeys(names, "x")).warnings == ()
+    assert load_with_sources(environ=dict.fromkeys(names, "x")).warnings == ()
 
 
 def test_of_two_variables_for_one_setting_the_one_without_effect_is_named() -> None:
-    reading = read(environ={"CATBUS_WS_BIND": "127.0.0.1:1", "CATBUS_WEBSOCKET_BIND": "127.0.0.1:2"})
+    reading = load_with_sources(environ={"CATBUS_WS_BIND": "127.0.0.1:1", "CATBUS_WEBSOCKET_BIND": "127.0.0.1:2"})
     assert reading.config.websocket.bind == ("127.0.0.1:2",)
-    assert reading.warnings == ("CATBUS_WS_BIND has no effect, as CATBUS_WEBSOCKET_BIND sets websocket.bind, too",)
-    assert not read(environ={"RUST_LOG": "info", "CATBUS_LOG": "debug"}).warnings
+    assert reading.warnings == ("CATBUS_WS_BIND has no effect, because CATBUS_WEBSOCKET_BIND sets websocket.bind, too",)
+    assert not load_with_sources(environ={"RUST_LOG": "info", "CATBUS_LOG": "debug"}).warnings
 
 
 def test_each_value_says_where_it_comes_from(tmp_path: Path) -> None:
-    path = write(tmp_path, '[limits]\nconnections = 1\nrecent = 1\nmailbox = 1\n[auth]\nsecret = "hunter2"\n')
-    environ = {"CATBUS_LIMITS_RECENT": "2", "CATBUS_LIMITS_MAILBOX": "2"}
-    reading = read(path, environ, {"limits.mailbox": 3}, {"database.url": "embedded", "limits.recent": 9})
+    path = write(tmp_path, '[limits]\nconnections = 1\nrecent = 1\nsend_queue = 1\n[auth]\nsecret = "hunter2"\n')
+    environ = {"CATBUS_LIMITS_RECENT": "2", "CATBUS_LIMITS_SEND_QUEUE": "2"}
+    reading = load_with_sources(
+        path, environ, {"limits.send_queue": 3}, {"database.url": "embedded", "limits.recent": 9}
+    )
     assert reading.sources == {
         "limits.connections": str(path),
         "limits.recent": "CATBUS_LIMITS_RECENT",
-        "limits.mailbox": "command line",
+        "limits.send_queue": "command line",
         "auth.secret": str(path),
     }
-    assert (reading.config.limits.recent, reading.config.limits.mailbox) == (2, 3)
-    assert show(reading.config, "limits.mailbox") == "3"
-    assert show(reading.config, "state") == "none"
-    assert "hunter2" not in show(reading.config, "auth.secret")
-    assert show(load(environ={"DATABASE_URL": "postgres://me:hunter2@db/x"}), "database.url") == (
+    assert (reading.config.limits.recent, reading.config.limits.send_queue) == (2, 3)
+    assert show_setting(reading.config, "limits.send_queue") == "3"
+    assert show_setting(reading.config, "state") == "none"
+    assert "hunter2" not in show_setting(reading.config, "auth.secret")
+    assert show_setting(load(environ={"DATABASE_URL": "postgres://me:hunter2@db/x"}), "database.url") == (
         '"postgres://me:***@db/x"'
     )
 
 
 def test_differences_are_named() -> None:
     one, other = load(), load(environ={"CATBUS_STATE": "x", "CATBUS_DRAIN_DELAY": "1", "CATBUS_SECRET": "y"})
-    assert differences(one, other) == ["state", "auth.secret", "drain.delay"]
-    assert differences(one, load()) == []
+    assert changed_settings(one, other) == ["state", "auth.secret", "drain.delay"]
+    assert changed_settings(one, load()) == []
 
 
 def documented() -> str:
     """The table of docs/configuration.md."""
     rows = []
-    for name, expected in keys().items():
-        names = [each for each, setting in ENVIRONMENT.items() if setting == name]
+    for name, expected in setting_descriptions().items():
+        names = [each for each, setting in VARIABLES.items() if setting == name]
         rows.append(f"| `{name}` | {', '.join(f'`{each}`' for each in names)} | {expected} |")
     return "\n".join(rows)
 
@@ -542,33 +560,33 @@ def test_the_documentation_has_every_setting_with_its_variables() -> None:
         ("abc", "has fewer than 32 bytes"),
         ("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXz", "has fewer than 32 bytes"),
         ("é" * 15, "has fewer than 32 bytes"),
-        ("x" * 64, "repeats itself"),
-        ("0123456789abcdef" * 4, "repeats itself"),
-        ("q7Lw2pT5rYb8nHd1" * 3, "repeats itself"),
-        ("abcdefghijklmnopqrstuvwxyz0123456789", "follows the alphabet"),
-        ("your-super-secret-jwt-signing-key-change-me", "is made of words"),
-        ("CHANGE_ME_to_a_long_random_string_please", "is made of words"),
-        ("development-secret-of-docker-compose", "stands in the documentation"),
-        ("development-secret-of-the-dev-overlay", "stands in the documentation"),
-        ("an example secret, not for use", "stands in the documentation"),
-        ("your-secure-signing-secret", "stands in the documentation"),
+        ("x" * 64, "repeats the same characters"),
+        ("0123456789abcdef" * 4, "repeats the same characters"),
+        ("q7Lw2pT5rYb8nHd1" * 3, "repeats the same characters"),
+        ("abcdefghijklmnopqrstuvwxyz0123456789", "is a sequence of the alphabet"),
+        ("your-super-secret-jwt-signing-key-change-me", "consists of placeholder words"),
+        ("CHANGE_ME_to_a_long_random_string_please", "consists of placeholder words"),
+        ("development-secret-of-docker-compose", "is published in the documentation"),
+        ("development-secret-of-the-dev-overlay", "is published in the documentation"),
+        ("an example secret, not for use", "is published in the documentation"),
+        ("your-secure-signing-secret", "is published in the documentation"),
     ],
 )
 def test_a_secret_that_can_be_guessed(secret: str, why: str) -> None:
-    assert str(weakness(secret)).startswith(why)
+    assert str(find_weakness(secret)).startswith(why)
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_a_random_secret_has_no_weakness(seed: int) -> None:
     data = random.Random(seed).randbytes(32)
     for secret in (data.hex(), data[:16].hex(), base64.b64encode(data).decode(), base64.b64encode(data[:24]).decode()):
-        assert weakness(secret) is None, secret
+        assert find_weakness(secret) is None, secret
 
 
 def test_every_secret_counts_and_none_is_shown() -> None:
     good = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
-    config = Config(auth=Auth(secrets=(good, "hunter2"), admin_key="hunter2-admin"))
+    config = Config(auth=AuthSettings(secrets=(good, "hunter2"), admin_key="hunter2-admin"))
     assert find_weak_secrets(config) == [
         "secret 2 has fewer than 32 bytes", "the admin key has fewer than 32 bytes",
     ]  # fmt: skip
-    assert find_weak_secrets(Config(auth=Auth(secrets=(good,), admin_key=good[::-1]))) == []
+    assert find_weak_secrets(Config(auth=AuthSettings(secrets=(good,), admin_key=good[::-1]))) == []

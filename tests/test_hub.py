@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
 from catbus.broker import OWNER
-from catbus.config import Config, Drain, Limits
+from catbus.config import Config, DrainSettings, LimitSettings
 from catbus.delivery.send_queue import Mailbox, Run
 from catbus.errors import CloseCode, Code, PeerError, Unavailable
 from catbus.limits.cpu_fairness import Pace
@@ -37,7 +37,7 @@ class Outlet:
 
 @pytest.fixture
 async def hub(nursery: trio.Nursery) -> Hub:
-    hub = Hub(Config(limits=Limits(mailbox=5000)), MemoryLog(), Authenticator([SECRET]))
+    hub = Hub(Config(limits=LimitSettings(send_queue=5000)), MemoryLog(), Authenticator([SECRET]))
     await nursery.start(hub.log.run, hub.delivery)
     return hub
 
@@ -279,7 +279,7 @@ async def roles() -> Roles:
 
 @pytest.fixture
 async def role_hub(nursery: trio.Nursery, roles: Roles) -> Hub:
-    config = Config(drain=Drain(delay=0, window=5))
+    config = Config(drain=DrainSettings(delay=0, window=5))
     hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
     await nursery.start(hub.log.run, hub.delivery)
     nursery.start_soon(hub.delivery.run)
@@ -485,7 +485,7 @@ async def test_a_replica_that_stops_gives_few_clients_less_time(
 async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    hub = Hub(Config(drain=Drain(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
+    hub = Hub(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
     clients = [open_client(hub) for _ in range(300)]
 
     async def leave() -> None:
@@ -509,7 +509,7 @@ def hello(client_id: str | None) -> bytes:
 
 @pytest.fixture
 async def strict_hub(nursery: trio.Nursery) -> Hub:
-    limits = Limits(publish_rate=10, publish_bytes=1000, sessions=2, client_id=8)
+    limits = LimitSettings(publish_rate=10, publish_bytes=1000, sessions=2, client_id=8)
     hub = Hub(Config(limits=limits), MemoryLog(), Authenticator([SECRET]))
     await nursery.start(hub.log.run, hub.delivery)
     return hub
@@ -698,7 +698,7 @@ async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(
 
 
 async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: trio.Nursery) -> None:
-    hub = Hub(Config(limits=Limits(subscriptions_total=10)), MemoryLog(), Authenticator([SECRET]))
+    hub = Hub(Config(limits=LimitSettings(subscriptions_total=10)), MemoryLog(), Authenticator([SECRET]))
     await nursery.start(hub.log.run, hub.delivery)
     greedy, sibling, other = open_client(hub), open_client(hub), open_client(hub)
 
@@ -723,7 +723,7 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
 
 async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
     log = HoldingLog()
-    hub = Hub(Config(limits=Limits(pending_publishes=3)), log, Authenticator([SECRET]))
+    hub = Hub(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
     await nursery.start(hub.log.run, hub.delivery)
     client = open_client(hub)
     await client.receive(hello(None))
@@ -761,7 +761,9 @@ async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:
 async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(Config(limits=Limits(mailbox=10_000, mailbox_total=100_000)), MemoryLog(), Authenticator([SECRET]))
+    hub = Hub(
+        Config(limits=LimitSettings(send_queue=10_000, send_queue_total=100_000)), MemoryLog(), Authenticator([SECRET])
+    )
     await nursery.start(hub.log.run, hub.delivery)
     clients = [open_client(hub) for _ in range(10)]
     unsubscribed = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from catbus.config import Config, Limits
+from catbus.config import Config, LimitSettings
 from catbus.observability.metrics import METRICS
 
 from .test_guarantees import names
@@ -22,10 +22,10 @@ ROWS = {
 
 
 def test_every_limit_has_a_row() -> None:
-    assert list(ROWS) == [*Limits.__struct_fields__]
+    assert list(ROWS) == [*LimitSettings.__struct_fields__]
 
 
-@pytest.mark.parametrize("name", Limits.__struct_fields__)
+@pytest.mark.parametrize("name", LimitSettings.__struct_fields__)
 def test_limit_is_counted_documented_and_tested(name: str) -> None:
     _, _, metrics, tests = ROWS[name]
     counted = re.findall(r"`(\w+)`", metrics)

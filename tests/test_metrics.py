@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import catbus
 import catbus.auth.tokens
-from catbus.config import Database, Retention, WebTransport
+from catbus.config import DatabaseSettings, RetentionSettings, WebTransportSettings
 from catbus.observability.histogram import Histogram
 from catbus.observability.metrics import METRICS
 from tests.brokers import CONFIG, SECRET, TOKEN
@@ -59,9 +59,9 @@ async def serving(state: Path, url: str = "memory") -> AsyncIterator[tuple[catbu
     config = msgspec.structs.replace(
         CONFIG,
         state=str(state),
-        webtransport=WebTransport(bind=("127.0.0.1:0",)),
-        database=Database(url=url),
-        retention=Retention(),
+        webtransport=WebTransportSettings(bind=("127.0.0.1:0",)),
+        database=DatabaseSettings(url=url),
+        retention=RetentionSettings(),
     )
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:

@@ -16,7 +16,7 @@ import catbus
 from catbus.auth.token_errors import Reason
 from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.client import Backoff
-from catbus.config import Auth, Config
+from catbus.config import AuthSettings, Config
 from catbus.errors import CloseCode, Code, PeerError
 from catbus.log import MemoryLog
 from catbus.observability.metrics import Metrics
@@ -113,7 +113,7 @@ async def test_a_clock_that_differs_by_some_seconds_refuses_nobody(claims: dict[
 
 async def test_a_session_lasts_as_long_as_the_leeway_of_its_token() -> None:
     limits = msgspec.structs.replace(CONFIG.limits, token_grace=0)
-    config = msgspec.structs.replace(CONFIG, limits=limits, auth=Auth(secrets=(SECRET,), leeway=3600))
+    config = msgspec.structs.replace(CONFIG, limits=limits, auth=AuthSettings(secrets=(SECRET,), leeway=3600))
     token = sign(SECRET, client_id="a", grants=Grants.ALL, expires=time.time() - 10)
     async with running(config) as (_, address), speaker(address) as peer:
         await peer.say({"type": "auth", "token": token, "protocol": 1})
@@ -139,7 +139,7 @@ async def test_over_http_a_token_that_is_not_valid_yet_is_one_to_come_back_with(
 
 async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None:
     token = sign(SECRET, client_id="a", grants=Grants.ALL, not_before=time.time() + 2)
-    config = msgspec.structs.replace(CONFIG, auth=Auth(secrets=(SECRET,), leeway=0))
+    config = msgspec.structs.replace(CONFIG, auth=AuthSettings(secrets=(SECRET,), leeway=0))
     reconnect = Backoff(first=0.1, jitter=0)
     async with running(config) as (broker, address):
         async with catbus.connect(f"ws://{address}/ws", token=token, persist=True, reconnect=reconnect) as bus:

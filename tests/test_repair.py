@@ -12,10 +12,10 @@ import trio
 
 import catbus
 from catbus import Config
-from catbus.cli.commands.status import _missing
+from catbus.cli.commands.status import _format_missing
 from catbus.client import Bus
 from catbus.client.messages import Gap
-from catbus.config import Database, Limits
+from catbus.config import DatabaseSettings, LimitSettings
 from catbus.postgres.maintenance.repair import repair
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import Peer
@@ -49,7 +49,7 @@ class Client:
 
 def on(url: str) -> Config:
     """A replica on this database that keeps next to nothing in memory."""
-    return msgspec.structs.replace(CONFIG, database=Database(url=url), limits=Limits(recent=1))
+    return msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url), limits=LimitSettings(recent=1))
 
 
 @asynccontextmanager
@@ -118,7 +118,7 @@ async def test_both_replicas_are_degraded_and_after_the_repair_everybody_goes_on
                 await client.wait_for(11)
             assert [client.seqs for client in late] == [[1, 2]] * 4
 
-            await repair(Database(url=database_url), lambda *_: None, apply=True)
+            await repair(DatabaseSettings(url=database_url), lambda *_: None, apply=True)
             for websocket, _ in found:
                 await until_ready(websocket, "ready")
                 assert await metric(websocket, "catbus_log_missing_messages") == 0
@@ -142,6 +142,6 @@ async def test_both_replicas_are_degraded_and_after_the_repair_everybody_goes_on
 
 
 def test_status_names_what_is_missing() -> None:
-    assert _missing({"missing": 4, "holes": [[3, 5], [9, 9]]}) == (
+    assert _format_missing({"missing": 4, "holes": [[3, 5], [9, 9]]}) == (
         "4 messages were deleted by hand: 3 to 5, 9; `catbus repair` goes on behind them"
     )

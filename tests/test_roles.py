@@ -14,7 +14,7 @@ import trio
 import catbus
 from catbus import Config
 from catbus.auth.tokens import Grants, make_role_token
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import CloseCode, Code
 from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
@@ -28,17 +28,17 @@ GRANTS = Grants(("a.*",), ("a.*", "b"))
 
 def on(url: str) -> Config:
     """A broker on this database, which gives up on it soon."""
-    return msgspec.structs.replace(CONFIG, database=Database(url=url, publish_timeout=1, connect_timeout=1))
+    return msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url, publish_timeout=1, connect_timeout=1))
 
 
 async def make_role(url: str, client_id: str | None = "ci") -> str:
-    async with open_roles(Database(url=url)) as roles:
+    async with open_roles(DatabaseSettings(url=url)) as roles:
         token, _ = await roles.create(client_id, GRANTS)
     return token
 
 
 async def delete_role(url: str, token: str) -> None:
-    async with open_roles(Database(url=url)) as roles:
+    async with open_roles(DatabaseSettings(url=url)) as roles:
         await roles.delete(token)
 
 
@@ -139,7 +139,7 @@ async def test_a_change_reaches_open_sessions_on_every_replica_over_either_trans
     token = await make_role(database_url)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        roles = await enter(open_roles(Database(url=database_url)))
+        roles = await enter(open_roles(DatabaseSettings(url=database_url)))
         await roles.grant(token, Grants(("b", "c.d")))
         buses = []
         for name in ("one", "other"):

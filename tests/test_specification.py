@@ -24,7 +24,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth import live_permissions
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
-from catbus.config import Config, Limits
+from catbus.config import Config, LimitSettings
 from catbus.endpoints import coalesce, http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
 from catbus.limits import unauthenticated
@@ -39,7 +39,7 @@ from catbus.protocol.json_splitter import Framer
 from catbus.protocol.wire_messages import Protocol, Reply, Request
 from catbus.replica import Hub
 from catbus.session.driver import MAX_HISTORY, QUIET
-from catbus.webtransport import Limits as ConnectionLimits
+from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_hub import Roles
 
@@ -367,11 +367,11 @@ CONSTANTS = {
     "bytes of an object before the first `auth_ok`": unauthenticated.UNPROVEN_SIZE,
     "bytes held for all unauthenticated peers together": unauthenticated.STRANGERS_SIZE,
     "fragments of a WebSocket message, plus one for every 32 bytes of it": coalesce.FRAGMENTS,
-    "bytes waiting for a subscription on its own stream, as a fraction of `limits.mailbox`: one part in": (
+    "bytes waiting for a subscription on its own stream, as a fraction of `limits.send_queue`: one part in": (
         webtransport.OWN_SHARE
     ),
-    "streams that the broker opens in a session": CONNECTION_LIMITS.opened,
-    "datagrams waiting in a session": CONNECTION_LIMITS.datagrams,
+    "streams that the broker opens in a session": CONNECTION_LIMITS.outgoing_streams,
+    "datagrams waiting in a session": CONNECTION_LIMITS.queued_datagrams,
     "seconds without other data until the broker sends `head` unasked (at most twice as many)": QUIET,
     "seconds during which a client takes none of the waiting data": websocket.STALL_TIME,
     "the same for a subscription's own stream": webtransport.STALL_TIME,
@@ -402,7 +402,7 @@ def test_tables_contain_every_limit_once() -> None:
     named = [name for row in AUTH_OK_LIMITS + OTHER_LIMITS for name in quoted(row["Set by"])]
     internal = {"recent"}
     assert {name for name in named if name.startswith("limits.")} == {
-        f"limits.{name}" for name in Limits.__struct_fields__ if name not in internal
+        f"limits.{name}" for name in LimitSettings.__struct_fields__ if name not in internal
     }
     assert len(set(named)) == len(named)
 
@@ -657,7 +657,7 @@ async def test_session_changes_state_as_in_the_table(
     elif protocol is Protocol.FIRST:
         replies = ["subscribe_error" if name == "revoked" else name for name in replies]
         replies, codes = [name for name in replies if REPLIES[name].fixed is not None], []
-    config = Config(limits=Limits(subscriptions=1, message_size=10_000))
+    config = Config(limits=LimitSettings(subscriptions=1, message_size=10_000))
     async with running(config) as hub:
         if "never been reachable" in event:
             hub = Hub(config, MemoryLog(), Authenticator([SECRET]))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import catbus
 from catbus import testing
 from catbus.auth.tokens import Authenticator, Grants
-from catbus.config import Limits
+from catbus.config import LimitSettings
 from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
@@ -175,7 +175,7 @@ async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: t
 
 async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
     """A connection without sockets holds nothing, so a reader that is slow is slow at once."""
-    config = catbus.Config(limits=Limits(mailbox=2000))
+    config = catbus.Config(limits=LimitSettings(send_queue=2000))
     async with testing.open_test_broker(config) as broker:
         slow = await broker.dial()
         await slow.send(b'{"type":"auth","token":"%s","protocol":1}' % broker.token().encode())

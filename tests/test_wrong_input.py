@@ -14,7 +14,7 @@ import trio
 
 import catbus
 from catbus.auth.tokens import Grants, sign
-from catbus.config import Limits
+from catbus.config import LimitSettings
 from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running
 from tests.endpoints.peers import BINARY, CLOSE, TEXT, Peer, masked
@@ -152,7 +152,7 @@ async def test_a_wrong_token_is_refused_without_being_repeated(name: str) -> Non
 
 
 async def test_whoever_does_not_authenticate_is_closed() -> None:
-    config = msgspec.structs.replace(CONFIG, limits=Limits(auth_timeout=0.2))
+    config = msgspec.structs.replace(CONFIG, limits=LimitSettings(auth_timeout=0.2))
     async with running(config) as (_, address), bystander(address), speaker(address) as peer:
         assert (await peer.reply())["type"] == "auth_error"
         assert await peer.close_code() == CloseCode.AUTH_TIMEOUT
@@ -166,4 +166,4 @@ async def test_a_client_that_asks_without_end_and_reads_nothing_harms_only_itsel
             while True:
                 await peer.say(pings)
         [size] = {c.mailbox.size for c in broker.hub.clients if c.mailbox.size} or {0}
-        assert size < 2 * CONFIG.limits.mailbox
+        assert size < 2 * CONFIG.limits.send_queue

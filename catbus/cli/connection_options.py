@@ -14,7 +14,7 @@ import click
 from ..client import Bus, Reconnected, Reconnecting, connect
 from ..client.transport import parse_address
 from .development_credentials import DEFAULT_URL, find_certificate, find_token
-from .line_writer import say
+from .line_writer import write_line
 
 
 def _check_url(_: click.Context, __: click.Parameter, url: str) -> str:
@@ -58,7 +58,7 @@ ca_option = click.option(
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
+class ConnectionOptions:
     """A broker to speak to, and as whom. `token` is None when there is none to be had."""
 
     url: str
@@ -66,7 +66,7 @@ class Remote:
     ca: str | None
     fallback_url: str | None = None
 
-    def check(self) -> None:
+    def require_token(self) -> None:
         """Raise `click.UsageError` when there is no token to show."""
         if self.token is None:
             raise click.UsageError(
@@ -76,18 +76,20 @@ class Remote:
     def connect(self) -> AbstractAsyncContextManager[Bus]:
         """Connect, once `check` has passed, and say on stderr when the connection is lost and when there is another."""
         assert self.token is not None
-        return connect(self.url, fallback_url=self.fallback_url, token=self.token, ca=self.ca, on_event=_tell)
+        return connect(
+            self.url, fallback_url=self.fallback_url, token=self.token, ca=self.ca, on_event=_report_connection_event
+        )
 
 
-def _tell(event: object) -> None:
+def _report_connection_event(event: object) -> None:
     match event:
         case Reconnecting(attempt=1):
-            say(f"catbus: {event.reason}; connecting again", sys.stderr)
+            write_line(f"catbus: {event.reason}; connecting again", sys.stderr)
         case Reconnected(moved=False):
-            say("catbus: connected again", sys.stderr)
+            write_line("catbus: connected again", sys.stderr)
 
 
-def remote_options(command: Callable[..., None]) -> Callable[..., None]:
+def connection_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say where the broker is, and hand them to it as one `Remote`."""
 
     @url_option
@@ -95,8 +97,10 @@ def remote_options(command: Callable[..., None]) -> Callable[..., None]:
     @token_option
     @ca_option
     @wraps(command)
-    def with_remote(*, url: str, fallback_url: str | None, token: str | None, ca: str | None, **others: Any) -> None:
+    def with_connection(
+        *, url: str, fallback_url: str | None, token: str | None, ca: str | None, **others: Any
+    ) -> None:
         token, ca = token or find_token(url), ca or find_certificate(url)
-        command(remote=Remote(url, token, ca, fallback_url), **others)
+        command(broker=ConnectionOptions(url, token, ca, fallback_url), **others)
 
-    return with_remote
+    return with_connection

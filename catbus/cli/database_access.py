@@ -12,7 +12,7 @@ import click
 import msgspec
 import trio
 
-from ..config import Config, Database, load, redact
+from ..config import Config, DatabaseSettings, load, redact_url
 from ..errors import ConfigError
 from ..postgres.embedded import server as embedded_server
 from ..postgres.roles.role_store import Role, RoleStore, open_roles
@@ -35,7 +35,7 @@ def load_database(path: Path | None, database: str | None, state: str | None) ->
     """
     given = {"database.url": database, "state": state}
     config = load(path, os.environ, given)
-    if embedded_server.is_kept_in(directory_of(config)):
+    if embedded_server.is_kept_in(embedded_directory(config)):
         config = load(path, os.environ, given, {"database.url": "embedded"})
     if config.database.url == "memory":
         raise ConfigError(
@@ -45,24 +45,24 @@ def load_database(path: Path | None, database: str | None, state: str | None) ->
     return config
 
 
-def directory_of(config: Config) -> Path:
+def embedded_directory(config: Config) -> Path:
     """Where the embedded database is."""
     return config.state_directory / "postgres"
 
 
-def place_of(config: Config) -> str:
+def describe_database(config: Config) -> str:
     """Which database it is, for people."""
     url = config.database.url
-    return f"the embedded database in {directory_of(config)}" if url == "embedded" else redact(url)
+    return f"the embedded database in {embedded_directory(config)}" if url == "embedded" else redact_url(url)
 
 
 @asynccontextmanager
-async def reach_database(config: Config) -> AsyncIterator[Database]:
+async def open_database(config: Config) -> AsyncIterator[DatabaseSettings]:
     """The settings of a database that can be connected to: an embedded one is served for the moment, if nobody does."""
     if config.database.url != "embedded":
         yield config.database
         return
-    async with embedded_server.reach(directory_of(config)) as url:
+    async with embedded_server.reach(embedded_directory(config)) as url:
         yield msgspec.structs.replace(config.database, url=url)
 
 
@@ -70,7 +70,7 @@ def with_roles(config: Config, work: Callable[[RoleStore], Awaitable[T]], *, cha
     """What `work` makes of the roles in the database. Only what changes them brings the schema to this version."""
 
     async def go() -> T:
-        async with reach_database(config) as database, open_roles(database, prepare=change) as roles:
+        async with open_database(config) as database, open_roles(database, prepare=change) as roles:
             return await work(roles)
 
     return trio.run(go)

@@ -13,11 +13,11 @@ import trio
 
 from ..observability.loggers import lost_lines
 
-MOST_WAITING = 1 << 20
+MAX_QUEUED_BYTES = 1 << 20
 """Bytes that wait for a reader. What is more is dropped, until the reader has caught up."""
-FLUSH_TIME = 1.0
+FLUSH_TIMEOUT = 1.0
 """Seconds that a process which ends gives to a reader."""
-_TOGETHER = select.PIPE_BUF
+_ATOMIC_WRITE_SIZE = select.PIPE_BUF
 """Bytes that go in one system call, unless a line is longer: a pipe takes so many as a whole."""
 
 
@@ -28,7 +28,7 @@ class LineWriter:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.report: Callable[[int], bytes] = _report
+        self.report: Callable[[int], bytes] = _drop_notice
         self._descriptor = descriptor
         self._changed = threading.Condition()
         self._lines: deque[bytes] = deque()
@@ -45,7 +45,7 @@ class LineWriter:
     def put(self, line: bytes) -> None:
         """Have a line written, with its line break. It is dropped, and counted, where too much waits."""
         with self._changed:
-            self._full = self._full or (self._waiting > 0 and self._waiting + len(line) > MOST_WAITING)
+            self._full = self._full or (self._waiting > 0 and self._waiting + len(line) > MAX_QUEUED_BYTES)
             if self._full or self._closed:
                 self._miss(1)
                 return
@@ -64,7 +64,7 @@ class LineWriter:
         """Wait until everything has been written, for `FLUSH_TIME` at most. It waits for a stuck reader only once."""
         with self._changed:
             if self._thread is not None and not self._given_up:
-                self._given_up = not self._changed.wait_for(lambda: not self._waiting, FLUSH_TIME)
+                self._given_up = not self._changed.wait_for(lambda: not self._waiting, FLUSH_TIMEOUT)
 
     def close(self) -> None:
         """Flush, and take no more lines."""
@@ -85,7 +85,7 @@ class LineWriter:
                     return
                 batch = [self._lines.popleft()]
                 size = len(batch[0])
-                while self._lines and size + len(self._lines[0]) <= _TOGETHER:
+                while self._lines and size + len(self._lines[0]) <= _ATOMIC_WRITE_SIZE:
                     batch.append(self._lines.popleft())
                     size += len(batch[-1])
             written = self._write(b"".join(batch))
@@ -121,7 +121,7 @@ class LineWriter:
         return not left
 
 
-def _report(number: int) -> bytes:
+def _drop_notice(number: int) -> bytes:
     return b"catbus: %d lines were dropped, because the output was not read\n" % number
 
 
@@ -141,7 +141,7 @@ def writer_of(stream: TextIO) -> LineWriter | None:
     return _writers[descriptor]
 
 
-def say(text: str, stream: TextIO) -> None:
+def write_line(text: str, stream: TextIO) -> None:
     """Write a line, or several, without waiting for a reader."""
     writer = writer_of(stream)
     if writer is None:
@@ -150,7 +150,7 @@ def say(text: str, stream: TextIO) -> None:
         writer.put(f"{text}\n".encode(errors="backslashreplace"))
 
 
-async def write_output(data: bytes) -> None:
+async def write_stdout(data: bytes) -> None:
     """Write to stdout, in a thread: a reader that is slow holds up what is printed, and not the connection.
 
     Cancelling it leaves the thread behind, and open how much of the data is written.
@@ -164,7 +164,7 @@ def _write_all(data: bytes) -> None:
         data = data[os.write(1, data) :]
 
 
-def close_all() -> None:
+def close_writers() -> None:
     """Flush and forget all writers. The next line starts a new one."""
     while _writers:
         _writers.popitem()[1].close()

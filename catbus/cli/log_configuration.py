@@ -16,10 +16,10 @@ from .line_writer import LineWriter, writer_of
 # What a library is called and what its loggers are called is not always the same.
 _ALIASES = {"aioquic": ("quic", "http3"), "trio_websocket": ("trio-websocket",)}
 
-DROPPED = "log lines were dropped, because the output was not read"
+LINES_DROPPED = "log lines were dropped, because the output was not read"
 
 
-def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
+def configure_logging(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] = ()) -> None:
     """Send all log lines to `stream`. No program waits for its reader: see `LineWriter`.
 
     `levels` is such as "catbus=info,aioquic=warning"; who is not named there says warnings only. `form` is "text",
@@ -47,7 +47,7 @@ def configure(levels: str, form: str, stream: TextIO, *, secrets: Iterable[str] 
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
-                blot_out(secrets),
+                redact_events(secrets),
                 renderer,
             ],
         )
@@ -69,17 +69,19 @@ class _LineHandler(logging.Handler):
         try:
             line = self._line(record)
         except Exception as error:  # noqa: BLE001 (logging does the same, but says it to a stderr that may block)
-            line = self._line(_made(record.name, f"a log line has no text: {type(error).__name__}", place=record.msg))
+            line = self._line(
+                _make_record(record.name, f"a log line has no text: {type(error).__name__}", place=record.msg)
+            )
         self._writer.put(line)
 
     def _line(self, record: logging.LogRecord) -> bytes:
         return f"{self.format(record)}\n".encode(errors="backslashreplace")
 
     def _report(self, number: int) -> bytes:
-        return self._line(_made("catbus.logs", DROPPED, number=number))
+        return self._line(_make_record("catbus.logs", LINES_DROPPED, number=number))
 
 
-def _made(name: str, text: str, **values: object) -> logging.LogRecord:
+def _make_record(name: str, text: str, **values: object) -> logging.LogRecord:
     record = logging.LogRecord(name, logging.WARNING, "", 0, text, None, None)
     vars(record).update(values)
     return record
@@ -87,24 +89,24 @@ def _made(name: str, text: str, **values: object) -> logging.LogRecord:
 
 def set_levels(levels: str) -> None:
     """Let each logger say what `levels` has for it, in place of what an earlier call had."""
-    for name in _set_before:
+    for name in _configured_loggers:
         logging.getLogger(name).setLevel(logging.NOTSET)
-    _set_before.clear()
+    _configured_loggers.clear()
     wanted = parse_levels(levels)
     logging.getLogger().setLevel(wanted.pop("", logging.WARNING))
     for name, level in wanted.items():
         for each in (name, *_ALIASES.get(name, ())):
             logging.getLogger(each).setLevel(level)
-            _set_before.add(each)
+            _configured_loggers.add(each)
 
 
-_set_before: set[str] = set()
+_configured_loggers: set[str] = set()
 """Loggers with a level of their own."""
 
 
-_FIRST = ("timestamp", "level", "logger", "event")
-_TELLING_KEY = re.compile(r"secret|token|passw|admin_?key|api_?key|authorization|cookie|credential", re.IGNORECASE)
-_TELLING_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
+_FIRST_KEYS = ("timestamp", "level", "logger", "event")
+_SECRET_KEY = re.compile(r"secret|token|passw|admin_?key|api_?key|authorization|cookie|credential", re.IGNORECASE)
+_SECRET_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(sub|role)-[\w-]{16,}(?:\.[\w-]*)?"), r"\1-***"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), "eyJ***"),
     (re.compile(r"\b(Bearer|Basic)\s+\S+", re.IGNORECASE), r"\1 ***"),
@@ -113,14 +115,14 @@ _TELLING_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def blot_out(secrets: Iterable[str]) -> Callable[[WrappedLogger, str, EventDict], EventDict]:
+def redact_events(secrets: Iterable[str]) -> Callable[[WrappedLogger, str, EventDict], EventDict]:
     """A processor that hides `secrets`, what stands under a telling key, and what has the form of a token."""
     known = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
 
     def hide(key: str, value: object) -> object:
         match value:
             case str():
-                return "***" if key and _TELLING_KEY.search(key) else scrub(value, known)
+                return "***" if key and _SECRET_KEY.search(key) else redact_text(value, known)
             case bytes():
                 return hide(key, value.decode(errors="replace"))
             case dict():
@@ -130,20 +132,20 @@ def blot_out(secrets: Iterable[str]) -> Callable[[WrappedLogger, str, EventDict]
             case None | bool() | int() | float():
                 return value
             case _:
-                return scrub(str(value), known)
+                return redact_text(str(value), known)
 
     def process(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         # What every line has comes first, in the same order.
-        keys = [key for key in _FIRST if key in event] + [key for key in event if key not in _FIRST]
+        keys = [key for key in _FIRST_KEYS if key in event] + [key for key in event if key not in _FIRST_KEYS]
         return {key: hide("" if key in ("event", "exception") else key, event[key]) for key in keys}
 
     return process
 
 
-def scrub(text: str, secrets: Iterable[str] = ()) -> str:
+def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` without what looks like a token or a password, and without `secrets`."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    for pattern, instead in _TELLING_TEXT:
+    for pattern, instead in _SECRET_PATTERNS:
         text = pattern.sub(instead, text)
     return text

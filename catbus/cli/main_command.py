@@ -13,8 +13,8 @@ import click
 
 from ..errors import CatbusError
 from ..version import version as release
-from .line_writer import close_all
-from .log_configuration import configure, scrub
+from .line_writer import close_writers
+from .log_configuration import configure_logging, redact_text
 
 COMMANDS = ("run", "check", "init", "repair", "grant", "token", "role", "revoke", "status", "pub", "sub", "fuzz")
 """In the order in which one meets them. Each is a module here, which is imported when it is needed."""
@@ -56,30 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit status: 0, 1 for what went wrong, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Of the client commands nothing but their answer belongs on stdout. `run` sets up its own.
-    configure("warning", "auto", sys.stderr)
+    configure_logging("warning", "auto", sys.stderr)
     try:
         status = catbus.main(args=list(arguments), prog_name="catbus", standalone_mode=False)
         sys.stdout.flush()
-        close_all()
+        close_writers()
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
         # Log lines come before what is said of the end.
-        close_all()
+        close_writers()
         if "--debug" in arguments[:1]:
             traceback.print_exception(error)
-        status, text = explain(error)
+        status, text = explain_error(error)
         if text:
             print(f"catbus: {text}", file=sys.stderr)
-        if any(isinstance(each, BrokenPipeError) for each in _leaves(error)):
+        if any(isinstance(each, BrokenPipeError) for each in _leaf_errors(error)):
             # What is still buffered has nowhere to go, and the interpreter would complain of it at the end.
             sys.stdout = None
     sys.exit(status)
 
 
-def explain(error: BaseException) -> tuple[int, str]:
+def explain_error(error: BaseException) -> tuple[int, str]:
     """The exit status for an error, and the one line that says what is wrong; no line for an interruption."""
-    leaves = list(_leaves(error))
+    leaves = list(_leaf_errors(error))
     if any(isinstance(each, KeyboardInterrupt | click.Abort) for each in leaves):
         return 128 + signal.SIGINT, ""
     told = next((each for each in leaves if isinstance(each, click.ClickException | CatbusError)), None)
@@ -102,10 +102,10 @@ def explain(error: BaseException) -> tuple[int, str]:
             return 1, _one_line(f"internal error: {type(chosen).__name__}: {chosen} (catbus --debug ... shows where)")
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def _leaf_errors(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         for each in error.exceptions:
-            yield from _leaves(each)
+            yield from _leaf_errors(each)
     else:
         yield error
 
@@ -116,4 +116,4 @@ def _with_hint(error: click.UsageError) -> str:
 
 
 def _one_line(text: str) -> str:
-    return scrub(" ".join(text.split()))
+    return redact_text(" ".join(text.split()))

@@ -16,8 +16,6 @@ import anyio.lowlevel
 
 from ..errors import Disconnected
 from ..webtransport import (
-    Configuration,
-    Connection,
     ConnectionLost,
     Datagram,
     Event,
@@ -27,6 +25,8 @@ from ..webtransport import (
     StreamData,
     StreamReset,
     StreamStopped,
+    WebTransportConfiguration,
+    WebTransportConnection,
     client_configuration,
 )
 from ..webtransport.quic_configuration import CLIENT_LIMITS
@@ -43,7 +43,7 @@ PING = 20.0
 LAST_WORDS = 1.0
 """How long, in seconds, a stream that has ended waits for the closing code of its session."""
 
-LIMITS = replace(CLIENT_LIMITS, opening=60.0, closing=GOODBYE / 2.5)
+LIMITS = replace(CLIENT_LIMITS, session_timeout=60.0, close_timeout=GOODBYE / 2.5)
 """Whoever connects limits the opening; the two steps of the closing fit into `GOODBYE`."""
 
 BATCH = 64
@@ -68,7 +68,7 @@ class WebTransport:
     kind = "webtransport"
     pending = False
 
-    def __init__(self, url: str, connection: Connection, peer: Any, udp: socket.socket) -> None:
+    def __init__(self, url: str, connection: WebTransportConnection, peer: Any, udp: socket.socket) -> None:
         self._url = url
         self._connection = connection
         self._peer = peer
@@ -308,7 +308,7 @@ class WebTransport:
 
 def make_configuration(
     address: Address, ca: str | os.PathLike[str] | None = None, certificate_hash: bytes | None = None
-) -> Configuration:
+) -> WebTransportConfiguration:
     """Verify against the usual authorities, or those in `ca`, PEM or a file of it, or only by the certificate's hash.
 
     Raises `OSError` and `ConfigError`.
@@ -319,7 +319,7 @@ def make_configuration(
     return client_configuration(name, ca=pem, certificate_hash=certificate_hash, limits=LIMITS)
 
 
-async def open_webtransport(address: Address, configuration: Configuration) -> WebTransport:
+async def open_webtransport(address: Address, configuration: WebTransportConfiguration) -> WebTransport:
     """Open a session at the first of the host's addresses that answers. Raises `Disconnected`.
 
     Cancelling it leaves nothing open.
@@ -332,13 +332,15 @@ async def open_webtransport(address: Address, configuration: Configuration) -> W
     return await race(attempts, WebTransport.abandon)
 
 
-async def _open(address: Address, configuration: Configuration, family: int, where: Any) -> WebTransport:
+async def _open(address: Address, configuration: WebTransportConfiguration, family: int, where: Any) -> WebTransport:
     try:
         udp = _connect(family, where)
     except OSError as error:
         raise Disconnected(_no_connection(address.url, error)) from error
     now = anyio.current_time()
-    connection = Connection.client(configuration, where, now, authority=address.authority, path=address.target)
+    connection = WebTransportConnection.client(
+        configuration, where, now, authority=address.authority, path=address.target
+    )
     transport = WebTransport(address.url, connection, where, udp)
     try:
         await transport.open()

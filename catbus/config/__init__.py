@@ -1,51 +1,59 @@
-"""How a broker is set up: built-in defaults, then a TOML file, then the environment, then the command line."""
+"""The configuration of a broker: defaults, then a TOML file, then environment variables, then the command line."""
 
-from .environment_variables import variable
-from .loader import ENVIRONMENT, Reading, differences, keys, load, read, show
+from .environment_variables import variable_name
+from .loader import (
+    VARIABLES,
+    LoadedConfig,
+    changed_settings,
+    load,
+    load_with_sources,
+    setting_descriptions,
+    show_setting,
+)
 from .log_levels import parse_levels
-from .network_addresses import is_loopback, join_address, redact, split_address
+from .network_addresses import is_loopback, join_address, redact_url, split_address
 from .settings import (
-    Auth,
+    AuthSettings,
     Config,
-    Database,
-    Drain,
-    Limits,
-    Logging,
-    Retention,
-    WebSocket,
-    WebTransport,
+    DatabaseSettings,
+    DrainSettings,
+    LimitSettings,
+    LoggingSettings,
+    RetentionSettings,
+    WebSocketSettings,
+    WebTransportSettings,
     default_state_directory,
 )
 from .value_types import parse_duration, parse_size
-from .weak_secrets import MAKE_ONE, find_weak_secrets, weakness
+from .weak_secrets import SECRET_COMMAND, find_weak_secrets, find_weakness
 
 __all__ = [
-    "ENVIRONMENT",
-    "MAKE_ONE",
-    "Auth",
+    "SECRET_COMMAND",
+    "VARIABLES",
+    "AuthSettings",
     "Config",
-    "Database",
-    "Drain",
-    "Limits",
-    "Logging",
-    "Reading",
-    "Retention",
-    "WebSocket",
-    "WebTransport",
+    "DatabaseSettings",
+    "DrainSettings",
+    "LimitSettings",
+    "LoadedConfig",
+    "LoggingSettings",
+    "RetentionSettings",
+    "WebSocketSettings",
+    "WebTransportSettings",
+    "changed_settings",
     "default_state_directory",
-    "differences",
     "find_weak_secrets",
+    "find_weakness",
     "is_loopback",
     "join_address",
-    "keys",
     "load",
+    "load_with_sources",
     "parse_duration",
     "parse_levels",
     "parse_size",
-    "read",
-    "redact",
-    "show",
+    "redact_url",
+    "setting_descriptions",
+    "show_setting",
     "split_address",
-    "variable",
-    "weakness",
+    "variable_name",
 ]

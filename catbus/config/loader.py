@@ -1,4 +1,4 @@
-"""Reading a configuration: each value is checked where it comes from, so that an error can name the place."""
+"""The loader of a configuration. It checks each value at its source, so that an error can name the source."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .environment_variables import find_misspelt, known_directives, parse_variable, variables
-from .network_addresses import redact
-from .settings import Config, sections, settings, unknown
-from .value_types import convert, expected, found, mistake
+from .environment_variables import find_unknown_variables, known_directives, parse_variable, variable_name, variables
+from .network_addresses import redact_url
+from .settings import RENAMED, Config, explain_unknown_key, sections, settings
+from .value_types import convert_value, describe_mismatch, describe_type, format_value
 
-ENVIRONMENT = variables(settings())
-"""Which setting a variable stands for. Of two for one setting, the later wins."""
+VARIABLES = variables(settings())
+"""Environment variables with their settings. If two variables set one setting, the later wins."""
 
+_RENAMED_VARIABLES = {variable_name(old): variable_name(new) for old, new in RENAMED.items()}
 _DEFAULT = "default"
 
 
-class Reading(NamedTuple):
-    """A configuration, and where it comes from."""
+class LoadedConfig(NamedTuple):
+    """A configuration with the sources of its settings."""
 
     config: Config
     sources: Mapping[str, str]
-    """By dotted name, what set a setting: a file, a variable, or "command line". The others have their defaults."""
+    """By dotted name, the source of each setting without its default: a file, a variable or "command line"."""
     warnings: tuple[str, ...]
-    """Sentences about variables that have no effect."""
+    """Sentences about environment variables that have no effect."""
 
 
 def load(
@@ -35,23 +36,23 @@ def load(
     overrides: Mapping[str, object] | None = None,
     defaults: Mapping[str, object] | None = None,
 ) -> Config:
-    """The configuration that `read` reads."""
-    return read(path, environ, overrides, defaults).config
+    """Load a configuration, as `load_with_sources` does, and return it without the sources."""
+    return load_with_sources(path, environ, overrides, defaults).config
 
 
-def read(
+def load_with_sources(
     path: Path | None = None,
     environ: Mapping[str, str] | None = None,
     overrides: Mapping[str, object] | None = None,
     defaults: Mapping[str, object] | None = None,
-) -> Reading:
-    """Read a configuration: the file at `path`, then `environ`, then `overrides`; what comes later wins.
+) -> LoadedConfig:
+    """Load a configuration from the file at `path`, then `environ`, then `overrides`. The later source wins.
 
-    `overrides` maps dotted names such as `database.url` to values; None stands for "not given", and so does an
-    empty variable. `defaults` take the place of the built-in ones. Raises `ConfigError`, which says where, which key,
-    what was expected and what was found.
+    `overrides` maps dotted names such as `database.url` to values. None means that a value is not given, and so does an
+    empty variable. `defaults` replace built-in defaults. Raises `ConfigError` with the source, the key, the expected
+    value and the found value.
     """
-    draft = _Draft()
+    draft = _ConfigDraft()
     for name, value in (defaults or {}).items():
         draft.put(_DEFAULT, name, name, value)
     if path is not None:
@@ -61,21 +62,25 @@ def read(
         if value is not None:
             draft.put("command line", name, name, value)
     sources = {name: place for name, place in draft.places.items() if place != _DEFAULT}
-    return Reading(draft.config(), sources, (*draft.warnings, *find_misspelt(environ or {}, ENVIRONMENT)))
+    return LoadedConfig(
+        draft.config(),
+        sources,
+        (*draft.warnings, *find_unknown_variables(environ or {}, VARIABLES, _RENAMED_VARIABLES)),
+    )
 
 
-def show(config: Config, name: str) -> str:
-    """The value of a setting as TOML has it, without what is secret; "none" where it has no value."""
+def show_setting(config: Config, name: str) -> str:
+    """Format the value of a setting as TOML, without secrets. Return "none" if it has no value."""
     setting, value = settings()[name], _value(config, name)
     if value is None:
         return "none"
     if not setting.hidden:
-        return found(value)
-    return found(redact(value) if name.startswith("database.") else "***")
+        return format_value(value)
+    return format_value(redact_url(value) if name.startswith("database.") else "***")
 
 
-def differences(one: Config, other: Config) -> list[str]:
-    """The dotted names of the settings that differ."""
+def changed_settings(one: Config, other: Config) -> list[str]:
+    """Return the dotted names of the settings that differ between two configurations."""
     return [name for name in settings() if _value(one, name) != _value(other, name)]
 
 
@@ -84,13 +89,13 @@ def _value(config: Config, name: str) -> Any:
     return getattr(getattr(config, section) if section else config, settings()[name].field)
 
 
-def keys() -> dict[str, str]:
-    """Every setting by its dotted name as a file has it, with what is expected of it."""
-    return {name: expected(setting.hint) for name, setting in settings().items()}
+def setting_descriptions() -> dict[str, str]:
+    """Return every setting by its dotted name, with a description of the expected value."""
+    return {name: describe_type(setting.hint) for name, setting in settings().items()}
 
 
-class _Draft:
-    """Values as they come in, each checked where it comes from, so that an error can name its place."""
+class _ConfigDraft:
+    """The values read so far, each checked at its source, so that an error can name the source."""
 
     def __init__(self) -> None:
         self.places: dict[str, str] = {}
@@ -106,7 +111,7 @@ class _Draft:
         except UnicodeDecodeError:
             raise ConfigError(f"{place}: is not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
-            # Not only TOMLDecodeError: a number may have more digits than Python reads.
+            # Not only TOMLDecodeError: Python refuses to convert a number with too many digits.
             raise ConfigError(f"{place}: is not valid TOML: {error}") from None
         for key, value in document.items():
             if key in sections():
@@ -116,31 +121,31 @@ class _Draft:
 
     def _read_section(self, place: str, section: str, table: object, base: Path) -> None:
         if not isinstance(table, dict):
-            raise ConfigError(f"{place}: {section}: expected a table, [{section}], found {found(table)}")
+            raise ConfigError(f"{place}: {section}: expected a table, [{section}], found {format_value(table)}")
         for key, value in table.items():
             self.put(place, f"[{section}] {key}", f"{section}.{key}", value, base)
 
     def read_environment(self, environ: Mapping[str, str]) -> None:
         taken: dict[str, tuple[str, str]] = {}
-        for variable, name in ENVIRONMENT.items():
+        for variable, name in VARIABLES.items():
             if text := environ.get(variable, "").strip():
                 other, said = taken.get(name, (variable, text))
                 if said != text and other != "RUST_LOG":
-                    self.warnings.append(f"{other} has no effect, as {variable} sets {name}, too")
+                    self.warnings.append(f"{other} has no effect, because {variable} sets {name}, too")
                 taken[name] = variable, text
                 text = known_directives(text) if variable == "RUST_LOG" else text
                 self.put(variable, "", name, parse_variable(name, settings()[name].hint, text))
 
     def put(self, place: str, label: str, name: str, value: object, base: Path | None = None) -> None:
-        """Take a value for the setting `name`. Paths in a file are relative to its directory, `base`."""
+        """Set the value of the setting `name`. Paths in a file are relative to `base`, its directory."""
         where = f"{place}: {label}" if label else place
         setting = settings().get(name)
         if setting is None:
-            raise ConfigError(f"{where}: {unknown(name)}")
+            raise ConfigError(f"{where}: {explain_unknown_key(name)}")
         try:
-            self._values[name] = convert(setting.hint, value, base)
+            self._values[name] = convert_value(setting.hint, value, base)
         except ValueError:
-            raise ConfigError(f"{where}: {mistake(setting.hint, value, hidden=setting.hidden)}") from None
+            raise ConfigError(f"{where}: {describe_mismatch(setting.hint, value, hidden=setting.hidden)}") from None
         self.places[name] = place
 
     def config(self) -> Config:

@@ -1,4 +1,4 @@
-"""How much each logger says, as text."""
+"""Log levels as text, like `catbus=info,aioquic=warning`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEVELS = {
 
 
 def parse_levels(text: str) -> dict[str, int]:
-    """`catbus=info,aioquic=warning` by logger; a level alone is everybody's, under the empty name.
+    """Parse log levels to a mapping by logger. A level without a logger has the empty name, the root logger's.
 
     Raises `ValueError`.
     """

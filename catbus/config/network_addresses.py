@@ -1,4 +1,4 @@
-"""Addresses and URLs as they stand in a configuration."""
+"""Addresses and URLs in a configuration: splitting, joining and redacting them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[^\s:\[\]/]+)):(?
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """`host:port` as its two parts, without the brackets of an IPv6 address; raises `ConfigError`."""
+    """Split `host:port`, and drop the brackets of an IPv6 address. Raises `ConfigError`."""
     match = _ADDRESS.fullmatch(address)
     if match is None or int(match["port"]) > 65_535:
         raise ConfigError(f'expected an address with a port, like "127.0.0.1:8080", not {address[:60]!r}')
@@ -19,12 +19,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """What `split_address` takes apart."""
+    """Join a host and a port, the inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, is this machine as only this machine can reach it."""
+    """Whether a host name or IP address is a loopback address, which only this machine can reach."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -33,15 +33,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def redact(url: str) -> str:
-    """A URL without what it may keep secret: the password and every parameter."""
+def redact_url(url: str) -> str:
+    """Return a URL without its password and its parameters, which may be secret."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
     rest, question, parameters = rest.partition("?")
     credentials, at, place = rest.rpartition("@")
     if not at and "@" in parameters and ":" in rest:
-        # The question mark stands in a password that was not escaped.
+        # The question mark is part of a password that was not escaped.
         return f"{scheme}://***"
     user, colon, _ = credentials.partition(":")
     return f"{scheme}://{user}{':***' if colon else ''}{at}{place}{'?***' if question else ''}"

@@ -1,4 +1,4 @@
-"""Everything that can be set, with its default, and what its value may be."""
+"""All settings, with their defaults and the types of their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 from msgspec import Struct, field, structs
 
 from ..errors import ConfigError
-from .network_addresses import is_loopback, redact, split_address
+from .network_addresses import is_loopback, redact_url, split_address
 from .value_types import (
     Address,
     Count,
@@ -31,15 +31,15 @@ from .value_types import (
     SynchronousCommit,
     Text,
     Timeout,
-    convert,
-    mistake,
+    convert_value,
+    describe_mismatch,
 )
 
 
 class Section(Struct, frozen=True, kw_only=True):
-    """Settings that belong together, checked and converted as if a file had them. Secrets never show in `repr`.
+    """A section of settings, checked and converted in the same way as those of a file. `repr` never shows secrets.
 
-    Making one raises `ConfigError`, which says which setting, what was expected and what was found.
+    The constructor raises `ConfigError` with the setting, the expected value and the found value.
     """
 
     hidden: ClassVar[frozenset[str]] = frozenset()
@@ -51,9 +51,11 @@ class Section(Struct, frozen=True, kw_only=True):
     def _take(self, setting: Setting) -> None:
         given = getattr(self, setting.field)
         try:
-            structs.force_setattr(self, setting.field, convert(setting.hint, given))
+            structs.force_setattr(self, setting.field, convert_value(setting.hint, given))
         except ValueError:
-            raise ConfigError(f"{setting.name}: {mistake(setting.hint, given, hidden=setting.hidden)}") from None
+            raise ConfigError(
+                f"{setting.name}: {describe_mismatch(setting.hint, given, hidden=setting.hidden)}"
+            ) from None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={self._show(name)}" for name in self.__struct_fields__)
@@ -64,37 +66,37 @@ class Section(Struct, frozen=True, kw_only=True):
         return "***" if name in self.hidden and value else repr(value)
 
 
-class Database(Section, frozen=True, kw_only=True):
-    """Where the log is kept: "memory", "embedded" (a private PostgreSQL in the state directory), or postgres://."""
+class DatabaseSettings(Section, frozen=True, kw_only=True):
+    """The database of the log: "memory", "embedded" (a private PostgreSQL in the state directory), or postgres://."""
 
     hidden = frozenset({"url", "listen_url"})
 
     url: DatabaseUrl = "memory"
     listen_url: PostgresUrl | None = None
-    """A way to the same database past a connection pooler, through which no notifications come."""
+    """A direct URL of the same database, for LISTEN: connection poolers do not pass on notifications."""
     synchronous_commit: SynchronousCommit = "on"
     failover: Failover = "lossy"
-    """Whether a standby that takes over can lack what was committed; "lossless" where commits wait for it."""
+    """Whether a promoted standby can lack committed messages. "lossless" if commits wait for the standby."""
     publish_timeout: Timeout = 5.0
-    """How long a publish waits for a database that is away before it is refused."""
+    """Time that a publish waits for an unreachable database before it is rejected."""
     connect_timeout: Timeout = 5.0
 
     def _show(self, name: str) -> str:
         value = getattr(self, name)
-        return repr(redact(value)) if value and name in self.hidden else super()._show(name)
+        return repr(redact_url(value)) if value and name in self.hidden else super()._show(name)
 
 
-class Retention(Section, frozen=True, kw_only=True):
-    """How much of the log stays in PostgreSQL. What is more than `size` goes, however young it is."""
+class RetentionSettings(Section, frozen=True, kw_only=True):
+    """How much of the log is kept in PostgreSQL. Messages above `size` are deleted, whatever their age."""
 
     age: Timeout = 86_400.0
-    """The log keeps so much at least, and 8/7 of it at the most."""
+    """Messages are kept for this time at least, and for 8/7 of it at most."""
     size: LogSize = 10 << 30
-    """What its tables may take up, with their indexes."""
+    """The maximum size of its tables with their indexes."""
 
 
-class Auth(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
-    """Who may come in. `secrets`: the first signs, all of them verify. `jwt`: files with public keys or key sets."""
+class AuthSettings(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
+    """Authentication. `secrets`: the first signs, all verify. `jwt`: files with public keys or key sets."""
 
     hidden = frozenset({"secrets", "admin_key"})
 
@@ -102,101 +104,101 @@ class Auth(Section, frozen=True, kw_only=True, rename={"secrets": "secret"}):
     admin_key: Secret | None = None
     jwt: tuple[File, ...] = ()
     leeway: Duration = 30.0
-    """By how much the clock of whoever makes tokens may differ from this one."""
+    """The tolerated difference between the clock of the token issuer and this one."""
     allow_weak_secrets: Switch = False
-    """Whether others may reach a broker whose secret can be guessed; for trying it."""
+    """Whether a broker that other machines can reach may have a weak secret, for a trial."""
 
 
-class WebSocket(Section, frozen=True, kw_only=True):
-    """The port for WebSocket and plain HTTP. Without an address there is none."""
+class WebSocketSettings(Section, frozen=True, kw_only=True):
+    """The listener for WebSocket and HTTP. It is disabled without an address."""
 
     bind: tuple[Address, ...] = ("0.0.0.0:8080",)
     tls: Switch = False
-    """Whether it speaks TLS, with the same certificate as WebTransport, instead of leaving that to a proxy."""
+    """Whether the listener uses TLS, with WebTransport's certificate. Otherwise a proxy can terminate TLS."""
     allowed_origins: tuple[Text, ...] = ()
-    """Pages on other origins are refused, when this names any."""
+    """If not empty, pages of other origins are refused."""
     send_buffer: Size = 131_072
-    """How much the kernel may hold for one client that reads slowly."""
+    """Size of the kernel's send buffer (SO_SNDBUF) of one connection."""
     ping_interval: Timeout = 20.0
     silence: Timeout = 60.0
-    """A client that was not heard for so long is gone."""
+    """Time without data from a client, after which its connection is closed."""
     trusted_proxies: tuple[Network, ...] = ()
-    """Addresses of proxies: what these say of where a client is, is believed; what others say is not."""
+    """Addresses of proxies whose forwarded headers about a client's address are trusted."""
 
 
-class WebTransport(Section, frozen=True, kw_only=True):
-    """The port for WebTransport. Without a certificate it is served to this machine only, with one made for it."""
+class WebTransportSettings(Section, frozen=True, kw_only=True):
+    """The listener for WebTransport. Without a certificate it serves only loopback addresses, with a generated one."""
 
     bind: tuple[Address, ...] = ("0.0.0.0:4433",)
     cert: File | None = None
     key: File | None = None
 
 
-class Limits(Section, frozen=True, kw_only=True):
-    """What one client, or all of them, may ask of this replica."""
+class LimitSettings(Section, frozen=True, kw_only=True):
+    """Limits on what one client, or all clients together, may use of this replica."""
 
     message_size: Size = 65_536
     subscriptions: Count = 1000
-    """Of one session."""
+    """Subscriptions of one session."""
     subscriptions_total: Count = 1_000_000
-    """Of all sessions together; one client may have as many as there is room left."""
+    """Subscriptions of all sessions together. One client can use at most the same number as remains free."""
     pending_publishes: Count = 1000
-    """Of one session: publishes that are not answered yet."""
+    """Unacknowledged publishes of one session."""
     pending_total: Count = 100_000
-    """Of all sessions together."""
-    mailbox: Size = 524_288
-    """What may wait for one client before it is served from the log, later."""
-    mailbox_total: Size = 268_435_456
-    """What may wait for all of them; over it, those for whom most is waiting are served from the log first."""
+    """Unacknowledged publishes of all sessions together."""
+    send_queue: Size = 524_288
+    """Bytes that may wait in the send queue of one session. Above it, subscriptions lag and read from the log."""
+    send_queue_total: Size = 268_435_456
+    """Bytes in all send queues. Above it, subscriptions with the longest send queues lag and read from the log."""
     recent: Size = 67_108_864
-    """How much of the newest part of the log stays in memory."""
+    """Bytes of the newest messages that are kept in memory."""
     auth_timeout: Timeout = 10.0
     token_grace: Duration = 30.0
-    """How long a session outlives its token."""
+    """Time that a session continues after its token has expired."""
     connections: Count = 10_000
     address_connections: Count = 5_000
-    """Of one address, or /64 of IPv6, that is not this machine's and no trusted proxy's."""
+    """Connections of one IPv4 address or IPv6 /64, except loopback addresses and trusted proxies."""
     sessions: Count = 10_000
-    """Of one client: a client_id, or a token without one in one network."""
+    """Sessions of one client: a client_id, or a token without client_id in one network."""
     client_id: Size = 256
-    """Bytes that a client_id may have."""
+    """Bytes of a client_id."""
     publish_rate: Count = 100_000
-    """Messages that one client may publish in a second."""
+    """Messages per second that one client may publish."""
     publish_bytes: Size = 134_217_728
-    """Bytes of them."""
+    """Bytes per second that one client may publish."""
 
 
-class Drain(Section, frozen=True, kw_only=True):
-    """How a broker stops. Each of the three ends early when no client is left, but for `delay`."""
+class DrainSettings(Section, frozen=True, kw_only=True):
+    """The graceful shutdown. `window` and `deadline` end early when no client is connected; `delay` does not."""
 
     delay: Duration = 0.0
-    """How long it is not ready and goes on, for a load balancer that has to see it."""
+    """Time to serve while not ready, so that load balancers notice."""
     window: Duration = 5.0
-    """Over how long clients are told to leave, at most; few clients need less."""
+    """Maximum time over which clients are told to reconnect elsewhere. Few clients take less."""
     deadline: Duration = 10.0
-    """How long what clients have sent may take to be answered, and connections to close."""
+    """Time for pending requests to be answered and connections to close."""
 
 
-class Logging(Section, frozen=True, kw_only=True):
-    """What `catbus run` writes to its output: `auto` is text on a terminal and JSON elsewhere."""
+class LoggingSettings(Section, frozen=True, kw_only=True):
+    """The log output of `catbus run`. The format `auto` is text on a terminal and JSON elsewhere."""
 
     levels: Levels = "catbus=info"
     format: Format = "auto"
 
 
 class Config(Section, frozen=True, kw_only=True):
-    """The whole of it. Without arguments: a log in memory, the ports of the deployment guide, no secret."""
+    """A complete configuration. Without arguments: a log in memory, the default ports, no secret."""
 
     state: File | None = None
-    """Where a broker keeps what is its own; see `state_directory`."""
-    database: Database = field(default_factory=Database)
-    retention: Retention = field(default_factory=Retention)
-    auth: Auth = field(default_factory=Auth)
-    websocket: WebSocket = field(default_factory=WebSocket)
-    webtransport: WebTransport = field(default_factory=WebTransport)
-    limits: Limits = field(default_factory=Limits)
-    drain: Drain = field(default_factory=Drain)
-    logging: Logging = field(default_factory=Logging)
+    """The directory of the broker's own files; see `state_directory`."""
+    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    websocket: WebSocketSettings = field(default_factory=WebSocketSettings)
+    webtransport: WebTransportSettings = field(default_factory=WebTransportSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    drain: DrainSettings = field(default_factory=DrainSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
         for name, kind in sections().items():
@@ -211,18 +213,18 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def loopback(self) -> bool:
-        """Whether nobody but this machine can reach the ports that a broker opens with this configuration."""
+        """Whether all ports of the broker are bound to loopback addresses, so that only this machine can reach them."""
         return _all_loopback(self.websocket.bind + (self.webtransport.bind if self.webtransport_served else ()))
 
     @property
     def webtransport_served(self) -> bool:
-        """Whether there is a certificate for it, or nobody but this machine comes, for whom one is made."""
+        """Whether WebTransport is served: with a certificate, or on loopback addresses only, with a generated one."""
         settings = self.webtransport
         return bool(settings.bind) and (settings.cert is not None or _all_loopback(settings.bind))
 
     @property
     def certificate_needed(self) -> bool:
-        """Whether anything that is served has a certificate."""
+        """Whether a listener uses a certificate."""
         return self.webtransport_served or (self.websocket.tls and bool(self.websocket.bind))
 
 
@@ -230,7 +232,7 @@ def _check_together(config: Config) -> None:
     database, transport, socket = config.database, config.webtransport, config.websocket
     if database.failover == "lossless" and database.synchronous_commit in ("off", "local"):
         raise ConfigError(
-            'database.failover is "lossless", and with database.synchronous_commit = '
+            'database.failover is "lossless", but with database.synchronous_commit = '
             f'"{database.synchronous_commit}" no commit waits for a standby'
         )
     if (transport.cert is None) != (transport.key is None):
@@ -240,18 +242,22 @@ def _check_together(config: Config) -> None:
         )
     if socket.tls and transport.cert is None and not config.loopback:
         raise ConfigError(
-            "websocket.tls is true, and there is no certificate: set webtransport.cert and webtransport.key "
-            "(CATBUS_CERT and CATBUS_KEY), or leave TLS to a proxy"
+            "websocket.tls is true without a certificate: set webtransport.cert and webtransport.key "
+            "(CATBUS_CERT and CATBUS_KEY), or terminate TLS in a proxy"
         )
     if socket.silence <= socket.ping_interval:
         raise ConfigError(
-            f"websocket.silence ({socket.silence:g} s) has to be longer than "
+            f"websocket.silence ({socket.silence:g} s) must be longer than "
             f"websocket.ping_interval ({socket.ping_interval:g} s)"
         )
 
 
+RENAMED = {"limits.mailbox": "limits.send_queue", "limits.mailbox_total": "limits.send_queue_total"}
+"""Earlier names of settings. Using one is an error that names the present one."""
+
+
 class Setting(NamedTuple):
-    """One setting: its dotted name as a file has it, the field that holds it, and what its value may be."""
+    """One setting: its dotted name in a file, its field, its type, and whether it is secret."""
 
     name: str
     field: str
@@ -261,15 +267,15 @@ class Setting(NamedTuple):
 
 @cache
 def sections() -> dict[str, type[Section]]:
-    """The sections of a configuration by name."""
+    """Return the sections of a configuration by name."""
     hints = get_type_hints(Config)
     return {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Section)}
 
 
 @cache
 def settings_of(kind: type[Section]) -> tuple[Setting, ...]:
-    """The settings of a section, or of `Config` those that stand in none."""
-    prefix = "" if kind is Config else f"{kind.__name__.lower()}."
+    """Return the settings of a section, or for `Config` those outside of sections."""
+    prefix = next((f"{name}." for name, section in sections().items() if section is kind), "")
     hints = get_type_hints(kind, include_extras=True)
     return tuple(
         Setting(prefix + each.encode_name, each.name, hints[each.name], each.name in kind.hidden)
@@ -280,12 +286,14 @@ def settings_of(kind: type[Section]) -> tuple[Setting, ...]:
 
 @cache
 def settings() -> dict[str, Setting]:
-    """All settings by name."""
+    """Return all settings by name."""
     return {setting.name: setting for kind in (Config, *sections().values()) for setting in settings_of(kind)}
 
 
-def unknown(name: str) -> str:
-    """Say that no setting has this name, and which have one like it."""
+def explain_unknown_key(name: str) -> str:
+    """Return the error text for an unknown setting, with the setting that was probably meant."""
+    if name in RENAMED:
+        return f"unknown key; its name is {RENAMED[name]} now"
     section, _, key = name.rpartition(".")
     prefix = f"{section}." if section else ""
     known = [other.removeprefix(prefix) for other in settings() if other.rpartition(".")[0] == section]
@@ -297,7 +305,7 @@ def unknown(name: str) -> str:
 
 
 def _section(name: str, kind: type[Section], given: object) -> Section:
-    """A section that is given as such, or as a table with the names that a file has."""
+    """Return a section that is given as an object, or as a table with the names of a file."""
     if isinstance(given, kind):
         return given
     if not isinstance(given, Mapping):
@@ -306,7 +314,7 @@ def _section(name: str, kind: type[Section], given: object) -> Section:
     for key, value in given.items():
         setting = settings().get(f"{name}.{key}")
         if setting is None:
-            raise ConfigError(f"{name}.{key}: {unknown(f'{name}.{key}')}")
+            raise ConfigError(f"{name}.{key}: {explain_unknown_key(f'{name}.{key}')}")
         fields[setting.field] = value
     return kind(**fields)
 
@@ -316,9 +324,10 @@ def _all_loopback(addresses: tuple[str, ...]) -> bool:
 
 
 def default_state_directory(environ: Mapping[str, str]) -> Path:
-    """Where state is kept when nothing says where.
+    """Return the default state directory.
 
-    For root it is where the unprivileged user of the embedded database can get to: a home may be closed to others.
+    For root, the unprivileged user of the embedded database must be able to reach it, and a home directory may be
+    closed to other users.
     """
     if chosen := environ.get("CATBUS_STATE", "").strip():
         return Path(chosen)
@@ -329,4 +338,4 @@ def default_state_directory(environ: Mapping[str, str]) -> Path:
     try:
         return Path.home() / ".local" / "state" / "catbus"
     except RuntimeError:
-        raise ConfigError("there is no home directory to keep state in: set CATBUS_STATE to a directory") from None
+        raise ConfigError("there is no home directory for the state: set CATBUS_STATE to a directory") from None

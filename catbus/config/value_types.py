@@ -1,4 +1,4 @@
-"""What the value of a setting may be, however it is given: as TOML has it, as text, or as a Python value."""
+"""The types of setting values, and the conversion from TOML, text and Python values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from .log_levels import parse_levels
 from .network_addresses import split_address
 
-# What a value may be. The description is what an error says was expected.
+# The types. An error shows the description as the expected value.
 
 _TEN_YEARS = 315_360_000.0
 _DURATION = 'a duration: seconds, or text like "30s", "5m" or "1h"'
@@ -27,7 +27,7 @@ Text = Annotated[str, Meta(min_length=1, description="text")]
 Duration = Annotated[float, Meta(ge=0, le=_TEN_YEARS, description=_DURATION)]
 Timeout = Annotated[float, Meta(gt=0, le=_TEN_YEARS, description=f"{_DURATION}, above 0")]
 Size = Annotated[int, Meta(gt=0, le=2**53, description='a size above 0: bytes, or text like "64KiB" or "1MiB"')]
-LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of 64 MiB at least, like "10GiB"')]
+LogSize = Annotated[int, Meta(ge=64 << 20, le=2**53, description='a size of at least 64 MiB, like "10GiB"')]
 Count = Annotated[int, Meta(gt=0, le=2**53, description="a whole number above 0")]
 Switch = Annotated[bool, Meta(description="true or false")]
 File = Annotated[str, Meta(min_length=1, description="a path")]
@@ -47,12 +47,12 @@ _BYTES = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _BYTES |= {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 
 
-def convert(hint: Any, value: object, base: Path | None = None) -> Any:
-    """Convert `value` to what the type `hint` of a setting wants; raises `ValueError`.
+def convert_value(hint: Any, value: object, base: Path | None = None) -> Any:
+    """Convert `value` to the type `hint` of a setting. Raises `ValueError`.
 
-    What it returns, it takes. A relative path is one in the directory `base`, where there is one.
+    The function accepts its own results. A relative path is relative to the directory `base`, if given.
     """
-    kind = _kind(hint)
+    kind = _value_type(hint)
     if value is None and kind is not hint:
         return None
     if get_origin(kind) is tuple:
@@ -61,28 +61,28 @@ def convert(hint: Any, value: object, base: Path | None = None) -> Any:
             value = [value]
         if not isinstance(value, list | tuple):
             raise ValueError
-        return tuple(convert(item, each, base) for each in value)
+        return tuple(convert_value(item, each, base) for each in value)
     if kind == File and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        value = _read_text(kind, value)
-    # msgspec's own error is a ValueError, but what it says is for programmers.
+        value = _parse_text(kind, value)
+    # msgspec raises a ValueError, but its text is for programmers.
     checked = msgspec.convert(value, kind)
-    return _path(checked, base) if kind == File else checked
+    return _expand_path(checked, base) if kind == File else checked
 
 
-def _path(text: str, base: Path | None) -> str:
+def _expand_path(text: str, base: Path | None) -> str:
     try:
         return str((base or Path()) / Path(text).expanduser())
-    except RuntimeError:  # There is no such home.
+    except RuntimeError:  # Unknown user.
         raise ValueError from None
 
 
-def _read_text(kind: Any, text: str) -> object:
+def _parse_text(kind: Any, text: str) -> object:
     if kind in (Duration, Timeout):
-        return _amount(text, _SECONDS)
+        return _parse_amount(text, _SECONDS)
     if kind in (Size, LogSize):
-        return int(_amount(text, _BYTES))
+        return int(_parse_amount(text, _BYTES))
     if kind == Levels:
         parse_levels(text)
     if kind == Address:
@@ -99,7 +99,7 @@ def _read_text(kind: Any, text: str) -> object:
     return text
 
 
-def _amount(text: str, units: Mapping[str, float]) -> float:
+def _parse_amount(text: str, units: Mapping[str, float]) -> float:
     match = _AMOUNT.fullmatch(text)
     amount = float(match[1]) * units.get(match[2], math.nan) if match else math.nan
     if not math.isfinite(amount):
@@ -108,37 +108,37 @@ def _amount(text: str, units: Mapping[str, float]) -> float:
 
 
 def parse_duration(text: str) -> float:
-    """Text like "30s", "5m", "1h" or "7d" as seconds; raises `ValueError`."""
-    return _amount(text, _SECONDS)
+    """Parse text like "30s", "5m", "1h" or "7d" to seconds. Raises `ValueError`."""
+    return _parse_amount(text, _SECONDS)
 
 
 def parse_size(text: str) -> int:
-    """Text like "64KiB" or "1MiB" as bytes; raises `ValueError`."""
-    return int(_amount(text, _BYTES))
+    """Parse text like "64KiB" or "1MiB" to bytes. Raises `ValueError`."""
+    return int(_parse_amount(text, _BYTES))
 
 
-def _kind(hint: Any) -> Any:
-    """The type of a value where there is one: `X` for `X | None`. A file has no way to write None."""
+def _value_type(hint: Any) -> Any:
+    """Return `X` for the type `X | None`. A file cannot contain None."""
     rest = [each for each in get_args(hint) if each is not type(None)]
     return rest[0] if type(None) in get_args(hint) else hint
 
 
-def mistake(hint: Any, value: object, *, hidden: bool) -> str:
-    """Say what was expected and what was found, of which nothing shows that may be secret."""
-    return f"expected {expected(hint)}, found {_found_secret(value) if hidden else found(value)}"
+def describe_mismatch(hint: Any, value: object, *, hidden: bool) -> str:
+    """Return the error text with the expected and the found value. The value of a hidden setting is not shown."""
+    return f"expected {describe_type(hint)}, found {_format_secret(value) if hidden else format_value(value)}"
 
 
-def expected(hint: Any) -> str:
-    kind = _kind(hint)
+def describe_type(hint: Any) -> str:
+    kind = _value_type(hint)
     if get_origin(kind) is tuple:
-        return f"{expected(get_args(kind)[0])}, or a list of such"
+        return f"{describe_type(get_args(kind)[0])}, or a list of them"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
     return next(meta.description for meta in get_args(kind) if isinstance(meta, Meta) and meta.description)
 
 
-def found(value: object) -> str:
-    """A value for an error message, as TOML would write it and not too long."""
+def format_value(value: object) -> str:
+    """Format a value for an error message as TOML, with limited length."""
     match value:
         case float():
             return repr(value)
@@ -148,13 +148,13 @@ def found(value: object) -> str:
             text = json.dumps(value, ensure_ascii=True)
             return text if len(text) <= 60 else text[:57] + '..."'
         case list() | tuple():
-            return "[" + ", ".join(map(found, value[:4])) + (", ...]" if len(value) > 4 else "]")
+            return "[" + ", ".join(map(format_value, value[:4])) + (", ...]" if len(value) > 4 else "]")
         case Mapping():
             return "a table"
         case _:
             return f"a {type(value).__name__}"
 
 
-def _found_secret(value: object) -> str:
+def _format_secret(value: object) -> str:
     scheme, separator, _ = value.partition("://") if isinstance(value, str) else ("", "", "")
-    return found(f"{scheme}://...") if separator else "something else"
+    return format_value(f"{scheme}://...") if separator else "something else"

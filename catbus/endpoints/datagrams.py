@@ -12,7 +12,7 @@ import trio
 
 from ..config import join_address, split_address
 from ..errors import ConfigError
-from ..webtransport.connectionless_packets import MAX_PACKET
+from ..webtransport.connectionless_packets import MAX_PACKET_SIZE
 
 BUFFER = 4 << 20
 """Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
@@ -84,12 +84,12 @@ class Port:
         try:
             if self._wild:
                 while len(datagrams) < most:
-                    data, control, _, address = sock.recvmsg(MAX_PACKET + 1, _CONTROL)
+                    data, control, _, address = sock.recvmsg(MAX_PACKET_SIZE + 1, _CONTROL)
                     datagrams.append((data, Place(self, address, _source(control))))
             else:
                 recvfrom = sock.recvfrom
                 while len(datagrams) < most:
-                    data, address = recvfrom(MAX_PACKET + 1)
+                    data, address = recvfrom(MAX_PACKET_SIZE + 1)
                     datagrams.append((data, Place(self, address)))
         except OSError:
             pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.

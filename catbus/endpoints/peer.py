@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..webtransport import Connection
-from ..webtransport.connectionless_packets import Header
+from ..webtransport import WebTransportConnection
+from ..webtransport.connectionless_packets import PacketHeader
 from .datagrams import Place
 from .webtransport import Conversation
 
-Item = tuple[bytes, Place, Header, bytes | None]
+Item = tuple[bytes, Place, PacketHeader, bytes | None]
 """A datagram that waits, and what its Retry token says."""
 
 
@@ -16,7 +16,7 @@ class Peer:
 
     __slots__ = ("connection", "conversation", "heard", "limited", "lost", "network", "pinged", "settling")
 
-    def __init__(self, connection: Connection, network: str, limited: str, now: float) -> None:
+    def __init__(self, connection: WebTransportConnection, network: str, limited: str, now: float) -> None:
         self.connection = connection
         self.network = network
         """Where it has come from."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..webtransport import Configuration
-from ..webtransport.packet_loss import losses
+from ..webtransport import WebTransportConfiguration
+from ..webtransport.packet_loss import lost_packets
 from .datagrams import open_ports
 from .router import Router
 
@@ -72,7 +72,7 @@ class QuicEndpoint:
             sum(port.sent for port in router.ports),
             sum(port.received_bytes for port in router.ports),
             sum(port.sent_bytes for port in router.ports),
-            losses.packets,
+            lost_packets.count,
             router.dropped,
             router.overdrawn,
             router.refused,
@@ -86,7 +86,7 @@ class QuicEndpoint:
 async def serve_quic(
     hub: Hub,
     binds: Sequence[str],
-    configuration: Callable[[], Configuration],
+    configuration: Callable[[], WebTransportConfiguration],
     sessions: trio.Nursery,
     *,
     task_status: trio.TaskStatus[QuicEndpoint] = trio.TASK_STATUS_IGNORED,

@@ -14,23 +14,23 @@ import trio
 from ..limits.token_bucket import TokenBucket
 from ..observability.loggers import Recurring, get_logger
 from ..webtransport import (
-    Configuration,
-    Connection,
+    ConnectionIdIssued,
+    ConnectionIdRetired,
     ConnectionLost,
-    IdIssued,
-    IdRetired,
     SessionRequested,
     Terminated,
+    WebTransportConfiguration,
+    WebTransportConnection,
 )
 from ..webtransport.connectionless_packets import (
     ID_LENGTH,
-    MAX_PACKET,
-    SMALLEST_INITIAL,
-    Header,
+    MAX_PACKET_SIZE,
+    MIN_INITIAL_SIZE,
+    PacketHeader,
+    encode_retry,
+    encode_stateless_reset,
+    encode_version_negotiation,
     read_header,
-    retry,
-    stateless_reset,
-    version_negotiation,
 )
 from .datagrams import Place, Port, transmit
 from .networks import Newcomers, network_of
@@ -70,7 +70,11 @@ class Router:
     """Knows which packet is for which connection. Nothing in here waits for a peer."""
 
     def __init__(
-        self, hub: Hub, ports: list[Port], configuration: Callable[[], Configuration], sessions: trio.Nursery
+        self,
+        hub: Hub,
+        ports: list[Port],
+        configuration: Callable[[], WebTransportConfiguration],
+        sessions: trio.Nursery,
     ) -> None:
         secrets = hub.config.auth.secrets
         self.ports = ports
@@ -182,14 +186,14 @@ class Router:
 
     def _sort(self, data: bytes, place: Place, now: float) -> bool:
         """Queue a datagram, or answer it at once if it is for nobody; whether it was queued."""
-        if len(data) > MAX_PACKET or (header := read_header(data)) is None:
+        if len(data) > MAX_PACKET_SIZE or (header := read_header(data)) is None:
             return False
         peer = self._routes.get(header.destination)
         if peer is not None:
             queue, key = self._place_of(peer)
             queued = queue.put(key, peer, (data, place, header, None), now)
-        elif header.initial:
-            if len(data) < SMALLEST_INITIAL or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
+        elif header.is_initial:
+            if len(data) < MIN_INITIAL_SIZE or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
                 return False
             # A packet with a token comes from where it says: no flood of forged addresses is in its way.
             proof = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
@@ -198,9 +202,11 @@ class Router:
         else:
             if header.version is None:
                 token = self._tickets.reset_token(header.destination)
-                self._answer(stateless_reset(token, len(data)), place, now)
-            elif not header.supported and not header.negotiation and len(data) >= SMALLEST_INITIAL:
-                self._answer(version_negotiation(header), place, now)
+                self._answer(encode_stateless_reset(token, len(data)), place, now)
+            elif (
+                not header.is_supported_version and not header.is_version_negotiation and len(data) >= MIN_INITIAL_SIZE
+            ):
+                self._answer(encode_version_negotiation(header), place, now)
             return False
         self.overdrawn += not queued
         return queued
@@ -230,13 +236,13 @@ class Router:
         part = min(1.0, (count - len(items)) / max(sent, 1))
         return received - began + (thread_time() - received) * part
 
-    def _take_in(self, data: bytes, place: Place, header: Header, proof: bytes | None, now: float) -> Peer | None:
+    def _take_in(self, data: bytes, place: Place, header: PacketHeader, proof: bytes | None, now: float) -> Peer | None:
         """Take a datagram; returns the connection that took it."""
         try:
             peer = self._routes.get(header.destination)
             if peer is not None:
                 peer.connection.receive_datagram(data, place, now)
-            elif header.initial:
+            elif header.is_initial:
                 peer = self._accept(header, data, place, proof, now)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self.fault("a datagram could not be dealt with", error)
@@ -249,7 +255,7 @@ class Router:
         if data is not None and self._answers.take(1, now):
             place.port.send((data,), place)
 
-    def _accept(self, header: Header, data: bytes, place: Place, proof: bytes | None, now: float) -> Peer | None:
+    def _accept(self, header: PacketHeader, data: bytes, place: Place, proof: bytes | None, now: float) -> Peer | None:
         """A client's first packet: a new connection, or a Retry, or nothing. `proof`: what its Retry token says."""
         full = len(self.peers) >= self._limit
         if self.closed:
@@ -269,9 +275,9 @@ class Router:
         elif full or half or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
             again = os.urandom(ID_LENGTH)
             token = self._tickets.retry_token(place.address, header.destination, again, time.time())
-            place.port.send((retry(header, again, token),), place)
+            place.port.send((encode_retry(header, again, token),), place)
             return None
-        connection = Connection.server(
+        connection = WebTransportConnection.server(
             self._configuration(), original, retry_source=retry_source, reset_token=self._tickets.reset_token
         )
         connection.receive_datagram(data, place, now)
@@ -349,9 +355,9 @@ class Router:
     def _take_events(self, peer: Peer) -> None:
         for event in peer.connection.events():
             match event:
-                case IdIssued():
+                case ConnectionIdIssued():
                     self._routes[event.connection_id] = peer
-                case IdRetired():
+                case ConnectionIdRetired():
                     self._routes.pop(event.connection_id, None)
                 case SessionRequested():
                     self._open_session(peer, event)

@@ -21,7 +21,7 @@ from .outbox import Outbox
 from .roster import Roster
 
 if TYPE_CHECKING:
-    from ..config import WebSocket
+    from ..config import WebSocketSettings
     from ..limits.cpu_fairness import Turns
     from ..replica import Hub
     from ..session.driver import Client
@@ -100,7 +100,7 @@ class Connection:
     def __init__(
         self,
         roster: Roster,
-        settings: WebSocket,
+        settings: WebSocketSettings,
         turns: Turns,
         message_size: int,
         stream: trio.abc.Stream,

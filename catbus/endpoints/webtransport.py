@@ -11,7 +11,15 @@ from ..delivery.send_queue import Item, Mailbox
 from ..errors import CloseCode
 from ..protocol.wire_messages import Protocol
 from ..session.driver import STOPPING
-from ..webtransport import Connection, ConnectionLost, Event, SessionClosed, StreamData, StreamReset, StreamStopped
+from ..webtransport import (
+    ConnectionLost,
+    Event,
+    SessionClosed,
+    StreamData,
+    StreamReset,
+    StreamStopped,
+    WebTransportConnection,
+)
 from .spacing import Spacer
 
 if TYPE_CHECKING:
@@ -95,7 +103,7 @@ class Conversation:
     def __init__(
         self,
         hub: Hub,
-        connection: Connection,
+        connection: WebTransportConnection,
         transmit: Callable[[], None],
         on_fault: Callable[[str, BaseException], None],
         on_stall: Callable[[str], object],

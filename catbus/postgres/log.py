@@ -8,8 +8,7 @@ from typing import Any
 
 import trio
 
-from ..config import Database
-from ..config import Retention as RetentionSettings
+from ..config import DatabaseSettings, RetentionSettings
 from ..errors import Unavailable
 from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
 from ..log.interface import PENDING, PENDING_BYTES
@@ -108,7 +107,7 @@ class PostgresLog:
 
     def __init__(
         self,
-        settings: Database,
+        settings: DatabaseSettings,
         retention: RetentionSettings | None = None,
         *,
         url: str | None = None,

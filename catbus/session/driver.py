@@ -77,7 +77,7 @@ class Client:
     def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None, network: str) -> None:
         limits = hub.config.limits
         self.transport = transport
-        self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.mailbox, hub.delivery.budget)
+        self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.send_queue, hub.delivery.budget)
         self.session = Session(
             self.mailbox,
             SessionLimits(

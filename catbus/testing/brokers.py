@@ -19,7 +19,7 @@ from ..client import Bus
 from ..client.connecting import open_bus
 from ..client.transport import parse_address
 from ..client.websocket import WebSocket, shake_hands
-from ..config import Auth, Config, Database
+from ..config import AuthSettings, Config, DatabaseSettings
 from ..endpoints.http import serve_connection
 from ..endpoints.roster import Roster
 from ..errors import Disconnected
@@ -91,7 +91,9 @@ async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBr
     and what tokens are signed with is seen to.
     """
     secret = secrets.token_urlsafe(32)
-    config = msgspec.structs.replace(config or Config(), auth=Auth(secrets=(secret,)), database=Database(url="memory"))
+    config = msgspec.structs.replace(
+        config or Config(), auth=AuthSettings(secrets=(secret,)), database=DatabaseSettings(url="memory")
+    )
     settings, roster = config.websocket, Roster()
     async with open_broker(config) as broker, trio.open_nursery() as nursery:
         nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)

@@ -14,7 +14,7 @@ import trio
 
 from ..auth.tokens import Grants, sign
 from ..broker import Broker, serve
-from ..config import Auth, Config, Drain, WebSocket, WebTransport
+from ..config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
 
 PATIENCE = 30.0
 """Seconds for it to start, and to stop."""
@@ -70,10 +70,10 @@ def _run(state: str, quic: tuple[str, ...]) -> Iterator[TestServer]:
     secret = secrets.token_urlsafe(32)
     config = Config(
         state=state,
-        auth=Auth(secrets=(secret,)),
-        websocket=WebSocket(bind=("127.0.0.1:0",)),
-        webtransport=WebTransport(bind=quic),
-        drain=Drain(delay=0, window=0, deadline=5),
+        auth=AuthSettings(secrets=(secret,)),
+        websocket=WebSocketSettings(bind=("127.0.0.1:0",)),
+        webtransport=WebTransportSettings(bind=quic),
+        drain=DrainSettings(delay=0, window=0, deadline=5),
     )
     started = threading.Event()
     running: list[TestServer] = []

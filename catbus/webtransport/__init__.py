@@ -1,11 +1,14 @@
-"""WebTransport over HTTP/3 and QUIC, for servers and clients, without I/O: datagrams and times in, events out."""
+"""WebTransport over HTTP/3 and QUIC, for servers and clients, without I/O.
+
+Datagrams and times go in, datagrams and events come out.
+"""
 
 from .events import (
+    ConnectionIdIssued,
+    ConnectionIdRetired,
     ConnectionLost,
     Datagram,
     Event,
-    IdIssued,
-    IdRetired,
     SessionClosed,
     SessionOpened,
     SessionRefused,
@@ -15,18 +18,16 @@ from .events import (
     StreamStopped,
     Terminated,
 )
-from .quic_configuration import Configuration, Limits, client_configuration, server_configuration
-from .webtransport_connection import Connection
+from .quic_configuration import ConnectionLimits, WebTransportConfiguration, client_configuration, server_configuration
+from .webtransport_connection import WebTransportConnection
 
 __all__ = [
-    "Configuration",
-    "Connection",
+    "ConnectionIdIssued",
+    "ConnectionIdRetired",
+    "ConnectionLimits",
     "ConnectionLost",
     "Datagram",
     "Event",
-    "IdIssued",
-    "IdRetired",
-    "Limits",
     "SessionClosed",
     "SessionOpened",
     "SessionRefused",
@@ -35,6 +36,8 @@ __all__ = [
     "StreamReset",
     "StreamStopped",
     "Terminated",
+    "WebTransportConfiguration",
+    "WebTransportConnection",
     "client_configuration",
     "server_configuration",
 ]

@@ -1,4 +1,4 @@
-"""Capsules on the CONNECT stream (RFC 9297 section 3): what they say is read, the rest is skipped, not kept."""
+"""Capsules on the CONNECT stream (RFC 9297 section 3). The close capsule is decoded, others are skipped unbuffered."""
 
 from __future__ import annotations
 
@@ -9,81 +9,83 @@ from . import varint
 CLOSE_SESSION = 0x2843
 """CLOSE_WEBTRANSPORT_SESSION, draft-ietf-webtrans-http3 section 6."""
 
-FORBIDDEN = {0x190B4D3E: "WT_MAX_STREAM_DATA", 0x190B4D42: "WT_STREAM_DATA_BLOCKED"}
-"""QUIC limits single streams itself. The other capsules about flow control are ignored, as nobody has agreed on it
-(draft-ietf-webtrans-http3 sections 5.1 and 5.4), and so is WT_DRAIN_SESSION: a client leaves when it likes."""
+FORBIDDEN_CAPSULES = {0x190B4D3E: "WT_MAX_STREAM_DATA", 0x190B4D42: "WT_STREAM_DATA_BLOCKED"}
+"""Capsules that a peer must not send, because QUIC limits each stream itself (draft-ietf-webtrans-http3 section 5.4).
 
-MAX_REASON = 1024
+The other flow-control capsules are ignored, because flow control of sessions was not negotiated (section 5.1). So is
+WT_DRAIN_SESSION: a client decides itself when to leave."""
 
-_HEADER = 2 * varint.MAX_LENGTH
+MAX_REASON_LENGTH = 1024
+
+_MAX_HEADER_LENGTH = 2 * varint.MAX_LENGTH
 
 
 class CapsuleError(Exception):
-    """The peer's capsules cannot be read on; the stream is malformed (RFC 9297 section 3.3)."""
+    """The peer sent malformed capsules, so the stream cannot be read further (RFC 9297 section 3.3)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
-    """The session ends with these words."""
+class CloseCapsule:
+    """CLOSE_WEBTRANSPORT_SESSION: the peer ends the session."""
 
     code: int
     reason: str
 
 
 class CapsuleReader:
-    """Reads capsules, however they are cut. Never keeps more than one header and one reason."""
+    """An incremental decoder. It buffers one header and one close reason at most."""
 
-    __slots__ = ("_begun", "_skip", "_wanted")
+    __slots__ = ("_buffer", "_expected", "_to_skip")
 
     def __init__(self) -> None:
-        self._begun = bytearray()
-        self._skip = 0
-        self._wanted = 0
+        self._buffer = bytearray()
+        self._to_skip = 0
+        self._expected = 0
 
     @property
-    def between(self) -> bool:
-        """Whether no capsule has been begun and not finished: a stream may only end here."""
-        return not (self._begun or self._skip or self._wanted)
+    def at_boundary(self) -> bool:
+        """Whether no capsule is incomplete. A stream may end only here."""
+        return not (self._buffer or self._to_skip or self._expected)
 
-    def feed(self, data: bytes) -> Close | None:
-        """Take what comes next. What follows a `Close` has no meaning: feed nothing more.
+    def feed(self, data: bytes) -> CloseCapsule | None:
+        """Decode the next bytes of the stream. Feed nothing after a `CloseCapsule`: bytes behind it have no meaning.
 
-        Raises CapsuleError when a CLOSE_WEBTRANSPORT_SESSION has a length that it cannot have, or a reason that is no
-        UTF-8, and for what must not be sent.
+        Raises CapsuleError for a forbidden capsule, and for a CLOSE_WEBTRANSPORT_SESSION with an invalid length or a
+        reason that is not UTF-8.
         """
         position = 0
         while position < len(data):
-            if self._skip:
-                skipped = min(self._skip, len(data) - position)
-                self._skip -= skipped
+            if self._to_skip:
+                skipped = min(self._to_skip, len(data) - position)
+                self._to_skip -= skipped
                 position += skipped
                 continue
-            wanted = self._wanted or _HEADER
-            taken = data[position : position + wanted - len(self._begun)]
-            before = len(self._begun)
-            self._begun += taken
+            wanted = self._expected or _MAX_HEADER_LENGTH
+            taken = data[position : position + wanted - len(self._buffer)]
+            before = len(self._buffer)
+            self._buffer += taken
             position += len(taken)
-            if self._wanted:
-                if len(self._begun) < self._wanted:
+            if self._expected:
+                if len(self._buffer) < self._expected:
                     return None
                 try:
-                    reason = self._begun[4:].decode()
+                    reason = self._buffer[4:].decode()
                 except UnicodeDecodeError:
-                    raise CapsuleError("a reason that is no UTF-8") from None
-                return Close(int.from_bytes(self._begun[:4], "big"), reason)
-            header = _header(self._begun)
+                    raise CapsuleError("the reason is not UTF-8") from None
+                return CloseCapsule(int.from_bytes(self._buffer[:4], "big"), reason)
+            header = _header(self._buffer)
             if header is None:
                 continue
             kind, length, end = header
-            # What stands behind the header is read again, as what it is.
+            # The bytes behind the header belong to the value: the next iteration reads them again.
             position += end - before - len(taken)
-            self._begun.clear()
-            if kind in FORBIDDEN:
-                raise CapsuleError(FORBIDDEN[kind])
+            self._buffer.clear()
+            if kind in FORBIDDEN_CAPSULES:
+                raise CapsuleError(FORBIDDEN_CAPSULES[kind])
             if kind != CLOSE_SESSION:
-                self._skip = length
-            elif 4 <= length <= 4 + MAX_REASON:
-                self._wanted = length
+                self._to_skip = length
+            elif 4 <= length <= 4 + MAX_REASON_LENGTH:
+                self._expected = length
             else:
                 raise CapsuleError(f"CLOSE_WEBTRANSPORT_SESSION of {length} bytes")
         return None
@@ -96,7 +98,7 @@ def _header(data: bytearray) -> tuple[int, int, int] | None:
 
 
 def encode_close(code: int, reason: str) -> bytes:
-    """CLOSE_WEBTRANSPORT_SESSION, its reason cut to 1024 bytes without cutting a character."""
-    text = reason.encode("utf-8", "replace")[:MAX_REASON].decode("utf-8", "ignore").encode()
+    """Encode CLOSE_WEBTRANSPORT_SESSION. The reason is truncated to 1,024 bytes, at a character boundary."""
+    text = reason.encode("utf-8", "replace")[:MAX_REASON_LENGTH].decode("utf-8", "ignore").encode()
     value = code.to_bytes(4, "big") + text
     return varint.encode(CLOSE_SESSION) + varint.encode(len(value)) + value

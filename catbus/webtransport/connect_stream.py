@@ -1,48 +1,48 @@
-"""The session's own stream: the request for it, the answer, and its last words."""
+"""The CONNECT stream, which carries a session's request, the reply to it, and the session's close."""
 
 from __future__ import annotations
 
 from enum import Enum, auto
 
 from . import capsules
-from .http3_connection import Http3
-from .http3_error_codes import H3Code
-from .quic_connection import Quic
-from .stream_table import Streams
+from .http3_connection import Http3Connection
+from .http3_error_codes import Http3ErrorCode
+from .quic_connection import BoundedQuicConnection
+from .stream_table import StreamTable
 
 
-class State(Enum):
-    """NONE -> REQUESTED -> OPEN -> CLOSING -> OVER; each may be the last but one."""
+class ConnectState(Enum):
+    """The states of a session: NONE -> REQUESTED -> OPEN -> CLOSING -> CLOSED. Any state can go to CLOSED."""
 
     NONE = auto()
     REQUESTED = auto()
     OPEN = auto()
     CLOSING = auto()
-    """We end it, and wait for our words to arrive."""
-    OVER = auto()
+    """This side closes the session, and waits for the acknowledgement of the close capsule."""
+    CLOSED = auto()
 
     @property
-    def opening(self) -> bool:
-        """Whether there is no session yet."""
-        return self in (State.NONE, State.REQUESTED)
+    def before_open(self) -> bool:
+        """Whether the session is not open yet."""
+        return self in (ConnectState.NONE, ConnectState.REQUESTED)
 
 
-class Session:
-    """One session, requested with extended CONNECT (RFC 9220, draft-ietf-webtrans-http3 section 3)."""
+class ConnectStream:
+    """One session's stream, opened with extended CONNECT (RFC 9220, draft-ietf-webtrans-http3 section 3)."""
 
-    def __init__(self, quic: Quic, streams: Streams) -> None:
-        self.state = State.NONE
+    def __init__(self, quic: BoundedQuicConnection, streams: StreamTable) -> None:
+        self.state = ConnectState.NONE
         self.id: int | None = None
         self.capsules = capsules.CapsuleReader()
-        self.said = False
-        """Whether our last words are on their way."""
-        self.http3: Http3 | None = None
-        self._goodbye = b""
+        self.close_sent = False
+        """Whether the close capsule, or the status that refuses the session, was sent."""
+        self.http3: Http3Connection | None = None
+        self._close_capsule = b""
         self._quic = quic
         self._streams = streams
 
     def request(self, token: bytes, authority: str, path: str, origin: str | None) -> None:
-        """Ask the server for a session."""
+        """Send the client's request for a session."""
         assert self.http3 is not None
         self.id = self._quic.get_next_available_stream_id()
         headers = [
@@ -56,52 +56,52 @@ class Session:
         if origin is not None:
             headers.append((b"origin", origin.encode()))
         self.http3.send_headers(self.id, headers)
-        self._streams.adopt(self.id)
-        self.state = State.REQUESTED
+        self._streams.register(self.id)
+        self.state = ConnectState.REQUESTED
 
     def accept(self) -> bool:
-        if self.state is not State.REQUESTED or not self._can_answer:
+        if self.state is not ConnectState.REQUESTED or not self._can_send:
             return False
         assert self.http3 is not None and self.id is not None
         headers = [(b":status", b"200"), (b"sec-webtransport-http3-draft", b"draft02")]
         self.http3.send_headers(self.id, headers)
-        self.state = State.OPEN
+        self.state = ConnectState.OPEN
         return True
 
     def refuse(self, status: int) -> bool:
-        if self.state is not State.REQUESTED or not self._can_answer:
+        if self.state is not ConnectState.REQUESTED or not self._can_send:
             return False
         assert self.http3 is not None and self.id is not None
         self.http3.send_headers(self.id, [(b":status", b"%d" % status)], end_stream=True)
-        self.state = State.CLOSING
-        self.said = True
+        self.state = ConnectState.CLOSING
+        self.close_sent = True
         return True
 
     @property
-    def _can_answer(self) -> bool:
+    def _can_send(self) -> bool:
         stream = None if self.id is None else self._streams.get(self.id)
         return stream is not None and stream.sender is not None
 
     def close(self, code: int, reason: str) -> None:
-        """Have these last words ready; `say_goodbye` says them."""
-        self._goodbye = capsules.encode_close(code, reason)
-        self.state = State.CLOSING
+        """Prepare the close capsule. `send_close` sends it."""
+        self._close_capsule = capsules.encode_close(code, reason)
+        self.state = ConnectState.CLOSING
 
-    def say_goodbye(self) -> None:
-        """CLOSE_WEBTRANSPORT_SESSION and the end of the stream (draft-ietf-webtrans-http3 section 6)."""
-        self.said = True
-        if self._can_answer:
+    def send_close(self) -> None:
+        """Send CLOSE_WEBTRANSPORT_SESSION and finish the stream (draft-ietf-webtrans-http3 section 6)."""
+        self.close_sent = True
+        if self._can_send:
             assert self.http3 is not None and self.id is not None
-            self.http3.send_data(self.id, self._goodbye, end_stream=True)
+            self.http3.send_data(self.id, self._close_capsule, end_stream=True)
 
     @property
-    def heard(self) -> bool:
-        """Whether the peer has acknowledged all of our last words, or does not listen."""
+    def close_acknowledged(self) -> bool:
+        """Whether the peer has acknowledged the whole stream, or has stopped reading it."""
         stream = None if self.id is None else self._streams.get(self.id)
         return stream is None or stream.sender is None or stream.sender.is_finished
 
-    def reject(self) -> None:
-        """The peer's capsules make no sense."""
+    def reset_as_malformed(self) -> None:
+        """Reset the stream: the peer's capsules are malformed."""
         stream = None if self.id is None else self._streams.get(self.id)
         if stream is not None:
-            self._streams.abandon(stream, H3Code.MESSAGE_ERROR)
+            self._streams.abandon(stream, Http3ErrorCode.MESSAGE_ERROR)

@@ -1,4 +1,4 @@
-"""What a connection tells whoever drives it."""
+"""The events that a WebTransport connection reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SessionRequested:
-    """A client asks for a session: `accept()` or `refuse(status)`. `origin` is None when the client is no browser."""
+    """A client requests a session: `accept()` or `refuse(status)`. `origin` is None if the client is not a browser."""
 
     path: str
     authority: str
@@ -16,19 +16,19 @@ class SessionRequested:
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """The server has accepted our session."""
+    """The server has accepted the session."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRefused:
-    """The server has answered our request for a session with another status than 2xx; the connection closes."""
+    """The server has refused the session with a status other than 2xx. The connection closes."""
 
     status: int
 
 
 @dataclass(frozen=True, slots=True)
 class StreamData:
-    """The next bytes of a stream, in order; `ended` with the last of them. To be given back by `consumed`."""
+    """The next bytes of a stream, in order. `ended` marks the last ones. Report processed bytes with `consumed`."""
 
     stream: int
     data: bytes
@@ -37,7 +37,7 @@ class StreamData:
 
 @dataclass(frozen=True, slots=True)
 class StreamReset:
-    """The peer gave up sending on a stream. `code` is None when it was not the peer's application that said so."""
+    """The peer has reset its sending side of a stream. `code` is None if it is not an application error code."""
 
     stream: int
     code: int | None
@@ -45,7 +45,7 @@ class StreamReset:
 
 @dataclass(frozen=True, slots=True)
 class StreamStopped:
-    """The peer does not want the rest of what we send on a stream; nothing more can be sent on it."""
+    """The peer has stopped reading a stream (STOP_SENDING). Nothing more can be sent on it."""
 
     stream: int
     code: int | None
@@ -60,7 +60,7 @@ class Datagram:
 
 @dataclass(frozen=True, slots=True)
 class SessionClosed:
-    """The peer has ended the session. `code` is None when it broke off without closing."""
+    """The peer has closed the session. `code` is None if it did so without a valid close capsule."""
 
     code: int | None
     reason: str
@@ -68,9 +68,9 @@ class SessionClosed:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
-    """The connection serves nothing more, whoever ended it. Comes once; only events of routing can follow.
+    """The connection is lost or closed, by either side. Reported once; only events about connection IDs can follow.
 
-    `fault` is the exception that ended it, where a mistake of ours did.
+    `fault` is the exception, if an internal error ended the connection.
     """
 
     reason: str
@@ -78,22 +78,22 @@ class ConnectionLost:
 
 
 @dataclass(frozen=True, slots=True)
-class IdIssued:
-    """Packets to this connection ID belong to this connection from now on."""
+class ConnectionIdIssued:
+    """Packets for this connection ID belong to this connection from now on."""
 
     connection_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class IdRetired:
-    """Packets to this connection ID do not come any more."""
+class ConnectionIdRetired:
+    """The peer no longer sends packets to this connection ID."""
 
     connection_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Terminated:
-    """The last event: the connection can be forgotten, with all its connection IDs."""
+    """The last event: the connection and its connection IDs can be forgotten."""
 
 
 Event = (
@@ -106,7 +106,7 @@ Event = (
     | Datagram
     | SessionClosed
     | ConnectionLost
-    | IdIssued
-    | IdRetired
+    | ConnectionIdIssued
+    | ConnectionIdRetired
     | Terminated
 )

@@ -1,4 +1,4 @@
-"""Error codes: those of HTTP/3 and WebTransport, and how a code of the application travels as one of HTTP/3."""
+"""Error codes of HTTP/3 and WebTransport, and the mapping of application error codes into those of HTTP/3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FIRST = 0x52E4A40FA8DB
 _LAST = 0x52E5AC983162
 
 
-class H3Code(IntEnum):
+class Http3ErrorCode(IntEnum):
     """RFC 9114 section 8.1, and draft-ietf-webtrans-http3 section 9.5."""
 
     NO_ERROR = 0x100
@@ -29,17 +29,17 @@ class H3Code(IntEnum):
     REQUIREMENTS_NOT_MET = 0x212C0D48
 
 
-def to_http3(code: int) -> int:
-    """A code of the application, 32 bits, as HTTP/3 carries it (draft-ietf-webtrans-http3 section 4.4)."""
+def to_http3_error_code(code: int) -> int:
+    """Map a 32-bit application error code to HTTP/3 (draft-ietf-webtrans-http3 section 4.4)."""
     if not 0 <= code <= MAX_APPLICATION_CODE:
-        raise ValueError(f"an application's error code has 32 bits: {code:#x}")
+        raise ValueError(f"an application error code has 32 bits: {code:#x}")
     return _FIRST + code + code // 0x1E
 
 
-def from_http3(code: int) -> int | None:
-    """The application's code that this code of HTTP/3 carries; None for those with a meaning of their own.
+def from_http3_error_code(code: int) -> int | None:
+    """Map an HTTP/3 error code back to the application error code. Return None for a code of HTTP/3 itself.
 
-    Every 31st value is reserved (RFC 9114 section 8.1) and carries none.
+    Every 31st value is reserved (RFC 9114 section 8.1) and maps to None.
     """
     if not _FIRST <= code <= _LAST or (code - 0x21) % 0x1F == 0:
         return None

@@ -1,4 +1,7 @@
-"""How many packets were lost: aioquic tells its congestion control, which is ours to choose, and keeps no count."""
+"""The counter of lost packets.
+
+aioquic keeps no count, but reports each loss to its congestion control, which can be replaced.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,25 @@ from aioquic.quic.congestion.base import register_congestion_control
 from aioquic.quic.congestion.reno import RenoCongestionControl
 from aioquic.quic.packet_builder import QuicSentPacket
 
-ALGORITHM = "catbus-reno"
-"""aioquic's default, and counted."""
+CONGESTION_CONTROL = "catbus-reno"
+"""The name of aioquic's default algorithm with a counter."""
 
 
-class Losses:
-    """`packets`: those sent by servers in this process that were found to be lost, so far."""
+class LostPacketCounter:
+    """The `count` of packets that servers of this process sent and that were declared lost."""
 
     def __init__(self) -> None:
-        self.packets = 0
+        self.count = 0
 
 
-losses = Losses()
+lost_packets = LostPacketCounter()
 
 
 class _CountingReno(RenoCongestionControl):
     def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
         lost = list(packets)
-        losses.packets += len(lost)
+        lost_packets.count += len(lost)
         super().on_packets_lost(now=now, packets=lost)
 
 
-register_congestion_control(ALGORITHM, _CountingReno)
+register_congestion_control(CONGESTION_CONTROL, _CountingReno)

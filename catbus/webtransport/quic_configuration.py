@@ -1,4 +1,4 @@
-"""What a connection is made with: certificates, and how much a peer may have of us."""
+"""The configuration of QUIC connections: certificates, and the limits on what one peer may use."""
 
 from __future__ import annotations
 
@@ -11,72 +11,77 @@ from aioquic.quic.configuration import QuicConfiguration
 from aioquic.tls import load_pem_private_key, load_pem_x509_certificates
 
 from ..errors import ConfigError
-from .packet_loss import ALGORITHM
+from .packet_loss import CONGESTION_CONTROL
 
 IDLE_TIMEOUT = 60.0
-"""Seconds without a packet from the peer, after which the connection is lost."""
+"""Seconds without a packet from the peer until the connection is lost."""
 
-MAX_DATAGRAM_FRAME = 65536
-"""The largest DATAGRAM frame that we take (RFC 9221 section 3); no packet is as large."""
+MAX_DATAGRAM_FRAME_SIZE = 65536
+"""The largest DATAGRAM frame that is accepted, in bytes (RFC 9221 section 3). No packet is as large."""
 
 Pem = str | bytes | Path
-"""PEM as text, or a file that holds it."""
+"""PEM text, or the path of a PEM file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much of us one peer may have. Sizes in bytes, times in seconds."""
+class ConnectionLimits:
+    """Limits on what one peer may use. Sizes are in bytes, times in seconds."""
 
     connection_window: int = 512 * 1024
-    """What may have come and not been consumed, on all streams together."""
+    """Bytes received and not yet consumed, on all streams together."""
     stream_window: int = 128 * 1024
-    """The same, on one stream."""
-    early: int = 32 * 1024
-    """What is kept of streams that are opened before their session is."""
-    bidirectional: int = 16
-    """Streams that the peer may have open at a time; one of them carries the session itself."""
-    unidirectional: int = 16
-    """The same; three of them carry HTTP/3 itself."""
-    opened: int = 128
-    """Streams that we open at a time, however many the peer allows."""
+    """Bytes received and not yet consumed, on one stream."""
+    early_stream_data: int = 32 * 1024
+    """Bytes buffered for streams that are opened before their session."""
+    incoming_bidirectional: int = 16
+    """Bidirectional streams that the peer may have open at once. One of them is the CONNECT stream."""
+    incoming_unidirectional: int = 16
+    """Unidirectional streams that the peer may have open at once. HTTP/3 itself needs three of them."""
+    outgoing_streams: int = 128
+    """Streams that this side has open at once, even if the peer allows more."""
     stream_unacknowledged: int = 256 * 1024
-    """What is taken for one stream before the peer has acknowledged it. Overrun by one `send` at most."""
+    """Bytes accepted for one stream and not yet acknowledged. One `send` may exceed it."""
     unacknowledged: int = 1024 * 1024
-    """The same, for all streams together; but some streams that the peer does not read must not silence the others:"""
-    stream_share: int = 8 * 1024
-    """so much is taken for each stream, however much the others hold."""
-    datagrams: int = 64
-    """Datagrams that wait to be sent."""
-    opening: float = 10.0
-    """From the first packet until a session is asked for."""
-    silence: float = 6.0
-    """For a server: without a packet from a newcomer, which is pinged after half of it. Two packets of a handshake in a
-    row may be lost, each of which is repeated after twice as long as the one before. Until `Connection.trust`."""
-    closing: float = 2.0
-    """For what has been sent to arrive, and again for the closing itself."""
+    """Bytes accepted for all streams together and not yet acknowledged."""
+    stream_minimum: int = 8 * 1024
+    """Bytes accepted for each stream even above `unacknowledged`, so that unread streams cannot block the others."""
+    queued_datagrams: int = 64
+    """Datagrams waiting to be sent."""
+    session_timeout: float = 10.0
+    """Time from the first packet until a session must be requested."""
+    silence_timeout: float = 6.0
+    """Time without a packet from an unauthenticated client, which a server pings after half of it.
+
+    It applies until `WebTransportConnection.trust`. It covers two lost handshake packets in a row: each is
+    retransmitted after twice the time of the one before."""
+    close_timeout: float = 2.0
+    """Time for sent data to be acknowledged, and again for the close itself."""
 
 
-CLIENT_LIMITS = Limits(unidirectional=103)
-"""A server opens a stream for each subscription that asks for one: as many as with Chromium, and HTTP/3's three."""
+CLIENT_LIMITS = ConnectionLimits(incoming_unidirectional=103)
+"""Limits of a client. A server opens one stream for each subscription that requests one: allow as many as Chromium
+does (100), and the three of HTTP/3."""
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
-    """Made by `server_configuration` or `client_configuration`; serves any number of connections."""
+class WebTransportConfiguration:
+    """The configuration of any number of connections. Use `server_configuration` or `client_configuration`."""
 
     quic: QuicConfiguration
-    limits: Limits
+    limits: ConnectionLimits
     certificate_hash: bytes | None = None
 
 
-def server_configuration(certificate: Pem, key: Pem, limits: Limits | None = None) -> Configuration:
-    """For a server with this certificate, its chain behind it, and its private key.
+def server_configuration(
+    certificate: Pem, key: Pem, limits: ConnectionLimits | None = None
+) -> WebTransportConfiguration:
+    """Make the configuration of a server from its certificate, followed by the chain, and its private key.
 
-    Raises ConfigError when they cannot be read or do not belong together.
+    Raises ConfigError if they cannot be read or do not match.
     """
-    limits = limits or Limits()
+    limits = limits or ConnectionLimits()
     quic = _quic(limits, is_client=False)
-    quic.congestion_control_algorithm = ALGORITHM
+    quic.congestion_control_algorithm = CONGESTION_CONTROL
     try:
         quic.certificate, *quic.certificate_chain = load_pem_x509_certificates(_read(certificate))
     except (OSError, ValueError) as error:
@@ -87,8 +92,8 @@ def server_configuration(certificate: Pem, key: Pem, limits: Limits | None = Non
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"the private key cannot be read: {error}") from error
     if not same:
-        raise ConfigError("the private key belongs to another certificate")
-    return Configuration(quic, limits)
+        raise ConfigError("the private key does not match the certificate")
+    return WebTransportConfiguration(quic, limits)
 
 
 def client_configuration(
@@ -96,13 +101,13 @@ def client_configuration(
     *,
     ca: Pem | None = None,
     certificate_hash: bytes | None = None,
-    limits: Limits | None = None,
-) -> Configuration:
-    """For a client of `server_name`, a name or an IP address.
+    limits: ConnectionLimits | None = None,
+) -> WebTransportConfiguration:
+    """Make the configuration of a client of `server_name`, a host name or an IP address.
 
-    The server's certificate must be signed by `ca` (a self-signed one is its own), or by one of the usual authorities.
-    With `certificate_hash`, the SHA-256 of its DER form, the hash alone decides, as with a browser's
-    `serverCertificateHashes`. Raises ConfigError when `ca` cannot be read or the hash has another length.
+    The server's certificate must be signed by `ca` (a self-signed certificate is its own CA), or by a CA of the system.
+    With `certificate_hash`, the SHA-256 of the certificate's DER form, only the hash is compared, as with a browser's
+    `serverCertificateHashes`. Raises ConfigError if `ca` cannot be read or the hash does not have 32 bytes.
     """
     limits = limits or CLIENT_LIMITS
     quic = _quic(limits, is_client=True)
@@ -110,26 +115,26 @@ def client_configuration(
     if certificate_hash is not None:
         if len(certificate_hash) != 32:
             raise ConfigError("a certificate hash is a SHA-256 digest, 32 bytes")
-        # The hash is compared when the handshake is complete, before anything is said.
+        # The hash is compared when the handshake is complete, before any data is sent.
         quic.verify_mode = ssl.CERT_NONE
     elif ca is not None:
         try:
             pem = _read(ca)
             if not load_pem_x509_certificates(pem):
-                raise ValueError("there is none")
+                raise ValueError("it contains no certificate")
         except (OSError, ValueError) as error:
             raise ConfigError(f"the CA certificate cannot be read: {error}") from error
         quic.load_verify_locations(cadata=pem)
-    return Configuration(quic, limits, certificate_hash)
+    return WebTransportConfiguration(quic, limits, certificate_hash)
 
 
-def _quic(limits: Limits, *, is_client: bool) -> QuicConfiguration:
+def _quic(limits: ConnectionLimits, *, is_client: bool) -> QuicConfiguration:
     return QuicConfiguration(
         alpn_protocols=H3_ALPN,
         idle_timeout=IDLE_TIMEOUT,
         is_client=is_client,
         max_data=limits.connection_window,
-        max_datagram_frame_size=MAX_DATAGRAM_FRAME,
+        max_datagram_frame_size=MAX_DATAGRAM_FRAME_SIZE,
         max_stream_data=limits.stream_window,
     )
 

@@ -1,6 +1,6 @@
-"""QUIC as aioquic speaks it, with what it leaves to us: windows, bounds, reset tokens.
+"""A QUIC connection of aioquic with flow control by consumption, bounded buffers, stateless resets and RESET_STREAM_AT.
 
-This module and `http3` are the only ones that touch aioquic's private attributes.
+Only this module and `http3_connection` use private attributes of aioquic.
 """
 
 from __future__ import annotations
@@ -24,66 +24,67 @@ from aioquic.tls import Epoch
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from . import varint
-from .http3_error_codes import H3Code
-from .quic_configuration import Configuration
+from .http3_error_codes import Http3ErrorCode
+from .quic_configuration import WebTransportConfiguration
 
-MAX_HOLES = 512
-"""In what has arrived of a stream. Packets lost from a full window leave fewer; looking through them costs time."""
+MAX_RECEIVED_RANGES = 512
+"""Disjoint ranges received of a stream. Packet loss in a full window leaves fewer, and searching them costs CPU."""
 
-MAX_CRYPTO = 16_384
-"""Bytes that a client's part of a handshake may have: several times of what browsers send. TLS would take 16 MiB."""
+MAX_HANDSHAKE_BYTES = 16_384
+"""Bytes of a client's handshake messages: several times what browsers send. TLS would accept 16 MiB."""
 
 RESET_STREAM_AT = 0x24
-"""The frame and, next, the empty transport parameter of draft-ietf-quic-reliable-stream-reset."""
+"""The type of the frame of draft-ietf-quic-reliable-stream-reset."""
 RESET_STREAM_AT_PARAMETER = 0x1D
+"""The transport parameter of the same draft. Its value is empty."""
 
-_NO_VIOLATION = frozenset((QuicErrorCode.NO_ERROR, H3Code.NO_ERROR, H3Code.INTERNAL_ERROR))
-"""Codes with which we close because of something of ours."""
-_HOLES = "more holes than loss leaves"
-_RESET_TOKEN = 16
-_SMALLEST_RESET = 21
+_NOT_A_VIOLATION = frozenset((QuicErrorCode.NO_ERROR, Http3ErrorCode.NO_ERROR, Http3ErrorCode.INTERNAL_ERROR))
+"""Codes of a close for reasons of this side."""
+_TOO_MANY_RANGES = "too many disjoint ranges"
+_RESET_TOKEN_LENGTH = 16
+_MIN_STATELESS_RESET = 21
 
 
-def unacknowledged(sender: QuicStreamSender) -> int:
-    """Bytes of one stream that were handed over and not acknowledged: what aioquic keeps of them."""
+def unacknowledged_bytes(sender: QuicStreamSender) -> int:
+    """Bytes sent on a stream and not acknowledged, which aioquic keeps."""
     return sender._buffer_stop - sender._buffer_start
 
 
-def forget(sender: QuicStreamSender) -> None:
-    """Let go of what a stream that has been reset will never send; aioquic keeps it until the peer acknowledges."""
+def discard_send_buffer(sender: QuicStreamSender) -> None:
+    """Free the buffer of a stream that was reset. aioquic would keep it until the peer acknowledges the reset."""
     sender._buffer.clear()
     sender._buffer_start = sender._buffer_stop
 
 
-def cut(sender: QuicStreamSender, keep: int) -> None:
-    """Let go of all but the first `keep` bytes of a stream. Repeat it before every packet: loss brings some back."""
+def truncate_send_buffer(sender: QuicStreamSender, keep: int) -> None:
+    """Drop all but the first `keep` bytes of a stream. Repeat it before every packet: a loss queues bytes again."""
     sender._pending.subtract(keep, max(keep, sender._buffer_stop, sender.highest_offset) + 1)
     if sender._buffer_stop > keep:
         del sender._buffer[keep - sender._buffer_start :]
         sender._buffer_stop = keep
 
 
-class HeldReset(NamedTuple):
-    """A RESET_STREAM_AT that takes effect when `reliable` bytes of the stream have been delivered."""
+class DeferredReset(NamedTuple):
+    """A received RESET_STREAM_AT that takes effect when `reliable` bytes of the stream have been delivered."""
 
     code: int
     final: int
     reliable: int
 
 
-class _Whisper(logging.LoggerAdapter[Any]):
-    """Logs all at `debug`: aioquic warns of each packet that breaks a rule, of which peers may send any number."""
+class _DebugLogger(logging.LoggerAdapter[Any]):
+    """Logs everything at `debug`. aioquic warns of each invalid packet, and a peer can send any number."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         super().log(logging.DEBUG, msg, *args, **kwargs)
 
 
-class Quic(QuicConnection):
-    """One QUIC connection whose windows follow what has been consumed, where aioquic's follow what has arrived."""
+class BoundedQuicConnection(QuicConnection):
+    """One QUIC connection whose flow-control windows grow as data is consumed. aioquic's grow as data arrives."""
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: WebTransportConfiguration,
         *,
         original_destination: bytes | None = None,
         retry_source: bytes | None = None,
@@ -94,36 +95,40 @@ class Quic(QuicConnection):
             original_destination_connection_id=original_destination,
             retry_source_connection_id=retry_source,
         )
-        self._logger: Any = _Whisper(self._logger, None)
+        self._logger: Any = _DebugLogger(self._logger, None)
         self.violation: str | None = None
-        """How the peer broke the rules, if it did."""
+        """The peer's protocol violation, if any."""
         self._window = configuration.limits.connection_window
         self._stream_window = configuration.limits.stream_window
         self._consumed = 0
         self._reset_token = reset_token
-        self.peer_takes_reset_at = False
-        """Whether the peer understands RESET_STREAM_AT."""
-        self._held_resets: dict[int, HeldReset] = {}
-        self._due_resets: dict[int, tuple[int, int]] = {}
-        """By stream, the error code and the bytes that the peer must acknowledge before the stream is reset."""
-        self._reliable: WeakKeyDictionary[QuicStream, int] = WeakKeyDictionary()
-        """How many bytes of a stream that was reset its peer delivers all the same."""
+        self.peer_supports_reset_stream_at = False
+        """Whether the peer supports RESET_STREAM_AT."""
+        self._deferred_resets: dict[int, DeferredReset] = {}
+        self._pending_resets: dict[int, tuple[int, int]] = {}
+        """By stream id, the error code and the bytes that the peer must acknowledge before the stream is reset."""
+        self._reliable_sizes: WeakKeyDictionary[QuicStream, int] = WeakKeyDictionary()
+        """The Reliable Size of streams that were reset: bytes that the peer delivers nevertheless."""
         handlers = self._QuicConnection__frame_handlers  # type: ignore[attr-defined]
         handlers[RESET_STREAM_AT] = (self._handle_reset_stream_at_frame, EPOCHS("01"))
-        self._local_max_streams_bidi.value = self._local_max_streams_bidi.sent = configuration.limits.bidirectional
-        self._local_max_streams_uni.value = self._local_max_streams_uni.sent = configuration.limits.unidirectional
+        self._local_max_streams_bidi.value = self._local_max_streams_bidi.sent = (
+            configuration.limits.incoming_bidirectional
+        )
+        self._local_max_streams_uni.value = self._local_max_streams_uni.sent = (
+            configuration.limits.incoming_unidirectional
+        )
         self._set_reset_tokens()
 
-    # What the connection is doing.
+    # State of the connection.
 
     @property
     def has_path(self) -> bool:
-        """Whether anything can be sent: a server has first to receive a packet that can be read."""
+        """Whether anything can be sent. A server must first receive a readable packet."""
         return bool(self._network_paths)
 
     @property
-    def ending(self) -> ConnectionTerminated | None:
-        """Why the connection ends, from the moment that it does. aioquic's event comes when the draining is over."""
+    def termination(self) -> ConnectionTerminated | None:
+        """The reason of the close, as soon as it begins. aioquic reports its event only after draining."""
         return self._close_event
 
     @property
@@ -133,39 +138,39 @@ class Quic(QuicConnection):
 
     @property
     def address_validated(self) -> bool:
-        """Whether the peer is known to be where its packets say that they come from."""
-        came_again = self._retry_source_connection_id is not None
-        return came_again or (bool(self._network_paths) and self._network_paths[0].is_validated)
+        """Whether the peer's address has been validated (RFC 9000 section 8)."""
+        retried = self._retry_source_connection_id is not None
+        return retried or (bool(self._network_paths) and self._network_paths[0].is_validated)
 
     def stream_credit(self, bidirectional: bool) -> int:
-        """How many more streams the peer lets us open. aioquic takes any number, and keeps what it cannot send."""
+        """The number of streams that the peer allows to open. aioquic accepts any number, and queues the rest."""
         allowed = self._remote_max_streams_bidi if bidirectional else self._remote_max_streams_uni
         return max(0, allowed - self.get_next_available_stream_id(is_unidirectional=not bidirectional) // 4)
 
     def stream(self, stream_id: int) -> QuicStream | None:
-        """The stream as aioquic keeps it, unless both sides are done with it."""
+        """Return aioquic's stream, or None if both sides have finished it."""
         return self._streams.get(stream_id)
 
     @property
     def unacknowledged(self) -> int:
-        """Bytes handed over and not acknowledged, on all streams, HTTP/3's own included."""
-        return sum([unacknowledged(stream.sender) for stream in self._streams.values()])
+        """Bytes sent and not acknowledged, on all streams including those of HTTP/3."""
+        return sum([unacknowledged_bytes(stream.sender) for stream in self._streams.values()])
 
     @property
-    def waiting_datagrams(self) -> int:
+    def queued_datagrams(self) -> int:
         return len(self._datagrams_pending)
 
     @property
-    def max_datagram_frame(self) -> int:
-        """The largest DATAGRAM frame that the peer takes; 0 when it takes none (RFC 9221 section 3)."""
+    def peer_max_datagram_frame_size(self) -> int:
+        """The largest DATAGRAM frame that the peer accepts; 0 if it accepts none (RFC 9221 section 3)."""
         return self._remote_max_datagram_frame_size or 0
 
     def certificate_hash(self) -> bytes:
-        """The SHA-256 of the server's certificate."""
+        """The SHA-256 hash of the server's certificate."""
         certificate = self.tls._peer_certificate
         return hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest() if certificate else b""
 
-    # The end.
+    # Closing.
 
     def close(
         self,
@@ -173,27 +178,28 @@ class Quic(QuicConnection):
         frame_type: int | None = None,
         reason_phrase: str = "",
     ) -> None:
-        if self._close_event is None and error_code not in _NO_VIOLATION:
+        if self._close_event is None and error_code not in _NOT_A_VIOLATION:
             self.violation = reason_phrase or f"code {error_code:#x}"
         super().close(error_code, frame_type, reason_phrase)
 
     # Sending.
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        """As aioquic has it, which begins a packet to find out that there is nothing to put into it.
+        """Return the datagrams to send, without asking aioquic if there is nothing to send.
 
-        That is half of what an acknowledgement costs, and an acknowledgement is what mostly arrives.
+        aioquic starts to build a packet before it finds that there is nothing to put into it. That is half the cost of
+        processing an acknowledgement, and most received packets are acknowledgements.
         """
-        if self._due_resets:
-            self._reset_what_is_due()
+        if self._pending_resets:
+            self._send_pending_resets()
         if self._nothing_to_send(now):
             self._pacing_at = None
             return []
         return super().datagrams_to_send(now)
 
     def _nothing_to_send(self, now: float) -> bool:
-        """Whether aioquic would return nothing and change nothing. When in doubt it is asked."""
-        for stream in reversed(self._streams_queue):  # What was sent last stands there.
+        """Whether aioquic would return nothing and change nothing. If in doubt, return False."""
+        for stream in reversed(self._streams_queue):  # The stream sent last is at the end.
             sender, receiver = stream.sender, stream.receiver
             if not sender.buffer_is_empty or sender.reset_pending or receiver.stop_pending:
                 return False
@@ -226,12 +232,12 @@ class Quic(QuicConnection):
                 return False
         return all(one.was_sent for one in self._host_cids)
 
-    # Windows.
+    # Flow control.
 
     def consumed(self, stream: QuicStream, count: int, total: int) -> None:
-        """Of this stream, `count` more bytes are done with, `total` now: the peer may send as many more.
+        """Record `count` more consumed bytes of a stream, `total` so far, so that the peer may send as many more.
 
-        A window moves when half of it is free, so that a frame about it is rare.
+        A window is extended when half of it is free, so that few frames are sent for it.
         """
         self._consumed += count
         limit = self._local_max_data
@@ -270,22 +276,24 @@ class Quic(QuicConnection):
 
     def _get_or_create_stream(self, frame_type: int, stream_id: int) -> QuicStream:
         stream = super()._get_or_create_stream(frame_type, stream_id)
-        if len(stream.receiver._ranges) > MAX_HOLES:
-            raise QuicConnectionError(QuicErrorCode.FLOW_CONTROL_ERROR, frame_type, _HOLES)
+        if len(stream.receiver._ranges) > MAX_RECEIVED_RANGES:
+            raise QuicConnectionError(QuicErrorCode.FLOW_CONTROL_ERROR, frame_type, _TOO_MANY_RANGES)
         return stream
 
     def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
-        if len(self._crypto_streams[context.epoch].receiver._ranges) > MAX_HOLES:
-            raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, _HOLES)
+        if len(self._crypto_streams[context.epoch].receiver._ranges) > MAX_RECEIVED_RANGES:
+            raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, _TOO_MANY_RANGES)
         if not self._is_client:
             begin = buf.tell()
             end = buf.pull_uint_var() + buf.pull_uint_var()
-            if end > MAX_CRYPTO:
-                raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "the handshake is too long")
+            if end > MAX_HANDSHAKE_BYTES:
+                raise QuicConnectionError(
+                    QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, "the handshake messages are too long"
+                )
             buf.seek(begin)
         super()._handle_crypto_frame(context, frame_type, buf)
 
-    # RESET_STREAM_AT (draft-ietf-quic-reliable-stream-reset): a reset that does not lose the beginning of a stream.
+    # RESET_STREAM_AT (draft-ietf-quic-reliable-stream-reset): a reset that keeps the beginning of the stream reliable.
 
     def _serialize_transport_parameters(self) -> bytes:
         parameter = varint.encode(RESET_STREAM_AT_PARAMETER) + varint.encode(0)
@@ -299,15 +307,15 @@ class Quic(QuicConnection):
                 if length[0]:
                     reason = "reset_stream_at must be empty"
                     raise QuicConnectionError(QuicErrorCode.TRANSPORT_PARAMETER_ERROR, QuicFrameType.CRYPTO, reason)
-                self.peer_takes_reset_at = True
+                self.peer_supports_reset_stream_at = True
             position = length[1] + length[0]
 
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         super().receive_datagram(data, addr, now)
-        if self._held_resets:
-            self._release_resets()
-        if self._due_resets:
-            self._reset_what_is_due()
+        if self._deferred_resets:
+            self._apply_deferred_resets()
+        if self._pending_resets:
+            self._send_pending_resets()
 
     def _handle_reset_stream_at_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
         stream_id, code, final, reliable = (buf.pull_uint_var() for _ in range(4))
@@ -315,7 +323,7 @@ class Quic(QuicConnection):
             raise QuicConnectionError(QuicErrorCode.FRAME_ENCODING_ERROR, frame_type, "Reliable Size over Final Size")
         self._assert_stream_can_receive(frame_type, stream_id)
         stream = self._get_or_create_stream(frame_type, stream_id)
-        held = self._held_resets.get(stream_id)
+        held = self._deferred_resets.get(stream_id)
         if held is not None:
             if code != held.code:
                 raise QuicConnectionError(QuicErrorCode.STREAM_STATE_ERROR, frame_type, "Cannot change error code")
@@ -329,11 +337,11 @@ class Quic(QuicConnection):
             raise QuicConnectionError(QuicErrorCode.FLOW_CONTROL_ERROR, frame_type, "Over data limit")
         window.used += more
         receiver.highest_offset = final
-        self._held_resets[stream_id] = HeldReset(code, final, reliable)
+        self._deferred_resets[stream_id] = DeferredReset(code, final, reliable)
 
-    def _release_resets(self) -> None:
-        """Reset the streams of which the peer's application has got what was promised to it."""
-        for stream_id, held in list(self._held_resets.items()):
+    def _apply_deferred_resets(self) -> None:
+        """Apply received resets whose reliable bytes have been delivered."""
+        for stream_id, held in list(self._deferred_resets.items()):
             stream = self._streams.get(stream_id)
             if stream is not None and not stream.receiver.is_finished:
                 if stream.receiver.starting_offset() < held.reliable:
@@ -345,37 +353,37 @@ class Quic(QuicConnection):
                     return
                 if event is not None:
                     self._events.append(event)
-            del self._held_resets[stream_id]
+            del self._deferred_resets[stream_id]
 
     def reset_reliably(self, stream_id: int, code: int, reliable: int) -> None:
-        """Reset a stream of which `reliable` bytes were written and have to arrive; nothing beyond them is kept.
+        """Reset a stream whose first `reliable` bytes must still be delivered. The bytes behind them are dropped.
 
-        While they are not acknowledged, the reset is put off: aioquic repeats nothing of a stream that was reset.
+        The reset waits until these bytes are acknowledged, because aioquic retransmits nothing of a reset stream.
         """
         stream = self._streams.get(stream_id)
         if stream is None:
             return
         arrived = stream.sender._buffer_start >= reliable
-        if arrived or not self.peer_takes_reset_at:
-            if reliable and self.peer_takes_reset_at:
-                self._reliable[stream] = reliable
+        if arrived or not self.peer_supports_reset_stream_at:
+            if reliable and self.peer_supports_reset_stream_at:
+                self._reliable_sizes[stream] = reliable
             self.reset_stream(stream_id, code)
-            forget(stream.sender)
+            discard_send_buffer(stream.sender)
         else:
-            self._due_resets[stream_id] = (code, reliable)
-            cut(stream.sender, reliable)
+            self._pending_resets[stream_id] = (code, reliable)
+            truncate_send_buffer(stream.sender, reliable)
 
-    def _reset_what_is_due(self) -> None:
-        for stream_id, (code, reliable) in list(self._due_resets.items()):
+    def _send_pending_resets(self) -> None:
+        for stream_id, (code, reliable) in list(self._pending_resets.items()):
             stream = self._streams.get(stream_id)
             if stream is None or stream.sender._buffer_start >= reliable:
-                del self._due_resets[stream_id]
+                del self._pending_resets[stream_id]
                 self.reset_reliably(stream_id, code, reliable)
             else:
-                cut(stream.sender, reliable)
+                truncate_send_buffer(stream.sender, reliable)
 
     def _write_reset_stream_frame(self, builder: QuicPacketBuilder, stream: QuicStream) -> None:
-        reliable = self._reliable.get(stream)
+        reliable = self._reliable_sizes.get(stream)
         if reliable is None:
             super()._write_reset_stream_frame(builder, stream)
             return
@@ -397,8 +405,8 @@ class Quic(QuicConnection):
                 one.stateless_reset_token = self._reset_token(one.cid)
 
     def is_stateless_reset(self, data: bytes) -> bool:
-        """Whether this is a server's word that it knows nothing of this connection (RFC 9000 section 10.3.1)."""
-        if not self._is_client or len(data) < _SMALLEST_RESET or data[0] & 0x80:
+        """Whether the datagram is a stateless reset by a server that lost this connection (RFC 9000 section 10.3.1)."""
+        if not self._is_client or len(data) < _MIN_STATELESS_RESET or data[0] & 0x80:
             return False
         tokens = (one.stateless_reset_token for one in (self._peer_cid, *self._peer_cid_available))
-        return any(len(token) == _RESET_TOKEN and hmac.compare_digest(data[-16:], token) for token in tokens)
+        return any(len(token) == _RESET_TOKEN_LENGTH and hmac.compare_digest(data[-16:], token) for token in tokens)

@@ -1,4 +1,4 @@
-"""The streams of one connection, and how many bytes each holds of ours and of the peer's."""
+"""The table of a connection's streams, with the accounting of their received and unacknowledged bytes."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from aioquic.quic.connection import stream_is_client_initiated, stream_is_unidir
 from aioquic.quic.stream import QuicStream, QuicStreamSender
 
 from . import varint
-from .http3_error_codes import H3Code
-from .quic_configuration import Limits
-from .quic_connection import Quic, forget, unacknowledged
+from .http3_error_codes import Http3ErrorCode
+from .quic_configuration import ConnectionLimits
+from .quic_connection import BoundedQuicConnection, discard_send_buffer, unacknowledged_bytes
 
-UNIDIRECTIONAL = 0x54
+UNIDIRECTIONAL_STREAM_TYPE = 0x54
 """The type of a session's unidirectional stream (draft-ietf-webtrans-http3 section 4.2)."""
 
-BIDIRECTIONAL = 0x41
-"""What a session's bidirectional stream begins with (draft-ietf-webtrans-http3 section 4.3)."""
+BIDIRECTIONAL_SIGNAL = 0x41
+"""The signal value at the start of a session's bidirectional stream (draft-ietf-webtrans-http3 section 4.3)."""
 
-HTTP3_TYPES = range(4)
-"""Control, push, and the two of QPACK."""
+HTTP3_STREAM_TYPES = range(4)
+"""The types of HTTP/3's unidirectional streams: control, push, and two of QPACK."""
 
 
-class Kind(Enum):
+class StreamKind(Enum):
     UNKNOWN = auto()
-    """What says it has not all arrived."""
+    """The first bytes, which determine the kind, have not all arrived."""
     HTTP3 = auto()
     SESSION = auto()
-    FOREIGN = auto()
-    """Of a type that means nothing to us (RFC 9114 section 6.2.3)."""
+    UNSUPPORTED = auto()
+    """A stream of an unknown type (RFC 9114 section 6.2.3)."""
 
 
 class Stream:
-    """One stream. It lasts until there is nothing left to send, to acknowledge, to receive or to consume."""
+    """One stream. It is kept until nothing remains to be sent, acknowledged, received or consumed."""
 
     __slots__ = (
-        "arrived",
-        "ended",
-        "header",
+        "consumed",
+        "header_length",
         "id",
         "kind",
         "prefix",
         "quic",
+        "received",
         "receiving",
-        "returned",
+        "send_finished",
         "sender",
-        "session",
+        "session_id",
         "wanted",
     )
 
-    def __init__(self, quic: QuicStream, kind: Kind, *, unidirectional: bool, ours: bool) -> None:
+    def __init__(self, quic: QuicStream, kind: StreamKind, *, unidirectional: bool, ours: bool) -> None:
         assert quic.stream_id is not None
         self.id: int = quic.stream_id
         self.quic = quic
         self.kind = kind
-        self.session: int | None = None
+        self.session_id: int | None = None
         self.prefix = b""
-        self.header = 0
-        """Bytes that say whose stream it is, where it is one of ours: a reset must not take them away."""
-        self.arrived = 0
-        """Bytes received, in order."""
-        self.returned = 0
-        """Of these, how many are done with."""
+        self.header_length = 0
+        """Length of the header with the session id, on a stream of this side. A reset must not drop the header."""
+        self.received = 0
+        """Bytes received in order."""
+        self.consumed = 0
+        """Received bytes that were consumed."""
         self.receiving = not (unidirectional and ours)
-        """Until the peer ends or resets it."""
+        """Whether the peer has neither finished nor reset the stream."""
         self.wanted = True
-        """Until we do not care for the rest."""
+        """Whether further data is reported. Otherwise it is dropped."""
         self.sender: QuicStreamSender | None = quic.sender if ours or not unidirectional else None
-        """While aioquic may keep something to send."""
-        self.ended = False
-        """Whether we have sent all that we will."""
+        """aioquic's sender; None when it no longer keeps data to send."""
+        self.send_finished = False
+        """Whether this side has finished or reset the stream."""
 
     @property
     def unidirectional(self) -> bool:
@@ -78,23 +78,23 @@ class Stream:
 
     @property
     def unacknowledged(self) -> int:
-        return unacknowledged(self.sender) if self.sender else 0
+        return unacknowledged_bytes(self.sender) if self.sender else 0
 
     @property
-    def over(self) -> bool:
-        return self.sender is None and not self.receiving and self.returned == self.arrived
+    def finished(self) -> bool:
+        return self.sender is None and not self.receiving and self.consumed == self.received
 
 
-class Streams:
-    """All streams that are not over."""
+class StreamTable:
+    """The streams of a connection that are not finished."""
 
-    def __init__(self, quic: Quic, limits: Limits) -> None:
+    def __init__(self, quic: BoundedQuicConnection, limits: ConnectionLimits) -> None:
         self._quic = quic
         self._limits = limits
         self._streams: dict[int, Stream] = {}
-        self._opened: set[int] = set()
-        """Those of ours that aioquic may still keep: it keeps one that was reset until the peer acknowledges that."""
-        self._ending: set[int] = set()
+        self._outgoing: set[int] = set()
+        """Ids of this side's streams that aioquic may still keep: a reset one until the reset is acknowledged."""
+        self._awaiting_acknowledgement: set[int] = set()
         self._unacknowledged: int | None = 0
 
     def __iter__(self) -> Iterator[Stream]:
@@ -106,56 +106,58 @@ class Streams:
     def get(self, stream_id: int) -> Stream | None:
         return self._streams.get(stream_id)
 
-    def find(self, stream_id: int) -> Stream | None:
-        """A stream that something arrived for, which the peer may have opened with it."""
+    def get_or_create(self, stream_id: int) -> Stream | None:
+        """Return the stream that a frame has arrived for. The frame may open it. None if aioquic does not know it."""
         stream = self._streams.get(stream_id)
         if stream is None:
             quic = self._quic.stream(stream_id)
             if quic is None or stream_is_client_initiated(stream_id) == self._quic.configuration.is_client:
                 return None
-            stream = self._add(quic, Kind.UNKNOWN, ours=False)
+            stream = self._add(quic, StreamKind.UNKNOWN, ours=False)
         return stream
 
-    def adopt(self, stream_id: int) -> Stream:
-        """A stream of HTTP/3 that we have opened."""
+    def register(self, stream_id: int) -> Stream:
+        """Add a stream of HTTP/3 that this side has opened."""
         quic = self._quic.stream(stream_id)
         assert quic is not None
-        return self._add(quic, Kind.HTTP3, ours=True)
+        return self._add(quic, StreamKind.HTTP3, ours=True)
 
-    def _add(self, quic: QuicStream, kind: Kind, *, ours: bool) -> Stream:
+    def _add(self, quic: QuicStream, kind: StreamKind, *, ours: bool) -> Stream:
         assert quic.stream_id is not None
         stream = Stream(quic, kind, unidirectional=stream_is_unidirectional(quic.stream_id), ours=ours)
         self._streams[stream.id] = stream
         return stream
 
     def clear(self) -> None:
-        """The connection is lost: nothing arrives or leaves any more."""
+        """Drop all streams and their buffers: the connection is lost."""
         for stream in self:
             if stream.sender:
-                forget(stream.sender)
+                discard_send_buffer(stream.sender)
         self._streams.clear()
-        self._opened.clear()
-        self._ending.clear()
+        self._outgoing.clear()
+        self._awaiting_acknowledgement.clear()
         self._unacknowledged = 0
 
-    # Outwards.
+    # Sending.
 
     def credit(self, bidirectional: bool) -> int:
-        self._opened = {number for number in self._opened if self._quic.stream(number) is not None}
-        return min(self._quic.stream_credit(bidirectional), max(0, self._limits.opened - len(self._opened)))
+        self._outgoing = {number for number in self._outgoing if self._quic.stream(number) is not None}
+        return min(self._quic.stream_credit(bidirectional), max(0, self._limits.outgoing_streams - len(self._outgoing)))
 
     def open(self, session: int, bidirectional: bool) -> int | None:
         if not self.credit(bidirectional):
             return None
         stream_id = self._quic.get_next_available_stream_id(is_unidirectional=not bidirectional)
-        prefix = varint.encode(BIDIRECTIONAL if bidirectional else UNIDIRECTIONAL) + varint.encode(session)
+        prefix = varint.encode(BIDIRECTIONAL_SIGNAL if bidirectional else UNIDIRECTIONAL_STREAM_TYPE) + varint.encode(
+            session
+        )
         self._quic.send_stream_data(stream_id, prefix)
         self._unacknowledged = None
-        stream = self.adopt(stream_id)
-        stream.kind = Kind.SESSION
-        stream.session = session
-        stream.header = len(prefix)
-        self._opened.add(stream_id)
+        stream = self.register(stream_id)
+        stream.kind = StreamKind.SESSION
+        stream.session_id = session
+        stream.header_length = len(prefix)
+        self._outgoing.add(stream_id)
         return stream_id
 
     @property
@@ -164,26 +166,26 @@ class Streams:
             self._unacknowledged = self._quic.unacknowledged
         return self._unacknowledged
 
-    def something_arrived(self) -> None:
-        """Count again what is not acknowledged, and let go of what is."""
+    def recount_unacknowledged(self) -> None:
+        """Recompute the unacknowledged bytes after a received packet, and remove streams that are acknowledged."""
         self._unacknowledged = None
-        if self._ending:
-            for stream_id in list(self._ending):
+        if self._awaiting_acknowledgement:
+            for stream_id in list(self._awaiting_acknowledgement):
                 stream = self._streams[stream_id]
                 if stream.sender is None or stream.sender.is_finished:
                     self._stop_sending(stream)
 
     def writable(self, stream: Stream) -> bool:
         sender = stream.sender
-        if sender is None or stream.ended:
+        if sender is None or stream.send_finished:
             return False
-        held, limits = unacknowledged(sender), self._limits
-        return held < limits.stream_share or (
+        held, limits = unacknowledged_bytes(sender), self._limits
+        return held < limits.stream_minimum or (
             held < limits.stream_unacknowledged and self.unacknowledged < limits.unacknowledged
         )
 
     def send(self, stream: Stream, data: bytes, end: bool) -> bool:
-        if stream.sender is None or stream.ended or (data and not self.writable(stream)):
+        if stream.sender is None or stream.send_finished or (data and not self.writable(stream)):
             return False
         self._quic.send_stream_data(stream.id, data, end)
         if self._unacknowledged is not None:
@@ -193,64 +195,64 @@ class Streams:
         return True
 
     def finish(self, stream: Stream) -> None:
-        """All of it has been handed over; when it has been acknowledged, this side is done with."""
-        stream.ended = True
-        self._ending.add(stream.id)
+        """Mark a stream as completely sent. Its sending side is removed when the peer has acknowledged it."""
+        stream.send_finished = True
+        self._awaiting_acknowledgement.add(stream.id)
 
     def reset(self, stream: Stream, code: int) -> bool:
-        """Send no more, and have the peer told so."""
+        """Reset a stream. Return False if it is already reset or completely acknowledged."""
         if stream.sender is None:
             return False
-        self._quic.reset_reliably(stream.id, code, stream.header)
+        self._quic.reset_reliably(stream.id, code, stream.header_length)
         self._stop_sending(stream)
         return True
 
-    def stopped(self, stream: Stream) -> None:
-        """aioquic has reset the stream, for the peer's STOP_SENDING."""
+    def peer_stopped(self, stream: Stream) -> None:
+        """Handle STOP_SENDING of the peer, for which aioquic has reset the stream."""
         if stream.sender is not None:
-            forget(stream.sender)
+            discard_send_buffer(stream.sender)
         self._stop_sending(stream)
 
     def _stop_sending(self, stream: Stream) -> None:
         self._unacknowledged = None
         stream.sender = None
-        stream.ended = True
-        self._ending.discard(stream.id)
-        self._tidy(stream)
+        stream.send_finished = True
+        self._awaiting_acknowledgement.discard(stream.id)
+        self._remove_if_finished(stream)
 
-    # Inwards.
+    # Receiving.
 
     def consumed(self, stream: Stream, count: int) -> None:
-        count = min(count, stream.arrived - stream.returned)
+        count = min(count, stream.received - stream.consumed)
         if count > 0:
-            stream.returned += count
-            self._quic.consumed(stream.quic, count, stream.returned)
-            self._tidy(stream)
+            stream.consumed += count
+            self._quic.consumed(stream.quic, count, stream.consumed)
+            self._remove_if_finished(stream)
 
-    def ended(self, stream: Stream) -> None:
-        """Nothing more will arrive. What a reset leaves out counts against the connection's window all the same."""
+    def receive_ended(self, stream: Stream) -> None:
+        """Mark a stream as completely received. Bytes that a reset omits count against the connection's window, too."""
         stream.receiving = False
-        stream.arrived = stream.quic.receiver.highest_offset
+        stream.received = stream.quic.receiver.highest_offset
         if not stream.wanted:
-            self.consumed(stream, stream.arrived - stream.returned)
-        self._tidy(stream)
+            self.consumed(stream, stream.received - stream.consumed)
+        self._remove_if_finished(stream)
 
-    def unwanted(self, stream: Stream, code: int = H3Code.NO_ERROR) -> bool:
-        """Ask the peer to stop, and take what still comes as consumed."""
-        if not stream.wanted or not (stream.receiving or stream.arrived > stream.returned):
+    def stop_receiving(self, stream: Stream, code: int = Http3ErrorCode.NO_ERROR) -> bool:
+        """Send STOP_SENDING, and treat data that still arrives as consumed."""
+        if not stream.wanted or not (stream.receiving or stream.received > stream.consumed):
             return False
         stream.wanted = False
         stream.prefix = b""
         if stream.receiving and not stream.quic.receiver.is_finished:
             self._quic.stop_stream(stream.id, code)
-        self.consumed(stream, stream.arrived - stream.returned)
+        self.consumed(stream, stream.received - stream.consumed)
         return True
 
     def abandon(self, stream: Stream, code: int) -> None:
-        """Both of the above, in both directions."""
+        """Reset the sending side, and stop the receiving side."""
         self.reset(stream, code)
-        self.unwanted(stream, code)
+        self.stop_receiving(stream, code)
 
-    def _tidy(self, stream: Stream) -> None:
-        if stream.over:
+    def _remove_if_finished(self, stream: Stream) -> None:
+        if stream.finished:
             self._streams.pop(stream.id, None)

@@ -7,7 +7,7 @@ MAX_LENGTH = 8
 
 
 def encode(value: int) -> bytes:
-    """The shortest form of `value`."""
+    """Encode `value` in the shortest form."""
     for power in range(4):
         length = 1 << power
         if value < 1 << (8 * length - 2):
@@ -16,7 +16,7 @@ def encode(value: int) -> bytes:
 
 
 def decode(data: bytes | bytearray, position: int = 0) -> tuple[int, int] | None:
-    """The integer that begins at `position` and where it ends; None when there is not all of it."""
+    """Return the integer at `position` and the position behind it, or None if it is incomplete."""
     if position >= len(data):
         return None
     power = data[position] >> 6

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import catbus
-from catbus.config import Database, Drain, WebTransport
+from catbus.config import DatabaseSettings, DrainSettings, WebTransportSettings
 from catbus.endpoints import router, webtransport
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
@@ -68,7 +68,7 @@ class Place:
 
 
 def configuration(state: Path, **changes: object) -> catbus.Config:
-    bound = WebTransport(bind=("127.0.0.1:0",))
+    bound = WebTransportSettings(bind=("127.0.0.1:0",))
     return msgspec.structs.replace(CONFIG, state=str(state), webtransport=bound, **changes)
 
 
@@ -152,7 +152,7 @@ async def test_webtransport_that_dies_is_replaced_and_comes_back_and_nothing_is_
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
     """5,000 messages, over WebTransport, then WebSocket, then WebTransport again."""
-    config = configuration(tmp_path, database=Database(url=database_url))
+    config = configuration(tmp_path, database=DatabaseSettings(url=database_url))
     options = {
         "headStart": HEAD_START,
         "pingInterval": 200,
@@ -190,7 +190,9 @@ async def test_a_replica_that_stops_is_left_for_another_without_a_loss(
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
     """It says when to come back, and the client has moved before it ends: what it publishes and hears goes on."""
-    config = configuration(tmp_path, database=Database(url=database_url), drain=Drain(delay=0, window=2, deadline=20))
+    config = configuration(
+        tmp_path, database=DatabaseSettings(url=database_url), drain=DrainSettings(delay=0, window=2, deadline=20)
+    )
     async with serving(config) as (other, _), open_place(browser, config) as place:
         browser, relay = place.browser, place.relay
         await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, PATIENT)

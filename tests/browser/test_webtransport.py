@@ -13,7 +13,7 @@ import trio
 
 import catbus
 from catbus import Broker, CloseCode, Config
-from catbus.config import Database, WebTransport
+from catbus.config import DatabaseSettings, WebTransportSettings
 from catbus.endpoints import router, spacing, webtransport
 from catbus.endpoints.datagrams import Port
 from catbus.webtransport import quic_configuration as webtransport_configuration
@@ -33,17 +33,17 @@ async def serving(config: Config) -> AsyncIterator[tuple[Broker, str]]:
         broker.stop()
 
 
-def configuration(state: Path, database: Database | None = None) -> Config:
+def configuration(state: Path, database: DatabaseSettings | None = None) -> Config:
     return msgspec.structs.replace(
         CONFIG,
         state=str(state),
-        webtransport=WebTransport(bind=("127.0.0.1:0",)),
-        database=database or Database(),
+        webtransport=WebTransportSettings(bind=("127.0.0.1:0",)),
+        database=database or DatabaseSettings(),
     )
 
 
 async def test_a_page_publishes_and_hears_another_replica(browser: Browser, tmp_path: Path, database_url: str) -> None:
-    config = configuration(tmp_path, Database(url=database_url))
+    config = configuration(tmp_path, DatabaseSettings(url=database_url))
     with trio.fail_after(90):
         async with serving(config) as (_, origin), serving(config) as (_, other):
             await browser.goto(f"{origin}/health")

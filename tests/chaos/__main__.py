@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from catbus.auth.tokens import Grants
-from catbus.config import Database as DatabaseSettings
+from catbus.config import DatabaseSettings
 from catbus.postgres.access.migrations import schema_files
 from catbus.postgres.roles.role_store import open_roles
 from tests.postgres.server import execute

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from catbus.cli.development_credentials import CERTIFICATE
+from catbus.cli.development_credentials import CERTIFICATE_FILE
 from catbus.client import Transport
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket
@@ -164,7 +164,7 @@ class Post:
         if transport == "websocket":
             return await open_websocket(parse_address(f"ws://127.0.0.1:{urlsplit(self.websocket.url).port}/ws"))
         address = parse_address(f"https://127.0.0.1:{self.webtransport.port}/")
-        certificate = await trio.to_thread.run_sync((self._directory / CERTIFICATE).read_bytes)
+        certificate = await trio.to_thread.run_sync((self._directory / CERTIFICATE_FILE).read_bytes)
         return await open_webtransport(address, make_configuration(address, certificate.decode()))
 
     def cut_clients(self) -> None:

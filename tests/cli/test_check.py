@@ -14,7 +14,7 @@ import trio
 import trustme
 
 from catbus.cli.commands import check
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.postgres.access import database_checks
 from catbus.postgres.access.database_checks import CheckResult, check_database
 from catbus.postgres.access.migrations import init
@@ -158,7 +158,7 @@ def test_certificate_files_that_are_no_good(catbus: Command, monkeypatch: pytest
 def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("CATBUS_WS_BIND", f"127.0.0.1:{other.getsockname()[1]}")
-        monkeypatch.setattr(check, "PATIENCE", 0.1)
+        monkeypatch.setattr(check, "HEALTH_REQUEST_TIMEOUT", 0.1)
         status, output, _ = catbus("check")
     assert status == 1
     assert "is in use, and not by a broker" in output
@@ -215,7 +215,7 @@ def test_a_password_that_is_wrong(catbus: Command, database_url: str) -> None:
 def test_a_schema(catbus: Command, database_url: str) -> None:
     execute(database_url, "DROP SCHEMA catbus CASCADE")
     assert "none yet" in run(catbus, "--database", database_url)[1]["schema"][1]
-    trio.run(init, Database(url=database_url))
+    trio.run(init, DatabaseSettings(url=database_url))
     assert run(catbus, "--database", database_url)[1]["schema"][1].startswith("version ")
     execute(database_url, "UPDATE catbus.schema_version SET version = 999")
     status, found = run(catbus, "--database", database_url)
@@ -257,7 +257,7 @@ async def test_what_cannot_be_overridden_behind_a_pooler_is_named(altered_databa
     async def find() -> dict[str, CheckResult]:
         findings: list[CheckResult] = []
         async with open_bouncer(altered_database_url) as bouncer:
-            await check_database(Database(url=bouncer.url), findings.append)
+            await check_database(DatabaseSettings(url=bouncer.url), findings.append)
         return {finding.name: finding for finding in findings}
 
     found = (await find())["settings"]
@@ -288,7 +288,7 @@ def test_a_user_that_may_not(catbus: Command, database_url: str, outsider: str) 
 async def test_what_comes_through_a_pooler(database_url: str, tmp_path: Path) -> None:
     async def look(listen_url: str | None) -> database_checks.CheckResult:
         found: list[database_checks.CheckResult] = []
-        await database_checks.check_database(Database(url=bouncer.url, listen_url=listen_url), found.append)
+        await database_checks.check_database(DatabaseSettings(url=bouncer.url, listen_url=listen_url), found.append)
         return {finding.name: finding for finding in found}["notifications"]
 
     async with open_bouncer(database_url) as bouncer:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from catbus.cli import main_command
-from catbus.cli.main_command import explain
+from catbus.cli.main_command import explain_error
 from catbus.errors import Code, ConfigError, Disconnected, Refused
 
 from .conftest import Command
@@ -110,7 +110,7 @@ STRONG = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
         ({"SECRET": "abc"}, ["--database", "memory"], ["the secret has fewer than 32 bytes", "openssl rand -hex 32"]),
         ({"SECRET": f"{STRONG},short-secret-of-before"}, ["--database", "memory"], ["secret 2 has fewer than 32"]),
         ({"SECRET": STRONG, "ADMIN_KEY": "root"}, ["--database", "memory"], ["the admin key has fewer than 32 bytes"]),
-        ({"SECRET": "changeme" * 5}, ["--database", "embedded"], ["the secret repeats itself"]),
+        ({"SECRET": "changeme" * 5}, ["--database", "embedded"], ["the secret repeats the same characters"]),
     ],
 )
 def test_a_broker_that_others_can_reach_does_not_start(
@@ -192,4 +192,4 @@ def test_an_interruption_says_nothing(catbus: Command, monkeypatch: pytest.Monke
     ],
 )
 def test_every_error_becomes_one_line(error: BaseException, status: int, text: str) -> None:
-    assert explain(error) == (status, text)
+    assert explain_error(error) == (status, text)

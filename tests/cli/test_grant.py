@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from catbus.auth.tokens import Authenticator, Grants
-from catbus.cli.development_credentials import FILE, development_token, find_token, keep_secret, read_secret
+from catbus.cli.development_credentials import (
+    SECRET_FILE,
+    development_token,
+    find_token,
+    read_or_create_secret,
+    read_secret,
+)
 from catbus.errors import Code, ConfigError, PeerError
 
 from .conftest import Command
@@ -81,7 +87,7 @@ def test_the_secret_may_stand_in_a_file(catbus: Command, tmp_path: Path) -> None
 
 
 def test_the_development_secret_serves_where_there_is_no_other(catbus: Command, tmp_path: Path) -> None:
-    secret = keep_secret(tmp_path / "state")
+    secret = read_or_create_secret(tmp_path / "state")
     _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x")
     assert Authenticator([secret]).verify(output.strip(), 0).client_id == "x"
     assert "the development secret in" in errors
@@ -90,24 +96,24 @@ def test_the_development_secret_serves_where_there_is_no_other(catbus: Command, 
 def test_the_development_secret_is_made_once_and_for_one_user(tmp_path: Path) -> None:
     directory = tmp_path / "some" / "where"
     assert read_secret(directory) is None
-    secret = keep_secret(directory)
+    secret = read_or_create_secret(directory)
     assert len(secret) >= 32
-    assert keep_secret(directory) == read_secret(directory) == secret
-    assert [path.name for path in directory.iterdir()] == [FILE]
-    assert stat.S_IMODE((directory / FILE).stat().st_mode) == 0o600
+    assert read_or_create_secret(directory) == read_secret(directory) == secret
+    assert [path.name for path in directory.iterdir()] == [SECRET_FILE]
+    assert stat.S_IMODE((directory / SECRET_FILE).stat().st_mode) == 0o600
 
 
 def test_a_state_directory_that_cannot_be_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="CATBUS_STATE"):
-        keep_secret(tmp_path / "file" / "state")
-    (tmp_path / FILE).touch()
+        read_or_create_secret(tmp_path / "file" / "state")
+    (tmp_path / SECRET_FILE).touch()
     with pytest.raises(ConfigError, match="is empty: delete it"):
-        keep_secret(tmp_path)
+        read_or_create_secret(tmp_path)
 
 
 def test_the_development_token_is_for_this_machine_only(tmp_path: Path) -> None:
-    token = development_token(keep_secret(tmp_path / "state"))
+    token = development_token(read_or_create_secret(tmp_path / "state"))
     for url in ("ws://127.0.0.1:8080/ws", "ws://localhost/ws", "ws://[::1]:1/ws"):
         assert find_token(url) == token
     for url in ("wss://bus.example.com/ws", "ws://10.0.0.1:8080/ws", "ws://127.0.0.1.example.com/ws"):

@@ -18,7 +18,7 @@ import pytest
 
 from catbus.cli import line_writer
 from catbus.cli.line_writer import LineWriter
-from catbus.cli.log_configuration import DROPPED, configure
+from catbus.cli.log_configuration import LINES_DROPPED, configure_logging
 from catbus.observability.loggers import get_logger, lost_lines
 from tests.cli.conftest import Command, Start, next_event
 
@@ -109,7 +109,7 @@ def test_when_the_output_is_read_again_it_says_how_much_is_missing(start: Start,
     missing = dropped(port)
     lines = pipe.read_lines()
     events = map(json.loads, lines)
-    report = next(event for event in events if event["event"] == DROPPED)
+    report = next(event for event in events if event["event"] == LINES_DROPPED)
     assert (report["level"], report["logger"]) == ("warning", "catbus.logs")
     # The line of the request for the metrics itself is among them.
     assert report["number"] >= missing
@@ -238,18 +238,18 @@ def test_a_reader_that_is_stuck_is_waited_for_only_once(monkeypatch: pytest.Monk
     writer.flush()
     writer.flush()
     writer.close()
-    assert waits == [line_writer.FLUSH_TIME]
+    assert waits == [line_writer.FLUSH_TIMEOUT]
     # The thread writes the line while the descriptor is still that of this pipe.
     assert next(pipe.read_lines()) == b"x\n"
 
 
 def test_a_record_that_has_no_text_is_told_of(pipe: Pipe) -> None:
     with os.fdopen(os.dup(pipe.writer), "w") as stream:
-        configure("debug", "json", stream)
+        configure_logging("debug", "json", stream)
         logging.getLogger("other").info("%d sheep", "x")
         get_logger("catbus.test").info("next")
         lines = pipe.read_lines()
         told, following = json.loads(next(lines)), json.loads(next(lines))
         assert (told["event"], told["logger"]) == ("a log line has no text: TypeError", "other")
         assert following["event"] == "next"
-        line_writer.close_all()
+        line_writer.close_writers()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from catbus.cli.log_configuration import configure, scrub
+from catbus.cli.log_configuration import configure_logging, redact_text
 from catbus.observability.loggers import get_logger
 
 TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 def logged(levels: str = "debug") -> tuple[io.StringIO, Any]:
     stream = io.StringIO()
-    configure(levels, "auto", stream, secrets=[SECRET])
+    configure_logging(levels, "auto", stream, secrets=[SECRET])
     return stream, get_logger("catbus.test")
 
 
@@ -49,7 +49,7 @@ def test_json_where_nobody_looks() -> None:
 
 def test_text_on_a_terminal() -> None:
     stream = Terminal()
-    configure("info", "auto", stream)
+    configure_logging("info", "auto", stream)
     get_logger("catbus.test").info("serving", port=1)
     assert "serving" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
@@ -62,7 +62,7 @@ def test_an_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
         raise ValueError(f"token={TOKEN}")
     except ValueError:
         logger.exception("odd")
-        configure("debug", "auto", terminal)
+        configure_logging("debug", "auto", terminal)
         logger.exception("odd")
     [line] = lines(stream)
     assert "Traceback" in line["exception"] and "Traceback" in terminal.getvalue()
@@ -118,14 +118,14 @@ def test_no_secret_gets_into_a_line() -> None:
     ],
 )
 def test_what_is_no_secret_stays(harmless: str) -> None:
-    assert scrub(harmless) == harmless
+    assert redact_text(harmless) == harmless
 
 
 @pytest.mark.parametrize(
     "secret", [TOKEN, "role-AAAAAAAAAAAAAAAAAAAAAA", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"]
 )
 def test_every_kind_of_token_is_recognised(secret: str) -> None:
-    assert secret not in scrub(f"this is {secret}, is it not?")
+    assert secret not in redact_text(f"this is {secret}, is it not?")
 
 
 def test_without_the_command_the_program_around_decides(

@@ -58,7 +58,7 @@ def test_for_scripts_it_is_json(catbus: Command, damaged: str) -> None:
 
 
 def test_only_the_first_holes_are_shown(catbus: Command, damaged: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "SHOWN", 1)
+    monkeypatch.setattr(command, "MAX_GAPS_SHOWN", 1)
     _, output, _ = catbus("repair", "--database", damaged)
     assert "  3 to 5 (3)\n  and 1 places more (--json shows all)\n" in output
 

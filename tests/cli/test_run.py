@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from catbus.cli.commands import run
 from catbus.cli.development_credentials import development_token, read_secret
-from catbus.config import Auth, Config, Logging, WebSocket
+from catbus.config import AuthSettings, Config, LoggingSettings, WebSocketSettings
 from catbus.errors import ConfigError
 from tests.cli.conftest import Start, next_event
 
-LOCAL = WebSocket(bind=("127.0.0.1:0",))
+LOCAL = WebSocketSettings(bind=("127.0.0.1:0",))
 
 
 class FakeBroker:
@@ -76,7 +76,7 @@ async def supervise(monkeypatch: pytest.MonkeyPatch, server: FakeServer, *signal
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        return await run.supervise(Config(websocket=LOCAL), None)
+        return await run.serve_until_signalled(Config(websocket=LOCAL), None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -99,34 +99,34 @@ async def test_a_signal_before_it_has_started_stops_at_once(monkeypatch: pytest.
 
 
 def test_a_secret_is_kept_where_only_this_machine_gets_in(tmp_path: Path) -> None:
-    config, token = run.with_secret(Config(websocket=LOCAL, state=str(tmp_path)))
+    config, token = run.ensure_secret(Config(websocket=LOCAL, state=str(tmp_path)))
     [secret] = config.auth.secrets
     assert secret == read_secret(tmp_path)
     assert token == development_token(secret)
-    assert run.with_secret(Config(websocket=LOCAL, state=str(tmp_path))) == (config, token)
+    assert run.ensure_secret(Config(websocket=LOCAL, state=str(tmp_path))) == (config, token)
 
 
 def test_without_a_secret_it_does_not_open_to_others(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CATBUS_SECRET"):
-        run.with_secret(Config(state=str(tmp_path)))
+        run.ensure_secret(Config(state=str(tmp_path)))
     assert read_secret(tmp_path) is None
 
 
 def test_a_secret_that_is_given_is_the_secret() -> None:
-    config = Config(auth=Auth(secrets=("given",)))
-    assert run.with_secret(config) == (config, None)
+    config = Config(auth=AuthSettings(secrets=("given",)))
+    assert run.ensure_secret(config) == (config, None)
 
 
 def test_a_broker_that_others_can_reach_starts_with_what_was_asked_for() -> None:
-    strong = Auth(secrets=("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV",))
+    strong = AuthSettings(secrets=("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV",))
     asked = {"database.url": "command line"}
-    run.refuse_exposure(Config(auth=strong), asked)
-    run.refuse_exposure(Config(auth=Auth(secrets=("abc",)), websocket=LOCAL), {})
-    run.refuse_exposure(Config(auth=Auth(secrets=("abc",), allow_weak_secrets=True)), asked)
+    run.check_exposure(Config(auth=strong), asked)
+    run.check_exposure(Config(auth=AuthSettings(secrets=("abc",)), websocket=LOCAL), {})
+    run.check_exposure(Config(auth=AuthSettings(secrets=("abc",), allow_weak_secrets=True)), asked)
     with pytest.raises(ConfigError, match="--database memory"):
-        run.refuse_exposure(Config(auth=strong), {})
+        run.check_exposure(Config(auth=strong), {})
     with pytest.raises(ConfigError, match="openssl rand -hex 32"):
-        run.refuse_exposure(Config(auth=Auth(secrets=("abc",))), asked)
+        run.check_exposure(Config(auth=AuthSettings(secrets=("abc",))), asked)
 
 
 def test_a_weak_secret_and_a_misspelt_variable_are_warnings_on_this_machine(start: Start, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_sighup_names_public_keys_that_have_changed(start: Start, tmp_path: Path
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:
     broker = FakeBroker("ws://127.0.0.1:8080/ws", "ws://[::1]:8080/ws")
-    run._announce(broker, Config(logging=Logging(format=form), state=state), token)  # type: ignore[arg-type]
+    run._show_address(broker, Config(logging=LoggingSettings(format=form), state=state), token)  # type: ignore[arg-type]
     output, errors = capsys.readouterr()
     return output, errors
 

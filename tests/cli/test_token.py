@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from catbus.auth.tokens import Grants, make_role_token, role_handle, role_key, sign
-from catbus.cli.commands.token import relative
+from catbus.cli.commands.token import describe_time_difference
 from tests.test_auth import EC_KEY, jwks, pem, signed_jwt
 
 from .conftest import Command
@@ -156,7 +156,7 @@ def test_nothing_is_no_token(catbus: Command, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_times_are_told_in_words(seconds: float, words: str) -> None:
-    assert relative(seconds) == words
+    assert describe_time_difference(seconds) == words
 
 
 def test_key_sets_are_read_as_the_broker_reads_them(catbus: Command, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import catbus
-from catbus.config import WebSocket
+from catbus.config import WebSocketSettings
 from catbus.errors import Disconnected
 from tests.brokers import CONFIG, SECRET, TOKEN, running
 from tests.endpoints.test_tls import Renewed, serving
@@ -22,7 +22,7 @@ NAMES = ("localhost", "bus.localhost")
 
 
 def listening_on(address: str) -> catbus.Config:
-    return msgspec.structs.replace(CONFIG, websocket=WebSocket(bind=(f"{address}:0",)))
+    return msgspec.structs.replace(CONFIG, websocket=WebSocketSettings(bind=(f"{address}:0",)))
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -39,7 +39,9 @@ async def test_the_client_and_the_command_try_both(address: str, name: str) -> N
 @pytest.mark.parametrize("address", ADDRESSES)
 async def test_the_certificate_is_still_that_of_the_name(address: str, tmp_path: Path) -> None:
     certificate = Renewed(tmp_path)
-    config = msgspec.structs.replace(certificate.config(), websocket=WebSocket(bind=(f"{address}:0",), tls=True))
+    config = msgspec.structs.replace(
+        certificate.config(), websocket=WebSocketSettings(bind=(f"{address}:0",), tls=True)
+    )
     async with serving(config) as (_, urls):
         # It names localhost and 127.0.0.1.
         url = urls.websocket.replace(address, "localhost")

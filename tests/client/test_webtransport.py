@@ -26,13 +26,13 @@ from catbus.client.transport import DATAGRAM, MAIN, Chunk, Driven, parse_address
 from catbus.client.webtransport import DATAGRAMS, WebTransport, make_configuration, open_webtransport
 from catbus.errors import ConfigError
 from catbus.webtransport import (
-    Connection,
     ConnectionLost,
     Datagram,
     SessionClosed,
     SessionRequested,
     StreamData,
     Terminated,
+    WebTransportConnection,
     server_configuration,
 )
 from catbus.webtransport.connectionless_packets import read_header
@@ -79,7 +79,7 @@ def certificate() -> Certificate:
 class StreamPeer(Peer):
     """The server's end of one connection and its stream."""
 
-    def __init__(self, connection: Connection, flush: Callable[[], None]) -> None:
+    def __init__(self, connection: WebTransportConnection, flush: Callable[[], None]) -> None:
         super().__init__()
         self.connection = connection
         self.flush = flush
@@ -172,7 +172,7 @@ class Server:
             header = read_header(data)
             if header is None or len(data) < 1200:
                 return
-            peer = StreamPeer(Connection.server(self.configuration, header.destination), self.flush)
+            peer = StreamPeer(WebTransportConnection.server(self.configuration, header.destination), self.flush)
             self.peers[address] = peer
         peer.connection.receive_datagram(data, address, anyio.current_time())
         self.take(peer, tasks)

@@ -12,11 +12,11 @@ import trio
 
 import catbus
 from catbus import CloseCode
-from catbus.config import WebSocket
+from catbus.config import WebSocketSettings
 from tests.brokers import TOKEN
 from tests.conformance.puppets import Failed, Puppet, Unable
 
-TIMES = WebSocket(bind=("127.0.0.1:0",), ping_interval=0.4, silence=1.6)
+TIMES = WebSocketSettings(bind=("127.0.0.1:0",), ping_interval=0.4, silence=1.6)
 """The broker asks soon whether a client is still there, so that it shows within seconds that it answers."""
 QUIET = TIMES.silence + 0.8
 """Seconds after which a client that does not answer pings has been closed."""

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import msgspec
 import trio_websocket
 
-from catbus.config import Limits, WebSocket, WebTransport
+from catbus.config import LimitSettings, WebSocketSettings, WebTransportSettings
 from catbus.endpoints import websocket
 from catbus.endpoints.frames import text_header
 from catbus.session.driver import Client
@@ -55,11 +55,11 @@ async def echoing(size: int = SIZE, certificate: tuple[str, str] | None = None) 
     tls = certificate is not None
     config = msgspec.structs.replace(
         CONFIG,
-        websocket=WebSocket(bind=("127.0.0.1:0",), tls=tls),
-        webtransport=WebTransport(bind=(), cert=certificate[0], key=certificate[1])
+        websocket=WebSocketSettings(bind=("127.0.0.1:0",), tls=tls),
+        webtransport=WebTransportSettings(bind=(), cert=certificate[0], key=certificate[1])
         if certificate
-        else WebTransport(bind=()),
-        limits=Limits(message_size=size, auth_timeout=HOUR),
+        else WebTransportSettings(bind=()),
+        limits=LimitSettings(message_size=size, auth_timeout=HOUR),
     )
     with patch.object(websocket, "Connection", Echo):
         async with running(config, seconds=HOUR) as (_, address):

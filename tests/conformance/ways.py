@@ -11,7 +11,7 @@ import msgspec
 import trustme
 
 import catbus
-from catbus.config import WebTransport
+from catbus.config import WebTransportSettings
 from tests.brokers import CONFIG, running
 from tests.conformance.conversation import TIMES, Scene
 from tests.conformance.proxies import Place, proxying
@@ -54,7 +54,7 @@ class Way:
 
     def config(self, made: Certificates) -> catbus.Config:
         websocket = msgspec.structs.replace(TIMES, tls=self.tls, trusted_proxies=("127.0.0.1",) if self.proxy else ())
-        webtransport = WebTransport(bind=(), cert=str(made.certificate), key=str(made.key))
+        webtransport = WebTransportSettings(bind=(), cert=str(made.certificate), key=str(made.key))
         return msgspec.structs.replace(CONFIG, websocket=websocket, webtransport=webtransport)
 
     async def _open(self, puppet: Puppet, broker: catbus.Broker, address: str, made: Certificates) -> Scene:

@@ -75,7 +75,7 @@ async def test_an_object_waits_until_the_one_before_could_be_read(monkeypatch: p
 
 @pytest.mark.usefixtures("unspaced")
 async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() -> None:
-    limits = msgspec.structs.replace(CONFIG.limits, mailbox=1 << 14)
+    limits = msgspec.structs.replace(CONFIG.limits, send_queue=1 << 14)
     async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
         client = await server.log_in("a.*", protocol=None)
         [one] = server.hub.clients

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
 import catbus.endpoints.http as http_module
-from catbus.config import Config, WebSocket
+from catbus.config import Config, WebSocketSettings
 from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, IDLE_TIME, SEND_TIME, serve_connection
 from catbus.endpoints.roster import Roster
 from catbus.endpoints.routes import Request
@@ -531,7 +531,7 @@ async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
     ],
 )
 async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int) -> None:
-    async with served(FakeHub(Config(websocket=WebSocket(allowed_origins=allowed)))) as it:
+    async with served(FakeHub(Config(websocket=WebSocketSettings(allowed_origins=allowed)))) as it:
         await it.peer.send(changed("Upgrade: W", f"Origin: {origin}\r\nUpgrade: W") if origin else UPGRADE)
         assert (await it.peer.response(head=status == 101)).status == status
 

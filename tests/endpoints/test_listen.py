@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import trio
 
-from catbus.config import Config, Limits, WebSocket
+from catbus.config import Config, LimitSettings, WebSocketSettings
 from catbus.endpoints import Endpoint, listen, serve_http
 from catbus.errors import CloseCode, Code, ConfigError
 from tests.endpoints import peers
@@ -118,7 +118,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
 
 
 async def test_those_who_are_too_many_are_told_so() -> None:
-    async with serving(FakeHub(Config(limits=Limits(connections=2)))) as endpoint:
+    async with serving(FakeHub(Config(limits=LimitSettings(connections=2)))) as endpoint:
         async with connected(endpoint) as first, connected(endpoint) as second:
             for peer in (first, second):
                 await show_token(peer)
@@ -139,7 +139,7 @@ async def test_those_who_are_too_many_are_told_so() -> None:
 
 async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
-    hub = FakeHub(Config(limits=Limits(address_connections=1)))
+    hub = FakeHub(Config(limits=LimitSettings(address_connections=1)))
     async with serving(hub) as endpoint:
         async with connected(endpoint) as first:
             await show_token(first)
@@ -162,8 +162,8 @@ def through_proxies(head: bytes, *said: str) -> bytes:
 
 
 async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None:
-    settings = WebSocket(trusted_proxies=("127.0.0.1", "10.0.0.0/8"))
-    hub = FakeHub(Config(limits=Limits(address_connections=2), websocket=settings))
+    settings = WebSocketSettings(trusted_proxies=("127.0.0.1", "10.0.0.0/8"))
+    hub = FakeHub(Config(limits=LimitSettings(address_connections=2), websocket=settings))
     async with serving(hub) as endpoint, AsyncExitStack() as stack:
 
         async def upgrade(*said: str) -> int:
@@ -195,7 +195,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
 
 
 async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_addresses() -> None:
-    hub = FakeHub(Config(websocket=WebSocket(trusted_proxies=("127.0.0.1",))))
+    hub = FakeHub(Config(websocket=WebSocketSettings(trusted_proxies=("127.0.0.1",))))
     async with serving(hub) as endpoint, connected(endpoint) as proxy:
         for address in "198.51.100.7", "203.0.113.2":
             head = b"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer good\r\nContent-Length: 2\r\n\r\n"
@@ -206,7 +206,7 @@ async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_ad
 
 
 async def test_connections_without_a_token_give_way_to_others() -> None:
-    async with serving(FakeHub(Config(limits=Limits(connections=3)))) as endpoint, AsyncExitStack() as stack:
+    async with serving(FakeHub(Config(limits=LimitSettings(connections=3)))) as endpoint, AsyncExitStack() as stack:
         client = await stack.enter_async_context(connected(endpoint))
         silent = await stack.enter_async_context(connected(endpoint))
         await show_token(client)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from catbus.config import Config, Limits
+from catbus.config import Config, LimitSettings
 from catbus.endpoints.routes import STATUSES, Answer, Request, publish
 from catbus.errors import Code, PeerError, Unavailable
 from catbus.log import Committed, Rejected
@@ -117,14 +117,14 @@ async def test_a_token_that_cannot_be_looked_up_just_now() -> None:
     ids=lambda body: repr(body[:40]),
 )
 async def test_what_is_no_publish_is_refused(body: bytes) -> None:
-    hub = FakeHub(Config(limits=Limits(message_size=2_000_000)))
+    hub = FakeHub(Config(limits=LimitSettings(message_size=2_000_000)))
     status, result, _ = await post(hub, body)
     assert (status, result["code"]) == (400, "bad_message")
     assert hub.published == []
 
 
 async def test_limits() -> None:
-    hub = FakeHub(Config(limits=Limits(message_size=30, pending_publishes=3)))
+    hub = FakeHub(Config(limits=LimitSettings(message_size=30, pending_publishes=3)))
     assert (await post(hub, b'{"channel":"a","payload":1234}'))[0] == 200
     assert (await post(hub, b'{"channel":"a","payload":12345}'))[:2] == (
         413,

@@ -20,7 +20,7 @@ from trio.testing import MockClock
 import catbus.endpoints.router as router_module
 from catbus.auth.tokens import Grants, Identity, client_of, sign
 from catbus.broker import OWNER
-from catbus.config import Limits as BrokerLimits
+from catbus.config import LimitSettings as BrokerLimits
 from catbus.endpoints.datagrams import Port
 from catbus.endpoints.peer import Peer
 from catbus.endpoints.scheduler import TURN
@@ -28,7 +28,7 @@ from catbus.endpoints.tickets import VALID, Tickets
 from catbus.endpoints.timers import Timers
 from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish
-from catbus.webtransport import Connection, Limits, SessionClosed, SessionOpened
+from catbus.webtransport import ConnectionLimits, SessionClosed, SessionOpened, WebTransportConnection
 from catbus.webtransport.connectionless_packets import ID_LENGTH, VERSIONS
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.udp import Client, Lost, Server, serving
@@ -56,7 +56,7 @@ async def ask(address: str, *datagrams: bytes) -> bytes | None:
 def first_flight(address: str) -> list[bytes]:
     """What a client sends to begin a connection, which it does not go on with."""
     host, _, port = address.rpartition(":")
-    connection = Connection.client(client_config(), (host, int(port)), 0.0, authority="localhost")
+    connection = WebTransportConnection.client(client_config(), (host, int(port)), 0.0, authority="localhost")
     return [data for data, _ in connection.datagrams_to_send(0.0)]
 
 
@@ -215,7 +215,7 @@ async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
         assert box.turned_away
         assert box.size <= box.limit
         held = [peer.connection.unacknowledged() for peer in router_of(server).peers]
-        assert max(held) <= Limits().stream_unacknowledged + box.limit
+        assert max(held) <= ConnectionLimits().stream_unacknowledged + box.limit
         # It gets the rest when it reads again.
         received = 0
 
@@ -272,7 +272,7 @@ async def half_open(address: str) -> None:
     """Begin a connection, come again after a Retry, and say nothing more when there is an answer."""
     host, _, port = address.rpartition(":")
     broker = host, int(port)
-    connection = Connection.client(client_config(), broker, 0.0, authority="localhost")
+    connection = WebTransportConnection.client(client_config(), broker, 0.0, authority="localhost")
     with trio.socket.socket(type=socket.SOCK_DGRAM) as sock:
         await sock.connect(broker)
         answer = b"\xf0"
@@ -406,14 +406,14 @@ async def test_a_newcomer_that_vanishes_is_forgotten_in_some_seconds(autojump_cl
             if session:
                 await newcomer.open()
             else:
-                newcomer.connection._demultiplexer._wanted = None
+                newcomer.connection._demultiplexer._session_request = None
                 while len(server.router.peers) < 2:
                     await trio.sleep(0.001)
             newcomer.deaf = True
             began = trio.current_time()
             while len(server.router.peers) > 1:
                 await trio.sleep(0.1)
-            assert trio.current_time() - began < Limits().silence + 1
+            assert trio.current_time() - began < ConnectionLimits().silence_timeout + 1
         await trio.sleep(40)
         client.say(type="ping", seq=1)
         assert (await client.heard("pong"))["seq"] == 1

@@ -21,7 +21,7 @@ from catbus.errors import CloseCode
 from catbus.log import MemoryLog
 from catbus.protocol.wire_messages import Publish
 from catbus.replica import Hub
-from catbus.webtransport import ConnectionLost, Limits, SessionClosed, StreamReset
+from catbus.webtransport import ConnectionLimits, ConnectionLost, SessionClosed, StreamReset
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.peers import patience
 from tests.webtransport.simulated_link import Link, client_config
@@ -34,7 +34,7 @@ START = 1000.0
 class Pair:
     """A conversation and its peer, which acknowledges every packet and pings, and takes what it wants."""
 
-    def __init__(self, hub: Hub, limits: Limits) -> None:
+    def __init__(self, hub: Hub, limits: ConnectionLimits) -> None:
         self.hub = hub
         self.link = Link(client=client_config(limits))
         self.link.open()
@@ -96,14 +96,14 @@ class Pair:
         await self.hub.publish(OWNER, [Publish(channel, payload) for payload in payloads])
 
 
-LIMITS = Limits(connection_window=4 * WINDOW, stream_window=WINDOW, unidirectional=20)
+LIMITS = ConnectionLimits(connection_window=4 * WINDOW, stream_window=WINDOW, incoming_unidirectional=20)
 
 
 @asynccontextmanager
 async def conversing(
-    clock: MockClock, *, total: int = 1 << 28, credit: Limits = LIMITS, **subscribe: object
+    clock: MockClock, *, total: int = 1 << 28, credit: ConnectionLimits = LIMITS, **subscribe: object
 ) -> AsyncIterator[Pair]:
-    limits = msgspec.structs.replace(CONFIG.limits, mailbox_total=total)
+    limits = msgspec.structs.replace(CONFIG.limits, send_queue_total=total)
     hub = Hub(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
     with patience():
         async with trio.open_nursery() as nursery:
@@ -229,7 +229,7 @@ async def test_a_session_is_not_read_while_a_stream_is(autojump_clock: MockClock
 
 
 async def test_a_peer_without_credit_for_streams_hears_on_that_of_the_session(autojump_clock: MockClock) -> None:
-    async with conversing(autojump_clock, credit=Limits(unidirectional=3), stream=True) as pair:
+    async with conversing(autojump_clock, credit=ConnectionLimits(incoming_unidirectional=3), stream=True) as pair:
         await pair.publish(100)
         await pair.pass_time(3 * STALL_TIME)
         assert pair.link.client.received.keys() == {pair.stream}
@@ -275,10 +275,10 @@ async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_cl
         for _ in range(200):
             await pair.publish(10_000)
         await pair.pass_time(5)
-        limits = Limits()
+        limits = ConnectionLimits()
         held = pair.link.server.it.unacknowledged()
         assert WINDOW < held <= limits.stream_unacknowledged + PORTION + 11_000
-        limit = CONFIG.limits.mailbox // (OWN_SHARE if stream else 1)
+        limit = CONFIG.limits.send_queue // (OWN_SHARE if stream else 1)
         assert 0 < pair.hub.delivery.statistics().held <= limit
 
 

@@ -15,7 +15,7 @@ from catbus.auth.tokens import Grants, sign
 from catbus.broker import OWNER
 from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish
-from catbus.webtransport import Limits
+from catbus.webtransport import ConnectionLimits
 from tests.brokers import CONFIG, SECRET
 from tests.endpoints.udp import Client, Own, Server, serving
 
@@ -127,7 +127,7 @@ async def test_subscribing_again_ends_the_old_stream() -> None:
 async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
     async with serving() as server:
         # Three of them are HTTP/3's own.
-        client = await server.log_in(limits=Limits(unidirectional=5))
+        client = await server.log_in(limits=ConnectionLimits(incoming_unidirectional=5))
         for pattern in ("a.*", "b.*"):
             await subscribe(client, pattern)
         client.say(type="subscribe", pattern="c.*", stream=True)
@@ -148,7 +148,9 @@ async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
 async def test_streams_that_are_not_read_silence_no_other_and_lose_nothing() -> None:
     payload = "x" * 20_000
     async with serving() as server:
-        client = await server.log_in("main.*", limits=Limits(connection_window=4 << 20, unidirectional=20))
+        client = await server.log_in(
+            "main.*", limits=ConnectionLimits(connection_window=4 << 20, incoming_unidirectional=20)
+        )
         client.own_reads = False
         stuck = [await subscribe(client, f"stuck{number}.*") for number in range(8)]
         client.own_reads = True
@@ -297,7 +299,7 @@ async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
 
 async def test_a_flood_of_pings_fills_no_mailbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_module, "OWN_SHARE", 512)
-    config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, mailbox=1 << 19))
+    config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 19))
     async with serving(config) as server:
         client = await server.log_in()
         client.own_reads = False
@@ -345,9 +347,9 @@ def complete(own: Own, owed: list[int], since: int | None) -> int:
 @example([*LATE, ("unsubscribe", "a.*", None), ("subscribe", "a.*", 20), ("wait", "a.*", None), ("stop", "a.*", None)])
 async def test_whatever_is_done_every_stream_tells_all_in_order(actions: list[tuple[str, str, Any]]) -> None:
     """Nothing is missing, nothing comes twice, and no `live` or `head` is ahead of what stands before it."""
-    config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, mailbox=1 << 16))
-    limits = Limits(connection_window=16 << 20, stream_window=1 << 14, unidirectional=60)
-    async with serving(config, limits=Limits(stream_unacknowledged=1 << 14)) as server:
+    config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 16))
+    limits = ConnectionLimits(connection_window=16 << 20, stream_window=1 << 14, incoming_unidirectional=60)
+    async with serving(config, limits=ConnectionLimits(stream_unacknowledged=1 << 14)) as server:
         client = await server.log_in(limits=limits)
         owed: dict[str, list[int]] = {"a.*": [], "b.*": []}
         since: list[int | None] = []

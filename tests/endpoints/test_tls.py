@@ -19,7 +19,7 @@ import trustme
 import catbus
 from catbus import Config, certificates
 from catbus.client import Disconnected
-from catbus.config import WebSocket, WebTransport, split_address
+from catbus.config import WebSocketSettings, WebTransportSettings, split_address
 from catbus.endpoints import listen
 from catbus.errors import ConfigError
 from tests.brokers import CONFIG, TOKEN
@@ -48,8 +48,8 @@ class Renewed:
     def config(self, *, tls: bool = True) -> Config:
         return msgspec.structs.replace(
             CONFIG,
-            websocket=WebSocket(bind=("127.0.0.1:0",), tls=tls),
-            webtransport=WebTransport(
+            websocket=WebSocketSettings(bind=("127.0.0.1:0",), tls=tls),
+            webtransport=WebTransportSettings(
                 bind=("127.0.0.1:0",),
                 cert=str(self._volume.directory / "tls.crt"),
                 key=str(self._volume.directory / "tls.key"),

@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Authenticator
-from catbus.config import Config, Limits
+from catbus.config import Config, LimitSettings
 from catbus.delivery.send_queue import Mailbox, Run
 from catbus.endpoints.outbox import Outbox
 from catbus.endpoints.roster import Roster
@@ -274,7 +274,7 @@ async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, a
 
 
 async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
-    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(peers.TEXT, b"x" * 1600))
         assert await it.peer.frame() == (peers.TEXT, b"x" * 1600 + b"\n")
         await it.peer.send(masked(peers.TEXT, b"x" * 1601))
@@ -286,7 +286,7 @@ async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) 
 
 @pytest.mark.parametrize("more", [masked(peers.PING, b"?"), masked(peers.TEXT, b"x" * 1601)])
 async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClock) -> None:
-    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(peers.TEXT, b"x" * 1601) + more)
         assert (await it.peer.frame()).code == 1009
         assert await it.peer.at_end()
@@ -304,7 +304,7 @@ async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
     message: bytes, code: int, autojump_clock: MockClock
 ) -> None:
     """A proxy between the two would end both sides when the broker ended its own."""
-    async with served(FakeHub(Config(limits=Limits(message_size=100)))) as it:
+    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(message[:20])
         assert (await it.peer.frame()).code == code
         began = trio.current_time()

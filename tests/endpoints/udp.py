@@ -18,11 +18,10 @@ from catbus.endpoints.router import Router
 from catbus.log import MemoryLog
 from catbus.replica import Hub
 from catbus.webtransport import (
-    Connection,
+    ConnectionLimits,
     ConnectionLost,
     Datagram,
     Event,
-    Limits,
     SessionClosed,
     SessionOpened,
     SessionRefused,
@@ -30,6 +29,7 @@ from catbus.webtransport import (
     StreamReset,
     StreamStopped,
     Terminated,
+    WebTransportConnection,
 )
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.peers import patience
@@ -54,13 +54,13 @@ class Own:
 class Client:
     """One connection with one stream. Takes what comes as long as `reads`; what goes out is made known by `say`."""
 
-    def __init__(self, address: str, limits: Limits | None = None, origin: str | None = None) -> None:
+    def __init__(self, address: str, limits: ConnectionLimits | None = None, origin: str | None = None) -> None:
         host, _, port = address.rpartition(":")
         self.address = host.strip("[]"), int(port)
         family = socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
         self.socket = trio.socket.socket(family, socket.SOCK_DGRAM)
         now = trio.current_time()
-        self.connection = Connection.client(
+        self.connection = WebTransportConnection.client(
             client_config(limits), self.address, now, authority="localhost", path="/any", origin=origin
         )
         self.stream: int | None = None
@@ -219,12 +219,12 @@ class Server:
     def router(self) -> Router:
         return self.endpoint._router
 
-    def connect(self, limits: Limits | None = None, origin: str | None = None) -> Client:
+    def connect(self, limits: ConnectionLimits | None = None, origin: str | None = None) -> Client:
         client = Client(self.address, limits, origin)
         self.nursery.start_soon(client.run)
         return client
 
-    async def log_in(self, *patterns: str, limits: Limits | None = None, protocol: int | None = 1) -> Client:
+    async def log_in(self, *patterns: str, limits: ConnectionLimits | None = None, protocol: int | None = 1) -> Client:
         client = self.connect(limits)
         await client.log_in(*patterns, protocol=protocol)
         return client
@@ -237,7 +237,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: Limits | None = None
+    config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: ConnectionLimits | None = None
 ) -> AsyncIterator[Server]:
     """A port that is open, with a real hub and a log in memory behind it."""
     log = MemoryLog(config.limits.recent)

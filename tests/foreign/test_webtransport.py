@@ -13,7 +13,7 @@ import trio
 import catbus
 from catbus import CloseCode
 from catbus.certificates import FILE
-from catbus.config import WebSocket, WebTransport
+from catbus.config import WebSocketSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.programs import find_foreign_python, find_program
 
@@ -24,8 +24,8 @@ def configuration(state: Path, *, tls: bool = False) -> catbus.Config:
     return msgspec.structs.replace(
         CONFIG,
         state=str(state),
-        websocket=WebSocket(bind=("127.0.0.1:0",), tls=tls),
-        webtransport=WebTransport(bind=("127.0.0.1:0",)),
+        websocket=WebSocketSettings(bind=("127.0.0.1:0",), tls=tls),
+        webtransport=WebTransportSettings(bind=("127.0.0.1:0",)),
     )
 
 

@@ -25,7 +25,7 @@ from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import Framer
 from catbus.protocol.wire_messages import UNDECODABLE
-from catbus.webtransport import Connection
+from catbus.webtransport import WebTransportConnection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 from tests.endpoints.test_coalesce import seen
@@ -116,7 +116,7 @@ def capsules(data: bytes) -> None:
                 assert 0 <= found.code < 1 << 32
                 assert len(found.reason.encode()) <= 1024
                 return found
-            assert len(reader._begun) <= 1024 + 4 + 16
+            assert len(reader._buffer) <= 1024 + 4 + 16
         return reader.between
 
     pieces, whole = cut(data)
@@ -194,7 +194,7 @@ def datagrams(data: bytes) -> None:
     header = read_header(data)
     if header is None:
         return
-    connection = Connection.server(server_config(), header.destination[:20].ljust(8, b"x"))
+    connection = WebTransportConnection.server(server_config(), header.destination[:20].ljust(8, b"x"))
     connection.receive_datagram(data, CLIENT, 0.0)
     sent = connection.datagrams_to_send(0.0)
     assert sum(len(one) for one, _ in sent) <= 3 * len(data)

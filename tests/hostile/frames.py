@@ -284,7 +284,7 @@ def small_packets(target: Target) -> None:
 )
 def capsules(target: Target) -> None:
     peer = QuicPeer(target)
-    session = peer.connection._session.id
+    session = peer.connection._connect_stream.id
     assert session is not None
     data = b"\x21\x00" * 500
     while True:
@@ -311,7 +311,7 @@ def qpack(target: Target) -> None:
 @attack("quic", "requests with large headers", "GETs of 10 KB of headers, each answered with 404", like="packets")
 def large_headers(target: Target) -> None:
     peer = QuicPeer(target)
-    http3 = peer.connection._session.http3
+    http3 = peer.connection._connect_stream.http3
     assert http3 is not None
     fields = [(b"x%d" % number, b"y" * 20) for number in range(300)]
     while True:
@@ -322,7 +322,7 @@ def large_headers(target: Target) -> None:
                 [(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", b"/"), *fields],
                 end_stream=True,
             )
-            peer.connection._streams.adopt(stream)
+            peer.connection._streams.register(stream)
         peer.transmit()
         peer.turn(0.002)
 
@@ -339,7 +339,7 @@ def slow_connects(target: Target) -> None:
     peers: list[QuicPeer] = []
     for _ in pace(30):
         peer = QuicPeer(target, open=False)
-        peer.connection._demultiplexer._wanted = None
+        peer.connection._demultiplexer._session_request = None
         peer.transmit()
         peers.append(peer)
         for each in peers[-30:]:

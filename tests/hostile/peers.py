@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from catbus.webtransport import (
-    Connection as WebTransport,
-)
-from catbus.webtransport import (
     ConnectionLost,
     SessionOpened,
     SessionRefused,
     StreamData,
     client_configuration,
+)
+from catbus.webtransport import (
+    WebTransportConnection as WebTransport,
 )
 
 from . import packets

@@ -133,7 +133,7 @@ def no_session(target: Target) -> None:
     peers: list[QuicPeer] = []
     for _ in pace(50):
         peer = QuicPeer(target, open=False)
-        peer.connection._demultiplexer._wanted = None
+        peer.connection._demultiplexer._session_request = None
         peer.transmit()
         peers.append(peer)
         for each in peers[-20:]:

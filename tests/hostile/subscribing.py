@@ -272,7 +272,7 @@ def unread(target: Target) -> None:
     "messages that cannot be taken back",
     "40 sessions read nothing of what they have asked for, and unsubscribe from it: it stays in memory for them",
     token=True,
-    settings='[limits]\nmailbox_total = "16MiB"\n',
+    settings='[limits]\nsend_queue_total = "16MiB"\n',
     kept=RING,
     like="bytes",
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from catbus.config import Config, load
-from catbus.config.loader import ENVIRONMENT
+from catbus.config.loader import VARIABLES
 from catbus.config.network_addresses import split_address
 from catbus.endpoints.routes import ROUTES
 from catbus.observability.metrics import METRICS
@@ -407,11 +407,11 @@ def ports_are_the_brokers_defaults(documents: list[Document]) -> Iterator[str]:
 def environments_have_only_known_settings(documents: list[Document]) -> Iterator[str]:
     container = catbus_container(documents)
     names = [env["name"] for env in container["env"]]
-    yield from (f"the broker does not read {name}" for name in names if name not in ENVIRONMENT)
+    yield from (f"the broker does not read {name}" for name in names if name not in VARIABLES)
     yield from (f"{name} twice" for name in set(names) if names.count(name) > 1)
     yield from (f"{name} is missing" for name in {"DATABASE_URL", "CATBUS_SECRET"} - set(names))
     for env in container["env"]:
-        if ENVIRONMENT.get(env["name"]) in HIDDEN and "value" in env:
+        if VARIABLES.get(env["name"]) in HIDDEN and "value" in env:
             yield f"{env['name']} is readable in the manifest"
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from catbus.cli.commands.run import refuse_exposure
-from catbus.config import ENVIRONMENT, load, read
+from catbus.cli.commands.run import check_exposure
+from catbus.config import VARIABLES, load, load_with_sources
 from catbus.errors import ConfigError
 from tests.k8s.image import context, instructions
 from tests.k8s.manifests import ROOT, named, program, render
@@ -60,7 +60,7 @@ def test_dockerfile_agrees_with_the_manifests() -> None:
 def test_compose_uses_the_same_image_and_existing_settings() -> None:
     service = COMPOSE["services"]["catbus"]
     assert service["build"] == "."
-    assert set(service["environment"]) <= set(ENVIRONMENT)
+    assert set(service["environment"]) <= set(VARIABLES)
     config = load(None, {name: str(value) for name, value in service["environment"].items()})
     assert config.database.url.endswith("@postgres:5432/catbus")
     assert service["depends_on"] == {"postgres": {"condition": "service_healthy"}}
@@ -72,13 +72,13 @@ def test_compose_uses_the_same_image_and_existing_settings() -> None:
 def test_compose_permits_its_public_secret_explicitly() -> None:
     environment = {name: str(value) for name, value in COMPOSE["services"]["catbus"]["environment"].items()}
     environment["CATBUS_SECRET"] = environment["CATBUS_SECRET"].removeprefix("${CATBUS_SECRET:-").removesuffix("}")
-    reading = read(None, environment)
+    reading = load_with_sources(None, environment)
     assert not reading.config.loopback
-    refuse_exposure(reading.config, reading.sources)
+    check_exposure(reading.config, reading.sources)
     del environment["CATBUS_AUTH_ALLOW_WEAK_SECRETS"]
-    reading = read(None, environment)
-    with pytest.raises(ConfigError, match="stands in the documentation"):
-        refuse_exposure(reading.config, reading.sources)
+    reading = load_with_sources(None, environment)
+    with pytest.raises(ConfigError, match="is published in the documentation"):
+        check_exposure(reading.config, reading.sources)
 
 
 @pytest.mark.parametrize("place", ["Dockerfile", "docker-compose.yml"])

@@ -12,8 +12,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from catbus.cli.commands.run import refuse_exposure
-from catbus.config import read
+from catbus.cli.commands.run import check_exposure
+from catbus.config import load_with_sources
 from tests.k8s import rules
 from tests.k8s.manifests import (
     CRDS,
@@ -266,8 +266,8 @@ def test_dev_overlay_starts_with_its_public_secret_and_its_own_database() -> Non
         plain = {env["name"]: env["value"] for env in container["env"] if "value" in env}
         return plain | {name: secrets[key["name"], key["key"]] for name, key in keys.items() if key}
 
-    reading = read(None, environment(container(documents)))
-    refuse_exposure(reading.config, reading.sources)
+    reading = load_with_sources(None, environment(container(documents)))
+    check_exposure(reading.config, reading.sources)
     assert reading.config.auth.secrets == (DEV_SECRET,)
     assert f"--secret {DEV_SECRET} " in README
     url = urlsplit(reading.config.database.url)

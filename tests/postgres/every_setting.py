@@ -25,8 +25,7 @@ import asyncpg  # type: ignore[import-untyped]
 import trio
 
 from catbus.auth.tokens import Grants, role_key
-from catbus.config import Database
-from catbus.config import Retention as RetentionSettings
+from catbus.config import DatabaseSettings, RetentionSettings
 from catbus.log import Committed, Entry, Rejected, Resumption
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import leaf_exceptions, open_bridge
@@ -135,7 +134,7 @@ async def exercise(url: str, user: str) -> None:
 
 
 async def _exercise(url: str, user: str) -> None:
-    settings = Database(url=url, publish_timeout=PATIENCE)
+    settings = DatabaseSettings(url=url, publish_timeout=PATIENCE)
     await init(settings)
     log, other = PostgresLog(settings), PostgresLog(settings, recent=0)
     async with running(log) as (follower, publisher), running(other) as (reader, _):
@@ -211,7 +210,7 @@ async def _publish(user: str) -> None:
         connection.terminate()
 
 
-async def change_roles(settings: Database, log: PostgresLog) -> None:
+async def change_roles(settings: DatabaseSettings, log: PostgresLog) -> None:
     """Make a role, look it up, take from it, and delete it; the log hears of each change."""
     async with open_roles(settings) as roles:
         token, role = await roles.create("ci", Grants(("a.*", "b"), ("a.c",)))

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError
 from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
 from catbus.postgres.access.connection_url import ENVIRONMENT_VARIABLES, PARAMETERS, ConnectionTarget, find_targets
@@ -354,12 +354,12 @@ async def test_the_setting_that_is_wrong_is_named(database_url: str) -> None:
         with pytest.raises(ConfigError, match=r"^\[database\] listen_url: channel_binding: leave it out"):
             await bridge.connect("postgres://h?channel_binding=require", setting="listen_url")
     found: list[CheckResult] = []
-    await check_database(Database(url="postgres://me:sesame@h/x?sslmod=require"), found.append)
+    await check_database(DatabaseSettings(url="postgres://me:sesame@h/x?sslmod=require"), found.append)
     assert 'did you mean "sslmode"' in found[0].text
     assert "sesame" not in str(found)
     found.clear()
     await check_database(
-        Database(url=database_url, listen_url="postgres://me:sesame@h/x?channel_binding=require"), found.append
+        DatabaseSettings(url=database_url, listen_url="postgres://me:sesame@h/x?channel_binding=require"), found.append
     )
     assert "cannot be reached: channel_binding: leave it out" in found[-1].text
     assert "sesame" not in str(found)

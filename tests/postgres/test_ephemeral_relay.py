@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 import catbus
 from catbus import Broker, Config
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import EPHEMERAL_SIZE, Entry, Recent
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
@@ -42,7 +42,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(url: str) -> PostgresLog:
-    return PostgresLog(Database(url=url, publish_timeout=20))
+    return PostgresLog(DatabaseSettings(url=url, publish_timeout=20))
 
 
 def message(payload: object, **fields: Any) -> Entry:
@@ -433,7 +433,7 @@ async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock,
 @asynccontextmanager
 async def replica(url: str) -> AsyncIterator[tuple[Broker, str]]:
     """A broker that has reached the database, and its address."""
-    config: Config = msgspec.structs.replace(CONFIG, database=Database(url=url))
+    config: Config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url))
     async with running_broker(config) as (broker, address):
         await broker.hub.log.wait_open()
         yield broker, address

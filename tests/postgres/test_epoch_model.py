@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from structlog.testing import CapturingLogger
 from trio.testing import MockClock
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.delivery.fan_out import Delivery
 from catbus.log import Entry, Page
 from catbus.postgres import PostgresLog
@@ -120,7 +120,7 @@ class Replica:
 
     def __init__(self, model: Model, recent: int) -> None:
         self.model = model
-        self.log = PostgresLog(Database(url="postgres://nowhere"), recent=recent)
+        self.log = PostgresLog(DatabaseSettings(url="postgres://nowhere"), recent=recent)
         self.listener: NotificationListener = self.log._listener
         self.listener.question = lambda: None  # type: ignore[method-assign]
         self.tail = self.log._tail

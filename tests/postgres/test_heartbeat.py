@@ -9,9 +9,9 @@ from typing import Any
 
 import trio
 
-from catbus.cli.commands.status import SILENT
+from catbus.cli.commands.status import SILENCE_SHOWN_AFTER
 from catbus.client import connect
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
 from catbus.postgres.maintenance.heartbeat import Heartbeat
@@ -38,7 +38,7 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
             assert (report["ready"], report["head"]) == (True, 1)
             mine, theirs = report["log"]["replicas"]
             assert mine["pid"] == report["pid"] != theirs["pid"]
-            assert mine["silent"] <= theirs["silent"] < SILENT
+            assert mine["silent"] <= theirs["silent"] < SILENCE_SHOWN_AFTER
             assert {r["state"] for r in (mine, theirs)} == {"ready"}
             text = await status(one)
     assert re.search(rf"^  \S+:{mine['pid']} +ready +0 +[01] ", text, re.MULTILINE)
@@ -47,7 +47,7 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
 
 
 async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) -> None:
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
         one, other = Heartbeat(lambda: {"name": "one"}), Heartbeat(lambda: {"name": "other"})
@@ -67,7 +67,7 @@ async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) 
 
 
 async def test_it_is_called_every_so_often_and_not_with_every_look(database_url: str) -> None:
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     described = 0
 
     def describe() -> dict[str, object]:
@@ -84,7 +84,7 @@ async def test_it_is_called_every_so_often_and_not_with_every_look(database_url:
 
 
 async def test_what_another_release_says_of_itself_harms_nobody(database_url: str) -> None:
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
         for name, report in (("x", "not JSON"), ("y", "[1]"), ("z", '{"clients":"many"}')):

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from structlog.testing import CapturingLogger
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import Code, ConfigError, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
 from catbus.log.recent_messages import OVERHEAD
@@ -29,7 +29,7 @@ from tests.postgres.sql import head_locked, open_sql, pids, wait_until, waiting
 
 
 def make(url: str, *, recent: int = 1 << 20, pending: int = 100_000, timeout: float = 20.0) -> PostgresLog:
-    return PostgresLog(Database(url=url, publish_timeout=timeout), recent=recent, pending=pending)
+    return PostgresLog(DatabaseSettings(url=url, publish_timeout=timeout), recent=recent, pending=pending)
 
 
 class TestConformance(LogConformance):

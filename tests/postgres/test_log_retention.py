@@ -13,8 +13,8 @@ import trio
 from msgspec import structs
 from structlog.testing import CapturingLogger
 
-from catbus.config import Database
-from catbus.config import Retention as Settings
+from catbus.config import DatabaseSettings
+from catbus.config import RetentionSettings as Settings
 from catbus.delivery.fan_out import Delivery
 from catbus.log import Committed, Rejected
 from catbus.postgres import PostgresLog
@@ -34,7 +34,7 @@ SLOT = 3_600_000
 
 
 def make(url: str, *, recent: int = 0) -> PostgresLog:
-    return PostgresLog(Database(url=url, publish_timeout=20), Settings(age=AGE), recent=recent)
+    return PostgresLog(DatabaseSettings(url=url, publish_timeout=20), Settings(age=AGE), recent=recent)
 
 
 @pytest.fixture
@@ -537,7 +537,9 @@ async def test_nothing_is_lost_above_the_floor_while_replicas_publish_and_drop(
     """Small parts go all the time. The followers check the order by themselves, and what they missed was announced."""
     settings = Settings(age=AGE)
     structs.force_setattr(settings, "size", 1_000_000)  # Less than a configuration may say.
-    logs = [PostgresLog(Database(url=database_url, publish_timeout=20), settings, recent=20_000) for _ in range(2)]
+    logs = [
+        PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20), settings, recent=20_000) for _ in range(2)
+    ]
     async with running(logs[0]) as (here, alice), running(logs[1]) as (there, bob):
         busy = True
 
@@ -578,7 +580,7 @@ async def test_a_log_that_was_restored_without_its_messages_gets_an_epoch_of_its
         old = log.epoch
     async with open_sql(database_url) as sql:
         await sql.execute("DELETE FROM catbus.entries")
-    assert (await begin_epoch(Database(url=database_url)))[1] == 0
+    assert (await begin_epoch(DatabaseSettings(url=database_url)))[1] == 0
     log = make(database_url)
     async with running(log) as (follower, publisher):
         assert log.epoch not in ("", old)

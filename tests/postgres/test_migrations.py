@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError, Unavailable
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import migrations
@@ -25,7 +25,7 @@ def test_the_files_are_numbered_without_a_gap() -> None:
 
 
 async def test_an_empty_database_gets_everything_and_a_prepared_one_nothing(empty_database_url: str) -> None:
-    settings = Database(url=empty_database_url)
+    settings = DatabaseSettings(url=empty_database_url)
     assert await init(settings) == NAMES
     assert await init(settings) == []
     async with open_sql(empty_database_url) as sql:
@@ -34,7 +34,7 @@ async def test_an_empty_database_gets_everything_and_a_prepared_one_nothing(empt
 
 
 async def test_a_log_prepares_its_database_by_itself(empty_database_url: str) -> None:
-    async with running(PostgresLog(Database(url=empty_database_url))) as (_, publisher):
+    async with running(PostgresLog(DatabaseSettings(url=empty_database_url))) as (_, publisher):
         assert await publisher.publish_seq("a", b"1") == 1
 
 
@@ -42,7 +42,7 @@ async def test_replicas_that_start_together_apply_each_file_once(empty_database_
     applied: list[list[str]] = []
 
     async def start() -> None:
-        applied.append(await init(Database(url=empty_database_url)))
+        applied.append(await init(DatabaseSettings(url=empty_database_url)))
 
     async with trio.open_nursery() as nursery:
         for _ in range(4):
@@ -51,10 +51,10 @@ async def test_replicas_that_start_together_apply_each_file_once(empty_database_
 
 
 async def test_only_what_is_missing_is_applied(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await init(Database(url=empty_database_url))
+    await init(DatabaseSettings(url=empty_database_url))
     more = [*schema_files(), (NEWEST + 1, "999_more.sql", "CREATE TABLE catbus.more ()")]
     monkeypatch.setattr(migrations, "schema_files", lambda: more)
-    assert await init(Database(url=empty_database_url)) == ["999_more.sql"]
+    assert await init(DatabaseSettings(url=empty_database_url)) == ["999_more.sql"]
 
 
 async def test_a_file_that_fails_leaves_nothing_behind(
@@ -63,7 +63,7 @@ async def test_a_file_that_fails_leaves_nothing_behind(
     more = [*schema_files(), (NEWEST + 1, "999_wrong.sql", "CREATE TABLE catbus.more (); SELECT 1 / 0")]
     monkeypatch.setattr(migrations, "schema_files", lambda: more)
     with pytest.raises(Unavailable, match="division by zero"):
-        await init(Database(url=empty_database_url))
+        await init(DatabaseSettings(url=empty_database_url))
     async with open_sql(empty_database_url) as sql:
         assert await sql.fetchrow("SELECT to_regnamespace('catbus')::text") == (None,)
 
@@ -72,7 +72,7 @@ async def test_the_schema_of_a_newer_release_is_refused(database_url: str) -> No
     async with open_sql(database_url) as sql:
         await sql.execute(f"UPDATE catbus.schema_version SET version = {NEWEST + 1}")
     with pytest.raises(ConfigError, match=f"version {NEWEST + 1} and this release knows {NEWEST}"):
-        await init(Database(url=database_url))
+        await init(DatabaseSettings(url=database_url))
 
 
 async def test_another_encoding_is_refused(empty_database_url: str) -> None:
@@ -82,7 +82,7 @@ async def test_another_encoding_is_refused(empty_database_url: str) -> None:
         await sql.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
         try:
             with pytest.raises(ConfigError, match="encoding is LATIN1"):
-                await init(Database(url=parts._replace(path=f"/{name}").geturl()))
+                await init(DatabaseSettings(url=parts._replace(path=f"/{name}").geturl()))
         finally:
             await sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -98,4 +98,4 @@ async def test_a_database_that_is_away_is_said_so(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         proxy.close()
         with pytest.raises(Unavailable, match="the database cannot be prepared"):
-            await init(Database(url=proxy.url))
+            await init(DatabaseSettings(url=proxy.url))

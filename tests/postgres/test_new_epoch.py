@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Committed, Entry, Resumption
 from catbus.log.interface import UNDECIDED
 from catbus.postgres import PostgresLog
@@ -23,7 +23,7 @@ from tests.postgres.sql import open_sql, wait_until
 
 
 def make(url: str, *, recent: int = 1 << 20, failover: str = "lossy") -> PostgresLog:
-    return PostgresLog(Database(url=url, publish_timeout=30.0, failover=failover), recent=recent)  # type: ignore[arg-type]
+    return PostgresLog(DatabaseSettings(url=url, publish_timeout=30.0, failover=failover), recent=recent)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import trio
 
 import catbus
 from catbus.auth.tokens import Grants, role_key
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Entry
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
@@ -98,13 +98,13 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
         b"alice",
         b"who-else",
     ]
-    config = msgspec.structs.replace(CONFIG, database=Database(url=database_url))
+    config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=database_url))
     async with (
         listening(lowly_url) as (_, heard),
         replica(config) as (broker, address),
         catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus,
         bus.subscribe("top.*") as messages,
-        open_roles(Database(url=database_url)) as roles,
+        open_roles(DatabaseSettings(url=database_url)) as roles,
         open_sql(database_url) as sql,
     ):
         shown.append(broker.hub.log._writer._incarnation)  # type: ignore[attr-defined]
@@ -182,12 +182,12 @@ def forgeries(heard: list[Heard]) -> Iterator[Heard]:
 
 
 async def test_forged_and_repeated_notifications_have_no_effect(database_url: str, lowly_url: str) -> None:
-    one, other = (PostgresLog(Database(url=database_url, publish_timeout=20)) for _ in range(2))
+    one, other = (PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20)) for _ in range(2))
     async with (
         running(one) as (_, publisher),
         running(other) as (there, _),
         listening(lowly_url) as (lowly, heard),
-        open_roles(Database(url=database_url)) as roles,
+        open_roles(DatabaseSettings(url=database_url)) as roles,
     ):
         for n in range(3):
             await publisher.publish_seq("a", b'{"n": %d}' % n)
@@ -221,7 +221,7 @@ async def test_forged_and_repeated_notifications_have_no_effect(database_url: st
 
 async def test_a_forged_position_is_neither_read_nor_taken_for_the_head(database_url: str, lowly_url: str) -> None:
     """A retry would be looked for from there on."""
-    log = PostgresLog(Database(url=database_url, publish_timeout=20))
+    log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(lowly_url) as lowly:
         await publisher.publish_seq("a", b"1")
         await lowly.fetch("SELECT pg_notify($1, $2)", LOG_CHANNEL, f"{log.epoch}:2:1000000")
@@ -283,7 +283,7 @@ async def test_a_flood_of_forged_notifications_holds_nothing_up(
     database_url: str, lowly_url: str, slow: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(forged_notifications, "SLOW", slow)
-    one, other = (PostgresLog(Database(url=database_url, publish_timeout=20)) for _ in range(2))
+    one, other = (PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20)) for _ in range(2))
     count = 30
     async with running(one) as (_, publisher), running(other) as (there, _):
         async with listening(lowly_url) as (_, heard):
@@ -320,7 +320,7 @@ async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_cost
     database_url: str, lowly_url: str
 ) -> None:
     """It was recorded before the log was set back, and its epoch means nothing to anybody now."""
-    log = PostgresLog(Database(url=database_url, publish_timeout=20))
+    log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(database_url) as sql, listening(lowly_url) as (lowly, heard):
         await sql.fetch("SELECT catbus.notify('catbus', 'unknown:1:1')")
         await sql.fetch("SELECT catbus.notify('catbus_roles', '*')")
@@ -353,11 +353,11 @@ def earlier(epoch: str, channel: str, payload: str) -> object:
 
 
 async def test_replicas_of_the_release_before_learn_positions_and_that_roles_have_changed(database_url: str) -> None:
-    log = PostgresLog(Database(url=database_url, publish_timeout=20))
+    log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with (
         running(log) as (_, publisher),
         listening(database_url) as (sql, heard),
-        open_roles(Database(url=database_url)) as roles,
+        open_roles(DatabaseSettings(url=database_url)) as roles,
     ):
         await publisher.publish_seq("a", b"1")
         await sql.fetch("SELECT catbus.publish('a', '2')")

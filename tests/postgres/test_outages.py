@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
@@ -43,7 +43,7 @@ async def wait_available(log: PostgresLog, available: bool, seconds: float) -> N
 
 @asynccontextmanager
 async def following(url: str, listen_url: str | None = None) -> AsyncIterator[tuple[PostgresLog, Recorder, Publisher]]:
-    log = PostgresLog(Database(url=url, listen_url=listen_url, publish_timeout=30.0))
+    log = PostgresLog(DatabaseSettings(url=url, listen_url=listen_url, publish_timeout=30.0))
     async with running(log) as (follower, publisher):
         assert await publisher.publish("a", b"1") == Committed(1)
         await wait_available(log, True, PATIENCE)

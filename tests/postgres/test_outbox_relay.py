@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 import catbus
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Committed
 from catbus.postgres import PostgresLog, outbox_relay
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
@@ -30,7 +30,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def make(url: str) -> PostgresLog:
-    return PostgresLog(Database(url=url, publish_timeout=20))
+    return PostgresLog(DatabaseSettings(url=url, publish_timeout=20))
 
 
 async def publish(sql: DatabaseConnection, channel: str, payload: str) -> None:
@@ -72,7 +72,7 @@ async def test_what_is_rolled_back_is_never_seen(database_url: str) -> None:
 
 
 async def test_a_subscriber_gets_it_without_a_sender(database_url: str) -> None:
-    config = msgspec.structs.replace(CONFIG, database=Database(url=database_url))
+    config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=database_url))
     async with running_broker(config) as (broker, address), open_sql(database_url) as sql:
         await broker.hub.log.wait_open()
         async with catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:

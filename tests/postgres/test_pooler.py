@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.log import Entry
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
@@ -23,7 +23,7 @@ from tests.postgres.test_role_lookup import make_role
 
 
 def make(url: str, **settings: object) -> PostgresLog:
-    return PostgresLog(Database(url=url, **settings))  # type: ignore[arg-type]
+    return PostgresLog(DatabaseSettings(url=url, **settings))  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -125,7 +125,7 @@ async def test_what_is_published_from_sql_comes_through(bouncer: Bouncer, databa
 async def test_a_role_is_looked_up_and_a_change_of_it_is_found(bouncer: Bouncer, database_url: str) -> None:
     key = await make_role(database_url)
     log = make(bouncer.url)
-    async with running(log), open_roles(Database(url=bouncer.url)) as roles:
+    async with running(log), open_roles(DatabaseSettings(url=bouncer.url)) as roles:
         await log.roles.wait_changes()
         assert key in await log.roles.find([key])
         began = trio.current_time()

@@ -10,7 +10,7 @@ import pytest
 import trio
 from structlog.testing import CapturingLogger
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
 from catbus.log import Committed, Page
 from catbus.log.interface import UNDECIDED
@@ -25,7 +25,7 @@ ALICE = b"alice-is-a-producer"[:16]
 
 
 def make(url: str, *, recent: int = 0) -> PostgresLog:
-    return PostgresLog(Database(url=url), recent=recent)
+    return PostgresLog(DatabaseSettings(url=url), recent=recent)
 
 
 @asynccontextmanager
@@ -52,7 +52,7 @@ async def until_trouble(trouble: str, *logs: PostgresLog) -> None:
 
 async def run_repair(url: str, *, apply: bool = True) -> Sequence[tuple[int, int]]:
     told: list[tuple[int, int]] = []
-    _, found = await repair(Database(url=url), lambda seq, last: told.append((seq, last)), apply=apply)
+    _, found = await repair(DatabaseSettings(url=url), lambda seq, last: told.append((seq, last)), apply=apply)
     assert not told or told[-1][0] == told[-1][1]
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from catbus.cli.development_credentials import CERTIFICATE
+from catbus.cli.development_credentials import CERTIFICATE_FILE
 from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport, connect, open_bus
 from catbus.client.transport import parse_address
 from catbus.client.websocket import open_websocket
@@ -236,7 +236,7 @@ async def test_clients_outlive_the_replicas_that_are_killed_under_them(
     database_url: str, transport: str, tmp_path: Path
 ) -> None:
     publishers, tasks, enough = 3, 10, 300
-    balancer = Balancer(transport, tmp_path / CERTIFICATE)
+    balancer = Balancer(transport, tmp_path / CERTIFICATE_FILE)
     acknowledged = Tally()
     subscribers = [Tally() for _ in range(4)]
     over = trio.Event()

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Grants
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.notifications.encryption import ROLES_CHANNEL, NotificationKeys
@@ -225,7 +225,7 @@ async def test_of_very_many_names_none_is_kept() -> None:
 
 async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
     key = await make_role(database_url)
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
         before = log.roles.changes
@@ -237,7 +237,7 @@ async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
 
 
 async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: str) -> None:
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
         await sql.execute("INSERT INTO catbus.role_changes DEFAULT VALUES")
@@ -247,7 +247,7 @@ async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: s
 
 async def test_a_change_while_nobody_listened_is_found_by_the_next_connection(database_url: str) -> None:
     key = await make_role(database_url)
-    log = PostgresLog(Database(url=database_url))
+    log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
         (listener,) = await pids(sql, "%catbus.look%")

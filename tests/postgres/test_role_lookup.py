@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Grants, Identity, make_role_token, role_key
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge
 from catbus.postgres.roles import role_lookup
@@ -47,7 +47,7 @@ def key_of(token: str) -> bytes:
 
 
 async def make_role(url: str, client_id: str | None = "ci", grants: Grants = GRANTS) -> bytes:
-    async with open_roles(Database(url=url)) as roles:
+    async with open_roles(DatabaseSettings(url=url)) as roles:
         token, _ = await roles.create(client_id, grants)
     return key_of(token)
 
@@ -55,7 +55,7 @@ async def make_role(url: str, client_id: str | None = "ci", grants: Grants = GRA
 async def test_a_role_is_found_as_it_is_now(database_url: str) -> None:
     key = await make_role(database_url)
     bare = await make_role(database_url, None, Grants())
-    async with looking_up(database_url) as lookup, open_roles(Database(url=database_url)) as roles:
+    async with looking_up(database_url) as lookup, open_roles(DatabaseSettings(url=database_url)) as roles:
         assert await look_up(lookup, key) == Identity("ci", GRANTS, None, role=key)
         assert await look_up(lookup, bare) == Identity(None, Grants(), None, role=bare)
         assert await look_up(lookup, key_of(make_role_token())) is None
@@ -97,7 +97,7 @@ async def test_who_asks_while_a_statement_is_under_way_gets_a_later_answer(datab
             proxy.block()
             nursery.start_soon(find)
             await wait_all_tasks_blocked()
-            async with open_roles(Database(url=database_url)) as roles:
+            async with open_roles(DatabaseSettings(url=database_url)) as roles:
                 await roles.delete(key.hex())
             nursery.start_soon(find)
             await wait_all_tasks_blocked()

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catbus.auth.tokens import Grants, make_role_token, role_key
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError, PeerError, Unavailable
 from catbus.postgres.access import migrations
 from catbus.postgres.roles.role_store import Role, RoleError, RoleStore, open_roles
@@ -213,7 +213,7 @@ def examples(number: int) -> list[str]:
 
 
 async def test_opening_brings_the_schema_to_this_version_where_roles_are_changed(empty_database_url: str) -> None:
-    database = Database(url=empty_database_url)
+    database = DatabaseSettings(url=empty_database_url)
     with pytest.raises(ConfigError, match="`catbus init` brings its schema to this version"):
         async with open_roles(database, prepare=False) as roles:
             await roles.list()
@@ -229,8 +229,8 @@ async def test_a_log_without_roles_gets_them_and_keeps_its_entries(
     files = migrations.schema_files()
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "schema_files", lambda: files[:3])
-        await migrations.init(Database(url=empty_database_url))
-    async with open_roles(Database(url=empty_database_url)) as roles:
+        await migrations.init(DatabaseSettings(url=empty_database_url))
+    async with open_roles(DatabaseSettings(url=empty_database_url)) as roles:
         assert await roles.list() == []
 
 
@@ -238,7 +238,7 @@ async def test_a_database_that_is_away_is_said_so_also_in_the_middle(database_ur
     async with open_proxy(database_url) as proxy:
 
         async def create(*, cut: bool) -> None:
-            async with open_roles(Database(url=proxy.url)) as roles:
+            async with open_roles(DatabaseSettings(url=proxy.url)) as roles:
                 if cut:
                     proxy.close()
                 await roles.create("ci", GRANTS)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import open_bridge
 from catbus.postgres.access.migrations import init, schema_files
@@ -104,7 +104,7 @@ async def test_functions_of_another_role_never_run_with_our_rights(planted: str,
 
 async def test_functions_of_another_role_never_run_in_ours_whatever_the_session(planted: str) -> None:
     """As where somebody calls them by hand: in the schema's functions, the session's settings do not count."""
-    await init(Database(url=planted))
+    await init(DatabaseSettings(url=planted))
     async with open_sql(planted) as sql:
         await sql.execute('SET search_path = "$user", public; SET standard_conforming_strings = off')
         (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
@@ -139,7 +139,7 @@ async def test_a_schema_that_was_made_with_functions_of_another_role_is_not_take
             """
         )
     with pytest.raises(Unavailable, match=r"use what does not belong to it: function public.nextval\(text\)"):
-        await init(Database(url=empty_database_url))
+        await init(DatabaseSettings(url=empty_database_url))
 
 
 SETTINGS = {

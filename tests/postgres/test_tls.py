@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 import pytest
 import trustme
 
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
@@ -84,7 +84,7 @@ async def test_a_server_without_tls_is_refused_where_it_is_required(database_url
 
 async def test_a_log_works_through_it(server: Server) -> None:
     url = server.url(sslmode="verify-full", sslrootcert=server.authority)
-    async with running(PostgresLog(Database(url=url))) as (follower, publisher):
+    async with running(PostgresLog(DatabaseSettings(url=url))) as (follower, publisher):
         assert await publisher.publish("a", b"1") == Committed(1)
         await follower.wait_for(1)
 

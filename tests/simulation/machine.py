@@ -14,7 +14,7 @@ from typing import NamedTuple
 import trio
 from hypothesis import strategies as st
 
-from catbus.config import Database as Settings
+from catbus.config import DatabaseSettings as Settings
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.send_queue import Budget
 from catbus.log import Entry

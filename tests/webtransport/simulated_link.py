@@ -17,14 +17,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from catbus.webtransport import (
-    Configuration,
-    Connection,
+    ConnectionLimits,
     ConnectionLost,
     Event,
-    Limits,
     SessionOpened,
     SessionRequested,
     StreamData,
+    WebTransportConfiguration,
+    WebTransportConnection,
     client_configuration,
     server_configuration,
 )
@@ -65,13 +65,13 @@ def certificate() -> tuple[str, str, bytes]:
 
 
 @cache
-def server_config(limits: Limits | None = None) -> Configuration:
+def server_config(limits: ConnectionLimits | None = None) -> WebTransportConfiguration:
     pem, key, _ = certificate()
     return server_configuration(pem, key, limits)
 
 
 @cache
-def client_config(limits: Limits | None = None) -> Configuration:
+def client_config(limits: ConnectionLimits | None = None) -> WebTransportConfiguration:
     return client_configuration("localhost", ca=certificate()[0], limits=limits)
 
 
@@ -86,17 +86,17 @@ def untouched(data: bytes) -> Iterable[tuple[float, bytes]]:
 class End:
     """One side: the connection, what it has said, what came on its streams. Consumes at once unless told not to."""
 
-    def __init__(self, address: Any, connection: Connection | None) -> None:
+    def __init__(self, address: Any, connection: WebTransportConnection | None) -> None:
         self.address = address
         self.connection = connection
         self.events: list[Event] = []
         self.received: dict[int, bytearray] = {}
         self.ended: set[int] = set()
         self.consumes = True
-        self.answer: Callable[[Connection, float], object] = lambda connection, now: connection.accept()
+        self.answer: Callable[[WebTransportConnection, float], object] = lambda connection, now: connection.accept()
 
     @property
-    def it(self) -> Connection:
+    def it(self) -> WebTransportConnection:
         assert self.connection is not None
         return self.connection
 
@@ -126,8 +126,8 @@ class Link:
     def __init__(
         self,
         *,
-        server: Configuration | None = None,
-        client: Configuration | None = None,
+        server: WebTransportConfiguration | None = None,
+        client: WebTransportConfiguration | None = None,
         damage: Damage = untouched,
         connect: bool = True,
         **request: Any,
@@ -138,7 +138,9 @@ class Link:
         """For what the client sends, when that fares differently."""
         self.server_configuration = server or server_config()
         request.setdefault("authority", "localhost:4433")
-        made = Connection.client(client or client_config(), SERVER, self.now, **request) if connect else None
+        made = (
+            WebTransportConnection.client(client or client_config(), SERVER, self.now, **request) if connect else None
+        )
         self.client = End(CLIENT, made)
         self.server = End(SERVER, None)
         self.sent = {CLIENT: 0, SERVER: 0}
@@ -189,9 +191,9 @@ class Link:
             return
         if self.server.connection is None:
             header = read_header(data)
-            if header is None or not header.initial or len(data) < 1200:
+            if header is None or not header.is_initial or len(data) < 1200:
                 return
-            self.server.connection = Connection.server(self.server_configuration, header.destination)
+            self.server.connection = WebTransportConnection.server(self.server_configuration, header.destination)
         self.server.it.receive_datagram(data, CLIENT, self.now)
 
     def until(self, condition: Callable[[], object], seconds: float = 120.0) -> None:

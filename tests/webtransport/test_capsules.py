@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.webtransport import varint
-from catbus.webtransport.capsules import CLOSE_SESSION, CapsuleError, CapsuleReader, Close, encode_close
+from catbus.webtransport.capsules import CLOSE_SESSION, CapsuleError, CapsuleReader, CloseCapsule, encode_close
 
 GREASE = [0x17 + 0x29 * n for n in (0, 1, 1000, 10**15)]
 
@@ -18,7 +18,7 @@ def capsule(kind: int, value: bytes) -> bytes:
     return varint.encode(kind) + varint.encode(len(value)) + value
 
 
-def read(*chunks: bytes) -> Close | None:
+def read(*chunks: bytes) -> CloseCapsule | None:
     reader = CapsuleReader()
     for chunk in chunks:
         close = reader.feed(chunk)
@@ -33,7 +33,7 @@ unknown = st.builds(capsule, st.sampled_from([0, 1, 0x78AE, *GREASE]), st.binary
 @given(st.lists(unknown, max_size=3), st.integers(0, 2**32 - 1), st.text(max_size=20))
 def test_the_close_is_found_wherever_the_stream_is_cut(before: list[bytes], code: int, reason: str) -> None:
     stream = b"".join(before) + encode_close(code, reason) + b"what follows"
-    expected = Close(code, reason)
+    expected = CloseCapsule(code, reason)
     assert read(stream) == expected
     assert read(*[stream[i : i + 1] for i in range(len(stream))]) == expected
     for cut in range(len(stream)):
@@ -48,7 +48,7 @@ def test_a_stream_may_end_between_capsules_only(capsules: list[bytes]) -> None:
     stream = b"".join(capsules)
     reader = CapsuleReader()
     for position in range(len(stream) + 1):
-        assert reader.between == (position in ends)
+        assert reader.at_boundary == (position in ends)
         assert reader.feed(stream[position : position + 1]) is None
 
 
@@ -57,8 +57,8 @@ def test_a_large_unknown_capsule_is_not_kept() -> None:
     reader.feed(varint.encode(GREASE[2]) + varint.encode(2**40))
     for _ in range(100):
         assert reader.feed(bytes(100_000)) is None
-        assert sys.getsizeof(reader._begun) < 200
-    assert not reader.between
+        assert sys.getsizeof(reader._buffer) < 200
+    assert not reader.at_boundary
 
 
 @pytest.mark.parametrize("length", [0, 3, 1029, 2**30, 2**62 - 1])
@@ -68,11 +68,11 @@ def test_a_close_of_a_length_that_none_has(length: int) -> None:
 
 
 def test_a_close_may_be_without_a_reason() -> None:
-    assert read(capsule(CLOSE_SESSION, b"\0\0\x11\x31")) == Close(4401, "")
+    assert read(capsule(CLOSE_SESSION, b"\0\0\x11\x31")) == CloseCapsule(4401, "")
 
 
 def test_the_longest_reason() -> None:
-    assert read(capsule(CLOSE_SESSION, bytes(4) + b"x" * 1024)) == Close(0, "x" * 1024)
+    assert read(capsule(CLOSE_SESSION, bytes(4) + b"x" * 1024)) == CloseCapsule(0, "x" * 1024)
 
 
 def test_a_reason_that_is_no_text_is_an_error() -> None:
@@ -82,7 +82,7 @@ def test_a_reason_that_is_no_text_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", [0x190B4D3D, 0x190B4D3F, 0x190B4D40, 0x190B4D41, 0x190B4D43, 0x190B4D44])
 def test_flow_control_that_nobody_agreed_on_is_ignored(kind: int) -> None:
-    assert read(capsule(kind, varint.encode(2**62 - 1)) + encode_close(1, "x")) == Close(1, "x")
+    assert read(capsule(kind, varint.encode(2**62 - 1)) + encode_close(1, "x")) == CloseCapsule(1, "x")
 
 
 @pytest.mark.parametrize("kind", [0x190B4D3E, 0x190B4D42])
@@ -93,5 +93,5 @@ def test_limits_of_single_streams_are_an_error(kind: int) -> None:
 
 def test_a_long_reason_is_cut_between_characters() -> None:
     close = read(encode_close(1, "x" + "€" * 1000))
-    assert close == Close(1, "x" + "€" * 341)
-    assert read(encode_close(1, "\ud800")) == Close(1, "?")
+    assert close == CloseCapsule(1, "x" + "€" * 341)
+    assert read(encode_close(1, "\ud800")) == CloseCapsule(1, "?")

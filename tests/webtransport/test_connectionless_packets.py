@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.webtransport import Connection, SessionOpened, Terminated
+from catbus.webtransport import SessionOpened, Terminated, WebTransportConnection
 from catbus.webtransport.connectionless_packets import (
     VERSIONS,
-    Header,
+    PacketHeader,
+    encode_retry,
+    encode_stateless_reset,
+    encode_version_negotiation,
     read_header,
-    retry,
-    stateless_reset,
-    version_negotiation,
 )
 from tests.webtransport.simulated_link import CLIENT, SERVER, Link, client_config, server_config
 
 
-def first_initial() -> tuple[Connection, bytes]:
-    connection = Connection.client(client_config(), SERVER, 0.0, authority="localhost")
+def first_initial() -> tuple[WebTransportConnection, bytes]:
+    connection = WebTransportConnection.client(client_config(), SERVER, 0.0, authority="localhost")
     [(data, to)] = connection.datagrams_to_send(0.0)
     assert to == SERVER
     return connection, data
@@ -29,7 +29,7 @@ def test_a_clients_first_packet() -> None:
     connection, data = first_initial()
     header = read_header(data)
     assert header is not None
-    assert header.initial and header.supported and not header.negotiation
+    assert header.is_initial and header.is_supported_version and not header.is_version_negotiation
     assert len(data) >= 1200
     assert {header.source} == connection.connection_ids
     assert header.version == VERSIONS[0]
@@ -43,7 +43,7 @@ def test_anything_can_be_read(data: bytes) -> None:
 
 
 def test_a_short_header() -> None:
-    assert read_header(b"\x40" + b"12345678" + b"rest") == Header(None, False, b"12345678", b"", b"")
+    assert read_header(b"\x40" + b"12345678" + b"rest") == PacketHeader(None, False, b"12345678", b"", b"")
     assert read_header(b"\x40" + b"1234567") is None
     assert read_header(b"\x00" + b"12345678" + b"rest") is None
 
@@ -52,10 +52,10 @@ def test_an_unknown_version_is_answered_with_ours() -> None:
     strange = b"\xc0" + b"\x1a\x2a\x3a\x4a" + b"\x03abc" + b"\x02de" + bytes(1200)
     header = read_header(strange)
     assert header is not None
-    assert not header.supported and not header.initial and not header.negotiation
-    answer = read_header(version_negotiation(header))
+    assert not header.is_supported_version and not header.is_initial and not header.is_version_negotiation
+    answer = read_header(encode_version_negotiation(header))
     assert answer is not None
-    assert answer.negotiation
+    assert answer.is_version_negotiation
     assert (answer.destination, answer.source) == (b"de", b"abc")
 
 
@@ -63,13 +63,13 @@ def test_a_client_comes_again_after_a_retry() -> None:
     connection, data = first_initial()
     header = read_header(data)
     assert header is not None
-    connection.receive_datagram(retry(header, b"newplace", b"token"), SERVER, 0.1)
+    connection.receive_datagram(encode_retry(header, b"newplace", b"token"), SERVER, 0.1)
     [(again, _)] = connection.datagrams_to_send(0.1)
     second = read_header(again)
     assert second is not None
     assert (second.token, second.destination) == (b"token", b"newplace")
 
-    server = Connection.server(server_config(), header.destination, retry_source=b"newplace")
+    server = WebTransportConnection.server(server_config(), header.destination, retry_source=b"newplace")
     assert b"newplace" in server.connection_ids
     link = Link(connect=False)
     link.now = 0.2
@@ -84,7 +84,7 @@ def test_a_stateless_reset_ends_a_client_at_once() -> None:
     header = read_header(data)
     assert header is not None
     link.client.connection, link.now = connection, 0.1
-    link.server.connection = Connection.server(
+    link.server.connection = WebTransportConnection.server(
         server_config(), header.destination, reset_token=lambda connection_id: connection_id * 2
     )
     link.arrive(SERVER, data)
@@ -93,22 +93,22 @@ def test_a_stateless_reset_ends_a_client_at_once() -> None:
     used = link.client.it._quic._peer_cid.cid
     for one in link.client.it._quic._peer_cid_available:
         assert one.stateless_reset_token == one.cid * 2
-    wrong = stateless_reset(b"x" * 16, 100)
-    right = stateless_reset(used * 2, 100)
+    wrong = encode_stateless_reset(b"x" * 16, 100)
+    right = encode_stateless_reset(used * 2, 100)
     assert wrong is not None and right is not None
     link.client.it.receive_datagram(wrong, SERVER, link.now)
     link.flush()
     assert link.client.lost is None
     link.client.it.receive_datagram(right, SERVER, link.now)
     link.flush()
-    assert link.client.lost == "the server does not know this connection any more"
+    assert link.client.lost == "the server no longer knows this connection"
     assert link.client.saw(Terminated)
     assert link.client.it.timer is None
 
 
 @pytest.mark.parametrize(("size", "length"), [(21, None), (22, 21), (44, 43), (1200, 43)])
 def test_a_stateless_reset_is_smaller_than_what_it_answers(size: int, length: int | None) -> None:
-    packet = stateless_reset(b"t" * 16, size)
+    packet = encode_stateless_reset(b"t" * 16, size)
     assert (packet and len(packet)) == length
     if packet:
         assert packet.endswith(b"t" * 16)
@@ -117,6 +117,6 @@ def test_a_stateless_reset_is_smaller_than_what_it_answers(size: int, length: in
 
 def test_a_reset_is_no_answer_to_a_server() -> None:
     link = Link().open()
-    link.server.it.receive_datagram(stateless_reset(bytes(16), 100) or b"", CLIENT, link.now)
+    link.server.it.receive_datagram(encode_stateless_reset(bytes(16), 100) or b"", CLIENT, link.now)
     link.flush()
     assert link.server.lost is None

@@ -11,8 +11,8 @@ from aioquic.quic.connection import QuicConnection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from catbus.webtransport import Limits, SessionClosed, SessionOpened
-from catbus.webtransport.quic_connection import Quic
+from catbus.webtransport import ConnectionLimits, SessionClosed, SessionOpened
+from catbus.webtransport.quic_connection import BoundedQuicConnection
 from tests.webtransport.simulated_link import Link, server_config
 
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -107,7 +107,7 @@ def exchange(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
     assert link.client.lost is link.server.lost is None
     for end in (link.client, link.server):
         assert end.it.unconsumed == 0
-        assert not end.it._broken
+        assert not end.it._failed
 
     # Once nothing is harmed any more, all is acknowledged and the end passes.
     link.damage = lambda data: [(0.01, data)]
@@ -126,14 +126,14 @@ def test_what_arrives_on_each_stream_is_what_was_sent(damage: Bad, plan: list[tu
 @FEW
 @given(bad(), writes)
 def test_aioquic_has_nothing_to_send_when_it_is_not_asked(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
-    def ask(quic: Quic, now: float) -> list[tuple[bytes, object]]:
+    def ask(quic: BoundedQuicConnection, now: float) -> list[tuple[bytes, object]]:
         nothing = quic._nothing_to_send(now)
         found: list[tuple[bytes, object]] = QuicConnection.datagrams_to_send(quic, now)
         assert not nothing or not found
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Quic, "datagrams_to_send", ask)
+        patch.setattr(BoundedQuicConnection, "datagrams_to_send", ask)
         exchange(damage, plan)
 
 
@@ -144,7 +144,7 @@ def test_aioquic_is_not_asked_for_what_it_has_not() -> None:
         patch.delattr(QuicConnection, "datagrams_to_send")
         for end in link.ends():
             assert end.it.datagrams_to_send(link.now) == []
-            assert not end.it._broken
+            assert not end.it._failed
 
 
 def test_the_link_is_bad() -> None:
@@ -160,7 +160,7 @@ def test_the_link_is_bad() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_move_however_many_packets_are_lost(seed: int) -> None:
-    limits = Limits(connection_window=40_000, stream_window=20_000)
+    limits = ConnectionLimits(connection_window=40_000, stream_window=20_000)
     damage = Bad(random.Random(seed), loss=0.15, repeat=0.1, flip=0, cut=0, spread=0.02)
     link = Link(server=server_config(limits)).open()
     link.damage = damage

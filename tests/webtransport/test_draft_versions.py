@@ -12,10 +12,10 @@ from aioquic.quic.packet import QuicErrorCode
 
 from catbus.webtransport import SessionClosed, SessionOpened, SessionRequested, StreamReset
 from catbus.webtransport.capsules import encode_close
-from catbus.webtransport.connect_stream import Session
-from catbus.webtransport.http3_connection import H3_DATAGRAM, WEBTRANSPORT, Http3
-from catbus.webtransport.http3_error_codes import H3Code, to_http3
-from catbus.webtransport.quic_connection import RESET_STREAM_AT, Quic
+from catbus.webtransport.connect_stream import ConnectStream
+from catbus.webtransport.http3_connection import H3_DATAGRAM, WEBTRANSPORT_SETTINGS, Http3Connection
+from catbus.webtransport.http3_error_codes import Http3ErrorCode, to_http3_error_code
+from catbus.webtransport.quic_connection import RESET_STREAM_AT, BoundedQuicConnection
 from tests.webtransport.simulated_link import Link
 from tests.webtransport.test_hostile_peers import ended_with, raw, send_raw
 
@@ -24,33 +24,33 @@ v = encode_uint_var
 
 def announce(monkeypatch: pytest.MonkeyPatch, *, client: bool, **changes: int | None) -> None:
     """Have one side announce other settings than it does; those that are None are left out."""
-    original = Http3._get_local_settings
+    original = Http3Connection._get_local_settings
 
-    def settings(self: Http3) -> dict[int, int]:
+    def settings(self: Http3Connection) -> dict[int, int]:
         found = original(self)
         if self._quic.configuration.is_client == client:
             found.update({int(name, 16): value for name, value in changes.items() if value is not None})
             found = {name: value for name, value in found.items() if changes.get(hex(name), 0) is not None}
         return found
 
-    monkeypatch.setattr(Http3, "_get_local_settings", settings)
+    monkeypatch.setattr(Http3Connection, "_get_local_settings", settings)
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, token: bytes, **parameters: Any) -> Link:
     """A client that asks for its session by this `:protocol`."""
-    monkeypatch.setattr(Http3, "choose_token", lambda self: token)
+    monkeypatch.setattr(Http3Connection, "choose_protocol_token", lambda self: token)
     return Link(**parameters)
 
 
 def record_tokens(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     tokens: list[bytes] = []
-    request = Session.request
+    request = ConnectStream.request
 
-    def recording(self: Session, token: bytes, *wanted: Any) -> None:
+    def recording(self: ConnectStream, token: bytes, *wanted: Any) -> None:
         tokens.append(token)
         request(self, token, *wanted)
 
-    monkeypatch.setattr(Session, "request", recording)
+    monkeypatch.setattr(ConnectStream, "request", recording)
     return tokens
 
 
@@ -65,14 +65,14 @@ def test_a_session_is_opened_by_both_names(monkeypatch: pytest.MonkeyPatch, toke
 
 def test_a_protocol_that_nobody_knows_is_answered_501(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = []
-    handle = Http3.handle_event
+    handle = Http3Connection.handle_event
 
-    def recording(self: Http3, event: Any) -> Any:
+    def recording(self: Http3Connection, event: Any) -> Any:
         events = handle(self, event)
         statuses.extend(dict(one.headers).get(b":status") for one in events if isinstance(one, HeadersReceived))
         return events
 
-    monkeypatch.setattr(Http3, "handle_event", recording)
+    monkeypatch.setattr(Http3Connection, "handle_event", recording)
     link = ask(monkeypatch, b"connect-udp")
     link.run(1)
     assert b"501" in statuses
@@ -83,26 +83,30 @@ def test_a_client_asks_by_the_newest_name_that_the_server_knows(monkeypatch: pyt
     tokens = record_tokens(monkeypatch)
     Link().open()
     with monkeypatch.context() as older:
-        announce(older, client=False, **{hex(WEBTRANSPORT[-1]): None})
+        announce(older, client=False, **{hex(WEBTRANSPORT_SETTINGS[-1]): None})
         Link().open()
     with monkeypatch.context() as older:
-        older.setattr(Quic, "_serialize_transport_parameters", super(Quic, Quic)._serialize_transport_parameters)
+        older.setattr(
+            BoundedQuicConnection,
+            "_serialize_transport_parameters",
+            super(BoundedQuicConnection, BoundedQuicConnection)._serialize_transport_parameters,
+        )
         Link().open()
     assert tokens == [b"webtransport-h3", b"webtransport", b"webtransport"]
 
 
 def test_a_server_that_announces_what_cannot_be_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    announce(monkeypatch, client=False, **{hex(WEBTRANSPORT[-1]): 2})
+    announce(monkeypatch, client=False, **{hex(WEBTRANSPORT_SETTINGS[-1]): 2})
     link = Link()
     link.until(lambda: link.client.lost)
-    assert raw(link.client.it)._close_event.error_code == H3Code.SETTINGS_ERROR
+    assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.SETTINGS_ERROR
 
 
 def test_a_server_without_webtransport_is_told_why_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    announce(monkeypatch, client=False, **{hex(name): None for name in WEBTRANSPORT})
+    announce(monkeypatch, client=False, **{hex(name): None for name in WEBTRANSPORT_SETTINGS})
     link = Link()
     link.until(lambda: link.client.lost)
-    assert raw(link.client.it)._close_event.error_code == H3Code.REQUIREMENTS_NOT_MET
+    assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.REQUIREMENTS_NOT_MET
 
 
 # Settings.
@@ -111,39 +115,39 @@ def test_a_server_without_webtransport_is_told_why_it_is_left(monkeypatch: pytes
 def test_a_request_of_the_newest_drafts_waits_for_the_settings_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link()
     known = []
-    received = Http3.received_settings
+    received = Http3Connection.received_settings
 
-    def settings(self: Http3) -> Any:
+    def settings(self: Http3Connection) -> Any:
         mine = not self._quic.configuration.is_client
         return received.fget(self) if known or not mine else None  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Http3, "received_settings", property(settings))
+    monkeypatch.setattr(Http3Connection, "received_settings", property(settings))
     link.run(1)
-    assert link.server.it._session.id is not None
+    assert link.server.it._connect_stream.id is not None
     assert not link.server.saw(SessionRequested)
     known.append(True)
     # The settings are there as soon as the next bytes of HTTP/3 are looked at.
-    link.client.it._session.http3.send_data(0, b"", end_stream=False)  # type: ignore[union-attr]
+    link.client.it._connect_stream.http3.send_data(0, b"", end_stream=False)  # type: ignore[union-attr]
     link.until(lambda: link.client.saw(SessionOpened))
 
 
 def test_a_request_that_is_withdrawn_while_it_waits_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link()
-    received = Http3.received_settings
+    received = Http3Connection.received_settings
     hidden = property(lambda self: received.fget(self) if self._quic.configuration.is_client else None)  # type: ignore[attr-defined]
     with monkeypatch.context() as hiding:
-        hiding.setattr(Http3, "received_settings", hidden)
+        hiding.setattr(Http3Connection, "received_settings", hidden)
         link.run(1)
-        raw(link.client.it).reset_stream(0, H3Code.REQUEST_CANCELLED)
+        raw(link.client.it).reset_stream(0, Http3ErrorCode.REQUEST_CANCELLED)
         link.run(0.2)
     link.run(5)
     assert not link.server.saw(SessionRequested)
-    assert not link.server.it._broken
+    assert not link.server.it._failed
 
 
 def test_the_newest_drafts_need_datagrams(monkeypatch: pytest.MonkeyPatch) -> None:
     # aioquic itself refuses the setting of draft 02 without them.
-    announce(monkeypatch, client=True, **{hex(H3_DATAGRAM): None, hex(WEBTRANSPORT[0]): None})
+    announce(monkeypatch, client=True, **{hex(H3_DATAGRAM): None, hex(WEBTRANSPORT_SETTINGS[0]): None})
     link = Link()
     link.run(1)
     assert not link.server.saw(SessionRequested)
@@ -159,7 +163,7 @@ def test_capsules_before_the_answer_are_read_behind_it() -> None:
     link = Link()
     link.server.answer = lambda connection, now: None
     link.until(lambda: link.server.saw(SessionRequested))
-    http3 = link.client.it._session.http3
+    http3 = link.client.it._connect_stream.http3
     assert http3 is not None
     http3.send_data(0, encode_close(9, "early"), end_stream=True)
     link.run(1)
@@ -173,7 +177,7 @@ def test_capsules_before_the_answer_are_bounded() -> None:
     link = Link()
     link.server.answer = lambda connection, now: None
     link.until(lambda: link.server.saw(SessionRequested))
-    http3 = link.client.it._session.http3
+    http3 = link.client.it._connect_stream.http3
     assert http3 is not None
     for _ in range(20):
         http3.send_data(0, bytes(1000), end_stream=False)
@@ -185,7 +189,7 @@ def test_capsules_before_the_answer_are_bounded() -> None:
 
 def test_a_reason_that_is_no_text_ends_the_session_without_a_code() -> None:
     link = Link().open()
-    http3 = link.client.it._session.http3
+    http3 = link.client.it._connect_stream.http3
     assert http3 is not None
     http3.send_data(0, v(0x2843) + v(5) + b"\0\0\0\1\xff", end_stream=False)
     link.run(1)
@@ -196,7 +200,7 @@ def test_a_signal_of_a_stream_behind_other_frames_is_an_error() -> None:
     link = Link().open()
     send_raw(link, v(0x21) + v(1) + b"x" + v(0x41) + v(0) + b"data", unidirectional=False)
     link.until(lambda: link.server.lost)
-    assert ended_with(link, H3Code.FRAME_ERROR)
+    assert ended_with(link, Http3ErrorCode.FRAME_ERROR)
 
 
 # RESET_STREAM_AT.
@@ -206,15 +210,15 @@ def test_a_signal_of_a_stream_behind_other_frames_is_an_error() -> None:
 def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Each RESET_STREAM_AT that arrives anywhere: stream, code, final size, reliable size."""
     seen: list[tuple[int, ...]] = []
-    handle = Quic._handle_reset_stream_at_frame
+    handle = BoundedQuicConnection._handle_reset_stream_at_frame
 
-    def recording(self: Quic, context: Any, frame_type: int, buf: Any) -> None:
+    def recording(self: BoundedQuicConnection, context: Any, frame_type: int, buf: Any) -> None:
         at = buf.tell()
         seen.append(tuple(buf.pull_uint_var() for _ in range(4)))
         buf.seek(at)
         handle(self, context, frame_type, buf)
 
-    monkeypatch.setattr(Quic, "_handle_reset_stream_at_frame", recording)
+    monkeypatch.setattr(BoundedQuicConnection, "_handle_reset_stream_at_frame", recording)
     return seen
 
 
@@ -241,19 +245,19 @@ def test_a_reset_stream_says_whose_it_is(frames: list[tuple[int, ...]], wait: in
     link.until(lambda: link.client.saw(StreamReset))
     assert link.client.saw(StreamReset) == [StreamReset(stream, 7)]
     assert {frame[0] for frame in frames} == {stream}
-    assert {frame[1] for frame in frames} == {to_http3(7)}
+    assert {frame[1] for frame in frames} == {to_http3_error_code(7)}
     header = len(v(0x54) + v(0))
     assert {frame[3] for frame in frames} == {header}
     link.run(5)
     for end in (link.client, link.server):
         assert end.lost is None
         assert raw(end.it).stream(stream) is None
-        assert not raw(end.it)._due_resets and not raw(end.it)._held_resets and not raw(end.it)._reliable
+        assert not raw(end.it)._pending_resets and not raw(end.it)._deferred_resets and not raw(end.it)._reliable_sizes
 
 
 def test_a_peer_that_does_not_know_it_gets_the_plain_reset(frames: list[tuple[int, ...]]) -> None:
     link = Link().open()
-    raw(link.server.it).peer_takes_reset_at = False
+    raw(link.server.it).peer_supports_reset_stream_at = False
     stream = link.server.it.open_stream(bidirectional=False)
     assert stream is not None
     link.server.it.send(stream, b"x")
@@ -269,18 +273,18 @@ def test_a_stream_is_reset_when_what_was_promised_has_arrived() -> None:
     link.run(1)
     client, server = raw(link.client.it), raw(link.server.it)
     stream = client.get_next_available_stream_id(is_unidirectional=True)
-    at(server, stream, to_http3(3), 10, 6)
-    server._release_resets()
+    at(server, stream, to_http3_error_code(3), 10, 6)
+    server._apply_deferred_resets()
     assert not link.server.saw(StreamReset)
     client.send_stream_data(stream, v(0x54) + v(0) + b"abc")
     link.run(1)
     assert link.server.saw(StreamReset) == [StreamReset(stream, 3)]
     assert bytes(link.server.received[stream]) == b"abc"
     assert link.server.it.unconsumed == 0
-    assert not server._held_resets
+    assert not server._deferred_resets
 
 
-def at(quic: Quic, stream: int, code: int, final: int, reliable: int) -> None:
+def at(quic: BoundedQuicConnection, stream: int, code: int, final: int, reliable: int) -> None:
     """RESET_STREAM_AT arrives."""
     values = b"".join(v(value) for value in (stream, code, final, reliable))
     quic._handle_reset_stream_at_frame(None, RESET_STREAM_AT, Buffer(data=values))  # type: ignore[arg-type]
@@ -307,7 +311,7 @@ def test_a_reset_may_promise_less_later_and_not_more() -> None:
     quic = raw(Link().open().server.it)
     for reliable, kept in ((6, 6), (8, 6), (5, 5)):
         at(quic, 14, 1, 10, reliable)
-        assert quic._held_resets[14].reliable == kept
+        assert quic._deferred_resets[14].reliable == kept
 
 
 def test_a_reset_counts_against_the_windows() -> None:

@@ -13,11 +13,19 @@ from aioquic.tls import Epoch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from catbus.webtransport import Connection, Limits, SessionOpened, SessionRequested, StreamData, StreamReset, Terminated
-from catbus.webtransport.connectionless_packets import MAX_PACKET
-from catbus.webtransport.http3_connection import NEW_TOKEN
-from catbus.webtransport.http3_error_codes import H3Code
-from catbus.webtransport.quic_connection import MAX_HOLES
+from catbus.webtransport import (
+    ConnectionLimits,
+    SessionOpened,
+    SessionRequested,
+    StreamData,
+    StreamReset,
+    Terminated,
+    WebTransportConnection,
+)
+from catbus.webtransport.connectionless_packets import MAX_PACKET_SIZE
+from catbus.webtransport.http3_connection import PROTOCOL_TOKEN_DRAFT_15
+from catbus.webtransport.http3_error_codes import Http3ErrorCode
+from catbus.webtransport.quic_connection import MAX_RECEIVED_RANGES
 from tests.hostile.packets import one_rtt as packet
 from tests.webtransport.simulated_link import CLIENT, Link, client_config, server_config
 
@@ -25,7 +33,7 @@ FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 v = encode_uint_var
 
 
-def raw(connection: Connection) -> Any:
+def raw(connection: WebTransportConnection) -> Any:
     """The connection below: what a peer could send that does not use our code."""
     return connection._quic
 
@@ -67,7 +75,7 @@ def test_garbage_on_any_stream_is_met_with_calm(streams: list[tuple[bool, bytes,
     for unidirectional, kind, garbage, end in streams:
         send_raw(link, kind + garbage, unidirectional=unidirectional, end=end)
     link.run(1)
-    assert not link.server.it._broken
+    assert not link.server.it._failed
     if link.server.lost is None:
         stream = link.client.it.open_stream(bidirectional=True)
         assert stream is not None
@@ -86,7 +94,7 @@ def test_packets_of_garbage_are_met_with_calm(payloads: list[bytes], to_server: 
     for payload in payloads:
         end.it.receive_datagram(packet(other.it._quic, payload), other.address, link.now)
     link.run(100)
-    assert not end.it._broken
+    assert not end.it._failed
 
 
 @FEW
@@ -96,7 +104,7 @@ def test_garbage_behind_the_answer_is_met_with_calm(garbage: bytes, end: bool) -
     raw(link.server.it).send_stream_data(0, garbage, end)
     raw(link.client.it).send_stream_data(0, garbage, end)
     link.run(1)
-    assert not link.server.it._broken and not link.client.it._broken
+    assert not link.server.it._failed and not link.client.it._failed
 
 
 @pytest.mark.parametrize("method", ["receive_datagram", "handle_timer", "datagrams_to_send"])
@@ -132,13 +140,13 @@ def test_a_connection_that_only_fails_is_forgotten(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_first_packet_that_is_no_good() -> None:
-    connection = Connection.server(server_config(), b"12345678")
+    connection = WebTransportConnection.server(server_config(), b"12345678")
     assert connection.timer is None
     assert connection.datagrams_to_send(0.0) == []
     connection.handle_timer(0.0)
     connection.receive_datagram(b"\xc0\0\0\0\1\x0812345678\0\0\x44\x00" + bytes(1200), CLIENT, 1.0)
     assert connection.datagrams_to_send(1.0) == []
-    assert connection.timer == 1.0 + Limits().silence
+    assert connection.timer == 1.0 + ConnectionLimits().silence_timeout
     connection.handle_timer(11.0)
     events = list(connection.events())
     assert [type(event).__name__ for event in events] in (["ConnectionLost", "Terminated"], ["ConnectionLost"])
@@ -150,7 +158,7 @@ def test_a_first_packet_that_is_no_good() -> None:
 
 
 def test_a_connection_closed_before_it_began() -> None:
-    connection = Connection.server(server_config(), b"12345678")
+    connection = WebTransportConnection.server(server_config(), b"12345678")
     connection.close()
     assert [type(event).__name__ for event in connection.events()] == ["ConnectionLost", "Terminated"]
     assert connection.timer is None
@@ -160,9 +168,9 @@ def test_a_huge_datagram_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
     link = Link().open()
     seen: list[int] = []
     monkeypatch.setattr(link.server.it._quic, "receive_datagram", lambda data, *_: seen.append(len(data)))
-    for size in (MAX_PACKET, MAX_PACKET + 1, 65507):
+    for size in (MAX_PACKET_SIZE, MAX_PACKET_SIZE + 1, 65507):
         link.server.it.receive_datagram(bytes(size), CLIENT, link.now)
-    assert seen == [MAX_PACKET]
+    assert seen == [MAX_PACKET_SIZE]
 
 
 # Requests.
@@ -170,7 +178,7 @@ def test_a_huge_datagram_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_request_that_is_none_of_ours_gets_404() -> None:
     link = Link().open()
-    http3 = link.client.it._session.http3
+    http3 = link.client.it._connect_stream.http3
     assert http3 is not None
     seen: list[Any] = []
     handle = link.client.it._demultiplexer._handle_http3
@@ -183,11 +191,11 @@ def test_a_request_that_is_none_of_ours_gets_404() -> None:
             [(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", b"/")],
             end_stream=True,
         )
-        link.client.it._streams.adopt(stream)
+        link.client.it._streams.register(stream)
         link.run(0.1)
     assert [dict(event.headers)[b":status"] for event in seen if hasattr(event, "headers")] == [b"404"] * 40
     assert len(link.server.it._streams) < 10
-    server_http3 = link.server.it._session.http3
+    server_http3 = link.server.it._connect_stream.http3
     assert server_http3 is not None
     assert len(server_http3._stream) < 10
     assert link.server.it.session_open
@@ -196,17 +204,17 @@ def test_a_request_that_is_none_of_ours_gets_404() -> None:
 @pytest.mark.parametrize("token", [b"webtransport", b"webtransport-h3"])
 def test_a_second_session_is_refused(token: bytes) -> None:
     link = Link().open()
-    http3 = link.client.it._session.http3
+    http3 = link.client.it._connect_stream.http3
     assert http3 is not None
     for _ in range(40):
         stream = raw(link.client.it).get_next_available_stream_id()
         headers = [(b":method", b"CONNECT"), (b":scheme", b"https"), (b":authority", b"x"), (b":path", b"/")]
         http3.send_headers(stream, [*headers, (b":protocol", token)])
-        link.client.it._streams.adopt(stream)
+        link.client.it._streams.register(stream)
         link.run(0.1)
     assert len(link.server.saw(SessionRequested)) == 1
     assert link.server.it.session_open and link.client.it.session_open
-    server_http3 = link.server.it._session.http3
+    server_http3 = link.server.it._connect_stream.http3
     assert server_http3 is not None
     assert len(server_http3._stream) < 10
     assert len(link.server.it._streams) < 10
@@ -220,7 +228,7 @@ def test_a_frame_that_claims_to_be_huge(prefix: bytes) -> None:
     for _ in range(100):
         quic.send_stream_data(stream, bytes(4000))
         link.run(0.1)
-        http3 = link.server.it._session.http3
+        http3 = link.server.it._connect_stream.http3
         assert http3 is not None
         assert sum(len(one.buffer) for one in http3._stream.values()) <= 32 * 1024
     # An unknown frame is skipped (RFC 9114 section 9), the others are refused.
@@ -229,12 +237,12 @@ def test_a_frame_that_claims_to_be_huge(prefix: bytes) -> None:
 
 def test_settings_that_claim_to_be_huge() -> None:
     link = Link().open()
-    server_http3 = link.server.it._session.http3
+    server_http3 = link.server.it._connect_stream.http3
     assert server_http3 is not None
     server_http3._settings_received = False
     raw(link.client.it).send_stream_data(2, v(4) + v(2**40) + bytes(40_000))
     link.until(lambda: link.server.lost)
-    assert ended_with(link, H3Code.EXCESSIVE_LOAD)
+    assert ended_with(link, Http3ErrorCode.EXCESSIVE_LOAD)
 
 
 def test_no_large_headers_of_small_ones() -> None:
@@ -251,7 +259,7 @@ def test_a_push_is_refused() -> None:
     quic = raw(link.server.it)
     quic.send_stream_data(quic.get_next_available_stream_id(is_unidirectional=True), v(1) + v(0))
     link.until(lambda: link.client.lost)
-    assert raw(link.client.it)._close_event.error_code == H3Code.ID_ERROR
+    assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.ID_ERROR
 
 
 def test_a_request_from_a_server_is_refused() -> None:
@@ -259,7 +267,7 @@ def test_a_request_from_a_server_is_refused() -> None:
     quic = raw(link.server.it)
     quic.send_stream_data(quic.get_next_available_stream_id(), v(1) + v(0))
     link.until(lambda: link.client.lost)
-    assert raw(link.client.it)._close_event.error_code == H3Code.STREAM_CREATION_ERROR
+    assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.STREAM_CREATION_ERROR
 
 
 @pytest.mark.parametrize("unidirectional", [True, False])
@@ -267,7 +275,7 @@ def test_a_session_number_that_none_can_have(unidirectional: bool) -> None:
     link = Link().open()
     send_raw(link, v(0x54 if unidirectional else 0x41) + v(3), unidirectional=unidirectional)
     link.until(lambda: link.server.lost)
-    assert ended_with(link, H3Code.ID_ERROR)
+    assert ended_with(link, Http3ErrorCode.ID_ERROR)
 
 
 @pytest.mark.parametrize("unidirectional", [True, False])
@@ -296,11 +304,14 @@ def test_streams_of_unknown_types_are_refused_and_forgotten() -> None:
 # Too early.
 
 
-def early_link(limits: Limits | None = None) -> Link:
+def early_link(limits: ConnectionLimits | None = None) -> Link:
     """A client whose request has not been sent yet, so that its streams arrive before."""
-    link = Link(server=server_config(limits or Limits(opening=1000)), client=client_config(Limits(opening=1000)))
+    link = Link(
+        server=server_config(limits or ConnectionLimits(session_timeout=1000)),
+        client=client_config(ConnectionLimits(session_timeout=1000)),
+    )
     demultiplexer = link.client.it._demultiplexer
-    wanted, demultiplexer._wanted = demultiplexer._wanted, None
+    wanted, demultiplexer._session_request = demultiplexer._session_request, None
     link.client.it._deadline = 2000.0
     link.run(1)
     assert wanted is not None
@@ -313,7 +324,7 @@ def early_link(limits: Limits | None = None) -> Link:
 def request(link: Link, *wanted: Any) -> None:
     quic = raw(link.client.it)
     after, quic._local_next_stream_id_bidi = quic._local_next_stream_id_bidi, 0
-    link.client.it._session.request(NEW_TOKEN, *wanted)
+    link.client.it._connect_stream.request(PROTOCOL_TOKEN_DRAFT_15, *wanted)
     quic._local_next_stream_id_bidi = after
 
 
@@ -333,12 +344,12 @@ def test_streams_that_come_before_their_session_are_kept() -> None:
 
 
 def test_not_much_is_kept_before_a_session() -> None:
-    link = early_link(Limits(opening=1000, early=10_000))
+    link = early_link(ConnectionLimits(session_timeout=1000, early_stream_data=10_000))
     for _ in range(40):
         send_raw(link, v(0x54) + v(0) + bytes(3000), unidirectional=True)
         link.run(0.3)
         assert link.server.it.unconsumed <= 10_000
-        assert sum(len(event.data) for event in link.server.it._demultiplexer._early) <= 10_000
+        assert sum(len(event.data) for event in link.server.it._demultiplexer._early_data) <= 10_000
     assert len(link.server.it._streams) <= 16
     link.late()  # type: ignore[attr-defined]
     link.until(lambda: link.client.saw(SessionOpened))
@@ -347,7 +358,7 @@ def test_not_much_is_kept_before_a_session() -> None:
 
 
 def test_many_small_pieces_weigh_more_than_their_bytes() -> None:
-    link = early_link(Limits(opening=1000, early=10_000))
+    link = early_link(ConnectionLimits(session_timeout=1000, early_stream_data=10_000))
     stream = send_raw(link, v(0x54) + v(0), unidirectional=True)
     for _ in range(200):
         found = raw(link.client.it)._streams.get(stream)
@@ -357,7 +368,7 @@ def test_many_small_pieces_weigh_more_than_their_bytes() -> None:
         link.run(0.05)
     else:
         pytest.fail("it is never stopped")
-    assert len(link.server.it._demultiplexer._early) < 100
+    assert len(link.server.it._demultiplexer._early_data) < 100
 
 
 # Too much.
@@ -373,7 +384,7 @@ def lawless(link: Link) -> Any:
     return quic
 
 
-LIMITS = Limits(connection_window=100_000, stream_window=40_000)
+LIMITS = ConnectionLimits(connection_window=100_000, stream_window=40_000)
 
 
 def kept(link: Link) -> int:
@@ -463,7 +474,7 @@ def test_windows_come_back_in_full(how: str) -> None:
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_peer_that_never_acknowledges_has_little_of_us(side: int) -> None:
-    limits = Limits(stream_unacknowledged=50_000, unacknowledged=200_000)
+    limits = ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=200_000)
     link = Link(server=server_config(limits), client=None).open()
     link.run(1)
     if side:
@@ -495,7 +506,7 @@ def test_a_peer_that_never_acknowledges_has_little_of_us(side: int) -> None:
 
 
 def test_one_stream_does_not_take_all_the_room() -> None:
-    link = Link(server=server_config(Limits(stream_unacknowledged=50_000, unacknowledged=200_000))).open()
+    link = Link(server=server_config(ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=200_000))).open()
     link.run(1)
     full, free = (link.server.it.open_stream(bidirectional=False) for _ in range(2))
     assert full is not None and free is not None
@@ -509,7 +520,7 @@ def test_one_stream_does_not_take_all_the_room() -> None:
 
 
 def test_every_stream_has_a_share_whatever_the_others_hold() -> None:
-    limits = Limits(stream_unacknowledged=50_000, unacknowledged=100_000, stream_share=5_000)
+    limits = ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=100_000, stream_minimum=5_000)
     link = Link(server=server_config(limits)).open()
     link.run(1)
     first, second, third = (link.server.it.open_stream(bidirectional=False) for _ in range(3))
@@ -538,7 +549,7 @@ def test_bytes_are_counted_until_they_are_acknowledged() -> None:
 
 
 def test_streams_that_are_opened_and_never_used() -> None:
-    link = Link(server=server_config(Limits(bidirectional=8, unidirectional=8))).open()
+    link = Link(server=server_config(ConnectionLimits(incoming_bidirectional=8, incoming_unidirectional=8))).open()
     quic = raw(link.client.it)
     quic._remote_max_streams_uni = 1000
     link.run(1)
@@ -567,8 +578,8 @@ def test_a_stream_full_of_holes_ends_the_connection_before_it_costs_time() -> No
         if raw(link.server.it)._close_event:
             break
     link.flush()
-    assert link.server.lost == "more holes than loss leaves"
-    assert first / 2 < MAX_HOLES + 200
+    assert link.server.lost == "too many disjoint ranges"
+    assert first / 2 < MAX_RECEIVED_RANGES + 200
     assert time.process_time() - began < 2
 
 
@@ -582,8 +593,8 @@ def test_a_handshake_full_of_holes_ends_the_connection() -> None:
         if raw(link.server.it)._close_event:
             break
     link.flush()
-    assert link.server.lost == "more holes than loss leaves"
-    assert first < 3 * MAX_HOLES
+    assert link.server.lost == "too many disjoint ranges"
+    assert first < 3 * MAX_RECEIVED_RANGES
 
 
 def test_a_handshake_that_is_too_long_ends_the_connection() -> None:
@@ -605,7 +616,7 @@ def test_an_endless_stream_that_is_not_wanted_costs_nothing() -> None:
     link.run(0.1)
     # A client that does not mind STOP_SENDING.
     raw(link.client.it)._streams[stream].sender.reset = lambda error_code: None
-    link.client.it._demultiplexer._stopped = lambda event: None  # type: ignore[method-assign]
+    link.client.it._demultiplexer._handle_stop_sending = lambda event: None  # type: ignore[method-assign]
     link.server.it.stop_sending(stream, 1)
     for _ in range(20):
         raw(link.client.it).send_stream_data(stream, bytes(30_000))

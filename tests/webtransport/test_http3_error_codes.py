@@ -9,31 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.webtransport import varint
-from catbus.webtransport.http3_error_codes import H3Code, from_http3, to_http3
+from catbus.webtransport.http3_error_codes import Http3ErrorCode, from_http3_error_code, to_http3_error_code
 
 
 @given(st.integers(0, 0xFFFFFFFF))
 def test_a_code_comes_back_as_it_went(code: int) -> None:
-    carried = to_http3(code)
-    assert from_http3(carried) == code
+    carried = to_http3_error_code(code)
+    assert from_http3_error_code(carried) == code
     assert (carried - 0x21) % 0x1F, "a reserved value"
 
 
 def test_the_drafts_own_figures() -> None:
-    assert to_http3(0) == 0x52E4A40FA8DB
-    assert to_http3(0xFFFFFFFF) == 0x52E5AC983162
-    assert to_http3(0x1D) + 2 == to_http3(0x1E)
+    assert to_http3_error_code(0) == 0x52E4A40FA8DB
+    assert to_http3_error_code(0xFFFFFFFF) == 0x52E5AC983162
+    assert to_http3_error_code(0x1D) + 2 == to_http3_error_code(0x1E)
 
 
-@pytest.mark.parametrize("code", [*H3Code, 0, 0x52E4A40FA8DA, 0x52E5AC983163, 0x52E4A40FA8F9, 2**62 - 1])
+@pytest.mark.parametrize("code", [*Http3ErrorCode, 0, 0x52E4A40FA8DA, 0x52E5AC983163, 0x52E4A40FA8F9, 2**62 - 1])
 def test_other_codes_are_not_the_applications(code: int) -> None:
-    assert from_http3(code) is None
+    assert from_http3_error_code(code) is None
 
 
 @pytest.mark.parametrize("code", [-1, 2**32])
 def test_a_code_has_32_bits(code: int) -> None:
     with pytest.raises(ValueError, match="32 bits"):
-        to_http3(code)
+        to_http3_error_code(code)
 
 
 @given(st.integers(0, varint.MAX), st.binary(max_size=3), st.binary(max_size=3))

@@ -55,7 +55,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_key_of_another_certificate() -> None:
-    with pytest.raises(ConfigError, match="belongs to another certificate"):
+    with pytest.raises(ConfigError, match="does not match the certificate"):
         server_configuration(certificate()[0], other_key())
 
 
@@ -67,7 +67,7 @@ def test_another_hash_is_refused_before_anything_is_said() -> None:
     link = Link(client=client_configuration("localhost", certificate_hash=bytes(32)))
     link.until(lambda: link.client.lost)
     link.run(1)
-    assert link.client.lost == "the server has another certificate"
+    assert link.client.lost == "the server's certificate does not have the expected hash"
     assert not [event for event in link.server.events if type(event).__name__ == "SessionRequested"]
 
 

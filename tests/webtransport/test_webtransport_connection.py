@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from catbus.webtransport import (
+    ConnectionIdIssued,
+    ConnectionIdRetired,
+    ConnectionLimits,
     ConnectionLost,
     Datagram,
-    IdIssued,
-    IdRetired,
-    Limits,
     SessionClosed,
     SessionOpened,
     SessionRefused,
@@ -19,8 +19,8 @@ from catbus.webtransport import (
     StreamStopped,
     Terminated,
 )
-from catbus.webtransport.http3_connection import Http3
-from catbus.webtransport.http3_error_codes import H3Code, to_http3
+from catbus.webtransport.http3_connection import Http3Connection
+from catbus.webtransport.http3_error_codes import Http3ErrorCode, to_http3_error_code
 from tests.webtransport.simulated_link import CLIENT, SERVER, Damage, End, Link, client_config, server_config, untouched
 
 
@@ -49,7 +49,7 @@ def test_a_client_that_is_no_browser_has_no_origin() -> None:
 def test_both_announce_webtransport_in_every_way_that_browsers_look_for() -> None:
     link = Link().open()
     for one, _ in both(link):
-        http3 = one.it._session.http3
+        http3 = one.it._connect_stream.http3
         assert http3 is not None
         settings = http3.received_settings
         assert settings is not None
@@ -96,9 +96,9 @@ def test_nothing_can_be_sent_before_there_is_a_session() -> None:
 
 def test_a_session_must_be_asked_for_in_time() -> None:
     link = Link()
-    link.client.it._demultiplexer._wanted = None
+    link.client.it._demultiplexer._session_request = None
     link.until(lambda: link.server.lost)
-    assert link.server.lost == "no session in time"
+    assert link.server.lost == "no session was requested in time"
     assert 1009 < link.now < 1012
     link.until(lambda: link.client.lost)
 
@@ -106,17 +106,17 @@ def test_a_session_must_be_asked_for_in_time() -> None:
 def test_a_server_that_does_not_answer() -> None:
     link = Link(damage=lambda data: [])
     link.until(lambda: link.client.lost)
-    assert link.client.lost == "no session in time"
+    assert link.client.lost == "no session was requested in time"
     assert 1009 < link.now < 1012
     link.until(lambda: link.client.saw(Terminated))
     assert link.client.it.timer is None
 
 
 def test_a_server_without_webtransport(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Http3, "_get_local_settings", lambda self: {0x1: 0, 0x7: 0, 0x8: 1})
+    monkeypatch.setattr(Http3Connection, "_get_local_settings", lambda self: {0x1: 0, 0x7: 0, 0x8: 1})
     link = Link()
     link.until(lambda: link.client.lost)
-    assert link.client.lost == "the server does not speak WebTransport"
+    assert link.client.lost == "the server does not support WebTransport"
     assert not link.server.saw(SessionRequested)
 
 
@@ -141,8 +141,8 @@ def test_a_stream_carries_bytes_and_an_end(side: int, bidirectional: bool) -> No
     else:
         assert there.it.send(stream, b"three") is False
     link.run(1)
-    assert here.it._mine(stream) is None
-    assert there.it._mine(stream) is None
+    assert here.it._session_stream(stream) is None
+    assert there.it._session_stream(stream) is None
 
 
 @SIDES
@@ -196,7 +196,7 @@ def test_a_reset_reaches_the_peer_with_its_code(side: int, bidirectional: bool) 
         assert there.it.send(stream, b"the other way still goes", end=True)
         link.until(lambda: stream in here.ended)
     link.run(1)
-    assert here.it._mine(stream) is there.it._mine(stream) is None
+    assert here.it._session_stream(stream) is there.it._session_stream(stream) is None
 
 
 @SIDES
@@ -224,7 +224,7 @@ def test_stop_sending_reaches_the_peer_with_its_code(side: int, bidirectional: b
         assert there.it.send(stream, b"the other way still goes", end=True)
         link.until(lambda: stream in here.ended)
     link.run(1)
-    assert here.it._mine(stream) is there.it._mine(stream) is None
+    assert here.it._session_stream(stream) is there.it._session_stream(stream) is None
 
 
 def test_a_code_of_http3_is_not_the_applications() -> None:
@@ -233,7 +233,7 @@ def test_a_code_of_http3_is_not_the_applications() -> None:
     assert stream is not None
     link.client.it.send(stream, b"x")
     link.run(0.1)
-    link.client.it._quic.reset_stream(stream, H3Code.REQUEST_CANCELLED)
+    link.client.it._quic.reset_stream(stream, Http3ErrorCode.REQUEST_CANCELLED)
     link.until(lambda: link.server.saw(StreamReset))
     assert link.server.saw(StreamReset) == [StreamReset(stream, None)]
 
@@ -241,7 +241,7 @@ def test_a_code_of_http3_is_not_the_applications() -> None:
 @SIDES
 @BOTH
 def test_no_more_streams_are_opened_than_the_peer_allows(side: int, bidirectional: bool) -> None:
-    limits = Limits(bidirectional=5, unidirectional=7)
+    limits = ConnectionLimits(incoming_bidirectional=5, incoming_unidirectional=7)
     link = Link(server=server_config(limits), client=client_config(limits)).open()
     here, there = both(link)[side]
     # The session's own stream and the three of HTTP/3 count.
@@ -262,8 +262,8 @@ def test_no_more_streams_are_opened_than_the_peer_allows(side: int, bidirectiona
 
 
 def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
-    generous = client_config(Limits(unidirectional=1000))
-    link = Link(client=generous, server=server_config(Limits(opened=10))).open()
+    generous = client_config(ConnectionLimits(incoming_unidirectional=1000))
+    link = Link(client=generous, server=server_config(ConnectionLimits(outgoing_streams=10))).open()
     assert link.server.it.stream_credit(bidirectional=False) == 10
     opened = [link.server.it.open_stream(bidirectional=False) for _ in range(11)]
     assert opened[-1] is None
@@ -273,8 +273,8 @@ def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
 
 
 def test_streams_that_the_peer_stops_count_until_it_knows_that_they_are_reset() -> None:
-    generous = client_config(Limits(unidirectional=1000))
-    link = Link(client=generous, server=server_config(Limits(opened=10))).open()
+    generous = client_config(ConnectionLimits(incoming_unidirectional=1000))
+    link = Link(client=generous, server=server_config(ConnectionLimits(outgoing_streams=10))).open()
     opened = [link.server.it.open_stream(bidirectional=False) for _ in range(10)]
     link.run(1)
     link.damage = lambda data: ()
@@ -317,7 +317,7 @@ def test_the_largest_datagram_goes_out_whatever_else_there_is_to_send() -> None:
 
 
 def test_datagrams_that_nobody_takes_are_dropped() -> None:
-    link = Link(server=server_config(Limits(datagrams=5))).open()
+    link = Link(server=server_config(ConnectionLimits(queued_datagrams=5))).open()
     assert [link.server.it.send_datagram(b"x") for _ in range(7)] == [True] * 5 + [False] * 2
     link.run(0.1)
     for _ in range(100):
@@ -400,7 +400,7 @@ def test_a_connection_whose_peer_ends_the_session_ends_without_an_error(side: in
 
 def assert_no_error(end: End) -> None:
     """What a connection was closed with by its peer: NO_ERROR of the transport's own."""
-    ending = end.it._quic.ending
+    ending = end.it._quic.termination
     assert ending is not None
     assert (ending.error_code, ending.frame_type) == (0, 0)
 
@@ -445,7 +445,7 @@ def test_a_peer_that_does_not_listen_holds_up_no_closing() -> None:
 def test_an_end_without_words_is_a_close_with_code_0(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
-    http3 = here.it._session.http3
+    http3 = here.it._connect_stream.http3
     assert http3 is not None
     http3.send_data(0, b"", end_stream=True)
     link.until(lambda: there.lost)
@@ -458,7 +458,7 @@ def test_a_connection_is_closed_as_soon_as_the_peer_has_heard(side: int) -> None
     link = Link().open()
     here, there = both(link)[side]
     # Like a browser, the other side does not close the connection.
-    there.it._demultiplexer._over = lambda code, reason: None  # type: ignore[method-assign]
+    there.it._demultiplexer._peer_ended_session = lambda code, reason: None  # type: ignore[method-assign]
     here.it.close_session(1, "", link.now)
     link.until(lambda: here.lost)
     assert link.now < 1000.2
@@ -469,12 +469,12 @@ def test_a_connection_is_closed_as_soon_as_the_peer_has_heard(side: int) -> None
 def test_a_session_that_breaks_off(side: int, how: str) -> None:
     link = Link().open()
     here, there = both(link)[side]
-    http3 = here.it._session.http3
+    http3 = here.it._connect_stream.http3
     assert http3 is not None
     if how == "reset":
-        here.it._quic.reset_stream(0, to_http3(5))
+        here.it._quic.reset_stream(0, to_http3_error_code(5))
     elif how == "stop":
-        here.it._quic.stop_stream(0, to_http3(5))
+        here.it._quic.stop_stream(0, to_http3_error_code(5))
     elif how == "half a capsule":
         http3.send_data(0, b"\x68\x43\x08\0\0", end_stream=True)
     else:
@@ -518,26 +518,26 @@ def test_a_newcomer_that_vanishes_is_given_up_after_some_seconds(session: bool) 
     if session:
         link.open()
     else:
-        link.client.it._demultiplexer._wanted = None
+        link.client.it._demultiplexer._session_request = None
         link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
     link.run(1)
     link.damage = lambda data: []
     link.client.it.close()
     began = link.now
     link.until(lambda: link.server.saw(Terminated))
-    assert link.server.lost == "the newcomer has gone"
-    assert link.now - began <= Limits().silence
+    assert link.server.lost == "the client is gone"
+    assert link.now - began <= ConnectionLimits().silence_timeout
 
 
 def test_a_newcomer_with_slow_answers_is_not_kept_for_longer() -> None:
     # Three probe timeouts, as RFC 9000 section 10.1 recommends, are as many seconds as a peer wants them to be.
-    link = Link(damage=lambda data: [(1.9, data)], client=client_config(Limits(opening=60)))
+    link = Link(damage=lambda data: [(1.9, data)], client=client_config(ConnectionLimits(session_timeout=60)))
     link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
     link.damage = lambda data: []
     link.run(1.9)  # What is under way arrives.
     began = link.now
     link.until(lambda: link.server.saw(Terminated))
-    assert link.now - began <= Limits().silence
+    assert link.now - began <= ConnectionLimits().silence_timeout
 
 
 def test_a_newcomer_that_says_nothing_is_asked_and_may_stay() -> None:
@@ -560,7 +560,7 @@ def test_a_peer_that_is_trusted_may_be_silent_at_once() -> None:
 def test_a_handshake_on_a_bad_network_has_time() -> None:
     """Half a second each way, and the first packets of either side are lost twice."""
     lost = {SERVER: 2, CLIENT: 2}
-    link = Link(client=client_config(Limits(opening=60)))
+    link = Link(client=client_config(ConnectionLimits(session_timeout=60)))
 
     def damage(to: object) -> Damage:
         def carry(data: bytes) -> list[tuple[float, bytes]]:
@@ -590,7 +590,7 @@ def test_a_router_knows_all_connection_ids(side: int) -> None:
     link = Link().open()
     link.run(1)
     here, _ = both(link)[side]
-    issued = {event.connection_id for event in here.saw(IdIssued)}
+    issued = {event.connection_id for event in here.saw(ConnectionIdIssued)}
     assert len(issued) == 7
     assert issued < here.it.connection_ids
     known = {one.cid for one in here.it._quic._host_cids}
@@ -605,7 +605,7 @@ def test_a_retired_connection_id_is_told() -> None:
     link.client.it._quic.change_connection_id()
     link.client.it.ping()
     link.run(1)
-    [retired] = link.server.saw(IdRetired)
+    [retired] = link.server.saw(ConnectionIdRetired)
     assert retired.connection_id in before
     assert retired.connection_id not in link.server.it.connection_ids
     assert len(link.server.it.connection_ids) == len(before)

@@ -19,21 +19,29 @@ import trio
 from cryptography import x509
 
 from ...certificates import CertificateSource
-from ...config import MAKE_ONE, Config, Reading, find_weak_secrets, read, show, split_address
+from ...config import (
+    SECRET_COMMAND,
+    Config,
+    LoadedConfig,
+    find_weak_secrets,
+    load_with_sources,
+    show_setting,
+    split_address,
+)
 from ...endpoints.capacity import connections_that_fit
 from ...errors import ConfigError
 from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
 from ...postgres.embedded.installations import find_installation
 from ...postgres.embedded.server import served
 from ...protocol.wire_messages import to_json
-from ..database_access import directory_of
+from ..database_access import embedded_directory
 from ..shared_options import config_option, database_option, state_option
 
-RENEWAL = timedelta(days=14)
+RENEWAL_PERIOD = timedelta(days=14)
 """A certificate with less left than this should have been renewed."""
-PATIENCE = 2.0
+HEALTH_REQUEST_TIMEOUT = 2.0
 """Seconds for whoever has a port already to say who it is."""
-SERVING = "a broker serves there already"
+ALREADY_SERVED = "a broker serves there already"
 
 
 @click.command("check", short_help="Say whether a broker could serve.")
@@ -57,46 +65,46 @@ def command(config: Path | None, database: str | None, state: str | None, strict
 
     def tell(finding: CheckResult) -> None:
         levels.add(finding.level)
-        click.echo(to_json(asdict(finding)).decode() if as_json else _line(finding))
+        click.echo(to_json(asdict(finding)).decode() if as_json else _format_finding(finding))
 
-    _look(config, {"database.url": database, "state": state}, tell)
+    _check_all(config, {"database.url": database, "state": state}, tell)
     if "error" in levels or (strict and "warning" in levels):
         raise click.exceptions.Exit(1)
 
 
-def _line(finding: CheckResult) -> str:
+def _format_finding(finding: CheckResult) -> str:
     advice = f"\n{'':9}{'':15}{finding.advice}" if finding.advice else ""
     return f"{finding.level:<9}{finding.name:<15}{finding.text}{advice}"
 
 
-def _look(path: Path | None, given: Mapping[str, object], tell: ReportResult) -> None:
+def _check_all(path: Path | None, given: Mapping[str, object], tell: ReportResult) -> None:
     try:
-        reading = read(path, os.environ, given)
+        reading = load_with_sources(path, os.environ, given)
     except ConfigError as error:
         tell(CheckResult("error", "configuration", str(error)))
         return
     config = reading.config
     tell(CheckResult("ok", "configuration", f"{path or 'no file'}, and the environment"))
-    for finding in _settings(reading):
+    for finding in _check_settings(reading):
         tell(finding)
-    for look in (_secret, _certificate, _ports, _files, _limits):
+    for look in (_check_secret, _check_certificate, _check_ports, _check_open_files, _show_limits):
         for finding in look(config):
             tell(finding)
-    _look_at_database(reading, tell)
+    _check_database(reading, tell)
 
 
-def _settings(reading: Reading) -> Iterator[CheckResult]:
+def _check_settings(reading: LoadedConfig) -> Iterator[CheckResult]:
     """Where each setting comes from that has not its default, and the variables that set nothing."""
     for name, source in sorted(reading.sources.items()):
-        yield CheckResult("ok", "setting", f"{name} = {show(reading.config, name)} ({source})")
+        yield CheckResult("ok", "setting", f"{name} = {show_setting(reading.config, name)} ({source})")
     for text in reading.warnings:
         yield CheckResult("warning", "environment", text, "correct its name, or unset it")
 
 
-def _secret(config: Config) -> Iterator[CheckResult]:
+def _check_secret(config: Config) -> Iterator[CheckResult]:
     secrets, weak = config.auth.secrets, find_weak_secrets(config)
     if not secrets and not config.loopback:
-        advice = f"set CATBUS_SECRET, for example to the output of `{MAKE_ONE}`"
+        advice = f"set CATBUS_SECRET, for example to the output of `{SECRET_COMMAND}`"
         yield CheckResult("error", "secret", "there is none, and others can reach this broker", advice)
     elif not secrets:
         yield CheckResult("ok", "secret", "one is made and kept, as only this machine can reach the broker")
@@ -104,10 +112,10 @@ def _secret(config: Config) -> Iterator[CheckResult]:
         yield CheckResult("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
     bearable = config.loopback or config.auth.allow_weak_secrets
     for text in weak:
-        yield CheckResult("warning" if bearable else "error", "secret", text, f"use the output of `{MAKE_ONE}`")
+        yield CheckResult("warning" if bearable else "error", "secret", text, f"use the output of `{SECRET_COMMAND}`")
 
 
-def _certificate(config: Config) -> Iterator[CheckResult]:
+def _check_certificate(config: Config) -> Iterator[CheckResult]:
     if not config.certificate_needed:
         if config.webtransport.bind:
             advice = "set CATBUS_CERT and CATBUS_KEY to the certificate and its key"
@@ -123,7 +131,7 @@ def _certificate(config: Config) -> Iterator[CheckResult]:
         yield CheckResult("error", "certificate", str(error))
         return
     assert found is not None
-    names = _names(found)
+    names = _certificate_names(found)
     left = found.not_valid_after_utc - now
     text = f"for {', '.join(names) or 'nobody'}, until {found.not_valid_after_utc:%Y-%m-%d}"
     if left <= timedelta(0):
@@ -132,13 +140,13 @@ def _certificate(config: Config) -> Iterator[CheckResult]:
         yield CheckResult("error", "certificate", f"not valid yet: {text}", "check this machine's clock")
     elif not names:
         yield CheckResult("error", "certificate", "it names no host (subjectAltName)", "clients look nowhere else")
-    elif left < RENEWAL:
+    elif left < RENEWAL_PERIOD:
         yield CheckResult("warning", "certificate", text, "renew it; a running broker takes the new one by itself")
     else:
         yield CheckResult("ok", "certificate", text)
 
 
-def _names(certificate: x509.Certificate) -> list[str]:
+def _certificate_names(certificate: x509.Certificate) -> list[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -146,18 +154,18 @@ def _names(certificate: x509.Certificate) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
-def _ports(config: Config) -> Iterator[CheckResult]:
+def _check_ports(config: Config) -> Iterator[CheckResult]:
     udp = config.webtransport.bind if config.webtransport_served else ()
     kinds = ((socket.SOCK_STREAM, "TCP", config.websocket.bind), (socket.SOCK_DGRAM, "UDP", udp))
     serving = False
     for kind, name, addresses in kinds:
         for address in addresses:
-            finding = _port(kind, name, address, serving, tls=config.websocket.tls)
-            serving = serving or finding.text.endswith(SERVING)
+            finding = _check_port(kind, name, address, serving, tls=config.websocket.tls)
+            serving = serving or finding.text.endswith(ALREADY_SERVED)
             yield finding
 
 
-def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> CheckResult:
+def _check_port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> CheckResult:
     """Whether it can be had. `serving`: a broker was found on another one, which has this one too then."""
     host, port = split_address(address)
     place = f"{name} {address}"
@@ -169,29 +177,31 @@ def _port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tl
             sock.bind(target)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _taken(kind, place, host, port, serving, tls=tls)
+            return _check_port_in_use(kind, place, host, port, serving, tls=tls)
         advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
         return CheckResult("error", "port", f"{place}: {error.strerror}", advice)
     return CheckResult("ok", "port", f"{place} can be had")
 
 
-def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool) -> CheckResult:
+def _check_port_in_use(
+    kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool
+) -> CheckResult:
     """A broker that runs already is no mistake: then this is asked beside it."""
     advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
     if kind is socket.SOCK_DGRAM:
-        text = f"{place}: {SERVING}" if serving else f"{place} is in use, and who has it cannot be told"
+        text = f"{place}: {ALREADY_SERVED}" if serving else f"{place} is in use, and who has it cannot be told"
         return CheckResult("ok", "port", text) if serving else CheckResult("error", "port", text, advice)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection(host, port, timeout=HEALTH_REQUEST_TIMEOUT)
     if tls:
         # Whose certificate it shows says nothing of what has the port.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=HEALTH_REQUEST_TIMEOUT, context=context)
     try:
         connection.request("GET", "/health")
         if connection.getresponse().read(16) == b"ok":
-            return CheckResult("ok", "port", f"{place}: {SERVING}")
+            return CheckResult("ok", "port", f"{place}: {ALREADY_SERVED}")
     except (OSError, http.client.HTTPException):
         pass
     finally:
@@ -199,7 +209,7 @@ def _taken(kind: socket.SocketKind, place: str, host: str, port: int, serving: b
     return CheckResult("error", "port", f"{place} is in use, and not by a broker", advice)
 
 
-def _files(config: Config) -> Iterator[CheckResult]:
+def _check_open_files(config: Config) -> Iterator[CheckResult]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = config.limits.connections
     possible = connections_that_fit(wanted, files)
@@ -208,7 +218,7 @@ def _files(config: Config) -> Iterator[CheckResult]:
         yield CheckResult("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
 
 
-def _limits(config: Config) -> Iterator[CheckResult]:
+def _show_limits(config: Config) -> Iterator[CheckResult]:
     """What a client, and an address, may have."""
     limits, proxies = config.limits, config.websocket.trusted_proxies
     text = (
@@ -219,7 +229,7 @@ def _limits(config: Config) -> Iterator[CheckResult]:
     yield CheckResult("ok", "limits", text)
 
 
-def _look_at_database(reading: Reading, tell: ReportResult) -> None:
+def _check_database(reading: LoadedConfig, tell: ReportResult) -> None:
     config = reading.config
     settings = config.database
     if settings.url == "memory":
@@ -229,7 +239,7 @@ def _look_at_database(reading: Reading, tell: ReportResult) -> None:
         tell(CheckResult("error" if unasked else "warning", "database", text, advice))
         return
     if settings.url == "embedded":
-        directory = directory_of(config)
+        directory = embedded_directory(config)
         url = served(directory)
         if url is None:
             try:

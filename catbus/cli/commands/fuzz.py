@@ -14,14 +14,14 @@ from ...client.transport import parse_address
 from ...errors import PeerError
 from ...protocol.channels import check_channel
 from ..connection_options import ca_option
-from ..development_credentials import DEFAULT_URL, find_secret
+from ..development_credentials import DEFAULT_URL, find_signing_secret
 
 if TYPE_CHECKING:
     from ...testing.fuzz import Tally
 
-SMALLER = 60.0
+SHRINK_TIME = 60.0
 """Seconds in which what was found is made smaller."""
-LINE_EVERY = 30.0
+PROGRESS_INTERVAL = 30.0
 """Seconds between two lines where there is no terminal to draw a bar on."""
 
 
@@ -93,8 +93,8 @@ def command(
         from ...testing.fuzz import find_target, fuzz, make_smaller, write_script
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'catbus-broker[testing]'") from None
-    _check(urls, root)
-    secret = None if token is not None else secret or find_secret(urls)
+    _check_options(urls, root)
+    secret = None if token is not None else secret or find_signing_secret(urls)
     if token is None and secret is None:
         raise click.UsageError("there is nothing to sign or show: give --token, or set CATBUS_SECRET")
     seed = secrets.randbelow(1 << 32) if seed is None else seed
@@ -102,7 +102,7 @@ def command(
     for reason in target.unreachable:
         click.echo(f"catbus: {reason}; going on without it", err=True)
     click.echo(f"fuzzing {', '.join(url for url, _ in target.places)} for {minutes:g} min, seed {seed}", err=True)
-    progress = _Progress(60 * minutes)
+    progress = _FuzzProgress(60 * minutes)
     try:
         tally = fuzz(target, 60 * minutes, seed, keep=keep, watch=progress.show)
     finally:
@@ -112,7 +112,7 @@ def command(
         click.echo(f"nothing was found in {done}; seed {seed}")
         return
     click.echo("something was found; making it smaller ...", err=True)
-    smaller = make_smaller(target, tally.found, SMALLER)
+    smaller = make_smaller(target, tally.found, SHRINK_TIME)
     found = smaller or tally.found
     click.echo(f"something was found in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
     click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
@@ -125,7 +125,7 @@ def command(
     raise click.exceptions.Exit(1)
 
 
-def _check(urls: tuple[str, ...], root: str) -> None:
+def _check_options(urls: tuple[str, ...], root: str) -> None:
     for url in urls:
         try:
             parse_address(url)
@@ -137,7 +137,7 @@ def _check(urls: tuple[str, ...], root: str) -> None:
         raise click.UsageError(f"--root: {error}") from None
 
 
-class _Progress:
+class _FuzzProgress:
     """How far it is, on stderr: a bar on a terminal, and a line now and then where there is none."""
 
     def __init__(self, seconds: float) -> None:
@@ -153,14 +153,14 @@ class _Progress:
         text = f"{tally.examples} examples, {tally.steps} steps"
         if sys.stderr.isatty():
             self._bar.update(round(min(spent, self._seconds)) - self._bar.pos, text)
-        elif now - self._told >= LINE_EVERY:
+        elif now - self._told >= PROGRESS_INTERVAL:
             self._told = now
-            click.echo(f"{_minutes(spent)} of {_minutes(self._seconds)}: {text}", err=True)
+            click.echo(f"{_format_minutes(spent)} of {_format_minutes(self._seconds)}: {text}", err=True)
 
     def end(self) -> None:
         if sys.stderr.isatty():
             self._bar.render_finish()
 
 
-def _minutes(seconds: float) -> str:
+def _format_minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

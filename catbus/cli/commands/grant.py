@@ -15,7 +15,7 @@ from ..database_access import database_options, load_database, show_role, with_r
 from ..development_credentials import read_secret
 from ..shared_options import grants_of, patterns_argument, permissions_option
 
-_LONGEST = 10 * 365 * 86_400
+_MAX_LIFETIME = 10 * 365 * 86_400
 
 
 @click.command("grant", short_help="Make a token, or allow a role more.")
@@ -79,9 +79,9 @@ def command(
         raise click.MissingParameter(param_hint="'--client-id'", param_type="option")
     if not client_id.strip():
         raise click.UsageError("--client-id is empty")
-    until = None if expires is None else time.time() + _duration(expires)
-    signer, origin = _secret(secret, config, state)
-    size = None if publish_bytes is None else _size(publish_bytes)
+    until = None if expires is None else time.time() + _parse_expiry(expires)
+    signer, origin = _signing_secret(secret, config, state)
+    size = None if publish_bytes is None else _parse_byte_rate(publish_bytes)
     rates = {"publish_rate": publish_rate, "publish_bytes": size}
     click.echo(sign(signer, client_id=client_id, grants=grants, expires=until, **rates))
     end = (
@@ -90,19 +90,19 @@ def command(
     click.echo(f"{client_id} may {grants}, {end}; signed with {origin}", err=True)
 
 
-def _duration(text: str) -> float:
+def _parse_expiry(text: str) -> float:
     try:
         seconds = parse_duration(text)
     except ValueError:
         seconds = 0
-    if not 0 < seconds <= _LONGEST:
+    if not 0 < seconds <= _MAX_LIFETIME:
         raise click.UsageError(
             f'--expires: expected a duration like "30s", "5m", "1h" or "7d", of ten years at most, found "{text[:40]}"'
         )
     return seconds
 
 
-def _size(text: str) -> int:
+def _parse_byte_rate(text: str) -> int:
     try:
         size = int(text) if text.isascii() and text.isdigit() else parse_size(text)
     except ValueError:
@@ -112,7 +112,7 @@ def _size(text: str) -> int:
     return size
 
 
-def _secret(given: str | None, path: Path | None, state: str | None) -> tuple[str, str]:
+def _signing_secret(given: str | None, path: Path | None, state: str | None) -> tuple[str, str]:
     if given:
         return given, "the secret of --secret"
     config = load(path, os.environ, {"state": state})

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 import trio
 
-from ...config import Config, load, redact
+from ...config import Config, load, redact_url
 from ...errors import ConfigError
 from ...postgres.access.migrations import begin_epoch, init
-from ..database_access import database_options, reach_database
+from ..database_access import database_options, open_database
 
 
 @click.command("init", short_help="Prepare a database.")
@@ -38,7 +38,7 @@ def command(config: Path | None, database: str | None, state: str | None, new_ep
     if settings.database.url == "memory":
         raise ConfigError("there is no database to prepare: set DATABASE_URL or give --database")
     applied, epoch = trio.run(_prepare, settings, new_epoch)
-    place = redact(settings.database.url)
+    place = redact_url(settings.database.url)
     if applied:
         click.echo(f"{place}: applied {', '.join(applied)}")
     elif epoch is None:
@@ -48,5 +48,5 @@ def command(config: Path | None, database: str | None, state: str | None, new_ep
 
 
 async def _prepare(config: Config, new_epoch: bool) -> tuple[list[str], tuple[str, int] | None]:
-    async with reach_database(config) as database:
+    async with open_database(config) as database:
         return await init(database), await begin_epoch(database) if new_epoch else None

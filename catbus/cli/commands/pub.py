@@ -15,12 +15,12 @@ from ...client import Bus
 from ...errors import Code, PeerError, Refused
 from ...protocol.channels import check_channel
 from ...protocol.wire_messages import check_payload, to_json
-from ..connection_options import Remote, remote_options
-from ..line_writer import say, write_output
+from ..connection_options import ConnectionOptions, connection_options
+from ..line_writer import write_line, write_stdout
 
-_BATCH = 500
-_CHUNK = 65_536
-_LONGEST_LINE = 16 * 1024 * 1024
+_BATCH_LINES = 500
+_READ_SIZE = 65_536
+_MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 @click.command("pub", short_help="Publish JSON to a channel.")
@@ -35,8 +35,8 @@ _LONGEST_LINE = 16 * 1024 * 1024
     metavar="SECONDS",
     help="How long to wait for the broker's answer, and to connect again where the connection is lost.",
 )
-@remote_options
-def command(channel: str, payload: str, ephemeral: bool, timeout: float, remote: Remote) -> None:
+@connection_options
+def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker: ConnectionOptions) -> None:
     """Publish JSON to CHANNEL, and say under which number the log has it (null for an ephemeral message).
 
     With - every line of the input is a message of its own, in that order. When the connection is lost, it is made
@@ -54,25 +54,25 @@ def command(channel: str, payload: str, ephemeral: bool, timeout: float, remote:
     except PeerError as error:
         hint = " (text has quotes of its own: '\"text\"')" if error.code == Code.BAD_MESSAGE else ""
         raise click.UsageError(f"{error}{hint}") from None
-    remote.check()
+    broker.require_token()
     if checked is None:
-        trio.run(_publish_lines, remote, channel, ephemeral, timeout)
+        trio.run(_publish_lines, broker, channel, ephemeral, timeout)
     else:
-        trio.run(_publish_one, remote, channel, checked, ephemeral, timeout)
+        trio.run(_publish_one, broker, channel, checked, ephemeral, timeout)
 
 
-async def _publish_one(remote: Remote, channel: str, payload: Raw, ephemeral: bool, timeout: float) -> None:
-    async with remote.connect() as bus:
-        with _bounded(timeout, "it"):
+async def _publish_one(broker: ConnectionOptions, channel: str, payload: Raw, ephemeral: bool, timeout: float) -> None:
+    async with broker.connect() as bus:
+        with _time_limit(timeout, "it"):
             seq = await bus.publish(channel, payload, ephemeral=ephemeral)
-        await write_output(_line(channel, seq))
+        await write_stdout(_format_reply(channel, seq))
 
 
-async def _publish_lines(remote: Remote, channel: str, ephemeral: bool, timeout: float) -> None:
+async def _publish_lines(broker: ConnectionOptions, channel: str, ephemeral: bool, timeout: float) -> None:
     before = refused = 0
-    async with remote.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
+    async with broker.connect() as bus, aclosing(_lines_of_stdin()) as chunks:
         async for lines in chunks:
-            for some in _batched(lines):
+            for some in _batches(lines):
                 refused += await _publish_batch(bus, channel, before, some, ephemeral, timeout)
                 before += len(some)
     if refused:
@@ -94,32 +94,32 @@ async def _publish_batch(
             broken = click.ClickException(f"line {number}: {error}")
             break
     refused, output = 0, b""
-    with _bounded(timeout, f"some of the lines {before + 1} to {before + len(lines)}"):
+    with _time_limit(timeout, f"some of the lines {before + 1} to {before + len(lines)}"):
         results = await bus.publish_many(requests.values(), ephemeral=ephemeral)
     for number, result in zip(requests, results, strict=True):
         if isinstance(result, Refused):
             refused += 1
-            say(f"catbus: line {number}: {result}", sys.stderr)
+            write_line(f"catbus: line {number}: {result}", sys.stderr)
         else:
-            output += _line(channel, result)
-    await write_output(output)
+            output += _format_reply(channel, result)
+    await write_stdout(output)
     if broken:
         raise broken
     return refused
 
 
 @contextmanager
-def _bounded(timeout: float, what: str) -> Iterator[None]:
+def _time_limit(timeout: float, what: str) -> Iterator[None]:
     with trio.move_on_after(timeout) as scope:
         yield
     if scope.cancelled_caught:
         raise click.ClickException(f"no answer within {timeout:g} s; {what} may have been published all the same")
 
 
-def _batched(lines: list[bytes]) -> Iterator[list[bytes]]:
+def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
     """So few at a time that their numbers are printed while others are under way."""
-    for start in range(0, len(lines), _BATCH):
-        yield lines[start : start + _BATCH]
+    for start in range(0, len(lines), _BATCH_LINES):
+        yield lines[start : start + _BATCH_LINES]
 
 
 async def _lines_of_stdin() -> AsyncGenerator[list[bytes], None]:
@@ -127,15 +127,15 @@ async def _lines_of_stdin() -> AsyncGenerator[list[bytes], None]:
     # Neither sys.stdin, whose lock a thread that is left behind would hold for ever, nor a non-blocking descriptor,
     # which the shell would find non-blocking afterwards.
     rest = b""
-    while chunk := await trio.to_thread.run_sync(os.read, 0, _CHUNK, abandon_on_cancel=True):
+    while chunk := await trio.to_thread.run_sync(os.read, 0, _READ_SIZE, abandon_on_cancel=True):
         *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _LONGEST_LINE:
-            raise click.ClickException(f"a line of the input is longer than {_LONGEST_LINE} bytes")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise click.ClickException(f"a line of the input is longer than {_MAX_LINE_BYTES} bytes")
         if lines:
             yield lines
     if rest:
         yield [rest]
 
 
-def _line(channel: str, seq: int | None) -> bytes:
+def _format_reply(channel: str, seq: int | None) -> bytes:
     return to_json({"channel": channel, "seq": seq}) + b"\n"

@@ -10,9 +10,9 @@ import trio
 
 from ...postgres.maintenance.repair import DeletedRange, repair
 from ...protocol.wire_messages import to_json
-from ..database_access import database_options, load_database, place_of, reach_database
+from ..database_access import database_options, describe_database, load_database, open_database
 
-SHOWN = 20
+MAX_GAPS_SHOWN = 20
 """Holes that are shown to people."""
 
 
@@ -50,7 +50,7 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
             click.echo(f"\r{seq:,} of {last:,}", err=True, nl=False)
 
     async def go() -> tuple[DeletedRange, list[DeletedRange]]:
-        async with reach_database(settings) as reached:
+        async with open_database(settings) as reached:
             return await repair(reached, tell, apply=apply)
 
     bounds, holes = trio.run(go)
@@ -61,22 +61,22 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
         report = {"floor": bounds[0], "head": bounds[1], "missing": missing, "holes": holes, "repaired": apply}
         click.echo(to_json(report).decode())
     else:
-        _show(place_of(settings), bounds, holes, missing, apply)
+        _show_report(describe_database(settings), bounds, holes, missing, apply)
     if holes and not apply:
         raise click.exceptions.Exit(1)
 
 
-def _show(place: str, bounds: DeletedRange, holes: list[DeletedRange], missing: int, apply: bool) -> None:
+def _show_report(place: str, bounds: DeletedRange, holes: list[DeletedRange], missing: int, apply: bool) -> None:
     first, last = bounds
     looked = f"looked through messages {first:,} to {last:,}" if last >= first else "the log is empty"
     click.echo(f"{place}: {looked}")
     if not holes:
         click.echo("nothing is missing")
         return
-    for start, end in holes[:SHOWN]:
+    for start, end in holes[:MAX_GAPS_SHOWN]:
         click.echo(f"  {start:,} to {end:,} ({end - start + 1:,})" if end > start else f"  {start:,}")
-    if len(holes) > SHOWN:
-        click.echo(f"  and {len(holes) - SHOWN:,} places more (--json shows all)")
+    if len(holes) > MAX_GAPS_SHOWN:
+        click.echo(f"  and {len(holes) - MAX_GAPS_SHOWN:,} places more (--json shows all)")
     places = f"in {len(holes):,} places" if len(holes) > 1 else "in one place"
     click.echo(f"{missing:,} messages are missing, {places}")
     click.echo(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..database_access import database_options, load_database, place_of, show_role, with_roles
+from ..database_access import database_options, describe_database, load_database, show_role, with_roles
 from ..shared_options import grants_of, patterns_argument, permissions_option
 
 
@@ -65,7 +65,7 @@ def create(
     click.echo(token)
     click.echo(
         f"{client_id or 'the bearer'} may {role.grants}; the token of the role {role.handle} is shown this once, and "
-        f"{place_of(settings)} has its hash",
+        f"{describe_database(settings)} has its hash",
         err=True,
     )
 
@@ -113,4 +113,6 @@ def delete(role: str, config: Path | None, database: str | None, state: str | No
     """
     settings = load_database(config, database, state)
     deleted = with_roles(settings, lambda roles: roles.delete(role))
-    click.echo(f"deleted the role {deleted.handle}, which could {deleted.grants}; in {place_of(settings)}", err=True)
+    click.echo(
+        f"deleted the role {deleted.handle}, which could {deleted.grants}; in {describe_database(settings)}", err=True
+    )

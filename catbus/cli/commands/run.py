@@ -15,13 +15,22 @@ import msgspec
 import trio
 
 from ...broker import Broker, serve
-from ...config import MAKE_ONE, Config, Reading, default_state_directory, differences, find_weak_secrets, read, redact
+from ...config import (
+    SECRET_COMMAND,
+    Config,
+    LoadedConfig,
+    changed_settings,
+    default_state_directory,
+    find_weak_secrets,
+    load_with_sources,
+    redact_url,
+)
 from ...endpoints.capacity import raise_limit
 from ...errors import ConfigError
 from ...observability.loggers import get_logger
-from ..development_credentials import DEFAULT_URL, development_token, keep_secret
-from ..line_writer import say
-from ..log_configuration import configure, set_levels
+from ..development_credentials import DEFAULT_URL, development_token, read_or_create_secret
+from ..line_writer import write_line
+from ..log_configuration import configure_logging, set_levels
 from ..shared_options import config_option, database_option, state_option
 
 logger = get_logger("catbus.run")
@@ -30,11 +39,11 @@ NO_DATABASE = (
     "no database is set, and others can reach this broker: set DATABASE_URL to postgres://..., or give --database "
     "embedded, or --database memory for a log that ends with the process"
 )
-STRONGER = (
-    f"use the output of `{MAKE_ONE}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080); to try it all the "
+SECRET_ADVICE = (
+    f"use the output of `{SECRET_COMMAND}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080); to try it all the "
     "same, set auth.allow_weak_secrets (CATBUS_AUTH_ALLOW_WEAK_SECRETS=true)"
 )
-TAKEN = frozenset({"logging.levels"})
+RELOADABLE = frozenset({"logging.levels"})
 """Settings that a running broker takes when they change."""
 
 
@@ -70,10 +79,10 @@ def command(
         "state": state,
         "logging.levels": levels,
     }
-    reading = read(config, os.environ, given)
-    refuse_exposure(reading.config, reading.sources)
-    settings, token = with_secret(reading.config)
-    configure(
+    reading = load_with_sources(config, os.environ, given)
+    check_exposure(reading.config, reading.sources)
+    settings, token = ensure_secret(reading.config)
+    configure_logging(
         settings.logging.levels,
         settings.logging.format,
         sys.stdout,
@@ -82,12 +91,17 @@ def command(
     for text in (*reading.warnings, *find_weak_secrets(reading.config)):
         logger.warning(text)
     raise_limit()
-    status = trio.run(supervise, settings, token, Reload(reading.config, lambda: read(config, os.environ, given)))
+    status = trio.run(
+        serve_until_signalled,
+        settings,
+        token,
+        ConfigReloader(reading.config, lambda: load_with_sources(config, os.environ, given)),
+    )
     if status:
         raise click.exceptions.Exit(status)
 
 
-def refuse_exposure(config: Config, sources: Mapping[str, str]) -> None:
+def check_exposure(config: Config, sources: Mapping[str, str]) -> None:
     """Raise `ConfigError` where others can reach the broker and it would lose its log, or admit who guesses.
 
     `sources` names the settings that somebody has set.
@@ -98,10 +112,10 @@ def refuse_exposure(config: Config, sources: Mapping[str, str]) -> None:
         raise ConfigError(NO_DATABASE)
     weak = find_weak_secrets(config)
     if weak and not config.auth.allow_weak_secrets:
-        raise ConfigError(f"{weak[0]}, and others can reach this broker: {STRONGER}")
+        raise ConfigError(f"{weak[0]}, and others can reach this broker: {SECRET_ADVICE}")
 
 
-def with_secret(config: Config) -> tuple[Config, str | None]:
+def ensure_secret(config: Config) -> tuple[Config, str | None]:
     """The configuration with a secret, and a token for it when the secret is a development secret.
 
     Raises `ConfigError` where there is none and others could reach the broker.
@@ -111,20 +125,20 @@ def with_secret(config: Config) -> tuple[Config, str | None]:
     if not config.loopback:
         raise ConfigError(
             "there is no secret to verify tokens with, and others can reach this broker: set CATBUS_SECRET, for "
-            f"example to the output of `{MAKE_ONE}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
+            f"example to the output of `{SECRET_COMMAND}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
         )
-    secret = keep_secret(config.state_directory)
+    secret = read_or_create_secret(config.state_directory)
     auth = msgspec.structs.replace(config.auth, secrets=(secret,))
     return msgspec.structs.replace(config, auth=auth), development_token(secret)
 
 
-class Reload:
+class ConfigReloader:
     """What SIGHUP does, beside the certificate: read the configuration again, and say what of it is taken."""
 
-    def __init__(self, config: Config, read_again: Callable[[], Reading]) -> None:
+    def __init__(self, config: Config, read_again: Callable[[], LoadedConfig]) -> None:
         self._config = config
         self._read_again = read_again
-        self._keys = _contents(config.auth.jwt)
+        self._keys = _read_files(config.auth.jwt)
 
     def __call__(self) -> None:
         """Take what can be taken, and log the names of the rest."""
@@ -135,10 +149,10 @@ class Reload:
             return
         for text in reading.warnings:
             logger.warning(text)
-        changed = differences(self._config, reading.config)
-        taken = [name for name in changed if name in TAKEN]
-        left = [name for name in changed if name not in TAKEN]
-        if "auth.jwt" not in changed and _contents(reading.config.auth.jwt) != self._keys:
+        changed = changed_settings(self._config, reading.config)
+        taken = [name for name in changed if name in RELOADABLE]
+        left = [name for name in changed if name not in RELOADABLE]
+        if "auth.jwt" not in changed and _read_files(reading.config.auth.jwt) != self._keys:
             left.append("auth.jwt")
         if taken:
             set_levels(reading.config.logging.levels)
@@ -151,7 +165,7 @@ class Reload:
             logger.warning("settings have changed that take a restart", settings=left)
 
 
-def _contents(files: Sequence[str]) -> list[bytes | None]:
+def _read_files(files: Sequence[str]) -> list[bytes | None]:
     """What stands in files, and None for one that cannot be read."""
     found: list[bytes | None] = []
     for file in files:
@@ -162,7 +176,7 @@ def _contents(files: Sequence[str]) -> list[bytes | None]:
     return found
 
 
-async def supervise(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:
+async def serve_until_signalled(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:
     """Serve until a signal says otherwise; `reload` is called on SIGHUP. Returns the exit status."""
     status = 0
     broker: Broker | None = None
@@ -194,16 +208,16 @@ async def supervise(config: Config, token: str | None, reload: Callable[[], None
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(obey, signals)
-            logger.info("starting", database=redact(config.database.url), pid=os.getpid())
+            logger.info("starting", database=redact_url(config.database.url), pid=os.getpid())
             broker = await nursery.start(serve_to_the_end)
             # Before it is said to serve: this takes a moment, in which nothing else is done.
-            _calm_the_collector()
-            _announce(broker, config, token)
+            _freeze_garbage_collector()
+            _show_address(broker, config, token)
     logger.info("stopped")
     return status
 
 
-def _announce(broker: Broker, config: Config, token: str | None) -> None:
+def _show_address(broker: Broker, config: Config, token: str | None) -> None:
     urls = broker.urls
     logger.info("serving", urls=urls)
     if config.webtransport.bind and not config.webtransport_served:
@@ -231,10 +245,10 @@ def _announce(broker: Broker, config: Config, token: str | None) -> None:
         f"    {command_line} pub demo.hello '{{\"n\": 1}}'{options}",
         "",
     ]
-    say("\n".join(lines), sys.stdout if text else sys.stderr)
+    write_line("\n".join(lines), sys.stdout if text else sys.stderr)
 
 
-def _calm_the_collector() -> None:
+def _freeze_garbage_collector() -> None:
     # What is alive by now stays alive: the collector need not look at it again, and rarely at the rest.
     gc.collect()
     gc.freeze()

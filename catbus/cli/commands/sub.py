@@ -16,10 +16,10 @@ from ...client import Bus, Gap
 from ...errors import PeerError
 from ...protocol.channels import check_pattern
 from ...protocol.wire_messages import to_json
-from ..connection_options import Remote, remote_options
-from ..line_writer import say, write_output
+from ..connection_options import ConnectionOptions, connection_options
+from ..line_writer import write_line, write_stdout
 
-_WAITING = 1000
+_MAX_QUEUED_LINES = 1000
 """How many lines may wait for whoever reads the output, beside those that wait in the subscriptions."""
 
 
@@ -31,7 +31,7 @@ _WAITING = 1000
 @click.option("--datagrams", is_flag=True, help="Over WebTransport: ephemeral messages as datagrams.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Leave after so many messages.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr when a subscription has begun.")
-@remote_options
+@connection_options
 def command(
     patterns: tuple[str, ...],
     since: int | None,
@@ -40,7 +40,7 @@ def command(
     datagrams: bool,
     count: int | None,
     verbose: bool,
-    remote: Remote,
+    broker: ConnectionOptions,
 ) -> None:
     """Print the messages that match any PATTERN, each as one line of JSON, until Ctrl-C.
 
@@ -60,16 +60,18 @@ def command(
             raise click.UsageError(str(error)) from None
     if epoch is not None and since is None:
         raise click.UsageError("--epoch means nothing without --since")
-    remote.check()
+    broker.require_token()
     options = {"since": since, "epoch": epoch, "stream": stream, "datagrams": datagrams}
-    listening = _Listening(options, inf if count is None else count, verbose)
+    listening = _MessagePrinter(options, inf if count is None else count, verbose)
     try:
-        trio.run(_listen_until_told, listening, remote, dict.fromkeys(patterns))
+        trio.run(_print_until_signalled, listening, broker, dict.fromkeys(patterns))
     except* BrokenPipeError:
         pass  # whoever reads the output has had enough
 
 
-async def _listen_until_told(listening: _Listening, remote: Remote, patterns: dict[str, None]) -> None:
+async def _print_until_signalled(
+    listening: _MessagePrinter, broker: ConnectionOptions, patterns: dict[str, None]
+) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -78,7 +80,7 @@ async def _listen_until_told(listening: _Listening, remote: Remote, patterns: di
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(obey)
-            async with remote.connect() as bus, trio.open_nursery() as subscriptions:
+            async with broker.connect() as bus, trio.open_nursery() as subscriptions:
                 for pattern in patterns:
                     subscriptions.start_soon(listening.follow, bus, pattern)
                 await listening.print()
@@ -86,19 +88,19 @@ async def _listen_until_told(listening: _Listening, remote: Remote, patterns: di
             nursery.cancel_scope.cancel()
 
 
-class _Listening:
+class _MessagePrinter:
     """The subscriptions of one command, and the one output that they share."""
 
     def __init__(self, options: dict[str, Any], count: float, verbose: bool) -> None:
         self._options = options
         self._count = count
         self._verbose = verbose
-        self._put, self._take = trio.open_memory_channel[bytes](_WAITING)
+        self._put, self._take = trio.open_memory_channel[bytes](_MAX_QUEUED_LINES)
 
     async def follow(self, bus: Bus, pattern: str) -> None:
-        async with bus.subscribe(pattern, on_event=_tell, **self._options) as messages:
+        async with bus.subscribe(pattern, on_event=_report_gap, **self._options) as messages:
             if self._verbose:
-                say(f"catbus: subscribed to {pattern} in epoch {bus.epoch}", sys.stderr)
+                write_line(f"catbus: subscribed to {pattern} in epoch {bus.epoch}", sys.stderr)
             async for message in messages:
                 line = to_json(
                     {
@@ -120,16 +122,16 @@ class _Listening:
             with suppress(trio.WouldBlock):
                 while len(lines) < left:
                     lines.append(self._take.receive_nowait())
-            await write_output(b"".join(lines))
+            await write_stdout(b"".join(lines))
             left -= len(lines)
             if not left:
                 break
 
 
-def _tell(event: object) -> None:
+def _report_gap(event: object) -> None:
     if isinstance(event, Gap):
         if event.first <= event.last:
             what = f"messages {event.first} to {event.last} may be missing"
         else:
             what = f"messages after {event.last} are of a log that is no more; those of the new one follow"
-        say(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", sys.stderr)
+        write_line(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", sys.stderr)

@@ -22,10 +22,10 @@ from ...protocol.wire_messages import UNDECODABLE, to_json
 from ..development_credentials import read_secret
 from ..shared_options import config_option, state_option
 
-UNSIGNED = frozenset({Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE})
+SIGNATURE_REASONS = frozenset({Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE})
 """With these the signature is not that of any configured secret or key."""
 
-TIMES = ("iat", "nbf", "exp")
+TIME_CLAIMS = ("iat", "nbf", "exp")
 
 
 @click.group("token", short_help="Show what a token says, and why it is refused.", invoke_without_command=True)
@@ -65,36 +65,40 @@ def show(token: str | None, config: Path | None, state: str | None, secret: str 
     text = sys.stdin.read(MAX_TOKEN + 2).strip() if token in (None, "-") else str(token).strip()
     if not text:
         raise click.UsageError("there is no token: give it as an argument or on stdin")
-    found = examine(text, load(config, os.environ, {"state": state}), secret, time.time())
-    click.echo(to_json(found).decode() if as_json else "\n".join(describe(found, time.time())))
+    found = examine_token(text, load(config, os.environ, {"state": state}), secret, time.time())
+    click.echo(to_json(found).decode() if as_json else "\n".join(describe_token(found, time.time())))
     if found["accepted"] is False:
         raise click.exceptions.Exit(1)
 
 
-def examine(token: str, config: Config, secret: str | None, now: float) -> dict[str, Any]:
+def examine_token(token: str, config: Config, secret: str | None, now: float) -> dict[str, Any]:
     """All that can be told of a token, as JSON has it. `accepted` is null where it cannot be told here."""
     key = role_key(token)
     if key is not None:
         detail = "its grants are in the brokers' database: `catbus role show` tells them"
         return {"kind": "role", "role": role_handle(key), "signature": "none", "accepted": None, "detail": detail}
-    header, claims = read_parts(token)
-    found: dict[str, Any] = {"kind": _kind(token, claims), **({"header": header} if header else {}), "claims": claims}
-    if (grants := grants_in(claims)) is not None:
+    header, claims = decode_parts(token)
+    found: dict[str, Any] = {
+        "kind": _token_kind(token, claims),
+        **({"header": header} if header else {}),
+        "claims": claims,
+    }
+    if (grants := decode_grants(claims)) is not None:
         found |= {"read": grants.read, "write": grants.write}
     secrets = (secret,) if secret else config.auth.secrets
     if not secrets and not config.auth.jwt and (kept := read_secret(config.state_directory)):
         secrets = (kept,)
-    keys = [_read(Path(file)) for file in config.auth.jwt]
+    keys = [_read_key_file(Path(file)) for file in config.auth.jwt]
     try:
         authenticator = Authenticator(
             secrets, admin_key=config.auth.admin_key, jwt_keys=keys, leeway=config.auth.leeway
         )
         identity = authenticator.verify(token, now)
     except TokenRefused as error:
-        if error.reason in UNSIGNED and not secrets and not keys and claims is not None:
+        if error.reason in SIGNATURE_REASONS and not secrets and not keys and claims is not None:
             detail = "no secret and no key is configured: set CATBUS_SECRET, or give --config"
             return {**found, "signature": "unchecked", "accepted": None, "detail": detail}
-        signature = "invalid" if error.reason in UNSIGNED else "valid"
+        signature = "invalid" if error.reason in SIGNATURE_REASONS else "valid"
         refusal = {"accepted": False, "code": error.code, "reason": error.reason, "detail": error.detail}
         return {**found, "signature": signature, **refusal}
     if identity.admin:
@@ -102,16 +106,23 @@ def examine(token: str, config: Config, secret: str | None, now: float) -> dict[
     return {**found, "signature": "valid", "accepted": True}
 
 
-def describe(found: Mapping[str, Any], now: float) -> list[str]:
+def describe_token(found: Mapping[str, Any], now: float) -> list[str]:
     """The same for people, a line each."""
     lines = [("token", {"sub": "sub- token"}.get(found["kind"], found["kind"]))]
     if found["kind"] == "role":
         lines.append(("role", found["role"]))
     for name, value in (found.get("header") or {}).items():
-        lines.append((f"header {name}", _shown(value)))
+        lines.append((f"header {name}", _format_claim(value)))
     for name, value in (found.get("claims") or {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        lines.append((name, f"{moment(value)}, {relative(value - now)}" if name in TIMES and number else _shown(value)))
+        lines.append(
+            (
+                name,
+                f"{moment(value)}, {describe_time_difference(value - now)}"
+                if name in TIME_CLAIMS and number
+                else _format_claim(value),
+            )
+        )
     if "read" in found:
         lines.append(("allows", str(Grants(tuple(found["read"]), tuple(found["write"])))))
     lines.append(("signature", found["signature"]))
@@ -125,7 +136,7 @@ def describe(found: Mapping[str, Any], now: float) -> list[str]:
     return [f"{name:<12}{text}" for name, text in lines]
 
 
-def relative(seconds: float) -> str:
+def describe_time_difference(seconds: float) -> str:
     """A difference of times in words: `in 3 hours`, `40 seconds ago`."""
     size, unit = next((size, unit) for size, unit in _UNITS if abs(seconds) >= 2 * size or size == 1)
     number = f"{abs(seconds) / size:.0f} {unit}s"
@@ -136,52 +147,52 @@ _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 """A unit is used from two of it on."""
 
 
-def read_parts(token: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def decode_parts(token: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The header and the claims, where there are such. Nothing is verified."""
     if token.startswith("sub-"):
-        return None, _object(token[4:].partition(".")[0])
+        return None, _decode_object(token[4:].partition(".")[0])
     parts = token.split(".")
-    return (_object(parts[0]), _object(parts[1])) if len(parts) == 3 else (None, None)
+    return (_decode_object(parts[0]), _decode_object(parts[1])) if len(parts) == 3 else (None, None)
 
 
-def grants_in(claims: Mapping[str, Any] | None) -> Grants | None:
+def decode_grants(claims: Mapping[str, Any] | None) -> Grants | None:
     """What the claims would allow if they were signed; None where they do not say that as they should."""
     try:
         if claims is None or "catbus" not in claims:
-            given = msgspec.convert(claims, _Sub).grants.grants
+            given = msgspec.convert(claims, _SubClaims).grants.grants
             read = [one.pattern for one in given if one.grant_type in ("read", "all")]
             return Grants(tuple(read), tuple(one.pattern for one in given if one.grant_type in ("write", "all")))
-        access = msgspec.convert(claims["catbus"], _Access)
+        access = msgspec.convert(claims["catbus"], _CatbusClaim)
         return Grants(access.read, access.write)
     except msgspec.ValidationError:
         return None
 
 
-class _Grant(msgspec.Struct):
+class _SubGrant(msgspec.Struct):
     grant_type: str
     pattern: str
 
 
-class _Grants(msgspec.Struct):
-    grants: list[_Grant]
+class _SubGrants(msgspec.Struct):
+    grants: list[_SubGrant]
 
 
-class _Sub(msgspec.Struct):
-    grants: _Grants
+class _SubClaims(msgspec.Struct):
+    grants: _SubGrants
 
 
-class _Access(msgspec.Struct):
+class _CatbusClaim(msgspec.Struct):
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
 
 
-def _kind(token: str, claims: object) -> str:
+def _token_kind(token: str, claims: object) -> str:
     if token.startswith("sub-"):
         return "sub"
     return "unknown" if claims is None else "JWT"
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def _decode_object(text: str) -> dict[str, Any] | None:
     try:
         data = base64.b64decode(text.encode() + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
         return msgspec.json.decode(data, type=dict[str, Any])
@@ -189,12 +200,12 @@ def _object(text: str) -> dict[str, Any] | None:
         return None
 
 
-def _shown(value: object) -> str:
+def _format_claim(value: object) -> str:
     """A claim on one line: JSON, in which control characters are escaped."""
     return value if isinstance(value, str) and value.isprintable() else to_json(value).decode()
 
 
-def _read(file: Path) -> str:
+def _read_key_file(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import trio
 
-from ...config import Database, redact
+from ...config import DatabaseSettings, redact_url
 from ...errors import ConfigError
 from .asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
 from .migrations import OLDEST_SERVER, schema_files
@@ -74,13 +74,13 @@ class CheckResult:
 ReportResult = Callable[[CheckResult], None]
 
 
-async def check_database(settings: Database, tell: ReportResult) -> None:
+async def check_database(settings: DatabaseSettings, tell: ReportResult) -> None:
     """Look at the database that `url` leads to, and at `listen_url`, and tell what was found as it is.
 
     Nothing in it is changed.
     """
     async with open_bridge() as bridge:
-        place = redact(settings.url)
+        place = redact_url(settings.url)
         try:
             connection = await bridge.connect(settings.url, settings.connect_timeout)
         except (ConfigError, *OUTAGE) as error:
@@ -94,7 +94,7 @@ async def check_database(settings: Database, tell: ReportResult) -> None:
 
 
 async def _look(
-    bridge: Bridge, connection: DatabaseConnection, settings: Database, place: str, tell: ReportResult
+    bridge: Bridge, connection: DatabaseConnection, settings: DatabaseSettings, place: str, tell: ReportResult
 ) -> None:
     (
         version,
@@ -197,7 +197,7 @@ async def _look_at_log(connection: DatabaseConnection, tell: ReportResult) -> No
         tell(CheckResult("warning", "log", text, "`catbus repair` says which, and has subscriptions go on behind them"))
 
 
-async def _listen(bridge: Bridge, connection: DatabaseConnection, settings: Database) -> CheckResult:
+async def _listen(bridge: Bridge, connection: DatabaseConnection, settings: DatabaseSettings) -> CheckResult:
     """Notify through `url` and hear it through `listen_url`, as replicas do."""
     if settings.listen_url is None:
         if connection.pooled:
@@ -206,7 +206,7 @@ async def _listen(bridge: Bridge, connection: DatabaseConnection, settings: Data
                 "set database.listen_url (CATBUS_LISTEN_URL) to a way past the pooler",
             )  # fmt: skip
         return await _hear(connection, connection, "database.url")
-    place = redact(settings.listen_url)
+    place = redact_url(settings.listen_url)
     try:
         with await bridge.connect(settings.listen_url, settings.connect_timeout, setting="listen_url") as listening:
             if listening.pooled:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from importlib import resources
 
-from ...config import Database
+from ...config import DatabaseSettings
 from ...errors import ConfigError, Unavailable
 from ...observability.loggers import get_logger
 from .asyncpg_bridge import OUTAGE, DatabaseConnection, open_bridge
@@ -41,7 +41,7 @@ def schema_files() -> Sequence[tuple[int, str, str]]:
     return sorted((int(name.partition("_")[0]), name, script) for name, script in found)
 
 
-async def init(settings: Database) -> list[str]:
+async def init(settings: DatabaseSettings) -> list[str]:
     """Connect, apply what is missing, and return its names.
 
     Raises `ConfigError` for a database that cannot be used, and `Unavailable` where it cannot be reached or refuses.
@@ -50,7 +50,7 @@ async def init(settings: Database) -> list[str]:
         return await migrate(connection)
 
 
-async def begin_epoch(settings: Database) -> tuple[str, int]:
+async def begin_epoch(settings: DatabaseSettings) -> tuple[str, int]:
     """Begin a new epoch of a log that is as it was restored; returns the epoch, and the seq after which it begins.
 
     A second time does no harm: what is there by then belongs to both. Raises as `init` does.
@@ -66,7 +66,7 @@ async def begin_epoch(settings: Database) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def open_connection(settings: Database) -> AsyncIterator[DatabaseConnection]:
+async def open_connection(settings: DatabaseSettings) -> AsyncIterator[DatabaseConnection]:
     """A connection for work by hand. Raises `ConfigError`, and `Unavailable` for whatever goes wrong with it."""
     try:
         async with open_bridge() as bridge:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import Retention as Settings
+from ...config import RetentionSettings as Settings
 from ...observability.loggers import get_logger
 from ..access.asyncpg_bridge import DatabaseConnection
 

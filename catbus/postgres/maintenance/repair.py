@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...config import Database
+from ...config import DatabaseSettings
 from ...errors import ConfigError
 from ..access.asyncpg_bridge import DatabaseConnection
 from ..access.migrations import open_connection, schema_files
@@ -29,7 +29,9 @@ DeletedRange = tuple[int, int]
 ReportPosition = Callable[[int, int], None]
 
 
-async def repair(settings: Database, tell: ReportPosition, *, apply: bool) -> tuple[DeletedRange, list[DeletedRange]]:
+async def repair(
+    settings: DatabaseSettings, tell: ReportPosition, *, apply: bool
+) -> tuple[DeletedRange, list[DeletedRange]]:
     """Look through the log, and with `apply` repair what is found. Returns the first and last seq, and the holes.
 
     `tell` is called with the seq up to which has been looked, and the last one. It may be cut off at any moment and

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ...auth.tokens import Grants, make_role_token, role_digits, role_handle, role_key
-from ...config import Database
+from ...config import DatabaseSettings
 from ...errors import CatbusError, ConfigError, Unavailable
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row, open_bridge, sqlstate
 from ..access.migrations import migrate
@@ -67,7 +67,7 @@ def role_from_row(row: Row) -> Role:
 
 
 @asynccontextmanager
-async def open_roles(settings: Database, *, prepare: bool = True) -> AsyncIterator[RoleStore]:
+async def open_roles(settings: DatabaseSettings, *, prepare: bool = True) -> AsyncIterator[RoleStore]:
     """Connect to the database, and bring its schema to this version where that may be needed.
 
     Raises `ConfigError` for a database that cannot be used, `Unavailable` where it cannot be reached or refuses, also

@@ -10,8 +10,8 @@ from aioquic.quic import connection as module
 from aioquic.quic.connection import Limit, QuicConnection, QuicConnectionId
 from aioquic.quic.stream import QuicStream, QuicStreamSender
 
-from catbus.webtransport.http3_connection import Http3
-from catbus.webtransport.quic_connection import Quic
+from catbus.webtransport.http3_connection import Http3Connection
+from catbus.webtransport.quic_connection import BoundedQuicConnection
 from tests.webtransport.simulated_link import Link
 
 QUIC = [
@@ -58,7 +58,7 @@ def link() -> Link:
 def test_what_we_read_of_a_connection(link: Link, name: str) -> None:
     assert hasattr(link.client.it._quic, name)
     assert hasattr(link.server.it._quic, name)
-    assert name not in vars(Quic), "ours hides that it is gone"
+    assert name not in vars(BoundedQuicConnection), "ours hides that it is gone"
 
 
 def test_what_we_read_of_a_stream(link: Link) -> None:
@@ -119,8 +119,8 @@ def test_the_sizes_of_frames() -> None:
 def test_what_we_replace_of_http3(link: Link) -> None:
     assert list(inspect.signature(H3Connection._get_local_settings).parameters) == ["self"]
     assert list(inspect.signature(H3Connection._init_connection).parameters) == ["self"]
-    http3 = link.server.it._session.http3
-    assert isinstance(http3, Http3)
+    http3 = link.server.it._connect_stream.http3
+    assert isinstance(http3, Http3Connection)
     names = {"_decoder", "_stream", "_max_push_id", "_max_table_capacity", "_blocked_streams"}
     assert names <= vars(http3).keys()
     assert hasattr(http3._stream[0], "buffer")
