@@ -16,6 +16,7 @@ import anyio.lowlevel
 
 from ..errors import Disconnected
 from ..webtransport import (
+    CERTIFICATE_HASH_MISMATCH,
     ConnectionLost,
     Datagram,
     Event,
@@ -275,7 +276,7 @@ class WebTransport:
     def _describe(self, reason: str) -> str:
         if self._stream is not None:
             return f"the connection was lost: {reason}"
-        if "another certificate" in reason:
+        if reason == CERTIFICATE_HASH_MISMATCH:
             return f"the certificate of {self._url} is not the one whose hash was given (certificate_hash)"
         if "certificate" in reason.lower() or "hostname" in reason or "issuer" in reason:
             return (

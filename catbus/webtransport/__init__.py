@@ -19,9 +19,11 @@ from .events import (
     Terminated,
 )
 from .quic_configuration import ConnectionLimits, WebTransportConfiguration, client_configuration, server_configuration
+from .stream_demultiplexer import CERTIFICATE_HASH_MISMATCH
 from .webtransport_connection import WebTransportConnection
 
 __all__ = [
+    "CERTIFICATE_HASH_MISMATCH",
     "ConnectionIdIssued",
     "ConnectionIdRetired",
     "ConnectionLimits",

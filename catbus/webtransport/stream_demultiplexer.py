@@ -41,6 +41,9 @@ from .stream_table import (
     StreamTable,
 )
 
+CERTIFICATE_HASH_MISMATCH = "the server's certificate does not have the expected hash"
+"""The reason of the close when `client_configuration` was given the hash of another certificate."""
+
 _EVENT_OVERHEAD = 128
 """Approximate bytes of memory of an event, without its data."""
 
@@ -95,7 +98,7 @@ class StreamDemultiplexer:
                 return
             self._http3 = self.connect_stream.http3 = Http3Connection(self._quic)
         elif isinstance(event, quic_events.HandshakeCompleted) and not self._certificate_matches():
-            self._close_with_error(Http3ErrorCode.NO_ERROR, "the server's certificate does not have the expected hash")
+            self._close_with_error(Http3ErrorCode.NO_ERROR, CERTIFICATE_HASH_MISMATCH)
 
     def clear(self) -> None:
         """Drop all streams and early data: the connection is lost."""
