@@ -220,7 +220,9 @@ class Conversation:
         raise Refused(line(408))
 
     async def _receive(self) -> None:
-        data = bytes(await self._stream.receive_some(_RECEIVE_SIZE))
+        # Without a token, a head is all that anybody has to say: its body is not wanted yet.
+        size = _RECEIVE_SIZE if self._stranger.known else HEAD_SIZE
+        data = bytes(await self._stream.receive_some(size))
         self._stranger.heard(len(data))
         await self._hub.turns.wait()
         self._http.receive_data(data)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import h11
 import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
@@ -345,6 +346,28 @@ async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.
             await it.peer.send(get("/health", f"Content-Length: {size}") + b"x" * size)
             assert (await it.peer.response()).status == 200
     assert kept == [0, 0]
+
+
+async def test_no_more_than_a_head_is_read_at_a_time_before_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    right = h11.Connection.receive_data
+
+    def receive_data(self: h11.Connection, data: bytes) -> None:
+        read.append(len(data))
+        right(self, data)
+
+    monkeypatch.setattr(h11.Connection, "receive_data", receive_data)
+    body = b"[" + b" " * 200_000 + b'{"channel":"a","payload":1}]'
+    async with served() as refused:
+        await refused.peer.send(post("/publish", body))
+        assert (await refused.peer.response()).status == 401
+    assert sum(read) <= http_module.HEAD_SIZE
+    read.clear()
+    async with served() as it:
+        await it.peer.send(post("/publish", body, "Authorization: Bearer good"))
+        assert (await it.peer.response()).status == 200
+    assert max(read) > read[0]
+    assert read[0] <= http_module.HEAD_SIZE
 
 
 async def test_without_a_host_nothing_can_be_discovered() -> None:
