@@ -430,7 +430,7 @@ async def test_sql_function_rejects_as_in_the_table(database_url: str) -> None:
             with pytest.raises(OUTAGE) as refused:
                 await sql.fetch(statement)
             assert sqlstate(refused.value) == state, row
-        assert await sql.fetchrow("SELECT catbus.outbox_waits()") == (False,)
+        assert await sql.fetchrow("SELECT catbus.outbox_pending()") == (False,)
         for too_much, enough in (("65)", "64)"), ("65484", "65483")):
             [statement] = [statement for statement in re.findall(r"`(SELECT .*?)` \|", text) if too_much in statement]
             await sql.fetch(statement.replace(too_much, enough))

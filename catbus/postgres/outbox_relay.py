@@ -24,8 +24,8 @@ TURN_PACE = 1.0
 PATIENCE = 3.0
 """A connection that does not answer for so long is given up."""
 
-_LOOK = "SELECT catbus.outbox_waits()"
-_TURN = "CALL catbus.turn_outbox_transaction()"
+_LOOK = "SELECT catbus.outbox_pending()"
+_TURN = "CALL catbus.rotate_outbox_transaction()"
 
 
 class OutboxRelay:

@@ -194,7 +194,7 @@ async def wait_all_answered(ground: load.Ground) -> None:
 
 async def wait_moved(database: Database) -> None:
     """Wait until what was published from SQL is in the log."""
-    while (await database.fetch("SELECT catbus.outbox_waits()"))[0][0]:
+    while (await database.fetch("SELECT catbus.outbox_pending()"))[0][0]:
         await trio.sleep(0.1)
 
 

@@ -55,11 +55,15 @@ async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) 
         await other.call(sql)
         assert {"one", "other"} <= {r.report.get("name") for r in other.replicas}
         assert other.replicas[0].id == other.id
-        await sql.execute(f"UPDATE catbus.replicas SET seen = seen - interval '50 seconds' WHERE id = '{one.id}'")
+        await sql.execute(
+            f"UPDATE catbus.replicas SET last_heartbeat = last_heartbeat - interval '50 seconds' WHERE id = '{one.id}'"
+        )
         third = Heartbeat(dict)
         await third.call(sql)
         assert [round(r.silent) for r in third.replicas if r.id == one.id] == [50]
-        await sql.execute(f"UPDATE catbus.replicas SET seen = seen - interval '11 seconds' WHERE id = '{one.id}'")
+        await sql.execute(
+            f"UPDATE catbus.replicas SET last_heartbeat = last_heartbeat - interval '11 seconds' WHERE id = '{one.id}'"
+        )
         fourth = Heartbeat(dict)
         await fourth.call(sql)
         assert one.id not in {r.id for r in fourth.replicas}

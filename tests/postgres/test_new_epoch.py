@@ -474,9 +474,9 @@ async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> N
             await publisher.publish_seq("a.b-c_d", text)
         await there.wait_for(len(TEXTS))
         for mine, theirs in zip(follower.entries, there.entries, strict=True):
-            (found,) = await sql.fetchrow("SELECT catbus.mark($1)", mine.seq)
+            (found,) = await sql.fetchrow("SELECT catbus.fingerprint($1)", mine.seq)
             assert found == fingerprint(mine) == fingerprint(theirs)
-        assert await sql.fetchrow("SELECT catbus.mark(99)") == (None,)
+        assert await sql.fetchrow("SELECT catbus.fingerprint(99)") == (None,)
         assert other.statistics().reads == 0
     assert fingerprint(Entry(1, 2, "a", b"1")) != fingerprint(Entry(1, 3, "a", b"1"))
 

@@ -104,7 +104,7 @@ async def test_sql_has_hmac_as_it_is_defined(database_url: str) -> None:
 
 async def test_sql_masks_the_key_of_a_role_another_way_each_time(database_url: str) -> None:
     async with open_sql(database_url) as sql:
-        ((secret,),) = await sql.fetch("SELECT seal FROM catbus.head")
+        ((secret,),) = await sql.fetch("SELECT notification_secret FROM catbus.head")
         for key in (sha256(b"a role").digest(), bytes(32), b"\xff" * 32):
             (one,), (other,) = await sql.fetch("SELECT catbus.mask_role($1) FROM generate_series(1, 2)", key)
             assert NotificationKeys(secret).read_role(one) == NotificationKeys(secret).read_role(other) == key

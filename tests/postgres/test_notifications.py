@@ -132,7 +132,7 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
         await has_come(heard, EPHEMERAL_CHANNEL, 4)
         await has_come(heard, ROLES_CHANNEL, 5)
         epoch = broker.hub.log.epoch
-    ((seal,),) = await _fetch(database_url, "SELECT seal FROM catbus.head")
+    ((seal,),) = await _fetch(database_url, "SELECT notification_secret FROM catbus.head")
     shown.append(seal.encode())
     for channel, payload in heard:
         for text in decodings(payload):

@@ -132,7 +132,7 @@ async def test_what_is_deleted_at_the_end_is_another_log_and_no_hole(database_ur
         assert await publisher.publish_seq("a", b"9") == 9
         assert log.trouble == ""
     async with open_sql(database_url) as sql:
-        assert await sql.fetchrow("SELECT count(*) FROM catbus.holes") == (0,)
+        assert await sql.fetchrow("SELECT count(*) FROM catbus.deleted_ranges") == (0,)
 
 
 async def test_retention_makes_no_hole(database_url: str) -> None:
@@ -319,7 +319,7 @@ async def test_a_log_whose_rows_were_left_out_of_a_restore_gives_no_seq_twice(da
             await publisher.publish_seq("a", b"%d" % n)
         with trio.fail_after(PATIENCE):
             async with open_sql(database_url) as sql:
-                while (await sql.fetchrow("SELECT last_value FROM catbus.reached"))[0] < 10:
+                while (await sql.fetchrow("SELECT last_value FROM catbus.reached_seq"))[0] < 10:
                     await trio.sleep(0.05)
     async with open_sql(database_url) as sql:
         await sql.execute("TRUNCATE catbus.entries")
@@ -349,7 +349,7 @@ async def test_a_log_that_retention_has_emptied_goes_on_where_it_was(database_ur
     async with filled(database_url), open_sql(database_url) as sql:
         await sql.execute("UPDATE catbus.head SET floor = 11; DELETE FROM catbus.entries")
         (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
-        await sql.fetchrow("SELECT setval('catbus.reached', 10)")
+        await sql.fetchrow("SELECT setval('catbus.reached_seq', 10)")
         await sql.fetchrow("SELECT epoch FROM catbus.new_epoch($1)", epoch)
     async with running(make(database_url)) as (_, publisher):
         assert await publisher.publish_seq("a", b"1") == 11
@@ -363,7 +363,7 @@ async def test_a_log_that_is_emptied_by_hand_under_its_replicas_gives_no_seq_twi
         await there.wait_for(10)
         with trio.fail_after(PATIENCE):
             async with open_sql(database_url) as sql:
-                while (await sql.fetchrow("SELECT last_value FROM catbus.reached"))[0] < 10:
+                while (await sql.fetchrow("SELECT last_value FROM catbus.reached_seq"))[0] < 10:
                     await trio.sleep(0.05)
                 await sql.execute("TRUNCATE catbus.entries")
         await here.wait_until(lambda self: self.restarts[-1] == 1_000_010)

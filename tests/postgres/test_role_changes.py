@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -48,7 +49,7 @@ class Ear:
 async def ear(url: str) -> AsyncIterator[Ear]:
     async with open_sql(url) as connection:
         ear = Ear(connection)
-        (secret,) = await connection.fetchrow("SELECT seal FROM catbus.head")
+        (secret,) = await connection.fetchrow("SELECT notification_secret FROM catbus.head")
         ear.seal = NotificationKeys(secret)
         await connection.listen(ROLES_CHANNEL, ear.hear)
         yield ear
@@ -131,7 +132,7 @@ async def test_those_who_change_roles_do_not_wait_for_one_another(database_url: 
 
 async def test_a_change_is_new_to_everyone_whatever_came_before_it_and_however_late(database_url: str) -> None:
     async def look() -> str:
-        ((version,),) = await sql.fetch("SELECT role_version FROM catbus.look(0)")
+        ((version,),) = await sql.fetch("SELECT role_version FROM catbus.poll(0)")
         return str(version)
 
     keys = [(await make_role(database_url)).hex() for _ in range(2)]
@@ -141,11 +142,38 @@ async def test_a_change_is_new_to_everyone_whatever_came_before_it_and_however_l
         assert await look() == seen[-1]
         for _ in range(120):
             await sql.execute("INSERT INTO catbus.role_changes DEFAULT VALUES")
-        seen += [await look(), await look()]
+        seen.append(await look())
+        await sql.fetch("SELECT catbus.compact_role_changes()")
+        seen.append(await look())
         await late.execute("COMMIT")
         seen += [await look()]
-        assert len(set(seen)) == 4, "two of the looks have cut the list short, and that is news too"
+        assert len(set(seen)) == 4, "a compaction is a change for everyone, too"
         assert await sql.fetch("SELECT count(*) FROM catbus.role_changes") == [(2,)]
+
+
+READERS = (
+    "catbus.position()",
+    "catbus.fingerprint(1)",
+    "catbus.poll(0)",
+    "catbus.outbox_pending()",
+    "catbus.retention_due(1, 1)",
+    "catbus.list_deleted_ranges(0, 10)",
+    "catbus.deleted_range_report()",
+)
+
+
+@pytest.mark.parametrize("call", READERS)
+async def test_a_function_that_is_named_for_reading_changes_nothing(database_url: str, call: str) -> None:
+    async with open_sql(database_url) as sql:
+        await sql.execute("INSERT INTO catbus.role_changes SELECT FROM generate_series(1, 120)")
+        await sql.execute(f"BEGIN READ ONLY; SELECT FROM {call}; COMMIT")
+
+
+async def test_a_heartbeat_compacts_the_changes(database_url: str) -> None:
+    async with open_sql(database_url) as sql:
+        await sql.execute("INSERT INTO catbus.role_changes SELECT FROM generate_series(1, 120)")
+        await sql.fetch("SELECT catbus.heartbeat('r', '{}')")
+        assert await sql.fetch("SELECT count(*) FROM catbus.role_changes") == [(1,)]
 
 
 async def test_who_changes_very_many_says_so_once(database_url: str) -> None:
@@ -250,7 +278,7 @@ async def test_a_change_while_nobody_listened_is_found_by_the_next_connection(da
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
-        (listener,) = await pids(sql, "%catbus.look%")
+        (listener,) = await pids(sql, "%catbus.poll%")
         # In one transaction, so that there is hardly a moment to connect in between.
         await sql.execute(
             f"SELECT pg_terminate_backend({listener}, 10000); DELETE FROM catbus.roles WHERE key = '\\x{key.hex()}'"

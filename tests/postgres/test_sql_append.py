@@ -135,7 +135,7 @@ class AppendMachine(RuleBasedStateMachine):
         self.epoch, self.base, _ = self.run(position(self.connection))
         self.floor = self.base + 1
         self.run(self.connection.execute(f"DELETE FROM catbus.entries; UPDATE catbus.head SET floor = {self.floor}"))
-        self.seal = NotificationKeys(self.run(self.connection.fetchval("SELECT seal FROM catbus.head")))
+        self.seal = NotificationKeys(self.run(self.connection.fetchval("SELECT notification_secret FROM catbus.head")))
         self.heard: list[str] = []
         self.run(self.connection.add_listener("catbus", lambda *arguments: self.heard.append(arguments[-1])))
         self.log: list[Row] = []
@@ -530,7 +530,7 @@ def test_what_does_not_fit_into_a_notification_stays_behind(database_url: str) -
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener(LOG_CHANNEL, lambda *arguments: heard.append(arguments[-1]))
-        seal = NotificationKeys(await writer.fetchval("SELECT seal FROM catbus.head"))
+        seal = NotificationKeys(await writer.fetchval("SELECT notification_secret FROM catbus.head"))
         for seq, size, fits in ((1, 7800, True), (2, 7900, False), (3, 1_000_000, False)):
             answer = await append(writer, epoch, [Sent(b"p", seq)], enclosed="x" * size)
             await asyncio.sleep(0)
@@ -544,7 +544,7 @@ def test_a_replica_of_an_earlier_release_appends_without_enclosing_anything(data
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener(LOG_CHANNEL, lambda *arguments: heard.append(arguments[-1]))
-        seal = NotificationKeys(await writer.fetchval("SELECT seal FROM catbus.head"))
+        seal = NotificationKeys(await writer.fetchval("SELECT notification_secret FROM catbus.head"))
         row = await writer.fetchrow(
             "SELECT * FROM catbus.append('on', $1, '{a}', '{1}', '{p}', '{1}', '{null}', '{null}', '{null}')",
             epoch,

@@ -48,7 +48,7 @@ async def move(connection: Connection, epoch: str) -> Moved:
 
 
 async def move_all(connection: Connection, epoch: str) -> None:
-    while await connection.fetchval("SELECT catbus.outbox_waits()"):
+    while await connection.fetchval("SELECT catbus.outbox_pending()"):
         await move(connection, epoch)
 
 
@@ -210,7 +210,7 @@ def test_who_is_refused_is_told_what_was_expected(database_url: str) -> None:
         assert "at most 64 levels deep" in await refusal(sql, "a", "[" * 60_000)
         assert "42804" in await refusal(sql, "a", 1, "integer")
         assert "to_json() makes JSON of any value" in await refusal(sql, "a", [1], "integer[]")
-        assert not await sql.fetchval("SELECT catbus.outbox_waits()")
+        assert not await sql.fetchval("SELECT catbus.outbox_pending()")
 
     play(database_url, scene)
 
@@ -284,9 +284,9 @@ def test_to_be_allowed_the_function_is_enough_and_allows_nothing_else(database_u
         "INSERT INTO catbus.outbox_0 (channel, payload) VALUES ('a', '1')",
         "DELETE FROM catbus.outbox_0",
         "SELECT nextval('catbus.outbox_id')",
-        "SELECT setval('catbus.outbox_turn', 1)",
-        "SELECT catbus.outbox_waits()",
-        "SELECT catbus.turn_outbox()",
+        "SELECT setval('catbus.outbox_active', 1)",
+        "SELECT catbus.outbox_pending()",
+        "SELECT catbus.rotate_outbox()",
         "SELECT catbus.check_message('a', '1')",
         "SELECT catbus.move_outbox('on', '', NULL)",
         "SELECT catbus.position()",
@@ -419,7 +419,7 @@ def test_another_epoch_is_refused_and_nothing_moved(database_url: str) -> None:
 
 def test_an_old_snapshot_neither_moves_nor_truncates(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
-        for call in (f"catbus.move_outbox('on', '{epoch}', NULL)", "catbus.turn_outbox()"):
+        for call in (f"catbus.move_outbox('on', '{epoch}', NULL)", "catbus.rotate_outbox()"):
             await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             with pytest.raises(asyncpg.PostgresError, match="read committed"):
                 await sql.execute(f"SELECT {call}")
@@ -482,11 +482,11 @@ def test_a_transaction_that_has_published_holds_up_nobody(database_url: str) -> 
         await append(writer, epoch, [Sent(b"p", 1, payload='"sent"')])
         for turn in (0, 1):
             await publish(app, "a", f'"published {turn}"')
-            assert await writer.fetchval("SELECT catbus.outbox_waits()")
+            assert await writer.fetchval("SELECT catbus.outbox_pending()")
             assert (await move(writer, epoch)).moved == 1
-            assert not await writer.fetchval("SELECT catbus.outbox_waits()")
-            await writer.execute("SELECT setval('catbus.outbox_turn', 1)")
-            await writer.execute("SELECT catbus.turn_outbox()")
+            assert not await writer.fetchval("SELECT catbus.outbox_pending()")
+            await writer.execute("SELECT setval('catbus.outbox_active', 1)")
+            await writer.execute("SELECT catbus.rotate_outbox()")
         await forgetful.execute("COMMIT")
         await move_all(writer, epoch)
         assert await payloads(app) == ['"sent"', '"published 0"', '"published 1"', '"late"']
@@ -506,9 +506,9 @@ def test_tables_take_turns_and_the_empty_one_is_made_small_beside_a_long_transac
         for _ in range(12):
             await sql.execute("SELECT catbus.publish('a', to_json(n)) FROM generate_series(1, 2000) AS n")
             await move_all(sql, epoch)
-            await sql.execute("SELECT catbus.turn_outbox()")
-            await sql.execute("SELECT catbus.turn_outbox()")
-            turns.add(await sql.fetchval("SELECT last_value FROM catbus.outbox_turn"))
+            await sql.execute("SELECT catbus.rotate_outbox()")
+            await sql.execute("SELECT catbus.rotate_outbox()")
+            turns.add(await sql.fetchval("SELECT last_value FROM catbus.outbox_active"))
             looked_through.append(sum(await sizes(sql)))
         assert turns == {0, 1}
         assert max(looked_through) < 1_000_000
@@ -522,21 +522,21 @@ def test_a_table_that_holds_or_may_hold_messages_is_not_truncated(database_url: 
         await publish(sql, "a", "1")
         await forgetful.execute("BEGIN")
         await publish(forgetful, "a", "3")
-        await sql.execute("SELECT setval('catbus.outbox_turn', 1)")
+        await sql.execute("SELECT setval('catbus.outbox_active', 1)")
         for _ in range(2):
-            await sql.execute("SELECT catbus.turn_outbox()")
+            await sql.execute("SELECT catbus.rotate_outbox()")
             assert (await sizes(sql))[0] > 0
             await move_all(sql, epoch)
         await publish(sql, "a", "2")
         await move_all(sql, epoch)
         await forgetful.execute("COMMIT")
-        await sql.execute("SELECT catbus.turn_outbox()")
+        await sql.execute("SELECT catbus.rotate_outbox()")
         await move_all(sql, epoch)
         await reading.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT * FROM catbus.outbox_0")
-        await sql.execute("SELECT catbus.turn_outbox()")
+        await sql.execute("SELECT catbus.rotate_outbox()")
         assert (await sizes(sql))[0] > 0
         await reading.execute("COMMIT")
-        await sql.execute("SELECT catbus.turn_outbox()")
+        await sql.execute("SELECT catbus.rotate_outbox()")
         assert (await sizes(sql))[0] == 0
         assert await payloads(sql) == ["1", "2", "3"]
 
@@ -549,12 +549,12 @@ def test_a_snapshot_from_before_the_turn_publishes_all_the_same(database_url: st
             await old.execute(f"BEGIN ISOLATION LEVEL {level}")
             await old.execute("SELECT 1 FROM catbus.head")
             await publish(old, "a", "1")
-            turn = 1 - await sql.fetchval("SELECT last_value FROM catbus.outbox_turn")
-            await sql.execute(f"SELECT setval('catbus.outbox_turn', {turn})")
+            turn = 1 - await sql.fetchval("SELECT last_value FROM catbus.outbox_active")
+            await sql.execute(f"SELECT setval('catbus.outbox_active', {turn})")
             await publish(sql, "a", "2")
             await publish(old, "a", "3")
             await move_all(sql, epoch)
-            await sql.execute("SELECT catbus.turn_outbox()")
+            await sql.execute("SELECT catbus.rotate_outbox()")
             await old.execute("COMMIT")
             await move_all(sql, epoch)
         assert await payloads(sql) == ["2", "1", "3"] * 2
@@ -681,11 +681,11 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @rule(turn=st.integers(0, 1))
     def take_a_turn(self, turn: int) -> None:
-        self.run(self.observer.execute(f"SELECT setval('catbus.outbox_turn', {turn})"))
+        self.run(self.observer.execute(f"SELECT setval('catbus.outbox_active', {turn})"))
 
     @rule(replica=replica)
     def make_small(self, replica: int) -> None:
-        self.run(self.replicas[replica].execute("SELECT catbus.turn_outbox()"))
+        self.run(self.replicas[replica].execute("SELECT catbus.rotate_outbox()"))
 
     @rule(tables=st.booleans())
     def take_or_drop_a_long_snapshot(self, tables: bool) -> None:
@@ -727,7 +727,7 @@ class OutboxMachine(RuleBasedStateMachine):
             for who, transaction in enumerate(self.open):
                 if transaction is not None:
                     self.end(who, keep=True)
-            while self.run(self.observer.fetchval("SELECT catbus.outbox_waits()")):
+            while self.run(self.observer.fetchval("SELECT catbus.outbox_pending()")):
                 self.move(0)
             assert self.moved == len(self.committed)
             self.check(self.moved)
@@ -768,8 +768,10 @@ def test_many_at_once_lose_and_repeat_nothing(database_url: str) -> None:
 
         async def turn_on(connection: Connection) -> None:
             while not done.is_set():
-                await connection.execute("SELECT setval('catbus.outbox_turn', 1 - last_value) FROM catbus.outbox_turn")
-                await connection.execute("SELECT catbus.turn_outbox()")
+                await connection.execute(
+                    "SELECT setval('catbus.outbox_active', 1 - last_value) FROM catbus.outbox_active"
+                )
+                await connection.execute("SELECT catbus.rotate_outbox()")
 
         async def read_on(connection: Connection) -> None:
             while not done.is_set():

@@ -28,9 +28,9 @@ SIZE = 1 << 50
 class Step(NamedTuple):
     floor: int
     dropped: int
-    early: bool
+    by_size: bool
     closed: bool
-    held: int | None
+    blocked: int | None
 
 
 NOTHING = (0, False, False, None)
@@ -163,9 +163,9 @@ def test_by_size_the_oldest_goes_whatever_its_age(database_url: str) -> None:
             await publish(sql, epoch, 100, size=1000)
             while (step := await retain(sql, size=size)) and (step.closed or step.dropped):
                 if step.dropped:
-                    assert step.early
+                    assert step.by_size
                     dropped.append(step.dropped)
-            (takes,) = await sql.fetchrow("SELECT bytes FROM catbus.overdue($1, $2)", AGE, size)
+            (takes,) = await sql.fetchrow("SELECT bytes FROM catbus.retention_due($1, $2)", AGE, size)
             assert takes <= size
         assert len(dropped) > 10
         assert max(dropped) < 600, "a slot has about an eighth of it"
@@ -181,7 +181,7 @@ def test_by_size_the_oldest_goes_whatever_its_age(database_url: str) -> None:
 def test_size_counts_indexes_and_long_payloads(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 10, size=100_000)
-        (takes,) = await sql.fetchrow("SELECT bytes FROM catbus.overdue($1, $2)", AGE, SIZE)
+        (takes,) = await sql.fetchrow("SELECT bytes FROM catbus.retention_due($1, $2)", AGE, SIZE)
         assert takes > 1_000_000
 
     play(database_url, scene)
@@ -293,7 +293,7 @@ class RetainMachine(RuleBasedStateMachine):
             if not (step.dropped or step.closed):
                 break
             assert not (step.dropped and self.held)
-        assert step.held is None or self.held
+        assert step.blocked is None or self.held
 
     @invariant()
     def the_log_is_what_is_above_the_floor(self) -> None:
@@ -429,7 +429,7 @@ def test_while_the_log_is_appended_to_nothing_is_lost_above_the_floor(database_u
             while busy:
                 taken = await retain(stepping, size=400_000)
                 dropped += taken.dropped
-                assert taken.held is None or taken.dropped == 0
+                assert taken.blocked is None or taken.dropped == 0
 
         async def read() -> None:
             while busy:
@@ -473,7 +473,7 @@ def test_looking_uses_the_indexes_however_small_the_tables_are(database_url: str
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 5)
         await sql.execute("BEGIN")
-        await sql.fetch("SELECT * FROM catbus.overdue(1, 1)")
+        await sql.fetch("SELECT * FROM catbus.retention_due(1, 1)")
         scans = "SELECT sum(seq_scan) FROM pg_stat_xact_user_tables WHERE relname LIKE 'entries%'"
         assert await sql.fetchval(scans) == 0
         await sql.execute("COMMIT")

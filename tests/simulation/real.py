@@ -24,10 +24,10 @@ _NEW = f"""
 DELETE FROM catbus.entries;
 DELETE FROM catbus.outbox_0;
 DELETE FROM catbus.outbox_1;
-DELETE FROM catbus.holes;
+DELETE FROM catbus.deleted_ranges;
 UPDATE catbus.head SET floor = 1;
 UPDATE catbus.epochs SET after_seq = 0;
-SELECT setval('catbus.reached', 0);
+SELECT setval('catbus.reached_seq', 0);
 ALTER TABLE catbus.entries DROP CONSTRAINT IF EXISTS sound;
 ALTER TABLE catbus.entries ADD CONSTRAINT sound CHECK (payload NOT LIKE '%{POISON}%');
 """
@@ -127,7 +127,7 @@ class Real(Machine):
         head = max(len(self.model.log) - (a % 4 if b & 6 else 0), kept)
         await self.sql.execute(
             f"DELETE FROM catbus.entries WHERE seq > {head}; UPDATE catbus.epochs SET timeline = -1; "
-            f"SELECT setval('catbus.reached', least(last_value, {head})) FROM catbus.reached; COMMIT"
+            f"SELECT setval('catbus.reached_seq', least(last_value, {head})) FROM catbus.reached_seq; COMMIT"
         )
         self.model.set_back(head, [text for (text,) in await self.sql.fetch(_OUTBOX)])
         self.start_database(a, b)

@@ -191,7 +191,7 @@ async def _look_at_schema(connection: DatabaseConnection) -> CheckResult:
 
 
 async def _look_at_log(connection: DatabaseConnection, tell: ReportResult) -> None:
-    (missing,) = await connection.fetchrow("SELECT missing FROM catbus.hole_report()")
+    (missing,) = await connection.fetchrow("SELECT missing FROM catbus.deleted_range_report()")
     if missing:
         text = f"{missing:,} messages were deleted by hand, and subscriptions that have to read them stop before them"
         tell(CheckResult("warning", "log", text, "`catbus repair` says which, and has subscriptions go on behind them"))

@@ -14,7 +14,7 @@ from ..access.asyncpg_bridge import DatabaseConnection
 logger = get_logger("catbus.postgres")
 
 PATIENCE = 2.5
-_REPORT = "SELECT holes, missing, firsts, lasts, repaired FROM catbus.hole_report()"
+_REPORT = "SELECT ranges, missing, firsts, lasts, repaired FROM catbus.deleted_range_report()"
 
 
 class DeletedRangeError(OSError):

@@ -65,5 +65,5 @@ class Fingerprints:
 
 
 def fingerprint(entry: Entry) -> bytes:
-    """By what an entry is recognised, as `catbus.mark` makes it."""
+    """By what an entry is recognised, as `catbus.fingerprint` makes it."""
     return sha256(f"{entry.at} {entry.channel} ".encode() + entry.payload.strip(b" \t\r\n")).digest()

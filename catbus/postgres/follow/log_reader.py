@@ -38,7 +38,7 @@ ORDER BY seq
 """
 
 _POSITION = "SELECT head, floor FROM catbus.position()"
-_HOLE = "SELECT first, last, repaired FROM catbus.find_hole($1)"
+_HOLE = "SELECT first, last, repaired FROM catbus.record_deleted_range($1)"
 
 _HISTORY = """
 SELECT seq, at, channel, payload, sender, origin

@@ -44,12 +44,13 @@ _CLAIMS = 1.0
 """Seconds between two looks for the sake of what clients say."""
 
 _STANDBY = "SELECT pg_is_in_recovery()"
-_SEAL = "SELECT h.seal FROM catbus.head AS h"
+_SEAL = "SELECT h.notification_secret FROM catbus.head AS h"
 _LOOK = (
-    "SELECT epoch, head, floor, mark, standby, same_system, same_timeline, role_version, holes, "
-    "pg_postmaster_start_time(), extract(epoch FROM clock_timestamp())::double precision FROM catbus.look($1)"
+    "SELECT epoch, head, floor, fingerprint, standby, same_system, same_timeline, role_version, "
+    "deleted_ranges_version, pg_postmaster_start_time(), extract(epoch FROM clock_timestamp())::double precision "
+    "FROM catbus.poll($1)"
 )
-_MARK = "SELECT catbus.mark($1)"
+_MARK = "SELECT catbus.fingerprint($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
 _EPOCHS = """
@@ -59,7 +60,7 @@ WHERE newest.epoch = $1 ORDER BY e.ordinal
 
 
 class _Look(NamedTuple):
-    """The database's answer to a look, as `catbus.look` has it."""
+    """The database's answer to a look, as `catbus.poll` has it."""
 
     epoch: str
     head: int

@@ -16,7 +16,7 @@ from ..access.asyncpg_bridge import DatabaseConnection
 PACE = 5.0
 """Seconds between two times that a replica says that it is there."""
 
-_BEAT = "SELECT id, silent, report, queue, roles FROM catbus.beat($1, $2)"
+_BEAT = "SELECT id, age, report, queue, roles FROM catbus.heartbeat($1, $2)"
 
 
 @dataclass(frozen=True, slots=True)

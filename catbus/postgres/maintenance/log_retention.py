@@ -18,7 +18,7 @@ HELD_PACE = 10.0
 """The same while somebody uses what is to go."""
 SLOTS = 8
 
-_LOOK = "SELECT o.victim, o.bytes, o.victim IS NOT NULL OR o.closing FROM catbus.overdue($1, $2) AS o"
+_LOOK = "SELECT d.expired, d.bytes, d.expired IS NOT NULL OR d.closing FROM catbus.retention_due($1, $2) AS d"
 _STEP = "CALL catbus.retain_transaction($1, $2, NULL, NULL, NULL, NULL, NULL, NULL)"
 
 # Who has come just now is on the way out again, or gone by the time that processes are looked at. One whose state may

@@ -17,7 +17,7 @@ PATIENCE = 60.0
 
 _VERSION = "SELECT version FROM catbus.schema_version"
 _POSITION = "SELECT head, floor FROM catbus.position()"
-_LIST = "SELECT first, last FROM catbus.list_holes($1, $2)"
+_LIST = "SELECT first, last FROM catbus.list_deleted_ranges($1, $2)"
 # A database may have another isolation level as its default.
 _REPAIR = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;

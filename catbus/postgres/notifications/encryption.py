@@ -1,6 +1,6 @@
 """What protects notifications: every role that may connect to the database hears all of them, and may send any.
 
-The secret of the log, in `catbus.head.seal`, is readable for the owner of the schema alone. From it come
+The secret of the log, in `catbus.head.notification_secret`, is readable for the owner of the schema alone. From it come
 
 - the MAC by which a notification is known to come from `catbus.notify`, HMAC-SHA256 over its channel and its text,
 - the key by which one replica encrypts what it sends on one channel, AES-256-GCM. Each replica derives a key of its own

@@ -1,21 +1,75 @@
--- Where the log stands: cheap, without a lock, asked all the time.
+-- The position of the log, and what a replica polls. The functions of this file change nothing.
+
+-- The head and the floor. It is cheap, takes no lock, and is called all the time.
 --
--- head is the newest committed seq, floor the oldest that still exists; floor = head + 1 when none does.
+-- head   the newest committed seq
+-- floor  the oldest seq that still exists; head + 1 when the log is empty
 CREATE FUNCTION catbus.position() RETURNS TABLE (epoch text, head bigint, floor bigint)
 LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET jit = off
 AS $$
 DECLARE
     newest bigint;
 BEGIN
-    -- Two statements, in this order, and therefore VOLATILE: TRUNCATE hides rows from older snapshots too. Should it
-    -- take the whole log away before the first statement has looked, the second sees the floor that was moved with it.
+    -- Two statements, in this order, and therefore VOLATILE: TRUNCATE hides rows from older snapshots, too. If
+    -- retention empties the whole log before the first statement has run, the second one sees the floor that moved with
+    -- it.
     SELECT e.seq INTO newest FROM catbus.entries AS e ORDER BY e.seq DESC LIMIT 1;
     RETURN QUERY SELECT h.epoch, greatest(newest, h.floor - 1), h.floor FROM catbus.head AS h;
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.position FROM PUBLIC;
+-- The fingerprint of an entry, which identifies it without showing it; null for an entry that does not exist. A
+-- notification loses white space around a payload, so the fingerprint leaves it out.
+CREATE FUNCTION catbus.fingerprint(seq bigint) RETURNS bytea
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    found bytea;
+BEGIN
+    SELECT sha256(convert_to(format('%s %s %s', e.at, e.channel, btrim(e.payload, E' \t\r\n')), 'UTF8'))
+    INTO found FROM catbus.entries AS e WHERE e.seq = fingerprint.seq;
+    RETURN found;
+END
+$$;
+
+-- catbus.position(), and what shows whether this is the log that a replica knows that has applied `seq`. It is cheap,
+-- takes no lock, and is called all the time.
+--
+-- fingerprint             of the entry `seq`
+-- standby                 the database is a standby; the next two are null then
+-- same_system             the epoch began in this cluster, or in one from which it was copied file by file
+-- same_timeline           there was no failover since, and no restore to a point in time
+-- role_version            differs after every change of roles
+-- deleted_ranges_version  differs after every change of catbus.deleted_ranges; null while that is empty
+CREATE FUNCTION catbus.poll(seq bigint) RETURNS TABLE (
+    epoch text, head bigint, floor bigint, fingerprint bytea, standby boolean, same_system boolean,
+    same_timeline boolean, role_version text, deleted_ranges_version bigint
+)
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    standby := pg_is_in_recovery();
+    -- Before the floor is read: if retention removes the entry in between, the floor shows it.
+    fingerprint := catbus.fingerprint(poll.seq);
+    SELECT p.epoch, p.head, p.floor INTO epoch, head, floor FROM catbus.position() AS p;
+    SELECT md5(string_agg(c.id::text, ' ' ORDER BY c.id)) INTO role_version FROM catbus.role_changes AS c;
+    SELECT max(d.change) INTO deleted_ranges_version FROM catbus.deleted_ranges AS d;
+    IF NOT standby THEN
+        SELECT e.system_identifier = c.system_identifier, e.timeline = c.timeline
+        INTO STRICT same_system, same_timeline
+        FROM catbus.epochs AS e CROSS JOIN catbus.cluster_identity() AS c WHERE e.epoch = poll.epoch;
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+-- Whether this is the server that a replica has checked, which started at this time.
+CREATE FUNCTION catbus.is_same_server(started timestamptz) RETURNS boolean
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    RETURN pg_postmaster_start_time() = started;
+END
+$$;
+
+REVOKE ALL ON FUNCTION catbus.position, catbus.fingerprint, catbus.poll, catbus.is_same_server FROM PUBLIC;

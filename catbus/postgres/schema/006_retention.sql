@@ -1,32 +1,28 @@
--- Retention: the oldest part of the log goes, a partition at a time and not row by row.
+-- Retention: the oldest entries are removed a partition at a time, not row by row.
 --
--- New entries go into one slot until its first is older than a seventh of the age, then into the next. The oldest slot
--- is emptied when its newest entry is older than the age. So the log keeps at least the age, and 8/7 of it at the most.
--- By size a slot is closed when it takes up an eighth of what all may, and the oldest is emptied, whatever its age, when
--- all take up more than they may.
+-- New entries go into one slot until its first entry is older than a seventh of the age, then into the next slot. The
+-- oldest slot is emptied when its newest entry is older than the age. So the log keeps entries for at least the age,
+-- and for at most 8/7 of it.
 --
--- `age` is in milliseconds, `size` in bytes with those of the indexes. `now`, for tests, stands for the clock that also
--- gives `at`.
+-- By size, a slot is closed when it takes up an eighth of the limit. The oldest slot is emptied, whatever its age, when
+-- all slots together take up more than the limit.
+--
+-- `age` is in milliseconds, `size` in bytes including indexes. Tests give `now`, which replaces the clock that also
+-- sets `at`.
 
--- What is to be done. It takes no lock that anybody waits for, and is asked all the time.
+-- The step that is due. It takes no lock that blocks anybody, and is called all the time.
 --
--- victim   the slot to be emptied; null for none
+-- expired  the slot to be emptied; null for none
 -- newest   the newest seq in it
--- early    it goes by size: its entries are younger than the age
--- closing  the current slot is to be closed; the next one is empty, or the victim
--- bytes    what the log takes up
-CREATE FUNCTION catbus.overdue(age bigint, size bigint, now bigint DEFAULT NULL)
-RETURNS TABLE (victim smallint, newest bigint, early boolean, closing boolean, bytes bigint)
+-- by_size  its entries are younger than the age, and are removed because of the size
+-- closing  the current slot is to be closed; the next one is empty, or is the expired one
+-- bytes    the size of the log
+CREATE FUNCTION catbus.retention_due(age bigint, size bigint, now bigint DEFAULT NULL)
+RETURNS TABLE (expired smallint, newest bigint, by_size boolean, closing boolean, bytes bigint)
 LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-SET jit = off
 AS $$
 DECLARE
-    clock   bigint := coalesce(overdue.now, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint);
+    clock   bigint := coalesce(retention_due.now, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint);
     current smallint;
 BEGIN
     SELECT h.slot INTO STRICT current FROM catbus.head AS h;
@@ -41,35 +37,33 @@ BEGIN
             SELECT e.seq, e.at FROM catbus.entries AS e WHERE e.slot = n.slot ORDER BY e.seq DESC LIMIT 1
         ) AS last ON true
     ), oldest AS (
-        SELECT s.slot, s.last, s.ended > clock - overdue.age AS young
+        SELECT s.slot, s.last, s.ended > clock - retention_due.age AS young
         FROM slots AS s WHERE s.slot <> current AND s.first IS NOT NULL ORDER BY s.first LIMIT 1
     )
     SELECT o.slot, o.last, o.young, whole.takes,
-           (c.began <= clock - overdue.age / 7 OR c.first IS NOT NULL AND c.takes > overdue.size / 8)
+           (c.began <= clock - retention_due.age / 7 OR c.first IS NOT NULL AND c.takes > retention_due.size / 8)
                AND (next.first IS NULL OR next.slot = o.slot)
-    INTO victim, newest, early, bytes, closing
+    INTO expired, newest, by_size, bytes, closing
     FROM (SELECT sum(s.takes)::bigint AS takes FROM slots AS s) AS whole
     JOIN slots AS c ON c.slot = current
     JOIN slots AS next ON next.slot = (current + 1) % 8
-    LEFT JOIN oldest AS o ON NOT o.young OR whole.takes > overdue.size;
+    LEFT JOIN oldest AS o ON NOT o.young OR whole.takes > retention_due.size;
     closing := coalesce(closing, false);
     RETURN NEXT;
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.overdue FROM PUBLIC;
-
--- One step, in one transaction: whoever takes it, the others find that it has been taken.
+-- Take one step, in one transaction. If another replica has taken it already, nothing happens.
 --
--- floor    the oldest seq that still exists, after it
--- dropped  how many entries went
--- early    they went by size
+-- floor    the oldest seq that still exists afterwards
+-- dropped  the number of removed entries
+-- by_size  they were removed because of the size
 -- closed   the current slot was closed
--- held     the slot that was to be emptied and was not, because somebody uses it
+-- blocked  the slot that could not be emptied because a transaction uses it
 --
--- Raises 55P03 when the head row is not had within two seconds.
+-- Raises 55P03 when the lock of the head row is not free within two seconds.
 CREATE FUNCTION catbus.retain(age bigint, size bigint, now bigint DEFAULT NULL)
-RETURNS TABLE (floor bigint, dropped bigint, early boolean, closed boolean, held smallint)
+RETURNS TABLE (floor bigint, dropped bigint, by_size boolean, closed boolean, blocked smallint)
 LANGUAGE plpgsql
 AS $$
 DECLARE
@@ -81,31 +75,31 @@ BEGIN
         RAISE EXCEPTION 'catbus.retain needs the isolation level "read committed"' USING ERRCODE = '25001';
     END IF;
 
-    -- Nobody need wait for a standby here: where this has not come to, there is more of the log. The head row is waited
-    -- for as an append does, which holds nobody up. It is the first lock: who had looked at the partitions before would
-    -- keep another's step from emptying one, while waiting for that other's lock on the head row.
+    -- Waiting for a standby is not necessary: a standby that lacks this step merely has more of the log. Waiting for
+    -- the head row blocks nobody, as with an append. It is the first lock: a transaction that had read the partitions
+    -- before would keep another step from emptying one, while it waits for that step's lock on the head row.
     PERFORM set_config('synchronous_commit', 'local', true), set_config('lock_timeout', '2s', true);
     SELECT h.slot, h.floor INTO STRICT head FROM catbus.head AS h FOR UPDATE;
 
-    -- From here on all appends wait, and behind a TRUNCATE that waits all who read.
+    -- From here on all appends wait, and all readers wait behind a TRUNCATE that waits.
     PERFORM set_config('lock_timeout', '50ms', true);
-    SELECT o.victim, o.newest, o.early, o.closing INTO STRICT due
-    FROM catbus.overdue(retain.age, retain.size, retain.now) AS o;
+    SELECT d.expired, d.newest, d.by_size, d.closing INTO STRICT due
+    FROM catbus.retention_due(retain.age, retain.size, retain.now) AS d;
     floor := head.floor;
     current := head.slot;
     dropped := 0;
-    early := false;
-    IF due.victim IS NOT NULL THEN
+    by_size := false;
+    IF due.expired IS NOT NULL THEN
         BEGIN
-            EXECUTE format('TRUNCATE catbus.entries_%s', due.victim);
+            EXECUTE format('TRUNCATE catbus.entries_%s', due.expired);
             floor := due.newest + 1;
             dropped := floor - head.floor;
-            early := due.early;
+            by_size := due.by_size;
         EXCEPTION WHEN lock_not_available THEN
-            held := due.victim;
+            blocked := due.expired;
         END;
     END IF;
-    IF due.closing AND held IS DISTINCT FROM (head.slot + 1) % 8 THEN
+    IF due.closing AND blocked IS DISTINCT FROM (head.slot + 1) % 8 THEN
         current := (head.slot + 1) % 8;
     END IF;
     closed := current <> head.slot;
@@ -116,4 +110,27 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.retain FROM PUBLIC;
+REVOKE ALL ON FUNCTION catbus.retention_due, catbus.retain FROM PUBLIC;
+
+-- catbus.retain in a transaction of its own.
+CREATE PROCEDURE catbus.retain_transaction(
+    age         bigint,
+    size        bigint,
+    now         bigint,
+    OUT floor   bigint,
+    OUT dropped bigint,
+    OUT by_size boolean,
+    OUT closed  boolean,
+    OUT blocked smallint
+)
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    ROLLBACK;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
+    SELECT r.floor, r.dropped, r.by_size, r.closed, r.blocked INTO floor, dropped, by_size, closed, blocked
+    FROM catbus.retain(age, size, now) AS r;
+END
+$$;
+
+REVOKE ALL ON PROCEDURE catbus.retain_transaction FROM PUBLIC;

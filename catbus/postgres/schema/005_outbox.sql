@@ -1,24 +1,25 @@
--- Publishing from SQL: what a transaction publishes waits in an outbox, and gets into the log after its commit.
+-- Publishing from SQL with a transactional outbox: messages wait in the outbox and enter the log after the commit.
 --
--- A transaction that appended to the log itself would hold up all others from there to its end.
+-- A transaction that appended to the log itself would block all others from that moment to its end.
 
--- One sequence for both tables, and nobody keeps numbers in store: what is published after another transaction has
--- committed gets the greater number.
+-- One sequence for both tables, without a cache: a message that is published after another transaction has committed
+-- gets a greater id than the messages of that transaction.
 CREATE SEQUENCE catbus.outbox_id CACHE 1;
 
--- Which table is written to. The value of a sequence changes in its place: it leaves no version of a row behind, and a
--- snapshot that is old sees the new one.
-CREATE SEQUENCE catbus.outbox_turn MINVALUE 0 MAXVALUE 1 START 0 CACHE 1;
+-- The number of the table that takes new messages. The value of a sequence changes in place: it leaves no row version
+-- behind, and an old snapshot sees the new value.
+CREATE SEQUENCE catbus.outbox_active MINVALUE 0 MAXVALUE 1 START 0 CACHE 1;
 
--- A channel by the grammar of all channels; a payload that is JSON, as check_payload in catbus/protocol/wire_messages.py has it. Both
--- together have no more bytes than a client may publish by default: 65,536 less the 42 around them.
+-- Check a channel by the grammar of channels, and a payload as JSON by the rules of check_payload in
+-- catbus/protocol/wire_messages.py. Together they have at most as many bytes as a client may publish by default: 65,536
+-- less the 42 around them.
 --
--- Never false: it raises, because its message can say what was expected and that of a constraint cannot.
+-- Never returns false. It raises, because its message can say what was expected, and that of a constraint cannot.
 CREATE FUNCTION catbus.check_message(channel text, payload text) RETURNS boolean
 LANGUAGE plpgsql IMMUTABLE
 AS $$
 DECLARE
-    -- The collation of an argument is that of what the caller has written there, which may fit no operator here.
+    -- An argument has the collation of the caller's expression, which may not suit the operators here.
     name     text COLLATE "C" := channel;
     written  text COLLATE "C" := payload;
     brackets text COLLATE "C";
@@ -35,7 +36,8 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value',
                   DETAIL = 'Channel and payload have at most 65494 bytes together.';
     END IF;
-    -- With so few brackets it cannot be deep. Otherwise, without its strings, the innermost pairs go level by level.
+    -- A payload with few brackets cannot be deep. Otherwise remove the strings, then the innermost pairs level by
+    -- level.
     IF length(written) - length(translate(written, '[{', '')) > 64 THEN
         brackets := regexp_replace(written, '"([^"\\]|\\.)*"', '', 'g');
         brackets := translate(regexp_replace(brackets, '[^][{}]+', '', 'g'), '{}', '[]');
@@ -48,62 +50,61 @@ BEGIN
                 USING ERRCODE = 'invalid_parameter_value', DETAIL = 'Arrays and objects nest at most 64 levels deep.';
         END IF;
     END IF;
-    -- Half a character is none. What is left of all escapes has no pair, and no backslash that another one escapes.
+    -- Half of a surrogate pair is no character. Removing all pairs, and all other escapes, leaves the halves.
     IF written ~ '\\u[dD][89a-fA-F]' AND regexp_replace(
         written, '\\([^u]|u[dD][89abAB]..\\u[dD][c-fC-F]..)', '', 'g') ~ '\\u[dD][89a-fA-F]'
     THEN
         RAISE EXCEPTION 'the payload has half of a surrogate pair in it'
             USING ERRCODE = 'invalid_parameter_value', DETAIL = 'In JSON, \ud800 to \udbff go before \udc00 to \udfff.';
     END IF;
-    -- json keeps the text as it is and takes all that is JSON; jsonb would refuse some, "\u0000" for one.
+    -- json keeps the text as it is and accepts all JSON. jsonb rejects some of it, for example "\u0000".
     RETURN written::json IS NOT NULL;
 END
 $$;
 
--- Two tables of a kind. While one is written to, the other one, once it is empty, is made small again: deleted rows
--- stay for as long as any transaction in the database is open that might see them, and whoever looks for rows passes
--- over them every time.
+-- Two tables alike. While one takes new messages, the other one is truncated as soon as it is empty: deleted rows stay
+-- as long as any open transaction in the database might see them, and every search for rows has to step over them.
 CREATE TABLE catbus.outbox_0 (
     id      bigint NOT NULL PRIMARY KEY DEFAULT nextval('catbus.outbox_id'),
     channel text   COLLATE "C" NOT NULL,
     payload text   NOT NULL,
     CHECK (catbus.check_message(channel, payload))
 );
--- As in the log.
+-- As in catbus.entries.
 ALTER TABLE catbus.outbox_0 ALTER COLUMN payload SET STORAGE EXTERNAL;
 CREATE TABLE catbus.outbox_1 (LIKE catbus.outbox_0 INCLUDING ALL);
-COMMENT ON TABLE catbus.outbox_0 IS 'What was published from SQL and is not in the log yet';
-COMMENT ON TABLE catbus.outbox_1 IS 'What was published from SQL and is not in the log yet';
+COMMENT ON TABLE catbus.outbox_0 IS 'Messages that were published from SQL and are not in the log yet';
+COMMENT ON TABLE catbus.outbox_1 IS 'Messages that were published from SQL and are not in the log yet';
 
--- Publishes a message when the transaction commits, and never if it does not.
+-- Publish a message when the transaction commits, and never if it does not.
 --
--- One function for all types, so that one GRANT is enough. It runs with its owner's rights, and so it converts built-in
--- types only: the cast of a type that somebody has made may be a function that somebody has made.
+-- One function serves all types, so that one GRANT is enough. It runs with its owner's rights, and therefore converts
+-- built-in types only: the cast of another type may be a function that somebody else has made.
 CREATE FUNCTION catbus.publish(channel text, payload anycompatible) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     written text COLLATE "C";
-    turn    bigint;
+    active  bigint;
 BEGIN
     IF pg_typeof(payload) NOT IN ('text'::regtype, 'varchar'::regtype, 'json'::regtype, 'jsonb'::regtype) THEN
         RAISE EXCEPTION 'a payload is of type text, json or jsonb, not %', pg_typeof(payload)
             USING ERRCODE = 'datatype_mismatch', HINT = 'to_json() makes JSON of any value.';
     END IF;
-    -- Around a value white space is dropped, as with clients.
+    -- White space around a value is dropped, as in messages of clients.
     written := btrim(payload::text, E' \t\r\n');
     IF channel IS NULL OR written IS NULL THEN
         RAISE EXCEPTION 'a message has a channel and a payload, and neither is NULL'
             USING ERRCODE = 'null_value_not_allowed', HINT = 'A payload may be the JSON text null.';
     END IF;
     IF written ~ '[\r\n]' THEN
-        -- Between values they are white space; in a string they are an error, and have to be found before they go.
+        -- Between values they are white space. In a string they are an error, which has to be found before they are
+        -- replaced.
         PERFORM catbus.check_message(channel, written);
         written := translate(written, E'\r\n', '  ');
     END IF;
-    SELECT s.last_value INTO turn FROM catbus.outbox_turn AS s;
-    IF turn = 0 THEN
+    SELECT s.last_value INTO active FROM catbus.outbox_active AS s;
+    IF active = 0 THEN
         INSERT INTO catbus.outbox_0 (channel, payload) VALUES (publish.channel, written);
     ELSE
         INSERT INTO catbus.outbox_1 (channel, payload) VALUES (publish.channel, written);
@@ -112,26 +113,23 @@ END
 $$;
 COMMENT ON FUNCTION catbus.publish IS 'Publishes JSON (text, json or jsonb) to a channel when the transaction commits';
 
--- Whether there are messages in the outbox: without a lock that anyone waits for, asked all the time. Nor is it kept
--- waiting for long: a question that nobody waits for any more would go on waiting in the database.
-CREATE FUNCTION catbus.outbox_waits() RETURNS boolean
+-- Whether the outbox contains messages. It takes no lock that blocks anybody, and is called all the time. Its own
+-- waiting is limited: a query whose caller has given up would go on waiting in the database.
+CREATE FUNCTION catbus.outbox_pending() RETURNS boolean
 LANGUAGE plpgsql
-SET lock_timeout = '1s'
-SET plan_cache_mode = force_generic_plan
-SET jit = off
 AS $$
 BEGIN
     RETURN EXISTS (SELECT FROM catbus.outbox_0) OR EXISTS (SELECT FROM catbus.outbox_1);
 END
 $$;
 
--- Moves messages from the outbox into the log: one call in autocommit, alone or behind a call of catbus.append.
+-- Move messages from the outbox into the log: one call in autocommit, alone or after a call of catbus.append.
 --
--- since    the new entries get no earlier time; null, or what catbus.append has returned
+-- since    the new entries get no earlier time: null, or the `at` that catbus.append has returned
 --
--- moved    how many there were
--- last     the last one's seq; null when there were none
--- more     whether others were left in the outbox
+-- moved    the number of messages
+-- last     the seq of the last one; null when there were none
+-- more     whether the outbox contains further messages
 --
 -- Raises what catbus.append raises.
 CREATE FUNCTION catbus.move_outbox(
@@ -143,12 +141,6 @@ CREATE FUNCTION catbus.move_outbox(
     OUT more  boolean
 )
 LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_bitmapscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-SET jit = off
 AS $$
 DECLARE
     head  record;
@@ -164,9 +156,9 @@ BEGIN
 
     moved := 0;
     more := false;
-    -- All replicas see messages waiting at about the same time. One of them moves them; the others need not wait for
-    -- that, nor write anything, to find that there is nothing left to do.
-    IF NOT catbus.outbox_waits() OR NOT pg_try_advisory_xact_lock(122550254464888) THEN
+    -- All replicas find waiting messages at about the same time. One of them moves the messages. The others return at
+    -- once, and write nothing.
+    IF NOT catbus.outbox_pending() OR NOT pg_try_advisory_xact_lock(122550254464888) THEN
         RETURN;
     END IF;
 
@@ -175,7 +167,7 @@ BEGIN
         RAISE EXCEPTION 'the epoch of the log is %, not %', head.epoch, move_outbox.epoch USING ERRCODE = 'CB001';
     END IF;
 
-    -- The first 1,000 whose commit can be seen, and of these no more than 4 MiB.
+    -- The first 1,000 committed messages, and of these no more than 4 MiB.
     SELECT max(waiting.id) FILTER (WHERE waiting.fits), count(*) = 1000 OR NOT bool_and(waiting.fits)
     INTO bound, more
     FROM (
@@ -196,7 +188,7 @@ BEGIN
     first := greatest(last + 1, head.floor);
     at := greatest(at, since, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint);
 
-    -- The key is of a length that no client's has, and the seq in it makes it the only one.
+    -- No client has a producer id of this length, and the seq makes the key unique.
     WITH taken_0 AS (
         DELETE FROM catbus.outbox_0 AS o WHERE o.id <= bound RETURNING o.id, o.channel, o.payload
     ), taken_1 AS (
@@ -210,41 +202,39 @@ BEGIN
     ) AS new;
     GET DIAGNOSTICS moved = ROW_COUNT;
     last := first + moved - 1;
-    IF pg_notification_queue_usage() <= 0.5 THEN
-        PERFORM pg_notify('catbus', format('%s:%s:%s', head.epoch, first, last));
-    END IF;
+    PERFORM catbus.notify('catbus', format('%s:%s:%s', head.epoch, first, last));
 END
 $$;
 
--- Makes the table that is not written to small again, or, when it is small and the other has grown, gives it the turn.
--- Waits for nobody: when somebody has published into the table and not committed yet, or reads it, the next call may
--- succeed. Others wait for the moment that it takes.
-CREATE FUNCTION catbus.turn_outbox() RETURNS void
+-- Truncate the table that takes no new messages. If it is truncated already and the other one has grown, swap the two.
+--
+-- It waits for nobody: while an uncommitted transaction has published into the table, or reads it, nothing happens, and
+-- a later call may succeed. Others wait only for the moment that the truncation takes.
+CREATE FUNCTION catbus.rotate_outbox() RETURNS void
 LANGUAGE plpgsql
-SET jit = off
 AS $$
 DECLARE
-    idle  text;
-    busy  text;
-    turn  bigint;
-    waits boolean;
+    idle_number bigint;
+    idle        text;
+    busy        text;
+    occupied    boolean;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'catbus.turn_outbox needs the isolation level "read committed"' USING ERRCODE = '25001';
+        RAISE EXCEPTION 'catbus.rotate_outbox needs the isolation level "read committed"' USING ERRCODE = '25001';
     END IF;
-    SELECT 1 - s.last_value INTO turn FROM catbus.outbox_turn AS s;
-    idle := format('catbus.outbox_%s', turn);
-    busy := format('catbus.outbox_%s', 1 - turn);
+    SELECT 1 - s.last_value INTO idle_number FROM catbus.outbox_active AS s;
+    idle := format('catbus.outbox_%s', idle_number);
+    busy := format('catbus.outbox_%s', 1 - idle_number);
     IF pg_relation_size(idle) = 0 THEN
-        -- Some 2,000 small messages, which take a third of a millisecond to look through.
+        -- About 2,000 small messages. Scanning them takes a third of a millisecond.
         IF pg_relation_size(busy) > 262144 THEN
-            PERFORM setval('catbus.outbox_turn', turn);
+            PERFORM setval('catbus.outbox_active', idle_number);
         END IF;
         RETURN;
     END IF;
 
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', idle) INTO waits;
-    IF waits THEN
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', idle) INTO occupied;
+    IF occupied THEN
         RETURN;
     END IF;
     -- The lock ends with the commit, which must not wait for standbys.
@@ -254,13 +244,49 @@ BEGIN
     EXCEPTION WHEN lock_not_available THEN
         RETURN;
     END;
-    -- Whoever published into it has ended, and a statement that begins now sees what of that was committed.
-    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', idle) INTO waits;
-    IF NOT waits THEN
+    -- All transactions that published into it have ended, and a statement that begins now sees what they committed.
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s)', idle) INTO occupied;
+    IF NOT occupied THEN
         EXECUTE format('TRUNCATE %s', idle);
     END IF;
 END
 $$;
 
-REVOKE ALL ON FUNCTION catbus.check_message, catbus.publish, catbus.outbox_waits, catbus.move_outbox,
-    catbus.turn_outbox FROM PUBLIC;
+REVOKE ALL ON FUNCTION catbus.check_message, catbus.publish, catbus.outbox_pending, catbus.move_outbox,
+    catbus.rotate_outbox FROM PUBLIC;
+
+-- catbus.move_outbox in a transaction of its own, if this is the server that started at `server`.
+CREATE PROCEDURE catbus.move_outbox_transaction(
+    synchronous_commit text,
+    epoch     text,
+    server    timestamptz,
+    OUT moved bigint,
+    OUT last  bigint,
+    OUT more  boolean
+)
+LANGUAGE plpgsql
+AS $$
+DECLARE
+    since bigint;
+BEGIN
+    ROLLBACK;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
+    IF catbus.is_same_server(server) THEN
+        SELECT m.moved, m.last, m.more INTO moved, last, more
+        FROM catbus.move_outbox(synchronous_commit, epoch, since) AS m;
+    END IF;
+END
+$$;
+
+-- catbus.rotate_outbox in a transaction of its own.
+CREATE PROCEDURE catbus.rotate_outbox_transaction()
+LANGUAGE plpgsql
+AS $$
+BEGIN
+    ROLLBACK;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;
+    PERFORM catbus.rotate_outbox();
+END
+$$;
+
+REVOKE ALL ON PROCEDURE catbus.move_outbox_transaction, catbus.rotate_outbox_transaction FROM PUBLIC;
