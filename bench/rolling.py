@@ -8,6 +8,13 @@ WebSocket and half over WebTransport, with the library's own reconnecting; four 
 together. A balancer asks each replica for /ready every 0.1 s and sends whoever connects to the next one that is. Then
 one replica after the other gets SIGTERM, ends, and is started again, and the next is waited with until it is ready.
 
+    python bench/rolling.py --replicas 2 --subscriptions 450 --latency 150 --rounds 20 --delay 0.3 --window 1
+
+With --subscriptions there is one client, behind a proxy that delays what it passes on, by half of --latency each way.
+In each of --rounds it makes so many new subscriptions, one every 6 ms, and publishes to them all the while. Meanwhile
+one replica after the other is restarted, and new connections are led to the other one. Then each channel gets one more
+message: a subscription that does not hear it is deaf. `rolling_javascript.py` does the same to the JavaScript client.
+
 A pause is the longest time without a message that a subscriber had. Ends with status 1 when anybody lacks a message,
 gets one twice, or when a publish was not acknowledged.
 """
@@ -23,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import harness
+import subscribing
 import trio
 from harness import SECRET, Server, percentile
 from moving import Load, plot
@@ -108,6 +116,27 @@ async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple
     return load, restarts
 
 
+async def play_rounds(
+    replicas: Sequence[Replica], rounds: int, subscriptions: int, latency: float
+) -> subscribing.Counted:
+    """One client with many subscriptions, in so many rounds of restarts."""
+    distance = subscribing.Distance(latency)
+
+    def lead_to(replica: Replica) -> None:
+        assert replica.server is not None
+        distance.port = replica.server.port
+
+    async def restart() -> None:
+        for number, replica in enumerate(replicas):
+            lead_to(replicas[number - 1])
+            await trio.to_thread.run_sync(replica.stop)
+            await trio.to_thread.run_sync(replica.start)
+
+    lead_to(replicas[0])
+    token = sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
+    return await subscribing.play(distance, token, rounds, subscriptions, restart)
+
+
 def draw(moves: Sequence[float]) -> str:
     """The same as a picture."""
     counts = Counter(int(at) for at in moves)
@@ -143,6 +172,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--delay", type=float, default=1.0, help="drain.delay, in seconds")
     parser.add_argument("--window", type=float, default=5.0, help="drain.window: over so long clients are sent away")
+    parser.add_argument("--subscriptions", type=int, help="of one client, in the place of --sessions")
+    parser.add_argument("--latency", type=float, default=150.0, help="milliseconds to the broker and back")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--database", help="the URL of a PostgreSQL; without it, one is started")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the reconnects there")
     options = parser.parse_args()
@@ -154,6 +186,9 @@ def main() -> None:
         try:
             for replica in replicas:
                 replica.start()
+            if options.subscriptions is not None:
+                counted = trio.run(play_rounds, replicas, options.rounds, options.subscriptions, options.latency / 1000)
+                sys.exit(bool(counted.wrong))
             load, restarts = trio.run(play, replicas, options.sessions, options.rate)
         finally:
             for replica in replicas:
