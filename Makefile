@@ -48,11 +48,11 @@ bench: $(venv)/installed-test
 	$(bin)/python bench/durable.py
 	$(bin)/python bench/publish_sql.py --seconds 10
 	$(bin)/python bench/soak.py --minutes 1 --every 5 --age 10
-	$(bin)/python bench/stalled.py --repeat 3
-	$(bin)/python bench/behind.py --sessions 1000 --over 2
-	$(bin)/python bench/rolling.py --sessions 60
-	$(bin)/python bench/storm.py --clients 300
-	$(bin)/python bench/hostile.py --bytes 3e8 --seconds 5
+	$(bin)/python bench/stalled_subscribers.py --repeat 3
+	$(bin)/python bench/catch_up.py --sessions 1000 --over 2
+	$(bin)/python bench/rolling_restart.py --sessions 60
+	$(bin)/python bench/reconnect_storm.py --clients 300
+	$(bin)/python bench/hostile_peers.py --bytes 3e8 --seconds 5
 
 # How long faults are injected. Then each planted mistake must be found.
 CHAOS_MINUTES := 2

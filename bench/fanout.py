@@ -44,10 +44,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import harness
-from bare import HELLO, WELCOME, websocket_relay, webtransport_relay
-from crowd import Crowd, Door, Request, Round, processes
-from doors import Steps, WebSocketDoor, WebTransportDoor
+from baseline_relays import HELLO, WELCOME, websocket_relay, webtransport_relay
 from harness import BINARY, PAYLOAD_SIZE, PONG, Publisher, auth_line, cpu_time, frame, payload, percentile
+from subscriber_process import FORK, Connector, Request, Round, SubscriberProcess
+from subscriber_transports import Steps, WebSocketConnector, WebTransportConnector
 
 from catbus.certificates import development_certificate
 from catbus.endpoints.frames import text_header
@@ -72,10 +72,10 @@ class Target:
 
     name: str
     pid: int
-    door: Door
+    connector: Connector
     publish: Callable[[Sequence[bytes]], bytes]
     """The bytes that publish some payloads."""
-    enter_publisher: Callable[[], socket.socket]
+    connect_publisher: Callable[[], socket.socket]
     publisher_alive: bytes = b""
     """What the publisher sends now and then to be taken for alive."""
     answer: bytes = b""
@@ -92,11 +92,11 @@ def catbus_target(database: str, *, webtransport: bool) -> Iterator[Target]:
     subscribe = b'{"type":"subscribe","pattern":"%b"}\n' % PATTERN.encode(), b'"subscribed"'
     alive = frame(b"", PONG)
     with harness.catbus_run(database, webtransport=webtransport) as server:
-        door: Door = WebTransportDoor(server.quic_port, server.ca, [hello, subscribe])
+        connector: Connector = WebTransportConnector(server.quic_port, server.ca, [hello, subscribe])
         if not webtransport:
-            door = WebSocketDoor(server.port, "/ws", framed([hello, subscribe]), alive)
-        publisher = WebSocketDoor(server.port, "/ws", framed([hello]), alive)
-        yield Target("catbus", server.pid, door, publish, publisher.enter, alive, b'"type":"published"')
+            connector = WebSocketConnector(server.port, "/ws", framed([hello, subscribe]), alive)
+        publisher = WebSocketConnector(server.port, "/ws", framed([hello]), alive)
+        yield Target("catbus", server.pid, connector, publish, publisher.connect_one, alive, b'"type":"published"')
 
 
 @contextmanager
@@ -109,17 +109,19 @@ def nats_target(command: str) -> Iterator[Target]:
     subscribe = b"SUB %b 1\r\n" % PATTERN.encode()
     alive = frame(b"PONG\r\n", BINARY)
     with tempfile.TemporaryDirectory() as directory, harness.nats_run(command, Path(directory)) as server:
-        door = WebSocketDoor(server.port, "/", [(frame(hello + subscribe + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
-        publisher = WebSocketDoor(server.port, "/", [(frame(hello + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
-        yield Target("nats", server.pid, door, publish, publisher.enter, alive)
+        connector = WebSocketConnector(
+            server.port, "/", [(frame(hello + subscribe + b"PING\r\n", BINARY), b"PONG\r\n")], alive
+        )
+        publisher = WebSocketConnector(server.port, "/", [(frame(hello + b"PING\r\n", BINARY), b"PONG\r\n")], alive)
+        yield Target("nats", server.pid, connector, publish, publisher.connect_one, alive)
 
 
 @contextmanager
 def bare_target() -> Iterator[Target]:
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener, running(websocket_relay, listener) as pid:
         port = listener.getsockname()[1]
-        publisher = WebSocketDoor(port, "/publish", [], b"")
-        yield Target("bare", pid, WebSocketDoor(port, "/", [], b""), publish_framed, publisher.enter)
+        publisher = WebSocketConnector(port, "/publish", [], b"")
+        yield Target("bare", pid, WebSocketConnector(port, "/", [], b""), publish_framed, publisher.connect_one)
 
 
 @contextmanager
@@ -132,15 +134,17 @@ def bare_webtransport_target() -> Iterator[Target]:
         sock.bind(("127.0.0.1", 0))
         made = development_certificate(Path(directory), datetime.now(UTC))
         configuration = server_configuration(made.certificate_pem, made.key_pem)
-        door = WebTransportDoor(sock.getsockname()[1], made.certificate_pem, [(HELLO, WELCOME)])
+        connector = WebTransportConnector(sock.getsockname()[1], made.certificate_pem, [(HELLO, WELCOME)])
         with running(webtransport_relay, listener, sock, configuration) as pid:
-            yield Target("bare", pid, door, publish_lines, lambda: socket.create_connection(listener.getsockname()))
+            yield Target(
+                "bare", pid, connector, publish_lines, lambda: socket.create_connection(listener.getsockname())
+            )
 
 
 @contextmanager
 def running(relay: Callable[..., None], *arguments: object) -> Iterator[int]:
     """A process that does this until it is ended; its number."""
-    process = processes.Process(target=relay, args=arguments, daemon=True)
+    process = FORK.Process(target=relay, args=arguments, daemon=True)
     process.start()
     assert process.pid is not None
     try:
@@ -175,12 +179,15 @@ class Arena:
         self.target = target
         self._subscribers = subscribers
         sample = min(SAMPLE, subscribers)
-        self._crowds = [Crowd(target.door, sampled=False), Crowd(target.door, sampled=True)]
+        self._processes = [
+            SubscriberProcess(target.connector, sampled=False),
+            SubscriberProcess(target.connector, sampled=True),
+        ]
         # The sample stands everywhere in the order in which the server serves them.
         ends = [(subscribers - sample) * (index + 1) // sample for index in range(sample)]
         for previous, end in pairwise([0, *ends]):
             self._all(end - previous, 1)
-        self._publisher = Publisher(target.enter_publisher())
+        self._publisher = Publisher(target.connect_publisher())
         self._answered = 0
 
     def keep_alive(self) -> None:
@@ -201,7 +208,7 @@ class Arena:
             self._burst(mark, workload.messages)
         if self.target.answer:
             self._wait_answered(workload.messages)
-        seen = [crowd.answer() for crowd in self._crowds]
+        seen = [process.answer() for process in self._processes]
         ended, cpu = time.monotonic(), cpu_time(self.target.pid) - cpu
         counts = sum((each.counts for each in seen), Counter[int]())
         if counts != {workload.messages: self._subscribers}:
@@ -220,14 +227,14 @@ class Arena:
         )
 
     def close(self) -> None:
-        for crowd in self._crowds:
-            crowd.end()
+        for process in self._processes:
+            process.end()
 
     def _all(self, *requests: Request) -> None:
-        for crowd, request in zip(self._crowds, requests, strict=True):
-            crowd.ask(request)
-        for crowd in self._crowds:
-            crowd.answer()
+        for process, request in zip(self._processes, requests, strict=True):
+            process.ask(request)
+        for process in self._processes:
+            process.answer()
 
     def _burst(self, mark: bytes, messages: int) -> None:
         for first in range(0, messages, OBJECTS_IN_FRAME):

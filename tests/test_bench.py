@@ -21,10 +21,10 @@ PROGRAMS = {
     "fanout webtransport": f"{FANOUT} --transport webtransport",
     "publish_sql": "publish_sql.py --rates 20 --seconds 0.3",
     "soak": "soak.py --minutes 0.02 --every 0.4 --age 5 --rate 100 --held yes",
-    "stalled": "stalled.py --subscribers 20 --fill 2e6 --seconds 0.5 --repeat 1",
-    "behind": "behind.py --sessions 40 --messages 500 --channels 20 --processes 2 --seconds 1",
-    "storm": "storm.py --clients 10 --rate 10",
-    "rolling": "rolling.py --sessions 8 --replicas 2 --delay 0 --window 0 --svg rolling.svg",
+    "stalled": "stalled_subscribers.py --subscribers 20 --fill 2e6 --seconds 0.5 --repeat 1",
+    "behind": "catch_up.py --sessions 40 --messages 500 --channels 20 --processes 2 --seconds 1",
+    "storm": "reconnect_storm.py --clients 10 --rate 10",
+    "rolling": "rolling_restart.py --sessions 8 --replicas 2 --delay 0 --window 0 --svg rolling.svg",
 }
 
 Outputs = dict[str, Future[list[str]]]

@@ -25,7 +25,7 @@ from catbus.client.websocket import WebSocket
 from catbus.client.webtransport import WebTransport as OverQuic
 from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
-from tests.chaos.network import Relay
+from tests.chaos.udp_relay import UdpRelay
 from tests.endpoints.peers import Peer
 
 
@@ -263,10 +263,10 @@ def test_without_a_certificate_nobody_else_is_served() -> None:
 async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_path: Path) -> None:
     """Without a loss or a repeat, while messages come and go."""
     events: list[object] = []
-    relay = Relay(random.Random(1))
+    relay = UdpRelay(random.Random(1))
     async with running(tmp_path) as (broker, websocket, found), trio.open_nursery() as nursery:
         await nursery.start(relay.run)
-        relay.lead_to(("127.0.0.1", urlsplit(found["webtransport"]).port or 0))
+        relay.set_target(("127.0.0.1", urlsplit(found["webtransport"]).port or 0))
         relay.loss = 1.0
         url = f"https://127.0.0.1:{relay.port}"
         began = trio.current_time()

@@ -25,7 +25,7 @@ from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import Framer
-from catbus.testing import model
+from catbus.testing import reference_model
 
 if TYPE_CHECKING:
     from catbus.testing.pytest import OpenClient
@@ -81,15 +81,15 @@ def test_hostile_streams_end_in_messages_and_errors_of_the_peers(data: st.DataOb
     assert all(error.close is not None for error in ends)
 
 
-@given(testing.nearly_messages())
+@given(testing.malformed_messages())
 def test_what_is_nearly_a_message_is_an_object(data: bytes) -> None:
     assert isinstance(msgspec.json.decode(data), dict)
 
 
 @given(testing.patterns(), testing.patterns(), testing.channels())
 def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: str) -> None:
-    assert model.matches(one, channel) == channels.matches(one, channel)
-    assert model.covers(one, other) == channels.covers(one, other)
+    assert reference_model.matches(one, channel) == channels.matches(one, channel)
+    assert reference_model.covers(one, other) == channels.covers(one, other)
 
 
 # Brokers

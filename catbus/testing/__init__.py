@@ -1,7 +1,20 @@
-"""For tests of what is built on Catbus: strategies for everything that the protocol knows, and brokers for a test.
+"""Tools for testing applications of Catbus: brokers for a test, Hypothesis strategies, and a model of the protocol.
 
-Needs the extra `testing` (Hypothesis). With `pytest_plugins = ["catbus.testing.pytest"]` in a `conftest.py` there is a
-broker as a fixture.
+| module                  | what it defines                                                                    |
+|-------------------------|------------------------------------------------------------------------------------|
+| `broker_in_thread`      | `open_test_server`: a broker with real sockets in a thread, for any event loop     |
+| `broker_without_sockets`| `open_test_broker`: a broker in the test's Trio nursery, for the virtual clock     |
+| `pytest`                | both as pytest fixtures: `pytest_plugins = ["catbus.testing.pytest"]`              |
+| `strategies`            | Hypothesis strategies for channels, grants, tokens, messages and hostile input     |
+| `reference_model`       | `ReferenceModel`: what each subscription has to receive                            |
+| `broker_state_machine`  | `BrokerMachine`: drives a broker and compares it with the model                    |
+| `protocol_client`       | the client of that state machine                                                   |
+| `hostile_client`        | a client that sends invalid input, and what the broker may reply                   |
+| `blocking_connection`   | `dial`: a connection for code that is not a coroutine                              |
+| `fuzz`                  | what `catbus fuzz` runs                                                            |
+| `shrinking`             | makes a failing example smaller                                                    |
+
+Needs the extra `testing` (Hypothesis).
 """
 
 try:
@@ -13,11 +26,11 @@ except ModuleNotFoundError as error:
         "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'", name=error.name
     ) from None
 
-from .brokers import TestBroker, open_test_broker
-from .connections import Connection, Dialled, dial
-from .machine import BrokerMachine
-from .model import Model
-from .servers import TestServer, open_test_server
+from .blocking_connection import BlockingConnection, ThreadedConnection, dial
+from .broker_in_thread import TestServer, open_test_server
+from .broker_state_machine import BrokerMachine
+from .broker_without_sockets import TestBroker, open_test_broker
+from .reference_model import ReferenceModel
 from .strategies import (
     byte_streams,
     channels,
@@ -25,7 +38,7 @@ from .strategies import (
     cut,
     grants,
     hostile_streams,
-    nearly_messages,
+    malformed_messages,
     patterns,
     payloads,
     server_messages,
@@ -33,12 +46,12 @@ from .strategies import (
 )
 
 __all__ = [
+    "BlockingConnection",
     "BrokerMachine",
-    "Connection",
-    "Dialled",
-    "Model",
+    "ReferenceModel",
     "TestBroker",
     "TestServer",
+    "ThreadedConnection",
     "byte_streams",
     "channels",
     "client_messages",
@@ -46,7 +59,7 @@ __all__ = [
     "dial",
     "grants",
     "hostile_streams",
-    "nearly_messages",
+    "malformed_messages",
     "open_test_broker",
     "open_test_server",
     "patterns",

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from math import inf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import urlopen
 
@@ -25,25 +24,26 @@ from hypothesis.stateful import run_state_machine_as_test
 from ..auth.tokens import Grants, sign
 from ..client.transport import make_ssl_context
 from ..errors import Code, Disconnected, Refused, Unavailable
-from .connections import Dialled, dial
-from .machine import BrokerMachine, Client
+from .blocking_connection import ThreadedConnection, dial
+from .broker_state_machine import BrokerMachine
+from .protocol_client import ProtocolClient
+from .shrinking import minimize
 
 EXAMPLES = 10
 """How many are played between two looks at the clock."""
-STEPS = 40
+MAX_STEPS = 40
 """Of an example, at the most."""
-PATIENCE = 10.0
+CONNECT_TIMEOUT = 10.0
 """Seconds to be let in."""
 
-TRIES = 3
+REPLAY_ATTEMPTS = 3
 """How often what was found is tried again before it is said that it does not recur."""
 
 Step = tuple[str, dict[str, Any]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class FuzzTarget:
     """A broker to be fuzzed. `find_target` makes one.
 
     The `places` take turns: URLs of any number of replicas and transports of one broker, each with who may have signed
@@ -52,7 +52,7 @@ class Target:
     anywhere, and nobody else may publish.
     """
 
-    places: Sequence[tuple[str, str | None]]
+    endpoints: Sequence[tuple[str, str | None]]
     token: str | None = field(default=None, repr=False)
     secret: str | None = field(default=None, repr=False)
     root: str = "fuzz"
@@ -65,8 +65,8 @@ class Target:
         assert self.token is not None, "there is neither a secret nor a token"
         return self.token
 
-    def connect(self, number: int) -> Dialled:
-        url, ca = self.places[number % len(self.places)]
+    def connect(self, number: int) -> ThreadedConnection:
+        url, ca = self.endpoints[number % len(self.endpoints)]
         return dial(url, ca=ca)
 
 
@@ -77,22 +77,22 @@ def find_target(
     secret: str | None = None,
     ca: str | None = None,
     root: str = "fuzz",
-) -> Target:
+) -> FuzzTarget:
     """A broker by its URLs, and by WebTransport, too, where all of them are WebSockets that tell of it.
 
     Raises `CatbusError` where one of the URLs does not answer, or does not let in who is to be let in.
     """
-    places, unreachable = [(url, ca) for url in urls], []
-    for place in places:
-        _check(Target([place], token, secret, root))
+    endpoints, unreachable = [(url, ca) for url in urls], []
+    for place in endpoints:
+        _check_access(FuzzTarget([place], token, secret, root))
     if all(url.startswith(("ws://", "wss://")) for url in urls):
         for place in [found for url in urls if (found := _discover(url, ca)) is not None]:
             try:
-                _check(Target([place], token, secret, root))
-                places.append(place)
+                _check_access(FuzzTarget([place], token, secret, root))
+                endpoints.append(place)
             except Disconnected as error:
                 unreachable.append(str(error))
-    return Target(places, token, secret, root, unreachable)
+    return FuzzTarget(endpoints, token, secret, root, unreachable)
 
 
 def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
@@ -101,24 +101,24 @@ def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
     where = urlunsplit(("https" if parts.scheme == "wss" else "http", parts.netloc, "/.well-known/catbus", "", ""))
     context = make_ssl_context(ca) if parts.scheme == "wss" else None
     try:
-        with urlopen(where, timeout=PATIENCE, context=context) as answer:  # noqa: S310  # http or https, see above
+        with urlopen(where, timeout=CONNECT_TIMEOUT, context=context) as answer:  # noqa: S310  # http or https, see above
             found = json.load(answer)
         return (found["webtransport"], found.get("certificate", ca)) if "webtransport" in found else None
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _check(target: Target) -> None:
+def _check_access(target: FuzzTarget) -> None:
     everything = Grants((f"{target.root}.*",), (f"{target.root}.*",))
-    [(url, _)], connection = target.places, target.connect(0)
+    [(url, _)], connection = target.endpoints, target.connect(0)
     try:
-        client = Client(connection, url, count(1), PATIENCE)
+        client = ProtocolClient(connection, url, count(1), CONNECT_TIMEOUT)
         client.authenticate(target.sign("fuzz", everything))
         for request, kind in (
             ({"type": "subscribe", "pattern": f"{target.root}.*"}, "subscribed"),
             ({"type": "publish", "channel": f"{target.root}.hello", "payload": None, "ephemeral": True}, "published"),
         ):
-            reply = client.ask(request)
+            reply = client.request(request)
             if reply["type"] != kind:
                 raise Refused(Code(reply["code"]), f"{request['type']} {target.root}.*: {reply['message']}")
     except AssertionError as error:
@@ -128,7 +128,7 @@ def _check(target: Target) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class FuzzFinding:
     """What went wrong, and after which steps of one example."""
 
     error: BaseException
@@ -136,30 +136,32 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Tally:
+class FuzzResult:
     """What has been done so far, and what was found by it. `attacks` are the steps of hostile clients."""
 
     examples: int = 0
     steps: int = 0
     attacks: int = 0
-    found: Finding | None = None
+    found: FuzzFinding | None = None
 
     def add(self, steps: list[Step], error: BaseException | None) -> None:
         self.examples += 1
         self.steps += len(steps)
-        self.attacks += sum(name.startswith("be_hostile") for name, _ in steps)
+        self.attacks += sum(name.startswith("attack_") for name, _ in steps)
         if error is not None:
             # What follows is the same, or another story: a broker that has crashed is not there.
-            self.found = self.found or Finding(error, steps)
+            self.found = self.found or FuzzFinding(error, steps)
 
 
-def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambda: None) -> type[BrokerMachine]:
+def make_machine(
+    target: FuzzTarget, result: FuzzResult, on_example: Callable[[], None] = lambda: None
+) -> type[BrokerMachine]:
     """A machine for `target`, which adds what it does to `tally`, and calls `watch` after each example."""
     run = secrets.token_hex(4)
     examples = count(1)
 
     class Machine(BrokerMachine):
-        varied = target.secret is not None
+        varied_grants = target.secret is not None
         hostile_root = f"{target.root}.{run}.hostile" if target.root else ""
 
         def __init__(self) -> None:
@@ -167,7 +169,7 @@ def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambd
             self.root = f"{target.root}.{run}.{next(examples)}" if target.root else ""
             self._connections = count()
 
-        def connect(self) -> Dialled:
+        def connect(self) -> ThreadedConnection:
             return target.connect(next(self._connections))
 
         def token(self, name: str, grants: Grants) -> str:
@@ -176,33 +178,33 @@ def make_machine(target: Target, tally: Tally, watch: Callable[[], None] = lambd
         def teardown(self) -> None:
             error = sys.exc_info()[1]
             broken = isinstance(error, Exception) and not isinstance(error, HypothesisException)
-            tally.add(self.steps, error if broken else None)
+            result.add(self.steps, error if broken else None)
             super().teardown()
-            watch()
+            on_example()
 
     return Machine
 
 
 def fuzz(
-    target: Target,
+    target: FuzzTarget,
     seconds: float,
     seed: int,
     *,
     keep: str | None = None,
-    watch: Callable[[Tally], None] | None = None,
-) -> Tally:
+    on_example: Callable[[FuzzResult], None] | None = None,
+) -> FuzzResult:
     """Play examples until `seconds` have passed or something is found: then `Tally.found` says what.
 
     That is kept in the directory `keep`, and tried first the next time. The same `seed` draws the same examples again.
     `watch` is called after each example.
     """
-    tally = Tally()
+    result = FuzzResult()
     if keep is not None:
         set_hypothesis_home_dir(keep)
-    machine = make_machine(target, tally, lambda: watch(tally) if watch else None)
+    machine = make_machine(target, result, lambda: on_example(result) if on_example else None)
     how = settings(
         max_examples=EXAMPLES,
-        stateful_step_count=STEPS,
+        stateful_step_count=MAX_STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         # Broken brokers are seldom broken each time, and they answer late: `make_smaller` is made for that.
@@ -217,25 +219,25 @@ def fuzz(
         try:
             run_state_machine_as_test(seeded(number)(machine), settings=how)
         except Exception:
-            if tally.found is None:
+            if result.found is None:
                 raise
-        if tally.found is not None or time.monotonic() >= end:
-            return tally
+        if result.found is not None or time.monotonic() >= end:
+            return result
     raise AssertionError("numbers do not end")
 
 
-def replay(target: Target, steps: Sequence[Step]) -> None:
+def replay(target: FuzzTarget, steps: Sequence[Step]) -> None:
     """Take the steps again, and compare after each. Raises `AssertionError` where it goes wrong again."""
-    machine = make_machine(target, Tally())()
+    machine = make_machine(target, FuzzResult())()
     try:
         for name, arguments in steps:
             getattr(machine, name)(**arguments)
-            machine.everyone_has_what_it_is_owed()
+            machine.every_client_has_its_messages()
     finally:
         machine.teardown()
 
 
-def make_smaller(target: Target, found: Finding, seconds: float) -> Finding | None:
+def shrink(target: FuzzTarget, found: FuzzFinding, seconds: float) -> FuzzFinding | None:
     """The same without the steps, and without what is in their lists, that it does not need; None if it does not recur.
 
     After `seconds` it is as small as it has become.
@@ -250,13 +252,13 @@ def make_smaller(target: Target, found: Finding, seconds: float) -> Finding | No
         except Exception as error:  # noqa: BLE001  # compared
             # Steps that make no sense without others fail otherwise.
             if type(error) is type(found.error):
-                smallest = Finding(error, list(steps))
+                smallest = FuzzFinding(error, list(steps))
                 return True
         return False
 
-    if not any(broken(found.steps) for _ in range(TRIES)):
+    if not any(broken(found.steps) for _ in range(REPLAY_ATTEMPTS)):
         return None
-    steps = reduce(found.steps, broken, until)
+    steps = minimize(found.steps, broken, until)
     for place, (name, arguments) in enumerate(steps):
         for argument, value in arguments.items():
             if isinstance(value, list):
@@ -265,26 +267,11 @@ def make_smaller(target: Target, found: Finding, seconds: float) -> Finding | No
                     name, arguments = steps[place]
                     return broken([*steps[:place], (name, {**arguments, argument: list(fewer)}), *steps[place + 1 :]])
 
-                steps[place] = name, {**steps[place][1], argument: reduce(value, without, until)}
+                steps[place] = name, {**steps[place][1], argument: minimize(value, without, until)}
     return smallest
 
 
-def reduce(items: Sequence[T], broken: Callable[[list[T]], bool], until: float = inf) -> list[T]:
-    """What is left of `items` when all is left out without which they are still broken; by `until`, monotonic time."""
-    left, size = list(items), len(items)
-    while size:
-        place = 0
-        while place < len(left) and time.monotonic() < until:
-            fewer = left[:place] + left[place + size :]
-            if broken(fewer):
-                left = fewer
-            else:
-                place += size
-        size //= 2
-    return left
-
-
-def write_script(urls: Sequence[str], finding: Finding, *, ca: str | None, root: str) -> str:
+def write_script(urls: Sequence[str], finding: FuzzFinding, *, ca: str | None, root: str) -> str:
     """A program that takes the steps of a finding again. It holds no secret: it reads the environment."""
     options = "".join(f", {name}={value!r}" for name, value in (("ca", ca), ("root", root)) if value is not None)
     steps = "".join(f"        ({name!r}, {arguments!r}),\n" for name, arguments in finding.steps)

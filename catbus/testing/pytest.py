@@ -1,4 +1,4 @@
-"""Fixtures for pytest: name this module in `pytest_plugins`. Without an entry point, nobody gets them unasked."""
+"""Fixtures for pytest: name this module in `pytest_plugins`. Installing Catbus alone does not activate them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("catbus.testing.pytest needs pytest: pip install pytest", name=error.name) from None
 
 from ..client import Bus, connect
-from .servers import TestServer, open_test_server
+from .broker_in_thread import TestServer, open_test_server
 
 OpenClient = Callable[..., AbstractAsyncContextManager[Bus]]
 
 
 @pytest.fixture(scope="session")
 def catbus_server() -> Iterator[TestServer]:
-    """A broker for all tests of a run. What one publishes, others may see: give each its own channels."""
+    """A broker for all tests of a run. Tests see each other's messages, so each should use its own channels."""
     with open_test_server() as server:
         yield server
 
 
 @pytest.fixture
 def catbus_broker() -> Iterator[TestServer]:
-    """A broker for one test, with an empty log, in its own thread: the test may be on Trio, asyncio, or neither."""
+    """A broker for one test, with an empty log, in its own thread. The test may use Trio, asyncio, or neither."""
     with open_test_server() as server:
         yield server
 
 
 @pytest.fixture
 def catbus_client(catbus_broker: TestServer) -> OpenClient:
-    """Opens clients of `catbus_broker`, on Trio and on asyncio.
+    """A function that opens clients of `catbus_broker`, on Trio and on asyncio.
 
-    `async with catbus_client("alice", read=("orders.*",), write=()) as bus`: whoever that is, and what it may; for the
-    other options see `catbus.connect`.
+        async with catbus_client("alice", read=("orders.*",), write=()) as bus: ...
+
+    `read` and `write` are the client's grants. Other options are those of `catbus.connect`.
     """
 
     def open_client(

@@ -19,7 +19,7 @@ from catbus.endpoints import router, webtransport
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
 from tests.browser.test_webtransport import serving
-from tests.chaos.network import Relay
+from tests.chaos.udp_relay import UdpRelay
 
 SECOND = 1000
 """Milliseconds."""
@@ -64,7 +64,7 @@ class Place:
     browser: Browser
     websocket: str
     webtransport: str
-    relay: Relay
+    relay: UdpRelay
 
 
 def configuration(state: Path, **changes: object) -> catbus.Config:
@@ -77,9 +77,9 @@ async def open_place(browser: Browser, config: catbus.Config) -> AsyncIterator[P
     with trio.fail_after(100):
         async with serving(config) as (broker, origin), trio.open_nursery() as nursery:
             addresses = dict(broker.addresses)
-            relay = Relay(random.Random(1))
+            relay = UdpRelay(random.Random(1))
             await nursery.start(relay.run)
-            relay.lead_to(("127.0.0.1", int(addresses["webtransport"].rpartition(":")[2])))
+            relay.set_target(("127.0.0.1", int(addresses["webtransport"].rpartition(":")[2])))
             await browser.goto(f"{origin}/health")
             websocket = f"ws://{addresses['websocket']}/ws"
             yield Place(broker, browser, websocket, f"https://127.0.0.1:{relay.port}", relay)

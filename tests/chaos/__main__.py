@@ -34,24 +34,24 @@ from catbus.postgres.access.migrations import schema_files
 from catbus.postgres.roles.role_store import open_roles
 from tests.postgres.server import execute
 
-from . import load
-from .checker import PROMISES, Report, judge
-from .database import AUDIT, Database, is_root
-from .faults import KINDS, NOTHING, Plan, Scene, change_roles
-from .history import AnyEvent, Ended, Entry, Epoch, History, Noticed, now, read
-from .mistakes import MISTAKES
-from .replicas import OURS, Post, open_posts
+from . import clients
+from .database_pair import AUDIT, DatabasePair, is_root
+from .faults import FAULTS, NO_FAULTS, FaultContext, FaultSchedule, change_roles
+from .history import AnyEvent, DatabaseStatusLogged, History, LogEntry, LogEpoch, RunEnded, now, read
+from .history_checker import PROMISES, Report, check_history
+from .mistakes import MISTAKES, STALE_MISTAKE, assert_mistakes_fit
+from .replica_slots import BROKER_MODULE, ReplicaSlot, open_slots
 
 DISK = "1500M"
 ROLES = ("red", "green")
 FILE = "history.jsonl"
-DATABASE_ONLY = frozenset(name for name, kind in KINDS.items() if kind.database_only)
-TRIES = 3
+DATABASE_ONLY = frozenset(name for name, kind in FAULTS.items() if kind.database_only)
+ATTEMPTS = 3
 """How often a mistake is made for half a minute until it has to be found: it does its harm when chance will have it."""
-MOUNTED = "CATBUS_CHAOS_MOUNTED"
+MOUNT_VARIABLE = "CATBUS_CHAOS_MOUNTED"
 
 
-def say(text: str) -> None:
+def print_now(text: str) -> None:
     print(text, flush=True)
 
 
@@ -61,45 +61,49 @@ async def run(
     seed: int,
     *,
     only: str | None = None,
-    program: Sequence[str] = OURS,
+    program: Sequence[str] = BROKER_MODULE,
 ) -> tuple[list[AnyEvent], list[str]]:
     """One run; returns the history, which is in a file too, and what replicas have done that they never should."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     history = History(directory / FILE)
     complaints: list[str] = []
 
-    def hear(replica: str, event: dict[str, Any]) -> None:
+    def handle_log_event(replica: str, event: dict[str, Any]) -> None:
         if event["event"] in ("database connected", "database unavailable, trying again"):
             available = event["event"] == "database connected"
-            history.add(Noticed(at=now(), replica=replica, available=available, service=event.get("service", "")))
+            history.add(
+                DatabaseStatusLogged(at=now(), replica=replica, available=available, service=event.get("service", ""))
+            )
         elif event["level"] in ("error", "critical"):
             complaints.append(f"{replica}: {event}")
 
-    database = Database(directory / "disk")
+    database = DatabasePair(directory / "disk")
     async with trio.open_nursery() as nursery:
         try:
-            say("starting PostgreSQL, its standby and three replicas ...")
+            print_now("starting PostgreSQL, its standby and three replicas ...")
             await database.start(nursery)
             await trio.to_thread.run_sync(prepare, database.url)
             roles = await make_roles(database.url)
             await database.follow()
-            posts = await open_posts("abc", directory, database.url, hear, chance, program, nursery)
-            database.paths = [path for post in posts for path in post.paths]
-            for post in posts:
-                post.start()
+            slots = await open_slots("abc", directory, database.url, handle_log_event, rng, program, nursery)
+            database.proxies = [path for slot in slots for path in slot.database_proxies]
+            for slot in slots:
+                slot.start()
             with trio.fail_after(60):
-                for post in posts:
-                    await post.wait_ready()
-            unanswered = await play(history, posts, database, roles, minutes, seed, only, chance)
+                for slot in slots:
+                    await slot.wait_ready()
+            unanswered = await run_load(history, slots, database, roles, minutes, seed, only, rng)
         finally:
             with trio.CancelScope(shield=True):
                 await database.close()
             history.close()
         nursery.cancel_scope.cancel()
-    fallen = [f"{post.name} has ended by itself with status {status}" for post in posts for status in post.fallen]
+    exits = [
+        f"{slot.name} has ended by itself with status {status}" for slot in slots for status in slot.unexpected_exits
+    ]
     if unanswered:
-        fallen.append(f"{unanswered} publishes were never answered")
-    return history.events, [*fallen, *complaints]
+        exits.append(f"{unanswered} publishes were never answered")
+    return history.events, [*exits, *complaints]
 
 
 def prepare(url: str) -> None:
@@ -118,120 +122,129 @@ async def make_roles(url: str) -> dict[str, tuple[str, bytes]]:
     return made
 
 
-async def play(
+async def run_load(
     history: History,
-    posts: list[Post],
-    database: Database,
+    slots: list[ReplicaSlot],
+    database: DatabasePair,
     roles: dict[str, tuple[str, bytes]],
     minutes: float,
     seed: int,
     only: str | None,
-    chance: random.Random,
+    rng: random.Random,
 ) -> int:
     """Load the replicas while all that is planned happens to them; returns how many publishes have no answer."""
-    ground = load.Ground(history, posts, database, chance)
-    scene = Scene(history, posts, database, random.Random(seed), lambda: ground.flying, trio.Lock())
-    plan = Plan(scene, seed, only)
-    over = trio.Event()
+    state = clients.LoadState(history, slots, database, rng)
+    context = FaultContext(history, slots, database, random.Random(seed), lambda: state.in_flight, trio.Lock())
+    plan = FaultSchedule(context, seed, only)
+    ended = trio.Event()
     changes = 0
 
     async def change() -> None:
         nonlocal changes
         keys = {name: key for name, (_, key) in roles.items()}
-        changes = await change_roles(scene, keys, over, seed, 3.0)
+        changes = await change_roles(context, keys, ended, seed, 3.0)
 
-    def tell() -> None:
-        say(
-            f"{trio.current_time() - began:5.0f} s: {plan.done} faults, {ground.answered} messages published, "
-            f"{ground.received} received, {ground.flying} on their way"
+    def print_progress() -> None:
+        print_now(
+            f"{trio.current_time() - began:5.0f} s: {plan.done} faults, {state.answered} messages published, "
+            f"{state.received} received, {state.in_flight} on their way"
         )
 
     async def report() -> None:
         while True:
             await trio.sleep(15)
-            tell()
+            print_progress()
 
     async with trio.open_nursery() as subscribers:
         async with trio.open_nursery() as publishers:
-            load.start(ground, {name: token for name, (token, _) in roles.items()}, subscribers, publishers)
+            clients.start_clients(state, {name: token for name, (token, _) in roles.items()}, subscribers, publishers)
             await trio.sleep(3)
             began = trio.current_time()
             async with trio.open_nursery() as faults:
                 faults.start_soon(report)
                 async with trio.open_nursery() as doing:
-                    doing.start_soon(plan.run, over)
+                    doing.start_soon(plan.run, ended)
                     doing.start_soon(change)
                     await trio.sleep(minutes * 60)
-                    over.set()
+                    ended.set()
                 faults.cancel_scope.cancel()
-            for post in posts:
-                await post.wait_ready()
-            ground.over.set()
+            for slot in slots:
+                await slot.wait_ready()
+            state.load_ended.set()
             with trio.move_on_after(30):
                 async with trio.open_nursery() as waiting:
-                    waiting.start_soon(wait_all_answered, ground)
-            unanswered = ground.flying
+                    waiting.start_soon(wait_all_answered, state)
+            unanswered = state.in_flight
             publishers.cancel_scope.cancel()
-        tell()
-        say(f"{changes} changes of roles; waiting for everybody to catch up ...")
+        print_progress()
+        print_now(f"{changes} changes of roles; waiting for everybody to catch up ...")
         await wait_moved(database)
         ((epoch, head, floor),) = await database.fetch("SELECT epoch, head, floor FROM catbus.position()")
-        behind = await load.catch_up(ground, epoch, head)
+        behind = await clients.catch_up(state, epoch, head)
         history.add(
-            Ended(at=now(), epoch=epoch, head=head, floor=floor, stayed=tuple({name for name, _ in ground.positions}))
+            RunEnded(at=now(), epoch=epoch, head=head, floor=floor, stayed=tuple({name for name, _ in state.cursors}))
         )
         for each in behind:
-            say(f"never caught up with {head} of {epoch}: {each}")
+            print_now(f"never caught up with {head} of {epoch}: {each}")
         subscribers.cancel_scope.cancel()
-    await take_down(history, database)
+    await record_database(history, database)
     return unanswered
 
 
-async def wait_all_answered(ground: load.Ground) -> None:
-    while ground.flying:
+async def wait_all_answered(state: clients.LoadState) -> None:
+    while state.in_flight:
         await trio.sleep(0.05)
 
 
-async def wait_moved(database: Database) -> None:
+async def wait_moved(database: DatabasePair) -> None:
     """Wait until what was published from SQL is in the log."""
     while (await database.fetch("SELECT catbus.outbox_pending()"))[0][0]:
         await trio.sleep(0.1)
 
 
-async def take_down(history: History, database: Database) -> None:
+async def record_database(history: History, database: DatabasePair) -> None:
     """What the database has kept."""
     for epoch, after in await database.fetch("SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"):
-        history.add(Epoch(at=now(), epoch=epoch, after=after))
+        history.add(LogEpoch(at=now(), epoch=epoch, after=after))
     for epoch, seq, channel, payload in await database.fetch("SELECT * FROM audit.entries"):
         publisher, number = msgspec.json.decode(payload)[:2]
-        history.add(Entry(at=now(), epoch=epoch, seq=seq, channel=channel, message=(publisher, number)))
+        history.add(LogEntry(at=now(), epoch=epoch, seq=seq, channel=channel, message=(publisher, number)))
 
 
-def once(options: argparse.Namespace, directory: Path, program: Sequence[str] = OURS) -> tuple[Report, list[str]]:
+def run_once(
+    options: argparse.Namespace, directory: Path, program: Sequence[str] = BROKER_MODULE
+) -> tuple[Report, list[str]]:
     """A run and its report, with what else went wrong."""
     with small_disk(directory / "disk"):
-        events, troubles = trio.run(
+        events, problems = trio.run(
             partial(run, directory, options.minutes, options.seed, only=options.only, program=program)
         )
-    return judge(events, database_only=DATABASE_ONLY), troubles
+    return check_history(events, database_only=DATABASE_ONLY), problems
 
 
 def try_mistakes(options: argparse.Namespace, directory: Path) -> bool:
-    """Whether each of them was found."""
-    found = []
+    """Run with each planted mistake, and return whether the checker found all of them.
+
+    Raises `AssertionError` if a mistake does not fit the broker any more, which proves nothing.
+    """
+    assert_mistakes_fit()
+    found: list[tuple[str, list[str]]] = []
     for name, (_, kind) in MISTAKES.items():
         options.only, options.minutes = kind, 0.4
-        for attempt in range(TRIES):
+        broken: list[str] = []
+        for attempt in range(ATTEMPTS):
             place = directory / f"{len(found)}-{attempt}"
             place.mkdir()
-            report, _ = once(options, place, ("tests.chaos.mistakes", name))
+            report, problems = run_once(options, place, ("tests.chaos.mistakes", name))
+            stale = [problem for problem in problems if problem.endswith(f"status {STALE_MISTAKE}")]
+            assert not stale, f"the planted mistake {name!r} fails itself: {stale[0]}"
             broken = [PROMISES[promise] for promise in report.broken]
             if broken:
                 break
             options.seed += 1
         found.append((name, broken))
         print(f"{name}: {'; '.join(broken) or 'NOT FOUND'}", flush=True)
-    print("\n| Mistake | Promises that were found to be broken |\n|---|---|")
+    print("\n| Planted mistake | Promises that it breaks |\n|---|---|")
     for name, broken in found:
         print(f"| {name} | {'; '.join(broken) or 'none'} |")
     return all(broken for _, broken in found)
@@ -255,7 +268,7 @@ def mount(argv: Sequence[str]) -> None:
     os.execvpe(
         "unshare",
         ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.chaos", *argv],
-        {**os.environ, MOUNTED: "1"},
+        {**os.environ, MOUNT_VARIABLE: "1"},
     )
 
 
@@ -265,19 +278,19 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="how long there are faults (default: 2)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="what the faults are drawn from")
-    kinds = [*KINDS, NOTHING]
+    kinds = [*FAULTS, NO_FAULTS]
     parser.add_argument("--only", choices=kinds, metavar="KIND", help=f"faults of one kind: {', '.join(kinds)}")
     parser.add_argument("--mistakes", action="store_true", help="have replicas make mistakes, which must be found")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep histories and logs there")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="only check a history that was kept")
     options = parser.parse_args()
-    if options.judge is not None:
-        report = judge(read(options.judge), database_only=DATABASE_ONLY)
+    if options.check_history is not None:
+        report = check_history(read(options.check_history), database_only=DATABASE_ONLY)
         print(report)
         sys.exit(bool(report.broken))
     if shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         parser.exit(1, "there is no pgbouncer on PATH: install your distribution's package of that name\n")
-    if is_root() and MOUNTED not in os.environ and shutil.which("unshare"):
+    if is_root() and MOUNT_VARIABLE not in os.environ and shutil.which("unshare"):
         mount(sys.argv[1:])
     directory = Path(tempfile.mkdtemp(prefix="catbus-chaos-"))
     directory.chmod(0o755)
@@ -285,9 +298,9 @@ def main() -> None:
     try:
         if options.mistakes:
             sys.exit(not try_mistakes(options, directory))
-        report, troubles = once(options, directory)
-        print(report, *troubles[:20], sep="\n")
-        sys.exit(bool(report.broken or troubles))
+        report, problems = run_once(options, directory)
+        print(report, *problems[:20], sep="\n")
+        sys.exit(bool(report.broken or problems))
     finally:
         if options.keep is not None:
             options.keep.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class Answered(Event):
     refusal: str = ""
 
 
-class Began(Event):
+class SubscriptionBegan(Event):
     """A subscription begins, complete up to `cursor` of `epoch`. One name begins again and again where it was."""
 
     subscriber: str
@@ -59,7 +59,7 @@ class Received(Event):
     session: int = 0
 
 
-class Complete(Event):
+class CaughtUp(Event):
     """The subscription was told that it has everything up to there."""
 
     subscriber: str
@@ -68,7 +68,7 @@ class Complete(Event):
     seq: int
 
 
-class Gapped(Event):
+class GapAnnounced(Event):
     """The subscription was told what may be missing: from `first` to `last`, where it goes on in `epoch`."""
 
     subscriber: str
@@ -79,14 +79,14 @@ class Gapped(Event):
     reason: str
 
 
-class Revoked(Event):
+class SubscriptionRevoked(Event):
     """The subscription was ended: the permission was withdrawn."""
 
     subscriber: str
     pattern: str
 
 
-class Linked(Event):
+class Connected(Event):
     """A client has a connection to a replica."""
 
     client: str
@@ -94,30 +94,30 @@ class Linked(Event):
     transport: str
 
 
-class Lost(Event):
+class ConnectionLost(Event):
     """It has lost it, and not left it by itself."""
 
     client: str
     replica: str
 
 
-class Hurt(Event):
+class FaultBegan(Event):
     """A fault begins. `replica`: whose, where it is not everybody's."""
 
     number: int
     kind: str
     replica: str = ""
-    flying: int = 0
+    in_flight: int = 0
     """Publishes that had no answer at that moment."""
 
 
-class Healed(Event):
+class FaultEnded(Event):
     """What the fault did has been undone."""
 
     number: int
 
 
-class Noticed(Event):
+class DatabaseStatusLogged(Event):
     """A replica has logged that it has no database, or (`available`) that it has it again."""
 
     replica: str
@@ -125,7 +125,7 @@ class Noticed(Event):
     service: str = ""
 
 
-class Granted(Event):
+class RoleChanged(Event):
     """A role was changed, and the transaction had been committed at `at`; `began`: when it was about to be."""
 
     role: str
@@ -134,7 +134,7 @@ class Granted(Event):
     write: tuple[str, ...]
 
 
-class Entry(Event):
+class LogEntry(Event):
     """From the database, in the end: what a commit appended to the log, also where retention has taken it since."""
 
     epoch: str
@@ -143,14 +143,14 @@ class Entry(Event):
     message: Message
 
 
-class Epoch(Event):
+class LogEpoch(Event):
     """From the database, in the end, in order: an epoch, and up to where its log is the one of the epoch before."""
 
     epoch: str
     after: int
 
 
-class Ended(Event):
+class RunEnded(Event):
     """The load has ended, everything is healed, and whoever stayed has caught up, or never will. `head`: of the log."""
 
     epoch: str
@@ -163,20 +163,20 @@ class Ended(Event):
 AnyEvent = (
     Published
     | Answered
-    | Began
+    | SubscriptionBegan
     | Received
-    | Complete
-    | Gapped
-    | Revoked
-    | Linked
-    | Lost
-    | Hurt
-    | Healed
-    | Noticed
-    | Granted
-    | Entry
-    | Epoch
-    | Ended
+    | CaughtUp
+    | GapAnnounced
+    | SubscriptionRevoked
+    | Connected
+    | ConnectionLost
+    | FaultBegan
+    | FaultEnded
+    | DatabaseStatusLogged
+    | RoleChanged
+    | LogEntry
+    | LogEpoch
+    | RunEnded
 )
 
 

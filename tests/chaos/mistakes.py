@@ -1,42 +1,50 @@
-"""Replicas that lie, so that one can see the checker find it: `python -m tests.chaos.mistakes NAME run --config ...`.
+"""Replicas with a planted mistake, which the checker has to find: `python -m tests.chaos.mistakes NAME run ...`.
 
-Each is the broker with one function that does less than it should.
+Each is the broker with one function replaced by a wrong one. If the replacement does not fit any more, the replica ends
+with the exit status STALE_MISTAKE.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import pytest
 
 from catbus.auth.live_permissions import Permissions
+from catbus.auth.tokens import Identity
 from catbus.cli.main_command import main
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
-from catbus.log import Append, Committed
+from catbus.log import Append, Committed, Page
 from catbus.postgres.append.append_batch import AppendBatch
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_reader import LogReader
 from catbus.postgres.log import PostgresLog
+from tests.mistakes import MistakePlanter
 
-from .faults import NOTHING
+from .faults import NO_FAULTS
+
+STALE_MISTAKE = 70
 
 
-def acknowledge_early() -> None:
-    """A message is acknowledged when it is about to be committed."""
+def acknowledge_early(planter: MistakePlanter) -> None:
+    """Acknowledge messages when a batch is taken, before it is committed."""
     take = LogWriter._take
 
-    def take_and_answer(self: LogWriter) -> AppendBatch | None:
+    def take_and_acknowledge(self: LogWriter) -> AppendBatch | None:
         batch = take(self)
         if batch is not None:
             batch.settle([Committed(self._tail.announced + nth) for nth, _ in enumerate(batch.appends, 1)])
         return batch
 
-    LogWriter._take = take_and_answer  # type: ignore[method-assign]
+    planter.replace(LogWriter, "_take", take_and_acknowledge)
 
 
-def forget_keys() -> None:
-    """A retry is not checked: the key that its client gave it is not used."""
+def ignore_keys(planter: MistakePlanter) -> None:
+    """Do not recognise a retry: ignore the key that its client sent."""
     number = LogWriter._number
 
     def number_anew(self: LogWriter, appends: Sequence[Append]) -> AppendBatch:
@@ -44,52 +52,71 @@ def forget_keys() -> None:
             append.producer = None
         return number(self, appends)
 
-    LogWriter._number = number_anew  # type: ignore[method-assign]
+    planter.replace(LogWriter, "_number", number_anew)
 
 
-def read_to_the_head() -> None:
-    """Who is behind is caught up to what the database has, not to what the replica has handed to the live ones."""
+def read_to_the_head(planter: MistakePlanter) -> None:
+    """Let a lagging subscription read up to the head of the database, beyond what the replica has applied."""
     read, page = PostgresLog.read, LogReader.page
 
-    async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Any:
+    async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
         if after >= self.floor - 1:
             found = await page(self._reader, after, 1 << 62, rows, size)
             if found.entries:
                 return found
         return await read(self, after, rows=rows, size=size)
 
-    PostgresLog.read = read_on  # type: ignore[method-assign]
+    planter.replace(PostgresLog, "read", read_on)
 
 
-def keep_gaps_quiet() -> None:
-    """Nobody is told of what is missing."""
+def announce_no_gap(planter: MistakePlanter) -> None:
+    """Send no `gap`."""
 
     def announce_gap(self: Delivery, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
         subscription.mailbox.fix()
 
-    Delivery._announce_gap = announce_gap  # type: ignore[method-assign]
+    planter.replace(Delivery, "_announce_gap", announce_gap)
 
 
-def ignore_revocations() -> None:
-    """What changes about a role reaches nobody who is connected."""
+def ignore_revocations(planter: MistakePlanter) -> None:
+    """Do not apply a changed role to connected sessions."""
 
-    async def tell(self: Permissions, *_: object) -> None:
+    async def tell(
+        self: Permissions, keys: Collection[bytes], identities: Mapping[bytes, Identity], asked: int
+    ) -> None:
         pass
 
-    Permissions._tell = tell  # type: ignore[method-assign]
+    planter.replace(Permissions, "_tell", tell)
 
 
-MISTAKES: dict[str, tuple[Callable[[], None], str]] = {
+MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str]] = {
     "acknowledged before the commit": (acknowledge_early, "database killed"),
-    "a retry is not checked": (forget_keys, "answers to clients lost"),
+    "a retry is not checked": (ignore_keys, "answers to clients lost"),
     "caught up to the database's head": (read_to_the_head, "connections reset"),
-    "a gap is not announced": (keep_gaps_quiet, "database failed over"),
-    "a revoke is not applied": (ignore_revocations, NOTHING),
+    "a gap is not announced": (announce_no_gap, "database failed over"),
+    "a revoke is not applied": (ignore_revocations, NO_FAULTS),
 }
-"""By name: how it is made, and the faults that bring it to light."""
+"""By name: what plants the mistake, and the faults that bring it to light."""
+
+
+def assert_mistakes_fit() -> None:
+    """Raise `AssertionError` unless every mistake can be planted in the broker as it is."""
+    for plant, _ in MISTAKES.values():
+        with pytest.MonkeyPatch.context() as patch:
+            plant(MistakePlanter(patch))
+
+
+def exit_stale(error: BaseException) -> None:
+    """End the process at once, past every handler of the broker."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(STALE_MISTAKE)
 
 
 if __name__ == "__main__":
-    make, _ = MISTAKES[sys.argv.pop(1)]
-    make()
+    plant, _ = MISTAKES[sys.argv.pop(1)]
+    try:
+        plant(MistakePlanter(pytest.MonkeyPatch(), exit_stale))
+    except (AssertionError, AttributeError) as error:
+        exit_stale(error)
     main()

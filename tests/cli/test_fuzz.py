@@ -12,6 +12,7 @@ import pytest
 
 from catbus.testing import BrokerMachine, TestServer, fuzz, open_test_server
 from tests.fuzz import mistakes
+from tests.mistakes import MistakePlanter
 
 from .conftest import Command
 
@@ -33,9 +34,9 @@ def broker() -> Iterator[TestServer]:
 
 @pytest.fixture
 def mistaken(broker: TestServer, monkeypatch: pytest.MonkeyPatch) -> TestServer:
-    monkeypatch.setattr(BrokerMachine, "patience", 1.0)
-    monkeypatch.setattr(BrokerMachine, "settling", 0.1)
-    mistakes.go_on_after_unsubscribing(monkeypatch)
+    monkeypatch.setattr(BrokerMachine, "reply_timeout", 1.0)
+    monkeypatch.setattr(BrokerMachine, "delivery_timeout", 0.1)
+    mistakes.deliver_after_unsubscribe(MistakePlanter(monkeypatch))
     return broker
 
 

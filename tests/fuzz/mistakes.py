@@ -1,144 +1,154 @@
-"""Mistakes that a broker can be made to make, in its own process. `BrokerMachine` has to find each of them."""
+"""Mistakes that are planted in a broker of this process. `BrokerMachine` has to find each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import pytest
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from catbus.auth.tokens import Grants
-from catbus.delivery import fan_out, send_queue, subscription, topic_tree
+from catbus.delivery import send_queue, subscription, topic_tree
+from catbus.delivery.fan_out import Delivery
+from catbus.delivery.subscription import Subscription
 from catbus.errors import PeerError
-from catbus.log import MemoryLog
+from catbus.log import Append, Entry, MemoryLog, Outcome
 from catbus.protocol import json_splitter
 from catbus.protocol import wire_messages as wire
-from catbus.session import driver as client_module
 from catbus.session import state_machine
+from catbus.session.driver import Client
+from tests.mistakes import MistakePlanter
 
-Patch = pytest.MonkeyPatch
+T = TypeVar("T")
 
 
-def every(number: int, mistaken: Callable[..., Any], right: Callable[..., Any]) -> Callable[..., Any]:
-    """Right, but for every so many times."""
+def every(number: int, wrong: Callable[..., T], right: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that calls `wrong` every `number`-th time, and `right` otherwise."""
     count = 0
 
-    def go(*args: Any, **kwargs: Any) -> Any:
+    def either(*args: Any, **kwargs: Any) -> T:
         nonlocal count
         count += 1
-        return (mistaken if count % number == 0 else right)(*args, **kwargs)
+        return (wrong if count % number == 0 else right)(*args, **kwargs)
 
-    return go
-
-
-def drop_a_message(patch: Patch) -> None:
-    patch.setattr(send_queue.Mailbox, "offer", every(7, lambda self, run: True, send_queue.Mailbox.offer))
+    return either
 
 
-def swap_two(patch: Patch) -> None:
+def drop_a_message(planter: MistakePlanter) -> None:
+    planter.replace(send_queue.Mailbox, "offer", every(7, lambda self, run: True, send_queue.Mailbox.offer))
+
+
+def deliver_a_batch_in_reverse_order(planter: MistakePlanter) -> None:
     right = subscription.find_hits
 
-    def swapped(tree: Any, entries: Sequence[Any]) -> Any:
+    def reversed_hits(tree: topic_tree.TopicTree[Subscription], entries: Sequence[Entry]) -> Any:
         return {group: hits[::-1] for group, hits in right(tree, entries).items()}
 
-    for module in (subscription, fan_out):
-        patch.setattr(module, "find_hits", swapped)
+    planter.replace(subscription, "find_hits", reversed_hits)
 
 
-def repeat_at_the_seam(patch: Patch) -> None:
-    right = fan_out.Delivery.subscribe
+def repeat_a_message_when_catching_up(planter: MistakePlanter) -> None:
+    right = Delivery.subscribe
 
-    def early(self: Any, held: Any, pattern: str, since: int | None = None, epoch: str | None = None) -> None:
-        right(self, held, pattern, since if since is None else max(0, since - 1), epoch)
+    def early(
+        self: Delivery, subscription: Subscription, pattern: str, since: int | None = None, epoch: str | None = None
+    ) -> None:
+        right(self, subscription, pattern, since if since is None else max(0, since - 1), epoch)
 
-    patch.setattr(fan_out.Delivery, "subscribe", early)
-
-
-def be_off_by_one(patch: Patch) -> None:
-    right = fan_out.Delivery.subscribe
-
-    def late(self: Any, held: Any, pattern: str, since: int | None = None, epoch: str | None = None) -> None:
-        right(self, held, pattern, since if since is None else min(self.position, since + 1), epoch)
-
-    patch.setattr(fan_out.Delivery, "subscribe", late)
+    planter.replace(Delivery, "subscribe", early)
 
 
-def leak_a_grant(patch: Patch) -> None:
-    patch.setattr(Grants, "may_read", lambda self, pattern: bool(self.read) or pattern == "b")
+def skip_a_message_when_catching_up(planter: MistakePlanter) -> None:
+    right = Delivery.subscribe
+
+    def late(
+        self: Delivery, subscription: Subscription, pattern: str, since: int | None = None, epoch: str | None = None
+    ) -> None:
+        right(self, subscription, pattern, since if since is None else min(self.position, since + 1), epoch)
+
+    planter.replace(Delivery, "subscribe", late)
 
 
-def go_on_after_revoking(patch: Patch) -> None:
-    patch.setattr(client_module.Client, "_withdraw", lambda self, patterns, before, grants: None)
+def allow_reading_without_a_grant(planter: MistakePlanter) -> None:
+    def may_read(self: Grants, pattern: str) -> bool:
+        return bool(self.read) or pattern == "b"
+
+    planter.replace(Grants, "may_read", may_read)
 
 
-def match_ones_own_prefix(patch: Patch) -> None:
+def deliver_after_revocation(planter: MistakePlanter) -> None:
+    def withdraw(self: Client, patterns: Collection[str], before: Grants, grants: Grants) -> None:
+        pass
+
+    planter.replace(Client, "_withdraw", withdraw)
+
+
+def match_the_prefix_of_a_pattern(planter: MistakePlanter) -> None:
     right = topic_tree.TopicTree.match
 
-    def more(self: Any, channel: str) -> Any:
-        return [*right(self, channel), *(g for g in self.groups() if g.pattern == f"{channel}.*")]
+    def more(self: topic_tree.TopicTree[Any], channel: str) -> Iterable[Any]:
+        return [*right(self, channel), *(group for group in self.groups() if group.pattern == f"{channel}.*")]
 
-    patch.setattr(topic_tree.TopicTree, "match", more)
+    planter.replace(topic_tree.TopicTree, "match", more)
 
 
-def answer_somebody_else(patch: Patch) -> None:
+def reply_with_the_wrong_id(planter: MistakePlanter) -> None:
     right = state_machine.Session.settled
 
-    def other(self: Any, append: Any, outcome: Any) -> None:
+    def other(self: state_machine.Session, append: Append, outcome: Outcome) -> None:
         append.id = append.id and append.id + 1
         right(self, append, outcome)
 
-    patch.setattr(state_machine.Session, "settled", every(5, other, right))
+    planter.replace(state_machine.Session, "settled", every(5, other, right))
 
 
-def go_on_after_unsubscribing(patch: Patch) -> None:
-    right = client_module.Client._take_out
+def deliver_after_unsubscribe(planter: MistakePlanter) -> None:
+    right = Client._take_out
 
-    def forget(self: Any, pattern: str) -> Any:
-        held = self._subscriptions.get(pattern)
-        return held if held is not None else right(self, pattern)
+    def forget(self: Client, pattern: str) -> Subscription | None:
+        subscription = self._subscriptions.get(pattern)
+        return subscription if subscription is not None else right(self, pattern)
 
-    patch.setattr(client_module.Client, "_take_out", forget)
+    planter.replace(Client, "_take_out", forget)
 
 
-def stumble_over_a_split_object(patch: Patch) -> None:
+def fail_on_a_split_object(planter: MistakePlanter) -> None:
     right = json_splitter.Framer.feed
 
-    def whole(self: Any, data: bytes) -> Any:
+    def whole(self: json_splitter.Framer[Any], data: bytes) -> Iterator[Any]:
         if self.__class__ is json_splitter.Framer and self._decode is wire.decode_client and data.strip()[-1:] != b"}":
             raise RuntimeError("half an object")
         return right(self, data)
 
-    patch.setattr(json_splitter.Framer, "feed", whole)
+    planter.replace(json_splitter.Framer, "feed", whole)
 
 
-def publish_what_is_sent_again(patch: Patch) -> None:
+def publish_a_retry_twice(planter: MistakePlanter) -> None:
     right = MemoryLog._take
 
-    def anew(self: Any, append: Any, entries: Any) -> Any:
+    def anew(self: MemoryLog, append: Append, entries: list[Entry]) -> Outcome:
         append.producer = None
         return right(self, append, entries)
 
-    patch.setattr(MemoryLog, "_take", anew)
+    planter.replace(MemoryLog, "_take", anew)
 
 
-def stumble_over_nonsense(patch: Patch) -> None:
-    def fail(error: Exception) -> PeerError:
-        raise RuntimeError("nobody has thought of that")
+def fail_on_malformed_input(planter: MistakePlanter) -> None:
+    def fail(error: Exception, data: bytes = b"") -> PeerError:
+        raise RuntimeError("malformed input")
 
-    patch.setattr(json_splitter, "refusal", fail)
+    planter.replace(json_splitter, "refusal", fail)
 
 
 MISTAKES = [
     drop_a_message,
-    swap_two,
-    repeat_at_the_seam,
-    be_off_by_one,
-    leak_a_grant,
-    go_on_after_revoking,
-    match_ones_own_prefix,
-    answer_somebody_else,
-    go_on_after_unsubscribing,
-    stumble_over_a_split_object,
-    publish_what_is_sent_again,
-    stumble_over_nonsense,
+    deliver_a_batch_in_reverse_order,
+    repeat_a_message_when_catching_up,
+    skip_a_message_when_catching_up,
+    allow_reading_without_a_grant,
+    deliver_after_revocation,
+    match_the_prefix_of_a_pattern,
+    reply_with_the_wrong_id,
+    deliver_after_unsubscribe,
+    fail_on_a_split_object,
+    publish_a_retry_twice,
+    fail_on_malformed_input,
 ]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from catbus.auth.tokens import Grants, sign
 from catbus.errors import Disconnected
-from catbus.testing.connections import Dialled, dial
+from catbus.testing.blocking_connection import ThreadedConnection, dial
 
 from .attacks import NICENESS, SECRET, Target, pace, processes
 from .peers import QuicPeer, WebSocketPeer, frame, request
@@ -105,7 +105,7 @@ def _authority(target: Target) -> Iterator[str | None]:
         yield str(path)
 
 
-def _enter(url: str, ca: str | None, client_id: str) -> Dialled:
+def _enter(url: str, ca: str | None, client_id: str) -> ThreadedConnection:
     """A client that has authenticated."""
     connection = dial(url, ca=ca, timeout=PATIENCE)
     connection.send(request("auth", token=token(client_id), protocol=1))
@@ -113,7 +113,7 @@ def _enter(url: str, ca: str | None, client_id: str) -> Dialled:
     return connection
 
 
-def _expect(connection: Dialled, kind: str) -> dict[str, Any]:
+def _expect(connection: ThreadedConnection, kind: str) -> dict[str, Any]:
     deadline = time.monotonic() + PATIENCE
     while (found := connection.receive(deadline - time.monotonic())) is not None:
         if found["type"] == kind:
@@ -134,7 +134,7 @@ def _stream(target: Target, url: str, pipe: Any, over: Any) -> None:
         refused: list[tuple[float, str]] = []
         disorder, last = 0, -1
 
-        def take(connection: Dialled, until: float) -> None:
+        def take(connection: ThreadedConnection, until: float) -> None:
             nonlocal disorder, last
             while True:
                 try:
@@ -215,7 +215,7 @@ def _visit(target: Target, url: str, pipe: Any, over: Any) -> None:
         pipe.send(visits)
 
 
-def connection_head(connection: Dialled) -> int:
+def connection_head(connection: ThreadedConnection) -> int:
     """The log's head, as a `ping` is told of it."""
     connection.send(request("ping", seq=1))
     return int(_expect(connection, "head")["seq"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 
-from catbus.testing.hostile import ENDS
+from catbus.testing.hostile_client import CLOSE_CODES
 
 from .attacks import Attack, Ended, Tally, Target, attackers
 from .broker import Broker, brokers
@@ -132,7 +132,7 @@ def _check(attack: Attack, replicas: list[Broker], database: str) -> Iterator[st
             yield f"{after.memory - before.memory >> 20} MiB more are used"
         if after.faults > before.faults:
             yield f"{after.faults - before.faults} faults of the broker's"
-        if strange := tally.codes().keys() - ENDS:
+        if strange := tally.codes().keys() - CLOSE_CODES:
             yield f"closed with {sorted(strange)}"
         yield from tally.faults()
 

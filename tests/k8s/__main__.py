@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from bench.moving import Load, plot
+from bench.restart_load import Load, plot
 from catbus.auth.tokens import Grants, sign
 from tests.k8s.cluster import Cluster, open_cluster
 from tests.k8s.image import installed

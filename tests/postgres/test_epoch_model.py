@@ -26,7 +26,7 @@ from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.follow.fingerprints import fingerprint
 from catbus.postgres.listen import notification_listener
 from catbus.postgres.listen.notification_listener import NotificationListener
-from tests.simulation.clients import Subscriber
+from tests.simulation.clients import SimulatedSubscriber
 from tests.test_delivery import exhaust
 
 
@@ -172,7 +172,7 @@ class ForkMachine(RuleBasedStateMachine):
     def begin(self, recents: list[int]) -> None:
         self.model = Model()
         self.replicas = [Replica(self.model, recent) for recent in recents]
-        self.clients: list[Subscriber] = []
+        self.clients: list[SimulatedSubscriber] = []
 
     def pick(self, index: int) -> Replica:
         return self.replicas[index % len(self.replicas)]
@@ -241,8 +241,8 @@ class ForkMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     @precondition(lambda self: len(self.clients) < 6)
     def arrive(self, index: int) -> None:
-        client = Subscriber()
-        client.join(self.pick(index), anew=True)
+        client = SimulatedSubscriber()
+        client.connect(self.pick(index), anew=True)
         self.clients.append(client)
 
     @rule(index=st.integers(0, 9))
@@ -250,7 +250,7 @@ class ForkMachine(RuleBasedStateMachine):
     def leave(self, index: int) -> None:
         client = self.clients[index % len(self.clients)]
         if client.replica is not None:
-            client.leave()
+            client.disconnect()
 
     @rule(index=st.integers(0, 9), where=st.integers(0, 9))
     @precondition(lambda self: self.clients)
@@ -258,12 +258,12 @@ class ForkMachine(RuleBasedStateMachine):
         client = self.clients[index % len(self.clients)]
         if client.replica is None:
             self.settle()
-            client.join(self.pick(where), anew=False)
+            client.connect(self.pick(where), anew=False)
 
     @rule(index=st.integers(0, 9))
     @precondition(lambda self: self.clients)
     def take(self, index: int) -> None:
-        self.clients[index % len(self.clients)].take()
+        self.clients[index % len(self.clients)].read()
 
     @rule()
     def settle(self) -> None:
@@ -286,14 +286,14 @@ class ForkMachine(RuleBasedStateMachine):
         served = True
         while served:
             for client in self.clients:
-                client.take()
+                client.read()
             served = sum(replica.sweep() for replica in self.replicas) > 0
         for client in self.clients:
             if client.replica is None:
                 continue
             assert client.subscription is not None and not client.subscription.late
             assert client.replica.delivery.position == world.head
-            for seq, text in client.known.items():
+            for seq, text in client.received.items():
                 assert world.entries[seq - 1].payload == text.encode(), f"another {seq}"
 
     @invariant()
@@ -319,13 +319,13 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() -> None:
     model = Model()
     one, other = Replica(model, 0), Replica(model, 0)
-    client = Subscriber()
-    client.join(one, anew=True)
+    client = SimulatedSubscriber()
+    client.connect(one, anew=True)
     model.append(3)
     one.tail.announce(3)
     one.read()
-    client.take()
-    assert list(client.known) == [1, 2, 3]
+    client.read()
+    assert list(client.received) == [1, 2, 3]
 
     model.world = replace(model.saved[0], place=1)
     other.look()
@@ -334,23 +334,23 @@ def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() ->
     one.look()
     while one.tail.missing() is not None:
         one.read()
-    client.take()
-    assert list(client.known) == [5]
+    client.read()
+    assert list(client.received) == [5]
     assert [(gap.first, gap.last, gap.reason) for gap in client.gaps] == [(1, 0, "epoch"), (1, 4, "retention")]
 
 
 def test_what_an_epoch_had_that_the_database_has_lost_is_taken_back_too() -> None:
     model = Model()
     one, other = Replica(model, 0), Replica(model, 0)
-    client = Subscriber()
-    client.join(one, anew=True)
+    client = SimulatedSubscriber()
+    client.connect(one, anew=True)
     model.append(2)
     one.tail.announce(2)
     one.read()
     now(model.fetchrow(notification_listener._NEW_EPOCH, "e0", None))
     one.look()
-    client.take()
-    assert list(client.known) == [1, 2]
+    client.read()
+    assert list(client.received) == [1, 2]
 
     model.world = replace(model.saved[0], place=1)
     other.look()
@@ -359,5 +359,5 @@ def test_what_an_epoch_had_that_the_database_has_lost_is_taken_back_too() -> Non
     one.look()
     while one.tail.missing() is not None:
         one.read()
-    client.take()
-    assert list(client.known) == [4]
+    client.read()
+    assert list(client.received) == [4]

@@ -9,23 +9,23 @@ import sys
 import time
 from multiprocessing import Process
 
-from .machine import Broken, random_case
-from .simulated import play, quiet, reduce
+from .case_runner import PromiseBroken, random_case
+from .simulated_runner import minimize_case, play, simulation_settings
 
 
 def run(seed: int, seconds: float) -> None:
     source = random.Random(seed)
     began = time.monotonic()
     number = episodes = 0
-    with quiet():
+    with simulation_settings():
         while time.monotonic() < began + seconds:
             case = random_case(source)
             number += 1
             try:
                 episodes += play(case)
-            except Broken:
-                smaller, broken = reduce(case)
-                print(f"seed {seed}, case {number}: {smaller}\n{broken}", flush=True)
+            except PromiseBroken:
+                minimal, broken = minimize_case(case)
+                print(f"seed {seed}, case {number}: {minimal}\n{broken}", flush=True)
                 sys.exit(1)
     took = time.monotonic() - began
     print(f"seed {seed}: {episodes} episodes in {took:.0f} s, {episodes / took * 60:.0f} a minute", flush=True)

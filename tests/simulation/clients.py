@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from catbus.delivery.fan_out import Delivery, Subscription
+from catbus.delivery.fan_out import Delivery
 from catbus.delivery.send_queue import Mailbox, Run
+from catbus.delivery.subscription import Subscription
 from catbus.errors import Code
 from catbus.log import Append, Committed, Log, Outcome
 from catbus.protocol import wire_messages as wire
 
-from .model import Gap, Model
+from .log_model import Gap, LogModel
 
 
 class Replica(Protocol):
@@ -25,13 +26,13 @@ class Replica(Protocol):
     def delivery(self) -> Delivery: ...
 
 
-class Outlet:
+class NoFlush:
     def flush(self) -> None:
         """The mail is taken by whoever wants it."""
 
 
 @dataclass(eq=False)
-class Subscriber:
+class SimulatedSubscriber:
     """One subscription, wherever it is served, and what it has been told stands in the log."""
 
     pattern: str = "*"
@@ -39,19 +40,19 @@ class Subscriber:
     """Where it began: nothing up to here is owed."""
     epoch: str = ""
     cursor: int = 0
-    known: dict[int, str] = field(default_factory=dict)
+    received: dict[int, str] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     replica: Replica | None = None
     subscription: Subscription | None = None
-    session: str = ""
+    replica_epoch: str = ""
     """The epoch of which the replica speaks."""
 
-    def join(self, replica: Replica, *, anew: bool) -> None:
+    def connect(self, replica: Replica, *, anew: bool) -> None:
         delivery = replica.delivery
-        self.replica, self.session = replica, replica.log.epoch
-        self.subscription = Subscription(Mailbox(Outlet(), lambda _: None, 1100, delivery.budget))
+        self.replica, self.replica_epoch = replica, replica.log.epoch
+        self.subscription = Subscription(Mailbox(NoFlush(), lambda _: None, 1100, delivery.budget))
         if anew:
-            self.known.clear()
+            self.received.clear()
             self.gaps.clear()
             self.epoch, self.start = replica.log.epoch, delivery.position
             self.cursor = self.start
@@ -59,7 +60,7 @@ class Subscriber:
         else:
             delivery.subscribe(self.subscription, self.pattern, self.cursor, self.epoch)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """The connection is lost, and with it what was not taken."""
         if self.replica is not None and self.subscription is not None:
             self.replica.delivery.unsubscribe(self.subscription, self.pattern)
@@ -70,7 +71,7 @@ class Subscriber:
     def live(self) -> bool:
         return self.subscription is not None and not self.subscription.late and not self.subscription.mailbox
 
-    def take(self, most: float = float("inf")) -> None:
+    def read(self, most: float = float("inf")) -> None:
         if self.subscription is None:
             return
         for item in self.subscription.mailbox.take(most):
@@ -79,27 +80,27 @@ class Subscriber:
                     assert entry.seq > self.cursor, f"{entry.seq} comes after {self.cursor}"
                     if self.pattern == "*":
                         assert entry.seq == self.cursor + 1, f"{entry.seq} follows on {self.cursor} without a gap"
-                    self.known[entry.seq] = entry.payload.decode()
-                    self.cursor, self.epoch = entry.seq, self.session
+                    self.received[entry.seq] = entry.payload.decode()
+                    self.cursor, self.epoch = entry.seq, self.replica_epoch
                 continue
             event = wire.decode_server(item)
             if isinstance(event, wire.Gap):
                 self.cursor, self.epoch = event.last, event.epoch
                 self.gaps.append(Gap(event.first, event.last, event.reason))
                 if event.reason == "epoch":
-                    self.session = event.epoch
+                    self.replica_epoch = event.epoch
                     self.start = min(self.start, event.last)
-                    self.known = {seq: text for seq, text in self.known.items() if seq <= event.last}
+                    self.received = {seq: text for seq, text in self.received.items() if seq <= event.last}
                     # What was said of seqs that are of the past says nothing of those that take their place.
                     self.gaps = [Gap(g.first, min(g.last, event.last), g.reason) for g in self.gaps]
             else:
                 assert isinstance(event, wire.Live)
                 assert event.seq >= self.cursor, f"live at {event.seq}, behind {self.cursor}"
-                self.cursor, self.epoch = event.seq, self.session
+                self.cursor, self.epoch = event.seq, self.replica_epoch
 
 
 @dataclass(eq=False)
-class Publish:
+class PendingPublish:
     """A message that has had no answer yet."""
 
     channel: str
@@ -108,18 +109,18 @@ class Publish:
     epoch: str
     answered: bool = True
     """Whether there is no try under way on the present connection."""
-    doubtful: bool = False
+    unknown: bool = False
     """It was answered that nobody can know."""
 
 
 @dataclass(eq=False)
-class Client:
+class SimulatedClient:
     """A producer that keeps its ids for what it has published, and a subscription beside it."""
 
     producer: bytes
-    subscriber: Subscriber
-    model: Model
-    pending: dict[int, Publish] = field(default_factory=dict)
+    subscriber: SimulatedSubscriber
+    model: LogModel
+    pending: dict[int, PendingPublish] = field(default_factory=dict)
     replica: Replica | None = None
     head: int = 0
     epoch: str = ""
@@ -128,33 +129,33 @@ class Client:
     """By which an answer is known to be for a connection that is no more."""
     ids: count[int] = field(default_factory=lambda: count(1))
 
-    def join(self, replica: Replica) -> None:
+    def connect(self, replica: Replica) -> None:
         """Connect, subscribe from the cursor, and send what was not answered, in the order of the ids."""
         self.replica = replica
         self.head, self.epoch = replica.delivery.position, replica.log.epoch
-        self.subscriber.join(replica, anew=not self.subscriber.epoch)
+        self.subscriber.connect(replica, anew=not self.subscriber.epoch)
         for number in sorted(self.pending):
             self.retry(number)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self.connections += 1
         self.replica = None
-        self.subscriber.leave()
+        self.subscriber.disconnect()
         for publish in self.pending.values():
             publish.answered = True
 
-    def take(self, most: float = float("inf")) -> None:
+    def read(self, most: float = float("inf")) -> None:
         """Read what has come."""
         subscriber = self.subscriber
-        subscriber.take(most)
-        if self.replica is not None and subscriber.session != self.epoch:
-            self.head, self.epoch = subscriber.cursor, subscriber.session
+        subscriber.read(most)
+        if self.replica is not None and subscriber.replica_epoch != self.epoch:
+            self.head, self.epoch = subscriber.cursor, subscriber.replica_epoch
 
     def publish(self, channel: str, text: str) -> None:
         """Publish something new, once nothing is to be sent again that has not been."""
         assert self.replica is not None
         number = next(self.ids)
-        self.pending[number] = Publish(channel, text, self.head, self.epoch)
+        self.pending[number] = PendingPublish(channel, text, self.head, self.epoch)
         self._send(number, after=None)
 
     def retry(self, number: int) -> None:
@@ -162,7 +163,7 @@ class Client:
         assert self.replica is not None
         publish, log = self.pending[number], self.replica.log
         if publish.epoch != log.epoch:
-            publish.doubtful = True  # as the hub answers it
+            publish.unknown = True  # as the hub answers it
         elif publish.answered:
             self._send(number, after=publish.after)
 
@@ -171,8 +172,8 @@ class Client:
             self.retry(number)
 
     @property
-    def settled(self) -> bool:
-        return all(publish.doubtful for publish in self.pending.values())
+    def all_settled(self) -> bool:
+        return all(publish.unknown for publish in self.pending.values())
 
     def _send(self, number: int, after: int | None) -> None:
         assert self.replica is not None
@@ -197,6 +198,6 @@ class Client:
                 del self.pending[number]
                 self.model.refuse(publish.text)
             elif append.after is not None and (publish.epoch != log.epoch or publish.after < log.floor - 1):
-                publish.doubtful = True
+                publish.unknown = True
 
         return settle

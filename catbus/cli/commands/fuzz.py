@@ -17,7 +17,7 @@ from ..connection_options import ca_option
 from ..development_credentials import DEFAULT_URL, find_signing_secret
 
 if TYPE_CHECKING:
-    from ...testing.fuzz import Tally
+    from ...testing.fuzz import FuzzResult
 
 SHRINK_TIME = 60.0
 """Seconds in which what was found is made smaller."""
@@ -90,7 +90,7 @@ def command(
       catbus fuzz --url ws://10.0.0.1:8080/ws --url ws://10.0.0.2:8080/ws --minutes 60
     """
     try:
-        from ...testing.fuzz import find_target, fuzz, make_smaller, write_script
+        from ...testing.fuzz import find_target, fuzz, shrink, write_script
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'catbus-broker[testing]'") from None
     _check_options(urls, root)
@@ -101,19 +101,19 @@ def command(
     target = find_target(urls, token=token, secret=secret, ca=ca, root=root)
     for reason in target.unreachable:
         click.echo(f"catbus: {reason}; going on without it", err=True)
-    click.echo(f"fuzzing {', '.join(url for url, _ in target.places)} for {minutes:g} min, seed {seed}", err=True)
+    click.echo(f"fuzzing {', '.join(url for url, _ in target.endpoints)} for {minutes:g} min, seed {seed}", err=True)
     progress = _FuzzProgress(60 * minutes)
     try:
-        tally = fuzz(target, 60 * minutes, seed, keep=keep, watch=progress.show)
+        result = fuzz(target, 60 * minutes, seed, keep=keep, on_example=progress.show)
     finally:
         progress.end()
-    done = f"{tally.examples} examples with {tally.steps} steps, {tally.attacks} of hostile clients"
-    if tally.found is None:
+    done = f"{result.examples} examples with {result.steps} steps, {result.attacks} of hostile clients"
+    if result.found is None:
         click.echo(f"nothing was found in {done}; seed {seed}")
         return
     click.echo("something was found; making it smaller ...", err=True)
-    smaller = make_smaller(target, tally.found, SHRINK_TIME)
-    found = smaller or tally.found
+    smaller = shrink(target, result.found, SHRINK_TIME)
+    found = smaller or result.found
     click.echo(f"something was found in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
     click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
     program = write_script(urls, found, ca=ca, root=root)
@@ -147,10 +147,10 @@ class _FuzzProgress:
             length=max(1, round(seconds)), file=sys.stderr, show_eta=False, item_show_func=lambda text: text
         )
 
-    def show(self, tally: Tally) -> None:
+    def show(self, result: FuzzResult) -> None:
         now = time.monotonic()
         spent = now - self._began
-        text = f"{tally.examples} examples, {tally.steps} steps"
+        text = f"{result.examples} examples, {result.steps} steps"
         if sys.stderr.isatty():
             self._bar.update(round(min(spent, self._seconds)) - self._bar.pos, text)
         elif now - self._told >= PROGRESS_INTERVAL:

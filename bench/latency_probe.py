@@ -1,0 +1,112 @@
+"""Subscribers who behave well, whose latency is measured while something else goes on."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import PONG, Publisher, Server, auth_line, cpu_time, frame, payload
+from subscriber_process import Connector, Round, SubscriberProcess
+from subscriber_transports import WebSocketConnector, WebTransportConnector
+
+CHANNEL = b"bench.latency_probe"
+SUBSCRIBERS = 5
+"""Who behave well, over each transport."""
+RATE = 50
+PATIENCE = 60.0
+
+
+def publish_line(channel: bytes, text: bytes, more: bytes = b"") -> bytes:
+    return b'{"type":"publish","channel":"%b","payload":%b%b}\n' % (channel, text, more)
+
+
+def subscribe_step(channel: bytes) -> tuple[bytes, bytes]:
+    return b'{"type":"subscribe","pattern":"%b"}\n' % channel, b'"subscribed"'
+
+
+AUTH_STEP = auth_line(), b'"auth_ok"'
+
+
+class Measurement(NamedTuple):
+    """Latencies in seconds by transport, memory in bytes, and of the broker's time the share that it was at work."""
+
+    seconds: float
+    busy: float
+    latencies: dict[str, list[float]]
+    memory: int
+    peak: int
+
+
+class LatencyProbe:
+    """They, over each transport that the server has, and who publishes for them."""
+
+    def __init__(self, server: Server) -> None:
+        steps = [AUTH_STEP, subscribe_step(CHANNEL)]
+        framed = [(frame(said), expected) for said, expected in steps]
+        connectors: dict[str, Connector] = {
+            "WebSocket": WebSocketConnector(server.port, "/ws", framed, frame(b"", PONG))
+        }
+        if server.ca:
+            connectors = {"WebTransport": WebTransportConnector(server.quic_port, server.ca, steps), **connectors}
+        self._pid = server.pid
+        self._processes = {name: SubscriberProcess(connector, sampled=True) for name, connector in connectors.items()}
+        for process in self._processes.values():
+            process.ask(SUBSCRIBERS)
+            process.answer()
+        self._publisher = Publisher(WebSocketConnector(server.port, "/ws", framed[:1], b"").connect_one())
+
+    def measure(self, name: str, is_running: Callable[[], bool]) -> Measurement:
+        """Publish for them as long as that, and say how long it took to get there."""
+        latencies: dict[str, list[float]] = {name: [] for name in self._processes}
+        Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # The peak counts from here.
+        began, cpu = time.monotonic(), cpu_time(self._pid)
+        while is_running():
+            for transport, found in self._round(name).items():
+                latencies[transport] += found
+        memory = read_memory(self._pid)
+        seconds = time.monotonic() - began
+        busy = (cpu_time(self._pid) - cpu) / seconds
+        return Measurement(seconds, busy, latencies, memory["VmRSS"], memory["VmHWM"])
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.end()
+
+    def _round(self, name: str) -> dict[str, list[float]]:
+        mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
+        for process in self._processes.values():
+            for request in (None, Round(mark, RATE, PATIENCE)):
+                process.ask(request)
+                process.answer()
+        began = time.monotonic()
+        for number in range(RATE):
+            while time.monotonic() < (due := began + number / RATE):
+                self._publisher.wait(due)
+            self._publisher.write(frame(publish_line(CHANNEL, payload(mark, number), b',"ack":false')))
+        latencies: dict[str, list[float]] = {}
+        for transport, process in self._processes.items():
+            sample = process.answer().sample
+            for each in sample:
+                if [number for number, _ in each] != list(range(RATE)):
+                    sys.exit(f"{name}: a subscriber over {transport} got {[number for number, _ in each]} of {RATE}")
+            latencies[transport] = [latency for each in sample for _, latency in each]
+        return latencies
+
+
+def read_memory(pid: int) -> dict[str, int]:
+    """VmRSS and VmHWM, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {
+        name: int(value.split()[0]) << 10
+        for name, _, value in (line.partition(":") for line in lines)
+        if name in ("VmRSS", "VmHWM")
+    }
+
+
+def for_seconds(seconds: float) -> Callable[[], bool]:
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() < deadline

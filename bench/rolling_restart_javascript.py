@@ -1,0 +1,93 @@
+"""A rolling restart of two replicas under the JavaScript client, again and again: what is deaf, lost or repeated.
+
+    python bench/rolling_restart_javascript.py --rounds 20
+
+Two `catbus run` on one PostgreSQL, and one client in Node (rolling_restart_javascript.mjs) behind a proxy that delays
+each way by half of --delay. In each round the client makes --subscriptions new subscriptions, one every
+6 ms, and publishes to them all the while. Meanwhile one replica after the other gets SIGTERM and is started again, and
+new connections are led to the other one. Then each channel gets one more message: a subscription that does not hear it
+is deaf.
+
+`CATBUS_CLIENT=file:///...` plays it with another client. Ends with status 1 when anything is deaf, lost or repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+from rolling_restart import Replica
+
+from catbus.auth.tokens import Grants, sign
+
+PROGRAM = Path(__file__).with_suffix(".mjs")
+DRAIN = "[drain]\ndelay = 0.3\nwindow = 1.0\n"
+
+
+def play(replicas: list[Replica], node: subprocess.Popen[str], rounds: int) -> dict[str, int]:
+    """Returns what the client has counted in all."""
+    assert node.stdin is not None
+    assert node.stdout is not None
+
+    def say(text: str) -> None:
+        assert node.stdin is not None
+        node.stdin.write(f"{text}\n")
+        node.stdin.flush()
+
+    counted: dict[str, int] = {}
+    for _ in range(rounds):
+        say("play")
+        time.sleep(0.8)
+        for number, replica in enumerate(replicas):
+            other = replicas[1 - number].server
+            assert other is not None
+            say(f"target {other.port}")
+            replica.stop()
+            replica.start()
+        say("finish")
+        counted = json.loads(node.stdout.readline())
+        print(*(f"{name} {count}" for name, count in counted.items()), sep=", ", flush=True)
+    say("end")
+    node.wait(10)
+    return counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--subscriptions", type=int, default=450)
+    parser.add_argument("--delay", type=int, default=150, help="milliseconds to the broker and back")
+    parser.add_argument("--database", help="the URL of a PostgreSQL; without it, one is started")
+    options = parser.parse_args()
+    harness.prepare()
+    print(harness.describe_machine())
+    token = sign(harness.SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
+    with harness.database(options.database) as url:
+        replicas = [Replica(url, DRAIN) for _ in range(2)]
+        try:
+            for replica in replicas:
+                replica.start()
+            assert replicas[0].server is not None
+            command = ["node", PROGRAM, *map(str, (replicas[0].server.port, options.delay, options.subscriptions))]
+            environment = {**os.environ, "TOKEN": token}
+            with subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as node:
+                try:
+                    counted = play(replicas, node, options.rounds)
+                finally:
+                    node.kill()
+        finally:
+            for replica in replicas:
+                replica.stop()
+    sys.exit(bool(counted["deaf"] or counted["lost"] or counted["repeated"] or counted["failed"]))
+
+
+if __name__ == "__main__":
+    main()

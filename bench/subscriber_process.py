@@ -1,0 +1,168 @@
+"""Many subscribers in a process of their own, which count what they get and cost little."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import select
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import NamedTuple, Protocol
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Connector(Protocol):
+    """How subscribers get in: `subscriber_transports.py` has one for each transport."""
+
+    def open(self, poll: select.epoll) -> Subscribers:
+        """Nobody yet. Their files will be registered with `poll`."""
+
+
+class Subscribers(Protocol):
+    """Subscribers that came in by one door, numbered from 0."""
+
+    def connect_one(self) -> None:
+        """One more, who is subscribed when this returns."""
+
+    def __len__(self) -> int: ...
+
+    def receive(self, timeout: float) -> Iterable[tuple[int, bytes]]:
+        """What has arrived for whom, or arrives within `timeout` seconds. Raises when a connection is lost.
+
+        Nothing, early, when a file of somebody else's is ready. To be exhausted.
+        """
+
+    def keep_alive(self) -> None:
+        """Have all of them taken for alive."""
+
+
+class Round(NamedTuple):
+    """What is to be counted: a text that stands in each message once, and how many seconds there are for it."""
+
+    marker: bytes
+    messages: int
+    patience: float
+
+
+class Stall(NamedTuple):
+    """Read nothing until the next request, which is None, and then count, with what has come meanwhile."""
+
+    task: Round
+
+
+class Received(NamedTuple):
+    """How many subscribers got how many messages, and for each of a sample every message: (number, latency in s)."""
+
+    counts: Counter[int]
+    sample: list[list[tuple[int, float]]]
+
+
+DONE = Received(Counter(), [])
+
+Request = int | Round | Stall | None
+"""So many subscribers more; count; stop reading and then count; or say that all of them are alive."""
+
+
+class SubscriberProcess:
+    """Such a process. `sampled`: look at each message instead of counting them."""
+
+    def __init__(self, connector: Connector, *, sampled: bool) -> None:
+        self._pipe, other = FORK.Pipe()
+        self._process = FORK.Process(target=_live, args=(connector, other, sampled), daemon=True)
+        self._process.start()
+        other.close()
+
+    def ask(self, request: Request) -> None:
+        """Ask for something, to which there is one `answer`; to a `Round` or a `Stall` two: it has begun, has ended."""
+        self._pipe.send(request)
+
+    def answer(self) -> Received:
+        try:
+            seen: Received = self._pipe.recv()
+        except EOFError:
+            sys.exit("a subscriber's connection has been lost")
+        return seen
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _live(connector: Connector, pipe: Connection[Received, Request], sampled: bool) -> None:
+    poll = select.epoll()
+    poll.register(pipe, select.EPOLLIN)
+    peers = connector.open(poll)
+    while True:
+        while not pipe.poll():
+            _drop(peers.receive(10))
+        match pipe.recv():
+            case int(count):
+                for _ in range(count):
+                    peers.connect_one()
+                pipe.send(DONE)
+            case Round() as task:
+                _drop(peers.receive(0))
+                pipe.send(DONE)
+                pipe.send((_look if sampled else _count)(peers, task))
+            case Stall(task):
+                _drop(peers.receive(0))
+                pipe.send(DONE)
+                pipe.recv()
+                pipe.send(_count(peers, task))
+            case None:
+                peers.keep_alive()
+                pipe.send(DONE)
+
+
+def _drop(received: Iterable[tuple[int, bytes]]) -> None:
+    for _ in received:
+        pass
+
+
+def _count(peers: Subscribers, task: Round) -> Received:
+    """Count what each of them gets."""
+    marker, overlap = task.marker, len(task.marker) - 1
+    counts = [0] * len(peers)
+    tails = [b""] * len(peers)
+    missing = len(peers) * task.messages
+    deadline = time.monotonic() + task.patience
+    while missing > 0 and time.monotonic() < deadline:
+        for number, data in peers.receive(0.5):
+            if tails[number]:
+                data = tails[number] + data
+            found = data.count(marker)
+            # Most often a read ends where an object ends. Otherwise the marker may have been cut in two.
+            tails[number] = b"" if data.endswith(b"\n") else data[-overlap:]
+            counts[number] += found
+            missing -= found
+    return Received(Counter(counts), [])
+
+
+def _look(peers: Subscribers, task: Round) -> Received:
+    """Keep what comes with its time, and look into it when all is there."""
+    overlap = len(task.marker) - 1
+    received: list[list[tuple[int, bytes]]] = [[] for _ in range(len(peers))]
+    missing = [task.messages] * len(peers)
+    tails = [b""] * len(peers)
+    deadline = time.monotonic() + task.patience
+    while any(left > 0 for left in missing) and time.monotonic() < deadline:
+        for number, data in peers.receive(0.5):
+            received[number].append((time.monotonic_ns(), data))
+            data = tails[number] + data
+            missing[number] -= data.count(task.marker)
+            tails[number] = data[-overlap:]
+    sample = [_messages(chunks, task.marker) for chunks in received]
+    return Received(Counter(len(each) for each in sample), sample)
+
+
+def _messages(chunks: Sequence[tuple[int, bytes]], marker: bytes) -> list[tuple[int, float]]:
+    """The number and the latency of each message in what was received at some times."""
+    ends = list(itertools.accumulate(len(data) for _, data in chunks))
+    hits = re.finditer(rb'"n":(\d+),"sent":(\d+),' + re.escape(marker), b"".join([data for _, data in chunks]))
+    return [(int(hit[1]), (chunks[bisect_left(ends, hit.end())][0] - int(hit[2])) / 1e9) for hit in hits]

@@ -1,0 +1,103 @@
+"""A client that speaks the protocol over a blocking connection, and keeps what it received."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from .blocking_connection import BlockingConnection
+
+Message = dict[str, Any]
+
+
+class ProtocolClient:
+    """One client's end: what it was told, and what its subscriptions got since somebody looked.
+
+    `ids` go on over all connections of a client: a publish is known by its producer and its id (section 9.1).
+    """
+
+    def __init__(self, connection: BlockingConnection, name: str, ids: Iterator[int], reply_timeout: float) -> None:
+        self.connection = connection
+        self.name = name
+        self.reply_timeout = reply_timeout
+        self.client_id: str | None = None
+        self.producer = ""
+        self.head = 0
+        self.epoch = ""
+        self.cursors: dict[str, int] = {}
+        """By pattern: up to where everything has been compared."""
+        self.received: dict[str, list[Message]] = {}
+        self.ephemeral: list[Message] = []
+        self.ephemeral_received: set[tuple[str, int]] = set()
+        """Ephemeral messages that came: pattern and payload."""
+        self.revoked: dict[str, list[Message]] = {}
+        """What had come by then."""
+        self._ids = ids
+        self._replies: list[Message] = []
+
+    def send(self, message: Message, places: Iterable[int] = ()) -> None:
+        """Send an object, cut at these places."""
+        data = json.dumps(message).encode()
+        ends = [min(place, len(data)) for place in places]
+        for start, end in zip([0, *ends], [*ends, len(data)], strict=True):
+            if start < end:
+                self.connection.send(data[start:end])
+
+    def with_id(self, message: Message) -> Message:
+        return {**message, "id": next(self._ids)}
+
+    def request(self, message: Message, places: Iterable[int] = ()) -> Message:
+        """Send a request, and return the answer to it."""
+        request = self.with_id(message)
+        self.send(request, places)
+        return self.wait_reply(request)
+
+    def wait_reply(self, request: Message) -> Message:
+        return self.wait(lambda reply: reply.get("id") == request["id"], f"an answer to {request}")
+
+    def authenticate(self, token: str, producer: str | None = None) -> None:
+        message = {"type": "auth", "token": token, "protocol": 1}
+        self.send(message | ({"producer": producer} if producer else {}))
+        reply = self.wait(lambda reply: reply["type"] in ("auth_ok", "auth_error"), "an answer to auth")
+        assert reply["type"] == "auth_ok", reply
+        self.client_id, self.producer = reply["client_id"], reply["producer"]
+        self.head, self.epoch = reply["head"], reply["epoch"]
+
+    def ping(self) -> None:
+        """Hear all that was sent before now."""
+        number = next(self._ids)
+        self.send({"type": "ping", "seq": number})
+        self.wait(lambda reply: (reply["type"], reply.get("seq")) == ("pong", number), "a pong")
+
+    def wait(self, wanted: Callable[[Message], bool], what: str) -> Message:
+        deadline = time.monotonic() + self.reply_timeout
+        while True:
+            for reply in self._replies:
+                if wanted(reply):
+                    self._replies.remove(reply)
+                    return reply
+            try:
+                found = self.connection.receive(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise AssertionError(f"{self.name} waits for {what}, and received only {self._replies}") from None
+            assert found is not None, f"{self.name} was cut off while it waited for {what}"
+            self._handle(found)
+
+    def _handle(self, found: Message) -> None:
+        kind, pattern = found["type"], found.get("pattern", "")
+        if kind in ("message", "revoked"):
+            assert pattern in self.received, f"{self.name} received {found}, to which it does not subscribe"
+        if kind == "message":
+            (self.received[pattern] if "seq" in found else self.ephemeral).append(found)
+        elif kind == "revoked":
+            self.revoked[pattern] = self.received.pop(pattern)
+        elif kind == "subscribed":
+            self.received[found["pattern"]] = []
+            self._replies.append(found)
+        elif kind == "unsubscribed":
+            self.received.pop(found["pattern"], None)
+            self._replies.append(found)
+        elif kind not in ("live", "head", "goaway"):
+            self._replies.append(found)

@@ -1,0 +1,122 @@
+"""A model of the broker as the specification describes it, without network, time or limits.
+
+The model decides every request at once. It computes what a subscription has to receive from the log, on demand.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..auth.tokens import Grants
+
+
+def matches(pattern: str, channel: str) -> bool:
+    """Return whether a pattern matches a channel (section 2). The model shares no code with what it checks."""
+    return pattern in ("*", channel) or (pattern.endswith(".*") and channel.startswith(pattern[:-1]))
+
+
+def covers(grant: str, pattern: str) -> bool:
+    """Return whether a grant allows everything that a pattern can match."""
+    return grant in ("*", pattern) or (grant.endswith(".*") and pattern.startswith(grant[:-1]))
+
+
+@dataclass(frozen=True)
+class ModelMessage:
+    """One message of the model's log."""
+
+    seq: int
+    channel: str
+    payload: Any
+    sender: str | None
+    producer: int
+    echo: bool
+
+
+@dataclass
+class ModelSubscription:
+    """A subscription to what matches `pattern` after the seq `since`."""
+
+    pattern: str
+    since: int
+
+
+@dataclass
+class ModelSession:
+    """One authenticated client. `producer` identifies a publisher across several sessions of one client."""
+
+    client_id: str | None
+    grants: Grants
+    producer: int
+    subscriptions: dict[str, ModelSubscription] = field(default_factory=dict)
+
+    def may_read(self, pattern: str) -> bool:
+        return any(covers(grant, pattern) for grant in self.grants.read)
+
+    def may_write(self, channel: str) -> bool:
+        return any(matches(grant, channel) for grant in self.grants.write)
+
+
+class ReferenceModel:
+    """The state of a broker: its log after the seq `base`, and the connected sessions by name."""
+
+    def __init__(self, base: int = 0) -> None:
+        self.base = base
+        self.log: list[ModelMessage] = []
+        self.sessions: dict[str, ModelSession] = {}
+
+    @property
+    def head(self) -> int:
+        return self.log[-1].seq if self.log else self.base
+
+    def publish(
+        self, name: str, channel: str, payload: Any, *, echo: bool = True, seq: int | None = None
+    ) -> int | None:
+        """Append a message and return its seq, or None if it is rejected (section 9.1).
+
+        `seq` is the broker's seq if other clients publish as well.
+        """
+        session = self.sessions[name]
+        if not session.may_write(channel):
+            return None
+        seq = self.head + 1 if seq is None else seq
+        self.log.append(ModelMessage(seq, channel, payload, session.client_id, session.producer, echo))
+        return seq
+
+    def subscribe(self, name: str, pattern: str, since: int | None = None) -> bool:
+        """Subscribe if it is allowed, and return whether it is. Without `since`, from the head on (section 8)."""
+        session = self.sessions[name]
+        if not session.may_read(pattern):
+            return False
+        session.subscriptions[pattern] = ModelSubscription(pattern, self.head if since is None else since)
+        return True
+
+    def history(self, name: str, pattern: str, limit: int) -> list[ModelMessage] | None:
+        """Return the newest matching messages, oldest first, or None if the request is rejected."""
+        if not self.sessions[name].may_read(pattern):
+            return None
+        return [entry for entry in self.log if matches(pattern, entry.channel)][-limit:]
+
+    def unsubscribe(self, name: str, pattern: str) -> bool:
+        """Unsubscribe, and return whether there was such a subscription."""
+        return self.sessions[name].subscriptions.pop(pattern, None) is not None
+
+    def replace_grants(self, name: str, grants: Grants) -> set[str]:
+        """Replace the grants of a client, and return the patterns of the subscriptions that end (section 5)."""
+        session = self.sessions[name]
+        session.grants = grants
+        ended = {pattern for pattern in session.subscriptions if not session.may_read(pattern)}
+        for pattern in ended:
+            del session.subscriptions[pattern]
+        return ended
+
+    def expected(self, name: str, pattern: str, after: int) -> list[ModelMessage]:
+        """Return the messages that a subscription has to receive after the seq `after`, in order, each once."""
+        session = self.sessions[name]
+        subscription = session.subscriptions[pattern]
+        return [
+            entry
+            for entry in self.log[bisect_right(self.log, max(after, subscription.since), key=lambda each: each.seq) :]
+            if matches(pattern, entry.channel) and (entry.echo or entry.producer != session.producer)
+        ]

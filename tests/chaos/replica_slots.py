@@ -1,0 +1,212 @@
+"""Replicas as a cluster has them: each a process that comes and goes, behind ways that stay and that can be cut."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import trio
+
+from catbus.cli.development_credentials import CERTIFICATE_FILE
+from catbus.client import Transport
+from catbus.client.transport import parse_address
+from catbus.client.websocket import open_websocket
+from catbus.client.webtransport import make_configuration, open_webtransport
+from tests.postgres.bouncer import Bouncer
+from tests.postgres.processes import ROOT, SECRET, Replica
+from tests.postgres.proxy import Proxy
+
+from .udp_relay import UdpRelay
+
+CONFIG = Path(__file__).with_name("chaos.toml")
+
+BROKER_MODULE = ("catbus",)
+"""The module that is run, and what it is told before `run`."""
+
+
+class ReplicaSlot:
+    """The place of a replica: its process, the ways from clients to it, and the ways from it to the database.
+
+    With a `bouncer` it reaches the database through that only, and hears no notifications; otherwise it has a
+    connection for them that goes another way than the rest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        url: str,
+        on_event: Callable[[str, dict[str, Any]], None],
+        rng: random.Random,
+        program: Sequence[str] = BROKER_MODULE,
+    ) -> None:
+        self.name = name
+        self.ready = False
+        """What its /ready said last."""
+        self.replica: Replica | None = None
+        self.websocket = Proxy("ws://127.0.0.1:9/")
+        self.webtransport = UdpRelay(rng)
+        self.database = Proxy(url)
+        self.notifications = Proxy(url)
+        self.bouncer: Bouncer | None = None
+        self.unexpected_exits: list[int] = []
+        """Exit statuses with which it has ended by itself."""
+        self._directory = directory
+        self._on_event = on_event
+        self._program = program
+        self._start_requested = trio.Event()
+        self._up = trio.Event()
+        self._exit_expected = False
+
+    @property
+    def database_proxies(self) -> list[Proxy]:
+        """The ways from here to the database."""
+        return [self.database] if self.bouncer is not None else [self.database, self.notifications]
+
+    async def open(self, nursery: trio.Nursery) -> None:
+        """Make the ways; `start` makes the process."""
+        for way in (self.websocket, self.webtransport, self.database, self.notifications):
+            await nursery.start(way.run)
+        self._directory.mkdir(exist_ok=True)
+        nursery.start_soon(self._run)
+        nursery.start_soon(self._watch)
+
+    # The process
+
+    def start(self) -> None:
+        self._start_requested.set()
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._end(Replica.kill)
+
+    def terminate(self) -> None:
+        """Ask it to stop, as an operator does."""
+        self._end(Replica.terminate)
+
+    def _end(self, how: Callable[[Replica], None]) -> None:
+        self._start_requested = trio.Event()
+        self._exit_expected = True
+        if self.replica is not None:
+            how(self.replica)
+
+    async def wait_down(self) -> None:
+        if self.replica is not None:
+            await self.replica.wait()
+
+    async def wait_ready(self) -> None:
+        while not self.ready:
+            await trio.sleep(0.05)
+
+    async def _run(self) -> None:
+        while True:
+            await self._start_requested.wait()
+            self.replica = Replica(await self._open(), self._handle_log_event)
+            try:
+                await self.replica.listen(task_status=trio.TASK_STATUS_IGNORED)
+                status = await self.replica.wait()
+            finally:
+                with trio.CancelScope(shield=True), suppress(ProcessLookupError):
+                    self.replica.kill()
+                    await self.replica.wait()
+            self.replica = None
+            if not self._exit_expected:
+                self.unexpected_exits.append(status)
+                await trio.sleep(1)
+            self._exit_expected = False
+
+    async def _open(self) -> trio.Process:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CATBUS_", "RUST_LOG"))}
+        settings = {
+            "CATBUS_SECRET": SECRET,
+            "CATBUS_BIND": "127.0.0.1:0",
+            "CATBUS_STATE": str(self._directory),
+            "PYTHONPATH": str(ROOT),
+            "DATABASE_URL": self.database.url if self.bouncer is None else self.bouncer.url,
+        }
+        if self.bouncer is None:
+            settings["CATBUS_LISTEN_URL"] = self.notifications.url
+        command = [sys.executable, "-m", *self._program, "run", "--config", str(CONFIG)]
+        with (self._directory / "stderr").open("ab") as errors:
+            return await trio.lowlevel.open_process(
+                command, env=inherited | settings, stdout=subprocess.PIPE, stderr=errors
+            )
+
+    def _handle_log_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "serving":
+            tcp, udp = [urlsplit(url) for url in event["urls"]]
+            self.websocket.open(f"ws://127.0.0.1:{tcp.port}/")
+            self.webtransport.set_target(("127.0.0.1", udp.port or 0))
+        self._on_event(self.name, event)
+
+    async def _watch(self) -> None:
+        """Ask what a load balancer asks."""
+        while True:
+            ready = False
+            with trio.move_on_after(0.5), suppress(OSError, AssertionError, IndexError, trio.BrokenResourceError):
+                replica = self.replica
+                ready = replica is not None and await replica.is_ready()
+            self.ready = ready
+            await trio.sleep(0.1)
+
+    # The ways of the clients
+
+    async def dial(self, transport: str) -> Transport:
+        """Connect, by "websocket" or "webtransport". Raises `Disconnected`."""
+        if transport == "websocket":
+            return await open_websocket(parse_address(f"ws://127.0.0.1:{urlsplit(self.websocket.url).port}/ws"))
+        address = parse_address(f"https://127.0.0.1:{self.webtransport.port}/")
+        certificate = await trio.to_thread.run_sync((self._directory / CERTIFICATE_FILE).read_bytes)
+        return await open_webtransport(address, make_configuration(address, certificate.decode()))
+
+    def cut_clients(self) -> None:
+        """Let nothing through between the clients and the replica, and tell nobody."""
+        self.websocket.block()
+        self.webtransport.loss = 1.0
+
+    def block_replies(self) -> None:
+        """Let nothing through from the replica to the clients, which it goes on hearing."""
+        self.websocket.block_answers()
+        self.webtransport.drop_replies = True
+
+    def unblock_clients(self) -> None:
+        self.websocket.unblock()
+        self.webtransport.drop_replies = False
+        self.webtransport.loss = 0.0
+
+
+async def open_slots(
+    names: Sequence[str],
+    directory: Path,
+    url: str,
+    on_event: Callable[[str, dict[str, Any]], None],
+    rng: random.Random,
+    program: Sequence[str],
+    nursery: trio.Nursery,
+) -> list[ReplicaSlot]:
+    """Places for replicas, none of which runs yet. The last is behind a pooler."""
+    slots = [ReplicaSlot(name, directory / name, url, on_event, random.Random(rng.random()), program) for name in names]
+    for slot in slots:
+        await slot.open(nursery)
+    pooled = slots[-1]
+    directory_of_pooler = directory / "pooler"
+    directory_of_pooler.mkdir()
+    pooled.bouncer = Bouncer(pooled.database.url, 8, directory_of_pooler)
+    nursery.start_soon(partial(_hold, pooled.bouncer))
+    await pooled.bouncer.wait_ready()
+    return slots
+
+
+async def _hold(bouncer: Bouncer) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        bouncer.kill()

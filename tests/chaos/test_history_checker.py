@@ -1,0 +1,237 @@
+"""The checker finds every promise that is broken, and nothing where none is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .history import (
+    Answered,
+    AnyEvent,
+    CaughtUp,
+    Connected,
+    ConnectionLost,
+    DatabaseStatusLogged,
+    FaultBegan,
+    FaultEnded,
+    GapAnnounced,
+    LogEntry,
+    LogEpoch,
+    Message,
+    Published,
+    Received,
+    RoleChanged,
+    RunEnded,
+    SubscriptionBegan,
+    SubscriptionRevoked,
+)
+from .history_checker import PROMISES, Report, check_history
+from .mistakes import assert_mistakes_fit
+
+OLD, NEW = "old", "new"
+START = 1000.0
+
+
+class HistoryBuilder:
+    """Two epochs of which the second begins after seq 3: what was 4 and 5 in the first is lost, and others come."""
+
+    def __init__(self) -> None:
+        self.events: list[AnyEvent] = []
+        self.entries: list[LogEntry] = []
+
+    def add(self, kind: Callable[..., AnyEvent], at: float, /, **fields: Any) -> None:
+        self.events.append(kind(at=START + at, **fields))
+
+    def publish(self, number: int, seq: int, at: float, *, channel: str = "a.b", publisher: str = "p") -> None:
+        self.add(Published, at, publisher=publisher, number=number, channel=channel)
+        self.add(Answered, at + 0.01, publisher=publisher, number=number, seq=seq)
+
+    def append(self, epoch: str, seq: int, number: int, channel: str = "a.b", publisher: str = "p") -> None:
+        entry = LogEntry(at=START + 900, epoch=epoch, seq=seq, channel=channel, message=(publisher, number))
+        self.entries.append(entry)
+
+    def begin(self, cursor: int, epoch: str, at: float, who: str = "s") -> None:
+        self.add(SubscriptionBegan, at, subscriber=who, pattern="a.*", cursor=cursor, epoch=epoch)
+
+    def receive(self, seq: int, message: Message, at: float, epoch: str = OLD, who: str = "s", **fields: Any) -> None:
+        fields = {"channel": "a.b", "sent": START + at - 0.02, "pattern": "a.*"} | fields
+        self.add(Received, at, subscriber=who, epoch=epoch, seq=seq, message=message, **fields)
+
+    def gap(self, first: int, last: int, epoch: str, reason: str, at: float, who: str = "s") -> None:
+        fields = {"epoch": epoch, "first": first, "last": last, "reason": reason}
+        self.add(GapAnnounced, at, subscriber=who, pattern="a.*", **fields)
+
+    def add_fault(self, number: int, kind: str, at: float, end: float, replica: str = "r") -> None:
+        self.add(FaultBegan, at, number=number, kind=kind, replica=replica, in_flight=1)
+        self.add(FaultEnded, end, number=number)
+
+    def check_history(self) -> Report:
+        self.events.sort(key=lambda event: event.at)
+        epochs = [LogEpoch(at=START + 900, epoch=OLD, after=0), LogEpoch(at=START + 900, epoch=NEW, after=3)]
+        return check_history(
+            [*self.events, *epochs, *self.entries], database_only={"database killed", "listener silent"}
+        )
+
+
+def sound_history() -> HistoryBuilder:
+    """A story in which everything is as promised, and much of it looks as if it were not."""
+    history = HistoryBuilder()
+    history.add(Connected, 0.0, client="s", replica="r", transport="websocket")
+    history.add(DatabaseStatusLogged, 0.0, replica="r", available=True)
+    history.begin(0, OLD, 0.0)
+    for number in (1, 2, 3):
+        history.publish(number, number, number)
+        history.append(OLD, number, number)
+        history.receive(number, ("p", number), number + 0.02)
+    # Two that are lost with their database: one acknowledged, one in doubt.
+    history.publish(4, 4, 4.0)
+    history.add(Published, 4.1, publisher="p", number=5, channel="a.b")
+    history.add(Answered, 9.0, publisher="p", number=5, refusal="unknown")
+    history.receive(5, ("p", 5), 4.2)
+    history.add_fault(1, "database killed", 5.0, 6.0, replica="")
+    history.gap(4, 3, NEW, "epoch", 7.0)
+    # One in doubt that is in the log all the same, one that was refused, and one to another channel.
+    history.add(Published, 8.0, publisher="p", number=6, channel="a.b")
+    history.add(Answered, 8.5, publisher="p", number=6, refusal="unknown")
+    history.append(NEW, 4, 6)
+    history.append(NEW, 100, 10, "d")
+    history.add(Published, 8.05, publisher="p", number=10, channel="d")
+    history.add(Answered, 8.06, publisher="p", number=10, refusal="unknown")
+    history.receive(4, ("p", 6), 8.1, NEW)
+    history.add(Published, 8.2, publisher="p", number=7, channel="a.b")
+    history.add(Answered, 8.3, publisher="p", number=7, refusal="unavailable")
+    history.publish(8, 5, 8.6, channel="c")
+    history.append(NEW, 5, 8, "c")
+    history.add(CaughtUp, 9.0, subscriber="s", pattern="a.*", epoch=NEW, seq=5)
+    # Who was away while the epoch changed, and had not more than what is the same, goes on without a gap.
+    history.begin(0, OLD, 0.0, "t")
+    for number in (1, 2, 3):
+        history.receive(number, ("p", number), 3.5, who="t")
+    history.begin(3, OLD, 9.0, "t")
+    history.receive(4, ("p", 6), 9.1, NEW, "t")
+    # Who was away for long, and begins with what is left of the log.
+    history.begin(0, OLD, 0.0, "u")
+    history.publish(9, 6, 100.0)
+    history.append(NEW, 6, 9)
+    for who in ("s", "t"):
+        history.receive(6, ("p", 9), 100.02, NEW, who)
+    history.gap(1, 5, NEW, "retention", 100.0, "u")
+    history.receive(6, ("p", 9), 100.03, NEW, "u")
+    # Permissions: two withdrawals and a message in time, one publish refused.
+    history.add(RoleChanged, 120.0, role="x", began=START + 119.9, read=("a.*",), write=("a.*",))
+    history.begin(6, NEW, 120.0, "x/s")
+    history.add(RoleChanged, 130.0, role="x", began=START + 129.9, read=(), write=())
+    history.add(SubscriptionRevoked, 130.1, subscriber="x/s", pattern="a.*")
+    history.publish(1, 7, 129.8, publisher="x/p")
+    history.append(NEW, 7, 1, publisher="x/p")
+    for who in ("s", "t", "u", "x/s"):
+        history.receive(7, ("x/p", 1), 129.9, NEW, who)
+    history.add(RoleChanged, 140.0, role="x", began=START + 139.9, read=("a.*",), write=("a.*",))
+    # A listener that was silent for long, and noticed; ephemeral messages.
+    history.add_fault(2, "listener silent", 200.0, 206.0)
+    history.add(DatabaseStatusLogged, 204.0, replica="r", available=False)
+    history.receive(0, ("e", 1), 210.0, NEW, sent=0.0, session=1)
+    history.receive(0, ("e", 1), 210.0, NEW, sent=0.0, session=2)
+    history.add(RunEnded, 300.0, epoch=NEW, head=7, floor=1, stayed=("s", "t", "u"))
+    return history
+
+
+def test_a_sound_history_is_found_sound_and_every_promise_is_looked_at() -> None:
+    report = sound_history().check_history()
+    assert not report.broken, str(report)
+    assert {name for name, promise in report.promises.items() if not promise.checked} == set()
+    assert report.counts["acknowledged messages that were lost with their database"] == 1
+    for text in PROMISES.values():
+        assert text in str(report)
+
+
+def change(history: HistoryBuilder, kind: type, wanted: dict[str, Any], **fields: Any) -> None:
+    """Change the one event that is as wanted."""
+    events = history.entries if kind is LogEntry else history.events
+    (index,) = [
+        index
+        for index, event in enumerate(events)
+        if isinstance(event, kind) and all(getattr(event, name) == value for name, value in wanted.items())
+    ]
+    found = events[index]
+    values = {name: getattr(found, name) for name in found.__struct_fields__} | fields
+    events[index] = kind(**values)  # type: ignore[call-overload, assignment]
+
+
+BREACHES: dict[str, Callable[[HistoryBuilder], object]] = {
+    "acknowledged": lambda history: change(history, Answered, {"number": 9}, seq=5),
+    "refused": lambda history: change(history, Answered, {"number": 6}, refusal="unavailable"),
+    "once": lambda history: history.append(NEW, 8, 9),
+    "ordered": lambda history: (history.append(NEW, 9, 2, "d", "q"), history.append(NEW, 10, 1, "d", "q")),
+    "agreed": lambda history: change(history, Received, {"subscriber": "t", "seq": 6}, message=("p", 99)),
+    "increasing": lambda history: history.receive(6, ("p", 9), 101.0, NEW, "u"),
+    "whole": lambda history: change(history, Received, {"subscriber": "s", "seq": 2}, subscriber="nobody"),
+    "kept": lambda history: change(history, GapAnnounced, {"subscriber": "u"}, last=6),
+    "complete": lambda history: (history.append(NEW, 8, 11), change(history, RunEnded, {}, head=8)),
+    "prompt": lambda history: change(history, Received, {"subscriber": "t", "seq": 6}, sent=START + 94.0),
+    "readable": lambda history: history.receive(8, ("p", 11), 135.0, NEW, "x/s"),
+    "writable": lambda history: history.publish(2, 8, 135.0, publisher="x/p"),
+    "connected": lambda history: history.add(ConnectionLost, 5.5, client="s", replica="r"),
+    "noticed": lambda history: change(history, DatabaseStatusLogged, {"available": False}, at=START + 205.5),
+    "ephemeral": lambda history: history.receive(0, ("e", 1), 211.0, NEW, sent=0.0, session=1),
+}
+
+ACCOMPANYING = {
+    "kept": {"increasing"},
+    "once": {"complete"},
+}
+"""What is broken with it, and rightly so."""
+
+
+def test_there_is_a_breach_of_every_promise() -> None:
+    assert set(BREACHES) == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_breach_is_found(name: str) -> None:
+    history = sound_history()
+    BREACHES[name](history)
+    if name in ("readable", "writable"):
+        history.append(NEW, 8, *((11,) if name == "readable" else (2, "a.b", "x/p")))
+    report = history.check_history()
+    assert name in report.broken, str(report)
+    assert set(report.broken) <= {name} | ACCOMPANYING.get(name, set()), str(report)
+    assert report.promises[name].examples
+
+
+@pytest.mark.parametrize(
+    ("name", "event"),
+    [
+        ("whole", CaughtUp(at=START + 9.2, subscriber="t", pattern="a.*", epoch=NEW, seq=6)),
+        ("whole", SubscriptionBegan(at=START + 99.0, subscriber="t", pattern="a.*", cursor=6, epoch=NEW)),
+        ("whole", GapAnnounced(
+            at=START + 99.0, subscriber="t", pattern="a.*", epoch=NEW, first=7, last=6, reason="retention"
+        )),
+        ("whole", CaughtUp(at=START + 6.5, subscriber="s", pattern="a.*", epoch=NEW, seq=5)),
+        ("connected", ConnectionLost(at=START + 250.0, client="s", replica="r")),
+    ],
+)  # fmt: skip
+def test_other_breaches_are_found(name: str, event: AnyEvent) -> None:
+    history = sound_history()
+    history.events.append(event)
+    assert name in history.check_history().broken
+
+
+def test_what_is_reported_is_measured() -> None:
+    history = sound_history()
+    history.add_fault(3, "replica killed", 220.0, 222.0)
+    history.add(ConnectionLost, 220.1, client="s", replica="r")
+    history.publish(11, 8, 221.0)
+    history.append(NEW, 8, 11)
+    history.receive(8, ("p", 11), 221.02, NEW)
+    report = history.check_history()
+    assert report.measurements["replica killed to caught up"].values == [pytest.approx(1.02)]
+    assert report.measurements["listener silent to noticed"].values == [pytest.approx(4.0)]
+    assert report.measurements["permission withdrawn to `revoked`"].values == [pytest.approx(0.1)]
+    assert report.faults == {"database killed": [1], "listener silent": [1], "replica killed": [1]}
+
+
+def test_every_planted_mistake_fits_the_broker() -> None:
+    assert_mistakes_fit()

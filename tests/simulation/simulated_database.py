@@ -1,0 +1,316 @@
+"""What a PostgreSQL with our schema does for each statement that we send: in memory, at once, without a server.
+
+Each function stands for the one of the same name in catbus/postgres/schema. A state is never changed: what commits puts
+another one in its place, and an older one is what a failover or a restore goes back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import asyncpg  # type: ignore[import-untyped]
+
+from catbus.log import Entry
+from catbus.postgres import outbox_relay
+from catbus.postgres.access.asyncpg_bridge import Row
+from catbus.postgres.append import append_batch
+from catbus.postgres.ephemeral import ephemeral_relay
+from catbus.postgres.follow import fingerprints, log_reader
+from catbus.postgres.listen import notification_listener
+from catbus.postgres.maintenance import heartbeat, log_retention
+from catbus.postgres.notifications.encryption import LOG_CHANNEL, NotificationKeys
+
+from .case_runner import POISON
+
+SECRET = "the secret of the log"
+SEAL = NotificationKeys(SECRET)
+
+
+class StoredRow(NamedTuple):
+    """A row of `catbus.entries`."""
+
+    seq: int
+    at: int
+    channel: str
+    payload: str
+    sender: str | None
+    origin: bytes | None
+    producer: bytes
+    number: int
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.seq, self.at, self.channel, self.payload.encode(), self.sender, self.origin)
+
+
+@dataclass(frozen=True)
+class DatabaseState:
+    """All that the database has."""
+
+    rows: tuple[StoredRow, ...] = ()
+    """From seq 1 on. Those below the floor are there for nobody who asks."""
+    floor: int = 1
+    epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
+    """Each with the seq after which it began."""
+    outbox: tuple[tuple[str, str], ...] = ()
+    began: int = 0
+    """Where the present epoch is at home, which is a timeline."""
+
+    @property
+    def head(self) -> int:
+        return len(self.rows)
+
+    @property
+    def epoch(self) -> str:
+        return self.epochs[-1][0]
+
+    def find(self, producer: bytes, number: int) -> StoredRow | None:
+        for row in self.rows[self.floor - 1 :]:
+            if row.number == number and row.producer == producer:
+                return row
+        return None
+
+
+class SimulatedSqlError(asyncpg.PostgresError):  # type: ignore[misc]
+    def __init__(self, sqlstate: str) -> None:
+        super().__init__(f"SQLSTATE {sqlstate}")
+        self.sqlstate = sqlstate
+
+
+class SimulatedDatabase:
+    """Answers statements. `notify` is given what a transaction has notified, as soon as it has committed."""
+
+    def __init__(self, clock: Callable[[], float], notify: Callable[[int, str, str], None]) -> None:
+        self.state = DatabaseState()
+        self.past = [self.state]
+        """What it was after each commit, oldest first."""
+        self.timeline = 0
+        self.server = 0
+        """Another one after each time that it was stopped."""
+        self.standby = False
+        self.overdue = 0
+        """So many entries are to be taken away by whoever looks after retention next."""
+        self.committed: Callable[[Sequence[StoredRow], str], None] = lambda _rows, _epoch: None
+        """Told of new rows, and of the epoch that their sender believed in."""
+        self.retention_end = 0
+        """The newest seq that retention has ever taken away."""
+        self._clock = clock
+        self._notify = notify
+        self._names = count(1)
+        self._timelines = count(1)
+
+    def execute(self, pid: int, query: str, args: Sequence[Any]) -> list[Row]:
+        """The rows that a statement returns, from the process `pid`; raises as the server does."""
+        return _STATEMENTS[query](self, pid, *args)
+
+    def commit(self, state: DatabaseState) -> None:
+        self.state = state
+        self.past.append(state)
+
+    # What happens to it
+
+    def publish(self, channel: str, payload: str) -> None:
+        self.commit(replace(self.state, outbox=(*self.state.outbox, (channel, payload))))
+
+    def apply_retention(self, entries: int) -> int:
+        """Take away the oldest entries; returns how many those are."""
+        state = self.state
+        taken = min(entries, state.head + 1 - state.floor)
+        if taken:
+            self.commit(replace(state, floor=state.floor + taken))
+            self.retention_end = max(self.retention_end, self.state.floor - 1)
+        return taken
+
+    def set_back(self, commits: int, *, moved: bool) -> None:
+        """Lose the newest commits. With `moved` a standby takes over that lacked them, on a timeline of its own."""
+        del self.past[max(len(self.past) - commits, 1) :]
+        self.state = self.past[-1]
+        self.timeline = next(self._timelines) if moved else self.state.began
+
+    def begin_epoch(self) -> None:
+        self._new_epoch(0, self.state.epoch, None)
+
+    # The log
+
+    def _append(self, pid: int, *args: Any) -> list[Row]:
+        return [self.append(pid, *_decode(args))] if self.is_server(args[-1]) else [(None,)]
+
+    def _append_and_move(self, pid: int, *args: Any) -> list[Row]:
+        if not self.is_server(args[-1]):
+            return [(None,)]
+        return [(*self.append(pid, *_decode(args)), *self.move(pid, args[1]))]
+
+    def _move(self, pid: int, _: str, epoch: str, server: object) -> list[Row]:
+        return [self.move(pid, epoch)] if self.is_server(server) else [(None,)]
+
+    def is_server(self, server: object) -> bool:
+        return server == self.server
+
+    def append(self, pid: int, epoch: str, columns: list[tuple[Any, ...]], enclosed: str | None) -> Row:
+        self.check_epoch(epoch)
+        state, at = self.state, self._now()
+        first = state.head + 1
+        seqs: list[int] = []
+        new: list[StoredRow] = []
+        for channel, payload, producer, number, sender, origin, after in columns:
+            if POISON in payload:
+                raise SimulatedSqlError("22P02")
+            known = self.look_up(producer, number)
+            if known is not None:
+                seqs.append(known.seq if (known.channel, known.payload) == (channel, payload) else 0)
+            elif after is not None and after < state.floor - 1:
+                seqs.append(-1)
+            else:
+                seqs.append(first + len(new))
+                new.append(StoredRow(seqs[-1], at, channel, payload, sender, origin, producer, number))
+        if new:
+            hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
+            whole = enclosed is not None and len(new) == len(columns)
+            self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, hint, f"{at} {enclosed}" if whole else ""))
+        return at, first, seqs
+
+    def move(self, pid: int, epoch: str) -> Row:
+        state = self.state
+        if not state.outbox:
+            return 0, None, False
+        self.check_epoch(epoch)
+        first, at = state.head + 1, self._now()
+        new = [
+            StoredRow(first + i, at, channel, payload, None, None, b"outbox", first + i)
+            for i, (channel, payload) in enumerate(state.outbox)
+        ]
+        last = first + len(new) - 1
+        self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, f"{state.epoch}:{first}:{last}"), outbox=())
+        return len(new), last, False
+
+    def check_epoch(self, epoch: str) -> None:
+        if epoch != self.state.epoch:
+            raise SimulatedSqlError("CB001")
+
+    def look_up(self, producer: bytes, number: int) -> StoredRow | None:
+        return self.state.find(producer, number)
+
+    def _insert(self, pid: int, new: list[StoredRow], epoch: str, hint: str, **changes: Any) -> None:
+        self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
+        self.committed(new, epoch)
+        self._notify(pid, LOG_CHANNEL, hint)
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _page(self, _: int, after: int, last: int, size: int) -> list[Row]:
+        found: list[Row] = []
+        for row in self.state.rows[max(after, self.state.floor - 1) : last]:
+            found.append(row[:6])
+            size -= len(row.channel) + len(row.payload)
+            if size < 0:
+                return found[:-1] or found
+        return found
+
+    def _position(self, _: int) -> list[Row]:
+        return [(self.state.head, self.state.floor)]
+
+    # Epochs
+
+    def _look(self, _: int, seq: int) -> list[Row]:
+        state = self.state
+        same = None if self.standby else state.began == self.timeline
+        return [
+            (
+                state.epoch,
+                state.head,
+                state.floor,
+                self.mark(seq),
+                self.standby,
+                None if same is None else True,
+                same,
+                "",
+                None,
+                self.server,
+                self._clock(),
+            )
+        ]
+
+    def mark(self, seq: int) -> bytes | None:
+        state = self.state
+        return fingerprints.fingerprint(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
+
+    def _mark(self, _: int, seq: int) -> list[Row]:
+        return [(self.mark(seq),)]
+
+    def _new_epoch(self, pid: int, expected: str, agreed: int | None) -> list[Row]:
+        state = self.state
+        made = state.epoch == expected
+        if made:
+            after = max(0, min(state.head if agreed is None else agreed, state.head))
+            epoch = f"e{next(self._names)}"
+            self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), began=self.timeline))
+            self._notify(pid, LOG_CHANNEL, SEAL.sign(LOG_CHANNEL, f"{epoch}:{state.head + 1}:{state.head}"))
+        return [(*self.state.epochs[-1], made)]
+
+    def _epochs(self, _: int, epoch: str) -> list[Row]:
+        names = [name for name, _ in self.state.epochs]
+        return list(self.state.epochs[: names.index(epoch) + 1]) if epoch in names else []
+
+    # Retention, the outbox, and the rest
+
+    def _overdue(self, _: int, *__: int) -> list[Row]:
+        return [(0 if self.overdue else None, 0, bool(self.overdue))]
+
+    def _retain(self, _: int, *__: int) -> list[Row]:
+        taken, self.overdue = self.apply_retention(self.overdue), 0
+        return [(self.state.floor, taken, False, False, None)]
+
+    def _notify_cards(self, pid: int, channel: str, cards: Sequence[str]) -> list[Row]:
+        for card in cards:
+            self._notify(pid, channel, card)
+        return [("", "", len(cards))]
+
+
+def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]], str | None]:
+    """The arguments of an append: its epoch, the columns of each entry as the schema names them, and `enclosed`."""
+    _, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed, size, _ = args
+    if len(channels) < size:
+        channels, payloads = channels[0].split("\n"), payloads[0].split("\n")
+        senders = [None if sender == "\x01" else sender for sender in senders[0].split("\n")]
+    numbers = map(int, numbers.split(","))
+    columns = (
+        channels,
+        payloads,
+        _spread(producers, size),
+        numbers,
+        senders,
+        origins or [None] * size,
+        _spread(afters, size),
+    )
+    return epoch, list(zip(*columns, strict=True)), enclosed
+
+
+def _spread(column: Sequence[Any], size: int) -> Sequence[Any]:
+    return list(column) * size if len(column) == 1 else column
+
+
+_STATEMENTS: dict[str, Callable[..., list[Row]]] = {
+    append_batch.APPEND: SimulatedDatabase._append,
+    append_batch.APPEND_AND_MOVE: SimulatedDatabase._append_and_move,
+    append_batch.MOVE: SimulatedDatabase._move,
+    log_reader._PAGE: SimulatedDatabase._page,
+    log_reader._POSITION: SimulatedDatabase._position,
+    log_reader._HOLE: lambda *_: [],
+    notification_listener._STANDBY: lambda self, _: [(self.standby,)],
+    notification_listener._LOOK: SimulatedDatabase._look,
+    notification_listener._MARK: SimulatedDatabase._mark,
+    notification_listener._NEW_EPOCH: SimulatedDatabase._new_epoch,
+    notification_listener._EPOCHS: SimulatedDatabase._epochs,
+    notification_listener._SEAL: lambda *_: [(SECRET,)],
+    ephemeral_relay._NOTIFY: SimulatedDatabase._notify_cards,
+    outbox_relay._LOOK: lambda self, _: [(bool(self.state.outbox),)],
+    outbox_relay._TURN: lambda *_: [],
+    log_retention._LOOK: SimulatedDatabase._overdue,
+    log_retention._STEP: SimulatedDatabase._retain,
+    log_retention._HOLDERS: lambda *_: [],
+    heartbeat._BEAT: lambda _, __, own, report: [(own, 0.0, report, 0.0, 0)],
+}

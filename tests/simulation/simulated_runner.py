@@ -1,0 +1,213 @@
+"""Cases on the simulated database and the virtual clock, where anything can go wrong at any moment."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import trio
+from trio._core._run import _r as _scheduler
+from trio.testing import MockClock
+
+from catbus.postgres import log as log_module
+from catbus.postgres import outbox_relay
+from catbus.postgres.access import reconnecting_tasks
+from catbus.postgres.append import log_writer
+from catbus.postgres.listen import notification_listener, polling_interval
+from catbus.postgres.maintenance import log_retention
+from catbus.testing.shrinking import minimize
+
+from .case_runner import CHANNELS, PAUSES, REPLICAS, Case, CaseRunner, Position, PromiseBroken
+from .log_model import LogModel, Row
+from .simulated_database import StoredRow
+from .simulated_network import DISTURBANCES, KINDS, POOLED, Disturbance, SimulatedNetwork
+
+
+class SimulatedRunner(CaseRunner):
+    def __init__(self, case: Case, nursery: trio.Nursery) -> None:
+        self.network = SimulatedNetwork()
+        self.database = self.network.database
+        self.database.committed = self.committed
+        self.rotates = True
+        """Not once the database was set back without a trace: what tells of that must not be gone."""
+        nursery.start_soon(self.network.run)
+        super().__init__(case, nursery, LogModel())
+
+    def url(self, slot: int, number: int) -> str:
+        return f"postgres://{slot}/{number}" + (POOLED if (self.case.seed + number) % 2 == 0 else "")
+
+    def committed(self, rows: Sequence[StoredRow], epoch: str) -> None:
+        # Only who follows the present log may append to it.
+        self.model.expect(epoch == self.database.state.epoch, f"appended from {epoch}")
+        self.model.commit([Row(row.seq, row.channel, row.payload) for row in rows])
+
+    async def heal(self) -> None:
+        self.start_database(0, 0)
+        self.network.heal()
+
+    def check(self) -> None:
+        super().check()
+        # Everyone knows by now.
+        self.rotates = True
+
+    async def position(self) -> Position:
+        state = self.database.state
+        self.retention_end = self.database.retention_end
+        return Position(state.epoch, state.head, len(state.outbox))
+
+    @property
+    def busy(self) -> bool:
+        return self.network.busy
+
+    # What goes wrong
+
+    def publish_from_sql(self, a: int, b: int) -> None:
+        if self.network.unreachable or self.database.standby:
+            return
+        text = f'"{next(self.texts)}"'
+        self.model.published_by_sql.add(text)
+        self.database.publish(CHANNELS[a % 4], text)
+
+    def cut_connections(self, a: int, b: int) -> None:
+        self.network.cut(self.replicas[a % REPLICAS].url)
+
+    def freeze_connections(self, a: int, b: int) -> None:
+        self.network.frozen[self.replicas[a % REPLICAS].url] = trio.current_time() + PAUSES[b]
+
+    def disturb_statement(self, a: int, b: int) -> None:
+        """Decide what becomes of a coming statement."""
+        owner = self.replicas[a % REPLICAS].url
+        kind, what = KINDS[(a >> 1) % len(KINDS)], DISTURBANCES[b]
+        event = (self.apply_retention, self.fail_over, self.cut_connections, self.publish_from_sql)[(a >> 4) % 4]
+        delay = PAUSES[2 + (a >> 4) % 6]
+        self.network.disturbances[owner, kind].append(Disturbance(what, delay, lambda: event(a, a >> 6)))
+
+    def stop_database(self, a: int, b: int) -> None:
+        self.network.stop()
+        self.network.unreachable = True
+
+    def enter_standby(self, a: int, b: int) -> None:
+        """The primary is gone, and there is a standby which takes over when the database is started."""
+        self.network.stop()
+        self.database.standby = True
+
+    def start_database(self, a: int, b: int) -> None:
+        if self.network.unreachable:
+            self.network.unreachable = False
+        elif self.database.standby:
+            self.fail_over(a, 0)
+
+    def fail_over(self, a: int, b: int) -> None:
+        """A standby takes over, or the database is set back as it is; the last commits may be lost."""
+        self.network.stop()
+        self.database.standby = False
+        silent = self.case.silent and bool(b & 1)
+        self.rotates = self.rotates and not silent
+        self.database.set_back(a % 4 if silent or b & 6 else 0, moved=not silent)
+        self.model.set_back(self.database.state.head, [text for _, text in self.database.state.outbox])
+
+    def begin_epoch(self, a: int, b: int) -> None:
+        """Somebody has restored something by hand, and says so. As it happens nothing has changed."""
+        self.database.begin_epoch()
+
+    def apply_retention(self, a: int, b: int) -> None:
+        if self.rotates:
+            self.database.apply_retention(a % 5 + 1)
+
+    def request_retention(self, a: int, b: int) -> None:
+        """Have a replica find that retention is due."""
+        if self.rotates:
+            self.database.overdue = a % 5 + 1
+
+    def lock_head(self, a: int, b: int) -> None:
+        self.network.locked = trio.current_time() + PAUSES[b]
+
+    def drop_notifications(self, a: int, b: int) -> None:
+        self.network.notifications_to_drop[self.replicas[a % REPLICAS].url] = b
+
+    def delay_notifications(self, a: int, b: int) -> None:
+        """Have the notifications of some senders come late."""
+        self.network.notification_delays[self.replicas[a % REPLICAS].url, (a >> 1) % 2] = PAUSES[b]
+
+
+def play(case: Case) -> int:
+    """Run a case, within `quiet()`; returns how many episodes it had. Raises `Broken`."""
+    random.seed(case.seed)
+    _scheduler.seed(case.seed)
+
+    runner: SimulatedRunner | None = None
+
+    async def run() -> None:
+        nonlocal runner
+        async with trio.open_nursery() as nursery:
+            runner = SimulatedRunner(case, nursery)
+            patch.setattr(log_module, "open_bridge", runner.network.open_bridge)
+            await runner.play()
+            nursery.cancel_scope.cancel()
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            trio.run(run, clock=MockClock(autojump_threshold=0))
+    except Exception as error:
+        raise PromiseBroken("\n".join([*(runner.trace if runner else ()), repr(error)])) from error
+    assert runner is not None
+    if runner.model.broken:
+        raise PromiseBroken("\n".join([*runner.trace, *runner.model.broken[:3]]).replace("x" * 500, "..."))
+    return runner.episodes
+
+
+@contextmanager
+def simulation_settings() -> Iterator[None]:
+    """Say nothing, and do not read the schema's files for every replica."""
+
+    async def migrate(connection: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    with pytest.MonkeyPatch.context() as patch:
+        silence_loggers(patch)
+        patch.setattr(log_module, "migrate", migrate)
+        # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
+        # fewer turns in a case, and the same happens in them.
+        for module, name, seconds in (
+            (log_writer, "PATIENCE", 2.0),
+            (log_writer, "EPOCH_PATIENCE", 1.0),
+            (notification_listener, "PATIENCE", 0.6),
+            (outbox_relay, "PATIENCE", 0.6),
+            (polling_interval, "IDLE_PACE", 0.5),
+            (polling_interval, "BUSY_PACE", 0.1),
+            (outbox_relay, "PACE", 1.0),
+            (outbox_relay, "BRISK_PACE", 1.0),
+            (outbox_relay, "SHARE", 1),
+        ):
+            patch.setattr(module, name, seconds)
+        yield
+
+
+def silence_loggers(patch: pytest.MonkeyPatch) -> None:
+    """Every outage is worth a line, and here there are thousands."""
+    for module in (notification_listener, log_retention, reconnecting_tasks, log_writer):
+        patch.setattr(module, "logger", SilentLogger())
+
+
+class SilentLogger:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def minimize_case(case: Case) -> tuple[Case, PromiseBroken]:
+    """A broken case without what it does not need to be broken."""
+    operations = minimize(case.operations, lambda fewer: _broken(case._replace(operations=fewer)) is not None)
+    minimal = case._replace(operations=operations)
+    broken = _broken(minimal)
+    assert broken is not None, "played again it is not broken any more"
+    return minimal, broken
+
+
+def _broken(case: Case) -> PromiseBroken | None:
+    try:
+        play(case)
+    except PromiseBroken as broken:
+        return broken
+    return None
