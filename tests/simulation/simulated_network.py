@@ -273,7 +273,7 @@ class SimulatedBridge:
 
 
 class SimulatedConnection:
-    """What `catbus.postgres.bridge.Connection` is for those who use it."""
+    """What `catbus.postgres.access.asyncpg_bridge.DatabaseConnection` is for those who use it."""
 
     version = 16
     encrypted = False
