@@ -8,12 +8,12 @@ WebSocket and half over WebTransport, with the library's own reconnecting; four 
 together. A balancer asks each replica for /ready every 0.1 s and sends whoever connects to the next one that is. Then
 one replica after the other gets SIGTERM, ends, and is started again, and the next is waited with until it is ready.
 
-    python bench/rolling.py --replicas 2 --subscriptions 450 --latency 150 --rounds 20 --delay 0.3 --window 1
+    python bench/rolling_restart.py --replicas 2 --subscriptions 450 --latency 150 --rounds 20 --delay 0.3 --window 1
 
 With --subscriptions there is one client, behind a proxy that delays what it passes on, by half of --latency each way.
 In each of --rounds it makes so many new subscriptions, one every 6 ms, and publishes to them all the while. Meanwhile
 one replica after the other is restarted, and new connections are led to the other one. Then each channel gets one more
-message: a subscription that does not hear it is deaf. `rolling_javascript.py` does the same to the JavaScript client.
+message: a subscription that does not hear it is deaf. `rolling_restart_javascript.py` does the same to the JavaScript client.
 
 A pause is the longest time without a message that a subscriber had. Ends with status 1 when anybody lacks a message,
 gets one twice, or when a publish was not acknowledged.
