@@ -1,5 +1,5 @@
 // A client of `catbus.v1` in one file, written from the specification alone, for plain Node without packages. It runs the
-// sessions of `protocol/vectors/conversations.json` against a running broker and reports which of them passed.
+// sessions of `protocol/vectors/sessions.json` against a running broker and reports which of them passed.
 //
 //   node protocol/examples/client.mjs ws://127.0.0.1:8080/ws SECRET
 
@@ -8,8 +8,8 @@ import { readFileSync, realpathSync } from 'node:fs';
 import { request } from 'node:http';
 import { fileURLToPath } from 'node:url';
 
-const file = new URL('../vectors/conversations.json', import.meta.url);
-export const { conversations } = JSON.parse(readFileSync(file, 'utf8'));
+const file = new URL('../vectors/sessions.json', import.meta.url);
+export const { sessions } = JSON.parse(readFileSync(file, 'utf8'));
 
 /** A token (section 13). */
 function sign({ client_id, grants }, secret) {
@@ -51,17 +51,17 @@ class Connection {
     this.#take(head);
   }
 
-  say(text) {
-    this.#send(1, Buffer.from(text));
+  send(text) {
+    this.#write(1, Buffer.from(text));
   }
 
   close() {
-    this.#send(8, Buffer.from([3, 232]));
+    this.#write(8, Buffer.from([3, 232]));
     this.#socket.end();
   }
 
   /** The next object other than `head`, or undefined when the connection is closed. */
-  async hear() {
+  async receive() {
     for (;;) {
       while (this.#objects.length) {
         const object = this.#objects.shift();
@@ -72,7 +72,7 @@ class Connection {
     }
   }
 
-  #send(opcode, payload) {
+  #write(opcode, payload) {
     const mask = randomBytes(4);
     const length = payload.length < 126 ? [payload.length] : [126, payload.length >> 8, payload.length & 255];
     const head = Buffer.from([0x80 | opcode, 0x80 | length[0], ...length.slice(1)]);
@@ -93,7 +93,7 @@ class Connection {
       const opcode = bytes[0] & 15;
       if (opcode === 1) this.#split(payload.toString());
       else if (opcode === 8) this.code = payload.length < 2 ? 1005 : payload.readUInt16BE(0);
-      else if (opcode === 9) this.#send(10, payload);
+      else if (opcode === 9) this.#write(10, payload);
       this.#wake();
     }
   }
@@ -118,21 +118,21 @@ class Connection {
 
 /**
  * Runs one session of the vectors; throws if the broker sends something else. `open` makes a connection: an object with
- * `say(text)`, `hear()`, `close()` and `code`. If `say` returns `false`, the connection cannot send this text, and the
+ * `send(text)`, `receive()`, `close()` and `code`. If `send` returns `false`, the connection cannot send this text, and the
  * steps that receive its replies are skipped.
  */
-export async function play({ tokens, steps }, open, secret) {
-  const run = randomBytes(4).toString('hex');
+export async function run({ tokens, steps }, open, secret) {
+  const word = randomBytes(4).toString('hex');
   let names = new Map();
   const connections = new Map();
   const silent = new Set();
 
-  const said = (value) => {
-    if (Array.isArray(value)) return value.map(said);
-    if (value && typeof value === 'object') return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, said(v)]));
+  const filled = (value) => {
+    if (Array.isArray(value)) return value.map(filled);
+    if (value && typeof value === 'object') return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, filled(v)]));
     if (typeof value !== 'string') return value;
     if (names.has(value)) return names.get(value);
-    return value.replaceAll('${run}', run).replace(/\$\{token:(\w+)\}/g, (_, name) => sign(tokens[name], secret));
+    return value.replaceAll('${run}', word).replace(/\$\{token:(\w+)\}/g, (_, name) => sign(tokens[name], secret));
   };
   const fits = (wanted, found, known) => {
     if (wanted === '$absent') return found === undefined;
@@ -147,7 +147,7 @@ export async function play({ tokens, steps }, open, secret) {
       if (Array.isArray(wanted) && wanted.length !== found.length) return false;
       return Object.keys(wanted).every((key) => fits(wanted[key], found[key], known));
     }
-    return said(wanted) === found;
+    return filled(wanted) === found;
   };
   const is = (wanted, found) => {
     const known = new Map(names);
@@ -157,34 +157,34 @@ export async function play({ tokens, steps }, open, secret) {
   };
 
   for (const [number, step] of steps.entries()) {
-    const name = step.say ?? step.hear ?? step.close ?? step.closed;
+    const name = step.send ?? step.receive ?? step.close ?? step.closed;
     if (!connections.has(name)) connections.set(name, await open());
     const connection = connections.get(name);
-    const fail = (heard) => {
-      throw new Error(`step ${number + 1}: received ${JSON.stringify(heard)}`);
+    const fail = (received) => {
+      throw new Error(`step ${number + 1}: received ${JSON.stringify(received)}`);
     };
-    if (step.say) {
+    if (step.send) {
       silent.delete(name);
-      if ((await connection.say(step.text ?? JSON.stringify(said(step.object)))) === false) silent.add(name);
+      if ((await connection.send(step.text ?? JSON.stringify(filled(step.object)))) === false) silent.add(name);
     } else if (step.close) {
       connection.close();
     } else if (silent.has(name)) {
       continue;
     } else if (step.closed) {
-      while (await connection.hear());
+      while (await connection.receive());
       if (connection.code !== step.code) fail(connection.code);
     } else if (step.unordered) {
-      const heard = [];
-      while (heard.length < step.unordered.length) heard.push(await connection.hear());
+      const received = [];
+      while (received.length < step.unordered.length) received.push(await connection.receive());
       for (const wanted of step.unordered) {
-        const at = heard.findIndex((object) => is(wanted, object));
-        if (at < 0) fail(heard);
-        heard.splice(at, 1);
+        const at = received.findIndex((object) => is(wanted, object));
+        if (at < 0) fail(received);
+        received.splice(at, 1);
       }
     } else {
-      const heard = await connection.hear();
-      if (!is(step.object ?? step.exactly, heard)) fail(heard);
-      if (step.exactly && Object.keys(heard).length !== Object.keys(step.exactly).length) fail(heard);
+      const received = await connection.receive();
+      if (!is(step.object ?? step.exactly, received)) fail(received);
+      if (step.exactly && Object.keys(received).length !== Object.keys(step.exactly).length) fail(received);
     }
   }
   for (const connection of connections.values()) connection.close();
@@ -192,17 +192,17 @@ export async function play({ tokens, steps }, open, secret) {
 
 async function main([url, secret]) {
   let good = 0;
-  for (const conversation of conversations) {
+  for (const session of sessions) {
     try {
-      await play(conversation, () => Connection.open(url), secret);
+      await run(session, () => Connection.open(url), secret);
       good++;
-      console.log(`ok      ${conversation.name}`);
+      console.log(`ok      ${session.name}`);
     } catch (error) {
-      console.log(`not ok  ${conversation.name}: ${error.message}`);
+      console.log(`not ok  ${session.name}: ${error.message}`);
     }
   }
-  console.log(`${good} of ${conversations.length} conversations`);
-  process.exit(good === conversations.length ? 0 : 1);
+  console.log(`${good} of ${sessions.length} sessions`);
+  process.exit(good === sessions.length ? 0 : 1);
 }
 
 if (process.argv[1] && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) await main(process.argv.slice(2));

@@ -235,8 +235,8 @@ def seeds(name: str) -> list[bytes]:
     found = [path.read_bytes() for path in sorted((CORPORA / name).glob("*"))]
     match name:
         case "messages":
-            conversations = json.loads((VECTORS / "conversations.json").read_text("utf-8"))
-            found += dict.fromkeys(json.dumps(step).encode() for step in _steps(conversations) if "type" in step)
+            sessions = json.loads((VECTORS / "sessions.json").read_text("utf-8"))
+            found += dict.fromkeys(json.dumps(step).encode() for step in _steps(sessions) if "type" in step)
         case "framing":
             found += [b"\x03\x01\x02\x09" + b'{"a":"}\\""} {"b":{}}\n', b"\x00" + b"{" * 70]
         case "heads":

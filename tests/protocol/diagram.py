@@ -1,4 +1,4 @@
-"""The diagram of a session's states, made from their table.
+"""The diagram of a session's states, generated from their table.
 
 python -m tests.protocol.diagram     writes it into protocol/README.md
 """
@@ -14,7 +14,7 @@ PLACE = re.compile(r"(?<=^```mermaid\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 
 def make() -> str:
-    """What changes the state, in Mermaid's words. An arrow tells what comes and, of an end, its closing code."""
+    """The transitions in Mermaid. An arrow names the event and, at the end of a session, its closing code."""
     lines = ["stateDiagram-v2", "    [*] --> new"]
     for row in table(section("Sessions"), *COLUMNS):
         if row["Next"] in ("same", row["State"]):

@@ -1,4 +1,4 @@
-"""JSON Schema of the messages, made from the structs of `catbus.v1`, with the words of the specification's tables.
+"""JSON Schema of the messages, made from the structs of `catbus.v1`, with descriptions from the specification's tables.
 
 python -m tests.protocol.schema     writes protocol/schema/
 """
@@ -24,7 +24,7 @@ SIDES = {
 
 
 def make(side: str) -> dict[str, Any]:
-    """The schema of all that one side says (JSON Schema 2020-12). Unknown fields are allowed, as they are ignored."""
+    """The schema of the messages of one side (JSON Schema 2020-12). Unknown fields are allowed and ignored."""
     union, title, columns = SIDES[side]
     kinds = get_args(union)
     _, definitions = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
@@ -50,7 +50,7 @@ def make(side: str) -> dict[str, Any]:
 
 
 def _never_null(schema: dict[str, Any]) -> None:
-    """A broker leaves out what it has nothing to say of; only `client_id` may be null."""
+    """Remove `null` from optional fields: a broker leaves them out instead. Only `client_id` may be null."""
     kinds = [each for each in schema.get("anyOf", ()) if each != {"type": "null"}]
     if len(kinds) == 1 and "default" in schema:
         del schema["anyOf"]
@@ -60,12 +60,12 @@ def _never_null(schema: dict[str, Any]) -> None:
 
 
 def _described(schema: dict[str, Any]) -> dict[str, Any]:
-    """Docstrings are for programmers of the broker."""
+    """The schema without the docstrings, which are for programmers of the broker."""
     return {key: value for key, value in schema.items() if key != "description"}
 
 
 def _words(title: str, columns: tuple[str, ...]) -> dict[tuple[str, str], str]:
-    """What the specification says of each field, by message and field."""
+    """The descriptions of the fields in the specification, by message and field."""
     found, message = {}, ""
     for row in table(section(title), *columns):
         names = re.findall(r"`(\w+)`", row["Message"])

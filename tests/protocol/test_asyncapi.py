@@ -1,4 +1,4 @@
-"""`protocol/asyncapi.yaml` is AsyncAPI 3, leads to schemas that exist, and leaves no message out."""
+"""`protocol/asyncapi.yaml` is valid AsyncAPI 3, refers to existing schemas, and contains every message."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PROTOCOL = ROOT / "protocol"
 DOCUMENT: dict[str, Any] = yaml.safe_load((PROTOCOL / "asyncapi.yaml").read_text(encoding="utf-8"))
 
 
-def test_it_is_asyncapi() -> None:
-    """By the schema that the authors of AsyncAPI publish."""
+def test_document_is_valid_asyncapi() -> None:
+    """Validate it by the schema that the authors of AsyncAPI publish."""
     specification = find_module("@asyncapi/specs/schemas/3.0.0-without-$id.json")
     validator = jsonschema.Draft7Validator(json.loads(specification.read_text()))
     validator.validate(DOCUMENT)
@@ -44,14 +44,14 @@ def resolve(reference: str) -> Any:
     return reduce(lambda found, key: found[key], pointer.split("/"), document)
 
 
-def test_references_lead_somewhere() -> None:
+def test_references_resolve() -> None:
     found = set(references(DOCUMENT))
     assert len(found) > 40
     for reference in found:
         resolve(reference)
 
 
-def test_no_message_is_left_out() -> None:
+def test_document_contains_every_message() -> None:
     kinds = {message["payload"]["$ref"] for message in DOCUMENT["components"]["messages"].values()}
     wanted = {f"schema/{side}.json{each['$ref']}" for side in schema.SIDES for each in schema.make(side)["oneOf"]}
     assert kinds == wanted

@@ -1,4 +1,4 @@
-"""`protocol/vectors` and `protocol/schema`: the broker and both clients make of them what they say."""
+"""`protocol/vectors` and `protocol/schema` agree with the broker and the Python client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import Framer
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
-from tests.protocol.conversations import CONVERSATIONS
+from tests.protocol.scripted_sessions import SESSIONS
 from tests.test_specification import DOCUMENT, blocks, objects
 
 DIRECTORY = Path(__file__).parents[2] / "protocol" / "vectors"
@@ -41,7 +41,7 @@ PATTERNS, TOKENS, FRAMING, PAYLOADS = (
 
 
 @pytest.mark.parametrize("side", schema.SIDES)
-def test_the_schemas_are_those_of_the_code(side: str) -> None:
+def test_schemas_are_those_of_the_code(side: str) -> None:
     kept = json.loads((schema.DIRECTORY / f"{side}.json").read_text(encoding="utf-8"))
     assert kept == schema.make(side), "python -m tests.protocol.schema"
     jsonschema.Draft202012Validator.check_schema(kept)
@@ -51,7 +51,7 @@ VALIDATORS = {side: jsonschema.Draft202012Validator(schema.make(side)) for side 
 
 
 @pytest.mark.parametrize("side", schema.SIDES)
-def test_the_examples_of_the_specification_are_valid(side: str) -> None:
+def test_examples_of_the_specification_are_valid(side: str) -> None:
     found = [each for _, text in blocks(side) for each in objects(text)]
     assert len(found) > 8
     for each in found:
@@ -59,12 +59,12 @@ def test_the_examples_of_the_specification_are_valid(side: str) -> None:
 
 
 @given(client_messages())
-def test_what_a_client_may_say_is_valid(message: wire.ClientMessage) -> None:
+def test_client_messages_are_valid(message: wire.ClientMessage) -> None:
     VALIDATORS["client"].validate(json.loads(msgspec.json.encode(message)))
 
 
 @given(server_messages())
-def test_what_the_broker_says_is_valid(message: wire.Reply) -> None:
+def test_broker_messages_are_valid(message: wire.Reply) -> None:
     line = wire.encode(message, wire.Protocol.V1)
     assert line is not None
     VALIDATORS["server"].validate(json.loads(line))
@@ -83,14 +83,14 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("side", "message"), WRONG)
-def test_what_is_wrong_is_not(side: str, message: dict[str, Any]) -> None:
+def test_wrong_messages_are_invalid(side: str, message: dict[str, Any]) -> None:
     assert not VALIDATORS[side].is_valid(message)
 
 
 # Session states
 
 
-def test_the_diagram_is_that_of_the_table() -> None:
+def test_diagram_is_that_of_the_table() -> None:
     assert diagram.PLACE.findall(DOCUMENT) == [diagram.make()], "python -m tests.protocol.diagram"
 
 
@@ -110,14 +110,14 @@ def is_valid(check: Any, text: str) -> bool:
     [("channels", channels.check_channel), ("patterns", channels.check_pattern)],
     ids=["channel", "pattern"],
 )
-def test_which_text_is_one(kind: str, check: Any) -> None:
+def test_texts_are_channels_and_patterns_as_in_the_vectors(kind: str, check: Any) -> None:
     for expected, texts in (("valid", PATTERNS[kind]["valid"]), ("invalid", PATTERNS[kind]["invalid"])):
         for text in texts:
             assert is_valid(check, text) == (expected == "valid"), text
 
 
 @pytest.mark.parametrize("relation", ["matches", "covers"])
-def test_which_pattern_is_for_what(relation: str) -> None:
+def test_patterns_match_and_cover_as_in_the_vectors(relation: str) -> None:
     for one, other, expected in PATTERNS[relation]:
         assert getattr(channels, relation)(one, other) == expected, (one, other)
 
@@ -126,7 +126,7 @@ def test_which_pattern_is_for_what(relation: str) -> None:
 
 
 def verdict(token: str) -> dict[str, Any]:
-    """What the broker makes of a token, in the words of the vectors."""
+    """The claims or the error code that the broker finds in a token, in the format of the vectors."""
     try:
         found = Authenticator((TOKENS["secret"],), leeway=TOKENS["leeway"]).verify(token, TOKENS["now"])
     except PeerError as error:
@@ -136,23 +136,23 @@ def verdict(token: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", TOKENS["cases"], ids=lambda case: case["name"])
-def test_tokens(case: dict[str, Any]) -> None:
+def test_token_has_the_claims_of_the_vectors(case: dict[str, Any]) -> None:
     expected = {name: value for name, value in case.items() if name not in ("name", "token")}
     assert verdict(case["token"]) == expected
 
 
-def test_the_leeway_is_what_a_broker_has_unless_told_otherwise() -> None:
+def test_leeway_of_the_vectors_is_the_default() -> None:
     assert Config().auth.leeway == TOKENS["leeway"]
 
 
-def test_the_client_knows_when_its_token_expires() -> None:
+def test_client_finds_the_expiry_of_its_token() -> None:
     valid = [case for case in TOKENS["cases"] if case["valid"]]
     assert len(valid) > 5
     for case in valid:
         assert find_expiry(case["token"]) == case["expires"], case["name"]
 
 
-def test_the_document_says_how_many_there_are() -> None:
+def test_specification_states_the_number_of_cases() -> None:
     listed = re.findall(r"^\| `(\w+)\.json` \| (\d+) \|", DOCUMENT, re.MULTILINE)
     patterns = sum(len(texts) for kind in ("channels", "patterns") for texts in PATTERNS[kind].values())
     assert {name: int(number) for name, number in listed} == {
@@ -160,7 +160,7 @@ def test_the_document_says_how_many_there_are() -> None:
         "tokens": len(TOKENS["cases"]),
         "framing": len(FRAMING["cases"]),
         "payloads": len(PAYLOADS["cases"]),
-        "conversations": len(CONVERSATIONS),
+        "sessions": len(SESSIONS),
     }
 
 
@@ -170,7 +170,7 @@ decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 @pytest.mark.parametrize("case", FRAMING["cases"], ids=lambda case: case["name"])
-def test_framing_wherever_it_is_cut(case: dict[str, Any]) -> None:
+def test_framing_finds_the_objects_wherever_the_stream_is_cut(case: dict[str, Any]) -> None:
     data = case["text"].encode()
     for cut in range(len(data) + 1):
         for other in (cut, min(cut + 1, len(data)), len(data)):
@@ -188,8 +188,8 @@ def test_framing_wherever_it_is_cut(case: dict[str, Any]) -> None:
 # Payloads
 
 
-def reads(decode: Callable[[bytes], object], text: str) -> bool:
-    """Whether a way in takes this payload."""
+def accepts(decode: Callable[[bytes], object], text: str) -> bool:
+    """Whether this way to publish accepts the payload."""
     try:
         decode(text.encode())
     except (*wire.UNDECODABLE, PeerError, TypeError):
@@ -201,7 +201,7 @@ def publish(start: bytes, decode: Callable[[bytes], wire.ClientMessage]) -> Call
     return lambda payload: decode(start + b'"channel":"a","payload":' + payload + b"}")
 
 
-WAYS_IN: dict[str, Callable[[bytes], object]] = {
+WAYS_TO_PUBLISH: dict[str, Callable[[bytes], object]] = {
     "a session": publish(b'{"type":"publish",', wire.decode_client),
     "a session, the payload twice": publish(b'{"type":"publish","payload":1,', wire.decode_client),
     "HTTP": publish(b"{", wire.decode_publish),
@@ -210,14 +210,14 @@ WAYS_IN: dict[str, Callable[[bytes], object]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS_IN)
-def test_what_is_a_payload(way: str) -> None:
+@pytest.mark.parametrize("way", WAYS_TO_PUBLISH)
+def test_payloads_are_accepted_as_in_the_vectors(way: str) -> None:
     for case in PAYLOADS["cases"]:
-        assert reads(WAYS_IN[way], case["json"]) == case["valid"], case["name"]
+        assert accepts(WAYS_TO_PUBLISH[way], case["json"]) == case["valid"], case["name"]
 
 
 @pytest.mark.parametrize("case", [case for case in PAYLOADS["cases"] if case["valid"]], ids=lambda case: case["name"])
-def test_no_payload_fails_a_receiver(case: dict[str, Any]) -> None:
+def test_receivers_accept_every_payload(case: dict[str, Any]) -> None:
     text: bytes = case["json"].encode()
     line = b'{"type":"message","channel":"a","payload":' + text + b',"pattern":"a"}'
     message = messages.decode(line)
@@ -239,11 +239,11 @@ def nearest(number: object) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-def test_an_integer_is_exact_as_far_as_python_reads_it() -> None:
+def test_integer_is_exact_up_to_the_limit_of_python() -> None:
     assert wire.decode_payload(b"9" * 4300) == 10**4300 - 1
     assert wire.decode_payload(b"9" * 4301) == math.inf
 
 
-def test_there_is_no_time_in_them() -> None:
-    """They hold as long as the clock that they name is used, and not by the one of whoever runs them."""
+def test_token_vectors_do_not_depend_on_the_present_time() -> None:
+    """The vectors hold at the time that they name, whatever the time of the test run is."""
     assert TOKENS["now"] != pytest.approx(time.time(), abs=86_400)

@@ -1,14 +1,14 @@
-// The conversations of `protocol/vectors`, spoken by the client: what is to be said is said by a call, and what comes of
-// it is what is heard.
+// The sessions of `protocol/vectors/sessions.json`, run by the client: it sends by calls, and their results are the received
+// objects.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { conversations, play } from '../../../protocol/examples/client.mjs';
+import { run, sessions } from '../../../protocol/examples/client.mjs';
 import { makeClient, skip } from './helpers.js';
 
-/** What there is no call for. */
-const CANNOT_BE_SAID = {
+/** The messages for which the client has no call, by session. */
+const CANNOT_BE_SENT = {
   'a publish that is sent again appears once': ['auth', 'publish', 'publish'], // it sends again by itself
   'requests without a grant are rejected, and the session continues': ['ping', 'unsubscribe', 'nonsense'],
   'a first-version client gets only what it knows': [
@@ -26,14 +26,14 @@ const CANNOT_BE_SAID = {
   'an object that does not decode is rejected by its id': [...Array(6).fill('unknown'), '{"type":undefined,"id":10}'],
 };
 
-/** Without what the client keeps for itself; of a refused `auth` it tells the refusal, not the closing code. */
-function tellable(conversation) {
-  const { steps, ...rest } = structuredClone(conversation);
+/** The session without the fields and steps that the client does not report: it reports a rejected `auth`, not the closing code. */
+function reportable(session) {
+  const { steps, ...rest } = structuredClone(session);
   for (const { object } of steps) if (object?.type === 'auth_ok') for (const name of ['producer', 'floor']) delete object[name];
-  return { ...rest, steps: steps.filter(({ hear, closed, object }) => !closed && !(hear && object?.type === 'live')) };
+  return { ...rest, steps: steps.filter(({ receive, closed, object }) => !closed && !(receive && object?.type === 'live')) };
 }
 
-/** An object, or as its type a text that is none. */
+/** The object in the text, or an object with the text as its type. */
 function parse(text) {
   try {
     const value = JSON.parse(text);
@@ -43,27 +43,27 @@ function parse(text) {
   }
 }
 
-class Peer {
+class Client {
   passedOver;
   #client;
   #subscriptions = new Map();
-  #heard = [];
+  #received = [];
   #wake = () => {};
 
   constructor(passedOver) {
     this.passedOver = passedOver;
   }
 
-  async hear() {
-    while (!this.#heard.length) await new Promise((resolve) => (this.#wake = resolve));
-    return this.#heard.shift();
+  async receive() {
+    while (!this.#received.length) await new Promise((resolve) => (this.#wake = resolve));
+    return this.#received.shift();
   }
 
   close() {
     return this.#client?.disconnect();
   }
 
-  async say(text) {
+  async send(text) {
     const message = parse(text);
     const call = this.#call(message);
     if (!call) {
@@ -73,7 +73,7 @@ class Peer {
     await call;
   }
 
-  /** The call that says it, if there is one. */
+  /** The call that sends the message, if there is one. */
   #call(message) {
     const { type, pattern, protocol, producer, retry } = message;
     if (type === 'auth') return protocol && !producer && !this.#client ? this.#authenticate(message) : undefined;
@@ -96,19 +96,19 @@ class Peer {
     return undefined;
   }
 
-  #tell(object) {
-    this.#heard.push(object);
+  #report(object) {
+    this.#received.push(object);
     this.#wake();
   }
 
-  /** Tell what a request was answered, with what an answer repeats of it. */
-  async #ask({ id, pattern, channel }, refusal, request) {
+  /** Report the reply to a request, with the fields that a reply repeats. */
+  async #ask({ id, pattern, channel }, errorType, request) {
     const repeated = Object.fromEntries(Object.entries({ id, pattern, channel }).filter(([, value]) => value !== undefined));
     try {
-      const answer = await request();
-      if (answer) this.#tell({ ...repeated, ...answer });
+      const reply = await request();
+      if (reply) this.#report({ ...repeated, ...reply });
     } catch (error) {
-      this.#tell({ ...repeated, type: refusal, code: error.code, message: error.message });
+      this.#report({ ...repeated, type: errorType, code: error.code, message: error.message });
     }
   }
 
@@ -117,27 +117,27 @@ class Peer {
     try {
       await client.connect();
     } catch (error) {
-      this.#tell({ type: 'auth_error', code: error.code, message: error.message });
+      this.#report({ type: 'auth_error', code: error.code, message: error.message });
       return;
     }
     this.#client = client;
-    // The epoch and the head are known of a subscription.
+    // Only a subscription knows the epoch and the head.
     const first = await client.subscribe('v.first', () => {});
-    this.#tell({ type: 'auth_ok', client_id: client.id, epoch: first.epoch, head: first.cursor });
+    this.#report({ type: 'auth_ok', client_id: client.id, epoch: first.epoch, head: first.cursor });
     await first.unsubscribe();
   }
 
   #subscribe(message) {
     const { id, pattern, since, epoch } = message;
     return this.#ask(message, 'subscribe_error', async () => {
-      // What comes before the call returns is told after it.
+      // Report objects that arrive before the call returns after it.
       const early = [];
       let take = (object) => early.push(object);
       const onGap = (gap) => take({ type: 'gap', ...gap });
       const found = await this.#client.subscribe(pattern, (each) => take({ type: 'message', ...each }), { since, epoch, onGap });
       this.#subscriptions.set(pattern, found);
-      take = (object) => this.#tell(object);
-      for (const object of [{ type: 'subscribed', pattern, id, seq: found.cursor }, ...early]) this.#tell(object);
+      take = (object) => this.#report(object);
+      for (const object of [{ type: 'subscribed', pattern, id, seq: found.cursor }, ...early]) this.#report(object);
     });
   }
 
@@ -150,10 +150,10 @@ class Peer {
   }
 }
 
-for (const conversation of conversations) {
-  test(`conversation: ${conversation.name}`, { skip }, async () => {
+for (const session of sessions) {
+  test(`session: ${session.name}`, { skip }, async () => {
     const passedOver = [];
-    await play(tellable(conversation), () => new Peer(passedOver), process.env.CATBUS_SECRET);
-    assert.deepEqual(passedOver, CANNOT_BE_SAID[conversation.name] ?? []);
+    await run(reportable(session), () => new Client(passedOver), process.env.CATBUS_SECRET);
+    assert.deepEqual(passedOver, CANNOT_BE_SENT[session.name] ?? []);
   });
 }

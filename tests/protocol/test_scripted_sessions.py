@@ -1,4 +1,4 @@
-"""Whole conversations with a real broker, over both transports, and by a client in another language."""
+"""The sessions of the test vectors with a real broker: over both transports, by the Python and the example client."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from catbus.client.websocket import open_websocket
 from catbus.client.webtransport import make_configuration, open_webtransport
 from tests.brokers import SECRET
 from tests.programs import find_program
-from tests.protocol.conversations import CONVERSATIONS, Mismatch, Player, over
 from tests.protocol.python_client import open_client
+from tests.protocol.scripted_sessions import SESSIONS, Mismatch, ScriptedSession, over
 from tests.test_both_transports import running
 
-CANNOT_BE_SAID = {
+CANNOT_BE_SENT = {
     "a publish that is sent again appears once": ["auth", "publish", "publish"],  # it sends again by itself
     "requests without a grant are rejected, and the session continues": ["ping", "unsubscribe", "nonsense"],
     "a first-version client gets only what it knows": [
@@ -36,13 +36,13 @@ CANNOT_BE_SAID = {
     "the last of two values with one name counts": ['{"type":"ping","seq":4,"type":"nothing"}'],
     "an object that does not decode is rejected by its id": [*["unknown"] * 6, '{"type":undefined,"id":10}'],
 }
-"""What there is no call for in a client, by conversation; all else both clients say."""
+"""The messages for which the clients have no call, by session. Both clients send all others."""
 
 EXAMPLE = Path(__file__).parents[2] / "protocol" / "examples" / "client.mjs"
 
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
-async def test_the_broker_says_what_it_should(tmp_path: Path, transport: str) -> None:
+async def test_broker_replies_as_in_the_vectors(tmp_path: Path, transport: str) -> None:
     async with running(tmp_path) as (_, websocket, found):
 
         async def dial() -> Any:
@@ -51,43 +51,43 @@ async def test_the_broker_says_what_it_should(tmp_path: Path, transport: str) ->
             address = parse_address(found["webtransport"])
             return await open_webtransport(address, make_configuration(address, found["certificate"]))
 
-        for conversation in CONVERSATIONS:
-            await Player(conversation, over(dial), SECRET).play()
+        for session in SESSIONS:
+            await ScriptedSession(session, over(dial), SECRET).run()
 
 
-async def test_what_is_said_otherwise_is_noticed(tmp_path: Path) -> None:
-    """Each step of each conversation that hears something bites."""
+async def test_every_expected_object_is_compared(tmp_path: Path) -> None:
+    """Each step that receives an object fails if the object is another one."""
     async with running(tmp_path) as (_, websocket, _):
 
         async def dial() -> Any:
             return await open_websocket(parse_address(websocket))
 
-        conversation = CONVERSATIONS[0]
-        for number, step in enumerate(conversation["steps"]):
-            if "object" in step and "hear" in step:
-                other = copy.deepcopy(conversation)
+        session = SESSIONS[0]
+        for number, step in enumerate(session["steps"]):
+            if "object" in step and "receive" in step:
+                other = copy.deepcopy(session)
                 other["steps"][number]["object"]["type"] = "something else"
                 with pytest.raises(Mismatch, match=f"step {number + 1}, "):
-                    await Player(other, over(dial), SECRET).play()
+                    await ScriptedSession(other, over(dial), SECRET).run()
 
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
-async def test_the_python_client_understands_what_the_broker_says(tmp_path: Path, transport: str) -> None:
-    """What is said is said by calls of `Bus`, and what is heard is what they and the subscriptions give."""
+async def test_python_client_runs_the_vectors(tmp_path: Path, transport: str) -> None:
+    """The client sends by calls of `Bus`; their results and those of its subscriptions are the received objects."""
     passed_over: dict[str, list[str]] = {}
     async with running(tmp_path) as (_, _, found):
         where = {"url": found[transport], "ca": found["certificate"] if transport == "webtransport" else None}
-        for conversation in CONVERSATIONS:
-            # Of a refused `auth` the client tells the refusal, and not the closing code.
-            told = [step for step in conversation["steps"] if "closed" not in step]
-            player = Player({**conversation, "steps": told}, lambda nursery: open_client(nursery, **where), SECRET)
-            await player.play()
-            if player.passed_over:
-                passed_over[conversation["name"]] = player.passed_over
-    assert passed_over == CANNOT_BE_SAID
+        for session in SESSIONS:
+            # After a rejected `auth` the client reports the error and not the closing code.
+            steps = [step for step in session["steps"] if "closed" not in step]
+            script = ScriptedSession({**session, "steps": steps}, lambda nursery: open_client(nursery, **where), SECRET)
+            await script.run()
+            if script.passed_over:
+                passed_over[session["name"]] = script.passed_over
+    assert passed_over == CANNOT_BE_SENT
 
 
-async def test_a_client_in_another_language_that_knows_the_specification_only(tmp_path: Path) -> None:
+async def test_example_client_runs_the_vectors(tmp_path: Path) -> None:
     node = find_program("nodejs", "node")
     async with running(tmp_path) as (_, websocket, _):
         with trio.fail_after(60):
@@ -96,4 +96,4 @@ async def test_a_client_in_another_language_that_knows_the_specification_only(tm
             )
     report = done.stdout.decode()
     assert done.returncode == 0, report
-    assert report.splitlines()[-1] == f"{len(CONVERSATIONS)} of {len(CONVERSATIONS)} conversations"
+    assert report.splitlines()[-1] == f"{len(SESSIONS)} of {len(SESSIONS)} sessions"

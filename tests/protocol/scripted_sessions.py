@@ -1,4 +1,4 @@
-"""Plays `protocol/vectors/conversations.json` to a broker, over any transport."""
+"""Runs the sessions of `protocol/vectors/sessions.json` against a broker, over any transport."""
 
 from __future__ import annotations
 
@@ -17,173 +17,173 @@ from catbus.client import Disconnected, Transport
 from catbus.client.transport import Driven
 from catbus.protocol.json_splitter import Framer
 
-FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "conversations.json"
-CONVERSATIONS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["conversations"]
+FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "sessions.json"
+SESSIONS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["sessions"]
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "$int": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "$string": lambda value: isinstance(value, str),
 }
-PATIENCE = 10.0
+STEP_TIMEOUT = 10.0
 """Seconds for one step."""
 _ABSENT = object()
 
 
 class Mismatch(AssertionError):
-    """The broker has said something else."""
+    """The broker sent something else."""
 
 
-class Peer(Protocol):
-    """Who speaks to a broker, and tells what it hears."""
+class ScriptedClient(Protocol):
+    """A client that sends the texts of a session and returns the objects that it receives."""
 
-    async def say(self, text: str) -> bool:
-        """Say it; False for what this peer cannot be brought to say."""
+    async def send(self, text: str) -> bool:
+        """Send the text. Returns False if this client has no way to send it."""
 
-    async def hear(self) -> dict[str, Any]:
-        """The next object. Raises `Disconnected`, with the code, where there is no more."""
+    async def receive(self) -> dict[str, Any]:
+        """Return the next object. Raises `Disconnected`, with the closing code, at the end."""
 
     async def close(self) -> None: ...
 
 
 class Connection:
-    """A `Peer` that says what it is told, over a transport."""
+    """A `ScriptedClient` that sends every text unchanged, over a transport."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._framer: Framer[dict[str, Any]] = Framer(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 20)
-        self._heard: list[dict[str, Any]] = []
+        self._received: list[dict[str, Any]] = []
 
-    async def say(self, text: str) -> bool:
+    async def send(self, text: str) -> bool:
         await self._transport.send(text.encode())
         return True
 
-    async def hear(self) -> dict[str, Any]:
-        while not self._heard:
+    async def receive(self) -> dict[str, Any]:
+        while not self._received:
             for each in self._framer.feed((await self._transport.receive()).data):
                 assert isinstance(each, dict)
-                self._heard.append(each)
-        return self._heard.pop(0)
+                self._received.append(each)
+        return self._received.pop(0)
 
     async def close(self) -> None:
         await self._transport.aclose()
 
 
-Open = Callable[[trio.Nursery], Awaitable[Peer]]
+Open = Callable[[trio.Nursery], Awaitable[ScriptedClient]]
 
 
 def over(dial: Callable[[], Awaitable[Transport]]) -> Open:
-    """Peers that say what they are told, each over a connection of its own."""
+    """Make clients that send every text unchanged, each over its own connection."""
 
-    async def open_peer(nursery: trio.Nursery) -> Peer:
+    async def open_client(nursery: trio.Nursery) -> ScriptedClient:
         transport = await dial()
         if isinstance(transport, Driven):
             nursery.start_soon(transport.run)
         return Connection(transport)
 
-    return open_peer
+    return open_client
 
 
-class Player:
-    """One conversation, with the names that it has given to what it heard."""
+class ScriptedSession:
+    """One session of the vectors, with the names of the values that were received."""
 
-    def __init__(self, conversation: dict[str, Any], open_peer: Open, secret: str) -> None:
+    def __init__(self, session: dict[str, Any], open_client: Open, secret: str) -> None:
         self.passed_over: list[str] = []
-        """What a peer could not be brought to say."""
-        self._conversation = conversation
-        self._open = open_peer
+        """The texts that a client could not send."""
+        self._session = session
+        self._open = open_client
         self._names: dict[str, Any] = {}
-        self._run = secrets.token_hex(4)
-        self._tokens = {name: self._sign(secret, found) for name, found in conversation["tokens"].items()}
-        self._peers: dict[str, Peer] = {}
+        self._word = secrets.token_hex(4)
+        self._tokens = {name: self._sign(secret, found) for name, found in session["tokens"].items()}
+        self._clients: dict[str, ScriptedClient] = {}
         self._silent: set[str] = set()
-        """Peers that have said nothing of what they should: there is nothing to be heard."""
+        """Clients that could not send the last text, so that no reply is expected."""
 
     @staticmethod
     def _sign(secret: str, found: dict[str, Any]) -> str:
         grants = {kind: tuple(p for k, p in found["grants"] if k in (kind, "all")) for kind in ("read", "write")}
         return sign(secret, client_id=found["client_id"], grants=Grants(**grants))
 
-    async def play(self) -> None:
-        """Raises `Mismatch` where the broker says something else."""
+    async def run(self) -> None:
+        """Run all steps. Raises `Mismatch` if the broker sends something else."""
         mismatch = None
         async with trio.open_nursery() as nursery:
             try:
-                for number, step in enumerate(self._conversation["steps"], 1):
+                for number, step in enumerate(self._session["steps"], 1):
                     await self._take(number, step, nursery)
             except Mismatch as error:
                 mismatch = error
             finally:
                 with trio.CancelScope(shield=True):
-                    for peer in self._peers.values():
-                        await peer.close()
+                    for client in self._clients.values():
+                        await client.close()
             nursery.cancel_scope.cancel()
         if mismatch is not None:
             raise mismatch
 
     async def _take(self, number: int, step: dict[str, Any], nursery: trio.Nursery) -> None:
         try:
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(STEP_TIMEOUT):
                 await self._step(step, nursery)
         except (Mismatch, Disconnected, trio.TooSlowError) as error:
-            raise Mismatch(f"{self._conversation['name']}, step {number}, {step}: {error}") from None
+            raise Mismatch(f"{self._session['name']}, step {number}, {step}: {error}") from None
 
     async def _step(self, step: dict[str, Any], nursery: trio.Nursery) -> None:
-        name = next(step[kind] for kind in ("say", "hear", "close", "closed") if kind in step)
-        if name not in self._peers:
-            self._peers[name] = await self._open(nursery)
-        peer = self._peers[name]
-        if "say" in step:
-            if await peer.say(step["text"] if "text" in step else json.dumps(self._said(step["object"]))):
+        name = next(step[kind] for kind in ("send", "receive", "close", "closed") if kind in step)
+        if name not in self._clients:
+            self._clients[name] = await self._open(nursery)
+        client = self._clients[name]
+        if "send" in step:
+            if await client.send(step["text"] if "text" in step else json.dumps(self._fill(step["object"]))):
                 self._silent.discard(name)
             else:
                 self._silent.add(name)
                 self.passed_over.append(step["text"] if "text" in step else step["object"]["type"])
         elif "close" in step:
-            await peer.close()
+            await client.close()
         elif name in self._silent:
             pass
         elif "closed" in step:
-            await self._expect_end(peer, step["code"])
+            await self._expect_end(client, step["code"])
         elif "unordered" in step:
-            heard = [await self._hear(peer) for _ in step["unordered"]]
+            received = [await self._receive(client) for _ in step["unordered"]]
             for wanted in step["unordered"]:
-                match = next((each for each in heard if self._is(wanted, each)), None)
+                match = next((each for each in received if self._is(wanted, each)), None)
                 if match is None:
-                    raise Mismatch(f"none of {heard} is {self._said(wanted)}")
-                heard.remove(match)
+                    raise Mismatch(f"none of {received} is {self._fill(wanted)}")
+                received.remove(match)
         else:
-            found = await self._hear(peer)
+            found = await self._receive(client)
             wanted = step.get("object") or step["exactly"]
             if not self._is(wanted, found) or ("exactly" in step and wanted.keys() != found.keys()):
                 raise Mismatch(f"{found} is not that ({self._names})")
 
-    async def _hear(self, peer: Peer) -> dict[str, Any]:
-        while (found := await peer.hear())["type"] == "head":
+    async def _receive(self, client: ScriptedClient) -> dict[str, Any]:
+        while (found := await client.receive())["type"] == "head":
             pass
         return found
 
-    async def _expect_end(self, peer: Peer, code: int) -> None:
+    async def _expect_end(self, client: ScriptedClient, code: int) -> None:
         try:
             while True:
-                await peer.hear()
+                await client.receive()
         except Disconnected as end:
             if end.code != code:
                 raise Mismatch(f"it was closed with {end.code}") from None
 
-    def _said(self, value: Any) -> Any:
+    def _fill(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self._said(inner) for key, inner in value.items()}
+            return {key: self._fill(inner) for key, inner in value.items()}
         if isinstance(value, list):
-            return [self._said(inner) for inner in value]
+            return [self._fill(inner) for inner in value]
         if not isinstance(value, str):
             return value
         if value in self._names:
             return self._names[value]
-        value = value.replace("${run}", self._run)
+        value = value.replace("${run}", self._word)
         return re.sub(r"\$\{token:(\w+)\}", lambda found: self._tokens[found[1]], value)
 
     def _is(self, wanted: Any, found: Any) -> bool:
-        """Whether it is that; what it is called is remembered when it is."""
+        """Whether the value matches. If so, the names in `wanted` keep their values for later steps."""
         names = dict(self._names)
         if self._fits(wanted, found, names):
             self._names = names
@@ -207,4 +207,4 @@ class Player:
             return KINDS[wanted](found)
         if isinstance(wanted, str) and re.fullmatch(r"\$\w+", wanted):
             return found is not _ABSENT and bool(names.setdefault(wanted, found) == found)
-        return bool(self._said(wanted) == found)
+        return bool(self._fill(wanted) == found)
