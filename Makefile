@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage clean
+.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-npm clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
@@ -21,6 +21,7 @@ help:
 	@echo 'make hostile      attack a broker, and measure the latency of honest clients (HOSTILE_SECONDS=6 for each attack)'
 	@echo 'make conformance  run suites, clients and proxies of other projects against a broker (PYTHON2= for Autobahn)'
 	@echo 'make coverage     run all tests, and show the lines and branches of catbus/ that no test reaches'
+	@echo 'make check-npm    build a fresh Vite application with the npm package (needs the network)'
 	@echo 'make clean        remove everything that make has made'
 
 run: $(venv)/installed-run
@@ -91,6 +92,9 @@ coverage: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/ins
 	$(bin)/coverage run -m pytest --numprocesses 2 --dist loadfile
 	@$(bin)/coverage combine --quiet
 	$(bin)/coverage report --fail-under $(COVERED)
+
+check-npm: $(venv)/installed-test $(venv)/javascript
+	$(bin)/python -m tests.javascript.application
 
 clean:
 	rm -rf $(venv) .coverage clients/javascript/node_modules clients/javascript/types build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

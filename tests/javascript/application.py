@@ -1,0 +1,86 @@
+"""What a developer does first: a fresh Vite application with React and TypeScript, and the npm package in it.
+
+    make check-npm
+
+Packs the package, makes the application with Vite's own template, installs the package there, and builds it with the
+strictest settings of TypeScript. It needs the network, for what Vite and React are today, so no test runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+CLIENT = Path(__file__).parents[2] / "clients" / "javascript"
+STRICT = ["--strict", "--exactOptionalPropertyTypes", "--noUncheckedIndexedAccess"]
+APPLICATION = """
+import { useEffect, useState } from 'react';
+import type { ReactNode } from 'react';
+import { CatbusClient, RefusedError } from '@catbus/client';
+import type { Message } from '@catbus/client';
+import { CatbusProvider, useConnectionState, useMessages, usePublish, useSubscription } from '@catbus/client/react';
+
+interface Note { text: string }
+
+const url = new URLSearchParams(location.search).get('url') ?? 'ws://localhost:8080/ws';
+const token = async (): Promise<string> => {
+  const found = new URLSearchParams(location.search).get('token');
+  if (found === null) throw new RefusedError('signed_out', 'nobody is signed in');
+  return found;
+};
+
+/** The client is there only after the effects of the children have run. */
+function Connected({ children }: { children: ReactNode }) {
+  const [client] = useState(() => new CatbusClient({ url, token }));
+  const [ready, setReady] = useState(false);
+  useEffect(() => setReady(true), []);
+  return <CatbusProvider client={client} connect={ready}>{children}</CatbusProvider>;
+}
+
+function Notes({ last }: { last?: number }) {
+  const { messages, live, error } = useMessages<Note>('notes.*', last === undefined ? {} : { last });
+  const [newest, setNewest] = useState<Message<Note>>();
+  useSubscription<Note>('notes.*', (message) => setNewest(message));
+  const state = useConnectionState();
+  const publish = usePublish();
+  return (
+    <main>
+      <p>{state} {live ? 'live' : error?.message} {newest?.payload.text}</p>
+      <ul>{messages.map(({ seq, payload }) => <li key={seq}>{payload.text}</li>)}</ul>
+      <button onClick={() => void publish('notes.a', { text: 'new' })}>publish</button>
+    </main>
+  );
+}
+
+export default function App() {
+  return <Connected><Notes last={20} /><Notes /></Connected>;
+}
+"""
+
+
+def run(*command: str, cwd: Path) -> None:
+    print("+", *command, flush=True)
+    subprocess.run(command, cwd=cwd, check=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="catbus-npm-") as place:
+        directory = Path(place)
+        run("npm", "pack", "--silent", "--pack-destination", place, cwd=CLIENT)
+        [package] = directory.glob("*.tgz")
+        run("npm", "create", "--yes", "vite@latest", "application", "--", "--template", "react-ts", cwd=directory)
+        application = directory / "application"
+        run("npm", "install", "--silent", "--no-audit", "--no-fund", str(package), cwd=application)
+        (application / "src" / "App.tsx").write_text(APPLICATION)
+        run("npx", "tsc", "--noEmit", "--project", "tsconfig.app.json", *STRICT, cwd=application)
+        run("npm", "run", "build", cwd=application)
+        installed = json.loads((application / "package-lock.json").read_text())["packages"]
+        versions = {name: installed[f"node_modules/{name}"]["version"] for name in ("vite", "react", "typescript")}
+        sizes = {file.name: file.stat().st_size for file in (application / "dist" / "assets").glob("*.js")}
+        print(f"built with {versions}: {sizes}")
+
+
+if __name__ == "__main__":
+    main()
