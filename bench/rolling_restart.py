@@ -13,7 +13,8 @@ one replica after the other gets SIGTERM, ends, and is started again, and the ne
 With --subscriptions there is one client, behind a proxy that delays what it passes on, by half of --latency each way.
 In each of --rounds it makes so many new subscriptions, one every 6 ms, and publishes to them all the while. Meanwhile
 one replica after the other is restarted, and new connections are led to the other one. Then each channel gets one more
-message: a subscription that does not hear it is deaf. `rolling_restart_javascript.py` does the same to the JavaScript client.
+message: a subscription that does not hear it is deaf. `rolling_restart_javascript.py` does the same to the JavaScript
+client.
 
 A pause is the longest time without a message that a subscriber had. Ends with status 1 when anybody lacks a message,
 gets one twice, or when a publish was not acknowledged.
@@ -29,8 +30,8 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
+import distant_client
 import harness
-import subscribing
 import trio
 from harness import SECRET, Server, percentile
 from restart_load import Load, plot
@@ -118,9 +119,9 @@ async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple
 
 async def play_rounds(
     replicas: Sequence[Replica], rounds: int, subscriptions: int, latency: float
-) -> subscribing.Counted:
+) -> distant_client.Counted:
     """One client with many subscriptions, in so many rounds of restarts."""
-    distance = subscribing.Distance(latency)
+    distance = distant_client.Distance(latency)
 
     def lead_to(replica: Replica) -> None:
         assert replica.server is not None
@@ -134,7 +135,7 @@ async def play_rounds(
 
     lead_to(replicas[0])
     token = sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
-    return await subscribing.play(distance, token, rounds, subscriptions, restart)
+    return await distant_client.play(distance, token, rounds, subscriptions, restart)
 
 
 def draw(moves: Sequence[float]) -> str:
