@@ -60,7 +60,7 @@ class PythonClient:
         return True
 
     def _report(self, kind: str, request: dict[str, Any], **found: Any) -> None:
-        repeated = {name: request[name] for name in ("id", "pattern", "channel") if name in request}
+        repeated: dict[str, Any] = {name: request[name] for name in ("id", "pattern", "channel") if name in request}
         self._results.send_nowait({"type": kind, **repeated, **found})
 
     async def _run(self, token: str, *, task_status: trio.TaskStatus[None]) -> None:
