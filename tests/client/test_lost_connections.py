@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from catbus.client.conversation import Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
@@ -569,6 +569,8 @@ class Replica:
         self.log, self.keys = log, keys
         self.applied = len(log)
         self.stopping = self.stuck = False
+        self.refusing: Code | None = None
+        """Why it does not take up the next subscription."""
         self.flight: list[dict[str, Any]] = []
         """Publishes that were handed to the database, which has not answered; it may have the client told later."""
         self.queue: list[dict[str, Any]] = []
@@ -598,6 +600,11 @@ class Replica:
                     self.queue.append(request)
                 else:
                     self.commit(request)
+            case {"type": "subscribe", "pattern": pattern, "id": number} if self.refusing is not None:
+                # What the subscription was to replace stays.
+                error = {"type": "subscribe_error", "pattern": pattern, "id": number, "message": "no"}
+                self.say({**error, "code": self.refusing})
+                self.refusing = None
             case {"type": "subscribe", "pattern": pattern, "id": number}:
                 since = request.get("since")
                 self.held[pattern] = self.applied if since is None else since
@@ -663,6 +670,10 @@ class Replica:
                     self.say(message(seq, payload, pattern, channel))
             self.held[pattern] = max(cursor, self.applied)
 
+    def revoke(self, pattern: str) -> None:
+        del self.held[pattern]
+        self.say({"type": "revoked", "pattern": pattern, "seq": self.applied})
+
     def bring(self, size: int) -> None:
         """Let so many bytes reach the client."""
         data = bytes(self.replies[:size])
@@ -674,14 +685,14 @@ class Reader:
     """An application's side of a subscription."""
 
     def __init__(
-        self, pattern: str, inbox: Inbox, since: int | None, last: int = 0, ledger: Ledger | None = None
+        self, pattern: str, inbox: Inbox, since: int | None, last: int, log: list[tuple[str, Any]], ledger: Ledger
     ) -> None:
         self.pattern, self.inbox = pattern, inbox
         self.start = since
         self.last = last
         """How many messages from before `start` it is owed."""
         self.taken: list[int] = []
-        self._ledger = ledger
+        self._log, self._ledger = log, ledger
         self._recent: Recent | None = None
         self._answer: Answer[Page] | None = None
         inbox.wake = self.note
@@ -695,6 +706,7 @@ class Reader:
     def note(self) -> None:
         if self.inbox.begun and self.start is None:
             self.start = self.inbox.cursor
+            assert self.start <= len(self._log)
             if self.last:
                 self._recent = Recent(self.inbox, self.last)
                 self.fetch()
@@ -706,7 +718,6 @@ class Reader:
             self._recent.take(self._answer.value)
             self._answer = None
         if self._answer is None and self._recent.wanted is not None:
-            assert self._ledger is not None
             self._answer = self._ledger.history(self.pattern, *self._recent.wanted)
 
     def take(self, count: int) -> None:
@@ -726,17 +737,16 @@ class Reader:
                 self.inbox.cursor, self.inbox.epoch = item.cursor, item.epoch
 
 
-# Wherever connections are lost, in whatever order they follow each other: each publish is in the log once and in its
-# order, what is answered is true, and each subscription gets exactly what it is owed.
-class Lives(RuleBasedStateMachine):
-    @initialize()
-    def begin(self) -> None:
+class Connections(RuleBasedStateMachine):
+    """Subscriptions of one client, and its connections, of which each can be lost at any byte."""
+
+    patterns = ("a.*", "b", "*")
+
+    def __init__(self) -> None:
+        super().__init__()
         self.client = Client()
         self.log: list[tuple[str, Any]] = [("a.x", None), ("b", None)]
         self.keys: dict[int, int] = {}
-        self.number = 0
-        self.published: list[tuple[Batch, int]] = []
-        self.pings: list[Answer[wire.Pong]] = []
         self.readers: list[Reader] = []
         self.present: Replica | None = None
         self.next: Replica | None = None
@@ -749,40 +759,31 @@ class Lives(RuleBasedStateMachine):
     def replicas(self) -> list[Replica]:
         return [replica for replica in (self.present, self.next) if replica is not None]
 
-    @rule(channel=st.sampled_from(["a.x", "b"]), count=st.integers(1, 3))
-    def publish(self, channel: str, count: int) -> None:
-        for _ in range(count):
-            batch = Batch(1)
-            self.number += 1
-            self.client.ledger.publish(channel, encode_payload(self.number), batch, 0, ephemeral=False, echo=True)
-            self.published.append((batch, self.number))
-
     @rule(channel=st.sampled_from(["a.x", "b"]))
     def somebody_else_publishes(self, channel: str) -> None:
         self.log.append((channel, None))
 
-    @rule()
-    def ping(self) -> None:
-        self.pings.append(self.client.ledger.ping())
+    @rule(data=st.data(), back=st.none() | st.integers(-3, 6))
+    def subscribe(self, data: st.DataObject, back: int | None) -> None:
+        self.add(data, None if back is None else max(0, len(self.log) - back), 0)
 
-    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), since=st.none() | st.integers(0, 6))
-    def subscribe(self, pattern: str, since: int | None) -> None:
-        if sum(reader.pattern == pattern for reader in self.readers) < 3:
-            inbox = self.client.subscriptions.subscribe(
-                pattern, since, EPOCH if since is not None else None, 3, present=EPOCH
-            )
-            self.readers.append(Reader(pattern, inbox, since))
+    @rule(data=st.data(), last=st.integers(1, 4))
+    def subscribe_to_the_last(self, data: st.DataObject, last: int) -> None:
+        self.add(data, None, last)
 
-    @rule(pattern=st.sampled_from(["a.*", "b", "*"]), last=st.integers(1, 4))
-    def subscribe_to_the_last(self, pattern: str, last: int) -> None:
+    def add(self, data: st.DataObject, since: int | None, last: int) -> None:
+        pattern = data.draw(st.sampled_from(self.patterns))
         if sum(reader.pattern == pattern for reader in self.readers) < 3:
-            inbox = self.client.subscriptions.subscribe(pattern, None, None, 3, present=EPOCH)
-            self.readers.append(Reader(pattern, inbox, None, last, self.client.ledger))
+            epoch = EPOCH if since is not None else None
+            inbox = self.client.subscriptions.subscribe(pattern, since, epoch, 3, present=EPOCH)
+            self.readers.append(Reader(pattern, inbox, since, last, self.log, self.client.ledger))
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        reader = data.draw(st.sampled_from(self.readers))
+        self.drop(data.draw(st.sampled_from(self.readers)))
+
+    def drop(self, reader: Reader) -> None:
         self.client.subscriptions.leave(reader.inbox)
         self.readers.remove(reader)
 
@@ -805,7 +806,115 @@ class Lives(RuleBasedStateMachine):
         replica = data.draw(st.sampled_from(self.replicas))
         replica.hear(count)
         replica.deliver(replica.applied + count)
+        self.bring(replica, size)
+
+    def bring(self, replica: Replica, size: int) -> None:
         replica.bring(size)
+
+    @precondition(lambda self: self.present is None)
+    @rule()
+    def connect(self) -> None:
+        self.present = self.new()
+        self.present.conversation.take_over()
+
+    @precondition(lambda self: self.present)
+    @rule()
+    def lose(self) -> None:
+        assert self.present is not None
+        self.present.conversation.lose("gone")
+        self.bury(self.present)
+        if self.next is not None:
+            self.next.conversation.take_over_requests()
+        self.present, self.next = self.next, None
+
+    @precondition(lambda self: self.present and not self.next)
+    @rule()
+    def begin_to_move(self) -> None:
+        self.client.ledger.hold()
+        self.next = self.new()
+        self.next.conversation.take_over_subscriptions()
+
+    @precondition(lambda self: self.next)
+    @rule()
+    def lose_all(self) -> None:
+        for replica in reversed(self.replicas):
+            replica.conversation.lose("gone")
+            self.bury(replica)
+        self.present = self.next = None
+
+    def bury(self, replica: Replica) -> None:
+        """Nobody hears it any more, but what it has handed over is under way; what it has not is never published."""
+        replica.queue.clear()
+        self.dead.append(replica)
+
+    @invariant()
+    def each_is_owed_what_it_has(self) -> None:
+        for reader in self.readers:
+            assert reader.inbox.ending is None
+            had = reader.taken + [s for s in seqs(reader.inbox) if s is not None]
+            owed = self.owed(reader)
+            if reader.fetching:
+                owed = [seq for seq in owed if seq > (reader.start or 0)]
+            assert had == owed[: len(had)]
+
+    def owed(self, reader: Reader) -> list[int]:
+        if reader.start is None:
+            return []
+        found = [seq for seq, (name, _) in enumerate(self.log, 1) if matches(reader.pattern, name)]
+        past = [seq for seq in found if seq <= reader.start]
+        return past[len(past) - min(reader.last, len(past)) :] + [seq for seq in found if seq > reader.start]
+
+    def settle(self, replica: Replica) -> None:
+        """Have all that is under way arrive: then each has what it is owed, and the replica sends for nobody else."""
+        for _ in range(6):
+            replica.hear(10_000)
+            replica.deliver(len(self.log))
+            self.bring(replica, 10_000_000)
+            for reader in self.readers:
+                reader.take(10_000)
+                self.client.subscriptions.relieve(reader.inbox)
+        self.each_is_owed_what_it_has()
+        for reader in self.readers:
+            assert reader.inbox.begun
+            assert reader.taken == self.owed(reader)
+        assert replica.held.keys() == {reader.pattern for reader in self.readers}
+
+    def teardown(self) -> None:
+        if self.present is not None and self.next is None:
+            for _ in range(2):
+                self.present.hear(10_000)
+                self.bring(self.present, 10_000_000)
+            assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
+        for replica in self.replicas:
+            replica.conversation.lose("gone")
+            self.bury(replica)
+        for replica in self.dead:
+            replica.come_round()
+        self.present, self.next = self.new(), None
+        self.present.conversation.take_over()
+        self.settle(self.present)
+
+
+# Wherever connections are lost, in whatever order they follow each other: each publish is in the log once and in its
+# order, what is answered is true, and each subscription gets exactly what it is owed.
+class Lives(Connections):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+        self.published: list[tuple[Batch, int]] = []
+        self.pings: list[Answer[wire.Pong]] = []
+
+    @rule(channel=st.sampled_from(["a.x", "b"]), count=st.integers(1, 3))
+    def publish(self, channel: str, count: int) -> None:
+        for _ in range(count):
+            batch = Batch(1)
+            self.number += 1
+            self.client.ledger.publish(channel, encode_payload(self.number), batch, 0, ephemeral=False, echo=True)
+            self.published.append((batch, self.number))
+
+    @rule()
+    def ping(self) -> None:
+        self.pings.append(self.client.ledger.ping())
 
     @precondition(lambda self: self.present)
     @rule()
@@ -834,53 +943,8 @@ class Lives(RuleBasedStateMachine):
     def retry(self) -> None:
         self.client.ledger.retry()
 
-    @precondition(lambda self: self.present is None)
-    @rule()
-    def connect(self) -> None:
-        self.present = self.new()
-        self.present.conversation.take_over()
-
-    @precondition(lambda self: self.present)
-    @rule()
-    def lose(self) -> None:
-        assert self.present is not None
-        self.present.conversation.lose("gone")
-        self.bury(self.present)
-        if self.next is not None:
-            self.next.conversation.take_over_requests()
-        self.present, self.next = self.next, None
-
-    @precondition(lambda self: self.present and not self.next)
-    @rule()
-    def begin_to_move(self) -> None:
-        self.client.ledger.hold()
-        self.next = self.new()
-        self.next.conversation.take_over_subscriptions()
-
-    @precondition(lambda self: self.next)
-    @rule()
-    def lose_the_next(self) -> None:
-        for replica in reversed(self.replicas):
-            replica.conversation.lose("gone")
-            self.bury(replica)
-        self.present = self.next = None
-
-    def bury(self, replica: Replica) -> None:
-        """Nobody hears it any more, but what it has handed over is under way; what it has not is never published."""
-        replica.queue.clear()
-        self.dead.append(replica)
-
     @invariant()
-    def each_is_owed_what_it_has(self) -> None:
-        if not hasattr(self, "log"):
-            return
-        for reader in self.readers:
-            assert reader.inbox.ending is None
-            had = reader.taken + [s for s in seqs(reader.inbox) if s is not None]
-            owed = self.owed(reader)
-            if reader.fetching:
-                owed = [seq for seq in owed if seq > (reader.start or 0)]
-            assert had == owed[: len(had)]
+    def each_publish_is_there_once_and_what_is_said_of_it_is_true(self) -> None:
         ours = [payload for _, payload in self.log if payload is not None]
         assert len(ours) == len(set(ours))
         unknown = set()
@@ -897,41 +961,89 @@ class Lives(RuleBasedStateMachine):
         known = [number for number in ours if number not in unknown]
         assert known == sorted(known)
 
-    def owed(self, reader: Reader) -> list[int]:
-        if reader.start is None:
-            return []
-        found = [seq for seq, (name, _) in enumerate(self.log, 1) if matches(reader.pattern, name)]
-        past = [seq for seq in found if seq <= reader.start]
-        return past[len(past) - min(reader.last, len(past)) :] + [seq for seq in found if seq > reader.start]
-
     def teardown(self) -> None:
-        if not hasattr(self, "log"):
-            return
-        if self.present is not None and self.next is None:
-            for _ in range(2):
-                self.present.hear(10_000)
-                self.present.bring(10_000_000)
-            assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
-        for replica in self.replicas:
-            replica.conversation.lose("gone")
-            self.bury(replica)
-        for replica in self.dead:
-            replica.come_round()
-        last = self.new()
-        last.conversation.take_over()
-        for _ in range(6):
-            last.hear(10_000)
-            last.deliver(len(self.log))
-            last.bring(10_000_000)
-            for reader in self.readers:
-                reader.take(10_000)
-                self.client.subscriptions.relieve(reader.inbox)
-        self.each_is_owed_what_it_has()
+        super().teardown()
+        self.each_publish_is_there_once_and_what_is_said_of_it_is_true()
         assert not self.client.ledger.unanswered
         assert all(answer.value is not None for answer in self.pings)
-        for reader in self.readers:
-            assert reader.taken == self.owed(reader)
 
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=200, stateful_step_count=40)
+
+
+# However handlers of one pattern come and go, whatever the broker refuses or withdraws, wherever connections are lost:
+# each gets exactly what it is owed, or ends with what the broker has said. One that has left gets nothing more.
+class Sharers(Connections):
+    patterns = ("a.*",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[Code] = set()
+        self.gone: list[tuple[Inbox, int]] = []
+        """Those that have ended, and how much they had."""
+        self.connect()
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data(), code=st.sampled_from([Code.UNAVAILABLE, Code.UNAUTHORIZED]))
+    def refuse(self, data: st.DataObject, code: Code) -> None:
+        data.draw(st.sampled_from(self.replicas)).refusing = code
+        self.said.add(code)
+
+    @precondition(lambda self: any(replica.held for replica in self.replicas))
+    @rule(data=st.data())
+    def revoke(self, data: st.DataObject) -> None:
+        replica = data.draw(st.sampled_from([replica for replica in self.replicas if replica.held]))
+        replica.revoke("a.*")
+        self.said.add(Code.REVOKED)
+
+    @rule(count=st.integers(2, 6))
+    def somebody_publishes_many(self, count: int) -> None:
+        self.log += [("a.x", None)] * count
+
+    @precondition(lambda self: self.client.subscriptions.retrying)
+    @rule()
+    def retry(self) -> None:
+        self.client.subscriptions.retry()
+
+    def drop(self, reader: Reader) -> None:
+        super().drop(reader)
+        self.gone.append((reader.inbox, len(reader.inbox.items)))
+
+    def bring(self, replica: Replica, size: int) -> None:
+        super().bring(replica, size)
+        ended = {reader: reader.inbox.ending for reader in self.readers if reader.inbox.ending is not None}
+        codes = {ending.code for ending in ended.values()}
+        assert codes <= self.said
+        if Code.REVOKED in codes:
+            assert len(ended) == len(self.readers)
+        for reader in ended:
+            self.drop(reader)
+
+    @invariant()
+    def nothing_comes_to_those_that_are_gone(self) -> None:
+        for inbox, had in self.gone:
+            assert inbox.phase is Phase.ENDED
+            assert len(inbox.items) == had
+
+    def settle(self, replica: Replica) -> None:
+        replica.refusing = None
+        for _ in range(3):
+            replica.hear(10_000)
+            self.bring(replica, 10_000_000)
+        self.client.subscriptions.retry()
+        super().settle(replica)
+
+    def teardown(self) -> None:
+        if self.present is not None and self.next is None:
+            self.settle(self.present)
+        super().teardown()
+        # The subscription ends with the last of them.
+        while self.readers:
+            self.drop(self.readers[0])
+            assert self.present is not None
+            self.settle(self.present)
+
+
+TestSharers = Sharers.TestCase
+TestSharers.settings = settings(max_examples=200, stateful_step_count=30)
