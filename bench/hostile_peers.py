@@ -18,8 +18,8 @@ One `catbus run` with its log in memory. Beside the hostile peers, subscribers o
 Ends with status 1 when a subscriber who behaves well lacks a message or gets one out of order, or when a hostile phase
 takes more than BOUND bytes of memory beyond what `small` and `load` took. By then the log's ring has been full
 (`limits.recent`, 64 MiB, and as much as half of that again for what Python adds to small messages that have an id), so
-what comes on top is what the peers make the broker keep. For one, by design: 512 KiB of mailbox; 256 KiB of its stream
-that it has not acknowledged, and 64 KiB more; 512 KiB that it may send unasked. So BOUND is 2 MiB for each, and
+what comes on top is what the peers make the broker keep. For one, by design: 512 KiB of send queue; 256 KiB of its
+stream that it has not acknowledged, and 64 KiB more; 512 KiB that it may send unasked. So BOUND is 2 MiB for each, and
 32 MiB that the allocator may scatter.
 
 The hostile peers run at a lower priority: real ones have machines of their own.

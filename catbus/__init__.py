@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         connect,
     )
     from .config import Config, load
-    from .errors import CatbusError, CloseCode, Code, ConfigError, Disconnected, PeerError, Refused, Unavailable
+    from .errors import CatbusError, CloseCode, ConfigError, Disconnected, ErrorCode, PeerError, Refused, Unavailable
 
 _HOMES = {
     "broker": ("Broker", "open_broker", "serve"),
@@ -49,7 +49,7 @@ _HOMES = {
     "errors": (
         "CatbusError",
         "CloseCode",
-        "Code",
+        "ErrorCode",
         "ConfigError",
         "Disconnected",
         "PeerError",
@@ -64,7 +64,7 @@ __all__ = [
     "Bus",
     "CatbusError",
     "CloseCode",
-    "Code",
+    "ErrorCode",
     "Config",
     "ConfigError",
     "Disconnected",

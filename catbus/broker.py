@@ -26,7 +26,7 @@ from .observability.metrics import Metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
 from .protocol.wire_messages import Publish, check_payload, to_json
-from .replica import Hub
+from .replica import Replica
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
 """Who publishes and subscribes in this process."""
@@ -52,8 +52,8 @@ class Door(Protocol):
 class Broker:
     """A running replica, as the program around it sees it."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
         self.addresses: list[tuple[str, str]] = []
         """What is served and where: `("websocket", "127.0.0.1:8080")`, `("webtransport", "127.0.0.1:4433")`."""
         self._stopping = trio.Event()
@@ -61,7 +61,7 @@ class Broker:
     @property
     def urls(self) -> list[str]:
         """What clients connect to: `ws://127.0.0.1:8080/ws` (or `wss://`), `https://127.0.0.1:4433`."""
-        websocket = "wss" if self.hub.config.websocket.tls else "ws"
+        websocket = "wss" if self.replica.config.websocket.tls else "ws"
         forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
         return [forms[kind].format(address) for kind, address in self.addresses]
 
@@ -72,7 +72,7 @@ class Broker:
         """
         with refusing():
             request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
-        [outcome] = await self.hub.publish(OWNER, [request])
+        [outcome] = await self.replica.publish(OWNER, [request])
         if isinstance(outcome, Rejected):
             raise Refused(outcome.code, outcome.message)
         return None if outcome is None else outcome.seq
@@ -83,7 +83,7 @@ class Broker:
     ) -> AsyncIterator[Messages]:
         """The messages that match, from now on or after `since`, in seq order. Raises `Refused` for a bad pattern."""
         with refusing():
-            messages = Messages(self.hub, pattern, since, epoch)
+            messages = Messages(self.replica, pattern, since, epoch)
         try:
             yield messages
         finally:
@@ -91,15 +91,15 @@ class Broker:
 
     def open(self, doors: Mapping[str, Door]) -> None:
         """Its doors are open."""
-        self.hub.scrape = Metrics(self.hub, doors).scrape
+        self.replica.scrape = Metrics(self.replica, doors).scrape
         self.addresses = [(kind, address) for kind, door in doors.items() for address in door.addresses]
         if "webtransport" in doors:
-            self.hub.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
+            self.replica.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
 
     def reload(self) -> None:
         """Read the certificate anew. Where it is no good the old one stays, and the log says why."""
-        if self.hub.certificates is not None:
-            self.hub.certificates.reload(datetime.now(UTC))
+        if self.replica.certificates is not None:
+            self.replica.certificates.reload(datetime.now(UTC))
 
     def stop(self) -> None:
         """Begin to stop in order: `serve` returns when that is done."""
@@ -123,18 +123,18 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
     async with trio.open_nursery() as nursery:
         broker = await _start(config, nursery, certificates)
         async with trio.open_nursery() as sessions:
-            doors = {"websocket": await nursery.start(serve_http, broker.hub, config.websocket.bind, sessions)}
+            doors = {"websocket": await nursery.start(serve_http, broker.replica, config.websocket.bind, sessions)}
             if certificates is not None and config.webtransport_served:
-                quic = serve_quic, broker.hub, config.webtransport.bind, certificates.latest, sessions
+                quic = serve_quic, broker.replica, config.webtransport.bind, certificates.latest, sessions
                 doors["webtransport"] = await nursery.start(*quic)
             broker.open(doors)
             task_status.started(broker)
 
             await broker.wait_stopping()
-            await broker.hub.send_away()
+            await broker.replica.send_away()
             for door in doors.values():
                 door.close()
-            broker.hub.finish()
+            broker.replica.finish()
             sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
         nursery.cancel_scope.cancel()
 
@@ -144,7 +144,7 @@ async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
     """A replica without doors, for publishing and subscribing in this process. Waits for a database that is away."""
     async with trio.open_nursery() as nursery:
         broker = await _start(config or Config(), nursery)
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         yield broker
         nursery.cancel_scope.cancel()
 
@@ -156,18 +156,18 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     authenticator = Authenticator(settings.secrets, admin_key=settings.admin_key, jwt_keys=keys, leeway=settings.leeway)
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
-    hub = Hub(config, log, authenticator, certificates, roles)
+    replica = Replica(config, log, authenticator, certificates, roles)
     if isinstance(log, PostgresLog):
-        log.describe = hub.describe
-    await nursery.start(hub.log.run, hub.delivery)
-    nursery.start_soon(hub.turns.run)
+        log.describe = replica.describe
+    await nursery.start(replica.log.run, replica.delivery)
+    nursery.start_soon(replica.cpu_scheduler.run)
     nursery.start_soon(return_memory)
-    nursery.start_soon(hub.delivery.run)
-    nursery.start_soon(hub.flusher.run)
-    nursery.start_soon(hub.mark_time)
-    nursery.start_soon(hub.permissions.run)
-    nursery.start_soon(hub.vitals.run, log)
-    return Broker(hub)
+    nursery.start_soon(replica.delivery.run)
+    nursery.start_soon(replica.flusher.run)
+    nursery.start_soon(replica.mark_time)
+    nursery.start_soon(replica.permissions.run)
+    nursery.start_soon(replica.runtime_statistics.run, log)
+    return Broker(replica)
 
 
 async def _open_log(config: Config, nursery: trio.Nursery) -> Log:

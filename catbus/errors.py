@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum, StrEnum
 
 
-class Code(StrEnum):
+class ErrorCode(StrEnum):
     """The `code` of a reply that refuses something. `RETRYABLE` says for which of them trying again can help."""
 
     BAD_MESSAGE = "bad_message"
@@ -29,14 +29,14 @@ class Code(StrEnum):
 
 RETRYABLE = frozenset(
     {
-        Code.RATE_LIMITED,
-        Code.OVERLOADED,
-        Code.UNAVAILABLE,
-        Code.UNKNOWN,
-        Code.AUTH_TIMEOUT,
-        Code.TOKEN_NOT_VALID_YET,
-        Code.SHUTTING_DOWN,
-        Code.INTERNAL,
+        ErrorCode.RATE_LIMITED,
+        ErrorCode.OVERLOADED,
+        ErrorCode.UNAVAILABLE,
+        ErrorCode.UNKNOWN,
+        ErrorCode.AUTH_TIMEOUT,
+        ErrorCode.TOKEN_NOT_VALID_YET,
+        ErrorCode.SHUTTING_DOWN,
+        ErrorCode.INTERNAL,
     }
 )
 
@@ -80,7 +80,7 @@ class PeerError(CatbusError):
 
     def __init__(
         self,
-        code: Code,
+        code: ErrorCode,
         message: str,
         close: CloseCode | None = None,
         retry_after: float | None = None,
@@ -97,7 +97,7 @@ class PeerError(CatbusError):
 class Refused(CatbusError):
     """A broker refused a request of ours, for the reason in `code`; `retry_after`, in seconds, where it says when."""
 
-    def __init__(self, code: Code, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, code: ErrorCode, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

@@ -9,12 +9,12 @@ from typing import Any
 
 import trio
 
-from .delivery.send_queue import Mailbox, Run
+from .delivery.send_queue import Run, SendQueue
 from .delivery.subscription import Subscription
 from .log import Entry
 from .protocol.channels import check_pattern
 from .protocol.wire_messages import Gap, decode_payload, decode_server
-from .replica import Hub
+from .replica import Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,22 @@ class Message:
 
 
 class Messages(AsyncIterator[Message]):
-    """The messages of one pattern. While nobody takes them they wait in a bounded mailbox, and beyond it in the log."""
+    """The messages of one pattern. While nobody takes them they wait in a bounded send queue, and beyond it in the
+    log."""
 
-    def __init__(self, hub: Hub, pattern: str, since: int | None, epoch: str | None) -> None:
+    def __init__(self, replica: Replica, pattern: str, since: int | None, epoch: str | None) -> None:
         check_pattern(pattern)
         self.pattern = pattern
-        self.cursor = hub.delivery.position if since is None else since
+        self.cursor = replica.delivery.position if since is None else since
         """Complete up to here: the place to go on from."""
-        self.epoch = hub.log.epoch
+        self.epoch = replica.log.epoch
         self.gaps: list[Gap] = []
         """What may have been missed, oldest first."""
-        self._delivery = hub.delivery
+        self._delivery = replica.delivery
         self._ready: deque[Entry] = deque()
         self._mail = trio.Event()
-        self._mailbox = Mailbox(self, self._wake, hub.config.limits.send_queue, self._delivery.budget)
-        self._subscription = Subscription(self._mailbox)
+        self._send_queue = SendQueue(self, self._wake, replica.config.limits.send_queue, self._delivery.budget)
+        self._subscription = Subscription(self._send_queue)
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)
 
@@ -72,17 +73,17 @@ class Messages(AsyncIterator[Message]):
         """End the subscription, and whoever iterates."""
         self._closed = True
         self._delivery.unsubscribe(self._subscription, self.pattern)
-        self._mailbox.close()
+        self._send_queue.close()
         self._mail.set()
 
     def flush(self) -> None:
         """Whoever iterates takes what there is when it comes to it."""
 
-    def _wake(self, _: Mailbox) -> None:
+    def _wake(self, _: SendQueue) -> None:
         self._mail.set()
 
     def _unpack(self) -> None:
-        for item in self._mailbox.take():
+        for item in self._send_queue.take():
             if isinstance(item, Run):
                 self._ready.extend(item.entries)
             else:

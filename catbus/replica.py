@@ -14,25 +14,25 @@ from typing import Any
 
 import trio
 
-from .auth.live_permissions import Permissions
+from .auth.live_permissions import LivePermissions
 from .auth.token_errors import Reason, TokenRefused
 from .auth.tokens import Authenticator, Identity, RoleSource, client_of, role_handle, role_key
 from .certificates import CertificateSource
 from .config import Config
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
-from .delivery.send_queue import Budget, Outlet
-from .errors import CloseCode, Code, PeerError, Unavailable
+from .delivery.send_queue import Budget, TransportWriter
+from .errors import CloseCode, ErrorCode, PeerError, Unavailable
 from .limits.connections_per_address import AddressLimit
-from .limits.cpu_fairness import Turns
-from .limits.publish_rate import Quotas
-from .limits.unauthenticated import Strangers
+from .limits.cpu_fairness import CpuScheduler
+from .limits.publish_rate import PublishQuotas
+from .limits.unauthenticated import UnauthenticatedPeers
 from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
 from .observability.loggers import Recurring, get_logger
-from .observability.runtime_statistics import Vitals
+from .observability.runtime_statistics import RuntimeStatistics
 from .protocol import wire_messages as wire
 from .protocol.wire_messages import clip
-from .session.driver import MAX_HISTORY, STOPPING, Client, Streams
+from .session.driver import MAX_HISTORY, STOPPING, SessionDriver, Streams
 from .session.state_machine import Broadcast, Share, make_append
 from .version import version
 
@@ -57,7 +57,7 @@ logger = get_logger("catbus.replica")
 
 
 @dataclass(frozen=True, slots=True)
-class HubStatistics:
+class ReplicaStatistics:
     """`clients`: who is connected, by transport, and `opened`: how many have come so far.
 
     `published` counts publishes taken from sessions and over HTTP, whatever became of them.
@@ -68,7 +68,7 @@ class HubStatistics:
     published: int
 
 
-class Hub:
+class Replica:
     """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread.
 
     Without `roles`, role tokens are refused.
@@ -90,16 +90,16 @@ class Hub:
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.send_queue_total))
-        self.vitals = Vitals(self.delivery)
-        self.flusher.on_pass = self.vitals.flushed
+        self.runtime_statistics = RuntimeStatistics(self.delivery)
+        self.flusher.on_pass = self.runtime_statistics.flushed
         self.scrape: Callable[[], tuple[bytes, str]] | None = None
         """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
-        self.strangers = Strangers()
+        self.unauthenticated = UnauthenticatedPeers()
         self.draining = False
-        self.clients: set[Client] = set()
-        self.permissions = Permissions(roles)
-        self.turns = Turns()
-        self.quotas = Quotas(config.limits.publish_rate, config.limits.publish_bytes)
+        self.clients: set[SessionDriver] = set()
+        self.permissions = LivePermissions(roles)
+        self.cpu_scheduler = CpuScheduler()
+        self.quotas = PublishQuotas(config.limits.publish_rate, config.limits.publish_bytes)
         self.shares: dict[Hashable, Share] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
         self.subscriptions = 0
@@ -116,8 +116,8 @@ class Hub:
         self._opened = Counter(self._clients)
         self._started = time.time_ns() // 1_000_000
 
-    def statistics(self) -> HubStatistics:
-        return HubStatistics(dict(self._clients), dict(self._opened), self._published)
+    def statistics(self) -> ReplicaStatistics:
+        return ReplicaStatistics(dict(self._clients), dict(self._opened), self._published)
 
     def describe(self) -> dict[str, Any]:
         """How this replica is, in a few words that the others pass on."""
@@ -158,10 +158,10 @@ class Hub:
         return "degraded" if self.log.trouble else "ready"
 
     def open_client(
-        self, outlet: Outlet, *, transport: str, streams: Streams | None = None, network: str = ""
-    ) -> Client:
+        self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
+    ) -> SessionDriver:
         """A new connection, from this network. Its owner calls `leave` in the end, whatever happens."""
-        client = Client(self, outlet, transport, streams, network)
+        client = SessionDriver(self, writer, transport, streams, network)
         self.clients.add(client)
         self._clients[transport] += 1
         self._opened[transport] += 1
@@ -169,7 +169,7 @@ class Hub:
             client.finish()
         return client
 
-    def forget_client(self, client: Client) -> None:
+    def forget_client(self, client: SessionDriver) -> None:
         if client in self.clients:
             self.clients.remove(client)
             self._clients[client.transport] -= 1
@@ -189,10 +189,10 @@ class Hub:
             longest = self.config.limits.client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
                 raise TokenRefused(Reason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)")
-            self.turns.prove(client_of(identity, token, network))
+            self.cpu_scheduler.prove(client_of(identity, token, network))
             return identity
         except TokenRefused as error:
-            self.vitals.refused_tokens[error.reason] += 1
+            self.runtime_statistics.refused_tokens[error.reason] += 1
             fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
             self._refusals.note(
                 trio.current_time(),
@@ -208,7 +208,7 @@ class Hub:
         try:
             identity = (await roles.find([key])).get(key)
         except Unavailable as error:
-            raise PeerError(Code.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
+            raise PeerError(ErrorCode.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
         if identity is None:
             detail = f"no role {role_handle(key)}: it was deleted, or never was"
             raise TokenRefused(Reason.ROLE, detail, message="no role has this token")
@@ -235,7 +235,7 @@ class Hub:
 
         for index, request in enumerate(requests):
             if index % PUBLISHED_AT_A_TIME == PUBLISHED_AT_A_TIME - 1:
-                await self.turns.next()
+                await self.cpu_scheduler.next()
             request.id, request.retry = index, False
             try:
                 append = make_append(request, identity, producer, partial(settle, index), payer)
@@ -256,16 +256,18 @@ class Hub:
         now = trio.current_time()
         quota = self.quotas.of(payer, now, identity.publish_rate, identity.publish_bytes)
         if (wait := quota.spend(0, 0, now)) > 0:
-            raise PeerError(Code.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait)
+            raise PeerError(
+                ErrorCode.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait
+            )
         quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)
 
     def submit(self, append: Append, epoch: str | None = None) -> None:
         """Append to the log, unless it is a retry from an epoch of which nothing can be known."""
         self._published += 1
         if self._closed:
-            append.settle(append, not_taken(append, Rejected(Code.SHUTTING_DOWN, STOPPING)))
+            append.settle(append, not_taken(append, Rejected(ErrorCode.SHUTTING_DOWN, STOPPING)))
         elif epoch is not None and epoch != self.log.epoch:
-            append.settle(append, Rejected(Code.UNKNOWN, "first sent in another epoch of the log"))
+            append.settle(append, Rejected(ErrorCode.UNKNOWN, "first sent in another epoch of the log"))
         else:
             self.log.submit(append)
 

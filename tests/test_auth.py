@@ -30,7 +30,7 @@ from catbus.auth.tokens import (
     role_key,
     sign,
 )
-from catbus.errors import CloseCode, Code, ConfigError, PeerError
+from catbus.errors import CloseCode, ConfigError, ErrorCode, PeerError
 
 SECRET = "correct horse battery staple"
 OTHER = "Tr0ub4dor&3"
@@ -106,17 +106,17 @@ def refusal(authenticator: Authenticator, token: str, now: float = NOW) -> PeerE
 
 def assert_unauthenticated(authenticator: Authenticator, token: str, now: float = NOW) -> None:
     error = refusal(authenticator, token, now)
-    assert (error.code, error.close) == (Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
+    assert (error.code, error.close) == (ErrorCode.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
 
 
 def assert_expired(authenticator: Authenticator, token: str, now: float = NOW) -> None:
     error = refusal(authenticator, token, now)
-    assert (error.code, error.close) == (Code.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED)
+    assert (error.code, error.close) == (ErrorCode.TOKEN_EXPIRED, CloseCode.TOKEN_EXPIRED)
 
 
 def assert_not_valid_yet(authenticator: Authenticator, token: str, now: float = NOW) -> PeerError:
     error = refusal(authenticator, token, now)
-    assert (error.code, error.close) == (Code.TOKEN_NOT_VALID_YET, CloseCode.TOKEN_NOT_VALID_YET)
+    assert (error.code, error.close) == (ErrorCode.TOKEN_NOT_VALID_YET, CloseCode.TOKEN_NOT_VALID_YET)
     assert error.close is not None
     assert not error.close.final
     return error
@@ -460,7 +460,7 @@ def test_a_long_token_is_refused_unread() -> None:
 def test_signing_refuses_what_would_not_verify() -> None:
     with pytest.raises(PeerError) as caught:
         sign(SECRET, client_id="a", grants=Grants(read=("a.*.b",)))
-    assert caught.value.code == Code.INVALID_PATTERN
+    assert caught.value.code == ErrorCode.INVALID_PATTERN
     with pytest.raises(ConfigError, match="fewer"):
         sign(SECRET, client_id="a", grants=Grants(read=("a" * 200,) * 40))
     with pytest.raises(ConfigError):

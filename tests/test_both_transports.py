@@ -251,7 +251,7 @@ async def test_a_wrong_token_is_refused_alike(tmp_path: Path) -> None:
             with pytest.raises(catbus.Refused) as caught:
                 async with catbus.connect(url, token="sub-wrong", ca=ca):
                     pass
-            assert caught.value.code is catbus.Code.UNAUTHENTICATED
+            assert caught.value.code is catbus.ErrorCode.UNAUTHENTICATED
 
 
 def test_without_a_certificate_nobody_else_is_served() -> None:
@@ -301,7 +301,7 @@ async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_pat
                 assert (message.seq, message.payload) == (answers[number], number)
             assert answers == list(range(1, len(answers) + 1))
             assert bus.transport == "webtransport"
-            while len(broker.hub.clients) > 1:
+            while len(broker.replica.clients) > 1:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     assert events == [Reconnected(moved=True)]

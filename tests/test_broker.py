@@ -10,7 +10,7 @@ import pytest
 import trio
 
 import catbus
-from catbus import CloseCode, Code, Config
+from catbus import CloseCode, Config, ErrorCode
 from catbus.client import GoAway
 from catbus.config import DrainSettings, LimitSettings
 from catbus.log import EPHEMERAL_SIZE
@@ -45,7 +45,7 @@ async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
             for number in range(200):
                 await broker.publish("a", number)
-            assert broker.hub.delivery.statistics().late == 1
+            assert broker.replica.delivery.statistics().late == 1
             assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
             assert messages.gaps == []
 
@@ -55,8 +55,8 @@ async def test_in_process_what_was_not_read_is_dropped_with_the_subscription() -
         async with catbus.open_broker() as broker:
             async with broker.subscribe("a"):
                 await broker.publish("a", 1)
-                assert broker.hub.delivery.statistics().held > 0
-            assert broker.hub.delivery.statistics().held == 0
+                assert broker.replica.delivery.statistics().held > 0
+            assert broker.replica.delivery.statistics().held == 0
 
 
 async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
@@ -65,7 +65,7 @@ async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
             for number in range(200):
                 await broker.publish("a", number)
-            assert broker.hub.delivery.statistics().withdrawals == 1
+            assert broker.replica.delivery.statistics().withdrawals == 1
             assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
 
 
@@ -92,8 +92,8 @@ async def test_what_retention_has_taken_is_announced() -> None:
                 assert (gap.first, gap.last, gap.reason) == (2, first.seq - 1, "retention")
 
 
-@pytest.mark.parametrize(("channel", "code"), [("a..b", Code.INVALID_CHANNEL), ("a.*", Code.INVALID_CHANNEL)])
-async def test_in_process_a_bad_channel_is_refused(channel: str, code: Code) -> None:
+@pytest.mark.parametrize(("channel", "code"), [("a..b", ErrorCode.INVALID_CHANNEL), ("a.*", ErrorCode.INVALID_CHANNEL)])
+async def test_in_process_a_bad_channel_is_refused(channel: str, code: ErrorCode) -> None:
     async with catbus.open_broker() as broker:
         with pytest.raises(catbus.Refused) as caught:
             await broker.publish(channel, 1)
@@ -108,10 +108,10 @@ async def test_in_process_a_bad_pattern_and_a_bomb_are_refused() -> None:
         with pytest.raises(catbus.Refused) as caught:
             async with broker.subscribe("a.*.b"):
                 pass
-        assert caught.value.code is Code.INVALID_PATTERN
+        assert caught.value.code is ErrorCode.INVALID_PATTERN
         with pytest.raises(catbus.Refused) as caught:
             await broker.publish("a", bomb)
-        assert caught.value.code is Code.BAD_MESSAGE
+        assert caught.value.code is ErrorCode.BAD_MESSAGE
         with pytest.raises(TypeError):
             await broker.publish("a", object())
 
@@ -161,7 +161,7 @@ async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
             async with catbus.connect(url, token=TOKEN, reconnect=False, on_event=events.append) as bus:
                 broker.stop()
                 await bus.ping()
-                assert broker.hub.readiness == "draining"
+                assert broker.replica.readiness == "draining"
                 assert await bus.publish("a", 1) == 1, "it serves on while its clients find another replica"
                 async with catbus.connect(url, token=TOKEN, reconnect=False, on_event=events.append) as late:
                     await late.ping()
@@ -207,7 +207,7 @@ async def test_an_ephemeral_message_that_is_too_large_is_refused_whichever_way_i
         for publish in (bus.publish, broker.publish):
             with pytest.raises(catbus.Refused) as refused:
                 await publish("a", payload, ephemeral=True)
-            assert refused.value.code == Code.TOO_LARGE
+            assert refused.value.code == ErrorCode.TOO_LARGE
         body = json.dumps({"channel": "a", "payload": payload, "ephemeral": True}).encode()
         status, answer = await post(address, body)
         assert (status, answer["code"]) == (413, "too_large")

@@ -15,14 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import catbus.delivery.fan_out as delivery_module
 from catbus.delivery.fan_out import SURVEYED, Delivery
-from catbus.delivery.send_queue import MARK, REPLY, SLOT, Budget, Head, Item, Mailbox, Mark, Run
+from catbus.delivery.send_queue import MARK, REPLY, SLOT, Budget, Head, Item, Mark, Run, SendQueue
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
 from catbus.log import Entry, Page, Recent, Resumption
 from catbus.log.recent_messages import OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
-from catbus.protocol.wire_messages import Protocol
+from catbus.protocol.wire_messages import ProtocolVersion
 
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
 PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]
@@ -37,7 +37,7 @@ LIMITS = [
     (5000, 4_000),
     (5000, 8_000),
 ]
-"""Bytes of a mailbox, and of all of them: a message has some hundred, and takes some five hundred in memory."""
+"""Bytes of a send queue, and of all of them: a message has some hundred, and takes some five hundred in memory."""
 
 
 class ListLog:
@@ -77,7 +77,7 @@ def charge(items: Iterable[Item]) -> int:
     return sum({id(run): run.charge for run in runs}.values()) + len(runs) * SLOT
 
 
-class Outlet:
+class TransportWriter:
     def flush(self) -> None:
         """The tests take the mail themselves."""
 
@@ -86,9 +86,9 @@ class Outlet:
 class Client:
     """A client that remembers all it was told, and what it may expect."""
 
-    protocol: Protocol
+    protocol: ProtocolVersion
     producer: bytes
-    mailbox: Mailbox
+    send_queue: SendQueue
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     wanted: dict[str, int] = field(default_factory=dict)
     """Each pattern held, and the seq after which its messages are due."""
@@ -100,7 +100,7 @@ class Client:
     """Replies, which are numbered."""
 
     def collect(self, most: float = inf) -> None:
-        for item in self.mailbox.take(most):
+        for item in self.send_queue.take(most):
             if isinstance(item, bytes):
                 mark = wire.decode_server(item)
                 match mark:
@@ -114,7 +114,7 @@ class Client:
                         self.told.setdefault(pattern, []).append(mark)
                     case _:
                         raise AssertionError(mark)
-            elif self.protocol is Protocol.FIRST:
+            elif self.protocol is ProtocolVersion.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
                 payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
                 self.stream += [payload for payload in payloads if payload != "0"]
@@ -136,7 +136,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
     a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle. The
-    mailboxes together hold no more than the budget, but for what cannot be had again.
+    send queues together hold no more than the budget, but for what cannot be had again.
     """
 
     @initialize(limits=st.sampled_from(LIMITS))
@@ -151,15 +151,15 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.page: tuple[int, Page] | None = None
         self.serving: Iterator[None] = iter(())
         for pattern in ("*", "a.*"):
-            self.connect(Protocol.V1, PRODUCERS[0])
+            self.connect(ProtocolVersion.V1, PRODUCERS[0])
             self.subscribe_one(self.clients[-1], pattern, None)
 
-    @rule(protocol=st.sampled_from(Protocol), producer=st.sampled_from(PRODUCERS))
-    def connect(self, protocol: Protocol, producer: bytes) -> None:
+    @rule(protocol=st.sampled_from(ProtocolVersion), producer=st.sampled_from(PRODUCERS))
+    def connect(self, protocol: ProtocolVersion, producer: bytes) -> None:
         if len(self.clients) < 4:
-            mailbox = Mailbox(Outlet(), lambda _: None, self.limit, self.delivery.budget)
-            mailbox.protocol = protocol
-            self.clients.append(Client(protocol, producer, mailbox))
+            send_queue = SendQueue(TransportWriter(), lambda _: None, self.limit, self.delivery.budget)
+            send_queue.protocol = protocol
+            self.clients.append(Client(protocol, producer, send_queue))
 
     @rule(
         batches=st.lists(
@@ -182,21 +182,21 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def reply(self, client: Client) -> None:
         """A reply, and a `head` where that is true."""
-        if client.protocol is Protocol.V1:
+        if client.protocol is ProtocolVersion.V1:
             client.said += 1
-            client.mailbox.put(wire.encode(wire.Pong(client.said)) or b"")
+            client.send_queue.put(wire.encode(wire.Pong(client.said)) or b"")
             if not any(subscription.late for subscription in client.subscriptions.values()):
-                client.mailbox.put(Head(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
+                client.send_queue.put(Head(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
     def subscribe(self, data: st.DataObject, pattern: str) -> None:
         client = data.draw(st.sampled_from(self.clients))
-        if client.protocol is Protocol.FIRST:
+        if client.protocol is ProtocolVersion.FIRST:
             if pattern not in client.wanted:
                 subscription = next(
                     iter(client.subscriptions.values()),
-                    Subscription(client.mailbox, client.producer),
+                    Subscription(client.send_queue, client.producer),
                 )
                 client.subscriptions[pattern] = subscription
                 client.wanted[pattern] = len(self.log.entries)
@@ -209,15 +209,15 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.subscribe_one(client, pattern, data.draw(st.none() | st.integers(0, len(self.log.entries) + 3)))
 
     def subscribe_one(self, client: Client, pattern: str, since: int | None) -> None:
-        subscription = Subscription(client.mailbox, client.producer)
+        subscription = Subscription(client.send_queue, client.producer)
         client.subscriptions[pattern] = subscription
         client.wanted[pattern] = len(self.log.entries) if since is None else since
         self.delivery.subscribe(subscription, pattern, since)
 
-    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is Protocol.V1))
+    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
     @rule(data=st.data())
     def unsubscribe(self, data: st.DataObject) -> None:
-        held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
+        held = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
         self.unsubscribe_one(*data.draw(st.sampled_from(held)))
 
     def unsubscribe_one(self, client: Client, pattern: str) -> None:
@@ -228,13 +228,13 @@ class DeliveryMachine(RuleBasedStateMachine):
         del client.wanted[pattern]
         client.told.pop(pattern, None)
 
-    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is Protocol.V1))
+    @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
     @rule(data=st.data())
     def revoke(self, data: st.DataObject) -> None:
         """As `unsubscribe`, but what is queued goes, too; what is left must not count that as delivered."""
-        held = [(c, p) for c in self.clients if c.protocol is Protocol.V1 for p in c.subscriptions]
+        held = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
         client, pattern = data.draw(st.sampled_from(held))
-        client.mailbox.revoke([pattern])
+        client.send_queue.revoke([pattern])
         self.unsubscribe_one(client, pattern)
 
     @precondition(lambda self: self.clients)
@@ -264,12 +264,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         for _ in range(steps):
             next(self.serving, None)
 
-    @rule(turns=st.integers(1, 10))
-    def rest(self, turns: int) -> None:
+    @rule(cpu_scheduler=st.integers(1, 10))
+    def rest(self, cpu_scheduler: int) -> None:
         """Nothing new comes for a while, and everybody reads."""
         self.page = None
         exhaust(self.serving)
-        for _ in range(turns):
+        for _ in range(cpu_scheduler):
             for client in self.clients:
                 client.collect()
             self.sweep()
@@ -299,15 +299,15 @@ class DeliveryMachine(RuleBasedStateMachine):
                 self.check(client, pattern, told, complete=False)
 
     @invariant()
-    def the_mailboxes_hold_what_they_say_and_no_more_than_they_may(self) -> None:
+    def the_send_queues_hold_what_they_say_and_no_more_than_they_may(self) -> None:
         if not hasattr(self, "delivery"):
             return
         budget = self.delivery.budget
-        items = [item for client in self.clients for item in client.mailbox._items]
+        items = [item for client in self.clients for item in client.send_queue._items]
         assert budget.messages == charge(items)
         replies = [item for item in items if isinstance(item, bytes)]
         assert budget.replies == sum(len(item) + (MARK if isinstance(item, Mark) else REPLY) for item in replies)
-        fixed = [item for client in self.clients for item in client.mailbox._items[: client.mailbox._fixed]]
+        fixed = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._fixed]]
         assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, Run)}.values())
         self.fixed = max(self.fixed, charge(fixed))
         assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
@@ -322,9 +322,9 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.sweep()
         for client in self.clients:
             client.collect()
-            for pattern in client.wanted if client.protocol is Protocol.V1 else ():
+            for pattern in client.wanted if client.protocol is ProtocolVersion.V1 else ():
                 self.check(client, pattern, client.told.get(pattern, []), complete=True)
-            if client.protocol is Protocol.FIRST:
+            if client.protocol is ProtocolVersion.FIRST:
                 self.check_first_version(client)
         statistics = self.delivery.statistics()
         ahead = sum(s > len(self.log.entries) for c in self.clients for s in c.wanted.values())
@@ -377,14 +377,14 @@ class Reader:
     """A `catbus.v1` subscriber of one pattern."""
 
     def __init__(self, delivery: Delivery, pattern: str, since: int | None = None, limit: int = 10_000) -> None:
-        self.mailbox = Mailbox(Outlet(), lambda _: None, limit, delivery.budget)
-        self.subscription = Subscription(self.mailbox)
+        self.send_queue = SendQueue(TransportWriter(), lambda _: None, limit, delivery.budget)
+        self.subscription = Subscription(self.send_queue)
         delivery.subscribe(self.subscription, pattern, since)
 
     def mail(self) -> list[object]:
         """Seqs of messages, and marks."""
         mail: list[object] = []
-        for item in self.mailbox.take():
+        for item in self.send_queue.take():
             mail += [e.seq for e in item.entries] if isinstance(item, Run) else [wire.decode_server(item)]
         return mail
 
@@ -414,16 +414,16 @@ def sweep(log: ListLog, delivery: Delivery) -> None:
 def test_a_batch_is_encoded_once_for_all_who_share_a_pattern(log: ListLog, delivery: Delivery) -> None:
     readers = [Reader(delivery, "a.*") for _ in range(3)]
     publish(log, delivery, "a.b", "a.c")
-    [[first], [second], [third]] = [reader.mailbox.take() for reader in readers]
+    [[first], [second], [third]] = [reader.send_queue.take() for reader in readers]
     assert first is second is third
 
 
 def test_overlapping_patterns_get_a_copy_each(log: ListLog, delivery: Delivery) -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None)
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
     for pattern in ("a.*", "*"):
-        delivery.subscribe(Subscription(mailbox), pattern)
+        delivery.subscribe(Subscription(send_queue), pattern)
     publish(log, delivery, "a.b")
-    assert {item.pattern for item in mailbox.take() if isinstance(item, Run)} == {"a.*", "*"}
+    assert {item.pattern for item in send_queue.take() if isinstance(item, Run)} == {"a.*", "*"}
 
 
 def test_a_page_read_before_an_apply_leaves_no_hole_at_the_seam(log: ListLog, delivery: Delivery) -> None:
@@ -467,7 +467,7 @@ def test_who_has_no_room_goes_late_and_the_others_do_not(log: ListLog, delivery:
     assert got == [*range(1, 11), wire.Live("a", 10)]
 
 
-def test_over_the_total_those_with_the_largest_mailboxes_go_late_and_the_others_do_not(log: ListLog) -> None:
+def test_over_the_total_those_with_the_largest_send_queues_go_late_and_the_others_do_not(log: ListLog) -> None:
     delivery = Delivery(log, Budget(4000))  # type: ignore[arg-type]
     small, large, quick = Reader(delivery, "a"), Reader(delivery, "a.*"), Reader(delivery, "b")
     publish(log, delivery, "a")
@@ -537,7 +537,7 @@ def test_what_cannot_be_had_again_is_not_withdrawn(log: ListLog) -> None:
     del log.entries[1:]
     delivery.restart(1)
     delivery.unsubscribe(reader.subscription, "a")
-    again = Subscription(reader.mailbox)
+    again = Subscription(reader.send_queue)
     delivery.subscribe(again, "a")
     for _ in range(40):
         publish(log, delivery, "a")
@@ -569,7 +569,7 @@ def test_few_entries_are_read_for_one_who_has_room_for_few(log: ListLog, deliver
     assert quick.mail() == []
 
 
-def test_one_message_larger_than_the_mailbox_is_delivered_all_the_same(log: ListLog, delivery: Delivery) -> None:
+def test_one_message_larger_than_the_send_queue_is_delivered_all_the_same(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", limit=50)
     publish(log, delivery, "a", "a")
     sweep(log, delivery)
@@ -641,9 +641,9 @@ def test_who_is_late_in_what_both_epochs_have_in_common_goes_on_exactly(log: Lis
 def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery: Delivery) -> None:
     """Where a subscription began in the other epoch says nothing about the seqs of this one."""
     publish(log, delivery, *["a"] * 4)
-    mailbox = Mailbox(Outlet(), lambda _: None)
-    mailbox.protocol = Protocol.FIRST
-    old = Subscription(mailbox)
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    send_queue.protocol = ProtocolVersion.FIRST
+    old = Subscription(send_queue)
     for pattern in ("*", "a"):
         delivery.subscribe(old, pattern)
     slow = Reader(delivery, "a", limit=150)
@@ -651,7 +651,7 @@ def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery
     delivery.restart(1)
     slow.mail()
     publish(log, delivery, "a", "a", "a")
-    assert [e.seq for item in mailbox.take() if isinstance(item, Run) for e in item.entries] == [2, 3, 4]
+    assert [e.seq for item in send_queue.take() if isinstance(item, Run) for e in item.entries] == [2, 3, 4]
     got: list[object] = []
     for _ in range(5):
         got += slow.mail()
@@ -680,7 +680,7 @@ def test_one_that_is_set_back_while_a_page_is_served_is_not_served_from_it(log: 
     sweep(log, delivery)
     steps = delivery.serve(4, log.page(4, 4))
     next(steps)
-    delivery._withdraw(reader.mailbox)
+    delivery._withdraw(reader.send_queue)
     exhaust(steps)
     got = reader.mail()
     for _ in range(3):
@@ -754,19 +754,19 @@ def test_an_ephemeral_message_goes_as_a_datagram_where_that_is_wanted_and_fits(d
             sent.append(line)
         return len(line) < 200
 
-    mailbox = Mailbox(Outlet(), lambda _: None)
-    delivery.subscribe(Subscription(mailbox, PRODUCERS[0], send_datagram), "a.*")
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    delivery.subscribe(Subscription(send_queue, PRODUCERS[0], send_datagram), "a.*")
     delivery.broadcast(Entry(0, 1, "a.b", b'"fits"', None, None))
     delivery.broadcast(Entry(0, 1, "a.b", b'"mine"', None, PRODUCERS[0]))
     delivery.broadcast(Entry(0, 1, "a.b", b'"%b"' % (b"x" * 200), None, None))
     assert [msgspec.json.decode(line)["payload"] for line in sent] == ["fits"]
-    assert [len(item.entries) for item in mailbox.take() if isinstance(item, Run)] == [1]
+    assert [len(item.entries) for item in send_queue.take() if isinstance(item, Run)] == [1]
 
 
 def test_a_first_version_client_gets_an_ephemeral_message_once(delivery: Delivery) -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None)
-    subscription = Subscription(mailbox)
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    subscription = Subscription(send_queue)
     for pattern in ("a.*", "*", "a.b"):
         delivery.subscribe(subscription, pattern)
     delivery.broadcast(entry(0, "a.b"))
-    assert len(mailbox.take()) == 1
+    assert len(send_queue.take()) == 1

@@ -6,7 +6,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.delivery.flusher import LONGEST_REST, LOOK, SLICE, Flusher
-from catbus.delivery.send_queue import Mailbox
+from catbus.delivery.send_queue import SendQueue
 
 
 class Stopwatch:
@@ -19,18 +19,18 @@ class Stopwatch:
         return self.now
 
 
-class Outlet:
+class TransportWriter:
     """Notes when it was flushed (Trio time), and what it then sent."""
 
     def __init__(self, flusher: Flusher, stopwatch: Stopwatch, cost: float = 0.0) -> None:
-        self.mailbox = Mailbox(self, flusher.wake)
+        self.send_queue = SendQueue(self, flusher.wake)
         self.cost = cost
         self.sent: list[tuple[float, int]] = []
         self._stopwatch = stopwatch
 
     def flush(self) -> None:
         self._stopwatch.now += self.cost
-        self.sent.append((trio.current_time(), len(self.mailbox.take())))
+        self.sent.append((trio.current_time(), len(self.send_queue.take())))
 
 
 async def test_a_message_goes_out_at_once_when_there_is_little_to_do(
@@ -38,48 +38,48 @@ async def test_a_message_goes_out_at_once_when_there_is_little_to_do(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    outlet = Outlet(flusher, stopwatch, cost=0.0)
+    writer = TransportWriter(flusher, stopwatch, cost=0.0)
     nursery.start_soon(flusher.run)
     for _ in range(3):
-        outlet.mailbox.put(b"x")
+        writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert [count for _, count in outlet.sent] == [1, 1, 1]
+    assert [count for _, count in writer.sent] == [1, 1, 1]
 
 
-async def test_after_an_expensive_pass_its_mailboxes_fill_for_as_long_as_it_took(
+async def test_after_an_expensive_pass_its_send_queues_fill_for_as_long_as_it_took(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [Outlet(flusher, stopwatch, cost=0.0005) for _ in range(8)]
+    crowd = [TransportWriter(flusher, stopwatch, cost=0.0005) for _ in range(8)]
     nursery.start_soon(flusher.run)
     for _ in range(5):
-        for outlet in crowd:
-            outlet.mailbox.put(b"x")
+        for writer in crowd:
+            writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert [len(outlet.sent) for outlet in crowd] == [2] * 8, "the second pass knows what the first one took"
+    assert [len(writer.sent) for writer in crowd] == [2] * 8, "the second pass knows what the first one took"
     mock_clock.jump(0.0039)
     await wait_all_tasks_blocked()
-    assert [len(outlet.sent) for outlet in crowd] == [2] * 8
+    assert [len(writer.sent) for writer in crowd] == [2] * 8
     mock_clock.jump(0.0002)
     await wait_all_tasks_blocked()
-    assert [[count for _, count in outlet.sent[2:]] for outlet in crowd] == [[3]] * 8, "one send carries all"
+    assert [[count for _, count in writer.sent[2:]] for writer in crowd] == [[3]] * 8, "one send carries all"
 
 
-async def test_a_mailbox_outside_the_expensive_pass_does_not_wait_for_it(
+async def test_a_send_queue_outside_the_expensive_pass_does_not_wait_for_it(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [Outlet(flusher, stopwatch, cost=0.001) for _ in range(4)]
-    small = Outlet(flusher, stopwatch)
+    crowd = [TransportWriter(flusher, stopwatch, cost=0.001) for _ in range(4)]
+    small = TransportWriter(flusher, stopwatch)
     nursery.start_soon(flusher.run)
     for _ in range(3):
-        for outlet in crowd:
-            outlet.mailbox.put(b"x")
+        for writer in crowd:
+            writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
     assert flusher.statistics().resting == 4
-    small.mailbox.put(b"x")
+    small.send_queue.put(b"x")
     await wait_all_tasks_blocked()
     assert len(small.sent) == 1
 
@@ -87,15 +87,15 @@ async def test_a_mailbox_outside_the_expensive_pass_does_not_wait_for_it(
 async def test_no_rest_is_longer_than_the_bound(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    outlet = Outlet(flusher, stopwatch, cost=3.0)
+    writer = TransportWriter(flusher, stopwatch, cost=3.0)
     nursery.start_soon(flusher.run)
     for _ in range(3):
-        outlet.mailbox.put(b"x")
+        writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert len(outlet.sent) == 2
+    assert len(writer.sent) == 2
     mock_clock.jump(LONGEST_REST + 0.001)
     await wait_all_tasks_blocked()
-    assert len(outlet.sent) == 3
+    assert len(writer.sent) == 3
 
 
 async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
@@ -103,19 +103,19 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [Outlet(flusher, stopwatch, cost=SLICE) for _ in range(9 * LOOK)]
-    turns: list[int] = []
+    crowd = [TransportWriter(flusher, stopwatch, cost=SLICE) for _ in range(9 * LOOK)]
+    cpu_scheduler: list[int] = []
 
     async def other() -> None:
         while True:
-            turns.append(sum(len(outlet.sent) for outlet in crowd))
+            cpu_scheduler.append(sum(len(writer.sent) for writer in crowd))
             await trio.lowlevel.checkpoint()
-            if turns[-1] == len(crowd):
+            if cpu_scheduler[-1] == len(crowd):
                 return
 
-    for outlet in crowd:
-        outlet.mailbox.put(b"x")
+    for writer in crowd:
+        writer.send_queue.put(b"x")
     async with trio.open_nursery() as inner:
         inner.start_soon(other)
         nursery.start_soon(flusher.run)
-    assert len(set(turns)) > 2, "it saw the pass half done"
+    assert len(set(cpu_scheduler)) > 2, "it saw the pass half done"

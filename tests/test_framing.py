@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.errors import CloseCode, Code, PeerError
+from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 
 LIMIT = 65536
 
@@ -28,10 +28,10 @@ Seen = dict[str, Any] | tuple[str, str]
 
 def feed(chunks: Iterable[bytes], limit: int = LIMIT) -> list[Seen]:
     """All that a framer makes of these chunks, up to the first error that it raises."""
-    return list(results(Framer(decode_object, limit), chunks))
+    return list(results(JsonSplitter(decode_object, limit), chunks))
 
 
-def results(framer: Framer[dict[str, Any]], chunks: Iterable[bytes]) -> Iterator[Seen]:
+def results(framer: JsonSplitter[dict[str, Any]], chunks: Iterable[bytes]) -> Iterator[Seen]:
     try:
         for chunk in chunks:
             for item in framer.feed(chunk):
@@ -41,7 +41,7 @@ def results(framer: Framer[dict[str, Any]], chunks: Iterable[bytes]) -> Iterator
 
 
 def refused(error: PeerError) -> Seen:
-    assert (error.code, error.close) == (Code.BAD_MESSAGE, None)
+    assert (error.code, error.close) == (ErrorCode.BAD_MESSAGE, None)
     return ("refused", error.message)
 
 
@@ -196,32 +196,32 @@ def test_any_bytes_are_answered_and_nothing_else_is_raised(data: bytes) -> None:
 
 def test_what_stands_inside_a_payload_on_a_line_of_its_own_is_not_a_message() -> None:
     data = b'{"type":"publish","channel":"good","payload":\n{"type":"publish","channel":"evil","payload":1}\n}\n'
-    framer = Framer(wire.decode_client)
+    framer = JsonSplitter(wire.decode_client)
     for chunks in ([data], data.splitlines(keepends=True), cut(data, range(1, len(data)))):
         messages = [message for chunk in chunks for message in framer.feed(chunk)]
         assert [message.channel for message in messages if isinstance(message, wire.Publish)] == ["good"]
 
 
 def test_an_object_that_does_not_decode_is_refused_and_the_next_one_is_read() -> None:
-    framer = Framer(wire.decode_client)
+    framer = JsonSplitter(wire.decode_client)
     data = b'{"type":"ping","seq":1}\n{"type":"nonsense"}\n{"type":"ping"}{"type":"ping","seq":2}'
     first, second, third, fourth = framer.feed(data)
     assert (first, fourth) == (wire.Ping(1), wire.Ping(2))
     for error in (second, third):
         assert isinstance(error, PeerError)
-        assert (error.code, error.close) == (Code.BAD_MESSAGE, None)
+        assert (error.code, error.close) == (ErrorCode.BAD_MESSAGE, None)
 
 
 @pytest.mark.parametrize(
     "junk", [b"x", b"1\n", b"[]\n", b'"a"\n', b"null\n", b"}", b"\0", b"\x0b\n", b"\x85", b"\xef\xbb\xbf{}"]
 )
 def test_anything_else_between_objects_closes_after_what_stood_before_it(junk: bytes) -> None:
-    messages = Framer(decode_object).feed(b'{"a":1}\n{"b":2} ' + junk)
+    messages = JsonSplitter(decode_object).feed(b'{"a":1}\n{"b":2} ' + junk)
     assert next(messages) == {"a": 1}
     assert next(messages) == {"b": 2}
     with pytest.raises(PeerError) as caught:
         next(messages)
-    assert (caught.value.code, caught.value.close) == (Code.BAD_MESSAGE, CloseCode.BAD_MESSAGE)
+    assert (caught.value.code, caught.value.close) == (ErrorCode.BAD_MESSAGE, CloseCode.BAD_MESSAGE)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b" ", b"{}"])
@@ -240,15 +240,15 @@ def test_white_space_does_not_count() -> None:
 
 
 def test_an_object_over_the_limit_closes_after_what_stood_before_it() -> None:
-    messages = Framer(decode_object, limit=10).feed(b'{"a":1}\n{"a":"12345"}\n{"b":2}\n')
+    messages = JsonSplitter(decode_object, limit=10).feed(b'{"a":1}\n{"a":"12345"}\n{"b":2}\n')
     assert next(messages) == {"a": 1}
     with pytest.raises(PeerError) as caught:
         next(messages)
-    assert (caught.value.code, caught.value.close) == (Code.TOO_LARGE, CloseCode.TOO_LARGE)
+    assert (caught.value.code, caught.value.close) == (ErrorCode.TOO_LARGE, CloseCode.TOO_LARGE)
 
 
 def test_an_object_that_will_be_over_the_limit_is_not_waited_for() -> None:
-    framer = Framer(decode_object, limit=10)
+    framer = JsonSplitter(decode_object, limit=10)
     for byte in b'{"a":"1234':
         assert list(framer.feed(bytes([byte]))) == []
     with pytest.raises(PeerError, match="10"):
@@ -262,7 +262,7 @@ def test_a_message_is_decoded_when_it_is_asked_for() -> None:
         decoded.append(data)
         return len(decoded)
 
-    messages = Framer(decode).feed(b"{}\n{}\n{}\n")
+    messages = JsonSplitter(decode).feed(b"{}\n{}\n{}\n")
     assert decoded == []
     assert next(messages) == 1
     assert len(decoded) == 1
@@ -302,7 +302,7 @@ def test_twice_as_much_is_no_more_than_twice_the_work(stretch: Callable[[int], l
         chunks = stretch(n)
         best = float("inf")
         for _ in range(3):
-            framer = Framer(decode_object, limit=1 << 30)
+            framer = JsonSplitter(decode_object, limit=1 << 30)
             start = time.thread_time()
             for chunk in chunks:
                 for _ in framer.feed(chunk):
@@ -324,7 +324,7 @@ def test_no_byte_is_decoded_more_than_twice() -> None:
     data = (b'{"a":1}\n' * 5 + b'{"a":1}{"b":2}\n' + b'{"a":\n{}}\n{1}\n\n') * 100
     for step in (1, 10, 100, len(data)):
         given_to_decode = 0
-        framer = Framer(decode)
+        framer = JsonSplitter(decode)
         for chunk in cut(data, range(step, len(data), step)):
             for _ in framer.feed(chunk):
                 pass
@@ -333,7 +333,7 @@ def test_no_byte_is_decoded_more_than_twice() -> None:
 
 def test_of_many_objects_few_are_taken_apart_before_they_are_asked_for() -> None:
     data = b'{"type":"ping","seq":1}\n' * 40_000
-    results = Framer(decode_object).feed(data)
+    results = JsonSplitter(decode_object).feed(data)
     tracemalloc.start()
     try:
         for _ in range(1001):

@@ -164,8 +164,8 @@ def test_the_public_names_come_from_below_the_command() -> None:
 def test_a_library_behind_a_seam_has_one_importer(library: str) -> None:
     importers = {module for module, path in MODULES.items() for name in imports(path) if name.split(".")[0] == library}
     allowed = ONLY_IMPORTERS[library]
-    strangers = {module for module in importers if not any(f"{module}.".startswith(f"{one}.") for one in allowed)}
-    assert not strangers
+    unauthenticated = {module for module in importers if not any(f"{module}.".startswith(f"{one}.") for one in allowed)}
+    assert not unauthenticated
 
 
 @pytest.mark.parametrize("part", sorted(PURE))

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from random import Random
 
 from catbus.delivery.fan_out import Delivery, Subscription
-from catbus.delivery.send_queue import Mailbox, Run
+from catbus.delivery.send_queue import Run, SendQueue
 from catbus.log import Entry, Page, Resumption
 from catbus.protocol.channels import matches
-from tests.test_delivery import Outlet, entry, exhaust
+from tests.test_delivery import TransportWriter, entry, exhaust
 
 CHANNELS = ["a.b", "a.c", "d"]
 
@@ -65,18 +65,18 @@ class Replica:
 
 
 class Session:
-    """One mailbox, and what came out of it: which pattern's, and which seq."""
+    """One send queue, and what came out of it: which pattern's, and which seq."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
-        self.mailbox = Mailbox(Outlet(), lambda _: None, replica.random.choice([400, 4000, 4000]))
+        self.send_queue = SendQueue(TransportWriter(), lambda _: None, replica.random.choice([400, 4000, 4000]))
         self.got: list[tuple[str, Entry]] = []
 
     def subscribe(self, pattern: str, since: int) -> None:
-        self.replica.delivery.subscribe(Subscription(self.mailbox), pattern, since)
+        self.replica.delivery.subscribe(Subscription(self.send_queue), pattern, since)
 
     def take(self) -> None:
-        for item in self.mailbox.take():
+        for item in self.send_queue.take():
             if isinstance(item, Run):
                 self.got += [(item.pattern, message) for message in item.entries]
 

@@ -66,7 +66,7 @@ async def serving(state: Path, url: str = "memory") -> AsyncIterator[tuple[catbu
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, config)
-            await broker.hub.log.wait_open()
+            await broker.replica.log.wait_open()
             address = dict(broker.addresses)["websocket"]
             found = await discover(address)
             yield broker, address, found["webtransport"], found["certificate"]

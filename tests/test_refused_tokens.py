@@ -17,10 +17,10 @@ from catbus.auth.token_errors import Reason
 from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.client import Backoff
 from catbus.config import AuthSettings, Config
-from catbus.errors import CloseCode, Code, PeerError
+from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.log import MemoryLog
 from catbus.observability.metrics import Metrics
-from catbus.replica import Hub
+from catbus.replica import Replica
 from tests.brokers import CONFIG, SECRET, running
 from tests.endpoints.peers import Peer
 from tests.test_auth import signed_jwt
@@ -34,13 +34,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[Any]:
     return [record for record in caplog.records if record.message == "a token was refused"]
 
 
-def make_hub(roles: Roles | None = None) -> Hub:
-    return Hub(Config(), MemoryLog(), Authenticator([SECRET], leeway=30), roles=roles)
+def make_replica(roles: Roles | None = None) -> Replica:
+    return Replica(Config(), MemoryLog(), Authenticator([SECRET], leeway=30), roles=roles)
 
 
-async def refuse(hub: Hub, token: str) -> PeerError:
+async def refuse(replica: Replica, token: str) -> PeerError:
     with pytest.raises(PeerError) as caught:
-        await hub.authenticate(token)
+        await replica.authenticate(token)
     return caught.value
 
 
@@ -67,7 +67,7 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
         everything = " ".join(str(vars(record)) for record in caplog.records)
         for secret in (SECRET, OTHER, *(token.rpartition(".")[2] for token in tokens.values())):
             assert secret not in everything
-        body, _ = Metrics(broker.hub, {}).scrape()
+        body, _ = Metrics(broker.replica, {}).scrape()
         for reason in Reason:
             counted = b'catbus_tokens_refused_total{reason="%b"} %d.0' % (reason.encode(), reason in tokens)
             assert counted in body
@@ -75,14 +75,14 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
 
 async def test_a_stranger_does_not_fill_the_log(caplog: pytest.LogCaptureFixture, autojump_clock: MockClock) -> None:
     caplog.set_level(logging.INFO)
-    hub = make_hub()
+    replica = make_replica()
     for number in range(1000):
-        await refuse(hub, signed_jwt({"alg": "HS256", "kid": f"kid{number}"}, {"sub": number}, OTHER))
-        await refuse(hub, f"not a token {number}")
+        await refuse(replica, signed_jwt({"alg": "HS256", "kid": f"kid{number}"}, {"sub": number}, OTHER))
+        await refuse(replica, f"not a token {number}")
     assert [record.reason for record in lines(caplog)] == ["signature", "malformed"]
-    assert hub.vitals.refused_tokens == {Reason.SIGNATURE: 1000, Reason.MALFORMED: 1000}
+    assert replica.runtime_statistics.refused_tokens == {Reason.SIGNATURE: 1000, Reason.MALFORMED: 1000}
     await trio.sleep(61)
-    await refuse(hub, "not a token")
+    await refuse(replica, "not a token")
     assert lines(caplog)[-1].repeated == 999
     assert len(lines(caplog)) == 3
 
@@ -92,8 +92,8 @@ async def test_a_role_that_is_not_there_is_named_by_its_handle(caplog: pytest.Lo
     roles, token = Roles(), make_role_token()
     roles.answer = None
     roles.let.set()
-    error = await refuse(make_hub(roles), token)
-    assert (error.code, error.message) == (Code.UNAUTHENTICATED, "no role has this token")
+    error = await refuse(make_replica(roles), token)
+    assert (error.code, error.message) == (ErrorCode.UNAUTHENTICATED, "no role has this token")
     [line] = lines(caplog)
     key = role_key(token)
     assert key is not None
@@ -145,7 +145,7 @@ async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None
         async with catbus.connect(f"ws://{address}/ws", token=token, persist=True, reconnect=reconnect) as bus:
             assert await bus.publish("a", 1) == 1
         # It was told when to come, and came no earlier.
-        assert 1 <= broker.hub.vitals.refused_tokens[Reason.NOT_VALID_YET] <= 2
+        assert 1 <= broker.replica.runtime_statistics.refused_tokens[Reason.NOT_VALID_YET] <= 2
 
 
 async def test_an_open_session_outlives_a_newer_token_that_is_not_valid_yet() -> None:

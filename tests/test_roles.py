@@ -15,7 +15,7 @@ import catbus
 from catbus import Config
 from catbus.auth.tokens import Grants, make_role_token
 from catbus.config import DatabaseSettings
-from catbus.errors import CloseCode, Code
+from catbus.errors import CloseCode, ErrorCode
 from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
 from tests.endpoints.peers import Peer
@@ -60,7 +60,7 @@ async def post(address: str, token: str, body: bytes) -> tuple[int, Any]:
 async def test_a_role_may_what_it_was_granted_and_nothing_else(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         async with catbus.connect(f"ws://{address}/ws", token=token) as bus:
             assert bus.client_id == "ci"
             async with bus.subscribe("a.*") as messages:
@@ -70,17 +70,17 @@ async def test_a_role_may_what_it_was_granted_and_nothing_else(database_url: str
             await bus.publish("b", 2)
             with pytest.raises(catbus.Refused) as caught:
                 await bus.publish("c", 3)
-            assert caught.value.code is Code.UNAUTHORIZED
+            assert caught.value.code is ErrorCode.UNAUTHORIZED
             with pytest.raises(catbus.Refused) as caught:
                 async with bus.subscribe("b"):
                     pass
-            assert caught.value.code is Code.UNAUTHORIZED
+            assert caught.value.code is ErrorCode.UNAUTHORIZED
 
 
 async def test_an_unknown_role_and_a_deleted_one_are_refused_for_good(database_url: str) -> None:
     deleted = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         async with speaker(address) as peer:
             assert (await authenticate(peer, deleted))["type"] == "auth_ok"
         await delete_role(database_url, deleted)
@@ -95,7 +95,7 @@ async def test_an_unknown_role_and_a_deleted_one_are_refused_for_good(database_u
 async def test_requests_in_the_same_bytes_are_done_after_the_look_up(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address), speaker(address) as peer:
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         await peer.say(
             b'{"type":"auth","protocol":1,"token":"%b"}{"type":"subscribe","pattern":"a.*"}'
             b'{"type":"publish","channel":"a.1","payload":1,"ack":false}{"type":"ping","seq":1}' % token.encode()
@@ -111,7 +111,7 @@ async def test_while_the_database_is_away_role_tokens_are_not_refused_for_good_a
     caplog.set_level(logging.DEBUG)
     token = await make_role(database_url)
     async with open_proxy(database_url) as proxy, running(on(proxy.url)) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         async with speaker(address) as staying:
             assert (await authenticate(staying, token))["type"] == "auth_ok"
             proxy.close()
@@ -144,7 +144,7 @@ async def test_a_change_reaches_open_sessions_on_every_replica_over_either_trans
         buses = []
         for name in ("one", "other"):
             broker, websocket, found = await enter(both_doors(tmp_path / name, on(database_url)))
-            await broker.hub.log.wait_open()
+            await broker.replica.log.wait_open()
             buses.append(await enter(catbus.connect(websocket, token=token)))
             webtransport, ca = found["webtransport"], found["certificate"]
             buses.append(await enter(catbus.connect(webtransport, token=token, ca=ca)))
@@ -156,11 +156,11 @@ async def test_a_change_reaches_open_sessions_on_every_replica_over_either_trans
         for messages in taken:
             with pytest.raises(catbus.Refused) as caught:
                 await anext(messages)
-            assert caught.value.code is Code.REVOKED
+            assert caught.value.code is ErrorCode.REVOKED
         for bus in buses:
             with pytest.raises(catbus.Refused) as caught:
                 await bus.publish("a.x", 2)
-            assert caught.value.code is Code.UNAUTHORIZED
+            assert caught.value.code is ErrorCode.UNAUTHORIZED
         await buses[0].publish("b", 3)
         assert [(await anext(messages)).payload for messages in kept] == [3] * 4
         await roles.grant(token, Grants((), ("a.*",)))
@@ -172,13 +172,13 @@ async def test_a_change_reaches_open_sessions_on_every_replica_over_either_trans
         for messages in kept:
             with pytest.raises(catbus.CatbusError) as ended:
                 await anext(messages)
-            assert getattr(ended.value, "code", None) in (Code.REVOKED, CloseCode.REVOKED), ended.value
+            assert getattr(ended.value, "code", None) in (ErrorCode.REVOKED, CloseCode.REVOKED), ended.value
 
 
 async def test_publishing_over_http_with_a_role_token(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         async with broker.subscribe("*") as messages:
             assert await post(address, token, b'{"channel":"b","payload":1}') == (200, {"seq": 1, "channel": "b"})
             assert (await anext(messages)).sender == "ci"

@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catbus.auth.tokens import Grants, Identity
-from catbus.delivery.send_queue import Mailbox
-from catbus.errors import CloseCode, Code, PeerError
+from catbus.delivery.send_queue import SendQueue
+from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server
 from catbus.session.state_machine import (
     Authenticate,
@@ -35,14 +35,14 @@ ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), Non
 PRODUCER = b"p" * 16
 
 
-class Outlet:
+class TransportWriter:
     def flush(self) -> None:
         """The tests take the mail themselves."""
 
 
 @dataclass
 class Driver:
-    """Carries out effects as an obliging hub would, and keeps them."""
+    """Carries out effects as an obliging replica would, and keeps them."""
 
     identity: Identity | PeerError = ALICE
     wall: float = 0.0
@@ -50,8 +50,8 @@ class Driver:
     appends: list[Append] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.mailbox = Mailbox(Outlet(), lambda _: None)
-        self.session = Session(self.mailbox, SessionLimits(message_size=2000, subscriptions=3), now=100.0)
+        self.send_queue = SendQueue(TransportWriter(), lambda _: None)
+        self.session = Session(self.send_queue, SessionLimits(message_size=2000, subscriptions=3), now=100.0)
 
     def feed(self, data: bytes) -> None:
         for effect in self.session.receive(data):
@@ -88,7 +88,7 @@ class Driver:
 
     def replies(self) -> list[dict[str, Any]]:
         replies = []
-        for line in self.mailbox.take():
+        for line in self.send_queue.take():
             assert isinstance(line, bytes)
             decoded = json.loads(line)
             assert isinstance(decoded, dict)
@@ -139,10 +139,10 @@ def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: boo
     for start in range(0, len(data), cut):
         closed = driver.session.state is State.CLOSED
         unknown = driver.session.identity is None
-        count, size = len(driver.effects), driver.mailbox.size
+        count, size = len(driver.effects), driver.send_queue.size
         driver.feed(data[start : start + cut])
         if closed:
-            assert (len(driver.effects), driver.mailbox.size) == (count, size)
+            assert (len(driver.effects), driver.send_queue.size) == (count, size)
         if unknown and driver.session.identity is None:
             assert all(isinstance(effect, Authenticate | Measure) for effect in driver.effects[count:])
     for append in driver.appends:
@@ -151,12 +151,12 @@ def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: boo
     assert driver.session.pending == 0
     # Until its `auth` is understood, everybody is answered as a first-version client.
     understood = authenticated
-    for reply in driver.mailbox.take():
+    for reply in driver.send_queue.take():
         assert isinstance(reply, bytes)
         understood = understood or json.loads(reply)["type"] == "auth_ok"
         message = decode_server(reply) if understood and driver.session.protocol else json.loads(reply)
         if "error" in type(message).__name__.lower():
-            assert message.code in set(Code)
+            assert message.code in set(ErrorCode)
 
 
 # Who one is
@@ -175,7 +175,7 @@ def test_a_session_begins_with_auth() -> None:
 
 
 def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
-    away = PeerError(Code.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
+    away = PeerError(ErrorCode.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
     driver = open_session()
     driver.identity = away
     subscribe = {"type": "subscribe", "pattern": "project.*"}
@@ -214,7 +214,7 @@ def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:
 
 
 def test_a_refused_token_ends_the_session() -> None:
-    driver = Driver(identity=PeerError(Code.UNAUTHENTICATED, "bad signature", CloseCode.UNAUTHENTICATED))
+    driver = Driver(identity=PeerError(ErrorCode.UNAUTHENTICATED, "bad signature", CloseCode.UNAUTHENTICATED))
     [reply, *more] = driver.say({"type": "auth", "token": "t", "protocol": 1}, {"type": "ping", "seq": 1})
     assert reply == {"type": "auth_error", "message": "bad signature", "code": "unauthenticated"}
     assert more == [], "nothing is read after it"
@@ -350,7 +350,7 @@ def test_without_ack_only_a_refusal_is_told() -> None:
     driver.say(message, message)
     first, second = driver.appends
     first.settle(first, Committed(1))
-    second.settle(second, Rejected(Code.OVERLOADED, "too much"))
+    second.settle(second, Rejected(ErrorCode.OVERLOADED, "too much"))
     assert driver.replies() == [
         {"type": "publish_error", "channel": "project.a", "message": "too much", "code": "overloaded"}
     ]
@@ -365,7 +365,7 @@ def test_an_ephemeral_publish_goes_past_the_log() -> None:
 
 def test_an_ephemeral_message_has_a_size_at_most_and_one_for_the_log_has_not() -> None:
     driver = open_session()
-    driver.session._framer = Framer(decode_client, 65_536)
+    driver.session._framer = JsonSplitter(decode_client, 65_536)
     room = EPHEMERAL_SIZE - len("project.a") - len('"alice"') - len('""')
     message = {"type": "publish", "channel": "project.a", "payload": "x" * room, "ephemeral": True, "id": 1}
     assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 1}]

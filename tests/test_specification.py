@@ -26,7 +26,7 @@ from catbus.auth import live_permissions
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
 from catbus.config import Config, LimitSettings
 from catbus.endpoints import coalesce, http, routes, websocket, webtransport
-from catbus.errors import RETRYABLE, CloseCode, Code, PeerError, Unavailable
+from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailable
 from catbus.limits import unauthenticated
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.postgres import outbox_relay
@@ -35,13 +35,13 @@ from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles import role_lookup
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.json_splitter import Framer
-from catbus.protocol.wire_messages import Protocol, Reply, Request
-from catbus.replica import Hub
+from catbus.protocol.json_splitter import JsonSplitter
+from catbus.protocol.wire_messages import ProtocolVersion, Reply, Request
+from catbus.replica import Replica
 from catbus.session.driver import MAX_HISTORY, QUIET
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
-from tests.test_hub import Roles
+from tests.test_replica import Roles
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def blocks(*kinds: str, within: str = DOCUMENT) -> Iterator[tuple[str, bytes]]:
 
 def objects(text: bytes) -> list[Any]:
     """The objects in a block, found as the broker finds them."""
-    return list(Framer(msgspec.json.decode, limit=1 << 20).feed(text))
+    return list(JsonSplitter(msgspec.json.decode, limit=1 << 20).feed(text))
 
 
 def anchors(document: str) -> set[str]:
@@ -178,7 +178,7 @@ TYPES: dict[Any, str] = {
     int: "integer",
     float: "number",
     Raw: "JSON",
-    Code: "code",
+    ErrorCode: "code",
     wire.Number: "count",
     dict[str, int]: "integers by name",
     list[wire.Message]: "list of `message`",
@@ -272,7 +272,7 @@ def test_first_version_client_gets_the_fixed_fields_of_a_reply(name: str) -> Non
 def test_examples_decode_and_have_no_unknown_fields(kind: str) -> None:
     decode: Callable[[bytes], Any] = wire.decode_client if kind == "client" else wire.decode_server
     for _, text in blocks(kind):
-        for message, plain in zip(Framer(decode).feed(text), objects(text), strict=True):
+        for message, plain in zip(JsonSplitter(decode).feed(text), objects(text), strict=True):
             assert not isinstance(message, PeerError), f"{plain}: {message}"
             assert plain.keys() <= {field.encode_name for field in msgspec.structs.fields(message)} | {"type"}
 
@@ -308,9 +308,10 @@ def test_examples_for_http_decode() -> None:
 
 def test_error_codes_are_those_of_the_table() -> None:
     listed = [
-        (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
+        (*quoted(row["Code"]), row["Retry?"], row["HTTP"])
+        for row in table(section("Error codes"), "Code", "Retry?")
     ]
-    defined = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in Code]
+    defined = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in ErrorCode]
     assert listed == defined
 
 
@@ -337,8 +338,10 @@ def test_advice_for_publish_errors_agrees_with_the_retryable_codes() -> None:
         if answer == "`publish_error`":
             key = re.sub(r"\W", " ", row["What to do"]).split(" id")[0].split()[-1]
             advice.setdefault(key, set()).update(quoted(codes))
-    of_auth = {Code.AUTH_TIMEOUT, Code.TOKEN_NOT_VALID_YET}
-    assert advice == {"new": RETRYABLE - of_auth - {Code.UNKNOWN}, "same": {Code.UNKNOWN}, "again": set()}, advice
+    of_auth = {ErrorCode.AUTH_TIMEOUT, ErrorCode.TOKEN_NOT_VALID_YET}
+    assert advice == {"new": RETRYABLE - of_auth - {ErrorCode.UNKNOWN}, "same": {ErrorCode.UNKNOWN}, "again": set()}, (
+        advice
+    )
 
 
 # Limits
@@ -363,9 +366,9 @@ CONSTANTS = {
     "seconds for the lookup of a role": role_lookup.PATIENCE,
     "seconds without the database during which roles keep their permissions": live_permissions.STALE,
     "size of a WebSocket message, in objects of `message_size`": websocket.OBJECTS_IN_MESSAGE,
-    "bytes of a WebSocket message before the first `auth_ok`": websocket.UNPROVEN_SIZE,
-    "bytes of an object before the first `auth_ok`": unauthenticated.UNPROVEN_SIZE,
-    "bytes held for all unauthenticated peers together": unauthenticated.STRANGERS_SIZE,
+    "bytes of a WebSocket message before the first `auth_ok`": websocket.UNAUTHENTICATED_OBJECT_BYTES,
+    "bytes of an object before the first `auth_ok`": unauthenticated.UNAUTHENTICATED_OBJECT_BYTES,
+    "bytes held for all unauthenticated peers together": unauthenticated.UNAUTHENTICATED_TOTAL_BYTES,
     "fragments of a WebSocket message, plus one for every 32 bytes of it": coalesce.FRAGMENTS,
     "bytes waiting for a subscription on its own stream, as a fraction of `limits.send_queue`: one part in": (
         webtransport.OWN_SHARE
@@ -383,8 +386,8 @@ CONSTANTS = {
 
 
 def test_auth_ok_contains_the_limits_of_the_table() -> None:
-    hub = Hub(Config(), MemoryLog(), Authenticator(()))
-    assert {name: int(row["Default"]) for row in AUTH_OK_LIMITS for name in quoted(row["Name"])} == hub.limits()
+    replica = Replica(Config(), MemoryLog(), Authenticator(()))
+    assert {name: int(row["Default"]) for row in AUTH_OK_LIMITS for name in quoted(row["Name"])} == replica.limits()
 
 
 @pytest.mark.parametrize("row", AUTH_OK_LIMITS + OTHER_LIMITS, ids=lambda row: row.get("Name") or row["Limit"])
@@ -468,7 +471,7 @@ def test_token_example_verifies() -> None:
     assert identity == Identity(claims["client_id"], Grants(read=read), claims["exp"])
     with pytest.raises(PeerError) as caught:
         Authenticator([listed["secret"]]).verify(listed["token"], claims["exp"])
-    assert caught.value.code is Code.TOKEN_EXPIRED
+    assert caught.value.code is ErrorCode.TOKEN_EXPIRED
 
 
 CLAIMS = table(section("Tokens"), "Claim", "Type", "Required")
@@ -545,8 +548,8 @@ def test_routes_are_those_of_the_table() -> None:
 class Peer:
     """A client without a network: it reads the send queue of its session."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.client = hub.open_client(self, transport="test")
+    def __init__(self, replica: Replica) -> None:
+        self.client = replica.open_client(self, transport="test")
 
     def flush(self) -> None:
         """Do nothing: the tests empty the send queue themselves."""
@@ -560,10 +563,10 @@ class Peer:
     async def receive(self) -> list[dict[str, Any]]:
         """Return what the broker sends until all tasks wait."""
         received: list[dict[str, Any]] = []
-        first = self.client.session.protocol is Protocol.FIRST
+        first = self.client.session.protocol is ProtocolVersion.FIRST
         while True:
             await wait_all_tasks_blocked()
-            items = self.client.mailbox.take()
+            items = self.client.send_queue.take()
             if not items:
                 return received
             for item in items:
@@ -572,15 +575,15 @@ class Peer:
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[Hub]:
+async def running(config: Config) -> AsyncIterator[Replica]:
     roles = Roles()
     roles.answer = Unavailable("the database is unreachable")
     roles.let.set()
-    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
+    replica = Replica(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
     async with trio.open_nursery() as nursery:
-        await nursery.start(hub.log.run, hub.delivery)
-        nursery.start_soon(hub.delivery.run)
-        yield hub
+        await nursery.start(replica.log.run, replica.delivery)
+        nursery.start_soon(replica.delivery.run)
+        yield replica
         nursery.cancel_scope.cancel()
 
 
@@ -645,23 +648,23 @@ TRANSITIONS = [
 ]
 
 
-@pytest.mark.parametrize("protocol", list(Protocol), ids=lambda protocol: protocol.name)
+@pytest.mark.parametrize("protocol", list(ProtocolVersion), ids=lambda protocol: protocol.name)
 @pytest.mark.parametrize(("state", "row"), TRANSITIONS, ids=[f"{state}: {row['Event']}" for state, row in TRANSITIONS])
 async def test_session_changes_state_as_in_the_table(
-    state: str, row: Row, protocol: Protocol, autojump_clock: MockClock
+    state: str, row: Row, protocol: ProtocolVersion, autojump_clock: MockClock
 ) -> None:
     event = row["Event"]
     replies, codes = quoted(row["Reply"]), quoted(row["Code"])
-    if protocol is Protocol.FIRST and (state, event) == ("open", "`unsubscribe`, not subscribed to the pattern"):
+    if protocol is ProtocolVersion.FIRST and (state, event) == ("open", "`unsubscribe`, not subscribed to the pattern"):
         replies, codes = ["unsubscribed"], []
-    elif protocol is Protocol.FIRST:
+    elif protocol is ProtocolVersion.FIRST:
         replies = ["subscribe_error" if name == "revoked" else name for name in replies]
         replies, codes = [name for name in replies if REPLIES[name].fixed is not None], []
     config = Config(limits=LimitSettings(subscriptions=1, message_size=10_000))
-    async with running(config) as hub:
+    async with running(config) as replica:
         if "never been reachable" in event:
-            hub = Hub(config, MemoryLog(), Authenticator([SECRET]))
-        peer = Peer(hub)
+            replica = Replica(config, MemoryLog(), Authenticator([SECRET]))
+        peer = Peer(replica)
         session = peer.client.session
         if state == "new":
             # A new session counts as a first-version client, which gets no codes. This makes them visible.
@@ -682,10 +685,10 @@ async def test_session_changes_state_as_in_the_table(
             peer.client.regrant(None)
             received = await peer.receive()
         elif event == "the replica begins to stop":
-            await hub.send_away()
+            await replica.send_away()
             received = await peer.receive()
         elif event == "the replica stops":
-            hub.finish()
+            replica.finish()
             received = await peer.receive()
         else:
             message = EVENTS[event]
@@ -719,9 +722,9 @@ async def test_other_first_version_messages_are_answered_as_in_the_table() -> No
     assert [quoted(row["Message"]) for row in rows] == [["yjs_update"], ["yjs_awareness"], ["yjs_sync_request"]]
     [(_, text)] = blocks("first-version", within=section("Compatibility"))
     [example] = objects(text)
-    async with running(Config()) as hub:
+    async with running(Config()) as replica:
         for before in ([], [auth(0)]):
-            peer = Peer(hub)
+            peer = Peer(replica)
             await peer.send(*before)
             for row in rows:
                 [kind] = quoted(row["Message"])
@@ -736,11 +739,11 @@ async def test_example_session_runs_as_written() -> None:
     example = section("An example")
     [epoch] = set(re.findall(r'"epoch": ?"(\w+)"', example))
     answered = 0
-    async with running(Config()) as hub:
-        peer = Peer(hub)
+    async with running(Config()) as replica:
+        peer = Peer(replica)
         received: list[dict[str, Any]] = []
         for kind, text in blocks("client", "server", within=example):
-            text = text.replace(epoch.encode(), hub.log.epoch.encode())
+            text = text.replace(epoch.encode(), replica.log.epoch.encode())
             if kind == "client":
                 assert received == []
                 received = await peer.send(text.replace(b'"..."', json.dumps(auth()["token"]).encode()))

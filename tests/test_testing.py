@@ -24,7 +24,7 @@ from catbus.config import LimitSettings
 from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 from catbus.testing import reference_model
 
 if TYPE_CHECKING:
@@ -60,16 +60,16 @@ def test_tokens_verify(token: str) -> None:
 @given(st.data())
 def test_streams_are_understood_wherever_they_are_cut(data: st.DataObject) -> None:
     stream = data.draw(testing.byte_streams())
-    framer = Framer(wire.decode_client, 1 << 20)
+    framer = JsonSplitter(wire.decode_client, 1 << 20)
     found = [each for piece in data.draw(testing.cut(stream)) for each in framer.feed(piece)]
-    assert found == list(Framer(wire.decode_client, 1 << 20).feed(stream))
+    assert found == list(JsonSplitter(wire.decode_client, 1 << 20).feed(stream))
     assert not any(isinstance(each, PeerError) for each in found)
 
 
 @given(st.data())
 def test_hostile_streams_end_in_messages_and_errors_of_the_peers(data: st.DataObject) -> None:
     pieces = data.draw(testing.cut(data.draw(testing.hostile_streams())))
-    framer = Framer(wire.decode_client, 4096)
+    framer = JsonSplitter(wire.decode_client, 4096)
     ends: list[PeerError] = []
     for piece in pieces:
         try:
@@ -164,12 +164,12 @@ async def test_nothing_is_lost_in_an_outage_of_hours_that_takes_no_time(autojump
 async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: trio.testing.MockClock) -> None:
     async with testing.open_test_broker() as broker:
         async with broker.connect(reconnect=False) as bus:
-            assert len(broker.broker.hub.clients) == 1
+            assert len(broker.broker.replica.clients) == 1
             broker.cut()
             with pytest.raises(catbus.Disconnected):
                 await bus.publish("a", 1)
         with trio.fail_after(10):
-            while broker.broker.hub.clients:
+            while broker.broker.replica.clients:
                 await trio.sleep(0.1)
 
 
@@ -181,13 +181,13 @@ async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.
         await slow.send(b'{"type":"auth","token":"%s","protocol":1}' % broker.token().encode())
         await slow.send(b'{"type":"subscribe","pattern":"*"}')
         found: list[int] = []
-        framer = Framer(wire.decode_server, 1 << 20)
+        framer = JsonSplitter(wire.decode_server, 1 << 20)
         while not any(isinstance(each, wire.Subscribed) for each in framer.feed((await slow.receive()).data)):
             pass
         for number in range(500):
             await broker.broker.publish("a", {"n": number, "text": "x" * 100})
         await trio.sleep(5)
-        assert broker.broker.hub.delivery.statistics().late == 1
+        assert broker.broker.replica.delivery.statistics().late == 1
         with trio.fail_after(60):
             while len(found) < 500:
                 said = framer.feed((await slow.receive()).data)

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from catbus.delivery import topic_tree
 from catbus.delivery.topic_tree import Group, TopicTree
-from catbus.errors import Code, PeerError
+from catbus.errors import ErrorCode, PeerError
 from catbus.protocol.channels import check_channel, check_pattern, covers, matches, prefix_range, selectors
 
 segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])
@@ -83,7 +83,7 @@ def test_a_wildcard_is_the_last_segment_of_a_pattern(text: str) -> None:
 def test_a_wildcard_is_in_no_channel(text: str) -> None:
     with pytest.raises(PeerError, match="wildcard") as caught:
         check_channel(text)
-    assert caught.value.code == Code.INVALID_CHANNEL
+    assert caught.value.code == ErrorCode.INVALID_CHANNEL
     assert caught.value.close is None
 
 
@@ -93,8 +93,8 @@ def test_what_is_wrong_is_said(text: str, wrong: str) -> None:
         check_channel(text)
     with pytest.raises(PeerError, match=wrong) as pattern:
         check_pattern(text)
-    assert (channel.value.code, channel.value.close) == (Code.INVALID_CHANNEL, None)
-    assert (pattern.value.code, pattern.value.close) == (Code.INVALID_PATTERN, None)
+    assert (channel.value.code, channel.value.close) == (ErrorCode.INVALID_CHANNEL, None)
+    assert (pattern.value.code, pattern.value.close) == (ErrorCode.INVALID_PATTERN, None)
 
 
 @pytest.mark.parametrize("text", MATCHES_NOTHING)

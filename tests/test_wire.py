@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from catbus.errors import Code, PeerError
+from catbus.errors import ErrorCode, PeerError
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.wire_messages import MAX_DEPTH, Protocol, Reply, Request
+from catbus.protocol.wire_messages import MAX_DEPTH, ProtocolVersion, Reply, Request
 from catbus.testing.strategies import JSON, channels, client_messages, messages, patterns, payloads, server_messages
 
 REQUESTS: list[type[Request]] = list(get_args(wire.ClientMessage))
@@ -24,7 +24,7 @@ def tag(kind: type[msgspec.Struct]) -> str:
     return str(kind.__struct_config__.tag)
 
 
-def encoded(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes:
+def encoded(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersion.V1) -> bytes:
     line = wire.encode(message, protocol)
     assert line is not None
     return line
@@ -86,7 +86,7 @@ def test_an_entry_is_encoded_as_the_message_that_it_is(
 ) -> None:
     message = wire.Message(channel, Raw(payload), pattern=pattern, seq=seq, at=at, sender=sender)
     assert wire.encode_entry(channel, payload, pattern, seq, at, sender) == encoded(message)
-    assert wire.encode_first_version(channel, payload) == encoded(message, Protocol.FIRST)
+    assert wire.encode_first_version(channel, payload) == encoded(message, ProtocolVersion.FIRST)
 
 
 # First-version clients
@@ -107,7 +107,7 @@ FIXED = {
 
 @given(server_messages())
 def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None:
-    line = wire.encode(message, Protocol.FIRST)
+    line = wire.encode(message, ProtocolVersion.FIRST)
     kind = tag(type(message))
     if isinstance(message, wire.Revoked):
         assert line is not None
@@ -123,7 +123,7 @@ def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None
 
 
 def test_a_first_version_client_is_told_that_it_has_no_client_id() -> None:
-    assert encoded(wire.AuthOk(None), Protocol.FIRST) == b'{"type":"auth_ok","client_id":null}\n'
+    assert encoded(wire.AuthOk(None), ProtocolVersion.FIRST) == b'{"type":"auth_ok","client_id":null}\n'
     assert json.loads(encoded(wire.AuthOk(None))) == {"type": "auth_ok", "client_id": None}
 
 
@@ -177,7 +177,7 @@ def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
         wire.decode_client(publish(payload))
     with pytest.raises(PeerError, match="not JSON") as caught:
         wire.check_payload(payload)
-    assert (caught.value.code, caught.value.close) == (Code.BAD_MESSAGE, None)
+    assert (caught.value.code, caught.value.close) == (ErrorCode.BAD_MESSAGE, None)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_what_is_no_request_is_refused(line: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE) as caught:
         wire.decode_client(line)
     error = wire.refusal(caught.value)
-    assert (error.code, error.close) == (Code.BAD_MESSAGE, None)
+    assert (error.code, error.close) == (ErrorCode.BAD_MESSAGE, None)
     assert error.message
 
 
@@ -218,7 +218,7 @@ def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
             refused = wire.refusal(error)
         else:
             continue
-        assert refused.code == Code.BAD_MESSAGE
+        assert refused.code == ErrorCode.BAD_MESSAGE
 
 
 @given(st.binary(max_size=20) | payloads())

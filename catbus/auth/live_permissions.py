@@ -33,7 +33,7 @@ class Holder(Protocol):
         """The role is this now; None: it is no more."""
 
 
-class Permissions:
+class LivePermissions:
     """Which sessions depend on which role, and the one task that keeps them up to date. Without `roles`, none do."""
 
     def __init__(self, roles: RoleSource | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from ..errors import CloseCode, Code, PeerError
+from ..errors import CloseCode, ErrorCode, PeerError
 
 LONGEST_WAIT = 86_400.0
 """Seconds: beyond that, a client need not know how long its token is not valid yet."""
@@ -37,7 +37,7 @@ class TokenRefused(PeerError):
         detail: str,
         *,
         message: str = "the token is not valid",
-        code: Code = Code.UNAUTHENTICATED,
+        code: ErrorCode = ErrorCode.UNAUTHENTICATED,
         close: CloseCode = CloseCode.UNAUTHENTICATED,
         subject: str | None = None,
         retry_after: float | None = None,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 import msgspec
 from jwt import PyJWTError
 
-from ..errors import CloseCode, Code, ConfigError, PeerError
+from ..errors import CloseCode, ConfigError, ErrorCode, PeerError
 from ..protocol.channels import check_pattern, selectors
 from ..protocol.wire_messages import MAX_DEPTH, UNDECODABLE, clip, depth
 from .jwt_keys import ALGORITHMS, USABLE_KEYS, JwtKey, from_jwks, from_pem, jws
@@ -249,7 +249,7 @@ class Authenticator:
                 Reason.NOT_VALID_YET,
                 f"not valid until {moment(claims.nbf)}, in {claims.nbf - now:.0f} s",
                 message="the token is not valid yet",
-                code=Code.TOKEN_NOT_VALID_YET,
+                code=ErrorCode.TOKEN_NOT_VALID_YET,
                 close=CloseCode.TOKEN_NOT_VALID_YET,
                 subject=subject,
                 retry_after=min(LONGEST_WAIT, claims.nbf - self._leeway - now),
@@ -259,7 +259,7 @@ class Authenticator:
                 Reason.EXPIRED,
                 f"expired since {moment(claims.exp)}, {now - claims.exp:.0f} s ago",
                 message="the token has expired",
-                code=Code.TOKEN_EXPIRED,
+                code=ErrorCode.TOKEN_EXPIRED,
                 close=CloseCode.TOKEN_EXPIRED,
                 subject=subject,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from ..errors import RETRYABLE, Code, Refused
+from ..errors import RETRYABLE, ErrorCode, Refused
 
 _OUR_MISTAKES = frozenset({1002, 1003, 1007, 1009})
 """WebSocket's own codes for what should not have been sent."""
@@ -94,6 +94,6 @@ def judge_refusal(refusal: Refused) -> Verdict:
     """What a refused token says."""
     if isinstance(refusal, SignedOut):
         return Verdict.FINAL
-    if refusal.code is Code.TOKEN_EXPIRED:
+    if refusal.code is ErrorCode.TOKEN_EXPIRED:
         return Verdict.NEW_TOKEN
     return Verdict.AGAIN if refusal.code in RETRYABLE else Verdict.FINAL

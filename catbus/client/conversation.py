@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CloseCode, Code, Disconnected, PeerError, Refused
+from ..errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from ..protocol import wire_messages as wire
-from ..protocol.json_splitter import Framer
+from ..protocol.json_splitter import JsonSplitter
 from .feed import Lane
 from .inbox import Inbox
 from .ledger import Answer, Ledger
@@ -85,7 +85,7 @@ class Conversation:
         answer: Answer[wire.AuthOk] = Answer()
         # Heeded in the first `auth` of a session only.
         producer = None if self.producer else self._ledger.producer or None
-        self.say(wire.Auth(token, wire.Protocol.V1, producer))
+        self.say(wire.Auth(token, wire.ProtocolVersion.V1, producer))
         self._auths.append(answer)
         return answer
 
@@ -193,7 +193,7 @@ class Conversation:
         elif ended:
             del self._lanes[stream]
             if self._subscriptions.end(lane):
-                raise PeerError(Code.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
+                raise PeerError(ErrorCode.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
 
     def _receive_datagram(self, data: bytes) -> None:
         """A message without a seq; anything else a newer broker may mean something by."""
@@ -261,7 +261,7 @@ class Conversation:
             return
         if self._subscriptions.refused(wire.SubscribeError("", reply.message, reply.code, number)):
             return
-        if reply.code is Code.BAD_MESSAGE and reply.id is None:
+        if reply.code is ErrorCode.BAD_MESSAGE and reply.id is None:
             # It did not understand something that somebody here may be waiting for, and cannot say what.
             raise PeerError(reply.code, reply.message, CloseCode.BAD_MESSAGE)
         self._tell(reply)
@@ -278,7 +278,7 @@ class Conversation:
     # Helpers
 
     def _new_lane(self, epoch: str) -> Lane:
-        framer: Framer[ServerMessage | None] = Framer(decode, MAX_OBJECT)
+        framer: JsonSplitter[ServerMessage | None] = JsonSplitter(decode, MAX_OBJECT)
         return Lane(framer.feed, self, epoch)
 
     def _advance(self, seq: int, epoch: str, lane: Lane) -> None:

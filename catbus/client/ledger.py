@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Raw, structs
 
-from ..errors import Code, Refused
+from ..errors import ErrorCode, Refused
 from ..protocol import wire_messages as wire
 from .messages import Page
 
@@ -30,7 +30,7 @@ What is newer waits for it, so a publish that ends every connection would hold b
 ENTRY = 200
 """What a publish that waits takes beside its payload, roughly, in bytes."""
 
-PASSING = frozenset({Code.UNKNOWN, Code.UNAVAILABLE, Code.OVERLOADED, Code.RATE_LIMITED})
+PASSING = frozenset({ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED})
 """Why a publish could not be looked up just now."""
 
 T = TypeVar("T")
@@ -236,7 +236,9 @@ class Ledger:
         for pending in self._returned:
             assert pending.publish.id is not None
             if pending.publish.id < newest:
-                pending.settle(Refused(Code.SHUTTING_DOWN, "the replica stops, and the log has what came after this"))
+                pending.settle(
+                    Refused(ErrorCode.SHUTTING_DOWN, "the replica stops, and the log has what came after this")
+                )
             else:
                 again.append(pending)
         self._returned.clear()
@@ -285,12 +287,12 @@ class Ledger:
         pending = self._sent.get(number)  # type: ignore[arg-type]
         if pending is None or number is None:
             return False
-        if not pending.publish.ephemeral and (number in self._doubts or reason.code is Code.UNKNOWN):
+        if not pending.publish.ephemeral and (number in self._doubts or reason.code is ErrorCode.UNKNOWN):
             self._still_in_doubt(number, pending, reason)
             self._go_on()
             return True
         del self._sent[number]
-        if reason.code is Code.SHUTTING_DOWN and self._keeps_on and not pending.publish.ephemeral:
+        if reason.code is ErrorCode.SHUTTING_DOWN and self._keeps_on and not pending.publish.ephemeral:
             # It is certain that it is not published, and the next replica can.
             self._returned.append(pending)
             self.hold()
@@ -314,7 +316,7 @@ class Ledger:
     def _still_in_doubt(self, number: int, pending: Pending, reason: Refused) -> None:
         """A try has brought no certainty: only another one can, unless the reason will not pass."""
         self._doubts.add(number)
-        if reason.code is Code.SHUTTING_DOWN and self._keeps_on:
+        if reason.code is ErrorCode.SHUTTING_DOWN and self._keeps_on:
             # The next replica will know.
             self.hold()
         elif reason.code in PASSING and pending.tries < TRIES:
@@ -349,7 +351,7 @@ class Ledger:
     def _doubt(self, number: int, why: str) -> None:
         """Nobody will ever know what became of it."""
         self._doubts.discard(number)
-        self._sent.pop(number).settle(Refused(Code.UNKNOWN, why))
+        self._sent.pop(number).settle(Refused(ErrorCode.UNKNOWN, why))
 
     def _drop_unwanted(self) -> None:
         self._requests = {number: entry for number, entry in self._requests.items() if entry[1].wanted}
@@ -361,10 +363,10 @@ class Ledger:
         line = wire.to_json(publish) + b"\n"
         limit = desk.limits.get("message_size", len(line))
         if len(line) > limit + 1:
-            pending.settle(Refused(Code.TOO_LARGE, f"larger than {limit} bytes"))
+            pending.settle(Refused(ErrorCode.TOO_LARGE, f"larger than {limit} bytes"))
             return
         if line.count(b"[") + line.count(b"{") > wire.MAX_DEPTH and wire.depth(line) > wire.MAX_DEPTH:
-            pending.settle(Refused(Code.BAD_MESSAGE, f"nested deeper than {wire.MAX_DEPTH}"))
+            pending.settle(Refused(ErrorCode.BAD_MESSAGE, f"nested deeper than {wire.MAX_DEPTH}"))
             return
         desk.put(line)
         self._next_id += 1

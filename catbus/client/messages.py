@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Raw, Struct
 
-from ..errors import Code, PeerError
+from ..errors import ErrorCode, PeerError
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import Gap, GoAway, Head, Live, Reply
 from .arguments import encode_cursor
@@ -103,9 +103,9 @@ def decode(data: bytes) -> ServerMessage | None:
         pairs = wire.decode_pairs(data)
         if _read(pairs, "type") not in _TYPES:
             return None
-        if _read(pairs, "code") in list(Code):
+        if _read(pairs, "code") in list(ErrorCode):
             raise
-        pairs["code"] = Raw(wire.to_json(Code.INTERNAL))
+        pairs["code"] = Raw(wire.to_json(ErrorCode.INTERNAL))
         return _decoder.decode(wire.to_json(pairs))
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 import anyio
 import anyio.abc
 
-from ..errors import CloseCode, Code, Disconnected, Refused
+from ..errors import CloseCode, Disconnected, ErrorCode, Refused
 from ..protocol.wire_messages import AuthOk, Error, GoAway
 from .arguments import check_text
 from .bearer import until_renewal
@@ -364,7 +364,7 @@ class Supervisor:
         except Refused as error:
             raise SignedOut(error.code, error.message) from error
         if token is None:
-            raise SignedOut(Code.UNAUTHENTICATED, "the token function returned None")
+            raise SignedOut(ErrorCode.UNAUTHENTICATED, "the token function returned None")
         return check_text("token", token)
 
     async def _authenticate(self, conversation: Conversation, token: str) -> AuthOk | None:
@@ -436,5 +436,5 @@ class Supervisor:
 def _refused_for_good(refusal: Refused) -> Disconnected:
     if isinstance(refusal, SignedOut):
         return Disconnected(f"signed out: {refusal}", CloseCode.UNAUTHENTICATED)
-    code = {Code.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED, Code.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED}
+    code = {ErrorCode.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED, ErrorCode.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED}
     return Disconnected(f"the broker does not take the token: {refusal}", code.get(refusal.code))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..errors import RETRYABLE, Code, Refused
+from ..errors import RETRYABLE, ErrorCode, Refused
 from ..protocol import wire_messages as wire
 from .feed import Feed, Lane
 from .inbox import Inbox, Phase
@@ -236,7 +236,7 @@ class Switchboard:
                 # The broker has ended it already.
                 self._unroute(feed)
             for inbox in list(feed.inboxes):
-                self._close(inbox, Refused(Code.REVOKED, "the permission was withdrawn"))
+                self._close(inbox, Refused(ErrorCode.REVOKED, "the permission was withdrawn"))
 
     def live(self, event: wire.Live, lane: Lane) -> None:
         feed = lane.heard(event.pattern)

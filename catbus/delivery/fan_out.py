@@ -1,4 +1,4 @@
-"""From the log to the mailboxes: committed entries are matched, encoded once, and offered to who subscribed.
+"""From the log to the send queues: committed entries are matched, encoded once, and offered to who subscribed.
 
 A subscription stands in exactly one of two topic trees. In the live one it is complete up to `position` and gets
 every batch as it is applied. In the late one it has a cursor of its own and is caught up from the log by one reader
@@ -18,7 +18,7 @@ import trio
 from ..errors import Unavailable
 from ..log import Entry, Log, Page
 from ..protocol.wire_messages import Gap, Live
-from .send_queue import Budget, Mailbox, Run
+from .send_queue import Budget, Run, SendQueue
 from .subscription import PAGE_ROWS, Shelf, Subscription, find_hits, merge, offer, without
 from .topic_tree import TopicTree
 
@@ -33,7 +33,8 @@ SURVEYED = 500
 """Lagging subscriptions whose cursors are looked at before other tasks get a turn."""
 
 KEPT = 0.75
-"""How much of the budget is still in use when it has been exceeded and the largest mailboxes have given theirs back."""
+"""How much of the budget is still in use when it has been exceeded and the largest send queues have given theirs
+back."""
 
 _size = attrgetter("size")
 
@@ -43,7 +44,8 @@ class DeliveryStatistics:
     """`live` and `late` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
 
     `patterns`: how many different ones they are for. `lag`: by how many messages of the log the latest of the late is
-    behind. `held`: bytes in all mailboxes. `withdrawals`: how often a mailbox has given its messages back to make room.
+    behind. `held`: bytes in all send queues. `withdrawals`: how often a send queue has given its messages back to
+    make room.
     `delivered`: messages that were taken to be sent, each as often as it was.
     """
 
@@ -60,10 +62,10 @@ class DeliveryStatistics:
 
 
 class Delivery:
-    """Follows a log and keeps the mailboxes of those who subscribed in step with it. Belongs to one Trio thread.
+    """Follows a log and keeps the send queues of those who subscribed in step with it. Belongs to one Trio thread.
 
-    When the mailboxes together hold more than `budget` allows, the largest give back what can be had from the log, and
-    their subscriptions are late.
+    When the send queues together hold more than `budget` allows, the largest give back what can be had from the log,
+    and their subscriptions are late.
     """
 
     def __init__(self, log: Log, budget: Budget | None = None) -> None:
@@ -85,8 +87,8 @@ class Delivery:
         """Those of the late that can be served: neither stalled nor ahead."""
         self._ahead: dict[Subscription, None] = {}
         """Those whose cursor is above `position`: another replica has told them more than this one knows."""
-        self._readers: dict[Mailbox, dict[str, Subscription]] = {}
-        """Whom a mailbox is for, by pattern."""
+        self._readers: dict[SendQueue, dict[str, Subscription]] = {}
+        """Whom a send queue is for, by pattern."""
         self._work = trio.Event()
         self._near = False
         """Whether the sweep that read last was the one through what is in memory."""
@@ -179,7 +181,7 @@ class Delivery:
         self, subscription: Subscription, pattern: str, since: int | None = None, epoch: str | None = None
     ) -> None:
         """Deliver what matches `pattern`: from now on, or after `since` of `epoch` first and then live."""
-        self._readers.setdefault(subscription.mailbox, {})[pattern] = subscription
+        self._readers.setdefault(subscription.send_queue, {})[pattern] = subscription
         if since is None:
             subscription.patterns[pattern] = self.position
             subscription.overlapping = len(subscription.patterns) > 1
@@ -195,19 +197,19 @@ class Delivery:
             self._go_live(subscription)
 
     def unsubscribe(self, subscription: Subscription, pattern: str) -> None:
-        """Deliver nothing more for `pattern`. What is in the mailbox already stays there."""
+        """Deliver nothing more for `pattern`. What is in the send queue already stays there."""
         self._exit(pattern, subscription)
         subscription.patterns.pop(pattern, None)
         subscription.overlapping = len(subscription.patterns) > 1
         if not subscription.patterns:
             self._reading.pop(subscription, None)
             self._ahead.pop(subscription, None)
-        mailbox = subscription.mailbox
-        mailbox.fix()
-        readers = self._readers[mailbox]
+        send_queue = subscription.send_queue
+        send_queue.fix()
+        readers = self._readers[send_queue]
         del readers[pattern]
         if not readers:
-            del self._readers[mailbox]
+            del self._readers[send_queue]
 
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to everyone, once; who has no room does not get it."""
@@ -221,7 +223,7 @@ class Delivery:
                     if subscription.overlapping:
                         served.add(subscription)
                     if subscription.send_datagram is None or not subscription.send_datagram(run.lines):
-                        subscription.mailbox.offer(run)
+                        subscription.send_queue.offer(run)
         self._make_room()
 
     # Catching up: `next_position` and `serve` are the reader without its waiting
@@ -319,9 +321,9 @@ class Delivery:
             shelf = Shelf("", merge(subscription, [(s.pattern, s.entries) for s in shelves]))
         if subscription.producer in shelf.origins:
             shelf = Shelf(shelf.pattern, without(shelf.entries, subscription.producer))
-        run, complete = shelf.cut(max(subscription.cursor, start), subscription.mailbox, last)
+        run, complete = shelf.cut(max(subscription.cursor, start), subscription.send_queue, last)
         if run is not None:
-            subscription.mailbox.offer(run)
+            subscription.send_queue.offer(run)
         return complete
 
     # Between the trees
@@ -349,7 +351,7 @@ class Delivery:
     def _go_late(self, subscription: Subscription, cursor: int) -> None:
         self._move(subscription, late=True)
         subscription.cursor = cursor
-        if subscription.mailbox:
+        if subscription.send_queue:
             self._stall(subscription)
         else:
             self._read_for(subscription)
@@ -370,14 +372,14 @@ class Delivery:
             self._work.set()
 
     def _stall(self, subscription: Subscription) -> None:
-        """Serve a late subscription no more until its mailbox has been emptied.
+        """Serve a late subscription no more until its send queue has been emptied.
 
         What retention does to it meanwhile it is told once, when it is served again.
         """
         self._reading.pop(subscription, None)
         if not subscription.stalled:
             subscription.stalled = True
-            subscription.mailbox.when_emptied(partial(self._unstall, subscription))
+            subscription.send_queue.when_emptied(partial(self._unstall, subscription))
 
     def _unstall(self, subscription: Subscription) -> None:
         if subscription.stalled:
@@ -399,30 +401,30 @@ class Delivery:
     def _announce_gap(self, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
         for pattern in subscription.patterns:
             subscription.say(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
-        subscription.mailbox.fix()
+        subscription.send_queue.fix()
 
     # The budget
 
     def _make_room(self) -> None:
-        """Where all mailboxes together hold too much, have the largest give back their messages."""
+        """Where all send queues together hold too much, have the largest give back their messages."""
         budget = self.budget
         slack = budget.for_messages // 8
         if budget.messages <= self._alarm:
             self._alarm = max(budget.for_messages, min(self._alarm, budget.messages + slack))
             return
-        for mailbox in sorted(self._readers, key=_size, reverse=True):
-            self._withdraw(mailbox)
+        for send_queue in sorted(self._readers, key=_size, reverse=True):
+            self._withdraw(send_queue)
             if budget.messages <= KEPT * budget.for_messages:
                 break
         # What is left now cannot be had again, and is not looked through for every batch.
         self._alarm = max(budget.for_messages, budget.messages + slack)
 
-    def _withdraw(self, mailbox: Mailbox) -> None:
-        readers = self._readers[mailbox]
-        dropped = mailbox.withdraw()
+    def _withdraw(self, send_queue: SendQueue) -> None:
+        readers = self._readers[send_queue]
+        dropped = send_queue.withdraw()
         self._withdrawals += bool(dropped)
         for pattern, seq in dropped.items():
-            # A subscription to several patterns has all of the mailbox.
+            # A subscription to several patterns has all of the send queue.
             subscription = readers[pattern] if pattern else next(iter(readers.values()))
             if subscription.late:
                 subscription.owed_live = True

@@ -1,7 +1,7 @@
-"""When mailboxes are sent: at once when there is little to do, and many messages to a system call when there is much.
+"""When send queues are sent: at once when there is little to do, and many messages to a system call when there is much.
 
-The more a pass over the waiting mailboxes costs, the longer those it served are left to fill before the next one
-(the duty cycle). A mailbox that did not take part in an expensive pass does not wait for those that did.
+The more a pass over the waiting send queues costs, the longer those it served are left to fill before the next one
+(the duty cycle). A send queue that did not take part in an expensive pass does not wait for those that did.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from time import perf_counter
 
 import trio
 
-from .send_queue import Mailbox
+from .send_queue import SendQueue
 
 LONGEST_REST = 0.02
-"""Seconds that a mailbox is left to fill at the most."""
+"""Seconds that a send queue is left to fill at the most."""
 
 SLICE = 0.001
 """Seconds of sending after which other tasks get a turn. A publish on its way in takes several turns."""
 
 LOOK = 8
-"""How many mailboxes are flushed from one look at the clock to the next."""
+"""How many send queues are flushed from one look at the clock to the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlushStatistics:
-    """`waiting` and `resting` count mailboxes; `spent` is seconds inside passes."""
+    """`waiting` and `resting` count send queues; `spent` is seconds inside passes."""
 
     passes: int
     flushes: int
@@ -37,14 +37,14 @@ class FlushStatistics:
 
 
 class Flusher:
-    """The task that empties mailboxes into their outlets."""
+    """The task that empties send queues into their outlets."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self.on_pass: Callable[[], None] | None = None
         """Called after each pass."""
         self._clock = clock
-        self._waiting: list[Mailbox] = []
-        self._resting: deque[Mailbox] = deque()
+        self._waiting: list[SendQueue] = []
+        self._resting: deque[SendQueue] = deque()
         self._work = trio.Event()
         self._passes = 0
         self._flushes = 0
@@ -53,11 +53,11 @@ class Flusher:
     def statistics(self) -> FlushStatistics:
         return FlushStatistics(self._passes, self._flushes, self._spent, len(self._waiting), len(self._resting))
 
-    def wake(self, mailbox: Mailbox) -> None:
-        """Something was put into an empty mailbox."""
-        if not mailbox.queued:
-            mailbox.queued = True
-            self._waiting.append(mailbox)
+    def wake(self, send_queue: SendQueue) -> None:
+        """Something was put into an empty send queue."""
+        if not send_queue.queued:
+            send_queue.queued = True
+            self._waiting.append(send_queue)
             self._work.set()
 
     async def run(self) -> None:
@@ -83,16 +83,16 @@ class Flusher:
         clock = self._clock
         spent, began, now = 0.0, clock(), trio.current_time()
         until = now + rest
-        mailboxes, self._waiting = self._waiting, []
+        send_queues, self._waiting = self._waiting, []
         self._passes += 1
-        self._flushes += len(mailboxes)
-        for index, mailbox in enumerate(mailboxes, 1):
-            if mailbox.rests_until > now:
-                self._resting.append(mailbox)
+        self._flushes += len(send_queues)
+        for index, send_queue in enumerate(send_queues, 1):
+            if send_queue.rests_until > now:
+                self._resting.append(send_queue)
                 continue
-            mailbox.queued = False
-            mailbox.rests_until = until
-            mailbox.outlet.flush()
+            send_queue.queued = False
+            send_queue.rests_until = until
+            send_queue.writer.flush()
             if index % LOOK == 0 and (elapsed := clock() - began) > SLICE:
                 spent += elapsed
                 await trio.lowlevel.checkpoint()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from math import inf
-from typing import Protocol as Interface
-from typing import Self
+from typing import Protocol, Self
 
 from ..log import Entry
 from ..protocol.channels import selectors
-from ..protocol.wire_messages import Protocol, encode_entry, encode_first_version
+from ..protocol.wire_messages import ProtocolVersion, encode_entry, encode_first_version
 
 OVERHEAD = 96
 """What a `message` line adds to its channel and payload, roughly, in bytes."""
@@ -30,7 +29,7 @@ IN_MEMORY = 4
 
 
 PILE = 8192
-"""Bytes in a mailbox from which on replies are joined: less is soon read."""
+"""Bytes in a send queue from which on replies are joined: less is soon read."""
 JOINED = 4096
 """Bytes to which they are joined, in each object."""
 
@@ -44,7 +43,7 @@ class Run:
         self.pattern = pattern
         self.entries = entries
         self.holders = 0
-        """How many mailboxes it is in."""
+        """How many send queues it is in."""
         self.pins = 0
         """In how many of them it stays whatever happens."""
         count, texts = len(entries), sum([entry.size for entry in entries])
@@ -77,7 +76,7 @@ Item = Run | bytes
 
 
 class Head(bytes):
-    """A line that says up to where all is complete that the mailbox is for.
+    """A line that says up to where all is complete that the send queue is for.
 
     It counts the messages before it as delivered, and is never sent without them.
     """
@@ -96,18 +95,18 @@ class Mark(bytes):
         return mark
 
 
-class Outlet(Interface):
+class TransportWriter(Protocol):
     """The sending side of a session's transport."""
 
     def flush(self) -> None:
-        """Take what the mailbox holds and send as much as goes without waiting; see to the rest later.
+        """Take what the send queue holds and send as much as goes without waiting; see to the rest later.
 
-        `take` is due as soon as there is room for more, even where the mailbox is empty: somebody may wait for it.
+        `take` is due as soon as there is room for more, even where the send queue is empty: somebody may wait for it.
         """
 
 
 class Budget:
-    """What all mailboxes of a replica hold together, in bytes of memory. Messages that several hold count once.
+    """What all send queues of a replica hold together, in bytes of memory. Messages that several hold count once.
 
     Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
     takes no room for messages. They count until they are sent, also after an outlet has taken them. Messages that
@@ -137,12 +136,12 @@ class Budget:
         return (self.for_messages // 2 - self.messages) // IN_MEMORY
 
     def hold(self, run: Run) -> None:
-        """A mailbox holds these messages."""
+        """A send queue holds these messages."""
         self.messages += SLOT if run.holders else run.charge + SLOT
         run.holders += 1
 
     def pin(self, items: Sequence[Item]) -> None:
-        """A mailbox keeps these whatever happens."""
+        """A send queue keeps these whatever happens."""
         for item in items:
             if isinstance(item, Run):
                 self.pinned += 0 if item.pins else item.charge
@@ -156,7 +155,7 @@ class Budget:
                 self.pinned -= 0 if item.pins else item.charge
 
     def release(self, items: Sequence[Item]) -> int:
-        """A mailbox does not hold these any more; returns how many messages they are."""
+        """A send queue does not hold these any more; returns how many messages they are."""
         messages = replies = count = 0
         for item in items:
             if isinstance(item, bytes):
@@ -170,7 +169,7 @@ class Budget:
         return count
 
 
-class Mailbox:
+class SendQueue:
     """The one way to a client.
 
     Replies are always taken: who makes them stops reading from the client while `full`. Messages are taken while
@@ -186,7 +185,7 @@ class Mailbox:
         "_waiting",
         "_wake",
         "limit",
-        "outlet",
+        "writer",
         "protocol",
         "queued",
         "rests_until",
@@ -196,13 +195,13 @@ class Mailbox:
 
     def __init__(
         self,
-        outlet: Outlet,
-        wake: Callable[[Mailbox], None],
+        writer: TransportWriter,
+        wake: Callable[[SendQueue], None],
         limit: int = 512 * 1024,
         budget: Budget | None = None,
     ) -> None:
-        self.outlet = outlet
-        self.protocol = Protocol.V1
+        self.writer = writer
+        self.protocol = ProtocolVersion.V1
         """In whose words it is read."""
         self.limit = limit
         self.size = 0
@@ -241,7 +240,7 @@ class Mailbox:
 
     @property
     def room(self) -> int:
-        """How many bytes of older messages are welcome. Half the mailbox is kept free for what is new."""
+        """How many bytes of older messages are welcome. Half the send queue is kept free for what is new."""
         return max(0, min(self.limit // 2 - self.size, self._budget.room))
 
     def when_emptied(self, callback: Callable[[], None]) -> None:
@@ -268,7 +267,7 @@ class Mailbox:
         them has gone. What lies beside the replies of somebody who does not read may stay for long.
         """
         items = self._items
-        if self.protocol is Protocol.FIRST or len(items) < 2:
+        if self.protocol is ProtocolVersion.FIRST or len(items) < 2:
             return
         first, second = items[-2:]
         if type(first) is bytes and type(second) is bytes and len(first) < JOINED:
@@ -292,7 +291,7 @@ class Mailbox:
                 return
 
     def offer(self, run: Run) -> bool:
-        """Queue messages, unless there is no room for them. An empty mailbox takes one message of any size."""
+        """Queue messages, unless there is no room for them. An empty send queue takes one message of any size."""
         if not run.entries:
             return True
         size = self.size
@@ -333,7 +332,7 @@ class Mailbox:
     def count_unsent(self, size: int) -> None:
         """Of the replies that were taken, the outlet holds so many bytes: they count until it says how many are left.
 
-        While it says that there are some, it takes again as soon as there is room, even where the mailbox is empty.
+        While it says that there are some, it takes again as soon as there is room, even where the send queue is empty.
         """
         self._budget.replies += size - self._unsent
         self._unsent = size
@@ -406,7 +405,7 @@ def size_of_replies(items: Sequence[Item]) -> int:
 
 
 def _size(item: Item) -> int:
-    """What it takes of a mailbox: messages about what their lines have, anything else what it takes in memory."""
+    """What it takes of a send queue: messages about what their lines have, anything else what it takes in memory."""
     if isinstance(item, Run):
         return item.size
     return len(item) + (MARK if isinstance(item, Mark) else REPLY)

@@ -1,4 +1,4 @@
-"""A subscription: which entries it wants, and how they get into its mailbox. Pure: the log is read elsewhere."""
+"""A subscription: which entries it wants, and how they get into its send queue. Pure: the log is read elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from ..log import Entry
 from ..protocol.wire_messages import Gap, Live, encode
-from .send_queue import OVERHEAD, Mailbox, Mark, Run
+from .send_queue import OVERHEAD, Mark, Run, SendQueue
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
@@ -28,7 +28,7 @@ class Subscription:
     __slots__ = (
         "cursor",
         "late",
-        "mailbox",
+        "send_queue",
         "marked",
         "overlapping",
         "owed_live",
@@ -40,12 +40,12 @@ class Subscription:
     )
 
     def __init__(
-        self, mailbox: Mailbox, producer: bytes = b"", send_datagram: Callable[[bytes], bool] | None = None
+        self, send_queue: SendQueue, producer: bytes = b"", send_datagram: Callable[[bytes], bool] | None = None
     ) -> None:
-        self.mailbox = mailbox
+        self.send_queue = send_queue
         self.producer = producer
         self.send_datagram = send_datagram
-        """How ephemeral messages go that fit into a datagram, past the mailbox; False for one that does not fit."""
+        """How ephemeral messages go that fit into a datagram, past the send queue; False for one that does not fit."""
         self.patterns: dict[str, int] = {}
         """Each pattern, and the seq after which its messages are wanted."""
         self.overlapping = False
@@ -54,7 +54,7 @@ class Subscription:
         self.cursor = 0
         """Complete up to here; kept only while late."""
         self.stalled = False
-        """Late, and waiting for its mailbox to be emptied."""
+        """Late, and waiting for its send queue to be emptied."""
         self.rows = PAGE_ROWS
         """How many entries of the log it is worth reading for it at a time."""
         self.owed_live = False
@@ -62,9 +62,9 @@ class Subscription:
         """The newest seq up to which a `head` has called it complete."""
 
     def say(self, mark: Gap | Live) -> None:
-        line = encode(mark, self.mailbox.protocol)
+        line = encode(mark, self.send_queue.protocol)
         if line is not None:
-            self.mailbox.put(Mark(line, mark.pattern))
+            self.send_queue.put(Mark(line, mark.pattern))
 
 
 class Shelf:
@@ -77,17 +77,17 @@ class Shelf:
         self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
         self._runs: dict[tuple[int, int], Run] = {}
 
-    def cut(self, cursor: int, mailbox: Mailbox, last: int) -> tuple[Run | None, int]:
-        """What goes into the mailbox of what stands after `cursor`, and up to where that is complete.
+    def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[Run | None, int]:
+        """What goes into the send queue of what stands after `cursor`, and up to where that is complete.
 
-        An empty mailbox gets one message at least, whatever its size.
+        An empty send queue gets one message at least, whatever its size.
         """
         entries, ends = self.entries, self._ends
         start = bisect_right(entries, cursor, key=_seq)
         if start == len(entries):
             return None, last
-        stop = bisect_right(ends, (ends[start - 1] if start else 0) + mailbox.room, lo=start)
-        if stop == start and not mailbox:
+        stop = bisect_right(ends, (ends[start - 1] if start else 0) + send_queue.room, lo=start)
+        if stop == start and not send_queue:
             stop += 1
         complete = last if stop == len(entries) else entries[stop].seq - 1
         if stop == start:
@@ -125,11 +125,11 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
             if origins:
                 mine = subscription.producer in origins
                 run = Run(group.pattern, without(hits, subscription.producer)) if mine else shared
-            if not subscription.mailbox.offer(run):
+            if not subscription.send_queue.offer(run):
                 turned_away.append(subscription)
     for subscription, found in overlapping.items():
         wanted = without(merge(subscription, found), subscription.producer)
-        if not subscription.mailbox.offer(Run("", wanted)):
+        if not subscription.send_queue.offer(Run("", wanted)):
             turned_away.append(subscription)
     return turned_away
 

@@ -8,7 +8,7 @@ import resource
 import trio
 
 from ..observability.loggers import Recurring, get_logger
-from .roster import Roster
+from .connection_registry import ConnectionRegistry
 
 SPARE_FILES = 40
 """File descriptors that connections do not get: the ports and up to eight connections to the database take about 25,
@@ -36,9 +36,9 @@ def connections_that_fit(wanted: int, files: int) -> int:
 class PatientListener(trio.abc.Listener[trio.SocketStream]):
     """Accepts from another listener, also when no file is left for a while: then it waits, and says so seldom."""
 
-    def __init__(self, listener: trio.SocketListener, roster: Roster) -> None:
+    def __init__(self, listener: trio.SocketListener, registry: ConnectionRegistry) -> None:
         self._listener = listener
-        self._roster = roster
+        self._registry = registry
         self._shortages = Recurring(logger.warning)
 
     async def accept(self) -> trio.SocketStream:
@@ -48,7 +48,7 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
             except OSError as error:
                 if error.errno not in _SHORTAGES:
                     raise
-                self._roster.starved += 1
+                self._registry.starved += 1
                 now, text = trio.current_time(), error.strerror
                 self._shortages.note(now, "a connection waits, as none can be accepted", kind=text, reason=text)
             await trio.sleep(PAUSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..delivery.send_queue import Item
-from ..protocol.wire_messages import Protocol
+from ..protocol.wire_messages import ProtocolVersion
 
 FRAME_SIZE = 65_536
 """About how many bytes of lines go into one frame. A single longer item makes a longer frame."""
@@ -37,7 +37,7 @@ def is_close(data: bytes) -> bool:
 
 
 class Packer:
-    """Makes frames of what a mailbox held.
+    """Makes frames of what a send queue held.
 
     All subscribers of a pattern mostly hold the same items, one after another: the last result is kept, so that it is
     packed once for all of them.
@@ -45,16 +45,16 @@ class Packer:
 
     def __init__(self) -> None:
         self._items: Sequence[Item] = ()
-        self._protocol = Protocol.V1
+        self._protocol = ProtocolVersion.V1
         self._frames = b""
 
-    def pack(self, items: Sequence[Item], protocol: Protocol) -> bytes:
+    def pack(self, items: Sequence[Item], protocol: ProtocolVersion) -> bytes:
         """The frames that carry `items`, in order.
 
         A `catbus.v1` client gets as many lines in a frame as fit; a first-version client gets a frame for each line.
         """
         if items != self._items or protocol is not self._protocol:
-            frames = _packed(items) if protocol is Protocol.V1 else _one_by_one(items)
+            frames = _packed(items) if protocol is ProtocolVersion.V1 else _one_by_one(items)
             self._items, self._protocol, self._frames = items, protocol, frames
         return self._frames
 

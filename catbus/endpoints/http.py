@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
-from ..errors import Code
-from ..limits.unauthenticated import TOO_MUCH, Stranger
+from ..errors import ErrorCode
+from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ..observability.loggers import get_logger
 from . import upgrade
+from .connection_registry import ConnectionRegistry
 from .head import read_head
 from .outbox import close_gently, say_goodbye
-from .roster import Roster
 from .routes import CROWDED, Answer, Request, find, line, route_of
 from .websocket import serve_websocket
 
 if TYPE_CHECKING:
-    from ..replica import Hub
+    from ..replica import Replica
 
 HEAD_SIZE = 16_384
 BODY_SIZE = 1_048_576
@@ -50,14 +50,18 @@ def _nothing() -> None:
 
 
 async def serve_connection(
-    hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None] = _nothing, peer: str = ""
+    replica: Replica,
+    registry: ConnectionRegistry,
+    stream: trio.abc.Stream,
+    prove: Callable[[], None] = _nothing,
+    peer: str = "",
 ) -> None:
     """Answer the requests on one connection until either side has had enough. Does not close the stream.
 
     `prove` is called when the peer has shown a token. `peer` is its address.
     """
     try:
-        await Conversation(hub, roster, stream, prove, peer).run()
+        await Conversation(replica, registry, stream, prove, peer).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         logger.debug("a connection was lost")
 
@@ -76,15 +80,22 @@ class Refused(Exception):
 class Conversation:
     """One connection that speaks HTTP."""
 
-    def __init__(self, hub: Hub, roster: Roster, stream: trio.abc.Stream, prove: Callable[[], None], peer: str) -> None:
-        self._hub = hub
-        self._roster = roster
+    def __init__(
+        self,
+        replica: Replica,
+        registry: ConnectionRegistry,
+        stream: trio.abc.Stream,
+        prove: Callable[[], None],
+        peer: str,
+    ) -> None:
+        self._replica = replica
+        self._registry = registry
         self._stream = stream
         self._prove = prove
         self._peer = peer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._scope = trio.CancelScope()
-        self._stranger = Stranger(hub.strangers, self._scope.cancel)
+        self._unauthenticated = UnauthenticatedPeer(replica.unauthenticated, self._scope.cancel)
 
     async def run(self) -> None:
         """Answer one request after another. Raises when the connection breaks."""
@@ -92,13 +103,13 @@ class Conversation:
             with self._scope:
                 await self._converse()
         finally:
-            self._stranger.leave()
+            self._unauthenticated.leave()
         if self._scope.cancelled_caught:
-            self._hub.vitals.refused(Code.OVERLOADED)
+            self._replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
             with trio.move_on_after(CLOSING_TIME):
                 if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     await self._send(None, line(503, TOO_MUCH), last=True)
-                await close_gently(self._stream, self._hub.turns)
+                await close_gently(self._stream, self._replica.cpu_scheduler)
 
     async def _converse(self) -> None:
         idle_time, request = HEAD_TIME, None
@@ -111,7 +122,7 @@ class Conversation:
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     break
                 self._http.start_next_cycle()
-                self._stranger.understood()
+                self._unauthenticated.understood()
                 idle_time = IDLE_TIME
         except Refused as refused:
             await self._send(request, refused.answer, last=True)
@@ -121,29 +132,29 @@ class Conversation:
                     await say_goodbye(self._stream)
             return
         with trio.move_on_after(CLOSING_TIME):
-            await close_gently(self._stream, self._hub.turns)
+            await close_gently(self._stream, self._replica.cpu_scheduler)
 
     async def _serve(self, request: Request) -> bool:
         """Answer a request; True where it has become a WebSocket instead, which is over then."""
-        hub, roster = self._hub, self._roster
-        client = roster.proxies.client_of(self._peer, request)
+        replica, registry = self._replica, self._registry
+        client = registry.proxies.client_of(self._peer, request)
         request = replace(request, network=client.network)
-        source = roster.proxies.source_of(self._peer)
+        source = registry.proxies.source_of(self._peer)
         if client.network != source.network:
-            hub.turns.come_from(client.network)
+            replica.cpu_scheduler.come_from(client.network)
         # The connection itself counts already, as its peer's.
         counted = source.limited == client.limited
-        with hub.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
+        with replica.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
             if not admitted:
-                roster.crowded += 1
-                hub.vitals.refused(Code.OVERLOADED)
+                registry.crowded += 1
+                replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
                 answer: Answer | None = CROWDED
             elif upgrade.is_offered(request):
-                answer = upgrade.refuse(request, hub.config.websocket.allowed_origins)
-                if answer is None and not roster.closed:
+                answer = upgrade.refuse(request, replica.config.websocket.allowed_origins)
+                if answer is None and not registry.closed:
                     head, rest = upgrade.restated(request), self._http.trailing_data[0]
-                    self._stranger.leave()
-                    await serve_websocket(hub, roster, self._stream, head, rest, self._prove, request.network)
+                    self._unauthenticated.leave()
+                    await serve_websocket(replica, registry, self._stream, head, rest, self._prove, request.network)
                     return True
             else:
                 answer = await self._answer(request)
@@ -156,11 +167,11 @@ class Conversation:
             return handler
         try:
             read = partial(self._read_wanted, request)
-            answer = await handler(self._hub, replace(request, read=read))
+            answer = await handler(self._replica, replace(request, read=read))
         except Refused:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._roster.fault("a request failed", error)
+            self._registry.fault("a request failed", error)
             return line(500)
         if answer.status < 400 and self._http.their_state is h11.SEND_BODY:
             await self._read_body(request, keep=False)
@@ -170,7 +181,7 @@ class Conversation:
 
     async def _next_request(self, idle_time: float) -> Request:
         if self._http.trailing_data[0]:
-            await self._hub.turns.next()
+            await self._replica.cpu_scheduler.next()
         else:
             await self._wait_for_more(idle_time)
         with trio.move_on_after(HEAD_TIME) as limit:
@@ -189,7 +200,7 @@ class Conversation:
         return request
 
     async def _wait_for_more(self, limit: float) -> None:
-        with trio.move_on_after(limit) as scope, self._roster.idle(scope):
+        with trio.move_on_after(limit) as scope, self._registry.idle(scope):
             await self._receive()
             return
         raise Enough
@@ -197,7 +208,7 @@ class Conversation:
     async def _read_wanted(self, request: Request) -> bytes:
         """Read a body that is asked for, which is after its sender has shown a token."""
         self._prove()
-        self._stranger.leave()
+        self._unauthenticated.leave()
         return await self._read_body(request)
 
     async def _read_body(self, request: Request, *, keep: bool = True) -> bytes:
@@ -213,7 +224,7 @@ class Conversation:
                 if keep:
                     body += event.data
                 if parts % PARTS_AT_A_TIME == 0:
-                    await self._hub.turns.next()
+                    await self._replica.cpu_scheduler.next()
                 if size > BODY_SIZE:
                     raise Refused(line(413))
             return bytes(body)
@@ -221,10 +232,10 @@ class Conversation:
 
     async def _receive(self) -> None:
         # Without a token, a head is all that anybody has to say: its body is not wanted yet.
-        size = _RECEIVE_SIZE if self._stranger.known else HEAD_SIZE
+        size = _RECEIVE_SIZE if self._unauthenticated.known else HEAD_SIZE
         data = bytes(await self._stream.receive_some(size))
-        self._stranger.heard(len(data))
-        await self._hub.turns.wait()
+        self._unauthenticated.heard(len(data))
+        await self._replica.cpu_scheduler.wait()
         self._http.receive_data(data)
 
     async def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -250,7 +261,7 @@ class Conversation:
         if answer.status != HTTPStatus.NOT_MODIFIED:
             # There, a length would be that of the representation, which is not sent.
             headers += [(b"content-type", answer.type), (b"content-length", str(len(answer.body)).encode())]
-        if last or self._roster.closed or self._http.their_state is h11.SEND_BODY:
+        if last or self._registry.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
         reason = HTTPStatus(answer.status).phrase.encode()
         data = self._http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason))
@@ -259,7 +270,7 @@ class Conversation:
         data += self._http.send(h11.EndOfMessage())
         if request is not None:
             path = route_of(request.path) or "other"
-            self._roster.requests[path, answer.status] += 1
+            self._registry.requests[path, answer.status] += 1
             logger.debug("request", method=request.method, path=request.path[:200], status=answer.status)
         with trio.move_on_after(SEND_TIME):
             await self._stream.send_all(data)

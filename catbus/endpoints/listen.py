@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..config import join_address, split_address
-from ..errors import Code, ConfigError
+from ..errors import ConfigError, ErrorCode
 from ..observability.loggers import get_logger
 from .capacity import SPARE_FILES, PatientListener, connections_that_fit
+from .connection_registry import ConnectionRegistry
 from .http import serve_connection
 from .outbox import TlsStream, close_gently
-from .roster import Roster
 from .routes import CROWDED
 
 if TYPE_CHECKING:
-    from ..limits.cpu_fairness import Turns
-    from ..replica import Hub
+    from ..limits.cpu_fairness import CpuScheduler
+    from ..replica import Replica
 
 HANDSHAKE_TIME = 10.0
 """Seconds for TLS to be agreed on."""
@@ -67,33 +67,33 @@ class EndpointStatistics:
 class Endpoint:
     """A WebSocket port that is open. `addresses` is where, such as `127.0.0.1:8080`."""
 
-    def __init__(self, addresses: list[str], roster: Roster, doors: trio.CancelScope) -> None:
+    def __init__(self, addresses: list[str], registry: ConnectionRegistry, doors: trio.CancelScope) -> None:
         self.addresses = addresses
-        self._roster = roster
+        self._registry = registry
         self._doors = doors
 
     def close(self) -> None:
         """Accept nothing more, and end the connections that wait for a request. WebSockets stay."""
         self._doors.cancel()
-        self._roster.close()
+        self._registry.close()
 
     def statistics(self) -> EndpointStatistics:
-        roster = self._roster
+        registry = self._registry
         return EndpointStatistics(
-            roster.connections,
-            len(roster.watched),
-            dict(roster.requests),
-            *roster.traffic(),
-            roster.refused,
-            roster.crowded,
-            roster.evicted,
-            roster.starved,
-            roster.faults,
+            registry.connections,
+            len(registry.watched),
+            dict(registry.requests),
+            *registry.traffic(),
+            registry.refused,
+            registry.crowded,
+            registry.evicted,
+            registry.starved,
+            registry.faults,
         )
 
 
 async def serve_http(
-    hub: Hub,
+    replica: Replica,
     binds: Sequence[str],
     sessions: trio.Nursery,
     *,
@@ -104,20 +104,20 @@ async def serve_http(
     Each connection is a task of its own in `sessions`, out of which no exception comes. Started with the `Endpoint`;
     returns when that has been closed and the last connection has gone. Raises `ConfigError` when it cannot listen.
     """
-    roster = Roster(hub.config.websocket.trusted_proxies)
+    registry = ConnectionRegistry(replica.config.websocket.trusted_proxies)
     doors = trio.CancelScope()
     listeners = await open_listeners(binds)
-    settings = hub.config.websocket
+    settings = replica.config.websocket
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
         with doors:
-            handler = partial(_serve_peer, hub, roster, _connection_limit(hub.config.limits.connections))
+            handler = partial(_serve_peer, replica, registry, _connection_limit(replica.config.limits.connections))
             task_status.started(
-                Endpoint([join_address(*listener.socket.getsockname()[:2]) for listener in listeners], roster, doors)
+                Endpoint([join_address(*listener.socket.getsockname()[:2]) for listener in listeners], registry, doors)
             )
-            patient = [PatientListener(listener, roster) for listener in listeners]
+            patient = [PatientListener(listener, registry) for listener in listeners]
             await trio.serve_listeners(handler, patient, handler_nursery=sessions)
-        await roster.wait_empty()
+        await registry.wait_empty()
         nursery.cancel_scope.cancel()
 
 
@@ -152,29 +152,29 @@ def _connection_limit(wanted: int) -> int:
     return possible
 
 
-async def _serve_peer(hub: Hub, roster: Roster, limit: int, stream: trio.SocketStream) -> None:
+async def _serve_peer(replica: Replica, registry: ConnectionRegistry, limit: int, stream: trio.SocketStream) -> None:
     """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
-    peer, plain = _address(stream), not hub.config.websocket.tls
-    source = roster.proxies.source_of(peer)
+    peer, plain = _address(stream), not replica.config.websocket.tls
+    source = registry.proxies.source_of(peer)
     with ExitStack() as stack:
-        admitted = stack.enter_context(hub.addresses.holding(source.limited, trio.current_time()))
-        full = admitted and roster.connections >= limit and not roster.evict()
-        prove = stack.enter_context(roster.admit(source.network))
-        stack.enter_context(hub.turns.serve(source.network))
+        admitted = stack.enter_context(replica.addresses.holding(source.limited, trio.current_time()))
+        full = admitted and registry.connections >= limit and not registry.evict()
+        prove = stack.enter_context(registry.admit(source.network))
+        stack.enter_context(replica.cpu_scheduler.serve(source.network))
         try:
             if not admitted:
-                roster.crowded += 1
-                hub.vitals.refused(Code.OVERLOADED)
-                await _turn_away(roster, hub.turns, stream, _CROWDED if plain else b"")
+                registry.crowded += 1
+                replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
+                await _turn_away(registry, replica.cpu_scheduler, stream, _CROWDED if plain else b"")
             elif full:
-                roster.refused += 1
-                await _turn_away(roster, hub.turns, stream, _BUSY if plain else b"")
+                registry.refused += 1
+                await _turn_away(registry, replica.cpu_scheduler, stream, _BUSY if plain else b"")
             elif plain:
-                await serve_connection(hub, roster, stream, prove, peer)
-            elif (encrypted := await _encrypt(hub, stream)) is not None:
-                await serve_connection(hub, roster, encrypted, prove, peer)
+                await serve_connection(replica, registry, stream, prove, peer)
+            elif (encrypted := await _encrypt(replica, stream)) is not None:
+                await serve_connection(replica, registry, encrypted, prove, peer)
         except* Exception as error:  # noqa: BLE001 (it is logged)
-            roster.fault("a connection failed", error)
+            registry.fault("a connection failed", error)
 
 
 def _address(stream: trio.SocketStream) -> str:
@@ -186,13 +186,13 @@ def _address(stream: trio.SocketStream) -> str:
     return address
 
 
-async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
+async def _encrypt(replica: Replica, stream: trio.SocketStream) -> TlsStream | None:
     """The same connection with TLS on it, or None for a peer that does not speak it, or not soon enough."""
-    assert hub.certificates is not None
-    encrypted = trio.SSLStream(stream, hub.certificates.latest_tls(), server_side=True, https_compatible=True)
+    assert replica.certificates is not None
+    encrypted = trio.SSLStream(stream, replica.certificates.latest_tls(), server_side=True, https_compatible=True)
     with trio.move_on_after(HANDSHAKE_TIME):
         try:
-            await hub.turns.wait()
+            await replica.cpu_scheduler.wait()
             await encrypted.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.debug("a peer does not speak TLS", reason=str(error.__cause__ or error))
@@ -201,15 +201,17 @@ async def _encrypt(hub: Hub, stream: trio.SocketStream) -> TlsStream | None:
     return None
 
 
-async def _turn_away(roster: Roster, turns: Turns, stream: trio.SocketStream, answer: bytes) -> None:
-    if roster.turning_away >= TURNING_AWAY_AT_ONCE or not answer:
+async def _turn_away(
+    registry: ConnectionRegistry, cpu_scheduler: CpuScheduler, stream: trio.SocketStream, answer: bytes
+) -> None:
+    if registry.turning_away >= TURNING_AWAY_AT_ONCE or not answer:
         return
-    roster.turning_away += 1
+    registry.turning_away += 1
     try:
         with trio.move_on_after(TURNING_AWAY_TIME):
             await stream.send_all(answer)
-            await close_gently(stream, turns)
+            await close_gently(stream, cpu_scheduler)
     except trio.BrokenResourceError:
         pass
     finally:
-        roster.turning_away -= 1
+        registry.turning_away -= 1

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import trio
 
-from ..limits.cpu_fairness import Turns
+from ..limits.cpu_fairness import CpuScheduler
 from .coalesce import Coalescer
 from .frames import close_frame, is_close
 
@@ -71,7 +71,7 @@ class Outbox(trio.abc.Stream):
         refill: Callable[[], bytes],
         reading: trio.CancelScope,
         inbound: Coalescer | None = None,
-        turns: Turns | None = None,
+        cpu_scheduler: CpuScheduler | None = None,
         head: bytes = b"",
         rest: bytes = b"",
     ) -> None:
@@ -98,7 +98,7 @@ class Outbox(trio.abc.Stream):
         self._nursery = nursery
         self._refill = refill
         self._inbound = Coalescer() if inbound is None else inbound
-        self._turns = Turns() if turns is None else turns
+        self._turns = CpuScheduler() if cpu_scheduler is None else cpu_scheduler
         self._reading = reading
         self._head = head
         self._rest = rest
@@ -295,7 +295,7 @@ class Outbox(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-async def close_gently(stream: trio.abc.Stream, turns: Turns) -> None:
+async def close_gently(stream: trio.abc.Stream, cpu_scheduler: CpuScheduler) -> None:
     """Tell the peer that nothing follows, and read until it closes, or has sent more than a whole body.
 
     To close a socket with bytes unread makes the kernel reset the connection, and the peer may then lose what it has
@@ -313,7 +313,7 @@ async def close_gently(stream: trio.abc.Stream, turns: Turns) -> None:
         left = _UNREAD
         while left > 0 and (data := await stream.receive_some(_CHUNK)):
             left -= len(data)
-            await turns.next()
+            await cpu_scheduler.next()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
 

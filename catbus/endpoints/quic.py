@@ -14,7 +14,7 @@ from .datagrams import open_ports
 from .router import Router
 
 if TYPE_CHECKING:
-    from ..replica import Hub
+    from ..replica import Replica
 
 GOODBYE_TIME = 2.0
 """Seconds for the last words to arrive when the endpoint is cancelled."""
@@ -84,7 +84,7 @@ class QuicEndpoint:
 
 
 async def serve_quic(
-    hub: Hub,
+    replica: Replica,
     binds: Sequence[str],
     configuration: Callable[[], WebTransportConfiguration],
     sessions: trio.Nursery,
@@ -98,7 +98,7 @@ async def serve_quic(
     when it is cancelled and the peers have been told, which takes 2 s at most. Raises `ConfigError` when it cannot
     listen.
     """
-    router = Router(hub, await open_ports(binds), configuration, sessions)
+    router = Router(replica, await open_ports(binds), configuration, sessions)
     loops = trio.CancelScope(shield=True)
     try:
         async with trio.open_nursery() as nursery:

@@ -42,7 +42,7 @@ from .timers import Timers
 from .webtransport import Conversation
 
 if TYPE_CHECKING:
-    from ..replica import Hub
+    from ..replica import Replica
 
 BATCH = 128
 """Datagrams that are taken from a socket at a time. What stays there is dropped by the kernel, whoever it is from."""
@@ -71,12 +71,12 @@ class Router:
 
     def __init__(
         self,
-        hub: Hub,
+        replica: Replica,
         ports: list[Port],
         configuration: Callable[[], WebTransportConfiguration],
         sessions: trio.Nursery,
     ) -> None:
-        secrets = hub.config.auth.secrets
+        secrets = replica.config.auth.secrets
         self.ports = ports
         self.peers: set[Peer] = set()
         self.begun = 0
@@ -98,12 +98,12 @@ class Router:
         self._mistakes = Recurring(logger.error)
         self._remarks = Recurring(logger.info, burst=REMARKS)
         self.closed = False
-        self._hub = hub
+        self._replica = replica
         self._configuration = configuration
         self._sessions = sessions
-        self._limit = hub.config.limits.connections
-        self._proxies = Proxies(hub.config.websocket.trusted_proxies)
-        self._origins = frozenset(hub.config.websocket.allowed_origins)
+        self._limit = replica.config.limits.connections
+        self._proxies = Proxies(replica.config.websocket.trusted_proxies)
+        self._origins = frozenset(replica.config.websocket.allowed_origins)
         self._tickets = Tickets(secrets[0] if secrets else None)
         self._routes: dict[bytes, Peer] = {}
         self._half_open: Newcomers[Peer] = Newcomers()
@@ -263,7 +263,7 @@ class Router:
         if full and not self._half_open:
             self.refused += 1
             return None
-        limited, addresses = self._proxies.source_of(place.address[0]).limited, self._hub.addresses
+        limited, addresses = self._proxies.source_of(place.address[0]).limited, self._replica.addresses
         if not addresses.has_room(limited, now):
             self.crowded += 1
             return None
@@ -380,7 +380,7 @@ class Router:
             connection.refuse(403, trio.current_time())
         elif connection.accept():
             conversation = Conversation(
-                self._hub, connection, lambda: self.settle(peer), self.fault, self._remark, peer.network
+                self._replica, connection, lambda: self.settle(peer), self.fault, self._remark, peer.network
             )
             peer.conversation = conversation
             try:
@@ -401,7 +401,7 @@ class Router:
         self._timers.set(peer, None)
         if peer in self.peers:
             self.peers.remove(peer)
-            self._hub.addresses.leave(peer.limited)
+            self._replica.addresses.leave(peer.limited)
         for connection_id in peer.connection.connection_ids:
             if self._routes.get(connection_id) is peer:
                 del self._routes[connection_id]

@@ -16,13 +16,13 @@ import msgspec
 
 from ..auth.tokens import Identity, client_of
 from ..certificates import discovery
-from ..errors import Code, PeerError, Unavailable
+from ..errors import ErrorCode, PeerError, Unavailable
 from ..log import Outcome, Rejected
 from ..protocol import wire_messages as wire
 from .forwarded import origin_of
 
 if TYPE_CHECKING:
-    from ..replica import Hub
+    from ..replica import Replica
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -76,38 +76,38 @@ def json(value: object, status: int = 200, headers: Headers = ()) -> Answer:
     return Answer(status, wire.to_json(value) + b"\n", headers, b"application/json")
 
 
-Handler = Callable[["Hub", Request], Awaitable[Answer]]
+Handler = Callable[["Replica", Request], Awaitable[Answer]]
 
 
-async def health(hub: Hub, request: Request) -> Answer:
+async def health(replica: Replica, request: Request) -> Answer:
     """Alive, whatever else may be wrong. Exactly `ok`, which programs compare it with."""
     return Answer(200, b"ok")
 
 
-async def ready(hub: Hub, request: Request) -> Answer:
+async def ready(replica: Replica, request: Request) -> Answer:
     """Whether new clients should be sent here.
 
     A database that is away does not change that, nor does a hole in the log: all replicas share them, and taking all of
     them out of service would make an outage of a pause.
     """
-    match hub.readiness:
+    match replica.readiness:
         case "ready":
             return line(200, "ready")
         case "degraded":
-            return line(200, f"degraded: {hub.log.trouble}")
+            return line(200, f"degraded: {replica.log.trouble}")
         case other:
             return line(503, other)
 
 
-async def metrics(hub: Hub, request: Request) -> Answer:
+async def metrics(replica: Replica, request: Request) -> Answer:
     """What is counted and measured, for Prometheus."""
-    if hub.scrape is None:
+    if replica.scrape is None:
         return line(503, "not open yet")
-    body, content_type = hub.scrape()
+    body, content_type = replica.scrape()
     return Answer(200, body, type=content_type.encode())
 
 
-async def script(hub: Hub, request: Request) -> Answer:
+async def script(replica: Replica, request: Request) -> Answer:
     """A module of the JavaScript client, for pages anywhere.
 
     A browser asks each time whether it has the present one: modules of two releases do not go together.
@@ -130,30 +130,30 @@ def _scripts() -> dict[str, tuple[bytes, bytes]]:
     return {path: (body, b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()) for path, body in bodies.items()}
 
 
-async def status(hub: Hub, request: Request) -> Answer:
+async def status(replica: Replica, request: Request) -> Answer:
     """How this replica is, for who may read everything."""
     try:
-        identity = await hub.authenticate(_bearer(request), request.network)
+        identity = await replica.authenticate(_bearer(request), request.network)
         if not identity.grants.may_read("*"):
-            raise PeerError(Code.UNAUTHORIZED, "only who may read `*` is told")
+            raise PeerError(ErrorCode.UNAUTHORIZED, "only who may read `*` is told")
     except PeerError as error:
-        return _refusal(hub, error)
-    return json(hub.report(), headers=[(b"cache-control", b"no-store")])
+        return _refusal(replica, error)
+    return json(replica.report(), headers=[(b"cache-control", b"no-store")])
 
 
-async def discover(hub: Hub, request: Request) -> Answer:
+async def discover(replica: Replica, request: Request) -> Answer:
     """Where the other ways in are, by the name under which this one was reached."""
-    secure, host = origin_of(request, tls=hub.config.websocket.tls)
+    secure, host = origin_of(request, tls=replica.config.websocket.tls)
     if not host:
         return line(400, "the request does not say which host it is for")
-    made = None if hub.certificates is None else hub.certificates.self_made(datetime.now(UTC))
+    made = None if replica.certificates is None else replica.certificates.self_made(datetime.now(UTC))
     return json(
-        discovery(host, hub.webtransport_port, made, secure=secure),
+        discovery(host, replica.webtransport_port, made, secure=secure),
         headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],
     )
 
 
-async def websocket(hub: Hub, request: Request) -> Answer:
+async def websocket(replica: Replica, request: Request) -> Answer:
     """A plain request where there is only WebSocket."""
     return UPGRADE_REQUIRED
 
@@ -165,7 +165,7 @@ UPGRADE_REQUIRED = line(
 )
 
 CROWDED = json(
-    {"error": "this address has too many connections (limits.address_connections)", "code": Code.OVERLOADED},
+    {"error": "this address has too many connections (limits.address_connections)", "code": ErrorCode.OVERLOADED},
     429,
     [(b"retry-after", b"5")],
 )
@@ -173,46 +173,46 @@ CROWDED = json(
 # POST /publish
 
 STATUSES = {
-    Code.UNAUTHENTICATED: 401,
-    Code.AUTH_TIMEOUT: 408,
-    Code.TOKEN_EXPIRED: 401,
-    Code.TOKEN_NOT_VALID_YET: 503,
-    Code.UNAUTHORIZED: 403,
-    Code.REVOKED: 403,
-    Code.TOO_LARGE: 413,
-    Code.RATE_LIMITED: 429,
-    Code.LIMIT: 429,
-    Code.OVERLOADED: 429,
-    Code.UNAVAILABLE: 503,
-    Code.UNKNOWN: 504,
-    Code.SHUTTING_DOWN: 503,
-    Code.INTERNAL: 500,
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.AUTH_TIMEOUT: 408,
+    ErrorCode.TOKEN_EXPIRED: 401,
+    ErrorCode.TOKEN_NOT_VALID_YET: 503,
+    ErrorCode.UNAUTHORIZED: 403,
+    ErrorCode.REVOKED: 403,
+    ErrorCode.TOO_LARGE: 413,
+    ErrorCode.RATE_LIMITED: 429,
+    ErrorCode.LIMIT: 429,
+    ErrorCode.OVERLOADED: 429,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.UNKNOWN: 504,
+    ErrorCode.SHUTTING_DOWN: 503,
+    ErrorCode.INTERNAL: 500,
 }
 """What a refusal is in HTTP, where it is not 400."""
 
 
-async def publish(hub: Hub, request: Request) -> Answer:
+async def publish(replica: Replica, request: Request) -> Answer:
     """Publish the message in the body, or all of an array of them, in order.
 
     One that is refused says so in its place, and the status is that of the first of those; the others are published.
     """
     try:
         token = _bearer(request)
-        identity = await hub.authenticate(token, request.network)
-        single, items = _split(await request.read(), hub.config.limits.pending_publishes)
-        wanted = [_decode(item, hub.config.limits.message_size) for item in items]
+        identity = await replica.authenticate(token, request.network)
+        single, items = _split(await request.read(), replica.config.limits.pending_publishes)
+        wanted = [_decode(item, replica.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]
         client = client_of(identity, token, request.network)
-        outcomes = iter(await hub.publish(identity, requests, _producer(request, identity), client))
+        outcomes = iter(await replica.publish(identity, requests, _producer(request, identity), client))
     except (PeerError, Unavailable) as error:
-        return _refusal(hub, error)
+        return _refusal(replica, error)
     results: list[dict[str, object]] = []
-    refusals: list[Code] = []
+    refusals: list[ErrorCode] = []
     for item in wanted:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
         if isinstance(outcome, Rejected):
             refusals.append(outcome.code)
-            hub.vitals.refused(outcome.code)
+            replica.runtime_statistics.refused(outcome.code)
         results.append(_result(item, outcome))
     status = STATUSES.get(refusals[0], 400) if refusals else 200
     return json(results[0] if single else results, status, _advice(status))
@@ -221,7 +221,7 @@ async def publish(hub: Hub, request: Request) -> Answer:
 def _bearer(request: Request) -> str:
     scheme, _, token = request.header(b"authorization").partition(b" ")
     if scheme.lower() != b"bearer" or not token.strip():
-        raise PeerError(Code.UNAUTHENTICATED, "a token is needed: `Authorization: Bearer ...`")
+        raise PeerError(ErrorCode.UNAUTHENTICATED, "a token is needed: `Authorization: Bearer ...`")
     return token.strip().decode("latin-1")
 
 
@@ -229,7 +229,7 @@ def _producer(request: Request, identity: Identity) -> bytes:
     """Whom a request with an `Idempotency-Key` publishes for: the same one whenever the same client repeats the key."""
     key = request.header(b"idempotency-key")
     if len(key) > 255:
-        raise PeerError(Code.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
+        raise PeerError(ErrorCode.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
     subject = (identity.client_id or "").encode()
     return blake2b(key + b"\0" + subject, digest_size=16, person=b"catbus publish").digest() if key else b""
 
@@ -243,14 +243,14 @@ def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]
     except wire.UNDECODABLE as error:
         raise wire.refusal(error) from None
     if len(items) > most:
-        raise PeerError(Code.TOO_LARGE, f"at most {most} messages in a request")
+        raise PeerError(ErrorCode.TOO_LARGE, f"at most {most} messages in a request")
     return False, items
 
 
 def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
     data = bytes(item)
     if len(data) > limit:
-        return PeerError(Code.TOO_LARGE, f"a message may have at most {limit} bytes")
+        return PeerError(ErrorCode.TOO_LARGE, f"a message may have at most {limit} bytes")
     try:
         return wire.decode_publish(data)
     except wire.UNDECODABLE as error:
@@ -267,9 +267,9 @@ def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str
     return {**result, "duplicate": True} if outcome.duplicate else result
 
 
-def _refusal(hub: Hub, error: PeerError | Unavailable) -> Answer:
-    code = error.code if isinstance(error, PeerError) else Code.UNAVAILABLE
-    hub.vitals.refused(code)
+def _refusal(replica: Replica, error: PeerError | Unavailable) -> Answer:
+    code = error.code if isinstance(error, PeerError) else ErrorCode.UNAVAILABLE
+    replica.runtime_statistics.refused(code)
     status = STATUSES.get(code, 400)
     wait = error.retry_after if isinstance(error, PeerError) else None
     return json({"error": str(error), "code": code}, status, _advice(status, wait or 1.0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ..delivery.send_queue import Item, Mailbox
+from ..delivery.send_queue import Item, SendQueue
 
 SPACING = 0.025, 0.1
 """Seconds, at least and at most, from the acknowledgement of an object to the next one."""
@@ -20,11 +20,11 @@ BACKLOG_TIME = 1.0
 UNIT = 1024
 """It fits into a packet, and a browser's buffer of 64 KiB holds a whole number of them."""
 AT_A_TIME = 65_536
-"""About how many bytes leave the mailbox at a time."""
+"""About how many bytes leave the send queue at a time."""
 
 
 class Spacer:
-    """What was taken from the mailbox of one client and has not been sent."""
+    """What was taken from the send queue of one client and has not been sent."""
 
     __slots__ = ("_lines", "_sent", "_until", "due")
 
@@ -41,13 +41,13 @@ class Spacer:
         """Whether something waits to be sent."""
         return bool(self._lines)
 
-    def next_line(self, mailbox: Mailbox, now: float) -> bytes:
+    def next_line(self, send_queue: SendQueue, now: float) -> bytes:
         """The next object, filled up, if it may be sent now. Call it when all that was sent is acknowledged."""
         self.due = None
         if not self._lines:
-            self._lines.extend(first_version_lines(mailbox.take(AT_A_TIME)))
+            self._lines.extend(first_version_lines(send_queue.take(AT_A_TIME)))
         if self._sent:
-            self._sent, self._until = False, now + spacing(len(self._lines), more=bool(mailbox))
+            self._sent, self._until = False, now + spacing(len(self._lines), more=bool(send_queue))
         if not self._lines:
             return b""
         if now < self._until:
@@ -57,7 +57,7 @@ class Spacer:
         return fill_up(self._lines.popleft())
 
     def clear(self) -> list[bytes]:
-        """Everything that waits, as it was in the mailbox."""
+        """Everything that waits, as it was in the send queue."""
         lines = list(self._lines)
         self._lines.clear()
         self.due = None
@@ -65,7 +65,7 @@ class Spacer:
 
 
 def spacing(waiting: int, *, more: bool) -> float:
-    """Seconds to the next of so many objects; `more`: the mailbox holds still more."""
+    """Seconds to the next of so many objects; `more`: the send queue holds still more."""
     least, most = SPACING
     return least if more else min(most, max(least, BACKLOG_TIME / max(1, waiting)))
 
@@ -76,7 +76,7 @@ def fill_up(line: bytes) -> bytes:
 
 
 def first_version_lines(items: Sequence[Item]) -> list[bytes]:
-    """What the mailbox of a first-version client held, a line each."""
+    """What the send queue of a first-version client held, a line each."""
     lines: list[bytes] = []
     for item in items:
         lines += (item,) if isinstance(item, bytes) else item.first_version_lines

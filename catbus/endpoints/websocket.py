@@ -10,31 +10,31 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
-from ..delivery.send_queue import Item, Mailbox, size_of_replies
+from ..delivery.send_queue import Item, SendQueue, size_of_replies
 from ..errors import CloseCode
-from ..limits.unauthenticated import UNPROVEN_SIZE
+from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..observability.loggers import get_logger
-from ..protocol.wire_messages import Protocol
+from ..protocol.wire_messages import ProtocolVersion
 from .coalesce import Coalescer
+from .connection_registry import ConnectionRegistry
 from .frames import PING, close_frame
 from .outbox import Outbox
-from .roster import Roster
 
 if TYPE_CHECKING:
     from ..config import WebSocketSettings
-    from ..limits.cpu_fairness import Turns
-    from ..replica import Hub
-    from ..session.driver import Client
+    from ..limits.cpu_fairness import CpuScheduler
+    from ..replica import Replica
+    from ..session.driver import SessionDriver
 
 HANDSHAKE_TIME = 10.0
 CLOSING_TIME = 2.0
-"""Seconds in which the mailbox, the Close frame and the peer's answer to it must have passed."""
+"""Seconds in which the send queue, the Close frame and the peer's answer to it must have passed."""
 STALL_TIME = 60.0
 """Seconds that a write may make no progress."""
 PORTION = 65_536
-"""About how many bytes leave the mailbox at a time, and only when those before have left for the kernel: what waits in
-the mailbox is shared with other mailboxes, counted, and can be had again from the log. Of what has left, replies count:
-one may have a megabyte. Messages do not, of which many connections hold the same bytes."""
+"""About how many bytes leave the send queue at a time, and only when those before have left for the kernel: what
+waits in the send queue is shared with other send queues, counted, and can be had again from the log. Of what has left,
+replies count: one may have a megabyte. Messages do not, of which many connections hold the same bytes."""
 OBJECTS_IN_MESSAGE = 16
 """How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
 
@@ -47,8 +47,8 @@ logger = get_logger("catbus.endpoints")
 
 
 async def serve_websocket(
-    hub: Hub,
-    roster: Roster,
+    replica: Replica,
+    registry: ConnectionRegistry,
     stream: trio.abc.Stream,
     head: bytes,
     rest: bytes,
@@ -60,24 +60,24 @@ async def serve_websocket(
     `rest` is what it sent after that. `prove` is called when it has shown a token. `network` is where it is. Does not
     close the stream.
     """
-    settings = hub.config.websocket
+    settings = replica.config.websocket
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     if isinstance(transport, trio.SocketStream):
         # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
         transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
-        size = hub.config.limits.message_size
-        connection = Connection(roster, settings, hub.turns, size, stream, writers, head, rest, prove)
+        size = replica.config.limits.message_size
+        connection = Connection(registry, settings, replica.cpu_scheduler, size, stream, writers, head, rest, prove)
         try:
-            with roster.carry(connection.outbox):
-                await connection.serve(hub, network)
+            with registry.carry(connection.outbox):
+                await connection.serve(replica, network)
         finally:
             connection.release()
             writers.cancel_scope.cancel()
 
 
 class Connection:
-    """The outlet of one client's mailbox, and the task that feeds the client what arrives."""
+    """The outlet of one client's send queue, and the task that feeds the client what arrives."""
 
     __slots__ = (
         "_client",
@@ -88,20 +88,20 @@ class Connection:
         "_largest",
         "_last_busy",
         "_listening",
-        "_mailbox",
+        "_send_queue",
         "_packer",
         "_pinged",
         "_prove",
-        "_roster",
+        "_registry",
         "_settings",
         "outbox",
     )
 
     def __init__(
         self,
-        roster: Roster,
+        registry: ConnectionRegistry,
         settings: WebSocketSettings,
-        turns: Turns,
+        cpu_scheduler: CpuScheduler,
         message_size: int,
         stream: trio.abc.Stream,
         writers: trio.Nursery,
@@ -110,14 +110,14 @@ class Connection:
         prove: Callable[[], None],
     ) -> None:
         self._prove = prove
-        self._roster = roster
+        self._registry = registry
         self._settings = settings
-        self._packer = roster.packer
-        self._client: Client | None = None
-        self._mailbox: Mailbox | None = None
+        self._packer = registry.packer
+        self._client: SessionDriver | None = None
+        self._send_queue: SendQueue | None = None
         self._conversing = trio.CancelScope()
         self._listening = trio.CancelScope()
-        self._inbound = Coalescer(message_size, UNPROVEN_SIZE)
+        self._inbound = Coalescer(message_size, UNAUTHENTICATED_OBJECT_BYTES)
         self._largest = OBJECTS_IN_MESSAGE * message_size
         self.outbox = Outbox(
             stream,
@@ -125,7 +125,7 @@ class Connection:
             refill=self._take,
             reading=self._conversing,
             inbound=self._inbound,
-            turns=turns,
+            cpu_scheduler=cpu_scheduler,
             head=head,
             rest=rest,
         )
@@ -136,32 +136,33 @@ class Connection:
     def release(self) -> None:
         """Give up what is left of the connection, so that it is freed at once: the garbage collector comes seldom."""
         self.outbox.abort()
-        self._client = self._mailbox = None
+        self._client = self._send_queue = None
 
     def flush(self) -> None:
-        """Send what the mailbox holds, as far as the kernel takes it. While the writer is at work, it sees to that."""
-        outbox, mailbox = self.outbox, self._mailbox
-        if mailbox is not None and not outbox.busy:
-            items = mailbox.take(PORTION)
+        """Send what the send queue holds, as far as the kernel takes it. While the writer is at work, it sees to
+        that."""
+        outbox, send_queue = self.outbox, self._send_queue
+        if send_queue is not None and not outbox.busy:
+            items = send_queue.take(PORTION)
             while items:
-                outbox.write(self._pack(items, mailbox.protocol))
+                outbox.write(self._pack(items, send_queue.protocol))
                 if outbox.busy:
-                    mailbox.count_unsent(size_of_replies(items))
-                items = mailbox.take(PORTION) if mailbox.size and not outbox.busy else []
+                    send_queue.count_unsent(size_of_replies(items))
+                items = send_queue.take(PORTION) if send_queue.size and not outbox.busy else []
 
     def _take(self) -> bytes:
-        mailbox = self._mailbox
-        if mailbox is None:
+        send_queue = self._send_queue
+        if send_queue is None:
             return b""
-        items = mailbox.take(PORTION)
-        mailbox.count_unsent(size_of_replies(items))
-        return self._pack(items, mailbox.protocol)
+        items = send_queue.take(PORTION)
+        send_queue.count_unsent(size_of_replies(items))
+        return self._pack(items, send_queue.protocol)
 
-    def _pack(self, items: list[Item], protocol: Protocol) -> bytes:
+    def _pack(self, items: list[Item], protocol: ProtocolVersion) -> bytes:
         try:
             return self._packer.pack(items, protocol)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._roster.fault("a flush failed", error)
+            self._registry.fault("a flush failed", error)
             self.outbox.abort()
             return b""
 
@@ -179,7 +180,7 @@ class Connection:
         silent = now - max(outbox.last_heard, self._last_busy)
         if outbox.busy:
             if now - outbox.last_moved >= STALL_TIME:
-                self._roster.remark("a client does not read", seconds=STALL_TIME)
+                self._registry.remark("a client does not read", seconds=STALL_TIME)
                 outbox.abort()
         elif silent >= self._settings.silence:
             client.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")
@@ -187,32 +188,32 @@ class Connection:
             self._pinged = now
             outbox.write(PING)
 
-    async def serve(self, hub: Hub, network: str) -> None:
+    async def serve(self, replica: Replica, network: str) -> None:
         """Serve the peer until the connection has been closed, or nothing more can be done about it."""
         try:
-            await self._converse(hub, network)
+            await self._converse(replica, network)
         except* (LocalProtocolError, ConnectionClosed):
             # The library's reader raises these at a peer that goes on after its Close frame.
             logger.debug("a peer broke the protocol while closing", exc_info=True)
         except* Exception as error:  # noqa: BLE001 (it is logged)
-            self._roster.fault("a connection failed", error)
+            self._registry.fault("a connection failed", error)
             self.outbox.close(close_frame(*FAULT))
         with trio.move_on_at(min(self._give_up, trio.current_time() + CLOSING_TIME)):
             await self.outbox.finish()
 
-    async def _converse(self, hub: Hub, network: str) -> None:
+    async def _converse(self, replica: Replica, network: str) -> None:
         with self._conversing:
             async with trio.open_nursery() as library:
                 with trio.move_on_after(HANDSHAKE_TIME) as limit:
-                    websocket = await self._shake_hands(library, hub.config.limits.message_size)
+                    websocket = await self._shake_hands(library, replica.config.limits.message_size)
                 if limit.cancelled_caught:
                     library.cancel_scope.cancel()
                     return
-                self._client = client = hub.open_client(self, transport="websocket", network=network)
-                self._mailbox = client.mailbox
+                self._client = client = replica.open_client(self, transport="websocket", network=network)
+                self._send_queue = client.send_queue
                 self.outbox.on_received = client.heard
                 try:
-                    with self._roster.watch(self):
+                    with self._registry.watch(self):
                         library.start_soon(self._read, websocket, client)
                         await client.wait_closing()
                         if goodbye := client.closing or self._goodbye:
@@ -232,7 +233,7 @@ class Connection:
         )
         return await request.accept()
 
-    async def _read(self, websocket: WebSocketConnection, client: Client) -> None:
+    async def _read(self, websocket: WebSocketConnection, client: SessionDriver) -> None:
         """Feed the client until it is closing; then read on for the library's sake, which waits for the peer's Close.
 
         The library keeps one message and then reads nothing, pings included, so it has to be read whatever happens.
@@ -246,7 +247,7 @@ class Connection:
             except ConnectionClosed:
                 raise
             except Exception as error:  # noqa: BLE001 (it is logged)
-                self._roster.fault("a session failed", error)
+                self._registry.fault("a session failed", error)
                 client.close(*FAULT)
             while True:
                 await websocket.get_message()
@@ -256,7 +257,7 @@ class Connection:
                 self._goodbye = closed.reason.code, closed.reason.reason or ""
             client.leave()
 
-    async def _listen(self, websocket: WebSocketConnection, client: Client) -> None:
+    async def _listen(self, websocket: WebSocketConnection, client: SessionDriver) -> None:
         while client.closing is None:
             message = await websocket.get_message()
             await client.receive(message.encode() if isinstance(message, str) else message)

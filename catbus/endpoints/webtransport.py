@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..delivery.send_queue import Item, Mailbox
+from ..delivery.send_queue import Item, SendQueue
 from ..errors import CloseCode
-from ..protocol.wire_messages import Protocol
+from ..protocol.wire_messages import ProtocolVersion
 from ..session.driver import STOPPING
 from ..webtransport import (
     ConnectionLost,
@@ -23,21 +23,22 @@ from ..webtransport import (
 from .spacing import Spacer
 
 if TYPE_CHECKING:
-    from ..replica import Hub
-    from ..session.driver import Client
+    from ..replica import Replica
+    from ..session.driver import SessionDriver
 
 CLOSING_TIME = 2.0
-"""Seconds in which the peer must take the mailboxes, before it is told that the session ends."""
+"""Seconds in which the peer must take the send queues, before it is told that the session ends."""
 LEAVING_TIME = 6.0
 """Seconds for the end of the session to arrive; the connection itself gives up before that."""
 STALL_TIME = 60.0
 """Seconds that a peer may take nothing of what waits for it on a stream."""
 
 PORTION = 65_536
-"""About how many bytes leave a mailbox at a time, while the connection takes more."""
+"""About how many bytes leave a send queue at a time, while the connection takes more."""
 
 OWN_SHARE = 8
-"""A subscription's own stream has a mailbox of one part in so many of the session's: there may be a hundred of them."""
+"""A subscription's own stream has a send queue of one part in so many of the session's: there may be a hundred of
+them."""
 
 REFUSED = 1
 """The code with which a stream that means nothing to us is refused."""
@@ -47,24 +48,24 @@ UNREAD = "nothing was read for a minute"
 
 
 class Lane:
-    """The outlet of one mailbox: a stream, which the client opens for the session and we for a subscription."""
+    """The outlet of one send queue: a stream, which the client opens for the session and we for a subscription."""
 
-    __slots__ = ("_flush", "acknowledged", "ending", "mailbox", "moved", "on_stopped", "over", "sent", "stream")
+    __slots__ = ("_flush", "acknowledged", "ending", "send_queue", "moved", "on_stopped", "over", "sent", "stream")
 
-    mailbox: Mailbox
+    send_queue: SendQueue
 
     def __init__(self, flush: Callable[[Lane], None]) -> None:
         self.stream: int | None = None
         self.ending = False
-        """Whether the stream ends after what the mailbox holds."""
+        """Whether the stream ends after what the send queue holds."""
         self.over = False
-        """Whether all that the mailbox held has been handed over, and the end."""
+        """Whether all that the send queue held has been handed over, and the end."""
         self.sent = 0
         self.acknowledged = 0
         """How many of the bytes that were sent the peer is known to have taken, as `check` found it."""
         self.moved = trio.current_time()
         """When that last changed, or nothing was waiting."""
-        self.on_stopped: Callable[[Mailbox], None] | None = None
+        self.on_stopped: Callable[[SendQueue], None] | None = None
         self._flush = flush
 
     def flush(self) -> None:
@@ -85,7 +86,7 @@ class Conversation:
         "_datagrams",
         "_ended",
         "_gone",
-        "_hub",
+        "_replica",
         "_inbox",
         "_lanes",
         "_lost",
@@ -102,14 +103,14 @@ class Conversation:
 
     def __init__(
         self,
-        hub: Hub,
+        replica: Replica,
         connection: WebTransportConnection,
         transmit: Callable[[], None],
         on_fault: Callable[[str, BaseException], None],
         on_stall: Callable[[str], object],
         network: str = "",
     ) -> None:
-        self._hub = hub
+        self._replica = replica
         self._connection = connection
         self._transmit = transmit
         self._on_fault = on_fault
@@ -119,11 +120,11 @@ class Conversation:
         self._lanes: dict[int, Lane] = {}
         """Those of subscriptions, by their streams, until the peer has all of theirs."""
         self._blocked: dict[Lane, None] = {}
-        """Those whose mailboxes hold what the connection did not take, the longest waiting first."""
+        """Those whose send queues hold what the connection did not take, the longest waiting first."""
         self._datagrams = False
         """Whether there are datagrams to be transmitted."""
         self._spacer = Spacer()
-        """What waits for a first-version client, beside its mailbox."""
+        """What waits for a first-version client, beside its send queue."""
         self._inbox: list[bytes] = []
         self._ended = False
         """Whether the peer says nothing more."""
@@ -134,8 +135,10 @@ class Conversation:
         self._room = trio.lowlevel.ParkingLot()
         self._moved = trio.current_time()
         """When the peer last took something, of any stream."""
-        self._client: Client = hub.open_client(self._main, transport="webtransport", streams=self, network=network)
-        self._main.mailbox = self._client.mailbox
+        self._client: SessionDriver = replica.open_client(
+            self._main, transport="webtransport", streams=self, network=network
+        )
+        self._main.send_queue = self._client.send_queue
 
     @property
     def client(self) -> Hashable:
@@ -192,17 +195,17 @@ class Conversation:
             self._spacer.clear()
             # Whoever waits for room in them need not wait any more.
             for lane in (self._main, *self._lanes.values()):
-                lane.mailbox.take()
+                lane.send_queue.take()
             self._room.unpark_all()
 
     def _stopped(self, lane: Lane) -> None:
         """The peer gets no more of a stream of ours, because it does not want it or does not read it."""
         lane.stream = None
-        lane.mailbox.take()
+        lane.send_queue.take()
         self._blocked.pop(lane, None)
         self._room.unpark_all()
         if lane.on_stopped is not None and not lane.ending:
-            lane.on_stopped(lane.mailbox)
+            lane.on_stopped(lane.send_queue)
 
     def make_room(self) -> None:
         """The peer may have acknowledged something: hand over what has been waiting for that, for whoever transmits."""
@@ -212,25 +215,25 @@ class Conversation:
 
     # Streams and datagrams for the client's subscriptions.
 
-    def open_stream(self, on_stopped: Callable[[Mailbox], None]) -> Mailbox | None:
+    def open_stream(self, on_stopped: Callable[[SendQueue], None]) -> SendQueue | None:
         stream = self._connection.open_stream(bidirectional=False)
         if stream is None:
             return None
         lane = self._lanes[stream] = Lane(self._flush)
         lane.stream = stream
         lane.on_stopped = on_stopped
-        lane.mailbox = Mailbox(
-            lane, self._hub.flusher.wake, self._main.mailbox.limit // OWN_SHARE, self._hub.delivery.budget
+        lane.send_queue = SendQueue(
+            lane, self._replica.flusher.wake, self._main.send_queue.limit // OWN_SHARE, self._replica.delivery.budget
         )
-        return lane.mailbox
+        return lane.send_queue
 
-    def end_stream(self, mailbox: Mailbox) -> None:
-        lane = mailbox.outlet
+    def end_stream(self, send_queue: SendQueue) -> None:
+        lane = send_queue.writer
         assert isinstance(lane, Lane)
         if lane.stream is None or lane.ending:
             return
         lane.ending = True
-        if not mailbox:
+        if not send_queue:
             self._connection.send(lane.stream, b"", end=True)
             self._over(lane)
             self._transmit()
@@ -241,15 +244,15 @@ class Conversation:
         if self._connection.send_datagram(data):
             # The flusher sees to it, so that many leave together when there is much to do.
             self._datagrams = True
-            self._hub.flusher.wake(self._main.mailbox)
+            self._replica.flusher.wake(self._main.send_queue)
         else:
-            self._main.mailbox.turned_away += 1
+            self._main.send_queue.turned_away += 1
         return True
 
-    # The mailboxes.
+    # The send queues.
 
     def _flush(self, lane: Lane) -> None:
-        """Send what a mailbox holds, unless the peer has much to take already; then `make_room` sees to it."""
+        """Send what a send queue holds, unless the peer has much to take already; then `make_room` sees to it."""
         try:
             if self._fill(lane) or self._datagrams:
                 self._datagrams = False
@@ -260,28 +263,28 @@ class Conversation:
             self._transmit()
 
     def _fill(self, lane: Lane) -> bool:
-        mailbox, stream = lane.mailbox, lane.stream
+        send_queue, stream = lane.send_queue, lane.stream
         if self._gone or (stream is None and lane is not self._main):
-            mailbox.take()
+            send_queue.take()
             return False
-        if mailbox.protocol is Protocol.FIRST:
+        if send_queue.protocol is ProtocolVersion.FIRST:
             return self._fill_spaced(lane)
         before = lane.sent
         while stream is not None and self._connection.writable(stream):
-            items = mailbox.take(PORTION)
+            items = send_queue.take(PORTION)
             if lane is self._main and self._spacer:
                 # It has turned out to be a client of the specification.
                 items = [*self._spacer.clear(), *items]
             if items:
                 lines = join_lines(items)
                 lane.sent += len(lines)
-                self._connection.send(stream, lines, lane.ending and not mailbox)
-            if not mailbox:
+                self._connection.send(stream, lines, lane.ending and not send_queue)
+            if not send_queue:
                 self._blocked.pop(lane, None)
                 if lane.ending:
                     self._over(lane)
                 break
-        if mailbox or mailbox.awaited:
+        if send_queue or send_queue.awaited:
             self._blocked[lane] = None
         if lane.sent == before:
             return False
@@ -294,7 +297,7 @@ class Conversation:
         stream = lane.stream
         if stream is None or self._connection.unacknowledged(stream):
             return False
-        line = self._spacer.next_line(lane.mailbox, trio.current_time())
+        line = self._spacer.next_line(lane.send_queue, trio.current_time())
         if not line:
             if not self._spacer:
                 del self._blocked[lane]
@@ -354,7 +357,7 @@ class Conversation:
         """Serve the client until the connection is lost. No exception comes out of it."""
         client = self._client
         try:
-            with self._hub.turns.serve(self._network):
+            with self._replica.cpu_scheduler.serve(self._network):
                 goodbye = await self._converse(client)
         except Exception as error:  # noqa: BLE001 (it is logged)
             self._on_fault("a session failed", error)
@@ -368,7 +371,7 @@ class Conversation:
         with trio.move_on_after(LEAVING_TIME):
             await self._lost.wait()
 
-    async def _converse(self, client: Client) -> tuple[int, str]:
+    async def _converse(self, client: SessionDriver) -> tuple[int, str]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, client)
             await client.wait_closing()
@@ -378,7 +381,7 @@ class Conversation:
             for lane in lanes:
                 self._fill(lane)
             self._transmit()
-            while (self._spacer or any(lane.mailbox for lane in lanes)) and not self._gone:
+            while (self._spacer or any(lane.send_queue for lane in lanes)) and not self._gone:
                 await self._room.park()
         return client.closing or (0, "")
 
@@ -387,7 +390,7 @@ class Conversation:
         if self._connection.close_session(int(code), reason, trio.current_time()):
             self._transmit()
 
-    async def _read(self, client: Client) -> None:
+    async def _read(self, client: SessionDriver) -> None:
         """Feed the client until it is closing, or until the peer has ended and all that came is understood.
 
         Bytes are given back to the peer's windows when they are understood: while `receive` waits, it cannot send
@@ -396,7 +399,7 @@ class Conversation:
         try:
             while client.closing is None:
                 if self._inbox:
-                    await self._hub.turns.wait()
+                    await self._replica.cpu_scheduler.wait()
                     data = b"".join(self._inbox)
                     self._inbox.clear()
                     await client.receive(data)
@@ -418,6 +421,6 @@ class Conversation:
 
 
 def join_lines(items: Sequence[Item]) -> bytes:
-    """What a mailbox held, as bytes of a stream: a line each."""
+    """What a send queue held, as bytes of a stream: a line each."""
     parts = [item if isinstance(item, bytes) else item.lines for item in items]
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,8 +1,8 @@
 """Whose turn it is to use the CPU: one thread serves everybody, and nobody may keep the others waiting.
 
 The scheduler of Trio runs every task that can go on, pass after pass. A thousand tasks that serve one busy client would
-make each pass last a thousand turns, and a message to anybody else needs several passes. So `Turns` measures what the
-tasks of each peer use, and where a pass has had its time, peers wait in a queue for one of the next passes.
+make each pass last a thousand turns, and a message to anybody else needs several passes. So `CpuScheduler` measures
+what the tasks of each peer use, and where a pass has had its time, peers wait in a queue for one of the next passes.
 
 Before a task works for its peer it calls `wait`, and where it has worked for about the `turn` of the `pace`, `next`:
 
@@ -89,10 +89,10 @@ class CpuShare:
 class CpuUser:
     """One connection, which all tasks that serve it work for."""
 
-    __slots__ = ("began", "had", "share", "turns")
+    __slots__ = ("began", "had", "share", "cpu_scheduler")
 
-    def __init__(self, turns: Turns, share: CpuShare) -> None:
-        self.turns = turns
+    def __init__(self, cpu_scheduler: CpuScheduler, share: CpuShare) -> None:
+        self.cpu_scheduler = cpu_scheduler
         self.share = share
         self.had = 0.0
         self.began = 0.0
@@ -139,7 +139,7 @@ class _Class:
                     return waiter
 
 
-class Turns(trio.abc.Instrument):
+class CpuScheduler(trio.abc.Instrument):
     """The CPU of one Trio thread, shared among peers. `run` has to run; until it does, nobody waits."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
@@ -148,7 +148,7 @@ class Turns(trio.abc.Instrument):
         self.pace = STEADY
         self._clock = clock
         self._shares: WeakValueDictionary[Hashable, CpuShare] = WeakValueDictionary()
-        self._strangers, self._proven = self._classes = _Class(), _Class()
+        self._unauthenticated, self._proven = self._classes = _Class(), _Class()
         self._last = 0.0
         """What the class that was served last had had until then."""
         self._served: list[CpuShare] = []
@@ -164,7 +164,7 @@ class Turns(trio.abc.Instrument):
     @property
     def waiting(self) -> int:
         """How many peers wait for their turn."""
-        return self._strangers.waiting + self._proven.waiting
+        return self._unauthenticated.waiting + self._proven.waiting
 
     # Who pays
 
@@ -198,7 +198,7 @@ class Turns(trio.abc.Instrument):
         return share
 
     def _class(self, proven: bool) -> _Class:
-        return self._proven if proven else self._strangers
+        return self._proven if proven else self._unauthenticated
 
     # Waiting for a turn
 
@@ -311,7 +311,7 @@ class Turns(trio.abc.Instrument):
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._charge(self._clock())
         peer = task.context.get(_peer)
-        self._running = peer if peer is not None and peer.turns is self else None
+        self._running = peer if peer is not None and peer.cpu_scheduler is self else None
 
     def before_io_wait(self, timeout: float) -> None:
         self._charge(self._clock())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-UNPROVEN_SIZE = 16_384
+UNAUTHENTICATED_OBJECT_BYTES = 16_384
 """Bytes that an object may have before a good token: that of an `auth`, whose token has up to 8,192."""
-STRANGER_SIZE = 3 * UNPROVEN_SIZE
+UNAUTHENTICATED_PEER_BYTES = 3 * UNAUTHENTICATED_OBJECT_BYTES
 """Bytes that are counted for one peer at the most: more of it is never kept, whatever it sends."""
-STRANGERS_SIZE = 64 << 20
+UNAUTHENTICATED_TOTAL_BYTES = 64 << 20
 """Bytes that all of them may take."""
 TOO_MUCH = "too much is kept of peers that have shown no token"
 
@@ -17,20 +17,20 @@ def _nothing() -> None:
     """It has no connection to end any more."""
 
 
-class Strangers:
+class UnauthenticatedPeers:
     """Peers that have shown no token, and what they have sent. When that is too much, the oldest of them give way."""
 
-    def __init__(self, limit: int = STRANGERS_SIZE) -> None:
+    def __init__(self, limit: int = UNAUTHENTICATED_TOTAL_BYTES) -> None:
         self.size = 0
         """Bytes that are kept for them at the most."""
         self.ended = 0
         """How many had to give way."""
         self._limit = limit
-        self._charged: dict[Stranger, None] = {}
+        self._charged: dict[UnauthenticatedPeer, None] = {}
 
-    def charge(self, stranger: Stranger, size: int) -> None:
+    def charge(self, stranger: UnauthenticatedPeer, size: int) -> None:
         """It has sent so many bytes more, which may be kept."""
-        more = min(size, STRANGER_SIZE - stranger.size)
+        more = min(size, UNAUTHENTICATED_PEER_BYTES - stranger.size)
         if more <= 0 or stranger.known:
             return
         self._charged[stranger] = None
@@ -42,7 +42,7 @@ class Strangers:
             self.ended += 1
             oldest.give_way()
 
-    def clear(self, stranger: Stranger) -> None:
+    def clear(self, stranger: UnauthenticatedPeer) -> None:
         """Nothing of what it has sent is kept any more."""
         if stranger in self._charged:
             del self._charged[stranger]
@@ -50,28 +50,28 @@ class Strangers:
             stranger.size = 0
 
 
-class Stranger:
+class UnauthenticatedPeer:
     """One of them. `give_way` ends its connection; it is synchronous and must not raise."""
 
-    __slots__ = ("_strangers", "give_way", "known", "size")
+    __slots__ = ("_unauthenticated", "give_way", "known", "size")
 
-    def __init__(self, strangers: Strangers, give_way: Callable[[], None]) -> None:
+    def __init__(self, unauthenticated: UnauthenticatedPeers, give_way: Callable[[], None]) -> None:
         self.give_way = give_way
         self.size = 0
         self.known = False
         """Whether it has shown a token, or has left: it is counted no more."""
-        self._strangers = strangers
+        self._unauthenticated = unauthenticated
 
     def heard(self, size: int) -> None:
         """It has sent so many bytes."""
-        self._strangers.charge(self, size)
+        self._unauthenticated.charge(self, size)
 
     def understood(self) -> None:
         """All that it has sent has been answered, and nothing of it is kept."""
-        self._strangers.clear(self)
+        self._unauthenticated.clear(self)
 
     def leave(self) -> None:
         """It is no stranger any more."""
         self.known = True
         self.give_way = _nothing
-        self._strangers.clear(self)
+        self._unauthenticated.clear(self)

@@ -9,7 +9,7 @@ from typing import Protocol
 import trio
 from msgspec import Struct
 
-from ..errors import Code
+from ..errors import ErrorCode
 
 # Entries and answers are made by the ten thousand a second: a Struct is made in a tenth of a dataclass's time, and
 # `gc=False` keeps the hundred thousand entries in memory out of the collector's way.
@@ -42,21 +42,21 @@ class Committed(Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The message is not in the log and never will be, except for `Code.UNKNOWN`, where nobody can say."""
+    """The message is not in the log and never will be, except for `ErrorCode.UNKNOWN`, where nobody can say."""
 
-    code: Code
+    code: ErrorCode
     message: str
 
 
 Outcome = Committed | Rejected
 
-OVERLOADED = Rejected(Code.OVERLOADED, "too many messages are waiting to be written")
-UNAVAILABLE = Rejected(Code.UNAVAILABLE, "the log cannot be written just now; the message was not published")
-UNKNOWN = Rejected(Code.UNKNOWN, "the log did not answer in time; it may have the message: retry with the same id")
-UNDECIDED = Rejected(Code.UNKNOWN, "whether the first try was published cannot be known any more")
-CONFLICT = Rejected(Code.BAD_MESSAGE, "this id was used for another message")
-SHUTTING_DOWN = Rejected(Code.SHUTTING_DOWN, "the broker is stopping; the message was not published")
-REFUSED = Rejected(Code.INTERNAL, "the log refused this message")
+OVERLOADED = Rejected(ErrorCode.OVERLOADED, "too many messages are waiting to be written")
+UNAVAILABLE = Rejected(ErrorCode.UNAVAILABLE, "the log cannot be written just now; the message was not published")
+UNKNOWN = Rejected(ErrorCode.UNKNOWN, "the log did not answer in time; it may have the message: retry with the same id")
+UNDECIDED = Rejected(ErrorCode.UNKNOWN, "whether the first try was published cannot be known any more")
+CONFLICT = Rejected(ErrorCode.BAD_MESSAGE, "this id was used for another message")
+SHUTTING_DOWN = Rejected(ErrorCode.SHUTTING_DOWN, "the broker is stopping; the message was not published")
+REFUSED = Rejected(ErrorCode.INTERNAL, "the log refused this message")
 
 PENDING = 100_000
 """How many messages may wait to be written, unless configured otherwise."""

@@ -19,9 +19,9 @@ from prometheus_client.registry import Collector
 from ..auth.token_errors import Reason
 from ..endpoints.listen import Endpoint, EndpointStatistics
 from ..endpoints.quic import QuicEndpoint, QuicStatistics
-from ..errors import Code
+from ..errors import ErrorCode
 from ..postgres import PostgresLog
-from ..replica import Hub
+from ..replica import Replica
 from ..version import version
 from .histogram import Histogram
 from .loggers import lost_lines
@@ -67,8 +67,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "catbus_quic_violations_total": (COUNTER, "QUIC connections that ended because the peer broke the rules."),
     "catbus_quic_packets_lost_total": (COUNTER, "QUIC packets that did not arrive."),
-    "catbus_strangers_bytes": (GAUGE, "Bytes that are kept of peers that have shown no token, at the most."),
-    "catbus_strangers_ended_total": (COUNTER, "Connections without a token that had to give way for that."),
+    "catbus_unauthenticated_bytes": (GAUGE, "Bytes that are kept of peers that have shown no token, at the most."),
+    "catbus_unauthenticated_evicted_total": (COUNTER, "Connections without a token that had to give way for that."),
     # Publishing and delivery
     "catbus_publishes_total": (COUNTER, "Messages that were to be published, whatever became of them."),
     "catbus_publishes_pending": (GAUGE, "Messages that wait to be written."),
@@ -83,13 +83,13 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_lag_messages": (GAUGE, "By how many messages of the log the latest subscription is behind."),
     "catbus_lags_total": (COUNTER, "How often a subscription fell behind."),
     "catbus_sweeps_total": (COUNTER, "Pages of the log read for those that are behind."),
-    "catbus_mailbox_bytes": (GAUGE, "Bytes of memory of what waits to be sent."),
+    "catbus_send_queue_bytes": (GAUGE, "Bytes of memory of what waits to be sent."),
     "catbus_withdrawals_total": (
         COUNTER,
         "How often messages for a client were given up, to be read again later.",
     ),
-    "catbus_turns_waiting": (GAUGE, "Connections that wait for their turn at the CPU."),
-    "catbus_turns_waited_total": (COUNTER, "How often a connection waited for its turn, as its client had used much."),
+    "catbus_cpu_waiting": (GAUGE, "Connections that wait for their turn at the CPU."),
+    "catbus_cpu_waits_total": (COUNTER, "How often a connection waited for its turn, as its client had used much."),
     "catbus_flush_passes_total": (COUNTER, "Passes over those for whom something waits."),
     "catbus_flushes_total": (COUNTER, "How often a client was sent something in such a pass."),
     "catbus_flush_seconds_total": (COUNTER, "Seconds spent in such passes."),
@@ -143,8 +143,8 @@ Reading = tuple[str, Labels, float | Histogram]
 class Metrics(Collector):
     """Of one replica with its doors, and of the process that it is in."""
 
-    def __init__(self, hub: Hub, doors: Mapping[str, Any]) -> None:
-        self._hub = hub
+    def __init__(self, replica: Replica, doors: Mapping[str, Any]) -> None:
+        self._replica = replica
         self._doors = doors
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -172,7 +172,7 @@ class Metrics(Collector):
                 yield _family(kind, name, text, readings[name])
 
     def _read(self) -> Iterator[Reading]:
-        yield from _read_hub(self._hub)
+        yield from _read_replica(self._replica)
         for transport, door in self._doors.items():
             labels = {"transport": transport}
             match door:
@@ -180,52 +180,52 @@ class Metrics(Collector):
                     yield from _read_websocket(door, labels)
                 case QuicEndpoint():
                     yield from _read_webtransport(door, labels)
-        if isinstance(self._hub.log, PostgresLog):
-            yield from _read_postgres(self._hub.log)
+        if isinstance(self._replica.log, PostgresLog):
+            yield from _read_postgres(self._replica.log)
 
 
-def _read_hub(hub: Hub) -> Iterator[Reading]:
-    hubs, delivery, flusher, vitals, log = (
-        hub.statistics(),
-        hub.delivery.statistics(),
-        hub.flusher.statistics(),
-        hub.vitals,
-        hub.log,
+def _read_replica(replica: Replica) -> Iterator[Reading]:
+    hubs, delivery, flusher, runtime_statistics, log = (
+        replica.statistics(),
+        replica.delivery.statistics(),
+        replica.flusher.statistics(),
+        replica.runtime_statistics,
+        replica.log,
     )
     yield "catbus_build_info", {"version": version()}, 1
     for state in STATES:
-        yield "catbus_state", {"state": state}, state == hub.readiness
-    if vitals.startup is not None:
-        yield "catbus_startup_seconds", {}, vitals.startup
-    if hub.certificates is not None:
-        expires = hub.certificates.credentials(datetime.now(UTC)).expires
+        yield "catbus_state", {"state": state}, state == replica.readiness
+    if runtime_statistics.startup is not None:
+        yield "catbus_startup_seconds", {}, runtime_statistics.startup
+    if replica.certificates is not None:
+        expires = replica.certificates.credentials(datetime.now(UTC)).expires
         yield "catbus_certificate_expiry_timestamp_seconds", {}, expires.timestamp()
-    yield "catbus_event_loop_delay_seconds", {}, vitals.loop_delay
+    yield "catbus_event_loop_delay_seconds", {}, runtime_statistics.loop_delay
     yield "catbus_output_lines_dropped_total", {}, lost_lines.number
     for transport, number in hubs.clients.items():
         yield "catbus_sessions", {"transport": transport}, number
         yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]
-    for code in Code:
-        yield "catbus_refusals_total", {"code": code.value}, vitals.refusals[code]
-    for pause, number in vitals.pauses.items():
+    for code in ErrorCode:
+        yield "catbus_refusals_total", {"code": code.value}, runtime_statistics.refusals[code]
+    for pause, number in runtime_statistics.pauses.items():
         yield "catbus_reading_pauses_total", {"reason": pause}, number
     for reason in Reason:
-        yield "catbus_tokens_refused_total", {"reason": reason.value}, vitals.refused_tokens[reason]
-    yield "catbus_strangers_bytes", {}, hub.strangers.size
-    yield "catbus_strangers_ended_total", {}, hub.strangers.ended
+        yield "catbus_tokens_refused_total", {"reason": reason.value}, runtime_statistics.refused_tokens[reason]
+    yield "catbus_unauthenticated_bytes", {}, replica.unauthenticated.size
+    yield "catbus_unauthenticated_evicted_total", {}, replica.unauthenticated.ended
     yield "catbus_publishes_total", {}, hubs.published
     yield "catbus_subscriptions", {"state": "live"}, delivery.live
     yield "catbus_subscriptions", {"state": "late"}, delivery.late
     yield "catbus_patterns", {}, delivery.patterns
     yield "catbus_deliveries_total", {}, delivery.delivered
-    yield "catbus_delivery_latency_seconds", {}, vitals.delivery_latency
+    yield "catbus_delivery_latency_seconds", {}, runtime_statistics.delivery_latency
     yield "catbus_lag_messages", {}, delivery.lag
     yield "catbus_lags_total", {}, delivery.lags
     yield "catbus_sweeps_total", {}, delivery.sweeps
-    yield "catbus_mailbox_bytes", {}, delivery.held
+    yield "catbus_send_queue_bytes", {}, delivery.held
     yield "catbus_withdrawals_total", {}, delivery.withdrawals
-    yield "catbus_turns_waiting", {}, hub.turns.waiting
-    yield "catbus_turns_waited_total", {}, hub.turns.waits
+    yield "catbus_cpu_waiting", {}, replica.cpu_scheduler.waiting
+    yield "catbus_cpu_waits_total", {}, replica.cpu_scheduler.waits
     yield "catbus_flush_passes_total", {}, flusher.passes
     yield "catbus_flushes_total", {}, flusher.flushes
     yield "catbus_flush_seconds_total", {}, flusher.spent

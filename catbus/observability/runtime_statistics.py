@@ -9,7 +9,7 @@ import trio
 
 from ..auth.token_errors import Reason
 from ..delivery.fan_out import Delivery
-from ..errors import Code
+from ..errors import ErrorCode
 from ..log import Log
 from .histogram import Histogram
 
@@ -20,11 +20,11 @@ PAUSES = "publishes", "replies", "rate"
 more than it may in a second."""
 
 
-class Vitals:
+class RuntimeStatistics:
     """Belongs to one replica. Nothing in here costs anything per message."""
 
     def __init__(self, delivery: Delivery) -> None:
-        self.refusals: Counter[Code] = Counter()
+        self.refusals: Counter[ErrorCode] = Counter()
         """How often a client was refused something, by the code that it was told."""
         self.pauses = Counter(dict.fromkeys(PAUSES, 0))
         """How often nothing was read from a client for a while, by the reason."""
@@ -38,7 +38,7 @@ class Vitals:
         """Seconds until the log was open for the first time."""
         self._delivery = delivery
 
-    def refused(self, code: Code) -> None:
+    def refused(self, code: ErrorCode) -> None:
         self.refusals[code] += 1
 
     def flushed(self) -> None:

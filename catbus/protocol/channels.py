@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..errors import Code, PeerError
+from ..errors import ErrorCode, PeerError
 
 MAX_LENGTH = 255
 """How many bytes a channel or a pattern may have."""
@@ -25,7 +25,7 @@ def check_channel(text: str) -> None:
     """Raise `PeerError` (invalid_channel) unless `text` is a channel."""
     fault = _fault(text, text)
     if fault is not None:
-        raise PeerError(Code.INVALID_CHANNEL, f"not a channel: {_clip(text)}: {fault}")
+        raise PeerError(ErrorCode.INVALID_CHANNEL, f"not a channel: {_clip(text)}: {fault}")
 
 
 def check_pattern(text: str) -> None:
@@ -34,7 +34,7 @@ def check_pattern(text: str) -> None:
         return
     fault = _fault(text, text.removesuffix(".*"))
     if fault is not None:
-        raise PeerError(Code.INVALID_PATTERN, f"not a pattern: {_clip(text)}: {fault}")
+        raise PeerError(ErrorCode.INVALID_PATTERN, f"not a pattern: {_clip(text)}: {fault}")
 
 
 def matches(pattern: str, channel: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import CloseCode, Code, PeerError
+from ..errors import CloseCode, ErrorCode, PeerError
 from .wire_messages import UNDECODABLE, refusal
 
 M = TypeVar("M")
@@ -22,7 +22,7 @@ _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*(["\\]?)', re.DOTALL)
 _ESCAPED = re.compile(rb"(.)", re.DOTALL)
 
 
-class Framer(Generic[M]):
+class JsonSplitter(Generic[M]):
     """Cuts what arrives into objects and decodes them.
 
     `decode` takes the bytes of one object, which white space may surround, and raises one of `wire.UNDECODABLE` for
@@ -110,7 +110,7 @@ class Framer(Generic[M]):
         if not level:
             return position
         if stop < len(data):
-            raise PeerError(Code.TOO_LARGE, f"larger than {self.limit} bytes", CloseCode.TOO_LARGE)
+            raise PeerError(ErrorCode.TOO_LARGE, f"larger than {self.limit} bytes", CloseCode.TOO_LARGE)
         self._begun += data[start:]
         return None
 
@@ -127,5 +127,5 @@ def _next_lines(data: bytes, start: int) -> list[bytes]:
 def _skip_space(data: bytes, position: int) -> int:
     space = _SPACE.match(data, position)
     if space is None:
-        raise PeerError(Code.BAD_MESSAGE, "only JSON objects may be sent", CloseCode.BAD_MESSAGE)
+        raise PeerError(ErrorCode.BAD_MESSAGE, "only JSON objects may be sent", CloseCode.BAD_MESSAGE)
     return space.end()

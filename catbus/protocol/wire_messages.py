@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from ..errors import Code, PeerError
+from ..errors import ErrorCode, PeerError
 
 MAX_DEPTH = 64
 """How deep a message may be nested."""
@@ -28,7 +28,7 @@ MAX_NUMBER = 2**63 - 1
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
-class Protocol(IntEnum):
+class ProtocolVersion(IntEnum):
     """Which specification a client knows: it says so in `auth`."""
 
     FIRST = 0
@@ -109,7 +109,7 @@ class AuthOk(Reply, tag="auth_ok"):
 
 class AuthError(Reply, tag="auth_error"):
     message: str
-    code: Code
+    code: ErrorCode
     retry_after: float | None = None
     fixed = ("message",)
 
@@ -135,7 +135,7 @@ class Unsubscribed(Reply, tag="unsubscribed"):
 class SubscribeError(Reply, tag="subscribe_error"):
     pattern: str
     message: str
-    code: Code
+    code: ErrorCode
     id: int | None = None
     fixed = ("pattern", "message")
 
@@ -151,7 +151,7 @@ class Published(Reply, tag="published"):
 class PublishError(Reply, tag="publish_error"):
     channel: str
     message: str
-    code: Code
+    code: ErrorCode
     id: int | None = None
     retry_after: float | None = None
     fixed = ("channel", "message")
@@ -216,7 +216,7 @@ class Error(Reply, tag="error"):
     """
 
     message: str
-    code: Code
+    code: ErrorCode
     id: int | None = None
     fixed = ("message",)
 
@@ -310,7 +310,7 @@ def refusal(error: Exception, data: bytes = b"") -> PeerError:
             text = "not valid UTF-8"
         case _:
             text = clip(str(error))
-    return PeerError(Code.BAD_MESSAGE, text, id=_find_id(data))
+    return PeerError(ErrorCode.BAD_MESSAGE, text, id=_find_id(data))
 
 
 def _find_id(data: bytes) -> int | None:
@@ -370,7 +370,7 @@ def check_payload(data: bytes) -> bytes:
         _check_text(data)
         return payload_bytes(msgspec.json.decode(data, type=Raw))
     except UNDECODABLE as error:
-        raise PeerError(Code.BAD_MESSAGE, f"the payload is not JSON: {refusal(error).message}") from None
+        raise PeerError(ErrorCode.BAD_MESSAGE, f"the payload is not JSON: {refusal(error).message}") from None
 
 
 def decode_payload(data: bytes | Raw) -> Any:
@@ -391,11 +391,11 @@ def _read_integer(text: str) -> float:
         return float(text)
 
 
-def encode(message: Request | Reply, protocol: Protocol = Protocol.V1) -> bytes | None:
+def encode(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersion.V1) -> bytes | None:
     """The line that says `message`, line end included; None where a first-version client must not hear of it."""
-    if protocol == Protocol.FIRST and isinstance(message, Reply):
+    if protocol == ProtocolVersion.FIRST and isinstance(message, Reply):
         if isinstance(message, Revoked):
-            message = SubscribeError(message.pattern, "the permission was withdrawn", Code.REVOKED)
+            message = SubscribeError(message.pattern, "the permission was withdrawn", ErrorCode.REVOKED)
         if message.fixed is None:
             return None
         known = {name: getattr(message, name) for name in message.fixed}

@@ -9,19 +9,18 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
-from typing import TYPE_CHECKING
-from typing import Protocol as Interface
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from ..auth.tokens import Grants, Identity, client_of
-from ..delivery.send_queue import OVERHEAD, Mailbox, Outlet
+from ..delivery.send_queue import OVERHEAD, SendQueue, TransportWriter
 from ..delivery.subscription import Subscription
-from ..errors import CloseCode, Code, PeerError, Unavailable
-from ..limits.unauthenticated import TOO_MUCH, Stranger
+from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
+from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ..log import Rejected
 from ..protocol import wire_messages as wire
-from ..protocol.wire_messages import Protocol
+from ..protocol.wire_messages import ProtocolVersion
 from .state_machine import (
     Authenticate,
     Broadcast,
@@ -37,7 +36,7 @@ from .state_machine import (
 )
 
 if TYPE_CHECKING:
-    from ..replica import Hub
+    from ..replica import Replica
 
 STOPPING = "the replica is stopping"
 
@@ -51,49 +50,51 @@ QUIET = 15.0
 """Seconds without anything sent, after which a client is told how far its subscriptions are complete."""
 
 
-class Streams(Interface):
+class Streams(Protocol):
     """What a transport can do that has more than one stream, and datagrams."""
 
-    def open_stream(self, on_stopped: Callable[[Mailbox], None]) -> Mailbox | None:
-        """A mailbox whose content goes over a stream of its own; None when the peer allows no more of them.
+    def open_stream(self, on_stopped: Callable[[SendQueue], None]) -> SendQueue | None:
+        """A send queue whose content goes over a stream of its own; None when the peer allows no more of them.
 
         `on_stopped` is called with it when the peer does not want the rest, or has taken nothing of it for too long.
         Then nothing of it is sent any more.
         """
 
-    def end_stream(self, mailbox: Mailbox) -> None:
-        """End that stream after what the mailbox holds. Nothing is put into it any more."""
+    def end_stream(self, send_queue: SendQueue) -> None:
+        """End that stream after what the send queue holds. Nothing is put into it any more."""
 
     def send_datagram(self, data: bytes) -> bool:
         """Send a datagram, at most once; False when it is too large for one."""
 
 
-class Client:
-    """One connected client, whatever the transport. Its endpoint feeds it bytes and sends what its mailboxes hold.
+class SessionDriver:
+    """One connected client, whatever the transport. Its endpoint feeds it bytes and sends what its send queues hold.
 
-    There is one mailbox for the session, and one for each subscription that has a stream of its own.
+    There is one send queue for the session, and one for each subscription that has a stream of its own.
     """
 
-    def __init__(self, hub: Hub, outlet: Outlet, transport: str, streams: Streams | None, network: str) -> None:
-        limits = hub.config.limits
+    def __init__(
+        self, replica: Replica, writer: TransportWriter, transport: str, streams: Streams | None, network: str
+    ) -> None:
+        limits = replica.config.limits
         self.transport = transport
-        self.mailbox = Mailbox(outlet, hub.flusher.wake, limits.send_queue, hub.delivery.budget)
+        self.send_queue = SendQueue(writer, replica.flusher.wake, limits.send_queue, replica.delivery.budget)
         self.session = Session(
-            self.mailbox,
+            self.send_queue,
             SessionLimits(
                 limits.message_size,
                 limits.subscriptions,
                 limits.auth_timeout,
                 # A token that was taken after its `exp` is good for the whole of the leeway.
-                max(limits.token_grace, hub.config.auth.leeway),
+                max(limits.token_grace, replica.config.auth.leeway),
             ),
             trio.current_time(),
         )
-        self._stranger = Stranger(hub.strangers, self._give_way)
+        self._unauthenticated = UnauthenticatedPeer(replica.unauthenticated, self._give_way)
         self.session.on_settled = self._settled
-        self.session.on_refused = hub.vitals.refused
-        self.session.roles_known = lambda: hub.permissions.known
-        self._hub = hub
+        self.session.on_refused = replica.runtime_statistics.refused
+        self.session.roles_known = lambda: replica.permissions.known
+        self._replica = replica
         self._streams = streams
         self._network = network
         self._pending_limit = limits.pending_publishes
@@ -105,7 +106,7 @@ class Client:
         self._alarm = trio.CancelScope()
         self._room = trio.Event()
         self._finishing = self._left = False
-        self._quota = hub.quotas.new(trio.current_time())
+        self._quota = replica.quotas.new(trio.current_time())
         self._published = self._published_bytes = 0
         """Messages, and bytes of their texts, that its quota has yet to pay for."""
         self._counted = False
@@ -113,12 +114,12 @@ class Client:
 
     @property
     def closing(self) -> tuple[CloseCode, str] | None:
-        """Set when the connection is to be closed, once the mailbox has been sent."""
+        """Set when the connection is to be closed, once the send queue has been sent."""
         return self.session.closing
 
     def heard(self, size: int) -> None:
         """The peer has sent so many bytes, which are kept until `receive` has understood them."""
-        self._stranger.heard(size)
+        self._unauthenticated.heard(size)
 
     @property
     def proven(self) -> bool:
@@ -134,27 +135,27 @@ class Client:
         """
         if self._finishing:
             return
-        session, mailbox = self.session, self.mailbox
-        turns, most, allowance = self._hub.turns, self._pending_limit, self._hub.log.allowance
+        session, send_queue = self.session, self.send_queue
+        cpu_scheduler, most, allowance = self._replica.cpu_scheduler, self._pending_limit, self._replica.log.allowance
         began = perf_counter()
         for effect in session.receive(data):
             if effect is not None:
                 await self._perform(effect)
                 continue
             # One that has nothing under way goes on: it would have nothing to wait for.
-            while mailbox.full or session.pending >= most or (session.share.cost >= allowance and session.pending):
+            while send_queue.full or session.pending >= most or (session.share.cost >= allowance and session.pending):
                 await self._wait_for_room()
-                allowance = self._hub.log.allowance
-            if perf_counter() - began > turns.pace.turn:
+                allowance = self._replica.log.allowance
+            if perf_counter() - began > cpu_scheduler.pace.turn:
                 await self._pay()
-                await turns.next()
-                began, allowance = perf_counter(), self._hub.log.allowance
+                await cpu_scheduler.next()
+                began, allowance = perf_counter(), self._replica.log.allowance
         await self._pay()
         if session.closing is not None:
             self._closing.set()
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Have the connection closed once the mailbox has been sent."""
+        """Have the connection closed once the send queue has been sent."""
         self.session.close(code, reason)
         self._closing.set()
 
@@ -169,7 +170,7 @@ class Client:
 
     def send_away(self) -> None:
         """Say that the replica is stopping, if it is, and when to come back."""
-        reconnect_in = self._hub.reconnect_in
+        reconnect_in = self._replica.reconnect_in
         if reconnect_in is not None and self.session.identity is not None:
             self._say_heads()
             self.session.say(wire.GoAway(STOPPING, round(reconnect_in, 3)))
@@ -198,25 +199,25 @@ class Client:
         self._withdraw(session.regrant(grants), before, grants)
         if not same:
             reason = "the role was deleted" if identity is None else "the role is another client's now"
-            session.say(wire.Error(reason, Code.REVOKED))
+            session.say(wire.Error(reason, ErrorCode.REVOKED))
             self.close(CloseCode.REVOKED, reason)
 
     def leave(self) -> None:
         """The connection is gone."""
-        self._hub.forget_client(self)
-        self._hub.permissions.release(self)
+        self._replica.forget_client(self)
+        self._replica.permissions.release(self)
         self._exit()
         for pattern, subscription in self._subscriptions.items():
-            self._hub.delivery.unsubscribe(subscription, pattern)
-            subscription.mailbox.close()
+            self._replica.delivery.unsubscribe(subscription, pattern)
+            subscription.send_queue.close()
         self._count_subscriptions(-len(self._subscriptions))
         self._subscriptions.clear()
         self.session.abandon()
-        self.mailbox.close()
+        self.send_queue.close()
         self._left = True
         self._release()
         self._closing.set()
-        self._stranger.leave()
+        self._unauthenticated.leave()
 
     def _release(self) -> None:
         """Leave nothing that only the garbage collector would free, which comes seldom, once nothing is owed any more.
@@ -228,7 +229,7 @@ class Client:
 
     def _give_way(self) -> None:
         """Others that have shown no token need the memory that is kept for this one."""
-        self.session.refuse(PeerError(Code.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
+        self.session.refuse(PeerError(ErrorCode.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
         self._closing.set()
 
     def _settled(self) -> None:
@@ -239,9 +240,9 @@ class Client:
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
-        self._hub.vitals.pauses["replies" if self.mailbox.full else "publishes"] += 1
-        if self.mailbox.full:
-            self.mailbox.when_emptied(self._room.set)
+        self._replica.runtime_statistics.pauses["replies" if self.send_queue.full else "publishes"] += 1
+        if self.send_queue.full:
+            self.send_queue.when_emptied(self._room.set)
         await self._room.wait()
 
     # One method an effect
@@ -251,11 +252,11 @@ class Client:
             case Submit():
                 self._published += 1
                 self._published_bytes += effect.append.size
-                self._hub.submit(effect.append, effect.epoch)
+                self._replica.submit(effect.append, effect.epoch)
             case Broadcast():
                 self._published += 1
                 self._published_bytes += len(effect.channel) + len(effect.payload)
-                self._hub.broadcast(effect)
+                self._replica.broadcast(effect)
             case Join():
                 await self._wait_until_read(effect.request.pattern)
                 self._join(effect.request)
@@ -275,10 +276,10 @@ class Client:
         That is so once those of all clients are too many.
         """
         held = self._subscriptions.get(pattern)
-        for mailbox in (self.mailbox,) if held is None else (self.mailbox, held.mailbox):
-            while mailbox.to_be_emptied:
+        for send_queue in (self.send_queue,) if held is None else (self.send_queue, held.send_queue):
+            while send_queue.to_be_emptied:
                 emptied = trio.Event()
-                mailbox.when_emptied(emptied.set)
+                send_queue.when_emptied(emptied.set)
                 await emptied.wait()
 
     async def _pay(self) -> None:
@@ -287,17 +288,17 @@ class Client:
             wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
             self._published = self._published_bytes = 0
             if wait > 0:
-                self._hub.vitals.pauses["rate"] += 1
+                self._replica.runtime_statistics.pauses["rate"] += 1
                 await trio.sleep(wait)
 
     def _enter(self, client: Hashable) -> Share:
         """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""
-        hub = self._hub
+        replica = self._replica
         if self._counted:
             return self.session.share
-        share = hub.shares.setdefault(client, Share(client))
-        if share.sessions >= hub.config.limits.sessions:
-            raise PeerError(Code.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
+        share = replica.shares.setdefault(client, Share(client))
+        if share.sessions >= replica.config.limits.sessions:
+            raise PeerError(ErrorCode.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
         share.sessions += 1
         self._counted = True
         return share
@@ -309,33 +310,35 @@ class Client:
             share = self.session.share
             share.sessions -= 1
             if not share.sessions:
-                del self._hub.shares[share.client]
+                del self._replica.shares[share.client]
 
     async def _authenticate(self, effect: Authenticate) -> None:
-        hub, session = self._hub, self.session
+        replica, session = self._replica, self.session
         try:
-            if not hub.log.epoch:
-                raise PeerError(Code.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
-            changes = hub.permissions.changes
-            identity = await hub.authenticate(effect.token, self._network)
+            if not replica.log.epoch:
+                raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
+            changes = replica.permissions.changes
+            identity = await replica.authenticate(effect.token, self._network)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
             share = self._enter(client_of(identity, effect.token, self._network))
             rates = identity.publish_rate, identity.publish_bytes
-            self._quota = hub.quotas.of(share.client, trio.current_time(), *rates)
+            self._quota = replica.quotas.of(share.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer
-                known = claimed is not None and hub.authenticator.check_producer(claimed, subject)
-                self._producer = claimed if claimed and known else hub.authenticator.new_producer(subject, time.time())
-            producer = hub.authenticator.check_producer(self._producer, subject) or session.producer
+                known = claimed is not None and replica.authenticator.check_producer(claimed, subject)
+                self._producer = (
+                    claimed if claimed and known else replica.authenticator.new_producer(subject, time.time())
+                )
+            producer = replica.authenticator.check_producer(self._producer, subject) or session.producer
             reply = wire.AuthOk(
                 identity.client_id,
                 producer=self._producer,
-                epoch=hub.log.epoch,
-                head=hub.delivery.position,
-                floor=hub.log.floor,
-                limits=hub.limits(),
+                epoch=replica.log.epoch,
+                head=replica.delivery.position,
+                floor=replica.log.floor,
+                limits=replica.limits(),
             )
             before = Grants() if session.identity is None else session.identity.grants
             withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), share)
@@ -343,28 +346,32 @@ class Client:
             if not session.closed:
                 session.refuse(error)
             return
-        self._stranger.leave()
+        self._unauthenticated.leave()
         self._alarm.deadline = session.deadline
-        hub.permissions.hold(self, identity.role, changes)
+        replica.permissions.hold(self, identity.role, changes)
         self._withdraw(withdrawn, before, identity.grants)
         self.send_away()
 
     def _join(self, request: wire.Subscribe) -> None:
-        delivery, session, streams = self._hub.delivery, self.session, self._streams
+        delivery, session, streams = self._replica.delivery, self.session, self._streams
         pattern = request.pattern
         held = self._take_out(pattern)
         if held is not None:
             self._end_stream(held)
-        elif session.share.subscriptions >= self._hub.config.limits.subscriptions_total - self._hub.subscriptions:
+        elif (
+            session.share.subscriptions >= self._replica.config.limits.subscriptions_total - self._replica.subscriptions
+        ):
             text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
-            session.refuse_request(request, PeerError(Code.OVERLOADED, text))
+            session.refuse_request(request, PeerError(ErrorCode.OVERLOADED, text))
             return
         own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
-        session.joined(request, delivery.position, self._hub.log.epoch, own)
-        subscription = next(iter(self._subscriptions.values()), None) if session.protocol is Protocol.FIRST else None
+        session.joined(request, delivery.position, self._replica.log.epoch, own)
+        subscription = (
+            next(iter(self._subscriptions.values()), None) if session.protocol is ProtocolVersion.FIRST else None
+        )
         if subscription is None:
             subscription = Subscription(
-                self.mailbox if own is None else own,
+                self.send_queue if own is None else own,
                 session.producer,
                 streams.send_datagram if streams is not None and request.datagrams else None,
             )
@@ -374,8 +381,8 @@ class Client:
 
     def _leave(self, request: wire.Unsubscribe) -> None:
         subscription = self._take_out(request.pattern)
-        own = None if subscription is None else subscription.mailbox
-        self.session.left(request, self._hub.delivery.position, own)
+        own = None if subscription is None else subscription.send_queue
+        self.session.left(request, self._replica.delivery.position, own)
         if subscription is not None:
             self._end_stream(subscription)
 
@@ -383,42 +390,42 @@ class Client:
         """End these subscriptions, and take back what is still to be published and may not be."""
         session = self.session
         ended = {pattern: subscription for pattern in patterns if (subscription := self._take_out(pattern)) is not None}
-        gone: dict[Mailbox, set[str]] = {}
+        gone: dict[SendQueue, set[str]] = {}
         for pattern, subscription in ended.items():
-            gone.setdefault(subscription.mailbox, set()).add(pattern)
+            gone.setdefault(subscription.send_queue, set()).add(pattern)
         for subscription in dict.fromkeys(ended.values()):
-            if (some := gone.pop(subscription.mailbox, None)) is not None:
-                subscription.mailbox.revoke(some, subscription.patterns)
+            if (some := gone.pop(subscription.send_queue, None)) is not None:
+                subscription.send_queue.revoke(some, subscription.patterns)
         for pattern, subscription in ended.items():
-            session.revoked(pattern, self._hub.delivery.position, subscription.mailbox)
+            session.revoked(pattern, self._replica.delivery.position, subscription.send_queue)
             self._end_stream(subscription)
         if session.pending and grants.write != before.write:
-            refusal = Rejected(Code.UNAUTHORIZED, "no write grant covers this channel any more")
-            self._hub.log.withdraw(
+            refusal = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
+            self._replica.log.withdraw(
                 session.share.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
             )
 
-    def _stopped(self, pattern: str, own: Mailbox) -> None:
+    def _stopped(self, pattern: str, own: SendQueue) -> None:
         """A subscription's own stream was stopped by the peer, or given up as unread; the subscription ends with it."""
-        if pattern in self._subscriptions and self._subscriptions[pattern].mailbox is own:
+        if pattern in self._subscriptions and self._subscriptions[pattern].send_queue is own:
             self._take_out(pattern)
-            self.session.left(wire.Unsubscribe(pattern), self._hub.delivery.position)
+            self.session.left(wire.Unsubscribe(pattern), self._replica.delivery.position)
 
     def _take_out(self, pattern: str) -> Subscription | None:
         """Deliver nothing more for a pattern, if it is held."""
         subscription = self._subscriptions.pop(pattern, None)
         if subscription is not None:
-            self._hub.delivery.unsubscribe(subscription, pattern)
+            self._replica.delivery.unsubscribe(subscription, pattern)
             self._count_subscriptions(-1)
         return subscription
 
     def _count_subscriptions(self, more: int) -> None:
         self.session.share.subscriptions += more
-        self._hub.subscriptions += more
+        self._replica.subscriptions += more
 
     def _end_stream(self, subscription: Subscription) -> None:
-        if subscription.mailbox is not self.mailbox and self._streams is not None:
-            self._streams.end_stream(subscription.mailbox)
+        if subscription.send_queue is not self.send_queue and self._streams is not None:
+            self._streams.end_stream(subscription.send_queue)
 
     def _say_heads(self, quiet_since: float | None = None) -> None:
         """Say on each stream up to where all subscriptions on it are complete, unless one of them is late.
@@ -427,17 +434,17 @@ class Client:
         """
         if self.session.identity is None:
             return
-        hub, mailbox = self._hub, self.mailbox
-        head = wire.Head(hub.delivery.position, hub.log.epoch, hub.delivery.at)
+        replica, send_queue = self._replica, self.send_queue
+        head = wire.Head(replica.delivery.position, replica.log.epoch, replica.delivery.at)
         late = held = False
         for subscription in self._subscriptions.values():
-            own = subscription.mailbox
-            if own is mailbox:
+            own = subscription.send_queue
+            if own is send_queue:
                 held, late = True, late or subscription.late
             elif not (subscription.late or own.full or subscription.marked == head.seq) and _is_quiet(own, quiet_since):
                 subscription.marked = head.seq
                 self.session.say(head, own)
-        news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(mailbox, quiet_since))
+        news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(send_queue, quiet_since))
         if news and not late:
             self._marked = head.seq
             self.session.say(head)
@@ -445,9 +452,9 @@ class Client:
     async def _recall(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)
         try:
-            entries, more = await self._hub.log.history(request.pattern, before=request.before, limit=limit)
+            entries, more = await self._replica.log.history(request.pattern, before=request.before, limit=limit)
         except Unavailable as error:
-            self.session.refuse_request(request, PeerError(Code.UNAVAILABLE, str(error)))
+            self.session.refuse_request(request, PeerError(ErrorCode.UNAVAILABLE, str(error)))
             return
         # The newest that fit, and always one: a page is held in memory, here and by the client, as one object.
         sizes = list(accumulate(entry.size + OVERHEAD for entry in reversed(entries)))
@@ -459,6 +466,6 @@ def _nothing() -> None:
     """Nobody waits for a session that was left."""
 
 
-def _is_quiet(mailbox: Mailbox, since: float | None) -> bool:
+def _is_quiet(send_queue: SendQueue, since: float | None) -> bool:
     """Whether it is empty, and was last flushed before then. Anything is quiet where there is no time to compare."""
-    return since is None or (not mailbox and mailbox.rests_until < since)
+    return since is None or (not send_queue and send_queue.rests_until < since)

@@ -1,4 +1,4 @@
-"""One client's side of the protocol, without its transport: bytes in, replies into the mailbox, effects out.
+"""One client's side of the protocol, without its transport: bytes in, replies into the send queue, effects out.
 
 Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
 one and carries each out before it takes the next:
@@ -11,7 +11,7 @@ one and carries each out before it takes the next:
     Recall        read the history, then call `recalled` or `refuse_request`
     Measure       say `Head` on every stream whose subscriptions are live
 
-It closes the connection once `closing` is set and the mailbox has been sent.
+It closes the connection once `closing` is set and the send queue has been sent.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 from msgspec import Raw
 
 from ..auth.tokens import Grants, Identity
-from ..delivery.send_queue import Head, Mailbox
-from ..errors import RETRYABLE, CloseCode, Code, PeerError
-from ..limits.unauthenticated import UNPROVEN_SIZE
+from ..delivery.send_queue import Head, SendQueue
+from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
+from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.channels import check_channel, check_pattern
-from ..protocol.json_splitter import Framer
-from ..protocol.wire_messages import Protocol, Reply
+from ..protocol.json_splitter import JsonSplitter
+from ..protocol.wire_messages import ProtocolVersion, Reply
 
 
 class State(Enum):
@@ -111,10 +111,10 @@ class Share:
 class Session:
     """The state of one client: who it is, what it subscribed to, what it is owed."""
 
-    def __init__(self, mailbox: Mailbox, limits: SessionLimits, now: float) -> None:
-        self.mailbox = mailbox
+    def __init__(self, send_queue: SendQueue, limits: SessionLimits, now: float) -> None:
+        self.send_queue = send_queue
         self.state = State.NEW
-        self.protocol = Protocol.FIRST
+        self.protocol = ProtocolVersion.FIRST
         self.identity: Identity | None = None
         self.producer = b""
         self.share = Share(object())
@@ -129,19 +129,19 @@ class Session:
         """Called whenever `pending` has fallen."""
         self.roles_known: Callable[[], bool] = _always
         """Whether it is known what roles may just now. Otherwise nothing new is allowed to one."""
-        self.on_refused: Callable[[Code], None] = _ignore
+        self.on_refused: Callable[[ErrorCode], None] = _ignore
         """Called with the code of each refusal that the client is told."""
         self._limits = limits
-        self._framer = Framer(wire.decode_client, min(UNPROVEN_SIZE, limits.message_size))
+        self._framer = JsonSplitter(wire.decode_client, min(UNAUTHENTICATED_OBJECT_BYTES, limits.message_size))
 
     @property
-    def protocol(self) -> Protocol:
+    def protocol(self) -> ProtocolVersion:
         """Which specification the client knows, as far as it has said."""
-        return self.mailbox.protocol
+        return self.send_queue.protocol
 
     @protocol.setter
-    def protocol(self, protocol: Protocol) -> None:
-        self.mailbox.protocol = protocol
+    def protocol(self, protocol: ProtocolVersion) -> None:
+        self.send_queue.protocol = protocol
 
     @property
     def closed(self) -> bool:
@@ -179,10 +179,10 @@ class Session:
             return
         if self.state is State.NEW:
             text = f"no auth within {self._limits.auth_timeout:g} s"
-            self.say(wire.AuthError(text, Code.AUTH_TIMEOUT))
+            self.say(wire.AuthError(text, ErrorCode.AUTH_TIMEOUT))
             self.close(CloseCode.AUTH_TIMEOUT, text)
         elif self.state is State.OPEN:
-            self.say(wire.Error("the token has expired", Code.TOKEN_EXPIRED))
+            self.say(wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED))
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
 
     # What has become of it
@@ -202,7 +202,7 @@ class Session:
         stamped with, in seconds since 1970; `now` counts as `deadline` does.
         """
         if self.identity is not None and self.identity.client_id != identity.client_id:
-            raise PeerError(Code.UNAUTHORIZED, "a session cannot become another client's")
+            raise PeerError(ErrorCode.UNAUTHORIZED, "a session cannot become another client's")
         self.state = State.OPEN
         self._framer.limit = self._limits.message_size
         self.identity = identity
@@ -231,7 +231,7 @@ class Session:
         if error.close is not None and (error.code not in RETRYABLE or self.state is not State.OPEN):
             self.close(error.close, error.message)
 
-    def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: Mailbox | None = None) -> None:
+    def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: SendQueue | None = None) -> None:
         """The subscription is there, with a stream of its `own` where that is not None: what it gets goes there.
 
         It begins in this `epoch`. A session that had no subscription may not have heard of it, and a stream of its own
@@ -240,13 +240,13 @@ class Session:
         self.patterns.add(request.pattern)
         self.say(wire.Subscribed(request.pattern, seq, own is not None, epoch or None, request.id), own)
 
-    def left(self, request: wire.Unsubscribe, seq: int, mailbox: Mailbox | None = None) -> None:
+    def left(self, request: wire.Unsubscribe, seq: int, send_queue: SendQueue | None = None) -> None:
         self.patterns.discard(request.pattern)
-        self.say(wire.Unsubscribed(request.pattern, seq, request.id), mailbox)
+        self.say(wire.Unsubscribed(request.pattern, seq, request.id), send_queue)
 
-    def revoked(self, pattern: str, seq: int, mailbox: Mailbox | None = None) -> None:
+    def revoked(self, pattern: str, seq: int, send_queue: SendQueue | None = None) -> None:
         self.patterns.discard(pattern)
-        self.say(wire.Revoked(pattern, seq), mailbox)
+        self.say(wire.Revoked(pattern, seq), send_queue)
 
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
@@ -275,16 +275,18 @@ class Session:
     def refuse_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
         self.say(error_reply(request, error))
 
-    def say(self, reply: Reply, mailbox: Mailbox | None = None) -> None:
-        """Queue a reply in the words that the client knows; unless a mailbox is named, in the session's own."""
+    def say(self, reply: Reply, send_queue: SendQueue | None = None) -> None:
+        """Queue a reply in the words that the client knows; unless a send queue is named, in the session's own."""
         if isinstance(reply, wire.REFUSALS):
             self.on_refused(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:
-            (self.mailbox if mailbox is None else mailbox).put(Head(line) if isinstance(reply, wire.Head) else line)
+            (self.send_queue if send_queue is None else send_queue).put(
+                Head(line) if isinstance(reply, wire.Head) else line
+            )
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Take nothing more from the client, and close once the mailbox has been sent. The first reason stands."""
+        """Take nothing more from the client, and close once the send queue has been sent. The first reason stands."""
         self.state = State.CLOSED
         if self.closing is None:
             self.closing = (code, reason)
@@ -298,28 +300,28 @@ class Session:
 
     def _auth(self, message: wire.Auth) -> Iterator[Effect]:
         if self.state is State.NEW:
-            self.protocol = Protocol.V1 if message.protocol >= 1 else Protocol.FIRST
+            self.protocol = ProtocolVersion.V1 if message.protocol >= 1 else ProtocolVersion.FIRST
         yield Authenticate(message.token, message.producer)
 
     def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
         self._check_readable(message.pattern)
         if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
-            raise PeerError(Code.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
-        yield Join(wire.Subscribe(message.pattern) if self.protocol is Protocol.FIRST else message)
+            raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
+        yield Join(wire.Subscribe(message.pattern) if self.protocol is ProtocolVersion.FIRST else message)
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
         if message.pattern in self.patterns:
             yield Leave(message)
-        elif self.protocol is Protocol.FIRST:
+        elif self.protocol is ProtocolVersion.FIRST:
             # To the first version it was no mistake.
             self.say(wire.Unsubscribed(message.pattern, 0))
         else:
-            raise PeerError(Code.INVALID_PATTERN, "not subscribed to this pattern")
+            raise PeerError(ErrorCode.INVALID_PATTERN, "not subscribed to this pattern")
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
-        identity = self._vouched(Code.UNKNOWN if message.retry else Code.UNAVAILABLE)
+        identity = self._vouched(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
         append = make_append(message, identity, self.producer, self.settled, self.share.client)
         if message.ephemeral:
             yield Broadcast(append.channel, append.payload, append.sender, append.origin)
@@ -340,10 +342,10 @@ class Session:
 
     def _authenticated(self) -> Identity:
         if self.identity is None:
-            raise PeerError(Code.UNAUTHENTICATED, "authenticate first")
+            raise PeerError(ErrorCode.UNAUTHENTICATED, "authenticate first")
         return self.identity
 
-    def _vouched(self, code: Code = Code.UNAVAILABLE) -> Identity:
+    def _vouched(self, code: ErrorCode = ErrorCode.UNAVAILABLE) -> Identity:
         """Who the client is, and what it may, unless nobody knows that at the moment."""
         identity = self._authenticated()
         if identity.role is not None and not self.roles_known():
@@ -354,7 +356,7 @@ class Session:
         identity = self._vouched()
         check_pattern(pattern)
         if not identity.grants.may_read(pattern):
-            raise PeerError(Code.UNAUTHORIZED, "no read grant covers this pattern")
+            raise PeerError(ErrorCode.UNAUTHORIZED, "no read grant covers this pattern")
 
 
 _HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
@@ -377,13 +379,13 @@ def make_append(
     """What a publish puts into the log, if it may; raises `PeerError`. `client`: whose share of the log it takes."""
     check_channel(message.channel)
     if not identity.grants.may_write(message.channel):
-        raise PeerError(Code.UNAUTHORIZED, "no write grant covers this channel")
+        raise PeerError(ErrorCode.UNAUTHORIZED, "no write grant covers this channel")
     if message.retry and None in (message.id, message.after, message.epoch):
-        raise PeerError(Code.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
+        raise PeerError(ErrorCode.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
     if message.ephemeral:
         size = len(message.channel) + len(bytes(message.payload)) + len(wire.to_json(identity.client_id))
         if size > EPHEMERAL_SIZE:
-            raise PeerError(Code.TOO_LARGE, f"an ephemeral message may have at most {EPHEMERAL_SIZE} bytes")
+            raise PeerError(ErrorCode.TOO_LARGE, f"an ephemeral message may have at most {EPHEMERAL_SIZE} bytes")
     return Append(
         channel=message.channel,
         payload=wire.payload_bytes(message.payload),
@@ -418,7 +420,7 @@ def _nothing() -> None:
     pass
 
 
-def _ignore(_: Code) -> None:
+def _ignore(_: ErrorCode) -> None:
     pass
 
 

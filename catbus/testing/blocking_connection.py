@@ -20,7 +20,7 @@ from ..client import Transport
 from ..client.transport import DATAGRAM, Driven, make_ssl_context, parse_address
 from ..client.websocket import open_websocket
 from ..errors import Disconnected, PeerError
-from ..protocol.json_splitter import Framer
+from ..protocol.json_splitter import JsonSplitter
 
 MAX_OBJECT_SIZE = 1 << 24
 """Maximum size of a received object, in bytes."""
@@ -118,11 +118,11 @@ class ThreadedConnection:
                 await self._transport.send(data)
 
     async def _read(self) -> None:
-        framers: dict[int, Framer[dict[str, Any]]] = {}
+        framers: dict[int, JsonSplitter[dict[str, Any]]] = {}
         try:
             while self._arrived.qsize() <= MAX_UNREAD_OBJECTS:
                 chunk = await self._transport.receive()
-                for each in framers.setdefault(chunk.stream, Framer(_decode, MAX_OBJECT_SIZE)).feed(chunk.data):
+                for each in framers.setdefault(chunk.stream, JsonSplitter(_decode, MAX_OBJECT_SIZE)).feed(chunk.data):
                     if isinstance(each, PeerError):
                         raise each
                     self._arrived.put(each)

@@ -30,7 +30,7 @@ class TestServer:
     __test__ = False  # pytest would collect it
 
     def __init__(self, broker: Broker, secret: str, token: trio.lowlevel.TrioToken) -> None:
-        addresses, certificates = dict(broker.addresses), broker.hub.certificates
+        addresses, certificates = dict(broker.addresses), broker.replica.certificates
         self.url = f"ws://{addresses['websocket']}/ws"
         self.http_url = f"http://{addresses['websocket']}"
         self.webtransport_url = f"https://{addresses['webtransport']}" if "webtransport" in addresses else None
@@ -81,7 +81,7 @@ def _run(state: str, quic: tuple[str, ...]) -> Iterator[TestServer]:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             broker: Broker = await nursery.start(serve, config)
-            await broker.hub.log.wait_open()
+            await broker.replica.log.wait_open()
             running.append(TestServer(broker, secret, trio.lowlevel.current_trio_token()))
             started.set()
 

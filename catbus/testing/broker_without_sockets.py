@@ -20,8 +20,8 @@ from ..client.connecting import open_bus
 from ..client.transport import parse_address
 from ..client.websocket import WebSocket, shake_hands
 from ..config import AuthSettings, Config, DatabaseSettings
+from ..endpoints.connection_registry import ConnectionRegistry
 from ..endpoints.http import serve_connection
-from ..endpoints.roster import Roster
 from ..errors import Disconnected
 
 ADDRESS = parse_address("ws://memory")
@@ -36,11 +36,11 @@ class TestBroker:
 
     __test__ = False  # pytest would collect it
 
-    def __init__(self, broker: Broker, secret: str, roster: Roster, nursery: trio.Nursery) -> None:
+    def __init__(self, broker: Broker, secret: str, registry: ConnectionRegistry, nursery: trio.Nursery) -> None:
         self.broker = broker
         self.secret = secret
         self.reachable = True
-        self._roster = roster
+        self._registry = registry
         self._nursery = nursery
         self._streams: set[_ClientStream] = set()
 
@@ -75,8 +75,8 @@ class TestBroker:
 
     async def _serve(self, stream: trio.abc.Stream) -> None:
         async with stream:
-            with self._roster.admit():
-                await serve_connection(self.broker.hub, self._roster, stream)
+            with self._registry.admit():
+                await serve_connection(self.broker.replica, self._registry, stream)
 
 
 @asynccontextmanager
@@ -94,10 +94,10 @@ async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBr
     config = msgspec.structs.replace(
         config or Config(), auth=AuthSettings(secrets=(secret,)), database=DatabaseSettings(url="memory")
     )
-    settings, roster = config.websocket, Roster()
+    settings, registry = config.websocket, ConnectionRegistry()
     async with open_broker(config) as broker, trio.open_nursery() as nursery:
-        nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
-        yield TestBroker(broker, secret, roster, nursery)
+        nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        yield TestBroker(broker, secret, registry, nursery)
         nursery.cancel_scope.cancel()
 
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ..auth.tokens import Grants, sign
 from ..client.transport import make_ssl_context
-from ..errors import Code, Disconnected, Refused, Unavailable
+from ..errors import Disconnected, ErrorCode, Refused, Unavailable
 from .blocking_connection import ThreadedConnection, dial
 from .broker_state_machine import BrokerMachine
 from .protocol_client import ProtocolClient
@@ -120,7 +120,7 @@ def _check_access(target: FuzzTarget) -> None:
         ):
             reply = client.request(request)
             if reply["type"] != kind:
-                raise Refused(Code(reply["code"]), f"{request['type']} {target.root}.*: {reply['message']}")
+                raise Refused(ErrorCode(reply["code"]), f"{request['type']} {target.root}.*: {reply['message']}")
     except AssertionError as error:
         raise Unavailable(f"{url}: {error}") from None
     finally:

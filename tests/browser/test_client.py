@@ -99,7 +99,7 @@ async def test_webtransport_is_taken_and_finds_the_certificate_by_itself(browser
         assert await browser.run("return (await client.history('web.*')).messages.length") == 1
         assert await browser.run("return told.states") == ["connecting", "authenticating", "connected"]
         await browser.run("await client.disconnect()")
-        while place.broker.hub.clients:
+        while place.broker.replica.clients:
             await trio.sleep(0.01)
 
 
@@ -219,7 +219,7 @@ async def test_a_replica_that_stops_is_left_for_another_without_a_loss(
         await browser.run(UNTIL % "heard.length >= 600")
         heard = await browser.run("return heard")
         told = await browser.run("return told")
-        assert len(other.hub.clients) == 1
+        assert len(other.replica.clients) == 1
     assert seqs == list(range(1, 601))
     assert heard == [[number + 1, number] for number in range(600)]
     assert told["goaways"] == 1
@@ -252,12 +252,12 @@ async def test_a_subscription_whose_stream_was_not_read_goes_on_where_it_stood(
         published = 0
         with trio.fail_after(60):
             # Its stream is given up, and with it the subscription; the session is not.
-            while (delivery := place.broker.hub.delivery.statistics()).live or delivery.late:
+            while (delivery := place.broker.replica.delivery.statistics()).live or delivery.late:
                 if delivery.live:
                     await place.broker.publish("own.x", payload)
                     published += 1
                 await trio.sleep(0.005)
-        assert len(place.broker.hub.clients) == 1
+        assert len(place.broker.replica.clients) == 1
         await browser.run("thaw()")
         await browser.run(UNTIL % f"heard.length >= {published}")
         assert await browser.run("return heard.map(([seq]) => seq)") == list(range(1, published + 1))

@@ -58,7 +58,7 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             await browser.run(UNTIL, "state", "connected")
             # The last three, in both, by one subscription; the one that counts has begun with what is new.
             await shows(browser, one=[3, 4, 5], two=[3, 4, 5])
-            assert broker.hub.delivery.statistics().live == 1
+            assert broker.replica.delivery.statistics().live == 1
             await browser.run("await publish('room.a', 6)")
             await shows(browser, one=[4, 5, 6], two=[4, 5, 6])
             assert await browser.run("return counted") == [6]
@@ -73,10 +73,10 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             # Signed out, and in as somebody else.
             await browser.run("show({})")
             await browser.run(UNTIL, "state", "signed out")
-            while broker.hub.clients:
+            while broker.replica.clients:
                 await trio.sleep(0.01)
             await broker.publish("room.a", 8)
             await browser.run("show(args[0])", {**shown, "user": "bob", "token": token("bob")})
             await shows(browser, one=[6, 7, 8], two=[6, 7, 8])
             assert await browser.run("return counted") == [6, 7]
-            assert [client.session.identity.client_id for client in broker.hub.clients] == ["bob"]
+            assert [client.session.identity.client_id for client in broker.replica.clients] == ["bob"]

@@ -28,7 +28,7 @@ async def serving(config: Config) -> AsyncIterator[tuple[Broker, str]]:
     """A broker with both doors, and the origin of its HTTP."""
     async with trio.open_nursery() as nursery:
         broker = await nursery.start(catbus.serve, config)
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         yield broker, f"http://{dict(broker.addresses)['websocket']}"
         broker.stop()
 
@@ -64,9 +64,9 @@ async def test_closing_codes_pass_both_ways(browser: Browser, tmp_path: Path) ->
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
-            assert len(broker.hub.clients) == 1
+            assert len(broker.replica.clients) == 1
             await browser.run("bus.session.close({closeCode: 7, reason: 'enough'}); await bus.session.closed")
-            while broker.hub.clients:
+            while broker.replica.clients:
                 await trio.sleep(0.01)
             await browser.run(CONNECT, TOKEN, True)
             await browser.run("bus.ending = bus.session.closed")
@@ -164,7 +164,7 @@ async def test_a_broker_that_vanishes_is_noticed(
                 ending = await browser.run("return await bus.session.closed.catch((error) => error.name)")
                 assert ending == "WebTransportError"
                 # And so is a browser that vanishes.
-                while broker.hub.clients:
+                while broker.replica.clients:
                     await trio.sleep(0.05)
 
 
@@ -240,7 +240,7 @@ async def test_a_stream_whose_reader_is_cancelled_ends_alone(
             await browser.run("bus.cancelling = true")
             await browser.run("await bus.say({type: 'subscribe', pattern: 'own.*', stream: true})")
             await browser.run("await bus.until(() => bus.cancelled)")
-            while len(broker.hub.delivery._readers) > 1:
+            while len(broker.replica.delivery._readers) > 1:
                 await broker.publish("own.x", "x" * 60_000)
                 await trio.sleep(0.005)
             line = await browser.run("return await bus.hear()")
@@ -249,4 +249,4 @@ async def test_a_stream_whose_reader_is_cancelled_ends_alone(
             while (line := await browser.run("return await bus.hear()"))["type"] != "message":
                 pass
             assert (line["seq"], line["payload"]) == (seq, "still here")
-            assert len(broker.hub.clients) == 1
+            assert len(broker.replica.clients) == 1

@@ -28,9 +28,9 @@ from catbus.client import (
     open_bus,
 )
 from catbus.client.transport import MAIN, Driven
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.postgres.access.asyncpg_bridge import OUTAGE
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 from tests.postgres.processes import token as sign_token
 from tests.postgres.sql import open_sql
 
@@ -275,9 +275,9 @@ async def _subscribe_once(
                 finally:
                     place[0] = messages.cursor, messages.epoch
         except Refused as refusal:
-            if refusal.code == Code.REVOKED:
+            if refusal.code == ErrorCode.REVOKED:
                 history.add(SubscriptionRevoked(at=now(), subscriber=name, pattern=pattern))
-            elif refusal.code != Code.UNAUTHORIZED:
+            elif refusal.code != ErrorCode.UNAUTHORIZED:
                 raise
             await trio.sleep(0.1)
 
@@ -342,7 +342,7 @@ class RawClient(LoadClient):
 
     async def _run_session(self, transport: Transport) -> None:
         self._session += 1
-        objects: Framer[dict[str, Any]] = Framer(msgspec.json.decode, 1 << 20)
+        objects: JsonSplitter[dict[str, Any]] = JsonSplitter(msgspec.json.decode, 1 << 20)
         await transport.send(_line({"type": "auth", "token": self.token, "protocol": 1}))
         silent = 0
         while True:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
-from catbus.auth.live_permissions import Permissions
+from catbus.auth.live_permissions import LivePermissions
 from catbus.auth.tokens import Identity
 from catbus.cli.main_command import main
 from catbus.delivery.fan_out import Delivery
@@ -73,7 +73,7 @@ def announce_no_gap(planter: MistakePlanter) -> None:
     """Send no `gap`."""
 
     def announce_gap(self: Delivery, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
-        subscription.mailbox.fix()
+        subscription.send_queue.fix()
 
     planter.replace(Delivery, "_announce_gap", announce_gap)
 
@@ -82,11 +82,11 @@ def ignore_revocations(planter: MistakePlanter) -> None:
     """Do not apply a changed role to connected sessions."""
 
     async def tell(
-        self: Permissions, keys: Collection[bytes], identities: Mapping[bytes, Identity], asked: int
+        self: LivePermissions, keys: Collection[bytes], identities: Mapping[bytes, Identity], asked: int
     ) -> None:
         pass
 
-    planter.replace(Permissions, "_tell", tell)
+    planter.replace(LivePermissions, "_tell", tell)
 
 
 MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str]] = {

@@ -10,7 +10,7 @@ import pytest
 
 from catbus.cli import main_command
 from catbus.cli.main_command import explain_error
-from catbus.errors import Code, ConfigError, Disconnected, Refused
+from catbus.errors import ConfigError, Disconnected, ErrorCode, Refused
 
 from .conftest import Command
 
@@ -180,7 +180,7 @@ def test_an_interruption_says_nothing(catbus: Command, monkeypatch: pytest.Monke
     ("error", "status", "text"),
     [
         (ConfigError("wrong\n  in two lines"), 1, "wrong in two lines"),
-        (Refused(Code.UNAUTHORIZED, "no"), 1, "no (unauthorized)"),
+        (Refused(ErrorCode.UNAUTHORIZED, "no"), 1, "no (unauthorized)"),
         (ExceptionGroup("", [ExceptionGroup("", [OSError(98, "in use"), Disconnected("gone")])]), 1, "gone"),
         (ExceptionGroup("", [ValueError("odd"), FileNotFoundError(2, "absent", "/there")]), 1, "/there: absent"),
         (BaseExceptionGroup("", [ValueError(), KeyboardInterrupt()]), 130, ""),

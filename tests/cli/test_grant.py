@@ -16,7 +16,7 @@ from catbus.cli.development_credentials import (
     read_or_create_secret,
     read_secret,
 )
-from catbus.errors import Code, ConfigError, PeerError
+from catbus.errors import ConfigError, ErrorCode, PeerError
 
 from .conftest import Command
 
@@ -74,7 +74,7 @@ def test_it_expires(catbus: Command) -> None:
     assert " until 2" in errors
     with pytest.raises(PeerError) as caught:
         Authenticator([SECRET]).verify(output.strip(), began + 7200)
-    assert caught.value.code == Code.TOKEN_EXPIRED
+    assert caught.value.code == ErrorCode.TOKEN_EXPIRED
 
 
 def test_the_secret_may_stand_in_a_file(catbus: Command, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from catbus.client import Bus, connect, open_bus
 from catbus.client.transport import Chunk
 from catbus.errors import Disconnected
 from catbus.protocol.channels import matches
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 
 LIMIT = 5.0
 """Seconds after which a test that waits has failed."""
@@ -52,7 +52,7 @@ class Peer:
         self.pongs: list[bytes] = []
         self.closed: tuple[int, str | None] | None = None
         """What the client closed with."""
-        self._framer: Framer[dict[str, Any]] = Framer(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 24)
+        self._framer: JsonSplitter[dict[str, Any]] = JsonSplitter(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 24)
         self._objects: deque[dict[str, Any]] = deque()
 
     async def receive(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import sniffio
 
 from catbus.client import Disconnected, Gap, Head, Live, Refused, connect
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.protocol import wire_messages as wire
 from tests.client.fake import EPOCH, Honest, Peer, message, serve, talk, talk_to
 
@@ -55,7 +55,7 @@ async def test_a_publish_that_the_broker_refuses() -> None:
     async with talk(script) as bus:
         with pytest.raises(Refused, match="slow down") as caught:
             await bus.publish("a", 1)
-        assert caught.value.code is Code.RATE_LIMITED
+        assert caught.value.code is ErrorCode.RATE_LIMITED
         assert caught.value.retry_after == 0.5
 
 
@@ -64,21 +64,21 @@ async def test_what_is_obviously_wrong_is_never_sent() -> None:
     async with talk_to(broker) as bus:
         with pytest.raises(Refused) as caught:
             await bus.publish("orders.*", 1)
-        assert caught.value.code is Code.INVALID_CHANNEL
+        assert caught.value.code is ErrorCode.INVALID_CHANNEL
         with pytest.raises(Refused) as caught:
             async with bus.subscribe("a..b"):
                 pass
-        assert caught.value.code is Code.INVALID_PATTERN
+        assert caught.value.code is ErrorCode.INVALID_PATTERN
         with pytest.raises(Refused) as caught:
             await bus.history("")
-        assert caught.value.code is Code.INVALID_PATTERN
+        assert caught.value.code is ErrorCode.INVALID_PATTERN
         with pytest.raises(TypeError, match="no JSON form"):
             await bus.publish("a", object())
         with pytest.raises(TypeError, match="no JSON form"):
             await bus.publish_many([("a", 1), ("a", object())])
         with pytest.raises(Refused) as caught:
             await bus.publish("a", "x" * 70_000)
-        assert caught.value.code is Code.TOO_LARGE
+        assert caught.value.code is ErrorCode.TOO_LARGE
         with pytest.raises(ValueError, match="buffer: an integer from 1"):
             async with bus.subscribe("a", buffer=0):
                 pass
@@ -117,10 +117,10 @@ async def test_many_publishes_each_have_their_own_refusal() -> None:
     async with talk(script) as bus:
         results = await bus.publish_many([("a", 1), ("*", 2), ("b", 3), ("c", "x" * 70_000)])
     assert [result.code if isinstance(result, Refused) else result for result in results] == [
-        Code.UNAUTHORIZED,
-        Code.INVALID_CHANNEL,
+        ErrorCode.UNAUTHORIZED,
+        ErrorCode.INVALID_CHANNEL,
         102,
-        Code.TOO_LARGE,
+        ErrorCode.TOO_LARGE,
     ]
 
 
@@ -262,7 +262,7 @@ async def test_a_subscription_that_the_broker_refuses() -> None:
         with pytest.raises(Refused, match="no read grant") as caught:
             async with bus.subscribe("a.*"):
                 pytest.fail("it was refused")
-        assert caught.value.code is Code.UNAUTHORIZED
+        assert caught.value.code is ErrorCode.UNAUTHORIZED
         async with bus.subscribe("a.*"):
             pass
 
@@ -293,7 +293,7 @@ async def test_a_revoked_subscription_hands_out_what_came_before_and_then_raises
         for _ in range(2):
             with pytest.raises(Refused) as caught:
                 await anext(messages)
-            assert caught.value.code is Code.REVOKED
+            assert caught.value.code is ErrorCode.REVOKED
         assert await bus.publish("b", 1) == 102
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client.coming_back import Backoff, Verdict, judge, judge_refusal
-from catbus.errors import CloseCode, Code, Refused
+from catbus.errors import CloseCode, ErrorCode, Refused
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,15 @@ def test_the_brokers_own_codes_agree() -> None:
 @pytest.mark.parametrize(
     ("code", "verdict"),
     [
-        (Code.UNAUTHENTICATED, Verdict.FINAL),
-        (Code.UNAUTHORIZED, Verdict.FINAL),
-        (Code.TOKEN_EXPIRED, Verdict.NEW_TOKEN),
-        (Code.UNAVAILABLE, Verdict.AGAIN),
-        (Code.SHUTTING_DOWN, Verdict.AGAIN),
-        (Code.INTERNAL, Verdict.AGAIN),
+        (ErrorCode.UNAUTHENTICATED, Verdict.FINAL),
+        (ErrorCode.UNAUTHORIZED, Verdict.FINAL),
+        (ErrorCode.TOKEN_EXPIRED, Verdict.NEW_TOKEN),
+        (ErrorCode.UNAVAILABLE, Verdict.AGAIN),
+        (ErrorCode.SHUTTING_DOWN, Verdict.AGAIN),
+        (ErrorCode.INTERNAL, Verdict.AGAIN),
     ],
 )
-def test_a_refused_token(code: Code, verdict: Verdict) -> None:
+def test_a_refused_token(code: ErrorCode, verdict: Verdict) -> None:
     assert judge_refusal(Refused(code, "no")) is verdict
 
 

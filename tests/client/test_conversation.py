@@ -18,7 +18,7 @@ from catbus.client.ledger import Batch, Ledger
 from catbus.client.messages import Message, Page, encode_payload
 from catbus.client.switchboard import Switchboard
 from catbus.client.transport import DATAGRAM
-from catbus.errors import CloseCode, Code, Disconnected, PeerError, Refused
+from catbus.errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from catbus.protocol import wire_messages as wire
 from tests.client.fake import AUTH_OK, EPOCH, message
 
@@ -114,7 +114,7 @@ def test_auth_error_is_a_refusal() -> None:
     answer = conversation.authenticate("t")
     conversation.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
     assert isinstance(answer.value, Refused)
-    assert answer.value.code is Code.TOKEN_EXPIRED
+    assert answer.value.code is ErrorCode.TOKEN_EXPIRED
 
 
 # Publishing
@@ -142,7 +142,7 @@ def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
     conversation.receive(lines({"type": "published", "channel": "b", "id": second, "seq": 104, "duplicate": True}))
     refused, *rest = batch.results
     assert isinstance(refused, Refused)
-    assert (refused.code, refused.retry_after) == (Code.RATE_LIMITED, 2)
+    assert (refused.code, refused.retry_after) == (ErrorCode.RATE_LIMITED, 2)
     assert rest == [104, 103]
     assert conversation.ledger.unanswered == 0
     assert conversation.head == 104
@@ -199,9 +199,9 @@ def test_answers_that_nobody_asked_for_are_ignored() -> None:
 
 @pytest.mark.parametrize(
     ("payload", "code"),
-    [("x" * 65536, Code.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)],
+    [("x" * 65536, ErrorCode.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)],
 )
-def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: Code | None) -> None:
+def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: ErrorCode | None) -> None:
     conversation = begin()
     batch = publish(conversation, "a", payload=payload)
     [result] = batch.results
@@ -217,7 +217,7 @@ def test_what_is_nested_too_deep_is_refused_here() -> None:
     assert publish(conversation, "a", payload=deep).missing == 1
     [result] = publish(conversation, "a", payload=[deep]).results
     assert isinstance(result, Refused)
-    assert result.code is Code.BAD_MESSAGE
+    assert result.code is ErrorCode.BAD_MESSAGE
     assert len(sent(conversation)) == 1
 
 
@@ -370,7 +370,7 @@ def test_a_refused_subscription_ends_with_the_reason() -> None:
     conversation.receive(lines(refusal))
     assert phase(inbox) is Phase.ENDED
     assert inbox.ending is not None
-    assert inbox.ending.code is Code.UNAUTHORIZED
+    assert inbox.ending.code is ErrorCode.UNAUTHORIZED
     sent(conversation)
     conversation.subscriptions.leave(inbox)
     assert sent(conversation) == []
@@ -383,7 +383,7 @@ def test_a_revoked_subscription_ends_after_its_messages() -> None:
     conversation.receive(lines(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101}, message(102)))
     assert seqs(inbox) == [101]
     assert inbox.ending is not None
-    assert inbox.ending.code is Code.REVOKED
+    assert inbox.ending.code is ErrorCode.REVOKED
 
 
 def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_own() -> None:
@@ -525,7 +525,7 @@ def test_a_subscription_that_may_not_come_back_ends() -> None:
     )
     assert seqs(inbox) == [101]
     assert inbox.ending is not None
-    assert inbox.ending.code is Code.UNAUTHORIZED
+    assert inbox.ending.code is ErrorCode.UNAUTHORIZED
 
 
 def test_leaving_while_away_says_nothing_more() -> None:
@@ -750,7 +750,7 @@ def test_an_object_that_the_broker_does_not_understand_is_refused_by_its_id() ->
     assert batch.results[0] is None
     for refused in (batch.results[1], inbox.ending, page.value):
         assert isinstance(refused, Refused)
-        assert refused.code is Code.BAD_MESSAGE
+        assert refused.code is ErrorCode.BAD_MESSAGE
 
 
 def test_goaway_and_other_errors_are_events() -> None:
@@ -762,7 +762,7 @@ def test_goaway_and_other_errors_are_events() -> None:
             {"type": "error", "message": "the token has expired", "code": "token_expired"},
         )
     )
-    assert events == [wire.GoAway("stopping", 1.5), wire.Error("the token has expired", Code.TOKEN_EXPIRED)]
+    assert events == [wire.GoAway("stopping", 1.5), wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED)]
 
 
 def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:

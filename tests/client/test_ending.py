@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Ended, Reconnected, Refused, State, open_bus
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from tests.client.fake import AUTH_OK, Honest, Peer, Pipe
 from tests.client.test_supervisor import AWAY, admitted, end_of, lost, network
 
@@ -35,8 +35,8 @@ def out_of(answers: list[str | Exception | None]) -> tuple[Callable[[], Any], li
 
 SIGNED_OUT = [
     None,
-    Refused(Code.UNAUTHENTICATED, "the session is over"),
-    Refused(Code.UNAVAILABLE, "the session is over"),
+    Refused(ErrorCode.UNAUTHENTICATED, "the session is over"),
+    Refused(ErrorCode.UNAVAILABLE, "the session is over"),
 ]
 
 

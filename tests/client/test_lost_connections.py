@@ -16,7 +16,7 @@ from catbus.client.ledger import LOSSES, TRIES, Answer, Batch, Ledger
 from catbus.client.messages import Message, Page, encode_payload
 from catbus.client.recent import Recent
 from catbus.client.switchboard import Switchboard
-from catbus.errors import Code, Refused
+from catbus.errors import ErrorCode, Refused
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
 from tests.client.fake import AUTH_OK, EPOCH, message
@@ -58,12 +58,12 @@ def published(number: int, seq: int) -> dict[str, Any]:
     return {"type": "published", "channel": "a.b", "id": number, "seq": seq}
 
 
-def refused(number: int, code: Code) -> dict[str, Any]:
+def refused(number: int, code: ErrorCode) -> dict[str, Any]:
     return {"type": "publish_error", "channel": "a.b", "id": number, "message": "no", "code": code}
 
 
 def stopping(number: int) -> dict[str, Any]:
-    return refused(number, Code.SHUTTING_DOWN)
+    return refused(number, ErrorCode.SHUTTING_DOWN)
 
 
 def codes(batch: Batch) -> list[Any]:
@@ -117,7 +117,7 @@ def test_what_cannot_be_known_is_not_sent_again(next_time: dict[str, Any], sure:
     first.lose("gone")
     again = sent(client.go_on(**next_time))
     assert [request["id"] for request in again] == ([1] if sure else [])
-    assert codes(batch) == ([None] if sure else [Code.UNKNOWN])
+    assert codes(batch) == ([None] if sure else [ErrorCode.UNKNOWN])
     assert bool(batch.missing) is sure
 
 
@@ -127,7 +127,7 @@ def test_what_is_too_large_with_its_story_stays_in_doubt() -> None:
     batch = client.publish("x" * 40)
     first.lose("gone")
     assert sent(client.go_on(limits={"message_size": 100})) == []
-    assert codes(batch) == [Code.UNKNOWN]
+    assert codes(batch) == [ErrorCode.UNKNOWN]
 
 
 def test_an_ephemeral_message_is_never_sent_twice() -> None:
@@ -135,7 +135,7 @@ def test_an_ephemeral_message_is_never_sent_twice() -> None:
     first = client.go_on()
     batch = client.publish("now", ephemeral=True)
     first.lose("gone")
-    assert codes(batch) == [Code.UNKNOWN]
+    assert codes(batch) == [ErrorCode.UNKNOWN]
     waiting = client.publish("later", ephemeral=True)
     assert [request["payload"] for request in sent(client.go_on())] == ["later"]
     assert waiting.missing
@@ -170,11 +170,11 @@ def test_what_is_given_back_is_not_put_behind_what_came_after_it(answered: bool)
     sent(first)
     first.receive(lines(stopping(1), *([published(2, 101)] if answered else [])))
     first.lose("gone", 4504)
-    assert codes(batch)[0] is Code.SHUTTING_DOWN
+    assert codes(batch)[0] is ErrorCode.SHUTTING_DOWN
     assert [request["id"] for request in sent(client.go_on())] == ([] if answered else [2])
 
 
-IN_PASSING = [Code.UNKNOWN, Code.UNAVAILABLE, Code.OVERLOADED, Code.RATE_LIMITED]
+IN_PASSING = [ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED]
 
 
 def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() -> None:
@@ -182,7 +182,7 @@ def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() ->
     only = client.go_on(head=100)
     batch = client.publish("one", "two", "three")
     sent(only)
-    only.receive(lines(refused(1, Code.UNKNOWN), published(2, 101), refused(3, Code.UNKNOWN)))
+    only.receive(lines(refused(1, ErrorCode.UNKNOWN), published(2, 101), refused(3, ErrorCode.UNKNOWN)))
     later = client.publish("four")
     assert sent(only) == []
     assert not client.ledger.in_doubt
@@ -200,33 +200,33 @@ def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() ->
     assert (codes(batch), codes(later)) == ([100, 101, 102], [103])
 
 
-@pytest.mark.parametrize("code", sorted(set(Code) - {Code.SHUTTING_DOWN, Code.UNKNOWN}))
-def test_only_the_first_try_is_refused_for_certain(code: Code) -> None:
+@pytest.mark.parametrize("code", sorted(set(ErrorCode) - {ErrorCode.SHUTTING_DOWN, ErrorCode.UNKNOWN}))
+def test_only_the_first_try_is_refused_for_certain(code: ErrorCode) -> None:
     client = Client()
     only = client.go_on()
     certain, doubtful = client.publish("one"), client.publish("two")
     sent(only)
-    only.receive(lines(refused(1, code), refused(2, Code.UNKNOWN)))
+    only.receive(lines(refused(1, code), refused(2, ErrorCode.UNKNOWN)))
     assert codes(certain) == [code]
     client.ledger.retry()
     only.receive(lines(refused(2, code)))
     assert client.ledger.retrying == (code in IN_PASSING)
-    assert codes(doubtful) == [None if code in IN_PASSING else Code.UNKNOWN]
+    assert codes(doubtful) == [None if code in IN_PASSING else ErrorCode.UNKNOWN]
 
 
 @pytest.mark.parametrize("code", IN_PASSING)
-def test_asking_again_has_an_end(code: Code) -> None:
+def test_asking_again_has_an_end(code: ErrorCode) -> None:
     client = Client()
     only = client.go_on()
     batch = client.publish("one")
     sent(only)
-    only.receive(lines(refused(1, Code.UNKNOWN)))
+    only.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     tries = 1
     while client.ledger.retrying:
         client.ledger.retry()
         tries += len(sent(only))
         only.receive(lines(refused(1, code)))
-    assert codes(batch) == [Code.UNKNOWN]
+    assert codes(batch) == [ErrorCode.UNKNOWN]
     assert tries == TRIES
 
 
@@ -237,7 +237,7 @@ def test_publish_that_ends_every_connection_does_not_hold_back_what_is_newer_for
     for _ in range(LOSSES):
         later.append(client.publish("later"))
         client.go_on().lose("gone", 4500)
-    assert codes(poison) == [Code.UNKNOWN]
+    assert codes(poison) == [ErrorCode.UNKNOWN]
     assert newer.missing
     last = client.go_on()
     for number in range(2, 20):
@@ -253,7 +253,7 @@ def test_a_stopping_replica_cannot_say_what_became_of_an_earlier_try(how: str) -
     batch = client.publish("one")
     sent(first)
     if how == "unknown":
-        first.receive(lines(refused(1, Code.UNKNOWN)))
+        first.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     first.lose("gone")
     second = client.go_on()
     second.receive(lines(stopping(1)))
@@ -273,7 +273,7 @@ def test_what_was_unknown_when_the_connection_was_lost_is_asked_on_the_next() ->
     first = client.go_on(head=100)
     batch = client.publish("one")
     sent(first)
-    first.receive(lines(refused(1, Code.UNKNOWN)))
+    first.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     first.lose("gone")
     second = client.go_on(head=130)
     assert [(r["id"], r["after"]) for r in sent(second)] == [(1, 100)]
@@ -288,7 +288,7 @@ def test_while_moving_nothing_is_asked_again_on_the_old_connection() -> None:
     old = client.go_on()
     batch = client.publish("one")
     sent(old)
-    old.receive(lines(refused(1, Code.UNKNOWN)))
+    old.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     client.ledger.hold()
     client.ledger.retry()
     assert sent(old) == []
@@ -306,19 +306,19 @@ def test_an_epoch_that_begins_meanwhile_leaves_it_in_doubt() -> None:
     only.receive(lines(subscribed(100, 1)))
     batch = client.publish("one")
     gap = {"type": "gap", "pattern": "a.*", "from": 81, "to": 80, "epoch": "e2", "reason": "epoch"}
-    only.receive(lines(gap, refused(2, Code.UNKNOWN)))
+    only.receive(lines(gap, refused(2, ErrorCode.UNKNOWN)))
     sent(only)
     client.ledger.retry()
     assert sent(only) == []
-    assert codes(batch) == [Code.UNKNOWN]
+    assert codes(batch) == [ErrorCode.UNKNOWN]
 
 
 def test_an_ephemeral_message_that_is_in_doubt_stays_so() -> None:
     client = Client()
     only = client.go_on()
     batch = client.publish("now", ephemeral=True)
-    only.receive(lines(refused(1, Code.UNKNOWN)))
-    assert codes(batch) == [Code.UNKNOWN]
+    only.receive(lines(refused(1, ErrorCode.UNKNOWN)))
+    assert codes(batch) == [ErrorCode.UNKNOWN]
     assert not client.ledger.retrying
 
 
@@ -339,7 +339,7 @@ def test_nothing_that_comes_after_the_loss_counts() -> None:
     batch, inbox = client.publish("one"), client.subscribe()
     old.lose("closed")
     new = client.go_on()
-    old.receive(lines(refused(1, Code.UNAVAILABLE), subscribed(100, 2), message(101)))
+    old.receive(lines(refused(1, ErrorCode.UNAVAILABLE), subscribed(100, 2), message(101)))
     assert codes(batch) == [None]
     assert not client.ledger.retrying
     assert inbox.phase is Phase.ASKED
@@ -352,7 +352,7 @@ def test_with_one_connection_only_a_stopping_replica_has_the_last_word() -> None
     first = client.go_on()
     batch = client.publish("one")
     first.receive(lines(stopping(1)))
-    assert codes(batch) == [Code.SHUTTING_DOWN]
+    assert codes(batch) == [ErrorCode.SHUTTING_DOWN]
 
 
 def test_what_nobody_waits_for_is_not_sent_unless_it_was() -> None:
@@ -428,7 +428,7 @@ def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 3}
     second.receive(lines(refusal, subscribed(100, 4, "b"), message(101, pattern="b", channel="b")))
     assert one.ending is not None
-    assert one.ending.code is Code.UNAUTHORIZED
+    assert one.ending.code is ErrorCode.UNAUTHORIZED
     assert seqs(other) == [101]
 
 
@@ -569,7 +569,7 @@ class Replica:
         self.log, self.keys = log, keys
         self.applied = len(log)
         self.stopping = self.stuck = False
-        self.refusing: Code | None = None
+        self.refusing: ErrorCode | None = None
         """Why it does not take up the next subscription."""
         self.flight: list[dict[str, Any]] = []
         """Publishes that were handed to the database, which has not answered; it may have the client told later."""
@@ -645,9 +645,9 @@ class Replica:
     def give_up(self) -> None:
         """Answer what has waited for too long."""
         for request in self.flight:
-            self.say(refused(request["id"], Code.UNKNOWN))
+            self.say(refused(request["id"], ErrorCode.UNKNOWN))
         for request in self.queue:
-            self.say(refused(request["id"], Code.UNAVAILABLE))
+            self.say(refused(request["id"], ErrorCode.UNAVAILABLE))
         self.queue.clear()
 
     def come_round(self) -> None:
@@ -952,11 +952,11 @@ class Lives(Connections):
             [result] = batch.results
             if isinstance(result, int):
                 assert self.log[result - 1][1] == number
-            elif isinstance(result, Refused) and result.code is Code.UNKNOWN:
+            elif isinstance(result, Refused) and result.code is ErrorCode.UNKNOWN:
                 # It may come later still.
                 unknown.add(number)
             elif isinstance(result, Refused):
-                assert result.code in (Code.SHUTTING_DOWN, Code.UNAVAILABLE)
+                assert result.code in (ErrorCode.SHUTTING_DOWN, ErrorCode.UNAVAILABLE)
                 assert number not in ours
         known = [number for number in ours if number not in unknown]
         assert known == sorted(known)
@@ -979,14 +979,14 @@ class Sharers(Connections):
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: set[Code] = set()
+        self.said: set[ErrorCode] = set()
         self.gone: list[tuple[Inbox, int]] = []
         """Those that have ended, and how much they had."""
         self.connect()
 
     @precondition(lambda self: self.replicas)
-    @rule(data=st.data(), code=st.sampled_from([Code.UNAVAILABLE, Code.UNAUTHORIZED]))
-    def refuse(self, data: st.DataObject, code: Code) -> None:
+    @rule(data=st.data(), code=st.sampled_from([ErrorCode.UNAVAILABLE, ErrorCode.UNAUTHORIZED]))
+    def refuse(self, data: st.DataObject, code: ErrorCode) -> None:
         data.draw(st.sampled_from(self.replicas)).refusing = code
         self.said.add(code)
 
@@ -995,7 +995,7 @@ class Sharers(Connections):
     def revoke(self, data: st.DataObject) -> None:
         replica = data.draw(st.sampled_from([replica for replica in self.replicas if replica.held]))
         replica.revoke("a.*")
-        self.said.add(Code.REVOKED)
+        self.said.add(ErrorCode.REVOKED)
 
     @rule(count=st.integers(2, 6))
     def somebody_publishes_many(self, count: int) -> None:
@@ -1015,7 +1015,7 @@ class Sharers(Connections):
         ended = {reader: reader.inbox.ending for reader in self.readers if reader.inbox.ending is not None}
         codes = {ending.code for ending in ended.values()}
         assert codes <= self.said
-        if Code.REVOKED in codes:
+        if ErrorCode.REVOKED in codes:
             assert len(ended) == len(self.readers)
         for reader in ended:
             self.drop(reader)

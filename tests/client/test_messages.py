@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from catbus.client.messages import Message, Page, decode, encode_payload
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.wire_messages import UNDECODABLE
 
@@ -42,19 +42,19 @@ def test_every_message_of_the_server_is_understood() -> None:
     raw = msgspec.Raw(b"1")
     spoken: list[wire.Reply] = [
         wire.AuthOk("alice", "p", "e", 1, 1, {"message_size": 5}),
-        wire.AuthError("no", Code.UNAUTHENTICATED),
+        wire.AuthError("no", ErrorCode.UNAUTHENTICATED),
         wire.Subscribed("a", 1),
         wire.Unsubscribed("a", 1),
-        wire.SubscribeError("a", "no", Code.UNAUTHORIZED),
+        wire.SubscribeError("a", "no", ErrorCode.UNAUTHORIZED),
         wire.Published("a", 1, 2, True),
-        wire.PublishError("a", "no", Code.RATE_LIMITED, 1, 2.5),
+        wire.PublishError("a", "no", ErrorCode.RATE_LIMITED, 1, 2.5),
         wire.Live("a", 1),
         wire.Head(1, "e", 2),
         wire.Gap("a", 1, 2, "e", "retention"),
         wire.Revoked("a", 1),
         wire.GoAway("bye", 1.5),
         wire.Pong(1),
-        wire.Error("no", Code.INTERNAL, 3),
+        wire.Error("no", ErrorCode.INTERNAL, 3),
     ]
     for reply in spoken:
         line = wire.encode(reply)
@@ -80,7 +80,7 @@ def test_a_field_that_is_not_known_is_ignored() -> None:
 def test_a_code_that_is_not_known_is_still_a_refusal() -> None:
     assert decode(
         b'{"type":"publish_error","channel":"a","message":"no","code":"too_loud","id":3}'
-    ) == wire.PublishError("a", "no", Code.INTERNAL, 3)
+    ) == wire.PublishError("a", "no", ErrorCode.INTERNAL, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from catbus.client.conversation import Conversation
 from catbus.client.inbox import Inbox, Mark, Phase
 from catbus.client.messages import Gap
-from catbus.errors import Code, Refused
+from catbus.errors import ErrorCode, Refused
 from tests.client.fake import EPOCH, message
 from tests.client.test_conversation import lines, sent, seqs, subscribed
 from tests.client.test_lost_connections import Client
@@ -161,8 +161,8 @@ def test_when_all_are_full_the_broker_stops() -> None:
     assert [request["type"] for request in sent(conversation)] == ["unsubscribe"]
 
 
-@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.UNAUTHORIZED])
-def test_refusal_of_a_later_inbox_leaves_the_one_that_is_there(code: Code) -> None:
+@pytest.mark.parametrize("code", [ErrorCode.UNAVAILABLE, ErrorCode.UNAUTHORIZED])
+def test_refusal_of_a_later_inbox_leaves_the_one_that_is_there(code: ErrorCode) -> None:
     client = Client()
     conversation, first = begin(client)
     second = client.subscribe(since=110, epoch=EPOCH)
@@ -180,7 +180,7 @@ def test_revocation_ends_all() -> None:
     conversation, first = begin(client)
     second = client.subscribe()
     conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 120}))
-    assert {inbox.ending.code for inbox in (first, second) if inbox.ending} == {Code.REVOKED}
+    assert {inbox.ending.code for inbox in (first, second) if inbox.ending} == {ErrorCode.REVOKED}
     assert sent(conversation) == []
 
 

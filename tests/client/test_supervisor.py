@@ -28,7 +28,7 @@ from catbus.client import (
     supervisor,
 )
 from catbus.client.connecting import open_either
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from tests.client.fake import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
 STEADY = Backoff(jitter=0)
@@ -320,7 +320,7 @@ async def test_another_producer_cannot_ask_for_the_first_ones_publishes(autojump
     async with network(admitted(script), stranger) as (bus, _):
         with pytest.raises(Refused, match="who published this") as caught:
             await bus.publish("a", "in doubt")
-        assert caught.value.code is Code.UNKNOWN
+        assert caught.value.code is ErrorCode.UNKNOWN
         assert bus.producer == "p2"
         assert await bus.publish("a", "new") == 101
         assert [request["payload"] for request in broker.published] == ["new"]

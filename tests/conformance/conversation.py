@@ -22,7 +22,7 @@ QUIET = TIMES.silence + 0.8
 """Seconds after which a client that does not answer pings has been closed."""
 
 BACKLOG = 200, 60_000
-"""Messages, and the size of each: more than sockets, proxies and the mailbox hold."""
+"""Messages, and the size of each: more than sockets, proxies and the send queue hold."""
 
 JSON = dict[str, Any]
 
@@ -201,13 +201,13 @@ async def resume(scene: Scene) -> None:
 async def leaving(scene: Scene) -> None:
     """it closes, with codes of its own, which come back"""
     for code, reason in ((1000, ""), (4999, "enough")):
-        others = len(scene.broker.hub.clients)
+        others = len(scene.broker.replica.clients)
         await scene.begin()
         found = await scene.puppet.call("close", code=code, reason=reason)
         if found["closed"] is None:
             raise Unable("does not tell of closing codes")
         assert found["closed"][0] == code, found
-        while len(scene.broker.hub.clients) > others:
+        while len(scene.broker.replica.clients) > others:
             await trio.sleep(0.01)
 
 

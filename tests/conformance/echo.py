@@ -16,7 +16,7 @@ import trio_websocket
 from catbus.config import LimitSettings, WebSocketSettings, WebTransportSettings
 from catbus.endpoints import websocket
 from catbus.endpoints.frames import text_header
-from catbus.session.driver import Client
+from catbus.session.driver import SessionDriver
 from tests.brokers import CONFIG, running
 
 SIZE = 1 << 20
@@ -35,7 +35,7 @@ class Echo(websocket.Connection):
         super().__init__(*args)
         self._inbound.largest = self._largest
 
-    async def _listen(self, websocket: trio_websocket.WebSocketConnection, client: Client) -> None:
+    async def _listen(self, websocket: trio_websocket.WebSocketConnection, client: SessionDriver) -> None:
         while client.closing is None:
             message = await websocket.get_message()
             if isinstance(message, str):

@@ -1,4 +1,4 @@
-"""A hub whose clients do as a test says."""
+"""A replica whose clients do as a test says."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import trio
 
 from catbus.auth.tokens import Grants, Identity
 from catbus.config import Config
-from catbus.delivery.send_queue import Mailbox, Outlet
-from catbus.errors import CloseCode, Code, PeerError
+from catbus.delivery.send_queue import SendQueue, TransportWriter
+from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.limits.connections_per_address import AddressLimit
-from catbus.limits.cpu_fairness import Turns
-from catbus.limits.unauthenticated import Strangers
+from catbus.limits.cpu_fairness import CpuScheduler
+from catbus.limits.unauthenticated import UnauthenticatedPeers
 from catbus.log import Committed, Outcome
 from catbus.protocol.wire_messages import Publish
 
@@ -24,9 +24,9 @@ class FakeClient:
 
     proven = True
 
-    def __init__(self, hub: FakeHub, outlet: Outlet) -> None:
-        self.hub = hub
-        self.mailbox = Mailbox(outlet, lambda mailbox: None)
+    def __init__(self, replica: FakeReplica, writer: TransportWriter) -> None:
+        self.replica = replica
+        self.send_queue = SendQueue(writer, lambda send_queue: None)
         self.closing: tuple[CloseCode, str] | None = None
         self.received: list[bytes] = []
         self.left = False
@@ -34,7 +34,7 @@ class FakeClient:
 
     async def receive(self, data: bytes) -> None:
         self.received.append(data)
-        await self.hub.on_receive(self, data)
+        await self.replica.on_receive(self, data)
 
     def heard(self, size: int) -> None:
         """Its bytes are not counted."""
@@ -50,15 +50,15 @@ class FakeClient:
     def leave(self) -> None:
         self.left = True
         self.closing = None
-        self.mailbox.take()
+        self.send_queue.take()
         self._closing.set()
 
 
 async def echo(client: FakeClient, data: bytes) -> None:
-    client.mailbox.put(data + b"\n")
+    client.send_queue.put(data + b"\n")
 
 
-class FakeHub:
+class FakeReplica:
     """Knows the tokens `good` and `narrow`. Publishing numbers the messages from 1."""
 
     def __init__(self, config: Config | None = None) -> None:
@@ -68,10 +68,10 @@ class FakeHub:
         self.certificates = None
         self.webtransport_port = None
         self.addresses = AddressLimit(self.config.limits.address_connections)
-        self.strangers = Strangers()
-        self.turns = Turns()
-        self.refusals: list[Code] = []
-        self.vitals = SimpleNamespace(refused=self.refusals.append)
+        self.unauthenticated = UnauthenticatedPeers()
+        self.cpu_scheduler = CpuScheduler()
+        self.refusals: list[ErrorCode] = []
+        self.runtime_statistics = SimpleNamespace(refused=self.refusals.append)
         self.clients: list[FakeClient] = []
         self.networks: list[str] = []
         """Those that the clients are in."""
@@ -81,10 +81,10 @@ class FakeHub:
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
         self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
 
-    def open_client(self, outlet: Outlet, *, transport: str, network: str) -> FakeClient:
+    def open_client(self, writer: TransportWriter, *, transport: str, network: str) -> FakeClient:
         assert transport == "websocket"
         self.networks.append(network)
-        client = FakeClient(self, outlet)
+        client = FakeClient(self, writer)
         self.clients.append(client)
         return client
 
@@ -96,7 +96,7 @@ class FakeHub:
         if token == "narrow":
             return Identity("bob", Grants(("a.*",), ("*",)), None)
         if token != "good" and not token.startswith("sub-ab"):
-            raise PeerError(Code.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
+            raise PeerError(ErrorCode.UNAUTHENTICATED, "not a token of ours", CloseCode.UNAUTHENTICATED)
         return Identity("alice" if token == "good" else None, Grants.ALL, None)
 
     async def publish(

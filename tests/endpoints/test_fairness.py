@@ -9,12 +9,12 @@ from catbus.endpoints.fairness import LONGEST_WAIT, SAVED, SHARE, FairQueue, Usa
 
 def drain(queue: FairQueue[str, str, int], now: float, cost: float, most: int = 1_000_000) -> list[str]:
     """Take one item a turn, each of which costs so much; returns whose turns they were."""
-    turns: list[str] = []
-    while len(turns) < most and (turn := queue.take(now, beyond=True)) is not None:
+    cpu_scheduler: list[str] = []
+    while len(cpu_scheduler) < most and (turn := queue.take(now, beyond=True)) is not None:
         turn.items.popleft()
-        turns.append(turn.source)
+        cpu_scheduler.append(turn.source)
         queue.end(turn, cost, now)
-    return turns
+    return cpu_scheduler
 
 
 def test_use_is_made_up_for_with_time_and_never_a_debt_for_long() -> None:

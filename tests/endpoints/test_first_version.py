@@ -25,7 +25,7 @@ def unspaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def publish(server: Server, channel: str, *payloads: object) -> None:
-    await server.hub.publish(OWNER, [Publish(channel, msgspec.Raw(msgspec.json.encode(each))) for each in payloads])
+    await server.replica.publish(OWNER, [Publish(channel, msgspec.Raw(msgspec.json.encode(each))) for each in payloads])
 
 
 def reads(client: Client) -> list[bytes]:
@@ -78,11 +78,11 @@ async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() ->
     limits = msgspec.structs.replace(CONFIG.limits, send_queue=1 << 14)
     async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
         client = await server.log_in("a.*", protocol=None)
-        [one] = server.hub.clients
+        [one] = server.replica.clients
         for number in range(600):
             await publish(server, "a.b", [number, "x" * 200])
-            assert one.mailbox.size <= one.mailbox.limit
-        assert server.hub.delivery.statistics().late == 1
+            assert one.send_queue.size <= one.send_queue.limit
+        assert server.replica.delivery.statistics().late == 1
         await client.until(lambda: len(payloads(client)) == 600)
         assert [number for number, _ in payloads(client)] == list(range(600))
 
@@ -92,7 +92,7 @@ async def test_what_waits_for_a_first_version_client_arrives_before_the_closing(
     async with serving() as server:
         client = await server.log_in("a.*", protocol=None)
         await publish(server, "a.b", *range(20))
-        server.hub.finish()
+        server.replica.finish()
         await client.lost()
         assert payloads(client) == list(range(20))
 

@@ -221,16 +221,16 @@ async def test_a_body_in_the_smallest_chunks_lets_others_in_between() -> None:
     """Each chunk is an event of its own, and a thousand of them come in one read."""
     body = b'{"channel":"a.b","payload":"' + b"x" * 50_000 + b'"}'
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    turns = 0
+    cpu_scheduler = 0
 
     async def count() -> None:
-        nonlocal turns
+        nonlocal cpu_scheduler
         while True:
             await trio.lowlevel.checkpoint()
-            turns += 1
+            cpu_scheduler += 1
 
     async with running() as (_, address), trio.open_nursery() as nursery:
         nursery.start_soon(count)
         assert await statuses(address, chunked(chunks) + NEXT) == [200, 404]
         nursery.cancel_scope.cancel()
-    assert turns > len(body) / 256
+    assert cpu_scheduler > len(body) / 256

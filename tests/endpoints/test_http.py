@@ -13,41 +13,41 @@ from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
 import catbus.endpoints.http as http_module
 from catbus.config import Config, WebSocketSettings
+from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.http import BODY_SIZE, BODY_TIME, HEAD_SIZE, HEAD_TIME, IDLE_TIME, SEND_TIME, serve_connection
-from catbus.endpoints.roster import Roster
 from catbus.endpoints.routes import Request
-from catbus.errors import Code
-from catbus.limits.unauthenticated import TOO_MUCH, Strangers
+from catbus.errors import ErrorCode
+from catbus.limits.unauthenticated import TOO_MUCH, UnauthenticatedPeers
 from tests.endpoints import peers
-from tests.endpoints.fakes import FakeHub
+from tests.endpoints.fakes import FakeReplica
 from tests.endpoints.peers import UPGRADE, Peer, masked, patience
 
 
 class Served:
-    def __init__(self, hub: FakeHub, roster: Roster, peer: Peer, ended: trio.Event) -> None:
-        self.hub = hub
-        self.roster = roster
+    def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
+        self.replica = replica
+        self.registry = registry
         self.peer = peer
         self.ended = ended
 
 
 @asynccontextmanager
 async def served(
-    hub: FakeHub | None = None, *, pair: Any = memory_stream_pair, closed: bool = False
+    replica: FakeReplica | None = None, *, pair: Any = memory_stream_pair, closed: bool = False
 ) -> AsyncIterator[Served]:
-    hub, roster, ended = hub or FakeHub(), Roster(), trio.Event()
-    roster.closed = closed
+    replica, registry, ended = replica or FakeReplica(), ConnectionRegistry(), trio.Event()
+    registry.closed = closed
     ours, theirs = pair()
 
     async def serve() -> None:
-        await serve_connection(cast(Any, hub), roster, ours)
+        await serve_connection(cast(Any, replica), registry, ours)
         await ours.aclose()
         ended.set()
 
     with patience():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            yield Served(hub, roster, Peer(theirs), ended)
+            yield Served(replica, registry, Peer(theirs), ended)
             nursery.cancel_scope.cancel()
 
 
@@ -60,21 +60,21 @@ def post(path: str, body: bytes, *lines: str) -> bytes:
 
 
 async def test_the_oldest_connections_without_a_token_give_way_when_too_much_is_kept_of_them() -> None:
-    hub = FakeHub()
-    hub.strangers = Strangers(3000)
-    async with served(hub) as first, served(hub) as second:
+    replica = FakeReplica()
+    replica.unauthenticated = UnauthenticatedPeers(3000)
+    async with served(replica) as first, served(replica) as second:
         for each, size in ((first, 1500), (second, 1000)):
             await each.peer.send(get("/health")[:-2] + b"X: " + b"x" * size)
             await wait_all_tasks_blocked()
-        assert hub.strangers.size > 2500
+        assert replica.unauthenticated.size > 2500
         await second.peer.send(b"x" * 500)
         answer = await first.peer.response()
         assert (answer.status, TOO_MUCH in answer.body.decode()) == (503, True)
-        assert (hub.strangers.ended, hub.refusals) == (1, [Code.OVERLOADED])
+        assert (replica.unauthenticated.ended, replica.refusals) == (1, [ErrorCode.OVERLOADED])
         await second.peer.send(b"\r\n\r\n")
         assert (await second.peer.response()).status == 200
         await wait_all_tasks_blocked()
-        assert hub.strangers.size == 0
+        assert replica.unauthenticated.size == 0
 
 
 # What is asked and what is answered
@@ -210,13 +210,13 @@ async def test_what_cannot_be_read_to_its_end_is_answered_and_closed(name: str, 
         assert response.headers["connection"] == "close"
         assert await it.peer.at_end()
         await it.ended.wait()
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 @pytest.mark.parametrize("readiness", ["starting", "draining", "degraded", "ready"])
 async def test_readiness(readiness: str) -> None:
     async with served() as it:
-        it.hub.readiness = readiness
+        it.replica.readiness = readiness
         await it.peer.send(get("/ready"))
         response = await it.peer.response()
         expected = {"degraded": (200, b"degraded: database\n"), "ready": (200, b"ready\n")}
@@ -252,7 +252,7 @@ async def test_modules_of_the_javascript_client_are_sent_once() -> None:
             assert (await it.peer.response()).body == whole.body
         await it.peer.send(get("/catbus/nothing.js"))
         assert (await it.peer.response()).status == 404
-        assert it.roster.requests["/catbus.js", 304] == 6
+        assert it.registry.requests["/catbus.js", 304] == 6
 
 
 async def test_head_of_what_only_takes_post() -> None:
@@ -452,7 +452,7 @@ async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
             await it.peer.send(sent)
             await it.peer.stream.aclose()
             await it.ended.wait()
-            assert it.roster.faults == 0
+            assert it.registry.faults == 0
 
 
 # Becoming a WebSocket
@@ -520,7 +520,7 @@ async def test_other_upgrades_are_refused(name: str) -> None:
         if status == 426:
             assert response.headers["sec-websocket-version"] == "13"
             assert response.headers["upgrade"] == "websocket"
-        assert it.hub.clients == []
+        assert it.replica.clients == []
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
     async with served() as it:
         await it.peer.upgrade(request_)
         await wait_all_tasks_blocked()
-        assert len(it.hub.clients) == 1
+        assert len(it.replica.clients) == 1
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
     ],
 )
 async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int) -> None:
-    async with served(FakeHub(Config(websocket=WebSocketSettings(allowed_origins=allowed)))) as it:
+    async with served(FakeReplica(Config(websocket=WebSocketSettings(allowed_origins=allowed)))) as it:
         await it.peer.send(changed("Upgrade: W", f"Origin: {origin}\r\nUpgrade: W") if origin else UPGRADE)
         assert (await it.peer.response(head=status == 101)).status == status
 
@@ -564,12 +564,12 @@ async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int
 
 async def test_a_request_that_fails_is_answered_and_the_connection_goes_on() -> None:
     async with served() as it:
-        del it.hub.readiness
+        del it.replica.readiness
         await it.peer.send(get("/ready") + get("/health"))
         response = await it.peer.response()
         assert (response.status, response.body) == (500, b"internal server error\n")
         assert (await it.peer.response()).status == 200
-        assert it.roster.faults == 1
+        assert it.registry.faults == 1
 
 
 async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(autojump_clock: MockClock) -> None:
@@ -577,13 +577,13 @@ async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(a
         await it.peer.send(get("/health"))
         await it.peer.response()
         await wait_all_tasks_blocked()
-        it.roster.close()
+        it.registry.close()
         assert await it.peer.at_end()
         await it.ended.wait()
     async with served() as it:
         await it.peer.send(b"GET /hea")
         await wait_all_tasks_blocked()
-        it.roster.close()
+        it.registry.close()
         await it.peer.send(get("/health")[8:])
         response = await it.peer.response()
         assert (response.body, response.headers["connection"]) == (b"ok", "close")
@@ -594,7 +594,7 @@ async def test_no_websocket_is_begun_after_closing(autojump_clock: MockClock) ->
     async with served() as it:
         await it.peer.send(UPGRADE[:9])
         await wait_all_tasks_blocked()
-        it.roster.close()
+        it.registry.close()
         await it.peer.send(UPGRADE[9:])
         assert (await it.peer.response()).status == 503
 

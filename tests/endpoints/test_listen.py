@@ -16,19 +16,19 @@ import trio
 
 from catbus.config import Config, LimitSettings, WebSocketSettings
 from catbus.endpoints import Endpoint, listen, serve_http
-from catbus.errors import CloseCode, Code, ConfigError
+from catbus.errors import CloseCode, ConfigError, ErrorCode
 from tests.endpoints import peers
-from tests.endpoints.fakes import FakeHub
+from tests.endpoints.fakes import FakeReplica
 from tests.endpoints.peers import Peer, masked, patience
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @asynccontextmanager
-async def serving(hub: FakeHub, *binds: str) -> AsyncIterator[Endpoint]:
+async def serving(replica: FakeReplica, *binds: str) -> AsyncIterator[Endpoint]:
     with patience():
         async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
-            serve = partial(serve_http, cast(Any, hub))
+            serve = partial(serve_http, cast(Any, replica))
             endpoint = await nursery.start(serve, binds or ("127.0.0.1:0",), sessions)
             yield endpoint
             nursery.cancel_scope.cancel()
@@ -50,7 +50,7 @@ async def show_token(peer: Peer) -> None:
 
 
 async def test_it_listens_everywhere_it_is_told_to() -> None:
-    async with serving(FakeHub(), "127.0.0.1:0", "[::1]:0") as endpoint:
+    async with serving(FakeReplica(), "127.0.0.1:0", "[::1]:0") as endpoint:
         assert [address.rpartition(":")[0] for address in endpoint.addresses] == ["127.0.0.1", "[::1]"]
         for index in range(2):
             async with connected(endpoint, index) as peer:
@@ -62,18 +62,18 @@ async def test_it_listens_everywhere_it_is_told_to() -> None:
 async def test_an_address_that_cannot_be_had_is_named(bind: str) -> None:
     async with trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=bind):
-            await serve_http(cast(Any, FakeHub()), ["127.0.0.1:0", bind], sessions)
+            await serve_http(cast(Any, FakeReplica()), ["127.0.0.1:0", bind], sessions)
 
 
 async def test_an_address_in_use_is_named() -> None:
-    async with serving(FakeHub()) as endpoint, trio.open_nursery() as sessions:
+    async with serving(FakeReplica()) as endpoint, trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=f"cannot listen on {endpoint.addresses[0]}: .*in use"):
-            await serve_http(cast(Any, FakeHub()), endpoint.addresses, sessions)
+            await serve_http(cast(Any, FakeReplica()), endpoint.addresses, sessions)
 
 
 async def test_a_whole_conversation() -> None:
-    hub = FakeHub()
-    async with serving(hub) as endpoint, connected(endpoint) as peer:
+    replica = FakeReplica()
+    async with serving(replica) as endpoint, connected(endpoint) as peer:
         await peer.send(HEALTH)
         assert (await peer.response()).status == 200
         await show_token(peer)
@@ -87,13 +87,13 @@ async def test_a_whole_conversation() -> None:
 
 
 async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None:
-    hub = FakeHub()
+    replica = FakeReplica()
     async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
         nursery.cancel_scope.deadline = trio.current_time() + 30
         ended = trio.Event()
 
         async def serve(*, task_status: trio.TaskStatus[Endpoint]) -> None:
-            await serve_http(cast(Any, hub), ["127.0.0.1:0"], sessions, task_status=task_status)
+            await serve_http(cast(Any, replica), ["127.0.0.1:0"], sessions, task_status=task_status)
             ended.set()
 
         endpoint = await nursery.start(serve)
@@ -110,7 +110,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
             await peer.send(masked(peers.TEXT, b"still here"))
             assert (await peer.frame()).payload == b"still here\n"
             assert not ended.is_set()
-            hub.clients[0].close(CloseCode.SHUTTING_DOWN, "stopping")
+            replica.clients[0].close(CloseCode.SHUTTING_DOWN, "stopping")
             assert (await peer.frame()).code == 4504
             await peer.send(peers.close_frame(4504))
             assert await peer.at_end()
@@ -118,7 +118,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
 
 
 async def test_those_who_are_too_many_are_told_so() -> None:
-    async with serving(FakeHub(Config(limits=LimitSettings(connections=2)))) as endpoint:
+    async with serving(FakeReplica(Config(limits=LimitSettings(connections=2)))) as endpoint:
         async with connected(endpoint) as first, connected(endpoint) as second:
             for peer in (first, second):
                 await show_token(peer)
@@ -139,8 +139,8 @@ async def test_those_who_are_too_many_are_told_so() -> None:
 
 async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
-    hub = FakeHub(Config(limits=LimitSettings(address_connections=1)))
-    async with serving(hub) as endpoint:
+    replica = FakeReplica(Config(limits=LimitSettings(address_connections=1)))
+    async with serving(replica) as endpoint:
         async with connected(endpoint) as first:
             await show_token(first)
             async with connected(endpoint) as second:
@@ -154,7 +154,7 @@ async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.M
         async with connected(endpoint) as peer:
             await peer.send(HEALTH)
             assert (await peer.response()).status == 200
-    assert (hub.networks, hub.refusals) == (["127.0.0.1"], [Code.OVERLOADED])
+    assert (replica.networks, replica.refusals) == (["127.0.0.1"], [ErrorCode.OVERLOADED])
 
 
 def through_proxies(head: bytes, *said: str) -> bytes:
@@ -163,8 +163,8 @@ def through_proxies(head: bytes, *said: str) -> bytes:
 
 async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None:
     settings = WebSocketSettings(trusted_proxies=("127.0.0.1", "10.0.0.0/8"))
-    hub = FakeHub(Config(limits=LimitSettings(address_connections=2), websocket=settings))
-    async with serving(hub) as endpoint, AsyncExitStack() as stack:
+    replica = FakeReplica(Config(limits=LimitSettings(address_connections=2), websocket=settings))
+    async with serving(replica) as endpoint, AsyncExitStack() as stack:
 
         async def upgrade(*said: str) -> int:
             peer = await stack.enter_async_context(connected(endpoint))
@@ -186,27 +186,27 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
             await proxy.send(HEALTH)
             assert (await proxy.response()).status == 200
         assert endpoint.statistics().crowded == 3
-        hub.clients[0].leave()
-        while hub.addresses.of("198.51.100.7") > 1:
+        replica.clients[0].leave()
+        while replica.addresses.of("198.51.100.7") > 1:
             await trio.lowlevel.checkpoint()
         assert await upgrade("198.51.100.7") == 101
-    assert hub.networks == ["198.51.100.7", "198.51.100.7", "203.0.113.1", "198.51.100.7"]
-    assert not hub.addresses._connections
+    assert replica.networks == ["198.51.100.7", "198.51.100.7", "203.0.113.1", "198.51.100.7"]
+    assert not replica.addresses._connections
 
 
 async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_addresses() -> None:
-    hub = FakeHub(Config(websocket=WebSocketSettings(trusted_proxies=("127.0.0.1",))))
-    async with serving(hub) as endpoint, connected(endpoint) as proxy:
+    replica = FakeReplica(Config(websocket=WebSocketSettings(trusted_proxies=("127.0.0.1",))))
+    async with serving(replica) as endpoint, connected(endpoint) as proxy:
         for address in "198.51.100.7", "203.0.113.2":
             head = b"POST /publish HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer good\r\nContent-Length: 2\r\n\r\n"
             await proxy.send(through_proxies(head, address) + b"[]")
             assert (await proxy.response()).status == 200
-            assert hub.networks_of_tokens[-1] == address
-            assert set(hub.turns._shares) == {("stranger", address)}
+            assert replica.networks_of_tokens[-1] == address
+            assert set(replica.cpu_scheduler._shares) == {("stranger", address)}
 
 
 async def test_connections_without_a_token_give_way_to_others() -> None:
-    async with serving(FakeHub(Config(limits=LimitSettings(connections=3)))) as endpoint, AsyncExitStack() as stack:
+    async with serving(FakeReplica(Config(limits=LimitSettings(connections=3)))) as endpoint, AsyncExitStack() as stack:
         client = await stack.enter_async_context(connected(endpoint))
         silent = await stack.enter_async_context(connected(endpoint))
         await show_token(client)
@@ -231,7 +231,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
         async with trio.open_nursery():
             raise RuntimeError("a bug")
 
-    async with serving(FakeHub()) as endpoint, connected(endpoint) as healthy:
+    async with serving(FakeReplica()) as endpoint, connected(endpoint) as healthy:
         await healthy.send(HEALTH)
         assert (await healthy.response()).status == 200
         with monkeypatch.context() as patched:
@@ -244,7 +244,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
 
 
 async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> None:
-    async with serving(FakeHub()) as endpoint:
+    async with serving(FakeReplica()) as endpoint:
         port = int(endpoint.addresses[0].rpartition(":")[2])
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", port)) as peer:
@@ -258,7 +258,7 @@ async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> N
 
 async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (listen.SPARE_FILES + 1, 1000))
-    async with serving(FakeHub()) as endpoint, connected(endpoint) as first:
+    async with serving(FakeReplica()) as endpoint, connected(endpoint) as first:
         await show_token(first)
         async with connected(endpoint) as second:
             await second.send(HEALTH)

@@ -16,13 +16,13 @@ from trio_websocket import ConnectionClosed, wrap_server_stream
 from catbus.endpoints.frames import PING, close_frame, text_header
 from catbus.endpoints.http import BODY_SIZE
 from catbus.endpoints.outbox import Outbox, close_gently
-from catbus.limits.cpu_fairness import Turns
+from catbus.limits.cpu_fairness import CpuScheduler
 from tests.endpoints import peers
 from tests.endpoints.peers import UPGRADE, Frame, Mixed, Peer, masked, patience
 
 
 class Source:
-    """Stands for the mailbox: frames that the writer comes for."""
+    """Stands for the send queue: frames that the writer comes for."""
 
     def __init__(self, *frames: bytes) -> None:
         self.frames = list(frames)
@@ -376,7 +376,7 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
         closed = trio.Event()
 
         async def close() -> None:
-            await close_gently(server, Turns())
+            await close_gently(server, CpuScheduler())
             closed.set()
 
         with patience():
@@ -391,7 +391,7 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
                 await closed.wait()
 
 
-class CountedTurns(Turns):
+class CountedTurns(CpuScheduler):
     count = 0
 
     async def next(self) -> None:
@@ -401,7 +401,7 @@ class CountedTurns(Turns):
 
 async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_peer_that_never_ends() -> None:
     async with tcp_pair() as (server, client):
-        turns, sent = CountedTurns(), 0
+        cpu_scheduler, sent = CountedTurns(), 0
 
         async def go_on() -> None:
             nonlocal sent
@@ -413,7 +413,7 @@ async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_pe
         with patience():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(go_on)
-                await close_gently(server, turns)
+                await close_gently(server, cpu_scheduler)
                 await server.aclose()
         assert BODY_SIZE < sent < 4 * BODY_SIZE
-        assert turns.count > BODY_SIZE // 65_536
+        assert cpu_scheduler.count > BODY_SIZE // 65_536

@@ -69,7 +69,7 @@ async def test_a_message_goes_from_one_client_to_another() -> None:
         message = await subscriber.heard("message")
         assert (message["channel"], message["payload"], message["pattern"]) == ("a.b", {"n": 1}, "a.*")
         assert message["seq"] == published["seq"]
-        assert {client.transport for client in server.hub.clients} == {"webtransport"}
+        assert {client.transport for client in server.replica.clients} == {"webtransport"}
         assert server.endpoint.statistics().connections == 2
         assert server.endpoint.statistics().half_open == 0
 
@@ -200,7 +200,7 @@ async def test_garbage_disturbs_nobody() -> None:
 async def flood(server: Server, count: int, size: int = 30_000) -> None:
     """Publish from this process."""
     for _ in range(count):
-        await server.hub.publish(OWNER, [Publish("a", msgspec.Raw(b'"' + b"x" * size + b'"'))])
+        await server.replica.publish(OWNER, [Publish("a", msgspec.Raw(b'"' + b"x" * size + b'"'))])
 
 
 async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
@@ -211,7 +211,7 @@ async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
         for _ in range(75):
             await flood(server, 1)
             await other.heard("message")
-        [box] = [client.mailbox for client in server.hub.clients if client.mailbox.size]
+        [box] = [client.send_queue for client in server.replica.clients if client.send_queue.size]
         assert box.turned_away
         assert box.size <= box.limit
         held = [peer.connection.unacknowledged() for peer in router_of(server).peers]
@@ -308,7 +308,7 @@ async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for
 ) -> None:
     monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
     async with serving(msgspec.structs.replace(CONFIG, limits=BrokerLimits(address_connections=2))) as server:
-        addresses = server.hub.addresses
+        addresses = server.replica.addresses
         first, second = await server.log_in(), await server.log_in()
         assert (first.retried, second.retried) == (False, True)
         assert await ask(server.address, *first_flight(server.address)) is None
@@ -343,7 +343,7 @@ async def test_those_with_a_token_are_served_by_client_and_others_by_network(mon
             return router._place_of(peer)
 
         await half_open(server.address)
-        assert place_of_last() == (scheduler.strangers, "127.0.0.1")
+        assert place_of_last() == (scheduler.unauthenticated, "127.0.0.1")
         monkeypatch.setattr(router_module, "RETRY_FROM", 0)
         await half_open(server.address)
         assert place_of_last() == (scheduler.newcomers, "127.0.0.1")
@@ -391,7 +391,7 @@ async def test_newcomers_come_in_beside_others_that_have_had_all_that_newcomers_
 
 async def test_what_has_no_room_to_wait_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
-        monkeypatch.setattr(server.router._scheduler.strangers, "_most", 2)
+        monkeypatch.setattr(server.router._scheduler.unauthenticated, "_most", 2)
         hello = first_flight(server.address)
         await ask(server.address, *hello * 30)
         assert server.endpoint.statistics().overdrawn > 0
@@ -532,7 +532,7 @@ async def test_a_silent_client_is_gone_after_the_idle_time(autojump_clock: MockC
         other = await server.log_in()
         began = trio.current_time()
         client.deaf = True
-        while len(server.hub.clients) == 2:
+        while len(server.replica.clients) == 2:
             await trio.sleep(0.5)
         assert 55 < trio.current_time() - began < 65
         # The other one has said nothing either, but it has answered the pings.
@@ -567,10 +567,10 @@ async def test_a_client_that_vanishes_with_much_unsent_is_gone_after_the_idle_ti
         client = await server.log_in("a")
         client.deaf = True
         await flood(server, 40)
-        [left] = server.hub.clients
-        assert left.mailbox.size
+        [left] = server.replica.clients
+        assert left.send_queue.size
         await server.empty()
-        assert not left.mailbox.size
+        assert not left.send_queue.size
 
 
 async def test_cancelled_it_says_goodbye() -> None:
@@ -592,7 +592,7 @@ async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> N
         with trio.move_on_after(0.1):
             await late.open()
         assert not late.saw(SessionOpened)
-        server.hub.finish()
+        server.replica.finish()
         assert (await client.lost())[0] == CloseCode.SHUTTING_DOWN
         await server.ended.wait()
 
@@ -600,7 +600,7 @@ async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> N
 async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         client, other = await server.log_in(), await server.log_in()
-        victim = min(server.hub.clients, key=lambda one: id(one))
+        victim = min(server.replica.clients, key=lambda one: id(one))
 
         async def fail(data: bytes) -> None:
             raise ValueError("ours")

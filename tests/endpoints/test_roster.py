@@ -8,18 +8,18 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.endpoints.roster import Roster
+from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.observability.loggers import REPEAT
 
 
 async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    roster = Roster()
+    registry = ConnectionRegistry()
     for _ in range(1000):
-        roster.fault("a request failed", KeyError("ours"))
-    roster.fault("a session failed", KeyError("ours"))
-    assert roster.faults == 1001
+        registry.fault("a request failed", KeyError("ours"))
+    registry.fault("a session failed", KeyError("ours"))
+    assert registry.faults == 1001
     assert [record.getMessage() for record in caplog.records] == ["a request failed", "a session failed"]
     assert all(record.exc_info for record in caplog.records)
 
@@ -27,10 +27,10 @@ async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logge
 async def test_what_peers_do_again_and_again_is_logged_once_in_a_minute(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
-    roster = Roster()
+    registry = ConnectionRegistry()
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
-            roster.remark("a client does not read", seconds=60.0)
+            registry.remark("a client does not read", seconds=60.0)
         await trio.sleep(REPEAT + 1)
-        roster.remark("a client does not read", seconds=60.0)
+        registry.remark("a client does not read", seconds=60.0)
     assert [getattr(record, "repeated", 0) for record in caplog.records] == [0, 999]

@@ -34,7 +34,7 @@ async def test_the_three_take_turns() -> None:
     scheduler = served.scheduler
     now = trio.current_time()
     for number in range(3):
-        scheduler.strangers.put("network", number, "stranger", now)
+        scheduler.unauthenticated.put("network", number, "stranger", now)
         scheduler.newcomers.put("network", number, "newcomer", now)
         scheduler.clients.put("client", number, "client", now)
     await scheduler.run()

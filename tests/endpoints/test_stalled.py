@@ -20,7 +20,7 @@ from catbus.endpoints.webtransport import OWN_SHARE, PORTION, STALL_TIME, UNREAD
 from catbus.errors import CloseCode
 from catbus.log import MemoryLog
 from catbus.protocol.wire_messages import Publish
-from catbus.replica import Hub
+from catbus.replica import Replica
 from catbus.webtransport import ConnectionLimits, ConnectionLost, SessionClosed, StreamReset
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.peers import patience
@@ -34,13 +34,13 @@ START = 1000.0
 class Pair:
     """A conversation and its peer, which acknowledges every packet and pings, and takes what it wants."""
 
-    def __init__(self, hub: Hub, limits: ConnectionLimits) -> None:
-        self.hub = hub
+    def __init__(self, replica: Replica, limits: ConnectionLimits) -> None:
+        self.replica = replica
         self.link = Link(client=client_config(limits))
         self.link.open()
         self.faults = 0
         self.stalls: list[str] = []
-        self.conversation = Conversation(hub, self.link.server.it, self.link.flush, self.fault, self.stalls.append)
+        self.conversation = Conversation(replica, self.link.server.it, self.link.flush, self.fault, self.stalls.append)
         self._handled = len(self.link.server.events)
         stream = self.link.client.it.open_stream(bidirectional=True)
         assert stream is not None
@@ -93,7 +93,7 @@ class Pair:
 
     async def publish(self, *sizes: int, channel: str = "a.b") -> None:
         payloads = [msgspec.Raw(b'"%b"' % (b"x" * size)) for size in sizes]
-        await self.hub.publish(OWNER, [Publish(channel, payload) for payload in payloads])
+        await self.replica.publish(OWNER, [Publish(channel, payload) for payload in payloads])
 
 
 LIMITS = ConnectionLimits(connection_window=4 * WINDOW, stream_window=WINDOW, incoming_unidirectional=20)
@@ -104,19 +104,19 @@ async def conversing(
     clock: MockClock, *, total: int = 1 << 28, credit: ConnectionLimits = LIMITS, **subscribe: object
 ) -> AsyncIterator[Pair]:
     limits = msgspec.structs.replace(CONFIG.limits, send_queue_total=total)
-    hub = Hub(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
+    replica = Replica(msgspec.structs.replace(CONFIG, limits=limits), MemoryLog(), Authenticator((SECRET,)))
     with patience():
         async with trio.open_nursery() as nursery:
-            await nursery.start(hub.log.run, hub.delivery)
-            nursery.start_soon(hub.delivery.run)
-            nursery.start_soon(hub.flusher.run)
+            await nursery.start(replica.log.run, replica.delivery)
+            nursery.start_soon(replica.delivery.run)
+            nursery.start_soon(replica.flusher.run)
             clock.jump(START - trio.current_time())
-            pair = Pair(hub, credit)
+            pair = Pair(replica, credit)
             nursery.start_soon(pair.conversation.run)
             pair.say(type="auth", token=TOKEN, protocol=1)
             pair.say(type="subscribe", pattern="a.*", **subscribe)
             await pair.pass_time(5)
-            assert hub.delivery.statistics().live == 1
+            assert replica.delivery.statistics().live == 1
             yield pair
             assert not pair.faults
             nursery.cancel_scope.cancel()
@@ -124,7 +124,7 @@ async def conversing(
 
 @pytest.mark.parametrize("waiting", [3, 100])
 async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock, waiting: int) -> None:
-    """With the less of the two, all that waits is in the connection, and the mailbox is empty."""
+    """With the less of the two, all that waits is in the connection, and the send queue is empty."""
     async with conversing(autojump_clock) as pair:
         pair.link.client.consumes = False
         began = trio.current_time()
@@ -134,8 +134,8 @@ async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock,
         assert pair.lost
         assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 2 * PING_INTERVAL / 4
         assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
-        assert not pair.hub.clients
-        assert pair.hub.delivery.statistics().held == 0
+        assert not pair.replica.clients
+        assert pair.replica.delivery.statistics().held == 0
 
 
 @pytest.mark.parametrize("waiting", [3, 100])
@@ -153,7 +153,7 @@ async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, w
         assert pair.resets == [StreamReset(own, CloseCode.UNRESPONSIVE)]
         last = pair.lines(pair.stream)[-1]
         assert last == {"type": "unsubscribed", "pattern": "a.*", "seq": waiting}
-        assert pair.hub.delivery.statistics().held == 0
+        assert pair.replica.delivery.statistics().held == 0
         # The session goes on, and the subscription where it stood.
         await pair.pass_time(10 * STALL_TIME)
         pair.link.client.consumes = True
@@ -197,7 +197,7 @@ async def test_many_streams_that_are_not_read_end_together(autojump_clock: MockC
             if line["type"] == "message" and line["pattern"] in patterns
         ]
         assert {pattern for pattern in patterns if got.count(pattern) == 2} >= set(patterns) - set(ended)
-        assert pair.hub.delivery.statistics().live == 14 - len(ended)
+        assert pair.replica.delivery.statistics().live == 14 - len(ended)
 
 
 async def test_a_stream_that_is_over_and_not_read_ends_alone(autojump_clock: MockClock) -> None:
@@ -242,7 +242,7 @@ async def test_datagrams_that_nobody_takes_harm_nothing(autojump_clock: MockCloc
     async with conversing(autojump_clock, stream=True, datagrams=True) as pair:
         pair.link.client.consumes = False
         for _ in range(200):
-            await pair.hub.publish(OWNER, [Publish("a.b", msgspec.Raw(b"1"), ephemeral=True)])
+            await pair.replica.publish(OWNER, [Publish("a.b", msgspec.Raw(b"1"), ephemeral=True)])
         await pair.pass_time(3 * STALL_TIME)
         assert not pair.lost
         assert not pair.resets
@@ -257,7 +257,7 @@ async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockCl
             await pair.pass_time(STALL_TIME - 10)
             pair.take(WINDOW // 2)
         assert not pair.lost
-        assert pair.hub.delivery.statistics().late == 1
+        assert pair.replica.delivery.statistics().late == 1
 
 
 async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) -> None:
@@ -279,7 +279,7 @@ async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_cl
         held = pair.link.server.it.unacknowledged()
         assert WINDOW < held <= limits.stream_unacknowledged + PORTION + 11_000
         limit = CONFIG.limits.send_queue // (OWN_SHARE if stream else 1)
-        assert 0 < pair.hub.delivery.statistics().held <= limit
+        assert 0 < pair.replica.delivery.statistics().held <= limit
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -289,31 +289,31 @@ async def test_what_was_withdrawn_comes_when_there_is_credit(autojump_clock: Moc
         for _ in range(100):
             await pair.publish(10_000)
         await pair.pass_time(10)
-        statistics = pair.hub.delivery.statistics()
+        statistics = pair.replica.delivery.statistics()
         assert statistics.withdrawals > 0
         assert statistics.held <= 40_000
         pair.link.client.consumes = True
         pair.take(1 << 20)
         await pair.pass_time(100 * PING_INTERVAL)
         assert pair.seqs() == list(range(1, 101))
-        assert pair.hub.delivery.statistics().live == 1
+        assert pair.replica.delivery.statistics().live == 1
 
 
-async def test_one_whose_mailbox_was_emptied_before_it_could_be_sent_is_served(autojump_clock: MockClock) -> None:
+async def test_one_whose_send_queue_was_emptied_before_it_could_be_sent_is_served(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, total=40_000) as pair:
         pair.link.client.consumes = False
         while pair.link.server.it.writable(pair.stream):
             await pair.publish(10_000)
             await trio.sleep(0.1)
-        assert pair.hub.delivery.statistics().late == 0
+        assert pair.replica.delivery.statistics().late == 0
         await pair.publish(*[10_000] * 10)
-        assert pair.hub.delivery.statistics().withdrawals == 1
-        assert pair.hub.delivery.statistics().held == 0
+        assert pair.replica.delivery.statistics().withdrawals == 1
+        assert pair.replica.delivery.statistics().held == 0
         pair.link.client.consumes = True
         await pair.pass_time(5)
         pair.take(1 << 20)
         await pair.pass_time(50 * PING_INTERVAL)
-        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+        assert pair.seqs() == list(range(1, pair.replica.delivery.position + 1))
 
 
 async def test_a_stream_ends_after_all_of_its_portions(
@@ -322,7 +322,7 @@ async def test_a_stream_ends_after_all_of_its_portions(
     monkeypatch.setattr(webtransport_module, "PORTION", 1000)
     async with conversing(autojump_clock, stream=True) as pair:
         pair.link.client.consumes = False
-        while pair.hub.delivery.statistics().held < 30_000:
+        while pair.replica.delivery.statistics().held < 30_000:
             await pair.publish(10_000)
             await trio.sleep(0.1)
         pair.say(type="unsubscribe", pattern="a.*")
@@ -330,6 +330,6 @@ async def test_a_stream_ends_after_all_of_its_portions(
         await pair.pass_time(5)
         pair.take(1 << 20)
         await pair.pass_time(10 * PING_INTERVAL)
-        assert pair.seqs() == list(range(1, pair.hub.delivery.position + 1))
+        assert pair.seqs() == list(range(1, pair.replica.delivery.position + 1))
         [own] = pair.link.client.ended
         assert json.loads(pair.link.client.received[own].splitlines()[-1])["type"] == "unsubscribed"

@@ -22,7 +22,7 @@ from tests.endpoints.udp import Client, Own, Server, serving
 
 async def publish(server: Server, channel: str, *payloads: object, **options: Any) -> None:
     raw = [msgspec.Raw(msgspec.json.encode(payload)) for payload in payloads]
-    await server.hub.publish(OWNER, [Publish(channel, each, **options) for each in raw])
+    await server.replica.publish(OWNER, [Publish(channel, each, **options) for each in raw])
 
 
 async def subscribe(client: Client, pattern: str, **options: object) -> Own:
@@ -49,7 +49,7 @@ async def test_a_subscription_with_a_stream_of_its_own() -> None:
         client = await server.log_in("other.*")
         own = await subscribe(client, "a.*", id=7)
         [first] = own.lines
-        assert first.pop("epoch") == server.hub.log.epoch
+        assert first.pop("epoch") == server.replica.log.epoch
         assert first == {"type": "subscribed", "pattern": "a.*", "seq": 0, "stream": True, "id": 7}
         await publish(server, "a.b", 1, 2)
         await publish(server, "other.c", 3)
@@ -81,7 +81,7 @@ async def test_unsubscribed_is_the_last_line_and_the_stream_ends() -> None:
         assert own.lines[-1] == {"type": "unsubscribed", "pattern": "a.*", "seq": 1, "id": 3}
         await publish(server, "a.b", 2)
         assert seqs(own.lines) == [1]
-        assert server.hub.delivery.statistics().live == 0
+        assert server.replica.delivery.statistics().live == 0
         client.say(type="unsubscribe", pattern="a.*")
         assert (await client.line())["type"] == "subscribe_error"
 
@@ -94,7 +94,7 @@ async def test_stopping_the_stream_unsubscribes() -> None:
         client.transmit()
         own.ended = True
         assert await client.line() == {"type": "unsubscribed", "pattern": "a.*", "seq": 0}
-        assert server.hub.delivery.statistics().live == 0
+        assert server.replica.delivery.statistics().live == 0
         again = await subscribe(client, "a.*")
         await publish(server, "a.b", 1)
         await client.until(lambda: seqs(again.lines) == [1])
@@ -116,12 +116,12 @@ async def test_subscribing_again_ends_the_old_stream() -> None:
             "type": "subscribed",
             "pattern": "a.*",
             "seq": 2,
-            "epoch": server.hub.log.epoch,
+            "epoch": server.replica.log.epoch,
         }
         await client.until(lambda: new.ended)
         await publish(server, "a.b", 3)
         assert (await client.line())["seq"] == 3
-        assert server.hub.delivery.statistics().live == 1
+        assert server.replica.delivery.statistics().live == 1
 
 
 async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
@@ -135,7 +135,7 @@ async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
             "type": "subscribed",
             "pattern": "c.*",
             "seq": 0,
-            "epoch": server.hub.log.epoch,
+            "epoch": server.replica.log.epoch,
         }
         await publish(server, "c.d", 1)
         assert (await client.line())["pattern"] == "c.*"
@@ -159,7 +159,7 @@ async def test_streams_that_are_not_read_silence_no_other_and_lose_nothing() -> 
             for number in range(8):
                 await publish(server, f"stuck{number}.a", payload)
         # What is not read of them is more than the connection takes for all its streams.
-        assert server.hub.delivery.statistics().late == 8
+        assert server.replica.delivery.statistics().late == 8
         for number in range(20):
             await publish(server, "read.a", number)
             await publish(server, "main.a", number)
@@ -203,9 +203,9 @@ async def test_a_stream_whose_subscription_is_late_has_no_head() -> None:
             client.say(type="ping", seq=number)
             assert (await client.heard("head"))["seq"] == 40
         assert not [line for line in own.lines if line["type"] == "head"]
-        [one] = server.hub.clients
+        [one] = server.replica.clients
         [held] = one._subscriptions.values()
-        assert held.mailbox.size <= held.mailbox.limit
+        assert held.send_queue.size <= held.send_queue.limit
 
 
 async def test_a_withdrawn_permission_ends_the_stream_with_revoked() -> None:
@@ -228,7 +228,7 @@ async def test_what_stands_on_all_streams_arrives_before_the_closing() -> None:
         owns = [await subscribe(client, f"{letter}.*") for letter in "abc"]
         for letter in "abc":
             await publish(server, f"{letter}.x", *["y" * 1000] * 50)
-        server.hub.finish()
+        server.replica.finish()
         assert await client.lost() == (CloseCode.SHUTTING_DOWN, "the replica is stopping")
         assert [len(seqs(own.lines)) for own in owns] == [50] * 3
 
@@ -290,27 +290,27 @@ async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
         client = await server.log_in()
         client.say(type="subscribe", pattern="a.*", datagrams=True)
         await client.heard("subscribed")
-        [one] = server.hub.clients
+        [one] = server.replica.clients
         client.deaf = True
         await publish(server, "a.b", *["z" * 900] * 2000, ephemeral=True)
-        assert one.mailbox.turned_away > 1500
-        assert not one.mailbox
+        assert one.send_queue.turned_away > 1500
+        assert not one.send_queue
 
 
-async def test_a_flood_of_pings_fills_no_mailbox(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_pings_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_module, "OWN_SHARE", 512)
     config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 19))
     async with serving(config) as server:
         client = await server.log_in()
         client.own_reads = False
         await subscribe(client, "a.*")
-        [one] = server.hub.clients
+        [one] = server.replica.clients
         [held] = one._subscriptions.values()
         for number in range(500):
             await publish(server, "elsewhere.b", 1)
             client.say(type="ping", seq=number)
             await client.heard("pong")
-            assert held.mailbox.size < held.mailbox.limit + 200
+            assert held.send_queue.size < held.send_queue.limit + 200
 
 
 # Anything that can be done to streams
@@ -399,7 +399,7 @@ async def test_whatever_is_done_every_stream_tells_all_in_order(actions: list[tu
                         told += cursor >= max(owed[pattern], default=0)
                     elif not own.ended and number not in stopped:
                         return False
-            statistics = server.hub.delivery.statistics()
+            statistics = server.replica.delivery.statistics()
             return told == statistics.live == len(held) and not statistics.late
 
         await client.until(all_told)

@@ -88,7 +88,7 @@ async def test_messages_go_through_tls(certificate: Renewed) -> None:
             await bus.publish("a.b", {"number": number, "text": "x" * 5000})
         for number in range(200):
             assert (await anext(messages)).payload["number"] == number
-        assert broker.hub.statistics().clients == {"websocket": 1, "webtransport": 0}
+        assert broker.replica.statistics().clients == {"websocket": 1, "webtransport": 0}
 
 
 async def test_who_does_not_trust_it_is_not_connected(certificate: Renewed) -> None:
@@ -96,7 +96,7 @@ async def test_who_does_not_trust_it_is_not_connected(certificate: Renewed) -> N
         with pytest.raises(Disconnected, match="the certificate is not accepted"):
             async with catbus.connect(urls.websocket, token=TOKEN, reconnect=False):
                 pass
-        assert broker.hub.statistics().opened["websocket"] == 0
+        assert broker.replica.statistics().opened["websocket"] == 0
 
 
 def place_of(urls: Urls) -> tuple[str, int]:
@@ -186,8 +186,8 @@ async def flawless(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> As
         yield urls
         broker.stop()
         await broker.wait_stopping()
-    assert broker.hub.scrape is not None
-    body, _ = broker.hub.scrape()
+    assert broker.replica.scrape is not None
+    body, _ = broker.replica.scrape()
     assert b'catbus_faults_total{transport="websocket"} 0' in body
     assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 

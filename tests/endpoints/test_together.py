@@ -1,4 +1,4 @@
-"""The endpoint with the hub behind it: a real broker, seen by raw clients."""
+"""The endpoint with the replica behind it: a real broker, seen by raw clients."""
 
 from __future__ import annotations
 

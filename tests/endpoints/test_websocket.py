@@ -14,59 +14,66 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 
 from catbus.auth.tokens import Authenticator
 from catbus.config import Config, LimitSettings
-from catbus.delivery.send_queue import Mailbox, Run
+from catbus.delivery.send_queue import Run, SendQueue
+from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.outbox import Outbox
-from catbus.endpoints.roster import Roster
-from catbus.endpoints.websocket import CLOSING_TIME, PORTION, STALL_TIME, UNPROVEN_SIZE, Connection, serve_websocket
+from catbus.endpoints.websocket import (
+    CLOSING_TIME,
+    PORTION,
+    STALL_TIME,
+    UNAUTHENTICATED_OBJECT_BYTES,
+    Connection,
+    serve_websocket,
+)
 from catbus.errors import CloseCode
 from catbus.log import Entry, MemoryLog
-from catbus.protocol.wire_messages import Protocol
-from catbus.replica import Hub
-from catbus.session.driver import Client
+from catbus.protocol.wire_messages import ProtocolVersion
+from catbus.replica import Replica
+from catbus.session.driver import SessionDriver
 from catbus.session.state_machine import Session
 from tests.endpoints import peers
-from tests.endpoints.fakes import FakeClient, FakeHub
+from tests.endpoints.fakes import FakeClient, FakeReplica
 from tests.endpoints.peers import UPGRADE, Peer, close_frame, masked, patience
 
 
 class Served:
     """A connection that is being served, seen from both sides."""
 
-    def __init__(self, hub: FakeHub, roster: Roster, peer: Peer, ended: trio.Event) -> None:
-        self.hub = hub
-        self.roster = roster
+    def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
+        self.replica = replica
+        self.registry = registry
         self.peer = peer
         self.ended = ended
 
     @property
     def client(self) -> FakeClient:
-        return self.hub.clients[0]
+        return self.replica.clients[0]
 
 
 @asynccontextmanager
 async def served(
-    hub: FakeHub | None = None,
+    replica: FakeReplica | None = None,
     *,
     pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
     rest: bytes = b"",
-    roster: Roster | None = None,
+    registry: ConnectionRegistry | None = None,
 ) -> AsyncIterator[Served]:
-    hub, roster, ended = hub or FakeHub(), roster or Roster(), trio.Event()
+    replica, registry, ended = replica or FakeReplica(), registry or ConnectionRegistry(), trio.Event()
     ours, theirs = pair()
-    settings = hub.config.websocket
+    settings = replica.config.websocket
 
     async def serve() -> None:
-        await serve_websocket(cast(Any, hub), roster, ours, UPGRADE, rest, lambda: None)
+        await serve_websocket(cast(Any, replica), registry, ours, UPGRADE, rest, lambda: None)
         await ours.aclose()
         ended.set()
 
     with patience():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(roster.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+            nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
             nursery.start_soon(serve)
             peer = Peer(theirs)
             assert (await peer.response(head=True)).status == 101
-            yield Served(hub, roster, peer, ended)
+            yield Served(replica, registry, peer, ended)
             nursery.cancel_scope.cancel()
 
 
@@ -78,18 +85,22 @@ def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, 
 
 
 async def test_nothing_of_a_connection_is_left_for_the_garbage_collector(nursery: trio.Nursery) -> None:
-    hub = Hub(Config(), MemoryLog(), Authenticator([]))
-    nursery.start_soon(hub.flusher.run)
+    replica = Replica(Config(), MemoryLog(), Authenticator([]))
+    nursery.start_soon(replica.flusher.run)
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        async with served(cast(Any, hub)) as it:
+        async with served(cast(Any, replica)) as it:
             await it.peer.send(masked(peers.TEXT, b'{"type":"ping","seq":1}{"type":"history","pattern":"a"}'))
             assert b"pong" in (await it.peer.frame()).payload
             await it.peer.send(close_frame(1000))
             await it.ended.wait()
         gc.collect()
-        kept = [type(each) for each in gc.garbage if isinstance(each, Client | Connection | Outbox | Mailbox | Session)]
+        kept = [
+            type(each)
+            for each in gc.garbage
+            if isinstance(each, SessionDriver | Connection | Outbox | SendQueue | Session)
+        ]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
@@ -119,35 +130,35 @@ async def test_what_came_with_the_request_is_not_lost() -> None:
         assert await it.peer.frame() == (peers.TEXT, b"early\n")
 
 
-async def test_a_flush_from_outside_sends_what_the_mailbox_holds() -> None:
+async def test_a_flush_from_outside_sends_what_the_send_queue_holds() -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.put(b"one\n")
-        it.client.mailbox.put(b"two\n")
-        it.client.mailbox.outlet.flush()
-        it.client.mailbox.outlet.flush()
+        it.client.send_queue.put(b"one\n")
+        it.client.send_queue.put(b"two\n")
+        it.client.send_queue.writer.flush()
+        it.client.send_queue.writer.flush()
         assert await it.peer.frame() == (peers.TEXT, b"one\ntwo\n")
 
 
 async def test_a_flush_passes_by_while_the_writer_is_at_work() -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
-        mailbox = it.client.mailbox
-        mailbox.put(b"a" * 1000)
-        mailbox.outlet.flush()
-        mailbox.put(b"b" * 1000)
-        mailbox.outlet.flush()
-        assert mailbox
+        send_queue = it.client.send_queue
+        send_queue.put(b"a" * 1000)
+        send_queue.writer.flush()
+        send_queue.put(b"b" * 1000)
+        send_queue.writer.flush()
+        assert send_queue
         assert await it.peer.frame() == (peers.TEXT, b"a" * 1000)
         assert await it.peer.frame() == (peers.TEXT, b"b" * 1000)
 
 
 async def test_a_first_version_client_gets_a_frame_a_line() -> None:
-    hub = FakeHub()
-    hub.on_receive = says(lambda client, data: [client.mailbox.put(b"1\n"), client.mailbox.put(b"2\n")])
-    async with served(hub) as it:
+    replica = FakeReplica()
+    replica.on_receive = says(lambda client, data: [client.send_queue.put(b"1\n"), client.send_queue.put(b"2\n")])
+    async with served(replica) as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.protocol = Protocol.FIRST
+        it.client.send_queue.protocol = ProtocolVersion.FIRST
         await it.peer.send(masked(peers.TEXT, b"?"))
         assert [await it.peer.frame(), await it.peer.frame()] == [(peers.TEXT, b"1"), (peers.TEXT, b"2")]
 
@@ -159,7 +170,7 @@ async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock:
     async with served() as it:
         await wait_all_tasks_blocked()
         client = it.client
-        client.mailbox.put(b"goodbye\n")
+        client.send_queue.put(b"goodbye\n")
         client.close(CloseCode.SHUTTING_DOWN, "stopping")
         assert await it.peer.frame() == (peers.TEXT, b"goodbye\n")
         frame = await it.peer.frame()
@@ -186,8 +197,8 @@ async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojum
 async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.put(b"a" * 100_000)
-        it.client.mailbox.outlet.flush()
+        it.client.send_queue.put(b"a" * 100_000)
+        it.client.send_queue.writer.flush()
         it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
         began = trio.current_time()
         await it.ended.wait()
@@ -210,13 +221,13 @@ async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock
 
 
 async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
-    hub = FakeHub()
+    replica = FakeReplica()
 
     async def wait(client: FakeClient, data: bytes) -> None:
         await trio.sleep_forever()
 
-    hub.on_receive = wait
-    async with served(hub) as it:
+    replica.on_receive = wait
+    async with served(replica) as it:
         await it.peer.send(masked(peers.TEXT, b"x") * 5)
         await wait_all_tasks_blocked()
         it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
@@ -232,7 +243,7 @@ async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
         await it.peer.stream.aclose()
         await it.ended.wait()
         assert it.client.left
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: MockClock) -> None:
@@ -241,7 +252,7 @@ async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: 
         assert (await it.peer.frame()).code == 1000
         assert await it.peer.at_end()
         await it.ended.wait()
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 async def test_a_peer_that_vanishes_is_noticed() -> None:
@@ -250,7 +261,7 @@ async def test_a_peer_that_vanishes_is_noticed() -> None:
         await it.peer.stream.aclose()
         await it.ended.wait()
         assert it.client.left
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 @pytest.mark.parametrize(
@@ -270,11 +281,11 @@ async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, a
         assert await it.peer.at_end()
         await it.ended.wait()
         assert it.client.left
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
-    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(peers.TEXT, b"x" * 1600))
         assert await it.peer.frame() == (peers.TEXT, b"x" * 1600 + b"\n")
         await it.peer.send(masked(peers.TEXT, b"x" * 1601))
@@ -286,25 +297,25 @@ async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) 
 
 @pytest.mark.parametrize("more", [masked(peers.PING, b"?"), masked(peers.TEXT, b"x" * 1601)])
 async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClock) -> None:
-    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(peers.TEXT, b"x" * 1601) + more)
         assert (await it.peer.frame()).code == 1009
         assert await it.peer.at_end()
         await it.ended.wait()
         assert it.client.left
-        assert it.roster.faults == 0
+        assert it.registry.faults == 0
 
 
 @pytest.mark.parametrize(
     ("message", "code"),
-    [(masked(peers.TEXT, b"x" * (UNPROVEN_SIZE + 1)), 1009), (masked(peers.TEXT, b"\xff" * 1600), 1007)],
+    [(masked(peers.TEXT, b"x" * (UNAUTHENTICATED_OBJECT_BYTES + 1)), 1009), (masked(peers.TEXT, b"\xff" * 1600), 1007)],
     ids=["too long", "not UTF-8"],
 )
 async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
     message: bytes, code: int, autojump_clock: MockClock
 ) -> None:
     """A proxy between the two would end both sides when the broker ended its own."""
-    async with served(FakeHub(Config(limits=LimitSettings(message_size=100)))) as it:
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(message[:20])
         assert (await it.peer.frame()).code == code
         began = trio.current_time()
@@ -321,56 +332,56 @@ async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
 
 
 async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autojump_clock: MockClock) -> None:
-    hub = FakeHub()
+    replica = FakeReplica()
 
     def fail(client: FakeClient, data: bytes) -> None:
         if data == b"bug":
-            client.mailbox.put(b"said before\n")
+            client.send_queue.put(b"said before\n")
             raise RuntimeError("a bug")
-        client.mailbox.put(data)
+        client.send_queue.put(data)
 
-    hub.on_receive = says(fail)
-    async with served(hub) as it, served(hub) as other:
+    replica.on_receive = says(fail)
+    async with served(replica) as it, served(replica) as other:
         await it.peer.send(masked(peers.TEXT, b"bug"))
         assert (await it.peer.frame()).payload == b"said before\n"
         frame = await it.peer.frame()
         assert (frame.code, frame.payload[2:]) == (4500, b"internal error")
-        assert it.roster.faults == 1
+        assert it.registry.faults == 1
         await other.peer.send(masked(peers.TEXT, b"fine"))
         assert (await other.peer.frame()).payload == b"fine"
         await it.ended.wait()
 
 
-async def test_a_hub_that_fails_closes_the_connection(autojump_clock: MockClock) -> None:
-    hub = FakeHub()
+async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockClock) -> None:
+    replica = FakeReplica()
 
     def fail(*args: object, **names: object) -> Any:
         raise RuntimeError("a bug")
 
-    hub.open_client = fail  # type: ignore[method-assign]
-    async with served(hub) as it:
+    replica.open_client = fail  # type: ignore[method-assign]
+    async with served(replica) as it:
         assert (await it.peer.frame()).code == 4500
-        assert it.roster.faults == 1
+        assert it.registry.faults == 1
         await it.ended.wait()
 
 
 async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.offer(Run("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
-        it.client.mailbox.outlet.flush()
+        it.client.send_queue.offer(Run("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
+        it.client.send_queue.writer.flush()
         await it.ended.wait()
-        assert it.roster.faults == 1
+        assert it.registry.faults == 1
         assert it.client.left
 
 
 async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> None:
-    hub, roster = FakeHub(), Roster()
+    replica, registry = FakeReplica(), ConnectionRegistry()
     ours, theirs = memory_stream_pair()
     await theirs.send_all(b"what will never be answered")
-    await serve_websocket(cast(Any, hub), roster, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
+    await serve_websocket(cast(Any, replica), registry, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
     assert 10 <= trio.current_time() < 13
-    assert hub.clients == []
+    assert replica.clients == []
 
 
 # Keeping alive
@@ -409,8 +420,8 @@ async def test_a_peer_that_stays_silent_is_closed(autojump_clock: MockClock) -> 
 async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
-        it.client.mailbox.put(b"a" * 100_000)
-        it.client.mailbox.outlet.flush()
+        it.client.send_queue.put(b"a" * 100_000)
+        it.client.send_queue.writer.flush()
         began = trio.current_time()
         while not it.ended.is_set():
             with trio.move_on_after(7):
@@ -424,30 +435,30 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
 async def test_clients_that_do_not_read_fill_no_log(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
-    roster = Roster()
+    registry = ConnectionRegistry()
     with caplog.at_level(logging.INFO):
         for _ in range(20):
-            async with served(pair=lockstep_stream_pair, roster=roster) as it:
+            async with served(pair=lockstep_stream_pair, registry=registry) as it:
                 await wait_all_tasks_blocked()
-                it.client.mailbox.put(b"a" * 100_000)
-                it.client.mailbox.outlet.flush()
-                [connection] = roster.watched
+                it.client.send_queue.put(b"a" * 100_000)
+                it.client.send_queue.writer.flush()
+                [connection] = registry.watched
                 connection.check(trio.current_time() + STALL_TIME)
                 await it.ended.wait()
     assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
 
 
-async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
+async def test_what_has_left_the_send_queue_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
-        outlet = it.client.mailbox.outlet
-        assert isinstance(outlet, Connection)
+        writer = it.client.send_queue.writer
+        assert isinstance(writer, Connection)
         for _ in range(20):
-            it.client.mailbox.put(b"a" * 20_000 + b"\n")
-        outlet.flush()
+            it.client.send_queue.put(b"a" * 20_000 + b"\n")
+        writer.flush()
         received = b""
         while len(received) < 20 * 20_001:
-            assert outlet.outbox.waiting <= PORTION + 20_100
+            assert writer.outbox.waiting <= PORTION + 20_100
             received += (await it.peer.frame()).payload
             await wait_all_tasks_blocked()
         assert received == (b"a" * 20_000 + b"\n") * 20
@@ -456,15 +467,15 @@ async def test_what_has_left_the_mailbox_for_a_peer_that_does_not_read_is_bounde
 async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
-        mailbox = it.client.mailbox
-        budget, room = mailbox._budget, trio.Event()
+        send_queue = it.client.send_queue
+        budget, room = send_queue._budget, trio.Event()
         budget.for_replies = 100_000
-        mailbox.put(b"a" * 300_000 + b"\n")
-        mailbox.outlet.flush()
-        assert not mailbox
-        assert mailbox.full
-        mailbox.when_emptied(room.set)
-        mailbox.put(b"b\n")
+        send_queue.put(b"a" * 300_000 + b"\n")
+        send_queue.writer.flush()
+        assert not send_queue
+        assert send_queue.full
+        send_queue.when_emptied(room.set)
+        send_queue.put(b"b\n")
         assert (await it.peer.frame()).payload == b"a" * 300_000 + b"\n"
         assert (await it.peer.frame()).payload == b"b\n"
         await room.wait()
@@ -472,11 +483,11 @@ async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(auto
         assert budget.replies == 0
 
 
-async def test_what_stands_in_the_mailbox_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
+async def test_what_stands_in_the_send_queue_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         for _ in range(10):
-            it.client.mailbox.put(b"a" * 30_000 + b"\n")
+            it.client.send_queue.put(b"a" * 30_000 + b"\n")
         it.client.close(CloseCode.SHUTTING_DOWN, "over")
         received = b""
         while (frame := await it.peer.frame()).opcode == peers.TEXT:
@@ -489,8 +500,8 @@ async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: 
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         for _ in range(20):
-            it.client.mailbox.put(b"a" * 60_000)
-        it.client.mailbox.outlet.flush()
+            it.client.send_queue.put(b"a" * 60_000)
+        it.client.send_queue.writer.flush()
         for _ in range(20):
             await trio.sleep(20)
             assert (await it.peer.frame()).opcode == peers.TEXT
@@ -506,8 +517,8 @@ async def test_a_peer_that_reads_again_after_a_pause_is_pinged_before_it_is_take
 ) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await trio.sleep(15)
-        it.client.mailbox.put(b"a" * 60_000)
-        it.client.mailbox.outlet.flush()
+        it.client.send_queue.put(b"a" * 60_000)
+        it.client.send_queue.writer.flush()
         await trio.sleep(STALL_TIME - 5)
         # It was heard more than a minute ago. A ping has not been possible since.
         assert (await it.peer.frame()).opcode == peers.TEXT

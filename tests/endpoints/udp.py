@@ -16,7 +16,7 @@ from catbus.config import Config
 from catbus.endpoints.quic import QuicEndpoint, serve_quic
 from catbus.endpoints.router import Router
 from catbus.log import MemoryLog
-from catbus.replica import Hub
+from catbus.replica import Replica
 from catbus.webtransport import (
     ConnectionLimits,
     ConnectionLost,
@@ -201,10 +201,12 @@ class Client:
 
 
 class Server:
-    """A hub with a WebTransport port, and clients that connect to it."""
+    """A replica with a WebTransport port, and clients that connect to it."""
 
-    def __init__(self, hub: Hub, endpoint: QuicEndpoint, nursery: trio.Nursery, scope: trio.CancelScope) -> None:
-        self.hub = hub
+    def __init__(
+        self, replica: Replica, endpoint: QuicEndpoint, nursery: trio.Nursery, scope: trio.CancelScope
+    ) -> None:
+        self.replica = replica
         self.endpoint = endpoint
         self.nursery = nursery
         self.scope = scope
@@ -231,7 +233,7 @@ class Server:
 
     async def empty(self) -> None:
         """Wait until nobody is connected."""
-        while self.endpoint.statistics().connections or self.hub.clients:
+        while self.endpoint.statistics().connections or self.replica.clients:
             await trio.sleep(0.01)
 
 
@@ -239,24 +241,24 @@ class Server:
 async def serving(
     config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: ConnectionLimits | None = None
 ) -> AsyncIterator[Server]:
-    """A port that is open, with a real hub and a log in memory behind it."""
+    """A port that is open, with a real replica and a log in memory behind it."""
     log = MemoryLog(config.limits.recent)
-    hub = Hub(config, log, Authenticator(config.auth.secrets))
+    replica = Replica(config, log, Authenticator(config.auth.secrets))
     with patience():
         async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
-            await nursery.start(log.run, hub.delivery)
-            nursery.start_soon(hub.delivery.run)
-            nursery.start_soon(hub.flusher.run)
+            await nursery.start(log.run, replica.delivery)
+            nursery.start_soon(replica.delivery.run)
+            nursery.start_soon(replica.flusher.run)
             scope = trio.CancelScope()
             ended = trio.Event()
 
             async def serve(*, task_status: trio.TaskStatus[QuicEndpoint]) -> None:
                 with scope:
-                    await serve_quic(hub, [bind], partial(server_config, limits), sessions, task_status=task_status)
+                    await serve_quic(replica, [bind], partial(server_config, limits), sessions, task_status=task_status)
                 ended.set()
 
             endpoint: QuicEndpoint = await nursery.start(serve)
-            server = Server(hub, endpoint, nursery, scope)
+            server = Server(replica, endpoint, nursery, scope)
             server.ended = ended
             yield server
             faults = endpoint.statistics().faults

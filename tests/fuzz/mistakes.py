@@ -14,7 +14,7 @@ from catbus.log import Append, Entry, MemoryLog, Outcome
 from catbus.protocol import json_splitter
 from catbus.protocol import wire_messages as wire
 from catbus.session import state_machine
-from catbus.session.driver import Client
+from catbus.session.driver import SessionDriver
 from tests.mistakes import MistakePlanter
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def every(number: int, wrong: Callable[..., T], right: Callable[..., T]) -> Call
 
 
 def drop_a_message(planter: MistakePlanter) -> None:
-    planter.replace(send_queue.Mailbox, "offer", every(7, lambda self, run: True, send_queue.Mailbox.offer))
+    planter.replace(send_queue.SendQueue, "offer", every(7, lambda self, run: True, send_queue.SendQueue.offer))
 
 
 def deliver_a_batch_in_reverse_order(planter: MistakePlanter) -> None:
@@ -75,10 +75,10 @@ def allow_reading_without_a_grant(planter: MistakePlanter) -> None:
 
 
 def deliver_after_revocation(planter: MistakePlanter) -> None:
-    def withdraw(self: Client, patterns: Collection[str], before: Grants, grants: Grants) -> None:
+    def withdraw(self: SessionDriver, patterns: Collection[str], before: Grants, grants: Grants) -> None:
         pass
 
-    planter.replace(Client, "_withdraw", withdraw)
+    planter.replace(SessionDriver, "_withdraw", withdraw)
 
 
 def match_the_prefix_of_a_pattern(planter: MistakePlanter) -> None:
@@ -101,24 +101,28 @@ def reply_with_the_wrong_id(planter: MistakePlanter) -> None:
 
 
 def deliver_after_unsubscribe(planter: MistakePlanter) -> None:
-    right = Client._take_out
+    right = SessionDriver._take_out
 
-    def forget(self: Client, pattern: str) -> Subscription | None:
+    def forget(self: SessionDriver, pattern: str) -> Subscription | None:
         subscription = self._subscriptions.get(pattern)
         return subscription if subscription is not None else right(self, pattern)
 
-    planter.replace(Client, "_take_out", forget)
+    planter.replace(SessionDriver, "_take_out", forget)
 
 
 def fail_on_a_split_object(planter: MistakePlanter) -> None:
-    right = json_splitter.Framer.feed
+    right = json_splitter.JsonSplitter.feed
 
-    def whole(self: json_splitter.Framer[Any], data: bytes) -> Iterator[Any]:
-        if self.__class__ is json_splitter.Framer and self._decode is wire.decode_client and data.strip()[-1:] != b"}":
+    def whole(self: json_splitter.JsonSplitter[Any], data: bytes) -> Iterator[Any]:
+        if (
+            self.__class__ is json_splitter.JsonSplitter
+            and self._decode is wire.decode_client
+            and data.strip()[-1:] != b"}"
+        ):
             raise RuntimeError("half an object")
         return right(self, data)
 
-    planter.replace(json_splitter.Framer, "feed", whole)
+    planter.replace(json_splitter.JsonSplitter, "feed", whole)
 
 
 def publish_a_retry_twice(planter: MistakePlanter) -> None:

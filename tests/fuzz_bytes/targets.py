@@ -23,7 +23,7 @@ from catbus.endpoints.routes import Answer
 from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import UNDECODABLE
 from catbus.webtransport import WebTransportConnection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
@@ -65,7 +65,7 @@ def framing(data: bytes) -> None:
     """A stream is the same messages, and ends with the same error, wherever it is cut."""
 
     def read(pieces: list[bytes]) -> Iterator[object]:
-        framer = Framer(msgspec.json.Decoder(dict[str, msgspec.Raw]).decode, 64)
+        framer = JsonSplitter(msgspec.json.Decoder(dict[str, msgspec.Raw]).decode, 64)
         for piece in pieces:
             try:
                 for found in framer.feed(piece):

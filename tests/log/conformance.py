@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import trio
 
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
 from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
 
@@ -194,7 +194,7 @@ class LogConformance(ReadConformance):
             outcomes = await publisher.wait()
             refused = publisher.answers[conflict]
             assert isinstance(refused, Rejected)
-            assert refused.code == Code.BAD_MESSAGE
+            assert refused.code == ErrorCode.BAD_MESSAGE
             assert [type(outcome) for outcome in outcomes].count(Committed) == 3
             assert follower.texts == ["1", "1", "2"]
 
@@ -275,13 +275,13 @@ class LogConformance(ReadConformance):
         publisher = Publisher(log)
         mine, other = publisher.submit("a", b"1"), publisher.submit("b", b"2")
         retry = publisher.submit("a", b"3", producer=ALICE, number=1, after=0)
-        refusal = Rejected(Code.UNAUTHORIZED, "not any more")
+        refusal = Rejected(ErrorCode.UNAUTHORIZED, "not any more")
         log.withdraw(None, lambda append: append.channel == "a", refusal)
         assert publisher.answers[mine] == refusal
         # Its first try may be in the log.
         unknown = publisher.answers[retry]
         assert isinstance(unknown, Rejected)
-        assert unknown.code == Code.UNKNOWN
+        assert unknown.code == ErrorCode.UNKNOWN
         async with running(log) as (follower, _):
             assert await publisher.wait(other) == [Committed(1)]
             await follower.wait_for(1)
@@ -292,7 +292,9 @@ class LogConformance(ReadConformance):
         publisher = Publisher(log)
         mine, other = (publisher.submit("a", b"1", client=client) for client in ("mine", "other"))
         looked: list[Append] = []
-        log.withdraw("mine", lambda append: looked.append(append) is None, Rejected(Code.UNAUTHORIZED, "not any more"))
+        log.withdraw(
+            "mine", lambda append: looked.append(append) is None, Rejected(ErrorCode.UNAUTHORIZED, "not any more")
+        )
         assert looked == [mine]
         async with running(log):
             assert await publisher.wait(other) == [Committed(1)]
@@ -305,7 +307,7 @@ class LogConformance(ReadConformance):
         late = publisher.submit("a", b"2")
         refused = publisher.answers[late]
         assert isinstance(refused, Rejected)
-        assert refused.code == Code.SHUTTING_DOWN
+        assert refused.code == ErrorCode.SHUTTING_DOWN
 
     async def test_a_stopped_log_does_not_say_of_a_retry_that_it_is_not_there(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -314,7 +316,7 @@ class LogConformance(ReadConformance):
         retry = publisher.submit("a", b"1", producer=ALICE, number=1, after=0)
         outcome = publisher.answers[retry]
         assert isinstance(outcome, Rejected)
-        assert outcome.code == Code.UNKNOWN
+        assert outcome.code == ErrorCode.UNKNOWN
 
     async def test_a_stop_answers_everything(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -330,7 +332,7 @@ class LogConformance(ReadConformance):
         committed = [outcome for outcome in outcomes if isinstance(outcome, Committed)]
         refused = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
         assert outcomes == [*committed, *refused]
-        assert {outcome.code for outcome in refused} <= {Code.SHUTTING_DOWN}
+        assert {outcome.code for outcome in refused} <= {ErrorCode.SHUTTING_DOWN}
         assert len(recorder.entries) == len(committed)
 
     async def test_over_the_limit_it_says_so_at_once(self, make_log: MakeLog) -> None:
@@ -342,7 +344,7 @@ class LogConformance(ReadConformance):
             for append in publisher.submitted[10:]:
                 refused = publisher.answers[append]
                 assert isinstance(refused, Rejected)
-                assert refused.code == Code.OVERLOADED
+                assert refused.code == ErrorCode.OVERLOADED
             with trio.fail_after(PATIENCE):
                 outcomes = await publisher.wait()
             assert [type(outcome) for outcome in outcomes] == [Committed] * 10 + [Rejected] * 5

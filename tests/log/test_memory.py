@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.log import Append, Committed, MemoryLog, Rejected
 from catbus.log.in_memory import KEY
 from catbus.log.recent_messages import OVERHEAD
@@ -51,7 +51,7 @@ async def test_what_is_withdrawn_makes_room_for_more() -> None:
         publisher.submit("a", b"1")
         publisher.submit("a", b"1")
         assert publisher.answers.keys() == set(publisher.submitted[:-2])
-        log.withdraw(None, lambda _: True, Rejected(Code.UNAUTHORIZED, "not any more"))
+        log.withdraw(None, lambda _: True, Rejected(ErrorCode.UNAUTHORIZED, "not any more"))
         assert publisher.answers.keys() == set(publisher.submitted)
 
 
@@ -76,7 +76,7 @@ async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended() -> Non
             await publisher.publish_seq("a", b"%d" % n)
         retry = await publisher.publish("a", b"00", producer=ALICE, number=1, after=0)
         assert isinstance(retry, Rejected)
-        assert retry.code == Code.UNKNOWN
+        assert retry.code == ErrorCode.UNKNOWN
         # One that was first sent when the floor was as it is now has left no trace, so it is new.
         fresh = await publisher.publish("a", b"01", producer=ALICE, number=2, after=log.floor - 1)
         assert isinstance(fresh, Committed)

@@ -435,7 +435,7 @@ async def replica(url: str) -> AsyncIterator[tuple[Broker, str]]:
     """A broker that has reached the database, and its address."""
     config: Config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url))
     async with running_broker(config) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         yield broker, address
 
 

@@ -13,7 +13,7 @@ import trio.testing
 from structlog.testing import CapturingLogger
 
 from catbus.config import DatabaseSettings
-from catbus.errors import Code, ConfigError, Unavailable
+from catbus.errors import ConfigError, ErrorCode, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
 from catbus.log.recent_messages import OVERHEAD
 from catbus.postgres import PostgresLog
@@ -46,7 +46,7 @@ class TestConformanceFromTheTable(ReadConformance):
         return partial(make, database_url, recent=0)
 
 
-def code(outcome: Outcome) -> Code | None:
+def code(outcome: Outcome) -> ErrorCode | None:
     return outcome.code if isinstance(outcome, Rejected) else None
 
 
@@ -175,7 +175,7 @@ async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: 
             begin = trio.current_time()
             early = publisher.submit("a", b'"never"')
             (outcome,) = await publisher.wait(early)
-            assert code(outcome) == Code.UNAVAILABLE
+            assert code(outcome) == ErrorCode.UNAVAILABLE
             assert 0.3 <= trio.current_time() - begin < 3
             with pytest.raises(Unavailable):
                 await log.history("*", before=None, limit=1)
@@ -294,7 +294,7 @@ async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
     publisher = Publisher(log)
     publisher.submit("a", b"1")
     kept = publisher.submit("b", b"1")
-    log.withdraw(None, lambda append: append.channel == "a", Rejected(Code.UNAUTHORIZED, "not any more"))
+    log.withdraw(None, lambda append: append.channel == "a", Rejected(ErrorCode.UNAUTHORIZED, "not any more"))
     assert (log.statistics().pending, log.statistics().pending_bytes) == (1, kept.size)
 
 
@@ -460,7 +460,7 @@ async def test_what_is_in_doubt_is_unknown_in_time_and_still_gets_there(database
             await wait_until(partial(waiting, sql))
             queued = publisher.submit("a", b'"queued"')
             outcomes = await publisher.wait(in_flight, queued)
-            assert [code(outcome) for outcome in outcomes] == [Code.UNKNOWN, Code.UNAVAILABLE]
+            assert [code(outcome) for outcome in outcomes] == [ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE]
         await follower.wait_for(1)
         assert follower.texts == ['"in flight"']
         log._writer._timeout = 20
@@ -481,10 +481,10 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
                 outcome = (await publisher.wait(queued))[0]
-                assert code(outcome) == Code.SHUTTING_DOWN
+                assert code(outcome) == ErrorCode.SHUTTING_DOWN
                 assert in_flight not in publisher.answers
                 late = publisher.submit("a", b"3")
-                assert code(publisher.answers[late]) == Code.SHUTTING_DOWN
+                assert code(publisher.answers[late]) == ErrorCode.SHUTTING_DOWN
     assert publisher.answers[in_flight] == Committed(1)
     assert recorder.texts == ["1"]
 
@@ -505,8 +505,8 @@ async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monk
                     await trio.sleep(0.01)
             queued = publisher.submit("a", b"3")
             nursery.cancel_scope.cancel()
-        assert code(publisher.answers[queued]) == Code.SHUTTING_DOWN
-        assert code(publisher.answers[in_flight]) == Code.UNKNOWN
+        assert code(publisher.answers[queued]) == ErrorCode.SHUTTING_DOWN
+        assert code(publisher.answers[in_flight]) == ErrorCode.UNKNOWN
 
 
 # Notifications are hints
@@ -573,7 +573,7 @@ async def test_one_bad_entry_never_fails_its_neighbours(database_url: str) -> No
         for payload in payloads:
             publisher.submit("a", payload)
         outcomes = (await publisher.wait())[1:]
-        assert [i for i, outcome in enumerate(outcomes) if code(outcome) == Code.INTERNAL] == [13, 14, 31]
+        assert [i for i, outcome in enumerate(outcomes) if code(outcome) == ErrorCode.INTERNAL] == [13, 14, 31]
         good = [payload.decode() for i, payload in enumerate(payloads) if i not in (13, 14, 31)]
         await follower.wait_for(48)
         assert follower.texts == ['"first"', *good]
@@ -621,7 +621,7 @@ async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> Non
         retry = publisher.submit("a", b'"retried"', producer=ALICE, number=1, after=5)
         plain = publisher.submit("a", b'"plain"')
         outcomes = await publisher.wait(retry, plain)
-        assert code(outcomes[0]) == Code.UNKNOWN
+        assert code(outcomes[0]) == ErrorCode.UNKNOWN
         assert outcomes[1] == Committed(4)
         await follower.wait_until(lambda self: self.restarts == [0, 3] and self.applied == 4)
         assert log.epoch == "second"
@@ -683,7 +683,7 @@ async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended(database
         for n in range(1, 6):
             await publisher.publish_seq("a", b"%d" % n, producer=ALICE, number=n)
         await forget(database_url, 4)
-        assert code(await publisher.publish("a", b"1", producer=ALICE, number=1, after=0)) == Code.UNKNOWN
+        assert code(await publisher.publish("a", b"1", producer=ALICE, number=1, after=0)) == ErrorCode.UNKNOWN
         assert await publisher.publish("a", b"5", producer=ALICE, number=5, after=0) == Committed(5, duplicate=True)
         assert await publisher.publish("a", b"6", producer=ALICE, number=6, after=3) == Committed(6)
 
@@ -745,7 +745,7 @@ async def test_a_mistake_of_ours_ends_it_when_it_comes_again_and_again(
     append = publisher.submit("a", b"1")
     with pytest.raises(ZeroDivisionError), trio.fail_after(PATIENCE):
         await log.run(Recorder())
-    assert code(publisher.answers[append]) == Code.SHUTTING_DOWN
+    assert code(publisher.answers[append]) == ErrorCode.SHUTTING_DOWN
     assert log.statistics().failures == 5
 
 

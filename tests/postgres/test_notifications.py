@@ -83,7 +83,7 @@ def decodings(text: str) -> Iterator[bytes]:
 async def replica(config: catbus.Config) -> AsyncIterator[tuple[catbus.Broker, str]]:
     """A broker that has reached its database, and its address."""
     async with running_broker(config) as (broker, address):
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         yield broker, address
 
 
@@ -107,7 +107,7 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
         open_roles(DatabaseSettings(url=database_url)) as roles,
         open_sql(database_url) as sql,
     ):
-        shown.append(broker.hub.log._writer._incarnation)  # type: ignore[attr-defined]
+        shown.append(broker.replica.log._writer._incarnation)  # type: ignore[attr-defined]
         for n in range(5):
             await bus.publish("top.secret", ["small-payload", n])
             await bus.publish("top.secret", ["ephemeral-payload", n], ephemeral=True)
@@ -131,7 +131,7 @@ async def test_who_may_only_connect_hears_positions_and_nothing_else(database_ur
         await has_come(heard, LOG_CHANNEL, 7)
         await has_come(heard, EPHEMERAL_CHANNEL, 4)
         await has_come(heard, ROLES_CHANNEL, 5)
-        epoch = broker.hub.log.epoch
+        epoch = broker.replica.log.epoch
     ((seal,),) = await _fetch(database_url, "SELECT notification_secret FROM catbus.head")
     shown.append(seal.encode())
     for channel, payload in heard:

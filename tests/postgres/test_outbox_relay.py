@@ -74,7 +74,7 @@ async def test_what_is_rolled_back_is_never_seen(database_url: str) -> None:
 async def test_a_subscriber_gets_it_without_a_sender(database_url: str) -> None:
     config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=database_url))
     async with running_broker(config) as (broker, address), open_sql(database_url) as sql:
-        await broker.hub.log.wait_open()
+        await broker.replica.log.wait_open()
         async with catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
             async with bus.subscribe("orders.*") as messages:
                 await publish(sql, "orders.42", '{"status":"paid"}')
@@ -327,7 +327,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.looks: list[float] = []
-        self.turns: list[float] = []
+        self.cpu_scheduler: list[float] = []
         self.waits = False
         self.cost = 0.0
 
@@ -347,7 +347,7 @@ class Scripted:
 
     async def fetch(self, query: str, *, timeout: float) -> list[object]:
         await trio.sleep(self.cost)
-        self.turns.append(trio.current_time())
+        self.cpu_scheduler.append(trio.current_time())
         return []
 
 
@@ -368,7 +368,7 @@ async def test_it_looks_ten_times_a_second_and_at_no_fixed_moments(autojump_cloc
     assert all(0.075 <= pause <= 0.125 for pause in pauses)
     assert 550 < len(pauses) < 650
     assert len({round(pause, 3) for pause in pauses}) > 20
-    assert 50 <= len(database.turns) <= 60
+    assert 50 <= len(database.cpu_scheduler) <= 60
 
 
 async def test_it_looks_more_often_while_there_is_something_to_find(autojump_clock: MockClock) -> None:

@@ -15,7 +15,7 @@ import trio
 from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Transport
 from catbus.client.transport import Driven
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 
 FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "sessions.json"
 SESSIONS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))["sessions"]
@@ -50,7 +50,7 @@ class Connection:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._framer: Framer[dict[str, Any]] = Framer(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 20)
+        self._framer: JsonSplitter[dict[str, Any]] = JsonSplitter(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 20)
         self._received: list[dict[str, Any]] = []
 
     async def send(self, text: str) -> bool:

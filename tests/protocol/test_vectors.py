@@ -24,7 +24,7 @@ from catbus.errors import PeerError
 from catbus.in_process import Message as LocalMessage
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.json_splitter import Framer
+from catbus.protocol.json_splitter import JsonSplitter
 from catbus.testing import client_messages, server_messages
 from tests.protocol import diagram, schema
 from tests.protocol.scripted_sessions import SESSIONS
@@ -65,7 +65,7 @@ def test_client_messages_are_valid(message: wire.ClientMessage) -> None:
 
 @given(server_messages())
 def test_broker_messages_are_valid(message: wire.Reply) -> None:
-    line = wire.encode(message, wire.Protocol.V1)
+    line = wire.encode(message, wire.ProtocolVersion.V1)
     assert line is not None
     VALIDATORS["server"].validate(json.loads(line))
 
@@ -174,7 +174,7 @@ def test_framing_finds_the_objects_wherever_the_stream_is_cut(case: dict[str, An
     data = case["text"].encode()
     for cut in range(len(data) + 1):
         for other in (cut, min(cut + 1, len(data)), len(data)):
-            framer = Framer(decode, limit=1 << 16)
+            framer = JsonSplitter(decode, limit=1 << 16)
             found: list[Any] = []
             error = None
             try:

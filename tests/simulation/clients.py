@@ -8,9 +8,9 @@ from itertools import count
 from typing import Protocol
 
 from catbus.delivery.fan_out import Delivery
-from catbus.delivery.send_queue import Mailbox, Run
+from catbus.delivery.send_queue import Run, SendQueue
 from catbus.delivery.subscription import Subscription
-from catbus.errors import Code
+from catbus.errors import ErrorCode
 from catbus.log import Append, Committed, Log, Outcome
 from catbus.protocol import wire_messages as wire
 
@@ -50,7 +50,7 @@ class SimulatedSubscriber:
     def connect(self, replica: Replica, *, anew: bool) -> None:
         delivery = replica.delivery
         self.replica, self.replica_epoch = replica, replica.log.epoch
-        self.subscription = Subscription(Mailbox(NoFlush(), lambda _: None, 1100, delivery.budget))
+        self.subscription = Subscription(SendQueue(NoFlush(), lambda _: None, 1100, delivery.budget))
         if anew:
             self.received.clear()
             self.gaps.clear()
@@ -64,17 +64,17 @@ class SimulatedSubscriber:
         """The connection is lost, and with it what was not taken."""
         if self.replica is not None and self.subscription is not None:
             self.replica.delivery.unsubscribe(self.subscription, self.pattern)
-            self.subscription.mailbox.close()
+            self.subscription.send_queue.close()
         self.replica = self.subscription = None
 
     @property
     def live(self) -> bool:
-        return self.subscription is not None and not self.subscription.late and not self.subscription.mailbox
+        return self.subscription is not None and not self.subscription.late and not self.subscription.send_queue
 
     def read(self, most: float = float("inf")) -> None:
         if self.subscription is None:
             return
-        for item in self.subscription.mailbox.take(most):
+        for item in self.subscription.send_queue.take(most):
             if isinstance(item, Run):
                 for entry in item.entries:
                     assert entry.seq > self.cursor, f"{entry.seq} comes after {self.cursor}"
@@ -163,7 +163,7 @@ class SimulatedClient:
         assert self.replica is not None
         publish, log = self.pending[number], self.replica.log
         if publish.epoch != log.epoch:
-            publish.unknown = True  # as the hub answers it
+            publish.unknown = True  # as the replica answers it
         elif publish.answered:
             self._send(number, after=publish.after)
 
@@ -194,7 +194,7 @@ class SimulatedClient:
                 del self.pending[number]
                 self.head = max(self.head, outcome.seq)
                 self.model.acknowledge(publish.text, outcome.seq)
-            elif outcome.code is not Code.UNKNOWN:
+            elif outcome.code is not ErrorCode.UNKNOWN:
                 del self.pending[number]
                 self.model.refuse(publish.text)
             elif append.after is not None and (publish.epoch != log.epoch or publish.after < log.floor - 1):

@@ -12,7 +12,7 @@ import trio
 from msgspec import Raw
 
 from ...client import Bus
-from ...errors import Code, PeerError, Refused
+from ...errors import ErrorCode, PeerError, Refused
 from ...protocol.channels import check_channel
 from ...protocol.wire_messages import check_payload, to_json
 from ..connection_options import ConnectionOptions, connection_options
@@ -52,7 +52,7 @@ def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker:
         check_channel(channel)
         checked = None if payload == "-" else Raw(check_payload(os.fsencode(payload)))
     except PeerError as error:
-        hint = " (text has quotes of its own: '\"text\"')" if error.code == Code.BAD_MESSAGE else ""
+        hint = " (text has quotes of its own: '\"text\"')" if error.code == ErrorCode.BAD_MESSAGE else ""
         raise click.UsageError(f"{error}{hint}") from None
     broker.require_token()
     if checked is None:

@@ -244,7 +244,7 @@ class NotificationListener:
             self._news = trio.Event()
             while self._heard:
                 self._heard.popleft()()
-                # A burst is handed on bit by bit, so that the mailboxes are emptied in between.
+                # A burst is handed on bit by bit, so that the send queues are emptied in between.
                 await trio.lowlevel.checkpoint()
             if connection.closed:
                 raise OSError("the connection that listens was lost")

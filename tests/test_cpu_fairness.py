@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from catbus.limits.cpu_fairness import FREE_RATE, QUICK, STEADY, Turns
+from catbus.limits.cpu_fairness import FREE_RATE, QUICK, STEADY, CpuScheduler
 
 
 class Machine:
@@ -18,7 +18,7 @@ class Machine:
     def __init__(self) -> None:
         self.now = 0.0
         self.used: Counter[Hashable] = Counter()
-        self.turns = Turns(lambda: self.now)
+        self.cpu_scheduler = CpuScheduler(lambda: self.now)
 
     def work(self, name: Hashable, seconds: float) -> None:
         self.now += seconds
@@ -33,26 +33,26 @@ class Machine:
         behind: Hashable = None,
     ) -> None:
         """Use all the CPU that is to be had; without a client as a stranger, who may be behind a proxy."""
-        with self.turns.serve(network or name):
+        with self.cpu_scheduler.serve(network or name):
             if behind is not None:
-                self.turns.come_from(behind)
+                self.cpu_scheduler.come_from(behind)
             if client is not None:
-                self.turns.prove(client)
+                self.cpu_scheduler.prove(client)
             while True:
-                await self.turns.next()
-                self.work(name, self.turns.pace.turn)
+                await self.cpu_scheduler.next()
+                self.work(name, self.cpu_scheduler.pace.turn)
 
     async def use_little(self, name: Hashable, *, seconds: float, every: float, times: int) -> list[float]:
         """Work now and then, as a client of its own; returns how long it waited each time for its turn."""
         waited = []
-        with self.turns.serve(name):
-            self.turns.prove(name)
+        with self.cpu_scheduler.serve(name):
+            self.cpu_scheduler.prove(name)
             for _ in range(times):
                 until = self.now + every
                 while self.now < until:
                     await trio.lowlevel.checkpoint()
                 began = self.now
-                await self.turns.next()
+                await self.cpu_scheduler.next()
                 waited.append(self.now - began)
                 self.work(name, seconds)
         return waited
@@ -71,7 +71,7 @@ def machine() -> Machine:
 @asynccontextmanager
 async def running(machine: Machine) -> AsyncIterator[trio.Nursery]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(machine.turns.run)
+        nursery.start_soon(machine.cpu_scheduler.run)
         yield nursery
         nursery.cancel_scope.cancel()
 
@@ -139,16 +139,16 @@ async def test_strangers_have_half_beside_busy_clients_however_many_networks_the
             nursery.start_soon(machine.be_busy, number)
         nursery.start_soon(lambda: machine.be_busy("client", client="client"))
         await machine.run_for(6.0)
-    strangers = sum(used for name, used in machine.used.items() if name != "client")
-    assert 0.4 <= machine.used["client"] / (machine.used["client"] + strangers) <= 0.6
+    unauthenticated = sum(used for name, used in machine.used.items() if name != "client")
+    assert 0.4 <= machine.used["client"] / (machine.used["client"] + unauthenticated) <= 0.6
 
 
 async def test_a_share_that_was_not_used_is_not_saved_up(machine: Machine) -> None:
     async with running(machine) as nursery:
         for number in range(5):
             nursery.start_soon(lambda name: machine.be_busy(name, client=name), number)
-        with machine.turns.serve("late"):
-            machine.turns.prove("late")
+        with machine.cpu_scheduler.serve("late"):
+            machine.cpu_scheduler.prove("late")
             await machine.run_for(10.0)
             before = machine.now
             nursery.start_soon(lambda: machine.be_busy("late", client="late"))
@@ -160,8 +160,8 @@ async def test_a_client_that_pauses_after_much_work_uses_little_again_a_second_l
     async with running(machine) as nursery:
         async with trio.open_nursery() as busy:
             busy.start_soon(lambda: machine.be_busy("client", client="client"))
-            with machine.turns.serve("client"):
-                machine.turns.prove("client")
+            with machine.cpu_scheduler.serve("client"):
+                machine.cpu_scheduler.prove("client")
                 await machine.run_for(5.0)
                 busy.cancel_scope.cancel()
         machine.now += 1.3
@@ -173,15 +173,15 @@ async def test_a_client_that_pauses_after_much_work_uses_little_again_a_second_l
 
 async def test_tasks_that_a_connection_starts_work_at_its_expense(machine: Machine) -> None:
     async def serve(network: str, children: int) -> None:
-        with machine.turns.serve(network):
+        with machine.cpu_scheduler.serve(network):
             async with trio.open_nursery() as own:
                 for _ in range(children):
                     own.start_soon(work, network)
 
     async def work(network: str) -> None:
         while True:
-            await machine.turns.next()
-            machine.work(network, machine.turns.pace.turn)
+            await machine.cpu_scheduler.next()
+            machine.work(network, machine.cpu_scheduler.pace.turn)
 
     async with running(machine) as nursery:
         nursery.start_soon(serve, "one", 1)
@@ -200,9 +200,9 @@ async def test_peers_that_are_cancelled_while_they_wait_leave_the_queue_to_the_o
                         leaving.start_soon(machine.be_busy, number)
                     scope.deadline = trio.current_time() + 60
                     await machine.run_for(0.05)
-                    assert machine.turns.waiting > 50
+                    assert machine.cpu_scheduler.waiting > 50
                     scope.cancel()
-        assert machine.turns.waiting <= 1
+        assert machine.cpu_scheduler.waiting <= 1
         before = machine.used["stays"]
         await machine.run_for(0.1)
         assert machine.used["stays"] > before
@@ -210,12 +210,12 @@ async def test_peers_that_are_cancelled_while_they_wait_leave_the_queue_to_the_o
 
 async def test_nobody_waits_while_there_is_time_or_nobody_else(machine: Machine) -> None:
     async with running(machine):
-        with machine.turns.serve("alone"):
+        with machine.cpu_scheduler.serve("alone"):
             for _ in range(10):
-                await machine.turns.wait()
+                await machine.cpu_scheduler.wait()
                 await trio.lowlevel.checkpoint()
                 machine.work("alone", STEADY.whole / 2)
-        assert machine.turns.waits == 0
+        assert machine.cpu_scheduler.waits == 0
 
 
 async def test_who_waits_when_it_ends_goes_on_at_once(machine: Machine) -> None:
@@ -225,16 +225,16 @@ async def test_who_waits_when_it_ends_goes_on_at_once(machine: Machine) -> None:
                 for number in range(50):
                     nursery.start_soon(machine.be_busy, number)
                 await machine.run_for(0.05)
-                assert machine.turns.waiting > 40
+                assert machine.cpu_scheduler.waiting > 40
                 scope.cancel()
-        assert machine.turns.waiting == 0
+        assert machine.cpu_scheduler.waiting == 0
         await machine.run_for(0.5)
         assert len(machine.used) == 50
         nursery.cancel_scope.cancel()
 
 
 async def test_two_that_share_a_thread_count_their_own_peers_only(machine: Machine) -> None:
-    other = Turns(lambda: machine.now)
+    other = CpuScheduler(lambda: machine.now)
     async with running(machine) as nursery:
         nursery.start_soon(other.run)
         nursery.start_soon(lambda: machine.be_busy("here", client="here"))

@@ -38,7 +38,7 @@ class Carrier(Protocol):
     def received(self) -> int: ...
 
 
-class Roster:
+class ConnectionRegistry:
     """All connections of one endpoint.
 
     It has been closed when the endpoint takes no more of them: then those that wait for a request are ended, and

@@ -18,28 +18,28 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus.auth.tokens import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
 from catbus.broker import OWNER
 from catbus.config import Config, DrainSettings, LimitSettings
-from catbus.delivery.send_queue import Mailbox, Run
-from catbus.errors import CloseCode, Code, PeerError, Unavailable
+from catbus.delivery.send_queue import Run, SendQueue
+from catbus.errors import CloseCode, ErrorCode, PeerError, Unavailable
 from catbus.limits.cpu_fairness import Pace
 from catbus.log import Append, Committed, MemoryLog
 from catbus.log.interface import OVERHEAD
 from catbus.protocol.wire_messages import Publish, check_payload
-from catbus.replica import Hub
-from catbus.session.driver import Client
+from catbus.replica import Replica
+from catbus.session.driver import SessionDriver
 
 SECRET = "a secret of the tests"
 
 
-class Outlet:
+class TransportWriter:
     def flush(self) -> None:
         """Nobody reads."""
 
 
 @pytest.fixture
-async def hub(nursery: trio.Nursery) -> Hub:
-    hub = Hub(Config(limits=LimitSettings(send_queue=5000)), MemoryLog(), Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    return hub
+async def replica(nursery: trio.Nursery) -> Replica:
+    replica = Replica(Config(limits=LimitSettings(send_queue=5000)), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    return replica
 
 
 def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -50,16 +50,16 @@ def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
     return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode()
 
 
-def open_client(hub: Hub, network: str = "") -> Client:
-    return hub.open_client(Outlet(), transport="test", network=network)
+def open_client(replica: Replica, network: str = "") -> SessionDriver:
+    return replica.open_client(TransportWriter(), transport="test", network=network)
 
 
-def said(client: Client) -> list[Any]:
-    return [json.loads(line)["type"] for line in client.mailbox.take() if isinstance(line, bytes)]
+def said(client: SessionDriver) -> list[Any]:
+    return [json.loads(line)["type"] for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_who_does_not_authenticate_is_closed_in_time(hub: Hub, autojump_clock: MockClock) -> None:
-    client = open_client(hub)
+async def test_who_does_not_authenticate_is_closed_in_time(replica: Replica, autojump_clock: MockClock) -> None:
+    client = open_client(replica)
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(10)
     assert client.closing is not None
@@ -69,22 +69,22 @@ async def test_who_does_not_authenticate_is_closed_in_time(hub: Hub, autojump_cl
 
 @pytest.mark.parametrize("nonsense", [b"{}", b'{"type":"history","pattern":"a"}', b'{"type":"ping","seq":1}'])
 async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it_reads(
-    hub: Hub, nonsense: bytes, nursery: trio.Nursery
+    replica: Replica, nonsense: bytes, nursery: trio.Nursery
 ) -> None:
-    client = open_client(hub)
+    client = open_client(replica)
     nursery.start_soon(client.receive, nonsense * 10_000)
     answers = 0
     while answers < 10_000:
         await wait_all_tasks_blocked()
-        assert client.mailbox.size < 5000 + 200
-        answers += len(client.mailbox.take())
+        assert client.send_queue.size < 5000 + 200
+        answers += len(client.send_queue.take())
     client.leave()
 
 
 async def test_authenticating_puts_the_deadline_off(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = open_client(hub)
+    client = open_client(replica)
     nursery.start_soon(client.wait_closing)
     await trio.sleep(9)
     await client.receive(auth(None, monkeypatch))
@@ -94,9 +94,9 @@ async def test_authenticating_puts_the_deadline_off(
 
 
 async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_does_not(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = open_client(hub)
+    client = open_client(replica)
     nursery.start_soon(client.wait_closing)
     await wait_all_tasks_blocked()
     await client.receive(auth(100, monkeypatch))
@@ -111,50 +111,50 @@ async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_d
 
 
 async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = open_client(hub)
+    client = open_client(replica)
     await client.receive(auth(100, monkeypatch))
     nursery.start_soon(client.receive, b'{"type":"ping","seq":1}' * 1000)
     await wait_all_tasks_blocked()
-    assert client.mailbox.full, "it waits for somebody to read the replies"
+    assert client.send_queue.full, "it waits for somebody to read the replies"
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(130)
     client.leave()
 
 
 async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
-    hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = open_client(hub)
+    client = open_client(replica)
     await client.receive(auth(None, monkeypatch))
     nursery.start_soon(client.receive, b'{"type":"ping","seq":1}{"type":"subscribe","pattern":"project.*"}' * 1000)
     await wait_all_tasks_blocked()
-    assert hub.delivery.statistics().live
+    assert replica.delivery.statistics().live
     client.leave()
     await wait_all_tasks_blocked()
-    assert not hub.delivery.statistics().live
+    assert not replica.delivery.statistics().live
 
 
 async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.turns.pace = Pace(0.0, 0.0)
-    client = open_client(hub)
+    replica.cpu_scheduler.pace = Pace(0.0, 0.0)
+    client = open_client(replica)
     await client.receive(auth(None, monkeypatch))
-    turns = 0
+    cpu_scheduler = 0
 
     async def other() -> None:
-        nonlocal turns
+        nonlocal cpu_scheduler
         while True:
-            turns += 1
+            cpu_scheduler += 1
             await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as both:
         both.start_soon(other)
         await client.receive(b'{"type":"ping","seq":1}' * 20)
         both.cancel_scope.cancel()
-    assert turns > 10
+    assert cpu_scheduler > 10
     client.leave()
 
 
@@ -165,72 +165,74 @@ class Reading:
     """Reads at once whatever is flushed."""
 
     def __init__(self) -> None:
-        self.client: Client | None = None
+        self.client: SessionDriver | None = None
         self.heard: list[tuple[float, str, int | None]] = []
 
     def flush(self) -> None:
         assert self.client is not None
-        for item in self.client.mailbox.take():
+        for item in self.client.send_queue.take():
             for line in (item if isinstance(item, bytes) else item.lines).splitlines():
                 message = json.loads(line)
                 self.heard.append((trio.current_time(), message["type"], message.get("seq")))
 
 
-async def quiet_client(hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *patterns: str) -> Reading:
-    nursery.start_soon(hub.flusher.run)
-    nursery.start_soon(hub.mark_time)
-    outlet = Reading()
-    outlet.client = hub.open_client(outlet, transport="test")
-    await outlet.client.receive(auth(None, monkeypatch))
-    await outlet.client.receive(objects(*({"type": "subscribe", "pattern": pattern} for pattern in patterns)))
+async def quiet_client(
+    replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *patterns: str
+) -> Reading:
+    nursery.start_soon(replica.flusher.run)
+    nursery.start_soon(replica.mark_time)
+    writer = Reading()
+    writer.client = replica.open_client(writer, transport="test")
+    await writer.client.receive(auth(None, monkeypatch))
+    await writer.client.receive(objects(*({"type": "subscribe", "pattern": pattern} for pattern in patterns)))
     await trio.sleep(0.1)
-    outlet.heard.clear()
-    return outlet
+    writer.heard.clear()
+    return writer
 
 
-async def publish(hub: Hub, channel: str) -> None:
-    await hub.publish(OWNER, [Publish(channel, Raw(b"1"))])
+async def publish(replica: Replica, channel: str) -> None:
+    await replica.publish(OWNER, [Publish(channel, Raw(b"1"))])
 
 
 async def test_a_client_that_hears_nothing_is_told_how_far_it_is(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlet = await quiet_client(hub, nursery, monkeypatch, "quiet.*")
+    writer = await quiet_client(replica, nursery, monkeypatch, "quiet.*")
     await trio.sleep(100)
-    assert outlet.heard == [], "nothing has moved"
-    await publish(hub, "elsewhere")
+    assert writer.heard == [], "nothing has moved"
+    await publish(replica, "elsewhere")
     await trio.sleep(31)
-    [(_, kind, seq)] = outlet.heard
+    [(_, kind, seq)] = writer.heard
     assert (kind, seq) == ("head", 1)
     await trio.sleep(100)
-    assert len(outlet.heard) == 1, "it knows"
+    assert len(writer.heard) == 1, "it knows"
     nursery.cancel_scope.cancel()
 
 
 async def test_a_client_that_hears_something_is_told_nothing_besides(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlet = await quiet_client(hub, nursery, monkeypatch, "busy")
+    writer = await quiet_client(replica, nursery, monkeypatch, "busy")
     for _ in range(20):
-        await publish(hub, "busy")
-        await publish(hub, "elsewhere")
+        await publish(replica, "busy")
+        await publish(replica, "elsewhere")
         await trio.sleep(10)
-    assert {kind for _, kind, _ in outlet.heard} == {"message"}
+    assert {kind for _, kind, _ in writer.heard} == {"message"}
     nursery.cancel_scope.cancel()
 
 
 async def test_who_is_subscribed_to_nothing_is_told_nothing(
-    hub: Hub, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outlet = await quiet_client(hub, nursery, monkeypatch)
-    await publish(hub, "elsewhere")
+    writer = await quiet_client(replica, nursery, monkeypatch)
+    await publish(replica, "elsewhere")
     await trio.sleep(100)
-    assert outlet.heard == []
+    assert writer.heard == []
     nursery.cancel_scope.cancel()
 
 
-async def test_waiting_ends_when_the_client_has_left(hub: Hub) -> None:
-    client = open_client(hub)
+async def test_waiting_ends_when_the_client_has_left(replica: Replica) -> None:
+    client = open_client(replica)
     client.leave()
     with trio.fail_after(5):
         await client.wait_closing()
@@ -278,13 +280,13 @@ async def roles() -> Roles:
 
 
 @pytest.fixture
-async def role_hub(nursery: trio.Nursery, roles: Roles) -> Hub:
+async def role_replica(nursery: trio.Nursery, roles: Roles) -> Replica:
     config = Config(drain=DrainSettings(delay=0, window=5))
-    hub = Hub(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
-    await nursery.start(hub.log.run, hub.delivery)
-    nursery.start_soon(hub.delivery.run)
-    nursery.start_soon(hub.permissions.run)
-    return hub
+    replica = Replica(config, MemoryLog(), Authenticator([SECRET]), roles=roles)
+    await nursery.start(replica.log.run, replica.delivery)
+    nursery.start_soon(replica.delivery.run)
+    nursery.start_soon(replica.permissions.run)
+    return replica
 
 
 def objects(*messages: dict[str, Any]) -> bytes:
@@ -297,9 +299,9 @@ SUBSCRIBE = {"type": "subscribe", "pattern": "a.*"}
 
 
 async def test_what_stands_behind_an_auth_is_done_after_it_and_in_order(
-    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+    role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(PING, AUTH, SUBSCRIBE, PING, {"type": "publish", "channel": "b"}))
     await wait_all_tasks_blocked()
     assert said(client) == ["pong"]
@@ -311,9 +313,9 @@ async def test_what_stands_behind_an_auth_is_done_after_it_and_in_order(
 
 
 async def test_a_look_up_that_hangs_does_not_put_the_deadline_off(
-    role_hub: Hub, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
+    role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     await trio.sleep(7)
     nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE))
     await client.wait_closing()
@@ -331,11 +333,11 @@ LATE = [CI, None, Unavailable("away")]
 
 
 @pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
-@pytest.mark.parametrize("end", [Client.leave, Client.finish])
+@pytest.mark.parametrize("end", [SessionDriver.leave, SessionDriver.finish])
 async def test_who_has_gone_before_the_answer_is_not_admitted(
-    role_hub: Hub, roles: Roles, nursery: trio.Nursery, end: Callable[[Client], None], answer: Any
+    role_replica: Replica, roles: Roles, nursery: trio.Nursery, end: Callable[[SessionDriver], None], answer: Any
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE, PING))
     await wait_all_tasks_blocked()
     end(client)
@@ -346,30 +348,30 @@ async def test_who_has_gone_before_the_answer_is_not_admitted(
     assert said(client) == []
     assert client.closing == closing
     assert client.session.identity is None
-    assert role_hub.delivery.statistics().live == 0
+    assert role_replica.delivery.statistics().live == 0
 
 
 async def test_who_leaves_while_a_newer_token_is_looked_up_does_not_subscribe_any_more(
-    role_hub: Hub, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    role_replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     await client.receive(auth(None, monkeypatch) + objects(SUBSCRIBE))
-    assert role_hub.delivery.statistics().live == 1
+    assert role_replica.delivery.statistics().live == 1
     nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE))
     await wait_all_tasks_blocked()
     client.leave()
     roles.let.set()
     await wait_all_tasks_blocked()
-    assert role_hub.delivery.statistics().live == 0
+    assert role_replica.delivery.statistics().live == 0
 
 
 async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
-    role_hub: Hub, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
+    role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(AUTH))
     await trio.sleep(0)
-    nursery.start_soon(role_hub.send_away)
+    nursery.start_soon(role_replica.send_away)
     await trio.sleep(1)
     assert said(client) == []
     roles.let.set()
@@ -378,65 +380,65 @@ async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
 
 
 async def test_what_auth_ok_says_of_the_log_is_of_after_the_look_up(
-    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+    role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(AUTH))
     await wait_all_tasks_blocked()
-    await role_hub.publish(CI, [Publish("a.b", check_payload(b"1"))])
+    await role_replica.publish(CI, [Publish("a.b", check_payload(b"1"))])
     roles.let.set()
     await wait_all_tasks_blocked()
-    [line] = client.mailbox.take()
+    [line] = client.send_queue.take()
     assert isinstance(line, bytes)
     assert json.loads(line)["head"] == 1
 
 
 async def test_messages_come_while_a_newer_token_is_looked_up(
-    role_hub: Hub, roles: Roles, nursery: trio.Nursery
+    role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
-    client = open_client(role_hub)
+    client = open_client(role_replica)
     roles.let.set()
     await client.receive(objects(AUTH, SUBSCRIBE))
     roles.let = trio.Event()
     nursery.start_soon(client.receive, objects(AUTH))
     await wait_all_tasks_blocked()
-    client.mailbox.take()
-    await role_hub.publish(CI, [Publish("a.b", check_payload(b"1"))])
+    client.send_queue.take()
+    await role_replica.publish(CI, [Publish("a.b", check_payload(b"1"))])
     await wait_all_tasks_blocked()
-    assert len(client.mailbox.take()) == 1
+    assert len(client.send_queue.take()) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "code", "closing"),
     [
-        (None, Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED),
-        (Unavailable("away"), Code.UNAVAILABLE, CloseCode.UNAVAILABLE),
+        (None, ErrorCode.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED),
+        (Unavailable("away"), ErrorCode.UNAVAILABLE, CloseCode.UNAVAILABLE),
     ],
 )
 async def test_who_is_not_known_and_who_cannot_be_looked_up(
-    role_hub: Hub, roles: Roles, answer: Any, code: Code, closing: CloseCode
+    role_replica: Replica, roles: Roles, answer: Any, code: ErrorCode, closing: CloseCode
 ) -> None:
     roles.answer = answer
     roles.let.set()
     with pytest.raises(PeerError) as caught:
-        await role_hub.authenticate(ROLE)
+        await role_replica.authenticate(ROLE)
     assert (caught.value.code, caught.value.close) == (code, closing)
     assert ROLE not in str(caught.value)
 
 
-async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_hub: Hub, roles: Roles) -> None:
+async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_replica: Replica, roles: Roles) -> None:
     roles.let.set()
-    await role_hub.authenticate(sign(SECRET, client_id="alice", grants=Grants.ALL))
+    await role_replica.authenticate(sign(SECRET, client_id="alice", grants=Grants.ALL))
     for token in ("role-", "role-x", f"{ROLE}=", ROLE[:-1], "sub-x.y", ""):
         with pytest.raises(PeerError) as caught:
-            await role_hub.authenticate(token)
-        assert (caught.value.code, caught.value.close) == (Code.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
+            await role_replica.authenticate(token)
+        assert (caught.value.code, caught.value.close) == (ErrorCode.UNAUTHENTICATED, CloseCode.UNAUTHENTICATED)
     assert roles.asked == []
 
 
-async def test_without_a_database_there_are_no_roles(hub: Hub) -> None:
+async def test_without_a_database_there_are_no_roles(replica: Replica) -> None:
     with pytest.raises(PeerError, match="in a database, and this broker has none") as caught:
-        await hub.authenticate(ROLE)
+        await replica.authenticate(ROLE)
     assert caught.value.close is CloseCode.UNAUTHENTICATED
 
 
@@ -448,23 +450,23 @@ def sign_in(name: str, producer: str | None = None) -> bytes:
     return json.dumps({"type": "auth", "token": token, "protocol": 1, "producer": producer}).encode()
 
 
-async def ask(hub: Hub, client: Client, *requests: bytes) -> list[Any]:
+async def ask(replica: Replica, client: SessionDriver, *requests: bytes) -> list[Any]:
     await client.receive(b"\n".join(requests))
     await wait_all_tasks_blocked()
-    return [json.loads(line) for line in client.mailbox.take() if isinstance(line, bytes)]
+    return [json.loads(line) for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_who_shows_the_producer_of_another_gets_one_of_its_own(hub: Hub) -> None:
+async def test_who_shows_the_producer_of_another_gets_one_of_its_own(replica: Replica) -> None:
     """Whoever could publish under it would make the other's next publish a duplicate, or a contradiction."""
     publish = b'{"type": "publish", "channel": "a", "payload": 1, "id": 1}'
-    alice, mallory, again = open_client(hub), open_client(hub), open_client(hub)
-    [mine] = await ask(hub, alice, sign_in("alice"))
-    welcome, published = await ask(hub, mallory, sign_in("mallory", mine["producer"]), publish)
+    alice, mallory, again = open_client(replica), open_client(replica), open_client(replica)
+    [mine] = await ask(replica, alice, sign_in("alice"))
+    welcome, published = await ask(replica, mallory, sign_in("mallory", mine["producer"]), publish)
     assert welcome["producer"] != mine["producer"]
     assert published == {"type": "published", "channel": "a", "id": 1, "seq": 1}
-    [published] = await ask(hub, alice, publish)
+    [published] = await ask(replica, alice, publish)
     assert published == {"type": "published", "channel": "a", "id": 1, "seq": 2}
-    welcome, published = await ask(hub, again, sign_in("alice", mine["producer"]), publish)
+    welcome, published = await ask(replica, again, sign_in("alice", mine["producer"]), publish)
     assert welcome["producer"] == mine["producer"]
     assert published == {"type": "published", "channel": "a", "id": 1, "seq": 2, "duplicate": True}
 
@@ -473,20 +475,20 @@ async def test_who_shows_the_producer_of_another_gets_one_of_its_own(hub: Hub) -
 async def test_a_replica_that_stops_gives_few_clients_less_time(
     autojump_clock: MockClock, clients: int, seconds: float
 ) -> None:
-    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
+    replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
     for _ in range(clients):
-        open_client(hub)
+        open_client(replica)
     began = trio.current_time()
-    await hub.send_away()
-    assert hub.readiness == "draining"
+    await replica.send_away()
+    assert replica.readiness == "draining"
     assert trio.current_time() - began == pytest.approx(seconds)
 
 
 async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    hub = Hub(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
-    clients = [open_client(hub) for _ in range(300)]
+    replica = Replica(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
+    clients = [open_client(replica) for _ in range(300)]
 
     async def leave() -> None:
         await trio.sleep(4)
@@ -495,7 +497,7 @@ async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
 
     began = trio.current_time()
     nursery.start_soon(leave)
-    await hub.send_away()
+    await replica.send_away()
     assert trio.current_time() - began == pytest.approx(4)
 
 
@@ -508,11 +510,11 @@ def hello(client_id: str | None) -> bytes:
 
 
 @pytest.fixture
-async def strict_hub(nursery: trio.Nursery) -> Hub:
+async def strict_replica(nursery: trio.Nursery) -> Replica:
     limits = LimitSettings(publish_rate=10, publish_bytes=1000, sessions=2, client_id=8)
-    hub = Hub(Config(limits=limits), MemoryLog(), Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    return hub
+    replica = Replica(Config(limits=limits), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    return replica
 
 
 @pytest.mark.parametrize(
@@ -525,15 +527,15 @@ async def strict_hub(nursery: trio.Nursery) -> Hub:
     ids=["messages", "ephemeral messages", "bytes"],
 )
 async def test_a_session_is_read_no_faster_than_its_client_may_publish(
-    strict_hub: Hub, message: bytes, seconds: float, autojump_clock: MockClock
+    strict_replica: Replica, message: bytes, seconds: float, autojump_clock: MockClock
 ) -> None:
-    client, sibling, other = (open_client(strict_hub) for _ in range(3))
+    client, sibling, other = (open_client(strict_replica) for _ in range(3))
     await client.receive(hello("a"))
     await sibling.receive(hello("a"))
     await other.receive(hello("b"))
     await client.receive(message * 30)
     assert trio.current_time() == pytest.approx(seconds)
-    assert strict_hub.vitals.pauses["rate"] > 0
+    assert strict_replica.runtime_statistics.pauses["rate"] > 0
     await other.receive(message)
     assert trio.current_time() == pytest.approx(seconds)
     await sibling.receive(message)
@@ -542,23 +544,25 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
         each.leave()
 
 
-async def test_a_request_over_the_rate_is_told_when_to_come_again(strict_hub: Hub, autojump_clock: MockClock) -> None:
-    identity = strict_hub.authenticator.verify(token("a"), 0)
+async def test_a_request_over_the_rate_is_told_when_to_come_again(
+    strict_replica: Replica, autojump_clock: MockClock
+) -> None:
+    identity = strict_replica.authenticator.verify(token("a"), 0)
     requests = [Publish("a", Raw(b"1")) for _ in range(30)]
-    await strict_hub.publish(identity, requests)
+    await strict_replica.publish(identity, requests)
     with pytest.raises(PeerError) as caught:
-        await strict_hub.publish(identity, requests[:1])
-    assert caught.value.code is Code.RATE_LIMITED
+        await strict_replica.publish(identity, requests[:1])
+    assert caught.value.code is ErrorCode.RATE_LIMITED
     assert caught.value.retry_after == pytest.approx(2)
-    await strict_hub.publish(strict_hub.authenticator.verify(token("b"), 0), requests[:1])
+    await strict_replica.publish(strict_replica.authenticator.verify(token("b"), 0), requests[:1])
     await trio.sleep(caught.value.retry_after)
-    await strict_hub.publish(identity, requests[:1])
-    await strict_hub.publish(OWNER, requests * 10)
+    await strict_replica.publish(identity, requests[:1])
+    await strict_replica.publish(OWNER, requests * 10)
 
 
-async def test_token_may_name_another_rate(strict_hub: Hub, autojump_clock: MockClock) -> None:
+async def test_token_may_name_another_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
     fast = sign(SECRET, client_id="a", grants=Grants.ALL, publish_rate=100, publish_bytes=1 << 20)
-    hasty, slow = open_client(strict_hub), open_client(strict_hub)
+    hasty, slow = open_client(strict_replica), open_client(strict_replica)
     await hasty.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
     await slow.receive(hello("a"))
     message = b'{"type":"publish","channel":"a","payload":1}'
@@ -566,14 +570,14 @@ async def test_token_may_name_another_rate(strict_hub: Hub, autojump_clock: Mock
     assert trio.current_time() == pytest.approx(1)
     await slow.receive(message * 20)
     assert trio.current_time() == pytest.approx(2), "beside it, tokens without one have the rate of all"
-    identity = strict_hub.authenticator.verify(fast, 0)
+    identity = strict_replica.authenticator.verify(fast, 0)
     await trio.sleep(5)
     requests = [Publish("a", Raw(b"1")) for _ in range(100)]
-    await strict_hub.publish(identity, requests)
-    await strict_hub.publish(identity, requests)
+    await strict_replica.publish(identity, requests)
+    await strict_replica.publish(identity, requests)
     with pytest.raises(PeerError) as caught:
-        await strict_hub.publish(identity, requests)
-    assert (caught.value.code, caught.value.retry_after) == (Code.RATE_LIMITED, pytest.approx(1))
+        await strict_replica.publish(identity, requests)
+    assert (caught.value.code, caught.value.retry_after) == (ErrorCode.RATE_LIMITED, pytest.approx(1))
     await hasty.receive(hello("a"))
     began = trio.current_time()
     await hasty.receive(message * 20)
@@ -582,8 +586,8 @@ async def test_token_may_name_another_rate(strict_hub: Hub, autojump_clock: Mock
         client.leave()
 
 
-async def test_a_client_has_so_many_sessions_and_no_more(strict_hub: Hub) -> None:
-    clients = [open_client(strict_hub) for _ in range(4)]
+async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica) -> None:
+    clients = [open_client(strict_replica) for _ in range(4)]
     for client in clients[:3]:
         await client.receive(hello("a"))
         await client.receive(hello("a"))
@@ -592,19 +596,19 @@ async def test_a_client_has_so_many_sessions_and_no_more(strict_hub: Hub) -> Non
     assert clients[3].closing is None
     clients[0].leave()
     clients[2].leave()
-    assert strict_hub.shares["a"].sessions == 1
-    again = open_client(strict_hub)
+    assert strict_replica.shares["a"].sessions == 1
+    again = open_client(strict_replica)
     await again.receive(hello("a"))
     assert again.closing is None
     for client in (*clients, again):
         client.leave()
-    assert not strict_hub.shares
+    assert not strict_replica.shares
 
 
 async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_network(
-    strict_hub: Hub, autojump_clock: MockClock
+    strict_replica: Replica, autojump_clock: MockClock
 ) -> None:
-    here, beside, elsewhere, late = (open_client(strict_hub, network) for network in ("a", "a", "b", "a"))
+    here, beside, elsewhere, late = (open_client(strict_replica, network) for network in ("a", "a", "b", "a"))
     for client in (here, beside, elsewhere, late):
         await client.receive(hello(None))
     assert late.closing is not None
@@ -617,25 +621,25 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     assert trio.current_time() == began
     await beside.receive(message * 2)
     assert trio.current_time() > began
-    identity = strict_hub.authenticator.verify(token(None), 0)
+    identity = strict_replica.authenticator.verify(token(None), 0)
     requests = [Publish("a", Raw(b"1")) for _ in range(20)]
     await trio.sleep(1)  # Until nothing is owed, by the test's own clock.
-    await strict_hub.publish(identity, requests, client=client_of(identity, token(None), "a"))
+    await strict_replica.publish(identity, requests, client=client_of(identity, token(None), "a"))
     with pytest.raises(PeerError, match="publishes too much"):
-        await strict_hub.publish(identity, requests, client=client_of(identity, token(None), "a"))
+        await strict_replica.publish(identity, requests, client=client_of(identity, token(None), "a"))
     began = trio.current_time()
     await here.receive(message)
     assert trio.current_time() > began
     for client in (here, beside, elsewhere, late):
         client.leave()
-    assert not strict_hub.shares
+    assert not strict_replica.shares
 
 
-async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(hub: Hub) -> None:
+async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(replica: Replica) -> None:
     shares = []
-    with hub.turns.serve("a proxy") as peer:
+    with replica.cpu_scheduler.serve("a proxy") as peer:
         for shown, network in ((None, "a"), (None, "b"), (None, "a"), ("alice", "a"), ("alice", "b")):
-            client = open_client(hub, network)
+            client = open_client(replica, network)
             await client.receive(hello(shown))
             shares.append(peer.share)
             client.leave()
@@ -660,9 +664,9 @@ async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
     nursery: trio.Nursery, settled_first: bool
 ) -> None:
     log = HoldingLog()
-    hub = Hub(Config(), log, Authenticator([SECRET]))
-    await nursery.start(log.run, hub.delivery)
-    client = open_client(hub)
+    replica = Replica(Config(), log, Authenticator([SECRET]))
+    await nursery.start(log.run, replica.delivery)
+    client = open_client(replica)
     await client.receive(hello("a") + objects(SUBSCRIBE, {"type": "publish", "channel": "a", "payload": 1}))
     await client.receive(objects({"type": "publish", "channel": "a", "payload": 2}))
     kept = weakref.ref(client)
@@ -683,9 +687,9 @@ async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
 
 async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(nursery: trio.Nursery) -> None:
     log = HoldingLog()
-    hub = Hub(Config(), log, Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    clients = {name: open_client(hub, network) for name, network in (("one", "a"), ("two", "a"), ("other", "b"))}
+    replica = Replica(Config(), log, Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    clients = {name: open_client(replica, network) for name, network in (("one", "a"), ("two", "a"), ("other", "b"))}
     for client in clients.values():
         await client.receive(hello(None))
     full = ceil(1000 / (len("a") + len("1") + OVERHEAD))
@@ -698,11 +702,11 @@ async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(
 
 
 async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: trio.Nursery) -> None:
-    hub = Hub(Config(limits=LimitSettings(subscriptions_total=10)), MemoryLog(), Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    greedy, sibling, other = open_client(hub), open_client(hub), open_client(hub)
+    replica = Replica(Config(limits=LimitSettings(subscriptions_total=10)), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    greedy, sibling, other = open_client(replica), open_client(replica), open_client(replica)
 
-    async def subscribe(client: Client, name: str, count: int) -> list[str]:
+    async def subscribe(client: SessionDriver, name: str, count: int) -> list[str]:
         for number in range(count):
             await client.receive(json.dumps({"type": "subscribe", "pattern": f"{name}.{number}"}).encode())
         return [kind for kind in said(client) if kind in ("subscribed", "subscribe_error")]
@@ -713,29 +717,29 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert await subscribe(sibling, "b", 2) == ["subscribed", "subscribe_error"]
     assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4, "those that it has already"
     assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
-    assert hub.vitals.refusals[Code.OVERLOADED] == 1
+    assert replica.runtime_statistics.refusals[ErrorCode.OVERLOADED] == 1
     await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
-    assert hub.subscriptions == 7
+    assert replica.subscriptions == 7
     for client in (greedy, sibling, other):
         client.leave()
-    assert hub.subscriptions == 0
+    assert replica.subscriptions == 0
 
 
 async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
     log = HoldingLog()
-    hub = Hub(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    client = open_client(hub)
+    replica = Replica(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    client = open_client(replica)
     await client.receive(hello(None))
     nursery.start_soon(client.receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
     await wait_all_tasks_blocked()
     assert len(log.held) == 3
-    assert hub.vitals.pauses == {"publishes": 1, "replies": 0, "rate": 0}
+    assert replica.runtime_statistics.pauses == {"publishes": 1, "replies": 0, "rate": 0}
     nursery.cancel_scope.cancel()
 
 
-async def test_session_without_a_client_id_keeps_its_share_with_another_token(strict_hub: Hub) -> None:
-    client = open_client(strict_hub, "a")
+async def test_session_without_a_client_id_keeps_its_share_with_another_token(strict_replica: Replica) -> None:
+    client = open_client(strict_replica, "a")
     await client.receive(hello(None))
     before = client.session.share.client
     other = sign(SECRET, client_id=None, grants=Grants(("b",), ("b",)))
@@ -746,13 +750,13 @@ async def test_session_without_a_client_id_keeps_its_share_with_another_token(st
     client.leave()
 
 
-async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:
-    await strict_hub.authenticate(token("12345678"))
-    await strict_hub.authenticate(token("äöüß"))
+async def test_a_client_id_that_is_too_long_is_refused(strict_replica: Replica) -> None:
+    await strict_replica.authenticate(token("12345678"))
+    await strict_replica.authenticate(token("äöüß"))
     for client_id in ("123456789", "äöüßx"):
         with pytest.raises(PeerError) as caught:
-            await strict_hub.authenticate(token(client_id))
-        assert caught.value.code is Code.UNAUTHENTICATED
+            await strict_replica.authenticate(token(client_id))
+        assert caught.value.code is ErrorCode.UNAUTHENTICATED
 
 
 # What stays in memory for those that do not read
@@ -761,26 +765,26 @@ async def test_a_client_id_that_is_too_long_is_refused(strict_hub: Hub) -> None:
 async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(
+    replica = Replica(
         Config(limits=LimitSettings(send_queue=10_000, send_queue_total=100_000)), MemoryLog(), Authenticator([SECRET])
     )
-    await nursery.start(hub.log.run, hub.delivery)
-    clients = [open_client(hub) for _ in range(10)]
+    await nursery.start(replica.log.run, replica.delivery)
+    clients = [open_client(replica) for _ in range(10)]
     unsubscribed = []
 
-    async def unsubscribe(client: Client) -> None:
+    async def unsubscribe(client: SessionDriver) -> None:
         await client.receive(b'{"type":"unsubscribe","pattern":"n%d"}' % clients.index(client))
         unsubscribed.append(client)
 
     for number, client in enumerate(clients):
         for said_by_client in (auth(None, monkeypatch), b'{"type":"subscribe","pattern":"n%d"}' % number):
             await client.receive(said_by_client)
-            client.mailbox.take()
+            client.send_queue.take()
         await client.receive(b'{"type":"publish","channel":"n%d","payload":"%s"}' % (number, b"x" * 4000))
         await wait_all_tasks_blocked()
         nursery.start_soon(unsubscribe, client)
     await wait_all_tasks_blocked()
-    budget = hub.delivery.budget
+    budget = replica.delivery.budget
     assert 0 < len(unsubscribed) < 10
     assert budget.for_pinned < budget.pinned <= budget.for_pinned + 10_000
     for client in clients:
@@ -796,21 +800,21 @@ async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
 async def test_all_that_is_revoked_at_once_is_looked_for_once(
     protocol: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    client = open_client(hub)
+    replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    client = open_client(replica)
     await client.receive(auth(None, monkeypatch).replace(b'"protocol": 1', b'"protocol": %d' % protocol))
     for number in range(100):
         await client.receive(b'{"type":"subscribe","pattern":"n%d"}' % number)
-        client.mailbox.take()
+        client.send_queue.take()
     await client.receive(b"".join([b'{"type":"publish","channel":"n%d","payload":1}' % n for n in (0, 99)]))
     await wait_all_tasks_blocked()
     looked = []
-    drop = Mailbox._drop
-    monkeypatch.setattr(Mailbox, "_drop", lambda *args: looked.append(args) or drop(*args))
+    drop = SendQueue._drop
+    monkeypatch.setattr(SendQueue, "_drop", lambda *args: looked.append(args) or drop(*args))
     narrow = sign(SECRET, client_id="alice", grants=Grants(("n0",), ("*",)))
     await client.receive(b'{"type":"auth","protocol":1,"token":"%s"}' % narrow.encode())
     assert len(looked) == 1
-    kept = [item for item in client.mailbox.take() if isinstance(item, Run)]
+    kept = [item for item in client.send_queue.take() if isinstance(item, Run)]
     assert [entry.channel for run in kept for entry in run.entries] == ["n0"]
     client.leave()

@@ -1,4 +1,4 @@
-"""What is kept of peers that have shown no token, by itself and in a hub."""
+"""What is kept of peers that have shown no token, by itself and in a replica."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from hypothesis import strategies as st
 from catbus.auth.tokens import Authenticator, Grants, sign
 from catbus.config import Config
 from catbus.errors import CloseCode
-from catbus.limits.unauthenticated import STRANGER_SIZE, UNPROVEN_SIZE, Stranger, Strangers
+from catbus.limits.unauthenticated import (
+    UNAUTHENTICATED_OBJECT_BYTES,
+    UNAUTHENTICATED_PEER_BYTES,
+    UnauthenticatedPeer,
+    UnauthenticatedPeers,
+)
 from catbus.log import MemoryLog
-from catbus.replica import Hub
-from tests.test_hub import Outlet, said
+from catbus.replica import Replica
+from tests.test_replica import TransportWriter, said
 
 SECRET = "a secret of the tests"
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2 * STRANGER_SIZE), st.sampled_from("hhhhul")), max_size=60)
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 2 * UNAUTHENTICATED_PEER_BYTES), st.sampled_from("hhhhul")),
+        max_size=60,
+    )
 )
 def test_no_more_is_kept_than_may_be_and_the_oldest_give_way(steps: list[tuple[int, int, str]]) -> None:
-    strangers, ended = Strangers(3 * STRANGER_SIZE), list[int]()
-    peers = [Stranger(strangers, lambda number=number: ended.append(number)) for number in range(6)]  # type: ignore[misc]
+    unauthenticated, ended = UnauthenticatedPeers(3 * UNAUTHENTICATED_PEER_BYTES), list[int]()
+    peers = [UnauthenticatedPeer(unauthenticated, lambda number=number: ended.append(number)) for number in range(6)]  # type: ignore[misc]
     order: list[int] = []
     for number, size, step in steps:
         gone = len(ended)
@@ -37,16 +45,16 @@ def test_no_more_is_kept_than_may_be_and_the_oldest_give_way(steps: list[tuple[i
             peers[number].leave()
         assert ended[gone:] == order[: len(ended) - gone]
         order = [number for number in order if peers[number].size]
-        assert all(peer.size <= STRANGER_SIZE for peer in peers)
-        assert strangers.size == sum(peer.size for peer in peers) <= 3 * STRANGER_SIZE
-    assert strangers.ended == len(ended)
+        assert all(peer.size <= UNAUTHENTICATED_PEER_BYTES for peer in peers)
+        assert unauthenticated.size == sum(peer.size for peer in peers) <= 3 * UNAUTHENTICATED_PEER_BYTES
+    assert unauthenticated.ended == len(ended)
 
 
 @pytest.fixture
-async def hub(nursery: trio.Nursery) -> Hub:
-    hub = Hub(Config(), MemoryLog(), Authenticator([SECRET]))
-    await nursery.start(hub.log.run, hub.delivery)
-    return hub
+async def replica(nursery: trio.Nursery) -> Replica:
+    replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
+    await nursery.start(replica.log.run, replica.delivery)
+    return replica
 
 
 def auth() -> bytes:
@@ -54,26 +62,26 @@ def auth() -> bytes:
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 100_000])
-async def test_an_object_may_be_large_from_the_token_on(hub: Hub, cut: int) -> None:
+async def test_an_object_may_be_large_from_the_token_on(replica: Replica, cut: int) -> None:
     large = b'{"type":"publish","id":1,"channel":"a","payload":"%s"}' % (b"x" * 60_000)
-    client = hub.open_client(Outlet(), transport="test")
+    client = replica.open_client(TransportWriter(), transport="test")
     for start in range(0, len(auth() + large), cut):
         await client.receive((auth() + large)[start : start + cut])
     assert client.closing is None
-    stranger = hub.open_client(Outlet(), transport="test")
-    for start in range(0, UNPROVEN_SIZE + cut, cut):
+    stranger = replica.open_client(TransportWriter(), transport="test")
+    for start in range(0, UNAUTHENTICATED_OBJECT_BYTES + cut, cut):
         await stranger.receive(large[start : start + cut])
     assert stranger.closing is not None
     assert stranger.closing[0] is CloseCode.TOO_LARGE
     assert said(stranger) == ["error"]
 
 
-async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(hub: Hub) -> None:
-    hub.strangers = Strangers(1000)
-    proven, first, second, third = (hub.open_client(Outlet(), transport="test") for _ in range(4))
+async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(replica: Replica) -> None:
+    replica.unauthenticated = UnauthenticatedPeers(1000)
+    proven, first, second, third = (replica.open_client(TransportWriter(), transport="test") for _ in range(4))
     proven.heard(900)
     await proven.receive(auth())
-    assert hub.strangers.size == 0
+    assert replica.unauthenticated.size == 0
     proven.heard(10_000)
     for client in (first, second, third):
         client.heard(400)
@@ -84,4 +92,4 @@ async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(hu
     assert said(first) == ["auth_error"]
     for client in (proven, first, second, third):
         client.leave()
-    assert (hub.strangers.size, hub.strangers.ended) == (0, 1)
+    assert (replica.unauthenticated.size, replica.unauthenticated.ended) == (0, 1)

@@ -1,4 +1,4 @@
-"""The mailbox: one queue, bounded for messages, open for replies."""
+"""The send queue: one queue, bounded for messages, open for replies."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from catbus.delivery.send_queue import (
     SLOT,
     Budget,
     Head,
-    Mailbox,
     Mark,
     Run,
+    SendQueue,
     size_of_replies,
 )
 from catbus.log import Entry
 from catbus.protocol import wire_messages as wire
 
 
-class Outlet:
+class TransportWriter:
     def flush(self) -> None:
         """The tests take the mail themselves."""
 
@@ -33,99 +33,102 @@ def run(*seqs: int, pattern: str = "a", size: int = 10) -> Run:
 
 
 def test_what_is_put_in_comes_out_in_order_and_wakes_once() -> None:
-    woken: list[Mailbox] = []
-    mailbox = Mailbox(Outlet(), woken.append)
+    woken: list[SendQueue] = []
+    send_queue = SendQueue(TransportWriter(), woken.append)
     first = run(1, 2)
-    mailbox.put(b"reply")
-    assert mailbox.offer(first)
-    mailbox.put(b"mark")
-    assert woken == [mailbox]
-    assert mailbox.take() == [b"reply", first, b"mark"]
-    assert (mailbox.size, bool(mailbox)) == (0, False)
-    mailbox.put(b"again")
-    assert woken == [mailbox, mailbox]
+    send_queue.put(b"reply")
+    assert send_queue.offer(first)
+    send_queue.put(b"mark")
+    assert woken == [send_queue]
+    assert send_queue.take() == [b"reply", first, b"mark"]
+    assert (send_queue.size, bool(send_queue)) == (0, False)
+    send_queue.put(b"again")
+    assert woken == [send_queue, send_queue]
 
 
 def test_messages_are_turned_away_when_there_is_no_room_and_replies_are_not() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None, limit=300)
-    assert mailbox.offer(run(1, 2))
-    assert not mailbox.offer(run(3, 4))
-    assert mailbox.turned_away == 1
-    mailbox.put(b"x" * 300)
-    assert mailbox.full
-    assert len(mailbox.take()) == 2
+    send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
+    assert send_queue.offer(run(1, 2))
+    assert not send_queue.offer(run(3, 4))
+    assert send_queue.turned_away == 1
+    send_queue.put(b"x" * 300)
+    assert send_queue.full
+    assert len(send_queue.take()) == 2
 
 
-def test_an_empty_mailbox_takes_one_message_of_any_size_but_not_two() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None, limit=300)
-    assert not mailbox.offer(run(1, 2, size=200))
-    assert mailbox.offer(run(1, size=1000))
-    assert not mailbox.offer(run(2))
+def test_an_empty_send_queue_takes_one_message_of_any_size_but_not_two() -> None:
+    send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
+    assert not send_queue.offer(run(1, 2, size=200))
+    assert send_queue.offer(run(1, size=1000))
+    assert not send_queue.offer(run(2))
 
 
 def test_no_messages_are_no_mail() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None)
-    assert mailbox.offer(run())
-    assert not mailbox
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    assert send_queue.offer(run())
+    assert not send_queue
 
 
 def test_half_of_it_is_kept_free_for_what_is_new() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None, limit=1000)
-    assert mailbox.room == 500
-    mailbox.put(b"x" * 501)
-    assert mailbox.room == 0
-    assert mailbox.offer(run(1))
+    send_queue = SendQueue(TransportWriter(), lambda _: None, limit=1000)
+    assert send_queue.room == 500
+    send_queue.put(b"x" * 501)
+    assert send_queue.room == 0
+    assert send_queue.offer(run(1))
 
 
 def test_whoever_waits_is_called_once_when_it_is_emptied() -> None:
     calls: list[str] = []
-    mailbox = Mailbox(Outlet(), lambda _: None)
-    mailbox.put(b"x")
-    mailbox.when_emptied(lambda: calls.append("one"))
-    mailbox.when_emptied(lambda: calls.append("two"))
-    mailbox.take()
-    mailbox.take()
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
+    send_queue.put(b"x")
+    send_queue.when_emptied(lambda: calls.append("one"))
+    send_queue.when_emptied(lambda: calls.append("two"))
+    send_queue.take()
+    send_queue.take()
     assert calls == ["one", "two"]
 
 
 def test_what_has_been_revoked_is_taken_back() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None)
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
     kept = run(3, pattern="b")
-    mailbox.offer(run(1, 2))
-    mailbox.put(b"reply")
-    mailbox.offer(kept)
-    mailbox.revoke(["a"])
-    assert mailbox.size == 5 + REPLY + kept.size
-    assert mailbox.take() == [b"reply", kept]
+    send_queue.offer(run(1, 2))
+    send_queue.put(b"reply")
+    send_queue.offer(kept)
+    send_queue.revoke(["a"])
+    assert send_queue.size == 5 + REPLY + kept.size
+    assert send_queue.take() == [b"reply", kept]
 
 
 def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> None:
-    mailbox = Mailbox(Outlet(), lambda _: None)
+    send_queue = SendQueue(TransportWriter(), lambda _: None)
     before, after, other = Mark(b"before", "a"), Mark(b"after", "a"), Mark(b"other", "b")
-    mailbox.put(before)
-    mailbox.put(Head(b"head"))
-    mailbox.offer(run(1, 2))
+    send_queue.put(before)
+    send_queue.put(Head(b"head"))
+    send_queue.offer(run(1, 2))
     for line in (after, other, Head(b"another head"), b"reply"):
-        mailbox.put(line)
-    mailbox.revoke(["a"])
-    assert mailbox.take() == [before, b"head", other, b"reply"]
+        send_queue.put(line)
+    send_queue.revoke(["a"])
+    assert send_queue.take() == [before, b"head", other, b"reply"]
 
 
 def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
     budget = Budget()
-    mailbox, other = Mailbox(Outlet(), lambda _: None, budget=budget), Mailbox(Outlet(), lambda _: None, budget=budget)
+    send_queue, other = (
+        SendQueue(TransportWriter(), lambda _: None, budget=budget),
+        SendQueue(TransportWriter(), lambda _: None, budget=budget),
+    )
     mixed = Run("", [Entry(seq, 5, channel, b"1") for seq, channel in ((1, "x"), (2, "y"), (3, "x"))])
     alone = run(4, pattern="")
     for item in (mixed, alone):
-        mailbox.offer(item)
+        send_queue.offer(item)
         other.offer(item)
-    mailbox.revoke(["a"], ["x"])
-    size = mailbox.size
-    [kept] = mailbox.take()
+    send_queue.revoke(["a"], ["x"])
+    size = send_queue.size
+    [kept] = send_queue.take()
     assert isinstance(kept, Run)
     assert size == kept.size
     assert [(entry.seq, entry.channel) for entry in kept.entries] == [(1, "x"), (3, "x")]
-    assert (mailbox.size, mailbox.withdraw()) == (0, {})
+    assert (send_queue.size, send_queue.withdraw()) == (0, {})
     assert budget.held == mixed.charge + alone.charge + 2 * SLOT
     assert other.take() == [mixed, alone]
     assert budget.held == 0
@@ -133,29 +136,29 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
 
 def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> None:
     budget = Budget()
-    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     fixed = run(1, 2)
-    mailbox.offer(fixed)
-    mailbox.put(Mark(b"gap", "a"))
-    mailbox.fix()
+    send_queue.offer(fixed)
+    send_queue.put(Mark(b"gap", "a"))
+    send_queue.fix()
     for item in (run(5), run(7, pattern="b"), Run("b", [Entry(0, 5, "a", b"1", None)])):
-        mailbox.offer(item)
-    mailbox.put(Mark(b"live", "b"))
-    mailbox.put(b"reply")
-    assert mailbox.withdraw() == {"a": 5, "b": 7}
-    assert (budget.messages, budget.replies) == (fixed.charge + SLOT, mailbox.size - fixed.size)
-    assert mailbox.withdraw() == {}
-    assert mailbox.take() == [fixed, b"gap", b"reply"]
+        send_queue.offer(item)
+    send_queue.put(Mark(b"live", "b"))
+    send_queue.put(b"reply")
+    assert send_queue.withdraw() == {"a": 5, "b": 7}
+    assert (budget.messages, budget.replies) == (fixed.charge + SLOT, send_queue.size - fixed.size)
+    assert send_queue.withdraw() == {}
+    assert send_queue.take() == [fixed, b"gap", b"reply"]
     assert budget.held == 0
 
 
-def test_what_several_mailboxes_hold_is_counted_once() -> None:
+def test_what_several_send_queues_hold_is_counted_once() -> None:
     budget = Budget(1000)
-    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     shared = run(1, 2, 3)
-    for mailbox in (one, other):
-        mailbox.offer(shared)
-        mailbox.put(b"reply")
+    for send_queue in (one, other):
+        send_queue.offer(shared)
+        send_queue.put(b"reply")
     assert budget.held == shared.charge + 2 * (SLOT + REPLY + 5)
     one.take()
     assert budget.held == shared.charge + SLOT + REPLY + 5
@@ -167,7 +170,7 @@ def test_what_several_mailboxes_hold_is_counted_once() -> None:
 
 def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies() -> None:
     budget = Budget(400)
-    one, other, empty = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(3))
+    one, other, empty = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(3))
     one.put(b"x" * 100)
     other.put(b"x")
     assert (one.full, other.full, empty.full) == (True, True, False)
@@ -177,7 +180,7 @@ def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies
 
 def test_replies_that_were_taken_count_until_they_are_sent() -> None:
     budget = Budget(400)
-    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 100)
     one.count_unsent(size_of_replies(one.take()))
     other.put(b"x")
@@ -193,7 +196,7 @@ def test_replies_that_were_taken_count_until_they_are_sent() -> None:
 
 def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
     budget = Budget(4000)
-    one, other = (Mailbox(Outlet(), lambda _: None, budget=budget) for _ in range(2))
+    one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 10_000)
     assert other.room == 1500 // IN_MEMORY
     one.offer(run(1, size=1500))
@@ -202,57 +205,57 @@ def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
 
 def test_some_of_it_can_be_taken() -> None:
     budget = Budget()
-    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     calls: list[str] = []
-    mailbox.when_emptied(lambda: calls.append("empty"))
+    send_queue.when_emptied(lambda: calls.append("empty"))
     first, second = run(1), run(2)
     for item in (first, b"x" * 40, second):
-        mailbox.put(item) if isinstance(item, bytes) else mailbox.offer(item)
-    mailbox.fix()
-    assert mailbox.take(first.size + 1) == [first, b"x" * 40]
-    assert (mailbox.size, budget.held) == (second.size, second.charge + SLOT)
-    assert mailbox.withdraw() == {}
+        send_queue.put(item) if isinstance(item, bytes) else send_queue.offer(item)
+    send_queue.fix()
+    assert send_queue.take(first.size + 1) == [first, b"x" * 40]
+    assert (send_queue.size, budget.held) == (second.size, second.charge + SLOT)
+    assert send_queue.withdraw() == {}
     assert not calls
-    assert mailbox.take(1) == [second]
+    assert send_queue.take(1) == [second]
     assert calls == ["empty"]
 
 
 def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> None:
     budget = Budget()
-    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
+    send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     for item in (Head(b"1"), b"pong", Head(b"2"), b"pong", Head(b"3")):
-        mailbox.put(item)
-    assert mailbox.offer(run(1))
+        send_queue.put(item)
+    assert send_queue.offer(run(1))
     for item in (Head(b"4"), Mark(b"live", "a"), Head(b"5"), Head(b"6"), b"pong"):
-        mailbox.put(item)
-    mailbox.fix()
-    mailbox.put(Head(b"7"))
-    assert mailbox.withdraw() == {}
-    said = mailbox.size, budget.replies
-    assert [item for item in mailbox.take() if isinstance(item, bytes)] == [
+        send_queue.put(item)
+    send_queue.fix()
+    send_queue.put(Head(b"7"))
+    assert send_queue.withdraw() == {}
+    said = send_queue.size, budget.replies
+    assert [item for item in send_queue.take() if isinstance(item, bytes)] == [
         *(b"pong", b"pong", b"3"),
         *(b"4", b"live", b"pong", b"7"),
     ]
     assert said == (said[1] + run(1).size, 6 * REPLY + MARK + 3 * 4 + 3 + 4)
-    assert (mailbox.size, budget.held) == (0, 0)
+    assert (send_queue.size, budget.held) == (0, 0)
 
 
-@pytest.mark.parametrize("protocol", wire.Protocol)
-def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wire.Protocol) -> None:
+@pytest.mark.parametrize("protocol", wire.ProtocolVersion)
+def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wire.ProtocolVersion) -> None:
     budget = Budget()
-    mailbox = Mailbox(Outlet(), lambda _: None, budget=budget)
-    mailbox.protocol = protocol
+    send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
+    send_queue.protocol = protocol
     lines = [b"%d\n" % number for number in range(2000)]
     for number, line in enumerate(lines):
-        mailbox.put(line)
-        mailbox.put(Head(b"head\n"))
+        send_queue.put(line)
+        send_queue.put(Head(b"head\n"))
         if number == 1000:
-            mailbox.fix()
-            mailbox.put(Mark(b"mark\n", "a"))
-    assert mailbox.size == budget.replies
-    items = mailbox.take()
+            send_queue.fix()
+            send_queue.put(Mark(b"mark\n", "a"))
+    assert send_queue.size == budget.replies
+    items = send_queue.take()
     assert b"".join([item for item in items if type(item) is bytes]) == b"".join(lines)
-    assert (len(items) < 400) == (protocol is wire.Protocol.V1)
+    assert (len(items) < 400) == (protocol is wire.ProtocolVersion.V1)
     assert max(map(len, items)) < JOINED + 10
     assert budget.replies == 0
 
@@ -261,19 +264,19 @@ def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wir
 @pytest.mark.parametrize("together", [1, 50])
 def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
     budget = Budget()
-    mailboxes = [Mailbox(Outlet(), lambda _: None, 1 << 30, budget) for _ in range(5)]
+    send_queues = [SendQueue(TransportWriter(), lambda _: None, 1 << 30, budget) for _ in range(5)]
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         for number in range(0, 500, together):
             entries = [Entry(10**6 + number + n, 10**12 + n, f"room.{n}", b"1" * size) for n in range(together)]
             runs = Run("room.*", entries)
-            for each in mailboxes:
+            for each in send_queues:
                 assert each.offer(runs)
             assert runs.lines
             for _ in range(together):
-                mailboxes[0].put(wire.encode(wire.Pong(10**6 + number)) or b"")
-            mailboxes[0].put(Mark(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
+                send_queues[0].put(wire.encode(wire.Pong(10**6 + number)) or b"")
+            send_queues[0].put(Mark(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
