@@ -308,8 +308,7 @@ def test_examples_for_http_decode() -> None:
 
 def test_error_codes_are_those_of_the_table() -> None:
     listed = [
-        (*quoted(row["Code"]), row["Retry?"], row["HTTP"])
-        for row in table(section("Error codes"), "Code", "Retry?")
+        (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
     ]
     defined = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in ErrorCode]
     assert listed == defined

@@ -1,4 +1,4 @@
-"""The `catbus` command."""
+"""The `catbus` command-line interface."""
 
 from .main_command import main
 

@@ -1,4 +1,4 @@
-"""What the commands share that speak to a broker: where it is, and who is speaking."""
+"""The options of commands that connect to a broker: its URL, its CA certificate, and the token."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ url_option = click.option(
     envvar="CATBUS_URL",
     show_default=True,
     callback=_check_url,
-    help="The broker. Also CATBUS_URL.",
+    help="The URL of the broker. Also CATBUS_URL.",
 )
 fallback_option = click.option(
     "--fallback-url",
     envvar="CATBUS_FALLBACK_URL",
     metavar="URL",
     callback=lambda context, parameter, url: None if url is None else _check_url(context, parameter, url),
-    help="A WebSocket for where --url, by WebTransport, does not get through. Also CATBUS_FALLBACK_URL.",
+    help="A WebSocket URL to use if WebTransport to --url fails. Also CATBUS_FALLBACK_URL.",
 )
 token_option = click.option(
     "--token",
     envvar="CATBUS_TOKEN",
-    help="Who you are. Also CATBUS_TOKEN. For a broker on this machine one is made with CATBUS_SECRET, or with the "
-    "development secret, where you have it.",
+    help="The token. Also CATBUS_TOKEN. For a broker on this machine one is signed with CATBUS_SECRET, or with the "
+    "development secret if you can read it.",
 )
 
 
@@ -52,14 +52,14 @@ ca_option = click.option(
     "--ca",
     type=click.Path(exists=True, dir_okay=False),
     metavar="FILE",
-    help="Who may have signed the broker's certificate, for https:// and wss://. "
-    "For a broker on this machine the development certificate is found by itself.",
+    help="The CA certificate that signed the broker's certificate, for https:// and wss://. "
+    "For a broker on this machine the development certificate is used by default.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
-    """A broker to speak to, and as whom. `token` is None when there is none to be had."""
+    """The broker to connect to, and the token, or None if there is none."""
 
     url: str
     token: str | None = field(repr=False)
@@ -67,14 +67,12 @@ class ConnectionOptions:
     fallback_url: str | None = None
 
     def require_token(self) -> None:
-        """Raise `click.UsageError` when there is no token to show."""
+        """Raise `click.UsageError` if there is no token."""
         if self.token is None:
-            raise click.UsageError(
-                "there is no token to show: give --token or set CATBUS_TOKEN (catbus grant makes one)"
-            )
+            raise click.UsageError("no token is set: give --token or set CATBUS_TOKEN (catbus grant makes one)")
 
     def connect(self) -> AbstractAsyncContextManager[Bus]:
-        """Connect, once `check` has passed, and say on stderr when the connection is lost and when there is another."""
+        """Connect, and report a lost connection and a reconnect on stderr. Call `require_token` before."""
         assert self.token is not None
         return connect(
             self.url, fallback_url=self.fallback_url, token=self.token, ca=self.ca, on_event=_report_connection_event
@@ -84,13 +82,13 @@ class ConnectionOptions:
 def _report_connection_event(event: object) -> None:
     match event:
         case Reconnecting(attempt=1):
-            write_line(f"catbus: {event.reason}; connecting again", sys.stderr)
+            write_line(f"catbus: {event.reason}; reconnecting", sys.stderr)
         case Reconnected(moved=False):
-            write_line("catbus: connected again", sys.stderr)
+            write_line("catbus: reconnected", sys.stderr)
 
 
 def connection_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say where the broker is, and hand them to it as one `Remote`."""
+    """Add the connection options to a command. It gets them as the argument `broker`, a `ConnectionOptions`."""
 
     @url_option
     @fallback_option

@@ -1,4 +1,4 @@
-"""What the commands share that speak to the database itself: which one, and the roles in it."""
+"""Access to the database for commands that use it directly: finding it, opening it, and its roles."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 
 def database_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options by which `load_database` finds the database."""
+    """Add the options for `load_database` to a command."""
     return config_option(database_option(state_option(command)))
 
 
 def load_database(path: Path | None, database: str | None, state: str | None) -> Config:
-    """The configuration, with a database in it.
+    """Load a configuration that has a database.
 
-    Where nothing names one and the state directory holds an embedded database, that is meant: a broker on this machine
-    has made it. Raises `ConfigError` where there is none.
+    If none is named and the state directory has an embedded database, which a broker on this machine has created, use
+    it. Raises `ConfigError` if there is no database.
     """
     given = {"database.url": database, "state": state}
     config = load(path, os.environ, given)
@@ -39,26 +39,26 @@ def load_database(path: Path | None, database: str | None, state: str | None) ->
         config = load(path, os.environ, given, {"database.url": "embedded"})
     if config.database.url == "memory":
         raise ConfigError(
-            "there is no database that could keep roles: set DATABASE_URL, or give --database, or --config with the "
-            "file that the broker has"
+            "there is no database: set DATABASE_URL, or give --database, or --config with the broker's configuration "
+            "file"
         )
     return config
 
 
 def embedded_directory(config: Config) -> Path:
-    """Where the embedded database is."""
+    """Return the directory of the embedded database."""
     return config.state_directory / "postgres"
 
 
 def describe_database(config: Config) -> str:
-    """Which database it is, for people."""
+    """Describe the database in messages, without secrets."""
     url = config.database.url
     return f"the embedded database in {embedded_directory(config)}" if url == "embedded" else redact_url(url)
 
 
 @asynccontextmanager
 async def open_database(config: Config) -> AsyncIterator[DatabaseSettings]:
-    """The settings of a database that can be connected to: an embedded one is served for the moment, if nobody does."""
+    """Yield the settings of a reachable database. Start the embedded one for the time if it is not running."""
     if config.database.url != "embedded":
         yield config.database
         return
@@ -67,7 +67,7 @@ async def open_database(config: Config) -> AsyncIterator[DatabaseSettings]:
 
 
 def with_roles(config: Config, work: Callable[[RoleStore], Awaitable[T]], *, change: bool = True) -> T:
-    """What `work` makes of the roles in the database. Only what changes them brings the schema to this version."""
+    """Run `work` on the roles in the database and return its result. Only a `change` migrates the schema before."""
 
     async def go() -> T:
         async with open_database(config) as database, open_roles(database, prepare=change) as roles:
@@ -77,7 +77,7 @@ def with_roles(config: Config, work: Callable[[RoleStore], Awaitable[T]], *, cha
 
 
 def show_role(role: Role) -> None:
-    """Write a role to stdout, as JSON on one line."""
+    """Print a role as JSON in one line."""
     shown: dict[str, Any] = {
         "role": role.handle,
         "client_id": role.client_id,

@@ -1,4 +1,7 @@
-"""The secret of a broker that nobody but this machine can reach, kept so that its tokens live as long as its data."""
+"""The development secret, token and certificate of a broker on loopback addresses.
+
+The secret is kept in the state directory, so that its tokens remain valid as long as the data.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from ..errors import ConfigError
 
 SECRET_FILE = "development-secret"
 CERTIFICATE_FILE = "development-certificate.pem"
-"""As `catbus.certificates` names it, which takes QUIC to import."""
+"""The name that `catbus.certificates` uses. It is repeated here, because that module imports QUIC, which is slow."""
 
 DEFAULT_URL = "ws://127.0.0.1:8080/ws"
-"""Where a broker is looked for, unless something else is said."""
+"""The default URL of the broker."""
 
 
 def read_or_create_secret(directory: Path) -> str:
-    """The secret that is kept in `directory`, made now if there is none. Raises `ConfigError`."""
+    """Return the development secret in `directory`. Create it if there is none. Raises `ConfigError`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if (secret := read_secret(directory)) is None:
@@ -31,16 +34,16 @@ def read_or_create_secret(directory: Path) -> str:
             secret = read_secret(directory)
     except OSError as error:
         raise ConfigError(
-            f"{directory}: a development secret cannot be kept here: {error.strerror}; "
-            "set CATBUS_STATE to a directory that can be written, or CATBUS_SECRET to a secret"
+            f"{directory}: the development secret cannot be written: {error.strerror}; "
+            "set CATBUS_STATE to a writable directory, or CATBUS_SECRET to a secret"
         ) from None
     if secret is None:
-        raise ConfigError(f"{directory / SECRET_FILE} is empty: delete it, and a new secret is made")
+        raise ConfigError(f"{directory / SECRET_FILE} is empty: delete it, and a new secret is created")
     return secret
 
 
 def read_secret(directory: Path) -> str | None:
-    """The secret that is kept in `directory`, if there is one and this user may read it."""
+    """Return the development secret in `directory`, if it exists and this user can read it."""
     try:
         return (directory / SECRET_FILE).read_text(encoding="ascii").strip() or None
     except (FileNotFoundError, NotADirectoryError, PermissionError, UnicodeDecodeError):
@@ -48,14 +51,14 @@ def read_secret(directory: Path) -> str | None:
 
 
 def development_token(secret: str) -> str:
-    """A token for everything that a token can be for. The same every time."""
+    """Sign a token that may read and write all channels. It is the same every time."""
     return sign(secret, client_id="development", grants=Grants(read=("*",), write=("*",)))
 
 
 def find_token(url: str) -> str | None:
-    """A token for everything for a broker at `url`, when that is on this machine and this user has its secret.
+    """Sign a token for all channels, if the broker at `url` is on this machine and this user has its secret.
 
-    That is CATBUS_SECRET, as in a container beside the broker, or else the development secret.
+    The secret is CATBUS_SECRET, as in a sidecar container of the broker, or else the development secret.
     """
     if not is_loopback(urlsplit(url).hostname or ""):
         return None
@@ -66,13 +69,13 @@ def find_token(url: str) -> str | None:
 
 
 def configured_secret() -> str | None:
-    """What CATBUS_SECRET says that tokens are signed with."""
+    """Return the signing secret of CATBUS_SECRET, if set."""
     secrets = load(None, {"CATBUS_SECRET": os.environ.get("CATBUS_SECRET", "")}).auth.secrets
     return secrets[0] if secrets else None
 
 
 def find_signing_secret(urls: Sequence[str]) -> str | None:
-    """What tokens are signed with: CATBUS_SECRET, or the development secret where all of `urls` are on this machine."""
+    """Return CATBUS_SECRET, or the development secret if all of `urls` are on this machine."""
     if given := configured_secret():
         return given
     if all(is_loopback(urlsplit(url).hostname or "") for url in urls):
@@ -81,7 +84,7 @@ def find_signing_secret(urls: Sequence[str]) -> str | None:
 
 
 def find_certificate(url: str) -> str | None:
-    """The development certificate, as PEM, for a broker at `url` on this machine."""
+    """Return the development certificate as PEM, for a broker at `url` on this machine."""
     parts = urlsplit(url)
     if parts.scheme not in ("https", "wss") or not is_loopback(parts.hostname or ""):
         return None
@@ -94,7 +97,7 @@ def find_certificate(url: str) -> str | None:
 
 
 def _create_file(directory: Path, secret: str) -> None:
-    # Whole or not at all, and whoever is first wins: two brokers may start at the same moment.
+    # Written atomically, and the first writer wins, because two brokers can start at the same time.
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{SECRET_FILE}-")
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""Lines for an output that is read slowly, or not at all: a thread writes them, and nobody waits for it."""
+"""Non-blocking output of lines. A thread writes them, so that a slow reader of the output blocks nothing else."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import trio
 from ..observability.loggers import lost_lines
 
 MAX_QUEUED_BYTES = 1 << 20
-"""Bytes that wait for a reader. What is more is dropped, until the reader has caught up."""
+"""Bytes that may wait for the reader. Above it, lines are dropped until the queue is empty."""
 FLUSH_TIMEOUT = 1.0
-"""Seconds that a process which ends gives to a reader."""
+"""Seconds that an exiting process waits for the reader."""
 _ATOMIC_WRITE_SIZE = select.PIPE_BUF
-"""Bytes that go in one system call, unless a line is longer: a pipe takes so many as a whole."""
+"""Bytes of one system call, unless a line is longer. A pipe writes this many atomically."""
 
 
 class LineWriter:
-    """Writes to a file descriptor, in order, from a thread that starts with the first line.
+    """Writes lines to a file descriptor, in order, from a thread that starts with the first line.
 
-    Safe to use from any thread. `report` makes the line that stands in the place of a number of dropped ones.
+    It is thread-safe.
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.report: Callable[[int], bytes] = _drop_notice
+        self._format_notice: Callable[[int], bytes] = _drop_notice
         self._descriptor = descriptor
         self._changed = threading.Condition()
         self._lines: deque[bytes] = deque()
         self._waiting = 0
-        """Bytes of the lines, those that are being written included."""
+        """Bytes of the queued lines and of those being written."""
         self._full = False
         self._missed = 0
         self._torn = False
@@ -42,8 +42,12 @@ class LineWriter:
         self._closed = False
         self._given_up = False
 
+    def replace_notice(self, format_notice: Callable[[int], bytes]) -> None:
+        """Set the function that formats the line written in place of a number of dropped lines."""
+        self._format_notice = format_notice
+
     def put(self, line: bytes) -> None:
-        """Have a line written, with its line break. It is dropped, and counted, where too much waits."""
+        """Queue a line, with its line break. It is dropped and counted if the queue is full."""
         with self._changed:
             self._full = self._full or (self._waiting > 0 and self._waiting + len(line) > MAX_QUEUED_BYTES)
             if self._full or self._closed:
@@ -56,18 +60,18 @@ class LineWriter:
                 thread = threading.Thread(target=self._run, name="catbus output", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # There are too many threads; the next line tries again.
+                except RuntimeError:  # Too many threads; the next line tries again.
                     return
                 self._thread = thread
 
     def flush(self) -> None:
-        """Wait until everything has been written, for `FLUSH_TIME` at most. It waits for a stuck reader only once."""
+        """Wait until all lines are written, for `FLUSH_TIMEOUT` at most. It waits only once for a blocked reader."""
         with self._changed:
             if self._thread is not None and not self._given_up:
                 self._given_up = not self._changed.wait_for(lambda: not self._waiting, FLUSH_TIMEOUT)
 
     def close(self) -> None:
-        """Flush, and take no more lines."""
+        """Flush, and accept no more lines."""
         self.flush()
         with self._changed:
             self._closed = True
@@ -98,14 +102,14 @@ class LineWriter:
                     if written:
                         missed, self._missed = self._missed, 0
             if missed:
-                # Before the lines that are put from now on, which this thread has not taken yet.
-                self._write(self.report(missed))
+                # Before the lines queued from now on, which this thread has not taken yet.
+                self._write(self._format_notice(missed))
             with self._changed:
                 self._waiting -= size
                 self._changed.notify_all()
 
     def _write(self, data: bytes) -> bool:
-        """Whether all of it was written."""
+        """Write all of `data`. Return False if the output failed."""
         data = b"\n" + data if self._torn else data
         left = memoryview(data)
         while left:
@@ -115,7 +119,7 @@ class LineWriter:
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()
-            except OSError:  # The reader has gone, or the disk is full.
+            except OSError:  # The reader is gone, or the disk is full.
                 break
         self._torn = (self._torn or len(left) < len(data)) if left else False
         return not left
@@ -126,11 +130,11 @@ def _drop_notice(number: int) -> bytes:
 
 
 _writers: dict[int, LineWriter] = {}
-"""By descriptor: log lines and others for the same output keep their order."""
+"""Writers by file descriptor, so that log lines and other lines of the same output keep their order."""
 
 
 def writer_of(stream: TextIO) -> LineWriter | None:
-    """The writer for the file descriptor behind a stream; None for a stream in memory, which blocks nobody."""
+    """Return the writer for the file descriptor of a stream, or None for a stream in memory, which does not block."""
     try:
         descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):
@@ -142,7 +146,7 @@ def writer_of(stream: TextIO) -> LineWriter | None:
 
 
 def write_line(text: str, stream: TextIO) -> None:
-    """Write a line, or several, without waiting for a reader."""
+    """Write one or more lines without waiting for the reader."""
     writer = writer_of(stream)
     if writer is None:
         print(text, file=stream, flush=True)
@@ -151,20 +155,20 @@ def write_line(text: str, stream: TextIO) -> None:
 
 
 async def write_stdout(data: bytes) -> None:
-    """Write to stdout, in a thread: a reader that is slow holds up what is printed, and not the connection.
+    """Write to stdout in a thread, so that a slow reader blocks the output but not the connection.
 
-    Cancelling it leaves the thread behind, and open how much of the data is written.
+    Cancellation abandons the thread: an unknown part of the data is written.
     """
     await trio.to_thread.run_sync(_write_all, data, abandon_on_cancel=True)
 
 
 def _write_all(data: bytes) -> None:
-    # Past sys.stdout, so that nothing stays in a buffer.
+    # Bypass sys.stdout, so that nothing remains in a buffer.
     while data:
         data = data[os.write(1, data) :]
 
 
 def close_writers() -> None:
-    """Flush and forget all writers. The next line starts a new one."""
+    """Flush and remove all writers. The next line creates a new one."""
     while _writers:
         _writers.popitem()[1].close()

@@ -1,4 +1,4 @@
-"""The command itself: which commands there are, and what is said when one of them fails."""
+"""The `catbus` command: the group of all commands, its exit status and its error messages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import click
 from ..errors import CatbusError
 from ..version import version as release
 from .line_writer import close_writers
-from .log_configuration import configure_logging, redact_text
+from .log_configuration import configure_logging
+from .log_redaction import redact_text
 
 COMMANDS = ("run", "check", "init", "repair", "grant", "token", "role", "revoke", "status", "pub", "sub", "fuzz")
-"""In the order in which one meets them. Each is a module here, which is imported when it is needed."""
+"""The commands in the order of `--help`. Each is a module of `commands`, imported when it is used."""
 
 
 class _Commands(click.Group):
@@ -32,19 +33,19 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the whole story of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("--version", is_flag=True, help="Show the version.")
 @click.pass_context
 def catbus(context: click.Context, debug: bool, version: bool) -> None:
     """A real-time message broker with a durable log.
 
     \b
-    Start one on this machine, then listen and talk to it from two other shells:
+    Start a broker on this machine, then subscribe and publish from two other shells:
       catbus run --database embedded --ws-bind 127.0.0.1:8080
       catbus sub 'demo.*'
       catbus pub demo.hello '{"n": 1}'
 
-    `catbus COMMAND --help` tells more, with examples.
+    `catbus COMMAND --help` shows details and examples.
     """
     if version:
         click.echo(f"catbus {release()}")
@@ -53,9 +54,9 @@ def catbus(context: click.Context, debug: bool, version: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and leave with its exit status: 0, 1 for what went wrong, 2 for wrong usage."""
+    """Run the command and exit: 0 for success, 1 for a failure, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # Of the client commands nothing but their answer belongs on stdout. `run` sets up its own.
+    # Client commands write only their results to stdout. `run` configures its own logging.
     configure_logging("warning", "auto", sys.stderr)
     try:
         status = catbus.main(args=list(arguments), prog_name="catbus", standalone_mode=False)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        # Log lines come before what is said of the end.
+        # Write the waiting log lines before the error message.
         close_writers()
         if "--debug" in arguments[:1]:
             traceback.print_exception(error)
@@ -72,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if text:
             print(f"catbus: {text}", file=sys.stderr)
         if any(isinstance(each, BrokenPipeError) for each in _leaf_errors(error)):
-            # What is still buffered has nowhere to go, and the interpreter would complain of it at the end.
+            # Buffered output cannot be written, and the interpreter would report that at exit.
             sys.stdout = None
     sys.exit(status)
 
 
 def explain_error(error: BaseException) -> tuple[int, str]:
-    """The exit status for an error, and the one line that says what is wrong; no line for an interruption."""
+    """Return the exit status for an error and its message in one line. An interruption has no message."""
     leaves = list(_leaf_errors(error))
     if any(isinstance(each, KeyboardInterrupt | click.Abort) for each in leaves):
         return 128 + signal.SIGINT, ""
@@ -94,12 +95,14 @@ def explain_error(error: BaseException) -> tuple[int, str]:
         case CatbusError():
             return 1, _one_line(str(chosen))
         case BrokenPipeError():
-            return 1, "nobody reads the output any more"
+            return 1, "the output was closed by its reader"
         case OSError():
             place = f"{chosen.filename}: " if chosen.filename else ""
             return 1, _one_line(f"{place}{chosen.strerror or chosen}")
         case _:
-            return 1, _one_line(f"internal error: {type(chosen).__name__}: {chosen} (catbus --debug ... shows where)")
+            return 1, _one_line(
+                f"internal error: {type(chosen).__name__}: {chosen} (run it with catbus --debug for the traceback)"
+            )
 
 
 def _leaf_errors(error: BaseException) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""The options and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ config_option = click.option(
     "-c", "--config", type=click.Path(path_type=Path), metavar="FILE", help="Read settings from this file."
 )
 database_option = click.option(
-    "--database", metavar="URL", help='Where the log is kept: "embedded", "memory" or postgres://...'
+    "--database", metavar="URL", help='The database of the log: "embedded", "memory" or postgres://...'
 )
-state_option = click.option("--state", metavar="DIR", help="Where the broker keeps what is its own.")
+state_option = click.option("--state", metavar="DIR", help="The directory of the broker's own files.")
 
 
 def _check_patterns(_: click.Context, __: click.Parameter, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -43,12 +43,12 @@ def permissions_option(what: str, *, required: bool) -> Callable[..., Any]:
         type=click.Choice(["read", "write", "all"]),
         multiple=True,
         required=required,
-        help=f"{what}; several may be given.",
+        help=f"{what}; may be repeated.",
     )
 
 
 def grants_of(permissions: tuple[str, ...], patterns: tuple[str, ...]) -> Grants:
-    """Each of the permissions on each of the patterns, once."""
+    """Return the grants for all combinations of permissions and patterns, without duplicates."""
     patterns = tuple(dict.fromkeys(patterns))
     return Grants(
         read=patterns if {"read", "all"} & set(permissions) else (),

@@ -185,12 +185,12 @@ class SendQueue:
         "_waiting",
         "_wake",
         "limit",
-        "writer",
         "protocol",
         "queued",
         "rests_until",
         "size",
         "turned_away",
+        "writer",
     )
 
     def __init__(

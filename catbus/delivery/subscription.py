@@ -28,7 +28,6 @@ class Subscription:
     __slots__ = (
         "cursor",
         "late",
-        "send_queue",
         "marked",
         "overlapping",
         "owed_live",
@@ -36,6 +35,7 @@ class Subscription:
         "producer",
         "rows",
         "send_datagram",
+        "send_queue",
         "stalled",
     )
 

@@ -88,11 +88,11 @@ class Connection:
         "_largest",
         "_last_busy",
         "_listening",
-        "_send_queue",
         "_packer",
         "_pinged",
         "_prove",
         "_registry",
+        "_send_queue",
         "_settings",
         "outbox",
     )

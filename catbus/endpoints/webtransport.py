@@ -50,7 +50,7 @@ UNREAD = "nothing was read for a minute"
 class Lane:
     """The outlet of one send queue: a stream, which the client opens for the session and we for a subscription."""
 
-    __slots__ = ("_flush", "acknowledged", "ending", "send_queue", "moved", "on_stopped", "over", "sent", "stream")
+    __slots__ = ("_flush", "acknowledged", "ending", "moved", "on_stopped", "over", "send_queue", "sent", "stream")
 
     send_queue: SendQueue
 
@@ -86,7 +86,6 @@ class Conversation:
         "_datagrams",
         "_ended",
         "_gone",
-        "_replica",
         "_inbox",
         "_lanes",
         "_lost",
@@ -96,6 +95,7 @@ class Conversation:
         "_news",
         "_on_fault",
         "_on_stall",
+        "_replica",
         "_room",
         "_spacer",
         "_transmit",

@@ -89,7 +89,7 @@ class CpuShare:
 class CpuUser:
     """One connection, which all tasks that serve it work for."""
 
-    __slots__ = ("began", "had", "share", "cpu_scheduler")
+    __slots__ = ("began", "cpu_scheduler", "had", "share")
 
     def __init__(self, cpu_scheduler: CpuScheduler, share: CpuShare) -> None:
         self.cpu_scheduler = cpu_scheduler

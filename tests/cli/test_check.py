@@ -48,7 +48,7 @@ def test_a_database_that_is_as_it_should_be(catbus: Command, database_url: str) 
     assert {name: level for name, (level, _, _) in found.items() if level != "ok"} == {"durability": "warning"}
     assert status == 0
     assert {"configuration", "secret", "certificate", "port", "database", "encryption", "schema"} <= set(found)
-    assert "an address has 5,000 of 10,000 connections; proxies that are trusted: none" in found["limits"][1]
+    assert "an address: 5,000 of 10,000 connections; trusted proxies: none" in found["limits"][1]
     assert found["notifications"][1].startswith("they come through database.url (0.")
     assert "fsync is off" in found["durability"][1]  # the tests' own server
     assert run(catbus, "--database", database_url, "--strict")[0] == 1
@@ -59,8 +59,8 @@ def test_for_people_it_is_a_line_each_and_what_to_do_below(catbus: Command) -> N
     assert status == 0
     assert output.startswith("ok       configuration  no file, and the environment\n")
     assert output.endswith(
-        "warning  database       in memory: the log ends with the process, and no other replica has it\n"
-        "                        set DATABASE_URL to keep it\n"
+        "warning  database       in memory: the log ends with the process, and replicas cannot share it\n"
+        "                        set DATABASE_URL to keep the log\n"
     )
 
 
@@ -93,7 +93,7 @@ def test_memory_has_to_be_asked_for_where_others_can_reach_the_broker(
     monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
     status, found = run(catbus)
     assert (status, found["database"][0]) == (1, "error")
-    assert "or to memory where that is meant" in found["database"][2]
+    assert "or to memory if that is intended" in found["database"][2]
     status, found = run(catbus, "--database", "memory")
     assert (status, found["database"][0]) == (0, "warning")
 
@@ -114,7 +114,7 @@ def test_secrets(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("CATBUS_WS_BIND", "127.0.0.1:0")
     monkeypatch.delenv("CATBUS_SECRET")
-    assert run(catbus)[1]["secret"][:2] == ("ok", "one is made and kept, as only this machine can reach the broker")
+    assert run(catbus)[1]["secret"][:2] == ("ok", "the broker creates one, because only this machine can reach it")
     monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
     status, found = run(catbus)
     assert (status, found["secret"][0]) == (1, "error")
@@ -123,7 +123,12 @@ def test_secrets(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 NOW = datetime.now(UTC)
 CERTIFICATES = {
-    "good": ((NOW - timedelta(days=1), NOW + timedelta(days=90)), ("a.example.com",), "ok", "for a.example.com, until"),
+    "good": (
+        (NOW - timedelta(days=1), NOW + timedelta(days=90)),
+        ("a.example.com",),
+        "ok",
+        "for a.example.com, valid until",
+    ),
     "old": ((NOW - timedelta(days=9), NOW - timedelta(days=1)), ("a.example.com",), "error", "expired"),
     "young": ((NOW + timedelta(days=1), NOW + timedelta(days=9)), ("a.example.com",), "error", "not valid yet"),
     "due": ((NOW - timedelta(days=1), NOW + timedelta(days=9)), ("a.example.com",), "warning", "until"),
@@ -161,7 +166,7 @@ def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(check, "HEALTH_REQUEST_TIMEOUT", 0.1)
         status, output, _ = catbus("check")
     assert status == 1
-    assert "is in use, and not by a broker" in output
+    assert "is in use by another program" in output
     config = tmp_path / "catbus.toml"
     config.write_text("[webtransport]\nbind = []\n")
     process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
@@ -170,7 +175,7 @@ def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("CATBUS_BIND")
     status, found = run(catbus, "--config", str(config))
     assert (status, found["port"][0]) == (0, "ok")
-    assert found["port"][1].endswith("a broker serves there already")
+    assert found["port"][1].endswith("a broker is already running there")
 
 
 def test_a_port_that_a_broker_has_with_tls(
@@ -184,7 +189,7 @@ def test_a_port_that_a_broker_has_with_tls(
     monkeypatch.delenv("CATBUS_BIND")
     status, found = run(catbus, "--config", str(config))
     assert (status, found["port"][0]) == (0, "ok")
-    assert found["port"][1].endswith("a broker serves there already")
+    assert found["port"][1].endswith("a broker is already running there")
 
 
 UNREACHABLE = {

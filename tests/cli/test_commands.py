@@ -144,12 +144,12 @@ def test_a_subscriber_goes_on_when_the_broker_is_there_again(
     if way == signal.SIGTERM:
         assert status == 0
         assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "stopped"
-    assert subscriber.stderr.readline().endswith("; connecting again\n")
+    assert subscriber.stderr.readline().endswith("; reconnecting\n")
     restart(broker, start)
-    assert subscriber.stderr.readline() == "catbus: connected again\n"
+    assert subscriber.stderr.readline() == "catbus: reconnected\n"
     # Its log begins anew.
     assert subscriber.stderr.readline().startswith(
-        "catbus: a: messages after 0 are of a log that is no more; those of the new one follow (epoch;"
+        "catbus: a: messages after 0 belong to a lost log; those of the new log follow (reason: epoch;"
     )
     publisher = start("pub", "a", '"again"', "--url", broker.url)
     assert json.loads(publisher.communicate(timeout=PATIENCE)[0])["seq"] == 1
@@ -166,10 +166,10 @@ def test_a_publisher_goes_on_when_the_broker_is_there_again(broker: Running, sta
     end(broker.process, signal.SIGKILL)
     publisher.stdin.write("2\n")
     publisher.stdin.flush()
-    assert publisher.stderr.readline().endswith("; connecting again\n")
+    assert publisher.stderr.readline().endswith("; reconnecting\n")
     restart(broker, start)
     output, errors = publisher.communicate(timeout=PATIENCE)
-    assert (json.loads(output)["seq"], errors, publisher.returncode) == (1, "catbus: connected again\n", 0)
+    assert (json.loads(output)["seq"], errors, publisher.returncode) == (1, "catbus: reconnected\n", 0)
 
 
 def test_a_publisher_does_not_wait_for_ever(broker: Running, start: Start) -> None:
@@ -182,7 +182,7 @@ def test_a_publisher_does_not_wait_for_ever(broker: Running, start: Start) -> No
     output, errors = publisher.communicate("2\n", timeout=PATIENCE)
     assert (output, publisher.returncode) == ("", 1)
     assert errors.splitlines()[-1] == (
-        "catbus: no answer within 0.5 s; some of the lines 2 to 2 may have been published all the same"
+        "catbus: no acknowledgement within 0.5 s; some of the lines 2 to 2 may have been published"
     )
 
 

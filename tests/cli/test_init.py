@@ -13,7 +13,7 @@ def test_a_database_is_prepared_once(catbus: Command, empty_database_url: str) -
     assert ": applied 001_log.sql, " in output
     status, output, errors = catbus("init", "--database", empty_database_url)
     assert (status, errors) == (0, "")
-    assert output.endswith(": nothing to do, it is up to date\n")
+    assert output.endswith(": the schema is up to date\n")
 
 
 def test_a_new_epoch_begins_each_time_that_it_is_asked_for(catbus: Command, database_url: str) -> None:

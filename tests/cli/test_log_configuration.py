@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from catbus.cli.log_configuration import configure_logging, redact_text
+from catbus.cli.log_configuration import configure_logging
+from catbus.cli.log_redaction import redact_text
 from catbus.observability.loggers import get_logger
 
 TOKEN = "sub-eyJjbGllbnRfaWQiOiJhIn0.c2lnbmF0dXJlc2lnbmF0dXI"

@@ -36,17 +36,17 @@ def test_it_says_what_is_missing_and_changes_nothing_until_it_is_told_to(catbus:
         status, output, errors = catbus("repair", "--database", damaged)
         assert (status, errors) == (1, "")
         lines = output.splitlines()
-        assert lines[0].endswith(": looked through messages 1 to 10")
-        assert lines[1:4] == ["  3 to 5 (3)", "  8", "4 messages are missing, in 2 places"]
+        assert lines[0].endswith(": searched messages 1 to 10")
+        assert lines[1:4] == ["  3 to 5 (3)", "  8", "4 messages are missing, in 2 ranges"]
         assert "`catbus repair --apply`" in lines[4]
     assert '"4 messages were deleted by hand' in catbus("check", "--json", "--database", damaged)[1]
     status, output, errors = catbus("repair", "--apply", "--database", damaged)
     assert (status, errors) == (0, "")
     assert "deleted by hand" not in catbus("check", "--json", "--database", damaged)[1]
-    assert "are told of a gap" in output
+    assert "receive a gap" in output
     status, output, errors = catbus("repair", "--database", damaged)
     assert (status, errors) == (0, "")
-    assert output.endswith("nothing is missing\n")
+    assert output.endswith("no messages are missing\n")
 
 
 def test_for_scripts_it_is_json(catbus: Command, damaged: str) -> None:
@@ -60,7 +60,7 @@ def test_for_scripts_it_is_json(catbus: Command, damaged: str) -> None:
 def test_only_the_first_holes_are_shown(catbus: Command, damaged: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "MAX_GAPS_SHOWN", 1)
     _, output, _ = catbus("repair", "--database", damaged)
-    assert "  3 to 5 (3)\n  and 1 places more (--json shows all)\n" in output
+    assert "  3 to 5 (3)\n  and 1 more ranges (--json shows all)\n" in output
 
 
 def test_an_empty_log(catbus: Command, database_url: str) -> None:

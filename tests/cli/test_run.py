@@ -160,9 +160,9 @@ def test_sighup_takes_log_levels_and_names_what_takes_a_restart(start: Start, tm
 
     assert reload("[limits]\nconnections = 10\n")["unchanged"] is True
     levels = "[logging]\nlevels = 'catbus=debug'\n"
-    assert reload(levels + "[limits]\nconnections = 10\n")["taken"] == ["logging.levels"]
-    assert reload(levels + "[limits]\nconnections = 11\n[auth]\nadmin_key = 'hunter2'\n")["taken"] == []
-    left = next_event(process, "settings have changed that take a restart")
+    assert reload(levels + "[limits]\nconnections = 10\n")["reloaded"] == ["logging.levels"]
+    assert reload(levels + "[limits]\nconnections = 11\n[auth]\nadmin_key = 'hunter2'\n")["reloaded"] == []
+    left = next_event(process, "changed settings require a restart")
     assert (left["settings"], left["level"]) == (["auth.admin_key", "limits.connections"], "warning")
     wrong = reload("[limits]\nconnections = true\n")
     assert "connections: expected a whole number" in wrong["reason"]
@@ -179,7 +179,7 @@ def test_sighup_names_public_keys_that_have_changed(start: Start, tmp_path: Path
     next_event(process, "serving")
     (tmp_path / "keys.pem").write_bytes(pem + pem)
     process.send_signal(signal.SIGHUP)
-    assert next_event(process, "settings have changed that take a restart")["settings"] == ["auth.jwt"]
+    assert next_event(process, "changed settings require a restart")["settings"] == ["auth.jwt"]
 
 
 def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, state: str | None) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def test_without_a_secret_it_shows_what_there_is(catbus: Command) -> None:
     status, output, _ = catbus("token", "show", sign(SECRET, client_id="alice", grants=GRANTS))
     shown = parts(output)
     assert (status, shown["client_id"], shown["signature"]) == (0, "alice", "unchecked")
-    assert shown["verdict"].startswith("not known here: no secret and no key is configured")
+    assert shown["verdict"].startswith("undecided: no secret and no key is configured")
 
 
 def test_a_role_token_is_named_by_its_handle(catbus: Command) -> None:

@@ -1,1 +1,1 @@
-"""The commands, a module each: `catbus run` is `run`."""
+"""The commands, one module each. `catbus run` is in `run`."""

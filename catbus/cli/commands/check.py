@@ -1,4 +1,4 @@
-"""`catbus check`: whether a broker could serve with this configuration, and what to change."""
+"""`catbus check`: check the configuration and the environment of a broker before it starts."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from ..database_access import embedded_directory
 from ..shared_options import config_option, database_option, state_option
 
 RENEWAL_PERIOD = timedelta(days=14)
-"""A certificate with less left than this should have been renewed."""
+"""A certificate that expires within this time should have been renewed."""
 HEALTH_REQUEST_TIMEOUT = 2.0
-"""Seconds for whoever has a port already to say who it is."""
-ALREADY_SERVED = "a broker serves there already"
+"""Seconds to wait for a reply of the process that listens on a port."""
+ALREADY_SERVED = "a broker is already running there"
 
 
-@click.command("check", short_help="Say whether a broker could serve.")
+@click.command("check", short_help="Check the configuration before a broker starts.")
 @config_option
 @database_option
 @state_option
-@click.option("--strict", is_flag=True, help="Let warnings count as errors.")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON, a line for each finding, for scripts.")
+@click.option("--strict", is_flag=True, help="Treat warnings as errors.")
+@click.option("--json", "as_json", is_flag=True, help="Write one line of JSON per result, for scripts.")
 def command(config: Path | None, database: str | None, state: str | None, strict: bool, as_json: bool) -> None:
-    """Look at the configuration, the secret, the certificate, the ports, the database, and what is in between.
+    """Check the configuration, the secret, the certificate, the ports and the database.
 
-    It reads what `catbus run` would read, changes nothing, and says what to do about what it finds. Exits with 1 when a
-    broker could not serve so.
+    Reads the same sources as `catbus run`, changes nothing, and shows how to fix each problem. Exits with 1 if a broker
+    could not start.
 
     \b
     Examples:
@@ -94,7 +94,7 @@ def _check_all(path: Path | None, given: Mapping[str, object], tell: ReportResul
 
 
 def _check_settings(reading: LoadedConfig) -> Iterator[CheckResult]:
-    """Where each setting comes from that has not its default, and the variables that set nothing."""
+    """Yield the settings without their defaults, with their sources, and the variables that have no effect."""
     for name, source in sorted(reading.sources.items()):
         yield CheckResult("ok", "setting", f"{name} = {show_setting(reading.config, name)} ({source})")
     for text in reading.warnings:
@@ -105,11 +105,11 @@ def _check_secret(config: Config) -> Iterator[CheckResult]:
     secrets, weak = config.auth.secrets, find_weak_secrets(config)
     if not secrets and not config.loopback:
         advice = f"set CATBUS_SECRET, for example to the output of `{SECRET_COMMAND}`"
-        yield CheckResult("error", "secret", "there is none, and others can reach this broker", advice)
+        yield CheckResult("error", "secret", "there is none, but other machines can reach this broker", advice)
     elif not secrets:
-        yield CheckResult("ok", "secret", "one is made and kept, as only this machine can reach the broker")
+        yield CheckResult("ok", "secret", "the broker creates one, because only this machine can reach it")
     elif not weak:
-        yield CheckResult("ok", "secret", "there is one" if len(secrets) == 1 else f"there are {len(secrets)}")
+        yield CheckResult("ok", "secret", f"{len(secrets)} configured")
     bearable = config.loopback or config.auth.allow_weak_secrets
     for text in weak:
         yield CheckResult("warning" if bearable else "error", "secret", text, f"use the output of `{SECRET_COMMAND}`")
@@ -119,10 +119,10 @@ def _check_certificate(config: Config) -> Iterator[CheckResult]:
     if not config.certificate_needed:
         if config.webtransport.bind:
             advice = "set CATBUS_CERT and CATBUS_KEY to the certificate and its key"
-            yield CheckResult("warning", "certificate", "there is none, so that WebTransport is not served", advice)
+            yield CheckResult("warning", "certificate", "there is none, so WebTransport is disabled", advice)
         return
     if config.webtransport.cert is None:
-        yield CheckResult("ok", "certificate", "one is made, as only this machine can reach the broker")
+        yield CheckResult("ok", "certificate", "the broker creates one, because only this machine can reach it")
         return
     now = datetime.now(UTC)
     try:
@@ -133,15 +133,17 @@ def _check_certificate(config: Config) -> Iterator[CheckResult]:
     assert found is not None
     names = _certificate_names(found)
     left = found.not_valid_after_utc - now
-    text = f"for {', '.join(names) or 'nobody'}, until {found.not_valid_after_utc:%Y-%m-%d}"
+    text = f"for {', '.join(names) or 'no host'}, valid until {found.not_valid_after_utc:%Y-%m-%d}"
     if left <= timedelta(0):
         yield CheckResult("error", "certificate", f"expired: {text}", "renew it")
     elif found.not_valid_before_utc > now:
-        yield CheckResult("error", "certificate", f"not valid yet: {text}", "check this machine's clock")
+        yield CheckResult("error", "certificate", f"not valid yet: {text}", "check the clock of this machine")
     elif not names:
-        yield CheckResult("error", "certificate", "it names no host (subjectAltName)", "clients look nowhere else")
+        yield CheckResult(
+            "error", "certificate", "it names no host (subjectAltName)", "clients check only subjectAltName"
+        )
     elif left < RENEWAL_PERIOD:
-        yield CheckResult("warning", "certificate", text, "renew it; a running broker takes the new one by itself")
+        yield CheckResult("warning", "certificate", text, "renew it; a running broker loads the new one automatically")
     else:
         yield CheckResult("ok", "certificate", text)
 
@@ -166,7 +168,7 @@ def _check_ports(config: Config) -> Iterator[CheckResult]:
 
 
 def _check_port(kind: socket.SocketKind, name: str, address: str, serving: bool, *, tls: bool) -> CheckResult:
-    """Whether it can be had. `serving`: a broker was found on another one, which has this one too then."""
+    """Check whether a port can be bound. `serving`: another port belongs to a running broker, so this one does, too."""
     host, port = split_address(address)
     place = f"{name} {address}"
     try:
@@ -178,23 +180,23 @@ def _check_port(kind: socket.SocketKind, name: str, address: str, serving: bool,
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return _check_port_in_use(kind, place, host, port, serving, tls=tls)
-        advice = "ports below 1024 need a privilege" if error.errno == errno.EACCES else "check the address"
+        advice = "ports below 1024 require a privilege" if error.errno == errno.EACCES else "check the address"
         return CheckResult("error", "port", f"{place}: {error.strerror}", advice)
-    return CheckResult("ok", "port", f"{place} can be had")
+    return CheckResult("ok", "port", f"{place} is available")
 
 
 def _check_port_in_use(
     kind: socket.SocketKind, place: str, host: str, port: int, serving: bool, *, tls: bool
 ) -> CheckResult:
-    """A broker that runs already is no mistake: then this is asked beside it."""
-    advice = "stop what has it, or bind another (CATBUS_WS_BIND, CATBUS_BIND)"
+    """Check who uses a port. A running broker is not an error, because the command can run beside it."""
+    advice = "stop the process that uses it, or bind another port (CATBUS_WS_BIND, CATBUS_BIND)"
     if kind is socket.SOCK_DGRAM:
-        text = f"{place}: {ALREADY_SERVED}" if serving else f"{place} is in use, and who has it cannot be told"
+        text = f"{place}: {ALREADY_SERVED}" if serving else f"{place} is in use by an unknown process"
         return CheckResult("ok", "port", text) if serving else CheckResult("error", "port", text, advice)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection = http.client.HTTPConnection(host, port, timeout=HEALTH_REQUEST_TIMEOUT)
     if tls:
-        # Whose certificate it shows says nothing of what has the port.
+        # The certificate is not verified: it does not show which process uses the port.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=HEALTH_REQUEST_TIMEOUT, context=context)
@@ -206,7 +208,7 @@ def _check_port_in_use(
         pass
     finally:
         connection.close()
-    return CheckResult("error", "port", f"{place} is in use, and not by a broker", advice)
+    return CheckResult("error", "port", f"{place} is in use by another program", advice)
 
 
 def _check_open_files(config: Config) -> Iterator[CheckResult]:
@@ -214,17 +216,19 @@ def _check_open_files(config: Config) -> Iterator[CheckResult]:
     wanted = config.limits.connections
     possible = connections_that_fit(wanted, files)
     if possible < wanted:
-        text = f"{files:,} may be open, which is enough for {possible:,} of {wanted:,} connections (limits.connections)"
-        yield CheckResult("warning", "files", text, "raise the hard limit of open files, or lower limits.connections")
+        text = f"{files:,} open files allow {possible:,} of {wanted:,} connections (limits.connections)"
+        yield CheckResult(
+            "warning", "files", text, "raise the hard limit of open files (ulimit -Hn), or lower limits.connections"
+        )
 
 
 def _show_limits(config: Config) -> Iterator[CheckResult]:
-    """What a client, and an address, may have."""
+    """Yield the limits of one client and of one address."""
     limits, proxies = config.limits, config.websocket.trusted_proxies
     text = (
-        f"a client publishes {limits.publish_rate:,} messages and {limits.publish_bytes:,} bytes a second unless its "
-        f"token says otherwise, and has {limits.sessions:,} sessions; an address has {limits.address_connections:,} of "
-        f"{limits.connections:,} connections; proxies that are trusted: {', '.join(proxies) or 'none'}"
+        f"a client: {limits.publish_rate:,} messages and {limits.publish_bytes:,} bytes per second unless its token "
+        f"has other rates, {limits.sessions:,} sessions; an address: {limits.address_connections:,} of "
+        f"{limits.connections:,} connections; trusted proxies: {', '.join(proxies) or 'none'}"
     )
     yield CheckResult("ok", "limits", text)
 
@@ -233,9 +237,9 @@ def _check_database(reading: LoadedConfig, tell: ReportResult) -> None:
     config = reading.config
     settings = config.database
     if settings.url == "memory":
-        text = "in memory: the log ends with the process, and no other replica has it"
+        text = "in memory: the log ends with the process, and replicas cannot share it"
         unasked = not config.loopback and "database.url" not in reading.sources
-        advice = "set DATABASE_URL to keep it" + (", or to memory where that is meant" if unasked else "")
+        advice = "set DATABASE_URL to keep the log" + (", or to memory if that is intended" if unasked else "")
         tell(CheckResult("error" if unasked else "warning", "database", text, advice))
         return
     if settings.url == "embedded":

@@ -1,4 +1,4 @@
-"""`catbus fuzz`: try to break a broker that runs."""
+"""`catbus fuzz`: test a running broker with random clients against a model of the protocol."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ...testing.fuzz import FuzzResult
 
 SHRINK_TIME = 60.0
-"""Seconds in which what was found is made smaller."""
+"""Seconds for shrinking a failing example."""
 PROGRESS_INTERVAL = 30.0
-"""Seconds between two lines where there is no terminal to draw a bar on."""
+"""Seconds between two progress lines, if there is no terminal for a progress bar."""
 
 
-@click.command("fuzz", short_help="Try to break a broker: a state machine against a model, and hostile clients.")
+@click.command("fuzz", short_help="Test a running broker with random and hostile clients.")
 @click.option(
     "--url",
     "urls",
@@ -33,35 +33,40 @@ PROGRESS_INTERVAL = 30.0
     default=[DEFAULT_URL],
     envvar="CATBUS_URL",
     show_default=True,
-    help="The broker; several times for its replicas, which take turns. WebTransport is found by itself where a "
-    "WebSocket tells of it. Also CATBUS_URL.",
+    help="The URL of the broker. Repeat it for several replicas. WebTransport is tested, too, if the broker announces "
+    "it over WebSocket. Also CATBUS_URL.",
 )
 @click.option(
     "--token",
     envvar="CATBUS_TOKEN",
-    help="Who all clients are, who may read and write `fuzz.*`. Also CATBUS_TOKEN. With a secret instead there are "
-    "clients that may more and less.",
+    help="The token of all clients, which must allow to read and write `fuzz.*`. Also CATBUS_TOKEN. With a secret "
+    "instead, clients have different grants.",
 )
 @click.option(
     "--secret",
     help="Sign tokens with this secret. CATBUS_SECRET keeps it off the command line; for a broker on this machine the "
-    "development secret is found by itself.",
+    "development secret is the default.",
 )
 @ca_option
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="For how long."
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Duration."
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Draw the same examples again. [a new one each time]")
-@click.option("--root", default="fuzz", show_default=True, help="All channels are below this one.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the random examples. [random]")
+@click.option("--root", default="fuzz", show_default=True, help="Prefix of all channels.")
 @click.option(
     "--keep",
     type=click.Path(file_okay=False),
     metavar="DIR",
     default=".hypothesis",
     show_default=True,
-    help="What was found is kept here, and tried first the next time.",
+    help="Directory for failing examples, which are tried first the next time.",
 )
-@click.option("--script", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the replay here.")
+@click.option(
+    "--script",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE",
+    help="Write the script that reproduces a failure to this file.",
+)
 def command(
     urls: tuple[str, ...],
     token: str | None,
@@ -73,15 +78,15 @@ def command(
     keep: str,
     script: str | None,
 ) -> None:
-    """Play a state machine of clients to a broker that runs, with hostile clients beside it.
+    """Test a running broker with a state machine of clients, and with hostile clients.
 
-    They come, subscribe, publish, are allowed more and less, are cut off, leave and come back from where they were;
-    after each step all of them must have exactly what a model of the protocol says, over WebSocket and WebTransport.
-    Nobody else may publish to channels below --root meanwhile; what is there is not touched, and some thousand messages
-    a minute stay behind.
+    The clients connect, subscribe, publish, get and lose grants, are disconnected, and resume at their cursors. After
+    each step all of them must have received exactly the messages of a model of the protocol, over WebSocket and
+    WebTransport. No other client may publish to channels below --root during the test. Existing messages are not
+    changed, and some thousand messages per minute remain in the log.
 
-    When something is found, it is made smaller, and a Python script that does it again is printed. The exit status is
-    then 1, otherwise 0. Needs Hypothesis: pip install 'catbus-broker[testing]'.
+    A failure is shrunk, and a Python script that reproduces it is printed. The exit status is then 1, otherwise 0.
+    Requires Hypothesis: pip install 'catbus-broker[testing]'.
 
     \b
     Examples:
@@ -96,32 +101,32 @@ def command(
     _check_options(urls, root)
     secret = None if token is not None else secret or find_signing_secret(urls)
     if token is None and secret is None:
-        raise click.UsageError("there is nothing to sign or show: give --token, or set CATBUS_SECRET")
+        raise click.UsageError("no token and no secret is set: give --token, or set CATBUS_SECRET")
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     target = find_target(urls, token=token, secret=secret, ca=ca, root=root)
     for reason in target.unreachable:
-        click.echo(f"catbus: {reason}; going on without it", err=True)
+        click.echo(f"catbus: {reason}; continuing without it", err=True)
     click.echo(f"fuzzing {', '.join(url for url, _ in target.endpoints)} for {minutes:g} min, seed {seed}", err=True)
     progress = _FuzzProgress(60 * minutes)
     try:
         result = fuzz(target, 60 * minutes, seed, keep=keep, on_example=progress.show)
     finally:
         progress.end()
-    done = f"{result.examples} examples with {result.steps} steps, {result.attacks} of hostile clients"
+    done = f"{result.examples} examples with {result.steps} steps, {result.attacks} by hostile clients"
     if result.found is None:
-        click.echo(f"nothing was found in {done}; seed {seed}")
+        click.echo(f"no failure in {done}; seed {seed}")
         return
-    click.echo("something was found; making it smaller ...", err=True)
+    click.echo("failure found; shrinking it ...", err=True)
     smaller = shrink(target, result.found, SHRINK_TIME)
     found = smaller or result.found
-    click.echo(f"something was found in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
-    click.echo(f"These steps {'do it again' if smaller else 'did not do it again: it depends on the moment'}.")
+    click.echo(f"failure in {done}; seed {seed}:\n\n{str(found.error) or type(found.error).__name__}\n")
+    click.echo(f"These steps {'reproduce it' if smaller else 'did not reproduce it: it depends on timing'}.")
     program = write_script(urls, found, ca=ca, root=root)
     if script is None:
         click.echo(f"\n{program}")
     else:
         Path(script).write_text(program, encoding="utf-8")
-        click.echo(f"They are in {script}.")
+        click.echo(f"The script is in {script}.")
     raise click.exceptions.Exit(1)
 
 
@@ -138,7 +143,7 @@ def _check_options(urls: tuple[str, ...], root: str) -> None:
 
 
 class _FuzzProgress:
-    """How far it is, on stderr: a bar on a terminal, and a line now and then where there is none."""
+    """The progress on stderr: a bar on a terminal, otherwise a line from time to time."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

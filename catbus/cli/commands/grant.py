@@ -1,4 +1,4 @@
-"""`catbus grant`: make a token, or allow a role more."""
+"""`catbus grant`: make a token, or add grants to a role."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from ..shared_options import grants_of, patterns_argument, permissions_option
 _MAX_LIFETIME = 10 * 365 * 86_400
 
 
-@click.command("grant", short_help="Make a token, or allow a role more.")
+@click.command("grant", short_help="Make a token, or add grants to a role.")
 @patterns_argument(required=True)
-@permissions_option("What the bearer may do", required=True)
-@click.option("--client-id", metavar="NAME", help="Who the bearer is: the `sender` of its messages.")
-@click.option("--expires", metavar="DURATION", help="How long it is good for, like 30s, 5m, 1h or 7d. [for ever]")
-@click.option("--publish-rate", type=click.IntRange(1, 2**53), help="Messages a second. [what the broker allows all]")
-@click.option("--publish-bytes", metavar="SIZE", help="Bytes of them a second, like 512KiB or 1GiB. [what ... all]")
+@permissions_option("What the holder of the token may do", required=True)
+@click.option("--client-id", metavar="NAME", help="The client_id of the token, which is the `sender` of its messages.")
+@click.option("--expires", metavar="DURATION", help="Lifetime, like 30s, 5m, 1h or 7d. [unlimited]")
+@click.option("--publish-rate", type=click.IntRange(1, 2**53), help="Messages per second. [the broker's limit]")
+@click.option("--publish-bytes", metavar="SIZE", help="Bytes per second, like 512KiB or 1GiB. [the broker's limit]")
 @click.option("--secret", help="Sign with this secret. CATBUS_SECRET keeps it off the command line.")
-@click.option("--to", "role", metavar="ROLE", help="Allow this role more, by its token or handle, and make no token.")
+@click.option(
+    "--to", "role", metavar="ROLE", help="Add grants to this role (its token or handle) instead of making a token."
+)
 @database_options
 def command(
     patterns: tuple[str, ...],
@@ -43,12 +45,12 @@ def command(
 ) -> None:
     """Make a token that allows NAME to read or write the channels that match any PATTERN.
 
-    The token stands alone on the first line of the output. It is signed with --secret, else with CATBUS_SECRET or the
-    secret in the file that --config names, else with the development secret of this user.
+    The token is the only text on stdout. It is signed with --secret, else with CATBUS_SECRET or the secret in the file
+    of --config, else with the development secret of this user.
 
-    With --to no token is made: a role of `catbus role create` is allowed more, and shown. Its bearer has that at
-    once, also where it is connected already. The role is in the database of --database, else of DATABASE_URL, else of
-    the file that --config names, else in the embedded one of the broker on this machine.
+    With --to, grants are added to a role of `catbus role create`, and the role is shown. They apply immediately, also
+    to connected sessions. The database of the role is that of --database, else DATABASE_URL, else that of the file of
+    --config, else the embedded database of the broker on this machine.
 
     \b
     Examples:
@@ -69,12 +71,12 @@ def command(
         }
         for option, value in of_tokens.items():
             if value is not None:
-                raise click.UsageError(f"{option} means nothing with --to: a role has its token already")
+                raise click.UsageError(f"{option} has no effect with --to: a role already has its token")
         settings = load_database(config, database, state)
         show_role(with_roles(settings, lambda roles: roles.grant(role, grants)))
         return
     if database is not None:
-        raise click.UsageError("--database means nothing without --to")
+        raise click.UsageError("--database has no effect without --to")
     if client_id is None:
         raise click.MissingParameter(param_hint="'--client-id'", param_type="option")
     if not client_id.strip():
@@ -97,7 +99,7 @@ def _parse_expiry(text: str) -> float:
         seconds = 0
     if not 0 < seconds <= _MAX_LIFETIME:
         raise click.UsageError(
-            f'--expires: expected a duration like "30s", "5m", "1h" or "7d", of ten years at most, found "{text[:40]}"'
+            f'--expires: expected a duration like "30s", "5m", "1h" or "7d", at most ten years, found "{text[:40]}"'
         )
     return seconds
 
@@ -121,4 +123,4 @@ def _signing_secret(given: str | None, path: Path | None, state: str | None) -> 
         return config.auth.secrets[0], f"the secret of {named}"
     if kept := read_secret(config.state_directory):
         return kept, f"the development secret in {config.state_directory}"
-    raise click.UsageError("there is no secret to sign with: set CATBUS_SECRET to the one that the broker has")
+    raise click.UsageError("there is no secret to sign with: set CATBUS_SECRET to the broker's secret")

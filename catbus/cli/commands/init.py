@@ -1,4 +1,4 @@
-"""`catbus init`: prepare a database."""
+"""`catbus init`: create or migrate the schema in a database."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ...postgres.access.migrations import begin_epoch, init
 from ..database_access import database_options, open_database
 
 
-@click.command("init", short_help="Prepare a database.")
+@click.command("init", short_help="Create or migrate the schema in a database.")
 @database_options
 @click.option(
     "--new-epoch",
     is_flag=True,
-    help="The database was restored from a backup: say so to all who knew more of the log than it has now.",
+    help="Begin a new epoch after a restore from a backup, so that subscribers learn which messages were lost.",
 )
 def command(config: Path | None, database: str | None, state: str | None, new_epoch: bool) -> None:
-    """Bring the schema `catbus` of a database to this version, or make it. Harmless where that has been done.
+    """Create the schema `catbus` in a database, or migrate it to this version. Idempotent.
 
-    A broker does the same when it starts; this is for where it may not, and for finding out beforehand.
+    A broker does the same when it starts. Use this command if its user may not create the schema, or to do it before.
 
-    With --new-epoch it is the last step of a restore by hand, before a broker is started again: subscribers who knew of
-    messages that are gone are told so, and nobody takes others under the same numbers for them.
+    With --new-epoch it is the last step of a manual restore, before a broker starts again: subscribers are told that
+    messages were lost, and new messages with the same seqs are not mistaken for the lost ones.
 
     \b
     Examples:
@@ -36,13 +36,13 @@ def command(config: Path | None, database: str | None, state: str | None, new_ep
     """
     settings = load(config, os.environ, {"database.url": database, "state": state})
     if settings.database.url == "memory":
-        raise ConfigError("there is no database to prepare: set DATABASE_URL or give --database")
+        raise ConfigError("there is no database: set DATABASE_URL or give --database")
     applied, epoch = trio.run(_prepare, settings, new_epoch)
     place = redact_url(settings.database.url)
     if applied:
         click.echo(f"{place}: applied {', '.join(applied)}")
     elif epoch is None:
-        click.echo(f"{place}: nothing to do, it is up to date")
+        click.echo(f"{place}: the schema is up to date")
     if epoch is not None:
         click.echo(f"{place}: epoch {epoch[0]} begins after message {epoch[1]}")
 

@@ -1,4 +1,4 @@
-"""`catbus pub`: publish."""
+"""`catbus pub`: publish messages."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _MAX_LINE_BYTES = 16 * 1024 * 1024
 @click.command("pub", short_help="Publish JSON to a channel.")
 @click.argument("channel")
 @click.argument("payload", metavar="JSON|-")
-@click.option("--ephemeral", is_flag=True, help="To whoever is there now, at most once, past the log.")
+@click.option("--ephemeral", is_flag=True, help="Deliver to current subscribers only, at most once, without the log.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for the broker's answer, and to connect again where the connection is lost.",
+    help="Time to wait for the acknowledgement, reconnects included.",
 )
 @connection_options
 def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker: ConnectionOptions) -> None:
-    """Publish JSON to CHANNEL, and say under which number the log has it (null for an ephemeral message).
+    """Publish JSON to CHANNEL, and print the seq of the message in the log (null for an ephemeral message).
 
-    With - every line of the input is a message of its own, in that order. When the connection is lost, it is made
-    again, and what has no answer is sent again; it is published once all the same.
+    With -, each line of stdin is published as a message, in order. After a lost connection the command reconnects and
+    retries unacknowledged messages. Publishing is idempotent, so there are no duplicates.
 
     \b
     Examples:
@@ -52,7 +52,7 @@ def command(channel: str, payload: str, ephemeral: bool, timeout: float, broker:
         check_channel(channel)
         checked = None if payload == "-" else Raw(check_payload(os.fsencode(payload)))
     except PeerError as error:
-        hint = " (text has quotes of its own: '\"text\"')" if error.code == ErrorCode.BAD_MESSAGE else ""
+        hint = " (a JSON string needs its own quotes: '\"text\"')" if error.code == ErrorCode.BAD_MESSAGE else ""
         raise click.UsageError(f"{error}{hint}") from None
     broker.require_token()
     if checked is None:
@@ -76,13 +76,13 @@ async def _publish_lines(broker: ConnectionOptions, channel: str, ephemeral: boo
                 refused += await _publish_batch(bus, channel, before, some, ephemeral, timeout)
                 before += len(some)
     if refused:
-        raise click.ClickException(f"{refused} of {before} lines were refused")
+        raise click.ClickException(f"{refused} of {before} lines were rejected")
 
 
 async def _publish_batch(
     bus: Bus, channel: str, before: int, lines: list[bytes], ephemeral: bool, timeout: float
 ) -> int:
-    """Publish lines, of which so many came `before`. Returns how many were refused."""
+    """Publish lines; `before` is the number of earlier lines. Return how many were rejected."""
     requests: dict[int, tuple[str, Raw]] = {}
     broken: click.ClickException | None = None
     for number, line in enumerate(lines, before + 1):
@@ -90,7 +90,7 @@ async def _publish_batch(
             if line.strip():
                 requests[number] = (channel, Raw(check_payload(line)))
         except PeerError as error:
-            # What stands before it is published all the same.
+            # The lines before it are published.
             broken = click.ClickException(f"line {number}: {error}")
             break
     refused, output = 0, b""
@@ -113,19 +113,19 @@ def _time_limit(timeout: float, what: str) -> Iterator[None]:
     with trio.move_on_after(timeout) as scope:
         yield
     if scope.cancelled_caught:
-        raise click.ClickException(f"no answer within {timeout:g} s; {what} may have been published all the same")
+        raise click.ClickException(f"no acknowledgement within {timeout:g} s; {what} may have been published")
 
 
 def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    """So few at a time that their numbers are printed while others are under way."""
+    """Split lines into batches, so that the seqs of one batch are printed while the next one is published."""
     for start in range(0, len(lines), _BATCH_LINES):
         yield lines[start : start + _BATCH_LINES]
 
 
 async def _lines_of_stdin() -> AsyncGenerator[list[bytes], None]:
-    """What has come in, as whole lines, as soon as there are any."""
-    # Neither sys.stdin, whose lock a thread that is left behind would hold for ever, nor a non-blocking descriptor,
-    # which the shell would find non-blocking afterwards.
+    """Yield complete lines of stdin as soon as they arrive."""
+    # Not sys.stdin: an abandoned thread would hold its lock forever. Not a non-blocking descriptor: it would remain
+    # non-blocking for the shell.
     rest = b""
     while chunk := await trio.to_thread.run_sync(os.read, 0, _READ_SIZE, abandon_on_cancel=True):
         *lines, rest = (rest + chunk).split(b"\n")

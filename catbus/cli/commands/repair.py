@@ -1,4 +1,4 @@
-"""`catbus repair`: have subscriptions go on where messages were deleted by hand."""
+"""`catbus repair`: let subscriptions continue after messages that were deleted by hand."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from ...protocol.wire_messages import to_json
 from ..database_access import database_options, describe_database, load_database, open_database
 
 MAX_GAPS_SHOWN = 20
-"""Holes that are shown to people."""
+"""Deleted ranges in the text output."""
 
 
-@click.command("repair", short_help="Find messages that were deleted by hand, and go on behind them.")
+@click.command("repair", short_help="Find messages that were deleted by hand, and continue after them.")
 @database_options
-@click.option("--apply", is_flag=True, help="Do it; without this, only say what would be done.")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON, on one line, for scripts.")
+@click.option("--apply", is_flag=True, help="Apply the repair. Without this option, only report.")
+@click.option("--json", "as_json", is_flag=True, help="Write one line of JSON, for scripts.")
 def command(config: Path | None, database: str | None, state: str | None, apply: bool, as_json: bool) -> None:
-    """Look through the whole log for messages that are missing in it, and say which.
+    """Search the whole log for deleted messages, and report them.
 
-    The log has no holes by itself: retention takes away its oldest part only. Rows that somebody has deleted from the
-    tables are missed by every subscription that has to read them. It stops before them, because nobody knows whether
-    they come back, for example from a backup; brokers say so in their logs, at /ready, in `catbus status` and as a
-    metric.
+    Retention deletes only the oldest part of the log. If rows are deleted from the tables by hand, a subscription that
+    must read them stops before them, because they may return, for example from a backup. Brokers report this in their
+    logs, at /ready, in `catbus status` and as a metric.
 
-    When they do not come back, --apply says so to all: each such subscription is told of a `gap` with the reason
-    `repair` and goes on behind it. Nothing is deleted or changed but that. What is in the memory of a replica goes too,
-    so that all of them deliver the same. A publish that is sent again although its message was among those that are
-    missing is answered `unknown`.
+    If the messages do not return, use --apply: each such subscription receives a `gap` with the reason `repair`, and
+    continues after it. Nothing else is changed or deleted. Replicas also drop these messages from memory, so that all
+    replicas deliver the same. A publish that is retried, and whose message was deleted, gets the reply `unknown`.
 
-    Brokers may run meanwhile, and go on by themselves within seconds. It may be broken off and run again at any time.
-    Without --apply it exits with 1 where something is missing.
+    Brokers may run meanwhile. They continue automatically within seconds. The command can be interrupted and repeated
+    at any time. Without --apply it exits with 1 if messages are missing.
 
     \b
     Examples:
-      catbus repair                                        what is missing?
-      catbus repair --apply                                go on without it
+      catbus repair                                        report missing messages
+      catbus repair --apply                                continue without them
       kubectl exec deploy/catbus -- catbus repair --apply  the same in a cluster
     """
     settings = load_database(config, database, state)
@@ -68,19 +66,19 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
 
 def _show_report(place: str, bounds: DeletedRange, holes: list[DeletedRange], missing: int, apply: bool) -> None:
     first, last = bounds
-    looked = f"looked through messages {first:,} to {last:,}" if last >= first else "the log is empty"
+    looked = f"searched messages {first:,} to {last:,}" if last >= first else "the log is empty"
     click.echo(f"{place}: {looked}")
     if not holes:
-        click.echo("nothing is missing")
+        click.echo("no messages are missing")
         return
     for start, end in holes[:MAX_GAPS_SHOWN]:
         click.echo(f"  {start:,} to {end:,} ({end - start + 1:,})" if end > start else f"  {start:,}")
     if len(holes) > MAX_GAPS_SHOWN:
-        click.echo(f"  and {len(holes) - MAX_GAPS_SHOWN:,} places more (--json shows all)")
-    places = f"in {len(holes):,} places" if len(holes) > 1 else "in one place"
+        click.echo(f"  and {len(holes) - MAX_GAPS_SHOWN:,} more ranges (--json shows all)")
+    places = f"in {len(holes):,} ranges" if len(holes) > 1 else "in one range"
     click.echo(f"{missing:,} messages are missing, {places}")
     click.echo(
-        "subscriptions go on behind them, and are told of a gap"
+        "subscriptions continue after them, and receive a gap"
         if apply
-        else "subscriptions stop before them: `catbus repair --apply` has them go on, with a gap"
+        else "subscriptions stop before them; `catbus repair --apply` lets them continue with a gap"
     )

@@ -1,4 +1,4 @@
-"""`catbus revoke`: take grants from a role."""
+"""`catbus revoke`: remove grants from a role."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..database_access import database_options, load_database, show_role, with_r
 from ..shared_options import grants_of, patterns_argument, permissions_option
 
 
-@click.command("revoke", short_help="Take grants from a role.")
+@click.command("revoke", short_help="Remove grants from a role.")
 @patterns_argument(required=True)
-@permissions_option("What to take", required=True)
+@permissions_option("What to remove", required=True)
 @click.option("--from", "role", required=True, metavar="ROLE", help="The role: its token or its handle.")
 @database_options
 def command(
@@ -25,10 +25,10 @@ def command(
     database: str | None,
     state: str | None,
 ) -> None:
-    """Take from a role exactly these grants, and show what it is then. It has to have all of them.
+    """Remove exactly these grants from a role, and show the role. It must have all of them.
 
-    It applies within a second to everyone who is connected by the role. A token of `catbus grant` cannot be changed: it
-    is good until it expires.
+    The change applies to connected sessions of the role within a second. A token of `catbus grant` cannot be changed:
+    it is valid until it expires.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def command(
 
 
 def still_allowed(taken: Grants, left: Grants) -> list[str]:
-    """What was taken and is allowed all the same, by a grant that was left."""
+    """Describe what the role may still do, by a remaining grant, although it was removed."""
     return [
         f"may still {verb} {pattern}, by its grant on {cover}"
         for verb, patterns, rest in (("read", taken.read, left.read), ("write", taken.write, left.write))

@@ -1,4 +1,4 @@
-"""`catbus role`: make, show and delete roles."""
+"""`catbus role`: create, show and delete roles."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from ..database_access import database_options, describe_database, load_database
 from ..shared_options import grants_of, patterns_argument, permissions_option
 
 
-@click.group("role", short_help="Make, show and delete roles.", invoke_without_command=True)
+@click.group("role", short_help="Create, show and delete roles.", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Make, show and delete roles: bearers of tokens whose grants are kept in the database.
+    """Create, show and delete roles. A role has a token, and its grants are in the database.
 
-    A token of `catbus grant` says itself what it allows, for as long as it is good. A role's token says nothing: what
-    it allows is kept in the database, can be changed at any moment, also while its bearer is connected (catbus grant
-    --to, catbus revoke --from), and ends when the role is deleted. A role is named by its token or by its handle, which
-    `catbus role list` shows.
+    A token of `catbus grant` contains its grants, which are fixed until it expires. The grants of a role can be changed
+    at any time, also for connected sessions (catbus grant --to, catbus revoke --from). Its token is valid until the
+    role is deleted. Commands take a role by its token or by its handle, which `catbus role list` shows.
 
-    The commands speak to the database: that of --database, else of DATABASE_URL, else of the file that --config names,
-    else the embedded one of the broker on this machine, which may be running.
+    The commands use the database of --database, else DATABASE_URL, else that of the file of --config, else the embedded
+    database of the broker on this machine, which may be running.
 
     \b
     Examples:
@@ -33,10 +32,10 @@ def command(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@command.command("create", short_help="Make a role and its token.")
+@command.command("create", short_help="Create a role and its token.")
 @patterns_argument(required=False)
-@permissions_option("What the bearer may do", required=False)
-@click.option("--client-id", metavar="NAME", help="Who the bearer is: the `sender` of its messages. [nobody]")
+@permissions_option("What the role may do", required=False)
+@click.option("--client-id", metavar="NAME", help="The client_id of the role: the `sender` of its messages. [none]")
 @database_options
 def create(
     patterns: tuple[str, ...],
@@ -46,9 +45,9 @@ def create(
     database: str | None,
     state: str | None,
 ) -> None:
-    """Make a role that may read or write the channels that match any PATTERN, and its token.
+    """Create a role that may read or write the channels that match any PATTERN, and its token.
 
-    The token stands alone on the first line of the output. It is shown this once: the database keeps a hash of it.
+    The token is the only text on stdout. It is shown only once: the database has only its hash.
 
     \b
     Examples:
@@ -57,15 +56,15 @@ def create(
       catbus role create --client-id later
     """
     if bool(patterns) != bool(permissions):
-        raise click.UsageError("a PATTERN needs a permission (-p read, -p write), and a permission a PATTERN")
+        raise click.UsageError("give both a PATTERN and a permission (-p read, -p write), or neither")
     if client_id is not None and not client_id.strip():
         raise click.UsageError("--client-id is empty")
     settings = load_database(config, database, state)
     token, role = with_roles(settings, lambda roles: roles.create(client_id, grants_of(permissions, patterns)))
     click.echo(token)
     click.echo(
-        f"{client_id or 'the bearer'} may {role.grants}; the token of the role {role.handle} is shown this once, and "
-        f"{describe_database(settings)} has its hash",
+        f"{client_id or 'the role'} may {role.grants}; the token of the role {role.handle} is shown only once: "
+        f"{describe_database(settings)} has only its hash",
         err=True,
     )
 
@@ -73,7 +72,7 @@ def create(
 @command.command("list", short_help="Show all roles.")
 @database_options
 def list_(config: Path | None, database: str | None, state: str | None) -> None:
-    """Show all roles, oldest first: one JSON object a line.
+    """Show all roles, oldest first, one JSON object per line.
 
     \b
     Examples:
@@ -88,7 +87,7 @@ def list_(config: Path | None, database: str | None, state: str | None) -> None:
 @click.argument("role")
 @database_options
 def show(role: str, config: Path | None, database: str | None, state: str | None) -> None:
-    """Show the role that has this token or handle, as a JSON object.
+    """Show the role with this token or handle, as a JSON object.
 
     \b
     Examples:
@@ -102,9 +101,9 @@ def show(role: str, config: Path | None, database: str | None, state: str | None
 @click.argument("role")
 @database_options
 def delete(role: str, config: Path | None, database: str | None, state: str | None) -> None:
-    """Delete the role that has this token or handle. Nobody is let in by its token any more.
+    """Delete the role with this token or handle. Its token is no longer valid.
 
-    Who is connected by it is closed within a second.
+    Connected sessions of the role are closed within a second.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`catbus run`: a broker, until it is told to stop."""
+"""`catbus run`: run a broker until a signal stops it."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ from ..shared_options import config_option, database_option, state_option
 logger = get_logger("catbus.run")
 
 NO_DATABASE = (
-    "no database is set, and others can reach this broker: set DATABASE_URL to postgres://..., or give --database "
-    "embedded, or --database memory for a log that ends with the process"
+    "no database is set, but other machines can reach this broker: set DATABASE_URL to postgres://..., or give "
+    "--database embedded, or --database memory for a log that ends with the process"
 )
 SECRET_ADVICE = (
-    f"use the output of `{SECRET_COMMAND}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080); to try it all the "
-    "same, set auth.allow_weak_secrets (CATBUS_AUTH_ALLOW_WEAK_SECRETS=true)"
+    f"use the output of `{SECRET_COMMAND}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080); for a trial, "
+    "set auth.allow_weak_secrets (CATBUS_AUTH_ALLOW_WEAK_SECRETS=true)"
 )
 RELOADABLE = frozenset({"logging.levels"})
-"""Settings that a running broker takes when they change."""
+"""Settings that a running broker reloads."""
 
 
 @click.command("run", short_help="Run a broker.")
 @config_option
 @database_option
 @click.option(
-    "--ws-bind", multiple=True, metavar="ADDRESS", help="Serve WebSocket and HTTP there, like 127.0.0.1:8080."
+    "--ws-bind", multiple=True, metavar="ADDRESS", help="Serve WebSocket and HTTP on this address, like 127.0.0.1:8080."
 )
 @state_option
-@click.option("--log", "levels", metavar="LEVELS", help="What to log, like info or catbus=debug,aioquic=warning.")
+@click.option("--log", "levels", metavar="LEVELS", help="Log levels, like info or catbus=debug,aioquic=warning.")
 def command(
     config: Path | None, database: str | None, ws_bind: tuple[str, ...], state: str | None, levels: str | None
 ) -> None:
-    """Run a broker. The first SIGTERM or Ctrl-C stops it in order, the second at once.
+    """Run a broker. The first SIGTERM or Ctrl-C starts a graceful shutdown, the second one stops it immediately.
 
-    SIGHUP has it read its certificate anew, which it also does by itself when the files change, and its log levels.
-    The log names the other settings that have changed since: they take a restart.
+    SIGHUP reloads the certificate, which is also reloaded when its files change, and the log levels. The log names
+    other settings that have changed: they require a restart.
 
-    Settings come from the file that --config names, then from the environment (DATABASE_URL, CATBUS_SECRET,
-    CATBUS_WS_BIND, CATBUS_LOG, and CATBUS_SECTION_NAME for any setting), then from options; what comes later wins.
-    `catbus check` says where each comes from.
+    Settings come from the file of --config, then from the environment (DATABASE_URL, CATBUS_SECRET, CATBUS_WS_BIND,
+    CATBUS_LOG, and CATBUS_SECTION_NAME for any setting), then from options. The later source wins. `catbus check` shows
+    the source of each.
 
     \b
     Examples:
@@ -102,9 +102,9 @@ def command(
 
 
 def check_exposure(config: Config, sources: Mapping[str, str]) -> None:
-    """Raise `ConfigError` where others can reach the broker and it would lose its log, or admit who guesses.
+    """Raise `ConfigError` if other machines can reach the broker, and it has no chosen database or a weak secret.
 
-    `sources` names the settings that somebody has set.
+    `sources` has the settings without their defaults.
     """
     if config.loopback:
         return
@@ -112,19 +112,19 @@ def check_exposure(config: Config, sources: Mapping[str, str]) -> None:
         raise ConfigError(NO_DATABASE)
     weak = find_weak_secrets(config)
     if weak and not config.auth.allow_weak_secrets:
-        raise ConfigError(f"{weak[0]}, and others can reach this broker: {SECRET_ADVICE}")
+        raise ConfigError(f"{weak[0]}, but other machines can reach this broker: {SECRET_ADVICE}")
 
 
 def ensure_secret(config: Config) -> tuple[Config, str | None]:
-    """The configuration with a secret, and a token for it when the secret is a development secret.
+    """Return the configuration with a secret, and for the development secret a token.
 
-    Raises `ConfigError` where there is none and others could reach the broker.
+    Raises `ConfigError` if there is no secret and other machines can reach the broker.
     """
     if config.auth.secrets:
         return config, None
     if not config.loopback:
         raise ConfigError(
-            "there is no secret to verify tokens with, and others can reach this broker: set CATBUS_SECRET, for "
+            "there is no secret to verify tokens, but other machines can reach this broker: set CATBUS_SECRET, for "
             f"example to the output of `{SECRET_COMMAND}`, or bind 127.0.0.1 only (--ws-bind 127.0.0.1:8080)"
         )
     secret = read_or_create_secret(config.state_directory)
@@ -133,7 +133,7 @@ def ensure_secret(config: Config) -> tuple[Config, str | None]:
 
 
 class ConfigReloader:
-    """What SIGHUP does, beside the certificate: read the configuration again, and say what of it is taken."""
+    """The reload of the configuration on SIGHUP. The certificate is reloaded elsewhere."""
 
     def __init__(self, config: Config, read_again: Callable[[], LoadedConfig]) -> None:
         self._config = config
@@ -141,11 +141,11 @@ class ConfigReloader:
         self._keys = _read_files(config.auth.jwt)
 
     def __call__(self) -> None:
-        """Take what can be taken, and log the names of the rest."""
+        """Reload the reloadable settings, and log the names of other changed settings."""
         try:
             reading = self._read_again()
         except ConfigError as error:
-            logger.warning("the configuration cannot be read again, all settings stay", reason=str(error))
+            logger.warning("cannot reload the configuration; all settings remain", reason=str(error))
             return
         for text in reading.warnings:
             logger.warning(text)
@@ -160,13 +160,13 @@ class ConfigReloader:
                 self._config,
                 logging=msgspec.structs.replace(self._config.logging, levels=reading.config.logging.levels),
             )
-        logger.info("read the configuration again", taken=taken, unchanged=not (taken or left))
+        logger.info("reloaded the configuration", reloaded=taken, unchanged=not (taken or left))
         if left:
-            logger.warning("settings have changed that take a restart", settings=left)
+            logger.warning("changed settings require a restart", settings=left)
 
 
 def _read_files(files: Sequence[str]) -> list[bytes | None]:
-    """What stands in files, and None for one that cannot be read."""
+    """Return the contents of files, with None for an unreadable one."""
     found: list[bytes | None] = []
     for file in files:
         try:
@@ -177,12 +177,12 @@ def _read_files(files: Sequence[str]) -> list[bytes | None]:
 
 
 async def serve_until_signalled(config: Config, token: str | None, reload: Callable[[], None] = lambda: None) -> int:
-    """Serve until a signal says otherwise; `reload` is called on SIGHUP. Returns the exit status."""
+    """Serve until a signal stops the broker. SIGHUP calls `reload`. Return the exit status."""
     status = 0
     broker: Broker | None = None
-    # With a terminal, SIGHUP means that it is gone, and the broker goes with it.
+    # With a terminal, SIGHUP means that the terminal was closed, and stops the broker.
     reloads = not sys.stdin.isatty()
-    # PID 1 of a container has no default handler: before this line, SIGTERM goes unheard.
+    # PID 1 of a container has no default handlers: before this line, SIGTERM is ignored.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -210,7 +210,7 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
             nursery.start_soon(obey, signals)
             logger.info("starting", database=redact_url(config.database.url), pid=os.getpid())
             broker = await nursery.start(serve_to_the_end)
-            # Before it is said to serve: this takes a moment, in which nothing else is done.
+            # Before the broker reports that it serves, because this blocks the event loop for a moment.
             _freeze_garbage_collector()
             _show_address(broker, config, token)
     logger.info("stopped")
@@ -221,7 +221,7 @@ def _show_address(broker: Broker, config: Config, token: str | None) -> None:
     urls = broker.urls
     logger.info("serving", urls=urls)
     if config.webtransport.bind and not config.webtransport_served:
-        logger.warning("WebTransport is not served: there is no certificate (CATBUS_CERT and CATBUS_KEY)")
+        logger.warning("WebTransport is disabled: there is no certificate (CATBUS_CERT and CATBUS_KEY)")
     if token is None:
         return
     command_line = "catbus" if shutil.which("catbus") else os.path.relpath(sys.argv[0])
@@ -229,14 +229,14 @@ def _show_address(broker: Broker, config: Config, token: str | None) -> None:
         command_line = "python -m catbus"
     options = "" if DEFAULT_URL in urls or not urls else f" --url {urls[0]}"
     found = config.state_directory == default_state_directory(os.environ)
-    # For whoever sits in front of it. A program that reads our log lines from stdout must not stumble over this.
+    # For people at a terminal. A program that parses the log lines on stdout must not get this text.
     text = config.logging.format == "text" or (config.logging.format == "auto" and sys.stdout.isatty())
     lines = [
         "",
-        "  Catbus serves",
+        "  Catbus is running at",
         *(f"    {url}" for url in urls),
         "",
-        "  Only this machine can reach it. Its development token allows everything:",
+        "  Only this machine can reach it. Its development token allows all channels:",
         f"    {token}",
         "",
         "  From another shell:",
@@ -249,7 +249,7 @@ def _show_address(broker: Broker, config: Config, token: str | None) -> None:
 
 
 def _freeze_garbage_collector() -> None:
-    # What is alive by now stays alive: the collector need not look at it again, and rarely at the rest.
+    # Objects that exist now live until the end. The collector need not visit them, and the others only rarely.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)

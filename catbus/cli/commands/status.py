@@ -1,4 +1,4 @@
-"""`catbus status`: how a broker is."""
+"""`catbus status`: show the state of a broker."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from ..connection_options import ConnectionOptions, connection_options
 _REQUEST_TIMEOUT = 5.0
 _MAX_RESPONSE_BYTES = 1 << 20
 SILENCE_SHOWN_AFTER = 15.0
-"""Seconds after which a replica that has not said that it is there is worth a word."""
+"""Seconds since the last heartbeat of a replica, after which the silence is shown."""
 
 
-@click.command("status", short_help="Say how a broker is.")
+@click.command("status", short_help="Show the state of a broker.")
 @connection_options
-@click.option("--json", "as_json", is_flag=True, help="Write JSON, on one line, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Write one line of JSON, for scripts.")
 def command(broker: ConnectionOptions, as_json: bool) -> None:
-    """Say whether a broker is ready. Exits with 1 when it is not.
+    """Show whether a broker is ready. Exits with 1 if it is not.
 
-    With a token that may read everything, it also says how its database and its log are, which replicas share them and
-    how far each of them is.
+    With a token that may read all channels, also show its database, its log, and all replicas with their lag.
 
     \b
     Examples:
@@ -45,19 +44,19 @@ def command(broker: ConnectionOptions, as_json: bool) -> None:
         if status == 200:
             report = {**json.loads(text), **report}
         else:
-            note = f"it does not say more: {text}"
+            note = f"no details: {text}"
     else:
-        note = "with a token that may read `*` it says more (--token)"
+        note = "details require a token that may read `*` (--token)"
     click.echo(to_json(report).decode() if as_json else "\n".join(_format_report(report, note)))
     if not ready:
         raise click.exceptions.Exit(1)
 
 
 def _request(broker: ConnectionOptions, path: str, token: str = "") -> tuple[int, str]:
-    """The status of the answer, and what it says."""
+    """Send a GET request. Return the status and the body of the response."""
     parts = urlsplit(broker.url)
     if parts.scheme not in ("ws", "wss"):
-        raise click.UsageError("--url: `status` asks over the network: the URL begins with ws:// or wss://")
+        raise click.UsageError("--url: `status` uses HTTP over TCP: the URL must begin with ws:// or wss://")
     host = parts.hostname or ""
     connection: http.client.HTTPConnection
     if parts.scheme == "wss":
@@ -71,12 +70,12 @@ def _request(broker: ConnectionOptions, path: str, token: str = "") -> tuple[int
         return response.status, response.read(_MAX_RESPONSE_BYTES).decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unavailable(f"there is no broker to be reached at {broker.url}: {reason}") from None
+        raise Unavailable(f"cannot reach a broker at {broker.url}: {reason}") from None
     finally:
         connection.close()
 
 
-# For people.
+# The text output.
 
 
 def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
@@ -87,40 +86,41 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
     log = report["log"]
     now = time.time()
     process = f"{report['name']}, process {report['pid']}, catbus {report['version']}"
-    yield _format_row("replica", f"{process}, for {_format_duration(now - report['started'] / 1000)}")
+    yield _format_row("replica", f"{process}, up {_format_duration(now - report['started'] / 1000)}")
     yield _format_row("clients", f"{report['clients']:,}")
     yield _format_row("log", f"messages {report['floor']:,} to {report['head']:,} in {_format_size(log['size'])}")
     yield _format_row("epoch", report["epoch"] or "none yet")
-    yield _format_row("behind", f"{report['late']:,} subscriptions, by {report['lag']:,} messages at the most")
+    yield _format_row("lagging", f"{report['late']:,} subscriptions, max lag: {report['lag']:,} messages")
     if "server" not in log:
         return
-    yield _format_row("database", f"{log['server'] or 'not reached yet'}, {'there' if log['available'] else 'away'}")
+    reachable = "reachable" if log["available"] else "unreachable"
+    yield _format_row("database", f"{log['server'] or 'not connected yet'}, {reachable}")
     if log.get("missing"):
         yield _format_row("missing", _format_missing(log))
-    yield _format_row("news", f"by {log['news']}, {log['behind']:,} messages behind the database")
-    yield _format_row("queue", f"{log['notify_queue']:.1%} of the notification queue is in use")
+    yield _format_row("follows", f"by {log['news']}, lag: {log['behind']:,} messages")
+    yield _format_row("queue", f"{log['notify_queue']:.1%} of the notification queue used")
     yield _format_row("roles", f"{log['roles']:,}")
     yield _format_row("retention", _format_retention(log["retention"], now))
     for holder in log["retention"]["holders"]:
         yield _format_row(
-            "", f"in its way: {holder['application'] or 'somebody'}, process {holder['pid']}, {holder['since']}"
+            "", f"blocked by {holder['application'] or 'an unnamed client'}, process {holder['pid']}, {holder['since']}"
         )
     yield from _format_replicas(log["replicas"], now)
 
 
 def _format_missing(log: dict[str, Any]) -> str:
     shown = ", ".join(f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in log["holes"])
-    return f"{log['missing']:,} messages were deleted by hand: {shown}; `catbus repair` goes on behind them"
+    return f"{log['missing']:,} messages were deleted by hand: {shown}; `catbus repair` lets subscriptions continue"
 
 
 def _format_retention(found: dict[str, Any], now: float) -> str:
     if found["stepped"] is None:
-        return "nothing has gone yet"
+        return "no messages deleted yet"
     ago = _format_duration(now - found["stepped"] / 1000)
     return f"{found['dropped']:,} messages deleted by this replica, most recently {ago} ago"
 
 
-_COLUMNS = "REPLICA", "STATE", "CLIENTS", "APPLIED", "LATE", "LAG", "VERSION", "UP"
+_COLUMNS = "REPLICA", "STATE", "CLIENTS", "APPLIED", "LAGGING", "LAG", "VERSION", "UP"
 
 
 def _format_replicas(replicas: Sequence[dict[str, Any]], now: float) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _format_replicas(replicas: Sequence[dict[str, Any]], now: float) -> Iterator
 
 
 def _format_replica(found: dict[str, Any], now: float) -> tuple[str, ...]:
-    """A row of the table; a replica of another release may say less of itself."""
+    """Format a row of the table. A replica of another release may report fewer fields."""
     silent = found["silent"]
     state = f"silent for {silent:.0f} s" if silent > SILENCE_SHOWN_AFTER else str(found.get("state", "?"))
     values = [found.get(name) for name in ("clients", "applied", "late", "lag")]

@@ -1,4 +1,4 @@
-"""`catbus sub`: subscribe."""
+"""`catbus sub`: subscribe and print messages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..connection_options import ConnectionOptions, connection_options
 from ..line_writer import write_line, write_stdout
 
 _MAX_QUEUED_LINES = 1000
-"""How many lines may wait for whoever reads the output, beside those that wait in the subscriptions."""
+"""Lines that may wait for the reader of the output, in addition to those waiting in the subscriptions."""
 
 
 @click.command("sub", short_help="Print the messages that match patterns.")
 @click.argument("patterns", metavar="PATTERN...", nargs=-1, required=True)
-@click.option("--since", type=click.IntRange(min=0), metavar="SEQ", help="Everything after this number first.")
-@click.option("--epoch", metavar="EPOCH", help="The epoch that --since is from.")
-@click.option("--stream", is_flag=True, help="Over WebTransport: each PATTERN on a stream of its own.")
+@click.option("--since", type=click.IntRange(min=0), metavar="SEQ", help="Start after this seq of the log.")
+@click.option("--epoch", metavar="EPOCH", help="The epoch of --since.")
+@click.option("--stream", is_flag=True, help="Over WebTransport: use one stream for each PATTERN.")
 @click.option("--datagrams", is_flag=True, help="Over WebTransport: ephemeral messages as datagrams.")
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Leave after so many messages.")
-@click.option("-v", "--verbose", is_flag=True, help="Say on stderr when a subscription has begun.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Exit after this number of messages.")
+@click.option("-v", "--verbose", is_flag=True, help="Report on stderr when a subscription starts.")
 @connection_options
 def command(
     patterns: tuple[str, ...],
@@ -44,8 +44,8 @@ def command(
 ) -> None:
     """Print the messages that match any PATTERN, each as one line of JSON, until Ctrl-C.
 
-    When the connection is lost, it is made again, and goes on from there; stderr says so. What may be missing, because
-    it is no longer kept, is said there too.
+    After a lost connection the command reconnects and resumes. It reports on stderr lost connections, and gaps: ranges
+    of messages that may be missing because they are no longer in the log.
 
     \b
     Examples:
@@ -59,14 +59,14 @@ def command(
         except PeerError as error:
             raise click.UsageError(str(error)) from None
     if epoch is not None and since is None:
-        raise click.UsageError("--epoch means nothing without --since")
+        raise click.UsageError("--epoch has no effect without --since")
     broker.require_token()
     options = {"since": since, "epoch": epoch, "stream": stream, "datagrams": datagrams}
     listening = _MessagePrinter(options, inf if count is None else count, verbose)
     try:
         trio.run(_print_until_signalled, listening, broker, dict.fromkeys(patterns))
     except* BrokenPipeError:
-        pass  # whoever reads the output has had enough
+        pass  # The reader of the output has closed it.
 
 
 async def _print_until_signalled(
@@ -89,7 +89,7 @@ async def _print_until_signalled(
 
 
 class _MessagePrinter:
-    """The subscriptions of one command, and the one output that they share."""
+    """The subscriptions of one command and their common output."""
 
     def __init__(self, options: dict[str, Any], count: float, verbose: bool) -> None:
         self._options = options
@@ -115,7 +115,7 @@ class _MessagePrinter:
                 await self._put.send(line + b"\n")
 
     async def print(self) -> None:
-        """Print what comes, all that has come at once, until it has been enough."""
+        """Print messages until the count is reached. Waiting lines are written together."""
         left = self._count
         async for line in self._take:
             lines = [line]
@@ -133,5 +133,5 @@ def _report_gap(event: object) -> None:
         if event.first <= event.last:
             what = f"messages {event.first} to {event.last} may be missing"
         else:
-            what = f"messages after {event.last} are of a log that is no more; those of the new one follow"
-        write_line(f"catbus: {event.pattern}: {what} ({event.reason}; the epoch is {event.epoch})", sys.stderr)
+            what = f"messages after {event.last} belong to a lost log; those of the new log follow"
+        write_line(f"catbus: {event.pattern}: {what} (reason: {event.reason}; epoch {event.epoch})", sys.stderr)

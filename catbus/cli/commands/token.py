@@ -1,4 +1,4 @@
-"""`catbus token`: what a token says, and whether a broker with this configuration takes it."""
+"""`catbus token`: show the claims of a token, and whether a broker with this configuration accepts it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..development_credentials import read_secret
 from ..shared_options import config_option, state_option
 
 SIGNATURE_REASONS = frozenset({Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE})
-"""With these the signature is not that of any configured secret or key."""
+"""Reasons for which no configured secret or key verifies the signature."""
 
 TIME_CLAIMS = ("iat", "nbf", "exp")
 
 
-@click.group("token", short_help="Show what a token says, and why it is refused.", invoke_without_command=True)
+@click.group("token", short_help="Show the claims of a token, and why it is rejected.", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Show what a token says, and why a broker refuses it.
+    """Show the claims of a token, and why a broker rejects it.
 
     \b
     Examples:
@@ -47,13 +47,13 @@ def command(context: click.Context) -> None:
 @config_option
 @state_option
 @click.option("--secret", help="Check the signature with this secret. CATBUS_SECRET keeps it off the command line.")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON, on one line, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Write one line of JSON, for scripts.")
 def show(token: str | None, config: Path | None, state: str | None, secret: str | None, as_json: bool) -> None:
-    """Show the claims of TOKEN, what it allows, until when, and whether a broker takes it.
+    """Show the claims of TOKEN, its grants, its expiry, and whether a broker accepts it.
 
     Without TOKEN, or with "-", it is read from stdin, which keeps it off the command line. The signature is checked
-    with --secret, else with the secrets and keys of the environment and of the file that --config names, else with the
-    development secret of this user. No secret is shown. Exits with 1 where the token is refused.
+    with --secret, else with the secrets and keys of the environment and of the file of --config, else with the
+    development secret of this user. No secret is shown. Exits with 1 if the token is rejected.
 
     \b
     Examples:
@@ -61,10 +61,10 @@ def show(token: str | None, config: Path | None, state: str | None, secret: str 
       echo "$TOKEN" | catbus token show --json | jq .detail
       CATBUS_SECRET=... catbus token show "$TOKEN"
     """
-    # One more than the most: a token that is too long is refused as such.
+    # Read one byte more than the maximum, so that a token that is too long is rejected as such.
     text = sys.stdin.read(MAX_TOKEN + 2).strip() if token in (None, "-") else str(token).strip()
     if not text:
-        raise click.UsageError("there is no token: give it as an argument or on stdin")
+        raise click.UsageError("no token is given: pass it as an argument or on stdin")
     found = examine_token(text, load(config, os.environ, {"state": state}), secret, time.time())
     click.echo(to_json(found).decode() if as_json else "\n".join(describe_token(found, time.time())))
     if found["accepted"] is False:
@@ -72,10 +72,10 @@ def show(token: str | None, config: Path | None, state: str | None, secret: str 
 
 
 def examine_token(token: str, config: Config, secret: str | None, now: float) -> dict[str, Any]:
-    """All that can be told of a token, as JSON has it. `accepted` is null where it cannot be told here."""
+    """Return everything known about a token, in the form of --json. `accepted` is None if it cannot be decided here."""
     key = role_key(token)
     if key is not None:
-        detail = "its grants are in the brokers' database: `catbus role show` tells them"
+        detail = "its grants are in the database of the brokers: `catbus role show` shows them"
         return {"kind": "role", "role": role_handle(key), "signature": "none", "accepted": None, "detail": detail}
     header, claims = decode_parts(token)
     found: dict[str, Any] = {
@@ -107,7 +107,7 @@ def examine_token(token: str, config: Config, secret: str | None, now: float) ->
 
 
 def describe_token(found: Mapping[str, Any], now: float) -> list[str]:
-    """The same for people, a line each."""
+    """Format the result of `examine_token` as lines of text."""
     lines = [("token", {"sub": "sub- token"}.get(found["kind"], found["kind"]))]
     if found["kind"] == "role":
         lines.append(("role", found["role"]))
@@ -130,25 +130,25 @@ def describe_token(found: Mapping[str, Any], now: float) -> list[str]:
         case True:
             lines.append(("verdict", "accepted"))
         case False:
-            lines.append(("verdict", f"refused as {found['code']} ({found['reason']}): {found['detail']}"))
+            lines.append(("verdict", f"rejected as {found['code']} ({found['reason']}): {found['detail']}"))
         case _:
-            lines.append(("verdict", f"not known here: {found['detail']}"))
+            lines.append(("verdict", f"undecided: {found['detail']}"))
     return [f"{name:<12}{text}" for name, text in lines]
 
 
 def describe_time_difference(seconds: float) -> str:
-    """A difference of times in words: `in 3 hours`, `40 seconds ago`."""
+    """Describe a time difference in words: `in 3 hours`, `40 seconds ago`."""
     size, unit = next((size, unit) for size, unit in _UNITS if abs(seconds) >= 2 * size or size == 1)
     number = f"{abs(seconds) / size:.0f} {unit}s"
     return f"{number} ago" if seconds < 0 else f"in {number}"
 
 
 _UNITS = ((86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
-"""A unit is used from two of it on."""
+"""A unit is used for at least two of it."""
 
 
 def decode_parts(token: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The header and the claims, where there are such. Nothing is verified."""
+    """Decode the header and the claims, or None for a part that cannot be decoded. Nothing is verified."""
     if token.startswith("sub-"):
         return None, _decode_object(token[4:].partition(".")[0])
     parts = token.split(".")
@@ -156,7 +156,7 @@ def decode_parts(token: str) -> tuple[dict[str, Any] | None, dict[str, Any] | No
 
 
 def decode_grants(claims: Mapping[str, Any] | None) -> Grants | None:
-    """What the claims would allow if they were signed; None where they do not say that as they should."""
+    """Return the grants of unverified claims, or None if they are malformed."""
     try:
         if claims is None or "catbus" not in claims:
             given = msgspec.convert(claims, _SubClaims).grants.grants
@@ -201,7 +201,7 @@ def _decode_object(text: str) -> dict[str, Any] | None:
 
 
 def _format_claim(value: object) -> str:
-    """A claim on one line: JSON, in which control characters are escaped."""
+    """Format a claim in one line. Text with control characters is escaped as JSON."""
     return value if isinstance(value, str) and value.isprintable() else to_json(value).decode()
 
 
