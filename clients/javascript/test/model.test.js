@@ -9,3 +9,15 @@ import { life, live } from '../model/steps.js';
 test('lives of a client, against a model', () => {
   fc.assert(fc.property(life, (steps) => live(modules, steps)), { numRuns: 500, seed: 20 });
 });
+
+test('a handler whose cursor is of a newer epoch than the one asked for loses no message', () => {
+  const steps = [
+    { step: 'subscribe', pattern: 'a.*', start: {} },
+    { step: 'run', ms: 1000 },
+    { step: 'others', channel: 'a.x' },
+    { step: 'restore', back: 0 },
+    { step: 'bring', number: 0, size: 76 },
+    { step: 'subscribe', pattern: 'a.*', start: { since: 3 } },
+  ];
+  live(modules, { connected: true, steps });
+});

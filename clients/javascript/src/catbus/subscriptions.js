@@ -152,8 +152,8 @@ export class Subscriptions {
         if (moved || fresh) reader.live = false;
         this.#begin(reader, feed.head, lane.epoch, lane.link);
         if (feed.live) this.#becomeLive(reader);
-      } else if (moved) {
-        // It stands elsewhere in another epoch, and is asked for when this one has caught up.
+      } else {
+        // Its cursor is of another epoch: it hears nothing until this subscription has caught up, and is asked for then.
         reader.phase = 'waiting';
       }
     }
