@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import trio
 
 from catbus.client import Bus, Disconnected, Reconnected, Refused, Transport, open_bus
-from catbus.client.transport import parse_address
-from catbus.client.websocket import open_websocket
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import open_websocket
 
 CHUNK = 65_536
 WARM = 0.8

@@ -38,9 +38,9 @@ from restart_load import Load, plot
 
 from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Transport
-from catbus.client.transport import parse_address
-from catbus.client.websocket import open_websocket
-from catbus.client.webtransport import make_configuration, open_webtransport
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import open_websocket
+from catbus.client.webtransport_transport import make_configuration, open_webtransport
 
 
 class Replica:

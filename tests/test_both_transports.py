@@ -20,9 +20,9 @@ import trio.testing
 import catbus
 from catbus import CloseCode, Config
 from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected, Transport
-from catbus.client.connecting import MEMORY, Ways
-from catbus.client.websocket import WebSocket
-from catbus.client.webtransport import WebTransport as OverQuic
+from catbus.client.happy_eyeballs import MEMORY, Ways
+from catbus.client.websocket_transport import WebSocket
+from catbus.client.webtransport_transport import WebTransport as OverQuic
 from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.udp_relay import UdpRelay

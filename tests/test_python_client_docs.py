@@ -12,7 +12,7 @@ import pytest
 import trio
 
 import catbus
-from catbus.client.coming_back import State
+from catbus.client.reconnect_policy import State
 from tests.brokers import TOKEN, running
 from tests.test_readme import carry_out, examples
 

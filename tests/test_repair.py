@@ -14,7 +14,7 @@ import catbus
 from catbus import Config
 from catbus.cli.commands.status import _format_missing
 from catbus.client import Bus
-from catbus.client.messages import Gap
+from catbus.client.server_messages import Gap
 from catbus.config import DatabaseSettings, LimitSettings
 from catbus.postgres.maintenance.repair import repair
 from tests.brokers import CONFIG, TOKEN

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..client import Bus, Reconnected, Reconnecting, connect
-from ..client.transport import parse_address
+from ..client.broker_address import parse_address
 from .development_credentials import DEFAULT_URL, find_certificate, find_token
 from .line_writer import write_line
 

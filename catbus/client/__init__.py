@@ -1,18 +1,22 @@
 """The client, for asyncio and Trio: `connect` to a broker, publish, subscribe.
 
-`conversation` is one connection's protocol without I/O; `ledger` (what has no answer yet), `switchboard`, `feed` and
-`inbox` (the subscriptions) outlive it. `link` is the tasks that carry its bytes, `supervisor` makes one connection
-after the other, as `coming_back` says; `websocket` and `webtransport` are the transports, `racing` is the way to a host
-with several addresses. `bus` and `subscription` are what an application holds in its hands.
+| Module | |
+|---|---|
+| `bus`, `bus_factory`, `argument_checks` | the public API |
+| `connection_supervisor`, `reconnect_policy`, `token_renewal` | one connection after the other |
+| `active_connection`, `signals` | the tasks of one connection |
+| `protocol_connection`, `server_messages` | the protocol of one connection, without I/O |
+| `in_flight_requests`, `subscription_manager`, `message_queue` | state that outlives a connection, without I/O |
+| `transport_interface`, `websocket_transport`, `webtransport_transport` | the transports |
+| `broker_address`, `happy_eyeballs` | the address of a broker, and which of several transports is used |
 """
 
 from ..errors import Disconnected, Refused
-from .bus import Bus
-from .coming_back import Backoff, Ended, Reconnected, Reconnecting, State
-from .connecting import connect, open_bus
-from .messages import Gap, GoAway, Head, Live, Message, Page
-from .subscription import Messages
-from .transport import Transport
+from .bus import Bus, Messages
+from .bus_factory import connect, open_bus
+from .reconnect_policy import Backoff, Ended, Reconnected, Reconnecting, State
+from .server_messages import Gap, GoAway, Head, Live, Message, Page
+from .transport_interface import Transport
 
 __all__ = [
     "Backoff",

@@ -17,8 +17,9 @@ import msgspec
 import trio
 
 from ..client import Transport
-from ..client.transport import DATAGRAM, Driven, make_ssl_context, parse_address
-from ..client.websocket import open_websocket
+from ..client.broker_address import make_ssl_context, parse_address
+from ..client.transport_interface import DATAGRAM, Driven
+from ..client.websocket_transport import open_websocket
 from ..errors import Disconnected, PeerError
 from ..protocol.json_splitter import JsonSplitter
 
@@ -191,7 +192,7 @@ async def _open(
         with anyio.fail_after(timeout):
             if address.quic:
                 # aioquic takes longer to import than everything else together.
-                from ..client.webtransport import make_configuration, open_webtransport
+                from ..client.webtransport_transport import make_configuration, open_webtransport
 
                 transport = await open_webtransport(address, make_configuration(address, ca, certificate_hash))
             else:

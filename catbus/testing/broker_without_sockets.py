@@ -16,9 +16,9 @@ import trio.testing
 from ..auth.tokens import Grants, sign
 from ..broker import Broker, open_broker
 from ..client import Bus
-from ..client.connecting import open_bus
-from ..client.transport import parse_address
-from ..client.websocket import WebSocket, shake_hands
+from ..client.broker_address import parse_address
+from ..client.bus_factory import open_bus
+from ..client.websocket_transport import WebSocket, shake_hands
 from ..config import AuthSettings, Config, DatabaseSettings
 from ..endpoints.connection_registry import ConnectionRegistry
 from ..endpoints.http import serve_connection

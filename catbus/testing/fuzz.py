@@ -22,7 +22,7 @@ from hypothesis.errors import HypothesisException
 from hypothesis.stateful import run_state_machine_as_test
 
 from ..auth.tokens import Grants, sign
-from ..client.transport import make_ssl_context
+from ..client.broker_address import make_ssl_context
 from ..errors import Disconnected, ErrorCode, Refused, Unavailable
 from .blocking_connection import ThreadedConnection, dial
 from .broker_state_machine import BrokerMachine

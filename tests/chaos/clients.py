@@ -27,7 +27,7 @@ from catbus.client import (
     Transport,
     open_bus,
 )
-from catbus.client.transport import MAIN, Driven
+from catbus.client.transport_interface import MAIN, Driven
 from catbus.errors import ErrorCode
 from catbus.postgres.access.asyncpg_bridge import OUTAGE
 from catbus.protocol.json_splitter import JsonSplitter

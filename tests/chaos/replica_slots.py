@@ -17,9 +17,9 @@ import trio
 
 from catbus.cli.development_credentials import CERTIFICATE_FILE
 from catbus.client import Transport
-from catbus.client.transport import parse_address
-from catbus.client.websocket import open_websocket
-from catbus.client.webtransport import make_configuration, open_webtransport
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import open_websocket
+from catbus.client.webtransport_transport import make_configuration, open_webtransport
 from tests.postgres.bouncer import Bouncer
 from tests.postgres.processes import ROOT, SECRET, Replica
 from tests.postgres.proxy import Proxy

@@ -17,7 +17,7 @@ from wsproto.connection import ConnectionState
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Ping, Pong, Request, TextMessage
 
 from catbus.client import Bus, connect, open_bus
-from catbus.client.transport import Chunk
+from catbus.client.transport_interface import Chunk
 from catbus.errors import Disconnected
 from catbus.protocol.channels import matches
 from catbus.protocol.json_splitter import JsonSplitter

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client import Bus, connect
-from catbus.client.arguments import check_integer, check_place, check_text, encode_cursor
+from catbus.client.argument_checks import check_integer, check_place, check_text, encode_cursor
 from catbus.errors import Refused
 from tests.client.fake import Honest, talk_to
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.auth.tokens import Grants, sign
-from catbus.client.bearer import find_expiry, until_renewal
+from catbus.client.token_renewal import find_expiry, until_renewal
 
 SECRET = "a secret that is long enough for a JWT"
 

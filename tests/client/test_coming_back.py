@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.client.coming_back import Backoff, Verdict, judge, judge_refusal
+from catbus.client.reconnect_policy import Backoff, Verdict, judge, judge_refusal
 from catbus.errors import CloseCode, ErrorCode, Refused
 
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.client import switchboard
-from catbus.client.conversation import FRAME, Conversation
-from catbus.client.inbox import Inbox, Mark, Phase
-from catbus.client.ledger import Batch, Ledger
-from catbus.client.messages import Message, Page, encode_payload
-from catbus.client.switchboard import Switchboard
-from catbus.client.transport import DATAGRAM
+from catbus.client import subscription_manager
+from catbus.client.in_flight_requests import Batch, Ledger
+from catbus.client.message_queue import Inbox, Mark, Phase
+from catbus.client.protocol_connection import FRAME, Conversation
+from catbus.client.server_messages import Message, Page, encode_payload
+from catbus.client.subscription_manager import Switchboard
+from catbus.client.transport_interface import DATAGRAM
 from catbus.errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from catbus.protocol import wire_messages as wire
 from tests.client.fake import AUTH_OK, EPOCH, message
@@ -502,7 +502,7 @@ def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
 
 
 def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switchboard, "SPILL", 5_000)
+    monkeypatch.setattr(subscription_manager, "SPILL", 5_000)
     conversation = begin()
     inbox = subscribe(conversation, limit=2)
     conversation.receive(lines(*[message(seq, "x" * 100) for seq in range(101, 200)]))

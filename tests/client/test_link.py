@@ -12,7 +12,17 @@ import anyio.lowlevel
 import pytest
 import trio
 
-from catbus.client import Backoff, Bus, Disconnected, Refused, connect, link, open_bus, supervisor, switchboard
+from catbus.client import (
+    Backoff,
+    Bus,
+    Disconnected,
+    Refused,
+    active_connection,
+    connect,
+    connection_supervisor,
+    open_bus,
+    subscription_manager,
+)
 from catbus.errors import CloseCode
 from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
 
@@ -92,7 +102,7 @@ async def test_cancelling_the_block_closes_without_waiting() -> None:
 async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("catbus.client.websocket.GOODBYE", 0.01)
+    monkeypatch.setattr("catbus.client.websocket_transport.GOODBYE", 0.01)
 
     async def script(peer: Peer) -> None:
         await anyio.sleep_forever()
@@ -381,7 +391,7 @@ async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
 
 
 async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switchboard, "SPILL", 5_000)
+    monkeypatch.setattr(subscription_manager, "SPILL", 5_000)
     broker = Honest()
     for number in range(500):
         broker.append("a", number)
@@ -401,7 +411,7 @@ async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pyte
 
 
 async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "PATIENCE", 0.001)
+    monkeypatch.setattr(active_connection, "PATIENCE", 0.001)
     broker = Honest()
     events: list[object] = []
     async with (
@@ -461,7 +471,7 @@ async def test_a_stuck_socket_makes_publishers_wait() -> None:
         conversation = bus._supervisor.conversation
         with anyio.move_on_after(0.01):
             await bus.publish_many([("a", "x" * 10_000)] * 500)
-        assert 0 < conversation.outgoing <= supervisor.OUTBOX + 11_000
+        assert 0 < conversation.outgoing <= connection_supervisor.OUTBOX + 11_000
 
 
 async def test_a_lost_connection_releases_who_waits_for_room() -> None:

@@ -10,12 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from catbus.client.conversation import Conversation
-from catbus.client.inbox import Inbox, Mark, Phase
-from catbus.client.ledger import LOSSES, TRIES, Answer, Batch, Ledger
-from catbus.client.messages import Message, Page, encode_payload
-from catbus.client.recent import Recent
-from catbus.client.switchboard import Switchboard
+from catbus.client.in_flight_requests import LOSSES, TRIES, Answer, Batch, Ledger
+from catbus.client.message_queue import Inbox, Mark, Phase, Recent
+from catbus.client.protocol_connection import Conversation
+from catbus.client.server_messages import Message, Page, encode_payload
+from catbus.client.subscription_manager import Switchboard
 from catbus.errors import ErrorCode, Refused
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches

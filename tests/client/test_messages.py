@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from catbus.client.messages import Message, Page, decode, encode_payload
+from catbus.client.server_messages import Message, Page, decode, encode_payload
 from catbus.errors import ErrorCode
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.wire_messages import UNDECODABLE

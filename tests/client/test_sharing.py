@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from catbus.client.conversation import Conversation
-from catbus.client.inbox import Inbox, Mark, Phase
-from catbus.client.messages import Gap
+from catbus.client.message_queue import Inbox, Mark, Phase
+from catbus.client.protocol_connection import Conversation
+from catbus.client.server_messages import Gap
 from catbus.errors import ErrorCode, Refused
 from tests.client.fake import EPOCH, message
 from tests.client.test_conversation import lines, sent, seqs, subscribed

@@ -24,10 +24,10 @@ from catbus.client import (
     Reconnecting,
     Refused,
     State,
+    connection_supervisor,
     open_bus,
-    supervisor,
 )
-from catbus.client.connecting import open_either
+from catbus.client.happy_eyeballs import open_either
 from catbus.errors import ErrorCode
 from tests.client.fake import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
@@ -235,7 +235,7 @@ async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: 
 async def test_who_publishes_meanwhile_waits_for_room_and_may_give_up(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    monkeypatch.setattr(supervisor, "OUTBOX", 100_000)
+    monkeypatch.setattr(connection_supervisor, "OUTBOX", 100_000)
     broker = Honest()
     async with network(lost(1), *[AWAY] * 10, broker) as (bus, _), trio.open_nursery() as nursery:
         await trio.sleep(2)
@@ -387,7 +387,7 @@ async def test_what_the_old_one_does_not_answer_is_asked_on_the_new_one(autojump
     broker = Honest()
     async with network(leaving(old), broker) as (bus, net):
         assert await bus.publish("a", 1) == 101
-        assert trio.current_time() == pytest.approx(10 + supervisor.REPLIES)
+        assert trio.current_time() == pytest.approx(10 + connection_supervisor.REPLIES)
         assert [request["retry"] for request in broker.published] == [True]
         assert net.told == [GoAway, Reconnected]
 
@@ -632,7 +632,7 @@ async def test_what_a_token_function_raises_ends_everything(autojump_clock: Mock
 
 
 async def test_a_token_is_renewed_in_time(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
-    monkeypatch.setattr(supervisor, "until_renewal", lambda token, _: 30.0 if token == "short" else None)
+    monkeypatch.setattr(connection_supervisor, "until_renewal", lambda token, _: 30.0 if token == "short" else None)
     tokens = iter(["short", "long"])
 
     async def token() -> str:

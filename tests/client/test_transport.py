@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.client.transport import parse_address
+from catbus.client.broker_address import parse_address
 
 
 @pytest.mark.parametrize(

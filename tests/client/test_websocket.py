@@ -22,8 +22,8 @@ from cryptography.x509.oid import NameOID
 from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Message, Ping, TextMessage
 
 from catbus.client import Disconnected, connect
-from catbus.client.transport import parse_address
-from catbus.client.websocket import WebSocket, open_websocket
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import WebSocket, open_websocket
 from tests.client.fake import LIMIT, Gone, Honest, Peer, WebSocketPeer, message, play, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio

@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from catbus.client import Bus, Disconnected, Refused, connect, racing, webtransport
-from catbus.client.bell import Bell
-from catbus.client.transport import DATAGRAM, MAIN, Chunk, Driven, parse_address
-from catbus.client.webtransport import DATAGRAMS, WebTransport, make_configuration, open_webtransport
+from catbus.client import Bus, Disconnected, Refused, connect, happy_eyeballs, webtransport_transport
+from catbus.client.broker_address import parse_address
+from catbus.client.signals import Bell
+from catbus.client.transport_interface import DATAGRAM, MAIN, Chunk, Driven
+from catbus.client.webtransport_transport import DATAGRAMS, WebTransport, make_configuration, open_webtransport
 from catbus.errors import ConfigError
 from catbus.webtransport import (
     ConnectionLost,
@@ -425,7 +426,7 @@ async def test_cancelling_while_connecting_leaves_nothing() -> None:
 
 
 async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(racing, "HEAD_START", 0.0)
+    monkeypatch.setattr(happy_eyeballs, "HEAD_START", 0.0)
     go = anyio.Event()
     abandoned: list[int] = []
 
@@ -440,7 +441,7 @@ async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.Monkey
         return run
 
     with anyio.fail_after(LIMIT):
-        winner = await racing.race([attempt(number) for number in range(3)], abandoned.append)
+        winner = await happy_eyeballs.race([attempt(number) for number in range(3)], abandoned.append)
     assert winner not in abandoned
 
     with anyio.CancelScope() as scope:
@@ -449,7 +450,7 @@ async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.Monkey
             scope.cancel()
             return 7
 
-        await racing.race([cancel, attempt(0)], abandoned.append)
+        await happy_eyeballs.race([cancel, attempt(0)], abandoned.append)
         await anyio.sleep_forever()
     assert scope.cancelled_caught
 
@@ -702,7 +703,7 @@ async def test_closing_needs_no_task_beside_it() -> None:
 
 
 async def test_closing_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport, "GOODBYE", 0.1)
+    monkeypatch.setattr(webtransport_transport, "GOODBYE", 0.1)
     async with dial(echo) as (transport, server):
         server.vanish()
         with anyio.fail_after(1.0):
@@ -729,7 +730,7 @@ async def test_the_server_breaks_off() -> None:
 
 
 async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(webtransport_transport, "LAST_WORDS", 0.05)
 
     async def end(peer: StreamPeer) -> None:
         peer.connection.send(peer.stream, b"", end=True)
@@ -756,7 +757,7 @@ async def test_the_server_vanishes() -> None:
 
 
 async def test_pings_keep_an_idle_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport, "PING", 0.1)
+    monkeypatch.setattr(webtransport_transport, "PING", 0.1)
     async with talk(Honest(), server={"idle": 1.0}) as bus:
         await anyio.sleep(1.7)
         assert await bus.publish("a", 1) == 101

@@ -25,9 +25,9 @@ import trio
 import trustme
 
 from catbus.client import Disconnected, Transport
-from catbus.client.transport import parse_address
-from catbus.client.websocket import open_websocket
-from catbus.client.webtransport import make_configuration, open_webtransport
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import open_websocket
+from catbus.client.webtransport_transport import make_configuration, open_webtransport
 from tests.k8s.image import instructions
 from tests.k8s.manifests import named, render
 from tests.k8s.rules import catbus_container, pod_of

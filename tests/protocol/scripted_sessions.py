@@ -14,7 +14,7 @@ import trio
 
 from catbus.auth.tokens import Grants, sign
 from catbus.client import Disconnected, Transport
-from catbus.client.transport import Driven
+from catbus.client.transport_interface import Driven
 from catbus.protocol.json_splitter import JsonSplitter
 
 FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "sessions.json"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import trio
 
-from catbus.client.transport import parse_address
-from catbus.client.websocket import open_websocket
-from catbus.client.webtransport import make_configuration, open_webtransport
+from catbus.client.broker_address import parse_address
+from catbus.client.websocket_transport import open_websocket
+from catbus.client.webtransport_transport import make_configuration, open_webtransport
 from tests.brokers import SECRET
 from tests.programs import find_program
 from tests.protocol.python_client import open_client

@@ -17,9 +17,9 @@ from hypothesis import given
 
 from catbus import Config
 from catbus.auth.tokens import Authenticator
-from catbus.client import messages
-from catbus.client.bearer import find_expiry
-from catbus.client.messages import encode_payload
+from catbus.client import server_messages as decoded_messages
+from catbus.client.server_messages import encode_payload
+from catbus.client.token_renewal import find_expiry
 from catbus.errors import PeerError
 from catbus.in_process import Message as LocalMessage
 from catbus.protocol import channels
@@ -220,8 +220,8 @@ def test_payloads_are_accepted_as_in_the_vectors(way: str) -> None:
 def test_receivers_accept_every_payload(case: dict[str, Any]) -> None:
     text: bytes = case["json"].encode()
     line = b'{"type":"message","channel":"a","payload":' + text + b',"pattern":"a"}'
-    message = messages.decode(line)
-    assert isinstance(message, messages.Message)
+    message = decoded_messages.decode(line)
+    assert isinstance(message, decoded_messages.Message)
     assert message.data == text
     local = LocalMessage("a", text, 1, 0, None, "a")
     for found in (message.payload, local.payload):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ...client.transport import parse_address
+from ...client.broker_address import parse_address
 from ...errors import PeerError
 from ...protocol.channels import check_channel
 from ..connection_options import ca_option

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from ...client.transport import make_ssl_context
+from ...client.broker_address import make_ssl_context
 from ...errors import Unavailable
 from ...protocol.wire_messages import to_json
 from ..connection_options import ConnectionOptions, connection_options

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 import anyio
 
 from ..errors import Disconnected
+from .transport_interface import Transport
 
 HEAD_START = 0.25
 """How long, in seconds, one address has before the next is tried beside it (RFC 8305)."""
 
+MEMORY = 600.0
+"""Seconds for which the way that was open first is tried first."""
+
 T = TypeVar("T")
+
+Dial = Callable[[], Awaitable[Transport]]
 
 
 def names_of(host: str) -> tuple[str, ...]:
@@ -70,3 +77,42 @@ async def race(attempts: Sequence[Callable[[], Awaitable[T]]], abandon: Callable
         return winners[0]
     # What somebody answered says more than that nobody did.
     raise next((error for error in failures if not isinstance(error.__cause__, OSError)), failures[0])
+
+
+class Ways:
+    """Several ways to a broker: the one that was open first the last time is tried first, for a while."""
+
+    def __init__(self, dials: Sequence[Dial]) -> None:
+        self._dials = list(dials)
+        self._winner: Dial | None = None
+        self._until = 0.0
+
+    async def __call__(self) -> Transport:
+        """The transport that is there first. Raises `Disconnected`. Cancelling it leaves nothing open."""
+        known = self._winner is not None and anyio.current_time() < self._until
+        order = sorted(self._dials, key=lambda dial: known and dial is not self._winner)
+        won: dict[int, Dial] = {}
+
+        async def go(dial: Dial) -> Transport:
+            transport = await dial()
+            won[id(transport)] = dial
+            return transport
+
+        transport = await open_either([partial(go, dial) for dial in order])
+        self._winner, self._until = won[id(transport)], anyio.current_time() + MEMORY
+        return transport
+
+
+async def open_either(dials: Sequence[Dial]) -> Transport:
+    """The transport that is there first; the next is tried when the one before has failed or takes long.
+
+    Raises the `Disconnected` that says most. Cancelling it leaves nothing open.
+    """
+    losers: list[Transport] = []
+    try:
+        return await race(dials, losers.append)
+    finally:
+        for loser in losers:
+            with anyio.CancelScope() as at_once:
+                at_once.cancel()
+                await loser.aclose()

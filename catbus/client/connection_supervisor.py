@@ -12,16 +12,15 @@ import anyio.abc
 
 from ..errors import CloseCode, Disconnected, ErrorCode, Refused
 from ..protocol.wire_messages import AuthOk, Error, GoAway
-from .arguments import check_text
-from .bearer import until_renewal
-from .bell import Bell
-from .coming_back import Backoff, Ended, Reconnected, Reconnecting, SignedOut, State, Verdict, judge, judge_refusal
-from .conversation import Conversation
-from .ledger import Ledger
-from .link import Link
-from .lobby import Lobby
-from .switchboard import Switchboard
-from .transport import Transport
+from .active_connection import Link
+from .argument_checks import check_text
+from .in_flight_requests import Ledger
+from .protocol_connection import Conversation
+from .reconnect_policy import Backoff, Ended, Reconnected, Reconnecting, SignedOut, State, Verdict, judge, judge_refusal
+from .signals import Bell, Lobby
+from .subscription_manager import Switchboard
+from .token_renewal import until_renewal
+from .transport_interface import Transport
 
 BusEvent = GoAway | Error | Reconnecting | Reconnected | Ended
 

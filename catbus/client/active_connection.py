@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from ..errors import CloseCode, Disconnected, PeerError
-from .bell import Bell
-from .conversation import Conversation
-from .lobby import Lobby
-from .transport import Driven, Transport
+from .protocol_connection import Conversation
+from .signals import Bell, Lobby
+from .transport_interface import Driven, Transport
 
 PATIENCE = 10.0
 """How long, in seconds, full inboxes may keep the connection from being read."""

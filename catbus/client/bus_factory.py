@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
 
-from .arguments import check_flags, check_function, check_seconds, check_text
+from .argument_checks import check_flags, check_function, check_seconds, check_text
+from .broker_address import make_ssl_context, parse_address
 from .bus import Bus
-from .coming_back import Backoff
-from .racing import race
-from .supervisor import BusEvent, Supervisor, Token
-from .transport import Transport, make_ssl_context, parse_address
-from .websocket import open_websocket
-
-Dial = Callable[[], Awaitable[Transport]]
+from .connection_supervisor import BusEvent, Supervisor, Token
+from .happy_eyeballs import Dial, Ways
+from .reconnect_policy import Backoff
+from .websocket_transport import open_websocket
 
 
 @asynccontextmanager
@@ -88,7 +86,7 @@ async def connect(
     for address in addresses:
         if address.quic:
             # It takes longer to import than all the rest.
-            from .webtransport import make_configuration, open_webtransport
+            from .webtransport_transport import make_configuration, open_webtransport
 
             dials.append(partial(open_webtransport, address, make_configuration(address, ca, certificate_hash)))
         else:
@@ -108,49 +106,6 @@ async def connect(
         on_event=on_event,
     ) as bus:
         yield bus
-
-
-MEMORY = 600.0
-"""Seconds for which the way that was open first is tried first."""
-
-
-class Ways:
-    """Several ways to a broker: the one that was open first the last time is tried first, for a while."""
-
-    def __init__(self, dials: Sequence[Dial]) -> None:
-        self._dials = list(dials)
-        self._winner: Dial | None = None
-        self._until = 0.0
-
-    async def __call__(self) -> Transport:
-        """The transport that is there first. Raises `Disconnected`. Cancelling it leaves nothing open."""
-        known = self._winner is not None and anyio.current_time() < self._until
-        order = sorted(self._dials, key=lambda dial: known and dial is not self._winner)
-        won: dict[int, Dial] = {}
-
-        async def go(dial: Dial) -> Transport:
-            transport = await dial()
-            won[id(transport)] = dial
-            return transport
-
-        transport = await open_either([partial(go, dial) for dial in order])
-        self._winner, self._until = won[id(transport)], anyio.current_time() + MEMORY
-        return transport
-
-
-async def open_either(dials: Sequence[Dial]) -> Transport:
-    """The transport that is there first; the next is tried when the one before has failed or takes long.
-
-    Raises the `Disconnected` that says most. Cancelling it leaves nothing open.
-    """
-    losers: list[Transport] = []
-    try:
-        return await race(dials, losers.append)
-    finally:
-        for loser in losers:
-            with anyio.CancelScope() as at_once:
-                at_once.cancel()
-                await loser.aclose()
 
 
 @asynccontextmanager

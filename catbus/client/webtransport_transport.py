@@ -31,9 +31,10 @@ from ..webtransport import (
     client_configuration,
 )
 from ..webtransport.quic_configuration import CLIENT_LIMITS
-from .bell import Bell
-from .racing import look_up, race
-from .transport import DATAGRAM, MAIN, Address, Chunk, is_pem
+from .broker_address import Address, is_pem
+from .happy_eyeballs import look_up, race
+from .signals import Bell
+from .transport_interface import DATAGRAM, MAIN, Chunk
 
 GOODBYE = 2.0
 """How long, in seconds, what has been sent and our closing code have to arrive."""

@@ -11,7 +11,7 @@ from msgspec import Raw, Struct
 from ..errors import ErrorCode, PeerError
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import Gap, GoAway, Head, Live, Reply
-from .arguments import encode_cursor
+from .argument_checks import encode_cursor
 
 __all__ = ["Gap", "GoAway", "Head", "Live", "Message", "Page", "ServerMessage", "decode", "encode_payload"]
 

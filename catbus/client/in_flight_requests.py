@@ -16,7 +16,7 @@ from msgspec import Raw, structs
 
 from ..errors import ErrorCode, Refused
 from ..protocol import wire_messages as wire
-from .messages import Page
+from .server_messages import Page
 
 TRIES = 6
 """How often a publish is sent at most on one connection, while nobody can say what became of it."""

@@ -21,8 +21,9 @@ from wsproto.events import (
 from wsproto.utilities import RemoteProtocolError
 
 from ..errors import Disconnected
-from .racing import names_of
-from .transport import Address, Chunk
+from .broker_address import Address
+from .happy_eyeballs import names_of
+from .transport_interface import Chunk
 
 GOODBYE = 2.0
 """How long, in seconds, the broker has to answer our Close."""

@@ -17,12 +17,11 @@ from typing import Any
 from ..errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from ..protocol import wire_messages as wire
 from ..protocol.json_splitter import JsonSplitter
-from .feed import Lane
-from .inbox import Inbox
-from .ledger import Answer, Ledger
-from .messages import Message, Page, ServerMessage, decode
-from .switchboard import Switchboard
-from .transport import DATAGRAM, MAIN
+from .in_flight_requests import Answer, Ledger
+from .message_queue import Inbox
+from .server_messages import Message, Page, ServerMessage, decode
+from .subscription_manager import Lane, Switchboard
+from .transport_interface import DATAGRAM, MAIN
 
 FRAME = 32 * 1024
 """How many bytes of requests go together, unless one alone is longer."""
