@@ -1,4 +1,4 @@
-"""Where settings come from, what they may be, and what is said when they are wrong."""
+"""The sources, types and errors of settings."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def complaint(path: Path | None = None, environ: Mapping[str, str] | None = None
     return text
 
 
-def test_without_anything_it_is_what_embedding_wants() -> None:
+def test_default_configuration_suits_embedding() -> None:
     assert load() == Config()
     assert Config().database.url == "memory"
     assert Config().websocket.bind == ("0.0.0.0:8080",)
     assert Config().webtransport.bind == ("0.0.0.0:4433",)
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
+def test_file_is_loaded(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         """
@@ -102,7 +102,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert type(config.database.publish_timeout) is float
 
 
-def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
+def test_environment_overrides_the_file_and_options_override_both(tmp_path: Path) -> None:
     path = write(tmp_path, '[database]\nurl = "memory"\n[websocket]\nbind = "127.0.0.1:1"\n')
     environ = {"DATABASE_URL": "postgres://db/one", "CATBUS_WS_BIND": "127.0.0.1:2, [::1]:2"}
     config = load(path, environ, {"websocket.bind": ["127.0.0.1:3"], "database.url": None})
@@ -111,7 +111,7 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) 
     assert load(path, environ).websocket.bind == ("127.0.0.1:2", "[::1]:2")
 
 
-def test_defaults_of_the_caller_count_where_nothing_else_is_said(tmp_path: Path) -> None:
+def test_defaults_of_the_caller_apply_without_other_sources(tmp_path: Path) -> None:
     path = tmp_path / "catbus.toml"
     path.write_text('[database]\nurl = "memory"\n')
     defaults = {"database.url": "embedded"}
@@ -121,7 +121,7 @@ def test_defaults_of_the_caller_count_where_nothing_else_is_said(tmp_path: Path)
     assert load(None, {}, {"database.url": "memory"}, defaults).database.url == "memory"
 
 
-def test_every_variable_of_the_deployment_guide() -> None:
+def test_every_short_variable_sets_its_setting() -> None:
     config = load(
         environ={
             "DATABASE_URL": "postgresql://db/catbus",
@@ -146,21 +146,21 @@ def test_every_variable_of_the_deployment_guide() -> None:
     assert config.websocket.trusted_proxies == ("10.0.0.0/8", "fd00::/8")
 
 
-def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
+def test_empty_variable_is_not_set(tmp_path: Path) -> None:
     path = write(tmp_path, '[auth]\nsecret = "from the file"\n')
     assert load(path, {"CATBUS_SECRET": " ", "DATABASE_URL": ""}).auth.secrets == ("from the file",)
 
 
-def test_several_secrets_in_the_environment() -> None:
+def test_variable_can_have_several_secrets() -> None:
     new, old = "n" * 16, "o" * 20
     assert load(environ={"CATBUS_SECRET": f"{new}, {old}"}).auth.secrets == (new, old, f"{new}, {old}")
 
 
-def test_a_secret_that_has_a_comma_stays_whole() -> None:
+def test_secret_with_a_comma_is_not_split() -> None:
     assert load(environ={"CATBUS_SECRET": "k,8fj3kd93kf93jf93kd"}).auth.secrets == ("k,8fj3kd93kf93jf93kd",)
 
 
-def test_rust_log_is_an_alias_that_may_speak_of_other_programs() -> None:
+def test_rust_log_may_have_directives_of_other_programs() -> None:
     guide = {"RUST_LOG": "catbus=info,tower_http=debug"}
     assert load(environ=guide).logging.levels == "catbus=info,tower_http=debug"
     assert load(environ={**guide, "CATBUS_LOG": "warning"}).logging.levels == "warning"
@@ -177,7 +177,7 @@ def test_rust_log_is_an_alias_that_may_speak_of_other_programs() -> None:
         ("", {}),
     ],
 )
-def test_levels(text: str, levels: dict[str, int]) -> None:
+def test_log_levels_are_parsed(text: str, levels: dict[str, int]) -> None:
     assert parse_levels(text) == levels
 
 
@@ -219,7 +219,9 @@ def test_levels(text: str, levels: dict[str, int]) -> None:
         ('[webtransport]\ncert = "c.pem"', ["webtransport.cert is set without webtransport.key"]),
     ],
 )
-def test_a_wrong_file_is_named_with_the_key_and_what_was_expected(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_error_in_a_file_names_the_file_the_key_and_the_expected_value(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
     said = complaint(path := write(tmp_path, text))
     for part in parts:
         assert part in said
@@ -228,7 +230,7 @@ def test_a_wrong_file_is_named_with_the_key_and_what_was_expected(tmp_path: Path
     assert "hunter2" not in said
 
 
-# Made in Python
+# Configurations in Python
 
 TABLES: dict[str, dict[str, object]] = {
     "database": {"url": "postgres://db/catbus", "publish_timeout": "7s", "connect_timeout": 3},
@@ -242,7 +244,7 @@ TABLES: dict[str, dict[str, object]] = {
 }
 
 
-def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: Path) -> None:
+def test_configuration_in_python_equals_the_same_file(tmp_path: Path) -> None:
     document = [f"state = {json.dumps(str(tmp_path))}"]
     for name, table in TABLES.items():
         document += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
@@ -299,23 +301,23 @@ def test_a_configuration_made_in_python_is_the_one_that_a_file_makes(tmp_path: P
         (partial(msgspec.structs.replace, Config()), {"drain": {"delay": -1}}, "drain.delay: expected a duration"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_in_python_is_named_with_its_setting(
+def test_wrong_value_in_python_names_its_setting(
     make: Callable[..., object], given: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         make(**given)
-    # Only `.*` stands for something else.
+    # Only `.*` is a wildcard.
     assert re.search(re.escape(said).replace(r"\.\*", ".*"), str(caught.value))
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[limits]\nmessage_size = " + "9" * 5000, "state = " + "[" * 5000])
-def test_a_file_that_python_cannot_hold_is_named(tmp_path: Path, text: str) -> None:
+def test_file_beyond_the_limits_of_python_is_an_error(tmp_path: Path, text: str) -> None:
     assert "catbus.toml: is not valid TOML: " in complaint(write(tmp_path, text))
 
 
-def test_a_wrong_variable_is_named() -> None:
+def test_wrong_variable_is_named() -> None:
     assert complaint(environ={"CATBUS_WS_BIND": "here"}).startswith("CATBUS_WS_BIND: expected an address")
     assert "CATBUS_LOG: expected log levels" in complaint(environ={"CATBUS_LOG": "inof"})
     said = complaint(environ={"DATABASE_URL": "hunter2"})
@@ -323,17 +325,17 @@ def test_a_wrong_variable_is_named() -> None:
     assert "hunter2" not in said
 
 
-def test_a_wrong_flag_is_named() -> None:
+def test_wrong_option_is_named() -> None:
     assert complaint(websocket__bind="x").startswith("command line: websocket.bind: expected an address")
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     assert "absent.toml: cannot be read: No such file" in complaint(tmp_path / "absent.toml")
     (tmp_path / "bytes.toml").write_bytes(b'state = "\xff"')
     assert complaint(tmp_path / "bytes.toml").endswith("is not UTF-8 text")
 
 
-def test_secrets_do_not_show() -> None:
+def test_secrets_are_not_shown() -> None:
     config = Config(
         auth=AuthSettings(secrets=("hunter2", "hunter2-old"), admin_key="hunter2-admin"),
         database=DatabaseSettings(
@@ -357,11 +359,11 @@ def test_secrets_do_not_show() -> None:
         ("postgres://me:hunter/2@db/x", "postgres://me:***@db/x"),
     ],
 )
-def test_redact(url: str, shown: str) -> None:
+def test_urls_are_redacted(url: str, shown: str) -> None:
     assert redact_url(url) == shown
 
 
-def test_addresses() -> None:
+def test_addresses_are_split() -> None:
     assert split_address("127.0.0.1:80") == ("127.0.0.1", 80)
     assert split_address("[::1]:0") == ("::1", 0)
     assert split_address("bus.example.com:65535") == ("bus.example.com", 65535)
@@ -381,17 +383,17 @@ def test_addresses() -> None:
         ("example.com", False),
     ],
 )
-def test_loopback(host: str, loopback: bool) -> None:
+def test_loopback_addresses_are_recognised(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
-def test_only_loopback() -> None:
+def test_configuration_knows_if_all_addresses_are_loopback() -> None:
     assert Config(websocket=WebSocketSettings(bind=("127.0.0.1:1", "[::1]:1"))).loopback
     assert not Config(websocket=WebSocketSettings(bind=("127.0.0.1:1", "0.0.0.0:1"))).loopback
     assert Config(websocket=WebSocketSettings(bind=())).loopback
 
 
-def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_directory_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("HOME", "/home/cat")
     assert default_state_directory({"CATBUS_STATE": "/there"}) == Path("/there")
@@ -401,12 +403,12 @@ def test_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_state_directory({"XDG_STATE_HOME": "/xdg"}) == Path("/var/lib/catbus")
 
 
-def test_every_setting_says_what_is_expected() -> None:
+def test_every_setting_describes_the_expected_value() -> None:
     assert all(setting_descriptions().values())
     assert {"auth.secret", "state", "limits.message_size"} <= set(setting_descriptions())
 
 
-# By environment
+# Environment variables
 
 EXAMPLES = {
     "a duration": ("1m", 60.0),
@@ -428,11 +430,11 @@ EXAMPLES = {
     'one of "lossy"': ("lossless", "lossless"),
     'one of "auto"': ("json", "json"),
 }
-"""By how the description of a setting begins: a value in the environment, and what it is."""
+"""By the beginning of a setting's description: a value in the environment, and the parsed value."""
 
 
 @pytest.mark.parametrize("name", setting_descriptions())
-def test_every_setting_can_be_given_by_environment(name: str) -> None:
+def test_every_setting_has_a_variable(name: str) -> None:
     text, value = next(found for begins, found in EXAMPLES.items() if setting_descriptions()[name].startswith(begins))
     together = {"CATBUS_WEBTRANSPORT_CERT": "c", "CATBUS_WEBTRANSPORT_KEY": "k", "CATBUS_WEBSOCKET_SILENCE": "70s"}
     reading = load_with_sources(environ={**together, variable_name(name): text})
@@ -443,7 +445,7 @@ def test_every_setting_can_be_given_by_environment(name: str) -> None:
     assert not reading.warnings
 
 
-def test_variables_take_what_a_file_takes() -> None:
+def test_variables_accept_the_same_values_as_a_file() -> None:
     environ = {
         "CATBUS_DRAIN_DELAY": "2.5",
         "CATBUS_LIMITS_SEND_QUEUE": "1000",
@@ -458,12 +460,12 @@ def test_variables_take_what_a_file_takes() -> None:
 
 
 @pytest.mark.parametrize("text", ["-1", "1e9", "12 sheep", "nan", "0x10", "1_0"])
-def test_a_wrong_amount_in_a_variable_is_named(text: str) -> None:
+def test_wrong_amount_in_a_variable_is_an_error(text: str) -> None:
     said = complaint(environ={"CATBUS_LIMITS_CONNECTIONS": text})
     assert said.startswith("CATBUS_LIMITS_CONNECTIONS: expected a whole number above 0, found ")
 
 
-def test_no_two_settings_share_a_variable() -> None:
+def test_every_variable_sets_one_setting() -> None:
     assert len({variable_name(name) for name in setting_descriptions()}) == len(setting_descriptions())
     assert set(VARIABLES.values()) == set(setting_descriptions())
 
@@ -482,7 +484,7 @@ def test_no_two_settings_share_a_variable() -> None:
         ("CATBUS_XYZZY", ""),
     ],
 )
-def test_a_variable_that_means_nothing_is_named_with_a_guess(name: str, guess: str) -> None:
+def test_unknown_variable_is_reported_with_a_suggestion(name: str, guess: str) -> None:
     [warning] = load_with_sources(environ={name: "hunter2"}).warnings
     assert warning.startswith(f"{name} is not a known variable")
     assert warning.endswith(f"(did you mean {guess}?)" if guess else "has no effect")
@@ -492,25 +494,25 @@ def test_a_variable_that_means_nothing_is_named_with_a_guess(name: str, guess: s
 @pytest.mark.parametrize(
     "name", ["CATBUS_WS_SERVICE_HOST", "CATBUS_SERVICE_PORT_WEBSOCKET", "CATBUS_PORT", "CATBUS_WT_PORT_4433_UDP_ADDR"]
 )
-def test_variables_of_kubernetes_are_known(name: str) -> None:
+def test_variables_of_kubernetes_are_not_reported(name: str) -> None:
     assert load_with_sources(environ={name: "tcp://10.0.0.1:8080", "PATH": "x", "RUST_LOG": "x=info"}).warnings == ()
 
 
-def test_variables_of_the_client_commands_are_known() -> None:
+def test_variables_of_the_client_commands_are_not_reported() -> None:
     sources = "".join(path.read_text() for path in Path(catbus.cli.__file__).parent.glob("*.py"))
     names = set(re.findall(r'envvar="(\w+)"', sources))
     assert names
     assert load_with_sources(environ=dict.fromkeys(names, "x")).warnings == ()
 
 
-def test_of_two_variables_for_one_setting_the_one_without_effect_is_named() -> None:
+def test_overridden_variable_is_reported() -> None:
     reading = load_with_sources(environ={"CATBUS_WS_BIND": "127.0.0.1:1", "CATBUS_WEBSOCKET_BIND": "127.0.0.1:2"})
     assert reading.config.websocket.bind == ("127.0.0.1:2",)
     assert reading.warnings == ("CATBUS_WS_BIND has no effect, because CATBUS_WEBSOCKET_BIND sets websocket.bind, too",)
     assert not load_with_sources(environ={"RUST_LOG": "info", "CATBUS_LOG": "debug"}).warnings
 
 
-def test_each_value_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_each_value_has_its_source(tmp_path: Path) -> None:
     path = write(tmp_path, '[limits]\nconnections = 1\nrecent = 1\nsend_queue = 1\n[auth]\nsecret = "hunter2"\n')
     environ = {"CATBUS_LIMITS_RECENT": "2", "CATBUS_LIMITS_SEND_QUEUE": "2"}
     reading = load_with_sources(
@@ -531,14 +533,14 @@ def test_each_value_says_where_it_comes_from(tmp_path: Path) -> None:
     )
 
 
-def test_differences_are_named() -> None:
+def test_changed_settings_are_named() -> None:
     one, other = load(), load(environ={"CATBUS_STATE": "x", "CATBUS_DRAIN_DELAY": "1", "CATBUS_SECRET": "y"})
     assert changed_settings(one, other) == ["state", "auth.secret", "drain.delay"]
     assert changed_settings(one, load()) == []
 
 
 def documented() -> str:
-    """The table of docs/configuration.md."""
+    """Read the table of docs/configuration.md."""
     rows = []
     for name, expected in setting_descriptions().items():
         names = [each for each, setting in VARIABLES.items() if setting == name]
@@ -546,7 +548,7 @@ def documented() -> str:
     return "\n".join(rows)
 
 
-def test_the_documentation_has_every_setting_with_its_variables() -> None:
+def test_documentation_has_every_setting_with_its_variables() -> None:
     text = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert f"|---|---|---|\n{documented()}\n\n" in text
 
@@ -572,18 +574,18 @@ def test_the_documentation_has_every_setting_with_its_variables() -> None:
         ("your-secure-signing-secret", "is published in the documentation"),
     ],
 )
-def test_a_secret_that_can_be_guessed(secret: str, why: str) -> None:
+def test_weak_secret_is_recognised(secret: str, why: str) -> None:
     assert str(find_weakness(secret)).startswith(why)
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_a_random_secret_has_no_weakness(seed: int) -> None:
+def test_random_secret_has_no_weakness(seed: int) -> None:
     data = random.Random(seed).randbytes(32)
     for secret in (data.hex(), data[:16].hex(), base64.b64encode(data).decode(), base64.b64encode(data[:24]).decode()):
         assert find_weakness(secret) is None, secret
 
 
-def test_every_secret_counts_and_none_is_shown() -> None:
+def test_every_secret_is_checked_and_none_is_shown() -> None:
     good = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
     config = Config(auth=AuthSettings(secrets=(good, "hunter2"), admin_key="hunter2-admin"))
     assert find_weak_secrets(config) == [

@@ -1,4 +1,4 @@
-"""Running the command in this process, as a shell would run it in its own."""
+"""Fixtures that run the command in this process, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def catbus(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run the command; its status and what it wrote."""
+    """Run the command. Return its exit status and output."""
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["catbus", *arguments])
@@ -65,7 +65,7 @@ def catbus(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Run the command in a process, which does not outlive the test."""
+    """Run the command in a process that ends with the test."""
     processes = []
 
     def run(

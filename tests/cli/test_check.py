@@ -1,4 +1,4 @@
-"""`catbus check`: each thing that it looks at, right and wrong."""
+"""`catbus check`: each check, with a good and a bad value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.postgres.sql import open_sql
 SECRET = "a secret that is long enough and has words of its own"
 
 Found = dict[str, tuple[str, str, str]]
-"""What was found, by name: level, text, advice."""
+"""The results by name: level, text, advice."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def run(catbus: Command, *options: str) -> tuple[object, Found]:
     return status, {each["name"]: (each["level"], each["text"], each["advice"]) for each in found}
 
 
-def test_a_database_that_is_as_it_should_be(catbus: Command, database_url: str) -> None:
+def test_good_database_has_no_errors(catbus: Command, database_url: str) -> None:
     status, found = run(catbus, "--database", database_url)
     assert {name: level for name, (level, _, _) in found.items() if level != "ok"} == {"durability": "warning"}
     assert status == 0
@@ -54,7 +54,7 @@ def test_a_database_that_is_as_it_should_be(catbus: Command, database_url: str) 
     assert run(catbus, "--database", database_url, "--strict")[0] == 1
 
 
-def test_for_people_it_is_a_line_each_and_what_to_do_below(catbus: Command) -> None:
+def test_text_output_has_a_line_per_result_and_the_advice_below(catbus: Command) -> None:
     status, output, _ = catbus("check")
     assert status == 0
     assert output.startswith("ok       configuration  no file, and the environment\n")
@@ -64,7 +64,7 @@ def test_for_people_it_is_a_line_each_and_what_to_do_below(catbus: Command) -> N
     )
 
 
-def test_a_configuration_that_cannot_be_read(catbus: Command, tmp_path: Path) -> None:
+def test_unreadable_configuration_is_an_error(catbus: Command, tmp_path: Path) -> None:
     file = tmp_path / "catbus.toml"
     file.write_text("[database]\nulr = 'memory'\n")
     status, found = run(catbus, "--config", str(file))
@@ -72,7 +72,7 @@ def test_a_configuration_that_cannot_be_read(catbus: Command, tmp_path: Path) ->
     assert 'did you mean "url"?' in found["configuration"][1]
 
 
-def test_each_setting_says_where_it_comes_from_and_misspelt_variables_are_named(
+def test_settings_have_sources_and_misspelt_variables_are_reported(
     catbus: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CATBUS_LIMITS_CONECTIONS", "5")
@@ -86,9 +86,7 @@ def test_each_setting_says_where_it_comes_from_and_misspelt_variables_are_named(
     assert SECRET not in output
 
 
-def test_memory_has_to_be_asked_for_where_others_can_reach_the_broker(
-    catbus: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_in_memory_must_be_chosen_for_a_reachable_broker(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(catbus)[1]["database"][0] == "warning"
     monkeypatch.setenv("CATBUS_WS_BIND", "0.0.0.0:0")
     status, found = run(catbus)
@@ -98,7 +96,7 @@ def test_memory_has_to_be_asked_for_where_others_can_reach_the_broker(
     assert (status, found["database"][0]) == (0, "warning")
 
 
-def test_secrets(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_weak_secrets_are_reported(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", "short")
     level, text, advice = run(catbus)[1]["secret"]
     assert (level, text) == ("warning", "the secret has fewer than 32 bytes")
@@ -136,7 +134,9 @@ CERTIFICATES = {
 
 
 @pytest.mark.parametrize("kind", CERTIFICATES)
-def test_certificates(catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+def test_certificate_results_depend_on_dates_and_names(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
     (begins, ends), names, level, text = CERTIFICATES[kind]
     issued = trustme.CA().issue_cert(*names, not_before=begins, not_after=ends)
     issued.private_key_pem.write_to_path(tmp_path / "key")
@@ -148,7 +148,9 @@ def test_certificates(catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert text in found[1]
 
 
-def test_certificate_files_that_are_no_good(catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unusable_certificate_files_are_errors(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CATBUS_CERT", str(tmp_path / "cert"))
     monkeypatch.setenv("CATBUS_KEY", str(tmp_path / "key"))
     status, found = run(catbus)
@@ -160,7 +162,9 @@ def test_certificate_files_that_are_no_good(catbus: Command, monkeypatch: pytest
     assert run(catbus)[1]["certificate"][0] == "warning"
 
 
-def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path) -> None:
+def test_port_in_use_is_reported(
+    catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("CATBUS_WS_BIND", f"127.0.0.1:{other.getsockname()[1]}")
         monkeypatch.setattr(check, "HEALTH_REQUEST_TIMEOUT", 0.1)
@@ -178,7 +182,7 @@ def test_a_port_that_is_taken(catbus: Command, monkeypatch: pytest.MonkeyPatch, 
     assert found["port"][1].endswith("a broker is already running there")
 
 
-def test_a_port_that_a_broker_has_with_tls(
+def test_port_of_a_running_broker_with_tls_is_no_error(
     catbus: Command, monkeypatch: pytest.MonkeyPatch, start: Start, tmp_path: Path
 ) -> None:
     config = tmp_path / "catbus.toml"
@@ -200,7 +204,7 @@ UNREACHABLE = {
 
 
 @pytest.mark.parametrize("url", UNREACHABLE)
-def test_a_database_that_cannot_be_reached(catbus: Command, url: str) -> None:
+def test_unreachable_database_is_an_error(catbus: Command, url: str) -> None:
     said, advice = UNREACHABLE[url]
     status, found = run(catbus, "--database", url)
     level, text, told = found["database"]
@@ -210,14 +214,14 @@ def test_a_database_that_cannot_be_reached(catbus: Command, url: str) -> None:
     assert "hidden-password" not in str(found)
 
 
-def test_a_password_that_is_wrong(catbus: Command, database_url: str) -> None:
+def test_wrong_password_is_an_error(catbus: Command, database_url: str) -> None:
     parts = urlsplit(database_url)
     assert parts.password
     status, found = run(catbus, "--database", database_url.replace(parts.password, "wrong"))
     assert (status, found["database"][2]) == (1, "check user and password in the URL")
 
 
-def test_a_schema(catbus: Command, database_url: str) -> None:
+def test_schema_version_is_reported(catbus: Command, database_url: str) -> None:
     execute(database_url, "DROP SCHEMA catbus CASCADE")
     assert "none yet" in run(catbus, "--database", database_url)[1]["schema"][1]
     trio.run(init, DatabaseSettings(url=database_url))
@@ -227,7 +231,7 @@ def test_a_schema(catbus: Command, database_url: str) -> None:
     assert (status, found["schema"][0], found["schema"][2]) == (1, "error", "upgrade Catbus")
 
 
-def test_settings_that_promise_less(catbus: Command, database_url: str, tmp_path: Path) -> None:
+def test_weaker_durability_settings_are_reported(catbus: Command, database_url: str, tmp_path: Path) -> None:
     file = tmp_path / "catbus.toml"
     file.write_text(f'[database]\nurl = "{database_url}"\nfailover = "lossless"\n')
     status, found = run(catbus, "--config", str(file))
@@ -252,13 +256,13 @@ def altered_database_url(database_url: str) -> str:
     return database_url
 
 
-def test_what_a_database_has_set_is_overridden(catbus: Command, altered_database_url: str) -> None:
+def test_settings_of_the_database_are_overridden(catbus: Command, altered_database_url: str) -> None:
     status, found = run(catbus, "--database", altered_database_url)
     assert status == 0
     assert not {"settings", "writing"} & set(found)
 
 
-async def test_what_cannot_be_overridden_behind_a_pooler_is_named(altered_database_url: str) -> None:
+async def test_settings_that_a_pooler_cannot_override_are_reported(altered_database_url: str) -> None:
     async def find() -> dict[str, CheckResult]:
         findings: list[CheckResult] = []
         async with open_bouncer(altered_database_url) as bouncer:
@@ -274,14 +278,14 @@ async def test_what_cannot_be_overridden_behind_a_pooler_is_named(altered_databa
 
 @pytest.fixture
 def outsider(database_url: str) -> Iterator[str]:
-    """The URL for a user that may do nothing but connect."""
+    """The URL of a user who may only connect."""
     execute(database_url, "DROP ROLE IF EXISTS outsider", "CREATE ROLE outsider LOGIN PASSWORD 'outsider'")
     parts = urlsplit(database_url)
     yield database_url.replace(f"{parts.username}:{parts.password}@", "outsider:outsider@")
     execute(database_url, "DROP ROLE outsider")
 
 
-def test_a_user_that_may_not(catbus: Command, database_url: str, outsider: str) -> None:
+def test_user_without_privileges_is_an_error(catbus: Command, database_url: str, outsider: str) -> None:
     status, found = run(catbus, "--database", outsider)
     assert (status, found["schema"][:2]) == (1, ("error", "the schema catbus belongs to another user"))
     execute(database_url, "DROP SCHEMA catbus CASCADE")
@@ -290,7 +294,7 @@ def test_a_user_that_may_not(catbus: Command, database_url: str, outsider: str) 
     assert "GRANT CREATE" in found["schema"][2]
 
 
-async def test_what_comes_through_a_pooler(database_url: str, tmp_path: Path) -> None:
+async def test_notifications_through_a_pooler_are_checked(database_url: str, tmp_path: Path) -> None:
     async def look(listen_url: str | None) -> database_checks.CheckResult:
         found: list[database_checks.CheckResult] = []
         await database_checks.check_database(DatabaseSettings(url=bouncer.url, listen_url=listen_url), found.append)

@@ -1,4 +1,4 @@
-"""The commands against a broker that runs in a process of its own."""
+"""The commands with a broker in a process of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, st
     return process.returncode, output, errors
 
 
-def test_a_line_that_is_published_appears(broker: Running, catbus: Command, start: Start) -> None:
+def test_published_message_is_printed(broker: Running, catbus: Command, start: Start) -> None:
     subscriber = start("sub", "demo.*", "--verbose", "--url", broker.url)
     assert subscriber.stderr is not None and subscriber.stdout is not None
     assert subscriber.stderr.readline().startswith("catbus: subscribed to demo.*")
@@ -66,14 +66,14 @@ def test_a_line_that_is_published_appears(broker: Running, catbus: Command, star
     assert (report["ready"], report["state"], report["head"], report["floor"]) == (True, "ready", 1, 1)
     assert report["log"]["size"] > 0
 
-    # A second subscriber that comes late, reads what it wants, and leaves.
+    # A second subscriber reads older messages and exits.
     assert catbus("pub", "other", "2", "--url", broker.url).status == 0
     status, output, errors = catbus("sub", "demo.*", "other", "--since", "0", "--count", "2", "--url", broker.url)
     assert (status, errors) == (0, "")
     assert {json.loads(line)["seq"] for line in output.splitlines()} == {1, 2}
 
 
-def test_either_transport_serves_both_commands(start: Start, tmp_path: Path) -> None:
+def test_pub_and_sub_work_over_both_transports(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "catbus.toml"
     config.write_text(
         '[database]\nurl = "memory"\n'
@@ -94,7 +94,7 @@ def test_either_transport_serves_both_commands(start: Start, tmp_path: Path) -> 
     assert end(broker, signal.SIGTERM)[0] == 0
 
 
-def test_lines_of_the_input_are_published_in_order(broker: Running, catbus: Command, start: Start) -> None:
+def test_lines_of_stdin_are_published_in_order(broker: Running, catbus: Command, start: Start) -> None:
     publisher = start("pub", "many", "-", "--url", broker.url)
     lines = "".join(f"{number}\n" for number in range(1, 1201))
     output, errors = publisher.communicate(lines + '\n{"last": 1}\n{broken\n0\n', timeout=PATIENCE)
@@ -107,7 +107,7 @@ def test_lines_of_the_input_are_published_in_order(broker: Running, catbus: Comm
     assert [message["payload"] for message in messages] == [*range(1, 1201), {"last": 1}]
 
 
-def test_a_reader_that_leaves_is_no_error(broker: Running, catbus: Command, start: Start) -> None:
+def test_closed_output_is_no_error(broker: Running, catbus: Command, start: Start) -> None:
     subscriber = start("sub", "*", "--since", "0", "--url", broker.url)
     assert subscriber.stdout is not None and subscriber.stderr is not None
     catbus("pub", "a", "1", "--url", broker.url)
@@ -118,7 +118,7 @@ def test_a_reader_that_leaves_is_no_error(broker: Running, catbus: Command, star
     assert subscriber.stderr.read() == ""
 
 
-def test_a_token_that_is_not_taken(broker: Running, catbus: Command) -> None:
+def test_rejected_token_is_an_error(broker: Running, catbus: Command) -> None:
     forged = "sub-eyJjbGllbnRfaWQiOiJhIn0.AAAAAAAAAAAAAAAAAAAAAA"
     for command in (["pub", "a", "1"], ["sub", "a"]):
         status, output, errors = catbus(*command, "--url", broker.url, "--token", forged)
@@ -128,15 +128,13 @@ def test_a_token_that_is_not_taken(broker: Running, catbus: Command) -> None:
 
 
 def restart(broker: Running, start: Start) -> None:
-    """The same broker again, with nothing in its log."""
+    """Restart the broker with an empty log."""
     again = start("run", "--database", "memory", "--ws-bind", broker.url.split("/")[2])
     next_event(again, "serving")
 
 
 @pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
-def test_a_subscriber_goes_on_when_the_broker_is_there_again(
-    broker: Running, start: Start, way: signal.Signals
-) -> None:
+def test_subscriber_continues_after_a_restart_of_the_broker(broker: Running, start: Start, way: signal.Signals) -> None:
     subscriber = start("sub", "a", "--verbose", "--count", "1", "--url", broker.url)
     assert subscriber.stderr is not None
     assert subscriber.stderr.readline().startswith("catbus: subscribed to a")
@@ -147,7 +145,7 @@ def test_a_subscriber_goes_on_when_the_broker_is_there_again(
     assert subscriber.stderr.readline().endswith("; reconnecting\n")
     restart(broker, start)
     assert subscriber.stderr.readline() == "catbus: reconnected\n"
-    # Its log begins anew.
+    # The log is empty.
     assert subscriber.stderr.readline().startswith(
         "catbus: a: messages after 0 belong to a lost log; those of the new log follow (reason: epoch;"
     )
@@ -157,7 +155,7 @@ def test_a_subscriber_goes_on_when_the_broker_is_there_again(
     assert (json.loads(output)["payload"], errors, subscriber.returncode) == ("again", "", 0)
 
 
-def test_a_publisher_goes_on_when_the_broker_is_there_again(broker: Running, start: Start) -> None:
+def test_publisher_continues_after_a_restart_of_the_broker(broker: Running, start: Start) -> None:
     publisher = start("pub", "a", "-", "--url", broker.url)
     assert publisher.stdin is not None and publisher.stdout is not None and publisher.stderr is not None
     publisher.stdin.write("1\n")
@@ -172,7 +170,7 @@ def test_a_publisher_goes_on_when_the_broker_is_there_again(broker: Running, sta
     assert (json.loads(output)["seq"], errors, publisher.returncode) == (1, "catbus: reconnected\n", 0)
 
 
-def test_a_publisher_does_not_wait_for_ever(broker: Running, start: Start) -> None:
+def test_publisher_stops_after_its_timeout(broker: Running, start: Start) -> None:
     publisher = start("pub", "a", "-", "--timeout", "0.5", "--url", broker.url)
     assert publisher.stdin is not None and publisher.stdout is not None
     publisher.stdin.write("1\n")
@@ -186,8 +184,8 @@ def test_a_publisher_does_not_wait_for_ever(broker: Running, start: Start) -> No
     )
 
 
-def test_it_prints_a_development_token_that_works(broker: Running, catbus: Command, tmp_path: Path) -> None:
-    assert catbus("grant", "-p", "read", "a", "--client-id", "x").status == 0  # the same user finds the secret
+def test_printed_development_token_works(broker: Running, catbus: Command, tmp_path: Path) -> None:
+    assert catbus("grant", "-p", "read", "a", "--client-id", "x").status == 0  # the same user can read the secret
     status, output, errors = end(broker.process, signal.SIGINT)
     assert status == 0
     [token] = [line.strip() for line in errors.splitlines() if line.strip().startswith("sub-")]
@@ -196,8 +194,8 @@ def test_it_prints_a_development_token_that_works(broker: Running, catbus: Comma
     assert f"--url {broker.url}" in errors
 
 
-def test_who_has_the_secret_needs_no_token(start: Start, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container beside the broker."""
+def test_user_with_the_secret_needs_no_token(start: Start, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a sidecar container of the broker."""
     monkeypatch.setenv("CATBUS_SECRET", "a secret for two")
     process = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0", secret="a secret for two")
     [url] = [url for url in next_event(process, "serving")["urls"] if url.startswith("ws")]
@@ -207,8 +205,8 @@ def test_who_has_the_secret_needs_no_token(start: Start, catbus: Command, monkey
     assert catbus("pub", "a", "1", "--url", url).status == 1
 
 
-def test_a_hangup_has_the_certificate_read_anew(start: Start, catbus: Command, tmp_path: Path) -> None:
-    """It makes one for this machine, with which the command finds the way by itself; and it goes on."""
+def test_sighup_reloads_the_certificate(start: Start, catbus: Command, tmp_path: Path) -> None:
+    """The broker creates a certificate, the command finds it, and the broker continues after SIGHUP."""
     config = tmp_path / "catbus.toml"
     config.write_text("[drain]\ndelay = 0\nwindow = 0\n[websocket]\ntls = true\n[webtransport]\nbind = []\n")
     process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""Whatever is wrong: one line on stderr that says what, an exit status, never a traceback."""
+"""Errors: one line on stderr, an exit status, and no traceback."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TOKEN = ["--token", "sub-e30.AAAAAAAAAAAAAAAAAAAAAA"]
         (["status", "--url", "nonsense"], "--url: the URL of a broker begins with ws://"),
     ],
 )
-def test_wrong_usage(catbus: Command, arguments: list[str], part: str) -> None:
+def test_wrong_usage_exits_with_2_and_one_line(catbus: Command, arguments: list[str], part: str) -> None:
     status, output, errors = catbus(*arguments)
     assert status == 2
     assert not output
@@ -90,7 +90,7 @@ def test_wrong_usage(catbus: Command, arguments: list[str], part: str) -> None:
         (["status", "--url", "ws://127.0.0.1:1/ws"], "cannot reach a broker at ws://127.0.0.1:1/ws"),
     ],
 )
-def test_wrong_surroundings(catbus: Command, arguments: list[str], part: str) -> None:
+def test_failure_exits_with_1_and_one_line(catbus: Command, arguments: list[str], part: str) -> None:
     status, output, errors = catbus(*arguments)
     assert status == 1
     assert not output
@@ -113,7 +113,7 @@ STRONG = "q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV"
         ({"SECRET": "changeme" * 5}, ["--database", "embedded"], ["the secret repeats the same characters"]),
     ],
 )
-def test_a_broker_that_others_can_reach_does_not_start(
+def test_reachable_broker_without_secret_or_database_does_not_start(
     catbus: Command,
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
@@ -131,7 +131,7 @@ def test_a_broker_that_others_can_reach_does_not_start(
         assert len(value) < 10 or value not in line
 
 
-def test_a_wrong_file_is_named_with_the_key(catbus: Command, tmp_path: Path) -> None:
+def test_error_in_a_file_names_the_file_and_the_key(catbus: Command, tmp_path: Path) -> None:
     path = tmp_path / "catbus.toml"
     path.write_text("[limits]\nmessage_size = true\n")
     status, _, errors = catbus("run", "--config", str(path))
@@ -142,14 +142,14 @@ def test_a_wrong_file_is_named_with_the_key(catbus: Command, tmp_path: Path) -> 
     )
 
 
-def test_an_address_that_is_in_use(catbus: Command) -> None:
+def test_address_in_use_is_named(catbus: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         status, _, errors = catbus("run", "--database", "memory", "--ws-bind", address)
     assert (status, errors) == (1, f"catbus: cannot listen on {address}: Address already in use\n")
 
 
-def test_debug_shows_where(catbus: Command) -> None:
+def test_debug_option_shows_the_traceback(catbus: Command) -> None:
     status, _, errors = catbus("--debug", "run", "--config", "/absent.toml")
     assert status == 1
     assert "Traceback" in errors and errors.splitlines()[-1].startswith("catbus: /absent.toml")
@@ -158,21 +158,21 @@ def test_debug_shows_where(catbus: Command) -> None:
 @pytest.mark.parametrize(
     "arguments", [[], ["--help"], ["run", "--help"], ["sub", "-h"], ["role"], ["role", "create", "-h"], ["--version"]]
 )
-def test_help_is_no_error(catbus: Command, arguments: list[str]) -> None:
+def test_help_exits_with_0(catbus: Command, arguments: list[str]) -> None:
     status, output, errors = catbus(*arguments)
     assert status == 0
     assert output and not errors
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), BaseExceptionGroup("", [KeyboardInterrupt()])])
-def test_an_interruption_says_nothing(catbus: Command, monkeypatch: pytest.MonkeyPatch, raised: BaseException) -> None:
+def test_interruption_prints_nothing(catbus: Command, monkeypatch: pytest.MonkeyPatch, raised: BaseException) -> None:
     @click.command()
     def command() -> None:
         raise raised
 
     monkeypatch.setattr(main_command.catbus, "get_command", lambda *_: command)
     status, output, errors = catbus("run")
-    # click ends the line on which the terminal shows ^C.
+    # click ends the line with ^C on a terminal.
     assert (status, output, errors.strip()) == (130, "", "")
 
 

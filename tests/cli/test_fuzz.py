@@ -1,4 +1,4 @@
-"""`catbus fuzz`: what it says of a broker that is right, and of one that is not."""
+"""`catbus fuzz`: its output for a correct broker, and for a broker with a planted mistake."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mistaken(broker: TestServer, monkeypatch: pytest.MonkeyPatch) -> TestServer:
     return broker
 
 
-def test_a_broker_that_is_right(broker: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_broker_has_no_failure(broker: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", broker.secret)
     status, output, errors = catbus("fuzz", "--url", broker.url, *SHORT)
     assert (status, output[:13]) == (0, "no failure in"), output + errors
@@ -48,7 +48,7 @@ def test_a_broker_that_is_right(broker: TestServer, catbus: Command, monkeypatch
     assert broker.secret not in output + errors
 
 
-def test_where_no_udp_gets_through(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzzing_continues_without_udp(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_test_server() as server:
         monkeypatch.setattr(fuzz, "_discover", lambda url, ca: ("https://127.0.0.1:9", None))
         status, _, errors = catbus("fuzz", "--url", server.url, "--secret", server.secret, *SHORT)
@@ -57,7 +57,7 @@ def test_where_no_udp_gets_through(catbus: Command, monkeypatch: pytest.MonkeyPa
     assert f"fuzzing {server.url} for 0.01 min" in errors
 
 
-def test_a_token_will_do(broker: TestServer, catbus: Command) -> None:
+def test_token_is_sufficient_without_a_secret(broker: TestServer, catbus: Command) -> None:
     token = broker.token("fuzzer", read=("mine.*",), write=("mine.*",))
     status, output, _ = catbus("fuzz", "--url", broker.url, "--token", token, "--root", "mine", *SHORT)
     assert (status, output[:10]) == (0, "no failure")
@@ -67,7 +67,7 @@ def test_a_token_will_do(broker: TestServer, catbus: Command) -> None:
     assert "fuzz.*: no read grant covers this pattern (unauthorized)" in errors
 
 
-def test_what_is_found_is_told_so_that_it_can_be_done_again(
+def test_failure_is_printed_with_a_script_that_reproduces_it(
     mistaken: TestServer, catbus: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CATBUS_SECRET", mistaken.secret)
@@ -85,10 +85,10 @@ def test_what_is_found_is_told_so_that_it_can_be_done_again(
     done = run()
     assert done.returncode == 1
     assert "AssertionError" in done.stderr
-    # It is small: somebody subscribes twice, or unsubscribes, and something is published.
+    # The example is small: a client subscribes twice or unsubscribes, and a message is published.
     assert (tmp_path / "again.py").read_text().count("        ('") <= 8
 
-    # Found again at once, from what was kept: what came before it has no place in the sum.
+    # The kept example fails immediately. The examples before it are not counted.
     status, output, _ = catbus("fuzz", "--url", mistaken.url, "--seed", "2")
     assert status == 1
     assert "\nimport os\n" in output
@@ -110,7 +110,7 @@ def test_what_is_found_is_told_so_that_it_can_be_done_again(
         (("--url", "ws://127.0.0.1:9/ws", "--secret", "x"), 1, "cannot connect to ws://127.0.0.1:9/ws"),
     ],
 )
-def test_wrong_usage(catbus: Command, arguments: tuple[str, ...], status: int, part: str) -> None:
+def test_wrong_usage_is_an_error(catbus: Command, arguments: tuple[str, ...], status: int, part: str) -> None:
     found = catbus("fuzz", *arguments)
     assert found.status == status
     assert part in found.errors

@@ -23,7 +23,7 @@ from .conftest import Command
 SECRET = "not a very good secret"
 
 
-def test_the_token_stands_alone_on_the_first_line(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_the_only_text_on_stdout(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", SECRET)
     status, output, errors = catbus("grant", "-p", "read", "-p", "write", "project.*", "--client-id", "alice")
     assert status == 0
@@ -45,13 +45,13 @@ def test_the_token_stands_alone_on_the_first_line(catbus: Command, monkeypatch: 
         (["all"], Grants(("a", "b.*"), ("a", "b.*"))),
     ],
 )
-def test_several_patterns(catbus: Command, permissions: list[str], grants: Grants) -> None:
+def test_several_patterns_are_granted(catbus: Command, permissions: list[str], grants: Grants) -> None:
     flags = [flag for permission in permissions for flag in ("-p", permission)]
     token = catbus("grant", *flags, "a", "b.*", "--client-id", "x", "--secret", SECRET).output.strip()
     assert Authenticator([SECRET]).verify(token, 0).grants == grants
 
 
-def test_token_names_how_much_its_bearer_may_publish(catbus: Command) -> None:
+def test_token_contains_publish_rates(catbus: Command) -> None:
     options = "-p", "all", "*", "--client-id", "x", "--secret", SECRET
     token = catbus("grant", *options, "--publish-rate", "500", "--publish-bytes", "1MiB").output.strip()
     identity = Authenticator([SECRET]).verify(token, 0)
@@ -64,7 +64,7 @@ def test_token_names_how_much_its_bearer_may_publish(catbus: Command) -> None:
     assert catbus("grant", "-p", "all", "*", "--to", "0" * 12, "--publish-rate", "1").status == 2
 
 
-def test_it_expires(catbus: Command) -> None:
+def test_token_expires(catbus: Command) -> None:
     began = time.time()
     _, output, errors = catbus(
         "grant", "-p", "all", "*", "--client-id", "x", "--expires", "1h", "--secret", SECRET
@@ -77,7 +77,7 @@ def test_it_expires(catbus: Command) -> None:
     assert caught.value.code == ErrorCode.TOKEN_EXPIRED
 
 
-def test_the_secret_may_stand_in_a_file(catbus: Command, tmp_path: Path) -> None:
+def test_secret_can_come_from_a_file(catbus: Command, tmp_path: Path) -> None:
     path = tmp_path / "catbus.toml"
     path.write_text(f'[auth]\nsecret = ["{SECRET}", "an older one"]\n')
     _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x", "--config", str(path))
@@ -86,14 +86,14 @@ def test_the_secret_may_stand_in_a_file(catbus: Command, tmp_path: Path) -> None
     assert SECRET not in errors
 
 
-def test_the_development_secret_serves_where_there_is_no_other(catbus: Command, tmp_path: Path) -> None:
+def test_development_secret_is_the_default(catbus: Command, tmp_path: Path) -> None:
     secret = read_or_create_secret(tmp_path / "state")
     _, output, errors = catbus("grant", "-p", "read", "a", "--client-id", "x")
     assert Authenticator([secret]).verify(output.strip(), 0).client_id == "x"
     assert "the development secret in" in errors
 
 
-def test_the_development_secret_is_made_once_and_for_one_user(tmp_path: Path) -> None:
+def test_development_secret_is_created_once_and_readable_by_one_user(tmp_path: Path) -> None:
     directory = tmp_path / "some" / "where"
     assert read_secret(directory) is None
     secret = read_or_create_secret(directory)
@@ -103,7 +103,7 @@ def test_the_development_secret_is_made_once_and_for_one_user(tmp_path: Path) ->
     assert stat.S_IMODE((directory / SECRET_FILE).stat().st_mode) == 0o600
 
 
-def test_a_state_directory_that_cannot_be_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+def test_impossible_state_directory_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="CATBUS_STATE"):
         read_or_create_secret(tmp_path / "file" / "state")
@@ -112,7 +112,7 @@ def test_a_state_directory_that_cannot_be_is_an_error_of_the_configuration(tmp_p
         read_or_create_secret(tmp_path)
 
 
-def test_the_development_token_is_for_this_machine_only(tmp_path: Path) -> None:
+def test_development_token_is_only_for_this_machine(tmp_path: Path) -> None:
     token = development_token(read_or_create_secret(tmp_path / "state"))
     for url in ("ws://127.0.0.1:8080/ws", "ws://localhost/ws", "ws://[::1]:1/ws"):
         assert find_token(url) == token

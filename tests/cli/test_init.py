@@ -1,4 +1,4 @@
-"""`catbus init`: preparing a database, and saying that it was restored."""
+"""`catbus init`: creating the schema, and a new epoch after a restore."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from .conftest import Command
 
 
-def test_a_database_is_prepared_once(catbus: Command, empty_database_url: str) -> None:
+def test_schema_is_created_once(catbus: Command, empty_database_url: str) -> None:
     status, output, errors = catbus("init", "--database", empty_database_url)
     assert (status, errors) == (0, "")
     assert ": applied 001_log.sql, " in output
@@ -16,7 +16,7 @@ def test_a_database_is_prepared_once(catbus: Command, empty_database_url: str) -
     assert output.endswith(": the schema is up to date\n")
 
 
-def test_a_new_epoch_begins_each_time_that_it_is_asked_for(catbus: Command, database_url: str) -> None:
+def test_new_epoch_begins_each_time_it_is_requested(catbus: Command, database_url: str) -> None:
     epochs = set()
     for _ in range(2):
         status, output, errors = catbus("init", "--new-epoch", "--database", database_url)

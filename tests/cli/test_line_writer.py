@@ -1,4 +1,4 @@
-"""Output that nobody reads, or that cannot be written: nothing waits for it, and what is lost is counted."""
+"""Output that is not read or cannot be written: nothing waits for it, and lost lines are counted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SMALLEST_PIPE = 4096
 
 
 class Pipe:
-    """A pipe of the smallest size that the kernel has."""
+    """A pipe of the smallest size of the kernel."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
         fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE)
 
     def fill(self) -> None:
-        """Write until nothing more gets in."""
+        """Write until the pipe is full."""
         os.set_blocking(self.writer, False)
         try:
             while True:
@@ -43,7 +43,7 @@ class Pipe:
             os.set_blocking(self.writer, True)
 
     def read_lines(self) -> Iterator[bytes]:
-        """Lines until the other end is closed."""
+        """Yield lines until the other end is closed."""
         with os.fdopen(os.dup(self.reader), "rb") as file:
             yield from (line for line in file if not line.startswith(b"."))
 
@@ -60,7 +60,7 @@ def pipe() -> Iterator[Pipe]:
 
 
 def ask(port: int, path: str, times: int = 1) -> bytes:
-    """The answer to the last of so many requests."""
+    """Return the response to the last of `times` requests."""
     request = f"GET {path} HTTP/1.1\r\nHost: test\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         sender = threading.Thread(
@@ -76,7 +76,7 @@ def ask(port: int, path: str, times: int = 1) -> bytes:
 
 
 def serving(start: Start, stdout: int, tmp_path: Path) -> tuple[subprocess.Popen[str], int]:
-    """A broker that logs every request to `stdout`, and its port, which it says on stderr."""
+    """Start a broker that logs every request to `stdout`. Return its port, which it prints on stderr."""
     config = tmp_path / "catbus.toml"
     config.write_text("[logging]\nlevels = 'catbus=debug'\n")
     process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0", stdout=stdout)
@@ -91,7 +91,7 @@ def dropped(port: int) -> int:
     return int(float(found[1]))
 
 
-def test_a_broker_whose_output_nobody_reads_serves_counts_and_stops(start: Start, tmp_path: Path, pipe: Pipe) -> None:
+def test_broker_with_unread_output_serves_counts_and_stops(start: Start, tmp_path: Path, pipe: Pipe) -> None:
     pipe.fill()
     process, port = serving(start, pipe.writer, tmp_path)
     while not dropped(port):
@@ -101,7 +101,7 @@ def test_a_broker_whose_output_nobody_reads_serves_counts_and_stops(start: Start
     assert process.wait(timeout=PATIENCE) == 0
 
 
-def test_when_the_output_is_read_again_it_says_how_much_is_missing(start: Start, tmp_path: Path, pipe: Pipe) -> None:
+def test_notice_counts_dropped_lines_when_the_output_is_read_again(start: Start, tmp_path: Path, pipe: Pipe) -> None:
     pipe.fill()
     process, port = serving(start, pipe.writer, tmp_path)
     while not dropped(port):
@@ -111,7 +111,7 @@ def test_when_the_output_is_read_again_it_says_how_much_is_missing(start: Start,
     events = map(json.loads, lines)
     report = next(event for event in events if event["event"] == LINES_DROPPED)
     assert (report["level"], report["logger"]) == ("warning", "catbus.logs")
-    # The line of the request for the metrics itself is among them.
+    # This includes the line of the request for the metrics.
     assert report["number"] >= missing
     assert dropped(port) == report["number"]
     assert next(events)["event"] == "request"
@@ -120,7 +120,7 @@ def test_when_the_output_is_read_again_it_says_how_much_is_missing(start: Start,
     assert process.wait(timeout=PATIENCE) == 0
 
 
-def test_a_broker_outlives_the_reader_of_its_output(start: Start, tmp_path: Path) -> None:
+def test_broker_survives_the_end_of_its_reader(start: Start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     process, port = serving(start, writer, tmp_path)
     os.close(writer)
@@ -133,9 +133,7 @@ def test_a_broker_outlives_the_reader_of_its_output(start: Start, tmp_path: Path
     assert "Traceback" not in process.stderr.read()
 
 
-def test_a_subscriber_whose_output_nobody_reads_stops(
-    start: Start, catbus: Command, tmp_path: Path, pipe: Pipe
-) -> None:
+def test_subscriber_with_unread_output_stops(start: Start, catbus: Command, tmp_path: Path, pipe: Pipe) -> None:
     broker = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0")
     [url] = next_event(broker, "serving")["urls"]
     pipe.fill()
@@ -147,9 +145,7 @@ def test_a_subscriber_whose_output_nobody_reads_stops(
     assert subscriber.wait(timeout=PATIENCE) == 0
 
 
-def test_a_subscriber_whose_stderr_nobody_reads_goes_on(
-    start: Start, catbus: Command, tmp_path: Path, pipe: Pipe
-) -> None:
+def test_subscriber_with_unread_stderr_continues(start: Start, catbus: Command, tmp_path: Path, pipe: Pipe) -> None:
     broker = start("run", "--database", "memory", "--ws-bind", "127.0.0.1:0")
     [url] = next_event(broker, "serving")["urls"]
     catbus("pub", "a", "1", "--url", url)
@@ -160,7 +156,7 @@ def test_a_subscriber_whose_stderr_nobody_reads_goes_on(
     assert subscriber.wait(timeout=PATIENCE) == 0
 
 
-def test_lines_of_many_threads_stay_whole_and_in_order(pipe: Pipe) -> None:
+def test_lines_of_many_threads_stay_complete_and_in_order(pipe: Pipe) -> None:
     writer = LineWriter(pipe.writer)
     each = 500
 
@@ -180,7 +176,7 @@ def test_lines_of_many_threads_stay_whole_and_in_order(pipe: Pipe) -> None:
     writer.close()
 
 
-def test_an_output_that_does_not_block_is_waited_for(pipe: Pipe) -> None:
+def test_writer_waits_for_a_nonblocking_output(pipe: Pipe) -> None:
     os.set_blocking(pipe.writer, False)
     writer = LineWriter(pipe.writer)
     for number in range(5000):
@@ -190,7 +186,7 @@ def test_an_output_that_does_not_block_is_waited_for(pipe: Pipe) -> None:
     writer.close()
 
 
-def test_lines_that_cannot_be_written_are_counted_and_the_next_begins_anew(
+def test_unwritable_lines_are_counted_and_the_next_starts_on_a_new_line(
     monkeypatch: pytest.MonkeyPatch, pipe: Pipe
 ) -> None:
     writer, before, real = LineWriter(pipe.writer), lost_lines.number, os.write
@@ -221,7 +217,7 @@ def test_lines_that_cannot_be_written_are_counted_and_the_next_begins_anew(
     assert lost_lines.number == before + 2
 
 
-def test_a_reader_that_is_stuck_is_waited_for_only_once(monkeypatch: pytest.MonkeyPatch, pipe: Pipe) -> None:
+def test_flush_waits_only_once_for_a_blocked_reader(monkeypatch: pytest.MonkeyPatch, pipe: Pipe) -> None:
     waits: list[float | None] = []
     real = threading.Condition.wait_for
 
@@ -239,11 +235,11 @@ def test_a_reader_that_is_stuck_is_waited_for_only_once(monkeypatch: pytest.Monk
     writer.flush()
     writer.close()
     assert waits == [line_writer.FLUSH_TIMEOUT]
-    # The thread writes the line while the descriptor is still that of this pipe.
+    # The thread must write the line while the descriptor still belongs to this pipe.
     assert next(pipe.read_lines()) == b"x\n"
 
 
-def test_a_record_that_has_no_text_is_told_of(pipe: Pipe) -> None:
+def test_record_without_text_is_reported(pipe: Pipe) -> None:
     with os.fdopen(os.dup(pipe.writer), "w") as stream:
         configure_logging("debug", "json", stream)
         logging.getLogger("other").info("%d sheep", "x")

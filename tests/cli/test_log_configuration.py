@@ -1,4 +1,4 @@
-"""How log lines look, which there are, and that nothing secret is in them."""
+"""The format and the levels of log lines, and the redaction of secrets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_json_where_nobody_looks() -> None:
+def test_output_that_is_no_terminal_gets_json() -> None:
     stream, logger = logged()
     logger.info("serving", urls=["ws://127.0.0.1:1/ws"])
     logging.getLogger("other").warning("%s is odd", "this")
@@ -48,7 +48,7 @@ def test_json_where_nobody_looks() -> None:
     assert (theirs["event"], theirs["level"], theirs["logger"]) == ("this is odd", "warning", "other")
 
 
-def test_text_on_a_terminal() -> None:
+def test_terminal_gets_text() -> None:
     stream = Terminal()
     configure_logging("info", "auto", stream)
     get_logger("catbus.test").info("serving", port=1)
@@ -56,7 +56,7 @@ def test_text_on_a_terminal() -> None:
     assert not stream.getvalue().startswith("{")
 
 
-def test_an_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
+def test_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
     stream, logger = logged()
     terminal = Terminal()
     try:
@@ -70,7 +70,7 @@ def test_an_exception_is_one_line_of_json_and_text_on_a_terminal() -> None:
     assert TOKEN not in stream.getvalue() + terminal.getvalue()
 
 
-def test_levels_hold_for_everything_below_a_name() -> None:
+def test_level_applies_to_all_loggers_below_a_name() -> None:
     stream, _ = logged("catbus=info,catbus.log=error,aioquic=debug")
     for name in ("catbus", "catbus.replica", "catbus.log", "catbus.log.in_memory", "quic", "other"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
@@ -88,13 +88,13 @@ def test_levels_hold_for_everything_below_a_name() -> None:
     }
 
 
-def test_off_is_off() -> None:
+def test_level_off_disables_a_logger() -> None:
     stream, logger = logged("off")
     logger.critical("x")
     assert not stream.getvalue()
 
 
-def test_no_secret_gets_into_a_line() -> None:
+def test_secrets_are_redacted_from_lines() -> None:
     stream, logger = logged()
     logger.info(f"took {TOKEN}", token="plain", nested={"admin_key": "hunter2", "deep": [{"password": "hunter2"}]})
     logger.info("using " + SECRET, value=SECRET, raw=SECRET.encode(), odd=object, error=ValueError(SECRET))
@@ -118,18 +118,18 @@ def test_no_secret_gets_into_a_line() -> None:
         "role-play",
     ],
 )
-def test_what_is_no_secret_stays(harmless: str) -> None:
+def test_text_that_is_no_secret_stays(harmless: str) -> None:
     assert redact_text(harmless) == harmless
 
 
 @pytest.mark.parametrize(
     "secret", [TOKEN, "role-AAAAAAAAAAAAAAAAAAAAAA", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"]
 )
-def test_every_kind_of_token_is_recognised(secret: str) -> None:
+def test_every_kind_of_token_is_redacted(secret: str) -> None:
     assert secret not in redact_text(f"this is {secret}, is it not?")
 
 
-def test_without_the_command_the_program_around_decides(
+def test_embedding_program_configures_its_own_logging(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     get_logger("catbus.test").warning("odd", port=1)

@@ -1,4 +1,4 @@
-"""`catbus repair`: saying what is missing in the log, and having everybody go on behind it."""
+"""`catbus repair`: reporting deleted messages, and letting subscriptions continue after them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conftest import Command
 
 @pytest.fixture
 def damaged(catbus: Command, database_url: str) -> str:
-    """A database whose log lacks 3 to 5 and 8 of ten messages."""
+    """A database whose log of ten messages lacks 3 to 5 and 8."""
     assert catbus("init", "--database", database_url)[0] == 0
 
     async def damage() -> None:
@@ -31,7 +31,7 @@ def damaged(catbus: Command, database_url: str) -> str:
     return database_url
 
 
-def test_it_says_what_is_missing_and_changes_nothing_until_it_is_told_to(catbus: Command, damaged: str) -> None:
+def test_repair_reports_missing_messages_and_changes_nothing_without_apply(catbus: Command, damaged: str) -> None:
     for _ in range(2):
         status, output, errors = catbus("repair", "--database", damaged)
         assert (status, errors) == (1, "")
@@ -49,7 +49,7 @@ def test_it_says_what_is_missing_and_changes_nothing_until_it_is_told_to(catbus:
     assert output.endswith("no messages are missing\n")
 
 
-def test_for_scripts_it_is_json(catbus: Command, damaged: str) -> None:
+def test_json_output_has_all_ranges(catbus: Command, damaged: str) -> None:
     status, output, _ = catbus("repair", "--json", "--database", damaged)
     assert status == 1
     assert json.loads(output) == {"floor": 1, "head": 10, "missing": 4, "holes": [[3, 5], [8, 8]], "repaired": False}
@@ -57,20 +57,22 @@ def test_for_scripts_it_is_json(catbus: Command, damaged: str) -> None:
     assert (status, json.loads(output)["repaired"]) == (0, True)
 
 
-def test_only_the_first_holes_are_shown(catbus: Command, damaged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_output_shows_only_the_first_ranges(
+    catbus: Command, damaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command, "MAX_GAPS_SHOWN", 1)
     _, output, _ = catbus("repair", "--database", damaged)
     assert "  3 to 5 (3)\n  and 1 more ranges (--json shows all)\n" in output
 
 
-def test_an_empty_log(catbus: Command, database_url: str) -> None:
+def test_empty_log_has_no_missing_messages(catbus: Command, database_url: str) -> None:
     catbus("init", "--database", database_url)
     status, output, _ = catbus("repair", "--database", database_url)
     assert status == 0
     assert output.splitlines()[0].endswith(": the log is empty")
 
 
-def test_a_schema_of_another_release_is_an_error_with_what_to_do(catbus: Command, damaged: str) -> None:
+def test_schema_of_another_release_is_an_error_with_advice(catbus: Command, damaged: str) -> None:
     async def age() -> None:
         async with open_sql(damaged) as sql:
             await sql.execute("UPDATE catbus.schema_version SET version = 9")
@@ -81,7 +83,7 @@ def test_a_schema_of_another_release_is_an_error_with_what_to_do(catbus: Command
     assert re.search(r"the schema has version 9, and this release needs \d+: `catbus init` brings it there", errors)
 
 
-def test_its_help_teaches(catbus: Command) -> None:
+def test_help_explains_the_repair(catbus: Command) -> None:
     status, output, _ = catbus("repair", "--help")
     assert status == 0
     for word in ("--apply", "gap", "repair", "unknown", "Examples:"):

@@ -1,4 +1,4 @@
-"""`catbus role`, `catbus grant --to` and `catbus revoke`, on a database that is there and on an embedded one."""
+"""`catbus role`, `catbus grant --to` and `catbus revoke`, on a running database and on an embedded one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CREATED = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 @pytest.fixture
 def database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The database that the commands find in the environment."""
+    """The database of the environment."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     return database_url
 
@@ -35,14 +35,14 @@ def handle_of(token: str) -> str:
 
 
 def make(catbus: Command, *arguments: str) -> str:
-    """A role; its token."""
+    """Create a role and return its token."""
     status, output, _ = catbus("role", "create", *arguments)
     assert status == 0
     return output.strip()
 
 
 def shown(output: str) -> list[dict[str, Any]]:
-    """What the lines of the output say of roles, but for when they were made."""
+    """Return the roles in the lines of the output, without their times of creation."""
     roles = [json.loads(line) for line in output.splitlines()]
     for role in roles:
         assert list(role) == ["role", "client_id", "read", "write", "created"]
@@ -50,7 +50,7 @@ def shown(output: str) -> list[dict[str, Any]]:
     return roles
 
 
-def test_a_new_token_stands_alone_and_is_shown_once(catbus: Command, database: str) -> None:
+def test_new_token_is_the_only_text_on_stdout(catbus: Command, database: str) -> None:
     status, output, errors = catbus("role", "create", "--client-id", "ci", "-p", "read", "-p", "write", "a.*", "b")
     assert status == 0
     [token] = output.splitlines()
@@ -65,7 +65,7 @@ def test_a_new_token_stands_alone_and_is_shown_once(catbus: Command, database: s
         assert (status, shown(output), errors) == (0, [expected], "")
 
 
-def test_all_roles_are_listed(catbus: Command, database: str) -> None:
+def test_list_shows_all_roles(catbus: Command, database: str) -> None:
     assert catbus("role", "list") == (0, "", "")
     one = make(catbus, "--client-id", "one", "-p", "read", "a", "a")
     two = make(catbus)
@@ -77,7 +77,7 @@ def test_all_roles_are_listed(catbus: Command, database: str) -> None:
     ]
 
 
-def test_a_role_is_deleted_once(catbus: Command, database: str) -> None:
+def test_role_is_deleted_once(catbus: Command, database: str) -> None:
     token = make(catbus, "-p", "read", "a.*")
     handle = handle_of(token)
     status, output, errors = catbus("role", "delete", token)
@@ -88,7 +88,7 @@ def test_a_role_is_deleted_once(catbus: Command, database: str) -> None:
     assert catbus("role", "delete", handle) == (1, "", f"catbus: there is no role {handle}\n")
 
 
-def test_a_role_is_allowed_more_and_less(catbus: Command, database: str) -> None:
+def test_grants_are_added_and_removed(catbus: Command, database: str) -> None:
     token = make(catbus, "--client-id", "ci", "-p", "read", "a.*")
     handle = handle_of(token)
     role = {"role": handle, "client_id": "ci"}
@@ -107,7 +107,7 @@ def test_a_role_is_allowed_more_and_less(catbus: Command, database: str) -> None
 
 
 @pytest.mark.parametrize("name", ["ci", "0" * 11, make_role_token()[:-1]], ids=["name", "short", "cut token"])
-def test_what_names_no_role(catbus: Command, database: str, name: str) -> None:
+def test_unknown_role_is_an_error(catbus: Command, database: str, name: str) -> None:
     for command in (
         ["role", "show", name],
         ["role", "delete", name],
@@ -120,7 +120,7 @@ def test_what_names_no_role(catbus: Command, database: str, name: str) -> None:
         assert name not in errors.split()
 
 
-def test_reading_changes_no_schema(catbus: Command, empty_database_url: str) -> None:
+def test_reading_does_not_migrate_the_schema(catbus: Command, empty_database_url: str) -> None:
     status, output, errors = catbus("role", "list", "--database", empty_database_url)
     assert (status, output) == (1, "")
     assert "`catbus init` brings its schema to this version" in errors and errors.count("\n") == 1
@@ -137,7 +137,7 @@ def test_reading_changes_no_schema(catbus: Command, empty_database_url: str) -> 
         (Grants((), ("a", "b")), Grants((), ("*",)), [f"may still write {x}, by its grant on *" for x in "ab"]),
     ],
 )
-def test_what_is_still_allowed(taken: Grants, left: Grants, lines: list[str]) -> None:
+def test_revoke_reports_remaining_permissions(taken: Grants, left: Grants, lines: list[str]) -> None:
     assert still_allowed(taken, left) == lines
 
 
@@ -146,7 +146,7 @@ def test_what_is_still_allowed(taken: Grants, left: Grants, lines: list[str]) ->
 
 @pytest.fixture
 def state(monkeypatch: pytest.MonkeyPatch, postgres_server: str) -> Iterator[Path]:
-    """A state directory that the user who runs PostgreSQL for root gets to."""
+    """A state directory that the unprivileged user of PostgreSQL can reach."""
     directory = Path(tempfile.mkdtemp(prefix="catbus-state-"))
     directory.chmod(0o711)
     monkeypatch.setenv("CATBUS_STATE", str(directory))
@@ -154,7 +154,7 @@ def state(monkeypatch: pytest.MonkeyPatch, postgres_server: str) -> Iterator[Pat
     shutil.rmtree(directory)
 
 
-def test_a_role_of_the_broker_on_this_machine_works_at_once(
+def test_role_in_the_embedded_database_works_immediately(
     catbus: Command, state: Path, start: Start, tmp_path: Path
 ) -> None:
     config = tmp_path / "catbus.toml"
@@ -182,20 +182,18 @@ def test_a_role_of_the_broker_on_this_machine_works_at_once(
     assert token.strip() not in output + errors
 
 
-def test_without_a_broker_the_embedded_database_is_served_for_the_moment(catbus: Command, state: Path) -> None:
+def test_embedded_database_is_started_without_a_broker(catbus: Command, state: Path) -> None:
     token = make(catbus, "--database", "embedded", "-p", "read", "a")
     assert embedded_server.served(state / "postgres") is None
     assert not (state / "postgres" / "cluster" / "data" / "postmaster.pid").exists()
-    # Once it is there it need not be named any more.
+    # An existing embedded database is found without being named.
     assert [role["role"] for role in shown(catbus("role", "list").output)] == [handle_of(token)]
     status, _, errors = catbus("role", "list", "--database", "memory")
     assert status == 1
     assert "there is no database" in errors
 
 
-def test_another_database_that_is_named_goes_before_the_embedded_one(
-    catbus: Command, state: Path, database: str
-) -> None:
+def test_named_database_overrides_the_embedded_one(catbus: Command, state: Path, database: str) -> None:
     (state / "postgres").mkdir()
     (state / "postgres" / "lock").touch()
     assert catbus("role", "list") == (0, "", "")

@@ -1,4 +1,4 @@
-"""`catbus run`: signals, the secret, what it prints."""
+"""`catbus run`: signals, the secret, and its output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FakeBroker:
 
 
 class FakeServer:
-    """Stands in for `serve`: starts when it may, and stops when it is asked to and `orderly`."""
+    """A double of `serve`: it starts when allowed, and stops on request if `orderly`."""
 
     def __init__(self, *, starts: bool = True, orderly: bool = True) -> None:
         self.starts = starts
@@ -80,25 +80,25 @@ async def supervise(monkeypatch: pytest.MonkeyPatch, server: FakeServer, *signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_first_signal_stops_in_order(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+async def test_first_signal_starts_a_graceful_shutdown(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     server = FakeServer()
     assert await supervise(monkeypatch, server, number) == 0
     assert server.ended == "in order"
 
 
-async def test_the_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_second_signal_stops_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer(orderly=False)
     assert await supervise(monkeypatch, server, signal.SIGTERM, signal.SIGINT) == 130
     assert server.ended == "at once"
 
 
-async def test_a_signal_before_it_has_started_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_signal_before_the_start_stops_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer(starts=False)
     assert await supervise(monkeypatch, server, signal.SIGTERM) == 0
     assert server.ended == "at once"
 
 
-def test_a_secret_is_kept_where_only_this_machine_gets_in(tmp_path: Path) -> None:
+def test_broker_on_loopback_creates_and_keeps_a_secret(tmp_path: Path) -> None:
     config, token = run.ensure_secret(Config(websocket=LOCAL, state=str(tmp_path)))
     [secret] = config.auth.secrets
     assert secret == read_secret(tmp_path)
@@ -106,18 +106,18 @@ def test_a_secret_is_kept_where_only_this_machine_gets_in(tmp_path: Path) -> Non
     assert run.ensure_secret(Config(websocket=LOCAL, state=str(tmp_path))) == (config, token)
 
 
-def test_without_a_secret_it_does_not_open_to_others(tmp_path: Path) -> None:
+def test_reachable_broker_requires_a_secret(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CATBUS_SECRET"):
         run.ensure_secret(Config(state=str(tmp_path)))
     assert read_secret(tmp_path) is None
 
 
-def test_a_secret_that_is_given_is_the_secret() -> None:
+def test_configured_secret_is_used() -> None:
     config = Config(auth=AuthSettings(secrets=("given",)))
     assert run.ensure_secret(config) == (config, None)
 
 
-def test_a_broker_that_others_can_reach_starts_with_what_was_asked_for() -> None:
+def test_reachable_broker_starts_with_chosen_settings() -> None:
     strong = AuthSettings(secrets=("q7Lw2pT5rYb8nHd1mKc4sJf6g0aEuXzV",))
     asked = {"database.url": "command line"}
     run.check_exposure(Config(auth=strong), asked)
@@ -129,7 +129,7 @@ def test_a_broker_that_others_can_reach_starts_with_what_was_asked_for() -> None
         run.check_exposure(Config(auth=AuthSettings(secrets=("abc",))), asked)
 
 
-def test_a_weak_secret_and_a_misspelt_variable_are_warnings_on_this_machine(start: Start, tmp_path: Path) -> None:
+def test_weak_secret_and_misspelt_variable_are_warnings_on_loopback(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "catbus.toml"
     config.write_text("[auth]\nsecret = 'abc'\nadmin_key = 'def'\n")
     process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0", variables={"CATBUS_ADMIN_KEI": "x"})
@@ -142,7 +142,7 @@ def test_a_weak_secret_and_a_misspelt_variable_are_warnings_on_this_machine(star
     next_event(process, "serving")
 
 
-def test_sighup_takes_log_levels_and_names_what_takes_a_restart(start: Start, tmp_path: Path) -> None:
+def test_sighup_reloads_log_levels_and_names_settings_that_require_a_restart(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "catbus.toml"
     config.write_text("[limits]\nconnections = 10\n")
     process = start("run", "--config", str(config), "--ws-bind", "127.0.0.1:0")
@@ -169,7 +169,7 @@ def test_sighup_takes_log_levels_and_names_what_takes_a_restart(start: Start, tm
     assert "hunter2" not in json.dumps([left, wrong])
 
 
-def test_sighup_names_public_keys_that_have_changed(start: Start, tmp_path: Path) -> None:
+def test_sighup_names_changed_public_keys(start: Start, tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (tmp_path / "keys.pem").write_bytes(pem)
@@ -189,19 +189,19 @@ def announced(capsys: pytest.CaptureFixture[str], form: str, token: str | None, 
     return output, errors
 
 
-def test_the_urls_and_the_token_are_printed_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_urls_and_token_are_printed_on_a_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output, _ = announced(capsys, "text", "the-token", str(tmp_path / "state"))
     for part in ("ws://127.0.0.1:8080/ws", "ws://[::1]:8080/ws", "the-token", "sub 'demo.*'\n"):
         assert part in output
     assert "export CATBUS_TOKEN" not in output
 
 
-def test_a_state_directory_that_clients_do_not_know_is_made_up_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_commands_work_with_another_state_directory(capsys: pytest.CaptureFixture[str]) -> None:
     output, _ = announced(capsys, "text", "the-token", "/elsewhere")
     assert "export CATBUS_TOKEN=the-token" in output
 
 
-def test_nothing_but_log_lines_gets_into_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_has_only_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     output, errors = announced(capsys, "json", "the-token", None)
     assert "the-token" in errors and "the-token" not in output
     _, errors = announced(capsys, "json", None, None)

@@ -30,7 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CATBUS_STATE", str(tmp_path))
 
 
-def test_a_token_is_shown_in_words(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_described(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_SECRET", SECRET)
     token = sign(SECRET, client_id="alice", grants=GRANTS, expires=time.time() + 7230)
     status, output, _ = catbus("token", "show", token)
@@ -42,7 +42,7 @@ def test_a_token_is_shown_in_words(catbus: Command, monkeypatch: pytest.MonkeyPa
     assert (shown["allows"], shown["signature"], shown["verdict"]) == ("read a.* and write a.b", "valid", "accepted")
 
 
-def test_it_is_read_from_stdin_too(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_read_from_stdin(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     token = sign(SECRET, client_id="alice", grants=GRANTS)
     for arguments in ((), ("-",)):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{token}\n"))
@@ -78,7 +78,7 @@ CLAIMS: dict[str, Any] = {"sub": "eve", "catbus": {"read": ["a"]}}
         ("x" * 9000, "malformed", "invalid", None),
     ],
 )
-def test_it_says_why_a_token_is_refused(
+def test_reason_of_a_rejected_token_is_shown(
     catbus: Command, monkeypatch: pytest.MonkeyPatch, token: str, reason: str, signature: str, allows: str | None
 ) -> None:
     monkeypatch.setenv("CATBUS_SECRET", SECRET)
@@ -94,7 +94,7 @@ def test_it_says_why_a_token_is_refused(
         assert secret not in output + errors + more
 
 
-def test_the_secrets_are_those_of_the_broker(catbus: Command, tmp_path: Path) -> None:
+def test_secrets_are_those_of_the_broker(catbus: Command, tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text(pem(EC_KEY))
     (tmp_path / "catbus.toml").write_text(
         f'[auth]\nsecret = ["new {OTHER}", "{SECRET}"]\njwt = ["key.pem"]\nleeway = 0\n'
@@ -108,14 +108,14 @@ def test_the_secrets_are_those_of_the_broker(catbus: Command, tmp_path: Path) ->
     assert (status, json.loads(output)["reason"]) == (1, "signature")
 
 
-def test_without_a_secret_it_shows_what_there_is(catbus: Command) -> None:
+def test_claims_are_shown_without_a_secret(catbus: Command) -> None:
     status, output, _ = catbus("token", "show", sign(SECRET, client_id="alice", grants=GRANTS))
     shown = parts(output)
     assert (status, shown["client_id"], shown["signature"]) == (0, "alice", "unchecked")
     assert shown["verdict"].startswith("undecided: no secret and no key is configured")
 
 
-def test_a_role_token_is_named_by_its_handle(catbus: Command) -> None:
+def test_role_token_is_shown_by_its_handle(catbus: Command) -> None:
     token = make_role_token()
     key = role_key(token)
     assert key is not None
@@ -125,14 +125,14 @@ def test_a_role_token_is_named_by_its_handle(catbus: Command) -> None:
     assert token not in output
 
 
-def test_the_admin_key_is_recognised_and_not_shown(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admin_key_is_recognised_and_not_shown(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATBUS_ADMIN_KEY", OTHER)
     status, output, errors = catbus("token", "show", OTHER)
     assert (status, parts(output)["allows"]) == (0, "read and write *")
     assert OTHER not in output + errors
 
 
-def test_a_claim_takes_one_line(catbus: Command) -> None:
+def test_claim_is_one_line(catbus: Command) -> None:
     token = sign(SECRET, client_id="a\nverdict     accepted\x1b[2J", grants=GRANTS)
     status, output, _ = catbus("token", "show", token, "--secret", OTHER)
     assert status == 1
@@ -140,7 +140,7 @@ def test_a_claim_takes_one_line(catbus: Command) -> None:
     assert output.count("\nverdict") == 1
 
 
-def test_nothing_is_no_token(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_input_is_an_error(catbus: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     assert catbus("token", "show").status == 2
 
@@ -155,11 +155,11 @@ def test_nothing_is_no_token(catbus: Command, monkeypatch: pytest.MonkeyPatch) -
         (1e9, "in 11574 days"),
     ],
 )
-def test_times_are_told_in_words(seconds: float, words: str) -> None:
+def test_time_differences_are_described(seconds: float, words: str) -> None:
     assert describe_time_difference(seconds) == words
 
 
-def test_key_sets_are_read_as_the_broker_reads_them(catbus: Command, tmp_path: Path) -> None:
+def test_key_sets_are_read_as_by_the_broker(catbus: Command, tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(jwks((EC_KEY, {"kid": "mine"})))
     (tmp_path / "catbus.toml").write_text('[auth]\njwt = ["keys.json"]\n')
     token = signed_jwt({"alg": "ES256", "kid": "other"}, CLAIMS, SECRET)

@@ -1,4 +1,4 @@
-"""Two connections joined by a link that may lose, repeat, delay and damage what it carries, on a clock of its own."""
+"""A simulated link between two connections, which can lose, repeat, delay and damage datagrams, with its own clock."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SERVER = ("192.0.2.1", 4433)
 CLIENT = ("192.0.2.2", 50000)
 
 TICK = 1e-6
-"""Seconds by which the clock goes on at the least."""
+"""Minimum step of the clock, in seconds."""
 
 
 @cache
 def certificate() -> tuple[str, str, bytes]:
-    """A self-signed certificate for `localhost` and 127.0.0.1 with its key, as PEM, and its hash."""
+    """Make a self-signed certificate for `localhost` and 127.0.0.1. Return it and its key as PEM, and its hash."""
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -76,7 +76,7 @@ def client_config(limits: ConnectionLimits | None = None) -> WebTransportConfigu
 
 
 Damage = Callable[[bytes], Iterable[tuple[float, bytes]]]
-"""What becomes of a datagram: each copy that arrives, and after how many seconds."""
+"""A function that returns each arriving copy of a datagram with its delay in seconds."""
 
 
 def untouched(data: bytes) -> Iterable[tuple[float, bytes]]:
@@ -84,7 +84,7 @@ def untouched(data: bytes) -> Iterable[tuple[float, bytes]]:
 
 
 class End:
-    """One side: the connection, what it has said, what came on its streams. Consumes at once unless told not to."""
+    """One side: its connection, events and received bytes. It consumes bytes immediately unless `consumes` is False."""
 
     def __init__(self, address: Any, connection: WebTransportConnection | None) -> None:
         self.address = address
@@ -121,7 +121,7 @@ class End:
 
 
 class Link:
-    """A client and a server, and what is under way between them."""
+    """A client, a server, and the datagrams in transit between them."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Link:
         self.now = 1000.0
         self.damage = damage
         self.upwards: Damage | None = None
-        """For what the client sends, when that fares differently."""
+        """The damage to the client's datagrams, if it differs."""
         self.server_configuration = server or server_config()
         request.setdefault("authority", "localhost:4433")
         made = (
@@ -151,7 +151,7 @@ class Link:
         return [end for end in (self.client, self.server) if end.connection is not None]
 
     def flush(self) -> None:
-        """Send what there is to send on both sides."""
+        """Send the waiting datagrams of both sides."""
         for end in self.ends():
             end.take(self.now)
             for data, to in end.it.datagrams_to_send(self.now):
@@ -165,7 +165,7 @@ class Link:
             heapq.heappush(self._under_way, (self.now + delay, next(self._order), to, data))
 
     def step(self, before: float = float("inf")) -> bool:
-        """Go on to the next thing that happens, if anything is going to, and in time."""
+        """Advance to the next arrival or timer. Return False if there is none before the given time."""
         self.flush()
         times = [end.it.timer for end in self.ends()]
         if self._under_way:
@@ -173,7 +173,7 @@ class Link:
         known = [time for time in times if time is not None]
         if not known or min(known) > before:
             return False
-        # At one and the same moment aioquic may find a timer due, and what it is for not yet, by a rounding error.
+        # By a rounding error, aioquic can report a timer as due while its action is not due yet.
         self.now = max(self.now + TICK, min(known))
         while self._under_way and self._under_way[0][0] <= self.now:
             _, _, to, data = heapq.heappop(self._under_way)
@@ -197,7 +197,7 @@ class Link:
         self.server.it.receive_datagram(data, CLIENT, self.now)
 
     def until(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
-        """Run until it is so. Fails when it is not after so many seconds, or nothing more happens."""
+        """Run until the condition holds. Fail after this time, or if nothing more happens."""
         end = self.now + seconds
         self.flush()
         while not condition():

@@ -1,4 +1,4 @@
-"""What we use of aioquic that it does not promise to keep. When one of these fails, aioquic has changed: look again."""
+"""Private parts of aioquic that Catbus uses. If a test fails, aioquic has changed and the code needs a review."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def link() -> Link:
 
 
 @pytest.mark.parametrize("name", QUIC)
-def test_what_we_read_of_a_connection(link: Link, name: str) -> None:
+def test_connection_has_every_attribute_that_catbus_reads(link: Link, name: str) -> None:
     assert hasattr(link.client.it._quic, name)
     assert hasattr(link.server.it._quic, name)
     assert name not in vars(BoundedQuicConnection), "ours hides that it is gone"
 
 
-def test_what_we_read_of_a_stream(link: Link) -> None:
+def test_stream_has_every_attribute_that_catbus_reads(link: Link) -> None:
     stream = QuicStream(stream_id=0, max_stream_data_local=1, max_stream_data_remote=1)
     assert {"_buffer", "_buffer_start", "_buffer_stop", "_pending", "highest_offset"} <= vars(stream.sender).keys()
     assert {"buffer_is_empty", "is_finished", "reset_pending"} <= vars(stream.sender).keys()
@@ -91,7 +91,7 @@ def test_what_we_read_of_a_stream(link: Link) -> None:
         ("_on_max_stream_data_delivery", ["self", "delivery", "stream"]),
     ],
 )
-def test_what_we_replace_of_a_connection_and_call(name: str, parameters: list[str]) -> None:
+def test_overridden_connection_methods_keep_their_parameters(name: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(QuicConnection, name)).parameters) == parameters
 
 
@@ -107,16 +107,16 @@ def test_what_we_replace_of_a_connection_and_call(name: str, parameters: list[st
         "_parse_transport_parameters",
     ],
 )
-def test_what_we_replace_is_called(name: str) -> None:
+def test_overridden_connection_methods_are_called_by_aioquic(name: str) -> None:
     assert f"self.{name}(" in inspect.getsource(QuicConnection)
 
 
-def test_the_sizes_of_frames() -> None:
+def test_flow_control_frames_have_enough_capacity() -> None:
     assert module.CONNECTION_LIMIT_FRAME_CAPACITY >= 9
     assert module.MAX_STREAM_DATA_FRAME_CAPACITY >= 17
 
 
-def test_what_we_replace_of_http3(link: Link) -> None:
+def test_http3_has_every_method_and_attribute_that_catbus_uses(link: Link) -> None:
     assert list(inspect.signature(H3Connection._get_local_settings).parameters) == ["self"]
     assert list(inspect.signature(H3Connection._init_connection).parameters) == ["self"]
     http3 = link.server.it._connect_stream.http3
@@ -126,7 +126,7 @@ def test_what_we_replace_of_http3(link: Link) -> None:
     assert hasattr(http3._stream[0], "buffer")
 
 
-def test_a_reset_stream_sends_nothing_of_its_buffer() -> None:
+def test_reset_stream_sends_nothing_of_its_buffer() -> None:
     sender = QuicStreamSender(stream_id=0, writable=True)
     sender.write(b"abc")
     sender.reset(1)

@@ -31,7 +31,7 @@ unknown = st.builds(capsule, st.sampled_from([0, 1, 0x78AE, *GREASE]), st.binary
 
 
 @given(st.lists(unknown, max_size=3), st.integers(0, 2**32 - 1), st.text(max_size=20))
-def test_the_close_is_found_wherever_the_stream_is_cut(before: list[bytes], code: int, reason: str) -> None:
+def test_close_capsule_is_decoded_wherever_the_stream_is_split(before: list[bytes], code: int, reason: str) -> None:
     stream = b"".join(before) + encode_close(code, reason) + b"what follows"
     expected = CloseCapsule(code, reason)
     assert read(stream) == expected
@@ -41,7 +41,7 @@ def test_the_close_is_found_wherever_the_stream_is_cut(before: list[bytes], code
 
 
 @given(st.lists(unknown, max_size=4))
-def test_a_stream_may_end_between_capsules_only(capsules: list[bytes]) -> None:
+def test_stream_may_end_only_between_capsules(capsules: list[bytes]) -> None:
     ends = {0}
     for one in capsules:
         ends.add(max(ends) + len(one))
@@ -52,7 +52,7 @@ def test_a_stream_may_end_between_capsules_only(capsules: list[bytes]) -> None:
         assert reader.feed(stream[position : position + 1]) is None
 
 
-def test_a_large_unknown_capsule_is_not_kept() -> None:
+def test_large_unknown_capsule_is_not_buffered() -> None:
     reader = CapsuleReader()
     reader.feed(varint.encode(GREASE[2]) + varint.encode(2**40))
     for _ in range(100):
@@ -62,36 +62,36 @@ def test_a_large_unknown_capsule_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 3, 1029, 2**30, 2**62 - 1])
-def test_a_close_of_a_length_that_none_has(length: int) -> None:
+def test_close_capsule_of_invalid_length_is_rejected(length: int) -> None:
     with pytest.raises(CapsuleError):
         read(varint.encode(CLOSE_SESSION) + varint.encode(length))
 
 
-def test_a_close_may_be_without_a_reason() -> None:
+def test_close_capsule_may_have_no_reason() -> None:
     assert read(capsule(CLOSE_SESSION, b"\0\0\x11\x31")) == CloseCapsule(4401, "")
 
 
-def test_the_longest_reason() -> None:
+def test_longest_reason_is_accepted() -> None:
     assert read(capsule(CLOSE_SESSION, bytes(4) + b"x" * 1024)) == CloseCapsule(0, "x" * 1024)
 
 
-def test_a_reason_that_is_no_text_is_an_error() -> None:
+def test_reason_that_is_not_utf8_is_rejected() -> None:
     with pytest.raises(CapsuleError):
         read(capsule(CLOSE_SESSION, bytes(4) + b"a\xff"))
 
 
 @pytest.mark.parametrize("kind", [0x190B4D3D, 0x190B4D3F, 0x190B4D40, 0x190B4D41, 0x190B4D43, 0x190B4D44])
-def test_flow_control_that_nobody_agreed_on_is_ignored(kind: int) -> None:
+def test_flow_control_capsules_are_ignored(kind: int) -> None:
     assert read(capsule(kind, varint.encode(2**62 - 1)) + encode_close(1, "x")) == CloseCapsule(1, "x")
 
 
 @pytest.mark.parametrize("kind", [0x190B4D3E, 0x190B4D42])
-def test_limits_of_single_streams_are_an_error(kind: int) -> None:
+def test_stream_limit_capsules_are_rejected(kind: int) -> None:
     with pytest.raises(CapsuleError):
         read(capsule(kind, varint.encode(4) + varint.encode(2**62 - 1)))
 
 
-def test_a_long_reason_is_cut_between_characters() -> None:
+def test_long_reason_is_truncated_between_characters() -> None:
     close = read(encode_close(1, "x" + "€" * 1000))
     assert close == CloseCapsule(1, "x" + "€" * 341)
     assert read(encode_close(1, "\ud800")) == CloseCapsule(1, "?")

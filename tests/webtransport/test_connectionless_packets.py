@@ -25,7 +25,7 @@ def first_initial() -> tuple[WebTransportConnection, bytes]:
     return connection, data
 
 
-def test_a_clients_first_packet() -> None:
+def test_initial_packet_of_a_client_is_read() -> None:
     connection, data = first_initial()
     header = read_header(data)
     assert header is not None
@@ -37,18 +37,18 @@ def test_a_clients_first_packet() -> None:
 
 
 @given(st.binary(max_size=100))
-def test_anything_can_be_read(data: bytes) -> None:
+def test_arbitrary_bytes_raise_nothing(data: bytes) -> None:
     header = read_header(data)
     assert header is None or len(header.destination) <= 255
 
 
-def test_a_short_header() -> None:
+def test_short_header_is_read() -> None:
     assert read_header(b"\x40" + b"12345678" + b"rest") == PacketHeader(None, False, b"12345678", b"", b"")
     assert read_header(b"\x40" + b"1234567") is None
     assert read_header(b"\x00" + b"12345678" + b"rest") is None
 
 
-def test_an_unknown_version_is_answered_with_ours() -> None:
+def test_unknown_version_gets_a_version_negotiation_packet() -> None:
     strange = b"\xc0" + b"\x1a\x2a\x3a\x4a" + b"\x03abc" + b"\x02de" + bytes(1200)
     header = read_header(strange)
     assert header is not None
@@ -59,7 +59,7 @@ def test_an_unknown_version_is_answered_with_ours() -> None:
     assert (answer.destination, answer.source) == (b"de", b"abc")
 
 
-def test_a_client_comes_again_after_a_retry() -> None:
+def test_client_connects_again_after_a_retry() -> None:
     connection, data = first_initial()
     header = read_header(data)
     assert header is not None
@@ -78,7 +78,7 @@ def test_a_client_comes_again_after_a_retry() -> None:
     link.until(lambda: link.client.saw(SessionOpened))
 
 
-def test_a_stateless_reset_ends_a_client_at_once() -> None:
+def test_stateless_reset_ends_a_client_connection_immediately() -> None:
     link = Link(connect=False)
     connection, data = first_initial()
     header = read_header(data)
@@ -107,7 +107,7 @@ def test_a_stateless_reset_ends_a_client_at_once() -> None:
 
 
 @pytest.mark.parametrize(("size", "length"), [(21, None), (22, 21), (44, 43), (1200, 43)])
-def test_a_stateless_reset_is_smaller_than_what_it_answers(size: int, length: int | None) -> None:
+def test_stateless_reset_is_smaller_than_its_packet(size: int, length: int | None) -> None:
     packet = encode_stateless_reset(b"t" * 16, size)
     assert (packet and len(packet)) == length
     if packet:
@@ -115,7 +115,7 @@ def test_a_stateless_reset_is_smaller_than_what_it_answers(size: int, length: in
         assert packet[0] & 0xC0 == 0x40
 
 
-def test_a_reset_is_no_answer_to_a_server() -> None:
+def test_server_ignores_a_stateless_reset() -> None:
     link = Link().open()
     link.server.it.receive_datagram(encode_stateless_reset(bytes(16), 100) or b"", CLIENT, link.now)
     link.flush()

@@ -1,4 +1,4 @@
-"""Two connections over a link that loses, repeats, reorders, cuts and damages what it carries."""
+"""Two connections over a link that loses, repeats, reorders, truncates and damages datagrams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Bad:
-    """What becomes of datagrams, each at its own rate."""
+    """Damage to datagrams, each kind at its own rate."""
 
     def __init__(self, source: random.Random, *, loss: float, repeat: float, flip: float, cut: float, spread: float):
         self.random = source
@@ -45,7 +45,7 @@ class Bad:
             yield 0.01 + self.random.random() * self.spread, copy
 
 
-# With a fourth of all packets lost, retransmissions back off for longer than a connection may be idle, now and then.
+# If a quarter of all packets is lost, the backoff of retransmissions sometimes exceeds the idle timeout.
 @st.composite
 def bad(draw: st.DrawFn) -> Bad:
     return Bad(
@@ -64,8 +64,8 @@ def body(seed: int, size: int) -> bytes:
 
 writes = st.lists(
     st.tuples(
-        st.booleans(),  # the client's side, or the server's
-        st.integers(0, 3),  # which of its streams
+        st.booleans(),  # client or server
+        st.integers(0, 3),  # index of the stream
         st.sampled_from([1, 100, 2000, 30_000]),
     ),
     max_size=12,
@@ -75,7 +75,7 @@ writes = st.lists(
 def exchange(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
     link = Link(damage=damage)
     link.until(lambda: link.client.saw(SessionOpened) or link.client.lost)
-    # A server that cannot be reached in 10 s is given up, which hardly ever happens.
+    # A client gives up a server after 10 s, which is rare.
     if link.client.lost:
         assert link.now >= 1010
         return
@@ -109,7 +109,7 @@ def exchange(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
         assert end.it.unconsumed == 0
         assert not end.it._failed
 
-    # Once nothing is harmed any more, all is acknowledged and the end passes.
+    # Without further damage, everything is acknowledged and the close is delivered.
     link.damage = lambda data: [(0.01, data)]
     link.until(lambda: not link.client.it.unacknowledged() and not link.server.it.unacknowledged())
     link.server.it.close_session(4242, "so long", link.now)
@@ -119,13 +119,13 @@ def exchange(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
 
 @FEW
 @given(bad(), writes)
-def test_what_arrives_on_each_stream_is_what_was_sent(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
+def test_each_stream_delivers_exactly_the_sent_bytes(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
     exchange(damage, plan)
 
 
 @FEW
 @given(bad(), writes)
-def test_aioquic_has_nothing_to_send_when_it_is_not_asked(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
+def test_aioquic_has_nothing_to_send_when_it_is_not_called(damage: Bad, plan: list[tuple[bool, int, int]]) -> None:
     def ask(quic: BoundedQuicConnection, now: float) -> list[tuple[bytes, object]]:
         nothing = quic._nothing_to_send(now)
         found: list[tuple[bytes, object]] = QuicConnection.datagrams_to_send(quic, now)
@@ -137,7 +137,7 @@ def test_aioquic_has_nothing_to_send_when_it_is_not_asked(damage: Bad, plan: lis
         exchange(damage, plan)
 
 
-def test_aioquic_is_not_asked_for_what_it_has_not() -> None:
+def test_aioquic_is_not_called_when_it_has_nothing_to_send() -> None:
     link = Link().open()
     link.run(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +147,7 @@ def test_aioquic_is_not_asked_for_what_it_has_not() -> None:
             assert not end.it._failed
 
 
-def test_the_link_is_bad() -> None:
+def test_link_damages_datagrams() -> None:
     damage = Bad(random.Random(2), loss=0.2, repeat=0.2, flip=0.1, cut=0.1, spread=0.2)
     link = Link().open()
     link.damage = damage
@@ -159,7 +159,7 @@ def test_the_link_is_bad() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_windows_move_however_many_packets_are_lost(seed: int) -> None:
+def test_windows_are_extended_despite_packet_loss(seed: int) -> None:
     limits = ConnectionLimits(connection_window=40_000, stream_window=20_000)
     damage = Bad(random.Random(seed), loss=0.15, repeat=0.1, flip=0, cut=0, spread=0.02)
     link = Link(server=server_config(limits)).open()
@@ -176,7 +176,7 @@ def test_windows_move_however_many_packets_are_lost(seed: int) -> None:
 
 @FEW
 @given(st.integers(0, 2**32), st.binary(max_size=1300))
-def test_a_datagram_of_garbage_changes_nothing(seed: int, garbage: bytes) -> None:
+def test_random_datagram_changes_nothing(seed: int, garbage: bytes) -> None:
     link = Link().open()
     for end, source in ((link.client, link.server.address), (link.server, link.client.address)):
         connection_id = next(iter(end.it.connection_ids))
@@ -188,7 +188,7 @@ def test_a_datagram_of_garbage_changes_nothing(seed: int, garbage: bytes) -> Non
     link.until(lambda: stream in link.server.ended)
 
 
-def test_a_replayed_conversation_changes_nothing() -> None:
+def test_replayed_datagrams_change_nothing() -> None:
     carried: list[bytes] = []
     link = Link()
 
@@ -211,7 +211,7 @@ def test_a_replayed_conversation_changes_nothing() -> None:
     assert link.server.it.peer_address == link.client.address
 
 
-def test_a_client_whose_address_changes_goes_on() -> None:
+def test_client_continues_after_its_address_changes() -> None:
     link = Link().open()
     link.run(1)
     stream = link.client.it.open_stream(bidirectional=True)

@@ -1,4 +1,4 @@
-"""What the drafts of WebTransport over HTTP/3 ask of both ends, from draft 02 to draft 16."""
+"""The requirements of the drafts of WebTransport over HTTP/3 on both sides, from draft 02 to draft 16."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ v = encode_uint_var
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, *, client: bool, **changes: int | None) -> None:
-    """Have one side announce other settings than it does; those that are None are left out."""
+    """Replace the settings that one side announces. None omits a setting."""
     original = Http3Connection._get_local_settings
 
     def settings(self: Http3Connection) -> dict[int, int]:
@@ -37,7 +37,7 @@ def announce(monkeypatch: pytest.MonkeyPatch, *, client: bool, **changes: int | 
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, token: bytes, **parameters: Any) -> Link:
-    """A client that asks for its session by this `:protocol`."""
+    """Make the client request its session with this `:protocol`."""
     monkeypatch.setattr(Http3Connection, "choose_protocol_token", lambda self: token)
     return Link(**parameters)
 
@@ -54,16 +54,16 @@ def record_tokens(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return tokens
 
 
-# The name.
+# The protocol token.
 
 
 @pytest.mark.parametrize("token", [b"webtransport", b"webtransport-h3"])
-def test_a_session_is_opened_by_both_names(monkeypatch: pytest.MonkeyPatch, token: bytes) -> None:
+def test_session_opens_with_both_protocol_tokens(monkeypatch: pytest.MonkeyPatch, token: bytes) -> None:
     link = ask(monkeypatch, token, path="/x").open()
     assert [request.path for request in link.server.saw(SessionRequested)] == ["/x"]
 
 
-def test_a_protocol_that_nobody_knows_is_answered_501(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_protocol_gets_status_501(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = []
     handle = Http3Connection.handle_event
 
@@ -79,7 +79,7 @@ def test_a_protocol_that_nobody_knows_is_answered_501(monkeypatch: pytest.Monkey
     assert not link.server.saw(SessionRequested)
 
 
-def test_a_client_asks_by_the_newest_name_that_the_server_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_requests_the_newest_protocol_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = record_tokens(monkeypatch)
     Link().open()
     with monkeypatch.context() as older:
@@ -95,14 +95,14 @@ def test_a_client_asks_by_the_newest_name_that_the_server_knows(monkeypatch: pyt
     assert tokens == [b"webtransport-h3", b"webtransport", b"webtransport"]
 
 
-def test_a_server_that_announces_what_cannot_be_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_leaves_a_server_with_invalid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, client=False, **{hex(WEBTRANSPORT_SETTINGS[-1]): 2})
     link = Link()
     link.until(lambda: link.client.lost)
     assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.SETTINGS_ERROR
 
 
-def test_a_server_without_webtransport_is_told_why_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_tells_a_server_without_webtransport_why_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     announce(monkeypatch, client=False, **{hex(name): None for name in WEBTRANSPORT_SETTINGS})
     link = Link()
     link.until(lambda: link.client.lost)
@@ -112,7 +112,7 @@ def test_a_server_without_webtransport_is_told_why_it_is_left(monkeypatch: pytes
 # Settings.
 
 
-def test_a_request_of_the_newest_drafts_waits_for_the_settings_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_of_draft_15_waits_for_the_settings_of_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link()
     known = []
     received = Http3Connection.received_settings
@@ -126,12 +126,12 @@ def test_a_request_of_the_newest_drafts_waits_for_the_settings_of_its_client(mon
     assert link.server.it._connect_stream.id is not None
     assert not link.server.saw(SessionRequested)
     known.append(True)
-    # The settings are there as soon as the next bytes of HTTP/3 are looked at.
+    # The settings are read with the next bytes of HTTP/3.
     link.client.it._connect_stream.http3.send_data(0, b"", end_stream=False)  # type: ignore[union-attr]
     link.until(lambda: link.client.saw(SessionOpened))
 
 
-def test_a_request_that_is_withdrawn_while_it_waits_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_that_is_withdrawn_while_it_waits_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link()
     received = Http3Connection.received_settings
     hidden = property(lambda self: received.fget(self) if self._quic.configuration.is_client else None)  # type: ignore[attr-defined]
@@ -145,8 +145,8 @@ def test_a_request_that_is_withdrawn_while_it_waits_is_forgotten(monkeypatch: py
     assert not link.server.it._failed
 
 
-def test_the_newest_drafts_need_datagrams(monkeypatch: pytest.MonkeyPatch) -> None:
-    # aioquic itself refuses the setting of draft 02 without them.
+def test_draft_15_requires_datagrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    # aioquic itself rejects the setting of draft 02 without datagrams.
     announce(monkeypatch, client=True, **{hex(H3_DATAGRAM): None, hex(WEBTRANSPORT_SETTINGS[0]): None})
     link = Link()
     link.run(1)
@@ -156,10 +156,10 @@ def test_the_newest_drafts_need_datagrams(monkeypatch: pytest.MonkeyPatch) -> No
     assert older.server.it.session_open
 
 
-# The session's own stream.
+# The CONNECT stream.
 
 
-def test_capsules_before_the_answer_are_read_behind_it() -> None:
+def test_capsules_before_the_reply_are_read_after_it() -> None:
     link = Link()
     link.server.answer = lambda connection, now: None
     link.until(lambda: link.server.saw(SessionRequested))
@@ -173,7 +173,7 @@ def test_capsules_before_the_answer_are_read_behind_it() -> None:
     assert link.server.saw(SessionClosed) == [SessionClosed(9, "early")]
 
 
-def test_capsules_before_the_answer_are_bounded() -> None:
+def test_capsules_before_the_reply_are_bounded() -> None:
     link = Link()
     link.server.answer = lambda connection, now: None
     link.until(lambda: link.server.saw(SessionRequested))
@@ -187,7 +187,7 @@ def test_capsules_before_the_answer_are_bounded() -> None:
     assert not link.server.it.accept()
 
 
-def test_a_reason_that_is_no_text_ends_the_session_without_a_code() -> None:
+def test_reason_that_is_not_utf8_ends_the_session_without_a_code() -> None:
     link = Link().open()
     http3 = link.client.it._connect_stream.http3
     assert http3 is not None
@@ -196,7 +196,7 @@ def test_a_reason_that_is_no_text_ends_the_session_without_a_code() -> None:
     assert link.server.saw(SessionClosed) == [SessionClosed(None, "")]
 
 
-def test_a_signal_of_a_stream_behind_other_frames_is_an_error() -> None:
+def test_stream_signal_behind_other_frames_is_an_error() -> None:
     link = Link().open()
     send_raw(link, v(0x21) + v(1) + b"x" + v(0x41) + v(0) + b"data", unidirectional=False)
     link.until(lambda: link.server.lost)
@@ -208,7 +208,7 @@ def test_a_signal_of_a_stream_behind_other_frames_is_an_error() -> None:
 
 @pytest.fixture
 def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Each RESET_STREAM_AT that arrives anywhere: stream, code, final size, reliable size."""
+    """Record each received RESET_STREAM_AT: stream, code, final size, reliable size."""
     seen: list[tuple[int, ...]] = []
     handle = BoundedQuicConnection._handle_reset_stream_at_frame
 
@@ -224,7 +224,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("wait", [0, 1], ids=["at once", "later"])
 @pytest.mark.parametrize("first_lost", [False, True])
-def test_a_reset_stream_says_whose_it_is(frames: list[tuple[int, ...]], wait: int, first_lost: bool) -> None:
+def test_reset_stream_still_delivers_its_session_id(frames: list[tuple[int, ...]], wait: int, first_lost: bool) -> None:
     link = Link().open()
     link.run(1)
     lost = first_lost
@@ -255,7 +255,7 @@ def test_a_reset_stream_says_whose_it_is(frames: list[tuple[int, ...]], wait: in
         assert not raw(end.it)._pending_resets and not raw(end.it)._deferred_resets and not raw(end.it)._reliable_sizes
 
 
-def test_a_peer_that_does_not_know_it_gets_the_plain_reset(frames: list[tuple[int, ...]]) -> None:
+def test_peer_without_reset_stream_at_gets_reset_stream(frames: list[tuple[int, ...]]) -> None:
     link = Link().open()
     raw(link.server.it).peer_supports_reset_stream_at = False
     stream = link.server.it.open_stream(bidirectional=False)
@@ -268,7 +268,7 @@ def test_a_peer_that_does_not_know_it_gets_the_plain_reset(frames: list[tuple[in
     assert not frames
 
 
-def test_a_stream_is_reset_when_what_was_promised_has_arrived() -> None:
+def test_received_reset_waits_for_the_reliable_bytes() -> None:
     link = Link().open()
     link.run(1)
     client, server = raw(link.client.it), raw(link.server.it)
@@ -285,7 +285,7 @@ def test_a_stream_is_reset_when_what_was_promised_has_arrived() -> None:
 
 
 def at(quic: BoundedQuicConnection, stream: int, code: int, final: int, reliable: int) -> None:
-    """RESET_STREAM_AT arrives."""
+    """Deliver a RESET_STREAM_AT frame to a connection."""
     values = b"".join(v(value) for value in (stream, code, final, reliable))
     quic._handle_reset_stream_at_frame(None, RESET_STREAM_AT, Buffer(data=values))  # type: ignore[arg-type]
 
@@ -299,7 +299,7 @@ def at(quic: BoundedQuicConnection, stream: int, code: int, final: int, reliable
         ((1, 9, 6), QuicErrorCode.FINAL_SIZE_ERROR),
     ],
 )
-def test_a_reset_that_contradicts_itself(later: tuple[int, int, int], code: QuicErrorCode) -> None:
+def test_contradictory_resets_close_the_connection(later: tuple[int, int, int], code: QuicErrorCode) -> None:
     quic = raw(Link().open().server.it)
     at(quic, 14, 1, 10, 6)
     with pytest.raises(QuicConnectionError) as error:
@@ -307,14 +307,14 @@ def test_a_reset_that_contradicts_itself(later: tuple[int, int, int], code: Quic
     assert error.value.error_code == code
 
 
-def test_a_reset_may_promise_less_later_and_not_more() -> None:
+def test_later_reset_may_only_lower_the_reliable_size() -> None:
     quic = raw(Link().open().server.it)
     for reliable, kept in ((6, 6), (8, 6), (5, 5)):
         at(quic, 14, 1, 10, reliable)
         assert quic._deferred_resets[14].reliable == kept
 
 
-def test_a_reset_counts_against_the_windows() -> None:
+def test_reset_counts_against_the_windows() -> None:
     quic = raw(Link().open().server.it)
     used = quic._local_max_data.used
     at(quic, 14, 1, 1000, 6)
@@ -324,9 +324,9 @@ def test_a_reset_counts_against_the_windows() -> None:
     assert error.value.error_code == QuicErrorCode.FLOW_CONTROL_ERROR
 
 
-def test_the_parameter_must_be_empty() -> None:
+def test_transport_parameter_must_be_empty() -> None:
     quic = raw(Link().open().server.it)
-    # The last one given stands for nothing but this extension.
+    # The last parameter is the one of this extension.
     own = quic._serialize_transport_parameters()
     assert own.endswith(v(0x1D) + v(0))
     with pytest.raises(QuicConnectionError) as error:

@@ -1,4 +1,4 @@
-"""A peer that lies, floods, hoards or talks nonsense: its own connection ends or is bounded, and nothing is raised."""
+"""Hostile peers: their connection ends or their resources are bounded, and no method raises."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ v = encode_uint_var
 
 
 def raw(connection: WebTransportConnection) -> Any:
-    """The connection below: what a peer could send that does not use our code."""
+    """The QUIC connection, to send frames that this code does not send."""
     return connection._quic
 
 
 def send_raw(link: Link, data: bytes, *, unidirectional: bool, end: bool = False) -> int:
-    """The client opens a stream with just these bytes."""
+    """Open a stream of the client with exactly these bytes."""
     quic = raw(link.client.it)
     stream: int = quic.get_next_available_stream_id(is_unidirectional=unidirectional)
     quic.send_stream_data(stream, data, end)
@@ -52,7 +52,7 @@ def ended_with(link: Link, code: int) -> bool:
     return ending is not None and ending.error_code == code
 
 
-# Garbage.
+# Random bytes.
 
 
 @FEW
@@ -70,7 +70,7 @@ def ended_with(link: Link, code: int) -> bool:
 )
 @example([(False, v(1), v(3) + b"\xff\xff\xff", False)])
 @example([(True, v(0x54), b"\x01", True), (False, v(0x41), b"\x07", True)])
-def test_garbage_on_any_stream_is_met_with_calm(streams: list[tuple[bool, bytes, bytes, bool]]) -> None:
+def test_random_bytes_on_any_stream_raise_nothing(streams: list[tuple[bool, bytes, bytes, bool]]) -> None:
     link = Link().open()
     for unidirectional, kind, garbage, end in streams:
         send_raw(link, kind + garbage, unidirectional=unidirectional, end=end)
@@ -87,7 +87,7 @@ def test_garbage_on_any_stream_is_met_with_calm(streams: list[tuple[bool, bytes,
 
 @FEW
 @given(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=5), st.booleans())
-def test_packets_of_garbage_are_met_with_calm(payloads: list[bytes], to_server: bool) -> None:
+def test_packets_of_random_frames_raise_nothing(payloads: list[bytes], to_server: bool) -> None:
     link = Link().open()
     link.run(0.1)
     end, other = (link.server, link.client) if to_server else (link.client, link.server)
@@ -99,7 +99,7 @@ def test_packets_of_garbage_are_met_with_calm(payloads: list[bytes], to_server: 
 
 @FEW
 @given(st.binary(max_size=100), st.booleans())
-def test_garbage_behind_the_answer_is_met_with_calm(garbage: bytes, end: bool) -> None:
+def test_random_bytes_after_the_reply_raise_nothing(garbage: bytes, end: bool) -> None:
     link = Link().open()
     raw(link.server.it).send_stream_data(0, garbage, end)
     raw(link.client.it).send_stream_data(0, garbage, end)
@@ -108,7 +108,7 @@ def test_garbage_behind_the_answer_is_met_with_calm(garbage: bytes, end: bool) -
 
 
 @pytest.mark.parametrize("method", ["receive_datagram", "handle_timer", "datagrams_to_send"])
-def test_what_goes_wrong_below_ends_one_connection(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_ends_one_connection(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link().open()
 
     def fails(*args: object, **kwargs: object) -> None:
@@ -122,7 +122,7 @@ def test_what_goes_wrong_below_ends_one_connection(method: str, monkeypatch: pyt
     assert link.client.lost
 
 
-def test_a_connection_that_only_fails_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_that_fails_repeatedly_terminates(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link().open()
 
     def fails(*args: object, **kwargs: object) -> None:
@@ -139,7 +139,7 @@ def test_a_connection_that_only_fails_is_forgotten(monkeypatch: pytest.MonkeyPat
     link.server.it.handle_timer(link.now)
 
 
-def test_a_first_packet_that_is_no_good() -> None:
+def test_invalid_first_packet_opens_nothing() -> None:
     connection = WebTransportConnection.server(server_config(), b"12345678")
     assert connection.timer is None
     assert connection.datagrams_to_send(0.0) == []
@@ -157,14 +157,14 @@ def test_a_first_packet_that_is_no_good() -> None:
         connection.datagrams_to_send(at)
 
 
-def test_a_connection_closed_before_it_began() -> None:
+def test_connection_closed_before_the_handshake_terminates() -> None:
     connection = WebTransportConnection.server(server_config(), b"12345678")
     connection.close()
     assert [type(event).__name__ for event in connection.events()] == ["ConnectionLost", "Terminated"]
     assert connection.timer is None
 
 
-def test_a_huge_datagram_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_datagram_is_not_processed(monkeypatch: pytest.MonkeyPatch) -> None:
     link = Link().open()
     seen: list[int] = []
     monkeypatch.setattr(link.server.it._quic, "receive_datagram", lambda data, *_: seen.append(len(data)))
@@ -176,7 +176,7 @@ def test_a_huge_datagram_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
 # Requests.
 
 
-def test_a_request_that_is_none_of_ours_gets_404() -> None:
+def test_other_request_gets_status_404() -> None:
     link = Link().open()
     http3 = link.client.it._connect_stream.http3
     assert http3 is not None
@@ -202,7 +202,7 @@ def test_a_request_that_is_none_of_ours_gets_404() -> None:
 
 
 @pytest.mark.parametrize("token", [b"webtransport", b"webtransport-h3"])
-def test_a_second_session_is_refused(token: bytes) -> None:
+def test_second_session_is_refused(token: bytes) -> None:
     link = Link().open()
     http3 = link.client.it._connect_stream.http3
     assert http3 is not None
@@ -221,7 +221,7 @@ def test_a_second_session_is_refused(token: bytes) -> None:
 
 
 @pytest.mark.parametrize("prefix", [v(1), v(0x40), v(0)], ids=["headers", "unknown frame", "data"])
-def test_a_frame_that_claims_to_be_huge(prefix: bytes) -> None:
+def test_frame_with_a_huge_length_closes_the_connection(prefix: bytes) -> None:
     link = Link().open()
     quic = raw(link.client.it)
     stream = send_raw(link, prefix + v(2**40), unidirectional=False)
@@ -231,11 +231,11 @@ def test_a_frame_that_claims_to_be_huge(prefix: bytes) -> None:
         http3 = link.server.it._connect_stream.http3
         assert http3 is not None
         assert sum(len(one.buffer) for one in http3._stream.values()) <= 32 * 1024
-    # An unknown frame is skipped (RFC 9114 section 9), the others are refused.
+    # An unknown frame is skipped (RFC 9114 section 9). The others are errors.
     assert (link.server.lost is None) == (prefix == v(0x40))
 
 
-def test_settings_that_claim_to_be_huge() -> None:
+def test_settings_with_a_huge_length_close_the_connection() -> None:
     link = Link().open()
     server_http3 = link.server.it._connect_stream.http3
     assert server_http3 is not None
@@ -245,16 +245,16 @@ def test_settings_that_claim_to_be_huge() -> None:
     assert ended_with(link, Http3ErrorCode.EXCESSIVE_LOAD)
 
 
-def test_no_large_headers_of_small_ones() -> None:
-    """The bomb: an entry of 4 KB in the dynamic table, and then a byte for each time it is to be repeated."""
+def test_small_headers_do_not_expand_to_large_ones() -> None:
+    """Make a QPACK bomb: an entry of 4 KB in the dynamic table, then one byte per reference to it."""
     link = Link().open()
-    # Set Dynamic Table Capacity 4096 on the encoder stream, which is the client's third.
+    # Set Dynamic Table Capacity 4096 on the encoder stream, the client's third stream.
     raw(link.client.it).send_stream_data(6, b"\x3f\xe1\x1f")
     link.until(lambda: link.server.lost)
     assert ended_with(link, 0x201)
 
 
-def test_a_push_is_refused() -> None:
+def test_push_is_refused() -> None:
     link = Link().open()
     quic = raw(link.server.it)
     quic.send_stream_data(quic.get_next_available_stream_id(is_unidirectional=True), v(1) + v(0))
@@ -262,7 +262,7 @@ def test_a_push_is_refused() -> None:
     assert raw(link.client.it)._close_event.error_code == Http3ErrorCode.ID_ERROR
 
 
-def test_a_request_from_a_server_is_refused() -> None:
+def test_request_from_a_server_is_refused() -> None:
     link = Link().open()
     quic = raw(link.server.it)
     quic.send_stream_data(quic.get_next_available_stream_id(), v(1) + v(0))
@@ -271,7 +271,7 @@ def test_a_request_from_a_server_is_refused() -> None:
 
 
 @pytest.mark.parametrize("unidirectional", [True, False])
-def test_a_session_number_that_none_can_have(unidirectional: bool) -> None:
+def test_invalid_session_id_closes_the_connection(unidirectional: bool) -> None:
     link = Link().open()
     send_raw(link, v(0x54 if unidirectional else 0x41) + v(3), unidirectional=unidirectional)
     link.until(lambda: link.server.lost)
@@ -279,7 +279,7 @@ def test_a_session_number_that_none_can_have(unidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("unidirectional", [True, False])
-def test_a_stream_of_another_session_is_refused(unidirectional: bool) -> None:
+def test_stream_of_another_session_is_refused(unidirectional: bool) -> None:
     link = Link().open()
     stream = send_raw(link, v(0x54 if unidirectional else 0x41) + v(400) + b"x" * 1000, unidirectional=unidirectional)
     link.run(1)
@@ -289,7 +289,7 @@ def test_a_stream_of_another_session_is_refused(unidirectional: bool) -> None:
     assert link.server.it.session_open
 
 
-def test_streams_of_unknown_types_are_refused_and_forgotten() -> None:
+def test_streams_of_unknown_types_are_refused_and_dropped() -> None:
     link = Link().open()
     quic = raw(link.client.it)
     for number in range(50):
@@ -301,11 +301,11 @@ def test_streams_of_unknown_types_are_refused_and_forgotten() -> None:
     assert not link.server.saw(StreamData) and not link.server.saw(StreamReset)
 
 
-# Too early.
+# Data before the session.
 
 
 def early_link(limits: ConnectionLimits | None = None) -> Link:
-    """A client whose request has not been sent yet, so that its streams arrive before."""
+    """Make a link whose client has not sent its request, so that its streams arrive before it."""
     link = Link(
         server=server_config(limits or ConnectionLimits(session_timeout=1000)),
         client=client_config(ConnectionLimits(session_timeout=1000)),
@@ -315,7 +315,7 @@ def early_link(limits: ConnectionLimits | None = None) -> Link:
     link.client.it._deadline = 2000.0
     link.run(1)
     assert wanted is not None
-    # The request will have number 0: it is taken before the others.
+    # The request gets stream id 0, which must be allocated before the others.
     raw(link.client.it)._local_next_stream_id_bidi = 4
     link.late = lambda: request(link, *wanted)  # type: ignore[attr-defined]
     return link
@@ -328,7 +328,7 @@ def request(link: Link, *wanted: Any) -> None:
     quic._local_next_stream_id_bidi = after
 
 
-def test_streams_that_come_before_their_session_are_kept() -> None:
+def test_streams_before_their_session_are_buffered() -> None:
     link = early_link()
     send_raw(link, v(0x54) + v(0) + b"early", unidirectional=True, end=True)
     send_raw(link, v(0x54) + v(8) + b"another's", unidirectional=True, end=True)
@@ -343,7 +343,7 @@ def test_streams_that_come_before_their_session_are_kept() -> None:
     assert link.server.it.unconsumed == 0
 
 
-def test_not_much_is_kept_before_a_session() -> None:
+def test_buffer_before_a_session_is_bounded() -> None:
     link = early_link(ConnectionLimits(session_timeout=1000, early_stream_data=10_000))
     for _ in range(40):
         send_raw(link, v(0x54) + v(0) + bytes(3000), unidirectional=True)
@@ -357,7 +357,7 @@ def test_not_much_is_kept_before_a_session() -> None:
     assert len(link.server.saw(StreamData)) >= 1
 
 
-def test_many_small_pieces_weigh_more_than_their_bytes() -> None:
+def test_many_small_pieces_count_with_their_overhead() -> None:
     link = early_link(ConnectionLimits(session_timeout=1000, early_stream_data=10_000))
     stream = send_raw(link, v(0x54) + v(0), unidirectional=True)
     for _ in range(200):
@@ -371,11 +371,11 @@ def test_many_small_pieces_weigh_more_than_their_bytes() -> None:
     assert len(link.server.it._demultiplexer._early_data) < 100
 
 
-# Too much.
+# Limits.
 
 
 def lawless(link: Link) -> Any:
-    """A client that minds no window."""
+    """Make a client ignore the flow-control windows."""
     quic = raw(link.client.it)
     quic._remote_max_data = 2**40
     quic._remote_max_stream_data_bidi_remote = quic._remote_max_stream_data_uni = 2**40
@@ -388,12 +388,12 @@ LIMITS = ConnectionLimits(connection_window=100_000, stream_window=40_000)
 
 
 def kept(link: Link) -> int:
-    """Bytes of the client's that the server holds: not consumed, or waiting for what stands before them."""
+    """Count the client's bytes that the server holds: unconsumed, or received out of order."""
     waiting = sum(len(one.receiver._buffer) for one in raw(link.server.it)._streams.values())
     return link.server.it.unconsumed + waiting
 
 
-def test_a_peer_whose_bytes_are_not_consumed_is_held_up() -> None:
+def test_peer_stops_when_its_bytes_are_not_consumed() -> None:
     link = Link(server=server_config(LIMITS)).open()
     link.server.consumes = False
     streams = [link.client.it.open_stream(bidirectional=False) for _ in range(5)]
@@ -406,7 +406,7 @@ def test_a_peer_whose_bytes_are_not_consumed_is_held_up() -> None:
     assert kept(link) > 90_000, "the window is used"
     assert link.server.lost is None
     assert all(len(data) <= 40_000 for data in link.server.received.values())
-    # Then all is consumed, and it goes on.
+    # When everything is consumed, the client continues.
     link.server.consumes = True
     for number, data in link.server.received.items():
         link.server.it.consumed(number, len(data))
@@ -414,7 +414,7 @@ def test_a_peer_whose_bytes_are_not_consumed_is_held_up() -> None:
     link.until(lambda: sum(map(len, link.server.received.values())) > before + 200_000)
 
 
-def test_no_more_can_be_consumed_than_came() -> None:
+def test_consumed_bytes_are_limited_to_received_bytes() -> None:
     link = Link(server=server_config(LIMITS)).open()
     link.server.consumes = False
     stream = link.client.it.open_stream(bidirectional=False)
@@ -427,7 +427,7 @@ def test_no_more_can_be_consumed_than_came() -> None:
     assert raw(link.server.it)._consumed == raw(link.server.it)._local_max_data.used
 
 
-def test_a_peer_that_minds_no_window_is_cut_off() -> None:
+def test_peer_that_ignores_the_windows_is_disconnected() -> None:
     link = Link(server=server_config(LIMITS)).open()
     link.server.consumes = False
     lawless(link)
@@ -440,8 +440,8 @@ def test_a_peer_that_minds_no_window_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("how", ["consumed", "reset", "stopped", "ended", "foreign", "of another session"])
-def test_windows_come_back_in_full(how: str) -> None:
-    """Many times the window passes, whatever becomes of the streams."""
+def test_windows_recover_completely(how: str) -> None:
+    """Many times the window is sent, on streams that end in different ways."""
     link = Link(server=server_config(LIMITS)).open()
     for number in range(40):
         if how == "foreign":
@@ -454,7 +454,7 @@ def test_windows_come_back_in_full(how: str) -> None:
             assert stream is not None
             assert link.client.it.send(stream, bytes(10_000), end=how in ("ended", "consumed"))
             if how == "reset":
-                # Every other time, what was sent before is lost, and counts all the same.
+                # Every second time, the bytes sent before are lost. They count against the window, too.
                 link.upwards = (lambda data: []) if number % 2 else None
                 link.flush()
                 link.upwards = None
@@ -473,14 +473,14 @@ def test_windows_come_back_in_full(how: str) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_peer_that_never_acknowledges_has_little_of_us(side: int) -> None:
+def test_memory_for_a_peer_that_never_acknowledges_is_bounded(side: int) -> None:
     limits = ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=200_000)
     link = Link(server=server_config(limits), client=None).open()
     link.run(1)
     if side:
         link.damage = lambda data: []
     else:
-        # It has us send what it will not have: its word arrives, its acknowledgements do not.
+        # The peer requests data, but its acknowledgements do not arrive.
         link.damage = lambda data: []
         link.upwards = lambda data: [(0.01, data)]
     streams = [link.server.it.open_stream(bidirectional=False) for _ in range(10)]
@@ -496,7 +496,7 @@ def test_a_peer_that_never_acknowledges_has_little_of_us(side: int) -> None:
     held = sum(sys.getsizeof(one.sender._buffer) for one in raw(link.server.it)._streams.values())
     assert held < 400_000
     assert 19 <= taken < 60
-    # Resetting lets go of the bytes, whether or not the peer has heard.
+    # A reset frees the bytes, even if the peer has not acknowledged it.
     for stream in streams:
         assert stream is not None
         link.server.it.reset(stream, 1)
@@ -505,7 +505,7 @@ def test_a_peer_that_never_acknowledges_has_little_of_us(side: int) -> None:
     assert held < 10_000
 
 
-def test_one_stream_does_not_take_all_the_room() -> None:
+def test_one_stream_does_not_use_the_whole_limit() -> None:
     link = Link(server=server_config(ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=200_000))).open()
     link.run(1)
     full, free = (link.server.it.open_stream(bidirectional=False) for _ in range(2))
@@ -519,7 +519,7 @@ def test_one_stream_does_not_take_all_the_room() -> None:
     assert len(link.client.received[full]) == 50_000
 
 
-def test_every_stream_has_a_share_whatever_the_others_hold() -> None:
+def test_every_stream_has_a_minimum_despite_the_others() -> None:
     limits = ConnectionLimits(stream_unacknowledged=50_000, unacknowledged=100_000, stream_minimum=5_000)
     link = Link(server=server_config(limits)).open()
     link.run(1)
@@ -532,7 +532,7 @@ def test_every_stream_has_a_share_whatever_the_others_hold() -> None:
     assert link.server.it.unacknowledged() < 100_000 + 2 * 10_000 + 5_000 + 3_000
 
 
-def test_bytes_are_counted_until_they_are_acknowledged() -> None:
+def test_bytes_count_until_they_are_acknowledged() -> None:
     link = Link().open()
     link.run(1)
     stream = link.client.it.open_stream(bidirectional=True)
@@ -548,7 +548,7 @@ def test_bytes_are_counted_until_they_are_acknowledged() -> None:
     assert link.client.it.unacknowledged() == 0
 
 
-def test_streams_that_are_opened_and_never_used() -> None:
+def test_unused_open_streams_are_limited() -> None:
     link = Link(server=server_config(ConnectionLimits(incoming_bidirectional=8, incoming_unidirectional=8))).open()
     quic = raw(link.client.it)
     quic._remote_max_streams_uni = 1000
@@ -563,7 +563,7 @@ def test_streams_that_are_opened_and_never_used() -> None:
     assert ended_with(link, 0x4)  # STREAM_LIMIT_ERROR
 
 
-def test_a_stream_full_of_holes_ends_the_connection_before_it_costs_time() -> None:
+def test_stream_with_many_ranges_ends_the_connection_before_it_costs_cpu() -> None:
     link = Link().open()
     quic = link.client.it._quic
     stream = send_raw(link, v(0x54) + v(0), unidirectional=True)
@@ -583,7 +583,7 @@ def test_a_stream_full_of_holes_ends_the_connection_before_it_costs_time() -> No
     assert time.process_time() - began < 2
 
 
-def test_a_handshake_full_of_holes_ends_the_connection() -> None:
+def test_handshake_with_many_ranges_ends_the_connection() -> None:
     link = Link().open()
     for first in range(100, 60_000, 200):
         frames = b"".join(
@@ -597,10 +597,10 @@ def test_a_handshake_full_of_holes_ends_the_connection() -> None:
     assert first < 3 * MAX_RECEIVED_RANGES
 
 
-def test_a_handshake_that_is_too_long_ends_the_connection() -> None:
+def test_oversized_handshake_ends_the_connection() -> None:
     link = Link()
     sender = raw(link.client.it)._crypto_streams[Epoch.INITIAL].sender
-    # The server has a ClientHello of 16 MiB announced to it, of which the first 17 KiB come.
+    # A ClientHello of 16 MiB is announced to the server, and its first 17 KiB arrive.
     sender._buffer[:4] = b"\x01\xff\xff\xff"
     sender.write(bytes(17_000))
     link.run(2)
@@ -608,13 +608,13 @@ def test_a_handshake_that_is_too_long_ends_the_connection() -> None:
     assert not link.client.saw(SessionOpened)
 
 
-def test_an_endless_stream_that_is_not_wanted_costs_nothing() -> None:
+def test_endless_stopped_stream_uses_no_memory() -> None:
     link = Link(server=server_config(LIMITS)).open()
     stream = link.client.it.open_stream(bidirectional=True)
     assert stream is not None
     link.client.it.send(stream, b"x")
     link.run(0.1)
-    # A client that does not mind STOP_SENDING.
+    # A client that ignores STOP_SENDING.
     raw(link.client.it)._streams[stream].sender.reset = lambda error_code: None
     link.client.it._demultiplexer._handle_stop_sending = lambda event: None  # type: ignore[method-assign]
     link.server.it.stop_sending(stream, 1)

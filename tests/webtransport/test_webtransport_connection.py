@@ -1,4 +1,4 @@
-"""catbus.webtransport.webtransport_connection: a session from its request to its end, over a link that loses nothing"""
+"""catbus.webtransport.webtransport_connection: a session from its request to its close, over a lossless link"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.webtransport.simulated_link import CLIENT, SERVER, Damage, End, Link,
 
 
 def both(link: Link) -> list[tuple[End, End]]:
-    """Each side with its peer: what holds for one holds for the other."""
+    """Yield each side with its peer, for properties that hold on both sides."""
     return [(link.client, link.server), (link.server, link.client)]
 
 
@@ -36,17 +36,17 @@ BOTH = pytest.mark.parametrize("bidirectional", [True, False], ids=["bidirection
 # The request.
 
 
-def test_a_request_says_what_for() -> None:
+def test_request_has_path_authority_and_origin() -> None:
     link = Link(path="/any/päth?q", authority="bus.example:4433", origin="https://page.example").open()
     [request] = link.server.saw(SessionRequested)
     assert request == SessionRequested("/any/päth?q", "bus.example:4433", "https://page.example")
 
 
-def test_a_client_that_is_no_browser_has_no_origin() -> None:
+def test_client_outside_a_browser_sends_no_origin() -> None:
     assert Link().open().server.saw(SessionRequested)[0].origin is None
 
 
-def test_both_announce_webtransport_in_every_way_that_browsers_look_for() -> None:
+def test_both_sides_announce_the_settings_of_all_drafts() -> None:
     link = Link().open()
     for one, _ in both(link):
         http3 = one.it._connect_stream.http3
@@ -59,7 +59,7 @@ def test_both_announce_webtransport_in_every_way_that_browsers_look_for() -> Non
 
 
 @pytest.mark.parametrize("status", [403, 404, 429, 503])
-def test_a_refused_session(status: int) -> None:
+def test_refused_session_closes_the_connection(status: int) -> None:
     link = Link()
     link.server.answer = lambda connection, now: connection.refuse(status, now)
     link.until(lambda: link.server.lost and link.client.lost)
@@ -69,7 +69,7 @@ def test_a_refused_session(status: int) -> None:
     assert not link.client.it.session_open
 
 
-def test_a_request_that_is_withdrawn_cannot_be_accepted() -> None:
+def test_withdrawn_request_cannot_be_accepted() -> None:
     link = Link()
     link.server.answer = lambda connection, now: None
     link.until(lambda: link.server.saw(SessionRequested))
@@ -79,14 +79,14 @@ def test_a_request_that_is_withdrawn_cannot_be_accepted() -> None:
     assert link.server.it.refuse(403, link.now) is False
 
 
-def test_nothing_can_be_accepted_that_nobody_asked_for() -> None:
+def test_accept_without_a_request_returns_false() -> None:
     link = Link().open()
     assert link.client.it.accept() is False
     assert link.server.it.accept() is False
     assert link.server.it.refuse(403, link.now) is False
 
 
-def test_nothing_can_be_sent_before_there_is_a_session() -> None:
+def test_nothing_is_sent_before_the_session_opens() -> None:
     link = Link()
     assert link.client.it.open_stream(bidirectional=True) is None
     assert link.client.it.stream_credit(bidirectional=True) == 0
@@ -94,7 +94,7 @@ def test_nothing_can_be_sent_before_there_is_a_session() -> None:
     assert link.client.it.close_session(0, "", link.now) is False
 
 
-def test_a_session_must_be_asked_for_in_time() -> None:
+def test_session_must_be_requested_in_time() -> None:
     link = Link()
     link.client.it._demultiplexer._session_request = None
     link.until(lambda: link.server.lost)
@@ -103,7 +103,7 @@ def test_a_session_must_be_asked_for_in_time() -> None:
     link.until(lambda: link.client.lost)
 
 
-def test_a_server_that_does_not_answer() -> None:
+def test_client_gives_up_a_server_without_a_reply() -> None:
     link = Link(damage=lambda data: [])
     link.until(lambda: link.client.lost)
     assert link.client.lost == "no session was requested in time"
@@ -112,7 +112,7 @@ def test_a_server_that_does_not_answer() -> None:
     assert link.client.it.timer is None
 
 
-def test_a_server_without_webtransport(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_leaves_a_server_without_webtransport(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Http3Connection, "_get_local_settings", lambda self: {0x1: 0, 0x7: 0, 0x8: 1})
     link = Link()
     link.until(lambda: link.client.lost)
@@ -125,7 +125,7 @@ def test_a_server_without_webtransport(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @SIDES
 @BOTH
-def test_a_stream_carries_bytes_and_an_end(side: int, bidirectional: bool) -> None:
+def test_stream_delivers_bytes_and_its_end(side: int, bidirectional: bool) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=bidirectional)
@@ -146,7 +146,7 @@ def test_a_stream_carries_bytes_and_an_end(side: int, bidirectional: bool) -> No
 
 
 @SIDES
-def test_an_end_alone_arrives(side: int) -> None:
+def test_stream_end_without_bytes_is_delivered(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=False)
@@ -157,7 +157,7 @@ def test_an_end_alone_arrives(side: int) -> None:
 
 
 @SIDES
-def test_writing_after_the_end_or_to_no_stream_does_nothing(side: int) -> None:
+def test_send_after_the_end_or_on_an_unknown_stream_returns_false(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=True)
@@ -180,7 +180,7 @@ def test_writing_after_the_end_or_to_no_stream_does_nothing(side: int) -> None:
 
 @SIDES
 @BOTH
-def test_a_reset_reaches_the_peer_with_its_code(side: int, bidirectional: bool) -> None:
+def test_reset_delivers_its_code(side: int, bidirectional: bool) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=bidirectional)
@@ -201,7 +201,7 @@ def test_a_reset_reaches_the_peer_with_its_code(side: int, bidirectional: bool) 
 
 @SIDES
 @BOTH
-def test_stop_sending_reaches_the_peer_with_its_code(side: int, bidirectional: bool) -> None:
+def test_stop_sending_delivers_its_code(side: int, bidirectional: bool) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=bidirectional)
@@ -210,7 +210,7 @@ def test_stop_sending_reaches_the_peer_with_its_code(side: int, bidirectional: b
     link.run(0.1)
     assert there.it.stop_sending(stream, 0xFFFFFFFF) is True
     assert there.it.stop_sending(stream, 1) is False
-    # What is written before the peer's word arrives is lost, and nothing is raised.
+    # Bytes sent before STOP_SENDING arrives are lost, and nothing is raised.
     assert here.it.send(stream, b"racing")
     link.until(lambda: here.saw(StreamStopped))
     assert here.saw(StreamStopped) == [StreamStopped(stream, 0xFFFFFFFF)]
@@ -227,7 +227,7 @@ def test_stop_sending_reaches_the_peer_with_its_code(side: int, bidirectional: b
     assert here.it._session_stream(stream) is there.it._session_stream(stream) is None
 
 
-def test_a_code_of_http3_is_not_the_applications() -> None:
+def test_http3_code_is_reported_as_none() -> None:
     link = Link().open()
     stream = link.client.it.open_stream(bidirectional=True)
     assert stream is not None
@@ -240,11 +240,11 @@ def test_a_code_of_http3_is_not_the_applications() -> None:
 
 @SIDES
 @BOTH
-def test_no_more_streams_are_opened_than_the_peer_allows(side: int, bidirectional: bool) -> None:
+def test_open_streams_are_limited_by_the_peer(side: int, bidirectional: bool) -> None:
     limits = ConnectionLimits(incoming_bidirectional=5, incoming_unidirectional=7)
     link = Link(server=server_config(limits), client=client_config(limits)).open()
     here, there = both(link)[side]
-    # The session's own stream and the three of HTTP/3 count.
+    # The CONNECT stream and the three streams of HTTP/3 count.
     expected = (4 if side == 0 else 5) if bidirectional else 4
     assert here.it.stream_credit(bidirectional=bidirectional) == expected
     streams = [here.it.open_stream(bidirectional=bidirectional) for _ in range(expected)]
@@ -261,7 +261,7 @@ def test_no_more_streams_are_opened_than_the_peer_allows(side: int, bidirectiona
     assert here.it.open_stream(bidirectional=bidirectional) is not None
 
 
-def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
+def test_open_streams_are_limited_by_the_own_limit() -> None:
     generous = client_config(ConnectionLimits(incoming_unidirectional=1000))
     link = Link(client=generous, server=server_config(ConnectionLimits(outgoing_streams=10))).open()
     assert link.server.it.stream_credit(bidirectional=False) == 10
@@ -272,7 +272,7 @@ def test_no_more_streams_are_opened_than_we_allow_ourselves() -> None:
     link.until(lambda: link.server.it.stream_credit(bidirectional=False) == 1)
 
 
-def test_streams_that_the_peer_stops_count_until_it_knows_that_they_are_reset() -> None:
+def test_stopped_streams_count_until_the_reset_is_acknowledged() -> None:
     generous = client_config(ConnectionLimits(incoming_unidirectional=1000))
     link = Link(client=generous, server=server_config(ConnectionLimits(outgoing_streams=10))).open()
     opened = [link.server.it.open_stream(bidirectional=False) for _ in range(10)]
@@ -292,7 +292,7 @@ def test_streams_that_the_peer_stops_count_until_it_knows_that_they_are_reset() 
 
 
 @SIDES
-def test_datagrams(side: int) -> None:
+def test_datagrams_are_delivered_both_ways(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     largest = here.it.max_datagram_size
@@ -304,7 +304,7 @@ def test_datagrams(side: int) -> None:
     assert there.saw(Datagram) == [Datagram(b"x" * largest), Datagram(b"")]
 
 
-def test_the_largest_datagram_goes_out_whatever_else_there_is_to_send() -> None:
+def test_largest_datagram_is_sent_beside_other_frames() -> None:
     link = Link().open()
     stream = link.client.it.open_stream(bidirectional=True)
     assert stream is not None
@@ -316,7 +316,7 @@ def test_the_largest_datagram_goes_out_whatever_else_there_is_to_send() -> None:
     assert len(link.server.saw(Datagram)) == 10
 
 
-def test_datagrams_that_nobody_takes_are_dropped() -> None:
+def test_datagrams_above_the_queue_limit_are_dropped() -> None:
     link = Link(server=server_config(ConnectionLimits(queued_datagrams=5))).open()
     assert [link.server.it.send_datagram(b"x") for _ in range(7)] == [True] * 5 + [False] * 2
     link.run(0.1)
@@ -333,12 +333,12 @@ def test_datagrams_that_nobody_takes_are_dropped() -> None:
     assert link.server.it._demultiplexer.datagrams_waiting == 0
 
 
-# The end.
+# Closing.
 
 
 @SIDES
 @pytest.mark.parametrize("code", [0, 1, 4401, 0xFFFFFFFF])
-def test_closing_codes_pass(side: int, code: int) -> None:
+def test_close_code_and_reason_are_delivered(side: int, code: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     assert here.it.close_session(code, "grüße", link.now) is True
@@ -354,7 +354,7 @@ def test_closing_codes_pass(side: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_lost_packet_holds_up_its_own_stream_only(apart: bool) -> None:
+def test_lost_packet_delays_only_its_own_stream(apart: bool) -> None:
     link = Link().open()
     link.run(1)
     one = link.server.it.open_stream(bidirectional=False)
@@ -374,11 +374,9 @@ def test_a_lost_packet_holds_up_its_own_stream_only(apart: bool) -> None:
 
 
 @SIDES
-def test_a_connection_that_ends_after_its_session_ends_without_an_error(
-    side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Chromium may see the connection close before it has told its page how the session did: with any code but QUIC's
-    # own NO_ERROR, as the transport's, the page hears "Connection lost" and no closing code.
+def test_connection_closes_without_an_error_after_its_session(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Chromium may process the close of the connection before it has reported the close of the session to its page. With
+    # any code but QUIC's NO_ERROR, the page gets "Connection lost" and no close code.
     link = Link().open()
     here, there = both(link)[side]
     monkeypatch.setattr(there.it, "close", lambda reason="": None)
@@ -389,24 +387,24 @@ def test_a_connection_that_ends_after_its_session_ends_without_an_error(
 
 
 @SIDES
-def test_a_connection_whose_peer_ends_the_session_ends_without_an_error(side: int) -> None:
+def test_connection_closes_without_an_error_when_the_peer_closes_the_session(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     here.it.close_session(7, "enough", link.now)
     link.until(lambda: here.lost and there.lost)
-    # Here the peer was quicker to close.
+    # Here the peer closed first.
     assert_no_error(here)
 
 
 def assert_no_error(end: End) -> None:
-    """What a connection was closed with by its peer: NO_ERROR of the transport's own."""
+    """Check that the peer closed the connection with QUIC's NO_ERROR."""
     ending = end.it._quic.termination
     assert ending is not None
     assert (ending.error_code, ending.frame_type) == (0, 0)
 
 
 @SIDES
-def test_last_words_arrive_before_the_closing(side: int) -> None:
+def test_close_capsule_arrives_before_the_connection_closes(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     stream = here.it.open_stream(bidirectional=True)
@@ -428,7 +426,7 @@ def test_last_words_arrive_before_the_closing(side: int) -> None:
     assert not here.saw(StreamData)
 
 
-def test_a_peer_that_does_not_listen_holds_up_no_closing() -> None:
+def test_peer_that_does_not_read_does_not_delay_the_close() -> None:
     link = Link().open()
     link.run(1)
     stream = link.server.it.open_stream(bidirectional=True)
@@ -442,7 +440,7 @@ def test_a_peer_that_does_not_listen_holds_up_no_closing() -> None:
 
 
 @SIDES
-def test_an_end_without_words_is_a_close_with_code_0(side: int) -> None:
+def test_stream_end_without_a_capsule_is_a_close_with_code_0(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     http3 = here.it._connect_stream.http3
@@ -454,10 +452,10 @@ def test_an_end_without_words_is_a_close_with_code_0(side: int) -> None:
 
 
 @SIDES
-def test_a_connection_is_closed_as_soon_as_the_peer_has_heard(side: int) -> None:
+def test_connection_closes_when_the_peer_has_acknowledged_the_capsule(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
-    # Like a browser, the other side does not close the connection.
+    # As in a browser, the other side does not close the connection.
     there.it._demultiplexer._peer_ended_session = lambda code, reason: None  # type: ignore[method-assign]
     here.it.close_session(1, "", link.now)
     link.until(lambda: here.lost)
@@ -466,7 +464,7 @@ def test_a_connection_is_closed_as_soon_as_the_peer_has_heard(side: int) -> None
 
 @SIDES
 @pytest.mark.parametrize("how", ["reset", "stop", "half a capsule", "a lying capsule"])
-def test_a_session_that_breaks_off(side: int, how: str) -> None:
+def test_aborted_session_has_no_close_code(side: int, how: str) -> None:
     link = Link().open()
     here, there = both(link)[side]
     http3 = here.it._connect_stream.http3
@@ -485,7 +483,7 @@ def test_a_session_that_breaks_off(side: int, how: str) -> None:
 
 
 @SIDES
-def test_a_peer_that_leaves_is_noticed_at_once(side: int) -> None:
+def test_close_of_the_peer_is_reported_immediately(side: int) -> None:
     link = Link().open()
     here, there = both(link)[side]
     here.it.close("going")
@@ -499,7 +497,7 @@ def test_a_peer_that_leaves_is_noticed_at_once(side: int) -> None:
 
 
 @SIDES
-def test_a_peer_that_vanishes_is_noticed_when_idle_for_a_minute(side: int) -> None:
+def test_vanished_peer_is_reported_after_the_idle_timeout(side: int) -> None:
     link = Link().open()
     link.server.it.trust()
     link.run(1)
@@ -513,7 +511,7 @@ def test_a_peer_that_vanishes_is_noticed_when_idle_for_a_minute(side: int) -> No
 
 
 @pytest.mark.parametrize("session", [True, False])
-def test_a_newcomer_that_vanishes_is_given_up_after_some_seconds(session: bool) -> None:
+def test_vanished_unauthenticated_client_is_dropped_after_the_silence_timeout(session: bool) -> None:
     link = Link()
     if session:
         link.open()
@@ -529,25 +527,25 @@ def test_a_newcomer_that_vanishes_is_given_up_after_some_seconds(session: bool) 
     assert link.now - began <= ConnectionLimits().silence_timeout
 
 
-def test_a_newcomer_with_slow_answers_is_not_kept_for_longer() -> None:
-    # Three probe timeouts, as RFC 9000 section 10.1 recommends, are as many seconds as a peer wants them to be.
+def test_slow_acknowledgements_do_not_extend_the_silence_timeout() -> None:
+    # RFC 9000 section 10.1 recommends three probe timeouts, whose length the peer controls.
     link = Link(damage=lambda data: [(1.9, data)], client=client_config(ConnectionLimits(session_timeout=60)))
     link.until(lambda: link.server.connection is not None and link.server.it.address_validated)
     link.damage = lambda data: []
-    link.run(1.9)  # What is under way arrives.
+    link.run(1.9)  # Datagrams in transit arrive.
     began = link.now
     link.until(lambda: link.server.saw(Terminated))
     assert link.now - began <= ConnectionLimits().silence_timeout
 
 
-def test_a_newcomer_that_says_nothing_is_asked_and_may_stay() -> None:
+def test_silent_unauthenticated_client_is_pinged_and_stays() -> None:
     link = Link().open()
     link.run(40)
     assert link.server.lost is link.client.lost is None
     assert not link.server.it.trusted
 
 
-def test_a_peer_that_is_trusted_may_be_silent_at_once() -> None:
+def test_authenticated_client_may_be_silent() -> None:
     link = Link().open()
     link.run(1)
     link.server.it.trust()
@@ -557,8 +555,8 @@ def test_a_peer_that_is_trusted_may_be_silent_at_once() -> None:
     assert 55 < link.now - began <= 61
 
 
-def test_a_handshake_on_a_bad_network_has_time() -> None:
-    """Half a second each way, and the first packets of either side are lost twice."""
+def test_handshake_survives_lost_packets() -> None:
+    """The delay is half a second each way, and the first packets of each side are lost twice."""
     lost = {SERVER: 2, CLIENT: 2}
     link = Link(client=client_config(ConnectionLimits(session_timeout=60)))
 
@@ -586,7 +584,7 @@ def test_pings_keep_a_connection_alive() -> None:
 
 
 @SIDES
-def test_a_router_knows_all_connection_ids(side: int) -> None:
+def test_events_report_all_connection_ids(side: int) -> None:
     link = Link().open()
     link.run(1)
     here, _ = both(link)[side]
@@ -598,7 +596,7 @@ def test_a_router_knows_all_connection_ids(side: int) -> None:
     assert here.it._quic.host_cid in known
 
 
-def test_a_retired_connection_id_is_told() -> None:
+def test_retired_connection_id_is_reported() -> None:
     link = Link().open()
     link.run(1)
     before = link.server.it.connection_ids
