@@ -143,5 +143,5 @@ async def test_both_replicas_are_degraded_and_after_the_repair_everybody_goes_on
 
 def test_status_names_what_is_missing() -> None:
     assert _format_missing({"missing": 4, "holes": [[3, 5], [9, 9]]}) == (
-        "4 messages were deleted by hand: 3 to 5, 9; `catbus repair` goes on behind them"
+        "4 messages were deleted by hand: 3 to 5, 9; `catbus repair` lets subscriptions continue"
     )

@@ -83,8 +83,8 @@ def explain_error(error: BaseException) -> tuple[int, str]:
     leaves = list(_leaf_errors(error))
     if any(isinstance(each, KeyboardInterrupt | click.Abort) for each in leaves):
         return 128 + signal.SIGINT, ""
-    told = next((each for each in leaves if isinstance(each, click.ClickException | CatbusError)), None)
-    chosen = told or next((each for each in leaves if isinstance(each, OSError)), leaves[0])
+    reported = next((each for each in leaves if isinstance(each, click.ClickException | CatbusError)), None)
+    chosen = reported or next((each for each in leaves if isinstance(each, OSError)), leaves[0])
     match chosen:
         case click.exceptions.Exit():
             return chosen.exit_code, ""

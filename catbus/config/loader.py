@@ -129,8 +129,8 @@ class _ConfigDraft:
         taken: dict[str, tuple[str, str]] = {}
         for variable, name in VARIABLES.items():
             if text := environ.get(variable, "").strip():
-                other, said = taken.get(name, (variable, text))
-                if said != text and other != "RUST_LOG":
+                other, previous = taken.get(name, (variable, text))
+                if previous != text and other != "RUST_LOG":
                     self.warnings.append(f"{other} has no effect, because {variable} sets {name}, too")
                 taken[name] = variable, text
                 text = known_directives(text) if variable == "RUST_LOG" else text

@@ -43,7 +43,7 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
             text = await status(one)
     assert re.search(rf"^  \S+:{mine['pid']} +ready +0 +[01] ", text, re.MULTILINE)
     assert re.search(rf"^  \S+:{theirs['pid']} +ready +1 +[01] ", text, re.MULTILINE)
-    assert "\n  news       by notifications, 0 messages behind the database\n" in text
+    assert "\n  follows    by notifications, lag: 0 messages\n" in text
 
 
 async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) -> None:

@@ -63,11 +63,11 @@ def command(config: Path | None, database: str | None, state: str | None, strict
     """
     levels: set[str] = set()
 
-    def tell(finding: CheckResult) -> None:
+    def report(finding: CheckResult) -> None:
         levels.add(finding.level)
         click.echo(to_json(asdict(finding)).decode() if as_json else _format_finding(finding))
 
-    _check_all(config, {"database.url": database, "state": state}, tell)
+    _check_all(config, {"database.url": database, "state": state}, report)
     if "error" in levels or (strict and "warning" in levels):
         raise click.exceptions.Exit(1)
 
@@ -77,20 +77,20 @@ def _format_finding(finding: CheckResult) -> str:
     return f"{finding.level:<9}{finding.name:<15}{finding.text}{advice}"
 
 
-def _check_all(path: Path | None, given: Mapping[str, object], tell: ReportResult) -> None:
+def _check_all(path: Path | None, given: Mapping[str, object], report: ReportResult) -> None:
     try:
         reading = load_with_sources(path, os.environ, given)
     except ConfigError as error:
-        tell(CheckResult("error", "configuration", str(error)))
+        report(CheckResult("error", "configuration", str(error)))
         return
     config = reading.config
-    tell(CheckResult("ok", "configuration", f"{path or 'no file'}, and the environment"))
+    report(CheckResult("ok", "configuration", f"{path or 'no file'}, and the environment"))
     for finding in _check_settings(reading):
-        tell(finding)
-    for look in (_check_secret, _check_certificate, _check_ports, _check_open_files, _show_limits):
-        for finding in look(config):
-            tell(finding)
-    _check_database(reading, tell)
+        report(finding)
+    for check in (_check_secret, _check_certificate, _check_ports, _check_open_files, _show_limits):
+        for finding in check(config):
+            report(finding)
+    _check_database(reading, report)
 
 
 def _check_settings(reading: LoadedConfig) -> Iterator[CheckResult]:
@@ -110,9 +110,9 @@ def _check_secret(config: Config) -> Iterator[CheckResult]:
         yield CheckResult("ok", "secret", "the broker creates one, because only this machine can reach it")
     elif not weak:
         yield CheckResult("ok", "secret", f"{len(secrets)} configured")
-    bearable = config.loopback or config.auth.allow_weak_secrets
+    tolerated = config.loopback or config.auth.allow_weak_secrets
     for text in weak:
-        yield CheckResult("warning" if bearable else "error", "secret", text, f"use the output of `{SECRET_COMMAND}`")
+        yield CheckResult("warning" if tolerated else "error", "secret", text, f"use the output of `{SECRET_COMMAND}`")
 
 
 def _check_certificate(config: Config) -> Iterator[CheckResult]:
@@ -233,23 +233,23 @@ def _show_limits(config: Config) -> Iterator[CheckResult]:
     yield CheckResult("ok", "limits", text)
 
 
-def _check_database(reading: LoadedConfig, tell: ReportResult) -> None:
+def _check_database(reading: LoadedConfig, report: ReportResult) -> None:
     config = reading.config
     settings = config.database
     if settings.url == "memory":
         text = "in memory: the log ends with the process, and replicas cannot share it"
-        unasked = not config.loopback and "database.url" not in reading.sources
-        advice = "set DATABASE_URL to keep the log" + (", or to memory if that is intended" if unasked else "")
-        tell(CheckResult("error" if unasked else "warning", "database", text, advice))
+        not_chosen = not config.loopback and "database.url" not in reading.sources
+        advice = "set DATABASE_URL to keep the log" + (", or to memory if that is intended" if not_chosen else "")
+        report(CheckResult("error" if not_chosen else "warning", "database", text, advice))
         return
     if settings.url == "embedded":
         directory = embedded_directory(config)
         url = served(directory)
         if url is None:
             try:
-                tell(CheckResult("ok", "database", f"embedded in {directory}, not running; {find_installation()}"))
+                report(CheckResult("ok", "database", f"embedded in {directory}, not running; {find_installation()}"))
             except ConfigError as error:
-                tell(CheckResult("error", "database", str(error)))
+                report(CheckResult("error", "database", str(error)))
             return
         settings = msgspec.structs.replace(settings, url=url)
-    trio.run(check_database, settings, tell)
+    trio.run(check_database, settings, report)

@@ -43,13 +43,13 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
     settings = load_database(config, database, state)
     shown = not as_json and sys.stderr.isatty()
 
-    def tell(seq: int, last: int) -> None:
+    def show_progress(seq: int, last: int) -> None:
         if shown:
             click.echo(f"\r{seq:,} of {last:,}", err=True, nl=False)
 
     async def go() -> tuple[DeletedRange, list[DeletedRange]]:
-        async with open_database(settings) as reached:
-            return await repair(reached, tell, apply=apply)
+        async with open_database(settings) as database_settings:
+            return await repair(database_settings, show_progress, apply=apply)
 
     bounds, holes = trio.run(go)
     if shown:
@@ -66,8 +66,8 @@ def command(config: Path | None, database: str | None, state: str | None, apply:
 
 def _show_report(place: str, bounds: DeletedRange, holes: list[DeletedRange], missing: int, apply: bool) -> None:
     first, last = bounds
-    looked = f"searched messages {first:,} to {last:,}" if last >= first else "the log is empty"
-    click.echo(f"{place}: {looked}")
+    searched = f"searched messages {first:,} to {last:,}" if last >= first else "the log is empty"
+    click.echo(f"{place}: {searched}")
     if not holes:
         click.echo("no messages are missing")
         return
@@ -75,8 +75,8 @@ def _show_report(place: str, bounds: DeletedRange, holes: list[DeletedRange], mi
         click.echo(f"  {start:,} to {end:,} ({end - start + 1:,})" if end > start else f"  {start:,}")
     if len(holes) > MAX_GAPS_SHOWN:
         click.echo(f"  and {len(holes) - MAX_GAPS_SHOWN:,} more ranges (--json shows all)")
-    places = f"in {len(holes):,} ranges" if len(holes) > 1 else "in one range"
-    click.echo(f"{missing:,} messages are missing, {places}")
+    ranges = f"in {len(holes):,} ranges" if len(holes) > 1 else "in one range"
+    click.echo(f"{missing:,} messages are missing, {ranges}")
     click.echo(
         "subscriptions continue after them, and receive a gap"
         if apply

@@ -150,19 +150,19 @@ class ConfigReloader:
         for text in reading.warnings:
             logger.warning(text)
         changed = changed_settings(self._config, reading.config)
-        taken = [name for name in changed if name in RELOADABLE]
-        left = [name for name in changed if name not in RELOADABLE]
+        reloaded = [name for name in changed if name in RELOADABLE]
+        not_reloaded = [name for name in changed if name not in RELOADABLE]
         if "auth.jwt" not in changed and _read_files(reading.config.auth.jwt) != self._keys:
-            left.append("auth.jwt")
-        if taken:
+            not_reloaded.append("auth.jwt")
+        if reloaded:
             set_levels(reading.config.logging.levels)
             self._config = msgspec.structs.replace(
                 self._config,
                 logging=msgspec.structs.replace(self._config.logging, levels=reading.config.logging.levels),
             )
-        logger.info("reloaded the configuration", reloaded=taken, unchanged=not (taken or left))
-        if left:
-            logger.warning("changed settings require a restart", settings=left)
+        logger.info("reloaded the configuration", reloaded=reloaded, unchanged=not (reloaded or not_reloaded))
+        if not_reloaded:
+            logger.warning("changed settings require a restart", settings=not_reloaded)
 
 
 def _read_files(files: Sequence[str]) -> list[bytes | None]:
@@ -186,7 +186,7 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
-            async def obey(signals: AsyncIterator[int]) -> None:
+            async def handle_signals(signals: AsyncIterator[int]) -> None:
                 nonlocal status
                 stopping = False
                 async for number in signals:
@@ -203,13 +203,13 @@ async def serve_until_signalled(config: Config, token: str | None, reload: Calla
                         broker.stop()
                     stopping = True
 
-            async def serve_to_the_end(*, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
+            async def serve_until_stopped(*, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
                 await serve(config, task_status=task_status)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(obey, signals)
+            nursery.start_soon(handle_signals, signals)
             logger.info("starting", database=redact_url(config.database.url), pid=os.getpid())
-            broker = await nursery.start(serve_to_the_end)
+            broker = await nursery.start(serve_until_stopped)
             # Before the broker reports that it serves, because this blocks the event loop for a moment.
             _freeze_garbage_collector()
             _show_address(broker, config, token)

@@ -62,28 +62,28 @@ def command(
         raise click.UsageError("--epoch has no effect without --since")
     broker.require_token()
     options = {"since": since, "epoch": epoch, "stream": stream, "datagrams": datagrams}
-    listening = _MessagePrinter(options, inf if count is None else count, verbose)
+    printer = _MessagePrinter(options, inf if count is None else count, verbose)
     try:
-        trio.run(_print_until_signalled, listening, broker, dict.fromkeys(patterns))
+        trio.run(_print_until_signalled, printer, broker, dict.fromkeys(patterns))
     except* BrokenPipeError:
         pass  # The reader of the output has closed it.
 
 
 async def _print_until_signalled(
-    listening: _MessagePrinter, broker: ConnectionOptions, patterns: dict[str, None]
+    printer: _MessagePrinter, broker: ConnectionOptions, patterns: dict[str, None]
 ) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
 
-            async def obey() -> None:
+            async def stop_on_signal() -> None:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 
-            nursery.start_soon(obey)
+            nursery.start_soon(stop_on_signal)
             async with broker.connect() as bus, trio.open_nursery() as subscriptions:
                 for pattern in patterns:
-                    subscriptions.start_soon(listening.follow, bus, pattern)
-                await listening.print()
+                    subscriptions.start_soon(printer.follow, bus, pattern)
+                await printer.print()
                 subscriptions.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
