@@ -6,11 +6,12 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-npm clean
+.PHONY: help run test quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-npm clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
 	@echo 'make test         check style and types, then run all tests'
+	@echo 'make quick        check style and types, then run the unit tests'
 	@echo 'make lint         check style'
 	@echo 'make types        check types'
 	@echo 'make format       format the code'
@@ -32,12 +33,16 @@ run: $(venv)/installed-run
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Without processes, sockets, PostgreSQL and browsers, and with fewer random examples: tests/conftest.py says which.
+quick: lint types
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile -m 'not integration' --hypothesis-profile quick
+
 lint: $(venv)/installed-test
 	$(bin)/ruff check
 	$(bin)/ruff format --check --quiet
 
 types: $(venv)/installed-test
-	$(bin)/mypy catbus
+	$(bin)/mypy
 
 format: $(venv)/installed-test
 	$(bin)/ruff check --fix

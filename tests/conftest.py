@@ -1,26 +1,78 @@
-"""What all tests share."""
+"""What all tests share: the event loop of coroutine tests, Hypothesis profiles, and the marker `integration`.
+
+A test is an integration test if it is in an integration folder, if its module imports something that starts processes
+or opens sockets, or if it uses a fixture that does. All others are unit tests: `make quick` runs them alone.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 pytest_plugins = ["tests.postgres.server"]
 
-# The machines that run this are shared: how long an example takes says nothing.
+ROOT = Path(__file__).parents[1]
+
+INTEGRATION_FOLDERS = frozenset(
+    {
+        "browser",
+        "cli",
+        "conformance",
+        "foreign",
+        "fuzz",
+        "fuzz_bytes",
+        "hostile",
+        "javascript",
+        "k8s",
+        "postgres",
+        "simulation",
+    }
+)
+INTEGRATION_IMPORTS = frozenset(
+    {"h11", "multiprocessing", "socket", "subprocess", "tests.brokers", "tests.programs"}
+    | {f"tests.{folder}" for folder in INTEGRATION_FOLDERS}
+)
+INTEGRATION_FIXTURES = frozenset({"catbus_broker", "catbus_server", "database_url"})
+
+# The machines that run the tests are shared, so the time that an example takes means nothing.
 settings.register_profile("catbus", deadline=None, print_blob=True)
+settings.register_profile("quick", deadline=None, print_blob=True, max_examples=20)
 settings.load_profile("catbus")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run coroutine tests on Trio, except those that anyio's plugin runs on a backend of their own.
+    """Mark integration tests, and run coroutine tests on Trio, except those that anyio's plugin runs.
 
-    pytest-trio's `trio_mode` would take those too, and run them on Trio whatever their backend says.
+    pytest-trio's `trio_mode` would take those too, and run them on Trio whatever their backend is.
     """
     for item in items:
+        if not INTEGRATION_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) or _is_integration_module(item.path):
+            item.add_marker(pytest.mark.integration)
         test = getattr(item, "obj", None)
         test = getattr(getattr(test, "hypothesis", None), "inner_test", test)
         if inspect.iscoroutinefunction(test) and item.get_closest_marker("anyio") is None:
             item.add_marker(pytest.mark.trio)
+
+
+@cache
+def _is_integration_module(path: Path) -> bool:
+    if path.relative_to(ROOT).parts[1] in INTEGRATION_FOLDERS:
+        return True
+    return any(name == each or name.startswith(f"{each}.") for name in _imports(path) for each in INTEGRATION_IMPORTS)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield the full names of everything that a test module imports, at its top or in a function."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*(package[: -node.level] if node.level else ()), *filter(None, [node.module])]
+            yield from (".".join([*parts, alias.name]) for alias in node.names)

@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -28,7 +29,7 @@ from catbus.client import (
     open_bus,
 )
 from catbus.client.transport_interface import MAIN, Driven
-from catbus.errors import ErrorCode
+from catbus.errors import ErrorCode, PeerError
 from catbus.postgres.access.asyncpg_bridge import OUTAGE
 from catbus.protocol.json_splitter import JsonSplitter
 from tests.postgres.processes import token as sign_token
@@ -49,6 +50,8 @@ from .history import (
     now,
 )
 from .replica_slots import ReplicaSlot
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 TRANSPORTS = ("websocket", "webtransport")
 
@@ -237,7 +240,7 @@ async def _subscribe_once(
     buffer: int = 1000,
 ) -> None:
     state, history, name = client.state, client.state.history, client.name
-    place = where if where is not None else [None]
+    place: list[tuple[int, str] | None] = where if where is not None else [None]
 
     def note(event: Gap | Live | Head) -> None:
         if isinstance(event, Gap):
@@ -342,14 +345,15 @@ class RawClient(LoadClient):
 
     async def _run_session(self, transport: Transport) -> None:
         self._session += 1
-        objects: JsonSplitter[dict[str, Any]] = JsonSplitter(msgspec.json.decode, 1 << 20)
+        objects: JsonSplitter[dict[str, Any]] = JsonSplitter(_decode, 1 << 20)
         await transport.send(_line({"type": "auth", "token": self.token, "protocol": 1}))
         silent = 0
         while True:
             with trio.move_on_after(0.5) as limit:
                 chunk = await transport.receive()
                 silent = 0
-                for message in objects.feed(chunk.data) if chunk.stream == MAIN else [msgspec.json.decode(chunk.data)]:
+                for message in objects.feed(chunk.data) if chunk.stream == MAIN else [_decode(chunk.data)]:
+                    assert not isinstance(message, PeerError), message
                     request = self._handle(message)
                     if request is not None:
                         await transport.send(_line(request))
@@ -433,10 +437,10 @@ def start_clients(state: LoadState, roles: dict[str, str], subscribers: trio.Nur
         for number in range(4):
             publishers.start_soon(publish, client(f"{transport}-publisher-{number}", [transport]), CHANNELS, 0.8)
     slow = client("slow", ws)
-    subscribers.start_soon(lambda: subscribe(slow, "orders.*", pause=0.03, buffer=20))
+    subscribers.start_soon(partial(subscribe, slow, "orders.*", pause=0.03, buffer=20))
     for number in range(2):
         streams = client(f"streams-{number}", wt)
-        subscribers.start_soon(lambda streams=streams: subscribe(streams, "*", "orders.*", "chat", stream=True))
+        subscribers.start_soon(partial(subscribe, streams, "*", "orders.*", "chat", stream=True))
         subscribers.start_soon(reconnect_periodically, client(f"wanderer-{number}", TRANSPORTS), "*")
         subscribers.start_soon(subscribe, client(f"either-{number}", TRANSPORTS), "*")
         publishers.start_soon(publish_sql, state, f"sql-{number}", 0.5)

@@ -17,7 +17,7 @@ class Event(Struct, tag=True, tag_field="event", array_like=True, frozen=True, k
     at: float
 
 
-class Published(Event):
+class Published(Event, frozen=True):
     """A publish is handed to the client. Those of one publisher are handed over in the order of their numbers."""
 
     publisher: str
@@ -25,7 +25,7 @@ class Published(Event):
     channel: str
 
 
-class Answered(Event):
+class Answered(Event, frozen=True):
     """What came of it: a seq, or the code of a refusal."""
 
     publisher: str
@@ -34,7 +34,7 @@ class Answered(Event):
     refusal: str = ""
 
 
-class SubscriptionBegan(Event):
+class SubscriptionBegan(Event, frozen=True):
     """A subscription begins, complete up to `cursor` of `epoch`. One name begins again and again where it was."""
 
     subscriber: str
@@ -43,7 +43,7 @@ class SubscriptionBegan(Event):
     epoch: str
 
 
-class Received(Event):
+class Received(Event, frozen=True):
     """A message of a subscription. `sent`: when it was committed. An ephemeral one has no seq.
 
     `session` tells one connection of a subscriber from the next, where that is known.
@@ -59,7 +59,7 @@ class Received(Event):
     session: int = 0
 
 
-class CaughtUp(Event):
+class CaughtUp(Event, frozen=True):
     """The subscription was told that it has everything up to there."""
 
     subscriber: str
@@ -68,7 +68,7 @@ class CaughtUp(Event):
     seq: int
 
 
-class GapAnnounced(Event):
+class GapAnnounced(Event, frozen=True):
     """The subscription was told what may be missing: from `first` to `last`, where it goes on in `epoch`."""
 
     subscriber: str
@@ -79,14 +79,14 @@ class GapAnnounced(Event):
     reason: str
 
 
-class SubscriptionRevoked(Event):
+class SubscriptionRevoked(Event, frozen=True):
     """The subscription was ended: the permission was withdrawn."""
 
     subscriber: str
     pattern: str
 
 
-class Connected(Event):
+class Connected(Event, frozen=True):
     """A client has a connection to a replica."""
 
     client: str
@@ -94,14 +94,14 @@ class Connected(Event):
     transport: str
 
 
-class ConnectionLost(Event):
+class ConnectionLost(Event, frozen=True):
     """It has lost it, and not left it by itself."""
 
     client: str
     replica: str
 
 
-class FaultBegan(Event):
+class FaultBegan(Event, frozen=True):
     """A fault begins. `replica`: whose, where it is not everybody's."""
 
     number: int
@@ -111,13 +111,13 @@ class FaultBegan(Event):
     """Publishes that had no answer at that moment."""
 
 
-class FaultEnded(Event):
+class FaultEnded(Event, frozen=True):
     """What the fault did has been undone."""
 
     number: int
 
 
-class DatabaseStatusLogged(Event):
+class DatabaseStatusLogged(Event, frozen=True):
     """A replica has logged that it has no database, or (`available`) that it has it again."""
 
     replica: str
@@ -125,7 +125,7 @@ class DatabaseStatusLogged(Event):
     service: str = ""
 
 
-class RoleChanged(Event):
+class RoleChanged(Event, frozen=True):
     """A role was changed, and the transaction had been committed at `at`; `began`: when it was about to be."""
 
     role: str
@@ -134,7 +134,7 @@ class RoleChanged(Event):
     write: tuple[str, ...]
 
 
-class LogEntry(Event):
+class LogEntry(Event, frozen=True):
     """From the database, in the end: what a commit appended to the log, also where retention has taken it since."""
 
     epoch: str
@@ -143,14 +143,14 @@ class LogEntry(Event):
     message: Message
 
 
-class LogEpoch(Event):
+class LogEpoch(Event, frozen=True):
     """From the database, in the end, in order: an epoch, and up to where its log is the one of the epoch before."""
 
     epoch: str
     after: int
 
 
-class RunEnded(Event):
+class RunEnded(Event, frozen=True):
     """The load has ended, everything is healed, and whoever stayed has caught up, or never will. `head`: of the log."""
 
     epoch: str

@@ -185,7 +185,7 @@ class _History:
         self.connected: list[Connected] = of(Connected)
         self.connections_lost: list[ConnectionLost] = of(ConnectionLost)
         self.faults: list[FaultBegan] = of(FaultBegan)
-        self.fault_ends = {event.number: event.at for event in of(FaultEnded)}
+        self.fault_ends: dict[int, float] = {event.number: event.at for event in of(FaultEnded)}
         self.database_status: list[DatabaseStatusLogged] = of(DatabaseStatusLogged)
         self.role_changes: list[RoleChanged] = of(RoleChanged)
         self.entries: list[LogEntry] = of(LogEntry)
@@ -247,8 +247,8 @@ class _Log:
             if event.seq:
                 self._add_received(event, agreed)
         for gap in history.gaps:
-            ordinal = self.ordinals.get(gap.epoch)
-            if ordinal is not None:
+            if gap.epoch in self.ordinals:
+                ordinal = self.ordinals[gap.epoch]
                 self.seen[ordinal] = min(self.seen[ordinal], gap.at)
 
     def _add_received(self, event: Received, agreed: Promise) -> None:

@@ -157,7 +157,7 @@ def change(history: HistoryBuilder, kind: type, wanted: dict[str, Any], **fields
     ]
     found = events[index]
     values = {name: getattr(found, name) for name in found.__struct_fields__} | fields
-    events[index] = kind(**values)  # type: ignore[call-overload, assignment]
+    events[index] = kind(**values)
 
 
 BREACHES: dict[str, Callable[[HistoryBuilder], object]] = {

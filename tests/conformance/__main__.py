@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +126,7 @@ async def play_clients(
     return results, versions
 
 
-def chosen(all_of_them: Sequence[str] | dict[str, object], only: Sequence[str]) -> list[str]:
+def chosen(all_of_them: Iterable[str], only: Sequence[str]) -> list[str]:
     return [name for name in all_of_them if name in only] or list(all_of_them)
 
 
@@ -262,14 +262,14 @@ def tables(results: dict[tuple[str, str], Results], versions: dict[tuple[str, st
         through = list(dict.fromkeys(way for _, way in versions))
         rows = [[client, *(versions.get((client, way), "") for way in through)] for client in clients]
         parts += ["### HTTP versions in which the proxies heard of WebSockets", table(["Client", *through], rows)]
-    failures: dict[Row, list[str]] = {}
+    failures: dict[tuple[str, str, str], list[str]] = {}
     for (client, way), each in results.items():
         for step, result in each.items():
             if result.startswith("FAILED"):
                 failures.setdefault((client, way, result), []).append(step)
     if failures:
-        rows = [[client, way, ", ".join(found), result] for (client, way, result), found in failures.items()]
-        parts += ["### Failures", table(["Client", "Way", "Steps", ""], rows)]
+        failed = [[client, way, ", ".join(found), result] for (client, way, result), found in failures.items()]
+        parts += ["### Failures", table(["Client", "Way", "Steps", ""], failed)]
     return parts
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -59,7 +60,7 @@ async def test_the_echo_sends_back_what_came_as_it_came() -> None:
 
 
 def test_a_report_counts_verdicts_and_names_what_did_not_pass() -> None:
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "1.1.1": {"behavior": "OK", "behaviorClose": "OK", "remoteCloseCode": 1000},
         "1.1.2": {"behavior": "OK", "behaviorClose": "FAILED", "remoteCloseCode": None},
         "9.1.4": {"behavior": "FAILED", "behaviorClose": "OK", "remoteCloseCode": 1009},

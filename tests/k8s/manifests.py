@@ -35,7 +35,7 @@ def program(name: str) -> Path:
 
 @cache
 def _render(place: str) -> str:
-    command = [program("kubectl"), "kustomize", str(MANIFESTS / place)]
+    command: list[str | Path] = [program("kubectl"), "kustomize", str(MANIFESTS / place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "kubectl warns of deprecated fields"
