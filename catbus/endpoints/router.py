@@ -197,7 +197,7 @@ class Router:
                 return False
             # A packet with a token comes from where it says: no flood of forged addresses is in its way.
             proof = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
-            queue = self._scheduler.strangers if proof is None else self._scheduler.newcomers
+            queue = self._scheduler.unauthenticated if proof is None else self._scheduler.newcomers
             queued = queue.put(network_of(place.address[0]), place.address, (data, place, header, proof), now)
         else:
             if header.version is None:
@@ -216,7 +216,7 @@ class Router:
         conversation, scheduler = peer.conversation, self._scheduler
         if conversation is not None and peer.proven:
             return scheduler.clients, conversation.client
-        return scheduler.newcomers if peer.connection.address_validated else scheduler.strangers, peer.network
+        return scheduler.newcomers if peer.connection.address_validated else scheduler.unauthenticated, peer.network
 
     def _serve(self, items: deque[Item], ends: float) -> float:
         """Take what one source has sent, as long as there is time, and let it send; returns what is to be charged."""

@@ -42,10 +42,10 @@ class Scheduler(Generic[T]):
         """Those that have shown a token that was good."""
         self.newcomers: Queue[T] = FairQueue(NEWCOMERS_WAITING)
         """Those that have not, and whose addresses are known to be theirs."""
-        self.strangers: Queue[T] = FairQueue(NEWCOMERS_WAITING)
+        self.unauthenticated: Queue[T] = FairQueue(NEWCOMERS_WAITING)
         self.tokenless = Usage()
         """What newcomers and strangers have used of the CPU together."""
-        self._queues = deque((self.clients, self.newcomers, self.strangers))
+        self._queues = deque((self.clients, self.newcomers, self.unauthenticated))
         self._serve = serve
         self._gather = gather
         self._running = False
@@ -100,7 +100,7 @@ class Scheduler(Generic[T]):
     def serve_beyond(self, ends: float, *, idle: bool) -> bool:
         """Serve one source although it has had its share; whether there was one that may have more."""
         now = trio.current_time()
-        queues = (self.clients, self.newcomers, self.strangers) if idle else (self.clients,)
+        queues = (self.clients, self.newcomers, self.unauthenticated) if idle else (self.clients,)
         return any(self._serve_one(queue, ends, now, beyond=True) for queue in queues)
 
     def _serve_one(self, queue: Queue[T], ends: float, now: float, *, beyond: bool) -> bool:

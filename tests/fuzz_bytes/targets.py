@@ -117,7 +117,7 @@ def capsules(data: bytes) -> None:
                 assert len(found.reason.encode()) <= 1024
                 return found
             assert len(reader._buffer) <= 1024 + 4 + 16
-        return reader.between
+        return reader.at_boundary
 
     pieces, whole = cut(data)
     assert read(pieces) == read([bytes([byte]) for byte in whole])
