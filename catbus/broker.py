@@ -19,7 +19,7 @@ from .certificates import CertificateSource
 from .config import Config, split_address
 from .endpoints import serve_http, serve_quic
 from .errors import PeerError, Refused
-from .in_process import Messages
+from .in_process import LocalSubscription
 from .log import Log, MemoryLog, Rejected
 from .malloc_trim import return_memory
 from .observability.metrics import Metrics
@@ -41,7 +41,7 @@ def refusing() -> Iterator[None]:
         raise Refused(error.code, error.message) from None
 
 
-class Door(Protocol):
+class OpenEndpoint(Protocol):
     """An endpoint that is open: where, and how to have it accept nothing more."""
 
     addresses: list[str]
@@ -80,21 +80,21 @@ class Broker:
     @asynccontextmanager
     async def subscribe(
         self, pattern: str, *, since: int | None = None, epoch: str | None = None
-    ) -> AsyncIterator[Messages]:
+    ) -> AsyncIterator[LocalSubscription]:
         """The messages that match, from now on or after `since`, in seq order. Raises `Refused` for a bad pattern."""
         with refusing():
-            messages = Messages(self.replica, pattern, since, epoch)
+            messages = LocalSubscription(self.replica, pattern, since, epoch)
         try:
             yield messages
         finally:
             messages.close()
 
-    def open(self, doors: Mapping[str, Door]) -> None:
+    def open(self, endpoints: Mapping[str, OpenEndpoint]) -> None:
         """Its doors are open."""
-        self.replica.scrape = Metrics(self.replica, doors).scrape
-        self.addresses = [(kind, address) for kind, door in doors.items() for address in door.addresses]
-        if "webtransport" in doors:
-            self.replica.webtransport_port = split_address(doors["webtransport"].addresses[0])[1]
+        self.replica.scrape = Metrics(self.replica, endpoints).scrape
+        self.addresses = [(kind, address) for kind, endpoint in endpoints.items() for address in endpoint.addresses]
+        if "webtransport" in endpoints:
+            self.replica.webtransport_port = split_address(endpoints["webtransport"].addresses[0])[1]
 
     def reload(self) -> None:
         """Read the certificate anew. Where it is no good the old one stays, and the log says why."""
@@ -123,17 +123,17 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
     async with trio.open_nursery() as nursery:
         broker = await _start(config, nursery, certificates)
         async with trio.open_nursery() as sessions:
-            doors = {"websocket": await nursery.start(serve_http, broker.replica, config.websocket.bind, sessions)}
+            endpoints = {"websocket": await nursery.start(serve_http, broker.replica, config.websocket.bind, sessions)}
             if certificates is not None and config.webtransport_served:
                 quic = serve_quic, broker.replica, config.webtransport.bind, certificates.latest, sessions
-                doors["webtransport"] = await nursery.start(*quic)
-            broker.open(doors)
+                endpoints["webtransport"] = await nursery.start(*quic)
+            broker.open(endpoints)
             task_status.started(broker)
 
             await broker.wait_stopping()
             await broker.replica.send_away()
-            for door in doors.values():
-                door.close()
+            for endpoint in endpoints.values():
+                endpoint.close()
             broker.replica.finish()
             sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
         nursery.cancel_scope.cancel()

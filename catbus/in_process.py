@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from .delivery.send_queue import Run, SendQueue
+from .delivery.send_queue import EncodedMessages, SendQueue
 from .delivery.subscription import Subscription
 from .log import Entry
 from .protocol.channels import check_pattern
@@ -18,7 +18,7 @@ from .replica import Replica
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class LocalMessage:
     """A message as a subscriber gets it. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
 
     channel: str
@@ -34,7 +34,7 @@ class Message:
         return decode_payload(self.data)
 
 
-class Messages(AsyncIterator[Message]):
+class LocalSubscription(AsyncIterator[LocalMessage]):
     """The messages of one pattern. While nobody takes them they wait in a bounded send queue, and beyond it in the
     log."""
 
@@ -54,7 +54,7 @@ class Messages(AsyncIterator[Message]):
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)
 
-    async def __anext__(self) -> Message:
+    async def __anext__(self) -> LocalMessage:
         """The next message. Cancelling it loses none."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._unpack()
@@ -67,7 +67,7 @@ class Messages(AsyncIterator[Message]):
         entry = self._ready.popleft()
         self.cursor = entry.seq or self.cursor
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return Message(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, self.pattern)
+        return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, self.pattern)
 
     def close(self) -> None:
         """End the subscription, and whoever iterates."""
@@ -84,7 +84,7 @@ class Messages(AsyncIterator[Message]):
 
     def _unpack(self) -> None:
         for item in self._send_queue.take():
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 self._ready.extend(item.entries)
             else:
                 mark = decode_server(item)

@@ -33,7 +33,7 @@ from .observability.runtime_statistics import RuntimeStatistics
 from .protocol import wire_messages as wire
 from .protocol.wire_messages import clip
 from .session.driver import MAX_HISTORY, STOPPING, SessionDriver, Streams
-from .session.state_machine import Broadcast, Share, make_append
+from .session.state_machine import BroadcastMessage, ClientUsage, make_append
 from .version import version
 
 TRANSPORTS = "websocket", "webtransport"
@@ -100,7 +100,7 @@ class Replica:
         self.permissions = LivePermissions(roles)
         self.cpu_scheduler = CpuScheduler()
         self.quotas = PublishQuotas(config.limits.publish_rate, config.limits.publish_bytes)
-        self.shares: dict[Hashable, Share] = {}
+        self.shares: dict[Hashable, ClientUsage] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
         self.subscriptions = 0
         """How many all of them have."""
@@ -130,7 +130,7 @@ class Replica:
             "state": self.readiness,
             "clients": len(self.clients),
             "applied": self.log.applied,
-            "late": delivery.late,
+            "lagging": delivery.lagging,
             "lag": delivery.lag,
         }
 
@@ -243,7 +243,7 @@ class Replica:
                 outcomes[index] = Rejected(error.code, error.message)
                 continue
             if request.ephemeral:
-                self.broadcast(Broadcast(append.channel, append.payload, append.sender, None))
+                self.broadcast(BroadcastMessage(append.channel, append.payload, append.sender, None))
                 outcomes[index] = None
             else:
                 self.submit(append)
@@ -271,7 +271,7 @@ class Replica:
         else:
             self.log.submit(append)
 
-    def broadcast(self, message: Broadcast) -> None:
+    def broadcast(self, message: BroadcastMessage) -> None:
         """Pass an ephemeral message on to the sessions of this replica, and to the other replicas."""
         self._published += 1
         at = time.time_ns() // 1_000_000

@@ -45,7 +45,7 @@ async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
             for number in range(200):
                 await broker.publish("a", number)
-            assert broker.replica.delivery.statistics().late == 1
+            assert broker.replica.delivery.statistics().lagging == 1
             assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
             assert messages.gaps == []
 

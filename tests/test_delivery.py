@@ -15,7 +15,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import catbus.delivery.fan_out as delivery_module
 from catbus.delivery.fan_out import SURVEYED, Delivery
-from catbus.delivery.send_queue import MARK, REPLY, SLOT, Budget, Head, Item, Mark, Run, SendQueue
+from catbus.delivery.send_queue import (
+    LIST_SLOT_BYTES,
+    REPLY_BYTES,
+    SUBSCRIPTION_LINE_BYTES,
+    Budget,
+    EncodedMessages,
+    HeadLine,
+    QueueItem,
+    SendQueue,
+    SubscriptionLine,
+)
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
 from catbus.log import Entry, Page, Recent, Resumption
@@ -71,10 +81,10 @@ def exhaust(steps: Iterator[None]) -> None:
     deque(steps, maxlen=0)
 
 
-def charge(items: Iterable[Item]) -> int:
+def charge(items: Iterable[QueueItem]) -> int:
     """What runs take of the budget: each once, and their places."""
-    runs = [item for item in items if isinstance(item, Run)]
-    return sum({id(run): run.charge for run in runs}.values()) + len(runs) * SLOT
+    runs = [item for item in items if isinstance(item, EncodedMessages)]
+    return sum({id(run): run.charge for run in runs}.values()) + len(runs) * LIST_SLOT_BYTES
 
 
 class TransportWriter:
@@ -185,8 +195,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         if client.protocol is ProtocolVersion.V1:
             client.said += 1
             client.send_queue.put(wire.encode(wire.Pong(client.said)) or b"")
-            if not any(subscription.late for subscription in client.subscriptions.values()):
-                client.send_queue.put(Head(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
+            if not any(subscription.lagging for subscription in client.subscriptions.values()):
+                client.send_queue.put(HeadLine(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
@@ -306,9 +316,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         items = [item for client in self.clients for item in client.send_queue._items]
         assert budget.messages == charge(items)
         replies = [item for item in items if isinstance(item, bytes)]
-        assert budget.replies == sum(len(item) + (MARK if isinstance(item, Mark) else REPLY) for item in replies)
+        assert budget.replies == sum(
+            len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)
+            for item in replies
+        )
         fixed = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._fixed]]
-        assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, Run)}.values())
+        assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, EncodedMessages)}.values())
         self.fixed = max(self.fixed, charge(fixed))
         assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
 
@@ -328,7 +341,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                 self.check_first_version(client)
         statistics = self.delivery.statistics()
         ahead = sum(s > len(self.log.entries) for c in self.clients for s in c.wanted.values())
-        assert statistics.late == ahead, "all others are live when everything is idle"
+        assert statistics.lagging == ahead, "all others are live when everything is idle"
 
     def owed(self, pattern: str, producer: bytes, after: int) -> list[int]:
         return [e.seq for e in self.log.entries[after:] if matches(pattern, e.channel) and e.origin != producer]
@@ -385,7 +398,7 @@ class Reader:
         """Seqs of messages, and marks."""
         mail: list[object] = []
         for item in self.send_queue.take():
-            mail += [e.seq for e in item.entries] if isinstance(item, Run) else [wire.decode_server(item)]
+            mail += [e.seq for e in item.entries] if isinstance(item, EncodedMessages) else [wire.decode_server(item)]
         return mail
 
 
@@ -423,7 +436,7 @@ def test_overlapping_patterns_get_a_copy_each(log: ListLog, delivery: Delivery) 
     for pattern in ("a.*", "*"):
         delivery.subscribe(Subscription(send_queue), pattern)
     publish(log, delivery, "a.b")
-    assert {item.pattern for item in send_queue.take() if isinstance(item, Run)} == {"a.*", "*"}
+    assert {item.pattern for item in send_queue.take() if isinstance(item, EncodedMessages)} == {"a.*", "*"}
 
 
 def test_a_page_read_before_an_apply_leaves_no_hole_at_the_seam(log: ListLog, delivery: Delivery) -> None:
@@ -458,7 +471,7 @@ def test_who_has_no_room_goes_late_and_the_others_do_not(log: ListLog, delivery:
     for _ in range(10):
         publish(log, delivery, "a")
     assert quick.mail() == list(range(1, 11))
-    assert (delivery.statistics().late, delivery.statistics().lags) == (1, 1)
+    assert (delivery.statistics().lagging, delivery.statistics().lags) == (1, 1)
     assert delivery.next_position() is None, "nothing is read for one who has no room"
     got = slow.mail()
     for _ in range(10):
@@ -476,7 +489,7 @@ def test_over_the_total_those_with_the_largest_send_queues_go_late_and_the_other
         assert len(quick.mail()) == 1
         assert delivery.statistics().held <= 3000
     statistics = delivery.statistics()
-    assert (statistics.late, statistics.lags, statistics.withdrawals) == (1, 1, 1)
+    assert (statistics.lagging, statistics.lags, statistics.withdrawals) == (1, 1, 1)
     assert small.mail() == [1]
     assert delivery.next_position() is None, "nothing is read for it until it has taken what is left"
     got = large.mail()
@@ -498,18 +511,18 @@ def test_the_figures_cost_the_same_whatever_the_number_of_lagging_subscriptions(
     with monkeypatch.context() as patch:
         patch.delattr(TopicTree, "groups")
         figures = delivery.statistics()
-    assert (figures.late, figures.lag, figures.patterns) == (2 * SURVEYED + 1, 90, 2 * SURVEYED + 1)
+    assert (figures.lagging, figures.lag, figures.patterns) == (2 * SURVEYED + 1, 90, 2 * SURVEYED + 1)
     for reader in (*readers, slowest):
         delivery.unsubscribe(reader.subscription, next(iter(reader.subscription.patterns)))
     figures = delivery.statistics()
-    assert (figures.late, figures.lag, figures.patterns) == (0, 0, 1)
+    assert (figures.lagging, figures.lag, figures.patterns) == (0, 0, 1)
 
 
 def test_what_many_share_counts_once(log: ListLog) -> None:
     delivery = Delivery(log, Budget(20_000))  # type: ignore[arg-type]
     readers = [Reader(delivery, "a") for _ in range(100)]
     publish(log, delivery, *["a"] * 10)
-    assert delivery.statistics().late == 0
+    assert delivery.statistics().lagging == 0
     assert {tuple(reader.mail()) for reader in readers} == {tuple(range(1, 11))}
     assert delivery.statistics().held == 0
 
@@ -609,7 +622,7 @@ def test_a_sender_counts_for_what_an_entry_takes() -> None:
     recent = Recent(10_000)
     recent.append(entries)
     assert recent.size == OVERHEAD + 1002
-    assert Run("a", entries).size >= len(Run("a", entries).lines) - 100
+    assert EncodedMessages("a", entries).size >= len(EncodedMessages("a", entries).lines) - 100
 
 
 def test_another_epoch_is_announced_to_everyone(log: ListLog, delivery: Delivery) -> None:
@@ -651,7 +664,7 @@ def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery
     delivery.restart(1)
     slow.mail()
     publish(log, delivery, "a", "a", "a")
-    assert [e.seq for item in send_queue.take() if isinstance(item, Run) for e in item.entries] == [2, 3, 4]
+    assert [e.seq for item in send_queue.take() if isinstance(item, EncodedMessages) for e in item.entries] == [2, 3, 4]
     got: list[object] = []
     for _ in range(5):
         got += slow.mail()
@@ -760,7 +773,7 @@ def test_an_ephemeral_message_goes_as_a_datagram_where_that_is_wanted_and_fits(d
     delivery.broadcast(Entry(0, 1, "a.b", b'"mine"', None, PRODUCERS[0]))
     delivery.broadcast(Entry(0, 1, "a.b", b'"%b"' % (b"x" * 200), None, None))
     assert [msgspec.json.decode(line)["payload"] for line in sent] == ["fits"]
-    assert [len(item.entries) for item in send_queue.take() if isinstance(item, Run)] == [1]
+    assert [len(item.entries) for item in send_queue.take() if isinstance(item, EncodedMessages)] == [1]
 
 
 def test_a_first_version_client_gets_an_ephemeral_message_once(delivery: Delivery) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from random import Random
 
 from catbus.delivery.fan_out import Delivery, Subscription
-from catbus.delivery.send_queue import Run, SendQueue
+from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.log import Entry, Page, Resumption
 from catbus.protocol.channels import matches
 from tests.test_delivery import TransportWriter, entry, exhaust
@@ -77,7 +77,7 @@ class Session:
 
     def take(self) -> None:
         for item in self.send_queue.take():
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 self.got += [(item.pattern, message) for message in item.entries]
 
     def finish(self) -> None:

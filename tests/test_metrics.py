@@ -113,7 +113,7 @@ async def test_what_is_counted_is_what_has_happened(tmp_path: Path, database_url
     assert samples["catbus_state"] == {("starting",): 0, ("ready",): 1, ("degraded",): 0, ("draining",): 0}
     assert samples["catbus_sessions"] == {("websocket",): 1, ("webtransport",): 1}
     assert samples["catbus_sessions_opened_total"] == {("websocket",): 1, ("webtransport",): 1}
-    assert samples["catbus_subscriptions"] == {("live",): 3, ("late",): 0}
+    assert samples["catbus_subscriptions"] == {("live",): 3, ("lagging",): 0}
     assert samples["catbus_patterns"] == {(): 2}
     assert samples["catbus_publishes_total"] == {(): 10}
     assert samples["catbus_deliveries_total"] == {(): 30}

@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus.auth.tokens import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
 from catbus.broker import OWNER
 from catbus.config import Config, DrainSettings, LimitSettings
-from catbus.delivery.send_queue import Run, SendQueue
+from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.errors import CloseCode, ErrorCode, PeerError, Unavailable
 from catbus.limits.cpu_fairness import Pace
 from catbus.log import Append, Committed, MemoryLog
@@ -613,7 +613,7 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
         await client.receive(hello(None))
     assert late.closing is not None
     assert late.closing[0] is CloseCode.OVERLOADED
-    assert here.session.share.client == beside.session.share.client != elsewhere.session.share.client
+    assert here.session.usage.client == beside.session.usage.client != elsewhere.session.usage.client
     message = b'{"type":"publish","channel":"a","payload":1}'
     await here.receive(message * 20)
     began = trio.current_time()
@@ -741,12 +741,12 @@ async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio
 async def test_session_without_a_client_id_keeps_its_share_with_another_token(strict_replica: Replica) -> None:
     client = open_client(strict_replica, "a")
     await client.receive(hello(None))
-    before = client.session.share.client
+    before = client.session.usage.client
     other = sign(SECRET, client_id=None, grants=Grants(("b",), ("b",)))
     await client.receive(json.dumps({"type": "auth", "token": other, "protocol": 1}).encode())
     assert client.session.identity is not None
     assert client.session.identity.grants.write == ("b",)
-    assert client.session.share.client == before
+    assert client.session.usage.client == before
     client.leave()
 
 
@@ -815,6 +815,6 @@ async def test_all_that_is_revoked_at_once_is_looked_for_once(
     narrow = sign(SECRET, client_id="alice", grants=Grants(("n0",), ("*",)))
     await client.receive(b'{"type":"auth","protocol":1,"token":"%s"}' % narrow.encode())
     assert len(looked) == 1
-    kept = [item for item in client.send_queue.take() if isinstance(item, Run)]
+    kept = [item for item in client.send_queue.take() if isinstance(item, EncodedMessages)]
     assert [entry.channel for run in kept for entry in run.entries] == ["n0"]
     client.leave()

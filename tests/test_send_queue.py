@@ -7,16 +7,16 @@ import tracemalloc
 import pytest
 
 from catbus.delivery.send_queue import (
-    IN_MEMORY,
-    JOINED,
-    MARK,
-    REPLY,
-    SLOT,
+    LIST_SLOT_BYTES,
+    MAX_JOINED,
+    MAX_MEMORY_FACTOR,
+    REPLY_BYTES,
+    SUBSCRIPTION_LINE_BYTES,
     Budget,
-    Head,
-    Mark,
-    Run,
+    EncodedMessages,
+    HeadLine,
     SendQueue,
+    SubscriptionLine,
     size_of_replies,
 )
 from catbus.log import Entry
@@ -28,8 +28,8 @@ class TransportWriter:
         """The tests take the mail themselves."""
 
 
-def run(*seqs: int, pattern: str = "a", size: int = 10) -> Run:
-    return Run(pattern, [Entry(seq, 5, "a", b"1" * size, "me") for seq in seqs])
+def run(*seqs: int, pattern: str = "a", size: int = 10) -> EncodedMessages:
+    return EncodedMessages(pattern, [Entry(seq, 5, "a", b"1" * size, "me") for seq in seqs])
 
 
 def test_what_is_put_in_comes_out_in_order_and_wakes_once() -> None:
@@ -95,17 +95,21 @@ def test_what_has_been_revoked_is_taken_back() -> None:
     send_queue.put(b"reply")
     send_queue.offer(kept)
     send_queue.revoke(["a"])
-    assert send_queue.size == 5 + REPLY + kept.size
+    assert send_queue.size == 5 + REPLY_BYTES + kept.size
     assert send_queue.take() == [b"reply", kept]
 
 
 def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
-    before, after, other = Mark(b"before", "a"), Mark(b"after", "a"), Mark(b"other", "b")
+    before, after, other = (
+        SubscriptionLine(b"before", "a"),
+        SubscriptionLine(b"after", "a"),
+        SubscriptionLine(b"other", "b"),
+    )
     send_queue.put(before)
-    send_queue.put(Head(b"head"))
+    send_queue.put(HeadLine(b"head"))
     send_queue.offer(run(1, 2))
-    for line in (after, other, Head(b"another head"), b"reply"):
+    for line in (after, other, HeadLine(b"another head"), b"reply"):
         send_queue.put(line)
     send_queue.revoke(["a"])
     assert send_queue.take() == [before, b"head", other, b"reply"]
@@ -117,7 +121,7 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
         SendQueue(TransportWriter(), lambda _: None, budget=budget),
         SendQueue(TransportWriter(), lambda _: None, budget=budget),
     )
-    mixed = Run("", [Entry(seq, 5, channel, b"1") for seq, channel in ((1, "x"), (2, "y"), (3, "x"))])
+    mixed = EncodedMessages("", [Entry(seq, 5, channel, b"1") for seq, channel in ((1, "x"), (2, "y"), (3, "x"))])
     alone = run(4, pattern="")
     for item in (mixed, alone):
         send_queue.offer(item)
@@ -125,11 +129,11 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
     send_queue.revoke(["a"], ["x"])
     size = send_queue.size
     [kept] = send_queue.take()
-    assert isinstance(kept, Run)
+    assert isinstance(kept, EncodedMessages)
     assert size == kept.size
     assert [(entry.seq, entry.channel) for entry in kept.entries] == [(1, "x"), (3, "x")]
     assert (send_queue.size, send_queue.withdraw()) == (0, {})
-    assert budget.held == mixed.charge + alone.charge + 2 * SLOT
+    assert budget.held == mixed.charge + alone.charge + 2 * LIST_SLOT_BYTES
     assert other.take() == [mixed, alone]
     assert budget.held == 0
 
@@ -139,14 +143,14 @@ def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> Non
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     fixed = run(1, 2)
     send_queue.offer(fixed)
-    send_queue.put(Mark(b"gap", "a"))
+    send_queue.put(SubscriptionLine(b"gap", "a"))
     send_queue.fix()
-    for item in (run(5), run(7, pattern="b"), Run("b", [Entry(0, 5, "a", b"1", None)])):
+    for item in (run(5), run(7, pattern="b"), EncodedMessages("b", [Entry(0, 5, "a", b"1", None)])):
         send_queue.offer(item)
-    send_queue.put(Mark(b"live", "b"))
+    send_queue.put(SubscriptionLine(b"live", "b"))
     send_queue.put(b"reply")
     assert send_queue.withdraw() == {"a": 5, "b": 7}
-    assert (budget.messages, budget.replies) == (fixed.charge + SLOT, send_queue.size - fixed.size)
+    assert (budget.messages, budget.replies) == (fixed.charge + LIST_SLOT_BYTES, send_queue.size - fixed.size)
     assert send_queue.withdraw() == {}
     assert send_queue.take() == [fixed, b"gap", b"reply"]
     assert budget.held == 0
@@ -159,9 +163,9 @@ def test_what_several_send_queues_hold_is_counted_once() -> None:
     for send_queue in (one, other):
         send_queue.offer(shared)
         send_queue.put(b"reply")
-    assert budget.held == shared.charge + 2 * (SLOT + REPLY + 5)
+    assert budget.held == shared.charge + 2 * (LIST_SLOT_BYTES + REPLY_BYTES + 5)
     one.take()
-    assert budget.held == shared.charge + SLOT + REPLY + 5
+    assert budget.held == shared.charge + LIST_SLOT_BYTES + REPLY_BYTES + 5
     other.close()
     assert budget.held == 0
     other.put(b"too late")
@@ -198,7 +202,7 @@ def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
     budget = Budget(4000)
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 10_000)
-    assert other.room == 1500 // IN_MEMORY
+    assert other.room == 1500 // MAX_MEMORY_FACTOR
     one.offer(run(1, size=1500))
     assert other.room == 0
 
@@ -213,7 +217,7 @@ def test_some_of_it_can_be_taken() -> None:
         send_queue.put(item) if isinstance(item, bytes) else send_queue.offer(item)
     send_queue.fix()
     assert send_queue.take(first.size + 1) == [first, b"x" * 40]
-    assert (send_queue.size, budget.held) == (second.size, second.charge + SLOT)
+    assert (send_queue.size, budget.held) == (second.size, second.charge + LIST_SLOT_BYTES)
     assert send_queue.withdraw() == {}
     assert not calls
     assert send_queue.take(1) == [second]
@@ -223,20 +227,20 @@ def test_some_of_it_can_be_taken() -> None:
 def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
-    for item in (Head(b"1"), b"pong", Head(b"2"), b"pong", Head(b"3")):
+    for item in (HeadLine(b"1"), b"pong", HeadLine(b"2"), b"pong", HeadLine(b"3")):
         send_queue.put(item)
     assert send_queue.offer(run(1))
-    for item in (Head(b"4"), Mark(b"live", "a"), Head(b"5"), Head(b"6"), b"pong"):
+    for item in (HeadLine(b"4"), SubscriptionLine(b"live", "a"), HeadLine(b"5"), HeadLine(b"6"), b"pong"):
         send_queue.put(item)
     send_queue.fix()
-    send_queue.put(Head(b"7"))
+    send_queue.put(HeadLine(b"7"))
     assert send_queue.withdraw() == {}
     said = send_queue.size, budget.replies
     assert [item for item in send_queue.take() if isinstance(item, bytes)] == [
         *(b"pong", b"pong", b"3"),
         *(b"4", b"live", b"pong", b"7"),
     ]
-    assert said == (said[1] + run(1).size, 6 * REPLY + MARK + 3 * 4 + 3 + 4)
+    assert said == (said[1] + run(1).size, 6 * REPLY_BYTES + SUBSCRIPTION_LINE_BYTES + 3 * 4 + 3 + 4)
     assert (send_queue.size, budget.held) == (0, 0)
 
 
@@ -248,15 +252,15 @@ def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wir
     lines = [b"%d\n" % number for number in range(2000)]
     for number, line in enumerate(lines):
         send_queue.put(line)
-        send_queue.put(Head(b"head\n"))
+        send_queue.put(HeadLine(b"head\n"))
         if number == 1000:
             send_queue.fix()
-            send_queue.put(Mark(b"mark\n", "a"))
+            send_queue.put(SubscriptionLine(b"mark\n", "a"))
     assert send_queue.size == budget.replies
     items = send_queue.take()
     assert b"".join([item for item in items if type(item) is bytes]) == b"".join(lines)
     assert (len(items) < 400) == (protocol is wire.ProtocolVersion.V1)
-    assert max(map(len, items)) < JOINED + 10
+    assert max(map(len, items)) < MAX_JOINED + 10
     assert budget.replies == 0
 
 
@@ -270,13 +274,13 @@ def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: 
         before, _ = tracemalloc.get_traced_memory()
         for number in range(0, 500, together):
             entries = [Entry(10**6 + number + n, 10**12 + n, f"room.{n}", b"1" * size) for n in range(together)]
-            runs = Run("room.*", entries)
+            runs = EncodedMessages("room.*", entries)
             for each in send_queues:
                 assert each.offer(runs)
             assert runs.lines
             for _ in range(together):
                 send_queues[0].put(wire.encode(wire.Pong(10**6 + number)) or b"")
-            send_queues[0].put(Mark(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
+            send_queues[0].put(SubscriptionLine(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -285,8 +289,8 @@ def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: 
 
 def test_a_run_of_many_messages_takes_no_more_memory_than_room_is_made_for() -> None:
     """Otherwise what is read for a lagging subscription would be withdrawn at once, again and again."""
-    runs = Run("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
-    assert runs.charge <= IN_MEMORY * runs.size
+    runs = EncodedMessages("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
+    assert runs.charge <= MAX_MEMORY_FACTOR * runs.size
 
 
 def test_a_run_is_encoded_once_and_its_size_is_near_the_truth() -> None:

@@ -18,17 +18,17 @@ from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server
 from catbus.session.state_machine import (
-    Authenticate,
-    Broadcast,
+    AppendMessage,
+    BroadcastMessage,
     Effect,
-    Join,
-    Leave,
-    Measure,
-    Recall,
+    EndSubscription,
+    ReadHistory,
+    SendHeads,
     Session,
     SessionLimits,
-    State,
-    Submit,
+    SessionState,
+    StartSubscription,
+    VerifyToken,
 )
 
 ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), None)
@@ -62,24 +62,24 @@ class Driver:
     def perform(self, effect: Effect) -> None:
         session = self.session
         match effect:
-            case Authenticate():
+            case VerifyToken():
                 try:
                     if isinstance(self.identity, PeerError):
                         raise self.identity
                     session.admit(self.identity, AuthOk("alice"), PRODUCER, 100.0, self.wall)
                 except PeerError as error:
                     session.refuse(error)
-            case Join(request):
+            case StartSubscription(request):
                 session.joined(request, 7, "e")
-            case Leave(request):
+            case EndSubscription(request):
                 session.left(request, 8)
-            case Submit(append):
+            case AppendMessage(append):
                 self.appends.append(append)
-            case Recall(request):
+            case ReadHistory(request):
                 session.recalled(request, [], False)
-            case Measure():
+            case SendHeads():
                 session.say(Head(7, "e", 0))
-            case Broadcast():
+            case BroadcastMessage():
                 pass
 
     def say(self, *messages: Any) -> list[dict[str, Any]]:
@@ -137,14 +137,14 @@ def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: boo
     driver = open_session() if authenticated else Driver()
     data = space.join(parts)
     for start in range(0, len(data), cut):
-        closed = driver.session.state is State.CLOSED
+        closed = driver.session.state is SessionState.CLOSED
         unknown = driver.session.identity is None
         count, size = len(driver.effects), driver.send_queue.size
         driver.feed(data[start : start + cut])
         if closed:
             assert (len(driver.effects), driver.send_queue.size) == (count, size)
         if unknown and driver.session.identity is None:
-            assert all(isinstance(effect, Authenticate | Measure) for effect in driver.effects[count:])
+            assert all(isinstance(effect, VerifyToken | SendHeads) for effect in driver.effects[count:])
     for append in driver.appends:
         assert append.channel.startswith("project.")
         append.settle(append, Committed(9))
@@ -171,7 +171,7 @@ def test_a_session_begins_with_auth() -> None:
     )
     assert (publish["type"], subscribe["type"], history["type"]) == ("publish_error", "subscribe_error", "error")
     assert driver.effects == []
-    assert driver.session.state is State.NEW
+    assert driver.session.state is SessionState.NEW
 
 
 def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
@@ -194,7 +194,7 @@ def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(en
     driver = open_session()
     data = b'{"type":"auth","token":"t"}{"type":"subscribe","pattern":"project.*"}{"type":"ping","seq":1}'
     effects = driver.session.receive(data)
-    assert isinstance(next(effects), Authenticate)
+    assert isinstance(next(effects), VerifyToken)
     if end == "close":
         driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
     else:
@@ -259,7 +259,10 @@ def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
     assert driver.say({"type": "unsubscribe", "pattern": "project.*", "id": 5}) == [
         {"type": "unsubscribed", "pattern": "project.*", "seq": 8, "id": 5}
     ]
-    assert driver.effects == [Join(Subscribe("project.*", 3, "e", id=4)), Leave(Unsubscribe("project.*", 5))]
+    assert driver.effects == [
+        StartSubscription(Subscribe("project.*", 3, "e", id=4)),
+        EndSubscription(Unsubscribe("project.*", 5)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +341,7 @@ def test_a_retry_says_what_it_knew_when_it_was_first_sent() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "id": 1, "after": 3, "epoch": "e"}
     driver.say(message, {**message, "retry": True, "id": 2})
-    assert [(effect.epoch, effect.append.after) for effect in driver.effects if isinstance(effect, Submit)] == [
+    assert [(effect.epoch, effect.append.after) for effect in driver.effects if isinstance(effect, AppendMessage)] == [
         (None, None),
         ("e", 3),
     ]
@@ -360,7 +363,7 @@ def test_an_ephemeral_publish_goes_past_the_log() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ephemeral": True, "id": 3}
     assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 3}]
-    assert driver.effects == [Broadcast("project.a", b"1", "alice", None)]
+    assert driver.effects == [BroadcastMessage("project.a", b"1", "alice", None)]
 
 
 def test_an_ephemeral_message_has_a_size_at_most_and_one_for_the_log_has_not() -> None:
@@ -417,7 +420,7 @@ def test_a_first_version_client_hears_only_what_it_knows() -> None:
         {"type": "pong", "seq": 1},
         {"type": "subscribe_error", "pattern": "other", "message": "no read grant covers this pattern"},
     ]
-    assert driver.effects[0] == Join(Subscribe("project.*")), "it cannot resume, for it knows no seq"
+    assert driver.effects[0] == StartSubscription(Subscribe("project.*")), "it cannot resume, for it knows no seq"
     append = driver.appends[0]
     append.settle(append, Committed(3))
     driver.session.revoked("project.*", 9)

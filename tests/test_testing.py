@@ -187,7 +187,7 @@ async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.
         for number in range(500):
             await broker.broker.publish("a", {"n": number, "text": "x" * 100})
         await trio.sleep(5)
-        assert broker.broker.replica.delivery.statistics().late == 1
+        assert broker.broker.replica.delivery.statistics().lagging == 1
         with trio.fail_after(60):
             while len(found) < 500:
                 said = framer.feed((await slow.receive()).data)

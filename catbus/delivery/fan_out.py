@@ -18,8 +18,8 @@ import trio
 from ..errors import Unavailable
 from ..log import Entry, Log, Page
 from ..protocol.wire_messages import Gap, Live
-from .send_queue import Budget, Run, SendQueue
-from .subscription import PAGE_ROWS, Shelf, Subscription, find_hits, merge, offer, without
+from .send_queue import Budget, EncodedMessages, SendQueue
+from .subscription import PAGE_ROWS, PatternMatches, Subscription, find_hits, merge, offer, without
 from .topic_tree import TopicTree
 
 PAGE_BYTES = 1 << 20
@@ -41,7 +41,7 @@ _size = attrgetter("size")
 
 @dataclass(frozen=True, slots=True)
 class DeliveryStatistics:
-    """`live` and `late` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
+    """`live` and `lagging` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
 
     `patterns`: how many different ones they are for. `lag`: by how many messages of the log the latest of the late is
     behind. `held`: bytes in all send queues. `withdrawals`: how often a send queue has given its messages back to
@@ -51,7 +51,7 @@ class DeliveryStatistics:
 
     position: int
     live: int
-    late: int
+    lagging: int
     patterns: int
     lag: int
     lags: int
@@ -78,7 +78,7 @@ class Delivery:
         """The same of the oldest entry offered since this was last set to 0: by then, all of them had been sent."""
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
-        self._late: TopicTree[Subscription] = TopicTree()
+        self._lagging: TopicTree[Subscription] = TopicTree()
         self._in_both = 0
         """How many patterns are in both trees."""
         self._lag = 0
@@ -102,13 +102,13 @@ class Delivery:
 
     def statistics(self) -> DeliveryStatistics:
         """Take the figures, at the same cost whatever the number of subscriptions: a stranger may ask for them."""
-        if len(self._late) <= SURVEYED:
+        if len(self._lagging) <= SURVEYED:
             deque(self.survey(), maxlen=0)
         return DeliveryStatistics(
             position=self.position,
             live=len(self._live),
-            late=len(self._late),
-            patterns=self._live.patterns + self._late.patterns - self._in_both,
+            lagging=len(self._lagging),
+            patterns=self._live.patterns + self._lagging.patterns - self._in_both,
             lag=self._lag,
             lags=self._lags,
             sweeps=self._sweeps,
@@ -120,7 +120,7 @@ class Delivery:
     def survey(self) -> Iterator[None]:
         """Look at the cursors of all lagging subscriptions, in steps; where they are few, `statistics` does."""
         lag = looked = 0
-        for group in list(self._late.groups()):
+        for group in list(self._lagging.groups()):
             for member in list(group.members):
                 lag = max(lag, self.position - member.cursor)
                 looked += 1
@@ -151,28 +151,28 @@ class Delivery:
         """
         previous, self.position, self.at = self.position, applied, 0
         self._restarts += 1
-        members = [member for tree in (self._live, self._late) for group in tree.groups() for member in group.members]
-        for subscription in dict.fromkeys(members):
-            known = subscription.cursor if subscription.late else previous
+        groups = [group for tree in (self._live, self._lagging) for group in tree.groups()]
+        for subscription in dict.fromkeys(member for group in groups for member in group.members):
+            known = subscription.cursor if subscription.lagging else previous
             if lost == "epoch":
                 # The seqs begin lower, so what was wanted after a seq of the other log is wanted from here on.
                 subscription.patterns = {p: min(after, applied) for p, after in subscription.patterns.items()}
                 subscription.marked = 0
-                if subscription.late and known < applied:
+                if subscription.lagging and known < applied:
                     self._ahead.pop(subscription, None)
                     self._announce_gap(subscription, known, known, lost)
                     self._work.set()
                     continue
-            elif subscription.late and known >= applied:
+            elif subscription.lagging and known >= applied:
                 # Another replica has served it with what this one never had.
                 if known == applied:
                     self._go_live(subscription)
                 continue
-            elif lost == "repair" and subscription.late and known < previous:
+            elif lost == "repair" and subscription.lagging and known < previous:
                 # It is told when it gets there.
                 continue
             self._announce_gap(subscription, min(known, applied), applied, lost)
-            if subscription.late:
+            if subscription.lagging:
                 self._go_live(subscription)
 
     # Subscribing
@@ -189,7 +189,7 @@ class Delivery:
             return
         resumption = self._log.resume(since, epoch)
         subscription.patterns[pattern] = resumption.cursor
-        subscription.owed_live = True
+        subscription.live_line_due = True
         if resumption.lost is not None:
             self._announce_gap(subscription, min(since, resumption.cursor), resumption.cursor, resumption.lost)
         self._go_late(subscription, resumption.cursor)
@@ -214,9 +214,9 @@ class Delivery:
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to everyone, once; who has no room does not get it."""
         served: set[Subscription] = set()
-        for tree in (self._live, self._late):
+        for tree in (self._live, self._lagging):
             for group in tree.match(entry.channel):
-                run = Run(group.pattern, [entry])
+                run = EncodedMessages(group.pattern, [entry])
                 for subscription in group.members:
                     if subscription in served or (entry.origin is not None and subscription.producer == entry.origin):
                         continue
@@ -283,13 +283,14 @@ class Delivery:
                 if lowest <= subscription.cursor < page.after:
                     self._announce_gap(subscription, subscription.cursor, page.after, page.lost)
                     subscription.cursor = page.after
-        shelves: dict[Subscription, list[Shelf]] = {s: [] for s in self._reading if page.after <= s.cursor <= page.last}
-        for group, hits in find_hits(self._late, page.entries).items():
-            shelf = Shelf(group.pattern, hits)
+        readers = [s for s in self._reading if page.after <= s.cursor <= page.last]
+        matches: dict[Subscription, list[PatternMatches]] = {subscription: [] for subscription in readers}
+        for group, hits in find_hits(self._lagging, page.entries).items():
+            found = PatternMatches(group.pattern, hits)
             for member in group.members:
-                if member in shelves:
-                    shelves[member].append(shelf)
-        for number, (subscription, found) in enumerate(shelves.items(), 1):
+                if member in matches:
+                    matches[member].append(found)
+        for number, (subscription, wanted) in enumerate(matches.items(), 1):
             if number % SERVED == 0:
                 self._make_room()
                 yield
@@ -297,7 +298,7 @@ class Delivery:
                 return
             if subscription not in self._reading or not page.after <= subscription.cursor <= page.last:
                 continue
-            complete = self._feed(subscription, found, page.last)
+            complete = self._feed(subscription, wanted, page.last)
             progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
                 subscription.rows = min(2 * progress or subscription.rows, PAGE_ROWS)
@@ -308,20 +309,20 @@ class Delivery:
                 self._go_live(subscription)
         self._make_room()
 
-    def _feed(self, subscription: Subscription, shelves: list[Shelf], last: int) -> int:
+    def _feed(self, subscription: Subscription, matches: list[PatternMatches], last: int) -> int:
         """Offer as much as there is room for; returns up to where the subscription is complete then."""
         patterns = subscription.patterns
-        shelves = [shelf for shelf in shelves if shelf.pattern in patterns]
-        if not shelves:
+        matches = [found for found in matches if found.pattern in patterns]
+        if not matches:
             return last
-        shelf, start = shelves[0], 0
+        found, start = matches[0], 0
         if not subscription.overlapping:
-            start = patterns[shelf.pattern]
+            start = patterns[found.pattern]
         else:
-            shelf = Shelf("", merge(subscription, [(s.pattern, s.entries) for s in shelves]))
-        if subscription.producer in shelf.origins:
-            shelf = Shelf(shelf.pattern, without(shelf.entries, subscription.producer))
-        run, complete = shelf.cut(max(subscription.cursor, start), subscription.send_queue, last)
+            found = PatternMatches("", merge(subscription, [(m.pattern, m.entries) for m in matches]))
+        if subscription.producer in found.origins:
+            found = PatternMatches(found.pattern, without(found.entries, subscription.producer))
+        run, complete = found.cut(max(subscription.cursor, start), subscription.send_queue, last)
         if run is not None:
             subscription.send_queue.offer(run)
         return complete
@@ -330,7 +331,7 @@ class Delivery:
 
     def _trees(self, subscription: Subscription) -> tuple[TopicTree[Subscription], TopicTree[Subscription]]:
         """The one in which it stands, and the other."""
-        return (self._late, self._live) if subscription.late else (self._live, self._late)
+        return (self._lagging, self._live) if subscription.lagging else (self._live, self._lagging)
 
     def _enter(self, pattern: str, subscription: Subscription) -> None:
         tree, other = self._trees(subscription)
@@ -341,15 +342,15 @@ class Delivery:
         tree, other = self._trees(subscription)
         self._in_both -= tree.remove(pattern, subscription) and pattern not in tree and pattern in other
 
-    def _move(self, subscription: Subscription, *, late: bool) -> None:
+    def _move(self, subscription: Subscription, *, lagging: bool) -> None:
         for pattern in subscription.patterns:
             self._exit(pattern, subscription)
-        subscription.late = late
+        subscription.lagging = lagging
         for pattern in subscription.patterns:
             self._enter(pattern, subscription)
 
     def _go_late(self, subscription: Subscription, cursor: int) -> None:
-        self._move(subscription, late=True)
+        self._move(subscription, lagging=True)
         subscription.cursor = cursor
         if subscription.send_queue:
             self._stall(subscription)
@@ -358,7 +359,7 @@ class Delivery:
 
     def _fall_behind(self, subscription: Subscription, cursor: int) -> None:
         self._lags += 1
-        subscription.owed_live = True
+        subscription.live_line_due = True
         self._go_late(subscription, cursor)
 
     def _read_for(self, subscription: Subscription) -> None:
@@ -389,12 +390,12 @@ class Delivery:
 
     def _go_live(self, subscription: Subscription) -> None:
         """Nothing is awaited between finding the cursor at `position` and this."""
-        self._move(subscription, late=False)
+        self._move(subscription, lagging=False)
         subscription.stalled = False
         self._reading.pop(subscription, None)
         self._ahead.pop(subscription, None)
-        if subscription.owed_live:
-            subscription.owed_live = False
+        if subscription.live_line_due:
+            subscription.live_line_due = False
             for pattern in subscription.patterns:
                 subscription.say(Live(pattern, self.position))
 
@@ -426,8 +427,8 @@ class Delivery:
         for pattern, seq in dropped.items():
             # A subscription to several patterns has all of the send queue.
             subscription = readers[pattern] if pattern else next(iter(readers.values()))
-            if subscription.late:
-                subscription.owed_live = True
+            if subscription.lagging:
+                subscription.live_line_due = True
                 subscription.cursor = min(subscription.cursor, seq - 1)
             else:
                 self._fall_behind(subscription, seq - 1)

@@ -14,27 +14,27 @@ OVERHEAD = 96
 """What a `message` line adds to its channel and payload, roughly, in bytes."""
 
 # What objects take in memory besides their texts, in bytes, as CPython lays them out on a 64-bit machine.
-SLOT = 9
+LIST_SLOT_BYTES = 9
 """A place in a list, which grows by an eighth at a time."""
-REPLY = 48 + SLOT
+REPLY_BYTES = 48 + LIST_SLOT_BYTES
 """A `bytes` object, rounded up to 16, and its place."""
-MARK = REPLY + 256
+SUBSCRIPTION_LINE_BYTES = REPLY_BYTES + 256
 """The same with a `__dict__`."""
-ENTRY = 240
+ENTRY_BYTES = 240
 """An entry with its numbers, and what its texts take as objects."""
-RUN = 256
+ENCODED_MESSAGES_BYTES = 256
 """A run with its list, its numbers, and what its lines take as an object."""
-IN_MEMORY = 4
+MAX_MEMORY_FACTOR = 4
 """How many times what its lines have a run of many messages takes at the most."""
 
 
-PILE = 8192
+JOIN_ABOVE = 8192
 """Bytes in a send queue from which on replies are joined: less is soon read."""
-JOINED = 4096
+MAX_JOINED = 4096
 """Bytes to which they are joined, in each object."""
 
 
-class Run:
+class EncodedMessages:
     """Consecutive matches of one pattern, encoded once for everyone who gets them."""
 
     __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "pins", "size")
@@ -49,7 +49,7 @@ class Run:
         count, texts = len(entries), sum([entry.size for entry in entries])
         self.size = texts + count * (OVERHEAD + len(pattern))
         """About how many bytes its lines have."""
-        self.charge = self.size + texts + count * ENTRY + RUN
+        self.charge = self.size + texts + count * ENTRY_BYTES + ENCODED_MESSAGES_BYTES
         """What it takes in memory, once for all who hold it: the entries, and their lines once they are encoded."""
         self._lines: bytes | None = None
         self._first_version_lines: list[bytes] | None = None
@@ -72,10 +72,10 @@ class Run:
         return self._first_version_lines
 
 
-Item = Run | bytes
+QueueItem = EncodedMessages | bytes
 
 
-class Head(bytes):
+class HeadLine(bytes):
     """A line that says up to where all is complete that the send queue is for.
 
     It counts the messages before it as delivered, and is never sent without them.
@@ -84,7 +84,7 @@ class Head(bytes):
     __slots__ = ()
 
 
-class Mark(bytes):
+class SubscriptionLine(bytes):
     """The same of one pattern."""
 
     pattern: str
@@ -133,28 +133,28 @@ class Budget:
     @property
     def room(self) -> int:
         """How many bytes of lines of older messages are welcome. Half of it is kept free for what is new."""
-        return (self.for_messages // 2 - self.messages) // IN_MEMORY
+        return (self.for_messages // 2 - self.messages) // MAX_MEMORY_FACTOR
 
-    def hold(self, run: Run) -> None:
+    def hold(self, run: EncodedMessages) -> None:
         """A send queue holds these messages."""
-        self.messages += SLOT if run.holders else run.charge + SLOT
+        self.messages += LIST_SLOT_BYTES if run.holders else run.charge + LIST_SLOT_BYTES
         run.holders += 1
 
-    def pin(self, items: Sequence[Item]) -> None:
+    def pin(self, items: Sequence[QueueItem]) -> None:
         """A send queue keeps these whatever happens."""
         for item in items:
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 self.pinned += 0 if item.pins else item.charge
                 item.pins += 1
 
-    def unpin(self, items: Sequence[Item]) -> None:
+    def unpin(self, items: Sequence[QueueItem]) -> None:
         """It does not any more."""
         for item in items:
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 item.pins -= 1
                 self.pinned -= 0 if item.pins else item.charge
 
-    def release(self, items: Sequence[Item]) -> int:
+    def release(self, items: Sequence[QueueItem]) -> int:
         """A send queue does not hold these any more; returns how many messages they are."""
         messages = replies = count = 0
         for item in items:
@@ -163,7 +163,7 @@ class Budget:
             else:
                 count += len(item.entries)
                 item.holders -= 1
-                messages += SLOT if item.holders else item.charge + SLOT
+                messages += LIST_SLOT_BYTES if item.holders else item.charge + LIST_SLOT_BYTES
         self.messages -= messages
         self.replies -= replies
         return count
@@ -210,7 +210,7 @@ class SendQueue:
         self.queued = False
         """When the flush pass may come again, and whether it is going to: the flusher's own marks."""
         self._budget = Budget() if budget is None else budget
-        self._items: list[Item] = []
+        self._items: list[QueueItem] = []
         self._fixed = 0
         """How many of them, from the oldest on, stay whatever happens."""
         self._unsent = 0
@@ -251,9 +251,9 @@ class SendQueue:
         """Queue a reply or a mark. A newer `head` takes the place of one behind which there are only replies."""
         if not self._items:
             self._wake(self)
-        elif isinstance(line, Head):
+        elif isinstance(line, HeadLine):
             self._drop_head()
-        if self.size > PILE:
+        if self.size > JOIN_ABOVE:
             self._join()
         self._items.append(line)
         size = _size(line)
@@ -270,27 +270,27 @@ class SendQueue:
         if self.protocol is ProtocolVersion.FIRST or len(items) < 2:
             return
         first, second = items[-2:]
-        if type(first) is bytes and type(second) is bytes and len(first) < JOINED:
+        if type(first) is bytes and type(second) is bytes and len(first) < MAX_JOINED:
             items[-2:] = [first + second]
             self._fixed = min(self._fixed, len(items))
-            self.size -= REPLY
-            self._budget.replies -= REPLY
+            self.size -= REPLY_BYTES
+            self._budget.replies -= REPLY_BYTES
 
     def _drop_head(self) -> None:
         """Drop the newest `head`, which is about to be said anew, unless there is more than replies behind it."""
         items = self._items
         for index in range(len(items) - 1, -1, -1):
             item = items[index]
-            if isinstance(item, Head):
+            if isinstance(item, HeadLine):
                 del items[index]
                 self._fixed -= index < self._fixed
                 self.size -= _size(item)
                 self._budget.replies -= _size(item)
                 return
-            if isinstance(item, Run | Mark):
+            if isinstance(item, EncodedMessages | SubscriptionLine):
                 return
 
-    def offer(self, run: Run) -> bool:
+    def offer(self, run: EncodedMessages) -> bool:
         """Queue messages, unless there is no room for them. An empty send queue takes one message of any size."""
         if not run.entries:
             return True
@@ -305,7 +305,7 @@ class SendQueue:
         self._budget.hold(run)
         return True
 
-    def take(self, most: float = inf) -> list[Item]:
+    def take(self, most: float = inf) -> list[QueueItem]:
         """Take what is oldest: up to `most` bytes, and what goes beyond that by less than an item."""
         items, fixed = self._items, self._fixed
         if self.size <= most:
@@ -364,8 +364,8 @@ class SendQueue:
         items, fixed, self._items, self._fixed = self._items, self._fixed, [], 0
         self._budget.unpin(items[:fixed])
         for index, item in enumerate(items):
-            if isinstance(item, Run) and not item.pattern:
-                kept = Run("", [e for e in item.entries if any(s in others for s in selectors(e.channel))])
+            if isinstance(item, EncodedMessages) and not item.pattern:
+                kept = EncodedMessages("", [e for e in item.entries if any(s in others for s in selectors(e.channel))])
                 self._budget.release([item])
                 self.size += kept.size - item.size
                 if not kept.entries:
@@ -381,15 +381,19 @@ class SendQueue:
         first: dict[str, int] = {}
         items, fixed = self._items, self._fixed
         self._budget.unpin(items[:fixed])
-        kept, dropped = items[:start], list[Item]()
+        kept, dropped = items[:start], list[QueueItem]()
         self._fixed = min(start, fixed)
         for index, item in enumerate(items[start:], start):
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 drop = patterns is None or item.pattern in patterns
                 if drop and (seq := item.entries[0].seq):
                     first.setdefault(item.pattern, seq)
             else:
-                drop = item.pattern in first if isinstance(item, Mark) else isinstance(item, Head) and bool(first)
+                drop = (
+                    item.pattern in first
+                    if isinstance(item, SubscriptionLine)
+                    else isinstance(item, HeadLine) and bool(first)
+                )
             (dropped if drop else kept).append(item)
             self._fixed += not drop and index < fixed
         self._items = kept
@@ -399,13 +403,13 @@ class SendQueue:
         return first
 
 
-def size_of_replies(items: Sequence[Item]) -> int:
+def size_of_replies(items: Sequence[QueueItem]) -> int:
     """Bytes that the replies among these take in memory."""
     return sum([_size(item) for item in items if isinstance(item, bytes)])
 
 
-def _size(item: Item) -> int:
+def _size(item: QueueItem) -> int:
     """What it takes of a send queue: messages about what their lines have, anything else what it takes in memory."""
-    if isinstance(item, Run):
+    if isinstance(item, EncodedMessages):
         return item.size
-    return len(item) + (MARK if isinstance(item, Mark) else REPLY)
+    return len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from ..log import Entry
 from ..protocol.wire_messages import Gap, Live, encode
-from .send_queue import OVERHEAD, Mark, Run, SendQueue
+from .send_queue import OVERHEAD, EncodedMessages, SendQueue, SubscriptionLine
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
@@ -27,10 +27,10 @@ class Subscription:
 
     __slots__ = (
         "cursor",
-        "late",
+        "lagging",
+        "live_line_due",
         "marked",
         "overlapping",
-        "owed_live",
         "patterns",
         "producer",
         "rows",
@@ -50,24 +50,24 @@ class Subscription:
         """Each pattern, and the seq after which its messages are wanted."""
         self.overlapping = False
         """Whether there are several of them."""
-        self.late = False
+        self.lagging = False
         self.cursor = 0
         """Complete up to here; kept only while late."""
         self.stalled = False
         """Late, and waiting for its send queue to be emptied."""
         self.rows = PAGE_ROWS
         """How many entries of the log it is worth reading for it at a time."""
-        self.owed_live = False
+        self.live_line_due = False
         self.marked = 0
         """The newest seq up to which a `head` has called it complete."""
 
     def say(self, mark: Gap | Live) -> None:
         line = encode(mark, self.send_queue.protocol)
         if line is not None:
-            self.send_queue.put(Mark(line, mark.pattern))
+            self.send_queue.put(SubscriptionLine(line, mark.pattern))
 
 
-class Shelf:
+class PatternMatches:
     """What one pattern matched in a page; every stretch of it that somebody needs is encoded once."""
 
     def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
@@ -75,9 +75,9 @@ class Shelf:
         self.entries = entries
         self.origins = {entry.origin for entry in entries}
         self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
-        self._runs: dict[tuple[int, int], Run] = {}
+        self._runs: dict[tuple[int, int], EncodedMessages] = {}
 
-    def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[Run | None, int]:
+    def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[EncodedMessages | None, int]:
         """What goes into the send queue of what stands after `cursor`, and up to where that is complete.
 
         An empty send queue gets one message at least, whatever its size.
@@ -94,7 +94,7 @@ class Shelf:
             return None, complete
         run = self._runs.get((start, stop))
         if run is None:
-            run = self._runs[start, stop] = Run(self.pattern, entries[start:stop])
+            run = self._runs[start, stop] = EncodedMessages(self.pattern, entries[start:stop])
         return run, complete
 
 
@@ -116,7 +116,7 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
     turned_away: list[Subscription] = []
     overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
     for group, hits in find_hits(tree, entries).items():
-        shared = run = Run(group.pattern, hits)
+        shared = run = EncodedMessages(group.pattern, hits)
         origins = {entry.origin for entry in hits if entry.origin is not None}
         for subscription in group.members:
             if subscription.overlapping:
@@ -124,12 +124,12 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
                 continue
             if origins:
                 mine = subscription.producer in origins
-                run = Run(group.pattern, without(hits, subscription.producer)) if mine else shared
+                run = EncodedMessages(group.pattern, without(hits, subscription.producer)) if mine else shared
             if not subscription.send_queue.offer(run):
                 turned_away.append(subscription)
     for subscription, found in overlapping.items():
         wanted = without(merge(subscription, found), subscription.producer)
-        if not subscription.send_queue.offer(Run("", wanted)):
+        if not subscription.send_queue.offer(EncodedMessages("", wanted)):
             turned_away.append(subscription)
     return turned_away
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..delivery.send_queue import Item
+from ..delivery.send_queue import QueueItem
 from ..protocol.wire_messages import ProtocolVersion
 
 FRAME_SIZE = 65_536
@@ -44,11 +44,11 @@ class Packer:
     """
 
     def __init__(self) -> None:
-        self._items: Sequence[Item] = ()
+        self._items: Sequence[QueueItem] = ()
         self._protocol = ProtocolVersion.V1
         self._frames = b""
 
-    def pack(self, items: Sequence[Item], protocol: ProtocolVersion) -> bytes:
+    def pack(self, items: Sequence[QueueItem], protocol: ProtocolVersion) -> bytes:
         """The frames that carry `items`, in order.
 
         A `catbus.v1` client gets as many lines in a frame as fit; a first-version client gets a frame for each line.
@@ -59,7 +59,7 @@ class Packer:
         return self._frames
 
 
-def _packed(items: Sequence[Item]) -> bytes:
+def _packed(items: Sequence[QueueItem]) -> bytes:
     parts: list[bytes] = []
     begun: list[bytes] = []
     size = 0
@@ -75,7 +75,7 @@ def _packed(items: Sequence[Item]) -> bytes:
     return b"".join(parts)
 
 
-def _one_by_one(items: Sequence[Item]) -> bytes:
+def _one_by_one(items: Sequence[QueueItem]) -> bytes:
     parts: list[bytes] = []
     for item in items:
         for line in (item,) if isinstance(item, bytes) else item.first_version_lines:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from ..delivery.send_queue import Item, SendQueue
+from ..delivery.send_queue import QueueItem, SendQueue
 
 SPACING = 0.025, 0.1
 """Seconds, at least and at most, from the acknowledgement of an object to the next one."""
@@ -75,7 +75,7 @@ def fill_up(line: bytes) -> bytes:
     return line[:-1].ljust(-(-len(line) // UNIT) * UNIT - 1) + b"\n"
 
 
-def first_version_lines(items: Sequence[Item]) -> list[bytes]:
+def first_version_lines(items: Sequence[QueueItem]) -> list[bytes]:
     """What the send queue of a first-version client held, a line each."""
     lines: list[bytes] = []
     for item in items:

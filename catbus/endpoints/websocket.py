@@ -10,7 +10,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
-from ..delivery.send_queue import Item, SendQueue, size_of_replies
+from ..delivery.send_queue import QueueItem, SendQueue, size_of_replies
 from ..errors import CloseCode
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..observability.loggers import get_logger
@@ -158,7 +158,7 @@ class Connection:
         send_queue.count_unsent(size_of_replies(items))
         return self._pack(items, send_queue.protocol)
 
-    def _pack(self, items: list[Item], protocol: ProtocolVersion) -> bytes:
+    def _pack(self, items: list[QueueItem], protocol: ProtocolVersion) -> bytes:
         try:
             return self._packer.pack(items, protocol)
         except Exception as error:  # noqa: BLE001 (it is logged)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..delivery.send_queue import Item, SendQueue
+from ..delivery.send_queue import QueueItem, SendQueue
 from ..errors import CloseCode
 from ..protocol.wire_messages import ProtocolVersion
 from ..session.driver import STOPPING
@@ -143,7 +143,7 @@ class Conversation:
     @property
     def client(self) -> Hashable:
         """Whose token the peer has shown last, once it has shown one."""
-        return self._client.session.share.client
+        return self._client.session.usage.client
 
     @property
     def due(self) -> float | None:
@@ -420,7 +420,7 @@ class Conversation:
             client.close(*FAULT)
 
 
-def join_lines(items: Sequence[Item]) -> bytes:
+def join_lines(items: Sequence[QueueItem]) -> bytes:
     """What a send queue held, as bytes of a stream: a line each."""
     parts = [item if isinstance(item, bytes) else item.lines for item in items]
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -78,7 +78,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "catbus_publishes_pending_bytes": (GAUGE, "Bytes of publishes that wait to be appended."),
     "catbus_subscriptions": (
         GAUGE,
-        "Subscriptions that receive messages when they are committed (live), and that read from the log (late).",
+        "Subscriptions that receive messages when they are committed (live), and that read from the log (lagging).",
     ),
     "catbus_patterns": (GAUGE, "Distinct channels and patterns with subscriptions."),
     "catbus_deliveries_total": (COUNTER, "Messages put into send queues, once for each subscription."),
@@ -227,7 +227,7 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
     yield "catbus_unauthenticated_evicted_total", {}, replica.unauthenticated.ended
     yield "catbus_publishes_total", {}, hubs.published
     yield "catbus_subscriptions", {"state": "live"}, delivery.live
-    yield "catbus_subscriptions", {"state": "late"}, delivery.late
+    yield "catbus_subscriptions", {"state": "lagging"}, delivery.lagging
     yield "catbus_patterns", {}, delivery.patterns
     yield "catbus_deliveries_total", {}, delivery.delivered
     yield "catbus_delivery_latency_seconds", {}, runtime_statistics.delivery_latency

@@ -22,17 +22,17 @@ from ..log import Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import ProtocolVersion
 from .state_machine import (
-    Authenticate,
-    Broadcast,
+    AppendMessage,
+    BroadcastMessage,
+    ClientUsage,
     Effect,
-    Join,
-    Leave,
-    Measure,
-    Recall,
+    EndSubscription,
+    ReadHistory,
+    SendHeads,
     Session,
     SessionLimits,
-    Share,
-    Submit,
+    StartSubscription,
+    VerifyToken,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class SessionDriver:
                 await self._perform(effect)
                 continue
             # One that has nothing under way goes on: it would have nothing to wait for.
-            while send_queue.full or session.pending >= most or (session.share.cost >= allowance and session.pending):
+            while send_queue.full or session.pending >= most or (session.usage.cost >= allowance and session.pending):
                 await self._wait_for_room()
                 allowance = self._replica.log.allowance
             if perf_counter() - began > cpu_scheduler.pace.turn:
@@ -249,25 +249,25 @@ class SessionDriver:
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
-            case Submit():
+            case AppendMessage():
                 self._published += 1
                 self._published_bytes += effect.append.size
                 self._replica.submit(effect.append, effect.epoch)
-            case Broadcast():
+            case BroadcastMessage():
                 self._published += 1
                 self._published_bytes += len(effect.channel) + len(effect.payload)
                 self._replica.broadcast(effect)
-            case Join():
+            case StartSubscription():
                 await self._wait_until_read(effect.request.pattern)
                 self._join(effect.request)
-            case Leave():
+            case EndSubscription():
                 await self._wait_until_read(effect.request.pattern)
                 self._leave(effect.request)
-            case Measure():
+            case SendHeads():
                 self._say_heads()
-            case Authenticate():
+            case VerifyToken():
                 await self._authenticate(effect)
-            case Recall():
+            case ReadHistory():
                 await self._recall(effect.request)
 
     async def _wait_until_read(self, pattern: str) -> None:
@@ -291,28 +291,28 @@ class SessionDriver:
                 self._replica.runtime_statistics.pauses["rate"] += 1
                 await trio.sleep(wait)
 
-    def _enter(self, client: Hashable) -> Share:
+    def _enter(self, client: Hashable) -> ClientUsage:
         """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""
         replica = self._replica
         if self._counted:
-            return self.session.share
-        share = replica.shares.setdefault(client, Share(client))
-        if share.sessions >= replica.config.limits.sessions:
+            return self.session.usage
+        usage = replica.shares.setdefault(client, ClientUsage(client))
+        if usage.sessions >= replica.config.limits.sessions:
             raise PeerError(ErrorCode.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
-        share.sessions += 1
+        usage.sessions += 1
         self._counted = True
-        return share
+        return usage
 
     def _exit(self) -> None:
         """Count it no more."""
         if self._counted:
             self._counted = False
-            share = self.session.share
-            share.sessions -= 1
-            if not share.sessions:
-                del self._replica.shares[share.client]
+            usage = self.session.usage
+            usage.sessions -= 1
+            if not usage.sessions:
+                del self._replica.shares[usage.client]
 
-    async def _authenticate(self, effect: Authenticate) -> None:
+    async def _authenticate(self, effect: VerifyToken) -> None:
         replica, session = self._replica, self.session
         try:
             if not replica.log.epoch:
@@ -321,9 +321,9 @@ class SessionDriver:
             identity = await replica.authenticate(effect.token, self._network)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
-            share = self._enter(client_of(identity, effect.token, self._network))
+            usage = self._enter(client_of(identity, effect.token, self._network))
             rates = identity.publish_rate, identity.publish_bytes
-            self._quota = replica.quotas.of(share.client, trio.current_time(), *rates)
+            self._quota = replica.quotas.of(usage.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
                 claimed = effect.producer
@@ -341,7 +341,7 @@ class SessionDriver:
                 limits=replica.limits(),
             )
             before = Grants() if session.identity is None else session.identity.grants
-            withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), share)
+            withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), usage)
         except PeerError as error:
             if not session.closed:
                 session.refuse(error)
@@ -359,7 +359,7 @@ class SessionDriver:
         if held is not None:
             self._end_stream(held)
         elif (
-            session.share.subscriptions >= self._replica.config.limits.subscriptions_total - self._replica.subscriptions
+            session.usage.subscriptions >= self._replica.config.limits.subscriptions_total - self._replica.subscriptions
         ):
             text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
             session.refuse_request(request, PeerError(ErrorCode.OVERLOADED, text))
@@ -402,7 +402,7 @@ class SessionDriver:
         if session.pending and grants.write != before.write:
             refusal = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._replica.log.withdraw(
-                session.share.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
+                session.usage.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
             )
 
     def _stopped(self, pattern: str, own: SendQueue) -> None:
@@ -420,7 +420,7 @@ class SessionDriver:
         return subscription
 
     def _count_subscriptions(self, more: int) -> None:
-        self.session.share.subscriptions += more
+        self.session.usage.subscriptions += more
         self._replica.subscriptions += more
 
     def _end_stream(self, subscription: Subscription) -> None:
@@ -436,16 +436,18 @@ class SessionDriver:
             return
         replica, send_queue = self._replica, self.send_queue
         head = wire.Head(replica.delivery.position, replica.log.epoch, replica.delivery.at)
-        late = held = False
+        lagging = held = False
         for subscription in self._subscriptions.values():
             own = subscription.send_queue
             if own is send_queue:
-                held, late = True, late or subscription.late
-            elif not (subscription.late or own.full or subscription.marked == head.seq) and _is_quiet(own, quiet_since):
+                held, lagging = True, lagging or subscription.lagging
+            elif not (subscription.lagging or own.full or subscription.marked == head.seq) and _is_quiet(
+                own, quiet_since
+            ):
                 subscription.marked = head.seq
                 self.session.say(head, own)
         news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(send_queue, quiet_since))
-        if news and not late:
+        if news and not lagging:
             self._marked = head.seq
             self.session.say(head)
 

@@ -3,13 +3,13 @@
 Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
 one and carries each out before it takes the next:
 
-    Authenticate  call `admit` or `refuse`, unless it is `closed` by then
-    Join          call `joined`, then deliver what matches
-    Leave         stop delivering, then call `left`
-    Submit        append to the log; it settles by itself
-    Broadcast     pass the message on, once
-    Recall        read the history, then call `recalled` or `refuse_request`
-    Measure       say `Head` on every stream whose subscriptions are live
+    VerifyToken        call `admit` or `refuse`, unless the session is `closed` by then
+    StartSubscription  call `joined`, then deliver the messages that match
+    EndSubscription    stop delivering, then call `left`
+    AppendMessage      append to the log, which calls `settle`
+    BroadcastMessage   pass the message on, once
+    ReadHistory        read the history, then call `recalled` or `refuse_request`
+    SendHeads          send `head` on every stream whose subscriptions are live
 
 It closes the connection once `closing` is set and the send queue has been sent.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from msgspec import Raw
 
 from ..auth.tokens import Grants, Identity
-from ..delivery.send_queue import Head, SendQueue
+from ..delivery.send_queue import HeadLine, SendQueue
 from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
@@ -35,7 +35,7 @@ from ..protocol.json_splitter import JsonSplitter
 from ..protocol.wire_messages import ProtocolVersion, Reply
 
 
-class State(Enum):
+class SessionState(Enum):
     """What a session may do: authenticate; everything; nothing more."""
 
     NEW = auto()
@@ -44,30 +44,30 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Authenticate:
+class VerifyToken:
     token: str
     producer: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class StartSubscription:
     request: wire.Subscribe
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class EndSubscription:
     request: wire.Unsubscribe
 
 
 @dataclass(frozen=True, slots=True)
-class Submit:
+class AppendMessage:
     append: Append
     epoch: str | None
     """For a retry: the epoch that the client knew when it first sent it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Broadcast:
+class BroadcastMessage:
     channel: str
     payload: bytes
     sender: str | None
@@ -75,16 +75,16 @@ class Broadcast:
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
+class ReadHistory:
     request: wire.History
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class SendHeads:
     """A client wants to know how far its subscriptions are complete."""
 
 
-Effect = Authenticate | Join | Leave | Submit | Broadcast | Recall | Measure
+Effect = VerifyToken | StartSubscription | EndSubscription | AppendMessage | BroadcastMessage | ReadHistory | SendHeads
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class SessionLimits:
 
 
 @dataclass(slots=True, eq=False)
-class Share:
+class ClientUsage:
     """A client's share of what there is for all, which its sessions have together."""
 
     client: Hashable
@@ -113,11 +113,11 @@ class Session:
 
     def __init__(self, send_queue: SendQueue, limits: SessionLimits, now: float) -> None:
         self.send_queue = send_queue
-        self.state = State.NEW
+        self.state = SessionState.NEW
         self.protocol = ProtocolVersion.FIRST
         self.identity: Identity | None = None
         self.producer = b""
-        self.share = Share(object())
+        self.usage = ClientUsage(object())
         """Which part of the log it takes. It stays the same, so that what it publishes keeps its order."""
         self.patterns: set[str] = set()
         self.pending = 0
@@ -146,7 +146,7 @@ class Session:
     @property
     def closed(self) -> bool:
         """Whether nothing more is taken from the client, nor owed to it but what has been said."""
-        return self.state is State.CLOSED
+        return self.state is SessionState.CLOSED
 
     # What the client says
 
@@ -177,11 +177,11 @@ class Session:
         """The time has come that `deadline` names."""
         if now < self.deadline:
             return
-        if self.state is State.NEW:
+        if self.state is SessionState.NEW:
             text = f"no auth within {self._limits.auth_timeout:g} s"
             self.say(wire.AuthError(text, ErrorCode.AUTH_TIMEOUT))
             self.close(CloseCode.AUTH_TIMEOUT, text)
-        elif self.state is State.OPEN:
+        elif self.state is SessionState.OPEN:
             self.say(wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED))
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
 
@@ -194,20 +194,20 @@ class Session:
         producer: bytes,
         now: float,
         wall: float,
-        share: Share | None = None,
+        usage: ClientUsage | None = None,
     ) -> list[str]:
         """The token was good. Returns the patterns held that it does not cover any more.
 
-        `share`: that of the client whose session it is, when it has become known. `wall` is the time that tokens are
+        `usage`: that of the client whose session it is, when it has become known. `wall` is the time that tokens are
         stamped with, in seconds since 1970; `now` counts as `deadline` does.
         """
         if self.identity is not None and self.identity.client_id != identity.client_id:
             raise PeerError(ErrorCode.UNAUTHORIZED, "a session cannot become another client's")
-        self.state = State.OPEN
+        self.state = SessionState.OPEN
         self._framer.limit = self._limits.message_size
         self.identity = identity
-        if share is not None:
-            self.share = share
+        if usage is not None:
+            self.usage = usage
         self.producer = producer
         self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
         self.say(reply)
@@ -228,7 +228,7 @@ class Session:
         It also does where it is open and trying again can help: an outage is a pause.
         """
         self.say(wire.AuthError(error.message, error.code, error.retry_after))
-        if error.close is not None and (error.code not in RETRYABLE or self.state is not State.OPEN):
+        if error.close is not None and (error.code not in RETRYABLE or self.state is not SessionState.OPEN):
             self.close(error.close, error.message)
 
     def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: SendQueue | None = None) -> None:
@@ -251,8 +251,8 @@ class Session:
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
         self.pending -= 1
-        self.share.cost -= append.size + OVERHEAD
-        if self.state is State.CLOSED and self.closing is None:
+        self.usage.cost -= append.size + OVERHEAD
+        if self.state is SessionState.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
             self.say(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
@@ -282,38 +282,38 @@ class Session:
         line = wire.encode(reply, self.protocol)
         if line is not None:
             (self.send_queue if send_queue is None else send_queue).put(
-                Head(line) if isinstance(reply, wire.Head) else line
+                HeadLine(line) if isinstance(reply, wire.Head) else line
             )
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Take nothing more from the client, and close once the send queue has been sent. The first reason stands."""
-        self.state = State.CLOSED
+        self.state = SessionState.CLOSED
         if self.closing is None:
             self.closing = (code, reason)
 
     def abandon(self) -> None:
         """The connection is gone: nothing can be said any more."""
-        self.state = State.CLOSED
+        self.state = SessionState.CLOSED
         self.closing = None
 
     # One handler a message
 
     def _auth(self, message: wire.Auth) -> Iterator[Effect]:
-        if self.state is State.NEW:
+        if self.state is SessionState.NEW:
             self.protocol = ProtocolVersion.V1 if message.protocol >= 1 else ProtocolVersion.FIRST
-        yield Authenticate(message.token, message.producer)
+        yield VerifyToken(message.token, message.producer)
 
     def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
         self._check_readable(message.pattern)
         if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
             raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
-        yield Join(wire.Subscribe(message.pattern) if self.protocol is ProtocolVersion.FIRST else message)
+        yield StartSubscription(wire.Subscribe(message.pattern) if self.protocol is ProtocolVersion.FIRST else message)
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
         if message.pattern in self.patterns:
-            yield Leave(message)
+            yield EndSubscription(message)
         elif self.protocol is ProtocolVersion.FIRST:
             # To the first version it was no mistake.
             self.say(wire.Unsubscribed(message.pattern, 0))
@@ -322,23 +322,23 @@ class Session:
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled, self.share.client)
+        append = make_append(message, identity, self.producer, self.settled, self.usage.client)
         if message.ephemeral:
-            yield Broadcast(append.channel, append.payload, append.sender, append.origin)
+            yield BroadcastMessage(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
                 self.say(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
-            self.share.cost += append.size + OVERHEAD
-            yield Submit(append, message.epoch if message.retry else None)
+            self.usage.cost += append.size + OVERHEAD
+            yield AppendMessage(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:
         self._check_readable(message.pattern)
-        yield Recall(message)
+        yield ReadHistory(message)
 
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
         self.say(wire.Pong(message.seq))
-        yield Measure()
+        yield SendHeads()
 
     def _authenticated(self) -> Identity:
         if self.identity is None:

@@ -252,7 +252,7 @@ async def test_a_subscription_whose_stream_was_not_read_goes_on_where_it_stood(
         published = 0
         with trio.fail_after(60):
             # Its stream is given up, and with it the subscription; the session is not.
-            while (delivery := place.broker.replica.delivery.statistics()).live or delivery.late:
+            while (delivery := place.broker.replica.delivery.statistics()).live or delivery.lagging:
                 if delivery.live:
                     await place.broker.publish("own.x", payload)
                     published += 1

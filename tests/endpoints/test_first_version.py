@@ -82,7 +82,7 @@ async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() ->
         for number in range(600):
             await publish(server, "a.b", [number, "x" * 200])
             assert one.send_queue.size <= one.send_queue.limit
-        assert server.replica.delivery.statistics().late == 1
+        assert server.replica.delivery.statistics().lagging == 1
         await client.until(lambda: len(payloads(client)) == 600)
         assert [number for number, _ in payloads(client)] == list(range(600))
 

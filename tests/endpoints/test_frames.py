@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.delivery.send_queue import Run
+from catbus.delivery.send_queue import EncodedMessages
 from catbus.endpoints.frames import FRAME_SIZE, PING, Packer, close_frame, is_close, text_header
 from catbus.log import Entry
 from catbus.protocol.wire_messages import ProtocolVersion
@@ -12,8 +12,8 @@ from tests.endpoints import peers
 from tests.endpoints.peers import FrameParser
 
 
-def run(*payloads: bytes) -> Run:
-    return Run("a.*", [Entry(seq, 0, "a.b", payload) for seq, payload in enumerate(payloads, 1)])
+def run(*payloads: bytes) -> EncodedMessages:
+    return EncodedMessages("a.*", [Entry(seq, 0, "a.b", payload) for seq, payload in enumerate(payloads, 1)])
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536, 200_000])

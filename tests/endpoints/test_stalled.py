@@ -257,7 +257,7 @@ async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockCl
             await pair.pass_time(STALL_TIME - 10)
             pair.take(WINDOW // 2)
         assert not pair.lost
-        assert pair.replica.delivery.statistics().late == 1
+        assert pair.replica.delivery.statistics().lagging == 1
 
 
 async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) -> None:
@@ -305,7 +305,7 @@ async def test_one_whose_send_queue_was_emptied_before_it_could_be_sent_is_serve
         while pair.link.server.it.writable(pair.stream):
             await pair.publish(10_000)
             await trio.sleep(0.1)
-        assert pair.replica.delivery.statistics().late == 0
+        assert pair.replica.delivery.statistics().lagging == 0
         await pair.publish(*[10_000] * 10)
         assert pair.replica.delivery.statistics().withdrawals == 1
         assert pair.replica.delivery.statistics().held == 0

@@ -159,7 +159,7 @@ async def test_streams_that_are_not_read_silence_no_other_and_lose_nothing() -> 
             for number in range(8):
                 await publish(server, f"stuck{number}.a", payload)
         # What is not read of them is more than the connection takes for all its streams.
-        assert server.replica.delivery.statistics().late == 8
+        assert server.replica.delivery.statistics().lagging == 8
         for number in range(20):
             await publish(server, "read.a", number)
             await publish(server, "main.a", number)
@@ -400,6 +400,6 @@ async def test_whatever_is_done_every_stream_tells_all_in_order(actions: list[tu
                     elif not own.ended and number not in stopped:
                         return False
             statistics = server.replica.delivery.statistics()
-            return told == statistics.live == len(held) and not statistics.late
+            return told == statistics.live == len(held) and not statistics.lagging
 
         await client.until(all_told)

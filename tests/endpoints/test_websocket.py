@@ -14,7 +14,7 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 
 from catbus.auth.tokens import Authenticator
 from catbus.config import Config, LimitSettings
-from catbus.delivery.send_queue import Run, SendQueue
+from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.outbox import Outbox
 from catbus.endpoints.websocket import (
@@ -368,7 +368,7 @@ async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockCl
 async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
-        it.client.send_queue.offer(Run("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
+        it.client.send_queue.offer(EncodedMessages("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
         it.client.send_queue.writer.flush()
         await it.ended.wait()
         assert it.registry.faults == 1

@@ -142,7 +142,7 @@ def heavy_visits(target: Target) -> None:
 @attack(
     "session",
     "scrapes beside 50,000 subscriptions",
-    "each /metrics looks at those that are late, by a stranger",
+    "each /metrics looks at those that are lagging, by a stranger",
     token=True,
     processes=2,
     like="bytes",

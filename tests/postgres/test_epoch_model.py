@@ -291,7 +291,7 @@ class ForkMachine(RuleBasedStateMachine):
         for client in self.clients:
             if client.replica is None:
                 continue
-            assert client.subscription is not None and not client.subscription.late
+            assert client.subscription is not None and not client.subscription.lagging
             assert client.replica.delivery.position == world.head
             for seq, text in client.received.items():
                 assert world.entries[seq - 1].payload == text.encode(), f"another {seq}"

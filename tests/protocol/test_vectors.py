@@ -21,7 +21,7 @@ from catbus.client import server_messages as decoded_messages
 from catbus.client.server_messages import encode_payload
 from catbus.client.token_renewal import find_expiry
 from catbus.errors import PeerError
-from catbus.in_process import Message as LocalMessage
+from catbus.in_process import LocalMessage
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter

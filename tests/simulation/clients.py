@@ -8,7 +8,7 @@ from itertools import count
 from typing import Protocol
 
 from catbus.delivery.fan_out import Delivery
-from catbus.delivery.send_queue import Run, SendQueue
+from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.delivery.subscription import Subscription
 from catbus.errors import ErrorCode
 from catbus.log import Append, Committed, Log, Outcome
@@ -69,13 +69,13 @@ class SimulatedSubscriber:
 
     @property
     def live(self) -> bool:
-        return self.subscription is not None and not self.subscription.late and not self.subscription.send_queue
+        return self.subscription is not None and not self.subscription.lagging and not self.subscription.send_queue
 
     def read(self, most: float = float("inf")) -> None:
         if self.subscription is None:
             return
         for item in self.subscription.send_queue.take(most):
-            if isinstance(item, Run):
+            if isinstance(item, EncodedMessages):
                 for entry in item.entries:
                     assert entry.seq > self.cursor, f"{entry.seq} comes after {self.cursor}"
                     if self.pattern == "*":

@@ -90,7 +90,7 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
     yield _format_row("clients", f"{report['clients']:,}")
     yield _format_row("log", f"messages {report['floor']:,} to {report['head']:,} in {_format_size(log['size'])}")
     yield _format_row("epoch", report["epoch"] or "none yet")
-    yield _format_row("lagging", f"{report['late']:,} subscriptions, max lag: {report['lag']:,} messages")
+    yield _format_row("lagging", f"{report['lagging']:,} subscriptions, max lag: {report['lag']:,} messages")
     if "server" not in log:
         return
     reachable = "reachable" if log["available"] else "unreachable"
@@ -134,7 +134,7 @@ def _format_replica(found: dict[str, Any], now: float) -> tuple[str, ...]:
     """Format a row of the table. A replica of another release may report fewer fields."""
     silent = found["silent"]
     state = f"silent for {silent:.0f} s" if silent > SILENCE_SHOWN_AFTER else str(found.get("state", "?"))
-    values = [found.get(name) for name in ("clients", "applied", "late", "lag")]
+    values = [found.get(name) for name in ("clients", "applied", "lagging", "lag")]
     numbers = [f"{value:,}" if isinstance(value, int) else "?" for value in values]
     started = found.get("started")
     up = _format_duration(now - started / 1000) if isinstance(started, int) else "?"
