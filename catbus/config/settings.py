@@ -87,7 +87,7 @@ class DatabaseSettings(Section, frozen=True, kw_only=True):
 
 
 class RetentionSettings(Section, frozen=True, kw_only=True):
-    """How much of the log is kept in PostgreSQL. Messages above `size` are deleted, whatever their age."""
+    """The part of the log that is kept in PostgreSQL. Messages above `size` are deleted, whatever their age."""
 
     age: Timeout = 86_400.0
     """Messages are kept for this time at least, and for 8/7 of it at most."""

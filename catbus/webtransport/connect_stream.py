@@ -8,7 +8,7 @@ from . import capsules
 from .http3_connection import Http3Connection
 from .http3_error_codes import Http3ErrorCode
 from .quic_connection import BoundedQuicConnection
-from .stream_table import StreamTable
+from .stream_table import Stream, StreamTable
 
 
 class ConnectState(Enum):
@@ -78,8 +78,12 @@ class ConnectStream:
         return True
 
     @property
+    def _stream(self) -> Stream | None:
+        return None if self.id is None else self._streams.get(self.id)
+
+    @property
     def _can_send(self) -> bool:
-        stream = None if self.id is None else self._streams.get(self.id)
+        stream = self._stream
         return stream is not None and stream.sender is not None
 
     def close(self, code: int, reason: str) -> None:
@@ -97,11 +101,11 @@ class ConnectStream:
     @property
     def close_acknowledged(self) -> bool:
         """Whether the peer has acknowledged the whole stream, or has stopped reading it."""
-        stream = None if self.id is None else self._streams.get(self.id)
+        stream = self._stream
         return stream is None or stream.sender is None or stream.sender.is_finished
 
     def reset_as_malformed(self) -> None:
         """Reset the stream: the peer's capsules are malformed."""
-        stream = None if self.id is None else self._streams.get(self.id)
+        stream = self._stream
         if stream is not None:
             self._streams.abandon(stream, Http3ErrorCode.MESSAGE_ERROR)

@@ -159,7 +159,7 @@ def decode_grants(claims: Mapping[str, Any] | None) -> Grants | None:
     """Return the grants of unverified claims, or None if they are malformed."""
     try:
         if claims is None or "catbus" not in claims:
-            given = msgspec.convert(claims, _SubClaims).grants.grants
+            given = msgspec.convert(claims, _SubTokenClaims).grants.grants
             read = [one.pattern for one in given if one.grant_type in ("read", "all")]
             return Grants(tuple(read), tuple(one.pattern for one in given if one.grant_type in ("write", "all")))
         access = msgspec.convert(claims["catbus"], _CatbusClaim)
@@ -168,17 +168,17 @@ def decode_grants(claims: Mapping[str, Any] | None) -> Grants | None:
         return None
 
 
-class _SubGrant(msgspec.Struct):
+class _SubTokenGrant(msgspec.Struct):
     grant_type: str
     pattern: str
 
 
-class _SubGrants(msgspec.Struct):
-    grants: list[_SubGrant]
+class _SubTokenGrants(msgspec.Struct):
+    grants: list[_SubTokenGrant]
 
 
-class _SubClaims(msgspec.Struct):
-    grants: _SubGrants
+class _SubTokenClaims(msgspec.Struct):
+    grants: _SubTokenGrants
 
 
 class _CatbusClaim(msgspec.Struct):
