@@ -36,7 +36,8 @@ import trustme
 from harness import SECRET, percentile
 
 import catbus
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
 
 NAMESPACE = "catbus-hol"

@@ -25,7 +25,8 @@ from harness import SECRET, percentile
 from restart_load import Load
 from rolling_restart import Balancer, Replica
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.client import Transport
 
 PATIENCE = 60.0

@@ -36,7 +36,8 @@ import trio
 from harness import SECRET, Server, percentile
 from restart_load import Load, plot
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Transport
 from catbus.client.broker_address import parse_address
 from catbus.client.websocket_transport import open_websocket

@@ -24,7 +24,8 @@ from pathlib import Path
 import harness
 from rolling_restart import Replica
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 
 PROGRAM = Path(__file__).with_suffix(".mjs")
 DRAIN = "[drain]\ndelay = 0.3\nwindow = 1.0\n"

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from .auth.tokens import Authenticator, Grants, Identity
+from .auth.grants import Grants, Identity
+from .auth.tokens import Authenticator
 from .certificates import CertificateSource
 from .config import Config, split_address
 from .endpoints import serve_http, serve_quic

@@ -14,21 +14,23 @@ from typing import Any
 
 import trio
 
+from .auth.grants import Identity, client_of
 from .auth.live_permissions import LivePermissions
-from .auth.token_errors import Reason, TokenRefused
-from .auth.tokens import Authenticator, Identity, RoleSource, client_of, role_handle, role_key
+from .auth.role_tokens import RoleSource, role_handle, role_key
+from .auth.token_errors import RejectionReason, TokenRejected
+from .auth.tokens import Authenticator
 from .certificates import CertificateSource
 from .config import Config
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
 from .delivery.send_queue import Budget, TransportWriter
 from .errors import CloseCode, ErrorCode, PeerError, Unavailable
-from .limits.connections_per_address import AddressLimit
+from .limits.connections_per_address import ConnectionsPerAddress
 from .limits.cpu_fairness import CpuScheduler
-from .limits.publish_rate import PublishQuotas
+from .limits.publish_rate import PublishRateLimits
 from .limits.unauthenticated import UnauthenticatedPeers
 from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
-from .observability.loggers import Recurring, get_logger
+from .observability.loggers import RateLimitedLog, get_logger
 from .observability.runtime_statistics import RuntimeStatistics
 from .protocol import wire_messages as wire
 from .protocol.wire_messages import clip
@@ -99,14 +101,14 @@ class Replica:
         self.clients: set[SessionDriver] = set()
         self.permissions = LivePermissions(roles)
         self.cpu_scheduler = CpuScheduler()
-        self.quotas = PublishQuotas(config.limits.publish_rate, config.limits.publish_bytes)
+        self.quotas = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
         self.shares: dict[Hashable, ClientUsage] = {}
         """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
         self.subscriptions = 0
         """How many all of them have."""
-        self.addresses = AddressLimit(config.limits.address_connections)
+        self.addresses = ConnectionsPerAddress(config.limits.address_connections)
         self._roles = roles
-        self._refusals = Recurring(logger.info)
+        self._refusals = RateLimitedLog(logger.info)
         """Tokens that were refused: a stranger can send as many as it likes."""
         self._departure: float | None = None
         self._closed = False
@@ -188,13 +190,15 @@ class Replica:
                 identity = await self._find_role(self._roles, key)
             longest = self.config.limits.client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
-                raise TokenRefused(Reason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)")
+                raise TokenRejected(
+                    RejectionReason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)"
+                )
             self.cpu_scheduler.prove(client_of(identity, token, network))
             return identity
-        except TokenRefused as error:
+        except TokenRejected as error:
             self.runtime_statistics.refused_tokens[error.reason] += 1
             fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
-            self._refusals.note(
+            self._refusals.log(
                 trio.current_time(),
                 "a token was refused",
                 kind=error.reason,
@@ -211,7 +215,7 @@ class Replica:
             raise PeerError(ErrorCode.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
         if identity is None:
             detail = f"no role {role_handle(key)}: it was deleted, or never was"
-            raise TokenRefused(Reason.ROLE, detail, message="no role has this token")
+            raise TokenRejected(RejectionReason.ROLE, detail, message="no role has this token")
         return identity
 
     async def publish(

@@ -9,7 +9,8 @@ import trio
 
 import catbus
 from catbus import Broker, Config
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.config import AuthSettings, DrainSettings, WebSocketSettings
 
 SECRET = "a secret of the tests"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.limits.connections_per_address import AddressLimit
+from catbus.limits.connections_per_address import ConnectionsPerAddress
 
 
 def test_network_has_no_more_connections_than_it_may() -> None:
-    limit = AddressLimit(2)
+    limit = ConnectionsPerAddress(2)
     with limit.holding("a", 0.0) as first, limit.holding("a", 0.0) as second, limit.holding("b", 0.0) as other:
         assert first and second and other
         with limit.holding("a", 0.0) as third:
@@ -19,7 +19,7 @@ def test_network_has_no_more_connections_than_it_may() -> None:
 
 
 def test_connections_without_a_network_have_no_limit() -> None:
-    limit = AddressLimit(1)
+    limit = ConnectionsPerAddress(1)
     for _ in range(10):
         limit.enter("")
         assert limit.has_room("", 0.0)
@@ -28,7 +28,7 @@ def test_connections_without_a_network_have_no_limit() -> None:
 
 
 def test_log_says_what_to_set_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
-    limit = AddressLimit(1)
+    limit = ConnectionsPerAddress(1)
     limit.enter("192.0.2.7")
     for second in range(59):
         assert not limit.has_room("192.0.2.7", float(second))

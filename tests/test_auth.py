@@ -16,20 +16,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth.token_errors import LONGEST_WAIT, Reason, TokenRefused
-from catbus.auth.tokens import (
-    KNOWN_SIZE,
-    MAX_TOKEN,
-    Authenticator,
-    Grants,
-    Identity,
-    client_of,
-    make_role_token,
-    role_digits,
-    role_handle,
-    role_key,
-    sign,
-)
+from catbus.auth.grants import Grants, Identity, client_of
+from catbus.auth.role_tokens import make_role_token, role_digits, role_handle, role_key
+from catbus.auth.token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected
+from catbus.auth.tokens import CACHE_SIZE, MAX_TOKEN, Authenticator, sign
 from catbus.errors import CloseCode, ConfigError, ErrorCode, PeerError
 
 SECRET = "correct horse battery staple"
@@ -92,12 +82,17 @@ def refusal(authenticator: Authenticator, token: str, now: float = NOW) -> PeerE
     with pytest.raises(PeerError) as caught:
         authenticator.verify(token, now)
     error = caught.value
-    assert isinstance(error, TokenRefused)
+    assert isinstance(error, TokenRejected)
     for part in token.split("."):
         assert len(part) < 8 or part not in error.message
         assert len(part) < 8 or part not in error.detail
     assert SECRET not in error.message + error.detail
-    if error.reason in (Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE):
+    if error.reason in (
+        RejectionReason.MALFORMED,
+        RejectionReason.ALGORITHM,
+        RejectionReason.KEY,
+        RejectionReason.SIGNATURE,
+    ):
         assert error.subject is None
     assert error.__cause__ is None
     assert error.__context__ is None
@@ -211,7 +206,7 @@ def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
         token = signed_jwt({"alg": "HS256"}, claims)
     identity = authenticator.verify(token, NOW)
     with monkeypatch.context() as patch:
-        patch.setattr("catbus.auth.tokens._decode", None)
+        patch.setattr("catbus.auth.tokens.decode_claims", None)
         assert authenticator.verify(token, NOW + 1) == identity
         assert_expired(authenticator, token, NOW + 10)
         assert_not_valid_yet(authenticator, token, NOW - 11)
@@ -220,7 +215,7 @@ def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
         other = "A" if token[place] != "A" else "B"
         assert_unauthenticated(authenticator, token[:place] + other + token[place + 1 :])
     assert_unauthenticated(Authenticator((OTHER,)), token)
-    assert token not in repr(authenticator._known)
+    assert token not in repr(authenticator._cache)
 
 
 def test_what_is_remembered_of_tokens_is_bounded() -> None:
@@ -229,9 +224,9 @@ def test_what_is_remembered_of_tokens_is_bounded() -> None:
     for token in tokens:
         authenticator.verify(token, NOW)
         authenticator.verify(tokens[0], NOW)
-        assert authenticator._known_size == sum(size for size, _, _ in authenticator._known.values()) <= KNOWN_SIZE
-    assert hashlib.sha256(tokens[0].encode()).digest() in authenticator._known
-    assert 1 < len(authenticator._known) < 200
+        assert authenticator._cache_size == sum(size for size, _, _ in authenticator._cache.values()) <= CACHE_SIZE
+    assert hashlib.sha256(tokens[0].encode()).digest() in authenticator._cache
+    assert 1 < len(authenticator._cache) < 200
     assert authenticator.verify(tokens[1], NOW).client_id == "c1"
 
 
@@ -272,7 +267,7 @@ def test_clocks_may_differ_by_the_leeway() -> None:
 @pytest.mark.parametrize("nbf", ["1e300", "1e18", "99999999999999"])
 def test_a_token_that_is_never_valid_is_waited_for_no_longer_than_a_day(nbf: str) -> None:
     token = signed(f'{{"client_id":"a","grants":{{"grants":[]}},"nbf":{nbf}}}')
-    assert assert_not_valid_yet(Authenticator([SECRET]), token).retry_after == LONGEST_WAIT
+    assert assert_not_valid_yet(Authenticator([SECRET]), token).retry_after == MAX_RETRY_AFTER
 
 
 def jwt_of(header: dict[str, Any], claims: Any = CLAIMS, secret: str = SECRET) -> str:
@@ -285,79 +280,89 @@ GRANTED = {"client_id": "a", "grants": {"grants": []}}
 @pytest.mark.parametrize(
     ("token", "reason", "detail", "subject"),
     [
-        ("hello", Reason.MALFORMED, "not of the form of any token", None),
-        ("x" * 9000, Reason.MALFORMED, "the token has more than 8192 bytes", None),
-        (signed(json.dumps(GRANTED), OTHER), Reason.SIGNATURE, "signed with none of the configured secrets (1)", None),
-        (signed('{"client_id":"a"}'), Reason.CLAIMS, "Object missing required field `grants`", "a"),
-        (signed("{"), Reason.CLAIMS, "Input data was truncated", None),
+        ("hello", RejectionReason.MALFORMED, "not a token", None),
+        ("x" * 9000, RejectionReason.MALFORMED, "the token has more than 8192 bytes", None),
+        (
+            signed(json.dumps(GRANTED), OTHER),
+            RejectionReason.SIGNATURE,
+            "signed with none of the configured secrets (1)",
+            None,
+        ),
+        (signed('{"client_id":"a"}'), RejectionReason.CLAIMS, "Object missing required field `grants`", "a"),
+        (signed("{"), RejectionReason.CLAIMS, "Input data was truncated", None),
         (
             signed(json.dumps({**GRANTED, "exp": NOW - 90})),
-            Reason.EXPIRED,
+            RejectionReason.EXPIRED,
             "expired since 2023-11-14 22:11:50 UTC, 90 s ago",
             "a",
         ),
         (
             signed(json.dumps({**GRANTED, "nbf": NOW + 90})),
-            Reason.NOT_VALID_YET,
+            RejectionReason.NOT_VALID_YET,
             "not valid until 2023-11-14 22:14:50 UTC, in 90 s",
             "a",
         ),
-        (jwt_of({"alg": "HS512"}), Reason.ALGORITHM, "the algorithm 'HS512' is not supported", None),
-        (jwt_of({"alg": "none"}), Reason.ALGORITHM, "the algorithm 'none' is not supported", None),
-        (jwt_of({"alg": ["x"]}), Reason.ALGORITHM, "the algorithm ['x'] is not supported", None),
-        (jwt_of({"typ": "JWT"}), Reason.ALGORITHM, "the algorithm None is not supported", None),
+        (jwt_of({"alg": "HS512"}), RejectionReason.ALGORITHM, "the algorithm 'HS512' is not supported", None),
+        (jwt_of({"alg": "none"}), RejectionReason.ALGORITHM, "the algorithm 'none' is not supported", None),
+        (jwt_of({"alg": ["x"]}), RejectionReason.ALGORITHM, "the algorithm ['x'] is not supported", None),
+        (jwt_of({"typ": "JWT"}), RejectionReason.ALGORITHM, "the algorithm None is not supported", None),
         (
             jwt_of({"alg": "HS256"}, secret=OTHER),
-            Reason.SIGNATURE,
+            RejectionReason.SIGNATURE,
             "signed with none of 1 configured keys for HS256",
             None,
         ),
-        (jwt_of({"alg": "ES256"}), Reason.KEY, "none of 0 configured keys for ES256 is one", None),
+        (jwt_of({"alg": "ES256"}), RejectionReason.KEY, "none of 0 configured keys for ES256 matches", None),
         (
             jwt_of({"alg": "RS256", "kid": "other"}),
-            Reason.KEY,
-            "none of 1 configured keys for RS256 is one with the kid 'other'",
+            RejectionReason.KEY,
+            "none of 1 configured keys for RS256 matches with the kid 'other'",
             None,
         ),
         (
             jwt_of({"alg": "RS256", "kid": "mine"}),
-            Reason.SIGNATURE,
+            RejectionReason.SIGNATURE,
             "signed with none of 1 configured keys for RS256 with the kid 'mine'",
             None,
         ),
-        (jwt_of({"alg": "HS256"}, {"sub": "eve"}), Reason.CLAIMS, "Object missing required field `catbus`", "eve"),
+        (
+            jwt_of({"alg": "HS256"}, {"sub": "eve"}),
+            RejectionReason.CLAIMS,
+            "Object missing required field `catbus`",
+            "eve",
+        ),
         (
             jwt_of({"alg": "HS256"}, {"sub": "eve", "catbus": {"read": "a.*"}}),
-            Reason.CLAIMS,
+            RejectionReason.CLAIMS,
             "Expected `array`, got `str` - at `$.catbus.read`",
             "eve",
         ),
         (
             jwt_of({"alg": "HS256"}, {"sub": 7, "catbus": {}}),
-            Reason.CLAIMS,
+            RejectionReason.CLAIMS,
             "Expected `str | null`, got `int` - at `$.sub`",
             None,
         ),
         (
             "role-AAECAwQFBgcICQoLDA0ODw",
-            Reason.ROLE,
-            "role tokens are kept in a database, and this broker has none",
+            RejectionReason.ROLE,
+            "role tokens need a database, and this broker has none",
             None,
         ),
     ],
-    ids=lambda value: value.value if isinstance(value, Reason) else None,
+    ids=lambda value: value.value if isinstance(value, RejectionReason) else None,
 )
 def test_the_operator_can_be_told_why_a_token_is_refused(
-    token: str, reason: Reason, detail: str, subject: str | None
+    token: str, reason: RejectionReason, detail: str, subject: str | None
 ) -> None:
     error = refusal(Authenticator([SECRET], jwt_keys=[jwks((RSA_KEY, {"kid": "mine"}))]), token)
-    assert isinstance(error, TokenRefused)
+    assert isinstance(error, TokenRejected)
     assert (error.reason, error.detail, error.subject) == (reason, detail, subject)
 
 
 def test_a_name_in_an_unsigned_header_takes_no_more_than_a_line() -> None:
     error = refusal(Authenticator([SECRET]), jwt_of({"alg": "HS256\n" * 500}))
-    assert isinstance(error, TokenRefused)
+    assert isinstance(error, TokenRejected)
     assert len(error.detail) < 300
     assert "\n" not in error.detail
 
@@ -537,7 +542,7 @@ def test_a_role_is_named_by_its_token_and_by_its_handle() -> None:
 
 def test_a_role_token_says_nothing_by_itself() -> None:
     assert_unauthenticated(Authenticator([SECRET], admin_key="an admin key"), ROLE)
-    assert "in a database, and this broker has none" in refusal(Authenticator([SECRET]), ROLE).message
+    assert "need a database, and this broker has none" in refusal(Authenticator([SECRET]), ROLE).message
 
 
 def test_an_admin_key_that_would_be_looked_up_is_refused() -> None:
@@ -778,6 +783,6 @@ def test_rate_that_makes_no_sense_is_no_claim(rate: object) -> None:
     assert (identity.publish_rate, identity.publish_bytes) == (7, None)
     for name in ("publish_rate", "publish_bytes"):
         claims = {"sub": "a", "catbus": {"write": ["*"], name: rate}}
-        with pytest.raises(TokenRefused) as caught:
+        with pytest.raises(TokenRejected) as caught:
             authenticator.verify(jwt.encode(claims, SECRET * 2, algorithm="HS256"), NOW)
-        assert caught.value.reason is Reason.CLAIMS
+        assert caught.value.reason is RejectionReason.CLAIMS

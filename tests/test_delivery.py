@@ -28,7 +28,7 @@ from catbus.delivery.send_queue import (
 )
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
-from catbus.log import Entry, Page, Recent, Resumption
+from catbus.log import Entry, LogPage, RecentMessages, Resumption
 from catbus.log.recent_messages import OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
@@ -68,13 +68,13 @@ class ListLog:
     def resume(self, since: int, epoch: str | None) -> Resumption:
         return Resumption(since)
 
-    def page(self, after: int, rows: int) -> Page:
+    def page(self, after: int, rows: int) -> LogPage:
         after, lost = max(after, self.floor - 1), "retention"
         while after + 1 in self.holes:
             after, lost = after + 1, "repair"
         entries = self.entries[after : after + rows]
         entries = entries[: next((i for i, e in enumerate(entries) if e.seq in self.holes), rows)]
-        return Page(after, entries[-1].seq if entries else after, entries, lost)
+        return LogPage(after, entries[-1].seq if entries else after, entries, lost)
 
 
 def exhaust(steps: Iterator[None]) -> None:
@@ -158,7 +158,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.fixed = 0
         """The most that could not be had again, so far."""
         self.clients: list[Client] = []
-        self.page: tuple[int, Page] | None = None
+        self.page: tuple[int, LogPage] | None = None
         self.serving: Iterator[None] = iter(())
         for pattern in ("*", "a.*"):
             self.connect(ProtocolVersion.V1, PRODUCERS[0])
@@ -619,7 +619,7 @@ def test_what_is_in_memory_is_read_in_turns_with_what_is_before_it(log: ListLog,
 
 def test_a_sender_counts_for_what_an_entry_takes() -> None:
     entries = [Entry(1, 0, "a", b"1", sender="x" * 1000)]
-    recent = Recent(10_000)
+    recent = RecentMessages(10_000)
     recent.append(entries)
     assert recent.size == OVERHEAD + 1002
     assert EncodedMessages("a", entries).size >= len(EncodedMessages("a", entries).lines) - 100

@@ -61,7 +61,11 @@ ONLY_IMPORTERS = {
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
 PURE = {
+    "auth.base64url",
+    "auth.claims",
+    "auth.grants",
     "auth.jwt_keys",
+    "auth.role_tokens",
     "auth.token_errors",
     "auth.tokens",
     "delivery.send_queue",
@@ -90,7 +94,7 @@ IMPURE = {
     "time",
     "trio",
 }
-MAY = {"auth.tokens": {"os"}}  # random bytes
+MAY = {"auth.role_tokens": {"os"}, "auth.tokens": {"os"}}  # random bytes
 
 
 def name_of(path: Path) -> str:

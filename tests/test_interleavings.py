@@ -10,7 +10,7 @@ from random import Random
 
 from catbus.delivery.fan_out import Delivery, Subscription
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
-from catbus.log import Entry, Page, Resumption
+from catbus.log import Entry, LogPage, Resumption
 from catbus.protocol.channels import matches
 from tests.test_delivery import TransportWriter, entry, exhaust
 
@@ -31,7 +31,7 @@ class Replica:
         self.to_head = to_head
         self.committed: list[Entry] = []
         self.delivery = Delivery(self)  # type: ignore[arg-type]
-        self.page: tuple[int, Page] | None = None
+        self.page: tuple[int, LogPage] | None = None
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         return Resumption(since)
@@ -52,7 +52,7 @@ class Replica:
         if position is not None:
             last = len(self.committed) if self.to_head else self.delivery.position
             entries = self.committed[position : min(position + self.random.randint(1, 8), last)]
-            self.page = position, Page(position, position + len(entries), entries)
+            self.page = position, LogPage(position, position + len(entries), entries)
 
     def serve(self) -> None:
         page, self.page = self.page, None

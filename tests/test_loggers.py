@@ -1,22 +1,22 @@
-"""Lines of the log that may come again and again."""
+"""catbus.observability.loggers: log events that may repeat."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from catbus.observability.loggers import REPEAT, Recurring
+from catbus.observability.loggers import REPEAT_INTERVAL, RateLimitedLog
 
 
 class Lines:
     def __init__(self, burst: int = 1) -> None:
         self.lines: list[tuple[str, dict[str, Any]]] = []
-        self.recurring = Recurring(lambda event, **fields: self.lines.append((event, fields)), burst=burst)
+        self.rate_limited = RateLimitedLog(lambda event, **fields: self.lines.append((event, fields)), burst=burst)
 
 
-def test_a_line_comes_once_in_an_interval_with_the_number_of_those_that_did_not() -> None:
+def test_repeated_event_is_logged_once_per_interval_with_the_number_of_repetitions() -> None:
     lines = Lines()
-    said = [lines.recurring.note(now, "down", n=now) for now in range(int(2 * REPEAT) + 1)]
-    assert said.count(True) == 3
+    logged = [lines.rate_limited.log(now, "down", n=now) for now in range(int(2 * REPEAT_INTERVAL) + 1)]
+    assert logged.count(True) == 3
     assert lines.lines == [
         ("down", {"n": 0}),
         ("down", {"n": 60, "repeated": 59}),
@@ -24,30 +24,30 @@ def test_a_line_comes_once_in_an_interval_with_the_number_of_those_that_did_not(
     ]
 
 
-def test_another_reason_is_another_line_and_digits_make_no_other_reason() -> None:
+def test_event_of_another_kind_is_logged_at_once_and_digits_do_not_change_the_kind() -> None:
     lines = Lines()
-    for reason in ("port 1", "port 22", "disk", "port 3", "disk"):
-        lines.recurring.note(0, "down", kind=reason)
+    for kind in ("port 1", "port 22", "disk", "port 3", "disk"):
+        lines.rate_limited.log(0, "down", kind=kind)
     assert len(lines.lines) == 2
 
 
-def test_a_burst_is_logged_in_each_interval() -> None:
+def test_burst_is_logged_in_each_interval() -> None:
     lines = Lines(burst=3)
-    for now in range(int(REPEAT) + 10):
-        lines.recurring.note(now, "down")
+    for now in range(int(REPEAT_INTERVAL) + 10):
+        lines.rate_limited.log(now, "down")
     assert len(lines.lines) == 6
     assert lines.lines[3] == ("down", {"repeated": 57})
 
 
-def test_the_traceback_of_an_exception_comes_once() -> None:
+def test_traceback_of_an_exception_is_logged_once() -> None:
     lines, error = Lines(), KeyError("ours")
-    for now in (0, 1, REPEAT):
-        lines.recurring.note(now, "failed", exception=error)
+    for now in (0, 1, REPEAT_INTERVAL):
+        lines.rate_limited.log(now, "failed", exception=error)
     assert lines.lines == [("failed", {"exc_info": error}), ("failed", {"error": "KeyError: 'ours'", "repeated": 1})]
 
 
-def test_no_more_is_remembered_than_there_is_room_for() -> None:
+def test_number_of_remembered_events_is_bounded() -> None:
     lines = Lines()
     for n in range(10_000):
-        lines.recurring.note(0, "down", kind="x" * n)
-    assert len(lines.recurring._reasons) <= 64
+        lines.rate_limited.log(0, "down", kind="x" * n)
+    assert len(lines.rate_limited._events) <= 64

@@ -13,6 +13,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 import catbus
+import catbus.auth.grants
 import catbus.auth.tokens
 from catbus.config import DatabaseSettings, RetentionSettings, WebTransportSettings
 from catbus.observability.histogram import Histogram
@@ -134,7 +135,7 @@ async def test_what_is_counted_is_what_has_happened(tmp_path: Path, database_url
 
 async def test_refusals_are_counted_by_code_whatever_the_way_in(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, address, _, _):
-        reader = catbus.auth.tokens.sign(SECRET, client_id="bob", grants=catbus.auth.tokens.Grants(read=("a",)))
+        reader = catbus.auth.tokens.sign(SECRET, client_id="bob", grants=catbus.auth.grants.Grants(read=("a",)))
         async with catbus.connect(f"ws://{address}/ws", token=reader) as bus:
             for _ in range(2):
                 with pytest.raises(catbus.Refused, match="no write grant"):

@@ -11,8 +11,10 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth import live_permissions
-from catbus.auth.live_permissions import STALE
-from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_key, sign
+from catbus.auth.grants import Grants, Identity
+from catbus.auth.live_permissions import MAX_STALENESS
+from catbus.auth.role_tokens import make_role_token, role_key
+from catbus.auth.tokens import Authenticator, sign
 from catbus.config import Config
 from catbus.errors import CloseCode, Unavailable
 from catbus.limits.cpu_fairness import Pace
@@ -127,7 +129,7 @@ async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(repl
     mine, other = await enter(replica), await enter(replica, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
         await client.receive(objects(publish("a.x", id=1), publish("a.b", id=2)))
-    mine.regrant(Identity("ci", Grants((), ("a.b",)), None))
+    mine.update_role(Identity("ci", Grants((), ("a.b",)), None))
     await wait_all_tasks_blocked()
     told = [decode_server(item) for item in mine.send_queue.take() if isinstance(item, bytes)]
     assert [(reply.id, getattr(reply, "code", None)) for reply in told] == [  # type: ignore[union-attr]
@@ -216,7 +218,7 @@ async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_da
 ) -> None:
     client = await enter(replica)
     roles.change(Unavailable("away"))
-    for _ in range(int(STALE) + 1):
+    for _ in range(int(MAX_STALENESS) + 1):
         await trio.sleep(1)
         roles.checked = trio.current_time()
     await client.receive(objects(*subscribe("a.*")))
@@ -230,7 +232,7 @@ async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_da
 async def test_what_is_known_to_have_changed_goes_before_what_may_have(
     replica: Replica, roles: Roles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_permissions, "CHUNK", 3)
+    monkeypatch.setattr(live_permissions, "LOOKUP_BATCH", 3)
     tokens = [make_role_token() for _ in range(8)]
     keys = [role_key(token) for token in tokens]
     for token in tokens:
@@ -256,11 +258,11 @@ async def test_an_answer_is_not_for_who_came_after_the_question(replica: Replica
     roles.change(READER)
     await wait_all_tasks_blocked()
     late = open_client(replica)
-    replica.permissions.hold(late, role_key(ROLE), roles.changes)
-    late.regrant = lambda _: pytest.fail("told what it knows better")  # type: ignore[method-assign]
+    replica.permissions.add(late, role_key(ROLE), roles.changes)
+    late.update_role = lambda _: pytest.fail("told what it knows better")  # type: ignore[method-assign]
     roles.let.set()
     await wait_all_tasks_blocked()
-    assert replica.permissions.refreshed == 1
+    assert replica.permissions.updates == 1
 
 
 async def test_after_a_minute_without_the_database_roles_may_nothing_new(
@@ -268,7 +270,7 @@ async def test_after_a_minute_without_the_database_roles_may_nothing_new(
 ) -> None:
     client = await enter(replica, *subscribe("a.*"))
     other = await enter(replica, auth={"type": "auth", "token": full(), "protocol": 1})
-    await trio.sleep(STALE - 1)
+    await trio.sleep(MAX_STALENESS - 1)
     await client.receive(objects(*subscribe("a.*"), publish("a.b", ack=False)))
     await wait_all_tasks_blocked()
     assert words(client) == [("subscribed", "a.*"), ("message", "a.*")]
@@ -314,12 +316,12 @@ async def test_a_first_version_client_keeps_what_another_of_its_patterns_matches
 async def test_many_sessions_are_told_bit_by_bit(
     replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_permissions, "TURN", -1.0)
+    monkeypatch.setattr(live_permissions, "MAX_UPDATE_TIME", -1.0)
     clients = [await enter(replica, *subscribe("a.*")) for _ in range(100)]
     left: list[SessionDriver] = []
 
     async def leave_meanwhile() -> None:
-        while replica.permissions.refreshed < 50:
+        while replica.permissions.updates < 50:
             await trio.lowlevel.checkpoint()
         left.append(next(client for client in clients if client.closing is None))
         left[0].leave()
@@ -328,7 +330,7 @@ async def test_many_sessions_are_told_bit_by_bit(
     roles.change(None)
     await wait_all_tasks_blocked()
     assert [client for client in clients if client.closing is None] == left
-    assert replica.permissions.refreshed == 99
+    assert replica.permissions.updates == 99
 
 
 @pytest.mark.parametrize("answer", [READER, None])

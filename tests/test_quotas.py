@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.limits import publish_rate
-from catbus.limits.publish_rate import PublishQuota, PublishQuotas
+from catbus.limits.publish_rate import PublishRateLimit, PublishRateLimits
 
 
 def test_a_second_s_worth_goes_at_once_and_then_the_rate_applies() -> None:
-    some = PublishQuota(10, 1000, 5.0)
+    some = PublishRateLimit(10, 1000, 5.0)
     assert [some.spend(1, 10, 5.0) for _ in range(11)] == [0.0] * 10 + [0.1]
     assert some.spend(0, 0, 5.0) == 0.1
     assert some.spend(0, 0, 5.1) == pytest.approx(0)
 
 
 def test_bytes_count_beside_messages() -> None:
-    some = PublishQuota(10, 1000, 0.0)
+    some = PublishRateLimit(10, 1000, 0.0)
     assert some.spend(1, 5000, 0.0) == 4.0
     assert some.spend(0, 0, 3.0) == 1.0
     assert some.spend(0, 0, 4.0) == 0.0
@@ -26,7 +26,7 @@ def test_bytes_count_beside_messages() -> None:
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), max_size=40))
 def test_a_client_that_waits_as_long_as_it_is_told_keeps_to_its_rate(rate: int, steps: list[tuple[int, int]]) -> None:
-    quota, now, spent = PublishQuota(rate, 1 << 40, 0.0), 0.0, 0
+    quota, now, spent = PublishRateLimit(rate, 1 << 40, 0.0), 0.0, 0
     for pause, messages in steps:
         now += pause
         spent += messages
@@ -35,7 +35,7 @@ def test_a_client_that_waits_as_long_as_it_is_told_keeps_to_its_rate(rate: int, 
 
 
 def test_the_sessions_of_a_client_share_its_quota_and_those_of_others_do_not() -> None:
-    some = PublishQuotas(10, 1000)
+    some = PublishRateLimits(10, 1000)
     assert some.of("a", 0.0) is some.of("a", 1.0)
     assert some.of("a", 0.0) is not some.of("b", 0.0)
     assert some.new(0.0) is not some.new(0.0)
@@ -43,7 +43,7 @@ def test_the_sessions_of_a_client_share_its_quota_and_those_of_others_do_not() -
 
 def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish_rate, "KEPT", 3)
-    some = PublishQuotas(10, 1000)
+    some = PublishRateLimits(10, 1000)
     quick = some.of("quick", 0.0)
     quick.spend(30, 0, 0.0)
     for client in "xy":
@@ -55,7 +55,7 @@ def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkey
 
 def test_a_client_with_a_session_is_not_forgotten_whoever_else_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish_rate, "KEPT", 3)
-    some = PublishQuotas(10, 1000)
+    some = PublishRateLimits(10, 1000)
     held = some.of("held", 0.0)
     for number in range(100):
         some.of(number, 5.0)
@@ -64,16 +64,16 @@ def test_a_client_with_a_session_is_not_forgotten_whoever_else_publishes(monkeyp
 
 def test_clients_that_all_publish_are_forgotten_without_a_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
-    is_full = PublishQuota.is_full
+    is_full = PublishRateLimit.is_full
 
-    def counted(quota: PublishQuota, now: float) -> bool:
+    def counted(quota: PublishRateLimit, now: float) -> bool:
         nonlocal looks
         looks += 1
         return is_full(quota, now)
 
-    monkeypatch.setattr(PublishQuota, "is_full", counted)
+    monkeypatch.setattr(PublishRateLimit, "is_full", counted)
     monkeypatch.setattr(publish_rate, "KEPT", 1000)
-    some = PublishQuotas(10, 1000)
+    some = PublishRateLimits(10, 1000)
     for network in range(3000):
         some.of(("token", network), 0.0).spend(1, 0, 0.0)
     assert looks <= 8 * 2000

@@ -13,8 +13,10 @@ import trio
 from trio.testing import MockClock
 
 import catbus
-from catbus.auth.token_errors import Reason
-from catbus.auth.tokens import Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
+from catbus.auth.grants import Grants, Identity
+from catbus.auth.role_tokens import make_role_token, role_handle, role_key
+from catbus.auth.token_errors import RejectionReason
+from catbus.auth.tokens import Authenticator, sign
 from catbus.client import Backoff
 from catbus.config import AuthSettings, Config
 from catbus.errors import CloseCode, ErrorCode, PeerError
@@ -47,9 +49,9 @@ async def refuse(replica: Replica, token: str) -> PeerError:
 async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tokens = {
-        Reason.CLAIMS: signed_jwt({"alg": "HS256"}, {"sub": "eve", "catbus": {"read": "a.*"}}, SECRET),
-        Reason.ALGORITHM: signed_jwt({"alg": "HS512"}, {"sub": "eve", "catbus": {}}, SECRET),
-        Reason.SIGNATURE: sign(OTHER, client_id="eve", grants=Grants.ALL),
+        RejectionReason.CLAIMS: signed_jwt({"alg": "HS256"}, {"sub": "eve", "catbus": {"read": "a.*"}}, SECRET),
+        RejectionReason.ALGORITHM: signed_jwt({"alg": "HS512"}, {"sub": "eve", "catbus": {}}, SECRET),
+        RejectionReason.SIGNATURE: sign(OTHER, client_id="eve", grants=Grants.ALL),
     }
     async with running() as (broker, address):
         for token in tokens.values():
@@ -68,7 +70,7 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
         for secret in (SECRET, OTHER, *(token.rpartition(".")[2] for token in tokens.values())):
             assert secret not in everything
         body, _ = Metrics(broker.replica, {}).scrape()
-        for reason in Reason:
+        for reason in RejectionReason:
             counted = b'catbus_tokens_refused_total{reason="%b"} %d.0' % (reason.encode(), reason in tokens)
             assert counted in body
 
@@ -80,7 +82,10 @@ async def test_a_stranger_does_not_fill_the_log(caplog: pytest.LogCaptureFixture
         await refuse(replica, signed_jwt({"alg": "HS256", "kid": f"kid{number}"}, {"sub": number}, OTHER))
         await refuse(replica, f"not a token {number}")
     assert [record.reason for record in lines(caplog)] == ["signature", "malformed"]
-    assert replica.runtime_statistics.refused_tokens == {Reason.SIGNATURE: 1000, Reason.MALFORMED: 1000}
+    assert replica.runtime_statistics.refused_tokens == {
+        RejectionReason.SIGNATURE: 1000,
+        RejectionReason.MALFORMED: 1000,
+    }
     await trio.sleep(61)
     await refuse(replica, "not a token")
     assert lines(caplog)[-1].repeated == 999
@@ -145,7 +150,7 @@ async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None
         async with catbus.connect(f"ws://{address}/ws", token=token, persist=True, reconnect=reconnect) as bus:
             assert await bus.publish("a", 1) == 1
         # It was told when to come, and came no earlier.
-        assert 1 <= broker.replica.runtime_statistics.refused_tokens[Reason.NOT_VALID_YET] <= 2
+        assert 1 <= broker.replica.runtime_statistics.refused_tokens[RejectionReason.NOT_VALID_YET] <= 2
 
 
 async def test_an_open_session_outlives_a_newer_token_that_is_not_valid_yet() -> None:

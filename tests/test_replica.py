@@ -15,7 +15,9 @@ import trio
 from msgspec import Raw
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth.tokens import Authenticator, Grants, Identity, client_of, make_role_token, role_key, sign
+from catbus.auth.grants import Grants, Identity, client_of
+from catbus.auth.role_tokens import make_role_token, role_key
+from catbus.auth.tokens import Authenticator, sign
 from catbus.broker import OWNER
 from catbus.config import Config, DrainSettings, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue

@@ -13,7 +13,8 @@ import trio
 
 import catbus
 from catbus import Config
-from catbus.auth.tokens import Grants, make_role_token
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import make_role_token
 from catbus.config import DatabaseSettings
 from catbus.errors import CloseCode, ErrorCode
 from catbus.postgres.roles.role_store import open_roles
@@ -193,5 +194,5 @@ async def test_a_broker_without_a_database_says_why_it_knows_no_roles() -> None:
     async with running() as (_, address), speaker(address) as peer:
         reply = await authenticate(peer, make_role_token())
         assert reply["code"] == "unauthenticated"
-        assert reply["message"] == "role tokens are kept in a database, and this broker has none"
+        assert reply["message"] == "role tokens need a database, and this broker has none"
         assert await peer.close_code() == 4001

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from catbus.auth.tokens import Grants, Identity
+from catbus.auth.grants import Grants, Identity
 from catbus.delivery.send_queue import SendQueue
 from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected

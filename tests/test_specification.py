@@ -23,7 +23,9 @@ from msgspec.structs import FieldInfo
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth import live_permissions
-from catbus.auth.tokens import MAX_TOKEN, Authenticator, Grants, Identity, make_role_token, role_handle, role_key, sign
+from catbus.auth.grants import Grants, Identity
+from catbus.auth.role_tokens import make_role_token, role_handle, role_key
+from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.config import Config, LimitSettings
 from catbus.endpoints import coalesce, http, routes, websocket, webtransport
 from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailable
@@ -363,7 +365,7 @@ CONSTANTS = {
     "nesting depth of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
     "seconds for the lookup of a role": role_lookup.PATIENCE,
-    "seconds without the database during which roles keep their permissions": live_permissions.STALE,
+    "seconds without the database during which roles keep their permissions": live_permissions.MAX_STALENESS,
     "size of a WebSocket message, in objects of `message_size`": websocket.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes of an object before the first `auth_ok`": unauthenticated.UNAUTHENTICATED_OBJECT_BYTES,
@@ -678,10 +680,10 @@ async def test_session_changes_state_as_in_the_table(
             session.tick(trio.current_time())
             received = await peer.receive()
         elif event == "the role loses permissions":
-            peer.client.regrant(Identity("alice", Grants(("project.a",)), None))
+            peer.client.update_role(Identity("alice", Grants(("project.a",)), None))
             received = await peer.receive()
         elif event.startswith("the role is deleted"):
-            peer.client.regrant(None)
+            peer.client.update_role(None)
             received = await peer.receive()
         elif event == "the replica begins to stop":
             await replica.send_away()

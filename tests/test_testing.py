@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import catbus
 from catbus import testing
-from catbus.auth.tokens import Authenticator, Grants
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import Authenticator
 from catbus.config import LimitSettings
 from catbus.errors import PeerError
 from catbus.protocol import channels

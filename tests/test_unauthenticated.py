@@ -7,7 +7,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.auth.tokens import Authenticator, Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import Authenticator, sign
 from catbus.config import Config
 from catbus.errors import CloseCode
 from catbus.limits.unauthenticated import (

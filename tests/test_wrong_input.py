@@ -13,7 +13,8 @@ import pytest
 import trio
 
 import catbus
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.config import LimitSettings
 from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running

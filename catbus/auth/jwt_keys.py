@@ -1,4 +1,4 @@
-"""The keys that verify JWTs, each with the one algorithm that it is used with."""
+"""JWT keys: the keys that verify JWTs, each with its one algorithm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import ConfigError
 
 
 class _LenientHmac(HMACAlgorithm):
-    """HMAC that takes a secret as short as the operator made it: it signs the other tokens too."""
+    """HMAC that accepts a short secret. The operator's secret signs `sub-` tokens too, so its length is given."""
 
     def check_key_length(self, key: bytes) -> str | None:
         return None
@@ -34,7 +34,7 @@ USABLE_KEYS = "RSA of 2048 bits or more or ECDSA on P-256"
 
 @dataclass(frozen=True, slots=True)
 class JwtKey:
-    """A key with the one algorithm it is used with."""
+    """A key and the one algorithm with which it is used."""
 
     algorithm: Literal["HS256", "RS256", "ES256"]
     key: bytes | RSAPublicKey | EllipticCurvePublicKey = field(repr=False)
@@ -42,18 +42,19 @@ class JwtKey:
 
 
 def from_pem(text: str) -> Iterator[JwtKey]:
+    """The public keys in a PEM file. Raises `ConfigError` for a key that cannot be used."""
     for block in re.finditer(r"-----BEGIN ((?:RSA )?PUBLIC KEY)-----.*?-----END \1-----", text, re.DOTALL):
         try:
             key = _public_key(load_pem_public_key(block[0].encode()), None)
         except (ValueError, UnsupportedAlgorithm):
             key = None
         if key is None:
-            raise ConfigError(f"a PEM block is not a public key of use: expected {USABLE_KEYS}")
+            raise ConfigError(f"a PEM block is not a usable public key: expected {USABLE_KEYS}")
         yield key
 
 
 def from_jwks(text: str) -> Iterator[JwtKey]:
-    """The keys of the set that are of use here; a set may hold others."""
+    """The usable keys of a JWKS. Other keys of the set are skipped."""
     try:
         jwks = PyJWKSet.from_json(text).keys
     except (PyJWTError, ValueError):

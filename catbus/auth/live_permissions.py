@@ -1,4 +1,4 @@
-"""Permissions are live: what changes about a role reaches the sessions of those who bear its token by itself."""
+"""Live permissions: a change of a role reaches the connected sessions that use its token."""
 
 from __future__ import annotations
 
@@ -11,125 +11,132 @@ from typing import Protocol
 import trio
 
 from ..errors import Unavailable
-from .tokens import Identity, RoleSource
+from .grants import Identity
+from .role_tokens import RoleSource
 
-STALE = 60.0
-"""Seconds without a look at the database after which nobody can say what a role may."""
+MAX_STALENESS = 60.0
+"""Seconds without a check of the database after which the permissions of roles count as unknown."""
 
-CHUNK = 500
+LOOKUP_BATCH = 500
 """Roles that are looked up together."""
 
-TURN = 0.002
-"""Seconds for which sessions are told in one go while others wait."""
+MAX_UPDATE_TIME = 0.002
+"""Seconds for which sessions are updated before other tasks run."""
 
-RETRY = 0.5
-"""Seconds between tries to look up what may have changed."""
+RETRY_INTERVAL = 0.5
+"""Seconds between tries to look up roles that may have changed."""
 
 
-class Holder(Protocol):
-    """A session whose token stands for a role."""
+class RoleSession(Protocol):
+    """A session that was authenticated with a role token."""
 
-    def regrant(self, identity: Identity | None) -> None:
-        """The role is this now; None: it is no more."""
+    def update_role(self, identity: Identity | None) -> None:
+        """Apply the present permissions of the role; None: the role was deleted."""
 
 
 class LivePermissions:
-    """Which sessions depend on which role, and the one task that keeps them up to date. Without `roles`, none do."""
+    """The sessions of each role, and the one task that updates them. Without `roles` it does nothing."""
 
     def __init__(self, roles: RoleSource | None) -> None:
-        self.refreshed = 0
-        """How often a session was told what its role may."""
+        self.updates = 0
+        """How often a session was updated."""
         self._roles = roles
-        self._holders: dict[bytes, set[Holder]] = {}
-        self._held: dict[Holder, tuple[bytes, int]] = {}
-        """What each of them depends on, and in what order they have come."""
+        self._sessions: dict[bytes, set[RoleSession]] = {}
+        """The sessions of each role, by its key."""
+        self._roles_of: dict[RoleSession, tuple[bytes, int]] = {}
+        """The role of each session, and when the session was added (a place in `_order`)."""
         self._order = count()
-        self._named: set[bytes] = set()
-        """Roles that are known to have changed."""
-        self._others: set[bytes] = set()
-        """Roles that may have."""
+        self._changed: set[bytes] = set()
+        """Roles that have changed."""
+        self._unchecked: set[bytes] = set()
+        """Roles that may have changed."""
         self._failed: set[bytes] = set()
-        """Those of them that could not be looked up."""
-        self._unsure = inf
-        """Since when there have been some of these."""
-        self._doubts = trio.Event()
+        """Roles of either kind whose lookup has failed."""
+        self._failing_since = inf
+        """The Trio time since when there are failed lookups."""
+        self._work = trio.Event()
 
     @property
     def changes(self) -> int:
+        """A number that rises whenever a role may have changed."""
         return 0 if self._roles is None else self._roles.changes
 
     @property
     def known(self) -> bool:
-        """Whether what the sessions may is what the database says, or said not long ago."""
-        return self._roles is None or trio.current_time() - min(self._roles.checked, self._unsure) <= STALE
+        """Whether the permissions of the sessions were those in the database within `MAX_STALENESS`."""
+        if self._roles is None:
+            return True
+        return trio.current_time() - min(self._roles.checked, self._failing_since) <= MAX_STALENESS
 
-    def hold(self, holder: Holder, key: bytes | None, changes: int) -> None:
-        """A session depends on a role, or (None) on none. `changes`: as they were before the role was looked up.
+    def add(self, session: RoleSession, key: bytes | None, changes: int) -> None:
+        """Add a session with its role, or None for a session without one.
 
-        What changed meanwhile may have been missed by the look, and has been told before the session was here.
+        `changes` is the number before the role was looked up. A change since then may have been missed by the lookup,
+        and its update came before the session was here: the role is looked up again.
         """
-        self.release(holder)
+        self.remove(session)
         if key is not None:
-            self._held[holder] = key, next(self._order)
-            self._holders.setdefault(key, set()).add(holder)
+            self._roles_of[session] = key, next(self._order)
+            self._sessions.setdefault(key, set()).add(session)
             if changes != self.changes:
-                self._named.add(key)
-                self._doubts.set()
+                self._changed.add(key)
+                self._work.set()
 
-    def release(self, holder: Holder) -> None:
-        if holder in self._held:
-            key, _ = self._held.pop(holder)
-            holders = self._holders[key]
-            holders.discard(holder)
-            if not holders:
-                del self._holders[key]
+    def remove(self, session: RoleSession) -> None:
+        """Remove a session, if it is here."""
+        if session in self._roles_of:
+            key, _ = self._roles_of.pop(session)
+            sessions = self._sessions[key]
+            sessions.discard(session)
+            if not sessions:
+                del self._sessions[key]
 
     async def run(self) -> None:
-        """Tell the sessions what changes, for ever. While the database is away nothing changes for them."""
+        """Update sessions until cancelled. While the database is unreachable their permissions stay."""
         if self._roles is None:
             return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hear, self._roles)
+            nursery.start_soon(self._watch, self._roles)
             while True:
-                await self._doubts.wait()
-                # What is known to have changed goes before what only may have, however much that is.
-                doubted = self._named or self._others
-                if not doubted:
-                    self._doubts = trio.Event()
+                await self._work.wait()
+                # Roles that have changed go first, however many may have changed.
+                waiting = self._changed or self._unchecked
+                if not waiting:
+                    self._work = trio.Event()
                     continue
-                keys = [doubted.pop() for _ in range(min(CHUNK, len(doubted)))]
-                keys = [key for key in keys if key in self._holders]
+                keys = [waiting.pop() for _ in range(min(LOOKUP_BATCH, len(waiting)))]
+                keys = [key for key in keys if key in self._sessions]
                 asked = next(self._order)
                 try:
                     identities = await self._roles.find(keys) if keys else {}
                 except Unavailable:
-                    self._named.update(keys)
+                    self._changed.update(keys)
                     self._failed.update(keys)
-                    self._unsure = min(self._unsure, trio.current_time())
-                    await trio.sleep(RETRY)
+                    self._failing_since = min(self._failing_since, trio.current_time())
+                    await trio.sleep(RETRY_INTERVAL)
                 else:
-                    self._failed = (self._failed & self._holders.keys()) - set(keys)
-                    self._unsure = self._unsure if self._failed else inf
-                    await self._tell(keys, identities, asked)
+                    self._failed = (self._failed & self._sessions.keys()) - set(keys)
+                    self._failing_since = self._failing_since if self._failed else inf
+                    await self._update(keys, identities, asked)
 
-    async def _hear(self, roles: RoleSource) -> None:
+    async def _watch(self, roles: RoleSource) -> None:
         while True:
             keys = await roles.wait_changes()
             if keys is None:
-                self._others.update(self._holders)
+                self._unchecked.update(self._sessions)
             else:
-                self._named.update(self._holders.keys() & keys)
-            self._doubts.set()
+                self._changed.update(self._sessions.keys() & keys)
+            self._work.set()
 
-    async def _tell(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity], asked: int) -> None:
-        told = [(holder, key) for key in keys for holder in self._holders.get(key, ())]
+    async def _update(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity], asked: int) -> None:
+        sessions = [(session, key) for key in keys for session in self._sessions.get(key, ())]
         began = perf_counter()
-        for holder, key in told:
-            # Whoever has come after the question may know better, and nobody is told who has left.
-            held, since = self._held.get(holder, (None, asked))
-            if held == key and since < asked:
-                holder.regrant(identities.get(key))
-                self.refreshed += 1
-            if perf_counter() - began > TURN:
+        for session, key in sessions:
+            # A session that was added after the lookup may have a newer identity. Removed sessions are skipped.
+            present, added = self._roles_of.get(session, (None, asked))
+            if present == key and added < asked:
+                session.update_role(identities.get(key))
+                self.updates += 1
+            if perf_counter() - began > MAX_UPDATE_TIME:
                 await trio.lowlevel.checkpoint()
                 began = perf_counter()

@@ -1,4 +1,4 @@
-"""Why a token is refused: what the client is told, and what the operator is."""
+"""Rejected tokens: the reason that the client receives, and the one that the operator reads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import StrEnum
 
 from ..errors import CloseCode, ErrorCode, PeerError
 
-LONGEST_WAIT = 86_400.0
-"""Seconds: beyond that, a client need not know how long its token is not valid yet."""
+MAX_RETRY_AFTER = 86_400.0
+"""Seconds: the longest `retry_after` of a token that is not valid yet."""
 
 
-class Reason(StrEnum):
-    """Why a token is refused, for the operator. The client is told less."""
+class RejectionReason(StrEnum):
+    """The reason why a token was rejected, for the operator. The client receives less."""
 
     MALFORMED = "malformed"
     ALGORITHM = "algorithm"
@@ -24,16 +24,16 @@ class Reason(StrEnum):
     ROLE = "role"
 
 
-class TokenRefused(PeerError):
-    """A token is refused: `code`, `message` and `close` are for the client, `reason` and `detail` for the operator.
+class TokenRejected(PeerError):
+    """A token was rejected. `code`, `message` and `close` are for the client, `reason` and `detail` for the operator.
 
-    Neither holds anything of a signature. `detail` holds claims, and `subject` the `client_id`, only of a token whose
-    signature is valid.
+    Neither contains anything of a signature. `detail` contains claims, and `subject` the client_id, only if the
+    signature of the token is valid.
     """
 
     def __init__(
         self,
-        reason: Reason,
+        reason: RejectionReason,
         detail: str,
         *,
         message: str = "the token is not valid",
@@ -48,8 +48,8 @@ class TokenRefused(PeerError):
         self.subject = subject
 
 
-def moment(seconds: float) -> str:
-    """A time in seconds since 1970, for people."""
+def format_time(seconds: float) -> str:
+    """Format a time in seconds since 1970 for people."""
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError, OSError):

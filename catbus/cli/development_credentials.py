@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from ..config import default_state_directory, is_loopback, load
 from ..errors import ConfigError
 

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import trio
 
-from ..observability.loggers import lost_lines
+from ..observability.loggers import dropped_log_lines
 
 MAX_QUEUED_BYTES = 1 << 20
 """Bytes that may wait for the reader. Above it, lines are dropped until the queue is empty."""
@@ -79,7 +79,7 @@ class LineWriter:
 
     def _miss(self, number: int) -> None:
         self._missed += number
-        lost_lines.number += number
+        dropped_log_lines.number += number
 
     def _run(self) -> None:
         while True:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..auth.tokens import Grants
+from ..auth.grants import Grants
 from ..errors import PeerError
 from ..protocol.channels import check_pattern
 

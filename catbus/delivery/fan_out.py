@@ -16,7 +16,7 @@ from operator import attrgetter
 import trio
 
 from ..errors import Unavailable
-from ..log import Entry, Log, Page
+from ..log import Entry, Log, LogPage
 from ..protocol.wire_messages import Gap, Live
 from .send_queue import Budget, EncodedMessages, SendQueue
 from .subscription import PAGE_ROWS, PatternMatches, Subscription, find_hits, merge, offer, without
@@ -269,7 +269,7 @@ class Delivery:
         """How many entries to read from there: not many for somebody who has room for few."""
         return max(s.rows for s in self._reading if position <= s.cursor < position + PAGE_ROWS)
 
-    def serve(self, position: int, page: Page) -> Iterator[None]:
+    def serve(self, position: int, page: LogPage) -> Iterator[None]:
         """Feed a page that was read from `position` to the late subscriptions that it continues.
 
         To be exhausted before the next page. Between any two steps anything else may happen.

@@ -7,7 +7,7 @@ import resource
 
 import trio
 
-from ..observability.loggers import Recurring, get_logger
+from ..observability.loggers import RateLimitedLog, get_logger
 from .connection_registry import ConnectionRegistry
 
 SPARE_FILES = 40
@@ -39,7 +39,7 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
     def __init__(self, listener: trio.SocketListener, registry: ConnectionRegistry) -> None:
         self._listener = listener
         self._registry = registry
-        self._shortages = Recurring(logger.warning)
+        self._shortages = RateLimitedLog(logger.warning)
 
     async def accept(self) -> trio.SocketStream:
         while True:
@@ -50,7 +50,7 @@ class PatientListener(trio.abc.Listener[trio.SocketStream]):
                     raise
                 self._registry.starved += 1
                 now, text = trio.current_time(), error.strerror
-                self._shortages.note(now, "a connection waits, as none can be accepted", kind=text, reason=text)
+                self._shortages.log(now, "a connection waits, as none can be accepted", kind=text, reason=text)
             await trio.sleep(PAUSE)
 
     async def aclose(self) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import trio
 
-from ..observability.loggers import Recurring, get_logger
+from ..observability.loggers import RateLimitedLog, get_logger
 from .frames import Packer
 from .networks import Newcomers
 from .proxies import Proxies
@@ -61,8 +61,8 @@ class ConnectionRegistry:
         """How often a connection could not be accepted, as no file was left for it."""
         self.faults = 0
         """Exceptions of ours that ended a request or a connection."""
-        self._mistakes = Recurring(logger.error)
-        self._remarks = Recurring(logger.info)
+        self._mistakes = RateLimitedLog(logger.error)
+        self._remarks = RateLimitedLog(logger.info)
         self.requests: Counter[tuple[str, int]] = Counter()
         """HTTP requests that were answered, by path and status; paths that mean nothing here count as one."""
         self.packer = Packer()
@@ -82,11 +82,11 @@ class ConnectionRegistry:
     def fault(self, event: str, error: BaseException) -> None:
         """Count a mistake of ours, and log it: peers may set it off as often as they like."""
         self.faults += 1
-        self._mistakes.note(trio.current_time(), event, exception=error)
+        self._mistakes.log(trio.current_time(), event, exception=error)
 
     def remark(self, event: str, **fields: object) -> None:
         """Log what a peer has done, or count it: peers may do it as often as they like."""
-        self._remarks.note(trio.current_time(), event, exception=None, **fields)
+        self._remarks.log(trio.current_time(), event, exception=None, **fields)
 
     @contextmanager
     def admit(self, network: str = "") -> Iterator[Callable[[], None]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..limits.token_bucket import TokenBucket
-from ..observability.loggers import Recurring, get_logger
+from ..observability.loggers import RateLimitedLog, get_logger
 from ..webtransport import (
     ConnectionIdIssued,
     ConnectionIdRetired,
@@ -95,8 +95,8 @@ class Router:
         self.faults = 0
         self.violations = 0
         """Connections that ended because their peers broke the rules of QUIC or HTTP/3."""
-        self._mistakes = Recurring(logger.error)
-        self._remarks = Recurring(logger.info, burst=REMARKS)
+        self._mistakes = RateLimitedLog(logger.error)
+        self._remarks = RateLimitedLog(logger.info, burst=REMARKS)
         self.closed = False
         self._replica = replica
         self._configuration = configuration
@@ -446,9 +446,9 @@ class Router:
 
     def _remark(self, event: str, **fields: str) -> None:
         """Log what a peer has done, or count it: peers may do it as often as they like."""
-        self._remarks.note(trio.current_time(), event, exception=None, **fields)
+        self._remarks.log(trio.current_time(), event, exception=None, **fields)
 
     def fault(self, event: str, error: BaseException) -> None:
         """Count a mistake of ours, and log it: peers may set it off as often as they like."""
         self.faults += 1
-        self._mistakes.note(trio.current_time(), event, exception=error)
+        self._mistakes.log(trio.current_time(), event, exception=error)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..auth.tokens import Identity, client_of
+from ..auth.grants import Identity, client_of
 from ..certificates import discovery
 from ..errors import ErrorCode, PeerError, Unavailable
 from ..log import Outcome, Rejected

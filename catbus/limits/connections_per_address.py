@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..observability.loggers import Recurring, get_logger
+from ..observability.loggers import RateLimitedLog, get_logger
 
 logger = get_logger("catbus.limits")
 
 
-class AddressLimit:
+class ConnectionsPerAddress:
     """Counts connections by network, of which each may have `most`. A connection from the network "" counts nowhere.
 
     A network is what `network_of` makes of an address: an IPv4 address, or a /64 of IPv6.
@@ -21,7 +21,7 @@ class AddressLimit:
         self.most = most
         self._connections: Counter[str] = Counter()
         """Only of networks that have some."""
-        self._warnings = Recurring(logger.warning)
+        self._warnings = RateLimitedLog(logger.warning)
 
     def of(self, network: str) -> int:
         """How many connections it has."""
@@ -31,7 +31,7 @@ class AddressLimit:
         """Whether it may have one more; the log says where not. `now` is in seconds."""
         if self._connections[network] < self.most:
             return True
-        self._warnings.note(
+        self._warnings.log(
             now,
             "an address has as many connections as it may have (limits.address_connections); if it is that of a proxy, "
             "name it in websocket.trusted_proxies",

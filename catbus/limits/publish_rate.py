@@ -14,7 +14,7 @@ _LOOKED_AT = 8
 """Of those that have published nothing for the longest time, how many are looked at where one has to be forgotten."""
 
 
-class PublishQuota:
+class PublishRateLimit:
     """One client may publish so many messages a second, and so many bytes, and a second's worth of both at once.
 
     What was published is spent, and only then is there a wait: a single message may be larger than the quota.
@@ -36,17 +36,19 @@ class PublishQuota:
         return all(bucket.level(now) == bucket.burst for bucket in (self._messages, self._bytes))
 
 
-class PublishQuotas:
+class PublishRateLimits:
     """The quota of each client, which all of its sessions and requests share."""
 
     def __init__(self, messages: int, size: int) -> None:
         self._rates = messages, size
-        self._quotas: WeakValueDictionary[Hashable, PublishQuota] = WeakValueDictionary()
+        self._quotas: WeakValueDictionary[Hashable, PublishRateLimit] = WeakValueDictionary()
         """All that there are: a session keeps its client's."""
-        self._recent: dict[Hashable, PublishQuota] = {}
+        self._recent: dict[Hashable, PublishRateLimit] = {}
         """Those that were asked for last, in this order."""
 
-    def of(self, client: Hashable, now: float, messages: int | None = None, size: int | None = None) -> PublishQuota:
+    def of(
+        self, client: Hashable, now: float, messages: int | None = None, size: int | None = None
+    ) -> PublishRateLimit:
         """The quota of a client, whose token may name other rates.
 
         Each rate that its tokens name is a quota of its own: it spends what somebody has signed.
@@ -55,16 +57,16 @@ class PublishQuotas:
         key = client, rates
         quota = self._quotas.get(key)
         if quota is None:
-            quota = self._quotas[key] = PublishQuota(*rates, now)
+            quota = self._quotas[key] = PublishRateLimit(*rates, now)
         self._recent.pop(key, None)
         self._recent[key] = quota
         if len(self._recent) > KEPT:
             self._forget_one(now)
         return quota
 
-    def new(self, now: float) -> PublishQuota:
+    def new(self, now: float) -> PublishRateLimit:
         """A quota that nobody shares."""
-        return PublishQuota(*self._rates, now)
+        return PublishRateLimit(*self._rates, now)
 
     def _forget_one(self, now: float) -> None:
         """Without a look at all of them: a client may come under many names."""

@@ -12,13 +12,13 @@ from .interface import (
     Entry,
     Follower,
     Log,
+    LogPage,
     Outcome,
-    Page,
     Rejected,
     Resumption,
     not_taken,
 )
-from .recent_messages import Recent
+from .recent_messages import RecentMessages
 
 __all__ = [
     "EPHEMERAL_SIZE",
@@ -28,10 +28,10 @@ __all__ = [
     "Entry",
     "Follower",
     "Log",
+    "LogPage",
     "MemoryLog",
     "Outcome",
-    "Page",
-    "Recent",
+    "RecentMessages",
     "Rejected",
     "Resumption",
     "not_taken",

@@ -21,13 +21,13 @@ from .interface import (
     Committed,
     Entry,
     Follower,
+    LogPage,
     Outcome,
-    Page,
     Rejected,
     Resumption,
     not_taken,
 )
-from .recent_messages import OVERHEAD, Recent
+from .recent_messages import OVERHEAD, RecentMessages
 
 _BATCH, _BATCH_SIZE = 1000, 4 << 20
 """Entries, and bytes of them, that are committed and handed to the follower at once."""
@@ -48,7 +48,7 @@ class MemoryLog:
         pending: int = PENDING,
         pending_bytes: int = PENDING_BYTES,
     ) -> None:
-        self._recent = Recent(limit_bytes, overhead=OVERHEAD + KEY)
+        self._recent = RecentMessages(limit_bytes, overhead=OVERHEAD + KEY)
         self._keys: deque[tuple[bytes, int] | None] = deque()
         """The key of each entry in the ring."""
         self._seqs: dict[tuple[bytes, int], int] = {}
@@ -105,7 +105,7 @@ class MemoryLog:
     def broadcast(self, entry: Entry) -> None:
         """There are no other replicas."""
 
-    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         await trio.lowlevel.checkpoint()
         page = self._recent.since(max(after, self.floor - 1), rows, size)
         assert page is not None

@@ -109,7 +109,7 @@ def not_taken(append: Append, refusal: Rejected) -> Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class LogPage:
     """A stretch of the log: all that still exists with `after < seq <= last`, in order.
 
     `after` is greater than what was asked for where entries in between are gone: `lost` is the reason of the gap.
@@ -192,7 +192,7 @@ class Log(Protocol):
         It has at most `EPHEMERAL_SIZE` bytes. Our own follower is not handed it.
         """
 
-    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         """Read on from `after`, at most so many rows and (but for the first) so many bytes, up to `applied`.
 
         Raises `Unavailable` while the log cannot be read. Cancelling it harms nothing.

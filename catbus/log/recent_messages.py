@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..protocol.channels import matches
-from .interface import Entry, Page
+from .interface import Entry, LogPage
 
 OVERHEAD = 256
 """What an entry takes beside its texts, roughly, in bytes."""
@@ -17,7 +17,7 @@ _SLACK = 64
 """The list is moved up when one in so many of its entries has been dropped: seldom, and little at a time."""
 
 
-class Recent:
+class RecentMessages:
     """A contiguous stretch of entries, bounded by bytes: the newest stay. Found by arithmetic, never by searching."""
 
     def __init__(self, limit_bytes: int, applied: int = 0, *, overhead: int = OVERHEAD) -> None:
@@ -63,7 +63,7 @@ class Recent:
         self._start = start
         return dropped
 
-    def since(self, after: int, rows: int, size: int) -> Page | None:
+    def since(self, after: int, rows: int, size: int) -> LogPage | None:
         """The entries after `after`, at most `rows` and (but for the first) `size` bytes.
 
         None where some of them are not held any more.
@@ -73,13 +73,13 @@ class Recent:
         start = self._start + after + 1 - self.first
         entries = self._entries[start : start + rows]
         if not entries:
-            return Page(after, after, ())
+            return LogPage(after, after, ())
         for index, entry in enumerate(entries):
             size -= entry.size
             if size < 0 and index:
                 del entries[index:]
                 break
-        return Page(after, entries[-1].seq, entries)
+        return LogPage(after, entries[-1].seq, entries)
 
     def search(self, pattern: str, seq: int, floor: int, wanted: int) -> tuple[list[Entry], int]:
         """Look for matches at or below `seq` in up to `LOOKS` entries that are held and not below `floor`.

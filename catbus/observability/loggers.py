@@ -1,4 +1,4 @@
-"""How the package logs: through the standard library, so that a program which embeds it decides what becomes of it."""
+"""Loggers of the package, over the standard library: a program that embeds the broker configures the output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from math import inf
 import structlog
 from structlog.stdlib import BoundLogger
 
-REPEAT = 60.0
-"""Seconds for which a line that was logged is only counted when it comes again."""
-_REASONS = 64
-"""Reasons that are remembered; beyond that the oldest is forgotten."""
+REPEAT_INTERVAL = 60.0
+"""Seconds in which a repeated event is only counted."""
+_MAX_EVENTS = 64
+"""Different events that are remembered; beyond that the oldest is forgotten."""
 
 
 def get_logger(name: str) -> BoundLogger:
@@ -26,44 +26,45 @@ def get_logger(name: str) -> BoundLogger:
     return logger
 
 
-class LostLines:
-    """Log lines of this process that were not written, because nobody read the output or it could not be written."""
+class DroppedLogLines:
+    """Log lines that this process dropped: nothing read its output, or writing failed."""
 
     number = 0
 
 
-lost_lines = LostLines()
-"""Counted by what writes log lines, and read by the metrics."""
+dropped_log_lines = DroppedLogLines()
+"""Counted by the writer of log lines, and read by the metrics."""
 
 
-class Recurring:
-    """Log what may come again and again: a new reason at once, and the same one `burst` times in `REPEAT` seconds.
+class RateLimitedLog:
+    """Logs events that may repeat: a new event at once, and the same one `burst` times in `REPEAT_INTERVAL` seconds.
 
-    Later ones are counted, and the next line has the count as `repeated`. Of an exception the first line has the
-    traceback, and the later ones have the text. Digits do not tell reasons apart: they are ports, seqs, and times.
+    Later ones are counted, and the next line has the count as `repeated`. The first line of an exception has the
+    traceback, the later ones have its text. Events that differ in digits only are the same: digits are ports, seqs and
+    times.
     """
 
     def __init__(self, log: Callable[..., object], *, burst: int = 1) -> None:
         self._log = log
         self._burst = burst
-        self._reasons: dict[tuple[str, ...], tuple[float, int, int]] = {}
-        """When each may be logged again, and how often it was logged and counted until then."""
+        self._events: dict[tuple[str, ...], tuple[float, int, int]] = {}
+        """By event: the end of its interval, and how often it was logged and counted in it."""
 
-    def note(
+    def log(
         self, now: float, event: str, *, kind: object = "", exception: BaseException | None = None, **fields: object
     ) -> bool:
-        """Log an event, or count it; returns whether it was logged. `now` is in seconds, by any one clock."""
+        """Log an event, or count it; return whether it was logged. `now` is in seconds, by any one clock."""
         key = event, type(exception).__name__, re.sub(r"\d+", "0", f"{kind} {exception}")[:200]
-        known = self._reasons.pop(key, None)
+        known = self._events.pop(key, None)
         until, logged, counted = known or (-inf, 0, 0)
         if now < until and logged >= self._burst:
-            self._reasons[key] = until, logged, counted + 1
+            self._events[key] = until, logged, counted + 1
             return False
         if now >= until:
-            until, logged = now + REPEAT, 0
-        self._reasons[key] = until, logged + 1, 0
-        if len(self._reasons) > _REASONS:
-            del self._reasons[next(iter(self._reasons))]
+            until, logged = now + REPEAT_INTERVAL, 0
+        self._events[key] = until, logged + 1, 0
+        if len(self._events) > _MAX_EVENTS:
+            del self._events[next(iter(self._events))]
         if counted:
             fields["repeated"] = counted
         if exception is not None and known is None:

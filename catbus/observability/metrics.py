@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from ..auth.token_errors import Reason
+from ..auth.token_errors import RejectionReason
 from ..endpoints.listen import Endpoint, EndpointStatistics
 from ..endpoints.quic import QuicEndpoint, QuicStatistics
 from ..errors import ErrorCode
@@ -24,7 +24,7 @@ from ..postgres import PostgresLog
 from ..replica import Replica
 from ..version import version
 from .histogram import Histogram
-from .loggers import lost_lines
+from .loggers import dropped_log_lines
 
 STATES = "starting", "ready", "degraded", "draining"
 
@@ -213,7 +213,7 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
         expires = replica.certificates.credentials(datetime.now(UTC)).expires
         yield "catbus_certificate_expiry_timestamp_seconds", {}, expires.timestamp()
     yield "catbus_event_loop_delay_seconds", {}, runtime_statistics.loop_delay
-    yield "catbus_output_lines_dropped_total", {}, lost_lines.number
+    yield "catbus_output_lines_dropped_total", {}, dropped_log_lines.number
     for transport, number in hubs.clients.items():
         yield "catbus_sessions", {"transport": transport}, number
         yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]
@@ -221,7 +221,7 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
         yield "catbus_refusals_total", {"code": code.value}, runtime_statistics.refusals[code]
     for pause, number in runtime_statistics.pauses.items():
         yield "catbus_reading_pauses_total", {"reason": pause}, number
-    for reason in Reason:
+    for reason in RejectionReason:
         yield "catbus_tokens_refused_total", {"reason": reason.value}, runtime_statistics.refused_tokens[reason]
     yield "catbus_unauthenticated_bytes", {}, replica.unauthenticated.size
     yield "catbus_unauthenticated_evicted_total", {}, replica.unauthenticated.ended

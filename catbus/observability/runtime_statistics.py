@@ -7,7 +7,7 @@ from collections import Counter
 
 import trio
 
-from ..auth.token_errors import Reason
+from ..auth.token_errors import RejectionReason
 from ..delivery.fan_out import Delivery
 from ..errors import ErrorCode
 from ..log import Log
@@ -28,7 +28,7 @@ class RuntimeStatistics:
         """How often a client was refused something, by the code that it was told."""
         self.pauses = Counter(dict.fromkeys(PAUSES, 0))
         """How often nothing was read from a client for a while, by the reason."""
-        self.refused_tokens: Counter[Reason] = Counter()
+        self.refused_tokens: Counter[RejectionReason] = Counter()
         self.loop_delay = Histogram()
         """Seconds by which tasks are woken late."""
         self.delivery_latency = Histogram()

@@ -10,7 +10,7 @@ import trio
 
 from ..config import DatabaseSettings, RetentionSettings
 from ..errors import Unavailable
-from ..log import Append, Entry, Follower, Page, Recent, Rejected, Resumption
+from ..log import Append, Entry, Follower, LogPage, RecentMessages, Rejected, Resumption
 from ..log.interface import PENDING, PENDING_BYTES
 from ..observability.histogram import Histogram
 from .access.asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
@@ -123,7 +123,7 @@ class PostgresLog:
         self._server = ""
         self._bridge: Bridge | None = None
         self._services = ReconnectingTasks("schema", "listener", "writer", "reader")
-        self._tail = LogTail(Recent(recent))
+        self._tail = LogTail(RecentMessages(recent))
         self._courier = EphemeralRelay(self._connect, self._tail)
         self._listener = NotificationListener(
             self._connect_listener,
@@ -190,7 +190,7 @@ class PostgresLog:
     def broadcast(self, entry: Entry) -> None:
         self._courier.broadcast(entry)
 
-    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+    async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         while True:
             await trio.lowlevel.checkpoint()
             tail = self._tail

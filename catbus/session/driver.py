@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from ..auth.tokens import Grants, Identity, client_of
+from ..auth.grants import Grants, Identity, client_of
 from ..delivery.send_queue import OVERHEAD, SendQueue, TransportWriter
 from ..delivery.subscription import Subscription
 from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
@@ -186,7 +186,7 @@ class SessionDriver:
         self._finishing = True
         self._settled()
 
-    def regrant(self, identity: Identity | None) -> None:
+    def update_role(self, identity: Identity | None) -> None:
         """The role that the token stands for is this now, or is no more: what it may not any more ends at once."""
         session = self.session
         if session.closed or session.identity is None:
@@ -205,7 +205,7 @@ class SessionDriver:
     def leave(self) -> None:
         """The connection is gone."""
         self._replica.forget_client(self)
-        self._replica.permissions.release(self)
+        self._replica.permissions.remove(self)
         self._exit()
         for pattern, subscription in self._subscriptions.items():
             self._replica.delivery.unsubscribe(subscription, pattern)
@@ -348,7 +348,7 @@ class SessionDriver:
             return
         self._unauthenticated.leave()
         self._alarm.deadline = session.deadline
-        replica.permissions.hold(self, identity.role, changes)
+        replica.permissions.add(self, identity.role, changes)
         self._withdraw(withdrawn, before, identity.grants)
         self.send_away()
 

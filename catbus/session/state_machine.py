@@ -24,7 +24,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from ..auth.tokens import Grants, Identity
+from ..auth.grants import Grants, Identity
 from ..delivery.send_queue import HeadLine, SendQueue
 from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES

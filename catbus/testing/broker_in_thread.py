@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from ..broker import Broker, serve
 from ..config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from .blocking_connection import BlockingConnection
 from .hostile_client import attack
 from .protocol_client import Message, ProtocolClient

@@ -13,7 +13,8 @@ import msgspec
 import trio
 import trio.testing
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from ..broker import Broker, open_broker
 from ..client import Bus
 from ..client.broker_address import parse_address

@@ -21,7 +21,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import run_state_machine_as_test
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from ..client.broker_address import make_ssl_context
 from ..errors import Disconnected, ErrorCode, Refused, Unavailable
 from .blocking_connection import ThreadedConnection, dial
@@ -277,7 +278,7 @@ def write_script(urls: Sequence[str], finding: FuzzFinding, *, ca: str | None, r
     steps = "".join(f"        ({name!r}, {arguments!r}),\n" for name, arguments in finding.steps)
     return f"""import os
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 from catbus.testing.fuzz import find_target, replay
 
 token, secret = os.environ.get("CATBUS_TOKEN"), os.environ.get("CATBUS_SECRET")

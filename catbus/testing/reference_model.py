@@ -9,7 +9,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..auth.tokens import Grants
+from ..auth.grants import Grants
 
 
 def matches(pattern: str, channel: str) -> bool:

@@ -14,7 +14,8 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from ..auth.tokens import Grants, sign
+from ..auth.grants import Grants
+from ..auth.tokens import sign
 from ..protocol import wire_messages as wire
 
 MAX_INTEGER = 2**63 - 1

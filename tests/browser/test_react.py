@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from tests.brokers import SECRET, running
 from tests.browser.driver import Browser
 from tests.programs import CLIENT, find_module

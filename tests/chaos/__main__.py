@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import trio
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 from catbus.config import DatabaseSettings
 from catbus.postgres.access.migrations import schema_files
 from catbus.postgres.roles.role_store import open_roles

@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
+from catbus.auth.grants import Identity
 from catbus.auth.live_permissions import LivePermissions
-from catbus.auth.tokens import Identity
 from catbus.cli.main_command import main
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription
-from catbus.log import Append, Committed, Page
+from catbus.log import Append, Committed, LogPage
 from catbus.postgres.append.append_batch import AppendBatch
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_reader import LogReader
@@ -59,7 +59,7 @@ def read_to_the_head(planter: MistakePlanter) -> None:
     """Let a lagging subscription read up to the head of the database, beyond what the replica has applied."""
     read, page = PostgresLog.read, LogReader.page
 
-    async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+    async def read_on(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         if after >= self.floor - 1:
             found = await page(self._reader, after, 1 << 62, rows, size)
             if found.entries:
@@ -81,12 +81,12 @@ def announce_no_gap(planter: MistakePlanter) -> None:
 def ignore_revocations(planter: MistakePlanter) -> None:
     """Do not apply a changed role to connected sessions."""
 
-    async def tell(
+    async def update(
         self: LivePermissions, keys: Collection[bytes], identities: Mapping[bytes, Identity], asked: int
     ) -> None:
         pass
 
-    planter.replace(LivePermissions, "_tell", tell)
+    planter.replace(LivePermissions, "_update", update)
 
 
 MISTAKES: dict[str, tuple[Callable[[MistakePlanter], None], str]] = {

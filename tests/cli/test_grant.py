@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from catbus.auth.tokens import Authenticator, Grants
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import Authenticator
 from catbus.cli.development_credentials import (
     SECRET_FILE,
     development_token,

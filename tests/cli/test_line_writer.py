@@ -19,7 +19,7 @@ import pytest
 from catbus.cli import line_writer
 from catbus.cli.line_writer import LineWriter
 from catbus.cli.log_configuration import LINES_DROPPED, configure_logging
-from catbus.observability.loggers import get_logger, lost_lines
+from catbus.observability.loggers import dropped_log_lines, get_logger
 from tests.cli.conftest import Command, Start, next_event
 
 PATIENCE = 60
@@ -189,7 +189,7 @@ def test_writer_waits_for_a_nonblocking_output(pipe: Pipe) -> None:
 def test_unwritable_lines_are_counted_and_the_next_starts_on_a_new_line(
     monkeypatch: pytest.MonkeyPatch, pipe: Pipe
 ) -> None:
-    writer, before, real = LineWriter(pipe.writer), lost_lines.number, os.write
+    writer, before, real = LineWriter(pipe.writer), dropped_log_lines.number, os.write
     failing = iter([5, 0])
 
     def write(descriptor: int, data: memoryview) -> int:
@@ -211,10 +211,10 @@ def test_unwritable_lines_are_counted_and_the_next_starts_on_a_new_line(
         b"whole\n",
         b"catbus: 1 lines were dropped, because the output was not read\n",
     ]
-    assert lost_lines.number == before + 1
+    assert dropped_log_lines.number == before + 1
     writer.close()
     writer.put(b"too late\n")
-    assert lost_lines.number == before + 2
+    assert dropped_log_lines.number == before + 2
 
 
 def test_flush_waits_only_once_for_a_blocked_reader(monkeypatch: pytest.MonkeyPatch, pipe: Pipe) -> None:

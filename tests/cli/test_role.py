@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from catbus.auth.tokens import Grants, make_role_token, role_handle, role_key
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.cli.commands.revoke import still_allowed
 from catbus.postgres.embedded import server as embedded_server
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from catbus.auth.tokens import Grants, make_role_token, role_handle, role_key, sign
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import make_role_token, role_handle, role_key
+from catbus.auth.tokens import sign
 from catbus.cli.commands.token import describe_time_difference
 from tests.test_auth import EC_KEY, jwks, pem, signed_jwt
 
@@ -164,4 +166,4 @@ def test_key_sets_are_read_as_by_the_broker(catbus: Command, tmp_path: Path) -> 
     (tmp_path / "catbus.toml").write_text('[auth]\njwt = ["keys.json"]\n')
     token = signed_jwt({"alg": "ES256", "kid": "other"}, CLAIMS, SECRET)
     _, output, _ = catbus("token", "show", "--config", str(tmp_path / "catbus.toml"), token)
-    assert "(key): none of 1 configured keys for ES256 is one with the kid 'other'" in parts(output)["verdict"]
+    assert "(key): none of 1 configured keys for ES256 matches with the kid 'other'" in parts(output)["verdict"]

@@ -10,7 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Ended, Reconnected, Refused, State, open_bus
 from catbus.errors import ErrorCode
 from tests.client.fake import AUTH_OK, Honest, Peer, Pipe

@@ -13,7 +13,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.client import (
     Backoff,
     Bus,

@@ -8,11 +8,11 @@ from typing import Any
 
 import trio
 
-from catbus.auth.tokens import Grants, Identity
+from catbus.auth.grants import Grants, Identity
 from catbus.config import Config
 from catbus.delivery.send_queue import SendQueue, TransportWriter
 from catbus.errors import CloseCode, ErrorCode, PeerError
-from catbus.limits.connections_per_address import AddressLimit
+from catbus.limits.connections_per_address import ConnectionsPerAddress
 from catbus.limits.cpu_fairness import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers
 from catbus.log import Committed, Outcome
@@ -67,7 +67,7 @@ class FakeReplica:
         self.log = SimpleNamespace(trouble="database")
         self.certificates = None
         self.webtransport_port = None
-        self.addresses = AddressLimit(self.config.limits.address_connections)
+        self.addresses = ConnectionsPerAddress(self.config.limits.address_connections)
         self.unauthenticated = UnauthenticatedPeers()
         self.cpu_scheduler = CpuScheduler()
         self.refusals: list[ErrorCode] = []

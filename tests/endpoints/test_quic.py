@@ -18,7 +18,8 @@ import trio.testing
 from trio.testing import MockClock
 
 import catbus.endpoints.router as router_module
-from catbus.auth.tokens import Grants, Identity, client_of, sign
+from catbus.auth.grants import Grants, Identity, client_of
+from catbus.auth.tokens import sign
 from catbus.broker import OWNER
 from catbus.config import LimitSettings as BrokerLimits
 from catbus.endpoints.datagrams import Port

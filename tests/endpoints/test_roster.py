@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from catbus.endpoints.connection_registry import ConnectionRegistry
-from catbus.observability.loggers import REPEAT
+from catbus.observability.loggers import REPEAT_INTERVAL
 
 
 async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logged_once(
@@ -31,6 +31,6 @@ async def test_what_peers_do_again_and_again_is_logged_once_in_a_minute(
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
             registry.remark("a client does not read", seconds=60.0)
-        await trio.sleep(REPEAT + 1)
+        await trio.sleep(REPEAT_INTERVAL + 1)
         registry.remark("a client does not read", seconds=60.0)
     assert [getattr(record, "repeated", 0) for record in caplog.records] == [0, 999]

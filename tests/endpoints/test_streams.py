@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import catbus.endpoints.webtransport as webtransport_module
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.broker import OWNER
 from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish

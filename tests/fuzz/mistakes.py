@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 from catbus.delivery import send_queue, subscription, topic_tree
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.subscription import Subscription

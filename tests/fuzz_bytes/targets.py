@@ -16,7 +16,8 @@ import h11
 import msgspec
 from aioquic.buffer import UINT_VAR_MAX
 
-from catbus.auth.tokens import Authenticator, Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import Authenticator, sign
 from catbus.endpoints.coalesce import Coalescer
 from catbus.endpoints.head import read_head
 from catbus.endpoints.routes import Answer

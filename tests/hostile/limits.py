@@ -9,7 +9,8 @@ import os
 import random
 import time
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 
 from .attacks import SECRET, Target, attack
 from .broker import ADDRESS_CONNECTIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 
 from .attacks import SECRET, Target, attack, pace
 from .peers import WebSocketPeer, frame, jwt_of, keep, pour, pump, request

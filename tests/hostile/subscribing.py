@@ -11,7 +11,7 @@ import time
 
 import asyncpg  # type: ignore[import-untyped]
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 
 from .attacks import FEW_BYTES, Ended, Target, attack, pace
 from .peers import Peer, WebSocketPeer, frame, keep, pour, request

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 
 from .attacks import SECRET, Target, attack
 from .peers import PATIENCE, POST, Peer, base64url, jwt_of

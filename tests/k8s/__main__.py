@@ -18,7 +18,8 @@ from pathlib import Path
 import trio
 
 from bench.restart_load import Load, plot
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from tests.k8s.cluster import Cluster, open_cluster
 from tests.k8s.image import installed
 from tests.postgres.clusters import open_served_cluster

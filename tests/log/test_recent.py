@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.log import Entry, Recent
+from catbus.log import Entry, RecentMessages
 from catbus.log.recent_messages import OVERHEAD
 
 
@@ -27,7 +27,7 @@ def weight(entries: list[Entry]) -> int:
 def test_it_holds_the_newest_that_fit_and_gives_them_by_their_number(
     limit: int, begin: int, batches: list[list[int]], data: st.DataObject
 ) -> None:
-    recent, everything, dropped = Recent(limit, begin), list[Entry](), 0
+    recent, everything, dropped = RecentMessages(limit, begin), list[Entry](), 0
     for sizes in batches:
         batch = [entry(begin + len(everything) + 1 + i, size) for i, size in enumerate(sizes)]
         everything.extend(batch)
@@ -60,7 +60,7 @@ def test_it_holds_the_newest_that_fit_and_gives_them_by_their_number(
 
 
 def test_it_drops_no_more_than_it_must() -> None:
-    recent = Recent(3 * (OVERHEAD + 10))
+    recent = RecentMessages(3 * (OVERHEAD + 10))
     assert recent.append([entry(1), entry(2), entry(3)]) == 0
     assert recent.append([entry(4)]) == 1
     assert recent.append([entry(5), entry(6)]) == 2
@@ -68,7 +68,7 @@ def test_it_drops_no_more_than_it_must() -> None:
 
 
 def test_dropped_entries_are_given_back() -> None:
-    recent = Recent(100 * (OVERHEAD + 10))
+    recent = RecentMessages(100 * (OVERHEAD + 10))
     for seq in range(1, 10_001):
         recent.append([entry(seq)])
     assert len(recent) == 100
@@ -76,7 +76,7 @@ def test_dropped_entries_are_given_back() -> None:
 
 
 def test_what_is_not_held_is_not_there() -> None:
-    recent = Recent(1000, 5)
+    recent = RecentMessages(1000, 5)
     recent.append([entry(6)])
     for seq in (5, 7):
         with pytest.raises(IndexError):
@@ -84,7 +84,7 @@ def test_what_is_not_held_is_not_there() -> None:
 
 
 def test_after_a_clear_it_goes_on_from_there() -> None:
-    recent = Recent(1000)
+    recent = RecentMessages(1000)
     recent.append([entry(1)])
     recent.clear(40)
     assert (recent.first, recent.last, len(recent), recent.size) == (41, 40, 0, 0)

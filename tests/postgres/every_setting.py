@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 import asyncpg  # type: ignore[import-untyped]
 import trio
 
-from catbus.auth.tokens import Grants, role_key
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import role_key
 from catbus.config import DatabaseSettings, RetentionSettings
 from catbus.log import Committed, Entry, Rejected, Resumption
 from catbus.postgres import PostgresLog

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import trio
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("replica.toml")

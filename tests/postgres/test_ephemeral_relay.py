@@ -15,7 +15,7 @@ from trio.testing import MockClock
 import catbus
 from catbus import Broker, Config
 from catbus.config import DatabaseSettings
-from catbus.log import EPHEMERAL_SIZE, Entry, Recent
+from catbus.log import EPHEMERAL_SIZE, Entry, RecentMessages
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.ephemeral import ephemeral_relay
@@ -361,7 +361,7 @@ class Sent(DatabaseConnection):
 async def test_the_first_goes_at_once_and_what_follows_goes_together(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    tail = LogTail(Recent(0))
+    tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
     tail.epoch = "epoch"
     courier = EphemeralRelay(connection.connect, tail)
@@ -396,7 +396,7 @@ LARGE = message("x" * 1000)
 async def test_so_much_gathers_and_no_more(
     entry: Entry, room: int, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    tail = LogTail(Recent(0))
+    tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
     courier = EphemeralRelay(connection.connect, tail)
     for _ in range(room + 5):
@@ -413,7 +413,7 @@ async def test_so_much_gathers_and_no_more(
 
 
 async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    tail = LogTail(Recent(0))
+    tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
     courier = EphemeralRelay(connection.connect, tail)
     nursery.start_soon(courier.run, lambda: None)

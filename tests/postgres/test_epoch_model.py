@@ -20,7 +20,7 @@ from trio.testing import MockClock
 
 from catbus.config import DatabaseSettings
 from catbus.delivery.fan_out import Delivery
-from catbus.log import Entry, Page
+from catbus.log import Entry, LogPage
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.follow.fingerprints import fingerprint
@@ -141,11 +141,11 @@ class Replica:
         if missing is not None:
             self.tail.fill(self.page(missing[0], 3), self.tail.generation)
 
-    def page(self, after: int, rows: int) -> Page:
+    def page(self, after: int, rows: int) -> LogPage:
         world = self.model.world
         start = max(after, world.floor - 1)
         entries = world.entries[start : min(start + rows, self.tail.announced)]
-        return Page(start, entries[-1].seq if entries else start, entries)
+        return LogPage(start, entries[-1].seq if entries else start, entries)
 
     def sweep(self) -> bool:
         """Serve the late; whether there were any."""

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 from structlog.testing import CapturingLogger
 
-from catbus.observability.loggers import REPEAT
+from catbus.observability.loggers import REPEAT_INTERVAL
 from catbus.postgres.listen import forged_notifications
 from catbus.postgres.listen.forged_notifications import DEAF, LONGEST_DEAF, MANY, SLOW, ForgedNotifications
 
@@ -28,13 +28,13 @@ def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingL
     intruders = ForgedNotifications()
     intruders.look(0.0, 0.0)
     assert said.calls == []
-    for second in range(int(REPEAT * 2) + 1):
+    for second in range(int(REPEAT_INTERVAL * 2) + 1):
         flood(intruders, 7)
         intruders.look(float(second), 0.0)
-    assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT, 7 * REPEAT]
+    assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT_INTERVAL, 7 * REPEAT_INTERVAL]
     intruders.look(inf, 0.0)
     assert len(said.calls) == 3, "nothing has come since"
-    assert intruders.rejected == 7 * (REPEAT * 2 + 1)
+    assert intruders.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
 
 
 def test_many_of_them_are_a_reason_to_poll_once() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from catbus.log import Page
+from catbus.log import LogPage
 from catbus.postgres.follow.log_reader import DOUBTS, LogReader
 
 
@@ -40,7 +40,7 @@ async def test_what_is_committed_between_two_looks_is_found_with_a_third() -> No
 
 
 async def test_a_false_announcement_is_an_empty_page() -> None:
-    assert await reading([], [(0, 1)]).page(0, 2, 1000, 1 << 20) == Page(0, 0, ())
+    assert await reading([], [(0, 1)]).page(0, 2, 1000, 1 << 20) == LogPage(0, 0, ())
 
 
 async def test_what_retention_has_taken_is_passed_over() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.log import Entry, Page, Recent
+from catbus.log import Entry, LogPage, RecentMessages
 from catbus.postgres.follow.log_tail import LogTail
 from tests.log.harness import Recorder
 
@@ -15,7 +15,7 @@ def stretch(first: int, last: int) -> list[Entry]:
 
 
 def open_tail(applied: int = 0) -> tuple[LogTail, Recorder]:
-    tail, follower = LogTail(Recent(1 << 20)), Recorder()
+    tail, follower = LogTail(RecentMessages(1 << 20)), Recorder()
     tail.follow(follower)
     tail.restart("e", applied, 1)
     tail.trust()
@@ -48,7 +48,7 @@ def test_whatever_comes_in_whatever_order_each_entry_is_handed_on_once_in_order(
         assert gap is not None
         after, last = gap
         page = stretch(after + 1, min(last, after + rows))
-        tail.fill(Page(after, page[-1].seq, page), tail.generation)
+        tail.fill(LogPage(after, page[-1].seq, page), tail.generation)
 
     for step, (first, last) in steps:
         match step:
@@ -82,7 +82,7 @@ def test_only_what_is_missing_before_a_batch_of_our_own_is_read() -> None:
     tail.offer(stretch(11, 20))
     assert tail.missing() == (0, 10)
     tail.offer(stretch(26, 30))
-    tail.fill(Page(0, 10, stretch(1, 10)), tail.generation)
+    tail.fill(LogPage(0, 10, stretch(1, 10)), tail.generation)
     assert follower.applied == 20
     assert tail.missing() == (20, 25)
     assert tail.jumps == 1
@@ -93,7 +93,7 @@ def test_a_page_of_another_generation_is_not_taken() -> None:
     tail.announce(10)
     generation = tail.generation
     tail.restart("other", 5, 1)
-    tail.fill(Page(0, 10, stretch(1, 10)), generation)
+    tail.fill(LogPage(0, 10, stretch(1, 10)), generation)
     assert follower.entries == []
     assert (tail.applied, tail.announced, tail.missing()) == (5, 5, None)
 
@@ -102,14 +102,14 @@ def test_a_false_announcement_is_forgotten() -> None:
     tail, _ = open_tail(3)
     tail.announce(99)
     assert tail.missing() == (3, 99)
-    tail.fill(Page(3, 3, ()), tail.generation)
+    tail.fill(LogPage(3, 3, ()), tail.generation)
     assert tail.missing() is None
 
 
 def test_when_retention_has_passed_it_who_follows_is_told_where_it_goes_on() -> None:
     tail, follower = open_tail()
     tail.announce(20)
-    tail.fill(Page(15, 18, stretch(16, 18)), tail.generation)
+    tail.fill(LogPage(15, 18, stretch(16, 18)), tail.generation)
     assert follower.restarts == [0, 15]
     assert follower.applied == 18
     assert tail.missing() == (18, 20)
@@ -121,6 +121,6 @@ def test_what_waits_for_what_is_missing_does_not_outlast_the_trust_in_the_log() 
     tail.distrust()
     tail.trust()
     assert tail.missing() == (0, 3)
-    tail.fill(Page(0, 1, stretch(1, 1)), tail.generation)
+    tail.fill(LogPage(0, 1, stretch(1, 1)), tail.generation)
     assert follower.texts == ["1"]
     assert tail.missing() == (1, 3)

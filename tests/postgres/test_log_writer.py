@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from catbus.log import Append, Recent
+from catbus.log import Append, RecentMessages
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_tail import LogTail
@@ -17,7 +17,7 @@ async def never() -> DatabaseConnection:
 
 
 async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() -> None:
-    tail = LogTail(Recent(0))
+    tail = LogTail(RecentMessages(0))
     tail.follow(Recorder())
     tail.restart("e", 3, 1)
     writer = LogWriter(never, tail, lambda: None)
@@ -31,7 +31,7 @@ async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() 
 
 
 async def test_what_comes_before_the_log_is_open_is_as_new_as_the_log_then() -> None:
-    tail = LogTail(Recent(0))
+    tail = LogTail(RecentMessages(0))
     tail.follow(Recorder())
     writer = LogWriter(never, tail, lambda: None)
     writer.submit(Append("a", b"1", lambda _, __: None))

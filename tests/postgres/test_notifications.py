@@ -18,7 +18,8 @@ import pytest
 import trio
 
 import catbus
-from catbus.auth.tokens import Grants, role_key
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import role_key
 from catbus.config import DatabaseSettings
 from catbus.log import Entry
 from catbus.postgres import PostgresLog

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.endpoints.capacity import SPARE_FILES
 from tests.postgres.server import execute, to_database
 

@@ -12,7 +12,7 @@ from structlog.testing import CapturingLogger
 
 from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
-from catbus.log import Committed, Page
+from catbus.log import Committed, LogPage
 from catbus.log.interface import UNDECIDED
 from catbus.postgres import PostgresLog
 from catbus.postgres.follow import deleted_ranges
@@ -57,7 +57,7 @@ async def run_repair(url: str, *, apply: bool = True) -> Sequence[tuple[int, int
     return found
 
 
-async def read_on(log: PostgresLog, after: int) -> Page:
+async def read_on(log: PostgresLog, after: int) -> LogPage:
     """What a reader gets as soon as it gets anything."""
     with trio.fail_after(PATIENCE):
         while True:
@@ -93,7 +93,7 @@ async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_m
 async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = CapturingLogger()
     monkeypatch.setattr(deleted_ranges, "logger", lines)
-    monkeypatch.setattr(deleted_ranges, "REPEAT", 0.5)
+    monkeypatch.setattr(deleted_ranges, "REPEAT_INTERVAL", 0.5)
     async with filled(database_url) as (log, _, _):
         await delete(database_url, "seq = 3")
         with trio.fail_after(PATIENCE):

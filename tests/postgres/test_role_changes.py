@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth.tokens import Grants
+from catbus.auth.grants import Grants
 from catbus.config import DatabaseSettings
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection

@@ -11,7 +11,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.auth.tokens import Grants, Identity, make_role_token, role_key
+from catbus.auth.grants import Grants, Identity
+from catbus.auth.role_tokens import make_role_token, role_key
 from catbus.config import DatabaseSettings
 from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge

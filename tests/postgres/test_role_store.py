@@ -11,7 +11,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from catbus.auth.tokens import Grants, make_role_token, role_key
+from catbus.auth.grants import Grants
+from catbus.auth.role_tokens import make_role_token, role_key
 from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError, PeerError, Unavailable
 from catbus.postgres.access import migrations

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from catbus.auth.tokens import Grants, sign
+from catbus.auth.grants import Grants
+from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Transport
 from catbus.client.transport_interface import Driven
 from catbus.protocol.json_splitter import JsonSplitter

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 from catbus.delivery.fan_out import Delivery
-from catbus.log import Append, Committed, Entry, Page, Rejected
+from catbus.log import Append, Committed, Entry, LogPage, Rejected
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.access.reconnecting_tasks import ReportProgress
@@ -72,7 +72,7 @@ def append_on_any_server(planter: MistakePlanter) -> None:
 
 
 def catch_up_to_the_head_of_the_database(planter: MistakePlanter) -> None:
-    async def read(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> Page:
+    async def read(self: PostgresLog, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         return await self._reader.page(max(after, self.floor - 1), after + rows, rows, size)
 
     planter.replace(PostgresLog, "read", read)

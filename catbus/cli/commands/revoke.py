@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ...auth.tokens import Grants
+from ...auth.grants import Grants
 from ...protocol.channels import covers
 from ..database_access import database_options, load_database, show_role, with_roles
 from ..shared_options import grants_of, patterns_argument, permissions_option

@@ -14,15 +14,19 @@ from typing import Any
 import click
 import msgspec
 
-from ...auth.token_errors import Reason, TokenRefused, moment
-from ...auth.tokens import MAX_TOKEN, Authenticator, Grants, role_handle, role_key
+from ...auth.grants import Grants
+from ...auth.role_tokens import role_handle, role_key
+from ...auth.token_errors import RejectionReason, TokenRejected, format_time
+from ...auth.tokens import MAX_TOKEN, Authenticator
 from ...config import Config, load
 from ...errors import ConfigError
 from ...protocol.wire_messages import UNDECODABLE, to_json
 from ..development_credentials import read_secret
 from ..shared_options import config_option, state_option
 
-SIGNATURE_REASONS = frozenset({Reason.MALFORMED, Reason.ALGORITHM, Reason.KEY, Reason.SIGNATURE})
+SIGNATURE_REASONS = frozenset(
+    {RejectionReason.MALFORMED, RejectionReason.ALGORITHM, RejectionReason.KEY, RejectionReason.SIGNATURE}
+)
 """Reasons for which no configured secret or key verifies the signature."""
 
 TIME_CLAIMS = ("iat", "nbf", "exp")
@@ -94,7 +98,7 @@ def examine_token(token: str, config: Config, secret: str | None, now: float) ->
             secrets, admin_key=config.auth.admin_key, jwt_keys=keys, leeway=config.auth.leeway
         )
         identity = authenticator.verify(token, now)
-    except TokenRefused as error:
+    except TokenRejected as error:
         if error.reason in SIGNATURE_REASONS and not secrets and not keys and claims is not None:
             detail = "no secret and no key is configured: set CATBUS_SECRET, or give --config"
             return {**found, "signature": "unchecked", "accepted": None, "detail": detail}
@@ -118,7 +122,7 @@ def describe_token(found: Mapping[str, Any], now: float) -> list[str]:
         lines.append(
             (
                 name,
-                f"{moment(value)}, {describe_time_difference(value - now)}"
+                f"{format_time(value)}, {describe_time_difference(value - now)}"
                 if name in TIME_CLAIMS and number
                 else _format_claim(value),
             )

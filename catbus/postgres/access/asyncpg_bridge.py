@@ -21,7 +21,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]
 
 from ...errors import ConfigError
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 from .connection_url import ConnectionTarget, find_targets
 from .session_settings import POOLER_ERROR_CODES, STARTUP_SETTINGS, begin_script, complete_script
 
@@ -96,7 +96,7 @@ class Bridge:
     def __init__(self, loop: Any) -> None:
         self.is_open = True
         self.stray_errors = 0
-        self._strays = Recurring(logger.error)
+        self._strays = RateLimitedLog(logger.error)
         self._loop = loop
         self._connections: set[DatabaseConnection] = set()
         self._pooled: set[str] = set()
@@ -117,7 +117,7 @@ class Bridge:
         self.stray_errors += 1
         text, error = context.get("message"), context.get("exception")
         # asyncio says some of it while objects are collected, when Trio need not be running.
-        self._strays.note(monotonic(), "error in a callback", kind=text, reason=text, exception=error)
+        self._strays.log(monotonic(), "error in a callback", kind=text, reason=text, exception=error)
 
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> DatabaseConnection:
         """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.

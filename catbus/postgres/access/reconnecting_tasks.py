@@ -10,7 +10,7 @@ from functools import partial
 import trio
 
 from ...errors import ConfigError
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 from .asyncpg_bridge import OUTAGE, leaf_exceptions
 
 logger = get_logger("catbus.postgres")
@@ -41,8 +41,8 @@ class ReconnectingTasks:
         self._names = names
         self._down = set(names)
         self._said: bool | None = None
-        self._mistakes = Recurring(logger.error)
-        self._outages = Recurring(logger.warning, burst=OUTAGES)
+        self._mistakes = RateLimitedLog(logger.error)
+        self._outages = RateLimitedLog(logger.warning, burst=OUTAGES)
 
     @property
     def available(self) -> bool:
@@ -82,7 +82,7 @@ class ReconnectingTasks:
                     self.failures += 1
                     now = trio.current_time()
                     failures.append(now)
-                    self._mistakes.note(now, "a service failed", kind=name, exception=unexpected[0], service=name)
+                    self._mistakes.log(now, "a service failed", kind=name, exception=unexpected[0], service=name)
                     if len(failures) == FATAL_FAILURES and now - failures[0] <= FATAL_PERIOD:
                         raise
                     self._down.add(name)
@@ -103,7 +103,7 @@ class ReconnectingTasks:
 
     def _note_outage(self, name: str, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}"
-        say = partial(self._outages.note, trio.current_time(), kind=f"{name} {text}", service=name, error=text)
+        say = partial(self._outages.log, trio.current_time(), kind=f"{name} {text}", service=name, error=text)
         if name not in self._names:
             if name not in self._down:
                 say("service unavailable, trying again")

@@ -27,7 +27,7 @@ from ...log.interface import (
     not_taken,
 )
 from ...observability.histogram import Histogram
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 from ..access.asyncpg_bridge import DatabaseConnection, Row, sqlstate
 from ..access.reconnecting_tasks import ReportProgress
 from ..follow.log_tail import LogTail
@@ -99,7 +99,7 @@ class LogWriter:
         self._tried = trio.Event()
         self._refusal: Exception | None = None
         self._closed = False
-        self._refusals = Recurring(logger.error)
+        self._refusals = RateLimitedLog(logger.error)
         self._failed = False
         """Whether the last try to write has ended with an error."""
         self._epoch = ""
@@ -250,7 +250,7 @@ class LogWriter:
         try:
             batch.call(self._encrypt)
         except UnicodeDecodeError:
-            self._refusals.note(trio.current_time(), "a message that is not UTF-8 has come this far")
+            self._refusals.log(trio.current_time(), "a message that is not UTF-8 has come this far")
             sound = batch.part(_is_sound)
             for append in appends:
                 if not _is_sound(append):
@@ -379,7 +379,7 @@ class LogWriter:
         else:
             text, channel = str(error), batch.appends[0].channel
             now = trio.current_time()
-            self._refusals.note(now, "the database refused a message", kind=text, channel=channel, error=text)
+            self._refusals.log(now, "the database refused a message", kind=text, channel=channel, error=text)
             batch.settle_all(REFUSED)
 
     # Epochs

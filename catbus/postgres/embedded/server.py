@@ -34,7 +34,7 @@ from urllib.parse import quote
 import trio
 
 from ...errors import ConfigError
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 from .installations import Installation, find_installation
 
 logger = get_logger("catbus.postgres")
@@ -142,7 +142,7 @@ async def run(
     # In a thread, to its end: there is no stopping between two files.
     with await trio.to_thread.run_sync(prepare, directory, settings) as server:
         started = False
-        deaths = Recurring(logger.error)
+        deaths = RateLimitedLog(logger.error)
         while True:
             with server.log_file.open("ab") as log:
                 process = await trio.lowlevel.open_process(
@@ -161,7 +161,7 @@ async def run(
             if not started:
                 raise server.failure()
             file = str(server.log_file)
-            deaths.note(trio.current_time(), "the embedded database died, starting it again", status=status, log=file)
+            deaths.log(trio.current_time(), "the embedded database died, starting it again", status=status, log=file)
             await trio.sleep(1)
 
 

@@ -8,7 +8,7 @@ from math import inf
 
 import trio
 
-from ...observability.loggers import REPEAT, get_logger
+from ...observability.loggers import REPEAT_INTERVAL, get_logger
 from ..access.asyncpg_bridge import DatabaseConnection
 
 logger = get_logger("catbus.postgres")
@@ -62,7 +62,7 @@ class DeletedRanges:
     def _tell(self, previous: DeletedRangeReport) -> None:
         report, now = self.report, trio.current_time()
         if report.holes and (report != previous or now >= self._due):
-            self._due = now + REPEAT
+            self._due = now + REPEAT_INTERVAL
             logger.error(
                 "messages are missing in the log: subscriptions stop before them until `catbus repair` is run",
                 missing=report.missing,

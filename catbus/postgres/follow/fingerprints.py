@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 
-from ...log import Entry, Recent
+from ...log import Entry, RecentMessages
 
 KEPT = 1024
 """How many are kept beside the entries that are in memory anyway."""
@@ -17,7 +17,7 @@ class Fingerprints:
     Two logs that have the same entry under a seq have the same ones under all lower seqs.
     """
 
-    def __init__(self, recent: Recent) -> None:
+    def __init__(self, recent: RecentMessages) -> None:
         self._recent = recent
         self._marks: list[tuple[int, bytes | None]] = [(0, None)]
 

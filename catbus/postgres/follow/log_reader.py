@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ...errors import Unavailable
-from ...log import Entry, Page
+from ...log import Entry, LogPage
 from ...protocol.channels import matches, prefix_range
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row
 from ..access.query_connection import QueryConnection
@@ -66,7 +66,7 @@ class LogReader:
         """Make sure that there is a connection. Raises one of `OUTAGE`."""
         await self._inquiry.connect()
 
-    async def page(self, after: int, last: int, rows: int, size: int) -> Page:
+    async def page(self, after: int, last: int, rows: int, size: int) -> LogPage:
         """What there is with `after < seq <= last`, from the beginning, at most so many rows and bytes.
 
         The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`, and that
@@ -81,13 +81,13 @@ class LogReader:
             if entries and entries[0].seq == start + 1:
                 if entries[-1].seq != start + len(entries):
                     del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
-                return Page(start, entries[-1].seq, entries, lost)
+                return LogPage(start, entries[-1].seq, entries, lost)
             # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
             ((head, floor),) = await self._inquiry.fetch(_POSITION, timeout=PATIENCE)
             if head <= after:
-                return Page(after, after, ())
+                return LogPage(after, after, ())
             if floor > last:
-                return Page(last, last, ())
+                return LogPage(last, last, ())
             if floor > start + 1:
                 start, lost = floor - 1, "retention"
                 continue
@@ -101,7 +101,7 @@ class LogReader:
                 raise DeletedRangeError(first, end)
             start, lost = end, "repair"
             if start >= last:
-                return Page(last, last, (), lost)
+                return LogPage(last, last, (), lost)
         raise OSError(f"the table has entries after {start} at one moment and lacks them at the next")
 
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:

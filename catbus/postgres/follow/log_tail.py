@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import trio
 
-from ...log import Entry, Follower, Page, Recent
+from ...log import Entry, Follower, LogPage, RecentMessages
 from ..notifications.encryption import random_keys
 from .fingerprints import Fingerprints
 
@@ -23,7 +23,7 @@ class LogTail:
     applied would be what the log is recognised by.
     """
 
-    def __init__(self, recent: Recent) -> None:
+    def __init__(self, recent: RecentMessages) -> None:
         self.recent = recent
         self.marks = Fingerprints(recent)
         """By what the log is recognised."""
@@ -130,7 +130,7 @@ class LogTail:
                 self._apply(kept)
         self._ask()
 
-    def fill(self, page: Page, generation: int) -> None:
+    def fill(self, page: LogPage, generation: int) -> None:
         """Take what was read from the table for `missing`, in that generation."""
         if generation != self.generation:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 
 logger = get_logger("catbus.postgres")
 
@@ -30,7 +30,7 @@ class ForgedNotifications:
         self._counted = 0
         self._told = 0
         """How many the log has told of."""
-        self._warnings = Recurring(logger.warning)
+        self._warnings = RateLimitedLog(logger.warning)
         self._deaf = DEAF
         self._quiet = -inf
         """Until when nobody listens."""
@@ -48,7 +48,7 @@ class ForgedNotifications:
             self._deaf = min(self._deaf * 2, LONGEST_DEAF) if now < self._quiet + self._deaf else DEAF
             self._quiet = now + self._deaf
             self.floods += 1
-        if self.rejected > self._told and self._warnings.note(
+        if self.rejected > self._told and self._warnings.log(
             now,
             "somebody sends notifications that are not ours: see who may connect to the database",
             count=self.rejected - self._told,

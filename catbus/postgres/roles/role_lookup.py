@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ...auth.tokens import Identity
+from ...auth.grants import Identity
 from ...errors import Unavailable
-from ...observability.loggers import Recurring, get_logger
+from ...observability.loggers import RateLimitedLog, get_logger
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection
 from ..access.query_connection import QueryConnection
 from .role_changes import RoleChanges
@@ -45,8 +45,8 @@ class RoleLookup:
         self._questions: dict[bytes, _Question] = {}
         self._asked = trio.Event()
         self._works = True
-        self._failures = Recurring(logger.warning, burst=5)
-        self._mistakes = Recurring(logger.error)
+        self._failures = RateLimitedLog(logger.warning, burst=5)
+        self._mistakes = RateLimitedLog(logger.error)
 
     async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
         """Whom the tokens with these keys belong to; a key that no role has is left out.
@@ -91,9 +91,9 @@ class RoleLookup:
         except OUTAGE as error:
             text = f"{type(error).__name__}: {error}"
             if self._works:
-                self._failures.note(trio.current_time(), "roles cannot be looked up", kind=text, error=text)
+                self._failures.log(trio.current_time(), "roles cannot be looked up", kind=text, error=text)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._mistakes.note(trio.current_time(), "looking roles up failed", exception=error)
+            self._mistakes.log(trio.current_time(), "looking roles up failed", exception=error)
         finally:
             self._works = not failed
             for key, question in questions.items():

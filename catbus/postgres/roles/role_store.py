@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from ...auth.tokens import Grants, make_role_token, role_digits, role_handle, role_key
+from ...auth.grants import Grants
+from ...auth.role_tokens import make_role_token, role_digits, role_handle, role_key
 from ...config import DatabaseSettings
 from ...errors import CatbusError, ConfigError, Unavailable
 from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row, open_bridge, sqlstate
