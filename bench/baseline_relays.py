@@ -1,4 +1,4 @@
-"""What fan-out costs without a broker: loops that pass on what a publisher sends, and do nothing else."""
+"""The cost of fan-out without a broker: loops that only relay what a publisher sends to all subscribers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WELCOME = b"welcome\n"
 
 
 def websocket_relay(listener: socket.socket) -> None:
-    """Pass what the last to connect sends, who asks for `/publish`, on to everyone before."""
+    """Relay what the last client sends, which asked for `/publish`, to all clients that connected before it."""
     peers: list[socket.socket] = []
     while True:
         peer, _ = listener.accept()
@@ -41,7 +41,7 @@ def websocket_relay(listener: socket.socket) -> None:
 
 
 def webtransport_relay(listener: socket.socket, sock: socket.socket, configuration: WebTransportConfiguration) -> None:
-    """Pass what a TCP client sends on to everyone who has said HELLO on a WebTransport stream."""
+    """Relay what a TCP client sends to all clients that have sent HELLO on a WebTransport stream."""
     sock.setblocking(False)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
@@ -76,7 +76,7 @@ class _Peer:
 
 
 class _Loop:
-    """As little as a server on aioquic can do: packets to connections and back, acknowledgements, timers."""
+    """The least that a server on aioquic can do: route packets to connections, acknowledge, handle timers."""
 
     def __init__(self, port: Port, configuration: WebTransportConfiguration) -> None:
         self._port = port

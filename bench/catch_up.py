@@ -1,23 +1,23 @@
-"""Many sessions far behind, as after an outage: how long until all are live, and what others notice meanwhile.
+"""Sessions that lag far behind, as after an outage: time until all are live, and the latency of others meanwhile.
 
     python bench/catch_up.py --sessions 10000 --messages 30000 --channels 1000
 
-One replica on a PostgreSQL, the embedded one unless --database names another. --messages are published over
---channels, then the replica is stopped, and one that has nothing in memory takes its place. --sessions connect to it
-and log in, each of them --messages behind; then they subscribe, to one of the channels each, from before the first
-message: all at once, or with --over within that time, as clients come back at random moments. All of the log has to be
-looked through for them; each gets the messages of its channel, and counts them. (All messages to all sessions would be
-300 million deliveries, which would measure the clients.)
+One replica on a PostgreSQL, the embedded one unless --database names another. --messages are published to --channels.
+Then the replica is stopped, and one with an empty cache takes its place. --sessions connect and authenticate, each with
+a lag of --messages. Then each subscribes to one channel from before the first message: all at once, or within --over
+seconds, as clients reconnect at random moments. The replica has to read the whole log for them; each session receives
+the messages of its channel and counts them. (All messages to all sessions would be 300 million deliveries, which would
+measure the clients.)
 
-Meanwhile subscribers who behave well get 50 messages a second, whose latency is measured. The phases:
+Meanwhile other subscribers receive 50 messages per second, whose latency is measured. The phases:
 
     calm       nothing else happens
-    entering   the sessions connect and log in
-    behind     they subscribe and catch up, until the last of them has been told `live`
+    entering   the sessions connect and authenticate
+    behind     they subscribe and catch up, until the last of them has received `live`
     after      nothing else happens
 
-The sessions are WebSocket connections of --processes processes, at a lower priority: real ones have machines of their
-own. On few cores they are most of the work all the same.
+The sessions are WebSocket connections in --processes processes with a lower priority, because real clients run on
+other machines. On few cores they are most of the work nevertheless.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from subscriber_transports import WebSocketConnector
 OBJECTS_IN_FRAME = 50
 WINDOW = 1000
 PATIENCE = 300.0
-"""Seconds in which all of them have to be live."""
+"""Seconds within which all of them must be live."""
 MARK = b'"mark":"behind"'
 
 
@@ -52,7 +52,7 @@ def channel(number: int) -> bytes:
 
 
 def publish_all(server: Server, messages: int, channels: int) -> None:
-    """Publish so many, and wait until they are committed."""
+    """Publish `messages` messages, and wait until they are committed."""
     publisher = Publisher(
         WebSocketConnector(server.port, "/ws", [(frame(AUTH_STEP[0]), AUTH_STEP[1])], b"").connect_one()
     )
@@ -71,7 +71,7 @@ def publish_all(server: Server, messages: int, channels: int) -> None:
 
 
 def look(server: Server) -> tuple[int, str]:
-    """Where the log is, and its epoch."""
+    """Return the head and the epoch of the log."""
     peer = harness.connect(server.port)
     peer.sendall(frame(auth_line()))
     answer = harness.wait_for(peer, b"\n")
@@ -84,20 +84,20 @@ def look(server: Server) -> tuple[int, str]:
 
 
 class SessionsConnected(NamedTuple):
-    """How many seconds it took to connect and log in."""
+    """How many seconds it took to connect and authenticate."""
 
     seconds: float
 
 
 class SessionsLive(NamedTuple):
-    """When each session was told `live`, by the monotonic clock, and how many messages it had by then."""
+    """When each session received `live`, by the monotonic clock, and how many messages it had by then."""
 
     at: list[float]
     messages: list[int]
 
 
 class Task(NamedTuple):
-    """Subscribe within `over` seconds to one of the channels each, from `since` on."""
+    """Subscribe within `over` seconds, each session to one of the channels, from `since` on."""
 
     channels: int
     since: int

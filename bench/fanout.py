@@ -1,27 +1,27 @@
-"""One publisher to many subscribers: what a delivery costs the server, and how long it takes.
+"""One publisher to many subscribers: CPU time and latency of a delivery.
 
     python bench/fanout.py --subscribers 1000 --repeat 3 --compare nats
     python bench/fanout.py --transport webtransport
 
-Each server is a process of its own, and so are its subscribers; the publisher is this one. Workloads:
+Each server is a process of its own, and so are its subscribers. The publisher is this process. Workloads:
 
     burst     --messages as fast as they are taken, 50 in a frame
     RATE/s    one message at a time, for --seconds
 
-A subscriber that has not got every message of a round ends the run. CPU is all that the server's process has used
-between the first publish and the last delivery, the kernel's work for it included. The rows:
+A subscriber that misses a message of a round ends the run. CPU is the CPU time of the server's process between the
+first publish and the last delivery, including the kernel's work for it. The rows:
 
     catbus    `catbus run`, with the database of --database
     nats      nats-server (--compare nats; --nats names the program)
-    bare      a loop that passes what the publisher sends on to each subscriber, and does nothing else: with WebSocket
-              one of `os.write`, what the kernel alone costs; with WebTransport one over aioquic, which handles packets,
-              acknowledgements and timers, with the same system calls, and has no features
+    bare      a loop that only relays what the publisher sends to each subscriber: with WebSocket a loop of `os.write`,
+              which is the kernel's cost alone; with WebTransport a loop over aioquic, which handles packets,
+              acknowledgements and timers with the same system calls
 
-`x bare` is CPU for a delivery as a multiple of that of `bare`: of each pair of rounds, then the median.
+`x bare` is the CPU time of a delivery relative to `bare`: the median over pairs of rounds.
 
-Latency is from right before the publisher's system call to right after the subscriber's, on a sample of the subscribers
-that has a process of its own. On few cores the other subscribers' work is part of it. The publisher uses WebSocket, or
-plain TCP to `bare`, whatever the subscribers use.
+Latency is from just before the publisher's system call to just after the subscriber's, for a sample of subscribers that
+has a process of its own. On few cores it includes the other subscribers' work. The publisher uses WebSocket, or plain
+TCP to `bare`, whatever the subscribers use.
 """
 
 from __future__ import annotations
@@ -57,29 +57,29 @@ from catbus.webtransport import server_configuration
 CHANNEL, PATTERN = "bench.fanout", "bench.*"
 OBJECTS_IN_FRAME = 50
 WINDOW = 500
-"""Publishes that may be unanswered."""
+"""Maximum number of unanswered publishes."""
 SAMPLE = 20
 """Subscribers whose latency is measured."""
 PATIENCE = 60.0
-"""Seconds after the last publish in which everything must have arrived."""
+"""Seconds after the last publish within which everything must have arrived."""
 
 # Servers
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server, and how one speaks to it."""
+    """A server, and how to talk to it."""
 
     name: str
     pid: int
     connector: Connector
     publish: Callable[[Sequence[bytes]], bytes]
-    """The bytes that publish some payloads."""
+    """Encodes some payloads as publishes."""
     connect_publisher: Callable[[], socket.socket]
     publisher_alive: bytes = b""
-    """What the publisher sends now and then to be taken for alive."""
+    """What the publisher sends to stay connected."""
     answer: bytes = b""
-    """What stands in the answer to each publish; empty where there is none."""
+    """What every reply to a publish contains; empty if there are no replies."""
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def bare_webtransport_target() -> Iterator[Target]:
 
 @contextmanager
 def running(relay: Callable[..., None], *arguments: object) -> Iterator[int]:
-    """A process that does this until it is ended; its number."""
+    """Run a relay in a process for the duration of the block, and yield its pid."""
     process = FORK.Process(target=relay, args=arguments, daemon=True)
     process.start()
     assert process.pid is not None
@@ -155,7 +155,7 @@ def running(relay: Callable[..., None], *arguments: object) -> Iterator[int]:
 
 
 def publish_lines(payloads: Sequence[bytes]) -> bytes:
-    """What Catbus would make of them, for those who only pass it on."""
+    """Encode messages as Catbus would, for relays that pass them on unchanged."""
     at = time.time_ns() // 1_000_000
     return b"".join([encode_entry(CHANNEL, each, PATTERN, 1_000_000, at, "bench") for each in payloads])
 
@@ -183,7 +183,7 @@ class Arena:
             SubscriberProcess(target.connector, sampled=False),
             SubscriberProcess(target.connector, sampled=True),
         ]
-        # The sample stands everywhere in the order in which the server serves them.
+        # The sample is spread evenly over the order in which the server serves subscribers.
         ends = [(subscribers - sample) * (index + 1) // sample for index in range(sample)]
         for previous, end in pairwise([0, *ends]):
             self._all(end - previous, 1)
@@ -191,12 +191,12 @@ class Arena:
         self._answered = 0
 
     def keep_alive(self) -> None:
-        """Without it a server would take the silent subscribers for dead."""
+        """Keep silent subscribers and the publisher connected."""
         self._all(None, None)
         self._publisher.write(self.target.publisher_alive)
 
     def run(self, workload: Workload) -> Result:
-        """One round: publish, and wait until everybody has everything."""
+        """Run one round: publish, and wait until every subscriber has every message."""
         mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
         task = Round(mark, workload.messages, workload.seconds + PATIENCE)
         self._all(task, task)
@@ -275,7 +275,7 @@ class Arena:
 
 
 class Workload(NamedTuple):
-    """`rate` messages a second, or all at once."""
+    """`rate` messages per second, or all at once if it is 0."""
 
     name: str
     messages: int
@@ -284,7 +284,7 @@ class Workload(NamedTuple):
 
 
 class Result(NamedTuple):
-    """CPU in microseconds a delivery, deliveries a second, and latencies in milliseconds."""
+    """CPU microseconds per delivery, deliveries per second, and latencies in milliseconds."""
 
     cpu: float
     speed: float
@@ -293,7 +293,7 @@ class Result(NamedTuple):
 
 
 SUBSCRIBERS = {"websocket": 1000, "webtransport": 40}
-"""What two cores bear."""
+"""As many as two cores can serve."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: servers as processes of their own, and WebSocket clients that cost little."""
+"""Shared parts of the benchmarks: servers in processes of their own, and cheap WebSocket clients."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ TEXT, BINARY, PONG = 0x1, 0x2, 0xA
 
 
 def prepare() -> None:
-    """Let this process and its children open many files, and let SIGTERM end it in order, children included."""
+    """Allow this process and its children to open many files, and make SIGTERM end it with its children."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def cpu_time(pid: int) -> float:
-    """Seconds of CPU that all threads of a process have used: Linux's clock of that process, in nanoseconds."""
+    """Return the CPU seconds used by all threads of a process, from Linux's clock of that process."""
     return time.clock_gettime_ns(~pid << 3 | 2) / 1e9
 
 
 def describe_machine() -> str:
-    """One line for the top of every report: figures mean nothing without it."""
+    """Return a line that describes the machine, for the top of each report."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     load = os.getloadavg()[0]
     return (
@@ -60,7 +60,7 @@ def describe_machine() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs, and its ports on 127.0.0.1. `ca` is the certificate of the one for WebTransport."""
+    """A running server and its ports on 127.0.0.1. `ca` is the certificate of its WebTransport endpoint."""
 
     pid: int
     port: int
@@ -72,9 +72,9 @@ class Server:
 def catbus_run(
     database: str, *, webtransport: bool = False, settings: str = "", drain: str = DRAIN
 ) -> Iterator[Server]:
-    """`catbus run`, ready to serve. Whatever it complains of is passed on to stderr when it has ended.
+    """Run `catbus run`, wait until it is ready, and print its warnings to stderr after it has ended.
 
-    `settings`: sections of TOML beyond those that all benchmarks have; `drain` is one that they have.
+    `settings` are additional sections of TOML; `drain` replaces the section `[drain]`.
     """
     with tempfile.TemporaryDirectory(prefix="catbus-bench-") as state, tempfile.TemporaryFile("w+") as output:
         Path(state).chmod(0o711)  # For root, another user serves the embedded database.
@@ -99,7 +99,7 @@ def catbus_run(
 
 
 def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
-    """Wait until there is a broker that is ready; returns its port."""
+    """Wait until the broker is ready, and return its port."""
     deadline = time.monotonic() + STARTING_TIME
     while process.poll() is None and time.monotonic() < deadline:
         for event in _events(output):
@@ -114,7 +114,7 @@ def _wait_serving(process: subprocess.Popen[bytes], output: TextIO) -> int:
 
 
 def _events(output: TextIO) -> list[dict[str, Any]]:
-    # With pread: the position in the file is the server's too.
+    # pread leaves the position of the file alone, which the server shares.
     lines = os.pread(output.fileno(), 1 << 24, 0).decode().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -133,9 +133,9 @@ def _with_webtransport(pid: int, port: int) -> Server:
 
 @contextmanager
 def database(url: str | None, directory: str | None = None) -> Iterator[str]:
-    """The database of a benchmark: the one at `url`, or an embedded PostgreSQL with its defaults below `directory`.
+    """Yield the URL of the benchmark's database: `url`, or an embedded PostgreSQL with default settings in `directory`.
 
-    Says what an fsync takes there: figures of what is committed mean nothing without.
+    Prints the time of an fsync there, without which figures of commits mean nothing.
     """
     if url is not None:
         yield url
@@ -156,7 +156,7 @@ def database(url: str | None, directory: str | None = None) -> Iterator[str]:
 
 
 def _fsync_time(directory: str) -> float:
-    """Milliseconds that it takes to append a page to a file and have it on the disk."""
+    """Return how many milliseconds it takes to append a page to a file and flush it to the disk."""
     times = []
     with tempfile.TemporaryFile(dir=directory) as file:
         for _ in range(50):
@@ -169,7 +169,7 @@ def _fsync_time(directory: str) -> float:
 
 @contextmanager
 def nats_run(command: str, directory: Path) -> Iterator[Server]:
-    """nats-server with WebSocket, ready to serve."""
+    """Run nats-server with WebSocket, ready to serve."""
     ports = [_free_port(), _free_port()]
     file = directory / "nats.conf"
     file.write_text(
@@ -213,7 +213,7 @@ def _free_port() -> int:
 
 
 def connect(port: int, path: str = "/ws") -> socket.socket:
-    """A socket that has become a WebSocket."""
+    """Connect a socket, and upgrade it to WebSocket."""
     peer = socket.create_connection(("127.0.0.1", port), timeout=STARTING_TIME)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     key = base64.b64encode(os.urandom(16)).decode()
@@ -228,7 +228,7 @@ def connect(port: int, path: str = "/ws") -> socket.socket:
 
 
 def wait_for(peer: socket.socket, text: bytes) -> bytes:
-    """Read from a blocking socket until `text` has come; returns what was read."""
+    """Read from a blocking socket until `text` has arrived, and return everything that was read."""
     data = b""
     while text not in data:
         more = peer.recv(65_536)
@@ -239,7 +239,7 @@ def wait_for(peer: socket.socket, text: bytes) -> bytes:
 
 
 def frame(payload: bytes, opcode: int = TEXT) -> bytes:
-    """A whole message as a client sends it: masked."""
+    """Encode a complete WebSocket message as a client does: masked."""
     size = len(payload)
     if size < 126:
         head = bytes((0x80 | opcode, 0x80 | size))
@@ -254,7 +254,7 @@ def frame(payload: bytes, opcode: int = TEXT) -> bytes:
 
 
 def auth_line(client_id: str = "bench") -> bytes:
-    """The `auth` of somebody who may do everything below `bench.`."""
+    """Return an `auth` with all grants below `bench.`."""
     token = sign(SECRET, client_id=client_id, grants=Grants(("bench.*",), ("bench.*",)))
     return json.dumps({"type": "auth", "token": token, "protocol": 1}).encode() + b"\n"
 
@@ -263,13 +263,13 @@ PAYLOAD_SIZE = 128
 
 
 def payload(mark: bytes, number: int, size: int = PAYLOAD_SIZE) -> bytes:
-    """So many bytes of JSON: which message it is, of which round, and when it was published."""
+    """Return a JSON payload of `size` bytes with its number, the marker of its round, and its time of publishing."""
     text = b'{"n":%d,"sent":%d,%b,"pad":"' % (number, time.monotonic_ns(), mark)
     return text + b"x" * (size - len(text) - 2) + b'"}'
 
 
 class Publisher:
-    """A connection that publishes. Never waits: what the kernel does not take is kept until `write` has its turn."""
+    """A connection that publishes without blocking. A later `write` sends what the kernel did not accept."""
 
     def __init__(self, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -279,11 +279,11 @@ class Publisher:
 
     @property
     def blocked(self) -> bool:
-        """Whether something waits to be sent."""
+        """Whether bytes wait to be sent."""
         return bool(self._unsent)
 
     def write(self, data: bytes = b"") -> None:
-        """Send, after what waits."""
+        """Send `data` after the bytes that wait."""
         data = self._unsent + data
         try:
             self._unsent = data[self.peer.send(data) :]
@@ -291,7 +291,7 @@ class Publisher:
             self._unsent = data
 
     def read(self) -> bytes:
-        """The whole lines that have come, among them headers of frames. None of them is split."""
+        """Return the complete lines that have arrived, including frame headers between them."""
         try:
             data = self.peer.recv(1 << 18)
         except BlockingIOError:
@@ -302,7 +302,7 @@ class Publisher:
         return lines + end
 
     def wait(self, until: float) -> bytes:
-        """Send what waits and return what comes, at the time `until` (of `time.monotonic`) at the latest."""
+        """Send waiting bytes and return what arrives, until the time `until` of `time.monotonic` at the latest."""
         timeout = max(0.0, until - time.monotonic())
         readable, _, _ = select.select([self.peer], [self.peer] if self._unsent else [], [], timeout)
         if self._unsent:
@@ -314,6 +314,6 @@ class Publisher:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share of all lies."""
+    """Return the value below which that share of all values lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]

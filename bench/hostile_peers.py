@@ -1,28 +1,28 @@
-"""What hostile WebTransport peers cost a broker, and those who behave well beside them.
+"""The cost of hostile WebTransport peers: the broker's memory, and the latency of honest subscribers.
 
     python bench/hostile_peers.py --bytes 1000000000 --peers 3
 
-One `catbus run` with its log in memory. Beside the hostile peers, subscribers over WebTransport and over WebSocket get
-50 messages a second, and their latencies are measured in every phase:
+One `catbus run` with its log in memory. Besides the hostile peers, subscribers over WebTransport and WebSocket receive
+50 messages per second, and their latencies are measured in every phase:
 
     calm       nothing else happens
-    small      somebody publishes 300,000 messages of 100 bytes, acknowledged, which nobody hears
-    load       somebody publishes --bytes in messages of 4 KiB, the same way
-    unread     the same again, heard by --peers that acknowledge every packet and never take a byte, and by as many that
-               are not heard of again: those that the broker gives up come back
-    publishes  a peer publishes as fast as it can, for --seconds, and another that takes no answer
-    garbage    a peer sends objects that mean nothing, as large as they may be, and then larger; it comes back
+    small      300,000 messages of 100 bytes are published and acknowledged, without subscribers
+    load       --bytes are published the same way, in messages of 4 KiB
+    unread     the same with subscribers: --peers that acknowledge every packet but never read, and as many that stop
+               responding; those that the broker disconnects reconnect
+    publishes  one peer publishes as fast as it can, for --seconds, and another does so without reading replies
+    garbage    a peer sends malformed objects of the maximum size, and then larger ones; it reconnects
     streams    a peer opens streams and sends datagrams without end
     after      nothing else happens
 
-Ends with status 1 when a subscriber who behaves well lacks a message or gets one out of order, or when a hostile phase
-takes more than BOUND bytes of memory beyond what `small` and `load` took. By then the log's ring has been full
-(`limits.recent`, 64 MiB, and as much as half of that again for what Python adds to small messages that have an id), so
-what comes on top is what the peers make the broker keep. For one, by design: 512 KiB of send queue; 256 KiB of its
-stream that it has not acknowledged, and 64 KiB more; 512 KiB that it may send unasked. So BOUND is 2 MiB for each, and
-32 MiB that the allocator may scatter.
+Ends with status 1 if an honest subscriber misses a message or receives one out of order, or if a hostile phase takes
+more than BOUND bytes of memory beyond `small` and `load`. By then the log's cache is full (`limits.recent`, 64 MiB, and
+up to half of that for Python's overhead of small messages with an id), so the rest is what the peers make the broker
+keep. By design that is, for each peer: 512 KiB of send queue, 256 KiB of unacknowledged stream data and 64 KiB more,
+and 512 KiB that the peer may send unasked. So BOUND is 2 MiB for each, and 32 MiB for memory that the allocator cannot
+return.
 
-The hostile peers run at a lower priority: real ones have machines of their own.
+The hostile peers run at a lower priority, because real ones run on other machines.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ from catbus.webtransport import client_configuration
 LOAD_CHANNEL, NOISE_CHANNEL = b"bench.load", b"bench.noise"
 LOAD_SIZE = 4096
 SMALL_SIZE, SMALL_COUNT = 100, 300_000
-"""More than the ring holds."""
+"""More than the cache holds."""
 OBJECTS_IN_FRAME = 10
 WINDOW = 200
 PATIENCE = 60.0
 LARGEST = 65_536
-"""Of an object: `limits.message_size`."""
+"""Maximum size of an object: `limits.message_size`."""
 PEER_BOUND = 2 << 20
 FRAGMENTATION_BOUND = 32 << 20
 
 Hostile = Callable[[Server], None]
 
 
-# Who does harm, each in a process of its own
+# Hostile peers, each in a process of its own
 
 
 class HostileClient:
-    """A WebTransport client who has logged in, and whoever drives it can do wrong."""
+    """An authenticated WebTransport client, which its caller can make misbehave."""
 
     def __init__(self, server: Server, *steps: tuple[bytes, bytes]) -> None:
         self.peer = WebTransportClient(client_configuration("127.0.0.1", ca=server.ca), server.quic_port)
@@ -90,7 +90,7 @@ class HostileClient:
                 answer += self.turn(1)
 
     def turn(self, timeout: float) -> bytes:
-        """Take what comes until the time is up or a timer is due, and send what is due."""
+        """Process what arrives until `timeout` or until a timer is due, and send what is due."""
         timer, now = self.connection.timer, time.monotonic()
         if timer is not None:
             timeout = min(timeout, max(0.0, timer - now))
@@ -102,7 +102,7 @@ class HostileClient:
         return data
 
     def write(self, data: bytes) -> None:
-        """Send all of it, as fast as it is taken."""
+        """Send all of `data`, as fast as flow control allows."""
         while not self.connection.writable(self.stream):
             self.turn(1)
         self.connection.send(self.stream, data)
@@ -171,7 +171,7 @@ HARMS: dict[str, Sequence[Hostile]] = {
 
 
 def reconnect_forever(harm: Hostile, server: Server) -> None:
-    """Come back whenever the broker has had enough."""
+    """Run `harm`, and reconnect each time the broker disconnects it."""
     os.nice(5)
     while True:
         try:
@@ -181,7 +181,7 @@ def reconnect_forever(harm: Hostile, server: Server) -> None:
 
 
 def publish_load(port: int, size: int, count: int) -> None:
-    """Publish so many messages of this size, and wait until all of them are acknowledged."""
+    """Publish `count` messages of `size` bytes, and wait until all of them are acknowledged."""
     publisher = Publisher(WebSocketConnector(port, "/ws", [(frame(AUTH_STEP[0]), AUTH_STEP[1])], b"").connect_one())
     text = b'"%b"' % (b"x" * (size - 2))
     published = answered = 0

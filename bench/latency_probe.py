@@ -1,4 +1,4 @@
-"""Subscribers who behave well, whose latency is measured while something else goes on."""
+"""Honest subscribers whose latency is measured while something else happens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from subscriber_transports import WebSocketConnector, WebTransportConnector
 
 CHANNEL = b"bench.latency_probe"
 SUBSCRIBERS = 5
-"""Who behave well, over each transport."""
+"""Subscribers over each transport."""
 RATE = 50
 PATIENCE = 60.0
 
@@ -32,7 +32,7 @@ AUTH_STEP = auth_line(), b'"auth_ok"'
 
 
 class Measurement(NamedTuple):
-    """Latencies in seconds by transport, memory in bytes, and of the broker's time the share that it was at work."""
+    """A phase: seconds, the broker's share of a core, latencies in seconds by transport, and memory in bytes."""
 
     seconds: float
     busy: float
@@ -42,7 +42,7 @@ class Measurement(NamedTuple):
 
 
 class LatencyProbe:
-    """They, over each transport that the server has, and who publishes for them."""
+    """Subscribers over each transport that the server has, and a publisher for them."""
 
     def __init__(self, server: Server) -> None:
         steps = [AUTH_STEP, subscribe_step(CHANNEL)]
@@ -60,9 +60,9 @@ class LatencyProbe:
         self._publisher = Publisher(WebSocketConnector(server.port, "/ws", framed[:1], b"").connect_one())
 
     def measure(self, name: str, is_running: Callable[[], bool]) -> Measurement:
-        """Publish for them as long as that, and say how long it took to get there."""
+        """Publish and measure for as long as `is_running` returns True."""
         latencies: dict[str, list[float]] = {name: [] for name in self._processes}
-        Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # The peak counts from here.
+        Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # Resets the peak.
         began, cpu = time.monotonic(), cpu_time(self._pid)
         while is_running():
             for transport, found in self._round(name).items():
@@ -98,7 +98,7 @@ class LatencyProbe:
 
 
 def read_memory(pid: int) -> dict[str, int]:
-    """VmRSS and VmHWM, in bytes."""
+    """Return VmRSS and VmHWM, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {
         name: int(value.split()[0]) << 10

@@ -1,14 +1,15 @@
-"""A reconnect storm: the replica of all clients is killed, and all of them come back at once, to another one.
+"""A reconnect storm: the replica of all clients is killed, and all of them reconnect at once to another one.
 
     python bench/reconnect_storm.py --clients 1000
     python bench/reconnect_storm.py --clients 200 --transport webtransport --end SIGTERM
 
-Two `catbus run` on one PostgreSQL; --clients of the Python library, in one process, are on the first and subscribe to
-everything, while somebody publishes --rate messages a second to the second. Then the first is killed (SIGKILL), or told
-to stop. A balancer asks for /ready every 0.1 s; until it has noticed, it goes on sending clients to the dead one.
+Two `catbus run` on one PostgreSQL. --clients of the Python library, in one process, are connected to the first and
+subscribe to everything, while one client publishes --rate messages per second through the second. Then the first is
+killed (SIGKILL) or drained (SIGTERM). A load balancer polls /ready every 0.1 s, and until it has noticed it sends
+clients to the dead replica.
 
-A client is back when it has a session again, and an attempt that does not lead to one was refused. Ends with status 1
-when anybody is not back, lacks a message, or gets one twice.
+A client is back when it has a session again. An attempt without a session counts as refused. Ends with status 1 if a
+client is not back, misses a message, or receives one twice.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ PATIENCE = 60.0
 
 
 class StormBalancer:
-    """All clients are sent to the first replica for as long as that seems to be there."""
+    """A load balancer that sends all clients to the first replica until it has noticed that it is gone."""
 
     def __init__(self, first: Replica, other: Replica) -> None:
         self.first, self.other = first, other
         self.attempts = 0
-        """To connect, since the end of the first."""
+        """Attempts to connect since the end of the first replica."""
         self._over = False
         self._balancers = {replica: Balancer([replica]) for replica in (first, other)}
 

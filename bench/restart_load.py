@@ -1,4 +1,4 @@
-"""Sessions that have to move while replicas are restarted: what each of them gets, and what is lost or repeated."""
+"""Clients that have to reconnect while replicas are restarted: what they receive, and what is lost or repeated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Dial = Callable[[str], Awaitable[Transport]]
 
 @dataclass
 class Seen:
-    """What one subscriber got."""
+    """What one subscriber received."""
 
     cursor: int = -1
     delivered: int = 0
@@ -37,9 +37,9 @@ class Seen:
 
 @dataclass
 class Load:
-    """Clients that are connected by `dial`, given a transport's name, and bear `token`; and what happens to them.
+    """Subscribers and publishers that connect with `dial`, given a transport's name, and authenticate with `token`.
 
-    Publishers are connected by `dial_publisher`, where that is another way.
+    Publishers connect with `dial_publisher`, if it is given.
     """
 
     dial: Dial
@@ -54,7 +54,7 @@ class Load:
     head: int = 0
     seen: list[Seen] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
-    """When a session was on another replica, in seconds since the beginning."""
+    """When sessions were on another replica, in seconds since the beginning."""
 
     @property
     def delivered(self) -> int:
@@ -70,11 +70,11 @@ class Load:
 
     @property
     def pauses(self) -> list[float]:
-        """The longest time without a message that each subscriber had, in order of length."""
+        """The longest time without a message of each subscriber, in ascending order."""
         return sorted(seen.pause for seen in self.seen)
 
     async def play(self, sessions: int, rate: float, restart: Callable[[], Awaitable[None]]) -> None:
-        """Have so many subscribers, equally many over each transport, and `rate` messages a second, and restart."""
+        """Run `sessions` subscribers over all transports, and `rate` messages per second, and call `restart`."""
         async with trio.open_nursery() as nursery:
             for first in range(0, sessions, 20):
                 async with trio.open_nursery() as starting:
@@ -132,7 +132,7 @@ class Load:
 
 
 def plot(moves: Sequence[float]) -> list[str]:
-    """How many moved in each second, as lines of text."""
+    """Draw the reconnects of each second as lines of text."""
     counts = Counter(int(at) for at in moves)
     most = max(counts.values(), default=1)
     seconds = range(max(counts, default=0) + 1)

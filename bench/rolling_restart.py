@@ -1,4 +1,4 @@
-"""A rolling restart of all replicas under load: who has to move, how fast, and what is lost or repeated.
+"""A rolling restart of all replicas under load: reconnects, pauses, and lost or repeated messages.
 
     python bench/rolling_restart.py --sessions 300 --rate 20
     python bench/rolling_restart.py --svg docs/rolling.svg
@@ -45,7 +45,7 @@ from catbus.client.webtransport_transport import make_configuration, open_webtra
 
 
 class Replica:
-    """The place of one; the methods block."""
+    """A replica that is started and stopped. Its methods block."""
 
     def __init__(self, database: str, drain: str) -> None:
         self.server: Server | None = None
@@ -64,14 +64,14 @@ class Replica:
 
 
 class Balancer:
-    """Sends whoever connects to the next replica that is ready."""
+    """Connects clients to the next replica that is ready, like a load balancer."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
         self._dialled = 0
 
     async def watch(self) -> None:
-        """Ask the replicas what a balancer asks them, for ever."""
+        """Poll /ready of each replica, without end."""
         while True:
             for replica in self._replicas:
                 ready = False
@@ -95,7 +95,7 @@ class Balancer:
 
 
 async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple[Load, list[tuple[float, int]]]:
-    """What happened, and of each replica's restart the seconds and the sessions that moved."""
+    """Return the load, and for each replica's restart its seconds and the sessions that moved."""
     balancer = Balancer(replicas)
     load = Load(balancer.dial, sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",))))
     restarts = []
@@ -121,7 +121,7 @@ async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple
 async def play_rounds(
     replicas: Sequence[Replica], rounds: int, subscriptions: int, latency: float
 ) -> distant_client.Counted:
-    """One client with many subscriptions, in so many rounds of restarts."""
+    """Run one client with many subscriptions through `rounds` rounds of restarts."""
     distance = distant_client.Distance(latency)
 
     def lead_to(replica: Replica) -> None:
@@ -140,7 +140,7 @@ async def play_rounds(
 
 
 def draw(moves: Sequence[float]) -> str:
-    """The same as a picture."""
+    """Draw the reconnects of each second as SVG."""
     counts = Counter(int(at) for at in moves)
     most, seconds = max(counts.values(), default=1), max(counts, default=0) + 1
     step, height = max(4, 640 // seconds), 200

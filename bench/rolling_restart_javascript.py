@@ -1,4 +1,4 @@
-"""A rolling restart of two replicas under the JavaScript client, again and again: what is deaf, lost or repeated.
+"""Rolling restarts of two replicas under the JavaScript client: deaf subscriptions, lost and repeated messages.
 
     python bench/rolling_restart_javascript.py --rounds 20
 
@@ -32,7 +32,7 @@ DRAIN = "[drain]\ndelay = 0.3\nwindow = 1.0\n"
 
 
 def play(replicas: list[Replica], node: subprocess.Popen[str], rounds: int) -> dict[str, int]:
-    """Returns what the client has counted in all."""
+    """Run the rounds, and return the totals that the client has counted."""
     assert node.stdin is not None
     assert node.stdout is not None
 

@@ -1,4 +1,4 @@
-"""A steady state: one replica takes publishes at a constant rate for long, and retention takes them away again.
+"""A steady state: one replica takes publishes at a constant rate for a long time, and retention deletes them.
 
     python bench/soak.py --minutes 10 --rate 5000 --age 60 --held both
 
@@ -38,7 +38,7 @@ SELECT sum(pg_total_relation_size(format('catbus.entries_%s', n)::regclass))::bi
 
 
 class Look(NamedTuple):
-    """One line: latencies in milliseconds, sizes in MiB."""
+    """One interval: latencies in milliseconds, sizes in MiB."""
 
     speed: float
     p50: float
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 
 
 class Load:
-    """A publisher that keeps a rate, whatever becomes of the answers."""
+    """A publisher with a constant rate, whatever the replies are."""
 
     def __init__(self, server: Server, rate: int) -> None:
         peer = harness.connect(server.port)
@@ -64,14 +64,14 @@ class Load:
         self.latencies: list[float] = []
 
     def run(self, until: float) -> None:
-        """Publish until then."""
+        """Publish until the time `until`."""
         while (now := time.monotonic()) < until:
             due = int((now - self._began) * self._rate)
             self._link.write(b"".join([self._publish(now) for _ in range(due - self._count)]))
             self._read(min(until, now + TICK))
 
     def finish(self) -> None:
-        """Wait for the answers that are still owed."""
+        """Wait for the outstanding replies."""
         until = time.monotonic() + PATIENCE
         while self._sent:
             if time.monotonic() > until:
@@ -95,7 +95,7 @@ class Load:
 
 
 async def look_at_log(url: str) -> tuple[float, int]:
-    """What the log's tables take up, in MiB, and how many entries there are."""
+    """Return the size of the log's tables in MiB, and the number of entries."""
     connection = await asyncpg.connect(url)
     try:
         size = await connection.fetchval(_TABLES)
@@ -106,13 +106,13 @@ async def look_at_log(url: str) -> tuple[float, int]:
 
 
 def memory(pid: int) -> float:
-    """What a process has in memory, in MiB."""
+    """Return the memory of a process in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 async def hold(url: str) -> asyncpg.Connection:
-    """A transaction that keeps everything from being forgotten that it might still see."""
+    """Hold a transaction open whose snapshot keeps PostgreSQL from removing dead rows."""
     connection = await asyncpg.connect(url)
     await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await connection.fetchval("SELECT pg_current_xact_id()")
@@ -120,7 +120,7 @@ async def hold(url: str) -> asyncpg.Connection:
 
 
 def run(url: str, options: argparse.Namespace, *, held: bool) -> list[Look]:
-    """One run; a line for each interval."""
+    """Run the load, and return a line for each interval."""
     print(f"\n{'with a snapshot held open' if held else 'nothing else in the database'}")
     columns = ("messages/s", "p50 ms", "p99 ms", "longest ms", "tables MiB", "entries", "memory MiB")
     print(f"{'seconds':>8}", *(f"{column:>{WIDTH}}" for column in columns))
@@ -166,7 +166,7 @@ def shown(look: Look) -> list[str]:
 
 
 def summarize(looks: Sequence[Look]) -> None:
-    """The medians of the middle third beside those of the last."""
+    """Compare the medians of the middle third with those of the last third."""
     third = len(looks) // 3
     for name, part in (("middle", looks[third : 2 * third]), ("last", looks[2 * third :])):
         medians = Look(*(statistics.median(values) for values in zip(*part, strict=True)))

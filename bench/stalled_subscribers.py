@@ -1,4 +1,4 @@
-"""Subscribers that stop reading, and the latency of those who go on beside them.
+"""Subscribers that stop reading, and the latency of the others.
 
     python bench/stalled_subscribers.py --subscribers 500 --share 0.1
 
@@ -38,7 +38,7 @@ FILL_SIZE = 4096
 OBJECTS_IN_FRAME = 10
 SAMPLE = 20
 GROUPS = 10
-"""In which the subscribers come, so that those who stall, and the sample, stand everywhere among the others."""
+"""Groups in which subscribers connect, so that stalling and sampled ones are spread among the others."""
 PATIENCE = 60.0
 BAR = 1.5
 
@@ -55,7 +55,7 @@ class Load(NamedTuple):
 
 
 class Arena:
-    """A broker's subscribers, and who publishes for them."""
+    """A broker's subscribers, and a publisher for them."""
 
     def __init__(self, server: Server, subscribers: int, stalling: int) -> None:
         steps = [AUTH_STEP, subscribe_step(CHANNEL)]
@@ -69,7 +69,7 @@ class Arena:
         self._publisher = Publisher(WebSocketConnector(server.port, "/ws", framed[:1], b"").connect_one())
 
     def run(self, load: Load, *, stall: bool) -> list[float]:
-        """One round; returns latencies in seconds."""
+        """Run one round, and return latencies in seconds."""
         self._ask([None] * len(self._processes))
         self._publisher.write(frame(b"", PONG))
         *steady, stalling = self._processes
@@ -117,7 +117,7 @@ class Arena:
             process.answer()
 
     def _end(self, processes: Sequence[SubscriberProcess], messages: int) -> list[Received]:
-        """Wait until they have all of them."""
+        """Wait until all of them have received all messages."""
         seen = [process.answer() for process in processes]
         counts = sum((each.counts for each in seen), Counter[int]())
         if set(counts) - {messages}:

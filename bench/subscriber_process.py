@@ -1,4 +1,4 @@
-"""Many subscribers in a process of their own, which count what they get and cost little."""
+"""Many cheap subscribers in one process, which count what they receive."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Connector(Protocol):
-    """How subscribers get in: `subscriber_transports.py` has one for each transport."""
+    """Connects subscribers: `subscriber_transports.py` has one for each transport."""
 
     def open(self, poll: select.epoll) -> Subscribers:
-        """Nobody yet. Their files will be registered with `poll`."""
+        """Return an empty set of subscribers, which will register their files with `poll`."""
 
 
 class Subscribers(Protocol):
-    """Subscribers that came in by one door, numbered from 0."""
+    """Subscribers of one connector, numbered from 0."""
 
     def connect_one(self) -> None:
-        """One more, who is subscribed when this returns."""
+        """Connect one more subscriber, and wait until it has subscribed."""
 
     def __len__(self) -> int: ...
 
     def receive(self, timeout: float) -> Iterable[tuple[int, bytes]]:
-        """What has arrived for whom, or arrives within `timeout` seconds. Raises when a connection is lost.
+        """Yield what each subscriber has received, or receives within `timeout` seconds. Must be exhausted.
 
-        Nothing, early, when a file of somebody else's is ready. To be exhausted.
+        Yields nothing if another file of the poll is ready first. Raises if a connection is lost.
         """
 
     def keep_alive(self) -> None:
-        """Have all of them taken for alive."""
+        """Keep all connections alive."""
 
 
 class Round(NamedTuple):
-    """What is to be counted: a text that stands in each message once, and how many seconds there are for it."""
+    """What to count: a text that each message contains once, the number of messages, and seconds to wait for them."""
 
     marker: bytes
     messages: int
@@ -51,13 +51,13 @@ class Round(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """Read nothing until the next request, which is None, and then count, with what has come meanwhile."""
+    """Stop reading until the next request, which is None, and then count, including what arrived meanwhile."""
 
     task: Round
 
 
 class Received(NamedTuple):
-    """How many subscribers got how many messages, and for each of a sample every message: (number, latency in s)."""
+    """How many subscribers received how many messages; and for each sampled one, number and latency in s of each."""
 
     counts: Counter[int]
     sample: list[list[tuple[int, float]]]
@@ -66,11 +66,11 @@ class Received(NamedTuple):
 DONE = Received(Counter(), [])
 
 Request = int | Round | Stall | None
-"""So many subscribers more; count; stop reading and then count; or say that all of them are alive."""
+"""Connect so many more subscribers; count; stop reading and then count; or keep the connections alive."""
 
 
 class SubscriberProcess:
-    """Such a process. `sampled`: look at each message instead of counting them."""
+    """A process of subscribers. With `sampled` it records each message instead of counting."""
 
     def __init__(self, connector: Connector, *, sampled: bool) -> None:
         self._pipe, other = FORK.Pipe()
@@ -79,7 +79,7 @@ class SubscriberProcess:
         other.close()
 
     def ask(self, request: Request) -> None:
-        """Ask for something, to which there is one `answer`; to a `Round` or a `Stall` two: it has begun, has ended."""
+        """Send a request. `answer` returns its reply. `Round` and `Stall` have two, at their begin and at their end."""
         self._pipe.send(request)
 
     def answer(self) -> Received:
@@ -126,7 +126,7 @@ def _drop(received: Iterable[tuple[int, bytes]]) -> None:
 
 
 def _count(peers: Subscribers, task: Round) -> Received:
-    """Count what each of them gets."""
+    """Count what each subscriber receives."""
     marker, overlap = task.marker, len(task.marker) - 1
     counts = [0] * len(peers)
     tails = [b""] * len(peers)
@@ -145,7 +145,7 @@ def _count(peers: Subscribers, task: Round) -> Received:
 
 
 def _look(peers: Subscribers, task: Round) -> Received:
-    """Keep what comes with its time, and look into it when all is there."""
+    """Record what arrives with its time, and parse it after everything has arrived."""
     overlap = len(task.marker) - 1
     received: list[list[tuple[int, bytes]]] = [[] for _ in range(len(peers))]
     missing = [task.messages] * len(peers)
@@ -162,7 +162,7 @@ def _look(peers: Subscribers, task: Round) -> Received:
 
 
 def _messages(chunks: Sequence[tuple[int, bytes]], marker: bytes) -> list[tuple[int, float]]:
-    """The number and the latency of each message in what was received at some times."""
+    """Return number and latency of each message in the received chunks."""
     ends = list(itertools.accumulate(len(data) for _, data in chunks))
     hits = re.finditer(rb'"n":(\d+),"sent":(\d+),' + re.escape(marker), b"".join([data for _, data in chunks]))
     return [(int(hit[1]), (chunks[bisect_left(ends, hit.end())][0] - int(hit[2])) / 1e9) for hit in hits]

@@ -1,4 +1,4 @@
-"""How subscribers get in, over either transport."""
+"""Connectors of subscribers over WebSocket and WebTransport."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from catbus.webtransport import (
 )
 
 OPENING_TIME = 30.0
-"""Seconds for one to get in."""
+"""Seconds within which one must be connected."""
 
 Steps = Sequence[tuple[bytes, bytes]]
-"""What one sends, piece by piece, and what comes in return."""
+"""What a client sends, piece by piece, and what must arrive after each."""
 
 
 class ConnectionClosed(Exception):
@@ -39,10 +39,10 @@ class WebSocketConnector:
     path: str
     steps: Steps
     alive: bytes
-    """What is sent now and then to be taken for alive."""
+    """What is sent to stay connected."""
 
     def connect_one(self) -> socket.socket:
-        """A socket that has taken the steps, and does not block."""
+        """Return a non-blocking socket that has taken the steps."""
         peer = harness.connect(self.port, self.path)
         for said, expected in self.steps:
             peer.sendall(said)
@@ -87,7 +87,7 @@ class WebSocketSubscribers:
 class WebTransportConnector:
     port: int
     ca: str
-    """The server's certificate, which is its own."""
+    """The server's own certificate."""
     steps: Steps
 
     def open(self, poll: select.epoll) -> WebTransportSubscribers:
@@ -95,7 +95,7 @@ class WebTransportConnector:
 
 
 class WebTransportSubscribers:
-    """A UDP socket each, so that what the kernel keeps for one is not dropped over what it keeps for the others."""
+    """Subscribers with a UDP socket each, so that the kernel drops no datagrams of one because of the others."""
 
     def __init__(self, connector: WebTransportConnector, poll: select.epoll) -> None:
         self._connector = connector
@@ -162,7 +162,7 @@ class WebTransportSubscribers:
 
 
 class WebTransportClient:
-    """One connection with one stream, which is opened as soon as that is possible."""
+    """One connection with one stream, which it opens as soon as possible."""
 
     def __init__(self, configuration: WebTransportConfiguration, port: int) -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -177,10 +177,10 @@ class WebTransportClient:
         self.stream: int | None = None
         self.alarm = inf
         self.consumes = True
-        """Whether it lets the server send more than what the windows hold."""
+        """Whether it grants the server more flow-control credit as it reads."""
 
     def receive(self) -> bytes:
-        """What has come on the stream."""
+        """Return what has arrived on the stream."""
         connection, address, now = self.connection, self._address, time.monotonic()
         recv = self.socket.recv
         try:

@@ -1,7 +1,7 @@
-"""A state machine for Hypothesis that drives a broker through any connections, and compares it with the model.
+"""A Hypothesis state machine that drives a broker over any connection and compares it with the reference model.
 
-Several clients come, subscribe, publish, are allowed more or less, are cut off, leave and go on where they were, in any
-order; after each step every one of them has exactly what the model says.
+Several clients connect, subscribe, publish, get other grants, lose their connection, leave and resume, in random order.
+After each step every client must have received exactly what the model expects.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def recorded(step: F) -> F:
-    """Have the machine remember that it took this step, and with what: `replay` takes it again."""
+    """Record this step and its arguments in `steps`, so that `replay` can take it again."""
 
     @wraps(step)
     def wrapper(self: BrokerMachine, **arguments: Any) -> Any:
@@ -53,13 +53,13 @@ def recorded(step: F) -> F:
 
 
 class BrokerMachine(RuleBasedStateMachine):
-    """Subclass it with `connect`, which opens a `Connection`, and with the `secret` that tokens are signed with.
+    """Drives a broker. Subclasses define `connect`, which opens a connection, and the `secret` that signs tokens.
 
-    The broker may have any number of replicas, and `connect` may lead to any of them. Nobody else may publish
-    meanwhile, unless there is a `root`: then all channels are below it, and only there must nobody else publish.
-    Whoever has no secret overrides `token`; where that returns a token for everything below `root` whatever it is
-    asked for, `varied` is to be False. Hostile clients publish below `hostile_root`, which has to be
-    elsewhere, or nothing where there is none. `MyMachine.TestCase` is what unittest and pytest run.
+    The broker may have any number of replicas, and `connect` may connect to any of them. No one else may publish while
+    the machine runs; with a `root`, all channels are below it, and no one else may publish there. Override `token` if
+    the secret is unknown. If `token` then returns the same grants for every request, set `varied_grants` to False.
+    Hostile clients publish below `hostile_root`, which must be outside `root`; without one they publish nothing. Run
+    the machine as `MyMachine.TestCase`, with unittest or pytest.
     """
 
     secret = ""
@@ -67,16 +67,16 @@ class BrokerMachine(RuleBasedStateMachine):
     varied_grants = True
     hostile_root = ""
     reply_timeout = 10.0
-    """Seconds for an answer."""
+    """Seconds to wait for a reply."""
     delivery_timeout = 5.0
-    """Seconds for messages to arrive that have been acknowledged: through another replica, say."""
+    """Seconds to wait for acknowledged messages, which may come through another replica."""
 
     def connect(self) -> BlockingConnection:
-        """Open a connection, on which nobody has authenticated."""
+        """Open a connection without authenticating."""
         raise NotImplementedError
 
     def token(self, name: str, grants: Grants) -> str:
-        """A token with these grants, for the client id `name`."""
+        """Return a token with these grants for the client id `name`."""
         return sign(self.secret, client_id=name, grants=grants)
 
     clients: Bundle[str] = Bundle("clients")
@@ -86,7 +86,7 @@ class BrokerMachine(RuleBasedStateMachine):
         super().__init__()
         self.model = ReferenceModel()
         self.steps: list[tuple[str, dict[str, Any]]] = []
-        """What has been done: names of methods and their arguments."""
+        """The steps taken so far: names of methods and their arguments."""
         self._clients: dict[str, ProtocolClient] = {}
         self._sessions: dict[str, ModelSession] = {}
         self._absent: dict[str, ProtocolClient] = {}
@@ -95,22 +95,22 @@ class BrokerMachine(RuleBasedStateMachine):
         self._ids = itertools.count(1)
         self._producers = itertools.count(1)
         self._ephemeral: dict[int, tuple[str, str | None]] = {}
-        """Ephemeral messages: channel and sender, by payload."""
+        """Published ephemeral messages: channel and sender, by payload."""
 
     def teardown(self) -> None:
         for client in self._clients.values():
             client.connection.close()
 
     def _below_root(self, name: str) -> str:
-        """A channel or a pattern, below the root."""
+        """Return a channel or pattern below the root."""
         return f"{self.root}.{name}" if self.root else name
 
-    # Coming and leaving
+    # Connecting and disconnecting
 
     @initialize(target=clients)
     @recorded
     def connect_first_client(self) -> str:
-        """Somebody who may do everything; from here on the log is ours."""
+        """Connect a client with all grants. From here on no one else publishes."""
         return self._open(next(self._names), ALL)
 
     @rule(target=clients, grants=some_grants)
@@ -129,7 +129,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(name=consumes(absent), target=clients)
     @recorded
     def connect_client_again(self, name: str) -> str:
-        """On another connection, from where every subscription was."""
+        """Connect again, and resume every subscription at its cursor."""
         self._reconnect(self._absent.pop(name))
         return name
 
@@ -181,7 +181,7 @@ class BrokerMachine(RuleBasedStateMachine):
         if self.model.subscribe(name, pattern, since):
             assert reply["type"] == "subscribed", reply
             if since is None:
-                # A replica may be behind; then it says so, and delivers from there.
+                # A lagging replica replies with its own position, and delivers from there.
                 assert self.root or reply["seq"] <= self.model.head, f"{reply}, and the head is {self.model.head}"
                 self.model.subscribe(name, pattern, reply["seq"])
             client.cursors[pattern] = self.model.sessions[name].subscriptions[pattern].since
@@ -199,20 +199,20 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             assert (reply["type"], reply.get("code")) == ("subscribe_error", "invalid_pattern"), reply
 
-    # Being allowed more or less
+    # Changing grants
 
     @precondition(lambda self: self.varied_grants)
     @rule(name=clients, grants=some_grants)
     @recorded
     def replace_grants(self, name: str, grants: Grants) -> None:
-        """A newer token, which allows something else: what it does not cover ends."""
+        """Authenticate again with a newer token. Subscriptions that it does not cover end."""
         self._replace_grants(name, self._grants_below_root(grants), lambda: None)
 
     @precondition(lambda self: self.varied_grants)
     @rule(name=clients, other=clients, grants=some_grants, channels=st.lists(some_channels, min_size=1, max_size=20))
     @recorded
     def replace_grants_while_publishing(self, name: str, other: str, grants: Grants, channels: list[str]) -> None:
-        """The same, while another client publishes: what ends has had all that came before."""
+        """The same while another client publishes. An ending subscription must have received everything before."""
         if name != other:
             requests = self._send_publishes(other, channels)
             self._replace_grants(name, self._grants_below_root(grants), lambda: self._wait_replies(other, requests))
@@ -230,7 +230,7 @@ class BrokerMachine(RuleBasedStateMachine):
             compare(received, expected[pattern])
             del client.cursors[pattern]
 
-    # Publishing, and asking
+    # Publishing, and requesting history
 
     @rule(name=clients, channel=some_channels, echo=st.booleans(), places=cuts)
     @recorded
@@ -243,13 +243,13 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(name=clients, channels=st.lists(some_channels, min_size=2, max_size=20))
     @recorded
     def publish_many(self, name: str, channels: list[str]) -> None:
-        """One after the other, without waiting for an answer in between."""
+        """Publish several messages without waiting for replies in between."""
         self._wait_replies(name, self._send_publishes(name, channels))
 
     @rule(name=clients, channels=st.lists(some_channels, min_size=1, max_size=10), end=st.integers(0, 900))
     @recorded
     def abort_connection_while_publishing(self, name: str, channels: list[str], end: int) -> None:
-        """The connection ends somewhere amid publishing; after another one nothing is missing, nor there twice."""
+        """Close the connection in the middle of publishing, then retry. Nothing may be missing or repeated."""
         client, head = self._clients[name], self.model.head
         requests = self._publishes(name, channels)
         client.connection.send(b"".join(json.dumps(request).encode() for request in requests)[:end])
@@ -260,7 +260,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self._wait_replies(name, requests)
 
     def _publishes(self, name: str, channels: Iterable[str]) -> list[Message]:
-        """Numbered requests for those channels to which the client may publish."""
+        """Return publish requests with ids, for those channels that the client may publish to."""
         client, session = self._clients[name], self.model.sessions[name]
         return [
             client.with_id({"type": "publish", "channel": channel, "payload": next(self._payloads)})
@@ -275,7 +275,7 @@ class BrokerMachine(RuleBasedStateMachine):
         return requests
 
     def _wait_replies(self, name: str, requests: Iterable[Message]) -> None:
-        """Hear the answers; the seqs have to be in the order of the requests."""
+        """Wait for the replies. The seqs must be in the order of the requests."""
         for request in requests:
             self._check_published(name, request, self._clients[name].wait_reply(request))
 
@@ -292,7 +292,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(name=clients, channel=some_channels)
     @recorded
     def publish_ephemeral(self, name: str, channel: str) -> None:
-        """To who is there, at most once: nobody has to get it."""
+        """Publish an ephemeral message. Sessions receive it at most once, and may miss it."""
         channel, payload, session = self._below_root(channel), next(self._payloads), self.model.sessions[name]
         self._ephemeral[payload] = channel, session.client_id
         reply = self._clients[name].request(
@@ -316,25 +316,25 @@ class BrokerMachine(RuleBasedStateMachine):
                 assert (reply["type"], reply.get("code")) == ("error", "unauthorized"), reply
                 return
             assert reply["type"] == "history", reply
-            # What was there before the log was ours may stand before it.
+            # Messages from before the machine started may precede its own.
             found = [each for each in reply["messages"] if each["seq"] > self.model.base]
             if _identities(found) == _identities(wanted):
                 return
             assert time.monotonic() < deadline, f"history of {pattern} is {found}, and it should be {wanted}"
 
-    # What nobody should do
+    # Hostile clients
 
     @rule(pieces=some_pieces)
     @recorded
     def attack_anonymously(self, pieces: list[bytes]) -> None:
-        """Somebody who shows no token sends anything: no harm comes of it to anybody else."""
+        """Send invalid input without authenticating. It must not affect other clients."""
         attack(self.connect(), pieces, self.reply_timeout)
 
     @precondition(lambda self: self.varied_grants)
     @rule(pieces=some_pieces)
     @recorded
     def attack_authenticated(self, pieces: list[bytes]) -> None:
-        """The same of a client with a token. Nothing that it publishes may get among what the others do."""
+        """Send invalid input after authenticating. Its messages must not reach the other clients' channels."""
         write: tuple[str, ...] = ()
         if self.hostile_root:
             write = (f"{self.hostile_root}.*",)
@@ -343,7 +343,7 @@ class BrokerMachine(RuleBasedStateMachine):
         token = self.token("hostile", Grants(read=(self._below_root("*"),), write=write))
         attack(self.connect(), pieces, self.reply_timeout, token=token)
 
-    # What has to hold
+    # What must hold after each step
 
     @invariant()
     def every_client_has_its_messages(self) -> None:
@@ -367,7 +367,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def _check_ephemeral(self, name: str, message: Message) -> None:
         pattern, payload = message["pattern"], message["payload"]
         found = message["channel"], message.get("sender")
-        assert self._ephemeral.get(payload) == found, f"{name} got {message}, which nobody has published"
+        assert self._ephemeral.get(payload) == found, f"{name} received {message}, which no client has published"
         assert matches(pattern, message["channel"]), f"{name} got {message}"
         ephemeral_received = self._clients[name].ephemeral_received
         assert (pattern, payload) not in ephemeral_received, f"{name} got {message} twice"
@@ -375,7 +375,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 def _identities(messages: Iterable[Message] | Iterable[ModelMessage]) -> list[tuple[Any, ...]]:
-    """What has to be the same of a message that came, and of the one in the model."""
+    """Return what must be equal in received and expected messages."""
     return [
         (each.seq, each.channel, each.payload, each.sender)
         if isinstance(each, ModelMessage)
@@ -385,7 +385,7 @@ def _identities(messages: Iterable[Message] | Iterable[ModelMessage]) -> list[tu
 
 
 def compare(received: list[Message], wanted: list[ModelMessage]) -> bool:
-    """Whether these are those messages. What is there already has to be their beginning."""
+    """Return whether all expected messages were received. Raises `AssertionError` if what came is no prefix of them."""
     found, expected = _identities(received), _identities(wanted)
     assert found == expected[: len(found)], f"received {found}, expected {expected}"
     return len(found) == len(expected)

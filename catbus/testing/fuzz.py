@@ -1,4 +1,4 @@
-"""What `catbus fuzz` does: `BrokerMachine`, with hostile clients beside it, on a broker that runs, for a while."""
+"""What `catbus fuzz` runs: `BrokerMachine` and hostile clients against a running broker, for some time."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from .protocol_client import ProtocolClient
 from .shrinking import minimize
 
 EXAMPLES = 10
-"""How many are played between two looks at the clock."""
+"""Examples between two checks of the time."""
 MAX_STEPS = 40
-"""Of an example, at the most."""
+"""Maximum number of steps of an example."""
 CONNECT_TIMEOUT = 10.0
-"""Seconds to be let in."""
+"""Seconds to wait while the target is checked."""
 
 REPLAY_ATTEMPTS = 3
-"""How often what was found is tried again before it is said that it does not recur."""
+"""Attempts to reproduce a finding."""
 
 Step = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class FuzzTarget:
-    """A broker to be fuzzed. `find_target` makes one.
+    """A broker to fuzz. `find_target` makes one.
 
-    The `places` take turns: URLs of any number of replicas and transports of one broker, each with who may have signed
-    its certificate. With a `secret` there are clients with all kinds of grants; otherwise everybody shows `token`,
-    which has to allow reading and writing for `root.*`. All channels are below `root`; with an empty one they are
-    anywhere, and nobody else may publish.
+    Connections rotate over `endpoints`: URLs of any replicas and transports of one broker, each with a file of trusted
+    certificate authorities or None. With a `secret`, clients have random grants. Without one, all of them use `token`,
+    which must allow reading and writing `root.*`. All channels are below `root`; with an empty root they are anywhere,
+    and no one else may publish.
     """
 
     endpoints: Sequence[tuple[str, str | None]]
@@ -58,7 +58,7 @@ class FuzzTarget:
     secret: str | None = field(default=None, repr=False)
     root: str = "fuzz"
     unreachable: Sequence[str] = ()
-    """Why places that the broker tells of cannot be reached from here."""
+    """Why endpoints that the broker advertises cannot be reached from here."""
 
     def sign(self, name: str, grants: Grants) -> str:
         if self.secret is not None:
@@ -79,9 +79,9 @@ def find_target(
     ca: str | None = None,
     root: str = "fuzz",
 ) -> FuzzTarget:
-    """A broker by its URLs, and by WebTransport, too, where all of them are WebSockets that tell of it.
+    """Return a target for these URLs. If all are WebSocket URLs, add the WebTransport endpoints that they advertise.
 
-    Raises `CatbusError` where one of the URLs does not answer, or does not let in who is to be let in.
+    Raises `CatbusError` if one of the URLs does not answer or does not accept the credentials.
     """
     endpoints, unreachable = [(url, ca) for url in urls], []
     for place in endpoints:
@@ -97,7 +97,7 @@ def find_target(
 
 
 def _discover(url: str, ca: str | None) -> tuple[str, str | None] | None:
-    """WebTransport of the same replica, and the certificate where it is self-made (section 3.2)."""
+    """Return the WebTransport URL of the same replica, and its certificate if it is self-made (section 3.2)."""
     parts = urlsplit(url)
     where = urlunsplit(("https" if parts.scheme == "wss" else "http", parts.netloc, "/.well-known/catbus", "", ""))
     context = make_ssl_context(ca) if parts.scheme == "wss" else None
@@ -130,7 +130,7 @@ def _check_access(target: FuzzTarget) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FuzzFinding:
-    """What went wrong, and after which steps of one example."""
+    """A failure, and the steps of the example that led to it."""
 
     error: BaseException
     steps: list[Step]
@@ -138,7 +138,7 @@ class FuzzFinding:
 
 @dataclass(slots=True)
 class FuzzResult:
-    """What has been done so far, and what was found by it. `attacks` are the steps of hostile clients."""
+    """What was run so far, and what it found. `attacks` counts the steps of hostile clients."""
 
     examples: int = 0
     steps: int = 0
@@ -150,14 +150,14 @@ class FuzzResult:
         self.steps += len(steps)
         self.attacks += sum(name.startswith("attack_") for name, _ in steps)
         if error is not None:
-            # What follows is the same, or another story: a broker that has crashed is not there.
+            # Only the first failure counts: after it, the broker may have crashed.
             self.found = self.found or FuzzFinding(error, steps)
 
 
 def make_machine(
     target: FuzzTarget, result: FuzzResult, on_example: Callable[[], None] = lambda: None
 ) -> type[BrokerMachine]:
-    """A machine for `target`, which adds what it does to `tally`, and calls `watch` after each example."""
+    """Return a machine for `target` that counts its steps in `result` and calls `on_example` after each example."""
     run = secrets.token_hex(4)
     examples = count(1)
 
@@ -194,10 +194,10 @@ def fuzz(
     keep: str | None = None,
     on_example: Callable[[FuzzResult], None] | None = None,
 ) -> FuzzResult:
-    """Play examples until `seconds` have passed or something is found: then `Tally.found` says what.
+    """Run examples until `seconds` have passed or something is found, which `FuzzResult.found` then holds.
 
-    That is kept in the directory `keep`, and tried first the next time. The same `seed` draws the same examples again.
-    `watch` is called after each example.
+    Findings are kept in the directory `keep` and run first the next time. The same `seed` draws the same examples.
+    `on_example` is called after each example.
     """
     result = FuzzResult()
     if keep is not None:
@@ -208,7 +208,7 @@ def fuzz(
         stateful_step_count=MAX_STEPS,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        # Broken brokers are seldom broken each time, and they answer late: `make_smaller` is made for that.
+        # A faulty broker may not fail each time, and may be slow to reply. `shrink` is made for that.
         phases=[Phase.reuse, Phase.generate],
         database=None if keep is None else DirectoryBasedExampleDatabase(Path(keep) / "examples"),
         report_multiple_bugs=False,
@@ -224,11 +224,11 @@ def fuzz(
                 raise
         if result.found is not None or time.monotonic() >= end:
             return result
-    raise AssertionError("numbers do not end")
+    raise AssertionError("unreachable")
 
 
 def replay(target: FuzzTarget, steps: Sequence[Step]) -> None:
-    """Take the steps again, and compare after each. Raises `AssertionError` where it goes wrong again."""
+    """Take the steps again, and compare after each. Raises `AssertionError` if it fails again."""
     machine = make_machine(target, FuzzResult())()
     try:
         for name, arguments in steps:
@@ -239,9 +239,9 @@ def replay(target: FuzzTarget, steps: Sequence[Step]) -> None:
 
 
 def shrink(target: FuzzTarget, found: FuzzFinding, seconds: float) -> FuzzFinding | None:
-    """The same without the steps, and without what is in their lists, that it does not need; None if it does not recur.
+    """Return the finding with as few steps and list items as possible, or None if it cannot be reproduced.
 
-    After `seconds` it is as small as it has become.
+    Stops after `seconds` with the smallest one so far.
     """
     until = time.monotonic() + seconds
     smallest = None
@@ -251,7 +251,7 @@ def shrink(target: FuzzTarget, found: FuzzFinding, seconds: float) -> FuzzFindin
         try:
             replay(target, steps)
         except Exception as error:  # noqa: BLE001  # compared
-            # Steps that make no sense without others fail otherwise.
+            # Without the steps before it, a step may also fail for another reason.
             if type(error) is type(found.error):
                 smallest = FuzzFinding(error, list(steps))
                 return True
@@ -273,7 +273,7 @@ def shrink(target: FuzzTarget, found: FuzzFinding, seconds: float) -> FuzzFindin
 
 
 def write_script(urls: Sequence[str], finding: FuzzFinding, *, ca: str | None, root: str) -> str:
-    """A program that takes the steps of a finding again. It holds no secret: it reads the environment."""
+    """Return a program that takes the steps of a finding again. It reads secrets from the environment."""
     options = "".join(f", {name}={value!r}" for name, value in (("ca", ca), ("root", root)) if value is not None)
     steps = "".join(f"        ({name!r}, {arguments!r}),\n" for name, arguments in finding.steps)
     return f"""import os

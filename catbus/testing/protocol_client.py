@@ -13,9 +13,9 @@ Message = dict[str, Any]
 
 
 class ProtocolClient:
-    """One client's end: what it was told, and what its subscriptions got since somebody looked.
+    """One client of the state machine, and what it has received since the last comparison.
 
-    `ids` go on over all connections of a client: a publish is known by its producer and its id (section 9.1).
+    `ids` continue over all connections of a client, because a publish is identified by producer and id (section 9.1).
     """
 
     def __init__(self, connection: BlockingConnection, name: str, ids: Iterator[int], reply_timeout: float) -> None:
@@ -27,18 +27,18 @@ class ProtocolClient:
         self.head = 0
         self.epoch = ""
         self.cursors: dict[str, int] = {}
-        """By pattern: up to where everything has been compared."""
+        """By pattern: the seq up to which received and expected messages were compared."""
         self.received: dict[str, list[Message]] = {}
         self.ephemeral: list[Message] = []
         self.ephemeral_received: set[tuple[str, int]] = set()
-        """Ephemeral messages that came: pattern and payload."""
+        """Received ephemeral messages: pattern and payload."""
         self.revoked: dict[str, list[Message]] = {}
-        """What had come by then."""
+        """By pattern of a revoked subscription: what it had received."""
         self._ids = ids
         self._replies: list[Message] = []
 
     def send(self, message: Message, places: Iterable[int] = ()) -> None:
-        """Send an object, cut at these places."""
+        """Send an object, split at these offsets."""
         data = json.dumps(message).encode()
         ends = [min(place, len(data)) for place in places]
         for start, end in zip([0, *ends], [*ends, len(data)], strict=True):
@@ -49,7 +49,7 @@ class ProtocolClient:
         return {**message, "id": next(self._ids)}
 
     def request(self, message: Message, places: Iterable[int] = ()) -> Message:
-        """Send a request, and return the answer to it."""
+        """Send a request with a new id, and return its reply."""
         request = self.with_id(message)
         self.send(request, places)
         return self.wait_reply(request)
@@ -66,7 +66,7 @@ class ProtocolClient:
         self.head, self.epoch = reply["head"], reply["epoch"]
 
     def ping(self) -> None:
-        """Hear all that was sent before now."""
+        """Wait for everything that the broker sent before now."""
         number = next(self._ids)
         self.send({"type": "ping", "seq": number})
         self.wait(lambda reply: (reply["type"], reply.get("seq")) == ("pong", number), "a pong")
@@ -82,13 +82,13 @@ class ProtocolClient:
                 found = self.connection.receive(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 raise AssertionError(f"{self.name} waits for {what}, and received only {self._replies}") from None
-            assert found is not None, f"{self.name} was cut off while it waited for {what}"
+            assert found is not None, f"the broker closed {self.name}'s connection, which waited for {what}"
             self._handle(found)
 
     def _handle(self, found: Message) -> None:
         kind, pattern = found["type"], found.get("pattern", "")
         if kind in ("message", "revoked"):
-            assert pattern in self.received, f"{self.name} received {found}, to which it does not subscribe"
+            assert pattern in self.received, f"{self.name} received {found} without a subscription"
         if kind == "message":
             (self.received[pattern] if "seq" in found else self.ephemeral).append(found)
         elif kind == "revoked":

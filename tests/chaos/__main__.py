@@ -284,8 +284,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep histories and logs there")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="only check a history that was kept")
     options = parser.parse_args()
-    if options.check_history is not None:
-        report = check_history(read(options.check_history), database_only=DATABASE_ONLY)
+    if options.judge is not None:
+        report = check_history(read(options.judge), database_only=DATABASE_ONLY)
         print(report)
         sys.exit(bool(report.broken))
     if shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
