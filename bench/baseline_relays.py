@@ -15,7 +15,7 @@ from aioquic.h3.events import HeadersReceived, WebTransportStreamDataReceived
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionIdIssued
 
-from catbus.endpoints.datagrams import BUFFER, Port, transmit
+from catbus.endpoints.webtransport.udp_socket import BUFFER, UdpSocket, transmit
 from catbus.webtransport import WebTransportConfiguration
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 
@@ -45,7 +45,7 @@ def webtransport_relay(listener: socket.socket, sock: socket.socket, configurati
     sock.setblocking(False)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
-    loop = _Loop(Port(sock), configuration)
+    loop = _Loop(UdpSocket(sock), configuration)
     publisher: socket.socket | None = None
     poll = select.epoll()
     poll.register(sock, select.EPOLLIN)
@@ -78,7 +78,7 @@ class _Peer:
 class _Loop:
     """The least that a server on aioquic can do: route packets to connections, acknowledge, handle timers."""
 
-    def __init__(self, port: Port, configuration: WebTransportConfiguration) -> None:
+    def __init__(self, port: UdpSocket, configuration: WebTransportConfiguration) -> None:
         self._port = port
         self._configuration = configuration.quic
         self._peers: list[_Peer] = []

@@ -50,7 +50,7 @@ from subscriber_process import FORK, Connector, Request, Round, SubscriberProces
 from subscriber_transports import Steps, WebSocketConnector, WebTransportConnector
 
 from catbus.certificates import development_certificate
-from catbus.endpoints.frames import text_header
+from catbus.endpoints.websocket.frame_encoder import text_header
 from catbus.protocol.wire_messages import encode_entry
 from catbus.webtransport import server_configuration
 

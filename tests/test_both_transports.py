@@ -26,7 +26,7 @@ from catbus.client.webtransport_transport import WebTransport as OverQuic
 from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.udp_relay import UdpRelay
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from catbus.client import GoAway
 from catbus.config import DrainSettings, LimitSettings
 from catbus.log import EPHEMERAL_SIZE
 from tests.brokers import CONFIG, TOKEN, running
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 
 
 async def test_a_message_goes_from_client_to_client_and_to_this_process() -> None:

@@ -19,7 +19,7 @@ from catbus.config import DatabaseSettings, RetentionSettings, WebTransportSetti
 from catbus.observability.histogram import Histogram
 from catbus.observability.metrics import METRICS
 from tests.brokers import CONFIG, SECRET, TOKEN
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 from tests.test_both_transports import discover
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")

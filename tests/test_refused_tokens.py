@@ -24,7 +24,7 @@ from catbus.log import MemoryLog
 from catbus.observability.metrics import Metrics
 from catbus.replica import Replica
 from tests.brokers import CONFIG, SECRET, running
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 from tests.test_auth import signed_jwt
 from tests.test_permissions import Roles
 from tests.test_wrong_input import speaker

@@ -18,7 +18,7 @@ from catbus.client.server_messages import Gap
 from catbus.config import DatabaseSettings, LimitSettings
 from catbus.postgres.maintenance.repair import repair
 from tests.brokers import CONFIG, TOKEN
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 from tests.postgres.sql import open_sql
 from tests.test_both_transports import running
 

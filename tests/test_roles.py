@@ -19,7 +19,7 @@ from catbus.config import DatabaseSettings
 from catbus.errors import CloseCode, ErrorCode
 from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
-from tests.endpoints.peers import Peer
+from tests.endpoints.raw_peer import Peer
 from tests.postgres.proxy import open_proxy
 from tests.test_both_transports import running as both_doors
 from tests.test_wrong_input import Speaker, speaker

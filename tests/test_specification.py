@@ -27,7 +27,9 @@ from catbus.auth.grants import Grants, Identity
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.config import Config, LimitSettings
-from catbus.endpoints import coalesce, http, routes, websocket, webtransport
+from catbus.endpoints.http import http_connection, routes
+from catbus.endpoints.websocket import inbound_frames, websocket_connection
+from catbus.endpoints.webtransport import webtransport_session
 from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailable
 from catbus.limits import unauthenticated
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
@@ -366,22 +368,22 @@ CONSTANTS = {
     "bytes of a token": MAX_TOKEN,
     "seconds for the lookup of a role": role_lookup.PATIENCE,
     "seconds without the database during which roles keep their permissions": live_permissions.MAX_STALENESS,
-    "size of a WebSocket message, in objects of `message_size`": websocket.OBJECTS_IN_MESSAGE,
-    "bytes of a WebSocket message before the first `auth_ok`": websocket.UNAUTHENTICATED_OBJECT_BYTES,
+    "size of a WebSocket message, in objects of `message_size`": websocket_connection.OBJECTS_IN_MESSAGE,
+    "bytes of a WebSocket message before the first `auth_ok`": websocket_connection.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes of an object before the first `auth_ok`": unauthenticated.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes held for all unauthenticated peers together": unauthenticated.UNAUTHENTICATED_TOTAL_BYTES,
-    "fragments of a WebSocket message, plus one for every 32 bytes of it": coalesce.FRAGMENTS,
+    "fragments of a WebSocket message, plus one for every 32 bytes of it": inbound_frames.FRAGMENTS,
     "bytes waiting for a subscription on its own stream, as a fraction of `limits.send_queue`: one part in": (
-        webtransport.OWN_SHARE
+        webtransport_session.OWN_SHARE
     ),
     "streams that the broker opens in a session": CONNECTION_LIMITS.outgoing_streams,
     "datagrams waiting in a session": CONNECTION_LIMITS.queued_datagrams,
     "seconds without other data until the broker sends `head` unasked (at most twice as many)": QUIET,
-    "seconds during which a client takes none of the waiting data": websocket.STALL_TIME,
-    "the same for a subscription's own stream": webtransport.STALL_TIME,
-    "seconds for closing": websocket.CLOSING_TIME,
-    "bytes of the head of an HTTP request": http.HEAD_SIZE,
-    "bytes of the body of `POST /publish`": http.BODY_SIZE,
+    "seconds during which a client takes none of the waiting data": websocket_connection.STALL_TIME,
+    "the same for a subscription's own stream": webtransport_session.STALL_TIME,
+    "seconds for closing": websocket_connection.CLOSING_TIME,
+    "bytes of the head of an HTTP request": http_connection.HEAD_SIZE,
+    "bytes of the body of `POST /publish`": http_connection.BODY_SIZE,
 }
 """The limits that have no setting, by their names in the tables."""
 

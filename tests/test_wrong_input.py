@@ -18,7 +18,7 @@ from catbus.auth.tokens import sign
 from catbus.config import LimitSettings
 from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running
-from tests.endpoints.peers import BINARY, CLOSE, TEXT, Peer, masked
+from tests.endpoints.raw_peer import BINARY, CLOSE, TEXT, Peer, masked
 
 AUTH = {"type": "auth", "token": TOKEN, "protocol": 1}
 

@@ -1,6 +1,13 @@
 """Where clients come in: the WebSocket port, with the HTTP that is served on it, and the WebTransport port."""
 
-from .listen import Endpoint, EndpointStatistics, serve_http
-from .quic import QuicEndpoint, QuicStatistics, serve_quic
+from .http.http_endpoint import HttpEndpoint, HttpEndpointStatistics, serve_http
+from .webtransport.quic_endpoint import QuicEndpoint, QuicEndpointStatistics, serve_quic
 
-__all__ = ["Endpoint", "EndpointStatistics", "QuicEndpoint", "QuicStatistics", "serve_http", "serve_quic"]
+__all__ = [
+    "HttpEndpoint",
+    "HttpEndpointStatistics",
+    "QuicEndpoint",
+    "QuicEndpointStatistics",
+    "serve_http",
+    "serve_quic",
+]

@@ -11,9 +11,9 @@ from typing import Protocol
 import trio
 
 from ..observability.loggers import RateLimitedLog, get_logger
-from .frames import Packer
-from .networks import Newcomers
-from .proxies import Proxies
+from .ip_networks import EvictionQueue
+from .trusted_proxies import TrustedProxies
+from .websocket.frame_encoder import FrameEncoder
 
 logger = get_logger("catbus.endpoints")
 
@@ -21,14 +21,14 @@ _AT_A_TIME = 500
 """Connections that are looked at before other tasks get a turn."""
 
 
-class Watched(Protocol):
+class KeepAliveTarget(Protocol):
     """A connection that is kept alive."""
 
     def check(self, now: float) -> None:
         """See whether the peer is still there, and do what is due. `now` is a Trio time."""
 
 
-class Carrier(Protocol):
+class ByteCounter(Protocol):
     """What counts the bytes of one connection."""
 
     @property
@@ -46,7 +46,7 @@ class ConnectionRegistry:
     """
 
     def __init__(self, proxies: Iterable[str] = ()) -> None:
-        self.proxies = Proxies(proxies)
+        self.proxies = TrustedProxies(proxies)
         self.closed = False
         self.connections = 0
         self.refused = 0
@@ -65,12 +65,12 @@ class ConnectionRegistry:
         self._remarks = RateLimitedLog(logger.info)
         self.requests: Counter[tuple[str, int]] = Counter()
         """HTTP requests that were answered, by path and status; paths that mean nothing here count as one."""
-        self.packer = Packer()
-        self.watched: set[Watched] = set()
-        self._carriers: set[Carrier] = set()
+        self.packer = FrameEncoder()
+        self.watched: set[KeepAliveTarget] = set()
+        self._carriers: set[ByteCounter] = set()
         self._sent = self._received = 0
         self._idle: set[trio.CancelScope] = set()
-        self._newcomers: Newcomers[trio.CancelScope] = Newcomers()
+        self._newcomers: EvictionQueue[trio.CancelScope] = EvictionQueue()
         self._changed = trio.lowlevel.ParkingLot()
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class ConnectionRegistry:
             self._idle.discard(scope)
 
     @contextmanager
-    def carry(self, carrier: Carrier) -> Iterator[None]:
+    def carry(self, carrier: ByteCounter) -> Iterator[None]:
         """While its bytes are to be counted."""
         self._carriers.add(carrier)
         try:
@@ -143,7 +143,7 @@ class ConnectionRegistry:
         return self._sent + sum(c.sent for c in carriers), self._received + sum(c.received for c in carriers)
 
     @contextmanager
-    def watch(self, connection: Watched) -> Iterator[None]:
+    def watch(self, connection: KeepAliveTarget) -> Iterator[None]:
         """While a connection is to be kept alive."""
         self.watched.add(connection)
         try:

@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ..auth.token_errors import RejectionReason
-from ..endpoints.listen import Endpoint, EndpointStatistics
-from ..endpoints.quic import QuicEndpoint, QuicStatistics
+from ..endpoints.http.http_endpoint import HttpEndpoint, HttpEndpointStatistics
+from ..endpoints.webtransport.quic_endpoint import QuicEndpoint, QuicEndpointStatistics
 from ..errors import ErrorCode
 from ..postgres import PostgresLog
 from ..replica import Replica
@@ -188,7 +188,7 @@ class Metrics(Collector):
         for transport, door in self._doors.items():
             labels = {"transport": transport}
             match door:
-                case Endpoint():
+                case HttpEndpoint():
                     yield from _read_websocket(door, labels)
                 case QuicEndpoint():
                     yield from _read_webtransport(door, labels)
@@ -246,7 +246,7 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
     yield "catbus_log_floor", {}, log.floor
 
 
-def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
+def _read_websocket(door: HttpEndpoint, labels: Labels) -> Iterator[Reading]:
     found = door.statistics()
     yield "catbus_connections", labels, found.connections
     yield from _read_refused(found, labels)
@@ -259,7 +259,7 @@ def _read_websocket(door: Endpoint, labels: Labels) -> Iterator[Reading]:
         yield "catbus_http_requests_total", {"path": path, "status": str(status)}, number
 
 
-def _read_refused(found: EndpointStatistics | QuicStatistics, labels: Labels) -> Iterator[Reading]:
+def _read_refused(found: HttpEndpointStatistics | QuicEndpointStatistics, labels: Labels) -> Iterator[Reading]:
     yield "catbus_connections_refused_total", {**labels, "reason": "limit"}, found.refused
     yield "catbus_connections_refused_total", {**labels, "reason": "address"}, found.crowded
 

@@ -22,7 +22,7 @@ from ..client.bus_factory import open_bus
 from ..client.websocket_transport import WebSocket, shake_hands
 from ..config import AuthSettings, Config, DatabaseSettings
 from ..endpoints.connection_registry import ConnectionRegistry
-from ..endpoints.http import serve_connection
+from ..endpoints.http.http_connection import serve_http_connection
 from ..errors import Disconnected
 
 ADDRESS = parse_address("ws://memory")
@@ -77,7 +77,7 @@ class TestBroker:
     async def _serve(self, stream: trio.abc.Stream) -> None:
         async with stream:
             with self._registry.admit():
-                await serve_connection(self.broker.replica, self._registry, stream)
+                await serve_http_connection(self.broker.replica, self._registry, stream)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ import trio
 
 import catbus
 from catbus.config import DatabaseSettings, DrainSettings, WebTransportSettings
-from catbus.endpoints import router, webtransport
+from catbus.endpoints.webtransport import packet_router, webtransport_session
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
 from tests.browser.test_webtransport import serving
@@ -240,8 +240,8 @@ FREEZE = """
 async def test_a_subscription_whose_stream_was_not_read_goes_on_where_it_stood(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webtransport, "STALL_TIME", 1.0)
-    monkeypatch.setattr(router, "PING_INTERVAL", 1.0)
+    monkeypatch.setattr(webtransport_session, "STALL_TIME", 1.0)
+    monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
     # So much that no browser takes it all without its page.
     payload = "x" * 60_000
     async with open_place(browser, configuration(tmp_path)) as place:

@@ -14,8 +14,8 @@ import trio
 import catbus
 from catbus import Broker, CloseCode, Config
 from catbus.config import DatabaseSettings, WebTransportSettings
-from catbus.endpoints import router, spacing, webtransport
-from catbus.endpoints.datagrams import Port
+from catbus.endpoints.webtransport import first_version_spacing, packet_router, webtransport_session
+from catbus.endpoints.webtransport.udp_socket import UdpSocket
 from catbus.webtransport import quic_configuration as webtransport_configuration
 from tests.brokers import CONFIG, TOKEN
 from tests.browser.driver import Browser
@@ -142,7 +142,7 @@ async def test_objects_may_be_cut_anywhere_or_nowhere(browser: Browser, tmp_path
             assert pongs == [1, 2, 3, 4]
 
 
-def swallow(port: Port, most: int) -> list[Any]:
+def swallow(port: UdpSocket, most: int) -> list[Any]:
     with suppress(BlockingIOError):
         while port._socket.recv(1 << 16):
             pass
@@ -159,8 +159,8 @@ async def test_a_broker_that_vanishes_is_noticed(
             await browser.run(CONNECT, TOKEN, True)
             with monkeypatch.context() as silence:
                 # From here on every packet is swallowed, both ways.
-                silence.setattr(Port, "receive", swallow)
-                silence.setattr(Port, "send", lambda self, datagrams, to: None)
+                silence.setattr(UdpSocket, "receive", swallow)
+                silence.setattr(UdpSocket, "send", lambda self, datagrams, to: None)
                 ending = await browser.run("return await bus.session.closed.catch((error) => error.name)")
                 assert ending == "WebTransportError"
                 # And so is a browser that vanishes.
@@ -195,7 +195,7 @@ async def test_a_first_version_page_reads_one_object_at_a_time(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A machine that is busy with other tests may not let the page read for longer than the broker waits by default.
-    monkeypatch.setattr(spacing, "SPACING", (0.5, 0.5))
+    monkeypatch.setattr(first_version_spacing, "SPACING", (0.5, 0.5))
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
@@ -231,8 +231,8 @@ async def test_a_stream_whose_reader_is_cancelled_ends_alone(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chromium says STOP_SENDING then. Firefox says nothing, and takes nothing any more."""
-    monkeypatch.setattr(webtransport, "STALL_TIME", 1.0)
-    monkeypatch.setattr(router, "PING_INTERVAL", 1.0)
+    monkeypatch.setattr(webtransport_session, "STALL_TIME", 1.0)
+    monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")

@@ -1,6 +1,7 @@
 """The broker's WebSocket endpoint with an echo in the place of its sessions, for a suite that wants one.
 
-Everything up to the session is the broker's own: listener socket, TLS, HTTP, handshake, `Coalescer`, `Outbox`, closing.
+Everything up to the session is the broker's own: listener socket, TLS, HTTP, handshake, `InboundFrames`,
+`FrameStream`, closing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import msgspec
 import trio_websocket
 
 from catbus.config import LimitSettings, WebSocketSettings, WebTransportSettings
-from catbus.endpoints import websocket
-from catbus.endpoints.frames import text_header
+from catbus.endpoints.websocket import websocket_connection
+from catbus.endpoints.websocket.frame_encoder import text_header
 from catbus.session.driver import SessionDriver
 from tests.brokers import CONFIG, running
 
@@ -28,7 +29,7 @@ HOUR = 3600
 _BINARY = b"\x82"
 
 
-class Echo(websocket.Connection):
+class Echo(websocket_connection.WebSocketServerConnection):
     """Sends back each message as it came. Its peer has nothing to show, and is not silent for long."""
 
     def __init__(self, *args: Any) -> None:
@@ -61,6 +62,6 @@ async def echoing(size: int = SIZE, certificate: tuple[str, str] | None = None) 
         else WebTransportSettings(bind=()),
         limits=LimitSettings(message_size=size, auth_timeout=HOUR),
     )
-    with patch.object(websocket, "Connection", Echo):
+    with patch.object(websocket_connection, "Connection", Echo):
         async with running(config, seconds=HOUR) as (_, address):
             yield f"{'wss' if tls else 'ws'}://{address}/ws"

@@ -20,10 +20,10 @@ import catbus
 from catbus import Config, certificates
 from catbus.client import Disconnected
 from catbus.config import WebSocketSettings, WebTransportSettings, split_address
-from catbus.endpoints import listen
+from catbus.endpoints.http import http_endpoint
 from catbus.errors import ConfigError
 from tests.brokers import CONFIG, TOKEN
-from tests.endpoints.peers import TEXT, UPGRADE, Peer, close_frame, masked
+from tests.endpoints.raw_peer import TEXT, UPGRADE, Peer, close_frame, masked
 from tests.programs import find_module, find_program
 from tests.volumes import Volume
 
@@ -126,7 +126,7 @@ async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed)
 async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
     certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listen, "HANDSHAKE_TIME", 0.1)
+    monkeypatch.setattr(http_endpoint, "HANDSHAKE_TIME", 0.1)
     async with serving(certificate.config()) as (_, urls):
         host, port = place_of(urls)
         for said in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"\x16\x03\x01\xff\xff"):
@@ -391,7 +391,7 @@ socket.on('close', (code) => { process.exitCode = code === 1000 ? 0 : 1; });
 def test_tls_without_a_certificate_is_a_mistake_unless_only_this_machine_comes(tmp_path: Path) -> None:
     file = tmp_path / "catbus.toml"
     file.write_text("[websocket]\ntls = true\n")
-    with pytest.raises(ConfigError, match=r"websocket.tls is true, and there is no certificate"):
+    with pytest.raises(ConfigError, match=r"websocket.tls is true without a certificate"):
         catbus.config.load(file)
     file.write_text('[websocket]\ntls = true\nbind = "127.0.0.1:0"\n[webtransport]\nbind = []\n')
     assert catbus.config.load(file).certificate_needed

@@ -18,9 +18,9 @@ from aioquic.buffer import UINT_VAR_MAX
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
-from catbus.endpoints.coalesce import Coalescer
-from catbus.endpoints.head import read_head
-from catbus.endpoints.routes import Answer
+from catbus.endpoints.http.request_head import read_head
+from catbus.endpoints.http.routes import HttpResponse
+from catbus.endpoints.websocket.inbound_frames import InboundFrames
 from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
@@ -29,7 +29,7 @@ from catbus.protocol.wire_messages import UNDECODABLE
 from catbus.webtransport import WebTransportConnection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
-from tests.endpoints.test_coalesce import seen
+from tests.endpoints.test_inbound_frames import seen
 from tests.webtransport.simulated_link import CLIENT, Link, server_config
 from tests.webtransport.test_hostile_peers import packet, raw
 
@@ -92,7 +92,7 @@ def heads(data: bytes) -> None:
     if not isinstance(event, h11.Request):
         return
     request = read_head(event)
-    if isinstance(request, Answer):
+    if isinstance(request, HttpResponse):
         assert 400 <= request.status < 600
         return
     names = [name for name, _ in request.headers]
@@ -181,7 +181,7 @@ def websockets(data: bytes) -> None:
     """The library sees the same messages whether what a client sends is joined first or not."""
 
     pieces, _ = cut(data)
-    coalescer = Coalescer(64, 1 << 62)
+    coalescer = InboundFrames(64, 1 << 62)
     passed: list[bytes] = []
     for piece in pieces:
         coalescer.feed(piece)

@@ -12,7 +12,7 @@ from typing import Any
 from catbus.config import Config, load
 from catbus.config.loader import VARIABLES
 from catbus.config.network_addresses import split_address
-from catbus.endpoints.routes import ROUTES
+from catbus.endpoints.http.routes import ROUTES
 from catbus.observability.metrics import METRICS
 from tests.k8s.manifests import Document, named, of_kind
 

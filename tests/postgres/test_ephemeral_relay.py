@@ -25,7 +25,7 @@ from catbus.postgres.follow.log_tail import LogTail
 from catbus.postgres.notifications.encryption import EPHEMERAL_CHANNEL
 from tests.brokers import CONFIG, TOKEN
 from tests.brokers import running as running_broker
-from tests.endpoints.peers import Peer, masked
+from tests.endpoints.raw_peer import Peer, masked
 from tests.log.harness import PATIENCE, Publisher, Recorder, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until

@@ -20,7 +20,7 @@ import pytest
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
-from catbus.endpoints.capacity import SPARE_FILES
+from catbus.endpoints.open_files import SPARE_FILES
 from tests.postgres.server import execute, to_database
 
 PATIENCE = 60

@@ -28,7 +28,7 @@ from ...config import (
     show_setting,
     split_address,
 )
-from ...endpoints.capacity import connections_that_fit
+from ...endpoints.open_files import connections_that_fit
 from ...errors import ConfigError
 from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
 from ...postgres.embedded.installations import find_installation

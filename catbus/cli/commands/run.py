@@ -25,7 +25,7 @@ from ...config import (
     load_with_sources,
     redact_url,
 )
-from ...endpoints.capacity import raise_limit
+from ...endpoints.open_files import raise_limit
 from ...errors import ConfigError
 from ...observability.loggers import get_logger
 from ..development_credentials import DEFAULT_URL, development_token, read_or_create_secret

@@ -1,0 +1,1 @@
+"""HTTP/1.1: the listener sockets, the connections, and the routes."""

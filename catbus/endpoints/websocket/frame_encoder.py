@@ -1,0 +1,84 @@
+"""WebSocket frames as a server writes them (RFC 6455, section 5): unmasked, so the same bytes serve every client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...delivery.send_queue import QueueItem
+from ...protocol.wire_messages import ProtocolVersion
+
+FRAME_SIZE = 65_536
+"""About how many bytes of lines go into one frame. A single longer item makes a longer frame."""
+
+PING = b"\x89\x00"
+
+_CLOSE = b"\x88"
+_MAX_REASON = 123
+
+
+def text_header(size: int) -> bytes:
+    """The header of a whole text message of `size` bytes."""
+    if size < 126:
+        return bytes((0x81, size))
+    if size < 65_536:
+        return b"\x81\x7e" + size.to_bytes(2, "big")
+    return b"\x81\x7f" + size.to_bytes(8, "big")
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    """A Close frame. A reason that is too long for one is cut, between characters."""
+    text = reason.encode()[:_MAX_REASON].decode(errors="ignore").encode()
+    return _CLOSE + bytes((2 + len(text),)) + code.to_bytes(2, "big") + text
+
+
+def is_close(data: bytes) -> bool:
+    """Whether a frame is a Close frame."""
+    return data.startswith(_CLOSE)
+
+
+class FrameEncoder:
+    """Makes frames of what a send queue held.
+
+    All subscribers of a pattern mostly hold the same items, one after another: the last result is kept, so that it is
+    packed once for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._items: Sequence[QueueItem] = ()
+        self._protocol = ProtocolVersion.V1
+        self._frames = b""
+
+    def pack(self, items: Sequence[QueueItem], protocol: ProtocolVersion) -> bytes:
+        """The frames that carry `items`, in order.
+
+        A `catbus.v1` client gets as many lines in a frame as fit; a first-version client gets a frame for each line.
+        """
+        if items != self._items or protocol is not self._protocol:
+            frames = _packed(items) if protocol is ProtocolVersion.V1 else _one_by_one(items)
+            self._items, self._protocol, self._frames = items, protocol, frames
+        return self._frames
+
+
+def _packed(items: Sequence[QueueItem]) -> bytes:
+    parts: list[bytes] = []
+    begun: list[bytes] = []
+    size = 0
+    for item in items:
+        lines = item if isinstance(item, bytes) else item.lines
+        if size and size + len(lines) > FRAME_SIZE:
+            parts += [text_header(size), *begun]
+            begun, size = [], 0
+        begun.append(lines)
+        size += len(lines)
+    if size:
+        parts += [text_header(size), *begun]
+    return b"".join(parts)
+
+
+def _one_by_one(items: Sequence[QueueItem]) -> bytes:
+    parts: list[bytes] = []
+    for item in items:
+        for line in (item,) if isinstance(item, bytes) else item.first_version_lines:
+            text = line.removesuffix(b"\n")
+            parts += (text_header(len(text)), text)
+    return b"".join(parts)

@@ -1,0 +1,1 @@
+"""WebTransport: the UDP sockets, the datagrams on their way to QUIC connections, and one session."""

@@ -1,0 +1,186 @@
+"""UDP sockets: what waits is drained, and what goes to one peer leaves in as few system calls as the kernel allows."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import trio
+
+from ...config import join_address, split_address
+from ...errors import ConfigError
+from ...webtransport.connectionless_packets import MAX_PACKET_SIZE
+
+BUFFER = 4 << 20
+"""Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
+
+_UDP_SEGMENT = 103
+_IP_PKTINFO = 8
+_IPV6_PKTINFO = 50
+_IPV6_RECVPKTINFO = 49
+_CONTROL = socket.CMSG_SPACE(20)
+_WILD = {
+    "0.0.0.0": (socket.IPPROTO_IP, _IP_PKTINFO),
+    "::": (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO),
+}
+"""Addresses that stand for all of the machine's, and how the kernel is asked to tell which of them was meant."""
+_MAX_SEGMENTS = 64
+_MAX_TOGETHER = 65_000
+SourceAddress = tuple[tuple[int, int, bytes], ...]
+
+_NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+
+
+class PeerAddress(NamedTuple):
+    """Where a peer is: our socket, and its address there."""
+
+    port: UdpSocket
+    address: tuple[str, int]
+    source: SourceAddress = ()
+    """Which of our own addresses it speaks to, as `sendmsg` is told; empty where the socket has no more than one."""
+
+
+class UdpSocket:
+    """One UDP socket. Sending never waits: what the kernel does not take is lost, as on any network."""
+
+    __slots__ = (
+        "_segmenting",
+        "_socket",
+        "_wild",
+        "address",
+        "lost",
+        "received",
+        "received_bytes",
+        "sent",
+        "sent_bytes",
+    )
+
+    def __init__(self, sock: socket.socket) -> None:
+        host, port = sock.getsockname()[:2]
+        self.address = join_address(host, port)
+        self.received = 0
+        self.sent = 0
+        self.lost = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self._socket = sock
+        self._segmenting = hasattr(sock, "sendmsg")
+        self._wild = host in _WILD
+        """Whether it has several addresses: a peer hears only the one that it speaks to."""
+        if self._wild:
+            sock.setsockopt(*_WILD[host], 1)
+
+    async def wait(self) -> None:
+        """Wait until something has arrived."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    def receive(self, most: int) -> list[tuple[bytes, PeerAddress]]:
+        """What has arrived, up to `most` datagrams. One that is cut is longer than MAX_PACKET still."""
+        datagrams: list[tuple[bytes, PeerAddress]] = []
+        sock = self._socket
+        try:
+            if self._wild:
+                while len(datagrams) < most:
+                    data, control, _, address = sock.recvmsg(MAX_PACKET_SIZE + 1, _CONTROL)
+                    datagrams.append((data, PeerAddress(self, address, _source(control))))
+            else:
+                recvfrom = sock.recvfrom
+                while len(datagrams) < most:
+                    data, address = recvfrom(MAX_PACKET_SIZE + 1)
+                    datagrams.append((data, PeerAddress(self, address)))
+        except OSError:
+            pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.
+        self.received += len(datagrams)
+        self.received_bytes += sum([len(data) for data, _ in datagrams])
+        return datagrams
+
+    def send(self, datagrams: Sequence[bytes], to: PeerAddress) -> None:
+        """Send to one peer. All must be of one size, but for the last, which may be smaller."""
+        self.sent += len(datagrams)
+        self.sent_bytes += sum([len(data) for data in datagrams])
+        _, address, source = to
+        if self._segmenting and len(datagrams) > 1:
+            size = struct.pack("H", len(datagrams[0]))
+            try:
+                self._socket.sendmsg(datagrams, [(socket.IPPROTO_UDP, _UDP_SEGMENT, size), *source], 0, address)
+            except OSError as error:
+                if error.errno not in _NO_SEGMENTING:
+                    self.lost += len(datagrams)
+                    return
+                # No such kernel or network card: it will not learn it.
+                self._segmenting = False
+            else:
+                return
+        for data in datagrams:
+            try:
+                if source:
+                    self._socket.sendmsg((data,), source, 0, address)
+                else:
+                    self._socket.sendto(data, address)
+            except OSError:
+                self.lost += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _source(control: Sequence[tuple[int, int, bytes]]) -> SourceAddress:
+    """Where a datagram was sent to, as where its answer is to come from (Linux: ip(7), ipv6(7))."""
+    for level, kind, data in control:
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            # The interface is left to the routes, as it is without this.
+            return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
+        if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
+            # A link-local address means nothing without its interface.
+            interface = data[16:20] if data[:2] == b"\xfe\x80" else bytes(4)
+            return ((level, kind, data[:16] + interface),)
+    return ()
+
+
+def transmit(datagrams: Sequence[tuple[bytes, PeerAddress]]) -> None:
+    """Send the datagrams of one connection, as many at once as go together."""
+    start, count = 0, len(datagrams)
+    while start < count:
+        data, place = datagrams[start]
+        size = len(data)
+        end, limit = start + 1, min(count, start + min(_MAX_SEGMENTS, _MAX_TOGETHER // size))
+        while end < limit and len(datagrams[end - 1][0]) == size:
+            following, other = datagrams[end]
+            if len(following) > size or other != place:
+                break
+            end += 1
+        place.port.send([data for data, _ in datagrams[start:end]], place)
+        start = end
+
+
+async def open_ports(binds: Sequence[str]) -> list[UdpSocket]:
+    """A socket for each address of each of `binds`, or none and `ConfigError`."""
+    sockets: list[socket.socket] = []
+    try:
+        for bind in binds:
+            host, port = split_address(bind)
+            try:
+                found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=trio.socket.AI_PASSIVE)
+                for family, kind, protocol, _, address in found:
+                    sock = socket.socket(family, kind, protocol)
+                    sockets.append(sock)
+                    _prepare(sock)
+                    sock.bind(address)
+            except OSError as error:
+                raise ConfigError(f"cannot listen on UDP {bind}: {error.strerror or error}") from error
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return [UdpSocket(sock) for sock in sockets]
+
+
+def _prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)

@@ -1,0 +1,613 @@
+"""catbus.endpoints.http.http_connection and catbus.endpoints.websocket.handshake"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import h11
+import pytest
+import trio
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+
+from catbus.config import Config, WebSocketSettings
+from catbus.endpoints.connection_registry import ConnectionRegistry
+from catbus.endpoints.http import http_connection
+from catbus.endpoints.http.http_connection import (
+    BODY_SIZE,
+    BODY_TIME,
+    HEAD_SIZE,
+    HEAD_TIME,
+    IDLE_TIME,
+    SEND_TIME,
+    serve_http_connection,
+)
+from catbus.endpoints.http.routes import HttpRequest
+from catbus.errors import ErrorCode
+from catbus.limits.unauthenticated import TOO_MUCH, UnauthenticatedPeers
+from tests.endpoints import raw_peer
+from tests.endpoints.fake_replica import FakeReplica
+from tests.endpoints.raw_peer import UPGRADE, Peer, masked, patience
+
+
+class Served:
+    def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
+        self.replica = replica
+        self.registry = registry
+        self.peer = peer
+        self.ended = ended
+
+
+@asynccontextmanager
+async def served(
+    replica: FakeReplica | None = None, *, pair: Any = memory_stream_pair, closed: bool = False
+) -> AsyncIterator[Served]:
+    replica, registry, ended = replica or FakeReplica(), ConnectionRegistry(), trio.Event()
+    registry.closed = closed
+    ours, theirs = pair()
+
+    async def serve() -> None:
+        await serve_http_connection(cast(Any, replica), registry, ours)
+        await ours.aclose()
+        ended.set()
+
+    with patience():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            yield Served(replica, registry, Peer(theirs), ended)
+            nursery.cancel_scope.cancel()
+
+
+def get(path: str, *lines: str, method: str = "GET", version: str = "1.1") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: bus.example:8080", *lines, "", ""]).encode()
+
+
+def post(path: str, body: bytes, *lines: str) -> bytes:
+    return get(path, f"Content-Length: {len(body)}", *lines, method="POST") + body
+
+
+async def test_the_oldest_connections_without_a_token_give_way_when_too_much_is_kept_of_them() -> None:
+    replica = FakeReplica()
+    replica.unauthenticated = UnauthenticatedPeers(3000)
+    async with served(replica) as first, served(replica) as second:
+        for each, size in ((first, 1500), (second, 1000)):
+            await each.peer.send(get("/health")[:-2] + b"X: " + b"x" * size)
+            await wait_all_tasks_blocked()
+        assert replica.unauthenticated.size > 2500
+        await second.peer.send(b"x" * 500)
+        answer = await first.peer.response()
+        assert (answer.status, TOO_MUCH in answer.body.decode()) == (503, True)
+        assert (replica.unauthenticated.ended, replica.refusals) == (1, [ErrorCode.OVERLOADED])
+        await second.peer.send(b"\r\n\r\n")
+        assert (await second.peer.response()).status == 200
+        await wait_all_tasks_blocked()
+        assert replica.unauthenticated.size == 0
+
+
+# What is asked and what is answered
+
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+
+TOKEN = "Authorization: Bearer good"
+
+REQUESTS = {
+    "health": (get("/health"), 200, b"ok", {"content-type": TEXT, "content-length": "2"}),
+    "query": (get("/health?probe=1"), 200, b"ok", {}),
+    "absolute target": (get("http://bus.example/health?x"), 200, b"ok", {}),
+    "ready": (get("/ready"), 200, b"ready\n", {}),
+    "status": (
+        get("/status", TOKEN),
+        200,
+        b'{"state":"ready"}\n',
+        {"content-type": JSON, "cache-control": "no-store"},
+    ),
+    "status without a token": (
+        get("/status"),
+        401,
+        b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
+        {},
+    ),
+    "status for who may not read everything": (
+        get("/status", "Authorization: Bearer narrow"),
+        403,
+        b'{"error":"only who may read `*` is told","code":"unauthorized"}\n',
+        {},
+    ),
+    "discovery": (
+        get("/.well-known/catbus"),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"ws://bus.example:8080/ws"}\n',
+        {"content-type": JSON, "access-control-allow-origin": "*", "cache-control": "no-store"},
+    ),
+    "discovery behind TLS": (
+        get("/.well-known/catbus", "X-Forwarded-Proto: https"),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"wss://bus.example:8080/ws"}\n',
+        {},
+    ),
+    "discovery by an absolute target": (
+        get("http://other.example/.well-known/catbus"),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"ws://other.example/ws"}\n',
+        {},
+    ),
+    "discovery behind proxies": (
+        get("/.well-known/catbus", 'Forwarded: for=x;proto=https;host="other.example:8443", for=y;proto=http'),
+        200,
+        b'{"protocol":"catbus.v1","websocket":"wss://other.example:8443/ws"}\n',
+        {},
+    ),
+    "publish": (
+        post("/publish", b'{"channel":"a.b","payload":1}', TOKEN),
+        200,
+        b'{"seq":1,"channel":"a.b"}\n',
+        {"content-type": JSON},
+    ),
+    "no token": (
+        post("/publish", b""),
+        401,
+        b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
+        {"www-authenticate": 'Bearer realm="catbus"'},
+    ),
+    "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok", {}),
+    "unknown path": (get("/nothing"), 404, b"not found\n", {}),
+    "wrong method": (get("/health", method="DELETE"), 405, b"method not allowed\n", {"allow": "GET, HEAD"}),
+    "GET publish": (get("/publish"), 405, b"method not allowed\n", {"allow": "POST"}),
+    "WebSocket path": (get("/ws"), 426, b"this is a WebSocket endpoint\n", {"upgrade": "websocket"}),
+    "an offer of h2c": (
+        get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"),
+        200,
+        b"ok",
+        {},
+    ),
+    "an offer of h2c with a body": (
+        post("/publish", b'{"channel":"a.b","payload":1}', TOKEN, "Upgrade: h2c"),
+        200,
+        b'{"seq":1,"channel":"a.b"}\n',
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_each_request_has_its_answer(name: str) -> None:
+    request, status, body, headers = REQUESTS[name]
+    async with served() as it:
+        await it.peer.send(request)
+        response = await it.peer.response()
+        assert (response.status, response.body) == (status, body)
+        assert response.headers.items() >= headers.items()
+        assert "date" in response.headers
+        assert "close" not in response.headers.get("connection", "")
+        await it.peer.send(get("/health"))
+        assert (await it.peer.response()).status == 200
+
+
+BROKEN = {
+    "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (get("/health", "Host: other.example"), 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "bad length": (get("/publish", "Content-Length: many", method="POST"), 400),
+    "bad chunk": (get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST") + b"xyz\r\n", 400),
+    "unknown coding": (get("/publish", "Transfer-Encoding: gzip", method="POST"), 501),
+    "bad target": (get("http://[/health"), 400),
+    "large head": (get("/health", "X: " + "x" * HEAD_SIZE), 431),
+    "endless head": (b"GET /health HTTP/1.1\r\nX: " + b"x" * (HEAD_SIZE + 1), 431),
+    "large body": (get("/publish", f"Content-Length: {BODY_SIZE + 1}", TOKEN, method="POST"), 413),
+    "large chunks": (
+        get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
+        + b"100000\r\n" + b" " * BODY_SIZE + b"\r\n1\r\n \r\n",
+        413,
+    ),
+    "no token for a body": (get("/publish", f"Content-Length: {BODY_SIZE}", method="POST"), 401),
+    "unread body": (post("/nothing", b"{}"), 404),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_what_cannot_be_read_to_its_end_is_answered_and_closed(name: str, autojump_clock: MockClock) -> None:
+    request, status = BROKEN[name]
+    async with served() as it:
+        await it.peer.send(request)
+        response = await it.peer.response()
+        assert response.status == status
+        assert response.body.count(b"\n") == 1
+        assert response.headers["connection"] == "close"
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.registry.faults == 0
+
+
+@pytest.mark.parametrize("readiness", ["starting", "draining", "degraded", "ready"])
+async def test_readiness(readiness: str) -> None:
+    async with served() as it:
+        it.replica.readiness = readiness
+        await it.peer.send(get("/ready"))
+        response = await it.peer.response()
+        expected = {"degraded": (200, b"degraded: database\n"), "ready": (200, b"ready\n")}
+        assert (response.status, response.body) == expected.get(readiness, (503, readiness.encode() + b"\n"))
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "size"), [("/health", 200, "2"), ("/nothing", 404, "10"), ("/ws", 426, "29")]
+)
+async def test_head_is_get_without_the_body(path: str, status: int, size: str) -> None:
+    async with served() as it:
+        await it.peer.send(get(path, method="HEAD") + get("/health"))
+        response = await it.peer.response(head=True)
+        assert (response.status, response.headers["content-length"]) == (status, size)
+        assert (await it.peer.response()).body == b"ok"
+
+
+async def test_modules_of_the_javascript_client_are_sent_once() -> None:
+    """A browser that has one asks by its tag, and is told that it is the present one."""
+    async with served() as it:
+        for path in ("/catbus.js", "/catbus/core.js"):
+            await it.peer.send(get(path))
+            whole = await it.peer.response()
+            assert (whole.status, whole.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+            assert whole.headers["cache-control"] == "no-cache"
+            for known in (whole.headers["etag"], f'"x", W/{whole.headers["etag"]}', "*"):
+                await it.peer.send(get(path, f"If-None-Match: {known}"))
+                response = await it.peer.response()
+                assert (response.status, response.body, response.headers["etag"]) == (304, b"", whole.headers["etag"])
+                assert response.headers["access-control-allow-origin"] == "*"
+                assert "content-length" not in response.headers
+            await it.peer.send(get(path, 'If-None-Match: "of another release"'))
+            assert (await it.peer.response()).body == whole.body
+        await it.peer.send(get("/catbus/nothing.js"))
+        assert (await it.peer.response()).status == 404
+        assert it.registry.requests["/catbus.js", 304] == 6
+
+
+async def test_head_of_what_only_takes_post() -> None:
+    async with served() as it:
+        await it.peer.send(get("/publish", method="HEAD"))
+        assert (await it.peer.response(head=True)).headers["allow"] == "POST"
+
+
+# How requests arrive
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with served() as it:
+        paths = ["/health", "/ready", "/nothing", "/health"] * 20
+        await it.peer.send(b"".join(get(path) for path in paths))
+        statuses = [(await it.peer.response()).status for _ in paths]
+        assert statuses == [200, 200, 404, 200] * 20
+
+
+async def test_requests_may_be_split_at_every_byte() -> None:
+    message = post("/publish", b'{"channel":"a.b","payload":1}', TOKEN) + get("/health")
+    for split in range(1, len(message)):
+        async with served() as it:
+            await it.peer.send(message[:split])
+            await wait_all_tasks_blocked()
+            await it.peer.send(message[split:])
+            assert (await it.peer.response()).body == b'{"seq":1,"channel":"a.b"}\n'
+            assert (await it.peer.response()).body == b"ok"
+
+
+async def test_requests_may_come_a_byte_at_a_time() -> None:
+    async with served() as it:
+        for byte in get("/health") * 2 + UPGRADE + masked(raw_peer.TEXT, b"hi"):
+            await it.peer.send(bytes((byte,)))
+            await wait_all_tasks_blocked()
+        assert (await it.peer.response()).body == b"ok"
+        assert (await it.peer.response()).body == b"ok"
+        assert (await it.peer.response(head=True)).status == 101
+        assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
+
+
+async def test_a_body_may_come_in_chunks() -> None:
+    async with served() as it:
+        await it.peer.send(
+            get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
+            + b'10\r\n{"channel":"a.b"\r\nd;x=y\r\n,"payload":1}\r\n0\r\nTrailer: x\r\n\r\n'
+        )
+        assert (await it.peer.response()).body == b'{"seq":1,"channel":"a.b"}\n'
+
+
+async def test_a_client_that_expects_to_be_asked_is_asked_for_the_body() -> None:
+    body = b'{"channel":"a.b","payload":1}'
+    async with served() as it:
+        request = post("/publish", body, TOKEN, "Expect: 100-continue")
+        await it.peer.send(request.removesuffix(body))
+        assert (await it.peer.response()).status == 100
+        await it.peer.send(body)
+        assert (await it.peer.response()).status == 200
+
+
+@pytest.mark.parametrize(("path", "length", "status"), [("/nothing", 9, 404), ("/publish", BODY_SIZE + 1, 413)])
+async def test_it_is_not_asked_for_a_body_that_nobody_wants(
+    path: str, length: int, status: int, autojump_clock: MockClock
+) -> None:
+    async with served() as it:
+        await it.peer.send(get(path, f"Content-Length: {length}", "Expect: 100-continue", TOKEN, method="POST"))
+        response = await it.peer.response()
+        assert (response.status, response.headers["connection"]) == (status, "close")
+        assert await it.peer.at_end()
+
+
+async def test_it_is_not_asked_for_the_body_of_a_request_without_a_token(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(get("/publish", "Content-Length: 9", "Expect: 100-continue", method="POST"))
+        response = await it.peer.response()
+        assert (response.status, response.headers["connection"]) == (401, "close")
+
+
+async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    right = http_connection.HttpConnection._read_body
+
+    async def read_body(self: http_connection.HttpConnection, request: HttpRequest, *, keep: bool = True) -> bytes:
+        body = await right(self, request, keep=keep)
+        kept.append(len(body))
+        return body
+
+    monkeypatch.setattr(http_connection.HttpConnection, "_read_body", read_body)
+    async with served() as it:
+        for size in (5, BODY_SIZE):
+            await it.peer.send(get("/health", f"Content-Length: {size}") + b"x" * size)
+            assert (await it.peer.response()).status == 200
+    assert kept == [0, 0]
+
+
+async def test_no_more_than_a_head_is_read_at_a_time_before_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    right = h11.Connection.receive_data
+
+    def receive_data(self: h11.Connection, data: bytes) -> None:
+        read.append(len(data))
+        right(self, data)
+
+    monkeypatch.setattr(h11.Connection, "receive_data", receive_data)
+    body = b"[" + b" " * 200_000 + b'{"channel":"a","payload":1}]'
+    async with served() as refused:
+        await refused.peer.send(post("/publish", body))
+        assert (await refused.peer.response()).status == 401
+    assert sum(read) <= http_connection.HEAD_SIZE
+    read.clear()
+    async with served() as it:
+        await it.peer.send(post("/publish", body, "Authorization: Bearer good"))
+        assert (await it.peer.response()).status == 200
+    assert max(read) > read[0]
+    assert read[0] <= http_connection.HEAD_SIZE
+
+
+async def test_without_a_host_nothing_can_be_discovered() -> None:
+    async with served() as it:
+        await it.peer.send(b"GET /.well-known/catbus HTTP/1.0\r\n\r\n")
+        assert (await it.peer.response()).status == 400
+
+
+@pytest.mark.parametrize("request_", [get("/health", version="1.0"), get("/health", "Connection: close")])
+async def test_a_client_that_asks_for_one_answer_gets_one(request_: bytes) -> None:
+    async with served() as it:
+        await it.peer.send(request_)
+        response = await it.peer.response()
+        assert (response.body, response.headers["connection"]) == (b"ok", "close")
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+
+
+# Time
+
+
+async def test_a_connection_that_says_nothing_is_closed(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        assert await it.peer.at_end()
+        assert trio.current_time() == pytest.approx(HEAD_TIME)
+
+
+async def test_a_head_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(b"GET /health HTTP/1.1\r\n")
+        with trio.move_on_after(HEAD_TIME + 1):
+            while True:
+                await trio.sleep(1)
+                await it.peer.send(b"X: y\r\n")
+        response = await it.peer.response()
+        assert (response.status, response.headers["connection"]) == (408, "close")
+
+
+async def test_a_connection_is_kept_for_a_while_between_requests(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        for _ in range(3):
+            await it.peer.send(get("/health"))
+            assert (await it.peer.response()).status == 200
+            await trio.sleep(IDLE_TIME - 1)
+        began = trio.current_time()
+        assert await it.peer.at_end()
+        assert trio.current_time() == pytest.approx(began + 1)
+
+
+async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(get("/health"))
+        await it.peer.response()
+        await trio.sleep(IDLE_TIME - 1)
+        await it.peer.send(b"GET /hea")
+        await trio.sleep(HEAD_TIME - 1)
+        await it.peer.send(get("/health")[8:])
+        assert (await it.peer.response()).body == b"ok"
+
+
+async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(get("/publish", "Content-Length: 1000", TOKEN, method="POST"))
+        with trio.move_on_after(BODY_TIME + 1):
+            while True:
+                await trio.sleep(1)
+                await it.peer.send(b"x")
+        assert (await it.peer.response()).status == 408
+
+
+async def test_a_client_that_does_not_read_its_answer_is_left(autojump_clock: MockClock) -> None:
+    async with served(pair=trio.testing.lockstep_stream_pair) as it:
+        await it.peer.send(get("/health"))
+        await it.ended.wait()
+        assert trio.current_time() == pytest.approx(SEND_TIME)
+
+
+async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
+    for sent in [b"", b"GET /hea", post("/publish", b"{}")[:-1]]:
+        async with served() as it:
+            await it.peer.send(sent)
+            await it.peer.stream.aclose()
+            await it.ended.wait()
+            assert it.registry.faults == 0
+
+
+# Becoming a WebSocket
+
+
+async def test_an_upgrade_may_be_the_second_request_of_a_connection() -> None:
+    async with served() as it:
+        await it.peer.send(get("/health"))
+        assert (await it.peer.response()).status == 200
+        await it.peer.upgrade()
+        await it.peer.send(masked(raw_peer.TEXT, b"hi"))
+        assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
+
+
+async def test_all_of_it_may_come_at_once() -> None:
+    async with served() as it:
+        await it.peer.send(get("/health") + UPGRADE + masked(raw_peer.TEXT, b"hi") + masked(raw_peer.BINARY, b"there"))
+        assert (await it.peer.response()).status == 200
+        assert (await it.peer.response(head=True)).status == 101
+        assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
+        assert await it.peer.frame() == (raw_peer.TEXT, b"there\n")
+
+
+@pytest.mark.parametrize("split", range(1, len(UPGRADE) + 8, 3))
+async def test_an_upgrade_may_be_split_anywhere(split: int) -> None:
+    message = UPGRADE + masked(raw_peer.TEXT, b"hi")
+    async with served() as it:
+        await it.peer.send(message[:split])
+        await wait_all_tasks_blocked()
+        await it.peer.send(message[split:])
+        assert (await it.peer.response(head=True)).status == 101
+        assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
+
+
+def changed(old: str, new: str) -> bytes:
+    assert old.encode() in UPGRADE
+    return UPGRADE.replace(old.encode(), new.encode())
+
+
+UPGRADES = {
+    "HTTP/1.0": (changed("HTTP/1.1", "HTTP/1.0"), 426),
+    "with a body": (changed("Upgrade: W", "Content-Length: 2\r\nUpgrade: W") + b"{}", 400),
+    "with chunks": (changed("Upgrade: W", "Transfer-Encoding: chunked\r\nUpgrade: W") + b"0\r\n\r\n", 400),
+    "POST": (changed("GET", "POST"), 405),
+    "another path": (changed("/ws", "/wss"), 404),
+    "a path that is something else": (changed("/ws", "/health"), 404),
+    "no Connection": (changed("keep-alive, Upgrade", "keep-alive"), 400),
+    "another version": (changed("Version: 13", "Version: 8"), 426),
+    "two versions": (changed("Version: 13", "Version: 13\r\nSec-WebSocket-Version: 8"), 426),
+    "no key": (changed("Sec-WebSocket-Key", "X-Key"), 400),
+    "a short key": (changed("dGhlIHNhbXBsZSBub25jZQ==", "dGhl"), 400),
+    "not a key": (changed("dGhlIHNhbXBsZSBub25jZQ==", "dGhl!HNhbXBsZSBub25jZQ=="), 400),
+    "two keys": (changed("Sec-WebSocket-Key", "Sec-WebSocket-Key: x\r\nSec-WebSocket-Key"), 400),
+    "Upgrade to something else": (changed("WebSocket\r\n", "h2c\r\n"), 426),
+}
+
+
+@pytest.mark.parametrize("name", UPGRADES)
+async def test_other_upgrades_are_refused(name: str) -> None:
+    request, status = UPGRADES[name]
+    async with served() as it:
+        await it.peer.send(request)
+        response = await it.peer.response()
+        assert response.status == status
+        if status == 426:
+            assert response.headers["sec-websocket-version"] == "13"
+            assert response.headers["upgrade"] == "websocket"
+        assert it.replica.clients == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        changed("WebSocket\r\n", "h2c, websocket\r\n"),
+        changed("keep-alive, Upgrade", "UPGRADE"),
+        changed("/ws", "/ws?token=x"),
+        changed("Upgrade: W", "Content-Length: 0\r\nUpgrade: W"),
+        changed("bus.example", "straße.example".encode("idna").decode() + ".." * 40),
+        changed("Upgrade: W", "Cookie: a=b\r\nSec-WebSocket-Extensions: permessage-deflate\r\nUpgrade: W"),
+    ],
+)
+async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
+    async with served() as it:
+        await it.peer.upgrade(request_)
+        await wait_all_tasks_blocked()
+        assert len(it.replica.clients) == 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "status"),
+    [
+        ((), "https://evil.example", 101),
+        (("https://good.example",), "https://good.example", 101),
+        (("https://good.example",), None, 101),
+        (("https://good.example",), "https://evil.example", 403),
+        (("https://good.example",), "https://good.example.evil.example", 403),
+        (("https://good.example",), "HTTPS://good.example", 403),
+        (("https://good.example",), "null", 403),
+    ],
+)
+async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int) -> None:
+    async with served(FakeReplica(Config(websocket=WebSocketSettings(allowed_origins=allowed)))) as it:
+        await it.peer.send(changed("Upgrade: W", f"Origin: {origin}\r\nUpgrade: W") if origin else UPGRADE)
+        assert (await it.peer.response(head=status == 101)).status == status
+
+
+# Our own mistakes, and stopping
+
+
+async def test_a_request_that_fails_is_answered_and_the_connection_goes_on() -> None:
+    async with served() as it:
+        del it.replica.readiness
+        await it.peer.send(get("/ready") + get("/health"))
+        response = await it.peer.response()
+        assert (response.status, response.body) == (500, b"internal server error\n")
+        assert (await it.peer.response()).status == 200
+        assert it.registry.faults == 1
+
+
+async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(get("/health"))
+        await it.peer.response()
+        await wait_all_tasks_blocked()
+        it.registry.close()
+        assert await it.peer.at_end()
+        await it.ended.wait()
+    async with served() as it:
+        await it.peer.send(b"GET /hea")
+        await wait_all_tasks_blocked()
+        it.registry.close()
+        await it.peer.send(get("/health")[8:])
+        response = await it.peer.response()
+        assert (response.body, response.headers["connection"]) == (b"ok", "close")
+        assert await it.peer.at_end()
+
+
+async def test_no_websocket_is_begun_after_closing(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(UPGRADE[:9])
+        await wait_all_tasks_blocked()
+        it.registry.close()
+        await it.peer.send(UPGRADE[9:])
+        assert (await it.peer.response()).status == 503
+
+
+async def test_a_connection_that_came_just_before_closing_is_ended(autojump_clock: MockClock) -> None:
+    async with served(closed=True) as it:
+        assert await it.peer.at_end()
+        assert trio.current_time() == 0

@@ -1,0 +1,245 @@
+"""Joining text frames changes nothing that the session, or the library, could see."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from wsproto import ConnectionType
+from wsproto.connection import Connection
+from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.utilities import RemoteProtocolError
+
+from catbus.endpoints.websocket.inbound_frames import (
+    FRAGMENT_SIZE,
+    FRAGMENTS,
+    FRAMES,
+    LOOKED_AT,
+    TOO_LARGE,
+    TOO_MANY_FRAGMENTS,
+    InboundFrames,
+)
+from tests.endpoints.raw_peer import BINARY, CLOSE, PING, PONG, TEXT, masked
+
+CONTINUATION = 0
+
+small = [masked(TEXT, text) for text in (b"a", b"{}", b'{"b', b'"}', b"", "é".encode())]
+odd = [
+    masked(TEXT, b"x" * 126),
+    masked(TEXT, b"frag", fin=False),
+    masked(CONTINUATION, b"ment", fin=False),
+    masked(CONTINUATION, b"s"),
+    masked(BINARY, b"\0\1"),
+    masked(PING, b"p"),
+    masked(PONG, b""),
+    masked(CLOSE, b""),
+    masked(TEXT, b"\xc3") + masked(TEXT, b"\xa9"),
+    b"\x81\x05hello",
+    b"\x81\xfe\x00\x03\0\0\0\0abc",
+    b"\x81\xff\0\0\0\0\0\0\0\x03\0\0\0\0abc",
+    b"\xc1\x83\0\0\0\0abc",
+    b"\x83\x80\0\0\0\0",
+    b"\x89\xfe\x00\x7e\0\0\0\0",
+]
+frames = [*small, *odd, masked(BINARY, masked(BINARY, small[0] + small[1])[6:])]
+"""The last one carries bytes that look like text frames on the wire: the mask, applied twice, is none."""
+
+
+def seen(chunks: list[bytes]) -> list[object]:
+    """What wsproto makes of a client's bytes: text as one stream, whatever its frames, and all else in its place."""
+    connection = Connection(ConnectionType.SERVER)
+    events: list[object] = []
+    try:
+        for chunk in chunks:
+            if chunk:
+                connection.receive_data(chunk)
+            for event in connection.events():
+                match event:
+                    case TextMessage(data=text):
+                        if events and isinstance(events[-1], str):
+                            events[-1] += text
+                        elif text:
+                            events.append(text)
+                    case BytesMessage(data=data):
+                        events.append(bytes(data))
+                    case Ping() | Pong() | CloseConnection():
+                        events.append(event)
+    except RemoteProtocolError as error:
+        events.append(str(error))
+    return events
+
+
+def passed(coalescer: InboundFrames, data: bytes) -> list[bytes]:
+    """What goes on of these bytes, portion by portion."""
+    coalescer.feed(data)
+    return list(iter(coalescer.take, b""))
+
+
+def same(chunks: list[bytes]) -> bool:
+    coalescer = InboundFrames()
+    return seen([portion for chunk in chunks for portion in passed(coalescer, chunk)]) == seen(chunks)
+
+
+def test_the_library_sees_the_same_of_any_three_frames() -> None:
+    for parts in itertools.product(frames, repeat=3):
+        assert same([b"".join(parts)]), parts
+
+
+def test_the_library_sees_the_same_of_any_two_frames_and_a_third_wherever_they_are_cut() -> None:
+    for one, other in itertools.product(frames, repeat=2):
+        data = one + other + small[0] + small[1]
+        for cut in range(1, len(data)):
+            assert same([data[:cut], data[cut:]]), (one, other, cut)
+
+
+@given(st.lists(st.sampled_from(frames) | st.binary(max_size=6)), st.lists(st.integers(1, 100), min_size=1))
+@example([masked(TEXT, b"a"), masked(TEXT, b"b"), masked(PING, b""), masked(TEXT, b"y" * 70_000)], [100_000])
+def test_the_library_sees_the_same_of_anything(parts: list[bytes], cuts: list[int]) -> None:
+    data = b"".join(parts)
+    chunks, position = [], 0
+    while position < len(data):
+        size = cuts[len(chunks) % len(cuts)]
+        chunks.append(data[position : position + size])
+        position += size
+    assert same(chunks)
+
+
+def test_frames_that_arrive_together_become_one() -> None:
+    lines = [b'{"n":%d}' % n for n in range(100)]
+    joined = b"".join(passed(InboundFrames(), b"".join(masked(TEXT, line) for line in lines)))
+    assert joined == b"\x81\xfe" + len(b"".join(lines)).to_bytes(2, "big") + b"\0\0\0\0" + b"".join(lines)
+
+
+def test_what_it_makes_is_bounded() -> None:
+    frame = masked(TEXT, b"x" * 94)
+    joined = b"".join(passed(InboundFrames(limit=1000), frame * 25))
+    assert [joined[:8], len(joined)] == [b"\x81\xfe" + (940).to_bytes(2, "big") + b"\0\0\0\0", 2 * 948 + 478]
+
+
+def test_a_single_frame_passes_as_it_is() -> None:
+    frame = masked(TEXT, b"hello")
+    assert passed(InboundFrames(), frame) == [frame]
+
+
+def test_what_has_not_come_whole_passes_as_it_comes_but_for_its_header() -> None:
+    frame = masked(TEXT, b"x" * 200)
+    coalescer = InboundFrames()
+    assert passed(coalescer, frame[:7]) == []
+    assert passed(coalescer, frame[7:50]) == [frame[:50]]
+    assert b"".join(passed(coalescer, frame[50:] + frame)) == frame[50:] + frame
+
+
+def test_it_takes_time_in_proportion() -> None:
+    def cost(count: int) -> float:
+        data = masked(TEXT, b"x" * 50) * count
+        began = time.perf_counter()
+        passed(InboundFrames(), data)
+        return time.perf_counter() - began
+
+    small = min(cost(1_000) for _ in range(5))
+    assert min(cost(8_000) for _ in range(5)) < 40 * small
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"\xc3\xa9" * 30]), min_size=200, max_size=2000), st.integers(1, 3000))
+def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
+    data = b"".join(masked(BINARY, payload) for payload in payloads)
+    coalescer = InboundFrames()
+    for chunk in (data[:cut], data[cut:]):
+        for portion in passed(coalescer, chunk):
+            assert len(portion) <= (FRAMES + 1) * 66
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [masked(TEXT, b"x"), masked(PING, b"x"), masked(TEXT, b"x", fin=False) + masked(CONTINUATION, b"")],
+    ids=["whole", "control", "fragments"],
+)
+def test_few_frames_are_looked_at_in_one_turn(frames: bytes) -> None:
+    """However small they are, and whether or not they become one."""
+    portions = passed(InboundFrames(), frames * 5000)
+    assert len(portions) >= 5000 // LOOKED_AT
+    assert all(len(portion) <= LOOKED_AT * len(frames) for portion in portions)
+
+
+def fragments(count: int, size: int) -> bytes:
+    return masked(TEXT, b"", fin=False) + masked(CONTINUATION, b"x" * size, fin=False) * (count - 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, FRAGMENT_SIZE - 1])
+def test_a_message_in_too_many_fragments_is_refused_and_nothing_more_is_taken(size: int) -> None:
+    coalescer = InboundFrames()
+    most = 1 + max(n for n in range(10_000) if n + 1 <= FRAGMENTS + n * size // FRAGMENT_SIZE)
+    assert b"".join(passed(coalescer, fragments(most, size))) == fragments(most, size)
+    assert coalescer.refused is None
+    passed(coalescer, fragments(2, size)[6:])
+    assert coalescer.refused == TOO_MANY_FRAGMENTS
+    assert passed(coalescer, masked(TEXT, b"a")) == []
+
+
+def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_anew() -> None:
+    coalescer = InboundFrames()
+    for _ in range(3):
+        message = fragments(FRAGMENTS, 1) + masked(PING, b"") + masked(CONTINUATION, b"x")
+        assert b"".join(passed(coalescer, message)) == message
+    passed(coalescer, fragments(20_000, FRAGMENT_SIZE))
+    assert coalescer.refused is None
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [masked(TEXT, b"x" * 1001)],
+        [masked(BINARY, b"x" * 1001)[:8]],
+        [masked(TEXT, b"x" * 500, fin=False), masked(PING, b"p"), masked(CONTINUATION, b"x" * 501)[:8]],
+    ],
+    ids=["whole", "only its header", "in fragments"],
+)
+def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: list[bytes]) -> None:
+    coalescer = InboundFrames(largest=1000)
+    for frame in frames[:-1]:
+        assert passed(coalescer, frame) == [frame]
+    assert passed(coalescer, frames[-1]) == []
+    assert coalescer.refused == TOO_LARGE
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 16])
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_close_frame_of_a_client_is_seen_after_whatever_came_before(size: int, refused: bool) -> None:
+    coalescer = InboundFrames(largest=1000 if refused else 10_000)
+    before = masked(TEXT, b"\x88\x80" * 1000) + masked(PING, b"\x88\x80")
+    for start in range(0, len(before), size):
+        passed(coalescer, before[start : start + size])
+        assert not coalescer.ended
+    assert (coalescer.refused is not None) == refused
+    for start in range(0, 8, size):
+        passed(coalescer, masked(CLOSE, b"\x03\xe8")[start : start + size])
+    assert coalescer.ended
+
+
+def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() -> None:
+    coalescer = InboundFrames()
+    whole = masked(TEXT, b"\x88\x80" * 100, fin=False)
+    passed(coalescer, whole[:150])
+    coalescer.skip(whole[150:])
+    assert not coalescer.ended
+    coalescer.skip(masked(CONTINUATION, b"x") + masked(CLOSE, b""))
+    assert coalescer.ended
+
+
+def test_few_skipped_frames_are_looked_at_in_one_turn() -> None:
+    coalescer = InboundFrames()
+    more = coalescer.skip(masked(PING, b"") * 2 * LOOKED_AT + masked(CLOSE, b""))
+    for _ in range(2):
+        assert more
+        assert not coalescer.ended
+        more = coalescer.skip(b"")
+    assert coalescer.ended
+
+
+def test_bytes_that_are_no_frames_end_the_search_for_a_close_frame() -> None:
+    coalescer = InboundFrames()
+    coalescer.skip(b"\x83\x80\0\0\0\0")
+    assert coalescer.ended

@@ -1,0 +1,535 @@
+"""catbus.endpoints.websocket.websocket_connection"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
+
+from catbus.auth.tokens import Authenticator
+from catbus.config import Config, LimitSettings
+from catbus.delivery.send_queue import EncodedMessages, SendQueue
+from catbus.endpoints.connection_registry import ConnectionRegistry
+from catbus.endpoints.websocket.frame_stream import FrameStream
+from catbus.endpoints.websocket.websocket_connection import (
+    CLOSING_TIME,
+    PORTION,
+    STALL_TIME,
+    UNAUTHENTICATED_OBJECT_BYTES,
+    WebSocketServerConnection,
+    serve_websocket,
+)
+from catbus.errors import CloseCode
+from catbus.log import Entry, MemoryLog
+from catbus.protocol.wire_messages import ProtocolVersion
+from catbus.replica import Replica
+from catbus.session.driver import SessionDriver
+from catbus.session.state_machine import Session
+from tests.endpoints import raw_peer
+from tests.endpoints.fake_replica import FakeClient, FakeReplica
+from tests.endpoints.raw_peer import UPGRADE, Peer, close_frame, masked, patience
+
+
+class Served:
+    """A connection that is being served, seen from both sides."""
+
+    def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
+        self.replica = replica
+        self.registry = registry
+        self.peer = peer
+        self.ended = ended
+
+    @property
+    def client(self) -> FakeClient:
+        return self.replica.clients[0]
+
+
+@asynccontextmanager
+async def served(
+    replica: FakeReplica | None = None,
+    *,
+    pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
+    rest: bytes = b"",
+    registry: ConnectionRegistry | None = None,
+) -> AsyncIterator[Served]:
+    replica, registry, ended = replica or FakeReplica(), registry or ConnectionRegistry(), trio.Event()
+    ours, theirs = pair()
+    settings = replica.config.websocket
+
+    async def serve() -> None:
+        await serve_websocket(cast(Any, replica), registry, ours, UPGRADE, rest, lambda: None)
+        await ours.aclose()
+        ended.set()
+
+    with patience():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+            nursery.start_soon(serve)
+            peer = Peer(theirs)
+            assert (await peer.response(head=True)).status == 101
+            yield Served(replica, registry, peer, ended)
+            nursery.cancel_scope.cancel()
+
+
+def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, bytes], Awaitable[None]]:
+    async def on_receive(client: FakeClient, data: bytes) -> None:
+        reaction(client, data)
+
+    return on_receive
+
+
+async def test_nothing_of_a_connection_is_left_for_the_garbage_collector(nursery: trio.Nursery) -> None:
+    replica = Replica(Config(), MemoryLog(), Authenticator([]))
+    nursery.start_soon(replica.flusher.run)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        async with served(cast(Any, replica)) as it:
+            await it.peer.send(masked(raw_peer.TEXT, b'{"type":"ping","seq":1}{"type":"history","pattern":"a"}'))
+            assert b"pong" in (await it.peer.frame()).payload
+            await it.peer.send(close_frame(1000))
+            await it.ended.wait()
+        gc.collect()
+        kept = [
+            type(each)
+            for each in gc.garbage
+            if isinstance(each, SessionDriver | WebSocketServerConnection | FrameStream | SendQueue | Session)
+        ]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert kept == []
+
+
+# Talking
+
+
+@pytest.mark.parametrize("opcode", [raw_peer.TEXT, raw_peer.BINARY])
+async def test_what_a_peer_says_reaches_the_client_as_bytes_and_replies_come_back(opcode: int) -> None:
+    async with served() as it:
+        await it.peer.send(masked(opcode, "grüße".encode()))
+        assert await it.peer.frame() == (raw_peer.TEXT, "grüße\n".encode())
+        assert it.client.received == ["grüße".encode()]
+
+
+async def test_a_message_may_come_in_many_fragments_with_pings_between() -> None:
+    async with served() as it:
+        await it.peer.send(masked(raw_peer.TEXT, b"a", fin=False) + masked(raw_peer.PING, b"?") + masked(0, b"b"))
+        assert await it.peer.frame() == (raw_peer.PONG, b"?")
+        assert await it.peer.frame() == (raw_peer.TEXT, b"ab\n")
+
+
+async def test_what_came_with_the_request_is_not_lost() -> None:
+    async with served(rest=masked(raw_peer.TEXT, b"early")) as it:
+        assert await it.peer.frame() == (raw_peer.TEXT, b"early\n")
+
+
+async def test_a_flush_from_outside_sends_what_the_send_queue_holds() -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.send_queue.put(b"one\n")
+        it.client.send_queue.put(b"two\n")
+        it.client.send_queue.writer.flush()
+        it.client.send_queue.writer.flush()
+        assert await it.peer.frame() == (raw_peer.TEXT, b"one\ntwo\n")
+
+
+async def test_a_flush_passes_by_while_the_writer_is_at_work() -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        send_queue = it.client.send_queue
+        send_queue.put(b"a" * 1000)
+        send_queue.writer.flush()
+        send_queue.put(b"b" * 1000)
+        send_queue.writer.flush()
+        assert send_queue
+        assert await it.peer.frame() == (raw_peer.TEXT, b"a" * 1000)
+        assert await it.peer.frame() == (raw_peer.TEXT, b"b" * 1000)
+
+
+async def test_a_first_version_client_gets_a_frame_a_line() -> None:
+    replica = FakeReplica()
+    replica.on_receive = says(lambda client, data: [client.send_queue.put(b"1\n"), client.send_queue.put(b"2\n")])
+    async with served(replica) as it:
+        await wait_all_tasks_blocked()
+        it.client.send_queue.protocol = ProtocolVersion.FIRST
+        await it.peer.send(masked(raw_peer.TEXT, b"?"))
+        assert [await it.peer.frame(), await it.peer.frame()] == [(raw_peer.TEXT, b"1"), (raw_peer.TEXT, b"2")]
+
+
+# Closing
+
+
+async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        client = it.client
+        client.send_queue.put(b"goodbye\n")
+        client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert await it.peer.frame() == (raw_peer.TEXT, b"goodbye\n")
+        frame = await it.peer.frame()
+        assert (frame.code, frame.payload[2:]) == (4504, b"stopping")
+        assert client.left
+        await trio.sleep(CLOSING_TIME / 2)
+        assert not it.ended.is_set()
+        await it.peer.send(close_frame(4504))
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert trio.current_time() < CLOSING_TIME
+
+
+async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        began = trio.current_time()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        await it.ended.wait()
+        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+
+
+async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        it.client.send_queue.put(b"a" * 100_000)
+        it.client.send_queue.writer.flush()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        began = trio.current_time()
+        await it.ended.wait()
+        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+
+
+async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert (await it.peer.frame()).opcode == raw_peer.CLOSE
+        for number in range(10):
+            await it.peer.send(masked(raw_peer.TEXT, b"%d" % number) + masked(raw_peer.PING, b"?"))
+        await it.peer.send(close_frame(1000))
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.received == []
+        assert trio.current_time() < CLOSING_TIME
+
+
+async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
+    replica = FakeReplica()
+
+    async def wait(client: FakeClient, data: bytes) -> None:
+        await trio.sleep_forever()
+
+    replica.on_receive = wait
+    async with served(replica) as it:
+        await it.peer.send(masked(raw_peer.TEXT, b"x") * 5)
+        await wait_all_tasks_blocked()
+        it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
+        assert (await it.peer.frame()).code == 4504
+
+
+async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(masked(raw_peer.TEXT, b"last") + close_frame(1001))
+        assert await it.peer.frame() == (raw_peer.TEXT, b"last\n")
+        assert (await it.peer.frame()).code == 1001
+        assert await it.peer.at_end()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.registry.faults == 0
+
+
+async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(
+            close_frame(1000) + masked(raw_peer.PING, b"?") + masked(raw_peer.TEXT, b"x") + close_frame(1000)
+        )
+        assert (await it.peer.frame()).code == 1000
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.registry.faults == 0
+
+
+async def test_a_peer_that_vanishes_is_noticed() -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        await it.peer.stream.aclose()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.registry.faults == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (masked(raw_peer.TEXT, b"\xff"), 1007),
+        (b"\x83\x80\0\0\0\0", 1002),
+        (masked(0, b"continues nothing"), 1002),
+        (b"\x81\x01x", 1002),
+    ],
+    ids=["not UTF-8", "unknown opcode", "stray continuation", "not masked"],
+)
+async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await it.peer.send(data)
+        assert (await it.peer.frame()).code == code
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.registry.faults == 0
+
+
+async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
+        await it.peer.send(masked(raw_peer.TEXT, b"x" * 1600))
+        assert await it.peer.frame() == (raw_peer.TEXT, b"x" * 1600 + b"\n")
+        await it.peer.send(masked(raw_peer.TEXT, b"x" * 1601))
+        assert (await it.peer.frame()).code == 1009
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert len(it.client.received) == 1
+
+
+@pytest.mark.parametrize("more", [masked(raw_peer.PING, b"?"), masked(raw_peer.TEXT, b"x" * 1601)])
+async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClock) -> None:
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
+        await it.peer.send(masked(raw_peer.TEXT, b"x" * 1601) + more)
+        assert (await it.peer.frame()).code == 1009
+        assert await it.peer.at_end()
+        await it.ended.wait()
+        assert it.client.left
+        assert it.registry.faults == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (masked(raw_peer.TEXT, b"x" * (UNAUTHENTICATED_OBJECT_BYTES + 1)), 1009),
+        (masked(raw_peer.TEXT, b"\xff" * 1600), 1007),
+    ],
+    ids=["too long", "not UTF-8"],
+)
+async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
+    message: bytes, code: int, autojump_clock: MockClock
+) -> None:
+    """A proxy between the two would end both sides when the broker ended its own."""
+    async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
+        await it.peer.send(message[:20])
+        assert (await it.peer.frame()).code == code
+        began = trio.current_time()
+        with trio.move_on_after(CLOSING_TIME / 2) as waiting:
+            await it.peer.at_end()
+        assert waiting.cancelled_caught
+        await it.peer.send(message[20:] + raw_peer.close_frame(code))
+        assert await it.peer.at_end()
+        assert trio.current_time() - began == CLOSING_TIME / 2
+        await it.ended.wait()
+
+
+# Our own mistakes
+
+
+async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autojump_clock: MockClock) -> None:
+    replica = FakeReplica()
+
+    def fail(client: FakeClient, data: bytes) -> None:
+        if data == b"bug":
+            client.send_queue.put(b"said before\n")
+            raise RuntimeError("a bug")
+        client.send_queue.put(data)
+
+    replica.on_receive = says(fail)
+    async with served(replica) as it, served(replica) as other:
+        await it.peer.send(masked(raw_peer.TEXT, b"bug"))
+        assert (await it.peer.frame()).payload == b"said before\n"
+        frame = await it.peer.frame()
+        assert (frame.code, frame.payload[2:]) == (4500, b"internal error")
+        assert it.registry.faults == 1
+        await other.peer.send(masked(raw_peer.TEXT, b"fine"))
+        assert (await other.peer.frame()).payload == b"fine"
+        await it.ended.wait()
+
+
+async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockClock) -> None:
+    replica = FakeReplica()
+
+    def fail(*args: object, **names: object) -> Any:
+        raise RuntimeError("a bug")
+
+    replica.open_client = fail  # type: ignore[method-assign]
+    async with served(replica) as it:
+        assert (await it.peer.frame()).code == 4500
+        assert it.registry.faults == 1
+        await it.ended.wait()
+
+
+async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        await wait_all_tasks_blocked()
+        it.client.send_queue.offer(EncodedMessages("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
+        it.client.send_queue.writer.flush()
+        await it.ended.wait()
+        assert it.registry.faults == 1
+        assert it.client.left
+
+
+async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> None:
+    replica, registry = FakeReplica(), ConnectionRegistry()
+    ours, theirs = memory_stream_pair()
+    await theirs.send_all(b"what will never be answered")
+    await serve_websocket(cast(Any, replica), registry, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
+    assert 10 <= trio.current_time() < 13
+    assert replica.clients == []
+
+
+# Keeping alive
+
+
+async def test_a_silent_peer_is_pinged_and_stays_if_it_answers(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        for _ in range(10):
+            began = trio.current_time()
+            assert await it.peer.frame() == (raw_peer.PING, b"")
+            assert 15 <= trio.current_time() - began <= 25
+            await it.peer.send(masked(raw_peer.PONG, b""))
+        assert it.client.closing is None
+
+
+async def test_a_peer_that_talks_is_not_pinged(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        for _ in range(30):
+            await trio.sleep(10)
+            await it.peer.send(masked(raw_peer.TEXT, b"x"))
+            assert await it.peer.frame() == (raw_peer.TEXT, b"x\n")
+
+
+async def test_a_peer_that_stays_silent_is_closed(autojump_clock: MockClock) -> None:
+    async with served() as it:
+        pings = 0
+        while (frame := await it.peer.frame()).opcode == raw_peer.PING:
+            pings += 1
+        assert frame.code == CloseCode.UNRESPONSIVE
+        assert 60 <= trio.current_time() <= 66
+        assert pings == 2
+        await it.ended.wait()
+        assert trio.current_time() <= 70
+
+
+async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        it.client.send_queue.put(b"a" * 100_000)
+        it.client.send_queue.writer.flush()
+        began = trio.current_time()
+        while not it.ended.is_set():
+            with trio.move_on_after(7):
+                # It is not silent, though.
+                await it.peer.send(masked(raw_peer.PONG, b""))
+                await it.ended.wait()
+        assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 6
+        assert it.client.left
+
+
+async def test_clients_that_do_not_read_fill_no_log(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    registry = ConnectionRegistry()
+    with caplog.at_level(logging.INFO):
+        for _ in range(20):
+            async with served(pair=lockstep_stream_pair, registry=registry) as it:
+                await wait_all_tasks_blocked()
+                it.client.send_queue.put(b"a" * 100_000)
+                it.client.send_queue.writer.flush()
+                [connection] = registry.watched
+                connection.check(trio.current_time() + STALL_TIME)
+                await it.ended.wait()
+    assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
+
+
+async def test_what_has_left_the_send_queue_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        writer = it.client.send_queue.writer
+        assert isinstance(writer, WebSocketServerConnection)
+        for _ in range(20):
+            it.client.send_queue.put(b"a" * 20_000 + b"\n")
+        writer.flush()
+        received = b""
+        while len(received) < 20 * 20_001:
+            assert writer.outbox.waiting <= PORTION + 20_100
+            received += (await it.peer.frame()).payload
+            await wait_all_tasks_blocked()
+        assert received == (b"a" * 20_000 + b"\n") * 20
+
+
+async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        send_queue = it.client.send_queue
+        budget, room = send_queue._budget, trio.Event()
+        budget.for_replies = 100_000
+        send_queue.put(b"a" * 300_000 + b"\n")
+        send_queue.writer.flush()
+        assert not send_queue
+        assert send_queue.full
+        send_queue.when_emptied(room.set)
+        send_queue.put(b"b\n")
+        assert (await it.peer.frame()).payload == b"a" * 300_000 + b"\n"
+        assert (await it.peer.frame()).payload == b"b\n"
+        await room.wait()
+        await wait_all_tasks_blocked()
+        assert budget.replies == 0
+
+
+async def test_what_stands_in_the_send_queue_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        for _ in range(10):
+            it.client.send_queue.put(b"a" * 30_000 + b"\n")
+        it.client.close(CloseCode.SHUTTING_DOWN, "over")
+        received = b""
+        while (frame := await it.peer.frame()).opcode == raw_peer.TEXT:
+            received += frame.payload
+        assert frame.code == CloseCode.SHUTTING_DOWN
+        assert len(received) == 10 * 30_001
+
+
+async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: MockClock) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await wait_all_tasks_blocked()
+        for _ in range(20):
+            it.client.send_queue.put(b"a" * 60_000)
+        it.client.send_queue.writer.flush()
+        for _ in range(20):
+            await trio.sleep(20)
+            assert (await it.peer.frame()).opcode == raw_peer.TEXT
+        # Having taken all of it counts as a sign of life, too.
+        began = trio.current_time()
+        assert (await it.peer.frame()).opcode == raw_peer.PING
+        assert trio.current_time() - began <= 25
+        assert not it.client.left
+
+
+async def test_a_peer_that_reads_again_after_a_pause_is_pinged_before_it_is_taken_for_silent(
+    autojump_clock: MockClock,
+) -> None:
+    async with served(pair=lockstep_stream_pair) as it:
+        await trio.sleep(15)
+        it.client.send_queue.put(b"a" * 60_000)
+        it.client.send_queue.writer.flush()
+        await trio.sleep(STALL_TIME - 5)
+        # It was heard more than a minute ago. A ping has not been possible since.
+        assert (await it.peer.frame()).opcode == raw_peer.TEXT
+        began = trio.current_time()
+        assert (await it.peer.frame()).opcode == raw_peer.PING
+        assert 15 <= trio.current_time() - began <= 25
+        await it.peer.send(masked(raw_peer.PONG, b""))
+        assert (await it.peer.frame()).opcode == raw_peer.PING
+        assert not it.client.left
