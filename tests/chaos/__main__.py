@@ -1,18 +1,20 @@
-"""Hurt three replicas and their PostgreSQL in every way for as long as one likes, and check what their clients saw.
+"""Inject faults into three replicas and their PostgreSQL, and check what their clients saw.
 
     python -m tests.chaos --minutes 20 --seed 7
     python -m tests.chaos --only "network cut" --minutes 5
     python -m tests.chaos --mistakes
 
-Replicas are processes of `catbus run`; clients publish and subscribe over both transports, through proxies. Faults are
-drawn from the seed, which is printed; what was drawn is the same for the same seed, when it takes effect is not. In the
-end the checker reads what everybody took down. With `--mistakes` replicas make one mistake at a time, which the checker
-has to find. As root the database's disk is a small one that can be filled up; otherwise that fault is left out.
+Replicas are processes of `catbus run`. Clients publish and subscribe over both transports, through proxies. Faults are
+drawn from the seed, which is printed: the same seed draws the same faults, but not the same moments at which they take
+effect. After the run the checker reads what all clients recorded. With `--mistakes`, replicas run with one planted
+mistake at a time, which the checker must find. For root, the database's disk is a small one that can be filled up;
+otherwise that fault is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import random
 import shutil
@@ -30,6 +32,7 @@ import trio
 
 from catbus.auth.grants import Grants
 from catbus.config import DatabaseSettings
+from catbus.postgres.access import reconnecting_tasks
 from catbus.postgres.access.migrations import schema_files
 from catbus.postgres.roles.role_store import open_roles
 from tests.postgres.server import execute
@@ -47,7 +50,9 @@ ROLES = ("red", "green")
 FILE = "history.jsonl"
 DATABASE_ONLY = frozenset(name for name, kind in FAULTS.items() if kind.database_only)
 ATTEMPTS = 3
-"""How often a mistake is made for half a minute until it has to be found: it does its harm when chance will have it."""
+"""Runs of half a minute within which a planted mistake must be found. Whether it shows depends on chance."""
+DATABASE_EVENTS = {"database connected": True, "database unavailable, trying again": False}
+"""Log events that say whether a replica reaches its database."""
 MOUNT_VARIABLE = "CATBUS_CHAOS_MOUNTED"
 
 
@@ -63,14 +68,17 @@ async def run(
     only: str | None = None,
     program: Sequence[str] = BROKER_MODULE,
 ) -> tuple[list[AnyEvent], list[str]]:
-    """One run; returns the history, which is in a file too, and what replicas have done that they never should."""
+    """Run the load and the faults. Returns the history, and what replicas did that they never should."""
     rng = random.Random(seed)
     history = History(directory / FILE)
     complaints: list[str] = []
 
+    for text in DATABASE_EVENTS:
+        assert text in inspect.getsource(reconnecting_tasks), f"replicas do not log {text!r} any more"
+
     def handle_log_event(replica: str, event: dict[str, Any]) -> None:
-        if event["event"] in ("database connected", "database unavailable, trying again"):
-            available = event["event"] == "database connected"
+        if event["event"] in DATABASE_EVENTS:
+            available = DATABASE_EVENTS[event["event"]]
             history.add(
                 DatabaseStatusLogged(at=now(), replica=replica, available=available, service=event.get("service", ""))
             )
@@ -107,13 +115,13 @@ async def run(
 
 
 def prepare(url: str) -> None:
-    """Make the schema before the replicas do, and have everything kept that is appended."""
+    """Apply the schema before the replicas do, and record everything that is appended."""
     scripts = [script for _, _, script in schema_files()]
     execute(url, *scripts, f"UPDATE catbus.schema_version SET version = {len(scripts)}", AUDIT)
 
 
 async def make_roles(url: str) -> dict[str, tuple[str, bytes]]:
-    """Roles that may read and write below their name: token and key of each."""
+    """Create roles that may read and write below their name. Returns token and key of each."""
     made = {}
     async with open_roles(DatabaseSettings(url=url)) as roles:
         for name in ROLES:
@@ -132,7 +140,7 @@ async def run_load(
     only: str | None,
     rng: random.Random,
 ) -> int:
-    """Load the replicas while all that is planned happens to them; returns how many publishes have no answer."""
+    """Run the clients while faults are injected. Returns how many publishes have no reply."""
     state = clients.LoadState(history, slots, database, rng)
     context = FaultContext(history, slots, database, random.Random(seed), lambda: state.in_flight, trio.Lock())
     plan = FaultSchedule(context, seed, only)
@@ -197,13 +205,13 @@ async def wait_all_answered(state: clients.LoadState) -> None:
 
 
 async def wait_moved(database: DatabasePair) -> None:
-    """Wait until what was published from SQL is in the log."""
+    """Wait until the outbox is empty."""
     while (await database.fetch("SELECT catbus.outbox_pending()"))[0][0]:
         await trio.sleep(0.1)
 
 
 async def record_database(history: History, database: DatabasePair) -> None:
-    """What the database has kept."""
+    """Record what the database has kept."""
     for epoch, after in await database.fetch("SELECT epoch, after_seq FROM catbus.epochs ORDER BY ordinal"):
         history.add(LogEpoch(at=now(), epoch=epoch, after=after))
     for epoch, seq, channel, payload in await database.fetch("SELECT * FROM audit.entries"):
@@ -214,7 +222,7 @@ async def record_database(history: History, database: DatabasePair) -> None:
 def run_once(
     options: argparse.Namespace, directory: Path, program: Sequence[str] = BROKER_MODULE
 ) -> tuple[Report, list[str]]:
-    """A run and its report, with what else went wrong."""
+    """Run once, and return the report and the other problems."""
     with small_disk(directory / "disk"):
         events, problems = trio.run(
             partial(run, directory, options.minutes, options.seed, only=options.only, program=program)
@@ -252,7 +260,7 @@ def try_mistakes(options: argparse.Namespace, directory: Path) -> bool:
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
-    """A directory that can be filled up, where that may be made."""
+    """Mount a small disk at a directory, if that is possible."""
     directory.mkdir()
     if is_root():
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=755", "chaos", str(directory)], check=True)
@@ -264,7 +272,7 @@ def small_disk(directory: Path) -> Iterator[None]:
 
 
 def mount(argv: Sequence[str]) -> None:
-    """As root: go on in a name space for mounts of our own, where a small disk can be put below the directory."""
+    """As root: continue in a mount namespace of our own, in which a small disk can be mounted."""
     os.execvpe(
         "unshare",
         ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.chaos", *argv],
@@ -276,13 +284,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=2.0, help="how long there are faults (default: 2)")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="what the faults are drawn from")
+    parser.add_argument("--minutes", type=float, default=2.0, help="how long faults are injected (default: 2)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="draw the faults from this seed")
     kinds = [*FAULTS, NO_FAULTS]
     parser.add_argument("--only", choices=kinds, metavar="KIND", help=f"faults of one kind: {', '.join(kinds)}")
-    parser.add_argument("--mistakes", action="store_true", help="have replicas make mistakes, which must be found")
-    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep histories and logs there")
-    parser.add_argument("--judge", type=Path, metavar="FILE", help="only check a history that was kept")
+    parser.add_argument("--mistakes", action="store_true", help="plant mistakes in replicas, which must be found")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep histories and logs in this directory")
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="only check a recorded history")
     options = parser.parse_args()
     if options.judge is not None:
         report = check_history(read(options.judge), database_only=DATABASE_ONLY)

@@ -1,4 +1,4 @@
-"""Who publishes and subscribes during a chaos run: clients of every kind, each of which takes down what it sees."""
+"""The load of a chaos run: publishers and subscribers of every kind, which record what they see."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 TRANSPORTS = ("websocket", "webtransport")
 
 STALE_BALANCER_SHARE = 0.2
-"""How often a balancer sends somebody to a replica that is not there any more."""
+"""How often the load balancer chooses a replica that is no longer ready."""
 
 CHANNELS = ("orders.new", "orders.paid", "stock.a", "stock.b", "chat")
 PATTERNS = ("*", "orders.*", "orders.paid", "stock.a", "chat")
@@ -64,16 +64,16 @@ PATTERNS = ("*", "orders.*", "orders.paid", "stock.a", "chat")
 
 @dataclass
 class LoadState:
-    """What all clients stand on."""
+    """The shared state of all clients."""
 
     history: History
     slots: Sequence[ReplicaSlot]
     database: DatabasePair
     rng: random.Random
     load_ended: trio.Event = field(default_factory=trio.Event)
-    """Publishers end with this."""
+    """Set when publishers have to end."""
     cursors: dict[tuple[str, str], Messages | RawClient] = field(default_factory=dict)
-    """Who subscribes to what, and how far each has got."""
+    """The cursor of each subscription, by subscriber and pattern."""
     buses: dict[str, Bus] = field(default_factory=dict)
     published: int = 0
     answered: int = 0
@@ -81,12 +81,12 @@ class LoadState:
 
     @property
     def in_flight(self) -> int:
-        """Publishes that have no answer yet."""
+        """Publishes without a reply."""
         return self.published - self.answered
 
 
 class LoadClient:
-    """One that is sent to some replica by a balancer, whenever it connects."""
+    """A client that a load balancer sends to some replica each time it connects."""
 
     def __init__(self, state: LoadState, name: str, transports: Sequence[str], token: str | None = None) -> None:
         self.state = state
@@ -145,7 +145,7 @@ class LoadClient:
 
 
 async def publish(client: LoadClient, channels: Sequence[str], pause: float) -> None:
-    """Publish a few messages at a time, in order, through whatever connections there are, until it is over."""
+    """Publish a few messages at a time, in order, over whatever connection there is, until the load ends."""
     state = client.state
     history, rng = state.history, state.rng
     numbers = count(1)
@@ -165,12 +165,12 @@ async def publish(client: LoadClient, channels: Sequence[str], pause: float) -> 
 
 
 def padding(rng: random.Random) -> str:
-    """Messages of many sizes: some fit into a notification, some do not."""
+    """Return padding of random length: some messages fit into a notification, some do not."""
     return "x" * int(rng.expovariate(1 / 200))
 
 
 async def publish_ephemeral(client: LoadClient, pause: float) -> None:
-    """Ephemeral messages, which nobody promises to arrive: but not twice."""
+    """Publish ephemeral messages, which may be lost but never repeated."""
     state = client.state
     numbers = count(1)
     async with client.connect() as bus:
@@ -182,7 +182,7 @@ async def publish_ephemeral(client: LoadClient, pause: float) -> None:
 
 
 async def publish_sql(state: LoadState, name: str, pause: float) -> None:
-    """Publish in transactions of the database. A publisher whose connection is lost comes back under another name."""
+    """Publish in database transactions. A publisher that loses its connection continues under another name."""
     history, rng = state.history, state.rng
     for life in count(1):
         publisher = f"{name}-{life}"
@@ -214,14 +214,14 @@ async def publish_sql(state: LoadState, name: str, pause: float) -> None:
 async def subscribe(
     client: LoadClient, *patterns: str, stream: bool = False, pause: float = 0.0, buffer: int = 1000
 ) -> None:
-    """Subscribe to each pattern, with a cursor of its own, for as long as there is a connection to be had."""
+    """Subscribe to each pattern with its own cursor, until cancelled."""
     async with client.connect() as bus, trio.open_nursery() as nursery:
         for pattern in patterns:
             nursery.start_soon(_subscribe_once, client, bus, pattern, None, stream, pause, buffer)
 
 
 async def reconnect_periodically(client: LoadClient, pattern: str) -> None:
-    """Leave after a while and come back, over the other transport, from where one was: again and again."""
+    """Disconnect and reconnect over the other transport, resuming at the cursor, again and again."""
     where: list[tuple[int, str] | None] = [None]
     while True:
         with trio.move_on_after(client.state.rng.uniform(3, 10)):
@@ -304,7 +304,7 @@ def _record(state: LoadState, name: str, pattern: str, epoch: str, message: Mess
 
 
 class RawClient(LoadClient):
-    """A client without the client library: it keeps a cursor for its one pattern, and believes what it is told."""
+    """A client without the client library. It keeps a cursor for its one pattern, and trusts the broker."""
 
     cursor = 0
     epoch = ""
@@ -317,7 +317,7 @@ class RawClient(LoadClient):
         self._log_epoch = ""
 
     async def run(self) -> None:
-        """Come and go, so that there is something to catch up with all the time."""
+        """Connect and disconnect, so that there is always something to catch up with."""
         rng = self.state.rng
         while True:
             with trio.move_on_after(rng.uniform(1, 5)):
@@ -420,7 +420,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def start_clients(state: LoadState, roles: dict[str, str], subscribers: trio.Nursery, publishers: trio.Nursery) -> None:
-    """Start everybody. `roles`: tokens by the names of the roles that change."""
+    """Start all clients. `roles`: the tokens of the changing roles, by name."""
     ws, wt = ["websocket"], ["webtransport"]
 
     def client(name: str, transports: Sequence[str], token: str | None = None) -> LoadClient:
@@ -453,7 +453,7 @@ def start_clients(state: LoadState, roles: dict[str, str], subscribers: trio.Nur
 
 
 async def catch_up(state: LoadState, epoch: str, head: int) -> list[str]:
-    """Have everybody asked where they are; wait until all have the whole log. Returns who never got there."""
+    """Wait until all subscriptions have the whole log. Returns those that do not."""
     behind: list[str] = []
     with trio.move_on_after(45):
         while True:

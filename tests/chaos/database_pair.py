@@ -1,4 +1,4 @@
-"""PostgreSQL as something that is killed, stopped, filled up and failed over, and that an operator sets right again."""
+"""A PostgreSQL primary and standby that are killed, stopped, filled up and failed over, and an operator's repairs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.postgres.proxy import Proxy
 from tests.postgres.sql import open_sql
 
 LIMITS = {"max_wal_size": "64MB", "min_wal_size": "32MB", "wal_keep_size": "64MB", "max_connections": "60"}
-"""Little of the disk is for WAL, and there is room for everybody's connections, also for those that are forgotten."""
+"""Small WAL because of the small disk, and connections for everybody, including forgotten ones."""
 
 RESPONSE_TIMEOUT = 15.0
-"""Seconds after which a server that does not answer is killed and started again, as an operator would."""
+"""Seconds without a reply after which a server is killed and started again, as an operator would."""
 
 START_ERRORS = (ConfigError, TimeoutError, subprocess.CalledProcessError, trio.TooSlowError)
-"""What comes of a cluster that does not start, because of what is done to it meanwhile; it is tried again."""
+"""Errors of a cluster that does not start because of a fault. The start is tried again."""
 
-# What is appended to the log is kept for the checker here, in the same transaction: retention takes the log itself.
+# Keeps appended messages for the checker, in the same transaction, because retention deletes them from the log.
 AUDIT = """
 CREATE SCHEMA audit;
 CREATE TABLE audit.entries (epoch text NOT NULL, seq bigint NOT NULL, channel text NOT NULL, payload text NOT NULL);
@@ -45,7 +45,7 @@ CREATE TRIGGER audit AFTER INSERT ON catbus.entries REFERENCING NEW TABLE AS app
 class DatabasePair:
     """A primary, and a standby that follows it through `replication`, in directories below `disk`.
 
-    `paths` lead to the primary, whichever it is.
+    `proxies` lead to the current primary.
     """
 
     def __init__(self, disk: Path) -> None:
@@ -55,7 +55,7 @@ class DatabasePair:
         self.proxies: list[Proxy] = []
         self.replication = Proxy("postgres://nobody/")
         self.restarts = 0
-        """How often the operator had to help."""
+        """How often the operator restarted a server."""
         self._given_up = False
         self._should_run = True
         self._clusters = trio.Lock()
@@ -71,12 +71,12 @@ class DatabasePair:
         nursery.start_soon(self._supervise)
 
     async def fetch(self, statement: str, *args: object) -> list[Row]:
-        """Ask the primary, past everything that is in the way of others. Raises one of `OUTAGE`."""
+        """Query the primary directly, past all proxies. Raises one of `OUTAGE`."""
         async with open_sql(self.url) as sql:
             return list(await sql.fetch(statement, *args))
 
     async def follow(self) -> None:
-        """Make the standby, from nothing. Raises `CalledProcessError` and what a cluster does that cannot start."""
+        """Make the standby from nothing. Raises `CalledProcessError`, and what a cluster raises that cannot start."""
         async with self._clusters:
             await self._follow()
 
@@ -85,28 +85,28 @@ class DatabasePair:
         await self._run_in_thread(lambda: shutil.rmtree(self.standby.directory, ignore_errors=True))
         await self._run_in_thread(lambda: self.primary.make_standby(self.standby, self.replication.url))
 
-    # What is done to it, and undone
+    # Faults, and how they are undone
 
     async def kill(self) -> None:
-        """All of it, as when the machine goes."""
+        """Kill the server with all its processes, as when the machine fails."""
         self._should_run = False
         async with self._clusters:
             await self._run_in_thread(self.primary.kill)
 
     async def stop(self) -> None:
-        """As its operator does for an update: whoever is connected is sent away."""
+        """Stop the server as for an update: its connections are closed."""
         self._should_run = False
         async with self._clusters:
             await self._run_in_thread(self.primary.stop)
 
     async def serve(self) -> None:
-        """Have it run again; wait until it does."""
+        """Start the server again, and wait until it answers."""
         self._should_run = True
         while not await self._answers():
             await trio.sleep(0.1)
 
     async def fail_over(self, loss: float) -> None:
-        """Lose the primary, with what it has committed in the last `loss` seconds, and go on with the standby."""
+        """Lose the primary with the commits of its last `loss` seconds, and promote the standby."""
         async with self._clusters:
             while not await self._catch_up():
                 with suppress(*START_ERRORS):
@@ -128,7 +128,7 @@ class DatabasePair:
         await self.serve()
 
     async def _catch_up(self) -> bool:
-        """Wait until the standby has all that there is now; False where it does not get there."""
+        """Wait until the standby has everything committed by now. Returns False if it does not get there."""
         with trio.move_on_after(3), suppress(*OUTAGE):
             ((here,),) = await self.fetch("SELECT pg_current_wal_lsn()::text")
             async with open_sql(self.standby.url) as sql:
@@ -144,7 +144,7 @@ class DatabasePair:
         return self.disk / "ballast"
 
     def fill(self) -> None:
-        """Leave no room on the disk."""
+        """Fill the disk."""
         with suppress(OSError), self.ballast.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 20))
@@ -155,7 +155,7 @@ class DatabasePair:
     # The operator
 
     async def _supervise(self) -> None:
-        """See to it that it runs, while it is to."""
+        """Keep the server running while it should run."""
         last = trio.current_time()
         while True:
             await trio.sleep(0.2)

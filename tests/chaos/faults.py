@@ -1,4 +1,4 @@
-"""What goes wrong in a chaos run, drawn from a seed: a table of faults, each with what it does and how it is undone."""
+"""The faults of a chaos run, drawn from a seed: a table with what each fault does and how it is undone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .history import FaultBegan, FaultEnded, History, RoleChanged, now
 from .replica_slots import ReplicaSlot
 
 DATABASE_RESOURCE = "the database"
-"""What is touched by what is done to the database; a replica is touched under its name."""
+"""What a fault of the database affects. A fault of a replica affects that replica's name."""
 
 
 @dataclass
 class FaultContext:
-    """What there is to hurt."""
+    """What faults act on."""
 
     history: History
     slots: list[ReplicaSlot]
@@ -33,7 +33,7 @@ class FaultContext:
     rng: random.Random
     in_flight: Callable[[], int]
     role_change_lock: trio.Lock
-    """Held by who changes roles, and by a failover, which must not lose a change."""
+    """Held while a role changes, and during a failover, which must not lose the change."""
 
 
 FaultAction = Callable[[FaultContext, ReplicaSlot, float], Awaitable[None]]
@@ -41,14 +41,14 @@ FaultAction = Callable[[FaultContext, ReplicaSlot, float], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: does it, waits for so many seconds, undoes it. `reach` is what it touches."""
+    """A fault: `do` injects it, waits, and undoes it. `reach` says what it affects."""
 
     do: FaultAction
     reach: str = "replica"
     """"replica", "database", or "all"."""
     longest: float = 3.0
     database_only: bool = False
-    """Whether no client may lose its connection by it."""
+    """Whether no client may lose its connection because of it."""
 
 
 async def kill_replica(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
@@ -85,7 +85,7 @@ async def kill_database(context: FaultContext, slot: ReplicaSlot, seconds: float
 
 
 async def kill_backend(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
-    """PostgreSQL then ends all others too, and recovers."""
+    """Kill one backend. PostgreSQL then ends all others and recovers."""
     with suppress(*OUTAGE):
         for (pid,) in (await backends(context))[:1]:
             with suppress(ProcessLookupError):
@@ -131,7 +131,7 @@ async def block_listener_replies(context: FaultContext, slot: ReplicaSlot, secon
 
 
 async def lose_answers(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
-    """What was asked is done, and nobody hears of it."""
+    """Statements are executed, and their replies are lost."""
     slot.database.block_answers()
     await trio.sleep(seconds)
     slot.database.cut()
@@ -153,7 +153,7 @@ async def cut_clients(context: FaultContext, slot: ReplicaSlot, seconds: float) 
 
 
 async def block_replica_replies(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
-    """What was published is, and nobody hears of it."""
+    """Messages are published, and their replies are lost."""
     slot.block_replies()
     await trio.sleep(seconds)
     slot.websocket.cut()
@@ -216,14 +216,14 @@ FAULTS: Mapping[str, Fault] = {
 
 
 NO_FAULTS = "nothing"
-"""What can be asked for in the place of a kind: all that happens then is that roles change."""
+"""A value for `only`: no faults, only changes of roles."""
 
 
 class FaultSchedule:
-    """Faults, one after the other, in lanes beside each other; now and then all is calm."""
+    """Injects faults one after the other in parallel tracks, with pauses without any fault."""
 
     def __init__(self, context: FaultContext, seed: int, only: str | None = None) -> None:
-        """With `only`, faults of that kind, one at a time; with NOTHING, none."""
+        """With `only`, injects faults of that kind, one at a time; with NO_FAULTS, none."""
         self.done = 0
         self._context = context
         self._seed = seed
@@ -233,7 +233,7 @@ class FaultSchedule:
         self._affected: set[str] = set()
 
     async def run(self, ended: trio.Event) -> None:
-        """Until it is over, and what was done by then is undone."""
+        """Run until `ended` is set and everything injected by then is undone."""
         sources = [random.Random(f"{self._seed}-{track}") for track in range(self._tracks)]
         while not ended.is_set():
             async with trio.open_nursery() as nursery:
@@ -263,7 +263,7 @@ class FaultSchedule:
                 return
 
     def _draw(self, source: random.Random) -> tuple[str, ReplicaSlot, float]:
-        """The next fault that touches nothing that another lane touches just now."""
+        """Draw the next fault that affects nothing that another track affects."""
         while True:
             kind, slot = source.choice(self._fault_names), source.choice(self._context.slots)
             seconds = source.uniform(0.2, FAULTS[kind].longest)
@@ -278,7 +278,7 @@ class FaultSchedule:
 async def change_roles(
     context: FaultContext, keys: Mapping[str, bytes], ended: trio.Event, seed: int, pause: float
 ) -> int:
-    """Take permissions from the roles and give them back, one after another, until it is over; then all have all."""
+    """Withdraw and restore permissions of the roles, one after another, until `ended`. Then restore all."""
     source = random.Random(f"{seed}-roles")
     allowed = {role: {"read", "write"} for role in keys}
     changes = 0
@@ -301,7 +301,7 @@ async def change_roles(
 
 
 async def _set_role_grants(context: FaultContext, role: str, key: bytes, allowed: set[str]) -> None:
-    """Make a role's permissions these, however often it takes."""
+    """Set a role's permissions, with as many attempts as it takes."""
     began = now()
     while True:
         with suppress(*OUTAGE):

@@ -1,4 +1,4 @@
-"""What happened, as those who took part in it saw it: one event a line. Times are in seconds since 1970."""
+"""The events of a chaos run as its participants saw them, one per line. Times are in seconds since 1970."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 Message = tuple[str, int]
-"""A message by its content: who published it, and the number that the publisher gave it."""
+"""A message by its content: its publisher, and the number that the publisher gave it."""
 
 
 class Event(Struct, tag=True, tag_field="event", array_like=True, frozen=True, kw_only=True):
@@ -18,7 +18,7 @@ class Event(Struct, tag=True, tag_field="event", array_like=True, frozen=True, k
 
 
 class Published(Event, frozen=True):
-    """A publish is handed to the client. Those of one publisher are handed over in the order of their numbers."""
+    """A publish is handed to the client. One publisher hands over its messages in the order of their numbers."""
 
     publisher: str
     number: int
@@ -26,7 +26,7 @@ class Published(Event, frozen=True):
 
 
 class Answered(Event, frozen=True):
-    """What came of it: a seq, or the code of a refusal."""
+    """The reply to a publish: a seq, or the code of an error."""
 
     publisher: str
     number: int
@@ -35,7 +35,7 @@ class Answered(Event, frozen=True):
 
 
 class SubscriptionBegan(Event, frozen=True):
-    """A subscription begins, complete up to `cursor` of `epoch`. One name begins again and again where it was."""
+    """A subscription begins, complete up to `cursor` of `epoch`. It keeps its name when it resumes at its cursor."""
 
     subscriber: str
     pattern: str
@@ -44,9 +44,9 @@ class SubscriptionBegan(Event, frozen=True):
 
 
 class Received(Event, frozen=True):
-    """A message of a subscription. `sent`: when it was committed. An ephemeral one has no seq.
+    """A message reached a subscription. `sent`: when it was committed. An ephemeral message has no seq.
 
-    `session` tells one connection of a subscriber from the next, where that is known.
+    `session` distinguishes the connections of a subscriber, where they are known.
     """
 
     subscriber: str
@@ -60,7 +60,7 @@ class Received(Event, frozen=True):
 
 
 class CaughtUp(Event, frozen=True):
-    """The subscription was told that it has everything up to there."""
+    """A subscription was told that it is complete up to `seq`."""
 
     subscriber: str
     pattern: str
@@ -69,7 +69,7 @@ class CaughtUp(Event, frozen=True):
 
 
 class GapAnnounced(Event, frozen=True):
-    """The subscription was told what may be missing: from `first` to `last`, where it goes on in `epoch`."""
+    """A subscription received `gap` from `first` to `last`, and continues in `epoch`."""
 
     subscriber: str
     pattern: str
@@ -80,14 +80,14 @@ class GapAnnounced(Event, frozen=True):
 
 
 class SubscriptionRevoked(Event, frozen=True):
-    """The subscription was ended: the permission was withdrawn."""
+    """A subscription was ended by `revoked`."""
 
     subscriber: str
     pattern: str
 
 
 class Connected(Event, frozen=True):
-    """A client has a connection to a replica."""
+    """A client has connected to a replica."""
 
     client: str
     replica: str
@@ -95,30 +95,30 @@ class Connected(Event, frozen=True):
 
 
 class ConnectionLost(Event, frozen=True):
-    """It has lost it, and not left it by itself."""
+    """A client has lost its connection without closing it."""
 
     client: str
     replica: str
 
 
 class FaultBegan(Event, frozen=True):
-    """A fault begins. `replica`: whose, where it is not everybody's."""
+    """A fault begins, on one replica or, without `replica`, on several components."""
 
     number: int
     kind: str
     replica: str = ""
     in_flight: int = 0
-    """Publishes that had no answer at that moment."""
+    """Publishes without a reply at that moment."""
 
 
 class FaultEnded(Event, frozen=True):
-    """What the fault did has been undone."""
+    """A fault has been undone."""
 
     number: int
 
 
 class DatabaseStatusLogged(Event, frozen=True):
-    """A replica has logged that it has no database, or (`available`) that it has it again."""
+    """A replica has logged that its database is unreachable or (`available`) reachable again."""
 
     replica: str
     available: bool
@@ -126,7 +126,7 @@ class DatabaseStatusLogged(Event, frozen=True):
 
 
 class RoleChanged(Event, frozen=True):
-    """A role was changed, and the transaction had been committed at `at`; `began`: when it was about to be."""
+    """The grants of a role were changed: the transaction began at `began` and was committed by `at`."""
 
     role: str
     began: float
@@ -135,7 +135,7 @@ class RoleChanged(Event, frozen=True):
 
 
 class LogEntry(Event, frozen=True):
-    """From the database, in the end: what a commit appended to the log, also where retention has taken it since."""
+    """From the database after the run: an appended message, even if retention has deleted it since."""
 
     epoch: str
     seq: int
@@ -144,20 +144,20 @@ class LogEntry(Event, frozen=True):
 
 
 class LogEpoch(Event, frozen=True):
-    """From the database, in the end, in order: an epoch, and up to where its log is the one of the epoch before."""
+    """From the database after the run, in order: an epoch, and the seq up to which it shares the log before it."""
 
     epoch: str
     after: int
 
 
 class RunEnded(Event, frozen=True):
-    """The load has ended, everything is healed, and whoever stayed has caught up, or never will. `head`: of the log."""
+    """The load has ended, all faults are undone, and remaining subscribers were given time to catch up with `head`."""
 
     epoch: str
     head: int
     floor: int
     stayed: tuple[str, ...]
-    """The subscribers that were to be complete by then."""
+    """The subscribers that must be complete by now."""
 
 
 AnyEvent = (
@@ -181,7 +181,7 @@ AnyEvent = (
 
 
 class History:
-    """Takes events down, in memory or in a file too."""
+    """Records events in memory and, with a path, in a file."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.events: list[AnyEvent] = []
@@ -203,7 +203,7 @@ def now() -> float:
 
 
 def read(path: Path) -> Iterator[AnyEvent]:
-    """What a history has written."""
+    """Read a recorded history."""
     decode = msgspec.json.Decoder(AnyEvent).decode
     with path.open("rb") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""Whether what everybody saw keeps what is promised. Pure: a history in, a report out."""
+"""Checks a recorded history against the promises. Pure: a history in, a report out."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from .history import (
 )
 
 RETENTION = 30.0
-"""Seconds for which messages stay in the log of a chaos run, at least."""
+"""Minimum time in seconds for which messages stay in the log of a chaos run."""
 
 PROMPT_LIMIT = 5.0
-"""Seconds within which a message arrives, and a dead database is noticed."""
+"""Seconds within which a message arrives, and within which a dead database connection is detected."""
 
 RECOVERY_TIME = 10.0
-"""Seconds after a fault before it is calm again."""
+"""Seconds after a fault during which its effects may continue."""
 
 REVOCATION_LIMIT = 1.0
-"""Seconds after which a permission that was withdrawn has no effect any more."""
+"""Seconds after which a withdrawn permission has no effect."""
 
 FRESH_AGE = 0.25
-"""How old, in seconds, a message may be that shows its receiver to have caught up."""
+"""Maximum age in seconds of a message that shows its receiver to have caught up."""
 
 MAX_EXAMPLES = 5
-"""How many breaches of a promise are told in full."""
+"""Maximum number of violations of a promise that are printed in full."""
 
 PROMISES = {
     "acknowledged": "An acknowledged message is in the log under the acknowledged seq",
@@ -72,12 +72,12 @@ PROMISES = {
 class Promise:
     name: str
     checked: int = 0
-    """How often it could have been broken."""
+    """How often the promise was checked."""
     broken: int = 0
     examples: list[str] = field(default_factory=list)
 
     def check(self, kept: object, text: str, *details: object) -> None:
-        """Count it, and tell of it by a `text` with room for the details where it was not `kept`."""
+        """Count a check, and record a violation, described by `text` and `details`, unless `kept`."""
         self.checked += 1
         if not kept:
             self.broken += 1
@@ -87,7 +87,7 @@ class Promise:
 
 @dataclass
 class Measurement:
-    """Seconds that something took, each time."""
+    """Durations in seconds of one kind."""
 
     name: str
     values: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Measurement:
 
 
 class Report:
-    """What came of each promise; `figures`; and of each kind of fault how many there were, and publishes in flight."""
+    """The result of each promise, measurements, and the number of faults of each kind with the publishes in flight."""
 
     def __init__(self) -> None:
         self.promises = {name: Promise(name) for name in PROMISES}
@@ -111,7 +111,7 @@ class Report:
 
     @property
     def broken(self) -> list[str]:
-        """The promises that were not kept."""
+        """The promises that were violated."""
         return [name for name, promise in self.promises.items() if promise.broken]
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ class Report:
 
 
 def check_history(events: Iterable[AnyEvent], *, database_only: Collection[str] = ()) -> Report:
-    """Check a whole history, whose events are in the order of their times. `database_only`: kinds of faults."""
+    """Check a complete history in the order of time. `database_only`: faults that affect the database alone."""
     by_type: dict[type, list[AnyEvent]] = defaultdict(list)
     followed: dict[tuple[str, str], list[AnyEvent]] = defaultdict(list)
     for event in events:
@@ -171,7 +171,7 @@ def check_history(events: Iterable[AnyEvent], *, database_only: Collection[str] 
 
 
 class _History:
-    """The events by their kind, each kind in the order of time."""
+    """The events by type, each type in the order of time."""
 
     def __init__(self, by_type: dict[type, list[AnyEvent]]) -> None:
         def of(kind: type) -> list:  # type: ignore[type-arg]
@@ -216,25 +216,25 @@ def _count_events(history: _History, report: Report) -> None:
 
 
 class _Log:
-    """What stood in the log, epoch by epoch.
+    """The content of the log in each epoch.
 
-    What the database has kept (`entries`) survived every failover, so it is in the log of the epoch in which it was
-    appended, and of all that follow. What only others have seen was in the log of the epoch in which they saw it, and
-    of those before, as far as they were the same.
+    The entries of the database survived every failover, so they are in the log of the epoch in which they were
+    appended and of all later ones. A message that only subscribers have seen was in the log of the epoch in which they
+    saw it, and of earlier epochs as far as those share the log.
     """
 
     def __init__(self, history: _History, report: Report) -> None:
         self.ordinals = {epoch.epoch: ordinal for ordinal, epoch in enumerate(history.epochs)}
         self.afters = [epoch.after for epoch in history.epochs]
         self.seen = [float("inf")] * len(self.afters)
-        """When somebody was first told of each epoch."""
+        """When a subscriber first learned of each epoch."""
         self.sent: dict[tuple[int, int], float] = {}
-        """When a message of an epoch was committed, where anybody has got it."""
+        """When a message of an epoch was committed, if any subscriber received it."""
         self.kept = {entry.seq: entry for entry in history.entries}
         self.places: dict[Message, list[int]] = {}
-        """Under which seqs a message is in the log that has survived."""
+        """The seqs of each message in the surviving log."""
         self.known: set[Message] = {event.message for event in history.received}
-        """What was in any log."""
+        """Messages that were in the log of any epoch."""
         self._views: list[dict[int, tuple[str, Message]]] = [{} for _ in self.afters]
         self._matching: dict[tuple[int, str], array[int]] = {}
         for entry in history.entries:
@@ -255,33 +255,33 @@ class _Log:
         seq, what = event.seq, (event.channel, event.message)
         ordinal = self.ordinals.get(event.epoch)
         if ordinal is None:
-            agreed.check(False, "nobody knows the epoch of {}", event)
+            agreed.check(False, "unknown epoch: {}", event)
             return
         self.seen[ordinal] = min(self.seen[ordinal], event.at)
         self.sent.setdefault((ordinal, seq), event.sent)
         known = self._views[ordinal].setdefault(seq, what)
-        agreed.check(known == what, "to others it was {}: {}", known, event)
+        agreed.check(known == what, "other clients received {}: {}", known, event)
         while ordinal and seq <= self.afters[ordinal]:
             ordinal -= 1
             self._views[ordinal].setdefault(seq, what)
 
     def holds(self, seq: int, message: Message) -> bool:
-        """Whether the message was under this seq in any epoch's log, as far as anybody knows."""
+        """Return whether the message had this seq in the log of any epoch."""
         if seq in self.places.get(message, ()):
             return True
         return any(view.get(seq, ("", None))[1] == message for view in self._views)
 
     def is_lost(self, seq: int, at: float) -> bool:
-        """Whether what had a seq at a time may have been lost with the database: 0, where the seq is not known."""
+        """Return whether a message with this seq (0: unknown) may have been lost with the database at that time."""
         later = zip(self.afters[1:], self.seen[1:], strict=True)
         return any((not seq or seq > after) and at <= seen + RECOVERY_TIME for after, seen in later)
 
     def same_up_to(self, earlier: int, later: int) -> int:
-        """Up to where the logs of two epochs are the same."""
+        """Return the seq up to which the logs of two epochs are the same."""
         return min(self.afters[earlier + 1 : later + 1])
 
     def missing(self, ordinal: int, pattern: str, after: int, last: int) -> list[int]:
-        """The seqs with `after < seq <= last` that match."""
+        """Return the matching seqs with `after < seq <= last`."""
         if last <= after:
             return []
         seqs = self._matching.get((ordinal, pattern))
@@ -324,7 +324,7 @@ def _check_publishes(history: _History, log: _Log, report: Report) -> None:
     for seq in sorted(log.kept):
         publisher, number = log.kept[seq].message
         if (publisher, number) in given_up:
-            # The publisher has gone on without an answer, and it may have come after what was published then.
+            # After `unknown` the publisher continued, so this message may follow later ones.
             continue
         before = last.get(publisher, 0)
         if number != before:
@@ -338,13 +338,13 @@ def _check_publishes(history: _History, log: _Log, report: Report) -> None:
 def _check_subscription(
     subscriber: str, pattern: str, events: list[AnyEvent], history: _History, log: _Log, report: Report
 ) -> None:
-    """Walk along what a subscription was told; `ordinal` and `position` are up to where it is complete."""
+    """Check what a subscription received. It is complete up to `position` in the epoch number `ordinal`."""
     promises = report.promises
     ordinal = position = -1
     who = f"{subscriber} to {pattern}"
 
     def enter_epoch(event: Received | CaughtUp | SubscriptionBegan | GapAnnounced) -> bool:
-        """Go on in the event's epoch; False where that is not right, and has been told."""
+        """Continue in the event's epoch. Returns False, and records a violation, if that is not allowed."""
         nonlocal ordinal
         there = log.ordinals.get(event.epoch, -1)
         if there == ordinal:
@@ -399,17 +399,17 @@ def _check_subscription(
 
 
 class _Times:
-    """When something was wrong."""
+    """The times at which faults were active."""
 
     def __init__(self, history: _History) -> None:
         self.faults = [(fault.at, history.end(fault), fault) for fault in history.faults]
 
     def under_way(self, begin: float, end: float) -> list[FaultBegan]:
-        """The faults that were there at any time between the two."""
+        """Return the faults that were active at any time between the two."""
         return [fault for began, ended, fault in self.faults if began <= end and ended >= begin]
 
     def calm(self) -> Callable[[float], bool]:
-        """Whether nothing was wrong, nor had been a while before. To be asked in the order of time."""
+        """Return a function that says whether no fault was active or recent. Call it in the order of time."""
         busy: list[tuple[float, float]] = []
         for began, ended, _ in sorted(self.faults, key=lambda each: each[:2]):
             until = ended + RECOVERY_TIME
@@ -427,7 +427,7 @@ class _Times:
 
 
 def _check_promptness(history: _History, times: _Times, report: Report) -> None:
-    """Who is slow on purpose is not counted, nor whoever may have been allowed to read what is old only now."""
+    """Check latencies, except of the slow subscriber and of subscribers whose permissions change."""
     is_calm, prompt = times.calm(), report.promises["prompt"]
     latency = report.measurement("commit to receipt, while nothing is wrong")
     for event in history.received:
@@ -438,7 +438,7 @@ def _check_promptness(history: _History, times: _Times, report: Report) -> None:
 
 
 def _check_permissions(history: _History, times: _Times, report: Report) -> None:
-    """Whatever is named "role/..." has the role's permissions."""
+    """Check clients named "role/...", which have that role's permissions."""
     readable, writable = report.promises["readable"], report.promises["writable"]
     gotten: dict[str, list[Received]] = defaultdict(list)
     for received in history.received:
@@ -481,7 +481,7 @@ def _check_permissions(history: _History, times: _Times, report: Report) -> None
 def _withdrawals(
     changes: list[RoleChanged], of: Callable[[RoleChanged], tuple[str, ...]]
 ) -> Iterator[tuple[RoleChanged | None, RoleChanged, float]]:
-    """What was before, the change that took a permission away, and when it may have been there again."""
+    """Yield each withdrawal with the change before it and the time at which the permission may have returned."""
     before: RoleChanged | None = None
     for index, change in enumerate(changes):
         if (before is None or of(before)) and not of(change):
@@ -517,7 +517,7 @@ def _check_notice(history: _History, report: Report) -> None:
             if before and before[0].available and away:
                 report.measurement(f"{fault.kind} to noticed").values.append(away[0])
             if end - fault.at > PROMPT_LIMIT:
-                # Where something else had been noticed before, it is enough that it stays so.
+                # If another fault was noticed before, the replica only has to remain in that state.
                 in_time = [event for event in (*before, *during) if event.at <= fault.at + PROMPT_LIMIT][-1:]
                 noticed.check(in_time and not in_time[0].available, "{}, at first, and then: {}", fault, during[:3])
 
@@ -532,7 +532,7 @@ def _check_ephemeral(history: _History, report: Report) -> None:
 
 
 def _measure_recovery(history: _History, report: Report) -> None:
-    """From the fault to the first message of now, for those who lost their connection and may read all the time."""
+    """Measure from a fault to the first current message of clients that lost their connection and may always read."""
     fresh: dict[str, list[float]] = defaultdict(list)
     for event in history.received:
         if event.seq and "/" not in event.subscriber and event.at - event.sent <= FRESH_AGE:

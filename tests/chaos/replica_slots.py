@@ -1,4 +1,4 @@
-"""Replicas as a cluster has them: each a process that comes and goes, behind ways that stay and that can be cut."""
+"""Places for replicas as in a cluster: processes come and go behind proxies that stay and can be blocked."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .udp_relay import UdpRelay
 CONFIG = Path(__file__).with_name("chaos.toml")
 
 BROKER_MODULE = ("catbus",)
-"""The module that is run, and what it is told before `run`."""
+"""The module that is run, and its arguments before `run`."""
 
 
 class ReplicaSlot:
-    """The place of a replica: its process, the ways from clients to it, and the ways from it to the database.
+    """A place for a replica: its process, the proxies from clients to it, and the proxies from it to the database.
 
-    With a `bouncer` it reaches the database through that only, and hears no notifications; otherwise it has a
-    connection for them that goes another way than the rest.
+    With a `bouncer` it reaches the database only through PgBouncer, and receives no notifications. Otherwise it has a
+    connection for notifications through a proxy of its own.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ReplicaSlot:
     ) -> None:
         self.name = name
         self.ready = False
-        """What its /ready said last."""
+        """Its latest reply to /ready."""
         self.replica: Replica | None = None
         self.websocket = Proxy("ws://127.0.0.1:9/")
         self.webtransport = UdpRelay(rng)
@@ -58,7 +58,7 @@ class ReplicaSlot:
         self.notifications = Proxy(url)
         self.bouncer: Bouncer | None = None
         self.unexpected_exits: list[int] = []
-        """Exit statuses with which it has ended by itself."""
+        """Exit statuses of processes that ended unexpectedly."""
         self._directory = directory
         self._on_event = on_event
         self._program = program
@@ -68,11 +68,11 @@ class ReplicaSlot:
 
     @property
     def database_proxies(self) -> list[Proxy]:
-        """The ways from here to the database."""
+        """The proxies from here to the database."""
         return [self.database] if self.bouncer is not None else [self.database, self.notifications]
 
     async def open(self, nursery: trio.Nursery) -> None:
-        """Make the ways; `start` makes the process."""
+        """Start the proxies; `start` starts the process."""
         for way in (self.websocket, self.webtransport, self.database, self.notifications):
             await nursery.start(way.run)
         self._directory.mkdir(exist_ok=True)
@@ -85,11 +85,11 @@ class ReplicaSlot:
         self._start_requested.set()
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the process."""
         self._end(Replica.kill)
 
     def terminate(self) -> None:
-        """Ask it to stop, as an operator does."""
+        """Ask the process to stop, as an operator does."""
         self._end(Replica.terminate)
 
     def _end(self, how: Callable[[Replica], None]) -> None:
@@ -148,7 +148,7 @@ class ReplicaSlot:
         self._on_event(self.name, event)
 
     async def _watch(self) -> None:
-        """Ask what a load balancer asks."""
+        """Poll /ready, as a load balancer does."""
         while True:
             ready = False
             with trio.move_on_after(0.5), suppress(OSError, AssertionError, IndexError, trio.BrokenResourceError):
@@ -157,10 +157,10 @@ class ReplicaSlot:
             self.ready = ready
             await trio.sleep(0.1)
 
-    # The ways of the clients
+    # Connections of clients
 
     async def dial(self, transport: str) -> Transport:
-        """Connect, by "websocket" or "webtransport". Raises `Disconnected`."""
+        """Connect over "websocket" or "webtransport". Raises `Disconnected`."""
         if transport == "websocket":
             return await open_websocket(parse_address(f"ws://127.0.0.1:{urlsplit(self.websocket.url).port}/ws"))
         address = parse_address(f"https://127.0.0.1:{self.webtransport.port}/")
@@ -168,12 +168,12 @@ class ReplicaSlot:
         return await open_webtransport(address, make_configuration(address, certificate.decode()))
 
     def cut_clients(self) -> None:
-        """Let nothing through between the clients and the replica, and tell nobody."""
+        """Block everything between the clients and the replica, without closing connections."""
         self.websocket.block()
         self.webtransport.loss = 1.0
 
     def block_replies(self) -> None:
-        """Let nothing through from the replica to the clients, which it goes on hearing."""
+        """Block everything from the replica to the clients, but not the other way."""
         self.websocket.block_answers()
         self.webtransport.drop_replies = True
 
@@ -192,7 +192,7 @@ async def open_slots(
     program: Sequence[str],
     nursery: trio.Nursery,
 ) -> list[ReplicaSlot]:
-    """Places for replicas, none of which runs yet. The last is behind a pooler."""
+    """Create places for replicas, none of which runs yet. The last is behind PgBouncer."""
     slots = [ReplicaSlot(name, directory / name, url, on_event, random.Random(rng.random()), program) for name in names]
     for slot in slots:
         await slot.open(nursery)

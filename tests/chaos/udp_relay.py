@@ -1,4 +1,4 @@
-"""The network between clients and a replica, so far as it is UDP: it can be cut, and it can lose datagrams."""
+"""The UDP network between clients and a replica, which can be blocked and can lose datagrams."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import trio
 
 MAX_DATAGRAM_SIZE = 65_536
 MAX_FLOWS = 200
-"""Clients that are remembered; the one that has been here for the longest goes first."""
+"""Maximum number of clients. The oldest is forgotten first."""
 
 
 class UdpRelay:
-    """Passes datagrams on to `target` from each client's own socket. `port` stays, whatever the target is."""
+    """Relays datagrams to `target` from a socket for each client. `port` stays the same for every target."""
 
     def __init__(self, rng: random.Random) -> None:
         self.port = 0
         self.target: tuple[str, int] | None = None
         self.loss = 0.0
-        """Which part of all datagrams, either way, gets lost: from 0 to 1."""
+        """The share of datagrams that are lost in either direction: from 0 to 1."""
         self.drop_replies = False
-        """Whether nothing comes back."""
+        """Whether replies are dropped."""
         self._rng = rng
         self._flows: dict[Any, tuple[trio.socket.SocketType, trio.CancelScope]] = {}
 
     def set_target(self, target: tuple[str, int]) -> None:
-        """Another target from now on: who has spoken with the one before is a stranger there."""
+        """Relay to another target from now on, which does not know the clients of the previous one."""
         self.forget()
         self.target = target
 
     def forget(self) -> None:
-        """Have what comes from now on come from other ports, as from behind a translator that has been restarted."""
+        """Relay from other ports from now on, like a restarted address translator."""
         for _, scope in self._flows.values():
             scope.cancel()
         self._flows.clear()
@@ -78,7 +78,7 @@ class UdpRelay:
 
 
 async def _receive(socket: trio.socket.SocketType) -> tuple[bytes, Any]:
-    """The next datagram. That nobody was there for the last one is not of interest."""
+    """Return the next datagram. Errors about earlier datagrams are ignored."""
     while True:
         with suppress(OSError):
             return await socket.recvfrom(MAX_DATAGRAM_SIZE)
