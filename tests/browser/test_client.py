@@ -86,7 +86,7 @@ async def open_place(browser: Browser, config: catbus.Config) -> AsyncIterator[P
             nursery.cancel_scope.cancel()
 
 
-async def test_webtransport_is_taken_and_finds_the_certificate_by_itself(browser: Browser, tmp_path: Path) -> None:
+async def test_client_prefers_webtransport_and_finds_the_certificate(browser: Browser, tmp_path: Path) -> None:
     async with open_place(browser, configuration(tmp_path)) as place:
         browser = place.browser
         found = await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN)
@@ -122,14 +122,14 @@ WORKER = """
 """
 
 
-async def test_it_runs_in_a_worker(browser: Browser, tmp_path: Path) -> None:
+async def test_client_runs_in_a_worker(browser: Browser, tmp_path: Path) -> None:
     async with open_place(browser, configuration(tmp_path)) as place:
         discovery = place.websocket.replace("ws:", "http:")
         heard = await place.browser.run(WORKER, place.webtransport, TOKEN, discovery)
         assert heard == ["webtransport", "from a worker"]
 
 
-async def test_without_udp_it_is_connected_within_a_second(browser: Browser, tmp_path: Path) -> None:
+async def test_client_connects_within_a_second_without_udp(browser: Browser, tmp_path: Path) -> None:
     """Where nobody listens, and where every packet is swallowed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as swallowing:
         swallowing.bind(("127.0.0.1", 0))
@@ -148,7 +148,7 @@ async def test_without_udp_it_is_connected_within_a_second(browser: Browser, tmp
                 assert again["ms"] < found["ms"] + 100
 
 
-async def test_webtransport_that_dies_is_replaced_and_comes_back_and_nothing_is_lost(
+async def test_client_replaces_lost_webtransport_and_returns_to_it_without_loss(
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
     """5,000 messages, over WebTransport, then WebSocket, then WebTransport again."""
@@ -186,7 +186,7 @@ async def publish(url: str, number: int) -> None:
             await trio.sleep(0.01)
 
 
-async def test_a_replica_that_stops_is_left_for_another_without_a_loss(
+async def test_client_leaves_a_stopping_replica_without_loss(
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
     """It says when to come back, and the client has moved before it ends: what it publishes and hears goes on."""
@@ -237,7 +237,7 @@ FREEZE = """
 """
 
 
-async def test_a_subscription_whose_stream_was_not_read_goes_on_where_it_stood(
+async def test_subscription_with_an_unread_stream_resumes_at_its_cursor(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webtransport_session, "STALL_TIME", 1.0)

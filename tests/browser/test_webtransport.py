@@ -42,7 +42,9 @@ def configuration(state: Path, database: DatabaseSettings | None = None) -> Conf
     )
 
 
-async def test_a_page_publishes_and_hears_another_replica(browser: Browser, tmp_path: Path, database_url: str) -> None:
+async def test_page_publishes_and_receives_from_another_replica(
+    browser: Browser, tmp_path: Path, database_url: str
+) -> None:
     config = configuration(tmp_path, DatabaseSettings(url=database_url))
     with trio.fail_after(90):
         async with serving(config) as (_, origin), serving(config) as (_, other):
@@ -59,7 +61,7 @@ async def test_a_page_publishes_and_hears_another_replica(browser: Browser, tmp_
             assert (message["seq"], message["channel"]) == (seq, "web.service")
 
 
-async def test_closing_codes_pass_both_ways(browser: Browser, tmp_path: Path) -> None:
+async def test_close_codes_pass_in_both_directions(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
@@ -75,7 +77,7 @@ async def test_closing_codes_pass_both_ways(browser: Browser, tmp_path: Path) ->
             assert info == [CloseCode.SHUTTING_DOWN, "the replica is stopping"]
 
 
-async def test_150_subscriptions_with_streams_of_their_own(browser: Browser, tmp_path: Path) -> None:
+async def test_150_subscriptions_have_streams_of_their_own(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
@@ -105,7 +107,7 @@ async def test_150_subscriptions_with_streams_of_their_own(browser: Browser, tmp
             }
 
 
-async def test_ephemeral_messages_come_as_datagrams(browser: Browser, tmp_path: Path) -> None:
+async def test_ephemeral_messages_arrive_as_datagrams(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
@@ -122,7 +124,7 @@ async def test_ephemeral_messages_come_as_datagrams(browser: Browser, tmp_path: 
             assert {message["pattern"] for message in datagrams} == {"pointer.*"}
 
 
-async def test_objects_may_be_cut_anywhere_or_nowhere(browser: Browser, tmp_path: Path) -> None:
+async def test_objects_may_be_split_anywhere(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
@@ -149,7 +151,7 @@ def swallow(port: UdpSocket, most: int) -> list[Any]:
     return []
 
 
-async def test_a_broker_that_vanishes_is_noticed(
+async def test_page_notices_a_vanished_broker(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webtransport_configuration, "IDLE_TIMEOUT", 3.0)
@@ -168,7 +170,7 @@ async def test_a_broker_that_vanishes_is_noticed(
                     await trio.sleep(0.05)
 
 
-async def test_a_wrong_token_closes_with_its_code(browser: Browser, tmp_path: Path) -> None:
+async def test_wrong_token_closes_with_its_code(browser: Browser, tmp_path: Path) -> None:
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
@@ -191,7 +193,7 @@ const hear = async () => JSON.parse(new TextDecoder().decode((await reader.read(
 """A client of the first version: what one read brings is one object to it."""
 
 
-async def test_a_first_version_page_reads_one_object_at_a_time(
+async def test_first_version_page_reads_one_object_at_a_time(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A machine that is busy with other tests may not let the page read for longer than the broker waits by default.
@@ -209,7 +211,7 @@ async def test_a_first_version_page_reads_one_object_at_a_time(
             assert {message["type"] for message in heard[2:]} == {"message", "published", "pong"}
 
 
-async def test_no_object_for_a_first_version_page_is_cut(browser: Browser, tmp_path: Path) -> None:
+async def test_no_object_for_a_first_version_page_is_split(browser: Browser, tmp_path: Path) -> None:
     """The page hears more than its ring buffer of 64 KiB holds, and asks for each object when it has read the last."""
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
@@ -227,7 +229,7 @@ async def test_no_object_for_a_first_version_page_is_cut(browser: Browser, tmp_p
             assert heard == list(range(90))
 
 
-async def test_a_stream_whose_reader_is_cancelled_ends_alone(
+async def test_stream_with_a_cancelled_reader_ends_alone(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chromium says STOP_SENDING then. Firefox says nothing, and takes nothing any more."""

@@ -138,7 +138,7 @@ def sound_history() -> HistoryBuilder:
     return history
 
 
-def test_a_sound_history_is_found_sound_and_every_promise_is_looked_at() -> None:
+def test_sound_history_passes_and_every_promise_is_checked() -> None:
     report = sound_history().check_history()
     assert not report.broken, str(report)
     assert {name for name, promise in report.promises.items() if not promise.checked} == set()
@@ -185,12 +185,12 @@ ACCOMPANYING = {
 """What is broken with it, and rightly so."""
 
 
-def test_there_is_a_breach_of_every_promise() -> None:
+def test_every_promise_has_a_violation() -> None:
     assert set(BREACHES) == set(PROMISES)
 
 
 @pytest.mark.parametrize("name", BREACHES)
-def test_a_breach_is_found(name: str) -> None:
+def test_checker_finds_a_violation(name: str) -> None:
     history = sound_history()
     BREACHES[name](history)
     if name in ("readable", "writable"):
@@ -213,13 +213,13 @@ def test_a_breach_is_found(name: str) -> None:
         ("connected", ConnectionLost(at=START + 250.0, client="s", replica="r")),
     ],
 )  # fmt: skip
-def test_other_breaches_are_found(name: str, event: AnyEvent) -> None:
+def test_checker_finds_other_violations(name: str, event: AnyEvent) -> None:
     history = sound_history()
     history.events.append(event)
     assert name in history.check_history().broken
 
 
-def test_what_is_reported_is_measured() -> None:
+def test_report_has_measurements() -> None:
     history = sound_history()
     history.add_fault(3, "replica killed", 220.0, 222.0)
     history.add(ConnectionLost, 220.1, client="s", replica="r")

@@ -19,7 +19,7 @@ from tests.conformance.ways import WAYS, Certificates
 from tests.programs import find_program
 
 
-async def test_a_client_of_others_converses_through_a_proxy_as_documented(tmp_path: Path) -> None:
+async def test_foreign_client_works_through_a_documented_proxy(tmp_path: Path) -> None:
     made = Certificates(tmp_path)
     with trio.fail_after(60):
         async with puppets.PUPPETS["ws"]() as puppet:
@@ -52,14 +52,14 @@ def test_each_proxy_is_documented(proxy: str) -> None:
         assert path in text.replace("\\", "")
 
 
-async def test_the_echo_sends_back_what_came_as_it_came() -> None:
+async def test_echo_returns_every_frame_unchanged() -> None:
     async with echoing() as url, open_websocket_url(url) as socket:
         for message in ("", "grüße", b"\x00\xff", b"x" * 100_000):
             await socket.send_message(message)
             assert await socket.get_message() == message
 
 
-def test_a_report_counts_verdicts_and_names_what_did_not_pass() -> None:
+def test_report_counts_verdicts_and_names_failed_cases() -> None:
     found: dict[str, dict[str, Any]] = {
         "1.1.1": {"behavior": "OK", "behaviorClose": "OK", "remoteCloseCode": 1000},
         "1.1.2": {"behavior": "OK", "behaviorClose": "FAILED", "remoteCloseCode": None},

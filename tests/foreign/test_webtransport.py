@@ -54,7 +54,7 @@ async def play(library: str, state: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("library", ["pywebtransport", "web-transport-quinn"])
-async def test_a_session_from_its_beginning_to_its_end(library: str, tmp_path: Path) -> None:
+async def test_foreign_library_runs_a_whole_session(library: str, tmp_path: Path) -> None:
     found = await play(library, tmp_path)
     assert (found["hello"]["type"], found["hello"]["client_id"]) == ("auth_ok", "alice")
     subscribed, message = found["own"]
@@ -69,7 +69,7 @@ async def test_a_session_from_its_beginning_to_its_end(library: str, tmp_path: P
         assert found["closed"] == [CloseCode.UNAUTHENTICATED, "the token is not valid"]
 
 
-async def test_curl_takes_the_certificate_as_that_of_its_authority(tmp_path: Path) -> None:
+async def test_curl_accepts_the_certificate_as_its_authority(tmp_path: Path) -> None:
     curl = find_program("curl", "curl")
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:

@@ -32,7 +32,7 @@ def target(broker: TestServer) -> FuzzTarget:
     return FuzzTarget([(broker.url, None)], secret=broker.secret, root="")
 
 
-def test_the_broker_does_what_the_model_does() -> None:
+def test_broker_agrees_with_the_model() -> None:
     with open_test_server() as broker:
         result = fuzz(target(broker), 0, SEED)
     assert result.found is None
@@ -59,13 +59,13 @@ def test_the_machine_finds_a_planted_mistake(
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
 
 
-async def test_the_outage_of_the_document(autojump_clock: MockClock) -> None:
+async def test_outage_of_the_document_runs(autojump_clock: MockClock) -> None:
     names: dict[str, Any] = {"open_test_broker": open_test_broker, "trio": trio}
     exec(EXAMPLES[0], names)
     await names["test_an_outage"](autojump_clock)
 
 
-def test_the_machine_of_the_document() -> None:
+def test_machine_of_the_document_runs() -> None:
     """As it is written there, but for where the broker is."""
     with open_test_server() as broker:
         example = EXAMPLES[1].replace("what tokens are signed with", broker.secret)
@@ -77,7 +77,7 @@ def test_the_machine_of_the_document() -> None:
     assert (result.testsRun, result.wasSuccessful()) == (1, True), result
 
 
-def test_the_workflow_runs_what_there_is() -> None:
+def test_fuzz_workflow_runs_the_documented_command() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "fuzz.yml").read_text(encoding="utf-8"))
     steps = workflow["jobs"]["fuzz"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == ['make fuzz FUZZ_MINUTES="$FUZZ_MINUTES"']
@@ -88,6 +88,6 @@ def test_the_workflow_runs_what_there_is() -> None:
     assert kept == {keep, "found.py"}
 
 
-def test_the_document_names_every_mistake() -> None:
+def test_document_names_every_planted_mistake() -> None:
     for mistake in MISTAKES:
         assert f"| {mistake.__name__.replace('_', ' ')} | {SEED} |" in DOCUMENT

@@ -18,14 +18,14 @@ def node() -> str:
     return find_program("nodejs", "node")
 
 
-def test_types_are_strict(node: str) -> None:
+def test_types_pass_the_strict_compiler(node: str) -> None:
     done = subprocess.run(
         [node, find_module("typescript/bin/tsc"), "--noEmit"], cwd=CLIENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
 
-async def test_in_node(node: str) -> None:
+async def test_client_passes_its_own_tests_in_node(node: str) -> None:
     async with running() as (_, address):
         environment = {**os.environ, "CATBUS_URL": f"ws://{address}/ws", "CATBUS_SECRET": SECRET}
         command = [node, "--test", "--test-reporter=tap", "test/"]

@@ -50,7 +50,7 @@ class Client:
         await self.wait_for("more")
 
 
-async def test_javascript_client_goes_on_over_a_replica_that_stands_still_and_one_that_is_killed(
+async def test_client_survives_a_paused_and_a_killed_replica(
     database_url: str,
 ) -> None:
     find_module("ws")

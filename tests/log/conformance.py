@@ -23,7 +23,7 @@ BOB = b"bob-------------"
 class ReadConformance:
     """Pages and history."""
 
-    async def test_a_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
+    async def test_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             for n in range(25):
@@ -33,7 +33,7 @@ class ReadConformance:
             assert (page.after, page.last, [entry.seq for entry in page.entries]) == (3, 13, list(range(4, 14)))
             assert len(await read_all(log, rows=7)) == 25
 
-    async def test_a_page_ends_at_its_number_of_bytes_but_has_one_entry(self, make_log: MakeLog) -> None:
+    async def test_page_ends_at_its_number_of_bytes_but_has_at_least_one_message(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             for n in range(5):
@@ -43,7 +43,7 @@ class ReadConformance:
             assert [e.seq for e in (await log.read(0, size=299)).entries] == [1, 2]
             assert [e.seq for e in (await log.read(2, size=10)).entries] == [3]
 
-    async def test_reading_at_the_end_gives_an_empty_page(self, make_log: MakeLog) -> None:
+    async def test_page_at_the_head_is_empty(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             for after in (0, 5):
@@ -53,7 +53,7 @@ class ReadConformance:
             page = await log.read(1)
             assert (page.after, page.last, list(page.entries)) == (1, 1, [])
 
-    async def test_a_cancelled_read_harms_nothing(self, make_log: MakeLog) -> None:
+    async def test_cancelled_read_has_no_effect(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1")
@@ -67,7 +67,7 @@ class ReadConformance:
             assert (await log.read(0)).last == 1
             await log.history("a", before=None, limit=1)
 
-    async def test_history_is_the_newest_that_match_oldest_first(self, make_log: MakeLog) -> None:
+    async def test_history_has_the_newest_matching_messages_oldest_first(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             for channel in ("a", "a.b", "a.b.c", "a-b", "ab", "b", "a.b"):
@@ -91,7 +91,7 @@ class ReadConformance:
             assert await found("*", before=1) == ([], False)
             assert await found("*", before=99, limit=7) == ([1, 2, 3, 4, 5, 6, 7], False)
 
-    async def test_a_character_of_a_channel_is_no_wildcard_in_history(self, make_log: MakeLog) -> None:
+    async def test_history_treats_no_character_of_a_channel_as_a_wildcard(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             for channel in ("my_project.x", "my-project.x", "myXproject.x", "My_project.x"):
@@ -104,9 +104,7 @@ class ReadConformance:
 class LogConformance(ReadConformance):
     """All of it."""
 
-    async def test_every_message_gets_the_next_number_and_reaches_the_follower_in_that_order(
-        self, make_log: MakeLog
-    ) -> None:
+    async def test_messages_get_consecutive_seqs_and_reach_the_follower_in_order(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (follower, publisher):
 
@@ -127,7 +125,7 @@ class LogConformance(ReadConformance):
             assert all(a.at <= b.at for a, b in pairwise(follower.entries))
             assert log.applied == 160
 
-    async def test_what_is_submitted_together_keeps_its_order(self, make_log: MakeLog) -> None:
+    async def test_messages_submitted_together_keep_their_order(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):
             for n in range(2500):
                 publisher.submit("a", b"%d" % n)
@@ -135,7 +133,7 @@ class LogConformance(ReadConformance):
             assert [outcome.seq for outcome in outcomes if isinstance(outcome, Committed)] == list(range(1, 2501))
             assert follower.texts == [str(n) for n in range(2500)]
 
-    async def test_a_message_is_applied_before_it_is_acknowledged(self, make_log: MakeLog) -> None:
+    async def test_message_is_applied_before_it_is_acknowledged(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (follower, publisher):
             for n in range(50):
@@ -143,7 +141,7 @@ class LogConformance(ReadConformance):
                 assert log.applied >= seq
                 assert follower.entries[-1].seq >= seq
 
-    async def test_an_entry_is_what_was_published_to_the_byte(self, make_log: MakeLog) -> None:
+    async def test_message_is_stored_byte_for_byte(self, make_log: MakeLog) -> None:
         log = make_log()
         payload = '{ "text":"snow ☃ 𝄞 \\u0000 \\n" ,  "n":1.0e+400}'.encode()
         async with running(log) as (follower, publisher):
@@ -155,7 +153,7 @@ class LogConformance(ReadConformance):
             assert (bare.channel, bare.payload, bare.sender, bare.origin) == ("a", b"null", None, None)
             assert read == follower.entries
 
-    async def test_a_payload_with_a_line_break_harms_nobody(self, make_log: MakeLog) -> None:
+    async def test_payload_with_a_line_break_affects_no_other_message(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):
             for payload in (b"1", b"[1,\n2]", b"3"):
                 publisher.submit("a", payload)
@@ -164,7 +162,7 @@ class LogConformance(ReadConformance):
 
     # Keys
 
-    async def test_a_key_stands_in_the_log_once(self, make_log: MakeLog) -> None:
+    async def test_key_is_in_the_log_once(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):
             first = await publisher.publish_seq("a", b"1", producer=ALICE, number=7)
             again = await publisher.publish("a", b"1", producer=ALICE, number=7, after=0)
@@ -174,7 +172,7 @@ class LogConformance(ReadConformance):
             await follower.wait_for(2)
             assert len(follower.entries) == 2
 
-    async def test_a_key_that_is_submitted_twice_at_once_stands_in_the_log_once(self, make_log: MakeLog) -> None:
+    async def test_key_submitted_twice_at_once_is_in_the_log_once(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):
             for _ in range(3):
                 publisher.submit("a", b"1", producer=ALICE, number=1)
@@ -185,7 +183,7 @@ class LogConformance(ReadConformance):
             assert follower.texts == ["1", "2", "2", "2"]
 
     @pytest.mark.parametrize(("channel", "payload"), [("a", b"2"), ("b", b"1")])
-    async def test_a_key_with_another_message_is_refused(self, make_log: MakeLog, channel: str, payload: bytes) -> None:
+    async def test_key_with_another_message_is_rejected(self, make_log: MakeLog, channel: str, payload: bytes) -> None:
         async with running(make_log()) as (follower, publisher):
             await publisher.publish_seq("a", b"1", producer=ALICE, number=1)
             publisher.submit("n", b"1")
@@ -198,7 +196,7 @@ class LogConformance(ReadConformance):
             assert [type(outcome) for outcome in outcomes].count(Committed) == 3
             assert follower.texts == ["1", "1", "2"]
 
-    async def test_retries_among_new_messages_against_a_model(self, make_log: MakeLog) -> None:
+    async def test_retries_among_new_messages_agree_with_a_model(self, make_log: MakeLog) -> None:
         random = Random(20)
         async with running(make_log()) as (follower, publisher):
             known: dict[tuple[bytes, int], tuple[str, bytes, int]] = {}
@@ -225,7 +223,7 @@ class LogConformance(ReadConformance):
 
     # Ephemeral messages
 
-    async def test_an_ephemeral_message_is_no_part_of_the_log(self, make_log: MakeLog) -> None:
+    async def test_ephemeral_message_is_not_in_the_log(self, make_log: MakeLog) -> None:
         log = make_log()
         big = b'"%b"' % (b"x" * (EPHEMERAL_SIZE - 100))
         log.broadcast(Entry(0, 1, "a", b"0"))
@@ -243,7 +241,7 @@ class LogConformance(ReadConformance):
 
     # Epochs
 
-    async def test_a_cursor_of_this_epoch_goes_on_where_it_was(self, make_log: MakeLog) -> None:
+    async def test_cursor_of_this_epoch_resumes_where_it_was(self, make_log: MakeLog) -> None:
         log = make_log()
         assert log.epoch == ""
         async with running(log) as (_, publisher):
@@ -253,7 +251,7 @@ class LogConformance(ReadConformance):
                 resumption = log.resume(1, epoch)
                 assert (resumption.cursor, resumption.lost) == (1, None)
 
-    async def test_a_cursor_of_an_unknown_epoch_may_lack_everything(self, make_log: MakeLog) -> None:
+    async def test_cursor_of_an_unknown_epoch_may_miss_everything(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1")
@@ -262,7 +260,7 @@ class LogConformance(ReadConformance):
 
     # Beginning and end
 
-    async def test_what_was_submitted_before_the_start_is_appended(self, make_log: MakeLog) -> None:
+    async def test_message_submitted_before_the_start_is_appended(self, make_log: MakeLog) -> None:
         log = make_log()
         publisher = Publisher(log)
         early = publisher.submit("a", b"1")
@@ -270,7 +268,7 @@ class LogConformance(ReadConformance):
             assert await publisher.wait(early) == [Committed(1)]
             await follower.wait_for(1)
 
-    async def test_what_is_withdrawn_in_time_is_not_appended(self, make_log: MakeLog) -> None:
+    async def test_message_withdrawn_in_time_is_not_appended(self, make_log: MakeLog) -> None:
         log = make_log()
         publisher = Publisher(log)
         mine, other = publisher.submit("a", b"1"), publisher.submit("b", b"2")
@@ -287,7 +285,7 @@ class LogConformance(ReadConformance):
             await follower.wait_for(1)
             assert follower.texts == ["2"]
 
-    async def test_withdrawing_leaves_alone_what_other_clients_have_submitted(self, make_log: MakeLog) -> None:
+    async def test_withdrawal_leaves_messages_of_other_clients_alone(self, make_log: MakeLog) -> None:
         log = make_log()
         publisher = Publisher(log)
         mine, other = (publisher.submit("a", b"1", client=client) for client in ("mine", "other"))
@@ -299,7 +297,7 @@ class LogConformance(ReadConformance):
         async with running(log):
             assert await publisher.wait(other) == [Committed(1)]
 
-    async def test_a_stopped_log_refuses_for_good(self, make_log: MakeLog) -> None:
+    async def test_stopped_log_rejects_for_good(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1")
@@ -309,7 +307,7 @@ class LogConformance(ReadConformance):
         assert isinstance(refused, Rejected)
         assert refused.code == ErrorCode.SHUTTING_DOWN
 
-    async def test_a_stopped_log_does_not_say_of_a_retry_that_it_is_not_there(self, make_log: MakeLog) -> None:
+    async def test_stopped_log_does_not_deny_a_retry(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1", producer=ALICE, number=1)
@@ -318,7 +316,7 @@ class LogConformance(ReadConformance):
         assert isinstance(outcome, Rejected)
         assert outcome.code == ErrorCode.UNKNOWN
 
-    async def test_a_stop_answers_everything(self, make_log: MakeLog) -> None:
+    async def test_stop_settles_every_publish(self, make_log: MakeLog) -> None:
         log = make_log()
         recorder, publisher = Recorder(), Publisher(log)
         async with trio.open_nursery() as nursery:
@@ -335,7 +333,7 @@ class LogConformance(ReadConformance):
         assert {outcome.code for outcome in refused} <= {ErrorCode.SHUTTING_DOWN}
         assert len(recorder.entries) == len(committed)
 
-    async def test_over_the_limit_it_says_so_at_once(self, make_log: MakeLog) -> None:
+    async def test_full_log_rejects_at_once(self, make_log: MakeLog) -> None:
         log = make_log(pending=20)  # Half of it is one client's.
         async with running(log) as (_, publisher):
             for n in range(15):
@@ -350,7 +348,7 @@ class LogConformance(ReadConformance):
             assert [type(outcome) for outcome in outcomes] == [Committed] * 10 + [Rejected] * 5
             await publisher.publish_seq("a", b"again")
 
-    async def test_publishing_from_within_an_answer(self, make_log: MakeLog) -> None:
+    async def test_callback_of_a_publish_may_publish(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (follower, publisher):
             settle = publisher._settle

@@ -26,7 +26,7 @@ class TestConformance(LogConformance):
 ROOM_FOR_TEN = 10 * (OVERHEAD + KEY + len("a") + 2)
 
 
-async def test_time_and_the_clock_have_no_part_in_it(autojump_clock: MockClock) -> None:
+async def test_log_appends_whatever_the_clock_says(autojump_clock: MockClock) -> None:
     log = MemoryLog(clock=lambda: 1.5)
     async with running(log) as (follower, publisher):
         for n in range(100):
@@ -35,7 +35,7 @@ async def test_time_and_the_clock_have_no_part_in_it(autojump_clock: MockClock) 
         assert {entry.at for entry in follower.entries} == {1500}
 
 
-async def test_a_clock_that_is_set_back_does_not_make_time_run_backwards() -> None:
+async def test_times_of_messages_never_decrease_when_the_clock_is_set_back() -> None:
     times = iter([5.0, 3.0, 6.0])
     async with running(MemoryLog(clock=lambda: next(times))) as (follower, publisher):
         for _ in range(3):
@@ -43,7 +43,7 @@ async def test_a_clock_that_is_set_back_does_not_make_time_run_backwards() -> No
         assert [entry.at for entry in follower.entries] == [5000, 5000, 6000]
 
 
-async def test_what_is_withdrawn_makes_room_for_more() -> None:
+async def test_withdrawn_messages_make_room_for_more() -> None:
     size = Append("a", b"1", lambda *_: None).size
     log = MemoryLog(pending_bytes=3 * size)  # One client may have half of it.
     publisher = Publisher(log)
@@ -55,7 +55,7 @@ async def test_what_is_withdrawn_makes_room_for_more() -> None:
         assert publisher.answers.keys() == set(publisher.submitted)
 
 
-async def test_what_is_dropped_from_the_ring_is_gone_and_the_floor_says_so() -> None:
+async def test_dropped_messages_are_below_the_floor() -> None:
     log = MemoryLog(ROOM_FOR_TEN)
     async with running(log) as (_, publisher):
         assert log.floor == 1
@@ -68,7 +68,7 @@ async def test_what_is_dropped_from_the_ring_is_gone_and_the_floor_says_so() -> 
         assert log.resume(25, "another").cursor == 0
 
 
-async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended() -> None:
+async def test_unrecognisable_retry_is_not_appended() -> None:
     log = MemoryLog(ROOM_FOR_TEN)
     async with running(log) as (follower, publisher):
         await publisher.publish_seq("a", b"00", producer=ALICE, number=1)
@@ -84,7 +84,7 @@ async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended() -> Non
         assert len(follower.entries) == 22
 
 
-async def test_an_entry_too_big_for_the_ring_is_delivered_all_the_same() -> None:
+async def test_message_larger_than_the_ring_is_delivered() -> None:
     log = MemoryLog(100)
     async with running(log) as (follower, publisher):
         assert await publisher.publish_seq("a", b"1", producer=ALICE, number=1) == 1
@@ -94,7 +94,7 @@ async def test_an_entry_too_big_for_the_ring_is_delivered_all_the_same() -> None
         assert (page.after, page.last, list(page.entries)) == (1, 1, [])
 
 
-async def test_each_log_has_an_epoch_of_its_own_and_keeps_it() -> None:
+async def test_each_log_keeps_an_epoch_of_its_own() -> None:
     one, other = MemoryLog(), MemoryLog()
     async with running(one) as (_, publisher), running(other):
         await publisher.publish_seq("a", b"1")
@@ -109,7 +109,7 @@ async def test_each_log_has_an_epoch_of_its_own_and_keeps_it() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_what_gathers_while_others_run_is_committed_together() -> None:
+async def test_messages_that_gather_while_other_tasks_run_are_committed_together() -> None:
     batches: list[int] = []
 
     class Follower(Recorder):

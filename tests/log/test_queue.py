@@ -95,7 +95,7 @@ TestQueueAgainstLists.settings = settings(max_examples=100, stateful_step_count=
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(2, 3000))
-def test_a_message_waits_for_one_turn_of_each_other_client_at_the_most(sizes: list[int], longest: int) -> None:
+def test_message_waits_for_at_most_one_message_of_each_other_client(sizes: list[int], longest: int) -> None:
     queue = AppendQueue(1_000_000, 1 << 30)
     for number, size in enumerate(sizes):
         for _ in range(40):
@@ -109,7 +109,7 @@ def test_a_message_waits_for_one_turn_of_each_other_client_at_the_most(sizes: li
     assert before <= len(sizes) * (TURN + 301 + OVERHEAD)
 
 
-def test_clients_that_never_stop_get_the_same_bytes_each_whatever_their_messages() -> None:
+def test_busy_clients_get_equal_bytes_whatever_the_size_of_their_messages() -> None:
     queue = AppendQueue(1_000_000, 1 << 30)
     sizes = {"small": 2, "big": 1500, "bigger": 6000}
     had = dict.fromkeys(sizes, 0)
@@ -122,7 +122,7 @@ def test_clients_that_never_stop_get_the_same_bytes_each_whatever_their_messages
     assert max(had.values()) - min(had.values()) <= 2 * (TURN + max(sizes.values()) + OVERHEAD)
 
 
-def test_clients_that_never_stop_leave_room_for_one_more() -> None:
+def test_busy_clients_leave_room_for_another_client() -> None:
     for clients in range(1, 6):
         queue = AppendQueue(120, 1 << 20)
         while sum(queue.offer(message(client)) for client in range(clients)):
@@ -130,14 +130,14 @@ def test_clients_that_never_stop_leave_room_for_one_more() -> None:
         assert 120 - len(queue) == 120 // (clients + 1)
 
 
-def test_one_client_alone_fills_whole_batches() -> None:
+def test_single_client_fills_whole_batches() -> None:
     queue = AppendQueue(10_000, 1 << 20)
     for number in range(3000):
         queue.offer(message("a", key=number + 1))
     assert [append.number for append in queue.take(1000, 1 << 20)] == list(range(1, 1001))
 
 
-def test_withdrawing_looks_at_no_message_of_another_client() -> None:
+def test_withdrawal_visits_no_message_of_another_client() -> None:
     queue = AppendQueue(1000, 1 << 20)
     mine = message("mine")
     for client in range(100):
@@ -148,7 +148,7 @@ def test_withdrawing_looks_at_no_message_of_another_client() -> None:
     assert looked == [mine]
 
 
-def test_a_client_that_publishes_and_withdraws_in_a_loop_leaves_nothing_behind() -> None:
+def test_client_that_publishes_and_withdraws_in_a_loop_leaves_nothing_behind() -> None:
     queue = AppendQueue(1000, 1 << 20)
     for _ in range(100):
         queue.offer(message("a"))

@@ -24,7 +24,7 @@ def weight(entries: list[Entry]) -> int:
     batches=st.lists(st.lists(st.integers(1, 2000), min_size=1, max_size=20), max_size=20),
     data=st.data(),
 )
-def test_it_holds_the_newest_that_fit_and_gives_them_by_their_number(
+def test_ring_holds_the_newest_messages_that_fit(
     limit: int, begin: int, batches: list[list[int]], data: st.DataObject
 ) -> None:
     recent, everything, dropped = RecentMessages(limit, begin), list[Entry](), 0
@@ -59,7 +59,7 @@ def test_it_holds_the_newest_that_fit_and_gives_them_by_their_number(
     assert page.last == (expected[-1].seq if expected else after)
 
 
-def test_it_drops_no_more_than_it_must() -> None:
+def test_ring_drops_no_more_than_it_must() -> None:
     recent = RecentMessages(3 * (OVERHEAD + 10))
     assert recent.append([entry(1), entry(2), entry(3)]) == 0
     assert recent.append([entry(4)]) == 1
@@ -67,7 +67,7 @@ def test_it_drops_no_more_than_it_must() -> None:
     assert recent.first == 4
 
 
-def test_dropped_entries_are_given_back() -> None:
+def test_ring_returns_the_messages_that_it_drops() -> None:
     recent = RecentMessages(100 * (OVERHEAD + 10))
     for seq in range(1, 10_001):
         recent.append([entry(seq)])
@@ -75,7 +75,7 @@ def test_dropped_entries_are_given_back() -> None:
     assert len(recent._entries) < 110
 
 
-def test_what_is_not_held_is_not_there() -> None:
+def test_ring_does_not_return_messages_that_it_does_not_hold() -> None:
     recent = RecentMessages(1000, 5)
     recent.append([entry(6)])
     for seq in (5, 7):
@@ -83,7 +83,7 @@ def test_what_is_not_held_is_not_there() -> None:
             recent[seq]
 
 
-def test_after_a_clear_it_goes_on_from_there() -> None:
+def test_ring_continues_after_a_clear() -> None:
     recent = RecentMessages(1000)
     recent.append([entry(1)])
     recent.clear(40)
