@@ -91,6 +91,8 @@ class Append(Struct, eq=False, gc=False):
     acknowledge: bool = True
     deadline: float = 0.0
     """Trio time at which an answer is owed; set by the log."""
+    owner: object = None
+    """What submitted it, such as a session, for `Log.withdraw`."""
     client: Hashable = None
     """Whose share of the log it takes: messages of one client keep their order, and clients take turns."""
     known: int | None = None

@@ -402,7 +402,9 @@ class SessionDriver:
         if session.pending and grants.write != before.write:
             refusal = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._replica.log.withdraw(
-                session.usage.client, lambda a: a.settle == session.settled and not grants.may_write(a.channel), refusal
+                session.usage.client,
+                lambda append: append.owner is session and not grants.may_write(append.channel),
+                refusal,
             )
 
     def _stopped(self, pattern: str, own: SendQueue) -> None:

@@ -322,7 +322,7 @@ class Session:
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._vouched(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled, self.usage.client)
+        append = make_append(message, identity, self.producer, self.settled, self.usage.client, self)
         if message.ephemeral:
             yield BroadcastMessage(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
@@ -375,6 +375,7 @@ def make_append(
     producer: bytes,
     settle: Callable[[Append, Outcome], None],
     client: Hashable = None,
+    owner: object = None,
 ) -> Append:
     """What a publish puts into the log, if it may; raises `PeerError`. `client`: whose share of the log it takes."""
     check_channel(message.channel)
@@ -397,6 +398,7 @@ def make_append(
         after=message.after if message.retry else None,
         id=message.id,
         acknowledge=message.ack,
+        owner=owner,
         client=client,
     )
 
