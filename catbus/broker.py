@@ -132,7 +132,7 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
             task_status.started(broker)
 
             await broker.wait_stopping()
-            await broker.replica.send_away()
+            await broker.replica.drain()
             for endpoint in endpoints.values():
                 endpoint.close()
             broker.replica.finish()
@@ -165,7 +165,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     nursery.start_soon(return_memory)
     nursery.start_soon(replica.delivery.run)
     nursery.start_soon(replica.flusher.run)
-    nursery.start_soon(replica.mark_time)
+    nursery.start_soon(replica.send_heads)
     nursery.start_soon(replica.permissions.run)
     nursery.start_soon(replica.runtime_statistics.run, log)
     return Broker(replica)

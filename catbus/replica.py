@@ -1,4 +1,4 @@
-"""What the sessions of one replica share: the log and what follows it, who is connected, and how all of them leave."""
+"""One replica: its log, what its sessions share, the sessions themselves, and how they leave when it stops."""
 
 from __future__ import annotations
 
@@ -9,71 +9,62 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import trio
 
-from .auth.grants import Identity, client_of
+from .auth.grants import Identity
 from .auth.live_permissions import LivePermissions
-from .auth.role_tokens import RoleSource, role_handle, role_key
-from .auth.token_errors import RejectionReason, TokenRejected
+from .auth.role_tokens import RoleSource
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
 from .config import Config
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
 from .delivery.send_queue import Budget, TransportWriter
-from .errors import CloseCode, ErrorCode, PeerError, Unavailable
+from .limits.client_usage import ClientUsages
 from .limits.connections_per_address import ConnectionsPerAddress
 from .limits.cpu_fairness import CpuScheduler
 from .limits.publish_rate import PublishRateLimits
 from .limits.unauthenticated import UnauthenticatedPeers
-from .log import EPHEMERAL_SIZE, Append, Entry, Log, Outcome, Rejected, not_taken
-from .observability.loggers import RateLimitedLog, get_logger
+from .log import Log, Outcome
 from .observability.runtime_statistics import RuntimeStatistics
-from .protocol import wire_messages as wire
-from .protocol.wire_messages import clip
-from .session.driver import MAX_HISTORY, STOPPING, SessionDriver, Streams
-from .session.state_machine import BroadcastMessage, ClientUsage, make_append
+from .protocol.wire_messages import Publish
+from .session.authentication import Authentication
+from .session.driver import SessionDriver, Streams
+from .session.publishing import Publisher
+from .session.services import SessionServices
 from .version import version
 
 TRANSPORTS = "websocket", "webtransport"
 
-MARKED_AT_A_TIME = 500
-"""Clients that are looked at before other tasks get a turn."""
+HEADS_PER_CHECKPOINT = 500
+"""Sessions that are checked for a due `head` before other tasks run."""
 
-MOVING_TIME = 2.0
-"""Seconds that one client gets to find another replica."""
+RECONNECT_TIME = 2.0
+"""Seconds that a client needs at most to connect to another replica."""
 
-MOVES = 100
-"""How many clients a second are sent to the other replicas, unless `drain.window` is too short for that."""
+RECONNECTS_PER_SECOND = 100
+"""Clients per second that are sent to the other replicas, unless `drain.window` is too short for that."""
 
-PUBLISHED_AT_A_TIME = 100
-"""Messages of one request that are taken before other tasks get a turn."""
-
-SPREAD = 0.8
-"""Over which part of the time that is left clients are sent away: the last of them need some to move in."""
-
-logger = get_logger("catbus.replica")
+RECONNECT_SPREAD = 0.8
+"""Part of the remaining time over which clients are told to reconnect. The last of them use the rest to do so."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatistics:
-    """`clients`: who is connected, by transport, and `opened`: how many have come so far.
+    """Sessions now and so far, by transport, and publishes received from all sources, whatever their outcome."""
 
-    `published` counts publishes taken from sessions and over HTTP, whatever became of them.
-    """
-
-    clients: Mapping[str, int]
+    sessions: Mapping[str, int]
     opened: Mapping[str, int]
     published: int
 
 
 class Replica:
-    """The middle of a replica: log, delivery and flusher, and who is connected. Belongs to one Trio thread.
+    """The registry of a replica's sessions, and the services that they share. Belongs to one Trio thread.
 
-    Without `roles`, role tokens are refused.
+    `certificates` is needed for WebTransport, and for TLS on the WebSocket port. Without `roles`, role tokens are
+    rejected.
     """
 
     def __init__(
@@ -88,7 +79,6 @@ class Replica:
         self.log = log
         self.authenticator = authenticator
         self.certificates = certificates
-        """Where there is WebTransport, or TLS on the WebSocket port."""
         self.webtransport_port: int | None = None
         self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.send_queue_total))
@@ -97,32 +87,44 @@ class Replica:
         self.scrape: Callable[[], tuple[bytes, str]] | None = None
         """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
         self.unauthenticated = UnauthenticatedPeers()
-        self.draining = False
-        self.clients: set[SessionDriver] = set()
         self.permissions = LivePermissions(roles)
         self.cpu_scheduler = CpuScheduler()
-        self.quotas = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
-        self.shares: dict[Hashable, ClientUsage] = {}
-        """Those of the clients that have sessions, by what `client_of` tells of their tokens."""
-        self.subscriptions = 0
-        """How many all of them have."""
+        self.usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
-        self._roles = roles
-        self._refusals = RateLimitedLog(logger.info)
-        """Tokens that were refused: a stranger can send as many as it likes."""
-        self._departure: float | None = None
-        self._closed = False
-        self._left = trio.lowlevel.ParkingLot()
-        self._published = 0
-        self._clients = Counter(dict.fromkeys(TRANSPORTS, 0))
-        self._opened = Counter(self._clients)
+        self.sessions: set[SessionDriver] = set()
+        self.draining = False
+        quotas = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
+        self._authentication = Authentication(
+            authenticator, roles, self.cpu_scheduler, self.runtime_statistics, config.limits.client_id
+        )
+        self._publisher = Publisher(log, self.delivery, quotas, self.cpu_scheduler)
+        self._services = SessionServices(
+            config=config,
+            log=log,
+            delivery=self.delivery,
+            flusher=self.flusher,
+            authentication=self._authentication,
+            publisher=self._publisher,
+            permissions=self.permissions,
+            quotas=quotas,
+            usages=self.usages,
+            unauthenticated=self.unauthenticated,
+            cpu_scheduler=self.cpu_scheduler,
+            statistics=self.runtime_statistics,
+            reconnect_delay=self._reconnect_delay,
+        )
+        self._drain_deadline: float | None = None
+        self._closing = False
+        self._session_closed = trio.lowlevel.ParkingLot()
+        self._sessions = Counter(dict.fromkeys(TRANSPORTS, 0))
+        self._opened = Counter(self._sessions)
         self._started = time.time_ns() // 1_000_000
 
     def statistics(self) -> ReplicaStatistics:
-        return ReplicaStatistics(dict(self._clients), dict(self._opened), self._published)
+        return ReplicaStatistics(dict(self._sessions), dict(self._opened), self._publisher.published)
 
     def describe(self) -> dict[str, Any]:
-        """How this replica is, in a few words that the others pass on."""
+        """Describe this replica for the other replicas."""
         delivery = self.delivery.statistics()
         return {
             "name": socket.gethostname(),
@@ -130,14 +132,14 @@ class Replica:
             "version": version(),
             "started": self._started,
             "state": self.readiness,
-            "clients": len(self.clients),
+            "clients": len(self.sessions),
             "applied": self.log.applied,
             "lagging": delivery.lagging,
             "lag": delivery.lag,
         }
 
     def report(self) -> dict[str, object]:
-        """How this replica is, and its log, for whoever runs it, as it is written in JSON."""
+        """Describe this replica and its log for an operator, as a JSON object."""
         log = self.log
         return {
             **self.describe(),
@@ -151,7 +153,7 @@ class Replica:
     def readiness(self) -> str:
         """`starting` until the log has been read for the first time, then `ready` or `degraded`; `draining` at the end.
 
-        `degraded` means that the log is out of reach, and publishes wait, or that it lacks messages: sessions stay.
+        `degraded`: the log is unreachable and publishes wait, or messages are missing from it. Sessions stay open.
         """
         if self.draining:
             return "draining"
@@ -159,183 +161,80 @@ class Replica:
             return "starting"
         return "degraded" if self.log.trouble else "ready"
 
-    def open_client(
+    # Sessions
+
+    def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
     ) -> SessionDriver:
-        """A new connection, from this network. Its owner calls `leave` in the end, whatever happens."""
-        client = SessionDriver(self, writer, transport, streams, network)
-        self.clients.add(client)
-        self._clients[transport] += 1
+        """Open a session for a new connection from this network. The caller calls `leave` when the connection ends."""
+        session = SessionDriver(self._services, writer, transport, streams, network, self._remove)
+        self.sessions.add(session)
+        self._sessions[transport] += 1
         self._opened[transport] += 1
-        if self._closed:
-            client.finish()
-        return client
+        if self._closing:
+            session.finish()
+        return session
 
-    def forget_client(self, client: SessionDriver) -> None:
-        if client in self.clients:
-            self.clients.remove(client)
-            self._clients[client.transport] -= 1
-        self._left.unpark_all()
+    def _remove(self, session: SessionDriver) -> None:
+        if session in self.sessions:
+            self.sessions.remove(session)
+            self._sessions[session.transport] -= 1
+        self._session_closed.unpark_all()
 
     async def authenticate(self, token: str, network: str = "") -> Identity:
-        """Who bears the token, in this network; raises `PeerError` that closes.
-
-        A role's is waited for, for seconds at the most. From then on the client has its share of the CPU.
-        """
-        try:
-            key = role_key(token)
-            if key is None or self._roles is None:
-                identity = self.authenticator.verify(token, time.time())
-            else:
-                identity = await self._find_role(self._roles, key)
-            longest = self.config.limits.client_id
-            if identity.client_id is not None and len(identity.client_id.encode()) > longest:
-                raise TokenRejected(
-                    RejectionReason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)"
-                )
-            self.cpu_scheduler.prove(client_of(identity, token, network))
-            return identity
-        except TokenRejected as error:
-            self.runtime_statistics.refused_tokens[error.reason] += 1
-            fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
-            self._refusals.log(
-                trio.current_time(),
-                "a token was refused",
-                kind=error.reason,
-                reason=error.reason.value,
-                detail=error.detail,
-                **fields,
-            )
-            raise
-
-    async def _find_role(self, roles: RoleSource, key: bytes) -> Identity:
-        try:
-            identity = (await roles.find([key])).get(key)
-        except Unavailable as error:
-            raise PeerError(ErrorCode.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
-        if identity is None:
-            detail = f"no role {role_handle(key)}: it was deleted, or never was"
-            raise TokenRejected(RejectionReason.ROLE, detail, message="no role has this token")
-        return identity
+        """Return the identity of a token that came from this network. Raises `PeerError` that closes."""
+        return await self._authentication.verify(token, network)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[wire.Publish], producer: bytes = b"", client: Hashable = None
+        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
     ) -> list[Outcome | None]:
-        """Publish for somebody who has no session; answers in the order of the requests, None for an ephemeral one.
+        """Publish without a session, as `Publisher.publish` does."""
+        return await self._publisher.publish(identity, requests, producer, client)
 
-        With `producer`, the same requests may be published again and are recognised by their places. Those with the
-        same `client`, or client_id, share a part of the log. Cancelling it leaves open which of them are committed.
-        """
-        payer = identity.client_id or client
-        if payer is not None:
-            self._charge(payer, identity, requests)
-        outcomes: dict[int, Outcome | None] = {}
-        done = trio.Event()
+    async def send_heads(self) -> None:
+        """Send `head` to quiet sessions for ever, so that retention does not overtake their clients' cursors.
 
-        def settle(index: int, _: Append, outcome: Outcome) -> None:
-            outcomes[index] = outcome
-            if len(outcomes) == len(requests):
-                done.set()
-
-        for index, request in enumerate(requests):
-            if index % PUBLISHED_AT_A_TIME == PUBLISHED_AT_A_TIME - 1:
-                await self.cpu_scheduler.next()
-            request.id, request.retry = index, False
-            try:
-                append = make_append(request, identity, producer, partial(settle, index), payer)
-            except PeerError as error:
-                outcomes[index] = Rejected(error.code, error.message)
-                continue
-            if request.ephemeral:
-                self.broadcast(BroadcastMessage(append.channel, append.payload, append.sender, None))
-                outcomes[index] = None
-            else:
-                self.submit(append)
-        if len(outcomes) < len(requests):
-            await done.wait()
-        return [outcomes[index] for index in range(len(requests))]
-
-    def _charge(self, payer: Hashable, identity: Identity, requests: Sequence[wire.Publish]) -> None:
-        """Spend of a client's quota what is to be published for it. Raises `PeerError` when it has used that up."""
-        now = trio.current_time()
-        quota = self.quotas.of(payer, now, identity.publish_rate, identity.publish_bytes)
-        if (wait := quota.spend(0, 0, now)) > 0:
-            raise PeerError(
-                ErrorCode.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait
-            )
-        quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)
-
-    def submit(self, append: Append, epoch: str | None = None) -> None:
-        """Append to the log, unless it is a retry from an epoch of which nothing can be known."""
-        self._published += 1
-        if self._closed:
-            append.settle(append, not_taken(append, Rejected(ErrorCode.SHUTTING_DOWN, STOPPING)))
-        elif epoch is not None and epoch != self.log.epoch:
-            append.settle(append, Rejected(ErrorCode.UNKNOWN, "first sent in another epoch of the log"))
-        else:
-            self.log.submit(append)
-
-    def broadcast(self, message: BroadcastMessage) -> None:
-        """Pass an ephemeral message on to the sessions of this replica, and to the other replicas."""
-        self._published += 1
-        at = time.time_ns() // 1_000_000
-        entry = Entry(0, at, message.channel, message.payload, message.sender, message.origin)
-        self.delivery.broadcast(entry)
-        self.log.broadcast(entry)
-
-    def limits(self) -> dict[str, int]:
-        """The limits that a client is told of, by name."""
-        limits = self.config.limits
-        return {
-            "message_size": limits.message_size,
-            "subscriptions": limits.subscriptions,
-            "pending_publishes": limits.pending_publishes,
-            "history": MAX_HISTORY,
-            "ephemeral_size": EPHEMERAL_SIZE,
-        }
-
-    @property
-    def reconnect_in(self) -> float | None:
-        """When a client should come back, to another replica: seconds, at random; None while it may stay."""
-        if self._departure is None:
-            return None
-        left = max(0.0, self._departure - trio.current_time())
-        return random.uniform(0, SPREAD * left)  # noqa: S311 (no secret)
-
-    async def mark_time(self) -> None:
-        """Say to whoever hears nothing how far it has got, for ever: else retention would overtake its cursors.
-
-        And find out how far the lagging subscriptions are behind.
+        Also measure the lag of the lagging subscriptions.
         """
         while True:
             await trio.sleep(1)
             now = trio.current_time()
-            for index, client in enumerate(tuple(self.clients)):
-                if index % MARKED_AT_A_TIME == 0:
+            for index, session in enumerate(tuple(self.sessions)):
+                if index % HEADS_PER_CHECKPOINT == 0:
                     await trio.lowlevel.checkpoint()
-                client.mark_time(now)
+                session.send_due_head(now)
             for _ in self.delivery.survey():
                 await trio.lowlevel.checkpoint()
 
-    async def send_away(self) -> None:
-        """Be not ready for a while, then tell every client to leave, and wait until all have left.
+    # Stopping
 
-        The clients move over `drain.window`, so that they do not overrun the other replicas. Few of them do not, and
-        get less.
+    def _reconnect_delay(self) -> float | None:
+        """Return a random time in seconds after which a client should reconnect; None unless draining."""
+        if self._drain_deadline is None:
+            return None
+        left = max(0.0, self._drain_deadline - trio.current_time())
+        return random.uniform(0, RECONNECT_SPREAD * left)  # noqa: S311 (no secret)
+
+    async def drain(self) -> None:
+        """Report not ready for `drain.delay`, then have all clients reconnect elsewhere, and wait until they have left.
+
+        Clients reconnect at random times within `drain.window`, so that they do not overload the other replicas. The
+        window is shorter for few clients.
         """
         settings = self.config.drain
         self.draining = True
         await trio.sleep(settings.delay)
-        window = min(settings.window, MOVING_TIME + len(self.clients) / MOVES)
-        self._departure = trio.current_time() + window
-        for client in list(self.clients):
-            client.send_away()
-        with trio.move_on_at(self._departure):
-            while self.clients:
-                await self._left.park()
+        window = min(settings.window, RECONNECT_TIME + len(self.sessions) / RECONNECTS_PER_SECOND)
+        self._drain_deadline = trio.current_time() + window
+        for session in list(self.sessions):
+            session.send_goaway()
+        with trio.move_on_at(self._drain_deadline):
+            while self.sessions:
+                await self._session_closed.park()
 
     def finish(self) -> None:
-        """Take no more publishes, and close every client once those that it has sent have been answered."""
-        self._closed = True
-        for client in list(self.clients):
-            client.finish()
+        """Reject further publishes, and close each session when its pending publishes are acknowledged."""
+        self._closing = True
+        self._publisher.close()
+        for session in list(self.sessions):
+            session.finish()

@@ -301,7 +301,7 @@ async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_pat
                 assert (message.seq, message.payload) == (answers[number], number)
             assert answers == list(range(1, len(answers) + 1))
             assert bus.transport == "webtransport"
-            while len(broker.replica.clients) > 1:
+            while len(broker.replica.sessions) > 1:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     assert events == [Reconnected(moved=True)]

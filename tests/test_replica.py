@@ -53,7 +53,7 @@ def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 
 def open_client(replica: Replica, network: str = "") -> SessionDriver:
-    return replica.open_client(TransportWriter(), transport="test", network=network)
+    return replica.open_session(TransportWriter(), transport="test", network=network)
 
 
 def said(client: SessionDriver) -> list[Any]:
@@ -182,9 +182,9 @@ async def quiet_client(
     replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *patterns: str
 ) -> Reading:
     nursery.start_soon(replica.flusher.run)
-    nursery.start_soon(replica.mark_time)
+    nursery.start_soon(replica.send_heads)
     writer = Reading()
-    writer.client = replica.open_client(writer, transport="test")
+    writer.client = replica.open_session(writer, transport="test")
     await writer.client.receive(auth(None, monkeypatch))
     await writer.client.receive(objects(*({"type": "subscribe", "pattern": pattern} for pattern in patterns)))
     await trio.sleep(0.1)
@@ -373,7 +373,7 @@ async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
     client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(AUTH))
     await trio.sleep(0)
-    nursery.start_soon(role_replica.send_away)
+    nursery.start_soon(role_replica.drain)
     await trio.sleep(1)
     assert said(client) == []
     roles.let.set()
@@ -481,7 +481,7 @@ async def test_a_replica_that_stops_gives_few_clients_less_time(
     for _ in range(clients):
         open_client(replica)
     began = trio.current_time()
-    await replica.send_away()
+    await replica.drain()
     assert replica.readiness == "draining"
     assert trio.current_time() - began == pytest.approx(seconds)
 
@@ -499,7 +499,7 @@ async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
 
     began = trio.current_time()
     nursery.start_soon(leave)
-    await replica.send_away()
+    await replica.drain()
     assert trio.current_time() - began == pytest.approx(4)
 
 
@@ -598,13 +598,14 @@ async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica
     assert clients[3].closing is None
     clients[0].leave()
     clients[2].leave()
-    assert strict_replica.shares["a"].sessions == 1
+    assert (usage := strict_replica.usages.of("a")) is not None
+    assert usage.sessions == 1
     again = open_client(strict_replica)
     await again.receive(hello("a"))
     assert again.closing is None
     for client in (*clients, again):
         client.leave()
-    assert not strict_replica.shares
+    assert len(strict_replica.usages) == 0
 
 
 async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_network(
@@ -634,7 +635,7 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     assert trio.current_time() > began
     for client in (here, beside, elsewhere, late):
         client.leave()
-    assert not strict_replica.shares
+    assert len(strict_replica.usages) == 0
 
 
 async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(replica: Replica) -> None:
@@ -721,10 +722,10 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
     assert replica.runtime_statistics.refusals[ErrorCode.OVERLOADED] == 1
     await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
-    assert replica.subscriptions == 7
+    assert replica.usages.subscriptions == 7
     for client in (greedy, sibling, other):
         client.leave()
-    assert replica.subscriptions == 0
+    assert replica.usages.subscriptions == 0
 
 
 async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:

@@ -42,7 +42,7 @@ from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import ProtocolVersion, Reply, Request
 from catbus.replica import Replica
-from catbus.session.driver import MAX_HISTORY, QUIET
+from catbus.session.driver import MAX_HISTORY, QUIET, client_limits
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_replica import Roles
@@ -389,8 +389,8 @@ CONSTANTS = {
 
 
 def test_auth_ok_contains_the_limits_of_the_table() -> None:
-    replica = Replica(Config(), MemoryLog(), Authenticator(()))
-    assert {name: int(row["Default"]) for row in AUTH_OK_LIMITS for name in quoted(row["Name"])} == replica.limits()
+    limits = {name: int(row["Default"]) for row in AUTH_OK_LIMITS for name in quoted(row["Name"])}
+    assert limits == client_limits(Config().limits)
 
 
 @pytest.mark.parametrize("row", AUTH_OK_LIMITS + OTHER_LIMITS, ids=lambda row: row.get("Name") or row["Limit"])
@@ -552,7 +552,7 @@ class Peer:
     """A client without a network: it reads the send queue of its session."""
 
     def __init__(self, replica: Replica) -> None:
-        self.client = replica.open_client(self, transport="test")
+        self.client = replica.open_session(self, transport="test")
 
     def flush(self) -> None:
         """Do nothing: the tests empty the send queue themselves."""
@@ -688,7 +688,7 @@ async def test_session_changes_state_as_in_the_table(
             peer.client.update_role(None)
             received = await peer.receive()
         elif event == "the replica begins to stop":
-            await replica.send_away()
+            await replica.drain()
             received = await peer.receive()
         elif event == "the replica stops":
             replica.finish()

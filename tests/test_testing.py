@@ -165,12 +165,12 @@ async def test_nothing_is_lost_in_an_outage_of_hours_that_takes_no_time(autojump
 async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: trio.testing.MockClock) -> None:
     async with testing.open_test_broker() as broker:
         async with broker.connect(reconnect=False) as bus:
-            assert len(broker.broker.replica.clients) == 1
+            assert len(broker.broker.replica.sessions) == 1
             broker.cut()
             with pytest.raises(catbus.Disconnected):
                 await bus.publish("a", 1)
         with trio.fail_after(10):
-            while broker.broker.replica.clients:
+            while broker.broker.replica.sessions:
                 await trio.sleep(0.1)
 
 

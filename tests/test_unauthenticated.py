@@ -65,11 +65,11 @@ def auth() -> bytes:
 @pytest.mark.parametrize("cut", [1, 1000, 100_000])
 async def test_an_object_may_be_large_from_the_token_on(replica: Replica, cut: int) -> None:
     large = b'{"type":"publish","id":1,"channel":"a","payload":"%s"}' % (b"x" * 60_000)
-    client = replica.open_client(TransportWriter(), transport="test")
+    client = replica.open_session(TransportWriter(), transport="test")
     for start in range(0, len(auth() + large), cut):
         await client.receive((auth() + large)[start : start + cut])
     assert client.closing is None
-    stranger = replica.open_client(TransportWriter(), transport="test")
+    stranger = replica.open_session(TransportWriter(), transport="test")
     for start in range(0, UNAUTHENTICATED_OBJECT_BYTES + cut, cut):
         await stranger.receive(large[start : start + cut])
     assert stranger.closing is not None
@@ -78,8 +78,8 @@ async def test_an_object_may_be_large_from_the_token_on(replica: Replica, cut: i
 
 
 async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(replica: Replica) -> None:
-    replica.unauthenticated = UnauthenticatedPeers(1000)
-    proven, first, second, third = (replica.open_client(TransportWriter(), transport="test") for _ in range(4))
+    replica.unauthenticated._limit = 1000
+    proven, first, second, third = (replica.open_session(TransportWriter(), transport="test") for _ in range(4))
     proven.heard(900)
     await proven.receive(auth())
     assert replica.unauthenticated.size == 0

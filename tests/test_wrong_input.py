@@ -166,5 +166,5 @@ async def test_a_client_that_asks_without_end_and_reads_nothing_harms_only_itsel
         with trio.move_on_after(1):
             while True:
                 await peer.say(pings)
-        [size] = {c.send_queue.size for c in broker.replica.clients if c.send_queue.size} or {0}
+        [size] = {c.send_queue.size for c in broker.replica.sessions if c.send_queue.size} or {0}
         assert size < 2 * CONFIG.limits.send_queue

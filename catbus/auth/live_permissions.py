@@ -61,9 +61,8 @@ class LivePermissions:
         """A number that rises whenever a role may have changed."""
         return 0 if self._roles is None else self._roles.changes
 
-    @property
-    def known(self) -> bool:
-        """Whether the permissions of the sessions were those in the database within `MAX_STALENESS`."""
+    def is_known(self) -> bool:
+        """Return whether the permissions of the sessions were those in the database within `MAX_STALENESS`."""
         if self._roles is None:
             return True
         return trio.current_time() - min(self._roles.checked, self._failing_since) <= MAX_STALENESS

@@ -197,7 +197,7 @@ class Metrics(Collector):
 
 
 def _read_replica(replica: Replica) -> Iterator[Reading]:
-    hubs, delivery, flusher, runtime_statistics, log = (
+    sessions, delivery, flusher, runtime_statistics, log = (
         replica.statistics(),
         replica.delivery.statistics(),
         replica.flusher.statistics(),
@@ -214,9 +214,9 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
         yield "catbus_certificate_expiry_timestamp_seconds", {}, expires.timestamp()
     yield "catbus_event_loop_delay_seconds", {}, runtime_statistics.loop_delay
     yield "catbus_output_lines_dropped_total", {}, dropped_log_lines.number
-    for transport, number in hubs.clients.items():
+    for transport, number in sessions.sessions.items():
         yield "catbus_sessions", {"transport": transport}, number
-        yield "catbus_sessions_opened_total", {"transport": transport}, hubs.opened[transport]
+        yield "catbus_sessions_opened_total", {"transport": transport}, sessions.opened[transport]
     for code in ErrorCode:
         yield "catbus_refusals_total", {"code": code.value}, runtime_statistics.refusals[code]
     for pause, number in runtime_statistics.pauses.items():
@@ -225,7 +225,7 @@ def _read_replica(replica: Replica) -> Iterator[Reading]:
         yield "catbus_tokens_refused_total", {"reason": reason.value}, runtime_statistics.refused_tokens[reason]
     yield "catbus_unauthenticated_bytes", {}, replica.unauthenticated.size
     yield "catbus_unauthenticated_evicted_total", {}, replica.unauthenticated.ended
-    yield "catbus_publishes_total", {}, hubs.published
+    yield "catbus_publishes_total", {}, sessions.published
     yield "catbus_subscriptions", {"state": "live"}, delivery.live
     yield "catbus_subscriptions", {"state": "lagging"}, delivery.lagging
     yield "catbus_patterns", {}, delivery.patterns

@@ -5,26 +5,28 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
 from ..auth.grants import Grants, Identity, client_of
+from ..config import LimitSettings
 from ..delivery.send_queue import OVERHEAD, SendQueue, TransportWriter
 from ..delivery.subscription import Subscription
 from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
 from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
-from ..log import Rejected
+from ..log import EPHEMERAL_SIZE, Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import ProtocolVersion
+from .publishing import STOPPING
+from .services import SessionServices
 from .state_machine import (
     AppendMessage,
     BroadcastMessage,
-    ClientUsage,
     Effect,
     EndSubscription,
     ReadHistory,
@@ -34,11 +36,6 @@ from .state_machine import (
     StartSubscription,
     VerifyToken,
 )
-
-if TYPE_CHECKING:
-    from ..replica import Replica
-
-STOPPING = "the replica is stopping"
 
 MAX_HISTORY = 1000
 """Messages in one page of `history` at the most."""
@@ -74,11 +71,17 @@ class SessionDriver:
     """
 
     def __init__(
-        self, replica: Replica, writer: TransportWriter, transport: str, streams: Streams | None, network: str
+        self,
+        services: SessionServices,
+        writer: TransportWriter,
+        transport: str,
+        streams: Streams | None,
+        network: str,
+        on_left: Callable[[SessionDriver], None],
     ) -> None:
-        limits = replica.config.limits
+        limits = services.config.limits
         self.transport = transport
-        self.send_queue = SendQueue(writer, replica.flusher.wake, limits.send_queue, replica.delivery.budget)
+        self.send_queue = SendQueue(writer, services.flusher.wake, limits.send_queue, services.delivery.budget)
         self.session = Session(
             self.send_queue,
             SessionLimits(
@@ -86,15 +89,16 @@ class SessionDriver:
                 limits.subscriptions,
                 limits.auth_timeout,
                 # A token that was taken after its `exp` is good for the whole of the leeway.
-                max(limits.token_grace, replica.config.auth.leeway),
+                max(limits.token_grace, services.config.auth.leeway),
             ),
             trio.current_time(),
+            on_settled=self._settled,
+            on_error=services.statistics.refused,
+            roles_known=services.permissions.is_known,
         )
-        self._unauthenticated = UnauthenticatedPeer(replica.unauthenticated, self._give_way)
-        self.session.on_settled = self._settled
-        self.session.on_refused = replica.runtime_statistics.refused
-        self.session.roles_known = lambda: replica.permissions.known
-        self._replica = replica
+        self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._give_way)
+        self._services = services
+        self._on_left = on_left
         self._streams = streams
         self._network = network
         self._pending_limit = limits.pending_publishes
@@ -106,7 +110,7 @@ class SessionDriver:
         self._alarm = trio.CancelScope()
         self._room = trio.Event()
         self._finishing = self._left = False
-        self._quota = replica.quotas.new(trio.current_time())
+        self._quota = services.quotas.new(trio.current_time())
         self._published = self._published_bytes = 0
         """Messages, and bytes of their texts, that its quota has yet to pay for."""
         self._counted = False
@@ -136,20 +140,22 @@ class SessionDriver:
         if self._finishing:
             return
         session, send_queue = self.session, self.send_queue
-        cpu_scheduler, most, allowance = self._replica.cpu_scheduler, self._pending_limit, self._replica.log.allowance
+        cpu_scheduler, most, allowance = self._services.cpu_scheduler, self._pending_limit, self._services.log.allowance
         began = perf_counter()
         for effect in session.receive(data):
             if effect is not None:
                 await self._perform(effect)
                 continue
-            # One that has nothing under way goes on: it would have nothing to wait for.
-            while send_queue.full or session.pending >= most or (session.usage.cost >= allowance and session.pending):
+            # A session without pending publishes would have nothing to wait for.
+            while not self._left and (
+                send_queue.full or session.pending >= most or (session.usage.cost >= allowance and session.pending)
+            ):
                 await self._wait_for_room()
-                allowance = self._replica.log.allowance
+                allowance = self._services.log.allowance
             if perf_counter() - began > cpu_scheduler.pace.turn:
                 await self._pay()
                 await cpu_scheduler.next()
-                began, allowance = perf_counter(), self._replica.log.allowance
+                began, allowance = perf_counter(), self._services.log.allowance
         await self._pay()
         if session.closing is not None:
             self._closing.set()
@@ -168,14 +174,14 @@ class SessionDriver:
             if self.session.closing is not None:
                 self._closing.set()
 
-    def send_away(self) -> None:
+    def send_goaway(self) -> None:
         """Say that the replica is stopping, if it is, and when to come back."""
-        reconnect_in = self._replica.reconnect_in
-        if reconnect_in is not None and self.session.identity is not None:
+        delay = self._services.reconnect_delay()
+        if delay is not None and self.session.identity is not None:
             self._say_heads()
-            self.session.say(wire.GoAway(STOPPING, round(reconnect_in, 3)))
+            self.session.say(wire.GoAway(STOPPING, round(delay, 3)))
 
-    def mark_time(self, now: float) -> None:
+    def send_due_head(self, now: float) -> None:
         """Say how far its subscriptions are complete, where it has heard nothing else for a while."""
         if now >= self._next_mark:
             self._next_mark = now + QUIET
@@ -204,28 +210,22 @@ class SessionDriver:
 
     def leave(self) -> None:
         """The connection is gone."""
-        self._replica.forget_client(self)
-        self._replica.permissions.remove(self)
-        self._exit()
+        self._on_left(self)
+        self._services.permissions.remove(self)
+        if self._counted:
+            self._counted = False
+            self._services.usages.remove_session(self.session.usage)
         for pattern, subscription in self._subscriptions.items():
-            self._replica.delivery.unsubscribe(subscription, pattern)
+            self._services.delivery.unsubscribe(subscription, pattern)
             subscription.send_queue.close()
         self._count_subscriptions(-len(self._subscriptions))
         self._subscriptions.clear()
+        self._left = True
         self.session.abandon()
         self.send_queue.close()
-        self._left = True
-        self._release()
+        self._room.set()
         self._closing.set()
         self._unauthenticated.leave()
-
-    def _release(self) -> None:
-        """Leave nothing that only the garbage collector would free, which comes seldom, once nothing is owed any more.
-
-        What waits for a client that left is much larger than the client.
-        """
-        if self._left and not self.session.pending:
-            self.session.on_settled = _nothing
 
     def _give_way(self) -> None:
         """Others that have shown no token need the memory that is kept for this one."""
@@ -234,13 +234,12 @@ class SessionDriver:
 
     def _settled(self) -> None:
         self._room.set()
-        self._release()
         if self._finishing and not self.session.pending:
             self.close(CloseCode.SHUTTING_DOWN, STOPPING)
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
-        self._replica.runtime_statistics.pauses["replies" if self.send_queue.full else "publishes"] += 1
+        self._services.statistics.pauses["replies" if self.send_queue.full else "publishes"] += 1
         if self.send_queue.full:
             self.send_queue.when_emptied(self._room.set)
         await self._room.wait()
@@ -252,11 +251,11 @@ class SessionDriver:
             case AppendMessage():
                 self._published += 1
                 self._published_bytes += effect.append.size
-                self._replica.submit(effect.append, effect.epoch)
+                self._services.publisher.submit(effect.append, effect.epoch)
             case BroadcastMessage():
                 self._published += 1
                 self._published_bytes += len(effect.channel) + len(effect.payload)
-                self._replica.broadcast(effect)
+                self._services.publisher.broadcast(effect)
             case StartSubscription():
                 await self._wait_until_read(effect.request.pattern)
                 self._join(effect.request)
@@ -288,57 +287,36 @@ class SessionDriver:
             wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
             self._published = self._published_bytes = 0
             if wait > 0:
-                self._replica.runtime_statistics.pauses["rate"] += 1
+                self._services.statistics.pauses["rate"] += 1
                 await trio.sleep(wait)
 
-    def _enter(self, client: Hashable) -> ClientUsage:
-        """Count the session as one of its client's, whose token was good; raises `PeerError` where it has too many."""
-        replica = self._replica
-        if self._counted:
-            return self.session.usage
-        usage = replica.shares.setdefault(client, ClientUsage(client))
-        if usage.sessions >= replica.config.limits.sessions:
-            raise PeerError(ErrorCode.OVERLOADED, "this client has too many sessions", CloseCode.OVERLOADED)
-        usage.sessions += 1
-        self._counted = True
-        return usage
-
-    def _exit(self) -> None:
-        """Count it no more."""
-        if self._counted:
-            self._counted = False
-            usage = self.session.usage
-            usage.sessions -= 1
-            if not usage.sessions:
-                del self._replica.shares[usage.client]
-
     async def _authenticate(self, effect: VerifyToken) -> None:
-        replica, session = self._replica, self.session
+        services, session = self._services, self.session
+        authentication = services.authentication
         try:
-            if not replica.log.epoch:
+            if not services.log.epoch:
                 raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
-            changes = replica.permissions.changes
-            identity = await replica.authenticate(effect.token, self._network)
+            changes = services.permissions.changes
+            identity = await authentication.verify(effect.token, self._network)
             if session.closed:
                 return  # Its time was over meanwhile, or it has left, or this replica has stopped.
-            usage = self._enter(client_of(identity, effect.token, self._network))
+            usage = session.usage
+            if not self._counted:
+                usage = services.usages.add_session(client_of(identity, effect.token, self._network))
+                self._counted = True
             rates = identity.publish_rate, identity.publish_bytes
-            self._quota = replica.quotas.of(usage.client, trio.current_time(), *rates)
+            self._quota = services.quotas.of(usage.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
-                claimed = effect.producer
-                known = claimed is not None and replica.authenticator.check_producer(claimed, subject)
-                self._producer = (
-                    claimed if claimed and known else replica.authenticator.new_producer(subject, time.time())
-                )
-            producer = replica.authenticator.check_producer(self._producer, subject) or session.producer
+                self._producer = authentication.resume_producer(effect.producer, subject)
+            producer = authentication.producer_key(self._producer, subject) or session.producer
             reply = wire.AuthOk(
                 identity.client_id,
                 producer=self._producer,
-                epoch=replica.log.epoch,
-                head=replica.delivery.position,
-                floor=replica.log.floor,
-                limits=replica.limits(),
+                epoch=services.log.epoch,
+                head=services.delivery.position,
+                floor=services.log.floor,
+                limits=client_limits(services.config.limits),
             )
             before = Grants() if session.identity is None else session.identity.grants
             withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), usage)
@@ -348,24 +326,24 @@ class SessionDriver:
             return
         self._unauthenticated.leave()
         self._alarm.deadline = session.deadline
-        replica.permissions.add(self, identity.role, changes)
+        services.permissions.add(self, identity.role, changes)
         self._withdraw(withdrawn, before, identity.grants)
-        self.send_away()
+        self.send_goaway()
 
     def _join(self, request: wire.Subscribe) -> None:
-        delivery, session, streams = self._replica.delivery, self.session, self._streams
+        delivery, session, streams = self._services.delivery, self.session, self._streams
         pattern = request.pattern
         held = self._take_out(pattern)
         if held is not None:
             self._end_stream(held)
-        elif (
-            session.usage.subscriptions >= self._replica.config.limits.subscriptions_total - self._replica.subscriptions
-        ):
-            text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
-            session.refuse_request(request, PeerError(ErrorCode.OVERLOADED, text))
-            return
+        else:
+            try:
+                self._services.usages.check_subscriptions(session.usage)
+            except PeerError as error:
+                session.refuse_request(request, error)
+                return
         own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
-        session.joined(request, delivery.position, self._replica.log.epoch, own)
+        session.joined(request, delivery.position, self._services.log.epoch, own)
         subscription = (
             next(iter(self._subscriptions.values()), None) if session.protocol is ProtocolVersion.FIRST else None
         )
@@ -382,7 +360,7 @@ class SessionDriver:
     def _leave(self, request: wire.Unsubscribe) -> None:
         subscription = self._take_out(request.pattern)
         own = None if subscription is None else subscription.send_queue
-        self.session.left(request, self._replica.delivery.position, own)
+        self.session.left(request, self._services.delivery.position, own)
         if subscription is not None:
             self._end_stream(subscription)
 
@@ -397,11 +375,11 @@ class SessionDriver:
             if (some := gone.pop(subscription.send_queue, None)) is not None:
                 subscription.send_queue.revoke(some, subscription.patterns)
         for pattern, subscription in ended.items():
-            session.revoked(pattern, self._replica.delivery.position, subscription.send_queue)
+            session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
             self._end_stream(subscription)
         if session.pending and grants.write != before.write:
             refusal = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
-            self._replica.log.withdraw(
+            self._services.log.withdraw(
                 session.usage.client,
                 lambda append: append.owner is session and not grants.may_write(append.channel),
                 refusal,
@@ -411,19 +389,18 @@ class SessionDriver:
         """A subscription's own stream was stopped by the peer, or given up as unread; the subscription ends with it."""
         if pattern in self._subscriptions and self._subscriptions[pattern].send_queue is own:
             self._take_out(pattern)
-            self.session.left(wire.Unsubscribe(pattern), self._replica.delivery.position)
+            self.session.left(wire.Unsubscribe(pattern), self._services.delivery.position)
 
     def _take_out(self, pattern: str) -> Subscription | None:
         """Deliver nothing more for a pattern, if it is held."""
         subscription = self._subscriptions.pop(pattern, None)
         if subscription is not None:
-            self._replica.delivery.unsubscribe(subscription, pattern)
+            self._services.delivery.unsubscribe(subscription, pattern)
             self._count_subscriptions(-1)
         return subscription
 
-    def _count_subscriptions(self, more: int) -> None:
-        self.session.usage.subscriptions += more
-        self._replica.subscriptions += more
+    def _count_subscriptions(self, number: int) -> None:
+        self._services.usages.add_subscriptions(self.session.usage, number)
 
     def _end_stream(self, subscription: Subscription) -> None:
         if subscription.send_queue is not self.send_queue and self._streams is not None:
@@ -436,8 +413,8 @@ class SessionDriver:
         """
         if self.session.identity is None:
             return
-        replica, send_queue = self._replica, self.send_queue
-        head = wire.Head(replica.delivery.position, replica.log.epoch, replica.delivery.at)
+        delivery, send_queue = self._services.delivery, self.send_queue
+        head = wire.Head(delivery.position, self._services.log.epoch, delivery.at)
         lagging = held = False
         for subscription in self._subscriptions.values():
             own = subscription.send_queue
@@ -456,7 +433,7 @@ class SessionDriver:
     async def _recall(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)
         try:
-            entries, more = await self._replica.log.history(request.pattern, before=request.before, limit=limit)
+            entries, more = await self._services.log.history(request.pattern, before=request.before, limit=limit)
         except Unavailable as error:
             self.session.refuse_request(request, PeerError(ErrorCode.UNAVAILABLE, str(error)))
             return
@@ -466,8 +443,15 @@ class SessionDriver:
         self.session.recalled(request, kept, more or len(kept) < len(entries))
 
 
-def _nothing() -> None:
-    """Nobody waits for a session that was left."""
+def client_limits(limits: LimitSettings) -> dict[str, int]:
+    """Return the limits that `auth_ok` names."""
+    return {
+        "message_size": limits.message_size,
+        "subscriptions": limits.subscriptions,
+        "pending_publishes": limits.pending_publishes,
+        "history": MAX_HISTORY,
+        "ephemeral_size": EPHEMERAL_SIZE,
+    }
 
 
 def _is_quiet(send_queue: SendQueue, since: float | None) -> bool:

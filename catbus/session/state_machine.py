@@ -27,6 +27,7 @@ from msgspec import Raw
 from ..auth.grants import Grants, Identity
 from ..delivery.send_queue import HeadLine, SendQueue
 from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
+from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
 from ..protocol import wire_messages as wire
@@ -97,21 +98,24 @@ class SessionLimits:
     token_grace: float = 30.0
 
 
-@dataclass(slots=True, eq=False)
-class ClientUsage:
-    """A client's share of what there is for all, which its sessions have together."""
-
-    client: Hashable
-    sessions: int = 0
-    cost: int = 0
-    """What their publishes take of the log that have not been settled yet, in bytes."""
-    subscriptions: int = 0
-
-
 class Session:
     """The state of one client: who it is, what it subscribed to, what it is owed."""
 
-    def __init__(self, send_queue: SendQueue, limits: SessionLimits, now: float) -> None:
+    def __init__(
+        self,
+        send_queue: SendQueue,
+        limits: SessionLimits,
+        now: float,
+        *,
+        on_settled: Callable[[], None] = lambda: None,
+        on_error: Callable[[ErrorCode], None] = lambda _: None,
+        roles_known: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`on_settled` is called whenever `pending` has decreased, until `abandon`.
+
+        `on_error` is called with the code of each error that the session sends. `roles_known` returns whether the
+        permissions of roles are known just now: if not, requests of a session with a role are rejected.
+        """
         self.send_queue = send_queue
         self.state = SessionState.NEW
         self.protocol = ProtocolVersion.FIRST
@@ -125,12 +129,9 @@ class Session:
         self.deadline = now + limits.auth_timeout
         """When `tick` is due."""
         self.closing: tuple[CloseCode, str] | None = None
-        self.on_settled: Callable[[], None] = _nothing
-        """Called whenever `pending` has fallen."""
-        self.roles_known: Callable[[], bool] = _always
-        """Whether it is known what roles may just now. Otherwise nothing new is allowed to one."""
-        self.on_refused: Callable[[ErrorCode], None] = _ignore
-        """Called with the code of each refusal that the client is told."""
+        self._on_settled: Callable[[], None] | None = on_settled
+        self._on_error = on_error
+        self._roles_known = roles_known
         self._limits = limits
         self._framer = JsonSplitter(wire.decode_client, min(UNAUTHENTICATED_OBJECT_BYTES, limits.message_size))
 
@@ -258,7 +259,8 @@ class Session:
             self.say(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
         elif append.acknowledge:
             self.say(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
-        self.on_settled()
+        if self._on_settled is not None:
+            self._on_settled()
 
     def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
         """What was asked for has been read, unless the client may not have it any more by now."""
@@ -278,7 +280,7 @@ class Session:
     def say(self, reply: Reply, send_queue: SendQueue | None = None) -> None:
         """Queue a reply in the words that the client knows; unless a send queue is named, in the session's own."""
         if isinstance(reply, wire.REFUSALS):
-            self.on_refused(reply.code)
+            self._on_error(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:
             (self.send_queue if send_queue is None else send_queue).put(
@@ -292,9 +294,14 @@ class Session:
             self.closing = (code, reason)
 
     def abandon(self) -> None:
-        """The connection is gone: nothing can be said any more."""
+        """End the session without a reply, because the connection is gone.
+
+        Pending publishes refer to the session until the log settles them, so nothing of the connection may be reachable
+        from it: the garbage collector would free that much later.
+        """
         self.state = SessionState.CLOSED
         self.closing = None
+        self._on_settled = None
 
     # One handler a message
 
@@ -348,7 +355,7 @@ class Session:
     def _vouched(self, code: ErrorCode = ErrorCode.UNAVAILABLE) -> Identity:
         """Who the client is, and what it may, unless nobody knows that at the moment."""
         identity = self._authenticated()
-        if identity.role is not None and not self.roles_known():
+        if identity.role is not None and not self._roles_known():
             raise PeerError(code, "the database has been away for so long that nobody knows what the role may by now")
         return identity
 
@@ -416,15 +423,3 @@ def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
             return wire.Error(error.message, error.code, message.id)
         case _:
             return wire.Error(error.message, error.code)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _ignore(_: ErrorCode) -> None:
-    pass
-
-
-def _always() -> bool:
-    return True

@@ -99,7 +99,7 @@ async def test_client_prefers_webtransport_and_finds_the_certificate(browser: Br
         assert await browser.run("return (await client.history('web.*')).messages.length") == 1
         assert await browser.run("return told.states") == ["connecting", "authenticating", "connected"]
         await browser.run("await client.disconnect()")
-        while place.broker.replica.clients:
+        while place.broker.replica.sessions:
             await trio.sleep(0.01)
 
 
@@ -219,7 +219,7 @@ async def test_client_leaves_a_stopping_replica_without_loss(
         await browser.run(UNTIL % "heard.length >= 600")
         heard = await browser.run("return heard")
         told = await browser.run("return told")
-        assert len(other.replica.clients) == 1
+        assert len(other.replica.sessions) == 1
     assert seqs == list(range(1, 601))
     assert heard == [[number + 1, number] for number in range(600)]
     assert told["goaways"] == 1
@@ -257,7 +257,7 @@ async def test_subscription_with_an_unread_stream_resumes_at_its_cursor(
                     await place.broker.publish("own.x", payload)
                     published += 1
                 await trio.sleep(0.005)
-        assert len(place.broker.replica.clients) == 1
+        assert len(place.broker.replica.sessions) == 1
         await browser.run("thaw()")
         await browser.run(UNTIL % f"heard.length >= {published}")
         assert await browser.run("return heard.map(([seq]) => seq)") == list(range(1, published + 1))

@@ -74,11 +74,11 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             # Signed out, and in as somebody else.
             await browser.run("show({})")
             await browser.run(UNTIL, "state", "signed out")
-            while broker.replica.clients:
+            while broker.replica.sessions:
                 await trio.sleep(0.01)
             await broker.publish("room.a", 8)
             await browser.run("show(args[0])", {**shown, "user": "bob", "token": token("bob")})
             await shows(browser, one=[6, 7, 8], two=[6, 7, 8])
             assert await browser.run("return counted") == [6, 7]
-            identities = [client.session.identity for client in broker.replica.clients]
+            identities = [client.session.identity for client in broker.replica.sessions]
             assert [identity and identity.client_id for identity in identities] == ["bob"]

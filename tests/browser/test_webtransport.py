@@ -66,9 +66,9 @@ async def test_close_codes_pass_in_both_directions(browser: Browser, tmp_path: P
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
-            assert len(broker.replica.clients) == 1
+            assert len(broker.replica.sessions) == 1
             await browser.run("bus.session.close({closeCode: 7, reason: 'enough'}); await bus.session.closed")
-            while broker.replica.clients:
+            while broker.replica.sessions:
                 await trio.sleep(0.01)
             await browser.run(CONNECT, TOKEN, True)
             await browser.run("bus.ending = bus.session.closed")
@@ -166,7 +166,7 @@ async def test_page_notices_a_vanished_broker(
                 ending = await browser.run("return await bus.session.closed.catch((error) => error.name)")
                 assert ending == "WebTransportError"
                 # And so is a browser that vanishes.
-                while broker.replica.clients:
+                while broker.replica.sessions:
                     await trio.sleep(0.05)
 
 
@@ -251,4 +251,4 @@ async def test_stream_with_a_cancelled_reader_ends_alone(
             while (line := await browser.run("return await bus.hear()"))["type"] != "message":
                 pass
             assert (line["seq"], line["payload"]) == (seq, "still here")
-            assert len(broker.replica.clients) == 1
+            assert len(broker.replica.sessions) == 1

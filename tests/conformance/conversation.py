@@ -201,13 +201,13 @@ async def resume(scene: Scene) -> None:
 async def leaving(scene: Scene) -> None:
     """it closes, with codes of its own, which come back"""
     for code, reason in ((1000, ""), (4999, "enough")):
-        others = len(scene.broker.replica.clients)
+        others = len(scene.broker.replica.sessions)
         await scene.begin()
         found = await scene.puppet.call("close", code=code, reason=reason)
         if found["closed"] is None:
             raise Unable("does not tell of closing codes")
         assert found["closed"][0] == code, found
-        while len(scene.broker.replica.clients) > others:
+        while len(scene.broker.replica.sessions) > others:
             await trio.sleep(0.01)
 
 

@@ -72,7 +72,7 @@ class FakeReplica:
         self.cpu_scheduler = CpuScheduler()
         self.refusals: list[ErrorCode] = []
         self.runtime_statistics = SimpleNamespace(refused=self.refusals.append)
-        self.clients: list[FakeClient] = []
+        self.sessions: list[FakeClient] = []
         self.networks: list[str] = []
         """Those that the clients are in."""
         self.networks_of_tokens: list[str] = []
@@ -81,11 +81,11 @@ class FakeReplica:
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
         self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
 
-    def open_client(self, writer: TransportWriter, *, transport: str, network: str) -> FakeClient:
+    def open_session(self, writer: TransportWriter, *, transport: str, network: str) -> FakeClient:
         assert transport == "websocket"
         self.networks.append(network)
         client = FakeClient(self, writer)
-        self.clients.append(client)
+        self.sessions.append(client)
         return client
 
     def report(self) -> dict[str, object]:

@@ -233,7 +233,7 @@ class Server:
 
     async def empty(self) -> None:
         """Wait until nobody is connected."""
-        while self.endpoint.statistics().connections or self.replica.clients:
+        while self.endpoint.statistics().connections or self.replica.sessions:
             await trio.sleep(0.01)
 
 

@@ -78,7 +78,7 @@ async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() ->
     limits = msgspec.structs.replace(CONFIG.limits, send_queue=1 << 14)
     async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
         client = await server.log_in("a.*", protocol=None)
-        [one] = server.replica.clients
+        [one] = server.replica.sessions
         for number in range(600):
             await publish(server, "a.b", [number, "x" * 200])
             assert one.send_queue.size <= one.send_queue.limit

@@ -528,7 +528,7 @@ async def test_other_upgrades_are_refused(name: str) -> None:
         if status == 426:
             assert response.headers["sec-websocket-version"] == "13"
             assert response.headers["upgrade"] == "websocket"
-        assert it.replica.clients == []
+        assert it.replica.sessions == []
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
     async with served() as it:
         await it.peer.upgrade(request_)
         await wait_all_tasks_blocked()
-        assert len(it.replica.clients) == 1
+        assert len(it.replica.sessions) == 1
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
             await peer.send(masked(raw_peer.TEXT, b"still here"))
             assert (await peer.frame()).payload == b"still here\n"
             assert not ended.is_set()
-            replica.clients[0].close(CloseCode.SHUTTING_DOWN, "stopping")
+            replica.sessions[0].close(CloseCode.SHUTTING_DOWN, "stopping")
             assert (await peer.frame()).code == 4504
             await peer.send(raw_peer.close_frame(4504))
             assert await peer.at_end()
@@ -187,7 +187,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
             await proxy.send(HEALTH)
             assert (await proxy.response()).status == 200
         assert endpoint.statistics().crowded == 3
-        replica.clients[0].leave()
+        replica.sessions[0].leave()
         while replica.addresses.of("198.51.100.7") > 1:
             await trio.lowlevel.checkpoint()
         assert await upgrade("198.51.100.7") == 101

@@ -70,7 +70,7 @@ async def test_a_message_goes_from_one_client_to_another() -> None:
         message = await subscriber.heard("message")
         assert (message["channel"], message["payload"], message["pattern"]) == ("a.b", {"n": 1}, "a.*")
         assert message["seq"] == published["seq"]
-        assert {client.transport for client in server.replica.clients} == {"webtransport"}
+        assert {client.transport for client in server.replica.sessions} == {"webtransport"}
         assert server.endpoint.statistics().connections == 2
         assert server.endpoint.statistics().half_open == 0
 
@@ -212,7 +212,7 @@ async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
         for _ in range(75):
             await flood(server, 1)
             await other.heard("message")
-        [box] = [client.send_queue for client in server.replica.clients if client.send_queue.size]
+        [box] = [client.send_queue for client in server.replica.sessions if client.send_queue.size]
         assert box.turned_away
         assert box.size <= box.limit
         held = [peer.connection.unacknowledged() for peer in router_of(server).peers]
@@ -536,7 +536,7 @@ async def test_a_silent_client_is_gone_after_the_idle_time(autojump_clock: MockC
         other = await server.log_in()
         began = trio.current_time()
         client.deaf = True
-        while len(server.replica.clients) == 2:
+        while len(server.replica.sessions) == 2:
             await trio.sleep(0.5)
         assert 55 < trio.current_time() - began < 65
         # The other one has said nothing either, but it has answered the pings.
@@ -571,7 +571,7 @@ async def test_a_client_that_vanishes_with_much_unsent_is_gone_after_the_idle_ti
         client = await server.log_in("a")
         client.deaf = True
         await flood(server, 40)
-        [left] = server.replica.clients
+        [left] = server.replica.sessions
         assert left.send_queue.size
         await server.empty()
         assert not left.send_queue.size
@@ -604,7 +604,7 @@ async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> N
 async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         client, other = await server.log_in(), await server.log_in()
-        victim = min(server.replica.clients, key=lambda one: id(one))
+        victim = min(server.replica.sessions, key=lambda one: id(one))
 
         async def fail(data: bytes) -> None:
             raise ValueError("ours")

@@ -142,7 +142,7 @@ async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock,
         assert pair.lost
         assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 2 * PING_INTERVAL / 4
         assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
-        assert not pair.replica.clients
+        assert not pair.replica.sessions
         assert pair.replica.delivery.statistics().held == 0
 
 

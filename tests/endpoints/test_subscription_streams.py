@@ -204,7 +204,7 @@ async def test_a_stream_whose_subscription_is_late_has_no_head() -> None:
             client.say(type="ping", seq=number)
             assert (await client.heard("head"))["seq"] == 40
         assert not [line for line in own.lines if line["type"] == "head"]
-        [one] = server.replica.clients
+        [one] = server.replica.sessions
         [held] = one._subscriptions.values()
         assert held.send_queue.size <= held.send_queue.limit
 
@@ -291,7 +291,7 @@ async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
         client = await server.log_in()
         client.say(type="subscribe", pattern="a.*", datagrams=True)
         await client.heard("subscribed")
-        [one] = server.replica.clients
+        [one] = server.replica.sessions
         client.deaf = True
         await publish(server, "a.b", *["z" * 900] * 2000, ephemeral=True)
         assert one.send_queue.turned_away > 1500
@@ -305,7 +305,7 @@ async def test_a_flood_of_pings_fills_no_send_queue(monkeypatch: pytest.MonkeyPa
         client = await server.log_in()
         client.own_reads = False
         await subscribe(client, "a.*")
-        [one] = server.replica.clients
+        [one] = server.replica.sessions
         [held] = one._subscriptions.values()
         for number in range(500):
             await publish(server, "elsewhere.b", 1)

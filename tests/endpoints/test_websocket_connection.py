@@ -47,7 +47,7 @@ class Served:
 
     @property
     def client(self) -> FakeClient:
-        return self.replica.clients[0]
+        return self.replica.sessions[0]
 
 
 @asynccontextmanager
@@ -363,7 +363,7 @@ async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockCl
     def fail(*args: object, **names: object) -> Any:
         raise RuntimeError("a bug")
 
-    replica.open_client = fail  # type: ignore[method-assign]
+    replica.open_session = fail  # type: ignore[method-assign]
     async with served(replica) as it:
         assert (await it.peer.frame()).code == 4500
         assert it.registry.faults == 1
@@ -386,7 +386,7 @@ async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> 
     await theirs.send_all(b"what will never be answered")
     await serve_websocket(cast(Any, replica), registry, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
     assert 10 <= trio.current_time() < 13
-    assert replica.clients == []
+    assert replica.sessions == []
 
 
 # Keeping alive

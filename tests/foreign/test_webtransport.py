@@ -46,7 +46,7 @@ async def play(library: str, state: Path) -> dict[str, Any]:
             command = [str(python), str(CLIENT), library, url, str(write_certificate(state)), TOKEN]
             done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
             assert done.returncode == 0, done.stderr.decode()
-            while broker.replica.clients:
+            while broker.replica.sessions:
                 await trio.sleep(0.01)
             broker.stop()
     found: dict[str, Any] = json.loads(done.stdout)

@@ -211,7 +211,7 @@ class WebSocketServerConnection:
                 if limit.cancelled_caught:
                     library.cancel_scope.cancel()
                     return
-                self._client = client = replica.open_client(self, transport="websocket", network=network)
+                self._client = client = replica.open_session(self, transport="websocket", network=network)
                 self._send_queue = client.send_queue
                 self.outbox.on_received = client.heard
                 try:

@@ -10,7 +10,7 @@ import trio
 from ...delivery.send_queue import QueueItem, SendQueue
 from ...errors import CloseCode
 from ...protocol.wire_messages import ProtocolVersion
-from ...session.driver import STOPPING
+from ...session.publishing import STOPPING
 from ...webtransport import (
     ConnectionLost,
     Event,
@@ -135,7 +135,7 @@ class WebTransportSession:
         self._room = trio.lowlevel.ParkingLot()
         self._moved = trio.current_time()
         """When the peer last took something, of any stream."""
-        self._client: SessionDriver = replica.open_client(
+        self._client: SessionDriver = replica.open_session(
             self._main, transport="webtransport", streams=self, network=network
         )
         self._main.send_queue = self._client.send_queue

@@ -1,0 +1,92 @@
+"""Authentication: find the identity of a token, or say why it is rejected."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import trio
+
+from ..auth.grants import Identity, client_of
+from ..auth.role_tokens import RoleSource, role_handle, role_key
+from ..auth.token_errors import RejectionReason, TokenRejected
+from ..auth.tokens import Authenticator
+from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
+from ..limits.cpu_fairness import CpuScheduler
+from ..observability.loggers import RateLimitedLog, get_logger
+from ..observability.runtime_statistics import RuntimeStatistics
+from ..protocol.wire_messages import clip
+
+logger = get_logger("catbus.replica")
+
+
+class Authentication:
+    """Verifies tokens. Without `roles`, role tokens are rejected. A `client_id` has at most `max_client_id` bytes."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        roles: RoleSource | None,
+        cpu_scheduler: CpuScheduler,
+        statistics: RuntimeStatistics,
+        max_client_id: int,
+    ) -> None:
+        self._authenticator = authenticator
+        self._roles = roles
+        self._cpu_scheduler = cpu_scheduler
+        self._statistics = statistics
+        self._max_client_id = max_client_id
+        # An unauthenticated peer can send any number of bad tokens, so their log lines are limited.
+        self._rejections = RateLimitedLog(logger.info)
+
+    async def verify(self, token: str, network: str = "") -> Identity:
+        """Return the identity of a token that came from this network. Raises `PeerError` that closes.
+
+        Looking up a role waits for the database, for seconds at most. A valid token gives the client its share of the
+        CPU.
+        """
+        try:
+            key = role_key(token)
+            if key is None or self._roles is None:
+                identity = self._authenticator.verify(token, time.time())
+            else:
+                identity = await self._find_role(self._roles, key)
+            longest = self._max_client_id
+            if identity.client_id is not None and len(identity.client_id.encode()) > longest:
+                raise TokenRejected(
+                    RejectionReason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)"
+                )
+            self._cpu_scheduler.prove(client_of(identity, token, network))
+            return identity
+        except TokenRejected as error:
+            self._statistics.refused_tokens[error.reason] += 1
+            fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
+            self._rejections.log(
+                trio.current_time(),
+                "a token was refused",
+                kind=error.reason,
+                reason=error.reason.value,
+                detail=error.detail,
+                **fields,
+            )
+            raise
+
+    async def _find_role(self, roles: RoleSource, key: bytes) -> Identity:
+        try:
+            identity = (await roles.find([key])).get(key)
+        except Unavailable as error:
+            raise PeerError(ErrorCode.UNAVAILABLE, str(error), CloseCode.UNAVAILABLE) from None
+        if identity is None:
+            detail = f"no role {role_handle(key)}: it was deleted, or never was"
+            raise TokenRejected(RejectionReason.ROLE, detail, message="no role has this token")
+        return identity
+
+    def resume_producer(self, claimed: str | None, subject: str) -> str:
+        """Return the producer that a client claims if it is the client's own, or a new one."""
+        if claimed and self._authenticator.check_producer(claimed, subject):
+            return claimed
+        return self._authenticator.new_producer(subject, time.time())
+
+    def producer_key(self, producer: str, subject: str) -> bytes | None:
+        """Return the key under which the log recognises retries of a producer; None for another client's producer."""
+        return self._authenticator.check_producer(producer, subject)

@@ -1,0 +1,106 @@
+"""Publishing: from sessions, HTTP requests and this process into the log, or past it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from functools import partial
+
+import trio
+
+from ..auth.grants import Identity
+from ..delivery.fan_out import Delivery
+from ..errors import ErrorCode, PeerError
+from ..limits.cpu_fairness import CpuScheduler
+from ..limits.publish_rate import PublishRateLimits
+from ..log import Append, Entry, Log, Outcome, Rejected, not_taken
+from ..protocol.wire_messages import Publish
+from .state_machine import BroadcastMessage, make_append
+
+STOPPING = "the replica is stopping"
+
+CHECKPOINT_EVERY = 100
+"""Messages of one request that are submitted before other tasks run."""
+
+
+class Publisher:
+    """Submits messages to the log, and ephemeral messages to the sessions of all replicas."""
+
+    def __init__(self, log: Log, delivery: Delivery, quotas: PublishRateLimits, cpu_scheduler: CpuScheduler) -> None:
+        self.published = 0
+        """Publishes received so far, whatever their outcome."""
+        self._log = log
+        self._delivery = delivery
+        self._quotas = quotas
+        self._cpu_scheduler = cpu_scheduler
+        self._closed = False
+
+    def close(self) -> None:
+        """Reject all further publishes, because the replica is stopping."""
+        self._closed = True
+
+    def submit(self, append: Append, epoch: str | None = None) -> None:
+        """Append to the log. A retry from another `epoch` is rejected as `unknown`, as nothing can be known of it."""
+        self.published += 1
+        if self._closed:
+            append.settle(append, not_taken(append, Rejected(ErrorCode.SHUTTING_DOWN, STOPPING)))
+        elif epoch is not None and epoch != self._log.epoch:
+            append.settle(append, Rejected(ErrorCode.UNKNOWN, "first sent in another epoch of the log"))
+        else:
+            self._log.submit(append)
+
+    def broadcast(self, message: BroadcastMessage) -> None:
+        """Pass an ephemeral message on to the sessions of this replica and to the other replicas."""
+        self.published += 1
+        at = time.time_ns() // 1_000_000
+        entry = Entry(0, at, message.channel, message.payload, message.sender, message.origin)
+        self._delivery.broadcast(entry)
+        self._log.broadcast(entry)
+
+    async def publish(
+        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
+    ) -> list[Outcome | None]:
+        """Publish without a session. Returns the outcomes in the order of the requests, None for ephemeral ones.
+
+        With `producer`, the same requests may be published again, and are recognised by their places. Requests with
+        the same `client`, or client_id, share a quota and a part of the log. Raises `PeerError` when the quota is used
+        up. Cancelling it leaves open which messages are committed.
+        """
+        payer = identity.client_id or client
+        if payer is not None:
+            self._charge(payer, identity, requests)
+        outcomes: dict[int, Outcome | None] = {}
+        done = trio.Event()
+
+        def settle(index: int, _: Append, outcome: Outcome) -> None:
+            outcomes[index] = outcome
+            if len(outcomes) == len(requests):
+                done.set()
+
+        for index, request in enumerate(requests):
+            if index % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
+                await self._cpu_scheduler.next()
+            request.id, request.retry = index, False
+            try:
+                append = make_append(request, identity, producer, partial(settle, index), payer)
+            except PeerError as error:
+                outcomes[index] = Rejected(error.code, error.message)
+                continue
+            if request.ephemeral:
+                self.broadcast(BroadcastMessage(append.channel, append.payload, append.sender, None))
+                outcomes[index] = None
+            else:
+                self.submit(append)
+        if len(outcomes) < len(requests):
+            await done.wait()
+        return [outcomes[index] for index in range(len(requests))]
+
+    def _charge(self, payer: Hashable, identity: Identity, requests: Sequence[Publish]) -> None:
+        """Charge a client's quota. Raises `PeerError` when it is used up."""
+        now = trio.current_time()
+        quota = self._quotas.of(payer, now, identity.publish_rate, identity.publish_bytes)
+        if (wait := quota.spend(0, 0, now)) > 0:
+            raise PeerError(
+                ErrorCode.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait
+            )
+        quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)

@@ -1,0 +1,39 @@
+"""The services of a replica that its sessions use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..auth.live_permissions import LivePermissions
+from ..config import Config
+from ..delivery.fan_out import Delivery
+from ..delivery.flusher import Flusher
+from ..limits.client_usage import ClientUsages
+from ..limits.cpu_fairness import CpuScheduler
+from ..limits.publish_rate import PublishRateLimits
+from ..limits.unauthenticated import UnauthenticatedPeers
+from ..log import Log
+from ..observability.runtime_statistics import RuntimeStatistics
+from .authentication import Authentication
+from .publishing import Publisher
+
+
+@dataclass(frozen=True, slots=True)
+class SessionServices:
+    """All that a session may use of its replica. The sessions of a replica share one of these."""
+
+    config: Config
+    log: Log
+    delivery: Delivery
+    flusher: Flusher
+    authentication: Authentication
+    publisher: Publisher
+    permissions: LivePermissions
+    quotas: PublishRateLimits
+    usages: ClientUsages
+    unauthenticated: UnauthenticatedPeers
+    cpu_scheduler: CpuScheduler
+    statistics: RuntimeStatistics
+    reconnect_delay: Callable[[], float | None]
+    """Returns after how many seconds a client should reconnect to another replica, at random; None unless draining."""
