@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import fcntl
 import ipaddress
 import os
-import re
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -340,42 +338,3 @@ def _read(name: str, path: Path) -> bytes:
 
 def _unusable(name: str, path: Path, error: OSError) -> ConfigError:
     return ConfigError(f"[webtransport] {name} / CATBUS_{name.upper()}: {path}: {error.strerror}")
-
-
-# What clients are told.
-
-_HOST = re.compile(r"(?P<host>\[(?P<v6>[0-9a-fA-F:.]{2,45})\]|[0-9a-zA-Z._-]{1,253})(?::(?P<port>[0-9]{1,5}))?")
-
-
-def discovery(
-    host: str, webtransport_port: int | None, certificate: Certificate | None, *, secure: bool = False
-) -> dict[str, str]:
-    """What `/.well-known/catbus` tells somebody who came by the name `host`, the Host header of the request.
-
-    Unless that is `host` or `host:port`, there are no URLs. `certificate` is given
-    when it is self-made; `secure` when the WebSocket port is reached through TLS.
-    """
-    found = {"protocol": "catbus.v1"}
-    name = host_name(host)
-    if name:
-        found["websocket"] = f"{'wss' if secure else 'ws'}://{host}/ws"
-    if webtransport_port is not None:
-        if name:
-            found["webtransport"] = f"https://{name}:{webtransport_port}"
-        if certificate:
-            found["certificate_hash"] = base64.b64encode(certificate.sha256).decode()
-            found["certificate"] = certificate.certificate_pem
-    return found
-
-
-def host_name(host: str) -> str | None:
-    """A Host header without its port, an IPv6 address in its brackets; None for what is none."""
-    match = _HOST.fullmatch(host)
-    if match is None or not 0 < int(match["port"] or 1) <= 65_535:
-        return None
-    if match["v6"]:
-        try:
-            ipaddress.IPv6Address(match["v6"])
-        except ValueError:
-            return None
-    return match["host"]

@@ -29,8 +29,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from catbus import certificates
-from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate, discovery
+from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate
 from catbus.config import WebTransportSettings
+from catbus.endpoints.http.discovery import discovery
 from catbus.errors import ConfigError
 from catbus.webtransport import ConnectionLimits, WebTransportConfiguration, client_configuration, server_configuration
 from tests.webtransport.simulated_link import Link

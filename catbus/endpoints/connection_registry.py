@@ -11,7 +11,7 @@ from typing import Protocol
 import trio
 
 from ..observability.loggers import RateLimitedLog, get_logger
-from .ip_networks import EvictionQueue
+from .eviction_queue import EvictionQueue
 from .trusted_proxies import TrustedProxies
 from .websocket.frame_encoder import FrameEncoder
 

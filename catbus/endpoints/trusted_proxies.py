@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..observability.loggers import get_logger
 from .http.forwarded_headers import hops
+from .http.http_request import HttpRequest
 from .ip_networks import address_of, network_of
-
-if TYPE_CHECKING:
-    from .http.routes import HttpRequest
 
 logger = get_logger("catbus.endpoints")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from catbus.endpoints.http.forwarded_headers import origin_of
-from catbus.endpoints.http.routes import HttpRequest
+from catbus.endpoints.http.http_request import HttpRequest
 
 PLAIN, SECURE = False, True
 HERE = "bus:8080"

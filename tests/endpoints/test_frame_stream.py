@@ -13,9 +13,10 @@ import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
+from catbus.endpoints.graceful_close import close_gently
 from catbus.endpoints.http.http_connection import BODY_SIZE
 from catbus.endpoints.websocket.frame_encoder import PING, close_frame, text_header
-from catbus.endpoints.websocket.frame_stream import FrameStream, close_gently
+from catbus.endpoints.websocket.frame_stream import FrameStream
 from catbus.limits.cpu_fairness import CpuScheduler
 from tests.endpoints import raw_peer
 from tests.endpoints.raw_peer import UPGRADE, Frame, Mixed, Peer, masked, patience

@@ -23,7 +23,7 @@ from catbus.endpoints.http.http_connection import (
     SEND_TIME,
     serve_http_connection,
 )
-from catbus.endpoints.http.routes import HttpRequest
+from catbus.endpoints.http.http_request import HttpRequest
 from catbus.errors import ErrorCode
 from catbus.limits.unauthenticated import TOO_MUCH, UnauthenticatedPeers
 from tests.endpoints import raw_peer

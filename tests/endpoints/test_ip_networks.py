@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.endpoints.ip_networks import EvictionQueue, network_of
+from catbus.endpoints.eviction_queue import EvictionQueue
+from catbus.endpoints.ip_networks import network_of
 
 
 @pytest.mark.parametrize(

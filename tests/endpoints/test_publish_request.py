@@ -8,7 +8,10 @@ from typing import Any, cast
 import pytest
 
 from catbus.config import Config, LimitSettings
-from catbus.endpoints.http.routes import STATUSES, HttpRequest, HttpResponse, publish
+from catbus.endpoints.http.error_responses import STATUSES
+from catbus.endpoints.http.http_request import HttpRequest
+from catbus.endpoints.http.http_response import HttpResponse
+from catbus.endpoints.http.publish_request import publish
 from catbus.errors import ErrorCode, PeerError, Unavailable
 from catbus.log import Committed, Rejected
 from tests.endpoints.fake_replica import FakeReplica

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from catbus.endpoints.http.routes import HttpRequest
+from catbus.endpoints.http.http_request import HttpRequest
 from catbus.endpoints.trusted_proxies import NOWHERE, ClientAddress, TrustedProxies
 
 PROXY = ClientAddress("10.0.0.1", "")

@@ -18,8 +18,8 @@ from aioquic.buffer import UINT_VAR_MAX
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
+from catbus.endpoints.http.http_response import HttpResponse
 from catbus.endpoints.http.request_head import read_head
-from catbus.endpoints.http.routes import HttpResponse
 from catbus.endpoints.websocket.inbound_frames import InboundFrames
 from catbus.errors import PeerError
 from catbus.protocol import channels

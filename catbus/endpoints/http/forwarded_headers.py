@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-from ...certificates import host_name
-
-if TYPE_CHECKING:
-    from .routes import HttpRequest
+from .host_header import host_name
+from .http_request import HttpRequest
 
 # `name=value`, where the value may be quoted, or nothing; then what ends it. Colons and brackets belong between quotes,
 # and not all proxies put them there.

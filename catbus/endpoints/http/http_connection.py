@@ -16,11 +16,13 @@ from ...errors import ErrorCode
 from ...limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
+from ..graceful_close import close_gently, say_goodbye
 from ..websocket import handshake
-from ..websocket.frame_stream import close_gently, say_goodbye
 from ..websocket.websocket_connection import serve_websocket
+from .http_request import HttpRequest
+from .http_response import CROWDED, HttpResponse, line
 from .request_head import read_head
-from .routes import CROWDED, HttpRequest, HttpResponse, find, line, route_of
+from .routes import find, route_of
 
 if TYPE_CHECKING:
     from ...replica import Replica

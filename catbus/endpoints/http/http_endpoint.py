@@ -15,10 +15,10 @@ from ...config import join_address, split_address
 from ...errors import ConfigError, ErrorCode
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
+from ..graceful_close import TlsStream, close_gently
 from ..open_files import SPARE_FILES, RetryingListener, connections_that_fit
-from ..websocket.frame_stream import TlsStream, close_gently
 from .http_connection import serve_http_connection
-from .routes import CROWDED
+from .http_response import CROWDED
 
 if TYPE_CHECKING:
     from ...limits.cpu_fairness import CpuScheduler

@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 import h11
 
-from ...certificates import host_name
-from .routes import HttpRequest, HttpResponse, line
+from .host_header import host_name
+from .http_request import HttpRequest
+from .http_response import HttpResponse, line
 
 SINGLE = (b"authorization", b"idempotency-key")
 """Headers of which two would be a choice. h11 sees to `Host` and `Content-Length`."""

@@ -6,7 +6,8 @@ import base64
 import binascii
 from collections.abc import Collection
 
-from ..http.routes import UPGRADE_REQUIRED, HttpRequest, HttpResponse, line
+from ..http.http_request import HttpRequest
+from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, line
 
 PATH = "/ws"
 

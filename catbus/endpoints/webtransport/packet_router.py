@@ -32,7 +32,8 @@ from ...webtransport.connectionless_packets import (
     encode_version_negotiation,
     read_header,
 )
-from ..ip_networks import EvictionQueue, network_of
+from ..eviction_queue import EvictionQueue
+from ..ip_networks import network_of
 from ..trusted_proxies import TrustedProxies
 from .connection_timers import ConnectionTimers
 from .datagram_scheduler import TURN, DatagramQueue, DatagramScheduler

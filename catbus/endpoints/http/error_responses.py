@@ -1,0 +1,50 @@
+"""HTTP responses for error codes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ...errors import ErrorCode, PeerError, Unavailable
+from .http_request import Headers
+from .http_response import HttpResponse, json
+
+if TYPE_CHECKING:
+    from ...replica import Replica
+
+STATUSES = {
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.AUTH_TIMEOUT: 408,
+    ErrorCode.TOKEN_EXPIRED: 401,
+    ErrorCode.TOKEN_NOT_VALID_YET: 503,
+    ErrorCode.UNAUTHORIZED: 403,
+    ErrorCode.REVOKED: 403,
+    ErrorCode.TOO_LARGE: 413,
+    ErrorCode.RATE_LIMITED: 429,
+    ErrorCode.LIMIT: 429,
+    ErrorCode.OVERLOADED: 429,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.UNKNOWN: 504,
+    ErrorCode.SHUTTING_DOWN: 503,
+    ErrorCode.INTERNAL: 500,
+}
+"""What a refusal is in HTTP, where it is not 400."""
+
+
+def error_response(replica: Replica, error: PeerError | Unavailable) -> HttpResponse:
+    code = error.code if isinstance(error, PeerError) else ErrorCode.UNAVAILABLE
+    replica.runtime_statistics.refused(code)
+    status = STATUSES.get(code, 400)
+    wait = error.retry_after if isinstance(error, PeerError) else None
+    return json({"error": str(error), "code": code}, status, retry_headers(status, wait or 1.0))
+
+
+def retry_headers(status: int, wait: float = 1.0) -> Headers:
+    """`wait`: for how many seconds the same would be refused again."""
+    match status:
+        case 401:
+            return [(b"www-authenticate", b'Bearer realm="catbus"')]
+        case 429 | 503:
+            return [(b"retry-after", b"%d" % math.ceil(wait))]
+        case _:
+            return ()

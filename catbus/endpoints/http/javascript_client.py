@@ -1,0 +1,37 @@
+"""`GET /catbus.js`: the modules of the JavaScript client."""
+
+from __future__ import annotations
+
+from functools import cache
+from hashlib import blake2b
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from .http_request import HttpRequest
+from .http_response import HttpResponse
+
+if TYPE_CHECKING:
+    from ...replica import Replica
+
+
+async def script(replica: Replica, request: HttpRequest) -> HttpResponse:
+    """A module of the JavaScript client, for pages anywhere.
+
+    A browser asks each time whether it has the present one: modules of two releases do not go together.
+    """
+    body, tag = scripts()[request.path]
+    headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-cache"), (b"etag", tag)]
+    known = [each.strip().removeprefix(b"W/") for each in request.header(b"if-none-match").split(b",")]
+    if tag in known or known == [b"*"]:
+        return HttpResponse(304, b"", headers)
+    return HttpResponse(200, body, headers, b"text/javascript; charset=utf-8")
+
+
+@cache
+def scripts() -> dict[str, tuple[bytes, bytes]]:
+    """The modules of the JavaScript client by path, each with its entity tag: the first, and those that it imports."""
+    static = resources.files("catbus") / "static"
+    files = {"/catbus.js": static / "catbus.js"}
+    files |= {f"/catbus/{file.name}": file for file in (static / "catbus").iterdir() if file.name.endswith(".js")}
+    bodies = {path: file.read_bytes() for path, file in files.items()}
+    return {path: (body, b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()) for path, body in bodies.items()}

@@ -1,0 +1,89 @@
+"""`POST /publish`: one message, or several, published by an HTTP request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ...auth.grants import Identity, client_of
+from ...errors import ErrorCode, PeerError, Unavailable
+from ...log import Outcome, Rejected
+from ...protocol import wire_messages as wire
+from .error_responses import STATUSES, error_response, retry_headers
+from .http_request import HttpRequest, bearer_token
+from .http_response import HttpResponse, json
+
+if TYPE_CHECKING:
+    from ...replica import Replica
+
+
+async def publish(replica: Replica, request: HttpRequest) -> HttpResponse:
+    """Publish the message in the body, or all of an array of them, in order.
+
+    One that is refused says so in its place, and the status is that of the first of those; the others are published.
+    """
+    try:
+        token = bearer_token(request)
+        identity = await replica.authenticate(token, request.network)
+        single, items = _split(await request.read(), replica.config.limits.pending_publishes)
+        wanted = [_decode(item, replica.config.limits.message_size) for item in items]
+        requests = [item for item in wanted if isinstance(item, wire.Publish)]
+        client = client_of(identity, token, request.network)
+        outcomes = iter(await replica.publish(identity, requests, _producer(request, identity), client))
+    except (PeerError, Unavailable) as error:
+        return error_response(replica, error)
+    results: list[dict[str, object]] = []
+    refusals: list[ErrorCode] = []
+    for item in wanted:
+        outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
+        if isinstance(outcome, Rejected):
+            refusals.append(outcome.code)
+            replica.runtime_statistics.refused(outcome.code)
+        results.append(_result(item, outcome))
+    status = STATUSES.get(refusals[0], 400) if refusals else 200
+    return json(results[0] if single else results, status, retry_headers(status))
+
+
+def _producer(request: HttpRequest, identity: Identity) -> bytes:
+    """Whom a request with an `Idempotency-Key` publishes for: the same one whenever the same client repeats the key."""
+    key = request.header(b"idempotency-key")
+    if len(key) > 255:
+        raise PeerError(ErrorCode.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
+    subject = (identity.client_id or "").encode()
+    return blake2b(key + b"\0" + subject, digest_size=16, person=b"catbus publish").digest() if key else b""
+
+
+def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]:
+    """Whether the body is a single message, and the messages in it; raises `PeerError`."""
+    if not body.lstrip(b" \t\r\n").startswith(b"["):
+        return True, [body]
+    try:
+        items = msgspec.json.decode(body, type=list[msgspec.Raw])
+    except wire.UNDECODABLE as error:
+        raise wire.refusal(error) from None
+    if len(items) > most:
+        raise PeerError(ErrorCode.TOO_LARGE, f"at most {most} messages in a request")
+    return False, items
+
+
+def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
+    data = bytes(item)
+    if len(data) > limit:
+        return PeerError(ErrorCode.TOO_LARGE, f"a message may have at most {limit} bytes")
+    try:
+        return wire.decode_publish(data)
+    except wire.UNDECODABLE as error:
+        return wire.refusal(error)
+
+
+def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str, object]:
+    if isinstance(outcome, Rejected):
+        return {"error": outcome.message, "code": outcome.code}
+    assert isinstance(item, wire.Publish)
+    if outcome is None:
+        return {"channel": item.channel}
+    result: dict[str, object] = {"seq": outcome.seq, "channel": item.channel}
+    return {**result, "duplicate": True} if outcome.duplicate else result
