@@ -145,7 +145,7 @@ def database(url: str | None, directory: str | None = None) -> Iterator[str]:
             "PostgreSQL and clients share these cores; "
             f"fdatasync in {Path(place).parent}: {_fsync_time(place):.2f} ms, fsync is on"
         )
-        with embedded_server.prepare(Path(place)) as server, server.log_file.open("ab") as log:
+        with embedded_server.prepare_server(Path(place)) as server, server.log_file.open("ab") as log:
             process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
             try:
                 server.wait_ready(process)

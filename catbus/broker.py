@@ -158,9 +158,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
     replica = Replica(config, log, authenticator, certificates, roles)
-    if isinstance(log, PostgresLog):
-        log.describe = replica.describe
-    await nursery.start(replica.log.run, replica.delivery)
+    await nursery.start(replica.log.run, replica.delivery, replica.describe)
     nursery.start_soon(replica.cpu_scheduler.run)
     nursery.start_soon(return_memory)
     nursery.start_soon(replica.delivery.run)
@@ -176,6 +174,6 @@ async def _open_log(config: Config, nursery: trio.Nursery) -> Log:
     if settings.url == "memory":
         return MemoryLog(limits.recent, pending=limits.pending_total)
     if settings.url == "embedded":
-        url = await nursery.start(embedded_server.run, config.state_directory / "postgres")
+        url = await nursery.start(embedded_server.run_server, config.state_directory / "postgres")
         settings = msgspec.structs.replace(settings, url=url)
     return PostgresLog(settings, config.retention, recent=limits.recent, pending=limits.pending_total)

@@ -34,7 +34,7 @@ from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailabl
 from catbus.limits import unauthenticated
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.postgres import outbox_relay
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, sqlstate
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, sqlstate
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles import role_lookup
 from catbus.protocol import channels
@@ -366,7 +366,7 @@ CONSTANTS = {
     "segments of a channel or pattern": channels.MAX_SEGMENTS,
     "nesting depth of an object from a client": wire.MAX_DEPTH,
     "bytes of a token": MAX_TOKEN,
-    "seconds for the lookup of a role": role_lookup.PATIENCE,
+    "seconds for the lookup of a role": role_lookup.LOOKUP_TIMEOUT,
     "seconds without the database during which roles keep their permissions": live_permissions.MAX_STALENESS,
     "size of a WebSocket message, in objects of `message_size`": websocket_connection.OBJECTS_IN_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket_connection.UNAUTHENTICATED_OBJECT_BYTES,
@@ -423,9 +423,9 @@ def test_sizes_in_the_text_are_those_of_the_code() -> None:
 
 
 def test_intervals_in_the_text_are_those_of_the_code() -> None:
-    assert f"every {polling_interval.PACE:g} seconds, they check" in prose("Delivery")
-    look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox_relay.PACE, outbox_relay.BRISK_PACE))
-    assert f"every {look}, and every {brisk} in the {outbox_relay.RECENT:g} seconds" in prose("Publishing")
+    assert f"every {polling_interval.NOTIFIED_INTERVAL:g} seconds, they check" in prose("Delivery")
+    look, brisk = (f"{pace * 1000:g} ms" for pace in (outbox_relay.POLL_INTERVAL, outbox_relay.BUSY_POLL_INTERVAL))
+    assert f"every {look}, and every {brisk} in the {outbox_relay.BUSY_TIME:g} seconds" in prose("Publishing")
 
 
 async def test_sql_function_rejects_as_in_the_table(database_url: str) -> None:
@@ -433,7 +433,7 @@ async def test_sql_function_rejects_as_in_the_table(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         for row in table(text, "Rejected", "SQLSTATE"):
             [state], [statement] = quoted(row["SQLSTATE"]), quoted(row["For example"])
-            with pytest.raises(OUTAGE) as refused:
+            with pytest.raises(DATABASE_ERRORS) as refused:
                 await sql.fetch(statement)
             assert sqlstate(refused.value) == state, row
         assert await sql.fetchrow("SELECT catbus.outbox_pending()") == (False,)
@@ -520,7 +520,7 @@ def test_role_example_has_its_hash_and_its_handle() -> None:
     assert key is not None
     assert (key.hex(), role_handle(key)) == (listed["sha256"], listed["handle"])
     assert len(make_role_token()) == len(listed["token"])
-    assert f"has not answered within {role_lookup.PATIENCE:g} seconds" in prose("Tokens")
+    assert f"has not answered within {role_lookup.LOOKUP_TIMEOUT:g} seconds" in prose("Tokens")
 
 
 def test_jwt_example_verifies() -> None:

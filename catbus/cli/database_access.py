@@ -35,7 +35,7 @@ def load_database(path: Path | None, database: str | None, state: str | None) ->
     """
     given = {"database.url": database, "state": state}
     config = load(path, os.environ, given)
-    if embedded_server.is_kept_in(embedded_directory(config)):
+    if embedded_server.exists_in(embedded_directory(config)):
         config = load(path, os.environ, given, {"database.url": "embedded"})
     if config.database.url == "memory":
         raise ConfigError(
@@ -62,7 +62,7 @@ async def open_database(config: Config) -> AsyncIterator[DatabaseSettings]:
     if config.database.url != "embedded":
         yield config.database
         return
-    async with embedded_server.reach(embedded_directory(config)) as url:
+    async with embedded_server.open_server(embedded_directory(config)) as url:
         yield msgspec.structs.replace(config.database, url=url)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import trio
 
@@ -131,7 +132,13 @@ class MemoryLog:
     async def wait_open(self) -> None:
         await self._open.wait()
 
-    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self,
+        follower: Follower,
+        describe: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         self._stopped, self._running = False, True
         self._epoch = self._epoch or secrets.token_hex(8)
         follower.restart(self.applied)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 from msgspec import Struct
@@ -212,8 +212,16 @@ class Log(Protocol):
     async def wait_open(self) -> None:
         """Wait until the log has been opened for the first time."""
 
-    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self,
+        follower: Follower,
+        describe: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         """Serve until cancelled. Started at once; an absent database is waited for, not an error.
+
+        A log that replicas share stores what `describe` returns, a report of this replica, where all of them find it.
 
         On cancellation whatever was not handed over is settled as `shutting_down`.
         """

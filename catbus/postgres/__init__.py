@@ -1,4 +1,4 @@
-"""PostgreSQL as the log's home: a connection to append, one to listen, others to read and to notify when need be."""
+"""The durable log, in PostgreSQL. `log.py` assembles it from the packages beside it."""
 
 from .log import PostgresLog, PostgresStatistics
 

@@ -1,9 +1,10 @@
-"""The durable log: many replicas share it through one PostgreSQL."""
+"""The durable log in PostgreSQL, which any number of replicas share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -13,12 +14,12 @@ from ..errors import Unavailable
 from ..log import Append, Entry, Follower, LogPage, RecentMessages, Rejected, Resumption
 from ..log.interface import PENDING, PENDING_BYTES
 from ..observability.histogram import Histogram
-from .access.asyncpg_bridge import OUTAGE, Bridge, DatabaseConnection, open_bridge
+from .access.asyncpg_bridge import DATABASE_ERRORS, Bridge, DatabaseConnection, open_bridge
 from .access.migrations import migrate
 from .access.reconnecting_tasks import ReconnectingTasks, ReportProgress
 from .append.log_writer import LogWriter
 from .ephemeral.ephemeral_relay import EphemeralRelay
-from .follow.log_reader import LogReader, unavailable
+from .follow.log_reader import LogReader, read_error
 from .follow.log_tail import LogTail
 from .listen.notification_listener import NotificationListener
 from .maintenance.heartbeat import Heartbeat
@@ -29,18 +30,18 @@ from .roles.role_changes import RoleChanges
 from .roles.role_lookup import RoleLookup
 
 _ROWS, _SIZE = 1000, 1 << 20
-"""The pages in which missing entries are read."""
+"""Rows and bytes of a page in which missing entries are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostgresStatistics:
-    """What a log has done since it was made. `batch_sizes`: how many batches had up to 1, 2, 4, 8, ... messages."""
+    """The statistics of a log since its start. `batch_sizes` counts batches of up to 1, 2, 4, ... messages."""
 
     commits: int
     appended: int
     duplicates: int
     moved: int
-    """Messages published from SQL that this replica has brought into the log."""
+    """Messages published from SQL that this replica has moved into the log."""
     batch_sizes: tuple[int, ...]
     commit_duration: Histogram
     publish_latency: Histogram
@@ -50,59 +51,59 @@ class PostgresStatistics:
     recent_bytes: int
     notifications: int
     dropped: int
-    """Notifications for which there was no room; the poll makes up for those of the log."""
+    """Notifications that were dropped because too many waited. Polls replace those of the log."""
     rejected: int
-    """Notifications that no replica of this log has sent."""
+    """Forged notifications."""
     floods: int
-    """How often there were so many of them that the replica stopped to listen for some seconds."""
+    """How often a flood of them made the replica stop listening for some seconds."""
     unannounced: int
-    """How often the poll found what no notification had told of."""
+    """How often a poll found commits that no notification had announced."""
     jumps: int
-    """How often entries had to be read because those after them came first, or news came without them."""
+    """How often entries had to be read, because later ones or only their position arrived."""
     polls: int
     polling: bool
-    """Whether news come by polling often, because notifications do not come, or do not tell of everything."""
+    """Whether the replica polls often, because notifications do not arrive or do not announce everything."""
     announced: int
     """The newest seq that is known to be committed."""
     missing: int
-    """How many messages the log lacks that somebody has taken out by hand."""
+    """How many messages are missing in the log because somebody deleted them by hand."""
     looks: int
-    """How often messages published from SQL were looked for."""
+    """How often the outbox was polled."""
     reads: int
     floor: int
     table_size: int
-    """Bytes that the log took up when it was looked at last."""
+    """Bytes of the log at the last check."""
     retention_steps: int
-    """How often this replica closed a part of the log, or took one away."""
+    """How often this replica closed or emptied a partition."""
     retention_dropped: int
-    """How many entries it took away."""
+    """How many entries it removed."""
     retention_held: int
-    """How often a part was to go and somebody used its table."""
+    """How often a transaction used a partition that was to be emptied."""
     retention_stepped: int | None
-    """When the last step was, in milliseconds since 1970."""
+    """The time of the last step, in milliseconds since 1970."""
     ephemeral_sent: int
-    """Ephemeral messages that went to the other replicas."""
+    """Ephemeral messages that were sent to the other replicas."""
     ephemeral_statements: int
-    """How often some of them went, together."""
+    """Statements that have sent them."""
     ephemeral_received: int
     ephemeral_dropped: int
-    """Those that did not go, or not for certain."""
+    """Ephemeral messages that were not sent, or not with certainty."""
     queue: float
-    """How much of the database's notification queue was in use a few seconds ago, from 0 to 1."""
+    """How much of the database's notification queue was in use at the last heartbeat, from 0 to 1."""
     replicas: int
-    """How many replicas have said within the last minute that they are there."""
+    """The number of replicas with a heartbeat within the last minute."""
     restarts: int
-    """How often a service was started again after an outage or a failure."""
+    """How often a service was started again after an outage or an unexpected error."""
     failures: int
-    """How often because of a mistake of ours."""
+    """How often because of an unexpected error, which is a bug."""
     stray_errors: int
 
 
 class PostgresLog:
     """A `Log` in PostgreSQL.
 
-    `url` takes the place of the one in the settings. `recent`: how many bytes of the newest entries stay in memory;
-    `pending`, `pending_bytes`: how much may wait to be written.
+    `url` replaces the one in the settings. `recent`: bytes of the newest entries that stay in memory. `pending` and
+    `pending_bytes`: publishes that may wait to be appended.
     """
 
     def __init__(
@@ -118,38 +119,36 @@ class PostgresLog:
         self._settings = settings
         self._url = url or settings.url
         self._role_changes = RoleChanges()
-        self.roles = RoleLookup(self._connect_vouched, self._role_changes)
-        """Where those who show a role token are looked up, while the log runs."""
+        self.roles = RoleLookup(self._connect_verified, self._role_changes)
+        """Looks up role tokens while the log runs."""
         self._server = ""
         self._bridge: Bridge | None = None
-        self._services = ReconnectingTasks("schema", "listener", "writer", "reader")
+        self._tasks = ReconnectingTasks("schema", "listener", "writer", "reader")
         self._tail = LogTail(RecentMessages(recent))
-        self._courier = EphemeralRelay(self._connect, self._tail)
+        self._relay = EphemeralRelay(self._connect, self._tail)
         self._listener = NotificationListener(
             self._connect_listener,
             self._tail,
             lambda: self._writer.pid,
-            self._courier,
+            self._relay,
             self._role_changes,
             lossless=settings.failover == "lossless",
         )
-        self._reader = LogReader(self._connect_vouched)
-        self._historian = LogReader(self._connect)
-        self.describe: Callable[[], Mapping[str, Any]] = dict
-        """What this replica has to say of itself to whoever asks any of them; as it is written in JSON."""
-        self._roll = Heartbeat(lambda: self.describe())
+        self._reader = LogReader(self._connect_verified)
+        self._history_reader = LogReader(self._connect)
+        self._heartbeat = Heartbeat()
         self._retention = LogRetention(retention or RetentionSettings())
-        self._housekeeping = MaintenanceSchedule(self._connect, self._retention, self._roll)
+        self._maintenance = MaintenanceSchedule(self._connect, self._retention, self._heartbeat)
         self._writer = LogWriter(
-            self._connect_vouched,
+            self._connect_verified,
             self._tail,
-            self._listener.check,
+            self._listener.poll_now,
             synchronous_commit=settings.synchronous_commit,
             timeout=settings.publish_timeout,
             pending=pending,
             pending_bytes=pending_bytes,
         )
-        self._outbox = OutboxRelay(self._connect, self._writer.move)
+        self._outbox_relay = OutboxRelay(self._connect, self._writer.move)
 
     @property
     def epoch(self) -> str:
@@ -169,13 +168,13 @@ class PostgresLog:
 
     @property
     def available(self) -> bool:
-        return self._services.available
+        return self._tasks.available
 
     @property
     def trouble(self) -> str:
         if not self.available:
             return "database"
-        return "messages are missing" if self._listener.holes.report.holes else ""
+        return "messages are missing" if self._listener.deleted_ranges.report.count else ""
 
     @property
     def allowance(self) -> int:
@@ -188,13 +187,13 @@ class PostgresLog:
         self._writer.withdraw(client, unwanted, refusal)
 
     def broadcast(self, entry: Entry) -> None:
-        self._courier.broadcast(entry)
+        self._relay.broadcast(entry)
 
     async def read(self, after: int, *, rows: int = 1000, size: int = 1 << 20) -> LogPage:
         while True:
             await trio.lowlevel.checkpoint()
             tail = self._tail
-            # What is below the floor is gone for everybody, though some of it may still be in memory.
+            # Entries below the floor are removed for all readers, even if they are still in memory.
             start = max(after, self.floor - 1)
             page = tail.recent.since(start, rows, size)
             if page is not None:
@@ -202,8 +201,8 @@ class PostgresLog:
             generation = tail.generation
             try:
                 page = await self._reader.page(start, tail.applied, rows, size)
-            except OUTAGE as error:
-                raise unavailable(error) from error
+            except DATABASE_ERRORS as error:
+                raise read_error(error) from error
             if generation == tail.generation:
                 if page.last == start:
                     raise Unavailable("the log is another one, and not open yet")
@@ -215,36 +214,36 @@ class PostgresLog:
         found, rest = self._tail.recent.search(pattern, newest, self.floor, limit + 1)
         if len(found) > limit or (self.epoch and rest < self.floor):
             return found[:limit][::-1], len(found) > limit
-        return await self._historian.history(pattern, newest + 1, limit)
+        return await self._history_reader.history(pattern, newest + 1, limit)
 
     def resume(self, since: int, epoch: str | None) -> Resumption:
         listener = self._listener
         if epoch is None or epoch == self.epoch:
             if since > self._tail.announced:
-                listener.question()
+                listener.poll_soon()
             return Resumption(since)
         if epoch not in listener.epochs:
-            listener.question()
+            listener.poll_soon()
         return listener.epochs.resume(since, epoch)
 
     async def wait_open(self) -> None:
         await self._tail.wait_epoch()
 
     def report(self) -> dict[str, object]:
-        retention, roll, tail = self._retention, self._roll, self._tail
-        holes = self._listener.holes.report
+        retention, heartbeat, tail = self._retention, self._heartbeat, self._tail
+        deleted = self._listener.deleted_ranges.report
         return {
             "available": self.available,
             "server": self._server,
             "size": retention.bytes,
-            "news": "polling" if self._listener.pace.polling else "notifications",
+            "news": "polling" if self._listener.polling_interval.polling else "notifications",
             "behind": tail.announced - tail.applied,
-            "missing": holes.missing,
-            "holes": [list(hole) for hole in holes.ranges],
-            "notify_queue": roll.queue,
-            "roles": roll.roles,
+            "missing": deleted.missing,
+            "holes": [list(each) for each in deleted.ranges],
+            "notify_queue": heartbeat.queue,
+            "roles": heartbeat.roles,
             "replicas": [
-                {**replica.report, "id": replica.id, "silent": round(replica.silent, 1)} for replica in roll.replicas
+                {**replica.report, "id": replica.id, "silent": round(replica.age, 1)} for replica in heartbeat.replicas
             ],
             "retention": {
                 "steps": retention.steps,
@@ -256,8 +255,8 @@ class PostgresLog:
         }
 
     def statistics(self) -> PostgresStatistics:
-        writer, listener, tail, services = self._writer, self._listener, self._tail, self._services
-        courier, retention = self._courier, self._retention
+        writer, listener, tail, services = self._writer, self._listener, self._tail, self._tasks
+        relay, retention = self._relay, self._retention
         return PostgresStatistics(
             commits=writer.commits,
             appended=writer.appended,
@@ -272,84 +271,90 @@ class PostgresLog:
             recent_bytes=tail.recent.size,
             notifications=listener.notifications,
             dropped=listener.dropped,
-            rejected=listener.intruders.rejected,
-            floods=listener.intruders.floods,
-            unannounced=listener.pace.unannounced,
+            rejected=listener.forged.rejected,
+            floods=listener.forged.floods,
+            unannounced=listener.polling_interval.unannounced,
             jumps=tail.jumps,
             polls=listener.polls,
-            polling=listener.pace.polling,
+            polling=listener.polling_interval.polling,
             announced=tail.announced,
-            missing=listener.holes.report.missing,
-            looks=self._outbox.looks,
-            reads=self._reader.reads + self._historian.reads,
+            missing=listener.deleted_ranges.report.missing,
+            looks=self._outbox_relay.looks,
+            reads=self._reader.reads + self._history_reader.reads,
             floor=self.floor,
             table_size=retention.bytes,
             retention_steps=retention.steps,
             retention_dropped=retention.dropped,
             retention_held=retention.held,
             retention_stepped=retention.stepped,
-            ephemeral_sent=courier.sent,
-            ephemeral_statements=courier.statements,
-            ephemeral_received=courier.received,
-            ephemeral_dropped=courier.dropped,
-            queue=self._roll.queue,
-            replicas=len(self._roll.replicas),
+            ephemeral_sent=relay.sent,
+            ephemeral_statements=relay.statements,
+            ephemeral_received=relay.received,
+            ephemeral_dropped=relay.dropped,
+            queue=self._heartbeat.queue,
+            replicas=len(self._heartbeat.replicas),
             restarts=services.restarts,
             failures=services.failures,
             stray_errors=0 if self._bridge is None else self._bridge.stray_errors,
         )
 
-    async def run(self, follower: Follower, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self,
+        follower: Follower,
+        describe: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         self._tail.follow(follower)
         task_status.started()
         try:
             async with open_bridge() as self._bridge, trio.open_nursery() as nursery:
                 nursery.start_soon(self._writer.expire)
                 nursery.start_soon(self.roles.run)
-                await self._services.run("schema", self._prepare)
-                nursery.start_soon(self._services.run, "listener", self._listener.run)
-                nursery.start_soon(self._services.run, "writer", self._writer.run)
-                nursery.start_soon(self._services.run, "reader", self._read_missing)
-                nursery.start_soon(self._services.run, "courier", self._courier.run)
-                nursery.start_soon(self._services.run, "outbox", self._outbox.run)
-                nursery.start_soon(self._services.run, "housekeeping", self._housekeeping.run)
+                await self._tasks.run("schema", self._prepare)
+                nursery.start_soon(self._tasks.run, "listener", self._listener.run)
+                nursery.start_soon(self._tasks.run, "writer", self._writer.run)
+                nursery.start_soon(self._tasks.run, "reader", self._read_missing)
+                nursery.start_soon(self._tasks.run, "relay", self._relay.run)
+                nursery.start_soon(self._tasks.run, "outbox", self._outbox_relay.run)
+                nursery.start_soon(self._tasks.run, "maintenance", partial(self._maintenance.run, describe))
         finally:
-            self._services.stop()
+            self._tasks.stop()
             self._writer.abandon()
 
-    async def _prepare(self, working: ReportProgress) -> None:
+    async def _prepare(self, report_progress: ReportProgress) -> None:
         with await self._connect() as connection:
             await migrate(connection)
             self._server = f"PostgreSQL {connection.version}" + (", through TLS" if connection.encrypted else "")
-        working()
+        report_progress()
 
-    async def _read_missing(self, working: ReportProgress) -> None:
-        """Read what the tail lacks, whenever it lacks something."""
+    async def _read_missing(self, report_progress: ReportProgress) -> None:
+        """Read the entries that the tail misses, whenever it misses some."""
         tail = self._tail
         await self._reader.connect()
-        working()
+        report_progress()
         while True:
             after, last = await tail.wait_missing()
             generation = tail.generation
             page = await self._reader.page(after, last, _ROWS, _SIZE)
             tail.fill(page, generation)
-            working()
+            report_progress()
 
     async def _connect(self) -> DatabaseConnection:
         return await self._dial(self._url)
 
-    async def _connect_vouched(self) -> DatabaseConnection:
-        """A connection to the log that the tail follows, or is about to follow: not to one that was set back since."""
+    async def _connect_verified(self) -> DatabaseConnection:
+        """Connect to the log that the tail follows, or is about to follow, and not to one that was set back since."""
         connection = await self._connect()
         try:
             with trio.move_on_after(self._settings.connect_timeout):
-                await self._listener.vouch()
+                await self._listener.wait_verified()
                 return connection
         except BaseException:
             connection.terminate()
             raise
         connection.terminate()
-        raise TimeoutError("nobody can say whether the log is still the same")
+        raise TimeoutError("no poll has verified that the log is still the same")
 
     async def _connect_listener(self) -> DatabaseConnection:
         if self._settings.listen_url is None:

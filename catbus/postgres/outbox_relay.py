@@ -1,4 +1,4 @@
-"""The outbox: what was published from SQL waits there, and is looked for until it is found."""
+"""The relay of the transactional outbox: polls for messages published from SQL, and has them moved to the log."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import trio
 from .access.asyncpg_bridge import DatabaseConnection
 from .access.reconnecting_tasks import ReportProgress
 
-PACE = 0.1
-"""Seconds between looks."""
-BRISK_PACE = 0.02
-"""Seconds between looks while the outbox is in use."""
-RECENT = 5.0
-"""So many seconds after something was found, the outbox is in use."""
-SHARE = 10
-"""Looking takes one part in so many of the time at the most, however much there is to look through."""
-TURN_PACE = 1.0
-"""Seconds between tries to keep what has to be looked through small."""
-PATIENCE = 3.0
-"""A connection that does not answer for so long is given up."""
+POLL_INTERVAL = 0.1
+"""Seconds between polls."""
+BUSY_POLL_INTERVAL = 0.02
+"""Seconds between polls while the outbox is in use."""
+BUSY_TIME = 5.0
+"""Seconds for which the outbox counts as in use after a poll has found messages."""
+POLL_TIME_SHARE = 10
+"""Polling takes at most one part in so many of the time, however slow a poll is."""
+ROTATION_INTERVAL = 1.0
+"""Seconds between attempts to rotate the outbox, which keeps its tables small."""
+POLL_TIMEOUT = 3.0
+"""Seconds for one statement. After that the connection is dropped."""
 
-_LOOK = "SELECT catbus.outbox_pending()"
-_TURN = "CALL catbus.rotate_outbox_transaction()"
+_PENDING = "SELECT catbus.outbox_pending()"
+_ROTATE = "CALL catbus.rotate_outbox_transaction()"
 
 
 class OutboxRelay:
-    """Looks for messages through a connection of its own, and has `move` called when there are some.
+    """Polls the outbox through a connection of its own, and calls `move` when it contains messages.
 
-    No look is made while `move` has not returned. Replicas look at different moments, so that mostly one of them finds
-    what there is; that several find it costs a call.
+    It does not poll while `move` runs. Replicas poll at different moments, so that usually one of them finds the
+    messages. If several do, each of them calls the database.
     """
 
     def __init__(
@@ -43,25 +43,25 @@ class OutboxRelay:
         self._move = move
         self._used = -inf
 
-    async def run(self, working: ReportProgress) -> None:
-        """Look until the connection is lost, or the database refuses to move what was found."""
+    async def run(self, report_progress: ReportProgress) -> None:
+        """Poll until the connection is lost, or the database rejects a move."""
         with await self._connect() as connection:
-            turned = -inf
+            rotated = -inf
             while True:
                 began = trio.current_time()
                 self.looks += 1
-                (waits,) = await connection.fetchrow(_LOOK, timeout=PATIENCE)
+                (waits,) = await connection.fetchrow(_PENDING, timeout=POLL_TIMEOUT)
                 took = trio.current_time() - began
                 if waits:
                     await self._move()
                     self._used = trio.current_time()
-                working()
-                if began - turned >= TURN_PACE:
-                    turned = began
-                    await connection.fetch(_TURN, timeout=PATIENCE)
-                await trio.sleep(max(self._pace(), (SHARE - 1) * took))
+                report_progress()
+                if began - rotated >= ROTATION_INTERVAL:
+                    rotated = began
+                    await connection.fetch(_ROTATE, timeout=POLL_TIMEOUT)
+                await trio.sleep(max(self._pause(), (POLL_TIME_SHARE - 1) * took))
 
-    def _pace(self) -> float:
-        """How long to wait before the next look."""
-        pace = BRISK_PACE if trio.current_time() - self._used < RECENT else PACE
-        return pace * random.uniform(0.75, 1.25)  # noqa: S311
+    def _pause(self) -> float:
+        """Seconds until the next poll."""
+        pause = BUSY_POLL_INTERVAL if trio.current_time() - self._used < BUSY_TIME else POLL_INTERVAL
+        return pause * random.uniform(0.75, 1.25)  # noqa: S311

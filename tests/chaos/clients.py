@@ -30,7 +30,7 @@ from catbus.client import (
 )
 from catbus.client.transport_interface import MAIN, Driven
 from catbus.errors import ErrorCode, PeerError
-from catbus.postgres.access.asyncpg_bridge import OUTAGE
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS
 from catbus.protocol.json_splitter import JsonSplitter
 from tests.postgres.processes import token as sign_token
 from tests.postgres.sql import open_sql
@@ -187,7 +187,7 @@ async def publish_sql(state: LoadState, name: str, pause: float) -> None:
     for life in count(1):
         publisher = f"{name}-{life}"
         numbers = count(1)
-        with suppress(*OUTAGE):
+        with suppress(*DATABASE_ERRORS):
             async with open_sql(state.database.url) as sql:
                 while not state.load_ended.is_set():
                     batch = [(rng.choice(CHANNELS), next(numbers)) for _ in range(rng.randint(1, 3))]

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from catbus.errors import ConfigError
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, Row
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, Row
 from tests.postgres.clusters import SETTINGS, Cluster
 from tests.postgres.proxy import Proxy
 from tests.postgres.sql import open_sql
@@ -71,7 +71,7 @@ class DatabasePair:
         nursery.start_soon(self._supervise)
 
     async def fetch(self, statement: str, *args: object) -> list[Row]:
-        """Query the primary directly, past all proxies. Raises one of `OUTAGE`."""
+        """Query the primary directly, past all proxies. Raises one of `DATABASE_ERRORS`."""
         async with open_sql(self.url) as sql:
             return list(await sql.fetch(statement, *args))
 
@@ -129,7 +129,7 @@ class DatabasePair:
 
     async def _catch_up(self) -> bool:
         """Wait until the standby has everything committed by now. Returns False if it does not get there."""
-        with trio.move_on_after(3), suppress(*OUTAGE):
+        with trio.move_on_after(3), suppress(*DATABASE_ERRORS):
             ((here,),) = await self.fetch("SELECT pg_current_wal_lsn()::text")
             async with open_sql(self.standby.url) as sql:
                 while True:
@@ -174,7 +174,7 @@ class DatabasePair:
                 last = trio.current_time()
 
     async def _answers(self) -> bool:
-        with trio.move_on_after(2), suppress(*OUTAGE):
+        with trio.move_on_after(2), suppress(*DATABASE_ERRORS):
             await self.fetch("SELECT 1")
             return True
         return False

@@ -12,7 +12,7 @@ from itertools import count
 
 import trio
 
-from catbus.postgres.access.asyncpg_bridge import OUTAGE
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS
 from tests.postgres.sql import open_sql
 
 from .database_pair import DatabasePair, is_root
@@ -86,7 +86,7 @@ async def kill_database(context: FaultContext, slot: ReplicaSlot, seconds: float
 
 async def kill_backend(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
     """Kill one backend. PostgreSQL then ends all others and recovers."""
-    with suppress(*OUTAGE):
+    with suppress(*DATABASE_ERRORS):
         for (pid,) in (await backends(context))[:1]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ async def kill_backend(context: FaultContext, slot: ReplicaSlot, seconds: float)
 
 
 async def end_backends(context: FaultContext, slot: ReplicaSlot, seconds: float) -> None:
-    with suppress(*OUTAGE):
+    with suppress(*DATABASE_ERRORS):
         pids = [pid for (pid,) in await backends(context)]
         await context.database.fetch("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids[:3])
 
@@ -304,7 +304,7 @@ async def _set_role_grants(context: FaultContext, role: str, key: bytes, allowed
     """Set a role's permissions, with as many attempts as it takes."""
     began = now()
     while True:
-        with suppress(*OUTAGE):
+        with suppress(*DATABASE_ERRORS):
             async with open_sql(context.database.url) as sql:
                 await sql.fetch(
                     "WITH gone AS (DELETE FROM catbus.role_grants WHERE role = $1 AND NOT permission = ANY ($2)) "

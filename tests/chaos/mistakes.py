@@ -32,7 +32,7 @@ STALE_MISTAKE = 70
 
 def acknowledge_early(planter: MistakePlanter) -> None:
     """Acknowledge messages when a batch is taken, before it is committed."""
-    take = LogWriter._take
+    take = LogWriter._take_queued
 
     def take_and_acknowledge(self: LogWriter) -> AppendBatch | None:
         batch = take(self)
@@ -40,19 +40,19 @@ def acknowledge_early(planter: MistakePlanter) -> None:
             batch.settle([Committed(self._tail.announced + nth) for nth, _ in enumerate(batch.appends, 1)])
         return batch
 
-    planter.replace(LogWriter, "_take", take_and_acknowledge)
+    planter.replace(LogWriter, "_take_queued", take_and_acknowledge)
 
 
 def ignore_keys(planter: MistakePlanter) -> None:
     """Do not recognise a retry: ignore the key that its client sent."""
-    number = LogWriter._number
+    number = LogWriter._assign_keys
 
     def number_anew(self: LogWriter, appends: Sequence[Append]) -> AppendBatch:
         for append in appends:
             append.producer = None
         return number(self, appends)
 
-    planter.replace(LogWriter, "_number", number_anew)
+    planter.replace(LogWriter, "_assign_keys", number_anew)
 
 
 def read_to_the_head(planter: MistakePlanter) -> None:

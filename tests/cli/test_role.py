@@ -185,7 +185,7 @@ def test_role_in_the_embedded_database_works_immediately(
 
 def test_embedded_database_is_started_without_a_broker(catbus: Command, state: Path) -> None:
     token = make(catbus, "--database", "embedded", "-p", "read", "a")
-    assert embedded_server.served(state / "postgres") is None
+    assert embedded_server.running_url(state / "postgres") is None
     assert not (state / "postgres" / "cluster" / "data" / "postmaster.pid").exists()
     # An existing embedded database is found without being named.
     assert [role["role"] for role in shown(catbus("role", "list").output)] == [handle_of(token)]

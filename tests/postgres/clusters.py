@@ -51,7 +51,7 @@ class Cluster:
             raise
 
     def _start(self) -> None:
-        server = self._serving.enter_context(embedded_server.prepare(self.directory, self.settings))
+        server = self._serving.enter_context(embedded_server.prepare_server(self.directory, self.settings))
         with server.log_file.open("ab") as log:
             process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
         self._serving.enter_context(tethered(process, self.directory))
@@ -123,7 +123,7 @@ class Cluster:
 
     def make_standby(self, standby: Cluster, through: str | None = None) -> None:
         """Have another one follow this one, `through` another URL where there is one."""
-        with embedded_server.prepare(standby.directory, standby.settings) as server:
+        with embedded_server.prepare_server(standby.directory, standby.settings) as server:
             program, options = server.binaries.folder / "pg_basebackup", server.popen_options
         if not program.exists():
             pytest.skip("this PostgreSQL comes without pg_basebackup")
@@ -182,7 +182,7 @@ def _copy_template(directory: Path) -> None:
 def _template() -> Path:
     directory = make_directory()
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    with embedded_server.prepare(directory, SETTINGS):
+    with embedded_server.prepare_server(directory, SETTINGS):
         return directory
 
 

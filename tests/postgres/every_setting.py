@@ -235,7 +235,7 @@ async def drop_all(url: str) -> None:
         with await bridge.connect(url) as connection:
             with trio.fail_after(PATIENCE):
                 while not retention.dropped:
-                    await retention.look(connection)
+                    await retention.run_due_steps(connection)
 
 
 # Trying

@@ -68,7 +68,7 @@ def serve() -> Iterator[str]:
     if find_installation().major >= 17:
         settings["max_notify_queue_pages"] = "1024"  # 8 MB instead of 8 GB, so that a test can fill it
     try:
-        with embedded_server.prepare(directory, settings) as server:
+        with embedded_server.prepare_server(directory, settings) as server:
             with server.log_file.open("ab") as log:
                 process = subprocess.Popen(server.command, stdout=log, stderr=subprocess.STDOUT, **server.popen_options)
             with tethered(process, directory):

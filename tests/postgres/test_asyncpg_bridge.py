@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from catbus.errors import ConfigError
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge, sqlstate
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge, sqlstate
 from tests.log.harness import PATIENCE
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, pids, wait_until
@@ -26,7 +26,7 @@ async def test_a_query_and_its_answer(database_url: str) -> None:
 
 async def test_an_error_of_the_database_leaves_the_connection_as_it_was(database_url: str) -> None:
     async with open_sql(database_url) as connection:
-        with pytest.raises(OUTAGE) as caught:
+        with pytest.raises(DATABASE_ERRORS) as caught:
             await connection.fetch("SELECT 1 / 0")
         assert sqlstate(caught.value) == "22012"
         assert not connection.closed
@@ -46,7 +46,7 @@ async def test_a_cancelled_query_ends_its_connection_and_opens_no_other(database
             await connection.fetch("SELECT pg_sleep(60)")
         assert scope.cancelled_caught
         assert connection.closed
-        with pytest.raises(OUTAGE):
+        with pytest.raises(DATABASE_ERRORS):
             await connection.fetch("SELECT 1")
         assert (proxy.accepted, proxy.refused) == (1, 0)
         for pid in await pids(sql, "%pg_sleep%"):
@@ -76,7 +76,7 @@ async def test_a_silent_server_is_waited_for_no_longer_than_asked(database_url: 
 async def test_a_server_that_refuses_is_an_outage(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         proxy.close()
-        with pytest.raises(OUTAGE):
+        with pytest.raises(DATABASE_ERRORS):
             await bridge.connect(proxy.url)
         with pytest.raises(OSError, match=r"refused|failed"):
             await bridge.connect("postgres://localhost:1/x?sslmode=disable")
@@ -108,7 +108,7 @@ async def test_what_runs_when_the_bridge_closes_sees_an_outage(database_url: str
         async def query() -> None:
             try:
                 await connection.fetch("SELECT pg_sleep(60)")
-            except OUTAGE as error:
+            except DATABASE_ERRORS as error:
                 failed.append(error)
 
         nursery.start_soon(query)
@@ -152,7 +152,7 @@ async def test_an_error_in_a_callback_is_counted_and_ends_nothing(database_url: 
                     await trio.sleep(0.01)
             assert await connection.fetchrow("SELECT 1") == (1,)
             with pytest.raises(ZeroDivisionError):
-                await bridge.cross(fail_later, asyncio.Task.cancel)
+                await bridge.run_in_asyncio(fail_later, asyncio.Task.cancel)
 
 
 async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge
 from catbus.postgres.access.connection_url import ENVIRONMENT_VARIABLES, PARAMETERS, ConnectionTarget, find_targets
 from catbus.postgres.access.database_checks import CheckResult, check_database
 from tests.postgres.proxy import open_proxy
@@ -345,7 +345,7 @@ async def test_a_wrong_password_is_not_tried_elsewhere(database_url: str) -> Non
         parts = urlsplit(proxy.url)
         user, place = parts.username, parts.netloc.rpartition("@")[2]
         url = parts._replace(netloc=f"{user}:wrong@{place},{place}").geturl().replace("=disable", "=prefer")
-        with pytest.raises(OUTAGE, match="password authentication failed"):
+        with pytest.raises(DATABASE_ERRORS, match="password authentication failed"):
             await bridge.connect(url)
 
 

@@ -87,7 +87,7 @@ def test_what_is_too_old_or_broken_is_no_find(machine: Path) -> None:
 
 def test_without_any_it_says_what_to_install(machine: Path) -> None:
     with pytest.raises(ConfigError, match=r"found: none.*pip install 'catbus-broker\[embedded\]'.*DATABASE_URL"):
-        embedded_server.prepare(machine / "state")
+        embedded_server.prepare_server(machine / "state")
 
 
 def test_a_cluster_of_another_major_version_is_not_touched(machine: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_cluster_of_another_major_version_is_not_touched(machine: Path) -> Non
     data.mkdir(parents=True)
     (data / "PG_VERSION").write_text("15\n")
     with pytest.raises(ConfigError, match=r"cluster was made by PostgreSQL 15.*found: PostgreSQL 17.1"):
-        embedded_server.prepare(machine / "state")
+        embedded_server.prepare_server(machine / "state")
     assert [path.name for path in data.iterdir()] == ["PG_VERSION"]
 
 
@@ -110,7 +110,7 @@ def cluster(postgres_server: str) -> Iterator[Path]:
     half_done = directory / "cluster.new-1" / "data"
     half_done.mkdir(parents=True)
     (half_done / "PG_VERSION").write_text("18\n")
-    with embedded_server.prepare(directory, FAST):
+    with embedded_server.prepare_server(directory, FAST):
         assert not half_done.exists()
     yield directory
     shutil.rmtree(directory)
@@ -121,7 +121,7 @@ async def running(directory: Path) -> AsyncIterator[str]:
     async with trio.open_nursery() as nursery:
         with trio.fail_after(60):
             url = await nursery.start(
-                lambda task_status: embedded_server.run(directory, settings=FAST, task_status=task_status)
+                lambda task_status: embedded_server.run_server(directory, settings=FAST, task_status=task_status)
             )
         yield url
         nursery.cancel_scope.cancel()
@@ -214,7 +214,7 @@ async def test_a_server_that_outlived_its_catbus_is_in_nobodys_way(cluster: Path
         from catbus.postgres.embedded import server
         async def main():
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(server.run, Path(sys.argv[1]), settings={"fsync": "off"}))
+                await nursery.start(partial(server.run_server, Path(sys.argv[1]), settings={"fsync": "off"}))
                 print("ready", flush=True)
         trio.run(main)"""
     command = [sys.executable, "-c", script, str(cluster)]
@@ -238,23 +238,23 @@ async def test_a_server_that_outlived_its_catbus_is_in_nobodys_way(cluster: Path
 async def test_a_second_catbus_is_told_who_has_the_directory(cluster: Path) -> None:
     async with running(cluster) as url:
         with pytest.raises(ConfigError, match=f"another catbus \\(process {os.getpid()}\\).*CATBUS_STATE"):
-            await embedded_server.run(cluster)
+            await embedded_server.run_server(cluster)
         assert await fetch(url, "SELECT 1") == 1
 
 
 async def test_a_cluster_that_is_served_is_reached_where_it_is(cluster: Path) -> None:
-    assert embedded_server.served(cluster) is None
+    assert embedded_server.running_url(cluster) is None
     async with running(cluster) as url:
-        assert embedded_server.served(cluster) == url
-        async with embedded_server.reach(cluster) as reached:
+        assert embedded_server.running_url(cluster) == url
+        async with embedded_server.open_server(cluster) as reached:
             assert reached == url
             assert await fetch(reached, "SELECT 1") == 1
         assert await fetch(url, "SELECT 1") == 1
-    assert embedded_server.served(cluster) is None
+    assert embedded_server.running_url(cluster) is None
 
 
 async def test_a_cluster_that_nobody_serves_is_served_for_the_moment(cluster: Path) -> None:
-    async with embedded_server.reach(cluster, settings=FAST) as url:
+    async with embedded_server.open_server(cluster, settings=FAST) as url:
         assert await fetch(url, "SELECT 1") == 1
         pid = postmaster(cluster)
     assert not is_alive(pid)
@@ -269,11 +269,11 @@ async def test_a_cluster_that_another_is_about_to_serve_is_waited_for(
         looked.set()
 
     async def reach() -> None:
-        async with embedded_server.reach(cluster, settings=FAST) as url:
+        async with embedded_server.open_server(cluster, settings=FAST) as url:
             assert await fetch(url, "SELECT 1") == 1
             reached.set()
 
-    monkeypatch.setattr(embedded_server, "served", served)
+    monkeypatch.setattr(embedded_server, "running_url", served)
     with trio.fail_after(60):
         with embedded_server._locked(cluster):
             nursery.start_soon(reach)
@@ -283,11 +283,11 @@ async def test_a_cluster_that_another_is_about_to_serve_is_waited_for(
 
 
 async def test_who_has_it_and_never_serves_it_is_named(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_server, "_OTHERS_PATIENCE", 0.1)
+    monkeypatch.setattr(embedded_server, "_OTHER_PROCESS_TIMEOUT", 0.1)
     with embedded_server._locked(cluster):
         (cluster / "cluster" / "data" / "postmaster.pid").write_text("1\n/x\n0\n5432\n/tmp\n\n0\nready\n")
         with pytest.raises(BaseExceptionGroup) as caught:
-            async with embedded_server.reach(cluster):
+            async with embedded_server.open_server(cluster):
                 pass
         assert caught.group_contains(ConfigError, match=f"another catbus \\(process {os.getpid()}\\)")
     (cluster / "cluster" / "data" / "postmaster.pid").unlink()
@@ -304,8 +304,8 @@ async def test_a_process_that_has_the_old_servers_number_is_left_alone(cluster: 
 
 async def test_a_server_that_does_not_start_says_why(cluster: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not start: .*shared_buffers"):
-        await embedded_server.run(cluster, settings={"shared_buffers": "plenty"})
-    with embedded_server.prepare(cluster):
+        await embedded_server.run_server(cluster, settings={"shared_buffers": "plenty"})
+    with embedded_server.prepare_server(cluster):
         pass
 
 
@@ -317,7 +317,7 @@ async def test_a_socket_whose_path_would_be_too_long_is_elsewhere(cluster: Path)
     try:
         async with running(deep) as url:
             assert await fetch(url, "SELECT 1") == 1
-            assert embedded_server.served(deep) == url
+            assert embedded_server.running_url(deep) == url
             sockets = Path(str(await fetch(url, "SHOW unix_socket_directories")).strip('"'))
             assert sockets.parent == Path("/tmp")
             assert mode(sockets) == 0o700
@@ -351,7 +351,7 @@ def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
     place = found.folder.relative_to(package.parent)
     monkeypatch.setattr(installations, "_folders", lambda: [hidden / place])
     modes = [path.stat().st_mode for path in (hidden, tmp_path, cluster.parent)]
-    with embedded_server.prepare(cluster, FAST) as server:
+    with embedded_server.prepare_server(cluster, FAST) as server:
         copied = server.binaries.folder
         assert copied == cluster / "binaries" / found.version / place
         made = copied.stat().st_ctime_ns
@@ -363,7 +363,7 @@ def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(30)
-    with embedded_server.prepare(cluster, FAST) as server:
+    with embedded_server.prepare_server(cluster, FAST) as server:
         assert server.binaries.folder.stat().st_ctime_ns == made
     assert modes == [path.stat().st_mode for path in (hidden, tmp_path, cluster.parent)]
 
@@ -372,5 +372,5 @@ def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
 def test_as_root_a_directory_that_user_cannot_reach_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with pytest.raises(ConfigError, match=r"cannot be made: .*initdb as user"):
-        embedded_server.prepare(tmp_path / "state", FAST)
+        embedded_server.prepare_server(tmp_path / "state", FAST)
     assert mode(tmp_path) == 0o700

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catbus.log import EPHEMERAL_SIZE, Entry
-from catbus.postgres.ephemeral.encoding import FRESH, SIZE, EphemeralEncoder, encode_message
+from catbus.postgres.ephemeral.encoding import MAX_AGE, NOTIFICATION_SIZE, EphemeralEncoder, encode_message
 from catbus.postgres.notifications.encryption import (
     EPHEMERAL_CHANNEL,
     LOG_CHANNEL,
@@ -66,11 +66,11 @@ def full(channel: str = "a.b", sender: str | None = None) -> Entry:
 
 def refused(post: EphemeralEncoder, card: str) -> None:
     with pytest.raises(ForgedNotificationError, match="before"):
-        post.read(card, EPOCH, SEAL, NOW)
+        post.decode(card, EPOCH, SEAL, NOW)
 
 
 def write(post: EphemeralEncoder, *messages: Entry) -> list[str]:
-    cards, number = post.write([encode_message(message) for message in messages], EPOCH, SEAL, NOW)
+    cards, number = post.encode([encode_message(message) for message in messages], EPOCH, SEAL, NOW)
     assert number == len(messages)
     return cards
 
@@ -81,11 +81,11 @@ def test_what_is_written_is_read_in_order_and_once(messages: list[Entry]) -> Non
     """Any messages of a size that is allowed make postcards that fit into notifications, and come out as they were."""
     sender, receiver = EphemeralEncoder(), EphemeralEncoder()
     cards = write(sender, *messages)
-    assert all(len(card.encode()) <= SIZE < 8000 for card in cards)
-    assert [entry for card in cards for entry in receiver.read(card, EPOCH, SEAL, NOW)] == messages
+    assert all(len(card.encode()) <= NOTIFICATION_SIZE < 8000 for card in cards)
+    assert [entry for card in cards for entry in receiver.decode(card, EPOCH, SEAL, NOW)] == messages
     for card in cards:
         refused(receiver, card)
-    assert [entry for card in cards for entry in sender.read(card, EPOCH, SEAL, NOW)] == []
+    assert [entry for card in cards for entry in sender.decode(card, EPOCH, SEAL, NOW)] == []
 
 
 def test_as_much_goes_into_a_postcard_as_fits() -> None:
@@ -93,19 +93,19 @@ def test_as_much_goes_into_a_postcard_as_fits() -> None:
     *whole, rest = write(EphemeralEncoder(), *[small] * 1000)
     assert len(whole) == 5
     slack = (len(encode_message(small)) + len(",")) * 4 / 3 + 4
-    assert all(SIZE - slack <= len(card) <= SIZE for card in whole)
-    assert len(rest) < SIZE
+    assert all(NOTIFICATION_SIZE - slack <= len(card) <= NOTIFICATION_SIZE for card in whole)
+    assert len(rest) < NOTIFICATION_SIZE
     assert len(write(EphemeralEncoder(), full(), full())) == 4
 
 
 def test_a_message_that_no_postcard_holds_is_left_out() -> None:
-    small, big = Entry(0, 1, "a", b"1"), Entry(0, 1, "a", b'"%b"' % (b"x" * SIZE))
-    cards, number = EphemeralEncoder().write(
+    small, big = Entry(0, 1, "a", b"1"), Entry(0, 1, "a", b'"%b"' % (b"x" * NOTIFICATION_SIZE))
+    cards, number = EphemeralEncoder().encode(
         [encode_message(small), encode_message(big), encode_message(small)], EPOCH, SEAL, NOW
     )
     assert (len(cards), number) == (1, 2)
-    assert EphemeralEncoder().read(cards[0], EPOCH, SEAL, NOW) == [small, small]
-    assert EphemeralEncoder().write([], EPOCH, SEAL, NOW) == ([], 0)
+    assert EphemeralEncoder().decode(cards[0], EPOCH, SEAL, NOW) == [small, small]
+    assert EphemeralEncoder().encode([], EPOCH, SEAL, NOW) == ([], 0)
 
 
 def test_a_message_in_two_postcards_is_read_when_both_have_come() -> None:
@@ -115,7 +115,7 @@ def test_a_message_in_two_postcards_is_read_when_both_have_come() -> None:
         receiver = EphemeralEncoder()
         cards = write(EphemeralEncoder(), full(), small)
         assert len(cards) == 3
-        read = [receiver.read(card, EPOCH, SEAL, NOW) for index, card in enumerate(cards) if index != lost]
+        read = [receiver.decode(card, EPOCH, SEAL, NOW) for index, card in enumerate(cards) if index != lost]
         assert [entry for entries in read for entry in entries] == ([full(), small] if lost is None else [small])
 
 
@@ -161,15 +161,15 @@ def test_what_no_replica_has_written_is_not_believed(name: str) -> None:
     receiver = EphemeralEncoder()
     assert forged != card
     with pytest.raises(ForgedNotificationError):
-        receiver.read(forged, EPOCH, SEAL, NOW)
-    assert receiver.read(card, EPOCH, SEAL, NOW), "and the true one still is"
+        receiver.decode(forged, EPOCH, SEAL, NOW)
+    assert receiver.decode(card, EPOCH, SEAL, NOW), "and the true one still is"
 
 
 @given(st.text() | st.binary(max_size=60).map(lambda raw: "2::" + b64encode(raw).decode()))
 def test_anything_else_is_forged(text: str) -> None:
     for forged in (text, f"2::{text}", f"{EPOCH}:x:1 {text}"):
         with pytest.raises(ForgedNotificationError):
-            EphemeralEncoder().read(forged, EPOCH, SEAL, NOW)
+            EphemeralEncoder().decode(forged, EPOCH, SEAL, NOW)
 
 
 @given(st.data())
@@ -179,35 +179,35 @@ def test_a_postcard_of_which_anything_was_changed_is_forged(data: st.DataObject)
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     changed = "2::" + b64encode(raw[: data.draw(st.integers(1, len(raw)))]).decode()
     with pytest.raises(ForgedNotificationError):
-        EphemeralEncoder().read(changed, EPOCH, SEAL, NOW)
+        EphemeralEncoder().decode(changed, EPOCH, SEAL, NOW)
 
 
 def test_a_postcard_of_another_epoch_is_not_read() -> None:
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b"1"))
     with pytest.raises(ForgedNotificationError):
-        EphemeralEncoder().read(card, "another", SEAL, NOW)
+        EphemeralEncoder().decode(card, "another", SEAL, NOW)
 
 
 def test_a_postcard_that_was_recorded_is_read_by_nobody_later() -> None:
     """Neither by a replica that was not there yet, nor long after it was written."""
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b"1"))
-    for late in (FRESH + 0.1, 86400.0, -FRESH - 0.1):
+    for late in (MAX_AGE + 0.1, 86400.0, -MAX_AGE - 0.1):
         with pytest.raises(ForgedNotificationError, match="fresh"):
-            EphemeralEncoder().read(card, EPOCH, SEAL, NOW + late)
+            EphemeralEncoder().decode(card, EPOCH, SEAL, NOW + late)
     newcomer = EphemeralEncoder()
     newcomer.begin(NOW + 0.1)
     with pytest.raises(ForgedNotificationError, match="fresh"):
-        newcomer.read(card, EPOCH, SEAL, NOW + 0.2)
-    assert EphemeralEncoder().read(card, EPOCH, SEAL, NOW + FRESH - 0.1)
+        newcomer.decode(card, EPOCH, SEAL, NOW + 0.2)
+    assert EphemeralEncoder().decode(card, EPOCH, SEAL, NOW + MAX_AGE - 0.1)
 
 
 def test_an_older_postcard_is_not_read_after_a_newer_one() -> None:
     sender, other, receiver = EphemeralEncoder(), EphemeralEncoder(), EphemeralEncoder()
     first, second, third = (write(sender, Entry(0, n, "a", b"1"))[0] for n in range(3))
-    assert receiver.read(second, EPOCH, SEAL, NOW)
+    assert receiver.decode(second, EPOCH, SEAL, NOW)
     refused(receiver, first)
-    assert receiver.read(write(other, Entry(0, 9, "a", b"1"))[0], EPOCH, SEAL, NOW), "each replica counts for itself"
-    assert receiver.read(third, EPOCH, SEAL, NOW)
+    assert receiver.decode(write(other, Entry(0, 9, "a", b"1"))[0], EPOCH, SEAL, NOW), "each replica counts for itself"
+    assert receiver.decode(third, EPOCH, SEAL, NOW)
     refused(receiver, second)
 
 
@@ -217,12 +217,12 @@ def test_replicas_that_are_no_more_are_forgotten_those_first_that_were_silent_lo
     old, faithful = EphemeralEncoder(), EphemeralEncoder()
     [from_old], [from_faithful] = write(old, message), write(faithful, message)
     for card in (from_old, from_faithful):
-        assert receiver.read(card, EPOCH, SEAL, NOW)
+        assert receiver.decode(card, EPOCH, SEAL, NOW)
     for _ in range(998):
-        assert receiver.read(write(EphemeralEncoder(), message)[0], EPOCH, SEAL, NOW)
-    assert receiver.read(write(faithful, message)[0], EPOCH, SEAL, NOW)
+        assert receiver.decode(write(EphemeralEncoder(), message)[0], EPOCH, SEAL, NOW)
+    assert receiver.decode(write(faithful, message)[0], EPOCH, SEAL, NOW)
     refused(receiver, from_old)
     for _ in range(2):
-        assert receiver.read(write(EphemeralEncoder(), message)[0], EPOCH, SEAL, NOW)
+        assert receiver.decode(write(EphemeralEncoder(), message)[0], EPOCH, SEAL, NOW)
     refused(receiver, from_faithful)
-    assert receiver.read(from_old, EPOCH, SEAL, NOW), "a thousand are remembered, and it was the first to go"
+    assert receiver.decode(from_old, EPOCH, SEAL, NOW), "a thousand are remembered, and it was the first to go"

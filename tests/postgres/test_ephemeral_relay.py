@@ -38,7 +38,7 @@ SHORT = 50
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is shared, a connection may take longer than a message stays fresh."""
-    monkeypatch.setattr(ephemeral_relay, "AGE", PATIENCE)
+    monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", PATIENCE)
 
 
 def make(url: str) -> PostgresLog:
@@ -218,10 +218,10 @@ async def test_what_an_outage_keeps_from_going_is_dropped_when_it_is_old(
         assert not one.available
         for n in range(SHORT):
             one.broadcast(message(n))
-        monkeypatch.setattr(ephemeral_relay, "AGE", 0.0)
+        monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", 0.0)
         proxy.open()
         await until(one, lambda statistics: statistics.ephemeral_dropped == SHORT + 1)
-        monkeypatch.setattr(ephemeral_relay, "AGE", PATIENCE)
+        monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", PATIENCE)
         await until(one, lambda _: one.available)
         one.broadcast(message("after"))
         assert await heard(there, "after") == ["before", "after"]
@@ -267,13 +267,13 @@ async def test_a_database_that_does_not_answer_is_given_up(database_url: str, mo
         one.broadcast(message("before"))
         await heard(there, "before")
         await until(one, lambda statistics: statistics.ephemeral_sent == 1)
-        monkeypatch.setattr(ephemeral_relay, "PATIENCE", 0.2)
+        monkeypatch.setattr(ephemeral_relay, "SEND_TIMEOUT", 0.2)
         proxy.block()
         one.broadcast(message("in doubt"))
         await until(one, lambda statistics: statistics.ephemeral_dropped == 1)
         proxy.cut()
         proxy.unblock()
-        monkeypatch.setattr(ephemeral_relay, "PATIENCE", PATIENCE)
+        monkeypatch.setattr(ephemeral_relay, "SEND_TIMEOUT", PATIENCE)
         one.broadcast(message("after"))
         assert (await heard(there, "after"))[-1] == "after"
         assert payloads(there).count("in doubt") <= 1
@@ -286,15 +286,15 @@ async def test_it_is_of_no_consequence_for_the_log(database_url: str, monkeypatc
     async def refuse() -> DatabaseConnection:
         raise OSError("too many connections")
 
-    connect = one._courier._connect
-    monkeypatch.setattr(one._courier, "_connect", refuse)
+    connect = one._relay._connect
+    monkeypatch.setattr(one._relay, "_connect", refuse)
     async with running(one) as (_, publisher), running(other) as (there, _):
         await until(one, lambda _: one.available)
         one.broadcast(message("late"))
         await until(one, lambda statistics: statistics.restarts >= 2)
         assert one.available
         assert await publisher.publish_seq("a", b"1") == 1
-        monkeypatch.setattr(one._courier, "_connect", connect)
+        monkeypatch.setattr(one._relay, "_connect", connect)
         assert await heard(there, "late") == ["late"]
 
 
@@ -338,7 +338,7 @@ class Sent(DatabaseConnection):
         self.tail = tail
         self.statements: list[tuple[float, list[object]]] = []
         self.connected = 0
-        self._post = EphemeralEncoder()
+        self._encoder = EphemeralEncoder()
 
     def terminate(self) -> None:
         pass
@@ -352,7 +352,7 @@ class Sent(DatabaseConnection):
         assert not self.closed
         tail = self.tail
         entries = [
-            entry for card in args[1] for entry in self._post.read(card, "epoch", tail.seal, tail.database_time())
+            entry for card in args[1] for entry in self._encoder.decode(card, "epoch", tail.keys, tail.database_time())
         ]
         self.statements.append((round(trio.current_time(), 3), [json.loads(entry.payload) for entry in entries]))
         return ["off", "1s", len(args[1])]
@@ -390,7 +390,10 @@ LARGE = message("x" * 1000)
 
 @pytest.mark.parametrize(
     ("entry", "room"),
-    [(message(1), ephemeral_relay.MESSAGES), (LARGE, ephemeral_relay.BYTES // len(encode_message(LARGE)))],
+    [
+        (message(1), ephemeral_relay.QUEUED_MESSAGES),
+        (LARGE, ephemeral_relay.QUEUED_BYTES // len(encode_message(LARGE))),
+    ],
     ids=["messages", "bytes"],
 )
 async def test_so_much_gathers_and_no_more(
@@ -418,13 +421,13 @@ async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock,
     courier = EphemeralRelay(connection.connect, tail)
     nursery.start_soon(courier.run, lambda: None)
     for n in range(3):
-        await trio.sleep(ephemeral_relay.AGE * 1.1)
-        for _ in range(ephemeral_relay.MESSAGES):
+        await trio.sleep(ephemeral_relay.MAX_WAIT * 1.1)
+        for _ in range(ephemeral_relay.QUEUED_MESSAGES):
             courier.broadcast(message(n))
     tail.restart("epoch", 0, 1)
     await trio.sleep(0.1)
-    assert [payloads for _, payloads in connection.statements] == [[2] * ephemeral_relay.MESSAGES]
-    assert (courier.sent, courier.dropped) == (ephemeral_relay.MESSAGES, 2 * ephemeral_relay.MESSAGES)
+    assert [payloads for _, payloads in connection.statements] == [[2] * ephemeral_relay.QUEUED_MESSAGES]
+    assert (courier.sent, courier.dropped) == (ephemeral_relay.QUEUED_MESSAGES, 2 * ephemeral_relay.QUEUED_MESSAGES)
 
 
 # Whole brokers

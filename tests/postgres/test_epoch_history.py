@@ -29,6 +29,6 @@ def test_a_cursor_goes_on_exactly_where_all_later_epochs_agree(epoch: str, since
 
 
 def test_what_the_newest_epoch_has_of_an_older_one() -> None:
-    assert [EPOCHS.common(epoch) for epoch in ("first", "second", "third", "fourth")] == [80, 80, 90, None]
+    assert [EPOCHS.common_seq(epoch) for epoch in ("first", "second", "third", "fourth")] == [80, 80, 90, None]
     assert "third" in EPOCHS
     assert "never" not in EPOCHS

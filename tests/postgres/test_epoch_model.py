@@ -80,7 +80,7 @@ class Model:
     async def fetchrow(self, query: str, *args: Any, timeout: float = 0) -> tuple[Any, ...]:
         world = self.world
         match query:
-            case notification_listener._LOOK:
+            case notification_listener._POLL:
                 same = world.place == world.began
                 return (
                     world.epoch,
@@ -95,9 +95,9 @@ class Model:
                     1,
                     0.0,
                 )
-            case notification_listener._SEAL:
+            case notification_listener._READ_SECRET:
                 return ("a secret",)
-            case notification_listener._MARK:
+            case notification_listener._FINGERPRINT:
                 return (world.fingerprint(args[0]),)
             case notification_listener._NEW_EPOCH:
                 expected, agreed = args
@@ -122,7 +122,7 @@ class Replica:
         self.model = model
         self.log = PostgresLog(DatabaseSettings(url="postgres://nowhere"), recent=recent)
         self.listener: NotificationListener = self.log._listener
-        self.listener.question = lambda: None  # type: ignore[method-assign]
+        self.listener.poll_soon = lambda: None  # type: ignore[method-assign]
         self.tail = self.log._tail
         self.delivery = Delivery(self.log)
         self.tail.follow(self.delivery)
@@ -130,7 +130,7 @@ class Replica:
 
     def look(self) -> None:
         """Connect anew, or poll."""
-        self.tail.announce(now(self.listener._look(cast(DatabaseConnection, self.model))))
+        self.tail.announce(now(self.listener._follow_log(cast(DatabaseConnection, self.model))))
 
     def lose(self) -> None:
         self.tail.distrust()

@@ -9,7 +9,13 @@ from structlog.testing import CapturingLogger
 
 from catbus.observability.loggers import REPEAT_INTERVAL
 from catbus.postgres.listen import forged_notifications
-from catbus.postgres.listen.forged_notifications import DEAF, LONGEST_DEAF, MANY, SLOW, ForgedNotifications
+from catbus.postgres.listen.forged_notifications import (
+    FIRST_PAUSE,
+    FLOOD_COUNT,
+    FLOOD_POLL_TIME,
+    LONGEST_PAUSE,
+    ForgedNotifications,
+)
 
 
 @pytest.fixture
@@ -19,41 +25,46 @@ def said(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     return logger
 
 
-def flood(intruders: ForgedNotifications, number: int = MANY) -> None:
+def flood(intruders: ForgedNotifications, number: int = FLOOD_COUNT) -> None:
     for _ in range(number):
         intruders.note()
 
 
 def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
     intruders = ForgedNotifications()
-    intruders.look(0.0, 0.0)
+    intruders.note_poll(0.0, 0.0)
     assert said.calls == []
     for second in range(int(REPEAT_INTERVAL * 2) + 1):
         flood(intruders, 7)
-        intruders.look(float(second), 0.0)
+        intruders.note_poll(float(second), 0.0)
     assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT_INTERVAL, 7 * REPEAT_INTERVAL]
-    intruders.look(inf, 0.0)
+    intruders.note_poll(inf, 0.0)
     assert len(said.calls) == 3, "nothing has come since"
     assert intruders.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
 
 
 def test_many_of_them_are_a_reason_to_poll_once() -> None:
     intruders = ForgedNotifications()
-    assert [intruders.note() for _ in range(3 * MANY)].count(True) == 1
-    intruders.look(0.0, 0.0)
-    assert [intruders.note() for _ in range(MANY)] == [False] * (MANY - 1) + [True]
+    assert [intruders.note() for _ in range(3 * FLOOD_COUNT)].count(True) == 1
+    intruders.note_poll(0.0, 0.0)
+    assert [intruders.note() for _ in range(FLOOD_COUNT)] == [False] * (FLOOD_COUNT - 1) + [True]
 
 
 @pytest.mark.parametrize(
-    ("number", "took", "listens"), [(MANY, SLOW, False), (MANY - 1, SLOW, True), (MANY, SLOW / 2, True)]
+    ("number", "took", "listens"),
+    [
+        (FLOOD_COUNT, FLOOD_POLL_TIME, False),
+        (FLOOD_COUNT - 1, FLOOD_POLL_TIME, True),
+        (FLOOD_COUNT, FLOOD_POLL_TIME / 2, True),
+    ],
 )
 def test_nobody_listens_when_many_have_held_up_a_poll(number: int, took: float, listens: bool) -> None:
     intruders = ForgedNotifications()
     flood(intruders, number)
-    intruders.look(100.0, took)
+    intruders.note_poll(100.0, took)
     assert intruders.may_listen(100.0) == listens
     assert intruders.floods == (not listens)
-    assert intruders.may_listen(100.0 + DEAF)
+    assert intruders.may_listen(100.0 + FIRST_PAUSE)
 
 
 def test_those_who_come_again_and_again_are_listened_to_ever_more_seldom() -> None:
@@ -61,13 +72,13 @@ def test_those_who_come_again_and_again_are_listened_to_ever_more_seldom() -> No
     pauses = []
     for _ in range(8):
         flood(intruders)
-        intruders.look(now, SLOW)
+        intruders.note_poll(now, FLOOD_POLL_TIME)
         began = now
         while not intruders.may_listen(now):
-            now += DEAF
+            now += FIRST_PAUSE
         pauses.append(now - began)
-    assert pauses == [min(DEAF * 2**n, LONGEST_DEAF) for n in range(8)]
-    now += 2 * LONGEST_DEAF
+    assert pauses == [min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in range(8)]
+    now += 2 * LONGEST_PAUSE
     flood(intruders)
-    intruders.look(now, SLOW)
-    assert intruders.may_listen(now + DEAF), "and as before after a long rest"
+    intruders.note_poll(now, FLOOD_POLL_TIME)
+    assert intruders.may_listen(now + FIRST_PAUSE), "and as before after a long rest"

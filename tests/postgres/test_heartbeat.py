@@ -35,12 +35,12 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
                 report: dict[str, Any] = {}
                 while [r.get("clients") for r in report.get("log", {}).get("replicas", ())] != [0, 1]:
                     report = json.loads(await status(one, "--json"))
+                text = await status(one)
             assert (report["ready"], report["head"]) == (True, 1)
             mine, theirs = report["log"]["replicas"]
             assert mine["pid"] == report["pid"] != theirs["pid"]
             assert mine["silent"] <= theirs["silent"] < SILENCE_SHOWN_AFTER
             assert {r["state"] for r in (mine, theirs)} == {"ready"}
-            text = await status(one)
     assert re.search(rf"^  \S+:{mine['pid']} +ready +0 +[01] ", text, re.MULTILINE)
     assert re.search(rf"^  \S+:{theirs['pid']} +ready +1 +[01] ", text, re.MULTILINE)
     assert "\n  follows    by notifications, lag: 0 messages\n" in text
@@ -50,22 +50,22 @@ async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) 
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
-        one, other = Heartbeat(lambda: {"name": "one"}), Heartbeat(lambda: {"name": "other"})
-        await one.call(sql)
-        await other.call(sql)
+        one, other = Heartbeat(), Heartbeat()
+        await one.send(sql, lambda: {"name": "one"})
+        await other.send(sql, lambda: {"name": "other"})
         assert {"one", "other"} <= {r.report.get("name") for r in other.replicas}
         assert other.replicas[0].id == other.id
         await sql.execute(
             f"UPDATE catbus.replicas SET last_heartbeat = last_heartbeat - interval '50 seconds' WHERE id = '{one.id}'"
         )
-        third = Heartbeat(dict)
-        await third.call(sql)
-        assert [round(r.silent) for r in third.replicas if r.id == one.id] == [50]
+        third = Heartbeat()
+        await third.send(sql, dict)
+        assert [round(r.age) for r in third.replicas if r.id == one.id] == [50]
         await sql.execute(
             f"UPDATE catbus.replicas SET last_heartbeat = last_heartbeat - interval '11 seconds' WHERE id = '{one.id}'"
         )
-        fourth = Heartbeat(dict)
-        await fourth.call(sql)
+        fourth = Heartbeat()
+        await fourth.send(sql, dict)
         assert one.id not in {r.id for r in fourth.replicas}
         assert other.id in {r.id for r in fourth.replicas}
 
@@ -81,9 +81,9 @@ async def test_it_is_called_every_so_often_and_not_with_every_look(database_url:
 
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
-        roll = Heartbeat(describe)
+        heartbeat = Heartbeat()
         for _ in range(10):
-            await roll.call(sql)
+            await heartbeat.send(sql, describe)
     assert described == 1
 
 
@@ -93,7 +93,7 @@ async def test_what_another_release_says_of_itself_harms_nobody(database_url: st
         assert await publisher.publish("a", b"1") == Committed(1)
         for name, report in (("x", "not JSON"), ("y", "[1]"), ("z", '{"clients":"many"}')):
             await sql.execute(f"INSERT INTO catbus.replicas VALUES ('{name}', clock_timestamp(), '{report}')")
-        roll = Heartbeat(dict)
-        await roll.call(sql)
-        found = {r.id: r.report for r in roll.replicas}
+        heartbeat = Heartbeat()
+        await heartbeat.send(sql, dict)
+        found = {r.id: r.report for r in heartbeat.replicas}
         assert (found["x"], found["y"], found["z"]) == ({}, {}, {"clients": "many"})

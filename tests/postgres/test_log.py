@@ -239,7 +239,7 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
 async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
     database_url: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_reader, "STEP", step)
+    monkeypatch.setattr(log_reader, "HISTORY_ROWS", step)
     log = make(database_url, recent=0)
     async with running(log) as (follower, publisher):
         for number in range(9):
@@ -255,8 +255,8 @@ async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
 async def test_a_history_of_large_messages_ends_when_there_is_enough(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_reader, "STEP", 2)
-    monkeypatch.setattr(log_reader, "HISTORY_SIZE", 25_000)
+    monkeypatch.setattr(log_reader, "HISTORY_ROWS", 2)
+    monkeypatch.setattr(log_reader, "HISTORY_BYTES", 25_000)
     log = make(database_url, recent=0)
     async with running(log) as (follower, publisher):
         for _ in range(9):
@@ -269,7 +269,7 @@ async def test_a_history_of_large_messages_ends_when_there_is_enough(
 async def test_who_asks_for_a_short_history_does_not_wait_for_those_who_ask_for_long_ones(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_reader, "STEP", 5)
+    monkeypatch.setattr(log_reader, "HISTORY_ROWS", 5)
     log = make(database_url, recent=0)
     ended: list[int] = []
 
@@ -299,9 +299,9 @@ async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
 
 
 async def test_a_database_that_stops_answering_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_writer, "PATIENCE", 0.3)
-    monkeypatch.setattr(notification_listener, "PATIENCE", 0.3)
-    monkeypatch.setattr(polling_interval, "PACE", 0.1)
+    monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.3)
+    monkeypatch.setattr(notification_listener, "POLL_TIMEOUT", 0.3)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -366,13 +366,13 @@ async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str, monk
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         calls: list[object] = []
-        call = log._writer._call
+        call = log._writer._fetch_row
 
         async def note(connection: Any, epoch: str, *statement: object) -> Any:
             calls.append(statement)
             return await call(connection, epoch, *statement)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(log._writer, "_call", note)
+        monkeypatch.setattr(log._writer, "_fetch_row", note)
         async with running(log) as (follower, publisher), open_sql(database_url) as sql:
             await publisher.publish_seq("a", b"0")
             async with head_locked(database_url):
@@ -409,7 +409,7 @@ async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
     """What is not the fault of a message refuses none."""
     log = make(database_url)
     sizes: list[object] = []
-    call = log._writer._call
+    call = log._writer._fetch_row
 
     async def fail_at_first(connection: Any, epoch: str, *statement: Any) -> Any:
         sizes.append(statement[-1])
@@ -417,7 +417,7 @@ async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
             raise error("not just now")
         return await call(connection, epoch, *statement)
 
-    monkeypatch.setattr(log._writer, "_call", fail_at_first)
+    monkeypatch.setattr(log._writer, "_fetch_row", fail_at_first)
     async with running(log) as (follower, publisher):
         for n in range(3):
             publisher.submit("a", b"%d" % n)
@@ -490,7 +490,7 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
 
 
 async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_writer, "PATIENCE", 0.2)
+    monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         recorder, publisher = Recorder(), Publisher(log)
@@ -515,9 +515,9 @@ async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monk
 async def test_a_notification_that_is_lost_is_found_by_the_poll(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polling_interval, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     deaf, other = make(database_url), make(database_url)
-    monkeypatch.setattr(deaf._listener, "_hear", lambda *_: None)
+    monkeypatch.setattr(deaf._listener, "_receive", lambda *_: None)
     async with running(deaf) as (follower, _), running(other) as (_, publisher):
         await publisher.publish_seq("a", b"1")
         await publisher.publish_seq("a", b"2")
@@ -633,7 +633,7 @@ async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> Non
 
 
 async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling_interval, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher):
         await publisher.publish_seq("a", b"1")
@@ -643,7 +643,7 @@ async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, m
 
 
 async def test_a_log_that_was_rolled_back_is_another_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling_interval, "PACE", 0.1)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         for n in range(1, 6):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from catbus.log import LogPage
-from catbus.postgres.follow.log_reader import DOUBTS, LogReader
+from catbus.postgres.follow.log_reader import MAX_CONFLICTS, LogReader
 
 
 class Scripted:
@@ -49,6 +49,6 @@ async def test_what_retention_has_taken_is_passed_over() -> None:
 
 
 async def test_a_table_that_lacks_entries_is_not_read_for_ever() -> None:
-    answers = [[], [(2, 1)], []] * DOUBTS
+    answers = [[], [(2, 1)], []] * MAX_CONFLICTS
     with pytest.raises(OSError, match="entries after 0"):
         await reading(*answers).page(0, 2, 1000, 1 << 20)

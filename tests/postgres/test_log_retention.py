@@ -42,22 +42,22 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     """What retention logs. It looks all the time."""
     lines = CapturingLogger()
     monkeypatch.setattr(log_retention, "logger", lines)
-    monkeypatch.setattr(log_retention, "PACE", 0.02)
-    monkeypatch.setattr(log_retention, "HELD_PACE", 0.02)
+    monkeypatch.setattr(log_retention, "CHECK_INTERVAL", 0.02)
+    monkeypatch.setattr(log_retention, "BLOCKED_INTERVAL", 0.02)
     return lines
 
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas look at the log once, when they start, and never again: the test takes the steps."""
-    monkeypatch.setattr(log_retention, "PACE", HOUR)
-    monkeypatch.setattr(polling_interval, "PACE", 0.05)
+    monkeypatch.setattr(log_retention, "CHECK_INTERVAL", HOUR)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.05)
 
 
 class Clock:
     """The clock by which replicas see how old the log is."""
 
-    statements = ("_LOOK", "_STEP")
+    statements = ("_DUE", "_STEP")
     passed = 0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,15 +244,15 @@ async def test_who_comes_in_the_way_of_a_step_is_named_too(
     database_url: str, lines: CapturingLogger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody was there when it was looked for, and then somebody was, for longer than the step waits."""
-    monkeypatch.setattr(log_retention, "HELD_PACE", HOUR)
-    ask = log_retention.LogRetention._ask_holders
+    monkeypatch.setattr(log_retention, "BLOCKED_INTERVAL", HOUR)
+    ask = log_retention.LogRetention._find_blockers
     asked = []
 
     async def blind_at_first(self: Any, connection: Any, slot: int) -> Any:
         asked.append(slot)
         return await ask(self, connection, slot) if len(asked) > 1 else ()
 
-    monkeypatch.setattr(log_retention.LogRetention, "_ask_holders", blind_at_first)
+    monkeypatch.setattr(log_retention.LogRetention, "_find_blockers", blind_at_first)
     log = make(database_url)
     async with running(log) as (_, publisher), open_sql(database_url) as dump, open_sql(database_url) as sql:
         await publish(publisher, 3)
@@ -321,8 +321,8 @@ async def test_who_has_only_just_come_or_is_gone_is_in_nobodys_way(
             await sql.execute(f"""
                 INSERT INTO pg_temp.pg_stat_activity (pid, application_name, state, xact_start)
                 VALUES (1234, 'x', {state}, {begun})""")
-        assert len(await sql.fetch(log_retention._HOLDERS, 3)) == expected
-        assert await sql.fetch(log_retention._HOLDERS, 4) == []
+        assert len(await sql.fetch(log_retention._BLOCKERS, 3)) == expected
+        assert await sql.fetch(log_retention._BLOCKERS, 4) == []
 
 
 async def test_a_database_that_is_away_ends_nothing(database_url: str, lines: CapturingLogger, clock: Clock) -> None:

@@ -25,7 +25,7 @@ async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() 
     # A retry of it by another replica may be among these.
     tail.announce(9)
     writer.submit(Append("a", b"2", lambda _, __: None))
-    batch = writer._take()
+    batch = writer._take_queued()
     assert batch is not None
     assert batch.after == 3
 
@@ -36,6 +36,6 @@ async def test_what_comes_before_the_log_is_open_is_as_new_as_the_log_then() -> 
     writer = LogWriter(never, tail, lambda: None)
     writer.submit(Append("a", b"1", lambda _, __: None))
     tail.restart("e", 9, 8)
-    batch = writer._take()
+    batch = writer._take_queued()
     assert batch is not None
     assert batch.after == 9

@@ -301,7 +301,7 @@ async def test_a_failover_that_loses_something_is_announced_and_a_standby_waited
                 await follower.wait_for(3)
                 assert follower.texts[-1] == "other 3"
                 # To be asked again says nothing new.
-                log._listener.check()
+                log._listener.poll_now()
                 await publish(publisher, "4")
                 assert len(await epochs(standby.url)) == 2
 
@@ -484,7 +484,7 @@ async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> N
 async def test_what_retention_has_taken_is_no_reason_for_doubt(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polling_interval, "PACE", 0.05)
+    monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.05)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publish(publisher, "1", "2", "3")

@@ -279,11 +279,11 @@ async def flooding(url: str, epoch: str, recorded: list[Heard]) -> AsyncIterator
         await process.wait()
 
 
-@pytest.mark.parametrize("slow", [forged_notifications.SLOW, 0.0], ids=["as it is", "polling in any case"])
+@pytest.mark.parametrize("slow", [forged_notifications.FLOOD_POLL_TIME, 0.0], ids=["as it is", "polling in any case"])
 async def test_a_flood_of_forged_notifications_holds_nothing_up(
     database_url: str, lowly_url: str, slow: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(forged_notifications, "SLOW", slow)
+    monkeypatch.setattr(forged_notifications, "FLOOD_POLL_TIME", slow)
     one, other = (PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20)) for _ in range(2))
     count = 30
     async with running(one) as (_, publisher), running(other) as (there, _):
@@ -311,7 +311,10 @@ async def test_a_flood_of_forged_notifications_holds_nothing_up(
     assert after.failures == 0
     assert after.jumps - before.jumps <= count
     # Nothing that is forged makes it ask the database more often than it may by itself.
-    assert after.polls - before.polls <= elapsed / min(polling_interval.BUSY_PACE, notification_listener._SPACING) + 10
+    assert (
+        after.polls - before.polls
+        <= elapsed / min(polling_interval.BUSY_INTERVAL, notification_listener._HINTED_POLL_INTERVAL) + 10
+    )
     lines = [record for record in caplog.records if "not ours" in record.getMessage()]
     assert 1 <= len(lines) <= 2, "one for each replica"
     assert len(caplog.records) < 20
@@ -333,7 +336,10 @@ async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_cost
         await publisher.publish_seq("a", b"1")
         after = log.statistics()
         assert after.notifications - before.notifications >= 2000
-        assert after.polls - before.polls <= (trio.current_time() - began) / notification_listener._SPACING + 10
+        assert (
+            after.polls - before.polls
+            <= (trio.current_time() - began) / notification_listener._HINTED_POLL_INTERVAL + 10
+        )
 
 
 # Replicas of the release before

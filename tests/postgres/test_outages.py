@@ -12,7 +12,7 @@ import trio
 from catbus.config import DatabaseSettings
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge
 from catbus.postgres.append import log_writer
 from catbus.postgres.follow import log_reader
 from catbus.postgres.follow.log_reader import LogReader
@@ -31,8 +31,8 @@ LEEWAY = 3.0
 
 def test_whatever_does_not_answer_is_given_up_in_time() -> None:
     """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
-    assert polling_interval.PACE + notification_listener.PATIENCE <= NOTICED
-    assert max(log_writer.PATIENCE, log_reader.PATIENCE) <= NOTICED
+    assert polling_interval.NOTIFIED_INTERVAL + notification_listener.POLL_TIMEOUT <= NOTICED
+    assert max(log_writer.APPEND_TIMEOUT, log_reader.PAGE_TIMEOUT) <= NOTICED
 
 
 async def wait_available(log: PostgresLog, available: bool, seconds: float) -> None:
@@ -183,10 +183,10 @@ async def test_a_full_disk_is_one_outage_until_there_is_room(
 
 
 async def test_a_page_of_the_log_is_not_waited_for_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_reader, "PATIENCE", 0.2)
+    monkeypatch.setattr(log_reader, "PAGE_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         reader = LogReader(partial(bridge.connect, proxy.url))
         await reader.connect()
         proxy.block()
-        with trio.fail_after(PATIENCE / 2), pytest.raises(OUTAGE):
+        with trio.fail_after(PATIENCE / 2), pytest.raises(DATABASE_ERRORS):
             await reader.page(0, 1, 10, 1000)

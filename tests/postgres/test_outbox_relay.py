@@ -381,7 +381,7 @@ async def test_it_looks_more_often_while_there_is_something_to_find(autojump_clo
     pauses = await look_for(10, database, move)
     brisk = [pause for pause in pauses if pause < 0.05]
     assert all(0.015 <= pause <= 0.025 for pause in brisk)
-    assert sum(brisk) == pytest.approx(outbox_relay.RECENT, abs=0.1)
+    assert sum(brisk) == pytest.approx(outbox_relay.BUSY_TIME, abs=0.1)
     assert all(pause >= 0.075 for pause in pauses[len(brisk) :])
 
 

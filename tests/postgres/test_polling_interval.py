@@ -5,28 +5,36 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.postgres.listen.polling_interval import BUSY, BUSY_PACE, GRACE, IDLE_PACE, PACE, TRIAL, PollingInterval
+from catbus.postgres.listen.polling_interval import (
+    BUSY_INTERVAL,
+    BUSY_TIME,
+    DISTRUST_TIME,
+    IDLE_INTERVAL,
+    NOTIFICATION_GRACE,
+    NOTIFIED_INTERVAL,
+    PollingInterval,
+)
 
 
 class Clock:
     """Polls when it is time to, or when told to."""
 
-    def __init__(self, *, deaf: bool = False, head: int = 10) -> None:
+    def __init__(self, *, listening: bool = True, head: int = 10) -> None:
         self.pace = PollingInterval()
-        self.pace.begin(deaf=deaf)
+        self.pace.begin(listening=listening)
         self.now = 100.0
         self.head = head
         assert self.poll()
 
     def poll(self) -> bool:
         """Whether the head is to be believed at once."""
-        self.pace.ask()
-        self.believed = self.pace.note(self.head, self.now)
+        self.pace.begin_poll()
+        self.believed = self.pace.note_poll(self.head, self.now)
         return self.believed == self.head
 
     def wait(self) -> float:
         """Until the next poll, which is made."""
-        pause = self.pace.pause(self.now)
+        pause = self.pace.seconds_to_next(self.now)
         self.now += pause
         self.poll()
         return pause
@@ -34,14 +42,14 @@ class Clock:
     def commit(self, *, told: bool = True) -> None:
         self.head += 1
         if told:
-            self.pace.hear(self.head)
+            self.pace.note_notification(self.head)
 
 
 def test_while_everything_is_told_of_polls_are_rare() -> None:
     clock = Clock()
     for _ in range(10):
         clock.commit()
-        assert clock.wait() == PACE
+        assert clock.wait() == NOTIFIED_INTERVAL
     assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
 
 
@@ -49,10 +57,10 @@ def test_a_poll_may_be_ahead_of_the_notification() -> None:
     clock = Clock()
     clock.commit(told=False)
     assert not clock.poll()
-    assert clock.pace.pause(clock.now) == GRACE
-    clock.pace.hear(clock.head)
-    assert clock.pace.pause(clock.now) == PACE
-    clock.now += GRACE
+    assert clock.pace.seconds_to_next(clock.now) == NOTIFICATION_GRACE
+    clock.pace.note_notification(clock.head)
+    assert clock.pace.seconds_to_next(clock.now) == NOTIFIED_INTERVAL
+    clock.now += NOTIFICATION_GRACE
     clock.poll()
     assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
 
@@ -61,24 +69,24 @@ def test_what_nothing_has_told_of_is_read_and_then_polls_are_frequent() -> None:
     clock = Clock()
     clock.commit(told=False)
     assert not clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     assert clock.poll()
     assert clock.pace.unannounced == 1
     clock.commit(told=False)
     assert clock.poll()
-    assert clock.pace.pause(clock.now) == BUSY_PACE
-    clock.now += BUSY
+    assert clock.pace.seconds_to_next(clock.now) == BUSY_INTERVAL
+    clock.now += BUSY_TIME
     assert clock.poll()
-    assert clock.pace.pause(clock.now) == IDLE_PACE
+    assert clock.pace.seconds_to_next(clock.now) == IDLE_INTERVAL
 
 
 def test_notifications_are_relied_on_again_when_they_have_told_of_everything_for_long() -> None:
     clock = Clock()
     clock.commit(told=False)
     clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     clock.poll()
-    end = clock.now + TRIAL
+    end = clock.now + DISTRUST_TIME
     while clock.now < end - 1:
         clock.commit()
         clock.poll()
@@ -86,44 +94,44 @@ def test_notifications_are_relied_on_again_when_they_have_told_of_everything_for
         assert clock.pace.polling
     clock.commit(told=False)
     clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     clock.poll()
     assert clock.pace.unannounced == 2
-    end = clock.now + TRIAL
+    end = clock.now + DISTRUST_TIME
     # For as long as nothing happens, nothing is known of them.
-    clock.now = end + TRIAL
+    clock.now = end + DISTRUST_TIME
     clock.poll()
     assert clock.pace.polling
     clock.commit()
     clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     clock.poll()
     assert not clock.pace.polling
-    assert clock.pace.pause(clock.now) == PACE
+    assert clock.pace.seconds_to_next(clock.now) == NOTIFIED_INTERVAL
 
 
 def test_where_none_come_there_is_only_polling() -> None:
-    clock = Clock(deaf=True)
+    clock = Clock(listening=False)
     assert clock.pace.polling
-    clock.now += TRIAL * 2
-    assert clock.wait() == IDLE_PACE
+    clock.now += DISTRUST_TIME * 2
+    assert clock.wait() == IDLE_INTERVAL
     clock.commit(told=False)
     assert clock.poll()
-    assert clock.wait() == BUSY_PACE
-    clock.pace.begin(deaf=False)
+    assert clock.wait() == BUSY_INTERVAL
+    clock.pace.begin(listening=True)
     clock.commit(told=False)
     assert clock.poll(), "what the first poll finds is always news"
     clock.commit(told=False)
     assert not clock.poll()
-    assert (clock.pace.polling, clock.pace.pause(clock.now)) == (False, GRACE)
+    assert (clock.pace.polling, clock.pace.seconds_to_next(clock.now)) == (False, NOTIFICATION_GRACE)
 
 
 def test_a_false_notification_hides_nothing() -> None:
     clock = Clock()
-    clock.pace.hear(1 << 60)
+    clock.pace.note_notification(1 << 60)
     clock.commit(told=False)
     clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     assert clock.poll()
     assert clock.pace.unannounced == 1
 
@@ -136,15 +144,15 @@ def test_after_a_log_was_set_back_old_notifications_tell_of_nothing() -> None:
     clock.poll()
     clock.commit(told=False)
     assert not clock.poll()
-    clock.now += GRACE
+    clock.now += NOTIFICATION_GRACE
     assert clock.poll()
     assert clock.pace.unannounced == 1
 
 
 @given(st.lists(st.sampled_from(["told", "untold", "poll", "false"]), max_size=50), st.booleans())
-def test_whatever_happens_what_is_there_is_announced_in_time(events: list[str], deaf: bool) -> None:
+def test_whatever_happens_what_is_there_is_announced_in_time(events: list[str], listening: bool) -> None:
     """By a notification, or by a poll that follows in time."""
-    clock = Clock(deaf=deaf)
+    clock = Clock(listening=listening)
     pace, announced = clock.pace, clock.head
     for event in events:
         clock.now += 0.01
@@ -155,13 +163,13 @@ def test_whatever_happens_what_is_there_is_announced_in_time(events: list[str], 
             case "untold":
                 clock.commit(told=False)
             case "false":
-                pace.hear(clock.head + 5)
+                pace.note_notification(clock.head + 5)
             case "poll":
                 clock.poll()
                 announced = max(announced, clock.believed)
     began = clock.now
     while announced < clock.head:
-        clock.now += pace.pause(clock.now)
-        assert clock.now <= began + 2 * PACE + GRACE
+        clock.now += pace.seconds_to_next(clock.now)
+        assert clock.now <= began + 2 * NOTIFIED_INTERVAL + NOTIFICATION_GRACE
         clock.poll()
         announced = max(announced, clock.believed)

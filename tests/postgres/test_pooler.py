@@ -12,7 +12,7 @@ import trio
 from catbus.config import DatabaseSettings
 from catbus.log import Entry
 from catbus.postgres import PostgresLog
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles.role_store import open_roles
 from tests.log.harness import PATIENCE, Publisher, Recorder, running
@@ -32,7 +32,7 @@ async def busy(url: str, number: int = 4) -> AsyncIterator[None]:
 
     async def use() -> None:
         while True:
-            with suppress(*OUTAGE):
+            with suppress(*DATABASE_ERRORS):
                 async with open_sql(url) as sql:
                     while True:
                         await sql.fetch("SELECT pg_sleep(0.002)")
@@ -156,7 +156,7 @@ async def test_another_server_behind_it_is_not_taken_for_the_one_that_was_looked
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its clients stay connected while the server is put back to what it was: nobody looks until somebody asks."""
-    for name in ("PACE", "IDLE_PACE", "BUSY_PACE"):
+    for name in ("NOTIFIED_INTERVAL", "IDLE_INTERVAL", "BUSY_INTERVAL"):
         monkeypatch.setattr(polling_interval, name, 3600.0)
     with open_served_cluster() as cluster:
         async with open_bouncer(cluster.url) as bouncer, running(make(bouncer.url)) as (follower, publisher):

@@ -195,7 +195,7 @@ async def test_a_service_that_is_down_again_and_again_is_told_of_a_few_times_a_m
         await supervisor.run("one", one)
     lines = [call.args[0] for call in logs.calls]
     downs = [line for line in lines if "unavailable" in line]
-    assert len(downs) == 2 * reconnecting_tasks.OUTAGES
+    assert len(downs) == 2 * reconnecting_tasks.LOGGED_OUTAGES
     assert lines.count("database connected") <= needed * len(downs) + 1
     assert max(call.kwargs.get("repeated", 0) for call in logs.calls) > 1000
 

@@ -98,7 +98,7 @@ async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkey
         await delete(database_url, "seq = 3")
         with trio.fail_after(PATIENCE):
             while len(lines.calls) < 2:
-                log._listener.check()
+                log._listener.poll_now()
                 await trio.sleep(0.01)
         assert log.statistics().polls > 4
     assert {call.method_name for call in lines.calls} == {"error"}
@@ -171,7 +171,7 @@ async def test_what_is_changed_by_hand_can_still_be_delivered(database_url: str,
 
 
 async def test_what_is_missing_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_module, "WINDOW", 3)
+    monkeypatch.setattr(repair_module, "SCANNED_SEQS", 3)
     async with filled(database_url, 20):
         await delete(database_url, "seq IN (1, 2, 5, 6, 7, 8, 9, 12, 19)")
         wanted = [(1, 2), (5, 9), (12, 12), (19, 19)]
@@ -183,7 +183,7 @@ async def test_what_is_missing_is_found_wherever_it_is(database_url: str, monkey
 
 
 async def test_many_holes_are_repaired_in_portions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_module, "PORTION", 7)
+    monkeypatch.setattr(repair_module, "REPAIRED_RANGES", 7)
     async with filled(database_url, 1) as (log, _, publisher):
         for n in range(60):
             publisher.submit("a", b"%d" % n)

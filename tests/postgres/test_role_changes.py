@@ -15,7 +15,7 @@ from catbus.config import DatabaseSettings
 from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.notifications.encryption import ROLES_CHANNEL, NotificationKeys
-from catbus.postgres.roles.role_changes import PAUSE, RoleChanges
+from catbus.postgres.roles.role_changes import MIN_INTERVAL, RoleChanges
 from catbus.postgres.roles.role_store import RoleStore
 from tests.log.harness import running
 from tests.postgres.sql import open_sql, pids
@@ -42,7 +42,7 @@ class Ear:
 
     def hear(self, _pid: int, payload: str) -> None:
         shown = self.seal.verify(ROLES_CHANNEL, payload)[0] if payload else ""
-        self.heard.append(shown if len(shown) < 2 else self.seal.read_role(shown).hex())
+        self.heard.append(shown if len(shown) < 2 else self.seal.unmask_role(shown).hex())
 
 
 @asynccontextmanager
@@ -206,19 +206,19 @@ async def test_roles_may_be_changed_by_who_may_do_nothing_else(database_url: str
 
 async def test_what_is_told_of_is_known_by_name_and_what_is_found_may_be_any(autojump_clock: MockClock) -> None:
     changes = RoleChanges()
-    changes.hear(b"\xab" * 32)
-    changes.hear(b"\xcd" * 32)
+    changes.note_role(b"\xab" * 32)
+    changes.note_role(b"\xcd" * 32)
     assert await changes.wait() == {b"\xab" * 32, b"\xcd" * 32}
-    changes.look("e", "1")
+    changes.note_version("e", "1")
     assert await changes.wait() is None
-    changes.look("e", "1")
+    changes.note_version("e", "1")
     with trio.move_on_after(1) as scope:
         await changes.wait()
     assert scope.cancelled_caught
     for epoch, version in (("e", "2"), ("e", "1"), ("f", "1")):
-        changes.hear(b"\xab" * 32)
-        changes.look(epoch, version)
-        changes.hear(b"\xab" * 32)
+        changes.note_role(b"\xab" * 32)
+        changes.note_version(epoch, version)
+        changes.note_role(b"\xab" * 32)
         assert await changes.wait() is None
 
 
@@ -236,18 +236,18 @@ async def test_a_change_that_is_told_of_again_and_again_is_looked_at_seldom(auto
         await wait_all_tasks_blocked()
         began = trio.current_time()
         for _ in range(1000):
-            changes.hear(b"\xab" * 32)
+            changes.note_role(b"\xab" * 32)
             await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
     assert taken[0] == began
-    assert len(taken) <= 1 / PAUSE + 1
-    assert all(later - earlier >= PAUSE - 1e-9 for earlier, later in pairwise(taken))
+    assert len(taken) <= 1 / MIN_INTERVAL + 1
+    assert all(later - earlier >= MIN_INTERVAL - 1e-9 for earlier, later in pairwise(taken))
 
 
 async def test_of_very_many_names_none_is_kept() -> None:
     changes = RoleChanges()
     for number in range(3000):
-        changes.hear(number.to_bytes(32))
+        changes.note_role(number.to_bytes(32))
     assert await changes.wait() is None
 
 

@@ -18,7 +18,7 @@ from catbus.errors import Unavailable
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge
 from catbus.postgres.roles import role_lookup
 from catbus.postgres.roles.role_changes import RoleChanges
-from catbus.postgres.roles.role_lookup import PATIENCE, RoleLookup
+from catbus.postgres.roles.role_lookup import LOOKUP_TIMEOUT, RoleLookup
 from catbus.postgres.roles.role_store import open_roles
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, pids, wait_until
@@ -79,7 +79,7 @@ async def test_those_who_come_together_are_looked_up_together(database_url: str)
             for _ in range(100):
                 for key in (*keys, bytes(32)):
                     nursery.start_soon(find, key)
-        assert lookup._inquiry.statements == 2
+        assert lookup._connection.statements == 2
     for number, key in enumerate(keys):
         assert found.count(Identity(f"c{number}", GRANTS, None, role=key)) == 100
     assert found.count(None) == 100
@@ -150,7 +150,7 @@ async def test_a_connection_is_made_when_it_is_needed_and_again_when_it_was_lost
 
 
 async def wait_until_closed(lookup: RoleLookup) -> None:
-    connection = lookup._inquiry._connection
+    connection = lookup._connection._connection
     assert isinstance(connection, DatabaseConnection)
 
     async def closed() -> bool:
@@ -183,7 +183,7 @@ async def test_a_database_without_the_schema_is_unavailable(empty_database_url: 
 
 async def test_a_database_that_hangs_is_unavailable_in_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key = await make_role(database_url)
-    monkeypatch.setattr(role_lookup, "PATIENCE", 0.2)
+    monkeypatch.setattr(role_lookup, "LOOKUP_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
         await look_up(lookup, key)
         proxy.block()
@@ -212,7 +212,7 @@ async def test_nobody_waits_longer_than_the_bound_whatever_the_connection_does(a
         nursery.start_soon(lookup.run)
         with pytest.raises(Unavailable):
             await look_up(lookup, bytes(32))
-        assert trio.current_time() == PATIENCE
+        assert trio.current_time() == LOOKUP_TIMEOUT
         nursery.cancel_scope.cancel()
 
 
@@ -225,7 +225,7 @@ async def test_a_mistake_of_ours_is_logged_and_no_end_of_the_replica(
             patch.setattr(role_lookup, "role_from_row", lambda row: row.no_such_thing)
             with pytest.raises(Unavailable):
                 await look_up(lookup, key)
-        assert "looking roles up failed" in caplog.text
+        assert "the lookup of roles failed" in caplog.text
         assert await look_up(lookup, key) is not None
 
 

@@ -18,7 +18,7 @@ from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError
 from catbus.log import Committed
 from catbus.postgres import PostgresLog
-from catbus.postgres.access.asyncpg_bridge import OUTAGE, open_bridge
+from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge
 from tests.log.harness import running
 from tests.postgres.bouncer import open_bouncer
 
@@ -56,7 +56,7 @@ async def is_encrypted(url: str) -> bool:
 
 
 async def test_what_sslmode_asks_for_is_what_there_is(server: Server) -> None:
-    with pytest.raises(OUTAGE, match="SSL required"):
+    with pytest.raises(DATABASE_ERRORS, match="SSL required"):
         await is_encrypted(server.url(sslmode="disable"))
     assert await is_encrypted(server.url(sslmode="require"))
     assert await is_encrypted(server.url(sslmode="verify-ca", sslrootcert=server.authority))

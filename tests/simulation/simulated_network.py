@@ -29,10 +29,10 @@ _WRITES = {*_APPENDS, notification_listener._NEW_EPOCH, log_retention._STEP}
 KINDS = ("append", "look", "page", "epoch", "connect")
 _KIND = {
     **dict.fromkeys(_APPENDS, "append"),
-    notification_listener._LOOK: "look",
+    notification_listener._POLL: "look",
     **dict.fromkeys((log_reader._PAGE, log_reader._POSITION), "page"),
     **dict.fromkeys(
-        (notification_listener._MARK, notification_listener._EPOCHS, notification_listener._NEW_EPOCH), "epoch"
+        (notification_listener._FINGERPRINT, notification_listener._EPOCHS, notification_listener._NEW_EPOCH), "epoch"
     ),
 }
 

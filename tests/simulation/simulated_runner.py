@@ -171,15 +171,15 @@ def simulation_settings() -> Iterator[None]:
         # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
         # fewer turns in a case, and the same happens in them.
         for module, name, seconds in (
-            (log_writer, "PATIENCE", 2.0),
-            (log_writer, "EPOCH_PATIENCE", 1.0),
-            (notification_listener, "PATIENCE", 0.6),
-            (outbox_relay, "PATIENCE", 0.6),
-            (polling_interval, "IDLE_PACE", 0.5),
-            (polling_interval, "BUSY_PACE", 0.1),
-            (outbox_relay, "PACE", 1.0),
-            (outbox_relay, "BRISK_PACE", 1.0),
-            (outbox_relay, "SHARE", 1),
+            (log_writer, "APPEND_TIMEOUT", 2.0),
+            (log_writer, "EPOCH_TIMEOUT", 1.0),
+            (notification_listener, "POLL_TIMEOUT", 0.6),
+            (outbox_relay, "POLL_TIMEOUT", 0.6),
+            (polling_interval, "IDLE_INTERVAL", 0.5),
+            (polling_interval, "BUSY_INTERVAL", 0.1),
+            (outbox_relay, "POLL_INTERVAL", 1.0),
+            (outbox_relay, "BUSY_POLL_INTERVAL", 1.0),
+            (outbox_relay, "POLL_TIME_SHARE", 1),
         ):
             patch.setattr(module, name, seconds)
         yield

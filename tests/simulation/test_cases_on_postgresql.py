@@ -28,7 +28,7 @@ async def test_random_cases_keep_every_promise(
 ) -> None:
     silence_loggers(monkeypatch)
     monkeypatch.setattr(reconnecting_tasks, "LONGEST_DELAY", 0.1)
-    monkeypatch.setattr(outbox_relay, "PACE", 0.05)
+    monkeypatch.setattr(outbox_relay, "POLL_INTERVAL", 0.05)
     seed = int(os.environ.get("CATBUS_SEED") or Random().randrange(1 << 32))
     source, number, episodes = Random(seed), 0, 0
     async with connected(database_url) as (sql, locking, proxies):

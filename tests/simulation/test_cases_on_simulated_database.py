@@ -89,22 +89,22 @@ def announce_no_gap(planter: MistakePlanter) -> None:
 def drop_batches_with_an_unknown_outcome(planter: MistakePlanter) -> None:
     run = LogWriter.run
 
-    async def forgetful(self: LogWriter, working: ReportProgress) -> None:
-        self._flight.clear()
-        await run(self, working)
+    async def forgetful(self: LogWriter, report_progress: ReportProgress) -> None:
+        self._in_flight.clear()
+        await run(self, report_progress)
 
     planter.replace(LogWriter, "run", forgetful)
 
 
 def resend_batches_under_new_keys(planter: MistakePlanter) -> None:
-    call, numbers = AppendBatch.call, count(1_000_000)
+    call, numbers = AppendBatch.build_call, count(1_000_000)
 
     def renewed(self: AppendBatch, encrypt: Encrypt, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
         if self._args is not None:
             self._args, self.numbers = None, [next(numbers) for _ in self.numbers]
         return call(self, encrypt, move=move)
 
-    planter.replace(AppendBatch, "call", renewed)
+    planter.replace(AppendBatch, "build_call", renewed)
 
 
 def apply_a_notification_without_what_is_missing_before_it(planter: MistakePlanter) -> None:

@@ -32,7 +32,7 @@ from ...endpoints.open_files import connections_that_fit
 from ...errors import ConfigError
 from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
 from ...postgres.embedded.installations import find_installation
-from ...postgres.embedded.server import served
+from ...postgres.embedded.server import running_url
 from ...protocol.wire_messages import to_json
 from ..database_access import embedded_directory
 from ..shared_options import config_option, database_option, state_option
@@ -244,7 +244,7 @@ def _check_database(reading: LoadedConfig, report: ReportResult) -> None:
         return
     if settings.url == "embedded":
         directory = embedded_directory(config)
-        url = served(directory)
+        url = running_url(directory)
         if url is None:
             try:
                 report(CheckResult("ok", "database", f"embedded in {directory}, not running; {find_installation()}"))

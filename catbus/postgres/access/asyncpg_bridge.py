@@ -1,6 +1,6 @@
-"""asyncpg on trio-asyncio, seen from Trio. Nothing else imports either of them.
+"""asyncpg in Trio, through trio-asyncio. No other module imports either of them.
 
-Crossing costs some 100 us: cross once per batch, never once per message.
+A call into asyncio costs about 100 us: make one per batch, never one per message.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ T = TypeVar("T")
 Row = Sequence[Any]
 NotificationCallback = Callable[[int, str], None]
 
-OUTAGE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What a database that is away, or that is not as it should be, makes its users see.
+DATABASE_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""The errors of a database that is unreachable or not as it should be.
 
-The last one is how asyncpg puts it when the server had said goodbye before it was asked.
+asyncpg raises the last one when the server has closed the connection before a call.
 """
 
 QUERY_TIMEOUT = 10.0
-# What is not acknowledged, or asks a peer that is gone, ends after 4 s.
+# A connection whose data or probes are not acknowledged ends after 4 s.
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
@@ -46,17 +46,17 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4_000),
 )
-_MENTION_TYPES = "SELECT $1::text[], $2::bytea[], $3::bigint[]"
-"""All that arguments and results are of, beside those that asyncpg knows."""
+_LOAD_TYPES = "SELECT $1::text[], $2::bytea[], $3::bigint[]"
+"""A statement with all types of arguments and results that asyncpg does not know by itself."""
 
 
 def sqlstate(error: BaseException) -> str:
-    """The five characters by which PostgreSQL tells errors apart; empty for an error of another kind."""
+    """The SQLSTATE of an error; empty for an error that is not from PostgreSQL."""
     return getattr(error, "sqlstate", None) or ""
 
 
 def leaf_exceptions(error: BaseException) -> Iterator[BaseException]:
-    """The exceptions that a group is made of, or the one that is none."""
+    """The single exceptions in a group, or an exception that is not a group."""
     if isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
             yield from leaf_exceptions(part)
@@ -65,7 +65,7 @@ def leaf_exceptions(error: BaseException) -> Iterator[BaseException]:
 
 
 class _NameLookupExecutor(trio_asyncio.TrioExecutor):  # type: ignore[misc]
-    """Runs name look-ups in threads that may be left behind: a silent name server must not hold up a stop."""
+    """Runs name lookups in threads that may be abandoned: a silent name server must not delay a shutdown."""
 
     async def submit(self, func: Callable[..., Any], *args: Any) -> Any:
         return await trio.to_thread.run_sync(func, *args, abandon_on_cancel=True)
@@ -73,7 +73,7 @@ class _NameLookupExecutor(trio_asyncio.TrioExecutor):  # type: ignore[misc]
 
 @asynccontextmanager
 async def open_bridge() -> AsyncIterator[Bridge]:
-    """Run an asyncio loop inside Trio for as long as the context lasts. A lone exception leaves it as it is."""
+    """Run an asyncio loop inside Trio while the context lasts. A single exception is raised without a group."""
     try:
         async with trio_asyncio.open_loop() as loop:
             bridge = Bridge(loop)
@@ -91,7 +91,7 @@ async def open_bridge() -> AsyncIterator[Bridge]:
 
 
 class Bridge:
-    """The way into the asyncio loop. Its connections may be used by any task of the same Trio run."""
+    """The asyncio loop. All tasks of the same Trio run may use its connections."""
 
     def __init__(self, loop: Any) -> None:
         self.is_open = True
@@ -102,27 +102,27 @@ class Bridge:
         self._pooled: set[str] = set()
         """The URLs that led to a pooler."""
         self._plain: set[str] = set()
-        """Those where a session cannot be started with settings, as behind many a pooler."""
-        self._good: set[str] = set()
-        """Those that have led somewhere."""
+        """The URLs of servers that reject startup parameters, as many poolers do."""
+        self._reached: set[str] = set()
+        """The URLs that have led to a server."""
 
     def close(self) -> None:
-        """Terminate every connection: whoever still waits for one sees an outage."""
+        """Terminate all connections. Calls that wait for one fail with one of `DATABASE_ERRORS`."""
         self.is_open = False
         for connection in list(self._connections):
             connection.terminate()
 
     def note_stray_error(self, loop: object, context: dict[str, Any]) -> None:
-        """Log and count what went wrong in a callback: by default it would end the loop and all beside it."""
+        """Log and count an error in a callback. By default it would end the loop and everything beside it."""
         self.stray_errors += 1
         text, error = context.get("message"), context.get("exception")
-        # asyncio says some of it while objects are collected, when Trio need not be running.
+        # asyncio reports some errors during garbage collection, when Trio need not be running.
         self._strays.log(monotonic(), "error in a callback", kind=text, reason=text, exception=error)
 
     async def connect(self, url: str, timeout: float = QUERY_TIMEOUT, *, setting: str = "url") -> DatabaseConnection:
-        """Connect within `timeout` seconds. Raises one of `OUTAGE`, or `ConfigError` where the URL itself is wrong.
+        """Connect within `timeout` seconds. Raises one of `DATABASE_ERRORS`, or `ConfigError` for a wrong URL.
 
-        libpq's parameters in the URL mean what `urls.PARAMETERS` says. `setting` is the one that the URL stands in.
+        `connection_url.PARAMETERS` describes the parameters of the URL. `setting` names the setting of the URL.
         """
         with trio.move_on_after(timeout):
             while True:
@@ -131,21 +131,21 @@ class Bridge:
                     targets = find_targets(url)
                 except ConfigError as error:
                     text = f"[database] {setting}: {error}"
-                    if url in self._good:
-                        # It was right, and files come and go: no reason to end everything.
+                    if url in self._reached:
+                        # The URL worked before, and files may come and go. That must not end the broker.
                         raise OSError(text) from None
                     raise ConfigError(text) from None
                 share = timeout if len(targets) == 1 else timeout / len(targets)
                 try:
                     start = partial(self._open, targets, share, pooled, plain=url in self._plain)
-                    connection: DatabaseConnection = await self.cross(start, _give_up)
+                    connection: DatabaseConnection = await self.run_in_asyncio(start, _stop_connecting)
                 except asyncpg.PostgresError as error:
                     if url in self._plain or sqlstate(error) not in POOLER_ERROR_CODES:
                         raise
                     self._plain.add(url)
                     self._pooled.add(url)
                     continue
-                self._good.add(url)
+                self._reached.add(url)
                 if connection.pooled == pooled:
                     self._connections.add(connection)
                     connection.when_closed(partial(self._connections.discard, connection))
@@ -157,30 +157,32 @@ class Bridge:
     async def _open(
         self, targets: Sequence[ConnectionTarget], share: float, pooled: bool, *, plain: bool
     ) -> DatabaseConnection:
-        """A connection, with prepared statements unless it is expected to lead to a pooler.
+        """Connect, with prepared statements unless `pooled`.
 
-        Behind a pooler the next statement may meet another server process, which has not prepared the same. `plain`
-        starts the session without settings.
+        Behind a pooler the next statement may reach another server process, which has not prepared it. `plain` starts
+        the session without settings.
         """
         options: dict[str, Any] = {"connection_class": _AsyncpgConnection}
         options |= {"statement_cache_size": 0} if pooled else {"max_cached_statement_lifetime": 0}
-        raw = await _dial(targets, share, {} if plain else STARTUP_SETTINGS, options)
+        raw = await _connect_any(targets, share, {} if plain else STARTUP_SETTINGS, options)
         try:
-            # In a transaction a pooler does not give the server to somebody else. Without a name: it may have that.
+            # Within a transaction a pooler keeps the server process. The statement has no name, as names may be taken.
             await _begin(raw)
             statement = await raw.prepare("SELECT pg_catalog.pg_backend_pid()", name="")
             connection = DatabaseConnection(self, raw, await statement.fetchval())
             if connection.pooled:
-                # asyncpg asks about types when it meets them, by names that a session may have given another meaning.
-                await raw.prepare(_MENTION_TYPES, name="")
+                # asyncpg queries types when it first meets them, by names that a session may have redefined.
+                await raw.prepare(_LOAD_TYPES, name="")
             await raw.execute("COMMIT" if connection.pooled else complete_script(connection.version, started=not plain))
             return connection
         except BaseException:
             raw.terminate()
             raise
 
-    async def cross(self, start: Callable[[], Coroutine[Any, Any, T]], stop: Callable[[asyncio.Task[T]], object]) -> T:
-        """Run an asyncio coroutine. When this is cancelled, call `stop` and wait for the coroutine to end."""
+    async def run_in_asyncio(
+        self, start: Callable[[], Coroutine[Any, Any, T]], stop: Callable[[asyncio.Task[T]], object]
+    ) -> T:
+        """Run an asyncio coroutine. On cancellation, call `stop` and wait for the coroutine to end."""
         if not self.is_open:
             raise OSError("the log is not running")
         future: asyncio.Task[T] = self._loop.create_task(start())
@@ -197,24 +199,24 @@ class Bridge:
         await trio.lowlevel.wait_task_rescheduled(abort)
         if raise_cancel is not None:
             if not future.cancelled():
-                future.exception()  # seen, so that asyncio does not complain of it
+                future.exception()  # retrieved, so that asyncio does not log it
             raise_cancel()
         if future.cancelled():
             raise OSError("the connection was given up")
         return future.result()
 
 
-async def _dial(
+async def _connect_any(
     targets: Sequence[ConnectionTarget], share: float, settings: Mapping[str, str], options: Mapping[str, Any]
 ) -> Any:
-    """The first of the hosts that takes us, each within `share` seconds; raises what the last one has said.
+    """Connect to the first host that accepts, each within `share` seconds. Raises the error of the last host.
 
-    As with libpq, a host that refuses the user or the password ends the search: the others would do the same.
+    As with libpq, a host that rejects the user or the password ends the search: the others would do the same.
     """
     for number, target in enumerate(targets, 1):
         timeout = min(target.timeout or share, share)
         try:
-            return await _dial_host(target, timeout, settings, options)
+            return await _connect_host(target, timeout, settings, options)
         except (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched) as error:
             if number == len(targets):
                 if isinstance(error, TimeoutError):
@@ -223,10 +225,10 @@ async def _dial(
     raise AssertionError("there is always a host")
 
 
-async def _dial_host(
+async def _connect_host(
     target: ConnectionTarget, timeout: float, settings: Mapping[str, str], options: Mapping[str, Any]
 ) -> Any:
-    """Connect to one host, with TLS or without, as its ways have it. `settings` are those of the session."""
+    """Connect to one host, with or without TLS, in the order of `target.ways`. `settings` are those of the session."""
     arguments = {**target.arguments, "server_settings": {**target.arguments["server_settings"], **settings}}
     *ways, last = target.ways
     refusal: asyncpg.PostgresError | None = None
@@ -234,7 +236,7 @@ async def _dial_host(
         try:
             return await asyncpg.connect(**arguments, ssl=way, timeout=timeout, **options)
         except (ConnectionRefusedError, asyncpg.InvalidPasswordError, asyncpg.CannotConnectNowError):
-            # It would be the same the other way, and its error tells more.
+            # The other way would fail, too, with a less helpful error.
             raise
         except asyncpg.PostgresError as error:
             refusal = error if sqlstate(error) in POOLER_ERROR_CODES else None
@@ -244,13 +246,13 @@ async def _dial_host(
         return await asyncpg.connect(**arguments, ssl=last, timeout=timeout, **options)
     except ConnectionError:
         if refusal is not None:
-            # There is no other way: it is the settings that a pooler does not take.
+            # No other way works: a pooler rejects the settings.
             raise refusal from None
         raise
 
 
 async def _begin(raw: Any) -> None:
-    """Begin a transaction with the settings of `environment`."""
+    """Begin a transaction with the settings of `session_settings`."""
     version = raw.get_server_version().major
     try:
         await raw.execute(begin_script(version))
@@ -258,12 +260,12 @@ async def _begin(raw: Any) -> None:
         await raw.execute(begin_script(version, read_write=False))  # a standby
 
 
-def _stays_here(peer: socket.socket) -> bool:
+def _is_local(peer: socket.socket) -> bool:
     return peer.family == socket.AF_UNIX or ipaddress.ip_address(peer.getpeername()[0]).is_loopback
 
 
-def _give_up(connecting: asyncio.Task[Any]) -> None:
-    """Stop connecting; a connection that has come about all the same is not for anybody."""
+def _stop_connecting(connecting: asyncio.Task[Any]) -> None:
+    """Stop connecting. If a connection is established all the same, terminate it."""
 
     def discard(task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and task.exception() is None:
@@ -274,33 +276,33 @@ def _give_up(connecting: asyncio.Task[Any]) -> None:
 
 
 class _AsyncpgConnection(asyncpg.Connection):  # type: ignore[misc]
-    """A connection of asyncpg that hands notifications on where they are read.
+    """A connection of asyncpg that calls the callbacks of notifications directly while it reads them.
 
-    asyncpg makes a callback of the event loop of each, which costs 45 us: a role that sends as many as it can would
-    take all of our time.
+    asyncpg schedules a callback of the event loop for each notification, which costs 45 us: a role that sends as many
+    as it can would use up the CPU of the replica.
     """
 
-    __slots__ = ("heard",)
+    __slots__ = ("callbacks",)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.heard: dict[str, NotificationCallback] = {}
+        self.callbacks: dict[str, NotificationCallback] = {}
 
     def _process_notification(self, pid: int, channel: str, payload: str) -> None:
-        heard = self.heard.get(channel)
-        if heard is None:
+        callback = self.callbacks.get(channel)
+        if callback is None:
             return
         try:
-            heard(pid, payload)
+            callback(pid, payload)
         except Exception as error:  # noqa: BLE001
             self._loop.call_exception_handler({"message": "a listener failed", "exception": error})
 
 
 class DatabaseConnection:
-    """A connection to PostgreSQL: a context manager that terminates it in the end.
+    """A connection to PostgreSQL: a context manager that terminates it at the end.
 
-    After a time-out, or when a call was cancelled, nobody can say what the server did: the connection is terminated.
-    asyncpg would open a second one to send a cancel request, which is worse than nothing while an append is in doubt.
+    After a timeout or the cancellation of a call, the state of the server is unknown, so the connection is terminated.
+    asyncpg would open a second one to send a cancel request, which does harm while an append is in doubt.
     """
 
     def __init__(self, bridge: Bridge, raw: Any, pid: int) -> None:
@@ -308,14 +310,14 @@ class DatabaseConnection:
         self._raw = raw
         self.version: int = raw.get_server_version().major
         self.pid = pid
-        """The process that serves this connection, or behind a pooler one that did."""
+        """The server process of this connection; behind a pooler, a former one."""
         self.pooled: bool = pid != raw.get_server_pid()
-        """Whether this leads to a pooler: what answers is not the process that it was said to be on connecting."""
+        """Whether this leads to a pooler: the process that answers is not the one named on connecting."""
         self.encrypted: bool = raw._transport.get_extra_info("ssl_object") is not None
-        """Whether it goes through TLS."""
+        """Whether the connection uses TLS."""
         peer = raw._transport.get_extra_info("socket")
-        self.remote = peer is not None and not _stays_here(peer)
-        """Whether it leaves this machine."""
+        self.remote = peer is not None and not _is_local(peer)
+        """Whether the server is on another machine."""
         if peer is not None and peer.family != socket.AF_UNIX:
             for level, option, value in _KEEPALIVE:
                 peer.setsockopt(level, option, value)
@@ -330,53 +332,53 @@ class DatabaseConnection:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is known to be gone."""
+        """Whether the connection is known to be lost."""
         return bool(self._raw.is_closed())
 
     def when_closed(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, once, when the connection is lost or terminated."""
+        """Call `callback` once, when the connection is lost or terminated."""
         self._raw.add_termination_listener(lambda _: callback())
 
     def terminate(self) -> None:
-        """Drop the connection without waiting for anything. What runs on it fails with one of `OUTAGE`."""
+        """Drop the connection without waiting. Running calls fail with one of `DATABASE_ERRORS`."""
         self._raw.terminate()
 
     async def fetch(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> list[Row]:
-        """All rows of one statement. It runs with the settings of `environment`, unless it is a CALL.
+        """Fetch all rows of one statement. It runs with the settings of `session_settings`, unless it is a CALL.
 
-        Behind a pooler a session keeps no settings, so a transaction has them. That costs two round trips, through
-        which locks are held. A procedure begins a transaction by itself instead.
+        Behind a pooler a session keeps no settings, so the statement gets a transaction with them. That costs two round
+        trips, during which locks are held. A procedure begins a transaction by itself instead.
         """
         wrapped = self.pooled and not query.startswith("CALL ")
         fetch = self._fetch_in_transaction if wrapped else self._raw.fetch
         return await self._call(lambda: fetch(query, *args), timeout)
 
     async def fetchrow(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> Row:
-        """The one row of a statement that always has one."""
+        """Fetch the one row of a statement that always returns one."""
         rows = await self.fetch(query, *args, timeout=timeout)
         if not rows:
-            raise OSError("the database gave no answer where there always is one")
+            raise OSError("the database returned no row for a statement that always returns one")
         return rows[0]
 
     async def begin(self, *, timeout: float = QUERY_TIMEOUT) -> None:
-        """Begin a transaction with the settings of `environment`. Until it ends, statements run in it."""
+        """Begin a transaction with the settings of `session_settings`. Until it ends, statements run in it."""
         await self._call(lambda: _begin(self._raw), timeout)
 
     async def execute(self, script: str, *, timeout: float = QUERY_TIMEOUT) -> None:
-        """Any number of statements, in one transaction unless they say otherwise."""
+        """Run any number of statements, in one transaction unless they say otherwise."""
         await self._call(lambda: self._raw.execute(script), timeout)
 
     async def listen(self, channel: str, callback: NotificationCallback, *, timeout: float = QUERY_TIMEOUT) -> None:
         """Call `callback` with the sender's process id and the payload of each notification from now on.
 
-        It stands inside the reader, which it holds up. What it raises is logged and counted.
+        The callback runs while the connection is read, and delays that. Its exceptions are logged and counted.
         """
-        self._raw.heard[channel] = callback
+        self._raw.callbacks[channel] = callback
         await self.execute(f'LISTEN "{channel}"', timeout=timeout)
 
     async def unlisten(self, *, timeout: float = QUERY_TIMEOUT) -> None:
-        """Listen to nothing any more."""
-        self._raw.heard.clear()
+        """Stop listening on all channels."""
+        self._raw.callbacks.clear()
         await self.execute("UNLISTEN *", timeout=timeout)
 
     async def _fetch_in_transaction(self, query: str, *args: object) -> list[Row]:
@@ -387,7 +389,7 @@ class DatabaseConnection:
         try:
             rows: list[Row] = await raw.fetch(query, *args)
         except asyncpg.PostgresError:
-            with suppress(*OUTAGE):
+            with suppress(*DATABASE_ERRORS):
                 await raw.execute("ROLLBACK")
             raise
         await raw.execute("COMMIT")
@@ -395,5 +397,5 @@ class DatabaseConnection:
 
     async def _call(self, start: Callable[[], Coroutine[Any, Any, T]], timeout: float) -> T:
         with trio.move_on_after(timeout):
-            return await self._bridge.cross(start, lambda _: self.terminate())
+            return await self._bridge.run_in_asyncio(start, lambda _: self.terminate())
         raise TimeoutError(f"no answer within {timeout:g} s")

@@ -1,4 +1,4 @@
-"""A database's URL as libpq has it: what each parameter does here, and what to do about one that does nothing."""
+"""The URL of a database, in libpq's format: its parameters, and the hosts that it leads to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tls import CERTIFICATES, make_context
 
 PORT = 5432
 _SOCKETS = "/run/postgresql", "/var/run/postgresql", "/tmp"  # noqa: S108 (PostgreSQL's own default)
-"""Where a server on this machine has its socket, by distribution."""
+"""The directories of the server's socket, by distribution."""
 _BAD_ESCAPE = re.compile(r"%(?![0-9a-fA-F]{2})|%00")
 _MODES = "disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 _VERSIONS = "TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"
@@ -26,7 +26,7 @@ _VERSIONS = "TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"
 
 @dataclass(frozen=True, slots=True)
 class UrlParameter:
-    """`text` says what it does, or what to do instead. `values`: which it may have; None for any, () for none."""
+    """A parameter: `text` says what it does, or what to do instead. `values`: None allows any value, () allows none."""
 
     text: str
     values: tuple[str, ...] | None = None
@@ -105,7 +105,7 @@ PARAMETERS: Mapping[str, UrlParameter] = {
     "oauth_client_secret": _OAUTH,
     "oauth_scope": _OAUTH,
 }
-"""Everything that libpq of PostgreSQL 18 knows; also `database`, as other drivers call it."""
+"""All parameters of libpq in PostgreSQL 18, and `database`, as other drivers call `dbname`."""
 
 ENVIRONMENT_VARIABLES: Mapping[str, str] = {
     "host": "PGHOST",
@@ -120,9 +120,9 @@ ENVIRONMENT_VARIABLES: Mapping[str, str] = {
     "sslkey": "PGSSLKEY",
     "sslcrl": "PGSSLCRL",
 }
-"""Variables that count where a URL leaves the parameter out; those for TLS not for a Unix socket.
+"""Environment variables for parameters that the URL leaves out. Those for TLS do not apply to a Unix socket.
 
-An embedded server's URL has everything else and leads to a Unix socket, so that none of them counts for it.
+None of them applies to an embedded server: its URL has all other parameters, and leads to a Unix socket.
 """
 
 _TRANSLATED = {
@@ -136,9 +136,9 @@ Given = Callable[[str], str | None]
 
 @dataclass(frozen=True, slots=True)
 class ConnectionTarget:
-    """One host: the arguments of `asyncpg.connect` for it, and what to give as `ssl`, one after another until it works.
+    """One host: the arguments of `asyncpg.connect`, and the values of `ssl` to try, in order.
 
-    `timeout` is how many seconds it may take, where the URL says so.
+    `timeout`: the seconds that a connection may take, if the URL says so.
     """
 
     arguments: Mapping[str, Any] = field(repr=False)
@@ -147,12 +147,12 @@ class ConnectionTarget:
 
 
 def find_targets(url: str, environ: Mapping[str, str] = os.environ) -> list[ConnectionTarget]:
-    """The hosts that a URL leads to, in the order in which to try them.
+    """The hosts of a URL, in the order in which to try them.
 
-    Files may change while a broker runs, so it is done for each connection. Raises `ConfigError` for a URL that cannot
-    be understood or followed; the text shows no part of it that might be secret.
+    Call it for each connection, as files may change while a broker runs. Raises `ConfigError` for an invalid URL or an
+    unusable file. The error text contains no part of the URL that might be secret.
     """
-    found = parse(url)
+    found = parse_url(url)
 
     def given(name: str) -> str | None:
         if name in found:
@@ -176,7 +176,7 @@ def find_targets(url: str, environ: Mapping[str, str] = os.environ) -> list[Conn
                 "host": host,
                 "port": port,
                 "user": user,
-                # What is empty is not looked for anywhere else.
+                # With an empty value, asyncpg does not look elsewhere.
                 "password": given("password") or _password_in_file(given("passfile"), host, port, database, user),
                 "database": database,
                 "direct_tls": given("sslnegotiation") == "direct",
@@ -198,8 +198,8 @@ def find_targets(url: str, environ: Mapping[str, str] = os.environ) -> list[Conn
 # The URL
 
 
-def parse(url: str) -> dict[str, str]:
-    """The parameters in a URL, by libpq's names for them. Raises `ConfigError`."""
+def parse_url(url: str) -> dict[str, str]:
+    """The parameters of a URL, by their libpq names. Raises `ConfigError`."""
     head, _, query = url.partition("://")[2].partition("?")
     place, _, database = head.partition("/")
     login, at, hosts = place.rpartition("@")
@@ -226,7 +226,7 @@ def parse(url: str) -> dict[str, str]:
 
 
 def _split_hosts(text: str) -> tuple[str, str]:
-    """Hosts and ports as `host` and `port` have them."""
+    """Split into the formats of the parameters `host` and `port`."""
     hosts, ports = [], []
     for item in text.split(","):
         match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[\]]*))(?::([0-9]*))?", item)
@@ -253,7 +253,7 @@ def _hint(name: str) -> str:
 
 
 def _check(name: str, value: str, label: str) -> None:
-    """Raise `ConfigError` unless a parameter, which stands under this label, may have the value."""
+    """Raise `ConfigError` unless the parameter may have the value. `label` names it in the error."""
     parameter = PARAMETERS[name]
     if parameter.values is None or value in parameter.values:
         return
@@ -261,7 +261,7 @@ def _check(name: str, value: str, label: str) -> None:
     raise ConfigError(f"{label}: {parameter.text.replace('`', '')}{choice}")
 
 
-# What it leads to
+# Hosts
 
 
 def _hosts(given: Given) -> list[tuple[str, int]]:
@@ -281,7 +281,7 @@ def _hosts(given: Given) -> list[tuple[str, int]]:
 
 
 def _local_host(port: int) -> str:
-    """Where a server on this machine is to be found that nothing was said of."""
+    """The host of a local server: the directory of its socket, or `localhost`."""
     return next((place for place in _SOCKETS if Path(place, f".s.PGSQL.{port}").exists()), "localhost")
 
 
@@ -300,7 +300,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _ways(given: Given) -> list[Any]:
-    """What to give as `ssl` for a host that is reached by TCP, one after another until it works."""
+    """The values of `ssl` to try for a TCP host, in order."""
     certificates = {name: given(name) for name in CERTIFICATES}
     mode = given("sslmode") or ("verify-full" if certificates["sslrootcert"] == "system" else "prefer")
     if certificates["sslrootcert"] == "system" and mode != "verify-full":
@@ -320,7 +320,7 @@ def _ways(given: Given) -> list[Any]:
 
 
 def _password_in_file(path: str | None, host: str, port: int, database: str, user: str) -> str:
-    """What a password file says for this; empty where there is none, or it says nothing."""
+    """The password in a password file; empty if there is no file or no matching line."""
     if path is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""The schema in the database, brought up to the one that this release needs."""
+"""Migrations: bring the schema of a database to the version that this release needs."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from importlib import resources
 from ...config import DatabaseSettings
 from ...errors import ConfigError, Unavailable
 from ...observability.loggers import get_logger
-from .asyncpg_bridge import OUTAGE, DatabaseConnection, open_bridge
+from .asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection, open_bridge
 
 logger = get_logger("catbus.postgres")
 
 OLDEST_SERVER = 14
-_PATIENCE = 120.0
-"""Seconds for one file: another replica may be at it, and a big table takes its time."""
-_LOCK = 0x636174627573
-"""The key of the advisory lock: "catbus"."""
-# to_regclass() would go by a cache, in which the other replica's table need not be yet when we get its lock.
-_PREPARED = """
+_SCRIPT_TIMEOUT = 120.0
+"""Seconds for one file: another replica may be applying it, and a large table takes its time."""
+_ADVISORY_LOCK = 0x636174627573
+"""The key of the advisory lock: "catbus" in ASCII."""
+# to_regclass() would use a cache, which need not contain another replica's new table when its lock is released.
+_HAS_SCHEMA = """
 SELECT EXISTS (
     SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = 'catbus' AND c.relname = 'schema_version'
 )
 """
-_AS_SCRIPTS_NEED = """
+_SCRIPT_SETTINGS = """
 SET LOCAL default_table_access_method = heap;
 SET LOCAL plpgsql.extra_errors = none;
 """
-"""What the files rely on beside the settings of every transaction."""
+"""Settings of the files, beside those of every transaction."""
 
 
 @cache
 def schema_files() -> Sequence[tuple[int, str, str]]:
-    """The files that make the schema, in order: number, name, script."""
+    """The files of the schema, in order: number, name, script."""
     folder = resources.files("catbus.postgres") / "schema"
     found = [(file.name, file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".sql")]
     return sorted((int(name.partition("_")[0]), name, script) for name, script in found)
 
 
 async def init(settings: DatabaseSettings) -> list[str]:
-    """Connect, apply what is missing, and return its names.
+    """Connect, apply the missing files, and return their names.
 
-    Raises `ConfigError` for a database that cannot be used, and `Unavailable` where it cannot be reached or refuses.
+    Raises `ConfigError` for a database that cannot be used, and `Unavailable` if it cannot be reached or fails.
     """
     async with open_connection(settings) as connection:
         return await migrate(connection)
 
 
 async def begin_epoch(settings: DatabaseSettings) -> tuple[str, int]:
-    """Begin a new epoch of a log that is as it was restored; returns the epoch, and the seq after which it begins.
+    """Begin a new epoch of a restored log. Returns the epoch, and the seq after which it begins.
 
-    A second time does no harm: what is there by then belongs to both. Raises as `init` does.
+    Repeating it is harmless: the entries up to then belong to both epochs. Raises as `init` does.
     """
     async with open_connection(settings) as connection:
         made = False
@@ -67,20 +67,20 @@ async def begin_epoch(settings: DatabaseSettings) -> tuple[str, int]:
 
 @asynccontextmanager
 async def open_connection(settings: DatabaseSettings) -> AsyncIterator[DatabaseConnection]:
-    """A connection for work by hand. Raises `ConfigError`, and `Unavailable` for whatever goes wrong with it."""
+    """A connection for a command. Raises `ConfigError`, and `Unavailable` for any error of the database."""
     try:
         async with open_bridge() as bridge:
             with await bridge.connect(settings.url, settings.connect_timeout) as connection:
                 yield connection
-    except OUTAGE as error:
+    except DATABASE_ERRORS as error:
         raise Unavailable(f"the database cannot be prepared: {type(error).__name__}: {error}") from error
 
 
 async def migrate(connection: DatabaseConnection) -> list[str]:
-    """Apply the files that the database lacks, all in one transaction, and return their names.
+    """Apply the missing files, all in one transaction, and return their names.
 
-    Replicas that start together wait for one another. Raises `ConfigError` for a database that cannot be used: too
-    old a server, another encoding than UTF-8, or a schema that a newer release has made.
+    Replicas that start together wait for one another. Raises `ConfigError` for a database that cannot be used: the
+    server is too old, the encoding is not UTF-8, or a newer release has made the schema.
     """
     if connection.version < OLDEST_SERVER:
         raise ConfigError(f"the database is PostgreSQL {connection.version}; Catbus needs {OLDEST_SERVER} or newer")
@@ -90,16 +90,16 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
     files = schema_files()
     if await _version(connection, files[-1][0]) == files[-1][0]:
         return []
-    # Whatever goes wrong from here on, the caller drops the connection and the transaction with it.
+    # If anything fails from here on, the caller drops the connection, and the transaction with it.
     await connection.begin()
-    await connection.execute(_AS_SCRIPTS_NEED)
-    await connection.fetchrow("SELECT pg_advisory_xact_lock($1)", _LOCK, timeout=_PATIENCE)
+    await connection.execute(_SCRIPT_SETTINGS)
+    await connection.fetchrow("SELECT pg_advisory_xact_lock($1)", _ADVISORY_LOCK, timeout=_SCRIPT_TIMEOUT)
     version = await _version(connection, files[-1][0])
     missing = [(number, name, script) for number, name, script in files if number > version]
     for number, _, script in missing:
-        await connection.execute(script, timeout=_PATIENCE)
+        await connection.execute(script, timeout=_SCRIPT_TIMEOUT)
         await connection.execute(f"UPDATE catbus.schema_version SET version = {number:d}")  # noqa: S608
-    await connection.execute("COMMIT", timeout=_PATIENCE)
+    await connection.execute("COMMIT", timeout=_SCRIPT_TIMEOUT)
     names = [name for _, name, _ in missing]
     if names:
         logger.info("schema applied", files=names)
@@ -108,7 +108,7 @@ async def migrate(connection: DatabaseConnection) -> list[str]:
 
 async def _version(connection: DatabaseConnection, newest: int) -> int:
     """The number of the newest file that was applied; 0 for none."""
-    (prepared,) = await connection.fetchrow(_PREPARED)
+    (prepared,) = await connection.fetchrow(_HAS_SCHEMA)
     if not prepared:
         return 0
     (version,) = await connection.fetchrow("SELECT version FROM catbus.schema_version")

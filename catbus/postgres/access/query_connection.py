@@ -1,4 +1,4 @@
-"""A connection for questions, which need not be there before the first of them."""
+"""A connection for queries that is opened by the first query, and again after it was lost."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from .asyncpg_bridge import QUERY_TIMEOUT, DatabaseConnection, Row
 
 
 class QueryConnection:
-    """A connection that is made when it is first needed and again after it was lost. One statement at a time."""
+    """Runs one statement at a time, on a connection that it opens when needed."""
 
     def __init__(self, connect: Callable[[], Awaitable[DatabaseConnection]]) -> None:
         self.statements = 0
-        """How many it has asked."""
+        """The number of statements so far."""
         self._connect = connect
         self._connection: DatabaseConnection | None = None
-        self._turn = trio.Lock()
+        self._lock = trio.Lock()
 
     async def connect(self) -> None:
-        """Make sure that there is a connection. Raises one of `OUTAGE`."""
-        async with self._turn:
+        """Connect, unless there is a connection. Raises one of `DATABASE_ERRORS`."""
+        async with self._lock:
             await self._connected()
 
     async def fetch(self, query: str, *args: object, timeout: float = QUERY_TIMEOUT) -> list[Row]:
-        """All rows of one statement. Raises one of `OUTAGE`. Cancelling it costs the connection."""
-        async with self._turn:
+        """Fetch all rows of one statement. Raises one of `DATABASE_ERRORS`. Cancellation closes the connection."""
+        async with self._lock:
             connection = await self._connected()
             self.statements += 1
             return await connection.fetch(query, *args, timeout=timeout)

@@ -1,4 +1,4 @@
-"""What statements rely on, whatever a role, a database or the server's configuration has set."""
+"""The settings of sessions and statements, which override those of roles, databases and the server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STATEMENT_SETTINGS = {
 }
 """Settings of every statement. A client that stops within a transaction must not hold its locks for ever.
 
-Statements are short: `geqo`, `jit` and parallel workers can make planning one, or starting it, take longer than all
-else. With less memory, reading `pg_settings` takes a temporary file, of which a role may be allowed none.
+Statements are short: with `geqo`, `jit` or parallel workers, planning or starting one can take longer than running it.
+With less memory, reading `pg_settings` takes a temporary file, which a role may not be allowed.
 """
 NEWER_SETTINGS = {"transaction_timeout": (17, "0")}
-"""The same, with the major version of PostgreSQL that was the first to know them."""
+"""Further settings of every statement, each with the major version of PostgreSQL that introduced it."""
 
 STARTUP_SETTINGS = {
     **STATEMENT_SETTINGS,
@@ -29,21 +29,21 @@ STARTUP_SETTINGS = {
     "idle_session_timeout": "0",
     "exit_on_error": "off",
 }
-"""What a session begins with. As parameters of its start they take precedence over ALTER ROLE and ALTER DATABASE."""
+"""Startup parameters of a session. They take precedence over ALTER ROLE and ALTER DATABASE."""
 
 POOLER_ERROR_CODES = "08P01", "0A000"
-"""The SQLSTATE of a pooler that takes no such parameters."""
+"""SQLSTATEs of a pooler that rejects startup parameters."""
 
 
 def begin_script(version: int, *, read_write: bool = True) -> str:
-    """The script that begins a transaction with what statements rely on. On a standby it cannot be read-write."""
+    """The script that begins a transaction with the settings of statements. On a standby it cannot be read-write."""
     access = ", READ WRITE" if read_write else ""
     settings = _set({**_newer(version), **STATEMENT_SETTINGS}, local=True)
     return f"BEGIN ISOLATION LEVEL READ COMMITTED, NOT DEFERRABLE{access}; {settings}"
 
 
 def complete_script(version: int, *, started: bool) -> str:
-    """The script that sets what a session has not been started with, at the end of a transaction."""
+    """The script that ends a transaction and sets what the startup of the session has not set."""
     settings = {**({} if started else STARTUP_SETTINGS), **_newer(version)}
     return f"{_set(settings, local=False)}; COMMIT" if settings else "COMMIT"
 
@@ -53,6 +53,6 @@ def _newer(version: int) -> dict[str, str]:
 
 
 def _set(settings: dict[str, str], *, local: bool) -> str:
-    # By its full name, with the only types it takes: whatever the search path is, this is PostgreSQL's own.
+    # With the full name and exact types, this is PostgreSQL's own function, whatever the search path is.
     calls = [f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()]
     return f"SELECT {', '.join(calls)}"

@@ -1,4 +1,4 @@
-"""The TLS context for a connection to PostgreSQL, made of libpq's parameters."""
+"""The TLS context of a connection to PostgreSQL, from libpq's parameters."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ CERTIFICATES = (
     "ssl_min_protocol_version",
     "ssl_max_protocol_version",
 )
-"""The parameters that a context is made of."""
+"""The parameters of a context."""
 
 _FILES = "sslrootcert", "sslcert", "sslkey", "sslcrl"
 
 SYSTEM = "system"
-"""As `sslrootcert` it stands for the authorities that the operating system trusts."""
+"""The value of `sslrootcert` that stands for the authorities that the operating system trusts."""
 
 
 def make_context(mode: str, given: Mapping[str, str | None]) -> ssl.SSLContext:
-    """A context for `sslmode`. `given` has all of `CERTIFICATES`, None for what is left out.
+    """A context for `sslmode`. `given` contains all of `CERTIFICATES`, with None for missing ones.
 
-    Nothing else is read: no file below the home directory, no variable. Raises `ConfigError` for files that cannot be
-    used.
+    Nothing else is read: no file below the home directory, and no variable. Raises `ConfigError` for unusable files.
     """
     for name in _FILES:
         path = given[name]
@@ -40,7 +39,7 @@ def make_context(mode: str, given: Mapping[str, str | None]) -> ssl.SSLContext:
             _check_readable(name, path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = mode == "verify-full"
-    # PostgreSQL 17 wants it for a TLS connection that begins as one.
+    # PostgreSQL 17 requires ALPN for a connection that begins with TLS.
     context.set_alpn_protocols(["postgresql"])
     context.minimum_version = _version(given["ssl_min_protocol_version"] or "TLSv1.2")
     if newest := given["ssl_max_protocol_version"]:

@@ -1,4 +1,4 @@
-"""What one call of `catbus.append` carries, and the answers that are owed for it."""
+"""A batch of publishes: the arguments of one call of `catbus.append`, and the replies to its publishers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL,
 APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true, NULL, NULL, NULL, NULL, NULL, NULL)"
 MOVE = "CALL catbus.move_outbox_transaction($1, $2, $3, NULL, NULL, NULL)"
 _NULL = "\x01"
-"""What stands for a sender that is null, among lines."""
+"""The line that stands for a sender that is null."""
 
-_ENCLOSED = 900
-"""Bytes of text that travel with a notification, so that nobody has to read these entries."""
+_ENCLOSED_BYTES = 900
+"""Bytes of text that a notification may enclose. Replicas need not read enclosed entries from the table."""
 _ENCLOSED_ENTRIES = 28
-"""More do not fit: the smallest entry takes 21 bytes of text."""
+"""No more entries fit: the smallest one takes 21 bytes of text."""
 
 _entries = msgspec.json.Decoder(list[tuple[str, str | None, str | None, Raw]])
 
@@ -28,12 +28,13 @@ Encrypt = Callable[[bytes], str]
 
 
 class AppendBatch:
-    """Messages that were taken out of the queue together: the same is sent for them however often it is sent.
+    """Messages that were taken from the queue together. Every attempt to append them sends the same arguments.
 
-    `numbers` are those of their keys; where a message has no producer, the key's is `own`. `epoch` is the one in which
-    they were taken out: what a retry among them knows of its first sending means nothing in another. `after` is a seq
-    that was committed before they were first sent. When retention has passed it, a call that comes late cannot know
-    what a call before it has brought, and appends nothing.
+    numbers   the numbers of their keys
+    own       the producer of messages without one
+    epoch     the epoch in which they were taken from the queue. In another epoch, the `after` of a retry means nothing
+    after     a seq that was committed before they were first sent. Once retention has passed it, a late attempt cannot
+              find out what an earlier attempt has appended, and appends nothing
     """
 
     __slots__ = ("_args", "after", "answered", "appends", "epoch", "numbers", "own")
@@ -53,20 +54,20 @@ class AppendBatch:
         self.epoch = epoch
         self.after = after
         self.answered = answered
-        """So many from the beginning have had their answer."""
+        """How many messages, from the first one on, have their reply."""
         self._args: tuple[object, ...] | None = None
 
-    def call(self, encrypt: Encrypt, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
-        """The statement that appends them, and its arguments from the third on.
+    def build_call(self, encrypt: Encrypt, *, move: bool = False) -> tuple[str, tuple[object, ...]]:
+        """Return the statement that appends the messages, and its arguments from the third on.
 
-        Few small messages are also encrypted, to travel with the notification: once, however often they are sent.
+        The statement returns `at`, `first` and `seqs` of `catbus.append`, and then the columns of `MOVE`: with `move`,
+        it also moves messages from the outbox.
 
-        It returns `at`, `first` and `seqs` of `catbus.append`, and then what `MOVE` returns: with `move` it also moves
-        messages from the outbox.
+        Few small messages are also encrypted, for the notification: once, however often they are sent.
 
-        Columns of text go over as lines: asyncpg looks at every element of an array several times, which took half of
-        all the time that an entry cost. No channel or payload has a line break in it, and where one does, or something
-        else is out of the ordinary, they go as arrays.
+        Columns of text are sent as lines: asyncpg examines every element of an array several times, which took half of
+        the time of an entry. Channels and payloads contain no line breaks. If one does, or anything else is unusual,
+        the columns are sent as arrays.
         """
         if self._args is None:
             self._args = self._encode(encrypt)
@@ -96,14 +97,14 @@ class AppendBatch:
             ",".join(map(str, self.numbers)),
             None if origins.count(None) == len(origins) else origins,
             afters[:1] if afters.count(after) == len(afters) else afters,
-            _enclose(appends, encrypt),
+            _encode_enclosed(appends, encrypt),
             len(appends),
         )
 
-    # The answers
+    # Replies
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
-        """Answer those who have no answer yet; `outcomes` are those of all."""
+        """Reply to messages that have no reply yet. `outcomes` has one element for each message of the batch."""
         appends = self.appends
         for index in range(self.answered, len(appends)):
             self.answered = index + 1
@@ -111,11 +112,11 @@ class AppendBatch:
             append.settle(append, outcomes[index])
 
     def settle_all(self, outcome: Rejected) -> None:
-        """Answer those who have no answer yet with the same."""
+        """Send the same reply to all messages that have no reply yet."""
         self.settle([outcome] * len(self.appends))
 
     def expire(self, now: float) -> float | None:
-        """Answer those whose time has passed; returns when the next one's will have."""
+        """Reply to messages whose deadline has passed. Returns the next deadline."""
         appends = self.appends
         while self.answered < len(appends):
             append = appends[self.answered]
@@ -125,10 +126,10 @@ class AppendBatch:
             append.settle(append, UNKNOWN)
         return None
 
-    # Its parts
+    # Parts
 
-    def halves(self) -> tuple[AppendBatch, AppendBatch]:
-        """The same in two batches of at least one."""
+    def split(self) -> tuple[AppendBatch, AppendBatch]:
+        """Split into two batches, each of at least one message."""
         half = len(self.appends) // 2
         return (
             AppendBatch(
@@ -139,8 +140,8 @@ class AppendBatch:
             ),
         )
 
-    def part(self, wanted: Callable[[Append], bool]) -> AppendBatch | None:
-        """Those who have no answer yet and are wanted; None where nobody is."""
+    def select(self, wanted: Callable[[Append], bool]) -> AppendBatch | None:
+        """The wanted messages that have no reply yet, as a batch; None if there are none."""
         kept = [i for i in range(self.answered, len(self.appends)) if wanted(self.appends[i])]
         if not kept:
             return None
@@ -149,12 +150,12 @@ class AppendBatch:
         )
 
 
-# What travels with a notification
+# Entries in notifications
 
 
-def _enclose(appends: Sequence[Append], encrypt: Encrypt) -> str | None:
-    """Messages that are few and small, encrypted."""
-    if len(appends) > _ENCLOSED_ENTRIES or sum([append.size for append in appends]) > _ENCLOSED:
+def _encode_enclosed(appends: Sequence[Append], encrypt: Encrypt) -> str | None:
+    """The messages as encrypted text; None if they are too many or too large."""
+    if len(appends) > _ENCLOSED_ENTRIES or sum([append.size for append in appends]) > _ENCLOSED_BYTES:
         return None
     text = msgspec.json.encode(
         [
@@ -162,11 +163,11 @@ def _enclose(appends: Sequence[Append], encrypt: Encrypt) -> str | None:
             for append in appends
         ]
     )
-    return encrypt(text) if len(text) <= _ENCLOSED else None
+    return encrypt(text) if len(text) <= _ENCLOSED_BYTES else None
 
 
 def decode_enclosed(text: bytes, first: int, at: int) -> list[Entry]:
-    """The entries that were enclosed, of which the first has this seq. Raises `msgspec.DecodeError` or `ValueError`."""
+    """Decode enclosed entries; the first one has the seq `first`. Raises `msgspec.DecodeError` or `ValueError`."""
     return [
         Entry(seq, at, channel, bytes(payload), sender, None if origin is None else bytes.fromhex(origin))
         for seq, (channel, sender, origin, payload) in enumerate(_entries.decode(text), first)

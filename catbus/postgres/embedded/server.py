@@ -1,14 +1,14 @@
-"""A PostgreSQL of our own: private to one directory, reached through a socket only, run as our own child.
+"""The embedded PostgreSQL server: a child process with one directory, reachable through a Unix socket only.
 
-In the directory:
+The directory contains
 
-    lock        held by the catbus that the directory belongs to
-    cluster/    data and password; it gets this name when it is whole
-    sockets/    where the server listens
-    binaries/   a copy of the server, for a user that could not reach the original
+    lock        locked by the process that uses the directory
+    cluster/    data and password; it gets this name when it is complete
+    sockets/    the socket of the server
+    binaries/   a copy of the installation, for a user that cannot reach the original
     postgres.log
 
-PostgreSQL refuses to run as root. When we are root, an unprivileged user serves the cluster and owns it.
+PostgreSQL does not run as root. If this process is root, an unprivileged user owns the cluster and runs the server.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from .installations import Installation, find_installation
 logger = get_logger("catbus.postgres")
 
 NAME = "catbus"
-"""Of the database, and of the role that owns everything."""
+"""The name of the database, and of the role that owns it."""
 PORT = 5432
-"""A part of the socket's name: nothing listens on a TCP port."""
-LONGEST_SOCKET = 100
-"""How long a socket's path may be, in bytes; systems allow 103 to 107."""
+"""A part of the name of the socket: nothing listens on a TCP port."""
+MAX_SOCKET_PATH = 100
+"""Bytes that the path of a socket may have. Systems allow 103 to 107."""
 SETTINGS = {"listen_addresses": "", "port": str(PORT), "unix_socket_permissions": "0700", "log_checkpoints": "off"}
 
-FAST = 10.0
-"""Seconds for a shutdown that writes everything down."""
-IMMEDIATE = 5.0
-"""Seconds for one that leaves that to the next start."""
+FAST_SHUTDOWN_TIME = 10.0
+"""Seconds for a fast shutdown, which writes everything to the disk."""
+IMMEDIATE_SHUTDOWN_TIME = 5.0
+"""Seconds for an immediate shutdown, after which the next start recovers."""
 
 _STAGING = "cluster.new-"
 _ACCOUNTS = "postgres", "nobody"
-_POLL = 0.02
-_INITDB_PATIENCE = 120.0
-_OTHERS_PATIENCE = 60.0
-"""Seconds for another process that has the directory to serve it."""
-_LONGEST_LOG = 1_000_000
-_PASSED_ON = "PATH", "LD_LIBRARY_PATH", "TZ"
+_POLL_INTERVAL = 0.02
+_INITDB_TIMEOUT = 120.0
+_OTHER_PROCESS_TIMEOUT = 60.0
+"""Seconds to wait until another process that has the directory runs a server."""
+_MAX_LOG_SIZE = 1_000_000
+_PASSED_VARIABLES = "PATH", "LD_LIBRARY_PATH", "TZ"
 
 
 class DirectoryInUse(ConfigError):
@@ -67,9 +67,9 @@ class DirectoryInUse(ConfigError):
 
 
 class EmbeddedServer:
-    """A cluster that is ready to be served, by a child process made of `command` and `popen_options`.
+    """A prepared cluster. `command` and `popen_options` start its server as a child process.
 
-    The directory is ours until `close`. `url` is for asyncpg.
+    The directory stays locked until `close`. `url` is for asyncpg.
     """
 
     def __init__(
@@ -102,45 +102,45 @@ class EmbeddedServer:
         self.close()
 
     def close(self) -> None:
-        """Let go of the directory. The child must have ended."""
+        """Unlock the directory. The child must have ended."""
         self._closing.close()
 
     def is_ready(self, pid: int) -> bool:
-        """Whether the child with this id takes connections."""
+        """Whether the child with this process id accepts connections."""
         status = _status(self.data)
         return status is not None and status.pid == pid and status.ready
 
     def wait_ready(self, process: subprocess.Popen[bytes], timeout: float = 60.0) -> None:
-        """Block until the child takes connections. Raises `ConfigError` when it ends, `TimeoutError`."""
+        """Block until the child accepts connections. Raises `ConfigError` if it ends, and `TimeoutError`."""
         deadline = time.monotonic() + timeout
         while not self.is_ready(process.pid):
             if process.poll() is not None:
                 raise self.failure()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"PostgreSQL was not ready within {timeout:g} s; see {self.log_file}")
-            time.sleep(_POLL)
+            time.sleep(_POLL_INTERVAL)
 
     def failure(self) -> ConfigError:
-        """Why the child could not start, in its own words."""
+        """The error of a child that did not start, with the reason from its log."""
         with suppress(OSError):
-            if said := _last_words(self.log_file.read_bytes()):
+            if said := _error_line(self.log_file.read_bytes()):
                 return ConfigError(f"the embedded database does not start: {said} (more in {self.log_file})")
         return ConfigError(f"the embedded database does not start; see {self.log_file}")
 
 
-async def run(
+async def run_server(
     directory: Path,
     *,
     settings: Mapping[str, str] | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the cluster in `directory`, made now if there is none, until cancelled; started with its URL.
+    """Run a server for `directory` until cancelled. Creates the cluster if there is none. `started` gets its URL.
 
-    A server that dies is started again. On cancellation this returns when the server has ended, within some 15 s.
-    Raises `ConfigError` for what `prepare` does, and for a server that does not start.
+    A server that dies is started again. On cancellation this returns when the server has ended, within about 15 s.
+    Raises `ConfigError` as `prepare_server` does, and for a server that does not start.
     """
-    # In a thread, to its end: there is no stopping between two files.
-    with await trio.to_thread.run_sync(prepare, directory, settings) as server:
+    # In a thread that is not abandoned: it must not stop between two files.
+    with await trio.to_thread.run_sync(prepare_server, directory, settings) as server:
         started = False
         deaths = RateLimitedLog(logger.error)
         while True:
@@ -166,34 +166,34 @@ async def run(
 
 
 @asynccontextmanager
-async def reach(directory: Path, *, settings: Mapping[str, str] | None = None) -> AsyncIterator[str]:
-    """The URL of the cluster in `directory`, which another catbus serves; where none does, we serve it for the moment.
+async def open_server(directory: Path, *, settings: Mapping[str, str] | None = None) -> AsyncIterator[str]:
+    """The URL of the server for `directory`. If no other process runs one, this context does.
 
-    One that is about to serve it is waited for. Raises `ConfigError` as `run` does, and where it takes too long.
+    Waits for a process that is starting one. Raises `ConfigError` as `run_server` does, and if that takes too long.
     """
     async with trio.open_nursery() as nursery:
-        yield await _reach(directory, settings, nursery)
+        yield await _find_or_start(directory, settings, nursery)
         nursery.cancel_scope.cancel()
 
 
-async def _reach(directory: Path, settings: Mapping[str, str] | None, nursery: trio.Nursery) -> str:
-    deadline = trio.current_time() + _OTHERS_PATIENCE
+async def _find_or_start(directory: Path, settings: Mapping[str, str] | None, nursery: trio.Nursery) -> str:
+    deadline = trio.current_time() + _OTHER_PROCESS_TIMEOUT
     while True:
         try:
-            url: str = await nursery.start(partial(run, directory, settings=settings))
+            url: str = await nursery.start(partial(run_server, directory, settings=settings))
         except DirectoryInUse:
-            found = served(directory)
+            found = running_url(directory)
             if found is not None:
                 return found
             if trio.current_time() > deadline:
                 raise
-            await trio.sleep(_POLL)
+            await trio.sleep(_POLL_INTERVAL)
         else:
             return url
 
 
-def served(directory: Path) -> str | None:
-    """The URL of the cluster in `directory` while a server takes connections to it, for who may read what is there."""
+def running_url(directory: Path) -> str | None:
+    """The URL of the server for `directory` while it accepts connections; None otherwise."""
     directory = directory.resolve()
     data = directory / "cluster" / "data"
     status = _status(data)
@@ -202,33 +202,37 @@ def served(directory: Path) -> str | None:
     return _url(directory, status.sockets)
 
 
-def is_kept_in(directory: Path) -> bool:
-    """Whether a catbus has its database in `directory`, or is about to, or had it there."""
+def exists_in(directory: Path) -> bool:
+    """Whether `directory` is, was or is about to be the directory of an embedded server."""
     return (directory / "lock").is_file()
 
 
 async def _wait_ready(server: EmbeddedServer, process: trio.Process) -> bool:
-    """Wait until the child takes connections; False when it has ended instead."""
-    # The news is in a file.
+    """Wait until the child accepts connections. Returns False if it has ended instead."""
+    # The server reports its state in a file.
     while process.poll() is None and not server.is_ready(process.pid):  # noqa: ASYNC110
-        await trio.sleep(_POLL)
+        await trio.sleep(_POLL_INTERVAL)
     return process.poll() is None
 
 
 async def _stop(process: trio.Process) -> None:
-    for number, patience in ((signal.SIGINT, FAST), (signal.SIGQUIT, IMMEDIATE), (signal.SIGKILL, IMMEDIATE)):
+    for number, patience in (
+        (signal.SIGINT, FAST_SHUTDOWN_TIME),
+        (signal.SIGQUIT, IMMEDIATE_SHUTDOWN_TIME),
+        (signal.SIGKILL, IMMEDIATE_SHUTDOWN_TIME),
+    ):
         if process.poll() is None:
             process.send_signal(number)
             with trio.move_on_after(patience):
                 await process.wait()
 
 
-def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-    """Take `directory` for this process, and make the cluster in it if there is none.
+def prepare_server(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+    """Lock `directory` for this process, and create the cluster in it if there is none.
 
-    It may have been left at any moment: what is half done is done again, and a server that has outlived its catbus is
-    stopped. `settings` are PostgreSQL's own. Raises `ConfigError`: no usable PostgreSQL, a cluster of another major
-    version, a directory that is in use or cannot be used.
+    An earlier process may have stopped at any moment: incomplete steps are repeated, and a server that has outlived its
+    parent is stopped. `settings` are those of PostgreSQL. Raises `ConfigError` if there is no usable PostgreSQL, the
+    cluster has another major version, or the directory is in use or unusable.
     """
     directory = directory.resolve()
     settings = settings or {}
@@ -237,7 +241,7 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Embed
             _make_directory(directory)
             closing.enter_context(_locked(directory))
             cluster = directory / "cluster"
-            _stop_leftover(cluster / "data")
+            _stop_orphan(cluster / "data")
             options = _child_options(cluster)
             binaries = _binaries_for(cluster)
             if not binaries.can_be_run(options):
@@ -246,7 +250,7 @@ def prepare(directory: Path, settings: Mapping[str, str] | None = None) -> Embed
                 _initialise(cluster, binaries, options, durable=settings.get("fsync") != "off")
             sockets = closing.enter_context(_socket_directory(directory, options))
             log = directory / "postgres.log"
-            if log.exists() and log.stat().st_size > _LONGEST_LOG:
+            if log.exists() and log.stat().st_size > _MAX_LOG_SIZE:
                 log.rename(log.with_suffix(".log.1"))
             log.touch(mode=0o600)
             return EmbeddedServer(directory, binaries, sockets, options, settings, closing.pop_all())
@@ -285,8 +289,8 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _child_options(cluster: Path) -> dict[str, Any]:
-    """How a child process is started: apart from our terminal and our secrets, and not as root."""
-    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    """The options of a child process: without this process's terminal and secrets, and not as root."""
+    environment = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
     options: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "cwd": "/",
@@ -301,7 +305,7 @@ def _child_options(cluster: Path) -> dict[str, Any]:
 
 
 def _account(cluster: Path) -> pwd.struct_passwd:
-    """The unprivileged user: the one that has the cluster, or who is to have it."""
+    """The unprivileged user that owns the cluster, or will own it."""
     with suppress(FileNotFoundError, KeyError):
         if owner := cluster.stat().st_uid:
             return pwd.getpwuid(owner)
@@ -314,7 +318,7 @@ def _account(cluster: Path) -> pwd.struct_passwd:
     )
 
 
-def _give(path: Path, options: dict[str, Any]) -> None:
+def _change_owner(path: Path, options: dict[str, Any]) -> None:
     if "user" in options:
         os.chown(path, options["user"], options["group"])
 
@@ -334,9 +338,9 @@ def _binaries_for(cluster: Path) -> Installation:
 
 
 def _initialise(cluster: Path, binaries: Installation, options: dict[str, Any], *, durable: bool) -> None:
-    """Make a cluster that has the role and the database. It gets its name last."""
+    """Create a cluster with the role and the database. It gets its name at the end."""
     logger.info("initialising the embedded database", directory=str(cluster.parent), server=str(binaries))
-    # Under a new name each time: what an earlier catbus has left behind may still be writing.
+    # Under a new name each time: a child that an earlier process has left behind may still be writing.
     for abandoned in cluster.parent.glob(f"{_STAGING}*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=cluster.parent))
@@ -344,20 +348,20 @@ def _initialise(cluster: Path, binaries: Installation, options: dict[str, Any], 
     with os.fdopen(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_urlsafe(24))
         os.fsync(file.fileno())
-    _give(password, options)
-    _give(staging, options)
+    _change_owner(password, options)
+    _change_owner(staging, options)
     data = staging / "data"
     initdb = [str(binaries.folder / "initdb"), f"--pgdata={data}", f"--username={NAME}", f"--pwfile={password}"]
     initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-instructions"]
-    _call(initdb if durable else [*initdb, "--no-sync"], options)
-    # In this mode a server needs neither a socket nor a client. The database that it opens is for maintenance.
+    _run_program(initdb if durable else [*initdb, "--no-sync"], options)
+    # In this mode a server needs neither a socket nor a client. It opens the database `postgres`.
     single = [str(binaries.folder / "postgres"), "--single", "-c", "exit_on_error=on"]
-    _call([*single, "-D", str(data), "postgres"], options, f"CREATE DATABASE {NAME};\n")
+    _run_program([*single, "-D", str(data), "postgres"], options, f"CREATE DATABASE {NAME};\n")
     staging.rename(cluster)
     _sync_directory(cluster.parent)
 
 
-def _call(command: list[str], options: dict[str, Any], words: str = "") -> None:
+def _run_program(command: list[str], options: dict[str, Any], words: str = "") -> None:
     who = f" as user {pwd.getpwuid(options['user']).pw_name}" if "user" in options else ""
     failed = f"the embedded database cannot be made: {command[0]}{who}"
     try:
@@ -367,16 +371,16 @@ def _call(command: list[str], options: dict[str, Any], words: str = "") -> None:
             input=words.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_INITDB_PATIENCE,
+            timeout=_INITDB_TIMEOUT,
             check=False,
         )
     except PermissionError:
         raise ConfigError(f"{failed}: permission denied: that user has to be able to get there") from None
     if done.returncode:
-        raise ConfigError(f"{failed}: {_last_words(done.stdout)}")
+        raise ConfigError(f"{failed}: {_error_line(done.stdout)}")
 
 
-def _last_words(output: bytes) -> str:
+def _error_line(output: bytes) -> str:
     lines = output.decode(errors="replace").splitlines()
     telling = [line for line in lines if any(word in line for word in ("error:", "FATAL:", "ERROR:"))] or lines
     return telling[-1].strip() if telling else ""
@@ -392,21 +396,21 @@ def _sync_directory(directory: Path) -> None:
 
 @contextmanager
 def _socket_directory(directory: Path, options: dict[str, Any]) -> Iterator[Path]:
-    """A directory for the socket: ours, unless its path is too long for a socket's address."""
+    """A directory for the socket: in `directory`, unless that path is too long for the address of a socket."""
     sockets = directory / "sockets"
-    if len(os.fsencode(sockets / f".s.PGSQL.{PORT}")) <= LONGEST_SOCKET:
+    if len(os.fsencode(sockets / f".s.PGSQL.{PORT}")) <= MAX_SOCKET_PATH:
         sockets.mkdir(mode=0o700, exist_ok=True)
-        _give(sockets, options)
+        _change_owner(sockets, options)
         yield sockets
         return
     with tempfile.TemporaryDirectory(prefix="catbus-", dir="/tmp", ignore_cleanup_errors=True) as short:
-        _give(Path(short), options)
+        _change_owner(Path(short), options)
         yield Path(short)
 
 
-def _stop_leftover(data: Path) -> None:
-    """Stop the server that has outlived the catbus before us: only one may have the data."""
-    for number, patience in ((signal.SIGINT, FAST), (signal.SIGQUIT, IMMEDIATE)):
+def _stop_orphan(data: Path) -> None:
+    """Stop a server that has outlived its parent: only one server may use the data."""
+    for number, patience in ((signal.SIGINT, FAST_SHUTDOWN_TIME), (signal.SIGQUIT, IMMEDIATE_SHUTDOWN_TIME)):
         if (pid := _postmaster(data)) is None:
             break
         logger.info("stopping the embedded database that an earlier catbus has left behind", pid=pid)
@@ -414,15 +418,15 @@ def _stop_leftover(data: Path) -> None:
             os.kill(pid, number)
         deadline = time.monotonic() + patience
         while _postmaster(data) is not None and time.monotonic() < deadline:
-            time.sleep(_POLL)
+            time.sleep(_POLL_INTERVAL)
     if (pid := _postmaster(data)) is not None:
         raise ConfigError(f"an earlier catbus has left process {pid} behind, which has {data} open: kill it")
-    _forget_stranger(data / "postmaster.pid")
+    _remove_stale_pid_file(data / "postmaster.pid")
 
 
 @dataclass(frozen=True, slots=True)
 class _Status:
-    """What a server has written of itself into `postmaster.pid`."""
+    """The state that a server has written into `postmaster.pid`."""
 
     pid: int
     sockets: Path
@@ -430,7 +434,7 @@ class _Status:
 
 
 def _status(data: Path) -> _Status | None:
-    """What the server of `data` last said; it may have gone without a word."""
+    """The last state of the server of `data`. The server may have died since."""
     with suppress(OSError, ValueError):
         lines = (data / "postmaster.pid").read_text().splitlines()
         if len(lines) >= 8:
@@ -439,7 +443,7 @@ def _status(data: Path) -> _Status | None:
 
 
 def _postmaster(data: Path) -> int | None:
-    """The process that serves `data`, if there is one."""
+    """The process id of the server of `data`; None if there is none."""
     try:
         pid = int((data / "postmaster.pid").read_text().partition("\n")[0])
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -448,10 +452,10 @@ def _postmaster(data: Path) -> int | None:
     return pid if command[0].endswith(b"/postgres") and os.fsencode(data) in command else None
 
 
-def _forget_stranger(file: Path) -> None:
-    """Remove `postmaster.pid` where it names a process that is something else by now, as after a container's restart.
+def _remove_stale_pid_file(file: Path) -> None:
+    """Remove `postmaster.pid` if it names a process that is no server, as after the restart of a container.
 
-    PostgreSQL would take that process for a server. It knows better itself where there is no such process.
+    PostgreSQL would take that process for a server. It handles the case that there is no such process itself.
     """
     with suppress(FileNotFoundError, ProcessLookupError, ValueError):
         os.kill(int(file.read_text().partition("\n")[0]), 0)

@@ -1,4 +1,4 @@
-"""The courier: takes ephemeral messages to the other replicas at once, or not at all, and hands on theirs."""
+"""The ephemeral relay: sends ephemeral messages to other replicas by NOTIFY, and delivers theirs."""
 
 from __future__ import annotations
 
@@ -14,112 +14,112 @@ from ..follow.log_tail import LogTail
 from ..notifications.encryption import EPHEMERAL_CHANNEL
 from .encoding import EphemeralEncoder, encode_message
 
-PACE = 0.01
-"""Seconds between statements, in which messages gather."""
-AGE = 1.0
-"""Older messages are nobody's any more."""
-PATIENCE = 3.0
-"""Seconds for one statement; after that the connection is given up, and so is what it was to send."""
-MESSAGES = 10_000
-BYTES = 1 << 20
-"""How much may gather."""
+SEND_INTERVAL = 0.01
+"""Seconds between statements. Messages queue in between."""
+MAX_WAIT = 1.0
+"""Seconds after which a queued message is dropped."""
+SEND_TIMEOUT = 3.0
+"""Seconds for one statement. After that the connection and the messages of the statement are dropped."""
+QUEUED_MESSAGES = 10_000
+QUEUED_BYTES = 1 << 20
+"""The limits of the queue."""
 
-# Nobody waits for a disk or a standby here, and nobody waits long for the lock that a commit with a notification holds,
-# which another's commit may hold while it does wait for them. As in catbus.append, a listener that has stopped must not
-# fill the queue of notifications.
+# The commit waits for no disk and no standby. It does not wait long for the lock of commits with notifications either,
+# which another transaction may hold while that one waits for a standby. As in catbus.notify, a listener that does not
+# read must not fill the notification queue.
 _NOTIFY = """
 SELECT set_config('synchronous_commit', 'off', true),
        set_config('lock_timeout', '1s', true),
        CASE WHEN pg_notification_queue_usage() <= 0.5
-            THEN (SELECT count(pg_notify($1, card)) FROM unnest($2::text[]) AS card)
+            THEN (SELECT count(pg_notify($1, text)) FROM unnest($2::text[]) AS text)
        END
 """
 
 
 class EphemeralRelay:
-    """Carries ephemeral messages at most once: what cannot go just now is dropped, and so is what was in doubt."""
+    """Sends each message at most once: a message that cannot be sent soon is dropped, and so is one in doubt."""
 
     def __init__(self, connect: Callable[[], Awaitable[DatabaseConnection]], tail: LogTail) -> None:
         self.sent = 0
         self.received = 0
         self.dropped = 0
-        """Messages that were not sent, or not for certain."""
+        """Messages that were not sent, or not with certainty."""
         self.statements = 0
-        """How often messages were sent."""
+        """Statements that have sent messages."""
         self._connect = connect
         self._tail = tail
-        self._post = EphemeralEncoder()
-        self._gathered: deque[tuple[float, bytes]] = deque()
-        """Messages that are to be sent, each with the time it came."""
+        self._encoder = EphemeralEncoder()
+        self._queued: deque[tuple[float, bytes]] = deque()
+        """The messages to send, each with the time at which it was queued."""
         self._size = 0
-        self._work = trio.Event()
+        self._has_queued = trio.Event()
 
     def broadcast(self, entry: Entry) -> None:
-        """Have a message sent with the next statement, if there is room for it."""
+        """Queue a message for the next statement. If the queue is full, the message is dropped."""
         now = trio.current_time()
         self._drop_old(now)
         message = encode_message(entry)
-        if len(self._gathered) >= MESSAGES or self._size + len(message) > BYTES:
+        if len(self._queued) >= QUEUED_MESSAGES or self._size + len(message) > QUEUED_BYTES:
             self.dropped += 1
             return
-        self._gathered.append((now, message))
+        self._queued.append((now, message))
         self._size += len(message)
-        self._work.set()
+        self._has_queued.set()
 
-    def begin(self) -> None:
-        """A connection begins to listen for what other replicas send."""
-        self._post.begin(self._tail.database_time())
+    def begin_listening(self) -> None:
+        """A connection begins to listen. Messages that were sent before are ignored."""
+        self._encoder.begin(self._tail.database_time())
 
-    def read(self, card: str) -> list[Entry]:
-        """What another replica has sent. Raises as `Post.read` does."""
+    def decode(self, text: str) -> list[Entry]:
+        """The messages in a notification of another replica. Raises as `EphemeralEncoder.decode` does."""
         tail = self._tail
-        return self._post.read(card, tail.epoch, tail.seal, tail.database_time())
+        return self._encoder.decode(text, tail.epoch, tail.keys, tail.database_time())
 
     def deliver(self, entries: Sequence[Entry]) -> None:
-        """Hand on what was read."""
+        """Deliver the messages of another replica."""
         for entry in entries:
             self.received += 1
             self._tail.broadcast(entry)
 
-    async def run(self, working: ReportProgress) -> None:
-        """Send what gathers until that fails, on a connection that is made when there is something to send."""
+    async def run(self, report_progress: ReportProgress) -> None:
+        """Send queued messages until that fails. The connection is opened when there is something to send."""
         await self._tail.wait_epoch()
         while True:
-            await self._wait_work()
+            await self._wait_queued()
             with await self._connect() as connection:
                 while not connection.closed:
-                    pause = trio.current_time() + PACE
+                    pause = trio.current_time() + SEND_INTERVAL
                     await self._send(connection)
-                    working()
+                    report_progress()
                     await trio.sleep_until(pause)
-                    await self._wait_work()
+                    await self._wait_queued()
 
-    async def _wait_work(self) -> None:
-        while not self._gathered:
-            self._work = trio.Event()
-            await self._work.wait()
+    async def _wait_queued(self) -> None:
+        while not self._queued:
+            self._has_queued = trio.Event()
+            await self._has_queued.wait()
 
     async def _send(self, connection: DatabaseConnection) -> None:
-        """Send all that has gathered. Whether that succeeds or not, it is not sent again."""
+        """Send all queued messages. They are not sent again, whether that succeeds or not."""
         self._drop_old(trio.current_time())
-        messages = [message for _, message in self._gathered]
-        self._gathered.clear()
+        messages = [message for _, message in self._queued]
+        self._queued.clear()
         self._size = 0
         sent = 0
         try:
             tail = self._tail
-            cards, number = self._post.write(messages, tail.epoch, tail.seal, tail.database_time())
-            if cards:
+            texts, number = self._encoder.encode(messages, tail.epoch, tail.keys, tail.database_time())
+            if texts:
                 self.statements += 1
-                *_, notified = await connection.fetchrow(_NOTIFY, EPHEMERAL_CHANNEL, cards, timeout=PATIENCE)
+                *_, notified = await connection.fetchrow(_NOTIFY, EPHEMERAL_CHANNEL, texts, timeout=SEND_TIMEOUT)
                 sent = number if notified else 0
         finally:
             self.sent += sent
             self.dropped += len(messages) - sent
 
     def _drop_old(self, now: float) -> None:
-        gathered = self._gathered
-        while gathered and gathered[0][0] < now - AGE:
-            _, message = gathered.popleft()
+        queued = self._queued
+        while queued and queued[0][0] < now - MAX_WAIT:
+            _, message = queued.popleft()
             self._size -= len(message)
             self.dropped += 1

@@ -1,4 +1,4 @@
-"""The incarnations of the log that the database knows of, and how a cursor of one stands in the present one."""
+"""The epochs of the log, and where a cursor of an older epoch continues in the newest one."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class EpochHistory:
     def __contains__(self, epoch: str) -> bool:
         return any(name == epoch for name, _ in self._known)
 
-    def common(self, epoch: str) -> int | None:
-        """Up to where the newest epoch has the entries of this one, which must be known; None if it is the newest."""
+    def common_seq(self, epoch: str) -> int | None:
+        """The seq up to which the newest epoch has the entries of this known one; None for the newest itself."""
         names = [name for name, _ in self._known]
         return min((after for _, after in self._known[names.index(epoch) + 1 :]), default=None)
 
-    def parted(self, other: EpochHistory) -> tuple[int | None, int | None]:
-        """Up to where the newest epochs of `other` and of these have the entries of the last one that both know.
+    def divergence(self, other: EpochHistory) -> tuple[int | None, int | None]:
+        """The seqs up to which the newest epochs of `other` and of this one contain their last common epoch.
 
-        Each is None where that epoch is the newest itself, and both are None where there is no such epoch.
+        A seq is None if the common epoch is the newest itself. Both are None if there is no common epoch.
         """
         shared = next((name for name, _ in reversed(self._known) if name in other), None)
-        return (None, None) if shared is None else (other.common(shared), self.common(shared))
+        return (None, None) if shared is None else (other.common_seq(shared), self.common_seq(shared))
 
     def resume(self, since: int, epoch: str) -> Resumption:
-        """Where a subscription that was complete up to `since` in `epoch` goes on in the newest one.
+        """Where a subscription that was complete up to `since` in `epoch` continues in the newest epoch.
 
-        Whatever a later epoch took over unchanged, which is what stands at or below the seq it began after, the
-        subscription has; of the rest nobody can say. With an unknown epoch, of nothing: not even what retention has
-        taken meanwhile was had, and reading from the very beginning tells of that too.
+        A later epoch takes over the entries up to the seq after which it began, and the subscription has those. About
+        all others nothing is known. An unknown epoch has nothing in common: the subscription reads from the very
+        beginning, and its gap includes what retention has removed.
         """
         if epoch not in self:
             return Resumption(0, "epoch")
-        common = self.common(epoch)
-        return Resumption(since) if common is None or since <= common else Resumption(common, "epoch")
+        common_seq = self.common_seq(epoch)
+        return Resumption(since) if common_seq is None or since <= common_seq else Resumption(common_seq, "epoch")

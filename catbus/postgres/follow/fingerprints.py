@@ -1,4 +1,4 @@
-"""What a replica remembers of the log that it has followed, and by which it recognises it."""
+"""Fingerprints of applied entries. They show whether a database still has the log that this replica has followed."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from hashlib import sha256
 
 from ...log import Entry, RecentMessages
 
-KEPT = 1024
-"""How many are kept beside the entries that are in memory anyway."""
+KEPT_FINGERPRINTS = 1024
+"""How many fingerprints are kept, beside the entries in memory."""
 
 
 class Fingerprints:
-    """Marks of entries that were applied: each of the recent ones, and of older ones ever fewer.
+    """Fingerprints of applied entries: of all recent ones, and of ever fewer older ones.
 
-    Two logs that have the same entry under a seq have the same ones under all lower seqs.
+    Two logs that have the same entry under a seq have the same entries under all lower seqs.
     """
 
     def __init__(self, recent: RecentMessages) -> None:
         self._recent = recent
-        self._marks: list[tuple[int, bytes | None]] = [(0, None)]
+        self._known: list[tuple[int, bytes | None]] = [(0, None)]
 
     @property
     def newest(self) -> bytes | None:
-        """The mark of the newest entry; None where that was not there any more when it was looked at."""
-        return self._marks[-1][1]
+        """The fingerprint of the newest entry; None if the entry was gone when its fingerprint was read."""
+        return self._known[-1][1]
 
     def begin(self, seq: int, known: bytes | None) -> None:
-        """Forget everything but the entry `seq`, whose mark this is."""
-        self._marks = [(seq, known)]
+        """Forget all entries, and begin with the fingerprint `known` of the entry `seq`."""
+        self._known = [(seq, known)]
 
     def note(self, entries: Sequence[Entry]) -> None:
-        """Remember entries that were applied."""
-        marks = self._marks
-        marks.append((entries[-1].seq, fingerprint(entries[-1])))
-        if len(marks) > KEPT:
-            # Whatever has become old is thinned again and again, so that the distances grow with the age.
-            del marks[: KEPT // 2 : 2]
+        """Add entries that were applied."""
+        known = self._known
+        known.append((entries[-1].seq, fingerprint(entries[-1])))
+        if len(known) > KEPT_FINGERPRINTS:
+            # Old fingerprints are thinned out again and again, so their distances grow with their age.
+            del known[: KEPT_FINGERPRINTS // 2 : 2]
 
-    async def agreement(self, look: Callable[[int], Awaitable[bytes | None]], floor: int, head: int) -> int | None:
-        """The newest seq for which it is certain that another log has the same entries up to there; 0 for none.
+    async def common_seq(self, fetch: Callable[[int], Awaitable[bytes | None]], floor: int, head: int) -> int | None:
+        """The newest seq up to which another log certainly has the same entries; 0 for none.
 
-        None where there is nothing to compare: what is remembered is newer, or older, than all that the other log has.
+        None if nothing can be compared: all known fingerprints are newer or older than the entries of the other log.
 
-        `look` gives the other log's mark of a seq; `floor` and `head` are where it begins and ends.
+        `fetch` returns the other log's fingerprint of a seq. `floor` and `head` are the bounds of the other log.
         """
         recent = self._recent
-        old = [(seq, known) for seq, known in self._marks if seq < recent.first and known and floor <= seq <= head]
+        old = [(seq, known) for seq, known in self._known if seq < recent.first and known and floor <= seq <= head]
         first = max(recent.first, floor)
         low, high = 0, len(old) + max(min(recent.last, head) - first + 1, 0)
         agreed = 0 if low < high else None
@@ -57,7 +57,7 @@ class Fingerprints:
             else:
                 seq = first + middle - len(old)
                 known = fingerprint(recent[seq])
-            if await look(seq) == known:
+            if await fetch(seq) == known:
                 agreed, low = seq, middle + 1
             else:
                 high = middle
@@ -65,5 +65,5 @@ class Fingerprints:
 
 
 def fingerprint(entry: Entry) -> bytes:
-    """By what an entry is recognised, as `catbus.fingerprint` makes it."""
+    """The fingerprint of an entry, equal to that of the SQL function `catbus.fingerprint`."""
     return sha256(f"{entry.at} {entry.channel} ".encode() + entry.payload.strip(b" \t\r\n")).digest()

@@ -1,4 +1,4 @@
-"""Entries from the table: pages of the whole log, and the history of a pattern."""
+"""Reading entries from the table: pages of the whole log, and the history of a pattern."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Awaitable, Callable
 from ...errors import Unavailable
 from ...log import Entry, LogPage
 from ...protocol.channels import matches, prefix_range
-from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row
+from ..access.asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection, Row
 from ..access.query_connection import QueryConnection
 from .deleted_ranges import DeletedRangeError
 
-DOUBTS = 3
-"""How often a page may disagree with what was found out about it."""
+MAX_CONFLICTS = 3
+"""How often a page and the position of the log may contradict each other."""
 
-STEP = 100
-"""Messages of a history that are read before others have their turn."""
+HISTORY_ROWS = 100
+"""Messages of a history that are read at a time, so that other readers need not wait for all of it."""
 
-HISTORY_SIZE = 1 << 20
-"""Bytes after which no more are read of one."""
+HISTORY_BYTES = 1 << 20
+"""Bytes after which a history ends."""
 
-PATIENCE = 4.5
-"""Seconds for a page of the log. A history may take longer: it has more to look for."""
+PAGE_TIMEOUT = 4.5
+"""Seconds for a page of the log. A history may take longer, as it searches."""
 
 _PAGE = """
 SELECT seq, at, channel, payload, sender, origin
@@ -38,7 +38,7 @@ ORDER BY seq
 """
 
 _POSITION = "SELECT head, floor FROM catbus.position()"
-_HOLE = "SELECT first, last, repaired FROM catbus.record_deleted_range($1)"
+_RECORD_DELETED_RANGE = "SELECT first, last, repaired FROM catbus.record_deleted_range($1)"
 
 _HISTORY = """
 SELECT seq, at, channel, payload, sender, origin
@@ -56,34 +56,34 @@ class LogReader:
     """Reads through a connection of its own, one statement at a time."""
 
     def __init__(self, connect: Callable[[], Awaitable[DatabaseConnection]]) -> None:
-        self._inquiry = QueryConnection(connect)
+        self._connection = QueryConnection(connect)
 
     @property
     def reads(self) -> int:
-        return self._inquiry.statements
+        return self._connection.statements
 
     async def connect(self) -> None:
-        """Make sure that there is a connection. Raises one of `OUTAGE`."""
-        await self._inquiry.connect()
+        """Connect, unless there is a connection. Raises one of `DATABASE_ERRORS`."""
+        await self._connection.connect()
 
     async def page(self, after: int, last: int, rows: int, size: int) -> LogPage:
-        """What there is with `after < seq <= last`, from the beginning, at most so many rows and bytes.
+        """The first entries with `after < seq <= last`: at most so many rows and bytes.
 
-        The page ends where it began only if the log does too, whatever was announced. Raises one of `OUTAGE`, and that
-        is `Hole` where somebody has taken entries away by hand.
+        An empty page means that the log ends there, whatever was announced. Raises one of `DATABASE_ERRORS`:
+        `DeletedRangeError` if somebody deleted the entries by hand.
         """
         start, lost = after, "retention"
-        doubts = 0
-        while doubts < DOUBTS:
-            # Numbers are gapless, so the range bounds the rows, and whatever plan is chosen it is a cheap one.
-            found = await self._inquiry.fetch(_PAGE, start, min(last, start + rows), size, timeout=PATIENCE)
+        conflicts = 0
+        while conflicts < MAX_CONFLICTS:
+            # Seqs have no gaps, so the range limits the rows, and every plan is a cheap one.
+            found = await self._connection.fetch(_PAGE, start, min(last, start + rows), size, timeout=PAGE_TIMEOUT)
             entries = [_entry(row) for row in found]
             if entries and entries[0].seq == start + 1:
                 if entries[-1].seq != start + len(entries):
                     del entries[next(i for i, entry in enumerate(entries, 1) if entry.seq != start + i) - 1 :]
                 return LogPage(start, entries[-1].seq, entries, lost)
-            # Not where it was looked for. Retention may have taken it, and then the floor says so by now.
-            ((head, floor),) = await self._inquiry.fetch(_POSITION, timeout=PATIENCE)
+            # The first entry is missing. If retention has removed it, the floor shows that by now.
+            ((head, floor),) = await self._connection.fetch(_POSITION, timeout=PAGE_TIMEOUT)
             if head <= after:
                 return LogPage(after, after, ())
             if floor > last:
@@ -91,12 +91,12 @@ class LogReader:
             if floor > start + 1:
                 start, lost = floor - 1, "retention"
                 continue
-            holes = await self._inquiry.fetch(_HOLE, start, timeout=PATIENCE)
-            if not holes:
-                # It may have been committed between the looks.
-                doubts += 1
+            found_range = await self._connection.fetch(_RECORD_DELETED_RANGE, start, timeout=PAGE_TIMEOUT)
+            if not found_range:
+                # It may have been committed between the two statements.
+                conflicts += 1
                 continue
-            ((first, end, repaired),) = holes
+            ((first, end, repaired),) = found_range
             if not repaired:
                 raise DeletedRangeError(first, end)
             start, lost = end, "repair"
@@ -107,8 +107,8 @@ class LogReader:
     async def history(self, pattern: str, before: int, limit: int) -> tuple[list[Entry], bool]:
         """The newest matches below `before`, oldest first, and whether there are more. Raises `Unavailable`.
 
-        They are `limit` at the most, and fewer where they are large. They are read a few at a time, so that others who
-        ask wait for a few as well, and not for all.
+        Returns at most `limit` entries, and fewer if they are large. They are read a few at a time, so that other
+        readers wait for a few entries and not for all.
         """
         bounds = prefix_range(pattern)
         values: tuple[str, ...]
@@ -120,12 +120,12 @@ class LogReader:
             query, values = _HISTORY_OF_MANY, bounds
         entries: list[Entry] = []
         size, more = 0, True
-        while more and len(entries) <= limit and size <= HISTORY_SIZE:
-            wanted = min(STEP, limit + 1 - len(entries))
+        while more and len(entries) <= limit and size <= HISTORY_BYTES:
+            wanted = min(HISTORY_ROWS, limit + 1 - len(entries))
             try:
-                found = await self._inquiry.fetch(query, before, wanted, *values)
-            except OUTAGE as error:
-                raise unavailable(error) from error
+                found = await self._connection.fetch(query, before, wanted, *values)
+            except DATABASE_ERRORS as error:
+                raise read_error(error) from error
             more = len(found) == wanted
             if found:
                 before = found[-1][0]
@@ -135,8 +135,8 @@ class LogReader:
         return entries[:limit][::-1], more or len(entries) > limit
 
 
-def unavailable(error: BaseException) -> Unavailable:
-    """What a reader is told of an outage."""
+def read_error(error: BaseException) -> Unavailable:
+    """The error of a reader during an outage."""
     return Unavailable(f"the log cannot be read just now ({type(error).__name__})")
 
 

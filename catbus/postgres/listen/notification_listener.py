@@ -1,4 +1,4 @@
-"""The listening side: notifications as hints, one poll as the safety net, and what tells one log from another."""
+"""The listener: notifications as hints, polls as the fallback, and the detection of another log."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from .polling_interval import PollingInterval
 
 logger = get_logger("catbus.postgres")
 
-PATIENCE = 2.5
-"""Seconds after which a connection that does not answer the poll is given up: 4.5 s after it died at the latest."""
-_HEARD = 10_000
-"""Notifications that may wait; for more there is the poll."""
-_SPACING = 0.05
-"""Seconds between two polls for the sake of notifications: one that is sent again and again costs one in each."""
+POLL_TIMEOUT = 2.5
+"""Seconds for a poll. After that the connection is dropped: at the latest 4.5 s after it died."""
+_QUEUE_LENGTH = 10_000
+"""Notifications that may wait. Further ones are dropped, and polls replace them."""
+_HINTED_POLL_INTERVAL = 0.05
+"""Seconds between polls that notifications cause: a repeated notification causes one poll in each interval."""
 
-_TRIES = 10
-"""How often the log may turn out to be yet another one before the connection is given up."""
-_CLAIMS = 1.0
-"""Seconds between two looks for the sake of what clients say."""
+_MAX_ATTEMPTS = 10
+"""How often the log may turn out to be yet another one before the connection is dropped."""
+_QUESTION_INTERVAL = 1.0
+"""Seconds between polls that the cursors of clients cause."""
 
 _STANDBY = "SELECT pg_is_in_recovery()"
-_SEAL = "SELECT h.notification_secret FROM catbus.head AS h"
-_LOOK = (
+_READ_SECRET = "SELECT h.notification_secret FROM catbus.head AS h"
+_POLL = (
     "SELECT epoch, head, floor, fingerprint, standby, same_system, same_timeline, role_version, "
     "deleted_ranges_version, pg_postmaster_start_time(), extract(epoch FROM clock_timestamp())::double precision "
     "FROM catbus.poll($1)"
 )
-_MARK = "SELECT catbus.fingerprint($1)"
+_FINGERPRINT = "SELECT catbus.fingerprint($1)"
 _NEW_EPOCH = "CALL catbus.new_epoch_transaction($1, $2, NULL, NULL, NULL)"
 _KEEP_EPOCH = "SELECT catbus.keep_epoch($1)"
 _EPOCHS = """
@@ -59,28 +59,29 @@ WHERE newest.epoch = $1 ORDER BY e.ordinal
 """
 
 
-class _Look(NamedTuple):
-    """The database's answer to a look, as `catbus.poll` has it."""
+class _PollResult(NamedTuple):
+    """The columns of `catbus.poll`, and of the server."""
 
     epoch: str
     head: int
     floor: int
-    mark: bytes | None
+    fingerprint: bytes | None
     standby: bool
     same_system: bool | None
     same_timeline: bool | None
     role_version: str
-    holes: int | None
+    deleted_ranges_version: int | None
     server: object
     clock: float
     """The database's time in seconds since 1970."""
 
 
 class NotificationListener:
-    """Keeps the tail informed, through a connection of its own. `own_pid` tells our writer's notifications apart.
+    """Feeds the tail, through a connection of its own. `own_pid` identifies notifications of the own writer.
 
-    Each poll also makes sure that the database's log is still the one that the tail has followed. Where it is not, or
-    nobody can say, a new epoch begins. With `lossless` a standby that takes over is believed to have all of it.
+    Each poll also verifies that the database still has the log that the tail has followed. If it has another one, or
+    nothing shows which one it has, a new epoch begins. With `lossless`, a promoted standby is trusted to have all
+    entries.
     """
 
     def __init__(
@@ -88,99 +89,99 @@ class NotificationListener:
         connect: Callable[[], Awaitable[DatabaseConnection]],
         tail: LogTail,
         own_pid: Callable[[], int],
-        courier: EphemeralRelay,
+        relay: EphemeralRelay,
         role_changes: RoleChanges,
         *,
         lossless: bool = False,
     ) -> None:
         self.epochs = EpochHistory()
-        self.holes = DeletedRanges()
+        self.deleted_ranges = DeletedRanges()
         self.notifications = 0
         self.dropped = 0
-        """Notifications for which there was no room."""
+        """Notifications that were dropped because too many waited."""
         self.polls = 0
-        self.pace = PollingInterval()
-        self.intruders = ForgedNotifications()
+        self.polling_interval = PollingInterval()
+        self.forged = ForgedNotifications()
         self._connect = connect
         self._tail = tail
         self._own_pid = own_pid
-        self._courier = courier
+        self._relay = relay
         self._role_changes = role_changes
         self._lossless = lossless
-        self._heard: deque[Callable[[], None]] = deque()
-        self._news = trio.Event()
-        self._doubt = trio.Event()
-        self._hinted = trio.Event()
-        self._recognised = 0
-        """Which poll was the last that found the log to be the one that is followed."""
-        self._looked = trio.Event()
-        self._claimed = 0.0
-        self._clock = 0.0
-        """The database's time at the last look, in seconds since 1970."""
+        self._received: deque[Callable[[], None]] = deque()
+        self._has_received = trio.Event()
+        self._poll_requested = trio.Event()
+        self._poll_hinted = trio.Event()
+        self._verified_poll = 0
+        """The number of the last poll that verified the log."""
+        self._verified = trio.Event()
+        self._questioned = 0.0
+        self._database_time = 0.0
+        """The database's time at the last poll, in seconds since 1970."""
         self._standby = False
         self._polling = False
         self._listening = False
 
-    def check(self) -> None:
-        """Poll at once: there is reason to think that the log is another one."""
-        self._doubt.set()
+    def poll_now(self) -> None:
+        """Poll at once, as the database may have another log."""
+        self._poll_requested.set()
 
-    def question(self) -> None:
-        """Poll soon: a client says something that may mean so, or may be wrong."""
+    def poll_soon(self) -> None:
+        """Poll soon: the cursor of a client suggests another log, or is wrong."""
         now = trio.current_time()
-        if now >= self._claimed + _CLAIMS:
-            self._claimed = now
-            self.check()
+        if now >= self._questioned + _QUESTION_INTERVAL:
+            self._questioned = now
+            self.poll_now()
 
-    async def vouch(self) -> None:
-        """Wait until a look that began after this has found the log to be the one that is followed.
+    async def wait_verified(self) -> None:
+        """Wait until a poll that begins after this has verified the log.
 
-        Whoever has connected before this is connected to that log, as there is only one primary; behind a pooler only
-        as long as the server is the same.
+        A connection that was opened before leads to the verified log, as there is only one primary. Behind a pooler
+        that is true while the server is the same.
         """
         wanted = self.polls + 1
-        self.check()
-        while self._recognised < wanted:
-            await self._looked.wait()
+        self.poll_now()
+        while self._verified_poll < wanted:
+            await self._verified.wait()
 
-    async def run(self, working: ReportProgress) -> None:
-        """Listen until the connection is lost. LISTEN first, then the position: nothing falls between them."""
+    async def run(self, report_progress: ReportProgress) -> None:
+        """Listen until the connection is lost. LISTEN comes before the first poll, so that nothing is missed."""
         with await self._connect() as connection:
-            self._heard.clear()
-            connection.when_closed(self._hear_end)
-            # A standby would not even let us LISTEN.
-            (standby,) = await connection.fetchrow(_STANDBY, timeout=PATIENCE)
+            self._received.clear()
+            connection.when_closed(self._note_closed)
+            # A standby rejects LISTEN.
+            (standby,) = await connection.fetchrow(_STANDBY, timeout=POLL_TIMEOUT)
             self._refuse_standby(standby)
-            await self._read_seal(connection)
+            await self._read_keys(connection)
             self._listening = False
-            self.pace.begin(deaf=True)
+            self.polling_interval.begin(listening=False)
             if self._may_listen(connection):
                 await self._listen(connection)
             try:
                 await self._poll(connection)
-                self._courier.begin()
-                working()
+                self._relay.begin_listening()
+                report_progress()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._follow, connection)
-                    nursery.start_soon(self._heed)
-                    await self._watch(connection, working)
+                    nursery.start_soon(self._apply_received, connection)
+                    nursery.start_soon(self._poll_on_hints)
+                    await self._poll_repeatedly(connection, report_progress)
             except Exception:
                 self._tail.distrust()
-                self.intruders.look(trio.current_time(), PATIENCE)
+                self.forged.note_poll(trio.current_time(), POLL_TIMEOUT)
                 raise
 
     def _may_listen(self, connection: DatabaseConnection) -> bool:
-        return not connection.pooled and self.intruders.may_listen(trio.current_time())
+        return not connection.pooled and self.forged.may_listen(trio.current_time())
 
     async def _listen(self, connection: DatabaseConnection) -> None:
         self._listening = True
-        self.pace.begin(deaf=False)
+        self.polling_interval.begin(listening=True)
         for channel in (LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL):
-            await connection.listen(channel, partial(self._hear, channel))
+            await connection.listen(channel, partial(self._receive, channel))
 
-    async def _read_seal(self, connection: DatabaseConnection) -> None:
-        (secret,) = await connection.fetchrow(_SEAL, timeout=PATIENCE)
-        self._tail.seal = NotificationKeys(secret)
+    async def _read_keys(self, connection: DatabaseConnection) -> None:
+        (secret,) = await connection.fetchrow(_READ_SECRET, timeout=POLL_TIMEOUT)
+        self._tail.keys = NotificationKeys(secret)
 
     def _refuse_standby(self, standby: bool) -> None:
         if standby:
@@ -190,233 +191,239 @@ class NotificationListener:
             raise OSError("the database is a standby")
         self._standby = False
 
-    def _hear(self, channel: str, pid: int, payload: str) -> None:
-        """Take in one notification, within the reader. What others than replicas of this log have sent ends here."""
+    def _receive(self, channel: str, pid: int, payload: str) -> None:
+        """Process one notification while the connection is read. Forged ones are counted and dropped."""
         self.notifications += 1
         try:
             if channel == LOG_CHANNEL:
-                self._hear_position(pid, payload)
+                self._receive_position(pid, payload)
             elif channel == EPHEMERAL_CHANNEL:
-                if entries := self._courier.read(payload):
-                    self._put(partial(self._courier.deliver, entries))
+                if entries := self._relay.decode(payload):
+                    self._enqueue(partial(self._relay.deliver, entries))
             elif payload:  # The empty one is for replicas of earlier releases.
-                self._hear_role(payload)
+                self._receive_role(payload)
         except ForgedNotificationError:
-            if self.intruders.note():
-                self._hinted.set()
+            if self.forged.note():
+                self._poll_hinted.set()
         except (ValueError, msgspec.DecodeError):
-            logger.warning("a notification that cannot be understood", channel=channel, length=len(payload))
+            logger.warning("a notification cannot be decoded", channel=channel, length=len(payload))
 
-    def _hear_position(self, pid: int, payload: str) -> None:
-        """Understand `epoch:first:last`, perhaps with the time and the encrypted text of the entries."""
+    def _receive_position(self, pid: int, payload: str) -> None:
+        """Process `epoch:first:last`, which may be followed by the time and the encrypted text of the entries."""
         tail = self._tail
-        position, enclosed = tail.seal.verify(LOG_CHANNEL, payload)
+        position, enclosed = tail.keys.verify(LOG_CHANNEL, payload)
         epoch, first, last = position.rsplit(":", 2)
         newest = int(last)
         if epoch == tail.epoch:
-            self.pace.hear(newest)
+            self.polling_interval.note_notification(newest)
             if newest <= tail.applied:
                 return
         elif epoch in self.epochs:
             return
-        self._put(partial(self._take, pid, epoch, int(first), newest, enclosed))
+        self._enqueue(partial(self._apply, pid, epoch, int(first), newest, enclosed))
 
-    def _hear_role(self, payload: str) -> None:
-        shown, _ = self._tail.seal.verify(ROLES_CHANNEL, payload)
+    def _receive_role(self, payload: str) -> None:
+        shown, _ = self._tail.keys.verify(ROLES_CHANNEL, payload)
         if shown == "*":
-            self._hinted.set()
+            self._poll_hinted.set()
         else:
-            self._role_changes.hear(self._tail.seal.read_role(shown))
+            self._role_changes.note_role(self._tail.keys.unmask_role(shown))
 
-    def _put(self, take: Callable[[], None]) -> None:
-        if len(self._heard) < _HEARD:
-            self._heard.append(take)
-            self._news.set()
+    def _enqueue(self, take: Callable[[], None]) -> None:
+        if len(self._received) < _QUEUE_LENGTH:
+            self._received.append(take)
+            self._has_received.set()
         else:
             self.dropped += 1
 
-    def _hear_end(self) -> None:
-        self._news.set()
+    def _note_closed(self) -> None:
+        self._has_received.set()
 
-    async def _follow(self, connection: DatabaseConnection) -> None:
+    async def _apply_received(self, connection: DatabaseConnection) -> None:
         while True:
-            await self._news.wait()
-            self._news = trio.Event()
-            while self._heard:
-                self._heard.popleft()()
-                # A burst is handed on bit by bit, so that the send queues are emptied in between.
+            await self._has_received.wait()
+            self._has_received = trio.Event()
+            while self._received:
+                self._received.popleft()()
+                # Apply a burst one by one, so that send queues are flushed in between.
                 await trio.lowlevel.checkpoint()
             if connection.closed:
                 raise OSError("the connection that listens was lost")
 
-    def _take(self, pid: int, epoch: str, first: int, last: int, enclosed: str) -> None:
-        """Take what a notification tells of: the entries, where they are enclosed and can be read, or the position."""
+    def _apply(self, pid: int, epoch: str, first: int, last: int, enclosed: str) -> None:
+        """Apply a notification: its entries, if they are enclosed and readable, or its position."""
         tail = self._tail
         if epoch != tail.epoch:
-            self._hinted.set()
+            self._poll_hinted.set()
             return
-        self.pace.hear(last)
+        self.polling_interval.note_notification(last)
         if pid == self._own_pid():
             tail.expect(last)
             return
         at, _, token = enclosed.partition(" ")
         if token:
             try:
-                entries = decode_enclosed(tail.seal.decrypt(LOG_CHANNEL, token), first, int(at))
+                entries = decode_enclosed(tail.keys.decrypt(LOG_CHANNEL, token), first, int(at))
                 if len(entries) == last - first + 1:
                     tail.offer(entries)
             except (ValueError, msgspec.DecodeError):
-                logger.warning("entries in a notification that cannot be read", first=first, last=last)
+                logger.warning("entries in a notification cannot be decoded", first=first, last=last)
         tail.announce(last)
 
-    async def _heed(self) -> None:
-        """Poll at once when a notification gives reason to, and not again before some time has passed."""
+    async def _poll_on_hints(self) -> None:
+        """Poll at once when a notification is a reason to, and wait for a while before the next such poll."""
         while True:
-            await self._hinted.wait()
-            self._hinted = trio.Event()
-            self.check()
-            await trio.sleep(_SPACING)
+            await self._poll_hinted.wait()
+            self._poll_hinted = trio.Event()
+            self.poll_now()
+            await trio.sleep(_HINTED_POLL_INTERVAL)
 
-    async def _watch(self, connection: DatabaseConnection, working: ReportProgress) -> None:
+    async def _poll_repeatedly(self, connection: DatabaseConnection, report_progress: ReportProgress) -> None:
         while True:
-            with trio.move_on_after(self.pace.pause(trio.current_time())):
-                await self._doubt.wait()
-            self._doubt = trio.Event()
+            with trio.move_on_after(self.polling_interval.seconds_to_next(trio.current_time())):
+                await self._poll_requested.wait()
+            self._poll_requested = trio.Event()
             began = trio.current_time()
             await self._poll(connection)
-            self.intruders.look(trio.current_time(), trio.current_time() - began)
+            self.forged.note_poll(trio.current_time(), trio.current_time() - began)
             if self._listening != self._may_listen(connection):
-                await self._turn(connection)
-            working()
+                await self._toggle_listening(connection)
+            report_progress()
 
-    async def _turn(self, connection: DatabaseConnection) -> None:
-        """Stop to listen while others hold everything up by what they send, or begin again."""
+    async def _toggle_listening(self, connection: DatabaseConnection) -> None:
+        """Stop listening during a flood of forged notifications, or begin again."""
         if self._listening:
             self._listening = False
-            await connection.unlisten(timeout=PATIENCE)
-            self.pace.begin(deaf=True)
+            await connection.unlisten(timeout=POLL_TIMEOUT)
+            self.polling_interval.begin(listening=False)
         else:
-            # As on a new connection: LISTEN first, then the position.
+            # As on a new connection: LISTEN first, then poll.
             await self._listen(connection)
-            self._courier.begin()
-            self.check()
+            self._relay.begin_listening()
+            self.poll_now()
 
     async def _poll(self, connection: DatabaseConnection) -> None:
         began = trio.current_time()
-        self.pace.ask()
-        head = await self._look(connection)
-        self._tail.clock_offset = self._clock - trio.current_time()
+        self.polling_interval.begin_poll()
+        head = await self._follow_log(connection)
+        self._tail.clock_offset = self._database_time - trio.current_time()
         self._role_changes.checked = began
-        self._tail.announce(self.pace.note(head, trio.current_time()))
-        self._say_pace(connection)
+        self._tail.announce(self.polling_interval.note_poll(head, trio.current_time()))
+        self._log_polling(connection)
 
-    def _say_pace(self, connection: DatabaseConnection) -> None:
-        polling = self.pace.polling
+    def _log_polling(self, connection: DatabaseConnection) -> None:
+        polling = self.polling_interval.polling
         if polling == self._polling:
             return
         self._polling = polling
         if not polling:
-            logger.info("notifications tell of everything again: polling less")
+            logger.info("notifications announce everything again: polling less")
         elif not self._listening and not connection.pooled:
-            logger.warning("others send so many notifications that this replica does not listen: polling")
+            logger.warning("a flood of forged notifications: this replica stops listening and polls")
         elif connection.pooled:
-            logger.warning("no notifications come through a pooler: polling; [database] listen_url leads past it")
+            logger.warning("a pooler passes no notifications on: polling often; [database] listen_url leads past it")
         else:
-            logger.warning("there is news that no notification has told of: polling")
+            logger.warning("a poll found commits that no notification had announced: polling often")
 
-    async def _look(self, connection: DatabaseConnection) -> int:
-        """Read the database's position and return its head; from then on the tail follows the log that is there."""
+    async def _follow_log(self, connection: DatabaseConnection) -> int:
+        """Poll the database and return its head. From then on the tail follows the log of the database."""
         tail = self._tail
         self.polls += 1
         number = self.polls
-        for _ in range(_TRIES):
-            applied, mark = tail.applied, tail.marks.newest
-            look = _Look(*await connection.fetchrow(_LOOK, applied, timeout=PATIENCE))
-            self._clock = look.clock
-            self._refuse_standby(look.standby)
-            if await self._recognise(connection, look, applied, mark):
-                tail.floor = look.floor
-                tail.server = look.server
-                self._role_changes.look(look.epoch, look.role_version)
-                if await self.holes.look(connection, look.holes, look.floor):
-                    # What is gone is gone for everybody, though some of it may still be in memory.
-                    tail.recent.forget(min(self.holes.report.repaired, tail.applied))
+        for _ in range(_MAX_ATTEMPTS):
+            applied, fingerprint = tail.applied, tail.fingerprints.newest
+            result = _PollResult(*await connection.fetchrow(_POLL, applied, timeout=POLL_TIMEOUT))
+            self._database_time = result.clock
+            self._refuse_standby(result.standby)
+            if await self._is_followed(connection, result, applied, fingerprint):
+                tail.floor = result.floor
+                tail.server = result.server
+                self._role_changes.note_version(result.epoch, result.role_version)
+                if await self.deleted_ranges.update(connection, result.deleted_ranges_version, result.floor):
+                    # Repaired ranges are gaps for all subscriptions, even if their entries are still in memory.
+                    tail.recent.forget(min(self.deleted_ranges.report.repaired, tail.applied))
                 if not tail.trusted:
                     tail.trust()
-                self._recognised = number
-                self._looked.set()
-                self._looked = trio.Event()
-                return look.head
+                self._verified_poll = number
+                self._verified.set()
+                self._verified = trio.Event()
+                return result.head
             tail.distrust()
-        raise OSError("the log turns out to be another one again and again")
+        raise OSError("the log has changed again and again")
 
-    async def _recognise(self, connection: DatabaseConnection, look: _Look, applied: int, mark: bytes | None) -> bool:
-        """Whether this is the log that the tail follows; if not, do what comes next, and it has to be looked at again.
+    async def _is_followed(
+        self, connection: DatabaseConnection, result: _PollResult, applied: int, fingerprint: bytes | None
+    ) -> bool:
+        """Whether this is the log that the tail follows. If not, take the next step; another poll has to follow.
 
-        `applied` and `mark` are what the tail had applied before that look.
+        `applied` and `fingerprint` are those of the tail before the poll.
         """
         tail = self._tail
-        # Retention may have taken the entry away, and then says so.
-        intact = applied < look.floor or (applied <= look.head and look.mark == mark)
-        compared = applied if intact else await self._agreement(connection, look)
+        # If retention has removed the entry, the floor shows it.
+        intact = applied < result.floor or (applied <= result.head and result.fingerprint == fingerprint)
+        compared = applied if intact else await self._common_seq(connection, result)
         known = compared or 0
-        if not (look.same_system and look.same_timeline):
-            if not (look.same_system and intact and self._lossless):
-                # Nobody has appended to the log since it came here: a writer waits until somebody has looked at it. So
-                # a standby that took over has the beginning of the log that we know, even where we know the rest only.
-                reason = "failed over" if look.same_system else "another cluster"
-                blank = not tail.epoch or (look.same_system and compared is None)
-                await self._begin(connection, look, reason, None if blank else known)
+        if not (result.same_system and result.same_timeline):
+            if not (result.same_system and intact and self._lossless):
+                # Nothing was appended to the log here: writers wait until a poll has verified it. So a promoted standby
+                # has the beginning of the known log, even if only later entries can be compared.
+                reason = "failed over" if result.same_system else "another cluster"
+                blank = not tail.epoch or (result.same_system and compared is None)
+                await self._begin_epoch(connection, result, reason, None if blank else known)
                 return False
-            await connection.fetch(_KEEP_EPOCH, look.epoch, timeout=PATIENCE)
-            logger.warning("the database has failed over, without a loss as configured", epoch=look.epoch)
-        if look.epoch == tail.epoch:
+            await connection.fetch(_KEEP_EPOCH, result.epoch, timeout=POLL_TIMEOUT)
+            logger.warning("the database has failed over, without a loss as configured", epoch=result.epoch)
+        if result.epoch == tail.epoch:
             if not intact:
-                await self._begin(connection, look, "set back", known)
+                await self._begin_epoch(connection, result, "set back", known)
             return intact
-        rows = await connection.fetch(_EPOCHS, look.epoch, timeout=PATIENCE)
+        rows = await connection.fetch(_EPOCHS, result.epoch, timeout=POLL_TIMEOUT)
         epochs = EpochHistory([(name, after) for name, after in rows])
-        agreed, believed = epochs.parted(self.epochs)
+        agreed, believed = epochs.divergence(self.epochs)
         if agreed is not None and (believed is None or believed > agreed):
-            # The database has lost our epoch, and what it knew then of those before it.
-            await self._begin(connection, look, "set back to an older epoch", min(known, agreed))
+            # The database has lost the epoch of this replica, and entries of earlier epochs.
+            await self._begin_epoch(connection, result, "set back to an older epoch", min(known, agreed))
             return False
-        start = known if tail.epoch else look.head
+        start = known if tail.epoch else result.head
         if tail.epoch in epochs:
-            common = epochs.common(tail.epoch)
+            common = epochs.common_seq(tail.epoch)
             assert common is not None
             if compared is None:
                 known = min(applied, common)
             elif known < min(applied, common):
-                # Who began the new epoch could not know what we do.
-                await self._begin(connection, look, "set back further than another replica knew", known)
+                # The replica that began the new epoch knew fewer entries than this one.
+                await self._begin_epoch(connection, result, "set back further than another replica knew", known)
                 return False
             start = min(known, common)
-        elif tail.epoch and applied < look.floor:
-            # Retention has left nothing to compare, so that only the epochs tell.
+        elif tail.epoch and applied < result.floor:
+            # Retention has left nothing to compare. Only the epochs show what is common.
             start = min(known, agreed or 0, believed or 0)
-        # Even below the floor: what was handed on above it has to be taken back, before retention tells of the rest.
-        start = min(start, look.head)
-        (there,) = await connection.fetchrow(_MARK, start, timeout=PATIENCE)
-        await self._read_seal(connection)
+        # Also below the floor: entries that were delivered above it are revoked before retention explains the rest.
+        start = min(start, result.head)
+        (there,) = await connection.fetchrow(_FINGERPRINT, start, timeout=POLL_TIMEOUT)
+        await self._read_keys(connection)
         if tail.epoch:
-            logger.warning("the log is another one now", epoch=look.epoch, applied=applied, head=look.head, after=start)
+            logger.warning(
+                "the log is another one now", epoch=result.epoch, applied=applied, head=result.head, after=start
+            )
         self.epochs = epochs
-        tail.restart(look.epoch, start, look.floor, mark=there)
-        tail.announce(look.head)
+        tail.restart(result.epoch, start, result.floor, fingerprint=there)
+        tail.announce(result.head)
         return True
 
-    async def _agreement(self, connection: DatabaseConnection, look: _Look) -> int | None:
-        """Up to where the database certainly has the entries that were applied here; None with nothing to compare."""
+    async def _common_seq(self, connection: DatabaseConnection, result: _PollResult) -> int | None:
+        """The seq up to which the database certainly has the applied entries; None if nothing can be compared."""
 
-        async def mark(seq: int) -> bytes | None:
-            (found,) = await connection.fetchrow(_MARK, seq, timeout=PATIENCE)
+        async def fetch_fingerprint(seq: int) -> bytes | None:
+            (found,) = await connection.fetchrow(_FINGERPRINT, seq, timeout=POLL_TIMEOUT)
             return bytes(found) if found is not None else None
 
-        return await self._tail.marks.agreement(mark, look.floor, look.head)
+        return await self._tail.fingerprints.common_seq(fetch_fingerprint, result.floor, result.head)
 
-    async def _begin(self, connection: DatabaseConnection, look: _Look, reason: str, agreed: int | None) -> None:
-        """Begin a new epoch, unless another replica has been faster."""
-        epoch, after, made = await connection.fetchrow(_NEW_EPOCH, look.epoch, agreed, timeout=PATIENCE)
+    async def _begin_epoch(
+        self, connection: DatabaseConnection, result: _PollResult, reason: str, agreed: int | None
+    ) -> None:
+        """Begin a new epoch, unless another replica has begun one already."""
+        epoch, after, made = await connection.fetchrow(_NEW_EPOCH, result.epoch, agreed, timeout=POLL_TIMEOUT)
         if made:
-            logger.warning("a new epoch begins", epoch=epoch, reason=reason, head=look.head, after=after)
+            logger.warning("a new epoch begins", epoch=epoch, reason=reason, head=result.head, after=after)

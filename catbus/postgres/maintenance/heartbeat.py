@@ -1,4 +1,4 @@
-"""Which replicas share the log: each says every few seconds that it is there, and how it is, in a small table."""
+"""Heartbeats: every few seconds each replica writes a report of itself into a small table, and reads those of all."""
 
 from __future__ import annotations
 
@@ -13,49 +13,48 @@ import trio
 
 from ..access.asyncpg_bridge import DatabaseConnection
 
-PACE = 5.0
-"""Seconds between two times that a replica says that it is there."""
+HEARTBEAT_INTERVAL = 5.0
+"""Seconds between two heartbeats of a replica."""
 
-_BEAT = "SELECT id, age, report, queue, roles FROM catbus.heartbeat($1, $2)"
+_HEARTBEAT = "SELECT id, age, report, queue, roles FROM catbus.heartbeat($1, $2)"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """One that has said that it is there within the last minute, `silent` seconds before we looked."""
+    """The report of a replica that sent a heartbeat within the last minute. `age` is in seconds."""
 
     id: str
-    silent: float
+    age: float
     report: Mapping[str, Any]
 
 
 class Heartbeat:
-    """Calls our own name and hears those of the others. `describe` gives what there is to say of this replica."""
+    """Sends this replica's heartbeats, and keeps what the newest one has returned."""
 
-    def __init__(self, describe: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self) -> None:
         self.id = secrets.token_hex(8)
         self.replicas: Sequence[ReplicaReport] = ()
-        """Who was there when it was called last; we come first."""
+        """The replicas with a recent heartbeat; this one comes first."""
         self.queue = 0.0
-        """How much of the database's notification queue was in use then, from 0 to 1."""
+        """How much of the database's notification queue was in use, from 0 to 1."""
         self.roles = 0
-        """How many roles there were."""
-        self._describe = describe
+        """The number of roles."""
         self._next = -inf
 
-    async def call(self, connection: DatabaseConnection) -> None:
-        """Call it, unless that was a moment ago."""
+    async def send(self, connection: DatabaseConnection, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Send a heartbeat with the report that `describe` returns, if one is due."""
         now = trio.current_time()
         if now < self._next:
             return
-        report = msgspec.json.encode(self._describe()).decode()
-        rows = await connection.fetch(_BEAT, self.id, report)
-        self._next = now + PACE
-        self.replicas = [ReplicaReport(name, silent, _read(text)) for name, silent, text, _, _ in rows]
+        report = msgspec.json.encode(describe()).decode()
+        rows = await connection.fetch(_HEARTBEAT, self.id, report)
+        self._next = now + HEARTBEAT_INTERVAL
+        self.replicas = [ReplicaReport(name, age, _decode(text)) for name, age, text, _, _ in rows]
         _, _, _, self.queue, self.roles = rows[0]
 
 
-def _read(report: str) -> Mapping[str, Any]:
-    """What a replica has said, perhaps one of another release."""
+def _decode(report: str) -> Mapping[str, Any]:
+    """The report of a replica, which may run another release."""
     try:
         return msgspec.json.decode(report, type=dict[str, Any])
     except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""Retention: the oldest part of the log is taken away when it is old, or when the log is too big."""
+"""Retention: removes the oldest part of the log when it is too old, or when the log is too large."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..access.asyncpg_bridge import DatabaseConnection
 
 logger = get_logger("catbus.postgres")
 
-PACE = 1.0
-"""Seconds between looks, at the most: so much can come beyond the size before it is noticed."""
-HELD_PACE = 10.0
-"""The same while somebody uses what is to go."""
+CHECK_INTERVAL = 1.0
+"""The longest time between two checks, in seconds. Meanwhile the log may exceed its size."""
+BLOCKED_INTERVAL = 10.0
+"""The same while a transaction uses the partition that is to be emptied."""
 SLOTS = 8
 
-_LOOK = "SELECT d.expired, d.bytes, d.expired IS NOT NULL OR d.closing FROM catbus.retention_due($1, $2) AS d"
+_DUE = "SELECT d.expired, d.bytes, d.expired IS NOT NULL OR d.closing FROM catbus.retention_due($1, $2) AS d"
 _STEP = "CALL catbus.retain_transaction($1, $2, NULL, NULL, NULL, NULL, NULL, NULL)"
 
-# Who has come just now is on the way out again, or gone by the time that processes are looked at. One whose state may
-# not be seen is believed to stay, and what was prepared for a commit in two phases has no process. The text of a query
-# is nobody's business: it may hold secrets.
-_HOLDERS = """
+# A transaction that began a moment ago is about to end, or has ended when pg_stat_activity is read. A transaction whose
+# state may not be seen counts as lasting, and one that is prepared for a two-phase commit has no process. The text of a
+# query is not read: it may contain secrets.
+_BLOCKERS = """
 SELECT coalesce(l.pid, 0), coalesce(nullif(a.application_name, ''), a.backend_type, p.gid), a.state,
        to_char(coalesce(a.xact_start, p.prepared) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
 FROM pg_locks AS l
@@ -41,8 +41,8 @@ ORDER BY a.xact_start
 
 
 @dataclass(frozen=True, slots=True)
-class TableHolder:
-    """A transaction that uses a partition which is to be emptied. `pid` is 0 for one that is prepared."""
+class BlockingTransaction:
+    """A transaction that uses the partition to be emptied. `pid` is 0 for a prepared transaction."""
 
     pid: int
     application: str | None
@@ -51,69 +51,72 @@ class TableHolder:
 
 
 class LogRetention:
-    """Looks after the log's age and size. Any replica does, and one of them takes a step that is due."""
+    """Checks the age and the size of the log. All replicas check, and one of them takes the step that is due."""
 
     def __init__(self, settings: Settings) -> None:
         self.bytes = 0
-        """What the log took up when it was looked at last; 0 before that."""
+        """The size of the log at the last check; 0 before the first one."""
         self.steps = 0
-        """How often we closed a slot or emptied one."""
+        """How often this replica closed or emptied a slot."""
         self.dropped = 0
-        """How many entries we took away."""
+        """How many entries this replica removed."""
         self.held = 0
-        """How often something was to go and somebody used it."""
-        self.holders: Sequence[TableHolder] = ()
-        """Who did so when it was looked at last."""
+        """How often a partition was to be emptied and a transaction used it."""
+        self.holders: Sequence[BlockingTransaction] = ()
+        """The transactions that did so at the last check."""
         self.stepped: int | None = None
-        """When we took our last step, in milliseconds since 1970."""
+        """The time of this replica's last step, in milliseconds since 1970."""
         self._age = round(settings.age * 1000)
         self._size = settings.size
-        self._is_held = False
+        self._is_blocked = False
 
-    async def look(self, connection: DatabaseConnection) -> float:
-        """Look, take the steps that are due, and return in how many seconds to look again at the latest."""
-        pace = PACE if await self._look(connection) else HELD_PACE
-        return min(pace, self._age / 1000 / SLOTS)
+    async def run_due_steps(self, connection: DatabaseConnection) -> float:
+        """Check, take the steps that are due, and return the longest time until the next check, in seconds."""
+        interval = CHECK_INTERVAL if await self._run_steps(connection) else BLOCKED_INTERVAL
+        return min(interval, self._age / 1000 / SLOTS)
 
-    async def _look(self, connection: DatabaseConnection) -> bool:
-        """Take the steps that are due; False where somebody is in the way."""
+    async def _run_steps(self, connection: DatabaseConnection) -> bool:
+        """Take the steps that are due. Returns False if a transaction blocks one."""
         while True:
-            victim, self.bytes, due = await connection.fetchrow(_LOOK, self._age, self._size)
-            if victim is None:
-                self._is_held, self.holders = False, ()
+            expired, self.bytes, due = await connection.fetchrow(_DUE, self._age, self._size)
+            if expired is None:
+                self._is_blocked, self.holders = False, ()
             if not due:
                 return True
-            # While somebody is seen to use it, it is not even tried: every try holds up all who publish.
-            if victim is not None and (holders := await self._ask_holders(connection, victim)):
-                self._note_held(holders)
+            # While a transaction visibly uses the partition, do not try: each attempt delays all publishes.
+            if expired is not None and (holders := await self._find_blockers(connection, expired)):
+                self._note_blocked(holders)
                 return False
-            floor, dropped, early, closed, held = await connection.fetchrow(_STEP, self._age, self._size)
-            self._note_step(floor, dropped, early, closed)
+            floor, dropped, by_size, closed, held = await connection.fetchrow(_STEP, self._age, self._size)
+            self._note_step(floor, dropped, by_size, closed)
             if held is not None:
-                self._note_held(await self._ask_holders(connection, held))
+                self._note_blocked(await self._find_blockers(connection, held))
                 return False
             if not closed and not dropped:
                 return True  # another replica was faster
 
-    async def _ask_holders(self, connection: DatabaseConnection, slot: int) -> Sequence[TableHolder]:
-        return [TableHolder(*row) for row in await connection.fetch(_HOLDERS, slot)]
+    async def _find_blockers(self, connection: DatabaseConnection, slot: int) -> Sequence[BlockingTransaction]:
+        return [BlockingTransaction(*row) for row in await connection.fetch(_BLOCKERS, slot)]
 
-    def _note_held(self, holders: Sequence[TableHolder]) -> None:
+    def _note_blocked(self, holders: Sequence[BlockingTransaction]) -> None:
         self.held += 1
         self.holders = holders
-        if not self._is_held:
-            self._is_held = True
-            logger.warning("the log grows: somebody uses what is to be dropped", holders=[*map(_shown, holders)])
+        if not self._is_blocked:
+            self._is_blocked = True
+            logger.warning(
+                "the log grows: a transaction uses the partition that is to be emptied",
+                holders=[*map(_as_dict, holders)],
+            )
 
-    def _note_step(self, floor: int, dropped: int, early: bool, closed: bool) -> None:
+    def _note_step(self, floor: int, dropped: int, by_size: bool, closed: bool) -> None:
         if closed or dropped:
             self.steps += 1
             self.stepped = time.time_ns() // 1_000_000
         if dropped:
             self.dropped += dropped
-            reason = "size" if early else "age"
+            reason = "size" if by_size else "age"
             logger.info("the oldest part of the log was dropped", entries=dropped, floor=floor, reason=reason)
 
 
-def _shown(holder: TableHolder) -> dict[str, object]:
-    return {name: getattr(holder, name) for name in TableHolder.__slots__}
+def _as_dict(holder: BlockingTransaction) -> dict[str, object]:
+    return {name: getattr(holder, name) for name in BlockingTransaction.__slots__}

@@ -1,4 +1,4 @@
-"""Looking through the whole log for holes, and having readers go on behind them."""
+"""`catbus repair`: searches the whole log for deleted ranges, and has readers continue behind them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ...errors import ConfigError
 from ..access.asyncpg_bridge import DatabaseConnection
 from ..access.migrations import open_connection, schema_files
 
-WINDOW = 100_000
-"""Seqs that are looked through at once, which takes some 30 ms by the index."""
-PORTION = 500
-"""Holes that are repaired in one transaction: nobody can append meanwhile."""
-PATIENCE = 60.0
+SCANNED_SEQS = 100_000
+"""Seqs that one statement searches, which takes about 30 ms with the index."""
+REPAIRED_RANGES = 500
+"""Ranges that one transaction repairs. No replica can append meanwhile."""
+SCAN_TIMEOUT = 60.0
 
 _VERSION = "SELECT version FROM catbus.schema_version"
 _POSITION = "SELECT head, floor FROM catbus.position()"
 _LIST = "SELECT first, last FROM catbus.list_deleted_ranges($1, $2)"
-# A database may have another isolation level as its default.
+# A database may have another isolation level by default.
 _REPAIR = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SELECT catbus.repair('{{{firsts}}}'::bigint[], '{{{lasts}}}'::bigint[]);
@@ -30,43 +30,43 @@ ReportPosition = Callable[[int, int], None]
 
 
 async def repair(
-    settings: DatabaseSettings, tell: ReportPosition, *, apply: bool
+    settings: DatabaseSettings, report_position: ReportPosition, *, apply: bool
 ) -> tuple[DeletedRange, list[DeletedRange]]:
-    """Look through the log, and with `apply` repair what is found. Returns the first and last seq, and the holes.
+    """Search the log, and with `apply` repair the ranges. Returns the first and last seq, and the ranges.
 
-    `tell` is called with the seq up to which has been looked, and the last one. It may be cut off at any moment and
-    called again, while replicas run. Raises `ConfigError` and `Unavailable` as `migrate.init` does.
+    `report_position` is called with the seq up to which the log was searched, and the last one. The search may be
+    interrupted and repeated at any moment, while replicas run. Raises as `migrations.init` does.
     """
     async with open_connection(settings) as connection:
         await _check_version(connection)
-        bounds, holes = await find_deleted_ranges(connection, tell)
-        for start in range(0, len(holes) if apply else 0, PORTION):
-            await _repair(connection, holes[start : start + PORTION])
-        return bounds, holes
+        bounds, ranges = await find_deleted_ranges(connection, report_position)
+        for start in range(0, len(ranges) if apply else 0, REPAIRED_RANGES):
+            await _repair(connection, ranges[start : start + REPAIRED_RANGES])
+        return bounds, ranges
 
 
 async def find_deleted_ranges(
-    connection: DatabaseConnection, tell: ReportPosition
+    connection: DatabaseConnection, report_position: ReportPosition
 ) -> tuple[DeletedRange, list[DeletedRange]]:
-    """The first and the last seq, and the holes between them that were not repaired."""
+    """The first and the last seq, and the ranges between them that are not repaired."""
     head, floor = await connection.fetchrow(_POSITION)
-    after, holes = floor - 1, list[DeletedRange]()
+    after, ranges = floor - 1, list[DeletedRange]()
     while after < head:
-        until = min(after + WINDOW, head)
-        for first, last in await connection.fetch(_LIST, after, until, timeout=PATIENCE):
-            if holes and holes[-1][1] + 1 == first:
-                first = holes.pop()[0]
-            holes.append((first, last))
-        # Retention may have moved on meanwhile, which is no hole.
+        until = min(after + SCANNED_SEQS, head)
+        for first, last in await connection.fetch(_LIST, after, until, timeout=SCAN_TIMEOUT):
+            if ranges and ranges[-1][1] + 1 == first:
+                first = ranges.pop()[0]
+            ranges.append((first, last))
+        # Retention may have removed entries meanwhile; they are no deleted range.
         _, floor = await connection.fetchrow(_POSITION)
         after = max(until, floor - 1)
-        tell(min(after, head), head)
-    return (floor, head), [(max(first, floor), last) for first, last in holes if last >= floor]
+        report_position(min(after, head), head)
+    return (floor, head), [(max(first, floor), last) for first, last in ranges if last >= floor]
 
 
-async def _repair(connection: DatabaseConnection, holes: Sequence[DeletedRange]) -> None:
-    firsts, lasts = (",".join(map(str, ends)) for ends in zip(*holes, strict=True))
-    await connection.execute(_REPAIR.format(firsts=firsts, lasts=lasts), timeout=PATIENCE)
+async def _repair(connection: DatabaseConnection, ranges: Sequence[DeletedRange]) -> None:
+    firsts, lasts = (",".join(map(str, ends)) for ends in zip(*ranges, strict=True))
+    await connection.execute(_REPAIR.format(firsts=firsts, lasts=lasts), timeout=SCAN_TIMEOUT)
 
 
 async def _check_version(connection: DatabaseConnection) -> None:

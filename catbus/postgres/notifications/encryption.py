@@ -1,11 +1,11 @@
-"""What protects notifications: every role that may connect to the database hears all of them, and may send any.
+"""The protection of notifications: every role that may connect to the database hears all of them, and may send any.
 
-The secret of the log, in `catbus.head.notification_secret`, is readable for the owner of the schema alone. From it come
+Only the owner of the schema can read the secret of the log, `catbus.head.notification_secret`. It is the source of
 
-- the MAC by which a notification is known to come from `catbus.notify`, HMAC-SHA256 over its channel and its text,
-- the key by which one replica encrypts what it sends on one channel, AES-256-GCM. Each replica derives a key of its own
-  from 16 random bytes and counts its nonces, so no nonce is ever used twice with one key,
-- the mask under which `catbus.note_role_changes` names a role.
+- the MAC of notifications that `catbus.notify` sends: HMAC-SHA256 over the channel and the text,
+- the keys with which replicas encrypt: AES-256-GCM, one key for each replica and channel. Each replica derives its key
+  from 16 random bytes and counts its nonces, so no nonce is used twice with one key,
+- the mask of role keys in notifications of `catbus.note_role_changes`.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 LOG_CHANNEL = "catbus"
-"""The channel of notifications that tell of the log."""
+"""The channel of notifications of the log."""
 EPHEMERAL_CHANNEL = "catbus_ephemeral"
 """The channel of the ephemeral relay."""
 ROLES_CHANNEL = "catbus_roles"
-"""The channel on which the triggers of the roles notify."""
+"""The channel of notifications of role changes."""
 
-OVERHEAD = 16 + 8 + 16
-"""Bytes of an encrypted text beside the text: the incarnation, its number, the tag."""
-_HEADER = 32
-"""Characters of base64 in which incarnation and number stand."""
-_MAC = 44
-_LONGEST = 7999
+ENCRYPTION_OVERHEAD = 16 + 8 + 16
+"""Bytes that encryption adds to a text: the incarnation, the number, the tag."""
+_HEADER_LENGTH = 32
+"""Characters of base64 that hold the incarnation and the number."""
+_MAC_LENGTH = 44
+_MAX_NOTIFICATION = 7999
 """Bytes that a notification can have."""
 
 
 class ForgedNotificationError(ValueError):
-    """A notification that no replica of this log has sent, or one that was sent before."""
+    """A notification that no replica of this log has sent, or a repeated one."""
 
 
 class TokenHeader(NamedTuple):
-    """Which replica encrypted a text, and its number among those of that replica."""
+    """The replica that encrypted a text, and the number of the text among those of that replica."""
 
     incarnation: bytes
     number: int
 
 
 class NotificationKeys:
-    """The secret of a log, and what is derived from it."""
+    """The secret of a log, and the keys derived from it."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret.encode()
@@ -57,21 +57,21 @@ class NotificationKeys:
     # Notifications that SQL sends
 
     def sign(self, channel: str, shown: str, enclosed: str = "") -> str:
-        """The notification that `catbus.notify` sends for these: `shown` is a word."""
+        """The notification that `catbus.notify` sends. `shown` contains no space."""
         return " ".join([shown, self._mac(channel, shown, enclosed), enclosed]).rstrip(" ")
 
     def verify(self, channel: str, payload: str) -> tuple[str, str]:
-        """What is shown and what is enclosed in a notification of `catbus.notify`. Raises `ForgedError`."""
+        """The shown and the enclosed text of a notification of `catbus.notify`. Raises `ForgedNotificationError`."""
         shown, _, rest = payload.partition(" ")
         mac, _, enclosed = rest.partition(" ")
-        if len(mac) != _MAC or len(payload) > _LONGEST:
+        if len(mac) != _MAC_LENGTH or len(payload) > _MAX_NOTIFICATION:
             raise ForgedNotificationError("a notification without a MAC")
         if not hmac.compare_digest(mac.encode(), self._mac(channel, shown, enclosed).encode()):
-            raise ForgedNotificationError("the MAC is not the log's")
+            raise ForgedNotificationError("the MAC is not that of the log")
         return shown, enclosed
 
-    def read_role(self, shown: str) -> bytes:
-        """The key of the role that a verified notification shows."""
+    def unmask_role(self, shown: str) -> bytes:
+        """The role key in a verified notification."""
         raw = bytes.fromhex(shown)
         mask = hmac.digest(self._key, f"mask of {ROLES_CHANNEL} {raw[:16].hex()}".encode(), "sha256")
         return bytes(a ^ b for a, b in zip(raw[16:], mask, strict=True))
@@ -80,14 +80,14 @@ class NotificationKeys:
         text = f"{channel} {shown} {enclosed}".encode(errors="surrogatepass")
         return b64encode(hmac.digest(self._key, text, "sha256")).decode()
 
-    # What replicas encrypt
+    # Text that replicas encrypt
 
     def decrypt(self, channel: str, token: str, bound: str = "") -> bytes:
-        """The text that a `Sealer` has encrypted, bound to the same. Raises `ForgedError`."""
-        stamp = read_token_header(token)
+        """Decrypt a token of a `NotificationEncrypter`, with the same `bound`. Raises `ForgedNotificationError`."""
+        header = read_token_header(token)
         try:
-            sealed = b64decode(token[_HEADER:], validate=True)
-            return self.cipher(channel, stamp.incarnation).decrypt(_nonce(stamp.number), sealed, bound.encode())
+            ciphertext = b64decode(token[_HEADER_LENGTH:], validate=True)
+            return self.cipher(channel, header.incarnation).decrypt(_nonce(header.number), ciphertext, bound.encode())
         except (ValueError, InvalidTag):
             raise ForgedNotificationError("not encrypted with the secret of the log") from None
 
@@ -98,24 +98,24 @@ class NotificationKeys:
 
 
 class NotificationEncrypter:
-    """Encrypts what one replica sends on one channel."""
+    """Encrypts the texts of one replica on one channel."""
 
     def __init__(self, channel: str) -> None:
         self.incarnation = secrets.token_bytes(16)
         self._channel = channel
         self._numbers = count(1)
 
-    def encrypt(self, seal: NotificationKeys, text: bytes, bound: str = "") -> str:
-        """The text as base64, with what is needed to decrypt it."""
+    def encrypt(self, keys: NotificationKeys, text: bytes, bound: str = "") -> str:
+        """The token for a text, in base64. It can be decrypted with the same `bound` only."""
         number = next(self._numbers)
-        sealed = seal.cipher(self._channel, self.incarnation).encrypt(_nonce(number), text, bound.encode())
-        return b64encode(self.incarnation + number.to_bytes(8) + sealed).decode()
+        ciphertext = keys.cipher(self._channel, self.incarnation).encrypt(_nonce(number), text, bound.encode())
+        return b64encode(self.incarnation + number.to_bytes(8) + ciphertext).decode()
 
 
 def read_token_header(token: str) -> TokenHeader:
-    """What an encrypted text says of itself; true only if it can be decrypted. Raises `ForgedError`."""
+    """The header of a token. It is authentic only if the token can be decrypted. Raises `ForgedNotificationError`."""
     try:
-        raw = b64decode(token[:_HEADER], validate=True)
+        raw = b64decode(token[:_HEADER_LENGTH], validate=True)
     except ValueError:
         raise ForgedNotificationError("no encrypted text") from None
     if len(raw) != 24:
@@ -124,7 +124,7 @@ def read_token_header(token: str) -> TokenHeader:
 
 
 def random_keys() -> NotificationKeys:
-    """The seal of no log: nothing is believed, and nobody can read what is encrypted."""
+    """The keys of no log: they verify nothing, and nobody can decrypt what they encrypt."""
     return NotificationKeys(secrets.token_hex(32))
 
 

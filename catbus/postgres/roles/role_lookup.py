@@ -1,4 +1,4 @@
-"""Looking roles up for those who authenticate: many at a time, and not for ever."""
+"""The lookup of roles for `auth`: many keys per statement, within a timeout."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import trio
 from ...auth.grants import Identity
 from ...errors import Unavailable
 from ...observability.loggers import RateLimitedLog, get_logger
-from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection
+from ..access.asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection
 from ..access.query_connection import QueryConnection
 from .role_changes import RoleChanges
 from .role_store import SELECT, role_from_row
 
 logger = get_logger("catbus.postgres")
 
-PATIENCE = 5.0
-"""Seconds after which somebody who asks is told that there is no answer."""
+LOOKUP_TIMEOUT = 5.0
+"""Seconds after which a lookup fails."""
 
 _FIND = f"{SELECT} WHERE r.key = ANY ($1::bytea[])"
 
 
 @dataclass(slots=True)
-class _Question:
-    """What those who ask for one key wait for."""
+class _PendingLookup:
+    """The lookup of one key, which any number of callers await."""
 
     answered: trio.Event = field(default_factory=trio.Event)
     identity: Identity | None = None
@@ -33,35 +33,35 @@ class _Question:
 
 
 class RoleLookup:
-    """A `RoleSource` in the database. What is asked for while one statement is under way is in the next.
+    """A `RoleSource` in the database. Keys that are requested while a statement runs are in the next statement.
 
-    So each answer is of a moment after the question, and thousands who come back at once cost a few statements. Those
-    are asked by a task of their own: who leaves while waiting would take the connection away from all others.
+    So each result is newer than its request, and thousands of reconnecting clients cost a few statements. A task of its
+    own runs the statements: otherwise a cancelled caller would close the connection for all others.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[DatabaseConnection]], changes: RoleChanges) -> None:
         self._changes = changes
-        self._inquiry = QueryConnection(connect)
-        self._questions: dict[bytes, _Question] = {}
-        self._asked = trio.Event()
+        self._connection = QueryConnection(connect)
+        self._pending: dict[bytes, _PendingLookup] = {}
+        self._requested = trio.Event()
         self._works = True
         self._failures = RateLimitedLog(logger.warning, burst=5)
         self._mistakes = RateLimitedLog(logger.error)
 
     async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
-        """Whom the tokens with these keys belong to; a key that no role has is left out.
+        """The identities for these keys. Keys without a role are left out.
 
-        Raises `Unavailable` where the database cannot be reached or has not answered within `PATIENCE`.
+        Raises `Unavailable` if the database cannot be reached or does not reply within `LOOKUP_TIMEOUT`.
         """
-        questions = {key: self._questions.setdefault(key, _Question()) for key in keys}
-        self._asked.set()
-        with trio.move_on_after(PATIENCE):
-            for question in questions.values():
-                if not question.answered.is_set():
-                    await question.answered.wait()
-        if not all(question.answered.is_set() and not question.failed for question in questions.values()):
-            raise Unavailable("the database in which the token is to be looked up cannot be reached just now")
-        return {key: question.identity for key, question in questions.items() if question.identity is not None}
+        lookups = {key: self._pending.setdefault(key, _PendingLookup()) for key in keys}
+        self._requested.set()
+        with trio.move_on_after(LOOKUP_TIMEOUT):
+            for lookup in lookups.values():
+                if not lookup.answered.is_set():
+                    await lookup.answered.wait()
+        if not all(lookup.answered.is_set() and not lookup.failed for lookup in lookups.values()):
+            raise Unavailable("the database for the lookup of the token cannot be reached")
+        return {key: lookup.identity for key, lookup in lookups.items() if lookup.identity is not None}
 
     @property
     def changes(self) -> int:
@@ -75,32 +75,32 @@ class RoleLookup:
         return await self._changes.wait()
 
     async def run(self) -> None:
-        """Answer questions until cancelled."""
+        """Answer lookups until cancelled."""
         while True:
-            await self._asked.wait()
-            self._asked = trio.Event()
-            questions, self._questions = self._questions, {}
-            await self._answer(questions)
+            await self._requested.wait()
+            self._requested = trio.Event()
+            lookups, self._pending = self._pending, {}
+            await self._answer(lookups)
 
-    async def _answer(self, questions: dict[bytes, _Question]) -> None:
+    async def _answer(self, lookups: dict[bytes, _PendingLookup]) -> None:
         identities: dict[bytes, Identity] = {}
         failed = True
         try:
-            identities = await self._ask(list(questions))
+            identities = await self._fetch(list(lookups))
             failed = False
-        except OUTAGE as error:
+        except DATABASE_ERRORS as error:
             text = f"{type(error).__name__}: {error}"
             if self._works:
                 self._failures.log(trio.current_time(), "roles cannot be looked up", kind=text, error=text)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._mistakes.log(trio.current_time(), "looking roles up failed", exception=error)
+            self._mistakes.log(trio.current_time(), "the lookup of roles failed", exception=error)
         finally:
             self._works = not failed
-            for key, question in questions.items():
-                question.identity = identities.get(key)
-                question.failed = failed
-                question.answered.set()
+            for key, lookup in lookups.items():
+                lookup.identity = identities.get(key)
+                lookup.failed = failed
+                lookup.answered.set()
 
-    async def _ask(self, keys: Sequence[bytes]) -> dict[bytes, Identity]:
-        roles = map(role_from_row, await self._inquiry.fetch(_FIND, keys, timeout=PATIENCE))
+    async def _fetch(self, keys: Sequence[bytes]) -> dict[bytes, Identity]:
+        roles = map(role_from_row, await self._connection.fetch(_FIND, keys, timeout=LOOKUP_TIMEOUT))
         return {role.key: Identity(role.client_id, role.grants, None, role=role.key) for role in roles}

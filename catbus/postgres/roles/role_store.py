@@ -1,4 +1,4 @@
-"""Roles as their owner keeps them: made, shown, changed, deleted."""
+"""The administration of roles: create, list, show, grant, revoke, delete."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...auth.grants import Grants
 from ...auth.role_tokens import make_role_token, role_digits, role_handle, role_key
 from ...config import DatabaseSettings
 from ...errors import CatbusError, ConfigError, Unavailable
-from ..access.asyncpg_bridge import OUTAGE, DatabaseConnection, Row, open_bridge, sqlstate
+from ..access.asyncpg_bridge import DATABASE_ERRORS, DatabaseConnection, Row, open_bridge, sqlstate
 from ..access.migrations import migrate
 
-# One statement, so that a role and its grants are of one moment.
+# One statement, so that a role and its grants are of the same moment.
 SELECT = """
 SELECT r.key, r.client_id, r.created,
        ARRAY(SELECT g.pattern FROM catbus.role_grants AS g
@@ -28,7 +28,7 @@ _SHOW = f"{SELECT} WHERE r.key = $1"
 _NAMED = "SELECT r.key FROM catbus.roles AS r WHERE starts_with(encode(r.key, 'hex'), $1) ORDER BY r.key"
 _LOCK = f"{_NAMED} FOR UPDATE"
 _CREATE = "INSERT INTO catbus.roles (key, client_id) VALUES ($1, $2)"
-# Its grants too, where session_replication_role keeps foreign keys from doing that.
+# The grants are deleted explicitly, as session_replication_role may disable the foreign key.
 _DELETE = "WITH grants AS (DELETE FROM catbus.role_grants WHERE role = $1) DELETE FROM catbus.roles WHERE key = $1"
 _GRANT = """
 INSERT INTO catbus.role_grants (role, permission, pattern)
@@ -44,12 +44,12 @@ _NO_SUCH_TABLE = "42P01"
 
 
 class RoleError(CatbusError):
-    """A role that is not there, not the only one of its name, or without what is to be taken from it."""
+    """A role does not exist, is ambiguous, or lacks a grant that is to be revoked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What is known of the bearer of a role token."""
+    """A role: what the bearer of a role token is and may do."""
 
     key: bytes
     client_id: str | None
@@ -62,16 +62,16 @@ class Role:
 
 
 def role_from_row(row: Row) -> Role:
-    """What a row of `SELECT` says."""
+    """The role in a row of `SELECT`."""
     key, client_id, created, read, write = row
     return Role(key, client_id, created, Grants(tuple(read), tuple(write)))
 
 
 @asynccontextmanager
 async def open_roles(settings: DatabaseSettings, *, prepare: bool = True) -> AsyncIterator[RoleStore]:
-    """Connect to the database, and bring its schema to this version where that may be needed.
+    """Connect to the database, and with `prepare` bring its schema to this version.
 
-    Raises `ConfigError` for a database that cannot be used, `Unavailable` where it cannot be reached or refuses, also
+    Raises `ConfigError` for a database that cannot be used, and `Unavailable` if it cannot be reached or fails, also
     within the block.
     """
     try:
@@ -80,24 +80,24 @@ async def open_roles(settings: DatabaseSettings, *, prepare: bool = True) -> Asy
                 if prepare:
                     await migrate(connection)
                 yield RoleStore(connection)
-    except OUTAGE as error:
+    except DATABASE_ERRORS as error:
         if sqlstate(error) == _NO_SUCH_TABLE:
             raise ConfigError("the database has no roles: `catbus init` brings its schema to this version") from error
         raise Unavailable(f"the database cannot be used: {type(error).__name__}: {error}") from error
 
 
 class RoleStore:
-    """The roles of a database, through a connection that nobody else uses meanwhile.
+    """The roles of a database, through a connection of its own.
 
-    A role is named by its token or by its handle. Each method raises one of `OUTAGE`, and `RoleError` for a role that
-    is not to be found; then nothing has changed.
+    A role is named by its token or its handle. Each method raises one of `DATABASE_ERRORS`, and `RoleError` for a role
+    that is not found; then nothing has changed.
     """
 
     def __init__(self, connection: DatabaseConnection) -> None:
         self._connection = connection
 
     async def create(self, client_id: str | None, grants: Grants) -> tuple[str, Role]:
-        """Make a role. Its token is nowhere else: whoever loses it makes another role."""
+        """Create a role. The token is stored nowhere: if it gets lost, create another role."""
         token = make_role_token()
         key = role_key(token)
         assert key is not None
@@ -107,30 +107,30 @@ class RoleStore:
             return token, await self._show(key)
 
     async def list(self) -> Sequence[Role]:
-        """All of them, oldest first."""
+        """All roles, oldest first."""
         return [role_from_row(row) for row in await self._connection.fetch(_LIST)]
 
     async def show(self, name: str) -> Role:
         return await self._show(await self._find(_NAMED, name))
 
     async def delete(self, name: str) -> Role:
-        """Delete a role and return what it was. Its token is nobody's from then on."""
+        """Delete a role and return it. Its token is invalid from then on."""
         async with self._transaction():
             role = await self._show(await self._find(_LOCK, name))
             await self._connection.fetch(_DELETE, role.key)
             return role
 
     async def grant(self, name: str, grants: Grants) -> Role:
-        """Allow a role more, and return what it is now. What it has already stays as it is."""
+        """Add grants to a role, and return the role. Its other grants stay."""
         async with self._transaction():
             key = await self._find(_LOCK, name)
             await self._connection.fetch(_GRANT, key, *_columns(grants))
             return await self._show(key)
 
     async def revoke(self, name: str, grants: Grants) -> Role:
-        """Take exactly these grants from a role, and return what it is now.
+        """Remove exactly these grants from a role, and return the role.
 
-        Raises `RoleError` where it lacks one of them. What other grants of the role allow, it still may.
+        Raises `RoleError` if it lacks one of them. The other grants of the role still apply.
         """
         async with self._transaction():
             role = await self._show(await self._find(_LOCK, name))
@@ -169,14 +169,14 @@ class RoleStore:
             await self._connection.execute("ROLLBACK")
             raise
         except BaseException:
-            # Nobody can say how far it got, and with the connection the transaction ends.
+            # The state of the transaction is unknown. It ends with the connection.
             self._connection.terminate()
             raise
         await self._connection.execute("COMMIT")
 
 
 def _without(grants: Grants, held: Grants) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The grants that are not among those held, to read and to write."""
+    """The patterns of `grants` that `held` lacks, to read and to write."""
     return (
         tuple(pattern for pattern in grants.read if pattern not in held.read),
         tuple(pattern for pattern in grants.write if pattern not in held.write),
