@@ -1,4 +1,4 @@
-"""Play cases by chance for as long as one likes: `python -m tests.simulation --minutes 10`."""
+"""Run random cases for some time: `python -m tests.simulation --minutes 10`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One case: some replicas and clients, what they do, and what goes wrong meanwhile; then everything has to come right.
+"""One case: replicas and clients, what they do, and what goes wrong. Then every promise must hold.
 
-A case is plain data, so that Hypothesis can make it small. What it is played on is simulated (`simulated.py`) or real
-(`real.py`).
+A case is plain data, so that Hypothesis can shrink it. It runs on a simulated database (`simulated_runner.py`) or on a
+real one (`postgres_runner.py`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .log_model import LogModel, Row
 REPLICAS = 2
 CLIENTS = 3
 EPISODES = 5
-"""Of a case, at the most: after each of them everything has to come right, and goes on from there."""
+"""Maximum number of episodes of a case. Every promise must hold after each, and the next continues from there."""
 LENGTH = 20
-"""Operations of an episode, at the most."""
+"""Maximum number of operations of an episode."""
 PATTERNS = ("*", "a", "b.*")
 CHANNELS = ("a", "b.x", "b.y", "c")
 PAUSES = (0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 1.2, 2.5)
 POISON = "poison"
-"""A payload with this in it is one that the database refuses."""
+"""The database rejects payloads that contain this."""
 
 _WEIGHTS = {
     "pause": 8,
@@ -58,7 +58,7 @@ _WEIGHTS = {
     "begin_epoch": 1,
     "restart_replica": 1,
 }
-"""Each operation, and how often it comes. It has two numbers: of whom or how, and how much."""
+"""Each operation and its weight. It takes two numbers: on which object or how, and how much."""
 
 _NAMES = [operation for operation, weight in _WEIGHTS.items() for _ in range(weight)]
 OPERATIONS = len(_NAMES) * 256 * 8
@@ -67,18 +67,18 @@ RECOVER = OPERATIONS
 
 
 class PromiseBroken(AssertionError):
-    """Something was not as promised."""
+    """A promise does not hold."""
 
 
 class Case(NamedTuple):
-    """Operations are a number each: which, of whom, and how."""
+    """Each operation is one number: which operation, on which object, and how."""
 
     operations: Sequence[int]
     seed: int = 0
     recents: int = 0
     silent: bool = False
-    """Whether the database may be set back without a trace. Then only replicas notice it that remember more: none of
-    them ends, and retention does not take away what they remember."""
+    """Whether the database may be set back without a trace. Only replicas that remember more can notice it then, so no
+    replica restarts, and retention does not delete what they remember."""
 
 
 def decode(operation: int) -> tuple[str, int, int]:
@@ -103,13 +103,13 @@ cases = st.builds(
 
 
 def random_case(source: random.Random) -> Case:
-    """A case by chance, in less time than it takes Hypothesis to make one that it could make smaller."""
+    """Return a random case, faster than Hypothesis, which prepares for shrinking."""
     episodes = [[source.randrange(OPERATIONS) for _ in range(source.randint(1, LENGTH))] for _ in range(EPISODES)]
     return Case(_joined(episodes), source.randrange(1 << 16), source.randrange(4), source.random() < 0.3)
 
 
 class CheckedDelivery(Delivery):
-    """Delivery that has the model look at what it is handed."""
+    """Delivery that checks what it is given against the model."""
 
     def __init__(self, log: PostgresLog, model: LogModel, budget: Budget) -> None:
         super().__init__(log, budget)
@@ -121,7 +121,7 @@ class CheckedDelivery(Delivery):
 
 
 class Replica:
-    """A replica without its doors."""
+    """A replica without endpoints."""
 
     def __init__(self, model: LogModel, url: str, recent: int, budget: int) -> None:
         self.url = url
@@ -137,7 +137,7 @@ class Replica:
 
 
 class Position(NamedTuple):
-    """Where the database is."""
+    """The state of the database."""
 
     epoch: str
     head: int
@@ -146,14 +146,14 @@ class Position(NamedTuple):
 
 
 class CaseRunner:
-    """What cases have in common, whatever they are played on."""
+    """Runs a case. Subclasses provide the database."""
 
     scale = 1.0
-    """How long a second is."""
+    """Length of a second."""
     recovery_poll_interval = 0.2
-    """Seconds between two looks whether everything has come right."""
+    """Seconds between two checks whether everything has recovered."""
     recovery_timeout = 30.0
-    """Seconds within which it has to, once nothing goes wrong any more."""
+    """Seconds within which everything must recover once nothing goes wrong any more."""
 
     def __init__(self, case: Case, nursery: trio.Nursery, model: LogModel) -> None:
         self.case = case
@@ -162,35 +162,35 @@ class CaseRunner:
         self.starts = count(1)
         self.trace: list[str] = []
         self.episodes = 0
-        """Those after which everything has come right."""
+        """Episodes after which everything has recovered."""
         self.retention_end = 0
-        """The newest seq that retention has ever taken away."""
+        """The newest seq that retention has ever deleted."""
         self.nursery = nursery
         self.replicas = [self.start(slot) for slot in range(REPLICAS)]
         self.clients = [
             SimulatedClient(b"%d" % i, SimulatedSubscriber(PATTERNS[i % len(PATTERNS)]), model) for i in range(CLIENTS)
         ]
 
-    # What it is played on
+    # The database, provided by subclasses
 
     def url(self, slot: int, number: int) -> str:
-        """By which a replica that starts in a place reaches the database."""
+        """Return the URL by which a replica that starts in a slot reaches the database."""
         raise NotImplementedError
 
     def cut_connections(self, a: int, b: int) -> None:
         raise NotImplementedError
 
     async def heal(self) -> None:
-        """From now on nothing goes wrong that has not begun to."""
+        """Stop starting new disturbances."""
         raise NotImplementedError
 
     async def position(self) -> Position:
-        """Where the database is, and the model with it."""
+        """Return the state of the database, and bring the model up to it."""
         raise NotImplementedError
 
     @property
     def busy(self) -> bool:
-        """Whether something that went wrong has not ended."""
+        """Whether a disturbance is still active."""
         raise NotImplementedError
 
     def start(self, slot: int) -> Replica:
@@ -214,7 +214,7 @@ class CaseRunner:
         self.clients[a % CLIENTS].disconnect()
 
     def move_client(self, a: int, b: int) -> None:
-        """Move to a replica, or come back to one."""
+        """Move a client to a replica, or reconnect it."""
         client, replica = self.clients[a % CLIENTS], self.replicas[b % REPLICAS]
         if client.replica is None or client.replica is not replica:
             client.disconnect()
@@ -230,7 +230,7 @@ class CaseRunner:
             client.retry_all()
 
     def restart_replica(self, a: int, b: int) -> None:
-        """A replica ends, in order or not, and another takes its place."""
+        """Stop a replica, gracefully or not, and start another one in its place."""
         if self.case.silent:
             return
         replica = self.replicas[a % REPLICAS]
@@ -269,7 +269,7 @@ class CaseRunner:
             await replica.log.wait_open()
 
     async def recover(self, *_: int) -> None:
-        """Nothing goes wrong any more: everything has to come right, and everybody hears of it."""
+        """End all disturbances, and wait until everything has recovered."""
         await self.heal()
         end = trio.current_time() + self.recovery_timeout
         while not self.model.broken:
@@ -294,7 +294,7 @@ class CaseRunner:
             self.model.check_subscription(s.pattern, s.start, s.received, s.gaps, self.retention_end)
 
     def unfinished(self, position: Position) -> Iterator[str]:
-        """What is still to come right."""
+        """Yield what has not recovered yet."""
         if self.busy:
             yield "something is on its way"
         if position.waiting:

@@ -1,4 +1,4 @@
-"""Clients as the specification has them: with a cursor, and with ids by which they send again what was not answered."""
+"""Clients as specified: subscribers with a cursor, and publishers that retry unanswered publishes by their ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .log_model import Gap, LogModel
 
 
 class Replica(Protocol):
-    """What a client sees of a replica."""
+    """What a client uses of a replica."""
 
     @property
     def log(self) -> Log: ...
@@ -28,16 +28,16 @@ class Replica(Protocol):
 
 class NoFlush:
     def flush(self) -> None:
-        """The mail is taken by whoever wants it."""
+        """Do nothing: the test reads the send queue itself."""
 
 
 @dataclass(eq=False)
 class SimulatedSubscriber:
-    """One subscription, wherever it is served, and what it has been told stands in the log."""
+    """One subscription on any replica, and what it has received."""
 
     pattern: str = "*"
     start: int = 0
-    """Where it began: nothing up to here is owed."""
+    """The seq at which it began: nothing up to here has to be delivered."""
     epoch: str = ""
     cursor: int = 0
     received: dict[int, str] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class SimulatedSubscriber:
     replica: Replica | None = None
     subscription: Subscription | None = None
     replica_epoch: str = ""
-    """The epoch of which the replica speaks."""
+    """The epoch of the replica."""
 
     def connect(self, replica: Replica, *, anew: bool) -> None:
         delivery = replica.delivery
@@ -61,7 +61,7 @@ class SimulatedSubscriber:
             delivery.subscribe(self.subscription, self.pattern, self.cursor, self.epoch)
 
     def disconnect(self) -> None:
-        """The connection is lost, and with it what was not taken."""
+        """Lose the connection, and everything that was not read."""
         if self.replica is not None and self.subscription is not None:
             self.replica.delivery.unsubscribe(self.subscription, self.pattern)
             self.subscription.send_queue.close()
@@ -91,7 +91,7 @@ class SimulatedSubscriber:
                     self.replica_epoch = event.epoch
                     self.start = min(self.start, event.last)
                     self.received = {seq: text for seq, text in self.received.items() if seq <= event.last}
-                    # What was said of seqs that are of the past says nothing of those that take their place.
+                    # Gaps of seqs that the old epoch had say nothing about the messages that replace them.
                     self.gaps = [Gap(g.first, min(g.last, event.last), g.reason) for g in self.gaps]
             else:
                 assert isinstance(event, wire.Live)
@@ -101,21 +101,21 @@ class SimulatedSubscriber:
 
 @dataclass(eq=False)
 class PendingPublish:
-    """A message that has had no answer yet."""
+    """A message without a final reply."""
 
     channel: str
     text: str
     after: int
     epoch: str
     answered: bool = True
-    """Whether there is no try under way on the present connection."""
+    """Whether no attempt is pending on the present connection."""
     unknown: bool = False
-    """It was answered that nobody can know."""
+    """Whether the reply was `unknown`, for good."""
 
 
 @dataclass(eq=False)
 class SimulatedClient:
-    """A producer that keeps its ids for what it has published, and a subscription beside it."""
+    """A producer that keeps the ids of its publishes, and a subscription."""
 
     producer: bytes
     subscriber: SimulatedSubscriber
@@ -124,13 +124,13 @@ class SimulatedClient:
     replica: Replica | None = None
     head: int = 0
     epoch: str = ""
-    """Where the log is, as far as the client has heard."""
+    """The epoch of the log that the client knows, to which `head` belongs."""
     connections: int = 0
-    """By which an answer is known to be for a connection that is no more."""
+    """Counts connections, so that replies to an earlier one are recognised."""
     ids: count[int] = field(default_factory=lambda: count(1))
 
     def connect(self, replica: Replica) -> None:
-        """Connect, subscribe from the cursor, and send what was not answered, in the order of the ids."""
+        """Connect, subscribe from the cursor, and retry unanswered publishes in the order of their ids."""
         self.replica = replica
         self.head, self.epoch = replica.delivery.position, replica.log.epoch
         self.subscriber.connect(replica, anew=not self.subscriber.epoch)
@@ -145,21 +145,21 @@ class SimulatedClient:
             publish.answered = True
 
     def read(self, most: float = float("inf")) -> None:
-        """Read what has come."""
+        """Read what has arrived."""
         subscriber = self.subscriber
         subscriber.read(most)
         if self.replica is not None and subscriber.replica_epoch != self.epoch:
             self.head, self.epoch = subscriber.cursor, subscriber.replica_epoch
 
     def publish(self, channel: str, text: str) -> None:
-        """Publish something new, once nothing is to be sent again that has not been."""
+        """Publish a new message."""
         assert self.replica is not None
         number = next(self.ids)
         self.pending[number] = PendingPublish(channel, text, self.head, self.epoch)
         self._send(number, after=None)
 
     def retry(self, number: int) -> None:
-        """Send again what is in doubt; nobody knows anything of what is from another epoch, or from below the floor."""
+        """Retry a publish. One of another epoch stays unknown."""
         assert self.replica is not None
         publish, log = self.pending[number], self.replica.log
         if publish.epoch != log.epoch:

@@ -1,4 +1,4 @@
-"""What the log is and what has been said of it, by which everything else is judged."""
+"""The model: what was committed, what clients were told, and the promises between them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Gap(NamedTuple):
 
 @dataclass
 class LogModel:
-    """The log as it was committed, and the promises. Every message has a text of its own."""
+    """The log as committed, and the promises. Every message has a unique text."""
 
     log: list[Row] = field(default_factory=list)
-    """From seq 1 on, with what retention has taken away since."""
+    """From seq 1 on, including what retention has deleted since."""
     acknowledged: dict[str, int] = field(default_factory=dict)
-    """Texts of which a client was told that they are in the log, and under which seq."""
+    """Texts that were acknowledged, and their seqs."""
     refused: set[str] = field(default_factory=set)
-    """Texts of which a client was told that they are not, and never will be."""
+    """Texts that were rejected for good."""
     published_by_sql: set[str] = field(default_factory=set)
-    """Texts that a transaction has published which has committed."""
+    """Texts published by committed transactions."""
     committed_rows: set[Row] = field(default_factory=set)
     lost_texts: set[str] = field(default_factory=set)
-    """Texts that the database has lost when it was set back."""
+    """Texts that the database lost when it was set back."""
     follows: bool = True
-    """Whether commits are told of as they happen. Otherwise that is when somebody looks, and before any is lost."""
+    """Whether commits are reported at once. Otherwise the model looks for them, also before any is lost."""
     applied: set[Row] = field(default_factory=set)
-    """What replicas have handed on."""
+    """What replicas have applied."""
     broken: list[str] = field(default_factory=list)
-    """What was not as promised. Services would only be started again over an exception."""
+    """Violated promises. An exception would only restart the service that raised it."""
 
     def expect(self, holds: object, promise: str) -> None:
         if not holds:
@@ -51,17 +51,17 @@ class LogModel:
 
     def commit(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            # There is one order: each entry has the seq after that of the one committed before it.
+            # There is one order: each message has the seq after the one committed before it.
             self.expect(row.seq == len(self.log) + 1, f"{row} is committed behind {self.log[-1:]}")
             # A message is in the log once, however often and wherever it was sent.
             self.expect(all(row.text != other.text for other in self.log), f"{row} is there twice")
-            # Of what was refused for good nothing is ever seen.
+            # A message that was rejected for good is never committed.
             self.expect(row.text not in self.refused, f"{row} had been refused")
             self.log.append(row)
         self.committed_rows.update(rows)
 
     def set_back(self, head: int, waiting: Sequence[str] = ()) -> None:
-        """The database has lost what was behind `head`; of what was published from SQL, this waits still or again."""
+        """The database has lost everything after `head`. `waiting`: texts that are in the outbox, still or again."""
         self.lost_texts.update(row.text for row in self.log[head:])
         del self.log[head:]
         self.lost_texts |= self.published_by_sql - {row.text for row in self.log} - set(waiting)
@@ -75,28 +75,28 @@ class LogModel:
 
     def refuse(self, text: str) -> None:
         """A client is told that its message is not in the log and never will be."""
-        # Whoever is refused for good may send the same again as something new, so it must not be there already.
+        # The client may publish the same again as a new message, so it must not be in the log already.
         self.expect(all(row.text != text for row in self.log), f"{text!r} is refused and is in the log")
         self.refused.add(text)
 
     def apply(self, applied: int, rows: Sequence[Row]) -> None:
-        """A replica hands entries on, after `applied`."""
-        # A replica hands on what was committed, each entry behind the one before it.
+        """A replica applies rows after `applied`."""
+        # A replica applies what was committed, in order and without a hole.
         self.expect(
             [row.seq for row in rows] == list(range(applied + 1, applied + 1 + len(rows))), f"{rows} after {applied}"
         )
         self.expect(self.committed_rows.issuperset(rows) or not self.follows, f"{rows} was never committed")
         self.applied.update(rows)
 
-    # What has to hold when everything has calmed down
+    # What must hold after recovery
 
     def check(self) -> None:
         self.expect(self.applied <= self.committed_rows, f"{self.applied - self.committed_rows} was never committed")
         texts = {row.text: row.seq for row in self.log}
         for text, seq in self.acknowledged.items():
-            # What was acknowledged stays in the log, unless the database has lost it.
+            # An acknowledged message stays in the log, unless the database has lost it.
             self.expect(texts.get(text) == seq or text in self.lost_texts, f"{text!r} was acknowledged as {seq}")
-        # What a transaction has published comes into the log.
+        # A message published by a committed transaction gets into the log.
         self.expect(
             self.published_by_sql <= texts.keys() | self.lost_texts,
             f"{self.published_by_sql - texts.keys()} never came",
@@ -105,20 +105,20 @@ class LogModel:
     def check_subscription(
         self, pattern: str, start: int, received: Mapping[int, str], gaps: Sequence[Gap], retention_end: int
     ) -> None:
-        """`known` is what a client has that has subscribed after `start`, `gaps` what it was told may be missing.
+        """Check a subscription that began after `start`: what it `received`, and its `gaps`.
 
-        `gone` is the newest seq that retention has ever taken away.
+        `retention_end` is the newest seq that retention has ever deleted.
         """
         for seq, text in received.items():
-            # What a client believes to stand in the log stands there.
+            # A received message is in the log under its seq.
             there = seq <= len(self.log) and self.log[seq - 1].text == text
             self.expect(there, f"{text!r} is believed to be {seq}: {self.log[seq - 1 : seq]}")
         for row in self.log[start:]:
-            # A subscription gets all that it matches, or is told that it may be missing.
+            # A subscription receives every matching message, or a gap that covers it.
             told = any(gap.first <= row.seq <= gap.last for gap in gaps)
             self.expect(told or row.seq in received or not matches(pattern, row.channel), f"{row} is missing in {gaps}")
         for gap in gaps:
-            # It is told that retention has taken something only where that is so.
+            # A gap with the reason `retention` covers only what retention has deleted.
             self.expect(
                 gap.reason != "retention" or gap.last <= retention_end,
                 f"{gap} while all after {retention_end} is there",

@@ -1,7 +1,7 @@
-"""The same cases on a real PostgreSQL, in real time: fewer of them, and what goes wrong does so about where it should.
+"""Runs cases on a real PostgreSQL in real time: fewer of them, and disturbances happen only about where they should.
 
-A replica reaches the database through a proxy of its own. A failover is the same database without its newest entries,
-and with the epoch on a timeline that is not its own.
+A replica reaches the database through a proxy of its own. A failover is imitated by the same database without its
+newest entries, and with the epoch on another timeline.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PostgresRunner(CaseRunner):
         proxies: list[Proxy],
     ) -> None:
         self.sql = sql
-        """What the test does to the database, and `locking` holds the head row for it."""
+        """The test's own connection; `locking` is the one that holds the head row."""
         self.locking = locking
         self.proxies = proxies
         self.under_way = 0
@@ -60,14 +60,14 @@ class PostgresRunner(CaseRunner):
         return self.proxies[slot].url
 
     async def position(self) -> Position:
-        # What has left the outbox is in the log by the time that the model looks, and the head is what it has seen.
+        # The outbox is read first, so what has left it is in the log by the time that the model looks.
         waiting = len(await self.sql.fetch(_OUTBOX))
         (epoch,) = await self.sql.fetchrow("SELECT epoch FROM catbus.position()")
         await self.observe()
         return Position(epoch, len(self.model.log), waiting)
 
     async def observe(self) -> None:
-        """Have the model see what was committed since it looked last."""
+        """Commit to the model what was committed since it looked last."""
         rows = await self.sql.fetch(
             "SELECT seq, channel, payload FROM catbus.entries WHERE seq > $1 ORDER BY seq", len(self.model.log)
         )
@@ -97,7 +97,7 @@ class PostgresRunner(CaseRunner):
         self.later(b, self.proxies[a % REPLICAS].unblock)
 
     def disturb_statement(self, a: int, b: int) -> None:
-        """What is on its way is lost, or its answer is, or it comes late; all of it, as nobody knows what it is."""
+        """Lose or delay statements or their replies; all of them, as nobody knows which statement is under way."""
         proxy = self.proxies[a % REPLICAS]
         if b & 1:
             proxy.block_answers()
@@ -155,7 +155,7 @@ class PostgresRunner(CaseRunner):
         await self.locking.execute("ROLLBACK")
 
     def drop_notifications(self, a: int, b: int) -> None:
-        """Notifications cannot be lost here without their connection."""
+        """Do nothing: a real notification cannot be lost without its connection."""
 
     delay_notifications = drop_notifications
 
@@ -187,7 +187,7 @@ async def connected(url: str) -> AsyncIterator[tuple[DatabaseConnection, Databas
 
 
 async def play(case: Case, sql: DatabaseConnection, locking: DatabaseConnection, proxies: list[Proxy]) -> int:
-    """Run a case, within `connected()`; returns how many episodes it had. Raises `Broken`."""
+    """Run a case within `connected()`, and return its number of episodes. Raises `PromiseBroken`."""
     random.seed(case.seed)
     await sql.execute(_NEW)
     runner: PostgresRunner | None = None

@@ -1,4 +1,4 @@
-"""The way to the simulated database, and what can happen on it, in the place of the bridge to asyncpg."""
+"""Connections to the simulated database, and their disturbances, in the place of the bridge to asyncpg."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOCK_TIMEOUT = 0.4
 QUERY_TIMEOUT = 2.0
 _APPENDS = (append_batch.APPEND, append_batch.APPEND_AND_MOVE, append_batch.MOVE)
 _WRITES = {*_APPENDS, notification_listener._NEW_EPOCH, log_retention._STEP}
-"""What waits for the head row, and fails on a standby."""
+"""Statements that wait for the head row, and fail on a standby."""
 
 KINDS = ("append", "look", "page", "epoch", "connect")
 _KIND = {
@@ -40,7 +40,7 @@ DISTURBANCES = ("lost", "unanswered", "late", "slow", "slowly answered", "refuse
 
 
 class Disturbance(NamedTuple):
-    """What becomes of the next statement of a kind.
+    """What happens to the next statement of a kind.
 
     lost             the connection is lost before the server has read it
     unanswered       the connection is lost when the server has committed it
@@ -71,14 +71,14 @@ class SimulatedNetwork:
         self.pids = count(1)
         self.unreachable = False
         self.locked = 0.0
-        """Until when somebody else holds the head row."""
+        """Until when another transaction holds the head row."""
         self.frozen: dict[str, float] = defaultdict(float)
-        """Until when an owner neither sends nor hears anything."""
+        """Until when an owner neither sends nor receives anything."""
         self.disturbances: dict[tuple[str, str], deque[Disturbance]] = defaultdict(deque)
         self.notifications_to_drop: dict[str, int] = defaultdict(int)
-        """How many notifications an owner will not hear."""
+        """How many notifications an owner will lose."""
         self.notification_delays: dict[tuple[str, int], float] = {}
-        """By how much an owner hears the notifications of one sender late."""
+        """By how much an owner's notifications from one sender are delayed."""
         self._due: dict[tuple[SimulatedConnection, int], float] = {}
         self._scheduled: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -87,7 +87,7 @@ class SimulatedNetwork:
     # Time
 
     async def run(self) -> None:
-        """Do what is to happen later, in order."""
+        """Run what is scheduled, in order."""
         while True:
             while self._scheduled and self._scheduled[0][0] <= trio.current_time():
                 heappop(self._scheduled)[2]()
@@ -101,19 +101,19 @@ class SimulatedNetwork:
 
     @property
     def busy(self) -> bool:
-        """Whether something is still to happen."""
+        """Whether something is still scheduled."""
         return bool(self._scheduled)
 
-    # What happens to it
+    # Disturbances
 
     def cut(self, owner: str | None = None) -> None:
-        """End the connections of one owner, or of all."""
+        """Close the connections of one owner, or of all."""
         for connection in sorted(self.connections, key=lambda c: c.pid):
             if owner in (None, connection.owner):
                 connection.disconnect()
 
     def stop(self) -> None:
-        """The server is gone, with what had not reached it yet. Whoever asks nothing of a pooler does not notice."""
+        """Stop the server, with what has not reached it. Idle connections through a pooler do not notice."""
         self.database.server += 1
         self.locked = 0.0
         for connection in sorted(self.connections, key=lambda c: c.pid):
@@ -121,7 +121,7 @@ class SimulatedNetwork:
                 connection.disconnect()
 
     def heal(self) -> None:
-        """From now on nothing goes wrong that has not begun to."""
+        """Stop starting new disturbances."""
         self.unreachable = self.database.standby = False
         self.locked = 0.0
         for planned in (self.frozen, self.disturbances, self.notifications_to_drop, self.notification_delays):
@@ -171,12 +171,12 @@ class SimulatedNetwork:
         return disturbances.popleft() if disturbances else UNDISTURBED
 
     async def wait_unfrozen(self, owner: str) -> None:
-        """Wait until the owner goes on."""
+        """Wait until the owner is no longer frozen."""
         while self.frozen and (wait := self.frozen[owner] - trio.current_time()) > 0:
             await trio.sleep(wait)
 
     def arrive(self, request: StatementInFlight) -> None:
-        """The server reads a statement, and may have to wait for the head row: it does so whoever is still there."""
+        """Deliver a statement to the server, which may have to wait for the head row, even if the client is gone."""
         if request.server != self.database.server:
             return
         wait = self.locked - trio.current_time() if request.query in _WRITES else 0
@@ -188,7 +188,7 @@ class SimulatedNetwork:
             self.schedule(wait, request.arrive)
 
     def _notify(self, pid: int, channel: str, payload: str) -> None:
-        """Pass a notification on to all who listen: those of one sender in order, those of several in any."""
+        """Deliver a notification to all listeners: in order for one sender, in any order for several."""
         now = trio.current_time()
         for connection in sorted(self.connections, key=lambda c: c.pid):
             owner = connection.owner
@@ -214,7 +214,7 @@ class SimulatedNetwork:
 
 
 class StatementInFlight:
-    """One statement on its way."""
+    """One statement between its client and the server."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class SimulatedBridge:
 
 
 class SimulatedConnection:
-    """What `catbus.postgres.access.asyncpg_bridge.DatabaseConnection` is for those who use it."""
+    """Stands for `catbus.postgres.access.asyncpg_bridge.DatabaseConnection`."""
 
     version = 16
     encrypted = False
@@ -314,7 +314,7 @@ class SimulatedConnection:
 
     @property
     def busy(self) -> bool:
-        """Whether it waits for an answer."""
+        """Whether it waits for a reply."""
         return self._scope is not None
 
     def receive_notification(self, pid: int, channel: str, payload: str) -> None:

@@ -1,4 +1,4 @@
-"""Cases on the simulated database and the virtual clock, where anything can go wrong at any moment."""
+"""Runs cases on the simulated database and the virtual clock, where anything can go wrong at any moment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SimulatedRunner(CaseRunner):
         self.database = self.network.database
         self.database.committed = self.committed
         self.rotates = True
-        """Not once the database was set back without a trace: what tells of that must not be gone."""
+        """False after the database was set back without a trace, because retention must not delete what shows it."""
         nursery.start_soon(self.network.run)
         super().__init__(case, nursery, LogModel())
 
@@ -39,7 +39,7 @@ class SimulatedRunner(CaseRunner):
         return f"postgres://{slot}/{number}" + (POOLED if (self.case.seed + number) % 2 == 0 else "")
 
     def committed(self, rows: Sequence[StoredRow], epoch: str) -> None:
-        # Only who follows the present log may append to it.
+        # A replica may only append in the current epoch.
         self.model.expect(epoch == self.database.state.epoch, f"appended from {epoch}")
         self.model.commit([Row(row.seq, row.channel, row.payload) for row in rows])
 
@@ -49,7 +49,7 @@ class SimulatedRunner(CaseRunner):
 
     def check(self) -> None:
         super().check()
-        # Everyone knows by now.
+        # All replicas know by now.
         self.rotates = True
 
     async def position(self) -> Position:
@@ -77,7 +77,7 @@ class SimulatedRunner(CaseRunner):
         self.network.frozen[self.replicas[a % REPLICAS].url] = trio.current_time() + PAUSES[b]
 
     def disturb_statement(self, a: int, b: int) -> None:
-        """Decide what becomes of a coming statement."""
+        """Plan a disturbance of the next statement of a kind."""
         owner = self.replicas[a % REPLICAS].url
         kind, what = KINDS[(a >> 1) % len(KINDS)], DISTURBANCES[b]
         event = (self.apply_retention, self.fail_over, self.cut_connections, self.publish_from_sql)[(a >> 4) % 4]
@@ -89,7 +89,7 @@ class SimulatedRunner(CaseRunner):
         self.network.unreachable = True
 
     def enter_standby(self, a: int, b: int) -> None:
-        """The primary is gone, and there is a standby which takes over when the database is started."""
+        """Replace the primary by a standby, which is promoted when the database is started."""
         self.network.stop()
         self.database.standby = True
 
@@ -100,7 +100,7 @@ class SimulatedRunner(CaseRunner):
             self.fail_over(a, 0)
 
     def fail_over(self, a: int, b: int) -> None:
-        """A standby takes over, or the database is set back as it is; the last commits may be lost."""
+        """Promote a standby, or set the database back as it is. The last commits may be lost."""
         self.network.stop()
         self.database.standby = False
         silent = self.case.silent and bool(b & 1)
@@ -109,7 +109,7 @@ class SimulatedRunner(CaseRunner):
         self.model.set_back(self.database.state.head, [text for _, text in self.database.state.outbox])
 
     def begin_epoch(self, a: int, b: int) -> None:
-        """Somebody has restored something by hand, and says so. As it happens nothing has changed."""
+        """Start a new epoch by hand, although nothing has changed."""
         self.database.begin_epoch()
 
     def apply_retention(self, a: int, b: int) -> None:
@@ -117,7 +117,7 @@ class SimulatedRunner(CaseRunner):
             self.database.apply_retention(a % 5 + 1)
 
     def request_retention(self, a: int, b: int) -> None:
-        """Have a replica find that retention is due."""
+        """Make retention due for a replica to find."""
         if self.rotates:
             self.database.overdue = a % 5 + 1
 
@@ -128,12 +128,12 @@ class SimulatedRunner(CaseRunner):
         self.network.notifications_to_drop[self.replicas[a % REPLICAS].url] = b
 
     def delay_notifications(self, a: int, b: int) -> None:
-        """Have the notifications of some senders come late."""
+        """Delay the notifications of some senders."""
         self.network.notification_delays[self.replicas[a % REPLICAS].url, (a >> 1) % 2] = PAUSES[b]
 
 
 def play(case: Case) -> int:
-    """Run a case, within `quiet()`; returns how many episodes it had. Raises `Broken`."""
+    """Run a case within `simulation_settings()`, and return its number of episodes. Raises `PromiseBroken`."""
     random.seed(case.seed)
     _scheduler.seed(case.seed)
 
@@ -160,7 +160,7 @@ def play(case: Case) -> int:
 
 @contextmanager
 def simulation_settings() -> Iterator[None]:
-    """Say nothing, and do not read the schema's files for every replica."""
+    """Silence the loggers, do not read the schema's files for every replica, and shorten timeouts and intervals."""
 
     async def migrate(connection: object) -> None:
         await trio.lowlevel.checkpoint()
@@ -168,8 +168,8 @@ def simulation_settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         silence_loggers(patch)
         patch.setattr(log_module, "migrate", migrate)
-        # Whoever waits for an answer waits for a fifth of the time, and who looks for work looks more seldom: there are
-        # fewer turns in a case, and the same happens in them.
+        # Timeouts are a fifth, and polling is less frequent: a case takes fewer steps of the event loop, with the same
+        # events.
         for module, name, seconds in (
             (log_writer, "APPEND_TIMEOUT", 2.0),
             (log_writer, "EPOCH_TIMEOUT", 1.0),
@@ -186,7 +186,7 @@ def simulation_settings() -> Iterator[None]:
 
 
 def silence_loggers(patch: pytest.MonkeyPatch) -> None:
-    """Every outage is worth a line, and here there are thousands."""
+    """Silence the loggers: every outage logs a line, and there are thousands of outages."""
     for module in (notification_listener, log_retention, reconnecting_tasks, log_writer):
         patch.setattr(module, "logger", SilentLogger())
 
@@ -197,7 +197,7 @@ class SilentLogger:
 
 
 def minimize_case(case: Case) -> tuple[Case, PromiseBroken]:
-    """A broken case without what it does not need to be broken."""
+    """Return the smallest part of a failing case that still fails."""
     operations = minimize(case.operations, lambda fewer: _broken(case._replace(operations=fewer)) is not None)
     minimal = case._replace(operations=operations)
     broken = _broken(minimal)

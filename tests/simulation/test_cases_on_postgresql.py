@@ -1,4 +1,4 @@
-"""The machine on a real PostgreSQL.
+"""Random cases on a real PostgreSQL.
 
 CATBUS_SECONDS   for how long
 CATBUS_SEED      to play the cases of a run again

@@ -1,4 +1,4 @@
-"""The machine finds nothing wrong, and it does find what is wrong.
+"""Random cases on the simulated database keep every promise, and planted mistakes break one.
 
 CATBUS_CASES   how many cases are played; `python -m tests.simulation` plays as many as there is time for
 """
