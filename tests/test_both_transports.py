@@ -20,9 +20,9 @@ import trio.testing
 import catbus
 from catbus import CloseCode, Config
 from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected, Transport
-from catbus.client.happy_eyeballs import MEMORY, Ways
-from catbus.client.websocket_transport import WebSocket
-from catbus.client.webtransport_transport import WebTransport as OverQuic
+from catbus.client.happy_eyeballs import PREFERENCE_TIME, TransportRace
+from catbus.client.websocket_transport import WebSocketTransport
+from catbus.client.webtransport_transport import WebTransportTransport as OverQuic
 from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.udp_relay import UdpRelay
@@ -53,8 +53,8 @@ async def discover(address: str) -> dict[str, Any]:
 
 
 def transport(bus: Bus) -> Transport:
-    [link] = bus._supervisor._links
-    return link._transport
+    [connection] = bus._supervisor._connections
+    return connection._transport
 
 
 async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ async def test_without_webtransport_it_comes_back_over_the_other_door(tmp_path: 
             task_status.started()
             assert (await anext(messages)).payload == "before"
             assert (await anext(messages)).payload == "after"
-            assert isinstance(transport(bus), WebSocket)
+            assert isinstance(transport(bus), WebSocketTransport)
             assert [gap.reason for gap in messages.gaps] == ["epoch"]
 
     with trio.fail_after(60):
@@ -219,7 +219,7 @@ async def test_without_webtransport_it_comes_back_over_the_other_door(tmp_path: 
                     await users.start(use, found["webtransport"], websocket, found["certificate"])
                     await broker.publish("a", "before")
                     broker.stop()
-                door = catbus.config.WebSocket(bind=(urlsplit(websocket).netloc,))
+                door = catbus.config.WebSocketSettings(bind=(urlsplit(websocket).netloc,))
                 again = await nursery.start(catbus.serve, msgspec.structs.replace(CONFIG, websocket=door))
                 await again.publish("a", "after")
             again.stop()
@@ -232,7 +232,7 @@ async def test_where_no_udp_passes_the_fallback_serves_at_once(tmp_path: Path) -
             url = f"https://127.0.0.1:{hole.getsockname()[1]}"
             began = trio.current_time()
             async with catbus.connect(url, fallback_url=websocket, token=TOKEN, ca=found["certificate"]) as bus:
-                assert isinstance(transport(bus), WebSocket)
+                assert isinstance(transport(bus), WebSocketTransport)
                 assert await bus.publish("a", 1) == 1
             assert trio.current_time() - began < 3
 
@@ -323,12 +323,12 @@ async def test_the_way_that_was_open_first_is_tried_first_for_a_while(autojump_c
             pass
 
     slow, fast = Way("slow", 5), Way("fast", 1)
-    ways = Ways([slow, fast])
+    ways = TransportRace([slow, fast])
     for expected in (["slow", "fast"], ["fast", "slow"], ["fast", "slow"]):
         tried.clear()
         assert await ways() is fast  # type: ignore[comparison-overlap]
         assert tried == expected
-    await trio.sleep(MEMORY)
+    await trio.sleep(PREFERENCE_TIME)
     tried.clear()
     await ways()
     assert tried == ["slow", "fast"]

@@ -1,7 +1,7 @@
-"""The arguments of public calls, checked where they are given: a wrong one is an error of its own call. Pure.
+"""Checks of the arguments of public calls. Pure.
 
-What fails here names the argument: `TypeError` where it is of another type, `ValueError` where it is out of range. The
-broker would answer many of them with `bad_message`, or close a connection that others share.
+The error names the argument: `TypeError` for a wrong type, `ValueError` for a value out of range. The broker would
+reject many of them with `bad_message`, or close a connection that other tasks share.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import Any
 from ..errors import PeerError, Refused
 from ..protocol.wire_messages import MAX_NUMBER
 
-LONGEST_EPOCH = 255
-"""How many characters an epoch may have."""
+MAX_EPOCH_SIZE = 255
+"""The longest epoch, in bytes."""
 
-MOST_RECENT = 100_000
-"""How many messages of the past a subscription may begin with: they wait in memory."""
+MAX_LAST = 100_000
+"""The largest `last` of a subscription, in messages. They wait in memory."""
 
 _CURSOR = re.compile(r"(\d{1,19})\.(\S{1,255})", re.ASCII)
 
 
 def encode_cursor(seq: int, epoch: str) -> str:
-    """The opaque text that stands for a place in the log."""
+    """Encode a position in the log as opaque text."""
     return f"{seq}.{epoch}"
 
 
-def check_place(name: str, value: object, epoch: object = None) -> tuple[int | None, str | None]:
-    """The seq and the epoch of a place: a cursor, or a seq whose epoch is given apart, or none (None)."""
+def check_position(name: str, value: object, epoch: object = None) -> tuple[int | None, str | None]:
+    """Return the seq and epoch of a position: a cursor, or a seq with a separate epoch, or None."""
     if epoch is not None:
-        check_text("epoch", epoch, LONGEST_EPOCH)
+        check_text("epoch", epoch, MAX_EPOCH_SIZE)
     if isinstance(value, str):
         found = _CURSOR.fullmatch(check_text(name, value))
         if found is None or int(found[1]) > MAX_NUMBER:
             raise ValueError(f"{name}: a seq or the cursor of a message, not {_show(value)}")
         if epoch not in (None, found[2]):
-            raise ValueError("epoch: a cursor has an epoch of its own")
+            raise ValueError("epoch: a cursor already has an epoch")
         return int(found[1]), found[2]
     seq = None if value is None else check_integer(name, value, 0)
     return seq, epoch  # type: ignore[return-value]
 
 
 def check_name(name: str, value: object, check: Callable[[str], None]) -> None:
-    """A channel or a pattern. Raises `Refused` with the code that the broker would answer with."""
+    """Check a channel or a pattern. Raises `Refused` with the error code that the broker would use."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: a text, not {_show(value)}")
     try:
@@ -52,15 +52,15 @@ def check_name(name: str, value: object, check: Callable[[str], None]) -> None:
         raise Refused(error.code, error.message) from None
 
 
-def check_text(name: str, value: object, longest: int | None = None) -> str:
+def check_text(name: str, value: object, max_size: int | None = None) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: a text, not {_show(value)}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: half of a surrogate pair is no text") from None
-    if longest is not None and size > longest:
-        raise ValueError(f"{name}: longer than {longest} bytes")
+        raise ValueError(f"{name}: half of a surrogate pair is not valid text") from None
+    if max_size is not None and size > max_size:
+        raise ValueError(f"{name}: longer than {max_size} bytes")
     return value
 
 
@@ -92,7 +92,7 @@ def check_function(name: str, value: Any) -> None:
 
 
 def _show(value: object) -> str:
-    """A value as an error shows it, at a bounded length."""
+    """Format a value for an error message, at a bounded length."""
     if not isinstance(value, str | int | float | bool | None):
         return type(value).__name__
     text = ascii(value) if not isinstance(value, int) or value.bit_length() < 100 else "one with many digits"

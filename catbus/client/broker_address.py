@@ -1,4 +1,4 @@
-"""The address of a broker, and the TLS context for it."""
+"""The address of a broker, parsed from its URL, and the TLS context for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 DEFAULT_PATH = "/ws"
 
 
-class Address(NamedTuple):
-    """Where a broker is. `socket` is the path of a unix socket, for which host and port stand only in the request.
+class BrokerAddress(NamedTuple):
+    """The address of a broker.
 
-    `quic` says that it is one for WebTransport.
+    `socket` is the path of a Unix socket; host and port are only for the request then. `quic`: for WebTransport.
     """
 
     url: str
@@ -26,22 +26,22 @@ class Address(NamedTuple):
 
     @property
     def authority(self) -> str:
-        """What the `Host` header says."""
+        """The value of the `Host` header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
 
 
-def parse_address(url: str) -> Address:
-    """Understand `ws://host:port/path`, `wss://...`, `ws+unix:/path/of.sock:/path`, and `https://...` for WebTransport.
+def parse_address(url: str) -> BrokerAddress:
+    """Parse `ws://host:port/path`, `wss://...`, `ws+unix:/path/of.sock:/path`, or `https://...` for WebTransport.
 
-    The path is `/ws` where none is, and `/` for WebTransport. Raises `ValueError`.
+    The default path is `/ws`, or `/` for WebTransport. Raises `ValueError`.
     """
     parts = urlsplit(url)
     if parts.scheme == "ws+unix":
         socket, _, path = parts.path.partition(":")
         if parts.netloc or not socket.startswith("/"):
             raise ValueError("a unix socket is written ws+unix:/path/of.sock:/ws")
-        return Address(url, "localhost", 80, _target(path, parts.query), socket=socket)
+        return BrokerAddress(url, "localhost", 80, _target(path, parts.query), socket=socket)
     if parts.scheme not in ("ws", "wss", "https"):
         raise ValueError(f"the URL of a broker begins with ws://, wss:// or https://, not {url[:64]!r}")
     if not parts.hostname:
@@ -49,23 +49,23 @@ def parse_address(url: str) -> Address:
     try:
         parts.hostname.encode("idna")
     except UnicodeError:
-        raise ValueError(f"no host has such a name: {parts.hostname[:64]!r}") from None
+        raise ValueError(f"not a valid host name: {parts.hostname[:64]!r}") from None
     if parts.username is not None or parts.fragment:
-        raise ValueError("the URL of a broker has no user and no fragment; the token is given apart")
+        raise ValueError("the URL of a broker has no user and no fragment; the token is a separate argument")
     secure = parts.scheme != "ws"
     quic = parts.scheme == "https"
     port = parts.port if parts.port is not None else 443 if secure else 80
     target = _target(parts.path or ("/" if quic else ""), parts.query)
-    return Address(url, parts.hostname, port, target, secure, quic=quic)
+    return BrokerAddress(url, parts.hostname, port, target, secure, quic=quic)
 
 
 def is_pem(ca: str | os.PathLike[str]) -> bool:
-    """Whether this is certificates themselves, not the file that has them."""
+    """Whether `ca` is PEM text, not the path of a file."""
     return isinstance(ca, str) and "-----BEGIN" in ca
 
 
 def make_ssl_context(ca: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    """Verify against the system's authorities, or only those in `ca`, PEM or a file of it. Raises `OSError`."""
+    """Make a TLS context that trusts the authorities of the system, or only `ca`: PEM or a file. Raises `OSError`."""
     if ca is not None and is_pem(ca):
         context = ssl.create_default_context(cadata=str(ca))
     else:

@@ -1,4 +1,4 @@
-"""From a URL and a token to a `Bus`."""
+"""The factory of a bus: `connect` takes a URL and a token, `open_bus` any transport."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import anyio
 from .argument_checks import check_flags, check_function, check_seconds, check_text
 from .broker_address import make_ssl_context, parse_address
 from .bus import Bus
-from .connection_supervisor import BusEvent, Supervisor, Token
-from .happy_eyeballs import Dial, Ways
+from .connection_supervisor import BusEvent, ConnectionSupervisor, Token
+from .happy_eyeballs import Dial, TransportRace
 from .reconnect_policy import Backoff
 from .websocket_transport import open_websocket
 
@@ -36,43 +36,54 @@ async def connect(
     wait: bool = True,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
-    """Connect to a broker and authenticate; leaving the block says goodbye and closes.
+    """Connect to a broker and authenticate. Leaving the block closes the connection.
 
         async with catbus.connect("wss://bus.example.com/ws", token=token) as bus:
             seq = await bus.publish("orders.42", {"status": "paid"})
 
-    `url` begins with `https://` (WebTransport, verified against the authorities in `ca`, PEM or a file of it, or the
-    usual ones, or only by `certificate_hash`, the SHA-256 of the certificate's DER form), `ws://`, `wss://` (verified
-    against `ssl_context`, `ca`, or the system's authorities) or `ws+unix:/path/of.sock:/ws`. A `fallback_url`, for
-    networks that let no UDP through, is tried beside it when it has not answered within a quarter of a second, each
-    time that a connection is made: the first that is there is taken, and the other is closed. For the next ten minutes
-    that one is tried first. While it is the `fallback_url`, WebTransport is tried again every `upgrade` seconds, and
-    everything goes over to it, without a loss, once it gets through. `timeout`, in seconds,
-    bounds connecting and authenticating together, and how long the broker may be silent after a ping, one of which is
-    sent every `keepalive` seconds. `token` is one, or an async function that is asked for one before each connection,
-    and before the time of the last one is over where it says when that is. Where it returns None or raises `Refused`,
-    nobody is signed in any more: that is final, everything raises `Disconnected` with the code 4001, and it is not
-    asked again. After an `OSError` it is asked again, as after a connection that could not be made. Anything else that
-    it raises comes out of this block, in an exception group once there was a connection.
+    | `url` begins with | transport, and how the certificate is verified |
+    |---|---|
+    | `https://` | WebTransport; by `ca` (PEM or a file), the usual authorities, or `certificate_hash` (SHA-256, DER) |
+    | `wss://` | WebSocket; by `ssl_context`, `ca`, or the authorities of the system |
+    | `ws://` | WebSocket without TLS |
+    | `ws+unix:/path/of.sock:/ws` | WebSocket over a Unix socket |
 
-    A connection that is lost is made anew, after pauses as `reconnect`, a `Backoff`, says: about a second first, then
-    longer, 30 s at most. Subscriptions go on where they were, and what had no answer is sent again; see `Bus`. A broker
-    that is about to stop says when to connect anew; that is done beside the old connection, which ends when the new
-    one has taken over. It is the end, and everything raises `Disconnected`, where the broker says that coming back is
-    no use, and where the token is not taken any more and there is no other. The first connection is tried once; with
-    `persist`, until it is made. With `wait=False` the block begins at once, also while the broker is away: the first
-    connection is made beside it, as after a loss, and what is asked for meanwhile waits for it. With `reconnect=False`
-    there is one connection and no other.
+    | Argument | |
+    |---|---|
+    | `fallback_url` | for networks that block UDP: tried beside `url` after 0.25 s, for each connection |
+    | `token` | a token, or an async function that returns one |
+    | `timeout` | seconds for connecting and authenticating together, and for the reply to a ping |
+    | `keepalive` | seconds between pings |
+    | `upgrade` | seconds between attempts to move from `fallback_url` to WebTransport |
+    | `reconnect` | True, a `Backoff`, or False for a single connection |
+    | `persist` | try the first connection until it is made, not once |
+    | `wait` | False: the block begins at once, and the first connection is made as after a loss |
+    | `on_event` | called with the events below; it must not raise |
 
-    `on_event` is called with `Reconnecting` when a connection is lost and whenever the next one could not be made, with
-    `Reconnected` when there is one again (with `wait=False`, also when there is the first), with `GoAway` when the
-    broker will close soon, with an `Error` that answers no request, and with `Ended` when there will be no further
-    connection, unless because this block was left; it must not raise.
+    With a `fallback_url` the first transport that opens is used, and the other is closed. The winner has the first
+    attempt for the next ten minutes. A move to WebTransport loses nothing.
 
-    Raises `TypeError` and `ValueError`, which name it, for a wrong argument or one that has no use here; `OSError` or
-    `ConfigError` for a `ca` that cannot be read and a hash of another length, `Refused` when the token is not taken,
-    `Disconnected` when there is no connection to be had. What the block raises comes out as it is. Cancelling it closes
-    the connection at once.
+    The token function is called before each connection, and before the present token expires if it says when. If it
+    returns None or raises `Refused`, the user has signed out: every call raises `Disconnected` with the code 4001, and
+    the function is not called again. After an `OSError` it is called again later, as after a failed connection. Any
+    other exception leaves this block, in an exception group once there was a connection.
+
+    A lost connection is made again after the pauses of `reconnect`: by default about 1 s, then longer, up to 30 s.
+    Subscriptions resume at their cursors, and requests without a reply are sent again; see `Bus`. A broker that shuts
+    down says when to reconnect: the next connection then takes over before the present one closes. The bus ends, and
+    every call raises `Disconnected`, if the close code is final, or if the token is rejected and there is no other.
+
+    | Event | |
+    |---|---|
+    | `Reconnecting` | the connection was lost, or an attempt failed |
+    | `Reconnected` | there is a connection again; with `wait=False` also for the first one |
+    | `GoAway` | the broker will close the connection soon |
+    | `Error` | an error that answers no request |
+    | `Ended` | there will be no further connection; not reported when this block is left |
+
+    Raises `TypeError` and `ValueError`, which name it, for a wrong or useless argument; `OSError` or `ConfigError` for
+    a `ca` that cannot be read or a hash of the wrong length; `Refused` if the token is rejected; `Disconnected` if
+    connecting fails. Exceptions of the block leave it unchanged. Cancelling it closes the connection at once.
     """
     check_text("url", url)
     if fallback_url is not None:
@@ -85,17 +96,17 @@ async def connect(
     dials: list[Dial] = []
     for address in addresses:
         if address.quic:
-            # It takes longer to import than all the rest.
+            # Importing it takes longer than all the rest of the client.
             from .webtransport_transport import make_configuration, open_webtransport
 
             dials.append(partial(open_webtransport, address, make_configuration(address, ca, certificate_hash)))
         else:
             context = ssl_context or (make_ssl_context(ca) if address.secure else None)
             dials.append(partial(open_websocket, address, context))
-    dial = dials[0] if len(dials) == 1 else Ways(dials)
+    dial = dials[0] if len(dials) == 1 else TransportRace(dials)
     async with open_bus(
         dial,
-        better=dials[0] if len(dials) > 1 and addresses[0].quic and not addresses[1].quic else None,
+        upgrade_dial=dials[0] if len(dials) > 1 and addresses[0].quic and not addresses[1].quic else None,
         upgrade=upgrade,
         token=token,
         timeout=timeout,
@@ -113,7 +124,7 @@ async def open_bus(
     dial: Dial,
     *,
     token: Token,
-    better: Dial | None = None,
+    upgrade_dial: Dial | None = None,
     upgrade: float = 60.0,
     timeout: float = 10.0,
     keepalive: float = 30.0,
@@ -122,9 +133,9 @@ async def open_bus(
     wait: bool = True,
     on_event: Callable[[BusEvent], None] | None = None,
 ) -> AsyncIterator[Bus]:
-    """As `connect`, over whatever transport `dial` brings; it raises `Disconnected` where there is none.
+    """Connect as `connect`, over the transports that `dial` opens. `dial` raises `Disconnected` if it fails.
 
-    `better` is a way to WebTransport that is tried every `upgrade` seconds while `dial` has brought something else.
+    `upgrade_dial` opens WebTransport. It is tried every `upgrade` seconds while another transport is used.
     """
     if not callable(token):
         check_text("token", token)
@@ -136,7 +147,7 @@ async def open_bus(
     backoff = reconnect if isinstance(reconnect, Backoff) else Backoff() if reconnect else None
     failure: BaseException | None = None
     async with anyio.create_task_group() as tasks:
-        supervisor = Supervisor(
+        supervisor = ConnectionSupervisor(
             tasks,
             dial,
             token,
@@ -144,14 +155,14 @@ async def open_bus(
             timeout=timeout,
             keepalive=keepalive,
             on_event=on_event,
-            better=better,
+            upgrade_dial=upgrade_dial,
             upgrade=upgrade,
         )
         try:
             await supervisor.start(persist=persist, wait=wait)
             yield Bus(supervisor)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  # raised below
-            # The task group would wrap it, and whoever waits for a Refused would not find it.
+            # The task group would wrap it in a group, and `except Refused` would not match.
             failure = error
         finally:
             supervisor.stop()

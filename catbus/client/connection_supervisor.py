@@ -1,4 +1,4 @@
-"""Sees to it that there is a connection: makes the first, and another after it or beside it."""
+"""The supervisor of a client's connections: makes the first one, and each further one after it or beside it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,51 @@ import anyio.abc
 
 from ..errors import CloseCode, Disconnected, ErrorCode, Refused
 from ..protocol.wire_messages import AuthOk, Error, GoAway
-from .active_connection import Link
+from .active_connection import ActiveConnection
 from .argument_checks import check_text
-from .in_flight_requests import Ledger
-from .protocol_connection import Conversation
-from .reconnect_policy import Backoff, Ended, Reconnected, Reconnecting, SignedOut, State, Verdict, judge, judge_refusal
-from .signals import Bell, Lobby
-from .subscription_manager import Switchboard
-from .token_renewal import until_renewal
+from .in_flight_requests import InFlightRequests
+from .protocol_connection import ProtocolConnection
+from .reconnect_policy import (
+    Backoff,
+    Ended,
+    ReconnectDecision,
+    Reconnected,
+    Reconnecting,
+    SignedOut,
+    State,
+    decide_by_close_code,
+    decide_by_token_error,
+)
+from .signals import ClientSignals, Signal
+from .subscription_manager import SubscriptionManager
+from .token_renewal import renewal_delay
 from .transport_interface import Transport
 
 BusEvent = GoAway | Error | Reconnecting | Reconnected | Ended
 
 Token = str | Callable[[], Awaitable[str | None]]
 
-OUTBOX = 256 * 1024
-"""How many bytes may wait to be sent before who publishes has to wait."""
+MAX_UNSENT_BYTES = 256 * 1024
+"""Bytes that may wait to be sent before `publish` waits for room."""
 
-WINDOW = 1000
-"""How many publishes may be without an answer where the broker names no limit."""
+DEFAULT_PENDING_PUBLISHES = 1000
+"""Publishes without a reply if the broker names no limit."""
 
-REPLIES = 2.0
-"""How long, in seconds, the old connection has to answer what it was sent before we go over to the next one."""
+ACKNOWLEDGEMENT_TIMEOUT = 2.0
+"""Seconds that the old connection has for its replies to publishes, before their retry on the next connection."""
 
-LONGEST_WAIT = 300.0
-"""How long to wait at most, in seconds, where the broker says that the token is not valid yet: a clock may be set."""
+MAX_RETRY_AFTER = 300.0
+"""The longest `retry_after` of a token that is not valid yet, in seconds. The clock may be corrected meanwhile."""
 
-PAUSE = 2.0
-"""How long to wait, in seconds, before the broker is asked again what became of a publish."""
+RETRY_INTERVAL = 2.0
+"""Seconds before a publish with an uncertain outcome is sent again on the same connection."""
 
 
-class Supervisor:
-    """The connections of one client, one after the other, and what outlives them.
+class ConnectionSupervisor:
+    """The connections of one client, and the state that outlives them.
 
-    `conversation` is the present one, or the last one while there is none. Without a `backoff` the first is the only.
+    `protocol` is that of the present connection, or of the last one. Without a `backoff` there is only one connection.
+    With `upgrade_dial`, which opens WebTransport, it is tried every `upgrade` seconds while another transport is used.
     """
 
     def __init__(
@@ -58,13 +69,14 @@ class Supervisor:
         timeout: float,
         keepalive: float,
         on_event: Callable[[BusEvent], None] | None,
-        better: Callable[[], Awaitable[Transport]] | None = None,
+        upgrade_dial: Callable[[], Awaitable[Transport]] | None = None,
         upgrade: float = 60.0,
     ) -> None:
-        self.ledger = Ledger(keeps_on=backoff is not None)
-        self.subscriptions = Switchboard(self.ledger.number)
-        self.lobby = Lobby()
-        self.conversation = self._converse(on_event)
+        self._retry_needed = Signal()
+        self.in_flight = InFlightRequests(reconnects=backoff is not None, on_retry=self._retry_needed.notify)
+        self.subscriptions = SubscriptionManager(self.in_flight.next_id, on_retry=self._retry_needed.notify)
+        self.signals = ClientSignals()
+        self.protocol = self._new_protocol(on_event)
         self._tasks = tasks
         self._dial = dial
         self._token = token
@@ -72,368 +84,366 @@ class Supervisor:
         self._timeout = timeout
         self._keepalive = keepalive
         self._on_event = on_event
-        self._better = better
-        """A way to WebTransport, to be tried again every `upgrade` seconds where it has not got through."""
+        self._upgrade_dial = upgrade_dial
         self._upgrade = upgrade
-        self._link: Link | None = None
+        self._connection: ActiveConnection | None = None
         self._ended: tuple[str, int | None] | None = None
-        self._links: set[Link] = set()
+        self._connections: set[ActiveConnection] = set()
         self._scope = anyio.CancelScope()
         self._retries = anyio.CancelScope()
         self._failures = 0
         self._attempt = 0
-        """How often the application was told that there is no connection, since there was one."""
+        """The number of `Reconnecting` events since the last connection."""
 
-    # What the application asks
+    # Calls of the application
 
     @property
     def state(self) -> State:
         if self._ended is not None:
             return State.CLOSED
-        connected = self._link is not None and self.conversation.lost is None
+        connected = self._connection is not None and self.protocol.lost is None
         return State.CONNECTED if connected else State.RECONNECTING
 
     @property
     def transport(self) -> str:
-        """What the present connection goes by, or the last one while there is none; empty before the first."""
-        return self._link.kind if self._link is not None else ""
+        """The kind of transport of the present connection, or of the last one. Empty before the first."""
+        return self._connection.kind if self._connection is not None else ""
 
-    def check(self) -> None:
-        """Raise `Disconnected` when there will be no further connection."""
+    def check_not_closed(self) -> None:
+        """Raise `Disconnected` if there will be no further connection."""
         if self._ended is not None:
             raise Disconnected(*self._ended)
 
     async def wait_connected(self) -> None:
-        """Wait until there is a connection. Raises `Disconnected` when there will be none."""
+        """Wait until there is a connection. Raises `Disconnected` if there will be none."""
         while self.state is not State.CONNECTED:
-            self.check()
-            await self.lobby.room.wait()
+            self.check_not_closed()
+            await self.signals.progress.wait()
 
     @property
     def congested(self) -> bool:
-        """Whether to wait for room before the next publish."""
-        window = self.conversation.limits.get("pending_publishes", WINDOW)
-        return self.conversation.outgoing + self.ledger.unsent_bytes > OUTBOX or self.ledger.unanswered >= window
+        """Whether the next publish has to wait for room."""
+        window = self.protocol.limits.get("pending_publishes", DEFAULT_PENDING_PUBLISHES)
+        return (
+            self.protocol.outgoing_bytes + self.in_flight.unsent_bytes > MAX_UNSENT_BYTES
+            or self.in_flight.publishes_in_flight >= window
+        )
 
     async def wait_for_room(self) -> None:
-        """Wait until it is not congested, or nothing will be sent any more. Cancelling it harms nothing."""
+        """Wait until a publish has room, or the client is closed. Safe to cancel."""
         while self.congested and self._ended is None:
-            self.lobby.requested()
-            await self.lobby.room.wait()
+            self.signals.notify_request()
+            await self.signals.progress.wait()
 
     async def authenticate(self, token: str) -> None:
-        """Say who we are, on this connection and those that come. Raises `Refused`, and `Disconnected` at the end."""
+        """Send a new token, and use it for later connections. Raises `Refused` and `Disconnected`."""
         while True:
             await self.wait_connected()
-            answer = await self._authenticate(self.conversation, token)
-            if answer is not None:
+            reply = await self._authenticate(self.protocol, token)
+            if reply is not None:
                 if isinstance(self._token, str):
                     self._token = token
                 return
 
-    # The connections
+    # Connections
 
     async def start(self, *, persist: bool, wait: bool) -> None:
-        """Make the first connection; with `persist` until it succeeds, otherwise one time. Without `wait`, beside us.
+        """Make the first connection, and start the tasks that make all further ones.
 
-        Raises `Refused` and `Disconnected`, and what the `token` function raises.
+        One attempt is made, or with `persist` as many as necessary. Without `wait` the attempts are made by a task.
+        Raises `Refused` and `Disconnected`, and what the token function raises.
         """
         first = await self._open_first(persist=persist) if wait else None
         self._tasks.start_soon(self._run, first)
         self._tasks.start_soon(self._retry)
 
-    async def _open_first(self, *, persist: bool) -> Link:
+    async def _open_first(self, *, persist: bool) -> ActiveConnection:
         while True:
             try:
-                link = await self._open()
+                connection = await self._open()
                 break
             except (Refused, Disconnected) as error:
-                if not persist or self._backoff is None or self._judge(error) is Verdict.FINAL:
+                if not persist or self._backoff is None or self._decide(error) is ReconnectDecision.FINAL:
                     raise
-                pause = self._pause(error)
+                pause = self._delay_after(error)
                 self._failures += 1
-                self._tell_of(error, pause)
+                self._report_failure(error, pause)
                 await anyio.sleep(pause)
-        # It may be lost again already, and then it is for the next one.
+        # If the connection is already lost, the next one resumes.
         with suppress(Disconnected):
-            link.conversation.take_over()
-        self._go_on(link)
-        return link
+            connection.protocol.resume()
+        self._set_current(connection)
+        return connection
 
     def stop(self) -> None:
-        """End it in order: the connections say goodbye."""
-        self._end("it has been closed on this side", None)
-        for link in self._links:
-            link.stop()
+        """Close all connections with a close handshake."""
+        self._set_ended("it has been closed on this side", None)
+        for connection in self._connections:
+            connection.stop()
         self._scope.cancel()
 
-    async def _run(self, link: Link | None) -> None:
+    async def _run(self, connection: ActiveConnection | None) -> None:
         with self._scope:
             try:
-                if link is None:
-                    link = await self._open_first(persist=True)
-                    self._tell(Reconnected())
+                if connection is None:
+                    connection = await self._open_first(persist=True)
+                    self._report(Reconnected())
                 while True:
                     began = anyio.current_time()
-                    link = await self._improve(link)
+                    connection = await self._upgrade_transport(connection)
                     if self._backoff is None:
-                        await link.gone.wait()
-                        link.conversation.check()
+                        await connection.lost_event.wait()
+                        connection.protocol.check_connected()
                     elif anyio.current_time() - began >= self._backoff.pause(self._failures, 0):
-                        # One that is closed as soon as it is there counts as a failure.
+                        # A connection that is closed at once counts as a failure.
                         self._failures = 0
-                    link = await self._replace(link)
+                    connection = await self._reconnect(connection)
             except (Refused, Disconnected) as error:
                 self._finish(error)
 
-    async def _improve(self, link: Link) -> Link:
-        """Wait until the connection is gone or will be. Until then, try the better way now and then, and go over to it.
+    async def _upgrade_transport(self, connection: ActiveConnection) -> ActiveConnection:
+        """Wait until the connection is lost or the broker announces its end, and try to move to WebTransport meanwhile.
 
-        Returns the connection that there is then.
+        Returns the connection that is present then.
         """
-        while self._better is not None and link.kind != "webtransport":
+        while self._upgrade_dial is not None and connection.kind != "webtransport":
             with anyio.move_on_after(self._upgrade):
-                await link.wait_news()
-                return link
+                await connection.wait_lost_or_goaway()
+                return connection
             with suppress(Refused, Disconnected):
-                # What does not get through, still, is as it was.
-                new = await self._open(self._better)
-                await self._move(link, new)
-                link = new
-        await link.wait_news()
-        return link
+                # A failure leaves the present connection as it is.
+                new = await self._open(self._upgrade_dial)
+                await self._switch(connection, new)
+                connection = new
+        await connection.wait_lost_or_goaway()
+        return connection
 
-    async def _replace(self, old: Link) -> Link:
-        """Another connection instead of one that is gone or will be. Raises `Disconnected` when that is the end."""
+    async def _reconnect(self, old: ActiveConnection) -> ActiveConnection:
+        """Replace a connection that is lost or ends soon. Raises `Disconnected` if there will be no other."""
         reason: Disconnected | Refused | None = None
-        due = old.due
+        due = old.reconnect_at
         if due is not None and self._failures:
-            # Nobody is sent from one replica to the next without a pause.
-            due = max(due, anyio.current_time() + self._backed_off(self._failures - 1))
+            # A client that several replicas in a row send away waits in between.
+            due = max(due, anyio.current_time() + self._backoff_delay(self._failures - 1))
         while True:
             if due is None:
-                assert reason is not None or old.conversation.lost is not None
-                reason = reason or Disconnected(*(old.conversation.lost or ("", None)))
-                due = anyio.current_time() + self._pause(reason)
-            await self._wait(due, old, reason)
+                assert reason is not None or old.protocol.lost is not None
+                reason = reason or Disconnected(*(old.protocol.lost or ("", None)))
+                due = anyio.current_time() + self._delay_after(reason)
+            await self._wait_until(due, old, reason)
             self._failures += 1
             token = self._token
             try:
                 new = await self._open()
-                await self._move(old, new)
+                await self._switch(old, new)
             except (Refused, Disconnected) as error:
                 reason, due = error, None
                 continue
             if self._token is not token and isinstance(self._token, str):
-                # It was renewed meanwhile, on the old connection.
+                # The application renewed it meanwhile, on the old connection.
                 with suppress(Refused, Disconnected):
-                    await self._authenticate(new.conversation, self._token)
+                    await self._authenticate(new.protocol, self._token)
             return new
 
-    async def _wait(self, due: float, old: Link, reason: Disconnected | Refused | None) -> None:
-        """Wait for the moment, and tell the application when there is no connection meanwhile."""
-        if old.conversation.lost is None:
+    async def _wait_until(self, due: float, old: ActiveConnection, reason: Disconnected | Refused | None) -> None:
+        """Wait until it is time to reconnect, and report `Reconnecting` once the old connection is lost."""
+        if old.protocol.lost is None:
             with anyio.CancelScope(deadline=due):
-                await old.gone.wait()
-        # Closed on this side, it may run on until it waits again.
-        self.check()
-        if old.conversation.lost is not None:
-            end = Disconnected(*old.conversation.lost)
-            if self._judge(end) is Verdict.FINAL:
+                await old.lost_event.wait()
+        # After `stop` the task runs on until its next wait.
+        self.check_not_closed()
+        if old.protocol.lost is not None:
+            end = Disconnected(*old.protocol.lost)
+            if self._decide(end) is ReconnectDecision.FINAL:
                 raise end
-            self._tell_of(reason or end, max(0.0, due - anyio.current_time()))
+            self._report_failure(reason or end, max(0.0, due - anyio.current_time()))
         await anyio.sleep_until(due)
 
-    async def _open(self, dial: Callable[[], Awaitable[Transport]] | None = None) -> Link:
-        """Connect, by `dial` where that is given, and authenticate.
-
-        Raises `Disconnected` and `Refused`; nothing is left open then.
-        """
-        late = Disconnected(f"the broker did not answer within {self._timeout:g} s")
-        token = await self._ask_for_token()
+    async def _open(self, dial: Callable[[], Awaitable[Transport]] | None = None) -> ActiveConnection:
+        """Connect and authenticate. Raises `Disconnected` and `Refused`, and leaves nothing open then."""
+        timed_out = Disconnected(f"the broker did not answer within {self._timeout:g} s")
+        token = await self._request_token()
         try:
             with anyio.fail_after(self._timeout) as limit:
                 transport = await (dial or self._dial)()
         except TimeoutError:
-            raise late from None
-        conversation = self._converse(self._tell)
-        link = Link(conversation, transport, self.lobby, keepalive=self._keepalive, timeout=self._timeout)
-        self._links.add(link)
-        self._tasks.start_soon(self._carry, link)
+            raise timed_out from None
+        protocol = self._new_protocol(self._report)
+        connection = ActiveConnection(
+            protocol, transport, self.signals, keepalive=self._keepalive, timeout=self._timeout
+        )
+        self._connections.add(connection)
+        self._tasks.start_soon(self._run_connection, connection)
         try:
             with anyio.fail_after(limit.deadline - anyio.current_time()):
-                answer = await self._authenticate(conversation, token)
+                reply = await self._authenticate(protocol, token)
         except TimeoutError:
-            # No use in waiting for its goodbye.
-            link.abandon()
-            raise late from None
+            # This broker would not answer a close handshake either.
+            connection.abort()
+            raise timed_out from None
         except Refused:
-            link.stop()
+            connection.stop()
             raise
         except BaseException:
-            link.abandon()
+            connection.abort()
             raise
-        if answer is None:
-            conversation.check()
+        if reply is None:
+            protocol.check_connected()
         if not isinstance(self._token, str):
-            self._tasks.start_soon(self._renew, link, token)
-        return link
+            self._tasks.start_soon(self._renew_token, connection, token)
+        return connection
 
-    async def _move(self, old: Link, new: Link) -> None:
-        """Go over to another connection, which is made before the old one breaks where that is still there.
+    async def _switch(self, old: ActiveConnection, new: ActiveConnection) -> None:
+        """Move to a new connection. If the old one is still open, it serves until the new one has taken over.
 
-        Raises `Disconnected` when the new one is lost on the way; the old one is closed all the same, and all that
-        is not finished waits for the next.
+        Raises `Disconnected` if the new one is lost meanwhile. The old one is closed all the same, and everything
+        unfinished waits for the next connection.
         """
-        ledger, subscriptions, room = self.ledger, self.subscriptions, self.lobby.room
-        new.conversation.check()
-        moved = old.conversation.lost is None
+        in_flight, subscriptions, progress = self.in_flight, self.subscriptions, self.signals.progress
+        new.protocol.check_connected()
+        moved = old.protocol.lost is None
         try:
-            ledger.hold()
-            new.conversation.take_over_subscriptions()
-            self.lobby.requested()
-            with anyio.move_on_after(REPLIES):
-                while ledger.in_doubt and old.conversation.lost is None:
-                    await room.wait()
+            in_flight.pause()
+            new.protocol.resume_subscriptions()
+            self.signals.notify_request()
+            with anyio.move_on_after(ACKNOWLEDGEMENT_TIMEOUT):
+                while in_flight.awaiting_acknowledgement and old.protocol.lost is None:
+                    await progress.wait()
             with anyio.move_on_after(self._timeout):
-                while moved and subscriptions.asking and new.conversation.lost is None:
-                    await room.wait()
+                while moved and subscriptions.awaiting_reply and new.protocol.lost is None:
+                    await progress.wait()
         finally:
             old.stop()
-        new.conversation.take_over_requests()
+        new.protocol.resume_requests()
         if moved:
-            # That was no failure.
+            # A move is not a failure.
             self._failures = 1
-        self._go_on(new)
-        self._tell(Reconnected(moved))
+        self._set_current(new)
+        self._report(Reconnected(moved))
 
-    def _go_on(self, link: Link) -> None:
-        self._link, self.conversation = link, link.conversation
+    def _set_current(self, connection: ActiveConnection) -> None:
+        self._connection, self.protocol = connection, connection.protocol
         self._attempt = 0
-        self.lobby.requested()
-        self.lobby.room.ring()
+        self.signals.notify_request()
+        self.signals.progress.notify()
 
-    async def _carry(self, link: Link) -> None:
+    async def _run_connection(self, connection: ActiveConnection) -> None:
         try:
-            await link.run()
+            await connection.run()
         finally:
-            self._links.discard(link)
+            self._connections.discard(connection)
 
     def _finish(self, error: Disconnected | Refused) -> None:
-        """End everything because of an error, and tell the application."""
+        """Close the client because of an error, and report `Ended`."""
         if self._ended is None:
-            end = error if isinstance(error, Disconnected) else _refused_for_good(error)
-            self._end(str(end), end.code)
-            for link in self._links:
-                link.stop()
-            self._tell(Ended(str(end), end.code))
+            end = error if isinstance(error, Disconnected) else _final_error(error)
+            self._set_ended(str(end), end.code)
+            for connection in self._connections:
+                connection.stop()
+            self._report(Ended(str(end), end.code))
 
-    def _end(self, message: str, code: int | None) -> None:
-        """There will be no further connection. The first reason stands."""
+    def _set_ended(self, message: str, code: int | None) -> None:
+        """Make no further connection, and wake all waiting tasks. The first reason counts."""
         if self._ended is None:
             self._ended = (message, code)
             self._retries.cancel()
-            self.ledger.wake()
-            self.subscriptions.wake()
-            self.lobby.room.ring()
+            self.in_flight.wake_all()
+            self.subscriptions.wake_all()
+            self.signals.progress.notify()
 
     async def _retry(self) -> None:
-        """Ask again, after a pause, for what the broker did not know or could not do: publishes and subscriptions."""
-        doubts = Bell()
-        self.ledger.doubted = self.subscriptions.doubted = doubts.ring
+        """Send publishes and subscriptions again, after a pause, that the broker could not serve for now."""
         with self._retries:
             while True:
-                if self.ledger.retrying or self.subscriptions.retrying:
-                    await anyio.sleep(PAUSE * random.uniform(0.7, 1))  # noqa: S311
-                    self.ledger.retry()
+                if self.in_flight.retry_pending or self.subscriptions.retry_pending:
+                    await anyio.sleep(RETRY_INTERVAL * random.uniform(0.7, 1))  # noqa: S311
+                    self.in_flight.retry()
                     self.subscriptions.retry()
-                    self.lobby.requested()
+                    self.signals.notify_request()
                 else:
-                    await doubts.wait()
+                    await self._retry_needed.wait()
 
     # Tokens
 
-    async def _ask_for_token(self) -> str:
+    async def _request_token(self) -> str:
         if isinstance(self._token, str):
             return self._token
         try:
             token = await self._token()
         except OSError as error:
-            raise Disconnected(f"no token to be had: {error}") from error
+            raise Disconnected(f"the token function failed: {error}") from error
         except Refused as error:
             raise SignedOut(error.code, error.message) from error
         if token is None:
             raise SignedOut(ErrorCode.UNAUTHENTICATED, "the token function returned None")
         return check_text("token", token)
 
-    async def _authenticate(self, conversation: Conversation, token: str) -> AuthOk | None:
-        """The answer, or None when the connection is lost before it. Raises `Refused`."""
-        bell = Bell()
-        answer = conversation.authenticate(token)
-        answer.wake = bell.ring
-        self.lobby.requested()
-        while answer.value is None and conversation.lost is None:
-            await bell.wait()
-        if isinstance(answer.value, Refused):
-            raise answer.value
-        return answer.value
+    async def _authenticate(self, protocol: ProtocolConnection, token: str) -> AuthOk | None:
+        """Send a token and return the reply, or None if the connection is lost before it. Raises `Refused`."""
+        signal = Signal()
+        reply = protocol.authenticate(token, signal.notify)
+        self.signals.notify_request()
+        while reply.value is None and protocol.lost is None:
+            await signal.wait()
+        if isinstance(reply.value, Refused):
+            raise reply.value
+        return reply.value
 
-    async def _renew(self, link: Link, token: str) -> None:
-        """Bring the next token before the time of this one is over, as long as the connection is there."""
-        with link.presence:
-            while (pause := until_renewal(token, time.time())) is not None:
-                await anyio.sleep(pause)
+    async def _renew_token(self, connection: ActiveConnection, token: str) -> None:
+        """Send the next token before this one expires, as long as the connection lasts."""
+        with connection.lifetime:
+            while (delay := renewal_delay(token, time.time())) is not None:
+                await anyio.sleep(delay)
                 try:
-                    new = await self._ask_for_token()
-                    await self._authenticate(link.conversation, new)
+                    new = await self._request_token()
+                    await self._authenticate(connection.protocol, new)
                 except SignedOut as error:
                     self._scope.cancel()
                     self._finish(error)
                     return
                 except (Refused, Disconnected):
-                    # Where that matters the broker closes the connection, and the next one begins with a token.
+                    # If it matters, the broker closes the connection, and the next one begins with a token.
                     continue
                 token = new
 
-    # Judging and telling
+    # Decisions and events
 
-    def _judge(self, error: Disconnected | Refused) -> Verdict:
-        verdict = judge_refusal(error) if isinstance(error, Refused) else judge(error.code)
-        if verdict is Verdict.NEW_TOKEN and isinstance(self._token, str):
-            # There is no other.
-            return Verdict.FINAL
-        return verdict
+    def _decide(self, error: Disconnected | Refused) -> ReconnectDecision:
+        decision = decide_by_token_error(error) if isinstance(error, Refused) else decide_by_close_code(error.code)
+        if decision is ReconnectDecision.NEW_TOKEN and isinstance(self._token, str):
+            return ReconnectDecision.FINAL
+        return decision
 
-    def _pause(self, error: Disconnected | Refused) -> float:
-        """How long to wait after a failure, or the loss of a connection. Raises `Disconnected` when it is final."""
-        verdict = self._judge(error)
-        if verdict is Verdict.FINAL:
-            raise error if isinstance(error, Disconnected) else _refused_for_good(error)
-        if verdict is Verdict.NEW_TOKEN and not self._failures:
+    def _delay_after(self, error: Disconnected | Refused) -> float:
+        """Seconds to wait after a failure or a lost connection. Raises `Disconnected` if the error is final."""
+        decision = self._decide(error)
+        if decision is ReconnectDecision.FINAL:
+            raise error if isinstance(error, Disconnected) else _final_error(error)
+        if decision is ReconnectDecision.NEW_TOKEN and not self._failures:
             return 0.0
-        pause = self._backed_off(self._failures)
+        pause = self._backoff_delay(self._failures)
         wait = error.retry_after if isinstance(error, Refused) else None
-        return pause if wait is None else max(pause, min(wait, LONGEST_WAIT) + self._backed_off(0))
+        return pause if wait is None else max(pause, min(wait, MAX_RETRY_AFTER) + self._backoff_delay(0))
 
-    def _backed_off(self, failures: int) -> float:
+    def _backoff_delay(self, failures: int) -> float:
         assert self._backoff is not None
         return self._backoff.pause(failures, random.random())  # noqa: S311
 
-    def _tell_of(self, reason: Disconnected | Refused, delay: float) -> None:
+    def _report_failure(self, reason: Disconnected | Refused, delay: float) -> None:
         code = reason.code if isinstance(reason, Disconnected) else None
         self._attempt += 1
-        self._tell(Reconnecting(str(reason), code, self._attempt, delay))
+        self._report(Reconnecting(str(reason), code, self._attempt, delay))
 
-    def _tell(self, event: BusEvent) -> None:
+    def _report(self, event: BusEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
 
-    def _converse(self, on_event: Callable[[GoAway | Error], None] | None) -> Conversation:
-        return Conversation(self.ledger, self.subscriptions, on_event)
+    def _new_protocol(self, on_event: Callable[[GoAway | Error], None] | None) -> ProtocolConnection:
+        return ProtocolConnection(self.in_flight, self.subscriptions, on_event)
 
 
-def _refused_for_good(refusal: Refused) -> Disconnected:
-    if isinstance(refusal, SignedOut):
-        return Disconnected(f"signed out: {refusal}", CloseCode.UNAUTHENTICATED)
+def _final_error(error: Refused) -> Disconnected:
+    if isinstance(error, SignedOut):
+        return Disconnected(f"signed out: {error}", CloseCode.UNAUTHENTICATED)
     code = {ErrorCode.UNAUTHENTICATED: CloseCode.UNAUTHENTICATED, ErrorCode.TOKEN_EXPIRED: CloseCode.TOKEN_EXPIRED}
-    return Disconnected(f"the broker does not take the token: {refusal}", code.get(refusal.code))
+    return Disconnected(f"the broker rejected the token: {error}", code.get(error.code))

@@ -1,4 +1,4 @@
-"""A host's addresses, and which of them answers first."""
+"""Happy Eyeballs (RFC 8305): a race between the addresses of a host, and between the transports of a broker."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ import anyio
 from ..errors import Disconnected
 from .transport_interface import Transport
 
-HEAD_START = 0.25
-"""How long, in seconds, one address has before the next is tried beside it (RFC 8305)."""
+CONNECTION_ATTEMPT_DELAY = 0.25
+"""Seconds before the next attempt starts beside one that has not ended (RFC 8305, section 5)."""
 
-MEMORY = 600.0
-"""Seconds for which the way that was open first is tried first."""
+PREFERENCE_TIME = 600.0
+"""Seconds for which the winner of a race has the first attempt in the next ones."""
 
 T = TypeVar("T")
 
 Dial = Callable[[], Awaitable[Transport]]
 
 
-def names_of(host: str) -> tuple[str, ...]:
-    """What to look up for a host: both addresses of this machine where it is meant.
+def names_to_resolve(host: str) -> tuple[str, ...]:
+    """Return the names to resolve for a host: for `localhost` both loopback addresses (RFC 6761, section 6.3).
 
-    Whatever the system says (RFC 6761, section 6.3): it may know one address, and the broker listen on the other.
+    The resolver of the system may know one of them while the broker listens on the other.
     """
     return ("::1", "127.0.0.1") if host == "localhost" or host.endswith(".localhost") else (host,)
 
 
-async def look_up(host: str, port: int) -> list[tuple[int, Any]]:
-    """Families and addresses for UDP: IPv6 first, then one of each in turn. Raises `OSError`."""
-    if len(names_of(host)) > 1:
+async def resolve_host(host: str, port: int) -> list[tuple[int, Any]]:
+    """Return address families and addresses for UDP, alternating and beginning with IPv6. Raises `OSError`."""
+    if len(names_to_resolve(host)) > 1:
         return [(socket.AF_INET6, ("::1", port)), (socket.AF_INET, ("127.0.0.1", port))]
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     families: tuple[list[Any], list[Any]] = ([], [])
     for family, _, _, _, where in found:
         families[family != socket.AF_INET6].append((family, where))
-    return [place for turn in zip_longest(*families) for place in turn if place is not None]
+    return [address for pair in zip_longest(*families) for address in pair if address is not None]
 
 
 async def race(attempts: Sequence[Callable[[], Awaitable[T]]], abandon: Callable[[T], None]) -> T:
-    """Start one after another, the next when the last has failed or takes long. The first to succeed is the result.
+    """Start attempts one after another, each when the one before has failed or is slow. Return the first success.
 
-    Others that succeed too are abandoned, and all when it is cancelled. Raises the `Disconnected` that says most.
+    `abandon` is called with any other success, and with all of them on cancellation. If every attempt fails, the most
+    informative `Disconnected` is raised.
     """
     winners: list[T] = []
     failures: list[Disconnected] = []
@@ -65,22 +66,22 @@ async def race(attempts: Sequence[Callable[[], Awaitable[T]]], abandon: Callable
             for attempt in attempts:
                 failed = anyio.Event()
                 tasks.start_soon(run, attempt, failed)
-                with anyio.move_on_after(HEAD_START):
+                with anyio.move_on_after(CONNECTION_ATTEMPT_DELAY):
                     await failed.wait()
     except BaseException:
-        for one in winners:
-            abandon(one)
+        for winner in winners:
+            abandon(winner)
         raise
-    for one in winners[1:]:
-        abandon(one)
+    for winner in winners[1:]:
+        abandon(winner)
     if winners:
         return winners[0]
-    # What somebody answered says more than that nobody did.
+    # An error from a broker says more than an error of the network.
     raise next((error for error in failures if not isinstance(error.__cause__, OSError)), failures[0])
 
 
-class Ways:
-    """Several ways to a broker: the one that was open first the last time is tried first, for a while."""
+class TransportRace:
+    """A race between several transports. For a while, the winner has the first attempt in the next races."""
 
     def __init__(self, dials: Sequence[Dial]) -> None:
         self._dials = list(dials)
@@ -88,25 +89,25 @@ class Ways:
         self._until = 0.0
 
     async def __call__(self) -> Transport:
-        """The transport that is there first. Raises `Disconnected`. Cancelling it leaves nothing open."""
+        """Return the transport that opens first. Raises `Disconnected`. Cancelling it leaves nothing open."""
         known = self._winner is not None and anyio.current_time() < self._until
         order = sorted(self._dials, key=lambda dial: known and dial is not self._winner)
         won: dict[int, Dial] = {}
 
-        async def go(dial: Dial) -> Transport:
+        async def open_transport(dial: Dial) -> Transport:
             transport = await dial()
             won[id(transport)] = dial
             return transport
 
-        transport = await open_either([partial(go, dial) for dial in order])
-        self._winner, self._until = won[id(transport)], anyio.current_time() + MEMORY
+        transport = await open_first_transport([partial(open_transport, dial) for dial in order])
+        self._winner, self._until = won[id(transport)], anyio.current_time() + PREFERENCE_TIME
         return transport
 
 
-async def open_either(dials: Sequence[Dial]) -> Transport:
-    """The transport that is there first; the next is tried when the one before has failed or takes long.
+async def open_first_transport(dials: Sequence[Dial]) -> Transport:
+    """Return the transport that opens first, and close any other. Otherwise as `race`.
 
-    Raises the `Disconnected` that says most. Cancelling it leaves nothing open.
+    Cancelling it leaves nothing open.
     """
     losers: list[Transport] = []
     try:

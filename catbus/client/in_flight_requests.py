@@ -1,9 +1,9 @@
-"""What has been asked of the broker and has no answer yet, whichever connection will bring it. Pure.
+"""The table of requests without a reply, which outlives connections. Pure.
 
-A publish is sent in its turn, and kept until it is answered. When the connection is lost first, or the broker does not
-know, it is in doubt. Then it is sent again under its old id, so that the broker can tell: on the next connection by
-`resume`, on this one by `retry`. What has not been sent waits, and goes out after that, in the order in which it was
-asked for.
+A publish is sent in order and kept until it is acknowledged. If the connection is lost first, or the broker does not
+know the outcome, the outcome is uncertain. The publish is then sent again under its id, so that the broker recognises a
+duplicate: on the next connection by `resume`, on the same connection by `retry`. Unsent publishes wait until no outcome
+is uncertain, and follow in the order in which the application made them.
 """
 
 from __future__ import annotations
@@ -18,55 +18,58 @@ from ..errors import ErrorCode, Refused
 from ..protocol import wire_messages as wire
 from .server_messages import Page
 
-TRIES = 6
-"""How often a publish is sent at most on one connection, while nobody can say what became of it."""
+MAX_TRIES = 6
+"""How often one connection sends a publish whose outcome stays uncertain."""
 
-LOSSES = 8
-"""How many connections in a row may be lost with the same publish as the oldest one without an answer.
+MAX_LOST_CONNECTIONS = 8
+"""How many connections in a row may be lost while one publish is the oldest without a reply.
 
-What is newer waits for it, so a publish that ends every connection would hold back all that follows.
+Newer publishes wait for it, so a publish that ends every connection would block all that follow.
 """
 
-ENTRY = 200
-"""What a publish that waits takes beside its payload, roughly, in bytes."""
+PUBLISH_OVERHEAD = 200
+"""Approximate memory of an unsent publish beside its payload, in bytes."""
 
-PASSING = frozenset({ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED})
-"""Why a publish could not be looked up just now."""
+TRANSIENT_CODES = frozenset({ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED})
+"""Errors after which the same connection may be able to tell the outcome of a publish."""
 
 T = TypeVar("T")
 
 Result = int | Refused | None
 
 
-def _nobody() -> None:
+def _do_nothing() -> None:
     pass
 
 
-class Answer(Generic[T]):
-    """Where the answer to a request will be."""
+class PendingReply(Generic[T]):
+    """The reply to a request, once it arrives. `wake` is called then, and when there will be no reply."""
 
     __slots__ = ("value", "wake", "wanted")
 
-    def __init__(self) -> None:
+    def __init__(self, wake: Callable[[], None] = _do_nothing) -> None:
         self.value: T | Refused | None = None
         self.wanted = True
-        """Whether anybody still waits for it."""
-        self.wake: Callable[[], None] = _nobody
+        """False once the task that waited was cancelled."""
+        self.wake = wake
 
     def settle(self, value: T | Refused) -> None:
         self.value = value
         self.wake()
 
 
-class Batch:
-    """Publishes that somebody waits for together: a result each, a seq (None for an ephemeral one) or the refusal."""
+class PublishBatch:
+    """The results of publishes that one task waits for: a seq, None for an ephemeral message, or an error.
+
+    `wake` is called when no result is missing, and when there will be no further result.
+    """
 
     __slots__ = ("missing", "results", "wake")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, wake: Callable[[], None] = _do_nothing) -> None:
         self.results: list[Result] = [None] * size
         self.missing = size
-        self.wake: Callable[[], None] = _nobody
+        self.wake = wake
 
     def settle(self, place: int, result: Result) -> None:
         self.results[place] = result
@@ -75,28 +78,28 @@ class Batch:
             self.wake()
 
 
-class Pending:
-    """A publish without an answer, who waits for it, and what was known when it was first sent."""
+class PendingPublish:
+    """A publish without a reply, its place in a batch, and the head and epoch when it was first sent."""
 
     __slots__ = ("after", "batch", "epoch", "losses", "place", "publish", "tries")
 
-    def __init__(self, publish: wire.Publish, batch: Batch, place: int) -> None:
+    def __init__(self, publish: wire.Publish, batch: PublishBatch, place: int) -> None:
         self.publish = publish
         self.batch = batch
         self.place = place
         self.after = 0
         self.epoch = ""
         self.tries = 0
-        """How often it was sent on the present connection."""
+        """How often the present connection has sent it."""
         self.losses = 0
-        """How many connections were lost while it was the oldest without an answer."""
+        """How many connections were lost while it was the oldest publish without a reply."""
 
     def settle(self, result: Result) -> None:
         self.batch.settle(self.place, result)
 
 
-class Desk(Protocol):
-    """The connection that requests go to."""
+class RequestSender(Protocol):
+    """The connection to which requests are sent."""
 
     epoch: str
     head: int
@@ -104,282 +107,287 @@ class Desk(Protocol):
     limits: dict[str, int]
     producer: str
 
-    def say(self, request: wire.Request) -> None:
-        """Send a request."""
+    def send_request(self, request: wire.Request) -> None:
+        """Encode and send a request."""
 
-    def put(self, line: bytes) -> None:
-        """Send a line that has been made already."""
+    def send_line(self, line: bytes) -> None:
+        """Send an encoded request."""
 
 
-class Ledger:
-    """The unanswered requests of one client, and the numbers that they go by.
+class InFlightRequests:
+    """The requests of one client that have no reply, and the ids of all its requests.
 
-    While there is a `desk`, what is asked for is sent at once; otherwise it waits for `resume`. `keeps_on` says that
-    there will be another connection after this one.
+    With a connection, requests are sent at once; without one they wait for `resume`. `reconnects` says whether another
+    connection may follow. `on_retry` is called when something waits for `retry` on the present connection.
     """
 
-    def __init__(self, *, keeps_on: bool = False) -> None:
+    def __init__(self, *, reconnects: bool = False, on_retry: Callable[[], None] = _do_nothing) -> None:
         self.producer = ""
-        """Whose ids the publishes have that were sent."""
+        """The producer id under which the sent publishes have their ids."""
         self.unsent_bytes = 0
-        self.doubted: Callable[[], None] = _nobody
-        """Called when something is to be sent again on this connection: after a pause, by `retry`."""
-        self._keeps_on = keeps_on
-        self._desk: Desk | None = None
-        self._held = False
+        self._reconnects = reconnects
+        self._on_retry = on_retry
+        self._connection: RequestSender | None = None
+        self._paused = False
         self._next_id = 1
-        self._taken = 0
-        """The highest id that the log has taken."""
-        self._unsent: deque[Pending] = deque()
-        self._sent: dict[int, Pending] = {}
-        """In the order of their ids."""
-        self._doubts: set[int] = set()
-        """The ids of those that an earlier try may have published: no refusal of a later one says that it has not.
-        Nothing newer is sent before they are answered."""
-        self._again: set[int] = set()
-        """The ids of those among them that wait for `retry`."""
-        self._returned: list[Pending] = []
-        """Those that a replica which stops has given back."""
-        self._requests: dict[int, tuple[wire.Request, Answer[Any]]] = {}
-        """Histories and pings, in the order of their ids."""
+        self._highest_logged_id = 0
+        """The highest id whose publish is in the log."""
+        self._unsent: deque[PendingPublish] = deque()
+        self._sent: dict[int, PendingPublish] = {}
+        """By id, in the order of the ids."""
+        self._uncertain: set[int] = set()
+        """Ids of which an earlier try may have been published: an error for a later try does not rule that out.
+        Nothing newer is sent before these have a reply."""
+        self._to_retry: set[int] = set()
+        """The uncertain ids that wait for `retry`."""
+        self._rejected_by_drain: list[PendingPublish] = []
+        """Publishes that a draining replica has rejected, for the next replica."""
+        self._requests: dict[int, tuple[wire.Request, PendingReply[Any]]] = {}
+        """History requests and pings by id, in the order of the ids."""
 
     @property
-    def unanswered(self) -> int:
-        """How many publishes have no answer yet."""
-        return len(self._sent) + len(self._unsent) + len(self._returned)
+    def publishes_in_flight(self) -> int:
+        """The number of publishes without a reply, sent or not."""
+        return len(self._sent) + len(self._unsent) + len(self._rejected_by_drain)
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether the answer to a publish may still come on this connection."""
-        return len(self._sent) > len(self._again)
+    def awaiting_acknowledgement(self) -> bool:
+        """Whether the present connection may still bring the reply to a publish."""
+        return len(self._sent) > len(self._to_retry)
 
     @property
-    def retrying(self) -> bool:
-        """Whether something waits for `retry`."""
-        return bool(self._again)
+    def retry_pending(self) -> bool:
+        """Whether a publish waits for `retry`."""
+        return bool(self._to_retry)
 
     @property
-    def waiting(self) -> bool:
-        """Whether somebody waits for an answer."""
+    def awaiting_reply(self) -> bool:
+        """Whether a sent request has no reply."""
         return bool(self._sent or self._requests)
 
-    def number(self) -> int:
-        """The next request's id; they increase over all connections, so an answer can be to one request only."""
+    def next_id(self) -> int:
+        """Take the id of the next request. Ids increase over all connections, so a reply belongs to one request."""
         number = self._next_id
         self._next_id += 1
         return number
 
-    # What is asked for
+    # Requests of the application
 
-    def publish(self, channel: str, payload: Raw, batch: Batch, place: int, *, ephemeral: bool, echo: bool) -> None:
-        """Ask for a publish whose result goes to its place in the batch."""
-        pending = Pending(wire.Publish(channel, payload, ephemeral=ephemeral, echo=echo), batch, place)
-        if self._desk is not None and not self._held and not self._doubts:
-            self._send(pending, self._desk)
+    def publish(
+        self, channel: str, payload: Raw, batch: PublishBatch, place: int, *, ephemeral: bool, echo: bool
+    ) -> None:
+        """Send a publish, or queue it. Its result goes to `place` in the batch."""
+        pending = PendingPublish(wire.Publish(channel, payload, ephemeral=ephemeral, echo=echo), batch, place)
+        if self._connection is not None and not self._paused and not self._uncertain:
+            self._send(pending, self._connection)
         else:
             self._unsent.append(pending)
-            self.unsent_bytes += len(payload) + ENTRY
+            self.unsent_bytes += len(payload) + PUBLISH_OVERHEAD
 
-    def history(self, pattern: str, limit: int, before: int | None) -> Answer[Page]:
-        number = self.number()
-        return self._request(number, wire.History(pattern, limit, before, number))
+    def history(
+        self, pattern: str, limit: int, before: int | None, wake: Callable[[], None] = _do_nothing
+    ) -> PendingReply[Page]:
+        number = self.next_id()
+        return self._request(number, wire.History(pattern, limit, before, number), wake)
 
-    def ping(self) -> Answer[wire.Pong]:
-        number = self.number()
-        return self._request(number, wire.Ping(number))
+    def ping(self, wake: Callable[[], None] = _do_nothing) -> PendingReply[wire.Pong]:
+        number = self.next_id()
+        return self._request(number, wire.Ping(number), wake)
 
-    def forget(self, batch: Batch) -> None:
-        """Nobody waits for a batch any more: what has not been sent of it, or came back, never is."""
-        self._returned = [pending for pending in self._returned if pending.batch is not batch]
+    def cancel_batch(self, batch: PublishBatch) -> None:
+        """Drop the unsent and the rejected publishes of a batch for which no task waits any more."""
+        self._rejected_by_drain = [pending for pending in self._rejected_by_drain if pending.batch is not batch]
         self._set_unsent(pending for pending in self._unsent if pending.batch is not batch)
 
-    def withdraw(self, answer: Answer[Any]) -> None:
-        """Nobody waits for an answer any more. Where it is on its way, it still has its place among the others."""
-        answer.wanted = False
-        if self._desk is None:
-            self._drop_unwanted()
+    def cancel_request(self, reply: PendingReply[Any]) -> None:
+        """Drop a request for which no task waits any more. Once sent it stays, because replies come in order."""
+        reply.wanted = False
+        if self._connection is None:
+            self._drop_cancelled()
 
     def retry(self) -> None:
-        """Ask again on this connection what became of those that are in doubt."""
-        desk = self._desk
-        if desk is None or self._held:
+        """Send the uncertain publishes again that wait for a retry on this connection."""
+        connection = self._connection
+        if connection is None or self._paused:
             return
-        again, self._again = self._again & self._sent.keys(), set()
+        again, self._to_retry = self._to_retry & self._sent.keys(), set()
         for number in sorted(again):
-            self._send_again(number, desk)
-        self._go_on()
+            self._retry_publish(number, connection)
+        self._send_unsent()
 
-    # Between connections
+    # Changes of the connection
 
-    def hold(self) -> None:
-        """Keep what is asked for from now on, for the next connection."""
-        self._held = True
+    def pause(self) -> None:
+        """Keep further requests for the next connection."""
+        self._paused = True
 
-    def lose(self, desk: Desk) -> None:
-        """A connection is gone: what has no answer has none to come from there."""
-        if self._desk is not desk:
+    def connection_lost(self, connection: RequestSender) -> None:
+        """Handle the loss of a connection: no reply comes from it any more."""
+        if self._connection is not connection:
             return
-        self._desk = None
-        self._doubts.clear()
-        self._again.clear()
-        self._drop_unwanted()
+        self._connection = None
+        self._uncertain.clear()
+        self._to_retry.clear()
+        self._drop_cancelled()
         for number in [number for number, pending in self._sent.items() if pending.publish.ephemeral]:
-            self._doubt(number, "the connection was lost before the answer, and an ephemeral message goes out once")
+            self._settle_unknown(
+                number, "the connection was lost before the reply, and an ephemeral message is sent only once"
+            )
         oldest = next(iter(self._sent), None)
         if oldest is not None:
             self._sent[oldest].losses += 1
-            if self._sent[oldest].losses >= LOSSES:
-                self._doubt(oldest, f"{LOSSES} connections were lost before the answer")
-        # Given back and sent again it comes behind what may have been taken meanwhile: that is for its owner to decide.
-        newest = max(self._taken, next(reversed(self._sent), 0))
+            if self._sent[oldest].losses >= MAX_LOST_CONNECTIONS:
+                self._settle_unknown(oldest, f"{MAX_LOST_CONNECTIONS} connections were lost before the reply")
+        # A rejected publish that is sent again would follow newer ones that may be in the log. The application decides.
+        newest = max(self._highest_logged_id, next(reversed(self._sent), 0))
         again = []
-        for pending in self._returned:
+        for pending in self._rejected_by_drain:
             assert pending.publish.id is not None
             if pending.publish.id < newest:
                 pending.settle(
-                    Refused(ErrorCode.SHUTTING_DOWN, "the replica stops, and the log has what came after this")
+                    Refused(ErrorCode.SHUTTING_DOWN, "the replica is shutting down, and the log has a newer message")
                 )
             else:
                 again.append(pending)
-        self._returned.clear()
+        self._rejected_by_drain.clear()
         self._set_unsent([*again, *self._unsent])
 
-    def resume(self, desk: Desk) -> None:
-        """Another connection is there, and authenticated: send what has no answer, oldest first.
+    def resume(self, connection: RequestSender) -> None:
+        """Send all requests without a reply over an authenticated connection, oldest first.
 
-        What waited comes behind that, once all that is in doubt has been answered.
+        Unsent publishes follow once no outcome is uncertain.
         """
-        known = desk.producer == self.producer != ""
-        self.producer = desk.producer
+        known = connection.producer == self.producer != ""
+        self.producer = connection.producer
         for number in list(self._sent):
             if known:
                 self._sent[number].tries = 0
-                self._send_again(number, desk)
+                self._retry_publish(number, connection)
             else:
-                self._doubt(number, "the broker does not know any more who published this")
+                self._settle_unknown(number, "the broker has forgotten the producer id of this publish")
         for request, _ in self._requests.values():
-            desk.say(request)
-        self._desk, self._held = desk, False
-        self._go_on()
+            connection.send_request(request)
+        self._connection, self._paused = connection, False
+        self._send_unsent()
 
-    def wake(self) -> None:
-        """There will be no further connection, and so say those who are woken."""
-        publishes = [*self._sent.values(), *self._returned, *self._unsent]
-        orphans: list[Answer[Any] | Batch] = [answer for _, answer in self._requests.values()]
-        orphans += dict.fromkeys(pending.batch for pending in publishes)
-        for orphan in orphans:
-            orphan.wake()
+    def wake_all(self) -> None:
+        """Wake all waiting tasks, because there will be no further connection. They find that out themselves."""
+        publishes = [*self._sent.values(), *self._rejected_by_drain, *self._unsent]
+        waiters: list[PendingReply[Any] | PublishBatch] = [reply for _, reply in self._requests.values()]
+        waiters += dict.fromkeys(pending.batch for pending in publishes)
+        for waiter in waiters:
+            waiter.wake()
 
-    # What the broker says
+    # Replies of the broker
 
-    def published(self, number: int | None, seq: int | None) -> None:
+    def handle_published(self, number: int | None, seq: int | None) -> None:
         pending = self._sent.pop(number, None)  # type: ignore[arg-type]  # no id is None
         if pending is not None:
             if seq is not None:
-                self._taken = max(self._taken, number or 0)
+                self._highest_logged_id = max(self._highest_logged_id, number or 0)
             pending.settle(seq)
-            if number in self._doubts:
-                self._doubts.discard(number)
-                self._go_on()
+            if number in self._uncertain:
+                self._uncertain.discard(number)
+                self._send_unsent()
 
-    def refused(self, number: int | None, reason: Refused) -> bool:
-        """A publish was refused; false when none is without an answer under this number."""
+    def handle_publish_error(self, number: int | None, reason: Refused) -> bool:
+        """Handle the rejection of a publish. Returns False if no publish without a reply has this id."""
         pending = self._sent.get(number)  # type: ignore[arg-type]
         if pending is None or number is None:
             return False
-        if not pending.publish.ephemeral and (number in self._doubts or reason.code is ErrorCode.UNKNOWN):
-            self._still_in_doubt(number, pending, reason)
-            self._go_on()
+        if not pending.publish.ephemeral and (number in self._uncertain or reason.code is ErrorCode.UNKNOWN):
+            self._keep_uncertain(number, pending, reason)
+            self._send_unsent()
             return True
         del self._sent[number]
-        if reason.code is ErrorCode.SHUTTING_DOWN and self._keeps_on and not pending.publish.ephemeral:
-            # It is certain that it is not published, and the next replica can.
-            self._returned.append(pending)
-            self.hold()
+        if reason.code is ErrorCode.SHUTTING_DOWN and self._reconnects and not pending.publish.ephemeral:
+            # The message is certainly not published, and the next replica can publish it.
+            self._rejected_by_drain.append(pending)
+            self.pause()
         else:
             pending.settle(reason)
         return True
 
-    def answered(self, number: int | None, value: Any) -> bool:
-        """An answer to a history or a ping, or its refusal; false when nobody waits for one under this number."""
+    def handle_reply(self, number: int | None, value: Any) -> bool:
+        """Handle the reply to a history request or a ping, or its rejection. Returns False if none has this id."""
         request = self._requests.pop(number, None)  # type: ignore[arg-type]
         if request is not None:
             request[1].settle(value)
         return request is not None
 
-    def oldest_history(self) -> int | None:
-        """The number of the history that the broker answers next."""
+    def oldest_history_id(self) -> int | None:
+        """The id of the history request that the broker answers next."""
         return next((n for n, (request, _) in self._requests.items() if isinstance(request, wire.History)), None)
 
     # Helpers
 
-    def _still_in_doubt(self, number: int, pending: Pending, reason: Refused) -> None:
-        """A try has brought no certainty: only another one can, unless the reason will not pass."""
-        self._doubts.add(number)
-        if reason.code is ErrorCode.SHUTTING_DOWN and self._keeps_on:
-            # The next replica will know.
-            self.hold()
-        elif reason.code in PASSING and pending.tries < TRIES:
-            self._again.add(number)
-            self.doubted()
+    def _keep_uncertain(self, number: int, pending: PendingPublish, reason: Refused) -> None:
+        """Handle an error that leaves the outcome uncertain: try again, unless the error is permanent."""
+        self._uncertain.add(number)
+        if reason.code is ErrorCode.SHUTTING_DOWN and self._reconnects:
+            # The next replica can tell.
+            self.pause()
+        elif reason.code in TRANSIENT_CODES and pending.tries < MAX_TRIES:
+            self._to_retry.add(number)
+            self._on_retry()
         else:
-            self._doubt(number, f"it may have been published, and asking again brought only: {reason}")
+            self._settle_unknown(number, f"it may have been published, and every retry failed: {reason}")
 
-    def _send_again(self, number: int, desk: Desk) -> None:
-        """Send under its old id what is in doubt, unless nobody could know any more what became of it."""
+    def _retry_publish(self, number: int, connection: RequestSender) -> None:
+        """Send an uncertain publish again under its id, unless the broker cannot know its outcome any more."""
         pending = self._sent[number]
-        self._doubts.add(number)
-        if pending.epoch != desk.epoch or pending.after < (desk.floor or 0) - 1:
-            self._doubt(number, "too much has happened to the log to tell whether it has this")
+        self._uncertain.add(number)
+        if pending.epoch != connection.epoch or pending.after < (connection.floor or 0) - 1:
+            self._settle_unknown(number, "the log has changed too much to tell whether it has this message")
             return
         again = structs.replace(pending.publish, retry=True, after=pending.after, epoch=pending.epoch)
         line = wire.to_json(again) + b"\n"
-        if len(line) > desk.limits.get("message_size", len(line)) + 1:
-            self._doubt(number, "it is too large for the broker to be asked whether it has this")
+        if len(line) > connection.limits.get("message_size", len(line)) + 1:
+            self._settle_unknown(number, "with the fields of a retry it is larger than the broker accepts")
             return
         pending.tries += 1
-        desk.put(line)
+        connection.send_line(line)
 
-    def _go_on(self) -> None:
-        """Send what has waited, unless something is still in its way."""
-        if self._desk is None or self._held or self._doubts:
+    def _send_unsent(self) -> None:
+        """Send the unsent publishes, unless requests are paused or an outcome is uncertain."""
+        if self._connection is None or self._paused or self._uncertain:
             return
         unsent, self._unsent, self.unsent_bytes = self._unsent, deque(), 0
         for pending in unsent:
-            self._send(pending, self._desk)
+            self._send(pending, self._connection)
 
-    def _doubt(self, number: int, why: str) -> None:
-        """Nobody will ever know what became of it."""
-        self._doubts.discard(number)
-        self._sent.pop(number).settle(Refused(ErrorCode.UNKNOWN, why))
+    def _settle_unknown(self, number: int, reason: str) -> None:
+        """End a publish whose outcome cannot be found out."""
+        self._uncertain.discard(number)
+        self._sent.pop(number).settle(Refused(ErrorCode.UNKNOWN, reason))
 
-    def _drop_unwanted(self) -> None:
+    def _drop_cancelled(self) -> None:
         self._requests = {number: entry for number, entry in self._requests.items() if entry[1].wanted}
 
-    def _send(self, pending: Pending, desk: Desk) -> None:
+    def _send(self, pending: PendingPublish, connection: RequestSender) -> None:
         publish = pending.publish
-        # A new id each time, should it have been given back: the old one stays refused.
+        # A publish that was rejected and is sent again gets a new id: the old one stays rejected.
         number = publish.id = self._next_id
         line = wire.to_json(publish) + b"\n"
-        limit = desk.limits.get("message_size", len(line))
+        limit = connection.limits.get("message_size", len(line))
         if len(line) > limit + 1:
             pending.settle(Refused(ErrorCode.TOO_LARGE, f"larger than {limit} bytes"))
             return
         if line.count(b"[") + line.count(b"{") > wire.MAX_DEPTH and wire.depth(line) > wire.MAX_DEPTH:
             pending.settle(Refused(ErrorCode.BAD_MESSAGE, f"nested deeper than {wire.MAX_DEPTH}"))
             return
-        desk.put(line)
+        connection.send_line(line)
         self._next_id += 1
-        pending.after, pending.epoch, pending.tries = desk.head, desk.epoch, 1
+        pending.after, pending.epoch, pending.tries = connection.head, connection.epoch, 1
         self._sent[number] = pending
 
-    def _request(self, number: int, request: wire.Request) -> Answer[Any]:
-        answer: Answer[Any] = Answer()
-        self._requests[number] = request, answer
-        if self._desk is not None and not self._held:
-            self._desk.say(request)
-        return answer
+    def _request(self, number: int, request: wire.Request, wake: Callable[[], None]) -> PendingReply[Any]:
+        reply: PendingReply[Any] = PendingReply(wake)
+        self._requests[number] = request, reply
+        if self._connection is not None and not self._paused:
+            self._connection.send_request(request)
+        return reply
 
     def _set_unsent(self, publishes: Any) -> None:
         self._unsent = deque(publishes)
-        self.unsent_bytes = sum(len(pending.publish.payload) + ENTRY for pending in self._unsent)
+        self.unsent_bytes = sum(len(pending.publish.payload) + PUBLISH_OVERHEAD for pending in self._unsent)

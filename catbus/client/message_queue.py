@@ -1,4 +1,4 @@
-"""What one subscription has received and the application has not yet taken. Pure: no I/O, nobody waits here."""
+"""The queue between a subscription and the task that iterates over it, and the history that is put before it. Pure."""
 
 from __future__ import annotations
 
@@ -15,50 +15,61 @@ from .server_messages import Gap, Head, Live, Message, Page
 Event = Live | Gap | Head
 
 
-class Phase(Enum):
-    """Where an inbox stands.
+class QueuePhase(Enum):
+    """How a queue is supplied.
 
-    ASKED: a `subscribe` that covers it is on its way, or will be when there is a connection. HELD: it gets what the
-    broker sends. AWAY: it gets nothing, because nobody took what came; once there is room the broker is asked again,
-    from where it stopped. ENDED: refused, revoked or left.
+    | Phase | |
+    |---|---|
+    | REQUESTED | a `subscribe` for it is in flight, or follows on the next connection |
+    | ACTIVE | it receives the messages of the subscription |
+    | PAUSED | it was full; when half of it is empty, a new `subscribe` resumes it at its cursor |
+    | ENDED | the subscription was rejected, revoked or closed |
     """
 
-    ASKED = auto()
-    HELD = auto()
-    AWAY = auto()
+    REQUESTED = auto()
+    ACTIVE = auto()
+    PAUSED = auto()
     ENDED = auto()
 
 
-class Mark(NamedTuple):
-    """Something that moves the cursor, in its place among the messages, and where the cursor is after it."""
+class CursorUpdate(NamedTuple):
+    """An event in its place among the messages, and the cursor after it."""
 
     event: Event | None
     cursor: int
     epoch: str
 
 
-def _nobody() -> None:
+def _do_nothing() -> None:
     pass
 
 
-class Inbox:
-    """What one iteration gets of a subscription: a queue of messages and marks, and a cursor at either end of it."""
+class MessageQueue:
+    """The messages and cursor updates that one iteration has not taken yet.
+
+    | Argument | |
+    |---|---|
+    | `since`, `epoch` | the cursor to begin after; with `since=None` the queue begins at the head |
+    | `limit` | messages that may wait; more may be added while a task waits for what the broker sends after them |
+    | `sends_epoch` | whether a `subscribe` names the epoch; without one the broker assumes its present epoch |
+    | `wake` | called when an empty queue gets an item, and when the phase changes |
+    """
 
     __slots__ = (
-        "arrived",
-        "arrived_epoch",
-        "begun",
         "cursor",
-        "ending",
         "epoch",
+        "error",
+        "excess_bytes",
+        "has_cursor",
         "items",
         "limit",
-        "named",
+        "notify_half_empty",
         "pattern",
         "phase",
-        "pressed",
-        "resuming",
-        "spilled",
+        "received_epoch",
+        "received_seq",
+        "sends_epoch",
+        "started",
         "wake",
     )
 
@@ -69,94 +80,97 @@ class Inbox:
         epoch: str,
         limit: int,
         *,
-        named: bool = True,
+        sends_epoch: bool = True,
+        wake: Callable[[], None] = _do_nothing,
     ) -> None:
         self.pattern = pattern
-        self.named = named
-        """Whether the broker is told the epoch; who leaves it out means the present one, whichever that is."""
-        self.phase = Phase.ASKED
-        self.items: deque[Message | Mark] = deque()
+        self.sends_epoch = sends_epoch
+        self.phase = QueuePhase.REQUESTED
+        self.items: deque[Message | CursorUpdate] = deque()
         self.limit = limit
-        """How many messages are welcome. More may come while somebody waits for what stands behind them."""
-        self.begun = False
-        """Whether the broker has ever agreed to send."""
-        self.resuming = since is not None
-        self.arrived = self.cursor = since or 0
-        """`arrived`: complete up to here, the queue included. `cursor`: what the application has taken."""
-        self.arrived_epoch = self.epoch = epoch
-        self.pressed = False
-        """Whether somebody wants to know when the queue is half empty."""
-        self.spilled = 0
-        """Bytes that came in beyond the limit, roughly."""
-        self.ending: Refused | None = None
-        """Raised once the queue is empty."""
-        self.wake: Callable[[], None] = _nobody
-        """Called when there is something to take after there was nothing, and when the phase changes."""
+        self.started = False
+        """Whether the broker has ever accepted a `subscribe` for this queue."""
+        self.has_cursor = since is not None
+        self.received_seq = self.cursor = since or 0
+        """`received_seq`: complete up to here, including the queue. `cursor`: taken by the application up to here."""
+        self.received_epoch = self.epoch = epoch
+        self.notify_half_empty = False
+        """Whether the subscription manager has to be told when the queue is half empty."""
+        self.excess_bytes = 0
+        """Approximate size of the messages that were added beyond the limit."""
+        self.error: Refused | None = None
+        """Raised to the application once the queue is empty."""
+        self.wake = wake
 
-    def begin(self, seq: int, epoch: str) -> None:
-        """The broker sends from now on. `seq` and `epoch` are where it stands."""
-        self.phase = Phase.HELD
-        self.begun = True
-        if not self.resuming:
-            # From now on, so this is where it is complete. With `since`, only what follows tells.
-            self.arrived = self.cursor = seq
-            self.arrived_epoch = self.epoch = epoch
-            self.resuming = True
+    def start(self, seq: int, epoch: str) -> None:
+        """Activate the queue: the broker has accepted its `subscribe`, at `seq` of `epoch`."""
+        self.phase = QueuePhase.ACTIVE
+        self.started = True
+        if not self.has_cursor:
+            # New messages only, so the queue is complete here. With `since`, only later events tell.
+            self.received_seq = self.cursor = seq
+            self.received_epoch = self.epoch = epoch
+            self.has_cursor = True
         self.wake()
 
-    def prove(self, epoch: str) -> None:
-        """A message comes with no gap before it, so what came before stands in this epoch as it stood in its own."""
-        if epoch != self.arrived_epoch:
-            self.mark(None, self.arrived, epoch)
+    def confirm_epoch(self, epoch: str) -> None:
+        """Move the cursor into `epoch`: a message arrived with no gap before it, so the seqs of both epochs agree."""
+        if epoch != self.received_epoch:
+            self.update_cursor(None, self.received_seq, epoch)
 
-    def mark(self, event: Event | None, seq: int, epoch: str) -> None:
-        """Everything up to `seq` of `epoch` has arrived. Where the epoch is another, the seqs may begin lower."""
-        if epoch == self.arrived_epoch:
-            seq = max(seq, self.arrived)
-        self.arrived, self.arrived_epoch = seq, epoch
+    def update_cursor(self, event: Event | None, seq: int, epoch: str) -> None:
+        """Add an event: the queue is complete up to `seq` of `epoch`. In another epoch, seqs may begin lower."""
+        if epoch == self.received_epoch:
+            seq = max(seq, self.received_seq)
+        self.received_seq, self.received_epoch = seq, epoch
         items = self.items
-        if isinstance(event, Head) and items and isinstance(last := items[-1], Mark) and isinstance(last.event, Head):
+        if (
+            isinstance(event, Head)
+            and items
+            and isinstance(last := items[-1], CursorUpdate)
+            and isinstance(last.event, Head)
+        ):
             items.pop()
-        items.append(Mark(event, seq, epoch))
+        items.append(CursorUpdate(event, seq, epoch))
         if len(items) == 1:
             self.wake()
 
-    def gap(self, gap: Gap) -> None:
-        """Hand on what may be missing, unless it arrived here before: another inbox may begin further back."""
-        if gap.epoch == self.arrived_epoch:
-            if gap.last <= self.arrived:
+    def add_gap(self, gap: Gap) -> None:
+        """Add the part of a gap that this queue has not received: another queue may begin at a lower cursor."""
+        if gap.epoch == self.received_epoch:
+            if gap.last <= self.received_seq:
                 return
-            gap = structs.replace(gap, first=max(gap.first, self.arrived + 1))
-        self.mark(gap, gap.last, gap.epoch)
+            gap = structs.replace(gap, first=max(gap.first, self.received_seq + 1))
+        self.update_cursor(gap, gap.last, gap.epoch)
 
-    def end(self, ending: Refused | None) -> None:
-        """Nothing more will come."""
-        self.phase = Phase.ENDED
-        self.ending = ending
+    def end(self, error: Refused | None) -> None:
+        """End the queue: nothing is added any more, and the application gets `error` after the last item."""
+        self.phase = QueuePhase.ENDED
+        self.error = error
         self.wake()
 
 
-class Recent:
-    """The newest `count` messages up to where an inbox has begun, to be put before all that it gets.
+class InitialHistory:
+    """The newest `count` messages up to the start of a queue, fetched in pages and put before its items.
 
-    The subscription is there already, so no message falls between the pages and what is new. Ask for what is `wanted`
-    and hand each page to `take`, until nothing is.
+    The subscription has already started, so no message is missing between the pages and the queue. Request a page as
+    `next_request` says and pass it to `add_page`, until `next_request` is None.
     """
 
-    def __init__(self, inbox: Inbox, count: int) -> None:
-        self._inbox = inbox
-        self._epoch = inbox.epoch
+    def __init__(self, queue: MessageQueue, count: int) -> None:
+        self._queue = queue
+        self._epoch = queue.epoch
         self._missing = count
-        self._before = inbox.cursor + 1
+        self._before = queue.cursor + 1
         self._messages: deque[Message] = deque()
 
     @property
-    def wanted(self) -> tuple[int, int] | None:
-        """How many messages to ask for, and below which seq; None when there is nothing more to ask for."""
+    def next_request(self) -> tuple[int, int] | None:
+        """The number of messages to request, and the seq that they precede. None when the history is complete."""
         return (self._missing, self._before) if self._missing else None
 
-    def take(self, page: Page) -> None:
-        """Keep a page; with the last one, put all of them into the inbox."""
+    def add_page(self, page: Page) -> None:
+        """Keep a page. The last one puts all messages into the queue."""
         messages = page.messages[-self._missing :]
         self._messages.extendleft(reversed(messages))
         self._missing -= len(messages)
@@ -165,8 +179,8 @@ class Recent:
         if self._missing and messages and page.more:
             return
         self._missing = 0
-        inbox = self._inbox
-        # In another epoch the pages may be of another log: the gap that the inbox has says what may be missing.
-        if self._messages and inbox.arrived_epoch == self._epoch:
-            inbox.cursor = (self._messages[0].seq or 1) - 1
-            inbox.items.extendleft(reversed(self._messages))
+        queue = self._queue
+        # After a change of the epoch the pages may be from another log. The queue has a gap that covers them.
+        if self._messages and queue.received_epoch == self._epoch:
+            queue.cursor = (self._messages[0].seq or 1) - 1
+            queue.items.extendleft(reversed(self._messages))

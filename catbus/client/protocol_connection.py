@@ -1,11 +1,15 @@
-"""The client's side of the protocol without its transport: bytes in, answers and messages out. No I/O, nobody waits.
+"""The client side of `catbus.v1` on one connection, without I/O: bytes in, replies and messages out.
 
-It lasts as long as one connection. What outlives that is in the `Ledger` and the `Switchboard`, which have what they
-ask for put into its outbox. Whoever drives a conversation
-    - calls `authenticate`, and when that is answered `take_over`, or its two halves one after the other,
-    - sends what `take` returns, whenever `outgoing` says that there is something,
-    - gives `receive` what comes in, and may let it wait while an inbox is `crowded` and nobody is `waiting`,
-    - calls `lose` when the connection is gone. `wake` is called then, and when the broker says that it will be.
+It lasts as long as the connection. `InFlightRequests` and `SubscriptionManager` hold the state that outlives it, and
+send their requests through it. The caller
+
+| calls | when |
+|---|---|
+| `authenticate` | first |
+| `resume`, or its halves `resume_subscriptions` and `resume_requests` | after `auth_ok` |
+| `data_to_send`, and sends the result | `outgoing_bytes` is not 0 |
+| `receive` | bytes arrive; it may pause reading while `has_full_queue` is true and `awaiting_reply` is false |
+| `connection_lost` | the connection is lost |
 """
 
 from __future__ import annotations
@@ -17,30 +21,30 @@ from typing import Any
 from ..errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from ..protocol import wire_messages as wire
 from ..protocol.json_splitter import JsonSplitter
-from .in_flight_requests import Answer, Ledger
-from .message_queue import Inbox
+from .in_flight_requests import InFlightRequests, PendingReply
+from .message_queue import MessageQueue
 from .server_messages import Message, Page, ServerMessage, decode
-from .subscription_manager import Lane, Switchboard
-from .transport_interface import DATAGRAM, MAIN
+from .subscription_manager import IncomingStream, SubscriptionManager
+from .transport_interface import DATAGRAM, MAIN_STREAM
 
-FRAME = 32 * 1024
-"""How many bytes of requests go together, unless one alone is longer."""
+MAX_SEND_SIZE = 32 * 1024
+"""Bytes of requests that are sent together. A longer request is sent alone."""
 
 MAX_OBJECT = 128 * 1024 * 1024
-"""The longest line taken from a broker: a page of history may have a thousand messages of 64 KiB."""
+"""The longest line from a broker, in bytes: a page of history may have a thousand messages of 64 KiB."""
 
 
-def _nobody() -> None:
+def _do_nothing() -> None:
     pass
 
 
-class Conversation:
-    """What one client and its broker say to each other over one connection."""
+class ProtocolConnection:
+    """The state of one connection. `on_event` is called for `goaway`, and for an error that answers no request."""
 
     def __init__(
         self,
-        ledger: Ledger,
-        subscriptions: Switchboard,
+        in_flight: InFlightRequests,
+        subscriptions: SubscriptionManager,
         on_event: Callable[[wire.GoAway | wire.Error], None] | None = None,
     ) -> None:
         self.client_id: str | None = None
@@ -50,263 +54,259 @@ class Conversation:
         self.floor: int | None = None
         self.limits: dict[str, int] = {}
         self.goaway: wire.GoAway | None = None
-        """What the broker has said of its end."""
+        """The announcement that the broker will close the connection."""
         self.lost: tuple[str, int | None] | None = None
-        """Why the connection is gone, and the closing code where there was one."""
-        self.outgoing = 0
-        """Bytes in the outbox."""
-        self.wake: Callable[[], None] = _nobody
-        self._ledger = ledger
+        """Why the connection was lost, with the close code if there was one."""
+        self.outgoing_bytes = 0
+        self._in_flight = in_flight
         self._subscriptions = subscriptions
         self._on_event = on_event
-        self._main = self._new_lane("")
-        self._lanes = {MAIN: self._main}
-        self._outbox: deque[bytes] = deque()
-        self._auths: deque[Answer[wire.AuthOk]] = deque()
+        self._main_stream = self._new_incoming_stream("")
+        self._incoming_streams = {MAIN_STREAM: self._main_stream}
+        self._outgoing: deque[bytes] = deque()
+        self._auth_replies: deque[PendingReply[wire.AuthOk]] = deque()
 
-    # What goes out
+    # Sending
 
-    def take(self) -> bytes:
-        """The next whole lines to be sent together, oldest first; empty when there are none."""
-        outbox = self._outbox
+    def data_to_send(self) -> bytes:
+        """Take the next whole lines to send together, oldest first. Empty if there are none."""
+        outgoing = self._outgoing
         size = 0
         lines: list[bytes] = []
-        while outbox and (not lines or size + len(outbox[0]) <= FRAME):
-            line = outbox.popleft()
+        while outgoing and (not lines or size + len(outgoing[0]) <= MAX_SEND_SIZE):
+            line = outgoing.popleft()
             size += len(line)
             lines.append(line)
-        self.outgoing -= size
+        self.outgoing_bytes -= size
         return b"".join(lines)
 
-    def authenticate(self, token: str) -> Answer[wire.AuthOk]:
-        """Say who we are, and as whom we have published. Raises `Disconnected`."""
-        self.check()
-        answer: Answer[wire.AuthOk] = Answer()
-        # Heeded in the first `auth` of a session only.
-        producer = None if self.producer else self._ledger.producer or None
-        self.say(wire.Auth(token, wire.ProtocolVersion.V1, producer))
-        self._auths.append(answer)
-        return answer
+    def authenticate(self, token: str, wake: Callable[[], None] = _do_nothing) -> PendingReply[wire.AuthOk]:
+        """Send a token, and the producer id of earlier connections. Raises `Disconnected`."""
+        self.check_connected()
+        reply: PendingReply[wire.AuthOk] = PendingReply(wake)
+        # The broker reads the producer id of the first `auth` of a session only.
+        producer = None if self.producer else self._in_flight.producer or None
+        self.send_request(wire.Auth(token, wire.ProtocolVersion.V1, producer))
+        self._auth_replies.append(reply)
+        return reply
 
-    def take_over(self) -> None:
-        """Go on here with everything that is not finished. Raises `Disconnected`."""
-        self.take_over_subscriptions()
-        self.take_over_requests()
+    def resume(self) -> None:
+        """Resume all subscriptions and all requests without a reply here. Raises `Disconnected`."""
+        self.resume_subscriptions()
+        self.resume_requests()
 
-    def take_over_subscriptions(self) -> None:
-        """Have the subscriptions moved here, each from where it stands. Raises `Disconnected`."""
-        self.check()
+    def resume_subscriptions(self) -> None:
+        """Resume every subscription at its cursor on this connection. Raises `Disconnected`."""
+        self.check_connected()
         self._subscriptions.resume(self)
 
-    def take_over_requests(self) -> None:
-        """Send what has no answer, and what comes from now on, to this broker. Raises `Disconnected`."""
-        self.check()
-        self._ledger.resume(self)
+    def resume_requests(self) -> None:
+        """Send the requests without a reply, and all further ones, over this connection. Raises `Disconnected`."""
+        self.check_connected()
+        self._in_flight.resume(self)
 
-    def keep_alive(self) -> None:
-        """Ask for any sign of life, for which nobody need wait."""
-        self.say(wire.Ping(self._ledger.number()))
+    def send_ping(self) -> None:
+        """Send a ping for which no task waits: any bytes from the broker are a sign of life."""
+        self.send_request(wire.Ping(self._in_flight.next_id()))
 
-    def say(self, request: wire.Request) -> None:
-        self.put(wire.to_json(request) + b"\n")
+    def send_request(self, request: wire.Request) -> None:
+        self.send_line(wire.to_json(request) + b"\n")
 
-    def put(self, line: bytes) -> None:
-        """Send a line, unless the connection is gone: whoever asks will be told in another way."""
+    def send_line(self, line: bytes) -> None:
+        """Queue a line. Does nothing on a lost connection: the waiting task learns of the loss by other means."""
         if self.lost is None:
-            self._outbox.append(line)
-            self.outgoing += len(line)
+            self._outgoing.append(line)
+            self.outgoing_bytes += len(line)
 
     @property
-    def crowded(self) -> bool:
-        """Whether an inbox is full."""
-        return bool(self._subscriptions.crowded)
+    def has_full_queue(self) -> bool:
+        """Whether the queue of a subscription is full."""
+        return bool(self._subscriptions.full_queues)
 
-    def suspend_crowded(self) -> None:
-        """Have the broker stop sending to the inboxes that are full."""
-        for inbox in list(self._subscriptions.crowded):
-            self._subscriptions.suspend(inbox)
+    def pause_full_queues(self) -> None:
+        """Have the broker stop sending to the queues that are full."""
+        for queue in list(self._subscriptions.full_queues):
+            self._subscriptions.pause_queue(queue)
 
     @property
-    def waiting(self) -> bool:
-        """Whether somebody waits for a reply, which may stand behind messages."""
-        return bool(self._ledger.waiting or self._subscriptions.asking or self._auths)
+    def awaiting_reply(self) -> bool:
+        """Whether a request has no reply. The reply may come after messages."""
+        return bool(self._in_flight.awaiting_reply or self._subscriptions.awaiting_reply or self._auth_replies)
 
-    def check(self) -> None:
-        """Raise `Disconnected` when the connection is gone."""
+    def check_connected(self) -> None:
+        """Raise `Disconnected` if the connection is lost."""
         if self.lost is not None:
             raise Disconnected(*self.lost)
 
-    def lose(self, message: str, code: int | None = None) -> None:
-        """The connection is gone: nothing that is still unanswered will be, here. The first reason stands."""
+    def connection_lost(self, message: str, code: int | None = None) -> None:
+        """Handle the loss of the connection: no reply comes from it any more. The first reason counts."""
         if self.lost is not None:
             return
         self.lost = (message, code)
-        self._outbox.clear()
-        self.outgoing = 0
-        self._subscriptions.lose(self, self._lanes.values())
-        self._ledger.lose(self)
-        for answer in self._auths:
-            answer.wake()
-        self.wake()
+        self._outgoing.clear()
+        self.outgoing_bytes = 0
+        self._subscriptions.connection_lost(self, self._incoming_streams.values())
+        self._in_flight.connection_lost(self)
+        for reply in self._auth_replies:
+            reply.wake()
 
-    # What comes in
+    # Receiving
 
-    def receive(self, data: bytes, stream: int = MAIN, ended: bool = False, reset: bool = False) -> None:
-        """Understand more bytes of a stream, which may be its last, or a datagram.
+    def receive(self, data: bytes, stream: int = MAIN_STREAM, ended: bool = False, reset: bool = False) -> None:
+        """Handle bytes of a stream, or a datagram. `ended`: these are the last bytes of the stream.
 
-        `reset`: the broker has given the stream up, and says on the session's stream that its subscription has ended.
-        Raises `PeerError` with `close` when the broker makes no sense.
+        `reset`: the broker has reset the stream; the main stream says that its subscription has ended.
+        Raises `PeerError` with `close` if the bytes violate the protocol.
         """
         if self.lost is not None:
-            # What was unanswered has been taken elsewhere: an answer from here would be one too many.
+            # Another connection has the requests now: a reply from here would be a second one.
             return
         if stream == DATAGRAM:
             self._receive_datagram(data)
             return
-        lane = self._lanes.get(stream)
-        if lane is None:
-            lane = self._lanes[stream] = self._new_lane(self.epoch)
-        routes = lane.routes
-        for message in lane.decode(data):
+        incoming = self._incoming_streams.get(stream)
+        if incoming is None:
+            incoming = self._incoming_streams[stream] = self._new_incoming_stream(self.epoch)
+        routes = incoming.routes
+        for message in incoming.decode(data):
             if type(message) is Message:
-                feed = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
-                if feed is None and (feed := lane.find(message.pattern)) is None:
+                subscription = routes.get(message.pattern)  # type: ignore[arg-type]  # no pattern is None
+                if subscription is None and (subscription := incoming.start_route(message.pattern)) is None:
                     continue
                 seq = message.seq
                 if seq is not None:
-                    feed.arrived = seq
-                for inbox in feed.hearing:
+                    subscription.received_seq = seq
+                for queue in subscription.receivers:
                     if seq is not None:
-                        if seq <= inbox.arrived:
+                        if seq <= queue.received_seq:
                             continue
-                        inbox.arrived = seq
-                    self._hand_over(message, inbox)
+                        queue.received_seq = seq
+                    self._deliver(message, queue)
             elif isinstance(message, PeerError):
                 raise PeerError(message.code, message.message, CloseCode.BAD_MESSAGE)
-            elif (about := _OF_A_LANE.get(type(message))) is not None:
-                about(self, message, lane)
+            elif (handler := _STREAM_HANDLERS.get(type(message))) is not None:
+                handler(self, message, incoming)
             elif message is not None:
-                _HANDLERS[type(message)](self, message)
+                _CONNECTION_HANDLERS[type(message)](self, message)
         if reset:
-            self._subscriptions.forsake(self._lanes.pop(stream))
+            self._subscriptions.stream_reset(self._incoming_streams.pop(stream))
         elif ended:
-            del self._lanes[stream]
-            if self._subscriptions.end(lane):
-                raise PeerError(ErrorCode.BAD_MESSAGE, "a subscription's stream ended before it", CloseCode.BAD_MESSAGE)
+            del self._incoming_streams[stream]
+            if self._subscriptions.stream_ended(incoming):
+                raise PeerError(ErrorCode.BAD_MESSAGE, "a stream ended before its subscription", CloseCode.BAD_MESSAGE)
 
     def _receive_datagram(self, data: bytes) -> None:
-        """A message without a seq; anything else a newer broker may mean something by."""
+        """Handle an ephemeral message. Other datagrams may come from a newer broker, and are ignored."""
         try:
             message = decode(data)
         except wire.UNDECODABLE:
             return
         if isinstance(message, Message) and message.seq is None:
-            feed = self._subscriptions.find(message.pattern, self)
-            for inbox in feed.hearing if feed is not None else ():
-                self._hand_over(message, inbox)
+            subscription = self._subscriptions.find_for_datagram(message.pattern, self)
+            for queue in subscription.receivers if subscription is not None else ():
+                self._deliver(message, queue)
 
-    def _hand_over(self, message: Message, inbox: Inbox) -> None:
-        items = inbox.items
+    def _deliver(self, message: Message, queue: MessageQueue) -> None:
+        items = queue.items
         items.append(message)
         waiting = len(items)
         if waiting == 1:
-            inbox.wake()
-        if waiting >= inbox.limit:
-            self._subscriptions.crowd(inbox, message)
+            queue.wake()
+        if waiting >= queue.limit:
+            self._subscriptions.queue_full(queue, message)
 
     def _auth_ok(self, reply: wire.AuthOk) -> None:
         self.client_id = reply.client_id
         self.producer = reply.producer
         self.floor = reply.floor
         self.limits = reply.limits
-        self._advance(reply.head or 0, reply.epoch, self._main)
-        if self._auths:
-            self._auths.popleft().settle(reply)
+        self._advance(reply.head or 0, reply.epoch, self._main_stream)
+        if self._auth_replies:
+            self._auth_replies.popleft().settle(reply)
 
     def _auth_error(self, reply: wire.AuthError) -> None:
-        if self._auths:
-            self._auths.popleft().settle(Refused(reply.code, reply.message, reply.retry_after))
+        if self._auth_replies:
+            self._auth_replies.popleft().settle(Refused(reply.code, reply.message, reply.retry_after))
 
     def _published(self, reply: wire.Published) -> None:
         if reply.seq is not None and reply.seq > self.head:
             self.head = reply.seq
-        self._ledger.published(reply.id, reply.seq)
+        self._in_flight.handle_published(reply.id, reply.seq)
 
     def _publish_error(self, reply: wire.PublishError) -> None:
-        self._ledger.refused(reply.id, Refused(reply.code, reply.message, reply.retry_after))
+        self._in_flight.handle_publish_error(reply.id, Refused(reply.code, reply.message, reply.retry_after))
 
-    def _subscribed(self, reply: wire.Subscribed, lane: Lane) -> None:
-        # Other streams may have told of a later epoch than the one in which a subscription's own stream begins.
-        if reply.epoch is not None and lane is self._main:
-            self._advance(reply.seq, reply.epoch, lane)
-        self._subscriptions.subscribed(reply, lane)
+    def _subscribed(self, reply: wire.Subscribed, incoming: IncomingStream) -> None:
+        # Another stream may already be in a later epoch than the one in which a subscription's own stream begins.
+        if reply.epoch is not None and incoming is self._main_stream:
+            self._advance(reply.seq, reply.epoch, incoming)
+        self._subscriptions.handle_subscribed(reply, incoming)
 
-    def _gap(self, event: wire.Gap, lane: Lane) -> None:
-        if event.epoch != lane.epoch:
-            self._advance(event.last, event.epoch, lane)
-        self._subscriptions.gap(event, lane)
+    def _gap(self, event: wire.Gap, incoming: IncomingStream) -> None:
+        if event.epoch != incoming.epoch:
+            self._advance(event.last, event.epoch, incoming)
+        self._subscriptions.handle_gap(event, incoming)
 
-    def _head(self, event: wire.Head, lane: Lane) -> None:
-        self._advance(event.seq, event.epoch, lane)
-        self._subscriptions.head(event, lane)
+    def _head(self, event: wire.Head, incoming: IncomingStream) -> None:
+        self._advance(event.seq, event.epoch, incoming)
+        self._subscriptions.handle_head(event, incoming)
 
     def _error(self, reply: wire.Error) -> None:
         number = reply.id
         if number is None:
-            # Only a history has no refusal of its own kind, and histories are answered in order.
-            number = self._ledger.oldest_history()
+            # Only a history request has no error type of its own, and these are answered in order.
+            number = self._in_flight.oldest_history_id()
         reason = Refused(reply.code, reply.message)
-        if self._ledger.answered(number, reason) or self._ledger.refused(number, reason):
+        if self._in_flight.handle_reply(number, reason) or self._in_flight.handle_publish_error(number, reason):
             return
-        if self._subscriptions.refused(wire.SubscribeError("", reply.message, reply.code, number)):
+        if self._subscriptions.handle_subscribe_error(wire.SubscribeError("", reply.message, reply.code, number)):
             return
         if reply.code is ErrorCode.BAD_MESSAGE and reply.id is None:
-            # It did not understand something that somebody here may be waiting for, and cannot say what.
+            # The broker could not read a request and cannot name it, and a task may wait for its reply.
             raise PeerError(reply.code, reply.message, CloseCode.BAD_MESSAGE)
-        self._tell(reply)
+        self._report(reply)
 
     def _goaway(self, event: wire.GoAway) -> None:
         self.goaway = event
-        self._tell(event)
-        self.wake()
+        self._report(event)
 
-    def _tell(self, event: wire.GoAway | wire.Error) -> None:
+    def _report(self, event: wire.GoAway | wire.Error) -> None:
         if self._on_event is not None:
             self._on_event(event)
 
     # Helpers
 
-    def _new_lane(self, epoch: str) -> Lane:
+    def _new_incoming_stream(self, epoch: str) -> IncomingStream:
         framer: JsonSplitter[ServerMessage | None] = JsonSplitter(decode, MAX_OBJECT)
-        return Lane(framer.feed, self, epoch)
+        return IncomingStream(framer.feed, self, epoch)
 
-    def _advance(self, seq: int, epoch: str, lane: Lane) -> None:
-        """A stream tells where the log is; what is new to that stream may be old here, and the other way round."""
+    def _advance(self, seq: int, epoch: str, incoming: IncomingStream) -> None:
+        """Take head and epoch from a stream. The epoch of one stream may be older or newer than that of another."""
         if epoch == self.epoch:
             self.head = max(seq, self.head)
-        elif epoch != lane.epoch:
+        elif epoch != incoming.epoch:
             self.head, self.epoch = seq, epoch
-        lane.epoch = epoch
+        incoming.epoch = epoch
 
 
-_OF_A_LANE: dict[type, Callable[[Conversation, Any, Lane], object]] = {
-    wire.Subscribed: Conversation._subscribed,
-    wire.Revoked: lambda self, reply, lane: self._subscriptions.revoked(reply, lane),
-    wire.Live: lambda self, event, lane: self._subscriptions.live(event, lane),
-    wire.Gap: Conversation._gap,
-    wire.Head: Conversation._head,
+_STREAM_HANDLERS: dict[type, Callable[[ProtocolConnection, Any, IncomingStream], object]] = {
+    wire.Subscribed: ProtocolConnection._subscribed,
+    wire.Revoked: lambda self, reply, incoming: self._subscriptions.handle_revoked(reply, incoming),
+    wire.Live: lambda self, event, incoming: self._subscriptions.handle_live(event, incoming),
+    wire.Gap: ProtocolConnection._gap,
+    wire.Head: ProtocolConnection._head,
 }
-"""What is said of the subscriptions whose messages come on the same stream."""
+"""Handlers of the messages about subscriptions, which arrive on the stream of the subscription."""
 
-_HANDLERS: dict[type, Callable[[Conversation, Any], object]] = {
-    wire.AuthOk: Conversation._auth_ok,
-    wire.AuthError: Conversation._auth_error,
-    wire.Unsubscribed: lambda self, reply: self._subscriptions.unsubscribed(reply, self),
-    wire.SubscribeError: lambda self, reply: self._subscriptions.refused(reply),
-    wire.Published: Conversation._published,
-    wire.PublishError: Conversation._publish_error,
-    Page: lambda self, page: self._ledger.answered(page.id, page),
-    wire.Pong: lambda self, pong: self._ledger.answered(pong.seq, pong),
-    wire.GoAway: Conversation._goaway,
-    wire.Error: Conversation._error,
+_CONNECTION_HANDLERS: dict[type, Callable[[ProtocolConnection, Any], object]] = {
+    wire.AuthOk: ProtocolConnection._auth_ok,
+    wire.AuthError: ProtocolConnection._auth_error,
+    wire.Unsubscribed: lambda self, reply: self._subscriptions.handle_unsubscribed(reply, self),
+    wire.SubscribeError: lambda self, reply: self._subscriptions.handle_subscribe_error(reply),
+    wire.Published: ProtocolConnection._published,
+    wire.PublishError: ProtocolConnection._publish_error,
+    Page: lambda self, page: self._in_flight.handle_reply(page.id, page),
+    wire.Pong: lambda self, pong: self._in_flight.handle_reply(pong.seq, pong),
+    wire.GoAway: ProtocolConnection._goaway,
+    wire.Error: ProtocolConnection._error,
 }

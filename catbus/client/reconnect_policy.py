@@ -1,4 +1,4 @@
-"""Whether to come back after a connection is lost, and when. Pure: no clock, no chance of its own."""
+"""The reconnect policy: whether and when to reconnect, and the events that report it. Pure: no clock, no randomness."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from enum import Enum, StrEnum, auto
 
 from ..errors import RETRYABLE, ErrorCode, Refused
 
-_OUR_MISTAKES = frozenset({1002, 1003, 1007, 1009})
-"""WebSocket's own codes for what should not have been sent."""
+_PROTOCOL_ERROR_CODES = frozenset({1002, 1003, 1007, 1009})
+"""Close codes of WebSocket for messages that the client should not have sent."""
 
-_LONGEST_RUN = 60
+_MAX_DOUBLINGS = 60
 
 
 class State(StrEnum):
-    """How a `Bus` is connected. CLOSED is for good."""
+    """The state of a `Bus`. CLOSED is final."""
 
     CONNECTED = "connected"
     RECONNECTING = "reconnecting"
     CLOSED = "closed"
 
 
-class Verdict(Enum):
-    """What the end of a connection says of the next one."""
+class ReconnectDecision(Enum):
+    """What to do after the end of a connection: nothing, or reconnect, with a new token or with the same one."""
 
     FINAL = auto()
     NEW_TOKEN = auto()
-    AGAIN = auto()
+    RETRY = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long to wait before connecting again, in seconds: `first`, then twice as long each time, `most` at most.
+    """The pauses before reconnecting, in seconds: `first`, then twice as long each time, at most `most`.
 
-    Up to `jitter` of each pause, a fraction, is left out at random, so that not everybody comes back at once.
+    Each pause is shortened at random by up to the fraction `jitter`, so that clients do not reconnect all at once.
     """
 
     first: float = 1.0
@@ -42,18 +42,18 @@ class Backoff:
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.most or not 0 <= self.jitter <= 1:
-            raise ValueError("a back-off has 0 <= first <= most, and a jitter from 0 to 1")
+            raise ValueError("a Backoff has 0 <= first <= most, and a jitter from 0 to 1")
 
     def pause(self, failures: int, chance: float) -> float:
-        """How long to wait after so many failures in a row; `chance` is from 0 to 1."""
-        return float(min(self.most, self.first * 2.0 ** min(failures, _LONGEST_RUN)) * (1 - self.jitter * chance))
+        """Return the pause after so many failures in a row, in seconds. `chance` is a random number from 0 to 1."""
+        return float(min(self.most, self.first * 2.0 ** min(failures, _MAX_DOUBLINGS)) * (1 - self.jitter * chance))
 
 
 @dataclass(frozen=True, slots=True)
 class Reconnecting:
-    """There is no connection: the next `attempt` (1, 2, ...) is made in `delay` seconds.
+    """There is no connection. The next `attempt` (1, 2, ...) is made in `delay` seconds.
 
-    `reason` and `code`, a closing code where there was one, say how the last one ended.
+    `reason` says how the last connection or attempt ended. `code` is its close code, or None.
     """
 
     reason: str
@@ -64,36 +64,36 @@ class Reconnecting:
 
 @dataclass(frozen=True, slots=True)
 class Reconnected:
-    """There is a new connection. `moved`: it was made before the last one ended, because the broker asked for that."""
+    """There is a new connection. `moved`: it was made while the last one was still open."""
 
     moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """There will be no further connection. `reason` and `code`, a closing code where there was one, say why."""
+    """There will be no further connection. `reason` says why. `code` is the close code, or None."""
 
     reason: str
     code: int | None
 
 
 class SignedOut(Refused):
-    """The token function says that there is no token any more."""
+    """The token function returned None or raised `Refused`: the user has signed out."""
 
 
-def judge(code: int | None) -> Verdict:
-    """What a closing code says, by its range (protocol/README.md, section 11)."""
+def decide_by_close_code(code: int | None) -> ReconnectDecision:
+    """Decide by the range of a close code (protocol/README.md, section 11)."""
     if code is None:
-        return Verdict.AGAIN
-    if 4000 <= code <= 4399 or code in _OUR_MISTAKES:
-        return Verdict.FINAL
-    return Verdict.NEW_TOKEN if 4400 <= code <= 4499 else Verdict.AGAIN
+        return ReconnectDecision.RETRY
+    if 4000 <= code <= 4399 or code in _PROTOCOL_ERROR_CODES:
+        return ReconnectDecision.FINAL
+    return ReconnectDecision.NEW_TOKEN if 4400 <= code <= 4499 else ReconnectDecision.RETRY
 
 
-def judge_refusal(refusal: Refused) -> Verdict:
-    """What a refused token says."""
-    if isinstance(refusal, SignedOut):
-        return Verdict.FINAL
-    if refusal.code is ErrorCode.TOKEN_EXPIRED:
-        return Verdict.NEW_TOKEN
-    return Verdict.AGAIN if refusal.code in RETRYABLE else Verdict.FINAL
+def decide_by_token_error(error: Refused) -> ReconnectDecision:
+    """Decide by the error for a rejected token."""
+    if isinstance(error, SignedOut):
+        return ReconnectDecision.FINAL
+    if error.code is ErrorCode.TOKEN_EXPIRED:
+        return ReconnectDecision.NEW_TOKEN
+    return ReconnectDecision.RETRY if error.code in RETRYABLE else ReconnectDecision.FINAL

@@ -1,4 +1,4 @@
-"""What a broker says, as the client takes it in: a message is decoded straight into what the application gets."""
+"""The messages of a broker, decoded directly into the objects that the application receives."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Gap", "GoAway", "Head", "Live", "Message", "Page", "ServerMessage", 
 class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "payload"}):
     """One message of one subscription.
 
-    `at` is in milliseconds since 1970 by the broker's clock. An ephemeral message has no `seq`. `sender` is the
-    publisher's client_id, where it has one. `epoch` is that of the log in which it has its `seq`. `raw` may stand
-    inside a payload that is published again.
+    `at` is in milliseconds since 1970 by the clock of the broker. An ephemeral message has no `seq`. `sender` is the
+    client_id of the publisher, or None. `epoch` is the epoch of the log in which it has its `seq`. `raw` is the payload
+    as JSON, and may be part of a payload that is published again.
     """
 
     channel: str
@@ -34,14 +34,14 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
 
     @property
     def cursor(self) -> str | None:
-        """The place after this message, as opaque text that `since` takes. An ephemeral message has none."""
+        """The position after this message, as opaque text for `since`. None for an ephemeral message."""
         return None if self.seq is None else encode_cursor(self.seq, self.epoch)
 
     @cached_property
     def payload(self) -> Any:
-        """The payload, decoded when it is first asked for.
+        """The payload, decoded on first access.
 
-        Integers are exact up to 4,300 digits. Of other numbers it is the nearest `float`, infinity beyond them.
+        Integers of up to 4,300 digits are exact. Other numbers become the nearest `float`, or infinity.
         """
         return wire.decode_payload(self.raw)
 
@@ -55,9 +55,9 @@ class Message(Struct, tag="message", frozen=True, dict=True, rename={"raw": "pay
 
 
 class Page(Reply, tag="history"):
-    """Messages from the log, oldest first, and whether there are more before them.
+    """A page of messages from the log, oldest first. `more`: there are older ones.
 
-    `cursor` is the place after the newest of them, as opaque text that `since` takes.
+    `cursor` is the position after the newest of them, as opaque text for `since`.
     """
 
     messages: list[Message]
@@ -91,9 +91,9 @@ _TYPES = frozenset(kind.__struct_config__.tag for kind in get_args(ServerMessage
 
 
 def decode(data: bytes) -> ServerMessage | None:
-    """Decode one whole object; None for one of a type that is not known here, which is to be ignored.
+    """Decode one whole object. Returns None for an unknown type, which is to be ignored.
 
-    A refusal with a code that is not known here comes as `internal`. Raises what `wire.UNDECODABLE` names.
+    An error with an unknown code is decoded as `internal`. Raises one of `wire.UNDECODABLE`.
     """
     if not data.isascii():
         data.decode()
@@ -110,7 +110,7 @@ def decode(data: bytes) -> ServerMessage | None:
 
 
 def _read(pairs: dict[str, Raw], name: str) -> str | None:
-    """The text under a name, if that is what stands there."""
+    """Return the value of a name if it is text."""
     try:
         return _text.decode(pairs.get(name, b""))
     except msgspec.DecodeError:
@@ -118,7 +118,7 @@ def _read(pairs: dict[str, Raw], name: str) -> str | None:
 
 
 def encode_payload(value: Any) -> Raw:
-    """A value as JSON. A `msgspec.Raw` is taken to be JSON already, and checked. Raises `TypeError`."""
+    """Encode a value as JSON. A `msgspec.Raw` is JSON already, and is only checked. Raises `TypeError`."""
     try:
         if isinstance(value, Raw):
             return Raw(wire.check_payload(bytes(value)))

@@ -1,12 +1,12 @@
-"""Signals that tasks wait for."""
+"""Signals that tasks wait for: one `Signal`, and the `ClientSignals` that the connections of a client share."""
 
 from __future__ import annotations
 
 import anyio
 
 
-class Bell:
-    """Wakes whoever is waiting, and nobody who waits later.
+class Signal:
+    """An event that repeats: `notify` wakes the tasks that wait, and has no effect on a later `wait`.
 
     All tasks run in one thread, so a condition that is tested right before `wait` cannot change unnoticed.
     """
@@ -16,41 +16,42 @@ class Bell:
     def __init__(self) -> None:
         self._event: anyio.Event | None = None
 
-    def ring(self) -> None:
-        """Wake everyone who waits."""
+    def notify(self) -> None:
+        """Wake all waiting tasks."""
         if self._event is not None:
             self._event.set()
             self._event = None
 
     async def wait(self) -> None:
-        """Wait for the next ring. Cancelling it harms nothing."""
+        """Wait for the next `notify`. Safe to cancel."""
         if self._event is None:
             self._event = anyio.Event()
         await self._event.wait()
 
 
-class Lobby:
-    """The bells that a client's connections and its application ring for each other."""
+class ClientSignals:
+    """Signals between the application and all connections of one client."""
 
     def __init__(self) -> None:
-        self.outbound = Bell()
-        """There may be something to send."""
-        self.inbound = Bell()
-        """There may be somebody who waits for what comes."""
-        self.room = Bell()
-        """Something has come or gone, so there may be room; or the state has changed."""
-        self.listeners = 0
+        self.send_ready = Signal()
+        """There may be bytes to send."""
+        self.read_wanted = Signal()
+        """A task may have begun to wait for something that the broker sends."""
+        self.progress = Signal()
+        """Bytes were sent or received, so there may be room, or the state of the connection changed."""
+        self.waiting_readers = 0
+        """Tasks that wait for the next message of a subscription."""
 
-    def requested(self) -> None:
-        """There is something to send, and perhaps somebody who waits for the reply."""
-        self.outbound.ring()
-        self.inbound.ring()
+    def notify_request(self) -> None:
+        """Wake the writer for a new request, and the reader for its reply."""
+        self.send_ready.notify()
+        self.read_wanted.notify()
 
-    async def listen(self, bell: Bell) -> None:
-        """Wait for the next message of a subscription. Others that are full do not keep it from coming."""
-        self.listeners += 1
-        self.inbound.ring()
+    async def wait_for_message(self, signal: Signal) -> None:
+        """Wait for the next message of a subscription. Meanwhile full queues do not pause reading."""
+        self.waiting_readers += 1
+        self.read_wanted.notify()
         try:
-            await bell.wait()
+            await signal.wait()
         finally:
-            self.listeners -= 1
+            self.waiting_readers -= 1

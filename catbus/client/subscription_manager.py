@@ -1,4 +1,4 @@
-"""Which subscriptions the broker has been asked to begin and to end, and which inboxes its answers are for. Pure."""
+"""The subscriptions of one client, which outlive its connections, and the streams on which they arrive. Pure."""
 
 from __future__ import annotations
 
@@ -6,161 +6,159 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import RETRYABLE, ErrorCode, PeerError, Refused
 from ..protocol import wire_messages as wire
-from ..protocol.wire_messages import Subscribe
-from .in_flight_requests import Desk
-from .message_queue import Inbox, Phase
+from .in_flight_requests import RequestSender
+from .message_queue import MessageQueue, QueuePhase
 from .server_messages import Message, ServerMessage
+
+MAX_EXCESS_BYTES = 8 * 1024 * 1024
+"""Bytes that may be added to a full queue while a task waits for what the broker sends after them."""
+
+MESSAGE_OVERHEAD = 256
+"""Approximate memory of a message beside its payload, in bytes."""
 
 Decode = Callable[[bytes], Iterator[ServerMessage | PeerError | None]]
 
 
-class Lane:
-    """One stream of the broker's, and whom what comes on it is for: all subscriptions but those with one of their own.
+def _do_nothing() -> None:
+    pass
 
-    `decode` makes objects of its bytes. `connection` is what it is a stream of.
+
+class IncomingStream:
+    """One stream of the broker, and the subscriptions whose messages arrive on it.
+
+    `decode` splits its bytes into objects. `connection` is the connection that has the stream.
     """
 
-    __slots__ = ("connection", "decode", "epoch", "fresh", "routes")
+    __slots__ = ("connection", "decode", "epoch", "not_started", "routes")
 
     def __init__(self, decode: Decode, connection: object, epoch: str) -> None:
         self.decode = decode
         self.connection = connection
         self.epoch = epoch
-        """Of the log that what comes here is from: one stream may be in the next while another is in the last still."""
-        self.routes: dict[str, Feed] = {}
-        """Who gets the messages for a pattern; what comes for another pattern is for a subscription that was."""
-        self.fresh: dict[str, Feed] = {}
-        """Those that the broker will send to, but has not: until it does, their epoch may be another than its own."""
+        """The epoch of the log that arrives here. Two streams may be in different epochs for a while."""
+        self.routes: dict[str, SharedSubscription] = {}
+        """The subscription of each pattern. A message for another pattern is of a subscription that has ended."""
+        self.not_started: dict[str, SharedSubscription] = {}
+        """Subscriptions about which the stream has said nothing since `subscribed`: they may be in an older epoch."""
 
     @property
-    def feeds(self) -> list[Feed]:
-        """All that are heard here."""
-        return [*self.routes.values(), *self.fresh.values()]
+    def subscriptions(self) -> list[SharedSubscription]:
+        return [*self.routes.values(), *self.not_started.values()]
 
-    def heard(self, pattern: str) -> Feed | None:
-        """Who has the pattern, now that the broker says something about it."""
-        feed = self.fresh.pop(pattern, None)
-        if feed is not None:
-            self.routes[pattern] = feed
+    def confirm(self, pattern: str) -> SharedSubscription | None:
+        """Find the subscription of a pattern about which the broker says something here."""
+        subscription = self.not_started.pop(pattern, None)
+        if subscription is not None:
+            self.routes[pattern] = subscription
         return self.routes.get(pattern)
 
-    def find(self, pattern: str | None) -> Feed | None:
-        """Whom a message is for that no route leads to: it may be the first since a `subscribed`."""
-        if pattern not in self.fresh:
+    def start_route(self, pattern: str | None) -> SharedSubscription | None:
+        """Find the subscription of a message that has no route yet: the message may be its first."""
+        if pattern not in self.not_started:
             return None
-        feed = self.heard(pattern)
-        if feed is not None:
-            for inbox in feed.hearing:
-                inbox.prove(self.epoch)
-        return feed
+        subscription = self.confirm(pattern)
+        if subscription is not None:
+            for queue in subscription.receivers:
+                queue.confirm_epoch(self.epoch)
+        return subscription
 
 
-class Feed:
-    """One subscription on the wire, and the inboxes that share it.
+class SharedSubscription:
+    """One subscription at the broker, and the queues that share it.
 
-    The broker is asked with the lowest place at which one of them stands, and each drops what it has already. Only the
-    answer to the newest `subscribe` counts. One `subscribe` covers inboxes of one epoch, because the broker tells from
-    the epoch of a cursor what is missing; the others are asked for when it has caught up.
+    A `subscribe` names the lowest cursor of its queues, and each queue drops what it already has. Only the reply to the
+    newest `subscribe` counts. One `subscribe` covers queues of one epoch, because the broker finds what is missing by
+    the epoch of a cursor. The other queues are requested once this one has caught up.
     """
 
-    __slots__ = ("arrived", "asked", "covered", "datagrams", "epoch", "hearing", "inboxes", "lane", "live", "pattern",
-                 "since", "stream")  # fmt: skip
+    __slots__ = ("covered", "datagrams", "epoch", "incoming", "is_live", "pattern", "queues", "received_seq",
+                 "receivers", "request_id", "since", "stream")  # fmt: skip
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.stream = self.datagrams = False
-        """What the broker is asked for: a stream of its own; ephemeral messages as datagrams."""
-        self.inboxes: dict[Inbox, None] = {}
-        """All that have not ended."""
-        self.hearing: tuple[Inbox, ...] = ()
-        """Those that get what comes on its lane."""
-        self.lane: Lane | None = None
-        """Where the broker sends what is for it, while it does."""
-        self.asked: int | None = None
-        """The id of the newest `subscribe`, while it has no answer."""
-        self.covered: tuple[Inbox, ...] = ()
-        """The inboxes that the newest `subscribe` covers."""
+        """Whether to request a stream of its own, and ephemeral messages as datagrams."""
+        self.queues: dict[MessageQueue, None] = {}
+        """All queues that have not ended."""
+        self.receivers: tuple[MessageQueue, ...] = ()
+        """The queues that receive what arrives."""
+        self.incoming: IncomingStream | None = None
+        """The stream on which the broker sends it."""
+        self.request_id: int | None = None
+        """The id of the newest `subscribe` while it has no reply."""
+        self.covered: tuple[MessageQueue, ...] = ()
+        """The queues that the newest `subscribe` covers."""
         self.since: int | None = None
         self.epoch = ""
-        """Where the newest `subscribe` begins."""
-        self.arrived = 0
-        """How far it has come on its lane."""
-        self.live = False
-        """Whether a `head` speaks of it too."""
+        """The cursor of the newest `subscribe`."""
+        self.received_seq = 0
+        """The newest seq that arrived."""
+        self.is_live = False
+        """Whether it has caught up, so that a `head` applies to it."""
 
     @property
-    def wanted(self) -> bool:
-        """Whether an inbox has room for what comes."""
-        return any(inbox.phase is not Phase.AWAY for inbox in self.inboxes)
+    def has_room(self) -> bool:
+        """Whether a queue is not paused."""
+        return any(queue.phase is not QueuePhase.PAUSED for queue in self.queues)
 
-    def ask(self, number: int, head: int, epoch: str) -> Subscribe:
-        """The `subscribe` that covers as many inboxes as one can, at a broker whose log is in that epoch, at `head`.
+    def make_subscribe(self, number: int, head: int, epoch: str) -> wire.Subscribe:
+        """Make the `subscribe` that covers as many queues as possible, for a log of this epoch and head.
 
-        What is queued here is not asked for again.
+        It does not request again what waits in the queues.
         """
-        present = [inbox for inbox in self.inboxes if inbox.phase is not Phase.AWAY]
-        begun = [inbox for inbox in present if inbox.resuming]
-        # One that waits in another epoch comes first: what the broker says of that leads it into the present one.
-        first = min(begun, key=lambda inbox: (inbox in self.hearing, inbox.arrived_epoch == epoch), default=None)
-        self.since, where = None, None
-        together: list[Inbox] = []
+        present = [queue for queue in self.queues if queue.phase is not QueuePhase.PAUSED]
+        resumed = [queue for queue in present if queue.has_cursor]
+        # A queue of another epoch comes first: the reply of the broker moves it into the present one.
+        first = min(resumed, key=lambda queue: (queue in self.receivers, queue.received_epoch == epoch), default=None)
+        self.since, named_epoch = None, None
+        together: list[MessageQueue] = []
         if first is not None:
-            self.epoch = first.arrived_epoch
-            together = [inbox for inbox in begun if inbox.arrived_epoch == first.arrived_epoch]
-            self.since = min(inbox.arrived for inbox in together)
-            if len(begun) < len(present) and first.arrived_epoch == epoch:
-                # An inbox that begins now begins at the head, and another one's cursor may be above that.
+            self.epoch = first.received_epoch
+            together = [queue for queue in resumed if queue.received_epoch == first.received_epoch]
+            self.since = min(queue.received_seq for queue in together)
+            if len(resumed) < len(present) and first.received_epoch == epoch:
+                # A new queue begins at the head, and the cursor of another queue may be above that.
                 self.since = min(self.since, head)
-            if any(inbox.named for inbox in together):
-                where = first.arrived_epoch or None
-        self.covered = tuple(inbox for inbox in present if inbox in together or not inbox.resuming)
-        for inbox in together:
-            inbox.named = True
-        for inbox in present:
-            inbox.phase = Phase.ASKED
-        self.asked = number
-        return Subscribe(self.pattern, self.since, where, self.stream, self.datagrams, number)
+            if any(queue.sends_epoch for queue in together):
+                named_epoch = first.received_epoch or None
+        self.covered = tuple(queue for queue in present if queue in together or not queue.has_cursor)
+        for queue in together:
+            queue.sends_epoch = True
+        for queue in present:
+            queue.phase = QueuePhase.REQUESTED
+        self.request_id = number
+        return wire.Subscribe(self.pattern, self.since, named_epoch, self.stream, self.datagrams, number)
 
 
-SPILL = 8 * 1024 * 1024
-"""How many bytes a full inbox may take on while somebody waits for what stands behind them."""
+class SubscriptionManager:
+    """The subscriptions of one client. `next_id` returns the id of the next request.
 
-OVERHEAD = 256
-"""What a message in memory adds to its payload, roughly, in bytes."""
-
-
-class Switchboard:
-    """The subscriptions of one client, which outlive its connections. `number` gives the next request its id.
-
-    All inboxes of a pattern share one `Feed`. The answers come on different streams, and so in any order: each is known
-    by its id. A feed hears one connection at a time: the last one that has agreed to send. There it was asked for with
-    where it stood, so nothing is missing between, and what both have sent is dropped by its seq.
+    All queues of a pattern share one `SharedSubscription`. Replies come on several streams and so in any order; ids
+    match them to requests. A subscription receives from one connection at a time: the last one that accepted its
+    `subscribe`, which named its cursor. So nothing is missing between two connections, and seqs show what comes twice.
+    `on_retry` is called when something waits for `retry` on the present connection.
     """
 
-    def __init__(self, number: Callable[[], int]) -> None:
-        self.crowded: dict[Inbox, None] = {}
-        """Those that are full."""
-        self._desk: Desk | None = None
-        """The connection to ask, if there is one."""
-        self._number = number
-        self._feeds: dict[str, Feed] = {}
-        """All that have an inbox."""
-        self._asked: dict[int, Feed | None] = {}
-        """What will be answered: a feed's `subscribe`, or (None) an `unsubscribe`."""
-        self._again: dict[Feed, None] = {}
-        """Those that the broker could not take up again just now."""
-        self.doubted: Callable[[], None] = _nobody
-        """Called when a subscription is to be asked for again on this connection: after a pause, by `retry`."""
+    def __init__(self, next_id: Callable[[], int], on_retry: Callable[[], None] = _do_nothing) -> None:
+        self.full_queues: dict[MessageQueue, None] = {}
+        self._connection: RequestSender | None = None
+        """The connection for new requests."""
+        self._next_id = next_id
+        self._on_retry = on_retry
+        self._by_pattern: dict[str, SharedSubscription] = {}
+        self._requests: dict[int, SharedSubscription | None] = {}
+        """Requests without a reply: the `subscribe` of a subscription, or (None) an `unsubscribe`."""
+        self._to_retry: dict[SharedSubscription, None] = {}
 
     @property
-    def retrying(self) -> bool:
-        """Whether something waits for `retry`."""
-        return bool(self._again)
+    def retry_pending(self) -> bool:
+        """Whether a subscription waits for `retry`."""
+        return bool(self._to_retry)
 
     @property
-    def asking(self) -> bool:
-        """Whether an answer is still to come."""
-        return bool(self._asked)
+    def awaiting_reply(self) -> bool:
+        """Whether a request has no reply."""
+        return bool(self._requests)
 
     def subscribe(
         self,
@@ -172,268 +170,275 @@ class Switchboard:
         present: str = "",
         stream: bool = False,
         datagrams: bool = False,
-    ) -> Inbox:
-        """An inbox that welcomes `limit` messages of a pattern. `present` is the epoch where none is named.
+        wake: Callable[[], None] = _do_nothing,
+    ) -> MessageQueue:
+        """Add a queue of `limit` messages for a pattern. Without an `epoch` its cursor is of the `present` one.
 
-        It has `begun`, or is ENDED, at once or when the broker has answered.
+        The queue has `started` or is ENDED now, or when the broker replies.
         """
-        feed = self._feeds.setdefault(pattern, Feed(pattern))
-        more = (stream and not feed.stream) or (datagrams and not feed.datagrams)
-        feed.stream, feed.datagrams = feed.stream or stream, feed.datagrams or datagrams
-        inbox = Inbox(pattern, since, epoch or present, limit, named=epoch is not None or since is None)
-        feed.inboxes[inbox] = None
-        desk = self._desk
-        if since is not None or more or desk is None or (feed.since or 0) > desk.head:
-            self._ask(feed)
-        elif feed.asked is not None:
-            feed.covered += (inbox,)
-        elif feed.lane is not None and feed.lane.connection is desk and pattern in feed.lane.routes:
-            # What is new from now on comes already.
-            lane = feed.lane
-            inbox.begin(max(feed.arrived, desk.head) if lane.epoch == desk.epoch else feed.arrived, lane.epoch)
-            feed.hearing += (inbox,)
+        subscription = self._by_pattern.setdefault(pattern, SharedSubscription(pattern))
+        more = (stream and not subscription.stream) or (datagrams and not subscription.datagrams)
+        subscription.stream = subscription.stream or stream
+        subscription.datagrams = subscription.datagrams or datagrams
+        named = epoch is not None or since is None
+        queue = MessageQueue(pattern, since, epoch or present, limit, sends_epoch=named, wake=wake)
+        subscription.queues[queue] = None
+        connection, incoming = self._connection, subscription.incoming
+        if since is not None or more or connection is None or (subscription.since or 0) > connection.head:
+            self._send_subscribe(subscription)
+        elif subscription.request_id is not None:
+            subscription.covered += (queue,)
+        elif incoming is not None and incoming.connection is connection and pattern in incoming.routes:
+            # New messages arrive already.
+            arrived = subscription.received_seq
+            queue.start(
+                max(arrived, connection.head) if incoming.epoch == connection.epoch else arrived, incoming.epoch
+            )
+            subscription.receivers += (queue,)
         else:
-            self._ask(feed)
-        return inbox
+            self._send_subscribe(subscription)
+        return queue
 
-    def find(self, pattern: str | None, desk: Desk) -> Feed | None:
-        """Whose the pattern is, while this connection sends for it: a datagram belongs to no stream."""
-        feed = self._feeds.get(pattern) if pattern is not None else None
-        return feed if feed is not None and feed.lane is not None and feed.lane.connection is desk else None
+    def find_for_datagram(self, pattern: str | None, connection: RequestSender) -> SharedSubscription | None:
+        """Find the subscription of a datagram, which belongs to no stream, if this connection sends for it."""
+        subscription = self._by_pattern.get(pattern) if pattern is not None else None
+        if subscription is None or subscription.incoming is None or subscription.incoming.connection is not connection:
+            return None
+        return subscription
 
-    def leave(self, inbox: Inbox) -> None:
-        """End an inbox from this side, and with the last one the subscription."""
-        if inbox.phase is not Phase.ENDED:
-            self._close(inbox, None)
+    def unsubscribe(self, queue: MessageQueue) -> None:
+        """End a queue for the application. The subscription ends with its last queue."""
+        if queue.phase is not QueuePhase.ENDED:
+            self._close(queue, None)
 
-    def crowd(self, inbox: Inbox, message: Message) -> None:
-        """A message has come to a full inbox."""
-        inbox.pressed = True
-        inbox.spilled += len(message.raw) + OVERHEAD
-        self.crowded[inbox] = None
-        if inbox.spilled > SPILL:
-            self.suspend(inbox)
+    def queue_full(self, queue: MessageQueue, message: Message) -> None:
+        """Account for a message that was added to a full queue."""
+        queue.notify_half_empty = True
+        queue.excess_bytes += len(message.raw) + MESSAGE_OVERHEAD
+        self.full_queues[queue] = None
+        if queue.excess_bytes > MAX_EXCESS_BYTES:
+            self.pause_queue(queue)
 
-    def suspend(self, inbox: Inbox) -> None:
-        """Hand a full inbox nothing more; `relieve` has it go on from where it stopped."""
-        self.crowded.pop(inbox, None)
-        feed = self._feeds.get(inbox.pattern)
-        if feed is None or inbox not in feed.inboxes:
+    def pause_queue(self, queue: MessageQueue) -> None:
+        """Add nothing more to a full queue. `queue_drained` resumes it at its cursor."""
+        self.full_queues.pop(queue, None)
+        subscription = self._by_pattern.get(queue.pattern)
+        if subscription is None or queue not in subscription.queues:
             return
-        feed.hearing = tuple(each for each in feed.hearing if each is not inbox)
-        # Where it has been asked for already, it goes on with the answer to that.
-        if inbox.phase is Phase.HELD:
-            inbox.phase = Phase.AWAY
-            if not feed.wanted:
-                self._unsubscribe(feed)
+        subscription.receivers = tuple(each for each in subscription.receivers if each is not queue)
+        # A queue that is already requested again resumes with the reply.
+        if queue.phase is QueuePhase.ACTIVE:
+            queue.phase = QueuePhase.PAUSED
+            if not subscription.has_room:
+                self._send_unsubscribe(subscription)
 
-    def relieve(self, inbox: Inbox) -> None:
-        """The application has taken enough out of an inbox that was full."""
-        inbox.pressed = False
-        inbox.spilled = 0
-        self.crowded.pop(inbox, None)
-        if inbox.phase is Phase.AWAY:
-            inbox.phase = Phase.ASKED
-            self._ask(self._feeds[inbox.pattern])
+    def queue_drained(self, queue: MessageQueue) -> None:
+        """Resume a queue: the application has taken enough of its messages."""
+        queue.notify_half_empty = False
+        queue.excess_bytes = 0
+        self.full_queues.pop(queue, None)
+        if queue.phase is QueuePhase.PAUSED:
+            queue.phase = QueuePhase.REQUESTED
+            self._send_subscribe(self._by_pattern[queue.pattern])
 
-    # Between connections
+    # Changes of the connection
 
-    def resume(self, desk: Desk) -> None:
-        """Another connection is there: ask it to go on where each subscription stands.
+    def resume(self, connection: RequestSender) -> None:
+        """Resume every subscription at its cursor over a new connection.
 
-        One before it, if it is still there, goes on being heard for each until its answer.
+        An older connection that is still open delivers to each of them until the new one has replied.
         """
-        self._desk = desk
-        self._forget_asked()
-        for feed in self._feeds.values():
-            if feed.wanted:
-                self._ask(feed)
+        self._connection = connection
+        self._forget_requests()
+        for subscription in self._by_pattern.values():
+            if subscription.has_room:
+                self._send_subscribe(subscription)
 
-    def lose(self, desk: Desk, lanes: Iterable[Lane]) -> None:
-        """A connection is gone, and its lanes with it. What was heard there waits for the next one."""
-        for lane in lanes:
-            for feed in lane.feeds:
-                for inbox in feed.hearing:
-                    self.crowded.pop(inbox, None)
-                self._unroute(feed)
-        if self._desk is desk:
-            self._desk = None
-            self._forget_asked()
-            for feed in self._feeds.values():
-                for inbox in feed.inboxes:
-                    if inbox.phase is Phase.HELD:
-                        inbox.phase = Phase.ASKED
+    def connection_lost(self, connection: RequestSender, streams: Iterable[IncomingStream]) -> None:
+        """Detach the subscriptions from the streams of a lost connection. They wait for the next one."""
+        for incoming in streams:
+            for subscription in incoming.subscriptions:
+                for queue in subscription.receivers:
+                    self.full_queues.pop(queue, None)
+                self._detach(subscription)
+        if self._connection is connection:
+            self._connection = None
+            self._forget_requests()
+            for subscription in self._by_pattern.values():
+                for queue in subscription.queues:
+                    if queue.phase is QueuePhase.ACTIVE:
+                        queue.phase = QueuePhase.REQUESTED
 
-    def wake(self) -> None:
-        """There will be no further connection, and so say those who are woken."""
-        for feed in self._feeds.values():
-            for inbox in feed.inboxes:
-                inbox.wake()
+    def wake_all(self) -> None:
+        """Wake all waiting tasks, because there will be no further connection. They find that out themselves."""
+        for subscription in self._by_pattern.values():
+            for queue in subscription.queues:
+                queue.wake()
 
-    # What the broker says
+    # Messages of the broker
 
-    def subscribed(self, reply: wire.Subscribed, lane: Lane) -> None:
+    def handle_subscribed(self, reply: wire.Subscribed, incoming: IncomingStream) -> None:
         if reply.epoch is not None:
-            lane.epoch = reply.epoch
-        feed = self._answered(reply.id)
-        if feed is None:
+            incoming.epoch = reply.epoch
+        subscription = self._take_request(reply.id)
+        if subscription is None:
             return
-        self._unroute(feed)
-        feed.lane, feed.live = lane, feed.since is None
-        (lane.routes if feed.live else lane.fresh)[feed.pattern] = feed
-        feed.arrived = reply.seq if feed.since is None else feed.since
-        feed.hearing = tuple(inbox for inbox in feed.covered if inbox.phase is Phase.ASKED)
-        # A replica that is behind sends from `since` on, not from where it is.
-        start = max(reply.seq, feed.arrived) if feed.epoch == lane.epoch else reply.seq
-        for inbox in feed.hearing:
-            inbox.begin(start, lane.epoch)
+        self._detach(subscription)
+        subscription.incoming, subscription.is_live = incoming, subscription.since is None
+        (incoming.routes if subscription.is_live else incoming.not_started)[subscription.pattern] = subscription
+        subscription.received_seq = reply.seq if subscription.since is None else subscription.since
+        subscription.receivers = tuple(q for q in subscription.covered if q.phase is QueuePhase.REQUESTED)
+        # A lagging replica delivers from `since` on, not from its own position.
+        start = max(reply.seq, subscription.received_seq) if subscription.epoch == incoming.epoch else reply.seq
+        for queue in subscription.receivers:
+            queue.start(start, incoming.epoch)
 
-    def unsubscribed(self, reply: wire.Unsubscribed, desk: Desk) -> None:
-        """The broker ends a subscription: as it was asked to, or because its own stream was not read for too long.
+    def handle_unsubscribed(self, reply: wire.Unsubscribed, connection: RequestSender) -> None:
+        """Handle the end of a subscription: requested, or because its own stream was not read for too long.
 
-        One that is still wanted then goes on from where it stands.
+        In the second case the subscription resumes at its cursor.
         """
         if reply.id is not None:
-            self._answered(reply.id)
+            self._take_request(reply.id)
             return
-        feed = self._feeds.get(reply.pattern)
-        if feed is None or not feed.wanted or feed.asked is not None or desk is not self._desk:
+        subscription = self._by_pattern.get(reply.pattern)
+        if subscription is None or not subscription.has_room or subscription.request_id is not None:
             return
-        if feed.lane is None or feed.lane.connection is desk:
-            self._unroute(feed)
-            self._ask(feed)
+        if connection is self._connection and (
+            subscription.incoming is None or subscription.incoming.connection is connection
+        ):
+            self._detach(subscription)
+            self._send_subscribe(subscription)
 
-    def forsake(self, lane: Lane) -> None:
-        """The broker sends nothing more on a stream; `unsubscribed` says what comes of its subscription."""
-        for feed in lane.feeds:
-            self._unroute(feed)
+    def stream_reset(self, incoming: IncomingStream) -> None:
+        """Detach the subscription of a stream that the broker has reset. `unsubscribed` or a reply decides the rest."""
+        for subscription in incoming.subscriptions:
+            self._detach(subscription)
 
-    def end(self, lane: Lane) -> bool:
-        """A stream has ended. True where its subscription has not, and no other one takes its place."""
-        left = lane.feeds
-        self.forsake(lane)
-        return any(feed.asked is None for feed in left)
+    def stream_ended(self, incoming: IncomingStream) -> bool:
+        """Detach the subscription of a stream that has ended. Returns True if it had neither ended nor moved."""
+        left = incoming.subscriptions
+        self.stream_reset(incoming)
+        return any(subscription.request_id is None for subscription in left)
 
-    def refused(self, reply: wire.SubscribeError) -> bool:
-        """A request was refused; false when none is without an answer under this id."""
-        known = reply.id in self._asked
-        feed = self._answered(reply.id)
-        if feed is None:
+    def handle_subscribe_error(self, reply: wire.SubscribeError) -> bool:
+        """Handle the rejection of a request. Returns False if no request without a reply has this id."""
+        known = reply.id in self._requests
+        subscription = self._take_request(reply.id)
+        if subscription is None:
             return known
-        # A `subscribe` that is refused leaves what it was to replace.
-        heard = feed.hearing if feed.lane is not None and feed.lane.connection is self._desk else ()
-        for inbox in heard:
-            inbox.phase = Phase.HELD
-        for inbox in [inbox for inbox in feed.inboxes if inbox.phase is Phase.ASKED]:
-            if inbox.begun and reply.code in RETRYABLE:
-                self._again[feed] = None
+        # A rejected `subscribe` leaves the subscription in place that it was to replace.
+        incoming = subscription.incoming
+        if incoming is not None and incoming.connection is self._connection:
+            for queue in subscription.receivers:
+                queue.phase = QueuePhase.ACTIVE
+        for queue in [queue for queue in subscription.queues if queue.phase is QueuePhase.REQUESTED]:
+            if queue.started and reply.code in RETRYABLE:
+                self._to_retry[subscription] = None
             else:
-                self._close(inbox, Refused(reply.code, reply.message))
-        if feed in self._again:
-            self.doubted()
+                self._close(queue, Refused(reply.code, reply.message))
+        if subscription in self._to_retry:
+            self._on_retry()
         return True
 
     def retry(self) -> None:
-        """Ask again for what could not be taken up."""
-        again, self._again = self._again, {}
-        for feed in again:
-            if feed.asked is None and any(inbox.phase is Phase.ASKED for inbox in feed.inboxes):
-                self._ask(feed)
+        """Send again the `subscribe` requests that the broker could not serve."""
+        again, self._to_retry = self._to_retry, {}
+        for subscription in again:
+            if subscription.request_id is None and self._has_requested(subscription):
+                self._send_subscribe(subscription)
 
-    def revoked(self, reply: wire.Revoked, lane: Lane) -> None:
-        feed = lane.heard(reply.pattern)
-        if feed is not None:
-            if feed.asked is None:
-                # The broker has ended it already.
-                self._unroute(feed)
-            for inbox in list(feed.inboxes):
-                self._close(inbox, Refused(ErrorCode.REVOKED, "the permission was withdrawn"))
+    def handle_revoked(self, reply: wire.Revoked, incoming: IncomingStream) -> None:
+        subscription = incoming.confirm(reply.pattern)
+        if subscription is not None:
+            if subscription.request_id is None:
+                # The broker has already ended it.
+                self._detach(subscription)
+            for queue in list(subscription.queues):
+                self._close(queue, Refused(ErrorCode.REVOKED, "the permission was withdrawn"))
 
-    def live(self, event: wire.Live, lane: Lane) -> None:
-        feed = lane.heard(event.pattern)
-        if feed is None:
+    def handle_live(self, event: wire.Live, incoming: IncomingStream) -> None:
+        subscription = incoming.confirm(event.pattern)
+        if subscription is None:
             return
-        feed.live = True
-        feed.arrived = max(feed.arrived, event.seq)
-        for inbox in feed.hearing:
-            inbox.mark(event, event.seq, lane.epoch)
-        if (
-            lane.connection is self._desk
-            and feed.asked is None
-            and feed not in self._again
-            and any(inbox.phase is Phase.ASKED for inbox in feed.inboxes)
-        ):
-            # The others stand in another epoch.
-            self._ask(feed)
+        subscription.is_live = True
+        subscription.received_seq = max(subscription.received_seq, event.seq)
+        for queue in subscription.receivers:
+            queue.update_cursor(event, event.seq, incoming.epoch)
+        idle = subscription.request_id is None and subscription not in self._to_retry
+        if incoming.connection is self._connection and idle and self._has_requested(subscription):
+            # The other queues are of another epoch.
+            self._send_subscribe(subscription)
 
-    def gap(self, event: wire.Gap, lane: Lane) -> None:
-        feed = lane.heard(event.pattern)
-        if feed is not None:
-            feed.arrived = event.last
-            for inbox in feed.hearing:
-                inbox.gap(event)
+    def handle_gap(self, event: wire.Gap, incoming: IncomingStream) -> None:
+        subscription = incoming.confirm(event.pattern)
+        if subscription is not None:
+            subscription.received_seq = event.last
+            for queue in subscription.receivers:
+                queue.add_gap(event)
 
-    def head(self, event: wire.Head, lane: Lane) -> None:
-        for feed in lane.routes.values():
-            if feed.live:
-                for inbox in feed.hearing:
-                    inbox.mark(event, event.seq, event.epoch)
+    def handle_head(self, event: wire.Head, incoming: IncomingStream) -> None:
+        for subscription in incoming.routes.values():
+            if subscription.is_live:
+                for queue in subscription.receivers:
+                    queue.update_cursor(event, event.seq, event.epoch)
 
     # Helpers
 
-    def _ask(self, feed: Feed) -> None:
-        desk = self._desk
-        if desk is not None:
-            number = self._number()
-            desk.say(feed.ask(number, desk.head, desk.epoch))
-            self._asked[number] = feed
+    def _has_requested(self, subscription: SharedSubscription) -> bool:
+        return any(queue.phase is QueuePhase.REQUESTED for queue in subscription.queues)
 
-    def _unsubscribe(self, feed: Feed) -> None:
-        """Have the broker stop sending, where it does or has been asked to."""
-        desk = self._desk
-        if desk is not None and (feed.asked is not None or (feed.lane is not None and feed.lane.connection is desk)):
-            number = self._number()
-            desk.say(wire.Unsubscribe(feed.pattern, number))
-            self._asked[number] = None
-        feed.asked = None
-        self._unroute(feed)
+    def _send_subscribe(self, subscription: SharedSubscription) -> None:
+        connection = self._connection
+        if connection is not None:
+            number = self._next_id()
+            connection.send_request(subscription.make_subscribe(number, connection.head, connection.epoch))
+            self._requests[number] = subscription
 
-    def _answered(self, number: int | None) -> Feed | None:
-        """Which feed a reply is for: that to the newest `subscribe` of one."""
-        feed = self._asked.pop(number, None) if number is not None else None
-        if feed is None or feed.asked != number:
+    def _send_unsubscribe(self, subscription: SharedSubscription) -> None:
+        """End the subscription at the broker, if the broker has it or was asked for it."""
+        connection, incoming = self._connection, subscription.incoming
+        if connection is not None and (
+            subscription.request_id is not None or (incoming is not None and incoming.connection is connection)
+        ):
+            number = self._next_id()
+            connection.send_request(wire.Unsubscribe(subscription.pattern, number))
+            self._requests[number] = None
+        subscription.request_id = None
+        self._detach(subscription)
+
+    def _take_request(self, number: int | None) -> SharedSubscription | None:
+        """Take the subscription to which a reply belongs, if it is the reply to its newest `subscribe`."""
+        subscription = self._requests.pop(number, None) if number is not None else None
+        if subscription is None or subscription.request_id != number:
             return None
-        feed.asked = None
-        return feed
+        subscription.request_id = None
+        return subscription
 
-    def _forget_asked(self) -> None:
-        """There is no answer to come from a connection that another one follows."""
-        self._asked.clear()
-        self._again.clear()
-        for feed in self._feeds.values():
-            feed.asked = None
+    def _forget_requests(self) -> None:
+        """Forget the requests of a connection that has a successor: their replies do not count."""
+        self._requests.clear()
+        self._to_retry.clear()
+        for subscription in self._by_pattern.values():
+            subscription.request_id = None
 
-    def _close(self, inbox: Inbox, ending: Refused | None) -> None:
-        self.crowded.pop(inbox, None)
-        feed = self._feeds[inbox.pattern]
-        wanted = feed.wanted
-        del feed.inboxes[inbox]
-        feed.hearing = tuple(each for each in feed.hearing if each is not inbox)
-        if wanted and not feed.wanted:
-            self._unsubscribe(feed)
-        if not feed.inboxes:
-            del self._feeds[inbox.pattern]
-            self._again.pop(feed, None)
-        inbox.end(ending)
+    def _close(self, queue: MessageQueue, error: Refused | None) -> None:
+        self.full_queues.pop(queue, None)
+        subscription = self._by_pattern[queue.pattern]
+        had_room = subscription.has_room
+        del subscription.queues[queue]
+        subscription.receivers = tuple(each for each in subscription.receivers if each is not queue)
+        if had_room and not subscription.has_room:
+            self._send_unsubscribe(subscription)
+        if not subscription.queues:
+            del self._by_pattern[queue.pattern]
+            self._to_retry.pop(subscription, None)
+        queue.end(error)
 
-    def _unroute(self, feed: Feed) -> None:
-        lane, feed.lane = feed.lane, None
-        feed.hearing = ()
-        if lane is not None:
-            for routes in (lane.routes, lane.fresh):
-                if routes.get(feed.pattern) is feed:
-                    del routes[feed.pattern]
-
-
-def _nobody() -> None:
-    pass
+    def _detach(self, subscription: SharedSubscription) -> None:
+        incoming, subscription.incoming = subscription.incoming, None
+        subscription.receivers = ()
+        if incoming is not None:
+            for routes in (incoming.routes, incoming.not_started):
+                if routes.get(subscription.pattern) is subscription:
+                    del routes[subscription.pattern]

@@ -1,53 +1,56 @@
-"""What the client needs of a connection, and how one is opened."""
+"""The interface of a transport: what the client needs of a WebSocket or a WebTransport session."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-MAIN = 0
-"""The stream on which both sides speak."""
+MAIN_STREAM = 0
+"""The stream that carries messages both ways."""
 
 DATAGRAM = -1
-"""In the place of a stream: a datagram, which is whole."""
+"""In place of a stream number: a whole datagram."""
 
 
 class Chunk(NamedTuple):
-    """Bytes as they came, cut anywhere; their stream; whether they are its last, or it was reset and has no last."""
+    """Received bytes, split anywhere, and their stream.
+
+    `ended`: these are the last bytes of the stream. `reset`: the broker has reset the stream.
+    """
 
     data: bytes
-    stream: int = MAIN
+    stream: int = MAIN_STREAM
     ended: bool = False
     reset: bool = False
 
 
 class Transport(Protocol):
-    """A connection that carries whole JSON objects, one after another, both ways.
+    """A connection that carries JSON objects both ways.
 
-    From the broker there may come more than one stream of them. One task sends and one receives at a time. Both raise
-    `Disconnected`, with the closing code where the broker gave one; neither can be used after that.
+    The broker may send several streams of them. One task sends and one receives at a time. Both raise `Disconnected`,
+    with the close code if the broker sent one, and neither can be used after that.
     """
 
     @property
     def kind(self) -> str:
-        """What it is: "websocket" or "webtransport"."""
+        """The kind of transport: "websocket" or "webtransport"."""
 
     @property
     def pending(self) -> bool:
-        """Whether the transport has something of its own to send; `send(b"")` sends it."""
+        """Whether the transport itself has something to send, such as a pong. `send(b"")` sends it."""
 
     async def send(self, data: bytes) -> None:
-        """Send whole objects together. If it is cancelled, some of it may be on its way: only `aclose` may follow."""
+        """Send whole objects together. After a cancellation, part of them may be sent: only `aclose` may follow."""
 
     async def receive(self) -> Chunk:
-        """The next bytes; none where there is only something `pending` now. Cancelling it loses none."""
+        """Return the next bytes, or no bytes if only something is `pending` now. Cancelling it loses nothing."""
 
     async def aclose(self, code: int = 1000, reason: str = "") -> None:
-        """Say goodbye, for two seconds at most, and close. When it is cancelled, it closes without a goodbye."""
+        """Close, after a close handshake of at most two seconds. Cancelling it closes without the handshake."""
 
 
 @runtime_checkable
-class Driven(Protocol):
+class DrivenTransport(Protocol):
     """A transport that needs a task of its own."""
 
     async def run(self) -> None:
-        """What is to be running from the moment that it is open; ends by itself after `aclose`. May be cancelled."""
+        """Run while the transport is open. Ends by itself after `aclose`. Safe to cancel."""

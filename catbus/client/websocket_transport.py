@@ -1,4 +1,4 @@
-"""The client's end of a WebSocket: wsproto over an anyio stream."""
+"""The WebSocket transport: wsproto over an anyio stream."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from wsproto.events import (
 from wsproto.utilities import RemoteProtocolError
 
 from ..errors import Disconnected
-from .broker_address import Address
-from .happy_eyeballs import names_of
+from .broker_address import BrokerAddress
+from .happy_eyeballs import names_to_resolve
 from .transport_interface import Chunk
 
-GOODBYE = 2.0
-"""How long, in seconds, the broker has to answer our Close."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds that the broker has to answer a Close frame."""
 
-CHUNK = 65_536
+RECEIVE_SIZE = 65_536
 
 STREAM_ERRORS = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)
 
 
-class WebSocket:
-    """A `Transport`. The handshake has been made."""
+class WebSocketTransport:
+    """A `Transport` over a stream on which the opening handshake has succeeded."""
 
     kind = "websocket"
 
     def __init__(self, stream: anyio.abc.ByteStream, connection: WSConnection) -> None:
         self.binary = False
-        """Send binary messages: their pieces need not be whole characters."""
+        """Send binary messages, which may be split within a character."""
         self._stream = stream
         self._connection = connection
         self._ping: Ping | None = None
         self._unread = True
         self._end: Disconnected | None = None
         self._reply: CloseConnection | None = None
-        self._torn = False
+        self._frame_incomplete = False
         self._closed = False
 
     @property
@@ -63,24 +63,24 @@ class WebSocket:
             self._ping = None
         if data:
             frames += self._connection.send(BytesMessage(data) if self.binary else TextMessage(data.decode()))
-        # Until all of it is out, nothing else can follow without being mixed into a frame.
-        self._torn = True
+        # If this is cancelled, only part of a frame may be sent, and no frame can follow it.
+        self._frame_incomplete = True
         try:
             await self._stream.send(frames)
         except STREAM_ERRORS as error:
             raise Disconnected(f"the connection was lost: {describe(error)}") from error
-        self._torn = False
+        self._frame_incomplete = False
 
     async def receive(self) -> Chunk:
         while True:
             if self._unread:
-                # The first bytes may have come with the answer to the handshake.
+                # The first bytes may have arrived with the response to the handshake.
                 self._unread = False
             elif self._end is not None:
                 raise self._end
             else:
-                await self._fill()
-            data = self._read()
+                await self._receive_bytes()
+            data = self._process_events()
             if data or self.pending:
                 return Chunk(data)
 
@@ -89,32 +89,33 @@ class WebSocket:
             return
         self._closed = True
         try:
-            if not self._torn:
-                with anyio.move_on_after(GOODBYE):
-                    await self._say_goodbye(self._reply or CloseConnection(code, reason))
+            if not self._frame_incomplete:
+                with anyio.move_on_after(CLOSE_TIMEOUT):
+                    await self._close_handshake(self._reply or CloseConnection(code, reason))
         finally:
             await anyio.aclose_forcefully(self._stream)
 
-    async def _say_goodbye(self, goodbye: CloseConnection) -> None:
+    async def _close_handshake(self, close_frame: CloseConnection) -> None:
         try:
-            await self._stream.send(self._connection.send(goodbye))
-            # Closed with something unread, a socket takes back what it has sent: read until the broker has heard us.
+            await self._stream.send(self._connection.send(close_frame))
+            # A socket that is closed with unread data resets the connection, and the Close frame may be lost. So read
+            # until the broker has closed.
             while self._end is None:
-                await self._fill()
-                self._read()
+                await self._receive_bytes()
+                self._process_events()
         except (*STREAM_ERRORS, Disconnected):
             pass
 
-    async def _fill(self) -> None:
+    async def _receive_bytes(self) -> None:
         try:
-            self._connection.receive_data(await self._stream.receive(CHUNK))
+            self._connection.receive_data(await self._stream.receive(RECEIVE_SIZE))
         except anyio.EndOfStream:
-            raise Disconnected("the broker ended the connection without a word") from None
+            raise Disconnected("the broker ended the connection without a Close frame") from None
         except STREAM_ERRORS as error:
             raise Disconnected(f"the connection was lost: {describe(error)}") from error
 
-    def _read(self) -> bytes:
-        """What wsproto makes of what it has been given. Text arrives in the pieces that the network made of it."""
+    def _process_events(self) -> bytes:
+        """Process the events of wsproto and return the data of messages. A message may come in several pieces."""
         parts = []
         for event in self._connection.events():
             match event:
@@ -123,38 +124,38 @@ class WebSocket:
                 case BytesMessage():
                     parts.append(bytes(event.data))
                 case Ping():
-                    # Only the last one needs an answer, and one is all that we keep.
+                    # Only the last ping needs a pong, so one is enough memory.
                     self._ping = event
                 case CloseConnection():
                     self._reply = event.response()
                     if self._connection.state is ConnectionState.OPEN:
-                        # wsproto's own verdict, in the form of a Close.
-                        self._end = Disconnected(f"what the broker sent is no WebSocket: {event.reason}")
+                        # wsproto reports a protocol error in the form of a Close.
+                        self._end = Disconnected(f"the broker violated the WebSocket protocol: {event.reason}")
                     else:
                         reason = event.reason or "no reason given"
                         self._end = Disconnected(f"the broker closed the connection: {reason}", int(event.code))
         return b"".join(parts)
 
 
-async def open_websocket(address: Address, ssl_context: ssl.SSLContext | None = None) -> WebSocket:
-    """Connect and make the handshake. Raises `Disconnected`. Cancelling it leaves nothing open."""
+async def open_websocket(address: BrokerAddress, ssl_context: ssl.SSLContext | None = None) -> WebSocketTransport:
+    """Connect, and perform the opening handshake. Raises `Disconnected`. Cancelling it leaves nothing open."""
     try:
         stream = await _connect(address, ssl_context)
     except STREAM_ERRORS as error:
         raise Disconnected(f"cannot connect to {address.url}: {describe(error)}") from error
     try:
-        return await shake_hands(stream, address)
+        return await perform_handshake(stream, address)
     except BaseException:
         await anyio.aclose_forcefully(stream)
         raise
 
 
-async def _connect(address: Address, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
+async def _connect(address: BrokerAddress, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
     if address.socket is not None:
         return await anyio.connect_unix(address.socket)
-    *others, last = names_of(address.host)
+    *others, last = names_to_resolve(address.host)
     for name in others:
-        # This machine refuses at once, so there is no need to try them beside each other, as anyio does for a name.
+        # A loopback address refuses at once, so attempts one after another are fast enough.
         try:
             return await _connect_to(name, address, ssl_context)
         except ssl.SSLError:
@@ -164,9 +165,9 @@ async def _connect(address: Address, ssl_context: ssl.SSLContext | None) -> anyi
     return await _connect_to(last, address, ssl_context)
 
 
-async def _connect_to(name: str, address: Address, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
+async def _connect_to(name: str, address: BrokerAddress, ssl_context: ssl.SSLContext | None) -> anyio.abc.ByteStream:
     if address.secure:
-        # WebSocket says goodbye for itself; TLS's own goodbye is left out, as with HTTPS.
+        # WebSocket has its own close handshake, so the one of TLS is left out, as with HTTPS.
         return await anyio.connect_tcp(
             name,
             address.port,
@@ -178,26 +179,26 @@ async def _connect_to(name: str, address: Address, ssl_context: ssl.SSLContext |
     return await anyio.connect_tcp(name, address.port)
 
 
-async def shake_hands(stream: anyio.abc.ByteStream, address: Address) -> WebSocket:
-    """Turn a fresh stream into a WebSocket. Raises `Disconnected`; the stream stays the caller's then."""
+async def perform_handshake(stream: anyio.abc.ByteStream, address: BrokerAddress) -> WebSocketTransport:
+    """Perform the opening handshake on a new stream. If it raises `Disconnected`, the caller closes the stream."""
     connection = WSConnection(ConnectionType.CLIENT)
     try:
         await stream.send(connection.send(Request(host=address.authority, target=address.target)))
         while True:
-            connection.receive_data(await stream.receive(CHUNK))
+            connection.receive_data(await stream.receive(RECEIVE_SIZE))
             for event in connection.events():
                 if isinstance(event, AcceptConnection):
-                    return WebSocket(stream, connection)
+                    return WebSocketTransport(stream, connection)
                 if isinstance(event, RejectConnection):
-                    raise Disconnected(f"{address.url} is no WebSocket: HTTP status {event.status_code}")
+                    raise Disconnected(f"{address.url} rejected the handshake: HTTP status {event.status_code}")
     except RemoteProtocolError as error:
-        raise Disconnected(f"{address.url} is no WebSocket: {error}") from error
+        raise Disconnected(f"{address.url} is not a WebSocket endpoint: {error}") from error
     except STREAM_ERRORS as error:
         raise Disconnected(f"{address.url} ended the connection during the handshake") from error
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, in the system's words."""
+    """Describe an error in the words of the operating system."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

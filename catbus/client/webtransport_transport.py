@@ -1,4 +1,4 @@
-"""The client's end of WebTransport: one stream of one session on a QUIC connection of its own."""
+"""The WebTransport transport: one session with one bidirectional stream, on its own QUIC connection."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ from ..webtransport import (
     client_configuration,
 )
 from ..webtransport.quic_configuration import CLIENT_LIMITS
-from .broker_address import Address, is_pem
-from .happy_eyeballs import look_up, race
-from .signals import Bell
-from .transport_interface import DATAGRAM, MAIN, Chunk
+from .broker_address import BrokerAddress, is_pem
+from .happy_eyeballs import race, resolve_host
+from .signals import Signal
+from .transport_interface import DATAGRAM, MAIN_STREAM, Chunk
 
-GOODBYE = 2.0
-"""How long, in seconds, what has been sent and our closing code have to arrive."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for the delivery of the sent data and the close code."""
 
-PING = 20.0
-"""Seconds between pings of QUIC, which keep the connection and the address translators in between awake."""
+PING_INTERVAL = 20.0
+"""Seconds between QUIC pings, which keep the connection and the address translators on its path alive."""
 
-LAST_WORDS = 1.0
-"""How long, in seconds, a stream that has ended waits for the closing code of its session."""
+CLOSE_CODE_TIMEOUT = 1.0
+"""Seconds that the close code of a session may arrive after the end of its stream."""
 
-LIMITS = replace(CLIENT_LIMITS, session_timeout=60.0, close_timeout=GOODBYE / 2.5)
-"""Whoever connects limits the opening; the two steps of the closing fit into `GOODBYE`."""
+QUIC_LIMITS = replace(CLIENT_LIMITS, session_timeout=60.0, close_timeout=CLOSE_TIMEOUT / 2.5)
+"""The caller limits the time for opening. The two steps of closing fit into `CLOSE_TIMEOUT`."""
 
-BATCH = 64
-"""How many datagrams are read before what they set off is sent."""
+MAX_DATAGRAMS_PER_READ = 64
+"""Datagrams that are read before the replies to them are sent."""
 
-DATAGRAMS = 256
-"""How many datagrams may wait to be received; what comes beyond that is dropped."""
+MAX_QUEUED_DATAGRAMS = 256
+"""WebTransport datagrams that may wait for `receive`. Further ones are dropped."""
 
-LARGEST = 65_536
+MAX_DATAGRAM_SIZE = 65_536
 SOCKET_BUFFER = 1024 * 1024
 
 _SERVER_UNIDIRECTIONAL = 3
-"""What the number of such a stream leaves when divided by 4 (RFC 9000 section 2.1)."""
+"""The remainder of such a stream's number when divided by 4 (RFC 9000, section 2.1)."""
 
 
-class WebTransport:
-    """A `Transport`, and `Driven`: `run` carries the datagrams. `open_webtransport` makes one whose session is open.
+class WebTransportTransport:
+    """A `DrivenTransport`: `run` carries the datagrams. `open_webtransport` makes one whose session is open.
 
-    Nothing waits while it holds half a change, so being cancelled leaves everything as it was.
+    No method waits in the middle of a change, so each is safe to cancel.
     """
 
     kind = "webtransport"
@@ -78,26 +78,26 @@ class WebTransport:
         self._stream: int | None = None
         self._received: deque[Chunk] = deque()
         self._datagrams = 0
-        self._readable = Bell()
-        self._writable = Bell()
+        self._readable = Signal()
+        self._writable = Signal()
         self._end: Disconnected | None = None
         self._lost = anyio.Event()
-        self._next_ping = anyio.current_time() + PING
-        self._hung_up: float | None = None
+        self._next_ping = anyio.current_time() + PING_INTERVAL
+        self._stream_ended_at: float | None = None
         self._driver: anyio.CancelScope | None = None
-        self._nap: anyio.CancelScope | None = None
+        self._wait_scope: anyio.CancelScope | None = None
         self._closing = False
         self._closed = False
 
     async def run(self) -> None:
         """Carry datagrams both ways until the connection is lost or closed. One task at a time."""
-        # Whoever closes it before this has begun sees to the rest.
+        # If it was closed before this task began, `aclose` does the rest.
         if not self._closing:
-            await self._drive(lambda: False)
+            await self._run_until(lambda: False)
 
     async def open(self) -> None:
         """Wait until the session is open. Raises `Disconnected`."""
-        await self._drive(lambda: self._stream is not None or self._end is not None)
+        await self._run_until(lambda: self._stream is not None or self._end is not None)
         self._check()
 
     async def send(self, data: bytes) -> None:
@@ -122,7 +122,7 @@ class WebTransport:
             while received and received[0].stream == chunk.stream:
                 parts.append((chunk := received.popleft()).data)
             chunk = chunk._replace(data=b"".join(parts))
-        stream = self._stream if chunk.stream == MAIN else chunk.stream
+        stream = self._stream if chunk.stream == MAIN_STREAM else chunk.stream
         assert stream is not None
         self._connection.consumed(stream, len(chunk.data))
         self._flush()
@@ -136,13 +136,13 @@ class WebTransport:
         try:
             if self._connection.close_session(code, reason, anyio.current_time()):
                 self._flush()
-                with anyio.move_on_after(GOODBYE):
-                    await (self._drive(lambda: False) if self._driver is None else self._lost.wait())
+                with anyio.move_on_after(CLOSE_TIMEOUT):
+                    await (self._run_until(lambda: False) if self._driver is None else self._lost.wait())
         finally:
-            self.abandon()
+            self.abort()
 
-    def abandon(self) -> None:
-        """Close at once; all that the peer hears is that nobody is here any more."""
+    def abort(self) -> None:
+        """Close at once. The peer receives only the close of the QUIC connection."""
         self._closing = True
         if self._closed:
             return
@@ -152,60 +152,60 @@ class WebTransport:
         if self._driver is None:
             self._socket.close()
         else:
-            # Nobody may be waiting for a socket that is closed: the driver closes it on leaving.
+            # A socket must not be closed while a task waits for it, so the driver closes it on leaving.
             self._driver.cancel()
 
     # Sending and receiving datagrams
 
-    async def _drive(self, enough: Callable[[], bool]) -> None:
+    async def _run_until(self, enough: Callable[[], bool]) -> None:
         try:
             with anyio.CancelScope() as self._driver:
                 self._flush()
                 while not enough() and not self._lost.is_set():
-                    with anyio.CancelScope(deadline=self._next()) as self._nap:
+                    with anyio.CancelScope(deadline=self._next_timeout()) as self._wait_scope:
                         await anyio.wait_readable(self._socket)
-                    self._nap = None
-                    self._fill()
-                    self._tick()
+                    self._wait_scope = None
+                    self._receive_datagrams()
+                    self._handle_timers()
                     self._flush()
         finally:
-            self._nap = None
+            self._wait_scope = None
             self._driver = None
             if self._closed:
                 self._socket.close()
 
-    def _next(self) -> float:
-        """When there is something to do even if no datagram comes."""
-        times = (self._connection.timer, self._next_ping, self._hung_up)
+    def _next_timeout(self) -> float:
+        """Return when the next timer expires."""
+        times = (self._connection.timer, self._next_ping, self._stream_ended_at)
         return min(time for time in times if time is not None)
 
-    def _fill(self) -> None:
-        """Take what the socket has, up to a batch."""
-        for _ in range(BATCH):
+    def _receive_datagrams(self) -> None:
+        """Read datagrams from the socket, up to a limit."""
+        for _ in range(MAX_DATAGRAMS_PER_READ):
             try:
-                data = self._socket.recv(LARGEST)
+                data = self._socket.recv(MAX_DATAGRAM_SIZE)
             except BlockingIOError:
                 return
             except OSError as error:
-                self._troubled(error)
+                self._socket_error(error)
                 return
             self._connection.receive_datagram(data, self._peer, anyio.current_time())
 
-    def _tick(self) -> None:
-        """Do what is due."""
+    def _handle_timers(self) -> None:
+        """Handle the timers that have expired."""
         now = anyio.current_time()
         timer = self._connection.timer
         if timer is not None and timer <= now:
             self._connection.handle_timer(now)
         if self._next_ping <= now:
-            self._next_ping = now + PING
+            self._next_ping = now + PING_INTERVAL
             self._connection.ping()
-        if self._hung_up is not None and self._hung_up <= now:
-            self._hung_up = None
-            self._fail("the broker ended its stream without a word")
+        if self._stream_ended_at is not None and self._stream_ended_at <= now:
+            self._stream_ended_at = None
+            self._fail("the broker ended its stream without a close code")
 
     def _flush(self) -> None:
-        """Send what there is to send, without waiting: what the socket has no room for is lost, and QUIC repeats it."""
+        """Send without waiting, and handle events. QUIC repeats what the socket has no room for."""
         if self._closed:
             return
         for data, _ in self._connection.datagrams_to_send(anyio.current_time()):
@@ -214,16 +214,16 @@ class WebTransport:
             except BlockingIOError:
                 continue
             except OSError as error:
-                self._troubled(error)
+                self._socket_error(error)
         for event in self._connection.events():
             self._handle(event)
         if self._end is not None or (self._stream is not None and self._connection.writable(self._stream)):
-            self._writable.ring()
-        if self._nap is not None:
-            self._nap.deadline = self._next()
+            self._writable.notify()
+        if self._wait_scope is not None:
+            self._wait_scope.deadline = self._next_timeout()
 
-    def _troubled(self, error: OSError) -> None:
-        """The network's word that nobody is there. It can be forged or pass, so an open session goes by its silence."""
+    def _socket_error(self, error: OSError) -> None:
+        """Handle an error from the network. It can be forged or transient, so it does not end an open session."""
         if self._stream is None:
             self._fail(_no_connection(self._url, error), cause=error)
 
@@ -234,30 +234,30 @@ class WebTransport:
             case SessionOpened():
                 self._stream = self._connection.open_stream(bidirectional=True)
                 if self._stream is None:
-                    self._fail(f"{self._url} lets us open no stream")
+                    self._fail(f"{self._url} permits no stream")
                 else:
                     self._flush()
             case SessionRefused():
-                self._fail(f"{self._url} refused the session: HTTP status {event.status}")
+                self._fail(f"{self._url} rejected the session: HTTP status {event.status}")
             case StreamData() if event.stream == self._stream:
                 if event.data:
-                    self._take(Chunk(event.data))
+                    self._queue_chunk(Chunk(event.data))
                 if event.ended:
-                    self._hang_up()
+                    self._stream_ended()
             case StreamReset() | StreamStopped() if event.stream == self._stream:
-                self._hang_up()
+                self._stream_ended()
             case StreamData() if event.stream % 4 == _SERVER_UNIDIRECTIONAL:
-                self._take(Chunk(event.data, event.stream, event.ended))
+                self._queue_chunk(Chunk(event.data, event.stream, event.ended))
             case StreamData():
                 self._connection.stop_sending(event.stream, 0)
                 self._connection.reset(event.stream, 0)
             case StreamReset() if event.stream % 4 == _SERVER_UNIDIRECTIONAL:
-                self._take(Chunk(b"", event.stream, reset=True))
-            case Datagram() if self._datagrams < DATAGRAMS:
+                self._queue_chunk(Chunk(b"", event.stream, reset=True))
+            case Datagram() if self._datagrams < MAX_QUEUED_DATAGRAMS:
                 self._datagrams += 1
-                self._take(Chunk(event.data, DATAGRAM))
+                self._queue_chunk(Chunk(event.data, DATAGRAM))
             case SessionClosed(code=None):
-                self._fail("the broker broke off the session")
+                self._fail("the broker reset the session")
             case SessionClosed():
                 reason = event.reason or "no reason given"
                 self._fail(f"the broker closed the connection: {reason}", event.code)
@@ -265,14 +265,14 @@ class WebTransport:
                 self._lost.set()
                 self._fail(self._describe(event.reason), cause=event.fault)
 
-    def _take(self, chunk: Chunk) -> None:
+    def _queue_chunk(self, chunk: Chunk) -> None:
         self._received.append(chunk)
-        self._readable.ring()
+        self._readable.notify()
 
-    def _hang_up(self) -> None:
-        """The stream ends a moment before its session does, which says why."""
-        if self._hung_up is None:
-            self._hung_up = anyio.current_time() + LAST_WORDS
+    def _stream_ended(self) -> None:
+        """Wait for the close code: the stream ends shortly before its session."""
+        if self._stream_ended_at is None:
+            self._stream_ended_at = anyio.current_time() + CLOSE_CODE_TIMEOUT
 
     def _describe(self, reason: str) -> str:
         if self._stream is not None:
@@ -286,7 +286,7 @@ class WebTransport:
             )
         return f"cannot connect to {self._url}: {reason}"
 
-    # Inside
+    # Helpers
 
     def _send(self, data: bytes) -> bool:
         if self._stream is None or not self._connection.send(self._stream, data):
@@ -295,13 +295,13 @@ class WebTransport:
         return True
 
     def _fail(self, message: str, code: int | None = None, cause: Exception | None = None) -> None:
-        """Nothing more can be sent, or received beyond what is there. The first reason stands."""
+        """End the connection for `send`, and for `receive` once its data is taken. The first reason counts."""
         if self._end is None:
             self._end = Disconnected(message, code)
             self._end.__cause__ = cause
-            self._hung_up = None
-            self._readable.ring()
-            self._writable.ring()
+            self._stream_ended_at = None
+            self._readable.notify()
+            self._writable.notify()
 
     def _check(self) -> None:
         if self._end is not None:
@@ -309,32 +309,34 @@ class WebTransport:
 
 
 def make_configuration(
-    address: Address, ca: str | os.PathLike[str] | None = None, certificate_hash: bytes | None = None
+    address: BrokerAddress, ca: str | os.PathLike[str] | None = None, certificate_hash: bytes | None = None
 ) -> WebTransportConfiguration:
-    """Verify against the usual authorities, or those in `ca`, PEM or a file of it, or only by the certificate's hash.
+    """Make a configuration that verifies by the usual authorities, by `ca` (PEM or a file), or only by a hash.
 
     Raises `OSError` and `ConfigError`.
     """
-    # A file that is not there is the caller's OSError, as it is for wss://.
+    # A missing file is an OSError for the caller, as with wss://.
     pem = None if ca is None else str(ca) if is_pem(ca) else Path(ca).read_bytes()
     name = address.host if ":" in address.host else address.host.encode("idna").decode()
-    return client_configuration(name, ca=pem, certificate_hash=certificate_hash, limits=LIMITS)
+    return client_configuration(name, ca=pem, certificate_hash=certificate_hash, limits=QUIC_LIMITS)
 
 
-async def open_webtransport(address: Address, configuration: WebTransportConfiguration) -> WebTransport:
-    """Open a session at the first of the host's addresses that answers. Raises `Disconnected`.
+async def open_webtransport(address: BrokerAddress, configuration: WebTransportConfiguration) -> WebTransportTransport:
+    """Open a session at the first address of the host that answers. Raises `Disconnected`.
 
     Cancelling it leaves nothing open.
     """
     try:
-        places = await look_up(address.host, address.port)
+        places = await resolve_host(address.host, address.port)
     except OSError as error:
         raise Disconnected(_no_connection(address.url, error)) from error
     attempts = [partial(_open, address, configuration, family, where) for family, where in places]
-    return await race(attempts, WebTransport.abandon)
+    return await race(attempts, WebTransportTransport.abort)
 
 
-async def _open(address: Address, configuration: WebTransportConfiguration, family: int, where: Any) -> WebTransport:
+async def _open(
+    address: BrokerAddress, configuration: WebTransportConfiguration, family: int, where: Any
+) -> WebTransportTransport:
     try:
         udp = _connect(family, where)
     except OSError as error:
@@ -343,17 +345,17 @@ async def _open(address: Address, configuration: WebTransportConfiguration, fami
     connection = WebTransportConnection.client(
         configuration, where, now, authority=address.authority, path=address.target
     )
-    transport = WebTransport(address.url, connection, where, udp)
+    transport = WebTransportTransport(address.url, connection, where, udp)
     try:
         await transport.open()
     except BaseException:
-        transport.abandon()
+        transport.abort()
         raise
     return transport
 
 
 def _connect(family: int, where: Any) -> socket.socket:
-    """A socket that hears only from there, and of its absence. Waits for nothing."""
+    """Make a connected socket, which receives only from that address, and ICMP errors about it. Does not wait."""
     udp = socket.socket(family, socket.SOCK_DGRAM)
     try:
         udp.setblocking(False)

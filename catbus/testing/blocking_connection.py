@@ -18,7 +18,7 @@ import trio
 
 from ..client import Transport
 from ..client.broker_address import make_ssl_context, parse_address
-from ..client.transport_interface import DATAGRAM, Driven
+from ..client.transport_interface import DATAGRAM, DrivenTransport
 from ..client.websocket_transport import open_websocket
 from ..errors import Disconnected, PeerError
 from ..protocol.json_splitter import JsonSplitter
@@ -100,7 +100,7 @@ class ThreadedConnection:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            if isinstance(self._transport, Driven):
+            if isinstance(self._transport, DrivenTransport):
                 nursery.start_soon(self._transport.run)
             nursery.start_soon(self._read)
             with self._to_send:

@@ -19,7 +19,7 @@ from ..broker import Broker, open_broker
 from ..client import Bus
 from ..client.broker_address import parse_address
 from ..client.bus_factory import open_bus
-from ..client.websocket_transport import WebSocket, shake_hands
+from ..client.websocket_transport import WebSocketTransport, perform_handshake
 from ..config import AuthSettings, Config, DatabaseSettings
 from ..endpoints.connection_registry import ConnectionRegistry
 from ..endpoints.http.http_connection import serve_http_connection
@@ -55,7 +55,7 @@ class TestBroker:
         """Open a client as `catbus.connect` does, by default with a token for everything. The options are the same."""
         return open_bus(self.dial, token=token or self.token(), **options)
 
-    async def dial(self) -> WebSocket:
+    async def dial(self) -> WebSocketTransport:
         """Open a connection without authenticating. Raises `Disconnected` while the broker is unreachable."""
         await trio.lowlevel.checkpoint()
         if not self.reachable:
@@ -64,7 +64,7 @@ class TestBroker:
         self._nursery.start_soon(self._serve, far)
         stream = _ClientStream(near, self._streams)
         try:
-            return await shake_hands(stream, ADDRESS)
+            return await perform_handshake(stream, ADDRESS)
         except BaseException:
             await anyio.aclose_forcefully(stream)
             raise

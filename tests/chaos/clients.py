@@ -28,7 +28,7 @@ from catbus.client import (
     Transport,
     open_bus,
 )
-from catbus.client.transport_interface import MAIN, Driven
+from catbus.client.transport_interface import MAIN_STREAM, DrivenTransport
 from catbus.errors import ErrorCode, PeerError
 from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS
 from catbus.protocol.json_splitter import JsonSplitter
@@ -330,7 +330,7 @@ class RawClient(LoadClient):
             try:
                 transport = await self.dial()
                 async with trio.open_nursery() as nursery:
-                    if isinstance(transport, Driven):
+                    if isinstance(transport, DrivenTransport):
                         nursery.start_soon(transport.run)
                     try:
                         await self._run_session(transport)
@@ -352,7 +352,7 @@ class RawClient(LoadClient):
             with trio.move_on_after(0.5) as limit:
                 chunk = await transport.receive()
                 silent = 0
-                for message in objects.feed(chunk.data) if chunk.stream == MAIN else [_decode(chunk.data)]:
+                for message in objects.feed(chunk.data) if chunk.stream == MAIN_STREAM else [_decode(chunk.data)]:
                     assert not isinstance(message, PeerError), message
                     request = self._handle(message)
                     if request is not None:

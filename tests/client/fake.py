@@ -118,7 +118,7 @@ class WebSocketPeer(Peer):
         self.connection = WSConnection(ConnectionType.SERVER)
         self.target = ""
 
-    async def shake_hands(self) -> None:
+    async def perform_handshake(self) -> None:
         while True:
             await self.fill()
             for event in self.connection.events():
@@ -219,7 +219,7 @@ class Pipe:
         try:
             item = await self._inbound.receive()
         except anyio.EndOfStream:
-            raise Disconnected("the broker ended the connection without a word") from None
+            raise Disconnected("the broker ended the connection without a Close frame") from None
         if isinstance(item, Disconnected):
             raise item
         return Chunk(item)
@@ -246,14 +246,14 @@ async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
 
-    async def shake_hands_first(peer: Peer) -> None:
+    async def handshake_first(peer: Peer) -> None:
         assert isinstance(peer, WebSocketPeer)
-        await peer.shake_hands()
+        await peer.perform_handshake()
         await script(peer)
 
     async def handle(stream: anyio.abc.SocketStream) -> None:
         async with stream:
-            await play(shake_hands_first if handshake else script, WebSocketPeer(stream))
+            await play(handshake_first if handshake else script, WebSocketPeer(stream))
 
     with anyio.fail_after(LIMIT):
         async with listener, anyio.create_task_group() as tasks:

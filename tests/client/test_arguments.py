@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client import Bus, connect
-from catbus.client.argument_checks import check_integer, check_place, check_text, encode_cursor
+from catbus.client.argument_checks import check_integer, check_position, check_text, encode_cursor
 from catbus.errors import Refused
 from tests.client.fake import Honest, talk_to
 
@@ -104,13 +104,13 @@ async def test_wrong_argument_of_connect_is_named(name: str, options: dict[str, 
 
 @given(st.integers(0, 2**63 - 1), st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=60))
 def test_cursor_is_read_as_it_was_written(seq: int, epoch: str) -> None:
-    assert check_place("since", encode_cursor(seq, epoch)) == (seq, epoch)
+    assert check_position("since", encode_cursor(seq, epoch)) == (seq, epoch)
 
 
 @given(st.text() | st.integers() | st.floats() | st.none() | st.binary())
 def test_any_place_is_understood_or_refused(value: object) -> None:
     try:
-        seq, _ = check_place("since", value)
+        seq, _ = check_position("since", value)
     except (TypeError, ValueError):
         seq = None
     assert seq is None or 0 <= seq < 2**63

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
-from catbus.client.token_renewal import find_expiry, until_renewal
+from catbus.client.token_renewal import find_expiry, renewal_delay
 
 SECRET = "a secret that is long enough for a JWT"
 
@@ -35,7 +35,7 @@ def test_tokens_that_say_when_they_end() -> None:
 )
 def test_tokens_that_do_not(token: str) -> None:
     assert find_expiry(token) is None
-    assert until_renewal(token, 0) is None
+    assert renewal_delay(token, 0) is None
 
 
 @given(st.text())
@@ -49,7 +49,7 @@ def test_any_text_may_be_a_token(token: str) -> None:
 )
 def test_the_next_one_is_asked_for_in_time(left: float, pause: float) -> None:
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)
-    assert until_renewal(token, 2_000_000_000 - left) == pause
+    assert renewal_delay(token, 2_000_000_000 - left) == pause
 
 
 LASTS = 300.0
@@ -60,7 +60,7 @@ def test_a_clock_that_is_wrong_makes_no_client_ask_too_often_or_too_late(offset:
     """A token that was just made, on a device whose clock differs by so much."""
     made = 2_000_000_000
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=made + LASTS, issued_at=made)
-    pause = until_renewal(token, made + offset)
+    pause = renewal_delay(token, made + offset)
     assert pause is not None
     assert 10 < pause <= LASTS - 30
     if not 0 <= offset < LASTS:

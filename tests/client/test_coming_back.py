@@ -6,40 +6,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.client.reconnect_policy import Backoff, Verdict, judge, judge_refusal
+from catbus.client.reconnect_policy import Backoff, ReconnectDecision, decide_by_close_code, decide_by_token_error
 from catbus.errors import CloseCode, ErrorCode, Refused
 
 
 @pytest.mark.parametrize(
     ("codes", "verdict"),
     [
-        ((4000, 4001, 4002, 4009, 4399, 1002, 1003, 1007, 1009), Verdict.FINAL),
-        ((4400, 4401, 4499), Verdict.NEW_TOKEN),
-        ((None, 1000, 1001, 1006, 1011, 1012, 3000, 3999, 4500, 4503, 4504, 4529, 4999, 5000), Verdict.AGAIN),
+        ((4000, 4001, 4002, 4009, 4399, 1002, 1003, 1007, 1009), ReconnectDecision.FINAL),
+        ((4400, 4401, 4499), ReconnectDecision.NEW_TOKEN),
+        ((None, 1000, 1001, 1006, 1011, 1012, 3000, 3999, 4500, 4503, 4504, 4529, 4999, 5000), ReconnectDecision.RETRY),
     ],
 )
-def test_the_range_of_a_closing_code_says_it(codes: tuple[int | None, ...], verdict: Verdict) -> None:
-    assert {judge(code) for code in codes} == {verdict}
+def test_the_range_of_a_closing_code_says_it(codes: tuple[int | None, ...], verdict: ReconnectDecision) -> None:
+    assert {decide_by_close_code(code) for code in codes} == {verdict}
 
 
 def test_the_brokers_own_codes_agree() -> None:
     for code in CloseCode:
-        assert (judge(code) is Verdict.FINAL) == code.final
+        assert (decide_by_close_code(code) is ReconnectDecision.FINAL) == code.final
 
 
 @pytest.mark.parametrize(
     ("code", "verdict"),
     [
-        (ErrorCode.UNAUTHENTICATED, Verdict.FINAL),
-        (ErrorCode.UNAUTHORIZED, Verdict.FINAL),
-        (ErrorCode.TOKEN_EXPIRED, Verdict.NEW_TOKEN),
-        (ErrorCode.UNAVAILABLE, Verdict.AGAIN),
-        (ErrorCode.SHUTTING_DOWN, Verdict.AGAIN),
-        (ErrorCode.INTERNAL, Verdict.AGAIN),
+        (ErrorCode.UNAUTHENTICATED, ReconnectDecision.FINAL),
+        (ErrorCode.UNAUTHORIZED, ReconnectDecision.FINAL),
+        (ErrorCode.TOKEN_EXPIRED, ReconnectDecision.NEW_TOKEN),
+        (ErrorCode.UNAVAILABLE, ReconnectDecision.RETRY),
+        (ErrorCode.SHUTTING_DOWN, ReconnectDecision.RETRY),
+        (ErrorCode.INTERNAL, ReconnectDecision.RETRY),
     ],
 )
-def test_a_refused_token(code: ErrorCode, verdict: Verdict) -> None:
-    assert judge_refusal(Refused(code, "no")) is verdict
+def test_a_refused_token(code: ErrorCode, verdict: ReconnectDecision) -> None:
+    assert decide_by_token_error(Refused(code, "no")) is verdict
 
 
 def test_pauses_grow_to_a_limit() -> None:
@@ -57,5 +57,5 @@ def test_a_pause_is_what_is_left_of_the_full_one_by_chance(failures: int, jitter
 
 @pytest.mark.parametrize("wrong", [{"first": -1}, {"first": 2, "most": 1}, {"jitter": 1.1}, {"jitter": -0.1}])
 def test_a_backoff_that_makes_no_sense(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="back-off"):
+    with pytest.raises(ValueError, match="Backoff"):
         Backoff(**wrong)

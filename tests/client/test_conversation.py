@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client import subscription_manager
-from catbus.client.in_flight_requests import Batch, Ledger
-from catbus.client.message_queue import Inbox, Mark, Phase
-from catbus.client.protocol_connection import FRAME, Conversation
+from catbus.client.in_flight_requests import InFlightRequests, PublishBatch
+from catbus.client.message_queue import CursorUpdate, MessageQueue, QueuePhase
+from catbus.client.protocol_connection import MAX_SEND_SIZE, ProtocolConnection
 from catbus.client.server_messages import Message, Page, encode_payload
-from catbus.client.subscription_manager import Switchboard
+from catbus.client.subscription_manager import SubscriptionManager
 from catbus.client.transport_interface import DATAGRAM
 from catbus.errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from catbus.protocol import wire_messages as wire
@@ -27,47 +27,47 @@ def lines(*messages: dict[str, Any]) -> bytes:
     return b"".join(msgspec.json.encode(item) + b"\n" for item in messages)
 
 
-def sent(conversation: Conversation) -> list[dict[str, Any]]:
+def sent(protocol: ProtocolConnection) -> list[dict[str, Any]]:
     """All that it wants to send, and forget it."""
     data = b""
-    while conversation.outgoing:
-        data += conversation.take()
+    while protocol.outgoing_bytes:
+        data += protocol.data_to_send()
     return [msgspec.json.decode(line) for line in data.splitlines()]
 
 
-class Talk(Conversation):
+class Talk(ProtocolConnection):
     """A conversation, with what it is about."""
 
     def __init__(self, on_event: Callable[[wire.GoAway | wire.Error], None] | None = None) -> None:
-        self.ledger = Ledger()
-        self.subscriptions = Switchboard(self.ledger.number)
-        super().__init__(self.ledger, self.subscriptions, on_event)
+        self.in_flight = InFlightRequests()
+        self.subscriptions = SubscriptionManager(self.in_flight.next_id)
+        super().__init__(self.in_flight, self.subscriptions, on_event)
 
-    def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int, **options: bool) -> Inbox:
+    def subscribe(self, pattern: str, since: int | None, epoch: str | None, limit: int, **options: Any) -> MessageQueue:
         return self.subscriptions.subscribe(pattern, since, epoch, limit, present=self.epoch, **options)
 
 
 def begin() -> Talk:
-    conversation = Talk()
-    conversation.authenticate("t")
-    sent(conversation)
-    conversation.receive(lines(AUTH_OK))
-    conversation.take_over()
-    return conversation
+    protocol = Talk()
+    protocol.authenticate("t")
+    sent(protocol)
+    protocol.receive(lines(AUTH_OK))
+    protocol.resume()
+    return protocol
 
 
-def publish(conversation: Talk, *channels: str, payload: Any = 1) -> Batch:
-    batch = Batch(len(channels))
+def publish(protocol: Talk, *channels: str, payload: Any = 1) -> PublishBatch:
+    batch = PublishBatch(len(channels))
     for place, channel in enumerate(channels):
-        conversation.ledger.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
+        protocol.in_flight.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
     return batch
 
 
-def subscribe(conversation: Talk, pattern: str = "a.*", seq: int = 100, **options: Any) -> Inbox:
-    inbox = conversation.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
-    [*_, request] = sent(conversation)
-    conversation.receive(lines(subscribed(seq, request["id"], pattern)))
-    return inbox
+def subscribe(protocol: Talk, pattern: str = "a.*", seq: int = 100, **options: Any) -> MessageQueue:
+    queue = protocol.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
+    [*_, request] = sent(protocol)
+    protocol.receive(lines(subscribed(seq, request["id"], pattern)))
+    return queue
 
 
 def subscribed(seq: int, number: int, pattern: str = "a.*") -> dict[str, Any]:
@@ -78,41 +78,43 @@ def unsubscribed(seq: int, number: int, pattern: str = "a.*") -> dict[str, Any]:
     return {"type": "unsubscribed", "pattern": pattern, "seq": seq, "id": number}
 
 
-def seqs(inbox: Inbox) -> list[int | None]:
-    return [item.seq for item in inbox.items if isinstance(item, Message)]
+def seqs(queue: MessageQueue) -> list[int | None]:
+    return [item.seq for item in queue.items if isinstance(item, Message)]
 
 
-def phase(inbox: Inbox) -> Phase:
-    return inbox.phase
+def phase(queue: MessageQueue) -> QueuePhase:
+    return queue.phase
 
 
-def marks(inbox: Inbox) -> list[tuple[str, int, str]]:
-    return [(type(item.event).__name__, item.cursor, item.epoch) for item in inbox.items if isinstance(item, Mark)]
+def marks(queue: MessageQueue) -> list[tuple[str, int, str]]:
+    return [
+        (type(item.event).__name__, item.cursor, item.epoch) for item in queue.items if isinstance(item, CursorUpdate)
+    ]
 
 
 # Authentication
 
 
 def test_it_says_that_it_knows_this_specification() -> None:
-    conversation = Talk()
-    conversation.authenticate("secret")
-    assert sent(conversation) == [{"type": "auth", "token": "secret", "protocol": 1}]
+    protocol = Talk()
+    protocol.authenticate("secret")
+    assert sent(protocol) == [{"type": "auth", "token": "secret", "protocol": 1}]
 
 
 def test_auth_ok_tells_who_and_where() -> None:
-    conversation = Talk()
-    answer = conversation.authenticate("t")
-    conversation.receive(lines(AUTH_OK))
+    protocol = Talk()
+    answer = protocol.authenticate("t")
+    protocol.receive(lines(AUTH_OK))
     assert isinstance(answer.value, wire.AuthOk)
-    assert (conversation.client_id, conversation.producer) == ("alice", "p1")
-    assert (conversation.epoch, conversation.head, conversation.floor) == (EPOCH, 100, 1)
-    assert conversation.limits["message_size"] == 65536
+    assert (protocol.client_id, protocol.producer) == ("alice", "p1")
+    assert (protocol.epoch, protocol.head, protocol.floor) == (EPOCH, 100, 1)
+    assert protocol.limits["message_size"] == 65536
 
 
 def test_auth_error_is_a_refusal() -> None:
-    conversation = Talk()
-    answer = conversation.authenticate("t")
-    conversation.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
+    protocol = Talk()
+    answer = protocol.authenticate("t")
+    protocol.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
     assert isinstance(answer.value, Refused)
     assert answer.value.code is ErrorCode.TOKEN_EXPIRED
 
@@ -121,11 +123,11 @@ def test_auth_error_is_a_refusal() -> None:
 
 
 def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
-    conversation = begin()
-    batch = publish(conversation, "a", "b", "c")
-    first, second, third = (request["id"] for request in sent(conversation))
+    protocol = begin()
+    batch = publish(protocol, "a", "b", "c")
+    first, second, third = (request["id"] for request in sent(protocol))
     assert first < second < third
-    conversation.receive(
+    protocol.receive(
         lines(
             {"type": "published", "channel": "c", "id": third, "seq": 103},
             {
@@ -139,42 +141,42 @@ def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
         )
     )
     assert batch.missing == 1
-    conversation.receive(lines({"type": "published", "channel": "b", "id": second, "seq": 104, "duplicate": True}))
+    protocol.receive(lines({"type": "published", "channel": "b", "id": second, "seq": 104, "duplicate": True}))
     refused, *rest = batch.results
     assert isinstance(refused, Refused)
     assert (refused.code, refused.retry_after) == (ErrorCode.RATE_LIMITED, 2)
     assert rest == [104, 103]
-    assert conversation.ledger.unanswered == 0
-    assert conversation.head == 104
+    assert protocol.in_flight.publishes_in_flight == 0
+    assert protocol.head == 104
 
 
 def test_who_waits_for_a_batch_is_woken_once_at_its_end() -> None:
-    conversation = begin()
-    batch = publish(conversation, "a", "b")
+    protocol = begin()
+    batch = publish(protocol, "a", "b")
     woken: list[int] = []
     batch.wake = lambda: woken.append(1)
-    first, second = sent(conversation)
-    conversation.receive(lines({"type": "published", "channel": "a", "id": first["id"], "seq": 1}))
+    first, second = sent(protocol)
+    protocol.receive(lines({"type": "published", "channel": "a", "id": first["id"], "seq": 1}))
     assert not woken
-    conversation.receive(lines({"type": "published", "channel": "b", "id": second["id"], "seq": 2}))
+    protocol.receive(lines({"type": "published", "channel": "b", "id": second["id"], "seq": 2}))
     assert woken == [1]
 
 
 def test_a_publish_says_only_what_is_not_usual() -> None:
-    conversation = begin()
-    batch = Batch(1)
-    conversation.ledger.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
-    [request] = sent(conversation)
+    protocol = begin()
+    batch = PublishBatch(1)
+    protocol.in_flight.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
+    [request] = sent(protocol)
     number = request.pop("id")
     assert request == {"type": "publish", "channel": "a", "payload": [], "ephemeral": True, "echo": False}
-    conversation.receive(lines({"type": "published", "channel": "a", "id": number}))
+    protocol.receive(lines({"type": "published", "channel": "a", "id": number}))
     assert batch.results == [None]
     assert batch.missing == 0
 
 
 def test_answers_that_nobody_asked_for_are_ignored() -> None:
-    conversation = begin()
-    conversation.receive(
+    protocol = begin()
+    protocol.receive(
         lines(
             {"type": "published", "channel": "a", "id": 999, "seq": 1},
             {"type": "published", "channel": "a"},
@@ -194,7 +196,7 @@ def test_answers_that_nobody_asked_for_are_ignored() -> None:
             {"type": "message", "channel": "a", "payload": 1},
         )
     )
-    assert conversation.lost is None
+    assert protocol.lost is None
 
 
 @pytest.mark.parametrize(
@@ -202,48 +204,48 @@ def test_answers_that_nobody_asked_for_are_ignored() -> None:
     [("x" * 65536, ErrorCode.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)],
 )
 def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: ErrorCode | None) -> None:
-    conversation = begin()
-    batch = publish(conversation, "a", payload=payload)
+    protocol = begin()
+    batch = publish(protocol, "a", payload=payload)
     [result] = batch.results
     assert (result.code if isinstance(result, Refused) else result) == code
-    assert len(sent(conversation)) == (code is None)
+    assert len(sent(protocol)) == (code is None)
 
 
 def test_what_is_nested_too_deep_is_refused_here() -> None:
-    conversation = begin()
+    protocol = begin()
     deep: list[Any] = []
     for _ in range(62):
         deep = [deep]
-    assert publish(conversation, "a", payload=deep).missing == 1
-    [result] = publish(conversation, "a", payload=[deep]).results
+    assert publish(protocol, "a", payload=deep).missing == 1
+    [result] = publish(protocol, "a", payload=[deep]).results
     assert isinstance(result, Refused)
     assert result.code is ErrorCode.BAD_MESSAGE
-    assert len(sent(conversation)) == 1
+    assert len(sent(protocol)) == 1
 
 
 def test_lines_go_together_in_frames_of_limited_size() -> None:
-    conversation = begin()
-    batch = publish(conversation, *["a"] * 1000, payload="x" * 100)
+    protocol = begin()
+    batch = publish(protocol, *["a"] * 1000, payload="x" * 100)
     sizes = []
     lines_sent = 0
-    while conversation.outgoing:
-        frame = conversation.take()
+    while protocol.outgoing_bytes:
+        frame = protocol.data_to_send()
         sizes.append(len(frame))
         assert frame.endswith(b"}\n")
         lines_sent += frame.count(b"\n")
     assert lines_sent == 1000 == batch.missing
-    assert max(sizes) <= FRAME
-    assert min(sizes[:-1]) > FRAME - 200
+    assert max(sizes) <= MAX_SEND_SIZE
+    assert min(sizes[:-1]) > MAX_SEND_SIZE - 200
 
 
 def test_a_line_longer_than_a_frame_goes_alone() -> None:
-    conversation = begin()
-    publish(conversation, "a")
-    publish(conversation, "a", payload="x" * 50_000)
-    publish(conversation, "a")
+    protocol = begin()
+    publish(protocol, "a")
+    publish(protocol, "a", payload="x" * 50_000)
+    publish(protocol, "a")
     counts = []
-    while conversation.outgoing:
-        counts.append(conversation.take().count(b"\n"))
+    while protocol.outgoing_bytes:
+        counts.append(protocol.data_to_send().count(b"\n"))
     assert counts == [1, 1, 1]
 
 
@@ -251,30 +253,30 @@ def test_a_line_longer_than_a_frame_goes_alone() -> None:
 
 
 def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "id": 1}]
-    assert phase(inbox) is Phase.ASKED
-    conversation.receive(lines(subscribed(120, 1), message(121), message(None)))
-    assert phase(inbox) is Phase.HELD
-    assert (inbox.cursor, inbox.epoch) == (120, EPOCH)
-    assert seqs(inbox) == [121, None]
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10)
+    assert sent(protocol) == [{"type": "subscribe", "pattern": "a.*", "id": 1}]
+    assert phase(queue) is QueuePhase.REQUESTED
+    protocol.receive(lines(subscribed(120, 1), message(121), message(None)))
+    assert phase(queue) is QueuePhase.ACTIVE
+    assert (queue.cursor, queue.epoch) == (120, EPOCH)
+    assert seqs(queue) == [121, None]
 
 
 def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", 50, "e0", 10)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0", "id": 1}]
-    conversation.receive(lines(subscribed(120, 1)))
-    assert (inbox.cursor, inbox.epoch) == (50, "e0")
-    assert not inbox.items
+    protocol = begin()
+    queue = protocol.subscribe("a.*", 50, "e0", 10)
+    assert sent(protocol) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0", "id": 1}]
+    protocol.receive(lines(subscribed(120, 1)))
+    assert (queue.cursor, queue.epoch) == (50, "e0")
+    assert not queue.items
 
 
 def test_who_subscribes_after_the_epoch_has_changed_in_silence_is_told_of_it() -> None:
-    conversation = begin()
-    first = conversation.subscribe("a.*", None, None, 10)
-    second = conversation.subscribe("b", 50, EPOCH, 10)
-    conversation.receive(
+    protocol = begin()
+    first = protocol.subscribe("a.*", None, None, 10)
+    second = protocol.subscribe("b", 50, EPOCH, 10)
+    protocol.receive(
         lines(
             {**subscribed(120, 1), "epoch": "e2"},
             {**subscribed(120, 2, "b"), "epoch": "e2"},
@@ -283,128 +285,126 @@ def test_who_subscribes_after_the_epoch_has_changed_in_silence_is_told_of_it() -
     )
     assert (first.cursor, first.epoch) == (120, "e2")
     assert (second.cursor, second.epoch) == (50, EPOCH)
-    assert (second.arrived, second.arrived_epoch) == (51, "e2")
-    assert (conversation.epoch, conversation.head) == ("e2", 120)
+    assert (second.received_seq, second.received_epoch) == (51, "e2")
+    assert (protocol.epoch, protocol.head) == ("e2", 120)
 
 
 def test_a_message_without_a_gap_before_it_shows_that_the_cursor_holds_in_the_new_epoch() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, since=50, epoch="e0")
-    conversation.receive(lines(message(60), message(61)))
-    assert marks(inbox) == [("NoneType", 50, EPOCH)]
-    assert seqs(inbox) == [60, 61]
-    assert (inbox.arrived, inbox.arrived_epoch) == (61, EPOCH)
+    protocol = begin()
+    queue = subscribe(protocol, since=50, epoch="e0")
+    protocol.receive(lines(message(60), message(61)))
+    assert marks(queue) == [("NoneType", 50, EPOCH)]
+    assert seqs(queue) == [60, 61]
+    assert (queue.received_seq, queue.received_epoch) == (61, EPOCH)
 
 
 def test_a_gap_moves_the_cursor_and_into_another_epoch_even_back() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, since=150, epoch="e0")
+    protocol = begin()
+    queue = subscribe(protocol, since=150, epoch="e0")
     gap = {"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": EPOCH, "reason": "epoch"}
-    conversation.receive(lines(gap, message(91), message(92)))
-    assert marks(inbox) == [("Gap", 90, EPOCH)]
-    assert seqs(inbox) == [91, 92]
+    protocol.receive(lines(gap, message(91), message(92)))
+    assert marks(queue) == [("Gap", 90, EPOCH)]
+    assert seqs(queue) == [91, 92]
 
 
 def test_a_gap_in_the_same_epoch_only_moves_on() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, since=50)
+    protocol = begin()
+    queue = subscribe(protocol, since=50)
     for first, last in ((51, 80), (51, 70)):
-        conversation.receive(
+        protocol.receive(
             lines({"type": "gap", "pattern": "a.*", "from": first, "to": last, "epoch": EPOCH, "reason": "retention"})
         )
     # Messages up to 80 have been accounted for: the second one announces nothing.
-    assert marks(inbox) == [("Gap", 80, EPOCH)]
-    assert (inbox.arrived, inbox.arrived_epoch) == (80, EPOCH)
+    assert marks(queue) == [("Gap", 80, EPOCH)]
+    assert (queue.received_seq, queue.received_epoch) == (80, EPOCH)
 
 
 def test_live_and_head_move_the_cursor_in_their_place_among_the_messages() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, since=50)
+    protocol = begin()
+    queue = subscribe(protocol, since=50)
     head = {"type": "head", "seq": 130, "epoch": EPOCH, "at": 1}
-    conversation.receive(lines(head, message(60), {"type": "live", "pattern": "a.*", "seq": 120}, message(121)))
-    assert marks(inbox) == [("Live", 120, EPOCH)]
-    conversation.receive(lines(head))
-    assert marks(inbox) == [("Live", 120, EPOCH), ("Head", 130, EPOCH)]
-    assert conversation.head == 130
+    protocol.receive(lines(head, message(60), {"type": "live", "pattern": "a.*", "seq": 120}, message(121)))
+    assert marks(queue) == [("Live", 120, EPOCH)]
+    protocol.receive(lines(head))
+    assert marks(queue) == [("Live", 120, EPOCH), ("Head", 130, EPOCH)]
+    assert protocol.head == 130
 
 
 def test_heads_in_a_row_are_one() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation)
+    protocol = begin()
+    queue = subscribe(protocol)
     for seq in (130, 140, 150):
-        conversation.receive(lines({"type": "head", "seq": seq, "epoch": EPOCH, "at": 1}))
-    assert marks(inbox) == [("Head", 150, EPOCH)]
+        protocol.receive(lines({"type": "head", "seq": seq, "epoch": EPOCH, "at": 1}))
+    assert marks(queue) == [("Head", 150, EPOCH)]
 
 
 def test_a_new_epoch_reaches_the_conversation_by_gap_and_by_head() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation)
-    conversation.receive(
-        lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"})
-    )
-    assert (conversation.epoch, conversation.head) == ("e2", 90)
-    conversation.receive(lines({"type": "head", "seq": 80, "epoch": "e3", "at": 1}))
-    assert (conversation.epoch, conversation.head) == ("e3", 80)
-    assert marks(inbox)[-1] == ("Head", 80, "e3")
+    protocol = begin()
+    queue = subscribe(protocol)
+    protocol.receive(lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"}))
+    assert (protocol.epoch, protocol.head) == ("e2", 90)
+    protocol.receive(lines({"type": "head", "seq": 80, "epoch": "e3", "at": 1}))
+    assert (protocol.epoch, protocol.head) == ("e3", 80)
+    assert marks(queue)[-1] == ("Head", 80, "e3")
 
 
 def test_what_has_arrived_already_does_not_arrive_again() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation)
-    conversation.receive(lines(message(100), message(101), message(103), message(102), message(103), message(104)))
-    assert seqs(inbox) == [101, 103, 104]
+    protocol = begin()
+    queue = subscribe(protocol)
+    protocol.receive(lines(message(100), message(101), message(103), message(102), message(103), message(104)))
+    assert seqs(queue) == [101, 103, 104]
 
 
 def test_overlapping_patterns_keep_their_own_cursors() -> None:
-    conversation = begin()
-    one, other = subscribe(conversation, "a.*"), subscribe(conversation, "*", seq=110)
-    conversation.receive(lines(message(111, pattern="a.*"), message(111, pattern="*"), message(112, pattern="*")))
+    protocol = begin()
+    one, other = subscribe(protocol, "a.*"), subscribe(protocol, "*", seq=110)
+    protocol.receive(lines(message(111, pattern="a.*"), message(111, pattern="*"), message(112, pattern="*")))
     assert (seqs(one), seqs(other)) == ([111], [111, 112])
-    assert (one.arrived, other.arrived) == (111, 112)
+    assert (one.received_seq, other.received_seq) == (111, 112)
 
 
 def test_a_refused_subscription_ends_with_the_reason() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10)
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 1}
-    conversation.receive(lines(refusal))
-    assert phase(inbox) is Phase.ENDED
-    assert inbox.ending is not None
-    assert inbox.ending.code is ErrorCode.UNAUTHORIZED
-    sent(conversation)
-    conversation.subscriptions.leave(inbox)
-    assert sent(conversation) == []
-    conversation.subscribe("a.*", None, None, 10)
+    protocol.receive(lines(refusal))
+    assert phase(queue) is QueuePhase.ENDED
+    assert queue.error is not None
+    assert queue.error.code is ErrorCode.UNAUTHORIZED
+    sent(protocol)
+    protocol.subscriptions.unsubscribe(queue)
+    assert sent(protocol) == []
+    protocol.subscribe("a.*", None, None, 10)
 
 
 def test_a_revoked_subscription_ends_after_its_messages() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation)
-    conversation.receive(lines(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101}, message(102)))
-    assert seqs(inbox) == [101]
-    assert inbox.ending is not None
-    assert inbox.ending.code is ErrorCode.REVOKED
+    protocol = begin()
+    queue = subscribe(protocol)
+    protocol.receive(lines(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101}, message(102)))
+    assert seqs(queue) == [101]
+    assert queue.error is not None
+    assert queue.error.code is ErrorCode.REVOKED
 
 
 def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_own() -> None:
-    conversation = begin()
-    old = subscribe(conversation)
-    conversation.subscriptions.leave(old)
-    new = conversation.subscribe("a.*", None, None, 10)
-    first, second = sent(conversation)
+    protocol = begin()
+    old = subscribe(protocol)
+    protocol.subscriptions.unsubscribe(old)
+    new = protocol.subscribe("a.*", None, None, 10)
+    first, second = sent(protocol)
     assert (first["type"], second["type"]) == ("unsubscribe", "subscribe")
-    conversation.receive(lines(message(101), unsubscribed(101, first["id"])))
-    assert phase(new) is Phase.ASKED
-    conversation.receive(lines(subscribed(101, second["id"]), message(102)))
+    protocol.receive(lines(message(101), unsubscribed(101, first["id"])))
+    assert phase(new) is QueuePhase.REQUESTED
+    protocol.receive(lines(subscribed(101, second["id"]), message(102)))
     assert (seqs(old), seqs(new)) == ([], [102])
 
 
 def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
-    conversation = begin()
-    old = conversation.subscribe("a.*", None, None, 10)
-    conversation.subscriptions.leave(old)
-    new = conversation.subscribe("a.*", 50, None, 10)
-    conversation.receive(
+    protocol = begin()
+    old = protocol.subscribe("a.*", None, None, 10)
+    protocol.subscriptions.unsubscribe(old)
+    new = protocol.subscribe("a.*", 50, None, 10)
+    protocol.receive(
         lines(
             subscribed(100, 1),
             message(101),
@@ -414,27 +414,27 @@ def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
         )
     )
     assert (seqs(old), seqs(new)) == ([], [51])
-    assert not conversation.waiting
+    assert not protocol.awaiting_reply
 
 
 def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription() -> None:
-    conversation = begin()
-    old = subscribe(conversation)
-    conversation.subscriptions.leave(old)
-    new = conversation.subscribe("a.*", None, None, 10)
+    protocol = begin()
+    old = subscribe(protocol)
+    protocol.subscriptions.unsubscribe(old)
+    new = protocol.subscribe("a.*", None, None, 10)
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "not held", "code": "invalid_pattern", "id": 2}
-    conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 1}, refusal))
-    assert phase(new) is Phase.ASKED
-    conversation.receive(lines(subscribed(100, 3)))
-    assert phase(new) is Phase.HELD
+    protocol.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 1}, refusal))
+    assert phase(new) is QueuePhase.REQUESTED
+    protocol.receive(lines(subscribed(100, 3)))
+    assert phase(new) is QueuePhase.ACTIVE
 
 
 def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation)
+    protocol = begin()
+    queue = subscribe(protocol)
     woken: list[int] = []
-    inbox.wake = lambda: woken.append(len(inbox.items))
-    conversation.receive(lines(message(101), message(102), {"type": "head", "seq": 102, "epoch": EPOCH, "at": 1}))
+    queue.wake = lambda: woken.append(len(queue.items))
+    protocol.receive(lines(message(101), message(102), {"type": "head", "seq": 102, "epoch": EPOCH, "at": 1}))
     assert woken == [1]
 
 
@@ -442,40 +442,40 @@ def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
 
 
 def test_a_full_inbox_is_crowded_until_it_is_relieved() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=3)
-    conversation.receive(lines(*[message(seq) for seq in range(101, 105)]))
-    assert list(conversation.subscriptions.crowded) == [inbox]
-    assert inbox.pressed
-    assert seqs(inbox) == [101, 102, 103, 104]
-    conversation.subscriptions.relieve(inbox)
-    assert not conversation.crowded
-    assert sent(conversation) == []
+    protocol = begin()
+    queue = subscribe(protocol, limit=3)
+    protocol.receive(lines(*[message(seq) for seq in range(101, 105)]))
+    assert list(protocol.subscriptions.full_queues) == [queue]
+    assert queue.notify_half_empty
+    assert seqs(queue) == [101, 102, 103, 104]
+    protocol.subscriptions.queue_drained(queue)
+    assert not protocol.has_full_queue
+    assert sent(protocol) == []
 
 
 def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=2)
-    conversation.receive(lines(message(101), message(102)))
-    conversation.subscriptions.suspend(inbox)
-    assert sent(conversation) == [{"type": "unsubscribe", "pattern": "a.*", "id": 2}]
-    assert phase(inbox) is Phase.AWAY
-    conversation.receive(lines(message(103), unsubscribed(103, 2)))
-    assert seqs(inbox) == [101, 102]
-    conversation.subscriptions.relieve(inbox)
-    assert sent(conversation) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH, "id": 3}]
-    conversation.receive(lines(subscribed(104, 3), message(103), message(104)))
-    assert seqs(inbox) == [101, 102, 103, 104]
-    assert phase(inbox) is Phase.HELD
+    protocol = begin()
+    queue = subscribe(protocol, limit=2)
+    protocol.receive(lines(message(101), message(102)))
+    protocol.subscriptions.pause_queue(queue)
+    assert sent(protocol) == [{"type": "unsubscribe", "pattern": "a.*", "id": 2}]
+    assert phase(queue) is QueuePhase.PAUSED
+    protocol.receive(lines(message(103), unsubscribed(103, 2)))
+    assert seqs(queue) == [101, 102]
+    protocol.subscriptions.queue_drained(queue)
+    assert sent(protocol) == [{"type": "subscribe", "pattern": "a.*", "since": 102, "epoch": EPOCH, "id": 3}]
+    protocol.receive(lines(subscribed(104, 3), message(103), message(104)))
+    assert seqs(queue) == [101, 102, 103, 104]
+    assert phase(queue) is QueuePhase.ACTIVE
 
 
 def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=2)
-    conversation.receive(lines(message(101), message(102)))
-    conversation.subscriptions.suspend(inbox)
-    conversation.subscriptions.relieve(inbox)
-    conversation.receive(
+    protocol = begin()
+    queue = subscribe(protocol, limit=2)
+    protocol.receive(lines(message(101), message(102)))
+    protocol.subscriptions.pause_queue(queue)
+    protocol.subscriptions.queue_drained(queue)
+    protocol.receive(
         lines(
             message(103),
             unsubscribed(104, 2),
@@ -485,123 +485,121 @@ def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> Non
             {"type": "live", "pattern": "a.*", "seq": 104},
         )
     )
-    assert seqs(inbox) == [101, 102, 103, 104]
+    assert seqs(queue) == [101, 102, 103, 104]
 
 
 def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=2)
-    conversation.receive(lines(message(101), message(102)))
-    conversation.subscriptions.suspend(inbox)
-    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
-    assert inbox.arrived == 102
-    conversation.subscriptions.relieve(inbox)
-    conversation.receive(lines(subscribed(110, 3)))
-    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
-    assert inbox.arrived == 102
+    protocol = begin()
+    queue = subscribe(protocol, limit=2)
+    protocol.receive(lines(message(101), message(102)))
+    protocol.subscriptions.pause_queue(queue)
+    protocol.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert queue.received_seq == 102
+    protocol.subscriptions.queue_drained(queue)
+    protocol.receive(lines(subscribed(110, 3)))
+    protocol.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert queue.received_seq == 102
 
 
 def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscription_manager, "SPILL", 5_000)
-    conversation = begin()
-    inbox = subscribe(conversation, limit=2)
-    conversation.receive(lines(*[message(seq, "x" * 100) for seq in range(101, 200)]))
-    assert phase(inbox) is Phase.AWAY
-    assert len(inbox.items) < 20
-    assert not conversation.crowded
+    monkeypatch.setattr(subscription_manager, "MAX_EXCESS_BYTES", 5_000)
+    protocol = begin()
+    queue = subscribe(protocol, limit=2)
+    protocol.receive(lines(*[message(seq, "x" * 100) for seq in range(101, 200)]))
+    assert phase(queue) is QueuePhase.PAUSED
+    assert len(queue.items) < 20
+    assert not protocol.has_full_queue
 
 
 def test_a_subscription_that_may_not_come_back_ends() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=1)
-    conversation.receive(lines(message(101)))
-    conversation.subscriptions.suspend(inbox)
-    conversation.subscriptions.relieve(inbox)
-    conversation.receive(
+    protocol = begin()
+    queue = subscribe(protocol, limit=1)
+    protocol.receive(lines(message(101)))
+    protocol.subscriptions.pause_queue(queue)
+    protocol.subscriptions.queue_drained(queue)
+    protocol.receive(
         lines(
             unsubscribed(1, 2),
             {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 3},
         )
     )
-    assert seqs(inbox) == [101]
-    assert inbox.ending is not None
-    assert inbox.ending.code is ErrorCode.UNAUTHORIZED
+    assert seqs(queue) == [101]
+    assert queue.error is not None
+    assert queue.error.code is ErrorCode.UNAUTHORIZED
 
 
 def test_leaving_while_away_says_nothing_more() -> None:
-    conversation = begin()
-    inbox = subscribe(conversation, limit=1)
-    conversation.receive(lines(message(101)))
-    conversation.subscriptions.suspend(inbox)
-    sent(conversation)
-    conversation.subscriptions.leave(inbox)
-    conversation.subscriptions.relieve(inbox)
-    assert sent(conversation) == []
+    protocol = begin()
+    queue = subscribe(protocol, limit=1)
+    protocol.receive(lines(message(101)))
+    protocol.subscriptions.pause_queue(queue)
+    sent(protocol)
+    protocol.subscriptions.unsubscribe(queue)
+    protocol.subscriptions.queue_drained(queue)
+    assert sent(protocol) == []
 
 
 # More than one stream
 
 
 def test_a_subscription_asks_for_its_stream_again_when_it_is_taken_up() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 1, stream=True, datagrams=True)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 1, stream=True, datagrams=True)
     asked = {"type": "subscribe", "pattern": "a.*", "stream": True, "datagrams": True}
-    assert sent(conversation) == [{**asked, "id": 1}]
-    conversation.receive(lines(subscribed(100, 1), message(101)), 7)
-    conversation.subscriptions.suspend(inbox)
-    conversation.subscriptions.relieve(inbox)
-    assert sent(conversation)[1] == {**asked, "since": 101, "epoch": EPOCH, "id": 3}
+    assert sent(protocol) == [{**asked, "id": 1}]
+    protocol.receive(lines(subscribed(100, 1), message(101)), 7)
+    protocol.subscriptions.pause_queue(queue)
+    protocol.subscriptions.queue_drained(queue)
+    assert sent(protocol)[1] == {**asked, "since": 101, "epoch": EPOCH, "id": 3}
 
 
 def test_a_head_speaks_of_the_subscriptions_on_its_stream() -> None:
-    conversation = begin()
-    here = subscribe(conversation, "a.*")
-    there = conversation.subscribe("b.*", None, None, 10, stream=True)
-    conversation.receive(lines(subscribed(100, 2, "b.*")), 7)
-    conversation.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
-    assert (here.arrived, there.arrived) == (110, 100)
-    conversation.receive(lines({"type": "head", "seq": 120, "epoch": EPOCH, "at": 1}), 7)
-    assert (here.arrived, there.arrived) == (110, 120)
+    protocol = begin()
+    here = subscribe(protocol, "a.*")
+    there = protocol.subscribe("b.*", None, None, 10, stream=True)
+    protocol.receive(lines(subscribed(100, 2, "b.*")), 7)
+    protocol.receive(lines({"type": "head", "seq": 110, "epoch": EPOCH, "at": 1}))
+    assert (here.received_seq, there.received_seq) == (110, 100)
+    protocol.receive(lines({"type": "head", "seq": 120, "epoch": EPOCH, "at": 1}), 7)
+    assert (here.received_seq, there.received_seq) == (110, 120)
 
 
 def test_a_stream_stays_in_its_epoch_whatever_another_has_said() -> None:
-    conversation = begin()
-    here = subscribe(conversation, "b.*", 150)
-    news = conversation.subscribe("a.*", None, None, 10, stream=True)
-    old = conversation.subscribe("c.*", 90, EPOCH, 10, stream=True)
+    protocol = begin()
+    here = subscribe(protocol, "b.*", 150)
+    news = protocol.subscribe("a.*", None, None, 10, stream=True)
+    old = protocol.subscribe("c.*", 90, EPOCH, 10, stream=True)
     # The broker has said the rest in the old epoch, which was at 150; the new one began after 140.
-    conversation.receive(
-        lines({"type": "gap", "pattern": "b.*", "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"})
-    )
-    conversation.receive(lines({**subscribed(150, 2), "epoch": EPOCH}), 3)
-    conversation.receive(lines({**subscribed(150, 3, "c.*"), "epoch": EPOCH}, message(91, pattern="c.*")), 7)
-    conversation.receive(lines({"type": "live", "pattern": "c.*", "seq": 150}), 7)
-    conversation.receive(lines({"type": "head", "seq": 150, "epoch": EPOCH, "at": 1}), 3)
-    assert [(one.arrived, one.arrived_epoch) for one in (here, news, old)] == [
+    protocol.receive(lines({"type": "gap", "pattern": "b.*", "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"}))
+    protocol.receive(lines({**subscribed(150, 2), "epoch": EPOCH}), 3)
+    protocol.receive(lines({**subscribed(150, 3, "c.*"), "epoch": EPOCH}, message(91, pattern="c.*")), 7)
+    protocol.receive(lines({"type": "live", "pattern": "c.*", "seq": 150}), 7)
+    protocol.receive(lines({"type": "head", "seq": 150, "epoch": EPOCH, "at": 1}), 3)
+    assert [(one.received_seq, one.received_epoch) for one in (here, news, old)] == [
         (140, "e2"),
         (150, EPOCH),
         (150, EPOCH),
     ]
-    assert (conversation.head, conversation.epoch) == (140, "e2")
-    for inbox, stream in ((news, 3), (old, 7)):
-        gap = {"type": "gap", "pattern": inbox.pattern, "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"}
-        conversation.receive(lines(gap, message(141, pattern=inbox.pattern)), stream)
-        assert (seqs(inbox)[-1], inbox.arrived_epoch) == (141, "e2")
+    assert (protocol.head, protocol.epoch) == (140, "e2")
+    for queue, stream in ((news, 3), (old, 7)):
+        gap = {"type": "gap", "pattern": queue.pattern, "from": 141, "to": 140, "epoch": "e2", "reason": "epoch"}
+        protocol.receive(lines(gap, message(141, pattern=queue.pattern)), stream)
+        assert (seqs(queue)[-1], queue.received_epoch) == (141, "e2")
 
 
 def test_a_stream_that_begins_in_a_new_epoch_says_so() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10, stream=True)
-    conversation.receive(lines({**subscribed(40, 1), "epoch": "e2"}, message(41)), 3)
-    assert (inbox.epoch, inbox.arrived) == ("e2", 41)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10, stream=True)
+    protocol.receive(lines({**subscribed(40, 1), "epoch": "e2"}, message(41)), 3)
+    assert (queue.epoch, queue.received_seq) == ("e2", 41)
 
 
 def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> None:
-    conversation = begin()
-    conversation.subscribe("a.*", None, None, 10, stream=True)
-    conversation.receive(lines(subscribed(100, 1)), 7)
-    with pytest.raises(PeerError, match="ended before it") as caught:
-        conversation.receive(b"", 7, ended=True)
+    protocol = begin()
+    protocol.subscribe("a.*", None, None, 10, stream=True)
+    protocol.receive(lines(subscribed(100, 1)), 7)
+    with pytest.raises(PeerError, match="ended before its subscription") as caught:
+        protocol.receive(b"", 7, ended=True)
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
@@ -610,68 +608,68 @@ GIVEN_UP = {"type": "unsubscribed", "pattern": "a.*", "seq": 110}
 
 @pytest.mark.parametrize("told_first", [False, True])
 def test_a_subscription_whose_stream_was_given_up_goes_on_where_it_stood(told_first: bool) -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10, stream=True)
-    conversation.receive(lines(subscribed(100, 1), message(101)) + b'{"type": "mess', 7)
-    sent(conversation)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10, stream=True)
+    protocol.receive(lines(subscribed(100, 1), message(101)) + b'{"type": "mess', 7)
+    sent(protocol)
     if told_first:
-        conversation.receive(lines(GIVEN_UP))
-        conversation.receive(b"", 7, reset=True)
+        protocol.receive(lines(GIVEN_UP))
+        protocol.receive(b"", 7, reset=True)
     else:
-        conversation.receive(b"", 7, reset=True)
-        assert sent(conversation) == []
-        conversation.receive(lines(GIVEN_UP))
+        protocol.receive(b"", 7, reset=True)
+        assert sent(protocol) == []
+        protocol.receive(lines(GIVEN_UP))
     again = {"type": "subscribe", "pattern": "a.*", "since": 101, "epoch": EPOCH, "stream": True, "id": 2}
-    assert sent(conversation) == [again]
-    conversation.receive(lines(subscribed(110, 2), message(102)), 11)
-    assert seqs(inbox) == [101, 102]
-    assert phase(inbox) is Phase.HELD
+    assert sent(protocol) == [again]
+    protocol.receive(lines(subscribed(110, 2), message(102)), 11)
+    assert seqs(queue) == [101, 102]
+    assert phase(queue) is QueuePhase.ACTIVE
 
 
 def test_a_subscription_that_is_not_wanted_any_more_is_not_asked_for_when_its_stream_is_given_up() -> None:
-    conversation = begin()
-    away = conversation.subscribe("a.*", None, None, 1, stream=True)
-    conversation.receive(lines(subscribed(100, 1), message(101)), 7)
-    conversation.subscriptions.suspend(away)
-    sent(conversation)
-    conversation.receive(lines(GIVEN_UP))
-    conversation.receive(b"", 7, reset=True)
-    conversation.receive(lines(GIVEN_UP | {"pattern": "nobodys.*"}))
-    assert sent(conversation) == []
-    assert phase(away) is Phase.AWAY
+    protocol = begin()
+    away = protocol.subscribe("a.*", None, None, 1, stream=True)
+    protocol.receive(lines(subscribed(100, 1), message(101)), 7)
+    protocol.subscriptions.pause_queue(away)
+    sent(protocol)
+    protocol.receive(lines(GIVEN_UP))
+    protocol.receive(b"", 7, reset=True)
+    protocol.receive(lines(GIVEN_UP | {"pattern": "nobodys.*"}))
+    assert sent(protocol) == []
+    assert phase(away) is QueuePhase.PAUSED
 
 
 def test_an_answer_that_names_another_pattern_leads_nowhere_else() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10)
-    conversation.receive(lines(subscribed(100, 1, "b.*")))
-    conversation.subscriptions.leave(inbox)
-    conversation.receive(lines(message(101, pattern="b.*"), message(102)))
-    assert not inbox.items
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10)
+    protocol.receive(lines(subscribed(100, 1, "b.*")))
+    protocol.subscriptions.unsubscribe(queue)
+    protocol.receive(lines(message(101, pattern="b.*"), message(102)))
+    assert not queue.items
 
 
 def test_a_datagram_is_for_whoever_has_the_pattern() -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 10, stream=True, datagrams=True)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 10, stream=True, datagrams=True)
     early = lines(message(None, "early"))
-    conversation.receive(early, DATAGRAM)
-    conversation.receive(lines(subscribed(100, 1)), 7)
+    protocol.receive(early, DATAGRAM)
+    protocol.receive(lines(subscribed(100, 1)), 7)
     for data in (b"", b"{", b"\xff", lines(message(101)), lines(message(None, 1, "b.*")), lines({"type": "x"})):
-        conversation.receive(data, DATAGRAM)
-    assert not inbox.items
-    conversation.receive(lines(message(None, "now")), DATAGRAM)
-    assert [item.payload for item in inbox.items if isinstance(item, Message)] == ["now"]
+        protocol.receive(data, DATAGRAM)
+    assert not queue.items
+    protocol.receive(lines(message(None, "now")), DATAGRAM)
+    assert [item.payload for item in queue.items if isinstance(item, Message)] == ["now"]
 
 
 # Whatever the network does to the order of different streams, each subscription gets what its own stream has.
 @given(st.data())
 def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> None:
-    conversation = begin()
-    old = conversation.subscribe("a.*", None, None, 100, stream=True)
-    other = conversation.subscribe("b.*", None, None, 100, stream=True)
-    conversation.subscriptions.leave(old)
-    new = conversation.subscribe("a.*", 100, EPOCH, 100, stream=True)
-    refused = conversation.subscribe("c.*", None, None, 100, stream=True)
+    protocol = begin()
+    old = protocol.subscribe("a.*", None, None, 100, stream=True)
+    other = protocol.subscribe("b.*", None, None, 100, stream=True)
+    protocol.subscriptions.unsubscribe(old)
+    new = protocol.subscribe("a.*", 100, EPOCH, 100, stream=True)
+    refused = protocol.subscribe("c.*", None, None, 100, stream=True)
     refusal = {"type": "subscribe_error", "pattern": "c.*", "message": "no", "code": "unauthorized", "id": 5}
     streams = {
         0: [refusal],
@@ -688,75 +686,75 @@ def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> 
     while streams:
         number = data.draw(st.sampled_from(sorted(streams)))
         rest = streams[number]
-        conversation.receive(lines(rest.pop(0)), number, ended=number == 7 and not rest)
+        protocol.receive(lines(rest.pop(0)), number, ended=number == 7 and not rest)
         if not rest:
             del streams[number]
     assert (seqs(old), seqs(other), seqs(new)) == ([], [103], [101, 102, 104])
-    assert refused.ending is not None
-    assert not conversation.waiting
+    assert refused.error is not None
+    assert not protocol.awaiting_reply
 
 
 # History, ping, errors
 
 
 def test_histories_are_told_apart_by_their_ids() -> None:
-    conversation = begin()
-    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
-    first, second = sent(conversation)
+    protocol = begin()
+    one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
+    first, second = sent(protocol)
     assert (first["limit"], second["before"]) == (2, 90)
-    conversation.receive(lines({"type": "history", "id": second["id"], "messages": [], "more": False}))
+    protocol.receive(lines({"type": "history", "id": second["id"], "messages": [], "more": False}))
     assert one.value is None
     assert isinstance(other.value, Page)
     page = {"type": "history", "id": first["id"], "messages": [message(7, {"n": 1})], "more": True}
-    conversation.receive(lines(page))
+    protocol.receive(lines(page))
     assert isinstance(one.value, Page)
     assert [item.payload for item in one.value.messages] == [{"n": 1}]
     assert one.value.more
 
 
 def test_an_error_with_an_id_refuses_that_history() -> None:
-    conversation = begin()
-    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
-    _, second = sent(conversation)
-    conversation.receive(lines({"type": "error", "message": "no", "code": "unauthorized", "id": second["id"]}))
+    protocol = begin()
+    one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
+    _, second = sent(protocol)
+    protocol.receive(lines({"type": "error", "message": "no", "code": "unauthorized", "id": second["id"]}))
     assert one.value is None
     assert isinstance(other.value, Refused)
 
 
 def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
-    conversation = begin()
-    one, other = conversation.ledger.history("a.*", 2, None), conversation.ledger.history("b", 100, 90)
-    conversation.receive(lines({"type": "error", "message": "no", "code": "unavailable"}))
+    protocol = begin()
+    one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
+    protocol.receive(lines({"type": "error", "message": "no", "code": "unavailable"}))
     assert isinstance(one.value, Refused)
     assert other.value is None
 
 
 def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
-    conversation = begin()
-    publish(conversation, "a")
+    protocol = begin()
+    publish(protocol, "a")
     with pytest.raises(PeerError, match="what") as caught:
-        conversation.receive(lines({"type": "error", "message": "what?", "code": "bad_message"}))
+        protocol.receive(lines({"type": "error", "message": "what?", "code": "bad_message"}))
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
 def test_an_object_that_the_broker_does_not_understand_is_refused_by_its_id() -> None:
-    conversation = begin()
-    batch = publish(conversation, "a", "b")
-    inbox = conversation.subscribe("a.*", None, None, 10)
-    page = conversation.ledger.history("a.*", 2, None)
-    requests = sent(conversation)
+    protocol = begin()
+    batch = publish(protocol, "a", "b")
+    queue = protocol.subscribe("a.*", None, None, 10)
+    page = protocol.in_flight.history("a.*", 2, None)
+    requests = sent(protocol)
     for request in requests[1:]:
-        conversation.receive(lines({"type": "error", "message": "what?", "code": "bad_message", "id": request["id"]}))
+        protocol.receive(lines({"type": "error", "message": "what?", "code": "bad_message", "id": request["id"]}))
     assert batch.results[0] is None
-    for refused in (batch.results[1], inbox.ending, page.value):
+    for refused in (batch.results[1], queue.error, page.value):
         assert isinstance(refused, Refused)
         assert refused.code is ErrorCode.BAD_MESSAGE
 
 
 def test_goaway_and_other_errors_are_events() -> None:
     events: list[wire.GoAway | wire.Error] = []
-    conversation = Talk(events.append)
-    conversation.receive(
+    protocol = Talk(events.append)
+    protocol.receive(
         lines(
             {"type": "goaway", "reason": "stopping", "reconnect_in": 1.5},
             {"type": "error", "message": "the token has expired", "code": "token_expired"},
@@ -766,15 +764,15 @@ def test_goaway_and_other_errors_are_events() -> None:
 
 
 def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:
-    conversation = begin()
-    conversation.keep_alive()
-    assert not conversation.waiting
-    answer = conversation.ledger.ping()
-    assert conversation.waiting
-    unwaited, waited = (request["seq"] for request in sent(conversation))
-    conversation.receive(lines({"type": "pong", "seq": unwaited}))
+    protocol = begin()
+    protocol.send_ping()
+    assert not protocol.awaiting_reply
+    answer = protocol.in_flight.ping()
+    assert protocol.awaiting_reply
+    unwaited, waited = (request["seq"] for request in sent(protocol))
+    protocol.receive(lines({"type": "pong", "seq": unwaited}))
     assert answer.value is None
-    conversation.receive(lines({"type": "pong", "seq": waited}))
+    protocol.receive(lines({"type": "pong", "seq": waited}))
     assert answer.value == wire.Pong(waited)
 
 
@@ -789,31 +787,31 @@ def test_nonsense_is_the_peers_mistake(line: bytes) -> None:
 
 
 def test_when_there_is_no_other_connection_everyone_is_woken() -> None:
-    conversation = begin()
+    protocol = begin()
     woken: list[str] = []
     batch, history, ping = (
-        publish(conversation, "a"),
-        conversation.ledger.history("a", 1, None),
-        conversation.ledger.ping(),
+        publish(protocol, "a"),
+        protocol.in_flight.history("a", 1, None),
+        protocol.in_flight.ping(),
     )
-    asked, held = conversation.subscribe("b", None, None, 1), subscribe(conversation)
-    auth = conversation.authenticate("t2")
+    asked, held = protocol.subscribe("b", None, None, 1), subscribe(protocol)
+    auth = protocol.authenticate("t2")
     waiting = {"batch": batch, "history": history, "ping": ping, "asked": asked, "held": held, "auth": auth}
     for name, waiter in waiting.items():
         waiter.wake = lambda name=name: woken.append(name)  # type: ignore[attr-defined]
-    conversation.lose("gone", 4503)
-    conversation.lose("again")
+    protocol.connection_lost("gone", 4503)
+    protocol.connection_lost("again")
     assert woken == ["auth"]
-    assert conversation.outgoing == 0
-    assert conversation.lost == ("gone", 4503)
-    conversation.ledger.wake()
-    conversation.subscriptions.wake()
+    assert protocol.outgoing_bytes == 0
+    assert protocol.lost == ("gone", 4503)
+    protocol.in_flight.wake_all()
+    protocol.subscriptions.wake_all()
     assert sorted(woken) == sorted(waiting)
     with pytest.raises(Disconnected, match="gone") as caught:
-        conversation.authenticate("t3")
+        protocol.authenticate("t3")
     assert caught.value.code == 4503
-    conversation.subscriptions.leave(asked)
-    conversation.subscriptions.leave(held)
+    protocol.subscriptions.unsubscribe(asked)
+    protocol.subscriptions.unsubscribe(held)
 
 
 STREAM = lines(
@@ -829,11 +827,11 @@ STREAM = lines(
 # However the bytes are cut, the same arrives.
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8))
 def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int]) -> None:
-    conversation = begin()
-    inbox = conversation.subscribe("a.*", None, None, 1000)
+    protocol = begin()
+    queue = protocol.subscribe("a.*", None, None, 1000)
     edges = [0, *sorted(cuts), len(STREAM)]
     for start, stop in pairwise(edges):
-        conversation.receive(STREAM[start:stop])
-    assert seqs(inbox) == [101, 102, 103, 104, 111]
-    assert marks(inbox) == [("Gap", 110, EPOCH), ("Head", 120, EPOCH)]
-    assert phase(inbox) is Phase.ENDED
+        protocol.receive(STREAM[start:stop])
+    assert seqs(queue) == [101, 102, 103, 104, 111]
+    assert marks(queue) == [("Gap", 110, EPOCH), ("Head", 120, EPOCH)]
+    assert phase(queue) is QueuePhase.ENDED

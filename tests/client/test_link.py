@@ -102,7 +102,7 @@ async def test_cancelling_the_block_closes_without_waiting() -> None:
 async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("catbus.client.websocket_transport.GOODBYE", 0.01)
+    monkeypatch.setattr("catbus.client.websocket_transport.CLOSE_TIMEOUT", 0.01)
 
     async def script(peer: Peer) -> None:
         await anyio.sleep_forever()
@@ -182,7 +182,7 @@ async def test_it_comes_back_after_a_broker_that_vanishes(anyio_backend_name: st
 
 async def test_nonsense_ends_the_connection() -> None:
     async with talk_in_memory(lambda peer: peer.write(b"nonsense")) as (bus, pipe):
-        with pytest.raises(Disconnected, match="makes no sense"):
+        with pytest.raises(Disconnected, match="violated the protocol"):
             await bus.ping()
         await settle()
         assert pipe.closed is not None
@@ -210,10 +210,10 @@ async def test_silence_after_a_ping_ends_the_connection() -> None:
             kinds.append((await peer.receive())["type"])
 
     async with talk_in_memory(script, keepalive=0.001, timeout=0.05) as (bus, pipe):
-        with pytest.raises(Disconnected, match=r"no answer from the broker within 0\.05 s"):
+        with pytest.raises(Disconnected, match=r"no reply from the broker within 0\.05 s"):
             await bus.publish("a", 1)
         await settle()
-        assert pipe.closed == (CloseCode.UNRESPONSIVE, "no answer to a ping")
+        assert pipe.closed == (CloseCode.UNRESPONSIVE, "no reply to a ping")
     assert "ping" in kinds
 
 
@@ -363,15 +363,15 @@ async def test_a_full_subscription_stops_the_reading_until_there_is_room() -> No
             await peer.send(*[message(seq) for seq in range(first, first + 10)])
 
     async with talk_in_memory(script) as (bus, _), bus.subscribe("a.*", buffer=30) as messages:
-        inbox = messages._inbox
+        queue = messages._queue
         await settle()
-        assert len(inbox.items) == 30
+        assert len(queue.items) == 30
         for seq in range(101, 116):
             assert (await anext(messages)).seq == seq
         await settle()
-        assert len(inbox.items) == 35
+        assert len(queue.items) == 35
         assert [(await anext(messages)).seq for _ in range(116, 1101)] == list(range(116, 1101))
-        assert len(inbox.items) == 0
+        assert len(queue.items) == 0
 
 
 async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
@@ -391,7 +391,7 @@ async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
 
 
 async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscription_manager, "SPILL", 5_000)
+    monkeypatch.setattr(subscription_manager, "MAX_EXCESS_BYTES", 5_000)
     broker = Honest()
     for number in range(500):
         broker.append("a", number)
@@ -402,7 +402,7 @@ async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pyte
                 item = await anext(messages)
                 assert (item.seq, item.payload) == (101 + number, number)
                 await bus.publish("b", number)
-                most = max(most, len(messages._inbox.items))
+                most = max(most, len(messages._queue.items))
         await bus.ping()
     assert most < 100
     assert len(broker.subscribes) > 10
@@ -411,7 +411,7 @@ async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pyte
 
 
 async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active_connection, "PATIENCE", 0.001)
+    monkeypatch.setattr(active_connection, "MAX_READ_PAUSE", 0.001)
     broker = Honest()
     events: list[object] = []
     async with (
@@ -447,7 +447,7 @@ async def test_a_full_subscription_does_not_keep_another_from_its_messages() -> 
         bus.subscribe("b") as other,
     ):
         await settle()
-        assert len(full._inbox.items) < 30
+        assert len(full._queue.items) < 30
         assert (await anext(other)).payload == "at last"
         assert [(await anext(full)).seq for _ in range(100)] == list(range(101, 201))
 
@@ -468,10 +468,10 @@ async def test_a_stuck_socket_makes_publishers_wait() -> None:
 
     async with talk_in_memory(script) as (bus, pipe):
         pipe.open_gate = False
-        conversation = bus._supervisor.conversation
+        protocol = bus._supervisor.protocol
         with anyio.move_on_after(0.01):
             await bus.publish_many([("a", "x" * 10_000)] * 500)
-        assert 0 < conversation.outgoing <= connection_supervisor.OUTBOX + 11_000
+        assert 0 < protocol.outgoing_bytes <= connection_supervisor.MAX_UNSENT_BYTES + 11_000
 
 
 async def test_a_lost_connection_releases_who_waits_for_room() -> None:

@@ -10,11 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from catbus.client.in_flight_requests import LOSSES, TRIES, Answer, Batch, Ledger
-from catbus.client.message_queue import Inbox, Mark, Phase, Recent
-from catbus.client.protocol_connection import Conversation
+from catbus.client.in_flight_requests import (
+    MAX_LOST_CONNECTIONS,
+    MAX_TRIES,
+    InFlightRequests,
+    PendingReply,
+    PublishBatch,
+)
+from catbus.client.message_queue import CursorUpdate, InitialHistory, MessageQueue, QueuePhase
+from catbus.client.protocol_connection import ProtocolConnection
 from catbus.client.server_messages import Message, Page, encode_payload
-from catbus.client.subscription_manager import Switchboard
+from catbus.client.subscription_manager import SubscriptionManager
 from catbus.errors import ErrorCode, Refused
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
@@ -25,31 +31,31 @@ from tests.client.test_conversation import lines, sent, seqs, subscribed
 class Client:
     """What one client has, and one connection after the other for it."""
 
-    def __init__(self, *, keeps_on: bool = True) -> None:
-        self.ledger = Ledger(keeps_on=keeps_on)
-        self.subscriptions = Switchboard(self.ledger.number)
+    def __init__(self, *, reconnects: bool = True) -> None:
+        self.in_flight = InFlightRequests(reconnects=reconnects)
+        self.subscriptions = SubscriptionManager(self.in_flight.next_id)
 
-    def connect(self, **fields: Any) -> Conversation:
+    def connect(self, **fields: Any) -> ProtocolConnection:
         """A connection that is authenticated; what it is to go on with is said later."""
-        conversation = Conversation(self.ledger, self.subscriptions)
-        conversation.authenticate("t")
-        conversation.receive(lines({**AUTH_OK, **fields}))
-        sent(conversation)
-        return conversation
+        protocol = ProtocolConnection(self.in_flight, self.subscriptions)
+        protocol.authenticate("t")
+        protocol.receive(lines({**AUTH_OK, **fields}))
+        sent(protocol)
+        return protocol
 
-    def go_on(self, **fields: Any) -> Conversation:
-        conversation = self.connect(**fields)
-        conversation.take_over()
-        return conversation
+    def go_on(self, **fields: Any) -> ProtocolConnection:
+        protocol = self.connect(**fields)
+        protocol.resume()
+        return protocol
 
-    def publish(self, *payloads: Any, **options: bool) -> Batch:
-        batch = Batch(len(payloads))
+    def publish(self, *payloads: Any, **options: bool) -> PublishBatch:
+        batch = PublishBatch(len(payloads))
         for place, payload in enumerate(payloads):
             given = {"ephemeral": False, "echo": True, **options}
-            self.ledger.publish("a.b", encode_payload(payload), batch, place, **given)
+            self.in_flight.publish("a.b", encode_payload(payload), batch, place, **given)
         return batch
 
-    def subscribe(self, pattern: str = "a.*", since: int | None = None, epoch: str | None = None) -> Inbox:
+    def subscribe(self, pattern: str = "a.*", since: int | None = None, epoch: str | None = None) -> MessageQueue:
         return self.subscriptions.subscribe(pattern, since, epoch, 1000, present=EPOCH)
 
 
@@ -65,7 +71,7 @@ def stopping(number: int) -> dict[str, Any]:
     return refused(number, ErrorCode.SHUTTING_DOWN)
 
 
-def codes(batch: Batch) -> list[Any]:
+def codes(batch: PublishBatch) -> list[Any]:
     return [result.code if isinstance(result, Refused) else result for result in batch.results]
 
 
@@ -78,7 +84,7 @@ def test_what_has_no_answer_is_sent_again_with_what_was_known_then_and_before_wh
     early = client.publish("one", "two")
     sent(first)
     first.receive(lines(published(1, 101)))
-    first.lose("gone")
+    first.connection_lost("gone")
     late = client.publish("three")
     second = client.go_on(head=120)
     publish = {"type": "publish", "channel": "a.b"}
@@ -87,13 +93,13 @@ def test_what_has_no_answer_is_sent_again_with_what_was_known_then_and_before_wh
     assert sent(second) == [{**publish, "payload": "three", "id": 3}]
     second.receive(lines(published(3, 122)))
     assert (codes(early), codes(late)) == ([101, 121], [122])
-    assert not client.ledger.unanswered
+    assert not client.in_flight.publishes_in_flight
 
 
 def test_who_has_published_is_said_on_the_next_connection() -> None:
     client = Client()
-    client.go_on().lose("gone")
-    second = Conversation(client.ledger, client.subscriptions)
+    client.go_on().connection_lost("gone")
+    second = ProtocolConnection(client.in_flight, client.subscriptions)
     second.authenticate("t")
     assert sent(second)[0]["producer"] == "p1"
 
@@ -113,7 +119,7 @@ def test_what_cannot_be_known_is_not_sent_again(next_time: dict[str, Any], sure:
     client = Client()
     first = client.go_on(head=100)
     batch = client.publish("x")
-    first.lose("gone")
+    first.connection_lost("gone")
     again = sent(client.go_on(**next_time))
     assert [request["id"] for request in again] == ([1] if sure else [])
     assert codes(batch) == ([None] if sure else [ErrorCode.UNKNOWN])
@@ -124,7 +130,7 @@ def test_what_is_too_large_with_its_story_stays_in_doubt() -> None:
     client = Client()
     first = client.go_on(limits={"message_size": 100})
     batch = client.publish("x" * 40)
-    first.lose("gone")
+    first.connection_lost("gone")
     assert sent(client.go_on(limits={"message_size": 100})) == []
     assert codes(batch) == [ErrorCode.UNKNOWN]
 
@@ -133,7 +139,7 @@ def test_an_ephemeral_message_is_never_sent_twice() -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("now", ephemeral=True)
-    first.lose("gone")
+    first.connection_lost("gone")
     assert codes(batch) == [ErrorCode.UNKNOWN]
     waiting = client.publish("later", ephemeral=True)
     assert [request["payload"] for request in sent(client.go_on())] == ["later"]
@@ -149,8 +155,8 @@ def test_what_a_stopping_replica_gives_back_goes_to_the_next_under_a_new_id_and_
     later = client.publish("three")
     first.receive(lines(stopping(2)))
     assert sent(first) == []
-    assert client.ledger.unanswered == 3
-    first.lose("gone", 4504)
+    assert client.in_flight.publishes_in_flight == 3
+    first.connection_lost("gone", 4504)
     again = sent(client.go_on())
     assert [(request["payload"], request["id"], "retry" in request) for request in again] == [
         ("one", 3, False),
@@ -168,7 +174,7 @@ def test_what_is_given_back_is_not_put_behind_what_came_after_it(answered: bool)
     batch = client.publish("one", "two")
     sent(first)
     first.receive(lines(stopping(1), *([published(2, 101)] if answered else [])))
-    first.lose("gone", 4504)
+    first.connection_lost("gone", 4504)
     assert codes(batch)[0] is ErrorCode.SHUTTING_DOWN
     assert [request["id"] for request in sent(client.go_on())] == ([] if answered else [2])
 
@@ -184,8 +190,8 @@ def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() ->
     only.receive(lines(refused(1, ErrorCode.UNKNOWN), published(2, 101), refused(3, ErrorCode.UNKNOWN)))
     later = client.publish("four")
     assert sent(only) == []
-    assert not client.ledger.in_doubt
-    client.ledger.retry()
+    assert not client.in_flight.awaiting_acknowledgement
+    client.in_flight.retry()
     again = sent(only)
     assert [(r["payload"], r["id"], r.get("retry"), r.get("after")) for r in again] == [
         ("one", 1, True, 100),
@@ -207,9 +213,9 @@ def test_only_the_first_try_is_refused_for_certain(code: ErrorCode) -> None:
     sent(only)
     only.receive(lines(refused(1, code), refused(2, ErrorCode.UNKNOWN)))
     assert codes(certain) == [code]
-    client.ledger.retry()
+    client.in_flight.retry()
     only.receive(lines(refused(2, code)))
-    assert client.ledger.retrying == (code in IN_PASSING)
+    assert client.in_flight.retry_pending == (code in IN_PASSING)
     assert codes(doubtful) == [None if code in IN_PASSING else ErrorCode.UNKNOWN]
 
 
@@ -221,21 +227,21 @@ def test_asking_again_has_an_end(code: ErrorCode) -> None:
     sent(only)
     only.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     tries = 1
-    while client.ledger.retrying:
-        client.ledger.retry()
+    while client.in_flight.retry_pending:
+        client.in_flight.retry()
         tries += len(sent(only))
         only.receive(lines(refused(1, code)))
     assert codes(batch) == [ErrorCode.UNKNOWN]
-    assert tries == TRIES
+    assert tries == MAX_TRIES
 
 
 def test_publish_that_ends_every_connection_does_not_hold_back_what_is_newer_for_ever() -> None:
     client = Client()
     poison, newer = client.publish("poison"), client.publish("newer")
-    later: list[Batch] = []
-    for _ in range(LOSSES):
+    later: list[PublishBatch] = []
+    for _ in range(MAX_LOST_CONNECTIONS):
         later.append(client.publish("later"))
-        client.go_on().lose("gone", 4500)
+        client.go_on().connection_lost("gone", 4500)
     assert codes(poison) == [ErrorCode.UNKNOWN]
     assert newer.missing
     last = client.go_on()
@@ -253,12 +259,12 @@ def test_a_stopping_replica_cannot_say_what_became_of_an_earlier_try(how: str) -
     sent(first)
     if how == "unknown":
         first.receive(lines(refused(1, ErrorCode.UNKNOWN)))
-    first.lose("gone")
+    first.connection_lost("gone")
     second = client.go_on()
     second.receive(lines(stopping(1)))
     later = client.publish("two")
     sent(second)
-    second.lose("gone", 4504)
+    second.connection_lost("gone", 4504)
     third = client.go_on()
     assert [(r["payload"], r["id"], "retry" in r) for r in sent(third)] == [("one", 1, True)]
     third.receive(lines({**published(1, 90), "duplicate": True}))
@@ -273,10 +279,10 @@ def test_what_was_unknown_when_the_connection_was_lost_is_asked_on_the_next() ->
     batch = client.publish("one")
     sent(first)
     first.receive(lines(refused(1, ErrorCode.UNKNOWN)))
-    first.lose("gone")
+    first.connection_lost("gone")
     second = client.go_on(head=130)
     assert [(r["id"], r["after"]) for r in sent(second)] == [(1, 100)]
-    client.ledger.retry()
+    client.in_flight.retry()
     assert sent(second) == []
     second.receive(lines(published(1, 101)))
     assert codes(batch) == [101]
@@ -288,12 +294,12 @@ def test_while_moving_nothing_is_asked_again_on_the_old_connection() -> None:
     batch = client.publish("one")
     sent(old)
     old.receive(lines(refused(1, ErrorCode.UNKNOWN)))
-    client.ledger.hold()
-    client.ledger.retry()
+    client.in_flight.pause()
+    client.in_flight.retry()
     assert sent(old) == []
     new = client.connect()
-    old.lose("closed")
-    new.take_over_requests()
+    old.connection_lost("closed")
+    new.resume_requests()
     assert [r["id"] for r in sent(new)] == [1]
     assert batch.missing
 
@@ -307,7 +313,7 @@ def test_an_epoch_that_begins_meanwhile_leaves_it_in_doubt() -> None:
     gap = {"type": "gap", "pattern": "a.*", "from": 81, "to": 80, "epoch": "e2", "reason": "epoch"}
     only.receive(lines(gap, refused(2, ErrorCode.UNKNOWN)))
     sent(only)
-    client.ledger.retry()
+    client.in_flight.retry()
     assert sent(only) == []
     assert codes(batch) == [ErrorCode.UNKNOWN]
 
@@ -318,7 +324,7 @@ def test_an_ephemeral_message_that_is_in_doubt_stays_so() -> None:
     batch = client.publish("now", ephemeral=True)
     only.receive(lines(refused(1, ErrorCode.UNKNOWN)))
     assert codes(batch) == [ErrorCode.UNKNOWN]
-    assert not client.ledger.retrying
+    assert not client.in_flight.retry_pending
 
 
 def test_what_came_back_is_dropped_when_nobody_waits_for_it() -> None:
@@ -327,27 +333,27 @@ def test_what_came_back_is_dropped_when_nobody_waits_for_it() -> None:
     batch = client.publish("one")
     sent(first)
     first.receive(lines(stopping(1)))
-    client.ledger.forget(batch)
-    first.lose("gone")
+    client.in_flight.cancel_batch(batch)
+    first.connection_lost("gone")
     assert sent(client.go_on()) == []
 
 
 def test_nothing_that_comes_after_the_loss_counts() -> None:
     client = Client()
     old = client.go_on()
-    batch, inbox = client.publish("one"), client.subscribe()
-    old.lose("closed")
+    batch, queue = client.publish("one"), client.subscribe()
+    old.connection_lost("closed")
     new = client.go_on()
     old.receive(lines(refused(1, ErrorCode.UNAVAILABLE), subscribed(100, 2), message(101)))
     assert codes(batch) == [None]
-    assert not client.ledger.retrying
-    assert inbox.phase is Phase.ASKED
+    assert not client.in_flight.retry_pending
+    assert queue.phase is QueuePhase.REQUESTED
     new.receive(lines(published(1, 101)))
     assert codes(batch) == [101]
 
 
 def test_with_one_connection_only_a_stopping_replica_has_the_last_word() -> None:
-    client = Client(keeps_on=False)
+    client = Client(reconnects=False)
     first = client.go_on()
     batch = client.publish("one")
     first.receive(lines(stopping(1)))
@@ -358,26 +364,26 @@ def test_what_nobody_waits_for_is_not_sent_unless_it_was() -> None:
     client = Client()
     first = client.go_on()
     gone = client.publish("sent")
-    first.lose("gone")
+    first.connection_lost("gone")
     unsent, kept = client.publish("unsent", "unsent"), client.publish("kept")
-    client.ledger.forget(gone)
-    client.ledger.forget(unsent)
+    client.in_flight.cancel_batch(gone)
+    client.in_flight.cancel_batch(unsent)
     second = client.go_on()
     second.receive(lines(published(1, 101)))
     assert [request["payload"] for request in sent(second)] == ["sent", "kept"]
     assert kept.missing
-    assert client.ledger.unsent_bytes == 0
+    assert client.in_flight.unsent_bytes == 0
 
 
 def test_histories_and_pings_are_asked_again_unless_nobody_waits() -> None:
     client = Client()
     first = client.go_on()
-    history, ping, unwanted = client.ledger.history("a", 7, None), client.ledger.ping(), client.ledger.ping()
+    history, ping, unwanted = client.in_flight.history("a", 7, None), client.in_flight.ping(), client.in_flight.ping()
     first_time = sent(first)
-    client.ledger.withdraw(unwanted)
-    first.lose("gone")
-    late, never = client.ledger.history("b", 1, 5), client.ledger.ping()
-    client.ledger.withdraw(never)
+    client.in_flight.cancel_request(unwanted)
+    first.connection_lost("gone")
+    late, never = client.in_flight.history("b", 1, 5), client.in_flight.ping()
+    client.in_flight.cancel_request(never)
     second = client.go_on()
     assert sent(second) == [*first_time[:2], {"type": "history", "pattern": "b", "limit": 1, "before": 5, "id": 4}]
     second.receive(
@@ -390,7 +396,7 @@ def test_histories_and_pings_are_asked_again_unless_nobody_waits() -> None:
     assert history.value == Page([], False, 1)
     assert ping.value == wire.Pong(2)
     assert isinstance(late.value, Refused)
-    assert not client.ledger.waiting
+    assert not client.in_flight.awaiting_reply
 
 
 # Subscribing
@@ -401,7 +407,7 @@ def test_each_subscription_goes_on_where_it_was() -> None:
     first = client.go_on()
     seen, fresh, asked = client.subscribe("a.*"), client.subscribe("b"), client.subscribe("c", 50, "e0")
     first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b"), message(101), message(104)))
-    first.lose("gone")
+    first.connection_lost("gone")
     unsaid = client.subscribe("d")
     second = client.go_on()
     assert [(r["pattern"], r.get("since"), r.get("epoch")) for r in sent(second)] == [
@@ -413,8 +419,8 @@ def test_each_subscription_goes_on_where_it_was() -> None:
     second.receive(lines(subscribed(110, 4), message(104), message(105)))
     assert seqs(seen) == [101, 104, 105]
     assert not fresh.items
-    assert not unsaid.begun
-    assert asked.phase is Phase.ASKED
+    assert not unsaid.started
+    assert asked.phase is QueuePhase.REQUESTED
 
 
 def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
@@ -422,50 +428,52 @@ def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
     first = client.go_on()
     one, other = client.subscribe("a.*"), client.subscribe("b")
     first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b")))
-    first.lose("gone")
+    first.connection_lost("gone")
     second = client.go_on()
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 3}
     second.receive(lines(refusal, subscribed(100, 4, "b"), message(101, pattern="b", channel="b")))
-    assert one.ending is not None
-    assert one.ending.code is ErrorCode.UNAUTHORIZED
+    assert one.error is not None
+    assert one.error.code is ErrorCode.UNAUTHORIZED
     assert seqs(other) == [101]
 
 
 def test_a_gap_after_coming_back_is_handed_on() -> None:
     client = Client()
     first = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     first.receive(lines(subscribed(100, 1), message(101)))
-    first.lose("gone")
+    first.connection_lost("gone")
     second = client.go_on(epoch="e2", head=90)
     gap = {"type": "gap", "pattern": "a.*", "from": 81, "to": 80, "epoch": "e2", "reason": "epoch"}
     second.receive(lines(subscribed(90, 2), gap, message(81)))
-    assert [item.event.reason for item in inbox.items if isinstance(item, Mark) and isinstance(item.event, wire.Gap)]
-    assert seqs(inbox) == [101, 81]
+    assert [
+        item.event.reason for item in queue.items if isinstance(item, CursorUpdate) and isinstance(item.event, wire.Gap)
+    ]
+    assert seqs(queue) == [101, 81]
 
 
 def test_one_that_was_given_back_to_the_broker_is_asked_for_again_when_there_is_room() -> None:
     client = Client()
     first = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     first.receive(lines(subscribed(100, 1), message(101)))
-    client.subscriptions.suspend(inbox)
-    first.lose("gone")
+    client.subscriptions.pause_queue(queue)
+    first.connection_lost("gone")
     second = client.go_on()
     assert sent(second) == []
-    client.subscriptions.relieve(inbox)
+    client.subscriptions.queue_drained(queue)
     assert sent(second)[0]["since"] == 101
 
 
 def test_relieved_and_left_while_there_is_no_connection() -> None:
     client = Client()
     first = client.go_on()
-    inbox, other = client.subscribe(), client.subscribe("b")
+    queue, other = client.subscribe(), client.subscribe("b")
     first.receive(lines(subscribed(100, 1), subscribed(100, 2, "b"), message(101)))
-    client.subscriptions.suspend(inbox)
-    first.lose("gone")
-    client.subscriptions.relieve(inbox)
-    client.subscriptions.leave(other)
+    client.subscriptions.pause_queue(queue)
+    first.connection_lost("gone")
+    client.subscriptions.queue_drained(queue)
+    client.subscriptions.unsubscribe(other)
     assert [(r["pattern"], r["since"]) for r in sent(client.go_on())] == [("a.*", 101)]
 
 
@@ -475,19 +483,19 @@ def test_relieved_and_left_while_there_is_no_connection() -> None:
 def test_while_moving_a_subscription_hears_the_old_connection_until_the_new_one_has_agreed() -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     old.receive(lines(subscribed(100, 1), message(101)))
     new = client.connect()
-    new.take_over_subscriptions()
+    new.resume_subscriptions()
     assert sent(new)[0]["since"] == 101
     old.receive(lines(message(102)))
     new.receive(lines(subscribed(103, 2)))
     old.receive(lines(message(103), {"type": "head", "seq": 140, "epoch": EPOCH, "at": 1}))
     new.receive(lines(message(102), message(103)))
-    assert seqs(inbox) == [101, 102, 103]
-    old.lose("closed")
+    assert seqs(queue) == [101, 102, 103]
+    old.connection_lost("closed")
     new.receive(lines(message(104)))
-    assert seqs(inbox) == [101, 102, 103, 104]
+    assert seqs(queue) == [101, 102, 103, 104]
 
 
 def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_sent_again() -> None:
@@ -495,12 +503,12 @@ def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_se
     old = client.go_on()
     batch = client.publish("one", "two")
     sent(old)
-    client.ledger.hold()
+    client.in_flight.pause()
     new = client.connect()
     later = client.publish("three")
     old.receive(lines(published(1, 101)))
-    old.lose("closed")
-    new.take_over_requests()
+    old.connection_lost("closed")
+    new.resume_requests()
     assert [(r["payload"], "retry" in r) for r in sent(new)] == [("two", True)]
     new.receive(lines(published(2, 102)))
     assert [(r["payload"], "retry" in r) for r in sent(new)] == [("three", False)]
@@ -511,51 +519,51 @@ def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_se
 def test_when_the_new_connection_is_lost_on_the_way_the_next_one_goes_on() -> None:
     client = Client()
     old = client.go_on()
-    inbox, batch = client.subscribe(), client.publish("one")
+    queue, batch = client.subscribe(), client.publish("one")
     old.receive(lines(subscribed(100, 1)))
-    client.ledger.hold()
+    client.in_flight.pause()
     new = client.connect()
-    new.take_over_subscriptions()
+    new.resume_subscriptions()
     new.receive(lines(subscribed(100, 3), message(101)))
-    new.lose("gone")
+    new.connection_lost("gone")
     old.receive(lines(message(102)))
-    old.lose("closed")
+    old.connection_lost("closed")
     third = client.go_on()
     assert [(r["type"], r.get("since"), r.get("retry")) for r in sent(third)] == [
         ("subscribe", 101, None),
         ("publish", None, True),
     ]
-    assert seqs(inbox) == [101]
+    assert seqs(queue) == [101]
     assert batch.missing
 
 
 def test_revoked_by_the_old_connection_while_moving() -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     old.receive(lines(subscribed(100, 1)))
     new = client.connect()
-    new.take_over_subscriptions()
+    new.resume_subscriptions()
     sent(new)
     old.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 100}))
-    assert inbox.ending is not None
+    assert queue.error is not None
     assert sent(new) == [{"type": "unsubscribe", "pattern": "a.*", "id": 3}]
     new.receive(lines(subscribed(100, 2), message(101)))
-    assert not inbox.items
+    assert not queue.items
 
 
 def test_a_subscription_that_takes_on_too_much_while_moving_waits_for_the_new_connection() -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     old.receive(lines(subscribed(100, 1), message(101)))
     new = client.connect()
-    new.take_over_subscriptions()
-    client.subscriptions.suspend(inbox)
+    new.resume_subscriptions()
+    client.subscriptions.pause_queue(queue)
     old.receive(lines(message(102)))
-    assert seqs(inbox) == [101]
+    assert seqs(queue) == [101]
     new.receive(lines(subscribed(102, 2), message(102)))
-    assert seqs(inbox) == [101, 102]
+    assert seqs(queue) == [101, 102]
 
 
 # The model
@@ -577,15 +585,15 @@ class Replica:
         self.held: dict[str, int] = {}
         self.requests: list[dict[str, Any]] = []
         self.replies = bytearray()
-        self.conversation = client.connect(head=self.applied)
+        self.protocol = client.connect(head=self.applied)
 
     def say(self, *replies: dict[str, Any]) -> None:
         self.replies += lines(*replies)
 
     def hear(self, count: int) -> None:
         """Deal with so many requests."""
-        while self.conversation.outgoing:
-            self.requests += map(msgspec.json.decode, self.conversation.take().splitlines())
+        while self.protocol.outgoing_bytes:
+            self.requests += map(msgspec.json.decode, self.protocol.data_to_send().splitlines())
         for request in self.requests[:count]:
             self.answer(request)
         del self.requests[:count]
@@ -677,63 +685,69 @@ class Replica:
         """Let so many bytes reach the client."""
         data = bytes(self.replies[:size])
         del self.replies[:size]
-        self.conversation.receive(data)
+        self.protocol.receive(data)
 
 
 class Reader:
     """An application's side of a subscription."""
 
     def __init__(
-        self, pattern: str, inbox: Inbox, since: int | None, last: int, log: list[tuple[str, Any]], ledger: Ledger
+        self,
+        pattern: str,
+        queue: MessageQueue,
+        since: int | None,
+        last: int,
+        log: list[tuple[str, Any]],
+        in_flight: InFlightRequests,
     ) -> None:
-        self.pattern, self.inbox = pattern, inbox
+        self.pattern, self.queue = pattern, queue
         self.start = since
         self.last = last
         """How many messages from before `start` it is owed."""
         self.taken: list[int] = []
-        self._log, self._ledger = log, ledger
-        self._recent: Recent | None = None
-        self._answer: Answer[Page] | None = None
-        inbox.wake = self.note
+        self._log, self._in_flight = log, in_flight
+        self._recent: InitialHistory | None = None
+        self._answer: PendingReply[Page] | None = None
+        queue.wake = self.note
         self.note()
 
     @property
     def fetching(self) -> bool:
         """Whether it waits for messages of the past, and takes nothing before that."""
-        return self.inbox.begun and self.last > 0 and (self._recent is None or self._recent.wanted is not None)
+        return self.queue.started and self.last > 0 and (self._recent is None or self._recent.next_request is not None)
 
     def note(self) -> None:
-        if self.inbox.begun and self.start is None:
-            self.start = self.inbox.cursor
+        if self.queue.started and self.start is None:
+            self.start = self.queue.cursor
             assert self.start <= len(self._log)
             if self.last:
-                self._recent = Recent(self.inbox, self.last)
+                self._recent = InitialHistory(self.queue, self.last)
                 self.fetch()
 
     def fetch(self) -> None:
         """Take the page that has come, and ask for the next."""
         assert self._recent is not None
         if self._answer is not None and isinstance(self._answer.value, Page):
-            self._recent.take(self._answer.value)
+            self._recent.add_page(self._answer.value)
             self._answer = None
-        if self._answer is None and self._recent.wanted is not None:
-            self._answer = self._ledger.history(self.pattern, *self._recent.wanted)
+        if self._answer is None and self._recent.next_request is not None:
+            self._answer = self._in_flight.history(self.pattern, *self._recent.next_request)
 
     def take(self, count: int) -> None:
         if self.fetching:
             self.fetch()
         if self.fetching:
             return
-        for _ in range(min(count, len(self.inbox.items))):
-            item = self.inbox.items.popleft()
+        for _ in range(min(count, len(self.queue.items))):
+            item = self.queue.items.popleft()
             if isinstance(item, Message):
                 assert item.seq is not None
-                assert item.seq > self.inbox.cursor
+                assert item.seq > self.queue.cursor
                 self.taken.append(item.seq)
-                self.inbox.cursor = item.seq
+                self.queue.cursor = item.seq
             else:
-                assert item.cursor >= self.inbox.cursor
-                self.inbox.cursor, self.inbox.epoch = item.cursor, item.epoch
+                assert item.cursor >= self.queue.cursor
+                self.queue.cursor, self.queue.epoch = item.cursor, item.epoch
 
 
 class Connections(RuleBasedStateMachine):
@@ -774,8 +788,8 @@ class Connections(RuleBasedStateMachine):
         pattern = data.draw(st.sampled_from(self.patterns))
         if sum(reader.pattern == pattern for reader in self.readers) < 3:
             epoch = EPOCH if since is not None else None
-            inbox = self.client.subscriptions.subscribe(pattern, since, epoch, 3, present=EPOCH)
-            self.readers.append(Reader(pattern, inbox, since, last, self.log, self.client.ledger))
+            queue = self.client.subscriptions.subscribe(pattern, since, epoch, 3, present=EPOCH)
+            self.readers.append(Reader(pattern, queue, since, last, self.log, self.client.in_flight))
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
@@ -783,7 +797,7 @@ class Connections(RuleBasedStateMachine):
         self.drop(data.draw(st.sampled_from(self.readers)))
 
     def drop(self, reader: Reader) -> None:
-        self.client.subscriptions.leave(reader.inbox)
+        self.client.subscriptions.unsubscribe(reader.queue)
         self.readers.remove(reader)
 
     @precondition(lambda self: self.readers)
@@ -791,13 +805,13 @@ class Connections(RuleBasedStateMachine):
     def take(self, data: st.DataObject, count: int) -> None:
         reader = data.draw(st.sampled_from(self.readers))
         reader.take(count)
-        if reader.inbox.pressed and len(reader.inbox.items) <= 1:
-            self.client.subscriptions.relieve(reader.inbox)
+        if reader.queue.notify_half_empty and len(reader.queue.items) <= 1:
+            self.client.subscriptions.queue_drained(reader.queue)
 
-    @precondition(lambda self: self.client.subscriptions.crowded)
+    @precondition(lambda self: self.client.subscriptions.full_queues)
     @rule(data=st.data())
     def suspend(self, data: st.DataObject) -> None:
-        self.client.subscriptions.suspend(data.draw(st.sampled_from(list(self.client.subscriptions.crowded))))
+        self.client.subscriptions.pause_queue(data.draw(st.sampled_from(list(self.client.subscriptions.full_queues))))
 
     @precondition(lambda self: self.replicas)
     @rule(data=st.data(), count=st.integers(1, 5), size=st.integers(1, 400))
@@ -814,30 +828,30 @@ class Connections(RuleBasedStateMachine):
     @rule()
     def connect(self) -> None:
         self.present = self.new()
-        self.present.conversation.take_over()
+        self.present.protocol.resume()
 
     @precondition(lambda self: self.present)
     @rule()
     def lose(self) -> None:
         assert self.present is not None
-        self.present.conversation.lose("gone")
+        self.present.protocol.connection_lost("gone")
         self.bury(self.present)
         if self.next is not None:
-            self.next.conversation.take_over_requests()
+            self.next.protocol.resume_requests()
         self.present, self.next = self.next, None
 
     @precondition(lambda self: self.present and not self.next)
     @rule()
     def begin_to_move(self) -> None:
-        self.client.ledger.hold()
+        self.client.in_flight.pause()
         self.next = self.new()
-        self.next.conversation.take_over_subscriptions()
+        self.next.protocol.resume_subscriptions()
 
     @precondition(lambda self: self.next)
     @rule()
     def lose_all(self) -> None:
         for replica in reversed(self.replicas):
-            replica.conversation.lose("gone")
+            replica.protocol.connection_lost("gone")
             self.bury(replica)
         self.present = self.next = None
 
@@ -849,8 +863,8 @@ class Connections(RuleBasedStateMachine):
     @invariant()
     def each_is_owed_what_it_has(self) -> None:
         for reader in self.readers:
-            assert reader.inbox.ending is None
-            had = reader.taken + [s for s in seqs(reader.inbox) if s is not None]
+            assert reader.queue.error is None
+            had = reader.taken + [s for s in seqs(reader.queue) if s is not None]
             owed = self.owed(reader)
             if reader.fetching:
                 owed = [seq for seq in owed if seq > (reader.start or 0)]
@@ -871,10 +885,10 @@ class Connections(RuleBasedStateMachine):
             self.bring(replica, 10_000_000)
             for reader in self.readers:
                 reader.take(10_000)
-                self.client.subscriptions.relieve(reader.inbox)
+                self.client.subscriptions.queue_drained(reader.queue)
         self.each_is_owed_what_it_has()
         for reader in self.readers:
-            assert reader.inbox.begun
+            assert reader.queue.started
             assert reader.taken == self.owed(reader)
         assert replica.held.keys() == {reader.pattern for reader in self.readers}
 
@@ -885,12 +899,12 @@ class Connections(RuleBasedStateMachine):
                 self.bring(self.present, 10_000_000)
             assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
         for replica in self.replicas:
-            replica.conversation.lose("gone")
+            replica.protocol.connection_lost("gone")
             self.bury(replica)
         for replica in self.dead:
             replica.come_round()
         self.present, self.next = self.new(), None
-        self.present.conversation.take_over()
+        self.present.protocol.resume()
         self.settle(self.present)
 
 
@@ -900,20 +914,20 @@ class Lives(Connections):
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
-        self.published: list[tuple[Batch, int]] = []
-        self.pings: list[Answer[wire.Pong]] = []
+        self.published: list[tuple[PublishBatch, int]] = []
+        self.pings: list[PendingReply[wire.Pong]] = []
 
     @rule(channel=st.sampled_from(["a.x", "b"]), count=st.integers(1, 3))
     def publish(self, channel: str, count: int) -> None:
         for _ in range(count):
-            batch = Batch(1)
+            batch = PublishBatch(1)
             self.number += 1
-            self.client.ledger.publish(channel, encode_payload(self.number), batch, 0, ephemeral=False, echo=True)
+            self.client.in_flight.publish(channel, encode_payload(self.number), batch, 0, ephemeral=False, echo=True)
             self.published.append((batch, self.number))
 
     @rule()
     def ping(self) -> None:
-        self.pings.append(self.client.ledger.ping())
+        self.pings.append(self.client.in_flight.ping())
 
     @precondition(lambda self: self.present)
     @rule()
@@ -937,10 +951,10 @@ class Lives(Connections):
     def the_database_answers(self, data: st.DataObject) -> None:
         data.draw(st.sampled_from([*self.replicas, *self.dead])).come_round()
 
-    @precondition(lambda self: self.client.ledger.retrying)
+    @precondition(lambda self: self.client.in_flight.retry_pending)
     @rule()
     def retry(self) -> None:
-        self.client.ledger.retry()
+        self.client.in_flight.retry()
 
     @invariant()
     def each_publish_is_there_once_and_what_is_said_of_it_is_true(self) -> None:
@@ -963,7 +977,7 @@ class Lives(Connections):
     def teardown(self) -> None:
         super().teardown()
         self.each_publish_is_there_once_and_what_is_said_of_it_is_true()
-        assert not self.client.ledger.unanswered
+        assert not self.client.in_flight.publishes_in_flight
         assert all(answer.value is not None for answer in self.pings)
 
 
@@ -979,7 +993,7 @@ class Sharers(Connections):
     def __init__(self) -> None:
         super().__init__()
         self.said: set[ErrorCode] = set()
-        self.gone: list[tuple[Inbox, int]] = []
+        self.gone: list[tuple[MessageQueue, int]] = []
         """Those that have ended, and how much they had."""
         self.connect()
 
@@ -1000,18 +1014,18 @@ class Sharers(Connections):
     def somebody_publishes_many(self, count: int) -> None:
         self.log += [("a.x", None)] * count
 
-    @precondition(lambda self: self.client.subscriptions.retrying)
+    @precondition(lambda self: self.client.subscriptions.retry_pending)
     @rule()
     def retry(self) -> None:
         self.client.subscriptions.retry()
 
     def drop(self, reader: Reader) -> None:
         super().drop(reader)
-        self.gone.append((reader.inbox, len(reader.inbox.items)))
+        self.gone.append((reader.queue, len(reader.queue.items)))
 
     def bring(self, replica: Replica, size: int) -> None:
         super().bring(replica, size)
-        ended = {reader: reader.inbox.ending for reader in self.readers if reader.inbox.ending is not None}
+        ended = {reader: reader.queue.error for reader in self.readers if reader.queue.error is not None}
         codes = {ending.code for ending in ended.values()}
         assert codes <= self.said
         if ErrorCode.REVOKED in codes:
@@ -1021,9 +1035,9 @@ class Sharers(Connections):
 
     @invariant()
     def nothing_comes_to_those_that_are_gone(self) -> None:
-        for inbox, had in self.gone:
-            assert inbox.phase is Phase.ENDED
-            assert len(inbox.items) == had
+        for queue, had in self.gone:
+            assert queue.phase is QueuePhase.ENDED
+            assert len(queue.items) == had
 
     def settle(self, replica: Replica) -> None:
         replica.refusing = None

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from catbus.client.message_queue import Inbox, Mark, Phase
-from catbus.client.protocol_connection import Conversation
+from catbus.client.message_queue import CursorUpdate, MessageQueue, QueuePhase
+from catbus.client.protocol_connection import ProtocolConnection
 from catbus.client.server_messages import Gap
 from catbus.errors import ErrorCode, Refused
 from tests.client.fake import EPOCH, message
@@ -17,184 +17,186 @@ from tests.client.test_lost_connections import Client
 LIVE = {"type": "live", "pattern": "a.*", "seq": 120}
 
 
-def begin(client: Client, since: int | None = None) -> tuple[Conversation, Inbox]:
+def begin(client: Client, since: int | None = None) -> tuple[ProtocolConnection, MessageQueue]:
     """A connection with one subscription, which is live at 120."""
-    conversation = client.go_on()
-    inbox = client.subscribe(since=since)
-    [request] = sent(conversation)
-    conversation.receive(lines(subscribed(120, request["id"]), *([LIVE] if since is not None else [])))
-    return conversation, inbox
+    protocol = client.go_on()
+    queue = client.subscribe(since=since)
+    [request] = sent(protocol)
+    protocol.receive(lines(subscribed(120, request["id"]), *([LIVE] if since is not None else [])))
+    return protocol, queue
 
 
-def gaps(inbox: Inbox) -> list[tuple[int, int]]:
-    return [(i.event.first, i.event.last) for i in inbox.items if isinstance(i, Mark) and isinstance(i.event, Gap)]
+def gaps(queue: MessageQueue) -> list[tuple[int, int]]:
+    return [
+        (i.event.first, i.event.last) for i in queue.items if isinstance(i, CursorUpdate) and isinstance(i.event, Gap)
+    ]
 
 
 def test_second_inbox_from_now_on_needs_no_request() -> None:
     client = Client()
-    conversation, first = begin(client)
-    conversation.receive(lines(message(121)))
+    protocol, first = begin(client)
+    protocol.receive(lines(message(121)))
     second = client.subscribe()
-    assert sent(conversation) == []
-    assert (second.begun, second.cursor, second.epoch) == (True, 121, EPOCH)
-    conversation.receive(lines(message(122), message(None, "psst")))
+    assert sent(protocol) == []
+    assert (second.started, second.cursor, second.epoch) == (True, 121, EPOCH)
+    protocol.receive(lines(message(122), message(None, "psst")))
     assert seqs(first) == [121, 122, None]
     assert seqs(second) == [122, None]
 
 
 def test_inboxes_that_begin_together_are_asked_for_once() -> None:
     client = Client()
-    conversation = client.go_on()
+    protocol = client.go_on()
     both = [client.subscribe(), client.subscribe()]
-    [request] = sent(conversation)
-    conversation.receive(lines(subscribed(120, request["id"]), message(121)))
-    assert [seqs(inbox) for inbox in both] == [[121], [121]]
+    [request] = sent(protocol)
+    protocol.receive(lines(subscribed(120, request["id"]), message(121)))
+    assert [seqs(queue) for queue in both] == [[121], [121]]
 
 
 def test_inbox_that_begins_further_back_gets_what_it_missed_and_the_other_gets_nothing_twice() -> None:
     client = Client()
-    conversation, first = begin(client)
-    conversation.receive(lines(message(121)))
+    protocol, first = begin(client)
+    protocol.receive(lines(message(121)))
     second = client.subscribe(since=110, epoch=EPOCH)
-    [request] = sent(conversation)
+    [request] = sent(protocol)
     assert (request["since"], request["epoch"]) == (110, EPOCH)
-    conversation.receive(lines(message(122)))
+    protocol.receive(lines(message(122)))
     again = [message(seq) for seq in (111, 121, 122, 123)]
-    conversation.receive(lines(subscribed(122, request["id"]), *again, {**LIVE, "seq": 123}))
+    protocol.receive(lines(subscribed(122, request["id"]), *again, {**LIVE, "seq": 123}))
     assert seqs(first) == [121, 122, 123]
     assert seqs(second) == [111, 121, 122, 123]
 
 
 def test_gap_is_told_only_to_the_inbox_that_misses_something() -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second, third = client.subscribe(since=50, epoch=EPOCH), client.subscribe(since=80, epoch=EPOCH)
-    number = sent(conversation)[-1]["id"]
+    number = sent(protocol)[-1]["id"]
     gap = {"type": "gap", "pattern": "a.*", "from": 51, "to": 90, "epoch": EPOCH, "reason": "retention"}
-    conversation.receive(lines(subscribed(120, number), gap, message(91)))
+    protocol.receive(lines(subscribed(120, number), gap, message(91)))
     assert (gaps(first), gaps(second), gaps(third)) == ([], [(51, 90)], [(81, 90)])
     assert (seqs(first), seqs(second), seqs(third)) == ([], [91], [91])
 
 
 def test_inbox_of_another_epoch_is_asked_for_alone_and_then_all_together() -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second = client.subscribe(since=200, epoch="e0")
-    [request] = sent(conversation)
+    [request] = sent(protocol)
     assert (request["since"], request["epoch"]) == (200, "e0")
     gap = {"type": "gap", "pattern": "a.*", "from": 151, "to": 150, "epoch": EPOCH, "reason": "epoch"}
-    conversation.receive(lines(subscribed(160, request["id"]), gap, message(151), {**LIVE, "seq": 160}))
-    [request] = sent(conversation)
+    protocol.receive(lines(subscribed(160, request["id"]), gap, message(151), {**LIVE, "seq": 160}))
+    [request] = sent(protocol)
     assert (request["since"], request["epoch"]) == (120, EPOCH)
-    conversation.receive(lines(subscribed(160, request["id"]), message(130), message(151), {**LIVE, "seq": 160}))
-    assert sent(conversation) == []
+    protocol.receive(lines(subscribed(160, request["id"]), message(130), message(151), {**LIVE, "seq": 160}))
+    assert sent(protocol) == []
     assert (seqs(first), gaps(first)) == ([130, 151], [])
     assert (seqs(second), gaps(second)) == ([151], [(151, 150)])
 
 
 def test_cursor_above_the_head_holds_nothing_back_from_another_inbox() -> None:
     client = Client()
-    conversation, ahead = begin(client, since=1000)
-    sent(conversation)
+    protocol, ahead = begin(client, since=1000)
+    sent(protocol)
     second = client.subscribe()
-    [request] = sent(conversation)
-    assert request["since"] == conversation.head == 100
-    conversation.receive(lines(subscribed(120, request["id"]), message(120), LIVE, message(121), message(1001)))
+    [request] = sent(protocol)
+    assert request["since"] == protocol.head == 100
+    protocol.receive(lines(subscribed(120, request["id"]), message(120), LIVE, message(121), message(1001)))
     assert seqs(second) == [121, 1001]
     assert seqs(ahead) == [1001]
 
 
 def test_replica_that_is_behind_begins_for_nobody_below_the_place_that_it_was_asked_from() -> None:
     client = Client()
-    conversation = client.go_on(head=130)
+    protocol = client.go_on(head=130)
     client.subscribe(since=125, epoch=EPOCH)
     second = client.subscribe()
-    number = sent(conversation)[-1]["id"]
-    conversation.receive(lines(subscribed(120, number), message(126), {**LIVE, "seq": 126}))
+    number = sent(protocol)[-1]["id"]
+    protocol.receive(lines(subscribed(120, number), message(126), {**LIVE, "seq": 126}))
     assert (second.cursor, seqs(second)) == (125, [126])
 
 
 def test_only_the_last_to_leave_unsubscribes() -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second = client.subscribe()
-    client.subscriptions.leave(first)
-    assert sent(conversation) == []
-    conversation.receive(lines(message(121)))
+    client.subscriptions.unsubscribe(first)
+    assert sent(protocol) == []
+    protocol.receive(lines(message(121)))
     assert (seqs(first), seqs(second)) == ([], [121])
-    client.subscriptions.leave(second)
-    assert [request["type"] for request in sent(conversation)] == ["unsubscribe"]
+    client.subscriptions.unsubscribe(second)
+    assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
 
 
 def test_inbox_that_leaves_before_the_answer_gets_nothing() -> None:
     client = Client()
-    conversation = client.go_on()
+    protocol = client.go_on()
     first, second = client.subscribe(), client.subscribe()
-    [request] = sent(conversation)
-    client.subscriptions.leave(first)
-    conversation.receive(lines(subscribed(120, request["id"]), message(121)))
-    assert (first.phase, seqs(first)) == (Phase.ENDED, [])
+    [request] = sent(protocol)
+    client.subscriptions.unsubscribe(first)
+    protocol.receive(lines(subscribed(120, request["id"]), message(121)))
+    assert (first.phase, seqs(first)) == (QueuePhase.ENDED, [])
     assert seqs(second) == [121]
 
 
 def test_full_inbox_waits_alone_and_goes_on_where_it_stopped() -> None:
     client = Client()
-    conversation, slow = begin(client)
+    protocol, slow = begin(client)
     fast = client.subscribe()
-    conversation.receive(lines(message(121)))
-    client.subscriptions.suspend(slow)
-    assert sent(conversation) == []
-    conversation.receive(lines(message(122)))
-    client.subscriptions.relieve(slow)
-    [request] = sent(conversation)
+    protocol.receive(lines(message(121)))
+    client.subscriptions.pause_queue(slow)
+    assert sent(protocol) == []
+    protocol.receive(lines(message(122)))
+    client.subscriptions.queue_drained(slow)
+    [request] = sent(protocol)
     assert request["since"] == 121
-    conversation.receive(lines(subscribed(122, request["id"]), message(122), {**LIVE, "seq": 122}, message(123)))
+    protocol.receive(lines(subscribed(122, request["id"]), message(122), {**LIVE, "seq": 122}, message(123)))
     assert seqs(slow) == seqs(fast) == [121, 122, 123]
 
 
 def test_when_all_are_full_the_broker_stops() -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second = client.subscribe()
-    for inbox in (first, second):
-        client.subscriptions.suspend(inbox)
-    assert [request["type"] for request in sent(conversation)] == ["unsubscribe"]
+    for queue in (first, second):
+        client.subscriptions.pause_queue(queue)
+    assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
 
 
 @pytest.mark.parametrize("code", [ErrorCode.UNAVAILABLE, ErrorCode.UNAUTHORIZED])
 def test_refusal_of_a_later_inbox_leaves_the_one_that_is_there(code: ErrorCode) -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second = client.subscribe(since=110, epoch=EPOCH)
-    [request] = sent(conversation)
+    [request] = sent(protocol)
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": code, "id": request["id"]}
-    conversation.receive(lines(refusal, message(121)))
-    assert isinstance(second.ending, Refused)
-    assert (first.phase, seqs(first)) == (Phase.HELD, [121])
-    client.subscriptions.leave(first)
-    assert [request["type"] for request in sent(conversation)] == ["unsubscribe"]
+    protocol.receive(lines(refusal, message(121)))
+    assert isinstance(second.error, Refused)
+    assert (first.phase, seqs(first)) == (QueuePhase.ACTIVE, [121])
+    client.subscriptions.unsubscribe(first)
+    assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
 
 
 def test_revocation_ends_all() -> None:
     client = Client()
-    conversation, first = begin(client)
+    protocol, first = begin(client)
     second = client.subscribe()
-    conversation.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 120}))
-    assert {inbox.ending.code for inbox in (first, second) if inbox.ending} == {ErrorCode.REVOKED}
-    assert sent(conversation) == []
+    protocol.receive(lines({"type": "revoked", "pattern": "a.*", "seq": 120}))
+    assert {queue.error.code for queue in (first, second) if queue.error} == {ErrorCode.REVOKED}
+    assert sent(protocol) == []
 
 
 def test_subscription_that_is_asked_for_again_may_end_its_old_stream_first() -> None:
     client = Client()
-    conversation = client.go_on()
+    protocol = client.go_on()
     first = client.subscriptions.subscribe("a.*", None, None, 10, present=EPOCH, stream=True)
-    conversation.receive(lines({**subscribed(120, sent(conversation)[0]["id"]), "stream": True, "epoch": EPOCH}), 7)
+    protocol.receive(lines({**subscribed(120, sent(protocol)[0]["id"]), "stream": True, "epoch": EPOCH}), 7)
     second = client.subscribe(since=110, epoch=EPOCH)
-    [request] = sent(conversation)
+    [request] = sent(protocol)
     assert request["stream"] is True
-    conversation.receive(b"", 7, ended=True)
+    protocol.receive(b"", 7, ended=True)
     agreed = {**subscribed(120, request["id"]), "stream": True, "epoch": EPOCH}
-    conversation.receive(lines(agreed, message(111), LIVE, message(121)), 11)
+    protocol.receive(lines(agreed, message(111), LIVE, message(121)), 11)
     assert (seqs(first), seqs(second)) == ([121], [111, 121])
 
 
@@ -203,10 +205,10 @@ def test_next_connection_is_asked_once_from_the_lowest_place() -> None:
     old, first = begin(client)
     second = client.subscribe()
     old.receive(lines(message(121)))
-    client.subscriptions.suspend(second)
+    client.subscriptions.pause_queue(second)
     old.receive(lines(message(122)))
-    client.subscriptions.relieve(second)
-    old.lose("gone")
+    client.subscriptions.queue_drained(second)
+    old.connection_lost("gone")
     new = client.go_on()
     [request] = sent(new)
     assert request["since"] == 121
@@ -230,10 +232,10 @@ LATE: dict[str, dict[str, Any]] = {
 def test_answer_of_the_old_connection_takes_no_subscription_from_the_new_one(kind: str, moment: str) -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     [request] = sent(old)
     new = client.connect()
-    new.take_over_subscriptions()
+    new.resume_subscriptions()
     late = lines({**LATE[kind], "id": request["id"]})
     [asked] = sent(new)
     if moment == "while":
@@ -242,51 +244,51 @@ def test_answer_of_the_old_connection_takes_no_subscription_from_the_new_one(kin
     else:
         new.receive(lines(subscribed(120, asked["id"])))
         old.receive(late)
-    old.lose("closed")
-    new.take_over_requests()
+    old.connection_lost("closed")
+    new.resume_requests()
     new.receive(lines(message(121)))
-    assert (inbox.phase, seqs(inbox)) == (Phase.HELD, [121])
+    assert (queue.phase, seqs(queue)) == (QueuePhase.ACTIVE, [121])
 
 
 def test_answer_before_the_move_is_taken_up_by_the_new_connection() -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     old.receive(lines(subscribed(120, sent(old)[0]["id"])))
     new = client.go_on()
     [asked] = sent(new)
     assert asked["since"] == 120
-    old.lose("closed")
+    old.connection_lost("closed")
     new.receive(lines(subscribed(125, asked["id"]), message(121)))
-    assert seqs(inbox) == [121]
+    assert seqs(queue) == [121]
 
 
 def test_connection_that_a_third_one_overtakes_takes_nothing_with_it() -> None:
     client = Client()
     old = client.go_on()
-    inbox = client.subscribe()
+    queue = client.subscribe()
     first = sent(old)[0]["id"]
     second = client.connect()
-    second.take_over_subscriptions()
+    second.resume_subscriptions()
     middle = sent(second)[0]["id"]
     third = client.connect()
-    third.take_over_subscriptions()
+    third.resume_subscriptions()
     last = sent(third)[0]["id"]
     third.receive(lines(subscribed(120, last)))
     second.receive(lines(subscribed(119, middle), message(120)))
     old.receive(lines(subscribed(118, first)))
-    second.lose("overtaken")
-    old.lose("closed")
+    second.connection_lost("overtaken")
+    old.connection_lost("closed")
     third.receive(lines(message(121)))
-    assert (inbox.cursor, seqs(inbox)) == (120, [121])
+    assert (queue.cursor, seqs(queue)) == (120, [121])
 
 
 def test_leaving_while_the_next_connection_takes_up_the_subscription_ends_it_there() -> None:
     client = Client()
-    old, inbox = begin(client)
-    old.lose("gone")
+    old, queue = begin(client)
+    old.connection_lost("gone")
     new = client.go_on()
-    client.subscriptions.leave(inbox)
+    client.subscriptions.unsubscribe(queue)
     assert [request["type"] for request in sent(new)] == ["subscribe", "unsubscribe"]
 
 
@@ -295,14 +297,14 @@ def test_publish_that_is_answered_late_is_settled_once() -> None:
     old = client.go_on()
     batch = client.publish("one")
     [request] = sent(old)
-    client.ledger.hold()
+    client.in_flight.pause()
     new = client.connect()
     answer = lines({"type": "published", "channel": "a.b", "id": request["id"], "seq": 101})
-    old.lose("closed")
-    new.take_over_requests()
+    old.connection_lost("closed")
+    new.resume_requests()
     old.receive(answer)
     assert batch.missing
     new.receive(answer)
     new.receive(answer)
     assert batch.results == [101]
-    assert not client.ledger.unanswered
+    assert not client.in_flight.publishes_in_flight

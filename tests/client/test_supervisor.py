@@ -28,7 +28,7 @@ from catbus.client import (
     connection_supervisor,
     open_bus,
 )
-from catbus.client.happy_eyeballs import open_either
+from catbus.client.happy_eyeballs import open_first_transport
 from catbus.errors import ErrorCode
 from tests.client.fake import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
@@ -221,7 +221,7 @@ async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: 
             await trio.sleep(1)
         return pipes[number]
 
-    taken = await open_either([partial(dial, 0), partial(dial, 1)])
+    taken = await open_first_transport([partial(dial, 0), partial(dial, 1)])
     [other] = [pipe for pipe in pipes if pipe is not taken]
     assert other.closed is not None
     assert taken is pipes[0]
@@ -236,7 +236,7 @@ async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: 
 async def test_who_publishes_meanwhile_waits_for_room_and_may_give_up(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    monkeypatch.setattr(connection_supervisor, "OUTBOX", 100_000)
+    monkeypatch.setattr(connection_supervisor, "MAX_UNSENT_BYTES", 100_000)
     broker = Honest()
     async with network(lost(1), *[AWAY] * 10, broker) as (bus, _), trio.open_nursery() as nursery:
         await trio.sleep(2)
@@ -245,7 +245,7 @@ async def test_who_publishes_meanwhile_waits_for_room_and_may_give_up(
         for number in range(1000):
             nursery.start_soon(bus.publish, "a", [number, "x" * 1000])
         await trio.sleep(1)
-        assert bus._supervisor.ledger.unsent_bytes < 102_000
+        assert bus._supervisor.in_flight.unsent_bytes < 102_000
         assert not broker.published
         await bus.wait_connected()
         await trio.sleep(60)
@@ -260,7 +260,7 @@ async def test_no_more_wait_than_the_broker_takes_without_an_answer(autojump_clo
         for number in range(30):
             nursery.start_soon(bus.publish, "a", number)
         await trio.sleep(0.1)
-        assert bus._supervisor.ledger.unanswered == 10
+        assert bus._supervisor.in_flight.publishes_in_flight == 10
 
 
 async def test_what_was_cancelled_in_doubt_may_still_happen_and_what_waited_does_not(autojump_clock: MockClock) -> None:
@@ -319,7 +319,7 @@ async def test_another_producer_cannot_ask_for_the_first_ones_publishes(autojump
         await broker(peer)
 
     async with network(admitted(script), stranger) as (bus, _):
-        with pytest.raises(Refused, match="who published this") as caught:
+        with pytest.raises(Refused, match="forgotten the producer id") as caught:
             await bus.publish("a", "in doubt")
         assert caught.value.code is ErrorCode.UNKNOWN
         assert bus.producer == "p2"
@@ -388,7 +388,7 @@ async def test_what_the_old_one_does_not_answer_is_asked_on_the_new_one(autojump
     broker = Honest()
     async with network(leaving(old), broker) as (bus, net):
         assert await bus.publish("a", 1) == 101
-        assert trio.current_time() == pytest.approx(10 + connection_supervisor.REPLIES)
+        assert trio.current_time() == pytest.approx(10 + connection_supervisor.ACKNOWLEDGEMENT_TIMEOUT)
         assert [request["retry"] for request in broker.published] == [True]
         assert net.told == [GoAway, Reconnected]
 
@@ -633,7 +633,7 @@ async def test_what_a_token_function_raises_ends_everything(autojump_clock: Mock
 
 
 async def test_a_token_is_renewed_in_time(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
-    monkeypatch.setattr(connection_supervisor, "until_renewal", lambda token, _: 30.0 if token == "short" else None)
+    monkeypatch.setattr(connection_supervisor, "renewal_delay", lambda token, _: 30.0 if token == "short" else None)
     tokens = iter(["short", "long"])
 
     async def token() -> str:

@@ -23,7 +23,7 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Mess
 
 from catbus.client import Disconnected, connect
 from catbus.client.broker_address import parse_address
-from catbus.client.websocket_transport import WebSocket, open_websocket
+from catbus.client.websocket_transport import WebSocketTransport, open_websocket
 from tests.client.fake import LIMIT, Gone, Honest, Peer, WebSocketPeer, message, play, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio
@@ -40,7 +40,7 @@ def on_socket(script: Callable[[WebSocketPeer], Awaitable[None]]) -> Callable[[P
 @asynccontextmanager
 async def dial(
     script: Callable[[WebSocketPeer], Awaitable[None]], *, handshake: bool = True
-) -> AsyncIterator[WebSocket]:
+) -> AsyncIterator[WebSocketTransport]:
     async with serve(on_socket(script), handshake=handshake) as url:
         websocket = await open_websocket(parse_address(url))
         try:
@@ -71,9 +71,12 @@ async def test_the_path_is_asked_for() -> None:
     [
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "HTTP status 404"),
         (b"HTTP/1.1 200 OK\r\n\r\nhello", "HTTP status 200"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "is no WebSocket"),
-        (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "is no WebSocket"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nX: " + b"x" * 100_000, "is no WebSocket"),
+        (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+            "is not a WebSocket endpoint",
+        ),
+        (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "is not a WebSocket endpoint"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nX: " + b"x" * 100_000, "is not a WebSocket endpoint"),
         (b"", "during the handshake"),
     ],
 )
@@ -270,7 +273,7 @@ async def test_what_breaks_the_rules_of_websocket_ends_it() -> None:
             closed.append(peer.closed)
 
     async with dial(script) as websocket:
-        with pytest.raises(Disconnected, match="is no WebSocket") as caught:
+        with pytest.raises(Disconnected, match="violated the WebSocket protocol") as caught:
             await websocket.receive()
         assert caught.value.code is None
         await websocket.aclose()
@@ -285,7 +288,7 @@ async def test_invalid_utf8_ends_it() -> None:
         await peer.stream.send(b"\x81\x02\xc3\x28")
 
     async with dial(script) as websocket:
-        with pytest.raises(Disconnected, match="is no WebSocket"):
+        with pytest.raises(Disconnected, match="violated the WebSocket protocol"):
             await websocket.receive()
 
 
@@ -331,7 +334,7 @@ async def test_over_a_unix_socket(tmp_path: Path) -> None:
     async def handle(stream: anyio.abc.ByteStream) -> None:
         async with stream:
             peer = WebSocketPeer(stream)
-            await peer.shake_hands()
+            await peer.perform_handshake()
             await play(Honest(), peer)
 
     with anyio.fail_after(LIMIT):
@@ -382,7 +385,7 @@ async def serve_tls(certificate: tuple[Path, Path], script: Callable[[Peer], Awa
             except (ssl.SSLError, anyio.BrokenResourceError, anyio.EndOfStream):
                 return
             peer = WebSocketPeer(tls)
-            await peer.shake_hands()
+            await peer.perform_handshake()
             await play(script, peer)
 
     with anyio.fail_after(LIMIT):

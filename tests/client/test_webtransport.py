@@ -22,9 +22,14 @@ from cryptography.x509.oid import NameOID
 
 from catbus.client import Bus, Disconnected, Refused, connect, happy_eyeballs, webtransport_transport
 from catbus.client.broker_address import parse_address
-from catbus.client.signals import Bell
-from catbus.client.transport_interface import DATAGRAM, MAIN, Chunk, Driven
-from catbus.client.webtransport_transport import DATAGRAMS, WebTransport, make_configuration, open_webtransport
+from catbus.client.signals import Signal
+from catbus.client.transport_interface import DATAGRAM, MAIN_STREAM, Chunk, DrivenTransport
+from catbus.client.webtransport_transport import (
+    MAX_QUEUED_DATAGRAMS,
+    WebTransportTransport,
+    make_configuration,
+    open_webtransport,
+)
 from catbus.errors import ConfigError
 from catbus.webtransport import (
     ConnectionLost,
@@ -84,18 +89,18 @@ class StreamPeer(Peer):
         super().__init__()
         self.connection = connection
         self.flush = flush
-        self.bell = Bell()
+        self.signal = Signal()
         self.stream = -1
         self.path = ""
         self.data = bytearray()
-        self.arrived = 0
+        self.received_seq = 0
         self.gone = False
 
     async def read(self) -> bytes:
         while not self.data:
             if self.gone:
                 raise Gone
-            await self.bell.wait()
+            await self.signal.wait()
         data = bytes(self.data)
         self.data.clear()
         self.connection.consumed(self.stream, len(data))
@@ -106,7 +111,7 @@ class StreamPeer(Peer):
         while not self.connection.send(self.stream, data):
             if self.gone:
                 raise Gone
-            await self.bell.wait()
+            await self.signal.wait()
         self.flush()
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
@@ -192,13 +197,13 @@ class Server:
                         peer.stream = event.stream
                         tasks.start_soon(self.play, peer)
                     peer.data += event.data
-                    peer.arrived += len(event.data)
+                    peer.received_seq += len(event.data)
                 case SessionClosed():
                     peer.closed = (event.code or 0, event.reason)
                     peer.gone = True
                 case ConnectionLost() | Terminated():
                     peer.gone = True
-        peer.bell.ring()
+        peer.signal.notify()
 
     def flush(self) -> None:
         if self.silent:
@@ -241,7 +246,7 @@ async def serve(script: Script, *, udp: socket.socket | None = None, **options: 
 
 
 @asynccontextmanager
-async def dial(script: Script, **options: Any) -> AsyncIterator[tuple[WebTransport, Server]]:
+async def dial(script: Script, **options: Any) -> AsyncIterator[tuple[WebTransportTransport, Server]]:
     """A transport at work, without the protocol on it."""
     async with serve(script, **options) as server:
         address = parse_address(server.url)
@@ -410,7 +415,7 @@ async def test_the_session_opens_but_nobody_answers() -> None:
 async def test_a_refused_session() -> None:
     async with serve(echo, refuse=403) as server:
         error = await refused(server.url, ca=certificate().pem)
-    assert str(error) == f"{server.url} refused the session: HTTP status 403"
+    assert str(error) == f"{server.url} rejected the session: HTTP status 403"
     assert error.code is None
 
 
@@ -426,7 +431,7 @@ async def test_cancelling_while_connecting_leaves_nothing() -> None:
 
 
 async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(happy_eyeballs, "HEAD_START", 0.0)
+    monkeypatch.setattr(happy_eyeballs, "CONNECTION_ATTEMPT_DELAY", 0.0)
     go = anyio.Event()
     abandoned: list[int] = []
 
@@ -547,12 +552,12 @@ async def test_sending_waits_for_a_server_that_does_not_read() -> None:
         assert sent < 1_000_000
         # A send that was cancelled while it waited has sent nothing, and the next goes on from there.
         [peer] = server.peers.values()
-        while peer.arrived < sent:
+        while peer.received_seq < sent:
             peer.connection.consumed(peer.stream, len(peer.data))
             peer.data.clear()
             peer.flush()
             await anyio.sleep(0.001)
-        assert peer.arrived == sent
+        assert peer.received_seq == sent
         await transport.send(b"y")
 
 
@@ -613,12 +618,12 @@ async def test_streams_and_datagrams_of_the_servers_are_told_apart() -> None:
         await transport.send(b"hello")
         found: dict[int, bytes] = {}
         ended = set()
-        while found.get(MAIN) != b"last" or len(found) < 4 or not ended or b"onetwo" not in set(found.values()):
+        while found.get(MAIN_STREAM) != b"last" or len(found) < 4 or not ended or b"onetwo" not in set(found.values()):
             chunk = await transport.receive()
             found[chunk.stream] = found.get(chunk.stream, b"") + chunk.data
             ended |= {chunk.stream} if chunk.ended else set()
         assert found[DATAGRAM] == b"whole"
-        first, second = sorted(number for number in found if number not in (MAIN, DATAGRAM))
+        first, second = sorted(number for number in found if number not in (MAIN_STREAM, DATAGRAM))
         assert (found[first], found[second]) == (b"onetwo", b"onetwo")
         assert ended == {second}
 
@@ -635,18 +640,21 @@ async def test_a_stream_that_the_server_gives_up_is_no_end_of_it() -> None:
         await transport.send(b"hello")
         chunks = [await transport.receive() for _ in range(2)]
         assert Chunk(b"still here") in chunks
-        assert [(chunk.data, chunk.ended, chunk.reset) for chunk in chunks if chunk.stream != MAIN] == [
+        assert [(chunk.data, chunk.ended, chunk.reset) for chunk in chunks if chunk.stream != MAIN_STREAM] == [
             (b"", False, True)
         ]
 
 
 async def test_more_datagrams_than_anybody_takes_are_dropped() -> None:
     async with dial(echo) as (transport, _):
-        for number in range(2 * DATAGRAMS):
+        for number in range(2 * MAX_QUEUED_DATAGRAMS):
             transport._handle(Datagram(b"%d" % number))
         await transport.send(b"hello")
-        chunks = [await transport.receive() for _ in range(DATAGRAMS + 1)]
-        assert [chunk.data for chunk in chunks] == [*[b"%d" % number for number in range(DATAGRAMS)], b"hello"]
+        chunks = [await transport.receive() for _ in range(MAX_QUEUED_DATAGRAMS + 1)]
+        assert [chunk.data for chunk in chunks] == [
+            *[b"%d" % number for number in range(MAX_QUEUED_DATAGRAMS)],
+            b"hello",
+        ]
         transport._handle(Datagram(b"there is room again"))
         assert await transport.receive() == Chunk(b"there is room again", DATAGRAM)
 
@@ -686,7 +694,7 @@ async def test_our_closing_code_and_reason_go_through() -> None:
         await server.everyone_left()
         [peer] = server.peers.values()
         assert peer.closed == (4000, "nonsense")
-        assert peer.arrived == len(b"last words")
+        assert peer.received_seq == len(b"last words")
         with pytest.raises(Disconnected, match="closed on this side"):
             await transport.send(b"x")
 
@@ -695,7 +703,7 @@ async def test_closing_needs_no_task_beside_it() -> None:
     async with serve(echo) as server:
         address = parse_address(server.url)
         transport = await open_webtransport(address, make_configuration(address, certificate().pem))
-        assert isinstance(transport, Driven)
+        assert isinstance(transport, DrivenTransport)
         await transport.send(b"hello")
         await transport.aclose(1000, "bye")
         await server.everyone_left()
@@ -703,7 +711,7 @@ async def test_closing_needs_no_task_beside_it() -> None:
 
 
 async def test_closing_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport_transport, "GOODBYE", 0.1)
+    monkeypatch.setattr(webtransport_transport, "CLOSE_TIMEOUT", 0.1)
     async with dial(echo) as (transport, server):
         server.vanish()
         with anyio.fail_after(1.0):
@@ -730,7 +738,7 @@ async def test_the_server_breaks_off() -> None:
 
 
 async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport_transport, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(webtransport_transport, "CLOSE_CODE_TIMEOUT", 0.05)
 
     async def end(peer: StreamPeer) -> None:
         peer.connection.send(peer.stream, b"", end=True)
@@ -742,7 +750,7 @@ async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -
 
     for script in (end, reset):
         async with talk(script) as bus:
-            with pytest.raises(Disconnected, match="ended its stream without a word"):
+            with pytest.raises(Disconnected, match="ended its stream without a close code"):
                 await bus.publish("a", 1)
 
 
@@ -757,7 +765,7 @@ async def test_the_server_vanishes() -> None:
 
 
 async def test_pings_keep_an_idle_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport_transport, "PING", 0.1)
+    monkeypatch.setattr(webtransport_transport, "PING_INTERVAL", 0.1)
     async with talk(Honest(), server={"idle": 1.0}) as bus:
         await anyio.sleep(1.7)
         assert await bus.publish("a", 1) == 101

@@ -15,7 +15,7 @@ import trio
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Transport
-from catbus.client.transport_interface import Driven
+from catbus.client.transport_interface import DrivenTransport
 from catbus.protocol.json_splitter import JsonSplitter
 
 FILE = Path(__file__).parents[2] / "protocol" / "vectors" / "sessions.json"
@@ -77,7 +77,7 @@ def over(dial: Callable[[], Awaitable[Transport]]) -> Open:
 
     async def open_client(nursery: trio.Nursery) -> ScriptedClient:
         transport = await dial()
-        if isinstance(transport, Driven):
+        if isinstance(transport, DrivenTransport):
             nursery.start_soon(transport.run)
         return Connection(transport)
 
