@@ -73,7 +73,7 @@ async def test_a_silent_server_is_waited_for_no_longer_than_asked(database_url: 
         assert scope.cancelled_caught
 
 
-async def test_a_server_that_refuses_is_an_outage(database_url: str) -> None:
+async def test_a_server_that_rejects_the_connection_is_an_outage(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         proxy.close()
         with pytest.raises(DATABASE_ERRORS):
@@ -88,7 +88,7 @@ async def test_a_wrong_url_is_a_mistake_of_the_configuration() -> None:
             await bridge.connect("postgres://someone:sesame@localhost/x?sslmode=perhaps")
 
 
-async def test_a_connection_that_is_lost_says_so(database_url: str) -> None:
+async def test_a_lost_connection_reports_it(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         with await bridge.connect(proxy.url) as connection:
             lost = trio.Event()
@@ -99,7 +99,7 @@ async def test_a_connection_that_is_lost_says_so(database_url: str) -> None:
             assert connection.closed
 
 
-async def test_what_runs_when_the_bridge_closes_sees_an_outage(database_url: str) -> None:
+async def test_a_call_that_runs_when_the_bridge_closes_raises_an_outage(database_url: str) -> None:
     failed: list[Exception] = []
 
     async with trio.open_nursery() as nursery, open_bridge() as bridge:
@@ -163,7 +163,7 @@ async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:
             assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4_000
 
 
-async def test_what_goes_wrong_within_leaves_the_bridge_as_it_is() -> None:
+async def test_an_exception_within_the_bridge_is_raised_unchanged() -> None:
     with pytest.raises(KeyError):
         async with open_bridge():
             raise KeyError

@@ -91,13 +91,13 @@ def test_several_hosts_are_tried_in_order() -> None:
     assert len(orders) > 1
 
 
-def test_a_parameter_takes_the_place_of_what_stands_before_it() -> None:
+def test_a_parameter_replaces_the_part_before_the_query() -> None:
     found = only("postgres://me:a@h:1/x?host=/run&port=2&user=you&password=b&dbname=y")
     assert [found[name] for name in ("host", "port", "user", "password", "database")] == ["/run", 2, "you", "b", "y"]
     assert only("postgres://h/x?database=z")["database"] == "z"
 
 
-def test_all_that_libpq_knows_is_known() -> None:
+def test_all_parameters_of_libpq_are_known() -> None:
     assert PARAMETERS.keys() - {"database", "ssl"} == set(LIBPQ.split())
 
 
@@ -127,7 +127,7 @@ def test_each_parameter_is_honoured_or_refused_by_name(name: str, tmp_path: Path
         ("pgbouncer", None),
     ],
 )
-def test_a_parameter_that_there_is_not_is_an_error_with_what_was_meant(written: str, meant: str | None) -> None:
+def test_an_unknown_parameter_is_an_error_with_a_suggestion(written: str, meant: str | None) -> None:
     text = complaint(f"postgres://me:sesame@h/x?{written}=require")
     assert written in text
     assert "options=-c%20" in text
@@ -318,7 +318,7 @@ async def test_a_home_that_belongs_to_somebody_else_does_a_server_by_tcp_no_harm
 # In use
 
 
-async def test_the_next_host_is_tried_when_one_is_not_there(database_url: str) -> None:
+async def test_the_next_host_is_tried_when_one_is_unreachable(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         parts = urlsplit(proxy.url)
         login, _, place = parts.netloc.rpartition("@")
@@ -327,7 +327,7 @@ async def test_the_next_host_is_tried_when_one_is_not_there(database_url: str) -
             assert await connection.fetchrow("SELECT 1") == (1,)
 
 
-async def test_a_host_that_is_silent_takes_its_share_of_the_time_only(database_url: str) -> None:
+async def test_a_silent_host_takes_its_share_of_the_time_only(database_url: str) -> None:
     async with open_proxy(database_url) as silent, open_proxy(database_url) as proxy, open_bridge() as bridge:
         silent.block()
         parts = urlsplit(proxy.url)
@@ -340,7 +340,7 @@ async def test_a_host_that_is_silent_takes_its_share_of_the_time_only(database_u
             await bridge.connect(silent_alone, 30.0)
 
 
-async def test_a_wrong_password_is_not_tried_elsewhere(database_url: str) -> None:
+async def test_a_wrong_password_is_not_tried_on_other_hosts(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         parts = urlsplit(proxy.url)
         user, place = parts.username, parts.netloc.rpartition("@")[2]

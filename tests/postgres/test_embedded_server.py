@@ -76,7 +76,7 @@ def test_else_the_newest_of_the_distribution(machine: Path) -> None:
     assert installations.find_installation(14).version == "14"
 
 
-def test_what_is_too_old_or_broken_is_no_find(machine: Path) -> None:
+def test_an_old_or_broken_installation_is_not_used(machine: Path) -> None:
     install(machine / "lib" / "13" / "bin", "postgres (PostgreSQL) 13.9")
     install(machine / "lib" / "16" / "bin", "no version at all")
     install(machine / "lib" / "17" / "bin", "postgres (PostgreSQL) 17.1")
@@ -85,7 +85,7 @@ def test_what_is_too_old_or_broken_is_no_find(machine: Path) -> None:
         installations.find_installation()
 
 
-def test_without_any_it_says_what_to_install(machine: Path) -> None:
+def test_without_an_installation_the_error_says_what_to_install(machine: Path) -> None:
     with pytest.raises(ConfigError, match=r"found: none.*pip install 'catbus-broker\[embedded\]'.*DATABASE_URL"):
         embedded_server.prepare_server(machine / "state")
 
@@ -206,7 +206,7 @@ async def test_a_server_that_dies_is_started_again(cluster: Path) -> None:
         assert postmaster(cluster) != dead
 
 
-async def test_a_server_that_outlived_its_catbus_is_in_nobodys_way(cluster: Path) -> None:
+async def test_a_server_that_outlived_its_parent_is_stopped(cluster: Path) -> None:
     script = """if True:
         import sys, trio
         from functools import partial
@@ -235,14 +235,14 @@ async def test_a_server_that_outlived_its_catbus_is_in_nobodys_way(cluster: Path
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_second_catbus_is_told_who_has_the_directory(cluster: Path) -> None:
+async def test_a_second_process_learns_which_process_has_the_directory(cluster: Path) -> None:
     async with running(cluster) as url:
         with pytest.raises(ConfigError, match=f"another catbus \\(process {os.getpid()}\\).*CATBUS_STATE"):
             await embedded_server.run_server(cluster)
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_cluster_that_is_served_is_reached_where_it_is(cluster: Path) -> None:
+async def test_a_running_server_is_used(cluster: Path) -> None:
     assert embedded_server.running_url(cluster) is None
     async with running(cluster) as url:
         assert embedded_server.running_url(cluster) == url
@@ -253,14 +253,14 @@ async def test_a_cluster_that_is_served_is_reached_where_it_is(cluster: Path) ->
     assert embedded_server.running_url(cluster) is None
 
 
-async def test_a_cluster_that_nobody_serves_is_served_for_the_moment(cluster: Path) -> None:
+async def test_a_stopped_server_is_started_for_the_moment(cluster: Path) -> None:
     async with embedded_server.open_server(cluster, settings=FAST) as url:
         assert await fetch(url, "SELECT 1") == 1
         pid = postmaster(cluster)
     assert not is_alive(pid)
 
 
-async def test_a_cluster_that_another_is_about_to_serve_is_waited_for(
+async def test_a_server_that_another_process_is_starting_is_awaited(
     cluster: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, looked = trio.Event(), trio.Event()
@@ -282,7 +282,9 @@ async def test_a_cluster_that_another_is_about_to_serve_is_waited_for(
         await reached.wait()
 
 
-async def test_who_has_it_and_never_serves_it_is_named(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_has_the_directory_and_never_starts_a_server_is_named(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded_server, "_OTHER_PROCESS_TIMEOUT", 0.1)
     with embedded_server._locked(cluster):
         (cluster / "cluster" / "data" / "postmaster.pid").write_text("1\n/x\n0\n5432\n/tmp\n\n0\nready\n")
@@ -302,7 +304,7 @@ async def test_a_process_that_has_the_old_servers_number_is_left_alone(cluster: 
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_server_that_does_not_start_says_why(cluster: Path) -> None:
+async def test_a_server_that_does_not_start_reports_the_reason(cluster: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not start: .*shared_buffers"):
         await embedded_server.run_server(cluster, settings={"shared_buffers": "plenty"})
     with embedded_server.prepare_server(cluster):

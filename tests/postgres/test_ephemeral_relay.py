@@ -96,7 +96,7 @@ async def test_a_message_reaches_the_follower_of_every_other_replica(database_ur
         assert one.statistics().ephemeral_dropped == 0
 
 
-async def test_the_biggest_there_may_be_gets_there(database_url: str) -> None:
+async def test_the_largest_message_is_delivered(database_url: str) -> None:
     sender = "\x01é" * 300
     room = EPHEMERAL_SIZE - len("a.b") - len(msgspec.json.encode(sender)) - len('""')
     async with two(database_url) as (one, _, there):
@@ -128,7 +128,7 @@ async def test_a_connection_is_made_when_there_is_something_to_send(database_url
         assert proxy.accepted == before + 1
 
 
-async def test_both_ways_at_once(database_url: str) -> None:
+async def test_two_replicas_send_to_each_other_at_once(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, alice), running(other) as (there, _):
         for n in range(300):
@@ -205,7 +205,7 @@ def _is_there(things: list[str]) -> Callable[[], Any]:
 # At most once
 
 
-async def test_what_an_outage_keeps_from_going_is_dropped_when_it_is_old(
+async def test_a_message_that_an_outage_delays_is_dropped_when_it_is_old(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
@@ -229,7 +229,7 @@ async def test_what_an_outage_keeps_from_going_is_dropped_when_it_is_old(
         assert one.statistics().ephemeral_dropped == SHORT + 1
 
 
-async def test_what_a_short_outage_delays_is_not_lost(database_url: str) -> None:
+async def test_a_message_that_a_short_outage_delays_is_not_lost(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
         proxy.close()
         for n in range(SHORT):
@@ -240,7 +240,7 @@ async def test_what_a_short_outage_delays_is_not_lost(database_url: str) -> None
         assert one.statistics().ephemeral_dropped == 0
 
 
-async def test_what_is_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_message_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks between the commit and its answer."""
     fetchrow = DatabaseConnection.fetchrow
     failures = iter([OSError("the answer is lost")])
@@ -279,7 +279,7 @@ async def test_a_database_that_does_not_answer_is_given_up(database_url: str, mo
         assert payloads(there).count("in doubt") <= 1
 
 
-async def test_it_is_of_no_consequence_for_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_ephemeral_relay_does_not_delay_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database takes one connection less than are wanted, say."""
     one, other = make(database_url), make(database_url)
 
@@ -396,7 +396,7 @@ LARGE = message("x" * 1000)
     ],
     ids=["messages", "bytes"],
 )
-async def test_so_much_gathers_and_no_more(
+async def test_the_queue_of_the_relay_is_limited(
     entry: Entry, room: int, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     tail = LogTail(RecentMessages(0))
@@ -415,7 +415,7 @@ async def test_so_much_gathers_and_no_more(
     assert courier.sent == room + 1, "there is room again"
 
 
-async def test_what_is_old_makes_room_for_what_is_new(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_old_messages_make_room_for_new_ones(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
     courier = EphemeralRelay(connection.connect, tail)

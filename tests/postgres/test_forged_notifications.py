@@ -30,7 +30,7 @@ def flood(intruders: ForgedNotifications, number: int = FLOOD_COUNT) -> None:
         intruders.note()
 
 
-def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
+def test_forged_notifications_are_logged_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
     intruders = ForgedNotifications()
     intruders.note_poll(0.0, 0.0)
     assert said.calls == []
@@ -43,7 +43,7 @@ def test_they_are_told_of_once_in_an_interval_with_their_number(said: CapturingL
     assert intruders.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
 
 
-def test_many_of_them_are_a_reason_to_poll_once() -> None:
+def test_many_forged_notifications_are_a_reason_to_poll_once() -> None:
     intruders = ForgedNotifications()
     assert [intruders.note() for _ in range(3 * FLOOD_COUNT)].count(True) == 1
     intruders.note_poll(0.0, 0.0)
@@ -58,7 +58,7 @@ def test_many_of_them_are_a_reason_to_poll_once() -> None:
         (FLOOD_COUNT, FLOOD_POLL_TIME / 2, True),
     ],
 )
-def test_nobody_listens_when_many_have_held_up_a_poll(number: int, took: float, listens: bool) -> None:
+def test_listening_stops_when_a_flood_has_delayed_a_poll(number: int, took: float, listens: bool) -> None:
     intruders = ForgedNotifications()
     flood(intruders, number)
     intruders.note_poll(100.0, took)
@@ -67,7 +67,7 @@ def test_nobody_listens_when_many_have_held_up_a_poll(number: int, took: float, 
     assert intruders.may_listen(100.0 + FIRST_PAUSE)
 
 
-def test_those_who_come_again_and_again_are_listened_to_ever_more_seldom() -> None:
+def test_repeated_floods_make_the_pauses_longer() -> None:
     intruders, now = ForgedNotifications(), 0.0
     pauses = []
     for _ in range(8):

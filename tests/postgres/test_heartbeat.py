@@ -46,7 +46,7 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
     assert "\n  follows    by notifications, lag: 0 messages\n" in text
 
 
-async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) -> None:
+async def test_a_replica_without_a_heartbeat_for_a_minute_is_forgotten(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
@@ -70,7 +70,7 @@ async def test_who_has_been_silent_for_a_minute_is_forgotten(database_url: str) 
         assert other.id in {r.id for r in fourth.replicas}
 
 
-async def test_it_is_called_every_so_often_and_not_with_every_look(database_url: str) -> None:
+async def test_a_heartbeat_is_sent_once_in_an_interval(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     described = 0
 
@@ -87,7 +87,7 @@ async def test_it_is_called_every_so_often_and_not_with_every_look(database_url:
     assert described == 1
 
 
-async def test_what_another_release_says_of_itself_harms_nobody(database_url: str) -> None:
+async def test_a_report_of_another_release_does_no_harm(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)

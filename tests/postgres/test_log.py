@@ -266,9 +266,7 @@ async def test_a_history_of_large_messages_ends_when_there_is_enough(
         assert ([entry.seq for entry in entries], more) == ([6, 7, 8, 9], True)
 
 
-async def test_who_asks_for_a_short_history_does_not_wait_for_those_who_ask_for_long_ones(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_short_history_does_not_wait_for_long_ones(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_reader, "HISTORY_ROWS", 5)
     log = make(database_url, recent=0)
     ended: list[int] = []
@@ -289,7 +287,7 @@ async def test_who_asks_for_a_short_history_does_not_wait_for_those_who_ask_for_
     assert ended == [1] + [90] * 5
 
 
-async def test_what_is_withdrawn_is_not_counted_any_more() -> None:
+async def test_a_withdrawn_publish_is_not_counted_any_more() -> None:
     log = make("postgres://nobody@localhost:1/nowhere")
     publisher = Publisher(log)
     publisher.submit("a", b"1")
@@ -361,7 +359,7 @@ async def _moved_on(one: PostgresLog, other: PostgresLog, begun: tuple[int, int]
     return one.statistics().commits > begun[0] + 3 and other.statistics().commits > begun[1] + 3
 
 
-async def test_an_answer_that_is_lost_is_asked_for_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_whose_result_is_lost_is_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks between the commit and its answer: the batch goes again, unchanged, and is recognised."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
@@ -452,7 +450,7 @@ async def _head_is(sql: Any, seq: int) -> bool:
     return bool(head == seq)
 
 
-async def test_what_is_in_doubt_is_unknown_in_time_and_still_gets_there(database_url: str) -> None:
+async def test_a_publish_in_doubt_is_unknown_in_time_and_is_still_appended(database_url: str) -> None:
     log = make(database_url, timeout=0.3)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         async with head_locked(database_url):
@@ -489,7 +487,9 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
     assert recorder.texts == ["1"]
 
 
-async def test_a_stop_in_an_outage_says_what_is_in_doubt(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_during_an_outage_replies_unknown_to_publishes_in_doubt(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
@@ -611,7 +611,7 @@ async def new_epoch(url: str, name: str, after: int) -> None:
             COMMIT""")
 
 
-async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> None:
+async def test_the_writer_notices_another_epoch(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher):
         for n in range(1, 6):
@@ -632,7 +632,7 @@ async def test_another_epoch_is_noticed_by_who_appends(database_url: str) -> Non
         assert (unknown.cursor, unknown.lost) == (0, "epoch")
 
 
-async def test_another_epoch_is_noticed_by_who_only_listens(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_listener_notices_another_epoch(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher):
@@ -661,7 +661,7 @@ async def forget(url: str, floor: int) -> None:
         await sql.execute(f"DELETE FROM catbus.entries WHERE seq < {floor}; UPDATE catbus.head SET floor = {floor}")
 
 
-async def test_where_retention_has_passed_a_page_says_so(database_url: str) -> None:
+async def test_a_page_reports_that_retention_has_passed(database_url: str) -> None:
     log = make(database_url, recent=0)
     async with running(log) as (_, publisher):
         for n in range(1, 11):
@@ -688,7 +688,7 @@ async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended(database
         assert await publisher.publish("a", b"6", producer=ALICE, number=6, after=3) == Committed(6)
 
 
-async def test_a_hole_in_the_log_is_not_passed_over(database_url: str) -> None:
+async def test_a_deleted_range_is_not_passed_over(database_url: str) -> None:
     log = make(database_url, recent=0)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         for n in range(1, 6):
@@ -733,9 +733,7 @@ async def test_a_database_that_cannot_be_used_ends_it(database_url: str) -> None
         await make(database_url).run(Recorder())
 
 
-async def test_a_mistake_of_ours_ends_it_when_it_comes_again_and_again(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def mistaken(self: object, working: object) -> None:
         raise ZeroDivisionError
 

@@ -33,7 +33,7 @@ def row(seq: int) -> tuple[int, int, str, str, None, None]:
     return (seq, 1000, "a", "1", None, None)
 
 
-async def test_what_is_committed_between_two_looks_is_found_with_a_third() -> None:
+async def test_a_commit_between_two_statements_is_found_by_a_third() -> None:
     # Somebody announces 2 where there is nothing yet; then 1 and 2 are committed, after the page was read.
     page = await reading([], [(2, 1)], [], [row(1), row(2)]).page(0, 2, 1000, 1 << 20)
     assert [entry.seq for entry in page.entries] == [1, 2]
@@ -43,7 +43,7 @@ async def test_a_false_announcement_is_an_empty_page() -> None:
     assert await reading([], [(0, 1)]).page(0, 2, 1000, 1 << 20) == LogPage(0, 0, ())
 
 
-async def test_what_retention_has_taken_is_passed_over() -> None:
+async def test_entries_that_retention_has_removed_are_passed_over() -> None:
     page = await reading([row(4)], [(4, 4)], [row(4)]).page(0, 4, 1000, 1 << 20)
     assert (page.after, page.last) == (3, 4)
 

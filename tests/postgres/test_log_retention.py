@@ -130,7 +130,7 @@ def said(reader: Reader) -> list[object]:
 # A replica's part
 
 
-async def test_what_is_old_is_dropped_and_the_log_goes_on(
+async def test_old_entries_are_removed_and_the_log_goes_on(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -188,7 +188,7 @@ async def is_empty(sql: Any) -> bool:
     return bool(floor == head + 1)
 
 
-async def test_who_is_in_the_way_is_named_once_and_holds_nobody_up(
+async def test_a_transaction_that_blocks_retention_is_named_once_and_delays_no_publish(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -240,7 +240,7 @@ async def held(log: PostgresLog, number: int) -> bool:
     return log.statistics().retention_held >= number
 
 
-async def test_who_comes_in_the_way_of_a_step_is_named_too(
+async def test_a_transaction_that_blocks_a_running_step_is_named_too(
     database_url: str, lines: CapturingLogger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody was there when it was looked for, and then somebody was, for longer than the step waits."""
@@ -265,7 +265,7 @@ async def test_who_comes_in_the_way_of_a_step_is_named_too(
         assert [named["pid"] for named in warning.kwargs["holders"]] == [dump.pid]
 
 
-async def test_when_another_replica_has_done_it_nobody_is_in_the_way_any_more(
+async def test_when_another_replica_has_taken_the_step_no_transaction_blocks_it_any_more(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -304,7 +304,7 @@ async def is_held(log: PostgresLog, expected: bool) -> bool:
         ("a prepared transaction", None, None, 1),
     ],
 )
-async def test_who_has_only_just_come_or_is_gone_is_in_nobodys_way(
+async def test_a_transaction_that_has_just_begun_or_ended_does_not_block_retention(
     database_url: str, name: str, state: str | None, begun: str | None, expected: int
 ) -> None:
     """What the server says of locks and of processes is of two moments; here, tables of the test's stand for both."""
@@ -325,7 +325,7 @@ async def test_who_has_only_just_come_or_is_gone_is_in_nobodys_way(
         assert await sql.fetch(log_retention._BLOCKERS, 4) == []
 
 
-async def test_a_database_that_is_away_ends_nothing(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
+async def test_an_unreachable_database_ends_nothing(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (_, publisher):
@@ -420,7 +420,7 @@ async def test_a_quiet_subscription_that_has_had_head_gets_no_gap(database_url: 
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_what_is_in_memory_is_served_until_the_replica_knows_that_it_is_gone(database_url: str) -> None:
+async def test_entries_in_memory_are_served_until_the_replica_learns_that_they_are_gone(database_url: str) -> None:
     log = make(database_url, recent=1 << 20)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         await publish(publisher, 4)
@@ -465,7 +465,7 @@ async def test_a_page_of_history_is_whole_above_the_floor(database_url: str, rec
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_replica_that_retention_has_overtaken_says_what_it_missed(database_url: str) -> None:
+async def test_a_replica_that_retention_has_overtaken_announces_what_it_missed(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_sql(database_url) as sql:
         one, other = make(database_url), make(proxy.url, recent=1 << 20)
         async with running(one) as (_, publisher), following(other) as (delivery, elsewhere):

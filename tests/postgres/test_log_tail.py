@@ -37,7 +37,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_whatever_comes_in_whatever_order_each_entry_is_handed_on_once_in_order(
+def test_each_entry_is_delivered_once_and_in_order_however_entries_arrive(
     steps: list[tuple[str, tuple[int, int]]],
 ) -> None:
     tail, follower = open_tail()
@@ -106,7 +106,7 @@ def test_a_false_announcement_is_forgotten() -> None:
     assert tail.missing() is None
 
 
-def test_when_retention_has_passed_it_who_follows_is_told_where_it_goes_on() -> None:
+def test_when_retention_has_passed_the_tail_its_follower_learns_where_it_continues() -> None:
     tail, follower = open_tail()
     tail.announce(20)
     tail.fill(LogPage(15, 18, stretch(16, 18)), tail.generation)
@@ -115,7 +115,7 @@ def test_when_retention_has_passed_it_who_follows_is_told_where_it_goes_on() -> 
     assert tail.missing() == (18, 20)
 
 
-def test_what_waits_for_what_is_missing_does_not_outlast_the_trust_in_the_log() -> None:
+def test_waiting_entries_are_dropped_with_the_trust_in_the_log() -> None:
     tail, follower = open_tail()
     tail.offer(stretch(2, 3))
     tail.distrust()

@@ -94,7 +94,7 @@ async def test_an_old_server_is_refused(database_url: str) -> None:
             await migrate(sql)
 
 
-async def test_a_database_that_is_away_is_said_so(database_url: str) -> None:
+async def test_an_unreachable_database_is_reported(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         proxy.close()
         with pytest.raises(Unavailable, match="the database cannot be prepared"):

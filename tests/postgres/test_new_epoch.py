@@ -126,7 +126,7 @@ async def test_two_replicas_that_notice_at_once_make_one_epoch(cluster: Cluster)
         assert there.entries[-1].payload == b"other 3"
 
 
-async def test_a_replica_that_knows_of_an_earlier_parting_says_so(cluster: Cluster) -> None:
+async def test_a_replica_that_knows_of_an_earlier_divergence_begins_another_epoch(cluster: Cluster) -> None:
     """One replica has seen a log that parted at 2, the other one that parted at 3; the second is faster."""
     async with open_proxy(cluster.url) as proxy:
         away, there = make(proxy.url), make(cluster.url)
@@ -220,7 +220,7 @@ async def test_set_back_to_before_the_present_epoch(cluster: Cluster) -> None:
         assert log.resume(4, second) == Resumption(0, "epoch")
 
 
-async def test_what_was_in_flight_goes_into_the_new_epoch_and_retries_do_not(cluster: Cluster) -> None:
+async def test_publishes_in_flight_go_into_the_new_epoch_and_retries_do_not(cluster: Cluster) -> None:
     """The first is committed on a log that gets lost, unanswered; the next are sent while there is no database."""
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
@@ -467,7 +467,7 @@ async def test_a_log_that_was_restored_whole_is_another_one_too(cluster: Cluster
 TEXTS = [b"1", b' {"a": 1}\t', '"é☃"'.encode(), b'"a  b"', b'""']
 
 
-async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> None:
+async def test_an_entry_has_the_same_fingerprint_in_python_and_sql(database_url: str) -> None:
     log, other = make(database_url), make(database_url)
     async with running(log) as (follower, publisher), running(other) as (there, _), open_sql(database_url) as sql:
         for text in TEXTS:
@@ -481,7 +481,7 @@ async def test_an_entry_has_the_same_mark_here_and_there(database_url: str) -> N
     assert fingerprint(Entry(1, 2, "a", b"1")) != fingerprint(Entry(1, 3, "a", b"1"))
 
 
-async def test_what_retention_has_taken_is_no_reason_for_doubt(
+async def test_entries_that_retention_has_removed_are_no_reason_for_a_new_epoch(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.05)
@@ -499,7 +499,7 @@ async def test_what_retention_has_taken_is_no_reason_for_doubt(
         assert len(await epochs(database_url)) == 1
 
 
-async def test_of_those_who_call_at_once_one_begins_an_epoch(database_url: str) -> None:
+async def test_of_concurrent_calls_one_begins_an_epoch(database_url: str) -> None:
     async with running(make(database_url)) as (_, publisher):
         await publish(publisher, "1", "2", "3")
         ((first, _),) = await epochs(database_url)

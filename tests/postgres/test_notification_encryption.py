@@ -32,7 +32,7 @@ channels = st.sampled_from([LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL])
 
 
 @given(channels, words, words | st.just(""))
-def test_what_is_signed_is_verified_on_its_channel(channel: str, shown: str, enclosed: str) -> None:
+def test_a_signed_notification_is_verified_on_its_channel(channel: str, shown: str, enclosed: str) -> None:
     payload = SEAL.sign(channel, shown, enclosed)
     assert SEAL.verify(channel, payload) == (shown, enclosed)
     for other in {LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL} - {channel}:
@@ -43,7 +43,7 @@ def test_what_is_signed_is_verified_on_its_channel(channel: str, shown: str, enc
 
 
 @given(st.data())
-def test_what_was_changed_anywhere_is_forged(data: st.DataObject) -> None:
+def test_a_notification_that_was_changed_anywhere_is_forged(data: st.DataObject) -> None:
     payload = SEAL.sign(LOG_CHANNEL, "e:1:1", "1763912345678 QUJDRA==")
     place = data.draw(st.integers(0, len(payload) - 1))
     other = data.draw(st.characters(exclude_categories=["Cs"], exclude_characters=payload[place]))
@@ -67,7 +67,7 @@ def test_anything_else_is_forged(text: str) -> None:
 
 
 @given(st.binary(max_size=100), words)
-def test_what_is_encrypted_is_decrypted_where_it_belongs(text: bytes, bound: str) -> None:
+def test_encrypted_text_is_decrypted_where_it_belongs(text: bytes, bound: str) -> None:
     sealer = NotificationEncrypter(LOG_CHANNEL)
     one, other = sealer.encrypt(SEAL, text, bound), sealer.encrypt(SEAL, text, bound)
     assert SEAL.decrypt(LOG_CHANNEL, one, bound) == SEAL.decrypt(LOG_CHANNEL, other, bound) == text
@@ -113,5 +113,5 @@ async def test_sql_masks_the_key_of_a_role_another_way_each_time(database_url: s
             assert random_keys().unmask_role(one) != key
 
 
-def test_asyncpg_still_hands_notifications_to_what_we_override() -> None:
+def test_asyncpg_still_calls_the_overridden_method_for_notifications() -> None:
     assert "_process_notification" in vars(asyncpg.Connection)

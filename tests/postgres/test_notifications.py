@@ -88,7 +88,7 @@ async def replica(config: catbus.Config) -> AsyncIterator[tuple[catbus.Broker, s
         yield broker, address
 
 
-async def test_who_may_only_connect_hears_positions_and_nothing_else(database_url: str, lowly_url: str) -> None:
+async def test_a_role_that_may_only_connect_hears_positions_and_nothing_else(database_url: str, lowly_url: str) -> None:
     large = "large-payload-" * 500
     shown = [
         b"top.secret",

@@ -29,7 +29,7 @@ LEEWAY = 3.0
 """Seconds for a machine that has other things to do."""
 
 
-def test_whatever_does_not_answer_is_given_up_in_time() -> None:
+def test_a_connection_that_does_not_answer_is_dropped_in_time() -> None:
     """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
     assert polling_interval.NOTIFIED_INTERVAL + notification_listener.POLL_TIMEOUT <= NOTICED
     assert max(log_writer.APPEND_TIMEOUT, log_reader.PAGE_TIMEOUT) <= NOTICED

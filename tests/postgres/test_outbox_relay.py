@@ -61,7 +61,7 @@ async def test_what_a_transaction_publishes_reaches_every_replica_once_and_in_or
         assert one.statistics().moved + other.statistics().moved == 4
 
 
-async def test_what_is_rolled_back_is_never_seen(database_url: str) -> None:
+async def test_a_message_that_is_rolled_back_is_never_seen(database_url: str) -> None:
     async with running(make(database_url)) as (follower, _), open_sql(database_url) as sql:
         await sql.execute("BEGIN; SELECT catbus.publish('a', '1'); ROLLBACK")
         await sql.execute("BEGIN; SAVEPOINT s; SELECT catbus.publish('a', '2'); ROLLBACK TO s; COMMIT")
@@ -215,7 +215,7 @@ async def test_an_outbox_that_is_locked_is_waited_for_and_clients_are_not(databa
         assert follower.texts == ["1", "2", "3"]
 
 
-async def test_what_cannot_be_moved_harms_nothing_else(database_url: str) -> None:
+async def test_a_message_that_cannot_be_moved_does_no_harm(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         ((source,),) = await sql.fetch("SELECT pg_get_functiondef('catbus.move_outbox'::regproc)")
@@ -362,7 +362,7 @@ async def no_move() -> None:
     raise AssertionError("there was nothing to move")
 
 
-async def test_it_looks_ten_times_a_second_and_at_no_fixed_moments(autojump_clock: MockClock) -> None:
+async def test_the_outbox_is_polled_ten_times_a_second_at_no_fixed_moments(autojump_clock: MockClock) -> None:
     database = Scripted()
     pauses = await look_for(60, database, no_move)
     assert all(0.075 <= pause <= 0.125 for pause in pauses)
@@ -371,7 +371,7 @@ async def test_it_looks_ten_times_a_second_and_at_no_fixed_moments(autojump_cloc
     assert 50 <= len(database.cpu_scheduler) <= 60
 
 
-async def test_it_looks_more_often_while_there_is_something_to_find(autojump_clock: MockClock) -> None:
+async def test_the_outbox_is_polled_more_often_while_it_is_in_use(autojump_clock: MockClock) -> None:
     database = Scripted()
 
     async def move() -> None:
@@ -385,14 +385,14 @@ async def test_it_looks_more_often_while_there_is_something_to_find(autojump_clo
     assert all(pause >= 0.075 for pause in pauses[len(brisk) :])
 
 
-async def test_it_does_not_look_while_others_are_moved(autojump_clock: MockClock) -> None:
+async def test_the_outbox_is_not_polled_during_a_move(autojump_clock: MockClock) -> None:
     database = Scripted()
     database.waits = True
     await look_for(10, database, partial(trio.sleep, 3))
     assert len(database.looks) == 4
 
 
-async def test_looking_takes_a_tenth_of_the_time_at_most(autojump_clock: MockClock) -> None:
+async def test_polling_the_outbox_takes_a_tenth_of_the_time_at_most(autojump_clock: MockClock) -> None:
     database = Scripted()
     database.waits, database.cost = True, 0.05
     pauses = await look_for(10, database, trio.lowlevel.checkpoint)

@@ -45,7 +45,7 @@ class Clock:
             self.pace.note_notification(self.head)
 
 
-def test_while_everything_is_told_of_polls_are_rare() -> None:
+def test_polls_are_rare_while_notifications_announce_everything() -> None:
     clock = Clock()
     for _ in range(10):
         clock.commit()
@@ -65,7 +65,7 @@ def test_a_poll_may_be_ahead_of_the_notification() -> None:
     assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
 
 
-def test_what_nothing_has_told_of_is_read_and_then_polls_are_frequent() -> None:
+def test_an_unannounced_commit_is_found_and_then_polls_are_frequent() -> None:
     clock = Clock()
     clock.commit(told=False)
     assert not clock.poll()
@@ -80,7 +80,7 @@ def test_what_nothing_has_told_of_is_read_and_then_polls_are_frequent() -> None:
     assert clock.pace.seconds_to_next(clock.now) == IDLE_INTERVAL
 
 
-def test_notifications_are_relied_on_again_when_they_have_told_of_everything_for_long() -> None:
+def test_notifications_are_relied_on_again_when_they_have_announced_everything_for_long() -> None:
     clock = Clock()
     clock.commit(told=False)
     clock.poll()
@@ -110,7 +110,7 @@ def test_notifications_are_relied_on_again_when_they_have_told_of_everything_for
     assert clock.pace.seconds_to_next(clock.now) == NOTIFIED_INTERVAL
 
 
-def test_where_none_come_there_is_only_polling() -> None:
+def test_without_notifications_there_is_only_polling() -> None:
     clock = Clock(listening=False)
     assert clock.pace.polling
     clock.now += DISTRUST_TIME * 2
@@ -136,7 +136,7 @@ def test_a_false_notification_hides_nothing() -> None:
     assert clock.pace.unannounced == 1
 
 
-def test_after_a_log_was_set_back_old_notifications_tell_of_nothing() -> None:
+def test_after_a_log_was_set_back_old_notifications_announce_nothing() -> None:
     clock = Clock(head=100)
     clock.commit()
     clock.poll()
@@ -150,7 +150,7 @@ def test_after_a_log_was_set_back_old_notifications_tell_of_nothing() -> None:
 
 
 @given(st.lists(st.sampled_from(["told", "untold", "poll", "false"]), max_size=50), st.booleans())
-def test_whatever_happens_what_is_there_is_announced_in_time(events: list[str], listening: bool) -> None:
+def test_every_commit_is_announced_in_time(events: list[str], listening: bool) -> None:
     """By a notification, or by a poll that follows in time."""
     clock = Clock(listening=listening)
     pace, announced = clock.pace, clock.head

@@ -99,7 +99,7 @@ async def test_two_replicas_behind_it_lose_nothing_and_say_that_they_poll(
     assert "listen_url" in said[0].getMessage()
 
 
-async def test_with_a_way_past_it_news_come_by_notifications(bouncer: Bouncer, database_url: str) -> None:
+async def test_with_a_listen_url_past_the_pooler_notifications_arrive(bouncer: Bouncer, database_url: str) -> None:
     one, other = (make(bouncer.url, listen_url=database_url) for _ in range(2))
     async with running(one) as (first, publisher), running(other) as (second, _):
         await publish(publisher, 100)
@@ -114,7 +114,7 @@ async def test_with_a_way_past_it_news_come_by_notifications(bouncer: Bouncer, d
             assert log.report()["news"] == "notifications"
 
 
-async def test_what_is_published_from_sql_comes_through(bouncer: Bouncer, database_url: str) -> None:
+async def test_messages_published_from_sql_pass_the_pooler(bouncer: Bouncer, database_url: str) -> None:
     async with running(make(bouncer.url)) as (follower, _), open_sql(database_url) as sql:
         for n in range(10):
             await sql.fetch("SELECT catbus.publish('a', $1)", f"{n}")
@@ -152,7 +152,7 @@ async def test_when_it_is_killed_and_comes_back_nothing_is_lost(bouncer: Bouncer
         assert follower.restarts == [0]
 
 
-async def test_another_server_behind_it_is_not_taken_for_the_one_that_was_looked_at(
+async def test_another_server_behind_the_pooler_is_not_taken_for_the_verified_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its clients stay connected while the server is put back to what it was: nobody looks until somebody asks."""

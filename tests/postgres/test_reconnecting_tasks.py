@@ -26,7 +26,7 @@ def outages(count: int) -> Iterator[Exception]:
     yield from (ConnectionRefusedError(f"try {n}") for n in range(count))
 
 
-async def test_an_outage_is_said_once_and_so_is_its_end(autojump_clock: MockClock, logs: CapturingLogger) -> None:
+async def test_an_outage_is_logged_once_and_so_is_its_end(autojump_clock: MockClock, logs: CapturingLogger) -> None:
     supervisor = ReconnectingTasks("one", "other")
     errors = outages(20)
 
@@ -118,7 +118,7 @@ async def test_a_service_that_is_not_needed_makes_nothing_unavailable(
     assert supervisor.restarts == 4
 
 
-async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(
+async def test_a_bug_is_fatal_when_it_occurs_five_times_in_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger
 ) -> None:
     supervisor = ReconnectingTasks("one")
@@ -134,7 +134,7 @@ async def test_a_mistake_is_fatal_when_it_comes_five_times_in_a_minute(
     assert isinstance(logs.calls[0].kwargs["exc_info"], KeyError)
 
 
-async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) -> None:
+async def test_an_occasional_bug_is_not_fatal(autojump_clock: MockClock) -> None:
     supervisor = ReconnectingTasks("one", "other")
     runs = 0
 
@@ -157,7 +157,7 @@ async def test_a_mistake_now_and_then_is_not_fatal(autojump_clock: MockClock) ->
     assert runs == 40
 
 
-async def test_a_service_that_cannot_work_is_told_of_once_a_minute(
+async def test_a_service_that_cannot_work_is_logged_once_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger
 ) -> None:
     """It works for a moment each time, so that neither the pauses grow nor the mistakes end it."""
@@ -181,7 +181,7 @@ async def test_a_service_that_cannot_work_is_told_of_once_a_minute(
 
 
 @pytest.mark.parametrize("needed", [True, False])
-async def test_a_service_that_is_down_again_and_again_is_told_of_a_few_times_a_minute(
+async def test_a_service_that_is_down_repeatedly_is_logged_a_few_times_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger, needed: bool
 ) -> None:
     supervisor = ReconnectingTasks(*["one"][:needed])

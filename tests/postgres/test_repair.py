@@ -71,7 +71,7 @@ async def read_on(log: PostgresLog, after: int) -> LogPage:
 
 
 @pytest.mark.parametrize("recent", [0, 1 << 20])
-async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_memory(
+async def test_every_replica_reports_a_deleted_range_whether_or_not_it_has_the_messages_in_memory(
     database_url: str, recent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = CapturingLogger()
@@ -90,7 +90,9 @@ async def test_every_replica_tells_of_it_whether_or_not_it_has_the_messages_in_m
     assert errors[0] == {"missing": 3, "holes": 2, "ranges": ["3-4", "7-7"]}
 
 
-async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deleted_range_is_logged_again_once_in_an_interval(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = CapturingLogger()
     monkeypatch.setattr(deleted_ranges, "logger", lines)
     monkeypatch.setattr(deleted_ranges, "REPEAT_INTERVAL", 0.5)
@@ -104,7 +106,7 @@ async def test_it_is_told_of_again_once_in_an_interval(database_url: str, monkey
     assert {call.method_name for call in lines.calls} == {"error"}
 
 
-async def test_a_hole_that_no_trigger_has_seen_is_found_by_reading(database_url: str) -> None:
+async def test_a_deleted_range_that_no_trigger_has_seen_is_found_by_reading(database_url: str) -> None:
     async with filled(database_url) as (one, _, _):
         async with open_sql(database_url) as sql:
             await sql.execute(
@@ -125,7 +127,7 @@ async def test_a_partition_is_watched_too(database_url: str) -> None:
         await until_trouble("messages are missing", log)
 
 
-async def test_what_is_deleted_at_the_end_is_another_log_and_no_hole(database_url: str) -> None:
+async def test_a_deletion_at_the_end_makes_another_log_and_no_deleted_range(database_url: str) -> None:
     async with filled(database_url) as (log, follower, publisher):
         await delete(database_url, "seq > 8")
         await follower.wait_until(lambda self: self.restarts[-1] == 8)
@@ -135,7 +137,7 @@ async def test_what_is_deleted_at_the_end_is_another_log_and_no_hole(database_ur
         assert await sql.fetchrow("SELECT count(*) FROM catbus.deleted_ranges") == (0,)
 
 
-async def test_retention_makes_no_hole(database_url: str) -> None:
+async def test_retention_makes_no_deleted_range(database_url: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         await sql.execute("UPDATE catbus.head SET floor = 5; DELETE FROM catbus.entries WHERE seq < 5")
         await delete(database_url, "seq = 7")
@@ -159,7 +161,7 @@ async def test_retention_makes_no_hole(database_url: str) -> None:
         "payload = repeat('1', 70000)",
     ],
 )
-async def test_what_is_changed_by_hand_can_still_be_delivered(database_url: str, change: str) -> None:
+async def test_an_entry_that_is_changed_by_hand_can_still_be_delivered(database_url: str, change: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         with pytest.raises(asyncpg.PostgresError):
             await sql.execute(f"UPDATE catbus.entries SET {change} WHERE seq = 3")
@@ -170,7 +172,7 @@ async def test_what_is_changed_by_hand_can_still_be_delivered(database_url: str,
 # It is repaired
 
 
-async def test_what_is_missing_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deleted_range_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair_module, "SCANNED_SEQS", 3)
     async with filled(database_url, 20):
         await delete(database_url, "seq IN (1, 2, 5, 6, 7, 8, 9, 12, 19)")
@@ -182,7 +184,7 @@ async def test_what_is_missing_is_found_wherever_it_is(database_url: str, monkey
         assert await run_repair(database_url) == [(13, 13)]
 
 
-async def test_many_holes_are_repaired_in_portions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_deleted_ranges_are_repaired_in_portions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair_module, "REPAIRED_RANGES", 7)
     async with filled(database_url, 1) as (log, _, publisher):
         for n in range(60):
@@ -209,7 +211,9 @@ async def test_a_database_with_another_isolation_level_is_repaired(database_url:
             await sql.execute(f'ALTER DATABASE "{name}" RESET ALL')
 
 
-async def test_readers_stop_before_a_hole_until_it_is_repaired_and_lose_nothing_else(database_url: str) -> None:
+async def test_readers_stop_before_a_deleted_range_until_it_is_repaired_and_lose_nothing_else(
+    database_url: str,
+) -> None:
     async with filled(database_url) as (one, _, publisher):
         other = make(database_url)
         async with running(other):
@@ -228,7 +232,7 @@ async def test_readers_stop_before_a_hole_until_it_is_repaired_and_lose_nothing_
                 assert (await log.read(5)).after == 5
 
 
-async def test_what_was_repaired_is_gone_from_memory_on_every_replica(database_url: str) -> None:
+async def test_a_repaired_range_is_gone_from_memory_on_every_replica(database_url: str) -> None:
     async with filled(database_url, recent=1 << 20) as (log, _, _):
         await delete(database_url, "seq = 5")
         await until_trouble("messages are missing", log)
@@ -242,7 +246,7 @@ async def test_what_was_repaired_is_gone_from_memory_on_every_replica(database_u
         assert [entry.seq for entry in entries] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
-async def test_a_replica_that_stopped_before_a_hole_goes_on(database_url: str) -> None:
+async def test_a_replica_that_stopped_before_a_deleted_range_goes_on(database_url: str) -> None:
     """Messages are deleted that it has not applied yet: without a notification it has to read them."""
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
@@ -269,7 +273,7 @@ async def test_a_replica_that_stopped_before_a_hole_goes_on(database_url: str) -
         assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3]
 
 
-async def test_a_hole_that_is_filled_again_is_read_again(database_url: str) -> None:
+async def test_a_deleted_range_that_is_filled_again_is_read_again(database_url: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         await sql.execute("CREATE TABLE public.saved AS SELECT * FROM catbus.entries WHERE seq BETWEEN 3 AND 5")
         await delete(database_url, "seq BETWEEN 3 AND 5")

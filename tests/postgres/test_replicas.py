@@ -162,7 +162,9 @@ async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_send
     assert not replica.complaints
 
 
-async def test_what_a_killed_replica_has_acknowledged_is_in_the_log_and_the_other_goes_on(database_url: str) -> None:
+async def test_a_message_that_a_killed_replica_acknowledged_is_in_the_log_and_the_other_replica_goes_on(
+    database_url: str,
+) -> None:
     connections, tasks, enough = 4, 10, 500
     tried: set[tuple[str, int]] = set()
     numbers = count()

@@ -58,7 +58,7 @@ async def ear(url: str) -> AsyncIterator[Ear]:
 # In the database
 
 
-async def test_whatever_changes_a_role_is_counted_and_told_of(database_url: str) -> None:
+async def test_every_change_of_a_role_is_recorded_and_notified(database_url: str) -> None:
     key = (await make_role(database_url)).hex()
     await make_role(database_url)
     async with ear(database_url) as listening, open_sql(database_url) as sql:
@@ -111,7 +111,7 @@ async def test_a_statement_that_changes_nothing_is_no_change(database_url: str) 
         assert await listening.take() == (version, set())
 
 
-async def test_grants_of_one_role_that_come_together_are_told_of_once(database_url: str) -> None:
+async def test_grants_of_one_role_that_are_inserted_together_are_notified_once(database_url: str) -> None:
     key = (await make_role(database_url)).hex()
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
@@ -121,7 +121,7 @@ async def test_grants_of_one_role_that_come_together_are_told_of_once(database_u
         assert await listening.take() == (version + 1, {key})
 
 
-async def test_those_who_change_roles_do_not_wait_for_one_another(database_url: str) -> None:
+async def test_transactions_that_change_roles_do_not_wait_for_one_another(database_url: str) -> None:
     one, other = [(await make_role(database_url)).hex() for _ in range(2)]
     async with open_sql(database_url) as first, open_sql(database_url) as second:
         await first.execute(f"BEGIN; DELETE FROM catbus.roles WHERE key = '\\x{one}'")
@@ -176,7 +176,7 @@ async def test_a_heartbeat_compacts_the_changes(database_url: str) -> None:
         assert await sql.fetch("SELECT count(*) FROM catbus.role_changes") == [(1,)]
 
 
-async def test_who_changes_very_many_says_so_once(database_url: str) -> None:
+async def test_a_change_of_very_many_roles_is_notified_once(database_url: str) -> None:
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         await sql.execute(
             "INSERT INTO catbus.roles (key) SELECT sha256(n::text::bytea) FROM generate_series(1, 2000) AS n;"
@@ -186,7 +186,7 @@ async def test_who_changes_very_many_says_so_once(database_url: str) -> None:
         assert heard == {"*"}
 
 
-async def test_roles_may_be_changed_by_who_may_do_nothing_else(database_url: str) -> None:
+async def test_a_database_role_with_no_other_right_may_change_roles(database_url: str) -> None:
     """An application that keeps the roles has rights on two tables, and the triggers are not its business."""
     name = f"keeper_{abs(hash(database_url))}"
     key = await make_role(database_url)
@@ -204,7 +204,7 @@ async def test_roles_may_be_changed_by_who_may_do_nothing_else(database_url: str
 # In the replica
 
 
-async def test_what_is_told_of_is_known_by_name_and_what_is_found_may_be_any(autojump_clock: MockClock) -> None:
+async def test_a_notified_change_names_roles_and_a_polled_one_may_concern_any(autojump_clock: MockClock) -> None:
     changes = RoleChanges()
     changes.note_role(b"\xab" * 32)
     changes.note_role(b"\xcd" * 32)
@@ -222,7 +222,7 @@ async def test_what_is_told_of_is_known_by_name_and_what_is_found_may_be_any(aut
         assert await changes.wait() is None
 
 
-async def test_a_change_that_is_told_of_again_and_again_is_looked_at_seldom(autojump_clock: MockClock) -> None:
+async def test_a_change_that_is_notified_repeatedly_is_looked_up_seldom(autojump_clock: MockClock) -> None:
     """Somebody has recorded a notification, and sends it as fast as it can. The first one waits for nothing."""
     changes, taken = RoleChanges(), []
 
@@ -264,7 +264,7 @@ async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
         assert log.roles.checked <= trio.current_time()
 
 
-async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: str) -> None:
+async def test_a_change_without_a_notification_is_found_by_the_poll(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
@@ -273,7 +273,7 @@ async def test_a_change_that_nobody_told_of_is_found_by_the_poll(database_url: s
             assert await log.roles.wait_changes() is None
 
 
-async def test_a_change_while_nobody_listened_is_found_by_the_next_connection(database_url: str) -> None:
+async def test_a_change_without_a_listener_is_found_by_the_next_connection(database_url: str) -> None:
     key = await make_role(database_url)
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:

@@ -66,7 +66,7 @@ async def test_a_role_is_found_as_it_is_now(database_url: str) -> None:
         assert await look_up(lookup, key) is None
 
 
-async def test_those_who_come_together_are_looked_up_together(database_url: str) -> None:
+async def test_concurrent_lookups_share_a_statement(database_url: str) -> None:
     keys = [await make_role(database_url, f"c{number}") for number in range(3)]
     found: list[object] = []
 
@@ -85,7 +85,7 @@ async def test_those_who_come_together_are_looked_up_together(database_url: str)
     assert found.count(None) == 100
 
 
-async def test_who_asks_while_a_statement_is_under_way_gets_a_later_answer(database_url: str) -> None:
+async def test_a_lookup_during_a_statement_gets_the_result_of_a_later_one(database_url: str) -> None:
     key = await make_role(database_url)
     found: list[object] = []
 
@@ -107,7 +107,7 @@ async def test_who_asks_while_a_statement_is_under_way_gets_a_later_answer(datab
     assert len(found) == 2
 
 
-async def test_who_leaves_takes_nothing_from_the_others(database_url: str) -> None:
+async def test_a_cancelled_lookup_does_not_disturb_the_others(database_url: str) -> None:
     key = await make_role(database_url)
     found: list[object] = []
 
@@ -159,7 +159,7 @@ async def wait_until_closed(lookup: RoleLookup) -> None:
     await wait_until(closed)
 
 
-async def test_a_database_that_is_away_is_unavailable_and_found_again(database_url: str) -> None:
+async def test_an_unreachable_database_is_unavailable_and_found_again(database_url: str) -> None:
     key = await make_role(database_url)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
         proxy.close()
@@ -203,7 +203,7 @@ async def wait_until_found(lookup: RoleLookup, key: bytes) -> None:
     await wait_until(found)
 
 
-async def test_nobody_waits_longer_than_the_bound_whatever_the_connection_does(autojump_clock: MockClock) -> None:
+async def test_no_lookup_waits_longer_than_the_timeout(autojump_clock: MockClock) -> None:
     async def connect() -> DatabaseConnection:
         await trio.sleep_forever()
 
@@ -216,7 +216,7 @@ async def test_nobody_waits_longer_than_the_bound_whatever_the_connection_does(a
         nursery.cancel_scope.cancel()
 
 
-async def test_a_mistake_of_ours_is_logged_and_no_end_of_the_replica(
+async def test_a_bug_is_logged_and_does_not_end_the_replica(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await make_role(database_url)

@@ -85,7 +85,7 @@ async def test_revoking_takes_exactly_what_is_named(database_url: str) -> None:
         assert left.grants == Grants(("a.b",))
 
 
-async def test_what_a_role_does_not_have_cannot_be_taken_and_nothing_else_is(database_url: str) -> None:
+async def test_a_missing_grant_cannot_be_revoked_and_no_other_one_is(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         _, role = await roles.create("ci", Grants(("a.*", "b"), ("c",)))
         with pytest.raises(RoleError) as caught:
@@ -100,7 +100,7 @@ async def test_what_a_role_does_not_have_cannot_be_taken_and_nothing_else_is(dat
         assert (await roles.revoke(role.handle, Grants(("b", "d")))).grants == Grants(("a.*",), ("c",))
 
 
-async def test_two_who_take_the_same_do_not_both_succeed(database_url: str) -> None:
+async def test_of_two_revocations_of_the_same_grant_one_succeeds(database_url: str) -> None:
     async with roles_of(database_url) as one, roles_of(database_url) as other:
         _, role = await one.create("ci", Grants(("a", "b")))
         outcomes: list[object] = []
@@ -235,7 +235,7 @@ async def test_a_log_without_roles_gets_them_and_keeps_its_entries(
         assert await roles.list() == []
 
 
-async def test_a_database_that_is_away_is_said_so_also_in_the_middle(database_url: str) -> None:
+async def test_an_unreachable_database_is_reported_also_in_the_middle(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
 
         async def create(*, cut: bool) -> None:
@@ -251,7 +251,7 @@ async def test_a_database_that_is_away_is_said_so_also_in_the_middle(database_ur
         assert await roles.list() == []
 
 
-async def test_who_may_connect_may_not_read_roles(database_url: str) -> None:
+async def test_a_database_role_that_may_only_connect_may_not_read_roles(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         for table in ("catbus.roles", "catbus.role_grants"):
             for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):

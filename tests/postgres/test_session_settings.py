@@ -58,7 +58,7 @@ async def test_every_trigger_fires_whatever_the_replication_role_is(database_url
     assert {enabled for _, enabled in triggers} == {b"A"}
 
 
-async def test_nobody_but_the_owner_may_call_what_is_not_meant_for_all(database_url: str) -> None:
+async def test_only_the_owner_may_call_private_functions(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         assert not await sql.fetch(
             "SELECT p.oid::regprocedure FROM pg_proc AS p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) "

@@ -289,7 +289,7 @@ def play(url: str, scene: Callable[..., Coroutine[Any, Any, None]], connections:
     asyncio.run(go())
 
 
-def test_two_who_append_at_once_get_one_gapless_order(database_url: str) -> None:
+def test_concurrent_appends_get_one_gapless_order(database_url: str) -> None:
     async def scene(epoch: str, *writers: Connection) -> None:
         async def write(writer: Connection, producer: bytes) -> list[Answer]:
             batches = [[Sent(producer, 10 * n + i) for i in range(1 + n % 5)] for n in range(60)]
@@ -336,7 +336,7 @@ def test_an_original_that_was_rolled_back_is_appended_by_the_retry(database_url:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before its retry", "after its retry"])
-def test_what_comes_after_its_sender_has_died_is_appended_once(database_url: str, late: bool) -> None:
+def test_a_late_append_of_a_dead_sender_is_appended_once(database_url: str, late: bool) -> None:
     gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)"
 
     async def scene(epoch: str, dead: Connection, retrying: Connection, holder: Connection) -> None:
@@ -381,7 +381,7 @@ def test_an_epoch_that_changed_while_the_call_waited_is_noticed(database_url: st
     play(database_url, scene, connections=3)
 
 
-def test_who_does_not_get_the_lock_in_two_seconds_has_appended_nothing(database_url: str) -> None:
+def test_an_append_without_the_lock_after_two_seconds_has_appended_nothing(database_url: str) -> None:
     async def scene(epoch: str, holder: Connection, writer: Connection) -> None:
         await holder.execute("BEGIN")
         await holder.execute("SELECT FROM catbus.head FOR UPDATE")
@@ -416,7 +416,7 @@ def test_a_transaction_that_is_left_open_elsewhere_finds_no_versions_to_keep(dat
     play(database_url, scene, connections=2)
 
 
-def test_a_stopped_listener_stops_nobody_from_publishing(database_url: str) -> None:
+def test_a_stopped_listener_does_not_stop_publishing(database_url: str) -> None:
     async def scene(epoch: str, stopped: Connection, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
@@ -526,7 +526,7 @@ def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) ->
     play(database_url, scene)
 
 
-def test_what_does_not_fit_into_a_notification_stays_behind(database_url: str) -> None:
+def test_entries_that_do_not_fit_into_a_notification_are_not_enclosed(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener(LOG_CHANNEL, lambda *arguments: heard.append(arguments[-1]))

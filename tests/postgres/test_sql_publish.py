@@ -196,7 +196,7 @@ def test_a_message_is_as_big_as_a_client_may_publish_by_default(
     assert (stored(channel, payload) == payload) == (len(line) <= 65_536) == (length <= 0)
 
 
-def test_who_is_refused_is_told_what_was_expected(database_url: str) -> None:
+def test_an_error_says_what_was_expected(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         for channel in ("a..b", "a.*", "", "a" * 300):
             assert "1 to 32 segments of A-Z, a-z, 0-9, _ and -" in await refusal(sql, channel, "1")
@@ -215,7 +215,7 @@ def test_who_is_refused_is_told_what_was_expected(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_whoever_writes_to_the_tables_is_checked_too(database_url: str) -> None:
+def test_direct_writes_to_the_tables_are_checked_too(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         for table in ("outbox_0", "outbox_1"):
             for channel, payload in (("a.*", "1"), ("a", "}"), ("a", "1" * 70_000)):
@@ -271,7 +271,7 @@ async def as_role(url: str, name: str, *statements: str) -> AsyncIterator[Connec
             await owner.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
-def test_to_be_allowed_the_function_is_enough_and_allows_nothing_else(database_url: str) -> None:
+def test_the_right_to_call_publish_is_enough_and_allows_nothing_else(database_url: str) -> None:
     grants = (
         "GRANT USAGE ON SCHEMA catbus TO catbus_test_app",
         "GRANT EXECUTE ON FUNCTION catbus.publish TO catbus_test_app",
@@ -304,7 +304,7 @@ def test_to_be_allowed_the_function_is_enough_and_allows_nothing_else(database_u
     play(database_url, scene)
 
 
-def test_who_is_not_allowed_it_cannot_publish(database_url: str) -> None:
+def test_a_role_without_the_right_cannot_publish(database_url: str) -> None:
     async def scene(epoch: str, owner: Connection) -> None:
         usage = "GRANT USAGE ON SCHEMA catbus TO catbus_test_other"
         async with as_role(database_url, "catbus_test_other", usage) as other:
@@ -360,7 +360,7 @@ def test_one_notification_covers_what_a_call_has_moved(database_url: str) -> Non
     play(database_url, scene)
 
 
-def test_what_is_moved_stands_behind_what_is_appended_and_commits_with_it(database_url: str) -> None:
+def test_moved_messages_follow_the_appended_ones_and_commit_with_them(database_url: str) -> None:
     call = """
         SELECT a.at, a.first, a.seqs, m.moved, m.last, m.more
         FROM catbus.append($1, $2, $3, $4, $5, $6, $7, $8, $9) AS a, catbus.move_outbox($1, $2, a.at) AS m
@@ -441,7 +441,7 @@ def test_an_empty_log_goes_on_at_its_floor_and_time_does_not_run_back(database_u
     play(database_url, scene)
 
 
-def test_only_one_moves_and_the_others_do_not_wait_for_it(database_url: str) -> None:
+def test_only_one_replica_moves_and_the_others_do_not_wait(database_url: str) -> None:
     async def scene(epoch: str, slow: Connection, quick: Connection) -> None:
         await publish(quick, "a", "1")
         await slow.execute("BEGIN")
@@ -458,7 +458,7 @@ def test_only_one_moves_and_the_others_do_not_wait_for_it(database_url: str) -> 
     play(database_url, scene, connections=2)
 
 
-def test_who_moves_after_waiting_for_the_head_sees_what_was_committed_meanwhile(database_url: str) -> None:
+def test_a_move_that_waited_for_the_head_row_sees_later_commits(database_url: str) -> None:
     async def scene(epoch: str, appending: Connection, moving: Connection, app: Connection) -> None:
         await publish(app, "a", "1")
         await appending.execute("BEGIN")
@@ -473,7 +473,7 @@ def test_who_moves_after_waiting_for_the_head_sees_what_was_committed_meanwhile(
     play(database_url, scene, connections=3)
 
 
-def test_a_transaction_that_has_published_holds_up_nobody(database_url: str) -> None:
+def test_a_transaction_that_has_published_blocks_no_other(database_url: str) -> None:
     async def scene(epoch: str, forgetful: Connection, app: Connection, writer: Connection) -> None:
         for connection in (app, writer):
             await connection.execute("SET lock_timeout = '1ms'")

@@ -370,7 +370,7 @@ def test_a_step_that_waits_for_the_head_row_has_no_lock_on_the_log(database_url:
     ],
     ids=["dump", "reader", "cursor"],
 )
-def test_while_somebody_uses_the_oldest_slot_the_current_one_grows(database_url: str, use: str) -> None:
+def test_while_a_transaction_uses_the_oldest_slot_the_current_one_grows(database_url: str, use: str) -> None:
     async def scene(epoch: str, holder: Connection, sql: Connection, writer: Connection) -> None:
         await fill_slots(sql, epoch, 8)
         await pass_time(sql, SLOT)
@@ -402,7 +402,7 @@ def test_a_slot_is_closed_while_the_oldest_is_used_as_long_as_there_is_another(d
     play(database_url, scene, connections=2)
 
 
-def test_an_old_snapshot_sees_entries_vanish_and_a_new_look_sees_the_floor(database_url: str) -> None:
+def test_an_old_snapshot_sees_entries_vanish_and_a_new_statement_sees_the_floor(database_url: str) -> None:
     async def scene(epoch: str, old: Connection, sql: Connection) -> None:
         await fill_slots(sql, epoch, 8)
         await pass_time(sql, SLOT)
@@ -469,7 +469,7 @@ def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) ->
     play(database_url, scene)
 
 
-def test_looking_uses_the_indexes_however_small_the_tables_are(database_url: str) -> None:
+def test_queries_use_the_indexes_however_small_the_tables_are(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 5)
         await sql.execute("BEGIN")

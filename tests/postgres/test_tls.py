@@ -55,7 +55,7 @@ async def is_encrypted(url: str) -> bool:
             return connection.encrypted
 
 
-async def test_what_sslmode_asks_for_is_what_there_is(server: Server) -> None:
+async def test_the_connection_has_the_encryption_that_sslmode_requires(server: Server) -> None:
     with pytest.raises(DATABASE_ERRORS, match="SSL required"):
         await is_encrypted(server.url(sslmode="disable"))
     assert await is_encrypted(server.url(sslmode="require"))
@@ -90,7 +90,7 @@ async def test_a_log_works_through_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey"])
-async def test_a_file_that_is_not_there_is_an_error_that_names_it(server: Server, name: str) -> None:
+async def test_a_missing_file_is_an_error_that_names_it(server: Server, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"\[database\] url: {name}: /no/such/file: No such file"):
         await is_encrypted(server.url(sslmode="verify-full", **{name: "/no/such/file"}))
 
@@ -106,7 +106,7 @@ async def test_a_file_that_goes_while_we_run_is_an_outage(server: Server, tmp_pa
         (await bridge.connect(url)).terminate()
 
 
-async def test_a_mode_that_there_is_not_is_an_error(server: Server) -> None:
+async def test_an_unknown_mode_is_an_error(server: Server) -> None:
     with pytest.raises(ConfigError, match="sslmode"):
         await is_encrypted(server.url(sslmode="certainly"))
 
