@@ -83,7 +83,7 @@ class Replica:
         self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.send_queue_total))
         self.runtime_statistics = RuntimeStatistics(self.delivery)
-        self.flusher.on_pass = self.runtime_statistics.flushed
+        self.flusher.on_pass = self.runtime_statistics.record_flush
         self.scrape: Callable[[], tuple[bytes, str]] | None = None
         """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
         self.unauthenticated = UnauthenticatedPeers()

@@ -27,6 +27,8 @@ LAYERS = (
     {"session.driver"},
     {"replica"},
     {"postgres", "endpoints", "client", "in_process"},
+    {"observability.metric_sources"},
+    {"observability.metric_table"},
     {"observability.metrics"},
     {"broker"},
     {"testing"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from catbus.config import Config, LimitSettings
-from catbus.observability.metrics import METRICS
+from catbus.observability.metric_table import METRICS
 
 from .test_guarantees import names
 

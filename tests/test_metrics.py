@@ -1,9 +1,9 @@
-"""catbus.metrics: what `/metrics` says is what `docs/metrics.md` lists, and the numbers are true."""
+"""catbus.observability: the metrics that are served, their table in `docs/metrics.md`, and their values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,16 +17,12 @@ import catbus.auth.grants
 import catbus.auth.tokens
 from catbus.config import DatabaseSettings, RetentionSettings, WebTransportSettings
 from catbus.observability.histogram import Histogram
-from catbus.observability.metrics import METRICS
+from catbus.observability.metric_table import METRICS, SECTIONS, MetricDeclaration
 from tests.brokers import CONFIG, SECRET, TOKEN
 from tests.endpoints.raw_peer import Peer
 from tests.test_both_transports import discover
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
-LISTED = {
-    name: (kind, tuple(re.findall(r"`(\w+)`", labels)), text)
-    for name, kind, labels, text in re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", DOCUMENT, re.MULTILINE)
-}
 
 Found = dict[str, dict[tuple[str, ...], float]]
 """Samples by name, and by the values of their labels."""
@@ -37,7 +33,7 @@ async def scrape(address: str) -> tuple[Found, dict[str, tuple[str, tuple[str, .
     host, _, port = address.rpartition(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         peer = Peer(stream)
-        # What cannot be understood of what it accepts is no reason to tell it nothing.
+        # An Accept header that cannot be parsed is ignored.
         headers = b"Host: x\r\nAccept: application/openmetrics-text;version=x\r\nConnection: close\r\n\r\n"
         await peer.send(b"GET /metrics HTTP/1.1\r\n" + headers)
         answer = await peer.response()
@@ -56,7 +52,7 @@ async def scrape(address: str) -> tuple[Found, dict[str, tuple[str, tuple[str, .
 
 @asynccontextmanager
 async def serving(state: Path, url: str = "memory") -> AsyncIterator[tuple[catbus.Broker, str, str, str]]:
-    """A broker with both doors: its address, and what a client needs for WebTransport."""
+    """A broker with both endpoints: its address, and what a client needs for WebTransport."""
     config = msgspec.structs.replace(
         CONFIG,
         state=str(state),
@@ -74,28 +70,45 @@ async def serving(state: Path, url: str = "memory") -> AsyncIterator[tuple[catbu
             broker.stop()
 
 
-def test_the_document_lists_what_there_is() -> None:
-    assert {name: (kind, text) for name, (kind, _, text) in LISTED.items()} == METRICS
+def table(declarations: Sequence[MetricDeclaration]) -> str:
+    """The table of a section in the document."""
+    rows = []
+    for declared in declarations:
+        labels = ", ".join(f"`{label}`" for label in declared.labels)
+        rows.append(f"| `{declared.name}` | {declared.kind} | {labels} | {declared.text} |")
+    return "\n".join(["| Name | Type | Labels | Description |", "|---|---|---|---|", *rows, ""])
 
 
-def test_names_follow_prometheus() -> None:
+@pytest.mark.parametrize("title", SECTIONS)
+def test_document_has_the_table_of_each_section(title: str) -> None:
+    section = (DOCUMENT + "\n## ").partition(f"\n## {title}\n\n")[2].partition("\n## ")[0]
+    assert section.strip() == table(SECTIONS[title]).strip()
+
+
+def test_document_names_existing_metrics_and_no_others() -> None:
+    named = {name for name in re.findall(r"`(catbus_\w+)", DOCUMENT) if not name.startswith("catbus_build")}
+    assert named == METRICS.keys() - {"catbus_build_info"}
+
+
+def test_names_follow_the_conventions_of_prometheus() -> None:
     """https://prometheus.io/docs/practices/naming/"""
-    for name, (kind, text) in METRICS.items():
+    assert sum(map(len, SECTIONS.values())) == len(METRICS)
+    for name, declared in METRICS.items():
         assert re.fullmatch(r"catbus(_[a-z]+)+", name)
-        assert name.endswith("_total") == (kind == "counter")
-        assert text.endswith(".")
+        assert name.endswith("_total") == (declared.kind == "counter")
+        assert declared.text.endswith(".")
 
 
-async def test_the_endpoint_tells_of_all_that_is_listed(tmp_path: Path, database_url: str) -> None:
+async def test_endpoint_serves_all_declared_metrics_with_their_labels(tmp_path: Path, database_url: str) -> None:
     async with serving(tmp_path, database_url) as (_, address, _, _):
         await scrape(address)  # before the first one, no request has been answered
         _, families = await scrape(address)
     ours = {name: family for name, family in families.items() if name.startswith("catbus_")}
-    assert ours == {name: (kind, labels) for name, (kind, labels, _) in LISTED.items()}
+    assert ours == {name: (declared.kind, declared.labels) for name, declared in METRICS.items()}
     assert "process_resident_memory_bytes" in families
 
 
-async def test_what_is_counted_is_what_has_happened(tmp_path: Path, database_url: str) -> None:
+async def test_metrics_count_sessions_subscriptions_and_messages(tmp_path: Path, database_url: str) -> None:
     async with (
         serving(tmp_path, database_url) as (_, address, quic, certificate),
         catbus.connect(f"ws://{address}/ws", token=TOKEN) as one,
@@ -115,7 +128,7 @@ async def test_what_is_counted_is_what_has_happened(tmp_path: Path, database_url
     assert samples["catbus_sessions"] == {("websocket",): 1, ("webtransport",): 1}
     assert samples["catbus_sessions_opened_total"] == {("websocket",): 1, ("webtransport",): 1}
     assert samples["catbus_subscriptions"] == {("live",): 3, ("lagging",): 0}
-    assert samples["catbus_patterns"] == {(): 2}
+    assert samples["catbus_subscribed_patterns"] == {(): 2}
     assert samples["catbus_publishes_total"] == {(): 10}
     assert samples["catbus_deliveries_total"] == {(): 30}
     assert samples["catbus_log_head"] == samples["catbus_log_applied"] == {(): 10}
@@ -127,13 +140,14 @@ async def test_what_is_counted_is_what_has_happened(tmp_path: Path, database_url
     assert samples["catbus_sent_bytes_total"][("websocket",)] > 10 * 100
     assert samples["catbus_sent_bytes_total"][("webtransport",)] > 20 * 100
     assert samples["catbus_received_bytes_total"][("websocket",)] > 10 * 100
-    assert samples["catbus_quic_handshakes_total"] == {("begun",): 1, ("completed",): 1}
+    assert samples["catbus_quic_handshakes_started_total"] == {(): 1}
+    assert samples["catbus_quic_handshakes_completed_total"] == {(): 1}
     assert samples["catbus_startup_seconds"][()] > 0
     assert samples["catbus_listener_polling"] == {(): 0}
-    assert set(samples["catbus_refusals_total"].values()) == {0}
+    assert set(samples["catbus_errors_sent_total"].values()) == {0}
 
 
-async def test_refusals_are_counted_by_code_whatever_the_way_in(tmp_path: Path) -> None:
+async def test_errors_are_counted_by_code_over_websocket_and_http(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, address, _, _):
         reader = catbus.auth.tokens.sign(SECRET, client_id="bob", grants=catbus.auth.grants.Grants(read=("a",)))
         async with catbus.connect(f"ws://{address}/ws", token=reader) as bus:
@@ -148,13 +162,13 @@ async def test_refusals_are_counted_by_code_whatever_the_way_in(tmp_path: Path) 
             await peer.send(b"POST /publish HTTP/1.1\r\nHost: x\r\n" + head.encode() + body)
             assert (await peer.response()).status == 403
         samples, _ = await scrape(address)
-    counted = {code: number for (code,), number in samples["catbus_refusals_total"].items() if number}
+    counted = {code: number for (code,), number in samples["catbus_errors_sent_total"].items() if number}
     assert counted == {"unauthorized": 3}
     assert samples["catbus_http_requests_total"][("/publish", "403")] == 1
     assert samples["catbus_sessions"][("websocket",)] == 0
 
 
-def test_a_histogram_counts_by_upper_bounds() -> None:
+def test_histogram_counts_by_upper_bounds() -> None:
     found = Histogram((1, 2))
     for value in (0.5, 1, 1.5, 2, 7):
         found.observe(value)

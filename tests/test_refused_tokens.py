@@ -33,7 +33,7 @@ OTHER = "another secret of the tests"
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[Any]:
-    return [record for record in caplog.records if record.message == "a token was refused"]
+    return [record for record in caplog.records if record.message == "a token was rejected"]
 
 
 def make_replica(roles: Roles | None = None) -> Replica:
@@ -71,7 +71,7 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
             assert secret not in everything
         body, _ = Metrics(broker.replica, {}).scrape()
         for reason in RejectionReason:
-            counted = b'catbus_tokens_refused_total{reason="%b"} %d.0' % (reason.encode(), reason in tokens)
+            counted = b'catbus_tokens_rejected_total{reason="%b"} %d.0' % (reason.encode(), reason in tokens)
             assert counted in body
 
 
@@ -82,7 +82,7 @@ async def test_a_stranger_does_not_fill_the_log(caplog: pytest.LogCaptureFixture
         await refuse(replica, signed_jwt({"alg": "HS256", "kid": f"kid{number}"}, {"sub": number}, OTHER))
         await refuse(replica, f"not a token {number}")
     assert [record.reason for record in lines(caplog)] == ["signature", "malformed"]
-    assert replica.runtime_statistics.refused_tokens == {
+    assert replica.runtime_statistics.rejected_tokens == {
         RejectionReason.SIGNATURE: 1000,
         RejectionReason.MALFORMED: 1000,
     }
@@ -150,7 +150,7 @@ async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None
         async with catbus.connect(f"ws://{address}/ws", token=token, persist=True, reconnect=reconnect) as bus:
             assert await bus.publish("a", 1) == 1
         # It was told when to come, and came no earlier.
-        assert 1 <= broker.replica.runtime_statistics.refused_tokens[RejectionReason.NOT_VALID_YET] <= 2
+        assert 1 <= broker.replica.runtime_statistics.rejected_tokens[RejectionReason.NOT_VALID_YET] <= 2
 
 
 async def test_an_open_session_outlives_a_newer_token_that_is_not_valid_yet() -> None:

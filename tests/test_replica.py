@@ -537,7 +537,7 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
     await other.receive(hello("b"))
     await client.receive(message * 30)
     assert trio.current_time() == pytest.approx(seconds)
-    assert strict_replica.runtime_statistics.pauses["rate"] > 0
+    assert strict_replica.runtime_statistics.read_pauses["rate"] > 0
     await other.receive(message)
     assert trio.current_time() == pytest.approx(seconds)
     await sibling.receive(message)
@@ -720,7 +720,7 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert await subscribe(sibling, "b", 2) == ["subscribed", "subscribe_error"]
     assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4, "those that it has already"
     assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
-    assert replica.runtime_statistics.refusals[ErrorCode.OVERLOADED] == 1
+    assert replica.runtime_statistics.errors_sent[ErrorCode.OVERLOADED] == 1
     await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
     assert replica.usages.subscriptions == 7
     for client in (greedy, sibling, other):
@@ -737,7 +737,7 @@ async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio
     nursery.start_soon(client.receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
     await wait_all_tasks_blocked()
     assert len(log.held) == 3
-    assert replica.runtime_statistics.pauses == {"publishes": 1, "replies": 0, "rate": 0}
+    assert replica.runtime_statistics.read_pauses == {"publishes": 1, "replies": 0, "rate": 0}
     nursery.cancel_scope.cancel()
 
 

@@ -26,29 +26,29 @@ SECRET = "a secret of the tests"
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 5), st.integers(0, 2 * UNAUTHENTICATED_PEER_BYTES), st.sampled_from("hhhhul")),
+        st.tuples(st.integers(0, 5), st.integers(0, 2 * UNAUTHENTICATED_PEER_BYTES), st.sampled_from("rrrrpl")),
         max_size=60,
     )
 )
-def test_no_more_is_kept_than_may_be_and_the_oldest_give_way(steps: list[tuple[int, int, str]]) -> None:
+def test_memory_limit_evicts_the_oldest_unauthenticated_peers(steps: list[tuple[int, int, str]]) -> None:
     unauthenticated, ended = UnauthenticatedPeers(3 * UNAUTHENTICATED_PEER_BYTES), list[int]()
     peers = [UnauthenticatedPeer(unauthenticated, lambda number=number: ended.append(number)) for number in range(6)]  # type: ignore[misc]
     order: list[int] = []
     for number, size, step in steps:
         gone = len(ended)
-        if step == "h":
-            peers[number].heard(size)
-            if size and not peers[number].known and number not in order:
+        if step == "r":
+            peers[number].received(size)
+            if size and not peers[number].released and number not in order:
                 order.append(number)
-        elif step == "u":
-            peers[number].understood()
+        elif step == "p":
+            peers[number].processed()
         else:
-            peers[number].leave()
+            peers[number].release()
         assert ended[gone:] == order[: len(ended) - gone]
         order = [number for number in order if peers[number].size]
         assert all(peer.size <= UNAUTHENTICATED_PEER_BYTES for peer in peers)
         assert unauthenticated.size == sum(peer.size for peer in peers) <= 3 * UNAUTHENTICATED_PEER_BYTES
-    assert unauthenticated.ended == len(ended)
+    assert unauthenticated.evicted == len(ended)
 
 
 @pytest.fixture
@@ -63,34 +63,34 @@ def auth() -> bytes:
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 100_000])
-async def test_an_object_may_be_large_from_the_token_on(replica: Replica, cut: int) -> None:
+async def test_large_object_is_accepted_only_after_authentication(replica: Replica, cut: int) -> None:
     large = b'{"type":"publish","id":1,"channel":"a","payload":"%s"}' % (b"x" * 60_000)
     client = replica.open_session(TransportWriter(), transport="test")
     for start in range(0, len(auth() + large), cut):
         await client.receive((auth() + large)[start : start + cut])
     assert client.closing is None
-    stranger = replica.open_session(TransportWriter(), transport="test")
+    unauthenticated = replica.open_session(TransportWriter(), transport="test")
     for start in range(0, UNAUTHENTICATED_OBJECT_BYTES + cut, cut):
-        await stranger.receive(large[start : start + cut])
-    assert stranger.closing is not None
-    assert stranger.closing[0] is CloseCode.TOO_LARGE
-    assert said(stranger) == ["error"]
+        await unauthenticated.receive(large[start : start + cut])
+    assert unauthenticated.closing is not None
+    assert unauthenticated.closing[0] is CloseCode.TOO_LARGE
+    assert said(unauthenticated) == ["error"]
 
 
 async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(replica: Replica) -> None:
     replica.unauthenticated._limit = 1000
-    proven, first, second, third = (replica.open_session(TransportWriter(), transport="test") for _ in range(4))
-    proven.heard(900)
-    await proven.receive(auth())
+    authenticated, first, second, third = (replica.open_session(TransportWriter(), transport="test") for _ in range(4))
+    authenticated.heard(900)
+    await authenticated.receive(auth())
     assert replica.unauthenticated.size == 0
-    proven.heard(10_000)
+    authenticated.heard(10_000)
     for client in (first, second, third):
         client.heard(400)
-    assert [client.closing and client.closing[0] for client in (proven, first, second, third)] == [
+    assert [client.closing and client.closing[0] for client in (authenticated, first, second, third)] == [
         *(None, CloseCode.OVERLOADED),
         *(None, None),
     ]
     assert said(first) == ["auth_error"]
-    for client in (proven, first, second, third):
+    for client in (authenticated, first, second, third):
         client.leave()
-    assert (replica.unauthenticated.size, replica.unauthenticated.ended) == (0, 1)
+    assert (replica.unauthenticated.size, replica.unauthenticated.evicted) == (0, 1)

@@ -1,77 +1,77 @@
-"""What is kept for peers that have shown no token: little for each of them, and not much for all together."""
+"""The memory of unauthenticated peers: little for each of them, and a bounded amount for all together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 UNAUTHENTICATED_OBJECT_BYTES = 16_384
-"""Bytes that an object may have before a good token: that of an `auth`, whose token has up to 8,192."""
+"""Bytes that an object may have before authentication: those of an `auth` with a token of up to 8,192 bytes."""
 UNAUTHENTICATED_PEER_BYTES = 3 * UNAUTHENTICATED_OBJECT_BYTES
-"""Bytes that are counted for one peer at the most: more of it is never kept, whatever it sends."""
+"""Bytes that are counted for one peer at most: more is never kept, whatever it sends."""
 UNAUTHENTICATED_TOTAL_BYTES = 64 << 20
-"""Bytes that all of them may take."""
-TOO_MUCH = "too much is kept of peers that have shown no token"
+"""Bytes that all unauthenticated peers may take."""
+TOO_MUCH = "unauthenticated connections use too much memory"
 
 
 def _nothing() -> None:
-    """It has no connection to end any more."""
+    """Replaces `evict` of a peer without a connection."""
 
 
 class UnauthenticatedPeers:
-    """Peers that have shown no token, and what they have sent. When that is too much, the oldest of them give way."""
+    """The unauthenticated peers that have sent something. Over the limit, the oldest are evicted."""
 
     def __init__(self, limit: int = UNAUTHENTICATED_TOTAL_BYTES) -> None:
         self.size = 0
-        """Bytes that are kept for them at the most."""
-        self.ended = 0
-        """How many had to give way."""
+        """Bytes that are kept for them at most."""
+        self.evicted = 0
+        """How many were evicted."""
         self._limit = limit
         self._charged: dict[UnauthenticatedPeer, None] = {}
 
-    def charge(self, stranger: UnauthenticatedPeer, size: int) -> None:
-        """It has sent so many bytes more, which may be kept."""
-        more = min(size, UNAUTHENTICATED_PEER_BYTES - stranger.size)
-        if more <= 0 or stranger.known:
+    def charge(self, peer: UnauthenticatedPeer, size: int) -> None:
+        """Count bytes that a peer has sent and that may be kept; evict the oldest peers over the limit."""
+        more = min(size, UNAUTHENTICATED_PEER_BYTES - peer.size)
+        if more <= 0 or peer.released:
             return
-        self._charged[stranger] = None
-        stranger.size += more
+        self._charged[peer] = None
+        peer.size += more
         self.size += more
         while self.size > self._limit:
             oldest = next(iter(self._charged))
             self.clear(oldest)
-            self.ended += 1
-            oldest.give_way()
+            self.evicted += 1
+            oldest.evict()
 
-    def clear(self, stranger: UnauthenticatedPeer) -> None:
-        """Nothing of what it has sent is kept any more."""
-        if stranger in self._charged:
-            del self._charged[stranger]
-            self.size -= stranger.size
-            stranger.size = 0
+    def clear(self, peer: UnauthenticatedPeer) -> None:
+        """Count nothing for a peer any more: nothing that it has sent is kept."""
+        if peer in self._charged:
+            del self._charged[peer]
+            self.size -= peer.size
+            peer.size = 0
 
 
 class UnauthenticatedPeer:
-    """One of them. `give_way` ends its connection; it is synchronous and must not raise."""
+    """An unauthenticated peer. `evict` closes its connection; it is synchronous and must not raise."""
 
-    __slots__ = ("_unauthenticated", "give_way", "known", "size")
+    __slots__ = ("_unauthenticated", "evict", "released", "size")
 
-    def __init__(self, unauthenticated: UnauthenticatedPeers, give_way: Callable[[], None]) -> None:
-        self.give_way = give_way
+    def __init__(self, unauthenticated: UnauthenticatedPeers, evict: Callable[[], None]) -> None:
+        self.evict = evict
         self.size = 0
-        self.known = False
-        """Whether it has shown a token, or has left: it is counted no more."""
+        self.released = False
+        """Whether it was authenticated, or is gone: it counts no more."""
         self._unauthenticated = unauthenticated
 
-    def heard(self, size: int) -> None:
-        """It has sent so many bytes."""
+    def received(self, size: int) -> None:
+        """Count bytes that the peer has sent."""
         self._unauthenticated.charge(self, size)
 
-    def understood(self) -> None:
-        """All that it has sent has been answered, and nothing of it is kept."""
+    def processed(self) -> None:
+        """Count nothing: all that the peer has sent was processed, and nothing of it is kept."""
         self._unauthenticated.clear(self)
 
-    def leave(self) -> None:
-        """It is no stranger any more."""
-        self.known = True
-        self.give_way = _nothing
+    def release(self) -> None:
+        """Count the peer no more: it was authenticated, or is gone."""
+        self.released = True
+        self.evict = _nothing
         self._unauthenticated.clear(self)

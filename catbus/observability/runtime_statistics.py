@@ -1,4 +1,4 @@
-"""How a replica feels: how late its tasks get their turns, how long it took to start, how old what it sends is."""
+"""Runtime statistics of a replica: errors sent, read pauses, rejected tokens, event loop delay and latencies."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from ..errors import ErrorCode
 from ..log import Log
 from .histogram import Histogram
 
-INTERVAL = 0.25
-"""Seconds between two looks at how late a task gets its turn."""
-PAUSES = "publishes", "replies", "rate"
-"""Why nothing more is read from a client: its publishes are not settled, its replies wait for it, or it has published
-more than it may in a second."""
+MEASURING_INTERVAL = 0.25
+"""Seconds between two measurements of the event loop's delay."""
+READ_PAUSE_REASONS = "publishes", "replies", "rate"
+"""Reasons why the broker pauses reading from a client: its publishes are pending, it does not read its replies, or it
+publishes faster than it may."""
 
 
 class RuntimeStatistics:
-    """Belongs to one replica. Nothing in here costs anything per message."""
+    """The runtime statistics of one replica. None of them costs anything per message."""
 
     def __init__(self, delivery: Delivery) -> None:
-        self.refusals: Counter[ErrorCode] = Counter()
-        """How often a client was refused something, by the code that it was told."""
-        self.pauses = Counter(dict.fromkeys(PAUSES, 0))
-        """How often nothing was read from a client for a while, by the reason."""
-        self.refused_tokens: Counter[RejectionReason] = Counter()
+        self.errors_sent: Counter[ErrorCode] = Counter()
+        """Errors sent to clients."""
+        self.read_pauses = Counter(dict.fromkeys(READ_PAUSE_REASONS, 0))
+        self.rejected_tokens: Counter[RejectionReason] = Counter()
         self.loop_delay = Histogram()
-        """Seconds by which tasks are woken late."""
+        """Seconds between the time for which a task set its alarm and the time at which it ran."""
         self.delivery_latency = Histogram()
-        """Seconds from the moment that the log stamped an entry to its being sent to who is not behind. Measured once
-        for each pass of the flusher, of the oldest entry in it, by this machine's clock against the log's."""
+        """Seconds from the log's timestamp of a message until it is sent to a live subscription. Measured once in each
+        pass of the flusher, for its oldest message, by this machine's clock against the log's."""
         self.startup: float | None = None
         """Seconds until the log was open for the first time."""
         self._delivery = delivery
 
-    def refused(self, code: ErrorCode) -> None:
-        self.refusals[code] += 1
+    def count_error(self, code: ErrorCode) -> None:
+        """Count an error that was sent to a client."""
+        self.errors_sent[code] += 1
 
-    def flushed(self) -> None:
-        """Everything that was offered has been sent, but for those who are not to be sent anything yet."""
+    def record_flush(self) -> None:
+        """Record that all messages offered so far have been sent, except those whose send queues may not be flushed."""
         stamped, self._delivery.unsent_since = self._delivery.unsent_since, 0
         if stamped:
             self.delivery_latency.observe(max(0.0, time.time() - stamped / 1000))
 
     async def run(self, log: Log) -> None:
-        """Measure for ever, from the start on."""
+        """Measure until cancelled. Call it at the start of the replica."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._time_startup, log, trio.current_time())
+            nursery.start_soon(self._measure_startup, log, trio.current_time())
             while True:
-                due = trio.current_time() + INTERVAL
+                due = trio.current_time() + MEASURING_INTERVAL
                 await trio.sleep_until(due)
                 self.loop_delay.observe(trio.current_time() - due)
 
-    async def _time_startup(self, log: Log, began: float) -> None:
+    async def _measure_startup(self, log: Log, began: float) -> None:
         await log.wait_open()
         self.startup = trio.current_time() - began

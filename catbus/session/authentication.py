@@ -59,11 +59,11 @@ class Authentication:
             self._cpu_scheduler.prove(client_of(identity, token, network))
             return identity
         except TokenRejected as error:
-            self._statistics.refused_tokens[error.reason] += 1
+            self._statistics.rejected_tokens[error.reason] += 1
             fields: dict[str, Any] = {} if error.subject is None else {"client_id": clip(error.subject)}
             self._rejections.log(
                 trio.current_time(),
-                "a token was refused",
+                "a token was rejected",
                 kind=error.reason,
                 reason=error.reason.value,
                 detail=error.detail,

@@ -93,7 +93,7 @@ class SessionDriver:
             ),
             trio.current_time(),
             on_settled=self._settled,
-            on_error=services.statistics.refused,
+            on_error=services.statistics.count_error,
             roles_known=services.permissions.is_known,
         )
         self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._give_way)
@@ -123,7 +123,7 @@ class SessionDriver:
 
     def heard(self, size: int) -> None:
         """The peer has sent so many bytes, which are kept until `receive` has understood them."""
-        self._unauthenticated.heard(size)
+        self._unauthenticated.received(size)
 
     @property
     def proven(self) -> bool:
@@ -225,7 +225,7 @@ class SessionDriver:
         self.send_queue.close()
         self._room.set()
         self._closing.set()
-        self._unauthenticated.leave()
+        self._unauthenticated.release()
 
     def _give_way(self) -> None:
         """Others that have shown no token need the memory that is kept for this one."""
@@ -239,7 +239,7 @@ class SessionDriver:
 
     async def _wait_for_room(self) -> None:
         self._room = trio.Event()
-        self._services.statistics.pauses["replies" if self.send_queue.full else "publishes"] += 1
+        self._services.statistics.read_pauses["replies" if self.send_queue.full else "publishes"] += 1
         if self.send_queue.full:
             self.send_queue.when_emptied(self._room.set)
         await self._room.wait()
@@ -287,7 +287,7 @@ class SessionDriver:
             wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
             self._published = self._published_bytes = 0
             if wait > 0:
-                self._services.statistics.pauses["rate"] += 1
+                self._services.statistics.read_pauses["rate"] += 1
                 await trio.sleep(wait)
 
     async def _authenticate(self, effect: VerifyToken) -> None:
@@ -324,7 +324,7 @@ class SessionDriver:
             if not session.closed:
                 session.refuse(error)
             return
-        self._unauthenticated.leave()
+        self._unauthenticated.release()
         self._alarm.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)
         self._withdraw(withdrawn, before, identity.grants)

@@ -71,7 +71,7 @@ class FakeReplica:
         self.unauthenticated = UnauthenticatedPeers()
         self.cpu_scheduler = CpuScheduler()
         self.refusals: list[ErrorCode] = []
-        self.runtime_statistics = SimpleNamespace(refused=self.refusals.append)
+        self.runtime_statistics = SimpleNamespace(count_error=self.refusals.append)
         self.sessions: list[FakeClient] = []
         self.networks: list[str] = []
         """Those that the clients are in."""

@@ -78,7 +78,7 @@ async def test_the_oldest_connections_without_a_token_give_way_when_too_much_is_
         await second.peer.send(b"x" * 500)
         answer = await first.peer.response()
         assert (answer.status, TOO_MUCH in answer.body.decode()) == (503, True)
-        assert (replica.unauthenticated.ended, replica.refusals) == (1, [ErrorCode.OVERLOADED])
+        assert (replica.unauthenticated.evicted, replica.refusals) == (1, [ErrorCode.OVERLOADED])
         await second.peer.send(b"\r\n\r\n")
         assert (await second.peer.response()).status == 200
         await wait_all_tasks_blocked()

@@ -188,7 +188,7 @@ async def flawless(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> As
         await broker.wait_stopping()
     assert broker.replica.scrape is not None
     body, _ = broker.replica.scrape()
-    assert b'catbus_faults_total{transport="websocket"} 0' in body
+    assert b'catbus_internal_errors_total{transport="websocket"} 0' in body
     assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 

@@ -88,7 +88,7 @@ class Broker:
             pass
         else:
             connections = int(_sum(values, "catbus_connections{")) - 1  # but for this one
-            faults = int(_sum(values, "catbus_faults_total{"))
+            faults = int(_sum(values, "catbus_internal_errors_total{"))
         return Use(
             int(status["VmRSS"].split()[0]) << 10,
             int(status["VmHWM"].split()[0]) << 10,

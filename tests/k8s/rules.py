@@ -13,7 +13,7 @@ from catbus.config import Config, load
 from catbus.config.loader import VARIABLES
 from catbus.config.network_addresses import split_address
 from catbus.endpoints.http.routes import ROUTES
-from catbus.observability.metrics import METRICS
+from catbus.observability.metric_table import METRICS
 from tests.k8s.manifests import Document, named, of_kind
 
 HIDDEN = {"auth.secret", "auth.admin_key", "database.url", "database.listen_url"}
@@ -56,7 +56,7 @@ TOPOLOGIES = {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
 """Labels of nodes."""
 
 SERIES = {"process_resident_memory_bytes", "process_cpu_seconds_total"}
-SERIES |= {name for name, (kind, _) in METRICS.items() if kind != "histogram"}
+SERIES |= {declared.name for declared in METRICS.values() if declared.kind != "histogram"}
 SERIES |= {f"{name}_{part}" for name in METRICS.keys() - SERIES for part in ("bucket", "sum", "count")}
 """Names that a query may use. A histogram exists only as its parts."""
 

@@ -113,7 +113,7 @@ def publish(connection: socket.socket) -> int:
 def turned_away(connection: socket.socket) -> float:
     """How many connections were refused, or ended for others."""
     _, text = ask(connection, "GET /metrics")
-    names = "catbus_connections_refused_total", "catbus_connections_evicted_total"
+    names = "catbus_connections_rejected_total", "catbus_connections_evicted_total"
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(names))
 
 
@@ -177,7 +177,7 @@ def test_a_connection_for_which_no_file_is_left_waits_and_is_logged_once(brokers
             while failures < 3:
                 assert ask(honest, "GET /health")[0] == 200, "the others are served"
                 text = ask(honest, "GET /metrics")[1]
-                failures = float(text.partition('catbus_accepts_failed_total{transport="websocket"} ')[2].split()[0])
+                failures = float(text.partition('catbus_accepts_delayed_total{transport="websocket"} ')[2].split()[0])
             resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
             assert ask(late, "GET /health")[0] == 200
     assert broker.stop() == 0

@@ -33,7 +33,7 @@ STATUSES = {
 
 def error_response(replica: Replica, error: PeerError | Unavailable) -> HttpResponse:
     code = error.code if isinstance(error, PeerError) else ErrorCode.UNAVAILABLE
-    replica.runtime_statistics.refused(code)
+    replica.runtime_statistics.count_error(code)
     status = STATUSES.get(code, 400)
     wait = error.retry_after if isinstance(error, PeerError) else None
     return json({"error": str(error), "code": code}, status, retry_headers(status, wait or 1.0))

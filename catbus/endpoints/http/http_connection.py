@@ -105,9 +105,9 @@ class HttpConnection:
             with self._scope:
                 await self._converse()
         finally:
-            self._unauthenticated.leave()
+            self._unauthenticated.release()
         if self._scope.cancelled_caught:
-            self._replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
+            self._replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
             with trio.move_on_after(CLOSING_TIME):
                 if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                     await self._send(None, line(503, TOO_MUCH), last=True)
@@ -124,7 +124,7 @@ class HttpConnection:
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     break
                 self._http.start_next_cycle()
-                self._unauthenticated.understood()
+                self._unauthenticated.processed()
                 idle_time = IDLE_TIME
         except RequestRejected as refused:
             await self._send(request, refused.answer, last=True)
@@ -149,13 +149,13 @@ class HttpConnection:
         with replica.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
             if not admitted:
                 registry.crowded += 1
-                replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
+                replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
                 answer: HttpResponse | None = CROWDED
             elif handshake.is_offered(request):
                 answer = handshake.refuse(request, replica.config.websocket.allowed_origins)
                 if answer is None and not registry.closed:
                     head, rest = handshake.restated(request), self._http.trailing_data[0]
-                    self._unauthenticated.leave()
+                    self._unauthenticated.release()
                     await serve_websocket(replica, registry, self._stream, head, rest, self._prove, request.network)
                     return True
             else:
@@ -210,7 +210,7 @@ class HttpConnection:
     async def _read_wanted(self, request: HttpRequest) -> bytes:
         """Read a body that is asked for, which is after its sender has shown a token."""
         self._prove()
-        self._unauthenticated.leave()
+        self._unauthenticated.release()
         return await self._read_body(request)
 
     async def _read_body(self, request: HttpRequest, *, keep: bool = True) -> bytes:
@@ -234,9 +234,9 @@ class HttpConnection:
 
     async def _receive(self) -> None:
         # Without a token, a head is all that anybody has to say: its body is not wanted yet.
-        size = _RECEIVE_SIZE if self._unauthenticated.known else HEAD_SIZE
+        size = _RECEIVE_SIZE if self._unauthenticated.released else HEAD_SIZE
         data = bytes(await self._stream.receive_some(size))
-        self._unauthenticated.heard(len(data))
+        self._unauthenticated.received(len(data))
         await self._replica.cpu_scheduler.wait()
         self._http.receive_data(data)
 

@@ -167,7 +167,7 @@ async def _serve_peer(replica: Replica, registry: ConnectionRegistry, limit: int
         try:
             if not admitted:
                 registry.crowded += 1
-                replica.runtime_statistics.refused(ErrorCode.OVERLOADED)
+                replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
                 await _turn_away(registry, replica.cpu_scheduler, stream, _CROWDED if plain else b"")
             elif full:
                 registry.refused += 1

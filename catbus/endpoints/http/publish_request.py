@@ -41,7 +41,7 @@ async def publish(replica: Replica, request: HttpRequest) -> HttpResponse:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
         if isinstance(outcome, Rejected):
             refusals.append(outcome.code)
-            replica.runtime_statistics.refused(outcome.code)
+            replica.runtime_statistics.count_error(outcome.code)
         results.append(_result(item, outcome))
     status = STATUSES.get(refusals[0], 400) if refusals else 200
     return json(results[0] if single else results, status, retry_headers(status))
