@@ -114,6 +114,7 @@ def anchors(document: str) -> set[str]:
 
 DOCUMENTS = [
     "README.md",
+    "CONTRIBUTING.md",
     "SECURITY.md",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
     *("protocol/README.md", "clients/javascript/README.md", "k8s/README.md", "bench/README.md"),
