@@ -6,10 +6,10 @@ client session as a child task that subscribes to an in-memory topic tree kept c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import trio
@@ -17,13 +17,13 @@ import trio
 from .auth.grants import Grants, Identity
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
-from .config import Config, split_address
+from .config import Config
 from .endpoints import serve_http, serve_quic
 from .errors import PeerError, Refused
 from .in_process import LocalSubscription
 from .log import Log, MemoryLog, Rejected
 from .malloc_trim import return_memory
-from .observability.metrics import Metrics
+from .observability.metrics import export_metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
 from .protocol.wire_messages import Publish, check_payload, to_json
@@ -42,22 +42,18 @@ def refusing() -> Iterator[None]:
         raise Refused(error.code, error.message) from None
 
 
-class OpenEndpoint(Protocol):
-    """An endpoint that is open: where, and how to have it accept nothing more."""
-
-    addresses: list[str]
-
-    def close(self) -> None: ...
-
-
 class Broker:
     """A running replica, as the program around it sees it."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
-        self.addresses: list[tuple[str, str]] = []
-        """What is served and where: `("websocket", "127.0.0.1:8080")`, `("webtransport", "127.0.0.1:4433")`."""
         self._stopping = trio.Event()
+
+    @property
+    def addresses(self) -> list[tuple[str, str]]:
+        """Each transport and its addresses: `("websocket", "127.0.0.1:8080")`, `("webtransport", "127.0.0.1:4433")`."""
+        endpoints = self.replica.endpoints.items()
+        return [(transport, address) for transport, endpoint in endpoints for address in endpoint.addresses]
 
     @property
     def urls(self) -> list[str]:
@@ -90,13 +86,6 @@ class Broker:
         finally:
             messages.close()
 
-    def open(self, endpoints: Mapping[str, OpenEndpoint]) -> None:
-        """Its doors are open."""
-        self.replica.scrape = Metrics(self.replica, endpoints).scrape
-        self.addresses = [(kind, address) for kind, endpoint in endpoints.items() for address in endpoint.addresses]
-        if "webtransport" in endpoints:
-            self.replica.webtransport_port = split_address(endpoints["webtransport"].addresses[0])[1]
-
     def reload(self) -> None:
         """Read the certificate anew. Where it is no good the old one stays, and the log says why."""
         if self.replica.certificates is not None:
@@ -123,19 +112,20 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
         certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
     async with trio.open_nursery() as nursery:
         broker = await _start(config, nursery, certificates)
+        replica = broker.replica
         async with trio.open_nursery() as sessions:
-            endpoints = {"websocket": await nursery.start(serve_http, broker.replica, config.websocket.bind, sessions)}
+            http = serve_http, replica, config.websocket.bind, sessions
+            replica.add_endpoint("websocket", await nursery.start(*http))
             if certificates is not None and config.webtransport_served:
-                quic = serve_quic, broker.replica, config.webtransport.bind, certificates.latest, sessions
-                endpoints["webtransport"] = await nursery.start(*quic)
-            broker.open(endpoints)
+                quic = serve_quic, replica, config.webtransport.bind, certificates.latest, sessions
+                replica.add_endpoint("webtransport", await nursery.start(*quic))
             task_status.started(broker)
 
             await broker.wait_stopping()
-            await broker.replica.drain()
-            for endpoint in endpoints.values():
+            await replica.drain()
+            for endpoint in replica.endpoints.values():
                 endpoint.close()
-            broker.replica.finish()
+            replica.finish()
             sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
         nursery.cancel_scope.cancel()
 
@@ -157,7 +147,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     authenticator = Authenticator(settings.secrets, admin_key=settings.admin_key, jwt_keys=keys, leeway=settings.leeway)
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
-    replica = Replica(config, log, authenticator, certificates, roles)
+    replica = Replica(config, log, authenticator, certificates, roles, export_metrics)
     await nursery.start(replica.log.run, replica.delivery, replica.describe)
     nursery.start_soon(replica.cpu_scheduler.run)
     nursery.start_soon(return_memory)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -18,7 +18,7 @@ from .auth.live_permissions import LivePermissions
 from .auth.role_tokens import RoleSource
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
-from .config import Config
+from .config import Config, split_address
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
 from .delivery.send_queue import Budget, TransportWriter
@@ -60,11 +60,23 @@ class ReplicaStatistics:
     published: int
 
 
+class OpenEndpoint(Protocol):
+    """An endpoint that accepts connections at its addresses until it is closed."""
+
+    addresses: list[str]
+
+    def close(self) -> None: ...
+
+
+MetricsExporter = Callable[["Replica"], tuple[bytes, str]]
+"""Returns the metrics of a replica, and their content type."""
+
+
 class Replica:
     """The registry of a replica's sessions, and the services that they share. Belongs to one Trio thread.
 
     `certificates` is needed for WebTransport, and for TLS on the WebSocket port. Without `roles`, role tokens are
-    rejected.
+    rejected. Without an `exporter`, there are no metrics.
     """
 
     def __init__(
@@ -74,18 +86,17 @@ class Replica:
         authenticator: Authenticator,
         certificates: CertificateSource | None = None,
         roles: RoleSource | None = None,
+        exporter: MetricsExporter | None = None,
     ) -> None:
         self.config = config
         self.log = log
         self.authenticator = authenticator
         self.certificates = certificates
-        self.webtransport_port: int | None = None
-        self.flusher = Flusher()
         self.delivery = Delivery(log, Budget(config.limits.send_queue_total))
         self.runtime_statistics = RuntimeStatistics(self.delivery)
-        self.flusher.on_pass = self.runtime_statistics.record_flush
-        self.scrape: Callable[[], tuple[bytes, str]] | None = None
-        """What is counted and measured, as Prometheus reads it, and its content type; once the doors are open."""
+        self.flusher = Flusher(on_flushed=self.runtime_statistics.record_flush)
+        self.endpoints: dict[str, OpenEndpoint] = {}
+        """The open endpoints, by transport."""
         self.unauthenticated = UnauthenticatedPeers()
         self.permissions = LivePermissions(roles)
         self.cpu_scheduler = CpuScheduler()
@@ -113,6 +124,7 @@ class Replica:
             statistics=self.runtime_statistics,
             reconnect_delay=self._reconnect_delay,
         )
+        self._exporter = exporter
         self._drain_deadline: float | None = None
         self._closing = False
         self._session_closed = trio.lowlevel.ParkingLot()
@@ -161,7 +173,21 @@ class Replica:
             return "starting"
         return "degraded" if self.log.trouble else "ready"
 
-    # Sessions
+    def scrape(self) -> tuple[bytes, str] | None:
+        """Return the metrics in Prometheus's text format, and its content type; None without an exporter."""
+        return None if self._exporter is None else self._exporter(self)
+
+    # Endpoints and sessions
+
+    def add_endpoint(self, transport: str, endpoint: OpenEndpoint) -> None:
+        """Register an endpoint that is open."""
+        self.endpoints[transport] = endpoint
+
+    @property
+    def webtransport_port(self) -> int | None:
+        """The port of the WebTransport endpoint, or None while there is none."""
+        endpoint = self.endpoints.get("webtransport")
+        return None if endpoint is None else split_address(endpoint.addresses[0])[1]
 
     def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""

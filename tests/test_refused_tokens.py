@@ -21,7 +21,7 @@ from catbus.client import Backoff
 from catbus.config import AuthSettings, Config
 from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.log import MemoryLog
-from catbus.observability.metrics import Metrics
+from catbus.observability.metrics import export_metrics
 from catbus.replica import Replica
 from tests.brokers import CONFIG, SECRET, running
 from tests.endpoints.raw_peer import Peer
@@ -69,7 +69,7 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
         everything = " ".join(str(vars(record)) for record in caplog.records)
         for secret in (SECRET, OTHER, *(token.rpartition(".")[2] for token in tokens.values())):
             assert secret not in everything
-        body, _ = Metrics(broker.replica, {}).scrape()
+        body, _ = export_metrics(broker.replica)
         for reason in RejectionReason:
             counted = b'catbus_tokens_rejected_total{reason="%b"} %d.0' % (reason.encode(), reason in tokens)
             assert counted in body

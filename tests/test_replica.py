@@ -439,7 +439,7 @@ async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_replica:
 
 
 async def test_without_a_database_there_are_no_roles(replica: Replica) -> None:
-    with pytest.raises(PeerError, match="in a database, and this broker has none") as caught:
+    with pytest.raises(PeerError, match="need a database, and this broker has none") as caught:
         await replica.authenticate(ROLE)
     assert caught.value.close is CloseCode.UNAUTHENTICATED
 

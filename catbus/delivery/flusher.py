@@ -39,10 +39,12 @@ class FlushStatistics:
 class Flusher:
     """The task that empties send queues into their outlets."""
 
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
-        self.on_pass: Callable[[], None] | None = None
-        """Called after each pass."""
+    def __init__(
+        self, clock: Callable[[], float] = perf_counter, *, on_flushed: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_flushed` is called after each pass."""
         self._clock = clock
+        self._on_flushed = on_flushed
         self._waiting: list[SendQueue] = []
         self._resting: deque[SendQueue] = deque()
         self._work = trio.Event()
@@ -70,8 +72,7 @@ class Flusher:
                     await self._work.wait()
             self._end_rests(trio.current_time())
             rest = min(await self._pass(rest), LONGEST_REST)
-            if self.on_pass is not None:
-                self.on_pass()
+            self._on_flushed()
 
     def _end_rests(self, now: float) -> None:
         resting = self._resting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..delivery.fan_out import DeliveryStatistics
 from ..delivery.flusher import FlushStatistics
@@ -34,10 +33,10 @@ class MetricSources:
     postgres: PostgresStatistics | None
 
 
-def read_sources(replica: Replica, endpoints: Mapping[str, Any]) -> MetricSources:
-    """Take the statistics of a replica and its endpoints."""
+def read_sources(replica: Replica) -> MetricSources:
+    """Take the statistics of a replica and its open endpoints."""
     websocket, quic = None, None
-    for endpoint in endpoints.values():
+    for endpoint in replica.endpoints.values():
         match endpoint:
             case HttpEndpoint():
                 websocket = endpoint.statistics()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, GCCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -16,25 +15,26 @@ from .histogram import Histogram
 from .metric_sources import Reading, read_sources
 from .metric_table import GAUGE, HISTOGRAM, METRICS, MetricDeclaration
 
+_process = CollectorRegistry()
+ProcessCollector(registry=_process)
+GCCollector(registry=_process)
 
-class Metrics(Collector):
-    """The metrics of a replica with its endpoints, and of its process."""
 
-    def __init__(self, replica: Replica, endpoints: Mapping[str, Any]) -> None:
+def export_metrics(replica: Replica) -> tuple[bytes, str]:
+    """Return the metrics of a replica and of its process in Prometheus's text format, and the content type.
+
+    The format does not depend on an Accept header: the library raises an exception for some malformed ones.
+    """
+    registry = CollectorRegistry()
+    registry.register(ReplicaCollector(replica))
+    return generate_latest(registry) + generate_latest(_process), CONTENT_TYPE_LATEST
+
+
+class ReplicaCollector(Collector):
+    """Collects the metrics of one replica with its open endpoints."""
+
+    def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._endpoints = endpoints
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        GCCollector(registry=self._registry)
-
-    def scrape(self) -> tuple[bytes, str]:
-        """The metrics in Prometheus's text format, and its content type.
-
-        The Accept header is not passed on: the library raises an exception for an odd one, and every scraper reads
-        this format.
-        """
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: otherwise the registry would read all metrics when the collector is registered."""
@@ -42,7 +42,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read all metrics."""
-        sources = read_sources(self._replica, self._endpoints)
+        sources = read_sources(self._replica)
         for declared in METRICS.values():
             if samples := _samples(declared.read(sources)):
                 yield _family(declared, samples)

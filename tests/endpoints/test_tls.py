@@ -22,6 +22,7 @@ from catbus.client import Disconnected
 from catbus.config import WebSocketSettings, WebTransportSettings, split_address
 from catbus.endpoints.http import http_endpoint
 from catbus.errors import ConfigError
+from catbus.observability.metrics import export_metrics
 from tests.brokers import CONFIG, TOKEN
 from tests.endpoints.raw_peer import TEXT, UPGRADE, Peer, close_frame, masked
 from tests.programs import find_module, find_program
@@ -186,8 +187,7 @@ async def flawless(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> As
         yield urls
         broker.stop()
         await broker.wait_stopping()
-    assert broker.replica.scrape is not None
-    body, _ = broker.replica.scrape()
+    body, _ = export_metrics(broker.replica)
     assert b'catbus_internal_errors_total{transport="websocket"} 0' in body
     assert [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 

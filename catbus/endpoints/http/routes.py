@@ -43,9 +43,10 @@ async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
 
 async def metrics(replica: Replica, request: HttpRequest) -> HttpResponse:
     """What is counted and measured, for Prometheus."""
-    if replica.scrape is None:
-        return line(503, "not open yet")
-    body, content_type = replica.scrape()
+    found = replica.scrape()
+    if found is None:
+        return line(503, "this replica exports no metrics")
+    body, content_type = found
     return HttpResponse(200, body, type=content_type.encode())
 
 
