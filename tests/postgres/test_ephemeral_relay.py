@@ -364,13 +364,13 @@ async def test_the_first_goes_at_once_and_what_follows_goes_together(
     tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
     tail.epoch = "epoch"
-    courier = EphemeralRelay(connection.connect, tail)
-    nursery.start_soon(courier.run, lambda: None)
+    relay = EphemeralRelay(connection.connect, tail)
+    nursery.start_soon(relay.run, lambda: None)
     for begin in (1, 2):
         await trio.sleep_until(begin)
         assert connection.connected == begin - 1
         for n in range(25):
-            courier.broadcast(message(n))
+            relay.broadcast(message(n))
             await trio.sleep_until(begin + n / 1000 + 0.0005)
         await trio.sleep_until(begin + 0.5)
         assert connection.statements == [
@@ -382,7 +382,7 @@ async def test_the_first_goes_at_once_and_what_follows_goes_together(
         connection.statements.clear()
         # The connection is lost without anybody being told; the next message goes on another one.
         connection.closed = True
-    assert courier.sent == 50
+    assert relay.sent == 50
 
 
 LARGE = message("x" * 1000)
@@ -401,33 +401,33 @@ async def test_the_queue_of_the_relay_is_limited(
 ) -> None:
     tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
-    courier = EphemeralRelay(connection.connect, tail)
+    relay = EphemeralRelay(connection.connect, tail)
     for _ in range(room + 5):
-        courier.broadcast(entry)
-    assert courier.dropped == 5
+        relay.broadcast(entry)
+    assert relay.dropped == 5
     tail.restart("epoch", 0, 1)
-    nursery.start_soon(courier.run, lambda: None)
+    nursery.start_soon(relay.run, lambda: None)
     await trio.sleep(0.1)
     assert [len(payloads) for _, payloads in connection.statements] == [room]
-    assert (courier.sent, courier.dropped) == (room, 5)
-    courier.broadcast(entry)
+    assert (relay.sent, relay.dropped) == (room, 5)
+    relay.broadcast(entry)
     await trio.sleep(0.1)
-    assert courier.sent == room + 1, "there is room again"
+    assert relay.sent == room + 1, "there is room again"
 
 
 async def test_old_messages_make_room_for_new_ones(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     tail = LogTail(RecentMessages(0))
     connection = Sent(tail)
-    courier = EphemeralRelay(connection.connect, tail)
-    nursery.start_soon(courier.run, lambda: None)
+    relay = EphemeralRelay(connection.connect, tail)
+    nursery.start_soon(relay.run, lambda: None)
     for n in range(3):
         await trio.sleep(ephemeral_relay.MAX_WAIT * 1.1)
         for _ in range(ephemeral_relay.QUEUED_MESSAGES):
-            courier.broadcast(message(n))
+            relay.broadcast(message(n))
     tail.restart("epoch", 0, 1)
     await trio.sleep(0.1)
     assert [payloads for _, payloads in connection.statements] == [[2] * ephemeral_relay.QUEUED_MESSAGES]
-    assert (courier.sent, courier.dropped) == (ephemeral_relay.QUEUED_MESSAGES, 2 * ephemeral_relay.QUEUED_MESSAGES)
+    assert (relay.sent, relay.dropped) == (ephemeral_relay.QUEUED_MESSAGES, 2 * ephemeral_relay.QUEUED_MESSAGES)
 
 
 # Whole brokers

@@ -25,29 +25,29 @@ def said(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
     return logger
 
 
-def flood(intruders: ForgedNotifications, number: int = FLOOD_COUNT) -> None:
+def flood(forged: ForgedNotifications, number: int = FLOOD_COUNT) -> None:
     for _ in range(number):
-        intruders.note()
+        forged.note()
 
 
 def test_forged_notifications_are_logged_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
-    intruders = ForgedNotifications()
-    intruders.note_poll(0.0, 0.0)
+    forged = ForgedNotifications()
+    forged.note_poll(0.0, 0.0)
     assert said.calls == []
     for second in range(int(REPEAT_INTERVAL * 2) + 1):
-        flood(intruders, 7)
-        intruders.note_poll(float(second), 0.0)
+        flood(forged, 7)
+        forged.note_poll(float(second), 0.0)
     assert [call.kwargs["count"] for call in said.calls] == [7, 7 * REPEAT_INTERVAL, 7 * REPEAT_INTERVAL]
-    intruders.note_poll(inf, 0.0)
+    forged.note_poll(inf, 0.0)
     assert len(said.calls) == 3, "nothing has come since"
-    assert intruders.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
+    assert forged.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
 
 
 def test_many_forged_notifications_are_a_reason_to_poll_once() -> None:
-    intruders = ForgedNotifications()
-    assert [intruders.note() for _ in range(3 * FLOOD_COUNT)].count(True) == 1
-    intruders.note_poll(0.0, 0.0)
-    assert [intruders.note() for _ in range(FLOOD_COUNT)] == [False] * (FLOOD_COUNT - 1) + [True]
+    forged = ForgedNotifications()
+    assert [forged.note() for _ in range(3 * FLOOD_COUNT)].count(True) == 1
+    forged.note_poll(0.0, 0.0)
+    assert [forged.note() for _ in range(FLOOD_COUNT)] == [False] * (FLOOD_COUNT - 1) + [True]
 
 
 @pytest.mark.parametrize(
@@ -59,26 +59,26 @@ def test_many_forged_notifications_are_a_reason_to_poll_once() -> None:
     ],
 )
 def test_listening_stops_when_a_flood_has_delayed_a_poll(number: int, took: float, listens: bool) -> None:
-    intruders = ForgedNotifications()
-    flood(intruders, number)
-    intruders.note_poll(100.0, took)
-    assert intruders.may_listen(100.0) == listens
-    assert intruders.floods == (not listens)
-    assert intruders.may_listen(100.0 + FIRST_PAUSE)
+    forged = ForgedNotifications()
+    flood(forged, number)
+    forged.note_poll(100.0, took)
+    assert forged.may_listen(100.0) == listens
+    assert forged.floods == (not listens)
+    assert forged.may_listen(100.0 + FIRST_PAUSE)
 
 
 def test_repeated_floods_make_the_pauses_longer() -> None:
-    intruders, now = ForgedNotifications(), 0.0
+    forged, now = ForgedNotifications(), 0.0
     pauses = []
     for _ in range(8):
-        flood(intruders)
-        intruders.note_poll(now, FLOOD_POLL_TIME)
+        flood(forged)
+        forged.note_poll(now, FLOOD_POLL_TIME)
         began = now
-        while not intruders.may_listen(now):
+        while not forged.may_listen(now):
             now += FIRST_PAUSE
         pauses.append(now - began)
     assert pauses == [min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in range(8)]
     now += 2 * LONGEST_PAUSE
-    flood(intruders)
-    intruders.note_poll(now, FLOOD_POLL_TIME)
-    assert intruders.may_listen(now + FIRST_PAUSE), "and as before after a long rest"
+    flood(forged)
+    forged.note_poll(now, FLOOD_POLL_TIME)
+    assert forged.may_listen(now + FIRST_PAUSE), "and as before after a long rest"

@@ -1,4 +1,4 @@
-"""Behind a real PgBouncer that pools transactions: nothing is lost, and news come by polling where they have to."""
+"""Behind a real PgBouncer that pools transactions: nothing is lost, and polls replace notifications where necessary."""
 
 from __future__ import annotations
 
