@@ -11,7 +11,7 @@ import trio
 
 from catbus.errors import ErrorCode
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
-from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 
 MakeLog = Callable[..., Log]
 """Called with `recent` (bytes kept in memory) and `pending` (messages that may wait), both optional."""
@@ -117,7 +117,7 @@ class LogConformance(ReadConformance):
                     nursery.start_soon(publish, name)
             await follower.wait_for(160)
             assert [entry.seq for entry in follower.entries] == list(range(1, 161))
-            for append, outcome in publisher.answers.items():
+            for append, outcome in publisher.outcomes.items():
                 assert isinstance(outcome, Committed)
                 entry = follower.entries[outcome.seq - 1]
                 assert (entry.channel, entry.payload) == (append.channel, append.payload)
@@ -190,7 +190,7 @@ class LogConformance(ReadConformance):
             conflict = publisher.submit(channel, payload, producer=ALICE, number=1)
             publisher.submit("n", b"2")
             outcomes = await publisher.wait()
-            refused = publisher.answers[conflict]
+            refused = publisher.outcomes[conflict]
             assert isinstance(refused, Rejected)
             assert refused.code == ErrorCode.BAD_MESSAGE
             assert [type(outcome) for outcome in outcomes].count(Committed) == 3
@@ -208,7 +208,7 @@ class LogConformance(ReadConformance):
                     sent.append((key, message, publisher.submit(*message, producer=key[0], number=key[1], after=0)))
                 await publisher.wait()
                 for key, message, append in sent:
-                    outcome = publisher.answers[append]
+                    outcome = publisher.outcomes[append]
                     if key not in known:
                         assert isinstance(outcome, Committed)
                         assert not outcome.duplicate
@@ -275,9 +275,9 @@ class LogConformance(ReadConformance):
         retry = publisher.submit("a", b"3", producer=ALICE, number=1, after=0)
         refusal = Rejected(ErrorCode.UNAUTHORIZED, "not any more")
         log.withdraw(None, lambda append: append.channel == "a", refusal)
-        assert publisher.answers[mine] == refusal
+        assert publisher.outcomes[mine] == refusal
         # Its first try may be in the log.
-        unknown = publisher.answers[retry]
+        unknown = publisher.outcomes[retry]
         assert isinstance(unknown, Rejected)
         assert unknown.code == ErrorCode.UNKNOWN
         async with running(log) as (follower, _):
@@ -303,7 +303,7 @@ class LogConformance(ReadConformance):
             await publisher.publish_seq("a", b"1")
         assert not log.available
         late = publisher.submit("a", b"2")
-        refused = publisher.answers[late]
+        refused = publisher.outcomes[late]
         assert isinstance(refused, Rejected)
         assert refused.code == ErrorCode.SHUTTING_DOWN
 
@@ -312,13 +312,13 @@ class LogConformance(ReadConformance):
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1", producer=ALICE, number=1)
         retry = publisher.submit("a", b"1", producer=ALICE, number=1, after=0)
-        outcome = publisher.answers[retry]
+        outcome = publisher.outcomes[retry]
         assert isinstance(outcome, Rejected)
         assert outcome.code == ErrorCode.UNKNOWN
 
     async def test_stop_settles_every_publish(self, make_log: MakeLog) -> None:
         log = make_log()
-        recorder, publisher = Recorder(), Publisher(log)
+        recorder, publisher = RecordingFollower(), Publisher(log)
         async with trio.open_nursery() as nursery:
             await nursery.start(log.run, recorder)
             await log.wait_open()
@@ -326,7 +326,7 @@ class LogConformance(ReadConformance):
                 publisher.submit("a", b"%d" % n)
             await publisher.wait(publisher.submitted[0])
             nursery.cancel_scope.cancel()
-        outcomes = [publisher.answers[append] for append in publisher.submitted]
+        outcomes = [publisher.outcomes[append] for append in publisher.submitted]
         committed = [outcome for outcome in outcomes if isinstance(outcome, Committed)]
         refused = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
         assert outcomes == [*committed, *refused]
@@ -338,12 +338,12 @@ class LogConformance(ReadConformance):
         async with running(log) as (_, publisher):
             for n in range(15):
                 publisher.submit("a", b"%d" % n)
-            assert len(publisher.answers) == 5
+            assert len(publisher.outcomes) == 5
             for append in publisher.submitted[10:]:
-                refused = publisher.answers[append]
+                refused = publisher.outcomes[append]
                 assert isinstance(refused, Rejected)
                 assert refused.code == ErrorCode.OVERLOADED
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 outcomes = await publisher.wait()
             assert [type(outcome) for outcome in outcomes] == [Committed] * 10 + [Rejected] * 5
             await publisher.publish_seq("a", b"again")

@@ -1,4 +1,4 @@
-"""A log under test: who follows it, who publishes to it, and how often each message was answered."""
+"""The harness of a log under test: a follower and a publisher that record, and check the order and the outcomes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import trio
 
 from catbus.log import Append, Committed, Entry, Log, Outcome
 
-PATIENCE = 20
-"""Seconds after which a test has failed: the machines that run this are shared."""
+TEST_TIMEOUT = 20
+"""Seconds that a test waits for a condition. Generous, because the machines that run the tests are shared."""
 
 
-class Recorder:
-    """A follower that keeps what it was handed, and knows when that was out of order."""
+class RecordingFollower:
+    """A follower that records the entries that it receives, and checks their order."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.messages: list[Entry] = []
-        """The ephemeral ones."""
+        """The ephemeral messages."""
         self.restarts: list[int] = []
         self.applied: int | None = None
-        self._news = trio.Event()
+        self._changed = trio.Event()
 
     def apply(self, entries: Sequence[Entry]) -> None:
-        assert entries, "applied nothing"
+        assert entries, "an empty batch was applied"
         for entry in entries:
-            assert self.applied is not None, "applied before it was opened"
+            assert self.applied is not None, "a batch was applied before the follower was opened"
             assert entry.seq == self.applied + 1, f"{entry.seq} after {self.applied}"
             self.applied = entry.seq
         self.entries.extend(entries)
@@ -45,13 +45,13 @@ class Recorder:
         self._wake()
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
+        self._changed.set()
+        self._changed = trio.Event()
 
-    async def wait_until(self, reached: Callable[[Recorder], bool]) -> None:
-        with trio.fail_after(PATIENCE):
+    async def wait_until(self, reached: Callable[[RecordingFollower], bool]) -> None:
+        with trio.fail_after(TEST_TIMEOUT):
             while not reached(self):
-                await self._news.wait()
+                await self._changed.wait()
 
     async def wait_for(self, seq: int) -> None:
         await self.wait_until(lambda self: (self.applied or 0) >= seq)
@@ -62,13 +62,13 @@ class Recorder:
 
 
 class Publisher:
-    """Publishes, and keeps each answer: a second one to the same message is an error."""
+    """A publisher that records the outcome of each message. A second outcome for the same message is an error."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.answers: dict[Append, Outcome] = {}
+        self.outcomes: dict[Append, Outcome] = {}
         self.submitted: list[Append] = []
-        self._news = trio.Event()
+        self._changed = trio.Event()
 
     def submit(self, channel: str, payload: bytes, **fields: Any) -> Append:
         append = Append(channel, payload, self._settle, **fields)
@@ -77,50 +77,50 @@ class Publisher:
         return append
 
     def _settle(self, append: Append, outcome: Outcome) -> None:
-        assert append not in self.answers, "answered twice"
-        self.answers[append] = outcome
-        self._news.set()
-        self._news = trio.Event()
+        assert append not in self.outcomes, "a publish was settled twice"
+        self.outcomes[append] = outcome
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def wait(self, *appends: Append) -> list[Outcome]:
-        """The answers to these, or to all so far, in the order of submission."""
+        """Wait for the outcomes of these appends, or of all so far. Returns them in the order of submission."""
         wanted = appends or tuple(self.submitted)
-        with trio.fail_after(PATIENCE):
-            while not all(append in self.answers for append in wanted):
-                await self._news.wait()
-        return [self.answers[append] for append in wanted]
+        with trio.fail_after(TEST_TIMEOUT):
+            while not all(append in self.outcomes for append in wanted):
+                await self._changed.wait()
+        return [self.outcomes[append] for append in wanted]
 
     async def publish(self, channel: str, payload: bytes, **fields: Any) -> Outcome:
         (outcome,) = await self.wait(self.submit(channel, payload, **fields))
         return outcome
 
     async def publish_seq(self, channel: str, payload: bytes, **fields: Any) -> int:
-        """Publish something that must succeed."""
+        """Publish a message that must be committed. Returns its seq."""
         outcome = await self.publish(channel, payload, **fields)
         assert isinstance(outcome, Committed), outcome
         return outcome.seq
 
 
 @asynccontextmanager
-async def running(log: Log) -> AsyncIterator[tuple[Recorder, Publisher]]:
-    """Run a log until the block ends."""
-    recorder, publisher = Recorder(), Publisher(log)
+async def running(log: Log) -> AsyncIterator[tuple[RecordingFollower, Publisher]]:
+    """Run a log, with a follower and a publisher, until the block ends."""
+    recorder, publisher = RecordingFollower(), Publisher(log)
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run, recorder)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             await log.wait_open()
         yield recorder, publisher
         nursery.cancel_scope.cancel()
-    assert len(publisher.answers) == len(publisher.submitted), "a message was never answered"
+    assert len(publisher.outcomes) == len(publisher.submitted), "a publish was never settled"
 
 
 async def read_all(log: Log, after: int = 0, **limits: int) -> list[Entry]:
-    """Everything up to `applied`, page by page."""
+    """Read all entries up to `applied`, page by page."""
     entries: list[Entry] = []
     while after < log.applied:
         page = await log.read(after, **limits)
-        assert page.last > after, "no progress"
-        assert page.after == after, "something is missing"
+        assert page.last > after, "a page made no progress"
+        assert page.after == after, "entries are missing"
         assert [entry.seq for entry in page.entries] == list(range(after + 1, page.last + 1))
         entries.extend(page.entries)
         after = page.last

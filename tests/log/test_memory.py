@@ -11,7 +11,7 @@ from catbus.log import Append, Committed, MemoryLog, Rejected
 from catbus.log.in_memory import KEY
 from catbus.log.recent_messages import OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
-from tests.log.harness import Publisher, Recorder, running
+from tests.log.harness import Publisher, RecordingFollower, running
 
 
 class TestConformance(LogConformance):
@@ -50,9 +50,9 @@ async def test_withdrawn_messages_make_room_for_more() -> None:
     for _ in range(2):
         publisher.submit("a", b"1")
         publisher.submit("a", b"1")
-        assert publisher.answers.keys() == set(publisher.submitted[:-2])
+        assert publisher.outcomes.keys() == set(publisher.submitted[:-2])
         log.withdraw(None, lambda _: True, Rejected(ErrorCode.UNAUTHORIZED, "not any more"))
-        assert publisher.answers.keys() == set(publisher.submitted)
+        assert publisher.outcomes.keys() == set(publisher.submitted)
 
 
 async def test_dropped_messages_are_below_the_floor() -> None:
@@ -100,7 +100,7 @@ async def test_each_log_keeps_an_epoch_of_its_own() -> None:
         await publisher.publish_seq("a", b"1")
         assert one.epoch != other.epoch
         epoch = one.epoch
-    recorder = Recorder()
+    recorder = RecordingFollower()
     async with trio.open_nursery() as nursery:
         await nursery.start(one.run, recorder)
         assert one.epoch == epoch
@@ -112,7 +112,7 @@ async def test_each_log_keeps_an_epoch_of_its_own() -> None:
 async def test_messages_that_gather_while_other_tasks_run_are_committed_together() -> None:
     batches: list[int] = []
 
-    class Follower(Recorder):
+    class Follower(RecordingFollower):
         def apply(self, entries: object) -> None:
             super().apply(entries)  # type: ignore[arg-type]
             batches.append(len(entries))  # type: ignore[arg-type]

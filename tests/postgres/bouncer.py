@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import trio
 
-from tests.log.harness import PATIENCE
+from tests.log.harness import TEST_TIMEOUT
 from tests.postgres.proxy import _target
 from tests.postgres.server import tethered
 from tests.programs import find_program
@@ -68,7 +68,7 @@ class Bouncer:
             return subprocess.Popen(self._command, stdout=log, stderr=log)
 
     async def wait_ready(self) -> None:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while True:
                 assert self.process.poll() is None, self._log.read_text()
                 try:
@@ -79,7 +79,7 @@ class Bouncer:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(TEST_TIMEOUT)
 
     async def restart(self) -> None:
         self.process = self._start()
@@ -96,7 +96,7 @@ async def open_bouncer(url: str, *, size: int = 3, certificate: bytes | None = N
             await bouncer.wait_ready()
             yield bouncer
             bouncer.process.send_signal(signal.SIGTERM)
-            bouncer.process.wait(PATIENCE)
+            bouncer.process.wait(TEST_TIMEOUT)
     finally:
         if bouncer.process.poll() is None:
             bouncer.kill()

@@ -18,7 +18,7 @@ import trio
 
 from catbus.errors import ConfigError
 from catbus.postgres.embedded import server as embedded_server
-from tests.log.harness import PATIENCE
+from tests.log.harness import TEST_TIMEOUT
 from tests.postgres.server import execute, make_directory, tethered
 
 SETTINGS = {"fsync": "off", "max_connections": "30", "synchronous_commit": "on"}
@@ -63,7 +63,7 @@ class Cluster:
             server.wait_ready(process)
 
     async def _wait_connected(self) -> None:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while True:
                 with suppress(OSError, asyncpg.PostgresError):
                     await trio.to_thread.run_sync(execute, self.url, "SELECT 1")
@@ -74,7 +74,7 @@ class Cluster:
         """Stop the server, in order."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(PATIENCE)
+            self._process.wait(TEST_TIMEOUT)
             self._process = None
         self._serving.close()
 
@@ -82,7 +82,7 @@ class Cluster:
         """End the server and all its processes, as when the machine loses its power but not what was written."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
-            self._process.wait(PATIENCE)
+            self._process.wait(TEST_TIMEOUT)
             self._process = None
         self._serving.close()
 

@@ -36,7 +36,7 @@ from catbus.postgres.embedded import installations
 from catbus.postgres.embedded import server as embedded_server
 from catbus.postgres.maintenance.log_retention import LogRetention
 from catbus.postgres.roles.role_store import open_roles
-from tests.log.harness import PATIENCE, read_all, running
+from tests.log.harness import TEST_TIMEOUT, read_all, running
 from tests.postgres import server
 from tests.postgres.bouncer import open_bouncer
 from tests.postgres.server import execute, serve, server_major, to_database
@@ -130,12 +130,12 @@ def values_of(name: str, kind: str, setting: str, low: str, high: str, words: Se
 
 async def exercise(url: str, user: str) -> None:
     """Do everything once that a broker does with its database. `user` is the URL of an application that publishes."""
-    with trio.fail_after(4 * PATIENCE):
+    with trio.fail_after(4 * TEST_TIMEOUT):
         await _exercise(url, user)
 
 
 async def _exercise(url: str, user: str) -> None:
-    settings = DatabaseSettings(url=url, publish_timeout=PATIENCE)
+    settings = DatabaseSettings(url=url, publish_timeout=TEST_TIMEOUT)
     await init(settings)
     log, other = PostgresLog(settings), PostgresLog(settings, recent=0)
     async with running(log) as (follower, publisher), running(other) as (reader, _):
@@ -221,7 +221,7 @@ async def change_roles(settings: DatabaseSettings, log: PostgresLog) -> None:
         for change in (roles.revoke(role.handle, Grants(("b",), ())), roles.delete(role.handle)):
             before = log.roles.changes
             await change
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while log.roles.changes == before:
                     await log.roles.wait_changes()
         assert await log.roles.find([key]) == {}
@@ -233,7 +233,7 @@ async def drop_all(url: str) -> None:
     retention = LogRetention(RetentionSettings(age=0.001))
     async with open_bridge() as bridge:
         with await bridge.connect(url) as connection:
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while not retention.dropped:
                     await retention.run_due_steps(connection)
 

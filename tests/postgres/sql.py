@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection, open_bridge
-from tests.log.harness import PATIENCE
+from tests.log.harness import TEST_TIMEOUT
 
 
 @asynccontextmanager
@@ -21,7 +21,7 @@ async def open_sql(url: str) -> AsyncIterator[DatabaseConnection]:
 
 async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
     """Look again and again until the database is as it should be."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TEST_TIMEOUT):
         while not await condition():
             await trio.sleep(0.01)
 

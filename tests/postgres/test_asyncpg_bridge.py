@@ -11,7 +11,7 @@ import trio
 
 from catbus.errors import ConfigError
 from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge, sqlstate
-from tests.log.harness import PATIENCE
+from tests.log.harness import TEST_TIMEOUT
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, pids, wait_until
 
@@ -94,7 +94,7 @@ async def test_a_lost_connection_reports_it(database_url: str) -> None:
             lost = trio.Event()
             connection.when_closed(lost.set)
             proxy.cut()
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 await lost.wait()
             assert connection.closed
 
@@ -131,7 +131,7 @@ async def test_notifications_are_heard_with_their_sender(database_url: str) -> N
     async with open_sql(database_url) as listener, open_sql(database_url) as sender:
         await listener.listen("news", hear)
         await sender.execute("NOTIFY news, 'good'")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             await news.wait()
         assert heard == [(sender.pid, "good")]
 
@@ -147,7 +147,7 @@ async def test_an_error_in_a_callback_is_counted_and_ends_nothing(database_url: 
         with await bridge.connect(database_url) as connection:
             await connection.listen("news", fail)
             await connection.execute("NOTIFY news")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while not bridge.stray_errors:
                     await trio.sleep(0.01)
             assert await connection.fetchrow("SELECT 1") == (1,)

@@ -26,7 +26,7 @@ from catbus.postgres.notifications.encryption import EPHEMERAL_CHANNEL
 from tests.brokers import CONFIG, TOKEN
 from tests.brokers import running as running_broker
 from tests.endpoints.raw_peer import Peer, masked
-from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
 
@@ -38,7 +38,7 @@ SHORT = 50
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that is shared, a connection may take longer than a message stays fresh."""
-    monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", PATIENCE)
+    monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", TEST_TIMEOUT)
 
 
 def make(url: str) -> PostgresLog:
@@ -49,11 +49,11 @@ def message(payload: object, **fields: Any) -> Entry:
     return Entry(0, 1_763_912_345_678, "a.b", json.dumps(payload).encode(), **fields)
 
 
-def payloads(follower: Recorder) -> list[object]:
+def payloads(follower: RecordingFollower) -> list[object]:
     return [json.loads(entry.payload) for entry in follower.messages]
 
 
-async def heard(follower: Recorder, last: object) -> list[object]:
+async def heard(follower: RecordingFollower, last: object) -> list[object]:
     """What a follower has heard once it has heard `last`."""
     await follower.wait_until(lambda self: bool(self.messages) and json.loads(self.messages[-1].payload) == last)
     return payloads(follower)
@@ -69,7 +69,9 @@ async def until(log: PostgresLog, reached: Callable[[Any], bool]) -> None:
 
 
 @asynccontextmanager
-async def two(url: str, other_url: str | None = None) -> AsyncIterator[tuple[PostgresLog, Recorder, Recorder]]:
+async def two(
+    url: str, other_url: str | None = None
+) -> AsyncIterator[tuple[PostgresLog, RecordingFollower, RecordingFollower]]:
     """Two replicas: the log of the one, and the followers of both."""
     one, other = make(other_url or url), make(url)
     async with running(one) as (here, _), running(other) as (there, _):
@@ -221,7 +223,7 @@ async def test_a_message_that_an_outage_delays_is_dropped_when_it_is_old(
         monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", 0.0)
         proxy.open()
         await until(one, lambda statistics: statistics.ephemeral_dropped == SHORT + 1)
-        monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", PATIENCE)
+        monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", TEST_TIMEOUT)
         await until(one, lambda _: one.available)
         one.broadcast(message("after"))
         assert await heard(there, "after") == ["before", "after"]
@@ -273,7 +275,7 @@ async def test_a_database_that_does_not_answer_is_given_up(database_url: str, mo
         await until(one, lambda statistics: statistics.ephemeral_dropped == 1)
         proxy.cut()
         proxy.unblock()
-        monkeypatch.setattr(ephemeral_relay, "SEND_TIMEOUT", PATIENCE)
+        monkeypatch.setattr(ephemeral_relay, "SEND_TIMEOUT", TEST_TIMEOUT)
         one.broadcast(message("after"))
         assert (await heard(there, "after"))[-1] == "after"
         assert payloads(there).count("in doubt") <= 1

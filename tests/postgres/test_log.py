@@ -23,7 +23,7 @@ from catbus.postgres.follow import log_reader
 from catbus.postgres.listen import notification_listener, polling_interval
 from catbus.postgres.maintenance import log_retention
 from tests.log.conformance import ALICE, LogConformance, MakeLog, ReadConformance
-from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import head_locked, open_sql, pids, wait_until, waiting
 
@@ -133,7 +133,7 @@ async def acknowledged_means_committed(log: PostgresLog, url: str) -> None:
         async with head_locked(url):
             append = publisher.submit("a", b"2")
             await wait_until(partial(waiting, sql))
-            assert append not in publisher.answers
+            assert append not in publisher.outcomes
             assert log.applied == 1
             assert follower.texts == ["1"]
         assert await publisher.wait(append) == [Committed(2)]
@@ -166,7 +166,7 @@ async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: 
     async with open_proxy(database_url) as proxy:
         proxy.close()
         log = make(proxy.url, timeout=0.3)
-        recorder, publisher = Recorder(), Publisher(log)
+        recorder, publisher = RecordingFollower(), Publisher(log)
         async with trio.open_nursery() as nursery:
             await nursery.start(log.run, recorder)
             await proxy.wait_refused()
@@ -181,7 +181,7 @@ async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: 
                 await log.history("*", before=None, limit=1)
 
             proxy.open()
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 await log.wait_open()
             log._writer._timeout = 20
             await publisher.publish_seq("a", b'"now"')
@@ -307,7 +307,7 @@ async def test_a_database_that_stops_answering_is_given_up(database_url: str, mo
             accepted = proxy.accepted
             proxy.block()
             append = publisher.submit("a", b"2")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while log.available:
                     await trio.sleep(0.01)
             proxy.cut()
@@ -348,7 +348,7 @@ async def test_connections_that_are_killed_under_load_cost_nothing(database_url:
         await there.wait_for(len(rows))
         assert here.entries == there.entries == rows
         assert one.statistics().restarts + other.statistics().restarts >= 2
-    answers = {**alice.answers, **bob.answers}
+    answers = {**alice.outcomes, **bob.outcomes}
     committed = {outcome.seq: append for append, outcome in answers.items() if isinstance(outcome, Committed)}
     assert len(committed) == len(answers) == len(rows)
     for row in rows:
@@ -433,7 +433,7 @@ async def test_a_replica_that_stood_still_brings_nothing_that_a_retry_has_brough
             await client.publish_seq("a", b"0")
             proxy.block()
             original = client.submit("a", b"1", producer=ALICE, number=1)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while still.statistics().pending:
                     await trio.lowlevel.checkpoint()
             assert await elsewhere.publish("a", b"1", producer=ALICE, number=1, after=1) == Committed(2)
@@ -467,10 +467,10 @@ async def test_a_publish_in_doubt_is_unknown_in_time_and_is_still_appended(datab
 
 async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) -> None:
     log = make(database_url)
-    recorder, publisher = Recorder(), Publisher(log)
+    recorder, publisher = RecordingFollower(), Publisher(log)
     async with open_sql(database_url) as sql, trio.open_nursery() as nursery:
         await nursery.start(log.run, recorder)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             await log.wait_open()
         async with head_locked(database_url):
             in_flight = publisher.submit("a", b"1")
@@ -480,10 +480,10 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
             with trio.CancelScope(shield=True):
                 outcome = (await publisher.wait(queued))[0]
                 assert code(outcome) == ErrorCode.SHUTTING_DOWN
-                assert in_flight not in publisher.answers
+                assert in_flight not in publisher.outcomes
                 late = publisher.submit("a", b"3")
-                assert code(publisher.answers[late]) == ErrorCode.SHUTTING_DOWN
-    assert publisher.answers[in_flight] == Committed(1)
+                assert code(publisher.outcomes[late]) == ErrorCode.SHUTTING_DOWN
+    assert publisher.outcomes[in_flight] == Committed(1)
     assert recorder.texts == ["1"]
 
 
@@ -493,20 +493,20 @@ async def test_a_stop_during_an_outage_replies_unknown_to_publishes_in_doubt(
     monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
-        recorder, publisher = Recorder(), Publisher(log)
+        recorder, publisher = RecordingFollower(), Publisher(log)
         async with trio.open_nursery() as nursery:
             await nursery.start(log.run, recorder)
             await log.wait_open()
             await publisher.publish_seq("a", b"1")
             proxy.block()
             in_flight = publisher.submit("a", b"2")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while log.statistics().pending:
                     await trio.sleep(0.01)
             queued = publisher.submit("a", b"3")
             nursery.cancel_scope.cancel()
-        assert code(publisher.answers[queued]) == ErrorCode.SHUTTING_DOWN
-        assert code(publisher.answers[in_flight]) == ErrorCode.UNKNOWN
+        assert code(publisher.outcomes[queued]) == ErrorCode.SHUTTING_DOWN
+        assert code(publisher.outcomes[in_flight]) == ErrorCode.UNKNOWN
 
 
 # Notifications are hints
@@ -547,7 +547,7 @@ async def test_a_forged_notification_changes_nothing(database_url: str, payload:
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b"1")
         await sql.fetch("SELECT pg_notify('catbus', $1)", payload.replace("{epoch}", log.epoch))
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while log.statistics().rejected == 0:
                 await trio.sleep(0.01)
         await publisher.publish_seq("a", b"2")
@@ -710,7 +710,7 @@ async def test_it_opens_no_connection_but_its_own(database_url: str) -> None:
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1")
             await log.history("*", before=None, limit=1)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TEST_TIMEOUT):
                 while not (log.available and log.statistics().table_size):
                     await trio.sleep(0.01)
             accepted = proxy.accepted - 1  # the schema's is closed again
@@ -730,7 +730,7 @@ async def test_a_database_that_cannot_be_used_ends_it(database_url: str) -> None
     async with open_sql(database_url) as sql:
         await sql.execute("UPDATE catbus.schema_version SET version = 999")
     with pytest.raises(ConfigError, match="newer release"):
-        await make(database_url).run(Recorder())
+        await make(database_url).run(RecordingFollower())
 
 
 async def test_a_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,9 +741,9 @@ async def test_a_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytes
     log = make(database_url)
     publisher = Publisher(log)
     append = publisher.submit("a", b"1")
-    with pytest.raises(ZeroDivisionError), trio.fail_after(PATIENCE):
-        await log.run(Recorder())
-    assert code(publisher.answers[append]) == ErrorCode.SHUTTING_DOWN
+    with pytest.raises(ZeroDivisionError), trio.fail_after(TEST_TIMEOUT):
+        await log.run(RecordingFollower())
+    assert code(publisher.outcomes[append]) == ErrorCode.SHUTTING_DOWN
     assert log.statistics().failures == 5
 
 
@@ -757,10 +757,10 @@ async def test_the_password_is_in_no_line_of_the_log(database_url: str, monkeypa
     parts = urlsplit(database_url)
     url = parts._replace(netloc=f"nobody:sesame@{parts.netloc.rpartition('@')[2]}").geturl()
     with trio.move_on_after(0.5):
-        await make(url).run(Recorder())
+        await make(url).run(RecordingFollower())
     async with open_proxy(url) as proxy:
         proxy.close()
         with trio.move_on_after(0.3):
-            await make(proxy.url).run(Recorder())
+            await make(proxy.url).run(RecordingFollower())
     assert [call.args for call in lines.calls] == [("database unavailable, trying again",)] * 2
     assert "sesame" not in repr(lines.calls)

@@ -22,7 +22,7 @@ from catbus.postgres.access.migrations import begin_epoch
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.maintenance import log_retention, schedule
 from catbus.protocol import wire_messages as wire
-from tests.log.harness import PATIENCE, Publisher, read_all, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, read_all, running
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
 from tests.test_delivery import Reader, exhaust
@@ -95,7 +95,7 @@ async def following(log: PostgresLog) -> AsyncIterator[tuple[Delivery, Publisher
     delivery, publisher = Delivery(log), Publisher(log)
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run, delivery)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             await log.wait_open()
             yield delivery, publisher
         nursery.cancel_scope.cancel()
@@ -346,7 +346,7 @@ async def test_a_log_is_available_without_retention(database_url: str, monkeypat
     log = make(database_url)
     async with running(log) as (_, publisher):
         assert await publisher.publish_seq("a", b"1") == 1
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while not log.available:
                 await trio.sleep(0.01)
 
@@ -567,7 +567,7 @@ async def test_nothing_is_lost_above_the_floor_while_replicas_publish_and_drop(
         total = len(alice.submitted) + len(bob.submitted)
         await here.wait_for(total)
         await there.wait_for(total)
-        given = [answer.seq for p in (alice, bob) for answer in p.answers.values() if isinstance(answer, Committed)]
+        given = [answer.seq for p in (alice, bob) for answer in p.outcomes.values() if isinstance(answer, Committed)]
         assert sorted(given) == list(range(1, total + 1))
         assert sum(log.statistics().retention_dropped for log in logs) > total / 3
         assert sum(log.statistics().failures for log in logs) == 0

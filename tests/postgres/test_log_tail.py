@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from catbus.log import Entry, LogPage, RecentMessages
 from catbus.postgres.follow.log_tail import LogTail
-from tests.log.harness import Recorder
+from tests.log.harness import RecordingFollower
 
 
 def stretch(first: int, last: int) -> list[Entry]:
     return [Entry(seq, 0, "a", b"%d" % seq) for seq in range(first, last + 1)]
 
 
-def open_tail(applied: int = 0) -> tuple[LogTail, Recorder]:
-    tail, follower = LogTail(RecentMessages(1 << 20)), Recorder()
+def open_tail(applied: int = 0) -> tuple[LogTail, RecordingFollower]:
+    tail, follower = LogTail(RecentMessages(1 << 20)), RecordingFollower()
     tail.follow(follower)
     tail.restart("e", applied, 1)
     tail.trust()

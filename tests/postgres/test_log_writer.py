@@ -8,7 +8,7 @@ from catbus.log import Append, RecentMessages
 from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 from catbus.postgres.append.log_writer import LogWriter
 from catbus.postgres.follow.log_tail import LogTail
-from tests.log.harness import Recorder
+from tests.log.harness import RecordingFollower
 
 
 async def never() -> DatabaseConnection:
@@ -18,7 +18,7 @@ async def never() -> DatabaseConnection:
 
 async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() -> None:
     tail = LogTail(RecentMessages(0))
-    tail.follow(Recorder())
+    tail.follow(RecordingFollower())
     tail.restart("e", 3, 1)
     writer = LogWriter(never, tail, lambda: None)
     writer.submit(Append("a", b"1", lambda _, __: None))
@@ -32,7 +32,7 @@ async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() 
 
 async def test_a_publish_before_the_log_is_open_is_as_new_as_the_log_then() -> None:
     tail = LogTail(RecentMessages(0))
-    tail.follow(Recorder())
+    tail.follow(RecordingFollower())
     writer = LogWriter(never, tail, lambda: None)
     writer.submit(Append("a", b"1", lambda _, __: None))
     tail.restart("e", 9, 8)

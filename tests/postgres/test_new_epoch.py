@@ -16,7 +16,7 @@ from catbus.postgres import PostgresLog
 from catbus.postgres.access import reconnecting_tasks
 from catbus.postgres.follow.fingerprints import fingerprint
 from catbus.postgres.listen import polling_interval
-from tests.log.harness import PATIENCE, Publisher, Recorder, read_all, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 from tests.postgres.clusters import Cluster, open_cluster, open_served_cluster
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, wait_until
@@ -52,7 +52,7 @@ async def epochs(url: str) -> list[tuple[str, int]]:
         )]  # fmt: skip
 
 
-async def become(recorder: Recorder, *restarts: int) -> None:
+async def become(recorder: RecordingFollower, *restarts: int) -> None:
     await recorder.wait_until(lambda self: self.restarts == list(restarts))
 
 
@@ -170,7 +170,7 @@ async def test_a_replica_that_was_behind_misses_nothing(cluster: Cluster) -> Non
                 first = ahead.epoch
                 await in_thread(cluster.set_back)
                 await in_thread(cluster.start)
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TEST_TIMEOUT):
                     await ahead._tail.wait_epoch(first)
                 await publish(publisher, "other 5")
                 proxy.open()
@@ -191,7 +191,7 @@ async def test_a_replica_whose_knowledge_is_older_than_several_epochs(cluster: C
                 previous = there.epoch
                 async with open_sql(cluster.url) as sql:
                     await sql.fetch("SELECT catbus.new_epoch($1, $2)", previous, after)
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TEST_TIMEOUT):
                     await there._tail.wait_epoch(previous)
                 await there._reader.connect()
             proxy.open()
@@ -285,7 +285,7 @@ async def test_a_failover_that_loses_something_is_announced_and_a_standby_waited
                 await in_thread(standby.start)
                 accepted = proxy.accepted
                 proxy.open(standby.url)
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TEST_TIMEOUT):
                     while proxy.accepted < accepted + 5:
                         await trio.sleep(0.01)
                 assert not log.available
@@ -490,7 +490,7 @@ async def test_entries_that_retention_has_removed_are_no_reason_for_a_new_epoch(
         await publish(publisher, "1", "2", "3")
         await sql.execute("BEGIN; UPDATE catbus.head SET floor = 4; DELETE FROM catbus.entries; COMMIT")
         polls = log.statistics().polls
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while log.statistics().polls < polls + 3:
                 await trio.sleep(0.01)
         assert await publish(publisher, "4") == [4]

@@ -17,7 +17,7 @@ from catbus.postgres.append import log_writer
 from catbus.postgres.follow import log_reader
 from catbus.postgres.follow.log_reader import LogReader
 from catbus.postgres.listen import notification_listener, polling_interval
-from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, running
 from tests.postgres.clusters import Cluster, open_served_cluster
 from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql
@@ -42,17 +42,19 @@ async def wait_available(log: PostgresLog, available: bool, seconds: float) -> N
 
 
 @asynccontextmanager
-async def following(url: str, listen_url: str | None = None) -> AsyncIterator[tuple[PostgresLog, Recorder, Publisher]]:
+async def following(
+    url: str, listen_url: str | None = None
+) -> AsyncIterator[tuple[PostgresLog, RecordingFollower, Publisher]]:
     log = PostgresLog(DatabaseSettings(url=url, listen_url=listen_url, publish_timeout=30.0))
     async with running(log) as (follower, publisher):
         assert await publisher.publish("a", b"1") == Committed(1)
-        await wait_available(log, True, PATIENCE)
+        await wait_available(log, True, TEST_TIMEOUT)
         yield log, follower, publisher
 
 
 async def be_silent(
     log: PostgresLog,
-    follower: Recorder,
+    follower: RecordingFollower,
     publisher: Publisher,
     silence: Callable[[], Awaitable[None]],
     speak: Callable[[], Awaitable[None]],
@@ -65,12 +67,12 @@ async def be_silent(
     await silence()
     waiting = publisher.submit("a", b"2")
     await wait_available(log, False, NOTICED + LEEWAY)
-    assert len(publisher.answers) == 1
+    assert len(publisher.outcomes) == 1
     await speak()
     (answer,) = await publisher.wait(waiting)
     assert answer in (Committed(2), Committed(2, duplicate=True))
     await follower.wait_for(2)
-    await wait_available(log, True, PATIENCE)
+    await wait_available(log, True, TEST_TIMEOUT)
     assert follower.texts == ["1", "2"]
     assert follower.restarts == [0]
 
@@ -95,7 +97,7 @@ async def test_a_listening_connection_that_is_dead_alone_is_noticed(database_url
         proxy.block_answers()
         await wait_available(log, False, NOTICED + LEEWAY)
         proxy.unblock()
-        await wait_available(log, True, PATIENCE)
+        await wait_available(log, True, TEST_TIMEOUT)
         assert proxy.accepted > accepted
         assert await publisher.publish("a", b"2") == Committed(2)
         await follower.wait_for(2)
@@ -106,7 +108,7 @@ async def test_a_listening_connection_that_is_killed_alone_is_replaced_at_once(d
         accepted = proxy.accepted
         proxy.cut()
         await wait_available(log, False, 1.0)
-        await wait_available(log, True, PATIENCE)
+        await wait_available(log, True, TEST_TIMEOUT)
         assert proxy.accepted > accepted
         assert await publisher.publish("a", b"2") == Committed(2)
         await follower.wait_for(2)
@@ -168,15 +170,15 @@ async def test_a_full_disk_is_one_outage_until_there_is_room(
         assert (said("database connected"), said("database unavailable")) == (1, 0)
         await sql.execute(FULL)
         await sql.fetch("SELECT catbus.publish('a', '2')")
-        await wait_available(log, False, PATIENCE)
+        await wait_available(log, False, TEST_TIMEOUT)
         restarts = log.statistics().restarts
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while log.statistics().restarts < restarts + 4:
                 assert not log.available
                 await trio.sleep(0.01)
         assert (said("database connected"), said("database unavailable")) == (1, 1)
         await sql.execute("DROP TRIGGER full_disk ON catbus.entries")
-        await wait_available(log, True, PATIENCE)
+        await wait_available(log, True, TEST_TIMEOUT)
         await follower.wait_for(2)
         assert await publisher.publish("a", b"3") == Committed(3)
         assert (said("database connected"), said("database unavailable")) == (2, 1)
@@ -188,5 +190,5 @@ async def test_a_page_of_the_log_is_not_waited_for_longer(database_url: str, mon
         reader = LogReader(partial(bridge.connect, proxy.url))
         await reader.connect()
         proxy.block()
-        with trio.fail_after(PATIENCE / 2), pytest.raises(DATABASE_ERRORS):
+        with trio.fail_after(TEST_TIMEOUT / 2), pytest.raises(DATABASE_ERRORS):
             await reader.page(0, 1, 10, 1000)

@@ -15,7 +15,7 @@ from catbus.postgres import PostgresLog
 from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS, open_bridge
 from catbus.postgres.listen import polling_interval
 from catbus.postgres.roles.role_store import open_roles
-from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, running
 from tests.postgres.bouncer import Bouncer, open_bouncer
 from tests.postgres.clusters import open_served_cluster
 from tests.postgres.sql import open_sql
@@ -73,7 +73,7 @@ async def publish(publisher: Publisher, number: int) -> None:
         await publisher.publish_seq("a", b"%d" % n)
 
 
-def is_whole(follower: Recorder, number: int) -> bool:
+def is_whole(follower: RecordingFollower, number: int) -> bool:
     return [entry.seq for entry in follower.entries] == list(range(1, number + 1))
 
 
@@ -131,7 +131,7 @@ async def test_a_role_is_looked_up_and_a_change_of_it_is_found(bouncer: Bouncer,
         began = trio.current_time()
         await roles.delete(key.hex())
         assert await log.roles.wait_changes() is None
-        assert trio.current_time() - began < PATIENCE
+        assert trio.current_time() - began < TEST_TIMEOUT
         assert await log.roles.find([key]) == {}
 
 
@@ -141,7 +141,7 @@ async def test_when_it_is_killed_and_comes_back_nothing_is_lost(bouncer: Bouncer
         await publish(publisher, 10)
         bouncer.kill()
         appends = [publisher.submit("a", b"%d" % n) for n in range(10)]
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while log.available:
                 await trio.sleep(0.01)
         await bouncer.restart()

@@ -18,7 +18,7 @@ from catbus.postgres import PostgresLog
 from catbus.postgres.follow import deleted_ranges
 from catbus.postgres.maintenance import repair as repair_module
 from catbus.postgres.maintenance.repair import repair
-from tests.log.harness import PATIENCE, Publisher, Recorder, running
+from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, running
 from tests.postgres.sql import open_sql
 
 ALICE = b"alice-is-a-producer"[:16]
@@ -31,7 +31,7 @@ def make(url: str, *, recent: int = 0) -> PostgresLog:
 @asynccontextmanager
 async def filled(
     url: str, messages: int = 10, *, recent: int = 0
-) -> AsyncIterator[tuple[PostgresLog, Recorder, Publisher]]:
+) -> AsyncIterator[tuple[PostgresLog, RecordingFollower, Publisher]]:
     log = make(url, recent=recent)
     async with running(log) as (follower, publisher):
         for n in range(1, messages + 1):
@@ -45,7 +45,7 @@ async def delete(url: str, condition: str, table: str = "entries") -> None:
 
 
 async def until_trouble(trouble: str, *logs: PostgresLog) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TEST_TIMEOUT):
         while any(log.trouble != trouble for log in logs):
             await trio.sleep(0.01)
 
@@ -59,7 +59,7 @@ async def run_repair(url: str, *, apply: bool = True) -> Sequence[tuple[int, int
 
 async def read_on(log: PostgresLog, after: int) -> LogPage:
     """What a reader gets as soon as it gets anything."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TEST_TIMEOUT):
         while True:
             try:
                 return await log.read(after)
@@ -98,7 +98,7 @@ async def test_a_deleted_range_is_logged_again_once_in_an_interval(
     monkeypatch.setattr(deleted_ranges, "REPEAT_INTERVAL", 0.5)
     async with filled(database_url) as (log, _, _):
         await delete(database_url, "seq = 3")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             while len(lines.calls) < 2:
                 log._listener.poll_now()
                 await trio.sleep(0.01)
@@ -321,7 +321,7 @@ async def test_a_log_whose_rows_were_left_out_of_a_restore_gives_no_seq_twice(da
     async with running(log) as (_, publisher):
         for n in range(10):
             await publisher.publish_seq("a", b"%d" % n)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             async with open_sql(database_url) as sql:
                 while (await sql.fetchrow("SELECT last_value FROM catbus.reached_seq"))[0] < 10:
                     await trio.sleep(0.05)
@@ -365,7 +365,7 @@ async def test_a_log_that_is_emptied_by_hand_under_its_replicas_gives_no_seq_twi
         for n in range(10):
             await publisher.publish_seq("a", b"%d" % n)
         await there.wait_for(10)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TEST_TIMEOUT):
             async with open_sql(database_url) as sql:
                 while (await sql.fetchrow("SELECT last_value FROM catbus.reached_seq"))[0] < 10:
                     await trio.sleep(0.05)
