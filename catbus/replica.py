@@ -24,7 +24,7 @@ from .delivery.flusher import Flusher
 from .delivery.send_queue import Budget, TransportWriter
 from .limits.client_usage import ClientUsages
 from .limits.connections_per_address import ConnectionsPerAddress
-from .limits.cpu_fairness import CpuScheduler
+from .limits.cpu_scheduler import CpuScheduler
 from .limits.publish_rate import PublishRateLimits
 from .limits.unauthenticated import UnauthenticatedPeers
 from .log import Log, Outcome

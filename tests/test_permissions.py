@@ -17,7 +17,7 @@ from catbus.auth.role_tokens import make_role_token, role_key
 from catbus.auth.tokens import Authenticator, sign
 from catbus.config import Config
 from catbus.errors import CloseCode, Unavailable
-from catbus.limits.cpu_fairness import Pace
+from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import Publish, check_payload, decode_server
 from catbus.replica import Replica
@@ -125,7 +125,7 @@ async def test_a_role_that_is_no_more_ends_the_session(replica: Replica, roles: 
 
 
 async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(replica: Replica, roles: Roles) -> None:
-    replica.cpu_scheduler.pace = Pace(3600.0, 3600.0)
+    replica.cpu_scheduler.slices = TimeSlices(3600.0, 3600.0)
     mine, other = await enter(replica), await enter(replica, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
         await client.receive(objects(publish("a.x", id=1), publish("a.b", id=2)))

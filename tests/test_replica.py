@@ -22,7 +22,7 @@ from catbus.broker import OWNER
 from catbus.config import Config, DrainSettings, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.errors import CloseCode, ErrorCode, PeerError, Unavailable
-from catbus.limits.cpu_fairness import Pace
+from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import Append, Committed, MemoryLog
 from catbus.log.interface import OVERHEAD
 from catbus.protocol.wire_messages import Publish, check_payload
@@ -141,7 +141,7 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
 async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replica.cpu_scheduler.pace = Pace(0.0, 0.0)
+    replica.cpu_scheduler.slices = TimeSlices(0.0, 0.0)
     client = open_client(replica)
     await client.receive(auth(None, monkeypatch))
     cpu_scheduler = 0

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import trio
 
-from ..limits.cpu_fairness import CpuScheduler
+from ..limits.cpu_scheduler import CpuScheduler
 
 _CHUNK = 65_536
 _UNREAD = 2 << 20
@@ -33,7 +33,7 @@ async def close_gently(stream: trio.abc.Stream, cpu_scheduler: CpuScheduler) -> 
         left = _UNREAD
         while left > 0 and (data := await stream.receive_some(_CHUNK)):
             left -= len(data)
-            await cpu_scheduler.next()
+            await cpu_scheduler.yield_cpu()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass
 

@@ -1,1 +1,1 @@
-"""What one client or one address may use: CPU time, memory, connections, and messages per second."""
+"""Limits of clients and addresses: CPU time, memory, connections and messages per second."""

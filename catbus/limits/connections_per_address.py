@@ -1,4 +1,4 @@
-"""How many connections the clients at one address have, over all transports, and how many they may have."""
+"""The connections of each client address, over all transports, and their limit."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ logger = get_logger("catbus.limits")
 
 
 class ConnectionsPerAddress:
-    """Counts connections by network, of which each may have `most`. A connection from the network "" counts nowhere.
+    """Counts connections by network. Each network may have `limit`. A connection from the network "" does not count.
 
-    A network is what `network_of` makes of an address: an IPv4 address, or a /64 of IPv6.
+    `network_of` makes the network of an address: an IPv4 address, or a /64 of IPv6.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._connections: Counter[str] = Counter()
-        """Only of networks that have some."""
+        """Only networks with connections."""
         self._warnings = RateLimitedLog(logger.warning)
 
-    def of(self, network: str) -> int:
-        """How many connections it has."""
+    def count(self, network: str) -> int:
+        """The number of connections of a network."""
         return self._connections[network]
 
-    def has_room(self, network: str, now: float) -> bool:
-        """Whether it may have one more; the log says where not. `now` is in seconds."""
-        if self._connections[network] < self.most:
+    def allows(self, network: str, now: float) -> bool:
+        """Whether a network may have one more connection; if not, it is logged. `now` is in seconds."""
+        if self._connections[network] < self.limit:
             return True
         self._warnings.log(
             now,
-            "an address has as many connections as it may have (limits.address_connections); if it is that of a proxy, "
-            "name it in websocket.trusted_proxies",
+            "an address has reached limits.address_connections; if it is the address of a proxy, "
+            "add it to websocket.trusted_proxies",
             network=network,
-            limit=self.most,
+            limit=self.limit,
         )
         return False
 
-    def enter(self, network: str) -> None:
-        """Count one more."""
+    def add(self, network: str) -> None:
+        """Count one connection more."""
         if network:
             self._connections[network] += 1
 
-    def leave(self, network: str) -> None:
-        """One that has entered is gone."""
+    def remove(self, network: str) -> None:
+        """Count one connection less."""
         if network:
             self._connections[network] -= 1
             if not self._connections[network]:
                 del self._connections[network]
 
     @contextmanager
-    def holding(self, network: str, now: float) -> Iterator[bool]:
-        """Count one for as long as the block runs, unless there is no room for it: then the block gets False."""
-        if not self.has_room(network, now):
+    def counted(self, network: str, now: float) -> Iterator[bool]:
+        """Count one connection while the block runs, and give it True; give it False over the limit."""
+        if not self.allows(network, now):
             yield False
             return
-        self.enter(network)
+        self.add(network)
         try:
             yield True
         finally:
-            self.leave(network)
+            self.remove(network)

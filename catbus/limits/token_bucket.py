@@ -1,10 +1,10 @@
-"""A token bucket: so much in a second, and somewhat more at once. No clock: times are arguments."""
+"""A token bucket: a rate and a burst. No clock: times are arguments, in seconds."""
 
 from __future__ import annotations
 
 
 class TokenBucket:
-    """Fills with `rate` tokens a second up to `burst`, and is full in the beginning, which is at the time `now`."""
+    """A bucket that fills with `rate` tokens per second up to `burst`. It is full at the time `now`."""
 
     __slots__ = ("_at", "_level", "burst", "rate")
 
@@ -15,24 +15,24 @@ class TokenBucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """How many tokens there are; less than none after more was spent than there was."""
+        """The number of tokens; negative if more were spent than there were."""
         self._level = min(self.burst, self._level + (now - self._at) * self.rate)
         self._at = now
         return self._level
 
     def spend(self, tokens: float) -> None:
-        """Take tokens, whether they are there or not."""
+        """Take tokens, even if there are too few."""
         self._level -= tokens
 
     def take(self, tokens: float, now: float) -> bool:
-        """Take tokens if they are there."""
+        """Take tokens if there are enough; return whether there were."""
         if self.level(now) < tokens:
             return False
         self._level -= tokens
         return True
 
     def charge(self, tokens: float, now: float) -> float:
-        """Take tokens, whether they are there or not. Returns after how many seconds none are owed; 0 for at once."""
+        """Take tokens, even if there are too few. Returns after how many seconds none are owed."""
         self._level = left = min(self.burst, self._level + (now - self._at) * self.rate) - tokens
         self._at = now
         return -left / self.rate if left < 0 else 0.0

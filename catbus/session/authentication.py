@@ -12,7 +12,7 @@ from ..auth.role_tokens import RoleSource, role_handle, role_key
 from ..auth.token_errors import RejectionReason, TokenRejected
 from ..auth.tokens import Authenticator
 from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
-from ..limits.cpu_fairness import CpuScheduler
+from ..limits.cpu_scheduler import CpuScheduler
 from ..observability.loggers import RateLimitedLog, get_logger
 from ..observability.runtime_statistics import RuntimeStatistics
 from ..protocol.wire_messages import clip
@@ -56,7 +56,7 @@ class Authentication:
                 raise TokenRejected(
                     RejectionReason.CLAIMS, f"its client_id has more than {longest} bytes (limits.client_id)"
                 )
-            self._cpu_scheduler.prove(client_of(identity, token, network))
+            self._cpu_scheduler.authenticate(client_of(identity, token, network))
             return identity
         except TokenRejected as error:
             self._statistics.rejected_tokens[error.reason] += 1

@@ -152,9 +152,9 @@ class SessionDriver:
             ):
                 await self._wait_for_room()
                 allowance = self._services.log.allowance
-            if perf_counter() - began > cpu_scheduler.pace.turn:
+            if perf_counter() - began > cpu_scheduler.slices.peer:
                 await self._pay()
-                await cpu_scheduler.next()
+                await cpu_scheduler.yield_cpu()
                 began, allowance = perf_counter(), self._services.log.allowance
         await self._pay()
         if session.closing is not None:
@@ -305,7 +305,7 @@ class SessionDriver:
                 usage = services.usages.add_session(client_of(identity, effect.token, self._network))
                 self._counted = True
             rates = identity.publish_rate, identity.publish_bytes
-            self._quota = services.quotas.of(usage.client, trio.current_time(), *rates)
+            self._quota = services.quotas.get(usage.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
                 self._producer = authentication.resume_producer(effect.producer, subject)

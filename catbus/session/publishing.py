@@ -11,7 +11,7 @@ import trio
 from ..auth.grants import Identity
 from ..delivery.fan_out import Delivery
 from ..errors import ErrorCode, PeerError
-from ..limits.cpu_fairness import CpuScheduler
+from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
 from ..log import Append, Entry, Log, Outcome, Rejected, not_taken
 from ..protocol.wire_messages import Publish
@@ -79,7 +79,7 @@ class Publisher:
 
         for index, request in enumerate(requests):
             if index % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1:
-                await self._cpu_scheduler.next()
+                await self._cpu_scheduler.yield_cpu()
             request.id, request.retry = index, False
             try:
                 append = make_append(request, identity, producer, partial(settle, index), payer)
@@ -98,7 +98,7 @@ class Publisher:
     def _charge(self, payer: Hashable, identity: Identity, requests: Sequence[Publish]) -> None:
         """Charge a client's quota. Raises `PeerError` when it is used up."""
         now = trio.current_time()
-        quota = self._quotas.of(payer, now, identity.publish_rate, identity.publish_bytes)
+        quota = self._quotas.get(payer, now, identity.publish_rate, identity.publish_bytes)
         if (wait := quota.spend(0, 0, now)) > 0:
             raise PeerError(
                 ErrorCode.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait

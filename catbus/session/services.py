@@ -10,7 +10,7 @@ from ..config import Config
 from ..delivery.fan_out import Delivery
 from ..delivery.flusher import Flusher
 from ..limits.client_usage import ClientUsages
-from ..limits.cpu_fairness import CpuScheduler
+from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
 from ..limits.unauthenticated import UnauthenticatedPeers
 from ..log import Log

@@ -13,7 +13,7 @@ from catbus.config import Config
 from catbus.delivery.send_queue import SendQueue, TransportWriter
 from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.limits.connections_per_address import ConnectionsPerAddress
-from catbus.limits.cpu_fairness import CpuScheduler
+from catbus.limits.cpu_scheduler import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers
 from catbus.log import Committed, Outcome
 from catbus.protocol.wire_messages import Publish

@@ -17,7 +17,7 @@ from catbus.endpoints.graceful_close import close_gently
 from catbus.endpoints.http.http_connection import BODY_SIZE
 from catbus.endpoints.websocket.frame_encoder import PING, close_frame, text_header
 from catbus.endpoints.websocket.frame_stream import FrameStream
-from catbus.limits.cpu_fairness import CpuScheduler
+from catbus.limits.cpu_scheduler import CpuScheduler
 from tests.endpoints import raw_peer
 from tests.endpoints.raw_peer import UPGRADE, Frame, Mixed, Peer, masked, patience
 
@@ -392,17 +392,17 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
                 await closed.wait()
 
 
-class CountedTurns(CpuScheduler):
+class CountingScheduler(CpuScheduler):
     count = 0
 
-    async def next(self) -> None:
+    async def yield_cpu(self) -> None:
         self.count += 1
-        await super().next()
+        await super().yield_cpu()
 
 
 async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_peer_that_never_ends() -> None:
     async with tcp_pair() as (server, client):
-        cpu_scheduler, sent = CountedTurns(), 0
+        cpu_scheduler, sent = CountingScheduler(), 0
 
         async def go_on() -> None:
             nonlocal sent

@@ -188,7 +188,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
             assert (await proxy.response()).status == 200
         assert endpoint.statistics().crowded == 3
         replica.sessions[0].leave()
-        while replica.addresses.of("198.51.100.7") > 1:
+        while replica.addresses.count("198.51.100.7") > 1:
             await trio.lowlevel.checkpoint()
         assert await upgrade("198.51.100.7") == 101
     assert replica.networks == ["198.51.100.7", "198.51.100.7", "203.0.113.1", "198.51.100.7"]
@@ -203,7 +203,7 @@ async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_ad
             await proxy.send(through_proxies(head, address) + b"[]")
             assert (await proxy.response()).status == 200
             assert replica.networks_of_tokens[-1] == address
-            assert set(replica.cpu_scheduler._shares) == {("stranger", address)}
+            assert set(replica.cpu_scheduler._shares) == {("network", address)}
 
 
 async def test_connections_without_a_token_give_way_to_others() -> None:

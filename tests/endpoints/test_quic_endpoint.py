@@ -314,13 +314,13 @@ async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for
         assert (first.retried, second.retried) == (False, True)
         assert await ask(server.address, *first_flight(server.address)) is None
         assert server.endpoint.statistics().crowded > 0
-        assert (addresses.of("127.0.0.1"), server.router.half_open) == (2, 0)
+        assert (addresses.count("127.0.0.1"), server.router.half_open) == (2, 0)
         second.connection.close()
         second.transmit()
-        while addresses.of("127.0.0.1") > 1:
+        while addresses.count("127.0.0.1") > 1:
             await trio.sleep(0.01)
         await server.log_in()
-        assert addresses.of("127.0.0.1") == 2
+        assert addresses.count("127.0.0.1") == 2
 
 
 async def test_forged_addresses_make_no_network_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:

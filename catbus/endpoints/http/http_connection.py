@@ -143,10 +143,10 @@ class HttpConnection:
         request = replace(request, network=client.network)
         source = registry.proxies.source_of(self._peer)
         if client.network != source.network:
-            replica.cpu_scheduler.come_from(client.network)
+            replica.cpu_scheduler.set_network(client.network)
         # The connection itself counts already, as its peer's.
         counted = source.limited == client.limited
-        with replica.addresses.holding("" if counted else client.limited, trio.current_time()) as admitted:
+        with replica.addresses.counted("" if counted else client.limited, trio.current_time()) as admitted:
             if not admitted:
                 registry.crowded += 1
                 replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
@@ -183,7 +183,7 @@ class HttpConnection:
 
     async def _next_request(self, idle_time: float) -> HttpRequest:
         if self._http.trailing_data[0]:
-            await self._replica.cpu_scheduler.next()
+            await self._replica.cpu_scheduler.yield_cpu()
         else:
             await self._wait_for_more(idle_time)
         with trio.move_on_after(HEAD_TIME) as limit:
@@ -226,7 +226,7 @@ class HttpConnection:
                 if keep:
                     body += event.data
                 if parts % PARTS_AT_A_TIME == 0:
-                    await self._replica.cpu_scheduler.next()
+                    await self._replica.cpu_scheduler.yield_cpu()
                 if size > BODY_SIZE:
                     raise RequestRejected(line(413))
             return bytes(body)
@@ -237,7 +237,7 @@ class HttpConnection:
         size = _RECEIVE_SIZE if self._unauthenticated.released else HEAD_SIZE
         data = bytes(await self._stream.receive_some(size))
         self._unauthenticated.received(len(data))
-        await self._replica.cpu_scheduler.wait()
+        await self._replica.cpu_scheduler.acquire()
         self._http.receive_data(data)
 
     async def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:

@@ -21,7 +21,7 @@ from .http_connection import serve_http_connection
 from .http_response import CROWDED
 
 if TYPE_CHECKING:
-    from ...limits.cpu_fairness import CpuScheduler
+    from ...limits.cpu_scheduler import CpuScheduler
     from ...replica import Replica
 
 HANDSHAKE_TIME = 10.0
@@ -160,7 +160,7 @@ async def _serve_peer(replica: Replica, registry: ConnectionRegistry, limit: int
     peer, plain = _address(stream), not replica.config.websocket.tls
     source = registry.proxies.source_of(peer)
     with ExitStack() as stack:
-        admitted = stack.enter_context(replica.addresses.holding(source.limited, trio.current_time()))
+        admitted = stack.enter_context(replica.addresses.counted(source.limited, trio.current_time()))
         full = admitted and registry.connections >= limit and not registry.evict()
         prove = stack.enter_context(registry.admit(source.network))
         stack.enter_context(replica.cpu_scheduler.serve(source.network))
@@ -195,7 +195,7 @@ async def _encrypt(replica: Replica, stream: trio.SocketStream) -> TlsStream | N
     encrypted = trio.SSLStream(stream, replica.certificates.latest_tls(), server_side=True, https_compatible=True)
     with trio.move_on_after(HANDSHAKE_TIME):
         try:
-            await replica.cpu_scheduler.wait()
+            await replica.cpu_scheduler.acquire()
             await encrypted.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.debug("a peer does not speak TLS", reason=str(error.__cause__ or error))

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import trio
 
-from ...limits.cpu_fairness import CpuScheduler
+from ...limits.cpu_scheduler import CpuScheduler
 from ..graceful_close import close_gently
 from .frame_encoder import close_frame, is_close
 from .inbound_frames import InboundFrames
@@ -36,6 +36,7 @@ class FrameStream(trio.abc.Stream):
 
     __slots__ = (
         "_answered",
+        "_cpu_scheduler",
         "_ended",
         "_fd",
         "_head",
@@ -48,7 +49,6 @@ class FrameStream(trio.abc.Stream):
         "_rest",
         "_socket",
         "_stream",
-        "_turns",
         "broken",
         "busy",
         "last_heard",
@@ -95,7 +95,7 @@ class FrameStream(trio.abc.Stream):
         self._nursery = nursery
         self._refill = refill
         self._inbound = InboundFrames() if inbound is None else inbound
-        self._turns = CpuScheduler() if cpu_scheduler is None else cpu_scheduler
+        self._cpu_scheduler = CpuScheduler() if cpu_scheduler is None else cpu_scheduler
         self._reading = reading
         self._head = head
         self._rest = rest
@@ -174,7 +174,7 @@ class FrameStream(trio.abc.Stream):
                 else:
                     break
         if not self.broken:
-            await close_gently(self._stream, self._turns)
+            await close_gently(self._stream, self._cpu_scheduler)
 
     async def _write_on(self) -> None:
         try:
@@ -260,7 +260,7 @@ class FrameStream(trio.abc.Stream):
         while True:
             if passed := self._inbound.take():
                 # The library may take all that it gets in one go: somebody else's turn comes first.
-                await self._turns.next()
+                await self._cpu_scheduler.yield_cpu()
                 return passed
             if self._inbound.refused is not None:
                 self.close(close_frame(*self._inbound.refused))
@@ -279,7 +279,7 @@ class FrameStream(trio.abc.Stream):
             self._rest = self._rest[len(data) :]
         else:
             data = bytes(await self._stream.receive_some(max_bytes))
-            await self._turns.wait()
+            await self._cpu_scheduler.acquire()
         self.last_heard = trio.current_time()
         self.received += len(data)
         if self.on_received is not None:

@@ -22,7 +22,7 @@ from .inbound_frames import InboundFrames
 
 if TYPE_CHECKING:
     from ...config import WebSocketSettings
-    from ...limits.cpu_fairness import CpuScheduler
+    from ...limits.cpu_scheduler import CpuScheduler
     from ...replica import Replica
     from ...session.driver import SessionDriver
 

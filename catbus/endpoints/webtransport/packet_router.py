@@ -269,11 +269,11 @@ class PacketRouter:
             self.refused += 1
             return None
         limited, addresses = self._proxies.source_of(place.address[0]).limited, self._replica.addresses
-        if not addresses.has_room(limited, now):
+        if not addresses.allows(limited, now):
             self.crowded += 1
             return None
         # What is not proved may be forged: by that nobody shall take more than half of what an address may have.
-        half = addresses.of(limited) >= addresses.most // 2
+        half = addresses.count(limited) >= addresses.limit // 2
         original, retry_source = header.destination, None
         if proof is not None:
             original, retry_source = proof, header.destination
@@ -298,7 +298,7 @@ class PacketRouter:
         if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
         self.peers.add(peer)
-        addresses.enter(limited)
+        addresses.add(limited)
         # Forged addresses make nobody's network one that has many of them.
         self._half_open.add(peer, "" if proof is None else peer.network)
         self.begun += 1
@@ -406,7 +406,7 @@ class PacketRouter:
         self._timers.set(peer, None)
         if peer in self.peers:
             self.peers.remove(peer)
-            self._replica.addresses.leave(peer.limited)
+            self._replica.addresses.remove(peer.limited)
         for connection_id in peer.connection.connection_ids:
             if self._routes.get(connection_id) is peer:
                 del self._routes[connection_id]

@@ -399,7 +399,7 @@ class WebTransportSession:
         try:
             while client.closing is None:
                 if self._inbox:
-                    await self._replica.cpu_scheduler.wait()
+                    await self._replica.cpu_scheduler.acquire()
                     data = b"".join(self._inbox)
                     self._inbox.clear()
                     await client.receive(data)

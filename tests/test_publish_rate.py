@@ -1,4 +1,4 @@
-"""How fast a client may publish, and that no other has part in it."""
+"""catbus.limits.publish_rate: the rate limit of each client."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from catbus.limits import publish_rate
 from catbus.limits.publish_rate import PublishRateLimit, PublishRateLimits
 
 
-def test_a_second_s_worth_goes_at_once_and_then_the_rate_applies() -> None:
+def test_burst_of_one_second_is_free_and_then_the_rate_applies() -> None:
     some = PublishRateLimit(10, 1000, 5.0)
     assert [some.spend(1, 10, 5.0) for _ in range(11)] == [0.0] * 10 + [0.1]
     assert some.spend(0, 0, 5.0) == 0.1
     assert some.spend(0, 0, 5.1) == pytest.approx(0)
 
 
-def test_bytes_count_beside_messages() -> None:
+def test_bytes_are_limited_besides_messages() -> None:
     some = PublishRateLimit(10, 1000, 0.0)
     assert some.spend(1, 5000, 0.0) == 4.0
     assert some.spend(0, 0, 3.0) == 1.0
@@ -25,7 +25,7 @@ def test_bytes_count_beside_messages() -> None:
 
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), max_size=40))
-def test_a_client_that_waits_as_long_as_it_is_told_keeps_to_its_rate(rate: int, steps: list[tuple[int, int]]) -> None:
+def test_client_that_waits_as_told_keeps_to_its_rate(rate: int, steps: list[tuple[int, int]]) -> None:
     quota, now, spent = PublishRateLimit(rate, 1 << 40, 0.0), 0.0, 0
     for pause, messages in steps:
         now += pause
@@ -34,35 +34,35 @@ def test_a_client_that_waits_as_long_as_it_is_told_keeps_to_its_rate(rate: int, 
         assert spent <= rate * (now + 1) + 1e-6
 
 
-def test_the_sessions_of_a_client_share_its_quota_and_those_of_others_do_not() -> None:
+def test_sessions_of_a_client_share_its_limit() -> None:
     some = PublishRateLimits(10, 1000)
-    assert some.of("a", 0.0) is some.of("a", 1.0)
-    assert some.of("a", 0.0) is not some.of("b", 0.0)
+    assert some.get("a", 0.0) is some.get("a", 1.0)
+    assert some.get("a", 0.0) is not some.get("b", 0.0)
     assert some.new(0.0) is not some.new(0.0)
 
 
-def test_clients_that_have_published_nothing_for_long_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish_rate, "KEPT", 3)
+def test_idle_clients_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish_rate, "MAX_REMEMBERED", 3)
     some = PublishRateLimits(10, 1000)
-    quick = some.of("quick", 0.0)
+    quick = some.get("quick", 0.0)
     quick.spend(30, 0, 0.0)
     for client in "xy":
-        some.of(client, 0.0).spend(1, 0, 0.0)
-    some.of("z", 1.0)
+        some.get(client, 0.0).spend(1, 0, 0.0)
+    some.get("z", 1.0)
     del quick
-    assert some.of("quick", 1.0).spend(0, 0, 1.0) > 0, "it still owes what it has published"
+    assert some.get("quick", 1.0).spend(0, 0, 1.0) > 0, "it still owes what it has published"
 
 
-def test_a_client_with_a_session_is_not_forgotten_whoever_else_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish_rate, "KEPT", 3)
+def test_client_with_a_session_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish_rate, "MAX_REMEMBERED", 3)
     some = PublishRateLimits(10, 1000)
-    held = some.of("held", 0.0)
+    held = some.get("held", 0.0)
     for number in range(100):
-        some.of(number, 5.0)
-    assert some.of("held", 5.0) is held
+        some.get(number, 5.0)
+    assert some.get("held", 5.0) is held
 
 
-def test_clients_that_all_publish_are_forgotten_without_a_look_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_a_busy_client_looks_at_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
     is_full = PublishRateLimit.is_full
 
@@ -72,8 +72,8 @@ def test_clients_that_all_publish_are_forgotten_without_a_look_at_all_of_them(mo
         return is_full(quota, now)
 
     monkeypatch.setattr(PublishRateLimit, "is_full", counted)
-    monkeypatch.setattr(publish_rate, "KEPT", 1000)
+    monkeypatch.setattr(publish_rate, "MAX_REMEMBERED", 1000)
     some = PublishRateLimits(10, 1000)
     for network in range(3000):
-        some.of(("token", network), 0.0).spend(1, 0, 0.0)
+        some.get(("token", network), 0.0).spend(1, 0, 0.0)
     assert looks <= 8 * 2000

@@ -13,7 +13,7 @@ from catbus.limits.token_bucket import TokenBucket
     st.integers(1, 50),
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 60)), max_size=40),
 )
-def test_no_more_is_taken_in_any_time_than_its_rate_and_a_burst(
+def test_tokens_taken_in_any_period_are_at_most_rate_and_burst(
     rate: int, burst: int, steps: list[tuple[int, int]]
 ) -> None:
     bucket, now = TokenBucket(rate, burst, 0), 0
@@ -31,7 +31,7 @@ def test_no_more_is_taken_in_any_time_than_its_rate_and_a_burst(
             assert sum(tokens for at, tokens in taken if since <= at <= until) <= burst + rate * (until - since)
 
 
-def test_what_was_spent_beyond_what_there_was_has_to_come_again_first() -> None:
+def test_debt_is_refilled_before_tokens_are_given() -> None:
     bucket = TokenBucket(2, 10, 0)
     bucket.spend(16)
     assert bucket.level(0) == -6
@@ -40,7 +40,7 @@ def test_what_was_spent_beyond_what_there_was_has_to_come_again_first() -> None:
     assert bucket.level(100) == 10
 
 
-def test_what_is_charged_says_when_nothing_is_owed_any_more() -> None:
+def test_charge_returns_when_nothing_is_owed() -> None:
     bucket = TokenBucket(2, 10, 0)
     assert bucket.charge(10, 0) == 0
     assert bucket.charge(6, 0) == 3
