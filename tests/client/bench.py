@@ -20,7 +20,7 @@ from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection, Request, TextMessage
 
 from catbus.client import Bus, connect
-from tests.client.fake import AUTH_OK, message
+from tests.client.scripted_broker import AUTH_OK, message
 
 PAYLOAD = {"status": "paid", "text": "x" * 100}
 FRAME = 500

@@ -11,22 +11,22 @@ import sniffio
 from catbus.client import Disconnected, Gap, Head, Live, Refused, connect
 from catbus.errors import ErrorCode
 from catbus.protocol import wire_messages as wire
-from tests.client.fake import EPOCH, Honest, Peer, message, serve, talk, talk_to
+from tests.client.scripted_broker import EPOCH, Honest, Peer, message, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_it_runs_on_the_backend_that_was_asked_for(anyio_backend_name: str) -> None:
+async def test_client_runs_on_the_selected_backend(anyio_backend_name: str) -> None:
     assert sniffio.current_async_library() == anyio_backend_name
 
 
-async def test_what_the_broker_says_of_itself() -> None:
+async def test_bus_shows_what_the_broker_reported() -> None:
     async with talk_to(Honest()) as bus:
         assert (bus.client_id, bus.producer, bus.epoch, bus.head, bus.floor) == ("alice", "p1", EPOCH, 100, 1)
         assert bus.limits["message_size"] == 65536
 
 
-async def test_a_publish_returns_its_seq() -> None:
+async def test_publish_returns_its_seq() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.published(101)
         assert request == {"type": "publish", "channel": "orders.42", "payload": {"status": "paid"}, "id": 1}
@@ -39,14 +39,14 @@ async def test_a_publish_returns_its_seq() -> None:
         assert bus.head == 102
 
 
-async def test_an_ephemeral_publish_has_no_seq() -> None:
+async def test_ephemeral_publish_has_no_seq() -> None:
     broker = Honest()
     async with talk_to(broker) as bus:
         assert await bus.publish("a", 1, ephemeral=True) is None
     assert broker.published[0]["ephemeral"] is True
 
 
-async def test_a_publish_that_the_broker_refuses() -> None:
+async def test_rejected_publish_raises_refused() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.expect("publish")
         refusal = {"message": "slow down", "code": "rate_limited", "retry_after": 0.5}
@@ -59,7 +59,7 @@ async def test_a_publish_that_the_broker_refuses() -> None:
         assert caught.value.retry_after == 0.5
 
 
-async def test_what_is_obviously_wrong_is_never_sent() -> None:
+async def test_invalid_request_is_never_sent() -> None:
     broker = Honest()
     async with talk_to(broker) as bus:
         with pytest.raises(Refused) as caught:
@@ -86,7 +86,7 @@ async def test_what_is_obviously_wrong_is_never_sent() -> None:
     assert broker.published == broker.subscribes == []
 
 
-async def test_many_publishes_go_in_few_frames_and_come_back_in_order() -> None:
+async def test_publish_many_uses_few_frames_and_returns_results_in_order() -> None:
     frames = 0
 
     async def script(peer: Peer) -> None:
@@ -107,7 +107,7 @@ async def test_many_publishes_go_in_few_frames_and_come_back_in_order() -> None:
     assert frames == 1
 
 
-async def test_many_publishes_each_have_their_own_refusal() -> None:
+async def test_publish_many_returns_an_error_for_each_rejected_message() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.expect("publish")
         refusal = {"message": "no", "code": "unauthorized"}
@@ -124,12 +124,12 @@ async def test_many_publishes_each_have_their_own_refusal() -> None:
     ]
 
 
-async def test_publishing_nothing_is_nothing() -> None:
+async def test_publish_many_accepts_an_empty_list() -> None:
     async with talk(Peer.linger) as bus:
         assert await bus.publish_many([]) == []
 
 
-async def test_no_more_publishes_are_unanswered_than_the_broker_allows() -> None:
+async def test_publishes_in_flight_stay_below_the_limit_of_the_broker() -> None:
     async def script(peer: Peer) -> None:
         await peer.admit(limits={"pending_publishes": 3})
         numbers = [(await peer.expect("publish"))["id"] for _ in range(3)]
@@ -147,7 +147,7 @@ async def test_no_more_publishes_are_unanswered_than_the_broker_allows() -> None
         assert await bus.publish_many([("a", number) for number in range(10)]) == list(range(1, 11))
 
 
-async def test_publishes_of_many_tasks_share_frames() -> None:
+async def test_publishes_of_several_tasks_share_frames() -> None:
     broker = Honest()
     seqs: list[int] = []
     async with talk_to(broker) as bus:
@@ -163,7 +163,7 @@ async def test_publishes_of_many_tasks_share_frames() -> None:
     assert numbers == sorted(numbers)
 
 
-async def test_a_payload_may_be_passed_on_as_it_came() -> None:
+async def test_raw_payload_is_published_unchanged() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.write(b'{"type":"message","channel":"a.b","payload":{"n": 1.0},"pattern":"a.*","seq":101,"at":1}\n')
@@ -178,7 +178,7 @@ async def test_a_payload_may_be_passed_on_as_it_came() -> None:
             tasks.cancel_scope.cancel()
 
 
-async def test_messages_come_with_everything_about_them() -> None:
+async def test_message_has_all_fields() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed(seq=110)
         await peer.send({**message(111, {"n": 1}), "sender": "bob"}, message(None, "psst"))
@@ -194,7 +194,7 @@ async def test_messages_come_with_everything_about_them() -> None:
         assert messages.cursor == 111
 
 
-async def test_gaps_and_marks_reach_the_application_in_their_place() -> None:
+async def test_events_reach_the_application_in_order_with_the_messages() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.subscribed(seq=120)
         assert (request["since"], request["epoch"]) == (50, "e0")
@@ -218,7 +218,7 @@ async def test_gaps_and_marks_reach_the_application_in_their_place() -> None:
         assert messages.cursor == 131
 
 
-async def test_a_head_moves_the_cursor_of_who_is_waiting() -> None:
+async def test_head_updates_the_cursor_of_a_waiting_iteration() -> None:
     async with talk_to(Honest()) as bus, bus.subscribe("b") as messages:
         moved = anyio.Event()
 
@@ -237,7 +237,7 @@ async def test_a_head_moves_the_cursor_of_who_is_waiting() -> None:
             tasks.cancel_scope.cancel()
 
 
-async def test_an_event_callback_that_raises_is_the_iterations_own_affair() -> None:
+async def test_exception_of_an_event_callback_leaves_the_iteration() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.send({"type": "live", "pattern": "a.*", "seq": 120}, message(121))
@@ -251,7 +251,7 @@ async def test_an_event_callback_that_raises_is_the_iterations_own_affair() -> N
         assert (await anext(messages)).seq == 121
 
 
-async def test_a_subscription_that_the_broker_refuses() -> None:
+async def test_rejected_subscription_raises_refused() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.expect("subscribe")
         refusal = {"message": "no read grant", "code": "unauthorized"}
@@ -267,7 +267,7 @@ async def test_a_subscription_that_the_broker_refuses() -> None:
             pass
 
 
-async def test_two_iterations_of_a_pattern_share_one_subscription_each_from_its_own_start() -> None:
+async def test_two_iterations_of_a_pattern_share_one_subscription_with_separate_starts() -> None:
     broker = Honest()
     async with talk_to(broker) as bus, bus.subscribe("a") as first:
         await bus.publish_many([("a", 1), ("a", 2)])
@@ -282,7 +282,7 @@ async def test_two_iterations_of_a_pattern_share_one_subscription_each_from_its_
     assert len(broker.subscribes) == 2
 
 
-async def test_a_revoked_subscription_hands_out_what_came_before_and_then_raises() -> None:
+async def test_revoked_subscription_returns_earlier_messages_and_then_raises() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.send(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101})
@@ -297,7 +297,7 @@ async def test_a_revoked_subscription_hands_out_what_came_before_and_then_raises
         assert await bus.publish("b", 1) == 102
 
 
-async def test_leaving_a_subscription_unsubscribes() -> None:
+async def test_leaving_the_block_unsubscribes() -> None:
     broker = Honest()
     async with talk_to(broker) as bus:
         async with bus.subscribe("a") as messages:
@@ -308,7 +308,7 @@ async def test_leaving_a_subscription_unsubscribes() -> None:
         assert not broker.held
 
 
-async def test_several_subscriptions_at_once() -> None:
+async def test_several_subscriptions_receive_their_own_messages() -> None:
     async with (
         talk_to(Honest()) as bus,
         bus.subscribe("a.*") as some,
@@ -321,7 +321,7 @@ async def test_several_subscriptions_at_once() -> None:
         assert nothing.cursor == 100
 
 
-async def test_history_comes_in_pages() -> None:
+async def test_history_returns_pages() -> None:
     async with talk_to(Honest()) as bus:
         await bus.publish_many([("a.b", number) for number in range(5)])
         page = await bus.history("a.*", limit=3)
@@ -332,7 +332,7 @@ async def test_history_comes_in_pages() -> None:
         assert not page.more
 
 
-async def test_the_last_messages_come_first_and_then_what_is_new() -> None:
+async def test_last_messages_come_before_new_ones() -> None:
     broker = Honest()
     broker.page = 2
     async with talk_to(broker) as bus:
@@ -346,7 +346,7 @@ async def test_the_last_messages_come_first_and_then_what_is_new() -> None:
             assert nothing.cursor == 107
 
 
-async def test_what_is_published_while_the_last_messages_are_fetched_comes_after_them() -> None:
+async def test_message_published_during_the_fetch_comes_after_the_last_messages() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed(seq=110)
         request = await peer.expect("history")
@@ -359,7 +359,7 @@ async def test_what_is_published_while_the_last_messages_are_fetched_comes_after
         assert [(await anext(messages)).seq for _ in range(3)] == [104, 109, 111]
 
 
-async def test_the_last_messages_of_another_log_are_left_out_where_a_gap_tells_of_them() -> None:
+async def test_last_messages_of_another_epoch_are_dropped_if_a_gap_covers_them() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed(seq=110)
         request = await peer.expect("history")
@@ -373,7 +373,7 @@ async def test_the_last_messages_of_another_log_are_left_out_where_a_gap_tells_o
         assert [gap.last for gap in messages.gaps] == [90]
 
 
-async def test_cursors_of_messages_and_pages_and_subscriptions_are_places_to_go_on_from() -> None:
+async def test_subscription_resumes_at_a_cursor_of_a_message_page_or_subscription() -> None:
     broker = Honest()
     async with talk_to(broker) as bus:
         await bus.publish_many([("a", number) for number in range(4)])
@@ -395,7 +395,7 @@ async def test_cursors_of_messages_and_pages_and_subscriptions_are_places_to_go_
             assert (await anext(messages)).seq == 103
 
 
-async def test_an_ephemeral_message_is_no_place_to_go_on_from() -> None:
+async def test_ephemeral_message_has_no_cursor() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.send(message(None, "psst"))
@@ -404,7 +404,7 @@ async def test_an_ephemeral_message_is_no_place_to_go_on_from() -> None:
         assert (await anext(messages)).cursor is None
 
 
-async def test_history_asks_for_what_it_is_told_to() -> None:
+async def test_history_sends_its_arguments() -> None:
     async def script(peer: Peer) -> None:
         request = await peer.expect("history")
         assert (request["pattern"], request["limit"], request["before"]) == ("a", 7, 50)
@@ -415,12 +415,12 @@ async def test_history_asks_for_what_it_is_told_to() -> None:
             await bus.history("a", limit=7, before=50)
 
 
-async def test_a_ping_tells_how_long_it_took() -> None:
+async def test_ping_returns_the_round_trip_time() -> None:
     async with talk_to(Honest()) as bus:
         assert 0 <= await bus.ping() < 5
 
 
-async def test_authenticating_again_renews_the_token() -> None:
+async def test_authenticate_renews_the_token() -> None:
     async def script(peer: Peer) -> None:
         assert (await peer.admit(head=120))["token"] == "t2"
         await peer.expect("auth")
@@ -445,7 +445,7 @@ async def test_goaway_reaches_the_application() -> None:
     assert events == [wire.GoAway("stopping", 1.5)]
 
 
-async def test_everything_that_waits_hears_of_the_end_of_the_connection() -> None:
+async def test_every_waiting_call_raises_disconnected_when_the_connection_ends() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         for kind in ("publish", "publish", "publish", "history", "ping", "subscribe"):
@@ -483,7 +483,7 @@ async def test_everything_that_waits_hears_of_the_end_of_the_connection() -> Non
             await anext(messages)
 
 
-async def test_a_closed_bus_says_so() -> None:
+async def test_closed_bus_raises_disconnected() -> None:
     async with serve(Honest()) as url:
         async with connect(url, token="t") as bus:
             pass
@@ -493,7 +493,7 @@ async def test_a_closed_bus_says_so() -> None:
             await bus.ping()
 
 
-async def test_a_whole_frame_of_messages_is_handed_out_without_starving_others() -> None:
+async def test_iteration_over_a_full_frame_lets_other_tasks_run() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.send(*[message(seq) for seq in range(101, 1101)])

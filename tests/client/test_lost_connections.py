@@ -24,8 +24,8 @@ from catbus.client.subscription_manager import SubscriptionManager
 from catbus.errors import ErrorCode, Refused
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
-from tests.client.fake import AUTH_OK, EPOCH, message
-from tests.client.test_conversation import lines, sent, seqs, subscribed
+from tests.client.scripted_broker import AUTH_OK, EPOCH, message
+from tests.client.test_protocol_connection import lines, sent, seqs, subscribed
 
 
 class Client:
@@ -78,7 +78,7 @@ def codes(batch: PublishBatch) -> list[Any]:
 # Publishing
 
 
-def test_what_has_no_answer_is_sent_again_with_what_was_known_then_and_before_what_is_new() -> None:
+def test_publish_without_a_reply_is_retried_before_newer_publishes() -> None:
     client = Client()
     first = client.go_on(head=100)
     early = client.publish("one", "two")
@@ -96,7 +96,7 @@ def test_what_has_no_answer_is_sent_again_with_what_was_known_then_and_before_wh
     assert not client.in_flight.publishes_in_flight
 
 
-def test_who_has_published_is_said_on_the_next_connection() -> None:
+def test_next_connection_sends_the_producer_id() -> None:
     client = Client()
     client.go_on().connection_lost("gone")
     second = ProtocolConnection(client.in_flight, client.subscriptions)
@@ -115,7 +115,7 @@ def test_who_has_published_is_said_on_the_next_connection() -> None:
         ({"producer": ""}, False),
     ],
 )
-def test_what_cannot_be_known_is_not_sent_again(next_time: dict[str, Any], sure: bool) -> None:
+def test_publish_with_an_unknowable_outcome_is_not_retried(next_time: dict[str, Any], sure: bool) -> None:
     client = Client()
     first = client.go_on(head=100)
     batch = client.publish("x")
@@ -126,7 +126,7 @@ def test_what_cannot_be_known_is_not_sent_again(next_time: dict[str, Any], sure:
     assert bool(batch.missing) is sure
 
 
-def test_what_is_too_large_with_its_story_stays_in_doubt() -> None:
+def test_publish_too_large_for_a_retry_ends_as_unknown() -> None:
     client = Client()
     first = client.go_on(limits={"message_size": 100})
     batch = client.publish("x" * 40)
@@ -135,7 +135,7 @@ def test_what_is_too_large_with_its_story_stays_in_doubt() -> None:
     assert codes(batch) == [ErrorCode.UNKNOWN]
 
 
-def test_an_ephemeral_message_is_never_sent_twice() -> None:
+def test_ephemeral_message_is_never_retried() -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("now", ephemeral=True)
@@ -146,7 +146,7 @@ def test_an_ephemeral_message_is_never_sent_twice() -> None:
     assert waiting.missing
 
 
-def test_what_a_stopping_replica_gives_back_goes_to_the_next_under_a_new_id_and_before_what_came_later() -> None:
+def test_publish_rejected_by_a_draining_replica_goes_to_the_next_with_a_new_id() -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("one", "two")
@@ -168,7 +168,7 @@ def test_what_a_stopping_replica_gives_back_goes_to_the_next_under_a_new_id_and_
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_what_is_given_back_is_not_put_behind_what_came_after_it(answered: bool) -> None:
+def test_rejected_publish_is_not_sent_behind_a_newer_one(answered: bool) -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("one", "two")
@@ -182,7 +182,7 @@ def test_what_is_given_back_is_not_put_behind_what_came_after_it(answered: bool)
 IN_PASSING = [ErrorCode.UNKNOWN, ErrorCode.UNAVAILABLE, ErrorCode.OVERLOADED, ErrorCode.RATE_LIMITED]
 
 
-def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() -> None:
+def test_publish_of_unknown_outcome_is_retried_before_newer_publishes() -> None:
     client = Client()
     only = client.go_on(head=100)
     batch = client.publish("one", "two", "three")
@@ -206,7 +206,7 @@ def test_what_the_broker_does_not_know_is_asked_again_before_anything_newer() ->
 
 
 @pytest.mark.parametrize("code", sorted(set(ErrorCode) - {ErrorCode.SHUTTING_DOWN, ErrorCode.UNKNOWN}))
-def test_only_the_first_try_is_refused_for_certain(code: ErrorCode) -> None:
+def test_rejection_of_a_retry_does_not_settle_the_publish(code: ErrorCode) -> None:
     client = Client()
     only = client.go_on()
     certain, doubtful = client.publish("one"), client.publish("two")
@@ -220,7 +220,7 @@ def test_only_the_first_try_is_refused_for_certain(code: ErrorCode) -> None:
 
 
 @pytest.mark.parametrize("code", IN_PASSING)
-def test_asking_again_has_an_end(code: ErrorCode) -> None:
+def test_retries_are_bounded(code: ErrorCode) -> None:
     client = Client()
     only = client.go_on()
     batch = client.publish("one")
@@ -235,7 +235,7 @@ def test_asking_again_has_an_end(code: ErrorCode) -> None:
     assert tries == MAX_TRIES
 
 
-def test_publish_that_ends_every_connection_does_not_hold_back_what_is_newer_for_ever() -> None:
+def test_publish_that_ends_every_connection_does_not_block_newer_ones_for_ever() -> None:
     client = Client()
     poison, newer = client.publish("poison"), client.publish("newer")
     later: list[PublishBatch] = []
@@ -252,7 +252,7 @@ def test_publish_that_ends_every_connection_does_not_hold_back_what_is_newer_for
 
 
 @pytest.mark.parametrize("how", ["lost", "unknown"])
-def test_a_stopping_replica_cannot_say_what_became_of_an_earlier_try(how: str) -> None:
+def test_draining_replica_cannot_settle_an_earlier_try(how: str) -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("one")
@@ -273,7 +273,7 @@ def test_a_stopping_replica_cannot_say_what_became_of_an_earlier_try(how: str) -
     assert (codes(batch), codes(later)) == ([90], [101])
 
 
-def test_what_was_unknown_when_the_connection_was_lost_is_asked_on_the_next() -> None:
+def test_uncertain_publish_is_retried_on_the_next_connection() -> None:
     client = Client()
     first = client.go_on(head=100)
     batch = client.publish("one")
@@ -288,7 +288,7 @@ def test_what_was_unknown_when_the_connection_was_lost_is_asked_on_the_next() ->
     assert codes(batch) == [101]
 
 
-def test_while_moving_nothing_is_asked_again_on_the_old_connection() -> None:
+def test_old_connection_gets_no_retry_during_a_move() -> None:
     client = Client()
     old = client.go_on()
     batch = client.publish("one")
@@ -304,7 +304,7 @@ def test_while_moving_nothing_is_asked_again_on_the_old_connection() -> None:
     assert batch.missing
 
 
-def test_an_epoch_that_begins_meanwhile_leaves_it_in_doubt() -> None:
+def test_new_epoch_makes_an_uncertain_publish_unknown() -> None:
     client = Client()
     only = client.go_on()
     client.subscribe()
@@ -318,7 +318,7 @@ def test_an_epoch_that_begins_meanwhile_leaves_it_in_doubt() -> None:
     assert codes(batch) == [ErrorCode.UNKNOWN]
 
 
-def test_an_ephemeral_message_that_is_in_doubt_stays_so() -> None:
+def test_uncertain_ephemeral_message_ends_as_unknown() -> None:
     client = Client()
     only = client.go_on()
     batch = client.publish("now", ephemeral=True)
@@ -327,7 +327,7 @@ def test_an_ephemeral_message_that_is_in_doubt_stays_so() -> None:
     assert not client.in_flight.retry_pending
 
 
-def test_what_came_back_is_dropped_when_nobody_waits_for_it() -> None:
+def test_rejected_publish_is_dropped_if_its_task_was_cancelled() -> None:
     client = Client()
     first = client.go_on()
     batch = client.publish("one")
@@ -338,7 +338,7 @@ def test_what_came_back_is_dropped_when_nobody_waits_for_it() -> None:
     assert sent(client.go_on()) == []
 
 
-def test_nothing_that_comes_after_the_loss_counts() -> None:
+def test_reply_after_the_loss_of_the_connection_is_ignored() -> None:
     client = Client()
     old = client.go_on()
     batch, queue = client.publish("one"), client.subscribe()
@@ -352,7 +352,7 @@ def test_nothing_that_comes_after_the_loss_counts() -> None:
     assert codes(batch) == [101]
 
 
-def test_with_one_connection_only_a_stopping_replica_has_the_last_word() -> None:
+def test_rejection_by_a_draining_replica_is_final_without_reconnect() -> None:
     client = Client(reconnects=False)
     first = client.go_on()
     batch = client.publish("one")
@@ -360,7 +360,7 @@ def test_with_one_connection_only_a_stopping_replica_has_the_last_word() -> None
     assert codes(batch) == [ErrorCode.SHUTTING_DOWN]
 
 
-def test_what_nobody_waits_for_is_not_sent_unless_it_was() -> None:
+def test_cancelled_publish_is_not_sent_unless_it_already_was() -> None:
     client = Client()
     first = client.go_on()
     gone = client.publish("sent")
@@ -375,7 +375,7 @@ def test_what_nobody_waits_for_is_not_sent_unless_it_was() -> None:
     assert client.in_flight.unsent_bytes == 0
 
 
-def test_histories_and_pings_are_asked_again_unless_nobody_waits() -> None:
+def test_history_and_ping_are_requested_again_unless_cancelled() -> None:
     client = Client()
     first = client.go_on()
     history, ping, unwanted = client.in_flight.history("a", 7, None), client.in_flight.ping(), client.in_flight.ping()
@@ -402,7 +402,7 @@ def test_histories_and_pings_are_asked_again_unless_nobody_waits() -> None:
 # Subscribing
 
 
-def test_each_subscription_goes_on_where_it_was() -> None:
+def test_each_subscription_resumes_at_its_cursor() -> None:
     client = Client()
     first = client.go_on()
     seen, fresh, asked = client.subscribe("a.*"), client.subscribe("b"), client.subscribe("c", 50, "e0")
@@ -423,7 +423,7 @@ def test_each_subscription_goes_on_where_it_was() -> None:
     assert asked.phase is QueuePhase.REQUESTED
 
 
-def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
+def test_rejected_resume_ends_only_that_subscription() -> None:
     client = Client()
     first = client.go_on()
     one, other = client.subscribe("a.*"), client.subscribe("b")
@@ -437,7 +437,7 @@ def test_a_refusal_on_coming_back_ends_that_subscription_only() -> None:
     assert seqs(other) == [101]
 
 
-def test_a_gap_after_coming_back_is_handed_on() -> None:
+def test_gap_after_a_reconnect_reaches_the_application() -> None:
     client = Client()
     first = client.go_on()
     queue = client.subscribe()
@@ -452,7 +452,7 @@ def test_a_gap_after_coming_back_is_handed_on() -> None:
     assert seqs(queue) == [101, 81]
 
 
-def test_one_that_was_given_back_to_the_broker_is_asked_for_again_when_there_is_room() -> None:
+def test_paused_subscription_resumes_on_the_next_connection_when_it_has_room() -> None:
     client = Client()
     first = client.go_on()
     queue = client.subscribe()
@@ -465,7 +465,7 @@ def test_one_that_was_given_back_to_the_broker_is_asked_for_again_when_there_is_
     assert sent(second)[0]["since"] == 101
 
 
-def test_relieved_and_left_while_there_is_no_connection() -> None:
+def test_paused_queue_may_be_drained_and_closed_without_a_connection() -> None:
     client = Client()
     first = client.go_on()
     queue, other = client.subscribe(), client.subscribe("b")
@@ -480,7 +480,7 @@ def test_relieved_and_left_while_there_is_no_connection() -> None:
 # Moving
 
 
-def test_while_moving_a_subscription_hears_the_old_connection_until_the_new_one_has_agreed() -> None:
+def test_subscription_receives_from_the_old_connection_until_the_new_one_replies() -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()
@@ -498,7 +498,7 @@ def test_while_moving_a_subscription_hears_the_old_connection_until_the_new_one_
     assert seqs(queue) == [101, 102, 103, 104]
 
 
-def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_sent_again() -> None:
+def test_publishes_wait_during_a_move_and_unanswered_ones_are_retried() -> None:
     client = Client()
     old = client.go_on()
     batch = client.publish("one", "two")
@@ -516,7 +516,7 @@ def test_while_moving_publishes_wait_and_what_the_old_one_has_not_answered_is_se
     assert later.missing
 
 
-def test_when_the_new_connection_is_lost_on_the_way_the_next_one_goes_on() -> None:
+def test_next_connection_resumes_after_a_failed_move() -> None:
     client = Client()
     old = client.go_on()
     queue, batch = client.subscribe(), client.publish("one")
@@ -537,7 +537,7 @@ def test_when_the_new_connection_is_lost_on_the_way_the_next_one_goes_on() -> No
     assert batch.missing
 
 
-def test_revoked_by_the_old_connection_while_moving() -> None:
+def test_revocation_by_the_old_connection_counts_during_a_move() -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()
@@ -552,7 +552,7 @@ def test_revoked_by_the_old_connection_while_moving() -> None:
     assert not queue.items
 
 
-def test_a_subscription_that_takes_on_too_much_while_moving_waits_for_the_new_connection() -> None:
+def test_queue_paused_during_a_move_waits_for_the_new_connection() -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()

@@ -10,9 +10,9 @@ from catbus.client.message_queue import CursorUpdate, MessageQueue, QueuePhase
 from catbus.client.protocol_connection import ProtocolConnection
 from catbus.client.server_messages import Gap
 from catbus.errors import ErrorCode, Refused
-from tests.client.fake import EPOCH, message
-from tests.client.test_conversation import lines, sent, seqs, subscribed
+from tests.client.scripted_broker import EPOCH, message
 from tests.client.test_lost_connections import Client
+from tests.client.test_protocol_connection import lines, sent, seqs, subscribed
 
 LIVE = {"type": "live", "pattern": "a.*", "seq": 120}
 
@@ -32,7 +32,7 @@ def gaps(queue: MessageQueue) -> list[tuple[int, int]]:
     ]
 
 
-def test_second_inbox_from_now_on_needs_no_request() -> None:
+def test_second_queue_at_the_head_needs_no_request() -> None:
     client = Client()
     protocol, first = begin(client)
     protocol.receive(lines(message(121)))
@@ -44,7 +44,7 @@ def test_second_inbox_from_now_on_needs_no_request() -> None:
     assert seqs(second) == [122, None]
 
 
-def test_inboxes_that_begin_together_are_asked_for_once() -> None:
+def test_queues_that_begin_together_share_one_request() -> None:
     client = Client()
     protocol = client.go_on()
     both = [client.subscribe(), client.subscribe()]
@@ -53,7 +53,7 @@ def test_inboxes_that_begin_together_are_asked_for_once() -> None:
     assert [seqs(queue) for queue in both] == [[121], [121]]
 
 
-def test_inbox_that_begins_further_back_gets_what_it_missed_and_the_other_gets_nothing_twice() -> None:
+def test_queue_with_a_lower_cursor_catches_up_without_repeats_for_the_other() -> None:
     client = Client()
     protocol, first = begin(client)
     protocol.receive(lines(message(121)))
@@ -67,7 +67,7 @@ def test_inbox_that_begins_further_back_gets_what_it_missed_and_the_other_gets_n
     assert seqs(second) == [111, 121, 122, 123]
 
 
-def test_gap_is_told_only_to_the_inbox_that_misses_something() -> None:
+def test_gap_reaches_only_the_queues_that_miss_messages() -> None:
     client = Client()
     protocol, first = begin(client)
     second, third = client.subscribe(since=50, epoch=EPOCH), client.subscribe(since=80, epoch=EPOCH)
@@ -78,7 +78,7 @@ def test_gap_is_told_only_to_the_inbox_that_misses_something() -> None:
     assert (seqs(first), seqs(second), seqs(third)) == ([], [91], [91])
 
 
-def test_inbox_of_another_epoch_is_asked_for_alone_and_then_all_together() -> None:
+def test_queue_of_another_epoch_is_requested_alone_and_then_with_the_others() -> None:
     client = Client()
     protocol, first = begin(client)
     second = client.subscribe(since=200, epoch="e0")
@@ -94,7 +94,7 @@ def test_inbox_of_another_epoch_is_asked_for_alone_and_then_all_together() -> No
     assert (seqs(second), gaps(second)) == ([151], [(151, 150)])
 
 
-def test_cursor_above_the_head_holds_nothing_back_from_another_inbox() -> None:
+def test_cursor_above_the_head_withholds_nothing_from_another_queue() -> None:
     client = Client()
     protocol, ahead = begin(client, since=1000)
     sent(protocol)
@@ -106,7 +106,7 @@ def test_cursor_above_the_head_holds_nothing_back_from_another_inbox() -> None:
     assert seqs(ahead) == [1001]
 
 
-def test_replica_that_is_behind_begins_for_nobody_below_the_place_that_it_was_asked_from() -> None:
+def test_lagging_replica_starts_no_queue_below_its_cursor() -> None:
     client = Client()
     protocol = client.go_on(head=130)
     client.subscribe(since=125, epoch=EPOCH)
@@ -116,7 +116,7 @@ def test_replica_that_is_behind_begins_for_nobody_below_the_place_that_it_was_as
     assert (second.cursor, seqs(second)) == (125, [126])
 
 
-def test_only_the_last_to_leave_unsubscribes() -> None:
+def test_last_queue_unsubscribes() -> None:
     client = Client()
     protocol, first = begin(client)
     second = client.subscribe()
@@ -128,7 +128,7 @@ def test_only_the_last_to_leave_unsubscribes() -> None:
     assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
 
 
-def test_inbox_that_leaves_before_the_answer_gets_nothing() -> None:
+def test_queue_closed_before_the_reply_receives_nothing() -> None:
     client = Client()
     protocol = client.go_on()
     first, second = client.subscribe(), client.subscribe()
@@ -139,7 +139,7 @@ def test_inbox_that_leaves_before_the_answer_gets_nothing() -> None:
     assert seqs(second) == [121]
 
 
-def test_full_inbox_waits_alone_and_goes_on_where_it_stopped() -> None:
+def test_full_queue_is_paused_alone_and_resumes_at_its_cursor() -> None:
     client = Client()
     protocol, slow = begin(client)
     fast = client.subscribe()
@@ -154,7 +154,7 @@ def test_full_inbox_waits_alone_and_goes_on_where_it_stopped() -> None:
     assert seqs(slow) == seqs(fast) == [121, 122, 123]
 
 
-def test_when_all_are_full_the_broker_stops() -> None:
+def test_subscription_is_paused_at_the_broker_when_all_queues_are_full() -> None:
     client = Client()
     protocol, first = begin(client)
     second = client.subscribe()
@@ -164,7 +164,7 @@ def test_when_all_are_full_the_broker_stops() -> None:
 
 
 @pytest.mark.parametrize("code", [ErrorCode.UNAVAILABLE, ErrorCode.UNAUTHORIZED])
-def test_refusal_of_a_later_inbox_leaves_the_one_that_is_there(code: ErrorCode) -> None:
+def test_rejection_of_a_later_queue_leaves_the_first_one_active(code: ErrorCode) -> None:
     client = Client()
     protocol, first = begin(client)
     second = client.subscribe(since=110, epoch=EPOCH)
@@ -177,7 +177,7 @@ def test_refusal_of_a_later_inbox_leaves_the_one_that_is_there(code: ErrorCode) 
     assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
 
 
-def test_revocation_ends_all() -> None:
+def test_revocation_ends_all_queues() -> None:
     client = Client()
     protocol, first = begin(client)
     second = client.subscribe()
@@ -186,7 +186,7 @@ def test_revocation_ends_all() -> None:
     assert sent(protocol) == []
 
 
-def test_subscription_that_is_asked_for_again_may_end_its_old_stream_first() -> None:
+def test_old_stream_may_end_before_the_reply_to_a_new_subscribe() -> None:
     client = Client()
     protocol = client.go_on()
     first = client.subscriptions.subscribe("a.*", None, None, 10, present=EPOCH, stream=True)
@@ -200,7 +200,7 @@ def test_subscription_that_is_asked_for_again_may_end_its_old_stream_first() -> 
     assert (seqs(first), seqs(second)) == ([121], [111, 121])
 
 
-def test_next_connection_is_asked_once_from_the_lowest_place() -> None:
+def test_next_connection_gets_one_request_with_the_lowest_cursor() -> None:
     client = Client()
     old, first = begin(client)
     second = client.subscribe()
@@ -229,7 +229,7 @@ LATE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("moment", ["while", "after"])
 @pytest.mark.parametrize("kind", LATE)
-def test_answer_of_the_old_connection_takes_no_subscription_from_the_new_one(kind: str, moment: str) -> None:
+def test_reply_of_the_old_connection_does_not_affect_the_new_one(kind: str, moment: str) -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()
@@ -250,7 +250,7 @@ def test_answer_of_the_old_connection_takes_no_subscription_from_the_new_one(kin
     assert (queue.phase, seqs(queue)) == (QueuePhase.ACTIVE, [121])
 
 
-def test_answer_before_the_move_is_taken_up_by_the_new_connection() -> None:
+def test_queue_requested_before_a_move_is_requested_on_the_new_connection() -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()
@@ -263,7 +263,7 @@ def test_answer_before_the_move_is_taken_up_by_the_new_connection() -> None:
     assert seqs(queue) == [121]
 
 
-def test_connection_that_a_third_one_overtakes_takes_nothing_with_it() -> None:
+def test_loss_of_a_superseded_connection_affects_no_subscription() -> None:
     client = Client()
     old = client.go_on()
     queue = client.subscribe()
@@ -283,7 +283,7 @@ def test_connection_that_a_third_one_overtakes_takes_nothing_with_it() -> None:
     assert (queue.cursor, seqs(queue)) == (120, [121])
 
 
-def test_leaving_while_the_next_connection_takes_up_the_subscription_ends_it_there() -> None:
+def test_subscription_closed_during_a_move_ends_on_the_new_connection() -> None:
     client = Client()
     old, queue = begin(client)
     old.connection_lost("gone")
@@ -292,7 +292,7 @@ def test_leaving_while_the_next_connection_takes_up_the_subscription_ends_it_the
     assert [request["type"] for request in sent(new)] == ["subscribe", "unsubscribe"]
 
 
-def test_publish_that_is_answered_late_is_settled_once() -> None:
+def test_publish_with_a_late_reply_is_settled_once() -> None:
     client = Client()
     old = client.go_on()
     batch = client.publish("one")

@@ -30,7 +30,7 @@ from catbus.client import (
 )
 from catbus.client.happy_eyeballs import open_first_transport
 from catbus.errors import ErrorCode
-from tests.client.fake import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
+from tests.client.scripted_broker import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
 STEADY = Backoff(jitter=0)
 
@@ -117,7 +117,7 @@ async def end_of(bus: Bus) -> Disconnected:
 # Coming back
 
 
-async def test_it_comes_back_after_pauses_that_grow_and_says_so(autojump_clock: MockClock) -> None:
+async def test_client_reconnects_after_growing_pauses_and_reports_them(autojump_clock: MockClock) -> None:
     async with network(lost(100, 4503), AWAY, AWAY, AWAY, Honest()) as (bus, net):
         await trio.sleep(100.5)
         assert bus.state is State.RECONNECTING
@@ -132,7 +132,7 @@ async def test_it_comes_back_after_pauses_that_grow_and_says_so(autojump_clock: 
         assert (second.code, second.reason) == (None, "nobody is there")
 
 
-async def test_a_connection_counts_once_it_has_lasted(autojump_clock: MockClock) -> None:
+async def test_backoff_resets_after_a_connection_has_lasted(autojump_clock: MockClock) -> None:
     async with network(lost(), lost(), lost(), lost(100), lost(), Honest()) as (bus, net):
         while len(net.dialled) < 6:
             await trio.sleep(1)
@@ -141,7 +141,7 @@ async def test_a_connection_counts_once_it_has_lasted(autojump_clock: MockClock)
         assert pauses == pytest.approx([1, 2, 4, 101, 2])
 
 
-async def test_not_everybody_comes_back_at_the_same_moment(autojump_clock: MockClock) -> None:
+async def test_clients_reconnect_at_different_times(autojump_clock: MockClock) -> None:
     pauses = set()
     for _ in range(20):
         async with network(lost(100), Honest(), reconnect=True) as (bus, net):
@@ -153,7 +153,7 @@ async def test_not_everybody_comes_back_at_the_same_moment(autojump_clock: MockC
 
 
 @pytest.mark.parametrize("code", [4001, 4399, 4401, 1009])
-async def test_there_is_an_end(code: int, autojump_clock: MockClock) -> None:
+async def test_final_close_code_ends_the_bus(code: int, autojump_clock: MockClock) -> None:
     async with network(lost(5, code)) as (bus, net):
         assert (await end_of(bus)).code == code
         assert bus.state is State.CLOSED
@@ -167,7 +167,7 @@ async def test_there_is_an_end(code: int, autojump_clock: MockClock) -> None:
         assert net.events == [Ended("the broker closed the connection: away", code)]
 
 
-async def test_the_end_comes_after_what_had_arrived(autojump_clock: MockClock) -> None:
+async def test_received_messages_are_returned_before_the_end(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.send(message(101), message(102))
@@ -180,7 +180,7 @@ async def test_the_end_comes_after_what_had_arrived(autojump_clock: MockClock) -
             await anext(messages)
 
 
-async def test_the_next_token_is_not_taken_either(autojump_clock: MockClock) -> None:
+async def test_rejected_second_token_ends_the_bus(autojump_clock: MockClock) -> None:
     async def refuse(peer: Peer) -> None:
         await peer.expect("auth")
         await peer.send({"type": "auth_error", "message": "forged", "code": "unauthenticated"})
@@ -190,7 +190,7 @@ async def test_the_next_token_is_not_taken_either(autojump_clock: MockClock) -> 
         assert net.told == [(1, 1), Ended]
 
 
-async def test_the_first_connection_is_tried_once(autojump_clock: MockClock) -> None:
+async def test_first_connection_is_attempted_once(autojump_clock: MockClock) -> None:
     async def dial() -> Pipe:
         raise AWAY
 
@@ -200,20 +200,20 @@ async def test_the_first_connection_is_tried_once(autojump_clock: MockClock) -> 
     assert trio.current_time() == 0
 
 
-async def test_the_first_connection_is_tried_for_as_long_as_is_wanted(autojump_clock: MockClock) -> None:
+async def test_first_connection_is_attempted_until_it_succeeds_with_persist(autojump_clock: MockClock) -> None:
     async with network(AWAY, AWAY, Honest(), persist=True) as (bus, net):
         assert net.dialled == pytest.approx([0, 1, 3])
         assert net.told == [(1, 1), (2, 2)]
         await bus.ping()
 
 
-async def test_a_connection_that_was_silent_is_another_one_soon(autojump_clock: MockClock) -> None:
+async def test_silent_connection_is_replaced(autojump_clock: MockClock) -> None:
     async with network(admitted(Peer.linger), Honest(), keepalive=30, timeout=10) as (bus, net):
         assert await bus.publish("a", 1) == 101
         assert net.dialled == pytest.approx([0, 41])
 
 
-async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: MockClock) -> None:
+async def test_second_transport_to_open_is_closed(autojump_clock: MockClock) -> None:
     pipes = [Pipe(), Pipe()]
 
     async def dial(number: int) -> Pipe:
@@ -233,7 +233,7 @@ async def test_of_two_ways_that_are_there_at_once_one_is_closed(autojump_clock: 
 # Publishing
 
 
-async def test_who_publishes_meanwhile_waits_for_room_and_may_give_up(
+async def test_publish_without_a_connection_waits_for_room_and_can_be_cancelled(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
     monkeypatch.setattr(connection_supervisor, "MAX_UNSENT_BYTES", 100_000)
@@ -252,7 +252,7 @@ async def test_who_publishes_meanwhile_waits_for_room_and_may_give_up(
         assert sorted(request["payload"][0] for request in broker.published) == list(range(1000))
 
 
-async def test_no_more_wait_than_the_broker_takes_without_an_answer(autojump_clock: MockClock) -> None:
+async def test_unsent_publishes_are_bounded_by_the_limit_of_the_broker(autojump_clock: MockClock) -> None:
     limits = {"limits": {"pending_publishes": 10}}
     place = admitted(gone_after(1), **limits)
     async with network(place, AWAY, Honest()) as (bus, _), trio.open_nursery() as nursery:
@@ -263,7 +263,7 @@ async def test_no_more_wait_than_the_broker_takes_without_an_answer(autojump_clo
         assert bus._supervisor.in_flight.publishes_in_flight == 10
 
 
-async def test_what_was_cancelled_in_doubt_may_still_happen_and_what_waited_does_not(autojump_clock: MockClock) -> None:
+async def test_cancelled_publish_takes_effect_only_if_it_was_sent(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("publish")
         raise Gone
@@ -278,7 +278,7 @@ async def test_what_was_cancelled_in_doubt_may_still_happen_and_what_waited_does
         assert [(r["payload"], r.get("retry")) for r in broker.published] == [("in doubt", True), ("last", None)]
 
 
-async def test_what_the_broker_does_not_know_is_asked_again_after_a_pause(autojump_clock: MockClock) -> None:
+async def test_publish_of_unknown_outcome_is_retried_after_a_pause(autojump_clock: MockClock) -> None:
     moments = []
 
     async def script(peer: Peer) -> None:
@@ -307,7 +307,7 @@ async def test_what_the_broker_does_not_know_is_asked_again_after_a_pause(autoju
         assert 1.4 <= third - second <= 2
 
 
-async def test_another_producer_cannot_ask_for_the_first_ones_publishes(autojump_clock: MockClock) -> None:
+async def test_publishes_of_another_producer_id_end_as_unknown(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("publish")
         raise Gone
@@ -327,7 +327,7 @@ async def test_another_producer_cannot_ask_for_the_first_ones_publishes(autojump
         assert [request["payload"] for request in broker.published] == ["new"]
 
 
-async def test_requests_go_on_over_the_loss(autojump_clock: MockClock) -> None:
+async def test_requests_survive_the_loss_of_a_connection(autojump_clock: MockClock) -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("history")
         raise Gone
@@ -351,7 +351,7 @@ def leaving(then: Script, reconnect_in: float = 10.0) -> Script:
     return admitted(run)
 
 
-async def test_it_moves_at_the_moment_that_it_is_told_before_the_old_connection_ends(autojump_clock: MockClock) -> None:
+async def test_client_moves_at_the_announced_time_before_the_old_connection_ends(autojump_clock: MockClock) -> None:
     more: list[object] = []
 
     async def old(peer: Peer) -> None:
@@ -381,7 +381,9 @@ async def test_it_moves_at_the_moment_that_it_is_told_before_the_old_connection_
         assert net.events[-1] == Reconnected(moved=True)
 
 
-async def test_what_the_old_one_does_not_answer_is_asked_on_the_new_one(autojump_clock: MockClock) -> None:
+async def test_publish_without_a_reply_from_the_old_connection_is_retried(
+    autojump_clock: MockClock,
+) -> None:
     async def old(peer: Peer) -> None:
         await peer.expect("publish")
 
@@ -393,7 +395,7 @@ async def test_what_the_old_one_does_not_answer_is_asked_on_the_new_one(autojump
         assert net.told == [GoAway, Reconnected]
 
 
-async def test_until_the_new_one_has_agreed_the_old_one_is_heard_and_told_nothing_new(
+async def test_old_connection_delivers_during_a_move_but_gets_no_new_request(
     autojump_clock: MockClock,
 ) -> None:
     more: list[object] = []
@@ -420,7 +422,7 @@ async def test_until_the_new_one_has_agreed_the_old_one_is_heard_and_told_nothin
         assert not more
 
 
-async def test_the_old_one_dies_before_the_moment(autojump_clock: MockClock) -> None:
+async def test_old_connection_may_be_lost_before_the_move(autojump_clock: MockClock) -> None:
     async with network(leaving(gone_after(3)), Honest()) as (bus, net):
         assert await bus.publish("a", 1) == 101
         assert net.dialled == pytest.approx([0, 10])
@@ -428,7 +430,7 @@ async def test_the_old_one_dies_before_the_moment(autojump_clock: MockClock) -> 
         assert net.events[-1] == Reconnected(moved=False)
 
 
-async def test_the_old_one_dies_while_it_moves(autojump_clock: MockClock) -> None:
+async def test_old_connection_may_be_lost_during_the_move(autojump_clock: MockClock) -> None:
     async def old(peer: Peer) -> None:
         await peer.subscribed(100)
         await peer.expect("publish")
@@ -447,7 +449,7 @@ async def test_the_old_one_dies_while_it_moves(autojump_clock: MockClock) -> Non
         assert net.dialled == pytest.approx([0, 10])
 
 
-async def test_the_new_one_dies_while_it_moves(autojump_clock: MockClock) -> None:
+async def test_new_connection_may_be_lost_during_the_move(autojump_clock: MockClock) -> None:
     async def old(peer: Peer) -> None:
         await peer.subscribed(100)
         await peer.expect("publish")
@@ -469,7 +471,7 @@ async def test_the_new_one_dies_while_it_moves(autojump_clock: MockClock) -> Non
         assert net.told == [GoAway, (1, 2), Reconnected]
 
 
-async def test_nobody_is_there_to_move_to_and_the_old_one_goes_on(autojump_clock: MockClock) -> None:
+async def test_old_connection_continues_if_no_other_replica_is_reachable(autojump_clock: MockClock) -> None:
     async def old(peer: Peer) -> None:
         await trio.sleep(12)
         await peer.published(101)
@@ -483,7 +485,7 @@ async def test_nobody_is_there_to_move_to_and_the_old_one_goes_on(autojump_clock
         assert net.told == [GoAway, Reconnected]
 
 
-async def test_sent_from_one_to_the_next_it_does_not_run(autojump_clock: MockClock) -> None:
+async def test_client_that_is_sent_from_replica_to_replica_pauses(autojump_clock: MockClock) -> None:
     places = [leaving(Peer.linger, 0) for _ in range(5)]
     async with network(leaving(Peer.linger, 50), *places, Honest()) as (bus, net):
         while len(net.dialled) < 7:
@@ -493,7 +495,7 @@ async def test_sent_from_one_to_the_next_it_does_not_run(autojump_clock: MockClo
         assert bus.state is State.CONNECTED
 
 
-async def test_subscriptions_that_begin_and_end_while_it_moves(autojump_clock: MockClock) -> None:
+async def test_subscriptions_may_begin_and_end_during_a_move(autojump_clock: MockClock) -> None:
     async def old(peer: Peer) -> None:
         await peer.subscribed(100)
         await peer.subscribed(100)
@@ -521,7 +523,7 @@ def lasting(seconds: float) -> str:
     return sign("s", client_id="alice", grants=Grants.ALL, expires=int(time.time() + seconds))
 
 
-async def test_a_function_is_asked_for_each_token(autojump_clock: MockClock) -> None:
+async def test_token_function_is_called_for_each_connection(autojump_clock: MockClock) -> None:
     tokens = iter(["one", "two", "three", "four"])
 
     async def token() -> str:
@@ -551,7 +553,7 @@ def refuse_for(wait: float) -> Script:
     return run
 
 
-async def test_a_token_that_is_not_valid_yet_is_shown_again_when_it_is(autojump_clock: MockClock) -> None:
+async def test_token_that_is_not_valid_yet_is_sent_again_later(autojump_clock: MockClock) -> None:
     async with network(lost(50), refuse_for(40), refuse_for(0.5), refuse_for(1e6), Honest()) as (bus, net):
         await trio.sleep(50.1)
         await bus.ping()
@@ -560,7 +562,7 @@ async def test_a_token_that_is_not_valid_yet_is_shown_again_when_it_is(autojump_
         assert net.dialled == pytest.approx([0, 51, 51 + 41, 92 + 4, 96 + 301])
 
 
-async def test_a_newer_token_that_is_refused_does_not_take_the_place_of_the_present_one(
+async def test_rejected_new_token_does_not_replace_the_present_one(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", trio.current_time)
@@ -583,7 +585,7 @@ async def test_a_newer_token_that_is_refused_does_not_take_the_place_of_the_pres
         assert asked == pytest.approx([0, 70, 85, 92.5], abs=1)
 
 
-async def test_a_subscription_that_cannot_be_taken_up_just_now_is_asked_for_again(autojump_clock: MockClock) -> None:
+async def test_subscription_rejected_for_now_is_requested_again(autojump_clock: MockClock) -> None:
     async def first(peer: Peer) -> None:
         await peer.subscribed()
         raise Gone
@@ -600,7 +602,7 @@ async def test_a_subscription_that_cannot_be_taken_up_just_now_is_asked_for_agai
         assert (await anext(messages)).seq == 101
 
 
-async def test_a_token_that_cannot_be_had_just_now(autojump_clock: MockClock) -> None:
+async def test_token_function_that_raises_oserror_is_called_again(autojump_clock: MockClock) -> None:
     answers = iter(["one", OSError("no network"), "two"])
 
     async def token() -> str:
@@ -615,7 +617,7 @@ async def test_a_token_that_cannot_be_had_just_now(autojump_clock: MockClock) ->
         assert net.told == [(1, 1), (2, 2), Reconnected]
 
 
-async def test_what_a_token_function_raises_ends_everything(autojump_clock: MockClock) -> None:
+async def test_exception_of_a_token_function_ends_the_bus(autojump_clock: MockClock) -> None:
     answers = iter(["one"])
 
     async def token() -> str:
@@ -632,7 +634,7 @@ async def test_what_a_token_function_raises_ends_everything(autojump_clock: Mock
     assert caught.group_contains(LookupError)
 
 
-async def test_a_token_is_renewed_in_time(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+async def test_token_is_renewed_before_it_expires(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
     monkeypatch.setattr(connection_supervisor, "renewal_delay", lambda token, _: 30.0 if token == "short" else None)
     tokens = iter(["short", "long"])
 
@@ -650,7 +652,7 @@ async def test_a_token_is_renewed_in_time(monkeypatch: pytest.MonkeyPatch, autoj
     assert moments == pytest.approx([30])
 
 
-async def test_a_token_that_is_renewed_while_it_moves_is_shown_to_the_new_connection(autojump_clock: MockClock) -> None:
+async def test_token_renewed_during_a_move_is_sent_to_the_new_connection(autojump_clock: MockClock) -> None:
     async def old(peer: Peer) -> None:
         await peer.expect("publish")
         await peer.admit()
@@ -673,7 +675,7 @@ async def test_a_token_that_is_renewed_while_it_moves_is_shown_to_the_new_connec
 
 
 @pytest.mark.parametrize("moment", [0.5, 1.5, 10, 10.5])
-async def test_leaving_does_not_wait_for_anything(moment: float, autojump_clock: MockClock) -> None:
+async def test_leaving_does_not_wait(moment: float, autojump_clock: MockClock) -> None:
     async def never(peer: Peer) -> None:
         await peer.expect("auth")
 
@@ -684,7 +686,7 @@ async def test_leaving_does_not_wait_for_anything(moment: float, autojump_clock:
     assert len(net.dialled) > 1 or moment < 1
 
 
-async def test_leaving_does_not_wait_for_a_token(autojump_clock: MockClock) -> None:
+async def test_leaving_does_not_wait_for_a_token_function(autojump_clock: MockClock) -> None:
     answers = iter([lasting(60)])
 
     async def token() -> str:
@@ -699,7 +701,7 @@ async def test_leaving_does_not_wait_for_a_token(autojump_clock: MockClock) -> N
     assert trio.current_time() - before < 0.1
 
 
-async def test_what_waits_is_told_when_the_block_is_left(autojump_clock: MockClock) -> None:
+async def test_waiting_calls_raise_when_the_block_is_left(autojump_clock: MockClock) -> None:
     errors = []
 
     async def publish(bus: Bus) -> None:

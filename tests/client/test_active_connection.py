@@ -24,7 +24,19 @@ from catbus.client import (
     subscription_manager,
 )
 from catbus.errors import CloseCode
-from tests.client.fake import AUTH_OK, EPOCH, Gone, Honest, Peer, Script, message, serve, talk, talk_in_memory, talk_to
+from tests.client.scripted_broker import (
+    AUTH_OK,
+    EPOCH,
+    Gone,
+    Honest,
+    Peer,
+    Script,
+    message,
+    serve,
+    talk,
+    talk_in_memory,
+    talk_to,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +56,7 @@ async def settle() -> None:
 # Leaving
 
 
-async def test_leaving_says_goodbye_and_leaves_no_task_behind(anyio_backend_name: str) -> None:
+async def test_leaving_closes_the_connection_and_leaves_no_task(anyio_backend_name: str) -> None:
     closed: list[object] = []
 
     async def script(peer: Peer) -> None:
@@ -65,7 +77,7 @@ async def test_leaving_says_goodbye_and_leaves_no_task_behind(anyio_backend_name
     assert living_tasks(anyio_backend_name) == before
 
 
-async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+async def test_exception_of_the_block_leaves_it_unchanged() -> None:
     async with serve(Honest()) as url:
         with pytest.raises(LookupError):
             async with connect(url, token="t"):
@@ -80,7 +92,7 @@ async def test_what_the_block_raises_comes_out_as_it_is() -> None:
                 raise KeyboardInterrupt
 
 
-async def test_cancelling_the_block_closes_without_waiting() -> None:
+async def test_cancelled_block_closes_without_waiting() -> None:
     entered = anyio.Event()
 
     async def script(peer: Peer) -> None:
@@ -99,7 +111,7 @@ async def test_cancelling_the_block_closes_without_waiting() -> None:
             tasks.cancel_scope.cancel()
 
 
-async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_only(
+async def test_closing_waits_only_briefly_for_the_close_frame(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("catbus.client.websocket_transport.CLOSE_TIMEOUT", 0.01)
@@ -113,7 +125,7 @@ async def test_a_broker_that_does_not_say_goodbye_is_waited_for_a_short_time_onl
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_cancelled_by_asyncios_own_means(anyio_backend: str) -> None:
+async def test_cancellation_by_asyncio_is_supported(anyio_backend: str) -> None:
     async with serve(Honest()) as url:
         inside = asyncio.Event()
 
@@ -138,7 +150,7 @@ async def test_cancelled_by_asyncios_own_means(anyio_backend: str) -> None:
 # The end of the connection
 
 
-async def test_a_broker_that_vanishes_in_the_middle_of_a_request() -> None:
+async def test_broker_that_vanishes_during_a_request_is_a_disconnect() -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("publish")
         await peer.stream.aclose()  # type: ignore[attr-defined]
@@ -150,7 +162,7 @@ async def test_a_broker_that_vanishes_in_the_middle_of_a_request() -> None:
         assert caught.value.code is None
 
 
-async def test_it_comes_back_after_a_broker_that_vanishes(anyio_backend_name: str) -> None:
+async def test_client_reconnects_after_a_broker_vanishes(anyio_backend_name: str) -> None:
     broker = Honest()
     visits = 0
 
@@ -180,7 +192,7 @@ async def test_it_comes_back_after_a_broker_that_vanishes(anyio_backend_name: st
     assert living_tasks(anyio_backend_name) == before
 
 
-async def test_nonsense_ends_the_connection() -> None:
+async def test_invalid_data_ends_the_connection() -> None:
     async with talk_in_memory(lambda peer: peer.write(b"nonsense")) as (bus, pipe):
         with pytest.raises(Disconnected, match="violated the protocol"):
             await bus.ping()
@@ -189,7 +201,7 @@ async def test_nonsense_ends_the_connection() -> None:
         assert pipe.closed[0] == CloseCode.BAD_MESSAGE
 
 
-async def test_an_event_callback_that_raises_closes_the_connection() -> None:
+async def test_exception_of_an_event_callback_closes_the_connection() -> None:
     def complain(_: object) -> None:
         raise LookupError
 
@@ -202,7 +214,7 @@ async def test_an_event_callback_that_raises_closes_the_connection() -> None:
     assert caught.group_contains(LookupError)
 
 
-async def test_silence_after_a_ping_ends_the_connection() -> None:
+async def test_missing_reply_to_a_ping_ends_the_connection() -> None:
     kinds: list[str] = []
 
     async def script(peer: Peer) -> None:
@@ -217,7 +229,7 @@ async def test_silence_after_a_ping_ends_the_connection() -> None:
     assert "ping" in kinds
 
 
-async def test_any_sign_of_life_is_an_answer_to_a_ping() -> None:
+async def test_any_received_bytes_count_as_reply_to_a_ping() -> None:
     answered = anyio.Event()
 
     async def script(peer: Peer) -> None:
@@ -274,7 +286,7 @@ async def talk_on_a_socket(broker: Script) -> AsyncIterator[tuple[Bus, None]]:
 
 @pytest.mark.parametrize("talk", [talk_in_memory, talk_on_a_socket])
 @pytest.mark.parametrize("work", [publish, publish_many, history, ping, subscribe, subscribe_since])
-async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(
+async def test_cancelled_request_does_not_affect_other_requests(
     work: Callable[[Bus], Coroutine[Any, Any, None]],
     talk: Callable[[Script], AbstractAsyncContextManager[tuple[Bus, object]]],
 ) -> None:
@@ -293,7 +305,7 @@ async def test_whatever_is_cancelled_wherever_the_others_are_not_confused(
         assert [item.payload for item in (await bus.history("a")).messages] == list(range(15))
 
 
-async def test_iteration_cancelled_anywhere_loses_nothing() -> None:
+async def test_cancelled_iteration_loses_no_message() -> None:
     async with talk_to(Honest()) as bus, bus.subscribe("a") as messages:
         received: list[Any] = []
 
@@ -310,7 +322,7 @@ async def test_iteration_cancelled_anywhere_loses_nothing() -> None:
         assert received == list(range(200))
 
 
-async def test_connecting_cancelled_anywhere_leaves_nothing_open() -> None:
+async def test_cancelled_connect_leaves_nothing_open() -> None:
     opened = closed = 0
 
     async def script(peer: Peer) -> None:
@@ -338,7 +350,7 @@ async def test_connecting_cancelled_anywhere_leaves_nothing_open() -> None:
             await anyio.sleep(0)
 
 
-async def test_a_publish_that_waits_for_a_stuck_socket_can_be_cancelled() -> None:
+async def test_publish_that_waits_for_a_blocked_socket_can_be_cancelled() -> None:
     async def script(peer: Peer) -> None:
         await peer.published(101)
         await peer.published(102)
@@ -356,7 +368,7 @@ async def test_a_publish_that_waits_for_a_stuck_socket_can_be_cancelled() -> Non
 # Back pressure
 
 
-async def test_a_full_subscription_stops_the_reading_until_there_is_room() -> None:
+async def test_full_queue_pauses_reading_until_it_has_room() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         for first in range(101, 1101, 10):
@@ -374,7 +386,7 @@ async def test_a_full_subscription_stops_the_reading_until_there_is_room() -> No
         assert len(queue.items) == 0
 
 
-async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
+async def test_iteration_of_a_full_queue_may_publish() -> None:
     """The reply stands behind more messages than the buffer holds."""
     broker = Honest()
     for number in range(500):
@@ -390,7 +402,7 @@ async def test_publishing_inside_the_iteration_of_a_full_subscription() -> None:
     assert [request["payload"] for request in broker.published] == seen
 
 
-async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reply_behind_more_messages_than_fit_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscription_manager, "MAX_EXCESS_BYTES", 5_000)
     broker = Honest()
     for number in range(500):
@@ -410,7 +422,7 @@ async def test_replies_behind_more_than_can_be_held_still_come(monkeypatch: pyte
     assert not broker.held
 
 
-async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_full_queue_pauses_reading_only_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(active_connection, "MAX_READ_PAUSE", 0.001)
     broker = Honest()
     events: list[object] = []
@@ -433,7 +445,7 @@ async def test_a_full_subscription_does_not_hold_the_connection_up_for_ever(monk
     assert len(broker.subscribes) >= 3
 
 
-async def test_a_full_subscription_does_not_keep_another_from_its_messages() -> None:
+async def test_full_queue_does_not_block_another_subscription() -> None:
     async def script(peer: Peer) -> None:
         await peer.subscribed()
         await peer.subscribed()
@@ -452,14 +464,14 @@ async def test_a_full_subscription_does_not_keep_another_from_its_messages() -> 
         assert [(await anext(full)).seq for _ in range(100)] == list(range(101, 201))
 
 
-async def test_leaving_a_full_subscription_lets_the_others_go_on() -> None:
+async def test_leaving_a_full_subscription_resumes_reading() -> None:
     async with talk_in_memory(Honest()) as (bus, _), bus.subscribe("b") as others:
         async with bus.subscribe("a", buffer=1):
             await bus.publish_many([("a", 1), ("a", 2), ("b", 3)])
         assert (await anext(others)).payload == 3
 
 
-async def test_a_stuck_socket_makes_publishers_wait() -> None:
+async def test_blocked_socket_makes_publishers_wait() -> None:
     async def script(peer: Peer) -> None:
         seq = 0
         while True:
@@ -474,7 +486,7 @@ async def test_a_stuck_socket_makes_publishers_wait() -> None:
         assert 0 < protocol.outgoing_bytes <= connection_supervisor.MAX_UNSENT_BYTES + 11_000
 
 
-async def test_a_lost_connection_releases_who_waits_for_room() -> None:
+async def test_lost_connection_wakes_tasks_that_wait_for_room() -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("publish")
         await peer.close(4503, "away")
@@ -487,7 +499,7 @@ async def test_a_lost_connection_releases_who_waits_for_room() -> None:
 # Authentication
 
 
-async def test_a_token_that_is_not_taken() -> None:
+async def test_rejected_token_raises_refused() -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("auth")
         await peer.send({"type": "auth_error", "message": "forged", "code": "unauthenticated"})
@@ -499,7 +511,7 @@ async def test_a_token_that_is_not_taken() -> None:
                 pytest.fail("it was refused")
 
 
-async def test_a_broker_that_closes_instead_of_answering() -> None:
+async def test_broker_that_closes_instead_of_replying_is_a_disconnect() -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("auth")
         await peer.close(4503, "no database")
@@ -511,14 +523,14 @@ async def test_a_broker_that_closes_instead_of_answering() -> None:
         assert caught.value.code == 4503
 
 
-async def test_a_broker_that_does_not_answer_at_all() -> None:
+async def test_broker_that_never_replies_is_a_disconnect() -> None:
     async with serve(lambda peer: anyio.sleep_forever()) as url:
         with pytest.raises(Disconnected, match=r"did not answer within 0\.05 s"):
             async with connect(url, token="t", timeout=0.05):
                 pytest.fail("it did not answer")
 
 
-async def test_the_answer_may_come_at_the_last_moment_and_in_pieces() -> None:
+async def test_reply_may_arrive_late_and_in_pieces() -> None:
     async def script(peer: Peer) -> None:
         await peer.expect("auth")
         line = str(AUTH_OK).replace("'", '"').encode()
@@ -529,7 +541,7 @@ async def test_the_answer_may_come_at_the_last_moment_and_in_pieces() -> None:
         assert bus.client_id == "alice"
 
 
-async def test_any_transport_will_do() -> None:
+async def test_open_bus_accepts_any_transport() -> None:
     async with talk_in_memory(Honest()) as (_, pipe):
         pass
     assert pipe.closed is not None

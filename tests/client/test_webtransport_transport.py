@@ -42,7 +42,7 @@ from catbus.webtransport import (
     server_configuration,
 )
 from catbus.webtransport.connectionless_packets import read_header
-from tests.client.fake import Gone, Honest, Peer, message
+from tests.client.scripted_broker import Gone, Honest, Peer, message
 
 pytestmark = pytest.mark.anyio
 
@@ -306,7 +306,7 @@ async def test_connect_publish_subscribe() -> None:
         assert peer.closed == (1000, "")
 
 
-async def test_the_path_is_asked_for() -> None:
+async def test_path_of_the_url_is_requested() -> None:
     async with serve(Honest()) as server:
         for suffix in ("", "/other?x=1"):
             async with connect(server.url + suffix, token="t", ca=certificate().pem):
@@ -314,19 +314,19 @@ async def test_the_path_is_asked_for() -> None:
         assert [peer.path for peer in server.peers.values()] == ["/", "/other?x=1"]
 
 
-async def test_the_authority_may_be_a_file(tmp_path: Path) -> None:
+async def test_authority_may_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "ca.pem"
     file.write_text(certificate().pem)
     async with serve(Honest()) as server, connect(server.url, token="t", ca=file) as bus:
         assert await bus.publish("a", 1) == 101
 
 
-async def test_the_hash_of_the_certificate_is_enough() -> None:
+async def test_certificate_hash_is_sufficient() -> None:
     async with serve(Honest()) as server, connect(server.url, token="t", certificate_hash=certificate().hash) as bus:
         assert await bus.publish("a", 1) == 101
 
 
-async def test_a_token_that_is_not_taken() -> None:
+async def test_rejected_token_raises_refused() -> None:
     async def script(peer: StreamPeer) -> None:
         await peer.expect("auth")
         await peer.send({"type": "auth_error", "message": "who are you?", "code": "unauthenticated"})
@@ -338,7 +338,7 @@ async def test_a_token_that_is_not_taken() -> None:
                 pytest.fail("it should not connect")
 
 
-async def test_localhost_is_ipv6_or_ipv4_whichever_answers() -> None:
+async def test_localhost_connects_to_the_loopback_address_that_answers() -> None:
     for host in ("::1", "127.0.0.1"):
         try:
             udp = bind(host)
@@ -351,7 +351,7 @@ async def test_localhost_is_ipv6_or_ipv4_whichever_answers() -> None:
             assert len(server.peers) == 1
 
 
-async def test_what_somebody_answers_says_more_than_that_nobody_does() -> None:
+async def test_error_of_a_server_is_preferred_to_a_refused_connection() -> None:
     async with serve(echo) as server:
         assert "--ca FILE" in str(await refused(server.url.replace("127.0.0.1", "localhost")))
 
@@ -364,14 +364,14 @@ async def test_what_somebody_answers_says_more_than_that_nobody_does() -> None:
         ("https://[::1]:4433/", 4433, "/", "[::1]:4433"),
     ],
 )
-def test_an_url_says_where(url: str, port: int, target: str, authority: str) -> None:
+def test_url_is_parsed_into_an_address(url: str, port: int, target: str, authority: str) -> None:
     address = parse_address(url)
     assert (address.port, address.target, address.authority) == (port, target, authority)
     assert address.secure and address.quic
     assert not parse_address("wss://bus.example.com").quic
 
 
-async def test_an_address_that_says_nothing_does_not_keep_the_next_from_being_tried(
+async def test_silent_address_does_not_delay_the_next_attempt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
@@ -383,7 +383,7 @@ async def test_an_address_that_says_nothing_does_not_keep_the_next_from_being_tr
             assert await bus.publish("a", 1) == 101
 
 
-async def test_nobody_is_there() -> None:
+async def test_refused_connection_is_a_disconnect() -> None:
     with bind() as udp:
         url = f"https://127.0.0.1:{udp.getsockname()[1]}"
     with anyio.fail_after(LIMIT):
@@ -391,7 +391,7 @@ async def test_nobody_is_there() -> None:
     assert str(error) == f"cannot connect to {url}: Connection refused"
 
 
-async def test_nobody_has_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unknown_host_name_is_a_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
     async def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -399,27 +399,27 @@ async def test_nobody_has_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot connect to https://nobody: Name or service not known" in str(await refused("https://nobody"))
 
 
-async def test_whoever_is_there_says_nothing() -> None:
+async def test_silent_server_is_a_disconnect() -> None:
     with bind() as udp, anyio.fail_after(LIMIT):
         error = await refused(f"https://127.0.0.1:{udp.getsockname()[1]}", timeout=0.1)
     assert str(error) == "the broker did not answer within 0.1 s"
 
 
-async def test_the_session_opens_but_nobody_answers() -> None:
+async def test_open_session_without_replies_is_a_disconnect() -> None:
     async with serve(say_nothing) as server:
         error = await refused(server.url, ca=certificate().pem, timeout=1.0)
         assert str(error) == "the broker did not answer within 1 s"
         await server.everyone_left()
 
 
-async def test_a_refused_session() -> None:
+async def test_rejected_session_is_a_disconnect() -> None:
     async with serve(echo, refuse=403) as server:
         error = await refused(server.url, ca=certificate().pem)
     assert str(error) == f"{server.url} rejected the session: HTTP status 403"
     assert error.code is None
 
 
-async def test_cancelling_while_connecting_leaves_nothing() -> None:
+async def test_cancelled_connect_leaves_no_socket() -> None:
     async with serve(say_nothing) as server:
         address = parse_address(server.url)
         configuration = make_configuration(address, certificate().pem)
@@ -430,7 +430,7 @@ async def test_cancelling_while_connecting_leaves_nothing() -> None:
         await server.everyone_left()
 
 
-async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_one_of_two_simultaneous_connections_remains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(happy_eyeballs, "CONNECTION_ATTEMPT_DELAY", 0.0)
     go = anyio.Event()
     abandoned: list[int] = []
@@ -463,38 +463,38 @@ async def test_of_two_that_answer_at_once_one_is_left(monkeypatch: pytest.Monkey
 # Certificates
 
 
-async def test_another_authority() -> None:
+async def test_certificate_of_another_authority_is_rejected() -> None:
     async with serve(echo) as server:
         error = await refused(server.url, ca=Certificate("127.0.0.1").pem)
     assert "is not accepted: self-signed certificate" in str(error)
     assert "--ca FILE" in str(error)
 
 
-async def test_a_certificate_of_the_usual_authorities_is_expected() -> None:
+async def test_self_signed_certificate_is_rejected_without_a_ca() -> None:
     async with serve(echo) as server:
         assert "--ca FILE" in str(await refused(server.url))
 
 
-async def test_a_certificate_for_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_certificate_for_another_name_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Certificate("elsewhere.example")
     monkeypatch.setattr(f"{__name__}.certificate", lambda: other)
     async with serve(echo) as server:
         assert "is not accepted" in str(await refused(server.url, ca=other.pem))
 
 
-async def test_a_certificate_that_has_expired(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_certificate_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     old = Certificate("127.0.0.1", days=-1)
     monkeypatch.setattr(f"{__name__}.certificate", lambda: old)
     async with serve(echo) as server:
         assert "no longer valid" in str(await refused(server.url, ca=old.pem))
 
 
-async def test_another_hash() -> None:
+async def test_certificate_with_another_hash_is_rejected() -> None:
     async with serve(echo) as server:
         assert "certificate_hash" in str(await refused(server.url, certificate_hash=bytes(32)))
 
 
-async def test_options_that_cannot_be(tmp_path: Path) -> None:
+async def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     async def attempt(url: str, **options: Any) -> None:
         async with connect(url, token="t", **options):
             pytest.fail("it should not connect")
@@ -513,7 +513,7 @@ async def test_options_that_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "lossy"), [(3_000_000, False), (300_000, True)])
-async def test_much_both_ways(size: int, lossy: bool) -> None:
+async def test_large_transfers_in_both_directions_complete(size: int, lossy: bool) -> None:
     data = bytes(range(256)) * (size // 256)
     async with dial(echo) as (transport, server), anyio.create_task_group() as tasks:
         server.lossy = lossy
@@ -532,7 +532,7 @@ async def test_much_both_ways(size: int, lossy: bool) -> None:
         server.lossy = False
 
 
-async def test_a_message_may_be_long() -> None:
+async def test_long_message_is_received() -> None:
     async with talk(Honest()) as bus, bus.subscribe("a") as messages:
         results = await bus.publish_many([("a", "x" * 60_000)] * 50)
         assert results == list(range(101, 151))
@@ -541,7 +541,7 @@ async def test_a_message_may_be_long() -> None:
             assert (got.seq, len(got.payload)) == (seq, 60_000)
 
 
-async def test_sending_waits_for_a_server_that_does_not_read() -> None:
+async def test_send_waits_while_the_server_does_not_read() -> None:
     async with dial(say_nothing) as (transport, server):
         sent = 0
         with anyio.move_on_after(0.5) as scope:
@@ -561,7 +561,7 @@ async def test_sending_waits_for_a_server_that_does_not_read() -> None:
         await transport.send(b"y")
 
 
-async def test_a_server_waits_for_who_does_not_read() -> None:
+async def test_server_waits_while_the_client_does_not_read() -> None:
     written = 0
 
     async def script(peer: StreamPeer) -> None:
@@ -582,7 +582,7 @@ async def test_a_server_waits_for_who_does_not_read() -> None:
             received += len((await transport.receive()).data)
 
 
-async def test_receiving_can_be_cancelled() -> None:
+async def test_receive_can_be_cancelled() -> None:
     async with dial(echo) as (transport, _):
         for _ in range(3):
             with anyio.move_on_after(0.01):
@@ -591,7 +591,7 @@ async def test_receiving_can_be_cancelled() -> None:
         assert (await transport.receive()).data == b"still here"
 
 
-async def test_a_stream_of_the_servers_that_asks_for_answers_is_not_wanted() -> None:
+async def test_bidirectional_stream_of_the_server_is_rejected() -> None:
     async def script(peer: StreamPeer) -> None:
         stream = peer.connection.open_stream(bidirectional=True)
         assert stream is not None
@@ -603,7 +603,7 @@ async def test_a_stream_of_the_servers_that_asks_for_answers_is_not_wanted() -> 
         assert await transport.receive() == Chunk(b"hello")
 
 
-async def test_streams_and_datagrams_of_the_servers_are_told_apart() -> None:
+async def test_streams_and_datagrams_of_the_server_are_distinguished() -> None:
     async def script(peer: StreamPeer) -> None:
         await peer.read()
         streams = [peer.connection.open_stream(bidirectional=False) for _ in range(2)]
@@ -628,7 +628,7 @@ async def test_streams_and_datagrams_of_the_servers_are_told_apart() -> None:
         assert ended == {second}
 
 
-async def test_a_stream_that_the_server_gives_up_is_no_end_of_it() -> None:
+async def test_stream_reset_does_not_end_the_session() -> None:
     async def script(peer: StreamPeer) -> None:
         await peer.read()
         stream = peer.connection.open_stream(bidirectional=False)
@@ -645,7 +645,7 @@ async def test_a_stream_that_the_server_gives_up_is_no_end_of_it() -> None:
         ]
 
 
-async def test_more_datagrams_than_anybody_takes_are_dropped() -> None:
+async def test_datagrams_over_the_limit_are_dropped() -> None:
     async with dial(echo) as (transport, _):
         for number in range(2 * MAX_QUEUED_DATAGRAMS):
             transport._handle(Datagram(b"%d" % number))
@@ -663,7 +663,7 @@ async def test_more_datagrams_than_anybody_takes_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("code", [1000, 4000, 4401, 4504])
-async def test_the_brokers_closing_code_and_reason_come_through(code: int) -> None:
+async def test_close_code_and_reason_of_the_broker_are_reported(code: int) -> None:
     async def script(peer: StreamPeer) -> None:
         await peer.close(code, "for a reason")
 
@@ -673,7 +673,7 @@ async def test_the_brokers_closing_code_and_reason_come_through(code: int) -> No
         assert caught.value.code == code
 
 
-async def test_messages_before_the_close_are_handed_out() -> None:
+async def test_messages_before_the_close_are_received() -> None:
     async def script(peer: StreamPeer) -> None:
         await peer.subscribed()
         await peer.send(message(101))
@@ -686,7 +686,7 @@ async def test_messages_before_the_close_are_handed_out() -> None:
         assert caught.value.code == 4504
 
 
-async def test_our_closing_code_and_reason_go_through() -> None:
+async def test_close_code_and_reason_of_the_client_are_sent() -> None:
     async with dial(echo) as (transport, server):
         await transport.send(b"last words")
         await transport.aclose(4000, "nonsense")
@@ -699,7 +699,7 @@ async def test_our_closing_code_and_reason_go_through() -> None:
             await transport.send(b"x")
 
 
-async def test_closing_needs_no_task_beside_it() -> None:
+async def test_close_works_without_a_driver_task() -> None:
     async with serve(echo) as server:
         address = parse_address(server.url)
         transport = await open_webtransport(address, make_configuration(address, certificate().pem))
@@ -710,7 +710,7 @@ async def test_closing_needs_no_task_beside_it() -> None:
         assert [peer.closed for peer in server.peers.values()] == [(1000, "bye")]
 
 
-async def test_closing_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_takes_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_transport, "CLOSE_TIMEOUT", 0.1)
     async with dial(echo) as (transport, server):
         server.vanish()
@@ -718,7 +718,7 @@ async def test_closing_takes_only_so_long(monkeypatch: pytest.MonkeyPatch) -> No
             await transport.aclose()
 
 
-async def test_closing_when_cancelled_is_closing_at_once() -> None:
+async def test_cancelled_close_closes_at_once() -> None:
     async with dial(echo) as (transport, server):
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -726,7 +726,7 @@ async def test_closing_when_cancelled_is_closing_at_once() -> None:
         await server.everyone_left()
 
 
-async def test_the_server_breaks_off() -> None:
+async def test_session_reset_by_the_server_is_a_disconnect() -> None:
     async def script(peer: StreamPeer) -> None:
         peer.connection.close("power cut")
         peer.flush()
@@ -737,7 +737,7 @@ async def test_the_server_breaks_off() -> None:
         assert caught.value.code is None
 
 
-async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_end_without_a_close_code_is_a_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_transport, "CLOSE_CODE_TIMEOUT", 0.05)
 
     async def end(peer: StreamPeer) -> None:
@@ -754,7 +754,7 @@ async def test_the_stream_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -
                 await bus.publish("a", 1)
 
 
-async def test_the_server_vanishes() -> None:
+async def test_server_that_vanishes_is_a_disconnect() -> None:
     async with (
         serve(Honest(), idle=1.0) as server,
         connect(server.url, token="t", ca=certificate().pem, reconnect=False) as bus,
@@ -764,14 +764,14 @@ async def test_the_server_vanishes() -> None:
             await bus.publish("a", 1)
 
 
-async def test_pings_keep_an_idle_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pings_keep_an_idle_connection_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_transport, "PING_INTERVAL", 0.1)
     async with talk(Honest(), server={"idle": 1.0}) as bus:
         await anyio.sleep(1.7)
         assert await bus.publish("a", 1) == 101
 
 
-async def test_cancelling_a_connection_closes_it_at_once() -> None:
+async def test_cancelled_connection_closes_at_once() -> None:
     async with serve(Honest()) as server:
         with anyio.CancelScope() as scope:
             async with connect(server.url, token="t", ca=certificate().pem) as bus:
@@ -798,7 +798,7 @@ async def test_leaving_leaves_no_task() -> None:
             await anyio.sleep(0.001)
 
 
-async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+async def test_exception_of_the_block_leaves_it_unchanged() -> None:
     async with serve(Honest()) as server:
         with pytest.raises(KeyError):
             async with connect(server.url, token="t", ca=certificate().pem):

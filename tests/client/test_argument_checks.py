@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from catbus.client import Bus, connect
 from catbus.client.argument_checks import check_integer, check_position, check_text, encode_cursor
 from catbus.errors import Refused
-from tests.client.fake import Honest, talk_to
+from tests.client.scripted_broker import Honest, talk_to
 
 pytestmark = pytest.mark.anyio
 
@@ -54,7 +54,7 @@ async def call(bus: Bus, method: str, args: tuple[Any, ...], options: dict[str, 
         await getattr(bus, method)(*args, **options)
 
 
-async def test_wrong_argument_of_one_call_harms_no_other() -> None:
+async def test_wrong_argument_affects_no_other_call() -> None:
     broker = Honest()
     async with talk_to(broker) as bus, bus.subscribe("b") as messages:
         for method, name, args, options in CALLS:
@@ -103,12 +103,12 @@ async def test_wrong_argument_of_connect_is_named(name: str, options: dict[str, 
 
 
 @given(st.integers(0, 2**63 - 1), st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=60))
-def test_cursor_is_read_as_it_was_written(seq: int, epoch: str) -> None:
+def test_cursor_decodes_to_the_seq_and_epoch_that_were_encoded(seq: int, epoch: str) -> None:
     assert check_position("since", encode_cursor(seq, epoch)) == (seq, epoch)
 
 
 @given(st.text() | st.integers() | st.floats() | st.none() | st.binary())
-def test_any_place_is_understood_or_refused(value: object) -> None:
+def test_any_position_is_accepted_or_rejected(value: object) -> None:
     try:
         seq, _ = check_position("since", value)
     except (TypeError, ValueError):
@@ -116,7 +116,7 @@ def test_any_place_is_understood_or_refused(value: object) -> None:
     assert seq is None or 0 <= seq < 2**63
 
 
-def test_what_an_error_shows_of_a_value_is_bounded() -> None:
+def test_error_shows_a_value_at_a_bounded_length() -> None:
     for check in (lambda: check_integer("n", "x" * 10_000, 0), lambda: check_integer("n", 10**10_000, 0)):
         with pytest.raises((TypeError, ValueError)) as caught:
             check()

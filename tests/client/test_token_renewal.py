@@ -14,7 +14,7 @@ from catbus.client.token_renewal import find_expiry, renewal_delay
 SECRET = "a secret that is long enough for a JWT"
 
 
-def test_tokens_that_say_when_they_end() -> None:
+def test_token_with_an_expiry() -> None:
     assert find_expiry(sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)) == 2_000_000_000
     claims = {"sub": "alice", "exp": 2_000_000_000, "catbus": {}}
     assert find_expiry(jwt.encode(claims, SECRET, "HS256")) == 2_000_000_000
@@ -33,13 +33,13 @@ def test_tokens_that_say_when_they_end() -> None:
         "sub-eyJleHAiOiJzb29uIn0.x",
     ],
 )
-def test_tokens_that_do_not(token: str) -> None:
+def test_token_without_an_expiry(token: str) -> None:
     assert find_expiry(token) is None
     assert renewal_delay(token, 0) is None
 
 
 @given(st.text())
-def test_any_text_may_be_a_token(token: str) -> None:
+def test_any_text_is_accepted_as_a_token(token: str) -> None:
     find_expiry(token)
     find_expiry("sub-" + token)
 
@@ -47,7 +47,7 @@ def test_any_text_may_be_a_token(token: str) -> None:
 @pytest.mark.parametrize(
     ("left", "pause"), [(3600, 3570), (61, 31), (60, 30), (10, 5), (1, 1), (0, 1), (-60, 1), (-100, 30)]
 )
-def test_the_next_one_is_asked_for_in_time(left: float, pause: float) -> None:
+def test_next_token_is_requested_before_the_expiry(left: float, pause: float) -> None:
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=2_000_000_000)
     assert renewal_delay(token, 2_000_000_000 - left) == pause
 
@@ -56,7 +56,7 @@ LASTS = 300.0
 
 
 @pytest.mark.parametrize("offset", [-86_400, -600, -31, 0, 200, 301, 600, 86_400])
-def test_a_clock_that_is_wrong_makes_no_client_ask_too_often_or_too_late(offset: float) -> None:
+def test_wrong_clock_causes_no_early_or_late_renewal(offset: float) -> None:
     """A token that was just made, on a device whose clock differs by so much."""
     made = 2_000_000_000
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=made + LASTS, issued_at=made)

@@ -20,7 +20,7 @@ from catbus.client.subscription_manager import SubscriptionManager
 from catbus.client.transport_interface import DATAGRAM
 from catbus.errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
 from catbus.protocol import wire_messages as wire
-from tests.client.fake import AUTH_OK, EPOCH, message
+from tests.client.scripted_broker import AUTH_OK, EPOCH, message
 
 
 def lines(*messages: dict[str, Any]) -> bytes:
@@ -95,13 +95,13 @@ def marks(queue: MessageQueue) -> list[tuple[str, int, str]]:
 # Authentication
 
 
-def test_it_says_that_it_knows_this_specification() -> None:
+def test_auth_names_the_protocol_version() -> None:
     protocol = Talk()
     protocol.authenticate("secret")
     assert sent(protocol) == [{"type": "auth", "token": "secret", "protocol": 1}]
 
 
-def test_auth_ok_tells_who_and_where() -> None:
+def test_auth_ok_sets_the_state_of_the_connection() -> None:
     protocol = Talk()
     answer = protocol.authenticate("t")
     protocol.receive(lines(AUTH_OK))
@@ -111,7 +111,7 @@ def test_auth_ok_tells_who_and_where() -> None:
     assert protocol.limits["message_size"] == 65536
 
 
-def test_auth_error_is_a_refusal() -> None:
+def test_auth_error_settles_the_reply_with_refused() -> None:
     protocol = Talk()
     answer = protocol.authenticate("t")
     protocol.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
@@ -122,7 +122,7 @@ def test_auth_error_is_a_refusal() -> None:
 # Publishing
 
 
-def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
+def test_ids_increase_and_replies_match_in_any_order() -> None:
     protocol = begin()
     batch = publish(protocol, "a", "b", "c")
     first, second, third = (request["id"] for request in sent(protocol))
@@ -150,7 +150,7 @@ def test_ids_increase_and_answers_find_their_request_in_any_order() -> None:
     assert protocol.head == 104
 
 
-def test_who_waits_for_a_batch_is_woken_once_at_its_end() -> None:
+def test_batch_wakes_its_task_once_when_complete() -> None:
     protocol = begin()
     batch = publish(protocol, "a", "b")
     woken: list[int] = []
@@ -162,7 +162,7 @@ def test_who_waits_for_a_batch_is_woken_once_at_its_end() -> None:
     assert woken == [1]
 
 
-def test_a_publish_says_only_what_is_not_usual() -> None:
+def test_publish_omits_default_fields() -> None:
     protocol = begin()
     batch = PublishBatch(1)
     protocol.in_flight.publish("a", encode_payload([]), batch, 0, ephemeral=True, echo=False)
@@ -174,7 +174,7 @@ def test_a_publish_says_only_what_is_not_usual() -> None:
     assert batch.missing == 0
 
 
-def test_answers_that_nobody_asked_for_are_ignored() -> None:
+def test_reply_without_a_request_is_ignored() -> None:
     protocol = begin()
     protocol.receive(
         lines(
@@ -203,7 +203,7 @@ def test_answers_that_nobody_asked_for_are_ignored() -> None:
     ("payload", "code"),
     [("x" * 65536, ErrorCode.TOO_LARGE), ([[]] * 1, None), ("x" * 65400, None), ({"a": "[" * 100}, None)],
 )
-def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code: ErrorCode | None) -> None:
+def test_oversized_publish_is_rejected_locally(payload: Any, code: ErrorCode | None) -> None:
     protocol = begin()
     batch = publish(protocol, "a", payload=payload)
     [result] = batch.results
@@ -211,7 +211,7 @@ def test_what_the_broker_would_not_understand_is_refused_here(payload: Any, code
     assert len(sent(protocol)) == (code is None)
 
 
-def test_what_is_nested_too_deep_is_refused_here() -> None:
+def test_deeply_nested_publish_is_rejected_locally() -> None:
     protocol = begin()
     deep: list[Any] = []
     for _ in range(62):
@@ -223,7 +223,7 @@ def test_what_is_nested_too_deep_is_refused_here() -> None:
     assert len(sent(protocol)) == 1
 
 
-def test_lines_go_together_in_frames_of_limited_size() -> None:
+def test_lines_are_sent_together_up_to_a_size() -> None:
     protocol = begin()
     batch = publish(protocol, *["a"] * 1000, payload="x" * 100)
     sizes = []
@@ -238,7 +238,7 @@ def test_lines_go_together_in_frames_of_limited_size() -> None:
     assert min(sizes[:-1]) > MAX_SEND_SIZE - 200
 
 
-def test_a_line_longer_than_a_frame_goes_alone() -> None:
+def test_line_longer_than_that_size_is_sent_alone() -> None:
     protocol = begin()
     publish(protocol, "a")
     publish(protocol, "a", payload="x" * 50_000)
@@ -252,7 +252,7 @@ def test_a_line_longer_than_a_frame_goes_alone() -> None:
 # Subscribing
 
 
-def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
+def test_new_subscription_is_complete_at_the_head() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10)
     assert sent(protocol) == [{"type": "subscribe", "pattern": "a.*", "id": 1}]
@@ -263,7 +263,7 @@ def test_a_subscription_from_now_on_is_complete_where_it_begins() -> None:
     assert seqs(queue) == [121, None]
 
 
-def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> None:
+def test_since_and_epoch_are_sent_and_kept_until_an_event() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", 50, "e0", 10)
     assert sent(protocol) == [{"type": "subscribe", "pattern": "a.*", "since": 50, "epoch": "e0", "id": 1}]
@@ -272,7 +272,7 @@ def test_since_and_epoch_are_passed_on_and_stand_until_something_is_heard() -> N
     assert not queue.items
 
 
-def test_who_subscribes_after_the_epoch_has_changed_in_silence_is_told_of_it() -> None:
+def test_subscription_after_an_unnoticed_change_of_the_epoch_gets_a_gap() -> None:
     protocol = begin()
     first = protocol.subscribe("a.*", None, None, 10)
     second = protocol.subscribe("b", 50, EPOCH, 10)
@@ -289,7 +289,7 @@ def test_who_subscribes_after_the_epoch_has_changed_in_silence_is_told_of_it() -
     assert (protocol.epoch, protocol.head) == ("e2", 120)
 
 
-def test_a_message_without_a_gap_before_it_shows_that_the_cursor_holds_in_the_new_epoch() -> None:
+def test_message_without_a_gap_keeps_the_cursor_in_the_new_epoch() -> None:
     protocol = begin()
     queue = subscribe(protocol, since=50, epoch="e0")
     protocol.receive(lines(message(60), message(61)))
@@ -298,7 +298,7 @@ def test_a_message_without_a_gap_before_it_shows_that_the_cursor_holds_in_the_ne
     assert (queue.received_seq, queue.received_epoch) == (61, EPOCH)
 
 
-def test_a_gap_moves_the_cursor_and_into_another_epoch_even_back() -> None:
+def test_gap_into_another_epoch_may_lower_the_cursor() -> None:
     protocol = begin()
     queue = subscribe(protocol, since=150, epoch="e0")
     gap = {"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": EPOCH, "reason": "epoch"}
@@ -307,7 +307,7 @@ def test_a_gap_moves_the_cursor_and_into_another_epoch_even_back() -> None:
     assert seqs(queue) == [91, 92]
 
 
-def test_a_gap_in_the_same_epoch_only_moves_on() -> None:
+def test_gap_in_the_same_epoch_never_lowers_the_cursor() -> None:
     protocol = begin()
     queue = subscribe(protocol, since=50)
     for first, last in ((51, 80), (51, 70)):
@@ -319,7 +319,7 @@ def test_a_gap_in_the_same_epoch_only_moves_on() -> None:
     assert (queue.received_seq, queue.received_epoch) == (80, EPOCH)
 
 
-def test_live_and_head_move_the_cursor_in_their_place_among_the_messages() -> None:
+def test_live_and_head_update_the_cursor_in_order_with_the_messages() -> None:
     protocol = begin()
     queue = subscribe(protocol, since=50)
     head = {"type": "head", "seq": 130, "epoch": EPOCH, "at": 1}
@@ -330,7 +330,7 @@ def test_live_and_head_move_the_cursor_in_their_place_among_the_messages() -> No
     assert protocol.head == 130
 
 
-def test_heads_in_a_row_are_one() -> None:
+def test_consecutive_heads_are_merged() -> None:
     protocol = begin()
     queue = subscribe(protocol)
     for seq in (130, 140, 150):
@@ -338,7 +338,7 @@ def test_heads_in_a_row_are_one() -> None:
     assert marks(queue) == [("Head", 150, EPOCH)]
 
 
-def test_a_new_epoch_reaches_the_conversation_by_gap_and_by_head() -> None:
+def test_gap_and_head_set_the_epoch_of_the_connection() -> None:
     protocol = begin()
     queue = subscribe(protocol)
     protocol.receive(lines({"type": "gap", "pattern": "a.*", "from": 91, "to": 90, "epoch": "e2", "reason": "epoch"}))
@@ -348,14 +348,14 @@ def test_a_new_epoch_reaches_the_conversation_by_gap_and_by_head() -> None:
     assert marks(queue)[-1] == ("Head", 80, "e3")
 
 
-def test_what_has_arrived_already_does_not_arrive_again() -> None:
+def test_message_below_the_cursor_is_dropped() -> None:
     protocol = begin()
     queue = subscribe(protocol)
     protocol.receive(lines(message(100), message(101), message(103), message(102), message(103), message(104)))
     assert seqs(queue) == [101, 103, 104]
 
 
-def test_overlapping_patterns_keep_their_own_cursors() -> None:
+def test_overlapping_patterns_have_separate_cursors() -> None:
     protocol = begin()
     one, other = subscribe(protocol, "a.*"), subscribe(protocol, "*", seq=110)
     protocol.receive(lines(message(111, pattern="a.*"), message(111, pattern="*"), message(112, pattern="*")))
@@ -363,7 +363,7 @@ def test_overlapping_patterns_keep_their_own_cursors() -> None:
     assert (one.received_seq, other.received_seq) == (111, 112)
 
 
-def test_a_refused_subscription_ends_with_the_reason() -> None:
+def test_rejected_subscription_ends_with_the_error() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10)
     refusal = {"type": "subscribe_error", "pattern": "a.*", "message": "no", "code": "unauthorized", "id": 1}
@@ -377,7 +377,7 @@ def test_a_refused_subscription_ends_with_the_reason() -> None:
     protocol.subscribe("a.*", None, None, 10)
 
 
-def test_a_revoked_subscription_ends_after_its_messages() -> None:
+def test_revoked_subscription_ends_after_its_messages() -> None:
     protocol = begin()
     queue = subscribe(protocol)
     protocol.receive(lines(message(101), {"type": "revoked", "pattern": "a.*", "seq": 101}, message(102)))
@@ -386,7 +386,7 @@ def test_a_revoked_subscription_ends_after_its_messages() -> None:
     assert queue.error.code is ErrorCode.REVOKED
 
 
-def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_own() -> None:
+def test_subscription_after_an_unsubscribe_receives_only_its_own_messages() -> None:
     protocol = begin()
     old = subscribe(protocol)
     protocol.subscriptions.unsubscribe(old)
@@ -399,7 +399,7 @@ def test_after_leaving_nothing_arrives_and_the_next_subscription_hears_only_its_
     assert (seqs(old), seqs(new)) == ([], [102])
 
 
-def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
+def test_unsubscribe_before_the_reply_leaves_no_state() -> None:
     protocol = begin()
     old = protocol.subscribe("a.*", None, None, 10)
     protocol.subscriptions.unsubscribe(old)
@@ -417,7 +417,7 @@ def test_leaving_before_the_answer_leaves_nothing_behind() -> None:
     assert not protocol.awaiting_reply
 
 
-def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription() -> None:
+def test_rejected_unsubscribe_does_not_affect_the_next_subscription() -> None:
     protocol = begin()
     old = subscribe(protocol)
     protocol.subscriptions.unsubscribe(old)
@@ -429,7 +429,7 @@ def test_an_unsubscribe_that_is_refused_is_not_taken_for_the_next_subscription()
     assert phase(new) is QueuePhase.ACTIVE
 
 
-def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
+def test_queue_wakes_its_task_for_the_first_item_only() -> None:
     protocol = begin()
     queue = subscribe(protocol)
     woken: list[int] = []
@@ -441,7 +441,7 @@ def test_who_waits_is_woken_when_the_first_thing_arrives_only() -> None:
 # Full inboxes
 
 
-def test_a_full_inbox_is_crowded_until_it_is_relieved() -> None:
+def test_full_queue_is_reported_until_it_is_drained() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=3)
     protocol.receive(lines(*[message(seq) for seq in range(101, 105)]))
@@ -453,7 +453,7 @@ def test_a_full_inbox_is_crowded_until_it_is_relieved() -> None:
     assert sent(protocol) == []
 
 
-def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
+def test_paused_queue_resumes_at_its_cursor() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=2)
     protocol.receive(lines(message(101), message(102)))
@@ -469,7 +469,7 @@ def test_a_suspended_inbox_is_taken_up_from_where_it_stopped() -> None:
     assert phase(queue) is QueuePhase.ACTIVE
 
 
-def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> None:
+def test_queue_resumed_before_the_unsubscribe_misses_nothing() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=2)
     protocol.receive(lines(message(101), message(102)))
@@ -488,7 +488,7 @@ def test_relieved_before_the_broker_has_stopped_it_still_misses_nothing() -> Non
     assert seqs(queue) == [101, 102, 103, 104]
 
 
-def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
+def test_head_does_not_update_a_paused_queue() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=2)
     protocol.receive(lines(message(101), message(102)))
@@ -501,7 +501,7 @@ def test_a_head_while_it_is_away_does_not_move_its_cursor() -> None:
     assert queue.received_seq == 102
 
 
-def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_with_too_many_excess_bytes_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscription_manager, "MAX_EXCESS_BYTES", 5_000)
     protocol = begin()
     queue = subscribe(protocol, limit=2)
@@ -511,7 +511,7 @@ def test_an_inbox_that_takes_on_too_much_is_suspended(monkeypatch: pytest.Monkey
     assert not protocol.has_full_queue
 
 
-def test_a_subscription_that_may_not_come_back_ends() -> None:
+def test_paused_subscription_ends_if_the_broker_rejects_it() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=1)
     protocol.receive(lines(message(101)))
@@ -528,7 +528,7 @@ def test_a_subscription_that_may_not_come_back_ends() -> None:
     assert queue.error.code is ErrorCode.UNAUTHORIZED
 
 
-def test_leaving_while_away_says_nothing_more() -> None:
+def test_leaving_a_paused_subscription_sends_nothing() -> None:
     protocol = begin()
     queue = subscribe(protocol, limit=1)
     protocol.receive(lines(message(101)))
@@ -542,7 +542,7 @@ def test_leaving_while_away_says_nothing_more() -> None:
 # More than one stream
 
 
-def test_a_subscription_asks_for_its_stream_again_when_it_is_taken_up() -> None:
+def test_resumed_subscription_requests_its_stream_again() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 1, stream=True, datagrams=True)
     asked = {"type": "subscribe", "pattern": "a.*", "stream": True, "datagrams": True}
@@ -553,7 +553,7 @@ def test_a_subscription_asks_for_its_stream_again_when_it_is_taken_up() -> None:
     assert sent(protocol)[1] == {**asked, "since": 101, "epoch": EPOCH, "id": 3}
 
 
-def test_a_head_speaks_of_the_subscriptions_on_its_stream() -> None:
+def test_head_applies_to_the_subscriptions_of_its_stream() -> None:
     protocol = begin()
     here = subscribe(protocol, "a.*")
     there = protocol.subscribe("b.*", None, None, 10, stream=True)
@@ -564,7 +564,7 @@ def test_a_head_speaks_of_the_subscriptions_on_its_stream() -> None:
     assert (here.received_seq, there.received_seq) == (110, 120)
 
 
-def test_a_stream_stays_in_its_epoch_whatever_another_has_said() -> None:
+def test_stream_stays_in_its_epoch() -> None:
     protocol = begin()
     here = subscribe(protocol, "b.*", 150)
     news = protocol.subscribe("a.*", None, None, 10, stream=True)
@@ -587,14 +587,14 @@ def test_a_stream_stays_in_its_epoch_whatever_another_has_said() -> None:
         assert (seqs(queue)[-1], queue.received_epoch) == (141, "e2")
 
 
-def test_a_stream_that_begins_in_a_new_epoch_says_so() -> None:
+def test_stream_that_begins_in_a_new_epoch_names_it() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10, stream=True)
     protocol.receive(lines({**subscribed(40, 1), "epoch": "e2"}, message(41)), 3)
     assert (queue.epoch, queue.received_seq) == ("e2", 41)
 
 
-def test_a_stream_that_ends_before_its_subscription_ends_the_conversation() -> None:
+def test_stream_that_ends_before_its_subscription_is_a_protocol_error() -> None:
     protocol = begin()
     protocol.subscribe("a.*", None, None, 10, stream=True)
     protocol.receive(lines(subscribed(100, 1)), 7)
@@ -607,7 +607,7 @@ GIVEN_UP = {"type": "unsubscribed", "pattern": "a.*", "seq": 110}
 
 
 @pytest.mark.parametrize("told_first", [False, True])
-def test_a_subscription_whose_stream_was_given_up_goes_on_where_it_stood(told_first: bool) -> None:
+def test_subscription_resumes_at_its_cursor_after_a_stream_reset(told_first: bool) -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10, stream=True)
     protocol.receive(lines(subscribed(100, 1), message(101)) + b'{"type": "mess', 7)
@@ -626,7 +626,7 @@ def test_a_subscription_whose_stream_was_given_up_goes_on_where_it_stood(told_fi
     assert phase(queue) is QueuePhase.ACTIVE
 
 
-def test_a_subscription_that_is_not_wanted_any_more_is_not_asked_for_when_its_stream_is_given_up() -> None:
+def test_closed_subscription_is_not_resumed_after_a_stream_reset() -> None:
     protocol = begin()
     away = protocol.subscribe("a.*", None, None, 1, stream=True)
     protocol.receive(lines(subscribed(100, 1), message(101)), 7)
@@ -639,7 +639,7 @@ def test_a_subscription_that_is_not_wanted_any_more_is_not_asked_for_when_its_st
     assert phase(away) is QueuePhase.PAUSED
 
 
-def test_an_answer_that_names_another_pattern_leads_nowhere_else() -> None:
+def test_reply_that_names_another_pattern_affects_only_its_request() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10)
     protocol.receive(lines(subscribed(100, 1, "b.*")))
@@ -648,7 +648,7 @@ def test_an_answer_that_names_another_pattern_leads_nowhere_else() -> None:
     assert not queue.items
 
 
-def test_a_datagram_is_for_whoever_has_the_pattern() -> None:
+def test_datagram_reaches_the_subscription_of_its_pattern() -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 10, stream=True, datagrams=True)
     early = lines(message(None, "early"))
@@ -663,7 +663,7 @@ def test_a_datagram_is_for_whoever_has_the_pattern() -> None:
 
 # Whatever the network does to the order of different streams, each subscription gets what its own stream has.
 @given(st.data())
-def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> None:
+def test_replies_on_several_streams_come_in_any_order(data: st.DataObject) -> None:
     protocol = begin()
     old = protocol.subscribe("a.*", None, None, 100, stream=True)
     other = protocol.subscribe("b.*", None, None, 100, stream=True)
@@ -697,7 +697,7 @@ def test_answers_on_different_streams_come_in_any_order(data: st.DataObject) -> 
 # History, ping, errors
 
 
-def test_histories_are_told_apart_by_their_ids() -> None:
+def test_history_replies_match_by_id() -> None:
     protocol = begin()
     one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
     first, second = sent(protocol)
@@ -712,7 +712,7 @@ def test_histories_are_told_apart_by_their_ids() -> None:
     assert one.value.more
 
 
-def test_an_error_with_an_id_refuses_that_history() -> None:
+def test_error_with_an_id_rejects_that_history_request() -> None:
     protocol = begin()
     one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
     _, second = sent(protocol)
@@ -721,7 +721,7 @@ def test_an_error_with_an_id_refuses_that_history() -> None:
     assert isinstance(other.value, Refused)
 
 
-def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
+def test_error_without_an_id_rejects_the_oldest_history_request() -> None:
     protocol = begin()
     one, other = protocol.in_flight.history("a.*", 2, None), protocol.in_flight.history("b", 100, 90)
     protocol.receive(lines({"type": "error", "message": "no", "code": "unavailable"}))
@@ -729,7 +729,7 @@ def test_an_error_without_an_id_refuses_the_oldest_history() -> None:
     assert other.value is None
 
 
-def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
+def test_bad_message_error_without_a_request_is_a_protocol_error() -> None:
     protocol = begin()
     publish(protocol, "a")
     with pytest.raises(PeerError, match="what") as caught:
@@ -737,7 +737,7 @@ def test_a_complaint_that_belongs_to_nothing_ends_the_conversation() -> None:
     assert caught.value.close is CloseCode.BAD_MESSAGE
 
 
-def test_an_object_that_the_broker_does_not_understand_is_refused_by_its_id() -> None:
+def test_error_with_an_id_rejects_the_request_of_that_id() -> None:
     protocol = begin()
     batch = publish(protocol, "a", "b")
     queue = protocol.subscribe("a.*", None, None, 10)
@@ -751,7 +751,7 @@ def test_an_object_that_the_broker_does_not_understand_is_refused_by_its_id() ->
         assert refused.code is ErrorCode.BAD_MESSAGE
 
 
-def test_goaway_and_other_errors_are_events() -> None:
+def test_goaway_and_other_errors_are_reported_as_events() -> None:
     events: list[wire.GoAway | wire.Error] = []
     protocol = Talk(events.append)
     protocol.receive(
@@ -763,7 +763,7 @@ def test_goaway_and_other_errors_are_events() -> None:
     assert events == [wire.GoAway("stopping", 1.5), wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED)]
 
 
-def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:
+def test_no_task_waits_for_a_keepalive_ping() -> None:
     protocol = begin()
     protocol.send_ping()
     assert not protocol.awaiting_reply
@@ -777,7 +777,7 @@ def test_a_keepalive_ping_is_waited_for_by_nobody() -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"type":"pong"}\n', b"garbage", b'{"type":"published","channel":"a","id":"x"}'])
-def test_nonsense_is_the_peers_mistake(line: bytes) -> None:
+def test_invalid_data_is_a_peer_error(line: bytes) -> None:
     with pytest.raises(PeerError) as caught:
         begin().receive(line)
     assert caught.value.close is CloseCode.BAD_MESSAGE
@@ -786,7 +786,7 @@ def test_nonsense_is_the_peers_mistake(line: bytes) -> None:
 # The end
 
 
-def test_when_there_is_no_other_connection_everyone_is_woken() -> None:
+def test_all_tasks_are_woken_when_no_connection_follows() -> None:
     protocol = begin()
     woken: list[str] = []
     batch, history, ping = (
@@ -826,7 +826,7 @@ STREAM = lines(
 
 # However the bytes are cut, the same arrives.
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8))
-def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int]) -> None:
+def test_split_of_the_received_bytes_does_not_matter(cuts: list[int]) -> None:
     protocol = begin()
     queue = protocol.subscribe("a.*", None, None, 1000)
     edges = [0, *sorted(cuts), len(STREAM)]

@@ -14,7 +14,7 @@ from catbus.protocol import wire_messages as wire
 from catbus.protocol.wire_messages import UNDECODABLE
 
 
-def test_a_message_keeps_its_payload_as_it_was_published() -> None:
+def test_message_keeps_its_payload_as_published() -> None:
     item = decode(
         b'{"type":"message","channel":"a.b","payload":{"n": 1.50},"pattern":"a.*","seq":7,"at":5,"sender":"bob"}'
     )
@@ -25,20 +25,20 @@ def test_a_message_keeps_its_payload_as_it_was_published() -> None:
     assert repr(item) == '<Message 7 on a.b: {"n": 1.50}>'
 
 
-def test_a_payload_is_decoded_once() -> None:
+def test_payload_is_decoded_once() -> None:
     item = decode(b'{"type":"message","channel":"a","payload":[1]}')
     assert isinstance(item, Message)
     assert item.payload is item.payload
 
 
-def test_an_ephemeral_message_has_no_seq() -> None:
+def test_ephemeral_message_has_no_seq() -> None:
     item = decode(b'{"type":"message","channel":"a","payload":1,"pattern":"a","at":5}')
     assert isinstance(item, Message)
     assert item.seq is None
     assert item.sender is None
 
 
-def test_every_message_of_the_server_is_understood() -> None:
+def test_every_server_message_is_decoded() -> None:
     raw = msgspec.Raw(b"1")
     spoken: list[wire.Reply] = [
         wire.AuthOk("alice", "p", "e", 1, 1, {"message_size": 5}),
@@ -68,16 +68,16 @@ def test_every_message_of_the_server_is_understood() -> None:
     assert decode(line) == Page([Message("a", raw, "a", 1, 2)], True, 4)
 
 
-def test_a_type_that_is_not_known_is_ignored() -> None:
+def test_unknown_type_is_ignored() -> None:
     assert decode(b'{"type":"weather","code":"sunny"}') is None
     assert decode(b'{"no":"type"}') is None
 
 
-def test_a_field_that_is_not_known_is_ignored() -> None:
+def test_unknown_field_is_ignored() -> None:
     assert decode(b'{"type":"pong","seq":1,"colour":"red"}') == wire.Pong(1)
 
 
-def test_a_code_that_is_not_known_is_still_a_refusal() -> None:
+def test_unknown_error_code_is_still_an_error() -> None:
     assert decode(
         b'{"type":"publish_error","channel":"a","message":"no","code":"too_loud","id":3}'
     ) == wire.PublishError("a", "no", ErrorCode.INTERNAL, 3)
@@ -94,7 +94,7 @@ def test_a_code_that_is_not_known_is_still_a_refusal() -> None:
         b"[]",
     ],
 )
-def test_what_makes_no_sense_is_an_error(line: bytes) -> None:
+def test_invalid_message_is_an_error(line: bytes) -> None:
     with pytest.raises(UNDECODABLE):
         decode(line)
 
@@ -108,7 +108,7 @@ def test_what_makes_no_sense_is_an_error(line: bytes) -> None:
         (msgspec.Raw(b'{"a": 1.0,\n"a": 2}'), b'{"a": 1.0, "a": 2}'),
     ],
 )
-def test_a_payload_is_what_msgspec_makes_of_it(value: Any, data: bytes) -> None:
+def test_payload_is_encoded_by_msgspec(value: Any, data: bytes) -> None:
     assert bytes(encode_payload(value)) == data
 
 
@@ -124,12 +124,12 @@ def test_a_payload_is_what_msgspec_makes_of_it(value: Any, data: bytes) -> None:
         msgspec.Raw(b"\xff"),
     ],
 )
-def test_what_has_no_json_form_is_a_type_error(value: Any) -> None:
+def test_payload_without_a_json_form_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match="no JSON form"):
         encode_payload(value)
 
 
-def test_a_payload_that_contains_itself_is_a_type_error() -> None:
+def test_payload_that_contains_itself_is_a_type_error() -> None:
     value: list[Any] = []
     value.append(value)
     with pytest.raises(TypeError, match="no JSON form"):

@@ -14,8 +14,8 @@ from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Ended, Reconnected, Refused, State, open_bus
 from catbus.errors import ErrorCode
-from tests.client.fake import AUTH_OK, Honest, Peer, Pipe
-from tests.client.test_supervisor import AWAY, admitted, end_of, lost, network
+from tests.client.scripted_broker import AUTH_OK, Honest, Peer, Pipe
+from tests.client.test_connection_supervisor import AWAY, admitted, end_of, lost, network
 
 SECRET = "a secret that is long enough for a JWT"
 
@@ -42,7 +42,7 @@ SIGNED_OUT = [
 
 
 @pytest.mark.parametrize("answer", SIGNED_OUT)
-async def test_nobody_is_signed_in_at_first(autojump_clock: MockClock, answer: Exception | None) -> None:
+async def test_connect_raises_if_the_user_is_signed_out(autojump_clock: MockClock, answer: Exception | None) -> None:
     token, asked = out_of([answer])
 
     async def dial() -> Pipe:
@@ -55,7 +55,7 @@ async def test_nobody_is_signed_in_at_first(autojump_clock: MockClock, answer: E
 
 
 @pytest.mark.parametrize("answer", SIGNED_OUT)
-async def test_signing_out_between_connections_is_final(autojump_clock: MockClock, answer: Exception | None) -> None:
+async def test_sign_out_between_connections_is_final(autojump_clock: MockClock, answer: Exception | None) -> None:
     token, asked = out_of(["one", answer])
     async with network(lost(50), token=token) as (bus, net):
         end = await end_of(bus)
@@ -67,7 +67,7 @@ async def test_signing_out_between_connections_is_final(autojump_clock: MockCloc
 
 
 @pytest.mark.parametrize("answer", SIGNED_OUT)
-async def test_signing_out_while_connected_is_final(
+async def test_sign_out_while_connected_is_final(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
 ) -> None:
     monkeypatch.setattr(time, "time", trio.current_time)
@@ -81,7 +81,7 @@ async def test_signing_out_while_connected_is_final(
         assert asked == pytest.approx([0, 270])
 
 
-async def test_the_end_is_told_once_with_its_reason(autojump_clock: MockClock) -> None:
+async def test_ended_is_reported_once_with_its_reason(autojump_clock: MockClock) -> None:
     async with network(lost(5, 4001)) as (bus, net):
         await trio.sleep(1000)
         with pytest.raises(Disconnected):
@@ -91,13 +91,13 @@ async def test_the_end_is_told_once_with_its_reason(autojump_clock: MockClock) -
     assert end.code == 4001
 
 
-async def test_leaving_the_block_is_no_end_to_be_told_of(autojump_clock: MockClock) -> None:
+async def test_ended_is_not_reported_when_the_block_is_left(autojump_clock: MockClock) -> None:
     async with network(Honest()) as (bus, net):
         await bus.ping()
     assert net.told == []
 
 
-async def test_the_block_begins_while_the_broker_is_away(autojump_clock: MockClock) -> None:
+async def test_block_begins_while_the_broker_is_unreachable(autojump_clock: MockClock) -> None:
     broker = Honest()
     async with network(AWAY, AWAY, broker, wait=False) as (bus, net):
         assert (bus.state, bus.transport) == (State.RECONNECTING, "")
@@ -109,7 +109,7 @@ async def test_the_block_begins_while_the_broker_is_away(autojump_clock: MockClo
             assert (await anext(messages)).payload == 1
 
 
-async def test_what_is_asked_for_before_there_is_a_connection_is_done_when_there_is_one(
+async def test_requests_before_the_first_connection_are_sent_on_it(
     autojump_clock: MockClock,
 ) -> None:
     async with network(AWAY, Honest(), wait=False) as (bus, _), bus.subscribe("a") as messages:
@@ -118,7 +118,7 @@ async def test_what_is_asked_for_before_there_is_a_connection_is_done_when_there
         assert (await anext(messages)).payload == 1
 
 
-async def test_it_may_be_left_before_there_is_a_connection(autojump_clock: MockClock) -> None:
+async def test_block_can_be_left_before_the_first_connection(autojump_clock: MockClock) -> None:
     async def silent(peer: Peer) -> None:
         await peer.expect("auth")
         await trio.sleep_forever()
@@ -129,7 +129,7 @@ async def test_it_may_be_left_before_there_is_a_connection(autojump_clock: MockC
     assert trio.current_time() == 50
 
 
-async def test_a_first_connection_that_is_refused_ends_the_bus_and_not_the_block(autojump_clock: MockClock) -> None:
+async def test_rejected_first_connection_ends_the_bus_but_not_the_block(autojump_clock: MockClock) -> None:
     async def refuse(peer: Peer) -> None:
         await peer.expect("auth")
         await peer.send({"type": "auth_error", "message": "forged", "code": "unauthenticated"})
@@ -141,7 +141,7 @@ async def test_a_first_connection_that_is_refused_ends_the_bus_and_not_the_block
         assert net.told == [Ended]
 
 
-async def test_without_reconnecting_the_first_connection_is_tried_once_beside_the_block(
+async def test_bus_without_reconnect_makes_one_attempt_in_the_background(
     autojump_clock: MockClock,
 ) -> None:
     async with network(AWAY, wait=False, reconnect=False) as (bus, net):
@@ -152,7 +152,7 @@ async def test_without_reconnecting_the_first_connection_is_tried_once_beside_th
 
 @pytest.mark.parametrize("says_when", [True, False])
 @pytest.mark.parametrize("offset", [-600, -45, 45, 600])
-async def test_a_clock_that_is_wrong_asks_for_few_tokens(
+async def test_wrong_clock_causes_few_token_requests(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, offset: float, says_when: bool
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000 + trio.current_time() + offset)

@@ -17,7 +17,7 @@ from catbus.client.broker_address import parse_address
         ("WS://[::1]:8080/a/b?c=d", "::1", 8080, "/a/b?c=d", False, "[::1]:8080"),
     ],
 )
-def test_an_url_says_where(url: str, host: str, port: int, target: str, secure: bool, authority: str) -> None:
+def test_url_is_parsed(url: str, host: str, port: int, target: str, secure: bool, authority: str) -> None:
     address = parse_address(url)
     assert (address.host, address.port, address.target, address.secure) == (host, port, target, secure)
     assert address.authority == authority
@@ -28,7 +28,7 @@ def test_an_url_says_where(url: str, host: str, port: int, target: str, secure: 
     ("url", "socket", "target"),
     [("ws+unix:/run/bus.sock", "/run/bus.sock", "/ws"), ("ws+unix:/run/bus.sock:/other", "/run/bus.sock", "/other")],
 )
-def test_a_unix_socket_is_a_path(url: str, socket: str, target: str) -> None:
+def test_unix_socket_url_contains_a_path(url: str, socket: str, target: str) -> None:
     address = parse_address(url)
     assert (address.socket, address.target, address.authority) == (socket, target, "localhost")
 
@@ -51,6 +51,6 @@ def test_a_unix_socket_is_a_path(url: str, socket: str, target: str) -> None:
         ("ws+unix://host/x", "unix socket"),
     ],
 )
-def test_a_wrong_url_is_a_value_error(url: str, complaint: str) -> None:
+def test_invalid_url_is_a_value_error(url: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse_address(url)

@@ -27,7 +27,7 @@ def listening_on(address: str) -> catbus.Config:
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("name", NAMES)
-async def test_the_client_and_the_command_try_both(address: str, name: str) -> None:
+async def test_client_and_command_try_both_loopback_addresses(address: str, name: str) -> None:
     async with running(listening_on(address)) as (_, place):
         url = f"ws://{place.replace(address, name)}/ws"
         async with catbus.connect(url, token=TOKEN, reconnect=False) as bus:
@@ -37,7 +37,7 @@ async def test_the_client_and_the_command_try_both(address: str, name: str) -> N
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-async def test_the_certificate_is_still_that_of_the_name(address: str, tmp_path: Path) -> None:
+async def test_certificate_of_localhost_is_verified_at_either_address(address: str, tmp_path: Path) -> None:
     certificate = Renewed(tmp_path)
     config = msgspec.structs.replace(
         certificate.config(), websocket=WebSocketSettings(bind=(f"{address}:0",), tls=True)
@@ -56,7 +56,7 @@ async def test_the_certificate_is_still_that_of_the_name(address: str, tmp_path:
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("name", NAMES)
-async def test_the_client_in_node_tries_both(address: str, name: str) -> None:
+async def test_client_in_node_tries_both_loopback_addresses(address: str, name: str) -> None:
     node = find_program("nodejs", "node")
     find_module("ws")
     async with running(listening_on(address)) as (_, place):

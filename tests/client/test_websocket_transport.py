@@ -24,7 +24,7 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Mess
 from catbus.client import Disconnected, connect
 from catbus.client.broker_address import parse_address
 from catbus.client.websocket_transport import WebSocketTransport, open_websocket
-from tests.client.fake import LIMIT, Gone, Honest, Peer, WebSocketPeer, message, play, serve, talk, talk_to
+from tests.client.scripted_broker import LIMIT, Gone, Honest, Peer, WebSocketPeer, message, play, serve, talk, talk_to
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +52,7 @@ async def dial(
 # The handshake
 
 
-async def test_the_path_is_asked_for() -> None:
+async def test_path_of_the_url_is_requested() -> None:
     targets: list[str] = []
 
     async def script(peer: WebSocketPeer) -> None:
@@ -80,7 +80,7 @@ async def test_the_path_is_asked_for() -> None:
         (b"", "during the handshake"),
     ],
 )
-async def test_what_answers_is_no_broker(answer: bytes, complaint: str) -> None:
+async def test_server_that_is_no_broker_is_a_disconnect(answer: bytes, complaint: str) -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.stream.receive()
         await peer.stream.send(answer)
@@ -92,7 +92,7 @@ async def test_what_answers_is_no_broker(answer: bytes, complaint: str) -> None:
             await open_websocket(parse_address(url))
 
 
-async def test_nobody_is_there() -> None:
+async def test_refused_connection_is_a_disconnect() -> None:
     async with serve(Honest()) as url:
         pass
     with pytest.raises(Disconnected, match=f"cannot connect to {url}: Connection refused"):
@@ -100,7 +100,7 @@ async def test_nobody_is_there() -> None:
             pytest.fail("nobody is there")
 
 
-async def test_nobody_has_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unknown_host_name_is_a_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect_tcp(host: str, port: int) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -110,14 +110,14 @@ async def test_nobody_has_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
             pytest.fail("nobody is there")
 
 
-async def test_whoever_is_there_says_nothing() -> None:
+async def test_silent_server_is_a_disconnect() -> None:
     async with serve(lambda peer: anyio.sleep_forever(), handshake=False) as url:
         with pytest.raises(Disconnected, match=r"did not answer within 0\.05 s"):
             async with connect(url, token="t", timeout=0.05):
                 pytest.fail("it says nothing")
 
 
-async def test_what_comes_right_behind_the_handshake_is_not_lost() -> None:
+async def test_data_sent_with_the_handshake_is_not_lost() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.fill()
         [_] = peer.connection.events()
@@ -131,7 +131,7 @@ async def test_what_comes_right_behind_the_handshake_is_not_lost() -> None:
 # Frames
 
 
-async def test_a_message_may_be_fragmented_and_split_anywhere() -> None:
+async def test_message_may_be_fragmented_and_split_anywhere() -> None:
     text = 'ä {"} 😀\n'
     data = text.encode()
 
@@ -158,7 +158,7 @@ async def test_a_message_may_be_fragmented_and_split_anywhere() -> None:
         assert pinged
 
 
-async def test_a_frame_may_be_long() -> None:
+async def test_long_frame_is_received() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.write(b"x" * 1_000_000)
 
@@ -169,7 +169,7 @@ async def test_a_frame_may_be_long() -> None:
         assert received == 1_000_000
 
 
-async def test_pings_are_answered_by_a_client_that_has_nothing_else_to_say() -> None:
+async def test_idle_client_answers_pings() -> None:
     answered = anyio.Event()
 
     async def script(peer: WebSocketPeer) -> None:
@@ -185,7 +185,7 @@ async def test_pings_are_answered_by_a_client_that_has_nothing_else_to_say() -> 
         await answered.wait()
 
 
-async def test_many_pings_need_one_answer() -> None:
+async def test_several_pings_get_one_pong() -> None:
     async def script(peer: WebSocketPeer) -> None:
         pings = b"".join(peer.connection.send(Ping(payload=b"%d" % number)) for number in range(100))
         await peer.stream.send(pings + peer.connection.send(TextMessage(data="done")))
@@ -203,7 +203,7 @@ async def test_many_pings_need_one_answer() -> None:
         assert (await websocket.receive()).data == b"heard"
 
 
-async def test_binary_frames_are_read_too() -> None:
+async def test_binary_frame_is_received() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.admit()
         request = await peer.expect("publish")
@@ -218,7 +218,7 @@ async def test_binary_frames_are_read_too() -> None:
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1012, 4000, 4401, 4504])
-async def test_the_brokers_closing_code_and_reason_come_through(code: int) -> None:
+async def test_close_code_and_reason_of_the_broker_are_reported(code: int) -> None:
     answers: list[object] = []
 
     async def script(peer: Peer) -> None:
@@ -235,7 +235,7 @@ async def test_the_brokers_closing_code_and_reason_come_through(code: int) -> No
     assert [answer[0] for answer in answers if isinstance(answer, tuple)] == [code]
 
 
-async def test_messages_before_a_close_in_one_piece_are_handed_out() -> None:
+async def test_messages_in_one_chunk_with_a_close_frame_are_received() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.admit()
         await peer.subscribed()
@@ -250,7 +250,7 @@ async def test_messages_before_a_close_in_one_piece_are_handed_out() -> None:
         assert caught.value.code == 4504
 
 
-async def test_nothing_can_be_sent_after_the_brokers_close() -> None:
+async def test_send_raises_after_the_close_frame_of_the_broker() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.close(4503, "away")
 
@@ -262,7 +262,7 @@ async def test_nothing_can_be_sent_after_the_brokers_close() -> None:
         assert caught.value.code == 4503
 
 
-async def test_what_breaks_the_rules_of_websocket_ends_it() -> None:
+async def test_protocol_violation_ends_the_connection() -> None:
     closed: list[tuple[int, str | None] | None] = []
 
     async def script(peer: WebSocketPeer) -> None:
@@ -283,7 +283,7 @@ async def test_what_breaks_the_rules_of_websocket_ends_it() -> None:
     assert closed[0][0] == 1002
 
 
-async def test_invalid_utf8_ends_it() -> None:
+async def test_invalid_utf8_ends_the_connection() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.stream.send(b"\x81\x02\xc3\x28")
 
@@ -292,7 +292,7 @@ async def test_invalid_utf8_ends_it() -> None:
             await websocket.receive()
 
 
-async def test_a_send_that_was_cut_short_is_followed_by_nothing() -> None:
+async def test_nothing_is_sent_after_an_incomplete_frame() -> None:
     """Half a frame with a Close behind it would be a frame with a Close in it."""
     after: list[bytes] = []
     stuck = anyio.Event()
@@ -317,7 +317,7 @@ async def test_a_send_that_was_cut_short_is_followed_by_nothing() -> None:
             await anyio.sleep(0)
 
 
-async def test_closing_twice_is_closing_once() -> None:
+async def test_second_close_does_nothing() -> None:
     async with dial(Peer.linger) as websocket:
         await websocket.aclose()
         await websocket.aclose()
@@ -328,7 +328,7 @@ async def test_closing_twice_is_closing_once() -> None:
 # Other streams
 
 
-async def test_over_a_unix_socket(tmp_path: Path) -> None:
+async def test_client_connects_over_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "bus.sock"
 
     async def handle(stream: anyio.abc.ByteStream) -> None:
@@ -346,7 +346,7 @@ async def test_over_a_unix_socket(tmp_path: Path) -> None:
             tasks.cancel_scope.cancel()
 
 
-async def test_no_unix_socket_is_there(tmp_path: Path) -> None:
+async def test_missing_unix_socket_is_a_disconnect(tmp_path: Path) -> None:
     with pytest.raises(Disconnected, match="No such file"):
         async with connect(f"ws+unix:{tmp_path}/bus.sock", token="t"):
             pytest.fail("nobody is there")
@@ -398,7 +398,7 @@ async def serve_tls(certificate: tuple[Path, Path], script: Callable[[Peer], Awa
             tasks.cancel_scope.cancel()
 
 
-async def test_over_tls_with_an_authority_of_ones_own(certificate: tuple[Path, Path]) -> None:
+async def test_client_connects_over_tls_with_a_private_authority(certificate: tuple[Path, Path]) -> None:
     async with serve_tls(certificate, Honest()) as url:
         async with connect(url, token="t", ca=certificate[0]) as bus, bus.subscribe("a") as messages:
             results = await bus.publish_many([("a", "x" * 1000)] * 300)
@@ -409,14 +409,14 @@ async def test_over_tls_with_an_authority_of_ones_own(certificate: tuple[Path, P
             assert await bus.publish("a", 1) == 401
 
 
-async def test_a_certificate_that_nobody_vouches_for(certificate: tuple[Path, Path]) -> None:
+async def test_untrusted_certificate_is_rejected(certificate: tuple[Path, Path]) -> None:
     async with serve_tls(certificate, Honest()) as url:
         with pytest.raises(Disconnected, match="certificate is not accepted"):
             async with connect(url, token="t"):
                 pytest.fail("it is self-signed")
 
 
-async def test_a_tls_broker_that_vanishes(certificate: tuple[Path, Path]) -> None:
+async def test_tls_broker_that_vanishes_is_a_disconnect(certificate: tuple[Path, Path]) -> None:
     async def script(peer: Peer) -> None:
         await peer.admit()
         await peer.expect("publish")
@@ -431,7 +431,7 @@ async def test_a_tls_broker_that_vanishes(certificate: tuple[Path, Path]) -> Non
             await bus.publish("a", 1)
 
 
-async def test_tls_spoken_to_who_does_not_understand_it() -> None:
+async def test_tls_to_a_plain_server_is_a_disconnect() -> None:
     async def script(peer: WebSocketPeer) -> None:
         await peer.stream.receive()
         await peer.stream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -442,7 +442,7 @@ async def test_tls_spoken_to_who_does_not_understand_it() -> None:
                 pytest.fail("it is no TLS")
 
 
-async def test_a_ca_that_cannot_be_read_is_our_own_mistake(tmp_path: Path) -> None:
+async def test_unreadable_ca_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         async with connect("wss://127.0.0.1:1", token="t", ca=tmp_path / "none.pem"):
             pytest.fail("there is no such file")
