@@ -21,3 +21,15 @@ test('a handler whose cursor is of a newer epoch than the one asked for loses no
   ];
   live(modules, { connected: true, steps });
 });
+
+test('a handler without a cursor does not begin on a subscription that comes from another epoch', () => {
+  const steps = [
+    { step: 'publish', channel: 'a.x', count: 1 },
+    { step: 'workLate', number: 0, count: 1 },
+    { step: 'bring', number: 0, size: 51 },
+    { step: 'subscribe', pattern: 'a.*', start: {} },
+    { step: 'subscribe', pattern: 'a.*', start: { since: 3 } },
+    { step: 'restore', back: 0 },
+  ];
+  live(modules, { connected: true, steps });
+});

@@ -36,6 +36,8 @@ export class Feed {
   asked;
   /** Whether the broker has said that it has caught up. */
   live = false;
+  /** Whether it was asked for from a place in another epoch, and is on its way into the present one: a gap may come. */
+  crossing = false;
   /** Complete up to here, on its lane; and where the replica was when it agreed. */
   seq = 0;
   head = 0;

@@ -63,7 +63,7 @@ export class Subscriptions {
     const more = (stream && !feed.stream) || (datagrams && !feed.datagrams);
     feed.stream ||= stream;
     feed.datagrams ||= datagrams;
-    if (reader.cursor === undefined && feed.lane && feed.seq <= feed.lane.link.head && !more) {
+    if (reader.cursor === undefined && feed.lane && !feed.crossing && feed.seq <= feed.lane.link.head && !more) {
       // From where it stands, or from where the replica stood where it has not caught up.
       this.#begin(reader, Math.max(feed.seq, feed.head), feed.lane.epoch, feed.lane.link);
       if (feed.live) this.#becomeLive(reader);
@@ -146,14 +146,15 @@ export class Subscriptions {
     // A replica that is behind sends from `since` on, not from where it is.
     feed.head = epoch === lane.epoch ? Math.max(reply.seq, since ?? 0) : reply.seq;
     feed.seq = since ?? reply.seq;
+    feed.crossing = since !== undefined && epoch !== lane.epoch;
     for (const reader of feed.attached) {
       const fresh = reader.phase === 'waiting';
-      if (reader.cursor === undefined || reader.isAfter(since ?? reply.seq, since === undefined ? lane.epoch : epoch, lane.epoch)) {
+      if (reader.cursor === undefined ? !feed.crossing : reader.isAfter(since ?? reply.seq, since === undefined ? lane.epoch : epoch, lane.epoch)) {
         if (moved || fresh) reader.live = false;
         this.#begin(reader, feed.head, lane.epoch, lane.link);
         if (feed.live) this.#becomeLive(reader);
       } else {
-        // Its cursor is of another epoch: it hears nothing until this subscription has caught up, and is asked for then.
+        // It stands elsewhere in another epoch, or nowhere yet: it is asked for when this subscription has caught up.
         reader.phase = 'waiting';
       }
     }
@@ -237,6 +238,7 @@ export class Subscriptions {
     const feed = this.#heard(reply.pattern, lane);
     if (!feed) return;
     feed.live = true;
+    feed.crossing = false;
     feed.seq = reply.seq;
     for (const reader of feed.heard) {
       reader.move(reply.seq, lane.epoch);
