@@ -229,7 +229,7 @@ class Replica:
                 if index % HEADS_PER_CHECKPOINT == 0:
                     await trio.lowlevel.checkpoint()
                 session.send_due_head(now)
-            for _ in self.delivery.survey():
+            for _ in self.delivery.measure_lag():
                 await trio.lowlevel.checkpoint()
 
     # Stopping

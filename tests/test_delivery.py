@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import catbus.delivery.fan_out as delivery_module
-from catbus.delivery.fan_out import SURVEYED, Delivery
+from catbus.delivery.fan_out import MEASURED_PER_CHECKPOINT, Delivery
 from catbus.delivery.send_queue import (
     LIST_SLOT_BYTES,
     REPLY_BYTES,
@@ -379,7 +379,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
 @pytest.fixture(autouse=True)
 def little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery_module, "SERVED", 1)
+    monkeypatch.setattr(delivery_module, "SERVED_PER_CHECKPOINT", 1)
 
 
 DeliveryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
@@ -504,14 +504,15 @@ def test_the_figures_cost_the_same_whatever_the_number_of_lagging_subscriptions(
     log: ListLog, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(log, delivery, *["a"] * 100)
-    readers = [Reader(delivery, f"x.n{number}", since=50) for number in range(2 * SURVEYED)]
+    readers = [Reader(delivery, f"x.n{number}", since=50) for number in range(2 * MEASURED_PER_CHECKPOINT)]
     Reader(delivery, "x.n0")
     slowest = Reader(delivery, "y", since=10)
-    deque(delivery.survey(), maxlen=0)
+    deque(delivery.measure_lag(), maxlen=0)
     with monkeypatch.context() as patch:
         patch.delattr(TopicTree, "groups")
         figures = delivery.statistics()
-    assert (figures.lagging, figures.lag, figures.patterns) == (2 * SURVEYED + 1, 90, 2 * SURVEYED + 1)
+    number = 2 * MEASURED_PER_CHECKPOINT + 1
+    assert (figures.lagging, figures.lag, figures.patterns) == (number, 90, number)
     for reader in (*readers, slowest):
         delivery.unsubscribe(reader.subscription, next(iter(reader.subscription.patterns)))
     figures = delivery.statistics()
@@ -649,6 +650,19 @@ def test_who_is_late_in_what_both_epochs_have_in_common_goes_on_exactly(log: Lis
     sweep(log, delivery)
     assert late.mail() == [2, 3, wire.Live("a", 3)]
     assert further.mail() == [3]
+
+
+def test_a_subscription_that_was_ahead_goes_on_in_another_epoch_that_is_further(
+    log: ListLog, delivery: Delivery
+) -> None:
+    publish(log, delivery, *["a"] * 3)
+    ahead = Reader(delivery, "a", since=5)
+    log.epoch = "f"
+    log.entries += [entry(seq, "a") for seq in range(4, 9)]
+    delivery.restart(8)
+    assert ahead.mail() == [wire.Gap("a", 6, 5, "f", "epoch")]
+    sweep(log, delivery)
+    assert ahead.mail() == [6, 7, 8, wire.Live("a", 8)]
 
 
 def test_in_another_epoch_nothing_is_too_low_to_be_wanted(log: ListLog, delivery: Delivery) -> None:

@@ -1,8 +1,8 @@
-"""From the log to the send queues: committed entries are matched, encoded once, and offered to who subscribed.
+"""The fan-out from the log to the send queues: match committed entries, encode them once, offer them to subscriptions.
 
-A subscription stands in exactly one of two topic trees. In the live one it is complete up to `position` and gets
-every batch as it is applied. In the late one it has a cursor of its own and is caught up from the log by one reader
-that all late subscriptions share. Joining with `since`, falling behind and starting up are the same case: late.
+The patterns of a subscription are in exactly one of two topic trees. In the live tree it is complete up to `position`
+and gets every batch as it is applied. In the lagging tree it has a cursor of its own, and one reader catches up all of
+them from the log. Subscribing with `since` and a full send queue are the same case: the subscription lags.
 """
 
 from __future__ import annotations
@@ -19,34 +19,48 @@ from ..errors import Unavailable
 from ..log import Entry, Log, LogPage
 from ..protocol.wire_messages import Gap, Live
 from .send_queue import Budget, EncodedMessages, SendQueue
-from .subscription import PAGE_ROWS, PatternMatches, Subscription, find_hits, merge, offer, without
+from .subscription import (
+    AHEAD,
+    CLOSED,
+    LIVE,
+    PAGE_ROWS,
+    READING,
+    WAITING,
+    PatternMatches,
+    Subscription,
+    SubscriptionState,
+    find_hits,
+    merge,
+    offer,
+    without,
+)
 from .topic_tree import TopicTree
 
 PAGE_BYTES = 1 << 20
-RETRY = 0.25
-"""Seconds between tries to read a log that is unavailable."""
+"""Bytes of the log that are read at once, unless one entry has more."""
 
-SERVED = 50
-"""Late subscriptions that are served from a page before other tasks get a turn."""
+READ_RETRY_INTERVAL = 0.25
+"""Seconds between attempts to read a log that is unavailable."""
 
-SURVEYED = 500
-"""Lagging subscriptions whose cursors are looked at before other tasks get a turn."""
+SERVED_PER_CHECKPOINT = 50
+"""Lagging subscriptions that are served from a page before other tasks run."""
 
-KEPT = 0.75
-"""How much of the budget is still in use when it has been exceeded and the largest send queues have given theirs
-back."""
+MEASURED_PER_CHECKPOINT = 500
+"""Lagging subscriptions whose lag is measured before other tasks run."""
+
+KEPT_OF_BUDGET = 0.75
+"""Part of the budget that is still in use after the largest send queues have dropped messages to stay within it."""
 
 _size = attrgetter("size")
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryStatistics:
-    """`live` and `lagging` count subscriptions, `lags` how often one fell behind, `sweeps` the pages read for the late.
+    """`live` and `lagging`: subscriptions. `patterns`: distinct patterns of all of them.
 
-    `patterns`: how many different ones they are for. `lag`: by how many messages of the log the latest of the late is
-    behind. `held`: bytes in all send queues. `withdrawals`: how often a send queue has given its messages back to
-    make room.
-    `delivered`: messages that were taken to be sent, each as often as it was.
+    `lag`: the largest lag, in messages. `lags`: times that a live subscription began to lag. `sweeps`: pages read for
+    lagging subscriptions. `held`: bytes in all send queues. `withdrawals`: times that a send queue dropped messages to
+    stay within the budget. `delivered`: messages taken from send queues to be sent, once for each subscription.
     """
 
     position: int
@@ -62,10 +76,10 @@ class DeliveryStatistics:
 
 
 class Delivery:
-    """Follows a log and keeps the send queues of those who subscribed in step with it. Belongs to one Trio thread.
+    """Follows a log, and delivers its entries to subscriptions. Belongs to one Trio thread.
 
-    When the send queues together hold more than `budget` allows, the largest give back what can be had from the log,
-    and their subscriptions are late.
+    When the send queues together hold more than `budget` allows, the largest drop messages that can be read from the
+    log again, and their subscriptions lag.
     """
 
     def __init__(self, log: Log, budget: Budget | None = None) -> None:
@@ -73,37 +87,36 @@ class Delivery:
         self.position = 0
         """The newest seq that the live subscriptions have been offered."""
         self.at = 0
-        """When the entry at `position` was committed, in milliseconds since 1970; 0 where that is not known."""
+        """Commit time of the entry at `position`, in milliseconds since 1970; 0 if unknown."""
         self.unsent_since = 0
-        """The same of the oldest entry offered since this was last set to 0: by then, all of them had been sent."""
+        """Commit time of the oldest entry offered since this was last set to 0, which the flusher does."""
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
         self._lagging: TopicTree[Subscription] = TopicTree()
         self._in_both = 0
-        """How many patterns are in both trees."""
+        """Patterns that are in both trees."""
         self._lag = 0
-        """By how many messages the latest of the late was behind, as `survey` has found it."""
+        """The largest lag when `measure_lag` last ran."""
+        # Subscriptions in these states, in order of arrival: `_set_state` keeps them.
         self._reading: dict[Subscription, None] = {}
-        """Those of the late that can be served: neither stalled nor ahead."""
         self._ahead: dict[Subscription, None] = {}
-        """Those whose cursor is above `position`: another replica has told them more than this one knows."""
-        self._readers: dict[SendQueue, dict[str, Subscription]] = {}
-        """Whom a send queue is for, by pattern."""
+        self._by_send_queue: dict[SendQueue, dict[str, Subscription]] = {}
+        """The subscriptions of each send queue, by pattern."""
         self._work = trio.Event()
-        self._near = False
-        """Whether the sweep that read last was the one through what is in memory."""
+        self._in_memory = False
+        """Whether the last page was of the sweep through the entries in memory."""
         self._swept = {True: 0, False: 0}
-        """How far that sweep has got, and the other."""
+        """Up to where the sweep through the entries in memory has read, and the sweep before them."""
         self._lags = 0
         self._sweeps = 0
         self._withdrawals = 0
         self._restarts = 0
-        self._alarm = self.budget.for_messages
+        self._withdraw_above = self.budget.for_messages
 
     def statistics(self) -> DeliveryStatistics:
-        """Take the figures, at the same cost whatever the number of subscriptions: a stranger may ask for them."""
-        if len(self._lagging) <= SURVEYED:
-            deque(self.survey(), maxlen=0)
+        """Return the statistics at a cost that does not depend on the number of subscriptions: anybody may ask."""
+        if len(self._lagging) <= MEASURED_PER_CHECKPOINT:
+            deque(self.measure_lag(), maxlen=0)
         return DeliveryStatistics(
             position=self.position,
             live=len(self._live),
@@ -117,37 +130,37 @@ class Delivery:
             delivered=self.budget.delivered,
         )
 
-    def survey(self) -> Iterator[None]:
-        """Look at the cursors of all lagging subscriptions, in steps; where they are few, `statistics` does."""
+    def measure_lag(self) -> Iterator[None]:
+        """Find the largest lag, in steps. `statistics` does so itself when few subscriptions lag."""
         lag = looked = 0
         for group in list(self._lagging.groups()):
             for member in list(group.members):
                 lag = max(lag, self.position - member.cursor)
                 looked += 1
-                if looked % SURVEYED == 0:
+                if looked % MEASURED_PER_CHECKPOINT == 0:
                     yield
         self._lag = lag
 
     # The log's follower
 
     def apply(self, entries: Sequence[Entry]) -> None:
-        """Offer the next entries to the live subscriptions; who has no room for all of its own goes late."""
+        """Offer the next entries to the live subscriptions. A subscription without room for all of its entries lags."""
         previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
         self.unsent_since = self.unsent_since or entries[0].at
         for subscription in offer(self._live, entries):
-            self._fall_behind(subscription, previous)
+            self._start_lagging(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:
-            del self._ahead[subscription]
-            self._read_for(subscription)
+            self._catch_up(subscription)
         self._make_room()
         if self._reading:
             self._work.set()
 
     def restart(self, applied: int, lost: str = "epoch") -> None:
-        """Go on after `applied`, and tell everyone what may be missing: `lost` is the reason.
+        """Continue after `applied`, and announce the gap to the subscriptions. `lost` is its reason.
 
-        In another epoch, who is late and not beyond `applied` misses nothing, is told so, and goes on from its cursor.
-        With "repair", a subscription that has not come as far as the hole goes on from its cursor, and is told there.
+        In another epoch, a lagging subscription whose cursor is below `applied` misses nothing: it gets an empty gap,
+        and continues at its cursor. With "repair", a subscription that has not reached the deleted range continues at
+        its cursor, and gets the gap there.
         """
         previous, self.position, self.at = self.position, applied, 0
         self._restarts += 1
@@ -157,19 +170,20 @@ class Delivery:
             if lost == "epoch":
                 # The seqs begin lower, so what was wanted after a seq of the other log is wanted from here on.
                 subscription.patterns = {p: min(after, applied) for p, after in subscription.patterns.items()}
-                subscription.marked = 0
+                subscription.head_sent = 0
                 if subscription.lagging and known < applied:
-                    self._ahead.pop(subscription, None)
                     self._announce_gap(subscription, known, known, lost)
+                    if subscription.state is AHEAD:
+                        self._catch_up(subscription)
                     self._work.set()
                     continue
             elif subscription.lagging and known >= applied:
-                # Another replica has served it with what this one never had.
+                # Another replica has delivered to it what this one never had.
                 if known == applied:
                     self._go_live(subscription)
                 continue
             elif lost == "repair" and subscription.lagging and known < previous:
-                # It is told when it gets there.
+                # It gets the gap when it reaches the deleted range.
                 continue
             self._announce_gap(subscription, min(known, applied), applied, lost)
             if subscription.lagging:
@@ -180,39 +194,40 @@ class Delivery:
     def subscribe(
         self, subscription: Subscription, pattern: str, since: int | None = None, epoch: str | None = None
     ) -> None:
-        """Deliver what matches `pattern`: from now on, or after `since` of `epoch` first and then live."""
-        self._readers.setdefault(subscription.send_queue, {})[pattern] = subscription
+        """Deliver the messages that match `pattern`: from now on, or from the log after `since` of `epoch`.
+
+        Only a closed subscription may begin with `since`, as a subscription has one cursor.
+        """
+        self._by_send_queue.setdefault(subscription.send_queue, {})[pattern] = subscription
         if since is None:
-            subscription.patterns[pattern] = self.position
-            subscription.overlapping = len(subscription.patterns) > 1
+            if subscription.state is CLOSED:
+                self._set_state(subscription, LIVE)
+            subscription.add_pattern(pattern, self.position)
             self._enter(pattern, subscription)
             return
         resumption = self._log.resume(since, epoch)
-        subscription.patterns[pattern] = resumption.cursor
+        subscription.add_pattern(pattern, resumption.cursor)
+        self._enter(pattern, subscription)
         subscription.live_line_due = True
         if resumption.lost is not None:
             self._announce_gap(subscription, min(since, resumption.cursor), resumption.cursor, resumption.lost)
-        self._go_late(subscription, resumption.cursor)
-        if resumption.cursor == self.position:
-            self._go_live(subscription)
+        self._lag_from(subscription, resumption.cursor)
 
     def unsubscribe(self, subscription: Subscription, pattern: str) -> None:
-        """Deliver nothing more for `pattern`. What is in the send queue already stays there."""
+        """Deliver nothing more for `pattern`. Messages that are already in the send queue stay there."""
         self._exit(pattern, subscription)
-        subscription.patterns.pop(pattern, None)
-        subscription.overlapping = len(subscription.patterns) > 1
+        subscription.remove_pattern(pattern)
         if not subscription.patterns:
-            self._reading.pop(subscription, None)
-            self._ahead.pop(subscription, None)
+            self._set_state(subscription, CLOSED)
         send_queue = subscription.send_queue
         send_queue.fix()
-        readers = self._readers[send_queue]
-        del readers[pattern]
-        if not readers:
-            del self._readers[send_queue]
+        subscriptions = self._by_send_queue[send_queue]
+        del subscriptions[pattern]
+        if not subscriptions:
+            del self._by_send_queue[send_queue]
 
     def broadcast(self, entry: Entry) -> None:
-        """Offer an ephemeral message (its seq is 0) to everyone, once; who has no room does not get it."""
+        """Offer an ephemeral message (its seq is 0) to the subscriptions that match and have room."""
         served: set[Subscription] = set()
         for tree in (self._live, self._lagging):
             for group in tree.match(entry.channel):
@@ -226,10 +241,10 @@ class Delivery:
                         subscription.send_queue.offer(run)
         self._make_room()
 
-    # Catching up: `next_position` and `serve` are the reader without its waiting
+    # Catching up. `next_position` and `serve` are the reader without its waiting.
 
     async def run(self) -> None:
-        """Catch up whoever is late, for ever. Live deliveries go in between."""
+        """Catch up lagging subscriptions for ever. Live deliveries run in between."""
         while True:
             position = self.next_position()
             if position is None:
@@ -239,7 +254,7 @@ class Delivery:
             try:
                 page = await self._log.read(position, rows=self.rows_from(position), size=PAGE_BYTES)
             except Unavailable:
-                await trio.sleep(RETRY)
+                await trio.sleep(READ_RETRY_INTERVAL)
                 continue
             self._sweeps += 1
             await trio.lowlevel.checkpoint()
@@ -247,37 +262,39 @@ class Delivery:
                 await trio.lowlevel.checkpoint()
 
     def next_position(self) -> int | None:
-        """Where to read next. Two sweeps take turns: one through what is in memory, and one through what is before it.
+        """Return the seq after which to read next, or None.
 
-        So who lacks little is served at once, however much others lack. Either sweep reads on from its last page
-        towards the head, and from there back to the lowest cursor: starting from the lowest every time would let a
-        stream of newcomers starve those who are nearly there.
+        Two sweeps alternate: one through the entries in memory, and one through those before. So a subscription with a
+        small lag is served at once, however large the lag of others is. Each sweep reads on from its last page towards
+        the head, and then from the lowest cursor again. To start from the lowest cursor each time would let new lagging
+        subscriptions starve those that are nearly complete.
         """
         recent = self._log.recent
         cursors: dict[bool, list[int]] = {True: [], False: []}
         for subscription in self._reading:
             cursors[subscription.cursor >= recent - 1].append(subscription.cursor)
-        near = bool(cursors[True]) and (not self._near or not cursors[False])
+        near = bool(cursors[True]) and (not self._in_memory or not cursors[False])
         found = cursors[near]
         if not found:
             return None
-        self._near = near
+        self._in_memory = near
         further_on = [cursor for cursor in found if cursor >= self._swept[near]]
         return min(further_on or found)
 
     def rows_from(self, position: int) -> int:
-        """How many entries to read from there: not many for somebody who has room for few."""
+        """Return how many entries to read from there: few if the send queues have room for few."""
         return max(s.rows for s in self._reading if position <= s.cursor < position + PAGE_ROWS)
 
     def serve(self, position: int, page: LogPage) -> Iterator[None]:
-        """Feed a page that was read from `position` to the late subscriptions that it continues.
+        """Deliver a page that was read from `position` to the lagging subscriptions whose cursor is in it.
 
-        To be exhausted before the next page. Between any two steps anything else may happen.
+        Exhaust the iterator before the next page. Between two steps anything else may happen.
         """
         restarts = self._restarts
         self._swept[position >= self._log.recent - 1] = page.last
         if page.after > position:
-            # What retention has taken is gone for every lower cursor; a hole is a gap for those that have come to it.
+            # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
+            # subscriptions that have reached it.
             lowest = position if page.lost == "repair" else 0
             for subscription in self._reading:
                 if lowest <= subscription.cursor < page.after:
@@ -291,18 +308,19 @@ class Delivery:
                 if member in matches:
                     matches[member].append(found)
         for number, (subscription, wanted) in enumerate(matches.items(), 1):
-            if number % SERVED == 0:
+            if number % SERVED_PER_CHECKPOINT == 0:
                 self._make_room()
                 yield
             if restarts != self._restarts:
                 return
-            if subscription not in self._reading or not page.after <= subscription.cursor <= page.last:
+            reading = subscription.state is READING
+            if not reading or not page.after <= subscription.cursor <= page.last:
                 continue
             complete = self._feed(subscription, wanted, page.last)
             progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
                 subscription.rows = min(2 * progress or subscription.rows, PAGE_ROWS)
-                self._stall(subscription)
+                self._set_state(subscription, WAITING)
                 continue
             subscription.rows = min(2 * subscription.rows, PAGE_ROWS)
             if complete >= self.position:
@@ -310,7 +328,7 @@ class Delivery:
         self._make_room()
 
     def _feed(self, subscription: Subscription, matches: list[PatternMatches], last: int) -> int:
-        """Offer as much as there is room for; returns up to where the subscription is complete then."""
+        """Offer as much as there is room for. Returns the seq up to which the subscription is complete then."""
         patterns = subscription.patterns
         matches = [found for found in matches if found.pattern in patterns]
         if not matches:
@@ -327,11 +345,37 @@ class Delivery:
             subscription.send_queue.offer(run)
         return complete
 
-    # Between the trees
+    # States
+
+    def _set_state(self, subscription: Subscription, state: SubscriptionState) -> None:
+        """Change the state of a subscription: nothing else does, nor moves it between the trees."""
+        before = subscription.state
+        if before is state:
+            return
+        if before is READING:
+            del self._reading[subscription]
+        elif before is AHEAD:
+            del self._ahead[subscription]
+        if subscription.patterns and (before is LIVE or state is LIVE):
+            for pattern in subscription.patterns:
+                self._exit(pattern, subscription)
+            subscription.state = state
+            for pattern in subscription.patterns:
+                self._enter(pattern, subscription)
+        else:
+            subscription.state = state
+        if state is READING:
+            self._reading[subscription] = None
+            self._work.set()
+        elif state is AHEAD:
+            self._ahead[subscription] = None
+        elif state is WAITING:
+            subscription.send_queue.when_emptied(partial(self._stop_waiting, subscription))
 
     def _trees(self, subscription: Subscription) -> tuple[TopicTree[Subscription], TopicTree[Subscription]]:
-        """The one in which it stands, and the other."""
-        return (self._lagging, self._live) if subscription.lagging else (self._live, self._lagging)
+        """Return the tree that a subscription is in, and the other one."""
+        live = subscription.state is LIVE
+        return (self._live, self._lagging) if live else (self._lagging, self._live)
 
     def _enter(self, pattern: str, subscription: Subscription) -> None:
         tree, other = self._trees(subscription)
@@ -342,95 +386,77 @@ class Delivery:
         tree, other = self._trees(subscription)
         self._in_both -= tree.remove(pattern, subscription) and pattern not in tree and pattern in other
 
-    def _move(self, subscription: Subscription, *, lagging: bool) -> None:
-        for pattern in subscription.patterns:
-            self._exit(pattern, subscription)
-        subscription.lagging = lagging
-        for pattern in subscription.patterns:
-            self._enter(pattern, subscription)
-
-    def _go_late(self, subscription: Subscription, cursor: int) -> None:
-        self._move(subscription, lagging=True)
-        subscription.cursor = cursor
-        if subscription.send_queue:
-            self._stall(subscription)
-        else:
-            self._read_for(subscription)
-
-    def _fall_behind(self, subscription: Subscription, cursor: int) -> None:
+    def _start_lagging(self, subscription: Subscription, cursor: int) -> None:
+        """Catch up from the log a subscription that was live, and tell its client when it is live again."""
         self._lags += 1
         subscription.live_line_due = True
-        self._go_late(subscription, cursor)
+        self._lag_from(subscription, cursor)
 
-    def _read_for(self, subscription: Subscription) -> None:
-        """Have a late subscription served from the log, as soon as that has what it lacks."""
+    def _lag_from(self, subscription: Subscription, cursor: int) -> None:
+        """Catch up a subscription from the log after `cursor`, as soon as its send queue is empty."""
+        subscription.cursor = cursor
+        if subscription.send_queue and cursor != self.position:
+            self._set_state(subscription, WAITING)
+        else:
+            self._catch_up(subscription)
+
+    def _catch_up(self, subscription: Subscription) -> None:
+        """Read from the log for a lagging subscription, as soon as the log has the entries after its cursor."""
         if subscription.cursor > self.position:
-            self._ahead[subscription] = None
+            self._set_state(subscription, AHEAD)
         elif subscription.cursor == self.position:
             self._go_live(subscription)
         else:
-            self._reading[subscription] = None
-            self._work.set()
+            self._set_state(subscription, READING)
 
-    def _stall(self, subscription: Subscription) -> None:
-        """Serve a late subscription no more until its send queue has been emptied.
+    def _stop_waiting(self, subscription: Subscription) -> None:
+        """Continue with a subscription whose send queue has been emptied.
 
-        What retention does to it meanwhile it is told once, when it is served again.
+        If retention dropped entries meanwhile, it gets one gap for all of them when it is served.
         """
-        self._reading.pop(subscription, None)
-        if not subscription.stalled:
-            subscription.stalled = True
-            subscription.send_queue.when_emptied(partial(self._unstall, subscription))
-
-    def _unstall(self, subscription: Subscription) -> None:
-        if subscription.stalled:
-            subscription.stalled = False
-            if subscription.patterns:
-                self._read_for(subscription)
+        if subscription.state is WAITING:
+            self._catch_up(subscription)
 
     def _go_live(self, subscription: Subscription) -> None:
-        """Nothing is awaited between finding the cursor at `position` and this."""
-        self._move(subscription, lagging=False)
-        subscription.stalled = False
-        self._reading.pop(subscription, None)
-        self._ahead.pop(subscription, None)
+        """Deliver to a subscription as entries are committed. Its cursor is `position`."""
+        self._set_state(subscription, LIVE)
         if subscription.live_line_due:
             subscription.live_line_due = False
             for pattern in subscription.patterns:
-                subscription.say(Live(pattern, self.position))
+                subscription.put(Live(pattern, self.position))
 
     def _announce_gap(self, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
         for pattern in subscription.patterns:
-            subscription.say(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
+            subscription.put(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
         subscription.send_queue.fix()
 
     # The budget
 
     def _make_room(self) -> None:
-        """Where all send queues together hold too much, have the largest give back their messages."""
+        """If all send queues together hold too much, withdraw the messages of the largest."""
         budget = self.budget
         slack = budget.for_messages // 8
-        if budget.messages <= self._alarm:
-            self._alarm = max(budget.for_messages, min(self._alarm, budget.messages + slack))
+        if budget.messages <= self._withdraw_above:
+            self._withdraw_above = max(budget.for_messages, min(self._withdraw_above, budget.messages + slack))
             return
-        for send_queue in sorted(self._readers, key=_size, reverse=True):
+        for send_queue in sorted(self._by_send_queue, key=_size, reverse=True):
             self._withdraw(send_queue)
-            if budget.messages <= KEPT * budget.for_messages:
+            if budget.messages <= KEPT_OF_BUDGET * budget.for_messages:
                 break
-        # What is left now cannot be had again, and is not looked through for every batch.
-        self._alarm = max(budget.for_messages, budget.messages + slack)
+        # Messages that are left now cannot be read again from the log: do not search all send queues at every batch.
+        self._withdraw_above = max(budget.for_messages, budget.messages + slack)
 
     def _withdraw(self, send_queue: SendQueue) -> None:
-        readers = self._readers[send_queue]
+        subscriptions = self._by_send_queue[send_queue]
         dropped = send_queue.withdraw()
         self._withdrawals += bool(dropped)
         for pattern, seq in dropped.items():
-            # A subscription to several patterns has all of the send queue.
-            subscription = readers[pattern] if pattern else next(iter(readers.values()))
+            # Messages for several patterns are of the one subscription that has all of the send queue.
+            subscription = subscriptions[pattern] if pattern else next(iter(subscriptions.values()))
             if subscription.lagging:
                 subscription.live_line_due = True
                 subscription.cursor = min(subscription.cursor, seq - 1)
             else:
-                self._fall_behind(subscription, seq - 1)
-            # It has been slow, so it waits even where nothing is left of what it waits for.
-            self._stall(subscription)
+                self._start_lagging(subscription, seq - 1)
+            # Its client reads slowly, so it waits even if its send queue is empty now.
+            self._set_state(subscription, WAITING)

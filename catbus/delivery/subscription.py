@@ -1,9 +1,10 @@
-"""A subscription: which entries it wants, and how they get into its send queue. Pure: the log is read elsewhere."""
+"""Subscriptions: their patterns, cursor and state, and how entries get into their send queues. Pure: no I/O."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from itertools import accumulate
 from operator import attrgetter
 
@@ -13,30 +14,47 @@ from .send_queue import OVERHEAD, EncodedMessages, SendQueue, SubscriptionLine
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
-"""Entries of the log that are read at once."""
+"""Entries of the log that are read at once at most."""
 
 _seq = attrgetter("seq")
 
 
-class Subscription:
-    """What one session wants to hear of, and how far it has heard it.
+class SubscriptionState(Enum):
+    """How a subscription gets its messages. Only `Delivery` changes it. In all states but the first two it lags."""
 
-    A session of `catbus.v1` has one for each pattern. A first-version session has a single one for all its patterns,
-    which is why it gets one copy of a message however many of them match.
+    CLOSED = auto()
+    """Not at all: it has no patterns."""
+    LIVE = auto()
+    """As they are committed. It is complete up to `Delivery.position`."""
+    READING = auto()
+    """From the log, in pages that all lagging subscriptions share."""
+    WAITING = auto()
+    """From the log, as soon as its send queue has been emptied."""
+    AHEAD = auto()
+    """Its cursor is above `Delivery.position`: another replica has delivered more than this one knows."""
+
+
+CLOSED, LIVE, READING, WAITING, AHEAD = SubscriptionState
+
+
+class Subscription:
+    """One session's interest in one or more patterns, with one cursor.
+
+    A session of `catbus.v1` has a subscription for each pattern. A first-version session has one for all its patterns,
+    so it gets one copy of a message, however many of its patterns match.
     """
 
     __slots__ = (
         "cursor",
-        "lagging",
+        "head_sent",
         "live_line_due",
-        "marked",
         "overlapping",
         "patterns",
         "producer",
         "rows",
         "send_datagram",
         "send_queue",
-        "stalled",
+        "state",
     )
 
     def __init__(
@@ -45,30 +63,45 @@ class Subscription:
         self.send_queue = send_queue
         self.producer = producer
         self.send_datagram = send_datagram
-        """How ephemeral messages go that fit into a datagram, past the send queue; False for one that does not fit."""
+        """Sends an ephemeral message as a datagram, past the send queue. Returns False for one that does not fit."""
+        self.state = CLOSED
         self.patterns: dict[str, int] = {}
         """Each pattern, and the seq after which its messages are wanted."""
         self.overlapping = False
-        """Whether there are several of them."""
-        self.lagging = False
+        """Whether it has several patterns."""
         self.cursor = 0
-        """Complete up to here; kept only while late."""
-        self.stalled = False
-        """Late, and waiting for its send queue to be emptied."""
+        """The seq up to which it is complete; valid only while it lags."""
         self.rows = PAGE_ROWS
-        """How many entries of the log it is worth reading for it at a time."""
+        """Entries to read from the log for it at a time: not many more than its send queue has room for."""
         self.live_line_due = False
-        self.marked = 0
-        """The newest seq up to which a `head` has called it complete."""
+        """Whether its client is told when it is live again."""
+        self.head_sent = 0
+        """The seq of the last `head` that was sent on its own stream."""
 
-    def say(self, mark: Gap | Live) -> None:
-        line = encode(mark, self.send_queue.protocol)
+    @property
+    def lagging(self) -> bool:
+        """Whether it catches up from the log."""
+        return self.state is not LIVE and self.state is not CLOSED
+
+    def add_pattern(self, pattern: str, after: int) -> None:
+        """Want the messages of a pattern after a seq."""
+        self.patterns[pattern] = after
+        self.overlapping = len(self.patterns) > 1
+
+    def remove_pattern(self, pattern: str) -> None:
+        """Want nothing more of a pattern, if it is here."""
+        self.patterns.pop(pattern, None)
+        self.overlapping = len(self.patterns) > 1
+
+    def put(self, reply: Gap | Live) -> None:
+        """Put a line about its position into its send queue. The first version of the protocol has no such lines."""
+        line = encode(reply, self.send_queue.protocol)
         if line is not None:
-            self.send_queue.put(SubscriptionLine(line, mark.pattern))
+            self.send_queue.put(SubscriptionLine(line, reply.pattern))
 
 
 class PatternMatches:
-    """What one pattern matched in a page; every stretch of it that somebody needs is encoded once."""
+    """The entries of a page that match one pattern. Subscriptions that get the same part share its encoding."""
 
     def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
         self.pattern = pattern
@@ -78,9 +111,9 @@ class PatternMatches:
         self._runs: dict[tuple[int, int], EncodedMessages] = {}
 
     def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[EncodedMessages | None, int]:
-        """What goes into the send queue of what stands after `cursor`, and up to where that is complete.
+        """Return the entries after `cursor` that fit into the send queue, and the seq up to which they are complete.
 
-        An empty send queue gets one message at least, whatever its size.
+        An empty send queue gets at least one message, whatever its size.
         """
         entries, ends = self.entries, self._ends
         start = bisect_right(entries, cursor, key=_seq)
@@ -99,7 +132,7 @@ class PatternMatches:
 
 
 def find_hits(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[Group[Subscription], list[Entry]]:
-    """Which groups want which of the entries, in order."""
+    """Return the groups that match, each with its entries in order."""
     matches: dict[Group[Subscription], list[Entry]] = {}
     match = tree.match
     for entry in entries:
@@ -112,8 +145,8 @@ def find_hits(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[G
 
 
 def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subscription]:
-    """Offer entries to all who want them: each gets all of its own or none. Returns those who had no room."""
-    turned_away: list[Subscription] = []
+    """Offer entries to the subscriptions that match: all or none to each. Return those without room."""
+    rejected: list[Subscription] = []
     overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
     for group, hits in find_hits(tree, entries).items():
         shared = run = EncodedMessages(group.pattern, hits)
@@ -126,21 +159,21 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
                 mine = subscription.producer in origins
                 run = EncodedMessages(group.pattern, without(hits, subscription.producer)) if mine else shared
             if not subscription.send_queue.offer(run):
-                turned_away.append(subscription)
+                rejected.append(subscription)
     for subscription, found in overlapping.items():
         wanted = without(merge(subscription, found), subscription.producer)
         if not subscription.send_queue.offer(EncodedMessages("", wanted)):
-            turned_away.append(subscription)
-    return turned_away
+            rejected.append(subscription)
+    return rejected
 
 
 def merge(subscription: Subscription, found: Sequence[tuple[str, Sequence[Entry]]]) -> list[Entry]:
-    """What several patterns of one subscription matched, in order and once."""
+    """Return the entries that several patterns of one subscription match, each once and in order."""
     starts = subscription.patterns
     wanted = {e.seq: e for pattern, hits in found for e in hits if e.seq > starts[pattern]}
     return sorted(wanted.values(), key=_seq)
 
 
 def without(entries: Sequence[Entry], producer: bytes) -> list[Entry]:
-    """The entries but for those that this producer asked not to get back."""
+    """Return the entries without those of this producer that it asked not to get back."""
     return [entry for entry in entries if entry.origin != producer]

@@ -420,10 +420,10 @@ class SessionDriver:
             own = subscription.send_queue
             if own is send_queue:
                 held, lagging = True, lagging or subscription.lagging
-            elif not (subscription.lagging or own.full or subscription.marked == head.seq) and _is_quiet(
+            elif not (subscription.lagging or own.full or subscription.head_sent == head.seq) and _is_quiet(
                 own, quiet_since
             ):
-                subscription.marked = head.seq
+                subscription.head_sent = head.seq
                 self.session.say(head, own)
         news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(send_queue, quiet_since))
         if news and not lagging:

@@ -242,7 +242,7 @@ async def test_stream_with_a_cancelled_reader_ends_alone(
             await browser.run("bus.cancelling = true")
             await browser.run("await bus.say({type: 'subscribe', pattern: 'own.*', stream: true})")
             await browser.run("await bus.until(() => bus.cancelled)")
-            while len(broker.replica.delivery._readers) > 1:
+            while len(broker.replica.delivery._by_send_queue) > 1:
                 await broker.publish("own.x", "x" * 60_000)
                 await trio.sleep(0.005)
             line = await browser.run("return await bus.hear()")
