@@ -35,7 +35,7 @@ async def test_an_error_of_the_database_leaves_the_connection_as_it_was(database
 
 async def test_no_row_where_there_must_be_one_is_an_outage(database_url: str) -> None:
     async with open_sql(database_url) as connection:
-        with pytest.raises(OSError, match="no answer"):
+        with pytest.raises(OSError, match="returned no row"):
             await connection.fetchrow("SELECT 1 WHERE false")
 
 

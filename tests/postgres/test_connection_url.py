@@ -256,12 +256,12 @@ BECOME = """
 import os, sys, encodings.idna, trio
 from catbus import Config
 from catbus.broker import open_broker
-from catbus.config import Database
+from catbus.config import DatabaseSettings
 from catbus.postgres.access.asyncpg_bridge import open_bridge
 from catbus.postgres.access.migrations import schema_files
 
 async def serve(state):
-    async with open_broker(Config(state=state, database=Database(url="embedded"))) as broker:
+    async with open_broker(Config(state=state, database=DatabaseSettings(url="embedded"))) as broker:
         print(await broker.publish("a", 1))
 
 async def connect(url):
