@@ -287,11 +287,16 @@ class SubscriptionManager:
         subscription.incoming, subscription.is_live = incoming, subscription.since is None
         (incoming.routes if subscription.is_live else incoming.not_started)[subscription.pattern] = subscription
         subscription.received_seq = reply.seq if subscription.since is None else subscription.since
-        subscription.receivers = tuple(q for q in subscription.covered if q.phase is QueuePhase.REQUESTED)
-        # A lagging replica delivers from `since` on, not from its own position.
-        start = max(reply.seq, subscription.received_seq) if subscription.epoch == incoming.epoch else reply.seq
+        # With a cursor of another epoch, the broker may yet send a gap, so it is not known where a new queue would begin.
+        crossing = subscription.since is not None and subscription.epoch != incoming.epoch
+        subscription.receivers = tuple(
+            queue
+            for queue in subscription.covered
+            if queue.phase is QueuePhase.REQUESTED and (queue.has_cursor or not crossing)
+        )
         for queue in subscription.receivers:
-            queue.start(start, incoming.epoch)
+            # A lagging replica delivers from `since` on, not from its own position.
+            queue.start(max(reply.seq, subscription.received_seq), incoming.epoch)
 
     def handle_unsubscribed(self, reply: wire.Unsubscribed, connection: RequestSender) -> None:
         """Handle the end of a subscription: requested, or because its own stream was not read for too long.

@@ -94,6 +94,20 @@ def test_queue_of_another_epoch_is_requested_alone_and_then_with_the_others() ->
     assert (seqs(second), gaps(second)) == ([151], [(151, 150)])
 
 
+def test_queue_without_a_cursor_does_not_begin_on_a_subscription_from_another_epoch() -> None:
+    client = Client()
+    protocol = client.go_on()
+    first, second = client.subscribe(), client.subscribe(since=130, epoch="e0")
+    request = sent(protocol)[-1]
+    assert (request["since"], request["epoch"]) == (130, "e0")
+    # The replica is at 120, but delivers what follows 130: a queue that began at 120 would miss what is between.
+    protocol.receive(lines(subscribed(120, request["id"]), message(131), {**LIVE, "seq": 131}))
+    assert (first.started, seqs(first), seqs(second)) == (False, [], [131])
+    [request] = sent(protocol)
+    protocol.receive(lines(subscribed(131, request["id"]), message(132)))
+    assert (first.started, seqs(first), seqs(second)) == (True, [132], [131, 132])
+
+
 def test_cursor_above_the_head_withholds_nothing_from_another_queue() -> None:
     client = Client()
     protocol, ahead = begin(client, since=1000)
