@@ -287,7 +287,7 @@ class SubscriptionManager:
         subscription.incoming, subscription.is_live = incoming, subscription.since is None
         (incoming.routes if subscription.is_live else incoming.not_started)[subscription.pattern] = subscription
         subscription.received_seq = reply.seq if subscription.since is None else subscription.since
-        # With a cursor of another epoch, the broker may yet send a gap, so it is not known where a new queue would begin.
+        # With a cursor of another epoch, a gap may follow, so it is not known where a new queue would begin.
         crossing = subscription.since is not None and subscription.epoch != incoming.epoch
         subscription.receivers = tuple(
             queue
