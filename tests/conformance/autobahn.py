@@ -1,4 +1,4 @@
-"""The Autobahn test suite against the endpoint's echo. It needs Python 2.7."""
+"""The Autobahn test suite, run against the echo endpoint. The suite needs Python 2.7."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ OVER_A_MEBIBYTE = frozenset(
     [f"9.{part}.{case}" for part in (1, 2) for case in (4, 5, 6)]
     + [f"9.{part}.{n}" for part in (3, 4) for n in range(1, 10)]
 )
-"""Cases whose messages have 4 MiB or more. By default a message may have 1 MiB."""
+"""Cases whose messages have 4 MiB or more. The default limit of a message is 1 MiB."""
 
 GOOD = frozenset({"OK", "NON-STRICT", "INFORMATIONAL", "UNIMPLEMENTED"})
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`verdicts` counts what the suite says of behaviour; `failed` has the closing codes of cases that did not pass."""
+    """The number of cases with each verdict on behaviour, and the close code of each failed case."""
 
     verdicts: Counter[str]
     failed: dict[str, int | None]
 
 
-async def play(url: str, directory: Path, cases: list[str]) -> Report:
-    """Have the suite play `cases`, such as `6.*`, to the echo at `url`; its own reports stay in `directory`."""
+async def run_suite(url: str, directory: Path, cases: list[str]) -> Report:
+    """Run `cases` of the suite, such as `6.*`, against the echo at `url`. Its own reports stay in `directory`."""
     specification = {
         "outdir": str(directory),
         "servers": [{"agent": "catbus", "url": url}],
@@ -43,11 +43,11 @@ async def play(url: str, directory: Path, cases: list[str]) -> Report:
     await trio.Path(path).write_text(json.dumps(specification))
     command = [str(find_for_conformance("wstest", "autobahn")), "--mode", "fuzzingclient", "--spec", str(path)]
     await trio.run_process(command, stdout=subprocess.DEVNULL)
-    return read(json.loads((directory / "index.json").read_text())["catbus"])
+    return parse_report(json.loads((directory / "index.json").read_text())["catbus"])
 
 
-def read(found: dict[str, dict[str, Any]]) -> Report:
-    """What the suite's index says. A case has two verdicts, of which the second is about how the connection ended."""
+def parse_report(found: dict[str, dict[str, Any]]) -> Report:
+    """Parse the index of the suite. A case has two verdicts: on behaviour, and on the closing of the connection."""
     failed = {
         case: report["remoteCloseCode"]
         for case, report in found.items()

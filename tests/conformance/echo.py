@@ -1,6 +1,6 @@
-"""The broker's WebSocket endpoint with an echo in the place of its sessions, for a suite that wants one.
+"""The broker's WebSocket endpoint with an echo in place of the session, as the Autobahn suite needs it.
 
-Everything up to the session is the broker's own: listener socket, TLS, HTTP, handshake, `InboundFrames`,
+All parts below the session are those of the broker: listener socket, TLS, HTTP, handshake, `InboundFrames`,
 `FrameStream`, closing.
 """
 
@@ -20,17 +20,17 @@ from catbus.endpoints.websocket.frame_encoder import text_header
 from catbus.session.driver import SessionDriver
 from tests.brokers import CONFIG, running
 
-SIZE = 1 << 20
-"""Bytes of an object with which all of the suite's messages pass: the largest has 16 MiB."""
+MESSAGE_SIZE = 1 << 20
+"""The object size in bytes with which all messages of the suite pass: the largest has 16 MiB."""
 
-HOUR = 3600
-"""Seconds: more than the suite takes."""
+SUITE_TIMEOUT = 3600
+"""Seconds; the suite takes less."""
 
 _BINARY = b"\x82"
 
 
 class Echo(websocket_connection.WebSocketServerConnection):
-    """Sends back each message as it came. Its peer has nothing to show, and is not silent for long."""
+    """A connection that sends each message back unchanged. It requires no authentication."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -48,8 +48,8 @@ class Echo(websocket_connection.WebSocketServerConnection):
 
 
 @asynccontextmanager
-async def echoing(size: int = SIZE, certificate: tuple[str, str] | None = None) -> AsyncIterator[str]:
-    """Serve an echo, with TLS where there is a certificate and its key, and yield its URL.
+async def serve_echo(size: int = MESSAGE_SIZE, certificate: tuple[str, str] | None = None) -> AsyncIterator[str]:
+    """Serve an echo and yield its URL. With a certificate and its key, the echo uses TLS.
 
     `size` is the largest object; a message may have 16 times as many bytes.
     """
@@ -60,8 +60,8 @@ async def echoing(size: int = SIZE, certificate: tuple[str, str] | None = None) 
         webtransport=WebTransportSettings(bind=(), cert=certificate[0], key=certificate[1])
         if certificate
         else WebTransportSettings(bind=()),
-        limits=LimitSettings(message_size=size, auth_timeout=HOUR),
+        limits=LimitSettings(message_size=size, auth_timeout=SUITE_TIMEOUT),
     )
-    with patch.object(websocket_connection, "Connection", Echo):
-        async with running(config, seconds=HOUR) as (_, address):
+    with patch.object(websocket_connection, "WebSocketServerConnection", Echo):
+        async with running(config, seconds=SUITE_TIMEOUT) as (_, address):
             yield f"{'wss' if tls else 'ws'}://{address}/ws"

@@ -1,4 +1,4 @@
-"""What `make conformance` is made of, and one client through one proxy: a short form of it."""
+"""The parts of `make conformance`, and a short form of it: one client through one proxy."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import pytest
 import trio
 from trio_websocket import open_websocket_url
 
-from tests.conformance import autobahn, proxies, puppets
-from tests.conformance.conversation import codes, fragments, leaving, session
-from tests.conformance.echo import echoing
-from tests.conformance.ways import WAYS, Certificates
+from tests.conformance import autobahn, proxies, third_party_clients
+from tests.conformance.client_steps import codes, fragments, leaving, session
+from tests.conformance.echo import serve_echo
+from tests.conformance.network_paths import NETWORK_PATHS, Certificates
 from tests.programs import find_program
 
 
-async def test_foreign_client_works_through_a_documented_proxy(tmp_path: Path) -> None:
-    made = Certificates(tmp_path)
+async def test_third_party_client_works_through_a_documented_proxy(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path)
     with trio.fail_after(60):
-        async with puppets.PUPPETS["ws"]() as puppet:
-            async with WAYS["HAProxy"].scene(puppet, made, tmp_path) as (scene, place):
-                assert place is not None
+        async with third_party_clients.CLIENTS["ws"]() as driver:
+            async with NETWORK_PATHS["HAProxy"].open(driver, certificates, tmp_path) as (client, proxy):
+                assert proxy is not None
                 for step in (session, fragments, leaving, codes):
-                    await step(scene)
-                found = await ask(place.port, "/.well-known/catbus")
+                    await step(client)
+                found = await fetch(proxy.port, "/.well-known/catbus")
                 assert json.loads(found)["websocket"] == "wss://bus.example.com/ws"
-                modules = re.findall(r"from '\.(/catbus/\w+\.js)'", await ask(place.port, "/catbus.js"))
+                modules = re.findall(r"from '\.(/catbus/\w+\.js)'", await fetch(proxy.port, "/catbus.js"))
                 for path in modules:
-                    assert "export" in await ask(place.port, path)
+                    assert "export" in await fetch(proxy.port, path)
                 assert modules
-                assert (await ask(place.port, "/metrics")).startswith("<html>")
-            assert place.versions() == {"HTTP/1.1"}
+                assert (await fetch(proxy.port, "/metrics")).startswith("<html>")
+            assert proxy.versions() == {"HTTP/1.1"}
 
 
-async def ask(port: int, path: str) -> str:
-    """The body of an answer, to a client that the proxy knows as `bus.example.com`."""
+async def fetch(port: int, path: str) -> str:
+    """The body of a response to a request for the host `bus.example.com`."""
     url = f"https://127.0.0.1:{port}{path}"
     command = [find_program("curl", "curl"), "--silent", "--insecure", "--header", "Host: bus.example.com", url]
     return (await trio.run_process(command, capture_stdout=True)).stdout.decode()
@@ -47,13 +47,13 @@ async def ask(port: int, path: str) -> str:
 @pytest.mark.parametrize("proxy", proxies.PROXIES)
 def test_each_proxy_is_documented(proxy: str) -> None:
     language = {"Caddy": "caddyfile"}.get(proxy, proxy.lower())
-    text = proxies.documented(language)
+    text = proxies.documented_configuration(language)
     for path in ("ws", "publish", "catbus.js", "catbus/", ".well-known/catbus"):
         assert path in text.replace("\\", "")
 
 
 async def test_echo_returns_every_frame_unchanged() -> None:
-    async with echoing() as url, open_websocket_url(url) as socket:
+    async with serve_echo() as url, open_websocket_url(url) as socket:
         for message in ("", "grüße", b"\x00\xff", b"x" * 100_000):
             await socket.send_message(message)
             assert await socket.get_message() == message
@@ -66,6 +66,6 @@ def test_report_counts_verdicts_and_names_failed_cases() -> None:
         "9.1.4": {"behavior": "FAILED", "behaviorClose": "OK", "remoteCloseCode": 1009},
         "12.1.1": {"behavior": "UNIMPLEMENTED", "behaviorClose": "OK", "remoteCloseCode": 1000},
     }
-    report = autobahn.read(found)
+    report = autobahn.parse_report(found)
     assert report.verdicts == Counter({"OK": 2, "FAILED": 1, "UNIMPLEMENTED": 1})
     assert report.failed == {"1.1.2": None, "9.1.4": 1009}

@@ -1,18 +1,19 @@
-"""A client upon a WebSocket library of others: `libraries.py NAME`, with a command in JSON on each line of stdin.
+"""A client that uses a third-party WebSocket library: `libraries.py NAME`. Each line of stdin is a command in JSON.
 
-Answers each on stdout with `result`, `error` or `unable`. Needs what `requirements.txt` names, and nothing of ours.
+The reply on stdout has `result`, `error` or `unsupported`. The program needs the packages of `requirements.txt`, and no
+module of Catbus.
 
 | Command | Fields | Result |
 |---|---|---|
 | `connect` | `url`, `ca`, `headers`, `subprotocols`, `compression` | `subprotocol`, `extensions` |
 | `send` | `data`, `binary` | |
 | `fragments` | `parts` | |
-| `ping` | | when it was answered |
-| `pause` | | reads nothing until the next `hear` |
-| `hear` | | `text`, or `closed` with code and reason |
-| `close` | `code`, `reason` | `closed` with the code and the reason that came back |
+| `ping` | | returns when the pong has arrived |
+| `pause` | | stops reading until the next `receive` |
+| `receive` | | `text`, or `closed` with code and reason |
+| `close` | `code`, `reason` | `closed` with the returned code and reason |
 
-`closed` is null where the library does not tell of codes.
+`closed` is null if the library does not report close codes.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def context(ca: str | None) -> ssl.SSLContext | None:
     return ssl.create_default_context(cafile=ca) if ca else None
 
 
-class Unable(Exception):
-    """The library has no way to do it."""
+class Unsupported(Exception):
+    """The library has no API for this command."""
 
 
 class Library:
-    """All of them read no more than they are asked for, but for a little."""
+    """A library that reads little more than its application asks for, so a pause needs no call."""
 
     async def pause(self) -> None:
         pass
@@ -64,7 +65,7 @@ class Websockets(Library):
     async def ping(self) -> None:
         await (await self.socket.ping())
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         from websockets.exceptions import ConnectionClosed
 
         try:
@@ -98,12 +99,12 @@ class Aiohttp(Library):
         await (self.socket.send_bytes(data.encode()) if binary else self.socket.send_str(data))
 
     async def fragments(self, parts: list[str]) -> None:
-        raise Unable("sends no fragments")
+        raise Unsupported("sends no fragments")
 
     async def ping(self) -> None:
-        raise Unable("does not tell of pongs while it sees to pings itself")
+        raise Unsupported("does not report pongs while it handles pings itself")
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         import aiohttp
 
         message = await self.socket.receive()
@@ -117,7 +118,7 @@ class Aiohttp(Library):
 
 
 class WebsocketClient(Library):
-    """websocket-client, whose calls wait"""
+    """websocket-client, which is synchronous"""
 
     async def connect(
         self, url: str, ca: str | None, headers: dict[str, str], subprotocols: list[str], compression: bool
@@ -125,7 +126,7 @@ class WebsocketClient(Library):
         import websocket
 
         if compression:
-            raise Unable("has no compression")
+            raise Unsupported("has no compression")
         self.socket = await asyncio.to_thread(
             websocket.create_connection,
             url,
@@ -157,7 +158,7 @@ class WebsocketClient(Library):
             opcode, _ = await asyncio.to_thread(self.socket.recv_data, control_frame=True)
         assert opcode == ABNF.OPCODE_PONG, opcode
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         from websocket import ABNF
 
         opcode, data = await asyncio.to_thread(self.socket.recv_data)
@@ -183,26 +184,26 @@ class Niquests(Library):
         import niquests
 
         if compression:
-            raise Unable("has no compression")
+            raise Unsupported("has no compression")
         if subprotocols:
             headers = {**headers, "Sec-WebSocket-Protocol": ", ".join(subprotocols)}
         self.session = niquests.AsyncSession(disable_http3=True, disable_http1=True)
-        answer = await self.session.get(url.replace("wss://", "wss+rfc8441://"), headers=headers, verify=ca)
-        if answer.extension is None:
-            raise ConnectionError(f"HTTP status {answer.status_code}")
-        self.socket = answer.extension
-        return {"subprotocol": answer.headers.get("sec-websocket-protocol"), "extensions": []}
+        response = await self.session.get(url.replace("wss://", "wss+rfc8441://"), headers=headers, verify=ca)
+        if response.extension is None:
+            raise ConnectionError(f"HTTP status {response.status_code}")
+        self.socket = response.extension
+        return {"subprotocol": response.headers.get("sec-websocket-protocol"), "extensions": []}
 
     async def send(self, data: str, binary: bool) -> None:
         await self.socket.send_payload(data.encode() if binary else data)
 
     async def fragments(self, parts: list[str]) -> None:
-        raise Unable("sends no fragments")
+        raise Unsupported("sends no fragments")
 
     async def ping(self) -> None:
-        raise Unable("does not tell of pongs")
+        raise Unsupported("does not report pongs")
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         data = await self.socket.next_payload()
         return {"closed": None} if data is None else {"text": data}
 
@@ -223,12 +224,12 @@ async def main(name: str) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         command = json.loads(line)
         try:
-            answer = {"result": await getattr(library, command.pop("do"))(**command)}
-        except Unable as error:
-            answer = {"unable": str(error)}
-        except Exception as error:  # noqa: BLE001 (it is told)
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+            reply = {"result": await getattr(library, command.pop("do"))(**command)}
+        except Unsupported as error:
+            reply = {"unsupported": str(error)}
+        except Exception as error:  # noqa: BLE001 (it is reported)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

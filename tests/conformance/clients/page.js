@@ -1,28 +1,28 @@
-// A browser's WebSocket, for a page: each command of `libraries.py` is a function of `window.puppet`.
+// The WebSocket of a browser. Each command of `libraries.py` is a function of `window.commands`.
 
-let socket, heard, waiting;
+let socket, received, wake;
 
-const tell = (told, what) => {
-    told.push(what);
-    if (told === heard) waiting?.();
+const record = (queue, item) => {
+    queue.push(item);
+    if (queue === received) wake?.();
 };
 
-window.puppet = {
+window.commands = {
     connect: ({ url, subprotocols }) => new Promise((resolve, reject) => {
         const made = new WebSocket(url, subprotocols);
-        const told = heard = [];
+        const queue = received = [];
         socket = made;
         made.onopen = () => resolve({ subprotocol: made.protocol || null, extensions: made.extensions.split(',').filter(Boolean) });
-        made.onmessage = ({ data }) => tell(told, { text: data });
+        made.onmessage = ({ data }) => record(queue, { text: data });
         made.onclose = ({ code, reason }) => {
-            tell(told, { closed: [code, reason] });
+            record(queue, { closed: [code, reason] });
             reject(new Error(`closed with ${code}`));
         };
     }),
     send: async ({ data, binary }) => socket.send(binary ? new TextEncoder().encode(data) : data),
-    hear: async () => {
-        while (!heard.length) await new Promise((resolve) => { waiting = resolve; });
-        return heard.shift();
+    receive: async () => {
+        while (!received.length) await new Promise((resolve) => { wake = resolve; });
+        return received.shift();
     },
     close: ({ code, reason }) => new Promise((resolve) => {
         socket.onclose = (event) => resolve({ closed: [event.code, event.reason] });

@@ -1,4 +1,4 @@
-// `ws` for Node, driven as `libraries.py` is: a command in JSON on each line of stdin, an answer on each line of stdout.
+// A client that uses `ws` for Node. Like `libraries.py`, it reads commands in JSON from stdin and writes replies to stdout.
 
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
@@ -6,22 +6,22 @@ import { once } from 'node:events';
 import { createRequire } from 'node:module';
 
 const { WebSocket } = createRequire(process.argv[2])('ws');
-let socket, heard, waiting;
+let socket, received, wake;
 
-const tell = (what) => {
-    heard.push(what);
-    waiting?.();
+const record = (item) => {
+    received.push(item);
+    wake?.();
 };
 
 const commands = {
     async connect({ url, ca, headers, subprotocols }) {
-        // Compression is offered unless it is switched off.
+        // `ws` offers compression unless it is disabled.
         const made = new WebSocket(url, subprotocols, { ca: ca && readFileSync(ca), headers });
-        heard = [];
+        received = [];
         socket = made;
-        const told = heard;
-        made.on('message', (data) => told === heard && tell({ text: data.toString() }));
-        made.on('close', (code, reason) => told === heard && tell({ closed: [code, reason.toString()] }));
+        const queue = received;
+        made.on('message', (data) => queue === received && record({ text: data.toString() }));
+        made.on('close', (code, reason) => queue === received && record({ closed: [code, reason.toString()] }));
         await once(made, 'open');
         return { subprotocol: made.protocol || null, extensions: Object.keys(made._extensions ?? {}) };
     },
@@ -32,26 +32,26 @@ const commands = {
         await once(socket, 'pong');
     },
     pause: async () => socket.pause(),
-    async hear() {
+    async receive() {
         socket.resume();
-        while (!heard.length) await new Promise((resolve) => { waiting = resolve; });
-        return heard.shift();
+        while (!received.length) await new Promise((resolve) => { wake = resolve; });
+        return received.shift();
     },
     async close({ code, reason }) {
         socket.close(code, reason);
-        const [got, why] = await once(socket, 'close');
-        return { closed: [got, why.toString()] };
+        const [returned, text] = await once(socket, 'close');
+        return { closed: [returned, text.toString()] };
     },
 };
 
 for await (const line of createInterface({ input: process.stdin })) {
     const { do: name, ...fields } = JSON.parse(line);
-    let answer;
+    let reply;
     try {
-        answer = { result: (await commands[name](fields)) ?? null };
+        reply = { result: (await commands[name](fields)) ?? null };
     } catch (error) {
-        answer = { error: `${error.name}: ${error.message}` };
+        reply = { error: `${error.name}: ${error.message}` };
     }
-    process.stdout.write(`${JSON.stringify(answer)}\n`);
+    process.stdout.write(`${JSON.stringify(reply)}\n`);
 }
 process.exit();
