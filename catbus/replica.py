@@ -171,7 +171,7 @@ class Replica:
             return "draining"
         if not self.log.epoch:
             return "starting"
-        return "degraded" if self.log.trouble else "ready"
+        return "degraded" if self.log.problem else "ready"
 
     def scrape(self) -> tuple[bytes, str] | None:
         """Return the metrics in Prometheus's text format, and its content type; None without an exporter."""

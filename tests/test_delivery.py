@@ -29,7 +29,7 @@ from catbus.delivery.send_queue import (
 from catbus.delivery.subscription import PAGE_ROWS, Subscription
 from catbus.delivery.topic_tree import TopicTree
 from catbus.log import Entry, LogPage, RecentMessages, Resumption
-from catbus.log.recent_messages import OVERHEAD
+from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
 from catbus.protocol.wire_messages import ProtocolVersion
@@ -54,7 +54,7 @@ class ListLog:
     """As much of a log as delivery sees, with all its entries in a list."""
 
     epoch = "e"
-    recent = 1
+    memory_floor = 1
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -602,7 +602,7 @@ def test_a_newcomer_does_not_starve_those_who_are_further_on(log: ListLog, deliv
 
 def test_what_is_in_memory_is_read_in_turns_with_what_is_before_it(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 100)
-    log.recent = 91
+    log.memory_floor = 91
     far = [Reader(delivery, "b", since=since) for since in (0, 40)]
     near = Reader(delivery, "a", since=95)
     positions = []
@@ -622,7 +622,7 @@ def test_a_sender_counts_for_what_an_entry_takes() -> None:
     entries = [Entry(1, 0, "a", b"1", sender="x" * 1000)]
     recent = RecentMessages(10_000)
     recent.append(entries)
-    assert recent.size == OVERHEAD + 1002
+    assert recent.size == ENTRY_OVERHEAD + 1002
     assert EncodedMessages("a", entries).size >= len(EncodedMessages("a", entries).lines) - 100
 
 

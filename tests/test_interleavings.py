@@ -24,7 +24,7 @@ class Replica:
     """
 
     epoch = "e"
-    recent = 1
+    memory_floor = 1
 
     def __init__(self, random: Random, *, to_head: bool = False) -> None:
         self.random = random

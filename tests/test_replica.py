@@ -24,7 +24,7 @@ from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.errors import CloseCode, ErrorCode, PeerError, Unavailable
 from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import Append, Committed, MemoryLog
-from catbus.log.interface import OVERHEAD
+from catbus.log.interface import APPEND_OVERHEAD
 from catbus.protocol.wire_messages import Publish, check_payload
 from catbus.replica import Replica
 from catbus.session.driver import SessionDriver
@@ -695,7 +695,7 @@ async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(
     clients = {name: open_client(replica, network) for name, network in (("one", "a"), ("two", "a"), ("other", "b"))}
     for client in clients.values():
         await client.receive(hello(None))
-    full = ceil(1000 / (len("a") + len("1") + OVERHEAD))
+    full = ceil(1000 / (len("a") + len("1") + APPEND_OVERHEAD))
     for name, taken in (("one", full), ("two", 1), ("other", full)):
         log.held.clear()
         nursery.start_soon(clients[name].receive, b'{"type":"publish","channel":"a","payload":1}' * 20)

@@ -269,7 +269,7 @@ class Delivery:
         the head, and then from the lowest cursor again. To start from the lowest cursor each time would let new lagging
         subscriptions starve those that are nearly complete.
         """
-        recent = self._log.recent
+        recent = self._log.memory_floor
         cursors: dict[bool, list[int]] = {True: [], False: []}
         for subscription in self._reading:
             cursors[subscription.cursor >= recent - 1].append(subscription.cursor)
@@ -291,7 +291,7 @@ class Delivery:
         Exhaust the iterator before the next page. Between two steps anything else may happen.
         """
         restarts = self._restarts
-        self._swept[position >= self._log.recent - 1] = page.last
+        self._swept[position >= self._log.memory_floor - 1] = page.last
         if page.after > position:
             # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
             # subscriptions that have reached it.

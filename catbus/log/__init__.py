@@ -1,12 +1,12 @@
-"""The message log: every committed message, numbered without gaps in the order of their commits.
+"""The message log: every committed message, numbered without gaps in the order of the commits.
 
-`base` says what a log is, `memory` is the one that lives in this process; `catbus.postgres` holds the durable one.
+`interface` defines a log, and `in_memory` has the log of one process. `catbus.postgres` has the durable log.
 """
 
 from .in_memory import MemoryLog
 from .interface import (
+    APPEND_OVERHEAD,
     EPHEMERAL_SIZE,
-    OVERHEAD,
     Append,
     Committed,
     Entry,
@@ -16,13 +16,13 @@ from .interface import (
     Outcome,
     Rejected,
     Resumption,
-    not_taken,
+    rejection_of,
 )
 from .recent_messages import RecentMessages
 
 __all__ = [
+    "APPEND_OVERHEAD",
     "EPHEMERAL_SIZE",
-    "OVERHEAD",
     "Append",
     "Committed",
     "Entry",
@@ -34,5 +34,5 @@ __all__ = [
     "RecentMessages",
     "Rejected",
     "Resumption",
-    "not_taken",
+    "rejection_of",
 ]

@@ -1,4 +1,4 @@
-"""What waits to be appended: a queue for each client, and a fair share of the log for each of them."""
+"""The queue of messages that wait to be appended: a queue for each client, and a fair share of the log for each."""
 
 from __future__ import annotations
 
@@ -8,84 +8,85 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
 
-from .interface import OVERHEAD, Append
+from .interface import APPEND_OVERHEAD, Append
 
-TURN = 2048
-"""Cost after which one client has had its turn, where others wait."""
+QUANTUM = 2048
+"""Cost after which the next client is served, if others wait."""
 
 
-class _Line:
-    """The messages of one client, oldest first, and what the client has had of the log."""
+class ClientQueue:
+    """The messages of one client, oldest first, and the cost of those that were taken."""
 
-    __slots__ = ("appends", "client", "had", "size")
+    __slots__ = ("appends", "client", "size", "used")
 
-    def __init__(self, client: Hashable, had: int) -> None:
+    def __init__(self, client: Hashable, used: int) -> None:
         self.client = client
         self.appends: deque[Append] = deque()
         self.size = 0
-        self.had = had
+        self.used = used
+        """Virtual time: as if the client had always used as much as the others that wait."""
 
 
 class AppendQueue:
-    """Messages that wait to be appended: each client's in the order in which they came, the clients by turns.
+    """Messages that wait to be appended: each client's in the order of arrival, and the clients in fair shares.
 
-    Turns follow start-time fair queueing (Goyal, Vin and Cheng, 1996): the client that has had the least of the log,
-    counted from when it began to wait, is next. A client that has little to say waits for one turn of each of the
-    others at the most, however much they have queued.
+    Clients are served by start-time fair queueing (Goyal, Vin and Cheng, 1996): the client that has used least of the
+    log since it began to wait is next. A client with few messages waits for one quantum of each other client at most,
+    however much these have queued.
 
-    `messages` and `size` bound the queue, and each client's part of it: a client may queue as much as there is room
-    left. So one that never stops fills half of the queue, and `n` of them leave room for one more.
+    `messages` and `size` bound the queue. A client may queue as much as there is room left. So one busy client fills
+    half of the queue, and `n` of them leave room for another one.
     """
 
     def __init__(self, messages: int, size: int) -> None:
         self.size = 0
-        """Bytes of channels and payloads."""
+        """Bytes of channels, payloads and senders."""
         self._limits = messages, size
         self._count = 0
-        self._lines: dict[Hashable, _Line] = {}
-        self._turns: list[tuple[int, int, _Line]] = []
-        """A heap of the lines, by what they have had; the number in the middle keeps equals in turn."""
-        self._turn = count()
-        self._had = 0
-        """What the line that was served last had had until then: newcomers begin with it."""
+        self._queues: dict[Hashable, ClientQueue] = {}
+        self._schedule: list[tuple[int, int, ClientQueue]] = []
+        """A heap of the clients' queues by what they have used. The number in the middle keeps the order of equals."""
+        self._number = count()
+        self._virtual_time = 0
+        """What the client that was served last had used until then: new clients begin with it."""
         self._earliest = inf
         """No message is due before this."""
 
     def __len__(self) -> int:
-        """How many messages there are."""
+        """The number of messages."""
         return self._count
 
     @property
     def clients(self) -> int:
-        """How many clients have messages in it."""
-        return len(self._lines)
+        """The number of clients that have messages in the queue."""
+        return len(self._queues)
 
     @property
     def deadline(self) -> float | None:
-        """No message is due before this; None where there is none."""
+        """A time before which no message is due; None without messages."""
         return self._earliest if self._count else None
 
     def allowance(self, budget: int) -> int:
-        """What the messages of a session may cost that have no answer yet, before no more are read from it.
+        """The cost of pending messages up to which a session is read.
 
-        Where `budget` is taken at a time, twice as much keeps the log busy, and what is more would only be older when
-        its turn comes: the clients that wait share it.
+        When `budget` is taken at a time, twice as much keeps the log busy, and more would only wait longer. The clients
+        that wait share it.
         """
-        return max(OVERHEAD, 2 * budget // max(1, len(self._lines)))
+        return max(APPEND_OVERHEAD, 2 * budget // max(1, len(self._queues)))
 
     def offer(self, append: Append) -> bool:
-        """Queue a message; False where its client has as many in the queue as there is room for, or as many bytes."""
+        """Queue a message; return False if its client has as many messages or bytes in the queue as it may."""
         messages, most = self._limits
-        line, size = self._lines.get(append.client), append.size
-        if line is None:
+        queue, size = self._queues.get(append.client), append.size
+        if queue is None:
             if self._count >= messages or self.size >= most:
                 return False
-            line = self._lines[append.client] = _Line(append.client, self._had)
-            heappush(self._turns, (line.had, next(self._turn), line))
-        elif len(line.appends) >= messages - self._count or line.size >= most - self.size:
+            queue = self._queues[append.client] = ClientQueue(append.client, self._virtual_time)
+            heappush(self._schedule, (queue.used, next(self._number), queue))
+        elif len(queue.appends) >= messages - self._count or queue.size >= most - self.size:
             return False
-        line.appends.append(append)
-        line.size += size
+        queue.appends.append(append)
+        queue.size += size
         self.size += size
         self._count += 1
         if append.deadline < self._earliest:
@@ -93,25 +94,25 @@ class AppendQueue:
         return True
 
     def take(self, messages: int, budget: int) -> list[Append]:
-        """Take out what is next: up to `messages`, that cost up to `budget` together, or a single one of any cost.
+        """Take out the next messages: up to `messages` with a total cost of up to `budget`, or one of any cost.
 
-        No two of them have the same key: where one would, its client has to wait for the next call.
+        No two of them have the same key: a client whose next message would repeat one waits for the next call.
         """
         taken: list[Append] = []
         keys: set[tuple[bytes, int]] = set()
-        turns, full = self._turns, False
-        waiting: list[_Line] = []
-        while turns and not full:
-            self._had, _, line = heappop(turns)
-            if not line.appends:
-                continue  # They have been withdrawn, or were due.
-            appends, repeated = line.appends, False
+        schedule, full = self._schedule, False
+        waiting: list[ClientQueue] = []
+        while schedule and not full:
+            self._virtual_time, _, queue = heappop(schedule)
+            if not queue.appends:
+                continue  # Its messages were withdrawn, or have expired.
+            appends, repeated = queue.appends, False
             before, left = len(taken), budget
-            end = budget - TURN if turns or waiting else -inf
+            end = budget - QUANTUM if schedule or waiting else -inf
             while appends and budget > end:
                 append = appends[0]
-                price = append.size + OVERHEAD
-                full = len(taken) == messages or (price > budget and bool(taken))
+                cost = append.size + APPEND_OVERHEAD
+                full = len(taken) == messages or (cost > budget and bool(taken))
                 if full:
                     break
                 if append.producer is not None:
@@ -121,59 +122,60 @@ class AppendQueue:
                         break
                     keys.add(key)
                 taken.append(appends.popleft())
-                budget -= price
-            line.had += left - budget
-            size = left - budget - (len(taken) - before) * OVERHEAD
-            line.size -= size
+                budget -= cost
+            queue.used += left - budget
+            size = left - budget - (len(taken) - before) * APPEND_OVERHEAD
+            queue.size -= size
             self.size -= size
             if not appends:
-                del self._lines[line.client]
+                del self._queues[queue.client]
             elif repeated:
-                waiting.append(line)
+                waiting.append(queue)
             else:
-                heappush(turns, (line.had, next(self._turn), line))
-        for line in waiting:
-            heappush(turns, (line.had, next(self._turn), line))
+                heappush(schedule, (queue.used, next(self._number), queue))
+        for queue in waiting:
+            heappush(schedule, (queue.used, next(self._number), queue))
         self._count -= len(taken)
         return taken
 
     def expire(self, now: float = inf) -> list[Append]:
-        """Take out all that are due at `now` or before. The deadlines of one client never go back."""
+        """Take out all messages that are due at `now` or before. The deadlines of one client never decrease."""
         expired: list[Append] = []
         if now >= self._earliest:
-            for line in list(self._lines.values()):
+            for queue in list(self._queues.values()):
                 due = []
-                while line.appends and line.appends[0].deadline <= now:
-                    due.append(line.appends.popleft())
-                self._removed(line, due)
+                while queue.appends and queue.appends[0].deadline <= now:
+                    due.append(queue.appends.popleft())
+                self._count_removed(queue, due)
                 expired += due
-            self._turns = [turn for turn in self._turns if turn[2].appends]
-            heapify(self._turns)
-            self._earliest = min((line.appends[0].deadline for line in self._lines.values()), default=inf)
+            self._schedule = [place for place in self._schedule if place[2].appends]
+            heapify(self._schedule)
+            self._earliest = min((queue.appends[0].deadline for queue in self._queues.values()), default=inf)
         return expired
 
     def withdraw(self, unwanted: Callable[[Append], bool], *clients: Hashable) -> list[Append]:
-        """Take out some of the messages of these clients, or of all where none is named, wherever they stand.
+        """Take out the unwanted messages of these clients, or of all clients if none is named.
 
-        A client has its messages withdrawn by showing another token, so it costs no more than what that client has.
+        A client can cause this by sending another token, so the cost is bounded by the messages of that client.
         """
         withdrawn: list[Append] = []
-        for line in [self._lines[c] for c in clients if c in self._lines] if clients else list(self._lines.values()):
-            found = [append for append in line.appends if unwanted(append)]
+        named = [self._queues[client] for client in clients if client in self._queues]
+        for queue in named if clients else list(self._queues.values()):
+            found = [append for append in queue.appends if unwanted(append)]
             if found:
                 gone = set(found)
-                line.appends = deque(append for append in line.appends if append not in gone)
-                self._removed(line, found)
+                queue.appends = deque(append for append in queue.appends if append not in gone)
+                self._count_removed(queue, found)
                 withdrawn += found
         return withdrawn
 
-    def _removed(self, line: _Line, appends: list[Append]) -> None:
-        """These have been taken out of a line, from anywhere in it. An empty one keeps its turn, which `take` skips."""
+    def _count_removed(self, queue: ClientQueue, appends: list[Append]) -> None:
+        """Count messages that were removed from a queue. An empty queue stays in the schedule, and `take` skips it."""
         size = sum([append.size for append in appends])
-        line.size -= size
+        queue.size -= size
         self.size -= size
         self._count -= len(appends)
-        if not line.appends:
-            del self._lines[line.client]
+        if not queue.appends:
+            del self._queues[queue.client]
         if not self._count:
-            self._turns.clear()
+            self._schedule.clear()

@@ -1,4 +1,4 @@
-"""The log of one process: nothing outlives it. For embedding, for tests, and for single nodes without a database."""
+"""A log in memory, which ends with its process: for embedding, tests and single nodes without a database."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import trio
 from .append_queue import AppendQueue
 from .interface import (
     CONFLICT,
+    MAX_PENDING,
+    MAX_PENDING_BYTES,
     OVERLOADED,
-    PENDING,
-    PENDING_BYTES,
     SHUTTING_DOWN,
     UNDECIDED,
     Append,
@@ -26,19 +26,21 @@ from .interface import (
     Outcome,
     Rejected,
     Resumption,
-    not_taken,
+    rejection_of,
 )
-from .recent_messages import OVERHEAD, RecentMessages
+from .recent_messages import ENTRY_OVERHEAD, RecentMessages
 
 _BATCH, _BATCH_SIZE = 1000, 4 << 20
-"""Entries, and bytes of them, that are committed and handed to the follower at once."""
-KEY = 200
-"""What an entry takes besides, roughly, in bytes, for its retry to be recognised."""
+"""Entries, and their bytes, that are committed and applied at once."""
+KEY_OVERHEAD = 200
+"""Bytes of memory for the key of an entry, roughly."""
 
 
 class MemoryLog:
-    """A `Log` in a ring of `limit_bytes`: what is dropped from it is retention's, and a retried message is recognised
-    while its original is still there. `clock` gives `at`, in seconds since 1970; nothing else depends on it.
+    """A `Log` of `limit_bytes` in memory: the oldest messages are dropped.
+
+    A retry is recognised while its original is in the log. `clock` is used for `Entry.at` only; its unit is seconds
+    since 1970.
     """
 
     def __init__(
@@ -46,12 +48,12 @@ class MemoryLog:
         limit_bytes: int = 64 << 20,
         clock: Callable[[], float] = time.time,
         *,
-        pending: int = PENDING,
-        pending_bytes: int = PENDING_BYTES,
+        pending: int = MAX_PENDING,
+        pending_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
-        self._recent = RecentMessages(limit_bytes, overhead=OVERHEAD + KEY)
+        self._recent = RecentMessages(limit_bytes, overhead=ENTRY_OVERHEAD + KEY_OVERHEAD)
         self._keys: deque[tuple[bytes, int] | None] = deque()
-        """The key of each entry in the ring."""
+        """The key of each entry."""
         self._seqs: dict[tuple[bytes, int], int] = {}
         self._clock = clock
         self._at = 0
@@ -75,7 +77,7 @@ class MemoryLog:
         return self._recent.first
 
     @property
-    def recent(self) -> int:
+    def memory_floor(self) -> int:
         return self._recent.first
 
     @property
@@ -83,7 +85,7 @@ class MemoryLog:
         return self._running
 
     @property
-    def trouble(self) -> str:
+    def problem(self) -> str:
         return "" if self._running else "database"
 
     @property
@@ -91,17 +93,17 @@ class MemoryLog:
         return self._pending.allowance(_BATCH_SIZE)
 
     def submit(self, append: Append) -> None:
-        """Take a message to be appended: the task in `run` does it, with all that has gathered by then."""
+        """Submit a message to be appended: `run` appends it with all others that have been submitted by then."""
         if self._stopped:
-            append.settle(append, not_taken(append, SHUTTING_DOWN))
+            append.settle(append, rejection_of(append, SHUTTING_DOWN))
         elif self._pending.offer(append):
             self._work.set()
         else:
-            append.settle(append, not_taken(append, OVERLOADED))
+            append.settle(append, rejection_of(append, OVERLOADED))
 
     def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
         for append in self._pending.withdraw(unwanted, client):
-            append.settle(append, not_taken(append, refusal))
+            append.settle(append, rejection_of(append, refusal))
 
     def broadcast(self, entry: Entry) -> None:
         """There are no other replicas."""
@@ -154,10 +156,10 @@ class MemoryLog:
         finally:
             self._stopped, self._running = True, False
             for append in self._pending.expire():
-                append.settle(append, not_taken(append, SHUTTING_DOWN))
+                append.settle(append, rejection_of(append, SHUTTING_DOWN))
 
     def _commit(self, follower: Follower) -> None:
-        """Append what has gathered, hand it on, and answer, in this order."""
+        """Append a batch, apply it, and settle its messages, in this order."""
         batch = self._pending.take(_BATCH, _BATCH_SIZE)
         self._at = max(self._at, int(self._clock() * 1000))
         entries: list[Entry] = []
@@ -172,7 +174,7 @@ class MemoryLog:
             append.settle(append, outcome)
 
     def _take(self, append: Append, entries: list[Entry]) -> Outcome:
-        """Number one message, unless it is here already."""
+        """Give one message its seq, unless it is in the log already."""
         key = None if append.producer is None else (append.producer, append.number)
         if key is not None:
             seq = self._seqs.get(key)

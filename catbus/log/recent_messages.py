@@ -1,4 +1,4 @@
-"""The newest entries of a log, kept in memory for whoever is only a little behind."""
+"""The newest messages of a log, kept in memory for subscriptions that lag a little."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from ..protocol.channels import matches
 from .interface import Entry, LogPage
 
-OVERHEAD = 256
-"""What an entry takes beside its texts, roughly, in bytes."""
+ENTRY_OVERHEAD = 256
+"""Bytes of memory of an entry besides its texts, roughly."""
 
-LOOKS = 1000
-"""Entries that are looked at in one turn: a millisecond at most."""
+MAX_SEARCHED = 1000
+"""Entries that one search looks at, which takes a millisecond at most."""
 
-_SLACK = 64
-"""The list is moved up when one in so many of its entries has been dropped: seldom, and little at a time."""
+_COMPACTION_RATIO = 64
+"""The list is compacted when one in so many of its entries has been dropped: seldom, and little at a time."""
 
 
 class RecentMessages:
-    """A contiguous stretch of entries, bounded by bytes: the newest stay. Found by arithmetic, never by searching."""
+    """A contiguous range of entries, bounded by bytes: the newest stay. Found by arithmetic, never by searching."""
 
-    def __init__(self, limit_bytes: int, applied: int = 0, *, overhead: int = OVERHEAD) -> None:
+    def __init__(self, limit_bytes: int, applied: int = 0, *, overhead: int = ENTRY_OVERHEAD) -> None:
         self.limit = limit_bytes
         self._overhead = overhead
         self.size = 0
-        """Bytes held, with what Python adds."""
+        """Bytes of memory, with the overhead."""
         self.first = applied + 1
-        """The seq of the oldest entry held, or of the next to come."""
+        """The seq of the oldest entry, or of the next one to come."""
         self._entries: list[Entry] = []
         self._start = 0
 
@@ -34,18 +34,18 @@ class RecentMessages:
         return len(self._entries) - self._start
 
     def __getitem__(self, seq: int) -> Entry:
-        """The entry with this seq, which must be held."""
+        """The entry with this seq, which must be here."""
         if seq < self.first:
             raise IndexError(seq)
         return self._entries[self._start + seq - self.first]
 
     @property
     def last(self) -> int:
-        """The seq of the newest entry held, or the one before `first`."""
+        """The seq of the newest entry, or `first - 1` without entries."""
         return self.first + len(self) - 1
 
     def append(self, entries: Sequence[Entry]) -> int:
-        """Take the entries that follow on the newest, drop the oldest until there is room; returns how many."""
+        """Add the entries that follow the newest, and drop the oldest over the limit. Returns how many were dropped."""
         held = self._entries
         held.extend(entries)
         self.size += self._overhead * len(entries) + sum([entry.size for entry in entries])
@@ -57,16 +57,16 @@ class RecentMessages:
             start += 1
         dropped = start - self._start
         self.first += dropped
-        if start * _SLACK > len(held):
+        if start * _COMPACTION_RATIO > len(held):
             del held[:start]
             start = 0
         self._start = start
         return dropped
 
     def since(self, after: int, rows: int, size: int) -> LogPage | None:
-        """The entries after `after`, at most `rows` and (but for the first) `size` bytes.
+        """The entries after `after`, at most `rows`, and at most `size` bytes except for the first.
 
-        None where some of them are not held any more.
+        None if some of them have been dropped.
         """
         if after < self.first - 1:
             return None
@@ -82,12 +82,12 @@ class RecentMessages:
         return LogPage(after, entries[-1].seq, entries)
 
     def search(self, pattern: str, seq: int, floor: int, wanted: int) -> tuple[list[Entry], int]:
-        """Look for matches at or below `seq` in up to `LOOKS` entries that are held and not below `floor`.
+        """Search for matches at or below `seq` in up to `MAX_SEARCHED` entries that are not below `floor`.
 
-        Returns up to `wanted` of them, the newest first, and the seq at which to go on.
+        Returns up to `wanted` of them, the newest first, and the seq at which to continue.
         """
         found: list[Entry] = []
-        lowest = max(floor, self.first, seq + 1 - LOOKS)
+        lowest = max(floor, self.first, seq + 1 - MAX_SEARCHED)
         while seq >= lowest and len(found) < wanted:
             entry = self[seq]
             if matches(pattern, entry.channel):
@@ -96,7 +96,7 @@ class RecentMessages:
         return found, seq
 
     def forget(self, last: int) -> None:
-        """Drop the entries up to `last`, as far as there are any."""
+        """Drop the entries up to `last`, if there are any."""
         dropped = min(last, self.last) - self.first + 1
         if dropped > 0:
             start = self._start + dropped
@@ -106,7 +106,7 @@ class RecentMessages:
             self.first += dropped
 
     def clear(self, applied: int) -> None:
-        """Drop everything; the next entry is `applied + 1`."""
+        """Drop all entries; the next one is `applied + 1`."""
         self._entries = []
         self._start = 0
         self.size = 0

@@ -12,7 +12,7 @@ import trio
 from ..config import DatabaseSettings, RetentionSettings
 from ..errors import Unavailable
 from ..log import Append, Entry, Follower, LogPage, RecentMessages, Rejected, Resumption
-from ..log.interface import PENDING, PENDING_BYTES
+from ..log.interface import MAX_PENDING, MAX_PENDING_BYTES
 from ..observability.histogram import Histogram
 from .access.asyncpg_bridge import DATABASE_ERRORS, Bridge, DatabaseConnection, open_bridge
 from .access.migrations import migrate
@@ -113,8 +113,8 @@ class PostgresLog:
         *,
         url: str | None = None,
         recent: int = 64 << 20,
-        pending: int = PENDING,
-        pending_bytes: int = PENDING_BYTES,
+        pending: int = MAX_PENDING,
+        pending_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
         self._settings = settings
         self._url = url or settings.url
@@ -163,7 +163,7 @@ class PostgresLog:
         return min(self._tail.floor, self._tail.applied + 1)
 
     @property
-    def recent(self) -> int:
+    def memory_floor(self) -> int:
         return self._tail.recent.first
 
     @property
@@ -171,7 +171,7 @@ class PostgresLog:
         return self._tasks.available
 
     @property
-    def trouble(self) -> str:
+    def problem(self) -> str:
         if not self.available:
             return "database"
         return "messages are missing" if self._listener.deleted_ranges.report.count else ""

@@ -13,7 +13,7 @@ from ..delivery.fan_out import Delivery
 from ..errors import ErrorCode, PeerError
 from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
-from ..log import Append, Entry, Log, Outcome, Rejected, not_taken
+from ..log import Append, Entry, Log, Outcome, Rejected, rejection_of
 from ..protocol.wire_messages import Publish
 from .state_machine import BroadcastMessage, make_append
 
@@ -43,7 +43,7 @@ class Publisher:
         """Append to the log. A retry from another `epoch` is rejected as `unknown`, as nothing can be known of it."""
         self.published += 1
         if self._closed:
-            append.settle(append, not_taken(append, Rejected(ErrorCode.SHUTTING_DOWN, STOPPING)))
+            append.settle(append, rejection_of(append, Rejected(ErrorCode.SHUTTING_DOWN, STOPPING)))
         elif epoch is not None and epoch != self._log.epoch:
             append.settle(append, Rejected(ErrorCode.UNKNOWN, "first sent in another epoch of the log"))
         else:

@@ -29,7 +29,7 @@ from ..delivery.send_queue import HeadLine, SendQueue
 from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
 from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
-from ..log import EPHEMERAL_SIZE, OVERHEAD, Append, Entry, Outcome, Rejected
+from ..log import APPEND_OVERHEAD, EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.channels import check_channel, check_pattern
 from ..protocol.json_splitter import JsonSplitter
@@ -252,7 +252,7 @@ class Session:
     def settled(self, append: Append, outcome: Outcome) -> None:
         """The fate of a publish; `Append.settle` of every one that this session submits."""
         self.pending -= 1
-        self.usage.cost -= append.size + OVERHEAD
+        self.usage.cost -= append.size + APPEND_OVERHEAD
         if self.state is SessionState.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
@@ -336,7 +336,7 @@ class Session:
                 self.say(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
-            self.usage.cost += append.size + OVERHEAD
+            self.usage.cost += append.size + APPEND_OVERHEAD
             yield AppendMessage(append, message.epoch if message.retry else None)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:

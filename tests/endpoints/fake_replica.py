@@ -64,7 +64,7 @@ class FakeReplica:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self.readiness = "ready"
-        self.log = SimpleNamespace(trouble="database")
+        self.log = SimpleNamespace(problem="database")
         self.certificates = None
         self.webtransport_port = None
         self.addresses = ConnectionsPerAddress(self.config.limits.address_connections)

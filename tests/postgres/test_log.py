@@ -15,7 +15,7 @@ from structlog.testing import CapturingLogger
 from catbus.config import DatabaseSettings
 from catbus.errors import ConfigError, ErrorCode, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
-from catbus.log.recent_messages import OVERHEAD
+from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.postgres import PostgresLog
 from catbus.postgres.access import asyncpg_bridge, migrations, reconnecting_tasks
 from catbus.postgres.append import log_writer
@@ -216,7 +216,7 @@ async def test_an_outage_is_a_pause(database_url: str) -> None:
 @pytest.mark.parametrize("held", [100, 4, 0])
 async def test_history_is_the_same_from_memory_and_from_the_table(database_url: str, held: int) -> None:
     """What is held in memory is not asked for, unless it may take long to find or older messages are wanted too."""
-    log = make(database_url, recent=held * (OVERHEAD + 2))
+    log = make(database_url, recent=held * (ENTRY_OVERHEAD + 2))
     async with running(log) as (follower, publisher):
         for number in range(10):
             await publisher.publish_seq("ab"[number % 2], b"%d" % number)

@@ -44,9 +44,9 @@ async def delete(url: str, condition: str, table: str = "entries") -> None:
         await sql.execute(f"DELETE FROM catbus.{table} WHERE {condition}")
 
 
-async def until_trouble(trouble: str, *logs: PostgresLog) -> None:
+async def until_problem(problem: str, *logs: PostgresLog) -> None:
     with trio.fail_after(TEST_TIMEOUT):
-        while any(log.trouble != trouble for log in logs):
+        while any(log.problem != problem for log in logs):
             await trio.sleep(0.01)
 
 
@@ -80,7 +80,7 @@ async def test_every_replica_reports_a_deleted_range_whether_or_not_it_has_the_m
         other = make(database_url)
         async with running(other):
             await delete(database_url, "seq IN (3, 4, 7)")
-            await until_trouble("messages are missing", one, other)
+            await until_problem("messages are missing", one, other)
             for log in (one, other):
                 assert (log.report()["missing"], log.report()["holes"]) == (3, [[3, 4], [7, 7]])
                 assert log.statistics().missing == 3
@@ -114,17 +114,17 @@ async def test_a_deleted_range_that_no_trigger_has_seen_is_found_by_reading(data
                 "ALTER TABLE catbus.entries ENABLE ALWAYS TRIGGER note_deleted"
             )
         assert (await one.read(0)).last == 4
-        assert one.trouble == ""
+        assert one.problem == ""
         with pytest.raises(Unavailable):
             await one.read(4)
-        await until_trouble("messages are missing", one)
+        await until_problem("messages are missing", one)
         assert one.report()["holes"] == [[5, 5]]
 
 
 async def test_a_partition_is_watched_too(database_url: str) -> None:
     async with filled(database_url) as (log, _, _):
         await delete(database_url, "seq = 5", "entries_0")
-        await until_trouble("messages are missing", log)
+        await until_problem("messages are missing", log)
 
 
 async def test_a_deletion_at_the_end_makes_another_log_and_no_deleted_range(database_url: str) -> None:
@@ -132,7 +132,7 @@ async def test_a_deletion_at_the_end_makes_another_log_and_no_deleted_range(data
         await delete(database_url, "seq > 8")
         await follower.wait_until(lambda self: self.restarts[-1] == 8)
         assert await publisher.publish_seq("a", b"9") == 9
-        assert log.trouble == ""
+        assert log.problem == ""
     async with open_sql(database_url) as sql:
         assert await sql.fetchrow("SELECT count(*) FROM catbus.deleted_ranges") == (0,)
 
@@ -141,11 +141,11 @@ async def test_retention_makes_no_deleted_range(database_url: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         await sql.execute("UPDATE catbus.head SET floor = 5; DELETE FROM catbus.entries WHERE seq < 5")
         await delete(database_url, "seq = 7")
-        await until_trouble("messages are missing", log)
+        await until_problem("messages are missing", log)
         assert log.report()["holes"] == [[7, 7]]
         # When the floor has passed it there is nothing left to tell of.
         await sql.execute("UPDATE catbus.head SET floor = 8; DELETE FROM catbus.entries WHERE seq < 8")
-        await until_trouble("", log)
+        await until_problem("", log)
         assert await run_repair(database_url) == []
 
 
@@ -192,7 +192,7 @@ async def test_many_deleted_ranges_are_repaired_in_portions(database_url: str, m
         await publisher.wait()
         await delete(database_url, "seq % 2 = 0 AND seq < 60")
         assert len(await run_repair(database_url)) == 29
-        await until_trouble("", log)
+        await until_problem("", log)
         after, gaps = 0, 0
         while after < log.applied:
             page = await log.read(after)
@@ -224,7 +224,7 @@ async def test_readers_stop_before_a_deleted_range_until_it_is_repaired_and_lose
                     await log.read(2)
             assert await publisher.publish_seq("a", b"11") == 11
             assert await run_repair(database_url) == [(3, 5)]
-            await until_trouble("", one, other)
+            await until_problem("", one, other)
             for log in (one, other):
                 page = await read_on(log, 2)
                 assert (page.after, page.lost) == (5, "repair")
@@ -235,10 +235,10 @@ async def test_readers_stop_before_a_deleted_range_until_it_is_repaired_and_lose
 async def test_a_repaired_range_is_gone_from_memory_on_every_replica(database_url: str) -> None:
     async with filled(database_url, recent=1 << 20) as (log, _, _):
         await delete(database_url, "seq = 5")
-        await until_trouble("messages are missing", log)
+        await until_problem("messages are missing", log)
         assert len((await log.read(0)).entries) == 10
         await run_repair(database_url)
-        await until_trouble("", log)
+        await until_problem("", log)
         assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3, 4]
         page = await log.read(4)
         assert (page.after, page.lost, page.entries[0].seq) == (5, "repair", 6)
@@ -261,13 +261,13 @@ async def test_a_replica_that_stopped_before_a_deleted_range_goes_on(database_ur
         )
         await sql.execute("COMMIT")
         await follower.wait_for(3)
-        await until_trouble("database", log)
+        await until_problem("database", log)
         assert follower.texts == ["1", "2", "3"]
         assert await run_repair(database_url) == [(4, 6)]
         await follower.wait_for(9)
         assert follower.texts == ["1", "2", "3", "7", "8", "9"]
         assert follower.restarts == [0, 6]
-        await until_trouble("", log)
+        await until_problem("", log)
         assert log.epoch == epoch
         # What stands before the hole is read as before.
         assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3]
@@ -277,7 +277,7 @@ async def test_a_deleted_range_that_is_filled_again_is_read_again(database_url: 
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         await sql.execute("CREATE TABLE public.saved AS SELECT * FROM catbus.entries WHERE seq BETWEEN 3 AND 5")
         await delete(database_url, "seq BETWEEN 3 AND 5")
-        await until_trouble("messages are missing", log)
+        await until_problem("messages are missing", log)
         await run_repair(database_url)
         await sql.execute("INSERT INTO catbus.entries SELECT * FROM public.saved WHERE seq = 4")
         page = await log.read(2)

@@ -120,7 +120,7 @@ def reject_a_retry_like_a_first_attempt(planter: MistakePlanter) -> None:
     def rejection(append: Append, outcome: Rejected) -> Rejected:
         return outcome
 
-    planter.replace(log_writer, "not_taken", rejection)
+    planter.replace(log_writer, "rejection_of", rejection)
 
 
 MISTAKES: tuple[Callable[[MistakePlanter], None], ...] = (

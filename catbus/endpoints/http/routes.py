@@ -36,7 +36,7 @@ async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
         case "ready":
             return line(200, "ready")
         case "degraded":
-            return line(200, f"degraded: {replica.log.trouble}")
+            return line(200, f"degraded: {replica.log.problem}")
         case other:
             return line(503, other)
 

@@ -13,18 +13,18 @@ import trio
 from ...log import Append, Committed, Entry, Rejected
 from ...log.append_queue import AppendQueue
 from ...log.interface import (
+    APPEND_OVERHEAD,
     CONFLICT,
-    OVERHEAD,
+    FAILED,
+    MAX_PENDING,
+    MAX_PENDING_BYTES,
     OVERLOADED,
-    PENDING,
-    PENDING_BYTES,
-    REFUSED,
     SHUTTING_DOWN,
     UNAVAILABLE,
     UNDECIDED,
     UNKNOWN,
     Outcome,
-    not_taken,
+    rejection_of,
 )
 from ...observability.histogram import Histogram
 from ...observability.loggers import RateLimitedLog, get_logger
@@ -66,8 +66,8 @@ class LogWriter:
         *,
         synchronous_commit: str = "on",
         timeout: float = 5.0,
-        pending: int = PENDING,
-        pending_bytes: int = PENDING_BYTES,
+        pending: int = MAX_PENDING,
+        pending_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
         self.commits = 0
         self.appended = 0
@@ -129,18 +129,18 @@ class LogWriter:
         """Queue a message, or reject it at once if the queue is full."""
         self._note_epoch()
         if self._closed:
-            append.settle(append, not_taken(append, SHUTTING_DOWN))
+            append.settle(append, rejection_of(append, SHUTTING_DOWN))
             return
         append.deadline = trio.current_time() + self._timeout
         append.known = self._tail.announced if self._tail.epoch else None
         if self._queue.offer(append):
             self._has_work.set()
         else:
-            append.settle(append, not_taken(append, OVERLOADED))
+            append.settle(append, rejection_of(append, OVERLOADED))
 
     def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
         for append in self._queue.withdraw(unwanted, client):
-            append.settle(append, not_taken(append, refusal))
+            append.settle(append, rejection_of(append, refusal))
 
     async def move(self) -> None:
         """Request that messages move from the outbox into the log, with the next append or alone. Wait for the attempt.
@@ -186,7 +186,7 @@ class LogWriter:
     def _reject_queue(self, outcome: Rejected, now: float = float("inf")) -> None:
         """Reject queued messages whose deadline is `now` or earlier."""
         for append in self._queue.expire(now):
-            append.settle(append, not_taken(append, outcome))
+            append.settle(append, rejection_of(append, outcome))
 
     # Appending
 
@@ -255,7 +255,7 @@ class LogWriter:
             sound = batch.select(_is_sound)
             for append in appends:
                 if not _is_sound(append):
-                    append.settle(append, REFUSED)
+                    append.settle(append, FAILED)
             return sound
         return batch
 
@@ -305,7 +305,7 @@ class LogWriter:
         ]
         took = trio.current_time() - began
         self.commit_duration.observe(took)
-        cost = sum([append.size for append in batch.appends]) + len(batch.appends) * OVERHEAD
+        cost = sum([append.size for append in batch.appends]) + len(batch.appends) * APPEND_OVERHEAD
         self._speed += (cost / max(took, 1e-6) - self._speed) / 4
         self.commits += 1
         self.appended += len(entries)
@@ -381,7 +381,7 @@ class LogWriter:
             text, channel = str(error), batch.appends[0].channel
             now = trio.current_time()
             self._rejections.log(now, "the database refused a message", kind=text, channel=channel, error=text)
-            batch.settle_all(REFUSED)
+            batch.settle_all(FAILED)
 
     # Epochs
 

@@ -8,8 +8,8 @@ from trio.testing import MockClock
 
 from catbus.errors import ErrorCode
 from catbus.log import Append, Committed, MemoryLog, Rejected
-from catbus.log.in_memory import KEY
-from catbus.log.recent_messages import OVERHEAD
+from catbus.log.in_memory import KEY_OVERHEAD
+from catbus.log.recent_messages import ENTRY_OVERHEAD
 from tests.log.conformance import ALICE, LogConformance, MakeLog
 from tests.log.harness import Publisher, RecordingFollower, running
 
@@ -23,7 +23,7 @@ class TestConformance(LogConformance):
         return make
 
 
-ROOM_FOR_TEN = 10 * (OVERHEAD + KEY + len("a") + 2)
+ROOM_FOR_TEN = 10 * (ENTRY_OVERHEAD + KEY_OVERHEAD + len("a") + 2)
 
 
 async def test_log_appends_whatever_the_clock_says(autojump_clock: MockClock) -> None:

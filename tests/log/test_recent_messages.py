@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.log import Entry, RecentMessages
-from catbus.log.recent_messages import OVERHEAD
+from catbus.log.recent_messages import ENTRY_OVERHEAD
 
 
 def entry(seq: int, size: int = 10) -> Entry:
@@ -15,7 +15,7 @@ def entry(seq: int, size: int = 10) -> Entry:
 
 
 def weight(entries: list[Entry]) -> int:
-    return sum(OVERHEAD + len(e.channel) + len(e.payload) for e in entries)
+    return sum(ENTRY_OVERHEAD + len(e.channel) + len(e.payload) for e in entries)
 
 
 @given(
@@ -60,7 +60,7 @@ def test_ring_holds_the_newest_messages_that_fit(
 
 
 def test_ring_drops_no_more_than_it_must() -> None:
-    recent = RecentMessages(3 * (OVERHEAD + 10))
+    recent = RecentMessages(3 * (ENTRY_OVERHEAD + 10))
     assert recent.append([entry(1), entry(2), entry(3)]) == 0
     assert recent.append([entry(4)]) == 1
     assert recent.append([entry(5), entry(6)]) == 2
@@ -68,7 +68,7 @@ def test_ring_drops_no_more_than_it_must() -> None:
 
 
 def test_ring_returns_the_messages_that_it_drops() -> None:
-    recent = RecentMessages(100 * (OVERHEAD + 10))
+    recent = RecentMessages(100 * (ENTRY_OVERHEAD + 10))
     for seq in range(1, 10_001):
         recent.append([entry(seq)])
     assert len(recent) == 100

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from catbus.log import Append
-from catbus.log.append_queue import TURN, AppendQueue
-from catbus.log.interface import OVERHEAD
+from catbus.log.append_queue import QUANTUM, AppendQueue
+from catbus.log.interface import APPEND_OVERHEAD
 
 MESSAGES, SIZE = 30, 4000
 
@@ -51,7 +51,7 @@ class QueueAgainstLists(RuleBasedStateMachine):
         taken = self.queue.take(messages, budget)
         assert bool(taken) == any(before.values())
         assert len(taken) <= messages
-        assert len(taken) <= 1 or sum(append.size + OVERHEAD for append in taken) <= budget
+        assert len(taken) <= 1 or sum(append.size + APPEND_OVERHEAD for append in taken) <= budget
         keys = [append.number for append in taken if append.producer is not None]
         assert len(keys) == len(set(keys))
         for append in taken:
@@ -105,8 +105,8 @@ def test_message_waits_for_at_most_one_message_of_each_other_client(sizes: list[
     assert queue.offer(honest)
     before = 0
     while (taken := queue.take(1, 1 << 20)) != [honest]:
-        before += taken[0].size + OVERHEAD
-    assert before <= len(sizes) * (TURN + 301 + OVERHEAD)
+        before += taken[0].size + APPEND_OVERHEAD
+    assert before <= len(sizes) * (QUANTUM + 301 + APPEND_OVERHEAD)
 
 
 def test_busy_clients_get_equal_bytes_whatever_the_size_of_their_messages() -> None:
@@ -118,8 +118,8 @@ def test_busy_clients_get_equal_bytes_whatever_the_size_of_their_messages() -> N
             queue.offer(message(client, size))
     for _ in range(100):
         for append in queue.take(50, 20_000):
-            had[str(append.client)] += append.size + OVERHEAD
-    assert max(had.values()) - min(had.values()) <= 2 * (TURN + max(sizes.values()) + OVERHEAD)
+            had[str(append.client)] += append.size + APPEND_OVERHEAD
+    assert max(had.values()) - min(had.values()) <= 2 * (QUANTUM + max(sizes.values()) + APPEND_OVERHEAD)
 
 
 def test_busy_clients_leave_room_for_another_client() -> None:
@@ -153,7 +153,7 @@ def test_client_that_publishes_and_withdraws_in_a_loop_leaves_nothing_behind() -
     for _ in range(100):
         queue.offer(message("a"))
         queue.withdraw(lambda _: True, "a")
-    assert (len(queue), queue.clients, len(queue._turns)) == (0, 0, 0)
+    assert (len(queue), queue.clients, len(queue._schedule)) == (0, 0, 0)
     other = message("b")
     queue.offer(other)
     assert queue.take(10, 1 << 20) == [other]
