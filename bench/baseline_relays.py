@@ -15,7 +15,7 @@ from aioquic.h3.events import HeadersReceived, WebTransportStreamDataReceived
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionIdIssued
 
-from catbus.endpoints.webtransport.udp_socket import BUFFER, UdpSocket, transmit
+from catbus.endpoints.webtransport.udp_socket import SOCKET_BUFFER_SIZE, UdpSocket, send_datagrams
 from catbus.webtransport import WebTransportConfiguration
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
 
@@ -44,7 +44,7 @@ def webtransport_relay(listener: socket.socket, sock: socket.socket, configurati
     """Relay what a TCP client sends to all clients that have sent HELLO on a WebTransport stream."""
     sock.setblocking(False)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_SIZE)
     loop = _Loop(UdpSocket(sock), configuration)
     publisher: socket.socket | None = None
     poll = select.epoll()
@@ -140,7 +140,7 @@ class _Loop:
                 self._greet(peer, event)
         datagrams = quic.datagrams_to_send(time.monotonic())
         if datagrams:
-            transmit(datagrams)
+            send_datagrams(datagrams)
         timer = quic.get_timer()
         if timer is not None and timer < peer.alarm:
             peer.alarm = timer

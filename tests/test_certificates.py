@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from catbus import certificates
 from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate
 from catbus.config import WebTransportSettings
-from catbus.endpoints.http.discovery import discovery
+from catbus.endpoints.http.discovery_document import discovery_document
 from catbus.errors import ConfigError
 from catbus.webtransport import ConnectionLimits, WebTransportConfiguration, client_configuration, server_configuration
 from tests.webtransport.simulated_link import Link
@@ -542,18 +542,18 @@ def test_a_renewal_that_fails_is_logged_once_and_tried_again(tmp_path: Path, cap
 
 
 def test_discovery_tells_all(one: Certificate) -> None:
-    assert discovery("localhost:8080", 4433, one) == {
+    assert discovery_document("localhost:8080", 4433, one) == {
         "protocol": "catbus.v1",
         "websocket": "ws://localhost:8080/ws",
         "webtransport": "https://localhost:4433",
         "certificate_hash": base64.b64encode(one.sha256).decode(),
         "certificate": one.certificate_pem,
     }
-    assert "PRIVATE" not in json.dumps(discovery("localhost", 4433, one))
+    assert "PRIVATE" not in json.dumps(discovery_document("localhost", 4433, one))
 
 
 def test_discovery_tells_of_a_certificate_only_when_it_is_self_made() -> None:
-    assert discovery("bus.example", 443, None, secure=True) == {
+    assert discovery_document("bus.example", 443, None, secure=True) == {
         "protocol": "catbus.v1",
         "websocket": "wss://bus.example/ws",
         "webtransport": "https://bus.example:443",
@@ -561,7 +561,7 @@ def test_discovery_tells_of_a_certificate_only_when_it_is_self_made() -> None:
 
 
 def test_discovery_without_webtransport(one: Certificate) -> None:
-    assert discovery("a", None, one) == {"protocol": "catbus.v1", "websocket": "ws://a/ws"}
+    assert discovery_document("a", None, one) == {"protocol": "catbus.v1", "websocket": "ws://a/ws"}
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_discovery_without_webtransport(one: Certificate) -> None:
     ],
 )
 def test_discovery_goes_by_the_name_of_the_request(host: str, name: str) -> None:
-    found = discovery(host, 4433, None)
+    found = discovery_document(host, 4433, None)
     assert found["websocket"] == f"ws://{host}/ws"
     assert found["webtransport"] == f"https://{name}:4433"
 
@@ -590,4 +590,4 @@ def test_discovery_goes_by_the_name_of_the_request(host: str, name: str) -> None
     ],
 )  # fmt: skip
 def test_discovery_has_no_urls_for_what_is_no_host(host: str, one: Certificate) -> None:
-    assert discovery(host, 4433, one).keys() == {"protocol", "certificate_hash", "certificate"}
+    assert discovery_document(host, 4433, one).keys() == {"protocol", "certificate_hash", "certificate"}

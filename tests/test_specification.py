@@ -315,7 +315,9 @@ def test_error_codes_are_those_of_the_table() -> None:
     listed = [
         (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
     ]
-    defined = [(code, "yes" if code in RETRYABLE else "no", str(routes.STATUSES.get(code, 400))) for code in ErrorCode]
+    defined = [
+        (code, "yes" if code in RETRYABLE else "no", str(routes.ERROR_STATUSES.get(code, 400))) for code in ErrorCode
+    ]
     assert listed == defined
 
 
@@ -369,22 +371,22 @@ CONSTANTS = {
     "bytes of a token": MAX_TOKEN,
     "seconds for the lookup of a role": role_lookup.LOOKUP_TIMEOUT,
     "seconds without the database during which roles keep their permissions": live_permissions.MAX_STALENESS,
-    "size of a WebSocket message, in objects of `message_size`": websocket_connection.OBJECTS_IN_MESSAGE,
+    "size of a WebSocket message, in objects of `message_size`": websocket_connection.MAX_OBJECTS_PER_MESSAGE,
     "bytes of a WebSocket message before the first `auth_ok`": websocket_connection.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes of an object before the first `auth_ok`": unauthenticated.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes held for all unauthenticated peers together": unauthenticated.UNAUTHENTICATED_TOTAL_BYTES,
-    "fragments of a WebSocket message, plus one for every 32 bytes of it": inbound_frames.FRAGMENTS,
+    "fragments of a WebSocket message, plus one for every 32 bytes of it": inbound_frames.MAX_FRAGMENTS,
     "bytes waiting for a subscription on its own stream, as a fraction of `limits.send_queue`: one part in": (
-        webtransport_session.OWN_SHARE
+        webtransport_session.SUBSCRIPTION_QUEUE_DIVISOR
     ),
     "streams that the broker opens in a session": CONNECTION_LIMITS.outgoing_streams,
     "datagrams waiting in a session": CONNECTION_LIMITS.queued_datagrams,
     "seconds without other data until the broker sends `head` unasked (at most twice as many)": QUIET,
-    "seconds during which a client takes none of the waiting data": websocket_connection.STALL_TIME,
-    "the same for a subscription's own stream": webtransport_session.STALL_TIME,
-    "seconds for closing": websocket_connection.CLOSING_TIME,
-    "bytes of the head of an HTTP request": http_connection.HEAD_SIZE,
-    "bytes of the body of `POST /publish`": http_connection.BODY_SIZE,
+    "seconds during which a client takes none of the waiting data": websocket_connection.STALL_TIMEOUT,
+    "the same for a subscription's own stream": webtransport_session.STALL_TIMEOUT,
+    "seconds for closing": websocket_connection.CLOSE_TIMEOUT,
+    "bytes of the head of an HTTP request": http_connection.MAX_HEAD_SIZE,
+    "bytes of the body of `POST /publish`": http_connection.MAX_BODY_SIZE,
 }
 """The limits that have no setting, by their names in the tables."""
 

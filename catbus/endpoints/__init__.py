@@ -1,4 +1,4 @@
-"""Where clients come in: the WebSocket port, with the HTTP that is served on it, and the WebTransport port."""
+"""The ports that clients connect to: one for HTTP and WebSocket over TCP, and one for WebTransport over UDP."""
 
 from .http.http_endpoint import HttpEndpoint, HttpEndpointStatistics, serve_http
 from .webtransport.quic_endpoint import QuicEndpoint, QuicEndpointStatistics, serve_quic

@@ -10,9 +10,9 @@ T = TypeVar("T", bound=Hashable)
 
 
 class EvictionQueue(Generic[T]):
-    """Peers that have not shown yet who they are, the oldest first, each with its network.
+    """Unauthenticated peers in the order of their arrival, each with its network.
 
-    All methods take constant time: a flood makes each newcomer the end of another one.
+    All methods take constant time, because in a flood each new peer evicts another one.
     """
 
     __slots__ = ("_networks", "_peers", "_ranks")
@@ -20,27 +20,27 @@ class EvictionQueue(Generic[T]):
     def __init__(self) -> None:
         self._peers: dict[T, str] = {}
         self._networks: dict[str, OrderedDict[T, None]] = {}
-        """The peers of each network, the oldest first. The first one of a plain dict takes long to find when those
-        before it were deleted."""
+        """The peers of each network, the oldest first. In a plain dict, finding the first item takes long after the
+        items before it were deleted."""
         self._ranks: list[OrderedDict[str, None]] = [OrderedDict()]
-        """By how many peers they have: the networks. The last one is not empty, but for the first."""
+        """The networks with 0, 1, 2 ... peers. The last set is never empty, unless it is the only one."""
 
     def __len__(self) -> int:
         return len(self._peers)
 
     def networks(self) -> dict[str, int]:
-        """How many of them each network has."""
+        """The number of peers of each network."""
         return {network: len(peers) for network, peers in self._networks.items()}
 
     def add(self, peer: T, network: str) -> None:
-        """One more has come."""
+        """Add a peer."""
         self._peers[peer] = network
         peers = self._networks.setdefault(network, OrderedDict())
         peers[peer] = None
         self._move(network, len(peers) - 1, len(peers))
 
     def discard(self, peer: T) -> None:
-        """It is none any more, if it was one."""
+        """Remove a peer if it is in the queue."""
         network = self._peers.pop(peer, None)
         if network is None:
             return
@@ -50,14 +50,14 @@ class EvictionQueue(Generic[T]):
         if not peers:
             del self._networks[network]
 
-    def next_to_go(self) -> T | None:
-        """Which gives way where there is no room for one more: of a network that has most of them, the oldest."""
+    def next_to_evict(self) -> T | None:
+        """Return the oldest peer of a network with the most peers, or None if there is no peer."""
         if not self._peers:
             return None
         return next(iter(self._networks[next(iter(self._ranks[-1]))]))
 
     def _move(self, network: str, before: int, after: int) -> None:
-        """A network has one peer more or less."""
+        """Move a network that has one peer more or less."""
         ranks = self._ranks
         ranks[before].pop(network, None)
         if after == len(ranks):

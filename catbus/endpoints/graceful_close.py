@@ -10,22 +10,22 @@ from ..limits.cpu_scheduler import CpuScheduler
 
 _CHUNK = 65_536
 _UNREAD = 2 << 20
-"""Bytes that are read of a peer whose connection is about to be closed: a whole body, and what stands behind it."""
+"""Bytes that are read from a peer before its connection is closed: a whole body, and data behind it."""
 
 TlsStream = trio.SSLStream[trio.SocketStream]
 
 
-async def close_gently(stream: trio.abc.Stream, cpu_scheduler: CpuScheduler) -> None:
-    """Tell the peer that nothing follows, and read until it closes, or has sent more than a whole body.
+async def close_gracefully(stream: trio.abc.Stream, cpu_scheduler: CpuScheduler) -> None:
+    """Send the end of the stream, and read until the peer closes or has sent more than a whole body.
 
-    To close a socket with bytes unread makes the kernel reset the connection, and the peer may then lose what it has
-    not read itself. It takes as long as the peer does: put a limit around it. A peer that goes on sending waits for its
-    turn after each piece.
+    If a socket is closed with bytes unread, the kernel resets the connection, and the peer may lose data that it has
+    not read yet. This takes as long as the peer does, so callers need a timeout. After each read, other tasks run
+    first.
     """
     if isinstance(stream, trio.SSLStream):
-        # `unwrap` takes the transport away from a stream that it has closed cleanly.
+        # `unwrap` detaches the transport from a stream that it has closed cleanly.
         transport = stream.transport_stream
-        await say_goodbye(stream)
+        await send_close_notify(stream)
         stream = transport
     try:
         if isinstance(stream, trio.abc.HalfCloseableStream):
@@ -38,11 +38,11 @@ async def close_gently(stream: trio.abc.Stream, cpu_scheduler: CpuScheduler) -> 
         pass
 
 
-async def say_goodbye(stream: TlsStream) -> None:
+async def send_close_notify(stream: TlsStream) -> None:
     """Send the close_notify alert of TLS, and wait for the peer's.
 
-    Without it, a peer cannot tell the end from an attack that cuts the connection. It takes as long as the peer does:
-    put a limit around it. A peer that sends something else, or closes without an alert, ends it too.
+    Without it, a peer cannot tell the end from an attack that cuts the connection. This takes as long as the peer
+    does, so callers need a timeout. It also returns when the peer sends something else or closes without an alert.
     """
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.unwrap()

@@ -1,4 +1,4 @@
-"""Which addresses are counted as one: what a single peer can easily have many of is no way to be many."""
+"""The network that an IP address counts for in limits, because one peer may easily use a whole IPv6 /64."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 @lru_cache(4096)
 def address_of(host: str) -> IPv4Address | IPv6Address:
-    """An IP address without its zone; IPv4 where IPv6 carries it. Raises `ValueError` for anything else."""
+    """Parse an IP address, without its zone; an IPv4-mapped IPv6 address becomes IPv4. Raises `ValueError`."""
     address = ip_address(host.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
 
 @lru_cache(4096)
 def network_of(host: str) -> str:
-    """The network of an IP address: an IPv4 address by itself, also one that IPv6 carries, and a /64 in IPv6."""
+    """Return the network of an IP address: an IPv4 address itself (also when IPv4-mapped), or an IPv6 /64."""
     address = address_of(host)
     if not isinstance(address, IPv6Address):
         return str(address)

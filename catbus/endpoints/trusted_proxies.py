@@ -1,4 +1,4 @@
-"""Where clients are: at the other end of their connections, or where proxies that are trusted say."""
+"""The address of a client: the other end of its connection, or the address that a trusted proxy reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import NamedTuple
 
 from ..observability.loggers import get_logger
-from .http.forwarded_headers import hops
+from .http.forwarded_headers import forwarded_addresses
 from .http.http_request import HttpRequest
 from .ip_networks import address_of, network_of
 
@@ -16,51 +16,52 @@ logger = get_logger("catbus.endpoints")
 
 
 class ClientAddress(NamedTuple):
-    """Where a client is: the network, and the one under which its connections count ("" where they have no limit)."""
+    """The network of a client, and the network whose limit its connections count for ("" for no limit)."""
 
     network: str
-    limited: str
+    limited_network: str
 
 
-NOWHERE = ClientAddress("", "")
+UNKNOWN_ADDRESS = ClientAddress("", "")
 
 
 class TrustedProxies:
-    """The proxies whose word is taken for where a client is: those with an address in one of these networks.
+    """The proxies whose `Forwarded` and `X-Forwarded-For` headers are believed, by their networks.
 
-    Connections of their own, and those from this machine, have no limit: behind them there may be many clients.
+    Connections from these proxies and from this machine have no limit, because they may serve many clients.
     """
 
     def __init__(self, networks: Iterable[str]) -> None:
         self._networks = [ip_network(each) for each in networks]
-        self._suspected = False
-        self.source_of = lru_cache(4096)(self._source_of)
+        self._warned = False
+        self.connection_address = lru_cache(4096)(self._connection_address)
 
-    def client_of(self, peer: str, request: HttpRequest) -> ClientAddress:
-        """Where the client of a request is that has come over a connection from `peer`.
+    def client_address(self, peer: str, request: HttpRequest) -> ClientAddress:
+        """Return the address of the client that sent a request over a connection from `peer`.
 
-        Each proxy adds where its own peer is to the end of a list, and what stands before that may be forged. So the
-        client is the last in it that is no trusted proxy. Where that makes no sense, it is the proxy itself.
+        Each proxy appends the address of its own peer to a list, and the items before that may be forged. So the
+        client is the last address in the list that is not a trusted proxy. If that is not an address, the proxy counts
+        as the client.
         """
-        found = self.source_of(peer)
-        listed = hops(request)
+        found = self.connection_address(peer)
+        listed = forwarded_addresses(request)
         if not self._trusts(peer):
             if listed and peer:
-                self._suspect(peer)
+                self._warn_untrusted(peer)
             return found
         for hop in reversed(listed):
             if _address(hop) is None:
-                return self.source_of(peer)
-            found = self.source_of(hop)
+                return self.connection_address(peer)
+            found = self.connection_address(hop)
             if not self._trusts(hop):
                 break
         return found
 
-    def _source_of(self, host: str) -> ClientAddress:
-        """Where a connection from this address is from."""
+    def _connection_address(self, host: str) -> ClientAddress:
+        """Return the address to count for a connection from `host`."""
         address = _address(host)
         if address is None:
-            return NOWHERE
+            return UNKNOWN_ADDRESS
         network = network_of(host)
         return ClientAddress(network, "" if address.is_loopback or self._trusts(host) else network)
 
@@ -68,10 +69,10 @@ class TrustedProxies:
         address = _address(host)
         return address is not None and any(address in network for network in self._networks)
 
-    def _suspect(self, peer: str) -> None:
-        """Say once that somebody is a proxy, or says so: later there would be a line for each who likes to."""
-        if not self._suspected:
-            self._suspected = True
+    def _warn_untrusted(self, peer: str) -> None:
+        """Log the first request with such headers from an untrusted peer. More lines could be forced by any peer."""
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "a proxy that is not trusted hands requests on, so that its clients count as one address: if it is "
                 "yours, name it in websocket.trusted_proxies (CATBUS_TRUSTED_PROXIES)",

@@ -59,7 +59,7 @@ def _rejected_connections(sources: MetricSources) -> Mapping[tuple[str, str], fl
     return {
         (reason, transport): number
         for transport, found in sources.endpoints.items()
-        for reason, number in (("limit", found.refused), ("address", found.crowded))
+        for reason, number in (("limit", found.rejected), ("address", found.rejected_by_address))
     }
 
 
@@ -124,7 +124,7 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
         counter(
             "catbus_accepts_delayed_total",
             "Connections delayed because no file descriptor was free.",
-            of_websocket(lambda endpoint: {"websocket": endpoint.starved}),
+            of_websocket(lambda endpoint: {"websocket": endpoint.accept_failures}),
             "transport",
         ),
         counter(
@@ -171,7 +171,7 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
         counter(
             "catbus_internal_errors_total",
             "Internal errors that ended a request or a connection.",
-            by_transport(lambda endpoint: endpoint.faults),
+            by_transport(lambda endpoint: endpoint.internal_errors),
             "transport",
         ),
         gauge(
@@ -189,11 +189,15 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
             "QUIC connections without a session.",
             of_quic(lambda quic: quic.half_open),
         ),
-        counter("catbus_quic_handshakes_started_total", "QUIC handshakes started.", of_quic(lambda quic: quic.begun)),
+        counter(
+            "catbus_quic_handshakes_started_total",
+            "QUIC handshakes started.",
+            of_quic(lambda quic: quic.handshakes_begun),
+        ),
         counter(
             "catbus_quic_handshakes_completed_total",
             "QUIC handshakes completed with a session.",
-            of_quic(lambda quic: quic.completed),
+            of_quic(lambda quic: quic.handshakes_completed),
         ),
         counter(
             "catbus_quic_datagrams_total",
@@ -204,7 +208,12 @@ SECTIONS: dict[str, tuple[MetricDeclaration, ...]] = {
         counter(
             "catbus_quic_datagrams_dropped_total",
             "UDP datagrams dropped, by reason: of no connection, or too many of the same client or network waiting.",
-            of_quic(lambda quic: {"no_connection": quic.dropped - quic.overdrawn, "queue_full": quic.overdrawn}),
+            of_quic(
+                lambda quic: {
+                    "no_connection": quic.dropped - quic.dropped_over_share,
+                    "queue_full": quic.dropped_over_share,
+                }
+            ),
             "reason",
         ),
         counter(

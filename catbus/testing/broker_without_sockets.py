@@ -97,7 +97,7 @@ async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBr
     )
     settings, registry = config.websocket, ConnectionRegistry()
     async with open_broker(config) as broker, trio.open_nursery() as nursery:
-        nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+        nursery.start_soon(registry.check_connections, min(settings.ping_interval, settings.silence) / 4)
         yield TestBroker(broker, secret, registry, nursery)
         nursery.cancel_scope.cancel()
 

@@ -240,7 +240,7 @@ FREEZE = """
 async def test_subscription_with_an_unread_stream_resumes_at_its_cursor(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webtransport_session, "STALL_TIME", 1.0)
+    monkeypatch.setattr(webtransport_session, "STALL_TIMEOUT", 1.0)
     monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
     # So much that no browser takes it all without its page.
     payload = "x" * 60_000

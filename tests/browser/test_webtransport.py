@@ -233,7 +233,7 @@ async def test_stream_with_a_cancelled_reader_ends_alone(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chromium says STOP_SENDING then. Firefox says nothing, and takes nothing any more."""
-    monkeypatch.setattr(webtransport_session, "STALL_TIME", 1.0)
+    monkeypatch.setattr(webtransport_session, "STALL_TIMEOUT", 1.0)
     monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (broker, origin):

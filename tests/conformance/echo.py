@@ -34,17 +34,17 @@ class Echo(websocket_connection.WebSocketServerConnection):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._inbound.largest = self._largest
+        self._inbound.max_message_size = self._max_message_size
 
-    async def _listen(self, websocket: trio_websocket.WebSocketConnection, client: SessionDriver) -> None:
+    async def _receive_messages(self, websocket: trio_websocket.WebSocketConnection, client: SessionDriver) -> None:
         while client.closing is None:
             message = await websocket.get_message()
             if isinstance(message, str):
                 data = message.encode()
-                self.outbox.write(text_header(len(data)) + data)
+                self.frame_stream.write(text_header(len(data)) + data)
             else:
-                self.outbox.write(_BINARY + text_header(len(message))[1:] + message)
-            await self.outbox.wait_send_all_might_not_block()
+                self.frame_stream.write(_BINARY + text_header(len(message))[1:] + message)
+            await self.frame_stream.wait_send_all_might_not_block()
 
 
 @asynccontextmanager

@@ -261,7 +261,7 @@ async def serving(
             server = Server(replica, endpoint, nursery, scope)
             server.ended = ended
             yield server
-            faults = endpoint.statistics().faults
+            faults = endpoint.statistics().internal_errors
             scope.cancel()
             await ended.wait()
             sessions.cancel_scope.cancel()

@@ -17,9 +17,9 @@ async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logge
 ) -> None:
     registry = ConnectionRegistry()
     for _ in range(1000):
-        registry.fault("a request failed", KeyError("ours"))
-    registry.fault("a session failed", KeyError("ours"))
-    assert registry.faults == 1001
+        registry.log_internal_error("a request failed", KeyError("ours"))
+    registry.log_internal_error("a session failed", KeyError("ours"))
+    assert registry.internal_errors == 1001
     assert [record.getMessage() for record in caplog.records] == ["a request failed", "a session failed"]
     assert all(record.exc_info for record in caplog.records)
 
@@ -30,7 +30,7 @@ async def test_what_peers_do_again_and_again_is_logged_once_in_a_minute(
     registry = ConnectionRegistry()
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
-            registry.remark("a client does not read", seconds=60.0)
+            registry.log_peer_event("a client does not read", seconds=60.0)
         await trio.sleep(REPEAT_INTERVAL + 1)
-        registry.remark("a client does not read", seconds=60.0)
+        registry.log_peer_event("a client does not read", seconds=60.0)
     assert [getattr(record, "repeated", 0) for record in caplog.records] == [0, 999]

@@ -8,8 +8,8 @@ from time import perf_counter
 
 import trio
 
-from catbus.endpoints.webtransport.datagram_scheduler import IDLE_PASS, DatagramScheduler
-from catbus.endpoints.webtransport.fair_queue import SAVED
+from catbus.endpoints.webtransport.datagram_scheduler import IDLE_PASS_TIME, DatagramScheduler
+from catbus.endpoints.webtransport.fair_queue import MAX_SAVED
 
 
 class Served:
@@ -49,7 +49,7 @@ async def test_what_newcomers_have_together_has_an_end_however_many_networks_the
         scheduler.unauthenticated.put(f"network {number}", number, "newcomer", now)
     while scheduler.serve_next(0.0):
         pass
-    assert SAVED / served.cost <= len(served.names) < 3 * SAVED / served.cost
+    assert MAX_SAVED / served.cost <= len(served.names) < 3 * MAX_SAVED / served.cost
     scheduler.authenticated.put("client", 0, "client", now)
     assert scheduler.serve_next(0.0)
     assert served.names[-1] == "client"
@@ -58,14 +58,14 @@ async def test_what_newcomers_have_together_has_an_end_however_many_networks_the
 async def test_newcomers_beyond_their_share_get_what_is_left_over() -> None:
     served = Served(0.0)
     scheduler = served.scheduler
-    scheduler.tokenless.charge(1000.0, trio.current_time())
+    scheduler.unauthenticated_usage.charge(1000.0, trio.current_time())
     scheduler.unauthenticated.put("network", 0, "newcomer", trio.current_time())
     passes: list[bool] = []
 
     async def busy() -> None:
         """Do a little in each pass of the event loop."""
         for _ in range(50):
-            until = perf_counter() + 2 * IDLE_PASS
+            until = perf_counter() + 2 * IDLE_PASS_TIME
             while perf_counter() < until:
                 pass
             await trio.lowlevel.checkpoint()

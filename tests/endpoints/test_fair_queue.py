@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from catbus.endpoints.webtransport.fair_queue import LONGEST_WAIT, SAVED, SHARE, CpuUsage, FairQueue
+from catbus.endpoints.webtransport.fair_queue import MAX_SAVED, SHARE, USE_FORGOTTEN_AFTER, CpuUsage, FairQueue
 
 
 def drain(queue: FairQueue[str, str, int], now: float, cost: float, most: int = 1_000_000) -> list[str]:
     """Take one item a turn, each of which costs so much; returns whose turns they were."""
     cpu_scheduler: list[str] = []
-    while len(cpu_scheduler) < most and (turn := queue.take(now, beyond=True)) is not None:
+    while len(cpu_scheduler) < most and (turn := queue.take(now, over_share=True)) is not None:
         turn.items.popleft()
         cpu_scheduler.append(turn.source)
         queue.end(turn, cost, now)
@@ -19,14 +19,14 @@ def drain(queue: FairQueue[str, str, int], now: float, cost: float, most: int = 
 
 def test_use_is_made_up_for_with_time_and_never_a_debt_for_long() -> None:
     usage = CpuUsage()
-    usage.charge(SAVED, 100.0)
+    usage.charge(MAX_SAVED, 100.0)
     assert not usage.exceeded(100.0)
     usage.charge(0.01, 100.0)
     assert usage.exceeded(100.0)
     assert not usage.exceeded(100.0 + 0.01 / SHARE + 1e-6)
     usage.charge(1000.0, 100.0)
     assert usage.exceeded(100.0)
-    assert not usage.exceeded(100.0 + LONGEST_WAIT)
+    assert not usage.exceeded(100.0 + USE_FORGOTTEN_AFTER)
 
 
 def test_the_key_that_has_used_least_goes_first() -> None:
@@ -37,7 +37,7 @@ def test_the_key_that_has_used_least_goes_first() -> None:
     assert queue.put("light", "light", 0, 0.0)
     assert drain(queue, 0.0, 0.001) == ["light", "heavy", "heavy", "heavy"]
     assert len(queue) == 0
-    assert queue.take(0.0, beyond=True) is None
+    assert queue.take(0.0, over_share=True) is None
 
 
 def test_a_key_that_seldom_has_something_waits_for_one_other_at_the_most() -> None:
@@ -58,7 +58,7 @@ def test_a_key_that_uses_little_goes_first_also_where_there_is_little_cpu() -> N
     for number in range(500):
         if number % 10 == 0:
             queue.put("honest", "honest", number, now)
-        turn = queue.take(now, beyond=True)
+        turn = queue.take(now, over_share=True)
         assert turn is not None
         item = turn.items.popleft()
         if turn.source == "honest":
@@ -80,7 +80,7 @@ def test_keys_that_always_have_something_get_equal_time_whatever_their_turns_cos
     spent = Counter[str]()
     now = 0.0
     while now < 1.0:
-        turn = queue.take(now, beyond=True)
+        turn = queue.take(now, over_share=True)
         assert turn is not None
         turn.items.popleft()
         cost = costs[turn.source]
@@ -101,10 +101,10 @@ def test_under_one_key_sources_take_turns() -> None:
 def test_all_that_have_had_their_shares_wait_unless_they_may_have_more() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100)
     queue.put("a", "a", 1, 0.0)
-    queue.charge("a", 2 * SAVED, 0.0)
+    queue.charge("a", 2 * MAX_SAVED, 0.0)
     assert queue.take(0.0) is None
     assert len(queue) == 1
-    assert queue.take(0.0, beyond=True) is not None
+    assert queue.take(0.0, over_share=True) is not None
     queue.put("b", "b", 1, 0.0)
     assert queue.take(0.0) is not None
 

@@ -11,7 +11,7 @@ import trio
 
 from catbus.broker import OWNER
 from catbus.endpoints.webtransport import first_version_spacing
-from catbus.endpoints.webtransport.first_version_spacing import SPACING, UNIT, fill_up, spacing
+from catbus.endpoints.webtransport.first_version_spacing import SPACING, UNIT, pad_object, spacing
 from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import StreamData
 from tests.brokers import CONFIG, TOKEN
@@ -58,10 +58,10 @@ async def test_an_object_waits_until_the_one_before_could_be_read(monkeypatch: p
         client.say(type="ping", seq=1)
         client.say(type="ping", seq=2)
         assert (await client.line())["seq"] == 1
-        [conversation] = [peer.conversation for peer in server.endpoint._router.peers]
-        while conversation is None or conversation.due is None:
+        [conversation] = [peer.session for peer in server.endpoint._router.peers]
+        while conversation is None or conversation.next_send_time is None:
             await trio.sleep(0.001)
-        assert conversation.due > trio.current_time() + 1e5
+        assert conversation.next_send_time > trio.current_time() + 1e5
         assert not client.lines
         # What it is told as a client of the specification does not wait.
         client.say(type="auth", token=TOKEN, protocol=1)
@@ -70,7 +70,7 @@ async def test_an_object_waits_until_the_one_before_could_be_read(monkeypatch: p
         assert (await client.line())["type"] == "subscribed"
         await publish(server, "a.b", *range(100))
         await client.until(lambda: payloads(client) == list(range(100)))
-        assert conversation.due is None
+        assert conversation.next_send_time is None
 
 
 @pytest.mark.usefixtures("unspaced")
@@ -127,7 +127,7 @@ def test_the_more_waits_the_sooner_the_next_one_leaves() -> None:
 @pytest.mark.parametrize("size", [3, 1023, 1024, 1025, 5000])
 def test_a_line_is_filled_up_to_whole_units(size: int) -> None:
     line = b"{" + b"}".rjust(size - 2) + b"\n"
-    filled = fill_up(line)
+    filled = pad_object(line)
     assert filled[: size - 1] == line[:-1]
     assert filled.endswith(b"\n")
     assert not filled[size - 1 :].strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.endpoints.http.forwarded_headers import origin_of
+from catbus.endpoints.http.forwarded_headers import forwarded_origin
 from catbus.endpoints.http.http_request import HttpRequest
 
 PLAIN, SECURE = False, True
@@ -47,27 +47,27 @@ CASES = {
 def test_the_proxy_next_to_the_client_is_believed(said: str) -> None:
     name, _, value = said.partition(": ")
     request = HttpRequest("GET", "/", [(name.lower().encode(), value.encode())] if value else [], host=HERE)
-    assert origin_of(request, tls=False) == CASES[said][1]
+    assert forwarded_origin(request, tls=False) == CASES[said][1]
 
 
 def test_the_standard_header_goes_before_the_others() -> None:
     headers = [(b"x-forwarded-proto", b"http"), (b"x-forwarded-host", b"b"), (b"forwarded", b"proto=https;host=a")]
-    assert origin_of(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, "a")
-    assert origin_of(HttpRequest("GET", "/", headers[:2], host=HERE), tls=True) == (PLAIN, "b")
+    assert forwarded_origin(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, "a")
+    assert forwarded_origin(HttpRequest("GET", "/", headers[:2], host=HERE), tls=True) == (PLAIN, "b")
 
 
 def test_several_headers_are_one_list() -> None:
     headers = [(b"forwarded", b"for=a;proto=https"), (b"forwarded", b"for=b;proto=http")]
-    assert origin_of(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, HERE)
+    assert forwarded_origin(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, HERE)
 
 
 def test_a_port_with_tls_is_secure_where_nobody_says_otherwise() -> None:
-    assert origin_of(HttpRequest("GET", "/", host=HERE), tls=True) == (SECURE, HERE)
+    assert forwarded_origin(HttpRequest("GET", "/", host=HERE), tls=True) == (SECURE, HERE)
 
 
 def test_a_long_header_takes_no_long_time() -> None:
     for text in ("a" * 16_000, "a=" * 8_000, 'a="' + "\\" * 16_000, "a=b;" * 4_000 + '"', "a=b;" + " " * 16_000 + "x"):
-        assert origin_of(HttpRequest("GET", "/", [(b"forwarded", text.encode())], host=HERE), tls=False) == (
+        assert forwarded_origin(HttpRequest("GET", "/", [(b"forwarded", text.encode())], host=HERE), tls=False) == (
             PLAIN,
             HERE,
         )

@@ -46,13 +46,13 @@ def test_a_long_reason_is_cut_between_characters(reason: str, kept: int) -> None
 
 def test_lines_share_a_frame() -> None:
     items = [b'{"type":"pong","seq":1}\n', run(b"1", b"2")]
-    [frame] = FrameParser().feed(FrameEncoder().pack(items, ProtocolVersion.V1))
+    [frame] = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.V1))
     assert frame.payload == items[0] + items[1].lines
 
 
 def test_a_frame_is_about_64_kib_and_no_item_is_split() -> None:
     items = [bytes([65 + index]) * 30_000 for index in range(5)] + [b"z" * 300_000, b"y" * 10]
-    frames = FrameParser().feed(FrameEncoder().pack(items, ProtocolVersion.V1))
+    frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.V1))
     assert [len(frame.payload) for frame in frames] == [60_000, 60_000, 30_000, 300_000, 10]
     assert b"".join(frame.payload for frame in frames) == b"".join(items)
     assert max(len(frame.payload) for frame in frames[:3]) <= FRAME_SIZE
@@ -60,7 +60,7 @@ def test_a_frame_is_about_64_kib_and_no_item_is_split() -> None:
 
 def test_a_first_version_client_gets_a_frame_for_each_line() -> None:
     items = [b'{"type":"pong","seq":1}\n', run(b"1", b"2")]
-    frames = FrameParser().feed(FrameEncoder().pack(items, ProtocolVersion.FIRST))
+    frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.FIRST))
     assert [frame.payload for frame in frames] == [
         b'{"type":"pong","seq":1}',
         b'{"type":"message","channel":"a.b","payload":1}',
@@ -70,19 +70,21 @@ def test_a_first_version_client_gets_a_frame_for_each_line() -> None:
 
 def test_the_same_items_are_packed_once() -> None:
     packer, shared = FrameEncoder(), run(b"1")
-    first = packer.pack([shared], ProtocolVersion.V1)
-    assert packer.pack([shared], ProtocolVersion.V1) is first
-    assert packer.pack([shared], ProtocolVersion.FIRST) != first
-    assert packer.pack([shared], ProtocolVersion.V1) == first
+    first = packer.encode_items([shared], ProtocolVersion.V1)
+    assert packer.encode_items([shared], ProtocolVersion.V1) is first
+    assert packer.encode_items([shared], ProtocolVersion.FIRST) != first
+    assert packer.encode_items([shared], ProtocolVersion.V1) == first
 
 
 def test_other_items_are_not_taken_for_the_last_ones() -> None:
     packer = FrameEncoder()
-    assert packer.pack([run(b"1")], ProtocolVersion.V1) == packer.pack([run(b"1")], ProtocolVersion.V1)
-    assert packer.pack([run(b"1")], ProtocolVersion.V1) != packer.pack([run(b"2")], ProtocolVersion.V1)
-    assert packer.pack([b"a\n"], ProtocolVersion.V1) != packer.pack([b"a\n", b"a\n"], ProtocolVersion.V1)
+    assert packer.encode_items([run(b"1")], ProtocolVersion.V1) == packer.encode_items([run(b"1")], ProtocolVersion.V1)
+    assert packer.encode_items([run(b"1")], ProtocolVersion.V1) != packer.encode_items([run(b"2")], ProtocolVersion.V1)
+    assert packer.encode_items([b"a\n"], ProtocolVersion.V1) != packer.encode_items(
+        [b"a\n", b"a\n"], ProtocolVersion.V1
+    )
 
 
 def test_nothing_makes_no_frame() -> None:
-    assert FrameEncoder().pack([], ProtocolVersion.V1) == b""
-    assert FrameEncoder().pack([], ProtocolVersion.FIRST) == b""
+    assert FrameEncoder().encode_items([], ProtocolVersion.V1) == b""
+    assert FrameEncoder().encode_items([], ProtocolVersion.FIRST) == b""

@@ -13,8 +13,8 @@ import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, wrap_server_stream
 
-from catbus.endpoints.graceful_close import close_gently
-from catbus.endpoints.http.http_connection import BODY_SIZE
+from catbus.endpoints.graceful_close import close_gracefully
+from catbus.endpoints.http.http_connection import MAX_BODY_SIZE
 from catbus.endpoints.websocket.frame_encoder import PING, close_frame, text_header
 from catbus.endpoints.websocket.frame_stream import FrameStream
 from catbus.limits.cpu_scheduler import CpuScheduler
@@ -39,7 +39,9 @@ async def outbox_over(
 ) -> AsyncIterator[FrameStream]:
     with patience():
         async with trio.open_nursery() as nursery:
-            outbox = kind(stream, nursery, refill=(source or Source()).take, reading=trio.CancelScope(), **replayed)
+            outbox = kind(
+                stream, nursery, take_frames=(source or Source()).take, read_scope=trio.CancelScope(), **replayed
+            )
             try:
                 yield outbox
             finally:
@@ -70,7 +72,7 @@ class TwoWriters(FrameStream):
     """The negative control: writes beside the writer while that is at work."""
 
     def write(self, frames: bytes) -> None:
-        if self.shut or not self.busy or not frames.startswith(b"\x81"):
+        if self.write_closed or not self.writing or not frames.startswith(b"\x81"):
             super().write(frames)
             return
         try:
@@ -78,7 +80,7 @@ class TwoWriters(FrameStream):
         except BlockingIOError:
             sent = 0
         self._queue.append(frames[sent:])
-        self.waiting += len(frames) - sent
+        self.unsent += len(frames) - sent
 
 
 class Checker:
@@ -122,12 +124,12 @@ async def talk_slowly(kind: type[FrameStream], frames: int, pings: int) -> Check
             async def broker() -> None:
                 number = 0
                 while number < frames:
-                    burst = min(rng.randint(1, 4), frames - number) if outbox.waiting < 50_000 else 0
+                    burst = min(rng.randint(1, 4), frames - number) if outbox.unsent < 50_000 else 0
                     for _ in range(burst):
                         filling = rng.randbytes(1) * rng.randint(0, 3000)
                         source.frames.append(checker.data_frame(number, filling))
                         number += 1
-                    if not outbox.busy or kind is TwoWriters:
+                    if not outbox.writing or kind is TwoWriters:
                         outbox.write(source.take())
                     await trio.sleep(0.0002)
 
@@ -170,7 +172,7 @@ async def test_the_checker_catches_a_second_writer() -> None:
 async def test_what_the_kernel_takes_is_sent_at_once() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
         outbox.write(text(b"hello"))
-        assert not outbox.busy
+        assert not outbox.writing
         assert outbox.sent == 7
         assert await client.receive_some() == text(b"hello")
 
@@ -179,14 +181,14 @@ async def test_what_the_kernel_refuses_is_left_to_the_writer_which_then_comes_fo
     source = Source()
     async with tcp_pair() as (server, client), outbox_over(server, source) as outbox:
         outbox.write(text(b"a" * 1_000_000))
-        assert outbox.busy
-        assert outbox.sent + outbox.waiting == 1_000_010
+        assert outbox.writing
+        assert outbox.sent + outbox.unsent == 1_000_010
         source.frames.append(text(b"b"))
         peer = Peer(client)
         assert await peer.frame() == (raw_peer.TEXT, b"a" * 1_000_000)
         assert await peer.frame() == (raw_peer.TEXT, b"b")
         await outbox.wait_send_all_might_not_block()
-        assert (outbox.busy, outbox.waiting) == (False, 0)
+        assert (outbox.writing, outbox.unsent) == (False, 0)
 
 
 async def test_it_works_over_a_stream_without_a_file() -> None:
@@ -219,7 +221,7 @@ async def test_the_library_waits_for_its_own_frame_and_not_for_what_comes_later(
         assert await theirs.receive_some(2) == b"\x8a\x00"
         await wait_all_tasks_blocked()
         assert sent.is_set()
-        assert outbox.busy
+        assert outbox.writing
 
 
 async def test_a_peer_that_pings_and_does_not_read_costs_one_pong(autojump_clock: MockClock) -> None:
@@ -236,7 +238,7 @@ async def test_a_peer_that_pings_and_does_not_read_costs_one_pong(autojump_clock
             for _ in range(1000):
                 await theirs.send_all(masked(raw_peer.PING, b"p" * 125))
         assert limit.cancelled_caught
-        assert outbox.waiting == 127
+        assert outbox.unsent == 127
         nursery.cancel_scope.cancel()
 
 
@@ -263,7 +265,7 @@ async def test_nothing_follows_a_close_frame() -> None:
         assert (await peer.frame()).payload == b"what was still to be said"
         assert (await peer.frame()).code == 4000
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(outbox.finish)
+            nursery.start_soon(outbox.wait_closed)
             await peer.send(raw_peer.close_frame(4000))
             assert await peer.at_end()
             await client.send_eof()
@@ -279,7 +281,7 @@ async def test_nothing_follows_the_close_frame_of_the_library() -> None:
 
 async def test_a_write_that_fails_breaks_the_connection() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
-        reading = outbox._reading
+        reading = outbox._read_scope
         client.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         await client.aclose()
         with trio.fail_after(5):
@@ -292,21 +294,21 @@ async def test_a_write_that_fails_breaks_the_connection() -> None:
             await outbox.send_all(PING)
         with pytest.raises(trio.BrokenResourceError):
             await outbox.receive_some()
-        await outbox.finish()
+        await outbox.wait_closed()
 
 
 async def test_a_cancelled_writer_breaks_the_connection() -> None:
     async with tcp_pair() as (server, _):
         async with trio.open_nursery() as nursery:
-            outbox = FrameStream(server, nursery, refill=Source().take, reading=trio.CancelScope())
+            outbox = FrameStream(server, nursery, take_frames=Source().take, read_scope=trio.CancelScope())
             outbox.write(text(b"a" * 1_000_000))
-            assert outbox.busy
+            assert outbox.writing
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         assert outbox.broken
-        assert not outbox.busy
+        assert not outbox.writing
         outbox.write(PING)
-        assert outbox.waiting == 0
+        assert outbox.unsent == 0
 
 
 async def test_an_aborted_outbox_keeps_its_hands_off_the_file_number() -> None:
@@ -330,7 +332,7 @@ async def test_progress_and_stalls_are_told_apart(autojump_clock: MockClock) -> 
         await Peer(theirs).frame()
         await wait_all_tasks_blocked()
         assert outbox.stalled_since is None
-        assert outbox.last_moved == began + 10
+        assert outbox.last_progress == began + 10
 
 
 # Reading
@@ -357,7 +359,7 @@ async def test_receiving_is_heard(autojump_clock: MockClock) -> None:
         await trio.sleep(3)
         await theirs.send_all(b"x")
         await outbox.receive_some()
-        assert outbox.last_heard == trio.current_time()
+        assert outbox.last_received == trio.current_time()
 
 
 async def test_after_the_library_has_closed_it_nothing_is_read() -> None:
@@ -377,7 +379,7 @@ async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
         closed = trio.Event()
 
         async def close() -> None:
-            await close_gently(server, CpuScheduler())
+            await close_gracefully(server, CpuScheduler())
             closed.set()
 
         with patience():
@@ -414,7 +416,7 @@ async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_pe
         with patience():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(go_on)
-                await close_gently(server, cpu_scheduler)
+                await close_gracefully(server, cpu_scheduler)
                 await server.aclose()
-        assert BODY_SIZE < sent < 4 * BODY_SIZE
-        assert cpu_scheduler.count > BODY_SIZE // 65_536
+        assert MAX_BODY_SIZE < sent < 4 * MAX_BODY_SIZE
+        assert cpu_scheduler.count > MAX_BODY_SIZE // 65_536

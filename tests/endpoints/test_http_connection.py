@@ -15,12 +15,12 @@ from catbus.config import Config, WebSocketSettings
 from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.http import http_connection
 from catbus.endpoints.http.http_connection import (
-    BODY_SIZE,
-    BODY_TIME,
-    HEAD_SIZE,
-    HEAD_TIME,
-    IDLE_TIME,
-    SEND_TIME,
+    BODY_TIMEOUT,
+    HEAD_TIMEOUT,
+    IDLE_TIMEOUT,
+    MAX_BODY_SIZE,
+    MAX_HEAD_SIZE,
+    SEND_TIMEOUT,
     serve_http_connection,
 )
 from catbus.endpoints.http.http_request import HttpRequest
@@ -194,15 +194,15 @@ BROKEN = {
     "bad chunk": (get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST") + b"xyz\r\n", 400),
     "unknown coding": (get("/publish", "Transfer-Encoding: gzip", method="POST"), 501),
     "bad target": (get("http://[/health"), 400),
-    "large head": (get("/health", "X: " + "x" * HEAD_SIZE), 431),
-    "endless head": (b"GET /health HTTP/1.1\r\nX: " + b"x" * (HEAD_SIZE + 1), 431),
-    "large body": (get("/publish", f"Content-Length: {BODY_SIZE + 1}", TOKEN, method="POST"), 413),
+    "large head": (get("/health", "X: " + "x" * MAX_HEAD_SIZE), 431),
+    "endless head": (b"GET /health HTTP/1.1\r\nX: " + b"x" * (MAX_HEAD_SIZE + 1), 431),
+    "large body": (get("/publish", f"Content-Length: {MAX_BODY_SIZE + 1}", TOKEN, method="POST"), 413),
     "large chunks": (
         get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
-        + b"100000\r\n" + b" " * BODY_SIZE + b"\r\n1\r\n \r\n",
+        + b"100000\r\n" + b" " * MAX_BODY_SIZE + b"\r\n1\r\n \r\n",
         413,
     ),
-    "no token for a body": (get("/publish", f"Content-Length: {BODY_SIZE}", method="POST"), 401),
+    "no token for a body": (get("/publish", f"Content-Length: {MAX_BODY_SIZE}", method="POST"), 401),
     "unread body": (post("/nothing", b"{}"), 404),
 }  # fmt: skip
 
@@ -218,7 +218,7 @@ async def test_what_cannot_be_read_to_its_end_is_answered_and_closed(name: str, 
         assert response.headers["connection"] == "close"
         assert await it.peer.at_end()
         await it.ended.wait()
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 @pytest.mark.parametrize("readiness", ["starting", "draining", "degraded", "ready"])
@@ -321,7 +321,7 @@ async def test_a_client_that_expects_to_be_asked_is_asked_for_the_body() -> None
         assert (await it.peer.response()).status == 200
 
 
-@pytest.mark.parametrize(("path", "length", "status"), [("/nothing", 9, 404), ("/publish", BODY_SIZE + 1, 413)])
+@pytest.mark.parametrize(("path", "length", "status"), [("/nothing", 9, 404), ("/publish", MAX_BODY_SIZE + 1, 413)])
 async def test_it_is_not_asked_for_a_body_that_nobody_wants(
     path: str, length: int, status: int, autojump_clock: MockClock
 ) -> None:
@@ -350,7 +350,7 @@ async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.
 
     monkeypatch.setattr(http_connection.HttpConnection, "_read_body", read_body)
     async with served() as it:
-        for size in (5, BODY_SIZE):
+        for size in (5, MAX_BODY_SIZE):
             await it.peer.send(get("/health", f"Content-Length: {size}") + b"x" * size)
             assert (await it.peer.response()).status == 200
     assert kept == [0, 0]
@@ -369,13 +369,13 @@ async def test_no_more_than_a_head_is_read_at_a_time_before_a_token(monkeypatch:
     async with served() as refused:
         await refused.peer.send(post("/publish", body))
         assert (await refused.peer.response()).status == 401
-    assert sum(read) <= http_connection.HEAD_SIZE
+    assert sum(read) <= http_connection.MAX_HEAD_SIZE
     read.clear()
     async with served() as it:
         await it.peer.send(post("/publish", body, "Authorization: Bearer good"))
         assert (await it.peer.response()).status == 200
     assert max(read) > read[0]
-    assert read[0] <= http_connection.HEAD_SIZE
+    assert read[0] <= http_connection.MAX_HEAD_SIZE
 
 
 async def test_without_a_host_nothing_can_be_discovered() -> None:
@@ -401,13 +401,13 @@ async def test_a_client_that_asks_for_one_answer_gets_one(request_: bytes) -> No
 async def test_a_connection_that_says_nothing_is_closed(autojump_clock: MockClock) -> None:
     async with served() as it:
         assert await it.peer.at_end()
-        assert trio.current_time() == pytest.approx(HEAD_TIME)
+        assert trio.current_time() == pytest.approx(HEAD_TIMEOUT)
 
 
 async def test_a_head_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(b"GET /health HTTP/1.1\r\n")
-        with trio.move_on_after(HEAD_TIME + 1):
+        with trio.move_on_after(HEAD_TIMEOUT + 1):
             while True:
                 await trio.sleep(1)
                 await it.peer.send(b"X: y\r\n")
@@ -420,7 +420,7 @@ async def test_a_connection_is_kept_for_a_while_between_requests(autojump_clock:
         for _ in range(3):
             await it.peer.send(get("/health"))
             assert (await it.peer.response()).status == 200
-            await trio.sleep(IDLE_TIME - 1)
+            await trio.sleep(IDLE_TIMEOUT - 1)
         began = trio.current_time()
         assert await it.peer.at_end()
         assert trio.current_time() == pytest.approx(began + 1)
@@ -430,9 +430,9 @@ async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> No
     async with served() as it:
         await it.peer.send(get("/health"))
         await it.peer.response()
-        await trio.sleep(IDLE_TIME - 1)
+        await trio.sleep(IDLE_TIMEOUT - 1)
         await it.peer.send(b"GET /hea")
-        await trio.sleep(HEAD_TIME - 1)
+        await trio.sleep(HEAD_TIMEOUT - 1)
         await it.peer.send(get("/health")[8:])
         assert (await it.peer.response()).body == b"ok"
 
@@ -440,7 +440,7 @@ async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> No
 async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(get("/publish", "Content-Length: 1000", TOKEN, method="POST"))
-        with trio.move_on_after(BODY_TIME + 1):
+        with trio.move_on_after(BODY_TIMEOUT + 1):
             while True:
                 await trio.sleep(1)
                 await it.peer.send(b"x")
@@ -451,7 +451,7 @@ async def test_a_client_that_does_not_read_its_answer_is_left(autojump_clock: Mo
     async with served(pair=trio.testing.lockstep_stream_pair) as it:
         await it.peer.send(get("/health"))
         await it.ended.wait()
-        assert trio.current_time() == pytest.approx(SEND_TIME)
+        assert trio.current_time() == pytest.approx(SEND_TIMEOUT)
 
 
 async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
@@ -460,7 +460,7 @@ async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
             await it.peer.send(sent)
             await it.peer.stream.aclose()
             await it.ended.wait()
-            assert it.registry.faults == 0
+            assert it.registry.internal_errors == 0
 
 
 # Becoming a WebSocket
@@ -577,7 +577,7 @@ async def test_a_request_that_fails_is_answered_and_the_connection_goes_on() -> 
         response = await it.peer.response()
         assert (response.status, response.body) == (500, b"internal server error\n")
         assert (await it.peer.response()).status == 200
-        assert it.registry.faults == 1
+        assert it.registry.internal_errors == 1
 
 
 async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(autojump_clock: MockClock) -> None:

@@ -81,7 +81,12 @@ async def test_a_whole_conversation() -> None:
         await peer.send(masked(raw_peer.TEXT, b"x" * 500_000))
         assert await peer.frame() == (raw_peer.TEXT, b"x" * 500_000 + b"\n")
         statistics = endpoint.statistics()
-        assert (statistics.connections, statistics.websockets, statistics.refused, statistics.faults) == (1, 1, 0, 0)
+        assert (statistics.connections, statistics.websockets, statistics.rejected, statistics.internal_errors) == (
+            1,
+            1,
+            0,
+            0,
+        )
         await peer.send(raw_peer.close_frame(1000))
         assert (await peer.frame()).code == 1000
         assert await peer.at_end()
@@ -130,7 +135,7 @@ async def test_those_who_are_too_many_are_told_so() -> None:
                 assert await third.at_end()
                 # It stays until the peer has closed, too: a reset could reach the peer before it has read the answer.
                 assert endpoint.statistics().connections == 3
-            assert endpoint.statistics().refused == 1
+            assert endpoint.statistics().rejected == 1
         while endpoint.statistics().connections:
             await trio.lowlevel.checkpoint()
         async with connected(endpoint) as peer:
@@ -149,7 +154,7 @@ async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.M
                 assert (response.status, response.headers["retry-after"]) == (429, "5")
                 assert json.loads(response.body)["code"] == "overloaded"
                 assert await second.at_end()
-            assert (endpoint.statistics().crowded, endpoint.statistics().refused) == (1, 0)
+            assert (endpoint.statistics().rejected_by_address, endpoint.statistics().rejected) == (1, 0)
         while endpoint.statistics().connections:
             await trio.lowlevel.checkpoint()
         async with connected(endpoint) as peer:
@@ -186,7 +191,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
         for _ in range(5):
             await proxy.send(HEALTH)
             assert (await proxy.response()).status == 200
-        assert endpoint.statistics().crowded == 3
+        assert endpoint.statistics().rejected_by_address == 3
         replica.sessions[0].leave()
         while replica.addresses.count("198.51.100.7") > 1:
             await trio.lowlevel.checkpoint()
@@ -222,7 +227,7 @@ async def test_connections_without_a_token_give_way_to_others() -> None:
             while endpoint.statistics().connections == 3:
                 await trio.lowlevel.checkpoint()
             await show_token(await stack.enter_async_context(connected(endpoint)))
-        assert (endpoint.statistics().evicted, endpoint.statistics().refused) == (2, 0)
+        assert (endpoint.statistics().evicted, endpoint.statistics().rejected) == (2, 0)
         await client.send(masked(raw_peer.TEXT, b"still here"))
         assert (await client.frame()).payload == b"still here\n"
 
@@ -241,7 +246,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
                 assert await peer.at_end()
         await healthy.send(HEALTH)
         assert (await healthy.response()).status == 200
-        assert endpoint.statistics().faults == 1
+        assert endpoint.statistics().internal_errors == 1
 
 
 async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> None:
@@ -254,11 +259,11 @@ async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> N
         async with connected(endpoint) as peer:
             await peer.send(HEALTH)
             assert (await peer.response()).status == 200
-        assert endpoint.statistics().faults == 0
+        assert endpoint.statistics().internal_errors == 0
 
 
 async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_endpoint.resource, "getrlimit", lambda kind: (http_endpoint.SPARE_FILES + 1, 1000))
+    monkeypatch.setattr(http_endpoint.resource, "getrlimit", lambda kind: (http_endpoint.RESERVED_FILES + 1, 1000))
     async with serving(FakeReplica()) as endpoint, connected(endpoint) as first:
         await show_token(first)
         async with connected(endpoint) as second:

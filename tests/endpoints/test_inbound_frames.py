@@ -14,10 +14,10 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessag
 from wsproto.utilities import RemoteProtocolError
 
 from catbus.endpoints.websocket.inbound_frames import (
-    FRAGMENT_SIZE,
-    FRAGMENTS,
-    FRAMES,
-    LOOKED_AT,
+    BYTES_PER_EXTRA_FRAGMENT,
+    FRAMES_PER_CALL,
+    FRAMES_PER_TURN,
+    MAX_FRAGMENTS,
     TOO_LARGE,
     TOO_MANY_FRAGMENTS,
     InboundFrames,
@@ -149,7 +149,7 @@ def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
     coalescer = InboundFrames()
     for chunk in (data[:cut], data[cut:]):
         for portion in passed(coalescer, chunk):
-            assert len(portion) <= (FRAMES + 1) * 66
+            assert len(portion) <= (FRAMES_PER_CALL + 1) * 66
 
 
 @pytest.mark.parametrize(
@@ -160,32 +160,32 @@ def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
 def test_few_frames_are_looked_at_in_one_turn(frames: bytes) -> None:
     """However small they are, and whether or not they become one."""
     portions = passed(InboundFrames(), frames * 5000)
-    assert len(portions) >= 5000 // LOOKED_AT
-    assert all(len(portion) <= LOOKED_AT * len(frames) for portion in portions)
+    assert len(portions) >= 5000 // FRAMES_PER_TURN
+    assert all(len(portion) <= FRAMES_PER_TURN * len(frames) for portion in portions)
 
 
 def fragments(count: int, size: int) -> bytes:
     return masked(TEXT, b"", fin=False) + masked(CONTINUATION, b"x" * size, fin=False) * (count - 1)
 
 
-@pytest.mark.parametrize("size", [0, 1, FRAGMENT_SIZE - 1])
+@pytest.mark.parametrize("size", [0, 1, BYTES_PER_EXTRA_FRAGMENT - 1])
 def test_a_message_in_too_many_fragments_is_refused_and_nothing_more_is_taken(size: int) -> None:
     coalescer = InboundFrames()
-    most = 1 + max(n for n in range(10_000) if n + 1 <= FRAGMENTS + n * size // FRAGMENT_SIZE)
+    most = 1 + max(n for n in range(10_000) if n + 1 <= MAX_FRAGMENTS + n * size // BYTES_PER_EXTRA_FRAGMENT)
     assert b"".join(passed(coalescer, fragments(most, size))) == fragments(most, size)
-    assert coalescer.refused is None
+    assert coalescer.close_reason is None
     passed(coalescer, fragments(2, size)[6:])
-    assert coalescer.refused == TOO_MANY_FRAGMENTS
+    assert coalescer.close_reason == TOO_MANY_FRAGMENTS
     assert passed(coalescer, masked(TEXT, b"a")) == []
 
 
 def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_anew() -> None:
     coalescer = InboundFrames()
     for _ in range(3):
-        message = fragments(FRAGMENTS, 1) + masked(PING, b"") + masked(CONTINUATION, b"x")
+        message = fragments(MAX_FRAGMENTS, 1) + masked(PING, b"") + masked(CONTINUATION, b"x")
         assert b"".join(passed(coalescer, message)) == message
-    passed(coalescer, fragments(20_000, FRAGMENT_SIZE))
-    assert coalescer.refused is None
+    passed(coalescer, fragments(20_000, BYTES_PER_EXTRA_FRAGMENT))
+    assert coalescer.close_reason is None
 
 
 @pytest.mark.parametrize(
@@ -198,48 +198,48 @@ def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_a
     ids=["whole", "only its header", "in fragments"],
 )
 def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: list[bytes]) -> None:
-    coalescer = InboundFrames(largest=1000)
+    coalescer = InboundFrames(max_message_size=1000)
     for frame in frames[:-1]:
         assert passed(coalescer, frame) == [frame]
     assert passed(coalescer, frames[-1]) == []
-    assert coalescer.refused == TOO_LARGE
+    assert coalescer.close_reason == TOO_LARGE
 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 @pytest.mark.parametrize("refused", [False, True])
 def test_the_close_frame_of_a_client_is_seen_after_whatever_came_before(size: int, refused: bool) -> None:
-    coalescer = InboundFrames(largest=1000 if refused else 10_000)
+    coalescer = InboundFrames(max_message_size=1000 if refused else 10_000)
     before = masked(TEXT, b"\x88\x80" * 1000) + masked(PING, b"\x88\x80")
     for start in range(0, len(before), size):
         passed(coalescer, before[start : start + size])
-        assert not coalescer.ended
-    assert (coalescer.refused is not None) == refused
+        assert not coalescer.close_received
+    assert (coalescer.close_reason is not None) == refused
     for start in range(0, 8, size):
         passed(coalescer, masked(CLOSE, b"\x03\xe8")[start : start + size])
-    assert coalescer.ended
+    assert coalescer.close_received
 
 
 def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() -> None:
     coalescer = InboundFrames()
     whole = masked(TEXT, b"\x88\x80" * 100, fin=False)
     passed(coalescer, whole[:150])
-    coalescer.skip(whole[150:])
-    assert not coalescer.ended
-    coalescer.skip(masked(CONTINUATION, b"x") + masked(CLOSE, b""))
-    assert coalescer.ended
+    coalescer.discard(whole[150:])
+    assert not coalescer.close_received
+    coalescer.discard(masked(CONTINUATION, b"x") + masked(CLOSE, b""))
+    assert coalescer.close_received
 
 
 def test_few_skipped_frames_are_looked_at_in_one_turn() -> None:
     coalescer = InboundFrames()
-    more = coalescer.skip(masked(PING, b"") * 2 * LOOKED_AT + masked(CLOSE, b""))
+    more = coalescer.discard(masked(PING, b"") * 2 * FRAMES_PER_TURN + masked(CLOSE, b""))
     for _ in range(2):
         assert more
-        assert not coalescer.ended
-        more = coalescer.skip(b"")
-    assert coalescer.ended
+        assert not coalescer.close_received
+        more = coalescer.discard(b"")
+    assert coalescer.close_received
 
 
 def test_bytes_that_are_no_frames_end_the_search_for_a_close_frame() -> None:
     coalescer = InboundFrames()
-    coalescer.skip(b"\x83\x80\0\0\0\0")
-    assert coalescer.ended
+    coalescer.discard(b"\x83\x80\0\0\0\0")
+    assert coalescer.close_received

@@ -25,11 +25,11 @@ def test_an_ipv4_address_counts_by_itself_and_ipv6_addresses_by_their_64(host: s
 
 def test_the_oldest_newcomer_of_the_network_that_has_most_gives_way_first() -> None:
     newcomers: EvictionQueue[int] = EvictionQueue()
-    assert newcomers.next_to_go() is None
+    assert newcomers.next_to_evict() is None
     for peer, network in enumerate(["a", "b", "b", "c", "b"]):
         newcomers.add(peer, network)
     gone = []
-    while (peer := newcomers.next_to_go()) is not None:
+    while (peer := newcomers.next_to_evict()) is not None:
         gone.append(peer)
         newcomers.discard(peer)
         newcomers.discard(peer)
@@ -60,7 +60,7 @@ def test_a_newcomer_gives_way_without_a_look_at_all_of_them(networks: int) -> No
         newcomers.add(number, Counted(0 if number > 4000 else number % networks))
     Counted.looks = 0
     for number in range(5000, 5100):
-        peer = newcomers.next_to_go()
+        peer = newcomers.next_to_evict()
         assert peer is not None
         newcomers.discard(peer)
         newcomers.add(number, Counted(number % networks))

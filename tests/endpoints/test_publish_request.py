@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from catbus.config import Config, LimitSettings
-from catbus.endpoints.http.error_responses import STATUSES
+from catbus.endpoints.http.error_responses import ERROR_STATUSES
 from catbus.endpoints.http.http_request import HttpRequest
 from catbus.endpoints.http.http_response import HttpResponse
 from catbus.endpoints.http.publish_request import publish
@@ -72,7 +72,7 @@ async def test_every_code_has_its_status(code: ErrorCode) -> None:
     replica = FakeReplica()
     replica.on_publish = lambda request: Rejected(code, "because")
     status, result, answer = await post(replica, b'{"channel":"a","payload":1}')
-    assert status == STATUSES.get(code, 400)
+    assert status == ERROR_STATUSES.get(code, 400)
     assert result == {"error": "because", "code": code}
     names = [name for name, _ in answer.headers]
     assert names == {401: [b"www-authenticate"], 429: [b"retry-after"], 503: [b"retry-after"]}.get(status, [])

@@ -23,9 +23,9 @@ from catbus.broker import OWNER
 from catbus.config import LimitSettings as BrokerLimits
 from catbus.endpoints.webtransport import packet_router
 from catbus.endpoints.webtransport.connection_timers import ConnectionTimers
-from catbus.endpoints.webtransport.datagram_scheduler import TURN
+from catbus.endpoints.webtransport.datagram_scheduler import TURN_TIME
 from catbus.endpoints.webtransport.quic_peer import QuicPeer
-from catbus.endpoints.webtransport.retry_and_reset_tokens import VALID, StatelessTokens
+from catbus.endpoints.webtransport.retry_and_reset_tokens import RETRY_TOKEN_LIFETIME, StatelessTokens
 from catbus.endpoints.webtransport.udp_socket import UdpSocket
 from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish
@@ -253,7 +253,7 @@ async def test_above_a_number_of_half_open_connections_an_address_is_proved_firs
 ) -> None:
     async with serving() as server:
         assert not (await server.log_in()).retried
-        monkeypatch.setattr(packet_router, "RETRY_FROM", 0)
+        monkeypatch.setattr(packet_router, "RETRY_THRESHOLD", 0)
         client = await server.log_in()
         assert client.retried
         client.say(type="ping", seq=1)
@@ -263,7 +263,7 @@ async def test_above_a_number_of_half_open_connections_an_address_is_proved_firs
 async def test_more_new_connections_than_are_usual_have_to_prove_their_addresses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packet_router, "UNPROVED", 1e-9)
+    monkeypatch.setattr(packet_router, "UNVALIDATED_PER_SECOND", 1e-9)
     async with serving() as server:
         client = await server.log_in()
         assert client.retried
@@ -288,7 +288,7 @@ async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packet_router, "MAX_HALF_OPEN", 3)
-    monkeypatch.setattr(packet_router, "RETRY_FROM", 0)
+    monkeypatch.setattr(packet_router, "RETRY_THRESHOLD", 0)
     async with serving() as server:
         for network in ("alone", "crowd", "crowd"):
             monkeypatch.setattr(packet_router, "network_of", lambda host, network=network: network)
@@ -313,7 +313,7 @@ async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for
         first, second = await server.log_in(), await server.log_in()
         assert (first.retried, second.retried) == (False, True)
         assert await ask(server.address, *first_flight(server.address)) is None
-        assert server.endpoint.statistics().crowded > 0
+        assert server.endpoint.statistics().rejected_by_address > 0
         assert (addresses.count("127.0.0.1"), server.router.half_open) == (2, 0)
         second.connection.close()
         second.transmit()
@@ -327,7 +327,7 @@ async def test_forged_addresses_make_no_network_a_busy_one(monkeypatch: pytest.M
     async with serving() as server:
         for _ in range(2):
             await half_open(server.address)
-        monkeypatch.setattr(packet_router, "RETRY_FROM", 0)
+        monkeypatch.setattr(packet_router, "RETRY_THRESHOLD", 0)
         await half_open(server.address)
         assert server.router._half_open.networks() == {"": 2, "127.0.0.1": 1}
 
@@ -341,11 +341,11 @@ async def test_those_with_a_token_are_served_by_client_and_others_by_network(mon
         def place_of_last() -> tuple[object, object]:
             [peer] = router.peers - known
             known.add(peer)
-            return router._place_of(peer)
+            return router._queue_of(peer)
 
         await half_open(server.address)
         assert place_of_last() == (scheduler.unvalidated, "127.0.0.1")
-        monkeypatch.setattr(packet_router, "RETRY_FROM", 0)
+        monkeypatch.setattr(packet_router, "RETRY_THRESHOLD", 0)
         await half_open(server.address)
         assert place_of_last() == (scheduler.unauthenticated, "127.0.0.1")
         mute = server.connect()
@@ -367,7 +367,7 @@ async def test_those_with_a_token_are_served_by_client_and_others_by_network(mon
 
 async def test_what_is_done_for_those_without_a_token_is_charged_to_them_together() -> None:
     async with serving() as server:
-        tokenless = server.router._scheduler.tokenless
+        tokenless = server.router._scheduler.unauthenticated_usage
         client = await server.log_in()
         before = tokenless.until
         client.say(type="ping", seq=1)
@@ -376,18 +376,18 @@ async def test_what_is_done_for_those_without_a_token_is_charged_to_them_togethe
         mute = server.connect()
         await mute.open()
         before = tokenless.until
-        [peer] = [peer for peer in server.router.peers if not peer.proven]
-        server.router.settle(peer)
+        [peer] = [peer for peer in server.router.peers if not peer.authenticated]
+        server.router.process(peer)
         settled = tokenless.until
         assert settled > before
-        server.router._fire(peer, trio.current_time())
+        server.router._on_timer(peer, trio.current_time())
         assert tokenless.until > settled
 
 
 async def test_newcomers_come_in_beside_others_that_have_had_all_that_newcomers_may_have() -> None:
     async with serving() as server:
         client = await server.log_in()
-        server.router._scheduler.tokenless.charge(1000.0, trio.current_time())
+        server.router._scheduler.unauthenticated_usage.charge(1000.0, trio.current_time())
         client.say(type="ping", seq=1)
         assert (await client.heard("pong"))["seq"] == 1
         await server.log_in()
@@ -398,7 +398,7 @@ async def test_what_has_no_room_to_wait_is_dropped(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(server.router._scheduler.unvalidated, "_most", 2)
         hello = first_flight(server.address)
         await ask(server.address, *hello * 30)
-        assert server.endpoint.statistics().overdrawn > 0
+        assert server.endpoint.statistics().dropped_over_share > 0
         await server.log_in()
 
 
@@ -438,7 +438,7 @@ async def test_nothing_is_kept_of_a_newcomer_that_has_left() -> None:
 
 
 async def test_peers_that_break_the_rules_are_counted_and_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    count = 2 * packet_router.REMARKS
+    count = 2 * packet_router.PEER_EVENT_LOG_BURST
     with caplog.at_level(logging.INFO):
         async with serving() as server:
             for _ in range(count):
@@ -450,7 +450,7 @@ async def test_peers_that_break_the_rules_are_counted_and_fill_no_log(caplog: py
             assert server.endpoint.statistics().violations == count
             assert not server.router.peers
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == packet_router.REMARKS
+    assert len(lines) == packet_router.PEER_EVENT_LOG_BURST
     assert set(lines) == {"a peer broke the rules of QUIC or HTTP/3"}
 
 
@@ -471,13 +471,13 @@ async def test_a_connection_that_fails_is_a_fault_and_fills_no_log(
                 handlers[1] = (fail, handlers[1][1])
             await victim.socket.sendto(one_rtt(victim.connection._quic, b"\x01"), victim.address)
             await victim.lost()
-            assert server.endpoint.statistics().faults == number + 1
+            assert server.endpoint.statistics().internal_errors == number + 1
         client.say(type="ping", seq=1)
         assert (await client.heard("pong"))["seq"] == 1
         [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
         assert record.getMessage() == "a WebTransport connection failed"
         assert record.exc_info is not None
-        server.router.faults = 0
+        server.router.internal_errors = 0
 
 
 async def test_connections_are_limited() -> None:
@@ -624,14 +624,14 @@ async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.Monk
             for one in (client, other):
                 nursery.start_soon(watch, one)
         assert codes == {CloseCode.INTERNAL}
-        assert server.endpoint.statistics().faults == 1
-        router_of(server).faults = 0
+        assert server.endpoint.statistics().internal_errors == 1
+        router_of(server).internal_errors = 0
 
 
 async def test_without_segmentation_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         subscriber = await server.log_in("a")
-        [port] = router_of(server).ports
+        [port] = router_of(server).sockets
         port._socket = Refusing(port._socket)  # type: ignore[assignment]
         await flood(server, 3)
         for _ in range(3):
@@ -659,8 +659,8 @@ def test_tickets() -> None:
     ours, replica, stranger = StatelessTokens(SECRET), StatelessTokens(SECRET), StatelessTokens(None)
     address = "192.0.2.1", 1234
     token = ours.retry_token(address, b"original", b"again", 1000.0)
-    assert replica.read_retry_token(token, address, b"again", 1000.0 + VALID) == b"original"
-    assert replica.read_retry_token(token, address, b"again", 1000.5 + VALID) is None
+    assert replica.read_retry_token(token, address, b"again", 1000.0 + RETRY_TOKEN_LIFETIME) == b"original"
+    assert replica.read_retry_token(token, address, b"again", 1000.5 + RETRY_TOKEN_LIFETIME) is None
     assert replica.read_retry_token(token, ("192.0.2.1", 1235), b"again", 1000.0) is None
     assert replica.read_retry_token(token, address, b"other", 1000.0) is None
     assert stranger.read_retry_token(token, address, b"again", 1000.0) is None
@@ -708,7 +708,7 @@ async def test_timers_that_are_due_together_give_others_their_turn() -> None:
 
     def fire(name: int, now: float) -> None:
         fired.append(passes)
-        until = time.perf_counter() + 2 * TURN
+        until = time.perf_counter() + 2 * TURN_TIME
         while time.perf_counter() < until:
             pass
 

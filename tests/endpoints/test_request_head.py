@@ -11,7 +11,7 @@ import re
 import pytest
 import trio
 
-from catbus.endpoints.http.http_connection import HEAD_SIZE
+from catbus.endpoints.http.http_connection import MAX_HEAD_SIZE
 from tests.brokers import TOKEN, running
 from tests.endpoints.raw_peer import UPGRADE
 
@@ -138,7 +138,7 @@ CASES: dict[str, dict[str, Case]] = {
         "HTTP/2.0": (get(start=b"GET /health HTTP/2.0"), 505, CLOSED),
         "HTTP/01.1": (get(start=b"GET /health HTTP/01.1"), 400, CLOSED),
         "http/1.1": (get(start=b"GET /health http/1.1"), 400, CLOSED),
-        "too long": (get(start=b"GET /%b HTTP/1.1" % (b"x" * HEAD_SIZE)), 431, CLOSED),
+        "too long": (get(start=b"GET /%b HTTP/1.1" % (b"x" * MAX_HEAD_SIZE)), 431, CLOSED),
         "too many lines": (get(*[b"X: y"] * 3000), 431, CLOSED),
     },
     "whom it is for": {

@@ -17,10 +17,10 @@ from catbus.broker import OWNER
 from catbus.endpoints.webtransport import webtransport_session
 from catbus.endpoints.webtransport.packet_router import PING_INTERVAL
 from catbus.endpoints.webtransport.webtransport_session import (
-    OWN_SHARE,
-    PORTION,
-    STALL_TIME,
-    UNREAD,
+    STALL_TIMEOUT,
+    STALLED_REASON,
+    SUBSCRIPTION_QUEUE_DIVISOR,
+    WRITE_SIZE,
     WebTransportSession,
 )
 from catbus.errors import CloseCode
@@ -44,18 +44,18 @@ class Pair:
         self.replica = replica
         self.link = Link(client=client_config(limits))
         self.link.open()
-        self.faults = 0
+        self.internal_errors = 0
         self.stalls: list[str] = []
-        self.conversation = WebTransportSession(
-            replica, self.link.server.it, self.link.flush, self.fault, self.stalls.append
+        self.session = WebTransportSession(
+            replica, self.link.server.it, self.link.flush, self.log_internal_error, self.stalls.append
         )
         self._handled = len(self.link.server.events)
         stream = self.link.client.it.open_stream(bidirectional=True)
         assert stream is not None
         self.stream = stream
 
-    def fault(self) -> None:
-        self.faults += 1
+    def log_internal_error(self) -> None:
+        self.internal_errors += 1
 
     @property
     def lost(self) -> bool:
@@ -78,10 +78,10 @@ class Pair:
             self.link.run(trio.current_time() - self.link.now)
             server = self.link.server
             while self._handled < len(server.events):
-                self.conversation.handle(server.events[self._handled])
+                self.session.handle_event(server.events[self._handled])
                 self._handled += 1
-            self.conversation.make_room()
-            self.conversation.check(trio.current_time())
+            self.session.send_blocked()
+            self.session.check_stalled(trio.current_time())
             self.link.flush()
             await wait_all_tasks_blocked()
 
@@ -120,13 +120,13 @@ async def conversing(
             nursery.start_soon(replica.flusher.run)
             clock.jump(START - trio.current_time())
             pair = Pair(replica, credit)
-            nursery.start_soon(pair.conversation.run)
+            nursery.start_soon(pair.session.run)
             pair.say(type="auth", token=TOKEN, protocol=1)
             pair.say(type="subscribe", pattern="a.*", **subscribe)
             await pair.pass_time(5)
             assert replica.delivery.statistics().live == 1
             yield pair
-            assert not pair.faults
+            assert not pair.internal_errors
             nursery.cancel_scope.cancel()
 
 
@@ -138,10 +138,10 @@ async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock,
         began = trio.current_time()
         for _ in range(waiting):
             await pair.publish(10_000)
-        await pair.pass_time(3 * STALL_TIME)
+        await pair.pass_time(3 * STALL_TIMEOUT)
         assert pair.lost
-        assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 2 * PING_INTERVAL / 4
-        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
+        assert STALL_TIMEOUT <= trio.current_time() - began <= STALL_TIMEOUT + 2 * PING_INTERVAL / 4
+        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, STALLED_REASON)]
         assert not pair.replica.sessions
         assert pair.replica.delivery.statistics().held == 0
 
@@ -155,7 +155,7 @@ async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, w
         for _ in range(waiting):
             await pair.publish(10_000)
         [own] = pair.link.client.received.keys() - {pair.stream}
-        await pair.pass_time(STALL_TIME - 5)
+        await pair.pass_time(STALL_TIMEOUT - 5)
         assert not pair.resets
         await pair.pass_time(15)
         assert pair.resets == [StreamReset(own, CloseCode.UNRESPONSIVE)]
@@ -163,7 +163,7 @@ async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, w
         assert last == {"type": "unsubscribed", "pattern": "a.*", "seq": waiting}
         assert pair.replica.delivery.statistics().held == 0
         # The session goes on, and the subscription where it stood.
-        await pair.pass_time(10 * STALL_TIME)
+        await pair.pass_time(10 * STALL_TIMEOUT)
         pair.link.client.consumes = True
         pair.link.client.it.consumed(pair.stream, 1 << 20)
         await pair.publish(10, channel="main.b")
@@ -187,11 +187,11 @@ async def test_many_streams_that_are_not_read_end_together(autojump_clock: MockC
             await pair.publish(10_000, 10_000, channel=f"p{number}.x")
         await pair.pass_time(5)
         await pair.publish(1000, channel="main.x")
-        await pair.pass_time(STALL_TIME - 10)
+        await pair.pass_time(STALL_TIMEOUT - 10)
         assert "message" not in [line["type"] for line in pair.lines(pair.stream)]
         pair.link.client.consumes = True
         pair.link.client.it.consumed(pair.stream, 1 << 20)
-        await pair.pass_time(4 * STALL_TIME)
+        await pair.pass_time(4 * STALL_TIMEOUT)
         assert not pair.lost
         lines = pair.lines(pair.stream)
         ended = [line["pattern"] for line in lines if line["type"] == "unsubscribed"]
@@ -213,7 +213,7 @@ async def test_a_stream_that_is_over_and_not_read_ends_alone(autojump_clock: Moc
         pair.link.client.consumes = False
         await pair.publish(10_000, 10_000)
         pair.say(type="unsubscribe", pattern="a.*", id=1)
-        await pair.pass_time(3 * STALL_TIME)
+        await pair.pass_time(3 * STALL_TIMEOUT)
         assert [reset.code for reset in pair.resets] == [CloseCode.UNRESPONSIVE]
         assert not pair.lost
         assert pair.link.server.it.unacknowledged() == 0
@@ -228,18 +228,18 @@ async def test_a_session_is_not_read_while_a_stream_is(autojump_clock: MockClock
         await pair.publish(10_000, 10_000, channel="main.x")
         for _ in range(8):
             await pair.publish(10_000)
-            await pair.pass_time(STALL_TIME / 2)
+            await pair.pass_time(STALL_TIMEOUT / 2)
             pair.link.client.it.consumed(own, 1 << 20)
         assert not pair.lost
         assert not pair.resets
-        await pair.pass_time(3 * STALL_TIME)
-        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, UNREAD)]
+        await pair.pass_time(3 * STALL_TIMEOUT)
+        assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, STALLED_REASON)]
 
 
 async def test_a_peer_without_credit_for_streams_hears_on_that_of_the_session(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, credit=ConnectionLimits(incoming_unidirectional=3), stream=True) as pair:
         await pair.publish(100)
-        await pair.pass_time(3 * STALL_TIME)
+        await pair.pass_time(3 * STALL_TIMEOUT)
         assert pair.link.client.received.keys() == {pair.stream}
         subscribed = next(line for line in pair.lines(pair.stream) if line["type"] == "subscribed")
         assert "stream" not in subscribed
@@ -251,7 +251,7 @@ async def test_datagrams_that_nobody_takes_harm_nothing(autojump_clock: MockCloc
         pair.link.client.consumes = False
         for _ in range(200):
             await pair.replica.publish(OWNER, [Publish("a.b", msgspec.Raw(b"1"), ephemeral=True)])
-        await pair.pass_time(3 * STALL_TIME)
+        await pair.pass_time(3 * STALL_TIMEOUT)
         assert not pair.lost
         assert not pair.resets
 
@@ -262,7 +262,7 @@ async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockCl
         for _ in range(200):
             await pair.publish(10_000)
         for _ in range(20):
-            await pair.pass_time(STALL_TIME - 10)
+            await pair.pass_time(STALL_TIMEOUT - 10)
             pair.take(WINDOW // 2)
         assert not pair.lost
         assert pair.replica.delivery.statistics().lagging == 1
@@ -272,7 +272,7 @@ async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) ->
     async with conversing(autojump_clock) as pair:
         for _ in range(5):
             await pair.publish(1000)
-            await pair.pass_time(3 * STALL_TIME)
+            await pair.pass_time(3 * STALL_TIMEOUT)
         assert not pair.lost
 
 
@@ -285,8 +285,8 @@ async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_cl
         await pair.pass_time(5)
         limits = ConnectionLimits()
         held = pair.link.server.it.unacknowledged()
-        assert WINDOW < held <= limits.stream_unacknowledged + PORTION + 11_000
-        limit = CONFIG.limits.send_queue // (OWN_SHARE if stream else 1)
+        assert WINDOW < held <= limits.stream_unacknowledged + WRITE_SIZE + 11_000
+        limit = CONFIG.limits.send_queue // (SUBSCRIPTION_QUEUE_DIVISOR if stream else 1)
         assert 0 < pair.replica.delivery.statistics().held <= limit
 
 
@@ -327,7 +327,7 @@ async def test_one_whose_send_queue_was_emptied_before_it_could_be_sent_is_serve
 async def test_a_stream_ends_after_all_of_its_portions(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webtransport_session, "PORTION", 1000)
+    monkeypatch.setattr(webtransport_session, "WRITE_SIZE", 1000)
     async with conversing(autojump_clock, stream=True) as pair:
         pair.link.client.consumes = False
         while pair.replica.delivery.statistics().held < 30_000:

@@ -299,7 +299,7 @@ async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
 
 
 async def test_a_flood_of_pings_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webtransport_session, "OWN_SHARE", 512)
+    monkeypatch.setattr(webtransport_session, "SUBSCRIPTION_QUEUE_DIVISOR", 512)
     config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 19))
     async with serving(config) as server:
         client = await server.log_in()

@@ -127,7 +127,7 @@ async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed)
 async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
     certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_endpoint, "HANDSHAKE_TIME", 0.1)
+    monkeypatch.setattr(http_endpoint, "HANDSHAKE_TIMEOUT", 0.1)
     async with serving(certificate.config()) as (_, urls):
         host, port = place_of(urls)
         for said in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"\x16\x03\x01\xff\xff"):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from catbus.endpoints.http.http_request import HttpRequest
-from catbus.endpoints.trusted_proxies import NOWHERE, ClientAddress, TrustedProxies
+from catbus.endpoints.trusted_proxies import UNKNOWN_ADDRESS, ClientAddress, TrustedProxies
 
 PROXY = ClientAddress("10.0.0.1", "")
 CLIENT = ClientAddress("198.51.100.7", "198.51.100.7")
@@ -54,13 +54,13 @@ def asking(*headers: str) -> HttpRequest:
 @pytest.mark.parametrize("header", CASES, ids=lambda header: header[:60])
 def test_client_is_the_last_that_is_no_trusted_proxy(header: str) -> None:
     proxies = TrustedProxies(["10.0.0.0/8", "fd00::/8"])
-    assert proxies.client_of("10.0.0.1", asking(header)) == CASES[header]
-    assert proxies.client_of("::ffff:10.0.0.1", asking(header)) == CASES[header]
+    assert proxies.client_address("10.0.0.1", asking(header)) == CASES[header]
+    assert proxies.client_address("::ffff:10.0.0.1", asking(header)) == CASES[header]
 
 
 def test_header_that_proxies_pass_on_as_it_came_does_not_count_beside_the_one_that_they_add() -> None:
     request = asking("Forwarded: for=203.0.113.9", "X-Forwarded-For: 203.0.113.10", "X-Forwarded-For: 198.51.100.7")
-    assert TrustedProxies(["10.0.0.0/8"]).client_of("10.0.0.1", request) == CLIENT
+    assert TrustedProxies(["10.0.0.0/8"]).client_address("10.0.0.1", request) == CLIENT
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For: 203.0.113.9", "Forwarded: for=203.0.113.9"])
@@ -69,17 +69,17 @@ def test_others_are_not_believed_and_the_log_says_once_what_to_set(
 ) -> None:
     proxies = TrustedProxies(["10.0.0.0/8"])
     for _ in range(3):
-        assert proxies.client_of("198.51.100.7", asking(header)) == CLIENT
-        assert proxies.client_of("127.0.0.1", asking(header)) == ClientAddress("127.0.0.1", "")
-        assert proxies.client_of("", asking(header)) == NOWHERE
+        assert proxies.client_address("198.51.100.7", asking(header)) == CLIENT
+        assert proxies.client_address("127.0.0.1", asking(header)) == ClientAddress("127.0.0.1", "")
+        assert proxies.client_address("", asking(header)) == UNKNOWN_ADDRESS
     assert len(caplog.records) == 1
     assert "websocket.trusted_proxies" in caplog.text
 
 
 def test_this_machine_has_no_limit_and_is_believed_where_it_is_named() -> None:
-    assert TrustedProxies([]).source_of("127.0.0.5") == ClientAddress("127.0.0.5", "")
-    assert TrustedProxies([]).source_of("::1").limited == ""
-    assert TrustedProxies(["127.0.0.1"]).client_of("127.0.0.1", asking("X-Forwarded-For: 198.51.100.7")) == CLIENT
+    assert TrustedProxies([]).connection_address("127.0.0.5") == ClientAddress("127.0.0.5", "")
+    assert TrustedProxies([]).connection_address("::1").limited_network == ""
+    assert TrustedProxies(["127.0.0.1"]).client_address("127.0.0.1", asking("X-Forwarded-For: 198.51.100.7")) == CLIENT
 
 
 def test_long_header_takes_no_long_time() -> None:
@@ -87,5 +87,5 @@ def test_long_header_takes_no_long_time() -> None:
     began = time.process_time()
     for value in ("10.0.0.1," * 1700, "[" * 16_000, "1." * 8_000, '"' * 16_000, 'for="' * 3000, "for=a;" * 2700):
         for name in ("X-Forwarded-For", "Forwarded"):
-            proxies.client_of("10.0.0.1", asking(f"{name}: {value}"))
+            proxies.client_address("10.0.0.1", asking(f"{name}: {value}"))
     assert time.process_time() - began < 5

@@ -18,10 +18,10 @@ from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.endpoints.websocket.frame_stream import FrameStream
 from catbus.endpoints.websocket.websocket_connection import (
-    CLOSING_TIME,
-    PORTION,
-    STALL_TIME,
+    CLOSE_TIMEOUT,
+    STALL_TIMEOUT,
     UNAUTHENTICATED_OBJECT_BYTES,
+    WRITE_SIZE,
     WebSocketServerConnection,
     serve_websocket,
 )
@@ -69,7 +69,7 @@ async def served(
 
     with patience():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
+            nursery.start_soon(registry.check_connections, min(settings.ping_interval, settings.silence) / 4)
             nursery.start_soon(serve)
             peer = Peer(theirs)
             assert (await peer.response(head=True)).status == 101
@@ -176,13 +176,13 @@ async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock:
         frame = await it.peer.frame()
         assert (frame.code, frame.payload[2:]) == (4504, b"stopping")
         assert client.left
-        await trio.sleep(CLOSING_TIME / 2)
+        await trio.sleep(CLOSE_TIMEOUT / 2)
         assert not it.ended.is_set()
         await it.peer.send(close_frame(4504))
         assert await it.peer.at_end()
         await it.peer.stream.aclose()
         await it.ended.wait()
-        assert trio.current_time() < CLOSING_TIME
+        assert trio.current_time() < CLOSE_TIMEOUT
 
 
 async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojump_clock: MockClock) -> None:
@@ -191,7 +191,7 @@ async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojum
         began = trio.current_time()
         it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
         await it.ended.wait()
-        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+        assert trio.current_time() == pytest.approx(began + CLOSE_TIMEOUT)
 
 
 async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: MockClock) -> None:
@@ -202,7 +202,7 @@ async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: M
         it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
         began = trio.current_time()
         await it.ended.wait()
-        assert trio.current_time() == pytest.approx(began + CLOSING_TIME)
+        assert trio.current_time() == pytest.approx(began + CLOSE_TIMEOUT)
 
 
 async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock: MockClock) -> None:
@@ -217,7 +217,7 @@ async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock
         await it.peer.stream.aclose()
         await it.ended.wait()
         assert it.client.received == []
-        assert trio.current_time() < CLOSING_TIME
+        assert trio.current_time() < CLOSE_TIMEOUT
 
 
 async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
@@ -243,7 +243,7 @@ async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
         await it.peer.stream.aclose()
         await it.ended.wait()
         assert it.client.left
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: MockClock) -> None:
@@ -254,7 +254,7 @@ async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: 
         assert (await it.peer.frame()).code == 1000
         assert await it.peer.at_end()
         await it.ended.wait()
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 async def test_a_peer_that_vanishes_is_noticed() -> None:
@@ -263,7 +263,7 @@ async def test_a_peer_that_vanishes_is_noticed() -> None:
         await it.peer.stream.aclose()
         await it.ended.wait()
         assert it.client.left
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, a
         assert await it.peer.at_end()
         await it.ended.wait()
         assert it.client.left
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
@@ -305,7 +305,7 @@ async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClo
         assert await it.peer.at_end()
         await it.ended.wait()
         assert it.client.left
-        assert it.registry.faults == 0
+        assert it.registry.internal_errors == 0
 
 
 @pytest.mark.parametrize(
@@ -324,12 +324,12 @@ async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
         await it.peer.send(message[:20])
         assert (await it.peer.frame()).code == code
         began = trio.current_time()
-        with trio.move_on_after(CLOSING_TIME / 2) as waiting:
+        with trio.move_on_after(CLOSE_TIMEOUT / 2) as waiting:
             await it.peer.at_end()
         assert waiting.cancelled_caught
         await it.peer.send(message[20:] + raw_peer.close_frame(code))
         assert await it.peer.at_end()
-        assert trio.current_time() - began == CLOSING_TIME / 2
+        assert trio.current_time() - began == CLOSE_TIMEOUT / 2
         await it.ended.wait()
 
 
@@ -351,7 +351,7 @@ async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autoj
         assert (await it.peer.frame()).payload == b"said before\n"
         frame = await it.peer.frame()
         assert (frame.code, frame.payload[2:]) == (4500, b"internal error")
-        assert it.registry.faults == 1
+        assert it.registry.internal_errors == 1
         await other.peer.send(masked(raw_peer.TEXT, b"fine"))
         assert (await other.peer.frame()).payload == b"fine"
         await it.ended.wait()
@@ -366,7 +366,7 @@ async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockCl
     replica.open_session = fail  # type: ignore[method-assign]
     async with served(replica) as it:
         assert (await it.peer.frame()).code == 4500
-        assert it.registry.faults == 1
+        assert it.registry.internal_errors == 1
         await it.ended.wait()
 
 
@@ -376,7 +376,7 @@ async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
         it.client.send_queue.offer(EncodedMessages("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
         it.client.send_queue.writer.flush()
         await it.ended.wait()
-        assert it.registry.faults == 1
+        assert it.registry.internal_errors == 1
         assert it.client.left
 
 
@@ -433,7 +433,7 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
                 # It is not silent, though.
                 await it.peer.send(masked(raw_peer.PONG, b""))
                 await it.ended.wait()
-        assert STALL_TIME <= trio.current_time() - began <= STALL_TIME + 6
+        assert STALL_TIMEOUT <= trio.current_time() - began <= STALL_TIMEOUT + 6
         assert it.client.left
 
 
@@ -447,8 +447,8 @@ async def test_clients_that_do_not_read_fill_no_log(
                 await wait_all_tasks_blocked()
                 it.client.send_queue.put(b"a" * 100_000)
                 it.client.send_queue.writer.flush()
-                [connection] = registry.watched
-                connection.check(trio.current_time() + STALL_TIME)
+                [connection] = registry.websockets
+                connection.check(trio.current_time() + STALL_TIMEOUT)
                 await it.ended.wait()
     assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
 
@@ -463,7 +463,7 @@ async def test_what_has_left_the_send_queue_for_a_peer_that_does_not_read_is_bou
         writer.flush()
         received = b""
         while len(received) < 20 * 20_001:
-            assert writer.outbox.waiting <= PORTION + 20_100
+            assert writer.frame_stream.unsent <= WRITE_SIZE + 20_100
             received += (await it.peer.frame()).payload
             await wait_all_tasks_blocked()
         assert received == (b"a" * 20_000 + b"\n") * 20
@@ -524,7 +524,7 @@ async def test_a_peer_that_reads_again_after_a_pause_is_pinged_before_it_is_take
         await trio.sleep(15)
         it.client.send_queue.put(b"a" * 60_000)
         it.client.send_queue.writer.flush()
-        await trio.sleep(STALL_TIME - 5)
+        await trio.sleep(STALL_TIMEOUT - 5)
         # It was heard more than a minute ago. A ping has not been possible since.
         assert (await it.peer.frame()).opcode == raw_peer.TEXT
         began = trio.current_time()

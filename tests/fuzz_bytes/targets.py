@@ -19,7 +19,7 @@ from aioquic.buffer import UINT_VAR_MAX
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
 from catbus.endpoints.http.http_response import HttpResponse
-from catbus.endpoints.http.request_head import read_head
+from catbus.endpoints.http.request_head import read_request_head
 from catbus.endpoints.websocket.inbound_frames import InboundFrames
 from catbus.errors import PeerError
 from catbus.protocol import channels
@@ -91,7 +91,7 @@ def heads(data: bytes) -> None:
         return
     if not isinstance(event, h11.Request):
         return
-    request = read_head(event)
+    request = read_request_head(event)
     if isinstance(request, HttpResponse):
         assert 400 <= request.status < 600
         return
@@ -186,7 +186,7 @@ def websockets(data: bytes) -> None:
     for piece in pieces:
         coalescer.feed(piece)
         passed += iter(coalescer.take, b"")
-    if coalescer.refused is None:
+    if coalescer.close_reason is None:
         assert seen(passed) == seen(pieces)
 
 

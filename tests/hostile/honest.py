@@ -26,7 +26,7 @@ from .peers import QuicPeer, WebSocketPeer, frame, request
 RATE = 50
 """Messages a second."""
 VISITS = 4
-"""EvictionQueue a second."""
+"""New clients per second."""
 PATIENCE = 15.0
 """Seconds after which what has not come is lost."""
 CHANNEL = "honest.stream"

@@ -20,7 +20,7 @@ import pytest
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
-from catbus.endpoints.open_files import SPARE_FILES
+from catbus.endpoints.open_files import RESERVED_FILES
 from tests.postgres.server import execute, to_database
 
 PATIENCE = 60
@@ -131,7 +131,7 @@ def test_connections_leave_files_for_the_database(brokers: Any, database_url: st
             members = 1
             while (status := publish(connect())) == 200:
                 members += 1
-            assert (members, status) == (FILES - SPARE_FILES, 503)
+            assert (members, status) == (FILES - RESERVED_FILES, 503)
             # Connections that show no token get no place, but for a moment.
             for _ in range(4 * FILES):
                 connect()

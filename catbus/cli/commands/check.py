@@ -28,7 +28,7 @@ from ...config import (
     show_setting,
     split_address,
 )
-from ...endpoints.open_files import connections_that_fit
+from ...endpoints.open_files import connections_within_limit
 from ...errors import ConfigError
 from ...postgres.access.database_checks import CheckResult, ReportResult, check_database
 from ...postgres.embedded.installations import find_installation
@@ -214,7 +214,7 @@ def _check_port_in_use(
 def _check_open_files(config: Config) -> Iterator[CheckResult]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = config.limits.connections
-    possible = connections_that_fit(wanted, files)
+    possible = connections_within_limit(wanted, files)
     if possible < wanted:
         text = f"{files:,} open files allow {possible:,} of {wanted:,} connections (limits.connections)"
         yield CheckResult(

@@ -25,7 +25,7 @@ from ...config import (
     load_with_sources,
     redact_url,
 )
-from ...endpoints.open_files import raise_limit
+from ...endpoints.open_files import raise_open_file_limit
 from ...errors import ConfigError
 from ...observability.loggers import get_logger
 from ..development_credentials import DEFAULT_URL, development_token, read_or_create_secret
@@ -90,7 +90,7 @@ def command(
     )
     for text in (*reading.warnings, *find_weak_secrets(reading.config)):
         logger.warning(text)
-    raise_limit()
+    raise_open_file_limit()
     status = trio.run(
         serve_until_signalled,
         settings,

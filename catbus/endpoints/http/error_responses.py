@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from ...errors import ErrorCode, PeerError, Unavailable
 from .http_request import Headers
-from .http_response import HttpResponse, json
+from .http_response import HttpResponse, json_response
 
 if TYPE_CHECKING:
     from ...replica import Replica
 
-STATUSES = {
+ERROR_STATUSES = {
     ErrorCode.UNAUTHENTICATED: 401,
     ErrorCode.AUTH_TIMEOUT: 408,
     ErrorCode.TOKEN_EXPIRED: 401,
@@ -28,19 +28,19 @@ STATUSES = {
     ErrorCode.SHUTTING_DOWN: 503,
     ErrorCode.INTERNAL: 500,
 }
-"""What a refusal is in HTTP, where it is not 400."""
+"""The HTTP status of each error code; 400 for all others."""
 
 
 def error_response(replica: Replica, error: PeerError | Unavailable) -> HttpResponse:
     code = error.code if isinstance(error, PeerError) else ErrorCode.UNAVAILABLE
     replica.runtime_statistics.count_error(code)
-    status = STATUSES.get(code, 400)
+    status = ERROR_STATUSES.get(code, 400)
     wait = error.retry_after if isinstance(error, PeerError) else None
-    return json({"error": str(error), "code": code}, status, retry_headers(status, wait or 1.0))
+    return json_response({"error": str(error), "code": code}, status, retry_headers(status, wait or 1.0))
 
 
 def retry_headers(status: int, wait: float = 1.0) -> Headers:
-    """`wait`: for how many seconds the same would be refused again."""
+    """Return the headers that a status requires. `wait` is the number of seconds until a retry can succeed."""
     match status:
         case 401:
             return [(b"www-authenticate", b'Bearer realm="catbus"')]

@@ -1,4 +1,4 @@
-"""What proxies say of a client and of its own request: `Forwarded` (RFC 7239), and the headers from before that."""
+"""The headers that proxies add to a request: `Forwarded` (RFC 7239) and the older `X-Forwarded-*`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import re
 from .host_header import host_name
 from .http_request import HttpRequest
 
-# `name=value`, where the value may be quoted, or nothing; then what ends it. Colons and brackets belong between quotes,
-# and not all proxies put them there.
+# `name=value`, where the value may be quoted, or nothing; then a separator. RFC 7239 requires quotes around colons and
+# brackets, but not all proxies write them.
 _PAIR = re.compile(
     r"""[ \t]*+(?:([\w!#$%&'*+.^`|~-]++)=(?:"((?:[^"\\]|\\.)*+)"|([^\s",;]*+)))?[ \t]*+([;,]|$)""", re.ASCII
 )
 
-# An address, in brackets if a port may follow and it is one of IPv6.
+# An address. An IPv6 address stands in brackets if a port may follow.
 _NODE = re.compile(
     r"\[([0-9a-fA-F:.]{2,45})\](?::\d{1,5})?|([\d.]{7,15}(?=:|\Z)|[0-9a-fA-F:.]{2,45})(?::\d{1,5})?", re.ASCII
 )
 
 _MOST_HOPS = 32
-"""TrustedProxies that are looked at, one behind the other."""
+"""Addresses that are read from a list, from its end."""
 
 _SECURE = {"http": False, "ws": False, "https": True, "wss": True}
 
 
-def origin_of(request: HttpRequest, *, tls: bool) -> tuple[bool, str]:
-    """Whether the client speaks TLS, and the host that it has asked for: to the proxy next to it, where there are some.
+def forwarded_origin(request: HttpRequest, *, tls: bool) -> tuple[bool, str]:
+    """Return whether the client speaks TLS, and the host that it requested, as the first proxy reports them.
 
-    `tls`: whether the port of the broker speaks TLS itself. What makes no sense is ignored.
+    `tls` says whether the port of the broker speaks TLS itself. Invalid values are ignored.
     """
     said = _forwarded(request.header(b"forwarded").decode("latin-1"))
     scheme = said.get("proto") or _first(request, b"x-forwarded-proto")
@@ -36,12 +36,12 @@ def origin_of(request: HttpRequest, *, tls: bool) -> tuple[bool, str]:
 
 
 def _first(request: HttpRequest, name: bytes) -> str:
-    """The first item of a list: each proxy adds its own at the end."""
+    """Return the first item of a list, because each proxy appends its own."""
     return request.header(name).decode("latin-1").split(",")[0].strip()
 
 
 def _forwarded(text: str) -> dict[str, str]:
-    """The parameters of a `Forwarded`, of each the one that was said first. Empty where it is not well-formed."""
+    """Parse a `Forwarded` header: the first value of each parameter, or nothing if the header is malformed."""
     found: dict[str, str] = {}
     position = 0
     while position <= len(text):
@@ -55,12 +55,12 @@ def _forwarded(text: str) -> dict[str, str]:
     return found
 
 
-def hops(request: HttpRequest) -> list[str]:
-    """The addresses that proxies have added, each that of its own peer, the last one at the end; "" for no address.
+def forwarded_addresses(request: HttpRequest) -> list[str]:
+    """Return the addresses that proxies appended, each the address of its own peer; "" for an invalid one.
 
-    `Forwarded` counts only where there is no `X-Forwarded-For`: most proxies add the second and pass the first on as it
-    came. Either is cut at its commas, whatever is between quotes: what a client has left open there must not hide what
-    a proxy has added, and no address has a comma.
+    `Forwarded` is read only without an `X-Forwarded-For`: most proxies add the second and pass on the first unchanged.
+    Both are split at every comma, also between quotes: a quote that a client left open must not hide an address that a
+    proxy appended, and no address contains a comma.
     """
     if said := request.header(b"x-forwarded-for").decode("latin-1"):
         return [_host(item) for item in said.rsplit(",", _MOST_HOPS)[-_MOST_HOPS:]]
@@ -71,6 +71,6 @@ def hops(request: HttpRequest) -> list[str]:
 
 
 def _host(text: str) -> str:
-    """An address without its port, and without the brackets of IPv6; "" for what is neither."""
+    """Return an address without its port and without IPv6 brackets, or "" if it is not valid."""
     found = _NODE.fullmatch(text.strip())
     return "" if found is None else found[1] or found[2]

@@ -9,7 +9,7 @@ _HOST = re.compile(r"(?P<host>\[(?P<v6>[0-9a-fA-F:.]{2,45})\]|[0-9a-zA-Z._-]{1,2
 
 
 def host_name(host: str) -> str | None:
-    """A Host header without its port, an IPv6 address in its brackets; None for what is none."""
+    """Return a Host header without its port (an IPv6 address keeps its brackets), or None if it is not valid."""
     match = _HOST.fullmatch(host)
     if match is None or not 0 < int(match["port"] or 1) <= 65_535:
         return None

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on the WebSocket port: requests are answered, and those for a WebSocket are handed on."""
+"""One HTTP/1.1 connection: answers its requests, and hands WebSocket upgrades to `serve_websocket`."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ...errors import ErrorCode
 from ...limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
-from ..graceful_close import close_gently, say_goodbye
+from ..graceful_close import close_gracefully, send_close_notify
 from ..websocket import handshake
 from ..websocket.websocket_connection import serve_websocket
 from .http_request import HttpRequest
-from .http_response import CROWDED, HttpResponse, line
-from .request_head import read_head
-from .routes import find, route_of
+from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, text_response
+from .request_head import read_request_head
+from .routes import find_handler, route_of
 
 if TYPE_CHECKING:
     from ...replica import Replica
 
-HEAD_SIZE = 16_384
-BODY_SIZE = 1_048_576
-HEAD_TIME = 10.0
-"""Seconds for the head of a request, from its first byte; and from connecting until the first byte of all."""
-IDLE_TIME = 60.0
-"""Seconds from an answer to the first byte of the next request."""
-BODY_TIME = 30.0
-SEND_TIME = 10.0
-CLOSING_TIME = 2.0
-GOODBYE_TIME = 0.5
-"""Seconds for the goodbye of TLS on a connection that waits for no answer."""
+MAX_HEAD_SIZE = 16_384
+MAX_BODY_SIZE = 1_048_576
+HEAD_TIMEOUT = 10.0
+"""Seconds for the head of a request, from its first byte; also from connecting until the first byte."""
+IDLE_TIMEOUT = 60.0
+"""Seconds from a response to the first byte of the next request."""
+BODY_TIMEOUT = 30.0
+SEND_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 2.0
+CLOSE_NOTIFY_TIMEOUT = 0.5
+"""Seconds for the close_notify of TLS on a connection without a request."""
 
-PARTS_AT_A_TIME = 256
-"""Chunks of a body that are read before other tasks get a turn: each may be one byte."""
+CHUNKS_PER_TURN = 256
+"""Chunks of a body that are read before other tasks run: each may be one byte."""
 
 _RECEIVE_SIZE = 65_536
 
@@ -55,129 +55,131 @@ async def serve_http_connection(
     replica: Replica,
     registry: ConnectionRegistry,
     stream: trio.abc.Stream,
-    prove: Callable[[], None] = _nothing,
+    on_authenticated: Callable[[], None] = _nothing,
     peer: str = "",
 ) -> None:
-    """HttpResponse the requests on one connection until either side has had enough. Does not close the stream.
+    """Answer the requests on one connection until one side ends it. Does not close the stream.
 
-    `prove` is called when the peer has shown a token. `peer` is its address.
+    `on_authenticated` is called when the peer has authenticated. `peer` is its address.
     """
     try:
-        await HttpConnection(replica, registry, stream, prove, peer).run()
+        await HttpConnection(replica, registry, stream, on_authenticated, peer).run()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         logger.debug("a connection was lost")
 
 
 class NoMoreRequests(Exception):
-    """The peer has closed, or has said nothing for too long."""
+    """The peer has closed the connection, or has sent nothing for too long."""
 
 
 class RequestRejected(Exception):
-    """A request is answered although not all of it was read, so that nothing after it can be understood."""
+    """A request that is answered before all of it was read, so the connection must be closed."""
 
-    def __init__(self, answer: HttpResponse) -> None:
-        self.answer = answer
+    def __init__(self, response: HttpResponse) -> None:
+        self.response = response
 
 
 class HttpConnection:
-    """One connection that speaks HTTP."""
+    """One HTTP connection and its h11 state."""
 
     def __init__(
         self,
         replica: Replica,
         registry: ConnectionRegistry,
         stream: trio.abc.Stream,
-        prove: Callable[[], None],
+        on_authenticated: Callable[[], None],
         peer: str,
     ) -> None:
         self._replica = replica
         self._registry = registry
         self._stream = stream
-        self._prove = prove
+        self._on_authenticated = on_authenticated
         self._peer = peer
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_SIZE)
         self._scope = trio.CancelScope()
         self._unauthenticated = UnauthenticatedPeer(replica.unauthenticated, self._scope.cancel)
 
     async def run(self) -> None:
-        """HttpResponse one request after another. Raises when the connection breaks."""
+        """Answer one request after another. Raises Trio's errors when the connection breaks."""
         try:
             with self._scope:
-                await self._converse()
+                await self._serve_requests()
         finally:
             self._unauthenticated.release()
         if self._scope.cancelled_caught:
             self._replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
-            with trio.move_on_after(CLOSING_TIME):
+            with trio.move_on_after(CLOSE_TIMEOUT):
                 if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    await self._send(None, line(503, TOO_MUCH), last=True)
-                await close_gently(self._stream, self._replica.cpu_scheduler)
+                    await self._send(None, text_response(503, TOO_MUCH), last=True)
+                await close_gracefully(self._stream, self._replica.cpu_scheduler)
 
-    async def _converse(self) -> None:
-        idle_time, request = HEAD_TIME, None
+    async def _serve_requests(self) -> None:
+        idle_time, request = HEAD_TIMEOUT, None
         try:
             while True:
                 request = None
                 request = await self._next_request(idle_time)
-                if await self._serve(request):
+                if await self._serve_request(request):
                     return
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                     break
                 self._http.start_next_cycle()
                 self._unauthenticated.processed()
-                idle_time = IDLE_TIME
-        except RequestRejected as refused:
-            await self._send(request, refused.answer, last=True)
+                idle_time = IDLE_TIMEOUT
+        except RequestRejected as rejected:
+            await self._send(request, rejected.response, last=True)
         except NoMoreRequests:
             if isinstance(self._stream, trio.SSLStream):
-                with trio.move_on_after(GOODBYE_TIME):
-                    await say_goodbye(self._stream)
+                with trio.move_on_after(CLOSE_NOTIFY_TIMEOUT):
+                    await send_close_notify(self._stream)
             return
-        with trio.move_on_after(CLOSING_TIME):
-            await close_gently(self._stream, self._replica.cpu_scheduler)
+        with trio.move_on_after(CLOSE_TIMEOUT):
+            await close_gracefully(self._stream, self._replica.cpu_scheduler)
 
-    async def _serve(self, request: HttpRequest) -> bool:
-        """HttpResponse a request; True where it has become a WebSocket instead, which is over then."""
+    async def _serve_request(self, request: HttpRequest) -> bool:
+        """Answer a request. Returns True if it was an upgrade and its WebSocket has ended."""
         replica, registry = self._replica, self._registry
-        client = registry.proxies.client_of(self._peer, request)
+        client = registry.proxies.client_address(self._peer, request)
         request = replace(request, network=client.network)
-        source = registry.proxies.source_of(self._peer)
+        source = registry.proxies.connection_address(self._peer)
         if client.network != source.network:
             replica.cpu_scheduler.set_network(client.network)
-        # The connection itself counts already, as its peer's.
-        counted = source.limited == client.limited
-        with replica.addresses.counted("" if counted else client.limited, trio.current_time()) as admitted:
+        # The connection already counts for the network of its peer.
+        counted = source.limited_network == client.limited_network
+        with replica.addresses.counted("" if counted else client.limited_network, trio.current_time()) as admitted:
             if not admitted:
-                registry.crowded += 1
+                registry.rejected_by_address += 1
                 replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
-                answer: HttpResponse | None = CROWDED
-            elif handshake.is_offered(request):
-                answer = handshake.refuse(request, replica.config.websocket.allowed_origins)
-                if answer is None and not registry.closed:
-                    head, rest = handshake.restated(request), self._http.trailing_data[0]
+                response: HttpResponse | None = TOO_MANY_CONNECTIONS
+            elif handshake.is_websocket_upgrade(request):
+                response = handshake.check_upgrade(request, replica.config.websocket.allowed_origins)
+                if response is None and not registry.closed:
+                    head, rest = handshake.minimal_request_head(request), self._http.trailing_data[0]
                     self._unauthenticated.release()
-                    await serve_websocket(replica, registry, self._stream, head, rest, self._prove, request.network)
+                    await serve_websocket(
+                        replica, registry, self._stream, head, rest, self._on_authenticated, request.network
+                    )
                     return True
             else:
-                answer = await self._answer(request)
-            await self._send(request, answer or line(503, "this replica is stopping"))
+                response = await self._handle(request)
+            await self._send(request, response or text_response(503, "this replica is stopping"))
         return False
 
-    async def _answer(self, request: HttpRequest) -> HttpResponse:
-        handler = find(request.method, request.path)
+    async def _handle(self, request: HttpRequest) -> HttpResponse:
+        handler = find_handler(request.method, request.path)
         if isinstance(handler, HttpResponse):
             return handler
         try:
-            read = partial(self._read_wanted, request)
-            answer = await handler(self._replica, replace(request, read=read))
+            read = partial(self._read_for_handler, request)
+            response = await handler(self._replica, replace(request, read=read))
         except RequestRejected:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._registry.fault("a request failed", error)
-            return line(500)
-        if answer.status < 400 and self._http.their_state is h11.SEND_BODY:
+            self._registry.log_internal_error("a request failed", error)
+            return text_response(500)
+        if response.status < 400 and self._http.their_state is h11.SEND_BODY:
             await self._read_body(request, keep=False)
-        return answer
+        return response
 
     # Reading
 
@@ -185,56 +187,56 @@ class HttpConnection:
         if self._http.trailing_data[0]:
             await self._replica.cpu_scheduler.yield_cpu()
         else:
-            await self._wait_for_more(idle_time)
-        with trio.move_on_after(HEAD_TIME) as limit:
+            await self._wait_for_data(idle_time)
+        with trio.move_on_after(HEAD_TIMEOUT) as limit:
             event = await self._next_event()
         if limit.cancelled_caught:
-            raise RequestRejected(line(408))
+            raise RequestRejected(text_response(408))
         if not isinstance(event, h11.Request):
             raise NoMoreRequests
-        if len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers) > HEAD_SIZE:
-            raise RequestRejected(line(431))
-        request = read_head(event)
+        if len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers) > MAX_HEAD_SIZE:
+            raise RequestRejected(text_response(431))
+        request = read_request_head(event)
         if isinstance(request, HttpResponse):
             raise RequestRejected(request)
         if not request.has_body:
             await self._next_event()
         return request
 
-    async def _wait_for_more(self, limit: float) -> None:
+    async def _wait_for_data(self, limit: float) -> None:
         with trio.move_on_after(limit) as scope, self._registry.idle(scope):
             await self._receive()
             return
         raise NoMoreRequests
 
-    async def _read_wanted(self, request: HttpRequest) -> bytes:
-        """Read a body that is asked for, which is after its sender has shown a token."""
-        self._prove()
+    async def _read_for_handler(self, request: HttpRequest) -> bytes:
+        """Read the body for a handler, which has checked the token before."""
+        self._on_authenticated()
         self._unauthenticated.release()
         return await self._read_body(request)
 
     async def _read_body(self, request: HttpRequest, *, keep: bool = True) -> bytes:
-        """Read the body to its end, whether it is kept or not. Refuses one that is too large, or comes too slowly."""
-        if int(request.header(b"content-length") or b"0") > BODY_SIZE:
-            raise RequestRejected(line(413))
+        """Read the body to its end. Raises `RequestRejected` if it is too large or arrives too slowly."""
+        if int(request.header(b"content-length") or b"0") > MAX_BODY_SIZE:
+            raise RequestRejected(text_response(413))
         body = bytearray()
         parts = size = 0
-        with trio.move_on_after(BODY_TIME):
+        with trio.move_on_after(BODY_TIMEOUT):
             while isinstance(event := await self._next_event(), h11.Data):
                 parts += 1
                 size += len(event.data)
                 if keep:
                     body += event.data
-                if parts % PARTS_AT_A_TIME == 0:
+                if parts % CHUNKS_PER_TURN == 0:
                     await self._replica.cpu_scheduler.yield_cpu()
-                if size > BODY_SIZE:
-                    raise RequestRejected(line(413))
+                if size > MAX_BODY_SIZE:
+                    raise RequestRejected(text_response(413))
             return bytes(body)
-        raise RequestRejected(line(408))
+        raise RequestRejected(text_response(408))
 
     async def _receive(self) -> None:
-        # Without a token, a head is all that anybody has to say: its body is not wanted yet.
-        size = _RECEIVE_SIZE if self._unauthenticated.released else HEAD_SIZE
+        # An unauthenticated peer needs to send no more than a head, because no handler has asked for the body yet.
+        size = _RECEIVE_SIZE if self._unauthenticated.released else MAX_HEAD_SIZE
         data = bytes(await self._stream.receive_some(size))
         self._unauthenticated.received(len(data))
         await self._replica.cpu_scheduler.acquire()
@@ -250,33 +252,33 @@ class HttpConnection:
         except h11.RemoteProtocolError as error:
             status = error.error_status_hint
             raise RequestRejected(
-                line(status, "" if status != 400 else "this is not a valid HTTP/1.1 request")
+                text_response(status, "" if status != 400 else "this is not a valid HTTP/1.1 request")
             ) from None
         return event
 
     # Writing
 
-    async def _send(self, request: HttpRequest | None, answer: HttpResponse, *, last: bool = False) -> None:
-        """HttpResponse `request`, or what was too broken to be one. Without all of its body, it is the last answer."""
+    async def _send(self, request: HttpRequest | None, response: HttpResponse, *, last: bool = False) -> None:
+        """Send the response to `request` (None if it was not valid). If its body was not read, close afterwards."""
         headers = [
             (b"date", formatdate(usegmt=True).encode()),
-            *answer.headers,
+            *response.headers,
         ]
-        if answer.status != HTTPStatus.NOT_MODIFIED:
-            # There, a length would be that of the representation, which is not sent.
-            headers += [(b"content-type", answer.type), (b"content-length", str(len(answer.body)).encode())]
+        if response.status != HTTPStatus.NOT_MODIFIED:
+            # In a 304, the length would be that of the representation, which is not sent.
+            headers += [(b"content-type", response.type), (b"content-length", str(len(response.body)).encode())]
         if last or self._registry.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
-        reason = HTTPStatus(answer.status).phrase.encode()
-        data = self._http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason))
+        reason = HTTPStatus(response.status).phrase.encode()
+        data = self._http.send(h11.Response(status_code=response.status, headers=headers, reason=reason))
         if request is None or request.method != "HEAD":
-            data += self._http.send(h11.Data(data=answer.body))
+            data += self._http.send(h11.Data(data=response.body))
         data += self._http.send(h11.EndOfMessage())
         if request is not None:
             path = route_of(request.path) or "other"
-            self._registry.requests[path, answer.status] += 1
-            logger.debug("request", method=request.method, path=request.path[:200], status=answer.status)
-        with trio.move_on_after(SEND_TIME):
+            self._registry.requests[path, response.status] += 1
+            logger.debug("request", method=request.method, path=request.path[:200], status=response.status)
+        with trio.move_on_after(SEND_TIMEOUT):
             await self._stream.send_all(data)
             return
-        raise trio.BrokenResourceError("the peer does not read its answer")
+        raise trio.BrokenResourceError("the peer does not read the response")

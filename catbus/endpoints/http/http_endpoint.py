@@ -1,4 +1,4 @@
-"""The WebSocket port: its listeners, and a task for each connection that they accept."""
+"""The HTTP and WebSocket port: its listener sockets, and one task for each connection."""
 
 from __future__ import annotations
 
@@ -15,41 +15,44 @@ from ...config import join_address, split_address
 from ...errors import ConfigError, ErrorCode
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
-from ..graceful_close import TlsStream, close_gently
-from ..open_files import SPARE_FILES, RetryingListener, connections_that_fit
+from ..graceful_close import TlsStream, close_gracefully
+from ..open_files import RESERVED_FILES, RetryingListener, connections_within_limit
 from .http_connection import serve_http_connection
-from .http_response import CROWDED
+from .http_response import TOO_MANY_CONNECTIONS
 
 if TYPE_CHECKING:
     from ...limits.cpu_scheduler import CpuScheduler
     from ...replica import Replica
 
-HANDSHAKE_TIME = 10.0
-"""Seconds for TLS to be agreed on."""
-TURNING_AWAY_TIME = 1.0
-TURNING_AWAY_AT_ONCE = SPARE_FILES // 5
-"""Connections over the limit that are told so, with spare files; the others are closed without a word."""
+HANDSHAKE_TIMEOUT = 10.0
+"""Seconds for the TLS handshake."""
+REJECTION_TIMEOUT = 1.0
+MAX_CONCURRENT_REJECTIONS = RESERVED_FILES // 5
+"""Connections over the limit that are sent a response, with reserved files. Others are closed without one."""
 
-_BUSY = (
+_SERVICE_UNAVAILABLE = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
 )
-_CROWDED = (
+_TOO_MANY_REQUESTS = (
     b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-) % (len(CROWDED.body), CROWDED.body)
+) % (len(TOO_MANY_CONNECTIONS.body), TOO_MANY_CONNECTIONS.body)
 
 logger = get_logger("catbus.endpoints")
 
 
 @dataclass(frozen=True, slots=True)
 class HttpEndpointStatistics:
-    """`connections` and `websockets` are here now; the rest has been counted from the start.
+    """Open `connections` and `websockets`, and counters since the start.
 
-    `requests`: HTTP requests by path and status. `sent` and `received`: bytes of WebSockets. `refused`: connections
-    over the limit of all. `crowded`: those over the limit of an address, and such requests through proxies. `evicted`:
-    those that gave way to others, as they had shown no token. `starved`: how often one could not be accepted. `faults`:
-    exceptions of ours that ended a request or a connection.
+    - `requests`: HTTP requests by path and status
+    - `sent`, `received`: bytes of WebSockets
+    - `rejected`: connections over `limits.connections`
+    - `rejected_by_address`: connections, and requests through proxies, over `limits.address_connections`
+    - `evicted`: unauthenticated connections that were closed to make room for others
+    - `accept_failures`: failed accepts
+    - `internal_errors`: exceptions in the broker that ended a request or a connection
     """
 
     connections: int
@@ -57,38 +60,38 @@ class HttpEndpointStatistics:
     requests: Mapping[tuple[str, int], int]
     sent: int
     received: int
-    refused: int
-    crowded: int
+    rejected: int
+    rejected_by_address: int
     evicted: int
-    starved: int
-    faults: int
+    accept_failures: int
+    internal_errors: int
 
 
 class HttpEndpoint:
-    """A WebSocket port that is open. `addresses` is where, such as `127.0.0.1:8080`."""
+    """An open HTTP and WebSocket port. `addresses` are its addresses, such as `127.0.0.1:8080`."""
 
-    def __init__(self, addresses: list[str], registry: ConnectionRegistry, doors: trio.CancelScope) -> None:
+    def __init__(self, addresses: list[str], registry: ConnectionRegistry, accept_scope: trio.CancelScope) -> None:
         self.addresses = addresses
         self._registry = registry
-        self._doors = doors
+        self._accept_scope = accept_scope
 
     def close(self) -> None:
-        """Accept nothing more, and end the connections that wait for a request. WebSockets stay."""
-        self._doors.cancel()
+        """Accept no more connections, and end those that wait for a request. WebSockets stay open."""
+        self._accept_scope.cancel()
         self._registry.close()
 
     def statistics(self) -> HttpEndpointStatistics:
         registry = self._registry
         return HttpEndpointStatistics(
             registry.connections,
-            len(registry.watched),
+            len(registry.websockets),
             dict(registry.requests),
             *registry.traffic(),
-            registry.refused,
-            registry.crowded,
+            registry.rejected,
+            registry.rejected_by_address,
             registry.evicted,
-            registry.starved,
-            registry.faults,
+            registry.accept_failures,
+            registry.internal_errors,
         )
 
 
@@ -101,31 +104,30 @@ async def serve_http(
 ) -> None:
     """Serve WebSocket and HTTP on the addresses `binds`, such as `0.0.0.0:8080` or `[::]:0`.
 
-    Each connection is a task of its own in `sessions`, out of which no exception comes. Started with the
-    `HttpEndpoint`; returns when that has been closed and the last connection has gone. Raises `ConfigError` when it
-    cannot listen.
+    Each connection is a task in `sessions` that raises no exception. The task status is the `HttpEndpoint`. Returns
+    after that was closed and the last connection has ended. Raises `ConfigError` if it cannot listen.
     """
     registry = ConnectionRegistry(replica.config.websocket.trusted_proxies)
-    doors = trio.CancelScope()
+    accept_scope = trio.CancelScope()
     listeners = await open_listeners(binds)
     settings = replica.config.websocket
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(registry.keep_alive, min(settings.ping_interval, settings.silence) / 4)
-        with doors:
+        nursery.start_soon(registry.check_connections, min(settings.ping_interval, settings.silence) / 4)
+        with accept_scope:
             handler = partial(_serve_peer, replica, registry, _connection_limit(replica.config.limits.connections))
             task_status.started(
                 HttpEndpoint(
-                    [join_address(*listener.socket.getsockname()[:2]) for listener in listeners], registry, doors
+                    [join_address(*listener.socket.getsockname()[:2]) for listener in listeners], registry, accept_scope
                 )
             )
-            patient = [RetryingListener(listener, registry) for listener in listeners]
-            await trio.serve_listeners(handler, patient, handler_nursery=sessions)
+            retrying = [RetryingListener(listener, registry) for listener in listeners]
+            await trio.serve_listeners(handler, retrying, handler_nursery=sessions)
         await registry.wait_empty()
         nursery.cancel_scope.cancel()
 
 
 async def open_listeners(binds: Sequence[str]) -> list[trio.SocketListener]:
-    """Listen on all of `binds`, or on none and raise `ConfigError`."""
+    """Listen on all of `binds`. If one fails, close all and raise `ConfigError`."""
     listeners: list[trio.SocketListener] = []
     try:
         for bind in binds:
@@ -142,9 +144,9 @@ async def open_listeners(binds: Sequence[str]) -> list[trio.SocketListener]:
 
 
 def _connection_limit(wanted: int) -> int:
-    """As many connections as are wanted, or as the process may have: past that, accepting would fail."""
+    """Return `wanted`, or the number of connections that the process has files for, and log the difference."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    possible = connections_that_fit(wanted, files)
+    possible = connections_within_limit(wanted, files)
     if possible < wanted:
         logger.warning(
             "fewer connections than configured: raise the limit of open files, or lower limits.connections",
@@ -156,32 +158,32 @@ def _connection_limit(wanted: int) -> int:
 
 
 async def _serve_peer(replica: Replica, registry: ConnectionRegistry, limit: int, stream: trio.SocketStream) -> None:
-    """One connection. Whatever goes wrong in it goes wrong in it alone; Trio closes the stream afterwards."""
+    """Serve one connection. Its errors affect no other connection. Trio closes the stream afterwards."""
     peer, plain = _address(stream), not replica.config.websocket.tls
-    source = registry.proxies.source_of(peer)
+    source = registry.proxies.connection_address(peer)
     with ExitStack() as stack:
-        admitted = stack.enter_context(replica.addresses.counted(source.limited, trio.current_time()))
+        admitted = stack.enter_context(replica.addresses.counted(source.limited_network, trio.current_time()))
         full = admitted and registry.connections >= limit and not registry.evict()
-        prove = stack.enter_context(registry.admit(source.network))
+        on_authenticated = stack.enter_context(registry.admit(source.network))
         stack.enter_context(replica.cpu_scheduler.serve(source.network))
         try:
             if not admitted:
-                registry.crowded += 1
+                registry.rejected_by_address += 1
                 replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
-                await _turn_away(registry, replica.cpu_scheduler, stream, _CROWDED if plain else b"")
+                await _reject(registry, replica.cpu_scheduler, stream, _TOO_MANY_REQUESTS if plain else b"")
             elif full:
-                registry.refused += 1
-                await _turn_away(registry, replica.cpu_scheduler, stream, _BUSY if plain else b"")
+                registry.rejected += 1
+                await _reject(registry, replica.cpu_scheduler, stream, _SERVICE_UNAVAILABLE if plain else b"")
             elif plain:
-                await serve_http_connection(replica, registry, stream, prove, peer)
+                await serve_http_connection(replica, registry, stream, on_authenticated, peer)
             elif (encrypted := await _encrypt(replica, stream)) is not None:
-                await serve_http_connection(replica, registry, encrypted, prove, peer)
+                await serve_http_connection(replica, registry, encrypted, on_authenticated, peer)
         except* Exception as error:  # noqa: BLE001 (it is logged)
-            registry.fault("a connection failed", error)
+            registry.log_internal_error("a connection failed", error)
 
 
 def _address(stream: trio.SocketStream) -> str:
-    """The address of the peer; empty for one that has left already."""
+    """Return the address of the peer, or "" if it has already disconnected."""
     try:
         address: str = stream.socket.getpeername()[0]
     except OSError:
@@ -190,10 +192,10 @@ def _address(stream: trio.SocketStream) -> str:
 
 
 async def _encrypt(replica: Replica, stream: trio.SocketStream) -> TlsStream | None:
-    """The same connection with TLS on it, or None for a peer that does not speak it, or not soon enough."""
+    """Do the TLS handshake. Returns None if the peer does not complete it in time."""
     assert replica.certificates is not None
     encrypted = trio.SSLStream(stream, replica.certificates.latest_tls(), server_side=True, https_compatible=True)
-    with trio.move_on_after(HANDSHAKE_TIME):
+    with trio.move_on_after(HANDSHAKE_TIMEOUT):
         try:
             await replica.cpu_scheduler.acquire()
             await encrypted.do_handshake()
@@ -204,17 +206,17 @@ async def _encrypt(replica: Replica, stream: trio.SocketStream) -> TlsStream | N
     return None
 
 
-async def _turn_away(
-    registry: ConnectionRegistry, cpu_scheduler: CpuScheduler, stream: trio.SocketStream, answer: bytes
+async def _reject(
+    registry: ConnectionRegistry, cpu_scheduler: CpuScheduler, stream: trio.SocketStream, response: bytes
 ) -> None:
-    if registry.turning_away >= TURNING_AWAY_AT_ONCE or not answer:
+    if registry.rejecting >= MAX_CONCURRENT_REJECTIONS or not response:
         return
-    registry.turning_away += 1
+    registry.rejecting += 1
     try:
-        with trio.move_on_after(TURNING_AWAY_TIME):
-            await stream.send_all(answer)
-            await close_gently(stream, cpu_scheduler)
+        with trio.move_on_after(REJECTION_TIMEOUT):
+            await stream.send_all(response)
+            await close_gracefully(stream, cpu_scheduler)
     except trio.BrokenResourceError:
         pass
     finally:
-        registry.turning_away -= 1
+        registry.rejecting -= 1

@@ -16,18 +16,18 @@ async def _nothing() -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """The head of a request, and the way to its body. Header names are in lower case."""
+    """The head of a request, and a function that reads its body. Header names are in lower case."""
 
     method: str
     path: str
     headers: Headers = ()
     version: bytes = b"1.1"
     host: str = ""
-    """The name and port that the client asks for; empty where HTTP/1.0 does not say."""
+    """The host and port that the client requested; empty if an HTTP/1.0 request has no `Host`."""
     network: str = ""
-    """Where the client is: see `network_of`."""
+    """The network of the client: see `network_of`."""
     read: Callable[[], Awaitable[bytes]] = _nothing
-    """Reads the body, once. Nothing is kept of a body that is not asked for: see first who sends it."""
+    """Reads the body, once. A body that no handler reads is not kept, so handlers check the token first."""
 
     @property
     def has_body(self) -> bool:
@@ -35,7 +35,7 @@ class HttpRequest:
         return bool(self.header(b"transfer-encoding")) or self.header(b"content-length") not in (b"", b"0")
 
     def header(self, name: bytes) -> bytes:
-        """The value of a header, empty if there is none; several are joined by commas."""
+        """Return the value of a header; empty if it is missing, and joined by commas if there are several."""
         return b", ".join(value for key, value in self.headers if key == name)
 
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from ...replica import Replica
 
 
-async def script(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """A module of the JavaScript client, for pages anywhere.
+async def serve_javascript(replica: Replica, request: HttpRequest) -> HttpResponse:
+    """Answer with a module of the JavaScript client, for pages of any origin.
 
-    A browser asks each time whether it has the present one: modules of two releases do not go together.
+    A browser revalidates it each time, because modules of two releases do not work together.
     """
-    body, tag = scripts()[request.path]
+    body, tag = javascript_modules()[request.path]
     headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-cache"), (b"etag", tag)]
     known = [each.strip().removeprefix(b"W/") for each in request.header(b"if-none-match").split(b",")]
     if tag in known or known == [b"*"]:
@@ -28,8 +28,8 @@ async def script(replica: Replica, request: HttpRequest) -> HttpResponse:
 
 
 @cache
-def scripts() -> dict[str, tuple[bytes, bytes]]:
-    """The modules of the JavaScript client by path, each with its entity tag: the first, and those that it imports."""
+def javascript_modules() -> dict[str, tuple[bytes, bytes]]:
+    """Return the modules of the JavaScript client by path, each with its entity tag."""
     static = resources.files("catbus") / "static"
     files = {"/catbus.js": static / "catbus.js"}
     files |= {f"/catbus/{file.name}": file for file in (static / "catbus").iterdir() if file.name.endswith(".js")}

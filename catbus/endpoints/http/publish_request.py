@@ -12,18 +12,19 @@ from ...auth.grants import Identity, client_of
 from ...errors import ErrorCode, PeerError, Unavailable
 from ...log import Outcome, Rejected
 from ...protocol import wire_messages as wire
-from .error_responses import STATUSES, error_response, retry_headers
+from .error_responses import ERROR_STATUSES, error_response, retry_headers
 from .http_request import HttpRequest, bearer_token
-from .http_response import HttpResponse, json
+from .http_response import HttpResponse, json_response
 
 if TYPE_CHECKING:
     from ...replica import Replica
 
 
 async def publish(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """Publish the message in the body, or all of an array of them, in order.
+    """Publish the message in the body, or an array of messages in order.
 
-    One that is refused says so in its place, and the status is that of the first of those; the others are published.
+    A rejected message has its error at its place in the response, and the status is that of the first error. The other
+    messages are published.
     """
     try:
         token = bearer_token(request)
@@ -43,12 +44,12 @@ async def publish(replica: Replica, request: HttpRequest) -> HttpResponse:
             refusals.append(outcome.code)
             replica.runtime_statistics.count_error(outcome.code)
         results.append(_result(item, outcome))
-    status = STATUSES.get(refusals[0], 400) if refusals else 200
-    return json(results[0] if single else results, status, retry_headers(status))
+    status = ERROR_STATUSES.get(refusals[0], 400) if refusals else 200
+    return json_response(results[0] if single else results, status, retry_headers(status))
 
 
 def _producer(request: HttpRequest, identity: Identity) -> bytes:
-    """Whom a request with an `Idempotency-Key` publishes for: the same one whenever the same client repeats the key."""
+    """Return the producer of a request with an `Idempotency-Key`: the same when the same client repeats the key."""
     key = request.header(b"idempotency-key")
     if len(key) > 255:
         raise PeerError(ErrorCode.BAD_MESSAGE, "an Idempotency-Key has at most 255 bytes")
@@ -57,7 +58,7 @@ def _producer(request: HttpRequest, identity: Identity) -> bytes:
 
 
 def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]:
-    """Whether the body is a single message, and the messages in it; raises `PeerError`."""
+    """Return whether the body is a single message, and its messages. Raises `PeerError`."""
     if not body.lstrip(b" \t\r\n").startswith(b"["):
         return True, [body]
     try:

@@ -1,4 +1,4 @@
-"""The head of a request: what it says, and which are refused because others could understand them otherwise."""
+"""The head of a request, and the rejection of heads that a proxy could read in another way."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import h11
 
 from .host_header import host_name
 from .http_request import HttpRequest
-from .http_response import HttpResponse, line
+from .http_response import HttpResponse, text_response
 
-SINGLE = (b"authorization", b"idempotency-key")
-"""Headers of which two would be a choice. h11 sees to `Host` and `Content-Length`."""
+SINGLE_HEADERS = (b"authorization", b"idempotency-key")
+"""Headers that may occur only once, because two would be ambiguous. h11 checks `Host` and `Content-Length`."""
 
 
-def read_head(event: h11.Request) -> HttpRequest | HttpResponse:
-    """The request that begins with this head, or why there is none: then nothing after it can be understood.
+def read_request_head(event: h11.Request) -> HttpRequest | HttpResponse:
+    """Return the request with this head, or an error response. After an error, the connection cannot be read on.
 
-    A proxy in front of the broker must see the same requests in a stream of bytes as the broker does. So a head that
-    says twice how long its body is, or in a way that its version of HTTP does not know, is no request (RFC 9112,
-    sections 6.1 and 6.3), and neither is one that could be for two hosts (section 3.2).
+    A proxy in front of the broker must see the same requests in a stream of bytes as the broker does. So a head is
+    rejected if it gives the length of its body twice or in a way that its HTTP version does not have (RFC 9112,
+    sections 6.1 and 6.3), or if it names two hosts (section 3.2).
     """
     headers = list(event.headers)
     names = [name for name, _ in headers]
     if not event.http_version.startswith(b"1."):
-        return line(505)
+        return text_response(505)
     if b"transfer-encoding" in names and b"content-length" in names:
-        return line(400, "`Transfer-Encoding` and `Content-Length` contradict each other")
+        return text_response(400, "`Transfer-Encoding` and `Content-Length` contradict each other")
     if b"transfer-encoding" in names and event.http_version < b"1.1":
-        return line(400, "HTTP/1.0 has no `Transfer-Encoding`")
-    if twice := next((name for name in SINGLE if names.count(name) > 1), None):
-        return line(400, f"`{twice.decode().title()}` stands in it twice")
-    place = _place(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
+        return text_response(400, "HTTP/1.0 has no `Transfer-Encoding`")
+    if twice := next((name for name in SINGLE_HEADERS if names.count(name) > 1), None):
+        return text_response(400, f"`{twice.decode().title()}` stands in it twice")
+    place = _host_and_path(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
     if place is None:
-        return line(400, "this is not a host, or not a target on it")
+        return text_response(400, "this is not a host, or not a target on it")
     host, path = place
     method = event.method.decode("ascii")
     if path == "*" and method != "OPTIONS":
-        return line(400, "`*` is for OPTIONS alone")
+        return text_response(400, "`*` is for OPTIONS alone")
     return HttpRequest(method, path, headers, version=event.http_version, host=host)
 
 
-def _place(target: str, host: str) -> tuple[str, str] | None:
-    """The host and the path, without the query, that a request is for. An absolute target overrides the `Host`."""
+def _host_and_path(target: str, host: str) -> tuple[str, str] | None:
+    """Return the host and the path, without the query. An absolute target overrides the `Host` header."""
     if host and host_name(host) is None:
         return None
     if target.startswith("/") or target == "*":

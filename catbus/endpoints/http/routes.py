@@ -1,4 +1,4 @@
-"""What there is on the WebSocket port beside WebSocket: which path answers what."""
+"""The HTTP paths of the WebSocket port, and the handlers that are too short for modules of their own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ...errors import ErrorCode, PeerError
-from .discovery import discovery
+from .discovery_document import discovery_document
 from .error_responses import error_response
-from .forwarded_headers import origin_of
+from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
-from .http_response import UPGRADE_REQUIRED, HttpResponse, json, line
-from .javascript_client import script, scripts
+from .http_response import UPGRADE_REQUIRED, HttpResponse, json_response, text_response
+from .javascript_client import javascript_modules, serve_javascript
 from .publish_request import publish
 
 if TYPE_CHECKING:
@@ -22,59 +22,63 @@ Handler = Callable[["Replica", HttpRequest], Awaitable[HttpResponse]]
 
 
 async def health(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """Alive, whatever else may be wrong. Exactly `ok`, which programs compare it with."""
+    """Answer exactly `ok`, which programs compare with, while the process runs."""
     return HttpResponse(200, b"ok")
 
 
 async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """Whether new clients should be sent here.
+    """Answer whether a load balancer should send new clients to this replica.
 
-    A database that is away does not change that, nor does a hole in the log: all replicas share them, and taking all of
-    them out of service would make an outage of a pause.
+    An unreachable database and a gap in the log do not change the answer: all replicas share them, and taking all
+    replicas out of rotation would turn a pause into an outage.
     """
     match replica.readiness:
         case "ready":
-            return line(200, "ready")
+            return text_response(200, "ready")
         case "degraded":
+<<<<<<< HEAD
             return line(200, f"degraded: {replica.log.problem}")
+=======
+            return text_response(200, f"degraded: {replica.log.trouble}")
+>>>>>>> 6213a65 (Name the parts of the endpoints in the terms of HTTP, WebSocket and QUIC)
         case other:
-            return line(503, other)
+            return text_response(503, other)
 
 
 async def metrics(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """What is counted and measured, for Prometheus."""
+    """Answer with the metrics in the Prometheus format."""
     found = replica.scrape()
     if found is None:
-        return line(503, "this replica exports no metrics")
+        return text_response(503, "this replica exports no metrics")
     body, content_type = found
     return HttpResponse(200, body, type=content_type.encode())
 
 
 async def status(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """How this replica is, for who may read everything."""
+    """Answer with the state of this replica, to a client that may read every channel."""
     try:
         identity = await replica.authenticate(bearer_token(request), request.network)
         if not identity.grants.may_read("*"):
             raise PeerError(ErrorCode.UNAUTHORIZED, "only who may read `*` is told")
     except PeerError as error:
         return error_response(replica, error)
-    return json(replica.report(), headers=[(b"cache-control", b"no-store")])
+    return json_response(replica.report(), headers=[(b"cache-control", b"no-store")])
 
 
 async def discover(replica: Replica, request: HttpRequest) -> HttpResponse:
     """Where the other ways in are, by the name under which this one was reached."""
-    secure, host = origin_of(request, tls=replica.config.websocket.tls)
+    secure, host = forwarded_origin(request, tls=replica.config.websocket.tls)
     if not host:
-        return line(400, "the request does not say which host it is for")
+        return text_response(400, "the request does not say which host it is for")
     made = None if replica.certificates is None else replica.certificates.self_made(datetime.now(UTC))
-    return json(
-        discovery(host, replica.webtransport_port, made, secure=secure),
+    return json_response(
+        discovery_document(host, replica.webtransport_port, made, secure=secure),
         headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],
     )
 
 
 async def websocket(replica: Replica, request: HttpRequest) -> HttpResponse:
-    """A plain request where there is only WebSocket."""
+    """Reject a request without an upgrade on a path that serves only WebSocket."""
     return UPGRADE_REQUIRED
 
 
@@ -83,7 +87,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/ready": {"GET": ready},
     "/status": {"GET": status},
     "/metrics": {"GET": metrics},
-    "/catbus.js": {"GET": script},
+    "/catbus.js": {"GET": serve_javascript},
     "/.well-known/catbus": {"GET": discover},
     "/publish": {"POST": publish},
     "/ws": {"GET": websocket},
@@ -91,20 +95,20 @@ ROUTES: dict[str, dict[str, Handler]] = {
 
 
 def route_of(path: str) -> str | None:
-    """The route that serves a path; all modules of the JavaScript client have one."""
+    """Return the route that serves a path. All modules of the JavaScript client share one."""
     if path in ROUTES:
         return path
-    return "/catbus.js" if path in scripts() else None
+    return "/catbus.js" if path in javascript_modules() else None
 
 
-def find(method: str, path: str) -> Handler | HttpResponse:
-    """Who answers a request, or the answer if there is nobody. What can be asked for with GET can be with HEAD."""
+def find_handler(method: str, path: str) -> Handler | HttpResponse:
+    """Return the handler of a request, or a 404 or 405 response. Each path with GET also serves HEAD."""
     route = route_of(path)
     methods = None if route is None else ROUTES[route]
     if methods is None:
-        return line(404)
+        return text_response(404)
     handler = methods.get("GET" if method == "HEAD" else method)
     if handler is None:
         allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in methods)
-        return line(405, headers=[(b"allow", allowed.encode())])
+        return text_response(405, headers=[(b"allow", allowed.encode())])
     return handler

@@ -1,4 +1,4 @@
-"""WebSocket frames as a server writes them (RFC 6455, section 5): unmasked, so the same bytes serve every client."""
+"""WebSocket frames of a server (RFC 6455, section 5). They are unmasked, so the same bytes serve every client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...delivery.send_queue import QueueItem
 from ...protocol.wire_messages import ProtocolVersion
 
 FRAME_SIZE = 65_536
-"""About how many bytes of lines go into one frame. A single longer item makes a longer frame."""
+"""Bytes of lines in one frame, approximately. A single longer item makes a longer frame."""
 
 PING = b"\x89\x00"
 
@@ -17,7 +17,7 @@ _MAX_REASON = 123
 
 
 def text_header(size: int) -> bytes:
-    """The header of a whole text message of `size` bytes."""
+    """Return the frame header of a text message of `size` bytes."""
     if size < 126:
         return bytes((0x81, size))
     if size < 65_536:
@@ -26,7 +26,7 @@ def text_header(size: int) -> bytes:
 
 
 def close_frame(code: int, reason: str) -> bytes:
-    """A Close frame. A reason that is too long for one is cut, between characters."""
+    """Return a Close frame. A reason that is too long is cut between characters."""
     text = reason.encode()[:_MAX_REASON].decode(errors="ignore").encode()
     return _CLOSE + bytes((2 + len(text),)) + code.to_bytes(2, "big") + text
 
@@ -37,10 +37,10 @@ def is_close(data: bytes) -> bool:
 
 
 class FrameEncoder:
-    """Makes frames of what a send queue held.
+    """Encodes items of a send queue as frames.
 
-    All subscribers of a pattern mostly hold the same items, one after another: the last result is kept, so that it is
-    packed once for all of them.
+    Subscribers of a pattern mostly send the same items, one after another. So the last result is cached, and the items
+    are encoded once for all subscribers.
     """
 
     def __init__(self) -> None:
@@ -48,18 +48,18 @@ class FrameEncoder:
         self._protocol = ProtocolVersion.V1
         self._frames = b""
 
-    def pack(self, items: Sequence[QueueItem], protocol: ProtocolVersion) -> bytes:
-        """The frames that carry `items`, in order.
+    def encode_items(self, items: Sequence[QueueItem], protocol: ProtocolVersion) -> bytes:
+        """Encode `items` in order.
 
-        A `catbus.v1` client gets as many lines in a frame as fit; a first-version client gets a frame for each line.
+        A `catbus.v1` client gets as many lines in a frame as fit. A first-version client gets one frame for each line.
         """
         if items != self._items or protocol is not self._protocol:
-            frames = _packed(items) if protocol is ProtocolVersion.V1 else _one_by_one(items)
+            frames = _encode_lines(items) if protocol is ProtocolVersion.V1 else _encode_first_version(items)
             self._items, self._protocol, self._frames = items, protocol, frames
         return self._frames
 
 
-def _packed(items: Sequence[QueueItem]) -> bytes:
+def _encode_lines(items: Sequence[QueueItem]) -> bytes:
     parts: list[bytes] = []
     begun: list[bytes] = []
     size = 0
@@ -75,7 +75,7 @@ def _packed(items: Sequence[QueueItem]) -> bytes:
     return b"".join(parts)
 
 
-def _one_by_one(items: Sequence[QueueItem]) -> bytes:
+def _encode_first_version(items: Sequence[QueueItem]) -> bytes:
     parts: list[bytes] = []
     for item in items:
         for line in (item,) if isinstance(item, bytes) else item.first_version_lines:

@@ -1,4 +1,4 @@
-"""The stream under trio-websocket: one outbox of whole frames and one writer at a time."""
+"""The stream beneath trio-websocket, on which the library and the broker write whole frames in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 import trio
 
 from ...limits.cpu_scheduler import CpuScheduler
-from ..graceful_close import close_gently
+from ..graceful_close import close_gracefully
 from .frame_encoder import close_frame, is_close
 from .inbound_frames import InboundFrames
 
@@ -19,45 +19,45 @@ _CHUNK = 65_536
 class FrameStream(trio.abc.Stream):
     """A connection that the library and the broker both write to, without mixing their frames.
 
-    Everything that is sent is a whole frame (or the answer to the handshake), and all of it passes through here, in
-    order. While nothing waits, a frame goes straight to the kernel. What the kernel does not take is left to a task
-    in `nursery`, and while that is at work nobody writes beside it: `busy` says so. When it has sent all that waited
-    it asks `refill` for what has gathered meanwhile, and it ends when there is none.
+    Everything that is sent is a whole frame (or the response of the handshake), and all of it is sent here, in order.
+    While nothing is unsent, a frame goes straight to the kernel. A task in `nursery` sends what the kernel does not
+    take, and nothing else writes while it runs: `writing` is true then. When it has sent everything, it calls
+    `take_frames` for more, and ends if there is none.
 
-    How much can wait: what one `refill` or one `write` gave, and control frames. The library's reader awaits `send_all`
-    for each Pong before it reads on, so a peer that pings and does not read has one Pong waiting here and everything
-    else in its own kernel.
+    The unsent bytes are bounded: the result of one `take_frames` or one `write`, and control frames. The library's
+    reader awaits `send_all` for each Pong before it reads on. So for a peer that pings and does not read, one Pong
+    waits here, and all other pings wait in the peer's own kernel.
 
-    A write that fails or is cancelled may have sent half a frame, so it breaks the connection: nothing is sent any
-    more, and `reading` is cancelled. Nothing is sent after a Close frame either.
+    A write that fails or is cancelled may have sent half a frame, so it breaks the connection: nothing more is sent,
+    and `read_scope` is cancelled. Nothing is sent after a Close frame either.
 
-    Closing the connection underneath is left to whoever accepted it.
+    The caller that accepted the connection closes the stream beneath.
     """
 
     __slots__ = (
-        "_answered",
+        "_closed",
         "_cpu_scheduler",
-        "_ended",
         "_fd",
+        "_handshake_sent",
         "_head",
         "_inbound",
-        "_moved",
         "_nursery",
+        "_progress",
         "_queue",
-        "_reading",
-        "_refill",
+        "_read_scope",
         "_rest",
         "_socket",
         "_stream",
+        "_take_frames",
         "broken",
-        "busy",
-        "last_heard",
-        "last_moved",
+        "last_progress",
+        "last_received",
         "on_received",
         "received",
         "sent",
-        "shut",
-        "waiting",
+        "unsent",
+        "write_closed",
+        "writing",
     )
 
     def __init__(
@@ -65,57 +65,57 @@ class FrameStream(trio.abc.Stream):
         stream: trio.abc.Stream,
         nursery: trio.Nursery,
         *,
-        refill: Callable[[], bytes],
-        reading: trio.CancelScope,
+        take_frames: Callable[[], bytes],
+        read_scope: trio.CancelScope,
         inbound: InboundFrames | None = None,
         cpu_scheduler: CpuScheduler | None = None,
         head: bytes = b"",
         rest: bytes = b"",
     ) -> None:
-        """`head` is a request for the library to answer, and `rest` what followed it; both are read first.
+        """`head` is an upgrade request for the library, and `rest` the bytes after it; both are read first.
 
-        `inbound` makes what the library reads of what comes after `head`, or has the connection closed over it.
+        `inbound` rewrites what is received after `head`, or closes the connection if it exceeds a limit.
         """
-        self.busy = False
-        """Whether the writer is at work."""
-        self.shut = False
-        """Whether anything more can be sent."""
+        self.writing = False
+        """Whether the task that sends unsent bytes is running."""
+        self.write_closed = False
+        """Whether nothing more can be sent."""
         self.broken = False
         self.received = 0
         self.on_received: Callable[[int], None] | None = None
-        """Called with the number of bytes whenever some have been received."""
+        """Called with the number of bytes after each read."""
         self.sent = 0
-        self.waiting = 0
+        self.unsent = 0
         """Bytes that the kernel has not taken yet."""
-        self.last_heard = self.last_moved = trio.current_time()
-        """Trio times: when anything was received, and when the writer last got rid of anything."""
+        self.last_received = self.last_progress = trio.current_time()
+        """Trio times of the last read, and of the last bytes that the kernel took."""
         self._stream = stream
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         self._fd = self._socket.fileno() if self._socket else -1
         self._nursery = nursery
-        self._refill = refill
+        self._take_frames = take_frames
         self._inbound = InboundFrames() if inbound is None else inbound
         self._cpu_scheduler = CpuScheduler() if cpu_scheduler is None else cpu_scheduler
-        self._reading = reading
+        self._read_scope = read_scope
         self._head = head
         self._rest = rest
-        self._answered = trio.Event()
-        self._ended = False
+        self._handshake_sent = trio.Event()
+        self._closed = False
         self._queue: list[bytes] = []
-        self._moved = trio.lowlevel.ParkingLot()
+        self._progress = trio.lowlevel.ParkingLot()
 
     @property
     def stalled_since(self) -> float | None:
-        """Since when the writer has been trying in vain, as a Trio time."""
-        return self.last_moved if self.busy else None
+        """The Trio time since which the kernel has taken nothing, or None if nothing is unsent."""
+        return self.last_progress if self.writing else None
 
     # For the broker
 
     def write(self, frames: bytes) -> None:
-        """Send whole frames, or have them sent, without waiting. Drops them when the connection is shut."""
-        if self.shut or not frames:
+        """Send or queue whole frames, without waiting. Drops them after a Close frame or a failure."""
+        if self.write_closed or not frames:
             return
-        if not self.busy and self._fd >= 0:
+        if not self.writing and self._fd >= 0:
             try:
                 sent = os.write(self._fd, frames)
             except BlockingIOError:
@@ -128,79 +128,79 @@ class FrameStream(trio.abc.Stream):
                 return
             frames = frames[sent:]
         self._queue.append(frames)
-        self.waiting += len(frames)
-        if not self.busy:
-            self.busy = True
-            self.last_moved = trio.current_time()
-            self._nursery.start_soon(self._write_on)
+        self.unsent += len(frames)
+        if not self.writing:
+            self.writing = True
+            self.last_progress = trio.current_time()
+            self._nursery.start_soon(self._write_queued)
 
     def close(self, frame: bytes) -> None:
-        """Send what `refill` still has and then a Close frame, after which nothing is sent."""
-        while not self.shut and (frames := self._refill()):
+        """Send what `take_frames` still returns and then a Close frame, after which nothing is sent."""
+        while not self.write_closed and (frames := self._take_frames()):
             self.write(frames)
         self.write(frame)
-        self.shut = True
+        self.write_closed = True
 
     def abort(self) -> None:
-        """Give the connection up: nothing more is sent, and whoever reads from it or waits for it stops.
+        """Break the connection: nothing more is sent, and tasks that read or wait here stop.
 
-        Due before the stream is closed, whose file number may soon be another connection's.
+        Call it before the stream is closed, because another connection may soon have the same file number.
         """
-        self.shut = self.broken = True
+        self.write_closed = self.broken = True
         self._queue.clear()
-        self.waiting = 0
-        # Both lead back to who has this connection, and only the garbage collector would free a circle.
-        self._refill = bytes
+        self.unsent = 0
+        # Both refer to the owner of this connection, and only the garbage collector would free a reference cycle.
+        self._take_frames = bytes
         self.on_received = None
-        self._moved.unpark_all()
-        self._reading.cancel()
+        self._progress.unpark_all()
+        self._read_scope.cancel()
 
-    async def finish(self) -> None:
-        """Wait until all has been sent and the peer has closed, too. Nobody else may be reading.
+    async def wait_closed(self) -> None:
+        """Wait until everything is sent and the peer has closed, too. No other task may be reading.
 
-        This side of the connection stays open until the peer's Close frame has come. A proxy ends both sides when one
-        has ended, and a peer that still sends then never reads why it was closed.
+        This side stays open until the peer's Close frame arrives. A proxy ends both sides when one has ended, and a
+        peer that is still sending then would never read why it was closed.
         """
-        while self.busy and not self.broken:
-            await self._moved.park()
+        while self.writing and not self.broken:
+            await self._progress.park()
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            more = self._inbound.skip(b"")
-            while self.shut and not (self.broken or self._inbound.ended):
+            more = self._inbound.discard(b"")
+            while self.write_closed and not (self.broken or self._inbound.close_received):
                 if more:
                     await trio.lowlevel.checkpoint()
-                    more = self._inbound.skip(b"")
+                    more = self._inbound.discard(b"")
                 elif data := await self._next_bytes(_CHUNK):
-                    more = self._inbound.skip(data)
+                    more = self._inbound.discard(data)
                 else:
                     break
         if not self.broken:
-            await close_gently(self._stream, self._cpu_scheduler)
+            await close_gracefully(self._stream, self._cpu_scheduler)
 
-    async def _write_on(self) -> None:
+    async def _write_queued(self) -> None:
         try:
-            while self._queue or self._refilled():
+            while self._queue or self._queue_more():
                 frames = memoryview(b"".join(self._queue))
                 self._queue.clear()
                 while frames:
                     frames = frames[await self._write_some(frames) :]
-                    self.last_moved = trio.current_time()
-                    self._moved.unpark_all()
+                    self.last_progress = trio.current_time()
+                    self._progress.unpark_all()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             self.abort()
         except BaseException:
             self.abort()
             raise
         finally:
-            self.busy = False
-            self._moved.unpark_all()
+            self.writing = False
+            self._progress.unpark_all()
 
-    def _refilled(self) -> bool:
-        if self.shut:
+    def _queue_more(self) -> bool:
+        if self.write_closed:
             return False
-        frames = self._refill()
+        frames = self._take_frames()
         if frames:
             self._queue.append(frames)
-            self.waiting += len(frames)
+            self.unsent += len(frames)
         return bool(frames)
 
     async def _write_some(self, frames: memoryview) -> int:
@@ -211,63 +211,63 @@ class FrameStream(trio.abc.Stream):
             await self._stream.send_all(frames[:size])
         if not self.broken:
             self.sent += size
-            self.waiting -= size
+            self.unsent -= size
         return size
 
     # For the library
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send one frame, and wait until it has been sent, except for a Close frame, which is waited for by `finish`.
+        """Send one frame, and wait until it is sent. For a Close frame, `wait_closed` waits instead.
 
-        Cancelling it does not take the frame back.
+        A cancelled call still sends the frame.
         """
         if self.broken:
             raise trio.BrokenResourceError
         frame = bytes(data)
         self.write(frame)
-        self._answered.set()
+        self._handshake_sent.set()
         if is_close(frame):
-            self.shut = True
+            self.write_closed = True
         else:
-            end = self.sent + self.waiting
+            end = self.sent + self.unsent
             while self.sent < end and not self.broken:
-                await self._moved.park()
+                await self._progress.park()
         if self.broken:
             raise trio.BrokenResourceError
         await trio.lowlevel.checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until nothing waits."""
+        """Wait until nothing is unsent."""
         await trio.lowlevel.checkpoint()
-        while self.busy:
-            await self._moved.park()
+        while self.writing:
+            await self._progress.park()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Read: `head` first, and what follows it once it has been answered.
+        """Return `head` first, and the bytes after it once the handshake is sent.
 
-        wsproto loses bytes that it is given between a request for a WebSocket and its answer.
+        wsproto loses bytes that it gets between an upgrade request and its response.
         """
         if self.broken:
             raise trio.BrokenResourceError
-        if self._ended:
+        if self._closed:
             raise trio.ClosedResourceError
         if self._head:
             await trio.lowlevel.checkpoint()
             head, self._head = self._head, b""
             return head
-        if not self._answered.is_set():
-            await self._answered.wait()
+        if not self._handshake_sent.is_set():
+            await self._handshake_sent.wait()
         while True:
             if passed := self._inbound.take():
-                # The library may take all that it gets in one go: somebody else's turn comes first.
+                # The library may process all that it gets without a pause, so other peers come first.
                 await self._cpu_scheduler.yield_cpu()
                 return passed
-            if self._inbound.refused is not None:
-                self.close(close_frame(*self._inbound.refused))
-                self._reading.cancel()
+            if self._inbound.close_reason is not None:
+                self.close(close_frame(*self._inbound.close_reason))
+                self._read_scope.cancel()
                 await trio.lowlevel.checkpoint()
-            # What is kept is no more than one message of those that the peer may send.
-            data = await self._next_bytes(min(max_bytes or _CHUNK, self._inbound.largest))
+            # No more is buffered than one message of the size that the peer may send.
+            data = await self._next_bytes(min(max_bytes or _CHUNK, self._inbound.max_message_size))
             if not data:
                 return data
             self._inbound.feed(data)
@@ -280,13 +280,13 @@ class FrameStream(trio.abc.Stream):
         else:
             data = bytes(await self._stream.receive_some(max_bytes))
             await self._cpu_scheduler.acquire()
-        self.last_heard = trio.current_time()
+        self.last_received = trio.current_time()
         self.received += len(data)
         if self.on_received is not None:
             self.on_received(len(data))
         return data
 
     async def aclose(self) -> None:
-        """The library has done with the connection: it reads no more."""
-        self._ended = True
+        """Called by the library when it has finished: it reads no more."""
+        self._closed = True
         await trio.lowlevel.checkpoint()

@@ -1,4 +1,4 @@
-"""Requests for a WebSocket: which of them are granted, and how they are handed on to the library."""
+"""The WebSocket handshake: which upgrade requests are accepted, and the request head that trio-websocket gets."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ import binascii
 from collections.abc import Collection
 
 from ..http.http_request import HttpRequest
-from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, line
+from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, text_response
 
 PATH = "/ws"
 
 
-def is_offered(request: HttpRequest) -> bool:
-    """Whether a request asks for a WebSocket. Other offers are ignored, as they may be; so are all from HTTP/1.0."""
-    return request.version >= b"1.1" and b"websocket" in _tokens(request, b"upgrade")
+def is_websocket_upgrade(request: HttpRequest) -> bool:
+    """Whether a request asks for a WebSocket. Other upgrades, and all in HTTP/1.0, are ignored, as RFC 9110 allows."""
+    return request.version >= b"1.1" and b"websocket" in _header_tokens(request, b"upgrade")
 
 
-def refuse(request: HttpRequest, origins: Collection[str]) -> HttpResponse | None:
-    """Why a request for a WebSocket is not granted, or None if it is. With no `origins`, all are welcome.
+def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpResponse | None:
+    """Return an error response if an upgrade request is rejected, else None. Without `origins`, all are allowed.
 
-    Only a browser says which page it acts for, so a request that does not is from something else.
+    Only browsers send an `Origin`, so a request without one does not come from a page.
     """
     if request.path != PATH:
-        return line(404, f"WebSocket is at {PATH}")
+        return text_response(404, f"WebSocket is at {PATH}")
     if request.method != "GET":
-        return line(405, headers=[(b"allow", b"GET, HEAD")])
+        return text_response(405, headers=[(b"allow", b"GET, HEAD")])
     if request.has_body:
-        return line(400, "a request for a WebSocket has no body")
-    if b"upgrade" not in _tokens(request, b"connection"):
-        return line(400, "`Connection: Upgrade` is missing")
+        return text_response(400, "a request for a WebSocket has no body")
+    if b"upgrade" not in _header_tokens(request, b"connection"):
+        return text_response(400, "`Connection: Upgrade` is missing")
     if request.header(b"sec-websocket-version") != b"13":
         return UPGRADE_REQUIRED
     if not _is_key(request.header(b"sec-websocket-key")):
-        return line(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
+        return text_response(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
     origin = request.header(b"origin")
     if origin and origins and origin.decode("latin-1") not in origins:
-        return line(403, "this origin is not allowed")
+        return text_response(403, "this origin is not allowed")
     return None
 
 
-def restated(request: HttpRequest) -> bytes:
-    """The head of a granted request, with nothing in it but what the handshake needs."""
+def minimal_request_head(request: HttpRequest) -> bytes:
+    """Return the head of an accepted request with only the headers that the handshake needs."""
     return (
         b"GET %b HTTP/1.1\r\nHost: catbus\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n"
     ) % (PATH.encode(), request.header(b"sec-websocket-key"))
 
 
-def _tokens(request: HttpRequest, name: bytes) -> set[bytes]:
+def _header_tokens(request: HttpRequest, name: bytes) -> set[bytes]:
     return {token.strip().lower() for token in request.header(name).split(b",")}
 
 

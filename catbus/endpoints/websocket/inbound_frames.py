@@ -1,22 +1,22 @@
-"""What a WebSocket client sends, on its way to trio-websocket: joined where that is possible, and bounded.
+"""The frames that a WebSocket client sends, on their way to trio-websocket: coalesced, and limited in size and number.
 
-A frame costs trio-websocket some fifty microseconds, an object in one costs two. To the session a WebSocket is a stream
-of text whose frames mean nothing, so that text frames that have arrived together can go on as one.
+A frame costs trio-websocket about 50 µs, but an object inside a frame only 2 µs. The session reads a WebSocket as a
+stream of text in which frames mean nothing, so text frames that arrived together can be joined.
 
-The library takes all frames of what it is given in one go, and keeps a part for each fragment of a message until the
-last one has come. So it is given few frames at a time, and no message that is too large or comes in too many fragments.
+The library processes all frames that it gets without a pause, and keeps each fragment of a message until the last one
+has arrived. So it gets few frames at a time, and no message that is too large or has too many fragments.
 """
 
 from __future__ import annotations
 
-FRAMES = 50
-"""About how many frames go on at a time."""
-LOOKED_AT = 400
-"""How many frames are looked at before others have their turn, of which many may be joined."""
-FRAGMENTS = 128
-"""How many fragments any message may have."""
-FRAGMENT_SIZE = 32
-"""Bytes of a message for which it may have one fragment more."""
+FRAMES_PER_CALL = 50
+"""Frames that one `take` returns, approximately."""
+FRAMES_PER_TURN = 400
+"""Received frames that one call examines before other tasks run. Many of them may be joined."""
+MAX_FRAGMENTS = 128
+"""Fragments that every message may have."""
+BYTES_PER_EXTRA_FRAGMENT = 32
+"""Bytes of a message that allow one more fragment."""
 
 TOO_LARGE = 1009, "a message is too large"
 TOO_MANY_FRAGMENTS = 1009, "a message comes in too many fragments"
@@ -32,14 +32,14 @@ _UNMASKED = bytes(_MASK)
 
 
 class InboundFrames:
-    """Rewrites what a client sends: whole text frames in a row become one, of up to about `limit` bytes.
+    """Rewrites what a client sends: consecutive text frames are joined, up to about `limit` bytes.
 
-    Everything else passes as it came, faults included, for the library to judge: control frames, binary ones,
-    fragments, frames that did not arrive whole, and text that is not ASCII, of which each message must be valid UTF-8.
-    A whole text frame amid fragments is a fault, and so is what is made of several.
+    All other bytes pass unchanged, also invalid ones, which the library rejects: control frames, binary frames,
+    fragments, incomplete frames, and text that is not ASCII, because each message must be valid UTF-8. An unfragmented
+    text frame between fragments is an error, and stays one when frames are joined.
 
-    `feed` takes bytes, and `take` gives those to pass on, until it gives none: then it is time for more. `skip` takes
-    bytes of which nothing is passed on any more. Between two calls others may have their turn.
+    Call `feed` with received bytes, then `take` until it returns none, then `feed` again. Call `discard` with bytes
+    that must not reach the library. Other tasks may run between two calls.
     """
 
     __slots__ = (
@@ -50,108 +50,108 @@ class InboundFrames:
         "_position",
         "_rest",
         "_size",
-        "ended",
-        "largest",
-        "refused",
+        "close_reason",
+        "close_received",
+        "max_message_size",
     )
 
-    def __init__(self, limit: int = 65_536, largest: int = 1 << 20) -> None:
-        self.largest = largest
-        """How many bytes a message may have."""
-        self.refused: tuple[int, str] | None = None
-        """The code and the reason to close with, of a client of which nothing more is taken."""
-        self.ended = False
-        """Whether the client's Close frame has come, or something after which none could be told from the rest."""
+    def __init__(self, limit: int = 65_536, max_message_size: int = 1 << 20) -> None:
+        self.max_message_size = max_message_size
+        """Bytes that a message may have."""
+        self.close_reason: tuple[int, str] | None = None
+        """The code and the reason to close with, once the client exceeded a limit. Then `take` returns nothing."""
+        self.close_received = False
+        """Whether the client's Close frame has arrived, or invalid bytes after which none could be recognized."""
         self._limit = limit
         self._data = b""
         self._position = 0
-        """Where in it that begins which has not been passed on: in the end, a header that has not come whole."""
+        """The start of the bytes in `_data` that `take` has not returned. In the end, an incomplete header is left."""
         self._rest = 0
-        """How much of a frame that passes as it is has yet to come."""
+        """Bytes still to arrive of a frame that passes unchanged."""
         self._broken = False
-        """Whether there was something that is no frame of a client: the library will end the connection over it."""
+        """Whether bytes were no valid frame of a client. The library then closes the connection."""
         self._fragments = self._size = 0
-        """Of the message that has begun."""
+        """Fragments and bytes of the current message."""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes, after all that could be passed on has been taken."""
+        """Add received bytes. Call `take` until it returns nothing first."""
         self._data += data
 
     def take(self) -> bytes:
-        """What can be passed on next, of a few hundred frames at the most; empty until more has been fed."""
-        if self.refused is not None:
-            self.skip(b"")
+        """Return the next bytes for the library, from a few hundred frames at most; empty until more bytes are fed."""
+        if self.close_reason is not None:
+            self.discard(b"")
             return b""
         data, position = self._data, min(self._position + self._rest, len(self._data))
         passed = [data[self._position : position]]
         run: list[tuple[int, int, int]] = []
         self._rest -= position - self._position
-        looked = 0
-        while position < len(data) and looked < LOOKED_AT and len(passed) < 2 * FRAMES:
-            looked += 1
+        examined = 0
+        while position < len(data) and examined < FRAMES_PER_TURN and len(passed) < 2 * FRAMES_PER_CALL:
+            examined += 1
             start, header = position, _header(data, position)
-            if self._broken or _is_faulty(data[start : start + 2]):
-                self._broken = self.ended = True
-                passed += (_joined(data, run), data[start:])
+            if self._broken or _is_invalid_start(data[start : start + 2]):
+                self._broken = self.close_received = True
+                passed += (_join(data, run), data[start:])
                 run, position = [], len(data)
                 break
             if header is None:
                 break
             payload, size = header
             first, end = data[start], payload + size
-            if not self._is_welcome(first, size):
+            if not self._is_allowed(first, size):
                 break
             position = min(end, len(data))
             if first == _WHOLE_TEXT and data[start + 1] & _MASKED and end <= len(data):
                 if run and position - run[0][0] > self._limit:
-                    passed.append(_joined(data, run))
+                    passed.append(_join(data, run))
                     run = []
                 run.append((start, payload, position))
                 continue
-            passed += (_joined(data, run), data[start:position])
+            passed += (_join(data, run), data[start:position])
             run = []
-            self.ended = self.ended or first == _CLOSE
+            self.close_received = self.close_received or first == _CLOSE
             self._rest = end - position
-        ended = looked < LOOKED_AT and len(passed) < 2 * FRAMES
-        passed.append(_joined(data, run))
-        # In the end there is left a header that has not come whole, or all from where the client was refused.
-        self._data, self._position = (data[position:], 0) if ended else (data, position)
+        complete = examined < FRAMES_PER_TURN and len(passed) < 2 * FRAMES_PER_CALL
+        passed.append(_join(data, run))
+        # What is left is an incomplete header, or everything from the frame that exceeded a limit.
+        self._data, self._position = (data[position:], 0) if complete else (data, position)
         return b"".join(passed)
 
-    def skip(self, data: bytes) -> bool:
-        """Take bytes that are not passed on, to see whether the client's Close frame is among them.
+    def discard(self, data: bytes) -> bool:
+        """Search bytes for the client's Close frame, without returning them from `take`.
 
-        Returns whether there is more to be looked at: then call it again with none, when others have had their turn.
+        Returns whether bytes are left to examine: then let other tasks run, and call it again with no bytes.
         """
-        data, looked = self._data[self._position :] + data, 0
+        data, examined = self._data[self._position :] + data, 0
         position, self._rest = self._rest, 0
-        while position < len(data) and not self.ended and looked < LOOKED_AT:
-            looked += 1
+        while position < len(data) and not self.close_received and examined < FRAMES_PER_TURN:
+            examined += 1
             header = _header(data, position)
-            self.ended = data[position] == _CLOSE or _is_faulty(data[position : position + 2])
+            self.close_received = data[position] == _CLOSE or _is_invalid_start(data[position : position + 2])
             if header is None:
                 break
             position = sum(header)
         self._data, self._position, self._rest = data[position:], 0, max(0, position - len(data))
-        return looked == LOOKED_AT
+        return examined == FRAMES_PER_TURN
 
-    def _is_welcome(self, first: int, size: int) -> bool:
-        """Whether a frame may pass that begins with this byte and has a payload of this size."""
+    def _is_allowed(self, first: int, size: int) -> bool:
+        """Whether a frame with this first byte and this payload size is within the limits."""
         if first & _CONTROL:
             return True
         if first & _OPCODE:
             self._fragments = self._size = 0
         self._fragments += 1
         self._size += size
-        if self._size > self.largest:
-            self.refused = TOO_LARGE
-        elif self._fragments > FRAGMENTS + self._size // FRAGMENT_SIZE:
-            self.refused = TOO_MANY_FRAGMENTS
-        return self.refused is None
+        if self._size > self.max_message_size:
+            self.close_reason = TOO_LARGE
+        elif self._fragments > MAX_FRAGMENTS + self._size // BYTES_PER_EXTRA_FRAGMENT:
+            self.close_reason = TOO_MANY_FRAGMENTS
+        return self.close_reason is None
 
 
 def _header(data: bytes, start: int) -> tuple[int, int] | None:
-    """Where the payload of a frame begins, and its size; None when the header has not come whole."""
+    """Return the start and the size of a frame's payload, or None if the header is incomplete."""
     if start + 2 > len(data):
         return None
     size = data[start + 1] & 0x7F
@@ -165,22 +165,22 @@ def _header(data: bytes, start: int) -> tuple[int, int] | None:
     return (payload, size) if payload <= len(data) else None
 
 
-def _is_faulty(begin: bytes) -> bool:
-    """Whether a client's frame cannot begin like this: RFC 6455, sections 5.2 and 5.5."""
+def _is_invalid_start(begin: bytes) -> bool:
+    """Whether the first one or two bytes are invalid for a client's frame (RFC 6455, sections 5.2 and 5.5)."""
     first, second = begin[0], begin[-1] if len(begin) > 1 else _MASKED
     control = first & 0x08
     return first & 0x77 > 2 or not second & _MASKED or bool(control and (not first & _FINAL or second & 0x7F > 125))
 
 
-def _joined(data: bytes, run: list[tuple[int, int, int]]) -> bytes:
-    """A run of text frames (where each begins, its payload begins, and it ends), as one frame if that is possible."""
+def _join(data: bytes, run: list[tuple[int, int, int]]) -> bytes:
+    """Join text frames, given as (start, start of the payload, end), into one frame if that is possible."""
     if not run:
         return b""
     whole = data[run[0][0] : run[-1][2]]
     if len(run) == 1:
         return whole
-    text = b"".join([_unmasked(data[payload - _MASK : payload], data[payload:end]) for _, payload, end in run])
-    if not text.isascii() or any(_wasteful(start, payload, end) for start, payload, end in run):
+    text = b"".join([_unmask(data[payload - _MASK : payload], data[payload:end]) for _, payload, end in run])
+    if not text.isascii() or any(_has_overlong_length(start, payload, end) for start, payload, end in run):
         return whole
     size = len(text)
     if size < 126:
@@ -192,13 +192,13 @@ def _joined(data: bytes, run: list[tuple[int, int, int]]) -> bytes:
     return bytes((_WHOLE_TEXT,)) + length + _UNMASKED + text
 
 
-def _wasteful(start: int, payload: int, end: int) -> bool:
-    """Whether a length is written with more bytes than it needs, which is a fault (RFC 6455, section 5.2)."""
+def _has_overlong_length(start: int, payload: int, end: int) -> bool:
+    """Whether a length is encoded with more bytes than it needs, which is invalid (RFC 6455, section 5.2)."""
     size, width = end - payload, payload - start - 2 - _MASK
     return (width == 2 and size < 126) or (width == 8 and size < 65_536)
 
 
-def _unmasked(mask: bytes, payload: bytes) -> bytes:
+def _unmask(mask: bytes, payload: bytes) -> bytes:
     size = len(payload)
     key = (mask * (size // _MASK + 1))[:size]
     return (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")

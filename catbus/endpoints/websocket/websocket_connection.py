@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from ...replica import Replica
     from ...session.driver import SessionDriver
 
-HANDSHAKE_TIME = 10.0
-CLOSING_TIME = 2.0
-"""Seconds in which the send queue, the Close frame and the peer's answer to it must have passed."""
-STALL_TIME = 60.0
-"""Seconds that a write may make no progress."""
-PORTION = 65_536
-"""About how many bytes leave the send queue at a time, and only when those before have left for the kernel: what
-waits in the send queue is shared with other send queues, counted, and can be had again from the log. Of what has left,
-replies count: one may have a megabyte. Messages do not, of which many connections hold the same bytes."""
-OBJECTS_IN_MESSAGE = 16
-"""How many objects of the largest size a WebSocket message may carry; the session looks at the size of each."""
+HANDSHAKE_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 2.0
+"""Seconds for sending the send queue and the Close frame, and for the peer's Close frame."""
+STALL_TIMEOUT = 60.0
+"""Seconds without progress of a write after which the connection is closed."""
+WRITE_SIZE = 65_536
+"""Bytes taken from the send queue at a time, approximately, and only after the kernel took those before: messages in
+send queues are shared, counted, and can be read from the log again. Of the unsent bytes, replies are counted, because
+one may have a megabyte. Messages are not, because many connections hold the same bytes."""
+MAX_OBJECTS_PER_MESSAGE = 16
+"""Objects of the largest size in one WebSocket message. The session checks the size of each object."""
 
-FAULT = CloseCode.INTERNAL, "internal error"
+INTERNAL_ERROR = CloseCode.INTERNAL, "internal error"
 
 _RECEIVE_SIZE = 65_536
 _PROTOCOL_ERRORS = frozenset({1002, 1003, 1007})
@@ -52,26 +52,26 @@ async def serve_websocket(
     stream: trio.abc.Stream,
     head: bytes,
     rest: bytes,
-    prove: Callable[[], None],
+    on_authenticated: Callable[[], None],
     network: str = "",
 ) -> None:
-    """Serve a peer whose request for a WebSocket, `head`, was accepted, until one of the two closes.
+    """Serve a peer whose upgrade request was accepted, until one side closes. Does not close the stream.
 
-    `rest` is what it sent after that. `prove` is called when it has shown a token. `network` is where it is. Does not
-    close the stream.
+    `head` is the request, and `rest` the bytes after it. `on_authenticated` is called when the peer has authenticated.
+    `network` is the network of the peer.
     """
     settings = replica.config.websocket
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     if isinstance(transport, trio.SocketStream):
-        # Otherwise the kernel takes megabytes for a client that does not read. Trio has set TCP_NODELAY.
+        # Otherwise the kernel buffers megabytes for a client that does not read. Trio has set TCP_NODELAY.
         transport.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, settings.send_buffer)
     async with trio.open_nursery() as writers:
         size = replica.config.limits.message_size
         connection = WebSocketServerConnection(
-            registry, settings, replica.cpu_scheduler, size, stream, writers, head, rest, prove
+            registry, settings, replica.cpu_scheduler, size, stream, writers, head, rest, on_authenticated
         )
         try:
-            with registry.carry(connection.outbox):
+            with registry.count_bytes(connection.frame_stream):
                 await connection.serve(replica, network)
         finally:
             connection.release()
@@ -79,24 +79,24 @@ async def serve_websocket(
 
 
 class WebSocketServerConnection:
-    """The outlet of one client's send queue, and the task that feeds the client what arrives."""
+    """Writes the send queue of one session to a WebSocket, and passes what arrives to the session."""
 
     __slots__ = (
-        "_client",
-        "_conversing",
-        "_give_up",
-        "_goodbye",
+        "_close_deadline",
+        "_close_reason",
+        "_driver",
+        "_frame_encoder",
         "_inbound",
-        "_largest",
-        "_last_busy",
-        "_listening",
-        "_packer",
-        "_pinged",
-        "_prove",
+        "_last_ping",
+        "_last_writing",
+        "_max_message_size",
+        "_on_authenticated",
+        "_receive_scope",
         "_registry",
         "_send_queue",
+        "_session_scope",
         "_settings",
-        "outbox",
+        "frame_stream",
     )
 
     def __init__(
@@ -109,162 +109,161 @@ class WebSocketServerConnection:
         writers: trio.Nursery,
         head: bytes,
         rest: bytes,
-        prove: Callable[[], None],
+        on_authenticated: Callable[[], None],
     ) -> None:
-        self._prove = prove
+        self._on_authenticated = on_authenticated
         self._registry = registry
         self._settings = settings
-        self._packer = registry.packer
-        self._client: SessionDriver | None = None
+        self._frame_encoder = registry.frame_encoder
+        self._driver: SessionDriver | None = None
         self._send_queue: SendQueue | None = None
-        self._conversing = trio.CancelScope()
-        self._listening = trio.CancelScope()
+        self._session_scope = trio.CancelScope()
+        self._receive_scope = trio.CancelScope()
         self._inbound = InboundFrames(message_size, UNAUTHENTICATED_OBJECT_BYTES)
-        self._largest = OBJECTS_IN_MESSAGE * message_size
-        self.outbox = FrameStream(
+        self._max_message_size = MAX_OBJECTS_PER_MESSAGE * message_size
+        self.frame_stream = FrameStream(
             stream,
             writers,
-            refill=self._take,
-            reading=self._conversing,
+            take_frames=self._take_frames,
+            read_scope=self._session_scope,
             inbound=self._inbound,
             cpu_scheduler=cpu_scheduler,
             head=head,
             rest=rest,
         )
-        self._pinged = self._last_busy = self.outbox.last_heard
-        self._goodbye: tuple[int, str] | None = None
-        self._give_up = inf
+        self._last_ping = self._last_writing = self.frame_stream.last_received
+        self._close_reason: tuple[int, str] | None = None
+        self._close_deadline = inf
 
     def release(self) -> None:
-        """Give up what is left of the connection, so that it is freed at once: the garbage collector comes seldom."""
-        self.outbox.abort()
-        self._client = self._send_queue = None
+        """Break the connection and its reference cycles, so that its memory is freed without the garbage collector."""
+        self.frame_stream.abort()
+        self._driver = self._send_queue = None
 
     def flush(self) -> None:
-        """Send what the send queue holds, as far as the kernel takes it. While the writer is at work, it sees to
-        that."""
-        outbox, send_queue = self.outbox, self._send_queue
-        if send_queue is not None and not outbox.busy:
-            items = send_queue.take(PORTION)
+        """Write the send queue, as far as the kernel takes it. While bytes are unsent, the writing task does so."""
+        frame_stream, send_queue = self.frame_stream, self._send_queue
+        if send_queue is not None and not frame_stream.writing:
+            items = send_queue.take(WRITE_SIZE)
             while items:
-                outbox.write(self._pack(items, send_queue.protocol))
-                if outbox.busy:
+                frame_stream.write(self._encode(items, send_queue.protocol))
+                if frame_stream.writing:
                     send_queue.count_unsent(size_of_replies(items))
-                items = send_queue.take(PORTION) if send_queue.size and not outbox.busy else []
+                items = send_queue.take(WRITE_SIZE) if send_queue.size and not frame_stream.writing else []
 
-    def _take(self) -> bytes:
+    def _take_frames(self) -> bytes:
         send_queue = self._send_queue
         if send_queue is None:
             return b""
-        items = send_queue.take(PORTION)
+        items = send_queue.take(WRITE_SIZE)
         send_queue.count_unsent(size_of_replies(items))
-        return self._pack(items, send_queue.protocol)
+        return self._encode(items, send_queue.protocol)
 
-    def _pack(self, items: list[QueueItem], protocol: ProtocolVersion) -> bytes:
+    def _encode(self, items: list[QueueItem], protocol: ProtocolVersion) -> bytes:
         try:
-            return self._packer.pack(items, protocol)
+            return self._frame_encoder.encode_items(items, protocol)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self._registry.fault("a flush failed", error)
-            self.outbox.abort()
+            self._registry.log_internal_error("a flush failed", error)
+            self.frame_stream.abort()
             return b""
 
     def check(self, now: float) -> None:
-        """Ping a peer that has been silent for a while, and give up one that has been for long.
+        """Ping a peer that was silent for `ping_interval`, and close the connection after `silence`.
 
-        A peer for which something waits is not silent: no ping gets past that. It has `STALL_TIME` to take some of it,
-        and then as long as others to answer a ping. A peer that takes nothing is past being told.
+        While bytes are unsent, the peer does not count as silent, because a ping would wait behind them. If it takes
+        none of them for `STALL_TIMEOUT`, the connection is closed without a Close frame, which would wait, too.
         """
-        outbox, client = self.outbox, self._client
-        if client is None:
+        frame_stream, driver = self.frame_stream, self._driver
+        if driver is None:
             return
-        if outbox.busy:
-            self._last_busy = now
-        silent = now - max(outbox.last_heard, self._last_busy)
-        if outbox.busy:
-            if now - outbox.last_moved >= STALL_TIME:
-                self._registry.remark("a client does not read", seconds=STALL_TIME)
-                outbox.abort()
+        if frame_stream.writing:
+            self._last_writing = now
+        silent = now - max(frame_stream.last_received, self._last_writing)
+        if frame_stream.writing:
+            if now - frame_stream.last_progress >= STALL_TIMEOUT:
+                self._registry.log_peer_event("a client does not read", seconds=STALL_TIMEOUT)
+                frame_stream.abort()
         elif silent >= self._settings.silence:
-            client.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")
-        elif min(silent, now - self._pinged) >= self._settings.ping_interval:
-            self._pinged = now
-            outbox.write(PING)
+            driver.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")
+        elif min(silent, now - self._last_ping) >= self._settings.ping_interval:
+            self._last_ping = now
+            frame_stream.write(PING)
 
     async def serve(self, replica: Replica, network: str) -> None:
-        """Serve the peer until the connection has been closed, or nothing more can be done about it."""
+        """Serve the peer until the connection is closed or broken."""
         try:
-            await self._converse(replica, network)
+            await self._run_session(replica, network)
         except* (LocalProtocolError, ConnectionClosed):
-            # The library's reader raises these at a peer that goes on after its Close frame.
+            # The library's reader raises these if a peer sends more after its Close frame.
             logger.debug("a peer broke the protocol while closing", exc_info=True)
         except* Exception as error:  # noqa: BLE001 (it is logged)
-            self._registry.fault("a connection failed", error)
-            self.outbox.close(close_frame(*FAULT))
-        with trio.move_on_at(min(self._give_up, trio.current_time() + CLOSING_TIME)):
-            await self.outbox.finish()
+            self._registry.log_internal_error("a connection failed", error)
+            self.frame_stream.close(close_frame(*INTERNAL_ERROR))
+        with trio.move_on_at(min(self._close_deadline, trio.current_time() + CLOSE_TIMEOUT)):
+            await self.frame_stream.wait_closed()
 
-    async def _converse(self, replica: Replica, network: str) -> None:
-        with self._conversing:
+    async def _run_session(self, replica: Replica, network: str) -> None:
+        with self._session_scope:
             async with trio.open_nursery() as library:
-                with trio.move_on_after(HANDSHAKE_TIME) as limit:
-                    websocket = await self._shake_hands(library, replica.config.limits.message_size)
+                with trio.move_on_after(HANDSHAKE_TIMEOUT) as limit:
+                    websocket = await self._accept_handshake(library, replica.config.limits.message_size)
                 if limit.cancelled_caught:
                     library.cancel_scope.cancel()
                     return
-                self._client = client = replica.open_session(self, transport="websocket", network=network)
-                self._send_queue = client.send_queue
-                self.outbox.on_received = client.heard
+                self._driver = driver = replica.open_session(self, transport="websocket", network=network)
+                self._send_queue = driver.send_queue
+                self.frame_stream.on_received = driver.heard
                 try:
-                    with self._registry.watch(self):
-                        library.start_soon(self._read, websocket, client)
-                        await client.wait_closing()
-                        if goodbye := client.closing or self._goodbye:
-                            self.outbox.close(close_frame(*goodbye))
+                    with self._registry.kept_alive(self):
+                        library.start_soon(self._read_messages, websocket, driver)
+                        await driver.wait_closing()
+                        if close_reason := driver.closing or self._close_reason:
+                            self.frame_stream.close(close_frame(*close_reason))
                 finally:
-                    client.leave()
-                # `_read` and the library's reader end when the peer has closed.
-                self._listening.cancel()
-                library.cancel_scope.deadline = self._give_up = trio.current_time() + CLOSING_TIME
+                    driver.leave()
+                # `_read_messages` and the library's reader end when the peer has closed.
+                self._receive_scope.cancel()
+                library.cancel_scope.deadline = self._close_deadline = trio.current_time() + CLOSE_TIMEOUT
 
-    async def _shake_hands(self, nursery: trio.Nursery, message_size: int) -> WebSocketConnection:
+    async def _accept_handshake(self, nursery: trio.Nursery, message_size: int) -> WebSocketConnection:
         request = await wrap_server_stream(
             nursery,
-            self.outbox,
-            max_message_size=OBJECTS_IN_MESSAGE * message_size,
+            self.frame_stream,
+            max_message_size=MAX_OBJECTS_PER_MESSAGE * message_size,
             receive_buffer_size=_RECEIVE_SIZE,
         )
         return await request.accept()
 
-    async def _read(self, websocket: WebSocketConnection, client: SessionDriver) -> None:
-        """Feed the client until it is closing; then read on for the library's sake, which waits for the peer's Close.
+    async def _read_messages(self, websocket: WebSocketConnection, driver: SessionDriver) -> None:
+        """Pass messages to the session until it is closing; then read on, because the library waits for a Close frame.
 
-        The library keeps one message and then reads nothing, pings included, so it has to be read whatever happens.
-        Only while `receive` waits is it not: until a publish has been answered or a token looked up, which takes 5 s at
-        most, or until the peer takes what is waiting for it, which `check` sees to.
+        The library buffers one message and then reads nothing, not even pings, so messages must always be taken. They
+        are not taken while `receive` waits: for a publish or the lookup of a token, which take 5 s at most, or for the
+        peer to read its replies, which `check` enforces.
         """
         try:
             try:
-                with self._listening:
-                    await self._listen(websocket, client)
+                with self._receive_scope:
+                    await self._receive_messages(websocket, driver)
             except ConnectionClosed:
                 raise
             except Exception as error:  # noqa: BLE001 (it is logged)
-                self._registry.fault("a session failed", error)
-                client.close(*FAULT)
+                self._registry.log_internal_error("a session failed", error)
+                driver.close(*INTERNAL_ERROR)
             while True:
                 await websocket.get_message()
         except ConnectionClosed as closed:
             if closed.reason is not None and closed.reason.code in _PROTOCOL_ERRORS:
-                # The library only closes; the peer had better know why.
-                self._goodbye = closed.reason.code, closed.reason.reason or ""
-            client.leave()
+                # The library closes without a reason, so send one to the peer.
+                self._close_reason = closed.reason.code, closed.reason.reason or ""
+            driver.leave()
 
-    async def _listen(self, websocket: WebSocketConnection, client: SessionDriver) -> None:
-        while client.closing is None:
+    async def _receive_messages(self, websocket: WebSocketConnection, driver: SessionDriver) -> None:
+        while driver.closing is None:
             message = await websocket.get_message()
-            await client.receive(message.encode() if isinstance(message, str) else message)
-            if client.proven and self._inbound.largest != self._largest:
-                self._inbound.largest = self._largest
-                self.outbox.on_received = None
-                self._prove()
+            await driver.receive(message.encode() if isinstance(message, str) else message)
+            if driver.proven and self._inbound.max_message_size != self._max_message_size:
+                self._inbound.max_message_size = self._max_message_size
+                self.frame_stream.on_received = None
+                self._on_authenticated()
             self.flush()

@@ -1,4 +1,4 @@
-"""One task for the timers of all connections."""
+"""The timers of all connections, in one task."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import trio
 
 T = TypeVar("T", bound=Hashable)
 
-_PER_SECOND = 1000
-"""The kernel's wait is no finer."""
-_TURN = 0.002
-"""Seconds after which other tasks have their turn."""
+_TICKS_PER_SECOND = 1000
+"""The resolution of the kernel's wait."""
+_TURN_TIME = 0.002
+"""Seconds after which other tasks run."""
 
 
 class ConnectionTimers(Generic[T]):
-    """Calls `fire` for each of its members when its time has come; then it has none until it is set again.
+    """Calls `on_timer` for each member at its time. After that, the member has no timer until it is set again.
 
-    Every packet moves a timer, mostly to later. So a timer that is moved to later fires at its old time all the same,
-    and `fire` sets it again. Members with nearly one time share an entry of the heap, and a member is never in two.
+    Every packet moves a timer, mostly to a later time. So a timer that is moved to later still fires at its old time,
+    and `on_timer` sets it again. Members with nearly the same time share one heap entry, and no member has two.
     """
 
-    def __init__(self, fire: Callable[[T, float], None]) -> None:
-        self._fire = fire
+    def __init__(self, on_timer: Callable[[T, float], None]) -> None:
+        self._on_timer = on_timer
         self._ticks: dict[T, int] = {}
         self._members: dict[int, set[T]] = {}
         self._heap: list[int] = []
@@ -38,14 +38,14 @@ class ConnectionTimers(Generic[T]):
         return len(self._ticks)
 
     def set(self, member: T, at: float | None) -> None:
-        """Fire at this Trio time, or somewhat earlier, or never."""
+        """Fire at this Trio time or a little earlier, or never if `at` is None."""
         held = self._ticks.get(member)
         if at is None:
             if held is not None:
                 self._remove(member, held)
             return
-        # A time that has been dealt with already is the next one, so that none can keep the task from waiting.
-        tick = max(math.ceil(at * _PER_SECOND), self._past + 1)
+        # A tick in the past becomes the next one, so that no timer can keep the task from waiting.
+        tick = max(math.ceil(at * _TICKS_PER_SECOND), self._past + 1)
         if held is not None:
             if held <= tick:
                 return
@@ -56,8 +56,8 @@ class ConnectionTimers(Generic[T]):
             return
         self._members[tick] = {member}
         heappush(self._heap, tick)
-        if tick / _PER_SECOND < self._alarm.deadline:
-            self._alarm.deadline = tick / _PER_SECOND
+        if tick / _TICKS_PER_SECOND < self._alarm.deadline:
+            self._alarm.deadline = tick / _TICKS_PER_SECOND
 
     def _remove(self, member: T, tick: int) -> None:
         del self._ticks[member]
@@ -65,17 +65,17 @@ class ConnectionTimers(Generic[T]):
             members.discard(member)
 
     async def run(self) -> None:
-        """Fire for ever."""
+        """Fire timers, forever."""
         heap = self._heap
         while True:
-            with trio.CancelScope(deadline=heap[0] / _PER_SECOND if heap else inf) as self._alarm:
+            with trio.CancelScope(deadline=heap[0] / _TICKS_PER_SECOND if heap else inf) as self._alarm:
                 await trio.sleep_forever()
-            now, ends = trio.current_time(), perf_counter() + _TURN
-            while heap and heap[0] / _PER_SECOND <= now:
+            now, ends = trio.current_time(), perf_counter() + _TURN_TIME
+            while heap and heap[0] / _TICKS_PER_SECOND <= now:
                 self._past = heappop(heap)
                 for member in self._members.pop(self._past):
                     if self._ticks.pop(member, None) is not None:
-                        self._fire(member, now)
+                        self._on_timer(member, now)
                     if perf_counter() >= ends:
                         await trio.lowlevel.checkpoint()
-                        now, ends = trio.current_time(), perf_counter() + _TURN
+                        now, ends = trio.current_time(), perf_counter() + _TURN_TIME

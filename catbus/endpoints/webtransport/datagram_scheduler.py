@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 DatagramQueue = FairQueue[Hashable, Hashable, T]
 
-TURN = 0.002
+TURN_TIME = 0.002
 """Seconds after which other tasks have their turn, however few datagrams were dealt with."""
-SHORT_TURN = 0.001
+SHORT_TURN_TIME = 0.001
 """The same, where all that wait have had more than their shares."""
-IDLE_PASSES, IDLE_PASS = 2, 0.0001
+IDLE_PASSES, IDLE_PASS_TIME = 2, 0.0001
 """Passes of the event loop in which no other task was ready to run, and seconds that such a pass takes at the most."""
-WAITING, NEWCOMERS_WAITING = 4096, 1024
+MAX_AUTHENTICATED_DATAGRAMS, MAX_UNAUTHENTICATED_DATAGRAMS = 4096, 1024
 """Datagrams that wait at the most: of clients with a token, and of those that have shown none. What comes beyond that
 is dropped, by which QUIC tells a peer to send less."""
 
@@ -34,27 +34,27 @@ class DatagramScheduler(Generic[T]):
     Beyond their shares, clients are served when all others have been, and the others when the event loop is idle.
 
     `serve` takes items of one source from the left of a deque until it is empty or a time by `perf_counter`, and
-    returns the seconds of CPU to charge for that. `gather` looks whether more has arrived.
+    returns the seconds of CPU to charge for that. `receive_waiting` looks whether more has arrived.
     """
 
-    def __init__(self, serve: Callable[[deque[T], float], float], gather: Callable[[], None]) -> None:
-        self.authenticated: DatagramQueue[T] = FairQueue(WAITING)
+    def __init__(self, serve: Callable[[deque[T], float], float], receive_waiting: Callable[[], None]) -> None:
+        self.authenticated: DatagramQueue[T] = FairQueue(MAX_AUTHENTICATED_DATAGRAMS)
         """Those that have shown a token that was good."""
-        self.unauthenticated: DatagramQueue[T] = FairQueue(NEWCOMERS_WAITING)
+        self.unauthenticated: DatagramQueue[T] = FairQueue(MAX_UNAUTHENTICATED_DATAGRAMS)
         """Those that have not, and whose addresses are known to be theirs."""
-        self.unvalidated: DatagramQueue[T] = FairQueue(NEWCOMERS_WAITING)
-        self.tokenless = CpuUsage()
+        self.unvalidated: DatagramQueue[T] = FairQueue(MAX_UNAUTHENTICATED_DATAGRAMS)
+        self.unauthenticated_usage = CpuUsage()
         """What newcomers and unverified have used of the CPU together."""
         self._queues = deque((self.authenticated, self.unauthenticated, self.unvalidated))
         self._serve = serve
-        self._gather = gather
+        self._receive_waiting = receive_waiting
         self._running = False
 
     def charge(self, queue: DatagramQueue[T], key: Hashable, seconds: float, now: float) -> None:
         """Charge a key of one of the queues for what was done for it outside its turns."""
         queue.charge(key, seconds, now)
         if queue is not self.authenticated:
-            self.tokenless.charge(seconds, now)
+            self.unauthenticated_usage.charge(seconds, now)
 
     async def run(self) -> None:
         """Serve what waits, until nothing does; at once if that is being done already."""
@@ -64,7 +64,7 @@ class DatagramScheduler(Generic[T]):
         idle, took = 0, 0.0
         try:
             while True:
-                served, ends = False, perf_counter() + TURN
+                served, ends = False, perf_counter() + TURN_TIME
                 while self.serve_next(ends):
                     served = True
                     if perf_counter() >= ends:
@@ -72,14 +72,14 @@ class DatagramScheduler(Generic[T]):
                 if not any(self._queues):
                     return
                 if not served:
-                    busy = took > IDLE_PASS or trio.lowlevel.current_statistics().tasks_runnable
+                    busy = took > IDLE_PASS_TIME or trio.lowlevel.current_statistics().tasks_runnable
                     idle = 0 if busy else idle + 1
-                    if self.serve_beyond(perf_counter() + SHORT_TURN, idle=idle >= IDLE_PASSES):
+                    if self.serve_over_share(perf_counter() + SHORT_TURN_TIME, idle=idle >= IDLE_PASSES):
                         idle = 0
                 began = perf_counter()
                 await trio.lowlevel.checkpoint()
                 took = perf_counter() - began
-                self._gather()
+                self._receive_waiting()
         finally:
             self._running = False
 
@@ -91,24 +91,24 @@ class DatagramScheduler(Generic[T]):
             self._queues.rotate(-1)
             # Networks share what those without a token have together: alone, one may have all of it.
             together = queue is not self.authenticated
-            if together and self.tokenless.exceeded(now):
+            if together and self.unauthenticated_usage.exceeded(now):
                 continue
-            if self._serve_one(queue, ends, now, beyond=together):
+            if self._serve_one(queue, ends, now, over_share=together):
                 return True
         return False
 
-    def serve_beyond(self, ends: float, *, idle: bool) -> bool:
+    def serve_over_share(self, ends: float, *, idle: bool) -> bool:
         """Serve one source although it has had its share; whether there was one that may have more."""
         now = trio.current_time()
         queues = (self.authenticated, self.unauthenticated, self.unvalidated) if idle else (self.authenticated,)
-        return any(self._serve_one(queue, ends, now, beyond=True) for queue in queues)
+        return any(self._serve_one(queue, ends, now, over_share=True) for queue in queues)
 
-    def _serve_one(self, queue: DatagramQueue[T], ends: float, now: float, *, beyond: bool) -> bool:
-        turn = queue.take(now, beyond=beyond)
-        if turn is None:
+    def _serve_one(self, queue: DatagramQueue[T], ends: float, now: float, *, over_share: bool) -> bool:
+        dequeued = queue.take(now, over_share=over_share)
+        if dequeued is None:
             return False
-        seconds = self._serve(turn.items, ends)
-        queue.end(turn, seconds, now)
+        seconds = self._serve(dequeued.items, ends)
+        queue.end(dequeued, seconds, now)
         if queue is not self.authenticated:
-            self.tokenless.charge(seconds, now)
+            self.unauthenticated_usage.charge(seconds, now)
         return True

@@ -13,16 +13,16 @@ K = TypeVar("K", bound=Hashable)
 S = TypeVar("S", bound=Hashable)
 T = TypeVar("T")
 
-SHARE, SAVED = 0.4, 0.2
+SHARE, MAX_SAVED = 0.4, 0.2
 """Of each second, how many seconds of CPU one user may take before others go first, and how many it may save up."""
-LONGEST_WAIT = 1.0
+USE_FORGOTTEN_AFTER = 1.0
 """Seconds after which use is forgotten, however much it was: use that nobody else had a need for is no debt."""
 CREDIT = 0.02
 """Seconds of CPU that a key had less of than others and may have before them. So a key that uses little goes before any
 number of those that use much, and not after all of them that have begun with it."""
-MOST_BEHIND = 0.1
+MAX_DEBT = 0.1
 """Seconds of CPU that others may have before a key that was charged beside its turns."""
-_SAVED_FOR = SAVED / SHARE
+_SAVED_TIME = MAX_SAVED / SHARE
 _FEW = 256
 
 
@@ -39,11 +39,11 @@ class CpuUsage:
 
     def charge(self, seconds: float, now: float) -> None:
         """Note that so much CPU was used."""
-        self.until = min(max(self.until, now) + seconds / SHARE, now + LONGEST_WAIT)
+        self.until = min(max(self.until, now) + seconds / SHARE, now + USE_FORGOTTEN_AFTER)
 
     def exceeded(self, now: float) -> bool:
         """Whether that is more than the share, and more than was saved up."""
-        return self.until - now > _SAVED_FOR
+        return self.until - now > _SAVED_TIME
 
 
 class Flow(Generic[S, T]):
@@ -85,8 +85,8 @@ class FairQueue(Generic[K, S, T]):
     leaves room for others, however much of it there is.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_items: int) -> None:
+        self._max_items = max_items
         self._size = 0
         self._flows: dict[K, Flow[S, T]] = {}
         self._heap: list[tuple[float, int, Flow[S, T]]] = []
@@ -104,7 +104,7 @@ class FairQueue(Generic[K, S, T]):
         flow = self._flow(key, now)
         items = flow.waiting.get(source)
         held = 0 if items is None else len(items)
-        if held + flow.size >= self._most - self._size:
+        if held + flow.size >= self._max_items - self._size:
             return False
         if items is None:
             items = flow.waiting[source] = deque()
@@ -116,14 +116,14 @@ class FairQueue(Generic[K, S, T]):
             self._push(flow)
         return True
 
-    def take(self, now: float, *, beyond: bool = False) -> DequeuedItems[S, T] | None:
-        """Whose turn it is; None when nothing waits, or, without `beyond`, when that one has exceeded its share."""
+    def take(self, now: float, *, over_share: bool = False) -> DequeuedItems[S, T] | None:
+        """Whose turn it is; None when nothing waits, or, without `over_share`, when that one has exceeded its share."""
         while self._heap:
             start, _, flow = self._heap[0]
             if flow.start > start:  # It was charged meanwhile.
                 heapreplace(self._heap, (flow.start, next(self._order), flow))
                 continue
-            if not beyond and flow.usage.exceeded(now):
+            if not over_share and flow.usage.exceeded(now):
                 return None
             heappop(self._heap)
             self._served = max(self._served, start)
@@ -131,15 +131,15 @@ class FairQueue(Generic[K, S, T]):
             return DequeuedItems(flow, source, items)
         return None
 
-    def end(self, turn: DequeuedItems[S, T], seconds: float, now: float) -> None:
+    def end(self, dequeued: DequeuedItems[S, T], seconds: float, now: float) -> None:
         """A turn is over, and has taken so much CPU. What is left of it waits again."""
-        flow = turn.flow
+        flow = dequeued.flow
         flow.usage.charge(seconds, now)
         flow.start += seconds
-        flow.size -= turn.taken
-        self._size -= turn.taken
-        if turn.items:
-            flow.waiting[turn.source] = turn.items
+        flow.size -= dequeued.taken
+        self._size -= dequeued.taken
+        if dequeued.items:
+            flow.waiting[dequeued.source] = dequeued.items
         if flow.waiting:
             self._push(flow)
 
@@ -147,7 +147,7 @@ class FairQueue(Generic[K, S, T]):
         """Note CPU that was used for a key beside its turns."""
         flow = self._flow(key, now)
         flow.usage.charge(seconds, now)
-        flow.start = min(max(flow.start, self._served) + seconds, self._served + MOST_BEHIND)
+        flow.start = min(max(flow.start, self._served) + seconds, self._served + MAX_DEBT)
 
     def _push(self, flow: Flow[S, T]) -> None:
         heappush(self._heap, (flow.start, next(self._order), flow))

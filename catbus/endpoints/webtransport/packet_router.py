@@ -36,28 +36,28 @@ from ..eviction_queue import EvictionQueue
 from ..ip_networks import network_of
 from ..trusted_proxies import TrustedProxies
 from .connection_timers import ConnectionTimers
-from .datagram_scheduler import TURN, DatagramQueue, DatagramScheduler
+from .datagram_scheduler import TURN_TIME, DatagramQueue, DatagramScheduler
 from .quic_peer import QueuedDatagram, QuicPeer
 from .retry_and_reset_tokens import StatelessTokens
-from .udp_socket import PeerAddress, UdpSocket, transmit
+from .udp_socket import PeerAddress, UdpSocket, send_datagrams
 from .webtransport_session import WebTransportSession
 
 if TYPE_CHECKING:
     from ...replica import Replica
 
-BATCH = 128
+RECEIVE_BATCH = 128
 """Datagrams that are taken from a socket at a time. What stays there is dropped by the kernel, whoever it is from."""
-RETRY_FROM = 256
+RETRY_THRESHOLD = 256
 """Half-open connections from which on a client has to prove its address first."""
-UNPROVED = 100
+UNVALIDATED_PER_SECOND = 100
 """Connections in a second that may begin without that. Most packets that look like the first one of a connection and
 are none can be told apart only by the work of beginning one."""
 MAX_HALF_OPEN = 2048
 """Half-open connections. Of the network that has most of them, the oldest gives way to one more: an honest client is
 through with its handshake in some round trips."""
-ANSWERS = 100
+CONNECTIONLESS_REPLIES_PER_SECOND = 100
 """Packets for nobody that are answered, in a second."""
-REMARKS = 5
+PEER_EVENT_LOG_BURST = 5
 """Lines of one kind about what peers do, in a minute."""
 PING_INTERVAL = 20.0
 """Seconds of silence after which a peer is pinged: it keeps NATs awake, and tells who has gone."""
@@ -73,47 +73,51 @@ class PacketRouter:
     def __init__(
         self,
         replica: Replica,
-        ports: list[UdpSocket],
+        sockets: list[UdpSocket],
         configuration: Callable[[], WebTransportConfiguration],
         sessions: trio.Nursery,
     ) -> None:
         secrets = replica.config.auth.secrets
-        self.ports = ports
+        self.sockets = sockets
         self.peers: set[QuicPeer] = set()
-        self.begun = 0
+        self.handshakes_begun = 0
         """How many handshakes have begun."""
-        self.completed = 0
+        self.handshakes_completed = 0
         """How many of them led to a session, or to a refusal of one."""
         self.dropped = 0
-        self.overdrawn = 0
+        self.dropped_over_share = 0
         """Datagrams that were dropped because too much waited of their peers."""
         self.evicted = 0
         """Half-open connections that gave way to others."""
-        self.refused = 0
+        self.rejected = 0
         """Connections over the limit of all, while none of them is half-open."""
-        self.crowded = 0
+        self.rejected_by_address = 0
         """Connections over the limit of an address."""
-        self.faults = 0
+        self.internal_errors = 0
         self.violations = 0
         """Connections that ended because their peers broke the rules of QUIC or HTTP/3."""
-        self._mistakes = RateLimitedLog(logger.error)
-        self._remarks = RateLimitedLog(logger.info, burst=REMARKS)
+        self._internal_error_log = RateLimitedLog(logger.error)
+        self._peer_event_log = RateLimitedLog(logger.info, burst=PEER_EVENT_LOG_BURST)
         self.closed = False
         self._replica = replica
         self._configuration = configuration
         self._sessions = sessions
         self._limit = replica.config.limits.connections
-        self._proxies = TrustedProxies(replica.config.websocket.trusted_proxies)
+        self._trusted_proxies = TrustedProxies(replica.config.websocket.trusted_proxies)
         self._origins = frozenset(replica.config.websocket.allowed_origins)
-        self._tickets = StatelessTokens(secrets[0] if secrets else None)
+        self._tokens = StatelessTokens(secrets[0] if secrets else None)
         self._routes: dict[bytes, QuicPeer] = {}
         self._half_open: EvictionQueue[QuicPeer] = EvictionQueue()
         """Those that have no session yet."""
-        self._scheduler: DatagramScheduler[QueuedDatagram] = DatagramScheduler(self._serve, self._gather)
-        self._timers = ConnectionTimers(self._fire)
+        self._scheduler: DatagramScheduler[QueuedDatagram] = DatagramScheduler(
+            self._serve_source, self._receive_waiting
+        )
+        self._timers = ConnectionTimers(self._on_timer)
         now = trio.current_time()
-        self._answers = TokenBucket(ANSWERS, ANSWERS, now)
-        self._unproved = TokenBucket(UNPROVED, UNPROVED, now)
+        self._connectionless_replies = TokenBucket(
+            CONNECTIONLESS_REPLIES_PER_SECOND, CONNECTIONLESS_REPLIES_PER_SECOND, now
+        )
+        self._unvalidated_connections = TokenBucket(UNVALIDATED_PER_SECOND, UNVALIDATED_PER_SECOND, now)
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -125,8 +129,8 @@ class PacketRouter:
         """All loops, within `scope`."""
         with scope:
             async with trio.open_nursery() as nursery:
-                for port in self.ports:
-                    nursery.start_soon(self._receive, port)
+                for socket in self.sockets:
+                    nursery.start_soon(self._receive, socket)
                 nursery.start_soon(self._timers.run)
                 nursery.start_soon(self._keep_alive)
 
@@ -141,220 +145,225 @@ class PacketRouter:
         while not self.closed or self.peers:
             await self._changed.park()
 
-    async def say_goodbye(self) -> None:
+    async def close_sessions(self) -> None:
         """End all sessions, and wait until the peers know."""
         self.closed = True
-        ends = perf_counter() + TURN
+        ends = perf_counter() + TURN_TIME
         for peer in tuple(self.peers):
-            if peer.conversation is not None:
-                peer.conversation.stop()
+            if peer.session is not None:
+                peer.session.stop()
             else:
                 peer.connection.close()
-            self.settle(peer)
+            self.process(peer)
             if perf_counter() >= ends:
                 await trio.lowlevel.checkpoint()
-                ends = perf_counter() + TURN
+                ends = perf_counter() + TURN_TIME
         while not all(peer.lost for peer in self.peers):
             await self._changed.park()
 
-    def hang_up(self) -> None:
+    def close_connections(self) -> None:
         """Close what is left, at once."""
         for peer in tuple(self.peers):
             if not peer.lost:
                 peer.connection.close()
-                self.settle(peer)
+                self.process(peer)
 
     # In.
 
-    async def _receive(self, port: UdpSocket) -> None:
+    async def _receive(self, socket: UdpSocket) -> None:
         """Take in whatever comes, for ever."""
         while True:
-            await port.wait()
-            self._gather()
+            await socket.wait()
+            self._receive_waiting()
             await self._scheduler.run()
 
-    def _gather(self) -> None:
+    def _receive_waiting(self) -> None:
         """Have what has arrived wait for its turn, by the client or the network that it is from."""
         now = trio.current_time()
-        for port in self.ports:
-            for data, place in port.receive(BATCH):
+        for socket in self.sockets:
+            for data, peer_address in socket.receive(RECEIVE_BATCH):
                 try:
-                    taken = self._sort(data, place, now)
+                    taken = self._enqueue(data, peer_address, now)
                 except Exception as error:  # noqa: BLE001 (it is logged)
-                    self.fault("a datagram could not be dealt with", error)
+                    self.log_internal_error("a datagram could not be dealt with", error)
                     taken = False
                 self.dropped += not taken
 
-    def _sort(self, data: bytes, place: PeerAddress, now: float) -> bool:
+    def _enqueue(self, data: bytes, peer_address: PeerAddress, now: float) -> bool:
         """DatagramQueue a datagram, or answer it at once if it is for nobody; whether it was queued."""
         if len(data) > MAX_PACKET_SIZE or (header := read_header(data)) is None:
             return False
         peer = self._routes.get(header.destination)
         if peer is not None:
-            queue, key = self._place_of(peer)
-            queued = queue.put(key, peer, (data, place, header, None), now)
+            queue, key = self._queue_of(peer)
+            queued = queue.put(key, peer, (data, peer_address, header, None), now)
         elif header.is_initial:
             if len(data) < MIN_INITIAL_SIZE or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
                 return False
             # A packet with a token comes from where it says: no flood of forged addresses is in its way.
-            proof = self._tickets.read_retry_token(header.token, place.address, header.destination, time.time())
+            proof = self._tokens.read_retry_token(header.token, peer_address.address, header.destination, time.time())
             queue = self._scheduler.unvalidated if proof is None else self._scheduler.unauthenticated
-            queued = queue.put(network_of(place.address[0]), place.address, (data, place, header, proof), now)
+            queued = queue.put(
+                network_of(peer_address.address[0]), peer_address.address, (data, peer_address, header, proof), now
+            )
         else:
             if header.version is None:
-                token = self._tickets.reset_token(header.destination)
-                self._answer(encode_stateless_reset(token, len(data)), place, now)
+                token = self._tokens.reset_token(header.destination)
+                self._reply_connectionless(encode_stateless_reset(token, len(data)), peer_address, now)
             elif (
                 not header.is_supported_version and not header.is_version_negotiation and len(data) >= MIN_INITIAL_SIZE
             ):
-                self._answer(encode_version_negotiation(header), place, now)
+                self._reply_connectionless(encode_version_negotiation(header), peer_address, now)
             return False
-        self.overdrawn += not queued
+        self.dropped_over_share += not queued
         return queued
 
-    def _place_of(self, peer: QuicPeer) -> tuple[DatagramQueue[QueuedDatagram], Hashable]:
+    def _queue_of(self, peer: QuicPeer) -> tuple[DatagramQueue[QueuedDatagram], Hashable]:
         """Where a peer's datagrams wait, and with whom it shares what it may have of the CPU."""
-        conversation, scheduler = peer.conversation, self._scheduler
-        if conversation is not None and peer.proven:
-            return scheduler.authenticated, conversation.client
+        session, scheduler = peer.session, self._scheduler
+        if session is not None and peer.authenticated:
+            return scheduler.authenticated, session.client
         return scheduler.unauthenticated if peer.connection.address_validated else scheduler.unvalidated, peer.network
 
-    def _serve(self, items: deque[QueuedDatagram], ends: float) -> float:
+    def _serve_source(self, items: deque[QueuedDatagram], ends: float) -> float:
         """Take what one source has sent, as long as there is time, and let it send; returns what is to be charged."""
         began, now, count = thread_time(), trio.current_time(), len(items)
         touched: dict[QuicPeer, None] = {}
         while items:
-            peer = self._take_in(*items.popleft(), now)
+            peer = self._deliver(*items.popleft(), now)
             if peer is not None:
-                peer.heard = now
+                peer.last_received = now
                 touched[peer] = None
             if perf_counter() >= ends:
                 break
         received, sent = thread_time(), 0
         for peer in touched:
-            sent += self._settle(peer)
+            sent += self._process(peer)
         # What leaves beyond what has come is delivery, which the flusher shares out.
         part = min(1.0, (count - len(items)) / max(sent, 1))
         return received - began + (thread_time() - received) * part
 
-    def _take_in(
-        self, data: bytes, place: PeerAddress, header: PacketHeader, proof: bytes | None, now: float
+    def _deliver(
+        self, data: bytes, peer_address: PeerAddress, header: PacketHeader, proof: bytes | None, now: float
     ) -> QuicPeer | None:
         """Take a datagram; returns the connection that took it."""
         try:
             peer = self._routes.get(header.destination)
             if peer is not None:
-                peer.connection.receive_datagram(data, place, now)
+                peer.connection.receive_datagram(data, peer_address, now)
             elif header.is_initial:
-                peer = self._accept(header, data, place, proof, now)
+                peer = self._accept(header, data, peer_address, proof, now)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self.fault("a datagram could not be dealt with", error)
+            self.log_internal_error("a datagram could not be dealt with", error)
             peer = None
         self.dropped += peer is None
         return peer
 
-    def _answer(self, data: bytes | None, place: PeerAddress, now: float) -> None:
+    def _reply_connectionless(self, data: bytes | None, peer_address: PeerAddress, now: float) -> None:
         """Answer a packet that belongs to nobody, unless that has been done too often just now."""
-        if data is not None and self._answers.take(1, now):
-            place.port.send((data,), place)
+        if data is not None and self._connectionless_replies.take(1, now):
+            peer_address.socket.send((data,), peer_address)
 
     def _accept(
-        self, header: PacketHeader, data: bytes, place: PeerAddress, proof: bytes | None, now: float
+        self, header: PacketHeader, data: bytes, peer_address: PeerAddress, proof: bytes | None, now: float
     ) -> QuicPeer | None:
         """A client's first packet: a new connection, or a Retry, or nothing. `proof`: what its Retry token says."""
         full = len(self.peers) >= self._limit
         if self.closed:
             return None
         if full and not self._half_open:
-            self.refused += 1
+            self.rejected += 1
             return None
-        limited, addresses = self._proxies.source_of(place.address[0]).limited, self._replica.addresses
-        if not addresses.allows(limited, now):
-            self.crowded += 1
+        limited_network, addresses = (
+            self._trusted_proxies.connection_address(peer_address.address[0]).limited_network,
+            self._replica.addresses,
+        )
+        if not addresses.allows(limited_network, now):
+            self.rejected_by_address += 1
             return None
         # What is not proved may be forged: by that nobody shall take more than half of what an address may have.
-        half = addresses.count(limited) >= addresses.limit // 2
+        half = addresses.count(limited_network) >= addresses.limit // 2
         original, retry_source = header.destination, None
         if proof is not None:
             original, retry_source = proof, header.destination
-        elif full or half or self.half_open >= RETRY_FROM or not self._unproved.take(1, now):
+        elif full or half or self.half_open >= RETRY_THRESHOLD or not self._unvalidated_connections.take(1, now):
             again = os.urandom(ID_LENGTH)
-            token = self._tickets.retry_token(place.address, header.destination, again, time.time())
-            place.port.send((encode_retry(header, again, token),), place)
+            token = self._tokens.retry_token(peer_address.address, header.destination, again, time.time())
+            peer_address.socket.send((encode_retry(header, again, token),), peer_address)
             return None
         connection = WebTransportConnection.server(
-            self._configuration(), original, retry_source=retry_source, reset_token=self._tickets.reset_token
+            self._configuration(), original, retry_source=retry_source, reset_token=self._tokens.reset_token
         )
-        connection.receive_datagram(data, place, now)
-        peer = QuicPeer(connection, network_of(place.address[0]), limited, now)
+        connection.receive_datagram(data, peer_address, now)
+        peer = QuicPeer(connection, network_of(peer_address.address[0]), limited_network, now)
         datagrams = connection.datagrams_to_send(now)
         if not datagrams:
             # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
             for event in connection.events():
                 if isinstance(event, ConnectionLost):
-                    self._note_end(peer, event)
+                    self._log_connection_end(peer, event)
             return None
-        transmit(datagrams)
+        send_datagrams(datagrams)
         if full or self.half_open >= MAX_HALF_OPEN:
             self._evict()
         self.peers.add(peer)
-        addresses.add(limited)
+        addresses.add(limited_network)
         # Forged addresses make nobody's network one that has many of them.
         self._half_open.add(peer, "" if proof is None else peer.network)
-        self.begun += 1
+        self.handshakes_begun += 1
         for connection_id in connection.connection_ids:
             self._routes[connection_id] = peer
         return peer
 
     def _evict(self) -> None:
         """Give up a half-open connection."""
-        peer = self._half_open.next_to_go()
+        peer = self._half_open.next_to_evict()
         if peer is not None:
             self.evicted += 1
             peer.connection.close()
-            self.settle(peer)
+            self.process(peer)
             self._forget(peer)
 
     # Out.
 
-    def settle(self, peer: QuicPeer) -> None:
+    def process(self, peer: QuicPeer) -> None:
         """Take a connection's events, send what it has to send, and note when it wants to be called."""
-        if peer.proven:
-            self._settle(peer)
+        if peer.authenticated:
+            self._process(peer)
             return
         began, now = thread_time(), trio.current_time()
-        self._settle(peer)
-        self._charge_to(peer, thread_time() - began, now)
+        self._process(peer)
+        self._charge(peer, thread_time() - began, now)
 
-    def _charge_to(self, peer: QuicPeer, seconds: float, now: float) -> None:
+    def _charge(self, peer: QuicPeer, seconds: float, now: float) -> None:
         """Charge a peer for what was done for it outside its turns."""
-        self._scheduler.charge(*self._place_of(peer), seconds, now)
+        self._scheduler.charge(*self._queue_of(peer), seconds, now)
 
-    def _settle(self, peer: QuicPeer) -> int:
+    def _process(self, peer: QuicPeer) -> int:
         """Settle a connection, which is charged for by the caller; returns how many datagrams were sent."""
-        if peer.settling:
+        if peer.processing:
             return 0  # It is being done, further out.
-        peer.settling = True
+        peer.processing = True
         datagrams: Sequence[tuple[bytes, PeerAddress]] = ()
         try:
             self._take_events(peer)
-            if peer.conversation is not None:
-                peer.conversation.make_room()
+            if peer.session is not None:
+                peer.session.send_blocked()
             datagrams = peer.connection.datagrams_to_send(trio.current_time())
             self._take_events(peer)
             if datagrams:
-                transmit(datagrams)
-            if peer.lost and not peer.proven:
+                send_datagrams(datagrams)
+            if peer.lost and not peer.authenticated:
                 # Nothing is kept of a newcomer that has left. What it sends yet is answered with a stateless reset.
-                transmit(peer.connection.datagrams_to_send(trio.current_time()))
+                send_datagrams(peer.connection.datagrams_to_send(trio.current_time()))
                 self._forget(peer)
             else:
                 self._timers.set(peer, peer.timer)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self.fault("a connection failed", error)
+            self.log_internal_error("a connection failed", error)
             self._forget(peer)
         finally:
-            peer.settling = False
+            peer.processing = False
         return len(datagrams)
 
     def _take_events(self, peer: QuicPeer) -> None:
@@ -370,43 +379,48 @@ class PacketRouter:
                     self._forget(peer)
                 case _:
                     if isinstance(event, ConnectionLost):
-                        self._note_end(peer, event)
-                        self._lose(peer)
-                    if peer.conversation is not None:
-                        peer.conversation.handle(event)
+                        self._log_connection_end(peer, event)
+                        self._mark_lost(peer)
+                    if peer.session is not None:
+                        peer.session.handle_event(event)
 
     def _open_session(self, peer: QuicPeer, request: SessionRequested) -> None:
         connection = peer.connection
-        self.completed += 1
+        self.handshakes_completed += 1
         self._half_open.discard(peer)
         if self.closed:
             connection.refuse(503, trio.current_time())
         elif self._origins and request.origin is not None and request.origin not in self._origins:
             connection.refuse(403, trio.current_time())
         elif connection.accept():
-            conversation = WebTransportSession(
-                self._replica, connection, lambda: self.settle(peer), self.fault, self._remark, peer.network
+            session = WebTransportSession(
+                self._replica,
+                connection,
+                lambda: self.process(peer),
+                self.log_internal_error,
+                self._log_peer_event,
+                peer.network,
             )
-            peer.conversation = conversation
+            peer.session = session
             try:
-                self._sessions.start_soon(conversation.run)
+                self._sessions.start_soon(session.run)
             except RuntimeError:  # The nursery has been closed before this port.
-                conversation.abandon()
+                session.abandon()
 
-    def _lose(self, peer: QuicPeer) -> None:
+    def _mark_lost(self, peer: QuicPeer) -> None:
         peer.lost = True
         self._half_open.discard(peer)
         self._changed.unpark_all()
 
     def _forget(self, peer: QuicPeer) -> None:
         if not peer.lost:
-            self._lose(peer)
-            if peer.conversation is not None:
-                peer.conversation.handle(ConnectionLost("forgotten"))
+            self._mark_lost(peer)
+            if peer.session is not None:
+                peer.session.handle_event(ConnectionLost("forgotten"))
         self._timers.set(peer, None)
         if peer in self.peers:
             self.peers.remove(peer)
-            self._replica.addresses.remove(peer.limited)
+            self._replica.addresses.remove(peer.limited_network)
         for connection_id in peer.connection.connection_ids:
             if self._routes.get(connection_id) is peer:
                 del self._routes[connection_id]
@@ -414,11 +428,11 @@ class PacketRouter:
 
     # Time.
 
-    def _fire(self, peer: QuicPeer, now: float) -> None:
+    def _on_timer(self, peer: QuicPeer, now: float) -> None:
         began = thread_time()
         peer.connection.handle_timer(now)
-        self._settle(peer)
-        self._charge_to(peer, thread_time() - began, now)
+        self._process(peer)
+        self._charge(peer, thread_time() - began, now)
 
     async def _keep_alive(self) -> None:
         """Ping those that were silent for a while, and give up those that take nothing: one task for all of them."""
@@ -426,34 +440,34 @@ class PacketRouter:
         while True:
             await trio.sleep(interval)
             now = trio.current_time()
-            ends = perf_counter() + TURN
+            ends = perf_counter() + TURN_TIME
             for peer in tuple(self.peers):
                 if perf_counter() >= ends:
                     await trio.lowlevel.checkpoint()
-                    ends = perf_counter() + TURN
-                conversation = peer.conversation
-                if conversation is None or peer.lost:
+                    ends = perf_counter() + TURN_TIME
+                session = peer.session
+                if session is None or peer.lost:
                     continue
-                if now - max(peer.heard, peer.pinged) >= PING_INTERVAL - interval:
-                    peer.pinged = now
+                if now - max(peer.last_received, peer.last_pinged) >= PING_INTERVAL - interval:
+                    peer.last_pinged = now
                     peer.connection.ping()
-                conversation.check(now)
-                self.settle(peer)
+                session.check_stalled(now)
+                self.process(peer)
 
-    def _note_end(self, peer: QuicPeer, event: ConnectionLost) -> None:
+    def _log_connection_end(self, peer: QuicPeer, event: ConnectionLost) -> None:
         violation = peer.connection.violation
         if event.fault is not None:
-            self.fault("a WebTransport connection failed", event.fault)
+            self.log_internal_error("a WebTransport connection failed", event.fault)
         elif violation is not None:
             self.violations += 1
             # One reason for all, of which only some are told: peers choose what they do wrong, and how often.
-            self._remark("a peer broke the rules of QUIC or HTTP/3", reason=violation)
+            self._log_peer_event("a peer broke the rules of QUIC or HTTP/3", reason=violation)
 
-    def _remark(self, event: str, **fields: str) -> None:
+    def _log_peer_event(self, event: str, **fields: str) -> None:
         """Log what a peer has done, or count it: peers may do it as often as they like."""
-        self._remarks.log(trio.current_time(), event, exception=None, **fields)
+        self._peer_event_log.log(trio.current_time(), event, exception=None, **fields)
 
-    def fault(self, event: str, error: BaseException) -> None:
+    def log_internal_error(self, event: str, error: BaseException) -> None:
         """Count a mistake of ours, and log it: peers may set it off as often as they like."""
-        self.faults += 1
-        self._mistakes.log(trio.current_time(), event, exception=error)
+        self.internal_errors += 1
+        self._internal_error_log.log(trio.current_time(), event, exception=error)

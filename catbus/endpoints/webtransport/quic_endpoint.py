@@ -1,4 +1,4 @@
-"""The WebTransport port: its UDP sockets, the connections on them, and a task for each session."""
+"""The WebTransport port: its UDP sockets, its QUIC connections, and one task for each session."""
 
 from __future__ import annotations
 
@@ -11,54 +11,58 @@ import trio
 from ...webtransport import WebTransportConfiguration
 from ...webtransport.packet_loss import lost_packets
 from .packet_router import PacketRouter
-from .udp_socket import open_ports
+from .udp_socket import open_udp_sockets
 
 if TYPE_CHECKING:
     from ...replica import Replica
 
-GOODBYE_TIME = 2.0
-"""Seconds for the last words to arrive when the endpoint is cancelled."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for the end of the sessions to arrive when the endpoint is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuicEndpointStatistics:
-    """`connections` and `half_open` (those without a session yet) are here now; the rest counts from the start.
+    """Open `connections` and `half_open` ones (those without a session yet), and counters since the start.
 
-    `begun` and `completed`: handshakes, which are complete when a session is asked for. `received` and `sent`: bytes.
-    `lost`: packets that did not arrive; of all servers in this process. `dropped`: datagrams in that no connection
-    took; `overdrawn` of them because too much waited already of the client or the network. `refused`: connections over
-    the limit; `crowded`: those over the limit of an address. `evicted`: half-open connections that gave way to newer
-    ones. `violations`: connections that ended because the peer broke the rules. `faults`: exceptions of ours that ended
-    something.
+    - `handshakes_begun`, `handshakes_completed`: a handshake is complete when the client requests a session
+    - `datagrams_in`, `datagrams_out`, and their bytes `received` and `sent`
+    - `lost`: sent packets that did not arrive, of all servers in this process
+    - `dropped`: received datagrams that no connection took
+    - `dropped_over_share`: those of them whose client or network had too many waiting
+    - `rejected`: connections over `limits.connections`
+    - `rejected_by_address`: connections over `limits.address_connections`
+    - `evicted`: half-open connections that were closed to make room for newer ones
+    - `violations`: connections that ended because the peer violated the protocol
+    - `internal_errors`: exceptions in the broker
     """
 
     connections: int
     half_open: int
-    begun: int
-    completed: int
+    handshakes_begun: int
+    handshakes_completed: int
     datagrams_in: int
     datagrams_out: int
     received: int
     sent: int
     lost: int
     dropped: int
-    overdrawn: int
-    refused: int
-    crowded: int
+    dropped_over_share: int
+    rejected: int
+    rejected_by_address: int
     evicted: int
     violations: int
-    faults: int
+    internal_errors: int
 
 
 class QuicEndpoint:
-    """A WebTransport port that is open. `addresses` is where, such as `127.0.0.1:4433`."""
+    """An open WebTransport port. `addresses` are its addresses, such as `127.0.0.1:4433`."""
 
     def __init__(self, router: PacketRouter) -> None:
-        self.addresses = [port.address for port in router.ports]
+        self.addresses = [socket.address for socket in router.sockets]
         self._router = router
 
     def close(self) -> None:
-        """Accept no more connections, and no session on those that have none. Sessions stay."""
+        """Accept no more connections, and no session on those without one. Sessions stay open."""
         self._router.close()
 
     def statistics(self) -> QuicEndpointStatistics:
@@ -66,20 +70,20 @@ class QuicEndpoint:
         return QuicEndpointStatistics(
             len(router.peers),
             router.half_open,
-            router.begun,
-            router.completed,
-            sum(port.received for port in router.ports),
-            sum(port.sent for port in router.ports),
-            sum(port.received_bytes for port in router.ports),
-            sum(port.sent_bytes for port in router.ports),
+            router.handshakes_begun,
+            router.handshakes_completed,
+            sum(socket.received for socket in router.sockets),
+            sum(socket.sent for socket in router.sockets),
+            sum(socket.received_bytes for socket in router.sockets),
+            sum(socket.sent_bytes for socket in router.sockets),
             lost_packets.count,
             router.dropped,
-            router.overdrawn,
-            router.refused,
-            router.crowded,
+            router.dropped_over_share,
+            router.rejected,
+            router.rejected_by_address,
             router.evicted,
             router.violations,
-            router.faults,
+            router.internal_errors,
         )
 
 
@@ -93,12 +97,11 @@ async def serve_quic(
 ) -> None:
     """Serve WebTransport on the addresses `binds`, such as `0.0.0.0:4433` or `[::]:0`.
 
-    `configuration` is asked for every new connection. Each session is a task of its own in `sessions`, out of which no
-    exception comes. Started with the endpoint; returns when that has been closed and the last connection has gone, or
-    when it is cancelled and the peers have been told, which takes 2 s at most. Raises `ConfigError` when it cannot
-    listen.
+    `configuration` is called for every new connection. Each session is a task in `sessions` that raises no exception.
+    The task status is the endpoint. Returns after that was closed and the last connection has ended. When cancelled, it
+    ends the sessions first, which takes 2 s at most. Raises `ConfigError` if it cannot listen.
     """
-    router = PacketRouter(replica, await open_ports(binds), configuration, sessions)
+    router = PacketRouter(replica, await open_udp_sockets(binds), configuration, sessions)
     loops = trio.CancelScope(shield=True)
     try:
         async with trio.open_nursery() as nursery:
@@ -107,11 +110,11 @@ async def serve_quic(
             try:
                 await router.wait_closed()
             finally:
-                # The goodbyes need the loops, which is why a cancellation does not reach those.
-                with trio.move_on_after(GOODBYE_TIME, shield=True):
-                    await router.say_goodbye()
-                router.hang_up()
+                # Ending the sessions needs the loops, so a cancellation does not reach them.
+                with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+                    await router.close_sessions()
+                router.close_connections()
                 loops.cancel()
     finally:
-        for port in router.ports:
-            port.close()
+        for socket in router.sockets:
+            socket.close()

@@ -1,4 +1,4 @@
-"""One QUIC connection as the router keeps it, and what waits of it."""
+"""One QUIC connection as the packet router keeps it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,41 @@ from .udp_socket import PeerAddress
 from .webtransport_session import WebTransportSession
 
 QueuedDatagram = tuple[bytes, PeerAddress, PacketHeader, bytes | None]
-"""A datagram that waits, and what its Retry token says."""
+"""A received datagram, its sender, its header, and the connection ID in its Retry token."""
 
 
 class QuicPeer:
-    """One connection, and its session once it has one."""
+    """A QUIC connection, its session once it has one, and the times of the last datagram and ping."""
 
-    __slots__ = ("connection", "conversation", "heard", "limited", "lost", "network", "pinged", "settling")
+    __slots__ = (
+        "connection",
+        "last_pinged",
+        "last_received",
+        "limited_network",
+        "lost",
+        "network",
+        "processing",
+        "session",
+    )
 
-    def __init__(self, connection: WebTransportConnection, network: str, limited: str, now: float) -> None:
+    def __init__(self, connection: WebTransportConnection, network: str, limited_network: str, now: float) -> None:
         self.connection = connection
         self.network = network
-        """Where it has come from."""
-        self.limited = limited
-        """The network among whose connections it counts, if it does."""
-        self.conversation: WebTransportSession | None = None
+        """The network of the peer."""
+        self.limited_network = limited_network
+        """The network whose limit the connection counts for, or ""."""
+        self.session: WebTransportSession | None = None
         self.lost = False
-        self.heard = self.pinged = now
-        self.settling = False
+        self.last_received = self.last_pinged = now
+        self.processing = False
 
     @property
-    def proven(self) -> bool:
-        """Whether it has shown a token that was good."""
+    def authenticated(self) -> bool:
+        """Whether the client has shown a valid token."""
         return self.connection.trusted
 
     @property
     def timer(self) -> float | None:
-        """When it wants to be called."""
-        at, due = self.connection.timer, None if self.conversation is None else self.conversation.due
-        return at if due is None or (at is not None and at < due) else due
+        """The time at which the connection or its session has something to do."""
+        at, next_send_time = self.connection.timer, None if self.session is None else self.session.next_send_time
+        return at if next_send_time is None or (at is not None and at < next_send_time) else next_send_time

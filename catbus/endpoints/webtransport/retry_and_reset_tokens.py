@@ -1,6 +1,6 @@
-"""What a QUIC endpoint gives out and recognises without keeping anything: Retry tokens and reset tokens.
+"""The Retry tokens and the stateless reset tokens of a QUIC server, which it recognizes without storing them.
 
-Both come from the secret that the replicas share, so any of them can take what another gave.
+Both are derived from the secret that the replicas share, so each replica accepts the tokens of the others.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import hashlib
 import hmac
 import os
 
-VALID = 10.0
-"""Seconds for which a Retry token is good, and by which the replicas' clocks may differ."""
+RETRY_TOKEN_LIFETIME = 10.0
+"""Seconds for which a Retry token is valid, and by which the clocks of replicas may differ."""
 
 _TIME = 8
 _MAC = 16
 
 
 class StatelessTokens:
-    """Without a secret, what one process gives out is good for itself alone."""
+    """Makes and verifies the tokens. Without a secret, the tokens are valid in this process only."""
 
     def __init__(self, secret: str | None) -> None:
         root = secret.encode() if secret else os.urandom(32)
@@ -25,20 +25,20 @@ class StatelessTokens:
         self._reset_key = _mac(root, b"catbus quic stateless reset")
 
     def reset_token(self, connection_id: bytes) -> bytes:
-        """The 16 bytes with which a connection ID of ours is reset (RFC 9000 section 10.3.2)."""
+        """Return the 16 bytes that reset the connection with this ID (RFC 9000, section 10.3.2)."""
         return _mac(self._reset_key, connection_id)[:_MAC]
 
     def retry_token(self, address: tuple[str, int], original: bytes, retry_source: bytes, now: float) -> bytes:
-        """For a client at `address` that chose the connection ID `original`, and is to come again to `retry_source`."""
+        """Make a token for a client at `address` that chose the ID `original` and must now use `retry_source`."""
         issued = int(now * 1000).to_bytes(_TIME, "big")
         return issued + self._sign(address, original, retry_source, issued) + original
 
     def read_retry_token(self, token: bytes, address: tuple[str, int], retry_source: bytes, now: float) -> bytes | None:
-        """The `original` of a token that was given to this client a short time ago; None for any other token."""
+        """Return the `original` of a valid token that this client got, or None for any other token."""
         issued, mac, original = token[:_TIME], token[_TIME : _TIME + _MAC], token[_TIME + _MAC :]
         if len(mac) < _MAC or not hmac.compare_digest(mac, self._sign(address, original, retry_source, issued)):
             return None
-        return original if abs(now - int.from_bytes(issued, "big") / 1000) <= VALID else None
+        return original if abs(now - int.from_bytes(issued, "big") / 1000) <= RETRY_TOKEN_LIFETIME else None
 
     def _sign(self, address: tuple[str, int], original: bytes, retry_source: bytes, issued: bytes) -> bytes:
         text = f"{address[0]} {address[1]}".encode()

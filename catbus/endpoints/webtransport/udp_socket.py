@@ -14,7 +14,7 @@ from ...config import join_address, split_address
 from ...errors import ConfigError
 from ...webtransport.connectionless_packets import MAX_PACKET_SIZE
 
-BUFFER = 4 << 20
+SOCKET_BUFFER_SIZE = 4 << 20
 """Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
 
 _UDP_SEGMENT = 103
@@ -22,13 +22,13 @@ _IP_PKTINFO = 8
 _IPV6_PKTINFO = 50
 _IPV6_RECVPKTINFO = 49
 _CONTROL = socket.CMSG_SPACE(20)
-_WILD = {
+_WILDCARD = {
     "0.0.0.0": (socket.IPPROTO_IP, _IP_PKTINFO),
     "::": (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO),
 }
 """Addresses that stand for all of the machine's, and how the kernel is asked to tell which of them was meant."""
 _MAX_SEGMENTS = 64
-_MAX_TOGETHER = 65_000
+_MAX_SENDMSG_BYTES = 65_000
 SourceAddress = tuple[tuple[int, int, bytes], ...]
 
 _NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
@@ -37,7 +37,7 @@ _NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 class PeerAddress(NamedTuple):
     """Where a peer is: our socket, and its address there."""
 
-    port: UdpSocket
+    socket: UdpSocket
     address: tuple[str, int]
     source: SourceAddress = ()
     """Which of our own addresses it speaks to, as `sendmsg` is told; empty where the socket has no more than one."""
@@ -49,11 +49,11 @@ class UdpSocket:
     __slots__ = (
         "_segmenting",
         "_socket",
-        "_wild",
+        "_wildcard",
         "address",
-        "lost",
         "received",
         "received_bytes",
+        "send_failures",
         "sent",
         "sent_bytes",
     )
@@ -63,15 +63,15 @@ class UdpSocket:
         self.address = join_address(host, port)
         self.received = 0
         self.sent = 0
-        self.lost = 0
+        self.send_failures = 0
         self.received_bytes = 0
         self.sent_bytes = 0
         self._socket = sock
         self._segmenting = hasattr(sock, "sendmsg")
-        self._wild = host in _WILD
+        self._wildcard = host in _WILDCARD
         """Whether it has several addresses: a peer hears only the one that it speaks to."""
-        if self._wild:
-            sock.setsockopt(*_WILD[host], 1)
+        if self._wildcard:
+            sock.setsockopt(*_WILDCARD[host], 1)
 
     async def wait(self) -> None:
         """Wait until something has arrived."""
@@ -82,7 +82,7 @@ class UdpSocket:
         datagrams: list[tuple[bytes, PeerAddress]] = []
         sock = self._socket
         try:
-            if self._wild:
+            if self._wildcard:
                 while len(datagrams) < most:
                     data, control, _, address = sock.recvmsg(MAX_PACKET_SIZE + 1, _CONTROL)
                     datagrams.append((data, PeerAddress(self, address, _source(control))))
@@ -108,7 +108,7 @@ class UdpSocket:
                 self._socket.sendmsg(datagrams, [(socket.IPPROTO_UDP, _UDP_SEGMENT, size), *source], 0, address)
             except OSError as error:
                 if error.errno not in _NO_SEGMENTING:
-                    self.lost += len(datagrams)
+                    self.send_failures += len(datagrams)
                     return
                 # No such kernel or network card: it will not learn it.
                 self._segmenting = False
@@ -121,7 +121,7 @@ class UdpSocket:
                 else:
                     self._socket.sendto(data, address)
             except OSError:
-                self.lost += 1
+                self.send_failures += 1
 
     def close(self) -> None:
         self._socket.close()
@@ -140,23 +140,23 @@ def _source(control: Sequence[tuple[int, int, bytes]]) -> SourceAddress:
     return ()
 
 
-def transmit(datagrams: Sequence[tuple[bytes, PeerAddress]]) -> None:
+def send_datagrams(datagrams: Sequence[tuple[bytes, PeerAddress]]) -> None:
     """Send the datagrams of one connection, as many at once as go together."""
     start, count = 0, len(datagrams)
     while start < count:
-        data, place = datagrams[start]
+        data, peer_address = datagrams[start]
         size = len(data)
-        end, limit = start + 1, min(count, start + min(_MAX_SEGMENTS, _MAX_TOGETHER // size))
+        end, limit = start + 1, min(count, start + min(_MAX_SEGMENTS, _MAX_SENDMSG_BYTES // size))
         while end < limit and len(datagrams[end - 1][0]) == size:
             following, other = datagrams[end]
-            if len(following) > size or other != place:
+            if len(following) > size or other != peer_address:
                 break
             end += 1
-        place.port.send([data for data, _ in datagrams[start:end]], place)
+        peer_address.socket.send([data for data, _ in datagrams[start:end]], peer_address)
         start = end
 
 
-async def open_ports(binds: Sequence[str]) -> list[UdpSocket]:
+async def open_udp_sockets(binds: Sequence[str]) -> list[UdpSocket]:
     """A socket for each address of each of `binds`, or none and `ConfigError`."""
     sockets: list[socket.socket] = []
     try:
@@ -183,4 +183,4 @@ def _prepare(sock: socket.socket) -> None:
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_SIZE)

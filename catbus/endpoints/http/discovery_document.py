@@ -8,13 +8,13 @@ from ...certificates import Certificate
 from .host_header import host_name
 
 
-def discovery(
+def discovery_document(
     host: str, webtransport_port: int | None, certificate: Certificate | None, *, secure: bool = False
 ) -> dict[str, str]:
-    """What `/.well-known/catbus` tells somebody who came by the name `host`, the Host header of the request.
+    """Return the discovery document for a client that connected to `host`, the Host header of its request.
 
-    Unless that is `host` or `host:port`, there are no URLs. `certificate` is given
-    when it is self-made; `secure` when the WebSocket port is reached through TLS.
+    Without a valid `host` the document has no URLs. `certificate` is the development certificate, if one is used, and
+    `secure` says whether clients reach the WebSocket port through TLS.
     """
     found = {"protocol": "catbus.v1"}
     name = host_name(host)
