@@ -36,11 +36,7 @@ async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
         case "ready":
             return text_response(200, "ready")
         case "degraded":
-<<<<<<< HEAD
-            return line(200, f"degraded: {replica.log.problem}")
-=======
-            return text_response(200, f"degraded: {replica.log.trouble}")
->>>>>>> 6213a65 (Name the parts of the endpoints in the terms of HTTP, WebSocket and QUIC)
+            return text_response(200, f"degraded: {replica.log.problem}")
         case other:
             return text_response(503, other)
 
