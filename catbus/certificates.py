@@ -1,4 +1,4 @@
-"""Whose certificate a replica shows: one from files, read again when they change, or one made here."""
+"""The certificate of a replica: read from files, and again when they change, or made for development."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .webtransport import ConnectionLimits, WebTransportConfiguration, server_co
 logger = get_logger("catbus.certificates")
 
 FILE = "development-certificate.pem"
-"""Key and certificate in one file: no crash and no other process can leave the one without the other."""
+"""The file with key and certificate. With one file, no crash and no other process can separate them."""
 
 LIFETIME = timedelta(days=12)
-"""Of a development certificate, in all. Browsers take one by its hash only when that is 14 days at the most."""
+"""The validity of a development certificate. Browsers accept one by its hash only up to 14 days."""
 
 MARGIN = timedelta(days=2)
-"""A development certificate with less left than this is made anew."""
+"""A development certificate is renewed when it expires within this time."""
 
 INTERVAL = timedelta(seconds=1)
-"""How often a source looks for a change at the most."""
+"""The minimum time between two checks for changed files."""
 
-_BACKDATED = timedelta(hours=1)  # for clients whose clock is behind
+_BACKDATED = timedelta(hours=1)  # for clients with a slow clock
 _BEGIN = "-----BEGIN CERTIFICATE-----"
 _NAMES = (
     x509.DNSName("localhost"),
@@ -62,12 +62,12 @@ class Certificate:
 
 
 def development_certificate(directory: Path, now: datetime) -> Certificate:
-    """The self-signed certificate for this machine that is kept in `directory`, made now unless it is good.
+    """Return the self-signed certificate in `directory`, and make it if it is missing or expires soon.
 
-    Whoever asks at the same time gets the same one. Raises ConfigError where none can be kept.
+    Concurrent calls, also in other processes, return the same one. Raises `ConfigError` if it cannot be stored.
     """
     try:
-        # Mostly it is there, and then nothing needs to be written, nor waited for.
+        # Mostly it exists, and then nothing is written, and no lock is needed.
         if kept := _read_kept(directory, now):
             return kept
         directory.mkdir(parents=True, exist_ok=True)
@@ -86,12 +86,12 @@ def development_certificate(directory: Path, now: datetime) -> Certificate:
 
 
 def _is_fresh(expires: datetime, now: datetime) -> bool:
-    # The second half is for a clock that was ahead: the certificate is not valid yet.
+    # The upper bound is for a clock that was fast: such a certificate is not valid yet.
     return MARGIN <= expires - now <= LIFETIME
 
 
 def _read_kept(directory: Path, now: datetime) -> Certificate | None:
-    """What is kept, if it is what we would make and fresh."""
+    """Return the stored certificate if it is valid long enough and equals those that `_make` makes."""
     try:
         with (directory / FILE).open(encoding="ascii") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -109,7 +109,7 @@ def _read_kept(directory: Path, now: datetime) -> Certificate | None:
         )
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise  # It may well be there.
+            raise  # The file may exist.
         return None
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound):
         return None
@@ -163,8 +163,8 @@ def _certificate(certificate: x509.Certificate, key_pem: str) -> Certificate:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    # The lock ends with the descriptor, so with the process too. The file stays: a lock on one that others can
-    # delete and make anew excludes nobody.
+    # The lock ends with the descriptor, so also with the process. The file stays, because a lock on a file that others
+    # delete and create again would exclude nobody.
     handle = os.open(directory / f".{FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -174,7 +174,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _replace(directory: Path, certificate: Certificate) -> None:
-    # A temporary file has mode 0600 from its first moment. One that a power cut leaves empty is made anew: no fsync.
+    # A temporary file has mode 0600 from the start. If a power cut leaves it empty, a new one is made, so no fsync.
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{FILE}-")
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:
@@ -185,14 +185,14 @@ def _replace(directory: Path, certificate: Certificate) -> None:
         raise
 
 
-# What connections are made with.
+# The credentials of new connections.
 
 _Stamp = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """One certificate, as it is shown over QUIC and over TCP."""
+    """One certificate, as QUIC and TLS over TCP use it."""
 
     quic: WebTransportConfiguration
     tls: ssl.SSLContext
@@ -206,11 +206,11 @@ class Credentials:
 
 
 class CertificateSource:
-    """Gives new connections their configuration, with the certificate that is right just then.
+    """The current credentials for new connections.
 
-    It is that of `settings`, read again when its files change, or without one the development certificate kept in
-    `directory`, renewed before it expires. While what should be taken next is no good, what is in use stays.
-    Raises ConfigError when there is nothing good to begin with.
+    They come from the files in `settings`, which are read again when they change, or from the development certificate
+    in `directory`, which is renewed before it expires. If new credentials are invalid, the old ones stay in use. Raises
+    `ConfigError` if the first ones are invalid.
     """
 
     def __init__(
@@ -226,27 +226,27 @@ class CertificateSource:
         self._credentials = self._load(now)
 
     def credentials(self, now: datetime) -> Credentials:
-        """For a connection that begins now. Looks at the disk once a second at the most."""
-        # A clock that was set back is a reason to look, too.
+        """Return the credentials for a connection that begins now. Checks the files at most once per second."""
+        # Also check after the clock was set back.
         if not timedelta(0) <= now - self._checked < INTERVAL:
             self._checked = now
             self._refresh(now)
         return self._credentials
 
     def current(self, now: datetime) -> WebTransportConfiguration:
-        """The configuration for a QUIC connection that begins now."""
+        """Return the configuration for a QUIC connection that begins now."""
         return self.credentials(now).quic
 
     def latest(self) -> WebTransportConfiguration:
-        """The configuration for a QUIC connection that begins at this moment."""
+        """Return the configuration for a QUIC connection, by the system's clock."""
         return self.current(datetime.now(UTC))
 
     def latest_tls(self) -> ssl.SSLContext:
-        """The context for a TLS connection that begins at this moment."""
+        """Return the context for a TLS connection, by the system's clock."""
         return self.credentials(datetime.now(UTC)).tls
 
     def reload(self, now: datetime) -> None:
-        """Read it anew, whether or not it seems to have changed, and say so."""
+        """Read the files again, even if they seem unchanged, and log the result."""
         self._complaint = None
         self._checked = now
         self._refresh(now, anew=True)
@@ -278,7 +278,7 @@ class CertificateSource:
             credentials = _credentials(made.certificate_pem.encode(), made.key_pem.encode(), self._limits)
             self._made = made
             return credentials
-        # Before reading: a change that comes in between is seen the next time.
+        # Before reading, so that a change in between is seen the next time.
         stamp = _stamp(*self._files)
         credentials = _read_pair(*self._files, self._limits)
         self._stamp = stamp
@@ -286,7 +286,7 @@ class CertificateSource:
 
 
 def _stamp(certificate: Path, key: Path) -> _Stamp:
-    """Changes when either file does. Links are followed: they may be what is swapped."""
+    """Return a value that changes when either file changes. Links are followed, because they may be replaced."""
     return _stamp_one("cert", certificate), _stamp_one("key", key)
 
 
@@ -309,14 +309,14 @@ def _read_pair(certificate: Path, key: Path, limits: ConnectionLimits | None) ->
 
 
 def _credentials(certificate_pem: bytes, key_pem: bytes, limits: ConnectionLimits | None) -> Credentials:
-    """Raises `ConfigError` where they are no good."""
-    # First, because it knows what to say of what is wrong with them.
+    """Make credentials from PEM. Raises `ConfigError` if they are invalid."""
+    # First, because its errors explain best what is wrong.
     quic = server_configuration(certificate_pem, key_pem, limits)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    # A stream that reads does not write what a peer's new handshake would need (TLS 1.2 only).
+    # A renegotiation would need writes while a stream only reads (TLS 1.2 only).
     context.options |= ssl.OP_NO_RENEGOTIATION
-    # It takes a file. One in memory cannot be changed by anybody while it is read, and leaves no key on a disk.
+    # `load_cert_chain` takes a file. A memory file cannot change while it is read, and leaves no key on a disk.
     try:
         with os.fdopen(os.memfd_create("certificate"), "wb") as file:
             file.write(key_pem.rstrip() + b"\n" + certificate_pem)

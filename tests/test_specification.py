@@ -27,7 +27,7 @@ from catbus.auth.grants import Grants, Identity
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.config import Config, LimitSettings
-from catbus.endpoints.http import http_connection, routes
+from catbus.endpoints.http import error_responses, http_connection, routes
 from catbus.endpoints.websocket import inbound_frames, websocket_connection
 from catbus.endpoints.webtransport import webtransport_session
 from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailable
@@ -316,7 +316,8 @@ def test_error_codes_are_those_of_the_table() -> None:
         (*quoted(row["Code"]), row["Retry?"], row["HTTP"]) for row in table(section("Error codes"), "Code", "Retry?")
     ]
     defined = [
-        (code, "yes" if code in RETRYABLE else "no", str(routes.ERROR_STATUSES.get(code, 400))) for code in ErrorCode
+        (code, "yes" if code in RETRYABLE else "no", str(error_responses.ERROR_STATUSES.get(code, 400)))
+        for code in ErrorCode
     ]
     assert listed == defined
 

@@ -26,7 +26,7 @@ async def connect(address: str) -> Peer:
     return Peer(await trio.open_tcp_stream(host, int(port)))
 
 
-async def test_what_is_posted_reaches_clients_of_both_versions() -> None:
+async def test_posted_messages_reach_clients_of_both_versions() -> None:
     async with running() as (_, address):
         modern, first, poster = [await connect(address) for _ in range(3)]
         for peer, protocol in ((modern, {"protocol": 1}), (first, {})):

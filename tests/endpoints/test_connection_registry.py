@@ -12,7 +12,7 @@ from catbus.endpoints.connection_registry import ConnectionRegistry
 from catbus.observability.loggers import REPEAT_INTERVAL
 
 
-async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logged_once(
+async def test_repeated_internal_errors_are_counted_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     registry = ConnectionRegistry()
@@ -24,7 +24,7 @@ async def test_a_mistake_that_peers_set_off_again_and_again_is_counted_and_logge
     assert all(record.exc_info for record in caplog.records)
 
 
-async def test_what_peers_do_again_and_again_is_logged_once_in_a_minute(
+async def test_repeated_actions_of_peers_are_logged_once_per_minute(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     registry = ConnectionRegistry()

@@ -29,7 +29,7 @@ class Served:
         self.gathered += 1
 
 
-async def test_the_three_take_turns() -> None:
+async def test_three_queues_are_served_in_rotation() -> None:
     served = Served(0.0)
     scheduler = served.scheduler
     now = trio.current_time()
@@ -41,7 +41,7 @@ async def test_the_three_take_turns() -> None:
     assert [sorted(served.names[start : start + 3]) for start in (0, 3, 6)] == [["client", "newcomer", "stranger"]] * 3
 
 
-async def test_what_newcomers_have_together_has_an_end_however_many_networks_they_are() -> None:
+async def test_unauthenticated_peers_share_one_limit_across_networks() -> None:
     served = Served(0.01)
     scheduler = served.scheduler
     now = trio.current_time()
@@ -55,7 +55,7 @@ async def test_what_newcomers_have_together_has_an_end_however_many_networks_the
     assert served.names[-1] == "client"
 
 
-async def test_newcomers_beyond_their_share_get_what_is_left_over() -> None:
+async def test_unauthenticated_peers_over_their_share_get_idle_time() -> None:
     served = Served(0.0)
     scheduler = served.scheduler
     scheduler.unauthenticated_usage.charge(1000.0, trio.current_time())
@@ -79,7 +79,7 @@ async def test_newcomers_beyond_their_share_get_what_is_left_over() -> None:
     assert not any(passes[:-1])
 
 
-async def test_a_client_beyond_its_share_goes_after_the_others() -> None:
+async def test_client_over_its_share_is_served_after_the_others() -> None:
     served = Served(0.0)
     scheduler = served.scheduler
     now = trio.current_time()
@@ -93,7 +93,7 @@ async def test_a_client_beyond_its_share_goes_after_the_others() -> None:
     assert served.gathered >= 5
 
 
-async def test_one_task_serves() -> None:
+async def test_only_one_task_serves() -> None:
     served = Served(1000.0)
     scheduler = served.scheduler
     for number in range(3):
@@ -108,7 +108,7 @@ async def test_one_task_serves() -> None:
     assert len(served.names) == 3
 
 
-async def test_it_serves_again_after_it_was_cancelled() -> None:
+async def test_scheduler_serves_again_after_a_cancellation() -> None:
     served = Served(0.0)
     scheduler = served.scheduler
     put = partial(scheduler.authenticated.put, "client", 0)

@@ -17,7 +17,7 @@ def drain(queue: FairQueue[str, str, int], now: float, cost: float, most: int = 
     return cpu_scheduler
 
 
-def test_use_is_made_up_for_with_time_and_never_a_debt_for_long() -> None:
+def test_use_is_paid_off_with_time_and_forgotten_after_a_second() -> None:
     usage = CpuUsage()
     usage.charge(MAX_SAVED, 100.0)
     assert not usage.exceeded(100.0)
@@ -29,7 +29,7 @@ def test_use_is_made_up_for_with_time_and_never_a_debt_for_long() -> None:
     assert not usage.exceeded(100.0 + USE_FORGOTTEN_AFTER)
 
 
-def test_the_key_that_has_used_least_goes_first() -> None:
+def test_key_with_the_least_use_goes_first() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100)
     queue.charge("heavy", 0.1, 0.0)
     for number in range(3):
@@ -40,7 +40,7 @@ def test_the_key_that_has_used_least_goes_first() -> None:
     assert queue.take(0.0, over_share=True) is None
 
 
-def test_a_key_that_seldom_has_something_waits_for_one_other_at_the_most() -> None:
+def test_rarely_used_key_waits_for_one_other_at_most() -> None:
     queue: FairQueue[str, str, int] = FairQueue(1000)
     for number in range(400):
         assert queue.put(f"flood {number % 20}", "x", number, 0.0)
@@ -49,7 +49,7 @@ def test_a_key_that_seldom_has_something_waits_for_one_other_at_the_most() -> No
     assert drain(queue, 0.0, 0.001, most=1) == ["honest"]
 
 
-def test_a_key_that_uses_little_goes_first_also_where_there_is_little_cpu() -> None:
+def test_key_that_uses_little_goes_first_even_with_little_cpu() -> None:
     """The broker has a tenth of a core, so nobody uses as much as its share of one."""
     queue: FairQueue[str, str, int] = FairQueue(10_000)
     now, waited = 0.0, []
@@ -71,7 +71,7 @@ def test_a_key_that_uses_little_goes_first_also_where_there_is_little_cpu() -> N
     assert max(waited[3:]) == 0
 
 
-def test_keys_that_always_have_something_get_equal_time_whatever_their_turns_cost() -> None:
+def test_busy_keys_get_equal_time_at_any_cost_per_item() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100_000)
     costs = {"dear": 0.002, "cheap": 0.0005}
     for number in range(2000):
@@ -90,7 +90,7 @@ def test_keys_that_always_have_something_get_equal_time_whatever_their_turns_cos
     assert abs(spent["dear"] - spent["cheap"]) < 20_000
 
 
-def test_under_one_key_sources_take_turns() -> None:
+def test_sources_of_one_key_are_served_in_rotation() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100)
     for number in range(10):
         assert queue.put("network", "hostile", number, 0.0)
@@ -98,7 +98,7 @@ def test_under_one_key_sources_take_turns() -> None:
     assert drain(queue, 0.0, 0.001)[:2] == ["hostile", "honest"]
 
 
-def test_all_that_have_had_their_shares_wait_unless_they_may_have_more() -> None:
+def test_keys_over_their_shares_wait_unless_more_is_allowed() -> None:
     queue: FairQueue[str, str, int] = FairQueue(100)
     queue.put("a", "a", 1, 0.0)
     queue.charge("a", 2 * MAX_SAVED, 0.0)
@@ -109,7 +109,7 @@ def test_all_that_have_had_their_shares_wait_unless_they_may_have_more() -> None
     assert queue.take(0.0) is not None
 
 
-def test_a_flood_leaves_room_for_others() -> None:
+def test_flood_leaves_room_for_others() -> None:
     queue: FairQueue[str, str, int] = FairQueue(1000)
     for key in ("flood", "another", "a third"):
         while queue.put(key, key, 0, 0.0):
@@ -126,7 +126,7 @@ def test_a_flood_leaves_room_for_others() -> None:
     assert len(queue) == 1000
 
 
-def test_keys_are_forgotten_when_their_use_is_made_up_for() -> None:
+def test_keys_are_forgotten_when_their_use_is_paid_off() -> None:
     queue: FairQueue[int, int, int] = FairQueue(100)
     for number in range(100_000):
         now = number / 1000

@@ -50,7 +50,7 @@ async def test_each_object_has_a_packet_of_its_own() -> None:
             assert len(data) % UNIT == 0
 
 
-async def test_an_object_waits_until_the_one_before_could_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_object_waits_until_the_previous_one_could_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_version_spacing, "SPACING", (1e6, 1e6))
     async with serving() as server:
         client = server.connect()
@@ -74,7 +74,7 @@ async def test_an_object_waits_until_the_one_before_could_be_read(monkeypatch: p
 
 
 @pytest.mark.usefixtures("unspaced")
-async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() -> None:
+async def test_first_version_client_gets_a_long_backlog_in_order() -> None:
     limits = msgspec.structs.replace(CONFIG.limits, send_queue=1 << 14)
     async with serving(msgspec.structs.replace(CONFIG, limits=limits)) as server:
         client = await server.log_in("a.*", protocol=None)
@@ -88,7 +88,7 @@ async def test_a_first_version_client_with_a_long_backlog_gets_all_in_order() ->
 
 
 @pytest.mark.usefixtures("unspaced")
-async def test_what_waits_for_a_first_version_client_arrives_before_the_closing() -> None:
+async def test_first_version_client_gets_waiting_objects_before_the_close() -> None:
     async with serving() as server:
         client = await server.log_in("a.*", protocol=None)
         await publish(server, "a.b", *range(20))
@@ -97,7 +97,7 @@ async def test_what_waits_for_a_first_version_client_arrives_before_the_closing(
         assert payloads(client) == list(range(20))
 
 
-async def test_its_objects_may_be_cut_anywhere_or_nowhere() -> None:
+async def test_objects_of_a_first_version_client_may_be_split_anywhere() -> None:
     async with serving() as server:
         client = server.connect()
         await client.open()
@@ -116,7 +116,7 @@ async def test_its_objects_may_be_cut_anywhere_or_nowhere() -> None:
         assert payloads(client) == [["ü", "}"]]
 
 
-def test_the_more_waits_the_sooner_the_next_one_leaves() -> None:
+def test_spacing_shrinks_with_a_longer_backlog() -> None:
     least, most = SPACING
     times = [spacing(waiting, more=False) for waiting in range(300)]
     assert times[0] == times[1] == most
@@ -125,7 +125,7 @@ def test_the_more_waits_the_sooner_the_next_one_leaves() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 1023, 1024, 1025, 5000])
-def test_a_line_is_filled_up_to_whole_units(size: int) -> None:
+def test_line_is_padded_to_whole_units(size: int) -> None:
     line = b"{" + b"}".rjust(size - 2) + b"\n"
     filled = pad_object(line)
     assert filled[: size - 1] == line[:-1]

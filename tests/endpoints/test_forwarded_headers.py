@@ -44,28 +44,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("said", CASES)
-def test_the_proxy_next_to_the_client_is_believed(said: str) -> None:
+def test_origin_is_the_one_that_the_first_proxy_reports(said: str) -> None:
     name, _, value = said.partition(": ")
     request = HttpRequest("GET", "/", [(name.lower().encode(), value.encode())] if value else [], host=HERE)
     assert forwarded_origin(request, tls=False) == CASES[said][1]
 
 
-def test_the_standard_header_goes_before_the_others() -> None:
+def test_forwarded_header_has_precedence() -> None:
     headers = [(b"x-forwarded-proto", b"http"), (b"x-forwarded-host", b"b"), (b"forwarded", b"proto=https;host=a")]
     assert forwarded_origin(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, "a")
     assert forwarded_origin(HttpRequest("GET", "/", headers[:2], host=HERE), tls=True) == (PLAIN, "b")
 
 
-def test_several_headers_are_one_list() -> None:
+def test_repeated_headers_form_one_list() -> None:
     headers = [(b"forwarded", b"for=a;proto=https"), (b"forwarded", b"for=b;proto=http")]
     assert forwarded_origin(HttpRequest("GET", "/", headers, host=HERE), tls=False) == (SECURE, HERE)
 
 
-def test_a_port_with_tls_is_secure_where_nobody_says_otherwise() -> None:
+def test_tls_port_is_secure_without_a_header() -> None:
     assert forwarded_origin(HttpRequest("GET", "/", host=HERE), tls=True) == (SECURE, HERE)
 
 
-def test_a_long_header_takes_no_long_time() -> None:
+def test_long_header_is_parsed_in_linear_time() -> None:
     for text in ("a" * 16_000, "a=" * 8_000, 'a="' + "\\" * 16_000, "a=b;" * 4_000 + '"', "a=b;" + " " * 16_000 + "x"):
         assert forwarded_origin(HttpRequest("GET", "/", [(b"forwarded", text.encode())], host=HERE), tls=False) == (
             PLAIN,

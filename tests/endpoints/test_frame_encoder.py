@@ -17,16 +17,16 @@ def run(*payloads: bytes) -> EncodedMessages:
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65_535, 65_536, 200_000])
-def test_a_header_is_what_a_peer_reads(size: int) -> None:
+def test_header_is_readable_by_a_peer(size: int) -> None:
     text = b"x" * size
     assert FrameParser().feed(text_header(size) + text) == [(raw_peer.TEXT, text)]
 
 
-def test_a_ping_has_no_payload() -> None:
+def test_ping_has_no_payload() -> None:
     assert FrameParser().feed(PING) == [(raw_peer.PING, b"")]
 
 
-def test_a_close_frame_carries_code_and_reason() -> None:
+def test_close_frame_has_code_and_reason() -> None:
     [frame] = FrameParser().feed(close_frame(4508, "too quiet"))
     assert frame.opcode == raw_peer.CLOSE
     assert frame.payload == b"\x11\x9ctoo quiet"
@@ -37,7 +37,7 @@ def test_a_close_frame_carries_code_and_reason() -> None:
 @pytest.mark.parametrize(
     ("reason", "kept"), [("x" * 123, 123), ("x" * 124, 123), ("x" + "é" * 80, 123), ("é" * 80, 122)]
 )
-def test_a_long_reason_is_cut_between_characters(reason: str, kept: int) -> None:
+def test_long_reason_is_cut_between_characters(reason: str, kept: int) -> None:
     [frame] = FrameParser().feed(close_frame(4000, reason))
     text = frame.payload[2:].decode()
     assert reason.startswith(text)
@@ -50,7 +50,7 @@ def test_lines_share_a_frame() -> None:
     assert frame.payload == items[0] + items[1].lines
 
 
-def test_a_frame_is_about_64_kib_and_no_item_is_split() -> None:
+def test_frame_has_about_64_kib_and_no_item_is_split() -> None:
     items = [bytes([65 + index]) * 30_000 for index in range(5)] + [b"z" * 300_000, b"y" * 10]
     frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.V1))
     assert [len(frame.payload) for frame in frames] == [60_000, 60_000, 30_000, 300_000, 10]
@@ -58,7 +58,7 @@ def test_a_frame_is_about_64_kib_and_no_item_is_split() -> None:
     assert max(len(frame.payload) for frame in frames[:3]) <= FRAME_SIZE
 
 
-def test_a_first_version_client_gets_a_frame_for_each_line() -> None:
+def test_first_version_client_gets_a_frame_for_each_line() -> None:
     items = [b'{"type":"pong","seq":1}\n', run(b"1", b"2")]
     frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.FIRST))
     assert [frame.payload for frame in frames] == [
@@ -68,7 +68,7 @@ def test_a_first_version_client_gets_a_frame_for_each_line() -> None:
     ]
 
 
-def test_the_same_items_are_packed_once() -> None:
+def test_same_items_are_encoded_once() -> None:
     packer, shared = FrameEncoder(), run(b"1")
     first = packer.encode_items([shared], ProtocolVersion.V1)
     assert packer.encode_items([shared], ProtocolVersion.V1) is first
@@ -76,7 +76,7 @@ def test_the_same_items_are_packed_once() -> None:
     assert packer.encode_items([shared], ProtocolVersion.V1) == first
 
 
-def test_other_items_are_not_taken_for_the_last_ones() -> None:
+def test_other_items_are_encoded_again() -> None:
     packer = FrameEncoder()
     assert packer.encode_items([run(b"1")], ProtocolVersion.V1) == packer.encode_items([run(b"1")], ProtocolVersion.V1)
     assert packer.encode_items([run(b"1")], ProtocolVersion.V1) != packer.encode_items([run(b"2")], ProtocolVersion.V1)
@@ -85,6 +85,6 @@ def test_other_items_are_not_taken_for_the_last_ones() -> None:
     )
 
 
-def test_nothing_makes_no_frame() -> None:
+def test_no_items_make_no_frame() -> None:
     assert FrameEncoder().encode_items([], ProtocolVersion.V1) == b""
     assert FrameEncoder().encode_items([], ProtocolVersion.FIRST) == b""

@@ -155,13 +155,13 @@ async def talk_slowly(kind: type[FrameStream], frames: int, pings: int) -> Check
     return checker
 
 
-async def test_frames_from_both_sides_are_never_mixed_or_lost() -> None:
+async def test_frames_of_broker_and_library_are_never_mixed_or_lost() -> None:
     with trio.fail_after(60):
         checker = await talk_slowly(FrameStream, 5000, 4000)
     assert (checker.data, checker.pongs) == (5000, 4000)
 
 
-async def test_the_checker_catches_a_second_writer() -> None:
+async def test_checker_detects_a_second_writer() -> None:
     with trio.fail_after(60), pytest.RaisesGroup(Mixed, flatten_subgroups=True, allow_unwrapped=True):
         await talk_slowly(TwoWriters, 5000, 4000)
 
@@ -169,7 +169,7 @@ async def test_the_checker_catches_a_second_writer() -> None:
 # One thing at a time
 
 
-async def test_what_the_kernel_takes_is_sent_at_once() -> None:
+async def test_bytes_that_the_kernel_takes_are_sent_at_once() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
         outbox.write(text(b"hello"))
         assert not outbox.writing
@@ -177,7 +177,7 @@ async def test_what_the_kernel_takes_is_sent_at_once() -> None:
         assert await client.receive_some() == text(b"hello")
 
 
-async def test_what_the_kernel_refuses_is_left_to_the_writer_which_then_comes_for_more() -> None:
+async def test_writing_task_sends_the_rest_and_then_takes_more_frames() -> None:
     source = Source()
     async with tcp_pair() as (server, client), outbox_over(server, source) as outbox:
         outbox.write(text(b"a" * 1_000_000))
@@ -191,7 +191,7 @@ async def test_what_the_kernel_refuses_is_left_to_the_writer_which_then_comes_fo
         assert (outbox.writing, outbox.unsent) == (False, 0)
 
 
-async def test_it_works_over_a_stream_without_a_file() -> None:
+async def test_frame_stream_works_without_a_file_descriptor() -> None:
     ours, theirs = lockstep_stream_pair()
     source = Source()
     async with outbox_over(ours, source) as outbox:
@@ -202,7 +202,7 @@ async def test_it_works_over_a_stream_without_a_file() -> None:
         assert await peer.frame() == (raw_peer.TEXT, b"b")
 
 
-async def test_the_library_waits_for_its_own_frame_and_not_for_what_comes_later() -> None:
+async def test_send_all_waits_for_its_own_frame_only() -> None:
     ours, theirs = lockstep_stream_pair()
     source = Source()
     async with outbox_over(ours, source) as outbox, trio.open_nursery() as nursery:
@@ -224,7 +224,7 @@ async def test_the_library_waits_for_its_own_frame_and_not_for_what_comes_later(
         assert outbox.writing
 
 
-async def test_a_peer_that_pings_and_does_not_read_costs_one_pong(autojump_clock: MockClock) -> None:
+async def test_pings_of_a_peer_that_does_not_read_queue_one_pong(autojump_clock: MockClock) -> None:
     ours, theirs = lockstep_stream_pair()
     async with outbox_over(ours, head=UPGRADE) as outbox, trio.open_nursery() as nursery:
 
@@ -242,7 +242,7 @@ async def test_a_peer_that_pings_and_does_not_read_costs_one_pong(autojump_clock
         nursery.cancel_scope.cancel()
 
 
-async def test_a_cancelled_send_all_leaves_its_frame_whole() -> None:
+async def test_cancelled_send_all_sends_its_whole_frame() -> None:
     ours, theirs = lockstep_stream_pair()
     async with outbox_over(ours) as outbox:
         with trio.move_on_after(0):
@@ -271,7 +271,7 @@ async def test_nothing_follows_a_close_frame() -> None:
             await client.send_eof()
 
 
-async def test_nothing_follows_the_close_frame_of_the_library() -> None:
+async def test_nothing_follows_a_close_frame_of_the_library() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
         await outbox.send_all(close_frame(1000, ""))
         outbox.write(text(b"later"))
@@ -279,7 +279,7 @@ async def test_nothing_follows_the_close_frame_of_the_library() -> None:
         assert (await Peer(client).frame()).code == 1000
 
 
-async def test_a_write_that_fails_breaks_the_connection() -> None:
+async def test_failed_write_breaks_the_connection() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
         reading = outbox._read_scope
         client.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -297,7 +297,7 @@ async def test_a_write_that_fails_breaks_the_connection() -> None:
         await outbox.wait_closed()
 
 
-async def test_a_cancelled_writer_breaks_the_connection() -> None:
+async def test_cancelled_writing_task_breaks_the_connection() -> None:
     async with tcp_pair() as (server, _):
         async with trio.open_nursery() as nursery:
             outbox = FrameStream(server, nursery, take_frames=Source().take, read_scope=trio.CancelScope())
@@ -311,7 +311,7 @@ async def test_a_cancelled_writer_breaks_the_connection() -> None:
         assert outbox.unsent == 0
 
 
-async def test_an_aborted_outbox_keeps_its_hands_off_the_file_number() -> None:
+async def test_aborted_frame_stream_does_not_use_its_file_descriptor() -> None:
     async with tcp_pair() as (server, client), outbox_over(server) as outbox:
         outbox.abort()
         outbox.write(PING)
@@ -319,7 +319,7 @@ async def test_an_aborted_outbox_keeps_its_hands_off_the_file_number() -> None:
         assert await client.receive_some() == b""
 
 
-async def test_progress_and_stalls_are_told_apart(autojump_clock: MockClock) -> None:
+async def test_progress_and_stalls_are_distinguished(autojump_clock: MockClock) -> None:
     ours, theirs = lockstep_stream_pair()
     async with outbox_over(ours) as outbox:
         assert outbox.stalled_since is None
@@ -338,7 +338,7 @@ async def test_progress_and_stalls_are_told_apart(autojump_clock: MockClock) -> 
 # Reading
 
 
-async def test_what_followed_the_request_is_read_after_it_has_been_answered() -> None:
+async def test_bytes_after_the_request_are_read_after_the_response() -> None:
     ours, theirs = memory_stream_pair()
     await theirs.send_all(b"three")
     async with outbox_over(ours, head=b"one", rest=b"two") as outbox:
@@ -352,7 +352,7 @@ async def test_what_followed_the_request_is_read_after_it_has_been_answered() ->
         assert outbox.received == 8
 
 
-async def test_receiving_is_heard(autojump_clock: MockClock) -> None:
+async def test_received_bytes_are_counted(autojump_clock: MockClock) -> None:
     ours, theirs = memory_stream_pair()
     async with outbox_over(ours) as outbox:
         await outbox.send_all(b"HTTP/1.1 101 \r\n\r\n")
@@ -362,7 +362,7 @@ async def test_receiving_is_heard(autojump_clock: MockClock) -> None:
         assert outbox.last_received == trio.current_time()
 
 
-async def test_after_the_library_has_closed_it_nothing_is_read() -> None:
+async def test_nothing_is_read_after_the_library_closed() -> None:
     ours, theirs = memory_stream_pair()
     async with outbox_over(ours) as outbox:
         await outbox.aclose()
@@ -372,7 +372,7 @@ async def test_after_the_library_has_closed_it_nothing_is_read() -> None:
         assert (await Peer(theirs).frame()).opcode == raw_peer.PING
 
 
-async def test_a_gentle_close_ends_when_the_peer_has_closed_too() -> None:
+async def test_graceful_close_ends_when_the_peer_closes() -> None:
     async with tcp_pair() as (server, client):
         await client.send_all(b"never read by the server" * 10)
         await server.send_all(b"goodbye")
@@ -402,7 +402,7 @@ class CountingScheduler(CpuScheduler):
         await super().yield_cpu()
 
 
-async def test_a_gentle_close_reads_turn_by_turn_and_no_more_than_a_body_of_a_peer_that_never_ends() -> None:
+async def test_graceful_close_lets_others_run_and_reads_no_more_than_a_body() -> None:
     async with tcp_pair() as (server, client):
         cpu_scheduler, sent = CountingScheduler(), 0
 

@@ -67,7 +67,7 @@ def post(path: str, body: bytes, *lines: str) -> bytes:
     return get(path, f"Content-Length: {len(body)}", *lines, method="POST") + body
 
 
-async def test_the_oldest_connections_without_a_token_give_way_when_too_much_is_kept_of_them() -> None:
+async def test_oldest_unauthenticated_connections_are_evicted_when_they_hold_too_much() -> None:
     replica = FakeReplica()
     replica.unauthenticated = UnauthenticatedPeers(3000)
     async with served(replica) as first, served(replica) as second:
@@ -172,7 +172,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_each_request_has_its_answer(name: str) -> None:
+async def test_each_request_has_its_response(name: str) -> None:
     request, status, body, headers = REQUESTS[name]
     async with served() as it:
         await it.peer.send(request)
@@ -208,7 +208,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_what_cannot_be_read_to_its_end_is_answered_and_closed(name: str, autojump_clock: MockClock) -> None:
+async def test_request_that_is_not_read_to_its_end_is_answered_and_closed(name: str, autojump_clock: MockClock) -> None:
     request, status = BROKEN[name]
     async with served() as it:
         await it.peer.send(request)
@@ -222,7 +222,7 @@ async def test_what_cannot_be_read_to_its_end_is_answered_and_closed(name: str, 
 
 
 @pytest.mark.parametrize("readiness", ["starting", "draining", "degraded", "ready"])
-async def test_readiness(readiness: str) -> None:
+async def test_ready_reports_the_state(readiness: str) -> None:
     async with served() as it:
         it.replica.readiness = readiness
         await it.peer.send(get("/ready"))
@@ -242,7 +242,7 @@ async def test_head_is_get_without_the_body(path: str, status: int, size: str) -
         assert (await it.peer.response()).body == b"ok"
 
 
-async def test_modules_of_the_javascript_client_are_sent_once() -> None:
+async def test_javascript_modules_are_revalidated_by_their_tags() -> None:
     """A browser that has one asks by its tag, and is told that it is the present one."""
     async with served() as it:
         for path in ("/catbus.js", "/catbus/core.js"):
@@ -263,7 +263,7 @@ async def test_modules_of_the_javascript_client_are_sent_once() -> None:
         assert it.registry.requests["/catbus.js", 304] == 6
 
 
-async def test_head_of_what_only_takes_post() -> None:
+async def test_head_of_a_post_path_is_rejected() -> None:
     async with served() as it:
         await it.peer.send(get("/publish", method="HEAD"))
         assert (await it.peer.response(head=True)).headers["allow"] == "POST"
@@ -291,7 +291,7 @@ async def test_requests_may_be_split_at_every_byte() -> None:
             assert (await it.peer.response()).body == b"ok"
 
 
-async def test_requests_may_come_a_byte_at_a_time() -> None:
+async def test_requests_may_arrive_a_byte_at_a_time() -> None:
     async with served() as it:
         for byte in get("/health") * 2 + UPGRADE + masked(raw_peer.TEXT, b"hi"):
             await it.peer.send(bytes((byte,)))
@@ -302,7 +302,7 @@ async def test_requests_may_come_a_byte_at_a_time() -> None:
         assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
 
 
-async def test_a_body_may_come_in_chunks() -> None:
+async def test_body_may_be_chunked() -> None:
     async with served() as it:
         await it.peer.send(
             get("/publish", "Transfer-Encoding: chunked", TOKEN, method="POST")
@@ -311,7 +311,7 @@ async def test_a_body_may_come_in_chunks() -> None:
         assert (await it.peer.response()).body == b'{"seq":1,"channel":"a.b"}\n'
 
 
-async def test_a_client_that_expects_to_be_asked_is_asked_for_the_body() -> None:
+async def test_client_that_expects_100_continue_gets_it() -> None:
     body = b'{"channel":"a.b","payload":1}'
     async with served() as it:
         request = post("/publish", body, TOKEN, "Expect: 100-continue")
@@ -322,7 +322,7 @@ async def test_a_client_that_expects_to_be_asked_is_asked_for_the_body() -> None
 
 
 @pytest.mark.parametrize(("path", "length", "status"), [("/nothing", 9, 404), ("/publish", MAX_BODY_SIZE + 1, 413)])
-async def test_it_is_not_asked_for_a_body_that_nobody_wants(
+async def test_body_that_no_handler_reads_gets_no_100_continue(
     path: str, length: int, status: int, autojump_clock: MockClock
 ) -> None:
     async with served() as it:
@@ -332,14 +332,14 @@ async def test_it_is_not_asked_for_a_body_that_nobody_wants(
         assert await it.peer.at_end()
 
 
-async def test_it_is_not_asked_for_the_body_of_a_request_without_a_token(autojump_clock: MockClock) -> None:
+async def test_body_without_a_valid_token_gets_no_100_continue(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(get("/publish", "Content-Length: 9", "Expect: 100-continue", method="POST"))
         response = await it.peer.response()
         assert (response.status, response.headers["connection"]) == (401, "close")
 
 
-async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_body_that_no_handler_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
     right = http_connection.HttpConnection._read_body
 
@@ -356,7 +356,7 @@ async def test_of_a_body_that_is_not_wanted_nothing_is_kept(monkeypatch: pytest.
     assert kept == [0, 0]
 
 
-async def test_no_more_than_a_head_is_read_at_a_time_before_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unauthenticated_connection_reads_one_head_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     right = h11.Connection.receive_data
 
@@ -378,14 +378,14 @@ async def test_no_more_than_a_head_is_read_at_a_time_before_a_token(monkeypatch:
     assert read[0] <= http_connection.MAX_HEAD_SIZE
 
 
-async def test_without_a_host_nothing_can_be_discovered() -> None:
+async def test_discovery_needs_a_host() -> None:
     async with served() as it:
         await it.peer.send(b"GET /.well-known/catbus HTTP/1.0\r\n\r\n")
         assert (await it.peer.response()).status == 400
 
 
 @pytest.mark.parametrize("request_", [get("/health", version="1.0"), get("/health", "Connection: close")])
-async def test_a_client_that_asks_for_one_answer_gets_one(request_: bytes) -> None:
+async def test_client_that_sends_connection_close_gets_one_response(request_: bytes) -> None:
     async with served() as it:
         await it.peer.send(request_)
         response = await it.peer.response()
@@ -398,13 +398,13 @@ async def test_a_client_that_asks_for_one_answer_gets_one(request_: bytes) -> No
 # Time
 
 
-async def test_a_connection_that_says_nothing_is_closed(autojump_clock: MockClock) -> None:
+async def test_silent_connection_is_closed(autojump_clock: MockClock) -> None:
     async with served() as it:
         assert await it.peer.at_end()
         assert trio.current_time() == pytest.approx(HEAD_TIMEOUT)
 
 
-async def test_a_head_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
+async def test_slow_head_is_rejected(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(b"GET /health HTTP/1.1\r\n")
         with trio.move_on_after(HEAD_TIMEOUT + 1):
@@ -415,7 +415,7 @@ async def test_a_head_that_dribbles_in_is_refused(autojump_clock: MockClock) -> 
         assert (response.status, response.headers["connection"]) == (408, "close")
 
 
-async def test_a_connection_is_kept_for_a_while_between_requests(autojump_clock: MockClock) -> None:
+async def test_idle_connection_is_kept_open_for_a_while(autojump_clock: MockClock) -> None:
     async with served() as it:
         for _ in range(3):
             await it.peer.send(get("/health"))
@@ -426,7 +426,7 @@ async def test_a_connection_is_kept_for_a_while_between_requests(autojump_clock:
         assert trio.current_time() == pytest.approx(began + 1)
 
 
-async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> None:
+async def test_second_head_has_its_own_timeout(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(get("/health"))
         await it.peer.response()
@@ -437,7 +437,7 @@ async def test_the_second_head_has_its_own_time(autojump_clock: MockClock) -> No
         assert (await it.peer.response()).body == b"ok"
 
 
-async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> None:
+async def test_slow_body_is_rejected(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(get("/publish", "Content-Length: 1000", TOKEN, method="POST"))
         with trio.move_on_after(BODY_TIMEOUT + 1):
@@ -447,14 +447,14 @@ async def test_a_body_that_dribbles_in_is_refused(autojump_clock: MockClock) -> 
         assert (await it.peer.response()).status == 408
 
 
-async def test_a_client_that_does_not_read_its_answer_is_left(autojump_clock: MockClock) -> None:
+async def test_client_that_does_not_read_its_response_is_closed(autojump_clock: MockClock) -> None:
     async with served(pair=trio.testing.lockstep_stream_pair) as it:
         await it.peer.send(get("/health"))
         await it.ended.wait()
         assert trio.current_time() == pytest.approx(SEND_TIMEOUT)
 
 
-async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
+async def test_client_that_disconnects_within_a_request_is_forgotten() -> None:
     for sent in [b"", b"GET /hea", post("/publish", b"{}")[:-1]]:
         async with served() as it:
             await it.peer.send(sent)
@@ -466,7 +466,7 @@ async def test_a_client_that_leaves_in_the_middle_is_forgotten() -> None:
 # Becoming a WebSocket
 
 
-async def test_an_upgrade_may_be_the_second_request_of_a_connection() -> None:
+async def test_upgrade_may_be_the_second_request_of_a_connection() -> None:
     async with served() as it:
         await it.peer.send(get("/health"))
         assert (await it.peer.response()).status == 200
@@ -475,7 +475,7 @@ async def test_an_upgrade_may_be_the_second_request_of_a_connection() -> None:
         assert await it.peer.frame() == (raw_peer.TEXT, b"hi\n")
 
 
-async def test_all_of_it_may_come_at_once() -> None:
+async def test_upgrade_and_frames_may_arrive_together() -> None:
     async with served() as it:
         await it.peer.send(get("/health") + UPGRADE + masked(raw_peer.TEXT, b"hi") + masked(raw_peer.BINARY, b"there"))
         assert (await it.peer.response()).status == 200
@@ -485,7 +485,7 @@ async def test_all_of_it_may_come_at_once() -> None:
 
 
 @pytest.mark.parametrize("split", range(1, len(UPGRADE) + 8, 3))
-async def test_an_upgrade_may_be_split_anywhere(split: int) -> None:
+async def test_upgrade_may_be_split_anywhere(split: int) -> None:
     message = UPGRADE + masked(raw_peer.TEXT, b"hi")
     async with served() as it:
         await it.peer.send(message[:split])
@@ -519,7 +519,7 @@ UPGRADES = {
 
 
 @pytest.mark.parametrize("name", UPGRADES)
-async def test_other_upgrades_are_refused(name: str) -> None:
+async def test_invalid_upgrades_are_rejected(name: str) -> None:
     request, status = UPGRADES[name]
     async with served() as it:
         await it.peer.send(request)
@@ -542,7 +542,7 @@ async def test_other_upgrades_are_refused(name: str) -> None:
         changed("Upgrade: W", "Cookie: a=b\r\nSec-WebSocket-Extensions: permessage-deflate\r\nUpgrade: W"),
     ],
 )
-async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
+async def test_valid_upgrades_have_many_forms(request_: bytes) -> None:
     async with served() as it:
         await it.peer.upgrade(request_)
         await wait_all_tasks_blocked()
@@ -561,7 +561,7 @@ async def test_upgrades_come_in_many_forms(request_: bytes) -> None:
         (("https://good.example",), "null", 403),
     ],
 )
-async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int) -> None:
+async def test_upgrade_is_allowed_by_its_origin(allowed: tuple[str, ...], origin: str | None, status: int) -> None:
     async with served(FakeReplica(Config(websocket=WebSocketSettings(allowed_origins=allowed)))) as it:
         await it.peer.send(changed("Upgrade: W", f"Origin: {origin}\r\nUpgrade: W") if origin else UPGRADE)
         assert (await it.peer.response(head=status == 101)).status == status
@@ -570,7 +570,7 @@ async def test_origins(allowed: tuple[str, ...], origin: str | None, status: int
 # Our own mistakes, and stopping
 
 
-async def test_a_request_that_fails_is_answered_and_the_connection_goes_on() -> None:
+async def test_failed_request_is_answered_and_the_connection_continues() -> None:
     async with served() as it:
         del it.replica.readiness
         await it.peer.send(get("/ready") + get("/health"))
@@ -580,7 +580,7 @@ async def test_a_request_that_fails_is_answered_and_the_connection_goes_on() -> 
         assert it.registry.internal_errors == 1
 
 
-async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(autojump_clock: MockClock) -> None:
+async def test_closing_ends_idle_connections_and_lets_others_finish(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(get("/health"))
         await it.peer.response()
@@ -598,7 +598,7 @@ async def test_closing_the_roster_ends_idle_connections_and_lets_others_finish(a
         assert await it.peer.at_end()
 
 
-async def test_no_websocket_is_begun_after_closing(autojump_clock: MockClock) -> None:
+async def test_no_websocket_is_opened_after_closing(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(UPGRADE[:9])
         await wait_all_tasks_blocked()
@@ -607,7 +607,7 @@ async def test_no_websocket_is_begun_after_closing(autojump_clock: MockClock) ->
         assert (await it.peer.response()).status == 503
 
 
-async def test_a_connection_that_came_just_before_closing_is_ended(autojump_clock: MockClock) -> None:
+async def test_connection_accepted_just_before_closing_is_closed(autojump_clock: MockClock) -> None:
     async with served(closed=True) as it:
         assert await it.peer.at_end()
         assert trio.current_time() == 0

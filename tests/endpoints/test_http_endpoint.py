@@ -50,7 +50,7 @@ async def show_token(peer: Peer) -> None:
     assert (await peer.frame()).payload == b"token\n"
 
 
-async def test_it_listens_everywhere_it_is_told_to() -> None:
+async def test_endpoint_listens_on_all_addresses() -> None:
     async with serving(FakeReplica(), "127.0.0.1:0", "[::1]:0") as endpoint:
         assert [address.rpartition(":")[0] for address in endpoint.addresses] == ["127.0.0.1", "[::1]"]
         for index in range(2):
@@ -60,19 +60,19 @@ async def test_it_listens_everywhere_it_is_told_to() -> None:
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "127.0.0.1:0x50", "no.such.host.invalid:0", "192.0.2.1:0"])
-async def test_an_address_that_cannot_be_had_is_named(bind: str) -> None:
+async def test_unavailable_address_is_named_in_the_error(bind: str) -> None:
     async with trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=bind):
             await serve_http(cast(Any, FakeReplica()), ["127.0.0.1:0", bind], sessions)
 
 
-async def test_an_address_in_use_is_named() -> None:
+async def test_address_in_use_is_named_in_the_error() -> None:
     async with serving(FakeReplica()) as endpoint, trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=f"cannot listen on {endpoint.addresses[0]}: .*in use"):
             await serve_http(cast(Any, FakeReplica()), endpoint.addresses, sessions)
 
 
-async def test_a_whole_conversation() -> None:
+async def test_client_sends_requests_and_opens_a_websocket() -> None:
     replica = FakeReplica()
     async with serving(replica) as endpoint, connected(endpoint) as peer:
         await peer.send(HEALTH)
@@ -92,7 +92,7 @@ async def test_a_whole_conversation() -> None:
         assert await peer.at_end()
 
 
-async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None:
+async def test_closed_endpoint_accepts_nothing_and_keeps_its_websockets() -> None:
     replica = FakeReplica()
     async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
         nursery.cancel_scope.deadline = trio.current_time() + 30
@@ -123,7 +123,7 @@ async def test_a_closed_endpoint_takes_nobody_and_keeps_its_websockets() -> None
         await ended.wait()
 
 
-async def test_those_who_are_too_many_are_told_so() -> None:
+async def test_connections_over_the_limit_get_a_response() -> None:
     async with serving(FakeReplica(Config(limits=LimitSettings(connections=2)))) as endpoint:
         async with connected(endpoint) as first, connected(endpoint) as second:
             for peer in (first, second):
@@ -143,7 +143,7 @@ async def test_those_who_are_too_many_are_told_so() -> None:
             assert (await peer.response()).status == 200
 
 
-async def test_address_has_no_more_connections_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_address_is_limited_in_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
     replica = FakeReplica(Config(limits=LimitSettings(address_connections=1)))
     async with serving(replica) as endpoint:
@@ -200,7 +200,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
     assert not replica.addresses._connections
 
 
-async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_addresses() -> None:
+async def test_clients_of_a_trusted_proxy_have_cpu_shares_by_their_own_addresses() -> None:
     replica = FakeReplica(Config(websocket=WebSocketSettings(trusted_proxies=("127.0.0.1",))))
     async with serving(replica) as endpoint, connected(endpoint) as proxy:
         for address in "198.51.100.7", "203.0.113.2":
@@ -211,7 +211,7 @@ async def test_clients_of_a_trusted_proxy_have_shares_of_the_cpu_by_their_own_ad
             assert set(replica.cpu_scheduler._shares) == {("network", address)}
 
 
-async def test_connections_without_a_token_give_way_to_others() -> None:
+async def test_unauthenticated_connections_are_evicted_for_others() -> None:
     async with serving(FakeReplica(Config(limits=LimitSettings(connections=3)))) as endpoint, AsyncExitStack() as stack:
         client = await stack.enter_async_context(connected(endpoint))
         silent = await stack.enter_async_context(connected(endpoint))
@@ -232,7 +232,7 @@ async def test_connections_without_a_token_give_way_to_others() -> None:
         assert (await client.frame()).payload == b"still here\n"
 
 
-async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_connection_affects_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*args: object) -> None:
         async with trio.open_nursery():
             raise RuntimeError("a bug")
@@ -249,7 +249,7 @@ async def test_a_connection_that_fails_harms_no_other(monkeypatch: pytest.Monkey
         assert endpoint.statistics().internal_errors == 1
 
 
-async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> None:
+async def test_peers_that_disconnected_before_accept_affect_no_other() -> None:
     async with serving(FakeReplica()) as endpoint:
         port = int(endpoint.addresses[0].rpartition(":")[2])
         for _ in range(20):
@@ -262,7 +262,7 @@ async def test_peers_that_have_left_before_they_are_looked_at_harm_nobody() -> N
         assert endpoint.statistics().internal_errors == 0
 
 
-async def test_no_more_connections_than_the_process_may_have_files(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_are_limited_by_the_open_files_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_endpoint.resource, "getrlimit", lambda kind: (http_endpoint.RESERVED_FILES + 1, 1000))
     async with serving(FakeReplica()) as endpoint, connected(endpoint) as first:
         await show_token(first)

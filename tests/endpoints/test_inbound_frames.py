@@ -83,12 +83,12 @@ def same(chunks: list[bytes]) -> bool:
     return seen([portion for chunk in chunks for portion in passed(coalescer, chunk)]) == seen(chunks)
 
 
-def test_the_library_sees_the_same_of_any_three_frames() -> None:
+def test_library_reads_the_same_from_any_three_frames() -> None:
     for parts in itertools.product(frames, repeat=3):
         assert same([b"".join(parts)]), parts
 
 
-def test_the_library_sees_the_same_of_any_two_frames_and_a_third_wherever_they_are_cut() -> None:
+def test_library_reads_the_same_from_three_frames_split_anywhere() -> None:
     for one, other in itertools.product(frames, repeat=2):
         data = one + other + small[0] + small[1]
         for cut in range(1, len(data)):
@@ -97,7 +97,7 @@ def test_the_library_sees_the_same_of_any_two_frames_and_a_third_wherever_they_a
 
 @given(st.lists(st.sampled_from(frames) | st.binary(max_size=6)), st.lists(st.integers(1, 100), min_size=1))
 @example([masked(TEXT, b"a"), masked(TEXT, b"b"), masked(PING, b""), masked(TEXT, b"y" * 70_000)], [100_000])
-def test_the_library_sees_the_same_of_anything(parts: list[bytes], cuts: list[int]) -> None:
+def test_library_reads_the_same_from_any_bytes(parts: list[bytes], cuts: list[int]) -> None:
     data = b"".join(parts)
     chunks, position = [], 0
     while position < len(data):
@@ -107,24 +107,24 @@ def test_the_library_sees_the_same_of_anything(parts: list[bytes], cuts: list[in
     assert same(chunks)
 
 
-def test_frames_that_arrive_together_become_one() -> None:
+def test_frames_that_arrive_together_are_joined() -> None:
     lines = [b'{"n":%d}' % n for n in range(100)]
     joined = b"".join(passed(InboundFrames(), b"".join(masked(TEXT, line) for line in lines)))
     assert joined == b"\x81\xfe" + len(b"".join(lines)).to_bytes(2, "big") + b"\0\0\0\0" + b"".join(lines)
 
 
-def test_what_it_makes_is_bounded() -> None:
+def test_joined_frames_are_bounded() -> None:
     frame = masked(TEXT, b"x" * 94)
     joined = b"".join(passed(InboundFrames(limit=1000), frame * 25))
     assert [joined[:8], len(joined)] == [b"\x81\xfe" + (940).to_bytes(2, "big") + b"\0\0\0\0", 2 * 948 + 478]
 
 
-def test_a_single_frame_passes_as_it_is() -> None:
+def test_single_frame_passes_unchanged() -> None:
     frame = masked(TEXT, b"hello")
     assert passed(InboundFrames(), frame) == [frame]
 
 
-def test_what_has_not_come_whole_passes_as_it_comes_but_for_its_header() -> None:
+def test_incomplete_frame_passes_except_for_an_incomplete_header() -> None:
     frame = masked(TEXT, b"x" * 200)
     coalescer = InboundFrames()
     assert passed(coalescer, frame[:7]) == []
@@ -132,7 +132,7 @@ def test_what_has_not_come_whole_passes_as_it_comes_but_for_its_header() -> None
     assert b"".join(passed(coalescer, frame[50:] + frame)) == frame[50:] + frame
 
 
-def test_it_takes_time_in_proportion() -> None:
+def test_joining_takes_linear_time() -> None:
     def cost(count: int) -> float:
         data = masked(TEXT, b"x" * 50) * count
         began = time.perf_counter()
@@ -144,7 +144,7 @@ def test_it_takes_time_in_proportion() -> None:
 
 
 @given(st.lists(st.sampled_from([b"", b"a", b"\xc3\xa9" * 30]), min_size=200, max_size=2000), st.integers(1, 3000))
-def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
+def test_few_frames_are_passed_on_at_a_time(payloads: list[bytes], cut: int) -> None:
     data = b"".join(masked(BINARY, payload) for payload in payloads)
     coalescer = InboundFrames()
     for chunk in (data[:cut], data[cut:]):
@@ -157,7 +157,7 @@ def test_few_frames_go_on_at_a_time(payloads: list[bytes], cut: int) -> None:
     [masked(TEXT, b"x"), masked(PING, b"x"), masked(TEXT, b"x", fin=False) + masked(CONTINUATION, b"")],
     ids=["whole", "control", "fragments"],
 )
-def test_few_frames_are_looked_at_in_one_turn(frames: bytes) -> None:
+def test_few_frames_are_examined_at_a_time(frames: bytes) -> None:
     """However small they are, and whether or not they become one."""
     portions = passed(InboundFrames(), frames * 5000)
     assert len(portions) >= 5000 // FRAMES_PER_TURN
@@ -169,7 +169,7 @@ def fragments(count: int, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, BYTES_PER_EXTRA_FRAGMENT - 1])
-def test_a_message_in_too_many_fragments_is_refused_and_nothing_more_is_taken(size: int) -> None:
+def test_message_with_too_many_fragments_is_rejected(size: int) -> None:
     coalescer = InboundFrames()
     most = 1 + max(n for n in range(10_000) if n + 1 <= MAX_FRAGMENTS + n * size // BYTES_PER_EXTRA_FRAGMENT)
     assert b"".join(passed(coalescer, fragments(most, size))) == fragments(most, size)
@@ -179,7 +179,7 @@ def test_a_message_in_too_many_fragments_is_refused_and_nothing_more_is_taken(si
     assert passed(coalescer, masked(TEXT, b"a")) == []
 
 
-def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_anew() -> None:
+def test_large_fragments_may_be_many_and_each_message_is_counted_anew() -> None:
     coalescer = InboundFrames()
     for _ in range(3):
         message = fragments(MAX_FRAGMENTS, 1) + masked(PING, b"") + masked(CONTINUATION, b"x")
@@ -197,7 +197,7 @@ def test_fragments_of_some_size_may_be_many_and_those_of_another_message_count_a
     ],
     ids=["whole", "only its header", "in fragments"],
 )
-def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: list[bytes]) -> None:
+def test_too_large_message_is_rejected_by_its_frame_headers(frames: list[bytes]) -> None:
     coalescer = InboundFrames(max_message_size=1000)
     for frame in frames[:-1]:
         assert passed(coalescer, frame) == [frame]
@@ -207,7 +207,7 @@ def test_a_message_that_is_too_large_is_refused_by_what_its_headers_say(frames: 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 @pytest.mark.parametrize("refused", [False, True])
-def test_the_close_frame_of_a_client_is_seen_after_whatever_came_before(size: int, refused: bool) -> None:
+def test_close_frame_is_found_after_any_bytes(size: int, refused: bool) -> None:
     coalescer = InboundFrames(max_message_size=1000 if refused else 10_000)
     before = masked(TEXT, b"\x88\x80" * 1000) + masked(PING, b"\x88\x80")
     for start in range(0, len(before), size):
@@ -219,7 +219,7 @@ def test_the_close_frame_of_a_client_is_seen_after_whatever_came_before(size: in
     assert coalescer.close_received
 
 
-def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() -> None:
+def test_discarded_bytes_are_examined_from_the_last_frame() -> None:
     coalescer = InboundFrames()
     whole = masked(TEXT, b"\x88\x80" * 100, fin=False)
     passed(coalescer, whole[:150])
@@ -229,7 +229,7 @@ def test_bytes_that_are_skipped_are_looked_at_from_where_the_last_frame_began() 
     assert coalescer.close_received
 
 
-def test_few_skipped_frames_are_looked_at_in_one_turn() -> None:
+def test_few_discarded_frames_are_examined_at_a_time() -> None:
     coalescer = InboundFrames()
     more = coalescer.discard(masked(PING, b"") * 2 * FRAMES_PER_TURN + masked(CLOSE, b""))
     for _ in range(2):
@@ -239,7 +239,7 @@ def test_few_skipped_frames_are_looked_at_in_one_turn() -> None:
     assert coalescer.close_received
 
 
-def test_bytes_that_are_no_frames_end_the_search_for_a_close_frame() -> None:
+def test_invalid_bytes_end_the_search_for_a_close_frame() -> None:
     coalescer = InboundFrames()
     coalescer.discard(b"\x83\x80\0\0\0\0")
     assert coalescer.close_received

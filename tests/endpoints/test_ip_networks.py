@@ -19,11 +19,11 @@ from catbus.endpoints.ip_networks import network_of
         ("::1", "::/64"),
     ],
 )
-def test_an_ipv4_address_counts_by_itself_and_ipv6_addresses_by_their_64(host: str, network: str) -> None:
+def test_ipv4_address_counts_by_itself_and_ipv6_address_by_its_64(host: str, network: str) -> None:
     assert network_of(host) == network
 
 
-def test_the_oldest_newcomer_of_the_network_that_has_most_gives_way_first() -> None:
+def test_oldest_peer_of_the_largest_network_is_evicted_first() -> None:
     newcomers: EvictionQueue[int] = EvictionQueue()
     assert newcomers.next_to_evict() is None
     for peer, network in enumerate(["a", "b", "b", "c", "b"]):
@@ -53,7 +53,7 @@ class Counted(str):
 
 
 @pytest.mark.parametrize("networks", [1, 2, 5000])
-def test_a_newcomer_gives_way_without_a_look_at_all_of_them(networks: int) -> None:
+def test_eviction_takes_constant_time(networks: int) -> None:
     newcomers: EvictionQueue[int] = EvictionQueue()
     # Those of the network that has most have come last.
     for number in range(5000):

@@ -29,14 +29,14 @@ async def post(replica: FakeReplica, body: bytes, *headers: tuple[bytes, bytes])
     return answer.status, json.loads(answer.body), answer
 
 
-async def test_one() -> None:
+async def test_single_message_is_published() -> None:
     replica = FakeReplica()
     status, result, _ = await post(replica, b' \n{"channel": "a.b", "payload": {"n": 1}} \n')
     assert (status, result) == (200, {"seq": 1, "channel": "a.b"})
     assert bytes(replica.published[0].payload) == b'{"n": 1}'
 
 
-async def test_many_are_answered_in_their_order() -> None:
+async def test_several_messages_are_answered_in_order() -> None:
     replica = FakeReplica()
     status, result, _ = await post(
         replica, b'[{"channel":"a","payload":1},{"type":"publish","channel":"b","payload":2}]'
@@ -45,14 +45,14 @@ async def test_many_are_answered_in_their_order() -> None:
     assert await post(replica, b"[]") == (200, [], HttpResponse(200, b"[]\n", (), b"application/json"))
 
 
-async def test_a_duplicate_says_so_and_an_ephemeral_one_has_no_seq() -> None:
+async def test_duplicate_is_marked_and_ephemeral_message_has_no_seq() -> None:
     replica = FakeReplica()
     replica.on_publish = lambda request: None if request.ephemeral else Committed(7, duplicate=True)
     _, result, _ = await post(replica, b'[{"channel":"a","payload":1,"ephemeral":true},{"channel":"b","payload":1}]')
     assert result == [{"channel": "a"}, {"seq": 7, "channel": "b", "duplicate": True}]
 
 
-async def test_what_is_refused_says_so_in_its_place_and_the_others_are_published() -> None:
+async def test_rejected_message_has_an_error_and_the_others_are_published() -> None:
     replica = FakeReplica()
     replica.on_publish = lambda request: (
         Rejected(ErrorCode.UNAUTHORIZED, "no") if request.channel == "x" else Committed(1)
@@ -68,7 +68,7 @@ async def test_what_is_refused_says_so_in_its_place_and_the_others_are_published
 
 
 @pytest.mark.parametrize("code", ErrorCode)
-async def test_every_code_has_its_status(code: ErrorCode) -> None:
+async def test_every_error_code_has_a_status(code: ErrorCode) -> None:
     replica = FakeReplica()
     replica.on_publish = lambda request: Rejected(code, "because")
     status, result, answer = await post(replica, b'{"channel":"a","payload":1}')
@@ -79,7 +79,7 @@ async def test_every_code_has_its_status(code: ErrorCode) -> None:
 
 
 @pytest.mark.parametrize("value", [b"", b"good", b"Bearer", b"Bearer  ", b"Basic good", b"Bearer bad", b"Bearer \xff"])
-async def test_without_a_good_token_nothing_is_published(value: bytes) -> None:
+async def test_invalid_token_publishes_nothing(value: bytes) -> None:
     replica = FakeReplica()
     status, result, answer = await post(replica, b'{"channel":"a","payload":1}', (b"authorization", value))
     assert (status, result["code"]) == (401, "unauthenticated")
@@ -88,11 +88,11 @@ async def test_without_a_good_token_nothing_is_published(value: bytes) -> None:
 
 
 @pytest.mark.parametrize("value", [b"Bearer good", b"bearer good", b"BEARER   good "])
-async def test_the_scheme_may_be_spelled_in_any_way(value: bytes) -> None:
+async def test_authorization_scheme_is_case_insensitive(value: bytes) -> None:
     assert (await post(FakeReplica(), b'{"channel":"a","payload":1}', (b"authorization", value)))[0] == 200
 
 
-async def test_a_token_that_cannot_be_looked_up_just_now() -> None:
+async def test_token_lookup_failure_is_reported_as_unavailable() -> None:
     for error in [PeerError(ErrorCode.UNAVAILABLE, "later"), Unavailable("later")]:
         replica = FakeReplica()
 
@@ -126,14 +126,14 @@ async def test_a_token_that_cannot_be_looked_up_just_now() -> None:
     ],
     ids=lambda body: repr(body[:40]),
 )
-async def test_what_is_no_publish_is_refused(body: bytes) -> None:
+async def test_invalid_publish_is_rejected(body: bytes) -> None:
     replica = FakeReplica(Config(limits=LimitSettings(message_size=2_000_000)))
     status, result, _ = await post(replica, body)
     assert (status, result["code"]) == (400, "bad_message")
     assert replica.published == []
 
 
-async def test_limits() -> None:
+async def test_publish_request_is_limited() -> None:
     replica = FakeReplica(Config(limits=LimitSettings(message_size=30, pending_publishes=3)))
     assert (await post(replica, b'{"channel":"a","payload":1234}'))[0] == 200
     assert (await post(replica, b'{"channel":"a","payload":12345}'))[:2] == (
@@ -145,7 +145,7 @@ async def test_limits() -> None:
     assert len(replica.published) == 2
 
 
-async def test_requests_with_the_same_token_are_one_client_s_however_its_signature_is_written() -> None:
+async def test_requests_with_the_same_token_count_for_one_client() -> None:
     replica = FakeReplica()
     for text in ("good", "sub-abc.c2ln", "sub-abc.c2lm", "sub-abd.c2ln"):
         await post(replica, b'{"channel":"a","payload":1}', (b"authorization", f"Bearer {text}".encode()))

@@ -61,7 +61,7 @@ def first_flight(address: str) -> list[bytes]:
     return [data for data, _ in connection.datagrams_to_send(0.0)]
 
 
-async def test_a_message_goes_from_one_client_to_another() -> None:
+async def test_message_goes_from_one_client_to_another() -> None:
     async with serving() as server:
         subscriber = await server.log_in("a.*")
         publisher = await server.log_in()
@@ -75,14 +75,14 @@ async def test_a_message_goes_from_one_client_to_another() -> None:
         assert server.endpoint.statistics().half_open == 0
 
 
-async def test_ipv6() -> None:
+async def test_endpoint_serves_ipv6() -> None:
     async with serving(bind="[::1]:0") as server:
         client = await server.log_in()
         client.say(type="ping", seq=4)
         assert (await client.heard("pong"))["seq"] == 4
 
 
-async def test_a_first_version_client_gets_a_line_for_each_message() -> None:
+async def test_first_version_client_gets_a_line_for_each_message() -> None:
     async with serving() as server:
         client = await server.log_in("a.*", protocol=None)
         publisher = await server.log_in()
@@ -91,7 +91,7 @@ async def test_a_first_version_client_gets_a_line_for_each_message() -> None:
             assert await client.line() == {"type": "message", "channel": "a.b", "payload": n}
 
 
-async def test_objects_back_to_back_and_in_pieces_without_any_newline() -> None:
+async def test_objects_need_no_newline_and_may_be_split() -> None:
     async with serving() as server:
         client = server.connect()
         await client.open()
@@ -108,7 +108,7 @@ async def test_objects_back_to_back_and_in_pieces_without_any_newline() -> None:
         assert (await client.heard("message"))["payload"] == "in many pieces"
 
 
-async def test_the_server_closes_with_a_code_and_a_reason_after_the_reply() -> None:
+async def test_server_closes_with_code_and_reason_after_the_reply() -> None:
     async with serving() as server:
         client = server.connect()
         await client.open()
@@ -119,7 +119,7 @@ async def test_the_server_closes_with_a_code_and_a_reason_after_the_reply() -> N
         await server.empty()
 
 
-async def test_the_client_closes_and_leaves_nothing_behind() -> None:
+async def test_closed_client_leaves_nothing_behind() -> None:
     async with serving() as server:
         watcher = await server.log_in("a")
         client = await server.log_in("a")
@@ -135,7 +135,7 @@ async def test_the_client_closes_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("end", ["end", "reset", "stop"])
-async def test_a_client_that_ends_its_stream_has_left(end: str) -> None:
+async def test_client_that_ends_its_stream_has_left(end: str) -> None:
     async with serving() as server:
         client = await server.log_in()
         assert client.stream is not None
@@ -151,7 +151,7 @@ async def test_a_client_that_ends_its_stream_has_left(end: str) -> None:
         await server.empty()
 
 
-async def test_further_streams_are_refused() -> None:
+async def test_further_streams_are_rejected() -> None:
     async with serving() as server:
         client = await server.log_in()
         for bidirectional in (True, False):
@@ -165,7 +165,7 @@ async def test_further_streams_are_refused() -> None:
         assert (await client.heard("pong"))["seq"] == 1
 
 
-async def test_pages_on_other_origins_are_refused() -> None:
+async def test_pages_of_other_origins_are_rejected() -> None:
     websocket = msgspec.structs.replace(CONFIG.websocket, allowed_origins=("https://good.example",))
     async with serving(msgspec.structs.replace(CONFIG, websocket=websocket)) as server:
         for origin in ("https://good.example", None):
@@ -174,7 +174,7 @@ async def test_pages_on_other_origins_are_refused() -> None:
             await server.connect(origin="https://bad.example").open()
 
 
-async def test_garbage_disturbs_nobody() -> None:
+async def test_garbage_affects_no_client() -> None:
     chance = random.Random(1)
     async with serving() as server:
         client = await server.log_in()
@@ -204,7 +204,7 @@ async def flood(server: Server, count: int, size: int = 30_000) -> None:
         await server.replica.publish(OWNER, [Publish("a", msgspec.Raw(b'"' + b"x" * size + b'"'))])
 
 
-async def test_a_peer_that_never_reads_is_bounded_and_alone() -> None:
+async def test_peer_that_never_reads_is_bounded_and_delays_no_other() -> None:
     async with serving() as server:
         stuck = await server.log_in("a")
         stuck.reads = False
@@ -238,7 +238,7 @@ def router_of(server: Server) -> packet_router.PacketRouter:
     return server.endpoint._router
 
 
-async def test_a_stuck_connection_delays_no_handshake() -> None:
+async def test_stuck_connection_delays_no_handshake() -> None:
     async with serving() as server:
         stuck = await server.log_in("a")
         stuck.deaf = True
@@ -248,7 +248,7 @@ async def test_a_stuck_connection_delays_no_handshake() -> None:
         assert time.perf_counter() - began < 1
 
 
-async def test_above_a_number_of_half_open_connections_an_address_is_proved_first(
+async def test_many_half_open_connections_require_address_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving() as server:
@@ -260,7 +260,7 @@ async def test_above_a_number_of_half_open_connections_an_address_is_proved_firs
         assert (await client.heard("pong"))["seq"] == 1
 
 
-async def test_more_new_connections_than_are_usual_have_to_prove_their_addresses(
+async def test_many_new_connections_require_address_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packet_router, "UNVALIDATED_PER_SECOND", 1e-9)
@@ -284,7 +284,7 @@ async def half_open(address: str) -> None:
             connection.receive_datagram(answer, broker, 0.0)
 
 
-async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_way(
+async def test_oldest_half_open_connection_of_the_largest_network_is_evicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packet_router, "MAX_HALF_OPEN", 3)
@@ -304,7 +304,7 @@ async def test_of_half_open_connections_the_oldest_of_the_busiest_network_gives_
         assert server.router.evicted == 1
 
 
-async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for_the_second_half(
+async def test_address_is_limited_and_validated_for_the_second_half(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(IPv4Address, "is_loopback", False)  # as if this machine were another one
@@ -323,7 +323,7 @@ async def test_address_has_no_more_connections_than_it_may_and_proves_itself_for
         assert addresses.count("127.0.0.1") == 2
 
 
-async def test_forged_addresses_make_no_network_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_forged_addresses_do_not_count_for_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         for _ in range(2):
             await half_open(server.address)
@@ -332,7 +332,7 @@ async def test_forged_addresses_make_no_network_a_busy_one(monkeypatch: pytest.M
         assert server.router._half_open.networks() == {"": 2, "127.0.0.1": 1}
 
 
-async def test_those_with_a_token_are_served_by_client_and_others_by_network(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_authenticated_peers_are_queued_by_client_and_others_by_network(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         router, scheduler = server.router, server.router._scheduler
 
@@ -365,7 +365,7 @@ async def test_those_with_a_token_are_served_by_client_and_others_by_network(mon
         )
 
 
-async def test_what_is_done_for_those_without_a_token_is_charged_to_them_together() -> None:
+async def test_work_for_unauthenticated_peers_is_charged_to_their_common_share() -> None:
     async with serving() as server:
         tokenless = server.router._scheduler.unauthenticated_usage
         client = await server.log_in()
@@ -384,7 +384,7 @@ async def test_what_is_done_for_those_without_a_token_is_charged_to_them_togethe
         assert tokenless.until > settled
 
 
-async def test_newcomers_come_in_beside_others_that_have_had_all_that_newcomers_may_have() -> None:
+async def test_handshakes_succeed_beside_peers_that_used_the_common_share() -> None:
     async with serving() as server:
         client = await server.log_in()
         server.router._scheduler.unauthenticated_usage.charge(1000.0, trio.current_time())
@@ -393,16 +393,16 @@ async def test_newcomers_come_in_beside_others_that_have_had_all_that_newcomers_
         await server.log_in()
 
 
-async def test_what_has_no_room_to_wait_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_datagrams_without_room_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
-        monkeypatch.setattr(server.router._scheduler.unvalidated, "_most", 2)
+        monkeypatch.setattr(server.router._scheduler.unvalidated, "_max_items", 2)
         hello = first_flight(server.address)
         await ask(server.address, *hello * 30)
         assert server.endpoint.statistics().dropped_over_share > 0
         await server.log_in()
 
 
-async def test_a_newcomer_that_vanishes_is_forgotten_in_some_seconds(autojump_clock: MockClock) -> None:
+async def test_vanished_unauthenticated_peer_is_forgotten_within_seconds(autojump_clock: MockClock) -> None:
     async with serving() as server:
         client = await server.log_in()
         for session in (True, False):
@@ -423,7 +423,7 @@ async def test_a_newcomer_that_vanishes_is_forgotten_in_some_seconds(autojump_cl
         assert (await client.heard("pong"))["seq"] == 1
 
 
-async def test_nothing_is_kept_of_a_newcomer_that_has_left() -> None:
+async def test_nothing_is_kept_of_a_closed_unauthenticated_peer() -> None:
     async with serving() as server:
         newcomer = server.connect()
         await newcomer.open()
@@ -437,7 +437,7 @@ async def test_nothing_is_kept_of_a_newcomer_that_has_left() -> None:
         assert len(server.router._timers) == 0
 
 
-async def test_peers_that_break_the_rules_are_counted_and_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_protocol_violations_are_counted_and_logged_at_a_limited_rate(caplog: pytest.LogCaptureFixture) -> None:
     count = 2 * packet_router.PEER_EVENT_LOG_BURST
     with caplog.at_level(logging.INFO):
         async with serving() as server:
@@ -454,7 +454,7 @@ async def test_peers_that_break_the_rules_are_counted_and_fill_no_log(caplog: py
     assert set(lines) == {"a peer broke the rules of QUIC or HTTP/3"}
 
 
-async def test_a_connection_that_fails_is_a_fault_and_fills_no_log(
+async def test_failed_connections_are_counted_and_logged_at_a_limited_rate(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with serving() as server:
@@ -492,7 +492,7 @@ async def test_connections_are_limited() -> None:
         assert server.endpoint.statistics().connections == 2
 
 
-async def test_a_packet_for_nobody_is_answered_with_a_reset_but_not_too_often() -> None:
+async def test_packet_of_no_connection_gets_a_reset_at_a_limited_rate() -> None:
     async with serving() as server:
         unknown = os.urandom(ID_LENGTH)
         answer = await ask(server.address, b"\x40" + unknown + bytes(50))
@@ -505,7 +505,7 @@ async def test_a_packet_for_nobody_is_answered_with_a_reset_but_not_too_often() 
         assert server.endpoint.statistics().datagrams_out - before < 160
 
 
-async def test_a_client_learns_that_its_server_has_forgotten_it() -> None:
+async def test_client_detects_that_its_server_has_forgotten_it() -> None:
     async with serving() as server:
         client = await server.log_in()
         router = router_of(server)
@@ -516,7 +516,7 @@ async def test_a_client_learns_that_its_server_has_forgotten_it() -> None:
         assert "no longer knows" in reason
 
 
-async def test_other_versions_are_answered_and_small_first_packets_are_not() -> None:
+async def test_unsupported_versions_are_answered_and_small_first_packets_are_not() -> None:
     async with serving() as server:
         head = b"\xc0\x1a\x2a\x3a\x4a\x08" + bytes(8) + b"\x08" + bytes(8)
         answer = await ask(server.address, head.ljust(1200, b"\0"))
@@ -530,7 +530,7 @@ async def test_other_versions_are_answered_and_small_first_packets_are_not() -> 
         assert server.endpoint.statistics().connections == 0
 
 
-async def test_a_silent_client_is_gone_after_the_idle_time(autojump_clock: MockClock) -> None:
+async def test_silent_client_is_removed_after_the_idle_timeout(autojump_clock: MockClock) -> None:
     async with serving() as server:
         client = await server.log_in()
         other = await server.log_in()
@@ -546,7 +546,7 @@ async def test_a_silent_client_is_gone_after_the_idle_time(autojump_clock: MockC
         assert server.endpoint.statistics().connections == 1
 
 
-async def test_a_client_that_does_not_authenticate_is_closed(autojump_clock: MockClock) -> None:
+async def test_client_that_does_not_authenticate_is_closed(autojump_clock: MockClock) -> None:
     async with serving() as server:
         mute = server.connect()
         await mute.open()
@@ -556,7 +556,7 @@ async def test_a_client_that_does_not_authenticate_is_closed(autojump_clock: Moc
         await server.empty()
 
 
-async def test_a_client_that_takes_nothing_is_given_up(autojump_clock: MockClock) -> None:
+async def test_client_that_reads_nothing_is_closed(autojump_clock: MockClock) -> None:
     async with serving() as server:
         stuck = await server.log_in("a")
         stuck.reads = False
@@ -566,7 +566,7 @@ async def test_a_client_that_takes_nothing_is_given_up(autojump_clock: MockClock
         assert 55 < trio.current_time() - began < 90
 
 
-async def test_a_client_that_vanishes_with_much_unsent_is_gone_after_the_idle_time(autojump_clock: MockClock) -> None:
+async def test_vanished_client_with_unsent_data_is_removed_after_the_idle_timeout(autojump_clock: MockClock) -> None:
     async with serving() as server:
         client = await server.log_in("a")
         client.deaf = True
@@ -577,7 +577,7 @@ async def test_a_client_that_vanishes_with_much_unsent_is_gone_after_the_idle_ti
         assert not left.send_queue.size
 
 
-async def test_cancelled_it_says_goodbye() -> None:
+async def test_cancelled_endpoint_closes_its_sessions() -> None:
     async with serving() as server:
         clients = [await server.log_in() for _ in range(3)]
         clients[2].deaf = True
@@ -588,7 +588,7 @@ async def test_cancelled_it_says_goodbye() -> None:
         assert server.endpoint.statistics().connections <= 3
 
 
-async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> None:
+async def test_closed_endpoint_accepts_nothing_and_returns_after_the_last_connection() -> None:
     async with serving() as server:
         client = await server.log_in()
         server.endpoint.close()
@@ -601,7 +601,7 @@ async def test_closed_it_takes_no_more_and_returns_when_the_last_has_gone() -> N
         await server.ended.wait()
 
 
-async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_internal_error_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         client, other = await server.log_in(), await server.log_in()
         victim = min(server.replica.sessions, key=lambda one: id(one))
@@ -628,7 +628,7 @@ async def test_a_fault_of_ours_ends_one_connection_only(monkeypatch: pytest.Monk
         router_of(server).internal_errors = 0
 
 
-async def test_without_segmentation_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_endpoint_works_without_segmentation_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as server:
         subscriber = await server.log_in("a")
         [port] = router_of(server).sockets
@@ -655,7 +655,7 @@ class Refusing:
         raise OSError(5, "Input/output error")
 
 
-def test_tickets() -> None:
+def test_retry_and_reset_tokens_are_bound_to_their_clients() -> None:
     ours, replica, stranger = StatelessTokens(SECRET), StatelessTokens(SECRET), StatelessTokens(None)
     address = "192.0.2.1", 1234
     token = ours.retry_token(address, b"original", b"again", 1000.0)
@@ -702,7 +702,7 @@ async def test_timers_fire_in_order_and_hold_each_member_once(autojump_clock: Mo
     assert [at for _, at in fired] == [0.4, 1.0, 1.0, 3.0]
 
 
-async def test_timers_that_are_due_together_give_others_their_turn() -> None:
+async def test_simultaneous_timers_let_other_tasks_run() -> None:
     members, passes = 10, 0
     fired: list[int] = []
 
@@ -726,7 +726,7 @@ async def test_timers_that_are_due_together_give_others_their_turn() -> None:
 
 
 @pytest.mark.parametrize(("bind", "host"), [("0.0.0.0", "127.0.0.2"), ("[::]", "[::1]")])
-async def test_an_answer_comes_from_the_address_that_was_asked(bind: str, host: str) -> None:
+async def test_reply_comes_from_the_address_that_was_used(bind: str, host: str) -> None:
     # Whoever has connected its socket hears nothing that comes from another.
     async with serving(bind=f"{bind}:0") as server:
         port = int(server.address.rpartition(":")[2])
@@ -744,7 +744,7 @@ async def test_an_answer_comes_from_the_address_that_was_asked(bind: str, host: 
         assert ipaddress.ip_address(host.strip("[]")).packed in control
 
 
-def test_a_port_says_where_it_is() -> None:
+def test_endpoint_reports_its_addresses() -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         assert UdpSocket(sock).address == f"127.0.0.1:{sock.getsockname()[1]}"

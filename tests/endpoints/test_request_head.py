@@ -210,14 +210,14 @@ async def statuses(address: str, sent: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", CASES)
-async def test_requests_are_told_apart_as_the_rfc_says(kind: str) -> None:
+async def test_requests_are_separated_as_the_rfc_requires(kind: str) -> None:
     async with running() as (_, address):
         for name, (sent, status, stays) in CASES[kind].items():
             found = [each for each in await statuses(address, sent + NEXT) if each != 100]
             assert found == ([status, 404] if stays else [status]), name
 
 
-async def test_a_body_in_the_smallest_chunks_lets_others_in_between() -> None:
+async def test_body_in_tiny_chunks_lets_other_tasks_run() -> None:
     """Each chunk is an event of its own, and a thousand of them come in one read."""
     body = b'{"channel":"a.b","payload":"' + b"x" * 50_000 + b'"}'
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"

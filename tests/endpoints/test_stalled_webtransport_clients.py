@@ -131,7 +131,7 @@ async def conversing(
 
 
 @pytest.mark.parametrize("waiting", [3, 100])
-async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock, waiting: int) -> None:
+async def test_peer_without_flow_control_credit_is_closed(autojump_clock: MockClock, waiting: int) -> None:
     """With the less of the two, all that waits is in the connection, and the send queue is empty."""
     async with conversing(autojump_clock) as pair:
         pair.link.client.consumes = False
@@ -147,7 +147,7 @@ async def test_a_peer_that_gives_no_credit_is_cut_off(autojump_clock: MockClock,
 
 
 @pytest.mark.parametrize("waiting", [3, 100])
-async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, waiting: int) -> None:
+async def test_unread_stream_is_reset_alone(autojump_clock: MockClock, waiting: int) -> None:
     async with conversing(autojump_clock, stream=True) as pair:
         pair.say(type="subscribe", pattern="main.*")
         await pair.pass_time(5)
@@ -174,7 +174,7 @@ async def test_a_stream_that_is_not_read_ends_alone(autojump_clock: MockClock, w
         assert sorted(pair.seqs()) == list(range(1, waiting + 2))
 
 
-async def test_many_streams_that_are_not_read_end_together(autojump_clock: MockClock) -> None:
+async def test_many_unread_streams_are_reset_together(autojump_clock: MockClock) -> None:
     """They hold the window of the whole connection, so that the session's stream stands still with them."""
     async with conversing(autojump_clock, stream=True) as pair:
         patterns = [f"p{number}.*" for number in range(12)]
@@ -208,7 +208,7 @@ async def test_many_streams_that_are_not_read_end_together(autojump_clock: MockC
         assert pair.replica.delivery.statistics().live == 14 - len(ended)
 
 
-async def test_a_stream_that_is_over_and_not_read_ends_alone(autojump_clock: MockClock) -> None:
+async def test_finished_unread_stream_is_reset_alone(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, stream=True) as pair:
         pair.link.client.consumes = False
         await pair.publish(10_000, 10_000)
@@ -219,7 +219,7 @@ async def test_a_stream_that_is_over_and_not_read_ends_alone(autojump_clock: Moc
         assert pair.link.server.it.unacknowledged() == 0
 
 
-async def test_a_session_is_not_read_while_a_stream_is(autojump_clock: MockClock) -> None:
+async def test_unread_session_stream_closes_the_session_while_another_is_read(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, stream=True) as pair:
         pair.say(type="subscribe", pattern="main.*")
         await pair.pass_time(5)
@@ -236,7 +236,7 @@ async def test_a_session_is_not_read_while_a_stream_is(autojump_clock: MockClock
         assert pair.link.client.saw(SessionClosed) == [SessionClosed(CloseCode.UNRESPONSIVE, STALLED_REASON)]
 
 
-async def test_a_peer_without_credit_for_streams_hears_on_that_of_the_session(autojump_clock: MockClock) -> None:
+async def test_peer_without_stream_credit_receives_on_the_session_stream(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, credit=ConnectionLimits(incoming_unidirectional=3), stream=True) as pair:
         await pair.publish(100)
         await pair.pass_time(3 * STALL_TIMEOUT)
@@ -246,7 +246,7 @@ async def test_a_peer_without_credit_for_streams_hears_on_that_of_the_session(au
         assert pair.seqs() == [1]
 
 
-async def test_datagrams_that_nobody_takes_harm_nothing(autojump_clock: MockClock) -> None:
+async def test_unsendable_datagrams_affect_nothing(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, stream=True, datagrams=True) as pair:
         pair.link.client.consumes = False
         for _ in range(200):
@@ -256,7 +256,7 @@ async def test_datagrams_that_nobody_takes_harm_nothing(autojump_clock: MockCloc
         assert not pair.resets
 
 
-async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockClock) -> None:
+async def test_slow_peer_lags_and_stays_connected(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock) as pair:
         pair.link.client.consumes = False
         for _ in range(200):
@@ -268,7 +268,7 @@ async def test_a_peer_that_takes_little_is_late_and_stays(autojump_clock: MockCl
         assert pair.replica.delivery.statistics().lagging == 1
 
 
-async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) -> None:
+async def test_peer_with_nothing_to_read_stays_connected(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock) as pair:
         for _ in range(5):
             await pair.publish(1000)
@@ -277,7 +277,7 @@ async def test_a_peer_for_whom_nothing_waits_stays(autojump_clock: MockClock) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_clock: MockClock, stream: bool) -> None:
+async def test_unsent_data_of_a_peer_without_credit_is_bounded(autojump_clock: MockClock, stream: bool) -> None:
     async with conversing(autojump_clock, stream=stream) as pair:
         pair.link.client.consumes = False
         for _ in range(200):
@@ -291,7 +291,7 @@ async def test_what_waits_for_a_peer_that_gives_no_credit_is_bounded(autojump_cl
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_was_withdrawn_comes_when_there_is_credit(autojump_clock: MockClock, stream: bool) -> None:
+async def test_withdrawn_messages_are_delivered_when_there_is_credit(autojump_clock: MockClock, stream: bool) -> None:
     async with conversing(autojump_clock, total=40_000, stream=stream) as pair:
         pair.link.client.consumes = False
         for _ in range(100):
@@ -307,7 +307,7 @@ async def test_what_was_withdrawn_comes_when_there_is_credit(autojump_clock: Moc
         assert pair.replica.delivery.statistics().live == 1
 
 
-async def test_one_whose_send_queue_was_emptied_before_it_could_be_sent_is_served(autojump_clock: MockClock) -> None:
+async def test_peer_whose_send_queue_was_emptied_unsent_is_served(autojump_clock: MockClock) -> None:
     async with conversing(autojump_clock, total=40_000) as pair:
         pair.link.client.consumes = False
         while pair.link.server.it.writable(pair.stream):
@@ -324,9 +324,7 @@ async def test_one_whose_send_queue_was_emptied_before_it_could_be_sent_is_serve
         assert pair.seqs() == list(range(1, pair.replica.delivery.position + 1))
 
 
-async def test_a_stream_ends_after_all_of_its_portions(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stream_ends_after_all_writes(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_session, "WRITE_SIZE", 1000)
     async with conversing(autojump_clock, stream=True) as pair:
         pair.link.client.consumes = False

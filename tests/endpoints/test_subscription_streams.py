@@ -45,7 +45,7 @@ def seqs(lines: list[dict[str, Any]]) -> list[int]:
     return [line["seq"] for line in lines if line["type"] == "message"]
 
 
-async def test_a_subscription_with_a_stream_of_its_own() -> None:
+async def test_subscription_may_have_a_stream_of_its_own() -> None:
     async with serving() as server:
         client = await server.log_in("other.*")
         own = await subscribe(client, "a.*", id=7)
@@ -61,7 +61,7 @@ async def test_a_subscription_with_a_stream_of_its_own() -> None:
         assert not client.lines
 
 
-async def test_one_with_since_catches_up_and_goes_live_on_its_own_stream() -> None:
+async def test_subscription_with_since_catches_up_on_its_own_stream() -> None:
     async with serving() as server:
         await publish(server, "a.b", *range(300))
         client = await server.log_in()
@@ -72,7 +72,7 @@ async def test_one_with_since_catches_up_and_goes_live_on_its_own_stream() -> No
         assert [line["type"] for line in own.lines if line["type"] != "message"] == ["subscribed", "live"]
 
 
-async def test_unsubscribed_is_the_last_line_and_the_stream_ends() -> None:
+async def test_stream_ends_after_unsubscribed() -> None:
     async with serving() as server:
         client = await server.log_in()
         own = await subscribe(client, "a.*")
@@ -125,7 +125,7 @@ async def test_subscribing_again_ends_the_old_stream() -> None:
         assert server.replica.delivery.statistics().live == 1
 
 
-async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
+async def test_subscription_without_stream_credit_uses_the_session_stream() -> None:
     async with serving() as server:
         # Three of them are HTTP/3's own.
         client = await server.log_in(limits=ConnectionLimits(incoming_unidirectional=5))
@@ -146,7 +146,7 @@ async def test_without_credit_the_one_stream_serves_and_says_so() -> None:
         await subscribe(client, "d.*")
 
 
-async def test_streams_that_are_not_read_silence_no_other_and_lose_nothing() -> None:
+async def test_unread_streams_delay_no_other_and_lose_nothing() -> None:
     payload = "x" * 20_000
     async with serving() as server:
         client = await server.log_in(
@@ -193,7 +193,7 @@ async def test_every_stream_has_a_head_of_its_own() -> None:
         assert [line["type"] for line in own.lines[2:]] == ["message", "head"]
 
 
-async def test_a_stream_whose_subscription_is_late_has_no_head() -> None:
+async def test_stream_of_a_lagging_subscription_has_no_head() -> None:
     async with serving() as server:
         client = await server.log_in()
         client.own_reads = False
@@ -209,7 +209,7 @@ async def test_a_stream_whose_subscription_is_late_has_no_head() -> None:
         assert held.send_queue.size <= held.send_queue.limit
 
 
-async def test_a_withdrawn_permission_ends_the_stream_with_revoked() -> None:
+async def test_revocation_ends_the_stream_with_revoked() -> None:
     async with serving() as server:
         client = await server.log_in()
         own = await subscribe(client, "a.*")
@@ -223,7 +223,7 @@ async def test_a_withdrawn_permission_ends_the_stream_with_revoked() -> None:
         await client.until(lambda: seqs(kept.lines) == [1])
 
 
-async def test_what_stands_on_all_streams_arrives_before_the_closing() -> None:
+async def test_lines_on_all_streams_arrive_before_the_close() -> None:
     async with serving() as server:
         client = await server.log_in()
         owns = [await subscribe(client, f"{letter}.*") for letter in "abc"]
@@ -234,7 +234,7 @@ async def test_what_stands_on_all_streams_arrives_before_the_closing() -> None:
         assert [len(seqs(own.lines)) for own in owns] == [50] * 3
 
 
-async def test_a_first_version_client_has_one_stream() -> None:
+async def test_first_version_client_has_one_stream() -> None:
     async with serving() as server:
         client = await server.log_in(protocol=None)
         client.say(type="subscribe", pattern="a.*", stream=True, datagrams=True)
@@ -245,7 +245,7 @@ async def test_a_first_version_client_has_one_stream() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_ephemeral_messages_come_as_datagrams_to_those_who_asked(stream: bool) -> None:
+async def test_ephemeral_messages_arrive_as_datagrams_on_request(stream: bool) -> None:
     async with serving() as server:
         client = await server.log_in()
         client.say(type="subscribe", pattern="a.*", stream=stream, datagrams=True)
@@ -265,7 +265,7 @@ async def test_ephemeral_messages_come_as_datagrams_to_those_who_asked(stream: b
         assert len(client.datagrams) == 1
 
 
-async def test_who_did_not_ask_for_datagrams_gets_none() -> None:
+async def test_client_without_the_option_gets_no_datagrams() -> None:
     async with serving() as server:
         client = await server.log_in("a.*")
         await publish(server, "a.b", 1, ephemeral=True)
@@ -273,7 +273,7 @@ async def test_who_did_not_ask_for_datagrams_gets_none() -> None:
         assert not client.datagrams
 
 
-async def test_a_datagram_is_not_sent_back_to_who_wants_no_echo() -> None:
+async def test_datagram_is_not_echoed_to_a_client_without_echo() -> None:
     async with serving() as server:
         client, other = await server.log_in(), await server.log_in()
         for one in (client, other):
@@ -286,7 +286,7 @@ async def test_a_datagram_is_not_sent_back_to_who_wants_no_echo() -> None:
         assert [datagram["payload"] for datagram in client.datagrams] == ["all"]
 
 
-async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
+async def test_unsendable_datagrams_are_dropped_and_counted() -> None:
     async with serving() as server:
         client = await server.log_in()
         client.say(type="subscribe", pattern="a.*", datagrams=True)
@@ -298,7 +298,7 @@ async def test_datagrams_that_cannot_leave_are_dropped_and_counted() -> None:
         assert not one.send_queue
 
 
-async def test_a_flood_of_pings_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ping_flood_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webtransport_session, "SUBSCRIPTION_QUEUE_DIVISOR", 512)
     config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 19))
     async with serving(config) as server:
@@ -346,7 +346,7 @@ def complete(own: Own, owed: list[int], since: int | None) -> int:
 @given(st.lists(steps, min_size=5, max_size=25))
 @example([*LATE, ("subscribe", "a.*", 3), ("publish", "a.*", 5), ("ping", "a.*", None)])
 @example([*LATE, ("unsubscribe", "a.*", None), ("subscribe", "a.*", 20), ("wait", "a.*", None), ("stop", "a.*", None)])
-async def test_whatever_is_done_every_stream_tells_all_in_order(actions: list[tuple[str, str, Any]]) -> None:
+async def test_every_stream_delivers_everything_in_order(actions: list[tuple[str, str, Any]]) -> None:
     """Nothing is missing, nothing comes twice, and no `live` or `head` is ahead of what stands before it."""
     config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 16))
     limits = ConnectionLimits(connection_window=16 << 20, stream_window=1 << 14, incoming_unidirectional=60)

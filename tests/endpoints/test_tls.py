@@ -78,7 +78,7 @@ async def serving(config: Config) -> AsyncIterator[tuple[catbus.Broker, Urls]]:
             broker.stop()
 
 
-async def test_messages_go_through_tls(certificate: Renewed) -> None:
+async def test_messages_pass_through_tls(certificate: Renewed) -> None:
     async with (
         serving(certificate.config()) as (broker, urls),
         catbus.connect(urls.websocket, token=TOKEN, ca=certificate.authority) as bus,
@@ -92,7 +92,7 @@ async def test_messages_go_through_tls(certificate: Renewed) -> None:
         assert broker.replica.statistics().sessions == {"websocket": 1, "webtransport": 0}
 
 
-async def test_who_does_not_trust_it_is_not_connected(certificate: Renewed) -> None:
+async def test_client_that_does_not_trust_the_certificate_is_not_connected(certificate: Renewed) -> None:
     async with serving(certificate.config()) as (broker, urls):
         with pytest.raises(Disconnected, match="the certificate is not accepted"):
             async with catbus.connect(urls.websocket, token=TOKEN, reconnect=False):
@@ -114,7 +114,7 @@ async def open_tls(
     return stream
 
 
-async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed) -> None:
+async def test_http_response_ends_with_close_notify_of_both_sides(certificate: Renewed) -> None:
     async with serving(certificate.config()) as (_, urls), await open_tls(urls, certificate) as stream:
         peer = Peer(stream)
         await peer.send(b"GET /.well-known/catbus HTTP/1.1\r\nHost: bus.example.com\r\nConnection: close\r\n\r\n")
@@ -124,9 +124,7 @@ async def test_http_is_answered_and_both_sides_say_goodbye(certificate: Renewed)
         assert await stream.receive_some(1) == b""
 
 
-async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
-    certificate: Renewed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_peer_without_tls_affects_no_other(certificate: Renewed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_endpoint, "HANDSHAKE_TIMEOUT", 0.1)
     async with serving(certificate.config()) as (_, urls):
         host, port = place_of(urls)
@@ -140,7 +138,7 @@ async def test_a_peer_that_does_not_speak_tls_harms_only_itself(
             assert await bus.publish("a", 1) == 1
 
 
-async def test_a_certificate_that_changes_under_load_costs_no_session(
+async def test_certificate_change_under_load_ends_no_session(
     certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And those who come afterwards see the new one, over either transport."""
@@ -196,7 +194,7 @@ LAST = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 NEXT = LAST.replace(b"close", b"keep-alive")
 
 
-async def test_curl_is_answered_and_the_connection_ends_cleanly(
+async def test_curl_gets_a_response_and_a_clean_close(
     certificate: Renewed, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     curl = find_program("curl", "curl")
@@ -263,7 +261,7 @@ LEAVING = [answer_and_leave, leave_unanswered, leave_unheard, say_more, garble]
 
 @pytest.mark.parametrize("leave", LEAVING)
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-async def test_a_clean_close_is_no_fault(
+async def test_clean_close_is_no_internal_error(
     certificate: Renewed,
     caplog: pytest.LogCaptureFixture,
     leave: Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]],
@@ -283,7 +281,7 @@ async def test_a_clean_close_is_no_fault(
             await leave(stream)
 
 
-async def test_a_connection_that_is_cut_is_no_fault(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> None:
+async def test_cut_connection_is_no_internal_error(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> None:
     async with flawless(certificate, caplog) as urls:
         for said in (b"", NEXT[:10], NEXT, LAST, UPGRADE, UPGRADE + masked(TEXT, b'{"type":"ping","seq":1}')):
             async with await open_tls(urls, certificate) as stream:
@@ -292,7 +290,7 @@ async def test_a_connection_that_is_cut_is_no_fault(certificate: Renewed, caplog
 
 
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-async def test_a_peer_that_has_said_goodbye_still_gets_its_answer(
+async def test_half_closed_peer_still_gets_its_response(
     certificate: Renewed, caplog: pytest.LogCaptureFixture, maximum: ssl.TLSVersion
 ) -> None:
     """Half-closed by TCP, or, from TLS 1.3 on, by a close_notify."""
@@ -329,7 +327,7 @@ async def test_a_peer_that_has_said_goodbye_still_gets_its_answer(
                 assert received.endswith(b"\r\n\r\nready\n")
 
 
-async def test_a_connection_that_waits_is_told_goodbye_when_the_broker_stops(
+async def test_idle_connection_gets_close_notify_when_the_broker_stops(
     certificate: Renewed, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with flawless(certificate, caplog) as urls:
@@ -343,7 +341,7 @@ async def test_a_connection_that_waits_is_told_goodbye_when_the_broker_stops(
     await transport.aclose()
 
 
-async def test_a_new_handshake_on_a_connection_is_refused(
+async def test_renegotiation_is_rejected(
     certificate: Renewed, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     openssl = find_program("openssl", "openssl")
@@ -366,7 +364,7 @@ async def test_a_new_handshake_on_a_connection_is_refused(
             assert b"no renegotiation" in said
 
 
-async def test_node_and_this_client_leave_without_a_fault(
+async def test_node_and_python_clients_close_without_an_internal_error(
     certificate: Renewed, caplog: pytest.LogCaptureFixture
 ) -> None:
     node, module = find_program("nodejs", "node"), find_module("ws")
@@ -388,7 +386,7 @@ socket.on('close', (code) => { process.exitCode = code === 1000 ? 0 : 1; });
 """
 
 
-def test_tls_without_a_certificate_is_a_mistake_unless_only_this_machine_comes(tmp_path: Path) -> None:
+def test_tls_without_a_certificate_is_an_error_except_on_loopback(tmp_path: Path) -> None:
     file = tmp_path / "catbus.toml"
     file.write_text("[websocket]\ntls = true\n")
     with pytest.raises(ConfigError, match=r"websocket.tls is true without a certificate"):

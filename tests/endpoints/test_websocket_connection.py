@@ -84,7 +84,7 @@ def says(reaction: Callable[[FakeClient, bytes], Any]) -> Callable[[FakeClient, 
     return on_receive
 
 
-async def test_nothing_of_a_connection_is_left_for_the_garbage_collector(nursery: trio.Nursery) -> None:
+async def test_closed_connection_leaves_no_reference_cycles(nursery: trio.Nursery) -> None:
     replica = Replica(Config(), MemoryLog(), Authenticator([]))
     nursery.start_soon(replica.flusher.run)
     gc.collect()
@@ -111,26 +111,26 @@ async def test_nothing_of_a_connection_is_left_for_the_garbage_collector(nursery
 
 
 @pytest.mark.parametrize("opcode", [raw_peer.TEXT, raw_peer.BINARY])
-async def test_what_a_peer_says_reaches_the_client_as_bytes_and_replies_come_back(opcode: int) -> None:
+async def test_messages_reach_the_session_and_replies_come_back(opcode: int) -> None:
     async with served() as it:
         await it.peer.send(masked(opcode, "grüße".encode()))
         assert await it.peer.frame() == (raw_peer.TEXT, "grüße\n".encode())
         assert it.client.received == ["grüße".encode()]
 
 
-async def test_a_message_may_come_in_many_fragments_with_pings_between() -> None:
+async def test_message_may_have_many_fragments_with_pings_between() -> None:
     async with served() as it:
         await it.peer.send(masked(raw_peer.TEXT, b"a", fin=False) + masked(raw_peer.PING, b"?") + masked(0, b"b"))
         assert await it.peer.frame() == (raw_peer.PONG, b"?")
         assert await it.peer.frame() == (raw_peer.TEXT, b"ab\n")
 
 
-async def test_what_came_with_the_request_is_not_lost() -> None:
+async def test_frames_that_came_with_the_request_are_not_lost() -> None:
     async with served(rest=masked(raw_peer.TEXT, b"early")) as it:
         assert await it.peer.frame() == (raw_peer.TEXT, b"early\n")
 
 
-async def test_a_flush_from_outside_sends_what_the_send_queue_holds() -> None:
+async def test_flush_sends_the_send_queue() -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         it.client.send_queue.put(b"one\n")
@@ -140,7 +140,7 @@ async def test_a_flush_from_outside_sends_what_the_send_queue_holds() -> None:
         assert await it.peer.frame() == (raw_peer.TEXT, b"one\ntwo\n")
 
 
-async def test_a_flush_passes_by_while_the_writer_is_at_work() -> None:
+async def test_flush_does_nothing_while_the_task_is_writing() -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         send_queue = it.client.send_queue
@@ -153,7 +153,7 @@ async def test_a_flush_passes_by_while_the_writer_is_at_work() -> None:
         assert await it.peer.frame() == (raw_peer.TEXT, b"b" * 1000)
 
 
-async def test_a_first_version_client_gets_a_frame_a_line() -> None:
+async def test_first_version_client_gets_one_frame_per_line() -> None:
     replica = FakeReplica()
     replica.on_receive = says(lambda client, data: [client.send_queue.put(b"1\n"), client.send_queue.put(b"2\n")])
     async with served(replica) as it:
@@ -166,7 +166,7 @@ async def test_a_first_version_client_gets_a_frame_a_line() -> None:
 # Closing
 
 
-async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock: MockClock) -> None:
+async def test_close_flushes_first_and_then_waits_for_the_peer(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         client = it.client
@@ -185,7 +185,7 @@ async def test_closing_flushes_first_and_then_waits_for_the_peer(autojump_clock:
         assert trio.current_time() < CLOSE_TIMEOUT
 
 
-async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojump_clock: MockClock) -> None:
+async def test_peer_that_does_not_answer_a_close_is_disconnected(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         began = trio.current_time()
@@ -194,7 +194,7 @@ async def test_a_peer_that_does_not_answer_a_close_is_left_after_a_while(autojum
         assert trio.current_time() == pytest.approx(began + CLOSE_TIMEOUT)
 
 
-async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: MockClock) -> None:
+async def test_closing_peer_that_does_not_read_is_disconnected(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         it.client.send_queue.put(b"a" * 100_000)
@@ -205,7 +205,7 @@ async def test_a_peer_that_does_not_read_is_left_after_a_while(autojump_clock: M
         assert trio.current_time() == pytest.approx(began + CLOSE_TIMEOUT)
 
 
-async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock: MockClock) -> None:
+async def test_messages_during_the_close_are_read_and_dropped(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         it.client.close(CloseCode.SHUTTING_DOWN, "stopping")
@@ -220,7 +220,7 @@ async def test_what_a_peer_says_while_closing_is_read_and_dropped(autojump_clock
         assert trio.current_time() < CLOSE_TIMEOUT
 
 
-async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
+async def test_session_that_waits_for_room_can_be_closed(autojump_clock: MockClock) -> None:
     replica = FakeReplica()
 
     async def wait(client: FakeClient, data: bytes) -> None:
@@ -234,7 +234,7 @@ async def test_a_client_that_waits_for_room_can_be_closed(autojump_clock: MockCl
         assert (await it.peer.frame()).code == 4504
 
 
-async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
+async def test_close_of_a_peer_is_answered(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(masked(raw_peer.TEXT, b"last") + close_frame(1001))
         assert await it.peer.frame() == (raw_peer.TEXT, b"last\n")
@@ -246,7 +246,7 @@ async def test_a_peers_close_is_answered(autojump_clock: MockClock) -> None:
         assert it.registry.internal_errors == 0
 
 
-async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: MockClock) -> None:
+async def test_frames_after_a_close_affect_nothing(autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(
             close_frame(1000) + masked(raw_peer.PING, b"?") + masked(raw_peer.TEXT, b"x") + close_frame(1000)
@@ -257,7 +257,7 @@ async def test_a_peer_that_goes_on_after_its_close_harms_nobody(autojump_clock: 
         assert it.registry.internal_errors == 0
 
 
-async def test_a_peer_that_vanishes_is_noticed() -> None:
+async def test_vanished_peer_is_detected() -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         await it.peer.stream.aclose()
@@ -276,7 +276,7 @@ async def test_a_peer_that_vanishes_is_noticed() -> None:
     ],
     ids=["not UTF-8", "unknown opcode", "stray continuation", "not masked"],
 )
-async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, autojump_clock: MockClock) -> None:
+async def test_protocol_violation_is_answered_with_its_code(data: bytes, code: int, autojump_clock: MockClock) -> None:
     async with served() as it:
         await it.peer.send(data)
         assert (await it.peer.frame()).code == code
@@ -286,7 +286,7 @@ async def test_a_peer_that_breaks_the_protocol_is_told(data: bytes, code: int, a
         assert it.registry.internal_errors == 0
 
 
-async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) -> None:
+async def test_too_long_message_is_rejected(autojump_clock: MockClock) -> None:
     async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(raw_peer.TEXT, b"x" * 1600))
         assert await it.peer.frame() == (raw_peer.TEXT, b"x" * 1600 + b"\n")
@@ -298,7 +298,7 @@ async def test_a_message_that_is_too_long_is_refused(autojump_clock: MockClock) 
 
 
 @pytest.mark.parametrize("more", [masked(raw_peer.PING, b"?"), masked(raw_peer.TEXT, b"x" * 1601)])
-async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClock) -> None:
+async def test_frames_after_a_too_long_message_affect_nothing(more: bytes, autojump_clock: MockClock) -> None:
     async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(masked(raw_peer.TEXT, b"x" * 1601) + more)
         assert (await it.peer.frame()).code == 1009
@@ -316,9 +316,7 @@ async def test_what_follows_it_harms_nobody(more: bytes, autojump_clock: MockClo
     ],
     ids=["too long", "not UTF-8"],
 )
-async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
-    message: bytes, code: int, autojump_clock: MockClock
-) -> None:
+async def test_sending_peer_receives_the_close_reason(message: bytes, code: int, autojump_clock: MockClock) -> None:
     """A proxy between the two would end both sides when the broker ended its own."""
     async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(message[:20])
@@ -336,7 +334,7 @@ async def test_a_peer_is_told_why_it_is_closed_while_it_still_sends(
 # Our own mistakes
 
 
-async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autojump_clock: MockClock) -> None:
+async def test_failed_session_closes_its_own_connection_only(autojump_clock: MockClock) -> None:
     replica = FakeReplica()
 
     def fail(client: FakeClient, data: bytes) -> None:
@@ -357,7 +355,7 @@ async def test_a_session_that_fails_closes_its_own_connection_and_no_other(autoj
         await it.ended.wait()
 
 
-async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockClock) -> None:
+async def test_failed_replica_closes_the_connection(autojump_clock: MockClock) -> None:
     replica = FakeReplica()
 
     def fail(*args: object, **names: object) -> Any:
@@ -370,7 +368,7 @@ async def test_a_replica_that_fails_closes_the_connection(autojump_clock: MockCl
         await it.ended.wait()
 
 
-async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
+async def test_flush_never_raises(autojump_clock: MockClock) -> None:
     async with served() as it:
         await wait_all_tasks_blocked()
         it.client.send_queue.offer(EncodedMessages("a", [Entry(1, 5, cast(Any, b"not text"), b"1", None)]))
@@ -380,7 +378,7 @@ async def test_a_flush_never_raises(autojump_clock: MockClock) -> None:
         assert it.client.left
 
 
-async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> None:
+async def test_stalled_handshake_is_closed(autojump_clock: MockClock) -> None:
     replica, registry = FakeReplica(), ConnectionRegistry()
     ours, theirs = memory_stream_pair()
     await theirs.send_all(b"what will never be answered")
@@ -392,7 +390,7 @@ async def test_a_handshake_that_hangs_is_given_up(autojump_clock: MockClock) -> 
 # Keeping alive
 
 
-async def test_a_silent_peer_is_pinged_and_stays_if_it_answers(autojump_clock: MockClock) -> None:
+async def test_silent_peer_that_answers_pings_stays_connected(autojump_clock: MockClock) -> None:
     async with served() as it:
         for _ in range(10):
             began = trio.current_time()
@@ -402,7 +400,7 @@ async def test_a_silent_peer_is_pinged_and_stays_if_it_answers(autojump_clock: M
         assert it.client.closing is None
 
 
-async def test_a_peer_that_talks_is_not_pinged(autojump_clock: MockClock) -> None:
+async def test_active_peer_is_not_pinged(autojump_clock: MockClock) -> None:
     async with served() as it:
         for _ in range(30):
             await trio.sleep(10)
@@ -410,7 +408,7 @@ async def test_a_peer_that_talks_is_not_pinged(autojump_clock: MockClock) -> Non
             assert await it.peer.frame() == (raw_peer.TEXT, b"x\n")
 
 
-async def test_a_peer_that_stays_silent_is_closed(autojump_clock: MockClock) -> None:
+async def test_silent_peer_is_closed(autojump_clock: MockClock) -> None:
     async with served() as it:
         pings = 0
         while (frame := await it.peer.frame()).opcode == raw_peer.PING:
@@ -422,7 +420,7 @@ async def test_a_peer_that_stays_silent_is_closed(autojump_clock: MockClock) -> 
         assert trio.current_time() <= 70
 
 
-async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -> None:
+async def test_peer_that_reads_nothing_is_disconnected(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         it.client.send_queue.put(b"a" * 100_000)
@@ -437,7 +435,7 @@ async def test_a_peer_that_takes_nothing_is_cut_off(autojump_clock: MockClock) -
         assert it.client.left
 
 
-async def test_clients_that_do_not_read_fill_no_log(
+async def test_stalled_clients_are_logged_at_a_limited_rate(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     registry = ConnectionRegistry()
@@ -453,7 +451,7 @@ async def test_clients_that_do_not_read_fill_no_log(
     assert [record.getMessage() for record in caplog.records] == ["a client does not read"]
 
 
-async def test_what_has_left_the_send_queue_for_a_peer_that_does_not_read_is_bounded(autojump_clock: MockClock) -> None:
+async def test_unsent_bytes_of_a_peer_that_does_not_read_are_bounded(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         writer = it.client.send_queue.writer
@@ -469,7 +467,7 @@ async def test_what_has_left_the_send_queue_for_a_peer_that_does_not_read_is_bou
         assert received == (b"a" * 20_000 + b"\n") * 20
 
 
-async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(autojump_clock: MockClock) -> None:
+async def test_unread_replies_count_until_they_are_sent(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         send_queue = it.client.send_queue
@@ -488,7 +486,7 @@ async def test_replies_that_a_peer_does_not_read_count_until_they_have_left(auto
         assert budget.replies == 0
 
 
-async def test_what_stands_in_the_send_queue_is_sent_before_the_closing(autojump_clock: MockClock) -> None:
+async def test_send_queue_is_sent_before_the_close(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         for _ in range(10):
@@ -501,7 +499,7 @@ async def test_what_stands_in_the_send_queue_is_sent_before_the_closing(autojump
         assert len(received) == 10 * 30_001
 
 
-async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: MockClock) -> None:
+async def test_slow_reader_does_not_count_as_silent(autojump_clock: MockClock) -> None:
     async with served(pair=lockstep_stream_pair) as it:
         await wait_all_tasks_blocked()
         for _ in range(20):
@@ -517,7 +515,7 @@ async def test_a_peer_that_reads_slowly_is_not_taken_for_silent(autojump_clock: 
         assert not it.client.left
 
 
-async def test_a_peer_that_reads_again_after_a_pause_is_pinged_before_it_is_taken_for_silent(
+async def test_peer_that_reads_after_a_pause_is_pinged_first(
     autojump_clock: MockClock,
 ) -> None:
     async with served(pair=lockstep_stream_pair) as it:

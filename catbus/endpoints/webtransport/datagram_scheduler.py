@@ -1,4 +1,4 @@
-"""Who is served when, of those whose datagrams have arrived: clients, newcomers, and unverified by turns."""
+"""The order in which received datagrams are processed: by authentication, and fair within each group."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ T = TypeVar("T")
 DatagramQueue = FairQueue[Hashable, Hashable, T]
 
 TURN_TIME = 0.002
-"""Seconds after which other tasks have their turn, however few datagrams were dealt with."""
+"""Seconds after which other tasks run, after however few datagrams."""
 SHORT_TURN_TIME = 0.001
-"""The same, where all that wait have had more than their shares."""
+"""The same, while all waiting keys have exceeded their shares."""
 IDLE_PASSES, IDLE_PASS_TIME = 2, 0.0001
-"""Passes of the event loop in which no other task was ready to run, and seconds that such a pass takes at the most."""
+"""Idle passes of the event loop before unauthenticated peers exceed their share, and the longest such pass."""
 MAX_AUTHENTICATED_DATAGRAMS, MAX_UNAUTHENTICATED_DATAGRAMS = 4096, 1024
-"""Datagrams that wait at the most: of clients with a token, and of those that have shown none. What comes beyond that
-is dropped, by which QUIC tells a peer to send less."""
+"""Maximum number of waiting datagrams: of authenticated clients, and of others. More are dropped, which makes QUIC
+peers send less."""
 
 
 class DatagramScheduler(Generic[T]):
-    """What waits to be served, in three queues that take turns.
+    """Three fair queues of received datagrams that are served in rotation.
 
-    In each, the key that has used least of the CPU goes first. Clients go by themselves. All others go by their
-    networks, and have one share together; what unverified say of where they come from may be false, so they are apart.
-    Beyond their shares, clients are served when all others have been, and the others when the event loop is idle.
+    In each queue, the key that has used the least CPU goes first. Authenticated peers are queued by client. All others
+    are queued by network and have one share together. Peers whose address is not validated have a queue of their own,
+    because their address may be forged. Over their shares, clients are served after all others, and the others when the
+    event loop is idle.
 
-    `serve` takes items of one source from the left of a deque until it is empty or a time by `perf_counter`, and
-    returns the seconds of CPU to charge for that. `receive_waiting` looks whether more has arrived.
+    `serve` removes items of one source from the left of a deque until it is empty or a time of `perf_counter` has come,
+    and returns the seconds of CPU to charge. `receive_waiting` queues the datagrams that have arrived meanwhile.
     """
 
     def __init__(self, serve: Callable[[deque[T], float], float], receive_waiting: Callable[[], None]) -> None:
         self.authenticated: DatagramQueue[T] = FairQueue(MAX_AUTHENTICATED_DATAGRAMS)
-        """Those that have shown a token that was good."""
+        """Peers with a valid token."""
         self.unauthenticated: DatagramQueue[T] = FairQueue(MAX_UNAUTHENTICATED_DATAGRAMS)
-        """Those that have not, and whose addresses are known to be theirs."""
+        """Peers without a valid token, whose address is validated."""
         self.unvalidated: DatagramQueue[T] = FairQueue(MAX_UNAUTHENTICATED_DATAGRAMS)
         self.unauthenticated_usage = CpuUsage()
-        """What newcomers and unverified have used of the CPU together."""
+        """The CPU use of all peers without a valid token."""
         self._queues = deque((self.authenticated, self.unauthenticated, self.unvalidated))
         self._serve = serve
         self._receive_waiting = receive_waiting
         self._running = False
 
     def charge(self, queue: DatagramQueue[T], key: Hashable, seconds: float, now: float) -> None:
-        """Charge a key of one of the queues for what was done for it outside its turns."""
+        """Charge a key of one of the queues for work outside of `run`."""
         queue.charge(key, seconds, now)
         if queue is not self.authenticated:
             self.unauthenticated_usage.charge(seconds, now)
 
     async def run(self) -> None:
-        """Serve what waits, until nothing does; at once if that is being done already."""
+        """Serve until the queues are empty. Returns at once if another task is doing that."""
         if self._running:
             return
         self._running = True
@@ -84,12 +85,12 @@ class DatagramScheduler(Generic[T]):
             self._running = False
 
     def serve_next(self, ends: float) -> bool:
-        """Serve one source that has not had its share, of the queue whose turn it is; whether there was one."""
+        """Serve one source within its share, from the next queue. Returns whether there was one."""
         now = trio.current_time()
         for _ in range(len(self._queues)):
             queue = self._queues[0]
             self._queues.rotate(-1)
-            # Networks share what those without a token have together: alone, one may have all of it.
+            # Networks divide the share of all unauthenticated peers: a single network may use all of it.
             together = queue is not self.authenticated
             if together and self.unauthenticated_usage.exceeded(now):
                 continue
@@ -98,7 +99,7 @@ class DatagramScheduler(Generic[T]):
         return False
 
     def serve_over_share(self, ends: float, *, idle: bool) -> bool:
-        """Serve one source although it has had its share; whether there was one that may have more."""
+        """Serve one source over its share. Returns whether there was one that may have more."""
         now = trio.current_time()
         queues = (self.authenticated, self.unauthenticated, self.unvalidated) if idle else (self.authenticated,)
         return any(self._serve_one(queue, ends, now, over_share=True) for queue in queues)

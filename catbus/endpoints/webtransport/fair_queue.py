@@ -1,4 +1,4 @@
-"""Who goes first where many wait for the CPU: those who have used the least of it lately."""
+"""A fair queue: the key that has used the least CPU time lately is served first."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ S = TypeVar("S", bound=Hashable)
 T = TypeVar("T")
 
 SHARE, MAX_SAVED = 0.4, 0.2
-"""Of each second, how many seconds of CPU one user may take before others go first, and how many it may save up."""
+"""Seconds of CPU per second that one key may use before others go first, and seconds that it may save up."""
 USE_FORGOTTEN_AFTER = 1.0
-"""Seconds after which use is forgotten, however much it was: use that nobody else had a need for is no debt."""
+"""Seconds after which all use is forgotten, because use that nobody else needed is no debt."""
 CREDIT = 0.02
-"""Seconds of CPU that a key had less of than others and may have before them. So a key that uses little goes before any
-number of those that use much, and not after all of them that have begun with it."""
+"""Seconds of CPU by which a key that used less may go before others. So a key that uses little goes before any number
+of keys that use much."""
 MAX_DEBT = 0.1
-"""Seconds of CPU that others may have before a key that was charged beside its turns."""
+"""Seconds of CPU that others may use before a key that was charged by `charge`."""
 _SAVED_TIME = MAX_SAVED / SHARE
 _FEW = 256
 
 
 class CpuUsage:
-    """The CPU that one user has used lately. No clock: times are arguments.
+    """The recent CPU use of one key. Times are arguments.
 
-    `until` is when that has been made up for, at `SHARE` seconds in a second.
+    `until` is the time when the use is paid off, at `SHARE` seconds per second.
     """
 
     __slots__ = ("until",)
@@ -38,29 +38,29 @@ class CpuUsage:
         self.until = -inf
 
     def charge(self, seconds: float, now: float) -> None:
-        """Note that so much CPU was used."""
+        """Add CPU use."""
         self.until = min(max(self.until, now) + seconds / SHARE, now + USE_FORGOTTEN_AFTER)
 
     def exceeded(self, now: float) -> bool:
-        """Whether that is more than the share, and more than was saved up."""
+        """Whether the use exceeds the share and the savings."""
         return self.until - now > _SAVED_TIME
 
 
 class Flow(Generic[S, T]):
-    """What waits under one key, by its source: sources take turns, the first is next."""
+    """The waiting items of one key, by source. Sources are served in rotation, the first one next."""
 
     __slots__ = ("size", "start", "usage", "waiting")
 
     def __init__(self) -> None:
         self.usage = CpuUsage()
         self.start = 0.0
-        """Seconds of CPU that it has had, as if it had always had as much as the others that wait."""
+        """Virtual start time: seconds of CPU used, as if the flow had always used as much as other waiting flows."""
         self.waiting: OrderedDict[S, deque[T]] = OrderedDict()
         self.size = 0
 
 
 class DequeuedItems(Generic[S, T]):
-    """The items of one source, as they were taken. The caller takes from the left of `items` and calls `end`."""
+    """The items of one source, taken from the queue. The caller removes from the left of `items` and calls `end`."""
 
     __slots__ = ("_count", "flow", "items", "source")
 
@@ -72,17 +72,17 @@ class DequeuedItems(Generic[S, T]):
 
     @property
     def taken(self) -> int:
-        """How many items were taken so far."""
+        """The number of items that were removed so far."""
         return self._count - len(self.items)
 
 
 class FairQueue(Generic[K, S, T]):
-    """Items that wait, each of a source, which belongs to a key. All methods take constant or logarithmic time.
+    """Waiting items, each of a source, which belongs to a key. All methods take constant or logarithmic time.
 
-    Start-time fair queueing (Goyal, Vin and Cheng, 1996): the key that has used least CPU goes first. One that seldom
-    has something waits for nearly nobody, however many others there are and however little CPU there is. Under one key
-    the sources take turns. A key, and a source under it, may hold as many items as there are places left: a flood
-    leaves room for others, however much of it there is.
+    Start-time fair queueing (Goyal, Vin and Cheng, 1996): the key that has used the least CPU goes first. So a key that
+    seldom has items hardly waits, even among many others and with little CPU. Sources of one key are served in
+    rotation. A key, and a source of it, may hold as many items as there is room left, so a flood of any size leaves
+    room for others.
     """
 
     def __init__(self, max_items: int) -> None:
@@ -90,17 +90,17 @@ class FairQueue(Generic[K, S, T]):
         self._size = 0
         self._flows: dict[K, Flow[S, T]] = {}
         self._heap: list[tuple[float, int, Flow[S, T]]] = []
-        """Each flow in which something waits, once, but for the one whose turn it is."""
+        """Each flow with waiting items once, except the one being served."""
         self._order = count()
         self._many = _FEW
         self._served = 0.0
-        """The latest start of a flow that was served."""
+        """The latest start time of a flow that was served."""
 
     def __len__(self) -> int:
         return self._size
 
     def put(self, key: K, source: S, item: T, now: float) -> bool:
-        """Have an item wait; False when there is no room for it."""
+        """Add an item. Returns False if there is no room for it."""
         flow = self._flow(key, now)
         items = flow.waiting.get(source)
         held = 0 if items is None else len(items)
@@ -117,7 +117,7 @@ class FairQueue(Generic[K, S, T]):
         return True
 
     def take(self, now: float, *, over_share: bool = False) -> DequeuedItems[S, T] | None:
-        """Whose turn it is; None when nothing waits, or, without `over_share`, when that one has exceeded its share."""
+        """Take the next source. Returns None if there is none, or if its key exceeds its share without `over_share`."""
         while self._heap:
             start, _, flow = self._heap[0]
             if flow.start > start:  # It was charged meanwhile.
@@ -132,7 +132,7 @@ class FairQueue(Generic[K, S, T]):
         return None
 
     def end(self, dequeued: DequeuedItems[S, T], seconds: float, now: float) -> None:
-        """A turn is over, and has taken so much CPU. What is left of it waits again."""
+        """Charge the CPU time of serving a source, and put its remaining items back."""
         flow = dequeued.flow
         flow.usage.charge(seconds, now)
         flow.start += seconds
@@ -144,7 +144,7 @@ class FairQueue(Generic[K, S, T]):
             self._push(flow)
 
     def charge(self, key: K, seconds: float, now: float) -> None:
-        """Note CPU that was used for a key beside its turns."""
+        """Charge CPU time that was used for a key outside of `take` and `end`."""
         flow = self._flow(key, now)
         flow.usage.charge(seconds, now)
         flow.start = min(max(flow.start, self._served) + seconds, self._served + MAX_DEBT)

@@ -1,8 +1,7 @@
-"""Which datagram is for which QUIC connection, and what becomes of those that are for none."""
+"""The table of QUIC connections by connection ID, and the way of each datagram to its connection."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -23,19 +22,16 @@ from ...webtransport import (
     WebTransportConnection,
 )
 from ...webtransport.connectionless_packets import (
-    ID_LENGTH,
     MAX_PACKET_SIZE,
     MIN_INITIAL_SIZE,
     PacketHeader,
-    encode_retry,
-    encode_stateless_reset,
-    encode_version_negotiation,
     read_header,
 )
 from ..eviction_queue import EvictionQueue
 from ..ip_networks import network_of
 from ..trusted_proxies import TrustedProxies
 from .connection_timers import ConnectionTimers
+from .connectionless_replies import ConnectionlessReplies
 from .datagram_scheduler import TURN_TIME, DatagramQueue, DatagramScheduler
 from .quic_peer import QueuedDatagram, QuicPeer
 from .retry_and_reset_tokens import StatelessTokens
@@ -46,21 +42,19 @@ if TYPE_CHECKING:
     from ...replica import Replica
 
 RECEIVE_BATCH = 128
-"""Datagrams that are taken from a socket at a time. What stays there is dropped by the kernel, whoever it is from."""
+"""Datagrams read from a socket at a time. If more wait, the kernel drops datagrams of all peers alike."""
 RETRY_THRESHOLD = 256
-"""Half-open connections from which on a client has to prove its address first."""
+"""Half-open connections from which on clients must validate their address first."""
 UNVALIDATED_PER_SECOND = 100
-"""Connections in a second that may begin without that. Most packets that look like the first one of a connection and
-are none can be told apart only by the work of beginning one."""
+"""Connections per second without address validation. Most packets that only look like the first one of a connection
+cannot be recognized without the work of accepting a connection."""
 MAX_HALF_OPEN = 2048
-"""Half-open connections. Of the network that has most of them, the oldest gives way to one more: an honest client is
-through with its handshake in some round trips."""
-CONNECTIONLESS_REPLIES_PER_SECOND = 100
-"""Packets for nobody that are answered, in a second."""
+"""Maximum number of half-open connections. For one more, the oldest of the network with the most is closed, because an
+honest client completes its handshake within a few round trips."""
 PEER_EVENT_LOG_BURST = 5
-"""Lines of one kind about what peers do, in a minute."""
+"""Log lines of one kind about actions of peers, per minute."""
 PING_INTERVAL = 20.0
-"""Seconds of silence after which a peer is pinged: it keeps NATs awake, and tells who has gone."""
+"""Seconds without a datagram after which a peer is pinged, to keep NAT entries alive and to detect lost peers."""
 
 _SHORTEST_CHOSEN_ID = 8
 
@@ -68,7 +62,7 @@ logger = get_logger("catbus.endpoints")
 
 
 class PacketRouter:
-    """Knows which packet is for which connection. Nothing in here waits for a peer."""
+    """Receives datagrams, and drives the connection that each is for. Nothing here waits for a peer."""
 
     def __init__(
         self,
@@ -81,21 +75,21 @@ class PacketRouter:
         self.sockets = sockets
         self.peers: set[QuicPeer] = set()
         self.handshakes_begun = 0
-        """How many handshakes have begun."""
+        """Handshakes begun."""
         self.handshakes_completed = 0
-        """How many of them led to a session, or to a refusal of one."""
+        """Handshakes after which the client requested a session."""
         self.dropped = 0
         self.dropped_over_share = 0
-        """Datagrams that were dropped because too much waited of their peers."""
+        """Datagrams dropped because too many of the same client or network were waiting."""
         self.evicted = 0
-        """Half-open connections that gave way to others."""
+        """Half-open connections closed to make room for others."""
         self.rejected = 0
-        """Connections over the limit of all, while none of them is half-open."""
+        """Connections over `limits.connections`, while no half-open one could be evicted."""
         self.rejected_by_address = 0
-        """Connections over the limit of an address."""
+        """Connections over `limits.address_connections`."""
         self.internal_errors = 0
         self.violations = 0
-        """Connections that ended because their peers broke the rules of QUIC or HTTP/3."""
+        """Connections that ended because the peer violated QUIC or HTTP/3."""
         self._internal_error_log = RateLimitedLog(logger.error)
         self._peer_event_log = RateLimitedLog(logger.info, burst=PEER_EVENT_LOG_BURST)
         self.closed = False
@@ -108,25 +102,23 @@ class PacketRouter:
         self._tokens = StatelessTokens(secrets[0] if secrets else None)
         self._routes: dict[bytes, QuicPeer] = {}
         self._half_open: EvictionQueue[QuicPeer] = EvictionQueue()
-        """Those that have no session yet."""
+        """Connections without a session yet."""
         self._scheduler: DatagramScheduler[QueuedDatagram] = DatagramScheduler(
             self._serve_source, self._receive_waiting
         )
         self._timers = ConnectionTimers(self._on_timer)
         now = trio.current_time()
-        self._connectionless_replies = TokenBucket(
-            CONNECTIONLESS_REPLIES_PER_SECOND, CONNECTIONLESS_REPLIES_PER_SECOND, now
-        )
+        self._connectionless_replies = ConnectionlessReplies(self._tokens, now)
         self._unvalidated_connections = TokenBucket(UNVALIDATED_PER_SECOND, UNVALIDATED_PER_SECOND, now)
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
     def half_open(self) -> int:
-        """How many connections have no session yet."""
+        """The number of connections without a session."""
         return len(self._half_open)
 
     async def run(self, scope: trio.CancelScope) -> None:
-        """All loops, within `scope`."""
+        """Run all loops within `scope`."""
         with scope:
             async with trio.open_nursery() as nursery:
                 for socket in self.sockets:
@@ -134,19 +126,19 @@ class PacketRouter:
                 nursery.start_soon(self._timers.run)
                 nursery.start_soon(self._keep_alive)
 
-    # The end.
+    # Closing
 
     def close(self) -> None:
         self.closed = True
         self._changed.unpark_all()
 
     async def wait_closed(self) -> None:
-        """Wait until it has been closed and nobody is connected any more."""
+        """Wait until the router is closed and no connection is left."""
         while not self.closed or self.peers:
             await self._changed.park()
 
     async def close_sessions(self) -> None:
-        """End all sessions, and wait until the peers know."""
+        """Close all sessions, and wait until the peers have acknowledged."""
         self.closed = True
         ends = perf_counter() + TURN_TIME
         for peer in tuple(self.peers):
@@ -162,23 +154,23 @@ class PacketRouter:
             await self._changed.park()
 
     def close_connections(self) -> None:
-        """Close what is left, at once."""
+        """Close the remaining connections at once."""
         for peer in tuple(self.peers):
             if not peer.lost:
                 peer.connection.close()
                 self.process(peer)
 
-    # In.
+    # Receiving
 
     async def _receive(self, socket: UdpSocket) -> None:
-        """Take in whatever comes, for ever."""
+        """Receive datagrams, forever."""
         while True:
             await socket.wait()
             self._receive_waiting()
             await self._scheduler.run()
 
     def _receive_waiting(self) -> None:
-        """Have what has arrived wait for its turn, by the client or the network that it is from."""
+        """Queue the datagrams that have arrived, by client or network."""
         now = trio.current_time()
         for socket in self.sockets:
             for data, peer_address in socket.receive(RECEIVE_BATCH):
@@ -190,7 +182,7 @@ class PacketRouter:
                 self.dropped += not taken
 
     def _enqueue(self, data: bytes, peer_address: PeerAddress, now: float) -> bool:
-        """DatagramQueue a datagram, or answer it at once if it is for nobody; whether it was queued."""
+        """Queue a datagram, or reply at once if it belongs to no connection. Returns whether it was queued."""
         if len(data) > MAX_PACKET_SIZE or (header := read_header(data)) is None:
             return False
         peer = self._routes.get(header.destination)
@@ -200,33 +192,27 @@ class PacketRouter:
         elif header.is_initial:
             if len(data) < MIN_INITIAL_SIZE or len(header.destination) < _SHORTEST_CHOSEN_ID or self.closed:
                 return False
-            # A packet with a token comes from where it says: no flood of forged addresses is in its way.
+            # A valid Retry token validates the address, so no flood with forged addresses delays this packet.
             proof = self._tokens.read_retry_token(header.token, peer_address.address, header.destination, time.time())
             queue = self._scheduler.unvalidated if proof is None else self._scheduler.unauthenticated
             queued = queue.put(
                 network_of(peer_address.address[0]), peer_address.address, (data, peer_address, header, proof), now
             )
         else:
-            if header.version is None:
-                token = self._tokens.reset_token(header.destination)
-                self._reply_connectionless(encode_stateless_reset(token, len(data)), peer_address, now)
-            elif (
-                not header.is_supported_version and not header.is_version_negotiation and len(data) >= MIN_INITIAL_SIZE
-            ):
-                self._reply_connectionless(encode_version_negotiation(header), peer_address, now)
+            self._connectionless_replies.reply(header, len(data), peer_address, now)
             return False
         self.dropped_over_share += not queued
         return queued
 
     def _queue_of(self, peer: QuicPeer) -> tuple[DatagramQueue[QueuedDatagram], Hashable]:
-        """Where a peer's datagrams wait, and with whom it shares what it may have of the CPU."""
+        """Return the queue of a peer's datagrams, and the key that its CPU time is charged to."""
         session, scheduler = peer.session, self._scheduler
         if session is not None and peer.authenticated:
             return scheduler.authenticated, session.client
         return scheduler.unauthenticated if peer.connection.address_validated else scheduler.unvalidated, peer.network
 
     def _serve_source(self, items: deque[QueuedDatagram], ends: float) -> float:
-        """Take what one source has sent, as long as there is time, and let it send; returns what is to be charged."""
+        """Process datagrams of one source until `ends`, and send replies. Returns the seconds of CPU to charge."""
         began, now, count = thread_time(), trio.current_time(), len(items)
         touched: dict[QuicPeer, None] = {}
         while items:
@@ -239,14 +225,14 @@ class PacketRouter:
         received, sent = thread_time(), 0
         for peer in touched:
             sent += self._process(peer)
-        # What leaves beyond what has come is delivery, which the flusher shares out.
+        # Datagrams sent beyond those received are deliveries, for which the flusher is fair.
         part = min(1.0, (count - len(items)) / max(sent, 1))
         return received - began + (thread_time() - received) * part
 
     def _deliver(
         self, data: bytes, peer_address: PeerAddress, header: PacketHeader, proof: bytes | None, now: float
     ) -> QuicPeer | None:
-        """Take a datagram; returns the connection that took it."""
+        """Pass a datagram to its connection, or accept a new one. Returns the connection."""
         try:
             peer = self._routes.get(header.destination)
             if peer is not None:
@@ -259,15 +245,10 @@ class PacketRouter:
         self.dropped += peer is None
         return peer
 
-    def _reply_connectionless(self, data: bytes | None, peer_address: PeerAddress, now: float) -> None:
-        """Answer a packet that belongs to nobody, unless that has been done too often just now."""
-        if data is not None and self._connectionless_replies.take(1, now):
-            peer_address.socket.send((data,), peer_address)
-
     def _accept(
         self, header: PacketHeader, data: bytes, peer_address: PeerAddress, proof: bytes | None, now: float
     ) -> QuicPeer | None:
-        """A client's first packet: a new connection, or a Retry, or nothing. `proof`: what its Retry token says."""
+        """Accept a connection, or send a Retry, or do nothing. `proof` is the original ID in a valid Retry token."""
         full = len(self.peers) >= self._limit
         if self.closed:
             return None
@@ -281,15 +262,13 @@ class PacketRouter:
         if not addresses.allows(limited_network, now):
             self.rejected_by_address += 1
             return None
-        # What is not proved may be forged: by that nobody shall take more than half of what an address may have.
+        # An address without validation may be forged, so such packets may use only half of its limit.
         half = addresses.count(limited_network) >= addresses.limit // 2
         original, retry_source = header.destination, None
         if proof is not None:
             original, retry_source = proof, header.destination
         elif full or half or self.half_open >= RETRY_THRESHOLD or not self._unvalidated_connections.take(1, now):
-            again = os.urandom(ID_LENGTH)
-            token = self._tokens.retry_token(peer_address.address, header.destination, again, time.time())
-            peer_address.socket.send((encode_retry(header, again, token),), peer_address)
+            self._connectionless_replies.send_retry(header, peer_address)
             return None
         connection = WebTransportConnection.server(
             self._configuration(), original, retry_source=retry_source, reset_token=self._tokens.reset_token
@@ -298,7 +277,7 @@ class PacketRouter:
         peer = QuicPeer(connection, network_of(peer_address.address[0]), limited_network, now)
         datagrams = connection.datagrams_to_send(now)
         if not datagrams:
-            # Nothing in it could be read, or it would be acknowledged; so nothing is kept of it.
+            # A readable packet would have been acknowledged, so this one was not, and nothing is kept of it.
             for event in connection.events():
                 if isinstance(event, ConnectionLost):
                     self._log_connection_end(peer, event)
@@ -308,7 +287,7 @@ class PacketRouter:
             self._evict()
         self.peers.add(peer)
         addresses.add(limited_network)
-        # Forged addresses make nobody's network one that has many of them.
+        # Connections with possibly forged addresses do not count for a network.
         self._half_open.add(peer, "" if proof is None else peer.network)
         self.handshakes_begun += 1
         for connection_id in connection.connection_ids:
@@ -316,7 +295,7 @@ class PacketRouter:
         return peer
 
     def _evict(self) -> None:
-        """Give up a half-open connection."""
+        """Close a half-open connection to make room."""
         peer = self._half_open.next_to_evict()
         if peer is not None:
             self.evicted += 1
@@ -324,10 +303,10 @@ class PacketRouter:
             self.process(peer)
             self._forget(peer)
 
-    # Out.
+    # Sending
 
     def process(self, peer: QuicPeer) -> None:
-        """Take a connection's events, send what it has to send, and note when it wants to be called."""
+        """Process a connection's events, send its datagrams, and set its timer."""
         if peer.authenticated:
             self._process(peer)
             return
@@ -336,13 +315,13 @@ class PacketRouter:
         self._charge(peer, thread_time() - began, now)
 
     def _charge(self, peer: QuicPeer, seconds: float, now: float) -> None:
-        """Charge a peer for what was done for it outside its turns."""
+        """Charge a peer for work outside of `_serve_source`."""
         self._scheduler.charge(*self._queue_of(peer), seconds, now)
 
     def _process(self, peer: QuicPeer) -> int:
-        """Settle a connection, which is charged for by the caller; returns how many datagrams were sent."""
+        """Process a connection without charging for it. Returns the number of sent datagrams."""
         if peer.processing:
-            return 0  # It is being done, further out.
+            return 0  # A caller further up is doing it.
         peer.processing = True
         datagrams: Sequence[tuple[bytes, PeerAddress]] = ()
         try:
@@ -354,7 +333,7 @@ class PacketRouter:
             if datagrams:
                 send_datagrams(datagrams)
             if peer.lost and not peer.authenticated:
-                # Nothing is kept of a newcomer that has left. What it sends yet is answered with a stateless reset.
+                # Nothing is kept of an unauthenticated peer. Later packets of it get a stateless reset.
                 send_datagrams(peer.connection.datagrams_to_send(trio.current_time()))
                 self._forget(peer)
             else:
@@ -404,7 +383,7 @@ class PacketRouter:
             peer.session = session
             try:
                 self._sessions.start_soon(session.run)
-            except RuntimeError:  # The nursery has been closed before this port.
+            except RuntimeError:  # The nursery was closed before this port.
                 session.abandon()
 
     def _mark_lost(self, peer: QuicPeer) -> None:
@@ -426,7 +405,7 @@ class PacketRouter:
                 del self._routes[connection_id]
         self._changed.unpark_all()
 
-    # Time.
+    # Timers
 
     def _on_timer(self, peer: QuicPeer, now: float) -> None:
         began = thread_time()
@@ -435,7 +414,7 @@ class PacketRouter:
         self._charge(peer, thread_time() - began, now)
 
     async def _keep_alive(self) -> None:
-        """Ping those that were silent for a while, and give up those that take nothing: one task for all of them."""
+        """Ping silent peers and close stalled sessions, forever. One task serves all connections."""
         interval = PING_INTERVAL / 4
         while True:
             await trio.sleep(interval)
@@ -460,14 +439,14 @@ class PacketRouter:
             self.log_internal_error("a WebTransport connection failed", event.fault)
         elif violation is not None:
             self.violations += 1
-            # One reason for all, of which only some are told: peers choose what they do wrong, and how often.
+            # A fixed reason, logged at a limited rate, because peers choose the violation and its number.
             self._log_peer_event("a peer broke the rules of QUIC or HTTP/3", reason=violation)
 
     def _log_peer_event(self, event: str, **fields: str) -> None:
-        """Log what a peer has done, or count it: peers may do it as often as they like."""
+        """Log an action of a peer at a limited rate, because peers may repeat it as often as they like."""
         self._peer_event_log.log(trio.current_time(), event, exception=None, **fields)
 
     def log_internal_error(self, event: str, error: BaseException) -> None:
-        """Count a mistake of ours, and log it: peers may set it off as often as they like."""
+        """Count an internal error, and log it at a limited rate, because peers may cause it as often as they like."""
         self.internal_errors += 1
         self._internal_error_log.log(trio.current_time(), event, exception=error)

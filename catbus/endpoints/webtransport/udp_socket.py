@@ -1,4 +1,4 @@
-"""UDP sockets: what waits is drained, and what goes to one peer leaves in as few system calls as the kernel allows."""
+"""UDP sockets that send several datagrams in one system call where the kernel can (UDP_SEGMENT)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...webtransport.connectionless_packets import MAX_PACKET_SIZE
 
 SOCKET_BUFFER_SIZE = 4 << 20
-"""Bytes that are asked for, each way; the kernel gives what it may. All connections share them."""
+"""Requested bytes of the receive and send buffers; the kernel may give less. All connections share them."""
 
 _UDP_SEGMENT = 103
 _IP_PKTINFO = 8
@@ -26,7 +26,7 @@ _WILDCARD = {
     "0.0.0.0": (socket.IPPROTO_IP, _IP_PKTINFO),
     "::": (socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO),
 }
-"""Addresses that stand for all of the machine's, and how the kernel is asked to tell which of them was meant."""
+"""Wildcard addresses, and the socket option that makes the kernel report which local address a datagram was sent to."""
 _MAX_SEGMENTS = 64
 _MAX_SENDMSG_BYTES = 65_000
 SourceAddress = tuple[tuple[int, int, bytes], ...]
@@ -35,16 +35,16 @@ _NO_SEGMENTING = (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 
 
 class PeerAddress(NamedTuple):
-    """Where a peer is: our socket, and its address there."""
+    """The socket that a peer sends to, and the address of the peer."""
 
     socket: UdpSocket
     address: tuple[str, int]
     source: SourceAddress = ()
-    """Which of our own addresses it speaks to, as `sendmsg` is told; empty where the socket has no more than one."""
+    """The local address that the peer sends to, as `sendmsg` takes it; empty if the socket has a single address."""
 
 
 class UdpSocket:
-    """One UDP socket. Sending never waits: what the kernel does not take is lost, as on any network."""
+    """A UDP socket. Sending never waits: datagrams that the kernel does not take are lost, as on any network."""
 
     __slots__ = (
         "_segmenting",
@@ -69,16 +69,16 @@ class UdpSocket:
         self._socket = sock
         self._segmenting = hasattr(sock, "sendmsg")
         self._wildcard = host in _WILDCARD
-        """Whether it has several addresses: a peer hears only the one that it speaks to."""
+        """Whether it has several local addresses. Peers accept replies only from the address that they sent to."""
         if self._wildcard:
             sock.setsockopt(*_WILDCARD[host], 1)
 
     async def wait(self) -> None:
-        """Wait until something has arrived."""
+        """Wait until a datagram has arrived."""
         await trio.lowlevel.wait_readable(self._socket)
 
     def receive(self, most: int) -> list[tuple[bytes, PeerAddress]]:
-        """What has arrived, up to `most` datagrams. One that is cut is longer than MAX_PACKET still."""
+        """Return up to `most` received datagrams. A truncated one is still longer than `MAX_PACKET_SIZE`."""
         datagrams: list[tuple[bytes, PeerAddress]] = []
         sock = self._socket
         try:
@@ -92,13 +92,13 @@ class UdpSocket:
                     data, address = recvfrom(MAX_PACKET_SIZE + 1)
                     datagrams.append((data, PeerAddress(self, address)))
         except OSError:
-            pass  # Nothing is left; or the network's complaint about something sent, for which QUIC has its timers.
+            pass  # No datagram is left, or an ICMP error about a sent one, which the timers of QUIC handle.
         self.received += len(datagrams)
         self.received_bytes += sum([len(data) for data, _ in datagrams])
         return datagrams
 
     def send(self, datagrams: Sequence[bytes], to: PeerAddress) -> None:
-        """Send to one peer. All must be of one size, but for the last, which may be smaller."""
+        """Send to one peer. All datagrams must have one size, but the last may be smaller."""
         self.sent += len(datagrams)
         self.sent_bytes += sum([len(data) for data in datagrams])
         _, address, source = to
@@ -110,7 +110,7 @@ class UdpSocket:
                 if error.errno not in _NO_SEGMENTING:
                     self.send_failures += len(datagrams)
                     return
-                # No such kernel or network card: it will not learn it.
+                # The kernel or the network card cannot do it, and never will.
                 self._segmenting = False
             else:
                 return
@@ -128,20 +128,20 @@ class UdpSocket:
 
 
 def _source(control: Sequence[tuple[int, int, bytes]]) -> SourceAddress:
-    """Where a datagram was sent to, as where its answer is to come from (Linux: ip(7), ipv6(7))."""
+    """Return the destination of a datagram as the source of its replies (Linux: ip(7), ipv6(7))."""
     for level, kind, data in control:
         if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
-            # The interface is left to the routes, as it is without this.
+            # The routing table chooses the interface, as without this option.
             return ((level, kind, bytes(4) + data[4:8] + bytes(4)),)
         if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
-            # A link-local address means nothing without its interface.
+            # A link-local address is valid only with its interface.
             interface = data[16:20] if data[:2] == b"\xfe\x80" else bytes(4)
             return ((level, kind, data[:16] + interface),)
     return ()
 
 
 def send_datagrams(datagrams: Sequence[tuple[bytes, PeerAddress]]) -> None:
-    """Send the datagrams of one connection, as many at once as go together."""
+    """Send the datagrams of one connection in as few system calls as possible."""
     start, count = 0, len(datagrams)
     while start < count:
         data, peer_address = datagrams[start]
@@ -157,7 +157,7 @@ def send_datagrams(datagrams: Sequence[tuple[bytes, PeerAddress]]) -> None:
 
 
 async def open_udp_sockets(binds: Sequence[str]) -> list[UdpSocket]:
-    """A socket for each address of each of `binds`, or none and `ConfigError`."""
+    """Open a socket for each address of each of `binds`. If one fails, close all and raise `ConfigError`."""
     sockets: list[socket.socket] = []
     try:
         for bind in binds:

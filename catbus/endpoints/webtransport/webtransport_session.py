@@ -1,4 +1,4 @@
-"""One WebTransport session: the conversation on the first stream that its client opens, and streams of our own."""
+"""One WebTransport session: the stream that its client opens, and the streams that the broker opens."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from ...session.driver import SessionDriver
 
 CLOSE_TIMEOUT = 2.0
-"""Seconds in which the peer must take the send queues, before it is told that the session ends."""
+"""Seconds for sending the send queues before the session is closed."""
 CONNECTION_CLOSE_TIMEOUT = 6.0
-"""Seconds for the end of the session to arrive; the connection itself gives up before that."""
+"""Seconds for the end of the connection after the session was closed. QUIC's own timeout is shorter."""
 STALL_TIMEOUT = 60.0
-"""Seconds that a peer may take nothing of what waits for it on a stream."""
+"""Seconds without progress of a stream, after which it is reset, or the session is closed."""
 
 WRITE_SIZE = 65_536
-"""About how many bytes leave a send queue at a time, while the connection takes more."""
+"""Bytes taken from a send queue at a time, approximately, while the connection takes more."""
 
 SUBSCRIPTION_QUEUE_DIVISOR = 8
-"""A subscription's own stream has a send queue of one part in so many of the session's: there may be a hundred of
-them."""
+"""The send queue of a subscription's own stream has one part in this many of the session's limit, because one session
+may have a hundred such streams."""
 
 STREAM_REJECTED = 1
-"""The code with which a stream that means nothing to us is refused."""
+"""The error code for a stream of the client that has no meaning in the protocol."""
 
 INTERNAL_ERROR = CloseCode.INTERNAL, "internal error"
 STALLED_REASON = "nothing was read for a minute"
 
 
 class StreamWriter:
-    """The outlet of one send queue: a stream, which the client opens for the session and we for a subscription."""
+    """Writes one send queue to a stream: the client opens the session's, the broker those of subscriptions."""
 
     __slots__ = (
         "_flush",
@@ -67,14 +67,14 @@ class StreamWriter:
     def __init__(self, flush: Callable[[StreamWriter], None]) -> None:
         self.stream: int | None = None
         self.end_requested = False
-        """Whether the stream ends after what the send queue holds."""
+        """Whether the stream ends after the items in the send queue."""
         self.finished = False
-        """Whether all that the send queue held has been handed over, and the end."""
+        """Whether QUIC has all items, and the end of the stream."""
         self.sent = 0
         self.acknowledged = 0
-        """How many of the bytes that were sent the peer is known to have taken, as `check_stalled` found it."""
+        """Sent bytes that the peer had acknowledged at the last `check_stalled`."""
         self.last_progress = trio.current_time()
-        """When that last changed, or nothing was waiting."""
+        """The time when `acknowledged` last changed, or nothing was waiting."""
         self.on_stopped: Callable[[SendQueue], None] | None = None
         self._flush = flush
 
@@ -85,7 +85,7 @@ class StreamWriter:
 class WebTransportSession:
     """The streams of one session, and the task that passes received bytes to it.
 
-    The owner of the connection passes its events to `handle_event`, and calls `send_blocked` when data was acknowledged.
+    The owner of the connection passes its events to `handle_event`, and calls `send_blocked` after acknowledgements.
     The session calls `transmit` when the connection has something to send, and `on_stall` when a client does not read.
     """
 
@@ -128,23 +128,23 @@ class WebTransportSession:
         self._network = network
         self._session_writer = StreamWriter(self._flush)
         self._subscription_writers: dict[int, StreamWriter] = {}
-        """Those of subscriptions, by their streams, until the peer has all of theirs."""
+        """The writers of subscriptions by stream, until the peer has acknowledged everything."""
         self._blocked: dict[StreamWriter, None] = {}
-        """Those whose send queues hold what the connection did not take, the longest waiting first."""
+        """Writers with items that the connection did not take, the longest waiting first."""
         self._datagrams_waiting = False
-        """Whether there are datagrams to be transmitted."""
+        """Whether datagrams wait for `transmit`."""
         self._spacer = ObjectSpacer()
-        """What waits for a first-version client, beside its send queue."""
+        """Lines for a first-version client that have left its send queue."""
         self._received: list[bytes] = []
         self._ended = False
-        """Whether the peer says nothing more."""
+        """Whether the peer sends nothing more."""
         self._peer_closed = False
-        """Whether it hears nothing more."""
+        """Whether the peer receives nothing more."""
         self._lost = trio.Event()
         self._receive_event = trio.Event()
         self._progress = trio.lowlevel.ParkingLot()
         self._last_progress = trio.current_time()
-        """When the peer last took something, of any stream."""
+        """The time when the peer last acknowledged data of any stream."""
         self._driver: SessionDriver = replica.open_session(
             self._session_writer, transport="webtransport", streams=self, network=network
         )
@@ -152,18 +152,18 @@ class WebTransportSession:
 
     @property
     def client(self) -> Hashable:
-        """Whose token the peer has shown last, once it has shown one."""
+        """The client of the last valid token."""
         return self._driver.session.usage.client
 
     @property
     def next_send_time(self) -> float | None:
-        """When `send_blocked` has something to do even where nothing is acknowledged until then."""
+        """The time at which `send_blocked` can send even without an acknowledgement."""
         return self._spacer.next_send_time
 
-    # What the connection says. None of this waits.
+    # Events of the connection. Nothing here waits.
 
     def handle_event(self, event: Event) -> None:
-        """Take an event of the session."""
+        """Process an event of the session."""
         main = self._session_writer.stream
         match event:
             case StreamData():
@@ -196,20 +196,20 @@ class WebTransportSession:
         self._receive_event.set()
 
     def _end_of_input(self, *, peer_closed: bool = False) -> None:
-        """Nothing more comes. What has come is still understood, and then the client leaves."""
+        """Note that nothing more arrives. Bytes that have arrived are still processed."""
         self._ended = True
         self._receive_event.set()
         if peer_closed:
             self._peer_closed = True
             self._blocked.clear()
             self._spacer.clear()
-            # Whoever waits for room in them need not wait any more.
+            # Empty the send queues, because tasks wait until they have room.
             for writer in (self._session_writer, *self._subscription_writers.values()):
                 writer.send_queue.take()
             self._progress.unpark_all()
 
     def _on_stream_stopped(self, writer: StreamWriter) -> None:
-        """The peer gets no more of a stream of ours, because it does not want it or does not read it."""
+        """End a subscription's stream that the peer has stopped, or does not read."""
         writer.stream = None
         writer.send_queue.take()
         self._blocked.pop(writer, None)
@@ -218,12 +218,12 @@ class WebTransportSession:
             writer.on_stopped(writer.send_queue)
 
     def send_blocked(self) -> None:
-        """The peer may have acknowledged something: hand over what has been waiting for that, for whoever transmits."""
+        """Give QUIC the items that waited for acknowledgements. The caller transmits them."""
         if self._blocked:
             for writer in list(self._blocked):
                 self._write(writer)
 
-    # Streams and datagrams for the client's subscriptions.
+    # Streams and datagrams for subscriptions.
 
     def open_stream(self, on_stopped: Callable[[SendQueue], None]) -> SendQueue | None:
         stream = self._connection.open_stream(bidirectional=False)
@@ -255,7 +255,7 @@ class WebTransportSession:
         if len(data) > self._connection.max_datagram_size:
             return False
         if self._connection.send_datagram(data):
-            # The flusher sees to it, so that many leave together when there is much to do.
+            # The flusher calls `transmit`, so that under load many datagrams leave together.
             self._datagrams_waiting = True
             self._replica.flusher.wake(self._session_writer.send_queue)
         else:
@@ -265,7 +265,7 @@ class WebTransportSession:
     # The send queues.
 
     def _flush(self, writer: StreamWriter) -> None:
-        """Send what a send queue holds, unless the peer has much to take already; then `send_blocked` sees to it."""
+        """Send a send queue, as far as the connection takes it. `send_blocked` sends the rest later."""
         try:
             if self._write(writer) or self._datagrams_waiting:
                 self._datagrams_waiting = False
@@ -286,7 +286,7 @@ class WebTransportSession:
         while stream is not None and self._connection.writable(stream):
             items = send_queue.take(WRITE_SIZE)
             if writer is self._session_writer and self._spacer:
-                # It has turned out to be a client of the specification.
+                # The client has turned out to speak `catbus.v1`.
                 items = [*self._spacer.clear(), *items]
             if items:
                 lines = join_lines(items)
@@ -305,7 +305,7 @@ class WebTransportSession:
         return True
 
     def _write_spaced(self, writer: StreamWriter) -> bool:
-        """Send one object to a first-version client, if it may be sent now."""
+        """Send one object to a first-version client if it may be sent now."""
         self._blocked[writer] = None
         stream = writer.stream
         if stream is None or self._connection.unacknowledged(stream):
@@ -321,11 +321,11 @@ class WebTransportSession:
         return True
 
     def _finish_stream(self, writer: StreamWriter) -> None:
-        """All of it has been handed over. The peer may leave it unread yet."""
+        """Note that QUIC has everything. The peer may not have read it yet."""
         writer.finished = True
 
     def check_stalled(self, now: float) -> None:
-        """Give up the streams of which the peer takes nothing, or the session when it takes nothing at all."""
+        """Reset the streams that the peer does not read, or close the session if it reads nothing at all."""
         stalled: list[int] = []
         for stream, writer in list(self._subscription_writers.items()):
             if self._is_stalled(writer, now):
@@ -333,7 +333,7 @@ class WebTransportSession:
             elif writer.finished and not self._connection.unacknowledged(stream):
                 del self._subscription_writers[stream]
         waits = self._session_writer.stream is not None and self._is_stalled(self._session_writer, now)
-        # Streams that are not read can hold the window of the whole connection, so that others have not even begun.
+        # Unread streams can fill the window of the whole connection, so that other streams could not even begin.
         for stream in [one for one in stalled if self._subscription_writers[one].acknowledged > 0] or stalled:
             self._on_stall("a client does not read a subscription's stream")
             self._connection.reset(stream, CloseCode.UNRESPONSIVE)
@@ -356,18 +356,18 @@ class WebTransportSession:
         return now - writer.last_progress >= STALL_TIMEOUT
 
     def stop(self) -> None:
-        """The endpoint is about to end."""
+        """Close the session because the endpoint stops."""
         self._connection.close_session(CloseCode.SHUTTING_DOWN, STOPPING, trio.current_time())
 
     def abandon(self) -> None:
-        """There will be no task."""
+        """Close a session whose task could not be started."""
         self._driver.leave()
         self.stop()
 
     # The task.
 
     async def run(self) -> None:
-        """Serve the client until the connection is lost. No exception comes out of it."""
+        """Serve the client until the connection is lost. Raises no exception but cancellation."""
         client = self._driver
         try:
             with self._replica.cpu_scheduler.serve(self._network):
@@ -408,10 +408,10 @@ class WebTransportSession:
             self._transmit()
 
     async def _read(self, client: SessionDriver) -> None:
-        """Feed the client until it is closing, or until the peer has ended and all that came is understood.
+        """Pass received bytes to the session until it is closing, or until the peer has ended its stream.
 
-        Bytes are given back to the peer's windows when they are understood: while `receive` waits, it cannot send
-        more than those.
+        QUIC's flow control window opens after bytes were processed. So while `receive` waits, the peer cannot send more
+        than the window.
         """
         try:
             while client.closing is None:
@@ -438,6 +438,6 @@ class WebTransportSession:
 
 
 def join_lines(items: Sequence[QueueItem]) -> bytes:
-    """What a send queue held, as bytes of a stream: a line each."""
+    """Return items of a send queue as lines."""
     parts = [item if isinstance(item, bytes) else item.lines for item in items]
     return parts[0] if len(parts) == 1 else b"".join(parts)
