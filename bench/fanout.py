@@ -51,7 +51,7 @@ from subscriber_transports import Steps, WebSocketConnector, WebTransportConnect
 
 from catbus.certificates import development_certificate
 from catbus.endpoints.websocket.frame_encoder import text_header
-from catbus.protocol.wire_messages import encode_entry
+from catbus.protocol.wire_messages import encode_message
 from catbus.webtransport import server_configuration
 
 CHANNEL, PATTERN = "bench.fanout", "bench.*"
@@ -157,7 +157,7 @@ def running(relay: Callable[..., None], *arguments: object) -> Iterator[int]:
 def publish_lines(payloads: Sequence[bytes]) -> bytes:
     """Encode messages as Catbus would, for relays that pass them on unchanged."""
     at = time.time_ns() // 1_000_000
-    return b"".join([encode_entry(CHANNEL, each, PATTERN, 1_000_000, at, "bench") for each in payloads])
+    return b"".join([encode_message(CHANNEL, each, PATTERN, 1_000_000, at, "bench") for each in payloads])
 
 
 def framed(steps: Steps) -> Steps:

@@ -126,7 +126,7 @@ class Client:
                         raise AssertionError(mark)
             elif self.protocol is ProtocolVersion.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
-                payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.Message)]
+                payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.ChannelMessage)]
                 self.stream += [payload for payload in payloads if payload != "0"]
             else:
                 for line in item.lines.splitlines():
@@ -352,7 +352,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         due = self.owed(pattern, client.producer, cursor)
         for mark in told:
             match mark:
-                case wire.Message(seq=seq):
+                case wire.ChannelMessage(seq=seq):
                     assert due and seq == due[0], f"{pattern}: got {seq}, owed {due[:3]}"
                     due.pop(0)
                     cursor = seq

@@ -186,7 +186,7 @@ TYPES: dict[Any, str] = {
     ErrorCode: "code",
     wire.Number: "count",
     dict[str, int]: "integers by name",
-    list[wire.Message]: "list of `message`",
+    list[wire.ChannelMessage]: "list of `message`",
 }
 
 

@@ -192,7 +192,9 @@ async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.
         with trio.fail_after(60):
             while len(found) < 500:
                 said = framer.feed((await slow.receive()).data)
-                found += [json.loads(bytes(each.payload))["n"] for each in said if isinstance(each, wire.Message)]
+                found += [
+                    json.loads(bytes(each.payload))["n"] for each in said if isinstance(each, wire.ChannelMessage)
+                ]
         assert found == list(range(500))
         await slow.aclose()
 

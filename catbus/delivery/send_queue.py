@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 from ..log import Entry
 from ..protocol.channels import selectors
-from ..protocol.wire_messages import ProtocolVersion, encode_entry, encode_first_version
+from ..protocol.wire_messages import ProtocolVersion, encode_first_version_message, encode_message
 
 OVERHEAD = 96
 """What a `message` line adds to its channel and payload, roughly, in bytes."""
@@ -60,7 +60,7 @@ class EncodedMessages:
         if self._lines is None:
             pattern = self.pattern
             self._lines = b"".join(
-                [encode_entry(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
+                [encode_message(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
             )
         return self._lines
 
@@ -68,7 +68,7 @@ class EncodedMessages:
     def first_version_lines(self) -> list[bytes]:
         """A line each, as a first-version client reads them."""
         if self._first_version_lines is None:
-            self._first_version_lines = [encode_first_version(e.channel, e.payload) for e in self.entries]
+            self._first_version_lines = [encode_first_version_message(e.channel, e.payload) for e in self.entries]
         return self._first_version_lines
 
 

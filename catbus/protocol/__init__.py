@@ -1,1 +1,1 @@
-"""The protocol `catbus.v1` without I/O, shared by the broker and the clients: messages, channels, patterns."""
+"""The protocol `catbus.v1` without I/O, shared by broker and client: messages, channels and patterns."""

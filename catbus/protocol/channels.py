@@ -1,4 +1,4 @@
-"""Channels, and the patterns that select them.
+"""Channels and the patterns that match them.
 
 A channel is dot-separated segments: `project.abc123.updates`. A pattern is a channel, or a channel followed by `.*`
 (everything below it, at any depth, and not itself), or `*` alone (everything).
@@ -12,24 +12,24 @@ from collections.abc import Iterator
 from ..errors import ErrorCode, PeerError
 
 MAX_LENGTH = 255
-"""How many bytes a channel or a pattern may have."""
+"""Bytes that a channel or a pattern may have."""
 
 MAX_SEGMENTS = 32
-"""How many segments a channel or a pattern may have; the `*` of a pattern is one."""
+"""Segments that a channel or a pattern may have; the `*` of a pattern is one."""
 
 _SEGMENTS = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
-_STRANGER = re.compile(r"[^A-Za-z0-9_.-]")
+_INVALID_CHARACTER = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 def check_channel(text: str) -> None:
-    """Raise `PeerError` (invalid_channel) unless `text` is a channel."""
+    """Raise `PeerError` (invalid_channel) if `text` is not a channel."""
     fault = _fault(text, text)
     if fault is not None:
         raise PeerError(ErrorCode.INVALID_CHANNEL, f"not a channel: {_clip(text)}: {fault}")
 
 
 def check_pattern(text: str) -> None:
-    """Raise `PeerError` (invalid_pattern) unless `text` is a pattern."""
+    """Raise `PeerError` (invalid_pattern) if `text` is not a pattern."""
     if text == "*":
         return
     fault = _fault(text, text.removesuffix(".*"))
@@ -38,7 +38,7 @@ def check_pattern(text: str) -> None:
 
 
 def matches(pattern: str, channel: str) -> bool:
-    """Whether the pattern selects the channel. Both are taken to be valid."""
+    """Whether a pattern matches a channel. Both must be valid."""
     if pattern == "*":
         return True
     if pattern.endswith(".*"):
@@ -47,7 +47,7 @@ def matches(pattern: str, channel: str) -> bool:
 
 
 def selectors(text: str) -> Iterator[str]:
-    """Every pattern that matches a valid channel, the widest first; of a valid pattern, every grant that covers it."""
+    """All patterns that match a valid channel, the widest first; for a valid pattern, all patterns that cover it."""
     if text != "*":
         yield "*"
     end = text.find(".")
@@ -60,13 +60,13 @@ def selectors(text: str) -> Iterator[str]:
 
 
 def covers(grant: str, pattern: str) -> bool:
-    """Whether every channel that `pattern` can match matches `grant` too. Both are taken to be valid patterns."""
-    # A pattern with a wildcard begins as all that it matches begins, so it is covered where it would be matched.
+    """Whether `grant` matches every channel that `pattern` matches. Both must be valid patterns."""
+    # A pattern with a wildcard has the prefix of all channels that it matches, so `matches` works for it, too.
     return matches(grant, pattern)
 
 
 def prefix_range(pattern: str) -> tuple[str, str] | None:
-    """The bounds (`>=`, `<`) in byte order of what `a.b.*` matches; None for a channel and for `*`."""
+    """The bounds (`>=`, `<`) in byte order of the channels that `a.b.*` matches; None for a channel and for `*`."""
     if not pattern.endswith(".*"):
         return None
     return pattern[:-1], pattern[:-2] + "/"
@@ -79,12 +79,12 @@ def _fault(text: str, channel: str) -> str | None:
         return "it is empty"
     if len(text) > MAX_LENGTH:
         return f"longer than {MAX_LENGTH} bytes"
-    stranger = _STRANGER.search(channel)
-    if stranger is None:
+    invalid = _INVALID_CHARACTER.search(channel)
+    if invalid is None:
         return f"more than {MAX_SEGMENTS} segments" if _SEGMENTS.fullmatch(channel) else "a segment is empty"
-    if stranger[0] == "*":
+    if invalid[0] == "*":
         return "a wildcard may only be the last segment of a pattern"
-    return f"{stranger[0]!a} may not stand in it"
+    return f"{invalid[0]!a} is not allowed"
 
 
 def _clip(text: str) -> str:

@@ -1,4 +1,4 @@
-"""JSON objects one after another, any or no white space between them, split anywhere."""
+"""A splitter of a byte stream into JSON objects, which need no separator and may arrive in any pieces."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import CloseCode, ErrorCode, PeerError
-from .wire_messages import UNDECODABLE, refusal
+from .wire_messages import UNDECODABLE, decoding_error
 
 M = TypeVar("M")
 
 _LINES = 4096
-"""Bytes of lines that are taken apart at a time."""
+"""Bytes of lines that are split at a time."""
 _OPEN = ord("{")
 _SPACE = re.compile(rb"[ \t\r\n]+")
 
-# How the scanner goes on from where it stands, up to and with the byte (in the group) that matters next.
+# The states of the scanner: each pattern matches up to the next byte (in the group) that changes the state.
 _OBJECT = re.compile(rb'[^"{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*"[^"{}]*+)*(["{}]?)', re.DOTALL)
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*(["\\]?)', re.DOTALL)
 _ESCAPED = re.compile(rb"(.)", re.DOTALL)
 
 
 class JsonSplitter(Generic[M]):
-    """Cuts what arrives into objects and decodes them.
+    """Splits a byte stream into JSON objects and decodes them.
 
-    `decode` takes the bytes of one object, which white space may surround, and raises one of `wire.UNDECODABLE` for
-    anything else. Between two feeds only an object that has begun is kept, and never more than `limit` bytes of it.
+    `decode` takes the bytes of one object, perhaps with white space around it, and raises one of `wire.UNDECODABLE`
+    for anything else. Between two feeds only an incomplete object is kept, and at most `limit` bytes of it.
     """
 
     __slots__ = ("_begun", "_decode", "_level", "_until", "limit")
@@ -34,17 +34,18 @@ class JsonSplitter(Generic[M]):
     def __init__(self, decode: Callable[[bytes], M], limit: int = 65536) -> None:
         self._decode = decode
         self.limit = limit
-        """Bytes that an object may have. It may be set whenever an object has been yielded."""
+        """Bytes that an object may have. It may be changed whenever an object has been yielded."""
         self._begun = bytearray()
         self._level = 0
         self._until = _OBJECT
 
     def feed(self, data: bytes) -> Iterator[M | PeerError]:
-        """Take the next bytes and yield the messages that they complete, each when it is asked for.
+        """Take the next bytes and yield the messages that they complete, one at a time.
 
-        An object that does not decode is yielded as the `PeerError` (bad_message) to reply with. Raises `PeerError`
-        with `close`, after what stood before: bad_message for anything but white space between objects, too_large for
-        an object of more than `limit` bytes. Exhaust the iterator before the next feed; feed nothing after an error.
+        For an object that does not decode, the `PeerError` (bad_message) to reply with is yielded. Raises `PeerError`
+        with `close`, after the messages before it: bad_message for anything but white space between objects, too_large
+        for an object of more than `limit` bytes. Exhaust the iterator before the next call; after an error there must
+        be none.
         """
         decode = self._decode
         result: M | PeerError
@@ -52,7 +53,7 @@ class JsonSplitter(Generic[M]):
         while position < len(data):
             if not self._level:
                 if not lines_tried:
-                    # Most often every line is one object. From the first that is not, the scanner says where they end.
+                    # Most often every line is one object. From the first other line on, the scanner finds their ends.
                     for line in _next_lines(data, position):
                         if line:
                             if len(line) > self.limit:
@@ -80,12 +81,12 @@ class JsonSplitter(Generic[M]):
             try:
                 result = decode(text)
             except UNDECODABLE as error:
-                result = refusal(error, text)
+                result = decoding_error(error, text)
             position = end
             yield result
 
     def _scan(self, data: bytes, start: int) -> int | None:
-        """Go on with an object: where it ends, or None when `data` does not hold the end, and what there is is kept."""
+        """Continue with an object. Returns its end, or None if `data` does not contain it; then the rest is kept."""
         room = self.limit - len(self._begun)
         stop = len(data) if len(data) - start <= room else start + room
         position, level, until = start, self._level, self._until
@@ -116,7 +117,7 @@ class JsonSplitter(Generic[M]):
 
 
 def _next_lines(data: bytes, start: int) -> list[bytes]:
-    """The lines from there on, of which there is at least one: about `_LINES` bytes, as they may be kept for long."""
+    """The next lines, at least one. They are about `_LINES` bytes, as they may be kept for long."""
     stop = start + _LINES
     end = len(data) if stop >= len(data) else data.rfind(b"\n", start, stop)
     if end < 0:

@@ -1,7 +1,7 @@
-"""The messages of `catbus.v1`: what may be said, how it is decoded, how it is encoded.
+"""The messages of `catbus.v1`: their fields, and how they are decoded and encoded.
 
-`protocol/README.md` is the specification. Each message of the server's names in `fixed` the fields that a
-first-version client knows; one without `fixed` is never sent to such a client.
+`protocol/README.md` is the specification. A reply lists in `fixed` the fields that a first-version client knows. A
+reply without `fixed` is never sent to such a client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msgspec import Meta, Raw, Struct
 from ..errors import ErrorCode, PeerError
 
 MAX_DEPTH = 64
-"""How deep a message may be nested."""
+"""Levels to which a message may be nested."""
 
 M = TypeVar("M")
 
@@ -29,7 +29,7 @@ Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
 class ProtocolVersion(IntEnum):
-    """Which specification a client knows: it says so in `auth`."""
+    """The version of the specification that a client knows, as it says in `auth`."""
 
     FIRST = 0
     V1 = 1
@@ -39,7 +39,7 @@ class ProtocolVersion(IntEnum):
 
 
 class Request(Struct, omit_defaults=True):
-    """What a client says."""
+    """A message from a client."""
 
 
 class Auth(Request, tag="auth"):
@@ -92,7 +92,7 @@ ClientMessage = Auth | Subscribe | Unsubscribe | Publish | History | Ping
 
 
 class Reply(Struct, omit_defaults=True):
-    """What a server says."""
+    """A message from a server."""
 
     fixed: ClassVar[tuple[str, ...] | None] = None
 
@@ -124,7 +124,7 @@ class Subscribed(Reply, tag="subscribed"):
 
 
 class Unsubscribed(Reply, tag="unsubscribed"):
-    """`id`: of the `unsubscribe`; none where the peer has stopped the subscription's own stream instead."""
+    """The end of a subscription. `id` is that of the `unsubscribe`; none if the peer stopped the stream instead."""
 
     pattern: str
     seq: int
@@ -157,8 +157,8 @@ class PublishError(Reply, tag="publish_error"):
     fixed = ("channel", "message")
 
 
-class Message(Reply, tag="message"):
-    """One message of one subscription. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
+class ChannelMessage(Reply, tag="message"):
+    """A published message, for one subscription. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
 
     channel: str
     payload: Raw
@@ -194,7 +194,7 @@ class Revoked(Reply, tag="revoked"):
 
 
 class HistoryPage(Reply, tag="history"):
-    messages: list[Message]
+    messages: list[ChannelMessage]
     more: bool
     id: int | None = None
 
@@ -210,9 +210,9 @@ class Pong(Reply, tag="pong"):
 
 
 class Error(Reply, tag="error"):
-    """`id`: of the `history` that it refuses, or of an object that does not decode, where that can be read.
+    """An error without a message type of its own.
 
-    All other requests have a refusal of their own kind.
+    `id` is that of the rejected `history`, or of an object that does not decode, if it can be read.
     """
 
     message: str
@@ -221,8 +221,8 @@ class Error(Reply, tag="error"):
     fixed = ("message",)
 
 
-REFUSALS = AuthError, SubscribeError, PublishError, Error
-"""The replies that say what was refused, or what has gone wrong."""
+ERROR_REPLIES = AuthError, SubscribeError, PublishError, Error
+"""The replies that report an error."""
 
 
 ServerMessage = (
@@ -233,7 +233,7 @@ ServerMessage = (
     | SubscribeError
     | Published
     | PublishError
-    | Message
+    | ChannelMessage
     | Live
     | Head
     | Gap
@@ -254,10 +254,10 @@ _encoder = msgspec.json.Encoder()
 def decode_client(data: bytes) -> ClientMessage:
     """Decode one whole object from a client.
 
-    Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `refusal` makes the reply of them.
+    Raises `msgspec.DecodeError`, `UnicodeDecodeError` or `RecursionError`; `decoding_error` makes a reply of them.
     """
     _check_text(data)
-    # As `decode_last` does, without a call: this is done for every object of every client.
+    # The same as `decode_last`, without a call: this runs for every object of every client.
     try:
         return _client_decoder.decode(data)
     except msgspec.ValidationError:
@@ -265,22 +265,22 @@ def decode_client(data: bytes) -> ClientMessage:
 
 
 def decode_publish(data: bytes) -> Publish:
-    """Decode a publish where nothing else can stand, so `type` may be left out; raises as `decode_client` does."""
+    """Decode a publish whose `type` may be missing, as nothing else is allowed. Raises as `decode_client` does."""
     _check_text(data)
     return decode_last(_publish_decoder.decode, data)
 
 
 def decode_server(data: bytes) -> ServerMessage:
-    """Decode one whole object from a server; raises as `decode_client` does."""
+    """Decode one whole object from a server. Raises as `decode_client` does."""
     _check_text(data)
     return decode_last(_server_decoder.decode, data)
 
 
 def decode_last(decode: Callable[[bytes], M], data: bytes) -> M:
-    """Decode an object in which of two values with one name the last counts, as it does for `JSON.parse`.
+    """Decode an object. If a name stands twice, its last value counts, as in `JSON.parse`.
 
-    msgspec takes the last one, too, but wants those before it to be of the right type, and every `type` to be the same.
-    To look for such names in what decodes would cost more than decoding it.
+    msgspec takes the last value, too, but requires that the earlier ones have the right type, and that every `type` is
+    the same. To look for repeated names in each object would cost more than decoding it.
     """
     try:
         return decode(data)
@@ -289,20 +289,20 @@ def decode_last(decode: Callable[[bytes], M], data: bytes) -> M:
 
 
 def _decode_pairwise(decode: Callable[[bytes], M], data: bytes) -> M:
-    """Decode an object of which only the last value of each name is left."""
+    """Decode an object from which all but the last value of each name were removed."""
     return decode(_encoder.encode(decode_pairs(data)))
 
 
 def decode_pairs(data: bytes) -> dict[str, Raw]:
-    """Decode an object as the last value of each name, as it was written; raises as `decode_client` does."""
+    """Decode an object into the last value of each name, as raw JSON. Raises as `decode_client` does."""
     return _pairs_decoder.decode(data)
 
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def refusal(error: Exception, data: bytes = b"") -> PeerError:
-    """The reply to an object that could not be decoded, which is `data`."""
+def decoding_error(error: Exception, data: bytes = b"") -> PeerError:
+    """Make the reply to `data`, an object that could not be decoded."""
     match error:
         case RecursionError():
             text = f"nested deeper than {MAX_DEPTH}"
@@ -314,9 +314,9 @@ def refusal(error: Exception, data: bytes = b"") -> PeerError:
 
 
 def _find_id(data: bytes) -> int | None:
-    """The `id` in an object that does not decode, where it can be read: its sender waits for an answer.
+    """Read the `id` of an object that does not decode, if possible: its sender waits for a reply.
 
-    The standard library reads what msgspec does not: half of a surrogate pair, and text that is not UTF-8.
+    The standard library reads objects that msgspec does not: with half of a surrogate pair, or not in UTF-8.
     """
     try:
         found = json.loads(data.decode(errors="replace"))
@@ -327,12 +327,12 @@ def _find_id(data: bytes) -> int | None:
 
 
 def clip(text: str) -> str:
-    """What a peer has called something, short enough to be repeated to it."""
+    """Shorten a text of a peer so that it can be repeated in a reply."""
     return text if len(text) <= 255 else text[:252] + "..."
 
 
 def _check_text(data: bytes) -> None:
-    # msgspec hands on a Raw value without looking at its UTF-8, and a browser drops the connection over it.
+    # msgspec does not check the UTF-8 of a Raw value, and a browser closes the connection if it is wrong.
     if not data.isascii():
         data.decode()
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and depth(data) > MAX_DEPTH:
@@ -343,7 +343,7 @@ _BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]+|[\]}]+', re.DOTALL)
 
 
 def depth(data: bytes) -> int:
-    """How deep the arrays and objects of a JSON text are nested."""
+    """The number of levels to which the arrays and objects of a JSON text are nested."""
     deepest = level = 0
     for token in _BRACKETS.finditer(data):
         first, width = token[0][0], token.end() - token.start()
@@ -359,24 +359,24 @@ _LINE_BREAKS = bytes.maketrans(b"\r\n", b"  ")
 
 
 def payload_bytes(raw: Raw | bytes) -> bytes:
-    """A payload as it is kept and sent: the client's own bytes, with line breaks, which are white space, as spaces."""
+    """A payload as it is stored and sent: the client's bytes, with a space for each line break."""
     data = bytes(raw)
     return data.translate(_LINE_BREAKS) if b"\n" in data or b"\r" in data else data
 
 
 def check_payload(data: bytes) -> bytes:
-    """A payload that came by another way than `publish`, checked and normalised likewise; raises `PeerError`."""
+    """Check and normalize a payload that did not come in a `publish`. Raises `PeerError`."""
     try:
         _check_text(data)
         return payload_bytes(msgspec.json.decode(data, type=Raw))
     except UNDECODABLE as error:
-        raise PeerError(ErrorCode.BAD_MESSAGE, f"the payload is not JSON: {refusal(error).message}") from None
+        raise PeerError(ErrorCode.BAD_MESSAGE, f"the payload is not JSON: {decoding_error(error).message}") from None
 
 
 def decode_payload(data: bytes | Raw) -> Any:
-    """Decode a payload. A number that is too large becomes infinity, as for `JSON.parse`: it fails for none.
+    """Decode a payload. A number that is too large becomes infinity, as in `JSON.parse`.
 
-    An integer is exact up to as many digits as Python reads (4,300, unless it was told otherwise).
+    An integer is exact up to the number of digits that Python reads (4,300, unless it was configured).
     """
     try:
         return msgspec.json.decode(data)
@@ -392,7 +392,7 @@ def _read_integer(text: str) -> float:
 
 
 def encode(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersion.V1) -> bytes | None:
-    """The line that says `message`, line end included; None where a first-version client must not hear of it."""
+    """Encode a message as a line, with its line break. None if it must not be sent to a first-version client."""
     if protocol == ProtocolVersion.FIRST and isinstance(message, Reply):
         if isinstance(message, Revoked):
             message = SubscribeError(message.pattern, "the permission was withdrawn", ErrorCode.REVOKED)
@@ -403,8 +403,8 @@ def encode(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersion
     return _encoder.encode(message) + b"\n"
 
 
-def encode_entry(channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None) -> bytes:
-    """The `message` line of one entry for one pattern, as `encode` would make it, several times faster."""
+def encode_message(channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None) -> bytes:
+    """Encode the `message` line of an entry for a pattern, like `encode`, but several times faster."""
     number = b"" if seq is None else b',"seq":%d' % seq
     name = b"" if sender is None else b',"sender":' + _encoder.encode(sender)
     return b'{"type":"message","channel":"%b","payload":%b,"pattern":"%b"%b,"at":%d%b}\n' % (
@@ -417,11 +417,11 @@ def encode_entry(channel: str, payload: bytes, pattern: str, seq: int | None, at
     )
 
 
-def encode_first_version(channel: str, payload: bytes) -> bytes:
-    """The `message` line that a first-version client knows."""
+def encode_first_version_message(channel: str, payload: bytes) -> bytes:
+    """Encode the `message` line of an entry for a first-version client."""
     return b'{"type":"message","channel":"%b","payload":%b}\n' % (channel.encode(), payload)
 
 
 def to_json(value: Any) -> bytes:
-    """A Python value as JSON; raises `TypeError` for what has no JSON form."""
+    """Encode a Python value as JSON. Raises `TypeError` for a value without a JSON form."""
     return _encoder.encode(value)

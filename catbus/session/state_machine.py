@@ -271,7 +271,9 @@ class Session:
         except PeerError as error:
             self.refuse_request(request, error)
             return
-        messages = [wire.Message(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries]
+        messages = [
+            wire.ChannelMessage(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
+        ]
         self.say(wire.HistoryPage(messages, more, request.id))
 
     def refuse_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
@@ -279,7 +281,7 @@ class Session:
 
     def say(self, reply: Reply, send_queue: SendQueue | None = None) -> None:
         """Queue a reply in the words that the client knows; unless a send queue is named, in the session's own."""
-        if isinstance(reply, wire.REFUSALS):
+        if isinstance(reply, wire.ERROR_REPLIES):
             self._on_error(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:

@@ -60,10 +60,10 @@ def test_every_server_message_is_decoded() -> None:
         line = wire.encode(reply)
         assert line is not None
         assert decode(line) == reply
-    line = wire.encode(wire.Message("a", raw, "a", 1, 2, "bob"))
+    line = wire.encode(wire.ChannelMessage("a", raw, "a", 1, 2, "bob"))
     assert line is not None
     assert decode(line) == Message("a", raw, "a", 1, 2, "bob")
-    line = wire.encode(wire.HistoryPage([wire.Message("a", raw, "a", 1, 2)], True, 4))
+    line = wire.encode(wire.HistoryPage([wire.ChannelMessage("a", raw, "a", 1, 2)], True, 4))
     assert line is not None
     assert decode(line) == Page([Message("a", raw, "a", 1, 2)], True, 4)
 

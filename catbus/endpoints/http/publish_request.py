@@ -64,7 +64,7 @@ def _split(body: bytes, most: int) -> tuple[bool, Sequence[bytes | msgspec.Raw]]
     try:
         items = msgspec.json.decode(body, type=list[msgspec.Raw])
     except wire.UNDECODABLE as error:
-        raise wire.refusal(error) from None
+        raise wire.decoding_error(error) from None
     if len(items) > most:
         raise PeerError(ErrorCode.TOO_LARGE, f"at most {most} messages in a request")
     return False, items
@@ -77,7 +77,7 @@ def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
     try:
         return wire.decode_publish(data)
     except wire.UNDECODABLE as error:
-        return wire.refusal(error)
+        return wire.decoding_error(error)
 
 
 def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str, object]:

@@ -84,9 +84,9 @@ def test_a_gap_has_the_names_of_the_specification() -> None:
 def test_an_entry_is_encoded_as_the_message_that_it_is(
     channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None
 ) -> None:
-    message = wire.Message(channel, Raw(payload), pattern=pattern, seq=seq, at=at, sender=sender)
-    assert wire.encode_entry(channel, payload, pattern, seq, at, sender) == encoded(message)
-    assert wire.encode_first_version(channel, payload) == encoded(message, ProtocolVersion.FIRST)
+    message = wire.ChannelMessage(channel, Raw(payload), pattern=pattern, seq=seq, at=at, sender=sender)
+    assert wire.encode_message(channel, payload, pattern, seq, at, sender) == encoded(message)
+    assert wire.encode_first_version_message(channel, payload) == encoded(message, ProtocolVersion.FIRST)
 
 
 # First-version clients
@@ -163,7 +163,7 @@ INVALID_UTF8 = {
 def test_a_payload_that_is_not_utf8_is_refused(payload: bytes) -> None:
     with pytest.raises(UnicodeDecodeError) as caught:
         wire.decode_client(publish(payload))
-    assert wire.refusal(caught.value).message == "not valid UTF-8"
+    assert wire.decoding_error(caught.value).message == "not valid UTF-8"
     with pytest.raises(PeerError, match="UTF-8"):
         wire.check_payload(payload)
 
@@ -204,7 +204,7 @@ def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
 def test_what_is_no_request_is_refused(line: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE) as caught:
         wire.decode_client(line)
-    error = wire.refusal(caught.value)
+    error = wire.decoding_error(caught.value)
     assert (error.code, error.close) == (ErrorCode.BAD_MESSAGE, None)
     assert error.message
 
@@ -215,7 +215,7 @@ def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
         try:
             decode(data)
         except wire.UNDECODABLE as error:
-            refused = wire.refusal(error)
+            refused = wire.decoding_error(error)
         else:
             continue
         assert refused.code == ErrorCode.BAD_MESSAGE
@@ -300,7 +300,7 @@ def test_a_message_may_be_nested_as_deep_as_the_limit_and_no_deeper() -> None:
     wire.decode_client(publish(nested(MAX_DEPTH - 1)))
     with pytest.raises(RecursionError) as caught:
         wire.decode_client(publish(nested(MAX_DEPTH)))
-    assert str(MAX_DEPTH) in wire.refusal(caught.value).message
+    assert str(MAX_DEPTH) in wire.decoding_error(caught.value).message
     with pytest.raises(PeerError, match=str(MAX_DEPTH)):
         wire.check_payload(nested(MAX_DEPTH + 1))
 
@@ -338,4 +338,4 @@ def test_a_bomb_is_refused(bomb: bytes) -> None:
     ],
 )
 def test_what_does_not_decode_is_refused_by_its_id_where_that_can_be_read(data: bytes, number: int | None) -> None:
-    assert wire.refusal(msgspec.DecodeError("no"), data).id == number
+    assert wire.decoding_error(msgspec.DecodeError("no"), data).id == number

@@ -77,7 +77,7 @@ def plain(data: bytes, limit: int = LIMIT) -> list[Seen]:
                 try:
                     seen.append(decode_object(text))
                 except wire.UNDECODABLE as error:
-                    seen.append(refused(wire.refusal(error)))
+                    seen.append(refused(wire.decoding_error(error)))
     return seen
 
 
