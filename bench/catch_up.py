@@ -42,7 +42,7 @@ from subscriber_transports import WebSocketConnector
 
 OBJECTS_IN_FRAME = 50
 WINDOW = 1000
-PATIENCE = 300.0
+LIVE_TIMEOUT = 300.0
 """Seconds within which all of them must be live."""
 MARK = b'"mark":"behind"'
 
@@ -144,11 +144,11 @@ def _live(
     places = {peer.fileno(): index for index, peer in enumerate(peers)}
     at, messages, rests = [0.0] * len(peers), [0] * len(peers), [b""] * len(peers)
     began, asked = time.monotonic(), 0
-    missing, deadline = len(peers), began + task.over + PATIENCE
+    missing, deadline = len(peers), began + task.over + LIVE_TIMEOUT
     while missing:
         now = time.monotonic()
         if now > deadline:
-            sys.exit(f"{missing} sessions are not live after {PATIENCE:.0f} s")
+            sys.exit(f"{missing} sessions are not live after {LIVE_TIMEOUT:.0f} s")
         while asked < len(peers) and now >= began + task.over * asked / len(peers):
             pattern = channel(numbers[asked] % task.channels).decode()
             request = {"type": "subscribe", "pattern": pattern, "since": task.since, "epoch": task.epoch}

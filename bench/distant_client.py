@@ -1,4 +1,4 @@
-"""One client with many subscriptions, far from its broker: what is deaf, lost or repeated while it has to move."""
+"""One client with many subscriptions and network delay: silent subscriptions, and messages lost or repeated."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from catbus.client.broker_address import parse_address
 from catbus.client.websocket_transport import open_websocket
 
 CHUNK = 65_536
-WARM = 0.8
+WARM_UP_TIME = 0.8
 """Seconds of load before the first replica of a round is restarted."""
-SUBSCRIBE_EVERY = 0.006
-PUBLISH_EVERY = 0.005
-TOGETHER = 3
-"""How many messages are published at a time."""
-PATIENCE = 15.0
-"""Seconds until a subscription that has not heard the last message counts as deaf."""
+SUBSCRIBE_INTERVAL = 0.006
+PUBLISH_INTERVAL = 0.005
+BATCH_SIZE = 3
+"""Messages that are published at a time."""
+LAST_MESSAGE_TIMEOUT = 15.0
+"""Seconds after which a subscription that has not received the last message counts as silent."""
 
 
-class Distance:
-    """A way to the broker at `port`, which connections made later take, on which everything takes `delay` seconds."""
+class DelayingProxy:
+    """A proxy that adds `delay` seconds to a round trip. New connections go to the broker at `port`."""
 
     def __init__(self, delay: float) -> None:
         self.port = 0
         self._delay = delay / 2
 
     async def serve(self, *, task_status: trio.TaskStatus[list[trio.SocketListener]]) -> None:
-        await trio.serve_tcp(self._meet, 0, host="127.0.0.1", task_status=task_status)
+        await trio.serve_tcp(self._handle, 0, host="127.0.0.1", task_status=task_status)
 
-    async def _meet(self, inside: trio.SocketStream) -> None:
+    async def _handle(self, client: trio.SocketStream) -> None:
         with suppress(OSError):
-            outside = await trio.open_tcp_stream("127.0.0.1", self.port)
-            async with outside, trio.open_nursery() as nursery:
-                nursery.start_soon(self._pass, inside, outside, nursery.cancel_scope)
-                nursery.start_soon(self._pass, outside, inside, nursery.cancel_scope)
+            broker = await trio.open_tcp_stream("127.0.0.1", self.port)
+            async with broker, trio.open_nursery() as nursery:
+                nursery.start_soon(self._forward, client, broker, nursery.cancel_scope)
+                nursery.start_soon(self._forward, broker, client, nursery.cancel_scope)
 
-    async def _pass(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
-        """Pass on what comes, later; the end of one direction is the end of both."""
+    async def _forward(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
+        """Forward data after the delay. The end of one direction ends both."""
         send, receive = trio.open_memory_channel[tuple[float, bytes]](10_000)
 
         async def read() -> None:
@@ -62,113 +62,113 @@ class Distance:
 
 
 @dataclass(eq=False)
-class Channel:
-    """One subscription of a round, and what of its channel is known."""
+class ObservedChannel:
+    """The channel of one subscription: the seqs that the client received, and those of acknowledged publishes."""
 
     name: str
-    heard: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
     acknowledged: list[int] = field(default_factory=list)
     last: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass
-class Counted:
-    """Of all rounds so far."""
+class Counts:
+    """Totals of all rounds."""
 
     round: int = 0
     subscribed: int = 0
     published: int = 0
     moves: int = 0
-    deaf: int = 0
+    silent: int = 0
     lost: int = 0
     repeated: int = 0
     failed: int = 0
 
     @property
-    def wrong(self) -> int:
-        return self.deaf + self.lost + self.repeated + self.failed
+    def error_count(self) -> int:
+        return self.silent + self.lost + self.repeated + self.failed
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in vars(self).items())
 
 
-async def play(
-    distance: Distance, token: str, rounds: int, subscriptions: int, restart: Callable[[], Awaitable[None]]
-) -> Counted:
-    """In each round subscribe and publish, and `restart` meanwhile. Prints what is counted, and returns it."""
-    counted = Counted()
+async def run(
+    proxy: DelayingProxy, token: str, rounds: int, subscriptions: int, restart: Callable[[], Awaitable[None]]
+) -> Counts:
+    """Subscribe and publish in each round, and call `restart` meanwhile. Prints and returns the totals."""
+    counts = Counts()
 
-    def note(event: object) -> None:
-        counted.moves += isinstance(event, Reconnected)
+    def count_move(event: object) -> None:
+        counts.moves += isinstance(event, Reconnected)
 
     async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(distance.serve)
+        [listener] = await nursery.start(proxy.serve)
         address = parse_address(f"ws://127.0.0.1:{listener.socket.getsockname()[1]}/ws")
 
         async def dial() -> Transport:
             return await open_websocket(address)
 
-        async with open_bus(dial, token=token, persist=True, on_event=note) as bus:
+        async with open_bus(dial, token=token, persist=True, on_event=count_move) as bus:
             for _ in range(rounds):
-                await _play_round(bus, counted, subscriptions, restart)
-                print(counted, flush=True)
+                await _run_round(bus, counts, subscriptions, restart)
+                print(counts, flush=True)
         nursery.cancel_scope.cancel()
-    return counted
+    return counts
 
 
-async def _play_round(bus: Bus, counted: Counted, subscriptions: int, restart: Callable[[], Awaitable[None]]) -> None:
-    counted.round += 1
-    prefix = f"round-{random.getrandbits(64):x}-{counted.round}"
-    channels: list[Channel] = []
+async def _run_round(bus: Bus, counts: Counts, subscriptions: int, restart: Callable[[], Awaitable[None]]) -> None:
+    counts.round += 1
+    prefix = f"round-{random.getrandbits(64):x}-{counts.round}"
+    channels: list[ObservedChannel] = []
     over = False
 
-    async def subscribe(channel: Channel, *, task_status: trio.TaskStatus[None]) -> None:
+    async def subscribe(channel: ObservedChannel, *, task_status: trio.TaskStatus[None]) -> None:
         async with bus.subscribe(channel.name) as messages:
-            counted.subscribed += 1
+            counts.subscribed += 1
             channels.append(channel)
             task_status.started()
             async for message in messages:
                 assert message.seq is not None
-                channel.heard.append(message.seq)
+                channel.received.append(message.seq)
                 if message.payload == "last":
                     channel.last.set()
 
     async def subscribe_all(listening: trio.Nursery) -> None:
         async with trio.open_nursery() as starting:
             for number in range(subscriptions):
-                starting.start_soon(listening.start, subscribe, Channel(f"{prefix}.{number}"))
-                await trio.sleep(SUBSCRIBE_EVERY)
+                starting.start_soon(listening.start, subscribe, ObservedChannel(f"{prefix}.{number}"))
+                await trio.sleep(SUBSCRIBE_INTERVAL)
 
-    async def publish(channel: Channel, payload: object) -> None:
-        counted.published += 1
+    async def publish(channel: ObservedChannel, payload: object) -> None:
+        counts.published += 1
         try:
             channel.acknowledged.append(await bus.publish(channel.name, payload))
         except (Disconnected, Refused):
-            counted.failed += 1
+            counts.failed += 1
 
-    async def publish_on(publishing: trio.Nursery) -> None:
+    async def keep_publishing(publishing: trio.Nursery) -> None:
         while not over:
-            for number in range(TOGETHER if channels else 0):
+            for number in range(BATCH_SIZE if channels else 0):
                 publishing.start_soon(publish, random.choice(channels), number)
-            await trio.sleep(PUBLISH_EVERY)
+            await trio.sleep(PUBLISH_INTERVAL)
 
     async with trio.open_nursery() as listening:
         async with trio.open_nursery() as publishing:
-            publishing.start_soon(publish_on, publishing)
+            publishing.start_soon(keep_publishing, publishing)
             async with trio.open_nursery() as both:
                 both.start_soon(subscribe_all, listening)
-                await trio.sleep(WARM)
+                await trio.sleep(WARM_UP_TIME)
                 await restart()
             over = True
         async with trio.open_nursery() as nursery:
             for channel in channels:
                 nursery.start_soon(publish, channel, "last")
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(LAST_MESSAGE_TIMEOUT):
             for channel in channels:
                 await channel.last.wait()
         listening.cancel_scope.cancel()
-    counted.deaf += sum(not channel.last.is_set() for channel in channels)
+    counts.silent += sum(not channel.last.is_set() for channel in channels)
     for channel in channels:
-        once = set(channel.heard)
-        counted.repeated += len(channel.heard) - len(once)
-        counted.lost += len(set(channel.acknowledged) - once)
+        once = set(channel.received)
+        counts.repeated += len(channel.received) - len(once)
+        counts.lost += len(set(channel.acknowledged) - once)

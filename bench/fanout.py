@@ -60,7 +60,7 @@ WINDOW = 500
 """Maximum number of unanswered publishes."""
 SAMPLE = 20
 """Subscribers whose latency is measured."""
-PATIENCE = 60.0
+DELIVERY_TIMEOUT = 60.0
 """Seconds after the last publish within which everything must have arrived."""
 
 # Servers
@@ -198,7 +198,7 @@ class Arena:
     def run(self, workload: Workload) -> Result:
         """Run one round: publish, and wait until every subscriber has every message."""
         mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
-        task = Round(mark, workload.messages, workload.seconds + PATIENCE)
+        task = Round(mark, workload.messages, workload.seconds + DELIVERY_TIMEOUT)
         self._all(task, task)
         self._answered = 0
         cpu, began = cpu_time(self.target.pid), time.monotonic()
@@ -253,14 +253,14 @@ class Arena:
             self._wait_sent()
 
     def _wait_sent(self) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + DELIVERY_TIMEOUT
         while self._publisher.blocked:
             self._listen(deadline)
             if time.monotonic() > deadline:
                 sys.exit(f"{self.target.name} does not read what is published")
 
     def _wait_answered(self, count: int) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + DELIVERY_TIMEOUT
         while self.target.answer and self._answered < count:
             self._listen(deadline)
             if time.monotonic() > deadline:

@@ -1,14 +1,14 @@
-"""Head-of-line blocking: what large messages on one topic do to small ones on another, on a link that loses packets.
+"""Head-of-line blocking: how large messages on one channel delay small ones on another, on a link that loses packets.
 
     sudo python bench/head_of_line.py --seconds 30 --svg docs/head_of_line.svg
 
-One subscriber of two topics, one with --big bytes twice a second and one with 100 bytes 50 times a second: over
-WebSocket, over WebTransport on the session's one stream, and over WebTransport with a stream for each subscription.
-Between it and the broker there is a link of two TUN devices, one of them in a network namespace of its own; a program
-passes packets from one to the other --delay milliseconds later and loses some of them, those of TCP and of QUIC alike.
-Needs root, for that.
+One subscriber has two channels: one with a message of --big bytes twice per second, and one with a message of 100 bytes
+50 times per second. It uses WebSocket, WebTransport with one stream, and WebTransport with a stream for each
+subscription. Two TUN devices, one of them in a network namespace of its own, are the link between the subscriber and
+the broker. A program forwards packets from one device to the other after --delay milliseconds and drops some of them,
+for TCP and for QUIC alike. This needs root.
 
-Latency is from just before the publish to the subscriber's having the message, by one clock.
+Latency is from just before the publish until the subscriber has the message, by one clock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from catbus.auth.tokens import sign
 from catbus.config import AuthSettings, Config, DrainSettings, WebSocketSettings, WebTransportSettings
 
 NAMESPACE = "catbus-hol"
-HERE, THERE = "10.77.0.1", "10.77.0.2"
+BROKER_ADDRESS, SUBSCRIBER_ADDRESS = "10.77.0.1", "10.77.0.2"
 MODES = {
     "websocket": "WebSocket",
     "one stream": "WebTransport, one stream",
@@ -49,7 +49,7 @@ MODES = {
 }
 LOSSES = (0.0, 1.0, 5.0)
 SMALL_RATE, BIG_RATE = 50.0, 2.0
-WARM = 2.0
+WARM_UP_TIME = 2.0
 ROOT = Path(__file__).parent.parent
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -64,8 +64,8 @@ def open_tun(name: str) -> int:
     return handle
 
 
-def carry(here: int, there: int, delay: float, loss: float) -> None:
-    """Pass packets on, each way, `delay` seconds later; one part of them, `loss`, is lost. Until we are killed."""
+def forward_packets(here: int, there: int, delay: float, loss: float) -> None:
+    """Forward packets in both directions after `delay` seconds, dropping the share `loss` of them, until killed."""
     chance = random.Random(1)
     waiting: list[tuple[float, int, int, bytes]] = []
     number = 0
@@ -93,23 +93,23 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def link(delay: float, loss: float) -> Iterator[None]:
-    """`HERE` in this namespace, `THERE` in the other one."""
+    """Open a link between `BROKER_ADDRESS` in this namespace and `SUBSCRIBER_ADDRESS` in the other one."""
     handles = [open_tun("catbus-hol0"), open_tun("catbus-hol1")]
     ip("netns", "add", NAMESPACE)
     try:
         ip("link", "set", "catbus-hol1", "netns", NAMESPACE)
         inside = ["netns", "exec", NAMESPACE, "ip"]
-        ip("address", "add", HERE, "peer", THERE, "dev", "catbus-hol0")
+        ip("address", "add", BROKER_ADDRESS, "peer", SUBSCRIBER_ADDRESS, "dev", "catbus-hol0")
         ip("link", "set", "catbus-hol0", "up")
-        ip(*inside, "address", "add", THERE, "peer", HERE, "dev", "catbus-hol1")
+        ip(*inside, "address", "add", SUBSCRIBER_ADDRESS, "peer", BROKER_ADDRESS, "dev", "catbus-hol1")
         ip(*inside, "link", "set", "catbus-hol1", "up")
         ip(*inside, "link", "set", "lo", "up")
-        command = [sys.executable, __file__, "--carry", *map(str, handles), str(delay), str(loss)]
-        with subprocess.Popen(command, pass_fds=handles) as carrier:
+        command = [sys.executable, __file__, "--forward", *map(str, handles), str(delay), str(loss)]
+        with subprocess.Popen(command, pass_fds=handles) as forwarder:
             try:
                 yield
             finally:
-                carrier.kill()
+                forwarder.kill()
     finally:
         for handle in handles:
             os.close(handle)
@@ -132,7 +132,7 @@ async def subscribe(url: str, ca: str, mode: str, seconds: float) -> None:
 
         for channel in found:
             nursery.start_soon(follow, channel)
-        await trio.sleep(WARM)
+        await trio.sleep(WARM_UP_TIME)
         for latencies in found.values():
             latencies.clear()
         await trio.sleep(seconds)
@@ -151,7 +151,7 @@ async def publish(broker: catbus.Broker, channel: str, rate: float, size: int) -
         await trio.sleep_until(due)
 
 
-async def play(config: Config, ca: str, mode: str, options: argparse.Namespace) -> dict[str, list[float]]:
+async def measure(config: Config, ca: str, mode: str, options: argparse.Namespace) -> dict[str, list[float]]:
     async with trio.open_nursery() as nursery:
         broker = await nursery.start(catbus.serve, config)
         nursery.start_soon(publish, broker, "hol.small", SMALL_RATE, 100)
@@ -168,26 +168,26 @@ async def play(config: Config, ca: str, mode: str, options: argparse.Namespace) 
 
 def configuration(directory: Path) -> tuple[Config, str]:
     authority = trustme.CA()
-    issued = authority.issue_cert(HERE)
+    issued = authority.issue_cert(BROKER_ADDRESS)
     authority.cert_pem.write_to_path(directory / "ca.pem")
     issued.private_key_pem.write_to_path(directory / "key.pem")
     issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
     config = Config(
         auth=AuthSettings(secrets=(SECRET,)),
-        websocket=WebSocketSettings(bind=(f"{HERE}:0",)),
+        websocket=WebSocketSettings(bind=(f"{BROKER_ADDRESS}:0",)),
         webtransport=WebTransportSettings(
-            bind=(f"{HERE}:0",), cert=str(directory / "cert.pem"), key=str(directory / "key.pem")
+            bind=(f"{BROKER_ADDRESS}:0",), cert=str(directory / "cert.pem"), key=str(directory / "key.pem")
         ),
         drain=DrainSettings(delay=0, window=0, deadline=0),
     )
     return config, str(directory / "ca.pem")
 
 
-# What comes out
+# The results
 
 
 def draw(rows: list[dict[str, Any]]) -> str:
-    """The p99 of the small messages, as bars."""
+    """Draw the p99 latency of the small messages as bars, in SVG."""
     colours = ("#b5543c", "#8a8f98", "#3b6ea5")
     most = max(row["p99"] for row in rows)
     height, left, group, bar = 220, 60, 150, 40
@@ -218,22 +218,24 @@ def draw(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--carry"]:
+    if sys.argv[1:2] == ["--forward"]:
         here, there, delay, loss = sys.argv[2:]
-        carry(int(here), int(there), float(delay), float(loss))
+        forward_packets(int(here), int(there), float(delay), float(loss))
     if sys.argv[1:2] == ["--subscribe"]:
         url, ca, mode, seconds = sys.argv[2:]
         trio.run(subscribe, url, ca, mode, float(seconds))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
-    parser.add_argument("--delay", type=float, default=20.0, help="milliseconds each way")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of each measurement")
+    parser.add_argument("--delay", type=float, default=20.0, help="milliseconds in each direction")
     parser.add_argument("--big", type=int, default=50_000, help="bytes of a large message")
-    parser.add_argument("--losses", type=float, nargs="+", default=LOSSES, help="percent of the packets, each way")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the p99 there")
+    parser.add_argument(
+        "--losses", type=float, nargs="+", default=LOSSES, help="lost packets in each direction, in percent"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the p99 latency into this file")
     options = parser.parse_args()
     if os.geteuid():
-        sys.exit("this makes network devices, and needs root for that")
+        sys.exit("this program needs root to make network devices")
     harness.prepare()
     print(harness.describe_machine())
     print(f"{options.delay:g} ms each way; latency of messages of 100 bytes beside {options.big} bytes twice a second")
@@ -245,7 +247,7 @@ def main() -> None:
         for loss in options.losses:
             for mode, title in MODES.items():
                 with link(options.delay / 1000, loss / 100):
-                    found = trio.run(play, config, ca, mode, options)
+                    found = trio.run(measure, config, ca, mode, options)
                 small, big = (sorted(1000 * each for each in found[channel]) for channel in ("hol.small", "hol.big"))
                 rows.append({"loss": loss, "mode": mode, "p99": percentile(small, 0.99)})
                 figures = " | ".join(f"{percentile(each, share):.0f}" for each in (small, big) for share in (0.5, 0.99))

@@ -60,7 +60,7 @@ SMALL_SIZE, SMALL_COUNT = 100, 300_000
 """More than the cache holds."""
 OBJECTS_IN_FRAME = 10
 WINDOW = 200
-PATIENCE = 60.0
+REPLY_TIMEOUT = 60.0
 LARGEST = 65_536
 """Maximum size of an object: `limits.message_size`."""
 PEER_BOUND = 2 << 20
@@ -185,7 +185,7 @@ def publish_load(port: int, size: int, count: int) -> None:
     publisher = Publisher(WebSocketConnector(port, "/ws", [(frame(AUTH_STEP[0]), AUTH_STEP[1])], b"").connect_one())
     text = b'"%b"' % (b"x" * (size - 2))
     published = answered = 0
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + REPLY_TIMEOUT
     while answered < count:
         while published < count and published - answered < WINDOW and not publisher.blocked:
             numbers = range(published, min(published + OBJECTS_IN_FRAME, count))
@@ -198,7 +198,7 @@ def publish_load(port: int, size: int, count: int) -> None:
             sys.exit(f"refused: {lines!r}")
         if lines:
             answered += lines.count(b'"type":"published"')
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + REPLY_TIMEOUT
         elif time.monotonic() > deadline:
             sys.exit(f"{answered} of {count} publishes have been answered")
 
@@ -238,7 +238,9 @@ def publishing_load(server: Server, size: int, count: int) -> Iterator[Callable[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=float, default=1e9, metavar="B", help="of load, twice (1e9)")
-    parser.add_argument("--peers", type=int, default=3, metavar="P", help="that never read, and that go deaf (3)")
+    parser.add_argument(
+        "--peers", type=int, default=3, metavar="P", help="peers that never read, and peers that stop responding (3)"
+    )
     parser.add_argument("--seconds", type=float, default=10, metavar="S", help="of each of the other phases (10)")
     options = parser.parse_args()
     harness.prepare()
@@ -248,7 +250,7 @@ def main() -> None:
     print(
         f"{SUBSCRIBERS} subscribers over each transport get {RATE} messages a second; load of {options.bytes:.0f} bytes"
     )
-    print(f"{options.peers} peers that never read and {options.peers} that go deaf")
+    print(f"{options.peers} peers that never read and {options.peers} that stop responding")
     print(harness.describe_machine(), flush=True)
     print(f"\n{'':>10} {'':>6} {'CPU':>5} {'WebTransport ms':>21} {'WebSocket ms':>21} {'RSS MiB':>17}")
     print(f"{'':>10} {'s':>6} {'%':>5} {'p50':>10} {'p99':>10} {'p50':>10} {'p99':>10} {'after':>8} {'peak':>8}")

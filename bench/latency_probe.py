@@ -17,7 +17,7 @@ CHANNEL = b"bench.latency_probe"
 SUBSCRIBERS = 5
 """Subscribers over each transport."""
 RATE = 50
-PATIENCE = 60.0
+DELIVERY_TIMEOUT = 60.0
 
 
 def publish_line(channel: bytes, text: bytes, more: bytes = b"") -> bytes:
@@ -79,7 +79,7 @@ class LatencyProbe:
     def _round(self, name: str) -> dict[str, list[float]]:
         mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
         for process in self._processes.values():
-            for request in (None, Round(mark, RATE, PATIENCE)):
+            for request in (None, Round(mark, RATE, DELIVERY_TIMEOUT)):
                 process.ask(request)
                 process.answer()
         began = time.monotonic()

@@ -1,11 +1,11 @@
-"""Publishing from SQL: how long until a subscriber has it, and whom a transaction holds up that is left open.
+"""Publishing from SQL: the latency from a commit to a subscriber, and the effect of an open transaction.
 
     python bench/publish_sql.py --rates 0.2 5 100 --seconds 30
 
-Beside the calls of catbus.publish, each a transaction of its own, a client publishes over WebSocket 20 times a second.
-Each round is measured twice: alone, and with a transaction open from before the first call to after the last that has
-called catbus.publish itself. In the end one such transaction commits, and its message has to come; another one rolls
-back, and its message must not.
+Each call of catbus.publish is a transaction of its own. Meanwhile a client publishes over WebSocket, 20 times per
+second. Each rate is measured alone and beside an open transaction: it calls catbus.publish before the first measured
+call and ends after the last one. One such transaction commits, and its message must arrive; another one rolls back, and
+its message must not arrive.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness import Server, auth_line, frame, percentile
 
 CLIENT_RATE = 20
 PING_RATE = 0.2
-PATIENCE = 10.0
+DELIVERY_TIMEOUT = 10.0
 WIDTH = 11
 SQL = pattern(rb'"payload":\{"n":(\d+)\}')
 PUBLISHED = pattern(rb'"type":"published"[^}]*?"id":(\d+)')
@@ -35,7 +35,7 @@ PUBLISH = """SELECT catbus.publish('bench.sql', format('{"n":%s}', $1::bigint))"
 
 
 class Peer:
-    """A client whose incoming lines are searched for numbers; each has the time at which it came."""
+    """A client that records the time at which each number that matches `wanted` arrives."""
 
     def __init__(self, server: Server, wanted: pattern, *lines: bytes) -> None:
         self.peer: socket.socket = harness.connect(server.port)
@@ -44,7 +44,7 @@ class Peer:
         self.peer.setblocking(False)
         self.times: dict[int, float] = {}
         self._wanted = wanted
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def run(self) -> None:
         loop, data = asyncio.get_running_loop(), b""
@@ -53,30 +53,30 @@ class Peer:
             lines, end, data = (data + more).rpartition(b"\n")
             for number in self._wanted.findall(lines + end):
                 if int(number) in self.times:
-                    sys.exit(f"{number!r} came twice")
+                    sys.exit(f"message {number!r} arrived twice")
                 self.times[int(number)] = now
-            self._news.set()
-        sys.exit("the server has closed a connection")
+            self._changed.set()
+        sys.exit("the server closed a connection")
 
     async def send(self, line: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.peer, frame(line))
 
     async def wait_for(self, number: int) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(DELIVERY_TIMEOUT):
             while number not in self.times:
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
 
 
 class Result(NamedTuple):
-    """Latencies in milliseconds: from a commit in SQL to a subscriber, and from a client's publish to its answer."""
+    """Latencies in milliseconds: from a commit in SQL to a subscriber, and from a client's publish to its reply."""
 
     sql: list[float]
     client: list[float]
 
 
 class Bench:
-    """A replica's subscriber and publisher, and a connection to its database."""
+    """A subscriber and a publisher of a replica, and the URL of its database."""
 
     def __init__(self, url: str, subscriber: Peer, publisher: Peer) -> None:
         self._url = url
@@ -85,7 +85,7 @@ class Bench:
         self._next = 0
 
     async def run(self, rate: float, seconds: float) -> Result:
-        """One round."""
+        """Run one round."""
         committed: dict[int, float] = {}
         sent: dict[int, float] = {}
         sql = await asyncpg.connect(self._url)
@@ -103,7 +103,7 @@ class Bench:
         async def ping() -> None:
             await self._subscriber.send(b'{"type":"ping","seq":0}\n')
 
-        # Who is silent for long is taken for lost.
+        # The broker closes a connection from which nothing arrives for a long time.
         await asyncio.gather(
             paced(call, rate, seconds), paced(publish, CLIENT_RATE, seconds), paced(ping, PING_RATE, seconds)
         )
@@ -118,20 +118,20 @@ class Bench:
         )
 
     @asynccontextmanager
-    async def left_open(self, end: str) -> AsyncIterator[None]:
-        """A transaction that has published and does not end before the block does: with COMMIT or ROLLBACK."""
+    async def open_transaction(self, end: str) -> AsyncIterator[None]:
+        """Keep a transaction that has published open during the block. It ends with `end`, COMMIT or ROLLBACK."""
         number = self._number()
         sql = await asyncpg.connect(self._url)
         await sql.execute("BEGIN")
         await sql.execute(PUBLISH, number)
         yield
         if number in self._subscriber.times:
-            sys.exit("a message has come before its transaction was committed")
+            sys.exit("a message arrived before its transaction was committed")
         await sql.execute(end)
         await sql.execute(PUBLISH, after := self._number())
         await self._subscriber.wait_for(after)
         if (number in self._subscriber.times) != (end == "COMMIT"):
-            sys.exit(f"after {end} the message has {'come' if end != 'COMMIT' else 'not come'}")
+            sys.exit(f"after {end} the message {'has arrived' if end != 'COMMIT' else 'has not arrived'}")
         await sql.close()
 
     def _number(self) -> int:
@@ -140,7 +140,7 @@ class Bench:
 
 
 async def paced(call: Callable[[], Awaitable[None]], rate: float, seconds: float) -> None:
-    """Call at a constant rate, as far as the calls let it."""
+    """Call at a constant rate. A slow call delays the following ones."""
     began = time.monotonic()
     for number in range(max(1, round(rate * seconds))):
         await asyncio.sleep(began + number / rate - time.monotonic())
@@ -157,7 +157,7 @@ async def measure(url: str, server: Server, options: argparse.Namespace) -> None
     for rate in options.rates:
         show(rate, "-", await bench.run(rate, options.seconds))
         for end in ("COMMIT", "ROLLBACK"):
-            async with bench.left_open(end):
+            async with bench.open_transaction(end):
                 show(rate, f"open, {end[0]}", await bench.run(rate, options.seconds))
     for reader in readers:
         reader.cancel()
@@ -175,15 +175,19 @@ def show(rate: float, transaction: str, result: Result) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rates", type=float, nargs="*", default=[0.15, 5, 100], metavar="R", help="calls a second (0.15 5 100)"
+        "--rates", type=float, nargs="*", default=[0.15, 5, 100], metavar="R", help="calls per second (0.15 5 100)"
     )
-    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="of each round (60)")
-    parser.add_argument("--database", metavar="URL", help="instead of the embedded PostgreSQL; its log is written to")
-    parser.add_argument("--directory", metavar="DIR", help="where the embedded PostgreSQL is kept meanwhile")
+    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="seconds of each round (60)")
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help="a PostgreSQL to use instead of the embedded one; the messages stay in its log",
+    )
+    parser.add_argument("--directory", metavar="DIR", help="a directory for the data of the embedded PostgreSQL")
     options = parser.parse_args()
     harness.prepare()
 
-    print(f"1 replica; SQL from its commit to a subscriber, {CLIENT_RATE} client publishes/s to their answers")
+    print(f"1 replica; latency of a SQL commit to a subscriber, and of {CLIENT_RATE} client publishes/s to the reply")
     print(harness.describe_machine())
     with ExitStack() as stack:
         url = stack.enter_context(harness.database(options.database, options.directory))

@@ -30,7 +30,7 @@ from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.client import Transport
 
-PATIENCE = 60.0
+RECONNECT_TIMEOUT = 60.0
 
 
 class StormBalancer:
@@ -68,7 +68,7 @@ async def play(storm: StormBalancer, options: argparse.Namespace) -> Load:
     async def end() -> None:
         load.began = trio.current_time()
         storm.end(getattr(signal, options.end))
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(RECONNECT_TIMEOUT):
             while len(load.moves) < options.clients:
                 await trio.sleep(0.05)
 

@@ -16,7 +16,7 @@ TRANSPORTS = "websocket", "webtransport"
 PUBLISHERS = 4
 WARM = 3.0
 """Seconds of load before the first replica is restarted, and after the last."""
-PATIENCE = 60.0
+DELIVERY_TIMEOUT = 60.0
 WIDTH = 60
 
 
@@ -92,7 +92,7 @@ class Load:
                 await restart()
                 await trio.sleep(WARM)
                 self.over = True
-            with trio.move_on_after(PATIENCE):
+            with trio.move_on_after(DELIVERY_TIMEOUT):
                 while any(seen.cursor < self.head for seen in self.seen):
                     await trio.sleep(0.05)
             nursery.cancel_scope.cancel()

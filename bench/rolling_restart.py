@@ -3,21 +3,20 @@
     python bench/rolling_restart.py --sessions 300 --rate 20
     python bench/rolling_restart.py --svg docs/rolling.svg
 
---replicas `catbus run` on one PostgreSQL, and --sessions clients that subscribe to everything, half of them over
-WebSocket and half over WebTransport, with the library's own reconnecting; four more publish --rate messages a second
-together. A balancer asks each replica for /ready every 0.1 s and sends whoever connects to the next one that is. Then
-one replica after the other gets SIGTERM, ends, and is started again, and the next is waited with until it is ready.
+--replicas `catbus run` on one PostgreSQL. --sessions clients of the Python library subscribe to everything, half of
+them over WebSocket and half over WebTransport; four more publish --rate messages per second together. A load balancer
+polls /ready of each replica every 0.1 s and sends new connections to the replicas that are ready. Then each replica in
+turn gets SIGTERM, ends, and is started again. The next one follows when it is ready.
 
     python bench/rolling_restart.py --replicas 2 --subscriptions 450 --latency 150 --rounds 20 --delay 0.3 --window 1
 
-With --subscriptions there is one client, behind a proxy that delays what it passes on, by half of --latency each way.
-In each of --rounds it makes so many new subscriptions, one every 6 ms, and publishes to them all the while. Meanwhile
-one replica after the other is restarted, and new connections are led to the other one. Then each channel gets one more
-message: a subscription that does not hear it is deaf. `rolling_restart_javascript.py` does the same to the JavaScript
-client.
+With --subscriptions there is one client, behind a proxy that delays each way by half of --latency. In each of --rounds
+it makes so many new subscriptions, one every 6 ms, and publishes to them at the same time. Meanwhile each replica in
+turn is restarted, and new connections go to the other one. Then each channel gets one more message: a subscription that
+does not receive it is silent. `rolling_restart_javascript.py` does the same with the JavaScript client.
 
-A pause is the longest time without a message that a subscriber had. Ends with status 1 when anybody lacks a message,
-gets one twice, or when a publish was not acknowledged.
+A pause is the longest time without a message of a subscriber. Ends with status 1 if a subscriber misses a message or
+receives one twice, or if a publish is not acknowledged.
 """
 
 from __future__ import annotations
@@ -120,23 +119,23 @@ async def play(replicas: Sequence[Replica], sessions: int, rate: float) -> tuple
 
 async def play_rounds(
     replicas: Sequence[Replica], rounds: int, subscriptions: int, latency: float
-) -> distant_client.Counted:
+) -> distant_client.Counts:
     """Run one client with many subscriptions through `rounds` rounds of restarts."""
-    distance = distant_client.Distance(latency)
+    proxy = distant_client.DelayingProxy(latency)
 
-    def lead_to(replica: Replica) -> None:
+    def route_to(replica: Replica) -> None:
         assert replica.server is not None
-        distance.port = replica.server.port
+        proxy.port = replica.server.port
 
     async def restart() -> None:
         for number, replica in enumerate(replicas):
-            lead_to(replicas[number - 1])
+            route_to(replicas[number - 1])
             await trio.to_thread.run_sync(replica.stop)
             await trio.to_thread.run_sync(replica.start)
 
-    lead_to(replicas[0])
+    route_to(replicas[0])
     token = sign(SECRET, client_id="bench", grants=Grants(("*",), ("*",)))
-    return await distant_client.play(distance, token, rounds, subscriptions, restart)
+    return await distant_client.run(proxy, token, rounds, subscriptions, restart)
 
 
 def draw(moves: Sequence[float]) -> str:
@@ -170,15 +169,15 @@ def draw(moves: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=20.0, help="messages a second, all publishers together")
+    parser.add_argument("--rate", type=float, default=20.0, help="messages per second, of all publishers together")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--delay", type=float, default=1.0, help="drain.delay, in seconds")
-    parser.add_argument("--window", type=float, default=5.0, help="drain.window: over so long clients are sent away")
-    parser.add_argument("--subscriptions", type=int, help="of one client, in the place of --sessions")
-    parser.add_argument("--latency", type=float, default=150.0, help="milliseconds to the broker and back")
+    parser.add_argument("--window", type=float, default=5.0, help="drain.window: seconds over which clients reconnect")
+    parser.add_argument("--subscriptions", type=int, help="subscriptions of one client, instead of --sessions")
+    parser.add_argument("--latency", type=float, default=150.0, help="round trip to the broker, in milliseconds")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--database", help="the URL of a PostgreSQL; without it, one is started")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the reconnects there")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the reconnects into this file")
     options = parser.parse_args()
     harness.prepare()
     print(harness.describe_machine())
@@ -189,15 +188,13 @@ def main() -> None:
             for replica in replicas:
                 replica.start()
             if options.subscriptions is not None:
-                counted = trio.run(play_rounds, replicas, options.rounds, options.subscriptions, options.latency / 1000)
-                sys.exit(bool(counted.wrong))
+                counts = trio.run(play_rounds, replicas, options.rounds, options.subscriptions, options.latency / 1000)
+                sys.exit(bool(counts.error_count))
             load, restarts = trio.run(play, replicas, options.sessions, options.rate)
         finally:
             for replica in replicas:
                 replica.stop()
-    print(
-        f"{options.sessions} sessions; drain: {options.delay:g} s of notice, then clients go over {options.window:g} s"
-    )
+    print(f"{options.sessions} sessions; drain: notice of {options.delay:g} s, reconnects over {options.window:g} s")
     print("\nreconnects in each second:")
     print("\n".join(plot(load.moves)))
     print()

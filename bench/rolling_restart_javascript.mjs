@@ -1,5 +1,5 @@
-// The client of rolling_restart_javascript.py: `node rolling_restart_javascript.mjs PORT DELAY SUBSCRIPTIONS`, with TOKEN in the environment.
-// It is told by lines: `target PORT`, `play`, `finish`, `end`; after each round it writes a line of JSON.
+// The client of rolling_restart_javascript.py: `node rolling_restart_javascript.mjs PORT DELAY SUBSCRIPTIONS`, with TOKEN in
+// the environment. Its commands are lines: `target PORT`, `play`, `finish`, `end`. After each round it writes a line of JSON.
 
 import { connect, createServer } from 'node:net';
 import { createInterface } from 'node:readline';
@@ -11,8 +11,8 @@ let [target, delay, subscriptions] = process.argv.slice(2).map(Number);
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Pass on what comes, later. */
-function pass(from, to) {
+/** Forward data after the delay. */
+function forward(from, to) {
   from.on('data', (data) => setTimeout(() => to.writable && to.write(data), delay / 2));
   from.on('end', () => setTimeout(() => to.end(), delay / 2));
   from.on('close', () => setTimeout(() => to.destroy(), delay / 2 + 1));
@@ -21,14 +21,14 @@ function pass(from, to) {
 
 const proxy = createServer((inside) => {
   const outside = connect(target, '127.0.0.1');
-  pass(inside, outside);
-  pass(outside, inside);
+  forward(inside, outside);
+  forward(outside, inside);
 });
 await new Promise((resolve) => proxy.listen(0, '127.0.0.1', resolve));
 
 const url = `ws://127.0.0.1:${proxy.address().port}/ws`;
 const client = new CatbusClient({ url, token: process.env.TOKEN, WebSocket, reconnectDelay: 100, maxQueueSize: 1e6 });
-const counted = { round: 0, subscribed: 0, published: 0, moves: 0, reconnects: 0, deaf: 0, lost: 0, repeated: 0, failed: 0 };
+const counted = { round: 0, subscribed: 0, published: 0, moves: 0, reconnects: 0, silent: 0, lost: 0, repeated: 0, failed: 0 };
 await client.connect();
 client.on('transport', () => counted.moves++);
 client.on('state', (state) => void (state === 'reconnecting' && counted.reconnects++));
@@ -77,9 +77,9 @@ async function play() {
   over = true;
   await publishing;
   await Promise.all([...answers, ...[...channels.keys()].map((channel) => publish(channel, 'last'))]);
-  const deaf = () => [...channels.keys()].filter(({ last }) => !last).length;
-  for (const until = Date.now() + 15_000; deaf() && Date.now() < until; ) await pause(20);
-  counted.deaf += deaf();
+  const silent = () => [...channels.keys()].filter(({ last }) => !last).length;
+  for (const until = Date.now() + 15_000; silent() && Date.now() < until; ) await pause(20);
+  counted.silent += silent();
   for (const { heard, acknowledged } of channels.keys()) {
     const once = new Set(heard);
     counted.repeated += heard.length - once.size;

@@ -1,14 +1,15 @@
-"""Rolling restarts of two replicas under the JavaScript client: deaf subscriptions, lost and repeated messages.
+"""Rolling restarts of two replicas under the JavaScript client: silent subscriptions, lost and repeated messages.
 
     python bench/rolling_restart_javascript.py --rounds 20
 
 Two `catbus run` on one PostgreSQL, and one client in Node (rolling_restart_javascript.mjs) behind a proxy that delays
-each way by half of --delay. In each round the client makes --subscriptions new subscriptions, one every
-6 ms, and publishes to them all the while. Meanwhile one replica after the other gets SIGTERM and is started again, and
-new connections are led to the other one. Then each channel gets one more message: a subscription that does not hear it
-is deaf.
+each way by half of --delay. In each round the client makes --subscriptions new subscriptions, one every 6 ms, and
+publishes to them at the same time. Meanwhile each replica in turn gets SIGTERM and is started again, and new
+connections go to the other one. Then each channel gets one more message: a subscription that does not receive it is
+silent.
 
-`CATBUS_CLIENT=file:///...` plays it with another client. Ends with status 1 when anything is deaf, lost or repeated.
+`CATBUS_CLIENT=file:///...` selects another client module. Ends with status 1 if a subscription is silent, or if a
+message is lost or repeated.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
         finally:
             for replica in replicas:
                 replica.stop()
-    sys.exit(bool(counted["deaf"] or counted["lost"] or counted["repeated"] or counted["failed"]))
+    sys.exit(bool(counted["silent"] or counted["lost"] or counted["repeated"] or counted["failed"]))
 
 
 if __name__ == "__main__":

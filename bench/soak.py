@@ -2,10 +2,10 @@
 
     python bench/soak.py --minutes 10 --rate 5000 --age 60 --held both
 
-What has to be flat is shown line by line: how long an append takes, as its publisher sees it, what the log's tables
-take up, and the memory of the replica. With `--held yes` another transaction in the database keeps its snapshot from
-the beginning to the end, as a report or a forgotten session does; `both` has a run without and one with it. At the end
-the middle third is compared with the last one: the first is the log filling up.
+Each line shows three figures that must stay flat: the latency of an append to its publisher, the size of the log's
+tables, and the memory of the replica. With `--held yes` another transaction in the database keeps its snapshot open
+during the whole run, as a report or a forgotten session does; `both` makes a run without it and a run with it. At the
+end the program compares the middle third of the run with the last third. In the first third the log fills up.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from harness import Publisher, Server, auth_line, frame, percentile
 
 PAYLOAD = b'{"status":"paid","text":"%b"}' % (b"x" * 100)
 TICK = 0.01
-"""Seconds between the moments at which publishes are sent."""
-PATIENCE = 30.0
+"""Seconds between batches of publishes."""
+REPLY_TIMEOUT = 30.0
 WIDTH = 12
 PUBLISHED = pattern(rb'"type":"published"[^}]*?"id":(\d+)')
 
@@ -37,7 +37,7 @@ SELECT sum(pg_total_relation_size(format('catbus.entries_%s', n)::regclass))::bi
 """
 
 
-class Look(NamedTuple):
+class Interval(NamedTuple):
     """One interval: latencies in milliseconds, sizes in MiB."""
 
     speed: float
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 
 
 class Load:
-    """A publisher with a constant rate, whatever the replies are."""
+    """A publisher with a constant rate, which does not wait for replies."""
 
     def __init__(self, server: Server, rate: int) -> None:
         peer = harness.connect(server.port)
@@ -72,7 +72,7 @@ class Load:
 
     def finish(self) -> None:
         """Wait for the outstanding replies."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + REPLY_TIMEOUT
         while self._sent:
             if time.monotonic() > until:
                 sys.exit(f"{len(self._sent)} publishes were never answered")
@@ -119,12 +119,12 @@ async def hold(url: str) -> asyncpg.Connection:
     return connection
 
 
-def run(url: str, options: argparse.Namespace, *, held: bool) -> list[Look]:
+def run(url: str, options: argparse.Namespace, *, held: bool) -> list[Interval]:
     """Run the load, and return a line for each interval."""
     print(f"\n{'with a snapshot held open' if held else 'nothing else in the database'}")
     columns = ("messages/s", "p50 ms", "p99 ms", "longest ms", "tables MiB", "entries", "memory MiB")
     print(f"{'seconds':>8}", *(f"{column:>{WIDTH}}" for column in columns))
-    looks: list[Look] = []
+    intervals: list[Interval] = []
     settings = f'\n[retention]\nage = "{options.age:g}s"\n'
     with asyncio.Runner() as runner, harness.catbus_run(url, settings=settings) as server:
         holder = runner.run(hold(url)) if held else None
@@ -135,7 +135,7 @@ def run(url: str, options: argparse.Namespace, *, held: bool) -> list[Look]:
             load.run(began + number * options.every)
             size, entries = runner.run(look_at_log(url))
             latencies = [latency * 1e3 for latency in load.latencies]
-            look = Look(
+            interval = Interval(
                 len(latencies) / options.every,
                 percentile(latencies, 0.5),
                 percentile(latencies, 0.99),
@@ -144,32 +144,32 @@ def run(url: str, options: argparse.Namespace, *, held: bool) -> list[Look]:
                 entries,
                 memory(server.pid),
             )
-            looks.append(look)
-            print(f"{number * options.every:8g}", *shown(look), flush=True)
+            intervals.append(interval)
+            print(f"{number * options.every:8g}", *shown(interval), flush=True)
         load.finish()
         if holder is not None:
             runner.run(holder.close())
-    return looks
+    return intervals
 
 
-def shown(look: Look) -> list[str]:
+def shown(interval: Interval) -> list[str]:
     figures = (
-        f"{look.speed:,.0f}",
-        f"{look.p50:.2f}",
-        f"{look.p99:.1f}",
-        f"{look.worst:.0f}",
-        f"{look.tables:.1f}",
-        f"{look.entries:,}",
-        f"{look.memory:.1f}",
+        f"{interval.speed:,.0f}",
+        f"{interval.p50:.2f}",
+        f"{interval.p99:.1f}",
+        f"{interval.worst:.0f}",
+        f"{interval.tables:.1f}",
+        f"{interval.entries:,}",
+        f"{interval.memory:.1f}",
     )
     return [f"{figure:>{WIDTH}}" for figure in figures]
 
 
-def summarize(looks: Sequence[Look]) -> None:
+def summarize(intervals: Sequence[Interval]) -> None:
     """Compare the medians of the middle third with those of the last third."""
-    third = len(looks) // 3
-    for name, part in (("middle", looks[third : 2 * third]), ("last", looks[2 * third :])):
-        medians = Look(*(statistics.median(values) for values in zip(*part, strict=True)))
+    third = len(intervals) // 3
+    for name, part in (("middle", intervals[third : 2 * third]), ("last", intervals[2 * third :])):
+        medians = Interval(*(statistics.median(values) for values in zip(*part, strict=True)))
         print(f"{name:>8}", *shown(medians._replace(entries=int(medians.entries))))
 
 

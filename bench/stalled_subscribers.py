@@ -2,17 +2,18 @@
 
     python bench/stalled_subscribers.py --subscribers 500 --share 0.1
 
-One `catbus run` with its log in memory. In each round --fill bytes are published as fast as they are taken, in messages
-of 4 KiB, which is more than the broker and both kernels keep for one who does not read; then --rate messages a second
-for --seconds, whose latency is measured. All subscribers get all of it. The rows, whose rounds are interleaved:
+One `catbus run` with its log in memory. In each round --fill bytes are published as fast as possible, in messages of 4
+KiB. That is more than the broker and both kernels buffer for a subscriber that does not read. Then --rate messages per
+second follow for --seconds, whose latency is measured. All subscribers receive all messages. The rows, whose rounds are
+interleaved:
 
-    none       all of them read
+    none       all subscribers read
     stalled    --share of them read nothing from before the fill until after the last message
 
-Then those read again, and have to get every message of the round: slow is late, not lost.
+Then the stalled subscribers read again, and must receive every message of the round.
 
-Latency is from right before the publisher's system call to right after the subscriber's, on a sample of those who read,
-which has a process of its own. On few cores the other subscribers' work is part of it.
+Latency is from just before the publisher's system call to just after the subscriber's, for a sample of subscribers that
+read and that have a process of their own. On few cores it includes the other subscribers' work.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ FILL_SIZE = 4096
 OBJECTS_IN_FRAME = 10
 SAMPLE = 20
 GROUPS = 10
-"""Groups in which subscribers connect, so that stalling and sampled ones are spread among the others."""
-PATIENCE = 60.0
+"""Subscribers connect in groups, so that stalling and sampled ones are spread among the others."""
+DELIVERY_TIMEOUT = 60.0
 BAR = 1.5
 
 
@@ -74,18 +75,18 @@ class Arena:
         self._publisher.write(frame(b"", PONG))
         *steady, stalling = self._processes
         name = secrets.token_hex(4).encode()
-        all_of_it = Round(b'"mark":"%b-' % name, load.fill + load.paced, PATIENCE)
+        all_of_it = Round(b'"mark":"%b-' % name, load.fill + load.paced, DELIVERY_TIMEOUT)
         stalling.ask(Stall(all_of_it) if stall else all_of_it)
         stalling.answer()
 
         fill, paced = (b'"mark":"%b-%b"' % (name, part) for part in (b"fill", b"paced"))
-        self._begin(steady, Round(fill, load.fill, PATIENCE))
+        self._begin(steady, Round(fill, load.fill, DELIVERY_TIMEOUT))
         for first in range(0, load.fill, OBJECTS_IN_FRAME):
             numbers = range(first, min(first + OBJECTS_IN_FRAME, load.fill))
             self._publish([payload(fill, number, FILL_SIZE) for number in numbers])
         self._end(steady, load.fill)
 
-        self._begin(steady, Round(paced, load.paced, load.seconds + PATIENCE))
+        self._begin(steady, Round(paced, load.paced, load.seconds + DELIVERY_TIMEOUT))
         began = time.monotonic()
         for number in range(load.paced):
             while time.monotonic() < (due := began + number / load.rate):
@@ -126,7 +127,7 @@ class Arena:
 
     def _publish(self, payloads: Sequence[bytes]) -> None:
         self._publisher.write(frame(b"".join([publish_line(CHANNEL, each, b',"ack":false') for each in payloads])))
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + DELIVERY_TIMEOUT
         while self._publisher.blocked:
             if b"error" in (lines := self._publisher.wait(deadline)) or time.monotonic() > deadline:
                 sys.exit(f"the broker does not take what is published: {lines!r}")
