@@ -81,7 +81,7 @@ export class Replica {
   gone = false;
   /** Whether nothing gets through any more, in either direction, and nobody is told. */
   silent = false;
-  /** Publishes that were handed to the database, which may commit them when nobody is there any more. */
+  /** InFlightPublishes that were handed to the database, which may commit them when nobody is there any more. */
   flight = [];
   held = new Map();
   requests = [];
@@ -170,7 +170,7 @@ export class Replica {
   }
 
   /** The database has answered, whether the client is there or not. */
-  comeRound() {
+  databaseResponds() {
     this.stuck = false;
     for (const request of this.flight.splice(0)) this.commit(request);
   }

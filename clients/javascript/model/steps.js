@@ -21,20 +21,20 @@ const STEPS = {
   others: [3, { channel }, ({ log }, { channel }) => void log.append(channel, 'of others')],
   subscribe: [4, { pattern: fc.constantFrom(...PATTERNS), start }, (world, { pattern, start }) =>
     world.subscribe(pattern, { ...start, ...(start.since !== undefined && { epoch: 'e1' }) })],
-  unsubscribe: [2, { number }, (world, { number }) => pick(world.open, number, (reader) => world.unsubscribe(reader))],
+  unsubscribe: [2, { number }, (world, { number }) => pick(world.open, number, (subscriber) => world.unsubscribe(subscriber))],
   pause: [1, { number }, (world, { number }) =>
-    pick(world.open, number, ({ reader }) => world.do((core) => core.subscriptions.pause(reader)))],
-  goOn: [1, { number }, (world, { number }) =>
-    pick(world.open, number, ({ reader }) => world.do((core) => core.subscriptions.goOn(reader)))],
+    pick(world.open, number, ({ subscriber }) => world.do((core) => core.subscriptions.pause(subscriber)))],
+  unpause: [1, { number }, (world, { number }) =>
+    pick(world.open, number, ({ subscriber }) => world.do((core) => core.subscriptions.unpause(subscriber)))],
   ping: [1, {}, (world) => world.ask((core, settler) => core.ping(settler))],
   history: [1, { pattern: fc.constantFrom(...PATTERNS) }, (world, { pattern }) =>
     world.ask((core, settler) => core.history(pattern, 3, undefined, settler))],
   connect: [1, {}, (world) => world.connect()],
   disconnect: [0.5, {}, (world) => world.disconnect()],
   become: [0.5, { clientId: fc.constantFrom('alice', 'bob') }, (world, { clientId }) => world.become(clientId)],
-  open: [8, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.openLink(index))],
-  fail: [1, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.failLink(index))],
-  token: [8, { number }, (world, { number }) => pick(world.tokens, number, (_, index) => world.giveToken(index))],
+  open: [8, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.openConnection(index))],
+  fail: [1, { number }, (world, { number }) => pick(world.opening, number, (_, index) => world.failConnection(index))],
+  token: [8, { number }, (world, { number }) => pick(world.tokens, number, (_, index) => world.deliverToken(index))],
   noToken: [0.5, { number }, (world, { number }) => pick(world.tokens, number, (_, index) => world.noToken(index))],
   work: [10, { number, count: fc.integer({ min: 1, max: 5 }) }, (world, { number, count }) =>
     pick(world.alive, number, ([, replica]) => {
@@ -42,16 +42,16 @@ const STEPS = {
       replica.deliver(replica.applied + count);
     })],
   bring: [12, { number, size: fc.integer({ min: 1, max: 600 }) }, (world, { number, size }) =>
-    pick(world.alive, number, ([link]) => world.bring(link, size))],
+    pick(world.alive, number, ([connection]) => world.bring(connection, size))],
   workLate: [1, { number, count: fc.integer({ min: 1, max: 5 }) }, (world, { number, count }) =>
     pick([...world.replicas.values()], number, (replica) => replica.work(count))],
   lose: [2, { number, code: fc.constantFrom(1006, 4504, 4508, 4401) }, (world, { number, code }) =>
-    pick(world.alive, number, ([link]) => world.lose(link, code))],
+    pick(world.alive, number, ([connection]) => world.lose(connection, code))],
   cut: [2, {}, (world) => {
-    for (const [link] of world.alive) world.lose(link, 1006);
+    for (const [connection] of world.alive) world.lose(connection, 1006);
   }],
   busy: [1, { number }, (world, { number }) => pick(world.alive, number, ([, replica]) => void replica.busy++)],
-  goaway: [3, { number }, (world, { number }) => pick(world.alive, number, ([link]) => world.goaway(link))],
+  goaway: [3, { number }, (world, { number }) => pick(world.alive, number, ([connection]) => world.goaway(connection))],
   silence: [0.7, { number }, (world, { number }) =>
     pick(world.alive, number, ([, replica]) => {
       world.doubt();
@@ -62,7 +62,7 @@ const STEPS = {
       world.doubt();
       replica.stuck = true;
     })],
-  comeRound: [1, { number }, (world, { number }) => pick([...world.replicas.values()], number, (replica) => replica.comeRound())],
+  databaseResponds: [1, { number }, (world, { number }) => pick([...world.replicas.values()], number, (replica) => replica.databaseResponds())],
   giveUp: [1, { number }, (world, { number }) =>
     pick(world.alive, number, ([, replica]) => {
       world.doubt();

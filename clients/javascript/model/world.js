@@ -12,7 +12,7 @@ import { Log, Replica, matches } from './broker.js';
 const CHANNELS = ['a.x', 'b'];
 const PATTERNS = ['a.*', '*'];
 /** How long, of the model's own time, everything may take to come to rest: milliseconds. */
-const PATIENCE = 600_000;
+const SETTLE_LIMIT = 600_000;
 const TOKEN_LIFE = 120;
 
 export class World {
@@ -20,7 +20,7 @@ export class World {
   wall = 1e12;
   log = new Log();
   clients = { count: 0 };
-  /** The broker's ends, by link. */
+  /** The broker's ends, by connection. */
   replicas = new Map();
   opening = [];
   tokens = [];
@@ -28,7 +28,7 @@ export class World {
   opened = 0;
   publishes = [];
   requests = [];
-  readers = [];
+  subscribers = [];
   clientId = 'alice';
   number = 0;
   running = false;
@@ -71,30 +71,30 @@ export class World {
     const { effects } = this.core;
     for (let at = 0; at < effects.length; at++) this.perform(effects[at]);
     effects.length = 0;
-    for (const [link, replica] of this.replicas) if (!replica.gone) replica.hear(link.take());
+    for (const [connection, replica] of this.replicas) if (!replica.gone) replica.hear(connection.take());
     this.check();
   }
 
   perform([type, ...details]) {
-    const [link] = details;
+    const [connection] = details;
     if (type === 'open') {
-      this.opening.push(link);
+      this.opening.push(connection);
       this.opened++;
     } else if (type === 'token') {
-      this.tokens.push(link);
+      this.tokens.push(connection);
       this.tokensAsked++;
     } else if (type === 'close') {
-      this.opening = this.opening.filter((each) => each !== link);
+      this.opening = this.opening.filter((each) => each !== connection);
       // What was sent before arrives all the same, and some of it is dealt with.
-      const replica = this.replicas.get(link);
+      const replica = this.replicas.get(connection);
       if (replica) {
-        replica.hear(link.take());
+        replica.hear(connection.take());
         replica.gone = true;
       }
     } else if (type === 'settle') {
       const [settler, error, value] = details;
       settler(error, value);
-    } else if (type === 'tell') {
+    } else if (type === 'notify') {
       const [target, what, value] = details;
       target.told(what, value);
     }
@@ -147,19 +147,19 @@ export class World {
     if (this.open.length >= 5) return;
     // Of a past in an epoch that the client has not heard of, nobody says what it is.
     if (start.last !== undefined && this.log.epoch !== 'e1') return;
-    const reader = new ModelReader(pattern, start, this);
-    this.readers.push(reader);
-    reader.reader = this.do((core) => core.subscriptions.add(pattern, start, reader));
+    const subscriber = new ModelSubscriber(pattern, start, this);
+    this.subscribers.push(subscriber);
+    subscriber.subscriber = this.do((core) => core.subscriptions.add(pattern, start, subscriber));
   }
 
   get open() {
-    return this.readers.filter(({ ended }) => !ended);
+    return this.subscribers.filter(({ ended }) => !ended);
   }
 
-  unsubscribe(reader) {
-    const { settled } = reader;
-    Object.assign(reader, { ended: true, left: true, unsubscribed: false });
-    this.do((core) => core.subscriptions.remove(reader.reader, settled));
+  unsubscribe(subscriber) {
+    const { settled } = subscriber;
+    Object.assign(subscriber, { ended: true, left: true, unsubscribed: false });
+    this.do((core) => core.subscriptions.remove(subscriber.subscriber, settled));
   }
 
   // What happens to connections
@@ -168,55 +168,55 @@ export class World {
     return [...this.replicas].filter(([, { gone }]) => !gone);
   }
 
-  openLink(index) {
-    const [link] = this.opening.splice(index, 1);
-    this.replicas.set(link, new Replica(this.log, this.clients, this.now));
-    this.do((core) => core.opened(link));
+  openConnection(index) {
+    const [connection] = this.opening.splice(index, 1);
+    this.replicas.set(connection, new Replica(this.log, this.clients, this.now));
+    this.do((core) => core.opened(connection));
   }
 
-  failLink(index) {
-    const [link] = this.opening.splice(index, 1);
-    this.do((core) => core.failed(link, new Error('no way there')));
+  failConnection(index) {
+    const [connection] = this.opening.splice(index, 1);
+    this.do((core) => core.failed(connection, new Error('no way there')));
   }
 
-  giveToken(index) {
-    const [link] = this.tokens.splice(index, 1);
+  deliverToken(index) {
+    const [connection] = this.tokens.splice(index, 1);
     const iat = this.serverTime;
     const claims = Buffer.from(JSON.stringify({ iat, exp: iat + TOKEN_LIFE })).toString('base64url');
-    this.do((core) => core.gotToken(link, JSON.stringify({ clientId: this.clientId, claims: `.${claims}.` })));
+    this.do((core) => core.gotToken(connection, JSON.stringify({ clientId: this.clientId, claims: `.${claims}.` })));
   }
 
   noToken(index) {
-    const [link] = this.tokens.splice(index, 1);
-    this.do((core) => core.noToken(link, new Error('no token now')));
+    const [connection] = this.tokens.splice(index, 1);
+    this.do((core) => core.noToken(connection, new Error('no token now')));
   }
 
   get serverTime() {
     return 1e9 + this.now / 1000;
   }
 
-  bring(link, size) {
-    const replica = this.replicas.get(link);
+  bring(connection, size) {
+    const replica = this.replicas.get(connection);
     if (replica.silent) return;
     const text = replica.replies.slice(0, size);
     replica.replies = replica.replies.slice(size);
-    if (text) this.do((core) => core.received(link, text));
+    if (text) this.do((core) => core.received(connection, text));
   }
 
-  lose(link, code) {
-    this.replicas.get(link).gone = true;
-    this.do((core) => core.closed(link, code, ''));
+  lose(connection, code) {
+    this.replicas.get(connection).gone = true;
+    this.do((core) => core.closed(connection, code, ''));
   }
 
-  goaway(link) {
-    const replica = this.replicas.get(link);
+  goaway(connection) {
+    const replica = this.replicas.get(connection);
     if (!replica.authenticated || replica.stopping) return;
     replica.say({ type: 'goaway', reason: 'stopping', reconnect_in: 0.5 });
   }
 
   restore(seq) {
-    // What a reader with `last` is owed of a past that is no more, nobody says.
-    if (this.readers.some(({ start }) => start.last !== undefined)) return;
+    // What a subscriber with `last` is owed of a past that is no more, nobody says.
+    if (this.subscribers.some(({ start }) => start.last !== undefined)) return;
     this.doubt();
     this.log.restore(seq);
     // What dead connections still hold would be new to this log, whose keys went with its end.
@@ -234,7 +234,7 @@ export class World {
 
   /** At any moment. */
   check() {
-    for (const reader of this.readers) if (reader.wrong) assert.fail(reader.wrong);
+    for (const subscriber of this.subscribers) if (subscriber.wrong) assert.fail(subscriber.wrong);
     const logs = [...this.log.epochs.values()];
     const unknown = new Set();
     for (const { channel, payload, result, doubtful } of this.publishes) {
@@ -264,23 +264,23 @@ export class World {
 
   /** In the end, when there are connections and everybody answers: nothing is left open, and nobody is deaf. */
   finish() {
-    for (const [, replica] of this.replicas) replica.comeRound();
-    for (const [link, replica] of this.alive) {
-      if (replica.stopping) this.lose(link, 4504);
+    for (const [, replica] of this.replicas) replica.databaseResponds();
+    for (const [connection, replica] of this.alive) {
+      if (replica.stopping) this.lose(connection, 4504);
       Object.assign(replica, { stuck: false, refusing: false });
     }
-    for (const { reader, ended } of this.readers) if (!ended) this.do((core) => core.subscriptions.goOn(reader));
+    for (const { subscriber, ended } of this.subscribers) if (!ended) this.do((core) => core.subscriptions.unpause(subscriber));
     if (!this.running) this.connect();
     this.settle();
     this.check();
-    for (const reader of this.readers) reader.finish();
+    for (const subscriber of this.subscribers) subscriber.finish();
     const wanted = new Set(this.open.map(({ pattern }) => pattern));
     for (const [, { held, silent }] of this.alive) if (!silent) assert.deepEqual(new Set(held.keys()), wanted, 'the broker sends to nobody');
   }
 
   /** Let everything happen that is to happen, until nothing is. */
   settle() {
-    const until = this.now + PATIENCE;
+    const until = this.now + SETTLE_LIMIT;
     let turns = 0;
     while (this.turn() || !this.atRest()) {
       assert.ok(this.now < until && ++turns < 5000, `it does not come to rest: ${this.describe()}`);
@@ -299,13 +299,13 @@ export class World {
 
   /** Have everybody answer what there is. Returns whether there is more. */
   turn() {
-    while (this.opening.length) this.openLink(0);
-    while (this.tokens.length) this.giveToken(0);
-    for (const [link, replica] of this.alive) {
+    while (this.opening.length) this.openConnection(0);
+    while (this.tokens.length) this.deliverToken(0);
+    for (const [connection, replica] of this.alive) {
       replica.work(Infinity);
       replica.deliver(this.log.head);
-      this.bring(link, Infinity);
-      replica.comeRound();
+      this.bring(connection, Infinity);
+      replica.databaseResponds();
     }
     return this.busy;
   }
@@ -323,7 +323,7 @@ export class World {
     return [
       ...this.publishes.filter(({ result }) => !result).map(({ payload }) => `publish ${payload}`),
       ...this.requests.filter(({ settled }) => !settled).map(() => 'a request'),
-      ...this.readers.filter((reader) => !reader.complete).map(({ pattern }) => `a subscription of ${pattern}`),
+      ...this.subscribers.filter((subscriber) => !subscriber.complete).map(({ pattern }) => `a subscription of ${pattern}`),
     ];
   }
 
@@ -333,7 +333,7 @@ export class World {
 }
 
 /** What one handler is owed. */
-class ModelReader {
+class ModelSubscriber {
   /** What it has got, and what it was told. */
   ended = false;
   left = false;
@@ -355,7 +355,7 @@ class ModelReader {
       if (what === 'message' || what === 'gap') this.wrong = `${this.pattern} was told of a ${what} after its end`;
       return;
     }
-    if (what === 'begun') return this.begun(value);
+    if (what === 'started') return this.started(value);
     if (what === 'message') return this.message(value.message.seq, value.epoch);
     if (what === 'gap') return this.gap(value);
     if (what === 'ended') {
@@ -366,7 +366,7 @@ class ModelReader {
   }
 
   /** Where it begins was settled when it was told so: what has come since is told after this. */
-  begun({ cursor: seq, epoch, owner }) {
+  started({ cursor: seq, epoch, owner }) {
     this.owner = owner;
     if (this.at) return;
     this.at = { seq, epoch };
@@ -405,11 +405,11 @@ class ModelReader {
 
   get complete() {
     if (this.ended) return this.unsubscribed;
-    if (!this.at || this.reader.held) return false;
+    if (!this.at || this.subscriber.buffered) return false;
     this.addPast();
     const { log } = this.world;
     const lost = this.at.epoch !== log.epoch && this.at.seq > log.common(this.at.epoch, log.epoch);
-    return !lost && this.next(log.epoch) === undefined && this.reader.phase === 'heard' && this.reader.feed.lane !== undefined;
+    return !lost && this.next(log.epoch) === undefined && this.subscriber.phase === 'active' && this.subscriber.subscription.incoming !== undefined;
   }
 
   finish() {

@@ -55,7 +55,7 @@ class Socket {
   sent = [];
   /** The patterns that it was told it has, here. */
   agreed = new Set();
-  #taken = 0;
+  #highestLoggedId = 0;
 
   constructor(sockets) {
     sockets.push(this);
@@ -95,10 +95,10 @@ class Socket {
 
   /** The next request of a type. */
   async next(type) {
-    const find = () => this.sent.slice(this.#taken).findIndex((each) => each?.type === type);
+    const find = () => this.sent.slice(this.#highestLoggedId).findIndex((each) => each?.type === type);
     await until(() => find() >= 0, `${type} after ${JSON.stringify(this.sent)}`);
-    this.#taken += find() + 1;
-    return this.sent[this.#taken - 1];
+    this.#highestLoggedId += find() + 1;
+    return this.sent[this.#highestLoggedId - 1];
   }
 
   /** Accept the token. */
@@ -119,7 +119,7 @@ class Socket {
       else if (type === 'history') this.say({ type: 'history', messages: [], more: false, id });
       else if (type === 'ping') this.say({ type: 'pong', seq: id });
     }
-    this.#taken = 0;
+    this.#highestLoggedId = 0;
   }
 }
 

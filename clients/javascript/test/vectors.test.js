@@ -2,15 +2,15 @@ import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 
-import { Splitter } from '../src/catbus/framing.js';
-import { expiryOf } from '../src/catbus/tokens.js';
+import { JsonSplitter } from '../src/catbus/json_splitter.js';
+import { expiryOf } from '../src/catbus/token_renewal.js';
 
 const read = (name) => JSON.parse(readFileSync(new URL(`../../../protocol/vectors/${name}.json`, import.meta.url), 'utf8'));
 
 for (const { name, text, objects, error } of read('framing').cases) {
   test(`framing: ${name}`, () => {
     for (let cut = 0; cut <= text.length; cut++) {
-      const splitter = new Splitter();
+      const splitter = new JsonSplitter();
       const found = [];
       let code;
       try {
@@ -34,7 +34,7 @@ for (const { name, json, valid, double } of read('payloads').cases) {
   test(`payloads: ${name}`, () => {
     const found = [];
     try {
-      new Splitter().feed(`{"payload":${json}}`, ({ payload }) => found.push(payload));
+      new JsonSplitter().feed(`{"payload":${json}}`, ({ payload }) => found.push(payload));
     } catch (error) {
       assert.ok(!valid, `${error}`);
     }

@@ -4,13 +4,13 @@
  * @module
  */
 
-import { checkDuration, checkFunction, checkInteger, checkPlace, checkText, encodeCursor } from './arguments.js';
+import { checkDuration, checkFunction, checkInteger, checkPosition, checkText, encodeCursor } from './argument_checks.js';
 import { Core } from './core.js';
 import { constructorFor, drive } from './driver.js';
-import { encodePayload, parseExact } from './json.js';
-import { kindOf, rememberWinner, routesTo } from './routes.js';
-import { Entry, asMessage, handleOf } from './subscription.js';
-import { tooLarge } from './publishes.js';
+import { encodePayload, parseExact } from './payload_json.js';
+import { kindOf, rememberWinner, routesTo } from './broker_addresses.js';
+import { SubscriptionEntry, asMessage, handleOf } from './subscription_handle.js';
+import { sizeError } from './in_flight_publishes.js';
 
 /**
  * @import { ConnectionState, Events, HistoryOptions, Message, Options, Page, Published, SubscribeOptions, SubscriptionHandle } from './types.js'
@@ -120,7 +120,7 @@ export class CatbusClient {
     return connected;
   }
 
-  /** Leave. Subscriptions go on with the next `connect`, from where they are; what is not answered is rejected. @returns {Promise<void>} */
+  /** Leave. SubscriptionManager go on with the next `connect`, from where they are; what is not answered is rejected. @returns {Promise<void>} */
   async disconnect() {
     this.#driver.leave();
   }
@@ -194,17 +194,17 @@ export class CatbusClient {
    * @param {SubscribeOptions & {buffer?: number | undefined}} options
    */
   #subscribe(pattern, handler, options) {
-    const entry = new Entry(`${pattern}`, handler, options, this.#options.storage, {
+    const entry = new SubscriptionEntry(`${pattern}`, handler, options, this.#options.storage, {
       ask: (call) => this.#driver.perform((core) => call(core.subscriptions)),
       threw: report,
-      complain: (error) => this.#emit('error', error),
+      reportError: (error) => this.#emit('error', error),
     });
     try {
       checkText('pattern', pattern);
       checkFunction('handler', handler ?? null);
       for (const name of /** @type {const} */ (['onGap', 'onLive', 'onEnd'])) checkFunction(name, options[name]);
       const { since, epoch, last, persist, signal, stream, datagrams, buffer } = options;
-      let place = checkPlace('since', since, epoch);
+      let place = checkPosition('since', since, epoch);
       if (last !== undefined) checkInteger('last', last, 1);
       if (place && last !== undefined) throw new TypeError('since and last: only one of them');
       if (buffer !== undefined) checkInteger('buffer', buffer, 1);
@@ -215,7 +215,7 @@ export class CatbusClient {
       if (signal?.aborted) throw signal.reason;
       const start = place ? { since: place.seq, epoch: place.epoch } : { last };
       this.#driver.perform(({ subscriptions }) => {
-        entry.reader = subscriptions.add(pattern, { ...start, stream: stream === true, datagrams: datagrams === true }, entry);
+        entry.subscriber = subscriptions.add(pattern, { ...start, stream: stream === true, datagrams: datagrams === true }, entry);
       });
     } catch (error) {
       entry.ended(/** @type {Error} */ (error));
@@ -238,7 +238,7 @@ export class CatbusClient {
     const json = encodePayload(payload);
     const body = `"channel":${JSON.stringify(checkText('channel', channel))},"payload":${json}${echo ? '' : ',"echo":false'}}`;
     const { limits = {} } = this.#core.present ?? {};
-    const over = tooLarge(body, limits);
+    const over = sizeError(body, limits);
     if (over) throw over;
     return this.#driver.ask((core, settler) => core.publish(body, ephemeral === true, settler));
   }
@@ -255,8 +255,8 @@ export class CatbusClient {
   async history(pattern, { limit, before, after } = {}) {
     checkText('pattern', pattern);
     if (limit !== undefined) checkInteger('limit', limit, 1);
-    const upto = checkPlace('before', before)?.seq;
-    const from = checkPlace('after', after)?.seq ?? 0;
+    const upto = checkPosition('before', before)?.seq;
+    const from = checkPosition('after', after)?.seq ?? 0;
     /** @type {any} */
     const { messages, more, epoch, head } = await this.#driver.ask((core, settler) => core.history(pattern, limit, upto, settler));
     /** @type {Message<T>[]} */
@@ -270,7 +270,7 @@ export class CatbusClient {
     return this.#driver.ask((core, settler) => core.ping(settler));
   }
 
-  // Telling
+  // Notifier
 
   /** @param {string} type @param {any} value */
   #emit(type, value) {
@@ -290,10 +290,10 @@ function report(error) {
   else console.error(error);
 }
 
-/** Where a subscription was before the page was loaded again. @param {Entry} entry */
+/** Where a subscription was before the page was loaded again. @param {SubscriptionEntry} entry */
 function kept(entry) {
   try {
-    return checkPlace('persist', entry.persisted?.load());
+    return checkPosition('persist', entry.persisted?.load());
   } catch {
     return undefined; // Somebody else has written there.
   }

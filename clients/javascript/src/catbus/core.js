@@ -1,24 +1,24 @@
 /**
- * The client without promises, timers or I/O. Link events, what the broker says, calls of the application and the time go
+ * The client without promises, timers or I/O. Connection events, what the broker says, calls of the application and the time go
  * in; what to send, settlements and callbacks come out, as `effects`, which the caller carries out in their order.
  *
- * Each thing has one owner: a subscription `Subscriptions`, a publish `Publishes`, any other request `Requests`, a way
- * that is being tried its `Dial`, the present connection and the next one the `Supervisor`.
+ * Each thing has one owner: a subscription `SubscriptionManager`, a publish `InFlightPublishes`, any other request `InFlightRequests`, a way
+ * that is being tried its `ConnectionRace`, the present connection and the next one the `ConnectionSupervisor`.
  *
  * @module
  */
 
 import { DisconnectedError, RefusedError, asError, closedBy } from './errors.js';
-import { HANDLERS } from './incoming.js';
-import { Publishes } from './publishes.js';
-import { Requests } from './requests.js';
-import { Subscriptions } from './subscriptions.js';
-import { Supervisor } from './supervisor.js';
+import { HANDLERS } from './message_handlers.js';
+import { InFlightPublishes } from './in_flight_publishes.js';
+import { InFlightRequests } from './in_flight_requests.js';
+import { SubscriptionManager } from './subscription_manager.js';
+import { ConnectionSupervisor } from './connection_supervisor.js';
 import { Timers } from './timers.js';
 
-/** @typedef {import('./routes.js').Kind} Kind */
-/** @typedef {import('./link.js').Link} Link */
-/** @typedef {import('./link.js').Lane} Lane */
+/** @typedef {import('./broker_addresses.js').Kind} Kind */
+/** @typedef {import('./connection.js').Connection} Connection */
+/** @typedef {import('./connection.js').IncomingStream} IncomingStream */
 
 /**
  * What is called when a request is settled.
@@ -29,9 +29,9 @@ import { Timers } from './timers.js';
 /**
  * What is to be done, and with what.
  *
- * @typedef {['open', Link] | ['token', Link] | ['flush', Link] | ['close', Link, number]
+ * @typedef {['open', Connection] | ['token', Connection] | ['flush', Connection] | ['close', Connection, number]
  *   | ['settle', Settler, Error | undefined, any]
- *   | ['tell', any, import('./feeds.js').What, any]
+ *   | ['notify', any, import('./shared_subscription.js').What, any]
  *   | ['emit', string, any]} Effect
  */
 
@@ -73,17 +73,17 @@ export class Core {
   /** @param {CoreOptions} options */
   constructor(options) {
     this.#options = options;
-    this.publishes = new Publishes(this, options.autoReconnect);
-    this.requests = new Requests(this);
-    this.subscriptions = new Subscriptions(this);
-    this.supervisor = new Supervisor(options, this);
+    this.publishes = new InFlightPublishes(this, options.autoReconnect);
+    this.requests = new InFlightRequests(this);
+    this.subscriptions = new SubscriptionManager(this);
+    this.supervisor = new ConnectionSupervisor(options, this);
   }
 
   get state() {
     return this.supervisor.state;
   }
 
-  /** The connection that is used. @returns {Link | undefined} */
+  /** The connection that is used. @returns {Connection | undefined} */
   get present() {
     return this.supervisor.present;
   }
@@ -109,13 +109,13 @@ export class Core {
     if (timeout < Infinity) {
       this.timers.set(`connected ${id}`, timeout, () => {
         const { last } = this.supervisor;
-        this.#promised(id, new DisconnectedError(`not connected after ${timeout} ms: ${last?.message ?? 'still trying'}`));
+        this.#settleConnect(id, new DisconnectedError(`not connected after ${timeout} ms: ${last?.message ?? 'still trying'}`));
       });
     }
     this.supervisor.start();
   }
 
-  /** Leave. Subscriptions stay, and go on with the next `connect`. */
+  /** Leave. SubscriptionManager stay, and go on with the next `connect`. */
   disconnect() {
     this.supervisor.stop(new DisconnectedError('disconnected by this client'), 'disconnect()');
   }
@@ -155,96 +155,96 @@ export class Core {
     this.supervisor.wake();
   }
 
-  // What happens to links
+  // What happens to connections
 
-  /** Its transport is open. @param {Link} link */
-  opened(link) {
-    this.supervisor.opened(link);
+  /** Its transport is open. @param {Connection} connection */
+  opened(connection) {
+    this.supervisor.opened(connection);
   }
 
-  /** It could not be opened. @param {Link} link @param {Error} why */
-  failed(link, why) {
-    this.supervisor.failed(link, why);
+  /** It could not be opened. @param {Connection} connection @param {Error} why */
+  failed(connection, why) {
+    this.supervisor.failed(connection, why);
   }
 
-  /** Here is the token that was asked for. @param {Link} link @param {string} token */
-  gotToken(link, token) {
-    if (link.phase === 'token') link.phase = 'authenticating';
-    else if (link.phase !== 'open') return;
-    link.token = token;
-    link.asking = true;
+  /** Here is the token that was asked for. @param {Connection} connection @param {string} token */
+  gotToken(connection, token) {
+    if (connection.phase === 'token') connection.phase = 'authenticating';
+    else if (connection.phase !== 'open') return;
+    connection.token = token;
+    connection.asking = true;
     const { producer } = this.supervisor;
-    link.send({ type: 'auth', token, protocol: PROTOCOL, ...(producer && link.phase === 'authenticating' && { producer }) });
+    connection.send({ type: 'auth', token, protocol: PROTOCOL, ...(producer && connection.phase === 'authenticating' && { producer }) });
   }
 
-  /** There is no token. @param {Link} link @param {unknown} thrown */
-  noToken(link, thrown) {
-    this.supervisor.noToken(link, asError(thrown));
+  /** There is no token. @param {Connection} connection @param {unknown} thrown */
+  noToken(connection, thrown) {
+    this.supervisor.noToken(connection, asError(thrown));
     this.supervisor.settleMove();
   }
 
-  /** Text has come on the session's stream, or on another one. @param {Link} link @param {string} text @param {unknown} [stream] */
-  received(link, text, stream) {
-    if (link.phase === 'ended') return;
-    link.heard = this.timers.now;
-    const lane = link.lane(stream);
+  /** Text has come on the session's stream, or on another one. @param {Connection} connection @param {string} text @param {unknown} [stream] */
+  received(connection, text, stream) {
+    if (connection.phase === 'ended') return;
+    connection.heard = this.timers.now;
+    const incoming = connection.incoming(stream);
     try {
-      lane.splitter.feed(text, (object) => this.#handle(lane, object));
+      incoming.splitter.feed(text, (object) => this.#handle(incoming, object));
     } catch (error) {
       if (!(error instanceof SyntaxError || (error instanceof Error && 'code' in error))) throw error;
       // What follows cannot be understood any more.
-      this.lose(link, new DisconnectedError(error.message), 4000);
+      this.lose(connection, new DisconnectedError(error.message), 4000);
     }
     this.supervisor.settleMove();
   }
 
-  /** A whole object has come by itself. @param {Link} link @param {any} object */
-  receivedDatagram(link, object) {
-    if (link.phase !== 'ended' && object?.type === 'message' && object.seq === undefined) {
-      this.subscriptions.message(object, link.main);
+  /** A whole object has come by itself. @param {Connection} connection @param {any} object */
+  receivedDatagram(connection, object) {
+    if (connection.phase !== 'ended' && object?.type === 'message' && object.seq === undefined) {
+      this.subscriptions.message(object, connection.main);
     }
   }
 
-  /** @param {Link} link @param {number} code @param {string} reason */
-  closed(link, code, reason) {
-    this.lose(link, closedBy(code, reason));
+  /** @param {Connection} connection @param {number} code @param {string} reason */
+  closed(connection, code, reason) {
+    this.lose(connection, closedBy(code, reason));
     this.supervisor.settleMove();
   }
 
-  // What the broker says of the connection; for everything else see `incoming.js`
+  // What the broker says of the connection; for everything else see `message_handlers.js`
 
-  /** @param {Link} link @param {any} answer */
-  authenticated(link, answer) {
-    if (!link.asking) return;
-    link.asking = false;
-    link.accept(answer);
-    this.supervisor.authenticated(link, this.wall);
+  /** @param {Connection} connection @param {any} answer */
+  authenticated(connection, answer) {
+    if (!connection.asking) return;
+    connection.asking = false;
+    connection.accept(answer);
+    this.supervisor.authenticated(connection, this.wall);
   }
 
-  /** @param {Link} link @param {RefusedError} reason */
-  notAuthenticated(link, reason) {
-    if (!link.asking) return;
-    link.asking = false;
-    this.supervisor.notAuthenticated(link, reason);
+  /** @param {Connection} connection @param {RefusedError} reason */
+  authFailed(connection, reason) {
+    if (!connection.asking) return;
+    connection.asking = false;
+    this.supervisor.authFailed(connection, reason);
   }
 
-  /** @param {Link} link @param {any} pong */
-  ponged(link, pong) {
-    const sent = link.pings.get(pong.seq);
+  /** @param {Connection} connection @param {any} pong */
+  pong(connection, pong) {
+    const sent = connection.pings.get(pong.seq);
     if (sent === undefined) return void this.requests.answered(pong.seq, undefined, pong);
-    link.pings.delete(pong.seq);
+    connection.pings.delete(pong.seq);
     // The connection is well: what it should have answered long before gets no answer any more.
-    this.publishes.giveUpBefore(sent);
-    this.requests.giveUpBefore(sent);
-    if (this.subscriptions.stuckBefore(sent)) {
-      this.lose(link, new DisconnectedError('the broker does not answer'), 4000);
+    this.publishes.timeOutBefore(sent);
+    this.requests.timeOutBefore(sent);
+    if (this.subscriptions.stuckSince(sent)) {
+      this.lose(connection, new DisconnectedError('the broker does not answer'), 4000);
     }
   }
 
-  /** @param {Link} link @param {{reason: string, reconnect_in: number}} goaway */
-  leaving(link, { reason, reconnect_in: reconnectIn }) {
+  /** @param {Connection} connection @param {{reason: string, reconnect_in: number}} goaway */
+  leaving(connection, { reason, reconnect_in: reconnectIn }) {
     this.emit('goaway', { reason, reconnectIn });
-    this.supervisor.leaving(link, Math.max(0, Number(reconnectIn) || 0));
+    this.supervisor.leaving(connection, Math.max(0, Number(reconnectIn) || 0));
   }
 
   // What its parts ask
@@ -263,9 +263,9 @@ export class Core {
     this.effect('settle', settler, error, value);
   }
 
-  /** @param {import('./readers.js').Reader} reader @param {import('./feeds.js').What} what @param {any} [value] */
-  tell(reader, what, value) {
-    this.effect('tell', reader.target, what, value);
+  /** @param {import('./subscriber.js').Subscriber} subscriber @param {import('./shared_subscription.js').What} what @param {any} [value] */
+  notify(subscriber, what, value) {
+    this.effect('notify', subscriber.target, what, value);
   }
 
   /** @param {string} event @param {any} value */
@@ -275,24 +275,24 @@ export class Core {
 
   /** There is a connection, or there will be none. @param {Error} [error] */
   arrived(error) {
-    for (const id of [...this.#connecting.keys()]) this.#promised(id, error);
+    for (const id of [...this.#connecting.keys()]) this.#settleConnect(id, error);
   }
 
-  /** A connection has ended. @param {Link} link @param {DisconnectedError} why @param {number} [code] to close it with, where it has not closed by itself */
-  lose(link, why, code) {
-    this.supervisor.lose(link, why, code);
+  /** A connection has ended. @param {Connection} connection @param {DisconnectedError} why @param {number} [code] to close it with, where it has not closed by itself */
+  lose(connection, why, code) {
+    this.supervisor.lose(connection, why, code);
   }
 
   // Helpers
 
-  /** @param {Lane} lane @param {any} object */
-  #handle(lane, object) {
+  /** @param {IncomingStream} incoming @param {any} object */
+  #handle(incoming, object) {
     // What is not known is for those who know it (section 15).
-    if (lane.link.phase !== 'ended' && Object.hasOwn(HANDLERS, object.type)) HANDLERS[object.type](this, object, lane);
+    if (incoming.connection.phase !== 'ended' && Object.hasOwn(HANDLERS, object.type)) HANDLERS[object.type](this, object, incoming);
   }
 
   /** @param {number} id @param {Error | undefined} error */
-  #promised(id, error) {
+  #settleConnect(id, error) {
     const settler = this.#connecting.get(id);
     this.#connecting.delete(id);
     this.timers.cancel(`connected ${id}`);

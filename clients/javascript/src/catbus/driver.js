@@ -4,20 +4,20 @@
  * @module
  */
 
-import { wrong } from './arguments.js';
+import { wrong } from './argument_checks.js';
 import { asError } from './errors.js';
-import { listenFor } from './persist.js';
-import { openWebSocket } from './websocket.js';
-import { openWebTransport } from './webtransport.js';
+import { listenFor } from './persisted_cursor.js';
+import { openWebSocket } from './websocket_transport.js';
+import { openWebTransport } from './webtransport_transport.js';
 
 /** @typedef {import('./core.js').Core} Core */
-/** @typedef {import('./link.js').Link} Link */
-/** @typedef {import('./webtransport.js').Transport} Transport */
+/** @typedef {import('./connection.js').Connection} Connection */
+/** @typedef {import('./webtransport_transport.js').Transport} Transport */
 
 /** The longest time that `setTimeout` knows. */
-const FOREVER = 2 ** 31 - 1;
+const MAX_TIMEOUT = 2 ** 31 - 1;
 /** How many objects of the full size may go into one WebSocket message: the broker takes 16. */
-const TOGETHER = 4;
+const MAX_OBJECTS_PER_MESSAGE = 4;
 
 /**
  * Drive a core: `perform` has something done with it and carries out what follows from that; with `ask`, what is settled
@@ -27,7 +27,7 @@ const TOGETHER = 4;
  * @param {(event: string, value: any) => void} emit
  */
 export function drive(core, options, emit) {
-  /** @type {Map<Link, {controller: AbortController, transport?: Transport}>} */
+  /** @type {Map<Connection, {controller: AbortController, transport?: Transport}>} */
   const transports = new Map();
   let busy = false;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -39,10 +39,10 @@ export function drive(core, options, emit) {
   const carryOut = {
     open,
     token: getToken,
-    flush: (link) => queueMicrotask(() => flush(link)),
+    flush: (connection) => queueMicrotask(() => flush(connection)),
     close,
     settle: (settler, error, value) => settler(error, value),
-    tell: (target, what, value) => target[what](value),
+    notify: (target, what, value) => target[what](value),
     emit,
   };
 
@@ -92,58 +92,58 @@ export function drive(core, options, emit) {
       timerAt = Infinity;
       perform(() => {});
     };
-    timer = setTimeout(fire, Math.min(FOREVER, Math.max(0, Math.ceil(next - performance.now()))));
+    timer = setTimeout(fire, Math.min(MAX_TIMEOUT, Math.max(0, Math.ceil(next - performance.now()))));
   }
 
-  /** @param {Link} link */
-  async function open(link) {
+  /** @param {Connection} connection */
+  async function open(connection) {
     const controller = new AbortController();
     /** @type {{controller: AbortController, transport?: Transport}} */
     const known = { controller };
-    transports.set(link, known);
+    transports.set(connection, known);
     const { signal } = controller;
     try {
-      const begin = link.kind === 'websocket' ? openWebSocket : openWebTransport;
-      const transport = await begin(link.url, constructorFor(link.kind, options), signal, options);
+      const begin = connection.kind === 'websocket' ? openWebSocket : openWebTransport;
+      const transport = await begin(connection.url, constructorFor(connection.kind, options), signal, options);
       if (signal.aborted) return transport.close(0, '');
       known.transport = transport;
       transport.start({
-        onText: (text, stream) => perform(() => core.received(link, text, stream)),
-        onStreamEnd: (stream) => link.forget(stream),
-        onDatagram: (object) => perform(() => core.receivedDatagram(link, object)),
+        onText: (text, stream) => perform(() => core.received(connection, text, stream)),
+        onStreamEnd: (stream) => connection.forget(stream),
+        onDatagram: (object) => perform(() => core.receivedDatagram(connection, object)),
         onClose: (code, reason) => {
-          transports.delete(link);
-          perform(() => core.closed(link, code, reason));
+          transports.delete(connection);
+          perform(() => core.closed(connection, code, reason));
         },
       });
-      perform(() => core.opened(link));
+      perform(() => core.opened(connection));
     } catch (error) {
-      transports.delete(link);
-      if (!signal.aborted) perform(() => core.failed(link, asError(error)));
+      transports.delete(connection);
+      if (!signal.aborted) perform(() => core.failed(connection, asError(error)));
     }
   }
 
-  /** @param {Link} link */
-  function getToken(link) {
+  /** @param {Connection} connection */
+  function getToken(connection) {
     const { token } = options;
-    if (typeof token === 'string') return core.gotToken(link, token);
+    if (typeof token === 'string') return core.gotToken(connection, token);
     const got = async () => {
       const value = await token();
       if (typeof value !== 'string') throw wrong('token', 'a function that returns a string', value);
       return value;
     };
     got().then(
-      (value) => perform(() => core.gotToken(link, value)),
-      (error) => perform(() => core.noToken(link, error)),
+      (value) => perform(() => core.gotToken(connection, value)),
+      (error) => perform(() => core.noToken(connection, error)),
     );
   }
 
-  /** @param {Link} link */
-  function flush(link) {
-    const transport = transports.get(link)?.transport;
-    const texts = link.take();
+  /** @param {Connection} connection */
+  function flush(connection) {
+    const transport = transports.get(connection)?.transport;
+    const texts = connection.take();
     if (!transport) return;
-    const most = TOGETHER * (link.limits.message_size ?? 65_536);
+    const most = MAX_OBJECTS_PER_MESSAGE * (connection.limits.message_size ?? 65_536);
     let waiting = '';
     for (const text of texts) {
       if (waiting && waiting.length + text.length > most) {
@@ -155,11 +155,11 @@ export function drive(core, options, emit) {
     if (waiting) transport.send(waiting);
   }
 
-  /** @param {Link} link @param {number} code */
-  function close(link, code) {
-    flush(link);
-    const known = transports.get(link);
-    transports.delete(link);
+  /** @param {Connection} connection @param {number} code */
+  function close(connection, code) {
+    flush(connection);
+    const known = transports.get(connection);
+    transports.delete(connection);
     known?.controller.abort();
     known?.transport?.close(code, '');
   }

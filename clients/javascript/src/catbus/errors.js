@@ -49,7 +49,7 @@ export class DisconnectedError extends CatbusError {
 export const ANOTHER_CLIENT = 'the connection belongs to another client_id';
 
 /** Codes after which the same request can succeed later (section 10). A code that is not known counts as `internal`. */
-export const TRY_AGAIN = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);
+export const RETRYABLE = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);
 
 /** Codes by which a token is refused for good: it would be no better later. */
 const FINAL = new Set(
@@ -57,11 +57,11 @@ const FINAL = new Set(
 );
 
 /** WebSocket's own closing codes which say that what was sent was wrong, and would be again (section 11). */
-const WRONG = new Set([1002, 1003, 1007, 1009]);
+const PROTOCOL_ERROR_CODES = new Set([1002, 1003, 1007, 1009]);
 
 /** @param {number} code @param {string} reason what the broker says */
 export function closedBy(code, reason) {
-  const final = (code >= 4000 && code < 4400) || WRONG.has(code);
+  const final = (code >= 4000 && code < 4400) || PROTOCOL_ERROR_CODES.has(code);
   return new DisconnectedError(reason || `the connection was lost (${code})`, { closeCode: code, final });
 }
 

@@ -5,7 +5,7 @@
  */
 
 /** No timer runs sooner than this after it was set, in milliseconds, so no mistake elsewhere makes a loop without a pause. */
-const FLOOR = 4;
+const MIN_DELAY = 4;
 
 /** Timers by name; a name has one at a time. */
 export class Timers {
@@ -27,7 +27,7 @@ export class Timers {
    * @param {string} name @param {number} delay in milliseconds @param {(late: number) => void} run
    */
   set(name, delay, run) {
-    this.#timers.set(name, { at: this.now + Math.max(FLOOR, delay), run });
+    this.#timers.set(name, { at: this.now + Math.max(MIN_DELAY, delay), run });
   }
 
   /** @param {string} name */

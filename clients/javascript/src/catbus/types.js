@@ -7,7 +7,7 @@
 /**
  * How a client is connected.
  *
- * @typedef {import('./states.js').ConnectionState} ConnectionState
+ * @typedef {import('./connection_states.js').ConnectionState} ConnectionState
  */
 
 /**

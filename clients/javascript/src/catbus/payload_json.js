@@ -4,7 +4,7 @@
  * @module
  */
 
-import { HALF_A_PAIR } from './arguments.js';
+import { LONE_SURROGATE } from './argument_checks.js';
 import { RefusedError } from './errors.js';
 
 /** How deep a message may be nested, itself counted (section 4). */
@@ -31,7 +31,7 @@ export function encodePayload(payload) {
   if (json === undefined) throw new TypeError('payload: no JSON form');
   if (exact) json = json.replaceAll(new RegExp(`"${MARK}(-?\\d+)"`, 'g'), '$1');
   // This is what `JSON.stringify` makes of a surrogate that stands alone. A backslash may itself be escaped.
-  if (json.includes('\\ud') && json.replaceAll('\\\\', '').includes('\\ud')) throw new RefusedError('bad_message', `payload: ${HALF_A_PAIR}`);
+  if (json.includes('\\ud') && json.replaceAll('\\\\', '').includes('\\ud')) throw new RefusedError('bad_message', `payload: ${LONE_SURROGATE}`);
   if (depthOf(json) >= MAX_DEPTH) throw new RefusedError('bad_message', `payload: nested deeper than ${MAX_DEPTH - 1}`);
   return json;
 }

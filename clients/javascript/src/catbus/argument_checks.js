@@ -20,14 +20,14 @@ export function encodeCursor(seq, epoch) {
 }
 
 /** What is wrong with text that UTF-8 does not have: the broker could not decode the object around it. */
-export const HALF_A_PAIR = 'half of a surrogate pair is no text';
+export const LONE_SURROGATE = 'a lone surrogate';
 
 /**
  * The place that an argument names: a cursor, or a seq with its epoch.
  *
  * @param {string} name the argument's name @param {unknown} value @param {unknown} [epoch] @returns {Place | undefined}
  */
-export function checkPlace(name, value, epoch) {
+export function checkPosition(name, value, epoch) {
   if (epoch !== undefined && typeof epoch !== 'string') throw wrong('epoch', 'a string', epoch);
   if (value === undefined) return undefined;
   if (typeof value === 'string') {
@@ -47,7 +47,7 @@ export function checkInteger(name, value, least) {
 /** @param {string} name @param {unknown} value @returns {string} */
 export function checkText(name, value) {
   if (typeof value !== 'string') throw wrong(name, 'a text', value);
-  if (/[\ud800-\udfff]/u.test(value)) throw new RefusedError('bad_message', `${name}: ${HALF_A_PAIR}`);
+  if (/[\ud800-\udfff]/u.test(value)) throw new RefusedError('bad_message', `${name}: ${LONE_SURROGATE}`);
   return value;
 }
 

@@ -4,27 +4,27 @@
  * A publish is sent in its turn, and kept until it is answered. When the connection is lost first, or the broker does not
  * know, it is in doubt: it is sent again under its old id, on the next connection by `resume` and on this one by `retry`.
  * Newer ones wait until everything in doubt is answered, or they would overtake it. Nothing is in doubt for ever: after
- * `TRIES` on one connection, or `LOSSES` connections, it is settled as `unknown`, and the others go on (section 9.1).
+ * `MAX_TRIES` on one connection, or `MAX_LOST_CONNECTIONS` connections, it is settled as `unknown`, and the others go on (section 9.1).
  *
  * @module
  */
 
-import { ANOTHER_CLIENT, DisconnectedError, RefusedError, TRY_AGAIN } from './errors.js';
+import { ANOTHER_CLIENT, DisconnectedError, RefusedError, RETRYABLE } from './errors.js';
 
-/** @typedef {import('./link.js').Link} Link */
+/** @typedef {import('./connection.js').Connection} Connection */
 /** @typedef {import('./core.js').Settler} Settler */
 
 /** How often a publish is sent at most on one connection. */
-const TRIES = 6;
+const MAX_TRIES = 6;
 /** On how many connections that were lost a publish may have been without an answer. */
-const LOSSES = 20;
+const MAX_LOST_CONNECTIONS = 20;
 const RETRY_PAUSE = 500;
 /** How long a publish may be without an answer on a connection that answers pings, in milliseconds. */
-export const STUCK = 30_000;
+export const REPLY_TIMEOUT = 30_000;
 /** How many publishes may be without an answer where the broker names no limit. */
-const WINDOW = 1000;
+const DEFAULT_PENDING_PUBLISHES = 1000;
 /** Bytes that are added to a body: the type, the id, and what a retry says. */
-const ADDED = 256;
+const REQUEST_OVERHEAD = 256;
 
 /**
  * @typedef {object} Publish
@@ -46,32 +46,32 @@ const ADDED = 256;
  * @property {(settler: Settler, error: Error | undefined, value?: unknown) => void} settle
  */
 
-export class Publishes {
+export class InFlightPublishes {
   #host;
-  #keepsOn;
-  /** @type {Link | undefined} */
-  #desk;
-  #held = false;
+  #reconnects;
+  /** @type {Connection | undefined} */
+  #connection;
+  #paused = false;
   #producer = '';
   /** The highest id that the log has taken. */
-  #taken = 0;
+  #highestLoggedId = 0;
   /** @type {Publish[]} */
   #unsent = [];
   /** In the order of their ids. @type {Map<number, Publish>} */
   #sent = new Map();
   /** The ids of those that an earlier try may have published. @type {Set<number>} */
-  #doubts = new Set();
+  #uncertain = new Set();
   /** The ids of those among them that wait for `retry`. @type {Set<number>} */
-  #again = new Set();
+  #toRetry = new Set();
   /** Those that a replica which stops has given back. @type {Publish[]} */
-  #returned = [];
+  #rejectedByDrain = [];
   /** Ephemeral ones, which are sent once. @type {Map<number, Settler>} */
   #ephemeral = new Map();
 
-  /** @param {Host} host @param {boolean} keepsOn whether there will be another connection after this one */
-  constructor(host, keepsOn) {
+  /** @param {Host} host @param {boolean} reconnects whether there will be another connection after this one */
+  constructor(host, reconnects) {
     this.#host = host;
-    this.#keepsOn = keepsOn;
+    this.#reconnects = reconnects;
   }
 
   /** How many wait to be sent. */
@@ -80,85 +80,85 @@ export class Publishes {
   }
 
   /** Whether the answer to a publish may still come on this connection. */
-  get inDoubt() {
-    return this.#sent.size > this.#again.size || this.#ephemeral.size > 0;
+  get awaitingReply() {
+    return this.#sent.size > this.#toRetry.size || this.#ephemeral.size > 0;
   }
 
   /** @param {string} body @param {Settler} settler @param {string | null | undefined} owner */
   publish(body, settler, owner) {
     this.#unsent.push({ id: 0, body, settler, owner, after: 0, epoch: '', tries: 0, losses: 0, at: 0 });
-    this.#goOn();
+    this.#sendUnsent();
   }
 
   /** @param {string} body @param {Settler} settler */
   publishEphemeral(body, settler) {
-    const desk = this.#desk;
-    if (!desk) return this.#host.settle(settler, new DisconnectedError('not connected'));
+    const connection = this.#connection;
+    if (!connection) return this.#host.settle(settler, new DisconnectedError('not connected'));
     const id = this.#host.nextId();
     this.#ephemeral.set(id, settler);
-    desk.sendText(`{"type":"publish","id":${id},"ephemeral":true,${body}`);
+    connection.sendText(`{"type":"publish","id":${id},"ephemeral":true,${body}`);
   }
 
   // Between connections
 
   /** Keep what is asked for from now on, for the next connection. */
   hold() {
-    this.#held = true;
+    this.#paused = true;
   }
 
   /** There is no next connection after all. */
   release() {
-    this.#held = false;
-    if (this.#again.size) this.#host.timers.set('retry publishes', RETRY_PAUSE, () => this.#retry());
-    this.#goOn();
+    this.#paused = false;
+    if (this.#toRetry.size) this.#host.timers.set('retry publishes', RETRY_PAUSE, () => this.#retry());
+    this.#sendUnsent();
   }
 
-  /** Another connection is there, and authenticated: send what has no answer, oldest first. @param {Link} desk */
-  resume(desk) {
-    const known = desk.producer === this.#producer && this.#producer !== '';
-    this.#producer = desk.producer;
+  /** Another connection is there, and authenticated: send what has no answer, oldest first. @param {Connection} connection */
+  resume(connection) {
+    const known = connection.producer === this.#producer && this.#producer !== '';
+    this.#producer = connection.producer;
     for (const publish of [...this.#sent.values()]) {
       publish.tries = 0;
-      if (known) this.#sendAgain(publish, desk);
-      else this.#giveUp(publish, 'the broker has forgotten its producer');
+      if (known) this.#retryPublish(publish, connection);
+      else this.#settleUnknown(publish, 'the broker has forgotten its producer');
     }
-    const { clientId } = desk;
+    const { clientId } = connection;
     this.#unsent = this.#unsent.filter(({ owner = clientId, settler }) => {
       if (owner === clientId) return true;
       this.#host.settle(settler, new RefusedError('unauthorized', ANOTHER_CLIENT));
     });
-    this.#desk = desk;
-    this.#held = false;
-    this.#goOn();
+    this.#connection = connection;
+    this.#paused = false;
+    this.#sendUnsent();
   }
 
-  /** A connection is gone: what has no answer has none to come from there. @param {Link} desk @param {Error} why */
-  lose(desk, why) {
-    if (this.#desk !== desk) return;
-    this.#desk = undefined;
+  /** A connection is gone: what has no answer has none to come from there. @param {Connection} connection @param {Error} why */
+  lose(connection, why) {
+    if (this.#connection !== connection) return;
+    this.#connection = undefined;
     this.#host.timers.cancel('retry publishes');
-    this.#doubts.clear();
-    this.#again.clear();
+    this.#uncertain.clear();
+    this.#toRetry.clear();
     for (const id of [...this.#ephemeral.keys()]) this.#settleEphemeral(id, why);
     // Given back and sent again, it comes behind what may have been taken meanwhile: that is for its owner to decide.
-    const newest = Math.max(this.#taken, ...this.#sent.keys());
+    const newest = Math.max(this.#highestLoggedId, ...this.#sent.keys());
     const again = [];
-    for (const publish of this.#returned) {
+    for (const publish of this.#rejectedByDrain) {
       if (publish.id > newest) again.push(publish);
-      else this.#host.settle(publish.settler, new RefusedError('shutting_down', 'the replica stops, and the log has newer ones'));
+      else this.#host.settle(publish.settler, new RefusedError('shutting_down', 'the log has newer messages'));
     }
-    this.#returned = [];
+    this.#rejectedByDrain = [];
     this.#unsent = [...again, ...this.#unsent];
     for (const publish of [...this.#sent.values()]) {
-      if (++publish.losses > LOSSES) this.#giveUp(publish, `${LOSSES} connections were lost`);
+      if (++publish.losses > MAX_LOST_CONNECTIONS) this.#settleUnknown(publish, `${MAX_LOST_CONNECTIONS} connections were lost`);
     }
   }
 
   /** There will be no further connection for now: nothing that is unanswered ever will be. @param {Error} why */
   fail(why) {
-    for (const publish of [...this.#sent.values()]) this.#giveUp(publish, why.message);
-    for (const { settler } of [...this.#returned, ...this.#unsent]) this.#host.settle(settler, why);
-    this.#returned = [];
+    for (const publish of [...this.#sent.values()]) this.#settleUnknown(publish, why.message);
+    for (const { settler } of [...this.#rejectedByDrain, ...this.#unsent]) this.#host.settle(settler, why);
+    this.#rejectedByDrain = [];
     this.#unsent = [];
   }
 
@@ -170,9 +170,9 @@ export class Publishes {
     const publish = this.#sent.get(id);
     if (!publish) return;
     this.#remove(id);
-    this.#taken = Math.max(this.#taken, id);
+    this.#highestLoggedId = Math.max(this.#highestLoggedId, id);
     this.#host.settle(publish.settler, undefined, { seq, duplicate });
-    this.#goOn();
+    this.#sendUnsent();
   }
 
   /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
@@ -180,101 +180,101 @@ export class Publishes {
     if (this.#settleEphemeral(id, reason)) return true;
     const publish = this.#sent.get(id);
     if (!publish) return false;
-    if (this.#doubts.has(id) || reason.code === 'unknown') {
-      this.#stillInDoubt(publish, reason);
+    if (this.#uncertain.has(id) || reason.code === 'unknown') {
+      this.#keepUncertain(publish, reason);
     } else {
       this.#remove(id);
-      if (reason.code === 'shutting_down' && this.#keepsOn) {
+      if (reason.code === 'shutting_down' && this.#reconnects) {
         // It is certain that it is not published, and the next replica can.
-        this.#returned.push(publish);
+        this.#rejectedByDrain.push(publish);
         this.hold();
       } else {
         this.#host.settle(publish.settler, reason);
       }
     }
-    this.#goOn();
+    this.#sendUnsent();
     return true;
   }
 
   /** The broker has answered what was asked at `moment`: what was sent long before gets no answer any more. @param {number} moment */
-  giveUpBefore(moment) {
+  timeOutBefore(moment) {
     for (const publish of [...this.#sent.values()]) {
-      if (publish.at < moment - STUCK && !this.#again.has(publish.id)) this.#giveUp(publish, 'the broker does not answer');
+      if (publish.at < moment - REPLY_TIMEOUT && !this.#toRetry.has(publish.id)) this.#settleUnknown(publish, 'the broker does not answer');
     }
-    this.#goOn();
+    this.#sendUnsent();
   }
 
   // Helpers
 
   /** A try has brought no certainty: only another one can. @param {Publish} publish @param {RefusedError} reason */
-  #stillInDoubt(publish, reason) {
+  #keepUncertain(publish, reason) {
     const { id } = publish;
-    this.#doubts.add(id);
-    if (reason.code === 'shutting_down' && this.#keepsOn) {
+    this.#uncertain.add(id);
+    if (reason.code === 'shutting_down' && this.#reconnects) {
       // The next replica will know.
       this.hold();
-      this.#again.add(id);
-    } else if (TRY_AGAIN.has(reason.code) && publish.tries < TRIES) {
-      this.#again.add(id);
+      this.#toRetry.add(id);
+    } else if (RETRYABLE.has(reason.code) && publish.tries < MAX_TRIES) {
+      this.#toRetry.add(id);
       const { timers } = this.#host;
       if (!timers.has('retry publishes')) timers.set('retry publishes', RETRY_PAUSE * publish.tries, () => this.#retry());
     } else {
-      this.#giveUp(publish, reason.message);
+      this.#settleUnknown(publish, reason.message);
     }
   }
 
   /** Ask again on this connection what became of those that are in doubt. */
   #retry() {
-    const desk = this.#desk;
-    if (!desk || this.#held) return;
-    const again = [...this.#again].sort((a, b) => a - b);
-    this.#again.clear();
+    const connection = this.#connection;
+    if (!connection || this.#paused) return;
+    const again = [...this.#toRetry].sort((a, b) => a - b);
+    this.#toRetry.clear();
     for (const id of again) {
       const publish = this.#sent.get(id);
-      if (publish) this.#sendAgain(publish, desk);
+      if (publish) this.#retryPublish(publish, connection);
     }
-    this.#goOn();
+    this.#sendUnsent();
   }
 
-  /** Send again under its old id, unless nobody could know any more what became of it. @param {Publish} publish @param {Link} desk */
-  #sendAgain(publish, desk) {
+  /** Send again under its old id, unless nobody could know any more what became of it. @param {Publish} publish @param {Connection} connection */
+  #retryPublish(publish, connection) {
     const { id, after, epoch, body } = publish;
-    if (epoch !== desk.epoch || after < desk.floor - 1) {
-      return this.#giveUp(publish, 'the log has changed too much to tell');
+    if (epoch !== connection.epoch || after < connection.floor - 1) {
+      return this.#settleUnknown(publish, 'the log has changed too much to tell');
     }
-    const over = tooLarge(body, desk.limits);
-    if (over) return this.#giveUp(publish, over.message);
-    this.#doubts.add(id);
+    const over = sizeError(body, connection.limits);
+    if (over) return this.#settleUnknown(publish, over.message);
+    this.#uncertain.add(id);
     publish.tries++;
     publish.at = this.#host.timers.now;
-    desk.sendText(`{"type":"publish","id":${id},"retry":true,"after":${after},"epoch":${JSON.stringify(epoch)},${body}`);
+    connection.sendText(`{"type":"publish","id":${id},"retry":true,"after":${after},"epoch":${JSON.stringify(epoch)},${body}`);
   }
 
   /** Send what has waited, unless something is in its way. */
-  #goOn() {
-    const desk = this.#desk;
-    if (!desk || this.#held || this.#doubts.size) return;
-    const window = desk.limits.pending_publishes ?? WINDOW;
+  #sendUnsent() {
+    const connection = this.#connection;
+    if (!connection || this.#paused || this.#uncertain.size) return;
+    const window = connection.limits.pending_publishes ?? DEFAULT_PENDING_PUBLISHES;
     let sent = 0;
     for (const publish of this.#unsent) {
       if (this.#sent.size >= window) break;
       sent++;
-      const over = tooLarge(publish.body, desk.limits);
+      const over = sizeError(publish.body, connection.limits);
       if (over) {
         this.#host.settle(publish.settler, over);
         continue;
       }
       // A new id each time, should it have been given back: the old one stays refused.
       const id = (publish.id = this.#host.nextId());
-      Object.assign(publish, { after: desk.head, epoch: desk.epoch, tries: 1, at: this.#host.timers.now });
+      Object.assign(publish, { after: connection.head, epoch: connection.epoch, tries: 1, at: this.#host.timers.now });
       this.#sent.set(id, publish);
-      desk.sendText(`{"type":"publish","id":${id},${publish.body}`);
+      connection.sendText(`{"type":"publish","id":${id},${publish.body}`);
     }
     if (sent) this.#unsent = this.#unsent.slice(sent);
   }
 
   /** Nobody will ever know what became of it. @param {Publish} publish @param {string} why */
-  #giveUp(publish, why) {
+  #settleUnknown(publish, why) {
     this.#remove(publish.id);
     this.#host.settle(publish.settler, new RefusedError('unknown', `it may have been published: ${why}`));
   }
@@ -289,8 +289,8 @@ export class Publishes {
   /** @param {number} id */
   #remove(id) {
     this.#sent.delete(id);
-    this.#doubts.delete(id);
-    this.#again.delete(id);
+    this.#uncertain.delete(id);
+    this.#toRetry.delete(id);
   }
 }
 
@@ -301,6 +301,6 @@ const encoder = new TextEncoder();
  *
  * @param {string} body @param {{message_size?: number}} limits
  */
-export function tooLarge(body, { message_size: size = 65_536 }) {
-  if (encoder.encode(body).length > size - ADDED) return new RefusedError('too_large', `a message may have at most ${size} bytes`);
+export function sizeError(body, { message_size: size = 65_536 }) {
+  if (encoder.encode(body).length > size - REQUEST_OVERHEAD) return new RefusedError('too_large', `a message may have at most ${size} bytes`);
 }

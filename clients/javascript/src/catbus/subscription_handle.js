@@ -4,28 +4,28 @@
  * @module
  */
 
-import { encodeCursor } from './arguments.js';
+import { encodeCursor } from './argument_checks.js';
 import { RefusedError, asError } from './errors.js';
-import { Inbox } from './inbox.js';
-import { keepCursor } from './persist.js';
+import { HandlerQueue } from './handler_queue.js';
+import { keepCursor } from './persisted_cursor.js';
 
 /** @import { Message, Subscription, SubscribeOptions, StorageLike } from './types.js' */
-/** @import { Reader } from './readers.js' */
+/** @import { Subscriber } from './subscriber.js' */
 
 /** How many messages may wait for an `async` handler; the log keeps the others. */
-const BUFFER = 1000;
+const DEFAULT_BUFFER = 1000;
 
 /**
  * @typedef {object} Host
- * @property {(call: (subscriptions: import('./subscriptions.js').Subscriptions) => void) => void} ask
+ * @property {(call: (subscriptions: import('./subscription_manager.js').SubscriptionManager) => void) => void} ask
  * @property {(error: unknown) => void} threw
- * @property {(error: Error) => void} complain
+ * @property {(error: Error) => void} reportError
  */
 
-/** What effects about a reader are for. */
-export class Entry {
-  /** @type {Reader | undefined} */
-  reader;
+/** What effects about a subscriber are for. */
+export class SubscriptionEntry {
+  /** @type {Subscriber | undefined} */
+  subscriber;
   /** Why it has ended. @type {Error | undefined} */
   failure;
   /** Whether anybody looks at `ready`. */
@@ -38,9 +38,9 @@ export class Entry {
   #host;
   #handler;
   #options;
-  #inbox;
+  #queue;
   /** @type {(value: Subscription) => void} */
-  #begun = () => {};
+  #started = () => {};
   /** @type {(error: Error) => void} */
   #failed = () => {};
   /** Where the last message that was handled stands. @type {{cursor: number, epoch: string} | undefined} */
@@ -57,15 +57,15 @@ export class Entry {
     this.#handler = handler;
     this.#options = options;
     this.#host = host;
-    this.#inbox = new Inbox({
-      limit: options.buffer ?? BUFFER,
-      pause: () => this.#ask((subscriptions, reader) => subscriptions.pause(reader)),
-      goOn: () => this.#ask((subscriptions, reader) => subscriptions.goOn(reader)),
+    this.#queue = new HandlerQueue({
+      limit: options.buffer ?? DEFAULT_BUFFER,
+      pause: () => this.#ask((subscriptions, subscriber) => subscriptions.pause(subscriber)),
+      unpause: () => this.#ask((subscriptions, subscriber) => subscriptions.unpause(subscriber)),
       threw: host.threw,
-      rejected: (error) => host.complain(asError(error)),
+      rejected: (error) => host.reportError(asError(error)),
     });
     this.ready = new Promise((resolve, reject) => {
-      this.#begun = resolve;
+      this.#started = resolve;
       this.#failed = reject;
     });
     // Nobody has to wait for it: what goes wrong is told to `onEnd`, or as an `error`.
@@ -75,9 +75,9 @@ export class Entry {
   }
 
   get place() {
-    const { reader } = this;
-    if (!this.#inbox.idle || reader?.held) return this.#handled;
-    return reader?.cursor === undefined ? undefined : { cursor: reader.cursor, epoch: reader.epoch ?? '' };
+    const { subscriber } = this;
+    if (!this.#queue.idle || subscriber?.buffered) return this.#handled;
+    return subscriber?.cursor === undefined ? undefined : { cursor: subscriber.cursor, epoch: subscriber.epoch ?? '' };
   }
 
   get position() {
@@ -88,27 +88,27 @@ export class Entry {
   /** @returns {Promise<void>} */
   close() {
     return new Promise((resolve) => {
-      if (this.#closed || !this.reader || this.reader.phase === 'ended') {
+      if (this.#closed || !this.subscriber || this.subscriber.phase === 'ended') {
         this.#finish();
         return resolve();
       }
       this.#finish();
       this.#failed(this.#options.signal?.aborted ? this.#options.signal.reason : new RefusedError('closed', 'the subscription was closed'));
-      this.#ask((subscriptions, reader) => subscriptions.remove(reader, () => resolve()));
+      this.#ask((subscriptions, subscriber) => subscriptions.remove(subscriber, () => resolve()));
     });
   }
 
   #finish() {
     if (!this.#closed) this.persisted?.close();
     this.#closed = true;
-    this.#inbox.clear();
+    this.#queue.clear();
     this.#options.signal?.removeEventListener('abort', this.#abort);
   }
 
   // Effects
 
-  begun() {
-    this.#begun(agreed(this));
+  started() {
+    this.#started(agreed(this));
     this.persisted?.touch();
   }
 
@@ -116,24 +116,24 @@ export class Entry {
   message({ message, epoch }) {
     if (this.#closed) return;
     const made = asMessage(message, epoch);
-    this.#inbox.push(() => {
+    this.#queue.push(() => {
       const result = this.#handler(made);
       if (made.seq === undefined) return result;
-      if (typeof (/** @type {any} */ (result)?.then) !== 'function') return this.#handledUpTo(made.seq, epoch);
-      return Promise.resolve(result).finally(() => this.#handledUpTo(Number(made.seq), epoch));
+      if (typeof (/** @type {any} */ (result)?.then) !== 'function') return this.#setHandled(made.seq, epoch);
+      return Promise.resolve(result).finally(() => this.#setHandled(Number(made.seq), epoch));
     });
   }
 
   /** @param {import('./types.js').Gap} gap */
   gap(gap) {
     const { onGap } = this.#options;
-    if (onGap && !this.#closed) this.#inbox.push(() => onGap(gap));
+    if (onGap && !this.#closed) this.#queue.push(() => onGap(gap));
     this.persisted?.touch();
   }
 
   live() {
     const { onLive } = this.#options;
-    if (onLive && !this.#closed) this.#inbox.push(() => onLive());
+    if (onLive && !this.#closed) this.#queue.push(() => onLive());
   }
 
   /** @param {Error | undefined} why */
@@ -142,28 +142,28 @@ export class Entry {
     this.failure = why;
     this.#failed(why);
     const { onEnd } = this.#options;
-    const told = this.reader?.begun || this.observed || onEnd;
-    if (!told) this.#host.complain(why);
-    this.#inbox.push(() => {
+    const told = this.subscriber?.started || this.observed || onEnd;
+    if (!told) this.#host.reportError(why);
+    this.#queue.push(() => {
       this.#finish();
       return onEnd?.(why);
     });
   }
 
   /** @param {number} cursor @param {string} epoch */
-  #handledUpTo(cursor, epoch) {
+  #setHandled(cursor, epoch) {
     this.#handled = { cursor, epoch };
     this.persisted?.touch();
   }
 
-  /** @param {(subscriptions: import('./subscriptions.js').Subscriptions, reader: Reader) => void} call */
+  /** @param {(subscriptions: import('./subscription_manager.js').SubscriptionManager, subscriber: Subscriber) => void} call */
   #ask(call) {
-    const { reader } = this;
-    if (reader) this.#host.ask((subscriptions) => call(subscriptions, reader));
+    const { subscriber } = this;
+    if (subscriber) this.#host.ask((subscriptions) => call(subscriptions, subscriber));
   }
 }
 
-/** What the application has of a subscription that the broker has agreed to. @param {Entry} entry @returns {Subscription} */
+/** What the application has of a subscription that the broker has agreed to. @param {SubscriptionEntry} entry @returns {Subscription} */
 function agreed(entry) {
   const close = () => entry.close();
   return {
@@ -182,7 +182,7 @@ function agreed(entry) {
   };
 }
 
-/** What it has from the moment it asks for it; awaiting it waits until the broker has agreed. @param {Entry} entry */
+/** What it has from the moment it asks for it; awaiting it waits until the broker has agreed. @param {SubscriptionEntry} entry */
 export function handleOf(entry) {
   const ready = () => {
     entry.observed = true;

@@ -5,8 +5,8 @@
  */
 
 /** What a token has left when a new one is asked for: milliseconds at most, and a part of its life. */
-const REFRESH_BEFORE = 30_000;
-const SHORTEST_REFRESH = 1000;
+const RENEWAL_MARGIN = 30_000;
+const MIN_RENEWAL_DELAY = 1000;
 
 /** When a token expires, in milliseconds since 1970, where it says so. @param {string} token @returns {number | undefined} */
 export function expiryOf(token) {
@@ -21,14 +21,14 @@ export function expiryOf(token) {
  *
  * @param {string} token @param {number} now @returns {number | undefined}
  */
-export function untilRefresh(token, now) {
+export function renewalDelay(token, now) {
   const expires = momentIn(token, 'exp');
   if (expires === undefined) return undefined;
   let left = expires - now;
   const life = expires - (momentIn(token, 'iat') ?? Infinity);
   if (life > 0 && !(left > 0 && left <= life)) left = life;
-  else if (left < -2 * REFRESH_BEFORE) return REFRESH_BEFORE;
-  return Math.max(SHORTEST_REFRESH, left / 2, left - REFRESH_BEFORE);
+  else if (left < -2 * RENEWAL_MARGIN) return RENEWAL_MARGIN;
+  return Math.max(MIN_RENEWAL_DELAY, left / 2, left - RENEWAL_MARGIN);
 }
 
 /**
@@ -37,8 +37,8 @@ export function untilRefresh(token, now) {
  *
  * @param {number} early
  */
-export function renewalFloor(early) {
-  return Math.min(REFRESH_BEFORE, SHORTEST_REFRESH * 2 ** Math.min(early, 10));
+export function minRenewalDelay(early) {
+  return Math.min(RENEWAL_MARGIN, MIN_RENEWAL_DELAY * 2 ** Math.min(early, 10));
 }
 
 /** @param {string} token @param {string} claim @returns {number | undefined} milliseconds since 1970 */

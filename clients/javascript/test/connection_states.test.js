@@ -3,7 +3,7 @@ import { readFileSync } from 'node:fs';
 import { test } from 'node:test';
 
 import * as client from '../src/catbus.js';
-import { TRANSITIONS, diagram } from '../src/catbus/states.js';
+import { TRANSITIONS, diagram } from '../src/catbus/connection_states.js';
 
 test('the diagram of the README is made from the table of states', () => {
   const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');

@@ -5,7 +5,7 @@
  */
 
 /** For how long it is remembered which transport has won, in milliseconds. */
-const MEMORY = 600_000;
+const WINNER_MEMORY = 600_000;
 
 /** @typedef {'webtransport' | 'websocket'} Kind */
 
@@ -43,7 +43,7 @@ export function routesTo(url, fallbackUrl, kinds, now) {
 
 /** Remember what has got through. @param {string} url @param {Kind} kind @param {number} now */
 export function rememberWinner(url, kind, now) {
-  winners.set(url, { kind, until: now + MEMORY });
+  winners.set(url, { kind, until: now + WINNER_MEMORY });
 }
 
 /** @param {string} host */

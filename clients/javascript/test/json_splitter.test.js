@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { Splitter } from '../src/catbus/framing.js';
+import { JsonSplitter } from '../src/catbus/json_splitter.js';
 
 const OBJECTS = [
   {},
@@ -22,14 +22,14 @@ function* random(seed) {
 test('objects come out whole, however the text is cut', () => {
   const text = OBJECTS.map((object, index) => JSON.stringify(object) + ['', '\n', ' \r\n\t'][index % 3]).join('');
   for (let size = 1; size <= text.length; size++) {
-    const splitter = new Splitter();
+    const splitter = new JsonSplitter();
     const found = [];
     for (let at = 0; at < text.length; at += size) splitter.feed(text.slice(at, at + size), (object) => found.push(object));
     assert.deepEqual(found, OBJECTS);
   }
   const chance = random(7);
   for (let round = 0; round < 300; round++) {
-    const splitter = new Splitter();
+    const splitter = new JsonSplitter();
     const found = [];
     for (let at = 0; at < text.length; ) {
       const size = 1 + Math.floor(chance.next().value * 9);
@@ -42,19 +42,19 @@ test('objects come out whole, however the text is cut', () => {
 
 test('newlines end nothing', () => {
   const found = [];
-  new Splitter().feed('{"payload":\n{"channel":"evil"}\n}\n', (object) => found.push(object));
+  new JsonSplitter().feed('{"payload":\n{"channel":"evil"}\n}\n', (object) => found.push(object));
   assert.deepEqual(found, [{ payload: { channel: 'evil' } }]);
 });
 
 test('what is no object is an error', () => {
   for (const text of ['x', '[1]', '1', '}', '{} ,']) {
-    assert.throws(() => new Splitter().feed(text, () => {}), { code: 'bad_message' });
+    assert.throws(() => new JsonSplitter().feed(text, () => {}), { code: 'bad_message' });
   }
 });
 
 test('every character is looked at once', () => {
   const text = JSON.stringify({ payload: '{}'.repeat(100_000) });
-  const splitter = new Splitter();
+  const splitter = new JsonSplitter();
   const began = process.cpuUsage().user;
   let found = 0;
   for (let at = 0; at < text.length; at += 5) splitter.feed(text.slice(at, at + 5), () => found++);

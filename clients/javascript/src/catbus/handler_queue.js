@@ -8,12 +8,12 @@
  * @typedef {object} Host
  * @property {number} limit from how many that wait nothing more is wanted
  * @property {() => void} pause
- * @property {() => void} goOn
+ * @property {() => void} unpause
  * @property {(error: unknown) => void} threw
  * @property {(error: unknown) => void} rejected
  */
 
-export class Inbox {
+export class HandlerQueue {
   #host;
   /** @type {(() => unknown)[]} */
   #queue = [];
@@ -69,6 +69,6 @@ export class Inbox {
     }
     if (!this.#paused || this.#queue.length > this.#host.limit / 2) return;
     this.#paused = false;
-    this.#host.goOn();
+    this.#host.unpause();
   }
 }

@@ -4,23 +4,23 @@
  * @module
  */
 
-import { Splitter } from './framing.js';
+import { JsonSplitter } from './json_splitter.js';
 
-/** @typedef {import('./feeds.js').Feed} Feed */
-/** @typedef {import('./routes.js').Kind} Kind */
+/** @typedef {import('./shared_subscription.js').SharedSubscription} SharedSubscription */
+/** @typedef {import('./broker_addresses.js').Kind} Kind */
 
 /** One stream of the broker's: the session's, or one of a single subscription. */
-export class Lane {
+export class IncomingStream {
   /** The epoch of the log that what comes here is from. */
   epoch = '';
-  /** The subscription whose own stream it is. @type {Feed | undefined} */
-  feed;
+  /** The subscription whose own stream it is. @type {SharedSubscription | undefined} */
+  subscription;
 
-  /** @param {Link} link @param {boolean} own whether it is a stream of one subscription @param {(json: string) => any} parse */
-  constructor(link, own, parse) {
-    this.link = link;
+  /** @param {Connection} connection @param {boolean} own whether it is a stream of one subscription @param {(json: string) => any} parse */
+  constructor(connection, own, parse) {
+    this.connection = connection;
     this.own = own;
-    this.splitter = new Splitter(parse);
+    this.splitter = new JsonSplitter(parse);
   }
 }
 
@@ -29,7 +29,7 @@ export class Lane {
  *
  * Phases: `opening` (no transport yet), `token` (waiting for one), `authenticating`, `open`, `ended`.
  */
-export class Link {
+export class Connection {
   /** @type {'opening' | 'token' | 'authenticating' | 'open' | 'ended'} */
   phase = 'opening';
   /** The token that was last sent. */
@@ -54,16 +54,16 @@ export class Link {
   /** @type {Record<string, number>} */
   limits = {};
 
-  /** @type {Map<unknown, Lane>} */
-  #lanes = new Map();
+  /** @type {Map<unknown, IncomingStream>} */
+  #streams = new Map();
   /** What waits to be sent. @type {string[]} */
-  #outbox = [];
+  #outgoing = [];
   #parse;
   #ready;
 
   /**
    * @param {number} id @param {{url: string, kind: Kind}} route @param {(json: string) => any} parse
-   * @param {(link: Link) => void} ready called when something waits to be sent, and nothing did
+   * @param {(connection: Connection) => void} ready called when something waits to be sent, and nothing did
    */
   constructor(id, route, parse, ready) {
     this.id = id;
@@ -71,24 +71,24 @@ export class Link {
     this.url = route.url;
     this.kind = route.kind;
     this.#parse = parse;
-    this.main = new Lane(this, false, parse);
+    this.main = new IncomingStream(this, false, parse);
   }
 
-  /** The lane of a stream; `undefined` is the session's. @param {unknown} stream */
-  lane(stream) {
+  /** The incoming of a stream; `undefined` is the session's. @param {unknown} stream */
+  incoming(stream) {
     if (stream === undefined) return this.main;
-    let lane = this.#lanes.get(stream);
-    if (!lane) {
-      lane = new Lane(this, true, this.#parse);
-      lane.epoch = this.epoch;
-      this.#lanes.set(stream, lane);
+    let incoming = this.#streams.get(stream);
+    if (!incoming) {
+      incoming = new IncomingStream(this, true, this.#parse);
+      incoming.epoch = this.epoch;
+      this.#streams.set(stream, incoming);
     }
-    return lane;
+    return incoming;
   }
 
   /** Forget a stream that has ended. @param {unknown} stream */
   forget(stream) {
-    this.#lanes.delete(stream);
+    this.#streams.delete(stream);
   }
 
   /** @param {object} message */
@@ -99,14 +99,14 @@ export class Link {
   /** @param {string} text */
   sendText(text) {
     if (this.phase === 'ended') return;
-    this.#outbox.push(text);
-    if (this.#outbox.length === 1) this.#ready(this);
+    this.#outgoing.push(text);
+    if (this.#outgoing.length === 1) this.#ready(this);
   }
 
   /** Take what waits to be sent. @returns {string[]} */
   take() {
-    const texts = this.#outbox;
-    this.#outbox = [];
+    const texts = this.#outgoing;
+    this.#outgoing = [];
     return texts;
   }
 
@@ -122,11 +122,11 @@ export class Link {
   /**
    * A stream tells where the log is. What is new to that stream may be old to the others, and the other way round.
    *
-   * @param {number} seq @param {string} epoch @param {Lane} lane
+   * @param {number} seq @param {string} epoch @param {IncomingStream} incoming
    */
-  advance(seq, epoch, lane) {
+  advance(seq, epoch, incoming) {
     if (epoch === this.epoch) this.head = Math.max(seq, this.head);
-    else if (epoch !== lane.epoch) [this.head, this.epoch] = [seq, epoch];
-    lane.epoch = epoch;
+    else if (epoch !== incoming.epoch) [this.head, this.epoch] = [seq, epoch];
+    incoming.epoch = epoch;
   }
 }

@@ -1,34 +1,34 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { Dial } from '../src/catbus/dial.js';
+import { ConnectionRace } from '../src/catbus/connection_race.js';
 import { DisconnectedError, RefusedError } from '../src/catbus/errors.js';
 import { Timers } from '../src/catbus/timers.js';
-import { expiryOf, renewalFloor, untilRefresh } from '../src/catbus/tokens.js';
+import { expiryOf, minRenewalDelay, renewalDelay } from '../src/catbus/token_renewal.js';
 
 /** A dial by so many ways, which the test decides. */
 function dial(ways, headStart) {
-  const made = { timers: new Timers(), begun: [], closed: [], outcome: undefined };
+  const made = { timers: new Timers(), started: [], closed: [], outcome: undefined };
   const host = {
     timers: made.timers,
-    open: (route) => (made.begun.push(route), route),
-    close: (link) => made.closed.push(link),
-    won: (link) => (made.outcome = link),
+    open: (route) => (made.started.push(route), route),
+    close: (connection) => made.closed.push(connection),
+    won: (connection) => (made.outcome = connection),
     failed: (why) => (made.outcome = why),
   };
   const routes = Array.from({ length: ways }, (_, id) => ({ id, url: `way ${id}` }));
-  made.dial = new Dial(1, routes, { headStart, connectTimeout: 1e5 }, host);
+  made.dial = new ConnectionRace(1, routes, { headStart, connectTimeout: 1e5 }, host);
   made.routes = routes;
   made.dial.begin();
   return made;
 }
 
 test('the first way is tried alone, and what wins ends the others', () => {
-  const { timers, routes: [one, other], begun, closed, dial: race, ...made } = dial(2, 300);
+  const { timers, routes: [one, other], started, closed, dial: race, ...made } = dial(2, 300);
   timers.advance(299);
-  assert.deepEqual(begun, [one]);
+  assert.deepEqual(started, [one]);
   timers.advance(300);
-  assert.deepEqual(begun, [one, other]);
+  assert.deepEqual(started, [one, other]);
   race.won(other);
   assert.deepEqual([closed, timers.next], [[one], undefined]);
   assert.equal(made.outcome, undefined);
@@ -45,7 +45,7 @@ test('what wins is told, once', () => {
 test('the next way does not wait for the head start when the first has failed', () => {
   const made = dial(2, 1e4);
   made.dial.failed(made.routes[0], new DisconnectedError('no'));
-  assert.deepEqual(made.begun, made.routes);
+  assert.deepEqual(made.started, made.routes);
   made.dial.won(made.routes[1]);
   assert.equal(made.outcome, made.routes[1]);
 });
@@ -68,7 +68,7 @@ test('a way that gets no answer fails', () => {
 test('a refusal counts for all', () => {
   const made = dial(2, 1e4);
   made.dial.failed(made.routes[0], new RefusedError('unauthenticated', 'no'));
-  assert.deepEqual([made.outcome.code, made.begun.length, made.timers.next], ['unauthenticated', 1, undefined]);
+  assert.deepEqual([made.outcome.code, made.started.length, made.timers.next], ['unauthenticated', 1, undefined]);
 });
 
 test('a dial that is given up gives up all of its ways', () => {
@@ -91,12 +91,12 @@ test('a device whose clock is wrong asks for the next token neither too often no
   const made = 2e9;
   const token = `sub-${text({ iat: made, exp: made + 300 })}.mac`;
   for (const offset of [-86_400, -600, -31, 0, 301, 600, 86_400]) {
-    assert.equal(untilRefresh(token, (made + offset) * 1000), 270_000, `${offset} s`);
+    assert.equal(renewalDelay(token, (made + offset) * 1000), 270_000, `${offset} s`);
   }
   const without = `sub-${text({ exp: made })}.mac`;
-  assert.equal(untilRefresh(without, made * 1000 - 10_000), 5000);
-  assert.equal(untilRefresh(without, made * 1000), 1000);
-  assert.equal(untilRefresh(without, (made + 600) * 1000), 30_000);
-  assert.equal(untilRefresh('role-x', 0), undefined);
-  assert.deepEqual([0, 1, 2, 5, 50].map(renewalFloor), [1000, 2000, 4000, 30_000, 30_000]);
+  assert.equal(renewalDelay(without, made * 1000 - 10_000), 5000);
+  assert.equal(renewalDelay(without, made * 1000), 1000);
+  assert.equal(renewalDelay(without, (made + 600) * 1000), 30_000);
+  assert.equal(renewalDelay('role-x', 0), undefined);
+  assert.deepEqual([0, 1, 2, 5, 50].map(minRenewalDelay), [1000, 2000, 4000, 30_000, 30_000]);
 });

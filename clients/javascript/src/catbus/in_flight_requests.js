@@ -5,15 +5,15 @@
  */
 
 import { RefusedError } from './errors.js';
-import { STUCK } from './publishes.js';
+import { REPLY_TIMEOUT } from './in_flight_publishes.js';
 
-/** @typedef {import('./link.js').Link} Link */
+/** @typedef {import('./connection.js').Connection} Connection */
 /** @typedef {import('./core.js').Settler} Settler */
 
-export class Requests {
+export class InFlightRequests {
   #host;
-  /** @type {Link | undefined} */
-  #desk;
+  /** @type {Connection | undefined} */
+  #connection;
   /** @type {Map<number, {message: any, done: Settler, at: number, kept: boolean}>} */
   #open = new Map();
 
@@ -28,27 +28,27 @@ export class Requests {
    */
   history(pattern, limit, before, done, kept = false) {
     const id = this.#host.nextId();
-    this.#ask(id, { type: 'history', pattern, limit, before, id }, done, kept);
+    this.#send(id, { type: 'history', pattern, limit, before, id }, done, kept);
   }
 
   /** @param {Settler} done told how many milliseconds it took */
   ping(done) {
     const seq = this.#host.nextId();
-    this.#ask(seq, { type: 'ping', seq }, done);
+    this.#send(seq, { type: 'ping', seq }, done);
   }
 
-  /** @param {Link} desk */
-  resume(desk) {
-    this.#desk = desk;
+  /** @param {Connection} connection */
+  resume(connection) {
+    this.#connection = connection;
     for (const request of this.#open.values()) {
       request.at = this.#host.timers.now;
-      desk.send(request.message);
+      connection.send(request.message);
     }
   }
 
-  /** @param {Link} desk */
-  lose(desk) {
-    if (this.#desk === desk) this.#desk = undefined;
+  /** @param {Connection} connection */
+  lose(connection) {
+    if (this.#connection === connection) this.#connection = undefined;
   }
 
   /** @param {Error} why */
@@ -65,16 +65,16 @@ export class Requests {
     return true;
   }
 
-  /** As in `Publishes`. @param {number} moment */
-  giveUpBefore(moment) {
+  /** As in `InFlightPublishes`. @param {number} moment */
+  timeOutBefore(moment) {
     for (const [id, { at }] of [...this.#open]) {
-      if (at < moment - STUCK) this.answered(id, new RefusedError('unavailable', 'the broker does not answer'));
+      if (at < moment - REPLY_TIMEOUT) this.answered(id, new RefusedError('unavailable', 'the broker does not answer'));
     }
   }
 
   /** @param {number} id @param {any} message @param {Settler} done @param {boolean} [kept] */
-  #ask(id, message, done, kept = false) {
+  #send(id, message, done, kept = false) {
     this.#open.set(id, { message, done, at: this.#host.timers.now, kept });
-    this.#desk?.send(message);
+    this.#connection?.send(message);
   }
 }

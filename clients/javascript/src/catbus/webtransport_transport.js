@@ -5,7 +5,7 @@
  */
 
 import { DisconnectedError } from './errors.js';
-import { addressesOf, isLoopback } from './routes.js';
+import { addressesOf, isLoopback } from './broker_addresses.js';
 
 /**
  * What a transport tells. `stream` stands for one of the broker's own streams, and is undefined for the session's.

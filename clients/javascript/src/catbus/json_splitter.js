@@ -11,9 +11,9 @@ import { CatbusError } from './errors.js';
  *
  * Every character is looked at once, however the text comes in pieces.
  */
-export class Splitter {
+export class JsonSplitter {
   #rest = '';
-  #looked = 0;
+  #scanned = 0;
   #depth = 0;
   #quoted = false;
   #parse;
@@ -32,13 +32,13 @@ export class Splitter {
     let rest = this.#rest + text;
     let start = 0;
     const marks = /["\\{}]/g;
-    marks.lastIndex = this.#looked;
+    marks.lastIndex = this.#scanned;
     for (;;) {
       if (this.#depth === 0) {
         // Between objects nothing but white space may stand.
         while (start < rest.length && ' \t\r\n'.includes(rest[start])) start++;
         if (start === rest.length) break;
-        if (rest[start] !== '{') throw new CatbusError('bad_message', 'the broker sent something other than objects');
+        if (rest[start] !== '{') throw new CatbusError('bad_message', 'the broker sent no JSON object');
         marks.lastIndex = start + 1;
         this.#depth = 1;
       }
@@ -66,6 +66,6 @@ export class Splitter {
       }
     }
     this.#rest = rest.slice(start);
-    this.#looked = this.#depth ? Math.max(0, marks.lastIndex - start) : 0;
+    this.#scanned = this.#depth ? Math.max(0, marks.lastIndex - start) : 0;
   }
 }

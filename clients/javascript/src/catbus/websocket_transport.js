@@ -8,7 +8,7 @@ import { DisconnectedError } from './errors.js';
 
 /**
  * @param {string} url @param {new (url: string) => any} constructor @param {AbortSignal} signal
- * @returns {Promise<import('./webtransport.js').Transport>}
+ * @returns {Promise<import('./webtransport_transport.js').Transport>}
  */
 export function openWebSocket(url, constructor, signal) {
   return new Promise((resolve, reject) => {

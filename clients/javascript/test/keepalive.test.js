@@ -10,8 +10,8 @@ import { World } from '../model/world.js';
 function connected() {
   const world = new World(modules);
   world.settle();
-  const [[link, replica]] = world.alive;
-  return { world, link, replica };
+  const [[connection, replica]] = world.alive;
+  return { world, connection, replica };
 }
 
 test('a connection that died with the network is left 2.5 seconds after that is known', () => {
@@ -35,23 +35,23 @@ test('a connection that lives stays, whatever the network says', () => {
 });
 
 test('a page that was asleep looks again before it takes a connection for lost', () => {
-  const { world, link, replica } = connected();
+  const { world, connection, replica } = connected();
   world.wait(30_000); // A ping is due and sent.
   replica.work(Infinity);
   world.wait(600_000); // The page was frozen: its answer has come and was not read.
   assert.equal(world.core.state, 'connected');
-  world.bring(link, Infinity);
+  world.bring(connection, Infinity);
   world.turn();
   world.wait(2500);
   assert.deepEqual([world.core.state, world.opened], ['connected', 1]);
 });
 
 test('a page that is seen again does not wait for its turn to connect, but for a second', () => {
-  const { world, link } = connected();
-  world.lose(link, 1006);
+  const { world, connection } = connected();
+  world.lose(connection, 1006);
   for (const seconds of [0, 1, 2]) {
     world.wait(1000 * 2 ** seconds);
-    world.failLink(0);
+    world.failConnection(0);
   }
   const { opened } = world;
   world.do((core) => core.wake());

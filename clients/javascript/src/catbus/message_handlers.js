@@ -1,0 +1,66 @@
+/**
+ * What a broker can say, and whom it is for.
+ *
+ * @module
+ */
+
+import { RefusedError } from './errors.js';
+
+/** @typedef {import('./core.js').Core} Core */
+/** @typedef {import('./connection.js').IncomingStream} IncomingStream */
+
+/** @param {any} object */
+function errorFrom({ code = 'internal', message = code, retry_after: retryAfter }) {
+  return new RefusedError(code, message, retryAfter);
+}
+
+/** A refusal of any request: one of a kind of its own, or `error` with the id of what was not understood. @param {Core} core @param {any} object */
+function refused(core, object) {
+  const { publishes, requests, subscriptions } = core;
+  const reason = errorFrom(object);
+  const { id } = object;
+  // One that nobody waits for is late: its request has been settled otherwise.
+  if (id === undefined) core.emit('error', reason);
+  else publishes.refused(id, reason) || requests.answered(id, reason) || subscriptions.refused(id, reason);
+}
+
+/** @param {any} object @param {IncomingStream} incoming */
+function updateHead(object, incoming) {
+  const seq = object.type === 'gap' ? object.to : object.seq;
+  if (!object.epoch) return;
+  // Other streams may have told of a later epoch than the one in which a subscription's own stream begins.
+  if (object.type === 'subscribed' && incoming.own) incoming.epoch = object.epoch;
+  else incoming.connection.advance(seq ?? 0, object.epoch, incoming);
+}
+
+/** @type {Record<string, (core: Core, object: any, incoming: IncomingStream) => void>} */
+export const HANDLERS = {
+  message: (core, object, incoming) => core.subscriptions.message(object, incoming),
+  auth_ok: (core, object, incoming) => core.authenticated(incoming.connection, object),
+  auth_error: (core, object, incoming) => core.authFailed(incoming.connection, errorFrom({ code: 'unauthenticated', ...object })),
+  published: (core, { id, seq, duplicate }, { connection }) => {
+    if (seq > connection.head) connection.head = seq;
+    core.publishes.published(id, seq, duplicate === true);
+  },
+  publish_error: refused,
+  subscribe_error: refused,
+  error: refused,
+  history: (core, object) => void core.requests.answered(object.id, undefined, object),
+  pong: (core, object, incoming) => core.pong(incoming.connection, object),
+  subscribed: (core, object, incoming) => {
+    updateHead(object, incoming);
+    core.subscriptions.subscribed(object, incoming);
+  },
+  unsubscribed: (core, object, incoming) => core.subscriptions.unsubscribed(object, incoming.connection),
+  revoked: (core, object, incoming) => core.subscriptions.revoked(object, incoming),
+  live: (core, object, incoming) => core.subscriptions.live(object, incoming),
+  head: (core, object, incoming) => {
+    updateHead(object, incoming);
+    core.subscriptions.head(object, incoming);
+  },
+  gap: (core, object, incoming) => {
+    updateHead(object, incoming);
+    core.subscriptions.gap(object, incoming);
+  },
+  goaway: (core, object, incoming) => core.leaving(incoming.connection, object),
+};

@@ -1,0 +1,399 @@
+/**
+ * The subscriptions of one client, which outlive its connections: which the broker has been asked to begin and to end, and
+ * which handlers its answers are for.
+ *
+ * All handlers of a pattern are subscribers of one subscription, which is one subscription on the wire. A subscription hears one incoming: that of
+ * the newest `subscribe` that was agreed to. Only the newest one counts, so an answer that comes late, or from a
+ * connection that another one has replaced, takes nothing away from it. There it was asked for with the lowest cursor of
+ * its subscribers, so nothing is missing between, and each subscriber drops what is not above its own.
+ *
+ * @module
+ */
+
+import { ANOTHER_CLIENT, RefusedError, RETRYABLE } from './errors.js';
+import { SharedSubscription, RETRY_PAUSE, fetchHistory, notify } from './shared_subscription.js';
+import { REPLY_TIMEOUT } from './in_flight_publishes.js';
+import { Subscriber } from './subscriber.js';
+
+/** @typedef {import('./connection.js').Connection} Connection */
+/** @typedef {import('./connection.js').IncomingStream} IncomingStream */
+/** @typedef {import('./core.js').Settler} Settler */
+/** @typedef {import('./subscriber.js').Start} Start */
+
+const MAX_RETRY_PAUSE = 10_000;
+
+const nobody = () => {};
+
+export class SubscriptionManager {
+  #host;
+  /** The connection to ask, if there is one. @type {Connection | undefined} */
+  #connection;
+  /** The one before it, while the client moves: it may be needed again. @type {Connection | undefined} */
+  #previous;
+  /** @type {Map<string, SharedSubscription>} */
+  #byPattern = new Map();
+  /** @type {Map<number, SharedSubscription>} */
+  #requests = new Map();
+  /** What waits for `unsubscribed`. @type {Map<number, Settler>} */
+  #unsubscribing = new Map();
+  /** @type {Set<SharedSubscription>} */
+  #toRetry = new Set();
+
+  /** @param {import('./shared_subscription.js').Host} host */
+  constructor(host) {
+    this.#host = host;
+  }
+
+  /** Whether an agreement is still to come. */
+  get awaitingReply() {
+    return this.#requests.size + this.#toRetry.size > 0;
+  }
+
+  // What the application asks
+
+  /**
+   * @param {string} pattern @param {Start & {stream?: boolean, datagrams?: boolean}} options
+   * @param {any} owner @returns {Subscriber}
+   */
+  add(pattern, { stream = false, datagrams = false, ...start }, owner) {
+    let subscription = this.#byPattern.get(pattern);
+    if (!subscription) this.#byPattern.set(pattern, (subscription = new SharedSubscription(pattern)));
+    const subscriber = new Subscriber(subscription, start, owner);
+    subscription.subscribers.add(subscriber);
+    const more = (stream && !subscription.stream) || (datagrams && !subscription.datagrams);
+    subscription.stream ||= stream;
+    subscription.datagrams ||= datagrams;
+    if (subscriber.cursor === undefined && subscription.incoming && !subscription.crossing && subscription.seq <= subscription.incoming.connection.head && !more) {
+      // From where it stands, or from where the replica stood where it has not caught up.
+      this.#start(subscriber, Math.max(subscription.seq, subscription.head), subscription.incoming.epoch, subscription.incoming.connection);
+      if (subscription.live) this.#becomeLive(subscriber);
+    } else if (subscriber.cursor !== undefined || !subscription.request || more || Number(subscription.request.since ?? 0) > subscription.request.connection.head) {
+      this.#sendSubscribe(subscription);
+    }
+    return subscriber;
+  }
+
+  /** End it from this side. @param {Subscriber} subscriber @param {Settler} settler settled when the broker knows */
+  remove(subscriber, settler) {
+    const { subscription } = subscriber;
+    const attached = subscriber.attached;
+    this.#end(subscriber, undefined);
+    if (attached && !subscription.attached.length) this.#sendUnsubscribe(subscription, settler);
+    else this.#host.settle(settler, undefined);
+  }
+
+  /** Have nothing sent to it for now. @param {Subscriber} subscriber */
+  pause(subscriber) {
+    if (!subscriber.attached) return;
+    subscriber.phase = 'paused';
+    if (!subscriber.subscription.attached.length) this.#sendUnsubscribe(subscriber.subscription);
+  }
+
+  /** Go on from where it stands. @param {Subscriber} subscriber */
+  unpause(subscriber) {
+    if (subscriber.phase !== 'paused') return;
+    subscriber.phase = 'requested';
+    subscriber.live = false;
+    this.#sendSubscribe(subscriber.subscription);
+  }
+
+  /** End all that began under another client_id. @param {string | null} clientId */
+  endForeign(clientId) {
+    for (const subscriber of this.#subscribers()) {
+      if (subscriber.owner === undefined || subscriber.owner === clientId) continue;
+      this.#reject(subscriber, new RefusedError('unauthorized', ANOTHER_CLIENT));
+      if (!subscriber.subscription.attached.length) this.#sendUnsubscribe(subscriber.subscription);
+    }
+  }
+
+  /** End all of them. @param {Error} why */
+  endAll(why) {
+    for (const subscriber of this.#subscribers()) this.#end(subscriber, why);
+  }
+
+  // Between connections
+
+  /** Another connection is there: ask it to go on. One before it is heard until the answer. @param {Connection} connection */
+  resume(connection) {
+    this.#forgetRequests();
+    this.#previous = this.#connection;
+    this.#connection = connection;
+    for (const subscription of this.#byPattern.values()) if (subscription.attached.length) this.#sendSubscribe(subscription);
+  }
+
+  /** A connection is gone, and what was heard there waits for the next one. @param {Connection} connection */
+  lose(connection) {
+    for (const subscription of this.#byPattern.values()) if (subscription.incoming?.connection === connection) this.#detach(subscription);
+    if (this.#previous === connection) this.#previous = undefined;
+    if (this.#connection !== connection) return;
+    this.#connection = undefined;
+    this.#forgetRequests();
+  }
+
+  // What the broker says
+
+  /** @param {any} reply @param {IncomingStream} incoming */
+  subscribed(reply, incoming) {
+    const subscription = this.#takeRequest(reply.id);
+    if (!subscription?.request) return;
+    const { since, epoch } = subscription.request;
+    const moved = subscription.incoming?.connection !== incoming.connection;
+    subscription.request = undefined;
+    subscription.tries = 0;
+    subscription.incoming = incoming;
+    if (incoming.own) incoming.subscription = subscription;
+    subscription.live = since === undefined;
+    // A replica that is behind sends from `since` on, not from where it is.
+    subscription.head = epoch === incoming.epoch ? Math.max(reply.seq, since ?? 0) : reply.seq;
+    subscription.seq = since ?? reply.seq;
+    subscription.crossing = since !== undefined && epoch !== incoming.epoch;
+    for (const subscriber of subscription.attached) {
+      const fresh = subscriber.phase === 'requested';
+      if (subscriber.cursor === undefined ? !subscription.crossing : subscriber.isCovered(since ?? reply.seq, since === undefined ? incoming.epoch : epoch, incoming.epoch)) {
+        if (moved || fresh) subscriber.live = false;
+        this.#start(subscriber, subscription.head, incoming.epoch, incoming.connection);
+        if (subscription.live) this.#becomeLive(subscriber);
+      } else {
+        // It stands elsewhere in another epoch, or nowhere yet: it is asked for when this subscription has caught up.
+        subscriber.phase = 'requested';
+      }
+    }
+    if (subscription.live) this.#subscribeWaiting(subscription);
+  }
+
+  /** @param {any} reply @param {Connection} connection */
+  unsubscribed(reply, connection) {
+    if (reply.id !== undefined) {
+      this.#host.settle(this.#unsubscribing.get(reply.id) ?? nobody, undefined);
+      this.#unsubscribing.delete(reply.id);
+      return;
+    }
+    // Its own stream was not read for too long (a page may be frozen): it goes on from where it stands.
+    const subscription = this.#byPattern.get(reply.pattern);
+    if (subscription?.incoming?.connection !== connection) return;
+    this.#detach(subscription);
+    if (connection === this.#connection && !subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
+  }
+
+  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
+  refused(id, reason) {
+    if (this.#unsubscribing.has(id)) {
+      this.unsubscribed({ id }, /** @type {any} */ (undefined));
+      return true;
+    }
+    const subscription = this.#takeRequest(id);
+    if (!subscription) return false;
+    subscription.request = undefined;
+    if (RETRYABLE.has(reason.code)) {
+      this.#toRetry.add(subscription);
+      const { timers } = this.#host;
+      const pause = Math.min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** Math.min(subscription.tries++, 10));
+      if (!timers.has('retry subscriptions')) timers.set('retry subscriptions', pause, () => this.#retry());
+      return true;
+    }
+    const heard = subscription.incoming !== undefined && subscription.incoming.connection === this.#connection;
+    for (const subscriber of [...subscription.subscribers]) this.#reject(subscriber, reason);
+    // A refused `subscribe` leaves the subscription that it was to replace.
+    if (heard) this.#sendUnsubscribe(subscription);
+    return true;
+  }
+
+  /** Whether what was asked long before `moment` has no answer. @param {number} moment */
+  stuckSince(moment) {
+    return [...this.#requests.values()].some(({ request }) => request !== undefined && request.at < moment - REPLY_TIMEOUT);
+  }
+
+  /** @param {any} reply @param {IncomingStream} incoming */
+  revoked(reply, incoming) {
+    const subscription = this.#route(reply.pattern, incoming);
+    if (!subscription) return;
+    const reason = new RefusedError('revoked', 'the permission was withdrawn');
+    // It was asked for anew, here or on the next connection.
+    if (subscription.request) this.#sendUnsubscribe(subscription);
+    for (const subscriber of [...subscription.subscribers]) this.#end(subscriber, reason);
+    this.#detach(subscription);
+    this.#host.emit('revoked', { pattern: reply.pattern, seq: reply.seq });
+  }
+
+  /** @param {any} message @param {IncomingStream} incoming */
+  message(message, incoming) {
+    const { seq, pattern } = message;
+    const subscription = incoming.subscription ?? this.#byPattern.get(pattern);
+    if (!subscription?.incoming) return;
+    if (seq === undefined) {
+      // A datagram belongs to no stream.
+      if (subscription.incoming.connection !== incoming.connection) return;
+      for (const subscriber of subscription.active) notify(this.#host, subscriber, 'message', { message, epoch: '' });
+      return;
+    }
+    if (subscription.incoming !== incoming) return;
+    subscription.seq = seq;
+    for (const subscriber of subscription.active) {
+      if (subscriber.isNew(seq, incoming.epoch)) notify(this.#host, subscriber, 'message', { message, epoch: incoming.epoch });
+    }
+  }
+
+  /** @param {any} reply @param {IncomingStream} incoming */
+  live(reply, incoming) {
+    const subscription = this.#route(reply.pattern, incoming);
+    if (!subscription) return;
+    subscription.live = true;
+    subscription.crossing = false;
+    subscription.seq = reply.seq;
+    for (const subscriber of subscription.active) {
+      subscriber.moveTo(reply.seq, incoming.epoch);
+      this.#becomeLive(subscriber);
+    }
+    this.#subscribeWaiting(subscription);
+  }
+
+  /** @param {any} reply @param {IncomingStream} incoming */
+  head(reply, incoming) {
+    for (const subscription of incoming.own ? [incoming.subscription] : this.#byPattern.values()) {
+      if (subscription?.incoming !== incoming || !subscription.live) continue;
+      subscription.seq = reply.seq;
+      for (const subscriber of subscription.active) subscriber.moveTo(reply.seq, reply.epoch);
+    }
+  }
+
+  /** @param {any} reply @param {IncomingStream} incoming */
+  gap(reply, incoming) {
+    const subscription = this.#route(reply.pattern, incoming);
+    if (!subscription) return;
+    const { pattern, epoch, reason } = reply;
+    subscription.seq = subscription.head = reply.to;
+    for (const subscriber of subscription.active) {
+      const missing = subscriber.gapFor(reply);
+      if (!missing) continue;
+      const gap = { pattern, ...missing, epoch, reason };
+      notify(this.#host, subscriber, 'gap', gap);
+      this.#host.emit('gap', gap);
+    }
+  }
+
+  // Helpers
+
+  #subscribers() {
+    return [...this.#byPattern.values()].flatMap((subscription) => [...subscription.subscribers]);
+  }
+
+  /** Whose a pattern is, where this incoming is heard for it. @param {string} pattern @param {IncomingStream} incoming */
+  #route(pattern, incoming) {
+    const subscription = incoming.subscription ?? this.#byPattern.get(pattern);
+    return subscription?.incoming === incoming ? subscription : undefined;
+  }
+
+  /** Ask for what its subscribers are owed. @param {SharedSubscription} subscription */
+  #sendSubscribe(subscription) {
+    const connection = this.#connection;
+    if (!connection) return;
+    this.#toRetry.delete(subscription);
+    const { since, epoch } = subscription.nextCursor(connection);
+    const id = this.#host.nextId();
+    if (subscription.request) this.#requests.delete(subscription.request.id);
+    subscription.request = { id, connection: connection, at: this.#host.timers.now, since, epoch };
+    this.#requests.set(id, subscription);
+    connection.send({
+      type: 'subscribe',
+      pattern: subscription.pattern,
+      ...(since !== undefined && { since, epoch }),
+      ...(subscription.stream && { stream: true }),
+      ...(subscription.datagrams && { datagrams: true }),
+      id,
+    });
+  }
+
+  /** @param {SharedSubscription} subscription */
+  #subscribeWaiting(subscription) {
+    if (!subscription.request && subscription.attached.some(({ phase }) => phase === 'requested')) this.#sendSubscribe(subscription);
+  }
+
+  #retry() {
+    for (const subscription of [...this.#toRetry]) if (subscription.attached.length) this.#sendSubscribe(subscription);
+    this.#toRetry.clear();
+  }
+
+  /** Nobody wants it any more, for now or for good. @param {SharedSubscription} subscription @param {Settler} settler */
+  #sendUnsubscribe(subscription, settler = nobody) {
+    const connection = this.#connection;
+    const known = subscription.request || (subscription.incoming && subscription.incoming.connection === connection);
+    if (subscription.request) this.#requests.delete(subscription.request.id);
+    subscription.request = undefined;
+    this.#toRetry.delete(subscription);
+    this.#detach(subscription);
+    const { pattern } = subscription;
+    this.#previous?.send({ type: 'unsubscribe', pattern, id: this.#host.nextId() });
+    if (connection && known) {
+      const id = this.#host.nextId();
+      this.#unsubscribing.set(id, settler);
+      connection.send({ type: 'unsubscribe', pattern, id });
+    } else {
+      this.#host.settle(settler, undefined);
+    }
+  }
+
+  /** It is not heard any more. @param {SharedSubscription} subscription */
+  #detach(subscription) {
+    if (subscription.incoming?.subscription === subscription) subscription.incoming.subscription = undefined;
+    subscription.incoming = undefined;
+    subscription.live = false;
+  }
+
+  /** Whom a reply is for, which comes once for each request. @param {number} id */
+  #takeRequest(id) {
+    const subscription = this.#requests.get(id);
+    this.#requests.delete(id);
+    return subscription;
+  }
+
+  #forgetRequests() {
+    for (const subscription of this.#requests.values()) subscription.request = undefined;
+    this.#requests.clear();
+    this.#toRetry.clear();
+    this.#host.timers.cancel('retry subscriptions');
+    for (const settler of this.#unsubscribing.values()) this.#host.settle(settler, undefined);
+    this.#unsubscribing.clear();
+  }
+
+  /** @param {Subscriber} subscriber @param {number} seq @param {string} epoch @param {Connection} connection */
+  #start(subscriber, seq, epoch, connection) {
+    subscriber.activate(seq, epoch);
+    if (subscriber.started) return;
+    subscriber.started = true;
+    subscriber.owner = connection.clientId;
+    this.#host.notify(subscriber, 'started', { cursor: subscriber.cursor, epoch: subscriber.epoch, owner: subscriber.owner });
+    if (subscriber.last !== undefined) subscriber.buffered = [];
+  }
+
+  /** @param {Subscriber} subscriber */
+  #becomeLive(subscriber) {
+    if (subscriber.live) return;
+    subscriber.live = true;
+    if (subscriber.last !== undefined) {
+      // Only now is it certain that the replica has what is below its cursor.
+      fetchHistory(this.#host, subscriber, subscriber.last, subscriber.start + 1);
+      subscriber.last = undefined;
+    }
+    notify(this.#host, subscriber, 'live', undefined);
+  }
+
+  /** The broker would not have it. @param {Subscriber} subscriber @param {RefusedError} reason */
+  #reject(subscriber, reason) {
+    const { started, cursor, subscription } = subscriber;
+    this.#end(subscriber, reason);
+    if (!started) return;
+    this.#host.emit('error', reason);
+    if (reason.code === 'unauthorized') this.#host.emit('revoked', { pattern: subscription.pattern, seq: cursor ?? 0 });
+  }
+
+  /** It gets nothing more. @param {Subscriber} subscriber @param {Error | undefined} why undefined: the application wants it so */
+  #end(subscriber, why) {
+    if (subscriber.phase === 'ended') return;
+    const { subscription } = subscriber;
+    subscriber.phase = 'ended';
+    subscriber.buffered = undefined;
+    subscription.subscribers.delete(subscriber);
+    if (!subscription.subscribers.size && this.#byPattern.get(subscription.pattern) === subscription) this.#byPattern.delete(subscription.pattern);
+    this.#host.notify(subscriber, 'ended', why);
+  }
+}
