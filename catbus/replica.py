@@ -100,15 +100,15 @@ class Replica:
         self.unauthenticated = UnauthenticatedPeers()
         self.permissions = LivePermissions(roles)
         self.cpu_scheduler = CpuScheduler()
-        self.usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
+        self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
         self.sessions: set[SessionDriver] = set()
         self.draining = False
-        quotas = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
+        publish_rates = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
         self._authentication = Authentication(
             authenticator, roles, self.cpu_scheduler, self.runtime_statistics, config.limits.client_id
         )
-        self._publisher = Publisher(log, self.delivery, quotas, self.cpu_scheduler)
+        self._publisher = Publisher(log, self.delivery, publish_rates, self.cpu_scheduler)
         self._services = SessionServices(
             config=config,
             log=log,
@@ -117,8 +117,8 @@ class Replica:
             authentication=self._authentication,
             publisher=self._publisher,
             permissions=self.permissions,
-            quotas=quotas,
-            usages=self.usages,
+            publish_rates=publish_rates,
+            client_usages=self.client_usages,
             unauthenticated=self.unauthenticated,
             cpu_scheduler=self.cpu_scheduler,
             statistics=self.runtime_statistics,

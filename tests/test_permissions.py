@@ -191,7 +191,7 @@ async def test_only_who_has_the_role_is_looked_up(replica: Replica, roles: Roles
 
 async def test_who_has_left_or_bears_another_token_now_does_not_depend_on_it(replica: Replica, roles: Roles) -> None:
     gone = await enter(replica)
-    gone.leave()
+    gone.end()
     token = sign(SECRET, client_id="ci", grants=Grants.ALL)
     client = await enter(replica, {"type": "auth", "token": token}, *subscribe("*"))
     before = list(roles.asked)
@@ -324,7 +324,7 @@ async def test_many_sessions_are_told_bit_by_bit(
         while replica.permissions.updates < 50:
             await trio.lowlevel.checkpoint()
         left.append(next(client for client in clients if client.closing is None))
-        left[0].leave()
+        left[0].end()
 
     nursery.start_soon(leave_meanwhile)
     roles.change(None)

@@ -80,7 +80,7 @@ async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it
         await wait_all_tasks_blocked()
         assert client.send_queue.size < 5000 + 200
         answers += len(client.send_queue.take())
-    client.leave()
+    client.end()
 
 
 async def test_authenticating_puts_the_deadline_off(
@@ -92,7 +92,7 @@ async def test_authenticating_puts_the_deadline_off(
     await client.receive(auth(None, monkeypatch))
     await trio.sleep(80_000)
     assert client.closing is None
-    client.leave()
+    client.end()
 
 
 async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_does_not(
@@ -122,7 +122,7 @@ async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
     assert client.send_queue.full, "it waits for somebody to read the replies"
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(130)
-    client.leave()
+    client.end()
 
 
 async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
@@ -133,7 +133,7 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
     nursery.start_soon(client.receive, b'{"type":"ping","seq":1}{"type":"subscribe","pattern":"project.*"}' * 1000)
     await wait_all_tasks_blocked()
     assert replica.delivery.statistics().live
-    client.leave()
+    client.end()
     await wait_all_tasks_blocked()
     assert not replica.delivery.statistics().live
 
@@ -157,7 +157,7 @@ async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
         await client.receive(b'{"type":"ping","seq":1}' * 20)
         both.cancel_scope.cancel()
     assert cpu_scheduler > 10
-    client.leave()
+    client.end()
 
 
 # Marks of time
@@ -235,7 +235,7 @@ async def test_who_is_subscribed_to_nothing_is_told_nothing(
 
 async def test_waiting_ends_when_the_client_has_left(replica: Replica) -> None:
     client = open_client(replica)
-    client.leave()
+    client.end()
     with trio.fail_after(5):
         await client.wait_closing()
     assert client.closing is None
@@ -335,7 +335,7 @@ LATE = [CI, None, Unavailable("away")]
 
 
 @pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
-@pytest.mark.parametrize("end", [SessionDriver.leave, SessionDriver.finish])
+@pytest.mark.parametrize("end", [SessionDriver.end, SessionDriver.finish])
 async def test_who_has_gone_before_the_answer_is_not_admitted(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, end: Callable[[SessionDriver], None], answer: Any
 ) -> None:
@@ -361,7 +361,7 @@ async def test_who_leaves_while_a_newer_token_is_looked_up_does_not_subscribe_an
     assert role_replica.delivery.statistics().live == 1
     nursery.start_soon(client.receive, objects(AUTH, SUBSCRIBE))
     await wait_all_tasks_blocked()
-    client.leave()
+    client.end()
     roles.let.set()
     await wait_all_tasks_blocked()
     assert role_replica.delivery.statistics().live == 0
@@ -495,7 +495,7 @@ async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
     async def leave() -> None:
         await trio.sleep(4)
         for client in clients:
-            client.leave()
+            client.end()
 
     began = trio.current_time()
     nursery.start_soon(leave)
@@ -543,7 +543,7 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
     await sibling.receive(message)
     assert trio.current_time() > seconds + 0.05
     for each in (client, sibling, other):
-        each.leave()
+        each.end()
 
 
 async def test_a_request_over_the_rate_is_told_when_to_come_again(
@@ -585,7 +585,7 @@ async def test_token_may_name_another_rate(strict_replica: Replica, autojump_clo
     await hasty.receive(message * 20)
     assert trio.current_time() == pytest.approx(began + 1), "what counts is the last token"
     for client in (hasty, slow):
-        client.leave()
+        client.end()
 
 
 async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica) -> None:
@@ -596,16 +596,16 @@ async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica
     assert [client.closing and client.closing[0] for client in clients[:3]] == [None, None, CloseCode.OVERLOADED]
     await clients[3].receive(hello(None))
     assert clients[3].closing is None
-    clients[0].leave()
-    clients[2].leave()
-    assert (usage := strict_replica.usages.of("a")) is not None
+    clients[0].end()
+    clients[2].end()
+    assert (usage := strict_replica.client_usages.of("a")) is not None
     assert usage.sessions == 1
     again = open_client(strict_replica)
     await again.receive(hello("a"))
     assert again.closing is None
     for client in (*clients, again):
-        client.leave()
-    assert len(strict_replica.usages) == 0
+        client.end()
+    assert len(strict_replica.client_usages) == 0
 
 
 async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_network(
@@ -634,8 +634,8 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     await here.receive(message)
     assert trio.current_time() > began
     for client in (here, beside, elsewhere, late):
-        client.leave()
-    assert len(strict_replica.usages) == 0
+        client.end()
+    assert len(strict_replica.client_usages) == 0
 
 
 async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(replica: Replica) -> None:
@@ -645,7 +645,7 @@ async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_networ
             client = open_client(replica, network)
             await client.receive(hello(shown))
             shares.append(peer.share)
-            client.leave()
+            client.end()
     assert [shares.index(share) for share in shares] == [0, 1, 0, 3, 3]
 
 
@@ -677,7 +677,7 @@ async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
     try:
         for step in range(3):
             if step == (2 if settled_first else 0):
-                client.leave()
+                client.end()
                 del client
             else:
                 append = log.held.pop()
@@ -722,10 +722,10 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
     assert replica.runtime_statistics.errors_sent[ErrorCode.OVERLOADED] == 1
     await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
-    assert replica.usages.subscriptions == 7
+    assert replica.client_usages.subscriptions == 7
     for client in (greedy, sibling, other):
-        client.leave()
-    assert replica.usages.subscriptions == 0
+        client.end()
+    assert replica.client_usages.subscriptions == 0
 
 
 async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
@@ -750,7 +750,7 @@ async def test_session_without_a_client_id_keeps_its_share_with_another_token(st
     assert client.session.identity is not None
     assert client.session.identity.grants.write == ("b",)
     assert client.session.usage.client == before
-    client.leave()
+    client.end()
 
 
 async def test_a_client_id_that_is_too_long_is_refused(strict_replica: Replica) -> None:
@@ -796,7 +796,7 @@ async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
     assert len(unsubscribed) == 10
     assert budget.pinned == 0
     for client in clients:
-        client.leave()
+        client.end()
 
 
 @pytest.mark.parametrize("protocol", [0, 1])
@@ -820,4 +820,4 @@ async def test_all_that_is_revoked_at_once_is_looked_for_once(
     assert len(looked) == 1
     kept = [item for item in client.send_queue.take() if isinstance(item, EncodedMessages)]
     assert [entry.channel for run in kept for entry in run.entries] == ["n0"]
-    client.leave()
+    client.end()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from catbus.auth.grants import Grants, Identity
 from catbus.delivery.send_queue import SendQueue
+from catbus.delivery.subscription import Subscription
 from catbus.errors import CloseCode, ErrorCode, PeerError
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
 from catbus.protocol.json_splitter import JsonSplitter
@@ -66,19 +67,20 @@ class Driver:
                 try:
                     if isinstance(self.identity, PeerError):
                         raise self.identity
-                    session.admit(self.identity, AuthOk("alice"), PRODUCER, 100.0, self.wall)
+                    session.accept_token(self.identity, AuthOk("alice"), PRODUCER, 100.0, self.wall)
                 except PeerError as error:
-                    session.refuse(error)
+                    session.reject_token(error)
             case StartSubscription(request):
-                session.joined(request, 7, "e")
+                session.subscribed(request, Subscription(self.send_queue), 7, "e")
             case EndSubscription(request):
-                session.left(request, 8)
+                session.remove_subscription(request.pattern)
+                session.unsubscribed(request, 8)
             case AppendMessage(append):
                 self.appends.append(append)
             case ReadHistory(request):
-                session.recalled(request, [], False)
+                session.send_history(request, [], False)
             case SendHeads():
-                session.say(Head(7, "e", 0))
+                session.send(Head(7, "e", 0))
             case BroadcastMessage():
                 pass
 
@@ -206,9 +208,9 @@ def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(en
 def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:
     driver = Driver()
     assert driver.session.deadline == 110.0
-    driver.session.tick(109.9)
+    driver.session.check_deadline(109.9)
     assert driver.session.closing is None
-    driver.session.tick(110.0)
+    driver.session.check_deadline(110.0)
     assert driver.replies() == [{"type": "auth_error", "message": "no auth within 10 s"}]
     assert driver.session.closing == (CloseCode.AUTH_TIMEOUT, "no auth within 10 s")
 
@@ -237,13 +239,13 @@ def test_narrower_grants_name_the_subscriptions_that_they_end() -> None:
     driver = open_session()
     driver.say({"type": "subscribe", "pattern": "project.a"}, {"type": "subscribe", "pattern": "project.b"})
     narrow = Identity("alice", Grants(read=("project.a",), write=()), None)
-    assert driver.session.admit(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
+    assert driver.session.accept_token(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
 
 
 def test_an_expired_token_has_a_grace() -> None:
     driver = open_session(identity=Identity("alice", ALICE.grants, expires=1010.0), wall=1000.0)
     assert driver.session.deadline == 100.0 + 10 + 30
-    driver.session.tick(140.0)
+    driver.session.check_deadline(140.0)
     assert driver.session.closing == (CloseCode.TOKEN_EXPIRED, "the token has expired")
     assert open_session().session.deadline == inf
 
@@ -368,7 +370,7 @@ def test_an_ephemeral_publish_goes_past_the_log() -> None:
 
 def test_an_ephemeral_message_has_a_size_at_most_and_one_for_the_log_has_not() -> None:
     driver = open_session()
-    driver.session._framer = JsonSplitter(decode_client, 65_536)
+    driver.session._splitter = JsonSplitter(decode_client, 65_536)
     room = EPHEMERAL_SIZE - len("project.a") - len('"alice"') - len('""')
     message = {"type": "publish", "channel": "project.a", "payload": "x" * room, "ephemeral": True, "id": 1}
     assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 1}]

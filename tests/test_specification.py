@@ -42,7 +42,7 @@ from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import ProtocolVersion, Reply, Request
 from catbus.replica import Replica
-from catbus.session.driver import MAX_HISTORY, QUIET, client_limits
+from catbus.session.driver import HEAD_INTERVAL, MAX_HISTORY, client_limits
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_replica import Roles
@@ -382,7 +382,7 @@ CONSTANTS = {
     ),
     "streams that the broker opens in a session": CONNECTION_LIMITS.outgoing_streams,
     "datagrams waiting in a session": CONNECTION_LIMITS.queued_datagrams,
-    "seconds without other data until the broker sends `head` unasked (at most twice as many)": QUIET,
+    "seconds without other data until the broker sends `head` unasked (at most twice as many)": HEAD_INTERVAL,
     "seconds during which a client takes none of the waiting data": websocket_connection.STALL_TIMEOUT,
     "the same for a subscription's own stream": webtransport_session.STALL_TIMEOUT,
     "seconds for closing": websocket_connection.CLOSE_TIMEOUT,
@@ -683,7 +683,7 @@ async def test_session_changes_state_as_in_the_table(
         before = session.state
         if event in TIMEOUTS:
             await trio.sleep_until(session.deadline)
-            session.tick(trio.current_time())
+            session.check_deadline(trio.current_time())
             received = await peer.receive()
         elif event == "the role loses permissions":
             peer.client.update_role(Identity("alice", Grants(("project.a",)), None))

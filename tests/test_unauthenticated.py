@@ -80,17 +80,17 @@ async def test_large_object_is_accepted_only_after_authentication(replica: Repli
 async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(replica: Replica) -> None:
     replica.unauthenticated._limit = 1000
     authenticated, first, second, third = (replica.open_session(TransportWriter(), transport="test") for _ in range(4))
-    authenticated.heard(900)
+    authenticated.count_received(900)
     await authenticated.receive(auth())
     assert replica.unauthenticated.size == 0
-    authenticated.heard(10_000)
+    authenticated.count_received(10_000)
     for client in (first, second, third):
-        client.heard(400)
+        client.count_received(400)
     assert [client.closing and client.closing[0] for client in (authenticated, first, second, third)] == [
         *(None, CloseCode.OVERLOADED),
         *(None, None),
     ]
     assert said(first) == ["auth_error"]
     for client in (authenticated, first, second, third):
-        client.leave()
+        client.end()
     assert (replica.unauthenticated.size, replica.unauthenticated.evicted) == (0, 1)

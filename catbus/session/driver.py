@@ -1,4 +1,4 @@
-"""One connected client, whatever its transport: the hands that carry out what its session asks for."""
+"""The driver of one session: carries out the effects of its state machine, on any transport."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ from .state_machine import (
 )
 
 MAX_HISTORY = 1000
-"""Messages in one page of `history` at the most."""
+"""Maximum number of messages in a page of `history`."""
 
 MAX_HISTORY_BYTES = 1 << 20
-"""And about so many bytes, but for a single message."""
+"""Maximum size of a page of `history`, unless it is a single message. Sizes are approximate."""
 
-QUIET = 15.0
-"""Seconds without anything sent, after which a client is told how far its subscriptions are complete."""
+HEAD_INTERVAL = 15.0
+"""Seconds without anything sent after which a session gets `head`."""
 
 
 class Streams(Protocol):
-    """What a transport can do that has more than one stream, and datagrams."""
+    """What a transport with several streams and with datagrams can do."""
 
     def open_stream(self, on_stopped: Callable[[SendQueue], None]) -> SendQueue | None:
-        """A send queue whose content goes over a stream of its own; None when the peer allows no more of them.
+        """Open a stream and return its send queue; None when the peer allows no more streams.
 
-        `on_stopped` is called with it when the peer does not want the rest, or has taken nothing of it for too long.
-        Then nothing of it is sent any more.
+        `on_stopped` is called with the send queue when the peer stops the stream, or has read nothing of it for too
+        long. Nothing of it is sent afterwards.
         """
 
     def end_stream(self, send_queue: SendQueue) -> None:
-        """End that stream after what the send queue holds. Nothing is put into it any more."""
+        """End a stream after the contents of its send queue. Nothing is put into the send queue afterwards."""
 
     def send_datagram(self, data: bytes) -> bool:
-        """Send a datagram, at most once; False when it is too large for one."""
+        """Send a datagram, at most once. Return False when it is too large."""
 
 
 class SessionDriver:
-    """One connected client, whatever the transport. Its endpoint feeds it bytes and sends what its send queues hold.
+    """Runs one session on any transport. An endpoint feeds it bytes, and sends the contents of its send queues.
 
-    There is one send queue for the session, and one for each subscription that has a stream of its own.
+    The session has one send queue, and one for each subscription with its own stream.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SessionDriver:
         transport: str,
         streams: Streams | None,
         network: str,
-        on_left: Callable[[SessionDriver], None],
+        on_ended: Callable[[SessionDriver], None],
     ) -> None:
         limits = services.config.limits
         self.transport = transport
@@ -88,54 +88,54 @@ class SessionDriver:
                 limits.message_size,
                 limits.subscriptions,
                 limits.auth_timeout,
-                # A token that was taken after its `exp` is good for the whole of the leeway.
+                # A token that was accepted after its `exp` is valid for the whole leeway.
                 max(limits.token_grace, services.config.auth.leeway),
             ),
             trio.current_time(),
-            on_settled=self._settled,
+            on_settled=self._handle_settled,
             on_error=services.statistics.count_error,
             roles_known=services.permissions.is_known,
         )
-        self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._give_way)
+        self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._evict)
         self._services = services
-        self._on_left = on_left
+        self._on_ended = on_ended
         self._streams = streams
         self._network = network
         self._pending_limit = limits.pending_publishes
-        self._subscriptions: dict[str, Subscription] = {}
         self._producer = ""
-        self._marked = 0
-        self._next_mark = trio.current_time() + random.uniform(0, QUIET)  # noqa: S311 (no secret)
+        self._head_sent = 0
+        """The seq of the last `head` on the session's own stream."""
+        self._next_head = trio.current_time() + random.uniform(0, HEAD_INTERVAL)  # noqa: S311 (no secret)
         self._closing = trio.Event()
-        self._alarm = trio.CancelScope()
+        self._deadline = trio.CancelScope()
         self._room = trio.Event()
-        self._finishing = self._left = False
-        self._quota = services.quotas.new(trio.current_time())
-        self._published = self._published_bytes = 0
-        """Messages, and bytes of their texts, that its quota has yet to pay for."""
+        self._finishing = self._ended = False
+        self._publish_rate = services.publish_rates.new(trio.current_time())
+        self._uncharged = self._uncharged_bytes = 0
+        """Messages, and bytes of their texts, that are not charged to the publish rate yet."""
         self._counted = False
         """Whether it counts among the sessions of its client."""
 
     @property
     def closing(self) -> tuple[CloseCode, str] | None:
-        """Set when the connection is to be closed, once the send queue has been sent."""
+        """Set when the connection is to be closed, after the contents of the send queue."""
         return self.session.closing
 
-    def heard(self, size: int) -> None:
-        """The peer has sent so many bytes, which are kept until `receive` has understood them."""
+    def count_received(self, size: int) -> None:
+        """Count bytes from the peer, which are kept in memory until `receive` has processed them."""
         self._unauthenticated.received(size)
 
     @property
-    def proven(self) -> bool:
-        """Whether it has shown a token that was good."""
+    def authenticated(self) -> bool:
+        """Whether the client has sent a valid token."""
         return self.session.identity is not None
 
     async def receive(self, data: bytes) -> None:
-        """Take more bytes and do what they ask for.
+        """Process bytes from the client.
 
-        Waits while the client has too many publishes on their way or too many replies unread, and while its token is
-        looked up; an answer to each publish is owed within `database.publish_timeout`, which bounds the first.
-        Cancelling it drops what was not yet understood: the connection must be closed then.
+        Waits while the client has too many pending publishes or unread replies, and while its token is verified. Each
+        publish is acknowledged within `database.publish_timeout`. Cancelling it drops the rest of the bytes, so the
+        connection must be closed afterwards.
         """
         if self._finishing:
             return
@@ -147,53 +147,53 @@ class SessionDriver:
                 await self._perform(effect)
                 continue
             # A session without pending publishes would have nothing to wait for.
-            while not self._left and (
+            while not self._ended and (
                 send_queue.full or session.pending >= most or (session.usage.cost >= allowance and session.pending)
             ):
                 await self._wait_for_room()
                 allowance = self._services.log.allowance
             if perf_counter() - began > cpu_scheduler.slices.peer:
-                await self._pay()
+                await self._charge()
                 await cpu_scheduler.yield_cpu()
                 began, allowance = perf_counter(), self._services.log.allowance
-        await self._pay()
+        await self._charge()
         if session.closing is not None:
             self._closing.set()
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Have the connection closed once the send queue has been sent."""
+        """Close the connection after the contents of the send queue."""
         self.session.close(code, reason)
         self._closing.set()
 
     async def wait_closing(self) -> None:
-        """Wait until `closing` is set or the client has left, and see meanwhile that it keeps its deadlines."""
+        """Wait until `closing` is set or the session has ended. Meanwhile check the session's deadlines."""
         while not self._closing.is_set():
-            with trio.move_on_at(self.session.deadline) as self._alarm:
+            with trio.move_on_at(self.session.deadline) as self._deadline:
                 await self._closing.wait()
-            self.session.tick(trio.current_time())
+            self.session.check_deadline(trio.current_time())
             if self.session.closing is not None:
                 self._closing.set()
 
     def send_goaway(self) -> None:
-        """Say that the replica is stopping, if it is, and when to come back."""
+        """If the replica is draining, tell the client when to reconnect."""
         delay = self._services.reconnect_delay()
         if delay is not None and self.session.identity is not None:
-            self._say_heads()
-            self.session.say(wire.GoAway(STOPPING, round(delay, 3)))
+            self._send_heads()
+            self.session.send(wire.GoAway(STOPPING, round(delay, 3)))
 
     def send_due_head(self, now: float) -> None:
-        """Say how far its subscriptions are complete, where it has heard nothing else for a while."""
-        if now >= self._next_mark:
-            self._next_mark = now + QUIET
-            self._say_heads(now - QUIET)
+        """Send `head` if it is due and nothing was sent for `HEAD_INTERVAL`."""
+        if now >= self._next_head:
+            self._next_head = now + HEAD_INTERVAL
+            self._send_heads(now - HEAD_INTERVAL)
 
     def finish(self) -> None:
-        """Take nothing more, and close when all publishes have been answered."""
+        """Process nothing more, and close when all publishes have been acknowledged."""
         self._finishing = True
-        self._settled()
+        self._handle_settled()
 
     def update_role(self, identity: Identity | None) -> None:
-        """The role that the token stands for is this now, or is no more: what it may not any more ends at once."""
+        """Apply the present permissions of the session's role, or (None) its deletion, at once."""
         session = self.session
         if session.closed or session.identity is None:
             return
@@ -202,37 +202,36 @@ class SessionDriver:
         before = session.identity.grants
         if same and grants == before:
             return
-        self._withdraw(session.regrant(grants), before, grants)
+        self._revoke(session.update_grants(grants), before, grants)
         if not same:
             reason = "the role was deleted" if identity is None else "the role is another client's now"
-            session.say(wire.Error(reason, ErrorCode.REVOKED))
+            session.send(wire.Error(reason, ErrorCode.REVOKED))
             self.close(CloseCode.REVOKED, reason)
 
-    def leave(self) -> None:
-        """The connection is gone."""
-        self._on_left(self)
+    def end(self) -> None:
+        """End the session, because its connection has ended. Call it once or more."""
+        self._ended = True
+        self._on_ended(self)
         self._services.permissions.remove(self)
         if self._counted:
             self._counted = False
-            self._services.usages.remove_session(self.session.usage)
-        for pattern, subscription in self._subscriptions.items():
-            self._services.delivery.unsubscribe(subscription, pattern)
+            self._services.client_usages.remove_session(self.session.usage)
+        for pattern in list(self.session.subscriptions):
+            subscription = self._remove_subscription(pattern)
+            assert subscription is not None
             subscription.send_queue.close()
-        self._count_subscriptions(-len(self._subscriptions))
-        self._subscriptions.clear()
-        self._left = True
         self.session.abandon()
         self.send_queue.close()
         self._room.set()
         self._closing.set()
         self._unauthenticated.release()
 
-    def _give_way(self) -> None:
-        """Others that have shown no token need the memory that is kept for this one."""
-        self.session.refuse(PeerError(ErrorCode.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
+    def _evict(self) -> None:
+        """Close, because other unauthenticated peers need the memory of this one."""
+        self.session.reject_token(PeerError(ErrorCode.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
         self._closing.set()
 
-    def _settled(self) -> None:
+    def _handle_settled(self) -> None:
         self._room.set()
         if self._finishing and not self.session.pending:
             self.close(CloseCode.SHUTTING_DOWN, STOPPING)
@@ -244,48 +243,48 @@ class SessionDriver:
             self.send_queue.when_emptied(self._room.set)
         await self._room.wait()
 
-    # One method an effect
+    # One method per effect
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
             case AppendMessage():
-                self._published += 1
-                self._published_bytes += effect.append.size
+                self._uncharged += 1
+                self._uncharged_bytes += effect.append.size
                 self._services.publisher.submit(effect.append, effect.epoch)
             case BroadcastMessage():
-                self._published += 1
-                self._published_bytes += len(effect.channel) + len(effect.payload)
+                self._uncharged += 1
+                self._uncharged_bytes += len(effect.channel) + len(effect.payload)
                 self._services.publisher.broadcast(effect)
             case StartSubscription():
                 await self._wait_until_read(effect.request.pattern)
-                self._join(effect.request)
+                self._subscribe(effect.request)
             case EndSubscription():
                 await self._wait_until_read(effect.request.pattern)
-                self._leave(effect.request)
+                self._unsubscribe(effect.request)
             case SendHeads():
-                self._say_heads()
+                self._send_heads()
             case VerifyToken():
                 await self._authenticate(effect)
             case ReadHistory():
-                await self._recall(effect.request)
+                await self._send_history(effect.request)
 
     async def _wait_until_read(self, pattern: str) -> None:
-        """Wait until what is said of `pattern` does not make messages stay in memory that the client does not read.
+        """Wait while send queues hold too many messages that cannot be read from the log again.
 
-        That is so once those of all clients are too many.
+        A reply about `pattern` makes those before it in its send queue such messages.
         """
-        held = self._subscriptions.get(pattern)
-        for send_queue in (self.send_queue,) if held is None else (self.send_queue, held.send_queue):
+        subscription = self.session.subscriptions.get(pattern)
+        for send_queue in (self.send_queue,) if subscription is None else (self.send_queue, subscription.send_queue):
             while send_queue.to_be_emptied:
                 emptied = trio.Event()
                 send_queue.when_emptied(emptied.set)
                 await emptied.wait()
 
-    async def _pay(self) -> None:
-        """Spend of the client's quota what it has published; wait where it has used that up."""
-        if self._published:
-            wait = self._quota.spend(self._published, self._published_bytes, trio.current_time())
-            self._published = self._published_bytes = 0
+    async def _charge(self) -> None:
+        """Charge the client's publish rate, and wait while it is exceeded."""
+        if self._uncharged:
+            wait = self._publish_rate.spend(self._uncharged, self._uncharged_bytes, trio.current_time())
+            self._uncharged = self._uncharged_bytes = 0
             if wait > 0:
                 self._services.statistics.read_pauses["rate"] += 1
                 await trio.sleep(wait)
@@ -299,13 +298,13 @@ class SessionDriver:
             changes = services.permissions.changes
             identity = await authentication.verify(effect.token, self._network)
             if session.closed:
-                return  # Its time was over meanwhile, or it has left, or this replica has stopped.
+                return  # Meanwhile its deadline has passed, its connection has ended, or the replica has stopped.
             usage = session.usage
             if not self._counted:
-                usage = services.usages.add_session(client_of(identity, effect.token, self._network))
+                usage = services.client_usages.add_session(client_of(identity, effect.token, self._network))
                 self._counted = True
             rates = identity.publish_rate, identity.publish_bytes
-            self._quota = services.quotas.get(usage.client, trio.current_time(), *rates)
+            self._publish_rate = services.publish_rates.get(usage.client, trio.current_time(), *rates)
             subject = identity.client_id or ""
             if not self._producer:
                 self._producer = authentication.resume_producer(effect.producer, subject)
@@ -319,128 +318,126 @@ class SessionDriver:
                 limits=client_limits(services.config.limits),
             )
             before = Grants() if session.identity is None else session.identity.grants
-            withdrawn = session.admit(identity, reply, producer, trio.current_time(), time.time(), usage)
+            revoked = session.accept_token(identity, reply, producer, trio.current_time(), time.time(), usage)
         except PeerError as error:
             if not session.closed:
-                session.refuse(error)
+                session.reject_token(error)
             return
         self._unauthenticated.release()
-        self._alarm.deadline = session.deadline
+        self._deadline.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)
-        self._withdraw(withdrawn, before, identity.grants)
+        self._revoke(revoked, before, identity.grants)
         self.send_goaway()
 
-    def _join(self, request: wire.Subscribe) -> None:
+    def _subscribe(self, request: wire.Subscribe) -> None:
         delivery, session, streams = self._services.delivery, self.session, self._streams
         pattern = request.pattern
-        held = self._take_out(pattern)
-        if held is not None:
-            self._end_stream(held)
+        replaced = self._remove_subscription(pattern)
+        if replaced is not None:
+            self._end_stream(replaced)
         else:
             try:
-                self._services.usages.check_subscriptions(session.usage)
+                self._services.client_usages.check_subscriptions(session.usage)
             except PeerError as error:
-                session.refuse_request(request, error)
+                session.reject_request(request, error)
                 return
-        own = streams.open_stream(partial(self._stopped, pattern)) if streams is not None and request.stream else None
-        session.joined(request, delivery.position, self._services.log.epoch, own)
-        subscription = (
-            next(iter(self._subscriptions.values()), None) if session.protocol is ProtocolVersion.FIRST else None
-        )
+        subscription = None
+        if session.protocol is ProtocolVersion.FIRST:
+            subscription = next(iter(session.subscriptions.values()), None)
         if subscription is None:
-            subscription = Subscription(
-                self.send_queue if own is None else own,
-                session.producer,
-                streams.send_datagram if streams is not None and request.datagrams else None,
-            )
-        self._subscriptions[pattern] = subscription
-        self._count_subscriptions(1)
+            own_stream, send_datagram = None, None
+            if streams is not None and request.stream:
+                own_stream = streams.open_stream(partial(self._handle_stopped, pattern))
+            if streams is not None and request.datagrams:
+                send_datagram = streams.send_datagram
+            send_queue = self.send_queue if own_stream is None else own_stream
+            subscription = Subscription(send_queue, session.producer, send_datagram)
+        session.subscribed(request, subscription, delivery.position, self._services.log.epoch)
+        self._services.client_usages.add_subscriptions(session.usage, 1)
         delivery.subscribe(subscription, pattern, request.since, request.epoch)
 
-    def _leave(self, request: wire.Unsubscribe) -> None:
-        subscription = self._take_out(request.pattern)
-        own = None if subscription is None else subscription.send_queue
-        self.session.left(request, self._services.delivery.position, own)
+    def _unsubscribe(self, request: wire.Unsubscribe) -> None:
+        subscription = self._remove_subscription(request.pattern)
+        send_queue = None if subscription is None else subscription.send_queue
+        self.session.unsubscribed(request, self._services.delivery.position, send_queue)
         if subscription is not None:
             self._end_stream(subscription)
 
-    def _withdraw(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
-        """End these subscriptions, and take back what is still to be published and may not be."""
+    def _revoke(self, patterns: Sequence[str], before: Grants, grants: Grants) -> None:
+        """End these subscriptions, and withdraw the pending publishes that the new grants do not allow."""
         session = self.session
-        ended = {pattern: subscription for pattern in patterns if (subscription := self._take_out(pattern)) is not None}
-        gone: dict[SendQueue, set[str]] = {}
+        ended = {p: subscription for p in patterns if (subscription := self._remove_subscription(p)) is not None}
+        revoked: dict[SendQueue, set[str]] = {}
         for pattern, subscription in ended.items():
-            gone.setdefault(subscription.send_queue, set()).add(pattern)
+            revoked.setdefault(subscription.send_queue, set()).add(pattern)
         for subscription in dict.fromkeys(ended.values()):
-            if (some := gone.pop(subscription.send_queue, None)) is not None:
-                subscription.send_queue.revoke(some, subscription.patterns)
+            if (dropped := revoked.pop(subscription.send_queue, None)) is not None:
+                subscription.send_queue.revoke(dropped, subscription.patterns)
         for pattern, subscription in ended.items():
             session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
             self._end_stream(subscription)
         if session.pending and grants.write != before.write:
-            refusal = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
+            rejection = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._services.log.withdraw(
                 session.usage.client,
                 lambda append: append.owner is session and not grants.may_write(append.channel),
-                refusal,
+                rejection,
             )
 
-    def _stopped(self, pattern: str, own: SendQueue) -> None:
-        """A subscription's own stream was stopped by the peer, or given up as unread; the subscription ends with it."""
-        if pattern in self._subscriptions and self._subscriptions[pattern].send_queue is own:
-            self._take_out(pattern)
-            self.session.left(wire.Unsubscribe(pattern), self._services.delivery.position)
+    def _handle_stopped(self, pattern: str, send_queue: SendQueue) -> None:
+        """End a subscription whose own stream was stopped by the peer, or was not read for too long."""
+        subscription = self.session.subscriptions.get(pattern)
+        if subscription is not None and subscription.send_queue is send_queue:
+            self._remove_subscription(pattern)
+            self.session.unsubscribed(wire.Unsubscribe(pattern), self._services.delivery.position)
 
-    def _take_out(self, pattern: str) -> Subscription | None:
-        """Deliver nothing more for a pattern, if it is held."""
-        subscription = self._subscriptions.pop(pattern, None)
+    def _remove_subscription(self, pattern: str) -> Subscription | None:
+        """Deliver nothing more for a pattern. Return its subscription, or None without one."""
+        subscription = self.session.remove_subscription(pattern)
         if subscription is not None:
             self._services.delivery.unsubscribe(subscription, pattern)
-            self._count_subscriptions(-1)
+            self._services.client_usages.add_subscriptions(self.session.usage, -1)
         return subscription
-
-    def _count_subscriptions(self, number: int) -> None:
-        self._services.usages.add_subscriptions(self.session.usage, number)
 
     def _end_stream(self, subscription: Subscription) -> None:
         if subscription.send_queue is not self.send_queue and self._streams is not None:
             self._streams.end_stream(subscription.send_queue)
 
-    def _say_heads(self, quiet_since: float | None = None) -> None:
-        """Say on each stream up to where all subscriptions on it are complete, unless one of them is late.
+    def _send_heads(self, quiet_since: float | None = None) -> None:
+        """Send `head` on each stream, unless a subscription on it lags.
 
-        With `quiet_since` only where nothing has been sent from then on, and that is news to somebody.
+        With `quiet_since`, send only where nothing was sent since then, and where `head` is new to a subscription.
         """
         if self.session.identity is None:
             return
         delivery, send_queue = self._services.delivery, self.send_queue
         head = wire.Head(delivery.position, self._services.log.epoch, delivery.at)
-        lagging = held = False
-        for subscription in self._subscriptions.values():
+        shared = lagging = False
+        for subscription in self.session.subscriptions.values():
             own = subscription.send_queue
             if own is send_queue:
-                held, lagging = True, lagging or subscription.lagging
-            elif not (subscription.lagging or own.full or subscription.head_sent == head.seq) and _is_quiet(
-                own, quiet_since
-            ):
+                shared, lagging = True, lagging or subscription.lagging
+            elif subscription.lagging or own.full or subscription.head_sent == head.seq:
+                continue
+            elif _is_quiet(own, quiet_since):
                 subscription.head_sent = head.seq
-                self.session.say(head, own)
-        news = quiet_since is None or (held and self._marked != head.seq and _is_quiet(send_queue, quiet_since))
-        if news and not lagging:
-            self._marked = head.seq
-            self.session.say(head)
+                self.session.send(head, own)
+        due = quiet_since is None or (shared and self._head_sent != head.seq and _is_quiet(send_queue, quiet_since))
+        if due and not lagging:
+            self._head_sent = head.seq
+            self.session.send(head)
 
-    async def _recall(self, request: wire.History) -> None:
+    async def _send_history(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)
         try:
             entries, more = await self._services.log.history(request.pattern, before=request.before, limit=limit)
         except Unavailable as error:
-            self.session.refuse_request(request, PeerError(ErrorCode.UNAVAILABLE, str(error)))
+            self.session.reject_request(request, PeerError(ErrorCode.UNAVAILABLE, str(error)))
             return
-        # The newest that fit, and always one: a page is held in memory, here and by the client, as one object.
+        # The newest entries that fit, and at least one: replica and client hold a page in memory as one object.
         sizes = list(accumulate(entry.size + OVERHEAD for entry in reversed(entries)))
         kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
-        self.session.recalled(request, kept, more or len(kept) < len(entries))
+        self.session.send_history(request, kept, more or len(kept) < len(entries))
 
 
 def client_limits(limits: LimitSettings) -> dict[str, int]:
@@ -455,5 +452,5 @@ def client_limits(limits: LimitSettings) -> dict[str, int]:
 
 
 def _is_quiet(send_queue: SendQueue, since: float | None) -> bool:
-    """Whether it is empty, and was last flushed before then. Anything is quiet where there is no time to compare."""
+    """Return whether a send queue is empty and was last flushed before `since`; always True without `since`."""
     return since is None or (not send_queue and send_queue.rests_until < since)

@@ -26,12 +26,14 @@ CHECKPOINT_EVERY = 100
 class Publisher:
     """Submits messages to the log, and ephemeral messages to the sessions of all replicas."""
 
-    def __init__(self, log: Log, delivery: Delivery, quotas: PublishRateLimits, cpu_scheduler: CpuScheduler) -> None:
+    def __init__(
+        self, log: Log, delivery: Delivery, publish_rates: PublishRateLimits, cpu_scheduler: CpuScheduler
+    ) -> None:
         self.published = 0
         """Publishes received so far, whatever their outcome."""
         self._log = log
         self._delivery = delivery
-        self._quotas = quotas
+        self._publish_rates = publish_rates
         self._cpu_scheduler = cpu_scheduler
         self._closed = False
 
@@ -62,9 +64,9 @@ class Publisher:
     ) -> list[Outcome | None]:
         """Publish without a session. Returns the outcomes in the order of the requests, None for ephemeral ones.
 
-        With `producer`, the same requests may be published again, and are recognised by their places. Requests with
-        the same `client`, or client_id, share a quota and a part of the log. Raises `PeerError` when the quota is used
-        up. Cancelling it leaves open which messages are committed.
+        With `producer`, the same requests may be published again: each is recognised by its place. Requests with the
+        same `client`, or client_id, share a publish rate and a part of the log. Raises `PeerError` when the rate is
+        exceeded. Cancelling it leaves open which messages are committed.
         """
         payer = identity.client_id or client
         if payer is not None:
@@ -96,11 +98,11 @@ class Publisher:
         return [outcomes[index] for index in range(len(requests))]
 
     def _charge(self, payer: Hashable, identity: Identity, requests: Sequence[Publish]) -> None:
-        """Charge a client's quota. Raises `PeerError` when it is used up."""
+        """Charge a client's publish rate. Raises `PeerError` when it is exceeded."""
         now = trio.current_time()
-        quota = self._quotas.get(payer, now, identity.publish_rate, identity.publish_bytes)
-        if (wait := quota.spend(0, 0, now)) > 0:
+        publish_rate = self._publish_rates.get(payer, now, identity.publish_rate, identity.publish_bytes)
+        if (wait := publish_rate.spend(0, 0, now)) > 0:
             raise PeerError(
                 ErrorCode.RATE_LIMITED, "the client publishes too much (limits.publish_rate)", retry_after=wait
             )
-        quota.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)
+        publish_rate.spend(len(requests), sum(len(bytes(request.payload)) for request in requests), now)

@@ -30,8 +30,8 @@ class SessionServices:
     authentication: Authentication
     publisher: Publisher
     permissions: LivePermissions
-    quotas: PublishRateLimits
-    usages: ClientUsages
+    publish_rates: PublishRateLimits
+    client_usages: ClientUsages
     unauthenticated: UnauthenticatedPeers
     cpu_scheduler: CpuScheduler
     statistics: RuntimeStatistics

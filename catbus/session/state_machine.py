@@ -1,17 +1,17 @@
-"""One client's side of the protocol, without its transport: bytes in, replies into the send queue, effects out.
+"""The state machine of one session, without its transport: bytes in, replies into the send queue, effects out.
 
-Synchronous and without I/O; the time is an argument. Whoever drives a session takes the effects of `receive` one by
-one and carries each out before it takes the next:
+Synchronous and without I/O; the time is an argument. The driver of a session takes the effects of `receive` one by one
+and carries each out before it takes the next:
 
-    VerifyToken        call `admit` or `refuse`, unless the session is `closed` by then
-    StartSubscription  call `joined`, then deliver the messages that match
-    EndSubscription    stop delivering, then call `left`
+    VerifyToken        call `accept_token` or `reject_token`, unless the session is `closed` by then
+    StartSubscription  call `subscribed`, then deliver the messages that match
+    EndSubscription    call `remove_subscription`, stop delivering, then call `unsubscribed`
     AppendMessage      append to the log, which calls `settle`
     BroadcastMessage   pass the message on, once
-    ReadHistory        read the history, then call `recalled` or `refuse_request`
+    ReadHistory        read the history, then call `send_history` or `reject_request`
     SendHeads          send `head` on every stream whose subscriptions are live
 
-It closes the connection once `closing` is set and the send queue has been sent.
+When `closing` is set, the driver closes the connection after the contents of the send queue.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from msgspec import Raw
 
 from ..auth.grants import Grants, Identity
 from ..delivery.send_queue import HeadLine, SendQueue
+from ..delivery.subscription import Subscription
 from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
 from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
@@ -37,7 +38,7 @@ from ..protocol.wire_messages import ProtocolVersion, Reply
 
 
 class SessionState(Enum):
-    """What a session may do: authenticate; everything; nothing more."""
+    """NEW: only `auth` and `ping` are allowed. OPEN: all requests are. CLOSED: nothing more is processed."""
 
     NEW = auto()
     OPEN = auto()
@@ -64,7 +65,7 @@ class EndSubscription:
 class AppendMessage:
     append: Append
     epoch: str | None
-    """For a retry: the epoch that the client knew when it first sent it."""
+    """For a retry: the epoch that the client knew when it first sent the publish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class ReadHistory:
 
 @dataclass(frozen=True, slots=True)
 class SendHeads:
-    """A client wants to know how far its subscriptions are complete."""
+    """The client has sent `ping`."""
 
 
 Effect = VerifyToken | StartSubscription | EndSubscription | AppendMessage | BroadcastMessage | ReadHistory | SendHeads
@@ -99,7 +100,7 @@ class SessionLimits:
 
 
 class Session:
-    """The state of one client: who it is, what it subscribed to, what it is owed."""
+    """One session: its identity, its subscriptions, its pending publishes, and when it closes."""
 
     def __init__(
         self,
@@ -122,22 +123,23 @@ class Session:
         self.identity: Identity | None = None
         self.producer = b""
         self.usage = ClientUsage(object())
-        """Which part of the log it takes. It stays the same, so that what it publishes keeps its order."""
-        self.patterns: set[str] = set()
+        """What its client uses. It stays the same for the whole session, so that publishes keep their order."""
+        self.subscriptions: dict[str, Subscription] = {}
+        """By pattern. The patterns of a first-version session share one subscription."""
         self.pending = 0
         """Publishes that have not been settled yet."""
         self.deadline = now + limits.auth_timeout
-        """When `tick` is due."""
+        """When `check_deadline` is due."""
         self.closing: tuple[CloseCode, str] | None = None
         self._on_settled: Callable[[], None] | None = on_settled
         self._on_error = on_error
         self._roles_known = roles_known
         self._limits = limits
-        self._framer = JsonSplitter(wire.decode_client, min(UNAUTHENTICATED_OBJECT_BYTES, limits.message_size))
+        self._splitter = JsonSplitter(wire.decode_client, min(UNAUTHENTICATED_OBJECT_BYTES, limits.message_size))
 
     @property
     def protocol(self) -> ProtocolVersion:
-        """Which specification the client knows, as far as it has said."""
+        """The version of the protocol that the client uses; the first version until `auth` has said otherwise."""
         return self.send_queue.protocol
 
     @protocol.setter
@@ -146,49 +148,49 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more is taken from the client, nor owed to it but what has been said."""
+        """Whether nothing more is processed, and nothing is sent but what is in the send queue."""
         return self.state is SessionState.CLOSED
 
-    # What the client says
+    # From the client
 
     def receive(self, data: bytes) -> Iterator[Effect | None]:
-        """Understand more bytes. Take every effect and carry it out before the next; take them all.
+        """Process bytes. Take all effects, and carry out each before the next.
 
-        None comes after each object, whether it had an effect or not: there are replies now that take room.
+        None follows each object, with or without effects, because its replies may have filled the send queue.
         """
         if self.closed:
             return
         try:
-            for message in self._framer.feed(data):
+            for message in self._splitter.feed(data):
                 if isinstance(message, PeerError):
-                    self.say(wire.Error(message.message, message.code, message.id))
+                    self.send(wire.Error(message.message, message.code, message.id))
                 else:
                     try:
                         yield from _HANDLERS[type(message)](self, message)
                     except PeerError as error:
-                        self.say(error_reply(message, error))
+                        self.send(error_reply(message, error))
                 yield None
                 if self.closed:
                     return
         except PeerError as error:
-            self.say(wire.Error(error.message, error.code))
+            self.send(wire.Error(error.message, error.code))
             self.close(error.close or CloseCode.BAD_MESSAGE, error.message)
 
-    def tick(self, now: float) -> None:
-        """The time has come that `deadline` names."""
+    def check_deadline(self, now: float) -> None:
+        """Close the session if `deadline` has passed."""
         if now < self.deadline:
             return
         if self.state is SessionState.NEW:
             text = f"no auth within {self._limits.auth_timeout:g} s"
-            self.say(wire.AuthError(text, ErrorCode.AUTH_TIMEOUT))
+            self.send(wire.AuthError(text, ErrorCode.AUTH_TIMEOUT))
             self.close(CloseCode.AUTH_TIMEOUT, text)
         elif self.state is SessionState.OPEN:
-            self.say(wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED))
+            self.send(wire.Error("the token has expired", ErrorCode.TOKEN_EXPIRED))
             self.close(CloseCode.TOKEN_EXPIRED, "the token has expired")
 
-    # What has become of it
+    # From the driver
 
-    def admit(
+    def accept_token(
         self,
         identity: Identity,
         reply: wire.AuthOk,
@@ -197,106 +199,113 @@ class Session:
         wall: float,
         usage: ClientUsage | None = None,
     ) -> list[str]:
-        """The token was good. Returns the patterns held that it does not cover any more.
+        """Accept a valid token. Return the patterns of subscriptions that it no longer allows.
 
-        `usage`: that of the client whose session it is, when it has become known. `wall` is the time that tokens are
-        stamped with, in seconds since 1970; `now` counts as `deadline` does.
+        `usage`: what the token's client uses. `wall`: the time in seconds since 1970, as in tokens; `now`: the time by
+        the clock of `deadline`.
         """
         if self.identity is not None and self.identity.client_id != identity.client_id:
             raise PeerError(ErrorCode.UNAUTHORIZED, "a session cannot become another client's")
         self.state = SessionState.OPEN
-        self._framer.limit = self._limits.message_size
+        self._splitter.limit = self._limits.message_size
         self.identity = identity
         if usage is not None:
             self.usage = usage
         self.producer = producer
         self.deadline = inf if identity.expires is None else now + identity.expires - wall + self._limits.token_grace
-        self.say(reply)
+        self.send(reply)
         return self._unreadable(identity.grants)
 
-    def regrant(self, grants: Grants) -> list[str]:
-        """The role that the token stands for may this from now on. Returns the patterns held that it may not read."""
+    def update_grants(self, grants: Grants) -> list[str]:
+        """Apply changed permissions. Return the patterns of subscriptions that they no longer allow."""
         assert self.identity is not None
         self.identity = replace(self.identity, grants=grants)
         return self._unreadable(grants)
 
     def _unreadable(self, grants: Grants) -> list[str]:
-        return [pattern for pattern in self.patterns if not grants.may_read(pattern)]
+        return [pattern for pattern in self.subscriptions if not grants.may_read(pattern)]
 
-    def refuse(self, error: PeerError) -> None:
-        """The token was not good, or nobody knows; without `close` in the error the session goes on as who it was.
+    def reject_token(self, error: PeerError) -> None:
+        """Reject a token that is not valid or could not be verified.
 
-        It also does where it is open and trying again can help: an outage is a pause.
+        Without `close` in the error, the session continues with its present identity. So does an open session if a
+        retry can help: an outage of the database does not close sessions.
         """
-        self.say(wire.AuthError(error.message, error.code, error.retry_after))
+        self.send(wire.AuthError(error.message, error.code, error.retry_after))
         if error.close is not None and (error.code not in RETRYABLE or self.state is not SessionState.OPEN):
             self.close(error.close, error.message)
 
-    def joined(self, request: wire.Subscribe, seq: int, epoch: str, own: SendQueue | None = None) -> None:
-        """The subscription is there, with a stream of its `own` where that is not None: what it gets goes there.
+    def subscribed(self, request: wire.Subscribe, subscription: Subscription, seq: int, epoch: str) -> None:
+        """Add a subscription, and acknowledge it in its own send queue.
 
-        It begins in this `epoch`. A session that had no subscription may not have heard of it, and a stream of its own
-        may be read before or after what other streams say.
+        The reply names the `epoch` that the subscription begins in: a client without subscriptions may not know it,
+        and may read a stream before or after other streams.
         """
-        self.patterns.add(request.pattern)
-        self.say(wire.Subscribed(request.pattern, seq, own is not None, epoch or None, request.id), own)
+        self.subscriptions[request.pattern] = subscription
+        send_queue = subscription.send_queue
+        own_stream = send_queue is not self.send_queue
+        self.send(wire.Subscribed(request.pattern, seq, own_stream, epoch or None, request.id), send_queue)
 
-    def left(self, request: wire.Unsubscribe, seq: int, send_queue: SendQueue | None = None) -> None:
-        self.patterns.discard(request.pattern)
-        self.say(wire.Unsubscribed(request.pattern, seq, request.id), send_queue)
+    def remove_subscription(self, pattern: str) -> Subscription | None:
+        """Remove the subscription to a pattern, and return it; None if there is none."""
+        return self.subscriptions.pop(pattern, None)
+
+    def unsubscribed(self, request: wire.Unsubscribe, seq: int, send_queue: SendQueue | None = None) -> None:
+        """Acknowledge the end of a subscription."""
+        self.send(wire.Unsubscribed(request.pattern, seq, request.id), send_queue)
 
     def revoked(self, pattern: str, seq: int, send_queue: SendQueue | None = None) -> None:
-        self.patterns.discard(pattern)
-        self.say(wire.Revoked(pattern, seq), send_queue)
+        """Tell the client that its permission for a subscription was withdrawn."""
+        self.send(wire.Revoked(pattern, seq), send_queue)
 
     def settled(self, append: Append, outcome: Outcome) -> None:
-        """The fate of a publish; `Append.settle` of every one that this session submits."""
+        """Acknowledge or reject a publish of this session: this is `Append.settle` of all its publishes."""
         self.pending -= 1
         self.usage.cost -= append.size + APPEND_OVERHEAD
         if self.state is SessionState.CLOSED and self.closing is None:
             pass
         elif isinstance(outcome, Rejected):
-            self.say(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
+            self.send(wire.PublishError(append.channel, outcome.message, outcome.code, append.id))
         elif append.acknowledge:
-            self.say(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
+            self.send(wire.Published(append.channel, append.id, outcome.seq, outcome.duplicate))
         if self._on_settled is not None:
             self._on_settled()
 
-    def recalled(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
-        """What was asked for has been read, unless the client may not have it any more by now."""
+    def send_history(self, request: wire.History, entries: Sequence[Entry], more: bool) -> None:
+        """Send a page of the history, unless the client's permission was withdrawn meanwhile."""
         if self.closed:
             return
         try:
             self._check_readable(request.pattern)
         except PeerError as error:
-            self.refuse_request(request, error)
+            self.reject_request(request, error)
             return
         messages = [
             wire.ChannelMessage(e.channel, Raw(e.payload), request.pattern, e.seq, e.at, e.sender) for e in entries
         ]
-        self.say(wire.HistoryPage(messages, more, request.id))
+        self.send(wire.HistoryPage(messages, more, request.id))
 
-    def refuse_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
-        self.say(error_reply(request, error))
+    def reject_request(self, request: wire.History | wire.Subscribe, error: PeerError) -> None:
+        """Send the error reply to a request."""
+        self.send(error_reply(request, error))
 
-    def say(self, reply: Reply, send_queue: SendQueue | None = None) -> None:
-        """Queue a reply in the words that the client knows; unless a send queue is named, in the session's own."""
+    def send(self, reply: Reply, send_queue: SendQueue | None = None) -> None:
+        """Put a reply into a send queue, by default the session's own, in the client's version of the protocol."""
         if isinstance(reply, wire.ERROR_REPLIES):
             self._on_error(reply.code)
         line = wire.encode(reply, self.protocol)
         if line is not None:
-            (self.send_queue if send_queue is None else send_queue).put(
-                HeadLine(line) if isinstance(reply, wire.Head) else line
-            )
+            queue = self.send_queue if send_queue is None else send_queue
+            queue.put(HeadLine(line) if isinstance(reply, wire.Head) else line)
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Take nothing more from the client, and close once the send queue has been sent. The first reason stands."""
+        """Process nothing more, and close after the contents of the send queue. The first reason stays."""
         self.state = SessionState.CLOSED
         if self.closing is None:
             self.closing = (code, reason)
 
     def abandon(self) -> None:
-        """End the session without a reply, because the connection is gone.
+        """End the session without a reply, because its connection has ended.
 
         Pending publishes refer to the session until the log settles them, so nothing of the connection may be reachable
         from it: the garbage collector would free that much later.
@@ -305,7 +314,7 @@ class Session:
         self.closing = None
         self._on_settled = None
 
-    # One handler a message
+    # One handler per type of message
 
     def _auth(self, message: wire.Auth) -> Iterator[Effect]:
         if self.state is SessionState.NEW:
@@ -314,28 +323,28 @@ class Session:
 
     def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
         self._check_readable(message.pattern)
-        if message.pattern not in self.patterns and len(self.patterns) >= self._limits.subscriptions:
+        if message.pattern not in self.subscriptions and len(self.subscriptions) >= self._limits.subscriptions:
             raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
         yield StartSubscription(wire.Subscribe(message.pattern) if self.protocol is ProtocolVersion.FIRST else message)
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
         self._authenticated()
         check_pattern(message.pattern)
-        if message.pattern in self.patterns:
+        if message.pattern in self.subscriptions:
             yield EndSubscription(message)
         elif self.protocol is ProtocolVersion.FIRST:
-            # To the first version it was no mistake.
-            self.say(wire.Unsubscribed(message.pattern, 0))
+            # The first version accepts it.
+            self.send(wire.Unsubscribed(message.pattern, 0))
         else:
             raise PeerError(ErrorCode.INVALID_PATTERN, "not subscribed to this pattern")
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
-        identity = self._vouched(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
+        identity = self._known_identity(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
         append = make_append(message, identity, self.producer, self.settled, self.usage.client, self)
         if message.ephemeral:
             yield BroadcastMessage(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
-                self.say(wire.Published(append.channel, append.id))
+                self.send(wire.Published(append.channel, append.id))
         else:
             self.pending += 1
             self.usage.cost += append.size + APPEND_OVERHEAD
@@ -346,7 +355,7 @@ class Session:
         yield ReadHistory(message)
 
     def _ping(self, message: wire.Ping) -> Iterator[Effect]:
-        self.say(wire.Pong(message.seq))
+        self.send(wire.Pong(message.seq))
         yield SendHeads()
 
     def _authenticated(self) -> Identity:
@@ -354,15 +363,17 @@ class Session:
             raise PeerError(ErrorCode.UNAUTHENTICATED, "authenticate first")
         return self.identity
 
-    def _vouched(self, code: ErrorCode = ErrorCode.UNAVAILABLE) -> Identity:
-        """Who the client is, and what it may, unless nobody knows that at the moment."""
+    def _known_identity(self, code: ErrorCode = ErrorCode.UNAVAILABLE) -> Identity:
+        """Return the identity, unless the present permissions of its role are unknown."""
         identity = self._authenticated()
         if identity.role is not None and not self._roles_known():
-            raise PeerError(code, "the database has been away for so long that nobody knows what the role may by now")
+            raise PeerError(
+                code, "the database has been unreachable for so long that the role's permissions are unknown"
+            )
         return identity
 
     def _check_readable(self, pattern: str) -> None:
-        identity = self._vouched()
+        identity = self._known_identity()
         check_pattern(pattern)
         if not identity.grants.may_read(pattern):
             raise PeerError(ErrorCode.UNAUTHORIZED, "no read grant covers this pattern")
@@ -386,7 +397,10 @@ def make_append(
     client: Hashable = None,
     owner: object = None,
 ) -> Append:
-    """What a publish puts into the log, if it may; raises `PeerError`. `client`: whose share of the log it takes."""
+    """Return what a publish appends to the log. Raises `PeerError` when it is not allowed.
+
+    `owner` and `client`: see `Append`.
+    """
     check_channel(message.channel)
     if not identity.grants.may_write(message.channel):
         raise PeerError(ErrorCode.UNAUTHORIZED, "no write grant covers this channel")
@@ -413,7 +427,7 @@ def make_append(
 
 
 def error_reply(message: wire.ClientMessage, error: PeerError) -> Reply:
-    """The reply that refuses a message: of the type that its sender waits for."""
+    """Return the error reply to a message, of the type that its sender waits for."""
     match message:
         case wire.Auth():
             return wire.AuthError(error.message, error.code)

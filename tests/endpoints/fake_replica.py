@@ -22,7 +22,7 @@ from catbus.protocol.wire_messages import Publish
 class FakeClient:
     """Echoes every chunk as a line, unless told otherwise."""
 
-    proven = True
+    authenticated = True
 
     def __init__(self, replica: FakeReplica, writer: TransportWriter) -> None:
         self.replica = replica
@@ -36,7 +36,7 @@ class FakeClient:
         self.received.append(data)
         await self.replica.on_receive(self, data)
 
-    def heard(self, size: int) -> None:
+    def count_received(self, size: int) -> None:
         """Its bytes are not counted."""
 
     def close(self, code: CloseCode, reason: str) -> None:
@@ -47,7 +47,7 @@ class FakeClient:
     async def wait_closing(self) -> None:
         await self._closing.wait()
 
-    def leave(self) -> None:
+    def end(self) -> None:
         self.left = True
         self.closing = None
         self.send_queue.take()

@@ -192,7 +192,7 @@ async def test_clients_of_a_trusted_proxy_count_by_their_own_addresses() -> None
             await proxy.send(HEALTH)
             assert (await proxy.response()).status == 200
         assert endpoint.statistics().rejected_by_address == 3
-        replica.sessions[0].leave()
+        replica.sessions[0].end()
         while replica.addresses.count("198.51.100.7") > 1:
             await trio.lowlevel.checkpoint()
         assert await upgrade("198.51.100.7") == 101

@@ -205,7 +205,7 @@ async def test_stream_of_a_lagging_subscription_has_no_head() -> None:
             assert (await client.heard("head"))["seq"] == 40
         assert not [line for line in own.lines if line["type"] == "head"]
         [one] = server.replica.sessions
-        [held] = one._subscriptions.values()
+        [held] = one.session.subscriptions.values()
         assert held.send_queue.size <= held.send_queue.limit
 
 
@@ -306,7 +306,7 @@ async def test_ping_flood_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -
         client.own_reads = False
         await subscribe(client, "a.*")
         [one] = server.replica.sessions
-        [held] = one._subscriptions.values()
+        [held] = one.session.subscriptions.values()
         for number in range(500):
             await publish(server, "elsewhere.b", 1)
             client.say(type="ping", seq=number)

@@ -75,10 +75,10 @@ def allow_reading_without_a_grant(planter: MistakePlanter) -> None:
 
 
 def deliver_after_revocation(planter: MistakePlanter) -> None:
-    def withdraw(self: SessionDriver, patterns: Collection[str], before: Grants, grants: Grants) -> None:
+    def revoke(self: SessionDriver, patterns: Collection[str], before: Grants, grants: Grants) -> None:
         pass
 
-    planter.replace(SessionDriver, "_withdraw", withdraw)
+    planter.replace(SessionDriver, "_revoke", revoke)
 
 
 def match_the_prefix_of_a_pattern(planter: MistakePlanter) -> None:
@@ -101,13 +101,10 @@ def reply_with_the_wrong_id(planter: MistakePlanter) -> None:
 
 
 def deliver_after_unsubscribe(planter: MistakePlanter) -> None:
-    right = SessionDriver._take_out
+    def remove(self: SessionDriver, pattern: str) -> Subscription | None:
+        return self.session.remove_subscription(pattern)
 
-    def forget(self: SessionDriver, pattern: str) -> Subscription | None:
-        subscription = self._subscriptions.get(pattern)
-        return subscription if subscription is not None else right(self, pattern)
-
-    planter.replace(SessionDriver, "_take_out", forget)
+    planter.replace(SessionDriver, "_remove_subscription", remove)
 
 
 def fail_on_a_split_object(planter: MistakePlanter) -> None:

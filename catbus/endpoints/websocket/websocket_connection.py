@@ -212,7 +212,7 @@ class WebSocketServerConnection:
                     return
                 self._driver = driver = replica.open_session(self, transport="websocket", network=network)
                 self._send_queue = driver.send_queue
-                self.frame_stream.on_received = driver.heard
+                self.frame_stream.on_received = driver.count_received
                 try:
                     with self._registry.kept_alive(self):
                         library.start_soon(self._read_messages, websocket, driver)
@@ -220,7 +220,7 @@ class WebSocketServerConnection:
                         if close_reason := driver.closing or self._close_reason:
                             self.frame_stream.close(close_frame(*close_reason))
                 finally:
-                    driver.leave()
+                    driver.end()
                 # `_read_messages` and the library's reader end when the peer has closed.
                 self._receive_scope.cancel()
                 library.cancel_scope.deadline = self._close_deadline = trio.current_time() + CLOSE_TIMEOUT
@@ -256,13 +256,13 @@ class WebSocketServerConnection:
             if closed.reason is not None and closed.reason.code in _PROTOCOL_ERRORS:
                 # The library closes without a reason, so send one to the peer.
                 self._close_reason = closed.reason.code, closed.reason.reason or ""
-            driver.leave()
+            driver.end()
 
     async def _receive_messages(self, websocket: WebSocketConnection, driver: SessionDriver) -> None:
         while driver.closing is None:
             message = await websocket.get_message()
             await driver.receive(message.encode() if isinstance(message, str) else message)
-            if driver.proven and self._inbound.max_message_size != self._max_message_size:
+            if driver.authenticated and self._inbound.max_message_size != self._max_message_size:
                 self._inbound.max_message_size = self._max_message_size
                 self.frame_stream.on_received = None
                 self._on_authenticated()

@@ -190,7 +190,7 @@ class WebTransportSession:
             return
         if event.data:
             self._received.append(event.data)
-            self._driver.heard(len(event.data))
+            self._driver.count_received(len(event.data))
         if event.ended:
             self._ended = True
         self._receive_event.set()
@@ -361,7 +361,7 @@ class WebTransportSession:
 
     def abandon(self) -> None:
         """Close a session whose task could not be started."""
-        self._driver.leave()
+        self._driver.end()
         self.stop()
 
     # The task.
@@ -376,10 +376,10 @@ class WebTransportSession:
             self._on_internal_error("a session failed", error)
             close_reason = INTERNAL_ERROR
         except BaseException:
-            client.leave()
+            client.end()
             self._close(client.closing or (CloseCode.SHUTTING_DOWN, STOPPING))
             raise
-        client.leave()
+        client.end()
         self._close(close_reason)
         with trio.move_on_after(CONNECTION_CLOSE_TIMEOUT):
             await self._lost.wait()
@@ -420,14 +420,14 @@ class WebTransportSession:
                     data = b"".join(self._received)
                     self._received.clear()
                     await client.receive(data)
-                    if client.proven:
+                    if client.authenticated:
                         self._connection.trust()
                     assert self._session_writer.stream is not None
                     self._connection.consumed(self._session_writer.stream, len(data))
                     self._write(self._session_writer)
                     self._transmit()
                 elif self._ended:
-                    client.leave()
+                    client.end()
                     return
                 else:
                     self._receive_event = trio.Event()
