@@ -1,4 +1,4 @@
-"""Which release this is."""
+"""The version of this release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import metadata
 
 @cache
 def version() -> str:
-    """Such as "1.2.3", or a word that says that it is not known."""
+    """The version, such as "1.2.3", or "(not installed)"."""
     try:
         return metadata.version("catbus-broker")
     except metadata.PackageNotFoundError:

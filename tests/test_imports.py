@@ -153,7 +153,7 @@ def test_each_module_has_a_layer() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(module for module in MODULES if part_of(module) is not None))
-def test_a_module_imports_only_what_is_below_it(module: str) -> None:
+def test_module_imports_only_lower_layers(module: str) -> None:
     part = part_of(module)
     assert part is not None
     below = set().union(*LAYERS[: layer_of(part)])
@@ -163,13 +163,13 @@ def test_a_module_imports_only_what_is_below_it(module: str) -> None:
             assert any(f"{imported}.".startswith(f"catbus.{one}.") for one in allowed), f"{module} imports {imported}"
 
 
-def test_the_public_names_come_from_below_the_command() -> None:
+def test_public_names_come_from_layers_below_the_command() -> None:
     for imported in imports(MODULES["catbus"]):
         assert part_of(imported) not in ("cli", "testing", "__main__"), imported
 
 
 @pytest.mark.parametrize("library", sorted(ONLY_IMPORTERS))
-def test_a_library_behind_a_seam_has_one_importer(library: str) -> None:
+def test_each_wrapped_library_has_one_importer(library: str) -> None:
     importers = {module for module, path in MODULES.items() for name in imports(path) if name.split(".")[0] == library}
     allowed = ONLY_IMPORTERS[library]
     unauthenticated = {module for module in importers if not any(f"{module}.".startswith(f"{one}.") for one in allowed)}
@@ -177,7 +177,7 @@ def test_a_library_behind_a_seam_has_one_importer(library: str) -> None:
 
 
 @pytest.mark.parametrize("part", sorted(PURE))
-def test_the_core_does_no_io(part: str) -> None:
+def test_core_does_no_io(part: str) -> None:
     modules = [path for module, path in MODULES.items() if f"{module}.".startswith(f"catbus.{part}.")]
     assert modules
     found = {name.split(".")[0] for path in modules for name in imports(path)}
@@ -198,7 +198,7 @@ def test_only_the_command_configures_logging() -> None:
                 pytest.fail(f"{module}, line {node.lineno}: {node.attr}")
 
 
-def test_the_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parser_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "catbus" / "log" / "in_memory.py"
     module.parent.mkdir(parents=True)
     module.write_text(

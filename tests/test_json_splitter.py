@@ -1,4 +1,4 @@
-"""The framer against a scanner so plain that it can be read: a byte at a time, from the beginning, every time."""
+"""catbus.protocol.json_splitter against a simple scanner, which reads all input again for each byte."""
 
 from __future__ import annotations
 
@@ -98,27 +98,27 @@ NASTY = b"".join(
 )
 
 
-def test_the_sample_is_nasty() -> None:
+def test_sample_contains_the_hard_cases() -> None:
     seen = plain(NASTY)
     assert len([item for item in seen if isinstance(item, dict)]) == 9
     assert len([item for item in seen if isinstance(item, tuple)]) == 4
 
 
-def test_whole() -> None:
+def test_stream_in_one_piece_is_split() -> None:
     assert feed([NASTY]) == plain(NASTY)
 
 
-def test_a_byte_at_a_time() -> None:
+def test_stream_in_single_bytes_is_split() -> None:
     assert feed(cut(NASTY, range(1, len(NASTY)))) == plain(NASTY)
 
 
-def test_every_cut_in_two() -> None:
+def test_stream_in_any_two_pieces_is_split() -> None:
     expected = plain(NASTY)
     for place in range(len(NASTY) + 1):
         assert feed(cut(NASTY, [place])) == expected, place
 
 
-def test_every_cut_in_three() -> None:
+def test_stream_in_any_three_pieces_is_split() -> None:
     expected = plain(NASTY)
     for first in range(len(NASTY) + 1):
         for second in range(first, len(NASTY) + 1):
@@ -142,7 +142,7 @@ def written(draw: st.DrawFn, value: dict[str, Any]) -> bytes:
 
 
 @given(data=st.data(), values=st.lists(objects, max_size=6), before=white_space)
-def test_objects_come_out_as_they_went_in_wherever_they_are_cut(
+def test_objects_in_any_pieces_are_split_unchanged(
     data: st.DataObject, values: list[dict[str, Any]], before: bytes
 ) -> None:
     text = before + b"".join([data.draw(written(value)) for value in values])
@@ -179,7 +179,7 @@ pieces = st.sampled_from(SMALL + LARGE)
     places=st.lists(st.integers(0, 200), max_size=5),
     limit=st.sampled_from([1, 2, 7, 15, 40, LIMIT]),
 )
-def test_anything_at_all_gives_the_same_however_it_is_cut(data: bytes, places: list[int], limit: int) -> None:
+def test_any_bytes_give_the_same_results_in_any_pieces(data: bytes, places: list[int], limit: int) -> None:
     expected = plain(data, limit)
     assert feed([data], limit) == expected
     assert feed(cut(data, [min(place, len(data)) for place in places]), limit) == expected
@@ -187,14 +187,14 @@ def test_anything_at_all_gives_the_same_however_it_is_cut(data: bytes, places: l
 
 
 @given(data=st.binary(max_size=40))
-def test_any_bytes_are_answered_and_nothing_else_is_raised(data: bytes) -> None:
+def test_any_bytes_raise_only_peer_errors(data: bytes) -> None:
     assert feed([b'{"a":1}' + data]) == plain(b'{"a":1}' + data)
 
 
 # One sentence each
 
 
-def test_what_stands_inside_a_payload_on_a_line_of_its_own_is_not_a_message() -> None:
+def test_line_inside_a_payload_is_not_a_message() -> None:
     data = b'{"type":"publish","channel":"good","payload":\n{"type":"publish","channel":"evil","payload":1}\n}\n'
     framer = JsonSplitter(wire.decode_client)
     for chunks in ([data], data.splitlines(keepends=True), cut(data, range(1, len(data)))):
@@ -202,7 +202,7 @@ def test_what_stands_inside_a_payload_on_a_line_of_its_own_is_not_a_message() ->
         assert [message.channel for message in messages if isinstance(message, wire.Publish)] == ["good"]
 
 
-def test_an_object_that_does_not_decode_is_refused_and_the_next_one_is_read() -> None:
+def test_undecodable_object_is_reported_and_the_next_one_is_read() -> None:
     framer = JsonSplitter(wire.decode_client)
     data = b'{"type":"ping","seq":1}\n{"type":"nonsense"}\n{"type":"ping"}{"type":"ping","seq":2}'
     first, second, third, fourth = framer.feed(data)
@@ -215,7 +215,7 @@ def test_an_object_that_does_not_decode_is_refused_and_the_next_one_is_read() ->
 @pytest.mark.parametrize(
     "junk", [b"x", b"1\n", b"[]\n", b'"a"\n', b"null\n", b"}", b"\0", b"\x0b\n", b"\x85", b"\xef\xbb\xbf{}"]
 )
-def test_anything_else_between_objects_closes_after_what_stood_before_it(junk: bytes) -> None:
+def test_other_bytes_between_objects_close_after_the_objects_before(junk: bytes) -> None:
     messages = JsonSplitter(decode_object).feed(b'{"a":1}\n{"b":2} ' + junk)
     assert next(messages) == {"a": 1}
     assert next(messages) == {"b": 2}
@@ -226,7 +226,7 @@ def test_anything_else_between_objects_closes_after_what_stood_before_it(junk: b
 
 @pytest.mark.parametrize("end", [b"", b"\n", b" ", b"{}"])
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_an_object_may_have_as_many_bytes_as_the_limit_and_no_more(step: int, end: bytes) -> None:
+def test_object_is_accepted_up_to_the_size_limit(step: int, end: bytes) -> None:
     limit = 100
     for size in (limit - 1, limit, limit + 1):
         data = b'{"a":"' + b"x" * (size - 8) + b'"}'
@@ -235,11 +235,11 @@ def test_an_object_may_have_as_many_bytes_as_the_limit_and_no_more(step: int, en
         assert seen[0] == (("close", "TOO_LARGE") if size > limit else json.loads(data))
 
 
-def test_white_space_does_not_count() -> None:
+def test_white_space_does_not_count_as_size() -> None:
     assert feed([b" " * 50 + b'{"a":1}' + b" " * 50 + b"\n" + b'{"b":2}'], limit=10) == [{"a": 1}, {"b": 2}]
 
 
-def test_an_object_over_the_limit_closes_after_what_stood_before_it() -> None:
+def test_object_over_the_limit_closes_after_the_objects_before() -> None:
     messages = JsonSplitter(decode_object, limit=10).feed(b'{"a":1}\n{"a":"12345"}\n{"b":2}\n')
     assert next(messages) == {"a": 1}
     with pytest.raises(PeerError) as caught:
@@ -247,7 +247,7 @@ def test_an_object_over_the_limit_closes_after_what_stood_before_it() -> None:
     assert (caught.value.code, caught.value.close) == (ErrorCode.TOO_LARGE, CloseCode.TOO_LARGE)
 
 
-def test_an_object_that_will_be_over_the_limit_is_not_waited_for() -> None:
+def test_incomplete_object_over_the_limit_is_rejected_at_once() -> None:
     framer = JsonSplitter(decode_object, limit=10)
     for byte in b'{"a":"1234':
         assert list(framer.feed(bytes([byte]))) == []
@@ -255,7 +255,7 @@ def test_an_object_that_will_be_over_the_limit_is_not_waited_for() -> None:
         list(framer.feed(b"5"))
 
 
-def test_a_message_is_decoded_when_it_is_asked_for() -> None:
+def test_messages_are_decoded_lazily() -> None:
     decoded: list[bytes] = []
 
     def decode(data: bytes) -> int:
@@ -295,7 +295,7 @@ STRETCHES: dict[str, Callable[[int], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("stretch", STRETCHES.values(), ids=STRETCHES)
-def test_twice_as_much_is_no_more_than_twice_the_work(stretch: Callable[[int], list[bytes]]) -> None:
+def test_work_is_linear_in_the_input(stretch: Callable[[int], list[bytes]]) -> None:
     """Sixteen times as much takes sixteen times as long, or 256 times if it goes wrong."""
 
     def cost(n: int) -> float:
@@ -313,7 +313,7 @@ def test_twice_as_much_is_no_more_than_twice_the_work(stretch: Callable[[int], l
     assert cost(16 * 1024) < 60 * cost(1024)
 
 
-def test_no_byte_is_decoded_more_than_twice() -> None:
+def test_each_byte_is_decoded_at_most_twice() -> None:
     given_to_decode = 0
 
     def decode(data: bytes) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def test_no_byte_is_decoded_more_than_twice() -> None:
         assert given_to_decode <= 2 * len(data)
 
 
-def test_of_many_objects_few_are_taken_apart_before_they_are_asked_for() -> None:
+def test_few_lines_are_split_ahead_of_decoding() -> None:
     data = b'{"type":"ping","seq":1}\n' * 40_000
     results = JsonSplitter(decode_object).feed(data)
     tracemalloc.start()

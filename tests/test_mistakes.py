@@ -19,7 +19,7 @@ class Owner:
         return number
 
 
-def test_a_fitting_mistake_replaces_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fitting_mistake_replaces_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def triple(self: Owner, number: int, *, times: int = 1) -> int:
         return number * 3
 
@@ -38,14 +38,14 @@ def test_a_fitting_mistake_replaces_the_function(monkeypatch: pytest.MonkeyPatch
         ("wait", lambda: 0),
     ],
 )
-def test_a_mistake_for_another_name_or_signature_is_refused(
+def test_mistake_with_another_name_or_signature_is_rejected(
     name: str, wrong: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(AssertionError):
         MistakePlanter(monkeypatch).replace(Owner, name, wrong)
 
 
-def test_a_mistake_that_fails_in_its_own_body_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_that_fails_in_its_body_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     planter = MistakePlanter(monkeypatch)
     planter.replace(Owner, "double", lambda self, number, *, times=1: self.factor)
     with pytest.raises(AttributeError):
@@ -54,7 +54,7 @@ def test_a_mistake_that_fails_in_its_own_body_is_an_error(monkeypatch: pytest.Mo
         planter.check()
 
 
-async def test_an_asynchronous_mistake_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_asynchronous_mistake_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def wait(self: Owner, number: int) -> int:
         return self.factor  # type: ignore[attr-defined]
 
@@ -66,7 +66,7 @@ async def test_an_asynchronous_mistake_that_fails_is_an_error(monkeypatch: pytes
         planter.check()
 
 
-def test_a_mistake_that_makes_the_original_fail_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_that_makes_the_original_fail_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Owner.double
 
     def wrong(self: Owner, number: int, *, times: int = 1) -> int:
@@ -79,7 +79,7 @@ def test_a_mistake_that_makes_the_original_fail_is_no_error(monkeypatch: pytest.
     planter.check()
 
 
-def test_a_mistake_that_nothing_calls_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_that_is_never_called_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     planter = MistakePlanter(monkeypatch)
     planter.replace(Owner, "double", lambda *_, **__: 0)
     with pytest.raises(AssertionError, match=r"Owner\.double"):

@@ -1,4 +1,4 @@
-"""One message of any content, on its way through a broker to every kind of receiver: no subscription fails for it."""
+"""Messages of any content, through a broker to every kind of receiver: no subscription fails."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ await client.disconnect();
 """
 
 
-async def test_a_number_that_is_too_large_is_infinity() -> None:
+async def test_number_that_is_too_large_becomes_infinity() -> None:
     async with (
         running() as (_, place),
         catbus.connect(f"ws://{place}/ws", token=TOKEN) as bus,

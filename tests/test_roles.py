@@ -1,4 +1,4 @@
-"""Role tokens from the wire to the database: what their bearers may, and when they are let in."""
+"""Role tokens from the wire to the database: the permissions of their sessions, and changes to them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def post(address: str, token: str, body: bytes) -> tuple[int, Any]:
     return response.status, msgspec.json.decode(response.body)
 
 
-async def test_a_role_may_what_it_was_granted_and_nothing_else(database_url: str) -> None:
+async def test_role_allows_only_its_grants(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
         await broker.replica.log.wait_open()
@@ -78,7 +78,7 @@ async def test_a_role_may_what_it_was_granted_and_nothing_else(database_url: str
             assert caught.value.code is ErrorCode.UNAUTHORIZED
 
 
-async def test_an_unknown_role_and_a_deleted_one_are_refused_for_good(database_url: str) -> None:
+async def test_unknown_and_deleted_roles_are_rejected_for_good(database_url: str) -> None:
     deleted = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
         await broker.replica.log.wait_open()
@@ -93,7 +93,7 @@ async def test_an_unknown_role_and_a_deleted_one_are_refused_for_good(database_u
                 assert await peer.close_code() == CloseCode.UNAUTHENTICATED == 4001
 
 
-async def test_requests_in_the_same_bytes_are_done_after_the_look_up(database_url: str) -> None:
+async def test_requests_in_the_same_bytes_wait_for_the_role_lookup(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address), speaker(address) as peer:
         await broker.replica.log.wait_open()
@@ -106,7 +106,7 @@ async def test_requests_in_the_same_bytes_are_done_after_the_look_up(database_ur
     assert {reply["type"] for reply in replies[3:]} == {"head", "message"}
 
 
-async def test_while_the_database_is_away_role_tokens_are_not_refused_for_good_and_sessions_stay(
+async def test_unreachable_database_keeps_sessions_and_makes_role_tokens_retryable(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -134,7 +134,7 @@ async def test_while_the_database_is_away_role_tokens_are_not_refused_for_good_a
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_change_reaches_open_sessions_on_every_replica_over_either_transport(
+async def test_role_change_reaches_sessions_on_every_replica_and_transport(
     database_url: str, tmp_path: Path, stream: bool
 ) -> None:
     token = await make_role(database_url)
@@ -176,7 +176,7 @@ async def test_a_change_reaches_open_sessions_on_every_replica_over_either_trans
             assert getattr(ended.value, "code", None) in (ErrorCode.REVOKED, CloseCode.REVOKED), ended.value
 
 
-async def test_publishing_over_http_with_a_role_token(database_url: str) -> None:
+async def test_role_token_publishes_over_http(database_url: str) -> None:
     token = await make_role(database_url)
     async with running(on(database_url)) as (broker, address):
         await broker.replica.log.wait_open()
@@ -190,7 +190,7 @@ async def test_publishing_over_http_with_a_role_token(database_url: str) -> None
         assert (status, result["code"]) == (401, "unauthenticated")
 
 
-async def test_a_broker_without_a_database_says_why_it_knows_no_roles() -> None:
+async def test_broker_without_a_database_reports_why_it_rejects_role_tokens() -> None:
     async with running() as (_, address), speaker(address) as peer:
         reply = await authenticate(peer, make_role_token())
         assert reply["code"] == "unauthenticated"

@@ -69,18 +69,18 @@ def fault(check: Callable[[str], None], text: str) -> PeerError | None:
 
 
 @pytest.mark.parametrize("text", CHANNELS)
-def test_a_channel_is_a_pattern(text: str) -> None:
+def test_channel_is_a_pattern(text: str) -> None:
     check_channel(text)
     check_pattern(text)
 
 
 @pytest.mark.parametrize("text", ["*", "a.*", "project.abc123.*", LONGEST[:253] + ".*"])
-def test_a_wildcard_is_the_last_segment_of_a_pattern(text: str) -> None:
+def test_wildcard_is_the_last_segment_of_a_pattern(text: str) -> None:
     check_pattern(text)
 
 
 @pytest.mark.parametrize("text", ["*", "a.*"])
-def test_a_wildcard_is_in_no_channel(text: str) -> None:
+def test_channel_has_no_wildcard(text: str) -> None:
     with pytest.raises(PeerError, match="wildcard") as caught:
         check_channel(text)
     assert caught.value.code == ErrorCode.INVALID_CHANNEL
@@ -88,7 +88,7 @@ def test_a_wildcard_is_in_no_channel(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "wrong"), NEITHER.items())
-def test_what_is_wrong_is_said(text: str, wrong: str) -> None:
+def test_error_names_the_fault(text: str, wrong: str) -> None:
     with pytest.raises(PeerError, match=wrong) as channel:
         check_channel(text)
     with pytest.raises(PeerError, match=wrong) as pattern:
@@ -98,13 +98,13 @@ def test_what_is_wrong_is_said(text: str, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("text", MATCHES_NOTHING)
-def test_a_pattern_leaves_room_for_what_it_matches(text: str) -> None:
+def test_pattern_has_room_for_a_matching_channel(text: str) -> None:
     with pytest.raises(PeerError):
         check_pattern(text)
 
 
 @given(st.text() | st.text(max_size=3).map(lambda text: text * 200))
-def test_what_is_said_is_short_and_plain(text: str) -> None:
+def test_error_is_short_and_ascii(text: str) -> None:
     for error in (fault(check_channel, text), fault(check_pattern, text)):
         if error is not None:
             assert len(error.message) < 800
@@ -113,7 +113,7 @@ def test_what_is_said_is_short_and_plain(text: str) -> None:
 
 
 @given(st.text(alphabet="aZ5_-.*\n é٣", max_size=8))
-def test_the_grammar_is_that_of_the_specification(text: str) -> None:
+def test_grammar_is_that_of_the_specification(text: str) -> None:
     allowed = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
     def is_channel(text: str) -> bool:
@@ -142,25 +142,25 @@ def selects(pattern: str, channel: str) -> bool:
     return path == [*above, last]
 
 
-def test_a_pattern_matches_what_it_selects() -> None:
+def test_pattern_matches_its_channels() -> None:
     for pattern, channel in product(ALL_PATTERNS, ALL_CHANNELS):
         assert matches(pattern, channel) == selects(pattern, channel), (pattern, channel)
 
 
-def test_a_grant_covers_a_pattern_when_it_matches_all_that_the_pattern_matches() -> None:
+def test_grant_covers_a_pattern_if_it_matches_all_its_channels() -> None:
     matched = {pattern: {channel for channel in ALL_CHANNELS if matches(pattern, channel)} for pattern in ALL_PATTERNS}
     for grant, pattern in product(ALL_PATTERNS, repeat=2):
         assert covers(grant, pattern) == (matched[pattern] <= matched[grant]), (grant, pattern)
 
 
 @given(patterns, patterns, channels)
-def test_what_a_covered_pattern_matches_the_grant_matches(grant: str, pattern: str, channel: str) -> None:
+def test_grant_matches_every_channel_of_a_covered_pattern(grant: str, pattern: str, channel: str) -> None:
     if covers(grant, pattern) and matches(pattern, channel):
         assert matches(grant, channel)
 
 
 @given(patterns, channels)
-def test_a_range_holds_what_the_pattern_matches(pattern: str, channel: str) -> None:
+def test_prefix_range_contains_the_matching_channels(pattern: str, channel: str) -> None:
     bounds = prefix_range(pattern)
     if bounds is None:
         assert pattern == "*" or not pattern.endswith(".*")
@@ -168,7 +168,7 @@ def test_a_range_holds_what_the_pattern_matches(pattern: str, channel: str) -> N
         assert (bounds[0] <= channel < bounds[1]) == matches(pattern, channel)
 
 
-def test_a_range_is_a_prefix_and_its_successor() -> None:
+def test_prefix_range_is_a_prefix_and_its_successor() -> None:
     assert prefix_range("a.b.*") == ("a.b.", "a.b/")
     assert prefix_range("a.b") is None
     assert prefix_range("*") is None
@@ -339,6 +339,6 @@ def memory_of(tree: TopicTree[int]) -> int:
 
 
 @given(patterns, patterns)
-def test_the_selectors_of_a_text_are_the_patterns_that_cover_it(grant: str, text: str) -> None:
+def test_selectors_are_the_patterns_that_cover_a_text(grant: str, text: str) -> None:
     assert (grant in selectors(text)) == covers(grant, text)
     assert len(list(selectors(text))) == len(set(selectors(text)))

@@ -1,4 +1,4 @@
-"""What is kept of peers that have shown no token, by itself and in a replica."""
+"""The memory limit of unauthenticated peers, alone and in a replica."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_large_object_is_accepted_only_after_authentication(replica: Repli
     assert said(unauthenticated) == ["error"]
 
 
-async def test_clients_without_a_token_give_way_when_too_much_is_kept_of_them(replica: Replica) -> None:
+async def test_oldest_unauthenticated_session_is_closed_over_the_memory_limit(replica: Replica) -> None:
     replica.unauthenticated._limit = 1000
     authenticated, first, second, third = (replica.open_session(TransportWriter(), transport="test") for _ in range(4))
     authenticated.count_received(900)

@@ -1,4 +1,4 @@
-"""Every message round the trip, what a first-version client gets to hear, and what is refused."""
+"""catbus.protocol.wire_messages: encoding, decoding, first-version clients and rejected messages."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def encoded(message: Request | Reply, protocol: ProtocolVersion = ProtocolVersio
 
 
 @given(client_messages())
-def test_what_a_client_says_is_what_a_server_hears(message: Request) -> None:
+def test_client_messages_survive_encoding_and_decoding(message: Request) -> None:
     assert wire.decode_client(encoded(message)) == message
 
 
 @given(server_messages())
-def test_what_a_server_says_is_what_a_client_hears(message: Reply) -> None:
+def test_server_messages_survive_encoding_and_decoding(message: Reply) -> None:
     assert wire.decode_server(encoded(message)) == message
 
 
 @given(client_messages() | server_messages())
-def test_a_message_is_one_line(message: Request | Reply) -> None:
+def test_encoded_message_is_one_line(message: Request | Reply) -> None:
     line = encoded(message)
     assert line.endswith(b"}\n")
     assert line.count(b"\n") == 1
@@ -63,7 +63,7 @@ def test_unknown_fields_are_ignored(kind: type[Request | Reply]) -> None:
     check()
 
 
-def test_a_gap_has_the_names_of_the_specification() -> None:
+def test_gap_has_the_field_names_of_the_specification() -> None:
     line = encoded(wire.Gap("a.*", 3, 9, "e1", "retention"))
     assert json.loads(line) == {
         "type": "gap", "pattern": "a.*", "from": 3, "to": 9, "epoch": "e1", "reason": "retention",
@@ -81,7 +81,7 @@ def test_a_gap_has_the_names_of_the_specification() -> None:
     at=st.integers(0, 2**53),
     sender=st.none() | st.text(),
 )
-def test_an_entry_is_encoded_as_the_message_that_it_is(
+def test_fast_encoding_of_an_entry_equals_the_general_one(
     channel: str, payload: bytes, pattern: str, seq: int | None, at: int, sender: str | None
 ) -> None:
     message = wire.ChannelMessage(channel, Raw(payload), pattern=pattern, seq=seq, at=at, sender=sender)
@@ -106,7 +106,7 @@ FIXED = {
 
 
 @given(server_messages())
-def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None:
+def test_first_version_client_receives_only_known_messages_and_fields(message: Reply) -> None:
     line = wire.encode(message, ProtocolVersion.FIRST)
     kind = tag(type(message))
     if isinstance(message, wire.Revoked):
@@ -122,7 +122,7 @@ def test_a_first_version_client_hears_only_what_it_knows(message: Reply) -> None
         assert line is None
 
 
-def test_a_first_version_client_is_told_that_it_has_no_client_id() -> None:
+def test_first_version_client_receives_a_null_client_id() -> None:
     assert encoded(wire.AuthOk(None), ProtocolVersion.FIRST) == b'{"type":"auth_ok","client_id":null}\n'
     assert json.loads(encoded(wire.AuthOk(None))) == {"type": "auth_ok", "client_id": None}
 
@@ -137,7 +137,7 @@ FIRST_VERSION_REQUESTS = {
 
 
 @pytest.mark.parametrize(("line", "message"), FIRST_VERSION_REQUESTS.items())
-def test_a_first_version_client_is_understood(line: bytes, message: Request) -> None:
+def test_messages_of_a_first_version_client_decode(line: bytes, message: Request) -> None:
     assert wire.decode_client(line) == message
 
 
@@ -160,7 +160,7 @@ INVALID_UTF8 = {
 
 
 @pytest.mark.parametrize("payload", INVALID_UTF8.values(), ids=INVALID_UTF8)
-def test_a_payload_that_is_not_utf8_is_refused(payload: bytes) -> None:
+def test_payload_that_is_not_utf8_is_rejected(payload: bytes) -> None:
     with pytest.raises(UnicodeDecodeError) as caught:
         wire.decode_client(publish(payload))
     assert wire.decoding_error(caught.value).message == "not valid UTF-8"
@@ -172,7 +172,7 @@ NOT_JSON = [b"", b"nul", b"01", b"1 2", b"'a'", b"[1,]", b"{1:2}", b'"', b'"\n"'
 
 
 @pytest.mark.parametrize("payload", NOT_JSON)
-def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
+def test_payload_that_is_not_json_is_rejected(payload: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         wire.decode_client(publish(payload))
     with pytest.raises(PeerError, match="not JSON") as caught:
@@ -201,7 +201,7 @@ def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
         b'{"type":"auth"}',
     ],
 )
-def test_what_is_no_request_is_refused(line: bytes) -> None:
+def test_invalid_requests_are_rejected(line: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE) as caught:
         wire.decode_client(line)
     error = wire.decoding_error(caught.value)
@@ -210,7 +210,7 @@ def test_what_is_no_request_is_refused(line: bytes) -> None:
 
 
 @given(st.binary(max_size=60) | st.text().map(str.encode) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
+def test_any_bytes_decode_or_raise_one_of_the_undecodable_errors(data: bytes) -> None:
     for decode in (wire.decode_client, wire.decode_server, lambda data: wire.decode_client(publish(data))):
         try:
             decode(data)
@@ -222,7 +222,7 @@ def test_any_bytes_are_decoded_or_undecodable(data: bytes) -> None:
 
 
 @given(st.binary(max_size=20) | payloads())
-def test_a_payload_by_another_way_is_taken_where_a_publish_would_take_it(data: bytes) -> None:
+def test_check_payload_accepts_exactly_the_payloads_of_a_publish(data: bytes) -> None:
     try:
         message = wire.decode_client(publish(data))
     except wire.UNDECODABLE:
@@ -234,7 +234,7 @@ def test_a_payload_by_another_way_is_taken_where_a_publish_would_take_it(data: b
 
 
 @given(messages(wire.Publish))
-def test_where_only_a_publish_can_stand_it_need_not_say_so(message: wire.Publish) -> None:
+def test_decode_publish_does_not_require_a_type(message: wire.Publish) -> None:
     line = encoded(message)
     assert wire.decode_publish(line) == message
     assert wire.decode_publish(line.replace(b'"type":"publish",', b"", 1)) == message
@@ -243,7 +243,7 @@ def test_where_only_a_publish_can_stand_it_need_not_say_so(message: wire.Publish
 @pytest.mark.parametrize(
     "line", [b'{"type":"ping","channel":"a","payload":1}', b'{"channel":"a"}', b'{"channel":"a","payload":"\xff"}']
 )
-def test_where_only_a_publish_can_stand_nothing_else_is_taken(line: bytes) -> None:
+def test_decode_publish_rejects_other_messages(line: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE):
         wire.decode_publish(line)
 
@@ -252,7 +252,7 @@ def test_where_only_a_publish_can_stand_nothing_else_is_taken(line: bytes) -> No
 
 
 @given(JSON, st.sampled_from([None, 0, 2]), st.sampled_from(["\n", "\r\n", "\r"]))
-def test_a_payload_is_kept_as_one_line_that_says_the_same(value: Any, indent: int | None, line_end: str) -> None:
+def test_stored_payload_is_one_line_with_the_same_value(value: Any, indent: int | None, line_end: str) -> None:
     text = json.dumps(value, indent=indent).replace("\n", line_end).encode()
     kept = wire.check_payload(text)
     assert b"\n" not in kept
@@ -261,7 +261,7 @@ def test_a_payload_is_kept_as_one_line_that_says_the_same(value: Any, indent: in
     assert json.loads(kept) == value
 
 
-def test_a_payload_keeps_its_own_spelling() -> None:
+def test_payload_keeps_its_spelling() -> None:
     for text in (b"1.0", b"1e2", b'"\\u00e9"', b'{"b":1, "a":2,"a":3}', b"[ ]", b"123456789012345678901234567890"):
         message = wire.decode_client(publish(text))
         assert isinstance(message, wire.Publish)
@@ -292,11 +292,11 @@ deep_values = st.recursive(
 
 
 @given(deep_values, st.sampled_from([None, 1]))
-def test_depth_is_how_deep_the_value_is(value: Any, indent: int | None) -> None:
+def test_depth_is_the_nesting_depth_of_the_value(value: Any, indent: int | None) -> None:
     assert wire.depth(json.dumps(value, indent=indent).encode()) == depth_of(value)
 
 
-def test_a_message_may_be_nested_as_deep_as_the_limit_and_no_deeper() -> None:
+def test_message_is_accepted_up_to_the_nesting_limit() -> None:
     wire.decode_client(publish(nested(MAX_DEPTH - 1)))
     with pytest.raises(RecursionError) as caught:
         wire.decode_client(publish(nested(MAX_DEPTH)))
@@ -305,13 +305,13 @@ def test_a_message_may_be_nested_as_deep_as_the_limit_and_no_deeper() -> None:
         wire.check_payload(nested(MAX_DEPTH + 1))
 
 
-def test_a_message_may_be_as_wide_as_it_likes() -> None:
+def test_wide_message_is_accepted() -> None:
     wide = b"[" + b",".join([b'{"[":[]}'] * 1000) + b"]"
     wire.decode_client(publish(wide))
 
 
 @pytest.mark.parametrize("bomb", [b"[" * 60000, b'{"a":' * 12000, b"[{" * 30000, nested(30000), b'["]' * 20000])
-def test_a_bomb_is_refused(bomb: bytes) -> None:
+def test_deeply_nested_message_is_rejected(bomb: bytes) -> None:
     with pytest.raises(wire.UNDECODABLE):
         wire.decode_client(publish(bomb))
 
@@ -337,5 +337,5 @@ def test_a_bomb_is_refused(bomb: bytes) -> None:
         (b'{"payload":' + b"9" * 5000 + b"}", None),
     ],
 )
-def test_what_does_not_decode_is_refused_by_its_id_where_that_can_be_read(data: bytes, number: int | None) -> None:
+def test_error_of_an_undecodable_request_has_its_id(data: bytes, number: int | None) -> None:
     assert wire.decoding_error(msgspec.DecodeError("no"), data).id == number

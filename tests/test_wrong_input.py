@@ -1,4 +1,4 @@
-"""What a client sends wrongly gets its reply and, where it must, its close; everybody else notices nothing."""
+"""Invalid input of a client: its reply and, if it is fatal, its close. Other clients are not affected."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def bystander(address: str) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("opcode", [TEXT, BINARY])
 @pytest.mark.parametrize("name", WRONG)
-async def test_a_wrong_message_is_answered_and_the_session_goes_on(name: str, opcode: int) -> None:
+async def test_invalid_message_gets_an_error_and_the_session_continues(name: str, opcode: int) -> None:
     if name == "bad UTF-8":
         opcode = BINARY  # A text frame with it is the next test.
     message, kind, code = WRONG[name]
@@ -123,14 +123,14 @@ async def test_a_wrong_message_is_answered_and_the_session_goes_on(name: str, op
         assert await peer.reply() == {"type": "pong", "seq": 1}
 
 
-async def test_a_text_frame_that_is_not_utf_8_closes_as_the_rfc_says() -> None:
+async def test_text_frame_that_is_not_utf_8_closes_with_1007() -> None:
     async with running() as (_, address), bystander(address), speaker(address) as peer:
         await peer.say(b'{"type":"ping","seq":"\xff"}')
         assert await peer.close_code() == 1007
 
 
 @pytest.mark.parametrize("name", ENDING)
-async def test_what_cannot_be_followed_closes_for_good(name: str) -> None:
+async def test_fatal_input_closes_for_good(name: str) -> None:
     message, kind, code, closing = ENDING[name]
     async with running() as (_, address), bystander(address), speaker(address) as peer:
         await peer.say(AUTH)
@@ -142,7 +142,7 @@ async def test_what_cannot_be_followed_closes_for_good(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENS)
-async def test_a_wrong_token_is_refused_without_being_repeated(name: str) -> None:
+async def test_invalid_token_is_not_repeated_in_the_reply(name: str) -> None:
     token, code, closing = TOKENS[name]
     async with running() as (_, address), bystander(address), speaker(address) as peer:
         await peer.say({"type": "auth", "token": token, "protocol": 1})
@@ -152,14 +152,14 @@ async def test_a_wrong_token_is_refused_without_being_repeated(name: str) -> Non
         assert await peer.close_code() == closing
 
 
-async def test_whoever_does_not_authenticate_is_closed() -> None:
+async def test_unauthenticated_session_is_closed() -> None:
     config = msgspec.structs.replace(CONFIG, limits=LimitSettings(auth_timeout=0.2))
     async with running(config) as (_, address), bystander(address), speaker(address) as peer:
         assert (await peer.reply())["type"] == "auth_error"
         assert await peer.close_code() == CloseCode.AUTH_TIMEOUT
 
 
-async def test_a_client_that_asks_without_end_and_reads_nothing_harms_only_itself() -> None:
+async def test_client_that_requests_without_reading_harms_only_itself() -> None:
     async with running() as (broker, address), bystander(address), speaker(address) as peer:
         await peer.say(AUTH)
         pings = b'{"type":"ping","seq":1}' * 2000

@@ -1,1 +1,1 @@
-"""Authentication and authorization: tokens, the keys that verify them, and grants that may change at any time."""
+"""Authentication and authorization: tokens, the keys that verify them, and permissions that change while connected."""

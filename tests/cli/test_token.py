@@ -14,7 +14,7 @@ from catbus.auth.grants import Grants
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import sign
 from catbus.cli.commands.token import describe_time_difference
-from tests.test_auth import EC_KEY, jwks, pem, signed_jwt
+from tests.test_tokens import EC_KEY, jwks, pem, signed_jwt
 
 from .conftest import Command
 

@@ -1,4 +1,4 @@
-"""A refused token from the wire to the log: the operator learns why, the client learns whether to come back."""
+"""Rejected tokens: what the log reports to the operator, and what the client receives."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from catbus.observability.metrics import export_metrics
 from catbus.replica import Replica
 from tests.brokers import CONFIG, SECRET, running
 from tests.endpoints.raw_peer import Peer
-from tests.test_auth import signed_jwt
-from tests.test_permissions import Roles
+from tests.test_live_permissions import Roles
+from tests.test_tokens import signed_jwt
 from tests.test_wrong_input import speaker
 
 OTHER = "another secret of the tests"
@@ -46,7 +46,7 @@ async def refuse(replica: Replica, token: str) -> PeerError:
     return caught.value
 
 
-async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCaptureFixture) -> None:
+async def test_rejection_is_logged_in_detail_and_the_client_receives_less(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     tokens = {
         RejectionReason.CLAIMS: signed_jwt({"alg": "HS256"}, {"sub": "eve", "catbus": {"read": "a.*"}}, SECRET),
@@ -75,7 +75,9 @@ async def test_the_log_says_why_and_the_client_is_told_less(caplog: pytest.LogCa
             assert counted in body
 
 
-async def test_a_stranger_does_not_fill_the_log(caplog: pytest.LogCaptureFixture, autojump_clock: MockClock) -> None:
+async def test_rejected_tokens_do_not_flood_the_log(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
     caplog.set_level(logging.INFO)
     replica = make_replica()
     for number in range(1000):
@@ -92,7 +94,7 @@ async def test_a_stranger_does_not_fill_the_log(caplog: pytest.LogCaptureFixture
     assert len(lines(caplog)) == 3
 
 
-async def test_a_role_that_is_not_there_is_named_by_its_handle(caplog: pytest.LogCaptureFixture) -> None:
+async def test_missing_role_is_logged_by_its_handle(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     roles, token = Roles(), make_role_token()
     roles.answer = None
@@ -107,7 +109,7 @@ async def test_a_role_that_is_not_there_is_named_by_its_handle(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("claims", [{"nbf": 20.0}, {"exp": -20.0}], ids=str)
-async def test_a_clock_that_differs_by_some_seconds_refuses_nobody(claims: dict[str, float]) -> None:
+async def test_leeway_accepts_tokens_of_a_clock_ahead(claims: dict[str, float]) -> None:
     now = time.time()
     granted = {"sub": "a", "catbus": {"read": ["a"], "write": ["a"]}}
     times = {name: now + value for name, value in claims.items()}
@@ -116,7 +118,7 @@ async def test_a_clock_that_differs_by_some_seconds_refuses_nobody(claims: dict[
         assert await bus.publish("a", 1) == 1
 
 
-async def test_a_session_lasts_as_long_as_the_leeway_of_its_token() -> None:
+async def test_session_lasts_until_the_leeway_of_its_token_ends() -> None:
     limits = msgspec.structs.replace(CONFIG.limits, token_grace=0)
     config = msgspec.structs.replace(CONFIG, limits=limits, auth=AuthSettings(secrets=(SECRET,), leeway=3600))
     token = sign(SECRET, client_id="a", grants=Grants.ALL, expires=time.time() - 10)
@@ -126,7 +128,7 @@ async def test_a_session_lasts_as_long_as_the_leeway_of_its_token() -> None:
         assert [(await peer.reply())["type"] for _ in range(2)] == ["auth_ok", "pong"]
 
 
-async def test_over_http_a_token_that_is_not_valid_yet_is_one_to_come_back_with() -> None:
+async def test_http_reply_to_a_token_not_valid_yet_has_retry_after() -> None:
     token = sign(SECRET, client_id="a", grants=Grants.ALL, not_before=time.time() + 1000)
     async with running() as (_, address):
         host, _, port = address.rpartition(":")
@@ -142,7 +144,7 @@ async def test_over_http_a_token_that_is_not_valid_yet_is_one_to_come_back_with(
     assert 900 <= int(response.headers["retry-after"]) <= 973
 
 
-async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None:
+async def test_client_reconnects_with_a_token_that_was_not_valid_yet() -> None:
     token = sign(SECRET, client_id="a", grants=Grants.ALL, not_before=time.time() + 2)
     config = msgspec.structs.replace(CONFIG, auth=AuthSettings(secrets=(SECRET,), leeway=0))
     reconnect = Backoff(first=0.1, jitter=0)
@@ -153,7 +155,7 @@ async def test_a_client_comes_back_with_a_token_that_was_not_valid_yet() -> None
         assert 1 <= broker.replica.runtime_statistics.rejected_tokens[RejectionReason.NOT_VALID_YET] <= 2
 
 
-async def test_an_open_session_outlives_a_newer_token_that_is_not_valid_yet() -> None:
+async def test_open_session_survives_a_newer_token_that_is_not_valid_yet() -> None:
     token, newer = (
         sign(SECRET, client_id="a", grants=Grants.ALL, not_before=time.time() + wait) for wait in (-1000, 1000)
     )
@@ -168,7 +170,7 @@ async def test_an_open_session_outlives_a_newer_token_that_is_not_valid_yet() ->
         assert (await peer.reply())["type"] == "published"
 
 
-async def test_a_first_version_client_is_told_no_more_than_before() -> None:
+async def test_first_version_client_receives_no_new_fields_in_auth_error() -> None:
     token = sign(SECRET, client_id="a", grants=Grants.ALL, not_before=time.time() + 1000)
     async with running() as (_, address), speaker(address) as peer:
         await peer.say({"type": "auth", "token": token})
@@ -176,6 +178,6 @@ async def test_a_first_version_client_is_told_no_more_than_before() -> None:
         assert await peer.close_code() == CloseCode.TOKEN_NOT_VALID_YET
 
 
-def test_an_identity_keeps_the_time_that_its_token_says() -> None:
+def test_leeway_does_not_change_the_expiry_of_an_identity() -> None:
     token = sign(SECRET, client_id="a", grants=Grants.ALL, expires=1000)
     assert Authenticator([SECRET], leeway=30).verify(token, 1020) == Identity("a", Grants.ALL, 1000)

@@ -1,4 +1,4 @@
-"""What happens to sessions whose role changes: a log in memory, and roles that change at will."""
+"""Sessions whose roles change: a log in memory, and roles that the test changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READER = Identity("ci", Grants(("a.b",), ()), None, role=role_key(ROLE))
 
 
 class Slow(Roles):
-    """Answers what was so when it was asked."""
+    """Answers each lookup with the state at its start."""
 
     async def find(self, keys: Collection[bytes]) -> Mapping[bytes, Identity]:
         answer = self.answer
@@ -66,7 +66,7 @@ def publish(channel: str, **fields: Any) -> dict[str, Any]:
 
 
 async def enter(replica: Replica, *messages: dict[str, Any], auth: dict[str, Any] = AUTH) -> SessionDriver:
-    """Somebody with the role, who has said this."""
+    """Open a session with the role, which has sent these messages."""
     client = open_client(replica)
     await client.receive(objects(auth, *messages))
     await wait_all_tasks_blocked()
@@ -75,24 +75,24 @@ async def enter(replica: Replica, *messages: dict[str, Any], auth: dict[str, Any
 
 
 async def tell(replica: Replica, *channels: str) -> None:
-    """Have somebody else publish."""
+    """Publish as another client."""
     await replica.publish(CI, [Publish(channel, check_payload(b"1")) for channel in channels])
     await wait_all_tasks_blocked()
 
 
 def words(client: SessionDriver) -> list[tuple[str, str | None]]:
-    """Type and pattern of all that the client is told."""
+    """The type and pattern of all messages to the client."""
     items = client.send_queue.take()
     lines = b"".join([item if isinstance(item, bytes) else item.lines for item in items]).splitlines()
     return [(o["type"], o.get("pattern")) for o in map(msgspec.json.decode, lines)]
 
 
-async def test_what_a_narrower_role_may_not_read_ends_and_the_rest_goes_on(replica: Replica, roles: Roles) -> None:
+async def test_narrowed_role_ends_only_the_subscriptions_it_no_longer_covers(replica: Replica, roles: Roles) -> None:
     client = await enter(replica, *subscribe("a.*", "a.b"))
     await tell(replica, "a.b")
     roles.change(READER)
     await wait_all_tasks_blocked()
-    # What was not sent yet of the one is not sent any more, and its last line is `revoked`.
+    # Unsent messages of the revoked pattern are dropped, and `revoked` is its last line.
     assert words(client) == [("message", "a.b"), ("revoked", "a.*")]
     await tell(replica, "a.b", "a.c")
     assert words(client) == [("message", "a.b")]
@@ -101,7 +101,7 @@ async def test_what_a_narrower_role_may_not_read_ends_and_the_rest_goes_on(repli
     assert client.closing is None
 
 
-async def test_a_role_that_may_more_may_it_at_once(replica: Replica, roles: Roles) -> None:
+async def test_widened_role_applies_at_once(replica: Replica, roles: Roles) -> None:
     client = await enter(replica, *subscribe("b"))
     roles.change(Identity("ci", Grants.ALL, None, role=role_key(ROLE)))
     await wait_all_tasks_blocked()
@@ -111,7 +111,7 @@ async def test_a_role_that_may_more_may_it_at_once(replica: Replica, roles: Role
 
 
 @pytest.mark.parametrize("answer", [None, Identity("other", CI.grants, None, role=role_key(ROLE))])
-async def test_a_role_that_is_no_more_ends_the_session(replica: Replica, roles: Roles, answer: Identity | None) -> None:
+async def test_deleted_role_ends_its_sessions(replica: Replica, roles: Roles, answer: Identity | None) -> None:
     client = await enter(replica, *subscribe("a.*", "a.b"))
     roles.change(answer)
     with trio.fail_after(1):
@@ -124,7 +124,7 @@ async def test_a_role_that_is_no_more_ends_the_session(replica: Replica, roles: 
     assert replica.delivery.statistics().live == 0
 
 
-async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(replica: Replica, roles: Roles) -> None:
+async def test_narrowed_role_withdraws_its_pending_publishes_only(replica: Replica, roles: Roles) -> None:
     replica.cpu_scheduler.slices = TimeSlices(3600.0, 3600.0)
     mine, other = await enter(replica), await enter(replica, auth={"type": "auth", "token": full(), "protocol": 1})
     for client in (mine, other):
@@ -140,9 +140,9 @@ async def test_what_is_still_to_be_published_is_taken_back_and_nothing_else(repl
     assert replica.log.applied == 3
 
 
-async def test_so_it_is_with_a_newer_token_that_may_less(nursery: trio.Nursery) -> None:
+async def test_narrower_token_withdraws_its_pending_publishes_only(nursery: trio.Nursery) -> None:
     replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
-    # It has been opened, and appends nothing yet.
+    # The log is open, but appends nothing yet.
     replica.log._epoch = "e"  # type: ignore[attr-defined]
     client = open_client(replica)
     less = sign(SECRET, client_id="alice", grants=Grants((), ("a.b",)))
@@ -160,9 +160,7 @@ def full() -> str:
     return sign(SECRET, client_id="alice", grants=Grants.ALL)
 
 
-async def test_a_change_while_the_role_is_looked_up_is_not_missed(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
+async def test_change_during_a_role_lookup_is_not_missed(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     roles = Slow()
     replica = await open_replica(nursery, roles)
     client = open_client(replica)
@@ -175,7 +173,7 @@ async def test_a_change_while_the_role_is_looked_up_is_not_missed(
     assert words(client) == [("auth_ok", None), ("subscribed", "a.*"), ("revoked", "a.*")]
 
 
-async def test_only_who_has_the_role_is_looked_up(replica: Replica, roles: Roles) -> None:
+async def test_only_roles_with_sessions_are_looked_up(replica: Replica, roles: Roles) -> None:
     client = await enter(replica)
     key, other = role_key(ROLE), role_key(make_role_token())
     assert key is not None and other is not None
@@ -189,7 +187,7 @@ async def test_only_who_has_the_role_is_looked_up(replica: Replica, roles: Roles
     assert client.session.identity == READER
 
 
-async def test_who_has_left_or_bears_another_token_now_does_not_depend_on_it(replica: Replica, roles: Roles) -> None:
+async def test_closed_and_reauthenticated_sessions_do_not_depend_on_the_role(replica: Replica, roles: Roles) -> None:
     gone = await enter(replica)
     gone.end()
     token = sign(SECRET, client_id="ci", grants=Grants.ALL)
@@ -201,7 +199,7 @@ async def test_who_has_left_or_bears_another_token_now_does_not_depend_on_it(rep
     assert client.closing is None
 
 
-async def test_while_the_database_is_away_nothing_changes_and_then_it_does(
+async def test_role_change_is_applied_when_the_database_is_reachable_again(
     replica: Replica, roles: Roles, autojump_clock: MockClock
 ) -> None:
     client = await enter(replica, *subscribe("a.*"))
@@ -213,7 +211,7 @@ async def test_while_the_database_is_away_nothing_changes_and_then_it_does(
     assert words(client) == [("revoked", "a.*")]
 
 
-async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_database(
+async def test_failed_role_lookup_makes_permissions_unknown_after_a_minute(
     replica: Replica, roles: Roles, autojump_clock: MockClock
 ) -> None:
     client = await enter(replica)
@@ -229,7 +227,7 @@ async def test_a_change_that_cannot_be_looked_up_for_a_minute_is_as_bad_as_no_da
     assert words(client) == [("subscribed", "a.*")]
 
 
-async def test_what_is_known_to_have_changed_goes_before_what_may_have(
+async def test_changed_roles_are_looked_up_before_unchecked_ones(
     replica: Replica, roles: Roles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_permissions, "LOOKUP_BATCH", 3)
@@ -252,7 +250,7 @@ async def test_what_is_known_to_have_changed_goes_before_what_may_have(
     assert set(roles.asked) == set(keys), "each of them"
 
 
-async def test_an_answer_is_not_for_who_came_after_the_question(replica: Replica, roles: Roles) -> None:
+async def test_session_added_after_a_role_lookup_is_not_updated_by_it(replica: Replica, roles: Roles) -> None:
     await enter(replica)
     roles.let = trio.Event()
     roles.change(READER)
@@ -265,7 +263,7 @@ async def test_an_answer_is_not_for_who_came_after_the_question(replica: Replica
     assert replica.permissions.updates == 1
 
 
-async def test_after_a_minute_without_the_database_roles_may_nothing_new(
+async def test_roles_get_nothing_new_after_a_minute_without_the_database(
     replica: Replica, roles: Roles, autojump_clock: MockClock
 ) -> None:
     client = await enter(replica, *subscribe("a.*"))
@@ -286,7 +284,7 @@ async def test_after_a_minute_without_the_database_roles_may_nothing_new(
         "unknown",
         "unavailable",
     ]
-    # What it has it keeps, and whoever shows what it may in the token itself is not concerned.
+    # Present permissions stay, and sessions whose tokens contain their grants are not affected.
     await tell(replica, "a.b")
     assert words(client) == [("message", "a.*")]
     await other.receive(objects(*subscribe("a.*"), publish("a.b")))
@@ -299,9 +297,7 @@ async def test_after_a_minute_without_the_database_roles_may_nothing_new(
     assert words(client) == [("unsubscribed", "a.*"), ("subscribed", "a.*")]
 
 
-async def test_a_first_version_client_keeps_what_another_of_its_patterns_matches(
-    replica: Replica, roles: Roles
-) -> None:
+async def test_first_version_client_keeps_messages_of_its_remaining_pattern(replica: Replica, roles: Roles) -> None:
     first = {"type": "auth", "token": ROLE}
     client = await enter(replica, *subscribe("a.*", "a.b"), auth=first)
     await tell(replica, "a.b", "a.c")
@@ -313,7 +309,7 @@ async def test_a_first_version_client_keeps_what_another_of_its_patterns_matches
     assert replica.delivery.budget.held == 0
 
 
-async def test_many_sessions_are_told_bit_by_bit(
+async def test_many_sessions_are_updated_in_steps(
     replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_permissions, "MAX_UPDATE_TIME", -1.0)
@@ -334,7 +330,7 @@ async def test_many_sessions_are_told_bit_by_bit(
 
 
 @pytest.mark.parametrize("answer", [READER, None])
-async def test_what_was_read_for_a_role_that_may_not_have_it_any_more_is_not_sent(
+async def test_history_read_before_a_role_change_is_not_sent_after_it(
     replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, answer: Identity | None
 ) -> None:
     client = await enter(replica)

@@ -1,4 +1,4 @@
-"""Memory goes back to the system after a peak."""
+"""catbus.malloc_trim: free memory returns to the system after a peak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ trio.run(main, clock=MockClock(rate=1000))
 """
 
 
-def test_memory_goes_back_after_a_peak_and_not_before_it_is_over() -> None:
+def test_memory_is_trimmed_only_after_a_peak_has_passed() -> None:
     watch = Watch(100 * WORTH)
     looks = [101, 102, 102, 102]
     assert [watch.is_worth(look * WORTH) for look in looks] == [False, False, True, True]
@@ -39,7 +39,7 @@ def test_memory_goes_back_after_a_peak_and_not_before_it_is_over() -> None:
     assert [watch.is_worth(look * WORTH) for look in (101, 102 - 1 / 64, 101, 102, 102)] == [False] * 4 + [True]
 
 
-def test_a_smaller_process_is_the_measure_of_the_next_peak() -> None:
+def test_smaller_process_lowers_the_base_of_the_next_peak() -> None:
     watch = Watch(100 * WORTH)
     assert [watch.is_worth(look * WORTH) for look in (50, 51, 51)] == [False, False, True]
 
@@ -47,5 +47,5 @@ def test_a_smaller_process_is_the_measure_of_the_next_peak() -> None:
 @pytest.mark.skipif(
     malloc_trim.give_back() is None, reason="only glibc keeps what is free between blocks, and gives it back"
 )
-def test_what_is_free_between_blocks_goes_back_to_the_system() -> None:
+def test_free_pages_return_to_the_system() -> None:
     subprocess.run([sys.executable, "-c", PEAK], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Tokens that are accepted, for what and until when, and all the ways in which one is not."""
+"""catbus.auth: grants, tokens, role tokens and producer ids."""
 
 from __future__ import annotations
 
@@ -120,19 +120,19 @@ def assert_not_valid_yet(authenticator: Authenticator, token: str, now: float = 
 # Grants
 
 
-def test_a_subscription_needs_one_grant_that_covers_all_of_it() -> None:
+def test_subscription_needs_one_grant_that_covers_its_pattern() -> None:
     grants = Grants(read=("a.b", "c.*"), write=("d.*",))
     assert [grants.may_read(pattern) for pattern in ("a.b", "c.*", "c.d", "c.d.*")] == [True] * 4
     assert [grants.may_read(pattern) for pattern in ("a.*", "a", "c", "*", "d.e")] == [False] * 5
 
 
-def test_publishing_needs_a_grant_that_matches_the_channel() -> None:
+def test_publish_needs_a_grant_that_matches_its_channel() -> None:
     grants = Grants(read=("d.*",), write=("a.b", "c.*"))
     assert [grants.may_write(channel) for channel in ("a.b", "c.d", "c.d.e")] == [True] * 3
     assert [grants.may_write(channel) for channel in ("a", "a.b.c", "c", "d.e")] == [False] * 4
 
 
-def test_everything_is_for_the_admin_and_for_a_grant_on_everything() -> None:
+def test_wildcard_grant_and_admin_key_allow_everything() -> None:
     assert Grants.ALL.may_read("*")
     assert Grants.ALL.may_write("a.b")
     assert Grants(read=("*",)).may_read("*")
@@ -150,28 +150,28 @@ def test_everything_is_for_the_admin_and_for_a_grant_on_everything() -> None:
         (Grants(("a", "b.*"), ("c",)), "read a, b.* and write c"),
     ],
 )
-def test_grants_can_be_told_to_people(grants: Grants, text: str) -> None:
+def test_grants_have_a_text_for_people(grants: Grants, text: str) -> None:
     assert str(grants) == text
 
 
 # Tokens of the form that has always been
 
 
-def test_tokens_that_exist_verify() -> None:
+def test_tokens_of_existing_issuers_verify() -> None:
     authenticator = Authenticator([SECRET])
     assert authenticator.verify(ALICE, NOW) == Identity("alice", READER, None)
     assert authenticator.verify(BOB, NOW) == Identity("bob", Grants.ALL, 2e9)
     assert authenticator.verify(CAROL, NOW) == Identity("carol", Grants(("orders.*",), ("orders.42",)), 2e9)
 
 
-def test_a_signed_token_verifies() -> None:
+def test_signed_token_verifies() -> None:
     grants = Grants(read=("a.*", "b"), write=("*",))
     token = sign(SECRET, client_id="é", grants=grants, expires=NOW + 60.9, not_before=NOW - 60.5, issued_at=NOW)
     assert Authenticator([SECRET]).verify(token, NOW) == Identity("é", grants, NOW + 60)
     assert Authenticator([SECRET]).verify(sign(SECRET, client_id=None, grants=Grants()), NOW).client_id is None
 
 
-def test_a_signed_token_has_the_form_of_those_that_exist() -> None:
+def test_signed_token_has_the_form_of_existing_tokens() -> None:
     token = sign(SECRET, client_id="alice", grants=READER)
     text, mac = token.removeprefix("sub-").split(".")
     assert json.loads(base64.urlsafe_b64decode(text + "==")) == json.loads(
@@ -187,7 +187,7 @@ def test_a_signed_token_has_the_form_of_those_that_exist() -> None:
     write=st.lists(st.sampled_from(["a", "a.*", "*", "b.c.d"])),
     expires=st.none() | st.integers(int(NOW) + 1, 2**40),
 )
-def test_what_is_signed_is_what_is_said(
+def test_verified_identity_is_the_signed_one(
     client_id: str | None, read: list[str], write: list[str], expires: int | None
 ) -> None:
     grants = Grants(tuple(read), tuple(write))
@@ -196,7 +196,7 @@ def test_what_is_signed_is_what_is_said(
 
 
 @pytest.mark.parametrize("form", ["sub", "jwt"])
-def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
+def test_repeated_token_is_decoded_once_and_its_times_are_checked_each_time(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authenticator = Authenticator((SECRET,))
@@ -218,7 +218,7 @@ def test_a_token_that_is_shown_again_is_read_once_and_checked_each_time(
     assert token not in repr(authenticator._cache)
 
 
-def test_what_is_remembered_of_tokens_is_bounded() -> None:
+def test_cache_of_tokens_is_bounded() -> None:
     authenticator = Authenticator((SECRET,))
     tokens = [sign(SECRET, client_id=f"c{n}", grants=Grants((f"a{n}." + "x" * 200,) * 20)) for n in range(200)]
     for token in tokens:
@@ -230,7 +230,7 @@ def test_what_is_remembered_of_tokens_is_bounded() -> None:
     assert authenticator.verify(tokens[1], NOW).client_id == "c1"
 
 
-def test_any_of_several_secrets_verifies() -> None:
+def test_each_of_several_secrets_verifies() -> None:
     token = sign(SECRET, client_id="a", grants=READER)
     assert Authenticator([OTHER, SECRET]).verify(token, NOW) == Authenticator([SECRET, OTHER]).verify(token, NOW)
     assert Authenticator([OTHER, SECRET]).verify(CAROL, NOW).client_id == "carol"
@@ -239,7 +239,7 @@ def test_any_of_several_secrets_verifies() -> None:
     assert_unauthenticated(Authenticator([]), token)
 
 
-def test_a_token_is_good_from_not_before_until_just_before_it_expires() -> None:
+def test_token_is_valid_from_nbf_until_just_before_exp() -> None:
     authenticator = Authenticator([SECRET])
     token = sign(SECRET, client_id="a", grants=READER, not_before=NOW - 0.5, expires=NOW + 10.5)
     assert_not_valid_yet(authenticator, token, NOW - 0.1)
@@ -253,7 +253,7 @@ def test_a_token_is_good_from_not_before_until_just_before_it_expires() -> None:
     assert_expired(authenticator, web, NOW + 10)
 
 
-def test_clocks_may_differ_by_the_leeway() -> None:
+def test_leeway_allows_clocks_that_differ() -> None:
     authenticator = Authenticator([SECRET], leeway=30)
     token = sign(SECRET, client_id="a", grants=READER, not_before=NOW, expires=NOW + 10)
     web = signed_jwt({"alg": "HS256"}, {**CLAIMS, "nbf": NOW, "exp": NOW + 10})
@@ -265,7 +265,7 @@ def test_clocks_may_differ_by_the_leeway() -> None:
 
 
 @pytest.mark.parametrize("nbf", ["1e300", "1e18", "99999999999999"])
-def test_a_token_that_is_never_valid_is_waited_for_no_longer_than_a_day(nbf: str) -> None:
+def test_retry_after_of_a_token_in_the_far_future_is_one_day(nbf: str) -> None:
     token = signed(f'{{"client_id":"a","grants":{{"grants":[]}},"nbf":{nbf}}}')
     assert assert_not_valid_yet(Authenticator([SECRET]), token).retry_after == MAX_RETRY_AFTER
 
@@ -352,7 +352,7 @@ GRANTED = {"client_id": "a", "grants": {"grants": []}}
     ],
     ids=lambda value: value.value if isinstance(value, RejectionReason) else None,
 )
-def test_the_operator_can_be_told_why_a_token_is_refused(
+def test_rejection_has_a_reason_and_details_for_the_operator(
     token: str, reason: RejectionReason, detail: str, subject: str | None
 ) -> None:
     error = refusal(Authenticator([SECRET], jwt_keys=[jwks((RSA_KEY, {"kid": "mine"}))]), token)
@@ -360,25 +360,25 @@ def test_the_operator_can_be_told_why_a_token_is_refused(
     assert (error.reason, error.detail, error.subject) == (reason, detail, subject)
 
 
-def test_a_name_in_an_unsigned_header_takes_no_more_than_a_line() -> None:
+def test_unsigned_header_is_clipped_in_the_details() -> None:
     error = refusal(Authenticator([SECRET]), jwt_of({"alg": "HS256\n" * 500}))
     assert isinstance(error, TokenRejected)
     assert len(error.detail) < 300
     assert "\n" not in error.detail
 
 
-def test_a_clock_that_is_behind_the_issuers_is_no_reason_to_refuse() -> None:
+def test_token_issued_in_the_future_is_accepted() -> None:
     authenticator = Authenticator([SECRET])
     authenticator.verify(sign(SECRET, client_id="a", grants=READER, issued_at=NOW + 60), NOW)
     authenticator.verify(signed_jwt({"alg": "HS256"}, {**CLAIMS, "iat": NOW + 60}), NOW)
 
 
-def test_an_expired_token_of_another_secret_is_not_called_expired() -> None:
+def test_expired_token_with_another_signature_is_not_reported_as_expired() -> None:
     assert_unauthenticated(Authenticator([OTHER]), sign(SECRET, client_id="a", grants=READER, expires=1))
 
 
 @pytest.mark.parametrize("token", [ALICE, BOB, CAROL], ids=["alice", "bob", "carol"])
-def test_a_token_with_one_character_changed_or_missing_is_refused(token: str) -> None:
+def test_token_with_one_character_changed_or_missing_is_rejected(token: str) -> None:
     authenticator = Authenticator([SECRET])
     for place, character in enumerate(token):
         assert_unauthenticated(authenticator, token[:place])
@@ -388,16 +388,16 @@ def test_a_token_with_one_character_changed_or_missing_is_refused(token: str) ->
 
 @pytest.mark.parametrize("more", ["==", "A", ".", " ", "\n", "\0", ".AAAA", "é", "\ud800"])
 @pytest.mark.parametrize("token", [ALICE, CAROL], ids=["alice", "carol"])
-def test_a_token_with_something_behind_it_is_refused(token: str, more: str) -> None:
+def test_token_with_a_suffix_is_rejected(token: str, more: str) -> None:
     assert_unauthenticated(Authenticator([SECRET]), token + more)
 
 
-def test_a_token_is_not_padded() -> None:
+def test_padded_token_is_rejected() -> None:
     assert_unauthenticated(Authenticator([SECRET]), ALICE + "=")
     assert_unauthenticated(Authenticator([SECRET]), ALICE.replace(".", "=."))
 
 
-def test_a_whole_mac_is_not_a_mac() -> None:
+def test_untruncated_mac_is_rejected() -> None:
     text = ALICE.removeprefix("sub-").split(".")[0]
     mac = hmac.digest(SECRET.encode(), text.encode(), "sha256")
     for size in (0, 1, 8, 15, 17, 32):
@@ -432,16 +432,16 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("body", UNUSABLE.values(), ids=UNUSABLE)
-def test_a_signed_token_that_says_something_else_is_refused(body: bytes | str) -> None:
+def test_signed_token_with_invalid_claims_is_rejected(body: bytes | str) -> None:
     assert_unauthenticated(Authenticator([SECRET]), signed(body))
 
 
-def test_fields_that_are_not_known_are_ignored() -> None:
+def test_unknown_claims_are_ignored() -> None:
     token = signed('{"client_id":"a","grants":{"grants":[{"grant_type":"read","pattern":"a","x":1}],"y":2},"z":3}')
     assert Authenticator([SECRET]).verify(token, NOW) == Identity("a", Grants(read=("a",)), None)
 
 
-def test_create_allows_nothing_and_all_is_read_and_write() -> None:
+def test_create_grants_nothing_and_all_grants_read_and_write() -> None:
     token = signed(
         '{"client_id":"a","grants":{"grants":[{"grant_type":"create","pattern":"a"},{"grant_type":"all","pattern":"b"},'
         '{"grant_type":"write","pattern":"c"}]}}'
@@ -449,7 +449,7 @@ def test_create_allows_nothing_and_all_is_read_and_write() -> None:
     assert Authenticator([SECRET]).verify(token, NOW).grants == Grants(("b",), ("b", "c"))
 
 
-def test_a_long_token_is_refused_unread() -> None:
+def test_long_token_is_rejected_without_decoding() -> None:
     def filled(size: int) -> str:
         return signed(json.dumps({"client_id": "x" * size, "grants": {"grants": []}}))
 
@@ -462,7 +462,7 @@ def test_a_long_token_is_refused_unread() -> None:
     assert str(MAX_TOKEN) in refusal(authenticator, token).message
 
 
-def test_signing_refuses_what_would_not_verify() -> None:
+def test_sign_rejects_arguments_of_a_token_that_would_not_verify() -> None:
     with pytest.raises(PeerError) as caught:
         sign(SECRET, client_id="a", grants=Grants(read=("a.*.b",)))
     assert caught.value.code == ErrorCode.INVALID_PATTERN
@@ -479,12 +479,12 @@ ROLE = "role-AAECAwQFBgcICQoLDA0ODw"
 ROLE_KEY = bytes.fromhex("002eb3649d7ec0bd3fdb6b7312cffcf3d5f3d27b8558209486fdcbcd7bb07f48")
 
 
-def test_the_key_of_a_role_is_the_hash_of_its_token() -> None:
+def test_role_key_is_the_hash_of_its_token() -> None:
     assert role_key(ROLE) == ROLE_KEY
     assert role_handle(ROLE_KEY) == ROLE_KEY.hex()[:12]
 
 
-def test_a_new_role_token_has_the_form_and_is_another_each_time() -> None:
+def test_new_role_tokens_have_the_form_and_are_unique() -> None:
     tokens = {make_role_token() for _ in range(100)}
     assert len(tokens) == 100
     for token in tokens:
@@ -493,11 +493,11 @@ def test_a_new_role_token_has_the_form_and_is_another_each_time() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_a_role_token_is_16_bytes_and_nothing_else(data: bytes) -> None:
+def test_role_token_has_exactly_16_bytes(data: bytes) -> None:
     assert (role_key(f"role-{base64url(data)}") is not None) is (len(data) == 16)
 
 
-def test_what_is_nearly_a_role_token_is_none() -> None:
+def test_malformed_role_token_has_no_key() -> None:
     for place in range(len(ROLE)):
         assert role_key(ROLE[:place]) is None
         assert role_key(ROLE[:place] + ROLE[place + 1 :]) is None
@@ -518,12 +518,12 @@ def test_what_is_nearly_a_role_token_is_none() -> None:
 
 
 @given(st.text().map("role-".__add__) | st.text())
-def test_any_text_may_be_asked_for_its_role(text: str) -> None:
+def test_role_key_accepts_any_text(text: str) -> None:
     assert role_key(text) is None
     assert role_digits(text) is None or len(text) >= 12
 
 
-def test_a_role_is_named_by_its_token_and_by_its_handle() -> None:
+def test_role_is_named_by_its_token_or_its_handle() -> None:
     digits = ROLE_KEY.hex()
     assert role_digits(ROLE) == digits
     for length in (12, 13, 40, 64):
@@ -540,12 +540,12 @@ def test_a_role_is_named_by_its_token_and_by_its_handle() -> None:
         assert role_digits(name) is None
 
 
-def test_a_role_token_says_nothing_by_itself() -> None:
+def test_role_token_is_rejected_without_a_database() -> None:
     assert_unauthenticated(Authenticator([SECRET], admin_key="an admin key"), ROLE)
     assert "need a database, and this broker has none" in refusal(Authenticator([SECRET]), ROLE).message
 
 
-def test_an_admin_key_that_would_be_looked_up_is_refused() -> None:
+def test_admin_key_in_the_form_of_a_role_token_is_rejected() -> None:
     with pytest.raises(ConfigError, match="the form of a role token") as caught:
         Authenticator([SECRET], admin_key=ROLE)
     assert ROLE not in str(caught.value)
@@ -553,7 +553,7 @@ def test_an_admin_key_that_would_be_looked_up_is_refused() -> None:
 
 
 @given(st.text() | st.text(alphabet="sub-ey.AQ_=", max_size=30) | st.lists(st.binary().map(base64url)).map(".".join))
-def test_anything_else_is_refused(token: str) -> None:
+def test_other_texts_are_rejected(token: str) -> None:
     authenticator = Authenticator([SECRET], admin_key="an admin key", jwt_keys=[pem(RSA_KEY)])
     for text in (token, "sub-" + token, "role-" + token, "eyJhbGciOiJIUzI1NiJ9." + token):
         assert_unauthenticated(authenticator, text)
@@ -562,7 +562,7 @@ def test_anything_else_is_refused(token: str) -> None:
 # The admin key
 
 
-def test_the_admin_key_is_everything() -> None:
+def test_admin_key_allows_everything() -> None:
     authenticator = Authenticator([SECRET], admin_key="Schlüssel")
     assert authenticator.verify("Schlüssel", NOW) == Identity(None, Grants.ALL, None, admin=True)
     for token in ("Schlüsse", "Schlüssell", "schlüssel", ""):
@@ -570,7 +570,7 @@ def test_the_admin_key_is_everything() -> None:
 
 
 @pytest.mark.parametrize("admin_key", [None, ""])
-def test_without_an_admin_key_nobody_is_admin(admin_key: str | None) -> None:
+def test_no_token_is_admin_without_an_admin_key(admin_key: str | None) -> None:
     authenticator = Authenticator([SECRET], admin_key=admin_key)
     for token in ("", "None"):
         assert_unauthenticated(authenticator, token)
@@ -581,7 +581,7 @@ def test_without_an_admin_key_nobody_is_admin(admin_key: str | None) -> None:
 
 
 @pytest.mark.parametrize(("key", "algorithm"), [(RSA_KEY, "RS256"), (EC_KEY, "ES256")], ids=["RS256", "ES256"])
-def test_a_jwt_of_a_public_key_verifies(key: Any, algorithm: str) -> None:
+def test_jwt_verifies_with_a_public_key(key: Any, algorithm: str) -> None:
     token = jwt.encode(CLAIMS, key, algorithm=algorithm)
     for texts in ([pem(key)], [jwks((key, {}))], [pem(RSA_KEY) + pem(EC_KEY)], [pem(EC_KEY), jwks((RSA_KEY, {}))]):
         assert Authenticator([], jwt_keys=texts).verify(token, NOW) == DAVE
@@ -592,13 +592,13 @@ def test_a_jwt_of_a_public_key_verifies(key: Any, algorithm: str) -> None:
     assert_unauthenticated(Authenticator([SECRET]), token)
 
 
-def test_a_jwt_of_a_short_secret_verifies_without_a_warning() -> None:
+def test_jwt_with_a_short_secret_verifies_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Authenticator(["s"]).verify(signed_jwt({"alg": "HS256"}, CLAIMS, "s"), NOW) == DAVE
 
 
-def test_a_public_key_is_not_a_secret() -> None:
+def test_public_key_is_not_used_as_an_hmac_secret() -> None:
     for key in (RSA_KEY, EC_KEY):
         authenticator = Authenticator([SECRET], jwt_keys=[pem(key), jwks((key, {"kid": "k"}))])
         for text in (pem(key), pem(key).strip(), jwks((key, {"kid": "k"}))):
@@ -607,14 +607,14 @@ def test_a_public_key_is_not_a_secret() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "", "HS384", "HS512", "hs256", "RS512", "PS256", "EdDSA"])
-def test_no_other_algorithm_is_known(algorithm: str) -> None:
+def test_other_algorithms_are_rejected(algorithm: str) -> None:
     authenticator = Authenticator([SECRET], jwt_keys=[pem(RSA_KEY), pem(EC_KEY)])
     assert_unauthenticated(authenticator, signed_jwt({"alg": algorithm}, CLAIMS))
     unsigned = signed_jwt({"alg": algorithm}, CLAIMS).rpartition(".")[0] + "."
     assert_unauthenticated(authenticator, unsigned)
 
 
-def test_a_good_signature_by_another_algorithm_is_refused() -> None:
+def test_valid_signature_of_another_algorithm_is_rejected() -> None:
     authenticator = Authenticator([SECRET * 4], jwt_keys=[pem(RSA_KEY), pem(EC_KEY)])
     assert_unauthenticated(authenticator, jwt.encode(CLAIMS, RSA_KEY, algorithm="RS512"))
     assert_unauthenticated(authenticator, jwt.encode(CLAIMS, RSA_KEY, algorithm="PS256"))
@@ -633,7 +633,7 @@ def test_a_good_signature_by_another_algorithm_is_refused() -> None:
         {"alg": "HS256", "b64": False, "crit": ["b64"]},
     ],
 )
-def test_a_jwt_with_a_header_that_is_not_understood_is_refused(header: dict[str, Any]) -> None:
+def test_jwt_with_an_invalid_header_is_rejected(header: dict[str, Any]) -> None:
     assert_unauthenticated(Authenticator([SECRET]), signed_jwt(header, CLAIMS))
 
 
@@ -654,17 +654,17 @@ def test_a_jwt_with_a_header_that_is_not_understood_is_refused(header: dict[str,
         {**CLAIMS, "nbf": []},
     ],
 )
-def test_a_jwt_that_says_something_else_is_refused(claims: Any) -> None:
+def test_jwt_with_invalid_claims_is_rejected(claims: Any) -> None:
     assert_unauthenticated(Authenticator([SECRET]), signed_jwt({"alg": "HS256"}, claims))
 
 
-def test_a_jwt_allows_what_it_names_and_no_more() -> None:
+def test_jwt_allows_only_its_patterns() -> None:
     claims = {"sub": "dave", "catbus": {"read": ["a"], "admin": True}, "grants": {"grants": []}, "scope": "all"}
     identity = Authenticator([SECRET]).verify(signed_jwt({"alg": "HS256"}, claims), NOW)
     assert identity == Identity("dave", Grants(read=("a",)), None, admin=False)
 
 
-def test_the_key_with_the_tokens_kid_is_the_one_that_counts() -> None:
+def test_kid_of_a_jwt_selects_the_key() -> None:
     other = rsa.generate_private_key(65537, 2048)
     authenticator = Authenticator([], jwt_keys=[jwks((RSA_KEY, {"kid": "one"}), (other, {"kid": "two"}))])
     for key, kid in ((RSA_KEY, "one"), (other, "two"), (RSA_KEY, None), (other, None)):
@@ -676,7 +676,7 @@ def test_the_key_with_the_tokens_kid_is_the_one_that_counts() -> None:
     assert unnamed.verify(jwt.encode(CLAIMS, RSA_KEY, algorithm="RS256", headers={"kid": "any"}), NOW) == DAVE
 
 
-def test_keys_of_a_set_that_are_for_something_else_are_left_alone() -> None:
+def test_unusable_keys_of_a_jwks_are_skipped() -> None:
     oct_key = {"kty": "oct", "k": base64url(b"0" * 32), "kid": "oct"}
     mixed = json.loads(jwks((EC_KEY, {"kid": "good"}), (RSA_KEY, {"alg": "RS512"}), (RSA_KEY, {"use": "enc"})))
     mixed["keys"] += [oct_key, {"kty": "what"}, 7]
@@ -705,13 +705,13 @@ USELESS = {
 
 
 @pytest.mark.parametrize("text", USELESS.values(), ids=USELESS)
-def test_a_key_of_no_use_is_our_own_mistake(text: str) -> None:
+def test_unusable_key_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
         Authenticator([SECRET], jwt_keys=[text])
 
 
 @pytest.mark.parametrize("secrets", [[""], [SECRET, ""], SECRET])
-def test_an_empty_secret_is_our_own_mistake(secrets: list[str] | str) -> None:
+def test_empty_secret_is_a_config_error(secrets: list[str] | str) -> None:
     with pytest.raises(ConfigError):
         Authenticator(secrets)
 
@@ -720,7 +720,7 @@ def test_an_empty_secret_is_our_own_mistake(secrets: list[str] | str) -> None:
 
 
 @given(st.none() | st.text())
-def test_a_producer_is_known_to_every_replica_with_the_secret(subject: str | None) -> None:
+def test_producer_id_verifies_at_every_replica_with_the_secret(subject: str | None) -> None:
     text = Authenticator([SECRET]).new_producer(subject, NOW)
     name = Authenticator([SECRET]).check_producer(text, subject)
     assert name is not None
@@ -731,18 +731,18 @@ def test_a_producer_is_known_to_every_replica_with_the_secret(subject: str | Non
 
 
 @given(st.none() | st.text(), st.none() | st.text())
-def test_a_producer_of_another_subject_does_not_fit(subject: str | None, other: str | None) -> None:
+def test_producer_id_of_another_client_id_is_rejected(subject: str | None, other: str | None) -> None:
     authenticator = Authenticator([SECRET])
     fits = authenticator.check_producer(authenticator.new_producer(subject, NOW), other) is not None
     assert fits == (subject == other)
 
 
-def test_no_two_producers_are_the_same() -> None:
+def test_producer_ids_are_unique() -> None:
     authenticator = Authenticator([SECRET])
     assert authenticator.new_producer("a", NOW) != authenticator.new_producer("a", NOW)
 
 
-def test_a_producer_with_one_character_changed_does_not_fit() -> None:
+def test_changed_producer_id_is_rejected() -> None:
     authenticator = Authenticator([SECRET])
     text = authenticator.new_producer("a", NOW)
     for place, character in enumerate(text):
@@ -752,21 +752,21 @@ def test_a_producer_with_one_character_changed_does_not_fit() -> None:
         assert authenticator.check_producer(changed, "a") is None
 
 
-def test_a_producer_is_not_made_of_what_a_token_shows() -> None:
+def test_producer_id_cannot_be_made_from_a_token() -> None:
     """The MAC of a token must be of no help: its holder would choose whose publisher to be."""
     name = b"0123456789abcdef"
     forged = name + hmac.digest(SECRET.encode(), name + b"=a", "sha256")[:16]
     assert Authenticator([SECRET]).check_producer(base64url(forged), "a") is None
 
 
-def test_without_secrets_producers_are_known_to_their_maker_only() -> None:
+def test_producer_id_without_secrets_is_valid_for_its_authenticator_only() -> None:
     authenticator = Authenticator([])
     text = authenticator.new_producer("a", NOW)
     assert authenticator.check_producer(text, "a") is not None
     assert Authenticator([]).check_producer(text, "a") is None
 
 
-def test_bearer_of_a_token_is_its_client_id_or_that_token_in_one_network() -> None:
+def test_client_is_the_client_id_or_the_token_in_one_network() -> None:
     named, nobody = Identity("alice", Grants.ALL, None), Identity(None, Grants.ALL, None)
     assert client_of(named, "sub-abc.c2ln", "a") == client_of(named, "another", "b") == "alice"
     here = client_of(nobody, "sub-abc.c2ln", "a")
@@ -776,7 +776,7 @@ def test_bearer_of_a_token_is_its_client_id_or_that_token_in_one_network() -> No
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1.5, "many", 2**60, True])
-def test_rate_that_makes_no_sense_is_no_claim(rate: object) -> None:
+def test_invalid_rate_is_rejected(rate: object) -> None:
     authenticator = Authenticator([SECRET * 2])
     good = {"sub": "a", "catbus": {"write": ["*"], "publish_rate": 7, "publish_bytes": None}}
     identity = authenticator.verify(jwt.encode(good, SECRET * 2, algorithm="HS256"), NOW)
