@@ -274,12 +274,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         for _ in range(steps):
             next(self.serving, None)
 
-    @rule(cpu_scheduler=st.integers(1, 10))
-    def rest(self, cpu_scheduler: int) -> None:
+    @rule(steps=st.integers(1, 10))
+    def rest(self, steps: int) -> None:
         """Nothing new comes for a while, and everybody reads."""
         self.page = None
         exhaust(self.serving)
-        for _ in range(cpu_scheduler):
+        for _ in range(steps):
             for client in self.clients:
                 client.collect()
             self.sweep()

@@ -104,13 +104,13 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
     crowd = [TransportWriter(flusher, stopwatch, cost=SLICE) for _ in range(9 * LOOK)]
-    cpu_scheduler: list[int] = []
+    progress: list[int] = []
 
     async def other() -> None:
         while True:
-            cpu_scheduler.append(sum(len(writer.sent) for writer in crowd))
+            progress.append(sum(len(writer.sent) for writer in crowd))
             await trio.lowlevel.checkpoint()
-            if cpu_scheduler[-1] == len(crowd):
+            if progress[-1] == len(crowd):
                 return
 
     for writer in crowd:
@@ -118,4 +118,4 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
     async with trio.open_nursery() as inner:
         inner.start_soon(other)
         nursery.start_soon(flusher.run)
-    assert len(set(cpu_scheduler)) > 2, "it saw the pass half done"
+    assert len(set(progress)) > 2, "it saw the pass half done"

@@ -26,11 +26,11 @@ def test_bytes_are_limited_besides_messages() -> None:
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), max_size=40))
 def test_client_that_waits_as_told_keeps_to_its_rate(rate: int, steps: list[tuple[int, int]]) -> None:
-    quota, now, spent = PublishRateLimit(rate, 1 << 40, 0.0), 0.0, 0
+    limit, now, spent = PublishRateLimit(rate, 1 << 40, 0.0), 0.0, 0
     for pause, messages in steps:
         now += pause
         spent += messages
-        now += quota.spend(messages, 0, now)
+        now += limit.spend(messages, 0, now)
         assert spent <= rate * (now + 1) + 1e-6
 
 
@@ -66,10 +66,10 @@ def test_forgetting_a_busy_client_looks_at_few_others(monkeypatch: pytest.Monkey
     looks = 0
     is_full = PublishRateLimit.is_full
 
-    def counted(quota: PublishRateLimit, now: float) -> bool:
+    def counted(limit: PublishRateLimit, now: float) -> bool:
         nonlocal looks
         looks += 1
-        return is_full(quota, now)
+        return is_full(limit, now)
 
     monkeypatch.setattr(PublishRateLimit, "is_full", counted)
     monkeypatch.setattr(publish_rate, "MAX_REMEMBERED", 1000)

@@ -721,49 +721,49 @@ def test_empty_secret_is_a_config_error(secrets: list[str] | str) -> None:
 
 @given(st.none() | st.text())
 def test_producer_id_verifies_at_every_replica_with_the_secret(subject: str | None) -> None:
-    text = Authenticator([SECRET]).new_producer(subject, NOW)
-    name = Authenticator([SECRET]).check_producer(text, subject)
+    text = Authenticator([SECRET]).make_producer_id(subject, NOW)
+    name = Authenticator([SECRET]).verify_producer_id(text, subject)
     assert name is not None
     assert len(name) == 16
     assert base64url(name + base64.urlsafe_b64decode(text + "==")[16:]) == text
-    assert Authenticator([OTHER, SECRET]).check_producer(text, subject) == name
-    assert Authenticator([OTHER]).check_producer(text, subject) is None
+    assert Authenticator([OTHER, SECRET]).verify_producer_id(text, subject) == name
+    assert Authenticator([OTHER]).verify_producer_id(text, subject) is None
 
 
 @given(st.none() | st.text(), st.none() | st.text())
 def test_producer_id_of_another_client_id_is_rejected(subject: str | None, other: str | None) -> None:
     authenticator = Authenticator([SECRET])
-    fits = authenticator.check_producer(authenticator.new_producer(subject, NOW), other) is not None
+    fits = authenticator.verify_producer_id(authenticator.make_producer_id(subject, NOW), other) is not None
     assert fits == (subject == other)
 
 
 def test_producer_ids_are_unique() -> None:
     authenticator = Authenticator([SECRET])
-    assert authenticator.new_producer("a", NOW) != authenticator.new_producer("a", NOW)
+    assert authenticator.make_producer_id("a", NOW) != authenticator.make_producer_id("a", NOW)
 
 
 def test_changed_producer_id_is_rejected() -> None:
     authenticator = Authenticator([SECRET])
-    text = authenticator.new_producer("a", NOW)
+    text = authenticator.make_producer_id("a", NOW)
     for place, character in enumerate(text):
         for changed in (chr(ord(character) ^ 1), ""):
-            assert authenticator.check_producer(text[:place] + changed + text[place + 1 :], "a") is None
+            assert authenticator.verify_producer_id(text[:place] + changed + text[place + 1 :], "a") is None
     for changed in ("", text + "=", text + "A", text + "\n", text + text, "é", "\ud800"):
-        assert authenticator.check_producer(changed, "a") is None
+        assert authenticator.verify_producer_id(changed, "a") is None
 
 
 def test_producer_id_cannot_be_made_from_a_token() -> None:
     """The MAC of a token must be of no help: its holder would choose whose publisher to be."""
     name = b"0123456789abcdef"
     forged = name + hmac.digest(SECRET.encode(), name + b"=a", "sha256")[:16]
-    assert Authenticator([SECRET]).check_producer(base64url(forged), "a") is None
+    assert Authenticator([SECRET]).verify_producer_id(base64url(forged), "a") is None
 
 
 def test_producer_id_without_secrets_is_valid_for_its_authenticator_only() -> None:
     authenticator = Authenticator([])
-    text = authenticator.new_producer("a", NOW)
-    assert authenticator.check_producer(text, "a") is not None
-    assert Authenticator([]).check_producer(text, "a") is None
+    text = authenticator.make_producer_id("a", NOW)
+    assert authenticator.verify_producer_id(text, "a") is not None
+    assert Authenticator([]).verify_producer_id(text, "a") is None
 
 
 def test_client_is_the_client_id_or_the_token_in_one_network() -> None:

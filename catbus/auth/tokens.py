@@ -142,7 +142,7 @@ class Authenticator:
         messages, size = claims.rates()
         return Identity(subject, grants, claims.exp, publish_rate=messages, publish_bytes=size)
 
-    def new_producer(self, subject: str | None, now: float) -> str:
+    def make_producer_id(self, subject: str | None, now: float) -> str:
         """Make a new producer id, signed for this client_id.
 
         It begins with the time `now`, in seconds since 1970, as a UUIDv7 does (RFC 9562, section 5.7). The log's index
@@ -151,8 +151,8 @@ class Authenticator:
         producer = int(now * 1000).to_bytes(8, "big")[2:] + os.urandom(10)
         return encode_base64url(producer + _producer_mac(self._producer_keys[0], producer, subject)).decode()
 
-    def check_producer(self, text: str, subject: str | None) -> bytes | None:
-        """The 16 bytes of a producer id from `new_producer` for the same client_id; None for any other text."""
+    def verify_producer_id(self, text: str, subject: str | None) -> bytes | None:
+        """The 16 bytes of a producer id from `make_producer_id` for the same client_id; None for any other text."""
         data = decode_base64url(text.encode(errors="surrogatepass"))
         if data is None:
             return None

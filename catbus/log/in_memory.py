@@ -101,9 +101,9 @@ class MemoryLog:
         else:
             append.settle(append, rejection_of(append, OVERLOADED))
 
-    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], rejected: Rejected) -> None:
         for append in self._pending.withdraw(unwanted, client):
-            append.settle(append, rejection_of(append, refusal))
+            append.settle(append, rejection_of(append, rejected))
 
     def broadcast(self, entry: Entry) -> None:
         """There are no other replicas."""

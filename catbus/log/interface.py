@@ -179,7 +179,7 @@ class Log(Protocol):
     def submit(self, append: Append) -> None:
         """Submit a message to be appended. `append.settle` is called with the outcome, perhaps at once."""
 
-    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], rejected: Rejected) -> None:
         """Withdraw messages of a client that are not being written yet, and settle them.
 
         Retries are settled as `unknown`. Messages of other clients cost nothing.

@@ -183,8 +183,8 @@ class PostgresLog:
     def submit(self, append: Append) -> None:
         self._writer.submit(append)
 
-    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
-        self._writer.withdraw(client, unwanted, refusal)
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], rejected: Rejected) -> None:
+        self._writer.withdraw(client, unwanted, rejected)
 
     def broadcast(self, entry: Entry) -> None:
         self._relay.broadcast(entry)

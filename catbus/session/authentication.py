@@ -83,10 +83,10 @@ class Authentication:
 
     def resume_producer(self, claimed: str | None, subject: str) -> str:
         """Return the producer that a client claims if it is the client's own, or a new one."""
-        if claimed and self._authenticator.check_producer(claimed, subject):
+        if claimed and self._authenticator.verify_producer_id(claimed, subject):
             return claimed
-        return self._authenticator.new_producer(subject, time.time())
+        return self._authenticator.make_producer_id(subject, time.time())
 
     def producer_key(self, producer: str, subject: str) -> bytes | None:
         """Return the key under which the log recognises retries of a producer; None for another client's producer."""
-        return self._authenticator.check_producer(producer, subject)
+        return self._authenticator.verify_producer_id(producer, subject)

@@ -8,13 +8,13 @@ from catbus.endpoints.webtransport.fair_queue import MAX_SAVED, SHARE, USE_FORGO
 
 
 def drain(queue: FairQueue[str, str, int], now: float, cost: float, most: int = 1_000_000) -> list[str]:
-    """Take one item a turn, each of which costs so much; returns whose turns they were."""
-    cpu_scheduler: list[str] = []
-    while len(cpu_scheduler) < most and (turn := queue.take(now, over_share=True)) is not None:
+    """Take items one by one at this cost; return their sources."""
+    sources: list[str] = []
+    while len(sources) < most and (turn := queue.take(now, over_share=True)) is not None:
         turn.items.popleft()
-        cpu_scheduler.append(turn.source)
+        sources.append(turn.source)
         queue.end(turn, cost, now)
-    return cpu_scheduler
+    return sources
 
 
 def test_use_is_paid_off_with_time_and_forgotten_after_a_second() -> None:

@@ -327,7 +327,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.looks: list[float] = []
-        self.cpu_scheduler: list[float] = []
+        self.fetches: list[float] = []
         self.waits = False
         self.cost = 0.0
 
@@ -347,7 +347,7 @@ class Scripted:
 
     async def fetch(self, query: str, *, timeout: float) -> list[object]:
         await trio.sleep(self.cost)
-        self.cpu_scheduler.append(trio.current_time())
+        self.fetches.append(trio.current_time())
         return []
 
 
@@ -368,7 +368,7 @@ async def test_the_outbox_is_polled_ten_times_a_second_at_no_fixed_moments(autoj
     assert all(0.075 <= pause <= 0.125 for pause in pauses)
     assert 550 < len(pauses) < 650
     assert len({round(pause, 3) for pause in pauses}) > 20
-    assert 50 <= len(database.cpu_scheduler) <= 60
+    assert 50 <= len(database.fetches) <= 60
 
 
 async def test_the_outbox_is_polled_more_often_while_it_is_in_use(autojump_clock: MockClock) -> None:

@@ -502,15 +502,15 @@ def test_tables_take_turns_and_the_empty_one_is_made_small_beside_a_long_transac
         await forgetful.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         await forgetful.execute("SELECT count(*) FROM catbus.entries")
         looked_through = []
-        cpu_scheduler = set()
+        active_tables = set()
         for _ in range(12):
             await sql.execute("SELECT catbus.publish('a', to_json(n)) FROM generate_series(1, 2000) AS n")
             await move_all(sql, epoch)
             await sql.execute("SELECT catbus.rotate_outbox()")
             await sql.execute("SELECT catbus.rotate_outbox()")
-            cpu_scheduler.add(await sql.fetchval("SELECT last_value FROM catbus.outbox_active"))
+            active_tables.add(await sql.fetchval("SELECT last_value FROM catbus.outbox_active"))
             looked_through.append(sum(await sizes(sql)))
-        assert cpu_scheduler == {0, 1}
+        assert active_tables == {0, 1}
         assert max(looked_through) < 1_000_000
         assert len(await payloads(sql)) == 24_000
 

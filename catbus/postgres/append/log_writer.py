@@ -138,9 +138,9 @@ class LogWriter:
         else:
             append.settle(append, rejection_of(append, OVERLOADED))
 
-    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], refusal: Rejected) -> None:
+    def withdraw(self, client: Hashable, unwanted: Callable[[Append], bool], rejected: Rejected) -> None:
         for append in self._queue.withdraw(unwanted, client):
-            append.settle(append, rejection_of(append, refusal))
+            append.settle(append, rejection_of(append, rejected))
 
     async def move(self) -> None:
         """Request that messages move from the outbox into the log, with the next append or alone. Wait for the attempt.
