@@ -31,7 +31,7 @@ async def test_a_message_goes_from_client_to_client_and_to_this_process() -> Non
     assert (here.seq, here.payload, here.sender) == (seq, {"status": "paid"}, "alice")
 
 
-async def test_without_doors_it_serves_its_own_process() -> None:
+async def test_a_broker_without_endpoints_serves_its_own_process() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker, broker.subscribe("orders.*") as messages:
             seq = await broker.publish("orders.42", {"status": "paid"})
@@ -39,7 +39,7 @@ async def test_without_doors_it_serves_its_own_process() -> None:
     assert (message.channel, message.payload, message.seq) == ("orders.42", {"status": "paid"}, seq)
 
 
-async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
+async def test_a_slow_in_process_subscription_lags_and_loses_nothing() -> None:
     config = Config(limits=LimitSettings(send_queue=2_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
@@ -50,7 +50,7 @@ async def test_in_process_a_slow_reader_is_late_and_loses_nothing() -> None:
             assert messages.gaps == []
 
 
-async def test_in_process_what_was_not_read_is_dropped_with_the_subscription() -> None:
+async def test_the_unread_messages_of_an_in_process_subscription_are_dropped_with_it() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker:
             async with broker.subscribe("a"):
@@ -59,7 +59,7 @@ async def test_in_process_what_was_not_read_is_dropped_with_the_subscription() -
             assert broker.replica.delivery.statistics().held == 0
 
 
-async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
+async def test_an_in_process_subscription_gets_messages_that_were_withdrawn() -> None:
     config = Config(limits=LimitSettings(send_queue_total=4_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
@@ -69,7 +69,7 @@ async def test_in_process_one_whose_messages_were_withdrawn_gets_them() -> None:
             assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
 
 
-async def test_in_process_reading_begins_where_it_is_told_to() -> None:
+async def test_an_in_process_subscription_begins_after_since() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker:
             for number in range(5):
@@ -79,7 +79,7 @@ async def test_in_process_reading_begins_where_it_is_told_to() -> None:
                 assert messages.cursor == 5
 
 
-async def test_what_retention_has_taken_is_announced() -> None:
+async def test_messages_dropped_by_retention_are_announced_as_a_gap() -> None:
     config = Config(limits=LimitSettings(recent=1_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker:
@@ -93,14 +93,14 @@ async def test_what_retention_has_taken_is_announced() -> None:
 
 
 @pytest.mark.parametrize(("channel", "code"), [("a..b", ErrorCode.INVALID_CHANNEL), ("a.*", ErrorCode.INVALID_CHANNEL)])
-async def test_in_process_a_bad_channel_is_refused(channel: str, code: ErrorCode) -> None:
+async def test_publishing_in_process_to_a_malformed_channel_is_rejected(channel: str, code: ErrorCode) -> None:
     async with catbus.open_broker() as broker:
         with pytest.raises(catbus.Refused) as caught:
             await broker.publish(channel, 1)
     assert caught.value.code is code
 
 
-async def test_in_process_a_bad_pattern_and_a_bomb_are_refused() -> None:
+async def test_a_malformed_pattern_and_a_deeply_nested_payload_are_rejected_in_process() -> None:
     bomb: list[object] = []
     for _ in range(100):
         bomb = [bomb]
@@ -122,7 +122,7 @@ async def test_an_ephemeral_message_has_no_seq() -> None:
         assert (await anext(messages)).seq is None
 
 
-async def test_stopping_answers_what_is_published_and_tells_everyone_to_come_back() -> None:
+async def test_a_stopping_broker_acknowledges_publishes_and_has_clients_reconnect() -> None:
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, CONFIG)
@@ -139,7 +139,7 @@ async def test_stopping_answers_what_is_published_and_tells_everyone_to_come_bac
                     pass
 
 
-async def test_a_client_that_does_not_leave_does_not_hold_up_the_end() -> None:
+async def test_a_connection_that_stays_open_does_not_delay_the_end_of_the_broker() -> None:
     config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=0, deadline=0.2))
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -151,7 +151,7 @@ async def test_a_client_that_does_not_leave_does_not_hold_up_the_end() -> None:
     await stream.aclose()
 
 
-async def test_before_it_closes_everyone_is_told_when_to_come_back() -> None:
+async def test_a_draining_broker_tells_clients_when_to_reconnect() -> None:
     config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=30, deadline=5))
     events: list[object] = []
     with trio.fail_after(20):
@@ -195,13 +195,13 @@ async def post(address: str, body: bytes, *headers: str) -> tuple[int, Any]:
     return response.status, json.loads(response.body)
 
 
-async def test_echo_false_over_http_hides_a_message_from_nobody_else() -> None:
+async def test_echo_false_over_http_does_not_hide_a_message_from_others() -> None:
     async with running() as (broker, address), broker.subscribe("a") as messages:
         assert await post(address, b'{"channel":"a","payload":1,"echo":false}') == (200, {"seq": 1, "channel": "a"})
         assert (await anext(messages)).payload == 1
 
 
-async def test_an_ephemeral_message_that_is_too_large_is_refused_whichever_way_it_comes() -> None:
+async def test_an_ephemeral_message_that_is_too_large_is_rejected_from_every_source() -> None:
     payload = "x" * EPHEMERAL_SIZE
     async with running() as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
         for publish in (bus.publish, broker.publish):

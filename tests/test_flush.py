@@ -33,9 +33,7 @@ class TransportWriter:
         self.sent.append((trio.current_time(), len(self.send_queue.take())))
 
 
-async def test_a_message_goes_out_at_once_when_there_is_little_to_do(
-    mock_clock: MockClock, nursery: trio.Nursery
-) -> None:
+async def test_a_message_is_flushed_at_once_under_low_load(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
     writer = TransportWriter(flusher, stopwatch, cost=0.0)
@@ -46,7 +44,7 @@ async def test_a_message_goes_out_at_once_when_there_is_little_to_do(
     assert [count for _, count in writer.sent] == [1, 1, 1]
 
 
-async def test_after_an_expensive_pass_its_send_queues_fill_for_as_long_as_it_took(
+async def test_send_queues_linger_after_an_expensive_pass_for_as_long_as_it_took(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     stopwatch = Stopwatch()
@@ -66,7 +64,7 @@ async def test_after_an_expensive_pass_its_send_queues_fill_for_as_long_as_it_to
     assert [[count for _, count in writer.sent[2:]] for writer in crowd] == [[3]] * 8, "one send carries all"
 
 
-async def test_a_send_queue_outside_the_expensive_pass_does_not_wait_for_it(
+async def test_a_send_queue_outside_the_expensive_pass_does_not_linger(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     stopwatch = Stopwatch()
@@ -84,7 +82,7 @@ async def test_a_send_queue_outside_the_expensive_pass_does_not_wait_for_it(
     assert len(small.sent) == 1
 
 
-async def test_no_rest_is_longer_than_the_bound(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_lingering_is_bounded(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
     writer = TransportWriter(flusher, stopwatch, cost=3.0)

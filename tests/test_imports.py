@@ -163,6 +163,22 @@ def test_module_imports_only_lower_layers(module: str) -> None:
             assert any(f"{imported}.".startswith(f"catbus.{one}.") for one in allowed), f"{module} imports {imported}"
 
 
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    """Neither at run time nor for annotations."""
+    above = {module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for imported in sorted(above[module]):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in sorted(MODULES):
+        visit(module, ())
+
+
 def test_public_names_come_from_layers_below_the_command() -> None:
     for imported in imports(MODULES["catbus"]):
         assert part_of(imported) not in ("cli", "testing", "__main__"), imported

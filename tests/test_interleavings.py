@@ -116,7 +116,7 @@ def goes_right_at_the_seam(random: Random, *, to_head: bool) -> bool:
     return [message.seq for _, message in session.got] == owed(replica, "a.*", since)
 
 
-def test_the_seam_in_20000_interleavings() -> None:
+def test_catching_up_meets_live_delivery_without_gap_or_repeat_in_20000_interleavings() -> None:
     """Catching up ends at what this replica has applied. What is only committed comes by the live way, once."""
     wrong = [seed for seed in range(20_000) if not goes_right_at_the_seam(Random(seed), to_head=False)]
     assert wrong == []

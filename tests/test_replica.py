@@ -60,7 +60,7 @@ def said(client: SessionDriver) -> list[Any]:
     return [json.loads(line)["type"] for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_who_does_not_authenticate_is_closed_in_time(replica: Replica, autojump_clock: MockClock) -> None:
+async def test_a_session_without_auth_is_closed_in_time(replica: Replica, autojump_clock: MockClock) -> None:
     client = open_client(replica)
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(10)
@@ -70,7 +70,7 @@ async def test_who_does_not_authenticate_is_closed_in_time(replica: Replica, aut
 
 
 @pytest.mark.parametrize("nonsense", [b"{}", b'{"type":"history","pattern":"a"}', b'{"type":"ping","seq":1}'])
-async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it_reads(
+async def test_a_client_is_read_no_faster_than_it_reads_its_replies(
     replica: Replica, nonsense: bytes, nursery: trio.Nursery
 ) -> None:
     client = open_client(replica)
@@ -83,7 +83,7 @@ async def test_who_sends_much_that_is_answered_at_once_is_read_no_faster_than_it
     client.end()
 
 
-async def test_authenticating_puts_the_deadline_off(
+async def test_authentication_moves_the_deadline(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -112,7 +112,7 @@ async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_d
     assert client.closing[0] is CloseCode.TOKEN_EXPIRED
 
 
-async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
+async def test_a_deadline_is_kept_while_reading_from_the_client_pauses(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -125,7 +125,7 @@ async def test_a_deadline_is_kept_while_nothing_is_taken_from_the_client(
     client.end()
 
 
-async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
+async def test_a_session_that_ended_while_its_send_queue_was_full_processes_nothing_more(
     replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -138,7 +138,7 @@ async def test_who_has_left_while_there_was_no_room_asks_for_nothing_more(
     assert not replica.delivery.statistics().live
 
 
-async def test_a_client_that_says_much_at_once_lets_others_have_their_turn(
+async def test_a_client_that_sends_much_at_once_lets_other_tasks_run(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica.cpu_scheduler.slices = TimeSlices(0.0, 0.0)
@@ -196,7 +196,7 @@ async def publish(replica: Replica, channel: str) -> None:
     await replica.publish(OWNER, [Publish(channel, Raw(b"1"))])
 
 
-async def test_a_client_that_hears_nothing_is_told_how_far_it_is(
+async def test_a_quiet_session_gets_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch, "quiet.*")
@@ -211,7 +211,7 @@ async def test_a_client_that_hears_nothing_is_told_how_far_it_is(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_client_that_hears_something_is_told_nothing_besides(
+async def test_a_session_that_gets_messages_gets_no_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch, "busy")
@@ -223,7 +223,7 @@ async def test_a_client_that_hears_something_is_told_nothing_besides(
     nursery.cancel_scope.cancel()
 
 
-async def test_who_is_subscribed_to_nothing_is_told_nothing(
+async def test_a_session_without_subscriptions_gets_no_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch)
@@ -233,7 +233,7 @@ async def test_who_is_subscribed_to_nothing_is_told_nothing(
     nursery.cancel_scope.cancel()
 
 
-async def test_waiting_ends_when_the_client_has_left(replica: Replica) -> None:
+async def test_waiting_for_the_close_ends_with_the_session(replica: Replica) -> None:
     client = open_client(replica)
     client.end()
     with trio.fail_after(5):
@@ -300,7 +300,7 @@ PING = {"type": "ping", "seq": 1}
 SUBSCRIBE = {"type": "subscribe", "pattern": "a.*"}
 
 
-async def test_what_stands_behind_an_auth_is_done_after_it_and_in_order(
+async def test_requests_after_an_auth_are_processed_after_it_and_in_order(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -314,7 +314,7 @@ async def test_what_stands_behind_an_auth_is_done_after_it_and_in_order(
     assert client.session.identity == CI
 
 
-async def test_a_look_up_that_hangs_does_not_put_the_deadline_off(
+async def test_a_lookup_that_hangs_does_not_move_the_deadline(
     role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -336,7 +336,7 @@ LATE = [CI, None, Unavailable("away")]
 
 @pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
 @pytest.mark.parametrize("end", [SessionDriver.end, SessionDriver.finish])
-async def test_who_has_gone_before_the_answer_is_not_admitted(
+async def test_a_session_that_ended_during_the_lookup_is_not_authenticated(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, end: Callable[[SessionDriver], None], answer: Any
 ) -> None:
     client = open_client(role_replica)
@@ -353,7 +353,7 @@ async def test_who_has_gone_before_the_answer_is_not_admitted(
     assert role_replica.delivery.statistics().live == 0
 
 
-async def test_who_leaves_while_a_newer_token_is_looked_up_does_not_subscribe_any_more(
+async def test_a_session_that_ends_while_a_newer_token_is_looked_up_does_not_subscribe(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(role_replica)
@@ -367,7 +367,7 @@ async def test_who_leaves_while_a_newer_token_is_looked_up_does_not_subscribe_an
     assert role_replica.delivery.statistics().live == 0
 
 
-async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
+async def test_a_session_authenticated_while_the_replica_drains_gets_goaway(
     role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -381,7 +381,7 @@ async def test_who_is_admitted_while_the_replica_is_about_to_stop_is_told_so(
     assert said(client) == ["auth_ok", "head", "goaway"]
 
 
-async def test_what_auth_ok_says_of_the_log_is_of_after_the_look_up(
+async def test_auth_ok_names_the_head_after_the_lookup(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -395,7 +395,7 @@ async def test_what_auth_ok_says_of_the_log_is_of_after_the_look_up(
     assert json.loads(line)["head"] == 1
 
 
-async def test_messages_come_while_a_newer_token_is_looked_up(
+async def test_messages_are_delivered_while_a_newer_token_is_looked_up(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -417,7 +417,7 @@ async def test_messages_come_while_a_newer_token_is_looked_up(
         (Unavailable("away"), ErrorCode.UNAVAILABLE, CloseCode.UNAVAILABLE),
     ],
 )
-async def test_who_is_not_known_and_who_cannot_be_looked_up(
+async def test_an_unknown_role_and_a_failed_lookup_have_different_errors(
     role_replica: Replica, roles: Roles, answer: Any, code: ErrorCode, closing: CloseCode
 ) -> None:
     roles.answer = answer
@@ -428,7 +428,7 @@ async def test_who_is_not_known_and_who_cannot_be_looked_up(
     assert ROLE not in str(caught.value)
 
 
-async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_replica: Replica, roles: Roles) -> None:
+async def test_only_role_tokens_are_looked_up(role_replica: Replica, roles: Roles) -> None:
     roles.let.set()
     await role_replica.authenticate(sign(SECRET, client_id="alice", grants=Grants.ALL))
     for token in ("role-", "role-x", f"{ROLE}=", ROLE[:-1], "sub-x.y", ""):
@@ -438,7 +438,7 @@ async def test_only_what_has_the_form_of_a_role_token_is_looked_up(role_replica:
     assert roles.asked == []
 
 
-async def test_without_a_database_there_are_no_roles(replica: Replica) -> None:
+async def test_role_tokens_are_rejected_without_a_database(replica: Replica) -> None:
     with pytest.raises(PeerError, match="need a database, and this broker has none") as caught:
         await replica.authenticate(ROLE)
     assert caught.value.close is CloseCode.UNAUTHENTICATED
@@ -458,7 +458,7 @@ async def ask(replica: Replica, client: SessionDriver, *requests: bytes) -> list
     return [json.loads(line) for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_who_shows_the_producer_of_another_gets_one_of_its_own(replica: Replica) -> None:
+async def test_a_client_that_claims_the_producer_of_another_gets_its_own(replica: Replica) -> None:
     """Whoever could publish under it would make the other's next publish a duplicate, or a contradiction."""
     publish = b'{"type": "publish", "channel": "a", "payload": 1, "id": 1}'
     alice, mallory, again = open_client(replica), open_client(replica), open_client(replica)
@@ -474,7 +474,7 @@ async def test_who_shows_the_producer_of_another_gets_one_of_its_own(replica: Re
 
 
 @pytest.mark.parametrize(("clients", "seconds"), [(0, 0), (1, 2.01), (50, 2.5), (300, 5), (1000, 5)])
-async def test_a_replica_that_stops_gives_few_clients_less_time(
+async def test_a_draining_replica_gives_few_clients_less_time(
     autojump_clock: MockClock, clients: int, seconds: float
 ) -> None:
     replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
@@ -486,7 +486,7 @@ async def test_a_replica_that_stops_gives_few_clients_less_time(
     assert trio.current_time() - began == pytest.approx(seconds)
 
 
-async def test_a_replica_that_stops_waits_no_longer_than_its_last_client_stays(
+async def test_a_draining_replica_waits_only_until_its_last_client_has_left(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     replica = Replica(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
@@ -546,7 +546,7 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
         each.end()
 
 
-async def test_a_request_over_the_rate_is_told_when_to_come_again(
+async def test_a_request_over_the_publish_rate_is_told_when_to_retry(
     strict_replica: Replica, autojump_clock: MockClock
 ) -> None:
     identity = strict_replica.authenticator.verify(token("a"), 0)
@@ -562,7 +562,7 @@ async def test_a_request_over_the_rate_is_told_when_to_come_again(
     await strict_replica.publish(OWNER, requests * 10)
 
 
-async def test_token_may_name_another_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
+async def test_a_token_may_name_another_publish_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
     fast = sign(SECRET, client_id="a", grants=Grants.ALL, publish_rate=100, publish_bytes=1 << 20)
     hasty, slow = open_client(strict_replica), open_client(strict_replica)
     await hasty.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
@@ -588,7 +588,7 @@ async def test_token_may_name_another_rate(strict_replica: Replica, autojump_clo
         client.end()
 
 
-async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica) -> None:
+async def test_the_sessions_of_a_client_are_limited(strict_replica: Replica) -> None:
     clients = [open_client(strict_replica) for _ in range(4)]
     for client in clients[:3]:
         await client.receive(hello("a"))
@@ -608,7 +608,7 @@ async def test_a_client_has_so_many_sessions_and_no_more(strict_replica: Replica
     assert len(strict_replica.client_usages) == 0
 
 
-async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_network(
+async def test_sessions_with_one_token_without_a_client_id_are_one_client_per_network(
     strict_replica: Replica, autojump_clock: MockClock
 ) -> None:
     here, beside, elsewhere, late = (open_client(strict_replica, network) for network in ("a", "a", "b", "a"))
@@ -638,7 +638,7 @@ async def test_sessions_with_one_token_and_no_client_id_are_one_client_of_each_n
     assert len(strict_replica.client_usages) == 0
 
 
-async def test_tokens_without_a_client_id_have_a_share_of_the_cpu_in_each_network(replica: Replica) -> None:
+async def test_tokens_without_a_client_id_have_a_cpu_share_per_network(replica: Replica) -> None:
     shares = []
     with replica.cpu_scheduler.serve("a proxy") as peer:
         for shown, network in ((None, "a"), (None, "b"), (None, "a"), ("alice", "a"), ("alice", "b")):
@@ -663,7 +663,7 @@ class HoldingLog(MemoryLog):
 
 
 @pytest.mark.parametrize("settled_first", [True, False])
-async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
+async def test_an_ended_session_is_freed_without_the_garbage_collector(
     nursery: trio.Nursery, settled_first: bool
 ) -> None:
     log = HoldingLog()
@@ -688,7 +688,7 @@ async def test_nothing_of_a_client_that_left_is_left_for_the_garbage_collector(
         gc.enable()
 
 
-async def test_sessions_of_one_client_have_one_allowance_of_unsettled_publishes(nursery: trio.Nursery) -> None:
+async def test_sessions_of_one_client_share_one_allowance_of_pending_publishes(nursery: trio.Nursery) -> None:
     log = HoldingLog()
     replica = Replica(Config(), log, Authenticator([SECRET]))
     await nursery.start(replica.log.run, replica.delivery)
@@ -728,7 +728,7 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert replica.client_usages.subscriptions == 0
 
 
-async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio.Nursery) -> None:
+async def test_the_pending_publishes_of_a_session_are_limited(nursery: trio.Nursery) -> None:
     log = HoldingLog()
     replica = Replica(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
     await nursery.start(replica.log.run, replica.delivery)
@@ -741,7 +741,7 @@ async def test_session_has_no_more_publishes_under_way_than_it_may(nursery: trio
     nursery.cancel_scope.cancel()
 
 
-async def test_session_without_a_client_id_keeps_its_share_with_another_token(strict_replica: Replica) -> None:
+async def test_a_session_without_a_client_id_keeps_its_usage_with_another_token(strict_replica: Replica) -> None:
     client = open_client(strict_replica, "a")
     await client.receive(hello(None))
     before = client.session.usage.client
@@ -753,7 +753,7 @@ async def test_session_without_a_client_id_keeps_its_share_with_another_token(st
     client.end()
 
 
-async def test_a_client_id_that_is_too_long_is_refused(strict_replica: Replica) -> None:
+async def test_a_client_id_that_is_too_long_is_rejected(strict_replica: Replica) -> None:
     await strict_replica.authenticate(token("12345678"))
     await strict_replica.authenticate(token("äöüß"))
     for client_id in ("123456789", "äöüßx"):
@@ -765,7 +765,7 @@ async def test_a_client_id_that_is_too_long_is_refused(strict_replica: Replica) 
 # What stays in memory for those that do not read
 
 
-async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
+async def test_pinned_messages_of_clients_that_do_not_read_are_bounded(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = Replica(
@@ -800,7 +800,7 @@ async def test_messages_that_stay_for_clients_that_do_not_read_are_bounded(
 
 
 @pytest.mark.parametrize("protocol", [0, 1])
-async def test_all_that_is_revoked_at_once_is_looked_for_once(
+async def test_revoking_many_subscriptions_searches_a_send_queue_once(
     protocol: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))

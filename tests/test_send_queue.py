@@ -32,7 +32,7 @@ def run(*seqs: int, pattern: str = "a", size: int = 10) -> EncodedMessages:
     return EncodedMessages(pattern, [Entry(seq, 5, "a", b"1" * size, "me") for seq in seqs])
 
 
-def test_what_is_put_in_comes_out_in_order_and_wakes_once() -> None:
+def test_items_are_taken_in_order_and_the_first_one_wakes_the_flusher() -> None:
     woken: list[SendQueue] = []
     send_queue = SendQueue(TransportWriter(), woken.append)
     first = run(1, 2)
@@ -46,7 +46,7 @@ def test_what_is_put_in_comes_out_in_order_and_wakes_once() -> None:
     assert woken == [send_queue, send_queue]
 
 
-def test_messages_are_turned_away_when_there_is_no_room_and_replies_are_not() -> None:
+def test_a_full_send_queue_rejects_messages_and_accepts_replies() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
     assert send_queue.offer(run(1, 2))
     assert not send_queue.offer(run(3, 4))
@@ -63,13 +63,13 @@ def test_an_empty_send_queue_takes_one_message_of_any_size_but_not_two() -> None
     assert not send_queue.offer(run(2))
 
 
-def test_no_messages_are_no_mail() -> None:
+def test_offering_no_messages_queues_nothing() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     assert send_queue.offer(run())
     assert not send_queue
 
 
-def test_half_of_it_is_kept_free_for_what_is_new() -> None:
+def test_half_of_a_send_queue_is_kept_free_for_live_messages() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=1000)
     assert send_queue.room == 500
     send_queue.put(b"x" * 501)
@@ -77,7 +77,7 @@ def test_half_of_it_is_kept_free_for_what_is_new() -> None:
     assert send_queue.offer(run(1))
 
 
-def test_whoever_waits_is_called_once_when_it_is_emptied() -> None:
+def test_a_callback_is_called_once_when_the_send_queue_is_emptied() -> None:
     calls: list[str] = []
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     send_queue.put(b"x")
@@ -88,7 +88,7 @@ def test_whoever_waits_is_called_once_when_it_is_emptied() -> None:
     assert calls == ["one", "two"]
 
 
-def test_what_has_been_revoked_is_taken_back() -> None:
+def test_revoked_messages_are_dropped() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     kept = run(3, pattern="b")
     send_queue.offer(run(1, 2))
@@ -99,7 +99,7 @@ def test_what_has_been_revoked_is_taken_back() -> None:
     assert send_queue.take() == [b"reply", kept]
 
 
-def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> None:
+def test_no_line_stays_that_would_count_revoked_messages_as_delivered() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     before, after, other = (
         SubscriptionLine(b"before", "a"),
@@ -115,7 +115,7 @@ def test_no_mark_is_left_that_would_count_as_delivered_what_was_revoked() -> Non
     assert send_queue.take() == [before, b"head", other, b"reply"]
 
 
-def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
+def test_a_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match() -> None:
     budget = Budget()
     send_queue, other = (
         SendQueue(TransportWriter(), lambda _: None, budget=budget),
@@ -138,7 +138,7 @@ def test_a_copy_for_several_patterns_loses_what_no_other_matches() -> None:
     assert budget.held == 0
 
 
-def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> None:
+def test_withdrawing_returns_the_first_seqs_and_keeps_pinned_messages() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     fixed = run(1, 2)
@@ -156,7 +156,7 @@ def test_what_is_withdrawn_is_named_and_nothing_before_what_is_fixed_is() -> Non
     assert budget.held == 0
 
 
-def test_what_several_send_queues_hold_is_counted_once() -> None:
+def test_messages_in_several_send_queues_are_counted_once() -> None:
     budget = Budget(1000)
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     shared = run(1, 2, 3)
@@ -172,7 +172,7 @@ def test_what_several_send_queues_hold_is_counted_once() -> None:
     assert budget.held == 0
 
 
-def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies() -> None:
+def test_a_send_queue_that_is_not_empty_is_full_while_all_hold_too_many_replies() -> None:
     budget = Budget(400)
     one, other, empty = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(3))
     one.put(b"x" * 100)
@@ -182,7 +182,7 @@ def test_it_is_full_when_it_holds_anything_and_all_of_them_hold_too_many_replies
     assert not other.full
 
 
-def test_replies_that_were_taken_count_until_they_are_sent() -> None:
+def test_replies_count_until_they_are_sent() -> None:
     budget = Budget(400)
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 100)
@@ -198,7 +198,7 @@ def test_replies_that_were_taken_count_until_they_are_sent() -> None:
     assert budget.held == 0
 
 
-def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
+def test_half_of_the_budget_is_kept_free_for_live_messages() -> None:
     budget = Budget(4000)
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 10_000)
@@ -207,7 +207,7 @@ def test_older_messages_leave_half_of_what_all_of_them_may_hold_free() -> None:
     assert other.room == 0
 
 
-def test_some_of_it_can_be_taken() -> None:
+def test_a_send_queue_can_be_taken_in_parts() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     calls: list[str] = []
@@ -224,7 +224,7 @@ def test_some_of_it_can_be_taken() -> None:
     assert calls == ["empty"]
 
 
-def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> None:
+def test_a_newer_head_replaces_one_that_only_replies_follow() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     for item in (HeadLine(b"1"), b"pong", HeadLine(b"2"), b"pong", HeadLine(b"3")):
@@ -245,7 +245,7 @@ def test_a_newer_head_takes_the_place_of_one_behind_which_are_only_replies() -> 
 
 
 @pytest.mark.parametrize("protocol", wire.ProtocolVersion)
-def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wire.ProtocolVersion) -> None:
+def test_many_replies_are_joined_except_for_the_first_version(protocol: wire.ProtocolVersion) -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     send_queue.protocol = protocol
@@ -266,7 +266,7 @@ def test_many_replies_become_few_objects_but_for_the_first_version(protocol: wir
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
 @pytest.mark.parametrize("together", [1, 50])
-def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
+def test_a_send_queue_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
     budget = Budget()
     send_queues = [SendQueue(TransportWriter(), lambda _: None, 1 << 30, budget) for _ in range(5)]
     tracemalloc.start()
@@ -287,13 +287,13 @@ def test_what_is_held_takes_no_more_memory_than_is_counted(size: int, together: 
     assert budget.held / 2 < taken < budget.held
 
 
-def test_a_run_of_many_messages_takes_no_more_memory_than_room_is_made_for() -> None:
+def test_encoded_messages_take_no_more_memory_than_the_budget_assumes() -> None:
     """Otherwise what is read for a lagging subscription would be withdrawn at once, again and again."""
     runs = EncodedMessages("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
     assert runs.charge <= MAX_MEMORY_FACTOR * runs.size
 
 
-def test_a_run_is_encoded_once_and_its_size_is_near_the_truth() -> None:
+def test_messages_are_encoded_once_and_their_size_is_estimated_closely() -> None:
     messages = run(1, 2, 3, size=100)
     assert messages.lines is messages.lines
     assert messages.first_version_lines is messages.first_version_lines

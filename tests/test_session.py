@@ -133,7 +133,7 @@ streams = st.lists(st.one_of(objects, objects, objects, rubbish, st.binary(max_s
 @given(streams, st.sampled_from([b"", b"\n", b" \r\n\t"]), st.integers(1, 400), st.booleans())
 @example([b'{"payload":\n{"channel":"evil","type":"publish","payload":1}\n}'], b"\n", 400, True)
 @example([b'{"type":"auth"}', b'{"type":"auth","token":"","protocol":1}'], b"", 400, False)
-def test_anything(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
+def test_a_session_survives_any_input(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
     """Whatever a client sends, cut anywhere, a session never raises, answers in well-formed objects that name a code
     where they refuse, asks for no more than a pong before it knows who it is, and takes nothing once closed."""
     driver = open_session() if authenticated else Driver()
@@ -176,7 +176,7 @@ def test_a_session_begins_with_auth() -> None:
     assert driver.session.state is SessionState.NEW
 
 
-def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
+def test_an_open_session_outlives_a_token_that_cannot_be_verified() -> None:
     away = PeerError(ErrorCode.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
     driver = open_session()
     driver.identity = away
@@ -192,7 +192,7 @@ def test_an_open_session_outlives_a_token_that_cannot_be_looked_up() -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "abandon"])
-def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(end: str) -> None:
+def test_a_session_that_ends_during_an_effect_has_no_more_effects(end: str) -> None:
     driver = open_session()
     data = b'{"type":"auth","token":"t"}{"type":"subscribe","pattern":"project.*"}{"type":"ping","seq":1}'
     effects = driver.session.receive(data)
@@ -205,7 +205,7 @@ def test_a_session_that_ends_in_the_middle_of_something_asks_for_nothing_more(en
     assert driver.replies() == []
 
 
-def test_nobody_has_longer_than_the_time_limit_to_authenticate() -> None:
+def test_a_session_without_auth_ends_at_its_deadline() -> None:
     driver = Driver()
     assert driver.session.deadline == 110.0
     driver.session.check_deadline(109.9)
@@ -235,14 +235,14 @@ def test_auth_again_refreshes_and_cannot_change_the_client() -> None:
     assert driver.session.closing is None
 
 
-def test_narrower_grants_name_the_subscriptions_that_they_end() -> None:
+def test_narrower_grants_return_the_subscriptions_that_they_end() -> None:
     driver = open_session()
     driver.say({"type": "subscribe", "pattern": "project.a"}, {"type": "subscribe", "pattern": "project.b"})
     narrow = Identity("alice", Grants(read=("project.a",), write=()), None)
     assert driver.session.accept_token(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
 
 
-def test_an_expired_token_has_a_grace() -> None:
+def test_an_expired_token_has_a_grace_period() -> None:
     driver = open_session(identity=Identity("alice", ALICE.grants, expires=1010.0), wall=1000.0)
     assert driver.session.deadline == 100.0 + 10 + 30
     driver.session.check_deadline(140.0)
@@ -253,7 +253,7 @@ def test_an_expired_token_has_a_grace() -> None:
 # Subscribing
 
 
-def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
+def test_subscribe_and_unsubscribe_have_effects() -> None:
     driver = open_session()
     assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e", "id": 4}) == [
         {"type": "subscribed", "pattern": "project.*", "seq": 7, "epoch": "e", "id": 4}
@@ -289,7 +289,7 @@ def test_subscribing_asks_to_join_and_unsubscribing_to_leave() -> None:
         ([1, 2], None),
     ],
 )
-def test_what_is_refused_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
+def test_a_rejected_request_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
     driver = open_session()
     [reply] = driver.say(message)
     assert driver.effects == []
@@ -303,7 +303,7 @@ def test_what_is_refused_has_a_code_and_no_effect(message: Any, code: str | None
     assert driver.say({"type": "ping", "seq": 5})[0] == {"type": "pong", "seq": 5}, "the session goes on"
 
 
-def test_subscriptions_are_limited_and_a_held_one_may_be_replaced() -> None:
+def test_subscriptions_are_limited_and_an_existing_one_may_be_replaced() -> None:
     driver = open_session()
     patterns = ["project.a", "project.b", "project.c", "project.d", "project.a"]
     replies = driver.say(*({"type": "subscribe", "pattern": pattern} for pattern in patterns))
@@ -321,7 +321,7 @@ def test_an_object_over_the_limit_closes_for_good() -> None:
 # Publishing
 
 
-def test_publish_becomes_an_append_and_its_fate_the_reply() -> None:
+def test_a_publish_becomes_an_append_and_its_outcome_the_reply() -> None:
     driver = open_session()
     assert driver.say({"type": "publish", "channel": "project.a", "payload": {"x": 1}, "id": 4, "echo": False}) == []
     [append] = driver.appends
@@ -339,7 +339,7 @@ def test_a_publish_without_an_id_leaves_its_key_to_the_log() -> None:
     assert driver.appends[0].producer is None
 
 
-def test_a_retry_says_what_it_knew_when_it_was_first_sent() -> None:
+def test_a_retry_passes_on_its_epoch_and_head() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "id": 1, "after": 3, "epoch": "e"}
     driver.say(message, {**message, "retry": True, "id": 2})
@@ -349,7 +349,7 @@ def test_a_retry_says_what_it_knew_when_it_was_first_sent() -> None:
     ]
 
 
-def test_without_ack_only_a_refusal_is_told() -> None:
+def test_a_publish_without_ack_is_answered_only_by_an_error() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ack": False}
     driver.say(message, message)
@@ -368,7 +368,7 @@ def test_an_ephemeral_publish_goes_past_the_log() -> None:
     assert driver.effects == [BroadcastMessage("project.a", b"1", "alice", None)]
 
 
-def test_an_ephemeral_message_has_a_size_at_most_and_one_for_the_log_has_not() -> None:
+def test_the_size_of_an_ephemeral_message_is_limited() -> None:
     driver = open_session()
     driver.session._splitter = JsonSplitter(decode_client, 65_536)
     room = EPHEMERAL_SIZE - len("project.a") - len('"alice"') - len('""')
@@ -388,7 +388,7 @@ def test_a_payload_keeps_its_bytes_but_for_line_breaks() -> None:
     assert driver.appends[0].payload == b'{"n":   1.00e3,"s":"\\u0000\xc3\xa9"}'
 
 
-def test_what_is_settled_after_the_client_has_gone_is_not_said() -> None:
+def test_a_publish_settled_after_the_connection_ended_has_no_reply() -> None:
     driver = open_session()
     driver.say({"type": "publish", "channel": "project.a", "payload": 1})
     driver.session.abandon()
@@ -397,7 +397,7 @@ def test_what_is_settled_after_the_client_has_gone_is_not_said() -> None:
     assert driver.session.pending == 0
 
 
-def test_publishes_are_answered_while_the_session_is_closing() -> None:
+def test_publishes_are_acknowledged_while_the_session_is_closing() -> None:
     driver = open_session()
     driver.say({"type": "publish", "channel": "project.a", "payload": 1})
     driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
@@ -408,7 +408,7 @@ def test_publishes_are_answered_while_the_session_is_closing() -> None:
 # First-version clients
 
 
-def test_a_first_version_client_hears_only_what_it_knows() -> None:
+def test_a_first_version_client_gets_only_replies_of_its_version() -> None:
     driver = open_session(protocol=0)
     replies = driver.say(
         {"type": "subscribe", "pattern": "project.*", "since": 2},
@@ -443,7 +443,7 @@ def test_an_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
 
 @pytest.mark.parametrize("kind", ["yjs_update", "yjs_awareness", "yjs_sync_request"])
 @pytest.mark.parametrize("protocol", [0, 1])
-def test_what_only_the_first_version_knew_is_an_error_and_the_session_goes_on(kind: str, protocol: int) -> None:
+def test_requests_of_the_first_version_alone_are_errors_and_the_session_continues(kind: str, protocol: int) -> None:
     driver = open_session(protocol=protocol)
     error, pong, *_ = driver.say({"type": kind, "channel": "project.a", "update": "AAA="}, {"type": "ping", "seq": 1})
     assert (error["type"], error.get("code")) == ("error", "bad_message" if protocol else None)

@@ -247,7 +247,7 @@ def test_the_widest_pattern_comes_first() -> None:
     assert patterns_of(tree.match("b")) == ["*"]
 
 
-def test_adding_checks_the_pattern_and_changes_nothing_when_it_is_wrong() -> None:
+def test_adding_a_malformed_pattern_changes_nothing() -> None:
     tree: TopicTree[int] = TopicTree()
     with pytest.raises(PeerError):
         tree.add("a.*.b", 1)
@@ -255,7 +255,7 @@ def test_adding_checks_the_pattern_and_changes_nothing_when_it_is_wrong() -> Non
     assert len(tree) == 0
 
 
-def test_a_group_keeps_its_members_in_the_order_of_their_coming() -> None:
+def test_a_group_keeps_its_members_in_the_order_of_arrival() -> None:
     tree: TopicTree[int] = TopicTree()
     for member in (3, 1, 2, 3):
         tree.add("a", member)
@@ -265,7 +265,7 @@ def test_a_group_keeps_its_members_in_the_order_of_their_coming() -> None:
     assert list(group.members) == [3, 2, 1]
 
 
-def test_a_known_channel_is_answered_from_memory_while_only_members_change() -> None:
+def test_a_cached_channel_stays_cached_while_only_members_change() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
     tree.add("a.b", 1)
@@ -278,7 +278,7 @@ def test_a_known_channel_is_answered_from_memory_while_only_members_change() -> 
 
 
 @pytest.mark.parametrize("pattern", ["a.b", "a.*", "*"])
-def test_a_known_channel_notices_a_group_that_comes_and_goes(pattern: str) -> None:
+def test_a_cached_channel_notices_a_group_that_is_added_and_removed(pattern: str) -> None:
     tree: TopicTree[int] = TopicTree()
     assert tree.match("a.b") == ()
     tree.add(pattern, 1)
@@ -288,7 +288,7 @@ def test_a_known_channel_notices_a_group_that_comes_and_goes(pattern: str) -> No
     assert is_bare(tree)
 
 
-def test_another_channel_coming_and_going_leaves_the_memory_alone() -> None:
+def test_adding_and_removing_another_channel_keeps_the_cache() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
     before = tree.match("a.b")
@@ -297,7 +297,7 @@ def test_another_channel_coming_and_going_leaves_the_memory_alone() -> None:
     assert tree.match("a.b") is before
 
 
-def test_the_memory_is_bounded() -> None:
+def test_the_cache_is_bounded() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
     for number in range(3 * topic_tree.CACHED_CHANNELS):
