@@ -1,18 +1,18 @@
-"""Attack a broker in every way, and measure what honest clients notice.
+"""Attack a broker in every way, and measure the latency of honest clients.
 
     python -m tests.hostile
     python -m tests.hostile --only "empty fragments" "ClientHello of 16 MB" --seconds 10
     python -m tests.hostile --tree ../before --json before.json
 
-Each attack has a `catbus run` of its own, of this tree or of another one. An honest client publishes 50 messages a
-second to another one, and newcomers connect, resume, read history and publish over HTTP 4 times a second: first while
-nothing else happens, then during the attack, then beside no more bytes, packets or connections of four honest clients
-than the attack sent. With attacks on QUIC they come over WebTransport, otherwise over WebSocket. Attackers and the
-honest load are processes of their own, at a lower priority; attackers come back when the broker has closed them.
+Each attack has its own `catbus run`, of this tree or of another one. An honest client publishes 50 messages per second
+to another one, and new clients connect, resume, read history and publish over HTTP 4 times per second: first without
+an attack, then during it, then beside four honest clients that send no more bytes, packets or connections than the
+attack did. They use WebTransport for attacks on QUIC, and WebSocket for the others. Attackers and the honest load are
+processes with a lower priority. Attackers reconnect when the broker has closed their connections.
 
-A broker stands an attack when the honest p99 is at most twice what it is beside the honest load, or 10 ms more; when
-nobody honest is refused and nothing lost; when memory, files and connections are within 10 s what they were.
-Ends with status 1 when an attack that is said to be stood is not.
+A broker withstands an attack if the honest p99 is at most twice that beside the honest load, or 10 ms more; if no honest
+client is rejected and no message is lost; and if memory, files and connections are as before within 10 s. The exit
+status is 1 if the broker fails an attack that it should withstand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .broker import ROOT
 from .measure import HEAD, Result, measure, row
 
 MODULES = (http, tokens, websocket, quic, frames, publishing, limits, subscribing, tls)
-"""Each puts its attacks into the table."""
+"""Each of these modules adds its attacks to the table."""
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     if options.list:
         print(*table(chosen), sep="\n")
         return
-    # Brokers and attackers end with this process, also when that is told to.
+    # Brokers and attackers end with this process, also when it is terminated.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.short:
         for name, faults in short.run([each for each in chosen if each.stands and not each.drains], options.database):
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def table(attacks: Iterable[Attack]) -> Iterator[str]:
-    """The attacks as a table in Markdown, line by line."""
+    """Yield the lines of a Markdown table of the attacks."""
     yield "| Attack | Layer | Token | Tested | |"
     yield "|---|---|---|---|---|"
     for attack in attacks:
@@ -97,7 +97,7 @@ def table(attacks: Iterable[Attack]) -> Iterator[str]:
 
 
 def _plain(result: Result) -> dict[str, object]:
-    """The figures without what cannot be written."""
+    """Return the figures without values that JSON does not have."""
     return {
         "attack": result.attack.name,
         "verdict": result.verdict(),

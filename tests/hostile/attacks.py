@@ -1,4 +1,4 @@
-"""What an attack is, the table of all of them, and the processes in which attackers run."""
+"""The type of an attack, the table of all attacks, and the processes that attackers run in."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from catbus.auth.tokens import sign
 
 SECRET = "a secret that the hostile clients do not have"
 NICENESS = 10
-"""Real attackers have machines of their own, so they take what honest clients and the broker leave."""
+"""The niceness of attackers. Real attackers have machines of their own, so here they use only the remaining CPU."""
 PAUSE = 0.05
-"""Seconds before an attacker comes back after the broker has closed its connection."""
+"""Seconds before an attacker reconnects after the broker has closed its connection."""
 MAX_CODE = 5000
 MAX_PROCESSES = 16
 
@@ -26,10 +26,10 @@ processes = multiprocessing.get_context("fork")
 EVERYTHING = Grants.ALL
 
 FEW_BYTES = "a request of few bytes is much work, and honest load of as many bytes is none"
-"""Why nothing is like an attack."""
+"""The reason of an attack that has no honest load of its kind."""
 
 _NUMBERS = 5
-"""That are counted: bytes, units, closed connections, opened ones, bytes of what comes before an attack."""
+"""The counters: bytes, units, closed connections, opened connections, bytes of preparations."""
 
 
 class Ended(Exception):
@@ -37,9 +37,9 @@ class Ended(Exception):
 
 
 class Tally:
-    """What the attackers of one attack have done, counted by each process for itself.
+    """The counters of the attackers of one attack, separate for each process.
 
-    There is no lock: attackers are killed, and one that is killed while it holds a lock keeps it for ever.
+    There is no lock: attackers are killed, and a process that is killed while it holds a lock never releases it.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Tally:
         self._place = 0
 
     def count_as(self, process: int) -> None:
-        """From now on, this process counts as the one with this number."""
+        """Make this process count under this number."""
         self._place = _NUMBERS * process
 
     def sent(self, size: int, units: int = 1) -> None:
@@ -63,17 +63,17 @@ class Tally:
         self._numbers[self._place + 3] += 1
 
     def prepared(self, size: int) -> None:
-        """Count bytes of a handshake, or of a request whose reply an attacker waits for."""
+        """Count bytes of a handshake, or of a request that an attacker waits for."""
         self._numbers[self._place + 4] += size
 
     def ended(self, code: int | None) -> None:
-        """The broker has closed a connection, with this code if it named one."""
+        """Count a connection that the broker has closed, with its close code."""
         self._numbers[self._place + 2] += 1
         if code is not None and code < MAX_CODE:
             self._codes[code] += 1
 
     def fault(self, text: str) -> None:
-        """An attack has got what no client may get."""
+        """Note that an attack has got something that no client may get."""
         self._faults.put(text)
 
     @property
@@ -85,12 +85,12 @@ class Tally:
         return float(sum(self._numbers[1::_NUMBERS]))
 
     def numbers(self) -> tuple[float, float, float]:
-        """Bytes of all kinds, units and connections so far."""
+        """Return the bytes, units and connections so far."""
         connections, prepared = (float(sum(self._numbers[place::_NUMBERS])) for place in (3, 4))
         return self.size + prepared, self.units, connections
 
     def rates(self, before: tuple[float, float, float], seconds: float) -> tuple[float, float, float]:
-        """What came to these in so many seconds, in each of them."""
+        """Return the rates per second of these totals."""
         size, units, connections = ((now - then) / seconds for now, then in zip(self.numbers(), before, strict=True))
         return size, units, connections
 
@@ -99,7 +99,7 @@ class Tally:
         return int(sum(self._numbers[2::_NUMBERS]))
 
     def codes(self) -> dict[int, int]:
-        """How often each closing code came."""
+        """Return the number of closed connections by close code."""
         return {code: count for code, count in enumerate(self._codes[:]) if count}
 
     def faults(self) -> list[str]:
@@ -111,7 +111,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Target:
-    """The broker that is attacked. `elsewhere`: the WebSocket port of another replica, or the same one."""
+    """The attacked broker. `elsewhere` is the WebSocket port of another replica, or of the same one."""
 
     pid: int
     port: int
@@ -122,10 +122,10 @@ class Target:
     elsewhere: int = 0
     database: str = ""
     seconds: float = 5.0
-    """For how long it is attacked."""
+    """The duration of the attack in seconds."""
 
     def against(self, tally: Tally) -> Target:
-        """The same, counted elsewhere."""
+        """Return the same target with another tally."""
         return replace(self, tally=tally)
 
     def token(self, client_id: str = "mallory", grants: Grants = EVERYTHING) -> str:
@@ -137,13 +137,16 @@ Run = Callable[[Target], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """One way to harm a broker. `run` is called in `processes` processes, and again whenever it returns or is ended.
+    """An attack. `run` is called in `processes` processes, and again whenever it returns or its connection is closed.
 
-    `token`: whether the attacker has a token. `like`: what honest clients send as much of for comparison: `bytes` or
-    `requests` (of HTTP, as many bytes), `packets` (of QUIC) or `connections`. `alone`: why nothing is like it; such an
-    attack is compared with the calm before it. `filled`: how many messages the log has before. `kept`: MiB that may
-    stay, because the log keeps what was published. `drains`: the broker is told to stop meanwhile. `stands`: whether
-    the tests demand that the broker withstands it.
+    - `token`: whether the attacker has a token
+    - `like`: the unit of the honest load for comparison: `bytes`, `requests` (HTTP, as many bytes), `packets` (QUIC) or
+      `connections`
+    - `alone`: the reason why no honest load is comparable; such an attack is compared with the time before it
+    - `filled`: messages in the log before the attack
+    - `kept`: MiB that may stay in use, because the log keeps what was published
+    - `drains`: whether the broker is stopped during the attack
+    - `stands`: whether the tests require that the broker withstands it
     """
 
     name: str
@@ -178,7 +181,7 @@ ATTACKS: dict[str, Attack] = {}
 
 
 def attack(layer: str, name: str, about: str, **options: object) -> Callable[[Run], Run]:
-    """Put a function into the table. Several of these may stand above one function."""
+    """Add a function to the table. A function may have several of these decorators."""
 
     def register(run: Run) -> Run:
         assert name not in ATTACKS, name
@@ -190,7 +193,7 @@ def attack(layer: str, name: str, about: str, **options: object) -> Callable[[Ru
 
 
 def pace(per_second: float) -> Iterator[None]:
-    """Return as often as that, and make up for no more than half a second."""
+    """Return at this rate, and catch up on at most half a second."""
     due = time.monotonic()
     while True:
         yield
@@ -204,7 +207,7 @@ def pace(per_second: float) -> Iterator[None]:
 
 @contextmanager
 def attackers(attack: Attack, target: Target, count: int = 0) -> Iterator[None]:
-    """The attack goes on in processes of its own: in `count`, or in as many as it has."""
+    """Run the attack in `count` processes, or in as many as it names."""
     running = [
         processes.Process(target=_again_and_again, args=(attack, target, number), daemon=True)
         for number in range(count or attack.processes)

@@ -1,4 +1,4 @@
-"""The broker that is attacked: `catbus run` as an operator has it, of this tree or of another one; and what it uses."""
+"""The attacked broker: `catbus run` as an operator runs it, of this tree or of another one, and its resources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 STARTING_TIME = 60.0
 OPEN_FILES = 20_000
 ADDRESS_CONNECTIONS = 5
-"""That one address may have which a proxy names: attackers and honest clients come from this machine, without such."""
+"""Connections of one address that a proxy names. Connections of this machine itself have no limit."""
 _CONFIG = """
 [websocket]
 bind = ["127.0.0.1:0"]
@@ -42,7 +42,7 @@ window = 0
 
 
 class Use(NamedTuple):
-    """What a process uses. `memory` and `peak` in bytes; `connections`: as `/metrics` has them, half-open ones too."""
+    """Resources of a process: `memory` and `peak` in bytes; `connections` as in `/metrics`, half-open ones included."""
 
     memory: int
     peak: int
@@ -53,7 +53,7 @@ class Use(NamedTuple):
 
 
 class Broker:
-    """A replica that serves."""
+    """A running replica."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path, urls: list[str], *, tls: bool) -> None:
         self.pid = process.pid
@@ -70,14 +70,14 @@ class Broker:
         self._log = log
 
     def get(self, path: str) -> bytes:
-        """The body of an answer."""
+        """Return the body of a response."""
         scheme, context = ("https", ssl._create_unverified_context()) if self.tls else ("http", None)
         with urllib.request.urlopen(f"{scheme}://127.0.0.1:{self.port}{path}", timeout=10, context=context) as answer:
             body: bytes = answer.read()
             return body
 
     def use(self) -> Use:
-        """What it uses now; `peak` since `forget_peak`."""
+        """Measure its resources; `peak` counts since `forget_peak`."""
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if ":" in line
         )
@@ -108,7 +108,7 @@ class Broker:
 
     @property
     def cpu(self) -> float:
-        """Seconds of CPU that it has used."""
+        """Return the seconds of CPU that it has used."""
         return time.clock_gettime_ns(~self.pid << 3 | 2) / 1e9
 
     def forget_peak(self) -> None:
@@ -116,11 +116,11 @@ class Broker:
 
     @property
     def logged(self) -> int:
-        """Bytes that it has logged."""
+        """Return the bytes that it has logged."""
         return self._log.stat().st_size
 
     def complaints(self) -> list[str]:
-        """What it has logged beyond `info`."""
+        """Return its log lines above `info`."""
         found = []
         for line in self._log.read_text().splitlines():
             event = json.loads(line)
@@ -129,7 +129,7 @@ class Broker:
         return found
 
     def stop(self, patience: float) -> float | None:
-        """Ask it to stop; how many seconds that took, or None when it did not within `patience`."""
+        """Terminate it. Returns the seconds until it ended, or None if it did not within `patience`."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -145,7 +145,7 @@ def _sum(text: str, name: str) -> float:
 
 @contextmanager
 def brokers(attack: Attack, tree: Path = ROOT, database: str = "") -> Iterator[tuple[list[Broker], str]]:
-    """The replicas that an attack needs, ready to serve, and the URL of their database; without one it is started."""
+    """Start the replicas for an attack, and a database unless there is one. Yields both."""
     with ExitStack() as stack:
         if attack.log != "postgres":
             database = "memory"

@@ -16,12 +16,12 @@ from .quic import CLIENT_HELLO
 
 
 def inject(target: Target, payloads: Iterable[bytes], rate: float) -> None:
-    """Complete the handshake, and then send packets with these frames, so many a second, and hear nothing."""
+    """Complete the handshake, then send packets with these frames at this rate, and read nothing."""
     peer = QuicPeer(target)
     payloads = iter(payloads)
     for number, _ in enumerate(pace(rate)):
         if number % (10 * rate) == 10 * rate - 1:
-            # It may have been closed long ago, so begin again.
+            # The broker may have closed it long ago, so connect again.
             peer.socket.close()
             peer = QuicPeer(target)
         peer.inject(next(payloads))
@@ -34,7 +34,7 @@ def same(payload: bytes) -> Iterator[bytes]:
 
 
 def full(frame: bytes) -> bytes:
-    """As many of one frame as fit."""
+    """Repeat a frame as often as it fits into a packet."""
     return fill(itertools.repeat(frame, ROOM))
 
 
@@ -54,7 +54,7 @@ def many_empty_streams(target: Target) -> None:
 
 
 def flood_streams(target: Target, peers: Sequence[QuicPeer]) -> None:
-    """Send 1,000 packets a second full of empty STREAM frames, by turns of all of them, and hear nothing."""
+    """Send 1,000 packets per second full of empty STREAM frames of all these streams in turn, and read nothing."""
     payload = full(b"\x0a\x04\x00")
     for number, _ in enumerate(pace(1000)):
         peer = peers[number % len(peers)]

@@ -1,4 +1,4 @@
-"""Honest clients beside an attack: a stream of messages, newcomers, and load of the same size as the attack."""
+"""Honest clients beside an attack: a stream of messages, new clients, and load of the same size as the attack."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .attacks import NICENESS, SECRET, Target, pace, processes
 from .peers import QuicPeer, WebSocketPeer, frame, request
 
 RATE = 50
-"""Messages a second."""
+"""Messages per second."""
 VISITS = 4
 """New clients per second."""
 PATIENCE = 15.0
-"""Seconds after which what has not come is lost."""
+"""Seconds after which a message counts as lost."""
 CHANNEL = "honest.stream"
 QUIET = "honest.quiet"
 LOAD_MESSAGE = 1000
 """Bytes of a message of the honest load."""
 MESSAGES_IN_FRAME = 16
 LOAD_CLIENTS = 4
-"""Clients of the honest load, each of which has a process and a client_id of its own."""
+"""Clients of the honest load. Each has its own process and client_id."""
 STEPS = "connect", "resume", "history", "post"
 
 
@@ -44,14 +44,14 @@ def token(client_id: str) -> str:
 
 
 class Sent(NamedTuple):
-    """A message of the stream: when it was published, and the seconds until it came, or None."""
+    """A message of the stream: its time of publication, and the seconds until it arrived, or None."""
 
     at: float
     latency: float | None
 
 
 class Visit(NamedTuple):
-    """One step of a newcomer: when it began, and the seconds it took, or None and why not."""
+    """A step of a new client: its start, and its seconds, or None and the reason of the failure."""
 
     at: float
     step: str
@@ -60,18 +60,18 @@ class Visit(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """All that honest clients have seen."""
+    """Everything that honest clients observed."""
 
     sent: list[Sent]
     refused: list[tuple[float, str]]
-    """When a publish was refused, and with which code; or why a connection was lost."""
+    """The times and codes of rejected publishes, and the reasons of lost connections."""
     visits: list[Visit]
     disorder: int
-    """Messages that came in another order than they were published in, or again."""
+    """Messages that arrived out of order, or twice."""
 
 
 class Honest:
-    """The clients, in two processes of their own, until `stop`."""
+    """The clients, in two processes, until `stop`."""
 
     def __init__(self, target: Target, url: str) -> None:
         self._over = processes.Event()
@@ -96,7 +96,7 @@ class Honest:
 
 @contextlib.contextmanager
 def _authority(target: Target) -> Iterator[str | None]:
-    """A file with the broker's certificate, where it has one."""
+    """A file with the broker's certificate, if it has one."""
     if not target.ca:
         yield None
         return
@@ -107,7 +107,7 @@ def _authority(target: Target) -> Iterator[str | None]:
 
 
 def _enter(url: str, ca: str | None, client_id: str) -> ThreadedConnection:
-    """A client that has authenticated."""
+    """Connect and authenticate a client."""
     connection = dial(url, ca=ca, timeout=PATIENCE)
     connection.send(request("auth", token=token(client_id), protocol=1))
     _expect(connection, "auth_ok")
@@ -125,7 +125,7 @@ def _expect(connection: ThreadedConnection, kind: str) -> dict[str, Any]:
 
 
 def _stream(target: Target, url: str, pipe: Any, over: Any) -> None:
-    """Publish, and take the time until each message comes back to another connection."""
+    """Publish, and measure the time until each message arrives on another connection."""
     with _authority(target) as ca:
         publisher, subscriber = _enter(url, ca, "publisher"), _enter(url, ca, "subscriber")
         subscriber.send(request("subscribe", pattern=CHANNEL))
@@ -175,10 +175,10 @@ def _stream(target: Target, url: str, pipe: Any, over: Any) -> None:
 
 
 def _visit(target: Target, url: str, pipe: Any, over: Any) -> None:
-    """Come, resume, ask for history, publish over HTTP, and go; again and again."""
+    """Connect, resume, request history, publish over HTTP, and disconnect, repeatedly."""
     visits: list[Visit] = []
     with _authority(target) as ca:
-        # What is there to resume from, and to read.
+        # The messages to resume from, and to read.
         with contextlib.closing(_enter(url, ca, "visitor")) as first:
             for number in range(20):
                 first.send(request("publish", channel=QUIET, payload=number, id=number))
@@ -217,13 +217,13 @@ def _visit(target: Target, url: str, pipe: Any, over: Any) -> None:
 
 
 def connection_head(connection: ThreadedConnection) -> int:
-    """The log's head, as a `ping` is told of it."""
+    """Return the head of the log, from the reply to a `ping`."""
     connection.send(request("ping", seq=1))
     return int(_expect(connection, "head")["seq"])
 
 
 def _http(target: Target) -> http.client.HTTPConnection:
-    """A connection for requests, with TLS where the port has that."""
+    """Open a connection for requests, with TLS if the port uses it."""
     if not target.tls:
         return http.client.HTTPConnection("127.0.0.1", target.port, timeout=PATIENCE)
     context = ssl.create_default_context(cadata=target.ca)
@@ -245,7 +245,7 @@ def _post(target: Target) -> None:
 
 
 def fill(target: Target, count: int) -> None:
-    """Put so many small messages into the log."""
+    """Publish this many small messages."""
     if not count:
         return
     peer = WebSocketPeer(target, sign(SECRET, client_id="filler", grants=Grants.ALL))
@@ -261,7 +261,7 @@ def fill(target: Target, count: int) -> None:
 
 @contextlib.contextmanager
 def load(target: Target, kind: str, rate: float) -> Iterator[None]:
-    """As much of honest clients' work as an attack was at the most: `rate` bytes, packets, or connections a second."""
+    """Work of honest clients at the rate of an attack: `rate` bytes, packets or connections per second."""
     running: list[multiprocessing.process.BaseProcess] = []
     if kind and rate > 0:
         for number in range(LOAD_CLIENTS):
@@ -277,7 +277,7 @@ def load(target: Target, kind: str, rate: float) -> Iterator[None]:
 
 
 def _work(target: Target, kind: str, rate: float, number: int) -> None:
-    """One client of the load, with as much CPU as an attacker has."""
+    """Run one client of the load, with the niceness of an attacker."""
     target.tally.count_as(number + 1)
     os.nice(NICENESS)
     _LOADS[kind](target, rate, token(f"load {number}"))

@@ -1,4 +1,4 @@
-"""Attacks on HTTP, by strangers and with a token."""
+"""Attacks on HTTP, by unauthenticated peers and with a token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BODY = 1 << 20
 
 
 def hold(target: Target, count: int, begin: Callable[[Peer], None], idle: Callable[[Peer], None]) -> None:
-    """Open so many connections, begin something on each of them, and then do `idle` on each, once in a second."""
+    """Open this many connections, start something on each, then do `idle` on each once per second."""
     peers: list[Peer] = []
     try:
         for _ in range(count):
@@ -35,7 +35,7 @@ def hold(target: Target, count: int, begin: Callable[[Peer], None], idle: Callab
 
 
 def nothing(peer: Peer) -> None:
-    """Say nothing."""
+    """Send nothing."""
 
 
 # Bodies
@@ -163,7 +163,7 @@ def many_publishes(target: Target) -> None:
             peer.wait_for(b"]\n")
 
 
-# Heads and answers
+# Heads and responses
 
 
 @attack("http", "silence after connecting", "2,000 connections say nothing at all", like="connections")

@@ -1,4 +1,4 @@
-"""Attacks on limits, by clients that look like many: through a proxy that the broker trusts, and with many tokens."""
+"""Attacks on limits by clients that pretend to be many: through a trusted proxy, and with many tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .peers import PATIENCE, POST, UPGRADE, Peer, WebSocketPeer, frame, jwt_of, 
 from .publishing import RING
 
 CLIENT = "198.51.100.7"
-"""Where the attackers are, as the proxy says at the end of what they have said before."""
+"""The attackers' address, which the proxy appends to the header that they sent."""
 BODY = json.dumps([{"channel": "noise.limits", "payload": 1, "ephemeral": True}] * 10).encode()
 
 
 def behind_proxy(head: bytes, header: str) -> bytes:
-    """A request as a proxy on this machine passes it on."""
+    """Make a request as a proxy on this machine forwards it."""
     return head.replace(b"\r\n\r\n", f"\r\n{header}\r\n\r\n".encode(), 1)
 
 
 def crowd(target: Target, header: str) -> None:
-    """Open WebSockets as one client, more of them than one address may have."""
+    """Open more WebSockets from one address than it may have."""
     peers = []
     for _ in range(4 * ADDRESS_CONNECTIONS):
         peer = Peer(target)
@@ -77,7 +77,7 @@ def other_header(target: Target) -> None:
 
 
 def publish(peer: Peer, token: str, header: str) -> None:
-    """Publish in a request, and read the answer."""
+    """Publish in a request, and read the response."""
     head = POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (token.encode(), len(BODY))
     peer.send(behind_proxy(head, header) + BODY)
     peer.wait_for(b'"}]\n')

@@ -12,22 +12,22 @@ from .broker import ROOT, Broker, Use, brokers
 from .honest import STEPS, Honest, Seen, Visit, fill, load
 
 RETURN_TIME = 10.0
-"""Seconds in which memory and files are to be what they were."""
+"""Seconds within which memory and open files must be as before."""
 SCATTERED = 48 << 20
-"""Bytes that the allocator may scatter, and the log may keep of what honest clients publish."""
+"""Bytes that the allocator may lose to fragmentation, and the log may keep of honest clients' messages."""
 SPARE_FILES = 4
 EXIT_TIME = 15.0
-"""Seconds in which a broker that is attacked is to stop: `drain.deadline`, and half as much."""
+"""Seconds within which an attacked broker must stop: `drain.deadline` and half of it."""
 MARGIN = 0.010
 IDLE_TIME = 20.0
-"""Seconds after that in which the broker is to be idle."""
+"""Seconds after that within which the broker must be idle."""
 IDLE = 0.2
-"""Of a core, which the honest clients alone leave unused by far."""
+"""Share of a core. Honest clients alone use far less."""
 
 
 @dataclass
 class Span:
-    """What honest clients saw in one part of the time."""
+    """Observations of honest clients in one part of the time."""
 
     latencies: list[float]
     lost: int
@@ -35,17 +35,17 @@ class Span:
     visits: list[Visit]
 
     def at(self, part: float) -> float:
-        """A percentile of the latencies in seconds; endless where nothing came."""
+        """Return a percentile of the latencies in seconds; infinite if nothing arrived."""
         ordered = sorted(self.latencies)
         return ordered[min(int(len(ordered) * part), len(ordered) - 1)] if ordered else float("inf")
 
     def step(self, step: str) -> float:
-        """The median of one step of the newcomers."""
+        """Return the median of one step of the new clients."""
         times = [visit.seconds for visit in self.visits if visit.step == step and visit.seconds is not None]
         return statistics.median(times) if times else float("inf")
 
     def joined(self, other: Span) -> Span:
-        """Both together."""
+        """Return both spans together."""
         return Span(
             self.latencies + other.latencies,
             self.lost + other.lost,
@@ -60,7 +60,7 @@ class Span:
 
 @dataclass
 class Result:
-    """What came of an attack."""
+    """The result of an attack."""
 
     attack: Attack
     calm: Span
@@ -70,14 +70,14 @@ class Result:
     after: Use
     peak: int
     busy: float
-    """Of a core, during the attack."""
+    """Share of a core during the attack."""
     calmed: bool
-    """Whether the broker was idle again soon after it."""
+    """Whether the broker was idle again soon after the attack."""
     size: float
     units: float
-    """What the attack sent in a second: bytes, and packets, requests or connections."""
+    """Rates of the attack per second: bytes, and packets, requests or connections."""
     load: tuple[float, float, float]
-    """The same of the honest load, and connections."""
+    """The same rates of the honest load, and connections."""
     endings: int
     codes: dict[int, int]
     logged: int
@@ -85,7 +85,7 @@ class Result:
     faults: list[str] = field(default_factory=list)
 
     def verdict(self) -> list[str]:
-        """In what the broker did not stand; empty when it did."""
+        """Return the failures of the broker; empty if it withstood the attack."""
         found = list(self.faults)
         bound = max(2 * self.beside.at(0.99), self.beside.at(0.99) + MARGIN)
         if self.during.at(0.99) > bound:
@@ -115,7 +115,7 @@ class Result:
 
 
 def measure(attack: Attack, seconds: float, tree: Path = ROOT) -> Result:
-    """Run one attack against a broker of its own."""
+    """Run one attack against its own broker."""
     with brokers(attack, tree) as (replicas, database):
         broker = replicas[-1]
         tally = Tally()
@@ -202,7 +202,7 @@ def _peak(broker: Broker) -> int:
 
 
 def _wait_returned(broker: Broker, before: Use, attack: Attack) -> Use:
-    """Wait until memory, files and connections are what they were, at the most as long as they may take."""
+    """Wait until memory, files and connections are as before, at most as long as allowed."""
     deadline = time.monotonic() + RETURN_TIME
     while time.monotonic() < deadline:
         if (
@@ -216,7 +216,7 @@ def _wait_returned(broker: Broker, before: Use, attack: Attack) -> Use:
 
 
 def _wait_idle(broker: Broker) -> bool:
-    """Wait until what the attackers left in the kernel's buffers is done with: it would count as the honest load's."""
+    """Wait until the attackers' bytes in kernel buffers are processed, because they would count as honest load."""
     deadline = time.monotonic() + IDLE_TIME
     while not _is_idle(broker):
         if time.monotonic() > deadline:
@@ -225,7 +225,7 @@ def _wait_idle(broker: Broker) -> bool:
 
 
 def _is_idle(broker: Broker) -> bool:
-    """Whether it has little to do for half a second."""
+    """Whether the broker is nearly idle for half a second."""
     cpu = broker.cpu
     time.sleep(0.5)
     return broker.cpu - cpu < IDLE * 0.5
@@ -250,7 +250,7 @@ HEAD = (
 
 
 def row(result: Result) -> str:
-    """The result as a line of a table in Markdown."""
+    """Return the result as a row of a Markdown table."""
 
     def latency(span: Span) -> str:
         return f"{span.at(0.5) * 1e3:.1f} / {span.at(0.99) * 1e3:.1f}"

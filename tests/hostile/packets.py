@@ -1,4 +1,4 @@
-"""QUIC packets that are good in every respect but what they say. No I/O."""
+"""QUIC packets that are valid except for their frames. No I/O."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from aioquic.tls import Epoch
 
 PACKET = 1200
 ROOM = 1150
-"""Bytes of frames that fit into a packet, with some to spare."""
+"""Bytes of frames that fit into a packet, with a reserve."""
 VERSION = QuicProtocolVersion.VERSION_1
 
 
 def one_rtt(quic: Any, payload: bytes, size: int = PACKET) -> bytes:
-    """A packet of an established connection, which need know nothing of what is said in its name."""
+    """Make a packet of an established connection, without its knowledge."""
     builder = QuicPacketBuilder(
         host_cid=quic.host_cid,
         is_client=quic.configuration.is_client,
@@ -48,7 +48,7 @@ class Initials:
         self._crypto.setup_initial(cid=self.destination, is_client=True, version=VERSION)
 
     def packet(self, payload: bytes, size: int = PACKET) -> bytes:
-        """The next packet, which has these frames and is padded to `size`."""
+        """Return the next packet, with these frames and padded to `size`."""
         builder = QuicPacketBuilder(
             host_cid=self._source,
             is_client=True,
@@ -67,12 +67,12 @@ class Initials:
 
 
 def crypto(offset: int, data: bytes) -> bytes:
-    """A CRYPTO frame."""
+    """Make a CRYPTO frame."""
     return b"\x06" + varint(offset) + varint(len(data)) + data
 
 
 def fill(frames: Iterable[bytes], room: int = ROOM) -> bytes:
-    """As many of these frames, in this order, as fit into a packet."""
+    """Return as many of these frames, in order, as fit into a packet."""
     data = b""
     for frame in frames:
         if len(data) + len(frame) > room:
@@ -82,7 +82,7 @@ def fill(frames: Iterable[bytes], room: int = ROOM) -> bytes:
 
 
 def junk_initial(size: int = PACKET, destination: bytes | None = None, token: bytes = b"") -> bytes:
-    """Looks like a client's first packet, and cannot be decrypted."""
+    """Make a packet that looks like a client's first one, but cannot be decrypted."""
     head = b"\xc3" + VERSION.to_bytes(4, "big") + b"\x08" + (destination or os.urandom(8)) + b"\x08" + os.urandom(8)
     head += varint(len(token)) + token
     length = size - len(head) - 2
@@ -90,16 +90,16 @@ def junk_initial(size: int = PACKET, destination: bytes | None = None, token: by
 
 
 def unknown_version(size: int = PACKET) -> bytes:
-    """A packet of an unknown version."""
+    """Make a packet of an unknown version."""
     head = b"\xc3\x1a\x2a\x3a\x4a\x08" + os.urandom(8) + b"\x08" + os.urandom(8)
     return head + os.urandom(size - len(head))
 
 
 def unknown_connection(size: int = 64) -> bytes:
-    """A packet with a short header, to a connection that does not exist."""
+    """Make a packet with a short header for a connection that does not exist."""
     return b"\x43" + os.urandom(size - 1)
 
 
 def ack(largest: int, ranges: int) -> bytes:
-    """An ACK frame of so many ranges of one packet each, with holes of one packet between them."""
+    """Make an ACK frame with this many ranges of one packet each, one packet apart."""
     return b"\x02" + varint(largest) + varint(0) + varint(ranges - 1) + varint(0) + b"\0\0" * (ranges - 1)

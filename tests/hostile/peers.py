@@ -1,4 +1,4 @@
-"""The connections of attackers: sockets, which send what they are told to."""
+"""The connections of attackers, on plain sockets."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from . import packets
 from .attacks import Ended, Target
 
 PATIENCE = 20.0
-"""Seconds after which an attacker that gets nowhere begins again."""
+"""Seconds after which an attacker without progress reconnects."""
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 FINAL = 0x80
 POST = b"POST /publish HTTP/1.1\r\nHost: bus.example\r\n"
 GET = b"GET %b HTTP/1.1\r\nHost: bus.example\r\n\r\n"
 LARGEST = 2048
-"""Bytes of the largest datagram that the broker looks at."""
+"""Bytes of the largest datagram that the broker reads."""
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: bus.example\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: %b\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -42,7 +42,7 @@ UPGRADE = (
 
 
 def frame(payload: bytes, opcode: int = TEXT, *, final: bool = True) -> bytes:
-    """A WebSocket frame of a client. Its mask is zero, which is as good as any other."""
+    """Make a client's WebSocket frame. Its mask is zero, which is valid."""
     size = len(payload)
     head = bytes((opcode | (FINAL if final else 0),))
     if size < 126:
@@ -55,19 +55,19 @@ def frame(payload: bytes, opcode: int = TEXT, *, final: bool = True) -> bytes:
 
 
 def request(kind: str, **fields: object) -> bytes:
-    """An object of the protocol, on a line."""
+    """Encode an object of the protocol as a line."""
     return json.dumps({"type": kind, **fields}).encode() + b"\n"
 
 
 class Peer:
-    """A TCP connection, with TLS where the port has that."""
+    """A TCP connection, with TLS if the port uses it."""
 
     def __init__(
         self, target: Target, port: int | None = None, *, tls: bool | None = None, address: str = "127.0.0.1"
     ) -> None:
         self.target = target
         self.read = b""
-        """The last of what has come."""
+        """The last received bytes."""
         self.socket = socket.create_connection(
             ("127.0.0.1", port or target.port), timeout=PATIENCE, source_address=(address, 0)
         )
@@ -77,7 +77,7 @@ class Peer:
         target.tally.opened()
 
     def send(self, data: bytes, units: int = 1) -> None:
-        """Send all of it. Raises `Ended` when the broker has closed the connection."""
+        """Send everything. Raises `Ended` if the broker has closed the connection."""
         try:
             self.socket.sendall(data)
         except TimeoutError:
@@ -87,7 +87,7 @@ class Peer:
         self.target.tally.sent(len(data), units)
 
     def receive(self, timeout: float = PATIENCE) -> bytes:
-        """What comes next; empty when nothing does in that time. Raises `Ended` at the end."""
+        """Return the next bytes; empty after the timeout. Raises `Ended` at the end."""
         self.socket.settimeout(timeout)
         try:
             data = self.socket.recv(1 << 18)
@@ -103,12 +103,12 @@ class Peer:
         return data
 
     def drain(self) -> None:
-        """Drop what has come."""
+        """Drop received bytes."""
         while readable(self.socket, 0):
             self.receive()
 
     def wait_for(self, text: bytes) -> bytes:
-        """Read until it has come; returns what was read."""
+        """Read until these bytes have arrived. Returns all bytes read."""
         data, deadline = b"", time.monotonic() + PATIENCE
         while text not in data:
             if time.monotonic() > deadline:
@@ -117,7 +117,7 @@ class Peer:
         return data
 
     def end(self) -> None:
-        """The broker has closed it: count that, with the code of a Close frame if it has sent one."""
+        """Count the connection as closed, with the code of a Close frame if the broker sent one."""
         self.socket.settimeout(0.2)
         try:
             while data := self.socket.recv(1 << 16):
@@ -133,14 +133,14 @@ class Peer:
 
 
 def readable(sock: socket.socket, timeout: float) -> bool:
-    """Whether something has come by then; `select` knows no more than 1,024 files."""
+    """Whether bytes arrive before the deadline. `select` would be limited to 1,024 files."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
 
 
 def client_context() -> ssl.SSLContext:
-    """Trusts everybody: an attacker does not mind."""
+    """Make a context that verifies nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -148,7 +148,7 @@ def client_context() -> ssl.SSLContext:
 
 
 class Pump:
-    """Sends the same on one connection, over and over, as much as goes without waiting."""
+    """Sends the same bytes on one connection repeatedly, as far as it need not wait."""
 
     def __init__(self, peer: Peer, data: bytes) -> None:
         self.peer = peer
@@ -156,7 +156,7 @@ class Pump:
         self._sent = 0
 
     def turn(self) -> bool:
-        """Send, and drop what has come; whether any of it went. Raises `Ended`."""
+        """Send, and drop received bytes. Returns whether anything was sent. Raises `Ended`."""
         self.peer.drain()
         self.peer.socket.setblocking(False)
         try:
@@ -171,7 +171,7 @@ class Pump:
 
 
 def pump(peers: Sequence[Peer], data: bytes) -> None:
-    """Send the same on all of them for as long as one is left."""
+    """Send the same on all connections while one is open."""
     pumps = [Pump(peer, data) for peer in peers]
     while pumps:
         went = False
@@ -185,7 +185,7 @@ def pump(peers: Sequence[Peer], data: bytes) -> None:
 
 
 def close_code(data: bytes) -> int | None:
-    """The code of the Close frame at the end of what a server has sent."""
+    """Return the code of the Close frame at the end of received bytes."""
     start = data.rfind(b"\x88", max(0, len(data) - 127))
     while start >= 0:
         if len(data) - start >= 4 and data[start + 1] == len(data) - start - 2:
@@ -195,7 +195,7 @@ def close_code(data: bytes) -> int | None:
 
 
 class WebSocketPeer(Peer):
-    """One that has shaken hands, and has authenticated if there is a token."""
+    """Open a WebSocket, and authenticate if there is a token."""
 
     def __init__(self, target: Target, token: str | None = None, port: int | None = None, *, protocol: int = 1) -> None:
         super().__init__(target, port)
@@ -212,12 +212,12 @@ class WebSocketPeer(Peer):
         return self.wait_for(expected)
 
     def _prepare(self, data: bytes) -> None:
-        """Send what a reply is waited for to."""
+        """Send a request, and wait for its reply."""
         self.socket.sendall(data)
         self.target.tally.prepared(len(data))
 
     def subscribe_all(self, patterns: list[str], **more: object) -> None:
-        """Hold all of them, a hundred at a time."""
+        """Open all connections, a hundred at a time."""
         for start in range(0, len(patterns), 100):
             some = patterns[start : start + 100]
             self.ask(
@@ -228,7 +228,7 @@ class WebSocketPeer(Peer):
 
 
 def keep(peers: list[WebSocketPeer], first: bytes) -> None:
-    """Send this on all of them, and keep those that are not closed."""
+    """Send this on all connections, and return those that are still open."""
     for peer in tuple(peers):
         try:
             peer.send(first)
@@ -244,7 +244,7 @@ def keep(peers: list[WebSocketPeer], first: bytes) -> None:
 
 
 def pour(peer: WebSocketPeer, lines: bytes, units: int = 1) -> None:
-    """Send the same frame without end, as fast as it is taken, and drop what comes."""
+    """Send the same frame forever, as fast as the broker takes it, and drop replies."""
     data = frame(lines)
     while True:
         peer.send(data, units)
@@ -256,15 +256,15 @@ def base64url(data: bytes) -> bytes:
 
 
 def jwt_of(secret: str, claims: dict[str, object]) -> str:
-    """A token that is good: HS256, as the broker's own secret signs it."""
+    """Make a valid token, signed with the broker's secret (HS256)."""
     text = base64url(b'{"alg":"HS256"}') + b"." + base64url(json.dumps(claims, separators=(",", ":")).encode())
     return (text + b"." + base64url(hmac.digest(secret.encode(), text, "sha256"))).decode()
 
 
 class QuicPeer:
-    """A WebTransport client on a UDP socket. With `token` it has authenticated on its first stream.
+    """A WebTransport client on a UDP socket. With `token`, it authenticates on its first stream.
 
-    With `open` False nothing has been sent yet: the caller calls `transmit`.
+    With `open=False` it has sent nothing yet: the caller calls `transmit`.
     """
 
     def __init__(self, target: Target, token: str | None = None, *, open: bool = True) -> None:  # noqa: A002
@@ -283,7 +283,7 @@ class QuicPeer:
 
     @property
     def quic(self) -> Any:
-        """The connection below, for what our own code would not say."""
+        """The connection beneath, for bytes that our own code would not send."""
         return self.connection._quic
 
     def open(self, token: str | None) -> None:
@@ -308,7 +308,7 @@ class QuicPeer:
         self.transmit()
 
     def turn(self, timeout: float) -> None:
-        """Take what comes until the time is up or a timer is due, and send what is due."""
+        """Receive until the time is over or a timer is due, and send what is due."""
         timer = self.connection.timer
         if timer is not None:
             timeout = min(timeout, max(0.0, timer - time.monotonic()))
@@ -339,16 +339,16 @@ class QuicPeer:
             self.throw(data)
 
     def throw(self, data: bytes) -> None:
-        """Send a datagram, or lose it."""
+        """Send a datagram, or drop it."""
         throw(self.socket, self.target, data)
 
     def inject(self, frames: bytes) -> None:
-        """Send a packet with these frames, of which our own code knows nothing."""
+        """Send a packet with these frames, without the knowledge of our own code."""
         self.throw(packets.one_rtt(self.quic, frames))
 
 
 def udp(target: Target, address: str = "") -> socket.socket:
-    """A socket that sends to the broker's QUIC port, from one of this machine's addresses."""
+    """Open a socket to the broker's QUIC port from one of this machine's addresses."""
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     if address:
         made.bind((address, 0))

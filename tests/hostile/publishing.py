@@ -11,7 +11,7 @@ from .attacks import SECRET, Target, attack, pace
 from .peers import WebSocketPeer, frame, jwt_of, keep, pour, pump, request
 
 RING = 160
-"""MiB that the newest part of the log may take of a process, with what Python adds to small messages."""
+"""MiB of the newest part of the log in a process, with Python's overhead for small messages."""
 
 
 @attack(
@@ -199,7 +199,7 @@ def first_version(target: Target) -> None:
 
 
 def pattern_token(grants: Sequence[str], write: Sequence[str] = ()) -> str:
-    """A token with many grants, as short as it can be: HS256, by the broker's own secret."""
+    """Make the shortest token with many grants, signed with the broker's secret (HS256)."""
     return jwt_of(SECRET, {"sub": "mallory", "catbus": {"read": list(grants), "write": list(write)}})
 
 

@@ -25,7 +25,7 @@ from .packets import (
 from .peers import LARGEST, QuicPeer, readable, throw, udp
 
 CLIENT_HELLO = b"\x01\xff\xff\xff"
-"""The beginning of one that has 16 MB."""
+"""The start of a ClientHello of 16 MB."""
 
 
 @attack(
@@ -40,7 +40,7 @@ def endless_hello(target: Target) -> None:
     sender._buffer[:4] = CLIENT_HELLO
     sender.write(bytes(8 << 20))
     for _ in pace(900):
-        # What is lost is sent again: behind a hole nothing would grow.
+        # Lost data is sent again, because nothing would grow behind a gap.
         peer.turn(0)
 
 
@@ -80,7 +80,7 @@ def coalesced(target: Target) -> None:
 
 
 def begin(target: Target, *, answer_retry: bool) -> QuicPeer:
-    """A connection that has said hello, has come again after a Retry, and then says nothing."""
+    """Connect, follow a Retry, and then send nothing."""
     peer = QuicPeer(target, open=False)
     peer.transmit()
     if answer_retry and readable(peer.socket, 0.02):
@@ -117,7 +117,7 @@ def hellos(target: Target) -> None:
 
 
 def _crypto_of(peer: QuicPeer) -> bytes:
-    """The ClientHello in a client's first packet."""
+    """Return the ClientHello of a client's first packet."""
     assert peer.connection.datagrams_to_send(time.monotonic())
     return bytes(peer.quic._crypto_streams[Epoch.INITIAL].sender._buffer)
 
@@ -277,7 +277,7 @@ def reset_oracle(target: Target) -> None:
         target.tally.fault("two connection IDs have one reset token")
     peer = QuicPeer(target, target.token())
     while True:
-        # To the broker, a reset of its own making means nothing.
+        # The broker ignores its own stateless resets.
         peer.throw(b"\x40" + os.urandom(30) + (tokens or [bytes(16)])[0])
         peer.turn(0.01)
 

@@ -1,4 +1,4 @@
-"""Each attack in a short form: only until something of it has arrived; and what holds then whatever the time is."""
+"""Each attack in a short form, until some of it has arrived, and the conditions that hold at any speed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .peers import Peer, QuicPeer, WebSocketPeer, frame, request
 FILLED = 1000
 MESSAGES = 10
 ENOUGH_UNITS, ENOUGH_BYTES = 20, 256 << 10
-"""Of what an attacker has to have sent, unless it was closed before."""
+"""Bytes that an attacker must have sent, unless it was closed before."""
 BOUND = 64 << 20
-"""Bytes by which a short attack may make the process grow, beside what the log keeps."""
+"""Bytes by which a short attack may make the process grow, besides the log."""
 WAIT = 30.0
-"""Seconds after which a condition is taken never to come."""
+"""Seconds after which a condition has failed."""
 CHANNEL = "honest.short"
 
 
@@ -40,7 +40,7 @@ class Pair:
         self._read = b""
 
     def publish(self) -> list[str]:
-        """Publish some messages, and wait for them; what was wrong with that."""
+        """Publish some messages, and wait for them. Returns what failed."""
         numbers = [str(self._number + each).encode() for each in range(MESSAGES)]
         self._number += MESSAGES
         for number in numbers:
@@ -81,7 +81,7 @@ def _hear(peer: Peer | QuicPeer) -> bytes:
 
 
 def run(attacks: Sequence[Attack], database: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Run them, those that can share a broker one after the other; each with what was wrong, which is nothing."""
+    """Run the attacks, on a shared broker if they can. Yields each with its failures."""
     for _, some in groupby(sorted(attacks, key=_needs), key=_needs):
         group = list(some)
         with brokers(group[0], database=database) as (replicas, url):
@@ -90,7 +90,7 @@ def run(attacks: Sequence[Attack], database: str = "") -> Iterator[tuple[str, li
 
 
 def _needs(attack: Attack) -> tuple[object, ...]:
-    """What its broker must be like."""
+    """Return the configuration that an attack needs."""
     return attack.log, attack.quic, attack.tls, attack.settings, attack.open_files, attack.replicas
 
 

@@ -1,4 +1,4 @@
-"""Attacks by clients with a token that subscribe and ask, and by roles of the database."""
+"""Attacks by clients with a token that subscribe and send requests, and by database roles."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def heavy_scrapes(target: Target) -> None:
         scraper.drain()
 
 
-# Asking
+# Requests
 
 
 @attack(
@@ -319,7 +319,7 @@ def narrower_and_wider(target: Target) -> None:
         peer.socket.close()
 
 
-# Leaving
+# Disconnecting
 
 
 @attack(

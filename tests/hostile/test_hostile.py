@@ -1,6 +1,6 @@
-"""Beside each attack an honest client gets all of its messages in order, and nothing stays of the attack.
+"""During each attack an honest client gets all of its messages in order, and afterwards nothing of the attack is left.
 
-How long that takes is measured by `python -m tests.hostile`, and says nothing here.
+These tests measure no times: `python -m tests.hostile` does.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tests.hostile.broker import ROOT
 from tests.postgres.server import execute, to_database
 
 SIDE_BY_SIDE = ("session", "tls"), ("http",), ("websocket", "quic")
-"""Programs with the layers that each of them attacks; most of the time they wait."""
+"""The programs, and the layers that each attacks. They wait most of the time."""
 STOOD = [name for name, attack in ATTACKS.items() if attack.stands and not attack.drains]
 
 
 class Outcomes:
-    """What programs say of one attack after the other, by its layer."""
+    """The results that the programs report, by layer and attack."""
 
     def __init__(self, lines: Mapping[str, IO[str]]) -> None:
         self._lines = lines
         self._found: dict[str, list[str]] = {}
 
     def wait(self, name: str) -> list[str]:
-        """What was wrong with this one."""
+        """Return the failures of one attack."""
         while name not in self._found:
             line = self._lines[ATTACKS[name].layer].readline()
             assert line, "the program has ended"
@@ -66,5 +66,5 @@ def test_documentation_lists_every_attack() -> None:
 
 
 @pytest.mark.parametrize("name", STOOD)
-def test_broker_stands(outcomes: Outcomes, name: str) -> None:
+def test_broker_withstands_the_attack(outcomes: Outcomes, name: str) -> None:
     assert outcomes.wait(name) == []

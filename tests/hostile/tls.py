@@ -1,4 +1,4 @@
-"""Attacks on the port's own TLS."""
+"""Attacks on the TLS of the WebSocket port."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .http import hold, nothing
 from .peers import GET, Peer
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
-"""The beginning of a ClientHello in a record of 512 bytes."""
+"""The start of a ClientHello in a record of 512 bytes."""
 
 
 class Raw(Peer):
-    """A connection to the TLS port that speaks no TLS."""
+    """Connect to the TLS port without TLS."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target, tls=False)
 
 
 def hold_raw(target: Target, count: int, first: bytes, more: bytes) -> None:
-    """Open so many connections without TLS, send `first`, and then `more` once in a second."""
+    """Open this many connections without TLS, send `first`, and then `more` once per second."""
     peers = []
     for _ in range(count):
         peer = Raw(target)

@@ -1,4 +1,4 @@
-"""Attacks with forged tokens, and with good ones in other spellings."""
+"""Attacks with forged tokens, and with valid tokens in other encodings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASE64URL = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 def request_with(target: Target, peer: Peer, token: bytes) -> bytes:
-    """Publish with it; the first line of the answer."""
+    """Publish with a token. Returns the first line of the response."""
     body = b'{"channel":"honest.forged","payload":1}'
     head = POST + b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (token, len(body))
     peer.send(head + body)
@@ -35,7 +35,7 @@ def request_with(target: Target, peer: Peer, token: bytes) -> bytes:
 
 
 def forge(target: Target, tokens: Sequence[bytes]) -> None:
-    """Show one after the other, without end. None of them is any good."""
+    """Send one invalid token after the other, forever."""
     peer = Peer(target)
     for token in itertools.cycle(tokens):
         if b" 401 " not in (answer := request_with(target, peer, token)):
@@ -44,7 +44,7 @@ def forge(target: Target, tokens: Sequence[bytes]) -> None:
 
 
 def jwt(header: dict[str, object], key: bytes | None = None, *, signature: bytes = b"") -> bytes:
-    """A token for everything; with `key` it is signed as HS256 has it."""
+    """Make a token with all grants; with `key` it is signed with HS256."""
     claims = {"sub": "mallory", "catbus": {"read": ["*"], "write": ["*"]}}
     text = base64url(json.dumps(header).encode()) + b"." + base64url(json.dumps(claims).encode())
     if key is not None:
@@ -53,7 +53,7 @@ def jwt(header: dict[str, object], key: bytes | None = None, *, signature: bytes
 
 
 def public_key(bits: int = 2048) -> str:
-    """The PEM of an RSA key whose private key is unknown; the same one each time."""
+    """Return the PEM of an RSA key whose private key is unknown; always the same."""
     modulus = int.from_bytes((b"\xc3" + b"catbus" * bits)[: bits // 8], "big") | 1
     numbers = rsa.RSAPublicNumbers(65_537, modulus)
     return numbers.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
@@ -171,7 +171,7 @@ def timing(target: Target) -> None:
 
 
 def welch(one: list[float], other: list[float]) -> float:
-    """How far the means are apart, in their errors. The slowest tenth is the machine's, and left out."""
+    """Return the distance of the means in standard errors, without the slowest tenth, which is noise."""
 
     def figures(values: list[float]) -> tuple[float, float]:
         kept = sorted(values)[: len(values) * 9 // 10]
@@ -196,7 +196,7 @@ def welch(one: list[float], other: list[float]) -> float:
 def spellings(target: Target) -> None:
     body = json.dumps([{"channel": "noise.http", "payload": "x" * 50}] * 1000).encode()
     token = jwt_of(SECRET, {"catbus": {"read": ["*"], "write": ["*"]}}).encode()
-    # Two bits of the last character mean nothing, and neither does a sign that fills up.
+    # Two bits of the last character have no meaning, and neither has padding.
     last = BASE64URL.index(token[-1])
     tokens = [token[:-1] + BASE64URL[last ^ bits : (last ^ bits) + 1] + end for bits in range(4) for end in (b"", b"=")]
     peers = [Peer(target) for _ in range(75)]

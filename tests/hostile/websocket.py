@@ -10,12 +10,12 @@ from .peers import BINARY, CLOSE, PING, PONG, WebSocketPeer, frame, keep, pump, 
 BURST = 65_536
 MEGABYTE = 1_000_000
 MESSAGE = 16 * 65_536
-"""Bytes of the largest message that the broker takes in one piece."""
+"""Bytes of the largest message that the broker accepts in one piece."""
 
 
 def repeat(target: Target, data: bytes, *, first: bytes = b"", rate: float = 0.0, token: str | None = None) -> None:
-    """Send the same without end, in bursts of 64 KB, as fast as it is taken or `rate` bytes a second. Nothing is kept
-    of what comes."""
+    """Send the same forever, in bursts of 64 KB, as fast as the broker reads or at `rate` bytes per second. Received
+    bytes are dropped."""
     peer = WebSocketPeer(target, token)
     peer.send(first)
     burst = data * max(1, BURST // len(data))
