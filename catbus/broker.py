@@ -22,7 +22,7 @@ from .endpoints import serve_http, serve_quic
 from .errors import PeerError, Refused
 from .in_process import LocalSubscription
 from .log import Log, MemoryLog, Rejected
-from .malloc_trim import return_memory
+from .malloc_trim import trim_after_peaks
 from .observability.metrics import export_metrics
 from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
@@ -117,7 +117,7 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
             http = serve_http, replica, config.websocket.bind, sessions
             replica.add_endpoint("websocket", await nursery.start(*http))
             if certificates is not None and config.webtransport_served:
-                quic = serve_quic, replica, config.webtransport.bind, certificates.latest, sessions
+                quic = serve_quic, replica, config.webtransport.bind, certificates.latest_quic, sessions
                 replica.add_endpoint("webtransport", await nursery.start(*quic))
             task_status.started(broker)
 
@@ -150,7 +150,7 @@ async def _start(config: Config, nursery: trio.Nursery, certificates: Certificat
     replica = Replica(config, log, authenticator, certificates, roles, export_metrics)
     await nursery.start(replica.log.run, replica.delivery, replica.describe)
     nursery.start_soon(replica.cpu_scheduler.run)
-    nursery.start_soon(return_memory)
+    nursery.start_soon(trim_after_peaks)
     nursery.start_soon(replica.delivery.run)
     nursery.start_soon(replica.flusher.run)
     nursery.start_soon(replica.send_heads)

@@ -27,16 +27,16 @@ from .webtransport import ConnectionLimits, WebTransportConfiguration, server_co
 
 logger = get_logger("catbus.certificates")
 
-FILE = "development-certificate.pem"
+DEVELOPMENT_FILE = "development-certificate.pem"
 """The file with key and certificate. With one file, no crash and no other process can separate them."""
 
 LIFETIME = timedelta(days=12)
 """The validity of a development certificate. Browsers accept one by its hash only up to 14 days."""
 
-MARGIN = timedelta(days=2)
+RENEWAL_MARGIN = timedelta(days=2)
 """A development certificate is renewed when it expires within this time."""
 
-INTERVAL = timedelta(seconds=1)
+CHECK_INTERVAL = timedelta(seconds=1)
 """The minimum time between two checks for changed files."""
 
 _BACKDATED = timedelta(hours=1)  # for clients with a slow clock
@@ -87,13 +87,13 @@ def development_certificate(directory: Path, now: datetime) -> Certificate:
 
 def _is_fresh(expires: datetime, now: datetime) -> bool:
     # The upper bound is for a clock that was fast: such a certificate is not valid yet.
-    return MARGIN <= expires - now <= LIFETIME
+    return RENEWAL_MARGIN <= expires - now <= LIFETIME
 
 
 def _read_kept(directory: Path, now: datetime) -> Certificate | None:
     """Return the stored certificate if it is valid long enough and equals those that `_make` makes."""
     try:
-        with (directory / FILE).open(encoding="ascii") as file:
+        with (directory / DEVELOPMENT_FILE).open(encoding="ascii") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 os.fchmod(file.fileno(), 0o600)
             text = file.read(65_536)
@@ -165,7 +165,7 @@ def _certificate(certificate: x509.Certificate, key_pem: str) -> Certificate:
 def _locked(directory: Path) -> Iterator[None]:
     # The lock ends with the descriptor, so also with the process. The file stays, because a lock on a file that others
     # delete and create again would exclude nobody.
-    handle = os.open(directory / f".{FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(directory / f".{DEVELOPMENT_FILE}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -175,11 +175,11 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _replace(directory: Path, certificate: Certificate) -> None:
     # A temporary file has mode 0600 from the start. If a power cut leaves it empty, a new one is made, so no fsync.
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{FILE}-")
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{DEVELOPMENT_FILE}-")
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(certificate.key_pem + certificate.certificate_pem)
-        Path(temporary).replace(directory / FILE)
+        Path(temporary).replace(directory / DEVELOPMENT_FILE)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -220,15 +220,15 @@ class CertificateSource:
         self._limits = limits
         self._files = (Path(settings.cert), Path(settings.key)) if settings.cert and settings.key else None
         self._stamp: _Stamp | None = None
-        self._made: Certificate | None = None
-        self._complaint: str | None = None
+        self._development: Certificate | None = None
+        self._last_error: str | None = None
         self._checked = now
         self._credentials = self._load(now)
 
     def credentials(self, now: datetime) -> Credentials:
         """Return the credentials for a connection that begins now. Checks the files at most once per second."""
         # Also check after the clock was set back.
-        if not timedelta(0) <= now - self._checked < INTERVAL:
+        if not timedelta(0) <= now - self._checked < CHECK_INTERVAL:
             self._checked = now
             self._refresh(now)
         return self._credentials
@@ -237,7 +237,7 @@ class CertificateSource:
         """Return the configuration for a QUIC connection that begins now."""
         return self.credentials(now).quic
 
-    def latest(self) -> WebTransportConfiguration:
+    def latest_quic(self) -> WebTransportConfiguration:
         """Return the configuration for a QUIC connection, by the system's clock."""
         return self.current(datetime.now(UTC))
 
@@ -247,36 +247,36 @@ class CertificateSource:
 
     def reload(self, now: datetime) -> None:
         """Read the files again, even if they seem unchanged, and log the result."""
-        self._complaint = None
+        self._last_error = None
         self._checked = now
         self._refresh(now, anew=True)
 
-    def self_made(self, now: datetime) -> Certificate | None:
-        """The development certificate that `current` gives now, for `discovery`; None where it comes from files."""
+    def development(self, now: datetime) -> Certificate | None:
+        """Return the development certificate in use, or None if the certificate comes from files."""
         self.current(now)
-        return self._made
+        return self._development
 
     def _refresh(self, now: datetime, *, anew: bool = False) -> None:
         try:
             if anew or not self._is_current(now):
                 self._credentials = self._load(now)
                 logger.info("took a new certificate", expires=self._credentials.expires.isoformat())
-            self._complaint = None
+            self._last_error = None
         except ConfigError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                logger.warning("a new certificate cannot be used, the old one stays", reason=self._complaint)
+            if str(error) != self._last_error:
+                self._last_error = str(error)
+                logger.warning("a new certificate cannot be used, the old one stays", reason=self._last_error)
 
     def _is_current(self, now: datetime) -> bool:
         if self._files:
             return self._stamp == _stamp(*self._files)
-        return self._made is not None and _is_fresh(self._made.expires, now)
+        return self._development is not None and _is_fresh(self._development.expires, now)
 
     def _load(self, now: datetime) -> Credentials:
         if self._files is None:
             made = development_certificate(self._directory, now)
             credentials = _credentials(made.certificate_pem.encode(), made.key_pem.encode(), self._limits)
-            self._made = made
+            self._development = made
             return credentials
         # Before reading, so that a change in between is seen the next time.
         stamp = _stamp(*self._files)

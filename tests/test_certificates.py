@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from catbus import certificates
-from catbus.certificates import FILE, Certificate, CertificateSource, development_certificate
+from catbus.certificates import DEVELOPMENT_FILE, Certificate, CertificateSource, development_certificate
 from catbus.config import WebTransportSettings
 from catbus.endpoints.http.discovery_document import discovery_document
 from catbus.errors import ConfigError
@@ -102,7 +102,7 @@ def test_a_client_that_has_its_hash_connects(tmp_path: Path) -> None:
 def test_it_is_good_for_the_strictest_of_openssl(tmp_path: Path) -> None:
     context = ssl.create_default_context(cadata=make(tmp_path).certificate_pem)
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    (tmp_path / "server.pem").write_text((tmp_path / FILE).read_text())
+    (tmp_path / "server.pem").write_text((tmp_path / DEVELOPMENT_FILE).read_text())
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(tmp_path / "server.pem")
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -125,12 +125,12 @@ def test_it_is_kept(tmp_path: Path) -> None:
     directory = tmp_path / "not" / "there" / "yet"
     made = make(directory)
     assert development_certificate(directory, NOW + 9 * DAY) == made
-    assert (directory / FILE).stat().st_mode & 0o777 == 0o600
+    assert (directory / DEVELOPMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     make(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FILE, f".{FILE}.lock"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([DEVELOPMENT_FILE, f".{DEVELOPMENT_FILE}.lock"])
 
 
 def test_one_that_is_good_needs_no_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +193,10 @@ DAMAGE: dict[str, Any] = {
 def test_it_is_made_anew_when_it_is_damaged(tmp_path: Path, damage: str) -> None:
     made = make(tmp_path)
     make(tmp_path / "other")
-    damaged = DAMAGE[damage]((tmp_path / FILE).read_text(), (tmp_path / "other" / FILE).read_text())
-    (tmp_path / FILE).write_text(damaged)
+    damaged = DAMAGE[damage](
+        (tmp_path / DEVELOPMENT_FILE).read_text(), (tmp_path / "other" / DEVELOPMENT_FILE).read_text()
+    )
+    (tmp_path / DEVELOPMENT_FILE).write_text(damaged)
     again = make(tmp_path)
     assert again.sha256 != made.sha256
     assert make(tmp_path) == again
@@ -218,16 +220,16 @@ def test_one_that_is_an_authority_is_made_anew(tmp_path: Path) -> None:
         .sign(key, SHA256())
     )
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (tmp_path / FILE).write_bytes(private + authority.public_bytes(Encoding.PEM))
+    (tmp_path / DEVELOPMENT_FILE).write_bytes(private + authority.public_bytes(Encoding.PEM))
     assert not parse(make(tmp_path)).extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o777])
 def test_wrong_permissions_are_repaired(tmp_path: Path, mode: int) -> None:
     made = make(tmp_path)
-    (tmp_path / FILE).chmod(mode)
+    (tmp_path / DEVELOPMENT_FILE).chmod(mode)
     assert make(tmp_path) == made
-    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / DEVELOPMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_the_key_is_private_whatever_the_umask(tmp_path: Path) -> None:
@@ -236,14 +238,14 @@ def test_the_key_is_private_whatever_the_umask(tmp_path: Path) -> None:
         make(tmp_path)
     finally:
         os.umask(before)
-    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / DEVELOPMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"CATBUS_STATE.*CATBUS_CERT and CATBUS_KEY"):
         make(tmp_path / "file")
-    (tmp_path / FILE).mkdir()
+    (tmp_path / DEVELOPMENT_FILE).mkdir()
     with pytest.raises(ConfigError, match="Is a directory"):
         make(tmp_path)
 
@@ -292,7 +294,7 @@ def test_nothing_shows_the_key(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     caplog.set_level(logging.DEBUG)
     made = make(tmp_path)
     source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
-    renewed = source.self_made(NOW + 11 * DAY)
+    renewed = source.development(NOW + 11 * DAY)
     assert renewed is not None
     assert caplog.records
     text = "".join(str(vars(record)) for record in caplog.records) + repr((made, renewed, source)) + str(made)
@@ -347,7 +349,7 @@ def files(tmp_path: Path, one: Certificate) -> Files:
 def test_what_files_hold_is_used(files: Files, one: Certificate) -> None:
     source = files.source()
     assert shown(source.current(NOW)) == one.certificate_pem
-    assert source.self_made(NOW) is None
+    assert source.development(NOW) is None
     assert not (files.directory / "unused").exists()
 
 
@@ -504,11 +506,11 @@ def test_files_that_do_not_belong_together_at_the_start(files: Files, one: Certi
 
 def test_the_development_certificate_is_renewed_before_it_expires(tmp_path: Path) -> None:
     source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
-    first, seen = source.self_made(NOW), set()
+    first, seen = source.development(NOW), set()
     assert first is not None
     now = NOW
     while now < NOW + 40 * DAY:
-        made = source.self_made(now)
+        made = source.development(now)
         assert made is not None
         assert shown(source.current(now)) == made.certificate_pem
         assert made.expires - now >= 2 * DAY
@@ -521,21 +523,21 @@ def test_the_development_certificate_is_renewed_before_it_expires(tmp_path: Path
 
 def test_two_brokers_renew_to_the_same(tmp_path: Path) -> None:
     sources = [CertificateSource(WebTransportSettings(), tmp_path, NOW) for _ in range(2)]
-    assert len({source.self_made(NOW + 11 * DAY) for source in sources}) == 1
+    assert len({source.development(NOW + 11 * DAY) for source in sources}) == 1
 
 
 def test_a_renewal_that_fails_is_logged_once_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = CertificateSource(WebTransportSettings(), tmp_path, NOW)
-    first = source.self_made(NOW)
-    (tmp_path / FILE).unlink()
-    (tmp_path / FILE).mkdir()
+    first = source.development(NOW)
+    (tmp_path / DEVELOPMENT_FILE).unlink()
+    (tmp_path / DEVELOPMENT_FILE).mkdir()
     later = NOW + 11 * DAY
     caplog.clear()
     for seconds in range(3):
-        assert source.self_made(later + seconds * SECOND) == first
+        assert source.development(later + seconds * SECOND) == first
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    (tmp_path / FILE).rmdir()
-    assert source.self_made(later + 3 * SECOND) != first
+    (tmp_path / DEVELOPMENT_FILE).rmdir()
+    assert source.development(later + 3 * SECOND) != first
 
 
 # What clients are told.

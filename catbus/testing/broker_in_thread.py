@@ -35,7 +35,7 @@ class TestServer:
         self.url = f"ws://{addresses['websocket']}/ws"
         self.http_url = f"http://{addresses['websocket']}"
         self.webtransport_url = f"https://{addresses['webtransport']}" if "webtransport" in addresses else None
-        made = None if certificates is None else certificates.self_made(datetime.now(UTC))
+        made = None if certificates is None else certificates.development(datetime.now(UTC))
         self.certificate = None if made is None else made.certificate_pem
         self.secret = secret
         self._broker = broker

@@ -142,7 +142,7 @@ async def test_certificate_change_under_load_ends_no_session(
     certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And those who come afterwards see the new one, over either transport."""
-    monkeypatch.setattr(certificates, "INTERVAL", timedelta(0))
+    monkeypatch.setattr(certificates, "CHECK_INTERVAL", timedelta(0))
     lost: list[object] = []
     async with AsyncExitStack() as stack:
         _, urls = await stack.enter_async_context(serving(certificate.config()))

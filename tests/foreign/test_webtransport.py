@@ -12,7 +12,7 @@ import trio
 
 import catbus
 from catbus import CloseCode
-from catbus.certificates import FILE
+from catbus.certificates import DEVELOPMENT_FILE
 from catbus.config import WebSocketSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.programs import find_foreign_python, find_program
@@ -31,7 +31,7 @@ def configuration(state: Path, *, tls: bool = False) -> catbus.Config:
 
 def write_certificate(state: Path) -> Path:
     """What /.well-known/catbus tells of it: without the key."""
-    text = (state / FILE).read_text()
+    text = (state / DEVELOPMENT_FILE).read_text()
     path = state / "certificate.pem"
     path.write_text(text[text.index("-----BEGIN CERTIFICATE") :])
     return path

@@ -10,9 +10,9 @@ an attack, then during it, then beside four honest clients that send no more byt
 attack did. They use WebTransport for attacks on QUIC, and WebSocket for the others. Attackers and the honest load are
 processes with a lower priority. Attackers reconnect when the broker has closed their connections.
 
-A broker withstands an attack if the honest p99 is at most twice that beside the honest load, or 10 ms more; if no honest
-client is rejected and no message is lost; and if memory, files and connections are as before within 10 s. The exit
-status is 1 if the broker fails an attack that it should withstand.
+A broker withstands an attack if the honest p99 is at most twice that beside the honest load, or 10 ms more; if no
+honest client is rejected and no message is lost; and if memory, files and connections are as before within 10 s. The
+exit status is 1 if the broker fails an attack that it should withstand.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ async def discover(replica: Replica, request: HttpRequest) -> HttpResponse:
     secure, host = forwarded_origin(request, tls=replica.config.websocket.tls)
     if not host:
         return text_response(400, "the request does not say which host it is for")
-    made = None if replica.certificates is None else replica.certificates.self_made(datetime.now(UTC))
+    made = None if replica.certificates is None else replica.certificates.development(datetime.now(UTC))
     return json_response(
         discovery_document(host, replica.webtransport_port, made, secure=secure),
         headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],

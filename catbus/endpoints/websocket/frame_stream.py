@@ -16,6 +16,10 @@ from .inbound_frames import InboundFrames
 _CHUNK = 65_536
 
 
+def _ignore(size: int) -> None:
+    """Count nothing."""
+
+
 class FrameStream(trio.abc.Stream):
     """A connection that the library and the broker both write to, without mixing their frames.
 
@@ -42,6 +46,7 @@ class FrameStream(trio.abc.Stream):
         "_head",
         "_inbound",
         "_nursery",
+        "_on_received",
         "_progress",
         "_queue",
         "_read_scope",
@@ -52,7 +57,6 @@ class FrameStream(trio.abc.Stream):
         "broken",
         "last_progress",
         "last_received",
-        "on_received",
         "received",
         "sent",
         "unsent",
@@ -67,6 +71,7 @@ class FrameStream(trio.abc.Stream):
         *,
         take_frames: Callable[[], bytes],
         read_scope: trio.CancelScope,
+        on_received: Callable[[int], None] = _ignore,
         inbound: InboundFrames | None = None,
         cpu_scheduler: CpuScheduler | None = None,
         head: bytes = b"",
@@ -74,7 +79,8 @@ class FrameStream(trio.abc.Stream):
     ) -> None:
         """`head` is an upgrade request for the library, and `rest` the bytes after it; both are read first.
 
-        `inbound` rewrites what is received after `head`, or closes the connection if it exceeds a limit.
+        `inbound` rewrites what is received after `head`, or closes the connection if it exceeds a limit. `on_received`
+        is called with the number of bytes after each read.
         """
         self.writing = False
         """Whether the task that sends unsent bytes is running."""
@@ -82,8 +88,7 @@ class FrameStream(trio.abc.Stream):
         """Whether nothing more can be sent."""
         self.broken = False
         self.received = 0
-        self.on_received: Callable[[int], None] | None = None
-        """Called with the number of bytes after each read."""
+        self._on_received = on_received
         self.sent = 0
         self.unsent = 0
         """Bytes that the kernel has not taken yet."""
@@ -151,7 +156,7 @@ class FrameStream(trio.abc.Stream):
         self.unsent = 0
         # Both refer to the owner of this connection, and only the garbage collector would free a reference cycle.
         self._take_frames = bytes
-        self.on_received = None
+        self._on_received = _ignore
         self._progress.unpark_all()
         self._read_scope.cancel()
 
@@ -282,8 +287,7 @@ class FrameStream(trio.abc.Stream):
             await self._cpu_scheduler.acquire()
         self.last_received = trio.current_time()
         self.received += len(data)
-        if self.on_received is not None:
-            self.on_received(len(data))
+        self._on_received(len(data))
         return data
 
     async def aclose(self) -> None:

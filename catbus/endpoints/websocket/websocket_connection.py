@@ -126,6 +126,7 @@ class WebSocketServerConnection:
             writers,
             take_frames=self._take_frames,
             read_scope=self._session_scope,
+            on_received=self._count_received,
             inbound=self._inbound,
             cpu_scheduler=cpu_scheduler,
             head=head,
@@ -139,6 +140,11 @@ class WebSocketServerConnection:
         """Break the connection and its reference cycles, so that its memory is freed without the garbage collector."""
         self.frame_stream.abort()
         self._driver = self._send_queue = None
+
+    def _count_received(self, size: int) -> None:
+        """Count bytes against the memory of unauthenticated peers, until the client has authenticated."""
+        if self._driver is not None and not self._driver.authenticated:
+            self._driver.count_received(size)
 
     def flush(self) -> None:
         """Write the send queue, as far as the kernel takes it. While bytes are unsent, the writing task does so."""
@@ -212,7 +218,6 @@ class WebSocketServerConnection:
                     return
                 self._driver = driver = replica.open_session(self, transport="websocket", network=network)
                 self._send_queue = driver.send_queue
-                self.frame_stream.on_received = driver.count_received
                 try:
                     with self._registry.kept_alive(self):
                         library.start_soon(self._read_messages, websocket, driver)
@@ -264,6 +269,5 @@ class WebSocketServerConnection:
             await driver.receive(message.encode() if isinstance(message, str) else message)
             if driver.authenticated and self._inbound.max_message_size != self._max_message_size:
                 self._inbound.max_message_size = self._max_message_size
-                self.frame_stream.on_received = None
                 self._on_authenticated()
             self.flush()

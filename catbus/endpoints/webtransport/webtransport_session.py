@@ -64,8 +64,13 @@ class StreamWriter:
 
     send_queue: SendQueue
 
-    def __init__(self, flush: Callable[[StreamWriter], None]) -> None:
-        self.stream: int | None = None
+    def __init__(
+        self,
+        flush: Callable[[StreamWriter], None],
+        stream: int | None = None,
+        on_stopped: Callable[[SendQueue], None] | None = None,
+    ) -> None:
+        self.stream = stream
         self.end_requested = False
         """Whether the stream ends after the items in the send queue."""
         self.finished = False
@@ -75,7 +80,7 @@ class StreamWriter:
         """Sent bytes that the peer had acknowledged at the last `check_stalled`."""
         self.last_progress = trio.current_time()
         """The time when `acknowledged` last changed, or nothing was waiting."""
-        self.on_stopped: Callable[[SendQueue], None] | None = None
+        self.on_stopped = on_stopped
         self._flush = flush
 
     def flush(self) -> None:
@@ -229,9 +234,7 @@ class WebTransportSession:
         stream = self._connection.open_stream(bidirectional=False)
         if stream is None:
             return None
-        writer = self._subscription_writers[stream] = StreamWriter(self._flush)
-        writer.stream = stream
-        writer.on_stopped = on_stopped
+        writer = self._subscription_writers[stream] = StreamWriter(self._flush, stream, on_stopped)
         writer.send_queue = SendQueue(
             writer,
             self._replica.flusher.wake,
