@@ -136,7 +136,7 @@ def fail_on_malformed_input(planter: MistakePlanter) -> None:
     def fail(error: Exception, data: bytes = b"") -> PeerError:
         raise RuntimeError("malformed input")
 
-    planter.replace(json_splitter, "refusal", fail)
+    planter.replace(json_splitter, "decoding_error", fail)
 
 
 MISTAKES = [
