@@ -1,4 +1,4 @@
-"""A scripted broker: the other end of a client's connection, played by a function."""
+"""A scripted broker: a function plays the other end of a client's connection."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ async def talk_in_memory(script: Script, **options: Any) -> AsyncIterator[tuple[
 
 
 class Honest:
-    """A small broker that keeps its word: a log, subscriptions with `since`, everything answered in order."""
+    """A small correct broker: a log, subscriptions with `since`, replies in order."""
 
     def __init__(self, head: int = 100) -> None:
         self.log: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What happens between a conversation and its transport: who waits for whom, and what a cancellation leaves behind."""
+"""The tasks of a connection: reading, writing, keepalive, backpressure, cancellation."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_cancelled_block_closes_without_waiting() -> None:
     entered = anyio.Event()
 
     async def script(peer: Peer) -> None:
-        # It never answers a goodbye.
+        # It never answers a Close frame.
         await anyio.sleep_forever()
 
     async def use() -> None:

@@ -1,4 +1,4 @@
-"""What an application does with a connection: each request, its answer and its refusal, over real sockets."""
+"""The requests of an application, their replies and errors, over real sockets."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ STEADY = Backoff(jitter=0)
 
 
 class Net:
-    """Who is there when the client comes for the first time, for the second, and so on."""
+    """The brokers that answer the first connection, the second one, and so on."""
 
     def __init__(self, nursery: trio.Nursery, places: tuple[Script | Exception, ...]) -> None:
         self.dialled: list[float] = []

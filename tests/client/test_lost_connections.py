@@ -1,4 +1,4 @@
-"""What outlives a connection, without any I/O: connections are lost at any byte, and nothing else is."""
+"""The state that outlives a connection, without I/O: connections are lost at any byte, messages and replies are not."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.client.test_protocol_connection import lines, sent, seqs, subscribed
 
 
 class Client:
-    """What one client has, and one connection after the other for it."""
+    """The state of one client, and its connections."""
 
     def __init__(self, *, reconnects: bool = True) -> None:
         self.in_flight = InFlightRequests(reconnects=reconnects)
         self.subscriptions = SubscriptionManager(self.in_flight.next_id)
 
     def connect(self, **fields: Any) -> ProtocolConnection:
-        """A connection that is authenticated; what it is to go on with is said later."""
+        """An authenticated connection that has not resumed anything."""
         protocol = ProtocolConnection(self.in_flight, self.subscriptions)
         protocol.authenticate("t")
         protocol.receive(lines({**AUTH_OK, **fields}))
@@ -570,18 +570,18 @@ def test_queue_paused_during_a_move_waits_for_the_new_connection() -> None:
 
 
 class Replica:
-    """One connection's end at a broker whose log all of them share, behind by as much as chance will have it."""
+    """A replica of a shared log, at the other end of one connection. Its lag is random."""
 
     def __init__(self, log: list[tuple[str, Any]], keys: dict[int, int], client: Client) -> None:
         self.log, self.keys = log, keys
         self.applied = len(log)
         self.stopping = self.stuck = False
         self.refusing: ErrorCode | None = None
-        """Why it does not take up the next subscription."""
+        """The error for the next subscription."""
         self.flight: list[dict[str, Any]] = []
-        """Publishes that were handed to the database, which has not answered; it may have the client told later."""
+        """Publishes at the database, which has not replied. It may commit them later."""
         self.queue: list[dict[str, Any]] = []
-        """Those that wait behind them."""
+        """Publishes that wait behind them."""
         self.held: dict[str, int] = {}
         self.requests: list[dict[str, Any]] = []
         self.replies = bytearray()
@@ -626,7 +626,7 @@ class Replica:
                 found = [
                     seq for seq in range(1, min(before, len(self.log) + 1)) if matches(pattern, self.log[seq - 1][0])
                 ]
-                # A page may be shorter than was asked for.
+                # A page may be shorter than requested.
                 page = found[-min(limit, 2) :]
                 messages = [message(seq, self.log[seq - 1][1], pattern, self.log[seq - 1][0]) for seq in page]
                 self.say({"type": "history", "id": number, "messages": messages, "more": len(found) > len(page)})
@@ -650,7 +650,7 @@ class Replica:
             self.flight, self.queue = self.queue, []
 
     def give_up(self) -> None:
-        """Answer what has waited for too long."""
+        """Answer publishes that have waited for too long."""
         for request in self.flight:
             self.say(refused(request["id"], ErrorCode.UNKNOWN))
         for request in self.queue:
@@ -658,7 +658,7 @@ class Replica:
         self.queue.clear()
 
     def come_round(self) -> None:
-        """The database has answered, be the client there or not."""
+        """The database replies, whether the client is connected or not."""
         self.stuck = False
         for request in self.flight:
             self.commit(request)
@@ -668,7 +668,7 @@ class Replica:
             self.answer(request)
 
     def deliver(self, upto: int) -> None:
-        """Apply the log up to there, and send what it brings."""
+        """Apply the log up to there, and send the messages."""
         self.applied = max(self.applied, min(upto, len(self.log)))
         for pattern, cursor in self.held.items():
             for seq in range(cursor + 1, self.applied + 1):
@@ -682,14 +682,14 @@ class Replica:
         self.say({"type": "revoked", "pattern": pattern, "seq": self.applied})
 
     def bring(self, size: int) -> None:
-        """Let so many bytes reach the client."""
+        """Deliver so many bytes to the client."""
         data = bytes(self.replies[:size])
         del self.replies[:size]
         self.protocol.receive(data)
 
 
 class Reader:
-    """An application's side of a subscription."""
+    """The application side of a subscription."""
 
     def __init__(
         self,
@@ -703,7 +703,7 @@ class Reader:
         self.pattern, self.queue = pattern, queue
         self.start = since
         self.last = last
-        """How many messages from before `start` it is owed."""
+        """The number of messages before `start` that it is owed."""
         self.taken: list[int] = []
         self._log, self._in_flight = log, in_flight
         self._recent: InitialHistory | None = None
@@ -713,7 +713,7 @@ class Reader:
 
     @property
     def fetching(self) -> bool:
-        """Whether it waits for messages of the past, and takes nothing before that."""
+        """Whether it waits for history, and takes nothing before that."""
         return self.queue.started and self.last > 0 and (self._recent is None or self._recent.next_request is not None)
 
     def note(self) -> None:
@@ -725,7 +725,7 @@ class Reader:
                 self.fetch()
 
     def fetch(self) -> None:
-        """Take the page that has come, and ask for the next."""
+        """Take the page that has arrived, and request the next."""
         assert self._recent is not None
         if self._answer is not None and isinstance(self._answer.value, Page):
             self._recent.add_page(self._answer.value)
@@ -751,7 +751,7 @@ class Reader:
 
 
 class Connections(RuleBasedStateMachine):
-    """Subscriptions of one client, and its connections, of which each can be lost at any byte."""
+    """Subscriptions of one client, and its connections, each of which can be lost at any byte."""
 
     patterns = ("a.*", "b", "*")
 
@@ -856,7 +856,7 @@ class Connections(RuleBasedStateMachine):
         self.present = self.next = None
 
     def bury(self, replica: Replica) -> None:
-        """Nobody hears it any more, but what it has handed over is under way; what it has not is never published."""
+        """Disconnect a replica. Publishes at its database may still be committed; queued ones never are."""
         replica.queue.clear()
         self.dead.append(replica)
 
@@ -878,7 +878,7 @@ class Connections(RuleBasedStateMachine):
         return past[len(past) - min(reader.last, len(past)) :] + [seq for seq in found if seq > reader.start]
 
     def settle(self, replica: Replica) -> None:
-        """Have all that is under way arrive: then each has what it is owed, and the replica sends for nobody else."""
+        """Deliver everything: then each reader has what it is owed, and the replica has no other subscription."""
         for _ in range(6):
             replica.hear(10_000)
             replica.deliver(len(self.log))
@@ -908,7 +908,7 @@ class Connections(RuleBasedStateMachine):
         self.settle(self.present)
 
 
-# Wherever connections are lost, in whatever order they follow each other: each publish is in the log once and in its
+# Connections are lost anywhere and follow each other in any order: each publish is in the log once and in its
 # order, what is answered is true, and each subscription gets exactly what it is owed.
 class Lives(Connections):
     def __init__(self) -> None:
@@ -966,7 +966,7 @@ class Lives(Connections):
             if isinstance(result, int):
                 assert self.log[result - 1][1] == number
             elif isinstance(result, Refused) and result.code is ErrorCode.UNKNOWN:
-                # It may come later still.
+                # It may still be published later.
                 unknown.add(number)
             elif isinstance(result, Refused):
                 assert result.code in (ErrorCode.SHUTTING_DOWN, ErrorCode.UNAVAILABLE)
@@ -985,7 +985,7 @@ TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=200, stateful_step_count=40)
 
 
-# However handlers of one pattern come and go, whatever the broker refuses or withdraws, wherever connections are lost:
+# Readers of one pattern come and go, the broker rejects or revokes, and connections are lost anywhere:
 # each gets exactly what it is owed, or ends with what the broker has said. One that has left gets nothing more.
 class Sharers(Connections):
     patterns = ("a.*",)
@@ -994,7 +994,7 @@ class Sharers(Connections):
         super().__init__()
         self.said: set[ErrorCode] = set()
         self.gone: list[tuple[MessageQueue, int]] = []
-        """Those that have ended, and how much they had."""
+        """The ended queues, and their number of items."""
         self.connect()
 
     @precondition(lambda self: self.replicas)

@@ -1,4 +1,4 @@
-"""The client's side of the protocol, without any I/O."""
+"""The client side of the protocol on one connection, without I/O."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def lines(*messages: dict[str, Any]) -> bytes:
 
 
 def sent(protocol: ProtocolConnection) -> list[dict[str, Any]]:
-    """All that it wants to send, and forget it."""
+    """Take everything that it wants to send."""
     data = b""
     while protocol.outgoing_bytes:
         data += protocol.data_to_send()
     return [msgspec.json.decode(line) for line in data.splitlines()]
 
 
-class Talk(ProtocolConnection):
-    """A conversation, with what it is about."""
+class StandaloneConnection(ProtocolConnection):
+    """A connection with its own tables of requests and subscriptions."""
 
     def __init__(self, on_event: Callable[[wire.GoAway | wire.Error], None] | None = None) -> None:
         self.in_flight = InFlightRequests()
@@ -47,8 +47,8 @@ class Talk(ProtocolConnection):
         return self.subscriptions.subscribe(pattern, since, epoch, limit, present=self.epoch, **options)
 
 
-def begin() -> Talk:
-    protocol = Talk()
+def begin() -> StandaloneConnection:
+    protocol = StandaloneConnection()
     protocol.authenticate("t")
     sent(protocol)
     protocol.receive(lines(AUTH_OK))
@@ -56,14 +56,14 @@ def begin() -> Talk:
     return protocol
 
 
-def publish(protocol: Talk, *channels: str, payload: Any = 1) -> PublishBatch:
+def publish(protocol: StandaloneConnection, *channels: str, payload: Any = 1) -> PublishBatch:
     batch = PublishBatch(len(channels))
     for place, channel in enumerate(channels):
         protocol.in_flight.publish(channel, encode_payload(payload), batch, place, ephemeral=False, echo=True)
     return batch
 
 
-def subscribe(protocol: Talk, pattern: str = "a.*", seq: int = 100, **options: Any) -> MessageQueue:
+def subscribe(protocol: StandaloneConnection, pattern: str = "a.*", seq: int = 100, **options: Any) -> MessageQueue:
     queue = protocol.subscribe(pattern, options.get("since"), options.get("epoch"), options.get("limit", 1000))
     [*_, request] = sent(protocol)
     protocol.receive(lines(subscribed(seq, request["id"], pattern)))
@@ -96,13 +96,13 @@ def marks(queue: MessageQueue) -> list[tuple[str, int, str]]:
 
 
 def test_auth_names_the_protocol_version() -> None:
-    protocol = Talk()
+    protocol = StandaloneConnection()
     protocol.authenticate("secret")
     assert sent(protocol) == [{"type": "auth", "token": "secret", "protocol": 1}]
 
 
 def test_auth_ok_sets_the_state_of_the_connection() -> None:
-    protocol = Talk()
+    protocol = StandaloneConnection()
     answer = protocol.authenticate("t")
     protocol.receive(lines(AUTH_OK))
     assert isinstance(answer.value, wire.AuthOk)
@@ -112,7 +112,7 @@ def test_auth_ok_sets_the_state_of_the_connection() -> None:
 
 
 def test_auth_error_settles_the_reply_with_refused() -> None:
-    protocol = Talk()
+    protocol = StandaloneConnection()
     answer = protocol.authenticate("t")
     protocol.receive(lines({"type": "auth_error", "message": "expired", "code": "token_expired"}))
     assert isinstance(answer.value, Refused)
@@ -438,7 +438,7 @@ def test_queue_wakes_its_task_for_the_first_item_only() -> None:
     assert woken == [1]
 
 
-# Full inboxes
+# Full queues
 
 
 def test_full_queue_is_reported_until_it_is_drained() -> None:
@@ -753,7 +753,7 @@ def test_error_with_an_id_rejects_the_request_of_that_id() -> None:
 
 def test_goaway_and_other_errors_are_reported_as_events() -> None:
     events: list[wire.GoAway | wire.Error] = []
-    protocol = Talk(events.append)
+    protocol = StandaloneConnection(events.append)
     protocol.receive(
         lines(
             {"type": "goaway", "reason": "stopping", "reconnect_in": 1.5},

@@ -1,4 +1,4 @@
-"""Several inboxes of one pattern share one subscription on the wire, and each gets what it is owed."""
+"""Several queues of one pattern share one subscription at the broker, and each receives what it is owed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 /**
  * The Catbus client for browsers, workers and Node: WebTransport first, WebSocket when it must be.
  *
- * It speaks `catbus.v1` (protocol/README.md; sections are named where a rule comes from), runs as it stands from
+ * It speaks `catbus.v1` (protocol/README.md; sections are named where a rule comes from), runs unchanged from
  * `<script type="module">`, and depends on nothing. Its modules are in `catbus/`: a core without promises or I/O (`core.js`
- * and what it imports), and around it what drives it (`driver.js`) and the public calls (`client.js`).
+ * and what it imports), and around it the driver (`driver.js`) and the public calls (`client.js`).
  *
  * @module
  */
@@ -14,47 +14,47 @@ export { CatbusError, DisconnectedError, RefusedError } from './catbus/errors.js
 export { DisconnectedError as Disconnected, RefusedError as Refused } from './catbus/errors.js';
 
 /**
- * A signal to stop.
+ * An abort signal.
  *
  * @typedef {import('./catbus/types.js').AbortSignalLike} AbortSignalLike
  */
 /**
- * How a client is connected.
+ * The state of a client.
  *
  * @typedef {import('./catbus/types.js').ConnectionState} ConnectionState
  */
 /**
- * What a client tells of, by name.
+ * The events of a client, by name.
  *
  * @typedef {import('./catbus/types.js').Events} Events
  */
 /**
- * What may be missing from a subscription.
+ * Messages that may be missing from a subscription.
  *
  * @typedef {import('./catbus/types.js').Gap} Gap
  */
 /**
- * Which messages of the past.
+ * The range of a page.
  *
  * @typedef {import('./catbus/types.js').HistoryOptions} HistoryOptions
  */
 /**
- * How a client is made.
+ * The options of a client.
  *
  * @typedef {import('./catbus/types.js').Options} Options
  */
 /**
- * What became of a publish.
+ * The result of a publish.
  *
  * @typedef {import('./catbus/types.js').Published} Published
  */
 /**
- * Where cursors are kept over a reload.
+ * Storage for cursors that survives a reload.
  *
  * @typedef {import('./catbus/types.js').StorageLike} StorageLike
  */
 /**
- * Where a subscription starts, and whom it tells.
+ * The start of a subscription, and its callbacks.
  *
  * @typedef {import('./catbus/types.js').SubscribeOptions} SubscribeOptions
  */
@@ -64,7 +64,7 @@ export { DisconnectedError as Disconnected, RefusedError as Refused } from './ca
  * @typedef {import('./catbus/types.js').Subscription} Subscription
  */
 /**
- * A subscription from the moment it is asked for.
+ * A subscription from its start.
  *
  * @typedef {import('./catbus/types.js').SubscriptionHandle} SubscriptionHandle
  */
@@ -80,7 +80,7 @@ export { DisconnectedError as Disconnected, RefusedError as Refused } from './ca
  * @typedef {import('./catbus/types.js').Message<T>} Message
  */
 /**
- * Messages of the past.
+ * A page of messages from the log.
  *
  * @template [T=any]
  * @typedef {import('./catbus/types.js').Page<T>} Page

@@ -16,7 +16,7 @@ const ClientContext = createContext(/** @type {CatbusClient | undefined} */ (und
 
 /**
  * Gives a client to all components below. It connects when it is mounted and disconnects when it is removed, unless
- * `connect` is false. Another client takes the place of the one before: have one for each user that signs in.
+ * `connect` is false. Another client replaces the one before: use one for each user that signs in.
  *
  * @param {{client: CatbusClient, connect?: boolean | undefined, children?: import('react').ReactNode}} props
  * @returns {import('react').ReactElement}
@@ -37,7 +37,7 @@ export function useCatbus() {
   return client;
 }
 
-/** How the client is connected; `disconnected` while a page is rendered on a server. @returns {ConnectionState} */
+/** The state of the client; `disconnected` while a page is rendered on a server. @returns {ConnectionState} */
 export function useConnectionState() {
   const client = useCatbus();
   const subscribe = useCallback((/** @type {() => void} */ changed) => client.onStateChange(changed), [client]);
@@ -45,7 +45,7 @@ export function useConnectionState() {
 }
 
 /**
- * A function to publish with, the same one as long as the client is.
+ * A function to publish with. It stays the same as long as the client.
  *
  * @returns {(channel: string, payload: unknown, options?: {ephemeral?: boolean | undefined, echo?: boolean | undefined}) => Promise<Published>}
  */
@@ -55,30 +55,30 @@ export function usePublish() {
 }
 
 /**
- * How a subscription is: `live` when it has caught up, `error` when it has ended.
+ * The state of a subscription: `live` when it has caught up, `error` when it has ended.
  *
  * @typedef {{live: boolean, error: Error | undefined}} SubscriptionState
  */
 
 /**
  * Subscribe while the component is mounted and `pattern` is one: `null` and `undefined` are none. The newest `handler`
- * is called; another one does not subscribe anew, and neither does another start (`since`, `last`).
+ * is called; a new one does not subscribe again, and neither does another start (`since`, `last`).
  *
  * @template [T=any]
  * @param {string | null | undefined} pattern @param {(message: Message<T>) => unknown} handler
  * @param {Omit<SubscribeOptions, 'signal'>} [options] @returns {SubscriptionState}
  */
 export function useSubscription(pattern, handler, options = {}) {
-  return useReader(pattern, handler, options, undefined);
+  return useSubscriptionFrom(pattern, handler, options, undefined);
 }
 
 /**
- * The same, which subscribes anew when `start` is another one.
+ * The same, but subscribes again when `start` changes.
  *
  * @param {string | null | undefined} pattern @param {(message: Message) => unknown} handler
  * @param {Omit<SubscribeOptions, 'signal'>} options @param {unknown} start @returns {SubscriptionState}
  */
-function useReader(pattern, handler, options, start) {
+function useSubscriptionFrom(pattern, handler, options, start) {
   const client = useCatbus();
   const newest = useRef({ handler, options });
   useEffect(() => {
@@ -103,13 +103,12 @@ function useReader(pattern, handler, options, start) {
     });
     return () => void subscription.close();
   }, [client, pattern, persist, stream, datagrams, start]);
-  // What was of another pattern is not shown for this one, not even once.
+  // The state of another pattern is never shown for this one.
   return state.of === pattern ? { live: state.live, error: state.error } : { live: false, error: undefined };
 }
 
 /**
- * The last messages that match, oldest first: those of the past, then what is new, and never more than `last` (50).
- * `gap` is the last of what may be missing between them.
+ * The last messages that match, oldest first, and at most `last` (50). `gap` is the last gap between them.
  *
  * @template [T=any]
  * @param {string | null | undefined} pattern @param {{last?: number | undefined}} [options]
@@ -121,7 +120,7 @@ export function useMessages(pattern, { last = 50 } = {}) {
   const key = `${last} ${pattern}`;
   const list = useRef(/** @type {{client: unknown, key: string, messages: Message<T>[], gap: Gap | undefined, due: boolean}} */ ({ client, key, messages: [], gap: undefined, due: false }));
   useEffect(() => {
-    // Begun anew with each subscription, which brings the past again.
+    // Each subscription delivers the history again, so the list starts empty.
     list.current = { client, key, messages: [], gap: undefined, due: false };
     setShown({ of: client, messages: [], gap: undefined });
   }, [client, key]);
@@ -129,13 +128,13 @@ export function useMessages(pattern, { last = 50 } = {}) {
     const own = list.current;
     if (own.due) return;
     own.due = true;
-    // One update for all that comes together.
+    // One update for all messages that arrive together.
     queueMicrotask(() => {
       own.due = false;
       if (list.current === own) setShown({ of: client, messages: own.messages, gap: own.gap });
     });
   };
-  const state = useReader(
+  const state = useSubscriptionFrom(
     pattern,
     (/** @type {Message<T>} */ message) => {
       list.current.messages = [...list.current.messages, message].slice(-last);

@@ -1,5 +1,5 @@
 /**
- * The arguments of public calls, checked where they are given: a wrong one is an error of its own call.
+ * Checks of the arguments of public calls. The error names the argument.
  *
  * @module
  */
@@ -9,21 +9,21 @@ import { RefusedError } from './errors.js';
 const CURSOR = /^(\d{1,16})\.([^\s]{1,255})$/;
 
 /**
- * A place in the log.
+ * A position in the log.
  *
  * @typedef {{seq: number, epoch: string | undefined}} Place
  */
 
-/** The opaque text that stands for a place. @param {number} seq @param {string} epoch */
+/** Encode a position as opaque text. @param {number} seq @param {string} epoch */
 export function encodeCursor(seq, epoch) {
   return `${seq}.${epoch}`;
 }
 
-/** What is wrong with text that UTF-8 does not have: the broker could not decode the object around it. */
+/** The error for text without a UTF-8 form: the broker could not decode the object around it. */
 export const LONE_SURROGATE = 'a lone surrogate';
 
 /**
- * The place that an argument names: a cursor, or a seq with its epoch.
+ * The position that an argument names: a cursor, or a seq with its epoch.
  *
  * @param {string} name the argument's name @param {unknown} value @param {unknown} [epoch] @returns {Place | undefined}
  */

@@ -1,15 +1,15 @@
 /**
- * By which addresses a broker is tried, and in which order.
+ * The addresses of a broker, and the order in which they are tried.
  *
  * @module
  */
 
-/** For how long it is remembered which transport has won, in milliseconds. */
+/** Milliseconds for which the transport that won is tried first. */
 const WINNER_MEMORY = 600_000;
 
 /** @typedef {'webtransport' | 'websocket'} Kind */
 
-/** Which transport has won, by URL, and until when that counts. @type {Map<string, {kind: Kind, until: number}>} */
+/** The transport that won, by URL, and how long it is tried first. @type {Map<string, {kind: Kind, until: number}>} */
 const winners = new Map();
 
 /** @param {string} url @returns {Kind} */
@@ -41,7 +41,7 @@ export function routesTo(url, fallbackUrl, kinds, now) {
   return routes;
 }
 
-/** Remember what has got through. @param {string} url @param {Kind} kind @param {number} now */
+/** Remember the transport that won. @param {string} url @param {Kind} kind @param {number} now */
 export function rememberWinner(url, kind, now) {
   winners.set(url, { kind, until: now + WINNER_MEMORY });
 }
@@ -52,7 +52,7 @@ export function isLoopback(host) {
 }
 
 /**
- * A URL, and where it means this machine by name, also with both of its addresses: the system may know one of them, or a
+ * A URL, and for `localhost` also both loopback addresses: the system may know one of them, or a
  * browser try one of them, and the broker listen on the other.
  *
  * @param {string} url @returns {string[]}

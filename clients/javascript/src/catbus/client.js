@@ -28,7 +28,7 @@ const DURATIONS = {
 };
 const DEFAULTS = { ...DURATIONS, autoReconnect: true, reconnectJitter: 0.3, offlineQueue: true, maxQueueSize: 100 };
 
-/** A client of a Catbus broker. `connect()` begins; what is asked for before that, and meanwhile, waits for a connection. */
+/** A client of a Catbus broker. Requests before `connect()`, and while there is no connection, wait for one. */
 export class CatbusClient {
   #core;
   #driver;
@@ -62,25 +62,25 @@ export class CatbusClient {
     this.#driver = drive(this.#core, all, (event, value) => this.#emit(event, value));
   }
 
-  // What it is
+  // State
 
-  /** How it is connected. @returns {ConnectionState} */
+  /** The state of the connection. @returns {ConnectionState} */
   get connectionState() {
     return this.#core.state;
   }
 
-  /** Who the token says you are, while connected. @returns {string | null} */
+  /** The client_id of the token, while connected. @returns {string | null} */
   get id() {
     return this.#core.present?.clientId ?? null;
   }
 
-  /** By what it is connected. @returns {'webtransport' | 'websocket' | null} */
+  /** The transport, while connected. @returns {'webtransport' | 'websocket' | null} */
   get transport() {
     return this.#core.present?.kind ?? null;
   }
 
   /**
-   * Be told of something, again and again. Returns a function that ends it.
+   * Call a handler for each event of a type. Returns a function that removes it.
    *
    * @template {keyof Events} T
    * @param {T} type @param {(value: Events[T]) => void} handler @returns {() => void}
@@ -92,7 +92,7 @@ export class CatbusClient {
     return () => void handlers.delete(handler);
   }
 
-  /** Be told of each new state. Returns a function that ends it. @param {(state: ConnectionState) => void} handler @returns {() => void} */
+  /** Call a handler for each new state. Returns a function that removes it. @param {(state: ConnectionState) => void} handler @returns {() => void} */
   onStateChange(handler) {
     return this.on('state', handler);
   }
@@ -100,9 +100,9 @@ export class CatbusClient {
   // Connecting
 
   /**
-   * Connect, and stay connected until `disconnect`. Resolves when it is connected for the first time. Rejects when the
-   * broker says that coming back is no use, with `autoReconnect: false` when the first try fails, and after `timeout`
-   * milliseconds (30000 unless said otherwise) while it goes on trying.
+   * Connect, and stay connected until `disconnect`. Resolves with the first connection. Rejects after a final
+   * error, with `autoReconnect: false` when the first attempt fails, and after `timeout` milliseconds (default 30000),
+   * while the client keeps trying.
    *
    * @param {{timeout?: number | undefined}} [options] @returns {Promise<void>}
    */
@@ -115,12 +115,12 @@ export class CatbusClient {
     this.#driver.listen();
     /** @type {Promise<void>} */
     const connected = this.#driver.ask((core, settler) => core.connect(settler, timeout));
-    // Nobody has to wait for it: the state and the event `error` tell the same.
+    // The application need not await it: the state and the event `error` report the same.
     connected.catch(() => {});
     return connected;
   }
 
-  /** Leave. SubscriptionManager go on with the next `connect`, from where they are; what is not answered is rejected. @returns {Promise<void>} */
+  /** Disconnect. Subscriptions resume at their cursors with the next `connect`; requests without a reply are rejected. @returns {Promise<void>} */
   async disconnect() {
     this.#driver.leave();
   }
@@ -128,12 +128,12 @@ export class CatbusClient {
   // Subscribing
 
   /**
-   * Have `handler` called with every message that matches, in the order of the log. It may be called at any time, and
-   * begins when there is a connection.
+   * Call `handler` with every message that matches, in the order of the log. The subscription starts when there is a
+   * connection.
    *
-   * Returns a subscription at once. Awaiting it waits until the broker has agreed, and rejects with `RefusedError` when it
-   * does not. A handler that is `async` is called again when it has finished; its rejection is an `error` event. Several
-   * subscriptions of one pattern share one on the wire, each with its own start.
+   * Returns a subscription at once. Awaiting it waits until the broker has accepted it, and rejects with `RefusedError`
+   * otherwise. An `async` handler is called again when it has finished; its rejection is an `error` event. Several
+   * subscriptions of one pattern share one at the broker, each with its own start.
    *
    * @template [T=any]
    * @param {string} pattern @param {(message: Message<T>) => unknown} handler @param {SubscribeOptions} [options]
@@ -144,8 +144,8 @@ export class CatbusClient {
   }
 
   /**
-   * The messages that match, to be read by `for await`. What is not read waits: up to `buffer` messages here, and all the
-   * others in the log, until there is room. Leaving the loop ends the subscription.
+   * The messages that match, for `for await`. Unread messages wait: up to `buffer` here, and all others in the log.
+   * Leaving the loop ends the subscription.
    *
    * @template [T=any]
    * @param {string} pattern @param {SubscribeOptions & {buffer?: number | undefined}} [options]
@@ -226,12 +226,12 @@ export class CatbusClient {
   // Publishing
 
   /**
-   * Publish JSON. Resolves when it is committed, with its place in the log; an ephemeral one, when it was passed on. What
-   * has no answer when the connection is lost is sent again on the next one, and appears once. Rejects with
-   * `RefusedError`: after `unknown` it may have been published, after any other code it was not.
+   * Publish JSON. Resolves with its seq when it is committed; an ephemeral message, when it is delivered. If the connection
+   * is lost before the reply, it is sent again on the next one, and is in the log once. Rejects with `RefusedError`:
+   * after `unknown` it may have been published, after any other code it was not.
    *
    * @param {string} channel @param {unknown} payload
-   * @param {{ephemeral?: boolean | undefined, echo?: boolean | undefined}} [options] `echo: false`: not back to this client
+   * @param {{ephemeral?: boolean | undefined, echo?: boolean | undefined}} [options] `echo: false`: not to this client
    * @returns {Promise<Published>}
    */
   async publish(channel, payload, { ephemeral = false, echo = true } = {}) {
@@ -243,10 +243,10 @@ export class CatbusClient {
     return this.#driver.ask((core, settler) => core.publish(body, ephemeral === true, settler));
   }
 
-  // Asking
+  // History and ping
 
   /**
-   * Messages of the past, oldest first: the newest `limit` of those between `after` and `before`. While the client
+   * A page of the log, oldest message first: the newest `limit` messages between `after` and `before`. While the client
    * reconnects, it waits for the connection.
    *
    * @template [T=any]
@@ -265,7 +265,7 @@ export class CatbusClient {
     return { messages: found, more: more && found.length === messages.length, cursor: found.at(-1)?.cursor ?? none };
   }
 
-  /** How long it takes to the broker and back. @returns {Promise<number>} milliseconds */
+  /** The round-trip time to the broker. @returns {Promise<number>} milliseconds */
   async ping() {
     return this.#driver.ask((core, settler) => core.ping(settler));
   }
@@ -284,22 +284,22 @@ export class CatbusClient {
   }
 }
 
-/** An error in a handler is its owner's, and stops nobody else. @param {unknown} error */
+/** Report an error of a handler, which must not affect other handlers. @param {unknown} error */
 function report(error) {
   if (globalThis.reportError) globalThis.reportError(error);
   else console.error(error);
 }
 
-/** Where a subscription was before the page was loaded again. @param {SubscriptionEntry} entry */
+/** The stored cursor of a subscription, or undefined. @param {SubscriptionEntry} entry */
 function kept(entry) {
   try {
     return checkPosition('persist', entry.persisted?.load());
   } catch {
-    return undefined; // Somebody else has written there.
+    return undefined; // Another program has written there.
   }
 }
 
-/** Without what is undefined: that is as if it was left out. @template T @param {T} options @returns {T} */
+/** The options without undefined values, which count as left out. @template T @param {T} options @returns {T} */
 function defined(options) {
   return /** @type {T} */ (Object.fromEntries(Object.entries(/** @type {any} */ (options)).filter(([, value]) => value !== undefined)));
 }

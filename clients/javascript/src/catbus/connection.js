@@ -1,5 +1,5 @@
 /**
- * One connection as the core sees it: what it is told, and what it has to send.
+ * One connection in the core: its state, and what it has to send.
  *
  * @module
  */
@@ -9,14 +9,14 @@ import { JsonSplitter } from './json_splitter.js';
 /** @typedef {import('./shared_subscription.js').SharedSubscription} SharedSubscription */
 /** @typedef {import('./broker_addresses.js').Kind} Kind */
 
-/** One stream of the broker's: the session's, or one of a single subscription. */
+/** One stream of the broker: the main stream, or that of a single subscription. */
 export class IncomingStream {
-  /** The epoch of the log that what comes here is from. */
+  /** The epoch of the log that arrives here. */
   epoch = '';
-  /** The subscription whose own stream it is. @type {SharedSubscription | undefined} */
+  /** The subscription to which the stream belongs. @type {SharedSubscription | undefined} */
   subscription;
 
-  /** @param {Connection} connection @param {boolean} own whether it is a stream of one subscription @param {(json: string) => any} parse */
+  /** @param {Connection} connection @param {boolean} own whether it belongs to one subscription @param {(json: string) => any} parse */
   constructor(connection, own, parse) {
     this.connection = connection;
     this.own = own;
@@ -25,24 +25,24 @@ export class IncomingStream {
 }
 
 /**
- * One connection, from the first try to its end. What a broker says of it is kept here; nothing here waits.
+ * One connection, from the first attempt to its end, and what the broker has reported on it.
  *
- * Phases: `opening` (no transport yet), `token` (waiting for one), `authenticating`, `open`, `ended`.
+ * Phases: `opening` (no transport yet), `token` (waiting for a token), `authenticating`, `open`, `ended`.
  */
 export class Connection {
   /** @type {'opening' | 'token' | 'authenticating' | 'open' | 'ended'} */
   phase = 'opening';
   /** The token that was last sent. */
   token = '';
-  /** Whether an `auth` has no answer yet. */
+  /** Whether an `auth` has no reply. */
   asking = false;
-  /** How many renewals in a row came early. */
+  /** The number of early renewals in a row. */
   early = 0;
-  /** Whether the broker has said that it is about to stop. */
+  /** Whether the broker has announced its shutdown. */
   leaving = false;
-  /** When something was last heard, in the core's time. */
+  /** When data last arrived, in the time of the core. */
   heard = 0;
-  /** The pings of its own that have no answer, and when they were sent. @type {Map<number, number>} */
+  /** Its pings without a reply, and when they were sent. @type {Map<number, number>} */
   pings = new Map();
 
   /** @type {string | null} */
@@ -56,14 +56,14 @@ export class Connection {
 
   /** @type {Map<unknown, IncomingStream>} */
   #streams = new Map();
-  /** What waits to be sent. @type {string[]} */
+  /** The requests to send. @type {string[]} */
   #outgoing = [];
   #parse;
   #ready;
 
   /**
    * @param {number} id @param {{url: string, kind: Kind}} route @param {(json: string) => any} parse
-   * @param {(connection: Connection) => void} ready called when something waits to be sent, and nothing did
+   * @param {(connection: Connection) => void} ready called when there is something to send after there was nothing
    */
   constructor(id, route, parse, ready) {
     this.id = id;
@@ -74,7 +74,7 @@ export class Connection {
     this.main = new IncomingStream(this, false, parse);
   }
 
-  /** The incoming of a stream; `undefined` is the session's. @param {unknown} stream */
+  /** The state of a stream; `undefined` is the main stream. @param {unknown} stream */
   incoming(stream) {
     if (stream === undefined) return this.main;
     let incoming = this.#streams.get(stream);
@@ -103,14 +103,14 @@ export class Connection {
     if (this.#outgoing.length === 1) this.#ready(this);
   }
 
-  /** Take what waits to be sent. @returns {string[]} */
+  /** Take everything that has to be sent. @returns {string[]} */
   take() {
     const texts = this.#outgoing;
     this.#outgoing = [];
     return texts;
   }
 
-  /** Take over what `auth_ok` says. @param {any} answer */
+  /** Take the fields of `auth_ok`. @param {any} answer */
   accept(answer) {
     this.clientId = answer.client_id ?? null;
     this.producer = answer.producer ?? this.producer;
@@ -120,7 +120,7 @@ export class Connection {
   }
 
   /**
-   * A stream tells where the log is. What is new to that stream may be old to the others, and the other way round.
+   * Take head and epoch from a stream. The epoch of one stream may be older or newer than that of another.
    *
    * @param {number} seq @param {string} epoch @param {IncomingStream} incoming
    */

@@ -1,6 +1,6 @@
 /**
- * One try to get a connection by any of several ways: the first alone, and after a head start, or when it has failed, the
- * next one beside it. The first to be authenticated wins, and the others are given up. A refusal counts for all.
+ * A race between the addresses of a broker: the first one alone, and after a head start, or when it has failed, the
+ * next one beside it. The first to authenticate wins, and the others are closed. A rejected token ends the race.
  *
  * @module
  */
@@ -12,10 +12,10 @@ import { DisconnectedError, RefusedError } from './errors.js';
 /**
  * @typedef {object} Host
  * @property {import('./timers.js').Timers} timers
- * @property {(route: any) => Connection} open begin with a way
+ * @property {(route: any) => Connection} open open a connection
  * @property {(connection: Connection) => void} close
  * @property {(connection: Connection) => void} won
- * @property {(why: Error) => void} failed every way has failed
+ * @property {(why: Error) => void} failed every attempt has failed
  */
 
 export class ConnectionRace {
@@ -23,7 +23,7 @@ export class ConnectionRace {
   #routes;
   #headStart;
   #timeout;
-  /** Those that may still win. @type {Set<Connection>} */
+  /** The connections that may still win. @type {Set<Connection>} */
   #candidates = new Set();
   #started = 0;
   #over = false;
@@ -38,7 +38,7 @@ export class ConnectionRace {
     this.#host = host;
   }
 
-  /** Try the next way. */
+  /** Start the next attempt. */
   begin() {
     if (this.#over) return;
     if (this.#started === this.#routes.length) return;
@@ -55,14 +55,14 @@ export class ConnectionRace {
     return this.#candidates.has(connection);
   }
 
-  /** A way is authenticated. @param {Connection} connection */
+  /** A connection has authenticated. @param {Connection} connection */
   won(connection) {
     this.#remove(connection);
     this.#end();
     this.#host.won(connection);
   }
 
-  /** A way leads nowhere. @param {Connection} connection @param {Error} why */
+  /** An attempt has failed. @param {Connection} connection @param {Error} why */
   failed(connection, why) {
     if (!this.#candidates.has(connection)) return;
     this.#remove(connection);
@@ -78,7 +78,7 @@ export class ConnectionRace {
     }
   }
 
-  /** Give all of them up. */
+  /** Close all attempts. */
   abort() {
     this.#end();
   }

@@ -1,5 +1,5 @@
 /**
- * The connections of one client, one after the other: the present one, and the next one while the client moves.
+ * The supervisor of the connections of one client: the present one, and the next one during a move.
  *
  * @module
  */
@@ -14,11 +14,11 @@ import { Keepalive } from './keepalive.js';
 /** @typedef {import('./broker_addresses.js').Kind} Kind */
 /** @typedef {import('./connection_states.js').ConnectionState} ConnectionState */
 
-/** How long to wait at most, where the broker says that the token is not valid yet: milliseconds. */
+/** The longest `retry_after` of a token that is not valid yet, in milliseconds. */
 const MAX_RETRY_AFTER = 300_000;
-/** How long the old connection has to answer what it was sent before the client goes over to the next one. */
+/** Milliseconds that the old connection has for its replies to publishes before a move. */
 const ACKNOWLEDGEMENT_TIMEOUT = 2000;
-/** No network event makes tries follow each other sooner than this. */
+/** The least time between attempts after events of the network, in milliseconds. */
 const MIN_ATTEMPT_INTERVAL = 1000;
 
 /**
@@ -34,16 +34,16 @@ const MIN_ATTEMPT_INTERVAL = 1000;
 export class ConnectionSupervisor {
   /** @type {ConnectionState} */
   state = 'disconnected';
-  /** The connection that is used. @type {Connection | undefined} */
+  /** The present connection. @type {Connection | undefined} */
   present;
-  /** The one that takes its place, while the client moves. @type {Connection | undefined} */
+  /** The connection that replaces it, during a move. @type {Connection | undefined} */
   next;
   running = false;
   /** Why it is not connected. @type {Error | undefined} */
   last;
   /** The client_id of the last session. @type {string | null | undefined} */
   identity;
-  /** Under which name the broker knows this publisher. @type {string | undefined} */
+  /** The producer id of this client. @type {string | undefined} */
   producer;
 
   #host;
@@ -51,7 +51,7 @@ export class ConnectionSupervisor {
   #keepalive;
   /** @type {ConnectionRace | undefined} */
   #race;
-  /** What the dial is for, while there is a connection. @type {'upgrade' | 'leave' | undefined} */
+  /** The purpose of the race, while there is a connection. @type {'upgrade' | 'leave' | undefined} */
   #moving;
   #repliesTimedOut = false;
   #subscribesTimedOut = false;
@@ -74,7 +74,7 @@ export class ConnectionSupervisor {
     this.#connectNow();
   }
 
-  /** There will be no further connection for now. @param {Error} why @param {'disconnect()' | 'final error'} event */
+  /** Make no further connection for now. @param {Error} why @param {'disconnect()' | 'final error'} event */
   stop(why, event) {
     if (!this.running) return;
     const { timers, publishes, requests, subscriptions } = this.#host;
@@ -97,7 +97,7 @@ export class ConnectionSupervisor {
     this.#host.arrived(why);
   }
 
-  /** There is a network again, or the page is seen again: see at once whether the connection lives, or try to get one. */
+  /** Check the connection at once, or try to get one: the network is back, or the page is visible again. */
   wake() {
     const { timers } = this.#host;
     if (this.present) this.#keepalive.wake(this.present);
@@ -107,9 +107,9 @@ export class ConnectionSupervisor {
     }
   }
 
-  // What happens to connections
+  // Events of connections
 
-  /** Its transport is open. @param {Connection} connection */
+  /** The transport of a connection is open. @param {Connection} connection */
   opened(connection) {
     if (connection.phase !== 'opening') return;
     connection.phase = 'token';
@@ -117,12 +117,12 @@ export class ConnectionSupervisor {
     this.#host.effect('token', connection);
   }
 
-  /** A way leads nowhere. @param {Connection} connection @param {Error} why */
+  /** An attempt has failed. @param {Connection} connection @param {Error} why */
   failed(connection, why) {
     this.#race?.failed(connection, why);
   }
 
-  /** There is no token. A `RefusedError` says that there will be none. @param {Connection} connection @param {Error} why */
+  /** There is no token. After a `RefusedError` there will be none. @param {Connection} connection @param {Error} why */
   noToken(connection, why) {
     if (connection.phase === 'ended') return;
     if (why instanceof RefusedError) this.stop(why, 'final error');
@@ -144,7 +144,7 @@ export class ConnectionSupervisor {
     else this.#keepalive.retryRenewal(connection, reason);
   }
 
-  /** The broker is about to stop. @param {Connection} connection @param {number} seconds until another connection should be made */
+  /** The broker has announced its shutdown. @param {Connection} connection @param {number} seconds until the client should reconnect */
   leaving(connection, seconds) {
     connection.leaving = true;
     if (connection === this.present) this.#host.timers.set('move', seconds * 1000, () => this.#move(undefined));
@@ -186,25 +186,25 @@ export class ConnectionSupervisor {
     this.#race.begin();
   }
 
-  /** Every way has failed. @param {Error} why */
+  /** Every attempt has failed. @param {Error} why */
   #notConnected(why) {
     const moving = this.#moving;
     this.#moving = undefined;
     if (!this.present) return this.#reconnectLater(why, 'all attempts failed');
-    // That WebTransport does not get through, still, is nobody's error.
+    // A failed move to WebTransport is not reported as an error.
     if (moving !== 'upgrade') this.#host.emit('error', why);
     if (this.present.leaving) this.#host.timers.set('move', this.#delay(this.#tries++), () => this.#move(undefined));
     else this.#upgradeLater();
   }
 
-  /** There is no connection: try again later, unless that is no use. @param {Error} why @param {string} event */
+  /** There is no connection: try again later, unless the error is final. @param {Error} why @param {string} event */
   #reconnectLater(why, event) {
     const { autoReconnect, renewable } = this.#options;
     this.last = why;
     if (!autoReconnect || isFinal(why, renewable)) return this.stop(why, 'final error');
     this.#host.emit('error', why);
     this.#transition(event);
-    if (this.#race) return; // A move was on its way: it is the next try.
+    if (this.#race) return; // A move is already under way: it is the next attempt.
     let delay = this.#delay(this.#tries++);
     if (why instanceof RefusedError && why.retryAfter !== undefined) {
       delay = Math.max(delay, Math.min(why.retryAfter * 1000, MAX_RETRY_AFTER) + this.#delay(0));
@@ -219,7 +219,7 @@ export class ConnectionSupervisor {
     return delay * (1 + reconnectJitter * (2 * random() - 1));
   }
 
-  /** There is a connection where there was none. @param {Connection} connection */
+  /** Use a connection when there was none. @param {Connection} connection */
   #useFirst(connection) {
     this.#moving = undefined;
     this.#use(connection);
@@ -247,13 +247,13 @@ export class ConnectionSupervisor {
     this.#host.requests.resume(connection);
   }
 
-  /** It has ended. @param {Connection} connection @param {DisconnectedError} why @param {number | undefined} code to close it with, where it has not closed by itself */
+  /** Handle the end of a connection. @param {Connection} connection @param {DisconnectedError} why @param {number | undefined} code the close code to send, unless the broker has closed */
   lose(connection, why, code) {
     if (connection.phase === 'ended') return;
     if (this.#race?.has(connection)) return this.#race.failed(connection, why);
     this.#close(connection, code);
     if (connection === this.next) {
-      // Back to the one before, while it is there.
+      // Return to the connection before it, if that is still open.
       this.next = this.#moving = undefined;
       this.#host.subscriptions.lose(connection);
       if (this.present) {
@@ -264,10 +264,10 @@ export class ConnectionSupervisor {
     } else if (connection === this.present) {
       this.#detach(connection, why);
       if (this.next) return this.#finishMove();
-      // One that is closed as soon as it is there counts as a failure.
+      // A connection that is closed at once counts as a failure.
       if (this.#host.timers.now - this.#connectedAt >= this.#delay(this.#tries)) this.#tries = 0;
       if (this.#moving === 'upgrade') {
-        // It tries one way only.
+        // It tries WebTransport only.
         this.#race?.abort();
         this.#race = undefined;
       }
@@ -296,7 +296,7 @@ export class ConnectionSupervisor {
 
   // Moving
 
-  /** Try WebTransport again where it has not got through. */
+  /** Schedule the next attempt to move to WebTransport. */
   #upgradeLater() {
     const { upgradable, upgradeInterval } = this.#options;
     if (!upgradable || this.present?.kind === 'webtransport') return this.#host.timers.cancel('upgrade');
@@ -306,17 +306,17 @@ export class ConnectionSupervisor {
     });
   }
 
-  /** Look for another connection while there is one. @param {Kind[] | undefined} kinds */
+  /** Start a move to another connection. @param {Kind[] | undefined} kinds */
   #move(kinds) {
-    // Where a move is on its way already, its end says whether another is needed.
+    // The end of a move that is under way decides whether another one is needed.
     if (!this.present || this.#race || this.next) return;
     this.#moving = kinds ? 'upgrade' : 'leave';
     this.#startRace(kinds);
   }
 
   /**
-   * Go over to another connection without losing or repeating anything: each subscription hears the old one until the new
-   * one has agreed, and nothing new is published before everything on the old one is answered.
+   * Move to another connection without losing or repeating anything: the old one delivers to each subscription until the new
+   * one has replied, and no new publish is sent before the old one has replied to everything.
    *
    * @param {Connection} connection
    */
@@ -332,7 +332,7 @@ export class ConnectionSupervisor {
     this.#host.timers.set('asks', this.#options.connectTimeout, () => (this.#subscribesTimedOut = true));
   }
 
-  /** Something has happened: see whether the old connection is still needed, and send what there is. */
+  /** Finish the move if the old connection is not needed any more. Called after every event. */
   settleMove() {
     if (
       this.next &&

@@ -1,9 +1,9 @@
 /**
- * The client without promises, timers or I/O. Connection events, what the broker says, calls of the application and the time go
- * in; what to send, settlements and callbacks come out, as `effects`, which the caller carries out in their order.
+ * The client without promises, timers or I/O. Events of connections, messages of the broker, calls of the application and
+ * the time go in; requests, settlements and callbacks come out as `effects`, which the caller carries out in order.
  *
- * Each thing has one owner: a subscription `SubscriptionManager`, a publish `InFlightPublishes`, any other request `InFlightRequests`, a way
- * that is being tried its `ConnectionRace`, the present connection and the next one the `ConnectionSupervisor`.
+ * Each thing has one owner: `SubscriptionManager` a subscription, `InFlightPublishes` a publish, `InFlightRequests` any other
+ * request, `ConnectionRace` an attempt to connect, `ConnectionSupervisor` the present connection and the next one.
  *
  * @module
  */
@@ -21,13 +21,13 @@ import { Timers } from './timers.js';
 /** @typedef {import('./connection.js').IncomingStream} IncomingStream */
 
 /**
- * What is called when a request is settled.
+ * The callback of a request, called when it is settled.
  *
  * @typedef {(error: Error | undefined, value?: any) => void} Settler
  */
 
 /**
- * What is to be done, and with what.
+ * An effect: what to do, and its arguments.
  *
  * @typedef {['open', Connection] | ['token', Connection] | ['flush', Connection] | ['close', Connection, number]
  *   | ['settle', Settler, Error | undefined, any]
@@ -37,10 +37,10 @@ import { Timers } from './timers.js';
 
 /**
  * @typedef {object} CoreOptions
- * @property {(kinds: Kind[] | undefined, now: number) => {url: string, kind: Kind}[]} routes what can be tried
- * @property {(kind: Kind, now: number) => void} won told which kind has got through
- * @property {boolean} upgradable whether WebTransport is better than what else there may be
- * @property {boolean} renewable whether there are other tokens than the first
+ * @property {(kinds: Kind[] | undefined, now: number) => {url: string, kind: Kind}[]} routes the addresses to try
+ * @property {(kind: Kind, now: number) => void} won called with the transport that won a race
+ * @property {boolean} upgradable whether to move to WebTransport when another transport is used
+ * @property {boolean} renewable whether the client can get another token
  * @property {boolean} autoReconnect
  * @property {number} reconnectDelay
  * @property {number} maxReconnectDelay
@@ -67,7 +67,7 @@ export class Core {
 
   #options;
   #ids = 0;
-  /** Whom `connect` has promised something. @type {Map<number, Settler>} */
+  /** The settlers of `connect` calls. @type {Map<number, Settler>} */
   #connecting = new Map();
 
   /** @param {CoreOptions} options */
@@ -83,13 +83,13 @@ export class Core {
     return this.supervisor.state;
   }
 
-  /** The connection that is used. @returns {Connection | undefined} */
+  /** The present connection. @returns {Connection | undefined} */
   get present() {
     return this.supervisor.present;
   }
 
   /**
-   * Say what time it is, before anything else that happens.
+   * Set the time. Called before every other call.
    *
    * @param {number} now milliseconds of a clock that never goes back @param {number} wall milliseconds since 1970
    */
@@ -99,9 +99,9 @@ export class Core {
     this.supervisor.settleMove();
   }
 
-  // What the application asks
+  // Calls of the application
 
-  /** @param {Settler} settler @param {number} timeout milliseconds until it is rejected, while the client goes on trying */
+  /** @param {Settler} settler @param {number} timeout milliseconds until it is rejected; the client keeps trying */
   connect(settler, timeout) {
     if (this.state === 'connected') return this.settle(settler, undefined);
     const id = this.nextId();
@@ -115,7 +115,7 @@ export class Core {
     this.supervisor.start();
   }
 
-  /** Leave. SubscriptionManager stay, and go on with the next `connect`. */
+  /** Disconnect. Subscriptions stay, and resume with the next `connect`. */
   disconnect() {
     this.supervisor.stop(new DisconnectedError('disconnected by this client'), 'disconnect()');
   }
@@ -150,24 +150,24 @@ export class Core {
     this.requests.ping((error, ms) => this.settle(settler, error, ms));
   }
 
-  /** There is a network again, or the page is seen again. */
+  /** Check the connection: the network is back, or the page is visible again. */
   wake() {
     this.supervisor.wake();
   }
 
-  // What happens to connections
+  // Events of connections
 
-  /** Its transport is open. @param {Connection} connection */
+  /** The transport of a connection is open. @param {Connection} connection */
   opened(connection) {
     this.supervisor.opened(connection);
   }
 
-  /** It could not be opened. @param {Connection} connection @param {Error} why */
+  /** A connection could not be opened. @param {Connection} connection @param {Error} why */
   failed(connection, why) {
     this.supervisor.failed(connection, why);
   }
 
-  /** Here is the token that was asked for. @param {Connection} connection @param {string} token */
+  /** The token function has returned a token. @param {Connection} connection @param {string} token */
   gotToken(connection, token) {
     if (connection.phase === 'token') connection.phase = 'authenticating';
     else if (connection.phase !== 'open') return;
@@ -177,13 +177,13 @@ export class Core {
     connection.send({ type: 'auth', token, protocol: PROTOCOL, ...(producer && connection.phase === 'authenticating' && { producer }) });
   }
 
-  /** There is no token. @param {Connection} connection @param {unknown} thrown */
+  /** The token function has failed. @param {Connection} connection @param {unknown} thrown */
   noToken(connection, thrown) {
     this.supervisor.noToken(connection, asError(thrown));
     this.supervisor.settleMove();
   }
 
-  /** Text has come on the session's stream, or on another one. @param {Connection} connection @param {string} text @param {unknown} [stream] */
+  /** Text has arrived on the main stream, or on another one. @param {Connection} connection @param {string} text @param {unknown} [stream] */
   received(connection, text, stream) {
     if (connection.phase === 'ended') return;
     connection.heard = this.timers.now;
@@ -192,13 +192,13 @@ export class Core {
       incoming.splitter.feed(text, (object) => this.#handle(incoming, object));
     } catch (error) {
       if (!(error instanceof SyntaxError || (error instanceof Error && 'code' in error))) throw error;
-      // What follows cannot be understood any more.
+      // The rest of the stream cannot be parsed.
       this.lose(connection, new DisconnectedError(error.message), 4000);
     }
     this.supervisor.settleMove();
   }
 
-  /** A whole object has come by itself. @param {Connection} connection @param {any} object */
+  /** A datagram has arrived. @param {Connection} connection @param {any} object */
   receivedDatagram(connection, object) {
     if (connection.phase !== 'ended' && object?.type === 'message' && object.seq === undefined) {
       this.subscriptions.message(object, connection.main);
@@ -211,7 +211,7 @@ export class Core {
     this.supervisor.settleMove();
   }
 
-  // What the broker says of the connection; for everything else see `message_handlers.js`
+  // Messages of the broker of the connection; for everything else see `message_handlers.js`
 
   /** @param {Connection} connection @param {any} answer */
   authenticated(connection, answer) {
@@ -233,7 +233,7 @@ export class Core {
     const sent = connection.pings.get(pong.seq);
     if (sent === undefined) return void this.requests.answered(pong.seq, undefined, pong);
     connection.pings.delete(pong.seq);
-    // The connection is well: what it should have answered long before gets no answer any more.
+    // The connection works, so requests that are much older than this ping get no reply any more.
     this.publishes.timeOutBefore(sent);
     this.requests.timeOutBefore(sent);
     if (this.subscriptions.stuckSince(sent)) {
@@ -247,7 +247,7 @@ export class Core {
     this.supervisor.leaving(connection, Math.max(0, Number(reconnectIn) || 0));
   }
 
-  // What its parts ask
+  // Services for the parts of the core
 
   nextId() {
     return ++this.#ids;
@@ -273,12 +273,12 @@ export class Core {
     this.effect('emit', event, value);
   }
 
-  /** There is a connection, or there will be none. @param {Error} [error] */
+  /** Settle all `connect` calls: there is a connection, or there will be none. @param {Error} [error] */
   arrived(error) {
     for (const id of [...this.#connecting.keys()]) this.#settleConnect(id, error);
   }
 
-  /** A connection has ended. @param {Connection} connection @param {DisconnectedError} why @param {number} [code] to close it with, where it has not closed by itself */
+  /** A connection has ended. @param {Connection} connection @param {DisconnectedError} why @param {number} [code] the close code to send, unless the broker has closed */
   lose(connection, why, code) {
     this.supervisor.lose(connection, why, code);
   }
@@ -287,7 +287,7 @@ export class Core {
 
   /** @param {IncomingStream} incoming @param {any} object */
   #handle(incoming, object) {
-    // What is not known is for those who know it (section 15).
+    // Unknown types are ignored (section 15).
     if (incoming.connection.phase !== 'ended' && Object.hasOwn(HANDLERS, object.type)) HANDLERS[object.type](this, object, incoming);
   }
 

@@ -1,5 +1,5 @@
 /**
- * What carries out the effects of a core: transports, the timer, the token function, promises and callbacks.
+ * The driver of a core: carries out its effects with transports, a timer, the token function, promises and callbacks.
  *
  * @module
  */
@@ -14,14 +14,14 @@ import { openWebTransport } from './webtransport_transport.js';
 /** @typedef {import('./connection.js').Connection} Connection */
 /** @typedef {import('./webtransport_transport.js').Transport} Transport */
 
-/** The longest time that `setTimeout` knows. */
+/** The longest delay that `setTimeout` supports. */
 const MAX_TIMEOUT = 2 ** 31 - 1;
-/** How many objects of the full size may go into one WebSocket message: the broker takes 16. */
+/** Objects of the full size in one WebSocket message. The broker accepts 16. */
 const MAX_OBJECTS_PER_MESSAGE = 4;
 
 /**
- * Drive a core: `perform` has something done with it and carries out what follows from that; with `ask`, what is settled
- * later. `listen` hears of the network and of the page, until `leave`.
+ * Drive a core. `perform` calls it and carries out the effects; `ask` also returns a promise for the settlement.
+ * `listen` handles events of the network and of the page, until `leave`.
  *
  * @param {Core} core @param {import('./types.js').Options} options
  * @param {(event: string, value: any) => void} emit
@@ -35,7 +35,7 @@ export function drive(core, options, emit) {
   let timerAt = Infinity;
   let deafen = () => {};
 
-  /** How an effect is carried out. @type {Record<import('./core.js').Effect[0], (...details: any[]) => void>} */
+  /** How each effect is carried out. @type {Record<import('./core.js').Effect[0], (...details: any[]) => void>} */
   const carryOut = {
     open,
     token: getToken,
@@ -50,7 +50,7 @@ export function drive(core, options, emit) {
   function perform(call) {
     core.advance(performance.now(), Date.now());
     const result = call(core);
-    // A callback may call again: what follows from that comes behind what is to be done already.
+    // A callback may call the core again: those effects come after the present ones.
     if (!busy) {
       busy = true;
       for (const [what, ...details] of core.effects) carryOut[what](...details);
@@ -75,7 +75,7 @@ export function drive(core, options, emit) {
   function leave() {
     deafen();
     perform(() => core.disconnect());
-    // Where nothing needs the timer it ends: it would keep a process alive.
+    // An unused timer would keep a Node process alive.
     if (core.timers.next === undefined) {
       clearTimeout(timer);
       timerAt = Infinity;
@@ -84,7 +84,7 @@ export function drive(core, options, emit) {
 
   function setTimer() {
     const { next = Infinity } = core.timers;
-    // One that comes too early looks again, so only a sooner one needs another.
+    // A timer that fires early is set again, so only an earlier deadline needs a new one.
     if (next >= timerAt) return;
     clearTimeout(timer);
     timerAt = next;

@@ -1,5 +1,5 @@
 /**
- * The errors of this client, and what they say about connecting again.
+ * The errors of this client, and whether to reconnect after them.
  *
  * Names are literal: a minifier renames classes, and `error.name` has to stay what the documentation says.
  *
@@ -12,7 +12,7 @@ export class CatbusError extends Error {
   constructor(code, message) {
     super(message);
     this.name = 'CatbusError';
-    /** Why, as a word for programs. */
+    /** The reason, for programs. */
     this.code = code;
   }
 }
@@ -20,14 +20,14 @@ export class CatbusError extends Error {
 /**
  * A request was refused, by the broker or before it was sent. After the code `unknown` a message may have been published.
  *
- * Thrown by a `token` function it says that there will be no other token: the client ends and does not come back by itself.
+ * Thrown by a `token` function it means that there will be no other token: the client ends and does not reconnect.
  */
 export class RefusedError extends CatbusError {
   /** @param {string} code @param {string} message @param {number} [retryAfter] seconds */
   constructor(code, message, retryAfter) {
     super(code, message);
     this.name = 'RefusedError';
-    /** For how many seconds the same would be refused again, where the broker says so. */
+    /** Seconds for which the broker would reject the same request again, if it says so. */
     this.retryAfter = retryAfter;
   }
 }
@@ -38,25 +38,25 @@ export class DisconnectedError extends CatbusError {
   constructor(message, { closeCode, final = false } = {}) {
     super('disconnected', message);
     this.name = 'DisconnectedError';
-    /** The closing code, as section 11 of the specification has it, where there was one. @type {number | undefined} */
+    /** The close code (section 11 of the specification), if there was one. @type {number | undefined} */
     this.closeCode = closeCode;
-    /** Whether the client does not come back by itself. */
+    /** Whether the client does not reconnect. */
     this.final = final;
   }
 }
 
-/** What is told of what an earlier session began, where the next one is another client's. */
+/** The error for requests of an earlier session under another client_id. */
 export const ANOTHER_CLIENT = 'the connection belongs to another client_id';
 
 /** Codes after which the same request can succeed later (section 10). A code that is not known counts as `internal`. */
 export const RETRYABLE = new Set(['rate_limited', 'overloaded', 'unavailable', 'unknown']);
 
-/** Codes by which a token is refused for good: it would be no better later. */
+/** Codes after which the same token is never accepted. */
 const FINAL = new Set(
   'bad_message unauthenticated unauthorized invalid_channel invalid_pattern too_large token_expired revoked limit'.split(' '),
 );
 
-/** WebSocket's own closing codes which say that what was sent was wrong, and would be again (section 11). */
+/** Close codes of WebSocket for a message that must not be sent again (section 11). */
 const PROTOCOL_ERROR_CODES = new Set([1002, 1003, 1007, 1009]);
 
 /** @param {number} code @param {string} reason what the broker says */
@@ -65,7 +65,7 @@ export function closedBy(code, reason) {
   return new DisconnectedError(reason || `the connection was lost (${code})`, { closeCode: code, final });
 }
 
-/** Whether coming back would be no better. @param {Error} why @param {boolean} renewable whether there are other tokens */
+/** Whether the error is final. @param {Error} why @param {boolean} renewable whether there are other tokens */
 export function isFinal(why, renewable) {
   if (why instanceof DisconnectedError) {
     const { closeCode = 0 } = why;

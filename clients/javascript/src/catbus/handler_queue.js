@@ -1,12 +1,12 @@
 /**
- * A handler's queue: one call after another, also where the handler is `async`.
+ * The queue of a handler: one call after another, also if the handler is `async`.
  *
  * @module
  */
 
 /**
  * @typedef {object} Host
- * @property {number} limit from how many that wait nothing more is wanted
+ * @property {number} limit waiting calls at which the subscription is paused
  * @property {() => void} pause
  * @property {() => void} unpause
  * @property {(error: unknown) => void} threw
@@ -40,7 +40,7 @@ export class HandlerQueue {
     }
   }
 
-  /** Drop what waits. */
+  /** Drop the waiting calls. */
   clear() {
     this.#queue = [];
   }

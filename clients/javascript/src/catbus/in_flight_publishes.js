@@ -1,10 +1,10 @@
 /**
- * The publishes of one client that have no answer yet, whichever connection will bring it.
+ * The table of publishes without a reply, which outlives connections.
  *
- * A publish is sent in its turn, and kept until it is answered. When the connection is lost first, or the broker does not
- * know, it is in doubt: it is sent again under its old id, on the next connection by `resume` and on this one by `retry`.
- * Newer ones wait until everything in doubt is answered, or they would overtake it. Nothing is in doubt for ever: after
- * `MAX_TRIES` on one connection, or `MAX_LOST_CONNECTIONS` connections, it is settled as `unknown`, and the others go on (section 9.1).
+ * A publish is sent in order and kept until it is acknowledged. If the connection is lost first, or the broker does not
+ * know the outcome, it is uncertain, and is sent again under its id: by `resume` on the next connection, by `retry` on this.
+ * Newer publishes wait until no outcome is uncertain, or they would overtake it. No publish stays uncertain for ever: after
+ * `MAX_TRIES` on one connection, or `MAX_LOST_CONNECTIONS`, it is settled as `unknown`, and the others continue (section 9.1).
  *
  * @module
  */
@@ -14,14 +14,14 @@ import { ANOTHER_CLIENT, DisconnectedError, RefusedError, RETRYABLE } from './er
 /** @typedef {import('./connection.js').Connection} Connection */
 /** @typedef {import('./core.js').Settler} Settler */
 
-/** How often a publish is sent at most on one connection. */
+/** How often one connection sends an uncertain publish. */
 const MAX_TRIES = 6;
-/** On how many connections that were lost a publish may have been without an answer. */
+/** The number of lost connections on which a publish may be without a reply. */
 const MAX_LOST_CONNECTIONS = 20;
 const RETRY_PAUSE = 500;
-/** How long a publish may be without an answer on a connection that answers pings, in milliseconds. */
+/** Milliseconds without a reply to a publish on a connection that answers pings. */
 export const REPLY_TIMEOUT = 30_000;
-/** How many publishes may be without an answer where the broker names no limit. */
+/** Publishes without a reply if the broker names no limit. */
 const DEFAULT_PENDING_PUBLISHES = 1000;
 /** Bytes that are added to a body: the type, the id, and what a retry says. */
 const REQUEST_OVERHEAD = 256;
@@ -31,8 +31,8 @@ const REQUEST_OVERHEAD = 256;
  * @property {number} id
  * @property {string} body `"channel":...,"payload":...` and what else never changes
  * @property {Settler} settler
- * @property {string | null | undefined} owner whose it is: the client_id under which it was asked for, where that is known
- * @property {number} after what was known when it was first sent
+ * @property {string | null | undefined} owner the client_id under which it was made, if known
+ * @property {number} after the head when it was first sent
  * @property {string} epoch
  * @property {number} tries on this connection
  * @property {number} losses
@@ -53,33 +53,33 @@ export class InFlightPublishes {
   #connection;
   #paused = false;
   #producer = '';
-  /** The highest id that the log has taken. */
+  /** The highest id whose publish is in the log. */
   #highestLoggedId = 0;
   /** @type {Publish[]} */
   #unsent = [];
-  /** In the order of their ids. @type {Map<number, Publish>} */
+  /** By id, in the order of the ids. @type {Map<number, Publish>} */
   #sent = new Map();
-  /** The ids of those that an earlier try may have published. @type {Set<number>} */
+  /** Ids of which an earlier try may have been published. @type {Set<number>} */
   #uncertain = new Set();
-  /** The ids of those among them that wait for `retry`. @type {Set<number>} */
+  /** The uncertain ids that wait for `retry`. @type {Set<number>} */
   #toRetry = new Set();
-  /** Those that a replica which stops has given back. @type {Publish[]} */
+  /** Publishes that a draining replica has rejected, for the next replica. @type {Publish[]} */
   #rejectedByDrain = [];
-  /** Ephemeral ones, which are sent once. @type {Map<number, Settler>} */
+  /** Ephemeral publishes, which are sent once. @type {Map<number, Settler>} */
   #ephemeral = new Map();
 
-  /** @param {Host} host @param {boolean} reconnects whether there will be another connection after this one */
+  /** @param {Host} host @param {boolean} reconnects whether another connection may follow */
   constructor(host, reconnects) {
     this.#host = host;
     this.#reconnects = reconnects;
   }
 
-  /** How many wait to be sent. */
+  /** The number of unsent publishes. */
   get waiting() {
     return this.#unsent.length;
   }
 
-  /** Whether the answer to a publish may still come on this connection. */
+  /** Whether the present connection may still bring the reply to a publish. */
   get awaitingReply() {
     return this.#sent.size > this.#toRetry.size || this.#ephemeral.size > 0;
   }
@@ -99,21 +99,21 @@ export class InFlightPublishes {
     connection.sendText(`{"type":"publish","id":${id},"ephemeral":true,${body}`);
   }
 
-  // Between connections
+  // Changes of the connection
 
-  /** Keep what is asked for from now on, for the next connection. */
+  /** Keep further publishes for the next connection. */
   hold() {
     this.#paused = true;
   }
 
-  /** There is no next connection after all. */
+  /** Send publishes here again: the next connection has failed. */
   release() {
     this.#paused = false;
     if (this.#toRetry.size) this.#host.timers.set('retry publishes', RETRY_PAUSE, () => this.#retry());
     this.#sendUnsent();
   }
 
-  /** Another connection is there, and authenticated: send what has no answer, oldest first. @param {Connection} connection */
+  /** Send all publishes without a reply over an authenticated connection, oldest first. @param {Connection} connection */
   resume(connection) {
     const known = connection.producer === this.#producer && this.#producer !== '';
     this.#producer = connection.producer;
@@ -132,7 +132,7 @@ export class InFlightPublishes {
     this.#sendUnsent();
   }
 
-  /** A connection is gone: what has no answer has none to come from there. @param {Connection} connection @param {Error} why */
+  /** Handle the loss of a connection: no reply comes from it any more. @param {Connection} connection @param {Error} why */
   lose(connection, why) {
     if (this.#connection !== connection) return;
     this.#connection = undefined;
@@ -140,7 +140,7 @@ export class InFlightPublishes {
     this.#uncertain.clear();
     this.#toRetry.clear();
     for (const id of [...this.#ephemeral.keys()]) this.#settleEphemeral(id, why);
-    // Given back and sent again, it comes behind what may have been taken meanwhile: that is for its owner to decide.
+    // A rejected publish that is sent again would follow newer ones that may be in the log. The application decides.
     const newest = Math.max(this.#highestLoggedId, ...this.#sent.keys());
     const again = [];
     for (const publish of this.#rejectedByDrain) {
@@ -154,7 +154,7 @@ export class InFlightPublishes {
     }
   }
 
-  /** There will be no further connection for now: nothing that is unanswered ever will be. @param {Error} why */
+  /** Settle everything: there will be no further connection for now. @param {Error} why */
   fail(why) {
     for (const publish of [...this.#sent.values()]) this.#settleUnknown(publish, why.message);
     for (const { settler } of [...this.#rejectedByDrain, ...this.#unsent]) this.#host.settle(settler, why);
@@ -162,7 +162,7 @@ export class InFlightPublishes {
     this.#unsent = [];
   }
 
-  // What the broker says
+  // Messages of the broker
 
   /** @param {number} id @param {number | undefined} seq @param {boolean} duplicate */
   published(id, seq, duplicate) {
@@ -175,7 +175,7 @@ export class InFlightPublishes {
     this.#sendUnsent();
   }
 
-  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
+  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether the request is one of these */
   refused(id, reason) {
     if (this.#settleEphemeral(id, reason)) return true;
     const publish = this.#sent.get(id);
@@ -185,7 +185,7 @@ export class InFlightPublishes {
     } else {
       this.#remove(id);
       if (reason.code === 'shutting_down' && this.#reconnects) {
-        // It is certain that it is not published, and the next replica can.
+        // The message is certainly not published, and the next replica can publish it.
         this.#rejectedByDrain.push(publish);
         this.hold();
       } else {
@@ -196,7 +196,7 @@ export class InFlightPublishes {
     return true;
   }
 
-  /** The broker has answered what was asked at `moment`: what was sent long before gets no answer any more. @param {number} moment */
+  /** Settle publishes from long before `moment`: the broker has replied to a request from then. @param {number} moment */
   timeOutBefore(moment) {
     for (const publish of [...this.#sent.values()]) {
       if (publish.at < moment - REPLY_TIMEOUT && !this.#toRetry.has(publish.id)) this.#settleUnknown(publish, 'the broker does not answer');
@@ -206,12 +206,12 @@ export class InFlightPublishes {
 
   // Helpers
 
-  /** A try has brought no certainty: only another one can. @param {Publish} publish @param {RefusedError} reason */
+  /** Handle an error that leaves the outcome uncertain: only another try can tell. @param {Publish} publish @param {RefusedError} reason */
   #keepUncertain(publish, reason) {
     const { id } = publish;
     this.#uncertain.add(id);
     if (reason.code === 'shutting_down' && this.#reconnects) {
-      // The next replica will know.
+      // The next replica can tell.
       this.hold();
       this.#toRetry.add(id);
     } else if (RETRYABLE.has(reason.code) && publish.tries < MAX_TRIES) {
@@ -223,7 +223,7 @@ export class InFlightPublishes {
     }
   }
 
-  /** Ask again on this connection what became of those that are in doubt. */
+  /** Send the uncertain publishes again that wait for a retry on this connection. */
   #retry() {
     const connection = this.#connection;
     if (!connection || this.#paused) return;
@@ -236,7 +236,7 @@ export class InFlightPublishes {
     this.#sendUnsent();
   }
 
-  /** Send again under its old id, unless nobody could know any more what became of it. @param {Publish} publish @param {Connection} connection */
+  /** Send an uncertain publish again under its id, unless the broker cannot know its outcome any more. @param {Publish} publish @param {Connection} connection */
   #retryPublish(publish, connection) {
     const { id, after, epoch, body } = publish;
     if (epoch !== connection.epoch || after < connection.floor - 1) {
@@ -250,7 +250,7 @@ export class InFlightPublishes {
     connection.sendText(`{"type":"publish","id":${id},"retry":true,"after":${after},"epoch":${JSON.stringify(epoch)},${body}`);
   }
 
-  /** Send what has waited, unless something is in its way. */
+  /** Send the unsent publishes, unless they are paused or an outcome is uncertain. */
   #sendUnsent() {
     const connection = this.#connection;
     if (!connection || this.#paused || this.#uncertain.size) return;
@@ -264,7 +264,7 @@ export class InFlightPublishes {
         this.#host.settle(publish.settler, over);
         continue;
       }
-      // A new id each time, should it have been given back: the old one stays refused.
+      // A publish that was rejected and is sent again gets a new id: the old one stays rejected.
       const id = (publish.id = this.#host.nextId());
       Object.assign(publish, { after: connection.head, epoch: connection.epoch, tries: 1, at: this.#host.timers.now });
       this.#sent.set(id, publish);
@@ -273,7 +273,7 @@ export class InFlightPublishes {
     if (sent) this.#unsent = this.#unsent.slice(sent);
   }
 
-  /** Nobody will ever know what became of it. @param {Publish} publish @param {string} why */
+  /** End a publish whose outcome cannot be found out. @param {Publish} publish @param {string} why */
   #settleUnknown(publish, why) {
     this.#remove(publish.id);
     this.#host.settle(publish.settler, new RefusedError('unknown', `it may have been published: ${why}`));
@@ -297,7 +297,7 @@ export class InFlightPublishes {
 const encoder = new TextEncoder();
 
 /**
- * Why a body cannot be sent, where it cannot: over the limit the broker closes the connection.
+ * The error for a body over the size limit, or undefined: the broker would close the connection.
  *
  * @param {string} body @param {{message_size?: number}} limits
  */

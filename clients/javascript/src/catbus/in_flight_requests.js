@@ -1,5 +1,5 @@
 /**
- * Histories and pings that have no answer yet. They outlive connections: the next one is asked again.
+ * The table of history requests and pings without a reply. It outlives connections: the next one gets them again.
  *
  * @module
  */
@@ -31,7 +31,7 @@ export class InFlightRequests {
     this.#send(id, { type: 'history', pattern, limit, before, id }, done, kept);
   }
 
-  /** @param {Settler} done told how many milliseconds it took */
+  /** @param {Settler} done called with the round-trip time in milliseconds */
   ping(done) {
     const seq = this.#host.nextId();
     this.#send(seq, { type: 'ping', seq }, done);
@@ -56,7 +56,7 @@ export class InFlightRequests {
     for (const [id, { kept }] of [...this.#open]) if (!kept) this.answered(id, why);
   }
 
-  /** @param {number} id @param {Error | undefined} error @param {any} [answer] @returns {boolean} whether it was one of these */
+  /** @param {number} id @param {Error | undefined} error @param {any} [answer] @returns {boolean} whether the request is one of these */
   answered(id, error, answer) {
     const request = this.#open.get(id);
     if (!request) return false;

@@ -1,5 +1,5 @@
 /**
- * Where the objects of a stream end (section 4 of the specification).
+ * Splits a stream of text into JSON objects (section 4 of the specification).
  *
  * @module
  */
@@ -7,9 +7,9 @@
 import { CatbusError } from './errors.js';
 
 /**
- * Cuts a stream of text into JSON objects, which end where their braces balance and nowhere else (section 4).
+ * Splits a stream of text into JSON objects, which end where their braces balance (section 4).
  *
- * Every character is looked at once, however the text comes in pieces.
+ * Every character is scanned once, however the text is split.
  */
 export class JsonSplitter {
   #rest = '';
@@ -18,13 +18,13 @@ export class JsonSplitter {
   #quoted = false;
   #parse;
 
-  /** @param {(json: string) => any} [parse] what makes a value of the text of an object */
+  /** @param {(json: string) => any} [parse] decodes the text of an object */
   constructor(parse = JSON.parse) {
     this.#parse = parse;
   }
 
   /**
-   * Have `take` called with each object that is whole by now. Throws where something else stands, after what was before it.
+   * Call `take` with each object that is complete. Throws for anything else, after the objects before it.
    *
    * @param {string} text @param {(object: any) => void} take
    */
@@ -35,7 +35,7 @@ export class JsonSplitter {
     marks.lastIndex = this.#scanned;
     for (;;) {
       if (this.#depth === 0) {
-        // Between objects nothing but white space may stand.
+        // Only white space is allowed between objects.
         while (start < rest.length && ' \t\r\n'.includes(rest[start])) start++;
         if (start === rest.length) break;
         if (rest[start] !== '{') throw new CatbusError('bad_message', 'the broker sent no JSON object');
@@ -50,7 +50,7 @@ export class JsonSplitter {
       const character = mark[0];
       if (character === '\\') {
         if (marks.lastIndex === rest.length) {
-          marks.lastIndex--; // What it escapes has not come yet.
+          marks.lastIndex--; // The escaped character has not arrived.
           break;
         }
         marks.lastIndex++;

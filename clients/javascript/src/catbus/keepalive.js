@@ -1,5 +1,5 @@
 /**
- * What keeps a connection: pings, and the next token before the present one expires.
+ * Keepalive of a connection: pings, and the next token before the present one expires.
  *
  * @module
  */
@@ -9,11 +9,11 @@ import { minRenewalDelay, renewalDelay } from './token_renewal.js';
 
 /** @typedef {import('./connection.js').Connection} Connection */
 
-/** How long a connection has to answer a check after the network has changed or the page was asleep: milliseconds. */
+/** Milliseconds for the reply to a check after the network has changed or the page was asleep. */
 const CHECK_TIMEOUT = 2500;
-/** A timer that is later than this says that the page was asleep. */
+/** A timer that is later than this, in milliseconds, shows that the page was asleep. */
 const SLEEP_THRESHOLD = 1000;
-/** How long to wait after a renewal has failed, doubled each time. */
+/** The pause after a failed renewal, in milliseconds. It doubles each time. */
 const RENEWAL_RETRY_DELAY = 5000;
 const MAX_RENEWAL_RETRY_DELAY = 60_000;
 
@@ -50,13 +50,13 @@ export class Keepalive {
     });
   }
 
-  /** The network has changed, or the page was asleep: see at once whether the connection lives. @param {Connection} connection */
+  /** Check the connection at once: the network has changed, or the page was asleep. @param {Connection} connection */
   wake(connection) {
     this.#check(connection, 'check', CHECK_TIMEOUT);
   }
 
   /**
-   * Ping it, and give it up when nothing is heard for so long. One check of each name at a time, or they would put off
+   * Send a ping, and close the connection if nothing arrives in time. One check of each name at a time, or they would delay
    * each other's end.
    *
    * @param {Connection} connection @param {string} name @param {number} patience
@@ -70,13 +70,13 @@ export class Keepalive {
     connection.send({ type: 'ping', seq });
     timers.set(`${name} ${connection.id}`, patience, (late) => {
       if (!connection.pings.has(seq) || connection.heard > asked) return;
-      // A page that was asleep may have the answer and not have read it.
+      // A page that was asleep may have received the reply without reading it.
       if (late > SLEEP_THRESHOLD) this.#check(connection, name, CHECK_TIMEOUT);
       else this.#host.lose(connection, new DisconnectedError('the broker does not answer'), 4000);
     });
   }
 
-  /** Bring the next token before the time of this one is over. @param {Connection} connection @param {number} wall */
+  /** Schedule the next token before this one expires. @param {Connection} connection @param {number} wall */
   scheduleRenewal(connection, wall) {
     const delay = renewalDelay(connection.token, wall);
     if (!this.#options.renewable || delay === undefined) return;

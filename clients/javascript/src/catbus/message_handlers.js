@@ -1,5 +1,5 @@
 /**
- * What a broker can say, and whom it is for.
+ * The messages of a broker, and their handlers.
  *
  * @module
  */
@@ -14,12 +14,12 @@ function errorFrom({ code = 'internal', message = code, retry_after: retryAfter 
   return new RefusedError(code, message, retryAfter);
 }
 
-/** A refusal of any request: one of a kind of its own, or `error` with the id of what was not understood. @param {Core} core @param {any} object */
+/** Handle the rejection of any request: with its own error type, or an `error` with its id. @param {Core} core @param {any} object */
 function refused(core, object) {
   const { publishes, requests, subscriptions } = core;
   const reason = errorFrom(object);
   const { id } = object;
-  // One that nobody waits for is late: its request has been settled otherwise.
+  // An unknown id is of a request that is already settled.
   if (id === undefined) core.emit('error', reason);
   else publishes.refused(id, reason) || requests.answered(id, reason) || subscriptions.refused(id, reason);
 }
@@ -28,7 +28,7 @@ function refused(core, object) {
 function updateHead(object, incoming) {
   const seq = object.type === 'gap' ? object.to : object.seq;
   if (!object.epoch) return;
-  // Other streams may have told of a later epoch than the one in which a subscription's own stream begins.
+  // Another stream may already be in a later epoch than the one in which a subscription's own stream begins.
   if (object.type === 'subscribed' && incoming.own) incoming.epoch = object.epoch;
   else incoming.connection.advance(seq ?? 0, object.epoch, incoming);
 }

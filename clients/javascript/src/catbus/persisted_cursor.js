@@ -1,15 +1,15 @@
 /**
- * Cursors that outlive a page.
+ * Cursors that survive a reload of the page.
  *
  * @module
  */
 
-/** How long a cursor may wait to be written, in milliseconds. A page that is hidden or left writes it at once. */
+/** Milliseconds before a changed cursor is written. A page that is hidden or left writes it at once. */
 const DELAY = 200;
 const PREFIX = 'catbus:';
 
 /**
- * Keep a cursor. `load` says what was kept, `touch` that the position is another one, `close` that none follows.
+ * Store a cursor. `load` returns the stored one, `touch` announces a new position, `close` writes the last one.
  *
  * @param {string} name @param {import('./types.js').StorageLike | undefined} storage
  * @param {() => string | undefined} position where the subscription is
@@ -21,8 +21,8 @@ export function keepCursor(name, storage, position) {
   const stop = listenFor(['pagehide', 'visibilitychange', 'freeze'], flush);
 
   /**
-   * Do something with the storage. Where it is forbidden, a subscription starts as if nothing was kept; where it is full,
-   * what comes again after a reload is dropped by nobody but the application.
+   * Use the storage. If it is forbidden, a subscription starts as if nothing was stored. If it is full,
+   * messages may be repeated after a reload.
    *
    * @template T @param {(storage: import('./types.js').StorageLike | undefined) => T} use @returns {T | undefined}
    */
@@ -54,7 +54,7 @@ export function keepCursor(name, storage, position) {
 }
 
 /**
- * Listen on the page, where there is one: events of the document bubble to the window. Returns what ends it.
+ * Listen on the page, if there is one: events of the document bubble to the window. Returns a function that ends it.
  *
  * @param {string[]} types @param {() => void} listener
  */

@@ -1,5 +1,5 @@
 /**
- * One subscription on the wire, and what its subscribers are told.
+ * One subscription at the broker, and the notifications of its subscribers.
  *
  * @module
  */
@@ -11,11 +11,11 @@ import { RefusedError, RETRYABLE } from './errors.js';
 /** @typedef {import('./connection.js').IncomingStream} IncomingStream */
 /** @typedef {import('./subscriber.js').Subscriber} Subscriber */
 
-/** How long to wait before the broker is asked again, in milliseconds. */
+/** The pause before a request is sent again, in milliseconds. */
 export const RETRY_PAUSE = 500;
 
 /**
- * What happens to a subscriber: `started`, `message`, `gap`, `live`, `ended`.
+ * The notifications of a subscriber: `started`, `message`, `gap`, `live`, `ended`.
  *
  * @typedef {'started' | 'message' | 'gap' | 'live' | 'ended'} What
  *
@@ -26,22 +26,22 @@ export const RETRY_PAUSE = 500;
  * @typedef {import('./in_flight_publishes.js').Host & Notifier & {requests: import('./in_flight_requests.js').InFlightRequests}} Host
  */
 
-/** One subscription on the wire, whatever connection it has at the moment. */
+/** One subscription at the broker. It outlives its connections. */
 export class SharedSubscription {
   /** @type {Set<Subscriber>} */
   subscribers = new Set();
-  /** Where it is heard. @type {IncomingStream | undefined} */
+  /** The stream on which it arrives. @type {IncomingStream | undefined} */
   incoming;
-  /** The newest `subscribe`, while it has no answer. @type {{id: number, connection: Connection, at: number, since: number | undefined, epoch: string | undefined} | undefined} */
+  /** The newest `subscribe`, while it has no reply. @type {{id: number, connection: Connection, at: number, since: number | undefined, epoch: string | undefined} | undefined} */
   request;
-  /** Whether the broker has said that it has caught up. */
+  /** Whether it has caught up. */
   live = false;
-  /** Whether it was asked for from a place in another epoch, and is on its way into the present one: a gap may come. */
+  /** Whether it was requested at a cursor of another epoch and has not reached the present one: a gap may come. */
   crossing = false;
-  /** Complete up to here, on its incoming; and where the replica was when it agreed. */
+  /** `seq`: complete up to here on its stream. `head`: the position of the replica at its reply. */
   seq = 0;
   head = 0;
-  /** How often in a row the broker could not take it up. */
+  /** How often in a row the broker could not serve it. */
   tries = 0;
   stream = false;
   datagrams = false;
@@ -51,7 +51,7 @@ export class SharedSubscription {
     this.pattern = pattern;
   }
 
-  /** Those that get what it brings. */
+  /** The subscribers that receive its messages. */
   get active() {
     return [...this.subscribers].filter(({ phase }) => phase === 'active');
   }
@@ -61,10 +61,10 @@ export class SharedSubscription {
   }
 
   /**
-   * From where it has to be asked for: after the lowest cursor of its subscribers in the present epoch.
+   * The cursor to request: the lowest one of its subscribers in the present epoch.
    *
-   * Readers in another epoch are asked for one by one, when the subscription has caught up: only a cursor of their own
-   * tells the broker which gap they have.
+   * Subscribers of another epoch are requested one by one, when the subscription has caught up: only a cursor of their own
+   * shows the broker which gap they have.
    *
    * @param {Connection} connection @returns {{since: number | undefined, epoch: string | undefined}}
    */
@@ -80,13 +80,13 @@ export class SharedSubscription {
     const { epoch } = first;
     const together = epoch === connection.epoch ? placed.filter((subscriber) => subscriber.epoch === epoch) : [first];
     const since = Math.min(...together.map(({ cursor }) => Number(cursor)));
-    // A cursor that the log has not reached is no place for another one to start from.
+    // A new subscriber cannot start at a cursor that the log has not reached.
     return { since: since > connection.head && placed.length < attached.length ? undefined : since, epoch };
   }
 }
 
 /**
- * Tell a subscriber something, after the messages of the past that it still waits for.
+ * Notify a subscriber, after the history that it still waits for.
  *
  * @param {Notifier} host @param {Subscriber} subscriber @param {What} what @param {any} value
  */
@@ -96,7 +96,7 @@ export function notify(host, subscriber, what, value) {
 }
 
 /**
- * Get what was published before a subscriber began, a page at a time; then tell it that, and what has come meanwhile.
+ * Fetch the history before the start of a subscriber in pages, then deliver it, and what has arrived meanwhile.
  *
  * @param {Host} host @param {Subscriber} subscriber @param {number} wanted @param {number} before
  */

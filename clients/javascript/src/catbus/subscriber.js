@@ -1,5 +1,5 @@
 /**
- * What one handler is owed of a subscription: everything that matches after its cursor, once, in order.
+ * The cursor of one handler of a subscription, which receives everything after it, once and in order.
  *
  * @module
  */
@@ -8,37 +8,37 @@
 /** @typedef {{since?: number | undefined, epoch?: string | undefined, last?: number | undefined}} Start */
 
 /**
- * One handler of a pattern. Several share one subscription on the wire; each drops what is not above its own cursor.
+ * One handler of a pattern. Several share one subscription at the broker; each drops what is not above its own cursor.
  *
- * Phases: `requested` (the broker has not agreed to send from its cursor), `active` (it gets what the subscription brings),
- * `paused` (its queue is full: the log keeps what comes), `ended`.
+ * Phases: `requested` (a `subscribe` from its cursor has no reply), `active` (it receives the messages),
+ * `paused` (its queue is full, and the log keeps the rest), `ended`.
  */
 export class Subscriber {
   /** @type {'requested' | 'active' | 'paused' | 'ended'} */
   phase = 'requested';
-  /** Complete up to here; undefined: from whenever the broker agrees. @type {number | undefined} */
+  /** Complete up to here; undefined: it starts at the head. @type {number | undefined} */
   cursor;
   /** @type {string | undefined} */
   epoch;
-  /** Whether the broker has ever agreed. */
+  /** Whether the broker has ever accepted a `subscribe` for it. */
   started = false;
   /** Whether it has caught up. */
   live = false;
-  /** The client_id that it belongs to, once it has started. @type {string | null | undefined} */
+  /** The client_id under which it started. @type {string | null | undefined} */
   owner;
-  /** Where it has started. */
+  /** The seq at which it started. */
   start = 0;
-  /** How many messages of the past it still has to ask for. */
+  /** The number of history messages that are still to be fetched. */
   last;
-  /** Those of the past, newest page last, while they are fetched. @type {any[]} */
+  /** The history, oldest first, while it is fetched. @type {any[]} */
   history = [];
-  /** What has come meanwhile; undefined unless it waits for its past. @type {any[] | undefined} */
+  /** Notifications that arrived meanwhile; undefined unless it waits for its history. @type {any[] | undefined} */
   buffered;
 
   /**
    * @param {SharedSubscription} subscription
    * @param {Start} start
-   * @param {any} owner what the effects about it are for
+   * @param {any} owner the target of its notifications
    */
   constructor(subscription, { since, epoch, last }, owner) {
     this.subscription = subscription;
@@ -53,8 +53,8 @@ export class Subscriber {
   }
 
   /**
-   * Whether the broker sends what it is owed, when it was asked for everything after `since` of `epoch` and sends that of
-   * `present`. Where these are two epochs, the broker has told of the gap from there, and not from anywhere else.
+   * Whether a subscription covers it that was requested after `since` of `epoch`, and is now in the epoch
+   * `present`. If the epochs differ, the gap that the broker reported is right for exactly that cursor.
    *
    * @param {number} since @param {string | undefined} epoch @param {string} present
    */
@@ -63,7 +63,7 @@ export class Subscriber {
     return this.epoch === epoch && (epoch === present ? cursor >= since : cursor === since);
   }
 
-  /** The broker sends from now on; `seq` and `epoch` are where it stands. @param {number} seq @param {string} epoch */
+  /** Activate it: the broker has accepted its `subscribe`, at `seq` of `epoch`. @param {number} seq @param {string} epoch */
   activate(seq, epoch) {
     this.phase = 'active';
     if (!this.started) this.start = this.cursor ?? seq;
@@ -72,9 +72,9 @@ export class Subscriber {
   }
 
   /**
-   * Whether a message with this seq is new to it; its cursor is there then.
+   * Whether a message with this seq is new to it. Moves its cursor there.
    *
-   * A message that no gap precedes says that what came before stands in its epoch as it stood in the subscriber's own.
+   * A message with no gap before it shows that the seqs of both epochs agree up to there.
    *
    * @param {number} seq @param {string} epoch
    */
@@ -85,14 +85,14 @@ export class Subscriber {
     return true;
   }
 
-  /** It is complete up to there. @param {number} seq @param {string} epoch */
+  /** Move its cursor: it is complete up to there. @param {number} seq @param {string} epoch */
   moveTo(seq, epoch) {
     this.cursor = epoch === this.epoch ? Math.max(seq, this.cursor ?? 0) : seq;
     this.epoch = epoch;
   }
 
   /**
-   * Something may be missing from what the subscription brings. Returns what of that is missing here.
+   * Move its cursor past a gap, and return the part that it has not received.
    *
    * @param {{from: number, to: number, epoch: string}} gap @returns {{from: number, to: number} | undefined}
    */

@@ -1,5 +1,5 @@
 /**
- * A subscription at the edge: what the application has of it, and its handler's queue.
+ * The subscription object of the application, and the queue of its handler.
  *
  * @module
  */
@@ -12,7 +12,7 @@ import { keepCursor } from './persisted_cursor.js';
 /** @import { Message, Subscription, SubscribeOptions, StorageLike } from './types.js' */
 /** @import { Subscriber } from './subscriber.js' */
 
-/** How many messages may wait for an `async` handler; the log keeps the others. */
+/** Messages that may wait for an `async` handler. The log keeps the others. */
 const DEFAULT_BUFFER = 1000;
 
 /**
@@ -22,13 +22,13 @@ const DEFAULT_BUFFER = 1000;
  * @property {(error: Error) => void} reportError
  */
 
-/** What effects about a subscriber are for. */
+/** The target of the notifications of a subscriber. */
 export class SubscriptionEntry {
   /** @type {Subscriber | undefined} */
   subscriber;
   /** Why it has ended. @type {Error | undefined} */
   failure;
-  /** Whether anybody looks at `ready`. */
+  /** Whether the application uses `ready`. */
   observed = false;
   /** @type {Promise<Subscription>} */
   ready;
@@ -43,7 +43,7 @@ export class SubscriptionEntry {
   #started = () => {};
   /** @type {(error: Error) => void} */
   #failed = () => {};
-  /** Where the last message that was handled stands. @type {{cursor: number, epoch: string} | undefined} */
+  /** The position of the last handled message. @type {{cursor: number, epoch: string} | undefined} */
   #handled;
   #closed = false;
   #abort = () => void this.close();
@@ -68,7 +68,7 @@ export class SubscriptionEntry {
       this.#started = resolve;
       this.#failed = reject;
     });
-    // Nobody has to wait for it: what goes wrong is told to `onEnd`, or as an `error`.
+    // The application need not await it: errors go to `onEnd`, or to the event `error`.
     this.ready.catch(() => {});
     if (options.persist !== undefined) this.persisted = keepCursor(options.persist, storage, () => this.position);
     options.signal?.addEventListener('abort', this.#abort);
@@ -105,10 +105,10 @@ export class SubscriptionEntry {
     this.#options.signal?.removeEventListener('abort', this.#abort);
   }
 
-  // Effects
+  // Notifications
 
   started() {
-    this.#started(agreed(this));
+    this.#started(subscriptionOf(this));
     this.persisted?.touch();
   }
 
@@ -163,8 +163,8 @@ export class SubscriptionEntry {
   }
 }
 
-/** What the application has of a subscription that the broker has agreed to. @param {SubscriptionEntry} entry @returns {Subscription} */
-function agreed(entry) {
+/** The subscription object, once the broker has accepted the subscription. @param {SubscriptionEntry} entry @returns {Subscription} */
+function subscriptionOf(entry) {
   const close = () => entry.close();
   return {
     pattern: entry.pattern,
@@ -182,7 +182,7 @@ function agreed(entry) {
   };
 }
 
-/** What it has from the moment it asks for it; awaiting it waits until the broker has agreed. @param {SubscriptionEntry} entry */
+/** The subscription object from the start. Awaiting it waits until the broker has accepted the subscription. @param {SubscriptionEntry} entry */
 export function handleOf(entry) {
   const ready = () => {
     entry.observed = true;
@@ -190,7 +190,7 @@ export function handleOf(entry) {
   };
   /** @type {PromiseLike<Subscription> & Record<string, any>} */
   const handle = {
-    __proto__: agreed(entry),
+    __proto__: subscriptionOf(entry),
     get ready() {
       return ready();
     },

@@ -1,11 +1,11 @@
 /**
- * The subscriptions of one client, which outlive its connections: which the broker has been asked to begin and to end, and
- * which handlers its answers are for.
+ * The subscriptions of one client, which outlive its connections: their requests to the broker, and
+ * the handlers for its replies.
  *
- * All handlers of a pattern are subscribers of one subscription, which is one subscription on the wire. A subscription hears one incoming: that of
- * the newest `subscribe` that was agreed to. Only the newest one counts, so an answer that comes late, or from a
- * connection that another one has replaced, takes nothing away from it. There it was asked for with the lowest cursor of
- * its subscribers, so nothing is missing between, and each subscriber drops what is not above its own.
+ * All handlers of a pattern are subscribers of one subscription at the broker. It receives from one stream: that of
+ * the newest accepted `subscribe`. Only the newest request counts, so a late reply, or one from a
+ * replaced connection, does not affect it. The request names the lowest cursor of
+ * its subscribers, so nothing is missing in between, and each subscriber drops what is not above its own cursor.
  *
  * @module
  */
@@ -22,19 +22,19 @@ import { Subscriber } from './subscriber.js';
 
 const MAX_RETRY_PAUSE = 10_000;
 
-const nobody = () => {};
+const ignore = () => {};
 
 export class SubscriptionManager {
   #host;
-  /** The connection to ask, if there is one. @type {Connection | undefined} */
+  /** The connection for new requests. @type {Connection | undefined} */
   #connection;
-  /** The one before it, while the client moves: it may be needed again. @type {Connection | undefined} */
+  /** The connection before it during a move, which may be needed again. @type {Connection | undefined} */
   #previous;
   /** @type {Map<string, SharedSubscription>} */
   #byPattern = new Map();
   /** @type {Map<number, SharedSubscription>} */
   #requests = new Map();
-  /** What waits for `unsubscribed`. @type {Map<number, Settler>} */
+  /** The settlers that wait for `unsubscribed`. @type {Map<number, Settler>} */
   #unsubscribing = new Map();
   /** @type {Set<SharedSubscription>} */
   #toRetry = new Set();
@@ -44,12 +44,12 @@ export class SubscriptionManager {
     this.#host = host;
   }
 
-  /** Whether an agreement is still to come. */
+  /** Whether a `subscribe` has no reply. */
   get awaitingReply() {
     return this.#requests.size + this.#toRetry.size > 0;
   }
 
-  // What the application asks
+  // Calls of the application
 
   /**
    * @param {string} pattern @param {Start & {stream?: boolean, datagrams?: boolean}} options
@@ -64,7 +64,7 @@ export class SubscriptionManager {
     subscription.stream ||= stream;
     subscription.datagrams ||= datagrams;
     if (subscriber.cursor === undefined && subscription.incoming && !subscription.crossing && subscription.seq <= subscription.incoming.connection.head && !more) {
-      // From where it stands, or from where the replica stood where it has not caught up.
+      // It starts at the position of the subscription, or of the replica if that has not caught up.
       this.#start(subscriber, Math.max(subscription.seq, subscription.head), subscription.incoming.epoch, subscription.incoming.connection);
       if (subscription.live) this.#becomeLive(subscriber);
     } else if (subscriber.cursor !== undefined || !subscription.request || more || Number(subscription.request.since ?? 0) > subscription.request.connection.head) {
@@ -73,7 +73,7 @@ export class SubscriptionManager {
     return subscriber;
   }
 
-  /** End it from this side. @param {Subscriber} subscriber @param {Settler} settler settled when the broker knows */
+  /** End a subscriber for the application. @param {Subscriber} subscriber @param {Settler} settler settled when the broker has replied */
   remove(subscriber, settler) {
     const { subscription } = subscriber;
     const attached = subscriber.attached;
@@ -82,14 +82,14 @@ export class SubscriptionManager {
     else this.#host.settle(settler, undefined);
   }
 
-  /** Have nothing sent to it for now. @param {Subscriber} subscriber */
+  /** Pause a subscriber. @param {Subscriber} subscriber */
   pause(subscriber) {
     if (!subscriber.attached) return;
     subscriber.phase = 'paused';
     if (!subscriber.subscription.attached.length) this.#sendUnsubscribe(subscriber.subscription);
   }
 
-  /** Go on from where it stands. @param {Subscriber} subscriber */
+  /** Resume a subscriber at its cursor. @param {Subscriber} subscriber */
   unpause(subscriber) {
     if (subscriber.phase !== 'paused') return;
     subscriber.phase = 'requested';
@@ -97,7 +97,7 @@ export class SubscriptionManager {
     this.#sendSubscribe(subscriber.subscription);
   }
 
-  /** End all that began under another client_id. @param {string | null} clientId */
+  /** End all subscribers that started under another client_id. @param {string | null} clientId */
   endForeign(clientId) {
     for (const subscriber of this.#subscribers()) {
       if (subscriber.owner === undefined || subscriber.owner === clientId) continue;
@@ -106,14 +106,14 @@ export class SubscriptionManager {
     }
   }
 
-  /** End all of them. @param {Error} why */
+  /** End all subscribers. @param {Error} why */
   endAll(why) {
     for (const subscriber of this.#subscribers()) this.#end(subscriber, why);
   }
 
-  // Between connections
+  // Changes of the connection
 
-  /** Another connection is there: ask it to go on. One before it is heard until the answer. @param {Connection} connection */
+  /** Resume all subscriptions on a new connection. The one before it delivers until the reply. @param {Connection} connection */
   resume(connection) {
     this.#forgetRequests();
     this.#previous = this.#connection;
@@ -121,7 +121,7 @@ export class SubscriptionManager {
     for (const subscription of this.#byPattern.values()) if (subscription.attached.length) this.#sendSubscribe(subscription);
   }
 
-  /** A connection is gone, and what was heard there waits for the next one. @param {Connection} connection */
+  /** Detach the subscriptions of a lost connection. They wait for the next one. @param {Connection} connection */
   lose(connection) {
     for (const subscription of this.#byPattern.values()) if (subscription.incoming?.connection === connection) this.#detach(subscription);
     if (this.#previous === connection) this.#previous = undefined;
@@ -130,7 +130,7 @@ export class SubscriptionManager {
     this.#forgetRequests();
   }
 
-  // What the broker says
+  // Messages of the broker
 
   /** @param {any} reply @param {IncomingStream} incoming */
   subscribed(reply, incoming) {
@@ -143,7 +143,7 @@ export class SubscriptionManager {
     subscription.incoming = incoming;
     if (incoming.own) incoming.subscription = subscription;
     subscription.live = since === undefined;
-    // A replica that is behind sends from `since` on, not from where it is.
+    // A lagging replica sends from `since` on, not from its own position.
     subscription.head = epoch === incoming.epoch ? Math.max(reply.seq, since ?? 0) : reply.seq;
     subscription.seq = since ?? reply.seq;
     subscription.crossing = since !== undefined && epoch !== incoming.epoch;
@@ -154,7 +154,7 @@ export class SubscriptionManager {
         this.#start(subscriber, subscription.head, incoming.epoch, incoming.connection);
         if (subscription.live) this.#becomeLive(subscriber);
       } else {
-        // It stands elsewhere in another epoch, or nowhere yet: it is asked for when this subscription has caught up.
+        // Its cursor is of another epoch, or it has none: it is requested when this subscription has caught up.
         subscriber.phase = 'requested';
       }
     }
@@ -164,18 +164,18 @@ export class SubscriptionManager {
   /** @param {any} reply @param {Connection} connection */
   unsubscribed(reply, connection) {
     if (reply.id !== undefined) {
-      this.#host.settle(this.#unsubscribing.get(reply.id) ?? nobody, undefined);
+      this.#host.settle(this.#unsubscribing.get(reply.id) ?? ignore, undefined);
       this.#unsubscribing.delete(reply.id);
       return;
     }
-    // Its own stream was not read for too long (a page may be frozen): it goes on from where it stands.
+    // Its own stream was not read for too long (a page may be frozen): it resumes at its cursor.
     const subscription = this.#byPattern.get(reply.pattern);
     if (subscription?.incoming?.connection !== connection) return;
     this.#detach(subscription);
     if (connection === this.#connection && !subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
   }
 
-  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether it was one of these */
+  /** @param {number} id @param {RefusedError} reason @returns {boolean} whether the request is one of these */
   refused(id, reason) {
     if (this.#unsubscribing.has(id)) {
       this.unsubscribed({ id }, /** @type {any} */ (undefined));
@@ -193,12 +193,12 @@ export class SubscriptionManager {
     }
     const heard = subscription.incoming !== undefined && subscription.incoming.connection === this.#connection;
     for (const subscriber of [...subscription.subscribers]) this.#reject(subscriber, reason);
-    // A refused `subscribe` leaves the subscription that it was to replace.
+    // A rejected `subscribe` leaves the subscription in place that it was to replace.
     if (heard) this.#sendUnsubscribe(subscription);
     return true;
   }
 
-  /** Whether what was asked long before `moment` has no answer. @param {number} moment */
+  /** Whether a request from long before `moment` has no reply. @param {number} moment */
   stuckSince(moment) {
     return [...this.#requests.values()].some(({ request }) => request !== undefined && request.at < moment - REPLY_TIMEOUT);
   }
@@ -208,7 +208,7 @@ export class SubscriptionManager {
     const subscription = this.#route(reply.pattern, incoming);
     if (!subscription) return;
     const reason = new RefusedError('revoked', 'the permission was withdrawn');
-    // It was asked for anew, here or on the next connection.
+    // It is requested again, here or on the next connection.
     if (subscription.request) this.#sendUnsubscribe(subscription);
     for (const subscriber of [...subscription.subscribers]) this.#end(subscriber, reason);
     this.#detach(subscription);
@@ -277,13 +277,13 @@ export class SubscriptionManager {
     return [...this.#byPattern.values()].flatMap((subscription) => [...subscription.subscribers]);
   }
 
-  /** Whose a pattern is, where this incoming is heard for it. @param {string} pattern @param {IncomingStream} incoming */
+  /** The subscription of a pattern, if it arrives on this stream. @param {string} pattern @param {IncomingStream} incoming */
   #route(pattern, incoming) {
     const subscription = incoming.subscription ?? this.#byPattern.get(pattern);
     return subscription?.incoming === incoming ? subscription : undefined;
   }
 
-  /** Ask for what its subscribers are owed. @param {SharedSubscription} subscription */
+  /** Request what its subscribers are missing. @param {SharedSubscription} subscription */
   #sendSubscribe(subscription) {
     const connection = this.#connection;
     if (!connection) return;
@@ -313,8 +313,8 @@ export class SubscriptionManager {
     this.#toRetry.clear();
   }
 
-  /** Nobody wants it any more, for now or for good. @param {SharedSubscription} subscription @param {Settler} settler */
-  #sendUnsubscribe(subscription, settler = nobody) {
+  /** End the subscription at the broker, for now or for good. @param {SharedSubscription} subscription @param {Settler} settler */
+  #sendUnsubscribe(subscription, settler = ignore) {
     const connection = this.#connection;
     const known = subscription.request || (subscription.incoming && subscription.incoming.connection === connection);
     if (subscription.request) this.#requests.delete(subscription.request.id);
@@ -332,14 +332,14 @@ export class SubscriptionManager {
     }
   }
 
-  /** It is not heard any more. @param {SharedSubscription} subscription */
+  /** Detach a subscription from its stream. @param {SharedSubscription} subscription */
   #detach(subscription) {
     if (subscription.incoming?.subscription === subscription) subscription.incoming.subscription = undefined;
     subscription.incoming = undefined;
     subscription.live = false;
   }
 
-  /** Whom a reply is for, which comes once for each request. @param {number} id */
+  /** Take the subscription to which a reply belongs. There is one reply to each request. @param {number} id */
   #takeRequest(id) {
     const subscription = this.#requests.get(id);
     this.#requests.delete(id);
@@ -370,14 +370,14 @@ export class SubscriptionManager {
     if (subscriber.live) return;
     subscriber.live = true;
     if (subscriber.last !== undefined) {
-      // Only now is it certain that the replica has what is below its cursor.
+      // Only now does the replica certainly have everything below its cursor.
       fetchHistory(this.#host, subscriber, subscriber.last, subscriber.start + 1);
       subscriber.last = undefined;
     }
     notify(this.#host, subscriber, 'live', undefined);
   }
 
-  /** The broker would not have it. @param {Subscriber} subscriber @param {RefusedError} reason */
+  /** The broker has rejected it. @param {Subscriber} subscriber @param {RefusedError} reason */
   #reject(subscriber, reason) {
     const { started, cursor, subscription } = subscriber;
     this.#end(subscriber, reason);
@@ -386,7 +386,7 @@ export class SubscriptionManager {
     if (reason.code === 'unauthorized') this.#host.emit('revoked', { pattern: subscription.pattern, seq: cursor ?? 0 });
   }
 
-  /** It gets nothing more. @param {Subscriber} subscriber @param {Error | undefined} why undefined: the application wants it so */
+  /** End a subscriber. @param {Subscriber} subscriber @param {Error | undefined} why undefined: the application ended it */
   #end(subscriber, why) {
     if (subscriber.phase === 'ended') return;
     const { subscription } = subscriber;

@@ -1,20 +1,20 @@
 /**
- * Moments at which something is to be done. The time is an argument: nothing here looks at a clock.
+ * Timers. The time is an argument: this module reads no clock.
  *
  * @module
  */
 
-/** No timer runs sooner than this after it was set, in milliseconds, so no mistake elsewhere makes a loop without a pause. */
+/** The shortest delay of a timer, in milliseconds, so that no mistake elsewhere makes a busy loop. */
 const MIN_DELAY = 4;
 
-/** Timers by name; a name has one at a time. */
+/** Timers by name. Each name has one timer. */
 export class Timers {
-  /** The latest moment that was told, in milliseconds of a clock that never goes back. */
+  /** The time, in milliseconds of a monotonic clock. */
   now = 0;
   /** @type {Map<string, {at: number, run: (late: number) => void}>} */
   #timers = new Map();
 
-  /** When the next one is due. @returns {number | undefined} */
+  /** When the next timer is due. @returns {number | undefined} */
   get next() {
     let next;
     for (const { at } of this.#timers.values()) if (next === undefined || at < next) next = at;
@@ -22,7 +22,7 @@ export class Timers {
   }
 
   /**
-   * Have something done later, in the place of what the name has meant so far. `run` is told by how much it is late.
+   * Set a timer, in place of the present one of that name. `run` is called with its delay beyond the due time.
    *
    * @param {string} name @param {number} delay in milliseconds @param {(late: number) => void} run
    */
@@ -40,12 +40,12 @@ export class Timers {
     this.#timers.delete(name);
   }
 
-  /** It is `now`: do what is due, in its order. @param {number} now */
+  /** Set the time, and run the timers that are due, in order. @param {number} now */
   advance(now) {
     this.now = Math.max(this.now, now);
     const due = [...this.#timers].filter(([, { at }]) => at <= this.now).sort(([, a], [, b]) => a.at - b.at);
     for (const [name, timer] of due) {
-      // One before it may have cancelled it, or set it anew.
+      // A timer before it may have cancelled it, or set it again.
       if (this.#timers.get(name) !== timer) continue;
       this.#timers.delete(name);
       timer.run(this.now - timer.at);

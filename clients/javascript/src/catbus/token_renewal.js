@@ -4,20 +4,20 @@
  * @module
  */
 
-/** What a token has left when a new one is asked for: milliseconds at most, and a part of its life. */
+/** Milliseconds before the expiry of a token at which the client asks for the next one. */
 const RENEWAL_MARGIN = 30_000;
 const MIN_RENEWAL_DELAY = 1000;
 
-/** When a token expires, in milliseconds since 1970, where it says so. @param {string} token @returns {number | undefined} */
+/** When a token expires, in milliseconds since 1970, or undefined if it does not say. @param {string} token @returns {number | undefined} */
 export function expiryOf(token) {
   return momentIn(token, 'exp');
 }
 
 /**
- * How many milliseconds the next token can wait, where this one expires. `now` is in milliseconds since 1970.
+ * Milliseconds until the next token is needed, or undefined if never. `now` is in milliseconds since 1970.
  *
- * The broker has just taken the token. Where the time that is left is less than nothing, or more than the token was made
- * for, the clock of this device is wrong, and the token counts as just made.
+ * The broker has just accepted the token. If it seems to be expired, or to last longer than its lifetime,
+ * the clock of this device is wrong, and the token counts as just issued.
  *
  * @param {string} token @param {number} now @returns {number | undefined}
  */
@@ -32,8 +32,8 @@ export function renewalDelay(token, now) {
 }
 
 /**
- * The least time between two renewals, after so many in a row that came early: a clock that is wrong by the life of a
- * token would ask for one every second.
+ * The least time between two renewals, after so many early ones in a row: a clock that is wrong by the lifetime of a
+ * token would request one every second.
  *
  * @param {number} early
  */

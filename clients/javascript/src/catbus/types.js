@@ -5,27 +5,27 @@
  */
 
 /**
- * How a client is connected.
+ * The state of a client.
  *
  * @typedef {import('./connection_states.js').ConnectionState} ConnectionState
  */
 
 /**
- * A signal to stop, as `AbortController` gives it.
+ * An abort signal, as `AbortController` has it.
  *
  * @typedef {object} AbortSignalLike
- * @property {boolean} aborted Whether it has been given.
- * @property {any} [reason] Why.
- * @property {(type: 'abort', listener: () => void) => void} addEventListener Be told when it is given.
- * @property {(type: 'abort', listener: () => void) => void} removeEventListener Be told no more.
+ * @property {boolean} aborted Whether it was aborted.
+ * @property {any} [reason] The reason.
+ * @property {(type: 'abort', listener: () => void) => void} addEventListener Add a listener.
+ * @property {(type: 'abort', listener: () => void) => void} removeEventListener Remove a listener.
  */
 
 /**
- * Where a cursor is kept over a reload, as `localStorage` is.
+ * Storage for cursors that survives a reload, such as `localStorage`.
  *
  * @typedef {object} StorageLike
- * @property {(key: string) => string | null} getItem What is kept under a key.
- * @property {(key: string, value: string) => void} setItem Keep something.
+ * @property {(key: string) => string | null} getItem Read a value.
+ * @property {(key: string, value: string) => void} setItem Store a value.
  */
 
 /**
@@ -41,35 +41,35 @@
  */
 
 /**
- * How a client is made.
+ * The options of a client.
  *
  * @typedef {object} Options
- * @property {string} url Where the broker is: `https://` for WebTransport, `ws://` or `wss://` for WebSocket.
- * @property {string | undefined} [fallbackUrl] A WebSocket (`ws://`, `wss://`) for where no UDP gets through.
- * @property {string | (() => string | Promise<string>)} token Who you are. A function is asked for a new one whenever one
- *   is needed, and some time before the present one expires. When it throws a `RefusedError` the client ends for good;
- *   after any other error it is asked again later.
- * @property {boolean} [autoReconnect] Whether a lost connection is made again: true unless said otherwise.
- * @property {number} [reconnectDelay] Milliseconds before the first try to reconnect: 1000. It doubles with each try.
+ * @property {string} url The URL of the broker: `https://` for WebTransport, `ws://` or `wss://` for WebSocket.
+ * @property {string | undefined} [fallbackUrl] A WebSocket (`ws://`, `wss://`) for networks that block UDP.
+ * @property {string | (() => string | Promise<string>)} token The token. A function is called for each connection, and
+ *   before the present token expires. If it throws a `RefusedError` the client ends; after any other error it is called
+ *   again later.
+ * @property {boolean} [autoReconnect] Whether to reconnect: default true.
+ * @property {number} [reconnectDelay] Milliseconds before the first attempt to reconnect: 1000. It doubles with each attempt.
  * @property {number} [maxReconnectDelay] Milliseconds at most: 30000.
- * @property {number} [reconnectJitter] By which part of it a delay varies at random: 0.3.
+ * @property {number} [reconnectJitter] The fraction by which a delay varies at random: 0.3.
  * @property {number} [pingInterval] Milliseconds between pings: 30000.
- * @property {number} [pingTimeout] Milliseconds without any answer to a ping until the connection counts as lost: 10000.
- * @property {boolean} [offlineQueue] Whether a message that is published without a connection waits for one: true unless
- *   said otherwise.
+ * @property {number} [pingTimeout] Milliseconds without a reply to a ping until the connection counts as lost: 10000.
+ * @property {boolean} [offlineQueue] Whether a message that is published without a connection waits for one: default
+ *   true.
  * @property {number} [maxQueueSize] How many messages may wait for a connection: 100.
- * @property {number} [connectTimeout] Milliseconds for one try to connect and to authenticate: 10000.
+ * @property {number} [connectTimeout] Milliseconds for one attempt to connect and authenticate: 10000.
  * @property {number} [headStart] Milliseconds for which WebTransport is tried alone: 300.
  * @property {number} [upgradeInterval] Milliseconds after which a session over the fallback tries WebTransport again:
  *   60000.
  * @property {boolean} [bigint] Whether integers beyond 2^53 in payloads come as `bigint`, with all of their digits. A
- *   `bigint` can be published either way. False unless said otherwise: they come as numbers, and are not exact.
- * @property {string | undefined} [discovery] The HTTP origin of a broker with a certificate of its own making, whose hash
- *   is asked for there. Found by itself where `url` is on this machine.
+ *   `bigint` can be published either way. Default false: they come as numbers, and are not exact.
+ * @property {string | undefined} [discovery] The HTTP origin of a broker with a self-signed certificate, whose hash is
+ *   fetched there. Not needed if `url` is on this machine.
  * @property {{algorithm: string, value: ArrayBuffer | ArrayBufferView}[] | undefined} [serverCertificateHashes] As
- *   WebTransport takes them; nothing is asked for then.
- * @property {StorageLike | undefined} [storage] Where `persist` keeps cursors: `localStorage` unless said otherwise.
- * @property {(new (url: string) => WebSocketLike) | undefined} [WebSocket] A constructor, where there is no global one
+ *   WebTransport takes them; no hash is fetched then.
+ * @property {StorageLike | undefined} [storage] Where `persist` keeps cursors: default `localStorage`.
+ * @property {(new (url: string) => WebSocketLike) | undefined} [WebSocket] A constructor, if there is no global one
  *   (Node before 22).
  * @property {(new (url: string, options?: any) => any) | undefined} [WebTransport] The same.
  */
@@ -79,44 +79,42 @@
  *
  * @template [T=any]
  * @typedef {object} Message
- * @property {string} channel Where it was published.
- * @property {T} payload What was published.
- * @property {string} pattern The subscription's pattern that it came for.
- * @property {number | undefined} seq Its place in the log; an ephemeral one has none.
+ * @property {string} channel Its channel.
+ * @property {T} payload Its payload.
+ * @property {string} pattern The pattern of the subscription.
+ * @property {number | undefined} seq Its seq in the log. An ephemeral message has none.
  * @property {number | undefined} at When it was committed, in milliseconds since 1970, by the log's clock.
- * @property {string | undefined} sender The publisher's `client_id`, where it has one.
- * @property {string | undefined} cursor The place after it, as opaque text: `since` takes it. An ephemeral one has none.
+ * @property {string | undefined} sender The `client_id` of the publisher, if it has one.
+ * @property {string | undefined} cursor The position after it, as opaque text for `since`. An ephemeral message has none.
  */
 
 /**
- * What may be missing from a subscription.
+ * Messages that may be missing from a subscription.
  *
  * @typedef {object} Gap
  * @property {string} pattern The subscription's pattern.
  * @property {number} from The first seq that may be missing.
  * @property {number} to The last.
  * @property {string} epoch The epoch of the log that follows.
- * @property {string} reason `retention`: it was deleted; `epoch`: the log is another one; `repair`: it was deleted by hand.
+ * @property {string} reason `retention`: they were deleted; `epoch`: the log has another epoch; `repair`: they were deleted by hand.
  */
 
 /**
- * Where a subscription starts, and whom it tells of what happens to it. Without `since`, `last` and `persist` it starts
- * with what comes from now on.
+ * The start of a subscription, and its callbacks. Without `since`, `last` and `persist` it starts with new messages.
  *
  * @typedef {object} SubscribeOptions
- * @property {number | string | undefined} [since] First everything after this, then what is new: the cursor of a message
- *   or a page, or a seq.
- * @property {string | undefined} [epoch] The epoch of `since`, where that is a seq.
- * @property {number | undefined} [last] First so many messages of the past, then what is new, without a gap between.
- * @property {string | undefined} [persist] A name under which the cursor is kept over a reload: the subscription then
- *   starts where it was, and the first time as the other options say.
+ * @property {number | string | undefined} [since] Start after this position: the cursor of a message or a page, or a
+ *   seq.
+ * @property {string | undefined} [epoch] The epoch of `since`, if that is a seq.
+ * @property {number | undefined} [last] Start with the newest so many messages of the log, then new ones, without a gap.
+ * @property {string | undefined} [persist] A name under which the cursor is kept over a reload: the subscription
+ *   resumes there, and starts the first time as the other options say.
  * @property {AbortSignalLike | undefined} [signal] Ends the subscription, as `close()` does.
- * @property {((gap: Gap) => void) | undefined} [onGap] Told of what may be missing, before anything that comes after it.
- * @property {(() => void) | undefined} [onLive] Told when it has caught up, and what comes is new: at first, and whenever
- *   it was behind.
- * @property {((error: Error) => void) | undefined} [onEnd] Told once when it has ended in another way than by `close()` or
- *   `signal`, and why. Nothing comes after that.
- * @property {boolean | undefined} [stream] WebTransport: a stream of its own, so that no other subscription holds it up.
+ * @property {((gap: Gap) => void) | undefined} [onGap] Called with messages that may be missing, before later messages.
+ * @property {(() => void) | undefined} [onLive] Called when it has caught up: at first, and whenever it lagged.
+ * @property {((error: Error) => void) | undefined} [onEnd] Called once if it ends other than by `close()` or `signal`, with
+ *   the reason. Nothing comes after that.
+ * @property {boolean | undefined} [stream] WebTransport: a stream of its own, so that no other subscription delays it.
  * @property {boolean | undefined} [datagrams] WebTransport: ephemeral messages as datagrams.
  */
 
@@ -127,13 +125,13 @@
  * @property {string} pattern The pattern.
  * @property {number | undefined} cursor The seq up to which everything was handled.
  * @property {string | undefined} epoch The epoch of that seq.
- * @property {string | undefined} position Both, as opaque text: `since` for another time.
- * @property {() => Promise<void>} close End it. Nothing is handled after that; resolves when the broker knows.
+ * @property {string | undefined} position Both, as opaque text for `since`.
+ * @property {() => Promise<void>} close End it. No message is handled after that; resolves when the broker has replied.
  * @property {() => Promise<void>} unsubscribe The same.
  */
 
 /**
- * A subscription from the moment it is asked for. Awaiting it, or `ready`, waits until the broker has agreed.
+ * A subscription from its start. Awaiting it, or `ready`, waits until the broker has accepted it.
  *
  * @typedef {Subscription & PromiseLike<Subscription> & {
  *   ready: Promise<Subscription>,
@@ -143,45 +141,45 @@
  */
 
 /**
- * Messages of the past.
+ * A page of messages from the log.
  *
  * @template [T=any]
  * @typedef {object} Page
  * @property {Message<T>[]} messages Oldest first.
- * @property {boolean} more Whether there are older ones that were asked for.
- * @property {string | undefined} cursor The place after the newest of them, or where the log was if there are none:
- *   `since` goes on from there.
+ * @property {boolean} more Whether there are older ones in the requested range.
+ * @property {string | undefined} cursor The position after the newest of them, or of the head if there are none, for
+ *   `since`.
  */
 
 /**
- * Which messages of the past.
+ * The range of a page.
  *
  * @typedef {object} HistoryOptions
  * @property {number | string | undefined} [after] Only messages after this cursor, or seq.
  * @property {number | string | undefined} [before] Only messages before the one with this cursor, or seq.
- * @property {number | undefined} [limit] How many at most, the newest of them: 100 unless said otherwise, and as many as
- *   the broker allows.
+ * @property {number | undefined} [limit] The largest number of messages, the newest of them: default 100, within the limit
+ *   of the broker.
  */
 
 /**
- * What became of a publish. An ephemeral one has neither.
+ * The result of a publish. An ephemeral message has neither.
  *
  * @typedef {object} Published
- * @property {number} [seq] Its place in the log.
- * @property {boolean} [duplicate] Whether an earlier try had put it there already.
+ * @property {number} [seq] Its seq.
+ * @property {boolean} [duplicate] Whether an earlier try had already published it.
  */
 
 /**
- * What a client tells of, by name.
+ * The events of a client, by name.
  *
  * @typedef {object} Events
- * @property {ConnectionState} state The state is another one.
- * @property {'webtransport' | 'websocket'} transport Connected, by this.
- * @property {Gap} gap What may be missing from a subscription.
+ * @property {ConnectionState} state The state has changed.
+ * @property {'webtransport' | 'websocket'} transport Connected by this transport.
+ * @property {Gap} gap Messages that may be missing from a subscription.
  * @property {{pattern: string, seq: number}} revoked The permission for a subscription was withdrawn; it has ended.
- * @property {{reason: string, reconnectIn: number}} goaway The replica is about to stop: the client moves by itself.
- * @property {Error} error Something went wrong that nobody waits for: a try to connect, a subscription that came to an end,
- *   a handler that was rejected.
+ * @property {{reason: string, reconnectIn: number}} goaway The replica is shutting down: the client moves by itself.
+ * @property {Error} error An error outside of a call: a failed attempt to connect, the end of a subscription, a handler
+ *   that rejected.
  */
 
 export {};

@@ -28,10 +28,10 @@ export function openWebSocket(url, constructor, signal) {
           socket.onclose = (/** @type {any} */ event) => onClose(event.code, event.reason);
         },
         send(text) {
-          // While it closes, the package `ws` throws; what is lost is in doubt until the next connection.
+          // While it closes, the package `ws` throws; lost publishes are uncertain until the next connection.
           if (socket.readyState === undefined || socket.readyState === 1) socket.send(text);
         },
-        // A browser takes 1000 and 3000 to 4999 from us.
+        // A browser accepts only 1000 and 3000 to 4999.
         close: (code, reason) => socket.close(code === 0 ? 1000 : code, reason),
       });
     };

@@ -1,5 +1,5 @@
 /**
- * WebTransport as a transport, and the hash of a certificate that a broker has made for itself.
+ * WebTransport as a transport, and the hash of a self-signed certificate of the broker.
  *
  * @module
  */
@@ -8,7 +8,7 @@ import { DisconnectedError } from './errors.js';
 import { addressesOf, isLoopback } from './broker_addresses.js';
 
 /**
- * What a transport tells. `stream` stands for one of the broker's own streams, and is undefined for the session's.
+ * The callbacks of a transport. `stream` identifies a stream of the broker, and is undefined for the main stream.
  *
  * @typedef {object} Receiver
  * @property {(text: string, stream?: unknown) => void} onText
@@ -23,7 +23,7 @@ import { addressesOf, isLoopback } from './broker_addresses.js';
  */
 
 const encoder = new TextEncoder();
-/** What was found last, by URL: the broker that has told it may be gone when the next one is asked for. @type {Map<string, any[]>} */
+/** The hash that was found last, by URL: that broker may be gone at the next attempt. @type {Map<string, any[]>} */
 const found = new Map();
 
 /**
@@ -47,7 +47,7 @@ export async function openWebTransport(url, constructor, signal, options) {
     const writer = main.writable.getWriter();
     return {
       start({ onText, onStreamEnd, onDatagram, onClose }) {
-        // Each of these ends with the session, which `closed` tells of.
+        // Each of these ends with the session, which `closed` reports.
         readText(main.readable, (text) => onText(text)).catch(ignore);
         read(session.incomingUnidirectionalStreams, (readable) => {
           readText(readable, (text) => onText(text, readable))
@@ -59,7 +59,7 @@ export async function openWebTransport(url, constructor, signal, options) {
           try {
             onDatagram(JSON.parse(decoder.decode(data)));
           } catch {
-            // What makes no sense is one datagram, and no reason to read no other.
+            // An invalid datagram does not affect the others.
           }
         }).catch(ignore);
         closed.then((/** @type {any} */ { code, reason }) => onClose(code, reason));
@@ -88,7 +88,7 @@ async function readText(readable, take) {
 }
 
 /**
- * The hash of a certificate that the broker has made for itself, where there is one.
+ * The hash of the self-signed certificate of the broker, or undefined.
  *
  * @param {string} url @param {{discovery?: string | undefined, fallbackUrl?: string | undefined}} options @param {AbortSignal} signal
  */
