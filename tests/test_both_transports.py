@@ -57,7 +57,7 @@ def transport(bus: Bus) -> Transport:
     return connection._transport
 
 
-async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> None:
+async def test_message_reaches_clients_on_both_transports(tmp_path: Path) -> None:
     async with (
         running(tmp_path) as (_, websocket, found),
         catbus.connect(websocket, token=TOKEN) as one,
@@ -70,7 +70,7 @@ async def test_a_message_goes_from_either_transport_to_both(tmp_path: Path) -> N
             assert [((m := await anext(messages)).seq, m.payload) for _ in seqs] == [(seqs[0], 1), (seqs[1], 2)]
 
 
-async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_may(tmp_path: Path) -> None:
+async def test_goaway_has_a_delay_within_the_drain_window_on_both_transports(tmp_path: Path) -> None:
     """Over either transport `goaway` names a moment within the window, and the closing code is one to come back by."""
     told: list[GoAway] = []
     ended: list[int | None] = []
@@ -106,7 +106,7 @@ async def test_before_a_replica_stops_everybody_is_told_when_to_come_back_and_ma
     assert codes == ended == [CloseCode.SHUTTING_DOWN] * 10
 
 
-async def test_a_cursor_from_one_transport_goes_on_over_the_other(tmp_path: Path) -> None:
+async def test_cursor_of_one_transport_resumes_over_the_other(tmp_path: Path) -> None:
     async with running(tmp_path) as (broker, websocket, found):
         async with (
             catbus.connect(found["webtransport"], token=TOKEN, ca=found["certificate"]) as bus,
@@ -120,7 +120,7 @@ async def test_a_cursor_from_one_transport_goes_on_over_the_other(tmp_path: Path
             assert (await anext(more)).payload == 2
 
 
-async def test_the_hash_that_is_told_is_enough(tmp_path: Path) -> None:
+async def test_certificate_hash_from_discovery_is_sufficient(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, _, found):
         digest = base64.b64decode(found["certificate_hash"])
         async with catbus.connect(found["webtransport"], token=TOKEN, certificate_hash=digest) as bus:
@@ -130,7 +130,7 @@ async def test_the_hash_that_is_told_is_enough(tmp_path: Path) -> None:
                 pass
 
 
-async def test_big_bursts_pass_in_both_directions(tmp_path: Path) -> None:
+async def test_large_bursts_pass_in_both_directions(tmp_path: Path) -> None:
     async with (
         running(tmp_path) as (_, _, found),
         catbus.connect(found["webtransport"], token=TOKEN, ca=found["certificate"]) as bus,
@@ -143,7 +143,7 @@ async def test_big_bursts_pass_in_both_directions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
-async def test_own_streams_and_datagrams_change_nothing_but_the_way(tmp_path: Path, transport: str) -> None:
+async def test_subscription_streams_and_datagrams_deliver_the_same_messages(tmp_path: Path, transport: str) -> None:
     async with running(tmp_path) as (broker, _, found):
         for number in range(100):
             await broker.publish("a.b", number)
@@ -168,7 +168,7 @@ async def test_own_streams_and_datagrams_change_nothing_but_the_way(tmp_path: Pa
             assert [(await anext(everything)).seq for _ in range(2)] == [102, 103]
 
 
-async def test_many_own_streams(tmp_path: Path) -> None:
+async def test_many_subscription_streams_deliver(tmp_path: Path) -> None:
     async with running(tmp_path) as (broker, _, found):
         url, ca = found["webtransport"], found["certificate"]
         async with catbus.connect(url, token=TOKEN, ca=ca) as bus, AsyncExitStack() as stack:
@@ -182,7 +182,7 @@ async def test_many_own_streams(tmp_path: Path) -> None:
                 assert [(await anext(messages)).payload for _ in range(3)] == [number] * 3
 
 
-async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:
+async def test_stopping_broker_sends_goaway_on_both_transports(tmp_path: Path) -> None:
     async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
         async with (
             catbus.connect(url, token=TOKEN, ca=ca, reconnect=False) as bus,
@@ -199,7 +199,7 @@ async def test_stopping_tells_both_to_come_back(tmp_path: Path) -> None:
         broker.stop()
 
 
-async def test_without_webtransport_it_comes_back_over_the_other_door(tmp_path: Path) -> None:
+async def test_client_reconnects_over_websocket_without_webtransport(tmp_path: Path) -> None:
     async def use(url: str, fallback: str, ca: str, *, task_status: trio.TaskStatus[None]) -> None:
         async with (
             catbus.connect(url, fallback_url=fallback, token=TOKEN, ca=ca, reconnect=Backoff(0.1, 0.2)) as bus,
@@ -225,7 +225,7 @@ async def test_without_webtransport_it_comes_back_over_the_other_door(tmp_path: 
             again.stop()
 
 
-async def test_where_no_udp_passes_the_fallback_serves_at_once(tmp_path: Path) -> None:
+async def test_fallback_connects_at_once_when_udp_is_blocked(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, websocket, found):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as hole:
             hole.bind(("127.0.0.1", 0))
@@ -238,14 +238,14 @@ async def test_where_no_udp_passes_the_fallback_serves_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_where_neither_answers_the_error_says_it(first: int) -> None:
+async def test_connect_fails_when_neither_transport_answers(first: int) -> None:
     urls = ["ws://127.0.0.1:1/ws", "https://127.0.0.1:1"]
     with pytest.raises(catbus.Disconnected, match="cannot connect to"):
         async with catbus.connect(urls[first], fallback_url=urls[1 - first], token=TOKEN):
             pytest.fail("nobody is there")
 
 
-async def test_a_wrong_token_is_refused_alike(tmp_path: Path) -> None:
+async def test_invalid_token_is_rejected_alike_on_both_transports(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, websocket, found):
         for url, ca in ((websocket, None), (found["webtransport"], found["certificate"])):
             with pytest.raises(catbus.Refused) as caught:
@@ -260,7 +260,7 @@ def test_without_a_certificate_nobody_else_is_served() -> None:
     assert Config(webtransport=WebTransportSettings(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served
 
 
-async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_path: Path) -> None:
+async def test_client_moves_to_webtransport_when_udp_works_again(tmp_path: Path) -> None:
     """Without a loss or a repeat, while messages come and go."""
     events: list[object] = []
     relay = UdpRelay(random.Random(1))
@@ -307,7 +307,7 @@ async def test_who_had_to_take_websocket_goes_over_when_udp_gets_through(tmp_pat
     assert events == [Reconnected(moved=True)]
 
 
-async def test_the_way_that_was_open_first_is_tried_first_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
+async def test_transport_that_connected_first_is_preferred_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
     tried: list[str] = []
 
     class Way:

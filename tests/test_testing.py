@@ -39,27 +39,27 @@ ROOT = Path(__file__).parent.parent
 
 
 @given(testing.channels())
-def test_channels_are_channels(channel: str) -> None:
+def test_generated_channels_are_valid(channel: str) -> None:
     channels.check_channel(channel)
 
 
 @given(testing.patterns())
-def test_patterns_are_patterns(pattern: str) -> None:
+def test_generated_patterns_are_valid(pattern: str) -> None:
     channels.check_pattern(pattern)
 
 
 @given(testing.grants(), testing.patterns())
-def test_grants_say_what_is_allowed(grants: Grants, pattern: str) -> None:
+def test_generated_grants_cover_the_patterns_that_they_allow(grants: Grants, pattern: str) -> None:
     assert grants.may_read(pattern) == any(channels.covers(grant, pattern) for grant in grants.read)
 
 
 @given(testing.tokens("a secret"))
-def test_tokens_verify(token: str) -> None:
+def test_generated_tokens_verify(token: str) -> None:
     Authenticator(("a secret",)).verify(token, 0.0)
 
 
 @given(st.data())
-def test_streams_are_understood_wherever_they_are_cut(data: st.DataObject) -> None:
+def test_generated_streams_decode_in_any_pieces(data: st.DataObject) -> None:
     stream = data.draw(testing.byte_streams())
     framer = JsonSplitter(wire.decode_client, 1 << 20)
     found = [each for piece in data.draw(testing.cut(stream)) for each in framer.feed(piece)]
@@ -68,7 +68,7 @@ def test_streams_are_understood_wherever_they_are_cut(data: st.DataObject) -> No
 
 
 @given(st.data())
-def test_hostile_streams_end_in_messages_and_errors_of_the_peers(data: st.DataObject) -> None:
+def test_hostile_streams_give_messages_and_peer_errors_only(data: st.DataObject) -> None:
     pieces = data.draw(testing.cut(data.draw(testing.hostile_streams())))
     framer = JsonSplitter(wire.decode_client, 4096)
     ends: list[PeerError] = []
@@ -96,14 +96,16 @@ def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: s
 # Brokers
 
 
-def test_a_broker_without_an_event_loop(catbus_broker: testing.TestServer) -> None:
+def test_broker_in_a_thread_serves_without_an_event_loop(catbus_broker: testing.TestServer) -> None:
     assert catbus_broker.publish("a", {"n": 1}) == 1
     with pytest.raises(catbus.Refused):
         catbus_broker.publish("a..b", 1)
 
 
 @pytest.mark.anyio
-async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestServer, catbus_client: OpenClient) -> None:
+async def test_broker_serves_clients_of_either_event_loop(
+    catbus_broker: testing.TestServer, catbus_client: OpenClient
+) -> None:
     async with (
         catbus.connect(catbus_broker.url, token=catbus_broker.token("alice")) as alice,
         catbus_client("rita", read=("a.*",), write=()) as rita,
@@ -116,18 +118,18 @@ async def test_a_broker_on_either_event_loop(catbus_broker: testing.TestServer, 
             await rita.publish("a.b", 2)
 
 
-async def test_a_broker_on_trio(catbus_server: testing.TestServer) -> None:
+async def test_broker_runs_on_trio(catbus_server: testing.TestServer) -> None:
     async with catbus.connect(catbus_server.url, token=catbus_server.token()) as bus:
         assert await bus.ping() >= 0
 
 
-def test_brokers_do_not_know_of_each_other() -> None:
+def test_brokers_are_independent() -> None:
     with testing.open_test_server() as one, testing.open_test_server() as other:
         assert (one.publish("a", 1), one.publish("a", 2), other.publish("a", 3)) == (1, 2, 1)
         assert one.secret != other.secret
 
 
-async def test_a_broker_over_webtransport() -> None:
+async def test_broker_serves_webtransport() -> None:
     with testing.open_test_server(webtransport=True) as server:
         assert server.webtransport_url is not None
         token = server.token()
@@ -139,7 +141,7 @@ async def test_a_broker_over_webtransport() -> None:
 # Brokers without sockets
 
 
-async def test_nothing_is_lost_in_an_outage_of_hours_that_takes_no_time(autojump_clock: trio.testing.MockClock) -> None:
+async def test_no_message_is_lost_in_a_simulated_outage_of_hours(autojump_clock: trio.testing.MockClock) -> None:
     events: list[str] = []
     async with (
         testing.open_test_broker() as broker,
@@ -162,7 +164,7 @@ async def test_nothing_is_lost_in_an_outage_of_hours_that_takes_no_time(autojump
     assert events[-1] == "Reconnected"
 
 
-async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: trio.testing.MockClock) -> None:
+async def test_cut_connection_is_lost_for_both_sides(autojump_clock: trio.testing.MockClock) -> None:
     async with testing.open_test_broker() as broker:
         async with broker.connect(reconnect=False) as bus:
             assert len(broker.broker.replica.sessions) == 1
@@ -174,7 +176,7 @@ async def test_a_connection_that_is_cut_is_lost_for_both_sides(autojump_clock: t
                 await trio.sleep(0.1)
 
 
-async def test_who_does_not_read_is_late_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
+async def test_client_that_does_not_read_lags_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
     """A connection without sockets holds nothing, so a reader that is slow is slow at once."""
     config = catbus.Config(limits=LimitSettings(send_queue=2000))
     async with testing.open_test_broker(config) as broker:
@@ -215,7 +217,7 @@ def test_a_project_that_uses_it(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout, "on both event loops"
 
 
-def test_the_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
+def test_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
     script = (
         "import catbus, catbus.cli.commands.run, sys; print([m for m in ('hypothesis', 'pytest') if m in sys.modules])"
     )
@@ -240,7 +242,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize(("missing", "module"), WITHOUT)
-def test_what_is_missing_is_said_with_how_to_install_it(missing: str, module: str) -> None:
+def test_error_of_a_missing_dependency_says_how_to_install_it(missing: str, module: str) -> None:
     text = f"import sys; sys.modules[{missing!r}] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     said = done.stderr.rstrip().rpartition("\n")[2].removeprefix("ModuleNotFoundError: ")
