@@ -46,7 +46,7 @@ class IncomingStream:
         return [*self.routes.values(), *self.not_started.values()]
 
     def confirm(self, pattern: str) -> SharedSubscription | None:
-        """Find the subscription of a pattern about which the broker says something here."""
+        """Find the subscription of a pattern that a message on this stream names."""
         subscription = self.not_started.pop(pattern, None)
         if subscription is not None:
             self.routes[pattern] = subscription

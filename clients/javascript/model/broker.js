@@ -1,22 +1,22 @@
 /**
- * A broker for the model: a log that all replicas share, and replicas that answer late, are behind, hang and stop.
+ * A broker for the model: a log that all replicas share, and replicas that reply late, lag, hang and shut down.
  */
 
 export const matches = (pattern, channel) =>
   pattern === '*' || pattern === channel || (pattern.endsWith('.*') && channel.startsWith(pattern.slice(0, -1)));
 
-/** The log, through all of its epochs. */
+/** The log in all its epochs. */
 export class Log {
   epoch = 'e1';
-  /** What each epoch has, by its name: all begin alike. */
+  /** The entries of each epoch. All epochs begin alike. */
   epochs = new Map([['e1', []]]);
-  /** Where each epoch began: what is up to there is the same as before. */
+  /** The seq at which each epoch began. The log is unchanged up to there. */
   began = new Map([['e1', 0]]);
-  /** What has been sent so far. */
+  /** The payloads that have been sent. */
   sent = new Set();
-  /** What may come before a publish that was refused for a moment, and whose answer was lost. */
+  /** Payloads that may precede a publish that was rejected for now and whose reply was lost. */
   overtaking = new Map();
-  /** The seqs of publishes, by producer and id. */
+  /** The seqs of publishes, by producer id and id. */
   keys = new Map();
 
   get entries() {
@@ -34,13 +34,13 @@ export class Log {
     return { seq: this.head };
   }
 
-  /** A publish has been sent. When it is sent again, all that was sent by then may come before it. */
+  /** Note a sent publish. If it is sent again, everything sent before may precede it. */
   hear({ payload, retry }) {
     if (retry && !this.overtaking.has(payload)) this.overtaking.set(payload, new Set(this.sent));
     this.sent.add(payload);
   }
 
-  /** The database was set back: what is above `seq` is no more, and a new epoch begins. */
+  /** Restore the database: entries above `seq` are lost, and a new epoch begins. */
   restore(seq) {
     const kept = this.entries.slice(0, seq);
     this.epoch = `e${this.epochs.size + 1}`;
@@ -49,14 +49,14 @@ export class Log {
     for (const [key, place] of this.keys) if (place > kept.length) this.keys.delete(key);
   }
 
-  /** Up to where a seq of an epoch means the same in a later one. */
+  /** The seq up to which an epoch and a later one are the same. */
   common(epoch, later) {
     const names = [...this.epochs.keys()];
     const between = names.slice(names.indexOf(epoch) + 1, names.indexOf(later) + 1);
     return Math.min(Infinity, ...between.map((name) => this.began.get(name)));
   }
 
-  /** The seqs after a place that match. */
+  /** The seqs after a position that match. */
   after(pattern, seq, epoch = this.epoch) {
     const found = [];
     this.epochs.get(epoch).forEach(({ channel }, index) => {
@@ -70,18 +70,18 @@ export class Log {
 export class Replica {
   authenticated = false;
   stopping = false;
-  /** Whether the database does not answer. */
+  /** Whether the database does not reply. */
   stuck = false;
-  /** How many publishes it refuses next. */
+  /** The number of publishes that it rejects next. */
   busy = 0;
-  /** Whether subscriptions are refused for now. */
+  /** Whether it rejects subscriptions for now. */
   refusing = false;
-  /** Whether an object that it does not understand is answered without its id, as an older broker does. */
+  /** Whether it rejects invalid objects without their id, as an older broker does. */
   old = false;
   gone = false;
-  /** Whether nothing gets through any more, in either direction, and nobody is told. */
+  /** Whether the network drops everything in both directions, without an error. */
   silent = false;
-  /** InFlightPublishes that were handed to the database, which may commit them when nobody is there any more. */
+  /** Publishes at the database, which may commit them after the connection is lost. */
   flight = [];
   held = new Map();
   requests = [];
@@ -118,7 +118,7 @@ export class Replica {
         return this.auth(request);
       case 'publish':
         if (request.payload === 'poison') {
-          // Some brokers say nothing at all.
+          // Some brokers do not reply.
           if (this.old && id % 2) return undefined;
           return this.say({ type: 'error', message: 'not understood', code: 'bad_message', ...(!this.old && { id }) });
         }
@@ -169,13 +169,13 @@ export class Replica {
     this.say({ type: 'published', channel, id, ...this.log.append(channel, payload, key) });
   }
 
-  /** The database has answered, whether the client is there or not. */
+  /** The database replies, whether the client is connected or not. */
   databaseResponds() {
     this.stuck = false;
     for (const request of this.flight.splice(0)) this.commit(request);
   }
 
-  /** The time of a publish is up: nobody knows what becomes of it. */
+  /** Publishes time out: their outcome is unknown. */
   giveUp() {
     for (const request of this.flight) this.say(refusal(request, 'unknown'));
   }
@@ -214,7 +214,7 @@ export class Replica {
     this.say({ type: 'head', seq: this.applied, epoch: this.log.epoch, at: 1 });
   }
 
-  /** The log was set back under it. */
+  /** The log was restored. */
   restored(seq) {
     this.applied = Math.min(this.applied, seq);
     for (const [pattern, subscription] of this.held) {

@@ -1,6 +1,6 @@
 /**
- * The model for as long as you like: `node model/long.js --minutes 60 --seed 1`. What is found is printed, as small as it
- * gets, and can be found again by its seed.
+ * Run the model for a time: `node model/long.js --minutes 60 --seed 1`. A failure is printed after shrinking, and its
+ * seed reproduces it.
  */
 
 import { parseArgs } from 'node:util';

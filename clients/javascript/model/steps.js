@@ -1,4 +1,4 @@
-/** What can happen, as data that fast-check makes, makes smaller, and prints. */
+/** The steps of an episode, as data that fast-check generates, shrinks and prints. */
 
 import fc from 'fast-check';
 
@@ -12,7 +12,7 @@ const start = fc.oneof(
   { weight: 1, arbitrary: fc.record({ last: fc.integer({ min: 1, max: 5 }) }) },
 );
 
-/** Each step: how often, what it needs to know, and what it does with the world. Where there is nothing to do it to, nothing. */
+/** Each step: its weight, its arguments, and its effect on the world. Without a target it does nothing. */
 const STEPS = {
   publish: [6, { channel, count: fc.integer({ min: 1, max: 3 }) }, (world, { channel, count }) => {
     for (let n = 0; n < count; n++) world.publish(channel, false);
@@ -94,10 +94,10 @@ const steps = fc.array(
   { maxLength: 70, size: 'max' },
 );
 
-/** A life: steps, one after another, most often of a client that is connected. */
+/** An episode: a list of steps, most often of a connected client. */
 export const life = fc.record({ connected: fc.oneof({ weight: 4, arbitrary: fc.constant(true) }, fc.constant(false)), steps });
 
-/** Live it, with the modules of a client. */
+/** Run an episode with the modules of a client. */
 export function live(modules, { connected, steps }) {
   const world = new World(modules);
   if (connected) world.settle();

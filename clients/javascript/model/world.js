@@ -1,8 +1,8 @@
 /**
- * The core of a client, driven through connections that die, are late and overtake each other, against a model.
+ * The core of a client, with connections that are lost, slow and overtake each other, checked against a model.
  *
- * However connections are lost, in whatever order they follow each other: each publish is in the log once and in its order,
- * what is answered is true, each subscription gets exactly what it is owed, and nothing is left without an answer.
+ * Connections are lost anywhere and follow each other in any order: each publish is in the log once and in its order,
+ * each reply is true, each subscription receives exactly what it is owed, and nothing is left without a reply.
  */
 
 import assert from 'node:assert/strict';
@@ -11,7 +11,7 @@ import { Log, Replica, matches } from './broker.js';
 
 const CHANNELS = ['a.x', 'b'];
 const PATTERNS = ['a.*', '*'];
-/** How long, of the model's own time, everything may take to come to rest: milliseconds. */
+/** Milliseconds of the model's time within which everything must settle. */
 const SETTLE_LIMIT = 600_000;
 const TOKEN_LIFE = 120;
 
@@ -20,7 +20,7 @@ export class World {
   wall = 1e12;
   log = new Log();
   clients = { count: 0 };
-  /** The broker's ends, by connection. */
+  /** The replicas, by connection. */
   replicas = new Map();
   opening = [];
   tokens = [];
@@ -32,7 +32,7 @@ export class World {
   clientId = 'alice';
   number = 0;
   running = false;
-  /** How the core is made; `modules` are those of the client, or of one with a mistake. */
+  /** Make the core. `modules` are those of the client, or of one with a planted mistake. */
   constructor({ Core }) {
     this.log.append('a.x', 'first');
     this.log.append('b', 'second');
@@ -85,7 +85,7 @@ export class World {
       this.tokensAsked++;
     } else if (type === 'close') {
       this.opening = this.opening.filter((each) => each !== connection);
-      // What was sent before arrives all the same, and some of it is dealt with.
+      // What was sent before still arrives, and part of it is processed.
       const replica = this.replicas.get(connection);
       if (replica) {
         replica.hear(connection.take());
@@ -100,14 +100,14 @@ export class World {
     }
   }
 
-  // What the application does
+  // Calls of the application
 
   connect() {
     this.running = true;
     this.do((core) => core.connect(() => {}, Infinity));
   }
 
-  /** From now on nobody can say of some what becomes of them. */
+  /** From now on the outcome of these publishes may be unknown. */
   doubt() {
     for (const publish of this.publishes) publish.doubtful ||= !publish.result;
   }
@@ -118,7 +118,7 @@ export class World {
     this.do((core) => core.disconnect());
   }
 
-  /** Sign in as somebody else. */
+  /** Sign in under another client_id. */
   become(clientId) {
     this.disconnect();
     this.clientId = clientId;
@@ -128,7 +128,7 @@ export class World {
   publish(channel, poisonous) {
     const payload = poisonous ? 'poison' : ++this.number;
         const hanging = this.alive.some(([, { stuck }]) => stuck);
-    // A client that has not heard of a new epoch names the old one.
+    // A client that does not know the new epoch yet names the old one.
     const outdated = this.log.epoch !== 'e1' && this.core.present?.epoch !== this.log.epoch;
     const publish = { channel, payload, result: undefined, doubtful: poisonous || hanging || outdated };
     this.publishes.push(publish);
@@ -145,7 +145,7 @@ export class World {
 
   subscribe(pattern, start) {
     if (this.open.length >= 5) return;
-    // Of a past in an epoch that the client has not heard of, nobody says what it is.
+    // The history of an epoch that the client does not know is undefined.
     if (start.last !== undefined && this.log.epoch !== 'e1') return;
     const subscriber = new ModelSubscriber(pattern, start, this);
     this.subscribers.push(subscriber);
@@ -162,7 +162,7 @@ export class World {
     this.do((core) => core.subscriptions.remove(subscriber.subscriber, settled));
   }
 
-  // What happens to connections
+  // Events of connections
 
   get alive() {
     return [...this.replicas].filter(([, { gone }]) => !gone);
@@ -215,11 +215,11 @@ export class World {
   }
 
   restore(seq) {
-    // What a subscriber with `last` is owed of a past that is no more, nobody says.
+    // What a subscriber with `last` is owed of a lost history is undefined.
     if (this.subscribers.some(({ start }) => start.last !== undefined)) return;
     this.doubt();
     this.log.restore(seq);
-    // What dead connections still hold would be new to this log, whose keys went with its end.
+    // Requests of lost connections would be new to this log, which has lost its keys.
     for (const [, replica] of this.replicas) if (replica.gone) Object.assign(replica, { requests: [], flight: [] });
     for (const [, replica] of this.alive) replica.restored(this.log.head);
   }
@@ -230,7 +230,7 @@ export class World {
     this.do(() => {});
   }
 
-  // What must be true
+  // Invariants
 
   /** At any moment. */
   check() {
@@ -262,7 +262,7 @@ export class World {
     assert.ok(this.tokensAsked <= floor, `${this.tokensAsked} tokens in ${this.now / 1000} s`);
   }
 
-  /** In the end, when there are connections and everybody answers: nothing is left open, and nobody is deaf. */
+  /** At the end, with working replicas: nothing is left without a reply, and every subscription receives. */
   finish() {
     for (const [, replica] of this.replicas) replica.databaseResponds();
     for (const [connection, replica] of this.alive) {
@@ -278,7 +278,7 @@ export class World {
     for (const [, { held, silent }] of this.alive) if (!silent) assert.deepEqual(new Set(held.keys()), wanted, 'the broker sends to nobody');
   }
 
-  /** Let everything happen that is to happen, until nothing is. */
+  /** Process everything until nothing is left to do. */
   settle() {
     const until = this.now + SETTLE_LIMIT;
     let turns = 0;
@@ -288,7 +288,7 @@ export class World {
     }
   }
 
-  /** Let so much time pass, while everybody answers. */
+  /** Let time pass, with working replicas. */
   run(ms) {
     const until = this.now + ms;
     while (this.now < until) {
@@ -297,7 +297,7 @@ export class World {
     }
   }
 
-  /** Have everybody answer what there is. Returns whether there is more. */
+  /** Have every replica reply to its requests. Returns whether there is more. */
   turn() {
     while (this.opening.length) this.openConnection(0);
     while (this.tokens.length) this.deliverToken(0);
@@ -332,12 +332,12 @@ export class World {
   }
 }
 
-/** What one handler is owed. */
+/** The messages that one handler is owed. */
 class ModelSubscriber {
-  /** What it has got, and what it was told. */
+  /** What it has received. */
   ended = false;
   left = false;
-  /** Up to where it is complete, as far as it was told. */
+  /** The position up to which it is complete. */
   at;
   wrong;
   unsubscribed = true;
@@ -365,7 +365,7 @@ class ModelSubscriber {
     }
   }
 
-  /** Where it begins was settled when it was told so: what has come since is told after this. */
+  /** Its start is settled by this notification. Later messages come after it. */
   started({ cursor: seq, epoch, owner }) {
     this.owner = owner;
     if (this.at) return;
@@ -373,7 +373,7 @@ class ModelSubscriber {
     this.past = this.start.last !== undefined;
   }
 
-  /** So many of the past come first: as many as there are when it gets the first of them. */
+  /** The history comes first: as much as there is when it gets the first message of it. */
   addPast() {
     if (!this.past) return;
     this.past = false;
