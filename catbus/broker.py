@@ -1,4 +1,4 @@
-"""The whole broker on one page.
+"""The broker: starts all parts of a replica, and stops them in order.
 
 A Trio nursery supervises a QUIC endpoint, a WebSocket endpoint, and a PostgreSQL notification listener, with each
 client session as a child task that subscribes to an in-memory topic tree kept consistent through NOTIFY.
@@ -30,12 +30,12 @@ from .protocol.wire_messages import Publish, check_payload, to_json
 from .replica import Replica
 
 OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
-"""Who publishes and subscribes in this process."""
+"""The identity that publishes and subscribes in this process."""
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What a client would be refused for, its caller in this process is, too."""
+    """Raise `Refused` for a request that would be rejected from a client."""
     try:
         yield
     except PeerError as error:
@@ -43,7 +43,7 @@ def refusing() -> Iterator[None]:
 
 
 class Broker:
-    """A running replica, as the program around it sees it."""
+    """A running replica, for the program that embeds it."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
@@ -57,15 +57,16 @@ class Broker:
 
     @property
     def urls(self) -> list[str]:
-        """What clients connect to: `ws://127.0.0.1:8080/ws` (or `wss://`), `https://127.0.0.1:4433`."""
+        """The URLs for clients: `ws://127.0.0.1:8080/ws` (or `wss://`), `https://127.0.0.1:4433`."""
         websocket = "wss" if self.replica.config.websocket.tls else "ws"
         forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
-        return [forms[kind].format(address) for kind, address in self.addresses]
+        return [forms[transport].format(address) for transport, address in self.addresses]
 
     async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False) -> int | None:
         """Publish a JSON value and return its seq once it is committed (None for an ephemeral one).
 
-        Raises `Refused`, and `TypeError` for what has no JSON form. Cancelling it leaves open whether it is committed.
+        Raises `Refused`, and `TypeError` for a value that JSON has no form for. Cancelling it leaves open whether it is
+        committed.
         """
         with refusing():
             request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
@@ -78,7 +79,7 @@ class Broker:
     async def subscribe(
         self, pattern: str, *, since: int | None = None, epoch: str | None = None
     ) -> AsyncIterator[LocalSubscription]:
-        """The messages that match, from now on or after `since`, in seq order. Raises `Refused` for a bad pattern."""
+        """Subscribe to the messages that match, from now on or after `since`. Raises `Refused` for a bad pattern."""
         with refusing():
             messages = LocalSubscription(self.replica, pattern, since, epoch)
         try:
@@ -87,12 +88,12 @@ class Broker:
             messages.close()
 
     def reload(self) -> None:
-        """Read the certificate anew. Where it is no good the old one stays, and the log says why."""
+        """Read the certificate again. If it is not valid, the present one stays, and a log line says why."""
         if self.replica.certificates is not None:
             self.replica.certificates.reload(datetime.now(UTC))
 
     def stop(self) -> None:
-        """Begin to stop in order: `serve` returns when that is done."""
+        """Begin a graceful shutdown: `serve` returns when it is complete."""
         self._stopping.set()
 
     async def wait_stopping(self) -> None:
@@ -101,11 +102,11 @@ class Broker:
 
 
 async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
-    """Run a replica until `Broker.stop`; the broker is handed to `task_status` once its doors are open.
+    """Run a replica until `Broker.stop`. `task_status` gets the broker when its endpoints are open.
 
-    The database need not be there: the doors open, `/ready` says 503, and it is tried again until it is. Raises
-    `ConfigError`, also for an address that cannot be had, in an exception group as nurseries do. Cancelling it ends all
-    connections at once.
+    While the database is unreachable, the endpoints are open, `/ready` returns 503, and connecting is retried. Raises
+    `ConfigError`, also for an address that cannot be bound, in an exception group. Cancelling it closes all connections
+    at once.
     """
     certificates = None
     if config.certificate_needed:
@@ -132,7 +133,7 @@ async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.T
 
 @asynccontextmanager
 async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
-    """A replica without doors, for publishing and subscribing in this process. Waits for a database that is away."""
+    """Run a replica without endpoints, for use in this process. Waits until the database is reachable."""
     async with trio.open_nursery() as nursery:
         broker = await _start(config or Config(), nursery)
         await broker.replica.log.wait_open()
@@ -141,7 +142,7 @@ async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
 
 
 async def _start(config: Config, nursery: trio.Nursery, certificates: CertificateSource | None = None) -> Broker:
-    """What stands behind the doors: the log with its listener, the delivery that follows it, and the flushing."""
+    """Start a replica without its endpoints: the log, the delivery that follows it, and the flusher."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
     settings = config.auth
     authenticator = Authenticator(settings.secrets, admin_key=settings.admin_key, jwt_keys=keys, leeway=settings.leeway)

@@ -1,4 +1,4 @@
-"""What can go wrong, in three families: our mistake, the peer's mistake, and what is not there just now."""
+"""Errors, in three families: mistakes in the configuration, mistakes of the peer, and unavailable services."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum, StrEnum
 
 
 class ErrorCode(StrEnum):
-    """The `code` of a reply that refuses something. `RETRYABLE` says for which of them trying again can help."""
+    """The `code` of an error reply. A retry can help for those in `RETRYABLE`."""
 
     BAD_MESSAGE = "bad_message"
     UNAUTHENTICATED = "unauthenticated"
@@ -42,7 +42,7 @@ RETRYABLE = frozenset(
 
 
 class CloseCode(IntEnum):
-    """Why a connection is closed. 4000-4399: final; 4400-4499: come back with a new token; 4500-4999: come back."""
+    """Why a connection is closed. 4000-4399: final; 4400-4499: reconnect with a new token; 4500-4999: reconnect."""
 
     BAD_MESSAGE = 4000
     UNAUTHENTICATED = 4001
@@ -59,23 +59,23 @@ class CloseCode(IntEnum):
 
     @property
     def final(self) -> bool:
-        """Whether coming back cannot help, whatever the token."""
+        """Whether reconnecting cannot help, whatever the token."""
         return self < 4400
 
 
 class CatbusError(Exception):
-    """The root of everything that this package raises on purpose."""
+    """The base class of all exceptions that this package raises."""
 
 
 class ConfigError(CatbusError):
-    """Our own side is set up wrongly. The text says where, what was expected, and what to do."""
+    """The configuration is wrong. The text says where, what was expected, and what to do."""
 
 
 class PeerError(CatbusError):
-    """The peer sent something that is refused: `code` and the text are the reply.
+    """A request of the peer is rejected. `code` and the text are the reply.
 
-    With `close`, nothing that comes after can be understood or allowed: reply, then close with that code.
-    `retry_after`, in seconds, says when it would be allowed. `id` is that of the request, where only that can be told.
+    With `close`, the connection is closed with that code after the reply. `retry_after`: seconds until the request
+    would be allowed. `id`: the id of the request, if only that could be read of it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PeerError(CatbusError):
 
 
 class Refused(CatbusError):
-    """A broker refused a request of ours, for the reason in `code`; `retry_after`, in seconds, where it says when."""
+    """A broker rejected a request, for the reason in `code`. `retry_after`: seconds until a retry, if known."""
 
     def __init__(self, code: ErrorCode, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -108,11 +108,11 @@ class Refused(CatbusError):
 
 
 class Unavailable(CatbusError):
-    """Something outside this process that is needed is not there just now; trying again later can help."""
+    """A service outside this process is unavailable. A retry can help."""
 
 
 class Disconnected(Unavailable):
-    """The connection to a broker was lost or could not be made. `code` is the closing code, where there was one."""
+    """The connection to a broker was lost, or could not be opened. `code`: the close code, if there was one."""
 
     def __init__(self, message: str, code: int | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""A subscription within the broker's own process: the same delivery, without a wire."""
+"""Subscriptions in the broker's own process: the same delivery, without a connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replica import Replica
 
 @dataclass(frozen=True, slots=True)
 class LocalMessage:
-    """A message as a subscriber gets it. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
+    """A message from a subscription. `at`: milliseconds since 1970. An ephemeral message has no `seq`."""
 
     channel: str
     data: bytes
@@ -35,34 +35,33 @@ class LocalMessage:
 
 
 class LocalSubscription(AsyncIterator[LocalMessage]):
-    """The messages of one pattern. While nobody takes them they wait in a bounded send queue, and beyond it in the
-    log."""
+    """The messages that match one pattern. Messages wait in a bounded send queue, and above its limit in the log."""
 
     def __init__(self, replica: Replica, pattern: str, since: int | None, epoch: str | None) -> None:
         check_pattern(pattern)
         self.pattern = pattern
         self.cursor = replica.delivery.position if since is None else since
-        """Complete up to here: the place to go on from."""
+        """The seq up to which it is complete, to resume after."""
         self.epoch = replica.log.epoch
         self.gaps: list[Gap] = []
-        """What may have been missed, oldest first."""
+        """Ranges of seqs that may be missing, oldest first."""
         self._delivery = replica.delivery
         self._ready: deque[Entry] = deque()
-        self._mail = trio.Event()
+        self._arrived = trio.Event()
         self._send_queue = SendQueue(self, self._wake, replica.config.limits.send_queue, self._delivery.budget)
         self._subscription = Subscription(self._send_queue)
         self._closed = False
         self._delivery.subscribe(self._subscription, pattern, since, epoch)
 
     async def __anext__(self) -> LocalMessage:
-        """The next message. Cancelling it loses none."""
+        """Return the next message. Cancelling it loses none."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._unpack()
         while not self._ready:
             if self._closed:
                 raise StopAsyncIteration
-            self._mail = trio.Event()
-            await self._mail.wait()
+            self._arrived = trio.Event()
+            await self._arrived.wait()
             self._unpack()
         entry = self._ready.popleft()
         self.cursor = entry.seq or self.cursor
@@ -70,24 +69,24 @@ class LocalSubscription(AsyncIterator[LocalMessage]):
         return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, self.pattern)
 
     def close(self) -> None:
-        """End the subscription, and whoever iterates."""
+        """End the subscription, and the iteration over it."""
         self._closed = True
         self._delivery.unsubscribe(self._subscription, self.pattern)
         self._send_queue.close()
-        self._mail.set()
+        self._arrived.set()
 
     def flush(self) -> None:
-        """Whoever iterates takes what there is when it comes to it."""
+        """Do nothing: the iteration takes the messages."""
 
     def _wake(self, _: SendQueue) -> None:
-        self._mail.set()
+        self._arrived.set()
 
     def _unpack(self) -> None:
         for item in self._send_queue.take():
             if isinstance(item, EncodedMessages):
                 self._ready.extend(item.entries)
             else:
-                mark = decode_server(item)
-                if isinstance(mark, Gap):
-                    self.gaps.append(mark)
-                    self.cursor, self.epoch = mark.last, mark.epoch
+                reply = decode_server(item)
+                if isinstance(reply, Gap):
+                    self.gaps.append(reply)
+                    self.cursor, self.epoch = reply.last, reply.epoch

@@ -320,7 +320,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)
             for item in replies
         )
-        fixed = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._fixed]]
+        fixed = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._pinned]]
         assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, EncodedMessages)}.values())
         self.fixed = max(self.fixed, charge(fixed))
         assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from catbus.delivery.flusher import LONGEST_REST, LOOK, SLICE, Flusher
+from catbus.delivery.flusher import CHECKPOINT_AFTER, FLUSHES_PER_CLOCK_READING, MAX_LINGER, Flusher
 from catbus.delivery.send_queue import SendQueue
 
 
@@ -76,7 +76,7 @@ async def test_a_send_queue_outside_the_expensive_pass_does_not_linger(
         for writer in crowd:
             writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert flusher.statistics().resting == 4
+    assert flusher.statistics().lingering == 4
     small.send_queue.put(b"x")
     await wait_all_tasks_blocked()
     assert len(small.sent) == 1
@@ -91,7 +91,7 @@ async def test_lingering_is_bounded(mock_clock: MockClock, nursery: trio.Nursery
         writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
     assert len(writer.sent) == 2
-    mock_clock.jump(LONGEST_REST + 0.001)
+    mock_clock.jump(MAX_LINGER + 0.001)
     await wait_all_tasks_blocked()
     assert len(writer.sent) == 3
 
@@ -101,7 +101,7 @@ async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [TransportWriter(flusher, stopwatch, cost=SLICE) for _ in range(9 * LOOK)]
+    crowd = [TransportWriter(flusher, stopwatch, cost=CHECKPOINT_AFTER) for _ in range(9 * FLUSHES_PER_CLOCK_READING)]
     progress: list[int] = []
 
     async def other() -> None:

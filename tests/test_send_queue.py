@@ -50,7 +50,7 @@ def test_a_full_send_queue_rejects_messages_and_accepts_replies() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
     assert send_queue.offer(run(1, 2))
     assert not send_queue.offer(run(3, 4))
-    assert send_queue.turned_away == 1
+    assert send_queue.rejected == 1
     send_queue.put(b"x" * 300)
     assert send_queue.full
     assert len(send_queue.take()) == 2
@@ -144,7 +144,7 @@ def test_withdrawing_returns_the_first_seqs_and_keeps_pinned_messages() -> None:
     fixed = run(1, 2)
     send_queue.offer(fixed)
     send_queue.put(SubscriptionLine(b"gap", "a"))
-    send_queue.fix()
+    send_queue.pin()
     for item in (run(5), run(7, pattern="b"), EncodedMessages("b", [Entry(0, 5, "a", b"1", None)])):
         send_queue.offer(item)
     send_queue.put(SubscriptionLine(b"live", "b"))
@@ -215,7 +215,7 @@ def test_a_send_queue_can_be_taken_in_parts() -> None:
     first, second = run(1), run(2)
     for item in (first, b"x" * 40, second):
         send_queue.put(item) if isinstance(item, bytes) else send_queue.offer(item)
-    send_queue.fix()
+    send_queue.pin()
     assert send_queue.take(first.size + 1) == [first, b"x" * 40]
     assert (send_queue.size, budget.held) == (second.size, second.charge + LIST_SLOT_BYTES)
     assert send_queue.withdraw() == {}
@@ -232,7 +232,7 @@ def test_a_newer_head_replaces_one_that_only_replies_follow() -> None:
     assert send_queue.offer(run(1))
     for item in (HeadLine(b"4"), SubscriptionLine(b"live", "a"), HeadLine(b"5"), HeadLine(b"6"), b"pong"):
         send_queue.put(item)
-    send_queue.fix()
+    send_queue.pin()
     send_queue.put(HeadLine(b"7"))
     assert send_queue.withdraw() == {}
     said = send_queue.size, budget.replies
@@ -254,7 +254,7 @@ def test_many_replies_are_joined_except_for_the_first_version(protocol: wire.Pro
         send_queue.put(line)
         send_queue.put(HeadLine(b"head\n"))
         if number == 1000:
-            send_queue.fix()
+            send_queue.pin()
             send_queue.put(SubscriptionLine(b"mark\n", "a"))
     assert send_queue.size == budget.replies
     items = send_queue.take()

@@ -220,7 +220,7 @@ class Delivery:
         if not subscription.patterns:
             self._set_state(subscription, CLOSED)
         send_queue = subscription.send_queue
-        send_queue.fix()
+        send_queue.pin()
         subscriptions = self._by_send_queue[send_queue]
         del subscriptions[pattern]
         if not subscriptions:
@@ -231,14 +231,14 @@ class Delivery:
         served: set[Subscription] = set()
         for tree in (self._live, self._lagging):
             for group in tree.match(entry.channel):
-                run = EncodedMessages(group.pattern, [entry])
+                encoded = EncodedMessages(group.pattern, [entry])
                 for subscription in group.members:
                     if subscription in served or (entry.origin is not None and subscription.producer == entry.origin):
                         continue
                     if subscription.overlapping:
                         served.add(subscription)
-                    if subscription.send_datagram is None or not subscription.send_datagram(run.lines):
-                        subscription.send_queue.offer(run)
+                    if subscription.send_datagram is None or not subscription.send_datagram(encoded.lines):
+                        subscription.send_queue.offer(encoded)
         self._make_room()
 
     # Catching up. `next_position` and `serve` are the reader without its waiting.
@@ -340,9 +340,9 @@ class Delivery:
             found = PatternMatches("", merge(subscription, [(m.pattern, m.entries) for m in matches]))
         if subscription.producer in found.origins:
             found = PatternMatches(found.pattern, without(found.entries, subscription.producer))
-        run, complete = found.cut(max(subscription.cursor, start), subscription.send_queue, last)
-        if run is not None:
-            subscription.send_queue.offer(run)
+        encoded, complete = found.cut(max(subscription.cursor, start), subscription.send_queue, last)
+        if encoded is not None:
+            subscription.send_queue.offer(encoded)
         return complete
 
     # States
@@ -428,7 +428,7 @@ class Delivery:
     def _announce_gap(self, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
         for pattern in subscription.patterns:
             subscription.put(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
-        subscription.send_queue.fix()
+        subscription.send_queue.pin()
 
     # The budget
 

@@ -1,7 +1,7 @@
-"""When send queues are sent: at once when there is little to do, and many messages to a system call when there is much.
+"""The flusher: has send queues written at once under low load, and many messages per system call under high load.
 
-The more a pass over the waiting send queues costs, the longer those it served are left to fill before the next one
-(the duty cycle). A send queue that did not take part in an expensive pass does not wait for those that did.
+The longer a pass over the waiting send queues takes, the longer these send queues linger before the next flush. A send
+queue that was not part of an expensive pass does not wait for the others.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import trio
 
 from .send_queue import SendQueue
 
-LONGEST_REST = 0.02
-"""Seconds that a send queue is left to fill at the most."""
+MAX_LINGER = 0.02
+"""Maximum number of seconds that a send queue lingers."""
 
-SLICE = 0.001
-"""Seconds of sending after which other tasks get a turn. A publish on its way in takes several turns."""
+CHECKPOINT_AFTER = 0.001
+"""Seconds of flushing after which other tasks run. A publish needs several runs of its tasks."""
 
-LOOK = 8
-"""How many send queues are flushed from one look at the clock to the next."""
+FLUSHES_PER_CLOCK_READING = 8
+"""Number of send queues that are flushed before the clock is read again."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlushStatistics:
-    """`waiting` and `resting` count send queues; `spent` is seconds inside passes."""
+    """`waiting` and `lingering`: send queues. `spent`: seconds inside passes."""
 
     passes: int
     flushes: int
     spent: float
     waiting: int
-    resting: int
+    lingering: int
 
 
 class Flusher:
-    """The task that empties send queues into their outlets."""
+    """The task that has the writers of send queues flush them."""
 
     def __init__(
         self, clock: Callable[[], float] = perf_counter, *, on_flushed: Callable[[], None] = lambda: None
@@ -46,59 +46,59 @@ class Flusher:
         self._clock = clock
         self._on_flushed = on_flushed
         self._waiting: list[SendQueue] = []
-        self._resting: deque[SendQueue] = deque()
+        self._lingering: deque[SendQueue] = deque()
         self._work = trio.Event()
         self._passes = 0
         self._flushes = 0
         self._spent = 0.0
 
     def statistics(self) -> FlushStatistics:
-        return FlushStatistics(self._passes, self._flushes, self._spent, len(self._waiting), len(self._resting))
+        return FlushStatistics(self._passes, self._flushes, self._spent, len(self._waiting), len(self._lingering))
 
     def wake(self, send_queue: SendQueue) -> None:
-        """Something was put into an empty send queue."""
+        """Flush a send queue soon, because an item was put into it while it was empty."""
         if not send_queue.queued:
             send_queue.queued = True
             self._waiting.append(send_queue)
             self._work.set()
 
     async def run(self) -> None:
-        """Flush for ever."""
-        rest = 0.0
+        """Flush until cancelled."""
+        linger = 0.0
         while True:
             if not self._waiting:
                 self._work = trio.Event()
-                with trio.move_on_at(self._resting[0].rests_until if self._resting else float("inf")):
+                with trio.move_on_at(self._lingering[0].lingers_until if self._lingering else float("inf")):
                     await self._work.wait()
-            self._end_rests(trio.current_time())
-            rest = min(await self._pass(rest), LONGEST_REST)
+            self._end_lingering(trio.current_time())
+            linger = min(await self._pass(linger), MAX_LINGER)
             self._on_flushed()
 
-    def _end_rests(self, now: float) -> None:
-        resting = self._resting
-        while resting and resting[0].rests_until <= now:
-            self._waiting.append(resting.popleft())
+    def _end_lingering(self, now: float) -> None:
+        lingering = self._lingering
+        while lingering and lingering[0].lingers_until <= now:
+            self._waiting.append(lingering.popleft())
 
-    async def _pass(self, rest: float) -> float:
-        """Flush all that wait now, oldest first, and let each of them rest for as long as the last pass took."""
+    async def _pass(self, linger: float) -> float:
+        """Flush all waiting send queues, oldest first. Each lingers for as long as the last pass took."""
         clock = self._clock
         spent, began, now = 0.0, clock(), trio.current_time()
-        until = now + rest
+        until = now + linger
         send_queues, self._waiting = self._waiting, []
         self._passes += 1
         self._flushes += len(send_queues)
         for index, send_queue in enumerate(send_queues, 1):
-            if send_queue.rests_until > now:
-                self._resting.append(send_queue)
+            if send_queue.lingers_until > now:
+                self._lingering.append(send_queue)
                 continue
             send_queue.queued = False
-            send_queue.rests_until = until
+            send_queue.lingers_until = until
             send_queue.writer.flush()
-            if index % LOOK == 0 and (elapsed := clock() - began) > SLICE:
+            if index % FLUSHES_PER_CLOCK_READING == 0 and (elapsed := clock() - began) > CHECKPOINT_AFTER:
                 spent += elapsed
                 await trio.lowlevel.checkpoint()
                 began, now = clock(), trio.current_time()
-                until = now + rest
+                until = now + linger
         spent += clock() - began
         self._spent += spent
         return spent

@@ -1,4 +1,4 @@
-"""What one session still has to be sent: one queue for messages, replies and marks, bounded and counted."""
+"""The send queue: messages and replies that wait to be written to one session, or one stream of it; bounded."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from ..protocol.channels import selectors
 from ..protocol.wire_messages import ProtocolVersion, encode_first_version_message, encode_message
 
 OVERHEAD = 96
-"""What a `message` line adds to its channel and payload, roughly, in bytes."""
+"""Approximate size of a `message` line without its channel and payload, in bytes."""
 
-# What objects take in memory besides their texts, in bytes, as CPython lays them out on a 64-bit machine.
+# Memory of objects besides their texts, in bytes, in CPython on a 64-bit machine.
 LIST_SLOT_BYTES = 9
-"""A place in a list, which grows by an eighth at a time."""
+"""A slot in a list, which grows by an eighth at a time."""
 REPLY_BYTES = 48 + LIST_SLOT_BYTES
-"""A `bytes` object, rounded up to 16, and its place."""
+"""A `bytes` object, rounded up to 16, and its slot."""
 SUBSCRIPTION_LINE_BYTES = REPLY_BYTES + 256
 """The same with a `__dict__`."""
 ENTRY_BYTES = 240
-"""An entry with its numbers, and what its texts take as objects."""
+"""An entry with its numbers, and the object headers of its texts."""
 ENCODED_MESSAGES_BYTES = 256
-"""A run with its list, its numbers, and what its lines take as an object."""
+"""An `EncodedMessages` with its list, its numbers, and the object header of its lines."""
 MAX_MEMORY_FACTOR = 4
-"""How many times what its lines have a run of many messages takes at the most."""
-
+"""Maximum memory of an `EncodedMessages` with many messages, as a multiple of its lines."""
 
 JOIN_ABOVE = 8192
-"""Bytes in a send queue from which on replies are joined: less is soon read."""
+"""Bytes in a send queue above which replies are joined: a client soon reads fewer."""
 MAX_JOINED = 4096
-"""Bytes to which they are joined, in each object."""
+"""Bytes of an object above which no reply is joined to it."""
 
 
 class EncodedMessages:
-    """Consecutive matches of one pattern, encoded once for everyone who gets them."""
+    """Consecutive entries that match one pattern, encoded once for all subscriptions that get them."""
 
     __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "pins", "size")
 
@@ -43,20 +42,20 @@ class EncodedMessages:
         self.pattern = pattern
         self.entries = entries
         self.holders = 0
-        """How many send queues it is in."""
+        """Number of send queues that hold it."""
         self.pins = 0
-        """In how many of them it stays whatever happens."""
+        """Number of send queues in which it is pinned."""
         count, texts = len(entries), sum([entry.size for entry in entries])
         self.size = texts + count * (OVERHEAD + len(pattern))
-        """About how many bytes its lines have."""
+        """Approximate size of its lines, in bytes."""
         self.charge = self.size + texts + count * ENTRY_BYTES + ENCODED_MESSAGES_BYTES
-        """What it takes in memory, once for all who hold it: the entries, and their lines once they are encoded."""
+        """Its memory, once for all send queues that hold it: the entries, and their lines once they are encoded."""
         self._lines: bytes | None = None
         self._first_version_lines: list[bytes] | None = None
 
     @property
     def lines(self) -> bytes:
-        """All of them, a line each, as a `catbus.v1` client reads them."""
+        """All messages, one per line, for `catbus.v1` clients."""
         if self._lines is None:
             pattern = self.pattern
             self._lines = b"".join(
@@ -66,7 +65,7 @@ class EncodedMessages:
 
     @property
     def first_version_lines(self) -> list[bytes]:
-        """A line each, as a first-version client reads them."""
+        """Each message as a line for first-version clients."""
         if self._first_version_lines is None:
             self._first_version_lines = [encode_first_version_message(e.channel, e.payload) for e in self.entries]
         return self._first_version_lines
@@ -76,41 +75,41 @@ QueueItem = EncodedMessages | bytes
 
 
 class HeadLine(bytes):
-    """A line that says up to where all is complete that the send queue is for.
+    """A `head` line: all subscriptions of the send queue are complete up to its seq.
 
-    It counts the messages before it as delivered, and is never sent without them.
+    The client takes the messages before it as delivered, so it is never sent without them.
     """
 
     __slots__ = ()
 
 
 class SubscriptionLine(bytes):
-    """The same of one pattern."""
+    """A `live` or `gap` line: the same for one pattern."""
 
     pattern: str
 
     def __new__(cls, line: bytes, pattern: str) -> Self:
-        mark = super().__new__(cls, line)
-        mark.pattern = pattern
-        return mark
+        subscription_line = super().__new__(cls, line)
+        subscription_line.pattern = pattern
+        return subscription_line
 
 
 class TransportWriter(Protocol):
-    """The sending side of a session's transport."""
+    """Writes the contents of a send queue to a transport."""
 
     def flush(self) -> None:
-        """Take what the send queue holds and send as much as goes without waiting; see to the rest later.
+        """Take the contents of the send queue, send as much as possible without waiting, and send the rest later.
 
-        `take` is due as soon as there is room for more, even where the send queue is empty: somebody may wait for it.
+        Call `take` as soon as there is room for more, even if the send queue is empty: a task may wait for that.
         """
 
 
 class Budget:
-    """What all send queues of a replica hold together, in bytes of memory. Messages that several hold count once.
+    """The memory of all send queues of a replica, in bytes. Messages in several send queues count once.
 
-    Replies have a part of it to themselves: they cannot be had again, and who makes others write many and reads none
-    takes no room for messages. They count until they are sent, also after an outlet has taken them. Messages that
-    cannot be had again have a part of it, too: over it, no more of them become so.
+    Replies have a part of their own, so a client that causes many replies and reads none takes no memory from
+    messages. Replies count until they are sent, also after a writer has taken them. Pinned messages, which cannot be
+    read from the log again, have a part of their own as well: above it, no more messages are pinned.
     """
 
     __slots__ = ("delivered", "for_messages", "for_pinned", "for_replies", "messages", "pinned", "replies")
@@ -121,10 +120,10 @@ class Budget:
         self.for_pinned = self.for_messages // 4
         self.messages = 0
         self.pinned = 0
-        """What of them cannot be had again."""
+        """Bytes of messages that are pinned in a send queue."""
         self.replies = 0
         self.delivered = 0
-        """How many messages were taken to be sent, each as often as it was taken."""
+        """Messages taken from send queues to be sent, once for each send queue."""
 
     @property
     def held(self) -> int:
@@ -132,30 +131,30 @@ class Budget:
 
     @property
     def room(self) -> int:
-        """How many bytes of lines of older messages are welcome. Half of it is kept free for what is new."""
+        """Bytes of lines from the log that fit. Half of the budget is kept free for live messages."""
         return (self.for_messages // 2 - self.messages) // MAX_MEMORY_FACTOR
 
-    def hold(self, run: EncodedMessages) -> None:
-        """A send queue holds these messages."""
-        self.messages += LIST_SLOT_BYTES if run.holders else run.charge + LIST_SLOT_BYTES
-        run.holders += 1
+    def hold(self, encoded: EncodedMessages) -> None:
+        """Count messages that a send queue holds."""
+        self.messages += LIST_SLOT_BYTES if encoded.holders else encoded.charge + LIST_SLOT_BYTES
+        encoded.holders += 1
 
     def pin(self, items: Sequence[QueueItem]) -> None:
-        """A send queue keeps these whatever happens."""
+        """Count items as pinned."""
         for item in items:
             if isinstance(item, EncodedMessages):
                 self.pinned += 0 if item.pins else item.charge
                 item.pins += 1
 
     def unpin(self, items: Sequence[QueueItem]) -> None:
-        """It does not any more."""
+        """Count items as pinned no longer."""
         for item in items:
             if isinstance(item, EncodedMessages):
                 item.pins -= 1
                 self.pinned -= 0 if item.pins else item.charge
 
     def release(self, items: Sequence[QueueItem]) -> int:
-        """A send queue does not hold these any more; returns how many messages they are."""
+        """Count items that a send queue holds no longer. Return the number of messages in them."""
         messages = replies = count = 0
         for item in items:
             if isinstance(item, bytes):
@@ -170,26 +169,26 @@ class Budget:
 
 
 class SendQueue:
-    """The one way to a client.
+    """What waits to be written to one session, or to one stream of it, in order.
 
-    Replies are always taken: who makes them stops reading from the client while `full`. Messages are taken while
-    there is room, and whoever is turned away gets them from the log later. All of them together are kept within
-    `budget` by whoever offers messages: `withdraw` makes room.
+    Replies are always accepted; the session stops reading from its client while the send queue is `full`. Messages are
+    accepted while there is room; rejected ones are delivered from the log later. `Delivery` keeps all send queues
+    together within the `budget` by calling `withdraw`.
     """
 
     __slots__ = (
         "_budget",
-        "_fixed",
         "_items",
+        "_pinned",
         "_unsent",
         "_waiting",
         "_wake",
         "limit",
+        "lingers_until",
         "protocol",
         "queued",
-        "rests_until",
+        "rejected",
         "size",
-        "turned_away",
         "writer",
     )
 
@@ -202,19 +201,19 @@ class SendQueue:
     ) -> None:
         self.writer = writer
         self.protocol = ProtocolVersion.V1
-        """In whose words it is read."""
+        """The version of the protocol that its client reads."""
         self.limit = limit
         self.size = 0
-        self.turned_away = 0
-        self.rests_until = 0.0
+        self.rejected = 0
+        self.lingers_until = 0.0
         self.queued = False
-        """When the flush pass may come again, and whether it is going to: the flusher's own marks."""
+        """The flusher's own: until when the send queue lingers, and whether it waits to be flushed."""
         self._budget = Budget() if budget is None else budget
         self._items: list[QueueItem] = []
-        self._fixed = 0
-        """How many of them, from the oldest on, stay whatever happens."""
+        self._pinned = 0
+        """Number of the oldest items that are pinned: they cannot be read from the log again."""
         self._unsent = 0
-        """Bytes of memory of replies that were taken and not sent yet."""
+        """Memory of replies that were taken and are not sent yet, in bytes."""
         self._wake = wake
         self._waiting: list[Callable[[], None]] = []
 
@@ -223,32 +222,32 @@ class SendQueue:
 
     @property
     def awaited(self) -> bool:
-        """Whether somebody waits for it to be emptied, even where it is empty."""
+        """Whether a callback waits until it is emptied, even if it is empty now."""
         return bool(self._waiting)
 
     @property
     def full(self) -> bool:
-        """Whether the client should be given no reason for more replies."""
+        """Whether reading from the client pauses, because each request adds a reply."""
         if self.size >= self.limit:
             return True
         return self._budget.replies > self._budget.for_replies and self.size + self._unsent > 0
 
     @property
     def to_be_emptied(self) -> bool:
-        """Whether it should be emptied before anything is done for which what is here has to stay."""
+        """Whether it must be emptied before anything that pins its messages."""
         return self.size > 0 and self._budget.pinned > self._budget.for_pinned
 
     @property
     def room(self) -> int:
-        """How many bytes of older messages are welcome. Half the send queue is kept free for what is new."""
+        """Bytes of messages from the log that fit. Half of the send queue is kept free for live messages."""
         return max(0, min(self.limit // 2 - self.size, self._budget.room))
 
     def when_emptied(self, callback: Callable[[], None]) -> None:
-        """Call once, synchronously, when the outlet has next taken all that is here, or has found it empty."""
+        """Call back once, synchronously, when the writer has next taken everything, or has found nothing to take."""
         self._waiting.append(callback)
 
     def put(self, line: bytes) -> None:
-        """Queue a reply or a mark. A newer `head` takes the place of one behind which there are only replies."""
+        """Queue a reply, or a line about positions. A newer `head` replaces one that only replies follow."""
         if not self._items:
             self._wake(self)
         elif isinstance(line, HeadLine):
@@ -261,10 +260,10 @@ class SendQueue:
         self._budget.replies += size
 
     def _join(self) -> None:
-        """Make one object of the two newest replies, unless they are large.
+        """Join the two newest replies into one object, unless they are large.
 
-        Python keeps small objects in arenas of a megabyte, and an arena goes back to the system only when the last of
-        them has gone. What lies beside the replies of somebody who does not read may stay for long.
+        Python keeps small objects in arenas of a megabyte, and returns an arena to the system only when all of its
+        objects are freed. So the replies of a client that does not read can keep arenas alive for long.
         """
         items = self._items
         if self.protocol is ProtocolVersion.FIRST or len(items) < 2:
@@ -272,51 +271,51 @@ class SendQueue:
         first, second = items[-2:]
         if type(first) is bytes and type(second) is bytes and len(first) < MAX_JOINED:
             items[-2:] = [first + second]
-            self._fixed = min(self._fixed, len(items))
+            self._pinned = min(self._pinned, len(items))
             self.size -= REPLY_BYTES
             self._budget.replies -= REPLY_BYTES
 
     def _drop_head(self) -> None:
-        """Drop the newest `head`, which is about to be said anew, unless there is more than replies behind it."""
+        """Drop the newest `head` unless more than replies follow it, because a newer one is about to be queued."""
         items = self._items
         for index in range(len(items) - 1, -1, -1):
             item = items[index]
             if isinstance(item, HeadLine):
                 del items[index]
-                self._fixed -= index < self._fixed
+                self._pinned -= index < self._pinned
                 self.size -= _size(item)
                 self._budget.replies -= _size(item)
                 return
             if isinstance(item, EncodedMessages | SubscriptionLine):
                 return
 
-    def offer(self, run: EncodedMessages) -> bool:
-        """Queue messages, unless there is no room for them. An empty send queue takes one message of any size."""
-        if not run.entries:
+    def offer(self, encoded: EncodedMessages) -> bool:
+        """Queue messages if there is room for them. An empty send queue accepts one message of any size."""
+        if not encoded.entries:
             return True
         size = self.size
-        if size + run.size > self.limit and (size or len(run.entries) > 1):
-            self.turned_away += 1
+        if size + encoded.size > self.limit and (size or len(encoded.entries) > 1):
+            self.rejected += 1
             return False
         if not self._items:
             self._wake(self)
-        self._items.append(run)
-        self.size = size + run.size
-        self._budget.hold(run)
+        self._items.append(encoded)
+        self.size = size + encoded.size
+        self._budget.hold(encoded)
         return True
 
     def take(self, most: float = inf) -> list[QueueItem]:
-        """Take what is oldest: up to `most` bytes, and what goes beyond that by less than an item."""
-        items, fixed = self._items, self._fixed
+        """Take the oldest items, until they have `most` bytes or more."""
+        items, fixed = self._items, self._pinned
         if self.size <= most:
-            self._items, self._fixed, self.size = [], 0, 0
+            self._items, self._pinned, self.size = [], 0, 0
         else:
             count = taken = 0
             while taken < most:
                 taken += _size(items[count])
                 count += 1
             self._items = items[count:]
-            self._fixed = max(0, fixed - count)
+            self._pinned = max(0, fixed - count)
             self.size -= taken
             items = items[:count]
         if fixed:
@@ -330,38 +329,38 @@ class SendQueue:
         return items
 
     def count_unsent(self, size: int) -> None:
-        """Of the replies that were taken, the outlet holds so many bytes: they count until it says how many are left.
+        """Count the bytes of taken replies that the writer still holds. Call it again when the number changes.
 
-        While it says that there are some, it takes again as soon as there is room, even where the send queue is empty.
+        While it is not 0, the writer calls `take` as soon as it has room, even if the send queue is empty.
         """
         self._budget.replies += size - self._unsent
         self._unsent = size
 
     def close(self) -> None:
-        """Drop everything; nobody takes it any more."""
+        """Drop everything, because nothing takes it any more."""
         self.count_unsent(0)
-        self._budget.unpin(self._items[: self._fixed])
+        self._budget.unpin(self._items[: self._pinned])
         self._budget.release(self._items)
-        self._items, self._fixed, self.size = [], 0, 0
+        self._items, self._pinned, self.size = [], 0, 0
         self.take()
         self._budget = Budget()
 
-    def fix(self) -> None:
-        """What is here cannot be had again from the log, so that it stays."""
-        self._budget.pin(self._items[self._fixed :])
-        self._fixed = len(self._items)
+    def pin(self) -> None:
+        """Pin all items: the messages here cannot be read from the log again."""
+        self._budget.pin(self._items[self._pinned :])
+        self._pinned = len(self._items)
 
     def withdraw(self) -> dict[str, int]:
-        """Drop the messages that can be had again; returns for each pattern from which seq on they were dropped."""
-        return self._drop(self._fixed, None)
+        """Drop the messages that are not pinned. Return the first dropped seq of each pattern."""
+        return self._drop(self._pinned, None)
 
     def revoke(self, patterns: Collection[str], others: Collection[str] = ()) -> None:
-        """Drop the messages for these patterns that are still here; of copies for several, what `others` do not match.
+        """Drop the messages for these patterns; of messages for several patterns, those that no `others` match.
 
-        It costs no more for many patterns than for one.
+        The cost does not depend on the number of patterns.
         """
         self._drop(0, patterns)
-        items, fixed, self._items, self._fixed = self._items, self._fixed, [], 0
+        items, fixed, self._items, self._pinned = self._items, self._pinned, [], 0
         self._budget.unpin(items[:fixed])
         for index, item in enumerate(items):
             if isinstance(item, EncodedMessages) and not item.pattern:
@@ -373,16 +372,16 @@ class SendQueue:
                 self._budget.hold(kept)
                 item = kept
             self._items.append(item)
-            self._fixed += index < fixed
-        self._budget.pin(self._items[: self._fixed])
+            self._pinned += index < fixed
+        self._budget.pin(self._items[: self._pinned])
 
     def _drop(self, start: int, patterns: Collection[str] | None) -> dict[str, int]:
-        """Drop messages, of some patterns or all, from an item on, and the marks that would count them as delivered."""
+        """Drop messages of some or all patterns from an item on, and the lines that would count them as delivered."""
         first: dict[str, int] = {}
-        items, fixed = self._items, self._fixed
+        items, fixed = self._items, self._pinned
         self._budget.unpin(items[:fixed])
         kept, dropped = items[:start], list[QueueItem]()
-        self._fixed = min(start, fixed)
+        self._pinned = min(start, fixed)
         for index, item in enumerate(items[start:], start):
             if isinstance(item, EncodedMessages):
                 drop = patterns is None or item.pattern in patterns
@@ -395,21 +394,21 @@ class SendQueue:
                     else isinstance(item, HeadLine) and bool(first)
                 )
             (dropped if drop else kept).append(item)
-            self._fixed += not drop and index < fixed
+            self._pinned += not drop and index < fixed
         self._items = kept
-        self._budget.pin(kept[: self._fixed])
+        self._budget.pin(kept[: self._pinned])
         self.size -= sum(_size(item) for item in dropped)
         self._budget.release(dropped)
         return first
 
 
 def size_of_replies(items: Sequence[QueueItem]) -> int:
-    """Bytes that the replies among these take in memory."""
+    """Return the memory of the replies among these items, in bytes."""
     return sum([_size(item) for item in items if isinstance(item, bytes)])
 
 
 def _size(item: QueueItem) -> int:
-    """What it takes of a send queue: messages about what their lines have, anything else what it takes in memory."""
+    """Return the size of an item: of messages the size of their lines, of other lines their memory."""
     if isinstance(item, EncodedMessages):
         return item.size
     return len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)

@@ -108,7 +108,7 @@ class PatternMatches:
         self.entries = entries
         self.origins = {entry.origin for entry in entries}
         self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
-        self._runs: dict[tuple[int, int], EncodedMessages] = {}
+        self._encoded: dict[tuple[int, int], EncodedMessages] = {}
 
     def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[EncodedMessages | None, int]:
         """Return the entries after `cursor` that fit into the send queue, and the seq up to which they are complete.
@@ -125,10 +125,10 @@ class PatternMatches:
         complete = last if stop == len(entries) else entries[stop].seq - 1
         if stop == start:
             return None, complete
-        run = self._runs.get((start, stop))
-        if run is None:
-            run = self._runs[start, stop] = EncodedMessages(self.pattern, entries[start:stop])
-        return run, complete
+        encoded = self._encoded.get((start, stop))
+        if encoded is None:
+            encoded = self._encoded[start, stop] = EncodedMessages(self.pattern, entries[start:stop])
+        return encoded, complete
 
 
 def find_hits(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[Group[Subscription], list[Entry]]:
@@ -149,7 +149,7 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
     rejected: list[Subscription] = []
     overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
     for group, hits in find_hits(tree, entries).items():
-        shared = run = EncodedMessages(group.pattern, hits)
+        shared = encoded = EncodedMessages(group.pattern, hits)
         origins = {entry.origin for entry in hits if entry.origin is not None}
         for subscription in group.members:
             if subscription.overlapping:
@@ -157,8 +157,8 @@ def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subsc
                 continue
             if origins:
                 mine = subscription.producer in origins
-                run = EncodedMessages(group.pattern, without(hits, subscription.producer)) if mine else shared
-            if not subscription.send_queue.offer(run):
+                encoded = EncodedMessages(group.pattern, without(hits, subscription.producer)) if mine else shared
+            if not subscription.send_queue.offer(encoded):
                 rejected.append(subscription)
     for subscription, found in overlapping.items():
         wanted = without(merge(subscription, found), subscription.producer)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Group(Generic[T]):
-    """Everyone who is in a tree under one pattern, in the order of their coming."""
+    """The members of a tree with one pattern, in order of arrival."""
 
     __slots__ = ("members", "pattern")
 
@@ -27,10 +27,10 @@ class Group(Generic[T]):
 
 
 class TopicTree(Generic[T]):
-    """Patterns, each with its members. A look-up costs the depth of the channel, whatever the number of patterns.
+    """Patterns, each with its members. The cost of a lookup depends on the depth of the channel alone.
 
-    The tree has no nodes: a point of it is known by the text of its pattern, and `selectors` names the points on the
-    way down to a channel. So a pattern takes one dictionary entry, however deep it is.
+    The tree has no nodes: its positions are the texts of patterns, and `selectors` returns the positions on the path to
+    a channel. So a pattern takes one dictionary entry, however deep it is.
     """
 
     __slots__ = ("_cache", "_groups", "_size")
@@ -41,7 +41,7 @@ class TopicTree(Generic[T]):
         self._size = 0
 
     def __len__(self) -> int:
-        """How many pairs of a pattern and a member there are."""
+        """Return the number of pairs of a pattern and a member."""
         return self._size
 
     def __bool__(self) -> bool:
@@ -49,19 +49,19 @@ class TopicTree(Generic[T]):
 
     @property
     def patterns(self) -> int:
-        """How many patterns have members."""
+        """Number of patterns that have members."""
         return len(self._groups)
 
     def __contains__(self, pattern: str) -> bool:
-        """Whether it has members."""
+        """Return whether a pattern has members."""
         return pattern in self._groups
 
     def groups(self) -> Iterable[Group[T]]:
-        """Every pattern with its members: a live view, the oldest pattern first."""
+        """Return each pattern with its members: a live view, the oldest pattern first."""
         return self._groups.values()
 
     def add(self, pattern: str, member: T) -> None:
-        """Put a member under a pattern, where it may be already. Raises `PeerError` (invalid_pattern)."""
+        """Add a member to a pattern, if it is not there already. Raises `PeerError` (invalid_pattern)."""
         group = self._groups.get(pattern)
         if group is None:
             check_pattern(pattern)
@@ -72,7 +72,7 @@ class TopicTree(Generic[T]):
             self._size += 1
 
     def remove(self, pattern: str, member: T) -> bool:
-        """Take a member from under a pattern; False where it was not there."""
+        """Remove a member from a pattern. Return False if it is not there."""
         group = self._groups.get(pattern)
         if group is None or member not in group.members:
             return False
@@ -84,7 +84,7 @@ class TopicTree(Generic[T]):
         return True
 
     def match(self, channel: str) -> tuple[Group[T], ...]:
-        """The groups whose pattern matches a valid channel, the widest pattern first; none of them is empty."""
+        """Return the groups whose pattern matches a valid channel, the widest pattern first. None of them is empty."""
         found = self._cache.get(channel)
         return self._search(channel) if found is None else found
 
@@ -97,7 +97,7 @@ class TopicTree(Generic[T]):
         return groups
 
     def _forget(self, pattern: str) -> None:
-        # Only a wildcard can have a part in what another channel matches.
+        # Only a wildcard can match other channels.
         if pattern.endswith("*"):
             self._cache.clear()
         else:

@@ -453,4 +453,4 @@ def client_limits(limits: LimitSettings) -> dict[str, int]:
 
 def _is_quiet(send_queue: SendQueue, since: float | None) -> bool:
     """Return whether a send queue is empty and was last flushed before `since`; always True without `since`."""
-    return since is None or (not send_queue and send_queue.rests_until < since)
+    return since is None or (not send_queue and send_queue.lingers_until < since)

@@ -73,7 +73,7 @@ def announce_no_gap(planter: MistakePlanter) -> None:
     """Send no `gap`."""
 
     def announce_gap(self: Delivery, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
-        subscription.send_queue.fix()
+        subscription.send_queue.pin()
 
     planter.replace(Delivery, "_announce_gap", announce_gap)
 

@@ -213,7 +213,7 @@ async def test_peer_that_never_reads_is_bounded_and_delays_no_other() -> None:
             await flood(server, 1)
             await other.heard("message")
         [box] = [client.send_queue for client in server.replica.sessions if client.send_queue.size]
-        assert box.turned_away
+        assert box.rejected
         assert box.size <= box.limit
         held = [peer.connection.unacknowledged() for peer in router_of(server).peers]
         assert max(held) <= ConnectionLimits().stream_unacknowledged + box.limit

@@ -262,7 +262,7 @@ class WebTransportSession:
             self._datagrams_waiting = True
             self._replica.flusher.wake(self._session_writer.send_queue)
         else:
-            self._session_writer.send_queue.turned_away += 1
+            self._session_writer.send_queue.rejected += 1
         return True
 
     # The send queues.
