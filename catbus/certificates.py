@@ -78,10 +78,10 @@ def development_certificate(directory: Path, now: datetime) -> Certificate:
             _replace(directory, made)
     except OSError as error:
         raise ConfigError(
-            f"{directory}: a development certificate cannot be kept here: {error.strerror}; set CATBUS_STATE to a "
+            f"{directory}: a development certificate cannot be stored here: {error.strerror}; set CATBUS_STATE to a "
             "directory that can be written, or CATBUS_CERT and CATBUS_KEY to a certificate and its key"
         ) from None
-    logger.info("made a development certificate", sha256=made.sha256.hex(), expires=made.expires.isoformat())
+    logger.info("created a development certificate", sha256=made.sha256.hex(), expires=made.expires.isoformat())
     return made
 
 
@@ -260,7 +260,7 @@ class CertificateSource:
         try:
             if anew or not self._is_current(now):
                 self._credentials = self._load(now)
-                logger.info("took a new certificate", expires=self._credentials.expires.isoformat())
+                logger.info("loaded a new certificate", expires=self._credentials.expires.isoformat())
             self._last_error = None
         except ConfigError as error:
             if str(error) != self._last_error:

@@ -50,7 +50,7 @@ class RetryingListener(trio.abc.Listener[trio.SocketStream]):
                     raise
                 self._registry.accept_failures += 1
                 now, text = trio.current_time(), error.strerror
-                self._shortages.log(now, "a connection waits, as none can be accepted", kind=text, reason=text)
+                self._shortages.log(now, "cannot accept a connection", kind=text, reason=text)
             await trio.sleep(ACCEPT_RETRY_DELAY)
 
     async def aclose(self) -> None:

@@ -215,6 +215,6 @@ def test_sighup_reloads_the_certificate(start: Start, catbus: Command, tmp_path:
     for number in (1, 2):
         assert catbus("pub", "a", "1", "--url", url) == (0, f'{{"channel":"a","seq":{number}}}\n', "")
         process.send_signal(signal.SIGHUP)
-        assert next_event(process, "took a new certificate")["level"] == "info"
+        assert next_event(process, "loaded a new certificate")["level"] == "info"
     assert catbus("status", "--url", url).output.startswith(f"{url} is ready\n")
     assert end(process, signal.SIGTERM)[0] == 0

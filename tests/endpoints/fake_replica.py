@@ -1,4 +1,4 @@
-"""A replica whose clients do as a test says."""
+"""A replica double whose sessions do what a test says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FakeClient:
         await self.replica.on_receive(self, data)
 
     def count_received(self, size: int) -> None:
-        """Its bytes are not counted."""
+        """Count nothing."""
 
     def close(self, code: CloseCode, reason: str) -> None:
         if self.closing is None:
@@ -74,7 +74,7 @@ class FakeReplica:
         self.runtime_statistics = SimpleNamespace(count_error=self.refusals.append)
         self.sessions: list[FakeClient] = []
         self.networks: list[str] = []
-        """Those that the clients are in."""
+        """The networks of the clients."""
         self.networks_of_tokens: list[str] = []
         self.clients_of_requests: list[Hashable] = []
         self.published: list[Publish] = []

@@ -37,11 +37,11 @@ from tests.webtransport.simulated_link import client_config, server_config
 
 
 class Lost(Exception):
-    """The connection is gone."""
+    """The connection has ended."""
 
 
 class Own:
-    """A stream of the broker's, for one subscription. What comes is taken while `reads`."""
+    """A subscription's stream. Received data is consumed while `reads` is true."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ class Own:
 
 
 class Client:
-    """One connection with one stream. Takes what comes as long as `reads`; what goes out is made known by `say`."""
+    """One connection with one stream. Consumes received data while `reads` is true, and sends with `say`."""
 
     def __init__(self, address: str, limits: ConnectionLimits | None = None, origin: str | None = None) -> None:
         host, _, port = address.rpartition(":")
@@ -66,13 +66,13 @@ class Client:
         self.stream: int | None = None
         self.reads = True
         self.deaf = False
-        """Whether it neither takes nor sends a datagram."""
+        """Whether it neither receives nor sends a datagram."""
         self.events: list[Event] = []
         self.lines: list[dict[str, Any]] = []
         self.own: dict[int, Own] = {}
-        """The broker's streams, by number."""
+        """The streams that the broker opened, by number."""
         self.own_reads = True
-        """Whether those to come are read."""
+        """Whether new streams are read."""
         self.datagrams: list[dict[str, Any]] = []
         self.unread = 0
         self.retried = False
@@ -106,7 +106,7 @@ class Client:
             return
         self._take_events()
         for data, address in self.connection.datagrams_to_send(trio.current_time()):
-            # The standard library's socket inside: it does not wait.
+            # The inner socket of the standard library does not wait.
             socket.socket.sendto(self.socket._sock, data, address)  # type: ignore[attr-defined]
         self._take_events()
         if (timer := self.connection.timer) is not None:
@@ -141,7 +141,7 @@ class Client:
             self.take(event.stream)
 
     def take(self, stream: int) -> None:
-        """Make room for more on one of the broker's streams."""
+        """Consume data of one of the broker's streams, which opens its window."""
         own = self.own[stream]
         self.connection.consumed(stream, own.unread)
         own.unread = 0
@@ -170,14 +170,14 @@ class Client:
         self.write(json.dumps(message).encode())
 
     async def line(self) -> dict[str, Any]:
-        """The next line."""
+        """Return the next line."""
         await self.until(lambda: self.lines or self.saw(ConnectionLost))
         if not self.lines:
             raise Lost(self.events)
         return self.lines.pop(0)
 
     async def heard(self, kind: str) -> dict[str, Any]:
-        """The next line of this type; drops others."""
+        """Return the next line of this type, and drop others."""
         while (line := await self.line())["type"] != kind:
             pass
         return line
@@ -191,7 +191,7 @@ class Client:
             await self.heard("subscribed")
 
     async def lost(self) -> tuple[int | None, str]:
-        """Wait for the end, and say how the session was closed."""
+        """Wait for the end. Returns how the session was closed."""
         await self.until(lambda: self.saw(ConnectionLost))
         closed = self.saw(SessionClosed)
         return (closed[0].code, closed[0].reason) if closed else (None, self.saw(ConnectionLost)[0].reason)
@@ -210,7 +210,7 @@ class Server:
         self.endpoint = endpoint
         self.nursery = nursery
         self.scope = scope
-        """Around the endpoint."""
+        """The task that serves the endpoint."""
         self.ended = trio.Event()
 
     @property
@@ -232,7 +232,7 @@ class Server:
         return client
 
     async def empty(self) -> None:
-        """Wait until nobody is connected."""
+        """Wait until no client is connected."""
         while self.endpoint.statistics().connections or self.replica.sessions:
             await trio.sleep(0.01)
 
@@ -241,7 +241,7 @@ class Server:
 async def serving(
     config: Config = CONFIG, bind: str = "127.0.0.1:0", limits: ConnectionLimits | None = None
 ) -> AsyncIterator[Server]:
-    """A port that is open, with a real replica and a log in memory behind it."""
+    """Open a port with a real replica and a log in memory."""
     log = MemoryLog(config.limits.recent)
     replica = Replica(config, log, Authenticator(config.auth.secrets))
     with patience():

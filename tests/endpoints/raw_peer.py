@@ -1,4 +1,4 @@
-"""The other end of the wire: raw WebSocket and HTTP clients that know no more than the RFCs."""
+"""Raw WebSocket and HTTP clients that implement only the RFCs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-"""The pair from RFC 6455, section 1.3."""
+"""The example key and its response from RFC 6455, section 1.3."""
 
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: bus.example\r\nConnection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\n"
@@ -24,7 +24,7 @@ CONTROL = (CLOSE, PING, PONG)
 
 
 def patience() -> AbstractContextManager[trio.CancelScope]:
-    """More time than any conversation takes, by whatever clock: a test that hangs fails."""
+    """Fail a test that hangs, by any clock."""
     mocked = isinstance(trio.lowlevel.current_clock(), MockClock)
     return trio.fail_after(100_000 if mocked else 30)
 
@@ -35,16 +35,16 @@ class Frame(NamedTuple):
 
     @property
     def code(self) -> int:
-        """Of a Close frame."""
+        """The code of a Close frame."""
         return int.from_bytes(self.payload[:2], "big")
 
 
 class Mixed(Exception):
-    """The bytes are not one frame after another, as a server writes them."""
+    """The bytes are not a sequence of frames of a server."""
 
 
 class FrameParser:
-    """Cuts what a server sends into frames, and trusts nothing."""
+    """Parses a server's bytes into frames, and checks everything."""
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -80,7 +80,7 @@ class FrameParser:
 
 
 def masked(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
-    """A frame as a client writes it."""
+    """Make a client's frame."""
     mask = b"\x5a\x17\xc3\x88"
     size = len(payload)
     if size < 126:
@@ -117,7 +117,7 @@ class Peer:
         await self.stream.send_all(data)
 
     async def response(self, *, head: bool = False) -> Response:
-        """The next HTTP response; `head` when it answers a HEAD request."""
+        """Return the next HTTP response; `head` if it answers a HEAD request."""
         while b"\r\n\r\n" not in self.buffer:
             await self._more()
         top, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
@@ -135,14 +135,14 @@ class Peer:
         return Response(status, headers, body)
 
     async def upgrade(self, request: bytes = UPGRADE) -> None:
-        """Ask for a WebSocket and get it."""
+        """Open a WebSocket."""
         await self.send(request)
         response = await self.response(head=True)
         assert response.status == 101
         assert response.headers["sec-websocket-accept"] == ACCEPT.decode()
 
     async def frame(self) -> Frame:
-        """The next frame."""
+        """Return the next frame."""
         while not self.frames:
             if not self.buffer:
                 await self._more()
@@ -151,7 +151,7 @@ class Peer:
         return self.frames.pop(0)
 
     async def at_end(self) -> bool:
-        """Whether the server closes without another byte."""
+        """Whether the server closes without sending another byte."""
         assert not self.buffer
         assert not self.frames
         try:

@@ -1,4 +1,4 @@
-"""The endpoint with the replica behind it: a real broker, seen by raw clients."""
+"""Raw clients of a real broker."""
 
 from __future__ import annotations
 

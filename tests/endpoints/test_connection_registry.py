@@ -1,4 +1,4 @@
-"""What the connections of an endpoint share."""
+"""The connections of an endpoint, and their log lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients, newcomers and strangers are served by turns, each within its share."""
+"""Authenticated, unauthenticated and unvalidated peers are served in rotation, within their shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from catbus.endpoints.webtransport.fair_queue import MAX_SAVED
 
 
 class Served:
-    """A scheduler of names, each of which costs `cost` seconds of CPU, and who was served in which order."""
+    """A scheduler of names, each of which costs `cost` seconds of CPU, and the order in which they are served."""
 
     def __init__(self, cost: float = 0.001) -> None:
         self.names: list[str] = []
@@ -63,7 +63,7 @@ async def test_unauthenticated_peers_over_their_share_get_idle_time() -> None:
     passes: list[bool] = []
 
     async def busy() -> None:
-        """Do a little in each pass of the event loop."""
+        """Do some work in each pass of the event loop."""
         for _ in range(50):
             until = perf_counter() + 2 * IDLE_PASS_TIME
             while perf_counter() < until:
@@ -89,7 +89,7 @@ async def test_client_over_its_share_is_served_after_the_others() -> None:
         scheduler.authenticated.put(f"light {number}", 0, "light", now)
     await scheduler.run()
     assert served.names == ["light"] * 5 + ["heavy"] * 5
-    # Each of those was a turn of its own, after which other tasks ran.
+    # Other tasks ran after each of those.
     assert served.gathered >= 5
 
 

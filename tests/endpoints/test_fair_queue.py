@@ -1,4 +1,4 @@
-"""Who goes first where many wait for the CPU."""
+"""The order in which waiting keys are served."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_rarely_used_key_waits_for_one_other_at_most() -> None:
 
 
 def test_key_that_uses_little_goes_first_even_with_little_cpu() -> None:
-    """The broker has a tenth of a core, so nobody uses as much as its share of one."""
+    """The broker has a tenth of a core, so no key uses its share of a whole core."""
     queue: FairQueue[str, str, int] = FairQueue(10_000)
     now, waited = 0.0, []
     for number in range(1000):
@@ -67,7 +67,7 @@ def test_key_that_uses_little_goes_first_even_with_little_cpu() -> None:
         now += 10 * cost
         queue.end(turn, cost, now)
     assert len(waited) == 50
-    # In the beginning nobody has had anything.
+    # At first no key has used anything.
     assert max(waited[3:]) == 0
 
 
@@ -115,7 +115,7 @@ def test_flood_leaves_room_for_others() -> None:
         while queue.put(key, key, 0, 0.0):
             pass
     assert queue.put("honest", "honest", 0, 0.0)
-    # One key with many sources leaves some, too.
+    # One key with many sources leaves room, too.
     number = 0
     while queue.put("crowd", f"source {number}", 0, 0.0):
         number += 1

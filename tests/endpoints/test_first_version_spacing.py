@@ -1,4 +1,4 @@
-"""First-version clients over WebTransport, on real UDP: they take what one read brings them for one object."""
+"""First-version clients over WebTransport, on real UDP. They take the result of one read for one object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.endpoints.quic_server import Client, Server, serving
 
 @pytest.fixture
 def unspaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next object leaves as soon as the one before is acknowledged."""
+    """Send each object as soon as the one before is acknowledged."""
     monkeypatch.setattr(first_version_spacing, "SPACING", (0.0, 0.0))
 
 
@@ -29,7 +29,7 @@ async def publish(server: Server, channel: str, *payloads: object) -> None:
 
 
 def reads(client: Client) -> list[bytes]:
-    """What came on the session's stream, packet by packet."""
+    """Return the data of the session's stream, packet by packet."""
     return [event.data for event in client.saw(StreamData) if event.stream == client.stream]
 
 
@@ -63,7 +63,7 @@ async def test_object_waits_until_the_previous_one_could_be_read(monkeypatch: py
             await trio.sleep(0.001)
         assert conversation.next_send_time > trio.current_time() + 1e5
         assert not client.lines
-        # What it is told as a client of the specification does not wait.
+        # Lines for a `catbus.v1` client do not wait.
         client.say(type="auth", token=TOKEN, protocol=1)
         assert [(await client.line())["type"] for _ in range(2)] == ["pong", "auth_ok"]
         client.say(type="subscribe", pattern="a.*")

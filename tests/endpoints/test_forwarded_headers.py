@@ -1,4 +1,4 @@
-"""By which scheme and host a client has come, where proxies are in between."""
+"""The scheme and the host that a client used, behind proxies."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.endpoints.raw_peer import UPGRADE, Frame, Mixed, Peer, masked, patien
 
 
 class Source:
-    """Stands for the send queue: frames that the writer comes for."""
+    """A double of the send queue: frames for the writing task."""
 
     def __init__(self, *frames: bytes) -> None:
         self.frames = list(frames)
@@ -51,7 +51,7 @@ async def outbox_over(
 
 @asynccontextmanager
 async def tcp_pair(buffer: int = 8192) -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
-    """A server's and a client's end of a TCP connection with small buffers."""
+    """Open a TCP connection with small buffers."""
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     socket = trio.socket.socket()
     socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, buffer)
@@ -65,11 +65,11 @@ def text(payload: bytes) -> bytes:
     return text_header(len(payload)) + payload
 
 
-# Frames from two sides, to a peer that reads slowly
+# Frames of two writers, to a slow reader
 
 
 class TwoWriters(FrameStream):
-    """The negative control: writes beside the writer while that is at work."""
+    """The negative control: writes while the writing task runs."""
 
     def write(self, frames: bytes) -> None:
         if self.write_closed or not self.writing or not frames.startswith(b"\x81"):
@@ -84,7 +84,7 @@ class TwoWriters(FrameStream):
 
 
 class Checker:
-    """Frames come whole and in order, none is missing: data is numbered and has a checksum, pings are numbered."""
+    """Check that frames are whole, in order and complete: data has numbers and a checksum, pings have numbers."""
 
     def __init__(self) -> None:
         self.data = 0
@@ -107,7 +107,7 @@ class Checker:
 
 
 async def talk_slowly(kind: type[FrameStream], frames: int, pings: int) -> Checker:
-    """Data frames from the broker's side and Pongs of trio-websocket's, to a peer that reads in fits and starts."""
+    """Write data frames as the broker and Pongs as trio-websocket, to a peer that reads irregularly."""
     rng = random.Random(1)
     checker = Checker()
     async with tcp_pair() as (server, client), trio.open_nursery() as nursery:
@@ -166,7 +166,7 @@ async def test_checker_detects_a_second_writer() -> None:
         await talk_slowly(TwoWriters, 5000, 4000)
 
 
-# One thing at a time
+# Writing
 
 
 async def test_bytes_that_the_kernel_takes_are_sent_at_once() -> None:

@@ -85,7 +85,7 @@ async def test_oldest_unauthenticated_connections_are_evicted_when_they_hold_too
         assert replica.unauthenticated.size == 0
 
 
-# What is asked and what is answered
+# Requests and responses
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
@@ -112,7 +112,7 @@ REQUESTS = {
     "status for who may not read everything": (
         get("/status", "Authorization: Bearer narrow"),
         403,
-        b'{"error":"only who may read `*` is told","code":"unauthorized"}\n',
+        b'{"error":"the status needs a grant to read `*`","code":"unauthorized"}\n',
         {},
     ),
     "discovery": (
@@ -243,7 +243,7 @@ async def test_head_is_get_without_the_body(path: str, status: int, size: str) -
 
 
 async def test_javascript_modules_are_revalidated_by_their_tags() -> None:
-    """A browser that has one asks by its tag, and is told that it is the present one."""
+    """A browser revalidates a module by its tag, and gets a 304."""
     async with served() as it:
         for path in ("/catbus.js", "/catbus/core.js"):
             await it.peer.send(get(path))
@@ -269,7 +269,7 @@ async def test_head_of_a_post_path_is_rejected() -> None:
         assert (await it.peer.response(head=True)).headers["allow"] == "POST"
 
 
-# How requests arrive
+# Arrival of requests
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
@@ -395,7 +395,7 @@ async def test_client_that_sends_connection_close_gets_one_response(request_: by
         await it.ended.wait()
 
 
-# Time
+# Timeouts
 
 
 async def test_silent_connection_is_closed(autojump_clock: MockClock) -> None:
@@ -463,7 +463,7 @@ async def test_client_that_disconnects_within_a_request_is_forgotten() -> None:
             assert it.registry.internal_errors == 0
 
 
-# Becoming a WebSocket
+# Upgrades
 
 
 async def test_upgrade_may_be_the_second_request_of_a_connection() -> None:
@@ -567,7 +567,7 @@ async def test_upgrade_is_allowed_by_its_origin(allowed: tuple[str, ...], origin
         assert (await it.peer.response(head=status == 101)).status == status
 
 
-# Our own mistakes, and stopping
+# Internal errors, and stopping
 
 
 async def test_failed_request_is_answered_and_the_connection_continues() -> None:

@@ -44,7 +44,7 @@ async def connected(endpoint: HttpEndpoint, index: int = 0) -> AsyncIterator[Pee
 
 
 async def show_token(peer: Peer) -> None:
-    """Become a WebSocket, and say something that is taken for a good token."""
+    """Open a WebSocket, and send something that counts as a valid token."""
     await peer.upgrade()
     await peer.send(masked(raw_peer.TEXT, b"token"))
     assert (await peer.frame()).payload == b"token\n"
@@ -133,7 +133,7 @@ async def test_connections_over_the_limit_get_a_response() -> None:
                 response = await third.response()
                 assert (response.status, response.body) == (503, b"too many connections\n")
                 assert await third.at_end()
-                # It stays until the peer has closed, too: a reset could reach the peer before it has read the answer.
+                # It stays open until the peer closes, because a reset could reach the peer before it has read the response.
                 assert endpoint.statistics().connections == 3
             assert endpoint.statistics().rejected == 1
         while endpoint.statistics().connections:
@@ -254,7 +254,7 @@ async def test_peers_that_disconnected_before_accept_affect_no_other() -> None:
         port = int(endpoint.addresses[0].rpartition(":")[2])
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", port)) as peer:
-                # Closing it resets the connection.
+                # This close resets the connection.
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         async with connected(endpoint) as peer:
             await peer.send(HEALTH)

@@ -1,4 +1,4 @@
-"""Joining text frames changes nothing that the session, or the library, could see."""
+"""Joined text frames are the same to the session and to the library."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ odd = [
     b"\x89\xfe\x00\x7e\0\0\0\0",
 ]
 frames = [*small, *odd, masked(BINARY, masked(BINARY, small[0] + small[1])[6:])]
-"""The last one carries bytes that look like text frames on the wire: the mask, applied twice, is none."""
+"""The last one contains bytes that look like text frames when masked: the mask, applied twice, is none."""
 
 
 def seen(chunks: list[bytes]) -> list[object]:
-    """What wsproto makes of a client's bytes: text as one stream, whatever its frames, and all else in its place."""
+    """Parse a client's bytes with wsproto: text as one stream without frames, and everything else in its place."""
     connection = Connection(ConnectionType.SERVER)
     events: list[object] = []
     try:
@@ -73,7 +73,7 @@ def seen(chunks: list[bytes]) -> list[object]:
 
 
 def passed(coalescer: InboundFrames, data: bytes) -> list[bytes]:
-    """What goes on of these bytes, portion by portion."""
+    """Return the bytes that are passed on, in portions."""
     coalescer.feed(data)
     return list(iter(coalescer.take, b""))
 
@@ -158,7 +158,7 @@ def test_few_frames_are_passed_on_at_a_time(payloads: list[bytes], cut: int) -> 
     ids=["whole", "control", "fragments"],
 )
 def test_few_frames_are_examined_at_a_time(frames: bytes) -> None:
-    """However small they are, and whether or not they become one."""
+    """This holds for frames of any size, joined or not."""
     portions = passed(InboundFrames(), frames * 5000)
     assert len(portions) >= 5000 // FRAMES_PER_TURN
     assert all(len(portion) <= FRAMES_PER_TURN * len(frames) for portion in portions)

@@ -1,4 +1,4 @@
-"""Which addresses count as one."""
+"""The networks of addresses, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_oldest_peer_of_the_largest_network_is_evicted_first() -> None:
 
 
 class Counted(str):
-    """A network that counts how often it is looked at."""
+    """A network that counts comparisons."""
 
     __slots__ = ()
     looks = 0
@@ -55,7 +55,7 @@ class Counted(str):
 @pytest.mark.parametrize("networks", [1, 2, 5000])
 def test_eviction_takes_constant_time(networks: int) -> None:
     newcomers: EvictionQueue[int] = EvictionQueue()
-    # Those of the network that has most have come last.
+    # The peers of the largest network have arrived last.
     for number in range(5000):
         newcomers.add(number, Counted(0 if number > 4000 else number % networks))
     Counted.looks = 0

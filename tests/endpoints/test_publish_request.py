@@ -1,4 +1,4 @@
-"""POST /publish: catbus.endpoints.http.routes"""
+"""POST /publish: catbus.endpoints.http.publish_request"""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def text(**message: object) -> bytes:
 
 
 async def ask(address: str, *datagrams: bytes) -> bytes | None:
-    """Send them from a socket of its own; the first answer, or None when there is none for a while."""
+    """Send datagrams from a new socket. Returns the first reply, or None if there is none for a while."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if "[" in host else socket.AF_INET
     with trio.socket.socket(family, type=socket.SOCK_DGRAM) as sock:
@@ -55,7 +55,7 @@ async def ask(address: str, *datagrams: bytes) -> bytes | None:
 
 
 def first_flight(address: str) -> list[bytes]:
-    """What a client sends to begin a connection, which it does not go on with."""
+    """Return the first datagrams of a client that never completes its handshake."""
     host, _, port = address.rpartition(":")
     connection = WebTransportConnection.client(client_config(), (host, int(port)), 0.0, authority="localhost")
     return [data for data, _ in connection.datagrams_to_send(0.0)]
@@ -127,7 +127,7 @@ async def test_closed_client_leaves_nothing_behind() -> None:
         client.connection.close_session(4321, "enough", trio.current_time())
         client.transmit()
         await client.lost()
-        # What was said before it closed is still done.
+        # Requests that were sent before the close are still processed.
         assert (await watcher.heard("message"))["payload"] == 1
         watcher.connection.close("away")
         watcher.transmit()
@@ -199,7 +199,7 @@ async def test_garbage_affects_no_client() -> None:
 
 
 async def flood(server: Server, count: int, size: int = 30_000) -> None:
-    """Publish from this process."""
+    """Publish in this process."""
     for _ in range(count):
         await server.replica.publish(OWNER, [Publish("a", msgspec.Raw(b'"' + b"x" * size + b'"'))])
 
@@ -270,7 +270,7 @@ async def test_many_new_connections_require_address_validation(
 
 
 async def half_open(address: str) -> None:
-    """Begin a connection, come again after a Retry, and say nothing more when there is an answer."""
+    """Connect, follow a Retry, and send nothing more after a reply."""
     host, _, port = address.rpartition(":")
     broker = host, int(port)
     connection = WebTransportConnection.client(client_config(), broker, 0.0, authority="localhost")
@@ -444,14 +444,14 @@ async def test_protocol_violations_are_counted_and_logged_at_a_limited_rate(capl
             for _ in range(count):
                 client = server.connect()
                 await client.open()
-                data = one_rtt(client.connection._quic, b"\x3f")  # No such frame.
+                data = one_rtt(client.connection._quic, b"\x3f")  # There is no such frame.
                 await client.socket.sendto(data, client.address)
                 await client.lost()
             assert server.endpoint.statistics().violations == count
             assert not server.router.peers
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == packet_router.PEER_EVENT_LOG_BURST
-    assert set(lines) == {"a peer broke the rules of QUIC or HTTP/3"}
+    assert set(lines) == {"a peer violated QUIC or HTTP/3"}
 
 
 async def test_failed_connections_are_counted_and_logged_at_a_limited_rate(
@@ -539,7 +539,7 @@ async def test_silent_client_is_removed_after_the_idle_timeout(autojump_clock: M
         while len(server.replica.sessions) == 2:
             await trio.sleep(0.5)
         assert 55 < trio.current_time() - began < 65
-        # The other one has said nothing either, but it has answered the pings.
+        # The other one has sent nothing either, but it has answered the pings.
         await trio.sleep(200)
         other.say(type="ping", seq=1)
         assert (await other.heard("pong"))["seq"] == 1
@@ -562,7 +562,7 @@ async def test_client_that_reads_nothing_is_closed(autojump_clock: MockClock) ->
         stuck.reads = False
         await flood(server, 40)
         began = trio.current_time()
-        assert await stuck.lost() == (CloseCode.UNRESPONSIVE, "nothing was read for a minute")
+        assert await stuck.lost() == (CloseCode.UNRESPONSIVE, "the client read nothing for a minute")
         assert 55 < trio.current_time() - began < 90
 
 
@@ -640,7 +640,7 @@ async def test_endpoint_works_without_segmentation_offload(monkeypatch: pytest.M
 
 
 class Refusing:
-    """A socket that knows no offload."""
+    """A socket without segmentation offload."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -694,7 +694,7 @@ async def test_timers_fire_in_order_and_hold_each_member_once(autojump_clock: Mo
         for n in range(1000):
             timers.set("moved", start + 0.5 - n / 10_000)
         timers.set("moved", start + 60)
-        again["soon"] = start  # A time that has passed does not keep the task from waiting.
+        again["soon"] = start  # A time in the past does not keep the task from waiting.
         assert len(timers) == 3
         await trio.sleep(10)
         nursery.cancel_scope.cancel()
@@ -727,7 +727,7 @@ async def test_simultaneous_timers_let_other_tasks_run() -> None:
 
 @pytest.mark.parametrize(("bind", "host"), [("0.0.0.0", "127.0.0.2"), ("[::]", "[::1]")])
 async def test_reply_comes_from_the_address_that_was_used(bind: str, host: str) -> None:
-    # Whoever has connected its socket hears nothing that comes from another.
+    # A connected socket receives nothing from other addresses.
     async with serving(bind=f"{bind}:0") as server:
         port = int(server.address.rpartition(":")[2])
         strange = (b"\xc0\x1a\x2a\x3a\x4a\x08" + bytes(8) + b"\x08" + bytes(8)).ljust(1200, b"\0")

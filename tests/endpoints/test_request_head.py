@@ -198,7 +198,7 @@ CASES: dict[str, dict[str, Case]] = {
 
 
 async def statuses(address: str, sent: bytes) -> list[int]:
-    """Those of all answers on one connection, until the broker closes it."""
+    """Return the statuses of all responses on one connection, until the broker closes it."""
     host, _, port = address.rpartition(":")
     received = b""
     async with await trio.open_tcp_stream(host, int(port)) as stream:
@@ -218,7 +218,7 @@ async def test_requests_are_separated_as_the_rfc_requires(kind: str) -> None:
 
 
 async def test_body_in_tiny_chunks_lets_other_tasks_run() -> None:
-    """Each chunk is an event of its own, and a thousand of them come in one read."""
+    """Each chunk is an event, and one read brings a thousand of them."""
     body = b'{"channel":"a.b","payload":"' + b"x" * 50_000 + b'"}'
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
     steps = 0

@@ -1,4 +1,4 @@
-"""A WebTransport peer that takes nothing while its connection is well, on a virtual clock."""
+"""WebTransport peers that read nothing on a healthy connection, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.webtransport.simulated_link import Link, client_config
 
 WINDOW = 1 << 14
 START = 1000.0
-"""When a `Link` begins."""
+"""The time at which a `Link` begins."""
 
 
 class Pair:
-    """A conversation and its peer, which acknowledges every packet and pings, and takes what it wants."""
+    """A session and its peer, which acknowledges every packet, pings, and reads what it wants."""
 
     def __init__(self, replica: Replica, limits: ConnectionLimits) -> None:
         self.replica = replica
@@ -65,12 +65,12 @@ class Pair:
         assert self.link.client.it.send(self.stream, json.dumps(message).encode())
 
     def take(self, count: int) -> None:
-        """Give the broker credit for so many bytes more."""
+        """Give the broker credit for this many more bytes."""
         for stream in self.link.client.received:
             self.link.client.it.consumed(stream, count)
 
     async def pass_time(self, seconds: float) -> None:
-        """As the router does it."""
+        """Do what the packet router does."""
         end = trio.current_time() + seconds
         while trio.current_time() < end and not self.lost:
             await trio.sleep(PING_INTERVAL / 4)
@@ -86,7 +86,7 @@ class Pair:
             await wait_all_tasks_blocked()
 
     def lines(self, stream: int) -> list[dict[str, Any]]:
-        """What has come whole on a stream."""
+        """Return the complete lines of a stream."""
         return [json.loads(line) for line in bytes(self.link.client.received[stream]).split(b"\n")[:-1]]
 
     @property
@@ -94,7 +94,7 @@ class Pair:
         return self.link.client.saw(StreamReset)
 
     def seqs(self) -> list[int]:
-        """Of the messages that it has got whole, on any stream."""
+        """Return the seqs of all complete messages, on any stream."""
         lines = [line for data in self.link.client.received.values() for line in data.split(b"\n")[:-1]]
         told = [json.loads(line) for line in lines]
         return [line["seq"] for line in told if line["type"] == "message"]
@@ -132,7 +132,7 @@ async def conversing(
 
 @pytest.mark.parametrize("waiting", [3, 100])
 async def test_peer_without_flow_control_credit_is_closed(autojump_clock: MockClock, waiting: int) -> None:
-    """With the less of the two, all that waits is in the connection, and the send queue is empty."""
+    """With the smaller of the two, all unsent data is in the connection, and the send queue is empty."""
     async with conversing(autojump_clock) as pair:
         pair.link.client.consumes = False
         began = trio.current_time()
@@ -162,7 +162,7 @@ async def test_unread_stream_is_reset_alone(autojump_clock: MockClock, waiting: 
         last = pair.lines(pair.stream)[-1]
         assert last == {"type": "unsubscribed", "pattern": "a.*", "seq": waiting}
         assert pair.replica.delivery.statistics().held == 0
-        # The session goes on, and the subscription where it stood.
+        # The session continues, and a new subscription resumes at the cursor.
         await pair.pass_time(10 * STALL_TIMEOUT)
         pair.link.client.consumes = True
         pair.link.client.it.consumed(pair.stream, 1 << 20)
@@ -175,7 +175,7 @@ async def test_unread_stream_is_reset_alone(autojump_clock: MockClock, waiting: 
 
 
 async def test_many_unread_streams_are_reset_together(autojump_clock: MockClock) -> None:
-    """They hold the window of the whole connection, so that the session's stream stands still with them."""
+    """They fill the window of the whole connection, so that the session's stream makes no progress either."""
     async with conversing(autojump_clock, stream=True) as pair:
         patterns = [f"p{number}.*" for number in range(12)]
         for pattern in patterns:
@@ -197,7 +197,7 @@ async def test_many_unread_streams_are_reset_together(autojump_clock: MockClock)
         ended = [line["pattern"] for line in lines if line["type"] == "unsubscribed"]
         assert len(pair.resets) == len(set(ended)) == len(ended) >= 3
         assert [line["pattern"] for line in lines if line["type"] == "message"] == ["main.*"]
-        # Those that only had to wait for the others have all of theirs.
+        # The streams that only waited for the others are complete.
         got = [
             line["pattern"]
             for stream in pair.link.client.received

@@ -27,7 +27,7 @@ async def publish(server: Server, channel: str, *payloads: object, **options: An
 
 
 async def subscribe(client: Client, pattern: str, **options: object) -> Own:
-    """Subscribe with a stream of its own, and return that."""
+    """Subscribe with an own stream, and return the stream."""
     client.say(type="subscribe", pattern=pattern, stream=True, **options)
     await client.until(lambda: any(is_for(own, pattern) and not own.ended for own in client.own.values()))
     return next(own for own in client.own.values() if is_for(own, pattern) and not own.ended)
@@ -159,7 +159,7 @@ async def test_unread_streams_delay_no_other_and_lose_nothing() -> None:
         for _ in range(40):
             for number in range(8):
                 await publish(server, f"stuck{number}.a", payload)
-        # What is not read of them is more than the connection takes for all its streams.
+        # Their unread data is more than the window of the connection.
         assert server.replica.delivery.statistics().lagging == 8
         for number in range(20):
             await publish(server, "read.a", number)
@@ -183,7 +183,7 @@ async def test_every_stream_has_a_head_of_its_own() -> None:
         assert [(await client.line())["type"] for _ in range(2)] == ["pong", "head"]
         await client.until(lambda: len(own.lines) == 2)
         assert (own.lines[1]["type"], own.lines[1]["seq"]) == ("head", 1)
-        # Nothing has moved since.
+        # The head has not moved since.
         client.say(type="ping", seq=2)
         assert [(await client.line())["type"] for _ in range(2)] == ["pong", "head"]
         await publish(server, "a.b", 1)
@@ -256,7 +256,7 @@ async def test_ephemeral_messages_arrive_as_datagrams_on_request(stream: bool) -
         [datagram] = client.datagrams
         assert (datagram["type"], datagram["pattern"], datagram["payload"]) == ("message", "a.*", {"x": 1})
         assert "seq" not in datagram
-        # One that does not fit comes where the others come, and so does everything that is in the log.
+        # A message that does not fit arrives on the stream, like every message of the log.
         await publish(server, "a.b", "y" * 1500, ephemeral=True)
         await publish(server, "a.b", "kept")
         lines = client.lines if not stream else client.own[max(client.own)].lines
@@ -314,7 +314,7 @@ async def test_ping_flood_fills_no_send_queue(monkeypatch: pytest.MonkeyPatch) -
             assert held.send_queue.size < held.send_queue.limit + 200
 
 
-# Anything that can be done to streams
+# Random operations on streams
 
 patterns = st.sampled_from(["a.*", "b.*"])
 steps = st.one_of(
@@ -332,7 +332,7 @@ LATE = [
 
 
 def complete(own: Own, owed: list[int], since: int | None) -> int:
-    """Up to where a stream has told everything. Fails where something is missing, repeated or out of order."""
+    """Return the seq up to which a stream is complete. Fails if a message is missing, repeated or out of order."""
     cursor: int = own.lines[0]["seq"] if since is None else since
     for line in own.lines[1:]:
         told = [line["seq"]] if line["type"] == "message" else []
@@ -347,7 +347,7 @@ def complete(own: Own, owed: list[int], since: int | None) -> int:
 @example([*LATE, ("subscribe", "a.*", 3), ("publish", "a.*", 5), ("ping", "a.*", None)])
 @example([*LATE, ("unsubscribe", "a.*", None), ("subscribe", "a.*", 20), ("wait", "a.*", None), ("stop", "a.*", None)])
 async def test_every_stream_delivers_everything_in_order(actions: list[tuple[str, str, Any]]) -> None:
-    """Nothing is missing, nothing comes twice, and no `live` or `head` is ahead of what stands before it."""
+    """No message is missing or repeated, and no `live` or `head` is ahead of the lines before it."""
     config = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, send_queue=1 << 16))
     limits = ConnectionLimits(connection_window=16 << 20, stream_window=1 << 14, incoming_unidirectional=60)
     async with serving(config, limits=ConnectionLimits(stream_unacknowledged=1 << 14)) as server:
@@ -355,7 +355,7 @@ async def test_every_stream_delivers_everything_in_order(actions: list[tuple[str
         owed: dict[str, list[int]] = {"a.*": [], "b.*": []}
         since: list[int | None] = []
         held: dict[str, int] = {}
-        """The `id` with which each was asked for."""
+        """The `id` of each request."""
         stopped: set[int] = set()
         newest = 0
         for action, pattern, detail in actions:

@@ -29,11 +29,11 @@ from tests.programs import find_module, find_program
 from tests.volumes import Volume
 
 SESSIONS = 20
-"""Of each transport."""
+"""The number for each transport."""
 
 
 class Renewed:
-    """A certificate in a volume that is renewed now and then, each time by another authority."""
+    """A certificate in a volume, which another authority renews each time."""
 
     def __init__(self, directory: Path) -> None:
         self.authority = ""
@@ -141,7 +141,7 @@ async def test_peer_without_tls_affects_no_other(certificate: Renewed, monkeypat
 async def test_certificate_change_under_load_ends_no_session(
     certificate: Renewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And those who come afterwards see the new one, over either transport."""
+    """Later connections get the new one, over either transport."""
     monkeypatch.setattr(certificates, "CHECK_INTERVAL", timedelta(0))
     lost: list[object] = []
     async with AsyncExitStack() as stack:
@@ -175,12 +175,12 @@ async def test_certificate_change_under_load_ends_no_session(
     assert lost == []
 
 
-# How a connection ends
+# The end of a connection
 
 
 @asynccontextmanager
 async def flawless(certificate: Renewed, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Urls]:
-    """A broker that logs no error, and counts no fault, until it has stopped."""
+    """Run a broker that logs no error, and counts no internal error, until it has stopped."""
     async with serving(certificate.config()) as (broker, urls):
         yield urls
         broker.stop()
@@ -230,7 +230,7 @@ async def answer_and_leave(stream: trio.SSLStream[trio.SocketStream]) -> None:
 
 
 async def leave_unanswered(stream: trio.SSLStream[trio.SocketStream]) -> None:
-    """Take the broker's close_notify and answer nothing."""
+    """Read the broker's close_notify without an answer."""
     assert await stream.receive_some() == b""
     await stream.transport_stream.aclose()
 
@@ -248,7 +248,7 @@ async def say_more(stream: trio.SSLStream[trio.SocketStream]) -> None:
 
 
 async def garble(stream: trio.SSLStream[trio.SocketStream]) -> None:
-    """Send what is no TLS record."""
+    """Send an invalid TLS record."""
     with suppress(trio.BrokenResourceError):
         await stream.transport_stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
         while await stream.transport_stream.receive_some():
@@ -293,7 +293,7 @@ async def test_cut_connection_is_no_internal_error(certificate: Renewed, caplog:
 async def test_half_closed_peer_still_gets_its_response(
     certificate: Renewed, caplog: pytest.LogCaptureFixture, maximum: ssl.TLSVersion
 ) -> None:
-    """Half-closed by TCP, or, from TLS 1.3 on, by a close_notify."""
+    """The peer half-closes by TCP, or, since TLS 1.3, by a close_notify."""
     async with flawless(certificate, caplog) as urls:
         async with await open_tls(urls, certificate, maximum) as stream:
             await stream.send_all(NEXT)

@@ -1,4 +1,4 @@
-"""Where clients are, and which proxies are believed about that."""
+"""The addresses of clients, directly and behind trusted proxies."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from tests.endpoints.raw_peer import UPGRADE, Peer, close_frame, masked, patienc
 
 
 class Served:
-    """A connection that is being served, seen from both sides."""
+    """Both ends of a served connection."""
 
     def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
         self.replica = replica
@@ -107,7 +107,7 @@ async def test_closed_connection_leaves_no_reference_cycles(nursery: trio.Nurser
     assert kept == []
 
 
-# Talking
+# Messages
 
 
 @pytest.mark.parametrize("opcode", [raw_peer.TEXT, raw_peer.BINARY])
@@ -317,7 +317,7 @@ async def test_frames_after_a_too_long_message_affect_nothing(more: bytes, autoj
     ids=["too long", "not UTF-8"],
 )
 async def test_sending_peer_receives_the_close_reason(message: bytes, code: int, autojump_clock: MockClock) -> None:
-    """A proxy between the two would end both sides when the broker ended its own."""
+    """A proxy between them would end both sides when the broker ends its own."""
     async with served(FakeReplica(Config(limits=LimitSettings(message_size=100)))) as it:
         await it.peer.send(message[:20])
         assert (await it.peer.frame()).code == code
@@ -331,7 +331,7 @@ async def test_sending_peer_receives_the_close_reason(message: bytes, code: int,
         await it.ended.wait()
 
 
-# Our own mistakes
+# Internal errors
 
 
 async def test_failed_session_closes_its_own_connection_only(autojump_clock: MockClock) -> None:
@@ -387,7 +387,7 @@ async def test_stalled_handshake_is_closed(autojump_clock: MockClock) -> None:
     assert replica.sessions == []
 
 
-# Keeping alive
+# Keep-alive
 
 
 async def test_silent_peer_that_answers_pings_stays_connected(autojump_clock: MockClock) -> None:
@@ -428,7 +428,7 @@ async def test_peer_that_reads_nothing_is_disconnected(autojump_clock: MockClock
         began = trio.current_time()
         while not it.ended.is_set():
             with trio.move_on_after(7):
-                # It is not silent, though.
+                # It does not count as silent.
                 await it.peer.send(masked(raw_peer.PONG, b""))
                 await it.ended.wait()
         assert STALL_TIMEOUT <= trio.current_time() - began <= STALL_TIMEOUT + 6
@@ -508,7 +508,7 @@ async def test_slow_reader_does_not_count_as_silent(autojump_clock: MockClock) -
         for _ in range(20):
             await trio.sleep(20)
             assert (await it.peer.frame()).opcode == raw_peer.TEXT
-        # Having taken all of it counts as a sign of life, too.
+        # Reading everything counts as a sign of life, too.
         began = trio.current_time()
         assert (await it.peer.frame()).opcode == raw_peer.PING
         assert trio.current_time() - began <= 25
@@ -523,7 +523,7 @@ async def test_peer_that_reads_after_a_pause_is_pinged_first(
         it.client.send_queue.put(b"a" * 60_000)
         it.client.send_queue.writer.flush()
         await trio.sleep(STALL_TIMEOUT - 5)
-        # It was heard more than a minute ago. A ping has not been possible since.
+        # Its last bytes are more than a minute old, but no ping was possible since.
         assert (await it.peer.frame()).opcode == raw_peer.TEXT
         began = trio.current_time()
         assert (await it.peer.frame()).opcode == raw_peer.PING

@@ -171,7 +171,7 @@ def test_a_connection_for_which_no_file_is_left_waits_and_is_logged_once(brokers
         assert most[0] == most[1], "it takes what it may have"
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, most[1]))
         with broker.connect() as late:
-            told = broker.wait_for("a connection waits, as none can be accepted")
+            told = broker.wait_for("cannot accept a connection")
             assert (told["level"], told["reason"]) == ("warning", "Too many open files")
             failures = 0.0
             while failures < 3:

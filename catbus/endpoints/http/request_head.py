@@ -30,10 +30,10 @@ def read_request_head(event: h11.Request) -> HttpRequest | HttpResponse:
     if b"transfer-encoding" in names and event.http_version < b"1.1":
         return text_response(400, "HTTP/1.0 has no `Transfer-Encoding`")
     if twice := next((name for name in SINGLE_HEADERS if names.count(name) > 1), None):
-        return text_response(400, f"`{twice.decode().title()}` stands in it twice")
+        return text_response(400, f"`{twice.decode().title()}` occurs twice")
     place = _host_and_path(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
     if place is None:
-        return text_response(400, "this is not a host, or not a target on it")
+        return text_response(400, "the host or the target is not valid")
     host, path = place
     method = event.method.decode("ascii")
     if path == "*" and method != "OPTIONS":

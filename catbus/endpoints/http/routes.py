@@ -55,7 +55,7 @@ async def status(replica: Replica, request: HttpRequest) -> HttpResponse:
     try:
         identity = await replica.authenticate(bearer_token(request), request.network)
         if not identity.grants.may_read("*"):
-            raise PeerError(ErrorCode.UNAUTHORIZED, "only who may read `*` is told")
+            raise PeerError(ErrorCode.UNAUTHORIZED, "the status needs a grant to read `*`")
     except PeerError as error:
         return error_response(replica, error)
     return json_response(replica.report(), headers=[(b"cache-control", b"no-store")])
@@ -65,7 +65,7 @@ async def discover(replica: Replica, request: HttpRequest) -> HttpResponse:
     """Where the other ways in are, by the name under which this one was reached."""
     secure, host = forwarded_origin(request, tls=replica.config.websocket.tls)
     if not host:
-        return text_response(400, "the request does not say which host it is for")
+        return text_response(400, "the request has no host")
     made = None if replica.certificates is None else replica.certificates.development(datetime.now(UTC))
     return json_response(
         discovery_document(host, replica.webtransport_port, made, secure=secure),

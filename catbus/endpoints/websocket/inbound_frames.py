@@ -19,7 +19,7 @@ BYTES_PER_EXTRA_FRAGMENT = 32
 """Bytes of a message that allow one more fragment."""
 
 TOO_LARGE = 1009, "a message is too large"
-TOO_MANY_FRAGMENTS = 1009, "a message comes in too many fragments"
+TOO_MANY_FRAGMENTS = 1009, "a message has too many fragments"
 
 _FINAL = 0x80
 _WHOLE_TEXT = 0x81

@@ -177,7 +177,7 @@ class PacketRouter:
                 try:
                     taken = self._enqueue(data, peer_address, now)
                 except Exception as error:  # noqa: BLE001 (it is logged)
-                    self.log_internal_error("a datagram could not be dealt with", error)
+                    self.log_internal_error("processing a datagram failed", error)
                     taken = False
                 self.dropped += not taken
 
@@ -240,7 +240,7 @@ class PacketRouter:
             elif header.is_initial:
                 peer = self._accept(header, data, peer_address, proof, now)
         except Exception as error:  # noqa: BLE001 (it is logged)
-            self.log_internal_error("a datagram could not be dealt with", error)
+            self.log_internal_error("processing a datagram failed", error)
             peer = None
         self.dropped += peer is None
         return peer
@@ -440,7 +440,7 @@ class PacketRouter:
         elif violation is not None:
             self.violations += 1
             # A fixed reason, logged at a limited rate, because peers choose the violation and its number.
-            self._log_peer_event("a peer broke the rules of QUIC or HTTP/3", reason=violation)
+            self._log_peer_event("a peer violated QUIC or HTTP/3", reason=violation)
 
     def _log_peer_event(self, event: str, **fields: str) -> None:
         """Log an action of a peer at a limited rate, because peers may repeat it as often as they like."""

@@ -44,7 +44,7 @@ STREAM_REJECTED = 1
 """The error code for a stream of the client that has no meaning in the protocol."""
 
 INTERNAL_ERROR = CloseCode.INTERNAL, "internal error"
-STALLED_REASON = "nothing was read for a minute"
+STALLED_REASON = "the client read nothing for a minute"
 
 
 class StreamWriter:
