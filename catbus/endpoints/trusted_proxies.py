@@ -74,8 +74,8 @@ class TrustedProxies:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "a proxy that is not trusted hands requests on, so that its clients count as one address: if it is "
-                "yours, name it in websocket.trusted_proxies (CATBUS_TRUSTED_PROXIES)",
+                "an untrusted proxy forwards requests, so its clients count as one address: if the proxy is "
+                "yours, add it to websocket.trusted_proxies (CATBUS_TRUSTED_PROXIES)",
                 address=peer,
             )
 

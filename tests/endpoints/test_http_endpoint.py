@@ -133,7 +133,7 @@ async def test_connections_over_the_limit_get_a_response() -> None:
                 response = await third.response()
                 assert (response.status, response.body) == (503, b"too many connections\n")
                 assert await third.at_end()
-                # It stays open until the peer closes, because a reset could reach the peer before it has read the response.
+                # It stays open until the peer closes: a reset could arrive before the peer has read the response.
                 assert endpoint.statistics().connections == 3
             assert endpoint.statistics().rejected == 1
         while endpoint.statistics().connections:
