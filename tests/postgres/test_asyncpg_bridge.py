@@ -16,7 +16,7 @@ from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql, pids, wait_until
 
 
-async def test_a_query_and_its_answer(database_url: str) -> None:
+async def test_query_returns_its_rows(database_url: str) -> None:
     async with open_sql(database_url) as connection:
         assert await connection.fetchrow("SELECT $1::int + 1, $2::text", 1, "é") == (2, "é")
         assert [tuple(row) for row in await connection.fetch("SELECT generate_series(1, 3)")] == [(1,), (2,), (3,)]
@@ -24,7 +24,7 @@ async def test_a_query_and_its_answer(database_url: str) -> None:
         assert await connection.fetchrow("SELECT pg_backend_pid()") == (connection.pid,)
 
 
-async def test_an_error_of_the_database_leaves_the_connection_as_it_was(database_url: str) -> None:
+async def test_database_error_leaves_the_connection_usable(database_url: str) -> None:
     async with open_sql(database_url) as connection:
         with pytest.raises(DATABASE_ERRORS) as caught:
             await connection.fetch("SELECT 1 / 0")
@@ -33,13 +33,13 @@ async def test_an_error_of_the_database_leaves_the_connection_as_it_was(database
         assert await connection.fetchrow("SELECT 1") == (1,)
 
 
-async def test_no_row_where_there_must_be_one_is_an_outage(database_url: str) -> None:
+async def test_missing_required_row_is_an_outage(database_url: str) -> None:
     async with open_sql(database_url) as connection:
         with pytest.raises(OSError, match="returned no row"):
             await connection.fetchrow("SELECT 1 WHERE false")
 
 
-async def test_a_cancelled_query_ends_its_connection_and_opens_no_other(database_url: str) -> None:
+async def test_cancelled_query_ends_its_connection_and_opens_no_other(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge, open_sql(database_url) as sql:
         connection = await bridge.connect(proxy.url)
         with trio.move_on_after(0.1) as scope:
@@ -53,7 +53,7 @@ async def test_a_cancelled_query_ends_its_connection_and_opens_no_other(database
             await sql.fetch("SELECT pg_terminate_backend($1)", pid)
 
 
-async def test_a_query_that_takes_too_long_ends_its_connection(database_url: str) -> None:
+async def test_query_that_exceeds_its_timeout_ends_its_connection(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         connection = await bridge.connect(proxy.url)
         proxy.block()
@@ -63,7 +63,7 @@ async def test_a_query_that_takes_too_long_ends_its_connection(database_url: str
         assert proxy.accepted == 1
 
 
-async def test_a_silent_server_is_waited_for_no_longer_than_asked(database_url: str) -> None:
+async def test_connecting_to_a_silent_server_stops_at_the_timeout(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         proxy.block()
         with pytest.raises(TimeoutError, match="no connection within"):
@@ -73,7 +73,7 @@ async def test_a_silent_server_is_waited_for_no_longer_than_asked(database_url: 
         assert scope.cancelled_caught
 
 
-async def test_a_server_that_rejects_the_connection_is_an_outage(database_url: str) -> None:
+async def test_rejected_connection_is_an_outage(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         proxy.close()
         with pytest.raises(DATABASE_ERRORS):
@@ -82,13 +82,13 @@ async def test_a_server_that_rejects_the_connection_is_an_outage(database_url: s
             await bridge.connect("postgres://localhost:1/x?sslmode=disable")
 
 
-async def test_a_wrong_url_is_a_mistake_of_the_configuration() -> None:
+async def test_wrong_url_is_a_configuration_error() -> None:
     async with open_bridge() as bridge:
         with pytest.raises(ConfigError, match="sslmode"):
             await bridge.connect("postgres://someone:sesame@localhost/x?sslmode=perhaps")
 
 
-async def test_a_lost_connection_reports_it(database_url: str) -> None:
+async def test_lost_connection_calls_its_callback(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         with await bridge.connect(proxy.url) as connection:
             lost = trio.Event()
@@ -99,7 +99,7 @@ async def test_a_lost_connection_reports_it(database_url: str) -> None:
             assert connection.closed
 
 
-async def test_a_call_that_runs_when_the_bridge_closes_raises_an_outage(database_url: str) -> None:
+async def test_call_in_progress_raises_an_outage_when_the_bridge_closes(database_url: str) -> None:
     failed: list[Exception] = []
 
     async with trio.open_nursery() as nursery, open_bridge() as bridge:
@@ -120,7 +120,7 @@ async def test_a_call_that_runs_when_the_bridge_closes_raises_an_outage(database
         await connection.fetch("SELECT 1")
 
 
-async def test_notifications_are_heard_with_their_sender(database_url: str) -> None:
+async def test_notifications_arrive_with_their_sender(database_url: str) -> None:
     heard: list[tuple[int, str]] = []
     news = trio.Event()
 
@@ -136,7 +136,7 @@ async def test_notifications_are_heard_with_their_sender(database_url: str) -> N
         assert heard == [(sender.pid, "good")]
 
 
-async def test_an_error_in_a_callback_is_counted_and_ends_nothing(database_url: str) -> None:
+async def test_callback_error_is_counted_and_ends_nothing(database_url: str) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
@@ -155,7 +155,7 @@ async def test_an_error_in_a_callback_is_counted_and_ends_nothing(database_url: 
                 await bridge.run_in_asyncio(fail_later, asyncio.Task.cancel)
 
 
-async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:
+async def test_kernel_detects_a_dead_peer(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         with await bridge.connect(proxy.url) as connection:
             peer = connection._raw._transport.get_extra_info("socket")
@@ -163,7 +163,7 @@ async def test_a_dead_peer_is_noticed_by_the_kernel(database_url: str) -> None:
             assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4_000
 
 
-async def test_an_exception_within_the_bridge_is_raised_unchanged() -> None:
+async def test_exception_within_the_bridge_is_raised_unchanged() -> None:
     with pytest.raises(KeyError):
         async with open_bridge():
             raise KeyError
