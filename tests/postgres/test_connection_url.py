@@ -56,7 +56,7 @@ def complaint(url: str, environ: Mapping[str, str] = {}) -> str:
 # What stands in it
 
 
-def test_the_parts_of_a_url() -> None:
+def test_url_parts_are_parsed() -> None:
     found = only("postgres://me:sesame@db.example.com:6432/bus?application_name=x")
     wanted = {"host": "db.example.com", "port": 6432, "user": "me", "password": "sesame", "database": "bus"}
     assert {name: found[name] for name in wanted} == wanted
@@ -66,7 +66,7 @@ def test_the_parts_of_a_url() -> None:
     assert only("postgres://me@h?fallback_application_name=y")["server_settings"] == {"application_name": "y"}
 
 
-def test_escapes_are_those_of_libpq() -> None:
+def test_escapes_are_decoded_as_libpq_decodes_them() -> None:
     found = only("postgres://m%40e:p%2Fa%3F%23%25@%2Frun%2Fdb:6000/b%C3%A9+s")
     assert (found["user"], found["password"], found["host"]) == ("m@e", "p/a?#%", "/run/db")
     assert (found["port"], found["database"]) == (6000, "bé+s")
@@ -91,18 +91,18 @@ def test_several_hosts_are_tried_in_order() -> None:
     assert len(orders) > 1
 
 
-def test_a_parameter_replaces_the_part_before_the_query() -> None:
+def test_parameter_replaces_the_part_before_the_query() -> None:
     found = only("postgres://me:a@h:1/x?host=/run&port=2&user=you&password=b&dbname=y")
     assert [found[name] for name in ("host", "port", "user", "password", "database")] == ["/run", 2, "you", "b", "y"]
     assert only("postgres://h/x?database=z")["database"] == "z"
 
 
-def test_all_parameters_of_libpq_are_known() -> None:
+def test_every_libpq_parameter_is_known() -> None:
     assert PARAMETERS.keys() - {"database", "ssl"} == set(LIBPQ.split())
 
 
 @pytest.mark.parametrize("name", LIBPQ.split())
-def test_each_parameter_is_honoured_or_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_each_parameter_is_applied_or_rejected_by_name(name: str, tmp_path: Path) -> None:
     parameter = PARAMETERS[name]
     for value in parameter.values or ():
         others = {"sslmode": "require", "sslrootcert": __file__} if value == "direct" else {"sslmode": "disable"}
@@ -127,7 +127,7 @@ def test_each_parameter_is_honoured_or_refused_by_name(name: str, tmp_path: Path
         ("pgbouncer", None),
     ],
 )
-def test_an_unknown_parameter_is_an_error_with_a_suggestion(written: str, meant: str | None) -> None:
+def test_unknown_parameter_is_an_error_with_a_suggestion(written: str, meant: str | None) -> None:
     text = complaint(f"postgres://me:sesame@h/x?{written}=require")
     assert written in text
     assert "options=-c%20" in text
@@ -161,7 +161,7 @@ def test_no_error_shows_a_password(url: str) -> None:
     assert "12345" not in text
 
 
-def test_a_password_file(tmp_path: Path) -> None:
+def test_password_file_supplies_the_password(tmp_path: Path) -> None:
     file = tmp_path / "passwords"
     file.write_text("# comment\nother:*:*:*:no\nh:6000:x:me:w\\:rong\\\\\nlocalhost:*:*:me:socket\n*:*:*:me:any\n")
     file.chmod(0o600)
@@ -179,7 +179,7 @@ def test_a_password_file(tmp_path: Path) -> None:
 # The environment
 
 
-def test_variables_count_where_the_url_leaves_something_out(tmp_path: Path) -> None:
+def test_environment_variables_supply_what_the_url_omits(tmp_path: Path) -> None:
     file = tmp_path / "passwords"
     file.write_text("*:*:*:*:filed\n")
     file.chmod(0o600)
@@ -293,23 +293,19 @@ async def play(user: str, work: str, argument: object, environ: Mapping[str, str
     return (done.stdout or done.stderr).decode().strip()
 
 
-async def test_no_variable_reaches_the_embedded_server(shared_state: Path) -> None:
+async def test_environment_variables_do_not_reach_the_embedded_server(shared_state: Path) -> None:
     assert await play("same", "serve", shared_state, WRONG) == "1"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
-async def test_a_home_that_belongs_to_somebody_else_does_the_embedded_server_no_harm(
-    shared_state: Path, closed_home: Path
-) -> None:
+async def test_embedded_server_works_with_the_home_of_another_user(shared_state: Path, closed_home: Path) -> None:
     os.chown(shared_state, 65_534, 65_534)
     assert await play("another", "serve", shared_state, {"HOME": str(closed_home)}) == "1"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 @pytest.mark.parametrize("mode", ["disable", "prefer"])
-async def test_a_home_that_belongs_to_somebody_else_does_a_server_by_tcp_no_harm(
-    database_url: str, closed_home: Path, mode: str
-) -> None:
+async def test_tcp_server_works_with_the_home_of_another_user(database_url: str, closed_home: Path, mode: str) -> None:
     async with open_proxy(database_url) as proxy:
         url = proxy.url.replace("sslmode=disable", f"sslmode={mode}")
         assert await play("another", "connect", url, {"HOME": str(closed_home)}) == "1"
@@ -318,7 +314,7 @@ async def test_a_home_that_belongs_to_somebody_else_does_a_server_by_tcp_no_harm
 # In use
 
 
-async def test_the_next_host_is_tried_when_one_is_unreachable(database_url: str) -> None:
+async def test_next_host_is_tried_when_one_is_unreachable(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         parts = urlsplit(proxy.url)
         login, _, place = parts.netloc.rpartition("@")
@@ -327,7 +323,7 @@ async def test_the_next_host_is_tried_when_one_is_unreachable(database_url: str)
             assert await connection.fetchrow("SELECT 1") == (1,)
 
 
-async def test_a_silent_host_takes_its_share_of_the_time_only(database_url: str) -> None:
+async def test_silent_host_takes_only_its_share_of_the_timeout(database_url: str) -> None:
     async with open_proxy(database_url) as silent, open_proxy(database_url) as proxy, open_bridge() as bridge:
         silent.block()
         parts = urlsplit(proxy.url)
@@ -340,7 +336,7 @@ async def test_a_silent_host_takes_its_share_of_the_time_only(database_url: str)
             await bridge.connect(silent_alone, 30.0)
 
 
-async def test_a_wrong_password_is_not_tried_on_other_hosts(database_url: str) -> None:
+async def test_wrong_password_is_not_tried_on_other_hosts(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         parts = urlsplit(proxy.url)
         user, place = parts.username, parts.netloc.rpartition("@")[2]
@@ -349,7 +345,7 @@ async def test_a_wrong_password_is_not_tried_on_other_hosts(database_url: str) -
             await bridge.connect(url)
 
 
-async def test_the_setting_that_is_wrong_is_named(database_url: str) -> None:
+async def test_error_names_the_wrong_setting(database_url: str) -> None:
     async with open_bridge() as bridge:
         with pytest.raises(ConfigError, match=r"^\[database\] listen_url: channel_binding: leave it out"):
             await bridge.connect("postgres://h?channel_binding=require", setting="listen_url")
@@ -365,12 +361,12 @@ async def test_the_setting_that_is_wrong_is_named(database_url: str) -> None:
     assert "sesame" not in str(found)
 
 
-async def test_options_and_an_encoding_reach_the_server(database_url: str) -> None:
+async def test_options_and_client_encoding_reach_the_server(database_url: str) -> None:
     async with open_sql(f"{database_url}&options=-c%20maintenance_work_mem%3D9MB&client_encoding=auto") as connection:
         assert await connection.fetchrow("SHOW maintenance_work_mem") == ("9MB",)
 
 
-def test_the_document_has_all_parameters_and_variables() -> None:
+def test_document_lists_all_parameters_and_variables() -> None:
     text = DOCUMENT.read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
     for name, parameter in PARAMETERS.items():
