@@ -88,7 +88,7 @@ def test_encoded_messages_are_decoded_in_order_and_once(messages: list[Entry]) -
     assert [entry for card in cards for entry in sender.decode(card, EPOCH, SEAL, NOW)] == []
 
 
-def test_a_notification_contains_as_many_messages_as_fit() -> None:
+def test_notification_contains_as_many_messages_as_fit() -> None:
     small = Entry(0, 1_763_912_345_678, "a", b"1")
     *whole, rest = write(EphemeralEncoder(), *[small] * 1000)
     assert len(whole) == 5
@@ -98,7 +98,7 @@ def test_a_notification_contains_as_many_messages_as_fit() -> None:
     assert len(write(EphemeralEncoder(), full(), full())) == 4
 
 
-def test_a_message_that_fits_into_no_notification_is_left_out() -> None:
+def test_message_that_fits_into_no_notification_is_left_out() -> None:
     small, big = Entry(0, 1, "a", b"1"), Entry(0, 1, "a", b'"%b"' % (b"x" * NOTIFICATION_SIZE))
     cards, number = EphemeralEncoder().encode(
         [encode_message(small), encode_message(big), encode_message(small)], EPOCH, SEAL, NOW
@@ -108,7 +108,7 @@ def test_a_message_that_fits_into_no_notification_is_left_out() -> None:
     assert EphemeralEncoder().encode([], EPOCH, SEAL, NOW) == ([], 0)
 
 
-def test_a_message_in_two_notifications_is_decoded_when_both_have_arrived() -> None:
+def test_message_in_two_notifications_is_decoded_when_both_have_arrived() -> None:
     """Without one of them it is lost, and what follows is not."""
     small = Entry(0, 1, "a", b"1")
     for lost in (0, 1, None):
@@ -119,7 +119,7 @@ def test_a_message_in_two_notifications_is_decoded_when_both_have_arrived() -> N
         assert [entry for entries in read for entry in entries] == ([full(), small] if lost is None else [small])
 
 
-def test_a_notification_shows_nothing_and_no_two_are_encrypted_alike() -> None:
+def test_notifications_show_nothing_and_no_two_are_encrypted_alike() -> None:
     message = Entry(0, 1, "channel", b'"payload"', "sender", ALICE)
     post = EphemeralEncoder()
     cards = write(post, message) + write(post, message)
@@ -155,7 +155,7 @@ FORGERIES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_a_notification_that_no_replica_has_sent_is_rejected(name: str) -> None:
+def test_notification_that_no_replica_sent_is_rejected(name: str) -> None:
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b'"true"'))
     forged = FORGERIES[name](card)
     receiver = EphemeralEncoder()
@@ -166,14 +166,14 @@ def test_a_notification_that_no_replica_has_sent_is_rejected(name: str) -> None:
 
 
 @given(st.text() | st.binary(max_size=60).map(lambda raw: "2::" + b64encode(raw).decode()))
-def test_anything_else_is_forged(text: str) -> None:
+def test_text_that_is_no_notification_is_forged(text: str) -> None:
     for forged in (text, f"2::{text}", f"{EPOCH}:x:1 {text}"):
         with pytest.raises(ForgedNotificationError):
             EphemeralEncoder().decode(forged, EPOCH, SEAL, NOW)
 
 
 @given(st.data())
-def test_a_changed_notification_is_forged(data: st.DataObject) -> None:
+def test_changed_notification_is_forged(data: st.DataObject) -> None:
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b'"true"'))
     raw = bytearray(b64decode(card[3:]))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -182,13 +182,13 @@ def test_a_changed_notification_is_forged(data: st.DataObject) -> None:
         EphemeralEncoder().decode(changed, EPOCH, SEAL, NOW)
 
 
-def test_a_notification_of_another_epoch_is_rejected() -> None:
+def test_notification_of_another_epoch_is_rejected() -> None:
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b"1"))
     with pytest.raises(ForgedNotificationError):
         EphemeralEncoder().decode(card, "another", SEAL, NOW)
 
 
-def test_a_recorded_notification_is_rejected_later() -> None:
+def test_recorded_notification_is_rejected_later() -> None:
     """Neither by a replica that was not there yet, nor long after it was written."""
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b"1"))
     for late in (MAX_AGE + 0.1, 86400.0, -MAX_AGE - 0.1):
@@ -201,7 +201,7 @@ def test_a_recorded_notification_is_rejected_later() -> None:
     assert EphemeralEncoder().decode(card, EPOCH, SEAL, NOW + MAX_AGE - 0.1)
 
 
-def test_an_older_notification_is_rejected_after_a_newer_one() -> None:
+def test_older_notification_is_rejected_after_a_newer_one() -> None:
     sender, other, receiver = EphemeralEncoder(), EphemeralEncoder(), EphemeralEncoder()
     first, second, third = (write(sender, Entry(0, n, "a", b"1"))[0] for n in range(3))
     assert receiver.decode(second, EPOCH, SEAL, NOW)
@@ -211,7 +211,7 @@ def test_an_older_notification_is_rejected_after_a_newer_one() -> None:
     refused(receiver, second)
 
 
-def test_the_replica_heard_of_least_recently_is_forgotten_first() -> None:
+def test_least_recently_heard_replica_is_forgotten_first() -> None:
     receiver = EphemeralEncoder()
     message = Entry(0, 1, "a", b"1")
     old, faithful = EphemeralEncoder(), EphemeralEncoder()
