@@ -79,7 +79,7 @@ async def two(
         yield one, here, there
 
 
-async def test_a_message_reaches_the_follower_of_every_other_replica(database_url: str) -> None:
+async def test_message_reaches_the_follower_of_every_other_replica(database_url: str) -> None:
     one, other, third = make(database_url), make(database_url), make(database_url)
     entry = message({"text": "é☃𝄞", "n": 1e30}, sender='o"brien\n☃', origin=ALICE)
     async with running(one) as (here, _), running(other) as (there, _), running(third) as (elsewhere, _):
@@ -98,7 +98,7 @@ async def test_a_message_reaches_the_follower_of_every_other_replica(database_ur
         assert one.statistics().ephemeral_dropped == 0
 
 
-async def test_the_largest_message_is_delivered(database_url: str) -> None:
+async def test_largest_message_is_delivered(database_url: str) -> None:
     sender = "\x01é" * 300
     room = EPHEMERAL_SIZE - len("a.b") - len(msgspec.json.encode(sender)) - len('""')
     async with two(database_url) as (one, _, there):
@@ -109,7 +109,7 @@ async def test_the_largest_message_is_delivered(database_url: str) -> None:
         await until(one, lambda statistics: (statistics.ephemeral_sent, statistics.ephemeral_dropped) == (2, 1))
 
 
-async def test_a_burst_comes_in_order_and_once_in_few_statements(database_url: str) -> None:
+async def test_burst_arrives_once_and_in_order_in_few_statements(database_url: str) -> None:
     count = 5000
     async with two(database_url) as (one, here, there):
         for n in range(count):
@@ -121,7 +121,7 @@ async def test_a_burst_comes_in_order_and_once_in_few_statements(database_url: s
         assert one.statistics().ephemeral_statements <= 3
 
 
-async def test_a_connection_is_made_when_there_is_something_to_send(database_url: str) -> None:
+async def test_connection_is_opened_when_there_is_something_to_send(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
         before = proxy.accepted
         for n in range(3):
@@ -158,9 +158,7 @@ async def test_two_replicas_send_to_each_other_at_once(database_url: str) -> Non
     ],
     ids=["empty", "nonsense", "again", "cut short", "bare", "changed", "another epoch", "not ASCII"],
 )
-async def test_a_notification_that_is_not_the_replicas_own_is_not_believed(
-    database_url: str, forge: Callable[[str], str]
-) -> None:
+async def test_forged_notification_is_not_delivered(database_url: str, forge: Callable[[str], str]) -> None:
     cards: list[str] = []
     overheard = trio.Event()
 
@@ -183,7 +181,7 @@ async def test_a_notification_that_is_not_the_replicas_own_is_not_believed(
         assert statistics.rejected == 1
 
 
-async def test_a_notification_of_the_log_is_no_ephemeral_message(database_url: str) -> None:
+async def test_log_notification_is_not_an_ephemeral_message(database_url: str) -> None:
     """Though both are sealed with the same secret."""
     hints: list[str] = []
     async with two(database_url) as (one, _, there), open_sql(database_url) as sql:
@@ -207,7 +205,7 @@ def _is_there(things: list[str]) -> Callable[[], Any]:
 # At most once
 
 
-async def test_a_message_that_an_outage_delays_is_dropped_when_it_is_old(
+async def test_message_delayed_by_an_outage_is_dropped_when_it_is_old(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
@@ -231,7 +229,7 @@ async def test_a_message_that_an_outage_delays_is_dropped_when_it_is_old(
         assert one.statistics().ephemeral_dropped == SHORT + 1
 
 
-async def test_a_message_that_a_short_outage_delays_is_not_lost(database_url: str) -> None:
+async def test_message_delayed_by_a_short_outage_is_delivered(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
         proxy.close()
         for n in range(SHORT):
@@ -242,7 +240,7 @@ async def test_a_message_that_a_short_outage_delays_is_not_lost(database_url: st
         assert one.statistics().ephemeral_dropped == 0
 
 
-async def test_a_message_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_message_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks between the commit and its answer."""
     fetchrow = DatabaseConnection.fetchrow
     failures = iter([OSError("the answer is lost")])
@@ -264,7 +262,9 @@ async def test_a_message_in_doubt_is_not_sent_again(database_url: str, monkeypat
         assert one.available
 
 
-async def test_a_database_that_does_not_answer_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_relay_gives_up_on_a_database_that_does_not_reply(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_proxy(database_url) as proxy, two(database_url, proxy.url) as (one, _, there):
         one.broadcast(message("before"))
         await heard(there, "before")
@@ -281,7 +281,7 @@ async def test_a_database_that_does_not_answer_is_given_up(database_url: str, mo
         assert payloads(there).count("in doubt") <= 1
 
 
-async def test_the_ephemeral_relay_does_not_delay_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ephemeral_relay_does_not_delay_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database takes one connection less than are wanted, say."""
     one, other = make(database_url), make(database_url)
 
@@ -300,7 +300,7 @@ async def test_the_ephemeral_relay_does_not_delay_the_log(database_url: str, mon
         assert await heard(there, "late") == ["late"]
 
 
-async def test_a_queue_of_notifications_that_fills_up_is_left_alone(database_url: str) -> None:
+async def test_full_notification_queue_is_left_alone(database_url: str) -> None:
     async with two(database_url) as (one, _, there), open_sql(database_url) as stopped, open_sql(database_url) as sql:
         await stopped.execute("LISTEN others")
         await stopped.execute("BEGIN; SELECT 1")
@@ -360,7 +360,7 @@ class Sent(DatabaseConnection):
         return ["off", "1s", len(args[1])]
 
 
-async def test_the_first_goes_at_once_and_what_follows_goes_together(
+async def test_first_message_is_sent_at_once_and_the_next_ones_in_a_batch(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     tail = LogTail(RecentMessages(0))
@@ -398,7 +398,7 @@ LARGE = message("x" * 1000)
     ],
     ids=["messages", "bytes"],
 )
-async def test_the_queue_of_the_relay_is_limited(
+async def test_relay_queue_is_limited(
     entry: Entry, room: int, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     tail = LogTail(RecentMessages(0))
@@ -444,7 +444,7 @@ async def replica(url: str) -> AsyncIterator[tuple[Broker, str]]:
         yield broker, address
 
 
-async def test_from_a_session_on_one_replica_to_those_on_another(database_url: str) -> None:
+async def test_message_reaches_sessions_of_another_replica(database_url: str) -> None:
     async with (
         replica(database_url) as (_, address),
         replica(database_url) as (broker, other_address),
@@ -465,7 +465,7 @@ async def test_from_a_session_on_one_replica_to_those_on_another(database_url: s
         assert (await anext(messages)).seq == (await anext(own)).seq == 1
 
 
-async def test_a_producer_does_not_get_back_on_another_replica_what_it_did_not_want_back(database_url: str) -> None:
+async def test_producer_without_echo_gets_no_echo_on_another_replica(database_url: str) -> None:
     async with (
         replica(database_url) as (_, address),
         replica(database_url) as (_, other_address),
