@@ -24,11 +24,11 @@ EPOCHS = EpochHistory([("first", 0), ("second", 100), ("third", 80), ("fourth", 
         ("never", 10, Resumption(0, "epoch")),
     ],
 )
-def test_a_cursor_goes_on_exactly_where_all_later_epochs_agree(epoch: str, since: int, expected: Resumption) -> None:
+def test_cursor_resumes_exactly_where_all_later_epochs_agree(epoch: str, since: int, expected: Resumption) -> None:
     assert EPOCHS.resume(since, epoch) == expected
 
 
-def test_what_the_newest_epoch_has_of_an_older_one() -> None:
+def test_newest_epoch_keeps_an_older_one_up_to_their_common_seq() -> None:
     assert [EPOCHS.common_seq(epoch) for epoch in ("first", "second", "third", "fourth")] == [80, 80, 90, None]
     assert "third" in EPOCHS
     assert "never" not in EPOCHS
