@@ -316,7 +316,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notification_listener, "logger", CapturingLogger())
 
 
-def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() -> None:
+def test_delivered_messages_are_withdrawn_even_after_retention_has_passed_them() -> None:
     model = Model()
     one, other = Replica(model, 0), Replica(model, 0)
     client = SimulatedSubscriber()
@@ -339,7 +339,7 @@ def test_what_was_handed_on_is_taken_back_though_retention_has_overtaken_it() ->
     assert [(gap.first, gap.last, gap.reason) for gap in client.gaps] == [(1, 0, "epoch"), (1, 4, "retention")]
 
 
-def test_what_an_epoch_had_that_the_database_has_lost_is_taken_back_too() -> None:
+def test_messages_that_the_database_has_lost_are_withdrawn() -> None:
     model = Model()
     one, other = Replica(model, 0), Replica(model, 0)
     client = SimulatedSubscriber()
