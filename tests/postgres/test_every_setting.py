@@ -18,7 +18,7 @@ def laboratory(postgres_server: str) -> Iterator[Laboratory]:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.where}-{'pooled' if place.pooled else 'direct'}")
-def test_no_setting_matters(laboratory: Laboratory, place: Place) -> None:
+def test_catbus_works_with_every_setting(laboratory: Laboratory, place: Place) -> None:
     """One half of the groups is set for the database, and the other half for the roles."""
     carried, _ = laboratory.find_trials()
     groups = rounds([trial for trial in carried if trial not in listed(place)])
