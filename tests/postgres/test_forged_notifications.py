@@ -30,7 +30,7 @@ def flood(forged: ForgedNotifications, number: int = FLOOD_COUNT) -> None:
         forged.note()
 
 
-def test_forged_notifications_are_logged_once_in_an_interval_with_their_number(said: CapturingLogger) -> None:
+def test_forged_notifications_are_logged_once_per_interval_with_their_count(said: CapturingLogger) -> None:
     forged = ForgedNotifications()
     forged.note_poll(0.0, 0.0)
     assert said.calls == []
@@ -43,7 +43,7 @@ def test_forged_notifications_are_logged_once_in_an_interval_with_their_number(s
     assert forged.rejected == 7 * (REPEAT_INTERVAL * 2 + 1)
 
 
-def test_many_forged_notifications_are_a_reason_to_poll_once() -> None:
+def test_many_forged_notifications_cause_one_poll() -> None:
     forged = ForgedNotifications()
     assert [forged.note() for _ in range(3 * FLOOD_COUNT)].count(True) == 1
     forged.note_poll(0.0, 0.0)
@@ -67,7 +67,7 @@ def test_listening_stops_when_a_flood_has_delayed_a_poll(number: int, took: floa
     assert forged.may_listen(100.0 + FIRST_PAUSE)
 
 
-def test_repeated_floods_make_the_pauses_longer() -> None:
+def test_repeated_floods_lengthen_the_pauses() -> None:
     forged, now = ForgedNotifications(), 0.0
     pauses = []
     for _ in range(8):
