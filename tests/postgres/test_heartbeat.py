@@ -26,7 +26,7 @@ async def status(replica: Replica, *options: str) -> str:
     return done.stdout.decode()
 
 
-async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None:
+async def test_status_of_one_replica_lists_all_replicas(database_url: str) -> None:
     with trio.fail_after(60):
         async with open_replicas(database_url, 2) as (one, other):
             async with connect(one.url, token=token("a")) as bus:
@@ -46,7 +46,7 @@ async def test_the_status_of_one_replica_tells_of_all(database_url: str) -> None
     assert "\n  follows    by notifications, lag: 0 messages\n" in text
 
 
-async def test_a_replica_without_a_heartbeat_for_a_minute_is_forgotten(database_url: str) -> None:
+async def test_replica_without_a_heartbeat_for_a_minute_is_forgotten(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
@@ -70,7 +70,7 @@ async def test_a_replica_without_a_heartbeat_for_a_minute_is_forgotten(database_
         assert other.id in {r.id for r in fourth.replicas}
 
 
-async def test_a_heartbeat_is_sent_once_in_an_interval(database_url: str) -> None:
+async def test_heartbeat_is_sent_once_per_interval(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     described = 0
 
@@ -87,7 +87,7 @@ async def test_a_heartbeat_is_sent_once_in_an_interval(database_url: str) -> Non
     assert described == 1
 
 
-async def test_a_report_of_another_release_does_no_harm(database_url: str) -> None:
+async def test_report_of_another_release_does_no_harm(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         assert await publisher.publish("a", b"1") == Committed(1)
