@@ -64,7 +64,7 @@ async def table(url: str) -> list[Entry]:
 # Replicas
 
 
-async def test_replicas_see_one_order(database_url: str) -> None:
+async def test_replicas_see_the_same_order(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, alice), running(other) as (there, bob):
 
@@ -86,7 +86,7 @@ async def test_replicas_see_one_order(database_url: str) -> None:
             assert own == [append.payload for append in {"alice": alice, "bob": bob}[name].submitted]
 
 
-async def test_a_replica_that_starts_later_follows_from_there_and_reads_the_rest(database_url: str) -> None:
+async def test_later_replica_follows_from_the_head_and_reads_the_history(database_url: str) -> None:
     async with running(make(database_url)) as (_, publisher):
         for n in range(10):
             await publisher.publish_seq("a", b"%d" % n, sender="s", origin=ALICE)
@@ -99,7 +99,7 @@ async def test_a_replica_that_starts_later_follows_from_there_and_reads_the_rest
             assert await read_all(late) == await table(database_url)
 
 
-async def test_small_entries_travel_with_the_notification(database_url: str) -> None:
+async def test_notification_contains_small_entries(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, publisher), running(other) as (there, _):
         for n in range(20):
@@ -110,7 +110,7 @@ async def test_small_entries_travel_with_the_notification(database_url: str) -> 
         assert other.statistics().reads == 0
 
 
-async def test_a_big_batch_is_read_from_the_table(database_url: str) -> None:
+async def test_big_batch_is_read_from_the_table(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, publisher), running(other) as (there, _):
         for n in range(90):
@@ -139,11 +139,11 @@ async def acknowledged_means_committed(log: PostgresLog, url: str) -> None:
         assert await publisher.wait(append) == [Committed(2)]
 
 
-async def test_acknowledged_means_committed(database_url: str) -> None:
+async def test_acknowledged_publish_is_committed(database_url: str) -> None:
     await acknowledged_means_committed(make(database_url), database_url)
 
 
-async def test_a_log_that_acknowledges_before_the_commit_is_found_out(
+async def test_log_that_acknowledges_before_the_commit_is_detected(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = log_writer.LogWriter._send
@@ -162,7 +162,7 @@ async def test_a_log_that_acknowledges_before_the_commit_is_found_out(
 # Outages
 
 
-async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: str) -> None:
+async def test_log_waits_for_a_database_that_is_unreachable_at_the_start(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         proxy.close()
         log = make(proxy.url, timeout=0.3)
@@ -192,7 +192,7 @@ async def test_a_database_that_is_away_at_the_start_is_waited_for(database_url: 
     assert [entry.payload for entry in await table(database_url)] == [b'"now"']
 
 
-async def test_an_outage_is_a_pause(database_url: str) -> None:
+async def test_outage_pauses_the_log(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         log, other = make(proxy.url), make(database_url)
         async with running(log) as (follower, publisher), running(other) as (_, elsewhere):
@@ -236,7 +236,7 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 100])
-async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
+async def test_history_is_the_same_with_any_page_size(
     database_url: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_reader, "HISTORY_ROWS", step)
@@ -252,9 +252,7 @@ async def test_a_history_is_the_same_however_few_messages_are_read_at_a_time(
             assert ([entry.seq for entry in entries], more) == ([1, 3, 5, 7][-limit:], limit < 4)
 
 
-async def test_a_history_of_large_messages_ends_when_there_is_enough(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_history_of_large_messages_ends_at_the_limit(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_reader, "HISTORY_ROWS", 2)
     monkeypatch.setattr(log_reader, "HISTORY_BYTES", 25_000)
     log = make(database_url, recent=0)
@@ -266,7 +264,7 @@ async def test_a_history_of_large_messages_ends_when_there_is_enough(
         assert ([entry.seq for entry in entries], more) == ([6, 7, 8, 9], True)
 
 
-async def test_a_short_history_does_not_wait_for_long_ones(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_short_history_does_not_wait_for_long_ones(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_reader, "HISTORY_ROWS", 5)
     log = make(database_url, recent=0)
     ended: list[int] = []
@@ -287,7 +285,7 @@ async def test_a_short_history_does_not_wait_for_long_ones(database_url: str, mo
     assert ended == [1] + [90] * 5
 
 
-async def test_a_withdrawn_publish_is_not_counted_any_more() -> None:
+async def test_withdrawn_publish_is_no_longer_counted() -> None:
     log = make("postgres://nobody@localhost:1/nowhere")
     publisher = Publisher(log)
     publisher.submit("a", b"1")
@@ -296,7 +294,9 @@ async def test_a_withdrawn_publish_is_not_counted_any_more() -> None:
     assert (log.statistics().pending, log.statistics().pending_bytes) == (1, kept.size)
 
 
-async def test_a_database_that_stops_answering_is_given_up(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_log_gives_up_on_a_database_that_stops_replying(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.3)
     monkeypatch.setattr(notification_listener, "POLL_TIMEOUT", 0.3)
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
@@ -321,7 +321,7 @@ async def test_a_database_that_stops_answering_is_given_up(database_url: str, mo
 
 
 @pytest.mark.parametrize("victim", ["%catbus.append%", "SELECT epoch%", "%"])
-async def test_connections_that_are_killed_under_load_cost_nothing(database_url: str, victim: str) -> None:
+async def test_connections_killed_under_load_lose_nothing(database_url: str, victim: str) -> None:
     one, other = make(database_url), make(database_url)
     stop = False
     async with running(one) as (here, alice), running(other) as (there, bob), open_sql(database_url) as sql:
@@ -359,7 +359,7 @@ async def _moved_on(one: PostgresLog, other: PostgresLog, begun: tuple[int, int]
     return one.statistics().commits > begun[0] + 3 and other.statistics().commits > begun[1] + 3
 
 
-async def test_a_batch_whose_result_is_lost_is_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batch_with_a_lost_result_is_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks between the commit and its answer: the batch goes again, unchanged, and is recognised."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
@@ -401,7 +401,7 @@ async def test_a_batch_whose_result_is_lost_is_sent_again(database_url: str, mon
         asyncpg.ConnectionFailureError,
     ],
 )
-async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
+async def test_batch_is_sent_again_after_a_temporary_database_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch, error: type[asyncpg.PostgresError]
 ) -> None:
     """What is not the fault of a message refuses none."""
@@ -425,7 +425,7 @@ async def test_a_batch_that_the_database_cannot_take_just_now_goes_again(
     assert sizes == [3, 3]
 
 
-async def test_a_replica_that_stood_still_brings_nothing_that_a_retry_has_brought(database_url: str) -> None:
+async def test_paused_replica_appends_nothing_that_a_retry_has_appended(database_url: str) -> None:
     """What it has sent comes when the client has long sent it again, to another one."""
     async with open_proxy(database_url) as proxy:
         still, other = make(proxy.url), make(database_url)
@@ -450,7 +450,7 @@ async def _head_is(sql: Any, seq: int) -> bool:
     return bool(head == seq)
 
 
-async def test_a_publish_in_doubt_is_unknown_in_time_and_is_still_appended(database_url: str) -> None:
+async def test_publish_in_doubt_is_unknown_in_time_and_is_still_appended(database_url: str) -> None:
     log = make(database_url, timeout=0.3)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         async with head_locked(database_url):
@@ -465,7 +465,7 @@ async def test_a_publish_in_doubt_is_unknown_in_time_and_is_still_appended(datab
         assert await publisher.publish_seq("a", b'"next"') == 2
 
 
-async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) -> None:
+async def test_stop_waits_for_the_append_in_progress(database_url: str) -> None:
     log = make(database_url)
     recorder, publisher = RecordingFollower(), Publisher(log)
     async with open_sql(database_url) as sql, trio.open_nursery() as nursery:
@@ -487,7 +487,7 @@ async def test_a_stop_waits_for_the_append_that_is_under_way(database_url: str) 
     assert recorder.texts == ["1"]
 
 
-async def test_a_stop_during_an_outage_replies_unknown_to_publishes_in_doubt(
+async def test_stop_during_an_outage_replies_unknown_to_publishes_in_doubt(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_writer, "APPEND_TIMEOUT", 0.2)
@@ -512,9 +512,7 @@ async def test_a_stop_during_an_outage_replies_unknown_to_publishes_in_doubt(
 # Notifications are hints
 
 
-async def test_a_notification_that_is_lost_is_found_by_the_poll(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_poll_finds_a_commit_without_a_notification(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     deaf, other = make(database_url), make(database_url)
     monkeypatch.setattr(deaf._listener, "_receive", lambda *_: None)
@@ -542,7 +540,7 @@ async def test_a_notification_that_is_lost_is_found_by_the_poll(
         "{epoch}:2:2 " + "é" * 44 + ' [[2,1000,"a",null,null,"forged"]]',
     ],
 )
-async def test_a_forged_notification_changes_nothing(database_url: str, payload: str) -> None:
+async def test_forged_notification_changes_nothing(database_url: str, payload: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b"1")
@@ -562,7 +560,7 @@ async def test_a_forged_notification_changes_nothing(database_url: str, payload:
 # Faults of one entry
 
 
-async def test_one_bad_entry_never_fails_its_neighbours(database_url: str) -> None:
+async def test_bad_entry_does_not_fail_the_rest_of_its_batch(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher):
         await publisher.publish_seq("a", b'"first"')
@@ -579,7 +577,7 @@ async def test_one_bad_entry_never_fails_its_neighbours(database_url: str) -> No
         assert follower.texts == ['"first"', *good]
 
 
-async def test_senders_and_payloads_out_of_the_ordinary(database_url: str) -> None:
+async def test_unusual_senders_and_payloads_are_stored_unchanged(database_url: str) -> None:
     senders = [None, "", "\x01", "a\nb", "x", "\\N", "null", "é☃", ","]
     async with running(make(database_url)) as (follower, publisher):
         for sender in senders:
@@ -611,7 +609,7 @@ async def new_epoch(url: str, name: str, after: int) -> None:
             COMMIT""")
 
 
-async def test_the_writer_notices_another_epoch(database_url: str) -> None:
+async def test_writer_detects_another_epoch(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher):
         for n in range(1, 6):
@@ -632,7 +630,7 @@ async def test_the_writer_notices_another_epoch(database_url: str) -> None:
         assert (unknown.cursor, unknown.lost) == (0, "epoch")
 
 
-async def test_the_listener_notices_another_epoch(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_listener_detects_another_epoch(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher):
@@ -642,7 +640,7 @@ async def test_the_listener_notices_another_epoch(database_url: str, monkeypatch
         assert log.epoch == "second"
 
 
-async def test_a_log_that_was_rolled_back_is_another_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rolled_back_log_gets_another_epoch(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.1)
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
@@ -661,7 +659,7 @@ async def forget(url: str, floor: int) -> None:
         await sql.execute(f"DELETE FROM catbus.entries WHERE seq < {floor}; UPDATE catbus.head SET floor = {floor}")
 
 
-async def test_a_page_reports_that_retention_has_passed(database_url: str) -> None:
+async def test_page_reports_that_retention_has_passed(database_url: str) -> None:
     log = make(database_url, recent=0)
     async with running(log) as (_, publisher):
         for n in range(1, 11):
@@ -677,7 +675,7 @@ async def test_a_page_reports_that_retention_has_passed(database_url: str) -> No
         assert (page.after, page.last, list(page.entries)) == (10, 10, [])
 
 
-async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended(database_url: str) -> None:
+async def test_unrecognisable_retry_is_not_appended(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (_, publisher):
         for n in range(1, 6):
@@ -688,7 +686,7 @@ async def test_a_retry_that_can_no_longer_be_recognised_is_not_appended(database
         assert await publisher.publish("a", b"6", producer=ALICE, number=6, after=3) == Committed(6)
 
 
-async def test_a_deleted_range_is_not_passed_over(database_url: str) -> None:
+async def test_deleted_range_is_not_skipped(database_url: str) -> None:
     log = make(database_url, recent=0)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         for n in range(1, 6):
@@ -703,7 +701,7 @@ async def test_a_deleted_range_is_not_passed_over(database_url: str) -> None:
 # Connections
 
 
-async def test_it_opens_no_connection_but_its_own(database_url: str) -> None:
+async def test_log_opens_no_extra_connections(database_url: str) -> None:
     """Not even to cancel a query that nobody waits for any more."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url, recent=0)
@@ -724,7 +722,7 @@ async def test_it_opens_no_connection_but_its_own(database_url: str) -> None:
             assert proxy.accepted - 1 == accepted + 1
 
 
-async def test_a_database_that_cannot_be_used_ends_it(database_url: str) -> None:
+async def test_unusable_database_ends_the_log(database_url: str) -> None:
     async with running(make(database_url)):
         pass
     async with open_sql(database_url) as sql:
@@ -733,7 +731,7 @@ async def test_a_database_that_cannot_be_used_ends_it(database_url: str) -> None
         await make(database_url).run(RecordingFollower())
 
 
-async def test_a_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def mistaken(self: object, working: object) -> None:
         raise ZeroDivisionError
 
@@ -750,7 +748,7 @@ async def test_a_repeated_bug_ends_the_log(database_url: str, monkeypatch: pytes
 MODULES = reconnecting_tasks, notification_listener, log_writer, asyncpg_bridge, migrations, log_retention
 
 
-async def test_the_password_is_in_no_line_of_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_log_lines_do_not_contain_the_password(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = CapturingLogger()
     for module in MODULES:
         monkeypatch.setattr(module, "logger", lines)
