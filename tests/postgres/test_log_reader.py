@@ -33,22 +33,22 @@ def row(seq: int) -> tuple[int, int, str, str, None, None]:
     return (seq, 1000, "a", "1", None, None)
 
 
-async def test_a_commit_between_two_statements_is_found_by_a_third() -> None:
+async def test_third_statement_finds_a_commit_between_two_statements() -> None:
     # Somebody announces 2 where there is nothing yet; then 1 and 2 are committed, after the page was read.
     page = await reading([], [(2, 1)], [], [row(1), row(2)]).page(0, 2, 1000, 1 << 20)
     assert [entry.seq for entry in page.entries] == [1, 2]
 
 
-async def test_a_false_announcement_is_an_empty_page() -> None:
+async def test_false_announcement_gives_an_empty_page() -> None:
     assert await reading([], [(0, 1)]).page(0, 2, 1000, 1 << 20) == LogPage(0, 0, ())
 
 
-async def test_entries_that_retention_has_removed_are_passed_over() -> None:
+async def test_entries_that_retention_has_removed_are_skipped() -> None:
     page = await reading([row(4)], [(4, 4)], [row(4)]).page(0, 4, 1000, 1 << 20)
     assert (page.after, page.last) == (3, 4)
 
 
-async def test_a_table_that_lacks_entries_is_not_read_for_ever() -> None:
+async def test_reader_gives_up_on_a_table_that_lacks_entries() -> None:
     answers = [[], [(2, 1)], []] * MAX_CONFLICTS
     with pytest.raises(OSError, match="entries after 0"):
         await reading(*answers).page(0, 2, 1000, 1 << 20)
