@@ -130,7 +130,7 @@ def said(reader: Reader) -> list[object]:
 # A replica's part
 
 
-async def test_old_entries_are_removed_and_the_log_goes_on(
+async def test_old_entries_are_removed_and_the_log_continues(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -162,7 +162,7 @@ async def dropped(log: PostgresLog, number: int) -> bool:
     return log.statistics().retention_dropped >= number
 
 
-async def test_of_several_replicas_one_takes_each_step(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
+async def test_one_of_several_replicas_takes_each_step(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
     logs = [make(database_url) for _ in range(3)]
     async with running(logs[0]) as (_, publisher), running(logs[1]), running(logs[2]), open_sql(database_url) as sql:
         for _ in range(5):
@@ -188,7 +188,7 @@ async def is_empty(sql: Any) -> bool:
     return bool(floor == head + 1)
 
 
-async def test_a_transaction_that_blocks_retention_is_named_once_and_delays_no_publish(
+async def test_transaction_that_blocks_retention_is_logged_once_and_delays_no_publish(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -240,7 +240,7 @@ async def held(log: PostgresLog, number: int) -> bool:
     return log.statistics().retention_held >= number
 
 
-async def test_a_transaction_that_blocks_a_running_step_is_named_too(
+async def test_transaction_that_blocks_a_running_step_is_logged(
     database_url: str, lines: CapturingLogger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody was there when it was looked for, and then somebody was, for longer than the step waits."""
@@ -265,7 +265,7 @@ async def test_a_transaction_that_blocks_a_running_step_is_named_too(
         assert [named["pid"] for named in warning.kwargs["holders"]] == [dump.pid]
 
 
-async def test_when_another_replica_has_taken_the_step_no_transaction_blocks_it_any_more(
+async def test_step_taken_by_another_replica_is_not_blocked(
     database_url: str, lines: CapturingLogger, clock: Clock
 ) -> None:
     log = make(database_url)
@@ -304,7 +304,7 @@ async def is_held(log: PostgresLog, expected: bool) -> bool:
         ("a prepared transaction", None, None, 1),
     ],
 )
-async def test_a_transaction_that_has_just_begun_or_ended_does_not_block_retention(
+async def test_transaction_that_has_just_begun_or_ended_does_not_block_retention(
     database_url: str, name: str, state: str | None, begun: str | None, expected: int
 ) -> None:
     """What the server says of locks and of processes is of two moments; here, tables of the test's stand for both."""
@@ -325,7 +325,9 @@ async def test_a_transaction_that_has_just_begun_or_ended_does_not_block_retenti
         assert await sql.fetch(log_retention._BLOCKERS, 4) == []
 
 
-async def test_an_unreachable_database_ends_nothing(database_url: str, lines: CapturingLogger, clock: Clock) -> None:
+async def test_unreachable_database_does_not_end_retention(
+    database_url: str, lines: CapturingLogger, clock: Clock
+) -> None:
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (_, publisher):
@@ -338,7 +340,7 @@ async def test_an_unreachable_database_ends_nothing(database_url: str, lines: Ca
             assert log.statistics().failures == 0
 
 
-async def test_a_log_is_available_without_retention(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_log_is_available_without_retention(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(self: object, working: object) -> None:
         raise OSError("no more connections")
 
@@ -355,7 +357,7 @@ async def test_a_log_is_available_without_retention(database_url: str, monkeypat
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_between_two_pages_a_gap_is_announced_and_the_rest_comes_exactly(database_url: str) -> None:
+async def test_gap_between_two_pages_is_announced_and_the_rest_is_exact(database_url: str) -> None:
     log = make(database_url)
     async with following(log) as (delivery, publisher), open_sql(database_url) as sql:
         for _ in range(3):
@@ -375,7 +377,7 @@ async def test_between_two_pages_a_gap_is_announced_and_the_rest_comes_exactly(d
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("recent", [0, 1 << 20], ids=["from the table", "from memory"])
-async def test_a_cursor_at_the_floor_less_one_goes_on_exactly(database_url: str, recent: int) -> None:
+async def test_cursor_one_below_the_floor_resumes_exactly(database_url: str, recent: int) -> None:
     log = make(database_url, recent=recent)
     async with following(log) as (delivery, publisher), open_sql(database_url) as sql:
         await publish(publisher, 4)
@@ -399,7 +401,7 @@ async def knows_floor(log: PostgresLog, floor: int) -> bool:
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_quiet_subscription_that_has_had_head_gets_no_gap(database_url: str) -> None:
+async def test_quiet_subscription_that_got_head_gets_no_gap(database_url: str) -> None:
     log = make(database_url)
     async with following(log) as (delivery, publisher), open_sql(database_url) as sql:
         quiet = Reader(delivery, "quiet")
@@ -420,7 +422,7 @@ async def test_a_quiet_subscription_that_has_had_head_gets_no_gap(database_url: 
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_entries_in_memory_are_served_until_the_replica_learns_that_they_are_gone(database_url: str) -> None:
+async def test_entries_in_memory_are_served_until_the_replica_learns_the_floor(database_url: str) -> None:
     log = make(database_url, recent=1 << 20)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         await publish(publisher, 4)
@@ -438,7 +440,7 @@ async def test_entries_in_memory_are_served_until_the_replica_learns_that_they_a
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("recent", [0, 1 << 20])
-async def test_a_page_of_history_is_whole_above_the_floor(database_url: str, recent: int) -> None:
+async def test_history_page_is_complete_above_the_floor(database_url: str, recent: int) -> None:
     """From memory too, once the replica knows of the floor."""
     log = make(database_url, recent=recent)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
@@ -465,7 +467,7 @@ async def test_a_page_of_history_is_whole_above_the_floor(database_url: str, rec
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_replica_that_retention_has_overtaken_announces_what_it_missed(database_url: str) -> None:
+async def test_replica_overtaken_by_retention_announces_a_gap(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, open_sql(database_url) as sql:
         one, other = make(database_url), make(proxy.url, recent=1 << 20)
         async with running(one) as (_, publisher), following(other) as (delivery, elsewhere):
@@ -500,7 +502,7 @@ async def has_come_to(delivery: Delivery, position: int) -> bool:
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_replica_that_starts_after_all_was_taken_away_goes_on(database_url: str) -> None:
+async def test_replica_that_starts_after_retention_removed_everything_continues(database_url: str) -> None:
     async with running(make(database_url)) as (_, publisher), open_sql(database_url) as sql:
         await publish(publisher, 5)
         epoch = publisher.log.epoch
@@ -517,7 +519,7 @@ async def test_a_replica_that_starts_after_all_was_taken_away_goes_on(database_u
 
 
 @pytest.mark.usefixtures("by_hand")
-async def test_a_retry_below_the_floor_is_unknown_and_one_above_it_a_duplicate(database_url: str) -> None:
+async def test_retry_below_the_floor_is_unknown_and_one_above_it_a_duplicate(database_url: str) -> None:
     async with running(make(database_url)) as (_, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b"1", producer=b"p" * 16, number=1)
         await close_slot(sql)
@@ -531,7 +533,7 @@ async def test_a_retry_below_the_floor_is_unknown_and_one_above_it_a_duplicate(d
         assert await publisher.publish("a", b"3", producer=b"p" * 16, number=3, after=1) == Committed(3)
 
 
-async def test_nothing_is_lost_above_the_floor_while_replicas_publish_and_drop(
+async def test_replicas_lose_nothing_above_the_floor_while_retention_runs(
     database_url: str, lines: CapturingLogger
 ) -> None:
     """Small parts go all the time. The followers check the order by themselves, and what they missed was announced."""
@@ -573,7 +575,7 @@ async def test_nothing_is_lost_above_the_floor_while_replicas_publish_and_drop(
         assert sum(log.statistics().failures for log in logs) == 0
 
 
-async def test_a_log_that_was_restored_without_its_messages_gets_an_epoch_of_its_own(database_url: str) -> None:
+async def test_log_restored_without_its_messages_gets_another_epoch(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (_, publisher):
         await publish(publisher, 3)
