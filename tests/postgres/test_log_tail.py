@@ -37,7 +37,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_each_entry_is_delivered_once_and_in_order_however_entries_arrive(
+def test_entries_are_delivered_once_and_in_order_however_they_arrive(
     steps: list[tuple[str, tuple[int, int]]],
 ) -> None:
     tail, follower = open_tail()
@@ -77,7 +77,7 @@ def test_each_entry_is_delivered_once_and_in_order_however_entries_arrive(
     assert [entry.seq for entry in follower.entries] == list(range(1, known + 1))
 
 
-def test_only_what_is_missing_before_a_batch_of_our_own_is_read() -> None:
+def test_only_entries_missing_before_an_own_batch_are_read() -> None:
     tail, follower = open_tail()
     tail.offer(stretch(11, 20))
     assert tail.missing() == (0, 10)
@@ -88,7 +88,7 @@ def test_only_what_is_missing_before_a_batch_of_our_own_is_read() -> None:
     assert tail.jumps == 1
 
 
-def test_a_page_of_another_generation_is_not_taken() -> None:
+def test_page_of_another_generation_is_ignored() -> None:
     tail, follower = open_tail()
     tail.announce(10)
     generation = tail.generation
@@ -98,7 +98,7 @@ def test_a_page_of_another_generation_is_not_taken() -> None:
     assert (tail.applied, tail.announced, tail.missing()) == (5, 5, None)
 
 
-def test_a_false_announcement_is_forgotten() -> None:
+def test_false_announcement_is_forgotten() -> None:
     tail, _ = open_tail(3)
     tail.announce(99)
     assert tail.missing() == (3, 99)
@@ -106,7 +106,7 @@ def test_a_false_announcement_is_forgotten() -> None:
     assert tail.missing() is None
 
 
-def test_when_retention_has_passed_the_tail_its_follower_learns_where_it_continues() -> None:
+def test_follower_learns_where_the_tail_continues_after_retention() -> None:
     tail, follower = open_tail()
     tail.announce(20)
     tail.fill(LogPage(15, 18, stretch(16, 18)), tail.generation)
@@ -115,7 +115,7 @@ def test_when_retention_has_passed_the_tail_its_follower_learns_where_it_continu
     assert tail.missing() == (18, 20)
 
 
-def test_waiting_entries_are_dropped_with_the_trust_in_the_log() -> None:
+def test_waiting_entries_are_dropped_when_the_log_is_not_trusted() -> None:
     tail, follower = open_tail()
     tail.offer(stretch(2, 3))
     tail.distrust()
