@@ -16,7 +16,7 @@ async def never() -> DatabaseConnection:
     raise AssertionError
 
 
-async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() -> None:
+async def test_batch_keeps_the_position_known_when_its_messages_came() -> None:
     tail = LogTail(RecentMessages(0))
     tail.follow(RecordingFollower())
     tail.restart("e", 3, 1)
@@ -30,7 +30,7 @@ async def test_a_batch_knows_of_the_log_what_was_known_when_its_messages_came() 
     assert batch.after == 3
 
 
-async def test_a_publish_before_the_log_is_open_is_as_new_as_the_log_then() -> None:
+async def test_publish_before_the_log_is_open_gets_its_first_position() -> None:
     tail = LogTail(RecentMessages(0))
     tail.follow(RecordingFollower())
     writer = LogWriter(never, tail, lambda: None)
