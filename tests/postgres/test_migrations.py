@@ -20,11 +20,11 @@ NAMES = [name for _, name, _ in schema_files()]
 NEWEST = schema_files()[-1][0]
 
 
-def test_the_files_are_numbered_without_a_gap() -> None:
+def test_files_are_numbered_without_a_gap() -> None:
     assert [number for number, _, _ in schema_files()] == list(range(1, len(NAMES) + 1))
 
 
-async def test_an_empty_database_gets_everything_and_a_prepared_one_nothing(empty_database_url: str) -> None:
+async def test_empty_database_gets_every_file_and_a_prepared_one_none(empty_database_url: str) -> None:
     settings = DatabaseSettings(url=empty_database_url)
     assert await init(settings) == NAMES
     assert await init(settings) == []
@@ -33,7 +33,7 @@ async def test_an_empty_database_gets_everything_and_a_prepared_one_nothing(empt
         assert (await sql.fetchrow("SELECT head, floor FROM catbus.position()")) == (0, 1)
 
 
-async def test_a_log_prepares_its_database_by_itself(empty_database_url: str) -> None:
+async def test_log_applies_the_schema_by_itself(empty_database_url: str) -> None:
     async with running(PostgresLog(DatabaseSettings(url=empty_database_url))) as (_, publisher):
         assert await publisher.publish_seq("a", b"1") == 1
 
@@ -50,16 +50,14 @@ async def test_replicas_that_start_together_apply_each_file_once(empty_database_
     assert sorted(applied) == [[], [], [], NAMES]
 
 
-async def test_only_what_is_missing_is_applied(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_missing_files_are_applied(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await init(DatabaseSettings(url=empty_database_url))
     more = [*schema_files(), (NEWEST + 1, "999_more.sql", "CREATE TABLE catbus.more ()")]
     monkeypatch.setattr(migrations, "schema_files", lambda: more)
     assert await init(DatabaseSettings(url=empty_database_url)) == ["999_more.sql"]
 
 
-async def test_a_file_that_fails_leaves_nothing_behind(
-    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_file_leaves_nothing_behind(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [*schema_files(), (NEWEST + 1, "999_wrong.sql", "CREATE TABLE catbus.more (); SELECT 1 / 0")]
     monkeypatch.setattr(migrations, "schema_files", lambda: more)
     with pytest.raises(Unavailable, match="division by zero"):
@@ -68,14 +66,14 @@ async def test_a_file_that_fails_leaves_nothing_behind(
         assert await sql.fetchrow("SELECT to_regnamespace('catbus')::text") == (None,)
 
 
-async def test_the_schema_of_a_newer_release_is_refused(database_url: str) -> None:
+async def test_schema_of_a_newer_release_is_rejected(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         await sql.execute(f"UPDATE catbus.schema_version SET version = {NEWEST + 1}")
     with pytest.raises(ConfigError, match=f"version {NEWEST + 1} and this release knows {NEWEST}"):
         await init(DatabaseSettings(url=database_url))
 
 
-async def test_another_encoding_is_refused(empty_database_url: str) -> None:
+async def test_database_with_another_encoding_is_rejected(empty_database_url: str) -> None:
     parts = urlsplit(empty_database_url)
     name = parts.path.strip("/") + "_latin"
     async with open_sql(empty_database_url) as sql:
@@ -87,14 +85,14 @@ async def test_another_encoding_is_refused(empty_database_url: str) -> None:
             await sql.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_an_old_server_is_refused(database_url: str) -> None:
+async def test_old_server_is_rejected(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         sql.version = 13
         with pytest.raises(ConfigError, match="PostgreSQL 13; Catbus needs 14"):
             await migrate(sql)
 
 
-async def test_an_unreachable_database_is_reported(database_url: str) -> None:
+async def test_unreachable_database_is_reported(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         proxy.close()
         with pytest.raises(Unavailable, match="the database cannot be prepared"):
