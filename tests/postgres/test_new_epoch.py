@@ -60,7 +60,7 @@ async def become(recorder: RecordingFollower, *restarts: int) -> None:
 
 
 @pytest.mark.parametrize("recent", [1 << 20, 0])
-async def test_a_log_that_was_set_back_is_another_one(cluster: Cluster, recent: int) -> None:
+async def test_log_that_was_set_back_gets_another_epoch(cluster: Cluster, recent: int) -> None:
     log = make(cluster.url, recent=recent)
     async with running(log) as (follower, publisher):
         await publish(publisher, "1", "2")
@@ -79,7 +79,7 @@ async def test_a_log_that_was_set_back_is_another_one(cluster: Cluster, recent: 
 
 
 @pytest.mark.parametrize("more", [1, 3, 5])
-async def test_a_log_that_was_set_back_and_overtaken_is_another_one(cluster: Cluster, more: int) -> None:
+async def test_log_that_was_set_back_and_overtaken_gets_another_epoch(cluster: Cluster, more: int) -> None:
     """Another replica, which knows nothing of what was lost, has gone on with the log before we are back."""
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
@@ -108,7 +108,7 @@ async def test_a_log_that_was_set_back_and_overtaken_is_another_one(cluster: Clu
                     assert texts == ["1", "2", *[f"other {n}" for n in range(3, 3 + more)]]
 
 
-async def test_two_replicas_that_notice_at_once_make_one_epoch(cluster: Cluster) -> None:
+async def test_two_replicas_that_detect_it_at_once_begin_one_epoch(cluster: Cluster) -> None:
     one, other = make(cluster.url), make(cluster.url)
     async with running(one) as (here, publisher), running(other) as (there, _):
         await publish(publisher, "1", "2")
@@ -126,7 +126,7 @@ async def test_two_replicas_that_notice_at_once_make_one_epoch(cluster: Cluster)
         assert there.entries[-1].payload == b"other 3"
 
 
-async def test_a_replica_that_knows_of_an_earlier_divergence_begins_another_epoch(cluster: Cluster) -> None:
+async def test_replica_that_knows_of_an_earlier_divergence_begins_another_epoch(cluster: Cluster) -> None:
     """One replica has seen a log that parted at 2, the other one that parted at 3; the second is faster."""
     async with open_proxy(cluster.url) as proxy:
         away, there = make(proxy.url), make(cluster.url)
@@ -156,7 +156,7 @@ async def test_a_replica_that_knows_of_an_earlier_divergence_begins_another_epoc
                 assert [entry.payload for entry in await read_all(away)] == [b"1", b"2", b"other 3"]
 
 
-async def test_a_replica_that_was_behind_misses_nothing(cluster: Cluster) -> None:
+async def test_lagging_replica_misses_nothing(cluster: Cluster) -> None:
     async with open_proxy(cluster.url) as proxy:
         behind, ahead = make(proxy.url), make(cluster.url)
         async with running(ahead) as (_, publisher):
@@ -180,7 +180,7 @@ async def test_a_replica_that_was_behind_misses_nothing(cluster: Cluster) -> Non
                 assert [after for _, after in await epochs(cluster.url)] == [0, 4]
 
 
-async def test_a_replica_whose_knowledge_is_older_than_several_epochs(cluster: Cluster) -> None:
+async def test_replica_catches_up_over_several_epochs(cluster: Cluster) -> None:
     async with open_proxy(cluster.url) as proxy:
         away, there = make(proxy.url), make(cluster.url)
         async with running(there) as (_, publisher), running(away) as (follower, _):
@@ -201,7 +201,7 @@ async def test_a_replica_whose_knowledge_is_older_than_several_epochs(cluster: C
             assert [after for _, after in await epochs(cluster.url)] == [0, 1, 2]
 
 
-async def test_set_back_to_before_the_present_epoch(cluster: Cluster) -> None:
+async def test_log_that_was_set_back_to_before_its_epoch_gets_another_epoch(cluster: Cluster) -> None:
     log = make(cluster.url)
     async with running(log) as (follower, publisher):
         await publish(publisher, "1", "2", "3")
@@ -220,7 +220,7 @@ async def test_set_back_to_before_the_present_epoch(cluster: Cluster) -> None:
         assert log.resume(4, second) == Resumption(0, "epoch")
 
 
-async def test_publishes_in_flight_go_into_the_new_epoch_and_retries_do_not(cluster: Cluster) -> None:
+async def test_pending_publishes_go_into_the_new_epoch_and_retries_do_not(cluster: Cluster) -> None:
     """The first is committed on a log that gets lost, unanswered; the next are sent while there is no database."""
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
@@ -267,7 +267,7 @@ async def wait_replayed(primary: Cluster, standby: Cluster) -> None:
         await wait_until(replayed)
 
 
-async def test_a_failover_that_loses_something_is_announced_and_a_standby_waited_for(
+async def test_failover_that_loses_commits_is_announced_and_replicas_wait_for_the_primary(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_cluster() as standby:
@@ -307,7 +307,7 @@ async def test_a_failover_that_loses_something_is_announced_and_a_standby_waited
 
 
 @pytest.mark.parametrize("failover", ["lossy", "lossless"])
-async def test_a_failover_that_loses_nothing(cluster: Cluster, failover: str) -> None:
+async def test_failover_that_loses_nothing_keeps_the_epoch(cluster: Cluster, failover: str) -> None:
     with open_cluster() as standby:
         async with open_proxy(cluster.url) as proxy:
             log = make(proxy.url, failover=failover)
@@ -336,7 +336,7 @@ async def test_a_failover_that_loses_nothing(cluster: Cluster, failover: str) ->
                 assert len(await epochs(standby.url)) == (1 if failover == "lossless" else 2)
 
 
-async def test_a_failover_that_was_to_lose_nothing_and_has(cluster: Cluster) -> None:
+async def test_failover_that_loses_commits_despite_lossless_is_announced(cluster: Cluster) -> None:
     with open_cluster() as standby:
         async with open_proxy(cluster.url) as proxy:
             log = make(proxy.url, failover="lossless")
@@ -356,7 +356,7 @@ async def test_a_failover_that_was_to_lose_nothing_and_has(cluster: Cluster) -> 
                 assert await epochs(standby.url) == [(first, 0), (log.epoch, 2)]
 
 
-async def test_after_a_failover_one_that_knows_nothing_believes_what_is_there(cluster: Cluster) -> None:
+async def test_new_replica_accepts_the_log_after_a_failover(cluster: Cluster) -> None:
     with open_cluster() as standby:
         async with running(make(cluster.url)) as (_, publisher):
             await publish(publisher, "1", "2")
@@ -372,7 +372,7 @@ async def test_after_a_failover_one_that_knows_nothing_believes_what_is_there(cl
             assert log.resume(3, first) == Resumption(2, "epoch")
 
 
-async def test_after_a_failover_one_that_knows_only_what_was_lost_believes_what_is_there(cluster: Cluster) -> None:
+async def test_replica_that_knows_only_lost_commits_accepts_the_log_after_a_failover(cluster: Cluster) -> None:
     with open_cluster() as standby:
         async with running(make(cluster.url)) as (_, publisher):
             await publish(publisher, "1", "2")
@@ -431,7 +431,7 @@ async def restored(cluster: Cluster, last: int) -> AsyncIterator[Cluster]:
         yield target
 
 
-async def test_a_log_that_was_restored_into_another_cluster(cluster: Cluster) -> None:
+async def test_log_restored_into_another_cluster_gets_another_epoch(cluster: Cluster) -> None:
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -445,7 +445,7 @@ async def test_a_log_that_was_restored_into_another_cluster(cluster: Cluster) ->
                 assert await publish(publisher, "other 3") == [3]
 
 
-async def test_a_log_that_was_restored_whole_is_another_one_too(cluster: Cluster) -> None:
+async def test_completely_restored_log_gets_another_epoch(cluster: Cluster) -> None:
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url, failover="lossless")
         async with running(log) as (follower, publisher):
@@ -467,7 +467,7 @@ async def test_a_log_that_was_restored_whole_is_another_one_too(cluster: Cluster
 TEXTS = [b"1", b' {"a": 1}\t', '"é☃"'.encode(), b'"a  b"', b'""']
 
 
-async def test_an_entry_has_the_same_fingerprint_in_python_and_sql(database_url: str) -> None:
+async def test_entry_has_the_same_fingerprint_in_python_and_sql(database_url: str) -> None:
     log, other = make(database_url), make(database_url)
     async with running(log) as (follower, publisher), running(other) as (there, _), open_sql(database_url) as sql:
         for text in TEXTS:
@@ -481,7 +481,7 @@ async def test_an_entry_has_the_same_fingerprint_in_python_and_sql(database_url:
     assert fingerprint(Entry(1, 2, "a", b"1")) != fingerprint(Entry(1, 3, "a", b"1"))
 
 
-async def test_entries_that_retention_has_removed_are_no_reason_for_a_new_epoch(
+async def test_entries_removed_by_retention_cause_no_new_epoch(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.05)
@@ -499,7 +499,7 @@ async def test_entries_that_retention_has_removed_are_no_reason_for_a_new_epoch(
         assert len(await epochs(database_url)) == 1
 
 
-async def test_of_concurrent_calls_one_begins_an_epoch(database_url: str) -> None:
+async def test_one_of_several_concurrent_calls_begins_an_epoch(database_url: str) -> None:
     async with running(make(database_url)) as (_, publisher):
         await publish(publisher, "1", "2", "3")
         ((first, _),) = await epochs(database_url)
