@@ -32,7 +32,7 @@ channels = st.sampled_from([LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL])
 
 
 @given(channels, words, words | st.just(""))
-def test_a_signed_notification_is_verified_on_its_channel(channel: str, shown: str, enclosed: str) -> None:
+def test_signed_notification_is_verified_on_its_channel(channel: str, shown: str, enclosed: str) -> None:
     payload = SEAL.sign(channel, shown, enclosed)
     assert SEAL.verify(channel, payload) == (shown, enclosed)
     for other in {LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL} - {channel}:
@@ -43,7 +43,7 @@ def test_a_signed_notification_is_verified_on_its_channel(channel: str, shown: s
 
 
 @given(st.data())
-def test_a_notification_that_was_changed_anywhere_is_forged(data: st.DataObject) -> None:
+def test_notification_changed_anywhere_is_forged(data: st.DataObject) -> None:
     payload = SEAL.sign(LOG_CHANNEL, "e:1:1", "1763912345678 QUJDRA==")
     place = data.draw(st.integers(0, len(payload) - 1))
     other = data.draw(st.characters(exclude_categories=["Cs"], exclude_characters=payload[place]))
@@ -58,7 +58,7 @@ def test_a_notification_that_was_changed_anywhere_is_forged(data: st.DataObject)
 
 
 @given(st.text())
-def test_anything_else_is_forged(text: str) -> None:
+def test_unsigned_text_is_forged(text: str) -> None:
     for forged in (text, f"e:1:1 {text}", f"e:1:1 {'A' * 43}= {text}"):
         with pytest.raises(ForgedNotificationError):
             SEAL.verify(LOG_CHANNEL, forged)
@@ -67,7 +67,7 @@ def test_anything_else_is_forged(text: str) -> None:
 
 
 @given(st.binary(max_size=100), words)
-def test_encrypted_text_is_decrypted_where_it_belongs(text: bytes, bound: str) -> None:
+def test_encrypted_text_is_decrypted_only_with_its_context(text: bytes, bound: str) -> None:
     sealer = NotificationEncrypter(LOG_CHANNEL)
     one, other = sealer.encrypt(SEAL, text, bound), sealer.encrypt(SEAL, text, bound)
     assert SEAL.decrypt(LOG_CHANNEL, one, bound) == SEAL.decrypt(LOG_CHANNEL, other, bound) == text
@@ -82,7 +82,7 @@ def test_encrypted_text_is_decrypted_where_it_belongs(text: bytes, bound: str) -
             seal.decrypt(channel, one, where)
 
 
-def test_replicas_encrypt_with_keys_of_their_own() -> None:
+def test_each_replica_encrypts_with_its_own_key() -> None:
     one, other = NotificationEncrypter(LOG_CHANNEL), NotificationEncrypter(LOG_CHANNEL)
     raw = b64decode(one.encrypt(SEAL, b"text"))
     key = HKDF(SHA256(), 32, raw[:16], LOG_CHANNEL.encode()).derive(b"known to the owner of the log")
@@ -90,7 +90,7 @@ def test_replicas_encrypt_with_keys_of_their_own() -> None:
     assert one.incarnation != other.incarnation
 
 
-async def test_sql_has_hmac_as_it_is_defined(database_url: str) -> None:
+async def test_sql_hmac_follows_its_definition(database_url: str) -> None:
     lengths = [0, 1, 55, 56, 63, 64, 65, 1000]
     async with open_sql(database_url) as sql:
         for length in lengths:
@@ -102,7 +102,7 @@ async def test_sql_has_hmac_as_it_is_defined(database_url: str) -> None:
             assert made == hmac.digest(key, b"", "sha256")
 
 
-async def test_sql_masks_the_key_of_a_role_another_way_each_time(database_url: str) -> None:
+async def test_sql_masks_a_role_key_differently_each_time(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         ((secret,),) = await sql.fetch("SELECT notification_secret FROM catbus.head")
         for key in (sha256(b"a role").digest(), bytes(32), b"\xff" * 32):
