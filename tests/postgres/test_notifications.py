@@ -88,7 +88,7 @@ async def replica(config: catbus.Config) -> AsyncIterator[tuple[catbus.Broker, s
         yield broker, address
 
 
-async def test_a_role_that_may_only_connect_hears_positions_and_nothing_else(database_url: str, lowly_url: str) -> None:
+async def test_role_that_may_only_connect_receives_only_positions(database_url: str, lowly_url: str) -> None:
     large = "large-payload-" * 500
     shown = [
         b"top.secret",
@@ -149,7 +149,7 @@ async def test_a_role_that_may_only_connect_hears_positions_and_nothing_else(dat
         ), payload
 
 
-async def test_what_was_found_in_the_clear_before_is_searched_for_in_every_form() -> None:
+async def test_plaintext_is_searched_for_in_every_encoding() -> None:
     """The search above finds what it looks for."""
     key = bytes(range(32))
     assert any(b"top.secret" in text for text in decodings('e:1:1 0123 [[1,2,"top.secret",null,null,1]]'))
@@ -220,7 +220,7 @@ async def test_forged_and_repeated_notifications_have_no_effect(database_url: st
         assert (after.jumps, after.failures, after.restarts) == (before.jumps, 0, 0)
 
 
-async def test_a_forged_position_is_neither_read_nor_taken_for_the_head(database_url: str, lowly_url: str) -> None:
+async def test_forged_position_is_neither_read_nor_taken_for_the_head(database_url: str, lowly_url: str) -> None:
     """A retry would be looked for from there on."""
     log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(lowly_url) as lowly:
@@ -280,7 +280,7 @@ async def flooding(url: str, epoch: str, recorded: list[Heard]) -> AsyncIterator
 
 
 @pytest.mark.parametrize("slow", [forged_notifications.FLOOD_POLL_TIME, 0.0], ids=["as it is", "polling in any case"])
-async def test_a_flood_of_forged_notifications_holds_nothing_up(
+async def test_flood_of_forged_notifications_delays_nothing(
     database_url: str, lowly_url: str, slow: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(forged_notifications, "FLOOD_POLL_TIME", slow)
@@ -320,9 +320,7 @@ async def test_a_flood_of_forged_notifications_holds_nothing_up(
     assert len(caplog.records) < 20
 
 
-async def test_a_notification_of_another_epoch_that_is_sent_again_and_again_costs_few_polls(
-    database_url: str, lowly_url: str
-) -> None:
+async def test_repeated_notification_of_another_epoch_causes_few_polls(database_url: str, lowly_url: str) -> None:
     """It was recorded before the log was set back, and its epoch means nothing to anybody now."""
     log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(database_url) as sql, listening(lowly_url) as (lowly, heard):
@@ -359,7 +357,7 @@ def earlier(epoch: str, channel: str, payload: str) -> object:
     return int(two), int(three)
 
 
-async def test_replicas_of_the_release_before_learn_positions_and_that_roles_have_changed(database_url: str) -> None:
+async def test_replicas_of_the_previous_release_learn_positions_and_role_changes(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with (
         running(log) as (_, publisher),
