@@ -161,7 +161,7 @@ def test_connections_leave_files_for_the_database(brokers: Any, database_url: st
     assert not any("exception" in event for event in broker.events)
 
 
-def test_a_connection_for_which_no_file_is_left_waits_and_is_logged_once(brokers: Any) -> None:
+def test_connection_without_a_free_file_waits_and_is_logged_once(brokers: Any) -> None:
     broker = brokers()
     pid = broker.process.pid
     with broker.connect() as honest:
