@@ -29,7 +29,7 @@ LEEWAY = 3.0
 """Seconds for a machine that has other things to do."""
 
 
-def test_a_connection_that_does_not_answer_is_dropped_in_time() -> None:
+def test_silent_connection_is_dropped_in_time() -> None:
     """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
     assert polling_interval.NOTIFIED_INTERVAL + notification_listener.POLL_TIMEOUT <= NOTICED
     assert max(log_writer.APPEND_TIMEOUT, log_reader.PAGE_TIMEOUT) <= NOTICED
@@ -77,7 +77,7 @@ async def be_silent(
     assert follower.restarts == [0]
 
 
-async def test_packets_that_get_lost_are_noticed(database_url: str) -> None:
+async def test_lost_packets_are_detected(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, following(proxy.url) as (log, follower, publisher):
 
         async def speak() -> None:
@@ -90,7 +90,7 @@ async def test_packets_that_get_lost_are_noticed(database_url: str) -> None:
         await be_silent(log, follower, publisher, silence, speak)
 
 
-async def test_a_listening_connection_that_is_dead_alone_is_noticed(database_url: str) -> None:
+async def test_dead_listening_connection_is_detected(database_url: str) -> None:
     """The database answers all others meanwhile, so that publishing goes on."""
     async with open_proxy(database_url) as proxy, following(database_url, proxy.url) as (log, follower, publisher):
         accepted = proxy.accepted
@@ -103,7 +103,7 @@ async def test_a_listening_connection_that_is_dead_alone_is_noticed(database_url
         await follower.wait_for(2)
 
 
-async def test_a_listening_connection_that_is_killed_alone_is_replaced_at_once(database_url: str) -> None:
+async def test_killed_listening_connection_is_replaced_at_once(database_url: str) -> None:
     async with open_proxy(database_url) as proxy, following(database_url, proxy.url) as (log, follower, publisher):
         accepted = proxy.accepted
         proxy.cut()
@@ -120,7 +120,7 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-async def test_a_database_that_stands_still_is_noticed(cluster: Cluster) -> None:
+async def test_paused_database_is_detected(cluster: Cluster) -> None:
     async with following(cluster.url) as (log, follower, publisher):
 
         async def silence() -> None:
@@ -135,7 +135,7 @@ async def test_a_database_that_stands_still_is_noticed(cluster: Cluster) -> None
             cluster.resume()
 
 
-async def test_a_database_that_is_killed_is_waited_for(cluster: Cluster) -> None:
+async def test_replica_waits_for_a_killed_database(cluster: Cluster) -> None:
     async with following(cluster.url) as (log, follower, publisher):
 
         async def silence() -> None:
@@ -157,9 +157,7 @@ CREATE TRIGGER full_disk BEFORE INSERT ON catbus.entries FOR EACH ROW EXECUTE FU
 """
 
 
-async def test_a_full_disk_is_one_outage_until_there_is_room(
-    database_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_full_disk_is_one_outage_until_there_is_room(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """That one can connect does not make the database available: nothing can be written, from SQL neither."""
 
     def said(text: str) -> int:
@@ -184,7 +182,7 @@ async def test_a_full_disk_is_one_outage_until_there_is_room(
         assert (said("database connected"), said("database unavailable")) == (2, 1)
 
 
-async def test_a_page_of_the_log_is_not_waited_for_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reading_a_log_page_stops_at_the_timeout(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_reader, "PAGE_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy, open_bridge() as bridge:
         reader = LogReader(partial(bridge.connect, proxy.url))
