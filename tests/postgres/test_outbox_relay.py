@@ -45,7 +45,7 @@ async def is_seen(log: PostgresLog) -> bool:
 # From the transaction to everybody
 
 
-async def test_what_a_transaction_publishes_reaches_every_replica_once_and_in_order(database_url: str) -> None:
+async def test_messages_of_a_transaction_reach_every_replica_once_and_in_order(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, _), running(other) as (there, _), open_sql(database_url) as sql:
         await sql.execute("BEGIN")
@@ -61,7 +61,7 @@ async def test_what_a_transaction_publishes_reaches_every_replica_once_and_in_or
         assert one.statistics().moved + other.statistics().moved == 4
 
 
-async def test_a_message_that_is_rolled_back_is_never_seen(database_url: str) -> None:
+async def test_rolled_back_message_is_never_delivered(database_url: str) -> None:
     async with running(make(database_url)) as (follower, _), open_sql(database_url) as sql:
         await sql.execute("BEGIN; SELECT catbus.publish('a', '1'); ROLLBACK")
         await sql.execute("BEGIN; SAVEPOINT s; SELECT catbus.publish('a', '2'); ROLLBACK TO s; COMMIT")
@@ -71,7 +71,7 @@ async def test_a_message_that_is_rolled_back_is_never_seen(database_url: str) ->
         assert [entry.payload for entry in await table(database_url)] == [b"3"]
 
 
-async def test_a_subscriber_gets_it_without_a_sender(database_url: str) -> None:
+async def test_subscriber_gets_an_sql_message_without_a_sender(database_url: str) -> None:
     config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=database_url))
     async with running_broker(config) as (broker, address), open_sql(database_url) as sql:
         await broker.replica.log.wait_open()
@@ -88,7 +88,7 @@ def examples() -> Iterator[str]:
     yield from re.findall(r"^```sql\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-async def test_the_examples_do_what_they_say(database_url: str) -> None:
+async def test_readme_examples_do_what_they_say(database_url: str) -> None:
     async with running(make(database_url)) as (follower, _), open_sql(database_url) as sql:
         await sql.execute(
             "SET search_path = public; CREATE ROLE shop; CREATE TABLE orders (id integer PRIMARY KEY, status text)"
@@ -112,7 +112,7 @@ async def test_the_examples_do_what_they_say(database_url: str) -> None:
 # Beside what clients publish
 
 
-async def test_it_goes_with_the_next_batch_behind_it_in_one_commit(database_url: str) -> None:
+async def test_outbox_messages_follow_the_next_batch_in_its_commit(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b'"first"')
@@ -132,7 +132,7 @@ async def test_it_goes_with_the_next_batch_behind_it_in_one_commit(database_url:
         assert (log.statistics().commits, log.statistics().appended, log.statistics().moved) == (3, 5, 2)
 
 
-async def test_clients_and_transactions_at_once_on_two_replicas(database_url: str) -> None:
+async def test_clients_and_transactions_publish_at_once_on_two_replicas(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     rounds = 60
     async with running(one) as (here, alice), running(other) as (there, bob):
@@ -164,7 +164,7 @@ async def test_clients_and_transactions_at_once_on_two_replicas(database_url: st
         assert one.statistics().moved + other.statistics().moved == 10 * rounds
 
 
-async def test_a_great_many_in_one_transaction_do_not_keep_clients_waiting(database_url: str) -> None:
+async def test_large_transaction_does_not_keep_clients_waiting(database_url: str) -> None:
     """They go 1,000 at a time, and what clients publish meanwhile goes between them."""
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
@@ -177,7 +177,7 @@ async def test_a_great_many_in_one_transaction_do_not_keep_clients_waiting(datab
         assert place <= 19_001
 
 
-async def test_a_transaction_left_open_delays_nobody(database_url: str) -> None:
+async def test_open_transaction_delays_no_other_message(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, publisher), running(other) as (there, _), open_sql(database_url) as forgetful:
         await forgetful.execute("BEGIN")
@@ -195,7 +195,7 @@ async def test_a_transaction_left_open_delays_nobody(database_url: str) -> None:
 # Faults
 
 
-async def test_an_outbox_that_is_locked_is_waited_for_and_clients_are_not(database_url: str) -> None:
+async def test_locked_outbox_delays_only_its_own_messages(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as locking, open_sql(database_url) as sql:
         await publish(sql, "a", "1")
@@ -215,7 +215,7 @@ async def test_an_outbox_that_is_locked_is_waited_for_and_clients_are_not(databa
         assert follower.texts == ["1", "2", "3"]
 
 
-async def test_a_message_that_cannot_be_moved_does_no_harm(database_url: str) -> None:
+async def test_message_that_cannot_be_moved_does_no_harm(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         ((source,),) = await sql.fetch("SELECT pg_get_functiondef('catbus.move_outbox'::regproc)")
@@ -244,7 +244,7 @@ async def test_a_message_that_cannot_be_moved_does_no_harm(database_url: str) ->
         assert follower.texts[-1] == '"stuck"'
 
 
-async def test_in_another_epoch_it_is_moved_all_the_same(database_url: str) -> None:
+async def test_waiting_messages_are_moved_into_another_epoch(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b"1")
@@ -259,7 +259,7 @@ async def test_in_another_epoch_it_is_moved_all_the_same(database_url: str) -> N
         assert [entry.channel for entry in await table(database_url)].count("a") == 1500
 
 
-async def test_an_answer_that_is_lost_moves_nothing_twice(database_url: str) -> None:
+async def test_lost_result_moves_nothing_twice(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher), open_sql(database_url) as sql:
@@ -290,7 +290,7 @@ async def is_empty(sql: DatabaseConnection) -> bool:
 
 
 @pytest.mark.parametrize("victim", ["%catbus.outbox_pending%", "%catbus.move_outbox%", "%"])
-async def test_connections_that_are_killed_cost_nothing(database_url: str, victim: str) -> None:
+async def test_killed_connections_lose_nothing(database_url: str, victim: str) -> None:
     one, other = make(database_url), make(database_url)
     total = 3000
     async with running(one) as (here, _), running(other) as (there, _), open_sql(database_url) as sql:
@@ -362,7 +362,7 @@ async def no_move() -> None:
     raise AssertionError("there was nothing to move")
 
 
-async def test_the_outbox_is_polled_ten_times_a_second_at_no_fixed_moments(autojump_clock: MockClock) -> None:
+async def test_outbox_is_polled_ten_times_a_second_with_jitter(autojump_clock: MockClock) -> None:
     database = Scripted()
     pauses = await look_for(60, database, no_move)
     assert all(0.075 <= pause <= 0.125 for pause in pauses)
@@ -371,7 +371,7 @@ async def test_the_outbox_is_polled_ten_times_a_second_at_no_fixed_moments(autoj
     assert 50 <= len(database.fetches) <= 60
 
 
-async def test_the_outbox_is_polled_more_often_while_it_is_in_use(autojump_clock: MockClock) -> None:
+async def test_outbox_is_polled_more_often_while_it_is_in_use(autojump_clock: MockClock) -> None:
     database = Scripted()
 
     async def move() -> None:
@@ -385,14 +385,14 @@ async def test_the_outbox_is_polled_more_often_while_it_is_in_use(autojump_clock
     assert all(pause >= 0.075 for pause in pauses[len(brisk) :])
 
 
-async def test_the_outbox_is_not_polled_during_a_move(autojump_clock: MockClock) -> None:
+async def test_outbox_is_not_polled_during_a_move(autojump_clock: MockClock) -> None:
     database = Scripted()
     database.waits = True
     await look_for(10, database, partial(trio.sleep, 3))
     assert len(database.looks) == 4
 
 
-async def test_polling_the_outbox_takes_a_tenth_of_the_time_at_most(autojump_clock: MockClock) -> None:
+async def test_polling_the_outbox_takes_at_most_a_tenth_of_the_time(autojump_clock: MockClock) -> None:
     database = Scripted()
     database.waits, database.cost = True, 0.05
     pauses = await look_for(10, database, trio.lowlevel.checkpoint)
