@@ -53,7 +53,7 @@ def test_polls_are_rare_while_notifications_announce_everything() -> None:
     assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
 
 
-def test_a_poll_may_be_ahead_of_the_notification() -> None:
+def test_poll_may_precede_the_notification() -> None:
     clock = Clock()
     clock.commit(told=False)
     assert not clock.poll()
@@ -65,7 +65,7 @@ def test_a_poll_may_be_ahead_of_the_notification() -> None:
     assert (clock.pace.polling, clock.pace.unannounced) == (False, 0)
 
 
-def test_an_unannounced_commit_is_found_and_then_polls_are_frequent() -> None:
+def test_unannounced_commit_is_found_and_makes_polls_frequent() -> None:
     clock = Clock()
     clock.commit(told=False)
     assert not clock.poll()
@@ -80,7 +80,7 @@ def test_an_unannounced_commit_is_found_and_then_polls_are_frequent() -> None:
     assert clock.pace.seconds_to_next(clock.now) == IDLE_INTERVAL
 
 
-def test_notifications_are_relied_on_again_when_they_have_announced_everything_for_long() -> None:
+def test_notifications_are_trusted_again_after_a_long_time_without_a_miss() -> None:
     clock = Clock()
     clock.commit(told=False)
     clock.poll()
@@ -110,7 +110,7 @@ def test_notifications_are_relied_on_again_when_they_have_announced_everything_f
     assert clock.pace.seconds_to_next(clock.now) == NOTIFIED_INTERVAL
 
 
-def test_without_notifications_there_is_only_polling() -> None:
+def test_polling_replaces_missing_notifications() -> None:
     clock = Clock(listening=False)
     assert clock.pace.polling
     clock.now += DISTRUST_TIME * 2
@@ -126,7 +126,7 @@ def test_without_notifications_there_is_only_polling() -> None:
     assert (clock.pace.polling, clock.pace.seconds_to_next(clock.now)) == (False, NOTIFICATION_GRACE)
 
 
-def test_a_false_notification_hides_nothing() -> None:
+def test_false_notification_hides_nothing() -> None:
     clock = Clock()
     clock.pace.note_notification(1 << 60)
     clock.commit(told=False)
@@ -136,7 +136,7 @@ def test_a_false_notification_hides_nothing() -> None:
     assert clock.pace.unannounced == 1
 
 
-def test_after_a_log_was_set_back_old_notifications_announce_nothing() -> None:
+def test_old_notifications_announce_nothing_after_the_log_was_set_back() -> None:
     clock = Clock(head=100)
     clock.commit()
     clock.poll()
