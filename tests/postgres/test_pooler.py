@@ -55,7 +55,7 @@ async def bouncer(request: pytest.FixtureRequest, database_url: str) -> AsyncIte
             yield bouncer
 
 
-async def test_a_pooler_is_recognised_and_a_server_is_not_taken_for_one(bouncer: Bouncer, database_url: str) -> None:
+async def test_pooler_is_recognised_and_a_server_is_not_mistaken_for_one(bouncer: Bouncer, database_url: str) -> None:
     async with open_bridge() as bridge:
         for _ in range(2):
             for url, pooled in ((bouncer.url, True), (database_url, False)):
@@ -77,7 +77,7 @@ def is_whole(follower: RecordingFollower, number: int) -> bool:
     return [entry.seq for entry in follower.entries] == list(range(1, number + 1))
 
 
-async def test_two_replicas_behind_it_lose_nothing_and_say_that_they_poll(
+async def test_two_replicas_behind_a_pooler_lose_nothing_and_report_polling(
     bouncer: Bouncer, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other = make(bouncer.url), make(bouncer.url)
@@ -99,7 +99,7 @@ async def test_two_replicas_behind_it_lose_nothing_and_say_that_they_poll(
     assert "listen_url" in said[0].getMessage()
 
 
-async def test_with_a_listen_url_past_the_pooler_notifications_arrive(bouncer: Bouncer, database_url: str) -> None:
+async def test_notifications_arrive_through_a_listen_url_past_the_pooler(bouncer: Bouncer, database_url: str) -> None:
     one, other = (make(bouncer.url, listen_url=database_url) for _ in range(2))
     async with running(one) as (first, publisher), running(other) as (second, _):
         await publish(publisher, 100)
@@ -122,7 +122,7 @@ async def test_messages_published_from_sql_pass_the_pooler(bouncer: Bouncer, dat
         assert follower.texts == [str(n) for n in range(10)]
 
 
-async def test_a_role_is_looked_up_and_a_change_of_it_is_found(bouncer: Bouncer, database_url: str) -> None:
+async def test_role_and_its_changes_are_found_behind_a_pooler(bouncer: Bouncer, database_url: str) -> None:
     key = await make_role(database_url)
     log = make(bouncer.url)
     async with running(log), open_roles(DatabaseSettings(url=bouncer.url)) as roles:
@@ -135,7 +135,7 @@ async def test_a_role_is_looked_up_and_a_change_of_it_is_found(bouncer: Bouncer,
         assert await log.roles.find([key]) == {}
 
 
-async def test_when_it_is_killed_and_comes_back_nothing_is_lost(bouncer: Bouncer, database_url: str) -> None:
+async def test_killed_pooler_loses_nothing(bouncer: Bouncer, database_url: str) -> None:
     log = make(bouncer.url)
     async with running(log) as (follower, publisher):
         await publish(publisher, 10)
@@ -152,7 +152,7 @@ async def test_when_it_is_killed_and_comes_back_nothing_is_lost(bouncer: Bouncer
         assert follower.restarts == [0]
 
 
-async def test_another_server_behind_the_pooler_is_not_taken_for_the_verified_one(
+async def test_unverified_server_behind_the_pooler_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its clients stay connected while the server is put back to what it was: nobody looks until somebody asks."""
@@ -176,7 +176,7 @@ async def test_another_server_behind_the_pooler_is_not_taken_for_the_verified_on
                 assert await sql.fetch("SELECT after_seq FROM catbus.epochs ORDER BY ordinal") == [(0,), (2,)]
 
 
-async def test_replicas_that_start_together_make_the_schema_through_it(empty_database_url: str) -> None:
+async def test_replicas_that_start_together_apply_the_schema_through_a_pooler(empty_database_url: str) -> None:
     async with open_bouncer(empty_database_url) as bouncer:
         one, other = make(bouncer.url), make(bouncer.url)
         async with running(one) as (_, publisher), running(other) as (follower, _):
