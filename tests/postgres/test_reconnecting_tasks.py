@@ -26,7 +26,7 @@ def outages(count: int) -> Iterator[Exception]:
     yield from (ConnectionRefusedError(f"try {n}") for n in range(count))
 
 
-async def test_an_outage_is_logged_once_and_so_is_its_end(autojump_clock: MockClock, logs: CapturingLogger) -> None:
+async def test_start_and_end_of_an_outage_are_logged_once(autojump_clock: MockClock, logs: CapturingLogger) -> None:
     supervisor = ReconnectingTasks("one", "other")
     errors = outages(20)
 
@@ -52,7 +52,7 @@ async def test_an_outage_is_logged_once_and_so_is_its_end(autojump_clock: MockCl
     assert supervisor.failures == 0
 
 
-async def test_the_pauses_grow_to_a_second_and_begin_anew_after_progress(autojump_clock: MockClock) -> None:
+async def test_backoff_grows_to_a_second_and_resets_after_progress(autojump_clock: MockClock) -> None:
     starts: list[float] = []
     supervisor = ReconnectingTasks("one")
 
@@ -71,7 +71,7 @@ async def test_the_pauses_grow_to_a_second_and_begin_anew_after_progress(autojum
     assert 0.05 <= pauses[15] <= 0.1
 
 
-async def test_a_service_is_down_from_its_outage_to_its_next_progress(autojump_clock: MockClock) -> None:
+async def test_service_is_down_from_its_outage_to_its_next_progress(autojump_clock: MockClock) -> None:
     supervisor = ReconnectingTasks("one")
     seen: list[bool] = []
 
@@ -89,9 +89,7 @@ async def test_a_service_is_down_from_its_outage_to_its_next_progress(autojump_c
     assert not supervisor.available
 
 
-async def test_a_service_that_is_not_needed_makes_nothing_unavailable(
-    autojump_clock: MockClock, logs: CapturingLogger
-) -> None:
+async def test_optional_service_makes_nothing_unavailable(autojump_clock: MockClock, logs: CapturingLogger) -> None:
     supervisor = ReconnectingTasks("one")
     errors = outages(3)
 
@@ -118,7 +116,7 @@ async def test_a_service_that_is_not_needed_makes_nothing_unavailable(
     assert supervisor.restarts == 4
 
 
-async def test_a_bug_is_fatal_when_it_occurs_five_times_in_a_minute(
+async def test_bug_is_fatal_when_it_occurs_five_times_in_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger
 ) -> None:
     supervisor = ReconnectingTasks("one")
@@ -134,7 +132,7 @@ async def test_a_bug_is_fatal_when_it_occurs_five_times_in_a_minute(
     assert isinstance(logs.calls[0].kwargs["exc_info"], KeyError)
 
 
-async def test_an_occasional_bug_is_not_fatal(autojump_clock: MockClock) -> None:
+async def test_occasional_bug_is_not_fatal(autojump_clock: MockClock) -> None:
     supervisor = ReconnectingTasks("one", "other")
     runs = 0
 
@@ -157,9 +155,7 @@ async def test_an_occasional_bug_is_not_fatal(autojump_clock: MockClock) -> None
     assert runs == 40
 
 
-async def test_a_service_that_cannot_work_is_logged_once_a_minute(
-    autojump_clock: MockClock, logs: CapturingLogger
-) -> None:
+async def test_failing_service_is_logged_once_a_minute(autojump_clock: MockClock, logs: CapturingLogger) -> None:
     """It works for a moment each time, so that neither the pauses grow nor the mistakes end it."""
     supervisor = ReconnectingTasks("one")
     reasons = [KeyError("ours"), RuntimeError("another")]
@@ -181,7 +177,7 @@ async def test_a_service_that_cannot_work_is_logged_once_a_minute(
 
 
 @pytest.mark.parametrize("needed", [True, False])
-async def test_a_service_that_is_down_repeatedly_is_logged_a_few_times_a_minute(
+async def test_repeated_outages_of_a_service_are_logged_a_few_times_a_minute(
     autojump_clock: MockClock, logs: CapturingLogger, needed: bool
 ) -> None:
     supervisor = ReconnectingTasks(*["one"][:needed])
@@ -200,7 +196,7 @@ async def test_a_service_that_is_down_repeatedly_is_logged_a_few_times_a_minute(
     assert max(call.kwargs.get("repeated", 0) for call in logs.calls) > 1000
 
 
-async def test_a_wrong_configuration_ends_it_at_once(autojump_clock: MockClock) -> None:
+async def test_wrong_configuration_ends_the_tasks_at_once(autojump_clock: MockClock) -> None:
     async def one(working: ReportProgress) -> None:
         async with trio.open_nursery():
             raise ConfigError("too old")
@@ -209,7 +205,7 @@ async def test_a_wrong_configuration_ends_it_at_once(autojump_clock: MockClock) 
         await ReconnectingTasks("one").run("one", one)
 
 
-async def test_an_outage_within_a_group_is_an_outage(autojump_clock: MockClock) -> None:
+async def test_outage_within_an_exception_group_is_an_outage(autojump_clock: MockClock) -> None:
     tries = 0
 
     async def fail() -> None:
@@ -228,7 +224,7 @@ async def test_an_outage_within_a_group_is_an_outage(autojump_clock: MockClock) 
     assert (supervisor.restarts, supervisor.failures) == (9, 0)
 
 
-async def test_an_outage_at_the_moment_of_the_end_is_none(autojump_clock: MockClock) -> None:
+async def test_outage_during_the_shutdown_is_ignored(autojump_clock: MockClock) -> None:
     supervisor = ReconnectingTasks("one")
 
     async def one(working: ReportProgress) -> None:
