@@ -71,7 +71,7 @@ async def read_on(log: PostgresLog, after: int) -> LogPage:
 
 
 @pytest.mark.parametrize("recent", [0, 1 << 20])
-async def test_every_replica_reports_a_deleted_range_whether_or_not_it_has_the_messages_in_memory(
+async def test_every_replica_reports_a_deleted_range_even_with_the_messages_in_memory(
     database_url: str, recent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = CapturingLogger()
@@ -90,7 +90,7 @@ async def test_every_replica_reports_a_deleted_range_whether_or_not_it_has_the_m
     assert errors[0] == {"missing": 3, "holes": 2, "ranges": ["3-4", "7-7"]}
 
 
-async def test_a_deleted_range_is_logged_again_once_in_an_interval(
+async def test_deleted_range_is_logged_again_once_per_interval(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = CapturingLogger()
@@ -106,7 +106,7 @@ async def test_a_deleted_range_is_logged_again_once_in_an_interval(
     assert {call.method_name for call in lines.calls} == {"error"}
 
 
-async def test_a_deleted_range_that_no_trigger_has_seen_is_found_by_reading(database_url: str) -> None:
+async def test_reader_finds_a_deleted_range_that_no_trigger_has_seen(database_url: str) -> None:
     async with filled(database_url) as (one, _, _):
         async with open_sql(database_url) as sql:
             await sql.execute(
@@ -121,13 +121,13 @@ async def test_a_deleted_range_that_no_trigger_has_seen_is_found_by_reading(data
         assert one.report()["holes"] == [[5, 5]]
 
 
-async def test_a_partition_is_watched_too(database_url: str) -> None:
+async def test_deletion_from_a_partition_is_detected(database_url: str) -> None:
     async with filled(database_url) as (log, _, _):
         await delete(database_url, "seq = 5", "entries_0")
         await until_problem("messages are missing", log)
 
 
-async def test_a_deletion_at_the_end_makes_another_log_and_no_deleted_range(database_url: str) -> None:
+async def test_deletion_at_the_head_begins_an_epoch_and_makes_no_deleted_range(database_url: str) -> None:
     async with filled(database_url) as (log, follower, publisher):
         await delete(database_url, "seq > 8")
         await follower.wait_until(lambda self: self.restarts[-1] == 8)
@@ -161,7 +161,7 @@ async def test_retention_makes_no_deleted_range(database_url: str) -> None:
         "payload = repeat('1', 70000)",
     ],
 )
-async def test_an_entry_that_is_changed_by_hand_can_still_be_delivered(database_url: str, change: str) -> None:
+async def test_entry_changed_by_hand_can_still_be_delivered(database_url: str, change: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         with pytest.raises(asyncpg.PostgresError):
             await sql.execute(f"UPDATE catbus.entries SET {change} WHERE seq = 3")
@@ -172,7 +172,7 @@ async def test_an_entry_that_is_changed_by_hand_can_still_be_delivered(database_
 # It is repaired
 
 
-async def test_a_deleted_range_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deleted_range_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair_module, "SCANNED_SEQS", 3)
     async with filled(database_url, 20):
         await delete(database_url, "seq IN (1, 2, 5, 6, 7, 8, 9, 12, 19)")
@@ -184,7 +184,7 @@ async def test_a_deleted_range_is_found_wherever_it_is(database_url: str, monkey
         assert await run_repair(database_url) == [(13, 13)]
 
 
-async def test_many_deleted_ranges_are_repaired_in_portions(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_deleted_ranges_are_repaired_in_batches(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair_module, "REPAIRED_RANGES", 7)
     async with filled(database_url, 1) as (log, _, publisher):
         for n in range(60):
@@ -201,7 +201,7 @@ async def test_many_deleted_ranges_are_repaired_in_portions(database_url: str, m
         assert gaps == 29
 
 
-async def test_a_database_with_another_isolation_level_is_repaired(database_url: str) -> None:
+async def test_database_with_another_isolation_level_is_repaired(database_url: str) -> None:
     async with filled(database_url):
         await delete(database_url, "seq = 3")
         async with open_sql(database_url) as sql:
@@ -211,7 +211,7 @@ async def test_a_database_with_another_isolation_level_is_repaired(database_url:
             await sql.execute(f'ALTER DATABASE "{name}" RESET ALL')
 
 
-async def test_readers_stop_before_a_deleted_range_until_it_is_repaired_and_lose_nothing_else(
+async def test_readers_stop_before_a_deleted_range_until_the_repair_and_lose_nothing_else(
     database_url: str,
 ) -> None:
     async with filled(database_url) as (one, _, publisher):
@@ -232,7 +232,7 @@ async def test_readers_stop_before_a_deleted_range_until_it_is_repaired_and_lose
                 assert (await log.read(5)).after == 5
 
 
-async def test_a_repaired_range_is_gone_from_memory_on_every_replica(database_url: str) -> None:
+async def test_repaired_range_leaves_the_memory_of_every_replica(database_url: str) -> None:
     async with filled(database_url, recent=1 << 20) as (log, _, _):
         await delete(database_url, "seq = 5")
         await until_problem("messages are missing", log)
@@ -246,7 +246,7 @@ async def test_a_repaired_range_is_gone_from_memory_on_every_replica(database_ur
         assert [entry.seq for entry in entries] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
-async def test_a_replica_that_stopped_before_a_deleted_range_goes_on(database_url: str) -> None:
+async def test_replica_that_stopped_before_a_deleted_range_continues(database_url: str) -> None:
     """Messages are deleted that it has not applied yet: without a notification it has to read them."""
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
@@ -273,7 +273,7 @@ async def test_a_replica_that_stopped_before_a_deleted_range_goes_on(database_ur
         assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3]
 
 
-async def test_a_deleted_range_that_is_filled_again_is_read_again(database_url: str) -> None:
+async def test_refilled_range_is_read_again(database_url: str) -> None:
     async with filled(database_url) as (log, _, _), open_sql(database_url) as sql:
         await sql.execute("CREATE TABLE public.saved AS SELECT * FROM catbus.entries WHERE seq BETWEEN 3 AND 5")
         await delete(database_url, "seq BETWEEN 3 AND 5")
@@ -286,7 +286,7 @@ async def test_a_deleted_range_that_is_filled_again_is_read_again(database_url: 
         assert (page.after, page.lost, page.entries[0].seq) == (5, "repair", 6)
 
 
-async def test_a_role_without_rights_cannot_repair(database_url: str) -> None:
+async def test_role_without_rights_cannot_repair(database_url: str) -> None:
     async with filled(database_url), open_sql(database_url) as sql:
         await sql.execute("CREATE ROLE bystander")
         try:
@@ -302,7 +302,7 @@ async def test_a_role_without_rights_cannot_repair(database_url: str) -> None:
 # Keys
 
 
-async def test_a_retry_of_a_message_that_was_deleted_is_unknown_once_that_is_repaired(database_url: str) -> None:
+async def test_retry_of_a_deleted_message_is_unknown_after_the_repair(database_url: str) -> None:
     async with filled(database_url) as (_, _, publisher):
         await delete(database_url, "seq BETWEEN 3 AND 5")
         await run_repair(database_url)
@@ -316,7 +316,7 @@ async def test_a_retry_of_a_message_that_was_deleted_is_unknown_once_that_is_rep
 # An empty log
 
 
-async def test_a_log_whose_rows_were_left_out_of_a_restore_gives_no_seq_twice(database_url: str) -> None:
+async def test_log_restored_without_its_rows_gives_no_seq_twice(database_url: str) -> None:
     log = make(database_url)
     async with running(log) as (_, publisher):
         for n in range(10):
@@ -341,7 +341,7 @@ async def test_a_log_whose_rows_were_left_out_of_a_restore_gives_no_seq_twice(da
         assert (page.after, page.lost, page.last) == (1_000_010, "retention", first)
 
 
-async def test_an_empty_log_of_which_nothing_is_known_begins_with_1(database_url: str) -> None:
+async def test_empty_log_without_a_known_head_begins_at_1(database_url: str) -> None:
     async with running(make(database_url)), open_sql(database_url) as sql:
         (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
         await sql.fetchrow("SELECT epoch FROM catbus.new_epoch($1)", epoch)
@@ -349,7 +349,7 @@ async def test_an_empty_log_of_which_nothing_is_known_begins_with_1(database_url
         assert await publisher.publish_seq("a", b"1") == 1
 
 
-async def test_a_log_that_retention_has_emptied_goes_on_where_it_was(database_url: str) -> None:
+async def test_log_emptied_by_retention_continues_at_its_head(database_url: str) -> None:
     async with filled(database_url), open_sql(database_url) as sql:
         await sql.execute("UPDATE catbus.head SET floor = 11; DELETE FROM catbus.entries")
         (epoch,) = await sql.fetchrow("SELECT epoch FROM catbus.head")
@@ -359,7 +359,7 @@ async def test_a_log_that_retention_has_emptied_goes_on_where_it_was(database_ur
         assert await publisher.publish_seq("a", b"1") == 11
 
 
-async def test_a_log_that_is_emptied_by_hand_under_its_replicas_gives_no_seq_twice(database_url: str) -> None:
+async def test_log_emptied_by_hand_under_its_replicas_gives_no_seq_twice(database_url: str) -> None:
     one, other = make(database_url), make(database_url)
     async with running(one) as (here, publisher), running(other) as (there, _):
         for n in range(10):
