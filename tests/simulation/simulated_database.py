@@ -1,7 +1,7 @@
-"""What a PostgreSQL with our schema does for each statement that we send: in memory, at once, without a server.
+"""A simulated PostgreSQL with the schema of Catbus: it executes each statement of Catbus at once, in memory.
 
-Each function stands for the one of the same name in catbus/postgres/schema. A state is never changed: what commits puts
-another one in its place, and an older one is what a failover or a restore goes back to.
+Each function corresponds to the function of the same name in catbus/postgres/schema. A state is immutable. A commit
+replaces it, and a failover or a restore returns to an older one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from catbus.postgres.notifications.encryption import LOG_CHANNEL, NotificationKe
 from .case_runner import POISON
 
 SECRET = "the secret of the log"
-SEAL = NotificationKeys(SECRET)
+KEYS = NotificationKeys(SECRET)
 
 
 class StoredRow(NamedTuple):
@@ -48,16 +48,16 @@ class StoredRow(NamedTuple):
 
 @dataclass(frozen=True)
 class DatabaseState:
-    """All that the database has."""
+    """The contents of the database. Immutable."""
 
     rows: tuple[StoredRow, ...] = ()
-    """From seq 1 on. Those below the floor are there for nobody who asks."""
+    """All rows from seq 1. Queries do not see those below the floor."""
     floor: int = 1
     epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
-    """Each with the seq after which it began."""
+    """The epochs, each with the seq after which it began."""
     outbox: tuple[tuple[str, str], ...] = ()
-    began: int = 0
-    """Where the present epoch is at home, which is a timeline."""
+    epoch_timeline: int = 0
+    """The timeline on which the present epoch began."""
 
     @property
     def head(self) -> int:
@@ -81,54 +81,54 @@ class SimulatedSqlError(asyncpg.PostgresError):  # type: ignore[misc]
 
 
 class SimulatedDatabase:
-    """Answers statements. `notify` is given what a transaction has notified, as soon as it has committed."""
+    """Executes statements. Calls `notify(pid, channel, payload)` for each notification of a committed transaction."""
 
     def __init__(self, clock: Callable[[], float], notify: Callable[[int, str, str], None]) -> None:
         self.state = DatabaseState()
-        self.past = [self.state]
-        """What it was after each commit, oldest first."""
+        self.history = [self.state]
+        """The state after each commit, oldest first."""
         self.timeline = 0
         self.server = 0
-        """Another one after each time that it was stopped."""
+        """Identifies one run of the server. It changes with each restart."""
         self.standby = False
-        self.overdue = 0
-        """So many entries are to be taken away by whoever looks after retention next."""
-        self.committed: Callable[[Sequence[StoredRow], str], None] = lambda _rows, _epoch: None
-        """Told of new rows, and of the epoch that their sender believed in."""
+        self.expired_count = 0
+        """The number of entries that the next retention step of a replica deletes."""
+        self.on_commit: Callable[[Sequence[StoredRow], str], None] = lambda _rows, _epoch: None
+        """Called with new rows, and with the epoch that their sender expected."""
         self.retention_end = 0
-        """The newest seq that retention has ever taken away."""
+        """The newest seq that retention has ever deleted."""
         self._clock = clock
         self._notify = notify
         self._names = count(1)
         self._timelines = count(1)
 
     def execute(self, pid: int, query: str, args: Sequence[Any]) -> list[Row]:
-        """The rows that a statement returns, from the process `pid`; raises as the server does."""
+        """Execute a statement in the process `pid` and return its rows. Raises the errors of the server."""
         return _STATEMENTS[query](self, pid, *args)
 
     def commit(self, state: DatabaseState) -> None:
         self.state = state
-        self.past.append(state)
+        self.history.append(state)
 
-    # What happens to it
+    # Events
 
     def publish(self, channel: str, payload: str) -> None:
         self.commit(replace(self.state, outbox=(*self.state.outbox, (channel, payload))))
 
     def apply_retention(self, entries: int) -> int:
-        """Take away the oldest entries; returns how many those are."""
+        """Delete the oldest entries. Returns their number."""
         state = self.state
-        taken = min(entries, state.head + 1 - state.floor)
-        if taken:
-            self.commit(replace(state, floor=state.floor + taken))
+        deleted = min(entries, state.head + 1 - state.floor)
+        if deleted:
+            self.commit(replace(state, floor=state.floor + deleted))
             self.retention_end = max(self.retention_end, self.state.floor - 1)
-        return taken
+        return deleted
 
     def set_back(self, commits: int, *, moved: bool) -> None:
-        """Lose the newest commits. With `moved` a standby takes over that lacked them, on a timeline of its own."""
-        del self.past[max(len(self.past) - commits, 1) :]
-        self.state = self.past[-1]
-        self.timeline = next(self._timelines) if moved else self.state.began
+        """Lose the newest commits. With `moved`, a standby without them is promoted, on a new timeline."""
+        del self.history[max(len(self.history) - commits, 1) :]
+        self.state = self.history[-1]
+        self.timeline = next(self._timelines) if moved else self.state.epoch_timeline
 
     def begin_epoch(self) -> None:
         self._new_epoch(0, self.state.epoch, None)
@@ -169,7 +169,7 @@ class SimulatedDatabase:
         if new:
             hint = f"{state.epoch}:{first}:{first + len(new) - 1}"
             whole = enclosed is not None and len(new) == len(columns)
-            self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, hint, f"{at} {enclosed}" if whole else ""))
+            self._insert(pid, new, epoch, KEYS.sign(LOG_CHANNEL, hint, f"{at} {enclosed}" if whole else ""))
         return at, first, seqs
 
     def move(self, pid: int, epoch: str) -> Row:
@@ -183,7 +183,7 @@ class SimulatedDatabase:
             for i, (channel, payload) in enumerate(state.outbox)
         ]
         last = first + len(new) - 1
-        self._insert(pid, new, epoch, SEAL.sign(LOG_CHANNEL, f"{state.epoch}:{first}:{last}"), outbox=())
+        self._insert(pid, new, epoch, KEYS.sign(LOG_CHANNEL, f"{state.epoch}:{first}:{last}"), outbox=())
         return len(new), last, False
 
     def check_epoch(self, epoch: str) -> None:
@@ -195,7 +195,7 @@ class SimulatedDatabase:
 
     def _insert(self, pid: int, new: list[StoredRow], epoch: str, hint: str, **changes: Any) -> None:
         self.commit(replace(self.state, rows=(*self.state.rows, *new), **changes))
-        self.committed(new, epoch)
+        self.on_commit(new, epoch)
         self._notify(pid, LOG_CHANNEL, hint)
 
     def _now(self) -> int:
@@ -215,15 +215,15 @@ class SimulatedDatabase:
 
     # Epochs
 
-    def _look(self, _: int, seq: int) -> list[Row]:
+    def _poll(self, _: int, seq: int) -> list[Row]:
         state = self.state
-        same = None if self.standby else state.began == self.timeline
+        same = None if self.standby else state.epoch_timeline == self.timeline
         return [
             (
                 state.epoch,
                 state.head,
                 state.floor,
-                self.mark(seq),
+                self.fingerprint(seq),
                 self.standby,
                 None if same is None else True,
                 same,
@@ -234,12 +234,12 @@ class SimulatedDatabase:
             )
         ]
 
-    def mark(self, seq: int) -> bytes | None:
+    def fingerprint(self, seq: int) -> bytes | None:
         state = self.state
         return fingerprints.fingerprint(state.rows[seq - 1].entry) if state.floor <= seq <= state.head else None
 
-    def _mark(self, _: int, seq: int) -> list[Row]:
-        return [(self.mark(seq),)]
+    def _fingerprint(self, _: int, seq: int) -> list[Row]:
+        return [(self.fingerprint(seq),)]
 
     def _new_epoch(self, pid: int, expected: str, agreed: int | None) -> list[Row]:
         state = self.state
@@ -247,31 +247,31 @@ class SimulatedDatabase:
         if made:
             after = max(0, min(state.head if agreed is None else agreed, state.head))
             epoch = f"e{next(self._names)}"
-            self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), began=self.timeline))
-            self._notify(pid, LOG_CHANNEL, SEAL.sign(LOG_CHANNEL, f"{epoch}:{state.head + 1}:{state.head}"))
+            self.commit(replace(state, epochs=(*state.epochs, (epoch, after)), epoch_timeline=self.timeline))
+            self._notify(pid, LOG_CHANNEL, KEYS.sign(LOG_CHANNEL, f"{epoch}:{state.head + 1}:{state.head}"))
         return [(*self.state.epochs[-1], made)]
 
     def _epochs(self, _: int, epoch: str) -> list[Row]:
         names = [name for name, _ in self.state.epochs]
         return list(self.state.epochs[: names.index(epoch) + 1]) if epoch in names else []
 
-    # Retention, the outbox, and the rest
+    # Retention, the outbox and notifications
 
     def _overdue(self, _: int, *__: int) -> list[Row]:
-        return [(0 if self.overdue else None, 0, bool(self.overdue))]
+        return [(0 if self.expired_count else None, 0, bool(self.expired_count))]
 
     def _retain(self, _: int, *__: int) -> list[Row]:
-        taken, self.overdue = self.apply_retention(self.overdue), 0
-        return [(self.state.floor, taken, False, False, None)]
+        deleted, self.expired_count = self.apply_retention(self.expired_count), 0
+        return [(self.state.floor, deleted, False, False, None)]
 
-    def _notify_cards(self, pid: int, channel: str, cards: Sequence[str]) -> list[Row]:
-        for card in cards:
-            self._notify(pid, channel, card)
-        return [("", "", len(cards))]
+    def _notify_all(self, pid: int, channel: str, payloads: Sequence[str]) -> list[Row]:
+        for payload in payloads:
+            self._notify(pid, channel, payload)
+        return [("", "", len(payloads))]
 
 
 def _decode(args: Sequence[Any]) -> tuple[str, list[tuple[Any, ...]], str | None]:
-    """The arguments of an append: its epoch, the columns of each entry as the schema names them, and `enclosed`."""
+    """Decode the arguments of an append. Returns its epoch, the columns of each entry, and `enclosed`."""
     _, epoch, channels, payloads, senders, producers, numbers, origins, afters, enclosed, size, _ = args
     if len(channels) < size:
         channels, payloads = channels[0].split("\n"), payloads[0].split("\n")
@@ -301,12 +301,12 @@ _STATEMENTS: dict[str, Callable[..., list[Row]]] = {
     log_reader._POSITION: SimulatedDatabase._position,
     log_reader._RECORD_DELETED_RANGE: lambda *_: [],
     notification_listener._STANDBY: lambda self, _: [(self.standby,)],
-    notification_listener._POLL: SimulatedDatabase._look,
-    notification_listener._FINGERPRINT: SimulatedDatabase._mark,
+    notification_listener._POLL: SimulatedDatabase._poll,
+    notification_listener._FINGERPRINT: SimulatedDatabase._fingerprint,
     notification_listener._NEW_EPOCH: SimulatedDatabase._new_epoch,
     notification_listener._EPOCHS: SimulatedDatabase._epochs,
     notification_listener._READ_SECRET: lambda *_: [(SECRET,)],
-    ephemeral_relay._NOTIFY: SimulatedDatabase._notify_cards,
+    ephemeral_relay._NOTIFY: SimulatedDatabase._notify_all,
     outbox_relay._PENDING: lambda self, _: [(bool(self.state.outbox),)],
     outbox_relay._ROTATE: lambda *_: [],
     log_retention._DUE: SimulatedDatabase._overdue,

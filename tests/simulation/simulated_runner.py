@@ -29,7 +29,7 @@ class SimulatedRunner(CaseRunner):
     def __init__(self, case: Case, nursery: trio.Nursery) -> None:
         self.network = SimulatedNetwork()
         self.database = self.network.database
-        self.database.committed = self.committed
+        self.database.on_commit = self.committed
         self.rotates = True
         """False after the database was set back without a trace, because retention must not delete what shows it."""
         nursery.start_soon(self.network.run)
@@ -119,7 +119,7 @@ class SimulatedRunner(CaseRunner):
     def request_retention(self, a: int, b: int) -> None:
         """Make retention due for a replica to find."""
         if self.rotates:
-            self.database.overdue = a % 5 + 1
+            self.database.expired_count = a % 5 + 1
 
     def lock_head(self, a: int, b: int) -> None:
         self.network.locked = trio.current_time() + PAUSES[b]
