@@ -1,6 +1,6 @@
-"""Drives pages of Chromium by lines of JSON on stdin, and answers each on stdout.
+"""A driver of pages in Chromium. It reads commands as lines of JSON from stdin and writes a reply to each to stdout.
 
-A process of its own: Playwright wants an asyncio loop that nobody else has a hand in.
+It is a process of its own because Playwright needs an asyncio loop of its own.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from typing import Any
 
 from playwright.sync_api import Error, Page, sync_playwright
 
-QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+BACKGROUND_OFF = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def main(path: str, any_certificate: str = "") -> None:
     with sync_playwright() as playwright:
-        # Chromium as root has no sandbox.
+        # Chromium cannot run as root with its sandbox.
         browser = playwright.chromium.launch(
-            executable_path=path, args=[*QUIET, *([] if os.geteuid() else ["--no-sandbox"])]
+            executable_path=path, args=[*BACKGROUND_OFF, *([] if os.geteuid() else ["--no-sandbox"])]
         )
-        trusting = bool(any_certificate)
-        page = browser.new_page(ignore_https_errors=trusting)
+        ignore_https_errors = bool(any_certificate)
+        page = browser.new_page(ignore_https_errors=ignore_https_errors)
         for line in sys.stdin:
             request = json.loads(line)
-            if request["what"] == "open":
+            if request["command"] == "open":
                 page.close()
-                page = browser.new_page(ignore_https_errors=trusting)
+                page = browser.new_page(ignore_https_errors=ignore_https_errors)
                 print('{"result": null}', flush=True)
                 continue
             try:
-                answer: Any = {"result": carry_out(page, **request)}
+                reply: Any = {"result": execute(page, **request)}
             except Error as error:
-                answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
+                reply = {"error": str(error)}
+            print(json.dumps(reply), flush=True)
         browser.close()
 
 
-def carry_out(page: Page, what: str, text: str, arguments: list[Any]) -> Any:
-    if what == "goto":
+def execute(page: Page, command: str, text: str, arguments: list[Any]) -> Any:
+    if command == "goto":
         page.goto(text)
         return None
     return page.evaluate(f"async (args) => {{ {text} }}", arguments)

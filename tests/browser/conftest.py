@@ -1,4 +1,4 @@
-"""Every test of this folder plays in Chromium and in Firefox; each is started once."""
+"""Fixtures that run every test of this folder in Chromium and in Firefox. Each browser starts once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def running_browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(running_browser: Browser) -> Browser:
-    """A browser with a page that no other test has had."""
+    """A browser with a new page."""
     running_browser.open_page()
     return running_browser

@@ -1,4 +1,4 @@
-"""A real browser for tests on Trio: a process beside this one drives it, by lines of JSON."""
+"""A real browser for tests on Trio. Another process drives it, and this one sends commands to it as lines of JSON."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ PROGRAMS = {
     "chromium": ("chromium", "chromium", "chromium-browser", "google-chrome"),
     "firefox": ("firefox-esr", "firefox-esr", "firefox"),
 }
-"""The package of the distribution that has each, and what its program may be called."""
+"""For each browser the package of the distribution, and the possible names of its program."""
 
 
 class Browser:
-    """One page."""
+    """A browser with one page."""
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name = name
         self._process = process
 
     def open_page(self) -> None:
-        """A new page in the place of the one before, for the next test. Waits without Trio."""
+        """Replace the page by a new one. Blocks the thread, so that a fixture without Trio may call it."""
         self._exchange("open", "", ())
 
     async def goto(self, url: str) -> None:
-        """Open a page; what is `run` then has the rights of its origin."""
-        await self._ask("goto", url)
+        """Load a URL. Later scripts have the rights of its origin."""
+        await self._call("goto", url)
 
     async def run(self, script: str, *arguments: Any) -> Any:
-        """Run the body of an async function of `args`, and return what it returns."""
-        return await self._ask("run", script, *arguments)
+        """Run the body of an async function of `args`, and return its result."""
+        return await self._call("run", script, *arguments)
 
-    async def _ask(self, what: str, text: str, *arguments: Any) -> Any:
-        return await trio.to_thread.run_sync(self._exchange, what, text, arguments, abandon_on_cancel=True)
+    async def _call(self, command: str, text: str, *arguments: Any) -> Any:
+        return await trio.to_thread.run_sync(self._exchange, command, text, arguments, abandon_on_cancel=True)
 
-    def _exchange(self, what: str, text: str, arguments: tuple[Any, ...]) -> Any:
+    def _exchange(self, command: str, text: str, arguments: tuple[Any, ...]) -> Any:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        stdin.write(json.dumps({"what": what, "text": text, "arguments": arguments}) + "\n")
+        stdin.write(json.dumps({"command": command, "text": text, "arguments": arguments}) + "\n")
         stdin.flush()
         line = stdout.readline()
-        assert line, f"{self.name} has gone"
-        answer = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        return answer["result"]
+        assert line, f"{self.name} has ended"
+        reply = json.loads(line)
+        assert "error" not in reply, reply["error"]
+        return reply["result"]
 
 
 @contextmanager
 def open_browser(name: str, *, any_certificate: bool = False) -> Iterator[Browser]:
-    """Start "chromium" or "firefox", and end it. With `any_certificate`, it trusts every one that it is shown."""
+    """Run "chromium" or "firefox" until the block ends. With `any_certificate`, it accepts every certificate."""
     command = [sys.executable, str(HERE / f"{name}.py"), find_program(*PROGRAMS[name])]
     command += ["any certificate"] * any_certificate
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Browser(name, process)
-            # At the end of its input it closes the browser and leaves.
+            # At the end of its input the driver closes the browser and ends.
             assert process.stdin is not None
             process.stdin.close()
             process.wait(20)

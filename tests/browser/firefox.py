@@ -1,7 +1,7 @@
-"""Drives pages of Firefox by lines of JSON on stdin, and answers each on stdout, as `chromium` does.
+"""A driver of pages in Firefox, with the commands and replies of `chromium.py`.
 
-By WebDriver BiDi, which Firefox speaks itself: Playwright wants a Firefox of its own, and geckodriver is one more
-program.
+It uses WebDriver BiDi, which Firefox implements itself. Playwright would need its own build of Firefox, and geckodriver
+would be another program to install.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
-LISTENING = b"WebDriver BiDi listening on "
+LISTENING_PREFIX = b"WebDriver BiDi listening on "
 
-QUIET = {
+BACKGROUND_OFF = {
     "app.normandy.enabled": False,
     "app.update.disabledForTesting": True,
     "browser.safebrowsing.downloads.remote.enabled": False,
@@ -34,12 +34,12 @@ QUIET = {
 }
 
 
-class Failed(Exception):
-    """The browser could not do it."""
+class CommandFailed(Exception):
+    """The browser rejected a command, or a script raised an exception."""
 
 
-class Session:
-    """A session of WebDriver BiDi, with one page at a time."""
+class BidiSession:
+    """A session of WebDriver BiDi with one page."""
 
     def __init__(self, socket: WebSocketConnection) -> None:
         self._socket = socket
@@ -47,19 +47,19 @@ class Session:
         self._page = ""
 
     async def open_page(self) -> None:
-        """A new page in the place of the one before."""
+        """Replace the page by a new one."""
         old = self._page
         self._page = (await self.call("browsingContext.create", type="tab"))["context"]
         if old:
             await self.call("browsingContext.close", context=old)
 
-    async def carry_out(self, what: str, text: str, arguments: list[Any]) -> Any:
-        if what == "open":
+    async def execute(self, command: str, text: str, arguments: list[Any]) -> Any:
+        if command == "open":
             return await self.open_page()
-        if what == "goto":
+        if command == "goto":
             await self.call("browsingContext.navigate", context=self._page, url=text, wait="complete")
             return None
-        # Whatever there is in JavaScript crosses as JSON, as it does with Playwright.
+        # Arguments and results are JSON, as with Playwright.
         function = (
             "async (given) => { const args = JSON.parse(given);"
             f" return JSON.stringify(await (async () => {{ {text} }})()); }}"
@@ -73,23 +73,23 @@ class Session:
             userActivation=False,
         )
         if found["type"] == "exception":
-            raise Failed(found["exceptionDetails"]["text"])
+            raise CommandFailed(found["exceptionDetails"]["text"])
         return json.loads(found["result"]["value"]) if "value" in found["result"] else None
 
     async def call(self, method: str, **parameters: Any) -> Any:
         number = next(self._numbers)
         await self._socket.send_message(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            answer = json.loads(await self._socket.get_message())
-            if answer.get("id") == number:
-                if answer["type"] == "error":
-                    raise Failed(answer["message"])
-                return answer["result"]
+            reply = json.loads(await self._socket.get_message())
+            if reply.get("id") == number:
+                if reply["type"] == "error":
+                    raise CommandFailed(reply["message"])
+                return reply["result"]
 
 
 async def main(path: str, any_certificate: str = "") -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in QUIET.items()]
+        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in BACKGROUND_OFF.items()]
         await trio.Path(profile, "user.js").write_text("\n".join(lines), encoding="utf-8")
         command = [path, "--headless", "--no-remote", "--profile", profile, "--remote-debugging-port", "0"]
         firefox = await trio.lowlevel.open_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -98,10 +98,10 @@ async def main(path: str, any_certificate: str = "") -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(drain, firefox)
                 async with open_websocket_url(f"{url}/session") as socket:
-                    session = Session(socket)
-                    trusting = {"alwaysMatch": {"acceptInsecureCerts": True}} if any_certificate else {}
-                    await session.call("session.new", capabilities=trusting)
-                    await serve(session)
+                    session = BidiSession(socket)
+                    capabilities = {"alwaysMatch": {"acceptInsecureCerts": True}} if any_certificate else {}
+                    await session.call("session.new", capabilities=capabilities)
+                    await execute_commands(session)
                     await session.call("browser.close")
                 await firefox.wait()
                 nursery.cancel_scope.cancel()
@@ -113,29 +113,29 @@ async def main(path: str, any_certificate: str = "") -> None:
 
 async def find_url(firefox: trio.Process) -> str:
     assert firefox.stderr is not None
-    said = b""
-    while not (said.rpartition(LISTENING)[1] and said.endswith(b"\n")):
+    output = b""
+    while not (output.rpartition(LISTENING_PREFIX)[1] and output.endswith(b"\n")):
         data = await firefox.stderr.receive_some()
         if not data:
-            raise Failed(said.decode("utf-8", "replace"))
-        said += data
-    return said.rpartition(LISTENING)[2].split()[0].decode()
+            raise CommandFailed(output.decode("utf-8", "replace"))
+        output += data
+    return output.rpartition(LISTENING_PREFIX)[2].split()[0].decode()
 
 
 async def drain(firefox: trio.Process) -> None:
-    """A browser that nobody listens to stops when its pipe is full."""
+    """Read and drop the output. Firefox would block when the pipe is full."""
     assert firefox.stderr is not None
     async for _ in firefox.stderr:
         pass
 
 
-async def serve(session: Session) -> None:
+async def execute_commands(session: BidiSession) -> None:
     while line := await trio.to_thread.run_sync(sys.stdin.readline):
         try:
-            answer: Any = {"result": await session.carry_out(**json.loads(line))}
-        except Failed as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), flush=True)
+            reply: Any = {"result": await session.execute(**json.loads(line))}
+        except CommandFailed as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Connects to the broker that served this page, and leaves the session in `bus` for what comes later.
-// `args`: a token, and whether to wait for the answers.
+// Connects to the broker that served this page, and stores the session in `bus` for later scripts.
+// `args`: a token, and whether to wait for the replies.
 
 const found = await (await fetch('/.well-known/catbus')).json();
 const value = Uint8Array.from(atob(found.certificate_hash), (c) => c.charCodeAt(0));
@@ -12,21 +12,21 @@ const encoder = new TextEncoder();
 const bus = window.bus = {
     session,
     writer,
-    lines: [],       // what came on the session's stream
-    own: {},         // what came on streams of subscriptions' own, by pattern
+    lines: [],       // objects that arrived on the stream of the session
+    streams: {},     // objects that arrived on streams of subscriptions, by pattern
     datagrams: [],
-    cancelling: false, // whether to cancel the reader of each such stream that comes, after its first bytes
-    say: (...messages) => writer.write(encoder.encode(messages.map((m) => JSON.stringify(m)).join(''))),
-    until: async (condition) => {
+    cancelling: false, // whether to cancel the reader of each new stream of a subscription, after its first bytes
+    send: (...messages) => writer.write(encoder.encode(messages.map((m) => JSON.stringify(m)).join(''))),
+    waitFor: async (condition) => {
         while (!condition()) await new Promise((resolve) => setTimeout(resolve, 5));
     },
-    hear: async () => {
-        await bus.until(() => bus.lines.length);
+    receive: async () => {
+        await bus.waitFor(() => bus.lines.length);
         return bus.lines.shift();
     },
 };
 
-// Each of these ends with the session.
+// Each of these readers ends with the session.
 const read = async (readable, take) => {
     const reader = readable.getReader();
     for (let next; !(next = await reader.read()).done;) take(next.value);
@@ -51,11 +51,11 @@ read(session.incomingUnidirectionalStreams, async (readable) => {
     }
     let lines;
     readLines(readable, (line) => {
-        if (!lines) lines = bus.own[line.pattern] = [];
+        if (!lines) lines = bus.streams[line.pattern] = [];
         lines.push(line);
     }).catch(ended);
 }).catch(ended);
 read(session.datagrams.readable, (data) => bus.datagrams.push(JSON.parse(new TextDecoder().decode(data)))).catch(ended);
 
-await bus.say({type: 'auth', token: args[0], protocol: 1}, {type: 'subscribe', pattern: 'web.*'});
-return args[1] ? [await bus.hear(), await bus.hear()] : null;
+await bus.send({type: 'auth', token: args[0], protocol: 1}, {type: 'subscribe', pattern: 'web.*'});
+return args[1] ? [await bus.receive(), await bus.receive()] : null;

@@ -23,7 +23,7 @@ window.counted = [];
 document.body.innerHTML = '<div id="root"></div>';
 const root = createRoot(document.getElementById('root'));
 
-/** Show the application: `user` has a client of its own, and no client is nobody signed in. */
+/** Show the application. Each `user` has a client; without a user, nobody is signed in. */
 const clients = new Map();
 window.show = ({ url, user, token, pattern, last = 3, rooms = 2 }) => {
   if (!user) return root.render(h(StrictMode, null, h('pre', { id: 'state' }, 'signed out')));

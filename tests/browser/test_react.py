@@ -16,7 +16,7 @@ from tests.browser.driver import Browser
 from tests.programs import CLIENT, find_module
 
 APPLICATION = Path(__file__).parent / "react_app.js"
-UNTIL = """
+WAIT_FOR_TEXT = """
     const began = Date.now();
     while (text(args[0]) !== args[1]) {
         if (Date.now() - began > 30_000) throw new Error(`${args[0]}: ${text(args[0])}, and not ${args[1]}`);
@@ -41,7 +41,7 @@ def token(client_id: str) -> str:
 async def shows(browser: Browser, *, live: bool = True, **rooms: list[object]) -> None:
     for name, payloads in rooms.items():
         wanted = json.dumps([payloads, live, None], separators=(",", ":"))
-        await browser.run(UNTIL, name, wanted)
+        await browser.run(WAIT_FOR_TEXT, name, wanted)
 
 
 async def test_components_share_a_subscription_and_follow_their_props_and_their_user(
@@ -56,14 +56,14 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             await broker.publish("room.b", "other")
             shown = {"url": f"ws://{address}/ws", "user": "alice", "token": token("alice"), "pattern": "room.a"}
             await browser.run("show(args[0])", shown)
-            await browser.run(UNTIL, "state", "connected")
-            # The last three, in both, by one subscription; the one that counts has begun with what is new.
+            await browser.run(WAIT_FOR_TEXT, "state", "connected")
+            # One subscription gives both rooms the last three messages. The counter has received no old message.
             await shows(browser, one=[3, 4, 5], two=[3, 4, 5])
             assert broker.replica.delivery.statistics().live == 1
             await browser.run("await publish('room.a', 6)")
             await shows(browser, one=[4, 5, 6], two=[4, 5, 6])
             assert await browser.run("return counted") == [6]
-            # Another pattern, and more of it.
+            # Another pattern, and a larger number of messages.
             await browser.run("show(args[0])", {**shown, "pattern": "room.b"})
             await shows(browser, one=["other"], two=["other"])
             await browser.run("show(args[0])", {**shown, "last": 5})
@@ -71,9 +71,9 @@ async def test_components_share_a_subscription_and_follow_their_props_and_their_
             await browser.run("show(args[0])", {**shown, "last": 5, "rooms": 1})
             await broker.publish("room.a", 7)
             await shows(browser, one=[3, 4, 5, 6, 7])
-            # Signed out, and in as somebody else.
+            # Signed out, and signed in as another user.
             await browser.run("show({})")
-            await browser.run(UNTIL, "state", "signed out")
+            await browser.run(WAIT_FOR_TEXT, "state", "signed out")
             while broker.replica.sessions:
                 await trio.sleep(0.01)
             await broker.publish("room.a", 8)

@@ -1,4 +1,4 @@
-"""Real browsers over WebTransport: the certificate by its hash, another replica, own streams, datagrams, the end."""
+"""Real browsers over WebTransport: certificate hashes, replicas, streams of subscriptions, datagrams, closing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONNECT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
 @asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[tuple[Broker, str]]:
-    """A broker with both doors, and the origin of its HTTP."""
+    """Run a broker with both transports. Yields it and its HTTP origin."""
     async with trio.open_nursery() as nursery:
         broker = await nursery.start(catbus.serve, config)
         await broker.replica.log.wait_open()
@@ -51,13 +51,13 @@ async def test_page_publishes_and_receives_from_another_replica(
             await browser.goto(f"{origin}/health")
             hello, subscribed = await browser.run(CONNECT, TOKEN, True)
             assert (hello["type"], hello["client_id"], subscribed["type"]) == ("auth_ok", "alice", "subscribed")
-            await browser.run("await bus.say({type: 'publish', channel: 'web.page', payload: {n: 1}, id: 1})")
-            heard = [await browser.run("return await bus.hear()") for _ in range(2)]
+            await browser.run("await bus.send({type: 'publish', channel: 'web.page', payload: {n: 1}, id: 1})")
+            heard = [await browser.run("return await bus.receive()") for _ in range(2)]
             assert {message["type"] for message in heard} == {"message", "published"}
             url = other.replace("http://", "ws://") + "/ws"
             async with catbus.connect(url, token=TOKEN) as bus:
                 seq = await bus.publish("web.service", "from another replica, over WebSocket")
-            message = await browser.run("return await bus.hear()")
+            message = await browser.run("return await bus.receive()")
             assert (message["seq"], message["channel"]) == (seq, "web.service")
 
 
@@ -83,12 +83,12 @@ async def test_150_subscriptions_have_streams_of_their_own(browser: Browser, tmp
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             await browser.run(
-                "await bus.say(...Array.from({length: 150}, (_, n) => "
+                "await bus.send(...Array.from({length: 150}, (_, n) => "
                 "({type: 'subscribe', pattern: `own.s${n}`, stream: true, id: n})))"
             )
-            await browser.run("await bus.until(() => bus.lines.length + Object.keys(bus.own).length === 150)")
-            own, rest = await browser.run("return [bus.own, bus.lines.splice(0)]")
-            # As many as the browser has credit for get their own; the others hear on the session's stream.
+            await browser.run("await bus.waitFor(() => bus.lines.length + Object.keys(bus.streams).length === 150)")
+            own, rest = await browser.run("return [bus.streams, bus.lines.splice(0)]")
+            # The browser limits the number of streams. The remaining subscriptions use the stream of the session.
             assert 90 <= len(own) <= 100
             assert all(lines[0]["stream"] for lines in own.values())
             assert not any("stream" in line for line in rest)
@@ -96,11 +96,11 @@ async def test_150_subscriptions_have_streams_of_their_own(browser: Browser, tmp
             for number in range(150):
                 await broker.publish(f"own.s{number}", number)
             await browser.run(
-                "await bus.until(() => bus.lines.length === args[0] &&"
-                " Object.values(bus.own).every((lines) => lines.length === 2))",
+                "await bus.waitFor(() => bus.lines.length === args[0] &&"
+                " Object.values(bus.streams).every((lines) => lines.length === 2))",
                 len(rest),
             )
-            own, rest = await browser.run("return [bus.own, bus.lines]")
+            own, rest = await browser.run("return [bus.streams, bus.lines]")
             heard = {pattern: lines[1] for pattern, lines in own.items()} | {line["pattern"]: line for line in rest}
             assert {line["pattern"]: line["payload"] for line in heard.values()} == {
                 f"own.s{number}": number for number in range(150)
@@ -112,14 +112,14 @@ async def test_ephemeral_messages_arrive_as_datagrams(browser: Browser, tmp_path
         async with serving(configuration(tmp_path)) as (broker, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
-            await browser.run("await bus.say({type: 'subscribe', pattern: 'pointer.*', datagrams: true})")
-            assert (await browser.run("return await bus.hear()"))["type"] == "subscribed"
+            await browser.run("await bus.send({type: 'subscribe', pattern: 'pointer.*', datagrams: true})")
+            assert (await browser.run("return await bus.receive()"))["type"] == "subscribed"
             for number in range(5):
                 await broker.publish("pointer.mouse", [number, number], ephemeral=True)
             await broker.publish("pointer.mouse", "x" * 2000, ephemeral=True)
-            # What does not fit comes on the stream.
-            assert (await browser.run("return await bus.hear()"))["payload"] == "x" * 2000
-            datagrams = await browser.run("await bus.until(() => bus.datagrams.length === 5); return bus.datagrams")
+            # A message that does not fit into a datagram arrives on the stream.
+            assert (await browser.run("return await bus.receive()"))["payload"] == "x" * 2000
+            datagrams = await browser.run("await bus.waitFor(() => bus.datagrams.length === 5); return bus.datagrams")
             assert sorted(message["payload"] for message in datagrams) == [[number, number] for number in range(5)]
             assert {message["pattern"] for message in datagrams} == {"pointer.*"}
 
@@ -129,22 +129,22 @@ async def test_objects_may_be_split_anywhere(browser: Browser, tmp_path: Path) -
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
-            # Three back to back in one write, then one in as many writes as it has bytes; no newline in any of them.
-            await browser.run("await bus.say(...[1, 2, 3].map((seq) => ({type: 'ping', seq})))")
+            # Three objects in one write, then one object in as many writes as it has bytes; no newline in any of them.
+            await browser.run("await bus.send(...[1, 2, 3].map((seq) => ({type: 'ping', seq})))")
             await browser.run(
                 "for (const byte of new TextEncoder().encode(JSON.stringify({type: 'ping', seq: 4, pad: 'ü}{'})))"
                 " await bus.writer.write(new Uint8Array([byte]))"
             )
             pongs: list[int] = []
             heard: dict[str, Any] = {}
-            # A head may stand for several, where none of them had been sent yet.
+            # One `head` may replace several that were not sent yet.
             while len(pongs) < 4 or heard.get("type") != "head":
-                heard = await browser.run("return await bus.hear()")
+                heard = await browser.run("return await bus.receive()")
                 pongs += [heard["seq"]] if heard["type"] == "pong" else []
             assert pongs == [1, 2, 3, 4]
 
 
-def swallow(port: UdpSocket, most: int) -> list[Any]:
+def drop_packets(port: UdpSocket, most: int) -> list[Any]:
     with suppress(BlockingIOError):
         while port._socket.recv(1 << 16):
             pass
@@ -160,12 +160,12 @@ async def test_page_notices_a_vanished_broker(
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             with monkeypatch.context() as silence:
-                # From here on every packet is swallowed, both ways.
-                silence.setattr(UdpSocket, "receive", swallow)
+                # From here on every packet is dropped, in both directions.
+                silence.setattr(UdpSocket, "receive", drop_packets)
                 silence.setattr(UdpSocket, "send", lambda self, datagrams, to: None)
                 ending = await browser.run("return await bus.session.closed.catch((error) => error.name)")
                 assert ending == "WebTransportError"
-                # And so is a browser that vanishes.
+                # The broker notices the vanished browser as well.
                 while broker.replica.sessions:
                     await trio.sleep(0.05)
 
@@ -174,7 +174,7 @@ async def test_wrong_token_closes_with_its_code(browser: Browser, tmp_path: Path
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
-            # What a page has not read when the session closes it never reads: so the closing says all of it again.
+            # A page cannot read the rest of a stream after the session has closed, so the close repeats the error.
             await browser.run(CONNECT, "sub-wrong", False)
             info = await browser.run("const i = await bus.session.closed; return [i.closeCode, i.reason]")
             assert info == [CloseCode.UNAUTHENTICATED, "the token is not valid"]
@@ -190,13 +190,13 @@ const writer = stream.writable.getWriter(), reader = stream.readable.getReader()
 const say = (message) => writer.write(new TextEncoder().encode(JSON.stringify(message)));
 const hear = async () => JSON.parse(new TextDecoder().decode((await reader.read()).value));
 """
-"""A client of the first version: what one read brings is one object to it."""
+"""A client of the first protocol version, which takes the data of one read as one object."""
 
 
 async def test_first_version_page_reads_one_object_at_a_time(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A machine that is busy with other tests may not let the page read for longer than the broker waits by default.
+    # On a machine that is busy with other tests, the page may not read for longer than the default spacing.
     monkeypatch.setattr(first_version_spacing, "SPACING", (0.5, 0.5))
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
@@ -212,11 +212,11 @@ async def test_first_version_page_reads_one_object_at_a_time(
 
 
 async def test_no_object_for_a_first_version_page_is_split(browser: Browser, tmp_path: Path) -> None:
-    """The page hears more than its ring buffer of 64 KiB holds, and asks for each object when it has read the last."""
+    """The page receives more than its ring buffer of 64 KiB holds, and requests each object after the previous one."""
     with trio.fail_after(90):
         async with serving(configuration(tmp_path)) as (_, origin):
             await browser.goto(f"{origin}/health")
-            # Only what it has read makes it go on.
+            # The page publishes again only after it has received an object.
             heard = await browser.run(
                 FIRST_VERSION + "say({type: 'auth', token: args[0]}); await hear();"
                 "say({type: 'subscribe', pattern: 'a.*'}); await hear(); const heard = [];"
@@ -232,7 +232,7 @@ async def test_no_object_for_a_first_version_page_is_split(browser: Browser, tmp
 async def test_stream_with_a_cancelled_reader_ends_alone(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chromium says STOP_SENDING then. Firefox says nothing, and takes nothing any more."""
+    """Chromium then sends STOP_SENDING. Firefox sends nothing, and stops reading."""
     monkeypatch.setattr(webtransport_session, "STALL_TIMEOUT", 1.0)
     monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
     with trio.fail_after(90):
@@ -240,15 +240,15 @@ async def test_stream_with_a_cancelled_reader_ends_alone(
             await browser.goto(f"{origin}/health")
             await browser.run(CONNECT, TOKEN, True)
             await browser.run("bus.cancelling = true")
-            await browser.run("await bus.say({type: 'subscribe', pattern: 'own.*', stream: true})")
-            await browser.run("await bus.until(() => bus.cancelled)")
+            await browser.run("await bus.send({type: 'subscribe', pattern: 'own.*', stream: true})")
+            await browser.run("await bus.waitFor(() => bus.cancelled)")
             while len(broker.replica.delivery._by_send_queue) > 1:
                 await broker.publish("own.x", "x" * 60_000)
                 await trio.sleep(0.005)
-            line = await browser.run("return await bus.hear()")
+            line = await browser.run("return await bus.receive()")
             assert (line["type"], line["pattern"]) == ("unsubscribed", "own.*")
             seq = await broker.publish("web.page", "still here")
-            while (line := await browser.run("return await bus.hear()"))["type"] != "message":
+            while (line := await browser.run("return await bus.receive()"))["type"] != "message":
                 pass
             assert (line["seq"], line["payload"]) == (seq, "still here")
             assert len(broker.replica.sessions) == 1

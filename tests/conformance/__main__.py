@@ -29,7 +29,7 @@ from tests.conformance import autobahn, proxies, third_party_clients
 from tests.conformance.client_steps import STEPS, ClientUnderTest
 from tests.conformance.echo import MESSAGE_SIZE, serve_echo
 from tests.conformance.network_paths import EXTENDED_CONNECT, NETWORK_PATHS, Certificates
-from tests.foreign.test_webtransport import play as play_webtransport
+from tests.foreign.test_webtransport import run_session
 from tests.programs import CLIENT, find_for_conformance, find_foreign_python, find_program
 
 STEP_TIMEOUT = 60
@@ -146,7 +146,7 @@ async def run_webtransport_libraries() -> dict[str, str]:
     for library in ("pywebtransport", "web-transport-quinn"):
         with tempfile.TemporaryDirectory() as state:
             try:
-                received = await play_webtransport(library, Path(state))
+                received = await run_session(library, Path(state))
                 found[library] = PASSED if received["ended"]["type"] == "unsubscribed" else str(received)
             except Missing as missing:
                 found[library] = f"- {missing}"

@@ -1,7 +1,7 @@
-"""A client upon a WebTransport library of somebody else: `client.py LIBRARY URL CERTIFICATE TOKEN`.
+"""A client that uses a third-party WebTransport library: `client.py LIBRARY URL CERTIFICATE TOKEN`.
 
-CERTIFICATE is the file of the broker's own: one library takes it, the other its hash. Plays one session and prints what
-it has heard, as JSON. Needs what `requirements.txt` names, and nothing of ours.
+CERTIFICATE is the broker's certificate file; one library needs the file, the other its hash. Runs a session and prints
+the received objects as JSON. Needs the packages of `requirements.txt`, and no module of Catbus.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 Read = Callable[[], Awaitable[bytes]]
 
 
-class Lines:
-    """The lines of a stream, however its bytes come."""
+class JsonLines:
+    """The JSON objects of a stream, one for each line."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -38,14 +38,14 @@ def encode(*messages: dict[str, Any]) -> bytes:
     return "".join(json.dumps(message) for message in messages).encode()
 
 
-def greeting(token: str) -> bytes:
+def encode_handshake(token: str) -> bytes:
     return encode(
         {"type": "auth", "token": token, "protocol": 1},
         {"type": "subscribe", "pattern": "foreign.*", "stream": True, "datagrams": True},
     )
 
 
-def hash_of(certificate: Path) -> bytes:
+def certificate_hash(certificate: Path) -> bytes:
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).digest()
 
 
@@ -55,50 +55,50 @@ PUBLISHES = encode(
 )
 
 
-async def play_pywebtransport(url: str, certificate: Path, token: str) -> dict[str, Any]:
+async def run_pywebtransport(url: str, certificate: Path, token: str) -> dict[str, Any]:
     from pywebtransport.client import WebTransportClient
     from pywebtransport.config import ClientConfig
 
     async with WebTransportClient(config=ClientConfig(ca_certs=str(certificate))) as client:
         session = await client.connect(url=url)
         stream = await session.create_bidirectional_stream()
-        main = Lines(lambda: stream.read(max_size=65536))
-        await stream.write_all(data=greeting(token))
+        main = JsonLines(lambda: stream.read(max_size=65536))
+        await stream.write_all(data=encode_handshake(token))
         hello = await main.next()
         own = await anext(session.incoming_unidirectional_streams())
-        lines = Lines(lambda: own.read(max_size=65536))
-        heard = [await lines.next()]
+        lines = JsonLines(lambda: own.read(max_size=65536))
+        received = [await lines.next()]
         await stream.write(data=PUBLISHES)
-        heard.append(await lines.next())
+        received.append(await lines.next())
         datagram = json.loads(await session.read_datagram())
         published = await main.next()
         await own.stop_receiving(error_code=5)
         ended = await main.next()
         await session.close(error_code=7, reason="enough")
-        return {"hello": hello, "own": heard, "datagram": datagram, "published": published, "ended": ended}
+        return {"hello": hello, "own": received, "datagram": datagram, "published": published, "ended": ended}
 
 
-async def play_quinn(url: str, certificate: Path, token: str) -> dict[str, Any]:
+async def run_quinn(url: str, certificate: Path, token: str) -> dict[str, Any]:
     import web_transport
 
-    async with web_transport.Client(server_certificate_hashes=[hash_of(certificate)]) as client:
+    async with web_transport.Client(server_certificate_hashes=[certificate_hash(certificate)]) as client:
         session = await client.connect(url)
         send, receive = await session.open_bi()
-        main = Lines(lambda: receive.read(65536))
-        await send.write(greeting(token))
+        main = JsonLines(lambda: receive.read(65536))
+        await send.write(encode_handshake(token))
         hello = await main.next()
         own = await session.accept_uni()
-        lines = Lines(lambda: own.read(65536))
-        heard = [await lines.next()]
+        lines = JsonLines(lambda: own.read(65536))
+        received = [await lines.next()]
         await send.write(PUBLISHES)
-        heard.append(await lines.next())
+        received.append(await lines.next())
         datagram = json.loads(await session.receive_datagram())
         published = await main.next()
         own.stop(5)
         ended = await main.next()
         session.close(7, "enough")
         await session.wait_closed()
-        # Another session, which the broker ends: its code and its reason come through.
+        # The broker closes another session; the client receives its code and its reason.
         other = await client.connect(url)
         send, receive = await other.open_bi()
         await send.write(encode({"type": "auth", "token": "sub-wrong", "protocol": 1}))
@@ -106,7 +106,7 @@ async def play_quinn(url: str, certificate: Path, token: str) -> dict[str, Any]:
         closed = [getattr(other.close_reason, "code", None), getattr(other.close_reason, "reason", None)]
         return {
             "hello": hello,
-            "own": heard,
+            "own": received,
             "datagram": datagram,
             "published": published,
             "ended": ended,
@@ -114,8 +114,8 @@ async def play_quinn(url: str, certificate: Path, token: str) -> dict[str, Any]:
         }
 
 
-PLAYS = {"pywebtransport": play_pywebtransport, "web-transport-quinn": play_quinn}
+LIBRARIES = {"pywebtransport": run_pywebtransport, "web-transport-quinn": run_quinn}
 
 if __name__ == "__main__":
     library, url, certificate, token = sys.argv[1:5]
-    print(json.dumps(asyncio.run(asyncio.wait_for(PLAYS[library](url, Path(certificate), token), 40))))
+    print(json.dumps(asyncio.run(asyncio.wait_for(LIBRARIES[library](url, Path(certificate), token), 40))))

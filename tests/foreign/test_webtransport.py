@@ -1,4 +1,4 @@
-"""Clients upon WebTransport libraries of others, with a broker that has made its certificate itself."""
+"""Clients that use third-party WebTransport libraries, with a broker that makes its own certificate."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def configuration(state: Path, *, tls: bool = False) -> catbus.Config:
 
 
 def write_certificate(state: Path) -> Path:
-    """What /.well-known/catbus tells of it: without the key."""
+    """Write the certificate of the broker to a file of its own, without the key."""
     text = (state / DEVELOPMENT_FILE).read_text()
     path = state / "certificate.pem"
     path.write_text(text[text.index("-----BEGIN CERTIFICATE") :])
     return path
 
 
-async def play(library: str, state: Path) -> dict[str, Any]:
+async def run_session(library: str, state: Path) -> dict[str, Any]:
     python = find_foreign_python()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -55,7 +55,7 @@ async def play(library: str, state: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("library", ["pywebtransport", "web-transport-quinn"])
 async def test_foreign_library_runs_a_whole_session(library: str, tmp_path: Path) -> None:
-    found = await play(library, tmp_path)
+    found = await run_session(library, tmp_path)
     assert (found["hello"]["type"], found["hello"]["client_id"]) == ("auth_ok", "alice")
     subscribed, message = found["own"]
     assert (subscribed["type"], subscribed["stream"]) == ("subscribed", True)
@@ -63,7 +63,7 @@ async def test_foreign_library_runs_a_whole_session(library: str, tmp_path: Path
     assert found["datagram"]["payload"] == "fleeting"
     assert "seq" not in found["datagram"]
     assert (found["published"]["type"], found["published"]["id"], found["published"]["seq"]) == ("published", 1, 1)
-    # They have stopped the stream, which ends its subscription.
+    # The client has stopped the stream, which ends its subscription.
     assert found["ended"] == {"type": "unsubscribed", "pattern": "foreign.*", "seq": 1}
     if library == "web-transport-quinn":
         assert found["closed"] == [CloseCode.UNAUTHENTICATED, "the token is not valid"]

@@ -1,9 +1,9 @@
-"""What a developer does first: a fresh Vite application with React and TypeScript, and the npm package in it.
+"""A check of the npm package in a new Vite application with React and TypeScript, as a developer would begin.
 
     make check-npm
 
-Packs the package, makes the application with Vite's own template, installs the package there, and builds it with the
-strictest settings of TypeScript. It needs the network, for what Vite and React are today, so no test runs it.
+Packs the package, makes the application from Vite's template, installs the package, and builds the application with the
+strictest settings of TypeScript. It needs the network, for the current releases of Vite and React, so no test runs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ const token = async (): Promise<string> => {
   return found;
 };
 
-/** The client is there only after the effects of the children have run. */
+/** Connects the client only after the effects of the children have run. */
 function Connected({ children }: { children: ReactNode }) {
   const [client] = useState(() => new CatbusClient({ url, token }));
   const [ready, setReady] = useState(false);

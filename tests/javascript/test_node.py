@@ -1,4 +1,4 @@
-"""The JavaScript client: its types, its own tests in Node against a real broker, its package."""
+"""The types of the JavaScript client, and its own tests in Node against a real broker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JavaScript client over replicas that are killed and that stand still: it goes on with the other one."""
+"""The JavaScript client and replicas that are killed or paused: it continues with the other replica."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import trio
 from tests.postgres.processes import open_replicas, token
 from tests.programs import find_module, find_program
 
-PROGRAM = Path(__file__).with_name("outlive.mjs")
+PROGRAM = Path(__file__).with_name("publishing_client.mjs")
 
 
-class Client:
-    """The client in Node, which is told something and tells what happens to it."""
+class NodeClient:
+    """The client in Node, which executes commands and reports events."""
 
     def __init__(self, process: trio.Process) -> None:
         self._process = process
@@ -33,26 +33,24 @@ class Client:
             for line in lines:
                 yield json.loads(line)
 
-    async def tell(self, *words: str) -> None:
+    async def send_command(self, *words: str) -> None:
         assert self._process.stdin is not None
         await self._process.stdin.send_all(" ".join(words).encode() + b"\n")
 
     async def wait_for(self, name: str, value: object = None) -> Any:
-        """What it tells next of that name, or until it tells that."""
-        async for told in self._lines:
-            if name in told and value in (None, told[name]):
-                return told
-        raise AssertionError("it has ended")
+        """Wait for the next event of this name, or for the next one with this value."""
+        async for event in self._lines:
+            if name in event and value in (None, event[name]):
+                return event
+        raise AssertionError("the client has ended")
 
-    async def go_on(self) -> None:
-        """Wait until it has heard more of what it publishes."""
-        await self.tell("more")
+    async def wait_for_progress(self) -> None:
+        """Wait until the client has received more of its messages."""
+        await self.send_command("more")
         await self.wait_for("more")
 
 
-async def test_client_survives_a_paused_and_a_killed_replica(
-    database_url: str,
-) -> None:
+async def test_client_survives_a_paused_and_a_killed_replica(database_url: str) -> None:
     find_module("ws")
     node = find_program("nodejs", "node")
     environment = {**os.environ, "TOKEN": token("javascript")}
@@ -60,22 +58,22 @@ async def test_client_survives_a_paused_and_a_killed_replica(
         async with open_replicas(database_url, 2) as (one, other), trio.open_nursery() as nursery:
             run = partial(trio.run_process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             process = await nursery.start(run, [node, PROGRAM, one.url])
-            client = Client(process)
+            client = NodeClient(process)
             await client.wait_for("state", "connected")
-            await client.go_on()
-            await client.tell("dial", other.url)
+            await client.wait_for_progress()
+            await client.send_command("dial", other.url)
             one.pause()
             await client.wait_for("state", "connected")
-            # What it has under way goes on behind the client's back.
+            # Publishes that the replica had received may still be committed, without the client.
             one.resume()
-            await client.go_on()
-            await client.tell("dial", one.url)
+            await client.wait_for_progress()
+            await client.send_command("dial", one.url)
             other.kill()
             await client.wait_for("state", "connected")
-            await client.go_on()
-            await client.tell("finish")
-            told = await client.wait_for("heard")
-    heard, acknowledged = told["heard"], told["acknowledged"]
-    assert heard == sorted(heard)
-    assert heard == sorted(acknowledged)
-    assert len({payload for _, payload in heard}) == len(heard)
+            await client.wait_for_progress()
+            await client.send_command("finish")
+            event = await client.wait_for("received")
+    received, acknowledged = event["received"], event["acknowledged"]
+    assert received == sorted(received)
+    assert received == sorted(acknowledged)
+    assert len({payload for _, payload in received}) == len(received)

@@ -1,4 +1,4 @@
-"""What every log must do, whatever it is made of: tests to be inherited by a class with the fixture `make_log`."""
+"""Tests of every implementation of `Log`. A test class inherits them and defines the fixture `make_log`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
 from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 
 MakeLog = Callable[..., Log]
-"""Called with `recent` (bytes kept in memory) and `pending` (messages that may wait), both optional."""
+"""Makes a log from the optional arguments `recent` (bytes in memory) and `pending` (messages that may wait)."""
 
 ALICE = b"alice-----------"
 BOB = b"bob-------------"
 
 
 class ReadConformance:
-    """Pages and history."""
+    """Tests of pages and of history, for logs and for readers of logs."""
 
     async def test_page_ends_at_its_number_of_rows(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -102,7 +102,7 @@ class ReadConformance:
 
 
 class LogConformance(ReadConformance):
-    """All of it."""
+    """Tests of a whole log."""
 
     async def test_messages_get_consecutive_seqs_and_reach_the_follower_in_order(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -160,7 +160,7 @@ class LogConformance(ReadConformance):
             await publisher.wait()
             assert follower.texts == ["1", "[1,\n2]", "3"]
 
-    # Keys
+    # Idempotent publishing
 
     async def test_key_is_in_the_log_once(self, make_log: MakeLog) -> None:
         async with running(make_log()) as (follower, publisher):
@@ -190,9 +190,9 @@ class LogConformance(ReadConformance):
             conflict = publisher.submit(channel, payload, producer=ALICE, number=1)
             publisher.submit("n", b"2")
             outcomes = await publisher.wait()
-            refused = publisher.outcomes[conflict]
-            assert isinstance(refused, Rejected)
-            assert refused.code == ErrorCode.BAD_MESSAGE
+            rejected = publisher.outcomes[conflict]
+            assert isinstance(rejected, Rejected)
+            assert rejected.code == ErrorCode.BAD_MESSAGE
             assert [type(outcome) for outcome in outcomes].count(Committed) == 3
             assert follower.texts == ["1", "1", "2"]
 
@@ -235,7 +235,7 @@ class LogConformance(ReadConformance):
             await follower.wait_for(5)
             assert follower.texts == ["1", "2", "3", "4", "5"]
             assert await read_all(log) == follower.entries
-            assert follower.messages == [], "its own follower has it already"
+            assert follower.messages == [], "the replica that broadcasts delivers the message itself"
             assert log.available
         log.broadcast(Entry(0, 1, "a", b"6"))
 
@@ -258,7 +258,7 @@ class LogConformance(ReadConformance):
             resumption = log.resume(1, "of-another-log")
             assert (resumption.cursor, resumption.lost) == (0, "epoch")
 
-    # Beginning and end
+    # Start, withdrawal and stop
 
     async def test_message_submitted_before_the_start_is_appended(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -273,10 +273,10 @@ class LogConformance(ReadConformance):
         publisher = Publisher(log)
         mine, other = publisher.submit("a", b"1"), publisher.submit("b", b"2")
         retry = publisher.submit("a", b"3", producer=ALICE, number=1, after=0)
-        refusal = Rejected(ErrorCode.UNAUTHORIZED, "not any more")
-        log.withdraw(None, lambda append: append.channel == "a", refusal)
-        assert publisher.outcomes[mine] == refusal
-        # Its first try may be in the log.
+        rejection = Rejected(ErrorCode.UNAUTHORIZED, "not any more")
+        log.withdraw(None, lambda append: append.channel == "a", rejection)
+        assert publisher.outcomes[mine] == rejection
+        # Its first attempt may be in the log.
         unknown = publisher.outcomes[retry]
         assert isinstance(unknown, Rejected)
         assert unknown.code == ErrorCode.UNKNOWN
@@ -289,11 +289,11 @@ class LogConformance(ReadConformance):
         log = make_log()
         publisher = Publisher(log)
         mine, other = (publisher.submit("a", b"1", client=client) for client in ("mine", "other"))
-        looked: list[Append] = []
+        visited: list[Append] = []
         log.withdraw(
-            "mine", lambda append: looked.append(append) is None, Rejected(ErrorCode.UNAUTHORIZED, "not any more")
+            "mine", lambda append: visited.append(append) is None, Rejected(ErrorCode.UNAUTHORIZED, "not any more")
         )
-        assert looked == [mine]
+        assert visited == [mine]
         async with running(log):
             assert await publisher.wait(other) == [Committed(1)]
 
@@ -302,10 +302,10 @@ class LogConformance(ReadConformance):
         async with running(log) as (_, publisher):
             await publisher.publish_seq("a", b"1")
         assert not log.available
-        late = publisher.submit("a", b"2")
-        refused = publisher.outcomes[late]
-        assert isinstance(refused, Rejected)
-        assert refused.code == ErrorCode.SHUTTING_DOWN
+        after_stop = publisher.submit("a", b"2")
+        rejected = publisher.outcomes[after_stop]
+        assert isinstance(rejected, Rejected)
+        assert rejected.code == ErrorCode.SHUTTING_DOWN
 
     async def test_stopped_log_does_not_deny_a_retry(self, make_log: MakeLog) -> None:
         log = make_log()
@@ -328,21 +328,21 @@ class LogConformance(ReadConformance):
             nursery.cancel_scope.cancel()
         outcomes = [publisher.outcomes[append] for append in publisher.submitted]
         committed = [outcome for outcome in outcomes if isinstance(outcome, Committed)]
-        refused = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
-        assert outcomes == [*committed, *refused]
-        assert {outcome.code for outcome in refused} <= {ErrorCode.SHUTTING_DOWN}
+        rejected = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
+        assert outcomes == [*committed, *rejected]
+        assert {outcome.code for outcome in rejected} <= {ErrorCode.SHUTTING_DOWN}
         assert len(recorder.entries) == len(committed)
 
     async def test_full_log_rejects_at_once(self, make_log: MakeLog) -> None:
-        log = make_log(pending=20)  # Half of it is one client's.
+        log = make_log(pending=20)  # One client may use half of it.
         async with running(log) as (_, publisher):
             for n in range(15):
                 publisher.submit("a", b"%d" % n)
             assert len(publisher.outcomes) == 5
             for append in publisher.submitted[10:]:
-                refused = publisher.outcomes[append]
-                assert isinstance(refused, Rejected)
-                assert refused.code == ErrorCode.OVERLOADED
+                rejected = publisher.outcomes[append]
+                assert isinstance(rejected, Rejected)
+                assert rejected.code == ErrorCode.OVERLOADED
             with trio.fail_after(TEST_TIMEOUT):
                 outcomes = await publisher.wait()
             assert [type(outcome) for outcome in outcomes] == [Committed] * 10 + [Rejected] * 5
@@ -353,12 +353,12 @@ class LogConformance(ReadConformance):
         async with running(log) as (follower, publisher):
             settle = publisher._settle
 
-            def answer_and_publish(append: object, outcome: object) -> None:
+            def settle_and_publish(append: object, outcome: object) -> None:
                 settle(append, outcome)  # type: ignore[arg-type]
                 if len(publisher.submitted) < 30:
                     publisher.submit("a", b"%d" % len(publisher.submitted))
 
-            publisher._settle = answer_and_publish  # type: ignore[method-assign]
+            publisher._settle = settle_and_publish  # type: ignore[method-assign]
             publisher.submit("a", b"0")
             await follower.wait_for(30)
             assert follower.texts == [str(n) for n in range(30)]

@@ -1,4 +1,4 @@
-"""The queue of what waits to be appended, against a list for each client, and the shares that clients have of it."""
+"""The append queue, compared with a list for each client, and the share of each client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def message(client: Hashable, size: int = 2, key: int | None = None, deadline: f
 
 
 class QueueAgainstLists(RuleBasedStateMachine):
-    """Whatever is offered, taken, withdrawn and due, each client's messages come out once and in order."""
+    """Compares the queue with lists: each message is taken, withdrawn or expired once, in the order of its client."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ def test_message_waits_for_at_most_one_message_of_each_other_client(sizes: list[
         for _ in range(40):
             assert queue.offer(message(number, size + 1))
     queue.take(17, 1 << 20)
-    honest = message("honest", longest)
-    assert queue.offer(honest)
+    newcomer = message("newcomer", longest)
+    assert queue.offer(newcomer)
     before = 0
-    while (taken := queue.take(1, 1 << 20)) != [honest]:
+    while (taken := queue.take(1, 1 << 20)) != [newcomer]:
         before += taken[0].size + APPEND_OVERHEAD
     assert before <= len(sizes) * (QUANTUM + 301 + APPEND_OVERHEAD)
 
@@ -112,14 +112,16 @@ def test_message_waits_for_at_most_one_message_of_each_other_client(sizes: list[
 def test_busy_clients_get_equal_bytes_whatever_the_size_of_their_messages() -> None:
     queue = AppendQueue(1_000_000, 1 << 30)
     sizes = {"small": 2, "big": 1500, "bigger": 6000}
-    had = dict.fromkeys(sizes, 0)
+    taken_bytes = dict.fromkeys(sizes, 0)
     for client, size in sizes.items():
         for _ in range(4000):
             queue.offer(message(client, size))
     for _ in range(100):
         for append in queue.take(50, 20_000):
-            had[str(append.client)] += append.size + APPEND_OVERHEAD
-    assert max(had.values()) - min(had.values()) <= 2 * (QUANTUM + max(sizes.values()) + APPEND_OVERHEAD)
+            taken_bytes[str(append.client)] += append.size + APPEND_OVERHEAD
+    assert max(taken_bytes.values()) - min(taken_bytes.values()) <= 2 * (
+        QUANTUM + max(sizes.values()) + APPEND_OVERHEAD
+    )
 
 
 def test_busy_clients_leave_room_for_another_client() -> None:
@@ -143,9 +145,9 @@ def test_withdrawal_visits_no_message_of_another_client() -> None:
     for client in range(100):
         queue.offer(message(client))
     queue.offer(mine)
-    looked: list[Append] = []
-    assert queue.withdraw(lambda append: looked.append(append) is None, "mine") == [mine]
-    assert looked == [mine]
+    visited: list[Append] = []
+    assert queue.withdraw(lambda append: visited.append(append) is None, "mine") == [mine]
+    assert visited == [mine]
 
 
 def test_client_that_publishes_and_withdraws_in_a_loop_leaves_nothing_behind() -> None:

@@ -1,4 +1,4 @@
-"""The log in memory: what all logs do, and what is special about this one."""
+"""The log in memory: the tests of all logs, and those of its own behaviour."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_times_of_messages_never_decrease_when_the_clock_is_set_back() -> 
 
 async def test_withdrawn_messages_make_room_for_more() -> None:
     size = Append("a", b"1", lambda *_: None).size
-    log = MemoryLog(pending_bytes=3 * size)  # One client may have half of it.
+    log = MemoryLog(pending_bytes=3 * size)  # One client may use half of it.
     publisher = Publisher(log)
     for _ in range(2):
         publisher.submit("a", b"1")
@@ -77,7 +77,7 @@ async def test_unrecognisable_retry_is_not_appended() -> None:
         retry = await publisher.publish("a", b"00", producer=ALICE, number=1, after=0)
         assert isinstance(retry, Rejected)
         assert retry.code == ErrorCode.UNKNOWN
-        # One that was first sent when the floor was as it is now has left no trace, so it is new.
+        # The floor has not moved since the first attempt of this one, so it would still be in the log. It is new.
         fresh = await publisher.publish("a", b"01", producer=ALICE, number=2, after=log.floor - 1)
         assert isinstance(fresh, Committed)
         assert not fresh.duplicate
@@ -120,8 +120,6 @@ async def test_messages_that_gather_while_other_tasks_run_are_committed_together
     follower, log = Follower(), MemoryLog()
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run, follower)
-        from tests.log.harness import Publisher
-
         publisher = Publisher(log)
         for n in range(1500):
             publisher.submit("a", b"%d" % n)

@@ -1,4 +1,4 @@
-"""The ring of recent entries against a plain list."""
+"""The ring of recent messages, compared with a list."""
 
 from __future__ import annotations
 
