@@ -56,9 +56,9 @@ def publish_all(server: Server, messages: int, channels: int) -> None:
     publisher = Publisher(
         WebSocketConnector(server.port, "/ws", [(frame(AUTH_STEP[0]), AUTH_STEP[1])], b"").connect_one()
     )
-    published = answered = 0
-    while answered < messages:
-        while published < messages and published - answered < WINDOW and not publisher.blocked:
+    published = acknowledged = 0
+    while acknowledged < messages:
+        while published < messages and published - acknowledged < WINDOW and not publisher.blocked:
             numbers = range(published, min(published + OBJECTS_IN_FRAME, messages))
             lines = [publish_line(channel(number % channels), payload(MARK, number)) for number in numbers]
             publisher.write(frame(b"".join(lines)))
@@ -66,7 +66,7 @@ def publish_all(server: Server, messages: int, channels: int) -> None:
         lines_read = publisher.wait(time.monotonic() + 1)
         if b"error" in lines_read:
             sys.exit(f"refused: {lines_read!r}")
-        answered += lines_read.count(b'"type":"published"')
+        acknowledged += lines_read.count(b'"type":"published"')
     publisher.peer.close()
 
 
@@ -74,10 +74,10 @@ def look(server: Server) -> tuple[int, str]:
     """Return the head and the epoch of the log."""
     peer = harness.connect(server.port)
     peer.sendall(frame(auth_line()))
-    answer = harness.wait_for(peer, b"\n")
+    reply = harness.wait_for(peer, b"\n")
     peer.close()
-    told = json.loads(answer[answer.index(b"{") :])
-    return told["head"], told["epoch"]
+    description = json.loads(reply[reply.index(b"{") :])
+    return description["head"], description["epoch"]
 
 
 # The sessions
@@ -114,12 +114,12 @@ class SessionProcess:
         self._process.start()
         other.close()
 
-    def answer(self) -> SessionsConnected | SessionsLive:
+    def read_reply(self) -> SessionsConnected | SessionsLive:
         try:
-            answer: SessionsConnected | SessionsLive = self.pipe.recv()
+            reply: SessionsConnected | SessionsLive = self.pipe.recv()
         except EOFError:
             sys.exit("a session has been lost")
-        return answer
+        return reply
 
     def close(self) -> None:
         self._process.terminate()
@@ -162,7 +162,7 @@ def _live(
                 sys.exit("the broker has closed a session")
             lines, _, rests[index] = (rests[index] + data).rpartition(b"\n")
             if b'"type":"gap"' in lines:
-                sys.exit("a session was told of a gap")
+                sys.exit("a session received a gap")
             messages[index] += lines.count(MARK)
             if not at[index] and re.search(rb'"type":"live"', lines):
                 at[index] = time.monotonic()
@@ -208,14 +208,14 @@ def main() -> None:
         ]
         show("entering", probe.measure("entering", waiting_for(processes)))
         for process in processes:
-            process.answer()
+            process.read_reply()
         began = time.monotonic()
         for process in processes:
             process.pipe.send(None)
         show("behind", probe.measure("behind", waiting_for(processes)))
         took: list[float] = []
         for process, process_numbers in zip(processes, numbers, strict=True):
-            found = process.answer()
+            found = process.read_reply()
             assert isinstance(found, SessionsLive)
             if found.messages != [each[number % options.channels] for number in process_numbers]:
                 sys.exit("a session has not got every message once")

@@ -57,7 +57,7 @@ from catbus.webtransport import server_configuration
 CHANNEL, PATTERN = "bench.fanout", "bench.*"
 OBJECTS_IN_FRAME = 50
 WINDOW = 500
-"""Maximum number of unanswered publishes."""
+"""Maximum number of pending publishes."""
 SAMPLE = 20
 """Subscribers whose latency is measured."""
 DELIVERY_TIMEOUT = 60.0
@@ -78,7 +78,7 @@ class Target:
     connect_publisher: Callable[[], socket.socket]
     publisher_alive: bytes = b""
     """What the publisher sends to stay connected."""
-    answer: bytes = b""
+    reply: bytes = b""
     """What every reply to a publish contains; empty if there are no replies."""
 
 
@@ -172,7 +172,7 @@ def publish_framed(payloads: Sequence[bytes]) -> bytes:
 # Rounds
 
 
-class Arena:
+class FanOutBench:
     """A server with its subscribers and its publisher."""
 
     def __init__(self, target: Target, subscribers: int) -> None:
@@ -188,7 +188,7 @@ class Arena:
         for previous, end in pairwise([0, *ends]):
             self._all(end - previous, 1)
         self._publisher = Publisher(target.connect_publisher())
-        self._answered = 0
+        self._acknowledged = 0
 
     def keep_alive(self) -> None:
         """Keep silent subscribers and the publisher connected."""
@@ -200,15 +200,15 @@ class Arena:
         mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
         task = Round(mark, workload.messages, workload.seconds + DELIVERY_TIMEOUT)
         self._all(task, task)
-        self._answered = 0
+        self._acknowledged = 0
         cpu, began = cpu_time(self.target.pid), time.monotonic()
         if workload.rate:
             self._pace(mark, workload)
         else:
             self._burst(mark, workload.messages)
-        if self.target.answer:
-            self._wait_answered(workload.messages)
-        seen = [process.answer() for process in self._processes]
+        if self.target.reply:
+            self._wait_acknowledged(workload.messages)
+        seen = [process.read_reply() for process in self._processes]
         ended, cpu = time.monotonic(), cpu_time(self.target.pid) - cpu
         counts = sum((each.counts for each in seen), Counter[int]())
         if counts != {workload.messages: self._subscribers}:
@@ -232,14 +232,14 @@ class Arena:
 
     def _all(self, *requests: Request) -> None:
         for process, request in zip(self._processes, requests, strict=True):
-            process.ask(request)
+            process.send_request(request)
         for process in self._processes:
-            process.answer()
+            process.read_reply()
 
     def _burst(self, mark: bytes, messages: int) -> None:
         for first in range(0, messages, OBJECTS_IN_FRAME):
             numbers = range(first, min(first + OBJECTS_IN_FRAME, messages))
-            self._wait_answered(first - WINDOW + OBJECTS_IN_FRAME)
+            self._wait_acknowledged(first - WINDOW + OBJECTS_IN_FRAME)
             self._publisher.write(self.target.publish([payload(mark, number) for number in numbers]))
             self._wait_sent()
 
@@ -259,17 +259,17 @@ class Arena:
             if time.monotonic() > deadline:
                 sys.exit(f"{self.target.name} does not read what is published")
 
-    def _wait_answered(self, count: int) -> None:
+    def _wait_acknowledged(self, count: int) -> None:
         deadline = time.monotonic() + DELIVERY_TIMEOUT
-        while self.target.answer and self._answered < count:
+        while self.target.reply and self._acknowledged < count:
             self._listen(deadline)
             if time.monotonic() > deadline:
-                sys.exit(f"{self.target.name} has answered {self._answered} publishes of {count}")
+                sys.exit(f"{self.target.name} has acknowledged {self._acknowledged} publishes of {count}")
 
     def _listen(self, until: float) -> None:
         lines = self._publisher.wait(until)
-        if self.target.answer:
-            self._answered += lines.count(self.target.answer)
+        if self.target.reply:
+            self._acknowledged += lines.count(self.target.reply)
             if b"error" in lines:
                 sys.exit(f"{self.target.name} refuses: {lines!r}")
 
@@ -332,14 +332,14 @@ def main() -> None:
                 sys.exit(f"{options.nats} is not there: `apt install nats-server`, or name it with --nats")
             targets.append(stack.enter_context(nats_target(program)))
         targets.append(stack.enter_context(bare_webtransport_target() if webtransport else bare_target()))
-        arenas = [stack.enter_context(closing(Arena(target, subscribers))) for target in targets]
+        benches = [stack.enter_context(closing(FanOutBench(target, subscribers))) for target in targets]
         for _ in range(options.repeat):
             for workload in workloads:
-                for arena in arenas:
-                    for each in arenas:
+                for bench in benches:
+                    for each in benches:
                         each.keep_alive()
                     time.sleep(0.3)
-                    results[workload, arena.target.name].append(arena.run(workload))
+                    results[workload, bench.target.name].append(bench.run(workload))
     print(f"\n{'':>14} {'':>8} {'CPU us/delivery':>16} {'x bare':>8} {'deliveries/s':>13} {'p50 ms':>8} {'p99 ms':>8}")
     for (workload, name), rounds in results.items():
         cpu, speed, p50, p99 = (statistics.median(values) for values in zip(*rounds, strict=True))

@@ -126,8 +126,8 @@ def is_ready(port: int) -> bool:
 
 
 def _with_webtransport(pid: int, port: int) -> Server:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/.well-known/catbus") as answer:
-        found = json.load(answer)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/.well-known/catbus") as response:
+        found = json.load(response)
     return Server(pid, port, int(found["webtransport"].rpartition(":")[2]), found["certificate"])
 
 
@@ -221,9 +221,9 @@ def connect(port: int, path: str = "/ws") -> socket.socket:
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
-    answer = wait_for(peer, b"\r\n\r\n")
-    if b" 101 " not in answer.partition(b"\r\n")[0]:
-        sys.exit(f"no WebSocket: {answer!r}")
+    response = wait_for(peer, b"\r\n\r\n")
+    if b" 101 " not in response.partition(b"\r\n")[0]:
+        sys.exit(f"no WebSocket: {response!r}")
     return peer
 
 

@@ -85,9 +85,9 @@ class HostileClient:
         for said, expected in (AUTH_STEP, *steps):
             self.connection.send(self.stream, said)
             self.peer.transmit()
-            answer = b""
-            while expected not in answer:
-                answer += self.turn(1)
+            reply = b""
+            while expected not in reply:
+                reply += self.turn(1)
 
     def turn(self, timeout: float) -> bytes:
         """Process what arrives until `timeout` or until a timer is due, and send what is due."""
@@ -184,10 +184,10 @@ def publish_load(port: int, size: int, count: int) -> None:
     """Publish `count` messages of `size` bytes, and wait until all of them are acknowledged."""
     publisher = Publisher(WebSocketConnector(port, "/ws", [(frame(AUTH_STEP[0]), AUTH_STEP[1])], b"").connect_one())
     text = b'"%b"' % (b"x" * (size - 2))
-    published = answered = 0
+    published = acknowledged = 0
     deadline = time.monotonic() + REPLY_TIMEOUT
-    while answered < count:
-        while published < count and published - answered < WINDOW and not publisher.blocked:
+    while acknowledged < count:
+        while published < count and published - acknowledged < WINDOW and not publisher.blocked:
             numbers = range(published, min(published + OBJECTS_IN_FRAME, count))
             publisher.write(
                 frame(b"".join([publish_line(LOAD_CHANNEL, text, b',"id":%d' % number) for number in numbers]))
@@ -197,10 +197,10 @@ def publish_load(port: int, size: int, count: int) -> None:
         if b"error" in lines:
             sys.exit(f"refused: {lines!r}")
         if lines:
-            answered += lines.count(b'"type":"published"')
+            acknowledged += lines.count(b'"type":"published"')
             deadline = time.monotonic() + REPLY_TIMEOUT
         elif time.monotonic() > deadline:
-            sys.exit(f"{answered} of {count} publishes have been answered")
+            sys.exit(f"{acknowledged} of {count} publishes have been acknowledged")
 
 
 # Phases

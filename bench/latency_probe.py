@@ -55,8 +55,8 @@ class LatencyProbe:
         self._pid = server.pid
         self._processes = {name: SubscriberProcess(connector, sampled=True) for name, connector in connectors.items()}
         for process in self._processes.values():
-            process.ask(SUBSCRIBERS)
-            process.answer()
+            process.send_request(SUBSCRIBERS)
+            process.read_reply()
         self._publisher = Publisher(WebSocketConnector(server.port, "/ws", framed[:1], b"").connect_one())
 
     def measure(self, name: str, is_running: Callable[[], bool]) -> Measurement:
@@ -80,8 +80,8 @@ class LatencyProbe:
         mark = b'"mark":"%b"' % secrets.token_hex(4).encode()
         for process in self._processes.values():
             for request in (None, Round(mark, RATE, DELIVERY_TIMEOUT)):
-                process.ask(request)
-                process.answer()
+                process.send_request(request)
+                process.read_reply()
         began = time.monotonic()
         for number in range(RATE):
             while time.monotonic() < (due := began + number / RATE):
@@ -89,7 +89,7 @@ class LatencyProbe:
             self._publisher.write(frame(publish_line(CHANNEL, payload(mark, number), b',"ack":false')))
         latencies: dict[str, list[float]] = {}
         for transport, process in self._processes.items():
-            sample = process.answer().sample
+            sample = process.read_reply().sample
             for each in sample:
                 if [number for number, _ in each] != list(range(RATE)):
                     sys.exit(f"{name}: a subscriber over {transport} got {[number for number, _ in each]} of {RATE}")

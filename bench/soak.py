@@ -75,7 +75,7 @@ class Load:
         until = time.monotonic() + REPLY_TIMEOUT
         while self._sent:
             if time.monotonic() > until:
-                sys.exit(f"{len(self._sent)} publishes were never answered")
+                sys.exit(f"{len(self._sent)} publishes have no reply")
             self._read(until)
 
     def _publish(self, now: float) -> bytes:

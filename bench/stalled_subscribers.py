@@ -55,7 +55,7 @@ class Load(NamedTuple):
         return max(1, int(self.rate * self.seconds))
 
 
-class Arena:
+class StallBench:
     """A broker's subscribers, and a publisher for them."""
 
     def __init__(self, server: Server, subscribers: int, stalling: int) -> None:
@@ -75,9 +75,9 @@ class Arena:
         self._publisher.write(frame(b"", PONG))
         *steady, stalling = self._processes
         name = secrets.token_hex(4).encode()
-        all_of_it = Round(b'"mark":"%b-' % name, load.fill + load.paced, DELIVERY_TIMEOUT)
-        stalling.ask(Stall(all_of_it) if stall else all_of_it)
-        stalling.answer()
+        whole_round = Round(b'"mark":"%b-' % name, load.fill + load.paced, DELIVERY_TIMEOUT)
+        stalling.send_request(Stall(whole_round) if stall else whole_round)
+        stalling.read_reply()
 
         fill, paced = (b'"mark":"%b-%b"' % (name, part) for part in (b"fill", b"paced"))
         self._begin(steady, Round(fill, load.fill, DELIVERY_TIMEOUT))
@@ -94,7 +94,7 @@ class Arena:
             self._publish([payload(paced, number)])
         sample = self._end(steady, load.paced)[1].sample
         if stall:
-            stalling.ask(None)
+            stalling.send_request(None)
         self._end([stalling], load.fill + load.paced)
         for each in sample:
             if [number for number, _ in each] != list(range(load.paced)):
@@ -107,19 +107,19 @@ class Arena:
 
     def _ask(self, requests: Sequence[Request]) -> None:
         for process, request in zip(self._processes, requests, strict=True):
-            process.ask(request)
+            process.send_request(request)
         for process in self._processes:
-            process.answer()
+            process.read_reply()
 
     def _begin(self, processes: Sequence[SubscriberProcess], task: Round) -> None:
         for process in processes:
-            process.ask(task)
+            process.send_request(task)
         for process in processes:
-            process.answer()
+            process.read_reply()
 
     def _end(self, processes: Sequence[SubscriberProcess], messages: int) -> list[Received]:
         """Wait until all of them have received all messages."""
-        seen = [process.answer() for process in processes]
+        seen = [process.read_reply() for process in processes]
         counts = sum((each.counts for each in seen), Counter[int]())
         if set(counts) - {messages}:
             sys.exit(f"of {messages} messages came (how many: to how many) {counts}")
@@ -153,10 +153,10 @@ def main() -> None:
     results: dict[str, list[tuple[float, float]]] = {"none": [], "stalled": []}
     with ExitStack() as stack:
         server = stack.enter_context(harness.catbus_run(options.database))
-        arena = stack.enter_context(closing(Arena(server, options.subscribers, stalling)))
+        bench = stack.enter_context(closing(StallBench(server, options.subscribers, stalling)))
         for _ in range(options.repeat):
             for name, rounds in results.items():
-                latencies = arena.run(load, stall=name == "stalled")
+                latencies = bench.run(load, stall=name == "stalled")
                 rounds.append((percentile(latencies, 0.5), percentile(latencies, 0.99)))
     print(f"\n{'':>10} {'p50 ms':>8} {'p99 ms':>8}")
     tails: list[float] = []
@@ -164,7 +164,7 @@ def main() -> None:
         p50, p99 = (statistics.median(values) * 1e3 for values in zip(*rounds, strict=True))
         tails.append(p99)
         print(f"{name:>10} {p50:8.2f} {p99:8.2f}")
-    print(f"\np99 of those who read, as a multiple: {tails[1] / tails[0]:.2f}; the bar is {BAR}.")
+    print(f"\np99 of the subscribers that read, as a multiple: {tails[1] / tails[0]:.2f}; the bar is {BAR}.")
 
 
 if __name__ == "__main__":

@@ -78,11 +78,11 @@ class SubscriberProcess:
         self._process.start()
         other.close()
 
-    def ask(self, request: Request) -> None:
-        """Send a request. `answer` returns its reply. `Round` and `Stall` have two, at their begin and at their end."""
+    def send_request(self, request: Request) -> None:
+        """Send a request. `read_reply` returns its reply. `Round` and `Stall` have two: at begin and end."""
         self._pipe.send(request)
 
-    def answer(self) -> Received:
+    def read_reply(self) -> Received:
         try:
             seen: Received = self._pipe.recv()
         except EOFError:

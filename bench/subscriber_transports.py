@@ -118,9 +118,9 @@ class WebTransportSubscribers:
         for said, expected in self._connector.steps:
             peer.connection.send(peer.stream, said)
             self._send(number)
-            answer = b""
-            while expected not in answer:
-                answer += self._wait(number, deadline)
+            reply = b""
+            while expected not in reply:
+                reply += self._wait(number, deadline)
 
     def __len__(self) -> int:
         return len(self._peers)

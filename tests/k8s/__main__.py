@@ -21,11 +21,11 @@ from bench.restart_load import Load, plot
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from tests.k8s.cluster import Cluster, open_cluster
-from tests.k8s.image import installed
+from tests.k8s.image import install_image
 from tests.postgres.clusters import open_served_cluster
 
 SECRET = "a secret that all replicas share"
-NOTICE = 2.0
+CERTIFICATE_RELOAD_TIME = 2.0
 """Seconds for all replicas to load the new certificate."""
 
 
@@ -46,7 +46,7 @@ async def run_load(command: Path, url: str, directory: Path, sessions: int, rate
 
         async def renew_and_restart() -> None:
             cluster.renew()
-            await trio.sleep(NOTICE)
+            await trio.sleep(CERTIFICATE_RELOAD_TIME)
             outcome.lost = len(load.moves)
             began = trio.current_time()
             await cluster.restart()
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="messages per second, of all publishers together")
     options = parser.parse_args()
     print("running the steps of the Dockerfile, and starting PostgreSQL ...", flush=True)
-    with installed() as image, open_served_cluster() as postgres, tempfile.TemporaryDirectory() as name:
+    with install_image() as image, open_served_cluster() as postgres, tempfile.TemporaryDirectory() as name:
         print("running ...", flush=True)
         command = image / "bin" / "catbus"
         outcome = trio.run(run_load, command, postgres.url, Path(name), options.sessions, options.rate)

@@ -29,7 +29,7 @@ from catbus.client.broker_address import parse_address
 from catbus.client.websocket_transport import open_websocket
 from catbus.client.webtransport_transport import make_configuration, open_webtransport
 from tests.k8s.image import instructions
-from tests.k8s.manifests import named, render
+from tests.k8s.manifests import find_document, render
 from tests.k8s.rules import catbus_container, pod_of
 from tests.postgres.proxy import _target
 from tests.programs import find_program
@@ -111,7 +111,7 @@ class Pod:
         probe, failed = DEFAULTS | self._container[name], 0
         await trio.sleep(probe["initialDelaySeconds"])
         while True:
-            if await self._ask(probe):
+            if await self._request(probe):
                 failed = 0
                 if success:
                     return
@@ -125,14 +125,14 @@ class Pod:
     async def _watch_readiness(self, probe: Probe) -> None:
         failed = 0
         while True:
-            if await self._ask(probe):
+            if await self._request(probe):
                 self.ready, failed = not self.ending, 0
             else:
                 failed += 1
                 self.ready = self.ready and failed < probe["failureThreshold"]
             await trio.sleep(probe["periodSeconds"])
 
-    async def _ask(self, probe: Probe) -> bool:
+    async def _request(self, probe: Probe) -> bool:
         """The kubelet's HTTP probe, which succeeds with any status from 200 to 399."""
         wanted = probe["httpGet"]
         [port] = [p["containerPort"] for p in self._container["ports"] if p["name"] == wanted["port"]]
@@ -149,7 +149,7 @@ class Ingress:
     """HAProxy with TLS for the clients and the rules of the rendered Ingress."""
 
     def __init__(self, directory: Path, certificate: bytes) -> None:
-        spec = named(render("overlays/ingress"), "Ingress", "catbus-websocket")["spec"]
+        spec = find_document(render("overlays/ingress"), "Ingress", "catbus-websocket")["spec"]
         [path] = spec["rules"][0]["http"]["paths"]
         with socket.socket() as free:
             free.bind((INGRESS, 0))
@@ -173,7 +173,7 @@ class Ingress:
     def backend(self) -> int:
         """The port of the pods to which the Service leads."""
         documents = render("overlays/ingress")
-        [port] = named(documents, "Service", "catbus-ws")["spec"]["ports"]
+        [port] = find_document(documents, "Service", "catbus-ws")["spec"]["ports"]
         ports = {p["name"]: p["containerPort"] for p in catbus_container(documents)["ports"]}
         number: int = ports[port["targetPort"]]
         return number
@@ -235,7 +235,7 @@ class Cluster:
 
     def __init__(self, directory: Path, command: Path, database_url: str, secret: str) -> None:
         documents = render("overlays/pgbouncer")
-        self.deployment = named(documents, "Deployment", "catbus")
+        self.deployment = find_document(documents, "Deployment", "catbus")
         self.authority = trustme.CA()
         self.pods: dict[str, Pod] = {}
         self.all: list[Pod] = []

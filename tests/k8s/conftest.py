@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.k8s.image import installed
+from tests.k8s.image import install_image
 
 
 @pytest.fixture(scope="session")
 def image() -> Iterator[Path]:
     """A directory with the contents of the image's `/opt/catbus`."""
-    with installed() as directory:
+    with install_image() as directory:
         yield directory

@@ -23,7 +23,7 @@ def instructions(name: str) -> list[str]:
     return [line.partition(" ")[2] for line in joined.splitlines() if line.startswith(f"{name} ")]
 
 
-def context() -> list[Path]:
+def build_context() -> list[Path]:
     """The files below the root that `.dockerignore` permits."""
     allowed: set[Path] = set()
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -34,12 +34,12 @@ def context() -> list[Path]:
 
 
 @contextmanager
-def installed() -> Iterator[Path]:
+def install_image() -> Iterator[Path]:
     """A directory with the contents of the image's `/opt/catbus`, made by the steps of the Dockerfile."""
     with tempfile.TemporaryDirectory(prefix="catbus-image-") as name:
         directory = Path(name)
         source, target = directory / "src", directory / "catbus"
-        for file in context():
+        for file in build_context():
             copy = source / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)

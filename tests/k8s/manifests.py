@@ -60,6 +60,6 @@ def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
     return [document for document in documents if document["kind"] in kinds]
 
 
-def named(documents: list[Document], kind: str, name: str) -> Document:
+def find_document(documents: list[Document], kind: str, name: str) -> Document:
     [found] = [document for document in of_kind(documents, kind) if document["metadata"]["name"] == name]
     return found

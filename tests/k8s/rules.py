@@ -14,7 +14,7 @@ from catbus.config.loader import VARIABLES
 from catbus.config.network_addresses import split_address
 from catbus.endpoints.http.routes import ROUTES
 from catbus.observability.metric_table import METRICS
-from tests.k8s.manifests import Document, named, of_kind
+from tests.k8s.manifests import Document, find_document, of_kind
 
 HIDDEN = {"auth.secret", "auth.admin_key", "database.url", "database.listen_url"}
 """Settings whose values must not be in a manifest."""
@@ -283,7 +283,7 @@ def network_policies_allow_every_port(documents: list[Document]) -> Iterator[str
 
 @rule
 def rollouts_add_a_replica_before_removing_one(documents: list[Document]) -> Iterator[str]:
-    strategy = named(documents, "Deployment", "catbus")["spec"].get("strategy", {})
+    strategy = find_document(documents, "Deployment", "catbus")["spec"].get("strategy", {})
     if strategy.get("rollingUpdate") != {"maxSurge": 1, "maxUnavailable": 0}:
         yield f"{strategy}"
 

@@ -14,8 +14,8 @@ import yaml
 from catbus.cli.commands.run import check_exposure
 from catbus.config import VARIABLES, load, load_with_sources
 from catbus.errors import ConfigError
-from tests.k8s.image import context, instructions
-from tests.k8s.manifests import ROOT, named, program, render
+from tests.k8s.image import build_context, instructions
+from tests.k8s.manifests import ROOT, find_document, program, render
 from tests.k8s.rules import catbus_container, pod_of
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -43,13 +43,13 @@ def test_dockerfile_installs_the_command_and_no_test_packages(image: Path, tmp_p
 
 
 def test_build_context_has_only_installed_files() -> None:
-    files = {file.relative_to(ROOT).parts[0] for file in context()}
+    files = {file.relative_to(ROOT).parts[0] for file in build_context()}
     assert files == {"catbus", "clients", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_dockerfile_agrees_with_the_manifests() -> None:
     assert instructions("ENTRYPOINT") == ['["catbus", "run"]']
-    pod = pod_of(named(render("base"), "Deployment", "catbus"))["spec"]
+    pod = pod_of(find_document(render("base"), "Deployment", "catbus"))["spec"]
     user = pod["securityContext"]
     assert instructions("USER") == [f"{user['runAsUser']}:{user['runAsGroup']}"]
     [exposed] = instructions("EXPOSE")
@@ -90,6 +90,6 @@ def test_images_have_a_version(place: str) -> None:
 
 
 def test_manifests_and_compose_use_the_same_postgresql() -> None:
-    [container] = pod_of(named(render("overlays/dev"), "StatefulSet", "postgres"))["spec"]["containers"]
+    [container] = pod_of(find_document(render("overlays/dev"), "StatefulSet", "postgres"))["spec"]["containers"]
     assert container["image"].rpartition("/")[2] == COMPOSE["services"]["postgres"]["image"]
     assert catbus_container(render("overlays/dev"))["imagePullPolicy"] == "IfNotPresent"

@@ -21,8 +21,8 @@ from tests.k8s.manifests import (
     ROOT,
     VERSIONS,
     Document,
+    find_document,
     kustomizations,
-    named,
     of_kind,
     render,
     validate,
@@ -51,7 +51,7 @@ def test_kustomization_keeps_the_rules(place: str, rule: str) -> None:
 
 
 def test_unknown_field_is_invalid() -> None:
-    deployment = named(render("base"), "Deployment", "catbus")
+    deployment = find_document(render("base"), "Deployment", "catbus")
     pod_of(deployment)["spec"]["containers"][0]["livenesProbe"] = {}
     for version in VERSIONS:
         with pytest.raises(kubernetes_validate.ValidationError):
@@ -79,7 +79,7 @@ def container(documents: list[Document]) -> Document:
 
 
 def spec(kind: str, name: str = "catbus") -> Callable[[list[Document]], Document]:
-    return lambda documents: named(documents, kind, name)["spec"]
+    return lambda documents: find_document(documents, kind, name)["spec"]
 
 
 BROKEN: dict[str, tuple[str, Break]] = {
@@ -98,7 +98,7 @@ BROKEN: dict[str, tuple[str, Break]] = {
     ),
     "topology_spreads_count_their_own_pods": (
         "base",
-        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["topologySpreadConstraints"][0].update(
+        lambda d: pod_of(find_document(d, "Deployment", "catbus"))["spec"]["topologySpreadConstraints"][0].update(
             topologyKey="kubernetes.io/host"
         ),
     ),
@@ -116,11 +116,11 @@ BROKEN: dict[str, tuple[str, Break]] = {
     ),
     "secrets_are_readable": (
         "base",
-        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"]["securityContext"].pop("fsGroup"),
+        lambda d: pod_of(find_document(d, "Deployment", "catbus"))["spec"]["securityContext"].pop("fsGroup"),
     ),
     "workloads_select_their_own_pods": (
         "base",
-        lambda d: pod_of(named(d, "Deployment", "catbus"))["metadata"].update(labels={"app": "cat"}),
+        lambda d: pod_of(find_document(d, "Deployment", "catbus"))["metadata"].update(labels={"app": "cat"}),
     ),
     "services_lead_to_existing_ports": (
         "base",
@@ -161,11 +161,11 @@ BROKEN: dict[str, tuple[str, Break]] = {
     "images_have_a_version": ("base", lambda d: container(d).update(image="ghcr.io/your-org/catbus")),
     "accounts_mount_no_token": (
         "base",
-        lambda d: named(d, "ServiceAccount", "catbus").pop("automountServiceAccountToken"),
+        lambda d: find_document(d, "ServiceAccount", "catbus").pop("automountServiceAccountToken"),
     ),
     "grace_periods_suffice_to_drain": (
         "base",
-        lambda d: pod_of(named(d, "Deployment", "catbus"))["spec"].update(terminationGracePeriodSeconds=25),
+        lambda d: pod_of(find_document(d, "Deployment", "catbus"))["spec"].update(terminationGracePeriodSeconds=25),
     ),
     "containers_have_minimal_privileges": ("dev", lambda d: container(d)["securityContext"].pop("capabilities")),
     "expressions_use_existing_metrics": (
@@ -186,7 +186,7 @@ def test_rule_finds_its_violation(rule: str) -> None:
 
 def test_schemas_accept_wrong_enumerations() -> None:
     """So there is a rule for them."""
-    service = named(render("base"), "Service", "catbus-wt")
+    service = find_document(render("base"), "Service", "catbus-wt")
     service["spec"]["ports"][0]["protocol"] = "SMTP"
     validate(service, VERSIONS[0])
 
@@ -218,7 +218,7 @@ def test_base_has_the_documents_of_the_deployment_guide() -> None:
         "CATBUS_DRAIN_WINDOW": "5s",
         "CATBUS_DRAIN_DEADLINE": "10s",
     }
-    [volume] = pod_of(named(documents, "Deployment", "catbus"))["spec"]["volumes"]
+    [volume] = pod_of(find_document(documents, "Deployment", "catbus"))["spec"]["volumes"]
     assert volume["secret"]["secretName"] == "catbus-tls"
 
 
@@ -241,7 +241,7 @@ def test_pooler_has_the_port_of_the_deployment_guide() -> None:
     [config] = of_kind(documents, "ConfigMap")
     lines = config["data"]["pgbouncer.ini"].splitlines()
     assert {"listen_port = 6432", "pool_mode = transaction", "client_tls_sslmode = require"} <= set(lines)
-    [pooler] = pod_of(named(documents, "Deployment", "pgbouncer"))["spec"]["containers"]
+    [pooler] = pod_of(find_document(documents, "Deployment", "pgbouncer"))["spec"]["containers"]
     assert [port["containerPort"] for port in pooler["ports"]] == [6432]
     mounts = {mount["mountPath"] for mount in pooler["volumeMounts"]}
     files = {path for line in lines for path in re.findall(r"= (/\S+)", line)} | {pooler["command"][1]}
@@ -271,7 +271,7 @@ def test_dev_overlay_starts_with_its_public_secret_and_its_own_database() -> Non
     assert reading.config.auth.secrets == (DEV_SECRET,)
     assert f"--secret {DEV_SECRET} " in README
     url = urlsplit(reading.config.database.url)
-    [postgres] = pod_of(named(documents, "StatefulSet", "postgres"))["spec"]["containers"]
+    [postgres] = pod_of(find_document(documents, "StatefulSet", "postgres"))["spec"]["containers"]
     assert environment(postgres) == {
         "POSTGRES_USER": url.username,
         "POSTGRES_PASSWORD": url.password,
@@ -291,7 +291,7 @@ def test_metrics_are_found_in_promql() -> None:
 def test_overlays_have_the_settings_of_the_deployment_guide() -> None:
     route = spec("IngressRoute", "catbus-websocket")(render("overlays/traefik"))
     assert route["routes"][0]["match"] == "Host(`catbus.example.com`) && PathPrefix(`/ws`)"
-    external = named(render("overlays/aws-nlb"), "Service", "catbus-wt-external")
+    external = find_document(render("overlays/aws-nlb"), "Service", "catbus-wt-external")
     assert external["metadata"]["annotations"]["service.beta.kubernetes.io/aws-load-balancer-type"] == "nlb"
     assert external["spec"]["externalTrafficPolicy"] == "Local"
     affinity = spec("Service", "catbus-ws")(render("overlays/session-affinity"))
