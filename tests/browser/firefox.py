@@ -139,4 +139,4 @@ async def execute_commands(session: BidiSession) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1], sys.argv[2])
+    trio.run(main, sys.argv[1], "".join(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""The JavaScript client in real browsers: WebTransport, fallback to WebSocket without UDP, and the return from it."""
+"""The JavaScript client in real browsers: WebTransport, WebSocket where no UDP gets through, and moving in between."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ SECOND = 1000
 """Milliseconds."""
 
 HEAD_START = 2 * SECOND
-"""Milliseconds of head start for WebTransport. Generous, because two browsers and two replicas share one machine."""
+"""For WebTransport, where a test is about it: two browsers and two replicas on one machine can take their time."""
 
-PATIENT_OPTIONS = {"headStart": HEAD_START, "reconnectDelay": 50, "maxQueueSize": 1000}
+PATIENT = {"headStart": HEAD_START, "reconnectDelay": 50, "maxQueueSize": 1000}
 
 CONNECT = """
     const { CatbusClient } = await import('/catbus.js');
     const [url, fallbackUrl, token, options] = args;
     window.client = new CatbusClient({ url, fallbackUrl, token, ...options });
-    window.events = { states: [], transports: [], errors: [], goaways: 0 };
-    client.onStateChange((state) => events.states.push(state));
-    client.on('transport', (transport) => events.transports.push(transport));
-    client.on('error', (error) => events.errors.push(error.message));
-    client.on('goaway', () => events.goaways++);
+    window.told = { states: [], transports: [], errors: [], goaways: 0 };
+    client.onStateChange((state) => told.states.push(state));
+    client.on('transport', (transport) => told.transports.push(transport));
+    client.on('error', (error) => told.errors.push(error.message));
+    client.on('goaway', () => told.goaways++);
     const began = performance.now();
     await client.connect();
     return { ms: performance.now() - began, transport: client.transport, id: client.id };
 """
 SUBSCRIBE = """
-    window.received = [];
-    await client.subscribe(args[0], ({ seq, payload }) => received.push([seq, payload]), args[1] ?? {});
+    window.heard = [];
+    await client.subscribe(args[0], ({ seq, payload }) => heard.push([seq, payload]), args[1] ?? {});
 """
 UNTIL = """
     const began = Date.now();
     while (!(%s)) {
-        if (Date.now() - began > 60_000) throw new Error(JSON.stringify([received.length, received.slice(-3), events]));
+        if (Date.now() - began > 60_000) throw new Error(JSON.stringify([heard.length, heard.slice(-3), told]));
         await new Promise((resolve) => setTimeout(resolve, 5));
     }
     return true;
@@ -57,8 +57,8 @@ UNTIL = """
 
 
 @dataclass
-class BrowserAndBroker:
-    """A broker, a page of its origin, and a UDP relay between them, which can drop packets."""
+class Place:
+    """A broker, a page of its origin, and the way of its datagrams, which can be closed."""
 
     broker: catbus.Broker
     browser: Browser
@@ -73,7 +73,7 @@ def configuration(state: Path, **changes: object) -> catbus.Config:
 
 
 @asynccontextmanager
-async def open_broker_and_page(browser: Browser, config: catbus.Config) -> AsyncIterator[BrowserAndBroker]:
+async def open_place(browser: Browser, config: catbus.Config) -> AsyncIterator[Place]:
     with trio.fail_after(100):
         async with serving(config) as (broker, origin), trio.open_nursery() as nursery:
             addresses = dict(broker.addresses)
@@ -82,24 +82,24 @@ async def open_broker_and_page(browser: Browser, config: catbus.Config) -> Async
             relay.set_target(("127.0.0.1", int(addresses["webtransport"].rpartition(":")[2])))
             await browser.goto(f"{origin}/health")
             websocket = f"ws://{addresses['websocket']}/ws"
-            yield BrowserAndBroker(broker, browser, websocket, f"https://127.0.0.1:{relay.port}", relay)
+            yield Place(broker, browser, websocket, f"https://127.0.0.1:{relay.port}", relay)
             nursery.cancel_scope.cancel()
 
 
 async def test_client_prefers_webtransport_and_finds_the_certificate(browser: Browser, tmp_path: Path) -> None:
-    async with open_broker_and_page(browser, configuration(tmp_path)) as setup:
-        browser = setup.browser
-        found = await browser.run(CONNECT, setup.webtransport, setup.websocket, TOKEN)
+    async with open_place(browser, configuration(tmp_path)) as place:
+        browser = place.browser
+        found = await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN)
         assert (found["transport"], found["id"]) == ("webtransport", "alice")
         await browser.run(SUBSCRIBE, "web.*", {"stream": True, "datagrams": True})
         assert await browser.run("return (await client.publish('web.page', {n: 1})).seq") == 1
         assert await browser.run("return await client.publish('web.page', 2, {ephemeral: true})") == {}
-        await browser.run(UNTIL % "received.length === 2")
-        assert await browser.run("return received") == [[1, {"n": 1}], [None, 2]]
+        await browser.run(UNTIL % "heard.length === 2")
+        assert await browser.run("return heard") == [[1, {"n": 1}], [None, 2]]
         assert await browser.run("return (await client.history('web.*')).messages.length") == 1
-        assert await browser.run("return events.states") == ["connecting", "authenticating", "connected"]
+        assert await browser.run("return told.states") == ["connecting", "authenticating", "connected"]
         await browser.run("await client.disconnect()")
-        while setup.broker.replica.sessions:
+        while place.broker.replica.sessions:
             await trio.sleep(0.01)
 
 
@@ -113,37 +113,37 @@ WORKER = """
             await client.publish('w.x', 'from a worker');
         };`;
     const worker = new Worker(URL.createObjectURL(new Blob([source], { type: 'text/javascript' })), { type: 'module' });
-    const received = new Promise((resolve, reject) => {
+    const heard = new Promise((resolve, reject) => {
         worker.onmessage = ({ data }) => resolve(data);
         worker.onerror = (error) => reject(error.message);
     });
     worker.postMessage(args);
-    return await received;
+    return await heard;
 """
 
 
 async def test_client_runs_in_a_worker(browser: Browser, tmp_path: Path) -> None:
-    async with open_broker_and_page(browser, configuration(tmp_path)) as setup:
-        discovery = setup.websocket.replace("ws:", "http:")
-        received = await setup.browser.run(WORKER, setup.webtransport, TOKEN, discovery)
-        assert received == ["webtransport", "from a worker"]
+    async with open_place(browser, configuration(tmp_path)) as place:
+        discovery = place.websocket.replace("ws:", "http:")
+        heard = await place.browser.run(WORKER, place.webtransport, TOKEN, discovery)
+        assert heard == ["webtransport", "from a worker"]
 
 
 async def test_client_connects_within_a_second_without_udp(browser: Browser, tmp_path: Path) -> None:
-    """Tries a closed UDP port, and a port that drops every packet."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent_port:
-        silent_port.bind(("127.0.0.1", 0))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused_port:
-            unused_port.bind(("127.0.0.1", 0))
-            closed = unused_port.getsockname()[1]
-        async with open_broker_and_page(browser, configuration(tmp_path)) as setup:
-            for port in (closed, silent_port.getsockname()[1]):
-                found = await setup.browser.run(CONNECT, f"https://127.0.0.1:{port}", setup.websocket, TOKEN)
+    """Where nobody listens, and where every packet is swallowed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as swallowing:
+        swallowing.bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+            gone.bind(("127.0.0.1", 0))
+            closed = gone.getsockname()[1]
+        async with open_place(browser, configuration(tmp_path)) as place:
+            for port in (closed, swallowing.getsockname()[1]):
+                found = await place.browser.run(CONNECT, f"https://127.0.0.1:{port}", place.websocket, TOKEN)
                 assert found["transport"] == "websocket"
                 assert found["ms"] < SECOND
                 print(f"connected by WebSocket in {found['ms']:.0f} ms")
-                # The client remembers the failure, so the next attempt has no head start.
-                again = await setup.browser.run(CONNECT, f"https://127.0.0.1:{port}", setup.websocket, TOKEN)
+                # It is remembered: the next time costs no head start.
+                again = await place.browser.run(CONNECT, f"https://127.0.0.1:{port}", place.websocket, TOKEN)
                 assert again["transport"] == "websocket"
                 assert again["ms"] < found["ms"] + 100
 
@@ -151,7 +151,7 @@ async def test_client_connects_within_a_second_without_udp(browser: Browser, tmp
 async def test_client_replaces_lost_webtransport_and_returns_to_it_without_loss(
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
-    """Receives 5,000 messages over WebTransport, then WebSocket, then WebTransport again."""
+    """5,000 messages, over WebTransport, then WebSocket, then WebTransport again."""
     config = configuration(tmp_path, database=DatabaseSettings(url=database_url))
     options = {
         "headStart": HEAD_START,
@@ -160,23 +160,23 @@ async def test_client_replaces_lost_webtransport_and_returns_to_it_without_loss(
         "reconnectDelay": 50,
         "upgradeInterval": 300,
     }
-    async with open_broker_and_page(browser, config) as setup:
-        browser = setup.browser
-        found = await browser.run(CONNECT, setup.webtransport, setup.websocket, TOKEN, options)
+    async with open_place(browser, config) as place:
+        browser = place.browser
+        found = await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, options)
         assert found["transport"] == "webtransport"
         await browser.run(SUBSCRIBE, "load.*")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(publish, setup.websocket, 5000)
-            await browser.run(UNTIL % "received.length > 1000")
-            setup.relay.loss = 1.0
+            nursery.start_soon(publish, place.websocket, 5000)
+            await browser.run(UNTIL % "heard.length > 1000")
+            place.relay.loss = 1.0
             await browser.run(UNTIL % "client.transport === 'websocket'")
-            setup.relay.loss = 0.0
+            place.relay.loss = 0.0
             await browser.run(UNTIL % "client.transport === 'webtransport'")
-        await browser.run(UNTIL % "received.length >= 5000")
-        received = await browser.run("return received")
-        events = await browser.run("return events")
-    assert received == [[number, number] for number in range(1, 5001)]
-    assert events["transports"][:3] == ["webtransport", "websocket", "webtransport"]
+        await browser.run(UNTIL % "heard.length >= 5000")
+        heard = await browser.run("return heard")
+        told = await browser.run("return told")
+    assert heard == [[number, number] for number in range(1, 5001)]
+    assert told["transports"][:3] == ["webtransport", "websocket", "webtransport"]
 
 
 async def publish(url: str, number: int) -> None:
@@ -189,45 +189,45 @@ async def publish(url: str, number: int) -> None:
 async def test_client_leaves_a_stopping_replica_without_loss(
     browser: Browser, tmp_path: Path, database_url: str
 ) -> None:
-    """The replica sends `goaway`. The client reconnects before the replica ends, and continues."""
+    """It says when to come back, and the client has moved before it ends: what it publishes and hears goes on."""
     config = configuration(
         tmp_path, database=DatabaseSettings(url=database_url), drain=DrainSettings(delay=0, window=2, deadline=20)
     )
-    async with serving(config) as (other, _), open_broker_and_page(browser, config) as setup:
-        browser, relay = setup.browser, setup.relay
-        await browser.run(CONNECT, setup.webtransport, setup.websocket, TOKEN, PATIENT_OPTIONS)
+    async with serving(config) as (other, _), open_place(browser, config) as place:
+        browser, relay = place.browser, place.relay
+        await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, PATIENT)
         await browser.run(SUBSCRIBE, "load.*")
         await browser.run(
             """
-            window.replies = [];
+            window.answers = [];
             window.publishing = (async () => {
                 for (let n = 0; n < 600; n++) {
-                    replies.push(client.publish('load.x', n));
+                    answers.push(client.publish('load.x', n));
                     await new Promise((resolve) => setTimeout(resolve, 4));
                 }
-                return (await Promise.all(replies)).map(({ seq }) => seq);
+                return (await Promise.all(answers)).map(({ seq }) => seq);
             })();
             """
         )
-        await browser.run(UNTIL % "received.length > 50")
-        # New connections go to the other replica; present ones stay.
+        await browser.run(UNTIL % "heard.length > 50")
+        # Who connects from now on comes to the other one; who is connected stays.
         relay.target = ("127.0.0.1", int(dict(other.addresses)["webtransport"].rpartition(":")[2]))
-        setup.broker.stop()
+        place.broker.stop()
         await browser.run("publishing.then(() => window.published = true)")
         await browser.run(UNTIL % "window.published")
         seqs = await browser.run("return await publishing")
-        await browser.run(UNTIL % "received.length >= 600")
-        received = await browser.run("return received")
-        events = await browser.run("return events")
+        await browser.run(UNTIL % "heard.length >= 600")
+        heard = await browser.run("return heard")
+        told = await browser.run("return told")
         assert len(other.replica.sessions) == 1
     assert seqs == list(range(1, 601))
-    assert received == [[number + 1, number] for number in range(600)]
-    assert events["goaways"] == 1
-    assert "reconnecting" not in events["states"]
+    assert heard == [[number + 1, number] for number in range(600)]
+    assert told["goaways"] == 1
+    assert "reconnecting" not in told["states"]
 
 
 FREEZE = """
-    // Simulates a frozen page: no stream is read until it resumes.
+    // A page that is frozen, or hangs: nothing is read of any stream until it goes on.
     const read = ReadableStreamDefaultReader.prototype.read;
     ReadableStreamDefaultReader.prototype.read = async function () {
         await window.frozen;
@@ -242,26 +242,26 @@ async def test_subscription_with_an_unread_stream_resumes_at_its_cursor(
 ) -> None:
     monkeypatch.setattr(webtransport_session, "STALL_TIMEOUT", 1.0)
     monkeypatch.setattr(packet_router, "PING_INTERVAL", 1.0)
-    # More than a browser buffers while its page does not read.
+    # So much that no browser takes it all without its page.
     payload = "x" * 60_000
-    async with open_broker_and_page(browser, configuration(tmp_path)) as setup:
+    async with open_place(browser, configuration(tmp_path)) as place:
         await browser.run(FREEZE)
-        await browser.run(CONNECT, setup.webtransport, setup.websocket, TOKEN, PATIENT_OPTIONS)
+        await browser.run(CONNECT, place.webtransport, place.websocket, TOKEN, PATIENT)
         await browser.run(SUBSCRIBE, "own.*", {"stream": True})
         await browser.run("freeze()")
         published = 0
         with trio.fail_after(60):
-            # The broker ends the stream and its subscription, and keeps the session.
-            while (delivery := setup.broker.replica.delivery.statistics()).live or delivery.lagging:
+            # Its stream is given up, and with it the subscription; the session is not.
+            while (delivery := place.broker.replica.delivery.statistics()).live or delivery.lagging:
                 if delivery.live:
-                    await setup.broker.publish("own.x", payload)
+                    await place.broker.publish("own.x", payload)
                     published += 1
                 await trio.sleep(0.005)
-        assert len(setup.broker.replica.sessions) == 1
+        assert len(place.broker.replica.sessions) == 1
         await browser.run("thaw()")
-        await browser.run(UNTIL % f"received.length >= {published}")
-        assert await browser.run("return received.map(([seq]) => seq)") == list(range(1, published + 1))
-        assert await browser.run("return [events.states, events.errors]") == [
+        await browser.run(UNTIL % f"heard.length >= {published}")
+        assert await browser.run("return heard.map(([seq]) => seq)") == list(range(1, published + 1))
+        assert await browser.run("return [told.states, told.errors]") == [
             ["connecting", "authenticating", "connected"],
             [],
         ]
