@@ -67,7 +67,7 @@ def difference(one: Sequence[object], other: Sequence[object]) -> object:
     return next(((index, left, right) for index, (left, right) in pairs if left != right), None)
 
 
-async def test_all_subscribers_of_both_replicas_see_all_messages_in_one_gapless_order(database_url: str) -> None:
+async def test_subscribers_of_both_replicas_see_all_messages_in_one_gapless_order(database_url: str) -> None:
     publishers, each, batch = 8, 1250, 50
     total = publishers * each
     acknowledged = Tally()
@@ -112,7 +112,7 @@ async def test_all_subscribers_of_both_replicas_see_all_messages_in_one_gapless_
     assert not [complaint for replica in replicas for complaint in replica.complaints]
 
 
-async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_sends_its_clients_away(
+async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_clients(
     database_url: str,
 ) -> None:
     answered: list[object] = []
@@ -162,7 +162,7 @@ async def test_a_replica_that_is_told_to_stop_answers_what_it_has_taken_and_send
     assert not replica.complaints
 
 
-async def test_a_message_that_a_killed_replica_acknowledged_is_in_the_log_and_the_other_replica_goes_on(
+async def test_message_acknowledged_by_a_killed_replica_is_in_the_log_and_the_other_replica_continues(
     database_url: str,
 ) -> None:
     connections, tasks, enough = 4, 10, 500
@@ -234,9 +234,7 @@ class Balancer:
 
 
 @pytest.mark.parametrize("transport", ["websocket", "webtransport"])
-async def test_clients_outlive_the_replicas_that_are_killed_under_them(
-    database_url: str, transport: str, tmp_path: Path
-) -> None:
+async def test_clients_survive_the_kills_of_their_replicas(database_url: str, transport: str, tmp_path: Path) -> None:
     publishers, tasks, enough = 3, 10, 300
     balancer = Balancer(transport, tmp_path / CERTIFICATE_FILE)
     acknowledged = Tally()
