@@ -58,7 +58,7 @@ async def ear(url: str) -> AsyncIterator[Ear]:
 # In the database
 
 
-async def test_every_change_of_a_role_is_recorded_and_notified(database_url: str) -> None:
+async def test_role_change_is_recorded_and_notified(database_url: str) -> None:
     key = (await make_role(database_url)).hex()
     await make_role(database_url)
     async with ear(database_url) as listening, open_sql(database_url) as sql:
@@ -83,7 +83,7 @@ async def test_every_change_of_a_role_is_recorded_and_notified(database_url: str
             assert await listening.take() == (number, {"*"}), statement
 
 
-async def test_a_transaction_counts_once_and_one_that_is_rolled_back_never(database_url: str) -> None:
+async def test_transaction_counts_once_and_a_rolled_back_one_never(database_url: str) -> None:
     keys = [(await make_role(database_url)).hex() for _ in range(5)]
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
@@ -100,7 +100,7 @@ async def test_a_transaction_counts_once_and_one_that_is_rolled_back_never(datab
         assert await listening.take() == (version + 1, set(keys))
 
 
-async def test_a_statement_that_changes_nothing_is_no_change(database_url: str) -> None:
+async def test_statement_that_changes_nothing_is_not_recorded(database_url: str) -> None:
     key = (await make_role(database_url)).hex()
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
@@ -111,7 +111,7 @@ async def test_a_statement_that_changes_nothing_is_no_change(database_url: str) 
         assert await listening.take() == (version, set())
 
 
-async def test_grants_of_one_role_that_are_inserted_together_are_notified_once(database_url: str) -> None:
+async def test_grants_inserted_together_for_one_role_are_notified_once(database_url: str) -> None:
     key = (await make_role(database_url)).hex()
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         version, _ = await listening.take()
@@ -130,7 +130,7 @@ async def test_transactions_that_change_roles_do_not_wait_for_one_another(databa
         await first.execute("COMMIT")
 
 
-async def test_a_change_is_new_to_everyone_whatever_came_before_it_and_however_late(database_url: str) -> None:
+async def test_late_commit_of_a_change_is_new_to_every_replica(database_url: str) -> None:
     async def look() -> str:
         ((version,),) = await sql.fetch("SELECT role_version FROM catbus.poll(0)")
         return str(version)
@@ -163,20 +163,20 @@ READERS = (
 
 
 @pytest.mark.parametrize("call", READERS)
-async def test_a_function_that_is_named_for_reading_changes_nothing(database_url: str, call: str) -> None:
+async def test_reading_function_changes_nothing(database_url: str, call: str) -> None:
     async with open_sql(database_url) as sql:
         await sql.execute("INSERT INTO catbus.role_changes SELECT FROM generate_series(1, 120)")
         await sql.execute(f"BEGIN READ ONLY; SELECT FROM {call}; COMMIT")
 
 
-async def test_a_heartbeat_compacts_the_changes(database_url: str) -> None:
+async def test_heartbeat_compacts_the_changes(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         await sql.execute("INSERT INTO catbus.role_changes SELECT FROM generate_series(1, 120)")
         await sql.fetch("SELECT catbus.heartbeat('r', '{}')")
         assert await sql.fetch("SELECT count(*) FROM catbus.role_changes") == [(1,)]
 
 
-async def test_a_change_of_very_many_roles_is_notified_once(database_url: str) -> None:
+async def test_change_of_many_roles_is_notified_once(database_url: str) -> None:
     async with ear(database_url) as listening, open_sql(database_url) as sql:
         await sql.execute(
             "INSERT INTO catbus.roles (key) SELECT sha256(n::text::bytea) FROM generate_series(1, 2000) AS n;"
@@ -186,7 +186,7 @@ async def test_a_change_of_very_many_roles_is_notified_once(database_url: str) -
         assert heard == {"*"}
 
 
-async def test_a_database_role_with_no_other_right_may_change_roles(database_url: str) -> None:
+async def test_database_role_with_no_other_right_may_change_roles(database_url: str) -> None:
     """An application that keeps the roles has rights on two tables, and the triggers are not its business."""
     name = f"keeper_{abs(hash(database_url))}"
     key = await make_role(database_url)
@@ -204,7 +204,7 @@ async def test_a_database_role_with_no_other_right_may_change_roles(database_url
 # In the replica
 
 
-async def test_a_notified_change_names_roles_and_a_polled_one_may_concern_any(autojump_clock: MockClock) -> None:
+async def test_notified_change_names_roles_and_a_polled_one_may_concern_any(autojump_clock: MockClock) -> None:
     changes = RoleChanges()
     changes.note_role(b"\xab" * 32)
     changes.note_role(b"\xcd" * 32)
@@ -222,7 +222,7 @@ async def test_a_notified_change_names_roles_and_a_polled_one_may_concern_any(au
         assert await changes.wait() is None
 
 
-async def test_a_change_that_is_notified_repeatedly_is_looked_up_seldom(autojump_clock: MockClock) -> None:
+async def test_repeatedly_notified_change_is_looked_up_seldom(autojump_clock: MockClock) -> None:
     """Somebody has recorded a notification, and sends it as fast as it can. The first one waits for nothing."""
     changes, taken = RoleChanges(), []
 
@@ -244,14 +244,14 @@ async def test_a_change_that_is_notified_repeatedly_is_looked_up_seldom(autojump
     assert all(later - earlier >= MIN_INTERVAL - 1e-9 for earlier, later in pairwise(taken))
 
 
-async def test_of_very_many_names_none_is_kept() -> None:
+async def test_names_are_dropped_when_there_are_too_many() -> None:
     changes = RoleChanges()
     for number in range(3000):
         changes.note_role(number.to_bytes(32))
     assert await changes.wait() is None
 
 
-async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
+async def test_replica_learns_of_a_change_at_once(database_url: str) -> None:
     key = await make_role(database_url)
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
@@ -264,7 +264,7 @@ async def test_a_replica_hears_of_a_change_at_once(database_url: str) -> None:
         assert log.roles.checked <= trio.current_time()
 
 
-async def test_a_change_without_a_notification_is_found_by_the_poll(database_url: str) -> None:
+async def test_poll_finds_a_change_without_a_notification(database_url: str) -> None:
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
@@ -273,7 +273,7 @@ async def test_a_change_without_a_notification_is_found_by_the_poll(database_url
             assert await log.roles.wait_changes() is None
 
 
-async def test_a_change_without_a_listener_is_found_by_the_next_connection(database_url: str) -> None:
+async def test_next_connection_finds_a_change_without_a_listener(database_url: str) -> None:
     key = await make_role(database_url)
     log = PostgresLog(DatabaseSettings(url=database_url))
     async with running(log), open_sql(database_url) as sql:
