@@ -53,7 +53,7 @@ async def make_role(url: str, client_id: str | None = "ci", grants: Grants = GRA
     return key_of(token)
 
 
-async def test_a_role_is_found_as_it_is_now(database_url: str) -> None:
+async def test_lookup_returns_the_present_role(database_url: str) -> None:
     key = await make_role(database_url)
     bare = await make_role(database_url, None, Grants())
     async with looking_up(database_url) as lookup, open_roles(DatabaseSettings(url=database_url)) as roles:
@@ -85,7 +85,7 @@ async def test_concurrent_lookups_share_a_statement(database_url: str) -> None:
     assert found.count(None) == 100
 
 
-async def test_a_lookup_during_a_statement_gets_the_result_of_a_later_one(database_url: str) -> None:
+async def test_lookup_during_a_statement_gets_the_result_of_a_later_one(database_url: str) -> None:
     key = await make_role(database_url)
     found: list[object] = []
 
@@ -107,7 +107,7 @@ async def test_a_lookup_during_a_statement_gets_the_result_of_a_later_one(databa
     assert len(found) == 2
 
 
-async def test_a_cancelled_lookup_does_not_disturb_the_others(database_url: str) -> None:
+async def test_cancelled_lookup_does_not_disturb_the_others(database_url: str) -> None:
     key = await make_role(database_url)
     found: list[object] = []
 
@@ -130,7 +130,7 @@ async def test_a_cancelled_lookup_does_not_disturb_the_others(database_url: str)
         assert proxy.accepted == 1
 
 
-async def test_a_connection_is_made_when_it_is_needed_and_again_when_it_was_lost(database_url: str) -> None:
+async def test_connection_is_opened_when_needed_and_again_after_a_loss(database_url: str) -> None:
     key = await make_role(database_url)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
         await wait_all_tasks_blocked()
@@ -159,7 +159,7 @@ async def wait_until_closed(lookup: RoleLookup) -> None:
     await wait_until(closed)
 
 
-async def test_an_unreachable_database_is_unavailable_and_found_again(database_url: str) -> None:
+async def test_lookup_is_unavailable_until_the_database_is_reachable(database_url: str) -> None:
     key = await make_role(database_url)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
         proxy.close()
@@ -175,13 +175,13 @@ async def test_an_unreachable_database_is_unavailable_and_found_again(database_u
         assert await look_up(lookup, key) is not None
 
 
-async def test_a_database_without_the_schema_is_unavailable(empty_database_url: str) -> None:
+async def test_database_without_the_schema_is_unavailable(empty_database_url: str) -> None:
     async with looking_up(empty_database_url) as lookup:
         with pytest.raises(Unavailable):
             await look_up(lookup, bytes(32))
 
 
-async def test_a_database_that_hangs_is_unavailable_in_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_database_is_unavailable_in_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     key = await make_role(database_url)
     monkeypatch.setattr(role_lookup, "LOOKUP_TIMEOUT", 0.2)
     async with open_proxy(database_url) as proxy, looking_up(proxy.url) as lookup:
@@ -203,7 +203,7 @@ async def wait_until_found(lookup: RoleLookup, key: bytes) -> None:
     await wait_until(found)
 
 
-async def test_no_lookup_waits_longer_than_the_timeout(autojump_clock: MockClock) -> None:
+async def test_lookup_waits_no_longer_than_the_timeout(autojump_clock: MockClock) -> None:
     async def connect() -> DatabaseConnection:
         await trio.sleep_forever()
 
@@ -216,7 +216,7 @@ async def test_no_lookup_waits_longer_than_the_timeout(autojump_clock: MockClock
         nursery.cancel_scope.cancel()
 
 
-async def test_a_bug_is_logged_and_does_not_end_the_replica(
+async def test_bug_is_logged_and_does_not_end_the_replica(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await make_role(database_url)
@@ -229,7 +229,7 @@ async def test_a_bug_is_logged_and_does_not_end_the_replica(
         assert await look_up(lookup, key) is not None
 
 
-async def test_the_log_says_once_that_roles_cannot_be_looked_up_and_nothing_of_whom(
+async def test_log_reports_failing_lookups_once_without_the_roles(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
