@@ -31,7 +31,7 @@ async def roles_of(url: str) -> AsyncIterator[RoleStore]:
             yield RoleStore(connection)
 
 
-async def test_a_role_is_what_it_was_made(database_url: str) -> None:
+async def test_role_is_stored_as_created(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         token, role = await roles.create("ci", GRANTS)
         assert role.key == role_key(token)
@@ -44,7 +44,7 @@ async def test_a_role_is_what_it_was_made(database_url: str) -> None:
         assert await roles.list() == [role, bare]
 
 
-async def test_the_database_does_not_have_the_token(database_url: str) -> None:
+async def test_database_does_not_contain_the_token(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         token, _ = await roles.create("ci", GRANTS)
     async with open_sql(database_url) as sql:
@@ -53,7 +53,7 @@ async def test_the_database_does_not_have_the_token(database_url: str) -> None:
     assert token not in kept and token.removeprefix("role-") not in kept
 
 
-async def test_a_deleted_role_is_gone_with_its_grants(database_url: str) -> None:
+async def test_deleted_role_is_gone_with_its_grants(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         token, role = await roles.create("ci", GRANTS)
         _, other = await roles.create("other", GRANTS)
@@ -68,7 +68,7 @@ async def test_a_deleted_role_is_gone_with_its_grants(database_url: str) -> None
         assert await sql.fetch("SELECT DISTINCT role FROM catbus.role_grants") == [(other.key,)]
 
 
-async def test_granting_adds_and_says_what_the_role_is_now(database_url: str) -> None:
+async def test_grant_adds_patterns_and_returns_the_role(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         token, role = await roles.create("ci", Grants(("a",)))
         for _ in range(2):
@@ -77,7 +77,7 @@ async def test_granting_adds_and_says_what_the_role_is_now(database_url: str) ->
             assert now.grants == Grants(("a", "b.*"), ("a",))
 
 
-async def test_revoking_takes_exactly_what_is_named(database_url: str) -> None:
+async def test_revoke_removes_exactly_the_named_patterns(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         _, role = await roles.create("ci", Grants(("a.*", "a.b"), ("a.*",)))
         left = await roles.revoke(role.handle, Grants(("a.*",), ("a.*",)))
@@ -85,7 +85,7 @@ async def test_revoking_takes_exactly_what_is_named(database_url: str) -> None:
         assert left.grants == Grants(("a.b",))
 
 
-async def test_a_missing_grant_cannot_be_revoked_and_no_other_one_is(database_url: str) -> None:
+async def test_missing_grant_cannot_be_revoked_and_no_other_one_is(database_url: str) -> None:
     async with roles_of(database_url) as roles:
         _, role = await roles.create("ci", Grants(("a.*", "b"), ("c",)))
         with pytest.raises(RoleError) as caught:
@@ -100,7 +100,7 @@ async def test_a_missing_grant_cannot_be_revoked_and_no_other_one_is(database_ur
         assert (await roles.revoke(role.handle, Grants(("b", "d")))).grants == Grants(("a.*",), ("c",))
 
 
-async def test_of_two_revocations_of_the_same_grant_one_succeeds(database_url: str) -> None:
+async def test_one_of_two_revocations_of_the_same_grant_succeeds(database_url: str) -> None:
     async with roles_of(database_url) as one, roles_of(database_url) as other:
         _, role = await one.create("ci", Grants(("a", "b")))
         outcomes: list[object] = []
@@ -131,7 +131,7 @@ async def test_of_two_revocations_of_the_same_grant_one_succeeds(database_url: s
     assert [type(outcome) for outcome in outcomes if outcome != Grants(("b",))] == [RoleError]
 
 
-async def test_a_handle_that_fits_several_roles_is_refused_until_it_says_more(database_url: str) -> None:
+async def test_ambiguous_handle_is_rejected(database_url: str) -> None:
     keys = [bytes(6) + bytes([number]) * 26 for number in (1, 2)]
     async with open_sql(database_url) as sql:
         for key in keys:
@@ -150,7 +150,7 @@ async def test_a_handle_that_fits_several_roles_is_refused_until_it_says_more(da
     ["", "ci", "0" * 11, "%", "0" * 11 + "_", "role-x", make_role_token() + "="],
     ids=["nothing", "name", "short", "percent", "underscore", "no token", "long token"],
 )
-async def test_what_names_no_role_is_not_repeated(database_url: str, name: str) -> None:
+async def test_error_does_not_repeat_text_that_names_no_role(database_url: str, name: str) -> None:
     async with roles_of(database_url) as roles:
         await roles.create("ci", Grants())
         with pytest.raises(RoleError, match="named by its token or by its handle") as caught:
@@ -169,7 +169,7 @@ LONGEST = [
 ]  # fmt: skip
 
 
-async def test_the_table_takes_patterns_and_nothing_else(database_url: str) -> None:
+async def test_table_accepts_only_patterns(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         key = bytes(32)
         await sql.fetch("INSERT INTO catbus.roles (key) VALUES ($1)", key)
@@ -213,7 +213,7 @@ def examples(number: int) -> list[str]:
 # Opening
 
 
-async def test_opening_brings_the_schema_to_this_version_where_roles_are_changed(empty_database_url: str) -> None:
+async def test_opening_for_changes_migrates_the_schema(empty_database_url: str) -> None:
     database = DatabaseSettings(url=empty_database_url)
     with pytest.raises(ConfigError, match="`catbus init` brings its schema to this version"):
         async with open_roles(database, prepare=False) as roles:
@@ -224,7 +224,7 @@ async def test_opening_brings_the_schema_to_this_version_where_roles_are_changed
         assert [role.client_id for role in await roles.list()] == ["ci"]
 
 
-async def test_a_log_without_roles_gets_them_and_keeps_its_entries(
+async def test_log_without_roles_gets_them_and_keeps_its_entries(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = migrations.schema_files()
@@ -235,7 +235,7 @@ async def test_a_log_without_roles_gets_them_and_keeps_its_entries(
         assert await roles.list() == []
 
 
-async def test_an_unreachable_database_is_reported_also_in_the_middle(database_url: str) -> None:
+async def test_unreachable_database_is_reported_at_any_moment(database_url: str) -> None:
     async with open_proxy(database_url) as proxy:
 
         async def create(*, cut: bool) -> None:
@@ -251,7 +251,7 @@ async def test_an_unreachable_database_is_reported_also_in_the_middle(database_u
         assert await roles.list() == []
 
 
-async def test_a_database_role_that_may_only_connect_may_not_read_roles(database_url: str) -> None:
+async def test_database_role_that_may_only_connect_may_not_read_roles(database_url: str) -> None:
     async with open_sql(database_url) as sql:
         for table in ("catbus.roles", "catbus.role_grants"):
             for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
@@ -259,7 +259,7 @@ async def test_a_database_role_that_may_only_connect_may_not_read_roles(database
                 assert await sql.fetchrow(query, table, privilege) == (False,)
 
 
-def test_a_role_shows_no_more_than_it_should() -> None:
+def test_role_repr_does_not_contain_the_token() -> None:
     token = make_role_token()
     key = role_key(token)
     assert key is not None
