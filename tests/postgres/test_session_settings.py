@@ -102,7 +102,7 @@ async def test_functions_of_another_role_never_run_with_our_rights(planted: str,
         assert await sql.fetch("SELECT DISTINCT taken, by, application FROM public.loot") == []
 
 
-async def test_functions_of_another_role_never_run_in_ours_whatever_the_session(planted: str) -> None:
+async def test_functions_of_another_role_never_run_within_the_schema_functions(planted: str) -> None:
     """As where somebody calls them by hand: in the schema's functions, the session's settings do not count."""
     await init(DatabaseSettings(url=planted))
     async with open_sql(planted) as sql:
@@ -128,7 +128,7 @@ async def test_functions_of_another_role_never_run_in_ours_whatever_the_session(
         assert await sql.fetch("SELECT DISTINCT taken, by FROM public.loot") == []
 
 
-async def test_a_schema_that_was_made_with_functions_of_another_role_is_not_taken_over(empty_database_url: str) -> None:
+async def test_schema_that_uses_functions_of_another_role_is_rejected(empty_database_url: str) -> None:
     """`nextval` with a literal means a function of text rather than PostgreSQL's own of regclass."""
     *earlier, (newest, _, _) = schema_files()
     old = "".join(script for _, _, script in earlier)
@@ -157,7 +157,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
 @pytest.mark.parametrize("name", SETTINGS)
-async def test_nothing_that_a_database_has_set_matters(empty_database_url: str, name: str, pooled: bool) -> None:
+async def test_catbus_works_with_the_settings_of_any_database(empty_database_url: str, name: str, pooled: bool) -> None:
     if name == "idle_session_timeout" and pooled:
         pytest.skip("the sessions are those of the pooler")
     await alter(empty_database_url, {name: SETTINGS[name]})
@@ -180,7 +180,7 @@ async def test_statements_have_the_settings_that_they_rely_on(database_url: str,
                 assert await connection.fetchrow("SELECT current_setting($1)", name) == (value,), name
 
 
-async def test_a_server_that_is_reached_by_a_way_that_takes_no_settings_has_them_afterwards(database_url: str) -> None:
+async def test_connection_that_accepts_no_startup_settings_has_them_afterwards(database_url: str) -> None:
     async with open_bridge() as bridge:
         bridge._plain.add(database_url)
         with await bridge.connect(database_url) as connection:
@@ -188,7 +188,7 @@ async def test_a_server_that_is_reached_by_a_way_that_takes_no_settings_has_them
                 assert await connection.fetchrow("SELECT current_setting($1)", name) == (value,), name
 
 
-async def test_a_statement_that_fails_behind_a_pooler_leaves_the_connection_usable(database_url: str) -> None:
+async def test_failed_statement_behind_a_pooler_leaves_the_connection_usable(database_url: str) -> None:
     async with open_bouncer(database_url) as bouncer, open_bridge() as bridge:
         with await bridge.connect(bouncer.url) as connection:
             with pytest.raises(Exception, match="division by zero"):
