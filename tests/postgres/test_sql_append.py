@@ -268,7 +268,7 @@ class AppendMachine(RuleBasedStateMachine):
         assert self.run(position(self.connection)) == (self.epoch, self.head, self.floor)
 
 
-def test_append_does_what_a_list_would(database_url: str) -> None:
+def test_append_agrees_with_a_list(database_url: str) -> None:
     class Machine(AppendMachine):
         url = database_url
 
@@ -307,7 +307,7 @@ def test_concurrent_appends_get_one_gapless_order(database_url: str) -> None:
     play(database_url, scene, connections=2)
 
 
-def test_a_retry_that_waited_for_the_lock_sees_the_original_that_held_it(database_url: str) -> None:
+def test_retry_that_waited_for_the_lock_sees_its_original(database_url: str) -> None:
     async def scene(epoch: str, stopped: Connection, retrying: Connection, observer: Connection) -> None:
         batch = [Sent(b"p", 1), Sent(b"p", 2, "c")]
         await stopped.execute("BEGIN")
@@ -321,7 +321,7 @@ def test_a_retry_that_waited_for_the_lock_sees_the_original_that_held_it(databas
     play(database_url, scene, connections=3)
 
 
-def test_an_original_that_was_rolled_back_is_appended_by_the_retry(database_url: str) -> None:
+def test_retry_appends_a_message_whose_original_was_rolled_back(database_url: str) -> None:
     async def scene(epoch: str, dying: Connection, retrying: Connection, observer: Connection) -> None:
         await dying.execute("BEGIN")
         await append(dying, epoch, [Sent(b"p", 1)])
@@ -336,7 +336,7 @@ def test_an_original_that_was_rolled_back_is_appended_by_the_retry(database_url:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before its retry", "after its retry"])
-def test_a_late_append_of_a_dead_sender_is_appended_once(database_url: str, late: bool) -> None:
+def test_late_append_of_a_dead_sender_is_appended_once(database_url: str, late: bool) -> None:
     gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)"
 
     async def scene(epoch: str, dead: Connection, retrying: Connection, holder: Connection) -> None:
@@ -362,7 +362,7 @@ def test_a_late_append_of_a_dead_sender_is_appended_once(database_url: str, late
     play(database_url, scene, connections=3)
 
 
-def test_an_epoch_that_changed_while_the_call_waited_is_noticed(database_url: str) -> None:
+def test_append_detects_an_epoch_that_changed_while_it_waited(database_url: str) -> None:
     async def scene(epoch: str, changing: Connection, writer: Connection, observer: Connection) -> None:
         await changing.execute("BEGIN")
         await changing.execute(
@@ -381,7 +381,7 @@ def test_an_epoch_that_changed_while_the_call_waited_is_noticed(database_url: st
     play(database_url, scene, connections=3)
 
 
-def test_an_append_without_the_lock_after_two_seconds_has_appended_nothing(database_url: str) -> None:
+def test_append_without_the_lock_after_two_seconds_appends_nothing(database_url: str) -> None:
     async def scene(epoch: str, holder: Connection, writer: Connection) -> None:
         await holder.execute("BEGIN")
         await holder.execute("SELECT FROM catbus.head FOR UPDATE")
@@ -397,7 +397,7 @@ def test_an_append_without_the_lock_after_two_seconds_has_appended_nothing(datab
     play(database_url, scene, connections=2)
 
 
-def test_a_transaction_that_is_left_open_elsewhere_finds_no_versions_to_keep(database_url: str) -> None:
+def test_open_transaction_keeps_no_row_versions(database_url: str) -> None:
     look = "SELECT ctid::text, pg_relation_size('catbus.head') FROM catbus.head"
 
     async def scene(epoch: str, forgetful: Connection, writer: Connection) -> None:
@@ -416,7 +416,7 @@ def test_a_transaction_that_is_left_open_elsewhere_finds_no_versions_to_keep(dat
     play(database_url, scene, connections=2)
 
 
-def test_a_stopped_listener_does_not_stop_publishing(database_url: str) -> None:
+def test_stopped_listener_does_not_stop_publishing(database_url: str) -> None:
     async def scene(epoch: str, stopped: Connection, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
@@ -460,7 +460,7 @@ def test_a_stopped_listener_does_not_stop_publishing(database_url: str) -> None:
     ],
     ids=lambda payload: payload[:12],
 )
-def test_a_payload_stays_as_it_is_byte_for_byte(database_url: str, payload: str) -> None:
+def test_payload_is_stored_byte_for_byte(database_url: str, payload: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         await append(writer, epoch, [Sent(b"p", 1, payload=payload)])
         assert await writer.fetchval("SELECT convert_to(payload, 'UTF8') FROM catbus.entries") == payload.encode()
@@ -469,7 +469,7 @@ def test_a_payload_stays_as_it_is_byte_for_byte(database_url: str, payload: str)
     play(database_url, scene)
 
 
-def test_an_empty_log_goes_on_at_its_floor(database_url: str) -> None:
+def test_empty_log_continues_at_its_floor(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         assert await position(writer) == (epoch, 0, 1)
         await writer.execute("UPDATE catbus.head SET floor = 1000")
@@ -508,7 +508,7 @@ def test_duplicates_wait_for_the_disk_as_their_originals_do(database_url: str) -
     play(database_url, scene)
 
 
-def test_one_key_twice_in_a_call_fails_the_call(database_url: str) -> None:
+def test_repeated_key_fails_the_call(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         with pytest.raises(asyncpg.UniqueViolationError):
             await append(writer, epoch, [Sent(b"p", 1), Sent(b"p", 1, payload="2")])
@@ -517,7 +517,7 @@ def test_one_key_twice_in_a_call_fails_the_call(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) -> None:
+def test_append_with_a_snapshot_older_than_the_lock_is_rejected(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         await writer.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         with pytest.raises(asyncpg.PostgresError, match="read committed"):
@@ -540,7 +540,7 @@ def test_entries_that_do_not_fit_into_a_notification_are_not_enclosed(database_u
     play(database_url, scene)
 
 
-def test_a_replica_of_an_earlier_release_appends_without_enclosing_anything(database_url: str) -> None:
+def test_replica_of_an_earlier_release_appends_without_enclosing_entries(database_url: str) -> None:
     async def scene(epoch: str, writer: Connection) -> None:
         heard: list[str] = []
         await writer.add_listener(LOG_CHANNEL, lambda *arguments: heard.append(arguments[-1]))
@@ -584,7 +584,7 @@ def test_plans_made_for_a_small_table_use_its_indexes(database_url: str, entries
     play(database_url, scene)
 
 
-def test_the_public_may_do_nothing(database_url: str) -> None:
+def test_public_has_no_rights(database_url: str) -> None:
     allowed = """
         SELECT 'schema' WHERE has_schema_privilege('public', 'catbus', 'USAGE, CREATE')
         UNION ALL SELECT oid::regclass::text FROM pg_class
@@ -599,7 +599,7 @@ def test_the_public_may_do_nothing(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_the_first_epoch_says_which_server_it_is_of(database_url: str) -> None:
+def test_first_epoch_names_its_server(database_url: str) -> None:
     async def scene(epoch: str, observer: Connection) -> None:
         row = await observer.fetchrow("SELECT epoch, after_seq, system_identifier, timeline FROM catbus.epochs")
         identifier = await observer.fetchval("SELECT system_identifier FROM pg_control_system()")
