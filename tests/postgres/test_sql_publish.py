@@ -125,7 +125,7 @@ names = st.one_of(
 @example(name="a" * 255)
 @example(name="a" * 256)
 @example(name="a\n")
-def test_a_channel_is_one_where_it_is_one_for_clients(stored: Stored, name: str) -> None:
+def test_sql_and_clients_accept_the_same_channels(stored: Stored, name: str) -> None:
     assert (stored(name, "1") is not None) == is_channel(name)
 
 
@@ -177,26 +177,24 @@ def deep(levels: int, inner: str = "") -> str:
 @example(text="[" + ",".join(["[[]]"] * 100) + "]")
 @example(text="[" * 100)
 @example(text="]" * 100 + "[" * 100)
-def test_a_payload_is_one_where_it_is_one_for_clients(stored: Stored, text: str) -> None:
+def test_sql_and_clients_accept_the_same_payloads(stored: Stored, text: str) -> None:
     assert stored("a", text) == checked(text)
 
 
 @pytest.mark.parametrize("case", PAYLOADS, ids=[case["name"] for case in PAYLOADS])
-def test_a_payload_of_the_vectors_is_one_here(stored: Stored, case: dict[str, Any]) -> None:
+def test_sql_accepts_the_payloads_of_the_vectors(stored: Stored, case: dict[str, Any]) -> None:
     assert stored("a", case["json"]) == (case["json"] if case["valid"] else None)
 
 
 @given(length=st.integers(-3, 3), channel=st.sampled_from(["a", "a.b.c", "x" * 255]), letter=st.sampled_from("aé🚌"))
-def test_a_message_is_as_big_as_a_client_may_publish_by_default(
-    stored: Stored, length: int, channel: str, letter: str
-) -> None:
+def test_message_size_limit_is_the_default_of_clients(stored: Stored, length: int, channel: str, letter: str) -> None:
     fill, rest = divmod(ROOM + length - len(channel) - 2, len(letter.encode()))
     payload = '"' + letter * fill + "x" * rest + '"'
     line = wire.encode(wire.Publish(channel, msgspec.Raw(payload.encode()))).removesuffix(b"\n")
     assert (stored(channel, payload) == payload) == (len(line) <= 65_536) == (length <= 0)
 
 
-def test_an_error_says_what_was_expected(database_url: str) -> None:
+def test_error_says_what_was_expected(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         for channel in ("a..b", "a.*", "", "a" * 300):
             assert "1 to 32 segments of A-Z, a-z, 0-9, _ and -" in await refusal(sql, channel, "1")
@@ -215,7 +213,7 @@ def test_an_error_says_what_was_expected(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_direct_writes_to_the_tables_are_checked_too(database_url: str) -> None:
+def test_direct_writes_to_the_tables_are_checked(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         for table in ("outbox_0", "outbox_1"):
             for channel, payload in (("a.*", "1"), ("a", "}"), ("a", "1" * 70_000)):
@@ -243,7 +241,7 @@ def test_direct_writes_to_the_tables_are_checked_too(database_url: str) -> None:
         ("""'a.b' COLLATE "POSIX", '{"n": 1}'""", '{"n": 1}'),
     ],
 )
-def test_what_a_call_publishes(database_url: str, arguments: str, payload: str) -> None:
+def test_publish_stores_the_message(database_url: str, arguments: str, payload: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await sql.execute(f"SELECT catbus.publish({arguments}) FROM (VALUES (1, E'ä\\n')) AS t (n, text)")
         await move_all(sql, epoch)
@@ -271,7 +269,7 @@ async def as_role(url: str, name: str, *statements: str) -> AsyncIterator[Connec
             await owner.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
-def test_the_right_to_call_publish_is_enough_and_allows_nothing_else(database_url: str) -> None:
+def test_right_to_call_publish_suffices_and_allows_nothing_else(database_url: str) -> None:
     grants = (
         "GRANT USAGE ON SCHEMA catbus TO catbus_test_app",
         "GRANT EXECUTE ON FUNCTION catbus.publish TO catbus_test_app",
@@ -304,7 +302,7 @@ def test_the_right_to_call_publish_is_enough_and_allows_nothing_else(database_ur
     play(database_url, scene)
 
 
-def test_a_role_without_the_right_cannot_publish(database_url: str) -> None:
+def test_role_without_the_right_cannot_publish(database_url: str) -> None:
     async def scene(epoch: str, owner: Connection) -> None:
         usage = "GRANT USAGE ON SCHEMA catbus TO catbus_test_other"
         async with as_role(database_url, "catbus_test_other", usage) as other:
@@ -314,7 +312,7 @@ def test_a_role_without_the_right_cannot_publish(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_nothing_of_the_callers_runs_with_the_owners_rights(database_url: str) -> None:
+def test_functions_of_the_caller_do_not_run_with_the_rights_of_the_owner(database_url: str) -> None:
     """Neither what its search path finds first nor a cast that it has made."""
     grants = (
         "GRANT USAGE ON SCHEMA catbus TO catbus_test_mean",
@@ -344,7 +342,7 @@ def test_nothing_of_the_callers_runs_with_the_owners_rights(database_url: str) -
 # Moving
 
 
-def test_one_notification_covers_what_a_call_has_moved(database_url: str) -> None:
+def test_one_notification_covers_a_move(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         heard: list[str] = []
         await sql.add_listener("catbus", lambda *arguments: heard.append(arguments[-1]))
@@ -390,7 +388,7 @@ def test_moved_messages_follow_the_appended_ones_and_commit_with_them(database_u
     play(database_url, scene, connections=2)
 
 
-def test_a_call_moves_the_first_1000_and_no_more_than_4_mib(database_url: str) -> None:
+def test_call_moves_at_most_1000_messages_and_4_mib(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await sql.execute("SELECT catbus.publish('a', to_json(n)) FROM generate_series(1, 2001) AS n")
         assert await move(sql, epoch) == (1000, 1000, True)
@@ -405,7 +403,7 @@ def test_a_call_moves_the_first_1000_and_no_more_than_4_mib(database_url: str) -
     play(database_url, scene)
 
 
-def test_another_epoch_is_refused_and_nothing_moved(database_url: str) -> None:
+def test_move_into_another_epoch_is_rejected(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         assert await move(sql, "another") == (0, None, False)
         await publish(sql, "a", "1")
@@ -417,7 +415,7 @@ def test_another_epoch_is_refused_and_nothing_moved(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_an_old_snapshot_neither_moves_nor_truncates(database_url: str) -> None:
+def test_old_snapshot_neither_moves_nor_truncates(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         for call in (f"catbus.move_outbox('on', '{epoch}', NULL)", "catbus.rotate_outbox()"):
             await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -428,7 +426,7 @@ def test_an_old_snapshot_neither_moves_nor_truncates(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_an_empty_log_goes_on_at_its_floor_and_time_does_not_run_back(database_url: str) -> None:
+def test_moved_messages_continue_at_the_floor_and_time_does_not_run_back(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await sql.execute("UPDATE catbus.head SET floor = 1000, slot = 3")
         await publish(sql, "a", "1")
@@ -458,7 +456,7 @@ def test_only_one_replica_moves_and_the_others_do_not_wait(database_url: str) ->
     play(database_url, scene, connections=2)
 
 
-def test_a_move_that_waited_for_the_head_row_sees_later_commits(database_url: str) -> None:
+def test_move_that_waited_for_the_head_row_sees_later_commits(database_url: str) -> None:
     async def scene(epoch: str, appending: Connection, moving: Connection, app: Connection) -> None:
         await publish(app, "a", "1")
         await appending.execute("BEGIN")
@@ -473,7 +471,7 @@ def test_a_move_that_waited_for_the_head_row_sees_later_commits(database_url: st
     play(database_url, scene, connections=3)
 
 
-def test_a_transaction_that_has_published_blocks_no_other(database_url: str) -> None:
+def test_transaction_that_has_published_blocks_no_other(database_url: str) -> None:
     async def scene(epoch: str, forgetful: Connection, app: Connection, writer: Connection) -> None:
         for connection in (app, writer):
             await connection.execute("SET lock_timeout = '1ms'")
@@ -497,7 +495,7 @@ def test_a_transaction_that_has_published_blocks_no_other(database_url: str) -> 
 # Turns
 
 
-def test_tables_take_turns_and_the_empty_one_is_made_small_beside_a_long_transaction(database_url: str) -> None:
+def test_tables_alternate_and_the_empty_one_is_truncated_beside_a_long_transaction(database_url: str) -> None:
     async def scene(epoch: str, forgetful: Connection, sql: Connection) -> None:
         await forgetful.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         await forgetful.execute("SELECT count(*) FROM catbus.entries")
@@ -517,7 +515,7 @@ def test_tables_take_turns_and_the_empty_one_is_made_small_beside_a_long_transac
     play(database_url, scene, connections=2)
 
 
-def test_a_table_that_holds_or_may_hold_messages_is_not_truncated(database_url: str) -> None:
+def test_table_that_may_hold_messages_is_not_truncated(database_url: str) -> None:
     async def scene(epoch: str, forgetful: Connection, reading: Connection, sql: Connection) -> None:
         await publish(sql, "a", "1")
         await forgetful.execute("BEGIN")
@@ -543,7 +541,7 @@ def test_a_table_that_holds_or_may_hold_messages_is_not_truncated(database_url: 
     play(database_url, scene, connections=3)
 
 
-def test_a_snapshot_from_before_the_turn_publishes_all_the_same(database_url: str) -> None:
+def test_snapshot_from_before_the_switch_can_publish(database_url: str) -> None:
     async def scene(epoch: str, old: Connection, sql: Connection) -> None:
         for level in ("REPEATABLE READ", "SERIALIZABLE"):
             await old.execute(f"BEGIN ISOLATION LEVEL {level}")
@@ -737,14 +735,14 @@ class OutboxMachine(RuleBasedStateMachine):
             self.runner.close()
 
 
-def test_the_outbox_does_what_was_promised(database_url: str) -> None:
+def test_outbox_keeps_its_promises(database_url: str) -> None:
     class Machine(OutboxMachine):
         url = database_url
 
     run_state_machine_as_test(Machine, settings=settings(max_examples=30, stateful_step_count=40))
 
 
-def test_many_at_once_lose_and_repeat_nothing(database_url: str) -> None:
+def test_concurrent_publishers_lose_and_repeat_nothing(database_url: str) -> None:
     """Publishers, replicas that move and that turn, and snapshots that come and go, none of them waiting."""
 
     async def scene(epoch: str, *actors: Connection) -> None:
