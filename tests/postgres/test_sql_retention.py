@@ -68,7 +68,7 @@ async def fill_slots(connection: Connection, epoch: str, number: int, each: int 
 # Age
 
 
-def test_a_slot_is_closed_when_its_first_entry_is_older_than_a_seventh_of_the_age(database_url: str) -> None:
+def test_slot_is_closed_when_its_first_entry_is_older_than_a_seventh_of_the_age(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         assert await retain(sql) == (1, *NOTHING)
         await publish(sql, epoch, 2)
@@ -84,7 +84,7 @@ def test_a_slot_is_closed_when_its_first_entry_is_older_than_a_seventh_of_the_ag
     play(database_url, scene)
 
 
-def test_the_oldest_slot_is_emptied_when_its_newest_entry_is_older_than_the_age(database_url: str) -> None:
+def test_oldest_slot_is_emptied_when_its_newest_entry_is_older_than_the_age(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 3)
         await pass_time(sql, SLOT)
@@ -101,7 +101,7 @@ def test_the_oldest_slot_is_emptied_when_its_newest_entry_is_older_than_the_age(
     play(database_url, scene)
 
 
-def test_as_long_as_the_oldest_slot_is_young_the_current_one_grows(database_url: str) -> None:
+def test_current_slot_grows_while_the_oldest_is_young(database_url: str) -> None:
     """The size that may be taken up was smaller once, so that slots were closed sooner."""
 
     async def scene(epoch: str, sql: Connection) -> None:
@@ -116,7 +116,7 @@ def test_as_long_as_the_oldest_slot_is_young_the_current_one_grows(database_url:
     play(database_url, scene)
 
 
-def test_the_clock_is_that_of_the_database_unless_it_is_given(database_url: str) -> None:
+def test_database_clock_is_used_by_default(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         answer = await append(sql, epoch, [Sent(b"p", 1)])
         assert not (await retain(sql, now=answer.at + SLOT - 1)).closed
@@ -127,7 +127,7 @@ def test_the_clock_is_that_of_the_database_unless_it_is_given(database_url: str)
     play(database_url, scene)
 
 
-def test_an_entry_from_a_clock_that_was_set_back_is_not_old(database_url: str) -> None:
+def test_entry_from_a_clock_that_was_set_back_is_not_old(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 1)
         await pass_time(sql, -2 * AGE)
@@ -137,7 +137,7 @@ def test_an_entry_from_a_clock_that_was_set_back_is_not_old(database_url: str) -
     play(database_url, scene)
 
 
-def test_a_log_that_is_all_taken_away_keeps_its_epoch_and_its_numbers(database_url: str) -> None:
+def test_emptied_log_keeps_its_epoch_and_its_seqs(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 5)
         await pass_time(sql, 2 * AGE)
@@ -155,7 +155,7 @@ def test_a_log_that_is_all_taken_away_keeps_its_epoch_and_its_numbers(database_u
 # Size
 
 
-def test_by_size_the_oldest_goes_whatever_its_age(database_url: str) -> None:
+def test_oldest_slot_is_emptied_by_size_whatever_its_age(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         size = 2 << 20
         dropped = []
@@ -178,7 +178,7 @@ def test_by_size_the_oldest_goes_whatever_its_age(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_size_counts_indexes_and_long_payloads(database_url: str) -> None:
+def test_size_includes_indexes_and_long_payloads(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await publish(sql, epoch, 10, size=100_000)
         (takes,) = await sql.fetchrow("SELECT bytes FROM catbus.retention_due($1, $2)", AGE, SIZE)
@@ -187,7 +187,7 @@ def test_size_counts_indexes_and_long_payloads(database_url: str) -> None:
     play(database_url, scene)
 
 
-def test_there_is_nothing_to_do_in_an_empty_log_however_small_the_size(database_url: str) -> None:
+def test_empty_log_needs_no_step_however_small_the_size(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         assert await retain(sql, size=1) == (1, *NOTHING)
 
@@ -197,7 +197,7 @@ def test_there_is_nothing_to_do_in_an_empty_log_however_small_the_size(database_
 # Retries
 
 
-def test_a_retry_whose_original_may_have_been_taken_away_stays_in_doubt(database_url: str) -> None:
+def test_retry_whose_original_may_be_removed_stays_in_doubt(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await append(sql, epoch, [Sent(b"p", n) for n in (1, 2, 3)])
         await pass_time(sql, SLOT)
@@ -313,7 +313,7 @@ class RetainMachine(RuleBasedStateMachine):
             assert self.log[self.floor] >= self.now - AGE - SLOT - SLOT // 4
 
 
-def test_retain_does_what_a_list_would(database_url: str) -> None:
+def test_retain_agrees_with_a_list(database_url: str) -> None:
     class Machine(RetainMachine):
         url = database_url
 
@@ -323,7 +323,7 @@ def test_retain_does_what_a_list_would(database_url: str) -> None:
 # Interleavings
 
 
-def test_of_two_steps_at_once_one_is_taken(database_url: str) -> None:
+def test_one_of_two_concurrent_steps_is_taken(database_url: str) -> None:
     async def scene(epoch: str, one: Connection, other: Connection, holder: Connection) -> None:
         await fill_slots(holder, epoch, 8)
         await pass_time(holder, SLOT)
@@ -340,7 +340,7 @@ def test_of_two_steps_at_once_one_is_taken(database_url: str) -> None:
     play(database_url, scene, connections=3)
 
 
-def test_a_step_that_waits_for_the_head_row_has_no_lock_on_the_log(database_url: str) -> None:
+def test_step_that_waits_for_the_head_row_holds_no_lock_on_the_log(database_url: str) -> None:
     """Otherwise it would be in the way of the step that has the head row."""
 
     async def scene(epoch: str, stepping: Connection, holder: Connection) -> None:
@@ -370,7 +370,7 @@ def test_a_step_that_waits_for_the_head_row_has_no_lock_on_the_log(database_url:
     ],
     ids=["dump", "reader", "cursor"],
 )
-def test_while_a_transaction_uses_the_oldest_slot_the_current_one_grows(database_url: str, use: str) -> None:
+def test_current_slot_grows_while_a_transaction_uses_the_oldest(database_url: str, use: str) -> None:
     async def scene(epoch: str, holder: Connection, sql: Connection, writer: Connection) -> None:
         await fill_slots(sql, epoch, 8)
         await pass_time(sql, SLOT)
@@ -388,7 +388,7 @@ def test_while_a_transaction_uses_the_oldest_slot_the_current_one_grows(database
     play(database_url, scene, connections=3)
 
 
-def test_a_slot_is_closed_while_the_oldest_is_used_as_long_as_there_is_another(database_url: str) -> None:
+def test_slot_is_closed_while_the_oldest_is_used_if_another_is_free(database_url: str) -> None:
     async def scene(epoch: str, holder: Connection, sql: Connection) -> None:
         await fill_slots(sql, epoch, 3)
         await pass_time(sql, AGE)
@@ -402,7 +402,7 @@ def test_a_slot_is_closed_while_the_oldest_is_used_as_long_as_there_is_another(d
     play(database_url, scene, connections=2)
 
 
-def test_an_old_snapshot_sees_entries_vanish_and_a_new_statement_sees_the_floor(database_url: str) -> None:
+def test_old_snapshot_sees_entries_vanish_and_a_new_statement_sees_the_floor(database_url: str) -> None:
     async def scene(epoch: str, old: Connection, sql: Connection) -> None:
         await fill_slots(sql, epoch, 8)
         await pass_time(sql, SLOT)
@@ -419,7 +419,7 @@ def test_an_old_snapshot_sees_entries_vanish_and_a_new_statement_sees_the_floor(
     play(database_url, scene, connections=2)
 
 
-def test_while_the_log_is_appended_to_nothing_is_lost_above_the_floor(database_url: str) -> None:
+def test_appends_during_retention_lose_nothing_above_the_floor(database_url: str) -> None:
     async def scene(epoch: str, stepping: Connection, reading: Connection, *writers: Connection) -> None:
         busy = True
         dropped = 0
@@ -460,7 +460,7 @@ def test_while_the_log_is_appended_to_nothing_is_lost_above_the_floor(database_u
     play(database_url, scene, connections=4)
 
 
-def test_a_snapshot_that_is_older_than_the_lock_is_refused(database_url: str) -> None:
+def test_step_with_a_snapshot_older_than_the_lock_is_rejected(database_url: str) -> None:
     async def scene(epoch: str, sql: Connection) -> None:
         await sql.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         with pytest.raises(asyncpg.PostgresError, match="read committed"):
