@@ -55,7 +55,7 @@ async def is_encrypted(url: str) -> bool:
             return connection.encrypted
 
 
-async def test_the_connection_has_the_encryption_that_sslmode_requires(server: Server) -> None:
+async def test_connection_has_the_encryption_that_sslmode_requires(server: Server) -> None:
     with pytest.raises(DATABASE_ERRORS, match="SSL required"):
         await is_encrypted(server.url(sslmode="disable"))
     assert await is_encrypted(server.url(sslmode="require"))
@@ -64,25 +64,25 @@ async def test_the_connection_has_the_encryption_that_sslmode_requires(server: S
 
 
 @pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
-async def test_a_server_by_another_authority_is_refused(server: Server, mode: str) -> None:
+async def test_server_certified_by_another_authority_is_rejected(server: Server, mode: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         await is_encrypted(server.url(sslmode=mode, sslrootcert=server.stranger))
 
 
-async def test_only_verify_full_minds_the_name(server: Server) -> None:
+async def test_only_verify_full_checks_the_name(server: Server) -> None:
     assert await is_encrypted(server.url("localhost", sslmode="verify-ca", sslrootcert=server.authority))
     with pytest.raises(ssl.SSLCertVerificationError, match="localhost"):
         await is_encrypted(server.url("localhost", sslmode="verify-full", sslrootcert=server.authority))
 
 
-async def test_a_server_without_tls_is_refused_where_it_is_required(database_url: str) -> None:
+async def test_server_without_tls_is_rejected_where_it_is_required(database_url: str) -> None:
     async with open_bouncer(database_url) as bouncer:
         assert not await is_encrypted(bouncer.url)
         with pytest.raises(ConnectionError, match="SSL"):
             await is_encrypted(bouncer.url.replace("disable", "require"))
 
 
-async def test_a_log_works_through_it(server: Server) -> None:
+async def test_log_works_over_tls(server: Server) -> None:
     url = server.url(sslmode="verify-full", sslrootcert=server.authority)
     async with running(PostgresLog(DatabaseSettings(url=url))) as (follower, publisher):
         assert await publisher.publish("a", b"1") == Committed(1)
@@ -90,12 +90,12 @@ async def test_a_log_works_through_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey"])
-async def test_a_missing_file_is_an_error_that_names_it(server: Server, name: str) -> None:
+async def test_error_names_a_missing_file(server: Server, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"\[database\] url: {name}: /no/such/file: No such file"):
         await is_encrypted(server.url(sslmode="verify-full", **{name: "/no/such/file"}))
 
 
-async def test_a_file_that_goes_while_we_run_is_an_outage(server: Server, tmp_path: Path) -> None:
+async def test_file_that_disappears_at_run_time_is_an_outage(server: Server, tmp_path: Path) -> None:
     url = server.url(sslmode="verify-full", sslrootcert=shutil.copy(server.authority, tmp_path / "copy"))
     async with open_bridge() as bridge:
         (await bridge.connect(url)).terminate()
@@ -106,12 +106,14 @@ async def test_a_file_that_goes_while_we_run_is_an_outage(server: Server, tmp_pa
         (await bridge.connect(url)).terminate()
 
 
-async def test_an_unknown_mode_is_an_error(server: Server) -> None:
+async def test_unknown_mode_is_an_error(server: Server) -> None:
     with pytest.raises(ConfigError, match="sslmode"):
         await is_encrypted(server.url(sslmode="certainly"))
 
 
-async def test_the_authorities_of_the_system(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_authorities_of_the_system_are_trusted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     bundle = tmp_path / "bundle.crt"
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
     shutil.copy(server.authority, bundle)
@@ -127,9 +129,7 @@ async def test_the_authorities_of_the_system(server: Server, monkeypatch: pytest
         await is_encrypted(server.url(sslrootcert="system", sslmode="require"))
 
 
-async def test_without_tls_there_prefer_goes_on_without_and_allow_goes_on_with_it(
-    server: Server, database_url: str
-) -> None:
+async def test_prefer_connects_without_tls_and_allow_with_it_where_necessary(server: Server, database_url: str) -> None:
     assert await is_encrypted(server.url(sslmode="prefer"))
     assert await is_encrypted(server.url())
     assert await is_encrypted(server.url(sslmode="allow"))
@@ -138,12 +138,12 @@ async def test_without_tls_there_prefer_goes_on_without_and_allow_goes_on_with_i
             assert not await is_encrypted(plain.url.replace("disable", mode))
 
 
-async def test_versions_of_tls_are_kept_to(server: Server) -> None:
+async def test_tls_version_limits_are_applied(server: Server) -> None:
     assert await is_encrypted(server.url(sslmode="require", ssl_min_protocol_version="TLSv1.3"))
     assert await is_encrypted(server.url(sslmode="require", ssl_max_protocol_version="TLSv1.2"))
 
 
-async def test_a_file_without_a_certificate_in_it_is_an_error_that_names_it(server: Server, tmp_path: Path) -> None:
+async def test_error_names_a_file_without_a_certificate(server: Server, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("no certificate")
     for name in ("sslrootcert", "sslcert", "sslcrl"):
         others = {} if name == "sslrootcert" else {"sslrootcert": server.authority}
@@ -151,11 +151,11 @@ async def test_a_file_without_a_certificate_in_it_is_an_error_that_names_it(serv
             await is_encrypted(server.url(sslmode="verify-ca", **{name: tmp_path / "notes"}, **others))
 
 
-async def test_a_directory_of_revoked_certificates_that_is_none_is_an_error(server: Server) -> None:
+async def test_missing_directory_of_revoked_certificates_is_an_error(server: Server) -> None:
     with pytest.raises(ConfigError, match="sslcrldir: /no/such: not a directory"):
         await is_encrypted(server.url(sslmode="verify-ca", sslrootcert=server.authority, sslcrldir="/no/such"))
 
 
-async def test_the_secrets_of_a_connection_are_written_where_that_is_asked_for(server: Server, tmp_path: Path) -> None:
+async def test_tls_secrets_are_written_to_the_configured_file(server: Server, tmp_path: Path) -> None:
     assert await is_encrypted(server.url(sslmode="require", sslkeylogfile=tmp_path / "secrets"))
     assert "CLIENT" in (tmp_path / "secrets").read_text()
