@@ -82,7 +82,7 @@ async def metric(url: str, name: str) -> float:
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 
-async def test_both_replicas_are_degraded_and_after_the_repair_everybody_goes_on_with_a_gap(
+async def test_replicas_are_degraded_until_the_repair_and_subscriptions_continue_with_a_gap(
     database_url: str, tmp_path: Path
 ) -> None:
     with trio.fail_after(60):
@@ -141,7 +141,7 @@ async def test_both_replicas_are_degraded_and_after_the_repair_everybody_goes_on
             nursery.cancel_scope.cancel()
 
 
-def test_status_names_what_is_missing() -> None:
+def test_status_lists_missing_messages() -> None:
     assert _format_missing({"missing": 4, "holes": [[3, 5], [9, 9]]}) == (
         "4 messages were deleted by hand: 3 to 5, 9; `catbus repair` lets subscriptions continue"
     )
