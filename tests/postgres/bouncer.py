@@ -1,4 +1,4 @@
-"""A real PgBouncer before the tests' PostgreSQL, pooling transactions."""
+"""A real PgBouncer in front of the tests' PostgreSQL, in transaction mode."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.programs import find_program
 
 
 class Bouncer:
-    """`url` leads through it to the database of the URL that it was made with.
+    """A PgBouncer process; `url` connects through it to the given database.
 
-    With a `certificate`, whose key is in the same PEM, it talks to nobody but through TLS.
+    With a `certificate`, whose PEM also contains the key, it accepts only TLS connections.
     """
 
     def __init__(self, url: str, size: int, directory: Path, certificate: bytes | None = None) -> None:
@@ -58,7 +58,7 @@ class Bouncer:
             f"default_pool_size = {size}\n"
             "server_login_retry = 0.1\n" + tls
         )
-        # It refuses to run as root.
+        # PgBouncer refuses to run as root.
         user = ["-u", "postgres"] if os.getuid() == 0 else []
         self._command = [find_program("pgbouncer", "pgbouncer"), *user, str(directory / "ini")]
         self.process = self._start()
@@ -88,7 +88,7 @@ class Bouncer:
 
 @asynccontextmanager
 async def open_bouncer(url: str, *, size: int = 3, certificate: bytes | None = None) -> AsyncIterator[Bouncer]:
-    """Run one with at most `size` connections to the database."""
+    """Run a PgBouncer with at most `size` connections to the database."""
     directory = Path(tempfile.mkdtemp(prefix="catbus-bouncer-"))
     bouncer = Bouncer(url, size, directory, certificate)
     try:
