@@ -1,4 +1,4 @@
-"""Clusters of a test's own, for what one does to whole servers: setting them back, replacing them, failing over."""
+"""Clusters that one test owns, so that it can restore, replace or fail over a whole server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = {"fsync": "off", "max_connections": "30", "synchronous_commit": "on"}
 
 
 class Cluster:
-    """A PostgreSQL in a directory of its own. The methods that wait block: call them from a thread."""
+    """A PostgreSQL server with its own directory. Methods that wait are blocking: call them from a thread."""
 
     def __init__(self, directory: Path, settings: Mapping[str, str] = SETTINGS) -> None:
         self.directory = directory
@@ -43,7 +43,7 @@ class Cluster:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Serve what is in the directory, made now if there is nothing."""
+        """Start the server, and create the cluster if the directory is empty."""
         try:
             self._start()
         except BaseException:
@@ -57,7 +57,7 @@ class Cluster:
         self._serving.enter_context(tethered(process, self.directory))
         self._process, self.url = process, server.url
         if (self.data / "standby.signal").exists():
-            # It never becomes ready, by its own account.
+            # A standby never reports that it is ready.
             trio.run(self._wait_connected)
         else:
             server.wait_ready(process)
@@ -71,7 +71,7 @@ class Cluster:
                 await trio.sleep(0.02)
 
     def stop(self) -> None:
-        """Stop the server, in order."""
+        """Stop the server by a regular shutdown."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
             self._process.wait(TEST_TIMEOUT)
@@ -79,7 +79,7 @@ class Cluster:
         self._serving.close()
 
     def kill(self) -> None:
-        """End the server and all its processes, as when the machine loses its power but not what was written."""
+        """Kill the server and all its processes, as in a power failure that preserves written data."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait(TEST_TIMEOUT)
@@ -87,18 +87,18 @@ class Cluster:
         self._serving.close()
 
     def pause(self) -> None:
-        """Let the server stand still: it answers nobody, and nobody is told."""
+        """Pause the server with SIGSTOP: it does not reply, and its connections stay open."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
-        """Send the server and all its processes a signal."""
+        """Send a signal to the server and all its processes."""
         assert self._process is not None
         pid = self._process.pid
         if self.running:
-            # It starts no further ones meanwhile.
+            # A stopped server starts no further processes meanwhile.
             os.kill(pid, signal.SIGSTOP)
         for child in _children(pid):
             with suppress(ProcessLookupError):
@@ -107,13 +107,13 @@ class Cluster:
             os.kill(pid, number)
 
     def save(self) -> None:
-        """Stop, keep a copy of the data, and go on."""
+        """Stop the server, copy its data, and start it again."""
         self.stop()
         self._copy(self.data, self.directory / "saved")
         self.start()
 
     def set_back(self) -> None:
-        """Stop, and put the copy in the place of the data."""
+        """Stop the server, and restore the saved copy of its data."""
         self.stop()
         self._copy(self.directory / "saved", self.data)
 
@@ -122,7 +122,7 @@ class Cluster:
         subprocess.run(["cp", "-a", source, target], check=True)
 
     def make_standby(self, standby: Cluster, through: str | None = None) -> None:
-        """Have another one follow this one, `through` another URL where there is one."""
+        """Make another cluster a standby of this one, which connects `through` that URL if it is given."""
         with embedded_server.prepare_server(standby.directory, standby.settings) as server:
             program, options = server.binaries.folder / "pg_basebackup", server.popen_options
         if not program.exists():
@@ -142,7 +142,7 @@ class Cluster:
         standby.start()
 
     def promote(self) -> None:
-        """Make a standby a primary."""
+        """Promote this standby to a primary."""
         execute(self.url, "SELECT pg_promote()")
 
 
@@ -150,7 +150,7 @@ def _children(parent: int) -> list[int]:
     children = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            # The name, in parentheses, may have anything in it.
+            # The process name, in parentheses, may contain any character.
             if int(file.read_text().rpartition(")")[2].split()[1]) == parent:
                 children.append(int(file.parent.name))
     return children
@@ -158,7 +158,7 @@ def _children(parent: int) -> list[int]:
 
 @contextmanager
 def open_cluster(*, identity: bool = False) -> Iterator[Cluster]:
-    """A cluster that does not run yet. Only with an `identity` it has a system identifier of its own."""
+    """A cluster that is not started yet. It has its own system identifier only with `identity`."""
     directory = make_directory()
     cluster = Cluster(directory)
     try:
@@ -171,7 +171,7 @@ def open_cluster(*, identity: bool = False) -> Iterator[Cluster]:
 
 
 def _copy_template(directory: Path) -> None:
-    """Clusters are copies of one, which are made sooner."""
+    """Copy a prepared cluster, which is faster than initdb."""
     template = _template()
     subprocess.run(["cp", "-a", template / "cluster", directory], check=True)
     if (template / "binaries").exists():
@@ -188,7 +188,7 @@ def _template() -> Path:
 
 @contextmanager
 def open_served_cluster() -> Iterator[Cluster]:
-    """A cluster that runs. Without a PostgreSQL to run: an error with CI=true, otherwise a skip."""
+    """A running cluster. Without a PostgreSQL to run: an error with CI=true, otherwise a skip."""
     with ExitStack() as closing:
         try:
             cluster = closing.enter_context(open_cluster())
