@@ -1,10 +1,10 @@
-"""Every setting that a role or a database can carry, at values that are not its default: Catbus works all the same.
+"""Try Catbus with every setting of a role or a database, at values other than its default.
 
     python -m tests.postgres.every_setting --postgres 15 --alone
 
-tries them on the database and on the roles, with connections to PostgreSQL itself and through a PgBouncer that pools
-transactions: in groups, each of which is halved until it is known what is wrong in it, or each alone. It ends with 1
-when one does not work that is not listed here. The tests try a part of it.
+tries them on the database and on the roles, with direct connections and through a PgBouncer in transaction mode. It
+tries groups, and halves a group that fails until the failing settings are known, or tries each setting alone. The exit
+status is 1 if a setting fails that is not listed here. The tests try a part of them.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ VALUES: Mapping[str, Sequence[str]] = {
     "transaction_timeout": ("20", "2147483647"),
     "wal_consistency_checking": ("all",),
 }
-"""Values of settings that are text, which nobody can guess, so a new one needs a line here; and of some others."""
+"""Values of text settings, which cannot be generated, and of some others. A new text setting needs a line here."""
 
 LISTS = {"search_path"}
-"""Settings whose value is written without quotation marks around all of it."""
+"""Settings whose value is written as a list, without quotation marks around the whole."""
 
 
 class Trial(NamedTuple):
@@ -95,15 +95,15 @@ class Trial(NamedTuple):
 
 LISTED: Mapping[Trial, str] = {
     Trial("dynamic_library_path", "/nowhere"): "PL/pgSQL itself is not found",
-    Trial("local_preload_libraries", "nowhere"): "no session begins, whoever's it is",
-    Trial("session_preload_libraries", "nowhere"): "no session begins, whoever's it is",
+    Trial("local_preload_libraries", "nowhere"): "no session can begin, for any user",
+    Trial("session_preload_libraries", "nowhere"): "no session can begin, for any user",
 }
-"""What does not work, or not with every version of PostgreSQL, and why."""
+"""Settings that fail with some or all versions of PostgreSQL, and why."""
 LISTED_POOLED: Mapping[Trial, str] = {
     Trial("statement_timeout", "1"): "the time has begun before a statement does; `catbus check` names it",
     Trial("transaction_timeout", "20"): "the time has begun before a statement does; `catbus check` names it",
 }
-"""What does not work behind a pooler, beside that."""
+"""Settings that fail only behind a pooler, and why."""
 
 
 def values_of(name: str, kind: str, setting: str, low: str, high: str, words: Sequence[str] | None) -> Sequence[str]:
@@ -125,11 +125,11 @@ def values_of(name: str, kind: str, setting: str, low: str, high: str, words: Se
     raise AssertionError(f"{name} is not known: give it values in VALUES")
 
 
-# What has to work
+# Operations that must succeed
 
 
 async def exercise(url: str, user: str) -> None:
-    """Do everything once that a broker does with its database. `user` is the URL of an application that publishes."""
+    """Do once each operation of a broker on its database. `user` is the URL of an application that publishes."""
     with trio.fail_after(4 * TEST_TIMEOUT):
         await _exercise(url, user)
 
@@ -175,15 +175,15 @@ PUBLISHED = (
     "[" * 40 + '"]["' + "]" * 40 + "",
     "[" + ",".join(["[]"] * 50) + "]",
 )
-"""What takes every way through `catbus.check_message`."""
+"""Messages that cover every branch of `catbus.check_message`."""
 
 
 REFUSED = ('"\\ud83d"', "[" * 65 + "]" * 65, "nothing", '"\\"')
-"""What it refuses."""
+"""Messages that `catbus.check_message` rejects."""
 
 
 async def publish_from_sql(user: str) -> None:
-    """Publish in a session of an application, with all that is set for it. Its limits of time are its own matter."""
+    """Publish in an application's session, with its settings except its own timeouts."""
     await trio.to_thread.run_sync(lambda: asyncio.run(_publish(user)))
 
 
@@ -212,7 +212,7 @@ async def _publish(user: str) -> None:
 
 
 async def change_roles(settings: DatabaseSettings, log: PostgresLog) -> None:
-    """Make a role, look it up, take from it, and delete it; the log hears of each change."""
+    """Create a role, look it up, revoke a grant, and delete it; the log learns of each change."""
     async with open_roles(settings) as roles:
         token, role = await roles.create("ci", Grants(("a.*", "b"), ("a.c",)))
         key = role_key(token)
@@ -229,7 +229,7 @@ async def change_roles(settings: DatabaseSettings, log: PostgresLog) -> None:
 
 
 async def drop_all(url: str) -> None:
-    """Take the step of retention that is due once everything is old."""
+    """Run the retention step that is due once all entries are old."""
     retention = LogRetention(RetentionSettings(age=0.001))
     async with open_bridge() as bridge:
         with await bridge.connect(url) as connection:
@@ -238,11 +238,11 @@ async def drop_all(url: str) -> None:
                     await retention.run_due_steps(connection)
 
 
-# Trying
+# Trials
 
 
 class Place(NamedTuple):
-    """What carries the settings, and whether a pooler stands before the database."""
+    """The owner of the settings (database or roles), and whether a pooler stands in front of the database."""
 
     where: Literal["database", "role"]
     pooled: bool
@@ -252,7 +252,7 @@ PLACES = [Place(where, pooled) for where in ("database", "role") for pooled in (
 
 
 class Laboratory:
-    """Databases of one server, one for each try, of two roles that are no superusers."""
+    """The databases of one server: a new one for each trial, used by two roles without superuser rights."""
 
     def __init__(self, url: str) -> None:
         self.server = to_database(url, "postgres")
@@ -265,7 +265,7 @@ class Laboratory:
             self._execute(f"DROP ROLE {role}")
 
     def find_trials(self) -> tuple[list[Trial], list[Trial]]:
-        """All that a database can carry, in the order of their names, and what PostgreSQL refuses to let it carry."""
+        """The settings that a database can have, sorted by name, and those that PostgreSQL rejects."""
         return asyncio.run(self._find_trials())
 
     async def _find_trials(self) -> tuple[list[Trial], list[Trial]]:
@@ -273,7 +273,7 @@ class Laboratory:
         refused: list[Trial] = []
         connection = await asyncpg.connect(self.server)
         try:
-            await connection.execute("DO $$ BEGIN END $$")  # from now on those of PL/pgSQL are there
+            await connection.execute("DO $$ BEGIN END $$")  # loads PL/pgSQL, which defines settings of its own
             trials = [Trial(row["name"], value) for row in await connection.fetch(QUERY) for value in values_of(*row)]
             for trial in trials:
                 try:
@@ -287,7 +287,7 @@ class Laboratory:
         return carried, refused
 
     async def try_out(self, trials: Sequence[Trial], place: Place) -> str:
-        """What goes wrong with all these settings together; nothing when all is well."""
+        """The error with all these settings together, or an empty text."""
         name = f"catbus_settings_{os.getpid()}_{next(self._numbers)}"
         url, app = (self._url(name, role) for role in (OWNER, APP))
         try:
@@ -305,7 +305,7 @@ class Laboratory:
                 await trio.to_thread.run_sync(self._execute, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     async def find_failures(self, trials: Sequence[Trial], place: Place) -> list[tuple[Sequence[Trial], str]]:
-        """The fewest settings that go wrong, alone or together, each with what goes wrong."""
+        """The smallest sets of settings that fail, each with its error."""
         error = await self.try_out(trials, place)
         if not error:
             return []
@@ -342,7 +342,7 @@ class Laboratory:
 
 
 def _described(error: BaseException) -> str:
-    """What went wrong, and in which line."""
+    """The error, and the line that raised it."""
     line = traceback.extract_tb(error.__traceback__)[-1].line
     return f"{type(error).__name__}: {error} ({line})"
 
@@ -353,7 +353,7 @@ def _set(trial: Trial) -> str:
 
 
 def rounds(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials in as few lists as can be, each with a setting once, and of about the same length."""
+    """Divide the trials into as few lists as possible, of similar lengths, with each setting at most once per list."""
     found: list[list[Trial]] = []
     for _, group in groupby(trials, lambda trial: trial.name):
         for trial in group:
@@ -366,7 +366,7 @@ def rounds(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def listed(place: Place) -> Mapping[Trial, str]:
-    """What is known not to work there, and why."""
+    """The known failures at a place, and why they fail."""
     return {**LISTED, **(LISTED_POOLED if place.pooled else {})}
 
 
@@ -376,7 +376,7 @@ def report(place: Place, trials: Sequence[Trial], verdict: str) -> None:
 
 
 async def go_through(laboratory: Laboratory, trials: Sequence[Trial], *, alone: bool) -> int:
-    """Try all in all places, say how that ends, and return how often it should have ended otherwise."""
+    """Run all trials at all places, print the results, and return the number of unexpected ones."""
     wrong = 0
     for place in PLACES:
         reasons = listed(place)
