@@ -1,7 +1,7 @@
-"""A role that may create in `public` plants what Catbus's statements could mean by their names, and waits.
+"""Functions that a hostile role creates in `public` under names that Catbus's statements use.
 
-An exact match of argument types beats PostgreSQL's own polymorphic, variadic or casting function, and where `public`
-comes first in the search path, anything there beats everything.
+PostgreSQL prefers an exact match of argument types to its own polymorphic, variadic or casting function. If `public`
+comes first in the search path, every function there is preferred.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from catbus.postgres.access.asyncpg_bridge import DatabaseConnection
 
 MALLORY = "catbus_test_mallory"
 
-# Those that no exact function stands against in pg_catalog.
+# Functions for which pg_catalog has no exact match.
 _MATCHES = (
     "array_fill(bigint, integer[]) RETURNS bigint[]",
     "array_fill(bytea, integer[]) RETURNS bytea[]",
@@ -41,7 +41,7 @@ _CALL = re.compile(r"\b([a-z][a-z0-9_]+)\(")
 
 
 async def plant(sql: DatabaseConnection) -> int:
-    """Plant them in this database as `MALLORY`, and return how many there are. Each leaves a row in `public.loot`."""
+    """Create the functions as `MALLORY`, and return their number. Each call of one adds a row to `public.loot`."""
     await sql.execute(
         f"""
         DO $$ BEGIN CREATE ROLE {MALLORY}; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
@@ -89,7 +89,7 @@ async def plant(sql: DatabaseConnection) -> int:
 
 
 def _names() -> set[str]:
-    """The functions that the schema and the statements of this package may mean."""
+    """The functions that the schema and the statements of this package may call."""
     package = Path(catbus.postgres.__file__).parent
     texts = [path.read_text() for path in package.glob("*.py")]
     texts += [path.read_text() for path in Path(asyncpg.__file__).parent.glob("*.py")]
