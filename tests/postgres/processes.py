@@ -1,4 +1,4 @@
-"""Replicas as an operator has them: `catbus run`, each a process of its own with a port of its own."""
+"""Replicas as an operator runs them: processes of `catbus run`, each with its own port."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ SECRET = "a secret that all replicas share"
 
 
 def token(client_id: str) -> str:
-    """A token for everything."""
+    """A token that allows every channel."""
     return sign(SECRET, client_id=client_id, grants=Grants(("*",), ("*",)))
 
 
 class Replica:
-    """A process that is ready to serve at `url`."""
+    """A process that serves at `url`."""
 
     def __init__(self, process: trio.Process, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.url = ""
         self.urls: list[str] = []
-        """`url`, and the one for WebTransport where that is served."""
+        """`url`, and the WebTransport URL if WebTransport is served."""
         self.events: list[dict[str, Any]] = []
-        """What it has logged."""
+        """The lines of its log."""
         self._process = process
         self._on_event = on_event
 
     @property
     def complaints(self) -> list[dict[str, Any]]:
-        """What it has logged that nobody should have to read."""
+        """The log lines that report a problem."""
         return [event for event in self.events if event["level"] not in ("debug", "info")]
 
     def terminate(self) -> None:
-        """Ask it to stop, as an operator does."""
+        """Send SIGTERM, as an operator does."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Send SIGKILL."""
         self._process.send_signal(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Let it stand still: it answers nobody, and nobody is told."""
+        """Pause the process with SIGSTOP: it does not reply, and its connections stay open."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
     async def wait(self) -> int:
-        """Wait until the process has ended; its exit status."""
+        """Wait until the process has ended, and return its exit status."""
         return await self._process.wait()
 
     async def listen(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Follow what it logs. Started when it says where it serves."""
+        """Read its log. Started when the log names the address."""
         stdout = self._process.stdout
         assert stdout is not None
         begun = b""
@@ -82,12 +82,12 @@ class Replica:
                     task_status.started()
 
     async def wait_ready(self) -> None:
-        """Wait until it may be sent clients."""
+        """Wait until the replica is ready for clients."""
         while not await self.is_ready():
             await trio.sleep(0.02)
 
     async def is_ready(self) -> bool:
-        """Whether it may be sent clients. Raises `OSError`."""
+        """Whether the replica is ready for clients. Raises `OSError`."""
         address = urlsplit(self.url)
         assert address.hostname and address.port
         async with await trio.open_tcp_stream(address.hostname, address.port) as stream:
@@ -98,9 +98,9 @@ class Replica:
 
 @asynccontextmanager
 async def open_replicas(database_url: str, count: int, state: Path | None = None) -> AsyncIterator[list[Replica]]:
-    """So many replicas on one database. Those that still run in the end are killed.
+    """Run `count` replicas on one database, and kill those that still run at the end.
 
-    With a directory to keep a certificate in, they serve WebTransport too.
+    With a directory for a certificate they serve WebTransport, too.
     """
     replicas: list[Replica] = []
     async with trio.open_nursery() as nursery:
