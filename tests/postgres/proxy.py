@@ -1,4 +1,4 @@
-"""A way to PostgreSQL that can be closed, cut and blocked, so that a test decides when there is an outage."""
+"""A TCP proxy before PostgreSQL that a test closes, cuts or blocks to simulate an outage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 
 
 class Proxy:
-    """Passes TCP connections on to the database of a URL; `url` leads through here."""
+    """A proxy that forwards TCP connections to the database of a URL; `url` connects through it."""
 
     def __init__(self, url: str) -> None:
         self._parts = urlsplit(url)
@@ -20,7 +20,7 @@ class Proxy:
         self._target = _target(url)
         self.url = ""
         self.accepted = 0
-        """Connections that were passed on, so far."""
+        """The number of connections forwarded so far."""
         self.refused = 0
         self._open = True
         self._connections: set[trio.CancelScope] = set()
@@ -29,27 +29,27 @@ class Proxy:
         self._refusal = trio.Event()
 
     def close(self) -> None:
-        """Refuse new connections, and cut those that there are: the database is gone."""
+        """Refuse new connections and cut the existing ones: the database is unreachable."""
         self._open = False
         self.cut()
 
     def open(self, url: str | None = None) -> None:
-        """The database is back, or another one is in its place."""
+        """Accept connections again, to the same database or to another one."""
         self._open = True
         self._target = self._target if url is None else _target(url)
 
     def cut(self) -> None:
-        """End all connections as they are."""
+        """Cut all connections."""
         for scope in self._connections:
             scope.cancel()
 
     def block(self) -> None:
-        """Pass nothing on any more, and close nothing."""
+        """Forward nothing more, and close nothing."""
         self._questions = trio.Event()
         self.block_answers()
 
     def block_answers(self) -> None:
-        """Pass nothing on any more of what the database says."""
+        """Forward nothing more from the database; requests still pass."""
         self._answers = trio.Event()
 
     def unblock(self) -> None:
@@ -63,7 +63,7 @@ class Proxy:
         await self._questions.wait()
 
     async def wait_refused(self) -> None:
-        """Wait until a connection is refused from now on."""
+        """Wait until the next connection is refused."""
         self._refusal = trio.Event()
         await self._refusal.wait()
 
@@ -88,7 +88,7 @@ class Proxy:
                 else:
                     server = await trio.open_tcp_stream(*self._target)
             except OSError:
-                return  # The database itself is gone.
+                return  # The database itself is unreachable.
             async with server, trio.open_nursery() as nursery:
                 self._connections.add(nursery.cancel_scope)
                 try:
@@ -115,7 +115,7 @@ def _query(url: str) -> dict[str, str]:
 
 
 def _target(url: str) -> str | tuple[str, int]:
-    """Where a URL's database listens."""
+    """The address at which the database of a URL listens."""
     parts, query = urlsplit(url), _query(url)
     host = query.get("host") or parts.hostname or "localhost"
     port = int(query.get("port") or parts.port or 5432)
@@ -123,7 +123,7 @@ def _target(url: str) -> str | tuple[str, int]:
 
 
 class _Started:
-    """Says that the listeners are up, without saying which."""
+    """A task status that reports the start of the listeners without their names."""
 
     def __init__(self, task_status: trio.TaskStatus[None]) -> None:
         self._task_status = task_status
