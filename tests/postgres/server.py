@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: one server per run, and for each test that asks a database of its own.
+"""A real PostgreSQL for the tests: one server per run, and one database for each test that needs one.
 
 CATBUS_TEST_POSTGRES   the URL of a superuser: use that server instead of starting one
 CATBUS_TEST_FSYNC=on   wait for the disk as in production; the server that is started does not otherwise
@@ -29,12 +29,12 @@ from catbus.postgres.embedded.installations import find_installation
 
 TEMPLATE = "catbus_test_template"
 MEMORY = 4 << 30
-"""So many bytes have to be free for a server's files to be kept in memory."""
+"""Bytes that must be free in memory for the files of a server."""
 numbers = count(1)
 
 
 def to_database(url: str, name: str) -> str:
-    """The same server, another database."""
+    """The URL of another database of the same server."""
     return urlsplit(url)._replace(path=f"/{name}").geturl()
 
 
@@ -51,11 +51,11 @@ def execute(url: str, *statements: str) -> None:
 
 
 def make_directory(*, durable: bool = False) -> Path:
-    """A directory for a server: in memory where there is room for one, unless it is to wait for the disk.
+    """Create a directory for a server: in memory if there is room and fsync is off, otherwise on disk.
 
-    Thousands of files come and go with databases and clusters, which a disk's file system is slow at.
+    Databases and clusters create and delete thousands of files, which is slow on a disk.
     """
-    # Not below pytest's own directory: root's is closed to the user that runs PostgreSQL for root.
+    # Not below pytest's directory: as root, it is closed to the user that runs PostgreSQL.
     memory = "/dev/shm"
     roomy = not durable and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= MEMORY
     return Path(tempfile.mkdtemp(prefix="catbus-postgres-", dir=memory if roomy else None))
@@ -82,7 +82,7 @@ def serve() -> Iterator[str]:
 
 @contextmanager
 def tethered(process: subprocess.Popen[bytes], directory: Path) -> Iterator[None]:
-    """See to it that a server does not outlive us, not even when we are killed: then the shell reads our end."""
+    """Stop the server when this process ends, even by SIGKILL: a shell reads the end of a pipe from this process."""
     script = 'read _; kill -INT $1; while kill -0 $1; do sleep 0.1; done 2> /dev/null; rm -rf "$2"'
     command = ["sh", "-c", script, "sh", str(process.pid), str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watch:
@@ -97,7 +97,7 @@ def tethered(process: subprocess.Popen[bytes], directory: Path) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """The URL of a server, for its superuser. Without one: an error with CI=true, otherwise a skip."""
+    """The superuser's URL of a server. Without a server: an error with CI=true, otherwise a skip."""
     if url := os.environ.get("CATBUS_TEST_POSTGRES"):
         yield url
         return
@@ -111,7 +111,7 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def _template(postgres_server: str) -> Iterator[str]:
-    """The name of a database that has the schema. A test's own is a copy: that is faster than applying the schema."""
+    """The name of a database with the schema. A test gets a copy, which is faster than applying the schema."""
     maintenance = to_database(postgres_server, "postgres")
     name = f"{TEMPLATE}_{os.getpid()}"
     execute(maintenance, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
@@ -124,20 +124,20 @@ def _template(postgres_server: str) -> Iterator[str]:
 
 @pytest.fixture
 def empty_database_url(postgres_server: str) -> Iterator[str]:
-    """The URL of a fresh database without the schema."""
+    """The URL of a new database without the schema."""
     yield from _fresh(postgres_server, "template0")
 
 
 @pytest.fixture
 def database_url(postgres_server: str, _template: str) -> Iterator[str]:
-    """The URL of a fresh database that has the schema."""
+    """The URL of a new database with the schema."""
     yield from _fresh(postgres_server, _template)
 
 
 def _fresh(server: str, template: str) -> Iterator[str]:
     name = f"catbus_test_{os.getpid()}_{next(numbers)}"
     maintenance = to_database(server, "postgres")
-    # Since version 15 a copy goes through the WAL unless one asks for files, which for an empty database is faster.
+    # Since version 15 a copy goes through the WAL by default; copying files is faster for an empty database.
     strategy = "STRATEGY file_copy" if server_major(server) >= 15 else ""
     execute(maintenance, f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
     yield to_database(server, name)
