@@ -1,4 +1,4 @@
-"""SQL beside the log that is tested: what a test does to the database, and what it sees of it."""
+"""SQL connections with which a test changes and observes the database of the tested log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.log.harness import TEST_TIMEOUT
 
 @asynccontextmanager
 async def open_sql(url: str) -> AsyncIterator[DatabaseConnection]:
-    """A connection of the test's own."""
+    """A separate connection for the test."""
     async with open_bridge() as bridge:
         with await bridge.connect(url) as connection:
             yield connection
 
 
 async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
-    """Look again and again until the database is as it should be."""
+    """Poll until a condition of the database holds."""
     with trio.fail_after(TEST_TIMEOUT):
         while not await condition():
             await trio.sleep(0.01)
@@ -28,7 +28,7 @@ async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
 
 @asynccontextmanager
 async def head_locked(url: str) -> AsyncIterator[None]:
-    """Hold the head row, so that no append gets on."""
+    """Lock the head row, which blocks all appends."""
     async with open_sql(url) as connection:
         await connection.execute("BEGIN")
         await connection.fetch("SELECT FROM catbus.head FOR UPDATE")
@@ -37,7 +37,7 @@ async def head_locked(url: str) -> AsyncIterator[None]:
 
 
 async def pids(connection: DatabaseConnection, query: str = "%") -> list[int]:
-    """The processes of this database that run, or ran last, such a query; our own is not among them."""
+    """The other processes of this database whose current or last query matches."""
     rows = await connection.fetch(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND backend_type = 'client backend' AND query LIKE $1",
@@ -47,7 +47,7 @@ async def pids(connection: DatabaseConnection, query: str = "%") -> list[int]:
 
 
 async def waiting(connection: DatabaseConnection) -> int:
-    """How many appends wait for the head row."""
+    """The number of appends that wait for the head row."""
     ((count,),) = await connection.fetch(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
         "AND wait_event_type = 'Lock' AND query LIKE '%catbus.append%'"
