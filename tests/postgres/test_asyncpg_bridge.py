@@ -1,4 +1,4 @@
-"""The bridge to asyncpg: what is cancelled, late, lost or wrong stays where it belongs."""
+"""The asyncpg bridge contains cancellation, timeouts, lost connections and errors."""
 
 from __future__ import annotations
 
