@@ -1,4 +1,4 @@
-"""A database's URL, parameter by parameter, and what the environment has to do with it."""
+"""Database URLs: each parameter, and the environment variables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ssl_max_protocol_version min_protocol_version max_protocol_version krbsrvname gs
 scram_server_key service servicefile target_session_attrs load_balance_hosts oauth_issuer oauth_client_id
 oauth_client_secret oauth_scope
 """
-"""What PostgreSQL 18 documents in section 34.1.2."""
+"""The parameters that PostgreSQL 18 documents in section 34.1.2."""
 
 
 def targets(url: str, environ: Mapping[str, str] = {}) -> list[ConnectionTarget]:
@@ -53,7 +53,7 @@ def complaint(url: str, environ: Mapping[str, str] = {}) -> str:
     return str(caught.value)
 
 
-# What stands in it
+# Parsing
 
 
 def test_url_parts_are_parsed() -> None:
@@ -72,7 +72,7 @@ def test_escapes_are_decoded_as_libpq_decodes_them() -> None:
     assert (found["port"], found["database"]) == (6000, "bé+s")
     assert only("postgres://h?user=a%20b&password=c+d%3De=f")["user"] == "a b"
     assert only("postgres://h?user=a&password=c+d%3De=f")["password"] == "c+d=e=f"
-    # What needs no escape to be understood is taken.
+    # Characters that are unambiguous without an escape are accepted.
     assert only("postgres://me:p@ss:w@h/x")["password"] == "p@ss:w"
 
 
@@ -198,7 +198,7 @@ def test_environment_variables_supply_what_the_url_omits(tmp_path: Path) -> None
 
 @pytest.fixture
 def shared_state() -> Iterator[Path]:
-    """A directory for a broker that any user may be given; those of pytest are closed to all but one."""
+    """A broker's directory that any user can own. The directories of pytest are closed to other users."""
     path = make_directory()
     path.chmod(0o755)
     yield path
@@ -207,7 +207,7 @@ def shared_state() -> Iterator[Path]:
 
 @pytest.fixture
 def closed_home() -> Iterator[Path]:
-    """A home like root's: somebody else may not even look into it."""
+    """A home like root's, which other users cannot read."""
     with tempfile.TemporaryDirectory(prefix="catbus-home-") as home:
         (Path(home) / ".postgresql").mkdir()
         yield Path(home)
@@ -250,7 +250,7 @@ WRONG = {
     "PGREPLICATION": "true",
     "SSLKEYLOGFILE": "/no/such/file",
 }
-"""All variables of libpq, none of them as it should be."""
+"""All variables of libpq, each with a wrong value."""
 
 BECOME = """
 import os, sys, encodings.idna, trio
@@ -280,7 +280,7 @@ trio.run(*{"serve": [serve], "connect": [connect]}[sys.argv[2]], sys.argv[3])
 
 
 async def play(user: str, work: str, argument: object, environ: Mapping[str, str]) -> str:
-    """What a process prints that serves an embedded database in a directory, or connects to a URL."""
+    """The output of a process that serves an embedded database in a directory, or connects to a URL."""
     with trio.fail_after(60):
         done = await trio.run_process(
             [sys.executable, "-c", BECOME, user, work, str(argument)],
@@ -311,7 +311,7 @@ async def test_tcp_server_works_with_the_home_of_another_user(database_url: str,
         assert await play("another", "connect", url, {"HOME": str(closed_home)}) == "1"
 
 
-# In use
+# Connecting
 
 
 async def test_next_host_is_tried_when_one_is_unreachable(database_url: str) -> None:
