@@ -1,4 +1,4 @@
-"""The embedded server: found without being imported, made whole or not at all, never left behind, never shared."""
+"""The embedded server: its installation, its creation, its end with the parent process, and its lock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAST = {"fsync": "off"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has another user to run PostgreSQL")
 
 
-# Finding one
+# Installations
 
 
 def install(folder: Path, said: str) -> Path:
@@ -40,7 +40,7 @@ def install(folder: Path, said: str) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with no PostgreSQL, and a directory in which the distribution would install one."""
+    """A machine without PostgreSQL, and the directory in which the distribution would install it."""
     monkeypatch.setattr(installations, "_WHEEL", "catbus_no_such_wheel")
     monkeypatch.setattr(installations, "_DISTRIBUTIONS", [(tmp_path / "lib", "*/bin")])
     monkeypatch.setenv("PATH", f"{tmp_path}/path:/usr/bin:/bin")
@@ -105,7 +105,7 @@ def test_cluster_of_another_major_version_is_not_touched(machine: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(postgres_server: str) -> Iterator[Path]:
-    """A directory with a cluster that nobody serves. Making it was interrupted once."""
+    """A directory with a cluster that is not running. Its creation was interrupted once."""
     directory = Path(tempfile.mkdtemp(prefix="catbus-embedded-"))
     half_done = directory / "cluster.new-1" / "data"
     half_done.mkdir(parents=True)
@@ -278,7 +278,7 @@ async def test_server_that_another_process_starts_is_awaited(
         with embedded_server._locked(cluster):
             nursery.start_soon(reach)
             await looked.wait()
-        # Whoever had it has gone without serving it.
+        # The process that had the lock has ended without starting a server.
         await reached.wait()
 
 
