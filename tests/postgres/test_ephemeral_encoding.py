@@ -1,4 +1,4 @@
-"""Postcards: what is written comes to be read, once and in order, and nothing else does."""
+"""The encoding of ephemeral messages: they are decoded once and in order, and forgeries are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ channels = st.from_regex(r"[A-Za-z0-9_-]{1,20}(\.[A-Za-z0-9_-]{1,20}){0,4}", ful
 
 
 def size_of(entry: Entry) -> int:
-    """What counts against `EPHEMERAL_SIZE`."""
+    """The size that `EPHEMERAL_SIZE` limits."""
     return len(entry.channel) + len(entry.payload) + len(msgspec.json.encode(entry.sender))
 
 
@@ -56,7 +56,7 @@ entries = st.builds(
 
 
 def full(channel: str = "a.b", sender: str | None = None) -> Entry:
-    """The biggest message that there may be."""
+    """The largest message that is allowed."""
     bare = Entry(0, 2**63 - 1, channel, b'""', sender, ALICE)
     payload = b'"' + b"x" * (EPHEMERAL_SIZE - size_of(bare)) + b'"'
     entry = Entry(0, bare.at, channel, payload, sender, ALICE)
@@ -78,7 +78,7 @@ def write(post: EphemeralEncoder, *messages: Entry) -> list[str]:
 @given(st.lists(entries, max_size=30))
 @example([full(), full(sender="\x00" * 1000), full("c" * 255, "é☃𝄞" * 500)])
 def test_encoded_messages_are_decoded_in_order_and_once(messages: list[Entry]) -> None:
-    """Any messages of a size that is allowed make postcards that fit into notifications, and come out as they were."""
+    """Messages of any allowed size fit into notifications, and are decoded unchanged."""
     sender, receiver = EphemeralEncoder(), EphemeralEncoder()
     cards = write(sender, *messages)
     assert all(len(card.encode()) <= NOTIFICATION_SIZE < 8000 for card in cards)
@@ -109,7 +109,7 @@ def test_message_that_fits_into_no_notification_is_left_out() -> None:
 
 
 def test_message_in_two_notifications_is_decoded_when_both_have_arrived() -> None:
-    """Without one of them it is lost, and what follows is not."""
+    """If either notification is missing, only that message is lost."""
     small = Entry(0, 1, "a", b"1")
     for lost in (0, 1, None):
         receiver = EphemeralEncoder()
@@ -189,7 +189,7 @@ def test_notification_of_another_epoch_is_rejected() -> None:
 
 
 def test_recorded_notification_is_rejected_later() -> None:
-    """Neither by a replica that was not there yet, nor long after it was written."""
+    """A replica that started later rejects it, and so does every replica after a time."""
     [card] = write(EphemeralEncoder(), Entry(0, 1, "a", b"1"))
     for late in (MAX_AGE + 0.1, 86400.0, -MAX_AGE - 0.1):
         with pytest.raises(ForgedNotificationError, match="fresh"):
