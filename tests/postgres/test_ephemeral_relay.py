@@ -1,4 +1,4 @@
-"""Ephemeral messages between replicas on a real PostgreSQL: to everyone else, once and in order, or not at all."""
+"""The ephemeral relay on a real PostgreSQL: messages reach all other replicas at most once, and in order."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.postgres.sql import open_sql, wait_until
 
 ALICE = b"alice-----------"
 SHORT = 50
-"""Messages that go together in one statement, with room to spare."""
+"""Number of short messages that fit into one statement."""
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that is shared, a connection may take longer than a message stays fresh."""
+    """Keep messages longer: on a busy machine a connection may take longer than their maximum age."""
     monkeypatch.setattr(ephemeral_relay, "MAX_WAIT", TEST_TIMEOUT)
 
 
@@ -54,13 +54,13 @@ def payloads(follower: RecordingFollower) -> list[object]:
 
 
 async def heard(follower: RecordingFollower, last: object) -> list[object]:
-    """What a follower has heard once it has heard `last`."""
+    """Wait until the follower has received `last`, and return all payloads."""
     await follower.wait_until(lambda self: bool(self.messages) and json.loads(self.messages[-1].payload) == last)
     return payloads(follower)
 
 
 async def until(log: PostgresLog, reached: Callable[[Any], bool]) -> None:
-    """Look again and again until the statistics are as they should be."""
+    """Poll the statistics until a condition holds."""
 
     async def look() -> bool:
         return reached(log.statistics())
@@ -72,7 +72,7 @@ async def until(log: PostgresLog, reached: Callable[[Any], bool]) -> None:
 async def two(
     url: str, other_url: str | None = None
 ) -> AsyncIterator[tuple[PostgresLog, RecordingFollower, RecordingFollower]]:
-    """Two replicas: the log of the one, and the followers of both."""
+    """Two replicas: the log of the first, and the followers of both."""
     one, other = make(other_url or url), make(url)
     async with running(one) as (here, _), running(other) as (there, _):
         await until(one, lambda _: one.available and other.available)
@@ -87,7 +87,7 @@ async def test_message_reaches_the_follower_of_every_other_replica(database_url:
         for follower in (there, elsewhere):
             await heard(follower, {"text": "é☃𝄞", "n": 1e30})
             assert follower.messages == [entry]
-        # Notifications come in one order, so its own would have come before this.
+        # Notifications arrive in one order, so the replica's own message would precede this one.
         other.broadcast(message("back"))
         assert await heard(here, "back") == ["back"]
         assert await heard(elsewhere, "back") == [{"text": "é☃𝄞", "n": 1e30}, "back"]
@@ -141,7 +141,7 @@ async def test_two_replicas_send_to_each_other_at_once(database_url: str) -> Non
         await there.wait_for(300)
 
 
-# Strangers
+# Foreign notifications
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ async def test_forged_notification_is_not_delivered(database_url: str, forge: Ca
 
 
 async def test_log_notification_is_not_an_ephemeral_message(database_url: str) -> None:
-    """Though both are sealed with the same secret."""
+    """Both are encrypted with the same secret."""
     hints: list[str] = []
     async with two(database_url) as (one, _, there), open_sql(database_url) as sql:
         await sql.listen("catbus", lambda _, payload: hints.append(payload))
@@ -241,7 +241,7 @@ async def test_message_delayed_by_a_short_outage_is_delivered(database_url: str)
 
 
 async def test_message_in_doubt_is_not_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection breaks between the commit and its answer."""
+    """The connection breaks between the commit and its reply."""
     fetchrow = DatabaseConnection.fetchrow
     failures = iter([OSError("the answer is lost")])
 
@@ -282,7 +282,7 @@ async def test_relay_gives_up_on_a_database_that_does_not_reply(
 
 
 async def test_ephemeral_relay_does_not_delay_the_log(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The database takes one connection less than are wanted, say."""
+    """The relay cannot connect, as when the database has no connection left."""
     one, other = make(database_url), make(database_url)
 
     async def refuse() -> DatabaseConnection:
@@ -328,11 +328,11 @@ async def _is_free(sql: DatabaseConnection) -> bool:
     return bool(usage < 0.4)
 
 
-# Gathering
+# Batches
 
 
 class Sent(DatabaseConnection):
-    """A connection that keeps what is sent, and when."""
+    """A connection that records each statement and its time."""
 
     closed = False
 
@@ -382,7 +382,7 @@ async def test_first_message_is_sent_at_once_and_the_next_ones_in_a_batch(
             (begin + 0.03, list(range(21, 25))),
         ]
         connection.statements.clear()
-        # The connection is lost without anybody being told; the next message goes on another one.
+        # The connection is lost silently; the next message uses another one.
         connection.closed = True
     assert relay.sent == 50
 
@@ -432,12 +432,12 @@ async def test_old_messages_make_room_for_new_ones(autojump_clock: MockClock, nu
     assert (relay.sent, relay.dropped) == (ephemeral_relay.QUEUED_MESSAGES, 2 * ephemeral_relay.QUEUED_MESSAGES)
 
 
-# Whole brokers
+# Complete brokers
 
 
 @asynccontextmanager
 async def replica(url: str) -> AsyncIterator[tuple[Broker, str]]:
-    """A broker that has reached the database, and its address."""
+    """A broker that is connected to its database, and its address."""
     config: Config = msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url))
     async with running_broker(config) as (broker, address):
         await broker.replica.log.wait_open()
