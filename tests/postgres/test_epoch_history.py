@@ -1,4 +1,4 @@
-"""How a cursor of an older epoch stands in the present one."""
+"""The epoch history: it maps a cursor of an older epoch to the present one."""
 
 from __future__ import annotations
 
