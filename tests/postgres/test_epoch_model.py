@@ -1,6 +1,6 @@
-"""A model of logs that part at any point, and of all who know something of them.
+"""A model of logs that diverge at any point, and of the replicas and clients that follow them.
 
-The listener, the tail, the epochs and delivery are the real ones; the database, its failures, and the clients are not.
+The listener, the tail, the epochs and delivery are real; the database, its failures and the clients are simulated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.test_delivery import exhaust
 
 
 def now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns that waits for nothing."""
+    """Return the result of a coroutine that never waits."""
 
     async def run() -> Any:
         with trio.fail_after(0):
@@ -42,13 +42,13 @@ def now(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 @dataclass(frozen=True)
 class World:
-    """All that a database has; another one takes its place when it is set back."""
+    """The complete state of a database. Setting the database back replaces it by another state."""
 
     entries: tuple[Entry, ...] = ()
     epochs: tuple[tuple[str, int], ...] = (("e0", 0),)
     floor: int = 1
     place: int = 0
-    """Where it is, and where its epoch began: system identifier and timeline in one."""
+    """The place of the database, and `began`, that of its epoch: system identifier and timeline in one number."""
     began: int = 0
 
     @property
@@ -64,7 +64,7 @@ class World:
 
 
 class Model:
-    """A database that answers the listener's questions, and can be set back."""
+    """A simulated database that replies to the listener, and can be set back."""
 
     def __init__(self) -> None:
         self.world = World()
@@ -116,7 +116,7 @@ class Model:
 
 
 class Replica:
-    """What a replica is made of, without tasks and connections."""
+    """The parts of a replica, without tasks and connections."""
 
     def __init__(self, model: Model, recent: int) -> None:
         self.model = model
@@ -129,14 +129,14 @@ class Replica:
         self.look()
 
     def look(self) -> None:
-        """Connect anew, or poll."""
+        """Connect again, or poll."""
         self.tail.announce(now(self.listener._follow_log(cast(DatabaseConnection, self.model))))
 
     def lose(self) -> None:
         self.tail.distrust()
 
     def read(self) -> None:
-        """Read some of what is missing."""
+        """Read some of the missing entries."""
         missing = self.tail.missing()
         if missing is not None:
             self.tail.fill(self.page(missing[0], 3), self.tail.generation)
@@ -148,7 +148,7 @@ class Replica:
         return LogPage(start, entries[-1].seq if entries else start, entries)
 
     def sweep(self) -> bool:
-        """Serve the late; whether there were any."""
+        """Serve lagging subscriptions, and return whether there were any."""
         position = self.delivery.next_position()
         if position is not None:
             page = self.tail.recent.since(position, 2, 1 << 20)
@@ -159,13 +159,13 @@ class Replica:
 
 
 class ForkMachine(RuleBasedStateMachine):
-    """Logs part at any point, unnoticed at first, and replicas look at them in any order.
+    """Logs diverge at any point, and replicas poll them in any order.
 
-    Once every replica has looked, what a client that is subscribed believes of the log stands in the log, and whatever
-    stands in the log above its last gap it has, or will be told.
+    Once every replica has polled, each message that a subscribed client holds is in the log, and the client has, or
+    will get, each message of the log above its last gap.
 
-    A client comes back only then. It is not promised that it is told of a log that no replica has known that is still
-    there, or none yet that has looked.
+    Clients reconnect only then. A client need not learn of a divergence if all replicas that knew its log have ended,
+    or have not polled yet.
     """
 
     @initialize(recents=st.lists(st.sampled_from([0, 700, 1 << 20]), min_size=1, max_size=3))
@@ -177,11 +177,11 @@ class ForkMachine(RuleBasedStateMachine):
     def pick(self, index: int) -> Replica:
         return self.replicas[index % len(self.replicas)]
 
-    # What happens to the database
+    # Rules of the database
 
     @rule(index=st.integers(0, 9), number=st.integers(1, 6))
     def append(self, index: int, number: int) -> None:
-        """A writer appends only once its replica has looked, and only to its epoch."""
+        """A writer appends only after its replica has polled, and only to the replica's epoch."""
         replica = self.pick(index)
         if replica.tail.trusted and replica.log.epoch == self.model.world.epoch:
             self.model.append(number)
@@ -193,7 +193,7 @@ class ForkMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 9), moved=st.booleans())
     def set_back(self, index: int, moved: bool) -> None:
-        """Any earlier state takes the place of the present one, here or elsewhere: all connections are lost."""
+        """An earlier state replaces the present one, at this place or another one, and all connections are lost."""
         saved = self.model.saved[index % len(self.model.saved)]
         self.model.world = replace(saved, place=next(self.model.texts)) if moved else saved
         for replica in self.replicas:
@@ -201,7 +201,7 @@ class ForkMachine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def lose_the_end(self, share: float) -> None:
-        """The last entries are gone, and nothing else."""
+        """The newest entries are lost, and nothing else."""
         world = self.model.world
         kept = max(int(world.head * share), world.floor - 1, *[after for _, after in world.epochs])
         self.model.world = replace(world, entries=world.entries[:kept])
@@ -213,7 +213,7 @@ class ForkMachine(RuleBasedStateMachine):
         world = self.model.world
         self.model.world = replace(world, floor=min(world.floor + number, world.head + 1))
 
-    # What replicas do
+    # Rules of replicas
 
     @rule(index=st.integers(0, 9))
     def look(self, index: int) -> None:
@@ -236,7 +236,7 @@ class ForkMachine(RuleBasedStateMachine):
     def start_another(self, recent: int) -> None:
         self.replicas.append(Replica(self.model, recent))
 
-    # What clients do
+    # Rules of clients
 
     @rule(index=st.integers(0, 9))
     @precondition(lambda self: len(self.clients) < 6)
@@ -312,7 +312,7 @@ TestForks = ForkMachine.TestCase
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every epoch is worth a line, and here there are thousands."""
+    """Discard the log lines: each epoch causes one, and the model begins thousands."""
     monkeypatch.setattr(notification_listener, "logger", CapturingLogger())
 
 
