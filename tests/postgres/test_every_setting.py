@@ -1,4 +1,4 @@
-"""All settings that a role or a database can carry, at other values than their defaults: Catbus works all the same."""
+"""Catbus works with every setting of a role or a database at values other than its default."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def laboratory(postgres_server: str) -> Iterator[Laboratory]:
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.where}-{'pooled' if place.pooled else 'direct'}")
 def test_catbus_works_with_every_setting(laboratory: Laboratory, place: Place) -> None:
-    """One half of the groups is set for the database, and the other half for the roles."""
+    """Half of the groups are set for the database, and the other half for the roles."""
     carried, _ = laboratory.find_trials()
     groups = rounds([trial for trial in carried if trial not in listed(place)])
     for group in groups[place.where == "role" :: 2]:
