@@ -1,4 +1,4 @@
-"""Notifications that are not ours: how often they are told of, and when nobody listens any more."""
+"""Forged notifications: how often they are logged, and when a replica stops listening."""
 
 from __future__ import annotations
 
