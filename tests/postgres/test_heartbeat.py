@@ -1,4 +1,4 @@
-"""catbus.postgres.maintenance.heartbeat: every replica knows which there are, and how they are."""
+"""Heartbeats: every replica knows all replicas and their reports."""
 
 from __future__ import annotations
 
