@@ -1,4 +1,4 @@
-"""The log in PostgreSQL, on a real server: what all logs do, and what outages, neighbours and doubts do to this one."""
+"""The log on a real PostgreSQL: the conformance tests of all logs, outages, several replicas, and unknown outcomes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestConformance(LogConformance):
 
 
 class TestConformanceFromTheTable(ReadConformance):
-    """With no memory of recent entries, so that all that is read is read from the table."""
+    """A log without recent entries in memory, so that every read goes to the table."""
 
     @pytest.fixture
     def make_log(self, database_url: str) -> MakeLog:
@@ -51,7 +51,7 @@ def code(outcome: Outcome) -> ErrorCode | None:
 
 
 async def table(url: str) -> list[Entry]:
-    """What the log really is."""
+    """The entries in the table."""
     async with open_sql(url) as connection:
         rows = await connection.fetch(
             "SELECT seq, at, channel, payload, sender, origin FROM catbus.entries ORDER BY seq"
@@ -123,11 +123,11 @@ async def test_big_batch_is_read_from_the_table(database_url: str) -> None:
         assert one.statistics().commits == 2  # at most 4 MiB each
 
 
-# Acknowledged means committed
+# Acknowledgements
 
 
 async def acknowledged_means_committed(log: PostgresLog, url: str) -> None:
-    """While the database cannot have committed it, nobody is told that it is, and nobody is handed it."""
+    """Before the database can commit it, a message is neither acknowledged nor delivered."""
     async with running(log) as (follower, publisher), open_sql(url) as sql:
         await publisher.publish_seq("a", b"1")
         async with head_locked(url):
@@ -215,7 +215,7 @@ async def test_outage_pauses_the_log(database_url: str) -> None:
 
 @pytest.mark.parametrize("held", [100, 4, 0])
 async def test_history_is_the_same_from_memory_and_from_the_table(database_url: str, held: int) -> None:
-    """What is held in memory is not asked for, unless it may take long to find or older messages are wanted too."""
+    """Messages in memory are not queried, unless the search may be long or older messages are requested, too."""
     log = make(database_url, recent=held * (ENTRY_OVERHEAD + 2))
     async with running(log) as (follower, publisher):
         for number in range(10):
@@ -360,7 +360,7 @@ async def _moved_on(one: PostgresLog, other: PostgresLog, begun: tuple[int, int]
 
 
 async def test_batch_with_a_lost_result_is_sent_again(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection breaks between the commit and its answer: the batch goes again, unchanged, and is recognised."""
+    """The connection breaks between the commit and its reply; the batch is sent again unchanged, and recognised."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url)
         calls: list[object] = []
@@ -404,7 +404,7 @@ async def test_batch_with_a_lost_result_is_sent_again(database_url: str, monkeyp
 async def test_batch_is_sent_again_after_a_temporary_database_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch, error: type[asyncpg.PostgresError]
 ) -> None:
-    """What is not the fault of a message refuses none."""
+    """An error that no message causes rejects none."""
     log = make(database_url)
     sizes: list[object] = []
     call = log._writer._fetch_row
@@ -426,7 +426,7 @@ async def test_batch_is_sent_again_after_a_temporary_database_error(
 
 
 async def test_paused_replica_appends_nothing_that_a_retry_has_appended(database_url: str) -> None:
-    """What it has sent comes when the client has long sent it again, to another one."""
+    """Its batch arrives after the client has sent the message again, to another replica."""
     async with open_proxy(database_url) as proxy:
         still, other = make(proxy.url), make(database_url)
         async with running(still) as (follower, client), running(other) as (_, elsewhere):
@@ -557,7 +557,7 @@ async def test_forged_notification_changes_nothing(database_url: str, payload: s
         assert log.statistics().rejected == 1
 
 
-# Faults of one entry
+# Bad entries
 
 
 async def test_bad_entry_does_not_fail_the_rest_of_its_batch(database_url: str) -> None:
@@ -596,7 +596,7 @@ async def test_unusual_senders_and_payloads_are_stored_unchanged(database_url: s
 
 
 async def new_epoch(url: str, name: str, after: int) -> None:
-    """What a failover, or `catbus init --new-epoch`, does to the database."""
+    """Change the epoch, as a failover or `catbus init --new-epoch` does."""
     async with open_sql(url) as sql:
         await sql.execute(f"""
             BEGIN;
@@ -654,7 +654,7 @@ async def test_rolled_back_log_gets_another_epoch(database_url: str, monkeypatch
 
 
 async def forget(url: str, floor: int) -> None:
-    """What retention does to the database."""
+    """Remove entries, as retention does."""
     async with open_sql(url) as sql:
         await sql.execute(f"DELETE FROM catbus.entries WHERE seq < {floor}; UPDATE catbus.head SET floor = {floor}")
 
@@ -702,7 +702,7 @@ async def test_deleted_range_is_not_skipped(database_url: str) -> None:
 
 
 async def test_log_opens_no_extra_connections(database_url: str) -> None:
-    """Not even to cancel a query that nobody waits for any more."""
+    """A cancelled query opens none, either."""
     async with open_proxy(database_url) as proxy:
         log = make(proxy.url, recent=0)
         async with running(log) as (_, publisher):
@@ -711,7 +711,7 @@ async def test_log_opens_no_extra_connections(database_url: str) -> None:
             with trio.fail_after(TEST_TIMEOUT):
                 while not (log.available and log.statistics().table_size):
                     await trio.sleep(0.01)
-            accepted = proxy.accepted - 1  # the schema's is closed again
+            accepted = proxy.accepted - 1  # the connection that applied the schema is closed
             assert accepted == 6
             proxy.block()
             with trio.move_on_after(0.05) as scope:
