@@ -1,4 +1,4 @@
-"""Pages of the log, where what was announced and what is there disagree for a moment."""
+"""Pages of the log while the announced position and the table disagree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catbus.postgres.follow.log_reader import MAX_CONFLICTS, LogReader
 
 
 class Scripted:
-    """A connection that answers what it was told to, in order: rows of a page, or a position (head, floor)."""
+    """A connection that returns the given results in order: rows of a page, or a position (head, floor)."""
 
     closed = False
 
@@ -34,7 +34,7 @@ def row(seq: int) -> tuple[int, int, str, str, None, None]:
 
 
 async def test_third_statement_finds_a_commit_between_two_statements() -> None:
-    # Somebody announces 2 where there is nothing yet; then 1 and 2 are committed, after the page was read.
+    # 2 is announced while the log is empty; 1 and 2 are committed after the page was read.
     page = await reading([], [(2, 1)], [], [row(1), row(2)]).page(0, 2, 1000, 1 << 20)
     assert [entry.seq for entry in page.entries] == [1, 2]
 
