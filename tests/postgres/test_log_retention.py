@@ -1,4 +1,4 @@
-"""Retention as a replica does it, and what those see who read meanwhile."""
+"""Retention by replicas, and the view of readers during it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.test_delivery import Reader, exhaust
 HOUR = 3600.0
 AGE = 7 * HOUR
 SLOT = 3_600_000
-"""How long a slot takes entries, in milliseconds."""
+"""Milliseconds during which a slot receives entries."""
 
 
 def make(url: str, *, recent: int = 0) -> PostgresLog:
@@ -39,7 +39,7 @@ def make(url: str, *, recent: int = 0) -> PostgresLog:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
-    """What retention logs. It looks all the time."""
+    """The log lines of retention, which checks all the time here."""
     lines = CapturingLogger()
     monkeypatch.setattr(log_retention, "logger", lines)
     monkeypatch.setattr(log_retention, "CHECK_INTERVAL", 0.02)
@@ -49,13 +49,13 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> CapturingLogger:
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas look at the log once, when they start, and never again: the test takes the steps."""
+    """Replicas check retention only when they start, so the test takes the steps."""
     monkeypatch.setattr(log_retention, "CHECK_INTERVAL", HOUR)
     monkeypatch.setattr(polling_interval, "NOTIFIED_INTERVAL", 0.05)
 
 
 class Clock:
-    """The clock by which replicas see how old the log is."""
+    """The clock by which replicas measure the age of entries."""
 
     statements = ("_DUE", "_STEP")
     passed = 0
@@ -77,12 +77,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 async def close_slot(sql: Any) -> None:
-    """What is in the log from now on is in another slot."""
+    """Let later entries go into another slot."""
     await sql.execute("UPDATE catbus.head SET slot = slot + 1")
 
 
 async def drop(sql: Any, slots: int = 1) -> int:
-    """Take away the oldest slots, and return the floor."""
+    """Remove the oldest slots, and return the floor."""
     for _ in range(slots):
         ((floor, dropped),) = await sql.fetch("SELECT floor, dropped FROM catbus.retain(1, $1)", 1 << 50)
         assert dropped
@@ -91,7 +91,7 @@ async def drop(sql: Any, slots: int = 1) -> int:
 
 @asynccontextmanager
 async def following(log: PostgresLog) -> AsyncIterator[tuple[Delivery, Publisher]]:
-    """A log whose follower is what delivers it."""
+    """A log that a `Delivery` follows."""
     delivery, publisher = Delivery(log), Publisher(log)
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run, delivery)
@@ -102,7 +102,7 @@ async def following(log: PostgresLog) -> AsyncIterator[tuple[Delivery, Publisher
 
 
 async def sweep(log: PostgresLog, delivery: Delivery, rows: int = 1000) -> bool:
-    """Serve one page to those who are late, if anybody is."""
+    """Serve one page to lagging subscriptions, and return whether there were any."""
     position = delivery.next_position()
     if position is None:
         return False
@@ -127,7 +127,7 @@ def said(reader: Reader) -> list[object]:
     ]
 
 
-# A replica's part
+# Steps of replicas
 
 
 async def test_old_entries_are_removed_and_the_log_continues(
@@ -170,10 +170,10 @@ async def test_one_of_several_replicas_takes_each_step(database_url: str, lines:
             clock.advance(9 * SLOT)
             await wait_until(lambda: is_empty(sql))
             clock.advance(-9 * SLOT)
-        # A replica counts a step a moment after everybody can see it.
+        # A replica counts a step a moment after the step is visible.
         await wait_until(lambda: have_dropped(logs, 20))
         all_statistics = [log.statistics() for log in logs]
-        # Where a look still goes by the clock from before, a slot is closed early: a step more, and no entry twice.
+        # A check that still uses the earlier clock closes a slot early: one step more, and no entry twice.
         assert 10 <= sum(statistics.retention_steps for statistics in all_statistics) <= 15
         assert sum(statistics.retention_held for statistics in all_statistics) == 0
         assert sum(statistics.failures + statistics.restarts for statistics in all_statistics) == 0
@@ -196,7 +196,7 @@ async def test_transaction_that_blocks_retention_is_logged_once_and_delays_no_pu
         await publish(publisher, 3)
         await close_slot(sql)
         await dump.execute("SET application_name = 'nightly'; BEGIN; SELECT 'sesame' FROM catbus.entries")
-        # What has begun only now is not yet in the way.
+        # A transaction that has just begun does not count as blocking yet.
         await wait_until(lambda: is_old(sql, dump.pid))
         clock.advance(9 * SLOT)
         await wait_until(lambda: held(log, 5))
@@ -206,7 +206,7 @@ async def test_transaction_that_blocks_retention_is_logged_once_and_delays_no_pu
         for times in range(10, 35, 5):
             seen.append((await sql.fetchrow(tries))[1])
             await wait_until(partial(held, log, times))
-        # Transactions of the whole server are counted, and now and then there is one of autovacuum's.
+        # The count includes all transactions of the server, and autovacuum occasionally starts one.
         assert len(set(seen)) < len(seen), "nobody has even tried to get the head row"
         assert await publisher.publish_seq("a", b"1") == 4
         assert log.statistics().retention_dropped == 0
@@ -243,7 +243,7 @@ async def held(log: PostgresLog, number: int) -> bool:
 async def test_transaction_that_blocks_a_running_step_is_logged(
     database_url: str, lines: CapturingLogger, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody was there when it was looked for, and then somebody was, for longer than the step waits."""
+    """The search finds no blocker, and then a transaction blocks the step for longer than it waits."""
     monkeypatch.setattr(log_retention, "BLOCKED_INTERVAL", HOUR)
     ask = log_retention.LogRetention._find_blockers
     asked = []
@@ -278,13 +278,13 @@ async def test_step_taken_by_another_replica_is_not_blocked(
             clock.advance(9 * SLOT)
             await wait_until(lambda: is_held(log, True))
             assert len(lines.calls) == times
-            # In one transaction, so that the log under test has no time to be the one.
+            # In one transaction, so that the tested log cannot take the step first.
             await sql.execute("BEGIN; SELECT FROM catbus.head FOR UPDATE")
             await dump.execute("ROLLBACK")
             await drop(sql)
             await sql.execute("COMMIT")
             await wait_until(lambda: is_held(log, False))
-            # What is published next is young again.
+            # The next messages are young again.
             clock.advance(-9 * SLOT)
         assert log.statistics().retention_dropped == 0
 
@@ -307,7 +307,7 @@ async def is_held(log: PostgresLog, expected: bool) -> bool:
 async def test_transaction_that_has_just_begun_or_ended_does_not_block_retention(
     database_url: str, name: str, state: str | None, begun: str | None, expected: int
 ) -> None:
-    """What the server says of locks and of processes is of two moments; here, tables of the test's stand for both."""
+    """The server reads locks and processes at two moments; temporary tables replace both views here."""
     pid = "NULL" if name == "a prepared transaction" else "1234"
     async with open_sql(database_url) as sql:
         await sql.execute(f"""
@@ -353,7 +353,7 @@ async def test_log_is_available_without_retention(database_url: str, monkeypatch
                 await trio.sleep(0.01)
 
 
-# Those who read
+# Readers
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -428,7 +428,7 @@ async def test_entries_in_memory_are_served_until_the_replica_learns_the_floor(d
         await publish(publisher, 4)
         await close_slot(sql)
         await publish(publisher, 2)
-        # Nothing is awaited between the step and the reading, so there is no poll.
+        # There is no await between the step and the read, so there is no poll.
         log._tail.floor = 1
         assert [entry.seq for entry in await read_all(log)] == [1, 2, 3, 4, 5, 6]
         await drop(sql)
@@ -441,7 +441,7 @@ async def test_entries_in_memory_are_served_until_the_replica_learns_the_floor(d
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("recent", [0, 1 << 20])
 async def test_history_page_is_complete_above_the_floor(database_url: str, recent: int) -> None:
-    """From memory too, once the replica knows of the floor."""
+    """The same holds for entries in memory, once the replica knows the floor."""
     log = make(database_url, recent=recent)
     async with running(log) as (_, publisher), open_sql(database_url) as sql:
         for _ in range(3):
@@ -463,7 +463,7 @@ async def test_history_page_is_complete_above_the_floor(database_url: str, recen
         assert await history(None, 2) == ([], False)
 
 
-# Replicas that were away
+# Disconnected replicas
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -476,7 +476,7 @@ async def test_replica_overtaken_by_retention_announces_a_gap(database_url: str)
             await wait_until(lambda: has_come_to(delivery, 3))
             assert said(live) == [1, 2, 3]
             late = Reader(delivery, "a", 0)
-            # They were on the other replica, and know more than this one does.
+            # These cursors come from the other replica, and are above this replica's head.
             beyond, at_floor = Reader(delivery, "a", 9), Reader(delivery, "a", 7)
             proxy.close()
             await publish(publisher, 4)
@@ -536,9 +536,9 @@ async def test_retry_below_the_floor_is_unknown_and_one_above_it_a_duplicate(dat
 async def test_replicas_lose_nothing_above_the_floor_while_retention_runs(
     database_url: str, lines: CapturingLogger
 ) -> None:
-    """Small parts go all the time. The followers check the order by themselves, and what they missed was announced."""
+    """Small slots are removed all the time. The followers check the order, and gaps announce the rest."""
     settings = Settings(age=AGE)
-    structs.force_setattr(settings, "size", 1_000_000)  # Less than a configuration may say.
+    structs.force_setattr(settings, "size", 1_000_000)  # Below the minimum of the configuration.
     logs = [
         PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20), settings, recent=20_000) for _ in range(2)
     ]
