@@ -1,4 +1,4 @@
-"""The tail, fed in any order: every entry is handed on once, in order, and what is missing is always asked for."""
+"""The log tail, with entries in any order: each is delivered once and in order, and missing ones are requested."""
 
 from __future__ import annotations
 
