@@ -1,4 +1,4 @@
-"""What the writer makes of what is submitted, without a database."""
+"""Batches that the log writer builds, without a database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def test_batch_keeps_the_position_known_when_its_messages_came() -> None:
     tail.restart("e", 3, 1)
     writer = LogWriter(never, tail, lambda: None)
     writer.submit(Append("a", b"1", lambda _, __: None))
-    # A retry of it by another replica may be among these.
+    # These entries may include a retry of it by another replica.
     tail.announce(9)
     writer.submit(Append("a", b"2", lambda _, __: None))
     batch = writer._take_queued()
