@@ -1,4 +1,4 @@
-"""Bringing the schema up to the one that this release needs."""
+"""Migrations to the schema of this release."""
 
 from __future__ import annotations
 
