@@ -1,4 +1,4 @@
-"""Databases that were set back, replaced, or failed over: it is noticed, a new epoch begins, and everyone is told."""
+"""Databases that were set back, replaced or failed over: replicas begin a new epoch, and subscriptions get a gap."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def become(recorder: RecordingFollower, *restarts: int) -> None:
     await recorder.wait_until(lambda self: self.restarts == list(restarts))
 
 
-# Set back: the same cluster, an earlier state of it
+# Set back: an earlier state of the same cluster
 
 
 @pytest.mark.parametrize("recent", [1 << 20, 0])
@@ -80,7 +80,7 @@ async def test_log_that_was_set_back_gets_another_epoch(cluster: Cluster, recent
 
 @pytest.mark.parametrize("more", [1, 3, 5])
 async def test_log_that_was_set_back_and_overtaken_gets_another_epoch(cluster: Cluster, more: int) -> None:
-    """Another replica, which knows nothing of what was lost, has gone on with the log before we are back."""
+    """Another replica, which does not know the lost messages, appends to the log before this one reconnects."""
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -127,7 +127,7 @@ async def test_two_replicas_that_detect_it_at_once_begin_one_epoch(cluster: Clus
 
 
 async def test_replica_that_knows_of_an_earlier_divergence_begins_another_epoch(cluster: Cluster) -> None:
-    """One replica has seen a log that parted at 2, the other one that parted at 3; the second is faster."""
+    """One replica saw a log that diverged at 2, and the other one that diverged at 3; the second is faster."""
     async with open_proxy(cluster.url) as proxy:
         away, there = make(proxy.url), make(cluster.url)
         async with running(away) as (follower, publisher):
@@ -221,7 +221,7 @@ async def test_log_that_was_set_back_to_before_its_epoch_gets_another_epoch(clus
 
 
 async def test_pending_publishes_go_into_the_new_epoch_and_retries_do_not(cluster: Cluster) -> None:
-    """The first is committed on a log that gets lost, unanswered; the next are sent while there is no database."""
+    """The first is committed without a reply on a log that is lost; the others are sent during the outage."""
     async with open_proxy(cluster.url) as proxy:
         log = make(proxy.url)
         async with running(log) as (follower, publisher):
@@ -238,7 +238,7 @@ async def test_pending_publishes_go_into_the_new_epoch_and_retries_do_not(cluste
             proxy.unblock()
             await in_thread(cluster.set_back)
             await in_thread(cluster.start)
-            # Another replica takes the number, so that the log is known to be another one.
+            # Another replica uses the same seq, so that the divergence can be detected.
             async with running(make(cluster.url)) as (_, newcomer):
                 await publish(newcomer, "other 2")
             proxy.open()
@@ -253,7 +253,7 @@ async def _head_is(sql: object, seq: int) -> bool:
     return bool(head == seq)
 
 
-# Failing over
+# Failover
 
 
 async def wait_replayed(primary: Cluster, standby: Cluster) -> None:
@@ -300,7 +300,7 @@ async def test_failover_that_loses_commits_is_announced_and_replicas_wait_for_th
                 assert await epochs(standby.url) == [(first, 0), (log.epoch, 2)]
                 await follower.wait_for(3)
                 assert follower.texts[-1] == "other 3"
-                # To be asked again says nothing new.
+                # A second check finds nothing new.
                 log._listener.poll_now()
                 await publish(publisher, "4")
                 assert len(await epochs(standby.url)) == 2
@@ -330,7 +330,7 @@ async def test_failover_that_loses_nothing_keeps_the_epoch(cluster: Cluster, fai
                     assert follower.restarts == [0, 3]
                     assert await epochs(standby.url) == [(first, 0), (log.epoch, 3)]
                 assert follower.texts == ["1", "2", "3", "4"]
-                # One that starts now finds everything in order.
+                # A replica that starts now finds no divergence.
                 async with running(make(standby.url)) as (newcomer, _):
                     assert newcomer.restarts == [4]
                 assert len(await epochs(standby.url)) == (1 if failover == "lossless" else 2)
@@ -395,11 +395,11 @@ async def test_replica_that_knows_only_lost_commits_accepts_the_log_after_a_fail
                 assert await epochs(standby.url) == [(first, 0), (log.epoch, 2)]
 
 
-# Restoring into another cluster
+# Restore into another cluster
 
 
 async def copy_log(source: Cluster, target: Cluster, last: int) -> None:
-    """What a dump and a restore do, up to an entry."""
+    """Copy the log up to an entry, as a dump and a restore do."""
     async with open_sql(source.url) as old, open_sql(target.url) as new:
         await new.execute("TRUNCATE catbus.head, catbus.epochs, catbus.entries")
         for row in await old.fetch("SELECT * FROM catbus.epochs"):
@@ -461,7 +461,7 @@ async def test_completely_restored_log_gets_another_epoch(cluster: Cluster) -> N
                 assert follower.texts == ["1", "2", "3", "4"]
 
 
-# What does not depend on how it came about
+# Independent of the cause
 
 
 TEXTS = [b"1", b' {"a": 1}\t', '"é☃"'.encode(), b'"a  b"', b'""']
