@@ -1,4 +1,4 @@
-"""The seal of a log: what it recognises, what it hides, and that SQL makes the same of it."""
+"""The keys of a log: signatures, encryption, and the same functions in SQL."""
 
 from __future__ import annotations
 
