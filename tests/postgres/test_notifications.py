@@ -1,4 +1,4 @@
-"""What a role that may only connect hears of the broker, and what it can do with notifications of its own."""
+"""Notifications as seen and forged by a role that may only connect."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tests.postgres.server import execute
 from tests.postgres.sql import open_sql, wait_until
 
 Heard = tuple[str, str]
-"""Channel and payload of a notification."""
+"""The channel and payload of a notification."""
 
 
 @pytest.fixture
 def lowly_url(database_url: str) -> Iterator[str]:
-    """The same database, for a role that has been granted nothing."""
+    """The URL of the same database for a role without grants."""
     name = urlsplit(database_url).path[1:].replace("catbus_test", "lowly")
     execute(database_url, f"CREATE ROLE {name} LOGIN PASSWORD 'lowly'")
     parts = urlsplit(database_url)
@@ -49,7 +49,7 @@ def lowly_url(database_url: str) -> Iterator[str]:
 
 @asynccontextmanager
 async def listening(url: str) -> AsyncIterator[tuple[DatabaseConnection, list[Heard]]]:
-    """A connection that keeps what comes on all three channels."""
+    """A connection that records the notifications of all three channels."""
     heard: list[Heard] = []
     async with open_sql(url) as sql:
         for channel in (LOG_CHANNEL, EPHEMERAL_CHANNEL, ROLES_CHANNEL):
@@ -64,11 +64,11 @@ async def has_come(heard: list[Heard], channel: str, number: int = 1) -> None:
     await wait_until(look)
 
 
-# Nothing is shown
+# Confidentiality
 
 
 def decodings(text: str) -> Iterator[bytes]:
-    """A text, and all that its words are when they are taken for base64 or hexadecimal digits."""
+    """A text, and each of its words decoded from base64 and from hexadecimal digits."""
     yield text.encode()
     for word in re.findall(r"[A-Za-z0-9+/=_-]{8,}", text):
         for start in range(4):
@@ -82,7 +82,7 @@ def decodings(text: str) -> Iterator[bytes]:
 
 @asynccontextmanager
 async def replica(config: catbus.Config) -> AsyncIterator[tuple[catbus.Broker, str]]:
-    """A broker that has reached its database, and its address."""
+    """A broker that is connected to its database, and its address."""
     async with running_broker(config) as (broker, address):
         await broker.replica.log.wait_open()
         yield broker, address
@@ -150,7 +150,7 @@ async def test_role_that_may_only_connect_receives_only_positions(database_url: 
 
 
 async def test_plaintext_is_searched_for_in_every_encoding() -> None:
-    """The search above finds what it looks for."""
+    """The search of the test above finds plaintext."""
     key = bytes(range(32))
     assert any(b"top.secret" in text for text in decodings('e:1:1 0123 [[1,2,"top.secret",null,null,1]]'))
     assert any(key in text for text in decodings(key.hex()))
@@ -162,11 +162,11 @@ async def _fetch(url: str, query: str) -> list[Any]:
         return list(await sql.fetch(query))
 
 
-# Nothing is believed
+# Forgeries
 
 
 def forgeries(heard: list[Heard]) -> Iterator[Heard]:
-    """What somebody who has recorded notifications can make of them, beside sending them again."""
+    """Forgeries that can be made from recorded notifications, beside sending them again."""
     for channel, payload in heard:
         for place in range(0, len(payload), 7):
             yield channel, payload[:place] + ("B" if payload[place] == "A" else "A") + payload[place + 1 :]
@@ -221,7 +221,7 @@ async def test_forged_and_repeated_notifications_have_no_effect(database_url: st
 
 
 async def test_forged_position_is_neither_read_nor_taken_for_the_head(database_url: str, lowly_url: str) -> None:
-    """A retry would be looked for from there on."""
+    """A forged head would hide the originals of retries, which are searched from there on."""
     log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(lowly_url) as lowly:
         await publisher.publish_seq("a", b"1")
@@ -235,7 +235,7 @@ async def test_forged_position_is_neither_read_nor_taken_for_the_head(database_u
         assert (statistics.announced, statistics.reads, statistics.jumps) == (1, 0, 0)
 
 
-# Nothing is held up
+# Floods
 
 FLOOD = """
 import asyncio, sys
@@ -265,7 +265,7 @@ asyncio.run(flood(sys.argv[1], sys.argv[2], [tuple(each.split("=", 1)) for each 
 
 @asynccontextmanager
 async def flooding(url: str, epoch: str, recorded: list[Heard]) -> AsyncIterator[None]:
-    """A process of its own that notifies as fast as it can."""
+    """A separate process that sends notifications as fast as it can."""
     arguments = [f"{channel}={payload}" for channel, payload in recorded if payload]
     command = [sys.executable, "-c", FLOOD, url, epoch, *arguments]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
@@ -310,7 +310,7 @@ async def test_flood_of_forged_notifications_delays_nothing(
     assert [entry.payload for entry in there.messages] == [b'"ephemeral"']
     assert after.failures == 0
     assert after.jumps - before.jumps <= count
-    # Nothing that is forged makes it ask the database more often than it may by itself.
+    # Forged notifications do not make a replica poll more often than its own limit.
     assert (
         after.polls - before.polls
         <= elapsed / min(polling_interval.BUSY_INTERVAL, notification_listener._HINTED_POLL_INTERVAL) + 10
@@ -321,7 +321,7 @@ async def test_flood_of_forged_notifications_delays_nothing(
 
 
 async def test_repeated_notification_of_another_epoch_causes_few_polls(database_url: str, lowly_url: str) -> None:
-    """It was recorded before the log was set back, and its epoch means nothing to anybody now."""
+    """The notification was recorded before the log was set back, and no replica knows its epoch now."""
     log = PostgresLog(DatabaseSettings(url=database_url, publish_timeout=20))
     async with running(log) as (_, publisher), open_sql(database_url) as sql, listening(lowly_url) as (lowly, heard):
         await sql.fetch("SELECT catbus.notify('catbus', 'unknown:1:1')")
@@ -340,11 +340,11 @@ async def test_repeated_notification_of_another_epoch_causes_few_polls(database_
         )
 
 
-# Replicas of the release before
+# Replicas of the previous release
 
 
 def earlier(epoch: str, channel: str, payload: str) -> object:
-    """What a replica of version 0.1 made of a notification whose seal is not as it expects it; raises as it did."""
+    """Read a notification as version 0.1 does, which does not know its signature; raise the same errors."""
     if channel == ROLES_CHANNEL:
         return bytes.fromhex(payload) or "any"
     head, _, rest = payload.partition(" ")
