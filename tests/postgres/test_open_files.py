@@ -1,4 +1,4 @@
-"""Few open files: what a broker does when connections want more of them than it may have."""
+"""The limit of open files: a broker under more connections than it may have files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Broker:
-    """A broker in a process that may open so many files, and everything that it logs."""
+    """A broker process with a limit of open files, and its log."""
 
     def __init__(self, directory: Path, database_url: str, files: int | None) -> None:
         config = directory / "catbus.toml"
@@ -58,7 +58,7 @@ class Broker:
                 self._more.notify_all()
 
     def wait_for(self, name: str) -> dict[str, Any]:
-        """The first event of this name."""
+        """The first log event with this name."""
         with self._more:
             assert self._more.wait_for(lambda: any(each["event"] == name for each in self.events), PATIENCE)
             return next(each for each in self.events if each["event"] == name)
@@ -92,7 +92,7 @@ def brokers(tmp_path: Path, database_url: str) -> Iterator[Any]:
 
 
 def ask(connection: socket.socket, request: str, body: str = "") -> tuple[int, str]:
-    """Status and body of the answer, on a connection that stays."""
+    """The status and body of a reply on a connection that stays open."""
     head = f"{request} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n"
     token = sign(SECRET, client_id="alice", grants=Grants.ALL)
     connection.sendall(f"{head}Authorization: Bearer {token}\r\n\r\n{body}".encode())
@@ -111,7 +111,7 @@ def publish(connection: socket.socket) -> int:
 
 
 def turned_away(connection: socket.socket) -> float:
-    """How many connections were refused, or ended for others."""
+    """The number of connections that were rejected or evicted."""
     _, text = ask(connection, "GET /metrics")
     names = "catbus_connections_rejected_total", "catbus_connections_evicted_total"
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(names))
@@ -132,13 +132,13 @@ def test_connections_leave_files_for_the_database(brokers: Any, database_url: st
             while (status := publish(connect())) == 200:
                 members += 1
             assert (members, status) == (FILES - RESERVED_FILES, 503)
-            # Connections that show no token get no place, but for a moment.
+            # Unauthenticated connections are evicted after a moment.
             for _ in range(4 * FILES):
                 connect()
             while turned_away(honest) < 3 * FILES:
                 pass
             assert len([*Path(f"/proc/{broker.process.pid}/fd").iterdir()]) < FILES
-            # The database cuts it off, and it comes back although all connections are taken.
+            # The database ends the broker's connections, and the broker reconnects although all places are taken.
             name = urlsplit(database_url).path[1:]
             execute(
                 to_database(database_url, "postgres"),
