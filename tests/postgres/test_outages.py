@@ -1,4 +1,4 @@
-"""A database that is silent, or that can be reached and not written to: noticed in time, and only a pause."""
+"""Outages of a silent or read-only database are detected in time, and only pause the log."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.postgres.proxy import open_proxy
 from tests.postgres.sql import open_sql
 
 NOTICED = 5.0
-"""Seconds after which it is known that a database does not answer."""
+"""Seconds within which a silent database is detected."""
 
 LEEWAY = 3.0
-"""Seconds for a machine that has other things to do."""
+"""Additional seconds for a busy machine."""
 
 
 def test_silent_connection_is_dropped_in_time() -> None:
-    """The poll asks every so often, and waits for so long; whoever else asks does not wait for longer than that."""
+    """Polls detect it within their interval and timeout, and other statements have no longer timeouts."""
     assert polling_interval.NOTIFIED_INTERVAL + notification_listener.POLL_TIMEOUT <= NOTICED
     assert max(log_writer.APPEND_TIMEOUT, log_reader.PAGE_TIMEOUT) <= NOTICED
 
@@ -59,10 +59,10 @@ async def be_silent(
     silence: Callable[[], Awaitable[None]],
     speak: Callable[[], Awaitable[None]],
 ) -> None:
-    """Silence it while one message is on its way, and see that it is a pause.
+    """Silence the database while one publish is pending, and check that the log only pauses.
 
-    What the database had been sent before it fell silent it may carry out afterwards, and then the next try says that
-    it found the message there.
+    The database may execute afterwards what it was sent before the silence. The next attempt then finds the message
+    as a duplicate.
     """
     await silence()
     waiting = publisher.submit("a", b"2")
@@ -91,7 +91,7 @@ async def test_lost_packets_are_detected(database_url: str) -> None:
 
 
 async def test_dead_listening_connection_is_detected(database_url: str) -> None:
-    """The database answers all others meanwhile, so that publishing goes on."""
+    """The database replies to all other connections meanwhile, so publishing continues."""
     async with open_proxy(database_url) as proxy, following(database_url, proxy.url) as (log, follower, publisher):
         accepted = proxy.accepted
         proxy.block_answers()
@@ -158,7 +158,7 @@ CREATE TRIGGER full_disk BEFORE INSERT ON catbus.entries FOR EACH ROW EXECUTE FU
 
 
 async def test_full_disk_is_one_outage_until_there_is_room(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """That one can connect does not make the database available: nothing can be written, from SQL neither."""
+    """A database that accepts connections but no writes is unavailable, for SQL publishing as well."""
 
     def said(text: str) -> int:
         return sum(text in record.getMessage() for record in caplog.records)
