@@ -1,4 +1,4 @@
-"""What is published from SQL, from the transaction to those who follow the log."""
+"""The outbox relay: messages published by SQL, from the transaction to the followers of the log."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ async def publish(sql: DatabaseConnection, channel: str, payload: str) -> None:
 
 
 async def is_seen(log: PostgresLog) -> bool:
-    """Whether the replica knows that messages wait."""
+    """Whether the replica knows of waiting messages."""
     return log._writer._moving
 
 
-# From the transaction to everybody
+# From the transaction to every replica
 
 
 async def test_messages_of_a_transaction_reach_every_replica_once_and_in_order(database_url: str) -> None:
@@ -109,7 +109,7 @@ async def test_readme_examples_do_what_they_say(database_url: str) -> None:
             await sql.execute("RESET ROLE; DROP OWNED BY shop; DROP ROLE shop")
 
 
-# Beside what clients publish
+# With messages of clients
 
 
 async def test_outbox_messages_follow_the_next_batch_in_its_commit(database_url: str) -> None:
@@ -165,7 +165,7 @@ async def test_clients_and_transactions_publish_at_once_on_two_replicas(database
 
 
 async def test_large_transaction_does_not_keep_clients_waiting(database_url: str) -> None:
-    """They go 1,000 at a time, and what clients publish meanwhile goes between them."""
+    """They are moved 1,000 at a time, and messages of clients are appended between the moves."""
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await sql.execute("SELECT catbus.publish('sql', to_json(n)) FROM generate_series(1, 20000) AS n")
@@ -319,11 +319,11 @@ async def test_killed_connections_lose_nothing(database_url: str, victim: str) -
         assert one.statistics().failures == other.statistics().failures == 0
 
 
-# Looking
+# Polling
 
 
 class Scripted:
-    """Answers what `Outbox` asks, on the test's own clock."""
+    """A connection that replies to `OutboxRelay` on the test's clock."""
 
     def __init__(self) -> None:
         self.looks: list[float] = []
@@ -352,7 +352,7 @@ class Scripted:
 
 
 async def look_for(seconds: float, database: Scripted, move: Callable[[], Awaitable[None]]) -> list[float]:
-    """Run for so long; the pauses between looks."""
+    """Run the relay for some seconds, and return the pauses between its polls."""
     with trio.move_on_after(seconds):
         await OutboxRelay(database.connect, move).run(lambda: None)  # type: ignore[arg-type]
     return [later - earlier for earlier, later in zip(database.looks, database.looks[1:], strict=False)]
