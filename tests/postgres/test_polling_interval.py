@@ -1,4 +1,4 @@
-"""How often the database is asked: a pace that follows what notifications tell of."""
+"""The polling interval, which depends on what notifications announce."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from catbus.postgres.listen.polling_interval import (
 
 
 class Clock:
-    """Polls when it is time to, or when told to."""
+    """A virtual clock that polls when the interval has passed, or on request."""
 
     def __init__(self, *, listening: bool = True, head: int = 10) -> None:
         self.pace = PollingInterval()
@@ -27,13 +27,13 @@ class Clock:
         assert self.poll()
 
     def poll(self) -> bool:
-        """Whether the head is to be believed at once."""
+        """Poll, and return whether the head is accepted at once."""
         self.pace.begin_poll()
         self.believed = self.pace.note_poll(self.head, self.now)
         return self.believed == self.head
 
     def wait(self) -> float:
-        """Until the next poll, which is made."""
+        """Advance to the next poll, poll, and return the pause."""
         pause = self.pace.seconds_to_next(self.now)
         self.now += pause
         self.poll()
@@ -98,7 +98,7 @@ def test_notifications_are_trusted_again_after_a_long_time_without_a_miss() -> N
     clock.poll()
     assert clock.pace.unannounced == 2
     end = clock.now + DISTRUST_TIME
-    # For as long as nothing happens, nothing is known of them.
+    # Without commits nothing shows whether notifications work.
     clock.now = end + DISTRUST_TIME
     clock.poll()
     assert clock.pace.polling
@@ -151,7 +151,7 @@ def test_old_notifications_announce_nothing_after_the_log_was_set_back() -> None
 
 @given(st.lists(st.sampled_from(["told", "untold", "poll", "false"]), max_size=50), st.booleans())
 def test_every_commit_is_announced_in_time(events: list[str], listening: bool) -> None:
-    """By a notification, or by a poll that follows in time."""
+    """A notification announces it, or a poll that follows in time."""
     clock = Clock(listening=listening)
     pace, announced = clock.pace, clock.head
     for event in events:
