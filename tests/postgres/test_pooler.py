@@ -1,4 +1,4 @@
-"""Behind a real PgBouncer that pools transactions: nothing is lost, and polls replace notifications where necessary."""
+"""A real PgBouncer in transaction mode: nothing is lost, and polling replaces notifications where necessary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(url: str, **settings: object) -> PostgresLog:
 
 @asynccontextmanager
 async def busy(url: str, number: int = 4) -> AsyncIterator[None]:
-    """Others use the same pool all the time, so that each statement meets another server."""
+    """Use the same pool all the time, so that each statement gets another server connection."""
 
     async def use() -> None:
         while True:
@@ -63,7 +63,7 @@ async def test_pooler_is_recognised_and_a_server_is_not_mistaken_for_one(bouncer
                     assert connection.pooled is pooled
                     for n in range(20):
                         assert await connection.fetch("SELECT $1::int", n) == [(n,)]
-                    # Where each statement meets the same server it is worth while to prepare it.
+                    # Preparing statements is useful only where they get the same server connection.
                     ((prepared,),) = await connection.fetch("SELECT count(*) FROM pg_prepared_statements")
                     assert (prepared > 0) is not pooled
 
@@ -155,7 +155,7 @@ async def test_killed_pooler_loses_nothing(bouncer: Bouncer, database_url: str) 
 async def test_unverified_server_behind_the_pooler_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its clients stay connected while the server is put back to what it was: nobody looks until somebody asks."""
+    """Its clients stay connected while the server is set back, and nothing checks it before the next statement."""
     for name in ("NOTIFIED_INTERVAL", "IDLE_INTERVAL", "BUSY_INTERVAL"):
         monkeypatch.setattr(polling_interval, name, 3600.0)
     with open_served_cluster() as cluster:
@@ -166,7 +166,7 @@ async def test_unverified_server_behind_the_pooler_is_not_trusted(
             await follower.wait_for(4)
             await trio.to_thread.run_sync(cluster.set_back)
             await trio.to_thread.run_sync(cluster.start)
-            # More than were lost: what comes in their place would go on behind what was applied.
+            # More than were lost, so that the new entries would continue after the applied position.
             appends = [publisher.submit("a", b'"after"') for _ in range(5)]
             assert [outcome.seq for outcome in await publisher.wait(*appends)] == [3, 4, 5, 6, 7]  # type: ignore[union-attr]
             await follower.wait_for(7)
