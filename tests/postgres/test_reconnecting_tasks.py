@@ -1,4 +1,4 @@
-"""Services that are kept going, on a virtual clock."""
+"""Tasks that reconnect, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ async def test_bug_is_fatal_when_it_occurs_five_times_in_a_minute(
     with pytest.raises(KeyError, match="ours"):
         await supervisor.run("one", one)
     assert supervisor.failures == 5
-    # The same mistake is told of once; the last one is told of by who ends.
+    # A repeated bug is logged once; the caller logs the fatal one.
     assert [call.args for call in logs.calls] == [("a service failed",)]
     assert isinstance(logs.calls[0].kwargs["exc_info"], KeyError)
 
@@ -156,7 +156,7 @@ async def test_occasional_bug_is_not_fatal(autojump_clock: MockClock) -> None:
 
 
 async def test_failing_service_is_logged_once_a_minute(autojump_clock: MockClock, logs: CapturingLogger) -> None:
-    """It works for a moment each time, so that neither the pauses grow nor the mistakes end it."""
+    """The service makes progress each time, so the backoff does not grow and the bugs are not fatal."""
     supervisor = ReconnectingTasks("one")
     reasons = [KeyError("ours"), RuntimeError("another")]
 
