@@ -1,4 +1,4 @@
-"""Messages that somebody has deleted by hand: everybody says so, and `catbus repair` has subscriptions go on."""
+"""Messages deleted by hand: every replica reports them, and subscriptions continue after `catbus repair`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def run_repair(url: str, *, apply: bool = True) -> Sequence[tuple[int, int
 
 
 async def read_on(log: PostgresLog, after: int) -> LogPage:
-    """What a reader gets as soon as it gets anything."""
+    """The first page that a reader gets."""
     with trio.fail_after(TEST_TIMEOUT):
         while True:
             try:
@@ -67,7 +67,7 @@ async def read_on(log: PostgresLog, after: int) -> LogPage:
                 await trio.sleep(0.01)
 
 
-# It is told of
+# Reports
 
 
 @pytest.mark.parametrize("recent", [0, 1 << 20])
@@ -143,7 +143,7 @@ async def test_retention_makes_no_deleted_range(database_url: str) -> None:
         await delete(database_url, "seq = 7")
         await until_problem("messages are missing", log)
         assert log.report()["holes"] == [[7, 7]]
-        # When the floor has passed it there is nothing left to tell of.
+        # Once the floor has passed the range, nothing is reported any more.
         await sql.execute("UPDATE catbus.head SET floor = 8; DELETE FROM catbus.entries WHERE seq < 8")
         await until_problem("", log)
         assert await run_repair(database_url) == []
@@ -169,7 +169,7 @@ async def test_entry_changed_by_hand_can_still_be_delivered(database_url: str, c
         assert [entry.payload for entry in (await log.read(0)).entries][2] == b'"changed"'
 
 
-# It is repaired
+# Repair
 
 
 async def test_deleted_range_is_found_wherever_it_is(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ async def test_repaired_range_leaves_the_memory_of_every_replica(database_url: s
 
 
 async def test_replica_that_stopped_before_a_deleted_range_continues(database_url: str) -> None:
-    """Messages are deleted that it has not applied yet: without a notification it has to read them."""
+    """The deleted messages are not applied yet: without a notification the replica has to read them."""
     log = make(database_url)
     async with running(log) as (follower, publisher), open_sql(database_url) as sql:
         await publisher.publish_seq("a", b"1")
@@ -269,7 +269,7 @@ async def test_replica_that_stopped_before_a_deleted_range_continues(database_ur
         assert follower.restarts == [0, 6]
         await until_problem("", log)
         assert log.epoch == epoch
-        # What stands before the hole is read as before.
+        # Entries before the deleted range are read as before.
         assert [entry.seq for entry in (await log.read(0)).entries] == [1, 2, 3]
 
 
@@ -299,7 +299,7 @@ async def test_role_without_rights_cannot_repair(database_url: str) -> None:
             await sql.execute("DROP ROLE bystander")
 
 
-# Keys
+# Retries
 
 
 async def test_retry_of_a_deleted_message_is_unknown_after_the_repair(database_url: str) -> None:
@@ -313,7 +313,7 @@ async def test_retry_of_a_deleted_message_is_unknown_after_the_repair(database_u
         assert await publisher.publish(**again, payload=b"100", number=100) == Committed(12)
 
 
-# An empty log
+# Empty logs
 
 
 async def test_log_restored_without_its_rows_gives_no_seq_twice(database_url: str) -> None:
@@ -334,7 +334,7 @@ async def test_log_restored_without_its_rows_gives_no_seq_twice(database_url: st
     async with running(log) as (_, publisher):
         first = await publisher.publish_seq("a", b"new")
         assert first == 1_000_011
-        # Who was complete up to some seq of the log before is told of what may be missing.
+        # A cursor of the earlier log gets a gap for the seqs that may be missing.
         resumption = log.resume(7, epoch)
         assert (resumption.cursor, resumption.lost) == (0, "epoch")
         page = await log.read(0)
