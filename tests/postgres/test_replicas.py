@@ -1,4 +1,4 @@
-"""Replicas as real processes on one PostgreSQL: one order for all, an end in order, and an end without a word."""
+"""Replicas as real processes on one PostgreSQL: one order for all, graceful shutdown, and SIGKILL."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.postgres.sql import head_locked, open_sql, wait_until, waiting
 PATIENCE = 60.0
 
 Item = tuple[int, str, int]
-"""A message: its seq, who published it, and which number that publisher gave it."""
+"""A message: its seq, its publisher, and the publisher's number for it."""
 
 
 class Tally:
-    """Messages as they come."""
+    """Messages in the order of their arrival."""
 
     def __init__(self) -> None:
         self.items: list[Item] = []
@@ -37,7 +37,7 @@ class Tally:
         self._more.set()
 
     async def wait_for(self, number: int) -> None:
-        """Wait until there are so many."""
+        """Wait until there are `number` messages."""
         while len(self.items) < number:
             self._more = trio.Event()
             await self._more.wait()
@@ -50,7 +50,7 @@ async def follow(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Subscribe to everything while the log is empty, or since 0; nothing may be missing. Started once subscribed."""
+    """Subscribe to all channels while the log is empty, or since 0, and allow no gap. Started once subscribed."""
     async with (
         connect(replica.url, token=token("subscriber"), reconnect=False) as bus,
         bus.subscribe("*", since=since) as messages,
@@ -62,7 +62,7 @@ async def follow(
 
 
 def difference(one: Sequence[object], other: Sequence[object]) -> object:
-    """Where two long lists differ first; None where they do not. To have pytest explain it would take minutes."""
+    """The first difference of two long lists, or None. An explanation by pytest would take minutes."""
     pairs = enumerate(zip_longest(one, other))
     return next(((index, left, right) for index, (left, right) in pairs if left != right), None)
 
@@ -79,7 +79,7 @@ async def test_subscribers_of_both_replicas_see_all_messages_in_one_gapless_orde
         async with connect(replica.url, token=token(name)) as bus:
             for first in range(0, each, batch):
                 if first >= each * 3 // 4:
-                    # Otherwise the latecomers might find everything there already.
+                    # Otherwise the later subscribers might find the complete log already.
                     await joined.wait()
                 numbers = range(first, first + batch)
                 seqs = await bus.publish_many([(f"test.{name}", (name, n)) for n in numbers])
@@ -148,7 +148,7 @@ async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_cli
                     await wait_until(lambda: waiting(sql))
                     replica.terminate()
                     await stopping.wait()
-                    # Who has nothing on its way does not have to wait for those who have.
+                    # A session without pending publishes does not wait for the others.
                     await sent_away.wait()
                     with pytest.raises(Disconnected):
                         await follow(replica, Tally())
@@ -171,7 +171,7 @@ async def test_message_acknowledged_by_a_killed_replica_is_in_the_log_and_the_ot
     by_victim, by_survivor, live, whole = Tally(), Tally(), Tally(), Tally()
 
     async def publish(bus: Bus, name: str, acknowledged: Tally) -> None:
-        # One by one: what came back before the end is certain.
+        # One at a time, so that the publishes acknowledged before the kill are known.
         with suppress(Disconnected):
             while True:
                 n = next(numbers)
@@ -194,7 +194,7 @@ async def test_message_acknowledged_by_a_killed_replica_is_in_the_log_and_the_ot
                         victims.start_soon(publish_to, victim, "victim", by_victim)
                     await by_victim.wait_for(enough)
                     victim.kill()
-                # One replica is left, and goes on.
+                # The remaining replica continues.
                 await by_survivor.wait_for(len(by_survivor.items) + enough)
                 publishers.cancel_scope.cancel()
             async with connect(survivor.url, token=token("last")) as bus:
@@ -216,7 +216,7 @@ async def test_message_acknowledged_by_a_killed_replica_is_in_the_log_and_the_ot
 
 
 class Balancer:
-    """Sends whoever comes to the next of the replicas that are in service."""
+    """A load balancer that connects each client to the next replica in service."""
 
     def __init__(self, transport: str, certificate: Path) -> None:
         self.serving: list[Replica] = []
@@ -276,7 +276,7 @@ async def test_clients_survive_the_kills_of_their_replicas(database_url: str, tr
                         for tally in (acknowledged, *subscribers):
                             await tally.wait_for(len(acknowledged.items) + enough)
                         if victim is not None:
-                            # Another takes its place.
+                            # Another replica takes its place.
                             balancer.serving = replicas[victim + 1 :][:2]
                             replicas[victim].kill()
                     over.set()
