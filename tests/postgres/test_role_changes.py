@@ -1,4 +1,4 @@
-"""Changes to roles, from the statement to whoever has to know of them."""
+"""Role changes, from the statement to the replicas."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.postgres.test_role_lookup import make_role
 
 
 class Ear:
-    """What is notified on the channel of the roles, and how often they have changed."""
+    """The notifications on the channel of roles, and the number of changes."""
 
     def __init__(self, connection: DatabaseConnection) -> None:
         self.connection = connection
         self.heard: list[str] = []
-        """What every notification names: the key of a role, or `*`; and nothing, for replicas of earlier releases."""
+        """The content of each notification: the key of a role, or `*`, or nothing, for earlier releases."""
         self.seal = NotificationKeys("")
 
     async def take(self) -> tuple[int, set[str]]:
-        """How many changes have been counted, and what has come until now."""
-        # Notifications come before the answer to the next statement.
+        """The number of changes, and the notifications received so far."""
+        # Notifications arrive before the reply to the next statement.
         ((version,),) = await self.connection.fetch("SELECT count(*) FROM catbus.role_changes")
         await wait_all_tasks_blocked(0.01)
         heard, self.heard = self.heard, []
@@ -187,7 +187,7 @@ async def test_change_of_many_roles_is_notified_once(database_url: str) -> None:
 
 
 async def test_database_role_with_no_other_right_may_change_roles(database_url: str) -> None:
-    """An application that keeps the roles has rights on two tables, and the triggers are not its business."""
+    """An application that manages roles has rights on two tables, and needs none on what the triggers use."""
     name = f"keeper_{abs(hash(database_url))}"
     key = await make_role(database_url)
     async with ear(database_url) as listening, open_sql(database_url) as sql:
@@ -223,7 +223,7 @@ async def test_notified_change_names_roles_and_a_polled_one_may_concern_any(auto
 
 
 async def test_repeatedly_notified_change_is_looked_up_seldom(autojump_clock: MockClock) -> None:
-    """Somebody has recorded a notification, and sends it as fast as it can. The first one waits for nothing."""
+    """A recorded notification is sent as fast as possible. The first lookup does not wait."""
     changes, taken = RoleChanges(), []
 
     async def take() -> None:
@@ -279,7 +279,7 @@ async def test_next_connection_finds_a_change_without_a_listener(database_url: s
     async with running(log), open_sql(database_url) as sql:
         await log.roles.wait_changes()
         (listener,) = await pids(sql, "%catbus.poll%")
-        # In one transaction, so that there is hardly a moment to connect in between.
+        # In one transaction, which leaves hardly any time to connect in between.
         await sql.execute(
             f"SELECT pg_terminate_backend({listener}, 10000); DELETE FROM catbus.roles WHERE key = '\\x{key.hex()}'"
         )
