@@ -1,4 +1,4 @@
-"""Looking roles up: as of now, many at a time, through outages, and without a trace of a token."""
+"""Role lookups: present results, shared statements, outages, and no tokens in the log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRANTS = Grants(("a.*", "b"), ("a.c",))
 
 @asynccontextmanager
 async def looking_up(url: str) -> AsyncIterator[RoleLookup]:
-    """A look-up that runs, through connections of its own."""
+    """A running role lookup with its own connections."""
     with trio.fail_after(60):
         async with open_bridge() as bridge, trio.open_nursery() as nursery:
             lookup = RoleLookup(partial(bridge.connect, url), RoleChanges())
