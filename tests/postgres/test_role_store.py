@@ -1,4 +1,4 @@
-"""Roles in the database: made, shown, changed and deleted, wholly or not at all."""
+"""The role store: roles are created, shown, changed and deleted atomically."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_missing_grant_cannot_be_revoked_and_no_other_one_is(database_url:
             f"the role {role.handle} has no such grant: read a.b and write b; what it has: read a.*, b and write c"
         )
         assert await roles.show(role.handle) == role
-        # Nobody has to wait for it any more, and the connection is as good as before.
+        # The row is not locked any more, and the connection is usable.
         async with roles_of(database_url) as other:
             await other.grant(role.handle, Grants(("d",)))
         assert (await roles.revoke(role.handle, Grants(("b", "d")))).grants == Grants(("a.*",), ("c",))
@@ -112,7 +112,7 @@ async def test_one_of_two_revocations_of_the_same_grant_succeeds(database_url: s
                 outcomes.append(error)
 
         async with open_sql(database_url) as sql:
-            # Both have come as far as they can before either goes on.
+            # Both are as far as they can get before either continues.
             await sql.execute("BEGIN")
             await sql.fetch("SELECT FROM catbus.roles FOR UPDATE")
             async with trio.open_nursery() as nursery:
@@ -158,7 +158,7 @@ async def test_error_does_not_repeat_text_that_names_no_role(database_url: str, 
         assert not name or name not in str(caught.value).split()
 
 
-# What the table takes
+# Constraints of the table
 
 segments = st.lists(st.text(st.sampled_from("aZ09_-"), min_size=1, max_size=4), min_size=1, max_size=4).map(".".join)
 texts = st.text(st.sampled_from("aZ9_-.* \nä"), max_size=8) | segments | segments.map("{}.*".format)
@@ -198,7 +198,7 @@ async def test_table_accepts_only_patterns(database_url: str) -> None:
 
 
 def examples(number: int) -> list[str]:
-    """Texts that are patterns, or nearly."""
+    """Valid patterns, and texts that are almost patterns."""
     found: list[str] = []
 
     @settings(max_examples=number, database=None, suppress_health_check=list(HealthCheck))
