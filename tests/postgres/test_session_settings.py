@@ -1,4 +1,4 @@
-"""What is set for a role, a database or a session changes nothing, and nobody's functions stand in for PostgreSQL's."""
+"""Settings of a role, a database or a session change nothing, and no foreign function replaces PostgreSQL's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.postgres.sql import open_sql
 
 PINS = {"search_path=pg_catalog, pg_temp", "standard_conforming_strings=on"}
 
-# A procedure that ends transactions can have no settings: it may do nothing but call functions that have them.
+# A procedure that ends transactions cannot have settings, so it may only call functions that have them.
 _CALLS = (
     r"(?:SELECT (?:\w+\.\w+(?:, )?)+\s+INTO (?:\w+(?:, )?)+|PERFORM)\s+(?:FROM )?catbus\.\w+\([\w,\s]*\)(?: AS \w)?;"
 )
@@ -68,7 +68,7 @@ async def test_only_the_owner_may_call_private_functions(database_url: str) -> N
 
 @asynccontextmanager
 async def led(url: str, *, pooled: bool) -> AsyncIterator[str]:
-    """A URL that leads there, through a pooler or not."""
+    """A URL of the database, direct or through a pooler."""
     if not pooled:
         yield url
         return
@@ -77,7 +77,7 @@ async def led(url: str, *, pooled: bool) -> AsyncIterator[str]:
 
 
 async def alter(url: str, settings: Mapping[str, str]) -> None:
-    """Set something for the database, whatever sessions begin from now on."""
+    """Change a setting of the database for all later sessions."""
     async with open_sql(url) as sql:
         for name, value in settings.items():
             await sql.execute(f'ALTER DATABASE "{urlsplit(url).path[1:]}" SET {name} = {value}')
@@ -85,7 +85,7 @@ async def alter(url: str, settings: Mapping[str, str]) -> None:
 
 @pytest.fixture
 async def planted(empty_database_url: str) -> AsyncIterator[str]:
-    """A database in which `MALLORY` has made functions before there was a schema."""
+    """A database in which `MALLORY` created functions before the schema was applied."""
     async with open_sql(empty_database_url) as sql:
         assert await plant(sql) > 100
         yield empty_database_url
@@ -103,7 +103,7 @@ async def test_functions_of_another_role_never_run_with_our_rights(planted: str,
 
 
 async def test_functions_of_another_role_never_run_within_the_schema_functions(planted: str) -> None:
-    """As where somebody calls them by hand: in the schema's functions, the session's settings do not count."""
+    """The session's settings have no effect in the schema's functions, even if these are called by hand."""
     await init(DatabaseSettings(url=planted))
     async with open_sql(planted) as sql:
         await sql.execute('SET search_path = "$user", public; SET standard_conforming_strings = off')
@@ -129,7 +129,7 @@ async def test_functions_of_another_role_never_run_within_the_schema_functions(p
 
 
 async def test_schema_that_uses_functions_of_another_role_is_rejected(empty_database_url: str) -> None:
-    """`nextval` with a literal means a function of text rather than PostgreSQL's own of regclass."""
+    """`nextval` with a literal resolves to a function of text rather than PostgreSQL's own of regclass."""
     *earlier, (newest, _, _) = schema_files()
     old = "".join(script for _, _, script in earlier)
     async with open_sql(empty_database_url) as sql:
@@ -152,7 +152,7 @@ SETTINGS = {
     "idle_in_transaction_session_timeout": "1",
     "idle_session_timeout": "1",
 }
-"""What once kept a broker from its work, or the schema from being made."""
+"""Settings that can stop a broker, or the creation of the schema."""
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
