@@ -1,4 +1,4 @@
-"""`catbus.append` and `catbus.position` on a real server: against a list, and in interleavings that went wrong once."""
+"""`catbus.append` and `catbus.position` on a real server, compared with a list and in concurrent calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Connection = Any
 
 
 class Sent(NamedTuple):
-    """An entry as a replica hands it over."""
+    """An entry as a replica sends it."""
 
     producer: bytes
     number: int
@@ -58,7 +58,7 @@ async def append(
 
 
 async def position(connection: Connection) -> tuple[str, int, int]:
-    """Epoch, head, floor."""
+    """Return the epoch, the head and the floor."""
     epoch, head, floor = await connection.fetchrow("SELECT epoch, head, floor FROM catbus.position()")
     return epoch, head, floor
 
@@ -78,7 +78,7 @@ async def connected(url: str, number: int = 1) -> AsyncIterator[list[Connection]
 
 
 async def wait_blocked(observer: Connection, blocked: Connection, call: asyncio.Task[Any] | None = None) -> None:
-    """Wait until a connection waits for a lock, or the call in which it may have waited has ended."""
+    """Wait until a connection waits for a lock, or until its call has ended."""
     query = "SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $1"
     async with asyncio.timeout(10):
         while not await observer.fetchval(query, blocked.get_server_pid()):
@@ -87,7 +87,7 @@ async def wait_blocked(observer: Connection, blocked: Connection, call: asyncio.
             await asyncio.sleep(0.005)
 
 
-# Against a list
+# Comparison with a list
 
 channels = st.sampled_from(["a", "a.b", "a.b.c", "a.b-c", "a_b", "Z"])
 texts = st.text(max_size=6)
@@ -120,9 +120,9 @@ class Row(NamedTuple):
 
 
 class AppendMachine(RuleBasedStateMachine):
-    """The model is `log`: every entry that was ever appended, of which those below `floor` are gone.
+    """A comparison with the list `log`: all appended entries, of which those below `floor` are removed.
 
-    All examples use one database: each begins above what the one before has left, with producers of its own.
+    All examples use one database. Each begins above the head of the previous one, with its own producers.
     """
 
     url = ""
@@ -157,7 +157,7 @@ class AppendMachine(RuleBasedStateMachine):
         return self.log[-1].seq if self.log else self.base
 
     def make(self, data: st.DataObject, least: int) -> list[Sent]:
-        """New entries. Their numbers increase within a producer."""
+        """Make new entries. Their numbers increase within a producer."""
         entries = []
         for _ in range(data.draw(st.integers(least, 4))):
             producer = list(self.numbers)[data.draw(st.integers(0, 2))]
@@ -176,7 +176,7 @@ class AppendMachine(RuleBasedStateMachine):
         return entries
 
     def check(self, batch: Sequence[Sent]) -> None:
-        """Append, and compare with what the list says."""
+        """Append, and compare the result with the list."""
         known = {row.key: row for row in self.log if row.seq >= self.floor}
         first = self.head + 1
         new: list[Row] = []
@@ -206,13 +206,13 @@ class AppendMachine(RuleBasedStateMachine):
     @rule(target=sent, data=st.data())
     def publish(self, data: st.DataObject) -> Any:
         batch = self.make(data, least=1)
-        # The first try is no retry: nobody says what was known before.
+        # The first attempt is no retry, so it has no `after`.
         self.check([entry._replace(after=None) for entry in batch])
         return multiple(*batch)
 
     @rule(old=st.lists(sent, min_size=1, max_size=5, unique_by=lambda entry: entry.key), late=st.booleans())
     def repeat(self, old: list[Sent], late: bool) -> None:
-        """The answer was lost, or bytes arrive after their sender has died and was replaced."""
+        """The reply was lost, or bytes arrive after their sender has died and was replaced."""
         self.check([entry._replace(after=None) if late else entry for entry in old])
 
     @rule(
@@ -231,7 +231,7 @@ class AppendMachine(RuleBasedStateMachine):
 
     @rule(target=sent, data=st.data())
     def lose_before_it_arrives(self, data: st.DataObject) -> Any:
-        """What the database never saw is sent again later, as a retry."""
+        """Entries that never reached the database are sent later, as a retry."""
         return multiple(*self.make(data, least=1))
 
     @rule(data=st.data())
@@ -279,7 +279,7 @@ def test_append_agrees_with_a_list(database_url: str) -> None:
 
 
 def play(url: str, scene: Callable[..., Coroutine[Any, Any, None]], connections: int = 1) -> None:
-    """Run a scene that takes the epoch and so many connections."""
+    """Run a scene, which gets the epoch and a number of connections."""
 
     async def go() -> None:
         async with connected(url, connections) as actors:
@@ -313,7 +313,7 @@ def test_retry_that_waited_for_the_lock_sees_its_original(database_url: str) -> 
         await stopped.execute("BEGIN")
         original = await append(stopped, epoch, batch)
         retry = asyncio.create_task(append(retrying, epoch, batch))
-        # Its statement has begun, and with it its first snapshot, before the original is committed.
+        # Its statement and its first snapshot begin before the original is committed.
         await wait_blocked(observer, retrying)
         await stopped.execute("COMMIT")
         assert (await retry).seqs == original.seqs == [1, 2] == await seqs(observer)
@@ -497,7 +497,7 @@ def test_duplicates_wait_for_the_disk_as_their_originals_do(database_url: str) -
         await append(writer, epoch, [Sent(b"p", 1)])
         await writer.execute("BEGIN")
         assert (await append(writer, epoch, [Sent(b"p", 1)], "remote_apply")).seqs == [1]
-        # A transaction without a number has nothing to write and waits for nothing when it is committed.
+        # A transaction without an id has written nothing, so its commit waits for nothing.
         number, commit = await writer.fetchrow(
             "SELECT pg_current_xact_id_if_assigned(), current_setting('synchronous_commit')"
         )
@@ -558,7 +558,7 @@ def test_replica_of_an_earlier_release_appends_without_enclosing_entries(databas
 
 @pytest.mark.parametrize("entries", [0, 30])
 def test_plans_made_for_a_small_table_use_its_indexes(database_url: str, entries: int) -> None:
-    """Whoever plans while the log is short, be it analysed or not, keeps the plan when it is long."""
+    """A plan that was made while the log is short, analysed or not, stays in use when the log is long."""
     pages = """
         PREPARE page(bigint, bigint, bigint) AS
         SELECT seq, at, channel, payload FROM catbus.entries WHERE seq > $1 AND seq <= $2 ORDER BY seq LIMIT $3"""
