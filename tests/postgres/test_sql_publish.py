@@ -1,4 +1,4 @@
-"""`catbus.publish` and the way into the log, on a real server: what is refused, and what becomes of what is not."""
+"""`catbus.publish` on a real server: rejected messages, and the move of accepted ones into the log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 PAYLOADS = json.loads((Path(__file__).parents[2] / "protocol" / "vectors" / "payloads.json").read_text())["cases"]
 
 ROOM = 65_494
-"""How many bytes channel and payload may have."""
+"""The maximum size of channel and payload together, in bytes."""
 
 
 class Moved(NamedTuple):
@@ -53,12 +53,12 @@ async def move_all(connection: Connection, epoch: str) -> None:
 
 
 async def payloads(connection: Connection) -> list[str]:
-    """Those in the log."""
+    """The payloads in the log."""
     return [text for (text,) in await connection.fetch("SELECT payload FROM catbus.entries ORDER BY seq")]
 
 
 async def sizes(connection: Connection) -> list[int]:
-    """How many bytes there are to be looked through in each table."""
+    """The size of each outbox table in bytes."""
     return [await connection.fetchval(f"SELECT pg_relation_size('catbus.outbox_{n}')") for n in range(2)]
 
 
@@ -68,7 +68,7 @@ async def refusal(connection: Connection, channel: str | None, payload: object, 
     return f"{refused.value.sqlstate} {refused.value}"
 
 
-# What is accepted
+# Accepted messages
 
 
 Stored = Callable[[str, str], str | None]
@@ -76,7 +76,7 @@ Stored = Callable[[str, str], str | None]
 
 @pytest.fixture(scope="module")
 def stored(postgres_server: str, _template: str) -> Iterator[Stored]:
-    """What stands in the outbox for a message, None where it is refused: asked of one database in many examples."""
+    """The outbox row of a message, or None if it is rejected. All examples use one database."""
     with contextmanager(_fresh)(postgres_server, _template) as url, asyncio.Runner() as runner:
         connection = runner.run(asyncpg.connect(url))
 
@@ -256,7 +256,7 @@ def test_publish_stores_the_message(database_url: str, arguments: str, payload: 
 
 @asynccontextmanager
 async def as_role(url: str, name: str, *statements: str) -> AsyncIterator[Connection]:
-    """A connection of a role that may do what the statements allow it; it is gone afterwards."""
+    """A connection of a role with the rights that the statements grant. The role is dropped afterwards."""
     async with connected(url) as (owner,):
         await owner.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'sesame'")
         try:
@@ -313,7 +313,7 @@ def test_role_without_the_right_cannot_publish(database_url: str) -> None:
 
 
 def test_functions_of_the_caller_do_not_run_with_the_rights_of_the_owner(database_url: str) -> None:
-    """Neither what its search path finds first nor a cast that it has made."""
+    """This holds for functions that its search path finds first, and for its own casts."""
     grants = (
         "GRANT USAGE ON SCHEMA catbus TO catbus_test_mean",
         "GRANT EXECUTE ON FUNCTION catbus.publish TO catbus_test_mean",
@@ -339,7 +339,7 @@ def test_functions_of_the_caller_do_not_run_with_the_rights_of_the_owner(databas
     play(database_url, scene)
 
 
-# Moving
+# Moves
 
 
 def test_one_notification_covers_a_move(database_url: str) -> None:
@@ -492,7 +492,7 @@ def test_transaction_that_has_published_blocks_no_other(database_url: str) -> No
     play(database_url, scene, connections=3)
 
 
-# Turns
+# Rotation of the tables
 
 
 def test_tables_alternate_and_the_empty_one_is_truncated_beside_a_long_transaction(database_url: str) -> None:
@@ -560,12 +560,12 @@ def test_snapshot_from_before_the_switch_can_publish(database_url: str) -> None:
     play(database_url, scene, connections=2)
 
 
-# All of it together
+# Model
 
 
 @dataclass
 class Message:
-    """What is known of a message at which moment: the moments are counted."""
+    """A message with the counted moments of its publish and its commit."""
 
     name: int
     published: int
@@ -579,7 +579,7 @@ class Transaction:
 
 
 class OutboxMachine(RuleBasedStateMachine):
-    """Transactions and replicas take steps in any order. All examples use one database, each with names of its own."""
+    """Steps of transactions and replicas in any order. All examples use one database, each with its own names."""
 
     url = ""
     names = 0
@@ -621,7 +621,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @rule(who=who, number=st.integers(1, 4), statement=st.booleans())
     def publish(self, who: int, number: int, statement: bool) -> None:
-        """In the transaction that is open, or in one of its own."""
+        """Publish in the open transaction, or in a new one."""
         messages = [Message(self.name(), self.tick()) for _ in range(number)]
         first, last = messages[0].name, messages[-1].name
         transaction = self.open[who]
@@ -743,7 +743,7 @@ def test_outbox_keeps_its_promises(database_url: str) -> None:
 
 
 def test_concurrent_publishers_lose_and_repeat_nothing(database_url: str) -> None:
-    """Publishers, replicas that move and that turn, and snapshots that come and go, none of them waiting."""
+    """Publishers, replicas that move and rotate, and snapshots run at once, and none waits for another."""
 
     async def scene(epoch: str, *actors: Connection) -> None:
         publishing, moving, turning, reading = actors[:4], actors[4:7], actors[7:9], actors[9]
