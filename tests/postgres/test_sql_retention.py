@@ -1,6 +1,6 @@
-"""`catbus.retain` on a real server: against a list, and beside those who append, read, and hold locks.
+"""`catbus.retain` on a real server, compared with a list, and during appends, reads and locks.
 
-Time passes by making all entries older.
+The tests let time pass by making all entries older.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.postgres.test_sql_append import Connection, Sent, append, play, posit
 T = TypeVar("T")
 
 SLOT = 1_000_000
-"""How long a slot takes entries, in milliseconds: so long that the time a test takes does not count."""
+"""Milliseconds during which a slot receives entries, much longer than a test takes."""
 AGE = 7 * SLOT
 SIZE = 1 << 50
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 NOTHING = (0, False, False, None)
-"""All but the floor of a step in which there was nothing to do."""
+"""The result of a step that had nothing to do, without its floor."""
 
 
 async def retain(connection: Connection, age: int = AGE, size: int = SIZE, now: int | None = None) -> Step:
@@ -46,7 +46,7 @@ async def pass_time(connection: Connection, milliseconds: int) -> None:
 
 
 async def publish(connection: Connection, epoch: str, number: int, size: int = 1) -> None:
-    """Append some entries more, after those that were appended like this before."""
+    """Append more entries after those of earlier calls."""
     _, head, _ = await position(connection)
     await append(connection, epoch, [Sent(b"p", head + n, payload="1" * size) for n in range(1, number + 1)])
 
@@ -57,7 +57,7 @@ async def slot(connection: Connection) -> int:
 
 
 async def fill_slots(connection: Connection, epoch: str, number: int, each: int = SLOT * 9 // 10) -> None:
-    """As many slots, one entry in each, the last of them current. Of 8, the oldest is due after the time of a slot."""
+    """Fill slots with one entry each; the last is current. Of 8 slots, the oldest is due after one slot's time."""
     for index in range(number):
         if index:
             await pass_time(connection, each)
@@ -102,7 +102,7 @@ def test_oldest_slot_is_emptied_when_its_newest_entry_is_older_than_the_age(data
 
 
 def test_current_slot_grows_while_the_oldest_is_young(database_url: str) -> None:
-    """The size that may be taken up was smaller once, so that slots were closed sooner."""
+    """The maximum size was smaller before, so slots were closed sooner."""
 
     async def scene(epoch: str, sql: Connection) -> None:
         await fill_slots(sql, epoch, 8, SLOT // 10)
@@ -172,7 +172,7 @@ def test_oldest_slot_is_emptied_by_size_whatever_its_age(database_url: str) -> N
         _, head, floor = await position(sql)
         assert await seqs(sql) == list(range(floor, head + 1))
         assert (head, floor) == (6000, sum(dropped) + 1)
-        # Then it is as big as it may be, but for one slot and the one being filled.
+        # Then the log has its maximum size, apart from one slot and the current one.
         assert head - floor > 600
 
     play(database_url, scene)
@@ -213,13 +213,13 @@ def test_retry_whose_original_may_be_removed_stays_in_doubt(database_url: str) -
     play(database_url, scene)
 
 
-# Against a list
+# Comparison with a list
 
 
 class RetainMachine(RuleBasedStateMachine):
-    """The model is `log`: the time of every entry, by seq. Time is given to each step, and stands in the entries.
+    """A comparison with `log`, the time of every entry by seq. Each step gets the time as an argument.
 
-    All examples use one database: each begins above what the one before has left.
+    All examples use one database. Each begins above the head of the previous one.
     """
 
     url = ""
@@ -236,7 +236,7 @@ class RetainMachine(RuleBasedStateMachine):
         self.now = 10**15
         self.log: dict[int, int] = {}
         self.punctual = True
-        """Whether steps were taken in time, for all that is in the log."""
+        """Whether steps were taken in time for all entries in the log."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
@@ -266,13 +266,13 @@ class RetainMachine(RuleBasedStateMachine):
 
     @rule()
     def sleep(self) -> None:
-        """Nobody looks for a long time."""
+        """No replica takes a step for a long time."""
         self.now += 3 * AGE
         self.punctual = False
 
     @rule()
     def hold(self) -> None:
-        """Somebody reads in a transaction, and leaves it open."""
+        """A reader leaves its transaction open."""
         if not self.held:
             self.run(self.reader.execute("BEGIN; SELECT FROM catbus.entries LIMIT 1"))
             self.held = True
@@ -285,7 +285,7 @@ class RetainMachine(RuleBasedStateMachine):
             self.held = False
 
     def step(self) -> None:
-        """Steps, until there is nothing to do."""
+        """Take steps until there is nothing to do."""
         while True:
             step = self.run(retain(self.sql, now=self.now))
             assert step.floor == self.floor + step.dropped
@@ -306,7 +306,7 @@ class RetainMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_much_longer(self) -> None:
-        """A step is late by a quarter of a slot's time at the most, unless somebody was in the way."""
+        """A step is late by at most a quarter of a slot's time, unless a reader blocks it."""
         if self.floor > self.head:
             self.punctual = not self.held
         elif self.punctual:
@@ -341,7 +341,7 @@ def test_one_of_two_concurrent_steps_is_taken(database_url: str) -> None:
 
 
 def test_step_that_waits_for_the_head_row_holds_no_lock_on_the_log(database_url: str) -> None:
-    """Otherwise it would be in the way of the step that has the head row."""
+    """Otherwise it would block the step that has the head row."""
 
     async def scene(epoch: str, stepping: Connection, holder: Connection) -> None:
         await fill_slots(holder, epoch, 8)
@@ -377,7 +377,7 @@ def test_current_slot_grows_while_a_transaction_uses_the_oldest(database_url: st
         await holder.execute(f"BEGIN ISOLATION LEVEL REPEATABLE READ; {use}")
         step = asyncio.create_task(retain(sql))
         await wait_blocked(holder, sql, step)
-        # It has, or had, the head row. An append that had to wait for as long as the holder stays would be refused.
+        # It has, or had, the head row. An append that waited for the holder's end would be rejected.
         assert (await append(writer, epoch, [Sent(b"q", 1)])).seqs == [9]
         assert await step == (1, 0, False, False, 0)
         assert await slot(sql) == 7
@@ -408,7 +408,7 @@ def test_old_snapshot_sees_entries_vanish_and_a_new_statement_sees_the_floor(dat
         await pass_time(sql, SLOT)
         await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         assert await old.fetchval("SELECT floor FROM catbus.head") == 1
-        # A snapshot alone is in nobody's way.
+        # A snapshot alone blocks nothing.
         assert await retain(sql) == (2, 1, False, True, None)
         await publish(sql, epoch, 2)
         assert await seqs(old) == list(range(2, 9))
