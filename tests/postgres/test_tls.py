@@ -1,6 +1,6 @@
-"""TLS to PostgreSQL, with libpq's parameters in the URL.
+"""TLS to PostgreSQL with libpq's parameters in the URL.
 
-The wheel's PostgreSQL is built without TLS, so that it is PgBouncer that speaks it; to a client the two are the same.
+The wheel's PostgreSQL is built without TLS, so PgBouncer terminates TLS here; for a client both are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.postgres.bouncer import open_bouncer
 
 
 class Server:
-    """What answers with TLS on 127.0.0.1. `authority` has signed its certificate, `stranger` has not."""
+    """A TLS server on 127.0.0.1. `authority` has signed its certificate, and `stranger` has not."""
 
     def __init__(self, directory: Path) -> None:
         authority, stranger = trustme.CA(), trustme.CA()
