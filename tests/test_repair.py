@@ -1,4 +1,4 @@
-"""Messages deleted by hand, as those see it who run two replicas and those who are connected to them."""
+"""Messages deleted by hand, as seen by the operator of two replicas and by their clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_both_transports import running
 
 
 class Client:
-    """A subscription to everything after a seq, by either transport: its messages and gaps, as they come."""
+    """A subscription after a seq over either transport, with the messages and gaps that it received."""
 
     def __init__(self, bus: Bus, pattern: str) -> None:
         self._bus = bus
@@ -48,13 +48,13 @@ class Client:
 
 
 def on(url: str) -> Config:
-    """A replica on this database that keeps next to nothing in memory."""
+    """The configuration of a replica on this database that keeps almost nothing in memory."""
     return msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url), limits=LimitSettings(recent=1))
 
 
 @asynccontextmanager
 async def replicas(url: str, directory: Path) -> AsyncIterator[list[tuple[str, dict[str, Any]]]]:
-    """Two of them: the address of each, and where its doors are."""
+    """Run two replicas: the address of each, and its endpoints."""
     async with AsyncExitStack() as closing:
         found = []
         for name in ("one", "other"):
@@ -112,7 +112,7 @@ async def test_replicas_are_degraded_until_the_repair_and_subscriptions_continue
                 await nursery.start(client.follow, 0)
             for client in late:
                 await client.wait_for(2)
-            # Publishing goes on, and whoever is live hears of it.
+            # Publishing continues, and live subscriptions get the message.
             assert await buses[0].publish("a.b", 11) == 11
             for client in live:
                 await client.wait_for(11)
@@ -132,7 +132,7 @@ async def test_replicas_are_degraded_until_the_repair_and_subscriptions_continue
             for client in live:
                 assert client.seqs == list(range(1, 13))
                 assert client.gaps == []
-            # Who comes later finds the same, on either replica.
+            # A later subscription gets the same on either replica.
             newcomers = [Client(bus, "a.b") for bus in buses]
             for client in newcomers:
                 await nursery.start(client.follow, 2)
