@@ -28,7 +28,7 @@ GRANTS = Grants(("a.*",), ("a.*", "b"))
 
 
 def on(url: str) -> Config:
-    """A broker on this database, which gives up on it soon."""
+    """The configuration of a broker on this database, with a short timeout."""
     return msgspec.structs.replace(CONFIG, database=DatabaseSettings(url=url, publish_timeout=1, connect_timeout=1))
 
 
