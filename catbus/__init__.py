@@ -1,6 +1,6 @@
 """A real-time message broker on Trio: WebTransport and WebSocket clients, one durable log in PostgreSQL.
 
-`serve` runs a broker, `open_broker` one without doors for this process alone, `connect` is the client.
+`serve` runs a broker, `open_broker` one without endpoints for this process alone, `connect` is the client.
 """
 
 from importlib import import_module

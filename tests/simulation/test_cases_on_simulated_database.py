@@ -79,7 +79,7 @@ def catch_up_to_the_head_of_the_database(planter: MistakePlanter) -> None:
 
 
 def go_live_without_catching_up(planter: MistakePlanter) -> None:
-    planter.replace(Delivery, "_read_for", Delivery._go_live)
+    planter.replace(Delivery, "_catch_up", Delivery._go_live)
 
 
 def announce_no_gap(planter: MistakePlanter) -> None:
