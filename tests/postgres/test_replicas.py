@@ -162,7 +162,7 @@ async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_cli
     assert not replica.complaints
 
 
-async def test_message_acknowledged_by_a_killed_replica_is_in_the_log_and_the_other_replica_continues(
+async def test_message_acknowledged_by_a_killed_replica_is_in_the_log(
     database_url: str,
 ) -> None:
     connections, tasks, enough = 4, 10, 500
