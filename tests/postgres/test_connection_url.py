@@ -155,7 +155,7 @@ def test_unknown_parameter_is_an_error_with_a_suggestion(written: str, meant: st
         "postgres://me:x@h/x?sslcert=/no/such&sslpassword=hunter2&sslmode=require",
     ],
 )
-def test_no_error_shows_a_password(url: str) -> None:
+def test_errors_show_no_password(url: str) -> None:
     text = complaint(url)
     assert "hunter" not in text
     assert "12345" not in text
