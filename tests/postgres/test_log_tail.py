@@ -37,9 +37,7 @@ steps = st.lists(
 
 
 @given(steps)
-def test_entries_are_delivered_once_and_in_order_however_they_arrive(
-    steps: list[tuple[str, tuple[int, int]]],
-) -> None:
+def test_entries_are_delivered_once_and_in_order_however_they_arrive(steps: list[tuple[str, tuple[int, int]]]) -> None:
     tail, follower = open_tail()
     known = expected = 0
 

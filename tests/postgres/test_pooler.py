@@ -152,9 +152,7 @@ async def test_killed_pooler_loses_nothing(bouncer: Bouncer, database_url: str) 
         assert follower.restarts == [0]
 
 
-async def test_unverified_server_behind_the_pooler_is_not_trusted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_unverified_server_behind_the_pooler_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clients stay connected while the server is set back, and nothing checks it before the next statement."""
     for name in ("NOTIFIED_INTERVAL", "IDLE_INTERVAL", "BUSY_INTERVAL"):
         monkeypatch.setattr(polling_interval, name, 3600.0)

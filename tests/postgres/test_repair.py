@@ -211,9 +211,7 @@ async def test_database_with_another_isolation_level_is_repaired(database_url: s
             await sql.execute(f'ALTER DATABASE "{name}" RESET ALL')
 
 
-async def test_readers_stop_before_a_deleted_range_until_the_repair_and_lose_nothing_else(
-    database_url: str,
-) -> None:
+async def test_readers_stop_before_a_deleted_range_until_the_repair_and_lose_nothing_else(database_url: str) -> None:
     async with filled(database_url) as (one, _, publisher):
         other = make(database_url)
         async with running(other):

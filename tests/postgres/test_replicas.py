@@ -112,9 +112,7 @@ async def test_subscribers_of_both_replicas_see_all_messages_in_one_gapless_orde
     assert not [complaint for replica in replicas for complaint in replica.complaints]
 
 
-async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_clients(
-    database_url: str,
-) -> None:
+async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_clients(database_url: str) -> None:
     answered: list[object] = []
     stopping, sent_away = trio.Event(), trio.Event()
 
@@ -162,9 +160,7 @@ async def test_stopping_replica_replies_to_accepted_publishes_and_drains_its_cli
     assert not replica.complaints
 
 
-async def test_message_acknowledged_by_a_killed_replica_is_in_the_log(
-    database_url: str,
-) -> None:
+async def test_message_acknowledged_by_a_killed_replica_is_in_the_log(database_url: str) -> None:
     connections, tasks, enough = 4, 10, 500
     tried: set[tuple[str, int]] = set()
     numbers = count()
