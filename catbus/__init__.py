@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         State,
         connect,
     )
+    from .close_codes import CloseCode
     from .config import Config, load
-    from .errors import CatbusError, CloseCode, ConfigError, Disconnected, ErrorCode, PeerError, Refused, Unavailable
+    from .error_codes import ErrorCode
+    from .errors import CatbusError, ConfigError, Disconnected, PeerError, Refused, Unavailable
 
 _HOMES = {
     "broker": ("Broker", "open_broker", "serve"),
@@ -46,10 +48,10 @@ _HOMES = {
         "connect",
     ),
     "config": ("Config", "load"),
+    "close_codes": ("CloseCode",),
+    "error_codes": ("ErrorCode",),
     "errors": (
         "CatbusError",
-        "CloseCode",
-        "ErrorCode",
         "ConfigError",
         "Disconnected",
         "PeerError",

@@ -2,65 +2,8 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
-
-
-class ErrorCode(StrEnum):
-    """The `code` of an error reply. A retry can help for those in `RETRYABLE`."""
-
-    BAD_MESSAGE = "bad_message"
-    UNAUTHENTICATED = "unauthenticated"
-    UNAUTHORIZED = "unauthorized"
-    INVALID_CHANNEL = "invalid_channel"
-    INVALID_PATTERN = "invalid_pattern"
-    TOO_LARGE = "too_large"
-    RATE_LIMITED = "rate_limited"
-    OVERLOADED = "overloaded"
-    UNAVAILABLE = "unavailable"
-    UNKNOWN = "unknown"
-    AUTH_TIMEOUT = "auth_timeout"
-    TOKEN_EXPIRED = "token_expired"
-    TOKEN_NOT_VALID_YET = "token_not_valid_yet"
-    REVOKED = "revoked"
-    LIMIT = "limit"
-    SHUTTING_DOWN = "shutting_down"
-    INTERNAL = "internal"
-
-
-RETRYABLE = frozenset(
-    {
-        ErrorCode.RATE_LIMITED,
-        ErrorCode.OVERLOADED,
-        ErrorCode.UNAVAILABLE,
-        ErrorCode.UNKNOWN,
-        ErrorCode.AUTH_TIMEOUT,
-        ErrorCode.TOKEN_NOT_VALID_YET,
-        ErrorCode.SHUTTING_DOWN,
-        ErrorCode.INTERNAL,
-    }
-)
-
-
-class CloseCode(IntEnum):
-    """Why a connection is closed. 4000-4399: final; 4400-4499: reconnect with a new token; 4500-4999: reconnect."""
-
-    BAD_MESSAGE = 4000
-    UNAUTHENTICATED = 4001
-    TOO_LARGE = 4009
-    TOKEN_EXPIRED = 4401
-    REVOKED = 4403
-    INTERNAL = 4500
-    AUTH_TIMEOUT = 4502
-    UNAVAILABLE = 4503
-    SHUTTING_DOWN = 4504
-    UNRESPONSIVE = 4508
-    TOKEN_NOT_VALID_YET = 4525
-    OVERLOADED = 4529
-
-    @property
-    def final(self) -> bool:
-        """Whether reconnecting cannot help, whatever the token."""
-        return self < 4400
+from .close_codes import CloseCode
+from .error_codes import ErrorCode
 
 
 class CatbusError(Exception):

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "catbus"
 
 # From the bottom up. A part may import itself and what stands on a line below its own.
 LAYERS = (
+    {"close_codes", "error_codes"},
     {"errors", "malloc_trim", "version", "observability.histogram", "observability.loggers"},
     {"protocol"},
     {"limits"},
@@ -38,10 +39,12 @@ LAYERS = (
 
 # Parts that have less to do with the others than their line would allow.
 NARROWER = {
-    "certificates": {"errors", "observability.loggers", "config", "webtransport"},
-    "client": {"errors", "protocol", "webtransport"},
-    "config": {"errors"},
+    "certificates": {"close_codes", "error_codes", "errors", "observability.loggers", "config", "webtransport"},
+    "client": {"close_codes", "error_codes", "errors", "protocol", "webtransport"},
+    "config": {"close_codes", "error_codes", "errors"},
     "postgres": {
+        "close_codes",
+        "error_codes",
         "errors",
         "observability.loggers",
         "protocol.channels",
@@ -50,7 +53,7 @@ NARROWER = {
         "observability.histogram",
         "log",
     },
-    "webtransport": {"errors"},
+    "webtransport": {"close_codes", "error_codes", "errors"},
 }
 
 # Libraries that only these may import: a module, or a package with all in it.
@@ -66,6 +69,8 @@ ONLY_IMPORTERS = {
 
 # The core is told what came in and what time it is; it opens nothing and waits for nothing.
 PURE = {
+    "close_codes",
+    "error_codes",
     "auth.base64url",
     "auth.claims",
     "auth.grants",

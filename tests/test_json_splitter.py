@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catbus.errors import CloseCode, ErrorCode, PeerError
+from catbus.close_codes import CloseCode
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
 

@@ -15,8 +15,9 @@ from catbus.auth.grants import Grants, Identity
 from catbus.auth.live_permissions import MAX_STALENESS
 from catbus.auth.role_tokens import make_role_token, role_key
 from catbus.auth.tokens import Authenticator, sign
+from catbus.close_codes import CloseCode
 from catbus.config import Config
-from catbus.errors import CloseCode, Unavailable
+from catbus.errors import Unavailable
 from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import Publish, check_payload, decode_server

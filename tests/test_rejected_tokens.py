@@ -18,8 +18,10 @@ from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.token_errors import RejectionReason
 from catbus.auth.tokens import Authenticator, sign
 from catbus.client import Backoff
+from catbus.close_codes import CloseCode
 from catbus.config import AuthSettings, Config
-from catbus.errors import CloseCode, ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.log import MemoryLog
 from catbus.observability.metrics import export_metrics
 from catbus.replica import Replica

@@ -19,9 +19,11 @@ from catbus.auth.grants import Grants, Identity, client_of
 from catbus.auth.role_tokens import make_role_token, role_key
 from catbus.auth.tokens import Authenticator, sign
 from catbus.broker import OWNER
+from catbus.close_codes import CloseCode
 from catbus.config import Config, DrainSettings, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
-from catbus.errors import CloseCode, ErrorCode, PeerError, Unavailable
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError, Unavailable
 from catbus.limits.cpu_scheduler import TimeSlices
 from catbus.log import Append, Committed, MemoryLog
 from catbus.log.interface import APPEND_OVERHEAD

@@ -15,8 +15,9 @@ import catbus
 from catbus import Config
 from catbus.auth.grants import Grants
 from catbus.auth.role_tokens import make_role_token
+from catbus.close_codes import CloseCode
 from catbus.config import DatabaseSettings
-from catbus.errors import CloseCode, ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
 from tests.endpoints.raw_peer import Peer

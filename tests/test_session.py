@@ -12,9 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from catbus.auth.grants import Grants, Identity
+from catbus.close_codes import CloseCode
 from catbus.delivery.send_queue import SendQueue
 from catbus.delivery.subscription import Subscription
-from catbus.errors import CloseCode, ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server

@@ -26,11 +26,13 @@ from catbus.auth import live_permissions
 from catbus.auth.grants import Grants, Identity
 from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
+from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
 from catbus.endpoints.http import error_responses, http_connection, routes
-from catbus.endpoints.websocket import inbound_frames, websocket_connection
+from catbus.endpoints.websocket import inbound_frame_limits, websocket_connection
 from catbus.endpoints.webtransport import webtransport_session
-from catbus.errors import RETRYABLE, CloseCode, ErrorCode, PeerError, Unavailable
+from catbus.error_codes import RETRYABLE, ErrorCode
+from catbus.errors import PeerError, Unavailable
 from catbus.limits import unauthenticated
 from catbus.log import EPHEMERAL_SIZE, MemoryLog
 from catbus.postgres import outbox_relay
@@ -376,7 +378,7 @@ CONSTANTS = {
     "bytes of a WebSocket message before the first `auth_ok`": websocket_connection.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes of an object before the first `auth_ok`": unauthenticated.UNAUTHENTICATED_OBJECT_BYTES,
     "bytes held for all unauthenticated peers together": unauthenticated.UNAUTHENTICATED_TOTAL_BYTES,
-    "fragments of a WebSocket message, plus one for every 32 bytes of it": inbound_frames.MAX_FRAGMENTS,
+    "fragments of a WebSocket message, plus one for every 32 bytes of it": inbound_frame_limits.MAX_FRAGMENTS,
     "bytes waiting for a subscription on its own stream, as a fraction of `limits.send_queue`: one part in": (
         webtransport_session.SUBSCRIPTION_QUEUE_DIVISOR
     ),

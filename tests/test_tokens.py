@@ -20,7 +20,9 @@ from catbus.auth.grants import Grants, Identity, client_of
 from catbus.auth.role_tokens import make_role_token, role_digits, role_handle, role_key
 from catbus.auth.token_errors import MAX_RETRY_AFTER, RejectionReason, TokenRejected
 from catbus.auth.tokens import CACHE_SIZE, MAX_TOKEN, Authenticator, sign
-from catbus.errors import CloseCode, ConfigError, ErrorCode, PeerError
+from catbus.close_codes import CloseCode
+from catbus.error_codes import ErrorCode
+from catbus.errors import ConfigError, PeerError
 
 SECRET = "correct horse battery staple"
 OTHER = "Tr0ub4dor&3"

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from catbus.delivery import topic_tree
 from catbus.delivery.topic_tree import Group, TopicTree
-from catbus.errors import ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.protocol.channels import check_channel, check_pattern, covers, matches, prefix_range, selectors
 
 segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])

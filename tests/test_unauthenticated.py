@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
+from catbus.close_codes import CloseCode
 from catbus.config import Config
-from catbus.errors import CloseCode
 from catbus.limits.unauthenticated import (
     UNAUTHENTICATED_OBJECT_BYTES,
     UNAUTHENTICATED_PEER_BYTES,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from catbus.errors import ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.wire_messages import MAX_DEPTH, ProtocolVersion, Reply, Request
 from catbus.testing.strategies import JSON, channels, client_messages, messages, patterns, payloads, server_messages

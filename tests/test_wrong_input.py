@@ -15,8 +15,8 @@ import trio
 import catbus
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
+from catbus.close_codes import CloseCode
 from catbus.config import LimitSettings
-from catbus.errors import CloseCode
 from tests.brokers import CONFIG, SECRET, TOKEN, running
 from tests.endpoints.raw_peer import BINARY, CLOSE, TEXT, Peer, masked
 

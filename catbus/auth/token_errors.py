@@ -5,7 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from ..errors import CloseCode, ErrorCode, PeerError
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 
 MAX_RETRY_AFTER = 86_400.0
 """Seconds: the longest `retry_after` of a token that is not valid yet."""

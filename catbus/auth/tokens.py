@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 from jwt import PyJWTError
 
-from ..errors import CloseCode, ConfigError, ErrorCode
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import ConfigError
 from ..protocol.wire_messages import clip
 from .base64url import decode_base64url, encode_base64url
 from .claims import GrantClaim, GrantListClaim, JwtClaims, SubTokenClaims, decode_claims

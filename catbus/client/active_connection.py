@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from ..errors import CloseCode, Disconnected, PeerError
+from ..close_codes import CloseCode
+from ..errors import Disconnected, PeerError
 from .protocol_connection import ProtocolConnection
 from .signals import ClientSignals, Signal
 from .transport_interface import DrivenTransport, Transport

@@ -10,7 +10,9 @@ from contextlib import suppress
 import anyio
 import anyio.abc
 
-from ..errors import CloseCode, Disconnected, ErrorCode, Refused
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import Disconnected, Refused
 from ..protocol.wire_messages import AuthOk, Error, GoAway
 from .active_connection import ActiveConnection
 from .argument_checks import check_text

@@ -14,7 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Raw, structs
 
-from ..errors import ErrorCode, Refused
+from ..error_codes import ErrorCode
+from ..errors import Refused
 from ..protocol import wire_messages as wire
 from .server_messages import Page
 

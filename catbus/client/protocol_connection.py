@@ -18,7 +18,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import Disconnected, PeerError, Refused
 from ..protocol import wire_messages as wire
 from ..protocol.json_splitter import JsonSplitter
 from .in_flight_requests import InFlightRequests, PendingReply

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from ..errors import RETRYABLE, ErrorCode, Refused
+from ..error_codes import RETRYABLE, ErrorCode
+from ..errors import Refused
 
 _PROTOCOL_ERROR_CODES = frozenset({1002, 1003, 1007, 1009})
 """Close codes of WebSocket for messages that the client should not have sent."""

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Raw, Struct
 
-from ..errors import ErrorCode, PeerError
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import Gap, GoAway, Head, Live, Reply
 from .argument_checks import encode_cursor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from ..errors import RETRYABLE, ErrorCode, PeerError, Refused
+from ..error_codes import RETRYABLE, ErrorCode
+from ..errors import PeerError, Refused
 from ..protocol import wire_messages as wire
 from .in_flight_requests import RequestSender
 from .message_queue import MessageQueue, QueuePhase

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from ..errors import CloseCode, ErrorCode, PeerError
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import trio
 from msgspec import Struct
 
-from ..errors import ErrorCode
+from ..error_codes import ErrorCode
 
 # Ten thousand entries and outcomes are made per second. A Struct is made in a tenth of a dataclass's time, and
 # `gc=False` keeps the hundred thousand entries in memory away from the garbage collector.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ..auth.token_errors import RejectionReason
-from ..errors import ErrorCode
+from ..error_codes import ErrorCode
 from ..postgres.log import PostgresStatistics
 from ..version import version
 from .histogram import Histogram

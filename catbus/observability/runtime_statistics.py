@@ -9,7 +9,7 @@ import trio
 
 from ..auth.token_errors import RejectionReason
 from ..delivery.fan_out import Delivery
-from ..errors import ErrorCode
+from ..error_codes import ErrorCode
 from ..log import Log
 from .histogram import Histogram
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..errors import ErrorCode, PeerError
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 
 MAX_LENGTH = 255
 """Bytes that a channel or a pattern may have."""

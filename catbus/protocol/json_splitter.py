@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import CloseCode, ErrorCode, PeerError
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 from .wire_messages import UNDECODABLE, decoding_error
 
 M = TypeVar("M")

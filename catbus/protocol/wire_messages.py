@@ -15,7 +15,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from ..errors import ErrorCode, PeerError
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 
 MAX_DEPTH = 64
 """Levels to which a message may be nested."""

@@ -11,7 +11,9 @@ from ..auth.grants import Identity, client_of
 from ..auth.role_tokens import RoleSource, role_handle, role_key
 from ..auth.token_errors import RejectionReason, TokenRejected
 from ..auth.tokens import Authenticator
-from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
+from ..close_codes import CloseCode
+from ..error_codes import ErrorCode
+from ..errors import PeerError, Unavailable
 from ..limits.cpu_scheduler import CpuScheduler
 from ..observability.loggers import RateLimitedLog, get_logger
 from ..observability.runtime_statistics import RuntimeStatistics

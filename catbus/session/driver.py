@@ -14,10 +14,12 @@ from typing import Protocol
 import trio
 
 from ..auth.grants import Grants, Identity, client_of
+from ..close_codes import CloseCode
 from ..config import LimitSettings
 from ..delivery.send_queue import OVERHEAD, SendQueue, TransportWriter
 from ..delivery.subscription import Subscription
-from ..errors import CloseCode, ErrorCode, PeerError, Unavailable
+from ..error_codes import ErrorCode
+from ..errors import PeerError, Unavailable
 from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ..log import EPHEMERAL_SIZE, Rejected
 from ..protocol import wire_messages as wire

@@ -10,7 +10,8 @@ import trio
 
 from ..auth.grants import Identity
 from ..delivery.fan_out import Delivery
-from ..errors import ErrorCode, PeerError
+from ..error_codes import ErrorCode
+from ..errors import PeerError
 from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
 from ..log import Append, Entry, Log, Outcome, Rejected, rejection_of

@@ -25,9 +25,11 @@ from typing import Any
 from msgspec import Raw
 
 from ..auth.grants import Grants, Identity
+from ..close_codes import CloseCode
 from ..delivery.send_queue import HeadLine, SendQueue
 from ..delivery.subscription import Subscription
-from ..errors import RETRYABLE, CloseCode, ErrorCode, PeerError
+from ..error_codes import RETRYABLE, ErrorCode
+from ..errors import PeerError
 from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..log import APPEND_OVERHEAD, EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected

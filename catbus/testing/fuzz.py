@@ -24,7 +24,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from ..auth.grants import Grants
 from ..auth.tokens import sign
 from ..client.broker_address import make_ssl_context
-from ..errors import Disconnected, ErrorCode, Refused, Unavailable
+from ..error_codes import ErrorCode
+from ..errors import Disconnected, Refused, Unavailable
 from .blocking_connection import ThreadedConnection, dial
 from .broker_state_machine import BrokerMachine
 from .protocol_client import ProtocolClient

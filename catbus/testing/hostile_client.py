@@ -9,7 +9,7 @@ from itertools import count
 
 import msgspec
 
-from ..errors import CloseCode
+from ..close_codes import CloseCode
 from ..protocol import wire_messages as wire
 from .blocking_connection import BlockingConnection
 

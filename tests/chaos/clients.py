@@ -29,7 +29,8 @@ from catbus.client import (
     open_bus,
 )
 from catbus.client.transport_interface import MAIN_STREAM, DrivenTransport
-from catbus.errors import ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.postgres.access.asyncpg_bridge import DATABASE_ERRORS
 from catbus.protocol.json_splitter import JsonSplitter
 from tests.postgres.processes import token as sign_token

@@ -10,7 +10,8 @@ import pytest
 
 from catbus.cli import main_command
 from catbus.cli.main_command import explain_error
-from catbus.errors import ConfigError, Disconnected, ErrorCode, Refused
+from catbus.error_codes import ErrorCode
+from catbus.errors import ConfigError, Disconnected, Refused
 
 from .conftest import Command
 

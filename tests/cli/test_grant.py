@@ -17,7 +17,8 @@ from catbus.cli.development_credentials import (
     read_or_create_secret,
     read_secret,
 )
-from catbus.errors import ConfigError, ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import ConfigError, PeerError
 
 from .conftest import Command
 

@@ -23,7 +23,7 @@ from catbus.client import (
     open_bus,
     subscription_manager,
 )
-from catbus.errors import CloseCode
+from catbus.close_codes import CloseCode
 from tests.client.scripted_broker import (
     AUTH_OK,
     EPOCH,

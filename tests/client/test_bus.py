@@ -9,7 +9,7 @@ import pytest
 import sniffio
 
 from catbus.client import Disconnected, Gap, Head, Live, Refused, connect
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.protocol import wire_messages as wire
 from tests.client.scripted_broker import EPOCH, Honest, Peer, message, serve, talk, talk_to
 

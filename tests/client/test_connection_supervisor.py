@@ -29,7 +29,7 @@ from catbus.client import (
     open_bus,
 )
 from catbus.client.happy_eyeballs import open_first_transport
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from tests.client.scripted_broker import AUTH_OK, Gone, Honest, Peer, Pipe, Script, message, play
 
 STEADY = Backoff(jitter=0)

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.client import Disconnected, Ended, Reconnected, Refused, State, open_bus
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from tests.client.scripted_broker import AUTH_OK, Honest, Peer, Pipe
 from tests.client.test_connection_supervisor import AWAY, admitted, end_of, lost, network
 

@@ -21,7 +21,8 @@ from catbus.client.message_queue import CursorUpdate, InitialHistory, MessageQue
 from catbus.client.protocol_connection import ProtocolConnection
 from catbus.client.server_messages import Message, Page, encode_payload
 from catbus.client.subscription_manager import SubscriptionManager
-from catbus.errors import ErrorCode, Refused
+from catbus.error_codes import ErrorCode
+from catbus.errors import Refused
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
 from tests.client.scripted_broker import AUTH_OK, EPOCH, message

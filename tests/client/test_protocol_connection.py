@@ -18,7 +18,9 @@ from catbus.client.protocol_connection import MAX_SEND_SIZE, ProtocolConnection
 from catbus.client.server_messages import Message, Page, encode_payload
 from catbus.client.subscription_manager import SubscriptionManager
 from catbus.client.transport_interface import DATAGRAM
-from catbus.errors import CloseCode, Disconnected, ErrorCode, PeerError, Refused
+from catbus.close_codes import CloseCode
+from catbus.error_codes import ErrorCode
+from catbus.errors import Disconnected, PeerError, Refused
 from catbus.protocol import wire_messages as wire
 from tests.client.scripted_broker import AUTH_OK, EPOCH, message
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catbus.client.reconnect_policy import Backoff, ReconnectDecision, decide_by_close_code, decide_by_token_error
-from catbus.errors import CloseCode, ErrorCode, Refused
+from catbus.close_codes import CloseCode
+from catbus.error_codes import ErrorCode
+from catbus.errors import Refused
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from catbus.client.server_messages import Message, Page, decode, encode_payload
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.wire_messages import UNDECODABLE
 

@@ -9,7 +9,8 @@ import pytest
 from catbus.client.message_queue import CursorUpdate, MessageQueue, QueuePhase
 from catbus.client.protocol_connection import ProtocolConnection
 from catbus.client.server_messages import Gap
-from catbus.errors import ErrorCode, Refused
+from catbus.error_codes import ErrorCode
+from catbus.errors import Refused
 from tests.client.scripted_broker import EPOCH, message
 from tests.client.test_lost_connections import Client
 from tests.client.test_protocol_connection import lines, sent, seqs, subscribed

@@ -9,9 +9,11 @@ from typing import Any
 import trio
 
 from catbus.auth.grants import Grants, Identity
+from catbus.close_codes import CloseCode
 from catbus.config import Config
 from catbus.delivery.send_queue import SendQueue, TransportWriter
-from catbus.errors import CloseCode, ErrorCode, PeerError
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError
 from catbus.limits.connections_per_address import ConnectionsPerAddress
 from catbus.limits.cpu_scheduler import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers

@@ -24,7 +24,7 @@ from catbus.endpoints.http.http_connection import (
     serve_http_connection,
 )
 from catbus.endpoints.http.http_request import HttpRequest
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.limits.unauthenticated import TOO_MUCH, UnauthenticatedPeers
 from tests.endpoints import raw_peer
 from tests.endpoints.fake_replica import FakeReplica

@@ -14,10 +14,12 @@ from typing import Any, cast
 import pytest
 import trio
 
+from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings, WebSocketSettings
 from catbus.endpoints import HttpEndpoint, serve_http
 from catbus.endpoints.http import http_endpoint
-from catbus.errors import CloseCode, ConfigError, ErrorCode
+from catbus.error_codes import ErrorCode
+from catbus.errors import ConfigError
 from tests.endpoints import raw_peer
 from tests.endpoints.fake_replica import FakeReplica
 from tests.endpoints.raw_peer import Peer, masked, patience

@@ -12,7 +12,8 @@ from catbus.endpoints.http.error_responses import ERROR_STATUSES
 from catbus.endpoints.http.http_request import HttpRequest
 from catbus.endpoints.http.http_response import HttpResponse
 from catbus.endpoints.http.publish_request import publish
-from catbus.errors import ErrorCode, PeerError, Unavailable
+from catbus.error_codes import ErrorCode
+from catbus.errors import PeerError, Unavailable
 from catbus.log import Committed, Rejected
 from tests.endpoints.fake_replica import FakeReplica
 

@@ -20,6 +20,7 @@ from trio.testing import MockClock
 from catbus.auth.grants import Grants, Identity, client_of
 from catbus.auth.tokens import sign
 from catbus.broker import OWNER
+from catbus.close_codes import CloseCode
 from catbus.config import LimitSettings as BrokerLimits
 from catbus.endpoints.webtransport import packet_router
 from catbus.endpoints.webtransport.connection_timers import ConnectionTimers
@@ -27,7 +28,6 @@ from catbus.endpoints.webtransport.datagram_scheduler import TURN_TIME
 from catbus.endpoints.webtransport.quic_peer import QuicPeer
 from catbus.endpoints.webtransport.retry_and_reset_tokens import RETRY_TOKEN_LIFETIME, StatelessTokens
 from catbus.endpoints.webtransport.udp_socket import UdpSocket
-from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import ConnectionLimits, SessionClosed, SessionOpened, WebTransportConnection
 from catbus.webtransport.connectionless_packets import ID_LENGTH, VERSIONS

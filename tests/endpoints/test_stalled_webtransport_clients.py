@@ -14,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Authenticator
 from catbus.broker import OWNER
+from catbus.close_codes import CloseCode
 from catbus.endpoints.webtransport import webtransport_session
 from catbus.endpoints.webtransport.packet_router import PING_INTERVAL
 from catbus.endpoints.webtransport.webtransport_session import (
@@ -23,7 +24,6 @@ from catbus.endpoints.webtransport.webtransport_session import (
     WRITE_SIZE,
     WebTransportSession,
 )
-from catbus.errors import CloseCode
 from catbus.log import MemoryLog
 from catbus.protocol.wire_messages import Publish
 from catbus.replica import Replica

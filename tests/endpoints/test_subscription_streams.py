@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.broker import OWNER
+from catbus.close_codes import CloseCode
 from catbus.endpoints.webtransport import webtransport_session
-from catbus.errors import CloseCode
 from catbus.protocol.wire_messages import Publish
 from catbus.webtransport import ConnectionLimits
 from tests.brokers import CONFIG, SECRET

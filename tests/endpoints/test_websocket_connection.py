@@ -13,6 +13,7 @@ import trio
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wait_all_tasks_blocked
 
 from catbus.auth.tokens import Authenticator
+from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
@@ -25,7 +26,6 @@ from catbus.endpoints.websocket.websocket_connection import (
     WebSocketServerConnection,
     serve_websocket,
 )
-from catbus.errors import CloseCode
 from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import ProtocolVersion
 from catbus.replica import Replica

@@ -20,7 +20,7 @@ from catbus.auth.grants import Grants
 from catbus.auth.tokens import Authenticator, sign
 from catbus.endpoints.http.http_response import HttpResponse
 from catbus.endpoints.http.request_head import read_request_head
-from catbus.endpoints.websocket.inbound_frames import InboundFrames
+from catbus.endpoints.websocket.inbound_frame_limits import InboundFrames
 from catbus.errors import PeerError
 from catbus.protocol import channels
 from catbus.protocol import wire_messages as wire
@@ -29,7 +29,7 @@ from catbus.protocol.wire_messages import UNDECODABLE
 from catbus.webtransport import WebTransportConnection
 from catbus.webtransport.capsules import CapsuleError, CapsuleReader
 from catbus.webtransport.connectionless_packets import ID_LENGTH, read_header
-from tests.endpoints.test_inbound_frames import seen
+from tests.endpoints.test_inbound_frame_limits import seen
 from tests.webtransport.simulated_link import CLIENT, Link, server_config
 from tests.webtransport.test_hostile_peers import packet, raw
 

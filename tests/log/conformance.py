@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import trio
 
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Entry, Log, Rejected
 from tests.log.harness import TEST_TIMEOUT, Publisher, RecordingFollower, read_all, running
 

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.log import Append, Committed, MemoryLog, Rejected
 from catbus.log.in_memory import KEY_OVERHEAD
 from catbus.log.recent_messages import ENTRY_OVERHEAD

@@ -13,7 +13,8 @@ import trio.testing
 from structlog.testing import CapturingLogger
 
 from catbus.config import DatabaseSettings
-from catbus.errors import ConfigError, ErrorCode, Unavailable
+from catbus.error_codes import ErrorCode
+from catbus.errors import ConfigError, Unavailable
 from catbus.log import Committed, Entry, Outcome, Rejected
 from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.postgres import PostgresLog

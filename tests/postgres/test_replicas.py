@@ -15,7 +15,7 @@ from catbus.client import Backoff, Bus, Disconnected, GoAway, Transport, connect
 from catbus.client.broker_address import parse_address
 from catbus.client.websocket_transport import open_websocket
 from catbus.client.webtransport_transport import make_configuration, open_webtransport
-from catbus.errors import CloseCode
+from catbus.close_codes import CloseCode
 from tests.postgres.processes import Replica, open_replicas, token
 from tests.postgres.sql import head_locked, open_sql, wait_until, waiting
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from catbus.delivery.fan_out import Delivery
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.delivery.subscription import Subscription
-from catbus.errors import ErrorCode
+from catbus.error_codes import ErrorCode
 from catbus.log import Append, Committed, Log, Outcome
 from catbus.protocol import wire_messages as wire
 

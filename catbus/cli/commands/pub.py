@@ -12,7 +12,8 @@ import trio
 from msgspec import Raw
 
 from ...client import Bus
-from ...errors import ErrorCode, PeerError, Refused
+from ...error_codes import ErrorCode
+from ...errors import PeerError, Refused
 from ...protocol.channels import check_channel
 from ...protocol.wire_messages import check_payload, to_json
 from ..connection_options import ConnectionOptions, connection_options

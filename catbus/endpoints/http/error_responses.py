@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ...errors import ErrorCode, PeerError, Unavailable
+from ...error_codes import ErrorCode
+from ...errors import PeerError, Unavailable
 from .http_request import Headers
 from .http_response import HttpResponse, json_response
 

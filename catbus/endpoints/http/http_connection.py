@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import h11
 import trio
 
-from ...errors import ErrorCode
+from ...error_codes import ErrorCode
 from ...limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry

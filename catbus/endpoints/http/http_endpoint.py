@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...config import join_address, split_address
-from ...errors import ConfigError, ErrorCode
+from ...error_codes import ErrorCode
+from ...errors import ConfigError
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
 from ..graceful_close import TlsStream, close_gracefully

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from ...errors import ErrorCode, PeerError
+from ...error_codes import ErrorCode
+from ...errors import PeerError
 
 Headers = Sequence[tuple[bytes, bytes]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from ...errors import ErrorCode
+from ...error_codes import ErrorCode
 from ...protocol import wire_messages as wire
 from .http_request import Headers
 

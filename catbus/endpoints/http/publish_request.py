@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...auth.grants import Identity, client_of
-from ...errors import ErrorCode, PeerError, Unavailable
+from ...error_codes import ErrorCode
+from ...errors import PeerError, Unavailable
 from ...log import Outcome, Rejected
 from ...protocol import wire_messages as wire
 from .error_responses import ERROR_STATUSES, error_response, retry_headers

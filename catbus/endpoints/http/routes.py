@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ...errors import ErrorCode, PeerError
+from ...error_codes import ErrorCode
+from ...errors import PeerError
 from .discovery_document import discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin

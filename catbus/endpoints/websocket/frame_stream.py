@@ -11,7 +11,7 @@ import trio
 from ...limits.cpu_scheduler import CpuScheduler
 from ..graceful_close import close_gracefully
 from .frame_encoder import close_frame, is_close
-from .inbound_frames import InboundFrames
+from .inbound_frame_limits import InboundFrames
 
 _CHUNK = 65_536
 

@@ -10,15 +10,15 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError
 
+from ...close_codes import CloseCode
 from ...delivery.send_queue import QueueItem, SendQueue, size_of_replies
-from ...errors import CloseCode
 from ...limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ...observability.loggers import get_logger
 from ...protocol.wire_messages import ProtocolVersion
 from ..connection_registry import ConnectionRegistry
 from .frame_encoder import PING, close_frame
 from .frame_stream import FrameStream
-from .inbound_frames import InboundFrames
+from .inbound_frame_limits import InboundFrames
 
 if TYPE_CHECKING:
     from ...config import WebSocketSettings

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ...close_codes import CloseCode
 from ...delivery.send_queue import QueueItem, SendQueue
-from ...errors import CloseCode
 from ...protocol.wire_messages import ProtocolVersion
 from ...session.publishing import STOPPING
 from ...webtransport import (

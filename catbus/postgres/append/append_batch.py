@@ -10,6 +10,11 @@ from msgspec import Raw
 from ...log import Append, Entry, Outcome, Rejected
 from ...log.interface import UNKNOWN
 
+MAX_BATCH_MESSAGES = 1000
+"""Messages that one transaction appends at most."""
+MAX_BATCH_COST = 4 << 20
+"""The cost limit of one transaction while a single client publishes."""
+
 _ARGUMENTS = ", ".join(f"${number}" for number in range(1, 13))
 APPEND = f"CALL catbus.append_transaction({_ARGUMENTS}, false, NULL, NULL, NULL, NULL, NULL, NULL)"
 APPEND_AND_MOVE = f"CALL catbus.append_transaction({_ARGUMENTS}, true, NULL, NULL, NULL, NULL, NULL, NULL)"

@@ -32,15 +32,12 @@ from ..access.asyncpg_bridge import DatabaseConnection, Row, sqlstate
 from ..access.reconnecting_tasks import ReportProgress
 from ..follow.log_tail import LogTail
 from ..notifications.encryption import LOG_CHANNEL, NotificationEncrypter
-from .append_batch import MOVE, AppendBatch
+from .append_batch import MAX_BATCH_COST, MAX_BATCH_MESSAGES, MOVE, AppendBatch
 
 logger = get_logger("catbus.postgres")
 
 _deadline = attrgetter("deadline")
 
-BATCH_ENTRIES = 1000
-BATCH_COST = 4 << 20
-"""The cost limit of an append while a single client publishes."""
 SHARED_TIME = 0.01
 """Seconds that an append should take while several clients publish."""
 SHARED_COST = 64 << 10
@@ -74,7 +71,7 @@ class LogWriter:
         self.duplicates = 0
         self.moved = 0
         """Messages that were moved from the outbox into the log."""
-        self.sizes = [0] * (BATCH_ENTRIES.bit_length() + 1)
+        self.sizes = [0] * (MAX_BATCH_MESSAGES.bit_length() + 1)
         """How many batches had up to 1, 2, 4, 8, ... messages."""
         self.commit_duration = Histogram()
         """Seconds of each append, from the call to its result."""
@@ -88,7 +85,7 @@ class LogWriter:
         self._synchronous_commit = synchronous_commit
         self._timeout = timeout
         self._queue = AppendQueue(pending, pending_bytes)
-        self._speed = BATCH_COST / SHARED_TIME
+        self._speed = MAX_BATCH_COST / SHARED_TIME
         """The cost appended per second, a moving average."""
         self._in_flight: deque[AppendBatch] = deque()
         self._incarnation = secrets.token_bytes(16)
@@ -122,8 +119,8 @@ class LogWriter:
     def _budget(self) -> int:
         """The cost limit of the next append."""
         if self._queue.clients <= 1:
-            return BATCH_COST
-        return min(BATCH_COST, max(SHARED_COST, int(self._speed * SHARED_TIME)))
+            return MAX_BATCH_COST
+        return min(MAX_BATCH_COST, max(SHARED_COST, int(self._speed * SHARED_TIME)))
 
     def submit(self, append: Append) -> None:
         """Queue a message, or reject it at once if the queue is full."""
@@ -242,7 +239,7 @@ class LogWriter:
         """The next batch: as many queued messages as fit. Each key occurs once in it."""
         self._reject_queue(UNAVAILABLE, trio.current_time())
         self._note_epoch()
-        appends = self._queue.take(BATCH_ENTRIES, self._budget)
+        appends = self._queue.take(MAX_BATCH_MESSAGES, self._budget)
         if not appends:
             return None
         # The queue takes clients in turn, which decides what is in the batch. Within it, the order of arrival is kept.

@@ -13,7 +13,7 @@ from wsproto.connection import Connection
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 from wsproto.utilities import RemoteProtocolError
 
-from catbus.endpoints.websocket.inbound_frames import (
+from catbus.endpoints.websocket.inbound_frame_limits import (
     BYTES_PER_EXTRA_FRAGMENT,
     FRAMES_PER_CALL,
     FRAMES_PER_TURN,
