@@ -18,6 +18,7 @@ import trio
 from ..errors import Unavailable
 from ..log import Entry, Log, LogPage
 from ..protocol.wire_messages import Gap, Live
+from .catch_up import CatchUpSweeps, PatternMatches, feed
 from .send_queue import Budget, EncodedMessages, SendQueue
 from .subscription import (
     AHEAD,
@@ -26,13 +27,10 @@ from .subscription import (
     PAGE_ROWS,
     READING,
     WAITING,
-    PatternMatches,
     Subscription,
     SubscriptionState,
     find_hits,
-    merge,
     offer,
-    without,
 )
 from .topic_tree import TopicTree
 
@@ -103,12 +101,9 @@ class Delivery:
         self._by_send_queue: dict[SendQueue, dict[str, Subscription]] = {}
         """The subscriptions of each send queue, by pattern."""
         self._work = trio.Event()
-        self._in_memory = False
-        """Whether the last page was of the sweep through the entries in memory."""
-        self._swept = {True: 0, False: 0}
-        """Up to where the sweep through the entries in memory has read, and the sweep before them."""
+        self._sweeps = CatchUpSweeps()
         self._lags = 0
-        self._sweeps = 0
+        self._pages_read = 0
         self._withdrawals = 0
         self._restarts = 0
         self._withdraw_above = self.budget.for_messages
@@ -124,7 +119,7 @@ class Delivery:
             patterns=self._live.patterns + self._lagging.patterns - self._in_both,
             lag=self._lag,
             lags=self._lags,
-            sweeps=self._sweeps,
+            sweeps=self._pages_read,
             held=self.budget.held,
             withdrawals=self._withdrawals,
             delivered=self.budget.delivered,
@@ -256,30 +251,14 @@ class Delivery:
             except Unavailable:
                 await trio.sleep(READ_RETRY_INTERVAL)
                 continue
-            self._sweeps += 1
+            self._pages_read += 1
             await trio.lowlevel.checkpoint()
             for _ in self.serve(position, page):
                 await trio.lowlevel.checkpoint()
 
     def next_position(self) -> int | None:
-        """Return the seq after which to read next, or None.
-
-        Two sweeps alternate: one through the entries in memory, and one through those before. So a subscription with a
-        small lag is served at once, however large the lag of others is. Each sweep reads on from its last page towards
-        the head, and then from the lowest cursor again. To start from the lowest cursor each time would let new lagging
-        subscriptions starve those that are nearly complete.
-        """
-        recent = self._log.memory_floor
-        cursors: dict[bool, list[int]] = {True: [], False: []}
-        for subscription in self._reading:
-            cursors[subscription.cursor >= recent - 1].append(subscription.cursor)
-        near = bool(cursors[True]) and (not self._in_memory or not cursors[False])
-        found = cursors[near]
-        if not found:
-            return None
-        self._in_memory = near
-        further_on = [cursor for cursor in found if cursor >= self._swept[near]]
-        return min(further_on or found)
+        """Return the seq after which to read next, or None."""
+        return self._sweeps.next_position([s.cursor for s in self._reading], self._log.memory_floor)
 
     def rows_from(self, position: int) -> int:
         """Return how many entries to read from there: few if the send queues have room for few."""
@@ -291,7 +270,7 @@ class Delivery:
         Exhaust the iterator before the next page. Between two steps anything else may happen.
         """
         restarts = self._restarts
-        self._swept[position >= self._log.memory_floor - 1] = page.last
+        self._sweeps.note_page(position, page.last, self._log.memory_floor)
         if page.after > position:
             # Entries that retention dropped are missing for every lower cursor. A deleted range is a gap for the
             # subscriptions that have reached it.
@@ -316,7 +295,7 @@ class Delivery:
             reading = subscription.state is READING
             if not reading or not page.after <= subscription.cursor <= page.last:
                 continue
-            complete = self._feed(subscription, wanted, page.last)
+            complete = feed(subscription, wanted, page.last)
             progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
                 subscription.rows = min(2 * progress or subscription.rows, PAGE_ROWS)
@@ -326,24 +305,6 @@ class Delivery:
             if complete >= self.position:
                 self._go_live(subscription)
         self._make_room()
-
-    def _feed(self, subscription: Subscription, matches: list[PatternMatches], last: int) -> int:
-        """Offer as much as there is room for. Returns the seq up to which the subscription is complete then."""
-        patterns = subscription.patterns
-        matches = [found for found in matches if found.pattern in patterns]
-        if not matches:
-            return last
-        found, start = matches[0], 0
-        if not subscription.overlapping:
-            start = patterns[found.pattern]
-        else:
-            found = PatternMatches("", merge(subscription, [(m.pattern, m.entries) for m in matches]))
-        if subscription.producer in found.origins:
-            found = PatternMatches(found.pattern, without(found.entries, subscription.producer))
-        encoded, complete = found.cut(max(subscription.cursor, start), subscription.send_queue, last)
-        if encoded is not None:
-            subscription.send_queue.offer(encoded)
-        return complete
 
     # States
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from itertools import accumulate
 from operator import attrgetter
 
 from ..log import Entry
 from ..protocol.wire_messages import Gap, Live, encode
-from .send_queue import OVERHEAD, EncodedMessages, SendQueue, SubscriptionLine
+from .send_queue import EncodedMessages, SendQueue, SubscriptionLine
 from .topic_tree import Group, TopicTree
 
 PAGE_ROWS = 4000
@@ -98,37 +96,6 @@ class Subscription:
         line = encode(reply, self.send_queue.protocol)
         if line is not None:
             self.send_queue.put(SubscriptionLine(line, reply.pattern))
-
-
-class PatternMatches:
-    """The entries of a page that match one pattern. Subscriptions that get the same part share its encoding."""
-
-    def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
-        self.pattern = pattern
-        self.entries = entries
-        self.origins = {entry.origin for entry in entries}
-        self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
-        self._encoded: dict[tuple[int, int], EncodedMessages] = {}
-
-    def cut(self, cursor: int, send_queue: SendQueue, last: int) -> tuple[EncodedMessages | None, int]:
-        """Return the entries after `cursor` that fit into the send queue, and the seq up to which they are complete.
-
-        An empty send queue gets at least one message, whatever its size.
-        """
-        entries, ends = self.entries, self._ends
-        start = bisect_right(entries, cursor, key=_seq)
-        if start == len(entries):
-            return None, last
-        stop = bisect_right(ends, (ends[start - 1] if start else 0) + send_queue.room, lo=start)
-        if stop == start and not send_queue:
-            stop += 1
-        complete = last if stop == len(entries) else entries[stop].seq - 1
-        if stop == start:
-            return None, complete
-        encoded = self._encoded.get((start, stop))
-        if encoded is None:
-            encoded = self._encoded[start, stop] = EncodedMessages(self.pattern, entries[start:stop])
-        return encoded, complete
 
 
 def find_hits(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[Group[Subscription], list[Entry]]:

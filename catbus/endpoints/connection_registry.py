@@ -11,7 +11,7 @@ from typing import Protocol
 import trio
 
 from ..observability.loggers import RateLimitedLog, get_logger
-from .eviction_queue import EvictionQueue
+from .connection_eviction import EvictionQueue
 from .trusted_proxies import TrustedProxies
 from .websocket.frame_encoder import FrameEncoder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catbus.endpoints.eviction_queue import EvictionQueue
+from catbus.endpoints.connection_eviction import EvictionQueue
 from catbus.endpoints.ip_networks import network_of
 
 

@@ -27,7 +27,7 @@ from ...webtransport.connectionless_packets import (
     PacketHeader,
     read_header,
 )
-from ..eviction_queue import EvictionQueue
+from ..connection_eviction import EvictionQueue
 from ..ip_networks import network_of
 from ..trusted_proxies import TrustedProxies
 from .connection_timers import ConnectionTimers
