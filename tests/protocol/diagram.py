@@ -9,7 +9,7 @@ import re
 
 from tests.test_specification import ROOT, section, table
 
-COLUMNS = ("State", "Event", "Reply", "ErrorCode", "Closing code", "Next")
+COLUMNS = ("State", "Event", "Reply", "Code", "Closing code", "Next")
 PLACE = re.compile(r"(?<=^```mermaid\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 
