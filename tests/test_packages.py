@@ -145,7 +145,7 @@ def test_its_modules_are_small_and_say_what_they_are_for() -> None:
         assert text.count("\n") < 400, module
 
 
-SIZE = 14_500
+SIZE = 14_600
 """Bytes, minified and gzipped: so that the client does not grow without anybody noticing."""
 
 

@@ -72,8 +72,8 @@ class SharedSubscription:
     the epoch of a cursor. The other queues are requested once this one has caught up.
     """
 
-    __slots__ = ("covered", "datagrams", "epoch", "incoming", "is_live", "pattern", "queues", "received_seq",
-                 "receivers", "request_id", "since", "stream")  # fmt: skip
+    __slots__ = ("accepted", "covered", "datagrams", "epoch", "incoming", "is_live", "pattern", "queues",
+                 "received_seq", "receivers", "replaced_ids", "request_id", "since", "stream")  # fmt: skip
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -87,6 +87,10 @@ class SharedSubscription:
         """The stream on which the broker sends it."""
         self.request_id: int | None = None
         """The id of the newest `subscribe` while it has no reply."""
+        self.replaced_ids: set[int] = set()
+        """The ids of those without a reply that a newer `subscribe` has replaced."""
+        self.accepted = False
+        """Whether the broker has accepted one of them on the present connection."""
         self.covered: tuple[MessageQueue, ...] = ()
         """The queues that the newest `subscribe` covers."""
         self.since: int | None = None
@@ -96,6 +100,12 @@ class SharedSubscription:
         """The newest seq that arrived."""
         self.is_live = False
         """Whether it has caught up, so that a `head` applies to it."""
+
+    def forget_requests(self) -> None:
+        """Forget what was requested of the broker, and whether it accepted that."""
+        self.request_id = None
+        self.replaced_ids.clear()
+        self.accepted = False
 
     @property
     def has_room(self) -> bool:
@@ -281,6 +291,9 @@ class SubscriptionManager:
     def handle_subscribed(self, reply: wire.Subscribed, incoming: IncomingStream) -> None:
         if reply.epoch is not None:
             incoming.epoch = reply.epoch
+        requested = self._requests.get(reply.id) if reply.id is not None else None
+        if requested is not None and reply.id in (requested.request_id, *requested.replaced_ids):
+            requested.accepted = True
         subscription = self._take_request(reply.id)
         if subscription is None:
             return
@@ -308,6 +321,8 @@ class SubscriptionManager:
             self._take_request(reply.id)
             return
         subscription = self._by_pattern.get(reply.pattern)
+        if subscription is not None and connection is self._connection:
+            subscription.accepted = False
         if subscription is None or not subscription.has_room or subscription.request_id is not None:
             return
         if connection is self._connection and (
@@ -359,6 +374,7 @@ class SubscriptionManager:
         if subscription is not None:
             if subscription.request_id is None:
                 # The broker has already ended it.
+                subscription.forget_requests()
                 self._detach(subscription)
             for queue in list(subscription.queues):
                 self._close(queue, Refused(ErrorCode.REVOKED, "the permission was withdrawn"))
@@ -398,25 +414,29 @@ class SubscriptionManager:
         connection = self._connection
         if connection is not None:
             number = self._next_id()
+            if subscription.request_id is not None:
+                subscription.replaced_ids.add(subscription.request_id)
             connection.send_request(subscription.make_subscribe(number, connection.head, connection.epoch))
             self._requests[number] = subscription
 
     def _send_unsubscribe(self, subscription: SharedSubscription) -> None:
         """End the subscription at the broker, if the broker has it or was asked for it."""
-        connection, incoming = self._connection, subscription.incoming
-        if connection is not None and (
-            subscription.request_id is not None or (incoming is not None and incoming.connection is connection)
-        ):
+        connection = self._connection
+        known = subscription.request_id is not None or subscription.replaced_ids or subscription.accepted
+        if connection is not None and known:
             number = self._next_id()
             connection.send_request(wire.Unsubscribe(subscription.pattern, number))
             self._requests[number] = None
-        subscription.request_id = None
+        subscription.forget_requests()
         self._detach(subscription)
 
     def _take_request(self, number: int | None) -> SharedSubscription | None:
         """Take the subscription to which a reply belongs, if it is the reply to its newest `subscribe`."""
         subscription = self._requests.pop(number, None) if number is not None else None
-        if subscription is None or subscription.request_id != number:
+        if subscription is None or number is None:
+            return None
+        if subscription.request_id != number:
+            subscription.replaced_ids.discard(number)
             return None
         subscription.request_id = None
         return subscription
@@ -426,7 +446,7 @@ class SubscriptionManager:
         self._requests.clear()
         self._to_retry.clear()
         for subscription in self._by_pattern.values():
-            subscription.request_id = None
+            subscription.forget_requests()
 
     def _close(self, queue: MessageQueue, error: Refused | None) -> None:
         self.full_queues.pop(queue, None)

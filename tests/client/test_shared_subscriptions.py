@@ -109,6 +109,17 @@ def test_queue_without_a_cursor_does_not_begin_on_a_subscription_from_another_ep
     assert (first.started, seqs(first), seqs(second)) == (True, [132], [131, 132])
 
 
+def test_subscription_that_a_newer_request_was_to_replace_ends_with_its_last_queue() -> None:
+    client = Client()
+    protocol = client.go_on()
+    first, second = client.subscribe(), client.subscribe(since=10, epoch=EPOCH)
+    older, newer = (request["id"] for request in sent(protocol))
+    busy = {"type": "subscribe_error", "pattern": "a.*", "message": "not now", "code": "unavailable", "id": newer}
+    protocol.receive(lines(subscribed(120, older), busy))
+    assert [queue.phase for queue in (first, second)] == [QueuePhase.ENDED] * 2
+    assert [request["type"] for request in sent(protocol)] == ["unsubscribe"]
+
+
 def test_cursor_above_the_head_withholds_nothing_from_another_queue() -> None:
     client = Client()
     protocol, ahead = begin(client, since=1000)

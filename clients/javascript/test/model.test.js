@@ -33,3 +33,17 @@ test('a handler without a cursor does not begin on a subscription that comes fro
   ];
   live(modules, { connected: true, steps });
 });
+
+test('a subscription that a newer request was to replace ends with its last handler', () => {
+  const steps = [
+    { step: 'subscribe', pattern: '*', start: {} },
+    { step: 'work', number: 0, count: 1 },
+    { step: 'refuse', number: 0, refusing: true },
+    { step: 'subscribe', pattern: '*', start: { since: 0 } },
+    { step: 'work', number: 0, count: 1 },
+    { step: 'bring', number: 0, size: 152 },
+    { step: 'unsubscribe', number: 0 },
+    { step: 'unsubscribe', number: 0 },
+  ];
+  live(modules, { connected: true, steps });
+});

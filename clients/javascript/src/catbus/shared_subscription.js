@@ -34,6 +34,10 @@ export class SharedSubscription {
   incoming;
   /** The newest `subscribe`, while it has no reply. @type {{id: number, connection: Connection, at: number, since: number | undefined, epoch: string | undefined} | undefined} */
   request;
+  /** Whether the broker has accepted a `subscribe` on the present connection. */
+  held = false;
+  /** The ids of those without a reply that a newer one has replaced. @type {Set<number>} */
+  replaced = new Set();
   /** Whether it has caught up. */
   live = false;
   /** Whether it was requested at a cursor of another epoch and has not reached the present one: a gap may come. */
@@ -49,6 +53,30 @@ export class SharedSubscription {
   /** @param {string} pattern */
   constructor(pattern) {
     this.pattern = pattern;
+  }
+
+  /**
+   * The broker has accepted the request for what follows `since` of `epoch`, at `seq` of the epoch of a stream.
+   *
+   * @param {number} seq @param {IncomingStream} incoming @param {number | undefined} since @param {string | undefined} epoch
+   */
+  accept(seq, incoming, since, epoch) {
+    this.request = undefined;
+    this.held = true;
+    this.tries = 0;
+    this.incoming = incoming;
+    if (incoming.own) incoming.subscription = this;
+    this.live = since === undefined;
+    this.crossing = !this.live && epoch !== incoming.epoch;
+    this.seq = since ?? seq;
+    // A lagging replica sends from `since` on, not from its own position.
+    this.head = this.crossing ? seq : Math.max(seq, this.seq);
+  }
+
+  /** Forget what the broker has accepted. */
+  forget() {
+    this.held = false;
+    this.replaced.clear();
   }
 
   /** The subscribers that receive its messages. */

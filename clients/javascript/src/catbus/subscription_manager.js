@@ -1,11 +1,10 @@
 /**
- * The subscriptions of one client, which outlive its connections: their requests to the broker, and
- * the handlers for its replies.
+ * The subscriptions of one client, which outlive its connections: their requests to the broker, and its replies.
  *
- * All handlers of a pattern are subscribers of one subscription at the broker. It receives from one stream: that of
- * the newest accepted `subscribe`. Only the newest request counts, so a late reply, or one from a
- * replaced connection, does not affect it. The request names the lowest cursor of
- * its subscribers, so nothing is missing in between, and each subscriber drops what is not above its own cursor.
+ * All handlers of a pattern are subscribers of one subscription at the broker. It receives from one stream: that of the
+ * newest accepted `subscribe`. Only the newest request counts, so a late reply, or one from a replaced connection, does
+ * not affect it. The request names the lowest cursor of its subscribers, so nothing is missing in between, and each
+ * subscriber drops what is not above its own cursor.
  *
  * @module
  */
@@ -135,18 +134,14 @@ export class SubscriptionManager {
   /** @param {any} reply @param {IncomingStream} incoming */
   subscribed(reply, incoming) {
     const subscription = this.#takeRequest(reply.id);
-    if (!subscription?.request) return;
+    if (!subscription?.request) {
+      const other = this.#byPattern.get(reply.pattern);
+      if (other?.replaced.delete(reply.id)) other.held = true;
+      return;
+    }
     const { since, epoch } = subscription.request;
     const moved = subscription.incoming?.connection !== incoming.connection;
-    subscription.request = undefined;
-    subscription.tries = 0;
-    subscription.incoming = incoming;
-    if (incoming.own) incoming.subscription = subscription;
-    subscription.live = since === undefined;
-    // A lagging replica sends from `since` on, not from its own position.
-    subscription.head = epoch === incoming.epoch ? Math.max(reply.seq, since ?? 0) : reply.seq;
-    subscription.seq = since ?? reply.seq;
-    subscription.crossing = since !== undefined && epoch !== incoming.epoch;
+    subscription.accept(reply.seq, incoming, since, epoch);
     for (const subscriber of subscription.attached) {
       const fresh = subscriber.phase === 'requested';
       if (subscriber.cursor === undefined ? !subscription.crossing : subscriber.isCovered(since ?? reply.seq, since === undefined ? incoming.epoch : epoch, incoming.epoch)) {
@@ -172,7 +167,9 @@ export class SubscriptionManager {
     const subscription = this.#byPattern.get(reply.pattern);
     if (subscription?.incoming?.connection !== connection) return;
     this.#detach(subscription);
-    if (connection === this.#connection && !subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
+    if (connection !== this.#connection) return;
+    subscription.held = false;
+    if (!subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
   }
 
   /** @param {number} id @param {RefusedError} reason @returns {boolean} whether the request is one of these */
@@ -186,15 +183,13 @@ export class SubscriptionManager {
     subscription.request = undefined;
     if (RETRYABLE.has(reason.code)) {
       this.#toRetry.add(subscription);
-      const { timers } = this.#host;
       const pause = Math.min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** Math.min(subscription.tries++, 10));
-      if (!timers.has('retry subscriptions')) timers.set('retry subscriptions', pause, () => this.#retry());
+      if (!this.#host.timers.has('retry subscriptions')) this.#host.timers.set('retry subscriptions', pause, () => this.#retry());
       return true;
     }
-    const heard = subscription.incoming !== undefined && subscription.incoming.connection === this.#connection;
     for (const subscriber of [...subscription.subscribers]) this.#reject(subscriber, reason);
     // A rejected `subscribe` leaves the subscription in place that it was to replace.
-    if (heard) this.#sendUnsubscribe(subscription);
+    if (subscription.held || subscription.replaced.size) this.#sendUnsubscribe(subscription);
     return true;
   }
 
@@ -290,7 +285,10 @@ export class SubscriptionManager {
     this.#toRetry.delete(subscription);
     const { since, epoch } = subscription.nextCursor(connection);
     const id = this.#host.nextId();
-    if (subscription.request) this.#requests.delete(subscription.request.id);
+    if (subscription.request) {
+      this.#requests.delete(subscription.request.id);
+      subscription.replaced.add(subscription.request.id);
+    }
     subscription.request = { id, connection: connection, at: this.#host.timers.now, since, epoch };
     this.#requests.set(id, subscription);
     connection.send({
@@ -316,9 +314,10 @@ export class SubscriptionManager {
   /** End the subscription at the broker, for now or for good. @param {SharedSubscription} subscription @param {Settler} settler */
   #sendUnsubscribe(subscription, settler = ignore) {
     const connection = this.#connection;
-    const known = subscription.request || (subscription.incoming && subscription.incoming.connection === connection);
+    const known = subscription.request || subscription.held || subscription.replaced.size;
     if (subscription.request) this.#requests.delete(subscription.request.id);
     subscription.request = undefined;
+    subscription.forget();
     this.#toRetry.delete(subscription);
     this.#detach(subscription);
     const { pattern } = subscription;
@@ -348,6 +347,7 @@ export class SubscriptionManager {
 
   #forgetRequests() {
     for (const subscription of this.#requests.values()) subscription.request = undefined;
+    for (const subscription of this.#byPattern.values()) subscription.forget();
     this.#requests.clear();
     this.#toRetry.clear();
     this.#host.timers.cancel('retry subscriptions');
