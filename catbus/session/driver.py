@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
@@ -131,6 +131,11 @@ class SessionDriver:
     def authenticated(self) -> bool:
         """Whether the client has sent a valid token."""
         return self.session.identity is not None
+
+    @property
+    def client(self) -> Hashable:
+        """The client of the last valid token, or an object of its own."""
+        return self.session.usage.client
 
     async def receive(self, data: bytes) -> None:
         """Process bytes from the client.

@@ -15,9 +15,9 @@ import msgspec
 import trio_websocket
 
 from catbus.config import LimitSettings, WebSocketSettings, WebTransportSettings
+from catbus.endpoints.replica_interface import SessionInterface
 from catbus.endpoints.websocket import websocket_connection
 from catbus.endpoints.websocket.frame_encoder import text_header
-from catbus.session.driver import SessionDriver
 from tests.brokers import CONFIG, running
 
 MESSAGE_SIZE = 1 << 20
@@ -36,8 +36,8 @@ class Echo(websocket_connection.WebSocketServerConnection):
         super().__init__(*args)
         self._inbound.max_message_size = self._max_message_size
 
-    async def _receive_messages(self, websocket: trio_websocket.WebSocketConnection, client: SessionDriver) -> None:
-        while client.closing is None:
+    async def _receive_messages(self, websocket: trio_websocket.WebSocketConnection, driver: SessionInterface) -> None:
+        while driver.closing is None:
             message = await websocket.get_message()
             if isinstance(message, str):
                 data = message.encode()

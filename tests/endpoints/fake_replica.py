@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import trio
 
 from catbus.auth.grants import Grants, Identity
 from catbus.close_codes import CloseCode
 from catbus.config import Config
+from catbus.delivery.fan_out import Delivery
+from catbus.delivery.flusher import Flusher
 from catbus.delivery.send_queue import SendQueue, TransportWriter
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError
 from catbus.limits.connections_per_address import ConnectionsPerAddress
 from catbus.limits.cpu_scheduler import CpuScheduler
 from catbus.limits.unauthenticated import UnauthenticatedPeers
-from catbus.log import Committed, Outcome
+from catbus.log import Committed, MemoryLog, Outcome
+from catbus.observability.runtime_statistics import RuntimeStatistics
 from catbus.protocol.wire_messages import Publish
+from catbus.session.driver import Streams
 
 
 class FakeClient:
-    """Echoes every chunk as a line, unless told otherwise."""
+    """A `SessionInterface`. Echoes every chunk as a line, unless told otherwise."""
 
     authenticated = True
 
@@ -33,6 +35,10 @@ class FakeClient:
         self.received: list[bytes] = []
         self.left = False
         self._closing = trio.Event()
+
+    @property
+    def client(self) -> Hashable:
+        return self
 
     async def receive(self, data: bytes) -> None:
         self.received.append(data)
@@ -60,20 +66,29 @@ async def echo(client: FakeClient, data: bytes) -> None:
     client.send_queue.put(data + b"\n")
 
 
+class UnreachableLog(MemoryLog):
+    """A log that reports a problem."""
+
+    @property
+    def problem(self) -> str:
+        return "database"
+
+
 class FakeReplica:
-    """Knows the tokens `good` and `narrow`. Publishing numbers the messages from 1."""
+    """A `ReplicaInterface`. Knows the tokens `good` and `narrow`. Publishing numbers the messages from 1."""
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self.readiness = "ready"
-        self.log = SimpleNamespace(problem="database")
+        self.log = UnreachableLog()
+        self.delivery = Delivery(self.log)
+        self.flusher = Flusher()
         self.certificates = None
         self.webtransport_port = None
         self.addresses = ConnectionsPerAddress(self.config.limits.address_connections)
         self.unauthenticated = UnauthenticatedPeers()
         self.cpu_scheduler = CpuScheduler()
-        self.refusals: list[ErrorCode] = []
-        self.runtime_statistics = SimpleNamespace(count_error=self.refusals.append)
+        self.runtime_statistics = RuntimeStatistics(self.delivery)
         self.sessions: list[FakeClient] = []
         self.networks: list[str] = []
         """The networks of the clients."""
@@ -83,7 +98,14 @@ class FakeReplica:
         self.on_receive: Callable[[FakeClient, bytes], Awaitable[None]] = echo
         self.on_publish: Callable[[Publish], Outcome | None] = lambda request: Committed(len(self.published))
 
-    def open_session(self, writer: TransportWriter, *, transport: str, network: str) -> FakeClient:
+    @property
+    def refusals(self) -> list[ErrorCode]:
+        """The errors that were counted."""
+        return list(self.runtime_statistics.errors_sent.elements())
+
+    def open_session(
+        self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
+    ) -> FakeClient:
         assert transport == "websocket"
         self.networks.append(network)
         client = FakeClient(self, writer)
@@ -92,6 +114,9 @@ class FakeReplica:
 
     def report(self) -> dict[str, object]:
         return {"state": self.readiness}
+
+    def scrape(self) -> None:
+        """Export no metrics."""
 
     async def authenticate(self, token: str, network: str = "") -> Identity:
         self.networks_of_tokens.append(network)
@@ -102,9 +127,9 @@ class FakeReplica:
         return Identity("alice" if token == "good" else None, Grants.ALL, None)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes, client: Hashable
+        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
     ) -> list[Outcome | None]:
-        outcomes: list[Any] = []
+        outcomes: list[Outcome | None] = []
         self.clients_of_requests.append(client)
         for request in requests:
             self.published.append(request)

@@ -45,9 +45,9 @@ def test_long_reason_is_cut_between_characters(reason: str, kept: int) -> None:
 
 
 def test_lines_share_a_frame() -> None:
-    items = [b'{"type":"pong","seq":1}\n', run(b"1", b"2")]
-    [frame] = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.V1))
-    assert frame.payload == items[0] + items[1].lines
+    reply, messages = b'{"type":"pong","seq":1}\n', run(b"1", b"2")
+    [frame] = FrameParser().feed(FrameEncoder().encode_items([reply, messages], ProtocolVersion.V1))
+    assert frame.payload == reply + messages.lines
 
 
 def test_frame_has_about_64_kib_and_no_item_is_split() -> None:
@@ -59,8 +59,8 @@ def test_frame_has_about_64_kib_and_no_item_is_split() -> None:
 
 
 def test_first_version_client_gets_a_frame_for_each_line() -> None:
-    items = [b'{"type":"pong","seq":1}\n', run(b"1", b"2")]
-    frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.FIRST))
+    reply, messages = b'{"type":"pong","seq":1}\n', run(b"1", b"2")
+    frames = FrameParser().feed(FrameEncoder().encode_items([reply, messages], ProtocolVersion.FIRST))
     assert [frame.payload for frame in frames] == [
         b'{"type":"pong","seq":1}',
         b'{"type":"message","channel":"a.b","payload":1}',

@@ -35,12 +35,22 @@ class Source:
 
 @asynccontextmanager
 async def outbox_over(
-    stream: trio.abc.Stream, source: Source | None = None, kind: type[FrameStream] = FrameStream, **replayed: bytes
+    stream: trio.abc.Stream,
+    source: Source | None = None,
+    kind: type[FrameStream] = FrameStream,
+    *,
+    head: bytes = b"",
+    rest: bytes = b"",
 ) -> AsyncIterator[FrameStream]:
     with patience():
         async with trio.open_nursery() as nursery:
             outbox = kind(
-                stream, nursery, take_frames=(source or Source()).take, read_scope=trio.CancelScope(), **replayed
+                stream,
+                nursery,
+                take_frames=(source or Source()).take,
+                read_scope=trio.CancelScope(),
+                head=head,
+                rest=rest,
             )
             try:
                 yield outbox

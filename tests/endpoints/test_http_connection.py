@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 import h11
 import pytest
@@ -48,7 +48,7 @@ async def served(
     ours, theirs = pair()
 
     async def serve() -> None:
-        await serve_http_connection(cast(Any, replica), registry, ours)
+        await serve_http_connection(replica, registry, ours)
         await ours.aclose()
         ended.set()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from ipaddress import IPv4Address
-from typing import Any, cast
 
 import pytest
 import trio
@@ -18,6 +18,7 @@ from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings, WebSocketSettings
 from catbus.endpoints import HttpEndpoint, serve_http
 from catbus.endpoints.http import http_endpoint
+from catbus.endpoints.open_files import RESERVED_FILES
 from catbus.error_codes import ErrorCode
 from catbus.errors import ConfigError
 from tests.endpoints import raw_peer
@@ -31,7 +32,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 async def serving(replica: FakeReplica, *binds: str) -> AsyncIterator[HttpEndpoint]:
     with patience():
         async with trio.open_nursery() as nursery, trio.open_nursery() as sessions:
-            serve = partial(serve_http, cast(Any, replica))
+            serve = partial(serve_http, replica)
             endpoint = await nursery.start(serve, binds or ("127.0.0.1:0",), sessions)
             yield endpoint
             nursery.cancel_scope.cancel()
@@ -65,13 +66,13 @@ async def test_endpoint_listens_on_all_addresses() -> None:
 async def test_unavailable_address_is_named_in_the_error(bind: str) -> None:
     async with trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=bind):
-            await serve_http(cast(Any, FakeReplica()), ["127.0.0.1:0", bind], sessions)
+            await serve_http(FakeReplica(), ["127.0.0.1:0", bind], sessions)
 
 
 async def test_address_in_use_is_named_in_the_error() -> None:
     async with serving(FakeReplica()) as endpoint, trio.open_nursery() as sessions:
         with pytest.raises(ConfigError, match=f"cannot listen on {endpoint.addresses[0]}: .*in use"):
-            await serve_http(cast(Any, FakeReplica()), endpoint.addresses, sessions)
+            await serve_http(FakeReplica(), endpoint.addresses, sessions)
 
 
 async def test_client_sends_requests_and_opens_a_websocket() -> None:
@@ -101,7 +102,7 @@ async def test_closed_endpoint_accepts_nothing_and_keeps_its_websockets() -> Non
         ended = trio.Event()
 
         async def serve(*, task_status: trio.TaskStatus[HttpEndpoint]) -> None:
-            await serve_http(cast(Any, replica), ["127.0.0.1:0"], sessions, task_status=task_status)
+            await serve_http(replica, ["127.0.0.1:0"], sessions, task_status=task_status)
             ended.set()
 
         endpoint = await nursery.start(serve)
@@ -265,7 +266,7 @@ async def test_peers_that_disconnected_before_accept_affect_no_other() -> None:
 
 
 async def test_connections_are_limited_by_the_open_files_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_endpoint.resource, "getrlimit", lambda kind: (http_endpoint.RESERVED_FILES + 1, 1000))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (RESERVED_FILES + 1, 1000))
     async with serving(FakeReplica()) as endpoint, connected(endpoint) as first:
         await show_token(first)
         async with connected(endpoint) as second:

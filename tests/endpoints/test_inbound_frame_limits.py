@@ -99,7 +99,8 @@ def test_library_reads_the_same_from_three_frames_split_anywhere() -> None:
 @example([masked(TEXT, b"a"), masked(TEXT, b"b"), masked(PING, b""), masked(TEXT, b"y" * 70_000)], [100_000])
 def test_library_reads_the_same_from_any_bytes(parts: list[bytes], cuts: list[int]) -> None:
     data = b"".join(parts)
-    chunks, position = [], 0
+    chunks: list[bytes] = []
+    position = 0
     while position < len(data):
         size = cuts[len(chunks) % len(cuts)]
         chunks.append(data[position : position + size])

@@ -29,10 +29,10 @@ def test_oldest_peer_of_the_largest_network_is_evicted_first() -> None:
     for peer, network in enumerate(["a", "b", "b", "c", "b"]):
         newcomers.add(peer, network)
     gone = []
-    while (peer := newcomers.next_to_evict()) is not None:
-        gone.append(peer)
-        newcomers.discard(peer)
-        newcomers.discard(peer)
+    while (oldest := newcomers.next_to_evict()) is not None:
+        gone.append(oldest)
+        newcomers.discard(oldest)
+        newcomers.discard(oldest)
     assert gone == [1, 2, 0, 3, 4]
     assert len(newcomers) == 0
 

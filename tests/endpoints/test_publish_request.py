@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -24,7 +24,7 @@ async def post(replica: FakeReplica, body: bytes, *headers: tuple[bytes, bytes])
     async def read() -> bytes:
         return body
 
-    answer = await publish(cast(Any, replica), HttpRequest("POST", "/publish", headers or (GOOD,), read=read))
+    answer = await publish(replica, HttpRequest("POST", "/publish", headers or (GOOD,), read=read))
     assert answer.body.endswith(b"\n")
     assert answer.type == b"application/json"
     return answer.status, json.loads(answer.body), answer

@@ -54,7 +54,7 @@ class Pair:
         assert stream is not None
         self.stream = stream
 
-    def log_internal_error(self) -> None:
+    def log_internal_error(self, message: str, error: BaseException) -> None:
         self.internal_errors += 1
 
     @property

@@ -17,15 +17,16 @@ from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
+from catbus.endpoints.replica_interface import ReplicaInterface
 from catbus.endpoints.websocket.frame_stream import FrameStream
 from catbus.endpoints.websocket.websocket_connection import (
     CLOSE_TIMEOUT,
     STALL_TIMEOUT,
-    UNAUTHENTICATED_OBJECT_BYTES,
     WRITE_SIZE,
     WebSocketServerConnection,
     serve_websocket,
 )
+from catbus.limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import ProtocolVersion
 from catbus.replica import Replica
@@ -39,7 +40,7 @@ from tests.endpoints.raw_peer import UPGRADE, Peer, close_frame, masked, patienc
 class Served:
     """Both ends of a served connection."""
 
-    def __init__(self, replica: FakeReplica, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
+    def __init__(self, replica: ReplicaInterface, registry: ConnectionRegistry, peer: Peer, ended: trio.Event) -> None:
         self.replica = replica
         self.registry = registry
         self.peer = peer
@@ -47,12 +48,13 @@ class Served:
 
     @property
     def client(self) -> FakeClient:
+        assert isinstance(self.replica, FakeReplica)
         return self.replica.sessions[0]
 
 
 @asynccontextmanager
 async def served(
-    replica: FakeReplica | None = None,
+    replica: ReplicaInterface | None = None,
     *,
     pair: Callable[[], tuple[Any, Any]] = memory_stream_pair,
     rest: bytes = b"",
@@ -63,7 +65,7 @@ async def served(
     settings = replica.config.websocket
 
     async def serve() -> None:
-        await serve_websocket(cast(Any, replica), registry, ours, UPGRADE, rest, lambda: None)
+        await serve_websocket(replica, registry, ours, UPGRADE, rest, lambda: None)
         await ours.aclose()
         ended.set()
 
@@ -90,7 +92,7 @@ async def test_closed_connection_leaves_no_reference_cycles(nursery: trio.Nurser
     gc.collect()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        async with served(cast(Any, replica)) as it:
+        async with served(replica) as it:
             await it.peer.send(masked(raw_peer.TEXT, b'{"type":"ping","seq":1}{"type":"history","pattern":"a"}'))
             assert b"pong" in (await it.peer.frame()).payload
             await it.peer.send(close_frame(1000))
@@ -382,7 +384,7 @@ async def test_stalled_handshake_is_closed(autojump_clock: MockClock) -> None:
     replica, registry = FakeReplica(), ConnectionRegistry()
     ours, theirs = memory_stream_pair()
     await theirs.send_all(b"what will never be answered")
-    await serve_websocket(cast(Any, replica), registry, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
+    await serve_websocket(replica, registry, ours, b"GET /ws HTTP/1.1\r\n", b"", lambda: None)
     assert 10 <= trio.current_time() < 13
     assert replica.sessions == []
 

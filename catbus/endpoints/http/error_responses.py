@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
+from ..replica_interface import ReplicaInterface
 from .http_request import Headers
 from .http_response import HttpResponse, json_response
-
-if TYPE_CHECKING:
-    from ...replica import Replica
 
 ERROR_STATUSES = {
     ErrorCode.UNAUTHENTICATED: 401,
@@ -32,7 +29,7 @@ ERROR_STATUSES = {
 """The HTTP status of each error code; 400 for all others."""
 
 
-def error_response(replica: Replica, error: PeerError | Unavailable) -> HttpResponse:
+def error_response(replica: ReplicaInterface, error: PeerError | Unavailable) -> HttpResponse:
     code = error.code if isinstance(error, PeerError) else ErrorCode.UNAVAILABLE
     replica.runtime_statistics.count_error(code)
     status = ERROR_STATUSES.get(code, 400)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING
 
 import h11
 import trio
@@ -17,15 +16,13 @@ from ...limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
 from ..graceful_close import close_gracefully, send_close_notify
+from ..replica_interface import ReplicaInterface
 from ..websocket import handshake
 from ..websocket.websocket_connection import serve_websocket
 from .http_request import HttpRequest
 from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, text_response
 from .request_head import read_request_head
 from .routes import find_handler, route_of
-
-if TYPE_CHECKING:
-    from ...replica import Replica
 
 MAX_HEAD_SIZE = 16_384
 MAX_BODY_SIZE = 1_048_576
@@ -52,7 +49,7 @@ def _nothing() -> None:
 
 
 async def serve_http_connection(
-    replica: Replica,
+    replica: ReplicaInterface,
     registry: ConnectionRegistry,
     stream: trio.abc.Stream,
     on_authenticated: Callable[[], None] = _nothing,
@@ -84,7 +81,7 @@ class HttpConnection:
 
     def __init__(
         self,
-        replica: Replica,
+        replica: ReplicaInterface,
         registry: ConnectionRegistry,
         stream: trio.abc.Stream,
         on_authenticated: Callable[[], None],

@@ -18,12 +18,12 @@ from ...observability.loggers import get_logger
 from ..connection_registry import ConnectionRegistry
 from ..graceful_close import TlsStream, close_gracefully
 from ..open_files import RESERVED_FILES, RetryingListener, connections_within_limit
+from ..replica_interface import ReplicaInterface
 from .http_connection import serve_http_connection
 from .http_response import TOO_MANY_CONNECTIONS
 
 if TYPE_CHECKING:
     from ...limits.cpu_scheduler import CpuScheduler
-    from ...replica import Replica
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds for the TLS handshake."""
@@ -97,7 +97,7 @@ class HttpEndpoint:
 
 
 async def serve_http(
-    replica: Replica,
+    replica: ReplicaInterface,
     binds: Sequence[str],
     sessions: trio.Nursery,
     *,
@@ -158,7 +158,9 @@ def _connection_limit(wanted: int) -> int:
     return possible
 
 
-async def _serve_peer(replica: Replica, registry: ConnectionRegistry, limit: int, stream: trio.SocketStream) -> None:
+async def _serve_peer(
+    replica: ReplicaInterface, registry: ConnectionRegistry, limit: int, stream: trio.SocketStream
+) -> None:
     """Serve one connection. Its errors affect no other connection. Trio closes the stream afterwards."""
     peer, plain = _address(stream), not replica.config.websocket.tls
     source = registry.proxies.connection_address(peer)
@@ -192,7 +194,7 @@ def _address(stream: trio.SocketStream) -> str:
     return address
 
 
-async def _encrypt(replica: Replica, stream: trio.SocketStream) -> TlsStream | None:
+async def _encrypt(replica: ReplicaInterface, stream: trio.SocketStream) -> TlsStream | None:
     """Do the TLS handshake. Returns None if the peer does not complete it in time."""
     assert replica.certificates is not None
     encrypted = trio.SSLStream(stream, replica.certificates.latest_tls(), server_side=True, https_compatible=True)

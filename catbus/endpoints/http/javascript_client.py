@@ -5,16 +5,13 @@ from __future__ import annotations
 from functools import cache
 from hashlib import blake2b
 from importlib import resources
-from typing import TYPE_CHECKING
 
+from ..replica_interface import ReplicaInterface
 from .http_request import HttpRequest
 from .http_response import HttpResponse
 
-if TYPE_CHECKING:
-    from ...replica import Replica
 
-
-async def serve_javascript(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def serve_javascript(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Answer with a module of the JavaScript client, for pages of any origin.
 
     A browser revalidates it each time, because modules of two releases do not work together.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,15 +12,13 @@ from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
 from ...log import Outcome, Rejected
 from ...protocol import wire_messages as wire
+from ..replica_interface import ReplicaInterface
 from .error_responses import ERROR_STATUSES, error_response, retry_headers
 from .http_request import HttpRequest, bearer_token
 from .http_response import HttpResponse, json_response
 
-if TYPE_CHECKING:
-    from ...replica import Replica
 
-
-async def publish(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Publish the message in the body, or an array of messages in order.
 
     A rejected message has its error at its place in the response, and the status is that of the first error. The other

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
+from ..replica_interface import ReplicaInterface
 from .discovery_document import discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin
@@ -16,18 +16,15 @@ from .http_response import UPGRADE_REQUIRED, HttpResponse, json_response, text_r
 from .javascript_client import javascript_modules, serve_javascript
 from .publish_request import publish
 
-if TYPE_CHECKING:
-    from ...replica import Replica
-
-Handler = Callable[["Replica", HttpRequest], Awaitable[HttpResponse]]
+Handler = Callable[[ReplicaInterface, HttpRequest], Awaitable[HttpResponse]]
 
 
-async def health(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def health(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Answer exactly `ok`, which programs compare with, while the process runs."""
     return HttpResponse(200, b"ok")
 
 
-async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def ready(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Answer whether a load balancer should send new clients to this replica.
 
     An unreachable database and a gap in the log do not change the answer: all replicas share them, and taking all
@@ -42,7 +39,7 @@ async def ready(replica: Replica, request: HttpRequest) -> HttpResponse:
             return text_response(503, other)
 
 
-async def metrics(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def metrics(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Answer with the metrics in the Prometheus format."""
     found = replica.scrape()
     if found is None:
@@ -51,7 +48,7 @@ async def metrics(replica: Replica, request: HttpRequest) -> HttpResponse:
     return HttpResponse(200, body, type=content_type.encode())
 
 
-async def status(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def status(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Answer with the state of this replica, to a client that may read every channel."""
     try:
         identity = await replica.authenticate(bearer_token(request), request.network)
@@ -62,7 +59,7 @@ async def status(replica: Replica, request: HttpRequest) -> HttpResponse:
     return json_response(replica.report(), headers=[(b"cache-control", b"no-store")])
 
 
-async def discover(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def discover(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Where the other ways in are, by the name under which this one was reached."""
     secure, host = forwarded_origin(request, tls=replica.config.websocket.tls)
     if not host:
@@ -74,7 +71,7 @@ async def discover(replica: Replica, request: HttpRequest) -> HttpResponse:
     )
 
 
-async def websocket(replica: Replica, request: HttpRequest) -> HttpResponse:
+async def websocket(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Reject a request without an upgrade on a path that serves only WebSocket."""
     return UPGRADE_REQUIRED
 

@@ -16,6 +16,7 @@ from ...limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ...observability.loggers import get_logger
 from ...protocol.wire_messages import ProtocolVersion
 from ..connection_registry import ConnectionRegistry
+from ..replica_interface import ReplicaInterface, SessionInterface
 from .frame_encoder import PING, close_frame
 from .frame_stream import FrameStream
 from .inbound_frame_limits import InboundFrames
@@ -23,8 +24,6 @@ from .inbound_frame_limits import InboundFrames
 if TYPE_CHECKING:
     from ...config import WebSocketSettings
     from ...limits.cpu_scheduler import CpuScheduler
-    from ...replica import Replica
-    from ...session.driver import SessionDriver
 
 HANDSHAKE_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
@@ -47,7 +46,7 @@ logger = get_logger("catbus.endpoints")
 
 
 async def serve_websocket(
-    replica: Replica,
+    replica: ReplicaInterface,
     registry: ConnectionRegistry,
     stream: trio.abc.Stream,
     head: bytes,
@@ -115,7 +114,7 @@ class WebSocketServerConnection:
         self._registry = registry
         self._settings = settings
         self._frame_encoder = registry.frame_encoder
-        self._driver: SessionDriver | None = None
+        self._driver: SessionInterface | None = None
         self._send_queue: SendQueue | None = None
         self._session_scope = trio.CancelScope()
         self._receive_scope = trio.CancelScope()
@@ -195,7 +194,7 @@ class WebSocketServerConnection:
             self._last_ping = now
             frame_stream.write(PING)
 
-    async def serve(self, replica: Replica, network: str) -> None:
+    async def serve(self, replica: ReplicaInterface, network: str) -> None:
         """Serve the peer until the connection is closed or broken."""
         try:
             await self._run_session(replica, network)
@@ -208,7 +207,7 @@ class WebSocketServerConnection:
         with trio.move_on_at(min(self._close_deadline, trio.current_time() + CLOSE_TIMEOUT)):
             await self.frame_stream.wait_closed()
 
-    async def _run_session(self, replica: Replica, network: str) -> None:
+    async def _run_session(self, replica: ReplicaInterface, network: str) -> None:
         with self._session_scope:
             async with trio.open_nursery() as library:
                 with trio.move_on_after(HANDSHAKE_TIMEOUT) as limit:
@@ -239,7 +238,7 @@ class WebSocketServerConnection:
         )
         return await request.accept()
 
-    async def _read_messages(self, websocket: WebSocketConnection, driver: SessionDriver) -> None:
+    async def _read_messages(self, websocket: WebSocketConnection, driver: SessionInterface) -> None:
         """Pass messages to the session until it is closing; then read on, because the library waits for a Close frame.
 
         The library buffers one message and then reads nothing, not even pings, so messages must always be taken. They
@@ -263,7 +262,7 @@ class WebSocketServerConnection:
                 self._close_reason = closed.reason.code, closed.reason.reason or ""
             driver.end()
 
-    async def _receive_messages(self, websocket: WebSocketConnection, driver: SessionDriver) -> None:
+    async def _receive_messages(self, websocket: WebSocketConnection, driver: SessionInterface) -> None:
         while driver.closing is None:
             message = await websocket.get_message()
             await driver.receive(message.encode() if isinstance(message, str) else message)

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -29,6 +28,7 @@ from ...webtransport.connectionless_packets import (
 )
 from ..connection_eviction import EvictionQueue
 from ..ip_networks import network_of
+from ..replica_interface import ReplicaInterface
 from ..trusted_proxies import TrustedProxies
 from .connection_timers import ConnectionTimers
 from .connectionless_replies import ConnectionlessReplies
@@ -37,9 +37,6 @@ from .quic_peer import QueuedDatagram, QuicPeer
 from .retry_and_reset_tokens import StatelessTokens
 from .udp_socket import PeerAddress, UdpSocket, send_datagrams
 from .webtransport_session import WebTransportSession
-
-if TYPE_CHECKING:
-    from ...replica import Replica
 
 RECEIVE_BATCH = 128
 """Datagrams read from a socket at a time. If more wait, the kernel drops datagrams of all peers alike."""
@@ -66,7 +63,7 @@ class PacketRouter:
 
     def __init__(
         self,
-        replica: Replica,
+        replica: ReplicaInterface,
         sockets: list[UdpSocket],
         configuration: Callable[[], WebTransportConfiguration],
         sessions: trio.Nursery,

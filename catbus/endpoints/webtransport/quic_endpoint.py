@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import trio
 
 from ...webtransport import WebTransportConfiguration
 from ...webtransport.packet_loss import lost_packets
+from ..replica_interface import ReplicaInterface
 from .packet_router import PacketRouter
 from .udp_socket import open_udp_sockets
-
-if TYPE_CHECKING:
-    from ...replica import Replica
 
 CLOSE_TIMEOUT = 2.0
 """Seconds for the end of the sessions to arrive when the endpoint is cancelled."""
@@ -88,7 +85,7 @@ class QuicEndpoint:
 
 
 async def serve_quic(
-    replica: Replica,
+    replica: ReplicaInterface,
     binds: Sequence[str],
     configuration: Callable[[], WebTransportConfiguration],
     sessions: trio.Nursery,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -20,11 +19,8 @@ from ...webtransport import (
     StreamStopped,
     WebTransportConnection,
 )
+from ..replica_interface import ReplicaInterface, SessionInterface
 from .first_version_spacing import ObjectSpacer
-
-if TYPE_CHECKING:
-    from ...replica import Replica
-    from ...session.driver import SessionDriver
 
 CLOSE_TIMEOUT = 2.0
 """Seconds for sending the send queues before the session is closed."""
@@ -118,7 +114,7 @@ class WebTransportSession:
 
     def __init__(
         self,
-        replica: Replica,
+        replica: ReplicaInterface,
         connection: WebTransportConnection,
         transmit: Callable[[], None],
         on_internal_error: Callable[[str, BaseException], None],
@@ -150,7 +146,7 @@ class WebTransportSession:
         self._progress = trio.lowlevel.ParkingLot()
         self._last_progress = trio.current_time()
         """The time when the peer last acknowledged data of any stream."""
-        self._driver: SessionDriver = replica.open_session(
+        self._driver: SessionInterface = replica.open_session(
             self._session_writer, transport="webtransport", streams=self, network=network
         )
         self._session_writer.send_queue = self._driver.send_queue
@@ -158,7 +154,7 @@ class WebTransportSession:
     @property
     def client(self) -> Hashable:
         """The client of the last valid token."""
-        return self._driver.session.usage.client
+        return self._driver.client
 
     @property
     def next_send_time(self) -> float | None:
@@ -387,7 +383,7 @@ class WebTransportSession:
         with trio.move_on_after(CONNECTION_CLOSE_TIMEOUT):
             await self._lost.wait()
 
-    async def _run_session(self, client: SessionDriver) -> tuple[int, str]:
+    async def _run_session(self, client: SessionInterface) -> tuple[int, str]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, client)
             await client.wait_closing()
@@ -410,7 +406,7 @@ class WebTransportSession:
         if self._connection.close_session(int(code), reason, trio.current_time()):
             self._transmit()
 
-    async def _read(self, client: SessionDriver) -> None:
+    async def _read(self, client: SessionInterface) -> None:
         """Pass received bytes to the session until it is closing, or until the peer has ended its stream.
 
         QUIC's flow control window opens after bytes were processed. So while `receive` waits, the peer cannot send more
