@@ -254,7 +254,7 @@ async def test_invalid_token_is_rejected_alike_on_both_transports(tmp_path: Path
             assert caught.value.code is catbus.ErrorCode.UNAUTHENTICATED
 
 
-def test_without_a_certificate_nobody_else_is_served() -> None:
+def test_webtransport_outside_of_loopback_needs_a_certificate() -> None:
     config = Config(webtransport=WebTransportSettings(bind=("0.0.0.0:4433",)))
     assert not config.webtransport_served
     assert Config(webtransport=WebTransportSettings(bind=("0.0.0.0:4433",), cert="a", key="b")).webtransport_served

@@ -18,7 +18,7 @@ from tests.brokers import CONFIG, TOKEN, running
 from tests.endpoints.raw_peer import Peer
 
 
-async def test_a_message_goes_from_client_to_client_and_to_this_process() -> None:
+async def test_message_goes_from_client_to_client_and_to_this_process() -> None:
     async with (
         running() as (broker, address),
         catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus,
@@ -31,7 +31,7 @@ async def test_a_message_goes_from_client_to_client_and_to_this_process() -> Non
     assert (here.seq, here.payload, here.sender) == (seq, {"status": "paid"}, "alice")
 
 
-async def test_a_broker_without_endpoints_serves_its_own_process() -> None:
+async def test_broker_without_endpoints_serves_its_own_process() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker, broker.subscribe("orders.*") as messages:
             seq = await broker.publish("orders.42", {"status": "paid"})
@@ -39,7 +39,7 @@ async def test_a_broker_without_endpoints_serves_its_own_process() -> None:
     assert (message.channel, message.payload, message.seq) == ("orders.42", {"status": "paid"}, seq)
 
 
-async def test_a_slow_in_process_subscription_lags_and_loses_nothing() -> None:
+async def test_slow_in_process_subscription_lags_and_loses_nothing() -> None:
     config = Config(limits=LimitSettings(send_queue=2_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
@@ -50,7 +50,7 @@ async def test_a_slow_in_process_subscription_lags_and_loses_nothing() -> None:
             assert messages.gaps == []
 
 
-async def test_the_unread_messages_of_an_in_process_subscription_are_dropped_with_it() -> None:
+async def test_unread_messages_of_an_in_process_subscription_are_dropped_with_it() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker:
             async with broker.subscribe("a"):
@@ -59,7 +59,7 @@ async def test_the_unread_messages_of_an_in_process_subscription_are_dropped_wit
             assert broker.replica.delivery.statistics().held == 0
 
 
-async def test_an_in_process_subscription_gets_messages_that_were_withdrawn() -> None:
+async def test_in_process_subscription_gets_messages_that_were_withdrawn() -> None:
     config = Config(limits=LimitSettings(send_queue_total=4_000))
     with trio.fail_after(30):
         async with catbus.open_broker(config) as broker, broker.subscribe("a") as messages:
@@ -69,7 +69,7 @@ async def test_an_in_process_subscription_gets_messages_that_were_withdrawn() ->
             assert [(await anext(messages)).payload for _ in range(200)] == list(range(200))
 
 
-async def test_an_in_process_subscription_begins_after_since() -> None:
+async def test_in_process_subscription_begins_after_since() -> None:
     with trio.fail_after(30):
         async with catbus.open_broker() as broker:
             for number in range(5):
@@ -100,7 +100,7 @@ async def test_publishing_in_process_to_a_malformed_channel_is_rejected(channel:
     assert caught.value.code is code
 
 
-async def test_a_malformed_pattern_and_a_deeply_nested_payload_are_rejected_in_process() -> None:
+async def test_malformed_pattern_and_a_deeply_nested_payload_are_rejected_in_process() -> None:
     bomb: list[object] = []
     for _ in range(100):
         bomb = [bomb]
@@ -116,13 +116,13 @@ async def test_a_malformed_pattern_and_a_deeply_nested_payload_are_rejected_in_p
             await broker.publish("a", object())
 
 
-async def test_an_ephemeral_message_has_no_seq() -> None:
+async def test_ephemeral_message_has_no_seq() -> None:
     async with catbus.open_broker() as broker, broker.subscribe("a") as messages:
         assert await broker.publish("a", 1, ephemeral=True) is None
         assert (await anext(messages)).seq is None
 
 
-async def test_a_stopping_broker_acknowledges_publishes_and_has_clients_reconnect() -> None:
+async def test_stopping_broker_acknowledges_publishes_and_has_clients_reconnect() -> None:
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             broker = await nursery.start(catbus.serve, CONFIG)
@@ -139,7 +139,7 @@ async def test_a_stopping_broker_acknowledges_publishes_and_has_clients_reconnec
                     pass
 
 
-async def test_a_connection_that_stays_open_does_not_delay_the_end_of_the_broker() -> None:
+async def test_connection_that_stays_open_does_not_delay_the_end_of_the_broker() -> None:
     config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=0, deadline=0.2))
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -151,7 +151,7 @@ async def test_a_connection_that_stays_open_does_not_delay_the_end_of_the_broker
     await stream.aclose()
 
 
-async def test_a_draining_broker_tells_clients_when_to_reconnect() -> None:
+async def test_draining_broker_tells_clients_when_to_reconnect() -> None:
     config = msgspec.structs.replace(CONFIG, drain=DrainSettings(delay=0, window=30, deadline=5))
     events: list[object] = []
     with trio.fail_after(20):
@@ -172,7 +172,7 @@ async def test_a_draining_broker_tells_clients_when_to_reconnect() -> None:
         assert 0 <= event.reconnect_in <= 30
 
 
-async def test_a_page_of_history_is_bounded_in_bytes() -> None:
+async def test_page_of_history_is_bounded_in_bytes() -> None:
     config = msgspec.structs.replace(CONFIG, limits=LimitSettings(message_size=1_000_000))
     async with running(config) as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
         for number in range(4):
@@ -201,7 +201,7 @@ async def test_echo_false_over_http_does_not_hide_a_message_from_others() -> Non
         assert (await anext(messages)).payload == 1
 
 
-async def test_an_ephemeral_message_that_is_too_large_is_rejected_from_every_source() -> None:
+async def test_ephemeral_message_that_is_too_large_is_rejected_from_every_source() -> None:
     payload = "x" * EPHEMERAL_SIZE
     async with running() as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
         for publish in (bus.publish, broker.publish):
@@ -214,7 +214,7 @@ async def test_an_ephemeral_message_that_is_too_large_is_rejected_from_every_sou
         assert await bus.publish("a", payload) == 1, "the log takes it, and the session goes on"
 
 
-async def test_a_request_with_an_idempotency_key_publishes_once() -> None:
+async def test_request_with_an_idempotency_key_publishes_once() -> None:
     two = b'[{"channel":"a","payload":1},{"channel":"a","payload":1}]'
     first = [{"seq": 1, "channel": "a"}, {"seq": 2, "channel": "a"}]
     again = [{**result, "duplicate": True} for result in first]

@@ -424,7 +424,7 @@ def sweep(log: ListLog, delivery: Delivery) -> None:
         exhaust(delivery.serve(position, log.page(position, 4)))
 
 
-def test_a_batch_is_encoded_once_for_all_subscriptions_to_a_pattern(log: ListLog, delivery: Delivery) -> None:
+def test_batch_is_encoded_once_for_all_subscriptions_to_a_pattern(log: ListLog, delivery: Delivery) -> None:
     readers = [Reader(delivery, "a.*") for _ in range(3)]
     publish(log, delivery, "a.b", "a.c")
     [[first], [second], [third]] = [reader.send_queue.take() for reader in readers]
@@ -439,7 +439,7 @@ def test_overlapping_patterns_get_a_copy_each(log: ListLog, delivery: Delivery) 
     assert {item.pattern for item in send_queue.take() if isinstance(item, EncodedMessages)} == {"a.*", "*"}
 
 
-def test_a_page_read_before_a_batch_leaves_no_gap_before_it(log: ListLog, delivery: Delivery) -> None:
+def test_page_read_before_a_batch_leaves_no_gap_before_it(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a", "a")
     reader = Reader(delivery, "a", since=0)
     page = log.page(0, 10)
@@ -453,12 +453,12 @@ def test_a_page_read_before_a_batch_leaves_no_gap_before_it(log: ListLog, delive
     assert reader.mail() == [4]
 
 
-def test_a_cursor_at_the_head_goes_live_at_once(log: ListLog, delivery: Delivery) -> None:
+def test_subscription_at_the_head_is_live_at_once(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     assert Reader(delivery, "a", since=1).mail() == [wire.Live("a", 1)]
 
 
-def test_a_subscription_ahead_of_the_head_waits_and_gets_no_repeat(log: ListLog, delivery: Delivery) -> None:
+def test_subscription_ahead_of_the_head_waits_and_gets_no_repeat(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", since=2)
     publish(log, delivery, "a", "a")
     assert reader.mail() == [wire.Live("a", 2)]
@@ -466,7 +466,7 @@ def test_a_subscription_ahead_of_the_head_waits_and_gets_no_repeat(log: ListLog,
     assert reader.mail() == [3]
 
 
-def test_a_subscription_without_room_lags_and_the_others_do_not(log: ListLog, delivery: Delivery) -> None:
+def test_subscription_without_room_lags_and_the_others_do_not(log: ListLog, delivery: Delivery) -> None:
     slow, quick = Reader(delivery, "a", limit=300), Reader(delivery, "a")
     for _ in range(10):
         publish(log, delivery, "a")
@@ -500,7 +500,7 @@ def test_subscriptions_with_the_largest_send_queues_lag_when_the_budget_is_excee
     assert got == [*range(2, 82, 2), wire.Live("a.*", 81)]
 
 
-def test_the_cost_of_statistics_does_not_depend_on_the_number_of_lagging_subscriptions(
+def test_cost_of_statistics_does_not_depend_on_the_number_of_lagging_subscriptions(
     log: ListLog, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(log, delivery, *["a"] * 100)
@@ -528,7 +528,7 @@ def test_messages_that_many_subscriptions_share_count_once(log: ListLog) -> None
     assert delivery.statistics().held == 0
 
 
-def test_a_waiting_subscription_gets_one_gap_for_all_that_retention_dropped(log: ListLog, delivery: Delivery) -> None:
+def test_waiting_subscription_gets_one_gap_for_all_that_retention_dropped(log: ListLog, delivery: Delivery) -> None:
     slow = Reader(delivery, "a", limit=300)
     for _ in range(16):
         publish(log, delivery, "a")
@@ -583,7 +583,7 @@ def test_few_entries_are_read_for_a_send_queue_with_room_for_few(log: ListLog, d
     assert quick.mail() == []
 
 
-def test_a_message_larger_than_the_send_queue_is_delivered(log: ListLog, delivery: Delivery) -> None:
+def test_message_larger_than_the_send_queue_is_delivered(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", limit=50)
     publish(log, delivery, "a", "a")
     sweep(log, delivery)
@@ -592,7 +592,7 @@ def test_a_message_larger_than_the_send_queue_is_delivered(log: ListLog, deliver
     assert reader.mail() == [2, wire.Live("a", 2)]
 
 
-def test_a_newly_lagging_subscription_does_not_starve_the_others(log: ListLog, delivery: Delivery) -> None:
+def test_newly_lagging_subscription_does_not_starve_the_others(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 6)
     Reader(delivery, "a", since=0)
     exhaust(delivery.serve(0, log.page(0, 3)))
@@ -618,7 +618,7 @@ def test_entries_in_memory_and_those_before_them_are_read_alternately(log: ListL
     assert all(reader.mail() == [] for reader in far)
 
 
-def test_the_sender_counts_in_the_size_of_an_entry() -> None:
+def test_sender_counts_in_the_size_of_an_entry() -> None:
     entries = [Entry(1, 0, "a", b"1", sender="x" * 1000)]
     recent = RecentMessages(10_000)
     recent.append(entries)
@@ -638,7 +638,7 @@ def test_another_epoch_is_announced_to_every_subscription(log: ListLog, delivery
     assert (live.mail(), late.mail(), ahead.mail()) == ([3], [3], [3])
 
 
-def test_a_lagging_subscription_resumes_at_its_cursor_if_both_epochs_have_it(log: ListLog, delivery: Delivery) -> None:
+def test_lagging_subscription_resumes_at_its_cursor_if_both_epochs_have_it(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 4)
     late, further = Reader(delivery, "a", since=1), Reader(delivery, "a", since=3)
     log.epoch = "f"
@@ -652,7 +652,7 @@ def test_a_lagging_subscription_resumes_at_its_cursor_if_both_epochs_have_it(log
     assert further.mail() == [3]
 
 
-def test_a_subscription_ahead_of_its_replica_resumes_in_an_epoch_that_is_further(
+def test_subscription_ahead_of_its_replica_resumes_in_an_epoch_that_is_further(
     log: ListLog, delivery: Delivery
 ) -> None:
     publish(log, delivery, *["a"] * 3)
@@ -665,7 +665,7 @@ def test_a_subscription_ahead_of_its_replica_resumes_in_an_epoch_that_is_further
     assert ahead.mail() == [6, 7, 8, wire.Live("a", 8)]
 
 
-def test_a_lower_seq_of_another_epoch_is_delivered(log: ListLog, delivery: Delivery) -> None:
+def test_lower_seq_of_another_epoch_is_delivered(log: ListLog, delivery: Delivery) -> None:
     """Where a subscription began in the other epoch says nothing about the seqs of this one."""
     publish(log, delivery, *["a"] * 4)
     send_queue = SendQueue(TransportWriter(), lambda _: None)
@@ -686,7 +686,7 @@ def test_a_lower_seq_of_another_epoch_is_delivered(log: ListLog, delivery: Deliv
     assert [seq for seq in got if isinstance(seq, int)] == [2, 3, 4]
 
 
-def test_a_page_of_another_epoch_is_not_delivered_any_further(log: ListLog, delivery: Delivery) -> None:
+def test_page_of_another_epoch_is_not_delivered_any_further(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a", "a")
     first, second = Reader(delivery, "a", since=0), Reader(delivery, "a", since=0, limit=300)
     steps = delivery.serve(0, log.page(0, 2))
@@ -701,7 +701,7 @@ def test_a_page_of_another_epoch_is_not_delivered_any_further(log: ListLog, deli
     assert second.mail() == [], "what that page holds has never been"
 
 
-def test_a_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page(
+def test_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page(
     log: ListLog, delivery: Delivery
 ) -> None:
     publish(log, delivery, *["a"] * 8)
@@ -718,14 +718,14 @@ def test_a_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_pa
     assert got == [*range(1, 9), wire.Live("a", 8)]
 
 
-def test_a_replica_overtaken_by_retention_announces_a_gap(log: ListLog, delivery: Delivery) -> None:
+def test_replica_overtaken_by_retention_announces_a_gap(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     reader = Reader(delivery, "a")
     delivery.restart(5, "retention")
     assert reader.mail() == [wire.Gap("a", 2, 5, "e", "retention")]
 
 
-def test_a_deleted_range_is_a_gap_for_subscriptions_that_reach_it(log: ListLog, delivery: Delivery) -> None:
+def test_deleted_range_is_a_gap_for_subscriptions_that_reach_it(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 12)
     log.holes = {7, 8}
     far, near = Reader(delivery, "a", since=0), Reader(delivery, "a", since=6)
@@ -738,7 +738,7 @@ def test_a_deleted_range_is_a_gap_for_subscriptions_that_reach_it(log: ListLog, 
     assert got == [*range(1, 7), wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
 
 
-def test_a_replica_that_stopped_before_a_deleted_range_continues_with_its_lagging_subscriptions(
+def test_replica_that_stopped_before_a_deleted_range_continues_with_its_lagging_subscriptions(
     log: ListLog, delivery: Delivery
 ) -> None:
     publish(log, delivery, *["a"] * 4)
@@ -757,7 +757,7 @@ def test_a_replica_that_stopped_before_a_deleted_range_continues_with_its_laggin
     assert got == [2, 3, 4, wire.Gap("a", 5, 6, "e", "repair"), 7, wire.Live("a", 7)]
 
 
-def test_a_subscription_ahead_of_a_replica_overtaken_by_retention_misses_nothing(delivery: Delivery) -> None:
+def test_subscription_ahead_of_a_replica_overtaken_by_retention_misses_nothing(delivery: Delivery) -> None:
     there, beyond = Reader(delivery, "a", since=5), Reader(delivery, "a", since=7)
     delivery.restart(5, "retention")
     assert (there.mail(), beyond.mail()) == ([wire.Live("a", 5)], [])
@@ -767,9 +767,7 @@ def test_a_subscription_ahead_of_a_replica_overtaken_by_retention_misses_nothing
     assert (there.mail(), beyond.mail()) == ([8], [8])
 
 
-def test_an_ephemeral_message_reaches_lagging_subscriptions_and_moves_no_cursor(
-    log: ListLog, delivery: Delivery
-) -> None:
+def test_ephemeral_message_reaches_lagging_subscriptions_and_moves_no_cursor(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
     live, late = Reader(delivery, "a"), Reader(delivery, "a", since=0)
     delivery.broadcast(entry(0, "a"))
@@ -777,7 +775,7 @@ def test_an_ephemeral_message_reaches_lagging_subscriptions_and_moves_no_cursor(
     assert delivery.next_position() == 0
 
 
-def test_an_ephemeral_message_is_sent_as_a_datagram_if_requested_and_small_enough(delivery: Delivery) -> None:
+def test_ephemeral_message_is_sent_as_a_datagram_if_requested_and_small_enough(delivery: Delivery) -> None:
     sent: list[bytes] = []
 
     def send_datagram(line: bytes) -> bool:
@@ -794,7 +792,7 @@ def test_an_ephemeral_message_is_sent_as_a_datagram_if_requested_and_small_enoug
     assert [len(item.entries) for item in send_queue.take() if isinstance(item, EncodedMessages)] == [1]
 
 
-def test_a_first_version_client_gets_an_ephemeral_message_once(delivery: Delivery) -> None:
+def test_first_version_client_gets_an_ephemeral_message_once(delivery: Delivery) -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     subscription = Subscription(send_queue)
     for pattern in ("a.*", "*", "a.b"):

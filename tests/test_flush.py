@@ -33,7 +33,7 @@ class TransportWriter:
         self.sent.append((trio.current_time(), len(self.send_queue.take())))
 
 
-async def test_a_message_is_flushed_at_once_under_low_load(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_message_is_flushed_at_once_under_low_load(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
     writer = TransportWriter(flusher, stopwatch, cost=0.0)
@@ -64,7 +64,7 @@ async def test_send_queues_linger_after_an_expensive_pass_for_as_long_as_it_took
     assert [[count for _, count in writer.sent[2:]] for writer in crowd] == [[3]] * 8, "one send carries all"
 
 
-async def test_a_send_queue_outside_the_expensive_pass_does_not_linger(
+async def test_send_queue_outside_the_expensive_pass_does_not_linger(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     stopwatch = Stopwatch()
@@ -96,9 +96,7 @@ async def test_lingering_is_bounded(mock_clock: MockClock, nursery: trio.Nursery
     assert len(writer.sent) == 3
 
 
-async def test_a_long_pass_lets_other_tasks_run_between_its_slices(
-    mock_clock: MockClock, nursery: trio.Nursery
-) -> None:
+async def test_long_pass_lets_other_tasks_run_between_its_slices(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
     crowd = [TransportWriter(flusher, stopwatch, cost=CHECKPOINT_AFTER) for _ in range(9 * FLUSHES_PER_CLOCK_READING)]

@@ -192,7 +192,7 @@ def complete(random: Random) -> list[bool]:
     return [client(session.got, dict(cursors)) == due for client in CLIENTS]
 
 
-def test_overlapping_patterns_in_2000_interleavings() -> None:
+def test_overlapping_patterns_are_complete_in_2000_interleavings() -> None:
     """Without the name of the pattern in a message, or a cursor for each, hardly any would come out complete."""
     counts = [sum(kind) for kind in zip(*(complete(Random(seed)) for seed in range(2000)), strict=True)]
     right, without_names, without_cursors = counts

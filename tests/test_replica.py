@@ -62,7 +62,7 @@ def said(client: SessionDriver) -> list[Any]:
     return [json.loads(line)["type"] for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_a_session_without_auth_is_closed_in_time(replica: Replica, autojump_clock: MockClock) -> None:
+async def test_session_without_auth_is_closed_in_time(replica: Replica, autojump_clock: MockClock) -> None:
     client = open_client(replica)
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(10)
@@ -72,7 +72,7 @@ async def test_a_session_without_auth_is_closed_in_time(replica: Replica, autoju
 
 
 @pytest.mark.parametrize("nonsense", [b"{}", b'{"type":"history","pattern":"a"}', b'{"type":"ping","seq":1}'])
-async def test_a_client_is_read_no_faster_than_it_reads_its_replies(
+async def test_client_is_read_no_faster_than_it_reads_its_replies(
     replica: Replica, nonsense: bytes, nursery: trio.Nursery
 ) -> None:
     client = open_client(replica)
@@ -97,7 +97,7 @@ async def test_authentication_moves_the_deadline(
     client.end()
 
 
-async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_does_not(
+async def test_expired_token_closes_the_session_after_its_grace_period_unless_renewed(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -114,7 +114,7 @@ async def test_a_token_that_has_expired_closes_after_its_grace_and_a_newer_one_d
     assert client.closing[0] is CloseCode.TOKEN_EXPIRED
 
 
-async def test_a_deadline_is_kept_while_reading_from_the_client_pauses(
+async def test_deadline_applies_while_reading_from_the_client_pauses(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -127,7 +127,7 @@ async def test_a_deadline_is_kept_while_reading_from_the_client_pauses(
     client.end()
 
 
-async def test_a_session_that_ended_while_its_send_queue_was_full_processes_nothing_more(
+async def test_session_that_ended_while_its_send_queue_was_full_processes_nothing_more(
     replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(replica)
@@ -140,7 +140,7 @@ async def test_a_session_that_ended_while_its_send_queue_was_full_processes_noth
     assert not replica.delivery.statistics().live
 
 
-async def test_a_client_that_sends_much_at_once_lets_other_tasks_run(
+async def test_client_that_sends_much_at_once_lets_other_tasks_run(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica.cpu_scheduler.slices = TimeSlices(0.0, 0.0)
@@ -198,7 +198,7 @@ async def publish(replica: Replica, channel: str) -> None:
     await replica.publish(OWNER, [Publish(channel, Raw(b"1"))])
 
 
-async def test_a_quiet_session_gets_head(
+async def test_quiet_session_gets_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch, "quiet.*")
@@ -213,7 +213,7 @@ async def test_a_quiet_session_gets_head(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_session_that_gets_messages_gets_no_head(
+async def test_session_that_gets_messages_gets_no_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch, "busy")
@@ -225,7 +225,7 @@ async def test_a_session_that_gets_messages_gets_no_head(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_session_without_subscriptions_gets_no_head(
+async def test_session_without_subscriptions_gets_no_head(
     replica: Replica, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch)
@@ -316,7 +316,7 @@ async def test_requests_after_an_auth_are_processed_after_it_and_in_order(
     assert client.session.identity == CI
 
 
-async def test_a_lookup_that_hangs_does_not_move_the_deadline(
+async def test_lookup_that_hangs_does_not_move_the_deadline(
     role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -338,7 +338,7 @@ LATE = [CI, None, Unavailable("away")]
 
 @pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
 @pytest.mark.parametrize("end", [SessionDriver.end, SessionDriver.finish])
-async def test_a_session_that_ended_during_the_lookup_is_not_authenticated(
+async def test_session_that_ended_during_the_lookup_is_not_authenticated(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, end: Callable[[SessionDriver], None], answer: Any
 ) -> None:
     client = open_client(role_replica)
@@ -355,7 +355,7 @@ async def test_a_session_that_ended_during_the_lookup_is_not_authenticated(
     assert role_replica.delivery.statistics().live == 0
 
 
-async def test_a_session_that_ends_while_a_newer_token_is_looked_up_does_not_subscribe(
+async def test_session_that_ends_while_a_newer_token_is_looked_up_does_not_subscribe(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_client(role_replica)
@@ -369,7 +369,7 @@ async def test_a_session_that_ends_while_a_newer_token_is_looked_up_does_not_sub
     assert role_replica.delivery.statistics().live == 0
 
 
-async def test_a_session_authenticated_while_the_replica_drains_gets_goaway(
+async def test_session_authenticated_while_the_replica_drains_gets_goaway(
     role_replica: Replica, roles: Roles, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     client = open_client(role_replica)
@@ -419,7 +419,7 @@ async def test_messages_are_delivered_while_a_newer_token_is_looked_up(
         (Unavailable("away"), ErrorCode.UNAVAILABLE, CloseCode.UNAVAILABLE),
     ],
 )
-async def test_an_unknown_role_and_a_failed_lookup_have_different_errors(
+async def test_unknown_role_and_a_failed_lookup_have_different_errors(
     role_replica: Replica, roles: Roles, answer: Any, code: ErrorCode, closing: CloseCode
 ) -> None:
     roles.answer = answer
@@ -460,7 +460,7 @@ async def ask(replica: Replica, client: SessionDriver, *requests: bytes) -> list
     return [json.loads(line) for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
-async def test_a_client_that_claims_the_producer_of_another_gets_its_own(replica: Replica) -> None:
+async def test_client_that_claims_the_producer_of_another_gets_its_own(replica: Replica) -> None:
     """Whoever could publish under it would make the other's next publish a duplicate, or a contradiction."""
     publish = b'{"type": "publish", "channel": "a", "payload": 1, "id": 1}'
     alice, mallory, again = open_client(replica), open_client(replica), open_client(replica)
@@ -476,9 +476,7 @@ async def test_a_client_that_claims_the_producer_of_another_gets_its_own(replica
 
 
 @pytest.mark.parametrize(("clients", "seconds"), [(0, 0), (1, 2.01), (50, 2.5), (300, 5), (1000, 5)])
-async def test_a_draining_replica_gives_few_clients_less_time(
-    autojump_clock: MockClock, clients: int, seconds: float
-) -> None:
+async def test_drain_of_few_clients_takes_less_time(autojump_clock: MockClock, clients: int, seconds: float) -> None:
     replica = Replica(Config(), MemoryLog(), Authenticator([SECRET]))
     for _ in range(clients):
         open_client(replica)
@@ -488,7 +486,7 @@ async def test_a_draining_replica_gives_few_clients_less_time(
     assert trio.current_time() - began == pytest.approx(seconds)
 
 
-async def test_a_draining_replica_waits_only_until_its_last_client_has_left(
+async def test_draining_replica_waits_only_until_its_last_client_has_left(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     replica = Replica(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
@@ -530,7 +528,7 @@ async def strict_replica(nursery: trio.Nursery) -> Replica:
     ],
     ids=["messages", "ephemeral messages", "bytes"],
 )
-async def test_a_session_is_read_no_faster_than_its_client_may_publish(
+async def test_session_is_read_no_faster_than_its_client_may_publish(
     strict_replica: Replica, message: bytes, seconds: float, autojump_clock: MockClock
 ) -> None:
     client, sibling, other = (open_client(strict_replica) for _ in range(3))
@@ -548,7 +546,7 @@ async def test_a_session_is_read_no_faster_than_its_client_may_publish(
         each.end()
 
 
-async def test_a_request_over_the_publish_rate_is_told_when_to_retry(
+async def test_error_of_a_request_over_the_publish_rate_has_a_retry_delay(
     strict_replica: Replica, autojump_clock: MockClock
 ) -> None:
     identity = strict_replica.authenticator.verify(token("a"), 0)
@@ -564,7 +562,7 @@ async def test_a_request_over_the_publish_rate_is_told_when_to_retry(
     await strict_replica.publish(OWNER, requests * 10)
 
 
-async def test_a_token_may_name_another_publish_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
+async def test_token_may_set_another_publish_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
     fast = sign(SECRET, client_id="a", grants=Grants.ALL, publish_rate=100, publish_bytes=1 << 20)
     hasty, slow = open_client(strict_replica), open_client(strict_replica)
     await hasty.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
@@ -590,7 +588,7 @@ async def test_a_token_may_name_another_publish_rate(strict_replica: Replica, au
         client.end()
 
 
-async def test_the_sessions_of_a_client_are_limited(strict_replica: Replica) -> None:
+async def test_sessions_of_a_client_are_limited(strict_replica: Replica) -> None:
     clients = [open_client(strict_replica) for _ in range(4)]
     for client in clients[:3]:
         await client.receive(hello("a"))
@@ -665,9 +663,7 @@ class HoldingLog(MemoryLog):
 
 
 @pytest.mark.parametrize("settled_first", [True, False])
-async def test_an_ended_session_is_freed_without_the_garbage_collector(
-    nursery: trio.Nursery, settled_first: bool
-) -> None:
+async def test_ended_session_is_freed_without_the_garbage_collector(nursery: trio.Nursery, settled_first: bool) -> None:
     log = HoldingLog()
     replica = Replica(Config(), log, Authenticator([SECRET]))
     await nursery.start(log.run, replica.delivery)
@@ -730,7 +726,7 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     assert replica.client_usages.subscriptions == 0
 
 
-async def test_the_pending_publishes_of_a_session_are_limited(nursery: trio.Nursery) -> None:
+async def test_pending_publishes_of_a_session_are_limited(nursery: trio.Nursery) -> None:
     log = HoldingLog()
     replica = Replica(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
     await nursery.start(replica.log.run, replica.delivery)
@@ -743,7 +739,7 @@ async def test_the_pending_publishes_of_a_session_are_limited(nursery: trio.Nurs
     nursery.cancel_scope.cancel()
 
 
-async def test_a_session_without_a_client_id_keeps_its_usage_with_another_token(strict_replica: Replica) -> None:
+async def test_session_without_a_client_id_keeps_its_usage_with_another_token(strict_replica: Replica) -> None:
     client = open_client(strict_replica, "a")
     await client.receive(hello(None))
     before = client.session.usage.client
@@ -755,7 +751,7 @@ async def test_a_session_without_a_client_id_keeps_its_usage_with_another_token(
     client.end()
 
 
-async def test_a_client_id_that_is_too_long_is_rejected(strict_replica: Replica) -> None:
+async def test_client_id_that_is_too_long_is_rejected(strict_replica: Replica) -> None:
     await strict_replica.authenticate(token("12345678"))
     await strict_replica.authenticate(token("äöüß"))
     for client_id in ("123456789", "äöüßx"):

@@ -46,7 +46,7 @@ def test_items_are_taken_in_order_and_the_first_one_wakes_the_flusher() -> None:
     assert woken == [send_queue, send_queue]
 
 
-def test_a_full_send_queue_rejects_messages_and_accepts_replies() -> None:
+def test_full_send_queue_rejects_messages_and_accepts_replies() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
     assert send_queue.offer(run(1, 2))
     assert not send_queue.offer(run(3, 4))
@@ -56,7 +56,7 @@ def test_a_full_send_queue_rejects_messages_and_accepts_replies() -> None:
     assert len(send_queue.take()) == 2
 
 
-def test_an_empty_send_queue_takes_one_message_of_any_size_but_not_two() -> None:
+def test_empty_send_queue_takes_one_message_of_any_size_but_not_two() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
     assert not send_queue.offer(run(1, 2, size=200))
     assert send_queue.offer(run(1, size=1000))
@@ -77,7 +77,7 @@ def test_half_of_a_send_queue_is_kept_free_for_live_messages() -> None:
     assert send_queue.offer(run(1))
 
 
-def test_a_callback_is_called_once_when_the_send_queue_is_emptied() -> None:
+def test_callback_is_called_once_when_the_send_queue_is_emptied() -> None:
     calls: list[str] = []
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     send_queue.put(b"x")
@@ -99,7 +99,7 @@ def test_revoked_messages_are_dropped() -> None:
     assert send_queue.take() == [b"reply", kept]
 
 
-def test_no_line_stays_that_would_count_revoked_messages_as_delivered() -> None:
+def test_revocation_drops_lines_that_count_revoked_messages_as_delivered() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     before, after, other = (
         SubscriptionLine(b"before", "a"),
@@ -115,7 +115,7 @@ def test_no_line_stays_that_would_count_revoked_messages_as_delivered() -> None:
     assert send_queue.take() == [before, b"head", other, b"reply"]
 
 
-def test_a_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match() -> None:
+def test_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match() -> None:
     budget = Budget()
     send_queue, other = (
         SendQueue(TransportWriter(), lambda _: None, budget=budget),
@@ -172,7 +172,7 @@ def test_messages_in_several_send_queues_are_counted_once() -> None:
     assert budget.held == 0
 
 
-def test_a_send_queue_that_is_not_empty_is_full_while_all_hold_too_many_replies() -> None:
+def test_send_queue_that_is_not_empty_is_full_while_all_hold_too_many_replies() -> None:
     budget = Budget(400)
     one, other, empty = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(3))
     one.put(b"x" * 100)
@@ -207,7 +207,7 @@ def test_half_of_the_budget_is_kept_free_for_live_messages() -> None:
     assert other.room == 0
 
 
-def test_a_send_queue_can_be_taken_in_parts() -> None:
+def test_send_queue_can_be_taken_in_parts() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     calls: list[str] = []
@@ -224,7 +224,7 @@ def test_a_send_queue_can_be_taken_in_parts() -> None:
     assert calls == ["empty"]
 
 
-def test_a_newer_head_replaces_one_that_only_replies_follow() -> None:
+def test_newer_head_replaces_one_that_only_replies_follow() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     for item in (HeadLine(b"1"), b"pong", HeadLine(b"2"), b"pong", HeadLine(b"3")):
@@ -266,7 +266,7 @@ def test_many_replies_are_joined_except_for_the_first_version(protocol: wire.Pro
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
 @pytest.mark.parametrize("together", [1, 50])
-def test_a_send_queue_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
+def test_send_queue_takes_no_more_memory_than_is_counted(size: int, together: int) -> None:
     budget = Budget()
     send_queues = [SendQueue(TransportWriter(), lambda _: None, 1 << 30, budget) for _ in range(5)]
     tracemalloc.start()

@@ -135,7 +135,7 @@ streams = st.lists(st.one_of(objects, objects, objects, rubbish, st.binary(max_s
 @given(streams, st.sampled_from([b"", b"\n", b" \r\n\t"]), st.integers(1, 400), st.booleans())
 @example([b'{"payload":\n{"channel":"evil","type":"publish","payload":1}\n}'], b"\n", 400, True)
 @example([b'{"type":"auth"}', b'{"type":"auth","token":"","protocol":1}'], b"", 400, False)
-def test_a_session_survives_any_input(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
+def test_session_survives_any_input(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
     """Whatever a client sends, cut anywhere, a session never raises, answers in well-formed objects that name a code
     where they refuse, asks for no more than a pong before it knows who it is, and takes nothing once closed."""
     driver = open_session() if authenticated else Driver()
@@ -166,7 +166,7 @@ def test_a_session_survives_any_input(parts: list[bytes], space: bytes, cut: int
 # Who one is
 
 
-def test_a_session_begins_with_auth() -> None:
+def test_requests_before_auth_are_rejected() -> None:
     driver = Driver()
     [publish, subscribe, history] = driver.say(
         {"type": "publish", "channel": "project.a", "payload": 1},
@@ -178,7 +178,7 @@ def test_a_session_begins_with_auth() -> None:
     assert driver.session.state is SessionState.NEW
 
 
-def test_an_open_session_outlives_a_token_that_cannot_be_verified() -> None:
+def test_open_session_outlives_a_token_that_cannot_be_verified() -> None:
     away = PeerError(ErrorCode.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
     driver = open_session()
     driver.identity = away
@@ -194,7 +194,7 @@ def test_an_open_session_outlives_a_token_that_cannot_be_verified() -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "abandon"])
-def test_a_session_that_ends_during_an_effect_has_no_more_effects(end: str) -> None:
+def test_session_that_ends_during_an_effect_has_no_more_effects(end: str) -> None:
     driver = open_session()
     data = b'{"type":"auth","token":"t"}{"type":"subscribe","pattern":"project.*"}{"type":"ping","seq":1}'
     effects = driver.session.receive(data)
@@ -207,7 +207,7 @@ def test_a_session_that_ends_during_an_effect_has_no_more_effects(end: str) -> N
     assert driver.replies() == []
 
 
-def test_a_session_without_auth_ends_at_its_deadline() -> None:
+def test_session_without_auth_ends_at_its_deadline() -> None:
     driver = Driver()
     assert driver.session.deadline == 110.0
     driver.session.check_deadline(109.9)
@@ -217,7 +217,7 @@ def test_a_session_without_auth_ends_at_its_deadline() -> None:
     assert driver.session.closing == (CloseCode.AUTH_TIMEOUT, "no auth within 10 s")
 
 
-def test_a_refused_token_ends_the_session() -> None:
+def test_rejected_token_ends_the_session() -> None:
     driver = Driver(identity=PeerError(ErrorCode.UNAUTHENTICATED, "bad signature", CloseCode.UNAUTHENTICATED))
     [reply, *more] = driver.say({"type": "auth", "token": "t", "protocol": 1}, {"type": "ping", "seq": 1})
     assert reply == {"type": "auth_error", "message": "bad signature", "code": "unauthenticated"}
@@ -225,7 +225,7 @@ def test_a_refused_token_ends_the_session() -> None:
     assert driver.session.closing == (CloseCode.UNAUTHENTICATED, "bad signature")
 
 
-def test_auth_again_refreshes_and_cannot_change_the_client() -> None:
+def test_second_auth_renews_the_token_and_cannot_change_the_client() -> None:
     driver = open_session()
     driver.identity = Identity("alice", Grants(read=(), write=()), expires=50.0)
     assert [r["type"] for r in driver.say({"type": "auth", "token": "t2", "protocol": 1})] == ["auth_ok"]
@@ -244,7 +244,7 @@ def test_narrower_grants_return_the_subscriptions_that_they_end() -> None:
     assert driver.session.accept_token(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
 
 
-def test_an_expired_token_has_a_grace_period() -> None:
+def test_expired_token_has_a_grace_period() -> None:
     driver = open_session(identity=Identity("alice", ALICE.grants, expires=1010.0), wall=1000.0)
     assert driver.session.deadline == 100.0 + 10 + 30
     driver.session.check_deadline(140.0)
@@ -291,7 +291,7 @@ def test_subscribe_and_unsubscribe_have_effects() -> None:
         ([1, 2], None),
     ],
 )
-def test_a_rejected_request_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
+def test_rejected_request_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
     driver = open_session()
     [reply] = driver.say(message)
     assert driver.effects == []
@@ -312,7 +312,7 @@ def test_subscriptions_are_limited_and_an_existing_one_may_be_replaced() -> None
     assert [reply.get("code") for reply in replies] == [None, None, None, "limit", None]
 
 
-def test_an_object_over_the_limit_closes_for_good() -> None:
+def test_object_over_the_limit_closes_the_session() -> None:
     driver = open_session()
     driver.feed(b'{"type":"publish","channel":"project.a","payload":"' + b"x" * 2000)
     assert [reply["code"] for reply in driver.replies()] == ["too_large"]
@@ -323,7 +323,7 @@ def test_an_object_over_the_limit_closes_for_good() -> None:
 # Publishing
 
 
-def test_a_publish_becomes_an_append_and_its_outcome_the_reply() -> None:
+def test_publish_becomes_an_append_whose_outcome_is_the_reply() -> None:
     driver = open_session()
     assert driver.say({"type": "publish", "channel": "project.a", "payload": {"x": 1}, "id": 4, "echo": False}) == []
     [append] = driver.appends
@@ -335,13 +335,13 @@ def test_a_publish_becomes_an_append_and_its_outcome_the_reply() -> None:
     assert driver.session.pending == 0
 
 
-def test_a_publish_without_an_id_leaves_its_key_to_the_log() -> None:
+def test_publish_without_an_id_leaves_its_key_to_the_log() -> None:
     driver = open_session()
     driver.say({"type": "publish", "channel": "project.a", "payload": 1})
     assert driver.appends[0].producer is None
 
 
-def test_a_retry_passes_on_its_epoch_and_head() -> None:
+def test_retry_passes_on_its_epoch_and_head() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "id": 1, "after": 3, "epoch": "e"}
     driver.say(message, {**message, "retry": True, "id": 2})
@@ -351,7 +351,7 @@ def test_a_retry_passes_on_its_epoch_and_head() -> None:
     ]
 
 
-def test_a_publish_without_ack_is_answered_only_by_an_error() -> None:
+def test_publish_without_ack_is_answered_only_by_an_error() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ack": False}
     driver.say(message, message)
@@ -363,14 +363,14 @@ def test_a_publish_without_ack_is_answered_only_by_an_error() -> None:
     ]
 
 
-def test_an_ephemeral_publish_goes_past_the_log() -> None:
+def test_ephemeral_publish_bypasses_the_log() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ephemeral": True, "id": 3}
     assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 3}]
     assert driver.effects == [BroadcastMessage("project.a", b"1", "alice", None)]
 
 
-def test_the_size_of_an_ephemeral_message_is_limited() -> None:
+def test_size_of_an_ephemeral_message_is_limited() -> None:
     driver = open_session()
     driver.session._splitter = JsonSplitter(decode_client, 65_536)
     room = EPHEMERAL_SIZE - len("project.a") - len('"alice"') - len('""')
@@ -384,13 +384,13 @@ def test_the_size_of_an_ephemeral_message_is_limited() -> None:
     assert len(driver.appends) == 1
 
 
-def test_a_payload_keeps_its_bytes_but_for_line_breaks() -> None:
+def test_payload_keeps_its_bytes_but_for_line_breaks() -> None:
     driver = open_session()
     driver.feed(b'{"type":"publish","channel":"project.a","payload":{"n":\r\n 1.00e3,"s":"\\u0000\xc3\xa9"}}')
     assert driver.appends[0].payload == b'{"n":   1.00e3,"s":"\\u0000\xc3\xa9"}'
 
 
-def test_a_publish_settled_after_the_connection_ended_has_no_reply() -> None:
+def test_publish_settled_after_the_connection_ended_has_no_reply() -> None:
     driver = open_session()
     driver.say({"type": "publish", "channel": "project.a", "payload": 1})
     driver.session.abandon()
@@ -410,7 +410,7 @@ def test_publishes_are_acknowledged_while_the_session_is_closing() -> None:
 # First-version clients
 
 
-def test_a_first_version_client_gets_only_replies_of_its_version() -> None:
+def test_first_version_client_gets_only_replies_of_its_version() -> None:
     driver = open_session(protocol=0)
     replies = driver.say(
         {"type": "subscribe", "pattern": "project.*", "since": 2},
@@ -434,7 +434,7 @@ def test_a_first_version_client_gets_only_replies_of_its_version() -> None:
     ]
 
 
-def test_an_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
+def test_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
     driver = open_session(protocol=0)
     assert driver.say({"type": "unsubscribe", "pattern": "never"}, {"type": "unsubscribe", "pattern": "project.*"}) == [
         {"type": "unsubscribed", "pattern": "never"},

@@ -83,12 +83,12 @@ def test_hostile_streams_give_messages_and_peer_errors_only(data: st.DataObject)
 
 
 @given(testing.malformed_messages())
-def test_what_is_nearly_a_message_is_an_object(data: bytes) -> None:
+def test_malformed_message_is_a_json_object(data: bytes) -> None:
     assert isinstance(msgspec.json.decode(data), dict)
 
 
 @given(testing.patterns(), testing.patterns(), testing.channels())
-def test_the_model_says_the_same_in_other_words(one: str, other: str, channel: str) -> None:
+def test_reference_model_agrees_with_the_implementation(one: str, other: str, channel: str) -> None:
     assert reference_model.matches(one, channel) == channels.matches(one, channel)
     assert reference_model.covers(one, other) == channels.covers(one, other)
 
@@ -204,7 +204,7 @@ async def test_client_that_does_not_read_lags_and_loses_nothing(autojump_clock: 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_project_that_uses_it(tmp_path: Path) -> None:
+def test_example_of_the_readme_passes_in_another_project(tmp_path: Path) -> None:
     """The example of the README, as it is written there."""
     [example] = re.findall(r"^```python\n(async def test_.*?)^```", README, re.MULTILINE | re.DOTALL)
     [plugins] = re.findall(r"`(pytest_plugins = .*?)`", README)

@@ -238,7 +238,7 @@ TestTreeAgainstPairs = TreeAgainstPairs.TestCase
 TestTreeAgainstPairs.settings = settings(max_examples=100, stateful_step_count=40)
 
 
-def test_the_widest_pattern_comes_first() -> None:
+def test_widest_pattern_comes_first() -> None:
     tree: TopicTree[int] = TopicTree()
     for pattern in ("a.b.c", "a.*", "*", "a.b.*", "a.b", "a.b.c.*", "a"):
         tree.add(pattern, 1)
@@ -256,7 +256,7 @@ def test_adding_a_malformed_pattern_changes_nothing() -> None:
     assert len(tree) == 0
 
 
-def test_a_group_keeps_its_members_in_the_order_of_arrival() -> None:
+def test_group_keeps_its_members_in_the_order_of_arrival() -> None:
     tree: TopicTree[int] = TopicTree()
     for member in (3, 1, 2, 3):
         tree.add("a", member)
@@ -266,7 +266,7 @@ def test_a_group_keeps_its_members_in_the_order_of_arrival() -> None:
     assert list(group.members) == [3, 2, 1]
 
 
-def test_a_cached_channel_stays_cached_while_only_members_change() -> None:
+def test_cached_channel_stays_cached_while_only_members_change() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
     tree.add("a.b", 1)
@@ -279,7 +279,7 @@ def test_a_cached_channel_stays_cached_while_only_members_change() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["a.b", "a.*", "*"])
-def test_a_cached_channel_notices_a_group_that_is_added_and_removed(pattern: str) -> None:
+def test_cache_follows_groups_that_are_added_and_removed(pattern: str) -> None:
     tree: TopicTree[int] = TopicTree()
     assert tree.match("a.b") == ()
     tree.add(pattern, 1)
@@ -298,7 +298,7 @@ def test_adding_and_removing_another_channel_keeps_the_cache() -> None:
     assert tree.match("a.b") is before
 
 
-def test_the_cache_is_bounded() -> None:
+def test_cache_is_bounded() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a.*", 1)
     for number in range(3 * topic_tree.CACHED_CHANNELS):
@@ -306,7 +306,7 @@ def test_the_cache_is_bounded() -> None:
         assert len(tree._cache) <= topic_tree.CACHED_CHANNELS
 
 
-def test_groups_are_told_apart_by_identity() -> None:
+def test_groups_are_compared_by_identity() -> None:
     tree: TopicTree[int] = TopicTree()
     tree.add("a", 1)
     (old,) = tree.match("a")
@@ -318,7 +318,7 @@ def test_groups_are_told_apart_by_identity() -> None:
     assert not old.members
 
 
-def test_a_pattern_takes_as_much_memory_whatever_its_depth() -> None:
+def test_memory_of_a_pattern_does_not_depend_on_its_depth() -> None:
     flat: TopicTree[int] = TopicTree()
     deep: TopicTree[int] = TopicTree()
     for number in range(1000):
