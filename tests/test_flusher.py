@@ -1,4 +1,4 @@
-"""The flusher on a virtual clock, with outlets that take as long as they are told to."""
+"""The flusher on a virtual clock, with transport writers whose flushes take a set time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from catbus.delivery.send_queue import SendQueue
 
 
 class Stopwatch:
-    """Time as spent inside sends."""
+    """A clock that advances only by the cost of flushes, in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class Stopwatch:
 
 
 class TransportWriter:
-    """Notes when it was flushed (Trio time), and what it then sent."""
+    """Records the time of each flush (Trio time) and the number of items that it took."""
 
     def __init__(self, flusher: Flusher, stopwatch: Stopwatch, cost: float = 0.0) -> None:
         self.send_queue = SendQueue(self, flusher.wake)
@@ -49,19 +49,19 @@ async def test_send_queues_linger_after_an_expensive_pass_for_as_long_as_it_took
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [TransportWriter(flusher, stopwatch, cost=0.0005) for _ in range(8)]
+    writers = [TransportWriter(flusher, stopwatch, cost=0.0005) for _ in range(8)]
     nursery.start_soon(flusher.run)
     for _ in range(5):
-        for writer in crowd:
+        for writer in writers:
             writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert [len(writer.sent) for writer in crowd] == [2] * 8, "the second pass knows what the first one took"
+    assert [len(writer.sent) for writer in writers] == [2] * 8, "the second pass already knows the duration of the first one"
     mock_clock.jump(0.0039)
     await wait_all_tasks_blocked()
-    assert [len(writer.sent) for writer in crowd] == [2] * 8
+    assert [len(writer.sent) for writer in writers] == [2] * 8
     mock_clock.jump(0.0002)
     await wait_all_tasks_blocked()
-    assert [[count for _, count in writer.sent[2:]] for writer in crowd] == [[3]] * 8, "one send carries all"
+    assert [[count for _, count in writer.sent[2:]] for writer in writers] == [[3]] * 8, "one flush sends all of them"
 
 
 async def test_send_queue_outside_the_expensive_pass_does_not_linger(
@@ -69,17 +69,17 @@ async def test_send_queue_outside_the_expensive_pass_does_not_linger(
 ) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [TransportWriter(flusher, stopwatch, cost=0.001) for _ in range(4)]
-    small = TransportWriter(flusher, stopwatch)
+    writers = [TransportWriter(flusher, stopwatch, cost=0.001) for _ in range(4)]
+    other = TransportWriter(flusher, stopwatch)
     nursery.start_soon(flusher.run)
     for _ in range(3):
-        for writer in crowd:
+        for writer in writers:
             writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
     assert flusher.statistics().lingering == 4
-    small.send_queue.put(b"x")
+    other.send_queue.put(b"x")
     await wait_all_tasks_blocked()
-    assert len(small.sent) == 1
+    assert len(other.sent) == 1
 
 
 async def test_lingering_is_bounded(mock_clock: MockClock, nursery: trio.Nursery) -> None:
@@ -99,19 +99,19 @@ async def test_lingering_is_bounded(mock_clock: MockClock, nursery: trio.Nursery
 async def test_long_pass_lets_other_tasks_run_between_its_slices(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     stopwatch = Stopwatch()
     flusher = Flusher(stopwatch)
-    crowd = [TransportWriter(flusher, stopwatch, cost=CHECKPOINT_AFTER) for _ in range(9 * FLUSHES_PER_CLOCK_READING)]
+    writers = [TransportWriter(flusher, stopwatch, cost=CHECKPOINT_AFTER) for _ in range(9 * FLUSHES_PER_CLOCK_READING)]
     progress: list[int] = []
 
     async def other() -> None:
         while True:
-            progress.append(sum(len(writer.sent) for writer in crowd))
+            progress.append(sum(len(writer.sent) for writer in writers))
             await trio.lowlevel.checkpoint()
-            if progress[-1] == len(crowd):
+            if progress[-1] == len(writers):
                 return
 
-    for writer in crowd:
+    for writer in writers:
         writer.send_queue.put(b"x")
     async with trio.open_nursery() as inner:
         inner.start_soon(other)
         nursery.start_soon(flusher.run)
-    assert len(set(progress)) > 2, "it saw the pass half done"
+    assert len(set(progress)) > 2, "the other task ran during the pass"
