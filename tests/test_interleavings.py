@@ -1,6 +1,6 @@
-"""Orders of events in which a simpler rule goes wrong, many of them: the rule never does, the simpler one often.
+"""Thousands of random orders of events, in which the rules of delivery always hold and simpler rules often fail.
 
-The delivery is the real one. The database, and when everything happens, are not.
+The delivery is the real one. A list takes the place of the database, and the test decides when each event happens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ CHANNELS = ["a.b", "a.c", "d"]
 
 
 class Replica:
-    """Delivery over a log that others commit to: what is committed is applied here a little later.
+    """Delivery over a log to which other replicas commit. This replica applies the committed messages a little later.
 
-    Late subscriptions are read for up to what was applied or, with `to_head`, up to what is committed.
+    Pages for lagging subscriptions end at the last applied message or, with `to_head`, at the last committed one.
     """
 
     epoch = "e"
@@ -47,7 +47,7 @@ class Replica:
             self.delivery.apply(entries)
 
     def read(self) -> None:
-        """A page, which is served later."""
+        """Read a page, to be served later."""
         position = self.delivery.next_position()
         if position is not None:
             last = len(self.committed) if self.to_head else self.delivery.position
@@ -65,7 +65,7 @@ class Replica:
 
 
 class Session:
-    """One send queue, and what came out of it: which pattern's, and which seq."""
+    """One send queue, and the pattern and message of everything taken from it."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
@@ -81,7 +81,7 @@ class Session:
                 self.got += [(item.pattern, message) for message in item.entries]
 
     def finish(self) -> None:
-        """Do what still has to be done, until nothing has."""
+        """Apply and serve until the replica is idle and the send queue is empty."""
         replica = self.replica
         replica.serve()
         self.take()
@@ -96,11 +96,11 @@ def owed(replica: Replica, pattern: str, since: int) -> list[int]:
     return [message.seq for message in replica.committed[since:] if matches(pattern, message.channel)]
 
 
-# The seam between catching up and live
+# The transition from catching up to live
 
 
-def goes_right_at_the_seam(random: Random, *, to_head: bool) -> bool:
-    """Whether one who comes back at any time, anywhere up to what is committed, gets each message once and in order."""
+def delivers_each_message_once(random: Random, *, to_head: bool) -> bool:
+    """Whether a subscription that resumes at a random time and cursor gets each message once and in order."""
     replica = Replica(random, to_head=to_head)
     for _ in range(random.randint(2, 4)):
         replica.commit()
@@ -117,13 +117,13 @@ def goes_right_at_the_seam(random: Random, *, to_head: bool) -> bool:
 
 
 def test_catching_up_meets_live_delivery_without_gap_or_repeat_in_20000_interleavings() -> None:
-    """Catching up ends at what this replica has applied. What is only committed comes by the live way, once."""
-    wrong = [seed for seed in range(20_000) if not goes_right_at_the_seam(Random(seed), to_head=False)]
+    """Catching up ends at the last message that the replica has applied. Later messages arrive live, once."""
+    wrong = [seed for seed in range(20_000) if not delivers_each_message_once(Random(seed), to_head=False)]
     assert wrong == []
 
 
 def test_catching_up_to_the_head_of_the_database_would_repeat_messages() -> None:
-    right = sum(goes_right_at_the_seam(Random(seed), to_head=True) for seed in range(1000))
+    right = sum(delivers_each_message_once(Random(seed), to_head=True) for seed in range(1000))
     assert right < 750
 
 
@@ -134,40 +134,40 @@ PATTERNS = ["*", "a.*", "a.b"]
 
 
 def tagged(got: Sequence[tuple[str, Entry]], cursors: dict[str, int]) -> dict[str, list[int]]:
-    """What each pattern's reader is handed by a client that reads which subscription a message is for."""
-    handed: dict[str, list[int]] = {pattern: [] for pattern in cursors}
+    """The seqs per pattern, for a client that dispatches a message by the pattern named in it."""
+    dispatched: dict[str, list[int]] = {pattern: [] for pattern in cursors}
     for pattern, message in got:
-        handed[pattern].append(message.seq)
-    return handed
+        dispatched[pattern].append(message.seq)
+    return dispatched
 
 
 def untagged(got: Sequence[tuple[str, Entry]], cursors: dict[str, int]) -> dict[str, list[int]]:
-    """The same by one that does not, and hands each message to whatever pattern matches it and has not had it."""
-    handed: dict[str, list[int]] = {pattern: [] for pattern in cursors}
+    """The same for a client that dispatches a message to all matching patterns whose cursors are below its seq."""
+    dispatched: dict[str, list[int]] = {pattern: [] for pattern in cursors}
     for _, message in got:
         for pattern in cursors:
             if matches(pattern, message.channel) and message.seq > cursors[pattern]:
-                handed[pattern].append(message.seq)
+                dispatched[pattern].append(message.seq)
                 cursors[pattern] = message.seq
-    return handed
+    return dispatched
 
 
 def with_one_cursor(got: Sequence[tuple[str, Entry]], cursors: dict[str, int]) -> dict[str, list[int]]:
-    """The same by one that reads it, and keeps one cursor for all patterns."""
-    handed: dict[str, list[int]] = {pattern: [] for pattern in cursors}
+    """The same for a client that dispatches by pattern, with one cursor for all patterns."""
+    dispatched: dict[str, list[int]] = {pattern: [] for pattern in cursors}
     newest = 0
     for pattern, message in got:
         if message.seq >= newest:
-            handed[pattern].append(message.seq)
+            dispatched[pattern].append(message.seq)
             newest = message.seq
-    return handed
+    return dispatched
 
 
 CLIENTS = [tagged, untagged, with_one_cursor]
 
 
 def complete(random: Random) -> list[bool]:
-    """Which kinds of clients get all of it, each once and in order, for all their patterns."""
+    """For each kind of client: whether it gets all messages of all its patterns, each once and in order."""
     replica = Replica(random)
     for _ in range(random.randint(2, 5)):
         replica.commit()
@@ -175,27 +175,29 @@ def complete(random: Random) -> list[bool]:
         replica.apply()
     session = Session(replica)
     cursors: dict[str, int] = {}
-    joins = [(pattern, random.randint(0, replica.delivery.position)) for pattern in PATTERNS]
+    subscriptions = [(pattern, random.randint(0, replica.delivery.position)) for pattern in PATTERNS]
 
-    def join() -> None:
-        if joins:
-            pattern, since = joins.pop()
+    def subscribe_next() -> None:
+        if subscriptions:
+            pattern, since = subscriptions.pop()
             cursors[pattern] = since
             session.subscribe(pattern, since)
 
-    for step in random.choices([replica.commit, replica.apply, replica.read, replica.serve, session.take, join], k=15):
+    for step in random.choices(
+        [replica.commit, replica.apply, replica.read, replica.serve, session.take, subscribe_next], k=15
+    ):
         step()
-    while joins:
-        join()
+    while subscriptions:
+        subscribe_next()
     session.finish()
     due = {pattern: owed(replica, pattern, since) for pattern, since in cursors.items()}
     return [client(session.got, dict(cursors)) == due for client in CLIENTS]
 
 
 def test_overlapping_patterns_are_complete_in_2000_interleavings() -> None:
-    """Without the name of the pattern in a message, or a cursor for each, hardly any would come out complete."""
+    """Few would be complete if messages did not name a pattern, or if all patterns had one cursor."""
     counts = [sum(kind) for kind in zip(*(complete(Random(seed)) for seed in range(2000)), strict=True)]
-    right, without_names, without_cursors = counts
+    right, without_patterns, without_cursors = counts
     assert right == 2000
-    assert without_names < 400
+    assert without_patterns < 400
     assert without_cursors < 400

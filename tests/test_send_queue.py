@@ -1,4 +1,4 @@
-"""The send queue: one queue, bounded for messages, open for replies."""
+"""The send queue: its messages are bounded, and it always accepts replies."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from catbus.protocol import wire_messages as wire
 
 class TransportWriter:
     def flush(self) -> None:
-        """The tests take the mail themselves."""
+        """Do nothing: the tests take the items themselves."""
 
 
-def run(*seqs: int, pattern: str = "a", size: int = 10) -> EncodedMessages:
+def encoded(*seqs: int, pattern: str = "a", size: int = 10) -> EncodedMessages:
     return EncodedMessages(pattern, [Entry(seq, 5, "a", b"1" * size, "me") for seq in seqs])
 
 
 def test_items_are_taken_in_order_and_the_first_one_wakes_the_flusher() -> None:
     woken: list[SendQueue] = []
     send_queue = SendQueue(TransportWriter(), woken.append)
-    first = run(1, 2)
+    first = encoded(1, 2)
     send_queue.put(b"reply")
     assert send_queue.offer(first)
-    send_queue.put(b"mark")
+    send_queue.put(b"live")
     assert woken == [send_queue]
-    assert send_queue.take() == [b"reply", first, b"mark"]
+    assert send_queue.take() == [b"reply", first, b"live"]
     assert (send_queue.size, bool(send_queue)) == (0, False)
     send_queue.put(b"again")
     assert woken == [send_queue, send_queue]
@@ -48,8 +48,8 @@ def test_items_are_taken_in_order_and_the_first_one_wakes_the_flusher() -> None:
 
 def test_full_send_queue_rejects_messages_and_accepts_replies() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
-    assert send_queue.offer(run(1, 2))
-    assert not send_queue.offer(run(3, 4))
+    assert send_queue.offer(encoded(1, 2))
+    assert not send_queue.offer(encoded(3, 4))
     assert send_queue.rejected == 1
     send_queue.put(b"x" * 300)
     assert send_queue.full
@@ -58,14 +58,14 @@ def test_full_send_queue_rejects_messages_and_accepts_replies() -> None:
 
 def test_empty_send_queue_takes_one_message_of_any_size_but_not_two() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, limit=300)
-    assert not send_queue.offer(run(1, 2, size=200))
-    assert send_queue.offer(run(1, size=1000))
-    assert not send_queue.offer(run(2))
+    assert not send_queue.offer(encoded(1, 2, size=200))
+    assert send_queue.offer(encoded(1, size=1000))
+    assert not send_queue.offer(encoded(2))
 
 
 def test_offering_no_messages_queues_nothing() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
-    assert send_queue.offer(run())
+    assert send_queue.offer(encoded())
     assert not send_queue
 
 
@@ -74,7 +74,7 @@ def test_half_of_a_send_queue_is_kept_free_for_live_messages() -> None:
     assert send_queue.room == 500
     send_queue.put(b"x" * 501)
     assert send_queue.room == 0
-    assert send_queue.offer(run(1))
+    assert send_queue.offer(encoded(1))
 
 
 def test_callback_is_called_once_when_the_send_queue_is_emptied() -> None:
@@ -90,8 +90,8 @@ def test_callback_is_called_once_when_the_send_queue_is_emptied() -> None:
 
 def test_revoked_messages_are_dropped() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None)
-    kept = run(3, pattern="b")
-    send_queue.offer(run(1, 2))
+    kept = encoded(3, pattern="b")
+    send_queue.offer(encoded(1, 2))
     send_queue.put(b"reply")
     send_queue.offer(kept)
     send_queue.revoke(["a"])
@@ -108,7 +108,7 @@ def test_revocation_drops_lines_that_count_revoked_messages_as_delivered() -> No
     )
     send_queue.put(before)
     send_queue.put(HeadLine(b"head"))
-    send_queue.offer(run(1, 2))
+    send_queue.offer(encoded(1, 2))
     for line in (after, other, HeadLine(b"another head"), b"reply"):
         send_queue.put(line)
     send_queue.revoke(["a"])
@@ -122,7 +122,7 @@ def test_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match(
         SendQueue(TransportWriter(), lambda _: None, budget=budget),
     )
     mixed = EncodedMessages("", [Entry(seq, 5, channel, b"1") for seq, channel in ((1, "x"), (2, "y"), (3, "x"))])
-    alone = run(4, pattern="")
+    alone = encoded(4, pattern="")
     for item in (mixed, alone):
         send_queue.offer(item)
         other.offer(item)
@@ -141,25 +141,25 @@ def test_copy_for_several_patterns_keeps_the_messages_that_other_patterns_match(
 def test_withdrawing_returns_the_first_seqs_and_keeps_pinned_messages() -> None:
     budget = Budget()
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
-    fixed = run(1, 2)
-    send_queue.offer(fixed)
+    pinned = encoded(1, 2)
+    send_queue.offer(pinned)
     send_queue.put(SubscriptionLine(b"gap", "a"))
     send_queue.pin()
-    for item in (run(5), run(7, pattern="b"), EncodedMessages("b", [Entry(0, 5, "a", b"1", None)])):
+    for item in (encoded(5), encoded(7, pattern="b"), EncodedMessages("b", [Entry(0, 5, "a", b"1", None)])):
         send_queue.offer(item)
     send_queue.put(SubscriptionLine(b"live", "b"))
     send_queue.put(b"reply")
     assert send_queue.withdraw() == {"a": 5, "b": 7}
-    assert (budget.messages, budget.replies) == (fixed.charge + LIST_SLOT_BYTES, send_queue.size - fixed.size)
+    assert (budget.messages, budget.replies) == (pinned.charge + LIST_SLOT_BYTES, send_queue.size - pinned.size)
     assert send_queue.withdraw() == {}
-    assert send_queue.take() == [fixed, b"gap", b"reply"]
+    assert send_queue.take() == [pinned, b"gap", b"reply"]
     assert budget.held == 0
 
 
 def test_messages_in_several_send_queues_are_counted_once() -> None:
     budget = Budget(1000)
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
-    shared = run(1, 2, 3)
+    shared = encoded(1, 2, 3)
     for send_queue in (one, other):
         send_queue.offer(shared)
         send_queue.put(b"reply")
@@ -168,7 +168,7 @@ def test_messages_in_several_send_queues_are_counted_once() -> None:
     assert budget.held == shared.charge + LIST_SLOT_BYTES + REPLY_BYTES + 5
     other.close()
     assert budget.held == 0
-    other.put(b"too late")
+    other.put(b"after the end")
     assert budget.held == 0
 
 
@@ -203,7 +203,7 @@ def test_half_of_the_budget_is_kept_free_for_live_messages() -> None:
     one, other = (SendQueue(TransportWriter(), lambda _: None, budget=budget) for _ in range(2))
     one.put(b"x" * 10_000)
     assert other.room == 1500 // MAX_MEMORY_FACTOR
-    one.offer(run(1, size=1500))
+    one.offer(encoded(1, size=1500))
     assert other.room == 0
 
 
@@ -212,7 +212,7 @@ def test_send_queue_can_be_taken_in_parts() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     calls: list[str] = []
     send_queue.when_emptied(lambda: calls.append("empty"))
-    first, second = run(1), run(2)
+    first, second = encoded(1), encoded(2)
     for item in (first, b"x" * 40, second):
         send_queue.put(item) if isinstance(item, bytes) else send_queue.offer(item)
     send_queue.pin()
@@ -229,18 +229,19 @@ def test_newer_head_replaces_one_that_only_replies_follow() -> None:
     send_queue = SendQueue(TransportWriter(), lambda _: None, budget=budget)
     for item in (HeadLine(b"1"), b"pong", HeadLine(b"2"), b"pong", HeadLine(b"3")):
         send_queue.put(item)
-    assert send_queue.offer(run(1))
+    assert send_queue.offer(encoded(1))
     for item in (HeadLine(b"4"), SubscriptionLine(b"live", "a"), HeadLine(b"5"), HeadLine(b"6"), b"pong"):
         send_queue.put(item)
     send_queue.pin()
     send_queue.put(HeadLine(b"7"))
     assert send_queue.withdraw() == {}
-    said = send_queue.size, budget.replies
+    size, reply_bytes = send_queue.size, budget.replies
     assert [item for item in send_queue.take() if isinstance(item, bytes)] == [
         *(b"pong", b"pong", b"3"),
         *(b"4", b"live", b"pong", b"7"),
     ]
-    assert said == (said[1] + run(1).size, 6 * REPLY_BYTES + SUBSCRIPTION_LINE_BYTES + 3 * 4 + 3 + 4)
+    assert size == reply_bytes + encoded(1).size
+    assert reply_bytes == 6 * REPLY_BYTES + SUBSCRIPTION_LINE_BYTES + 3 * 4 + 3 + 4
     assert (send_queue.size, budget.held) == (0, 0)
 
 
@@ -255,7 +256,7 @@ def test_many_replies_are_joined_except_for_the_first_version(protocol: wire.Pro
         send_queue.put(HeadLine(b"head\n"))
         if number == 1000:
             send_queue.pin()
-            send_queue.put(SubscriptionLine(b"mark\n", "a"))
+            send_queue.put(SubscriptionLine(b"live\n", "a"))
     assert send_queue.size == budget.replies
     items = send_queue.take()
     assert b"".join([item for item in items if type(item) is bytes]) == b"".join(lines)
@@ -274,10 +275,10 @@ def test_send_queue_takes_no_more_memory_than_is_counted(size: int, together: in
         before, _ = tracemalloc.get_traced_memory()
         for number in range(0, 500, together):
             entries = [Entry(10**6 + number + n, 10**12 + n, f"room.{n}", b"1" * size) for n in range(together)]
-            runs = EncodedMessages("room.*", entries)
+            messages = EncodedMessages("room.*", entries)
             for each in send_queues:
-                assert each.offer(runs)
-            assert runs.lines
+                assert each.offer(messages)
+            assert messages.lines
             for _ in range(together):
                 send_queues[0].put(wire.encode(wire.Pong(10**6 + number)) or b"")
             send_queues[0].put(SubscriptionLine(wire.encode(wire.Live("room.*", 10**6 + number)) or b"", "room.*"))
@@ -288,13 +289,13 @@ def test_send_queue_takes_no_more_memory_than_is_counted(size: int, together: in
 
 
 def test_encoded_messages_take_no_more_memory_than_the_budget_assumes() -> None:
-    """Otherwise what is read for a lagging subscription would be withdrawn at once, again and again."""
-    runs = EncodedMessages("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
-    assert runs.charge <= MAX_MEMORY_FACTOR * runs.size
+    """Otherwise a page read for a lagging subscription would be withdrawn at once, again and again."""
+    messages = EncodedMessages("a", [Entry(seq, 5, "a", b"1") for seq in range(20)])
+    assert messages.charge <= MAX_MEMORY_FACTOR * messages.size
 
 
 def test_messages_are_encoded_once_and_their_size_is_estimated_closely() -> None:
-    messages = run(1, 2, 3, size=100)
+    messages = encoded(1, 2, 3, size=100)
     assert messages.lines is messages.lines
     assert messages.first_version_lines is messages.first_version_lines
     assert messages.lines.count(b"\n") == 3
