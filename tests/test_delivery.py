@@ -1,4 +1,4 @@
-"""Delivery against a model: whatever happens in whatever order, each subscription gets its messages once, in order."""
+"""Delivery compared with a model: in any order of events, each subscription gets its messages once and in order."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ LIMITS = [
     (5000, 4_000),
     (5000, 8_000),
 ]
-"""Bytes of a send queue, and of all of them: a message has some hundred, and takes some five hundred in memory."""
+"""Limits in bytes of one send queue and of all. A message has about 100 bytes, and takes about 500 in memory."""
 
 
 class ListLog:
-    """As much of a log as delivery sees, with all its entries in a list."""
+    """The part of a log that delivery uses, with all its entries in a list."""
 
     epoch = "e"
     memory_floor = 1
@@ -60,7 +60,7 @@ class ListLog:
         self.entries: list[Entry] = []
         self.floor = 1
         self.holes: set[int] = set()
-        """Seqs that were taken out of it, and that was repaired."""
+        """Seqs that were deleted, and that a repair has recorded as deleted."""
 
     def is_gone(self, seq: int) -> bool:
         return seq < self.floor or seq in self.holes
@@ -82,48 +82,47 @@ def exhaust(steps: Iterator[None]) -> None:
 
 
 def charge(items: Iterable[QueueItem]) -> int:
-    """What runs take of the budget: each once, and their places."""
-    runs = [item for item in items if isinstance(item, EncodedMessages)]
-    return sum({id(run): run.charge for run in runs}.values()) + len(runs) * LIST_SLOT_BYTES
+    """The bytes that messages take of the budget: each `EncodedMessages` once, and each of its list slots."""
+    messages = [item for item in items if isinstance(item, EncodedMessages)]
+    return sum({id(message): message.charge for message in messages}.values()) + len(messages) * LIST_SLOT_BYTES
 
 
 class TransportWriter:
     def flush(self) -> None:
-        """The tests take the mail themselves."""
+        """Do nothing: the tests take the items themselves."""
 
 
 @dataclass(eq=False)
 class Client:
-    """A client that remembers all it was told, and what it may expect."""
+    """A client that records what it receives, and what it is owed."""
 
     protocol: ProtocolVersion
     producer: bytes
     send_queue: SendQueue
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     wanted: dict[str, int] = field(default_factory=dict)
-    """Each pattern held, and the seq after which its messages are due."""
-    received: dict[str, list[int]] = field(default_factory=dict)
-    told: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
+    """Each subscribed pattern, and the seq after which its messages are owed."""
+    lines: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
     stream: list[str] = field(default_factory=list)
-    said: int = 0
-    heard: int = 0
-    """Replies, which are numbered."""
+    pongs_sent: int = 0
+    pongs: int = 0
+    """The number of pongs received. Pongs are numbered."""
 
     def collect(self, most: float = inf) -> None:
         for item in self.send_queue.take(most):
             if isinstance(item, bytes):
-                mark = wire.decode_server(item)
-                match mark:
+                decoded = wire.decode_server(item)
+                match decoded:
                     case wire.Pong(seq=number):
-                        self.heard += 1
-                        assert number == self.heard
+                        self.pongs += 1
+                        assert number == self.pongs
                     case wire.Head():
                         for pattern in self.subscriptions:
-                            self.told.setdefault(pattern, []).append(mark)
+                            self.lines.setdefault(pattern, []).append(decoded)
                     case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
-                        self.told.setdefault(pattern, []).append(mark)
+                        self.lines.setdefault(pattern, []).append(decoded)
                     case _:
-                        raise AssertionError(mark)
+                        raise AssertionError(decoded)
             elif self.protocol is ProtocolVersion.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
                 payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.ChannelMessage)]
@@ -133,8 +132,8 @@ class Client:
                     message = msgspec.json.decode(line)
                     assert message["pattern"] == item.pattern
                     if "seq" not in message:
-                        continue  # Ephemeral: it is owed to nobody.
-                    self.told.setdefault(item.pattern, []).append(wire.decode_server(line))
+                        continue  # Ephemeral messages are owed to no client.
+                    self.lines.setdefault(item.pattern, []).append(wire.decode_server(line))
 
 
 def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
@@ -142,11 +141,11 @@ def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
 
 
 class DeliveryMachine(RuleBasedStateMachine):
-    """Publishing, subscribing, lagging, sweeping, retention and holes that are repaired, in any order.
+    """Publishing, subscribing, lagging, catching up, retention and deleted ranges, in any order.
 
-    A `catbus.v1` client holds any patterns, from any cursor; a first-version client only subscribes from now on. What
-    a client was sent must be, at any time, the beginning of what it is owed, and all of it once everything is idle. The
-    send queues together hold no more than the budget, but for what cannot be had again.
+    A `catbus.v1` client subscribes to any patterns at any cursors. A first-version client always subscribes at the
+    head. At any time a client has received a prefix of what it is owed, and all of it once everything is idle. The
+    send queues together stay within the budget, except for messages that cannot be read again.
     """
 
     @initialize(limits=st.sampled_from(LIMITS))
@@ -155,8 +154,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.log = ListLog()
         self.delivery = Delivery(self.log, Budget(total))  # type: ignore[arg-type]
         self.limit = limit
-        self.fixed = 0
-        """The most that could not be had again, so far."""
+        self.max_pinned = 0
+        """The largest size so far, in bytes, of messages that could not be read again."""
         self.clients: list[Client] = []
         self.page: tuple[int, LogPage] | None = None
         self.serving: Iterator[None] = iter(())
@@ -179,22 +178,22 @@ class DeliveryMachine(RuleBasedStateMachine):
             min_size=1,
             max_size=4,
         ),
-        spoken_to=st.booleans(),
+        with_replies=st.booleans(),
     )
-    def publish(self, batches: list[list[tuple[str, bytes | None]]], spoken_to: bool) -> None:
+    def publish(self, batches: list[list[tuple[str, bytes | None]]], with_replies: bool) -> None:
         for posts in batches:
             head = len(self.log.entries)
             entries = [entry(head + i, channel, origin) for i, (channel, origin) in enumerate(posts, 1)]
             self.log.entries += entries
             self.delivery.apply(entries)
-            for client in self.clients if spoken_to else ():
+            for client in self.clients if with_replies else ():
                 self.reply(client)
 
     def reply(self, client: Client) -> None:
-        """A reply, and a `head` where that is true."""
+        """Send a reply, and `head` unless a subscription is lagging."""
         if client.protocol is ProtocolVersion.V1:
-            client.said += 1
-            client.send_queue.put(wire.encode(wire.Pong(client.said)) or b"")
+            client.pongs_sent += 1
+            client.send_queue.put(wire.encode(wire.Pong(client.pongs_sent)) or b"")
             if not any(subscription.lagging for subscription in client.subscriptions.values()):
                 client.send_queue.put(HeadLine(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
 
@@ -215,7 +214,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         if pattern in client.subscriptions:
             self.unsubscribe_one(client, pattern)
         client.collect()
-        client.told.pop(pattern, None)
+        client.lines.pop(pattern, None)
         self.subscribe_one(client, pattern, data.draw(st.none() | st.integers(0, len(self.log.entries) + 3)))
 
     def subscribe_one(self, client: Client, pattern: str, since: int | None) -> None:
@@ -227,23 +226,23 @@ class DeliveryMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
     @rule(data=st.data())
     def unsubscribe(self, data: st.DataObject) -> None:
-        held = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
-        self.unsubscribe_one(*data.draw(st.sampled_from(held)))
+        subscribed = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
+        self.unsubscribe_one(*data.draw(st.sampled_from(subscribed)))
 
     def unsubscribe_one(self, client: Client, pattern: str) -> None:
         self.delivery.unsubscribe(client.subscriptions.pop(pattern), pattern)
         client.collect()
-        before = list(client.told.get(pattern, ()))
+        before = list(client.lines.get(pattern, ()))
         self.check(client, pattern, before, complete=False)
         del client.wanted[pattern]
-        client.told.pop(pattern, None)
+        client.lines.pop(pattern, None)
 
     @precondition(lambda self: any(c.subscriptions for c in self.clients if c.protocol is ProtocolVersion.V1))
     @rule(data=st.data())
     def revoke(self, data: st.DataObject) -> None:
-        """As `unsubscribe`, but what is queued goes, too; what is left must not count that as delivered."""
-        held = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
-        client, pattern = data.draw(st.sampled_from(held))
+        """Unsubscribe and drop the queued messages. The remaining lines must not count these as delivered."""
+        subscribed = [(c, p) for c in self.clients if c.protocol is ProtocolVersion.V1 for p in c.subscriptions]
+        client, pattern = data.draw(st.sampled_from(subscribed))
         client.send_queue.revoke([pattern])
         self.unsubscribe_one(client, pattern)
 
@@ -270,21 +269,21 @@ class DeliveryMachine(RuleBasedStateMachine):
         next(self.serving, None)
 
     @rule(steps=st.integers(1, 4))
-    def go_on_serving(self, steps: int) -> None:
+    def continue_to_serve(self, steps: int) -> None:
         for _ in range(steps):
             next(self.serving, None)
 
     @rule(steps=st.integers(1, 10))
-    def rest(self, steps: int) -> None:
-        """Nothing new comes for a while, and everybody reads."""
+    def idle(self, steps: int) -> None:
+        """All clients read while nothing new is published."""
         self.page = None
         exhaust(self.serving)
         for _ in range(steps):
             for client in self.clients:
                 client.collect()
-            self.sweep()
+            self.catch_up()
 
-    def sweep(self) -> None:
+    def catch_up(self) -> None:
         position = self.delivery.next_position()
         if position is not None:
             exhaust(self.delivery.serve(position, self.log.page(position, 3)))
@@ -292,24 +291,24 @@ class DeliveryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.page is None)
     @rule(ahead=st.integers(0, 10))
     def retain(self, ahead: int) -> None:
-        """Retention takes what is old, whoever has not had it; between a page's reading and its use changes nothing."""
+        """Retention deletes old messages, delivered or not, but not between the read of a page and its use."""
         self.log.floor = max(self.log.floor, min(ahead, len(self.log.entries) + 1))
 
     @precondition(lambda self: self.page is None)
     @rule(first=st.integers(1, 20), length=st.integers(1, 4))
-    def dig(self, first: int, length: int) -> None:
-        """Somebody takes entries out, but for the newest one, and it is repaired."""
+    def delete(self, first: int, length: int) -> None:
+        """Messages before the newest one are deleted, and a repair records the range."""
         last = min(first + length, len(self.log.entries)) - 1
         self.log.holes.update(range(max(first, self.log.floor), last + 1))
 
     @invariant()
-    def everyone_has_the_beginning_of_what_is_due(self) -> None:
+    def each_client_received_a_prefix_of_what_it_is_owed(self) -> None:
         for client in getattr(self, "clients", ()):
-            for pattern, told in client.told.items():
-                self.check(client, pattern, told, complete=False)
+            for pattern, lines in client.lines.items():
+                self.check(client, pattern, lines, complete=False)
 
     @invariant()
-    def the_send_queues_hold_what_they_say_and_no_more_than_they_may(self) -> None:
+    def the_send_queues_count_what_they_hold_and_stay_within_the_budget(self) -> None:
         if not hasattr(self, "delivery"):
             return
         budget = self.delivery.budget
@@ -320,10 +319,10 @@ class DeliveryMachine(RuleBasedStateMachine):
             len(item) + (SUBSCRIPTION_LINE_BYTES if isinstance(item, SubscriptionLine) else REPLY_BYTES)
             for item in replies
         )
-        fixed = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._pinned]]
-        assert budget.pinned == sum({id(run): run.charge for run in fixed if isinstance(run, EncodedMessages)}.values())
-        self.fixed = max(self.fixed, charge(fixed))
-        assert budget.messages <= max(budget.for_messages, self.fixed + budget.for_messages // 8)
+        pinned = [item for client in self.clients for item in client.send_queue._items[: client.send_queue._pinned]]
+        assert budget.pinned == sum({id(m): m.charge for m in pinned if isinstance(m, EncodedMessages)}.values())
+        self.max_pinned = max(self.max_pinned, charge(pinned))
+        assert budget.messages <= max(budget.for_messages, self.max_pinned + budget.for_messages // 8)
 
     def teardown(self) -> None:
         if not hasattr(self, "delivery"):
@@ -332,11 +331,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         for _ in range(3 * len(self.log.entries) + 20):
             for client in self.clients:
                 client.collect()
-            self.sweep()
+            self.catch_up()
         for client in self.clients:
             client.collect()
             for pattern in client.wanted if client.protocol is ProtocolVersion.V1 else ():
-                self.check(client, pattern, client.told.get(pattern, []), complete=True)
+                self.check(client, pattern, client.lines.get(pattern, []), complete=True)
             if client.protocol is ProtocolVersion.FIRST:
                 self.check_first_version(client)
         statistics = self.delivery.statistics()
@@ -346,12 +345,12 @@ class DeliveryMachine(RuleBasedStateMachine):
     def owed(self, pattern: str, producer: bytes, after: int) -> list[int]:
         return [e.seq for e in self.log.entries[after:] if matches(pattern, e.channel) and e.origin != producer]
 
-    def check(self, client: Client, pattern: str, told: Sequence[wire.ServerMessage], *, complete: bool) -> None:
-        """Between any two gaps nothing is left out, nothing comes twice, and a gap never covers what was sent."""
+    def check(self, client: Client, pattern: str, lines: Sequence[wire.ServerMessage], *, complete: bool) -> None:
+        """Between two gaps no message is missing or repeated, and a gap never covers a message that was sent."""
         cursor = client.wanted[pattern]
         due = self.owed(pattern, client.producer, cursor)
-        for mark in told:
-            match mark:
+        for line in lines:
+            match line:
                 case wire.ChannelMessage(seq=seq):
                     assert due and seq == due[0], f"{pattern}: got {seq}, owed {due[:3]}"
                     due.pop(0)
@@ -361,7 +360,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                     assert self.log.is_gone(last)
                     assert reason == "repair" or last < self.log.floor
                     assert not due or due[0] >= first, f"{pattern}: a gap from {first} without {due[:3]}"
-                    assert all(self.log.is_gone(seq) for seq in due if seq <= last), "only what is gone is missing"
+                    assert all(self.log.is_gone(seq) for seq in due if seq <= last), "only deleted messages are missing"
                     due = [seq for seq in due if seq > last]
                 case wire.Live(seq=seq) | wire.Head(seq=seq):
                     assert not due or due[0] > seq, f"{pattern}: complete up to {seq} without {due[:3]}"
@@ -370,15 +369,15 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def check_first_version(self, client: Client) -> None:
         got = [int(payload) for payload in client.stream]
-        assert got == sorted(set(got)), "one copy each, in order"
+        assert got == sorted(set(got)), "one copy of each message, in order"
         due = sorted({seq for p, start in client.wanted.items() for seq in self.owed(p, client.producer, start)})
         missing = set(due) - set(got)
         assert set(got) <= set(due)
-        assert all(self.log.is_gone(seq) for seq in missing), "only what is gone is missing"
+        assert all(self.log.is_gone(seq) for seq in missing), "only deleted messages are missing"
 
 
 @pytest.fixture(autouse=True)
-def little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_message_per_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery_module, "SERVED_PER_CHECKPOINT", 1)
 
 
@@ -394,12 +393,15 @@ class Reader:
         self.subscription = Subscription(self.send_queue)
         delivery.subscribe(self.subscription, pattern, since)
 
-    def mail(self) -> list[object]:
-        """Seqs of messages, and marks."""
-        mail: list[object] = []
+    def received(self) -> list[object]:
+        """Take the send queue: seqs for messages, and the decoded lines between them."""
+        received: list[object] = []
         for item in self.send_queue.take():
-            mail += [e.seq for e in item.entries] if isinstance(item, EncodedMessages) else [wire.decode_server(item)]
-        return mail
+            if isinstance(item, EncodedMessages):
+                received += [e.seq for e in item.entries]
+            else:
+                received.append(wire.decode_server(item))
+        return received
 
 
 @pytest.fixture
@@ -418,7 +420,7 @@ def publish(log: ListLog, delivery: Delivery, *channels: str) -> None:
     delivery.apply(entries)
 
 
-def sweep(log: ListLog, delivery: Delivery) -> None:
+def catch_up(log: ListLog, delivery: Delivery) -> None:
     position = delivery.next_position()
     if position is not None:
         exhaust(delivery.serve(position, log.page(position, 4)))
@@ -445,38 +447,38 @@ def test_page_read_before_a_batch_leaves_no_gap_before_it(log: ListLog, delivery
     page = log.page(0, 10)
     publish(log, delivery, "a")
     exhaust(delivery.serve(0, page))
-    assert reader.mail() == [1, 2]
+    assert reader.received() == [1, 2]
     assert delivery.next_position() == 2
     exhaust(delivery.serve(2, log.page(2, 10)))
-    assert reader.mail() == [3, wire.Live("a", 3)]
+    assert reader.received() == [3, wire.Live("a", 3)]
     publish(log, delivery, "a")
-    assert reader.mail() == [4]
+    assert reader.received() == [4]
 
 
 def test_subscription_at_the_head_is_live_at_once(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
-    assert Reader(delivery, "a", since=1).mail() == [wire.Live("a", 1)]
+    assert Reader(delivery, "a", since=1).received() == [wire.Live("a", 1)]
 
 
 def test_subscription_ahead_of_the_head_waits_and_gets_no_repeat(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", since=2)
     publish(log, delivery, "a", "a")
-    assert reader.mail() == [wire.Live("a", 2)]
+    assert reader.received() == [wire.Live("a", 2)]
     publish(log, delivery, "a")
-    assert reader.mail() == [3]
+    assert reader.received() == [3]
 
 
 def test_subscription_without_room_lags_and_the_others_do_not(log: ListLog, delivery: Delivery) -> None:
     slow, quick = Reader(delivery, "a", limit=300), Reader(delivery, "a")
     for _ in range(10):
         publish(log, delivery, "a")
-    assert quick.mail() == list(range(1, 11))
+    assert quick.received() == list(range(1, 11))
     assert (delivery.statistics().lagging, delivery.statistics().lags) == (1, 1)
-    assert delivery.next_position() is None, "nothing is read for one who has no room"
-    got = slow.mail()
+    assert delivery.next_position() is None, "no page is read for a subscription without room"
+    got = slow.received()
     for _ in range(10):
-        sweep(log, delivery)
-        got += slow.mail()
+        catch_up(log, delivery)
+        got += slow.received()
     assert got == [*range(1, 11), wire.Live("a", 10)]
 
 
@@ -486,17 +488,17 @@ def test_subscriptions_with_the_largest_send_queues_lag_when_the_budget_is_excee
     publish(log, delivery, "a")
     for _ in range(40):
         publish(log, delivery, "a.b", "b")
-        assert len(quick.mail()) == 1
+        assert len(quick.received()) == 1
         assert delivery.statistics().held <= 3000
     statistics = delivery.statistics()
     assert (statistics.lagging, statistics.lags, statistics.withdrawals) == (1, 1, 1)
-    assert small.mail() == [1]
-    assert delivery.next_position() is None, "nothing is read for it until it has taken what is left"
-    got = large.mail()
-    assert got == [], "all of it can be had again"
+    assert small.received() == [1]
+    assert delivery.next_position() is None, "no page is read for it until its send queue is empty"
+    got = large.received()
+    assert got == [], "all of it can be read again"
     for _ in range(40):
-        sweep(log, delivery)
-        got += large.mail()
+        catch_up(log, delivery)
+        got += large.received()
     assert got == [*range(2, 82, 2), wire.Live("a.*", 81)]
 
 
@@ -524,7 +526,7 @@ def test_messages_that_many_subscriptions_share_count_once(log: ListLog) -> None
     readers = [Reader(delivery, "a") for _ in range(100)]
     publish(log, delivery, *["a"] * 10)
     assert delivery.statistics().lagging == 0
-    assert {tuple(reader.mail()) for reader in readers} == {tuple(range(1, 11))}
+    assert {tuple(reader.received()) for reader in readers} == {tuple(range(1, 11))}
     assert delivery.statistics().held == 0
 
 
@@ -534,13 +536,13 @@ def test_waiting_subscription_gets_one_gap_for_all_that_retention_dropped(log: L
         publish(log, delivery, "a")
     busy = Reader(delivery, "a", since=0)
     for log.floor in range(4, 14):
-        sweep(log, delivery)
-        busy.mail()
-    assert slow.mail() == [1, 2, 3]
-    sweep(log, delivery)
-    assert slow.mail() == [wire.Gap("a", 4, 12, "e", "retention")]
-    sweep(log, delivery)
-    assert slow.mail() == [13]
+        catch_up(log, delivery)
+        busy.received()
+    assert slow.received() == [1, 2, 3]
+    catch_up(log, delivery)
+    assert slow.received() == [wire.Gap("a", 4, 12, "e", "retention")]
+    catch_up(log, delivery)
+    assert slow.received() == [13]
 
 
 def test_messages_that_cannot_be_read_again_are_not_withdrawn(log: ListLog) -> None:
@@ -556,11 +558,11 @@ def test_messages_that_cannot_be_read_again_are_not_withdrawn(log: ListLog) -> N
     for _ in range(40):
         publish(log, delivery, "a")
     assert delivery.statistics().withdrawals > 0
-    assert reader.mail() == [1, 2, wire.Gap("a", 2, 1, "f", "epoch")]
+    assert reader.received() == [1, 2, wire.Gap("a", 2, 1, "f", "epoch")]
     got = []
     for _ in range(20):
-        sweep(log, delivery)
-        got += reader.mail()
+        catch_up(log, delivery)
+        got += reader.received()
     assert got == [*range(2, 42), wire.Live("a", 41)]
 
 
@@ -575,21 +577,23 @@ def test_few_entries_are_read_for_a_send_queue_with_room_for_few(log: ListLog, d
         page = log.page(position, count)
         rows += len(page.entries)
         exhaust(delivery.serve(position, page))
-        got += slow.mail()
+        got += slow.received()
     assert got == [*range(1, 101), wire.Live("a", 100)]
-    assert rows <= 100 + 100 + 2 * 100, "the first page is a whole one; then twice what there is room for"
+    assert rows <= 100 + 100 + 2 * 100, (
+        "the first page is full; later ones have twice the entries that there is room for"
+    )
     quick = Reader(delivery, "a", since=0)
     assert delivery.rows_from(0) == PAGE_ROWS
-    assert quick.mail() == []
+    assert quick.received() == []
 
 
 def test_message_larger_than_the_send_queue_is_delivered(log: ListLog, delivery: Delivery) -> None:
     reader = Reader(delivery, "a", limit=50)
     publish(log, delivery, "a", "a")
-    sweep(log, delivery)
-    assert reader.mail() == [1]
-    sweep(log, delivery)
-    assert reader.mail() == [2, wire.Live("a", 2)]
+    catch_up(log, delivery)
+    assert reader.received() == [1]
+    catch_up(log, delivery)
+    assert reader.received() == [2, wire.Live("a", 2)]
 
 
 def test_newly_lagging_subscription_does_not_starve_the_others(log: ListLog, delivery: Delivery) -> None:
@@ -612,10 +616,10 @@ def test_entries_in_memory_and_those_before_them_are_read_alternately(log: ListL
         positions.append(position)
         exhaust(delivery.serve(position, log.page(position, 20)))
         if position == 95:
-            assert near.mail() == [*range(96, 101), wire.Live("a", 100)]
+            assert near.received() == [*range(96, 101), wire.Live("a", 100)]
             near = Reader(delivery, "a", since=95)
     assert positions == [95, 0, 95, 20, 95, 40]
-    assert all(reader.mail() == [] for reader in far)
+    assert all(reader.received() == [] for reader in far)
 
 
 def test_sender_counts_in_the_size_of_an_entry() -> None:
@@ -628,28 +632,28 @@ def test_sender_counts_in_the_size_of_an_entry() -> None:
 
 def test_another_epoch_is_announced_to_every_subscription(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a", "a", "a")
-    live, late, ahead = Reader(delivery, "a"), Reader(delivery, "a", since=2), Reader(delivery, "a", since=5)
+    live, lagging, ahead = Reader(delivery, "a"), Reader(delivery, "a", since=2), Reader(delivery, "a", since=5)
     log.epoch = "f"
     delivery.restart(2)
-    assert live.mail() == [wire.Gap("a", 3, 2, "f", "epoch")]
-    assert late.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
-    assert ahead.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
+    assert live.received() == [wire.Gap("a", 3, 2, "f", "epoch")]
+    assert lagging.received() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
+    assert ahead.received() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
     delivery.apply([entry(3, "a")])
-    assert (live.mail(), late.mail(), ahead.mail()) == ([3], [3], [3])
+    assert (live.received(), lagging.received(), ahead.received()) == ([3], [3], [3])
 
 
 def test_lagging_subscription_resumes_at_its_cursor_if_both_epochs_have_it(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, *["a"] * 4)
-    late, further = Reader(delivery, "a", since=1), Reader(delivery, "a", since=3)
+    lagging, further = Reader(delivery, "a", since=1), Reader(delivery, "a", since=3)
     log.epoch = "f"
     del log.entries[2:]
     delivery.restart(2)
-    assert late.mail() == [wire.Gap("a", 2, 1, "f", "epoch")]
-    assert further.mail() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
+    assert lagging.received() == [wire.Gap("a", 2, 1, "f", "epoch")]
+    assert further.received() == [wire.Gap("a", 3, 2, "f", "epoch"), wire.Live("a", 2)]
     publish(log, delivery, "a")
-    sweep(log, delivery)
-    assert late.mail() == [2, 3, wire.Live("a", 3)]
-    assert further.mail() == [3]
+    catch_up(log, delivery)
+    assert lagging.received() == [2, 3, wire.Live("a", 3)]
+    assert further.received() == [3]
 
 
 def test_subscription_ahead_of_its_replica_resumes_in_an_epoch_that_is_further(
@@ -660,13 +664,13 @@ def test_subscription_ahead_of_its_replica_resumes_in_an_epoch_that_is_further(
     log.epoch = "f"
     log.entries += [entry(seq, "a") for seq in range(4, 9)]
     delivery.restart(8)
-    assert ahead.mail() == [wire.Gap("a", 6, 5, "f", "epoch")]
-    sweep(log, delivery)
-    assert ahead.mail() == [6, 7, 8, wire.Live("a", 8)]
+    assert ahead.received() == [wire.Gap("a", 6, 5, "f", "epoch")]
+    catch_up(log, delivery)
+    assert ahead.received() == [6, 7, 8, wire.Live("a", 8)]
 
 
 def test_lower_seq_of_another_epoch_is_delivered(log: ListLog, delivery: Delivery) -> None:
-    """Where a subscription began in the other epoch says nothing about the seqs of this one."""
+    """The start of a subscription in another epoch does not filter the seqs of this one."""
     publish(log, delivery, *["a"] * 4)
     send_queue = SendQueue(TransportWriter(), lambda _: None)
     send_queue.protocol = ProtocolVersion.FIRST
@@ -676,13 +680,13 @@ def test_lower_seq_of_another_epoch_is_delivered(log: ListLog, delivery: Deliver
     slow = Reader(delivery, "a", limit=150)
     del log.entries[1:]
     delivery.restart(1)
-    slow.mail()
+    slow.received()
     publish(log, delivery, "a", "a", "a")
     assert [e.seq for item in send_queue.take() if isinstance(item, EncodedMessages) for e in item.entries] == [2, 3, 4]
     got: list[object] = []
     for _ in range(5):
-        got += slow.mail()
-        sweep(log, delivery)
+        got += slow.received()
+        catch_up(log, delivery)
     assert [seq for seq in got if isinstance(seq, int)] == [2, 3, 4]
 
 
@@ -694,11 +698,11 @@ def test_page_of_another_epoch_is_not_delivered_any_further(log: ListLog, delive
     log.epoch = "f"
     log.entries.clear()
     delivery.restart(0)
-    first.mail(), second.mail()
+    first.received(), second.received()
     publish(log, delivery, *["a"] * 4)
     assert delivery.next_position() == 0
     exhaust(steps)
-    assert second.mail() == [], "what that page holds has never been"
+    assert second.received() == [], "the messages of that page do not exist in this epoch"
 
 
 def test_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page(
@@ -706,15 +710,15 @@ def test_subscription_whose_messages_are_withdrawn_gets_nothing_more_of_the_page
 ) -> None:
     publish(log, delivery, *["a"] * 8)
     reader = Reader(delivery, "a", since=0)
-    sweep(log, delivery)
+    catch_up(log, delivery)
     steps = delivery.serve(4, log.page(4, 4))
     next(steps)
     delivery._withdraw(reader.send_queue)
     exhaust(steps)
-    got = reader.mail()
+    got = reader.received()
     for _ in range(3):
-        sweep(log, delivery)
-        got += reader.mail()
+        catch_up(log, delivery)
+        got += reader.received()
     assert got == [*range(1, 9), wire.Live("a", 8)]
 
 
@@ -722,7 +726,7 @@ def test_replica_overtaken_by_retention_announces_a_gap(log: ListLog, delivery: 
     publish(log, delivery, "a")
     reader = Reader(delivery, "a")
     delivery.restart(5, "retention")
-    assert reader.mail() == [wire.Gap("a", 2, 5, "e", "retention")]
+    assert reader.received() == [wire.Gap("a", 2, 5, "e", "retention")]
 
 
 def test_deleted_range_is_a_gap_for_subscriptions_that_reach_it(log: ListLog, delivery: Delivery) -> None:
@@ -730,11 +734,11 @@ def test_deleted_range_is_a_gap_for_subscriptions_that_reach_it(log: ListLog, de
     log.holes = {7, 8}
     far, near = Reader(delivery, "a", since=0), Reader(delivery, "a", since=6)
     exhaust(delivery.serve(6, log.page(6, 10)))
-    assert near.mail() == [wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
+    assert near.received() == [wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
     got = []
     for _ in range(4):
-        sweep(log, delivery)
-        got += far.mail()
+        catch_up(log, delivery)
+        got += far.received()
     assert got == [*range(1, 7), wire.Gap("a", 7, 8, "e", "repair"), *range(9, 13), wire.Live("a", 12)]
 
 
@@ -746,32 +750,32 @@ def test_replica_that_stopped_before_a_deleted_range_continues_with_its_lagging_
     log.entries += [entry(n, "a") for n in (5, 6, 7)]
     log.holes = {5, 6}
     delivery.restart(6, "repair")
-    assert live.mail() == [wire.Gap("a", 5, 6, "e", "repair")]
-    assert within.mail() == [wire.Gap("a", 6, 6, "e", "repair"), wire.Live("a", 6)]
+    assert live.received() == [wire.Gap("a", 5, 6, "e", "repair")]
+    assert within.received() == [wire.Gap("a", 6, 6, "e", "repair"), wire.Live("a", 6)]
     delivery.apply([log.entries[6]])
-    assert live.mail() == within.mail() == [7]
+    assert live.received() == within.received() == [7]
     got = []
     for _ in range(3):
-        sweep(log, delivery)
-        got += far.mail()
+        catch_up(log, delivery)
+        got += far.received()
     assert got == [2, 3, 4, wire.Gap("a", 5, 6, "e", "repair"), 7, wire.Live("a", 7)]
 
 
 def test_subscription_ahead_of_a_replica_overtaken_by_retention_misses_nothing(delivery: Delivery) -> None:
     there, beyond = Reader(delivery, "a", since=5), Reader(delivery, "a", since=7)
     delivery.restart(5, "retention")
-    assert (there.mail(), beyond.mail()) == ([wire.Live("a", 5)], [])
+    assert (there.received(), beyond.received()) == ([wire.Live("a", 5)], [])
     delivery.apply([entry(6, "a"), entry(7, "a")])
-    assert (there.mail(), beyond.mail()) == ([6, 7], [wire.Live("a", 7)])
+    assert (there.received(), beyond.received()) == ([6, 7], [wire.Live("a", 7)])
     delivery.apply([entry(8, "a")])
-    assert (there.mail(), beyond.mail()) == ([8], [8])
+    assert (there.received(), beyond.received()) == ([8], [8])
 
 
 def test_ephemeral_message_reaches_lagging_subscriptions_and_moves_no_cursor(log: ListLog, delivery: Delivery) -> None:
     publish(log, delivery, "a")
-    live, late = Reader(delivery, "a"), Reader(delivery, "a", since=0)
+    live, lagging = Reader(delivery, "a"), Reader(delivery, "a", since=0)
     delivery.broadcast(entry(0, "a"))
-    assert (live.mail(), late.mail()) == ([0], [0])
+    assert (live.received(), lagging.received()) == ([0], [0])
     assert delivery.next_position() == 0
 
 

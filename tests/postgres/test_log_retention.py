@@ -123,7 +123,7 @@ def said(reader: Reader) -> list[object]:
         else ("live", mark.seq)
         if isinstance(mark, wire.Live)
         else mark
-        for mark in reader.mail()
+        for mark in reader.received()
     ]
 
 
