@@ -23,7 +23,7 @@ from catbus.log import Entry, MemoryLog
 from catbus.protocol.wire_messages import Publish, check_payload, decode_server
 from catbus.replica import Replica
 from catbus.session.driver import SessionDriver
-from tests.test_replica import AUTH, CI, ROLE, SECRET, Roles, objects, open_client, said
+from tests.test_replica import AUTH, CI, ROLE, SECRET, Roles, objects, open_client, reply_types
 
 READER = Identity("ci", Grants(("a.b",), ()), None, role=role_key(ROLE))
 
@@ -137,7 +137,7 @@ async def test_narrowed_role_withdraws_its_pending_publishes_only(replica: Repli
         (1, "unauthorized"),
         (2, None),
     ]
-    assert said(other) == ["published", "published"]
+    assert reply_types(other) == ["published", "published"]
     assert replica.log.applied == 3
 
 
@@ -151,10 +151,10 @@ async def test_narrower_token_withdraws_its_pending_publishes_only(nursery: trio
         objects({"type": "auth", "token": full(), "protocol": 1}, publish("a.x", id=1), publish("a.b", id=2))
         + objects({"type": "auth", "token": less, "protocol": 1})
     )
-    assert said(client) == ["auth_ok", "auth_ok", "publish_error"]
+    assert reply_types(client) == ["auth_ok", "auth_ok", "publish_error"]
     await nursery.start(replica.log.run, replica.delivery)
     await wait_all_tasks_blocked()
-    assert said(client) == ["published"]
+    assert reply_types(client) == ["published"]
 
 
 def full() -> str:
@@ -290,7 +290,7 @@ async def test_roles_get_nothing_new_after_a_minute_without_the_database(
     assert words(client) == [("message", "a.*")]
     await other.receive(objects(*subscribe("a.*"), publish("a.b")))
     await wait_all_tasks_blocked()
-    assert said(other) == ["subscribed", "published"]
+    assert reply_types(other) == ["subscribed", "published"]
     client.send_queue.take()
     await client.receive(objects(leave))
     roles.checked = trio.current_time()
@@ -351,4 +351,4 @@ async def test_history_read_before_a_role_change_is_not_sent_after_it(
     await wait_all_tasks_blocked()
     let.set()
     await wait_all_tasks_blocked()
-    assert said(client) == (["error"] if answer is None else ["error", "history"])
+    assert reply_types(client) == (["error"] if answer is None else ["error", "history"])

@@ -1,4 +1,4 @@
-"""Clients and their deadlines, on a virtual clock, with a log in memory."""
+"""Sessions of one replica, their deadlines and limits, on a virtual clock, with a log in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = "a secret of the tests"
 
 class TransportWriter:
     def flush(self) -> None:
-        """Nobody reads."""
+        """Write nothing: the client does not read."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def replica(nursery: trio.Nursery) -> Replica:
 
 
 def auth(lifetime: float | None, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A token for so long, in seconds of the virtual clock."""
+    """An `auth` request with a token of the given lifetime in seconds of the virtual clock."""
     monkeypatch.setattr("time.time", trio.current_time)
     expires = None if lifetime is None else trio.current_time() + lifetime
     token = sign(SECRET, client_id="alice", grants=Grants.ALL, expires=expires)
@@ -58,7 +58,7 @@ def open_client(replica: Replica, network: str = "") -> SessionDriver:
     return replica.open_session(TransportWriter(), transport="test", network=network)
 
 
-def said(client: SessionDriver) -> list[Any]:
+def reply_types(client: SessionDriver) -> list[Any]:
     return [json.loads(line)["type"] for line in client.send_queue.take() if isinstance(line, bytes)]
 
 
@@ -68,7 +68,7 @@ async def test_session_without_auth_is_closed_in_time(replica: Replica, autojump
     assert trio.current_time() == pytest.approx(10)
     assert client.closing is not None
     assert client.closing[0] is CloseCode.AUTH_TIMEOUT
-    assert said(client) == ["auth_error"]
+    assert reply_types(client) == ["auth_error"]
 
 
 @pytest.mark.parametrize("nonsense", [b"{}", b'{"type":"history","pattern":"a"}', b'{"type":"ping","seq":1}'])
@@ -77,11 +77,11 @@ async def test_client_is_read_no_faster_than_it_reads_its_replies(
 ) -> None:
     client = open_client(replica)
     nursery.start_soon(client.receive, nonsense * 10_000)
-    answers = 0
-    while answers < 10_000:
+    replies = 0
+    while replies < 10_000:
         await wait_all_tasks_blocked()
         assert client.send_queue.size < 5000 + 200
-        answers += len(client.send_queue.take())
+        replies += len(client.send_queue.take())
     client.end()
 
 
@@ -121,7 +121,7 @@ async def test_deadline_applies_while_reading_from_the_client_pauses(
     await client.receive(auth(100, monkeypatch))
     nursery.start_soon(client.receive, b'{"type":"ping","seq":1}' * 1000)
     await wait_all_tasks_blocked()
-    assert client.send_queue.full, "it waits for somebody to read the replies"
+    assert client.send_queue.full, "reading pauses until the client reads its replies"
     await client.wait_closing()
     assert trio.current_time() == pytest.approx(130)
     client.end()
@@ -162,35 +162,35 @@ async def test_client_that_sends_much_at_once_lets_other_tasks_run(
     client.end()
 
 
-# Marks of time
+# Heads for quiet sessions
 
 
-class Reading:
-    """Reads at once whatever is flushed."""
+class ReadingWriter:
+    """A transport writer whose client reads every flush at once."""
 
     def __init__(self) -> None:
         self.client: SessionDriver | None = None
-        self.heard: list[tuple[float, str, int | None]] = []
+        self.received: list[tuple[float, str, int | None]] = []
 
     def flush(self) -> None:
         assert self.client is not None
         for item in self.client.send_queue.take():
             for line in (item if isinstance(item, bytes) else item.lines).splitlines():
                 message = json.loads(line)
-                self.heard.append((trio.current_time(), message["type"], message.get("seq")))
+                self.received.append((trio.current_time(), message["type"], message.get("seq")))
 
 
 async def quiet_client(
     replica: Replica, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, *patterns: str
-) -> Reading:
+) -> ReadingWriter:
     nursery.start_soon(replica.flusher.run)
     nursery.start_soon(replica.send_heads)
-    writer = Reading()
+    writer = ReadingWriter()
     writer.client = replica.open_session(writer, transport="test")
     await writer.client.receive(auth(None, monkeypatch))
     await writer.client.receive(objects(*({"type": "subscribe", "pattern": pattern} for pattern in patterns)))
     await trio.sleep(0.1)
-    writer.heard.clear()
+    writer.received.clear()
     return writer
 
 
@@ -203,13 +203,13 @@ async def test_quiet_session_gets_head(
 ) -> None:
     writer = await quiet_client(replica, nursery, monkeypatch, "quiet.*")
     await trio.sleep(100)
-    assert writer.heard == [], "nothing has moved"
+    assert writer.received == [], "the head is the same"
     await publish(replica, "elsewhere")
     await trio.sleep(31)
-    [(_, kind, seq)] = writer.heard
+    [(_, kind, seq)] = writer.received
     assert (kind, seq) == ("head", 1)
     await trio.sleep(100)
-    assert len(writer.heard) == 1, "it knows"
+    assert len(writer.received) == 1, "the session has this head already"
     nursery.cancel_scope.cancel()
 
 
@@ -221,7 +221,7 @@ async def test_session_that_gets_messages_gets_no_head(
         await publish(replica, "busy")
         await publish(replica, "elsewhere")
         await trio.sleep(10)
-    assert {kind for _, kind, _ in writer.heard} == {"message"}
+    assert {kind for _, kind, _ in writer.received} == {"message"}
     nursery.cancel_scope.cancel()
 
 
@@ -231,7 +231,7 @@ async def test_session_without_subscriptions_gets_no_head(
     writer = await quiet_client(replica, nursery, monkeypatch)
     await publish(replica, "elsewhere")
     await trio.sleep(100)
-    assert writer.heard == []
+    assert writer.received == []
     nursery.cancel_scope.cancel()
 
 
@@ -243,7 +243,7 @@ async def test_waiting_for_the_close_ends_with_the_session(replica: Replica) -> 
     assert client.closing is None
 
 
-# Roles, which are looked up while all else goes on
+# Role lookups, during which the replica continues
 
 
 ROLE = make_role_token()
@@ -251,7 +251,7 @@ CI = Identity("ci", Grants(("a.*",), ("a.*",)), None, role=role_key(ROLE))
 
 
 class Roles:
-    """Knows one role, and answers when it is let."""
+    """A role store with one role. Lookups wait until `let` is set."""
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
@@ -272,7 +272,7 @@ class Roles:
         return await self._receive.receive()
 
     def change(self, answer: Identity | Exception | None, keys: Collection[bytes] | None = None) -> None:
-        """From now on this is the answer, and the change is told of."""
+        """Change the answer of later lookups, and report the change."""
         self.answer = answer
         self.changes += 1
         self._send.send_nowait(keys)
@@ -308,11 +308,11 @@ async def test_requests_after_an_auth_are_processed_after_it_and_in_order(
     client = open_client(role_replica)
     nursery.start_soon(client.receive, objects(PING, AUTH, SUBSCRIBE, PING, {"type": "publish", "channel": "b"}))
     await wait_all_tasks_blocked()
-    assert said(client) == ["pong"]
+    assert reply_types(client) == ["pong"]
     assert roles.asked == [role_key(ROLE)]
     roles.let.set()
     await wait_all_tasks_blocked()
-    assert said(client) == ["auth_ok", "subscribed", "pong", "head", "error"]
+    assert reply_types(client) == ["auth_ok", "subscribed", "pong", "head", "error"]
     assert client.session.identity == CI
 
 
@@ -326,17 +326,17 @@ async def test_lookup_that_hangs_does_not_move_the_deadline(
     assert trio.current_time() == pytest.approx(10)
     assert client.closing is not None
     assert client.closing[0] is CloseCode.AUTH_TIMEOUT
-    assert said(client) == ["auth_error"]
+    assert reply_types(client) == ["auth_error"]
     roles.let.set()
     await wait_all_tasks_blocked()
-    assert said(client) == []
+    assert reply_types(client) == []
     assert client.session.identity is None
 
 
-LATE = [CI, None, Unavailable("away")]
+LATE_ANSWERS = [CI, None, Unavailable("away")]
 
 
-@pytest.mark.parametrize("answer", LATE, ids=["a role", "no role", "an outage"])
+@pytest.mark.parametrize("answer", LATE_ANSWERS, ids=["a role", "no role", "an outage"])
 @pytest.mark.parametrize("end", [SessionDriver.end, SessionDriver.finish])
 async def test_session_that_ended_during_the_lookup_is_not_authenticated(
     role_replica: Replica, roles: Roles, nursery: trio.Nursery, end: Callable[[SessionDriver], None], answer: Any
@@ -349,7 +349,7 @@ async def test_session_that_ended_during_the_lookup_is_not_authenticated(
     roles.answer = answer
     roles.let.set()
     await wait_all_tasks_blocked()
-    assert said(client) == []
+    assert reply_types(client) == []
     assert client.closing == closing
     assert client.session.identity is None
     assert role_replica.delivery.statistics().live == 0
@@ -377,10 +377,10 @@ async def test_session_authenticated_while_the_replica_drains_gets_goaway(
     await trio.sleep(0)
     nursery.start_soon(role_replica.drain)
     await trio.sleep(1)
-    assert said(client) == []
+    assert reply_types(client) == []
     roles.let.set()
     await trio.sleep(1)
-    assert said(client) == ["auth_ok", "head", "goaway"]
+    assert reply_types(client) == ["auth_ok", "head", "goaway"]
 
 
 async def test_auth_ok_names_the_head_after_the_lookup(
@@ -461,7 +461,7 @@ async def ask(replica: Replica, client: SessionDriver, *requests: bytes) -> list
 
 
 async def test_client_that_claims_the_producer_of_another_gets_its_own(replica: Replica) -> None:
-    """Whoever could publish under it would make the other's next publish a duplicate, or a contradiction."""
+    """With the producer id of another client, a client could turn the next publish of that one into a duplicate."""
     publish = b'{"type": "publish", "channel": "a", "payload": 1, "id": 1}'
     alice, mallory, again = open_client(replica), open_client(replica), open_client(replica)
     [mine] = await ask(replica, alice, sign_in("alice"))
@@ -492,13 +492,13 @@ async def test_draining_replica_waits_only_until_its_last_client_has_left(
     replica = Replica(Config(drain=DrainSettings(delay=3, window=60)), MemoryLog(), Authenticator([SECRET]))
     clients = [open_client(replica) for _ in range(300)]
 
-    async def leave() -> None:
+    async def end_sessions() -> None:
         await trio.sleep(4)
         for client in clients:
             client.end()
 
     began = trio.current_time()
-    nursery.start_soon(leave)
+    nursery.start_soon(end_sessions)
     await replica.drain()
     assert trio.current_time() - began == pytest.approx(4)
 
@@ -507,7 +507,7 @@ def token(client_id: str | None) -> str:
     return sign(SECRET, client_id=client_id, grants=Grants.ALL)
 
 
-def hello(client_id: str | None) -> bytes:
+def auth_as(client_id: str | None) -> bytes:
     return json.dumps({"type": "auth", "token": token(client_id), "protocol": 1}).encode()
 
 
@@ -532,9 +532,9 @@ async def test_session_is_read_no_faster_than_its_client_may_publish(
     strict_replica: Replica, message: bytes, seconds: float, autojump_clock: MockClock
 ) -> None:
     client, sibling, other = (open_client(strict_replica) for _ in range(3))
-    await client.receive(hello("a"))
-    await sibling.receive(hello("a"))
-    await other.receive(hello("b"))
+    await client.receive(auth_as("a"))
+    await sibling.receive(auth_as("a"))
+    await other.receive(auth_as("b"))
     await client.receive(message * 30)
     assert trio.current_time() == pytest.approx(seconds)
     assert strict_replica.runtime_statistics.read_pauses["rate"] > 0
@@ -564,14 +564,14 @@ async def test_error_of_a_request_over_the_publish_rate_has_a_retry_delay(
 
 async def test_token_may_set_another_publish_rate(strict_replica: Replica, autojump_clock: MockClock) -> None:
     fast = sign(SECRET, client_id="a", grants=Grants.ALL, publish_rate=100, publish_bytes=1 << 20)
-    hasty, slow = open_client(strict_replica), open_client(strict_replica)
-    await hasty.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
-    await slow.receive(hello("a"))
+    fast_client, default_client = open_client(strict_replica), open_client(strict_replica)
+    await fast_client.receive(json.dumps({"type": "auth", "token": fast, "protocol": 1}).encode())
+    await default_client.receive(auth_as("a"))
     message = b'{"type":"publish","channel":"a","payload":1}'
-    await hasty.receive(message * 200)
+    await fast_client.receive(message * 200)
     assert trio.current_time() == pytest.approx(1)
-    await slow.receive(message * 20)
-    assert trio.current_time() == pytest.approx(2), "beside it, tokens without one have the rate of all"
+    await default_client.receive(message * 20)
+    assert trio.current_time() == pytest.approx(2), "tokens without a publish rate keep the configured one"
     identity = strict_replica.authenticator.verify(fast, 0)
     await trio.sleep(5)
     requests = [Publish("a", Raw(b"1")) for _ in range(100)]
@@ -580,28 +580,28 @@ async def test_token_may_set_another_publish_rate(strict_replica: Replica, autoj
     with pytest.raises(PeerError) as caught:
         await strict_replica.publish(identity, requests)
     assert (caught.value.code, caught.value.retry_after) == (ErrorCode.RATE_LIMITED, pytest.approx(1))
-    await hasty.receive(hello("a"))
+    await fast_client.receive(auth_as("a"))
     began = trio.current_time()
-    await hasty.receive(message * 20)
-    assert trio.current_time() == pytest.approx(began + 1), "what counts is the last token"
-    for client in (hasty, slow):
+    await fast_client.receive(message * 20)
+    assert trio.current_time() == pytest.approx(began + 1), "the rate of the newest token applies"
+    for client in (fast_client, default_client):
         client.end()
 
 
 async def test_sessions_of_a_client_are_limited(strict_replica: Replica) -> None:
     clients = [open_client(strict_replica) for _ in range(4)]
     for client in clients[:3]:
-        await client.receive(hello("a"))
-        await client.receive(hello("a"))
+        await client.receive(auth_as("a"))
+        await client.receive(auth_as("a"))
     assert [client.closing and client.closing[0] for client in clients[:3]] == [None, None, CloseCode.OVERLOADED]
-    await clients[3].receive(hello(None))
+    await clients[3].receive(auth_as(None))
     assert clients[3].closing is None
     clients[0].end()
     clients[2].end()
     assert (usage := strict_replica.client_usages.of("a")) is not None
     assert usage.sessions == 1
     again = open_client(strict_replica)
-    await again.receive(hello("a"))
+    await again.receive(auth_as("a"))
     assert again.closing is None
     for client in (*clients, again):
         client.end()
@@ -613,7 +613,7 @@ async def test_sessions_with_one_token_without_a_client_id_are_one_client_per_ne
 ) -> None:
     here, beside, elsewhere, late = (open_client(strict_replica, network) for network in ("a", "a", "b", "a"))
     for client in (here, beside, elsewhere, late):
-        await client.receive(hello(None))
+        await client.receive(auth_as(None))
     assert late.closing is not None
     assert late.closing[0] is CloseCode.OVERLOADED
     assert here.session.usage.client == beside.session.usage.client != elsewhere.session.usage.client
@@ -626,7 +626,7 @@ async def test_sessions_with_one_token_without_a_client_id_are_one_client_per_ne
     assert trio.current_time() > began
     identity = strict_replica.authenticator.verify(token(None), 0)
     requests = [Publish("a", Raw(b"1")) for _ in range(20)]
-    await trio.sleep(1)  # Until nothing is owed, by the test's own clock.
+    await trio.sleep(1)  # Until the token bucket has no debt, on the virtual clock.
     await strict_replica.publish(identity, requests, client=client_of(identity, token(None), "a"))
     with pytest.raises(PeerError, match="publishes too much"):
         await strict_replica.publish(identity, requests, client=client_of(identity, token(None), "a"))
@@ -641,16 +641,16 @@ async def test_sessions_with_one_token_without_a_client_id_are_one_client_per_ne
 async def test_tokens_without_a_client_id_have_a_cpu_share_per_network(replica: Replica) -> None:
     shares = []
     with replica.cpu_scheduler.serve("a proxy") as peer:
-        for shown, network in ((None, "a"), (None, "b"), (None, "a"), ("alice", "a"), ("alice", "b")):
+        for client_id, network in ((None, "a"), (None, "b"), (None, "a"), ("alice", "a"), ("alice", "b")):
             client = open_client(replica, network)
-            await client.receive(hello(shown))
+            await client.receive(auth_as(client_id))
             shares.append(peer.share)
             client.end()
     assert [shares.index(share) for share in shares] == [0, 1, 0, 3, 3]
 
 
 class HoldingLog(MemoryLog):
-    """Settles nothing by itself."""
+    """A log that holds appends until the test settles them."""
 
     allowance = 1000
 
@@ -668,7 +668,7 @@ async def test_ended_session_is_freed_without_the_garbage_collector(nursery: tri
     replica = Replica(Config(), log, Authenticator([SECRET]))
     await nursery.start(log.run, replica.delivery)
     client = open_client(replica)
-    await client.receive(hello("a") + objects(SUBSCRIBE, {"type": "publish", "channel": "a", "payload": 1}))
+    await client.receive(auth_as("a") + objects(SUBSCRIBE, {"type": "publish", "channel": "a", "payload": 1}))
     await client.receive(objects({"type": "publish", "channel": "a", "payload": 2}))
     kept = weakref.ref(client)
     gc.disable()
@@ -692,7 +692,7 @@ async def test_sessions_of_one_client_share_one_allowance_of_pending_publishes(n
     await nursery.start(replica.log.run, replica.delivery)
     clients = {name: open_client(replica, network) for name, network in (("one", "a"), ("two", "a"), ("other", "b"))}
     for client in clients.values():
-        await client.receive(hello(None))
+        await client.receive(auth_as(None))
     full = ceil(1000 / (len("a") + len("1") + APPEND_OVERHEAD))
     for name, taken in (("one", full), ("two", 1), ("other", full)):
         log.held.clear()
@@ -710,13 +710,13 @@ async def test_one_client_leaves_room_for_the_subscriptions_of_others(nursery: t
     async def subscribe(client: SessionDriver, name: str, count: int) -> list[str]:
         for number in range(count):
             await client.receive(json.dumps({"type": "subscribe", "pattern": f"{name}.{number}"}).encode())
-        return [kind for kind in said(client) if kind in ("subscribed", "subscribe_error")]
+        return [kind for kind in reply_types(client) if kind in ("subscribed", "subscribe_error")]
 
     for client, client_id in ((greedy, "a"), (sibling, "a"), (other, "b")):
-        await client.receive(hello(client_id))
+        await client.receive(auth_as(client_id))
     assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4
     assert await subscribe(sibling, "b", 2) == ["subscribed", "subscribe_error"]
-    assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4, "those that it has already"
+    assert await subscribe(greedy, "a", 4) == ["subscribed"] * 4, "it has these subscriptions already"
     assert await subscribe(other, "c", 3) == ["subscribed", "subscribed", "subscribed"]
     assert replica.runtime_statistics.errors_sent[ErrorCode.OVERLOADED] == 1
     await other.receive(b'{"type":"unsubscribe","pattern":"c.0"}')
@@ -731,7 +731,7 @@ async def test_pending_publishes_of_a_session_are_limited(nursery: trio.Nursery)
     replica = Replica(Config(limits=LimitSettings(pending_publishes=3)), log, Authenticator([SECRET]))
     await nursery.start(replica.log.run, replica.delivery)
     client = open_client(replica)
-    await client.receive(hello(None))
+    await client.receive(auth_as(None))
     nursery.start_soon(client.receive, b'{"type":"publish","channel":"a","payload":1}' * 20)
     await wait_all_tasks_blocked()
     assert len(log.held) == 3
@@ -741,7 +741,7 @@ async def test_pending_publishes_of_a_session_are_limited(nursery: trio.Nursery)
 
 async def test_session_without_a_client_id_keeps_its_usage_with_another_token(strict_replica: Replica) -> None:
     client = open_client(strict_replica, "a")
-    await client.receive(hello(None))
+    await client.receive(auth_as(None))
     before = client.session.usage.client
     other = sign(SECRET, client_id=None, grants=Grants(("b",), ("b",)))
     await client.receive(json.dumps({"type": "auth", "token": other, "protocol": 1}).encode())
@@ -760,7 +760,7 @@ async def test_client_id_that_is_too_long_is_rejected(strict_replica: Replica) -
         assert caught.value.code is ErrorCode.UNAUTHENTICATED
 
 
-# What stays in memory for those that do not read
+# Memory for clients that do not read
 
 
 async def test_pinned_messages_of_clients_that_do_not_read_are_bounded(
@@ -778,8 +778,8 @@ async def test_pinned_messages_of_clients_that_do_not_read_are_bounded(
         unsubscribed.append(client)
 
     for number, client in enumerate(clients):
-        for said_by_client in (auth(None, monkeypatch), b'{"type":"subscribe","pattern":"n%d"}' % number):
-            await client.receive(said_by_client)
+        for request in (auth(None, monkeypatch), b'{"type":"subscribe","pattern":"n%d"}' % number):
+            await client.receive(request)
             client.send_queue.take()
         await client.receive(b'{"type":"publish","channel":"n%d","payload":"%s"}' % (number, b"x" * 4000))
         await wait_all_tasks_blocked()
@@ -789,7 +789,7 @@ async def test_pinned_messages_of_clients_that_do_not_read_are_bounded(
     assert 0 < len(unsubscribed) < 10
     assert budget.for_pinned < budget.pinned <= budget.for_pinned + 10_000
     for client in clients:
-        assert said(client)
+        assert reply_types(client)
     await wait_all_tasks_blocked()
     assert len(unsubscribed) == 10
     assert budget.pinned == 0
@@ -810,12 +810,12 @@ async def test_revoking_many_subscriptions_searches_a_send_queue_once(
         client.send_queue.take()
     await client.receive(b"".join([b'{"type":"publish","channel":"n%d","payload":1}' % n for n in (0, 99)]))
     await wait_all_tasks_blocked()
-    looked = []
+    searches = []
     drop = SendQueue._drop
-    monkeypatch.setattr(SendQueue, "_drop", lambda *args: looked.append(args) or drop(*args))
+    monkeypatch.setattr(SendQueue, "_drop", lambda *args: searches.append(args) or drop(*args))
     narrow = sign(SECRET, client_id="alice", grants=Grants(("n0",), ("*",)))
     await client.receive(b'{"type":"auth","protocol":1,"token":"%s"}' % narrow.encode())
-    assert len(looked) == 1
+    assert len(searches) == 1
     kept = [item for item in client.send_queue.take() if isinstance(item, EncodedMessages)]
     assert [entry.channel for run in kept for entry in run.entries] == ["n0"]
     client.end()

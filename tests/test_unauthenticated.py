@@ -19,7 +19,7 @@ from catbus.limits.unauthenticated import (
 )
 from catbus.log import MemoryLog
 from catbus.replica import Replica
-from tests.test_replica import TransportWriter, said
+from tests.test_replica import TransportWriter, reply_types
 
 SECRET = "a secret of the tests"
 
@@ -74,7 +74,7 @@ async def test_large_object_is_accepted_only_after_authentication(replica: Repli
         await unauthenticated.receive(large[start : start + cut])
     assert unauthenticated.closing is not None
     assert unauthenticated.closing[0] is CloseCode.TOO_LARGE
-    assert said(unauthenticated) == ["error"]
+    assert reply_types(unauthenticated) == ["error"]
 
 
 async def test_oldest_unauthenticated_session_is_closed_over_the_memory_limit(replica: Replica) -> None:
@@ -90,7 +90,7 @@ async def test_oldest_unauthenticated_session_is_closed_over_the_memory_limit(re
         *(None, CloseCode.OVERLOADED),
         *(None, None),
     ]
-    assert said(first) == ["auth_error"]
+    assert reply_types(first) == ["auth_error"]
     for client in (authenticated, first, second, third):
         client.end()
     assert (replica.unauthenticated.size, replica.unauthenticated.evicted) == (0, 1)
