@@ -1,4 +1,4 @@
-"""The session without I/O: what it answers, what it asks for, and that nothing a client sends disturbs it."""
+"""The session state machine without I/O: its replies, its effects, and its robustness against any input."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ PRODUCER = b"p" * 16
 
 class TransportWriter:
     def flush(self) -> None:
-        """The tests take the mail themselves."""
+        """Do nothing: the tests take the items themselves."""
 
 
 @dataclass
 class Driver:
-    """Carries out effects as an obliging replica would, and keeps them."""
+    """Carries out effects as a replica without failures would, and records them."""
 
     identity: Identity | PeerError = ALICE
     wall: float = 0.0
@@ -86,7 +86,7 @@ class Driver:
             case BroadcastMessage():
                 pass
 
-    def say(self, *messages: Any) -> list[dict[str, Any]]:
+    def request(self, *messages: Any) -> list[dict[str, Any]]:
         self.feed(b"\n".join(json.dumps(message).encode() for message in messages) + b"\n")
         return self.replies()
 
@@ -102,13 +102,13 @@ class Driver:
 
 def open_session(protocol: int = 1, **options: Any) -> Driver:
     driver = Driver(**options)
-    [reply] = driver.say({"type": "auth", "token": "t", "protocol": protocol})
+    [reply] = driver.request({"type": "auth", "token": "t", "protocol": protocol})
     assert reply["type"] == "auth_ok"
     driver.effects.clear()
     return driver
 
 
-# Anything at all
+# Arbitrary input
 
 fields = st.fixed_dictionaries(
     {"type": st.sampled_from(["auth", "subscribe", "unsubscribe", "publish", "history", "ping", "subscribed", "x"])},
@@ -128,32 +128,34 @@ fields = st.fixed_dictionaries(
     },
 )
 objects = fields.map(lambda message: json.dumps(message).encode())
-rubbish = st.sampled_from([b"{", b"}", b'{"type":', b"[]", b"\xff", b'{"a":"\xc3"}', b"x" * 50, b'{"a":' * 90])
-streams = st.lists(st.one_of(objects, objects, objects, rubbish, st.binary(max_size=9)), max_size=12)
+invalid = st.sampled_from([b"{", b"}", b'{"type":', b"[]", b"\xff", b'{"a":"\xc3"}', b"x" * 50, b'{"a":' * 90])
+streams = st.lists(st.one_of(objects, objects, objects, invalid, st.binary(max_size=9)), max_size=12)
 
 
 @given(streams, st.sampled_from([b"", b"\n", b" \r\n\t"]), st.integers(1, 400), st.booleans())
 @example([b'{"payload":\n{"channel":"evil","type":"publish","payload":1}\n}'], b"\n", 400, True)
 @example([b'{"type":"auth"}', b'{"type":"auth","token":"","protocol":1}'], b"", 400, False)
-def test_session_survives_any_input(parts: list[bytes], space: bytes, cut: int, authenticated: bool) -> None:
-    """Whatever a client sends, cut anywhere, a session never raises, answers in well-formed objects that name a code
-    where they refuse, asks for no more than a pong before it knows who it is, and takes nothing once closed."""
+def test_session_survives_any_input(parts: list[bytes], separator: bytes, cut: int, authenticated: bool) -> None:
+    """With any input, split anywhere: a session never raises, its replies are well-formed, and its errors have codes.
+
+    Before authentication its only effects are to verify a token and to send heads. A closed session ignores input.
+    """
     driver = open_session() if authenticated else Driver()
-    data = space.join(parts)
+    data = separator.join(parts)
     for start in range(0, len(data), cut):
         closed = driver.session.state is SessionState.CLOSED
-        unknown = driver.session.identity is None
+        unauthenticated = driver.session.identity is None
         count, size = len(driver.effects), driver.send_queue.size
         driver.feed(data[start : start + cut])
         if closed:
             assert (len(driver.effects), driver.send_queue.size) == (count, size)
-        if unknown and driver.session.identity is None:
+        if unauthenticated and driver.session.identity is None:
             assert all(isinstance(effect, VerifyToken | SendHeads) for effect in driver.effects[count:])
     for append in driver.appends:
         assert append.channel.startswith("project.")
         append.settle(append, Committed(9))
     assert driver.session.pending == 0
-    # Until its `auth` is understood, everybody is answered as a first-version client.
+    # Until `auth` is understood, replies are those of the first version.
     understood = authenticated
     for reply in driver.send_queue.take():
         assert isinstance(reply, bytes)
@@ -163,12 +165,12 @@ def test_session_survives_any_input(parts: list[bytes], space: bytes, cut: int, 
             assert message.code in set(ErrorCode)
 
 
-# Who one is
+# Authentication
 
 
 def test_requests_before_auth_are_rejected() -> None:
     driver = Driver()
-    [publish, subscribe, history] = driver.say(
+    [publish, subscribe, history] = driver.request(
         {"type": "publish", "channel": "project.a", "payload": 1},
         {"type": "subscribe", "pattern": "project.*"},
         {"type": "history", "pattern": "project.*"},
@@ -179,16 +181,16 @@ def test_requests_before_auth_are_rejected() -> None:
 
 
 def test_open_session_outlives_a_token_that_cannot_be_verified() -> None:
-    away = PeerError(ErrorCode.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
+    unreachable = PeerError(ErrorCode.UNAVAILABLE, "away", CloseCode.UNAVAILABLE)
     driver = open_session()
-    driver.identity = away
+    driver.identity = unreachable
     subscribe = {"type": "subscribe", "pattern": "project.*"}
-    replies = driver.say({"type": "auth", "token": "t"}, subscribe)
+    replies = driver.request({"type": "auth", "token": "t"}, subscribe)
     assert [reply["type"] for reply in replies] == ["auth_error", "subscribed"]
     assert driver.session.closing is None
 
-    driver = Driver(identity=away)
-    [reply] = driver.say({"type": "auth", "token": "t", "protocol": 1}, subscribe)
+    driver = Driver(identity=unreachable)
+    [reply] = driver.request({"type": "auth", "token": "t", "protocol": 1}, subscribe)
     assert (reply["type"], reply["code"]) == ("auth_error", "unavailable")
     assert driver.session.closing == (CloseCode.UNAVAILABLE, "away")
 
@@ -219,18 +221,18 @@ def test_session_without_auth_ends_at_its_deadline() -> None:
 
 def test_rejected_token_ends_the_session() -> None:
     driver = Driver(identity=PeerError(ErrorCode.UNAUTHENTICATED, "bad signature", CloseCode.UNAUTHENTICATED))
-    [reply, *more] = driver.say({"type": "auth", "token": "t", "protocol": 1}, {"type": "ping", "seq": 1})
+    [reply, *more] = driver.request({"type": "auth", "token": "t", "protocol": 1}, {"type": "ping", "seq": 1})
     assert reply == {"type": "auth_error", "message": "bad signature", "code": "unauthenticated"}
-    assert more == [], "nothing is read after it"
+    assert more == [], "no later request is processed"
     assert driver.session.closing == (CloseCode.UNAUTHENTICATED, "bad signature")
 
 
 def test_second_auth_renews_the_token_and_cannot_change_the_client() -> None:
     driver = open_session()
     driver.identity = Identity("alice", Grants(read=(), write=()), expires=50.0)
-    assert [r["type"] for r in driver.say({"type": "auth", "token": "t2", "protocol": 1})] == ["auth_ok"]
+    assert [r["type"] for r in driver.request({"type": "auth", "token": "t2", "protocol": 1})] == ["auth_ok"]
     driver.identity = Identity("bob", ALICE.grants, None)
-    [reply] = driver.say({"type": "auth", "token": "t3", "protocol": 1})
+    [reply] = driver.request({"type": "auth", "token": "t3", "protocol": 1})
     assert (reply["type"], reply["code"]) == ("auth_error", "unauthorized")
     assert driver.session.identity is not None
     assert driver.session.identity.client_id == "alice"
@@ -239,7 +241,7 @@ def test_second_auth_renews_the_token_and_cannot_change_the_client() -> None:
 
 def test_narrower_grants_return_the_subscriptions_that_they_end() -> None:
     driver = open_session()
-    driver.say({"type": "subscribe", "pattern": "project.a"}, {"type": "subscribe", "pattern": "project.b"})
+    driver.request({"type": "subscribe", "pattern": "project.a"}, {"type": "subscribe", "pattern": "project.b"})
     narrow = Identity("alice", Grants(read=("project.a",), write=()), None)
     assert driver.session.accept_token(narrow, AuthOk("alice"), PRODUCER, 100.0, 0.0) == ["project.b"]
 
@@ -257,10 +259,10 @@ def test_expired_token_has_a_grace_period() -> None:
 
 def test_subscribe_and_unsubscribe_have_effects() -> None:
     driver = open_session()
-    assert driver.say({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e", "id": 4}) == [
+    assert driver.request({"type": "subscribe", "pattern": "project.*", "since": 3, "epoch": "e", "id": 4}) == [
         {"type": "subscribed", "pattern": "project.*", "seq": 7, "epoch": "e", "id": 4}
     ]
-    assert driver.say({"type": "unsubscribe", "pattern": "project.*", "id": 5}) == [
+    assert driver.request({"type": "unsubscribe", "pattern": "project.*", "id": 5}) == [
         {"type": "unsubscribed", "pattern": "project.*", "seq": 8, "id": 5}
     ]
     assert driver.effects == [
@@ -293,7 +295,7 @@ def test_subscribe_and_unsubscribe_have_effects() -> None:
 )
 def test_rejected_request_has_a_code_and_no_effect(message: Any, code: str | None) -> None:
     driver = open_session()
-    [reply] = driver.say(message)
+    [reply] = driver.request(message)
     assert driver.effects == []
     if code is None:
         assert driver.session.closing is not None
@@ -302,13 +304,13 @@ def test_rejected_request_has_a_code_and_no_effect(message: Any, code: str | Non
     assert reply["code"] == code
     assert reply["message"]
     assert len(json.dumps(reply)) < 700
-    assert driver.say({"type": "ping", "seq": 5})[0] == {"type": "pong", "seq": 5}, "the session goes on"
+    assert driver.request({"type": "ping", "seq": 5})[0] == {"type": "pong", "seq": 5}, "the session continues"
 
 
 def test_subscriptions_are_limited_and_an_existing_one_may_be_replaced() -> None:
     driver = open_session()
     patterns = ["project.a", "project.b", "project.c", "project.d", "project.a"]
-    replies = driver.say(*({"type": "subscribe", "pattern": pattern} for pattern in patterns))
+    replies = driver.request(*({"type": "subscribe", "pattern": pattern} for pattern in patterns))
     assert [reply.get("code") for reply in replies] == [None, None, None, "limit", None]
 
 
@@ -325,7 +327,9 @@ def test_object_over_the_limit_closes_the_session() -> None:
 
 def test_publish_becomes_an_append_whose_outcome_is_the_reply() -> None:
     driver = open_session()
-    assert driver.say({"type": "publish", "channel": "project.a", "payload": {"x": 1}, "id": 4, "echo": False}) == []
+    assert (
+        driver.request({"type": "publish", "channel": "project.a", "payload": {"x": 1}, "id": 4, "echo": False}) == []
+    )
     [append] = driver.appends
     assert (append.payload, append.producer, append.number) == (b'{"x": 1}', PRODUCER, 4)
     assert (append.sender, append.origin, append.after) == ("alice", PRODUCER, None)
@@ -337,14 +341,14 @@ def test_publish_becomes_an_append_whose_outcome_is_the_reply() -> None:
 
 def test_publish_without_an_id_leaves_its_key_to_the_log() -> None:
     driver = open_session()
-    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    driver.request({"type": "publish", "channel": "project.a", "payload": 1})
     assert driver.appends[0].producer is None
 
 
 def test_retry_passes_on_its_epoch_and_head() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "id": 1, "after": 3, "epoch": "e"}
-    driver.say(message, {**message, "retry": True, "id": 2})
+    driver.request(message, {**message, "retry": True, "id": 2})
     assert [(effect.epoch, effect.append.after) for effect in driver.effects if isinstance(effect, AppendMessage)] == [
         (None, None),
         ("e", 3),
@@ -354,7 +358,7 @@ def test_retry_passes_on_its_epoch_and_head() -> None:
 def test_publish_without_ack_is_answered_only_by_an_error() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ack": False}
-    driver.say(message, message)
+    driver.request(message, message)
     first, second = driver.appends
     first.settle(first, Committed(1))
     second.settle(second, Rejected(ErrorCode.OVERLOADED, "too much"))
@@ -366,7 +370,7 @@ def test_publish_without_ack_is_answered_only_by_an_error() -> None:
 def test_ephemeral_publish_bypasses_the_log() -> None:
     driver = open_session()
     message = {"type": "publish", "channel": "project.a", "payload": 1, "ephemeral": True, "id": 3}
-    assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 3}]
+    assert driver.request(message) == [{"type": "published", "channel": "project.a", "id": 3}]
     assert driver.effects == [BroadcastMessage("project.a", b"1", "alice", None)]
 
 
@@ -375,12 +379,12 @@ def test_size_of_an_ephemeral_message_is_limited() -> None:
     driver.session._splitter = JsonSplitter(decode_client, 65_536)
     room = EPHEMERAL_SIZE - len("project.a") - len('"alice"') - len('""')
     message = {"type": "publish", "channel": "project.a", "payload": "x" * room, "ephemeral": True, "id": 1}
-    assert driver.say(message) == [{"type": "published", "channel": "project.a", "id": 1}]
+    assert driver.request(message) == [{"type": "published", "channel": "project.a", "id": 1}]
     larger = {**message, "payload": "x" * (room + 1), "ack": False}
-    [refusal] = driver.say(larger)
-    assert (refusal["type"], refusal["code"], refusal["id"]) == ("publish_error", "too_large", 1)
+    [error] = driver.request(larger)
+    assert (error["type"], error["code"], error["id"]) == ("publish_error", "too_large", 1)
     assert driver.session.closing is None
-    assert driver.say({**larger, "ephemeral": False}) == []
+    assert driver.request({**larger, "ephemeral": False}) == []
     assert len(driver.appends) == 1
 
 
@@ -392,7 +396,7 @@ def test_payload_keeps_its_bytes_but_for_line_breaks() -> None:
 
 def test_publish_settled_after_the_connection_ended_has_no_reply() -> None:
     driver = open_session()
-    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    driver.request({"type": "publish", "channel": "project.a", "payload": 1})
     driver.session.abandon()
     driver.appends[0].settle(driver.appends[0], Committed(1))
     assert driver.replies() == []
@@ -401,7 +405,7 @@ def test_publish_settled_after_the_connection_ended_has_no_reply() -> None:
 
 def test_publishes_are_acknowledged_while_the_session_is_closing() -> None:
     driver = open_session()
-    driver.say({"type": "publish", "channel": "project.a", "payload": 1})
+    driver.request({"type": "publish", "channel": "project.a", "payload": 1})
     driver.session.close(CloseCode.SHUTTING_DOWN, "stopping")
     driver.appends[0].settle(driver.appends[0], Committed(1))
     assert [reply["type"] for reply in driver.replies()] == ["published"]
@@ -412,7 +416,7 @@ def test_publishes_are_acknowledged_while_the_session_is_closing() -> None:
 
 def test_first_version_client_gets_only_replies_of_its_version() -> None:
     driver = open_session(protocol=0)
-    replies = driver.say(
+    replies = driver.request(
         {"type": "subscribe", "pattern": "project.*", "since": 2},
         {"type": "ping", "seq": 1},
         {"type": "publish", "channel": "project.a", "payload": 1, "id": 1},
@@ -424,7 +428,9 @@ def test_first_version_client_gets_only_replies_of_its_version() -> None:
         {"type": "pong", "seq": 1},
         {"type": "subscribe_error", "pattern": "other", "message": "no read grant covers this pattern"},
     ]
-    assert driver.effects[0] == StartSubscription(Subscribe("project.*")), "it cannot resume, for it knows no seq"
+    assert driver.effects[0] == StartSubscription(Subscribe("project.*")), (
+        "a first-version client knows no seq, so it cannot resume"
+    )
     append = driver.appends[0]
     append.settle(append, Committed(3))
     driver.session.revoked("project.*", 9)
@@ -436,7 +442,9 @@ def test_first_version_client_gets_only_replies_of_its_version() -> None:
 
 def test_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
     driver = open_session(protocol=0)
-    assert driver.say({"type": "unsubscribe", "pattern": "never"}, {"type": "unsubscribe", "pattern": "project.*"}) == [
+    assert driver.request(
+        {"type": "unsubscribe", "pattern": "never"}, {"type": "unsubscribe", "pattern": "project.*"}
+    ) == [
         {"type": "unsubscribed", "pattern": "never"},
         {"type": "unsubscribed", "pattern": "project.*"},
     ]
@@ -447,7 +455,9 @@ def test_unsubscribe_of_a_first_version_client_always_succeeds() -> None:
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_requests_of_the_first_version_alone_are_errors_and_the_session_continues(kind: str, protocol: int) -> None:
     driver = open_session(protocol=protocol)
-    error, pong, *_ = driver.say({"type": kind, "channel": "project.a", "update": "AAA="}, {"type": "ping", "seq": 1})
+    error, pong, *_ = driver.request(
+        {"type": kind, "channel": "project.a", "update": "AAA="}, {"type": "ping", "seq": 1}
+    )
     assert (error["type"], error.get("code")) == ("error", "bad_message" if protocol else None)
     assert kind in error["message"]
     assert pong == {"type": "pong", "seq": 1}
