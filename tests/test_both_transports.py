@@ -1,4 +1,4 @@
-"""One broker, two doors: WebSocket and WebTransport clients are the same clients."""
+"""One broker with WebSocket and WebTransport endpoints: clients of both transports get the same service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catbus import CloseCode, Config
 from catbus.client import Backoff, Bus, Disconnected, Ended, GoAway, Reconnected, Transport
 from catbus.client.happy_eyeballs import PREFERENCE_TIME, TransportRace
 from catbus.client.websocket_transport import WebSocketTransport
-from catbus.client.webtransport_transport import WebTransportTransport as OverQuic
+from catbus.client.webtransport_transport import WebTransportTransport
 from catbus.config import DrainSettings, WebTransportSettings
 from tests.brokers import CONFIG, TOKEN
 from tests.chaos.udp_relay import UdpRelay
@@ -31,7 +31,7 @@ from tests.endpoints.raw_peer import Peer
 
 @asynccontextmanager
 async def running(state: Path, config: Config = CONFIG) -> AsyncIterator[tuple[catbus.Broker, str, dict[str, Any]]]:
-    """A broker with both doors, its WebSocket URL, and what it tells those who look for it."""
+    """A broker with both endpoints, its WebSocket URL, and its discovery document."""
     config = msgspec.structs.replace(config, state=str(state), webtransport=WebTransportSettings(bind=("127.0.0.1:0",)))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -71,22 +71,22 @@ async def test_message_reaches_clients_on_both_transports(tmp_path: Path) -> Non
 
 
 async def test_goaway_has_a_delay_within_the_drain_window_on_both_transports(tmp_path: Path) -> None:
-    """Over either transport `goaway` names a moment within the window, and the closing code is one to come back by."""
-    told: list[GoAway] = []
+    """On either transport `goaway` names a delay within the window, and the close code permits a reconnect."""
+    goaways: list[GoAway] = []
     ended: list[int | None] = []
     codes: list[int | None] = []
 
     async def stay(url: str, ca: str | None, *, task_status: trio.TaskStatus[None]) -> None:
-        def note(event: object) -> None:
+        def record(event: object) -> None:
             if isinstance(event, Ended):
                 ended.append(event.code)
             else:
                 assert isinstance(event, GoAway)
-                told.append(event)
+                goaways.append(event)
 
         try:
             async with (
-                catbus.connect(url, token=TOKEN, ca=ca, reconnect=False, on_event=note) as bus,
+                catbus.connect(url, token=TOKEN, ca=ca, reconnect=False, on_event=record) as bus,
                 bus.subscribe("a.*") as messages,
             ):
                 task_status.started()
@@ -100,9 +100,9 @@ async def test_goaway_has_a_delay_within_the_drain_window_on_both_transports(tmp
             await nursery.start(stay, websocket, None)
             await nursery.start(stay, found["webtransport"], found["certificate"])
         broker.stop()
-    assert len(told) == 10
-    assert all(0 <= goaway.reconnect_in <= 0.5 for goaway in told)
-    assert len({goaway.reconnect_in for goaway in told}) > 1, "they do not all come back at once"
+    assert len(goaways) == 10
+    assert all(0 <= goaway.reconnect_in <= 0.5 for goaway in goaways)
+    assert len({goaway.reconnect_in for goaway in goaways}) > 1, "the clients reconnect at different times"
     assert codes == ended == [CloseCode.SHUTTING_DOWN] * 10
 
 
@@ -156,7 +156,7 @@ async def test_subscription_streams_and_datagrams_deliver_the_same_messages(tmp_
             assert await bus.publish("a.c", "x", ephemeral=True) is None
             await bus.publish("a.d", "y")
             assert [(await anext(everything)).payload for _ in range(2)] == ["x", "y"]
-            # More than its buffer has come, so the subscription is given back to the broker and taken up again.
+            # More messages have arrived than the buffer holds, so the client has paused the subscription.
             kept = [m.seq for m in [await anext(slow) for _ in range(102)] if m.seq is not None]
             assert kept[:100] == list(range(1, 101))
             async with bus.subscribe("b", stream=True) as other:
@@ -205,7 +205,7 @@ async def test_client_reconnects_over_websocket_without_webtransport(tmp_path: P
             catbus.connect(url, fallback_url=fallback, token=TOKEN, ca=ca, reconnect=Backoff(0.1, 0.2)) as bus,
             bus.subscribe("a", stream=True) as messages,
         ):
-            assert isinstance(transport(bus), OverQuic)
+            assert isinstance(transport(bus), WebTransportTransport)
             task_status.started()
             assert (await anext(messages)).payload == "before"
             assert (await anext(messages)).payload == "after"
@@ -219,17 +219,17 @@ async def test_client_reconnects_over_websocket_without_webtransport(tmp_path: P
                     await users.start(use, found["webtransport"], websocket, found["certificate"])
                     await broker.publish("a", "before")
                     broker.stop()
-                door = catbus.config.WebSocketSettings(bind=(urlsplit(websocket).netloc,))
-                again = await nursery.start(catbus.serve, msgspec.structs.replace(CONFIG, websocket=door))
+                endpoint = catbus.config.WebSocketSettings(bind=(urlsplit(websocket).netloc,))
+                again = await nursery.start(catbus.serve, msgspec.structs.replace(CONFIG, websocket=endpoint))
                 await again.publish("a", "after")
             again.stop()
 
 
 async def test_fallback_connects_at_once_when_udp_is_blocked(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, websocket, found):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as hole:
-            hole.bind(("127.0.0.1", 0))
-            url = f"https://127.0.0.1:{hole.getsockname()[1]}"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+            silent.bind(("127.0.0.1", 0))
+            url = f"https://127.0.0.1:{silent.getsockname()[1]}"
             began = trio.current_time()
             async with catbus.connect(url, fallback_url=websocket, token=TOKEN, ca=found["certificate"]) as bus:
                 assert isinstance(transport(bus), WebSocketTransport)
@@ -242,7 +242,7 @@ async def test_connect_fails_when_neither_transport_answers(first: int) -> None:
     urls = ["ws://127.0.0.1:1/ws", "https://127.0.0.1:1"]
     with pytest.raises(catbus.Disconnected, match="cannot connect to"):
         async with catbus.connect(urls[first], fallback_url=urls[1 - first], token=TOKEN):
-            pytest.fail("nobody is there")
+            pytest.fail("no broker listens there")
 
 
 async def test_invalid_token_is_rejected_alike_on_both_transports(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_webtransport_outside_of_loopback_needs_a_certificate() -> None:
 
 
 async def test_client_moves_to_webtransport_when_udp_works_again(tmp_path: Path) -> None:
-    """Without a loss or a repeat, while messages come and go."""
+    """No message is lost or repeated when the client publishes and receives during the move."""
     events: list[object] = []
     relay = UdpRelay(random.Random(1))
     async with running(tmp_path) as (broker, websocket, found), trio.open_nursery() as nursery:
@@ -310,7 +310,7 @@ async def test_client_moves_to_webtransport_when_udp_works_again(tmp_path: Path)
 async def test_transport_that_connected_first_is_preferred_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
     tried: list[str] = []
 
-    class Way:
+    class Attempt:
         def __init__(self, name: str, takes: float) -> None:
             self.name, self.takes = name, takes
 
@@ -322,13 +322,13 @@ async def test_transport_that_connected_first_is_preferred_for_a_while(autojump_
         async def aclose(self) -> None:
             pass
 
-    slow, fast = Way("slow", 5), Way("fast", 1)
-    ways = TransportRace([slow, fast])
+    slow, fast = Attempt("slow", 5), Attempt("fast", 1)
+    race = TransportRace([slow, fast])
     for expected in (["slow", "fast"], ["fast", "slow"], ["fast", "slow"]):
         tried.clear()
-        assert await ways() is fast  # type: ignore[comparison-overlap]
+        assert await race() is fast  # type: ignore[comparison-overlap]
         assert tried == expected
     await trio.sleep(PREFERENCE_TIME)
     tried.clear()
-    await ways()
+    await race()
     assert tried == ["slow", "fast"]

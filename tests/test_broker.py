@@ -1,4 +1,4 @@
-"""The page: a whole broker, its doors, and its end."""
+"""A whole broker: its endpoints, its in-process API, and its shutdown."""
 
 from __future__ import annotations
 
@@ -101,16 +101,16 @@ async def test_publishing_in_process_to_a_malformed_channel_is_rejected(channel:
 
 
 async def test_malformed_pattern_and_a_deeply_nested_payload_are_rejected_in_process() -> None:
-    bomb: list[object] = []
+    nested: list[object] = []
     for _ in range(100):
-        bomb = [bomb]
+        nested = [nested]
     async with catbus.open_broker() as broker:
         with pytest.raises(catbus.Refused) as caught:
             async with broker.subscribe("a.*.b"):
                 pass
         assert caught.value.code is ErrorCode.INVALID_PATTERN
         with pytest.raises(catbus.Refused) as caught:
-            await broker.publish("a", bomb)
+            await broker.publish("a", nested)
         assert caught.value.code is ErrorCode.BAD_MESSAGE
         with pytest.raises(TypeError):
             await broker.publish("a", object())
@@ -162,10 +162,10 @@ async def test_draining_broker_tells_clients_when_to_reconnect() -> None:
                 broker.stop()
                 await bus.ping()
                 assert broker.replica.readiness == "draining"
-                assert await bus.publish("a", 1) == 1, "it serves on while its clients find another replica"
+                assert await bus.publish("a", 1) == 1, "it serves its clients until they reconnect to another replica"
                 async with catbus.connect(url, token=TOKEN, reconnect=False, on_event=events.append) as late:
                     await late.ping()
-            # With the last client gone nothing is left to wait for.
+            # The broker ends when the last client has left.
     assert len(events) == 2
     for event in events:
         assert isinstance(event, GoAway)
@@ -185,7 +185,7 @@ async def test_page_of_history_is_bounded_in_bytes() -> None:
 
 
 async def post(address: str, body: bytes, *headers: str) -> tuple[int, Any]:
-    """POST /publish: the status and the answer."""
+    """Send `POST /publish`, and return the status and the decoded body of the response."""
     host, _, port = address.rpartition(":")
     fields = ["Host: x", f"Authorization: Bearer {TOKEN}", f"Content-Length: {len(body)}", *headers]
     async with await trio.open_tcp_stream(host, int(port)) as stream:
@@ -205,13 +205,13 @@ async def test_ephemeral_message_that_is_too_large_is_rejected_from_every_source
     payload = "x" * EPHEMERAL_SIZE
     async with running() as (broker, address), catbus.connect(f"ws://{address}/ws", token=TOKEN) as bus:
         for publish in (bus.publish, broker.publish):
-            with pytest.raises(catbus.Refused) as refused:
+            with pytest.raises(catbus.Refused) as caught:
                 await publish("a", payload, ephemeral=True)
-            assert refused.value.code == ErrorCode.TOO_LARGE
+            assert caught.value.code == ErrorCode.TOO_LARGE
         body = json.dumps({"channel": "a", "payload": payload, "ephemeral": True}).encode()
-        status, answer = await post(address, body)
-        assert (status, answer["code"]) == (413, "too_large")
-        assert await bus.publish("a", payload) == 1, "the log takes it, and the session goes on"
+        status, response = await post(address, body)
+        assert (status, response["code"]) == (413, "too_large")
+        assert await bus.publish("a", payload) == 1, "the log accepts it, and the session continues"
 
 
 async def test_request_with_an_idempotency_key_publishes_once() -> None:

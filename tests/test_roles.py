@@ -22,7 +22,7 @@ from catbus.postgres.roles.role_store import open_roles
 from tests.brokers import CONFIG, running
 from tests.endpoints.raw_peer import Peer
 from tests.postgres.proxy import open_proxy
-from tests.test_both_transports import running as both_doors
+from tests.test_both_transports import running as running_both_transports
 from tests.test_wrong_input import Speaker, speaker
 
 GRANTS = Grants(("a.*",), ("a.*", "b"))
@@ -145,7 +145,7 @@ async def test_role_change_reaches_sessions_on_every_replica_and_transport(
         await roles.grant(token, Grants(("b", "c.d")))
         buses = []
         for name in ("one", "other"):
-            broker, websocket, found = await enter(both_doors(tmp_path / name, on(database_url)))
+            broker, websocket, found = await enter(running_both_transports(tmp_path / name, on(database_url)))
             await broker.replica.log.wait_open()
             buses.append(await enter(catbus.connect(websocket, token=token)))
             webtransport, ca = found["webtransport"], found["certificate"]
