@@ -1,4 +1,4 @@
-"""catbus.testing: what it makes is what it says, for tests on Trio, on asyncio, and on neither."""
+"""`catbus.testing`: its strategies, and its brokers for tests on Trio, on asyncio, and without an event loop."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_generated_tokens_verify(token: str) -> None:
 @given(st.data())
 def test_generated_streams_decode_in_any_pieces(data: st.DataObject) -> None:
     stream = data.draw(testing.byte_streams())
-    framer = JsonSplitter(wire.decode_client, 1 << 20)
-    found = [each for piece in data.draw(testing.cut(stream)) for each in framer.feed(piece)]
+    splitter = JsonSplitter(wire.decode_client, 1 << 20)
+    found = [each for piece in data.draw(testing.cut(stream)) for each in splitter.feed(piece)]
     assert found == list(JsonSplitter(wire.decode_client, 1 << 20).feed(stream))
     assert not any(isinstance(each, PeerError) for each in found)
 
@@ -70,11 +70,11 @@ def test_generated_streams_decode_in_any_pieces(data: st.DataObject) -> None:
 @given(st.data())
 def test_hostile_streams_give_messages_and_peer_errors_only(data: st.DataObject) -> None:
     pieces = data.draw(testing.cut(data.draw(testing.hostile_streams())))
-    framer = JsonSplitter(wire.decode_client, 4096)
+    splitter = JsonSplitter(wire.decode_client, 4096)
     ends: list[PeerError] = []
     for piece in pieces:
         try:
-            for each in framer.feed(piece):
+            for each in splitter.feed(piece):
                 assert isinstance(each, wire.Request | PeerError)
         except PeerError as error:
             ends.append(error)
@@ -160,7 +160,7 @@ async def test_no_message_is_lost_in_a_simulated_outage_of_hours(autojump_clock:
         with trio.fail_after(60):
             assert [(await anext(messages)).payload for _ in range(3)] == ["before", "from the broker", "meanwhile"]
     assert trio.current_time() > 3 * 3600
-    assert events.count("Reconnecting") > 100, "every 30 s or so"
+    assert events.count("Reconnecting") > 100, "an attempt about every 30 s"
     assert events[-1] == "Reconnected"
 
 
@@ -177,15 +177,15 @@ async def test_cut_connection_is_lost_for_both_sides(autojump_clock: trio.testin
 
 
 async def test_client_that_does_not_read_lags_and_loses_nothing(autojump_clock: trio.testing.MockClock) -> None:
-    """A connection without sockets holds nothing, so a reader that is slow is slow at once."""
+    """A connection without sockets has no buffers, so a slow reader lags at once."""
     config = catbus.Config(limits=LimitSettings(send_queue=2000))
     async with testing.open_test_broker(config) as broker:
         slow = await broker.dial()
         await slow.send(b'{"type":"auth","token":"%s","protocol":1}' % broker.token().encode())
         await slow.send(b'{"type":"subscribe","pattern":"*"}')
         found: list[int] = []
-        framer = JsonSplitter(wire.decode_server, 1 << 20)
-        while not any(isinstance(each, wire.Subscribed) for each in framer.feed((await slow.receive()).data)):
+        splitter = JsonSplitter(wire.decode_server, 1 << 20)
+        while not any(isinstance(each, wire.Subscribed) for each in splitter.feed((await slow.receive()).data)):
             pass
         for number in range(500):
             await broker.broker.publish("a", {"n": number, "text": "x" * 100})
@@ -193,9 +193,9 @@ async def test_client_that_does_not_read_lags_and_loses_nothing(autojump_clock: 
         assert broker.broker.replica.delivery.statistics().lagging == 1
         with trio.fail_after(60):
             while len(found) < 500:
-                said = framer.feed((await slow.receive()).data)
+                received = splitter.feed((await slow.receive()).data)
                 found += [
-                    json.loads(bytes(each.payload))["n"] for each in said if isinstance(each, wire.ChannelMessage)
+                    json.loads(bytes(each.payload))["n"] for each in received if isinstance(each, wire.ChannelMessage)
                 ]
         assert found == list(range(500))
         await slow.aclose()
@@ -205,7 +205,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_example_of_the_readme_passes_in_another_project(tmp_path: Path) -> None:
-    """The example of the README, as it is written there."""
+    """The example is copied unchanged from the README."""
     [example] = re.findall(r"^```python\n(async def test_.*?)^```", README, re.MULTILINE | re.DOTALL)
     [plugins] = re.findall(r"`(pytest_plugins = .*?)`", README)
     (tmp_path / "conftest.py").write_text(plugins)
@@ -225,9 +225,9 @@ def test_installed_broker_needs_neither_hypothesis_nor_pytest() -> None:
     assert json.loads(done.stdout.replace("'", '"')) == []
 
 
-# Without what it needs
+# Missing dependencies
 
-WITHOUT = {
+ERRORS = {
     ("hypothesis", "catbus.testing"): "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'",
     ("hypothesis", "catbus.testing.pytest"): "catbus.testing needs Hypothesis: pip install 'catbus-broker[testing]'",
     (
@@ -241,12 +241,12 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize(("missing", "module"), WITHOUT)
+@pytest.mark.parametrize(("missing", "module"), ERRORS)
 def test_error_of_a_missing_dependency_says_how_to_install_it(missing: str, module: str) -> None:
     text = f"import sys; sys.modules[{missing!r}] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
-    said = done.stderr.rstrip().rpartition("\n")[2].removeprefix("ModuleNotFoundError: ")
-    assert said == WITHOUT[missing, module]
-    assert (done.returncode == 0) == (not said)
-    # No other error on the way there.
+    error = done.stderr.rstrip().rpartition("\n")[2].removeprefix("ModuleNotFoundError: ")
+    assert error == ERRORS[missing, module]
+    assert (done.returncode == 0) == (not error)
+    # No other exception was raised before it.
     assert "During handling" not in done.stderr
