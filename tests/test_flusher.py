@@ -55,7 +55,9 @@ async def test_send_queues_linger_after_an_expensive_pass_for_as_long_as_it_took
         for writer in writers:
             writer.send_queue.put(b"x")
         await wait_all_tasks_blocked()
-    assert [len(writer.sent) for writer in writers] == [2] * 8, "the second pass already knows the duration of the first one"
+    assert [len(writer.sent) for writer in writers] == [2] * 8, (
+        "the second pass already knows the duration of the first one"
+    )
     mock_clock.jump(0.0039)
     await wait_all_tasks_blocked()
     assert [len(writer.sent) for writer in writers] == [2] * 8
