@@ -15,7 +15,7 @@ async function until(condition) {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 2));
 }
 
-test('the last messages come first, then what is new, without a gap', { skip }, async () => {
+test('subscription with last receives history and then new messages without a gap', { skip }, async () => {
   const client = await connected();
   const place = channel();
   for (const n of numbers(1, 20)) await client.publish(place, n);
@@ -34,7 +34,7 @@ test('the last messages come first, then what is new, without a gap', { skip }, 
   assert.equal(all[2][0], 1);
 });
 
-test('a cursor of a message or of a page is where another subscription starts', { skip }, async () => {
+test('subscription resumes at a cursor of a message or a page', { skip }, async () => {
   const client = await connected();
   const place = channel();
   const empty = await client.history(place);
@@ -59,7 +59,7 @@ test('a cursor of a message or of a page is where another subscription starts', 
   assert.deepEqual([part.messages.map(({ payload }) => payload), part.more], [[5, 6], true]);
 });
 
-test('a subscription that is kept goes on after a reload where its handler was', { skip }, async () => {
+test('persistent subscription resumes after a reload at the cursor of its handler', { skip }, async () => {
   const store = new Map();
   const storage = { getItem: (key) => store.get(key) ?? null, setItem: (key, value) => store.set(key, value) };
   const other = await connected();
@@ -88,7 +88,7 @@ test('a subscription that is kept goes on after a reload where its handler was',
   await client.subscribe(place, () => {}, { persist: 'key' });
 });
 
-test('an async handler that is slow keeps nobody else waiting, and misses nothing', { skip }, async () => {
+test('slow async handler delays no other handler and misses no message', { skip }, async () => {
   const client = await connected();
   const place = channel();
   const slow = [];
@@ -107,7 +107,7 @@ test('an async handler that is slow keeps nobody else waiting, and misses nothin
   assert.deepEqual([slow, fast], [numbers(1, 2500), numbers(1, 2500)]);
 });
 
-test('a signal ends a subscription', { skip }, async () => {
+test('abort signal ends a subscription', { skip }, async () => {
   const client = await connected();
   const place = channel();
   const controller = new AbortController();
@@ -126,7 +126,7 @@ test('a signal ends a subscription', { skip }, async () => {
   }, { message: 'enough' });
 });
 
-test('a subscription tells when it is live, and when it has ended', { skip }, async () => {
+test('subscription reports when it is live and when it has ended', { skip }, async () => {
   const [kept, lost] = [channel(), channel()];
   const grants = (...patterns) => patterns.map((pattern) => ({ grant_type: 'all', pattern }));
   let asked = 0;

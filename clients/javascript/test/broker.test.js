@@ -4,7 +4,7 @@ import { test } from 'node:test';
 import { CatbusClient, DisconnectedError, RefusedError } from '../src/catbus.js';
 import { channel, makeClient, next, openProxy, sign, skip } from './helpers.js';
 
-test('what is published is heard', { skip }, async () => {
+test('published message is received', { skip }, async () => {
   const client = makeClient();
   const states = [];
   client.onStateChange((state) => states.push(state));
@@ -31,13 +31,13 @@ test('what is published is heard', { skip }, async () => {
   assert.deepEqual([client.connectionState, client.transport, client.id], ['disconnected', null, null]);
 });
 
-test('a token that is not good is final', { skip }, async () => {
+test('invalid token ends the client', { skip }, async () => {
   const client = makeClient({ token: 'sub-x.y' });
   await assert.rejects(client.connect(), (error) => error instanceof RefusedError && error.code === 'unauthenticated');
   assert.equal(client.connectionState, 'disconnected');
 });
 
-test('what is refused says why', { skip }, async () => {
+test('rejected request has an error code', { skip }, async () => {
   const client = makeClient({ token: sign({ grants: [{ grant_type: 'read', pattern: 'open.*' }] }) });
   await client.connect();
   await assert.rejects(client.publish('open.a', 1), { name: 'RefusedError', code: 'unauthorized' });
@@ -46,18 +46,18 @@ test('what is refused says why', { skip }, async () => {
   await assert.rejects(client.history('closed'), { name: 'RefusedError', code: 'unauthorized' });
   await assert.rejects(client.publish('open.a', 'x'.repeat(70_000)), { name: 'RefusedError', code: 'too_large' });
   await assert.rejects(client.publish('open.a', undefined), TypeError);
-  // A pattern that was refused is free again, and several can have one.
+  // A rejected pattern can be subscribed again, also by several handlers.
   await client.subscribe('open.*', () => {});
   await client.subscribe('open.*', () => {});
   assert.equal(client.connectionState, 'connected');
 });
 
-test('URLs that lead nowhere are mistakes', () => {
+test('invalid URL throws a TypeError', () => {
   for (const url of ['http://x', 'catbus', 'ftp://x']) assert.throws(() => new CatbusClient({ url, token: '' }), TypeError);
   assert.throws(() => new CatbusClient({ url: 'https://x', fallbackUrl: 'https://y', token: '' }), TypeError);
 });
 
-test('a broker that is not there is tried again, unless it must not be', { skip }, async () => {
+test('client retries an unreachable broker unless autoReconnect is false', { skip }, async () => {
   const proxy = await openProxy();
   proxy.refusing = true;
   const impatient = makeClient({ url: proxy.url, autoReconnect: false });
@@ -70,7 +70,7 @@ test('a broker that is not there is tried again, unless it must not be', { skip 
   await connected;
 });
 
-test('a subscription since a place gets everything after it, then what is new', { skip }, async () => {
+test('subscription with since receives every later message', { skip }, async () => {
   const client = makeClient();
   await client.connect();
   const place = channel();
@@ -83,7 +83,7 @@ test('a subscription since a place gets everything after it, then what is new', 
   assert.deepEqual(heard, [4, 5, 6, 7, 8, 9, 10]);
 });
 
-test('who reads slowly gets all of it, a little at a time', { skip }, async () => {
+test('slow iteration receives every message', { skip }, async () => {
   const client = makeClient();
   await client.connect();
   const place = channel();
@@ -103,7 +103,7 @@ test('who reads slowly gets all of it, a little at a time', { skip }, async () =
   await client.subscribe(place, () => {});
 });
 
-test('when connections are lost, nothing is lost or repeated, neither heard nor published', { skip }, async () => {
+test('lost connections lose or repeat no message in either direction', { skip }, async () => {
   const proxy = await openProxy();
   const client = makeClient({ url: proxy.url, maxQueueSize: 1000 });
   const witness = makeClient();
@@ -131,7 +131,7 @@ test('when connections are lost, nothing is lost or repeated, neither heard nor 
   }
 });
 
-test('without a connection, publishing waits, up to a number', { skip }, async () => {
+test('publishes without a connection wait up to maxQueueSize', { skip }, async () => {
   const proxy = await openProxy();
   const client = makeClient({ url: proxy.url, maxQueueSize: 3 });
   await assert.rejects(client.publish('a', 1), DisconnectedError);
@@ -148,7 +148,7 @@ test('without a connection, publishing waits, up to a number', { skip }, async (
   assert.deepEqual(seqs, [...seqs].sort((a, b) => a - b));
 });
 
-test('a token is renewed in place', { skip }, async () => {
+test('token is renewed without a reconnect', { skip }, async () => {
   let asked = 0;
   const token = () => sign({ exp: Date.now() / 1000 + (asked++ ? 3600 : 2) });
   const client = makeClient({ token });
@@ -160,7 +160,7 @@ test('a token is renewed in place', { skip }, async () => {
   assert.deepEqual(states, []);
 });
 
-test('ephemeral messages come past the log, and echo can be left out', { skip }, async () => {
+test('ephemeral message bypasses the log, and echo can be disabled', { skip }, async () => {
   const [one, other] = [makeClient(), makeClient()];
   await Promise.all([one.connect(), other.connect()]);
   const place = channel();
@@ -175,7 +175,7 @@ test('ephemeral messages come past the log, and echo can be left out', { skip },
   assert.deepEqual([mine, theirs], [[1, 3], [1, 2, 3]]);
 });
 
-test('subscriptions stay over disconnect and connect, from where they were', { skip }, async () => {
+test('subscriptions resume at their cursors after disconnect and connect', { skip }, async () => {
   const [client, other] = [makeClient(), makeClient()];
   await Promise.all([client.connect(), other.connect()]);
   const place = channel();
@@ -190,7 +190,7 @@ test('subscriptions stay over disconnect and connect, from where they were', { s
   assert.deepEqual(heard, [1, 2, 3]);
 });
 
-test('an error in a handler stops nobody', { skip }, async (context) => {
+test('error in a handler affects no other handler', { skip }, async (context) => {
   const told = context.mock.method(console, 'error', () => {});
   const client = makeClient();
   await client.connect();
@@ -206,7 +206,7 @@ test('an error in a handler stops nobody', { skip }, async (context) => {
   assert.equal(told.mock.callCount(), 2);
 });
 
-test('what may be missing is told before what comes after it', { skip }, async () => {
+test('gap is reported before the messages after it', { skip }, async () => {
   const client = makeClient();
   await client.connect();
   const place = channel();
@@ -223,7 +223,7 @@ test('what may be missing is told before what comes after it', { skip }, async (
   assert.deepEqual([reason, gap.pattern, gap.to, payload], ['epoch', place, 0, 1]);
 });
 
-test('a permission that is withdrawn ends what depends on it, and nothing else', { skip }, async () => {
+test('revoked permission ends only the subscriptions that need it', { skip }, async () => {
   const [kept, lost] = [channel(), channel()];
   const grants = (...patterns) => patterns.map((pattern) => ({ grant_type: 'all', pattern }));
   let asked = 0;
@@ -244,7 +244,7 @@ test('a permission that is withdrawn ends what depends on it, and nothing else',
   await assert.rejects(client.publish(lost, 1), { code: 'unauthorized' });
 });
 
-test('a broker that says nothing any more is left', { skip }, async () => {
+test('client closes the connection of a silent broker', { skip }, async () => {
   const proxy = await openProxy();
   const client = makeClient({ url: proxy.url, pingInterval: 50, pingTimeout: 100 });
   await client.connect();
@@ -253,7 +253,7 @@ test('a broker that says nothing any more is left', { skip }, async () => {
   await next(client, 'state', (state) => state === 'connected');
 });
 
-test('leaving while connecting is no error of anybody else', { skip }, async () => {
+test('disconnect during connect causes no other error', { skip }, async () => {
   const proxy = await openProxy();
   proxy.refusing = true;
   const client = makeClient({ url: proxy.url });
@@ -266,7 +266,7 @@ test('leaving while connecting is no error of anybody else', { skip }, async () 
   assert.equal(client.connectionState, 'connected');
 });
 
-test('what the broker could not attribute is refused here', { skip }, async () => {
+test('client rejects requests that the broker could not attribute', { skip }, async () => {
   const client = makeClient();
   await client.connect();
   const name = channel();

@@ -6,7 +6,7 @@ import { DisconnectedError, RefusedError } from '../src/catbus/errors.js';
 import { Timers } from '../src/catbus/timers.js';
 import { expiryOf, minRenewalDelay, renewalDelay } from '../src/catbus/token_renewal.js';
 
-/** A dial by so many ways, which the test decides. */
+/** A dial with the given number of attempts, whose outcomes the test decides. */
 function dial(ways, headStart) {
   const made = { timers: new Timers(), started: [], closed: [], outcome: undefined };
   const host = {
@@ -23,7 +23,7 @@ function dial(ways, headStart) {
   return made;
 }
 
-test('the first way is tried alone, and what wins ends the others', () => {
+test('first attempt has a head start, and the winner cancels the others', () => {
   const { timers, routes: [one, other], started, closed, dial: race, ...made } = dial(2, 300);
   timers.advance(299);
   assert.deepEqual(started, [one]);
@@ -34,7 +34,7 @@ test('the first way is tried alone, and what wins ends the others', () => {
   assert.equal(made.outcome, undefined);
 });
 
-test('what wins is told, once', () => {
+test('winner is reported once', () => {
   const made = dial(2, 0);
   made.timers.advance(10);
   made.dial.won(made.routes[1]);
@@ -42,7 +42,7 @@ test('what wins is told, once', () => {
   assert.equal(made.outcome, made.routes[1]);
 });
 
-test('the next way does not wait for the head start when the first has failed', () => {
+test('next attempt starts at once when the first has failed', () => {
   const made = dial(2, 1e4);
   made.dial.failed(made.routes[0], new DisconnectedError('no'));
   assert.deepEqual(made.started, made.routes);
@@ -50,7 +50,7 @@ test('the next way does not wait for the head start when the first has failed', 
   assert.equal(made.outcome, made.routes[1]);
 });
 
-test('when all have failed, the last error is told', () => {
+test('last error is reported when all attempts have failed', () => {
   const made = dial(2, 0);
   made.timers.advance(10);
   made.dial.failed(made.routes[1], new DisconnectedError('first'));
@@ -59,25 +59,25 @@ test('when all have failed, the last error is told', () => {
   assert.equal(made.outcome.message, 'last');
 });
 
-test('a way that gets no answer fails', () => {
+test('attempt without a reply fails', () => {
   const made = dial(1, 0);
   made.timers.advance(1e5);
   assert.deepEqual([made.outcome.name, made.closed], ['DisconnectedError', made.routes]);
 });
 
-test('a refusal counts for all', () => {
+test('rejection ends all attempts', () => {
   const made = dial(2, 1e4);
   made.dial.failed(made.routes[0], new RefusedError('unauthenticated', 'no'));
   assert.deepEqual([made.outcome.code, made.started.length, made.timers.next], ['unauthenticated', 1, undefined]);
 });
 
-test('a dial that is given up gives up all of its ways', () => {
+test('cancelled dial cancels all its attempts', () => {
   const made = dial(1, 1);
   made.dial.abort();
   assert.deepEqual([made.closed, made.timers.next, made.outcome], [made.routes, undefined, undefined]);
 });
 
-test('tokens say when they expire', () => {
+test('expiry is read from a token', () => {
   const text = (claims) => Buffer.from(JSON.stringify(claims)).toString('base64url');
   assert.equal(expiryOf(`sub-${text({ exp: 2e9, grants: {} })}.mac`), 2e12);
   assert.equal(expiryOf(`${text({ alg: 'HS256' })}.${text({ sub: 'ä', exp: 5 })}.mac`), 5000);
@@ -86,7 +86,7 @@ test('tokens say when they expire', () => {
   }
 });
 
-test('a device whose clock is wrong asks for the next token neither too often nor too late', () => {
+test('wrong clock causes no early or late token renewal', () => {
   const text = (claims) => Buffer.from(JSON.stringify(claims)).toString('base64url');
   const made = 2e9;
   const token = `sub-${text({ iat: made, exp: made + 300 })}.mac`;

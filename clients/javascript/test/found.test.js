@@ -1,4 +1,4 @@
-/** What went wrong once, each told to the client by a broker that the test plays. `CATBUS_CLIENT=file:///... node --test` tries another client. */
+/** Regressions, each with a scripted broker. `CATBUS_CLIENT=file:///... node --test` tests another client. */
 
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
@@ -8,11 +8,11 @@ import { GOAWAY, client as module, fakeClock, message, outcome, scripted, until 
 
 const { RefusedError = module.Refused, DisconnectedError = module.Disconnected } = module;
 
-// A late answer of a connection that another one has replaced
+// A late reply on a connection that another one has replaced
 
 const LATE = ['subscribed', 'published', 'unsubscribed', 'error'];
 
-/** A client on A with one request of each kind that has no answer, and what A answers to one of them. */
+/** A client on A with one unanswered request of each kind, and the reply of A to one of them. */
 async function unanswered(kind) {
   const made = scripted();
   const { client } = made;
@@ -37,7 +37,7 @@ async function unanswered(kind) {
   return { ...made, A, heard, answer: answers[kind], settled: Promise.allSettled([leaving, published, subscribing, page]) };
 }
 
-/** B has accepted the client that A sends away, and has answered nothing else yet. */
+/** A sends `goaway`. B has accepted the client, and has replied to no other request yet. */
 async function takeOver(made) {
   made.A.say(GOAWAY);
   const B = await made.socket(1);
@@ -46,7 +46,7 @@ async function takeOver(made) {
   return B;
 }
 
-/** The last connection is answered all that it is asked, and has to have the subscription. */
+/** Reply to all requests on the last connection, and check that it has the subscription. */
 async function check({ client, heard, settled }, last) {
   const answering = setInterval(() => last.answer(11), 2);
   try {
@@ -60,7 +60,7 @@ async function check({ client, heard, settled }, last) {
 }
 
 for (const kind of LATE) {
-  test(`${kind} arrives on A before B takes over`, async () => {
+  test(`${kind} arrives on A before the move to B`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
     A.say(GOAWAY);
@@ -72,7 +72,7 @@ for (const kind of LATE) {
     await check(made, B);
   });
 
-  test(`${kind} arrives on A while B takes over`, async () => {
+  test(`${kind} arrives on A during the move to B`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
     const B = await takeOver(made);
@@ -81,7 +81,7 @@ for (const kind of LATE) {
     await check(made, B);
   });
 
-  test(`${kind} arrives on A after B has taken over`, async () => {
+  test(`${kind} arrives on A after the move to B`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
     const B = await takeOver(made);
@@ -91,7 +91,7 @@ for (const kind of LATE) {
     await check(made, B);
   });
 
-  test(`${kind} arrives on A when C has overtaken B`, async () => {
+  test(`${kind} arrives on A after the move to C`, async () => {
     const made = await unanswered(kind);
     const { A, answer } = made;
     const B = await takeOver(made);
@@ -125,13 +125,13 @@ const REFUSED = {
 };
 
 for (const [what, call] of Object.entries(REFUSED)) {
-  test(`refused at once: ${what}`, async () => {
+  test(`client rejects at once: ${what}`, async () => {
     const made = scripted();
     const A = await made.connected();
     const error = await outcome(call(made.client));
     assert.ok(error instanceof TypeError || error instanceof RefusedError, `${error}`);
     assert.deepEqual(A.sent.filter(({ type }) => type !== 'auth'), []);
-    // And it was an error of that call alone.
+    // The error affects no other call.
     const published = made.client.publish('a', 1);
     await A.next('publish');
     A.answer();
@@ -139,7 +139,7 @@ for (const [what, call] of Object.entries(REFUSED)) {
   });
 }
 
-test('what the broker does not understand is refused by its id', async () => {
+test('error reply with bad_message rejects the request with its id', async () => {
   const made = scripted();
   const A = await made.connected();
   const calls = [made.client.publish('a', 1), made.client.subscribe('a', () => {}), made.client.history('a')];
@@ -148,7 +148,7 @@ test('what the broker does not understand is refused by its id', async () => {
   for (const call of calls) assert.equal((await outcome(call)).code, 'bad_message');
 });
 
-test('a publish that no broker understands holds nothing up', async () => {
+test('publish that no broker understands does not block newer ones', async () => {
   const made = scripted();
   const A = await made.connected();
   const poison = outcome(made.client.publish('a', 'poison'));
@@ -166,7 +166,7 @@ test('a publish that no broker understands holds nothing up', async () => {
 
 // Subscriptions
 
-test('a subscription that is left while it is asked for anew is left at the broker too', async () => {
+test('subscription closed during a resume is unsubscribed at the broker', async () => {
   const made = scripted();
   const A = await made.connected();
   const subscribing = made.client.subscribe('a', () => {});
@@ -183,7 +183,7 @@ test('a subscription that is left while it is asked for anew is left at the brok
   await leaving;
 });
 
-test('several handlers of a pattern share one subscription, and the last ends it', async () => {
+test('handlers of a pattern share one subscription, and the last one ends it', async () => {
   const made = scripted();
   const A = await made.connected();
   const heard = [[], [], []];
@@ -210,7 +210,7 @@ test('several handlers of a pattern share one subscription, and the last ends it
   await leaving;
 });
 
-test('mounted, unmounted and mounted again, as React does it', async () => {
+test('handler can be closed and subscribed again at once, as React does it', async () => {
   const made = scripted();
   const A = await made.connected();
   const heard = [];
@@ -223,7 +223,7 @@ test('mounted, unmounted and mounted again, as React does it', async () => {
   assert.deepEqual(heard, [11]);
 });
 
-test('a subscription can be asked for before there is a connection', async () => {
+test('subscription can be requested before a connection exists', async () => {
   const made = scripted();
   const subscribing = made.client.subscribe('a', () => {});
   const A = made.connected();
@@ -236,7 +236,7 @@ test('a subscription can be asked for before there is a connection', async () =>
 
 // The network and the page
 
-test('when the network has changed, the connection is looked at at once', async () => {
+test('network change sends a ping at once', async () => {
   const page = new EventTarget();
   for (const name of ['addEventListener', 'removeEventListener']) globalThis[name] = page[name].bind(page);
   try {
@@ -249,9 +249,9 @@ test('when the network has changed, the connection is looked at at once', async 
   }
 });
 
-// Smaller things
+// Other cases
 
-test('leaving while connecting ends no process', () => {
+test('disconnect during connect does not end the process', () => {
   const url = process.env.CATBUS_CLIENT ?? new URL('../src/catbus.js', import.meta.url).href;
   const script = `
     import { CatbusClient } from '${url}';
@@ -264,7 +264,7 @@ test('leaving while connecting ends no process', () => {
   assert.equal(status, 0, `${stderr}`);
 });
 
-test('async handlers run one after another, and a rejection is an error event', async () => {
+test('calls of an async handler run in order, and a rejection is an error event', async () => {
   const made = scripted();
   const A = await made.connected();
   const told = [];
@@ -290,12 +290,12 @@ test('async handlers run one after another, and a rejection is an error event', 
   assert.deepEqual([told, errors], [['begin 11', 'end 11', 'begin 12', 'end 12'], ['mine']]);
 });
 
-test('errors have names that stay', () => {
+test('errors keep their names in minified code', () => {
   assert.deepEqual([new RefusedError('unknown', '').name, new DisconnectedError('').name], ['RefusedError', 'DisconnectedError']);
   assert.equal(/name = new.target/.test(`${module.CatbusError}`), false);
 });
 
-test('a token function that says "signed out" is asked no more', async (context) => {
+test('token function that reports a sign-out is not called again', async (context) => {
   const clock = fakeClock(context);
   let asked = 0;
   const token = () => {
@@ -309,7 +309,7 @@ test('a token function that says "signed out" is asked no more', async (context)
   assert.equal(asked, 1);
 });
 
-test("one user's subscriptions are not another's", async () => {
+test("subscriptions of one user end when another user connects", async () => {
   const made = scripted();
   const A = await made.connected();
   const ended = [];
@@ -330,7 +330,7 @@ test("one user's subscriptions are not another's", async () => {
   assert.deepEqual(ended, ['unauthorized']);
 });
 
-test('waiting for a connection has an end, and trying has none', async (context) => {
+test('connect has a timeout, and the attempts continue after it', async (context) => {
   const clock = fakeClock(context);
   const made = scripted({ connectTimeout: 60_000 });
   const waiting = made.client.connect({ timeout: 20_000 });
@@ -342,7 +342,7 @@ test('waiting for a connection has an end, and trying has none', async (context)
   await connecting;
 });
 
-test('integers of any size keep their digits, where that is asked for', async () => {
+test('integers of any size keep their digits with bigint', async () => {
   const made = scripted({ bigint: true });
   const A = await made.connected();
   const heard = [];

@@ -6,31 +6,31 @@ import WebSocket from 'ws';
 
 import { CatbusClient } from '../src/catbus.js';
 
-/** The broker that is tested against, and its secret; `tests/javascript` sets both. */
+/** The broker under test. `tests/javascript` sets its URL and its secret. */
 export const URL_OF_BROKER = process.env.CATBUS_URL;
 export const skip = URL_OF_BROKER ? false : 'CATBUS_URL names no broker: python -m pytest tests/javascript';
 
 const EVERYTHING = ['read', 'write'].map((type) => ({ grant_type: type, pattern: '*' }));
 
-/** A token as section 13 of the specification has it. */
+/** A token in the format of section 13 of the specification. */
 export function sign({ clientId = 'node', grants = EVERYTHING, ...claims } = {}) {
   const text = Buffer.from(JSON.stringify({ client_id: clientId, grants: { grants }, ...claims })).toString('base64url');
   const mac = createHmac('sha256', process.env.CATBUS_SECRET ?? '').update(text).digest().subarray(0, 16);
   return `sub-${text}.${mac.toString('base64url')}`;
 }
 
-/** A client that is gone with the test. */
+/** A client that disconnects at the end of the test. */
 export function makeClient(options = {}) {
   const client = new CatbusClient({ url: URL_OF_BROKER, token: sign(), WebSocket, reconnectDelay: 20, ...options });
   after(() => client.disconnect());
   return client;
 }
 
-/** A channel that no other test has. */
+/** A channel that no other test uses. */
 let channels = 0;
 export const channel = () => `node.test-${process.pid}-${++channels}`;
 
-/** A way to the broker that can be cut. `url` leads through it. */
+/** A TCP proxy to the broker, with the URL `url`. Its connections can be cut. */
 export async function openProxy() {
   const { hostname, port } = new URL(URL_OF_BROKER);
   const sockets = new Set();
@@ -39,7 +39,7 @@ export async function openProxy() {
     accepted: 0,
     refusing: false,
     cut: () => sockets.forEach((socket) => socket.destroy()),
-    /** Let nothing through to those who are connected, and tell nobody. */
+    /** Stop forwarding on open connections without closing them. */
     pause: () => sockets.forEach((socket) => (socket.unpipe(), socket.pause())),
   };
   const server = createServer((inside) => {
@@ -59,7 +59,7 @@ export async function openProxy() {
   return proxy;
 }
 
-/** Wait for something that a client tells of. */
+/** Wait for an event of a client. */
 export const next = (client, type, wanted = () => true) =>
   new Promise((resolve) => {
     const stop = client.on(type, (value) => wanted(value) && (stop(), resolve(value)));

@@ -11,7 +11,7 @@ const OBJECTS = [
   { deep: { deep: { deep: { deep: [] } } } },
 ];
 
-/** The same every time. */
+/** Pseudorandom numbers, the same in every run. */
 function* random(seed) {
   for (let state = seed; ; ) {
     state = (state * 1103515245 + 12345) % 2 ** 31;
@@ -19,7 +19,7 @@ function* random(seed) {
   }
 }
 
-test('objects come out whole, however the text is cut', () => {
+test('objects are complete for every split of the text', () => {
   const text = OBJECTS.map((object, index) => JSON.stringify(object) + ['', '\n', ' \r\n\t'][index % 3]).join('');
   for (let size = 1; size <= text.length; size++) {
     const splitter = new JsonSplitter();
@@ -40,25 +40,25 @@ test('objects come out whole, however the text is cut', () => {
   }
 });
 
-test('newlines end nothing', () => {
+test('newline does not end an object', () => {
   const found = [];
   new JsonSplitter().feed('{"payload":\n{"channel":"evil"}\n}\n', (object) => found.push(object));
   assert.deepEqual(found, [{ payload: { channel: 'evil' } }]);
 });
 
-test('what is no object is an error', () => {
+test('text outside of an object is an error', () => {
   for (const text of ['x', '[1]', '1', '}', '{} ,']) {
     assert.throws(() => new JsonSplitter().feed(text, () => {}), { code: 'bad_message' });
   }
 });
 
-test('every character is looked at once', () => {
+test('every character is scanned once', () => {
   const text = JSON.stringify({ payload: '{}'.repeat(100_000) });
   const splitter = new JsonSplitter();
   const began = process.cpuUsage().user;
   let found = 0;
   for (let at = 0; at < text.length; at += 5) splitter.feed(text.slice(at, at + 5), () => found++);
   assert.equal(found, 1);
-  // Looking at all of it each time takes minutes.
+  // A splitter that scans the whole text for each chunk takes minutes.
   assert.ok(process.cpuUsage().user - began < 20e6);
 });

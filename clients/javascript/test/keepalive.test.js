@@ -1,4 +1,4 @@
-/** Whether a connection lives, in the model's own time. */
+/** Keepalive of a connection, on the clock of the model. */
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -14,31 +14,31 @@ function connected() {
   return { world, connection, replica };
 }
 
-test('a connection that died with the network is left 2.5 seconds after that is known', () => {
+test('connection is closed 2.5 seconds after a network change if no reply comes', () => {
   const { world, replica } = connected();
   replica.silent = true;
   world.wait(5000);
   world.do((core) => core.wake());
   world.wait(2499);
-  // Another event puts nothing off.
+  // Another event does not extend the deadline.
   world.do((core) => core.wake());
   assert.equal(world.core.state, 'connected');
   world.wait(1);
   assert.equal(world.core.state, 'reconnecting');
 });
 
-test('a connection that lives stays, whatever the network says', () => {
+test('connection that replies stays open after network events', () => {
   const { world } = connected();
   world.do((core) => core.wake());
   world.run(5000);
   assert.deepEqual([world.core.state, world.opened], ['connected', 1]);
 });
 
-test('a page that was asleep looks again before it takes a connection for lost', () => {
+test('page that was frozen sends a ping before it closes its connection', () => {
   const { world, connection, replica } = connected();
   world.wait(30_000); // A ping is due and sent.
   replica.work(Infinity);
-  world.wait(600_000); // The page was frozen: its answer has come and was not read.
+  world.wait(600_000); // The page was frozen: the reply has arrived, but the page has not read it.
   assert.equal(world.core.state, 'connected');
   world.bring(connection, Infinity);
   world.turn();
@@ -46,7 +46,7 @@ test('a page that was asleep looks again before it takes a connection for lost',
   assert.deepEqual([world.core.state, world.opened], ['connected', 1]);
 });
 
-test('a page that is seen again does not wait for its turn to connect, but for a second', () => {
+test('visible page reconnects after at most one second', () => {
   const { world, connection } = connected();
   world.lose(connection, 1006);
   for (const seconds of [0, 1, 2]) {
@@ -61,7 +61,7 @@ test('a page that is seen again does not wait for its turn to connect, but for a
   assert.equal(world.opened, opened + 1);
 });
 
-test('a clock that is 10 minutes fast asks for few tokens', () => {
+test('clock that is 10 minutes fast causes few token requests', () => {
   const { world } = connected();
   world.wall += 600_000;
   const { tokensAsked } = world;

@@ -6,11 +6,11 @@ import * as modules from '../src/catbus/core.js';
 import { life, live } from '../model/steps.js';
 
 /** A longer run: `node model/long.js --minutes 60`. */
-test('lives of a client, against a model', () => {
+test('client agrees with the model in random sequences of steps', () => {
   fc.assert(fc.property(life, (steps) => live(modules, steps)), { numRuns: 500, seed: 20 });
 });
 
-test('a handler whose cursor is of a newer epoch than the one asked for loses no message', () => {
+test('handler with a cursor of a newer epoch than requested loses no message', () => {
   const steps = [
     { step: 'subscribe', pattern: 'a.*', start: {} },
     { step: 'run', ms: 1000 },
@@ -22,7 +22,7 @@ test('a handler whose cursor is of a newer epoch than the one asked for loses no
   live(modules, { connected: true, steps });
 });
 
-test('a handler without a cursor does not begin on a subscription that comes from another epoch', () => {
+test('handler without a cursor does not begin on a subscription from another epoch', () => {
   const steps = [
     { step: 'publish', channel: 'a.x', count: 1 },
     { step: 'workLate', number: 0, count: 1 },

@@ -1,29 +1,29 @@
-/** A client over sockets that the test plays the broker of. */
+/** A client with scripted sockets: the test plays the broker. */
 
 import { after } from 'node:test';
 
-/** Another client can be tried: CATBUS_CLIENT is its URL. */
+/** CATBUS_CLIENT is the URL of another client to test. */
 export const client = await import(process.env.CATBUS_CLIENT ?? '../src/catbus.js');
 
 const EPOCH = 'e1';
 const { setTimeout } = globalThis;
 
-/** Wait for a condition, and fail when it does not come. */
+/** Wait until a condition holds. Fail after about a second. */
 export async function until(condition, what = `${condition}`) {
-  for (let turns = 0; !condition(); turns++) {
-    if (turns > 400) throw new Error(`it does not come: ${what}`);
+  for (let polls = 0; !condition(); polls++) {
+    if (polls > 400) throw new Error(`the condition does not hold: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 2));
   }
 }
 
-/** What becomes of a promise soon, or `'nothing'`. */
+/** The value or error of a promise, or `'nothing'` if it is pending after 150 ms. */
 export const outcome = (promise) =>
   Promise.race([
     Promise.resolve(promise).then((value) => value, (error) => error),
     new Promise((resolve) => setTimeout(resolve, 150, 'nothing')),
   ]);
 
-/** Have time pass for the clients of one test only as the test says. */
+/** Replace the clock and the timers of one test by virtual ones. */
 export function fakeClock({ mock }) {
   const timers = new Map();
   let now = performance.now();
@@ -32,7 +32,7 @@ export function fakeClock({ mock }) {
   mock.method(globalThis, 'setTimeout', (run, delay) => (timers.set(++ids, { run, at: now + delay }), ids));
   mock.method(globalThis, 'clearTimeout', (id) => timers.delete(id));
   return {
-    /** Run what is due within so many milliseconds, in its order. */
+    /** Advance the clock, and run the timers that are due, in order. */
     async pass(ms) {
       const end = now + ms;
       for (;;) {
@@ -51,9 +51,9 @@ export function fakeClock({ mock }) {
 class Socket {
   readyState = 1;
   closed = undefined;
-  /** What the client has sent. */
+  /** The objects that the client has sent. */
   sent = [];
-  /** The patterns that it was told it has, here. */
+  /** The patterns with a `subscribed` reply on this socket. */
   agreed = new Set();
   #highestLoggedId = 0;
 
@@ -83,17 +83,17 @@ class Socket {
     this.closed = code;
   }
 
-  /** The broker says something. */
+  /** Send objects from the broker. */
   say(...objects) {
     this.onmessage?.({ data: objects.map((object) => `${JSON.stringify(object)}\n`).join('') });
   }
 
-  /** The connection ends. */
+  /** End the connection. */
   lose(code = 1006) {
     this.onclose?.({ code, reason: '' });
   }
 
-  /** The next request of a type. */
+  /** Wait for the next request of a type. */
   async next(type) {
     const find = () => this.sent.slice(this.#highestLoggedId).findIndex((each) => each?.type === type);
     await until(() => find() >= 0, `${type} after ${JSON.stringify(this.sent)}`);
@@ -107,7 +107,7 @@ class Socket {
     this.say({ type: 'auth_ok', client_id: clientId, producer: `producer of ${clientId}`, epoch: EPOCH, head, floor: 1, limits: {}, ...more });
   }
 
-  /** Agree to what was asked for, in any order. */
+  /** Send a successful reply to each request. */
   answer(seq = 10) {
     for (const { type, pattern, id, since, channel } of this.sent.splice(0)) {
       if (type === 'subscribe') {
@@ -150,12 +150,12 @@ export function scripted(options = {}) {
   return {
     client: made,
     sockets,
-    /** The socket that is opened as the nth, when it is. */
+    /** Wait for the socket with this index. */
     async socket(number) {
       await until(() => sockets.length > number, `socket ${number}`);
       return sockets[number];
     },
-    /** Connected, by the first. */
+    /** Connect over the first socket. */
     async connected() {
       const connecting = made.connect();
       const socket = await this.socket(0);

@@ -23,13 +23,13 @@ for (const { name, text, objects, error } of read('framing').cases) {
   });
 }
 
-test('tokens: when they expire', () => {
+test('tokens: expiry', () => {
   for (const { token, valid, expires } of read('tokens').cases) {
     if (valid) assert.equal(expiryOf(token), expires === null ? undefined : expires * 1000);
   }
 });
 
-/** What a receiver must not fail for, and what nobody may send. */
+/** Payloads that a receiver must accept, and payloads that no sender may send. */
 for (const { name, json, valid, double } of read('payloads').cases) {
   test(`payloads: ${name}`, () => {
     const found = [];
@@ -44,5 +44,5 @@ for (const { name, json, valid, double } of read('payloads').cases) {
   });
 }
 
-/** JavaScript knows halves of characters, and does not count levels; the client sends neither. */
+/** JavaScript parses unpaired surrogates and any depth of nesting. The client sends neither. */
 const LENIENT = /half|halves|levels/;
