@@ -40,7 +40,7 @@ Script = Callable[["Peer"], Awaitable[None]]
 
 
 class Gone(Exception):
-    """The client has left."""
+    """The client has disconnected."""
 
 
 class Peer:
@@ -51,7 +51,7 @@ class Peer:
         """How many frames (or chunks) of objects have come in."""
         self.pongs: list[bytes] = []
         self.closed: tuple[int, str | None] | None = None
-        """What the client closed with."""
+        """The close code and reason of the client."""
         self._framer: JsonSplitter[dict[str, Any]] = JsonSplitter(msgspec.json.Decoder(dict[str, Any]).decode, 1 << 24)
         self._objects: deque[dict[str, Any]] = deque()
 
@@ -78,19 +78,19 @@ class Peer:
         return auth
 
     async def subscribed(self, seq: int = 100) -> dict[str, Any]:
-        """Take a `subscribe` and answer it."""
+        """Receive a `subscribe` and reply to it."""
         request = await self.expect("subscribe")
         await self.send({"type": "subscribed", "pattern": request["pattern"], "seq": seq, "id": request["id"]})
         return request
 
     async def published(self, seq: int) -> dict[str, Any]:
-        """Take a `publish` and answer it."""
+        """Receive a `publish` and reply to it."""
         request = await self.expect("publish")
         await self.send({"type": "published", "channel": request["channel"], "id": request["id"], "seq": seq})
         return request
 
     async def linger(self) -> None:
-        """Stay until the client leaves."""
+        """Wait until the client disconnects."""
         while True:
             await self.read()
 
@@ -232,7 +232,7 @@ class Pipe:
 
 
 async def play(script: Script, peer: Peer) -> None:
-    """Play a script to its end, then stay until the client leaves."""
+    """Play a script to its end, then wait until the client disconnects."""
     try:
         await script(peer)
         await peer.linger()
@@ -242,7 +242,7 @@ async def play(script: Script, peer: Peer) -> None:
 
 @asynccontextmanager
 async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]:
-    """A broker on a real socket that plays the script to everyone who comes; the URL."""
+    """The URL of a broker on a real socket that plays the script on each connection."""
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
 
@@ -264,7 +264,7 @@ async def serve(script: Script, *, handshake: bool = True) -> AsyncIterator[str]
 
 @asynccontextmanager
 async def talk_to(broker: Script, **options: Any) -> AsyncIterator[Bus]:
-    """A client that is connected to a broker on a real socket, once."""
+    """A client that is connected to a broker on a real socket, without reconnects."""
     async with serve(broker) as url, connect(url, token="t", **{"reconnect": False, **options}) as bus:
         yield bus
 
@@ -311,7 +311,7 @@ class Honest:
         self.log: list[dict[str, Any]] = []
         self.floor = head + 1
         self.page = 1000
-        """How many messages of history it gives at the most."""
+        """The largest number of messages in a page of history."""
         self.head = head
         self.published: list[dict[str, Any]] = []
         self.subscribes: list[dict[str, Any]] = []
@@ -330,7 +330,7 @@ class Honest:
                 await peer.send(*replies)
 
     def answer(self, request: dict[str, Any]) -> list[list[dict[str, Any]]]:
-        """What to say to a request, in pieces to be sent one by one."""
+        """The replies to a request, in chunks that are sent one by one."""
         match request:
             case {"type": "auth"}:
                 return [[{**AUTH_OK, "head": self.head}]]

@@ -1,4 +1,4 @@
-"""A wrong argument is an error of its own call, which names it; everybody else on the bus goes on."""
+"""A wrong argument is an error of its own call. The error names it, and other calls continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a broker is."""
+"""Parsing of broker URLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One connection after the other, on a clock that stands still while anybody has something to do."""
+"""Reconnects and moves between connections, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Net:
 
     def __init__(self, nursery: trio.Nursery, places: tuple[Script | Exception, ...]) -> None:
         self.dialled: list[float] = []
-        """When it came."""
+        """The time of each attempt."""
         self.pipes: list[Pipe] = []
         self.events: list[object] = []
         self._nursery = nursery
@@ -65,7 +65,7 @@ class Net:
 
     @property
     def told(self) -> list[object]:
-        """What the application was told, in short."""
+        """The events that the application received, in short form."""
         return [
             (event.attempt, event.delay) if isinstance(event, Reconnecting) else type(event) for event in self.events
         ]
@@ -101,7 +101,7 @@ def gone_after(seconds: float, code: int | None = None) -> Script:
 
 
 def lost(after: float = 0.0, code: int | None = None) -> Script:
-    """A broker that goes away."""
+    """A broker that ends the connection after a delay."""
     return admitted(gone_after(after, code))
 
 
@@ -114,7 +114,7 @@ async def end_of(bus: Bus) -> Disconnected:
     return caught.value
 
 
-# Coming back
+# Reconnecting
 
 
 async def test_client_reconnects_after_growing_pauses_and_reports_them(autojump_clock: MockClock) -> None:

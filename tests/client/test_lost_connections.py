@@ -591,8 +591,8 @@ class Replica:
     def say(self, *replies: dict[str, Any]) -> None:
         self.replies += lines(*replies)
 
-    def hear(self, count: int) -> None:
-        """Deal with so many requests."""
+    def process_requests(self, count: int) -> None:
+        """Receive the requests of the client, and reply to the given number of them."""
         while self.protocol.outgoing_bytes:
             self.requests += map(msgspec.json.decode, self.protocol.data_to_send().splitlines())
         for request in self.requests[:count]:
@@ -609,7 +609,7 @@ class Replica:
                 else:
                     self.commit(request)
             case {"type": "subscribe", "pattern": pattern, "id": number} if self.refusing is not None:
-                # What the subscription was to replace stays.
+                # The previous subscription stays active.
                 error = {"type": "subscribe_error", "pattern": pattern, "id": number, "message": "no"}
                 self.say({**error, "code": self.refusing})
                 self.refusing = None
@@ -639,7 +639,7 @@ class Replica:
                 raise AssertionError(request)
 
     def commit(self, request: dict[str, Any]) -> None:
-        """Append, unless the key is there."""
+        """Append the message unless its key is in the log."""
         number = request["id"]
         if number not in self.keys:
             self.log.append((request["channel"], request["payload"]))
@@ -651,14 +651,14 @@ class Replica:
             self.flight, self.queue = self.queue, []
 
     def give_up(self) -> None:
-        """Answer publishes that have waited for too long."""
+        """Reject the publishes that have waited too long."""
         for request in self.flight:
             self.say(refused(request["id"], ErrorCode.UNKNOWN))
         for request in self.queue:
             self.say(refused(request["id"], ErrorCode.UNAVAILABLE))
         self.queue.clear()
 
-    def come_round(self) -> None:
+    def database_replies(self) -> None:
         """The database replies, whether the client is connected or not."""
         self.stuck = False
         for request in self.flight:
@@ -669,7 +669,7 @@ class Replica:
             self.answer(request)
 
     def deliver(self, upto: int) -> None:
-        """Apply the log up to there, and send the messages."""
+        """Apply the log up to the given seq, and send the messages."""
         self.applied = max(self.applied, min(upto, len(self.log)))
         for pattern, cursor in self.held.items():
             for seq in range(cursor + 1, self.applied + 1):
@@ -683,7 +683,7 @@ class Replica:
         self.say({"type": "revoked", "pattern": pattern, "seq": self.applied})
 
     def bring(self, size: int) -> None:
-        """Deliver so many bytes to the client."""
+        """Deliver the given number of bytes to the client."""
         data = bytes(self.replies[:size])
         del self.replies[:size]
         self.protocol.receive(data)
@@ -818,7 +818,7 @@ class Connections(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 5), size=st.integers(1, 400))
     def go_on(self, data: st.DataObject, count: int, size: int) -> None:
         replica = data.draw(st.sampled_from(self.replicas))
-        replica.hear(count)
+        replica.process_requests(count)
         replica.deliver(replica.applied + count)
         self.bring(replica, size)
 
@@ -881,7 +881,7 @@ class Connections(RuleBasedStateMachine):
     def settle(self, replica: Replica) -> None:
         """Deliver everything: then each reader has what it is owed, and the replica has no other subscription."""
         for _ in range(6):
-            replica.hear(10_000)
+            replica.process_requests(10_000)
             replica.deliver(len(self.log))
             self.bring(replica, 10_000_000)
             for reader in self.readers:
@@ -896,14 +896,14 @@ class Connections(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.present is not None and self.next is None:
             for _ in range(2):
-                self.present.hear(10_000)
+                self.present.process_requests(10_000)
                 self.bring(self.present, 10_000_000)
             assert self.present.held.keys() <= {reader.pattern for reader in self.readers}
         for replica in self.replicas:
             replica.protocol.connection_lost("gone")
             self.bury(replica)
         for replica in self.dead:
-            replica.come_round()
+            replica.database_replies()
         self.present, self.next = self.new(), None
         self.present.protocol.resume()
         self.settle(self.present)
@@ -950,7 +950,7 @@ class Lives(Connections):
     @precondition(lambda self: self.replicas or self.dead)
     @rule(data=st.data())
     def the_database_answers(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from([*self.replicas, *self.dead])).come_round()
+        data.draw(st.sampled_from([*self.replicas, *self.dead])).database_replies()
 
     @precondition(lambda self: self.client.in_flight.retry_pending)
     @rule()
@@ -1043,7 +1043,7 @@ class Sharers(Connections):
     def settle(self, replica: Replica) -> None:
         replica.refusing = None
         for _ in range(3):
-            replica.hear(10_000)
+            replica.process_requests(10_000)
             self.bring(replica, 10_000_000)
         self.client.subscriptions.retry()
         super().settle(replica)
@@ -1052,7 +1052,7 @@ class Sharers(Connections):
         if self.present is not None and self.next is None:
             self.settle(self.present)
         super().teardown()
-        # The subscription ends with the last of them.
+        # The subscription ends with its last queue.
         while self.readers:
             self.drop(self.readers[0])
             assert self.present is not None

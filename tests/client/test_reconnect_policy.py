@@ -1,4 +1,4 @@
-"""Whether to come back, and when."""
+"""Whether a client reconnects, and when."""
 
 from __future__ import annotations
 

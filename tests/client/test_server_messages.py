@@ -1,4 +1,4 @@
-"""What the client makes of what a broker says."""
+"""Decoding of server messages, and encoding of payloads, by the client."""
 
 from __future__ import annotations
 

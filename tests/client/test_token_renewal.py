@@ -1,4 +1,4 @@
-"""When the next token is due."""
+"""The time at which the client requests the next token."""
 
 from __future__ import annotations
 

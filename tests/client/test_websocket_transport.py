@@ -1,4 +1,4 @@
-"""The client's end of a WebSocket, against a broker that sends what it likes."""
+"""The WebSocket transport of the client, with a scripted broker that may send anything."""
 
 from __future__ import annotations
 

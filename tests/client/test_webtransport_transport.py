@@ -1,4 +1,4 @@
-"""The client's end of WebTransport, against a server that sends what it likes."""
+"""The WebTransport transport of the client, with a scripted server that may send anything."""
 
 from __future__ import annotations
 
