@@ -47,3 +47,15 @@ test('a subscription that a newer request was to replace ends with its last hand
   ];
   live(modules, { connected: true, steps });
 });
+
+test('a cursor above the head keeps no message from a handler that begins after it', () => {
+  const steps = [
+    { step: 'subscribe', pattern: '*', start: {} },
+    { step: 'subscribe', pattern: '*', start: { since: 3 } },
+    { step: 'run', ms: 1000 },
+    { step: 'unsubscribe', number: 0 },
+    { step: 'subscribe', pattern: '*', start: { since: 3 } },
+    { step: 'subscribe', pattern: '*', start: {} },
+  ];
+  live(modules, { connected: true, steps });
+});

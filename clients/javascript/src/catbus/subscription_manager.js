@@ -48,8 +48,6 @@ export class SubscriptionManager {
     return this.#requests.size + this.#toRetry.size > 0;
   }
 
-  // Calls of the application
-
   /**
    * @param {string} pattern @param {Start & {stream?: boolean, datagrams?: boolean}} options
    * @param {any} owner @returns {Subscriber}
@@ -62,11 +60,14 @@ export class SubscriptionManager {
     const more = (stream && !subscription.stream) || (datagrams && !subscription.datagrams);
     subscription.stream ||= stream;
     subscription.datagrams ||= datagrams;
-    if (subscriber.cursor === undefined && subscription.incoming && !subscription.crossing && subscription.seq <= subscription.incoming.connection.head && !more) {
+    const { request, incoming } = subscription;
+    // A request at a cursor that the log has not reached covers no subscriber without a cursor.
+    const ahead = request && Number(request.since ?? 0) > request.connection.head;
+    if (subscriber.cursor === undefined && incoming && !subscription.crossing && subscription.seq <= incoming.connection.head && !more && !ahead) {
       // It starts at the position of the subscription, or of the replica if that has not caught up.
-      this.#start(subscriber, Math.max(subscription.seq, subscription.head), subscription.incoming.epoch, subscription.incoming.connection);
+      this.#start(subscriber, Math.max(subscription.seq, subscription.head), incoming.epoch, incoming.connection);
       if (subscription.live) this.#becomeLive(subscriber);
-    } else if (subscriber.cursor !== undefined || !subscription.request || more || Number(subscription.request.since ?? 0) > subscription.request.connection.head) {
+    } else if (subscriber.cursor !== undefined || !request || more || ahead) {
       this.#sendSubscribe(subscription);
     }
     return subscriber;
@@ -167,9 +168,8 @@ export class SubscriptionManager {
     const subscription = this.#byPattern.get(reply.pattern);
     if (subscription?.incoming?.connection !== connection) return;
     this.#detach(subscription);
-    if (connection !== this.#connection) return;
-    subscription.held = false;
-    if (!subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
+    if (connection === this.#connection) subscription.held = false;
+    if (connection === this.#connection && !subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
   }
 
   /** @param {number} id @param {RefusedError} reason @returns {boolean} whether the request is one of these */
