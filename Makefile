@@ -33,9 +33,9 @@ run: $(venv)/installed-run
 test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
-# Without processes, sockets, PostgreSQL and browsers, and with fewer random examples: tests/conftest.py says which.
+# Without processes, sockets, PostgreSQL, browsers and slow tests, and with fewer random examples: tests/conftest.py says which.
 quick: lint types
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile -m 'not integration' --hypothesis-profile quick
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile -m 'not integration and not slow' --hypothesis-profile quick
 
 lint: $(venv)/installed-test
 	$(bin)/ruff check

@@ -40,6 +40,21 @@ INTEGRATION_IMPORTS = frozenset(
 )
 INTEGRATION_FIXTURES = frozenset({"catbus_broker", "catbus_server", "database_url"})
 
+SLOW_TESTS = frozenset(
+    {
+        "TestDelivery",
+        "TestLives",
+        "TestSharers",
+        "TestTreeAgainstPairs",
+        "test_catching_up_meets_live_delivery_without_gap_or_repeat_in_20000_interleavings",
+        "test_each_stream_delivers_exactly_the_sent_bytes",
+        "test_frames_of_broker_and_library_are_never_mixed_or_lost",
+        "test_library_reads_the_same_from_three_frames_split_anywhere",
+        "test_stream_in_any_three_pieces_is_split",
+    }
+)
+"""Unit tests of several seconds each, which `make quick` leaves out: exhaustive ones, and state machines."""
+
 # The machines that run the tests are shared, so the time that an example takes means nothing.
 settings.register_profile("catbus", deadline=None, print_blob=True)
 settings.register_profile("quick", deadline=None, print_blob=True, max_examples=20)
@@ -54,6 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not INTEGRATION_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())) or _is_integration_module(item.path):
             item.add_marker(pytest.mark.integration)
+        if (
+            item.name.partition("[")[0] in SLOW_TESTS
+            or getattr(getattr(item, "cls", None), "__name__", "") in SLOW_TESTS
+        ):
+            item.add_marker(pytest.mark.slow)
         test = getattr(item, "obj", None)
         test = getattr(getattr(test, "hypothesis", None), "inner_test", test)
         if inspect.iscoroutinefunction(test) and item.get_closest_marker("anyio") is None:
