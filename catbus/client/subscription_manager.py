@@ -72,8 +72,8 @@ class SharedSubscription:
     the epoch of a cursor. The other queues are requested once this one has caught up.
     """
 
-    __slots__ = ("accepted", "covered", "datagrams", "epoch", "incoming", "is_live", "pattern", "queues",
-                 "received_seq", "receivers", "replaced_ids", "request_id", "since", "stream")  # fmt: skip
+    __slots__ = ("covered", "datagrams", "epoch", "held_ids", "incoming", "is_live", "pattern", "queues",
+                 "received_seq", "receivers", "request_id", "since", "stream")  # fmt: skip
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -87,10 +87,8 @@ class SharedSubscription:
         """The stream on which the broker sends it."""
         self.request_id: int | None = None
         """The id of the newest `subscribe` while it has no reply."""
-        self.replaced_ids: set[int] = set()
-        """The ids of those without a reply that a newer `subscribe` has replaced."""
-        self.accepted = False
-        """Whether the broker has accepted one of them on the present connection."""
+        self.held_ids: set[int] = set()
+        """The ids of each `subscribe` for which the broker may hold it: accepted, or without a reply."""
         self.covered: tuple[MessageQueue, ...] = ()
         """The queues that the newest `subscribe` covers."""
         self.since: int | None = None
@@ -102,10 +100,9 @@ class SharedSubscription:
         """Whether it has caught up, so that a `head` applies to it."""
 
     def forget_requests(self) -> None:
-        """Forget what was requested of the broker, and whether it accepted that."""
+        """Forget what was requested of the broker, and what it holds."""
         self.request_id = None
-        self.replaced_ids.clear()
-        self.accepted = False
+        self.held_ids.clear()
 
     @property
     def has_room(self) -> bool:
@@ -291,12 +288,11 @@ class SubscriptionManager:
     def handle_subscribed(self, reply: wire.Subscribed, incoming: IncomingStream) -> None:
         if reply.epoch is not None:
             incoming.epoch = reply.epoch
-        requested = self._requests.get(reply.id) if reply.id is not None else None
-        if requested is not None and reply.id in (requested.request_id, *requested.replaced_ids):
-            requested.accepted = True
         subscription = self._take_request(reply.id)
         if subscription is None:
             return
+        # What was requested before is replaced.
+        subscription.held_ids.intersection_update((reply.id,))
         self._detach(subscription)
         subscription.incoming, subscription.is_live = incoming, subscription.since is None
         (incoming.routes if subscription.is_live else incoming.not_started)[subscription.pattern] = subscription
@@ -321,13 +317,12 @@ class SubscriptionManager:
             self._take_request(reply.id)
             return
         subscription = self._by_pattern.get(reply.pattern)
-        if subscription is not None and connection is self._connection:
-            subscription.accepted = False
-        if subscription is None or not subscription.has_room or subscription.request_id is not None:
+        if subscription is None or connection is not self._connection:
             return
-        if connection is self._connection and (
-            subscription.incoming is None or subscription.incoming.connection is connection
-        ):
+        subscription.held_ids.intersection_update(self._requests)
+        if not subscription.has_room or subscription.request_id is not None:
+            return
+        if subscription.incoming is None or subscription.incoming.connection is connection:
             self._detach(subscription)
             self._send_subscribe(subscription)
 
@@ -345,6 +340,8 @@ class SubscriptionManager:
     def handle_subscribe_error(self, reply: wire.SubscribeError) -> bool:
         """Handle the rejection of a request. Returns False if no request without a reply has this id."""
         known = reply.id in self._requests
+        if reply.id is not None and (requested := self._requests.get(reply.id)) is not None:
+            requested.held_ids.discard(reply.id)
         subscription = self._take_request(reply.id)
         if subscription is None:
             return known
@@ -414,16 +411,14 @@ class SubscriptionManager:
         connection = self._connection
         if connection is not None:
             number = self._next_id()
-            if subscription.request_id is not None:
-                subscription.replaced_ids.add(subscription.request_id)
+            subscription.held_ids.add(number)
             connection.send_request(subscription.make_subscribe(number, connection.head, connection.epoch))
             self._requests[number] = subscription
 
     def _send_unsubscribe(self, subscription: SharedSubscription) -> None:
-        """End the subscription at the broker, if the broker has it or was asked for it."""
+        """End the subscription at the broker, if the broker may hold it."""
         connection = self._connection
-        known = subscription.request_id is not None or subscription.replaced_ids or subscription.accepted
-        if connection is not None and known:
+        if connection is not None and subscription.held_ids:
             number = self._next_id()
             connection.send_request(wire.Unsubscribe(subscription.pattern, number))
             self._requests[number] = None
@@ -433,10 +428,7 @@ class SubscriptionManager:
     def _take_request(self, number: int | None) -> SharedSubscription | None:
         """Take the subscription to which a reply belongs, if it is the reply to its newest `subscribe`."""
         subscription = self._requests.pop(number, None) if number is not None else None
-        if subscription is None or number is None:
-            return None
-        if subscription.request_id != number:
-            subscription.replaced_ids.discard(number)
+        if subscription is None or subscription.request_id != number:
             return None
         subscription.request_id = None
         return subscription

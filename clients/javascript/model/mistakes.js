@@ -21,7 +21,7 @@ export const MISTAKES = {
   ],
   'a message at the cursor is delivered again': [1, ['subscriber.js', 'if (seq <=', 'if (seq <']],
   'a requested subscription is closed without an unsubscribe': [2,
-    ['subscription_manager.js', 'const known = subscription.request || subscription.held', 'const known = subscription.held'],
+    ['subscription_manager.js', '    subscription.heldIds.add(id);\n', ''],
   ],
   'the first handler that leaves ends the subscription of all': [12,
     ['subscription_manager.js', 'if (attached && !subscription.attached.length) this.#sendUnsubscribe(subscription, settler);', 'if (attached) this.#sendUnsubscribe(subscription, settler);'],

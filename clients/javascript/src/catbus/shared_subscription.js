@@ -34,10 +34,8 @@ export class SharedSubscription {
   incoming;
   /** The newest `subscribe`, while it has no reply. @type {{id: number, connection: Connection, at: number, since: number | undefined, epoch: string | undefined} | undefined} */
   request;
-  /** Whether the broker has accepted a `subscribe` on the present connection. */
-  held = false;
-  /** The ids of those without a reply that a newer one has replaced. @type {Set<number>} */
-  replaced = new Set();
+  /** The ids of each `subscribe` for which the broker may hold it: accepted, or without a reply. @type {Set<number>} */
+  heldIds = new Set();
   /** Whether it has caught up. */
   live = false;
   /** Whether it was requested at a cursor of another epoch and has not reached the present one: a gap may come. */
@@ -58,11 +56,12 @@ export class SharedSubscription {
   /**
    * The broker has accepted the request for what follows `since` of `epoch`, at `seq` of the epoch of a stream.
    *
-   * @param {number} seq @param {IncomingStream} incoming @param {number | undefined} since @param {string | undefined} epoch
+   * @param {{id: number, seq: number}} reply @param {IncomingStream} incoming
+   * @param {number | undefined} since @param {string | undefined} epoch
    */
-  accept(seq, incoming, since, epoch) {
+  accept({ id, seq }, incoming, since, epoch) {
     this.request = undefined;
-    this.held = true;
+    this.heldIds = new Set([id]);
     this.tries = 0;
     this.incoming = incoming;
     if (incoming.own) incoming.subscription = this;
@@ -71,12 +70,6 @@ export class SharedSubscription {
     this.seq = since ?? seq;
     // A lagging replica sends from `since` on, not from its own position.
     this.head = this.crossing ? seq : Math.max(seq, this.seq);
-  }
-
-  /** Forget what the broker has accepted. */
-  forget() {
-    this.held = false;
-    this.replaced.clear();
   }
 
   /** The subscribers that receive its messages. */

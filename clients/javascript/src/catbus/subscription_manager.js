@@ -135,14 +135,10 @@ export class SubscriptionManager {
   /** @param {any} reply @param {IncomingStream} incoming */
   subscribed(reply, incoming) {
     const subscription = this.#takeRequest(reply.id);
-    if (!subscription?.request) {
-      const other = this.#byPattern.get(reply.pattern);
-      if (other?.replaced.delete(reply.id)) other.held = true;
-      return;
-    }
+    if (!subscription?.request) return;
     const { since, epoch } = subscription.request;
     const moved = subscription.incoming?.connection !== incoming.connection;
-    subscription.accept(reply.seq, incoming, since, epoch);
+    subscription.accept(reply, incoming, since, epoch);
     for (const subscriber of subscription.attached) {
       const fresh = subscriber.phase === 'requested';
       if (subscriber.cursor === undefined ? !subscription.crossing : subscriber.isCovered(since ?? reply.seq, since === undefined ? incoming.epoch : epoch, incoming.epoch)) {
@@ -168,7 +164,7 @@ export class SubscriptionManager {
     const subscription = this.#byPattern.get(reply.pattern);
     if (subscription?.incoming?.connection !== connection) return;
     this.#detach(subscription);
-    if (connection === this.#connection) subscription.held = false;
+    if (connection === this.#connection) subscription.heldIds = new Set(subscription.request && [subscription.request.id]);
     if (connection === this.#connection && !subscription.request && subscription.attached.length) this.#sendSubscribe(subscription);
   }
 
@@ -181,6 +177,7 @@ export class SubscriptionManager {
     const subscription = this.#takeRequest(id);
     if (!subscription) return false;
     subscription.request = undefined;
+    subscription.heldIds.delete(id);
     if (RETRYABLE.has(reason.code)) {
       this.#toRetry.add(subscription);
       const pause = Math.min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** Math.min(subscription.tries++, 10));
@@ -189,7 +186,7 @@ export class SubscriptionManager {
     }
     for (const subscriber of [...subscription.subscribers]) this.#reject(subscriber, reason);
     // A rejected `subscribe` leaves the subscription in place that it was to replace.
-    if (subscription.held || subscription.replaced.size) this.#sendUnsubscribe(subscription);
+    if (subscription.heldIds.size) this.#sendUnsubscribe(subscription);
     return true;
   }
 
@@ -285,10 +282,8 @@ export class SubscriptionManager {
     this.#toRetry.delete(subscription);
     const { since, epoch } = subscription.nextCursor(connection);
     const id = this.#host.nextId();
-    if (subscription.request) {
-      this.#requests.delete(subscription.request.id);
-      subscription.replaced.add(subscription.request.id);
-    }
+    if (subscription.request) this.#requests.delete(subscription.request.id);
+    subscription.heldIds.add(id);
     subscription.request = { id, connection: connection, at: this.#host.timers.now, since, epoch };
     this.#requests.set(id, subscription);
     connection.send({
@@ -314,15 +309,15 @@ export class SubscriptionManager {
   /** End the subscription at the broker, for now or for good. @param {SharedSubscription} subscription @param {Settler} settler */
   #sendUnsubscribe(subscription, settler = ignore) {
     const connection = this.#connection;
-    const known = subscription.request || subscription.held || subscription.replaced.size;
+    const held = subscription.heldIds.size > 0;
     if (subscription.request) this.#requests.delete(subscription.request.id);
     subscription.request = undefined;
-    subscription.forget();
+    subscription.heldIds.clear();
     this.#toRetry.delete(subscription);
     this.#detach(subscription);
     const { pattern } = subscription;
     this.#previous?.send({ type: 'unsubscribe', pattern, id: this.#host.nextId() });
-    if (connection && known) {
+    if (connection && held) {
       const id = this.#host.nextId();
       this.#unsubscribing.set(id, settler);
       connection.send({ type: 'unsubscribe', pattern, id });
@@ -347,7 +342,7 @@ export class SubscriptionManager {
 
   #forgetRequests() {
     for (const subscription of this.#requests.values()) subscription.request = undefined;
-    for (const subscription of this.#byPattern.values()) subscription.forget();
+    for (const subscription of this.#byPattern.values()) subscription.heldIds.clear();
     this.#requests.clear();
     this.#toRetry.clear();
     this.#host.timers.cancel('retry subscriptions');
