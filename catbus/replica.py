@@ -192,7 +192,7 @@ class Replica:
     def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
     ) -> SessionDriver:
-        """Open a session for a new connection from this network. The caller calls `leave` when the connection ends."""
+        """Open a session for a new connection from this network. The caller calls `end` when the connection ends."""
         session = SessionDriver(self._services, writer, transport, streams, network, self._remove)
         self.sessions.add(session)
         self._sessions[transport] += 1

@@ -78,6 +78,7 @@ PURE = {
     "auth.role_tokens",
     "auth.token_errors",
     "auth.tokens",
+    "delivery.catch_up",
     "delivery.send_queue",
     "delivery.subscription",
     "delivery.topic_tree",
