@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -267,6 +268,31 @@ async def test_head_of_a_post_path_is_rejected() -> None:
     async with served() as it:
         await it.peer.send(get("/publish", method="HEAD"))
         assert (await it.peer.response(head=True)).headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/status?access_token=SECRET",
+        "/status?acc%65ss_token=SECRET",
+        "/status%3Faccess_token=SECRET",
+        "/status%3faccess_token%3dSECRET",
+        "/status;access_token=SECRET",
+        "/status&access_token=SECRET",
+        "/status#access_token=SECRET",
+        "http://bus.example/status?access_token=SECRET",
+        "http://bus.example/status#access_token=SECRET",
+    ],
+)
+async def test_token_in_a_target_is_not_logged(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "sub-c2VjcmV0.c2ln"
+    async with served() as it:
+        await it.peer.send(get(target.replace("SECRET", secret)))
+        await it.peer.response()
+    lines = [str(record.__dict__) for record in caplog.records]
+    assert any("/status" in line for line in lines)
+    assert not any(secret in line for line in lines)
 
 
 # Arrival of requests

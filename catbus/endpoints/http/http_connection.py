@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from email.utils import formatdate
@@ -40,6 +41,8 @@ CHUNKS_PER_TURN = 256
 """Chunks of a body that are read before other tasks run: each may be one byte."""
 
 _RECEIVE_SIZE = 65_536
+_LOGGED_PATH = re.compile(r"[\w./-]{0,200}", re.ASCII)
+"""The part of a path that is logged. A `?` that was encoded by mistake, and the token behind it, are not part of it."""
 
 logger = get_logger("catbus.endpoints")
 
@@ -274,7 +277,9 @@ class HttpConnection:
         if request is not None:
             path = route_of(request.path) or "other"
             self._registry.requests[path, response.status] += 1
-            logger.debug("request", method=request.method, path=request.path[:200], status=response.status)
+            shown = _LOGGED_PATH.match(request.path)
+            assert shown is not None
+            logger.debug("request", method=request.method, path=shown[0], status=response.status)
         with trio.move_on_after(SEND_TIMEOUT):
             await self._stream.send_all(data)
             return

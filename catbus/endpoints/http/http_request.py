@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
+from .query import ACCESS_TOKEN, find_access_token
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -21,10 +22,12 @@ class HttpRequest:
 
     method: str
     path: str
-    headers: Headers = ()
+    headers: Headers = field(default=(), repr=False)
     version: bytes = b"1.1"
     host: str = ""
     """The host and port that the client requested; empty if an HTTP/1.0 request has no `Host`."""
+    query: str = field(default="", repr=False)
+    """The part of the target after `?`, as it was sent. It may contain a token, so it is never logged."""
     network: str = ""
     """The network of the client: see `network_of`."""
     read: Callable[[], Awaitable[bytes]] = _nothing
@@ -41,7 +44,23 @@ class HttpRequest:
 
 
 def bearer_token(request: HttpRequest) -> str:
+    """Return the token in the `Authorization` header. Raises `PeerError` (unauthenticated) without one."""
     scheme, _, token = request.header(b"authorization").partition(b" ")
     if scheme.lower() != b"bearer" or not token.strip():
         raise PeerError(ErrorCode.UNAUTHENTICATED, "a token is needed: `Authorization: Bearer ...`")
     return token.strip().decode("latin-1")
+
+
+def request_token(request: HttpRequest) -> str:
+    """Return the token in the `Authorization` header or in the `access_token` of the query (RFC 6750, section 2.3).
+
+    Raises `PeerError`: unauthenticated without a token, and bad_message for two of them (section 2).
+    """
+    token = find_access_token(request.query)
+    if token is None:
+        return bearer_token(request)
+    if request.header(b"authorization"):
+        raise PeerError(ErrorCode.BAD_MESSAGE, f"both `Authorization` and `{ACCESS_TOKEN}`: send one token")
+    if not token:
+        raise PeerError(ErrorCode.UNAUTHENTICATED, f"`{ACCESS_TOKEN}` is empty")
+    return token

@@ -31,26 +31,27 @@ def read_request_head(event: h11.Request) -> HttpRequest | HttpResponse:
         return text_response(400, "HTTP/1.0 has no `Transfer-Encoding`")
     if twice := next((name for name in SINGLE_HEADERS if names.count(name) > 1), None):
         return text_response(400, f"`{twice.decode().title()}` occurs twice")
-    place = _host_and_path(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
+    place = _split_target(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
     if place is None:
         return text_response(400, "the host or the target is not valid")
-    host, path = place
+    host, path, query = place
     method = event.method.decode("ascii")
     if path == "*" and method != "OPTIONS":
         return text_response(400, "`*` is for OPTIONS alone")
-    return HttpRequest(method, path, headers, version=event.http_version, host=host)
+    return HttpRequest(method, path, headers, version=event.http_version, host=host, query=query)
 
 
-def _host_and_path(target: str, host: str) -> tuple[str, str] | None:
-    """Return the host and the path, without the query. An absolute target overrides the `Host` header."""
+def _split_target(target: str, host: str) -> tuple[str, str, str] | None:
+    """Return the host, the path and the query of a target. An absolute target overrides the `Host` header."""
     if host and host_name(host) is None:
         return None
     if target.startswith("/") or target == "*":
-        return host, target.partition("?")[0]
+        path, _, query = target.partition("?")
+        return host, path, query
     try:
         parts = urlsplit(target)
     except ValueError:
         return None
     if parts.scheme not in ("http", "https") or host_name(parts.netloc) is None:
         return None
-    return parts.netloc, parts.path or "/"
+    return parts.netloc, parts.path or "/", parts.query
