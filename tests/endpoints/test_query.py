@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from catbus.endpoints.http.http_request import HttpRequest, request_token
-from catbus.endpoints.http.query import format_cursor, number, parse_cursor, parse_query, since, single
+from catbus.endpoints.http.query import (
+    decode_percent,
+    format_cursor,
+    number,
+    parse_cursor,
+    parse_query,
+    parse_query_as,
+    since,
+    single,
+)
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError
 
@@ -130,3 +142,37 @@ def test_request_has_one_token(headers: tuple[tuple[bytes, bytes], ...], query: 
 def test_text_of_a_request_contains_no_token() -> None:
     text = repr(HttpRequest("GET", "/messages", ((b"authorization", SECRET.encode()),), query=f"access_token={SECRET}"))
     assert SECRET not in text
+
+
+class Page(Struct):
+    name: Annotated[str, Meta(min_length=1, max_length=5)] | UnsetType = UNSET
+    limit: Annotated[int, Meta(ge=1, le=100)] = 10
+    old: bool = False
+
+
+def test_query_becomes_a_struct() -> None:
+    assert parse_query_as("", Page) == Page()
+    assert parse_query_as("name=null&limit=7&old=true&access_token=x", Page) == Page("null", 7, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("limit=0", "`limit`: expected `int` >= 1"),
+        ("limit=1e3", "`limit`: expected `int` <= 100"),
+        ("limit=%2B1", "`limit`: expected `int`, got `str`"),
+        ("old=yes", "`old`: expected `bool`, got `str`"),
+        ("name=", "`name`: expected `str` of length >= 1"),
+        ("name=123456", "`name`: expected `str` of length <= 5"),
+        ("limit=1&limit=2", "`limit` may occur once"),
+        ("other=1", "there is no parameter `other` here (known: name, limit, old)"),
+    ],
+)
+def test_value_of_another_type_is_rejected(text: str, expected: str) -> None:
+    with pytest.raises(PeerError) as caught:
+        parse_query_as(text, Page)
+    assert (caught.value.code, caught.value.message) == (ErrorCode.BAD_MESSAGE, expected)
+
+
+def test_plus_is_a_space_in_a_query_alone() -> None:
+    assert decode_percent("a+b%2Fc%00", "it") == "a+b/c\0"

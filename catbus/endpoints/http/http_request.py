@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...error_codes import ErrorCode
@@ -28,6 +28,8 @@ class HttpRequest:
     """The host and port that the client requested; empty if an HTTP/1.0 request has no `Host`."""
     query: str = field(default="", repr=False)
     """The part of the target after `?`, as it was sent. It may contain a token, so it is never logged."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """The parameters of the path, decoded."""
     network: str = ""
     """The network of the client: see `network_of`."""
     read: Callable[[], Awaitable[bytes]] = _nothing

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ...auth.grants import Identity, client_of
 from ...error_codes import ErrorCode
@@ -16,6 +18,24 @@ from ..replica_interface import ReplicaInterface
 from .error_responses import ERROR_STATUSES, error_response, retry_headers
 from .http_request import HttpRequest, bearer_token
 from .http_response import HttpResponse, json_response
+
+
+class PublishHeaders(Struct, rename={"idempotency_key": "Idempotency-Key"}):
+    """The headers of `POST /publish`."""
+
+    idempotency_key: Annotated[str, Meta(max_length=255, description="A repeated request publishes nothing twice.")] = (
+        ""
+    )
+
+
+class PublishResult(Struct, omit_defaults=True):
+    """What became of one message. An ephemeral message has no `seq`, and a rejected one has `error` and `code` only."""
+
+    seq: int | UnsetType = UNSET
+    channel: str | UnsetType = UNSET
+    duplicate: bool = False
+    error: str | UnsetType = UNSET
+    code: ErrorCode | UnsetType = UNSET
 
 
 async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
@@ -34,7 +54,7 @@ async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpRespon
         outcomes = iter(await replica.publish(identity, requests, _producer(request, identity), client))
     except (PeerError, Unavailable) as error:
         return error_response(replica, error)
-    results: list[dict[str, object]] = []
+    results: list[PublishResult] = []
     refusals: list[ErrorCode] = []
     for item in wanted:
         outcome = Rejected(item.code, item.message) if isinstance(item, PeerError) else next(outcomes)
@@ -78,11 +98,10 @@ def _decode(item: bytes | msgspec.Raw, limit: int) -> wire.Publish | PeerError:
         return wire.decoding_error(error)
 
 
-def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> dict[str, object]:
+def _result(item: wire.Publish | PeerError, outcome: Outcome | None) -> PublishResult:
     if isinstance(outcome, Rejected):
-        return {"error": outcome.message, "code": outcome.code}
+        return PublishResult(error=outcome.message, code=outcome.code)
     assert isinstance(item, wire.Publish)
     if outcome is None:
-        return {"channel": item.channel}
-    result: dict[str, object] = {"seq": outcome.seq, "channel": item.channel}
-    return {**result, "duplicate": True} if outcome.duplicate else result
+        return PublishResult(channel=item.channel)
+    return PublishResult(outcome.seq, item.channel, outcome.duplicate)

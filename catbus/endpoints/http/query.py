@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
+
+import msgspec
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
 from ...protocol.wire_messages import MAX_NUMBER
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 ACCESS_TOKEN = "access_token"
 """The parameter that has the token of a client that cannot set headers (RFC 6750, section 2.3)."""
@@ -112,13 +117,40 @@ def format_cursor(seq: int, epoch: str) -> str:
     return f"{seq}.{epoch}"
 
 
-def _decode(text: str, what: str) -> str:
+def parse_query_as(text: str, kind: type[S]) -> S:
+    """Return the parameters of a query as a struct, each of whose fields may occur once.
+
+    Raises `PeerError` (bad_message), also for a value that does not have the type of its field.
+    """
+    found = parse_query(text, dict.fromkeys(kind.__struct_fields__, 1))
+    given = {name: values[0] for name, values in found.items() if name != ACCESS_TOKEN}
+    return convert_parameters(given, kind)
+
+
+def convert_parameters(given: Mapping[str, str], kind: type[S]) -> S:
+    """Return texts as a struct. Raises `PeerError` (bad_message) for a value that does not have the type of its field.
+
+    A number is written as in JSON, and a boolean as `true` or `false`.
+    """
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$.")
+        raise _bad(f"`{place.rstrip('`')}`: {text[:1].lower()}{text[1:]}" if place else text) from None
+
+
+def decode_percent(text: str, what: str) -> str:
+    """Decode percent-encoded UTF-8. Raises `PeerError` (bad_message), whose text names `what`."""
     if _INVALID_ESCAPE.search(text):
         raise _bad(f"{what} has a `%` without two hexadecimal digits")
     try:
-        return unquote_to_bytes(text.replace("+", " ")).decode()
+        return unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
         raise _bad(f"{what} is not UTF-8") from None
+
+
+def _decode(text: str, what: str) -> str:
+    return decode_percent(text.replace("+", " "), what)
 
 
 def _bad(message: str) -> PeerError:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
+from ...protocol import wire_messages as wire
 from ..replica_interface import ReplicaInterface
-from .discovery_document import discovery_document
+from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
 from .http_response import UPGRADE_REQUIRED, HttpResponse, json_response, text_response
 from .javascript_client import javascript_modules, serve_javascript
-from .publish_request import publish
-
-Handler = Callable[[ReplicaInterface, HttpRequest], Awaitable[HttpResponse]]
+from .operation import Access, Answer, Handler, Operation
+from .publish_request import PublishHeaders, PublishResult, publish
+from .query import decode_percent
 
 
 async def health(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
@@ -76,33 +81,122 @@ async def websocket(replica: ReplicaInterface, request: HttpRequest) -> HttpResp
     return UPGRADE_REQUIRED
 
 
-ROUTES: dict[str, dict[str, Handler]] = {
-    "/health": {"GET": health},
-    "/ready": {"GET": ready},
-    "/status": {"GET": status},
-    "/metrics": {"GET": metrics},
-    "/catbus.js": {"GET": serve_javascript},
-    "/.well-known/catbus": {"GET": discover},
-    "/publish": {"POST": publish},
-    "/ws": {"GET": websocket},
+TEXT = "text/plain"
+
+ROUTES: dict[str, dict[str, Operation]] = {
+    "/health": {"GET": Operation(health, "Whether the process is alive", {200: Answer("`ok`", media=TEXT)})},
+    "/ready": {
+        "GET": Operation(
+            ready,
+            "Whether a load balancer should send new clients",
+            {
+                200: Answer("`ready`, or `degraded: ` with the reason", media=TEXT),
+                503: Answer("`starting` or `draining`", media=TEXT),
+            },
+        )
+    },
+    "/status": {
+        "GET": Operation(
+            status,
+            "The state of this replica, for people",
+            {200: Answer("Fields may change with any release", dict[str, Any])},
+            Access.READER,
+        )
+    },
+    "/metrics": {
+        "GET": Operation(
+            metrics,
+            "The metrics, for Prometheus",
+            {
+                200: Answer("Prometheus's text format", media=TEXT),
+                503: Answer("This replica exports no metrics", media=TEXT),
+            },
+        )
+    },
+    "/catbus.js": {
+        "GET": Operation(
+            serve_javascript,
+            "The JavaScript client",
+            {
+                200: Answer("A module, whose imports are below `/catbus/`", media="text/javascript"),
+                304: Answer("`If-None-Match` has the `ETag` of the module"),
+            },
+        )
+    },
+    "/.well-known/catbus": {
+        "GET": Operation(
+            discover, "The endpoints of the broker", {200: Answer("URLs, by the requested host", DiscoveryDocument)}
+        )
+    },
+    "/publish": {
+        "POST": Operation(
+            publish,
+            "Publish a message, or an array of messages in order",
+            {
+                200: Answer("What was committed: one object for each message", PublishResult | list[PublishResult]),
+            },
+            Access.CLIENT,
+            headers=PublishHeaders,
+            body=wire.Publish | list[wire.Publish],
+            error_body=PublishResult | list[PublishResult],
+        )
+    },
+    "/ws": {
+        "GET": Operation(
+            websocket,
+            "WebSocket",
+            {101: Answer("A WebSocket"), 426: Answer("The request has no upgrade to WebSocket", media=TEXT)},
+        )
+    },
 }
+"""The operations of each path, by method. A segment `{name}` of a path is a parameter: a text without a slash."""
+
+_TEMPLATES = [
+    (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path))), path) for path in ROUTES if "{" in path
+]
+"""The paths with parameters, each as an expression."""
+
+
+def match_route(path: str) -> tuple[str, Mapping[str, str]] | None:
+    """Return the route that serves a path, and the parameters in the path as they were sent.
+
+    All modules of the JavaScript client share one route. Paths with parameters share one, too, so that there are few
+    routes whatever clients request.
+    """
+    if path in ROUTES and "{" not in path:
+        return path, {}
+    if path in javascript_modules():
+        return "/catbus.js", {}
+    for expression, route in _TEMPLATES:
+        if match := expression.fullmatch(path):
+            return route, match.groupdict()
+    return None
 
 
 def route_of(path: str) -> str | None:
-    """Return the route that serves a path. All modules of the JavaScript client share one."""
-    if path in ROUTES:
-        return path
-    return "/catbus.js" if path in javascript_modules() else None
+    """Return the route that serves a path."""
+    found = match_route(path)
+    return None if found is None else found[0]
 
 
 def find_handler(method: str, path: str) -> Handler | HttpResponse:
     """Return the handler of a request, or a 404 or 405 response. Each path with GET also serves HEAD."""
-    route = route_of(path)
-    methods = None if route is None else ROUTES[route]
-    if methods is None:
+    found = match_route(path)
+    if found is None:
         return text_response(404)
-    handler = methods.get("GET" if method == "HEAD" else method)
-    if handler is None:
-        allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in methods)
+    route, parameters = found
+    operation = ROUTES[route].get("GET" if method == "HEAD" else method)
+    if operation is None:
+        allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in ROUTES[route])
         return text_response(405, headers=[(b"allow", allowed.encode())])
-    return handler
+    return partial(_handle_parameters, operation.handler, parameters) if parameters else operation.handler
+
+
+async def _handle_parameters(
+    handler: Handler, parameters: Mapping[str, str], replica: ReplicaInterface, request: HttpRequest
+) -> HttpResponse:
+    try:
+        decoded = {name: decode_percent(text, f"`{name}`") for name, text in parameters.items()}
+    except PeerError as error:
+        return error_response(replica, error)
+    return await handler(replica, replace(request, parameters=decoded))
