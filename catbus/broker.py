@@ -29,7 +29,7 @@ from .postgres.embedded import server as embedded_server
 from .protocol.wire_messages import Publish, check_payload, to_json
 from .replica import Replica
 
-OWNER = Identity(client_id=None, grants=Grants.ALL, expires=None, admin=True)
+OWNER = Identity(client_id=None, grants=Grants.ADMIN, expires=None, admin=True)
 """The identity that publishes and subscribes in this process."""
 
 

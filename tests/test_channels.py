@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from catbus.error_codes import ErrorCode
 from catbus.errors import PeerError
-from catbus.protocol.channels import check_channel, check_pattern, covers, matches, prefix_range, selectors
+from catbus.protocol.channels import check_channel, check_pattern, covers, is_reserved, matches, prefix_range, selectors
 
 segments = st.sampled_from(["a", "b", "ab", "_", "A-0"])
 channels = st.lists(segments, min_size=1, max_size=4).map(".".join)
@@ -122,10 +122,10 @@ def test_grammar_is_that_of_the_specification(text: str) -> None:
 
 # Matching and covering
 
-ALL_CHANNELS = [".".join(path) for depth in (1, 2, 3, 4) for path in product("abc", repeat=depth)]
+ALL_CHANNELS = [".".join(path) for depth in (1, 2, 3, 4) for path in product("ab_", repeat=depth)]
 ALL_PATTERNS = [
     "*",
-    *(".".join(path) + end for depth in (1, 2, 3) for path in product("ab", repeat=depth) for end in ("", ".*")),
+    *(".".join(path) + end for depth in (1, 2, 3) for path in product("a_", repeat=depth) for end in ("", ".*")),
 ]
 
 
@@ -133,6 +133,8 @@ def matches_by_specification(pattern: str, channel: str) -> bool:
     """Whether a pattern matches a channel, in the words of the specification."""
     *above, last = pattern.split(".")
     path = channel.split(".")
+    if pattern == "*":
+        return not path[0].startswith("_")
     if last == "*":
         return len(path) > len(above) and path[: len(above)] == above
     return path == [*above, last]
@@ -147,6 +149,23 @@ def test_grant_covers_a_pattern_if_it_matches_all_its_channels() -> None:
     matched = {pattern: {channel for channel in ALL_CHANNELS if matches(pattern, channel)} for pattern in ALL_PATTERNS}
     for grant, pattern in product(ALL_PATTERNS, repeat=2):
         assert covers(grant, pattern) == (matched[pattern] <= matched[grant]), (grant, pattern)
+
+
+@pytest.mark.parametrize("channel", ["_", "_catbus", "_catbus.sessions.alice", "__a", "_erased"])
+def test_only_a_pattern_that_names_a_reserved_channel_matches_it(channel: str) -> None:
+    first = channel.split(".", maxsplit=1)[0]
+    assert is_reserved(channel)
+    assert is_reserved(first + ".*")
+    assert [matches(pattern, channel) for pattern in ("*", "a.*", channel)] == [False, False, True]
+    assert [covers("*", pattern) for pattern in (channel, channel + ".*", first + ".*")] == [False] * 3
+    assert [covers(channel + ".*", pattern) for pattern in (channel + ".*", channel + ".a")] == [True] * 2
+    assert "*" not in selectors(channel)
+
+
+@pytest.mark.parametrize("text", ["a", "a._b", "a_", "-_", "0._", "*", "a.*", "a._.*"])
+def test_only_texts_that_begin_with_an_underscore_are_reserved(text: str) -> None:
+    assert not is_reserved(text)
+    assert matches("*", text)
 
 
 @given(patterns, patterns, channels)

@@ -142,6 +142,16 @@ def test_wildcard_grant_and_admin_key_allow_everything() -> None:
     assert not Grants().may_read("a")
 
 
+def test_reserved_channels_need_a_grant_of_their_own_to_read_and_nobody_writes_them() -> None:
+    named = Grants(read=("_catbus.sessions.*",), write=("*", "_catbus.*", "_catbus.sessions.alice"))
+    assert [named.may_read(pattern) for pattern in ("_catbus.sessions.*", "_catbus.sessions.alice")] == [True] * 2
+    assert [named.may_read(pattern) for pattern in ("_catbus.*", "_catbus", "_a", "*")] == [False] * 4
+    for grants in (named, Grants.ALL, Grants.ADMIN):
+        assert not any(map(grants.may_write, ("_catbus.sessions.alice", "_catbus", "_", "_a.b")))
+    assert [Grants.ALL.may_read(pattern) for pattern in ("_catbus.*", "_erased", "_")] == [False] * 3
+    assert Grants.ADMIN.may_read("_catbus.*")
+
+
 @pytest.mark.parametrize(
     ("grants", "text"),
     [
@@ -566,7 +576,7 @@ def test_other_texts_are_rejected(token: str) -> None:
 
 def test_admin_key_allows_everything() -> None:
     authenticator = Authenticator([SECRET], admin_key="Schlüssel")
-    assert authenticator.verify("Schlüssel", NOW) == Identity(None, Grants.ALL, None, admin=True)
+    assert authenticator.verify("Schlüssel", NOW) == Identity(None, Grants.ADMIN, None, admin=True)
     for token in ("Schlüsse", "Schlüssell", "schlüssel", ""):
         assert_unauthenticated(authenticator, token)
 

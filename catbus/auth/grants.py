@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import ClassVar
 
-from ..protocol.channels import selectors
+from ..protocol.channels import is_reserved, selectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,10 @@ class Grants:
     """The patterns that a client may read, and those that it may write."""
 
     ALL: ClassVar[Grants]
-    """Everything: the grants of the admin key."""
+    """All channels, to read and to write, except reserved ones."""
+
+    ADMIN: ClassVar[Grants]
+    """The grants of the admin key: `ALL`, and the broker's own channels to read."""
 
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
@@ -38,11 +41,12 @@ class Grants:
         return not self._readable.isdisjoint(selectors(pattern))
 
     def may_write(self, channel: str) -> bool:
-        """Whether a grant covers a valid channel."""
-        return not self._writable.isdisjoint(selectors(channel))
+        """Whether a grant covers a valid channel. Nobody may write to a reserved one, whatever the grants are."""
+        return not is_reserved(channel) and not self._writable.isdisjoint(selectors(channel))
 
 
 Grants.ALL = Grants(("*",), ("*",))
+Grants.ADMIN = Grants(("*", "_catbus.*"), ("*",))
 
 
 @dataclass(frozen=True, slots=True)

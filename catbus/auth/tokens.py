@@ -113,7 +113,7 @@ class Authenticator:
         """
         given = token.encode(errors="surrogatepass")
         if self._admin_key is not None and hmac.compare_digest(given, self._admin_key):
-            return Identity(None, Grants.ALL, None, admin=True)
+            return Identity(None, Grants.ADMIN, None, admin=True)
         if len(given) > MAX_TOKEN:
             text = f"the token has more than {MAX_TOKEN} bytes"
             raise TokenRejected(RejectionReason.MALFORMED, text, message=text)

@@ -52,8 +52,8 @@ def read_secret(directory: Path) -> str | None:
 
 
 def development_token(secret: str) -> str:
-    """Sign a token that may read and write all channels. It is the same every time."""
-    return sign(secret, client_id="development", grants=Grants(read=("*",), write=("*",)))
+    """Sign a token that may do all that the admin key may do with channels. It is the same every time."""
+    return sign(secret, client_id="development", grants=Grants.ADMIN)
 
 
 def find_token(url: str) -> str | None:
@@ -64,7 +64,7 @@ def find_token(url: str) -> str | None:
     if not is_loopback(urlsplit(url).hostname or ""):
         return None
     if given := configured_secret():
-        return sign(given, client_id="operator", grants=Grants.ALL)
+        return sign(given, client_id="operator", grants=Grants.ADMIN)
     secret = read_secret(default_state_directory(os.environ))
     return development_token(secret) if secret else None
 

@@ -1,7 +1,9 @@
 """Channels and the patterns that match them.
 
 A channel is dot-separated segments: `project.abc123.updates`. A pattern is a channel, or a channel followed by `.*`
-(everything below it, at any depth, and not itself), or `*` alone (everything).
+(everything below it, at any depth, and not itself), or `*` alone (everything but reserved channels).
+
+Channels that begin with `_` are reserved: only the broker publishes to them, and a pattern or grant has to name them.
 """
 
 from __future__ import annotations
@@ -38,10 +40,15 @@ def check_pattern(text: str) -> None:
         raise PeerError(ErrorCode.INVALID_PATTERN, f"not a pattern: {_clip(text)}: {fault}")
 
 
+def is_reserved(text: str) -> bool:
+    """Whether a valid channel is reserved for the broker, or a valid pattern matches reserved channels."""
+    return text.startswith("_")
+
+
 def matches(pattern: str, channel: str) -> bool:
     """Whether a pattern matches a channel. Both must be valid."""
     if pattern == "*":
-        return True
+        return not is_reserved(channel)
     if pattern.endswith(".*"):
         return channel.startswith(pattern[:-1])
     return channel == pattern
@@ -49,7 +56,7 @@ def matches(pattern: str, channel: str) -> bool:
 
 def selectors(text: str) -> Iterator[str]:
     """All patterns that match a valid channel, the widest first; for a valid pattern, all patterns that cover it."""
-    if text != "*":
+    if text != "*" and not is_reserved(text):
         yield "*"
     end = text.find(".")
     while end > 0:

@@ -34,7 +34,7 @@ from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ..log import APPEND_OVERHEAD, EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
 from ..protocol import wire_messages as wire
-from ..protocol.channels import check_channel, check_pattern
+from ..protocol.channels import check_channel, check_pattern, is_reserved
 from ..protocol.json_splitter import JsonSplitter
 from ..protocol.wire_messages import ProtocolVersion, Reply
 
@@ -405,7 +405,9 @@ def make_append(
     """
     check_channel(message.channel)
     if not identity.grants.may_write(message.channel):
-        raise PeerError(ErrorCode.UNAUTHORIZED, "no write grant covers this channel")
+        reserved = 'channels that begin with "_" are reserved for the broker'
+        text = reserved if is_reserved(message.channel) else "no write grant covers this channel"
+        raise PeerError(ErrorCode.UNAUTHORIZED, text)
     if message.retry and None in (message.id, message.after, message.epoch):
         raise PeerError(ErrorCode.BAD_MESSAGE, "a retry needs `id`, and the `after` and `epoch` of its first sending")
     if message.ephemeral:

@@ -14,12 +14,16 @@ from ..auth.grants import Grants
 
 def matches(pattern: str, channel: str) -> bool:
     """Return whether a pattern matches a channel (section 2). The model shares no code with what it checks."""
-    return pattern in ("*", channel) or (pattern.endswith(".*") and channel.startswith(pattern[:-1]))
+    if pattern == "*":
+        return channel[0] != "_"
+    return pattern == channel or (pattern.endswith(".*") and channel.startswith(pattern[:-1]))
 
 
 def covers(grant: str, pattern: str) -> bool:
     """Return whether a grant allows everything that a pattern can match."""
-    return grant in ("*", pattern) or (grant.endswith(".*") and pattern.startswith(grant[:-1]))
+    if grant == "*":
+        return pattern[0] != "_"
+    return grant == pattern or (grant.endswith(".*") and pattern.startswith(grant[:-1]))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class ModelSession:
         return any(covers(grant, pattern) for grant in self.grants.read)
 
     def may_write(self, channel: str) -> bool:
-        return any(matches(grant, channel) for grant in self.grants.write)
+        return channel[0] != "_" and any(matches(grant, channel) for grant in self.grants.write)
 
 
 class ReferenceModel:

@@ -143,7 +143,9 @@ def patterns(data: bytes) -> None:
         for channel, is_channel in valid:
             if is_channel:
                 expected = (
-                    channel == pattern or pattern == "*" or (pattern[-2:] == ".*" and channel.startswith(pattern[:-1]))
+                    channel == pattern
+                    or (pattern == "*" and channel[0] != "_")
+                    or (pattern[-2:] == ".*" and channel.startswith(pattern[:-1]))
                 )
                 assert channels.matches(pattern, channel) == expected
                 assert (pattern in channels.selectors(channel)) == expected

@@ -91,6 +91,22 @@ class ReadConformance:
             assert await found("*", before=1) == ([], False)
             assert await found("*", before=99, limit=7) == ([1, 2, 3, 4, 5, 6, 7], False)
 
+    async def test_history_of_all_channels_leaves_out_reserved_ones(self, make_log: MakeLog) -> None:
+        log = make_log()
+        async with running(log) as (_, publisher):
+            for channel in ("_a.b", "a", "_", "a._b", "_a.c", "-", "_a.b"):
+                publisher.submit(channel, b"1")
+            await publisher.wait()
+
+            async def found(pattern: str, limit: int = 10) -> tuple[list[int], bool]:
+                entries, more = await log.history(pattern, before=None, limit=limit)
+                return [entry.seq for entry in entries], more
+
+            assert await found("*") == ([2, 4, 6], False)
+            assert await found("*", limit=2) == ([4, 6], True)
+            assert await found("_a.*") == ([1, 5, 7], False)
+            assert await found("_") == ([3], False)
+
     async def test_history_treats_no_character_of_a_channel_as_a_wildcard(self, make_log: MakeLog) -> None:
         log = make_log()
         async with running(log) as (_, publisher):

@@ -236,6 +236,20 @@ async def test_history_is_the_same_from_memory_and_from_the_table(database_url: 
         assert log.statistics().reads - reads == {100: 0, 4: 3, 0: 5}[held]
 
 
+async def test_history_of_all_channels_passes_over_reserved_messages_in_one_query(database_url: str) -> None:
+    """A log full of reserved messages is not read to its end."""
+    log = make(database_url, recent=0)
+    async with running(log) as (_, publisher):
+        await publisher.publish_seq("a", b"1")
+        for _ in range(500):
+            publisher.submit("_a", b"2")
+        await publisher.wait()
+        reads = log.statistics().reads
+        entries, more = await log.history("*", before=None, limit=10)
+        assert ([entry.seq for entry in entries], more) == ([1], False)
+        assert log.statistics().reads - reads == 1
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 100])
 async def test_history_is_the_same_with_any_page_size(
     database_url: str, step: int, monkeypatch: pytest.MonkeyPatch

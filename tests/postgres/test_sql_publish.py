@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from catbus.errors import PeerError
 from catbus.protocol import wire_messages as wire
-from catbus.protocol.channels import check_channel
+from catbus.protocol.channels import check_channel, is_reserved
 from tests.postgres.server import _fresh
 from tests.postgres.test_sql_append import Connection, Sent, append, connected, play, position, values, wait_blocked
 
@@ -125,8 +125,11 @@ names = st.one_of(
 @example(name="a" * 255)
 @example(name="a" * 256)
 @example(name="a\n")
+@example(name="_")
+@example(name="_catbus.sessions.alice")
+@example(name="a._b")
 def test_sql_and_clients_accept_the_same_channels(stored: Stored, name: str) -> None:
-    assert (stored(name, "1") is not None) == is_channel(name)
+    assert (stored(name, "1") is not None) == (is_channel(name) and not is_reserved(name))
 
 
 marks = st.sampled_from(

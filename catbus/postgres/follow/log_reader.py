@@ -47,7 +47,8 @@ WHERE seq < $1 AND {condition}
 ORDER BY seq DESC
 LIMIT $2
 """
-_HISTORY_OF_ALL = _HISTORY.format(condition="true")
+# "*" does not match reserved channels. Without the condition, a log full of them would be read to its end.
+_HISTORY_OF_ALL = _HISTORY.format(condition="NOT starts_with(channel, '_')")
 _HISTORY_OF_ONE = _HISTORY.format(condition="channel = $3")
 _HISTORY_OF_MANY = _HISTORY.format(condition='channel COLLATE "C" >= $3 AND channel COLLATE "C" < $4')
 

@@ -10,8 +10,8 @@ CREATE SEQUENCE catbus.outbox_id CACHE 1;
 -- behind, and an old snapshot sees the new value.
 CREATE SEQUENCE catbus.outbox_active MINVALUE 0 MAXVALUE 1 START 0 CACHE 1;
 
--- Check a channel by the grammar of channels, and a payload as JSON by the rules of check_payload in
--- catbus/protocol/wire_messages.py. Together they have at most as many bytes as a client may publish by default: 65,536
+-- Check a channel by the grammar of channels, without the reserved ones, and a payload as JSON by the rules of
+-- check_payload in catbus/protocol/wire_messages.py. Together they have at most as many bytes as a client may publish by default: 65,536
 -- less the 42 around them.
 --
 -- Never returns false. It raises, because its message can say what was expected, and that of a constraint cannot.
@@ -30,6 +30,11 @@ BEGIN
         RAISE EXCEPTION 'not a channel: "%"', left(name, 64)
             USING ERRCODE = 'invalid_parameter_value',
                   DETAIL = 'A channel is 1 to 32 segments of A-Z, a-z, 0-9, _ and -, with dots in between; at most 255 bytes.';
+    END IF;
+    IF starts_with(name, '_') THEN
+        RAISE EXCEPTION 'reserved channel: "%"', left(name, 64)
+            USING ERRCODE = 'invalid_parameter_value',
+                  DETAIL = 'Only the broker publishes to channels that begin with "_".';
     END IF;
     IF octet_length(name) + octet_length(written) > 65494 THEN
         RAISE EXCEPTION 'the message is too large: % bytes', octet_length(name) + octet_length(written)
