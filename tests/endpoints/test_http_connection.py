@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from catbus.error_codes import ErrorCode
 from catbus.limits.unauthenticated import TOO_MUCH, UnauthenticatedPeers
 from tests.endpoints import raw_peer
 from tests.endpoints.fake_replica import FakeReplica
-from tests.endpoints.raw_peer import UPGRADE, Peer, masked, patience
+from tests.endpoints.raw_peer import UPGRADE, Peer, Response, masked, patience
 
 
 class Served:
@@ -93,6 +94,8 @@ TEXT = "text/plain; charset=utf-8"
 
 TOKEN = "Authorization: Bearer good"
 
+NOT_ALLOWED = b'{"error":"method not allowed","code":"method_not_allowed"}\n'
+
 REQUESTS = {
     "health": (get("/health"), 200, b"ok", {"content-type": TEXT, "content-length": "2"}),
     "query": (get("/health?probe=1"), 200, b"ok", {}),
@@ -153,10 +156,15 @@ REQUESTS = {
         {"www-authenticate": 'Bearer realm="catbus"'},
     ),
     "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok", {}),
-    "unknown path": (get("/nothing"), 404, b"not found\n", {}),
-    "wrong method": (get("/health", method="DELETE"), 405, b"method not allowed\n", {"allow": "GET, HEAD"}),
-    "GET publish": (get("/publish"), 405, b"method not allowed\n", {"allow": "POST"}),
-    "WebSocket path": (get("/ws"), 426, b"this is a WebSocket endpoint\n", {"upgrade": "websocket"}),
+    "unknown path": (get("/nothing"), 404, b'{"error":"not found","code":"not_found"}\n', {"content-type": JSON}),
+    "wrong method": (get("/health", method="DELETE"), 405, NOT_ALLOWED, {"allow": "GET, HEAD"}),
+    "GET publish": (get("/publish"), 405, NOT_ALLOWED, {"allow": "POST"}),
+    "WebSocket path": (
+        get("/ws"),
+        426,
+        b'{"error":"this is a WebSocket endpoint","code":"bad_message"}\n',
+        {"upgrade": "websocket"},
+    ),
     "an offer of h2c": (
         get("/health", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"),
         200,
@@ -184,6 +192,28 @@ async def test_each_request_has_its_response(name: str) -> None:
         assert "close" not in response.headers.get("connection", "")
         await it.peer.send(get("/health"))
         assert (await it.peer.response()).status == 200
+
+
+CODES = {
+    401: "unauthenticated",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "auth_timeout",
+    413: "too_large",
+    431: "too_large",
+    503: "shutting_down",
+}
+
+
+def error_code(response: Response) -> str:
+    """The code of a response that is an error in the form that all of them have."""
+    error = json.loads(response.body)
+    assert response.headers["content-type"] == JSON
+    assert response.body.endswith(b"}\n")
+    assert error.keys() == {"error", "code"}
+    assert error["error"]
+    assert ("retry-after" in response.headers) == (response.status in (429, 503))
+    return str(error["code"])
 
 
 BROKEN = {
@@ -215,7 +245,7 @@ async def test_request_that_is_not_read_to_its_end_is_answered_and_closed(name: 
         await it.peer.send(request)
         response = await it.peer.response()
         assert response.status == status
-        assert response.body.count(b"\n") == 1
+        assert error_code(response) == CODES.get(status, "bad_message")
         assert response.headers["connection"] == "close"
         assert await it.peer.at_end()
         await it.ended.wait()
@@ -233,7 +263,7 @@ async def test_ready_reports_the_state(readiness: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "size"), [("/health", 200, "2"), ("/nothing", 404, "10"), ("/ws", 426, "29")]
+    ("path", "status", "size"), [("/health", 200, "2"), ("/nothing", 404, "41"), ("/ws", 426, "62")]
 )
 async def test_head_is_get_without_the_body(path: str, status: int, size: str) -> None:
     async with served() as it:
@@ -439,6 +469,7 @@ async def test_slow_head_is_rejected(autojump_clock: MockClock) -> None:
                 await it.peer.send(b"X: y\r\n")
         response = await it.peer.response()
         assert (response.status, response.headers["connection"]) == (408, "close")
+        assert error_code(response) == "auth_timeout"
 
 
 async def test_idle_connection_is_kept_open_for_a_while(autojump_clock: MockClock) -> None:
@@ -551,6 +582,7 @@ async def test_invalid_upgrades_are_rejected(name: str) -> None:
         await it.peer.send(request)
         response = await it.peer.response()
         assert response.status == status
+        assert error_code(response) == CODES.get(status, "bad_message")
         if status == 426:
             assert response.headers["sec-websocket-version"] == "13"
             assert response.headers["upgrade"] == "websocket"
@@ -601,7 +633,7 @@ async def test_failed_request_is_answered_and_the_connection_continues() -> None
         del it.replica.readiness
         await it.peer.send(get("/ready") + get("/health"))
         response = await it.peer.response()
-        assert (response.status, response.body) == (500, b"internal server error\n")
+        assert (response.status, response.body) == (500, b'{"error":"internal server error","code":"internal"}\n')
         assert (await it.peer.response()).status == 200
         assert it.registry.internal_errors == 1
 
@@ -630,7 +662,8 @@ async def test_no_websocket_is_opened_after_closing(autojump_clock: MockClock) -
         await wait_all_tasks_blocked()
         it.registry.close()
         await it.peer.send(UPGRADE[9:])
-        assert (await it.peer.response()).status == 503
+        response = await it.peer.response()
+        assert (response.status, error_code(response)) == (503, "shutting_down")
 
 
 async def test_connection_accepted_just_before_closing_is_closed(autojump_clock: MockClock) -> None:

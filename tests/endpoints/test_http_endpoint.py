@@ -134,7 +134,10 @@ async def test_connections_over_the_limit_get_a_response() -> None:
             async with connected(endpoint) as third:
                 await third.send(HEALTH)
                 response = await third.response()
-                assert (response.status, response.body) == (503, b"too many connections\n")
+                assert (response.status, response.body) == (
+                    503,
+                    b'{"error":"too many connections (limits.connections)","code":"overloaded"}\n',
+                )
                 assert await third.at_end()
                 # It stays open until the peer closes: a reset could arrive before the peer has read the response.
                 assert endpoint.statistics().connections == 3

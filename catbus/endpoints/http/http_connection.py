@@ -15,13 +15,14 @@ import trio
 from ...error_codes import ErrorCode
 from ...limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ...observability.loggers import get_logger
+from ...session.publishing import STOPPING
 from ..connection_registry import ConnectionRegistry
 from ..graceful_close import close_gracefully, send_close_notify
 from ..replica_interface import ReplicaInterface
 from ..websocket import handshake
 from ..websocket.websocket_connection import serve_websocket
 from .http_request import HttpRequest
-from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, text_response
+from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, http_error
 from .request_head import read_request_head
 from .routes import find_handler, route_of
 
@@ -110,7 +111,7 @@ class HttpConnection:
             self._replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
             with trio.move_on_after(CLOSE_TIMEOUT):
                 if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    await self._send(None, text_response(503, TOO_MUCH), last=True)
+                    await self._send(None, http_error(503, TOO_MUCH, code=ErrorCode.OVERLOADED), last=True)
                 await close_gracefully(self._stream, self._replica.cpu_scheduler)
 
     async def _serve_requests(self) -> None:
@@ -162,7 +163,7 @@ class HttpConnection:
                     return True
             else:
                 response = await self._handle(request)
-            await self._send(request, response or text_response(503, "this replica is stopping"))
+            await self._send(request, response or http_error(503, STOPPING, code=ErrorCode.SHUTTING_DOWN))
         return False
 
     async def _handle(self, request: HttpRequest) -> HttpResponse:
@@ -176,7 +177,7 @@ class HttpConnection:
             raise
         except Exception as error:  # noqa: BLE001 (it is logged)
             self._registry.log_internal_error("a request failed", error)
-            return text_response(500)
+            return http_error(500)
         if response.status < 400 and self._http.their_state is h11.SEND_BODY:
             await self._read_body(request, keep=False)
         return response
@@ -191,11 +192,11 @@ class HttpConnection:
         with trio.move_on_after(HEAD_TIMEOUT) as limit:
             event = await self._next_event()
         if limit.cancelled_caught:
-            raise RequestRejected(text_response(408))
+            raise RequestRejected(http_error(408))
         if not isinstance(event, h11.Request):
             raise NoMoreRequests
         if len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers) > MAX_HEAD_SIZE:
-            raise RequestRejected(text_response(431))
+            raise RequestRejected(http_error(431))
         request = read_request_head(event)
         if isinstance(request, HttpResponse):
             raise RequestRejected(request)
@@ -218,7 +219,7 @@ class HttpConnection:
     async def _read_body(self, request: HttpRequest, *, keep: bool = True) -> bytes:
         """Read the body to its end. Raises `RequestRejected` if it is too large or arrives too slowly."""
         if int(request.header(b"content-length") or b"0") > MAX_BODY_SIZE:
-            raise RequestRejected(text_response(413))
+            raise RequestRejected(http_error(413))
         body = bytearray()
         parts = size = 0
         with trio.move_on_after(BODY_TIMEOUT):
@@ -230,9 +231,9 @@ class HttpConnection:
                 if parts % CHUNKS_PER_TURN == 0:
                     await self._replica.cpu_scheduler.yield_cpu()
                 if size > MAX_BODY_SIZE:
-                    raise RequestRejected(text_response(413))
+                    raise RequestRejected(http_error(413))
             return bytes(body)
-        raise RequestRejected(text_response(408))
+        raise RequestRejected(http_error(408))
 
     async def _receive(self) -> None:
         # An unauthenticated peer needs to send no more than a head, because no handler has asked for the body yet.
@@ -251,9 +252,8 @@ class HttpConnection:
                 await self._receive()
         except h11.RemoteProtocolError as error:
             status = error.error_status_hint
-            raise RequestRejected(
-                text_response(status, "" if status != 400 else "this is not a valid HTTP/1.1 request")
-            ) from None
+            message = "this is not a valid HTTP/1.1 request" if status == 400 else ""
+            raise RequestRejected(http_error(status, message)) from None
         return event
 
     # Writing

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,7 +21,7 @@ from ..graceful_close import TlsStream, close_gracefully
 from ..open_files import RESERVED_FILES, RetryingListener, connections_within_limit
 from ..replica_interface import ReplicaInterface
 from .http_connection import serve_http_connection
-from .http_response import TOO_MANY_CONNECTIONS
+from .http_response import REPLICA_FULL, TOO_MANY_CONNECTIONS, HttpResponse
 
 if TYPE_CHECKING:
     from ...limits.cpu_scheduler import CpuScheduler
@@ -30,15 +31,6 @@ HANDSHAKE_TIMEOUT = 10.0
 REJECTION_TIMEOUT = 1.0
 MAX_CONCURRENT_REJECTIONS = RESERVED_FILES // 5
 """Connections over the limit that are sent a response, with reserved files. Others are closed without one."""
-
-_SERVICE_UNAVAILABLE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
-    b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n\r\ntoo many connections\n"
-)
-_TOO_MANY_REQUESTS = (
-    b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 5\r\nConnection: close\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-) % (len(TOO_MANY_CONNECTIONS.body), TOO_MANY_CONNECTIONS.body)
 
 logger = get_logger("catbus.endpoints")
 
@@ -173,10 +165,10 @@ async def _serve_peer(
             if not admitted:
                 registry.rejected_by_address += 1
                 replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
-                await _reject(registry, replica.cpu_scheduler, stream, _TOO_MANY_REQUESTS if plain else b"")
+                await _reject(registry, replica.cpu_scheduler, stream, TOO_MANY_CONNECTIONS if plain else None)
             elif full:
                 registry.rejected += 1
-                await _reject(registry, replica.cpu_scheduler, stream, _SERVICE_UNAVAILABLE if plain else b"")
+                await _reject(registry, replica.cpu_scheduler, stream, REPLICA_FULL if plain else None)
             elif plain:
                 await serve_http_connection(replica, registry, stream, on_authenticated, peer)
             elif (encrypted := await _encrypt(replica, stream)) is not None:
@@ -210,16 +202,24 @@ async def _encrypt(replica: ReplicaInterface, stream: trio.SocketStream) -> TlsS
 
 
 async def _reject(
-    registry: ConnectionRegistry, cpu_scheduler: CpuScheduler, stream: trio.SocketStream, response: bytes
+    registry: ConnectionRegistry, cpu_scheduler: CpuScheduler, stream: trio.SocketStream, response: HttpResponse | None
 ) -> None:
-    if registry.rejecting >= MAX_CONCURRENT_REJECTIONS or not response:
+    if registry.rejecting >= MAX_CONCURRENT_REJECTIONS or response is None:
         return
     registry.rejecting += 1
     try:
         with trio.move_on_after(REJECTION_TIMEOUT):
-            await stream.send_all(response)
+            await stream.send_all(_encode(response))
             await close_gracefully(stream, cpu_scheduler)
     except trio.BrokenResourceError:
         pass
     finally:
         registry.rejecting -= 1
+
+
+def _encode(response: HttpResponse) -> bytes:
+    """Encode a response to a request that is not read. The connection is closed after it."""
+    headers = [*response.headers, (b"content-type", response.type), (b"content-length", b"%d" % len(response.body))]
+    lines = [b"HTTP/1.1 %d %b" % (response.status, HTTPStatus(response.status).phrase.encode())]
+    lines += [b"%b: %b" % (name.title(), value) for name, value in headers]
+    return b"\r\n".join([*lines, b"Connection: close", b"", response.body])

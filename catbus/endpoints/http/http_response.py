@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -30,14 +32,53 @@ def json_response(value: object, status: int = 200, headers: Headers = ()) -> Ht
     return HttpResponse(status, wire.to_json(value) + b"\n", headers, b"application/json")
 
 
-UPGRADE_REQUIRED = text_response(
+CODES: Mapping[int, ErrorCode] = {
+    403: ErrorCode.UNAUTHORIZED,
+    404: ErrorCode.NOT_FOUND,
+    405: ErrorCode.METHOD_NOT_ALLOWED,
+    408: ErrorCode.AUTH_TIMEOUT,
+    413: ErrorCode.TOO_LARGE,
+    431: ErrorCode.TOO_LARGE,
+    500: ErrorCode.INTERNAL,
+    503: ErrorCode.UNAVAILABLE,
+}
+"""The error code of a status that comes from HTTP itself; `bad_message` for all others."""
+
+
+def http_error(
+    status: int, message: str = "", headers: Headers = (), *, code: ErrorCode | None = None, wait: float = 1.0
+) -> HttpResponse:
+    """Make the response that reports an error: `{"error": message, "code": code}`, with the headers that it requires.
+
+    `message` is the name of the status, and `code` that of `CODES`, unless they are given. `wait` is the number of
+    seconds until a retry can succeed.
+    """
+    body = {
+        "error": message or HTTPStatus(status).phrase.lower(),
+        "code": code or CODES.get(status, ErrorCode.BAD_MESSAGE),
+    }
+    return json_response(body, status, [*retry_headers(status, wait), *headers])
+
+
+def retry_headers(status: int, wait: float = 1.0) -> Headers:
+    """Return the headers that a status requires. `wait` is the number of seconds until a retry can succeed."""
+    match status:
+        case 401:
+            return [(b"www-authenticate", b'Bearer realm="catbus"')]
+        case 429 | 503:
+            return [(b"retry-after", b"%d" % math.ceil(wait))]
+        case _:
+            return ()
+
+
+UPGRADE_REQUIRED = http_error(
     426,
     "this is a WebSocket endpoint",
     [(b"upgrade", b"websocket"), (b"connection", b"upgrade"), (b"sec-websocket-version", b"13")],
 )
 
-TOO_MANY_CONNECTIONS = json_response(
-    {"error": "this address has too many connections (limits.address_connections)", "code": ErrorCode.OVERLOADED},
-    429,
-    [(b"retry-after", b"5")],
+TOO_MANY_CONNECTIONS = http_error(
+    429, "this address has too many connections (limits.address_connections)", code=ErrorCode.OVERLOADED, wait=5
 )
+
+REPLICA_FULL = http_error(503, "too many connections (limits.connections)", code=ErrorCode.OVERLOADED, wait=5)

@@ -15,9 +15,9 @@ from ...errors import PeerError, Unavailable
 from ...log import Outcome, Rejected
 from ...protocol import wire_messages as wire
 from ..replica_interface import ReplicaInterface
-from .error_responses import ERROR_STATUSES, error_response, retry_headers
+from .error_responses import ERROR_STATUSES, error_response
 from .http_request import HttpRequest, bearer_token
-from .http_response import HttpResponse, json_response
+from .http_response import HttpResponse, json_response, retry_headers
 
 
 class PublishHeaders(Struct, rename={"idempotency_key": "Idempotency-Key"}):

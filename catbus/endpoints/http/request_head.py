@@ -8,7 +8,7 @@ import h11
 
 from .host_header import host_name
 from .http_request import HttpRequest
-from .http_response import HttpResponse, text_response
+from .http_response import HttpResponse, http_error
 
 SINGLE_HEADERS = (b"authorization", b"idempotency-key")
 """Headers that may occur only once, because two would be ambiguous. h11 checks `Host` and `Content-Length`."""
@@ -24,20 +24,20 @@ def read_request_head(event: h11.Request) -> HttpRequest | HttpResponse:
     headers = list(event.headers)
     names = [name for name, _ in headers]
     if not event.http_version.startswith(b"1."):
-        return text_response(505)
+        return http_error(505)
     if b"transfer-encoding" in names and b"content-length" in names:
-        return text_response(400, "`Transfer-Encoding` and `Content-Length` contradict each other")
+        return http_error(400, "`Transfer-Encoding` and `Content-Length` contradict each other")
     if b"transfer-encoding" in names and event.http_version < b"1.1":
-        return text_response(400, "HTTP/1.0 has no `Transfer-Encoding`")
+        return http_error(400, "HTTP/1.0 has no `Transfer-Encoding`")
     if twice := next((name for name in SINGLE_HEADERS if names.count(name) > 1), None):
-        return text_response(400, f"`{twice.decode().title()}` occurs twice")
+        return http_error(400, f"`{twice.decode().title()}` occurs twice")
     place = _split_target(event.target.decode("ascii"), dict(headers).get(b"host", b"").decode("latin-1"))
     if place is None:
-        return text_response(400, "the host or the target is not valid")
+        return http_error(400, "the host or the target is not valid")
     host, path, query = place
     method = event.method.decode("ascii")
     if path == "*" and method != "OPTIONS":
-        return text_response(400, "`*` is for OPTIONS alone")
+        return http_error(400, "`*` is for OPTIONS alone")
     return HttpRequest(method, path, headers, version=event.http_version, host=host, query=query)
 
 

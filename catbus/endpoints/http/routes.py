@@ -17,9 +17,9 @@ from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
-from .http_response import UPGRADE_REQUIRED, HttpResponse, json_response, text_response
+from .http_response import UPGRADE_REQUIRED, HttpResponse, http_error, json_response, text_response
 from .javascript_client import javascript_modules, serve_javascript
-from .operation import Access, Answer, Handler, Operation
+from .operation import Access, Answer, ErrorAnswer, Handler, Operation
 from .publish_request import PublishHeaders, PublishResult, publish
 from .query import decode_percent
 
@@ -48,7 +48,7 @@ async def metrics(replica: ReplicaInterface, request: HttpRequest) -> HttpRespon
     """Answer with the metrics in the Prometheus format."""
     found = replica.scrape()
     if found is None:
-        return text_response(503, "this replica exports no metrics")
+        return http_error(503, "this replica exports no metrics")
     body, content_type = found
     return HttpResponse(200, body, type=content_type.encode())
 
@@ -68,7 +68,7 @@ async def discover(replica: ReplicaInterface, request: HttpRequest) -> HttpRespo
     """Where the other ways in are, by the name under which this one was reached."""
     secure, host = forwarded_origin(request, tls=replica.config.websocket.tls)
     if not host:
-        return text_response(400, "the request has no host")
+        return http_error(400, "the request has no host")
     made = None if replica.certificates is None else replica.certificates.development(datetime.now(UTC))
     return json_response(
         discovery_document(host, replica.webtransport_port, made, secure=secure),
@@ -109,7 +109,7 @@ ROUTES: dict[str, dict[str, Operation]] = {
             "The metrics, for Prometheus",
             {
                 200: Answer("Prometheus's text format", media=TEXT),
-                503: Answer("This replica exports no metrics", media=TEXT),
+                503: Answer("This replica exports no metrics", ErrorAnswer),
             },
         )
     },
@@ -145,7 +145,7 @@ ROUTES: dict[str, dict[str, Operation]] = {
         "GET": Operation(
             websocket,
             "WebSocket",
-            {101: Answer("A WebSocket"), 426: Answer("The request has no upgrade to WebSocket", media=TEXT)},
+            {101: Answer("A WebSocket"), 426: Answer("The request has no upgrade to WebSocket", ErrorAnswer)},
         )
     },
 }
@@ -183,12 +183,12 @@ def find_handler(method: str, path: str) -> Handler | HttpResponse:
     """Return the handler of a request, or a 404 or 405 response. Each path with GET also serves HEAD."""
     found = match_route(path)
     if found is None:
-        return text_response(404)
+        return http_error(404)
     route, parameters = found
     operation = ROUTES[route].get("GET" if method == "HEAD" else method)
     if operation is None:
         allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in ROUTES[route])
-        return text_response(405, headers=[(b"allow", allowed.encode())])
+        return http_error(405, headers=[(b"allow", allowed.encode())])
     return partial(_handle_parameters, operation.handler, parameters) if parameters else operation.handler
 
 

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Collection
 
 from ..http.http_request import HttpRequest
-from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, text_response
+from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, http_error
 
 PATH = "/ws"
 
@@ -23,20 +23,20 @@ def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpRespons
     Only browsers send an `Origin`, so a request without one does not come from a page.
     """
     if request.path != PATH:
-        return text_response(404, f"WebSocket is at {PATH}")
+        return http_error(404, f"WebSocket is at {PATH}")
     if request.method != "GET":
-        return text_response(405, headers=[(b"allow", b"GET, HEAD")])
+        return http_error(405, headers=[(b"allow", b"GET, HEAD")])
     if request.has_body:
-        return text_response(400, "a request for a WebSocket has no body")
+        return http_error(400, "a request for a WebSocket has no body")
     if b"upgrade" not in _header_tokens(request, b"connection"):
-        return text_response(400, "`Connection: Upgrade` is missing")
+        return http_error(400, "`Connection: Upgrade` is missing")
     if request.header(b"sec-websocket-version") != b"13":
         return UPGRADE_REQUIRED
     if not _is_key(request.header(b"sec-websocket-key")):
-        return text_response(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
+        return http_error(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
     origin = request.header(b"origin")
     if origin and origins and origin.decode("latin-1") not in origins:
-        return text_response(403, "this origin is not allowed")
+        return http_error(403, "this origin is not allowed")
     return None
 
 
