@@ -128,7 +128,7 @@ class Peer:
             key = name.lower()
             headers[key] = f"{headers[key]}, {value}" if key in headers else value
         status = int(first.split()[1])
-        size = 0 if head or status < 200 or status == 304 else int(headers["content-length"])
+        size = 0 if head or status < 200 or status in (204, 304) else int(headers["content-length"])
         while len(self.buffer) < size:
             await self._more()
         body, self.buffer = self.buffer[:size], self.buffer[size:]

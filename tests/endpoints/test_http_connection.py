@@ -157,8 +157,8 @@ REQUESTS = {
     ),
     "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok", {}),
     "unknown path": (get("/nothing"), 404, b'{"error":"not found","code":"not_found"}\n', {"content-type": JSON}),
-    "wrong method": (get("/health", method="DELETE"), 405, NOT_ALLOWED, {"allow": "GET, HEAD"}),
-    "GET publish": (get("/publish"), 405, NOT_ALLOWED, {"allow": "POST"}),
+    "wrong method": (get("/health", method="DELETE"), 405, NOT_ALLOWED, {"allow": "GET, HEAD, OPTIONS"}),
+    "GET publish": (get("/publish"), 405, NOT_ALLOWED, {"allow": "POST, OPTIONS"}),
     "WebSocket path": (
         get("/ws"),
         426,
@@ -297,7 +297,7 @@ async def test_javascript_modules_are_revalidated_by_their_tags() -> None:
 async def test_head_of_a_post_path_is_rejected() -> None:
     async with served() as it:
         await it.peer.send(get("/publish", method="HEAD"))
-        assert (await it.peer.response(head=True)).headers["allow"] == "POST"
+        assert (await it.peer.response(head=True)).headers["allow"] == "POST, OPTIONS"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from ..graceful_close import close_gracefully, send_close_notify
 from ..replica_interface import ReplicaInterface
 from ..websocket import handshake
 from ..websocket.websocket_connection import serve_websocket
+from .cors import check_origin, cors_headers
 from .http_request import HttpRequest
 from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, http_error
 from .request_head import read_request_head
@@ -167,6 +168,9 @@ class HttpConnection:
         return False
 
     async def _handle(self, request: HttpRequest) -> HttpResponse:
+        origins = self._replica.config.websocket.allowed_origins
+        if rejected := check_origin(request, route_of(request.path), origins):
+            return rejected
         handler = find_handler(request.method, request.path)
         if isinstance(handler, HttpResponse):
             return handler
@@ -264,8 +268,10 @@ class HttpConnection:
             (b"date", formatdate(usegmt=True).encode()),
             *response.headers,
         ]
-        if response.status != HTTPStatus.NOT_MODIFIED:
-            # In a 304, the length would be that of the representation, which is not sent.
+        if request is not None:
+            headers += cors_headers(request, route_of(request.path), self._replica.config.websocket.allowed_origins)
+        if response.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+            # A 204 has no content. In a 304, the length would be that of the representation, which is not sent.
             headers += [(b"content-type", response.type), (b"content-length", str(len(response.body)).encode())]
         if last or self._registry.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))

@@ -17,7 +17,7 @@ async def serve_javascript(replica: ReplicaInterface, request: HttpRequest) -> H
     A browser revalidates it each time, because modules of two releases do not work together.
     """
     body, tag = javascript_modules()[request.path]
-    headers = [(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-cache"), (b"etag", tag)]
+    headers = [(b"cache-control", b"no-cache"), (b"etag", tag)]
     known = [each.strip().removeprefix(b"W/") for each in request.header(b"if-none-match").split(b",")]
     if tag in known or known == [b"*"]:
         return HttpResponse(304, b"", headers)

@@ -13,6 +13,7 @@ from ...error_codes import ErrorCode
 from ...errors import PeerError
 from ...protocol import wire_messages as wire
 from ..replica_interface import ReplicaInterface
+from .cors import preflight_headers
 from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin
@@ -72,7 +73,7 @@ async def discover(replica: ReplicaInterface, request: HttpRequest) -> HttpRespo
     made = None if replica.certificates is None else replica.certificates.development(datetime.now(UTC))
     return json_response(
         discovery_document(host, replica.webtransport_port, made, secure=secure),
-        headers=[(b"access-control-allow-origin", b"*"), (b"cache-control", b"no-store")],
+        headers=[(b"cache-control", b"no-store")],
     )
 
 
@@ -180,16 +181,24 @@ def route_of(path: str) -> str | None:
 
 
 def find_handler(method: str, path: str) -> Handler | HttpResponse:
-    """Return the handler of a request, or a 404 or 405 response. Each path with GET also serves HEAD."""
+    """Return the handler of a request, or a 404 or 405 response. Each path serves OPTIONS, and with GET also HEAD."""
     found = match_route(path)
     if found is None:
         return http_error(404)
     route, parameters = found
+    allowed = ", ".join([*("GET, HEAD" if name == "GET" else name for name in ROUTES[route]), "OPTIONS"]).encode()
+    if method == "OPTIONS":
+        return partial(_answer_options, allowed)
     operation = ROUTES[route].get("GET" if method == "HEAD" else method)
     if operation is None:
-        allowed = ", ".join("GET, HEAD" if name == "GET" else name for name in ROUTES[route])
-        return http_error(405, headers=[(b"allow", allowed.encode())])
+        return http_error(405, headers=[(b"allow", allowed)])
     return partial(_handle_parameters, operation.handler, parameters) if parameters else operation.handler
+
+
+async def _answer_options(allowed: bytes, replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
+    """Answer with the methods of a path, and to a browser's preflight request with what a page may send."""
+    origins = replica.config.websocket.allowed_origins
+    return HttpResponse(204, b"", [(b"allow", allowed), *preflight_headers(request, allowed, origins)])
 
 
 async def _handle_parameters(

@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Collection
 
+from ..http.cors import origin_listed
 from ..http.http_request import HttpRequest
 from ..http.http_response import UPGRADE_REQUIRED, HttpResponse, http_error
 
@@ -18,10 +19,7 @@ def is_websocket_upgrade(request: HttpRequest) -> bool:
 
 
 def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpResponse | None:
-    """Return an error response if an upgrade request is rejected, else None. Without `origins`, all are allowed.
-
-    Only browsers send an `Origin`, so a request without one does not come from a page.
-    """
+    """Return an error response if an upgrade request is rejected, else None. Without `origins`, all are allowed."""
     if request.path != PATH:
         return http_error(404, f"WebSocket is at {PATH}")
     if request.method != "GET":
@@ -34,8 +32,7 @@ def check_upgrade(request: HttpRequest, origins: Collection[str]) -> HttpRespons
         return UPGRADE_REQUIRED
     if not _is_key(request.header(b"sec-websocket-key")):
         return http_error(400, "`Sec-WebSocket-Key` is not 16 bytes in base64")
-    origin = request.header(b"origin")
-    if origin and origins and origin.decode("latin-1") not in origins:
+    if not origin_listed(request, origins):
         return http_error(403, "this origin is not allowed")
     return None
 
