@@ -16,6 +16,8 @@ _SECRET_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(://[^\s/:@]*):[^\s/]*@"), r"\1:***@"),
     (re.compile(r"(\w*(?:secret|token|passw(?:or)?d|api_?key)\w*[\"']?\s*[=:]\s*)[^\s&;,]+", re.IGNORECASE), r"\1***"),
 )
+_SUSPICIOUS = re.compile(r"sub-|role-|eyJ|bearer|basic|://|secret|token|passw|api_?key", re.IGNORECASE)
+"""Each of the patterns contains one of these. Searching for all at once is much cheaper than for each pattern."""
 
 
 def redact_events(secrets: Iterable[str]) -> Callable[[WrappedLogger, str, EventDict], EventDict]:
@@ -49,6 +51,7 @@ def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
     """Redact `secrets` in a text, and everything that looks like a token or a password."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    for pattern, instead in _SECRET_PATTERNS:
-        text = pattern.sub(instead, text)
+    if _SUSPICIOUS.search(text):
+        for pattern, instead in _SECRET_PATTERNS:
+            text = pattern.sub(instead, text)
     return text

@@ -8,7 +8,10 @@ import logging
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from catbus.cli import log_redaction
 from catbus.cli.log_configuration import configure_logging
 from catbus.cli.log_redaction import redact_text
 from catbus.observability.loggers import get_logger
@@ -127,6 +130,19 @@ def test_text_that_is_no_secret_stays(harmless: str) -> None:
 )
 def test_every_kind_of_token_is_redacted(secret: str) -> None:
     assert secret not in redact_text(f"this is {secret}, is it not?")
+
+
+# With IGNORECASE, the long s is an `s`.
+SECRETS = "sub-abcdefgh12345678.c ROLE-abcdefgh12345678 eyJab.cd.ef ://x:y@ Token=z pASSwd:w API_KEY=v \u017fecret=u"
+PARTS = [*SECRETS.split(), "apikey:q", "BEARER x", "basic y", " ", "sub-", "."]
+
+
+@given(st.lists(st.sampled_from(PARTS)).map("".join))
+def test_quick_look_for_suspicious_text_passes_over_no_secret(text: str) -> None:
+    expected = text
+    for pattern, instead in log_redaction._SECRET_PATTERNS:
+        expected = pattern.sub(instead, expected)
+    assert redact_text(text) == expected
 
 
 def test_embedding_program_configures_its_own_logging(
