@@ -15,7 +15,7 @@ PACKAGE = ROOT / "catbus"
 LAYERS = (
     {"close_codes", "error_codes"},
     {"errors", "malloc_trim", "version", "observability.histogram", "observability.loggers"},
-    {"protocol"},
+    {"protocol", "observability.audit_log"},
     {"limits"},
     {"auth"},
     {"config", "webtransport"},

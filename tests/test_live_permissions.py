@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from catbus.auth import live_permissions
 from catbus.auth.grants import Grants, Identity
 from catbus.auth.live_permissions import MAX_STALENESS
-from catbus.auth.role_tokens import make_role_token, role_key
+from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import Authenticator, sign
 from catbus.close_codes import CloseCode
 from catbus.config import Config
@@ -100,6 +101,25 @@ async def test_narrowed_role_ends_only_the_subscriptions_it_no_longer_covers(rep
     await client.receive(objects(*subscribe("a.*", "a.b"), publish("a.b", id=1)))
     assert words(client) == [("subscribe_error", "a.*"), ("subscribed", "a.b"), ("publish_error", None)]
     assert client.closing is None
+
+
+async def test_one_line_in_the_log_says_how_a_role_has_changed_for_its_sessions(
+    replica: Replica, roles: Roles, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lookup that finds nothing new is not logged, and the line has no token."""
+    caplog.set_level(logging.INFO, "catbus.audit")
+    for _ in range(3):
+        await enter(replica)
+    for answer in (CI, READER, READER, None):
+        roles.change(answer)
+        await wait_all_tasks_blocked()
+    handle = role_handle(role_key(ROLE) or b"")
+    assert [
+        (line.role, line.client_id, line.permissions, line.sessions)  # type: ignore[attr-defined]
+        for line in caplog.records
+        if line.name == "catbus.audit"
+    ] == [(handle, "ci", str(READER.grants), 3), (handle, None, "the role was deleted", 3)]
+    assert ROLE not in caplog.text
 
 
 async def test_widened_role_applies_at_once(replica: Replica, roles: Roles) -> None:

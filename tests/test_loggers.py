@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from catbus.observability.audit_log import log_admin_call
 from catbus.observability.loggers import REPEAT_INTERVAL, RateLimitedLog
 
 
@@ -51,3 +54,19 @@ def test_number_of_remembered_events_is_bounded() -> None:
     for n in range(10_000):
         lines.rate_limited.log(0, "down", kind="x" * n)
     assert len(lines.rate_limited._events) <= 64
+
+
+def test_call_of_an_administrator_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "catbus.audit")
+    log_admin_call("POST", "/api/clients/eve/disconnect", 200, client_id="alice", address="10.0.0.1", sessions=2)
+    [line] = caplog.records
+    assert (line.name, line.levelname, line.message) == ("catbus.audit", "INFO", "an administrator's call")
+    found = {name: getattr(line, name) for name in ("method", "path", "status", "client_id", "address", "sessions")}
+    assert found == {
+        "method": "POST",
+        "path": "/api/clients/eve/disconnect",
+        "status": 200,
+        "client_id": "alice",
+        "address": "10.0.0.1",
+        "sessions": 2,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import count
 from math import inf
@@ -11,8 +12,10 @@ from typing import Protocol
 import trio
 
 from ..errors import Unavailable
+from ..observability.audit_log import log_role_change
+from ..protocol.wire_messages import clip
 from .grants import Identity
-from .role_tokens import RoleSource
+from .role_tokens import RoleSource, role_handle
 
 MAX_STALENESS = 60.0
 """Seconds without a check of the database after which the permissions of roles count as unknown."""
@@ -30,8 +33,8 @@ RETRY_INTERVAL = 0.5
 class RoleSession(Protocol):
     """A session that was authenticated with a role token."""
 
-    def update_role(self, identity: Identity | None) -> None:
-        """Apply the present permissions of the role; None: the role was deleted."""
+    def update_role(self, identity: Identity | None) -> bool:
+        """Apply the present permissions of the role; None: the role was deleted. Return whether anything changes."""
 
 
 class LivePermissions:
@@ -129,13 +132,20 @@ class LivePermissions:
 
     async def _update(self, keys: Sequence[bytes], identities: Mapping[bytes, Identity], asked: int) -> None:
         sessions = [(session, key) for key in keys for session in self._sessions.get(key, ())]
+        changed: Counter[bytes] = Counter()
         began = perf_counter()
         for session, key in sessions:
             # A session that was added after the lookup may have a newer identity. Removed sessions are skipped.
             present, added = self._roles_of.get(session, (None, asked))
             if present == key and added < asked:
-                session.update_role(identities.get(key))
+                changed[key] += session.update_role(identities.get(key))
                 self.updates += 1
             if perf_counter() - began > MAX_UPDATE_TIME:
                 await trio.lowlevel.checkpoint()
                 began = perf_counter()
+        for key, number in changed.items():
+            if number:
+                identity = identities.get(key)
+                client_id = None if identity is None else identity.client_id
+                permissions = "the role was deleted" if identity is None else clip(str(identity.grants))
+                log_role_change(role_handle(key), client_id, permissions, sessions=number)

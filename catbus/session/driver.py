@@ -199,21 +199,22 @@ class SessionDriver:
         self._finishing = True
         self._handle_settled()
 
-    def update_role(self, identity: Identity | None) -> None:
-        """Apply the present permissions of the session's role, or (None) its deletion, at once."""
+    def update_role(self, identity: Identity | None) -> bool:
+        """Apply the present permissions of the session's role, or (None) its deletion. Return whether they changed."""
         session = self.session
         if session.closed or session.identity is None:
-            return
+            return False
         same = identity is not None and identity.client_id == session.identity.client_id
         grants = identity.grants if identity is not None and same else Grants()
         before = session.identity.grants
         if same and grants == before:
-            return
+            return False
         self._revoke(session.update_grants(grants), before, grants)
         if not same:
             reason = "the role was deleted" if identity is None else "the role is another client's now"
             session.send(wire.Error(reason, ErrorCode.REVOKED))
             self.close(CloseCode.REVOKED, reason)
+        return True
 
     def end(self) -> None:
         """End the session, because its connection has ended. Call it once or more."""
