@@ -26,6 +26,7 @@ LAYERS = (
     {"session.authentication", "session.publishing"},
     {"session.services"},
     {"session.driver"},
+    {"session.session_report"},
     {"replica"},
     {"postgres", "endpoints", "client", "in_process"},
     {"observability.metric_sources"},

@@ -19,6 +19,7 @@ from ..errors import Unavailable
 from ..log import Entry, Log, LogPage
 from ..protocol.wire_messages import Gap, Live
 from .catch_up import CatchUpSweeps, PatternMatches, feed
+from .channel_rates import ChannelRates
 from .send_queue import Budget, EncodedMessages, SendQueue
 from .subscription import (
     AHEAD,
@@ -88,6 +89,7 @@ class Delivery:
         """Commit time of the entry at `position`, in milliseconds since 1970; 0 if unknown."""
         self.unsent_since = 0
         """Commit time of the oldest entry offered since this was last set to 0, which the flusher does."""
+        self.channel_rates = ChannelRates()
         self._log = log
         self._live: TopicTree[Subscription] = TopicTree()
         self._lagging: TopicTree[Subscription] = TopicTree()
@@ -136,12 +138,25 @@ class Delivery:
                     yield
         self._lag = lag
 
+    def count_by_pattern(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the patterns of now, each with its present numbers of live and of lagging subscriptions, in steps.
+
+        A pattern may come twice.
+        """
+        for group in [*self._live.groups(), *self._lagging.groups()]:
+            yield group.pattern, self._live.members(group.pattern), self._lagging.members(group.pattern)
+
+    def count_matches(self, channel: str) -> int:
+        """Return how many subscriptions match a channel."""
+        return sum(len(group.members) for tree in (self._live, self._lagging) for group in tree.match(channel))
+
     # The log's follower
 
     def apply(self, entries: Sequence[Entry]) -> None:
         """Offer the next entries to the live subscriptions. A subscription without room for all of its entries lags."""
         previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
         self.unsent_since = self.unsent_since or entries[0].at
+        self.channel_rates.count(entries)
         for subscription in offer(self._live, entries):
             self._start_lagging(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:
@@ -224,6 +239,7 @@ class Delivery:
     def broadcast(self, entry: Entry) -> None:
         """Offer an ephemeral message (its seq is 0) to the subscriptions that match and have room."""
         served: set[Subscription] = set()
+        self.channel_rates.count([entry])
         for tree in (self._live, self._lagging):
             for group in tree.match(entry.channel):
                 encoded = EncodedMessages(group.pattern, [entry])

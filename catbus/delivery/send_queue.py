@@ -183,6 +183,7 @@ class SendQueue:
         "_unsent",
         "_waiting",
         "_wake",
+        "delivered",
         "limit",
         "lingers_until",
         "protocol",
@@ -205,6 +206,8 @@ class SendQueue:
         self.limit = limit
         self.size = 0
         self.rejected = 0
+        self.delivered = 0
+        """Messages taken from it to be sent."""
         self.lingers_until = 0.0
         self.queued = False
         """The flusher's own: until when the send queue lingers, and whether it waits to be flushed."""
@@ -321,7 +324,9 @@ class SendQueue:
         if fixed:
             self._budget.unpin(items[:fixed])
         if items:
-            self._budget.delivered += self._budget.release(items)
+            delivered = self._budget.release(items)
+            self.delivered += delivered
+            self._budget.delivered += delivered
         if self._waiting and not self._items:
             waiting, self._waiting = self._waiting, []
             for callback in waiting:

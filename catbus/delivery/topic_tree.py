@@ -56,6 +56,11 @@ class TopicTree(Generic[T]):
         """Return whether a pattern has members."""
         return pattern in self._groups
 
+    def members(self, pattern: str) -> int:
+        """Return the number of members of a pattern."""
+        group = self._groups.get(pattern)
+        return 0 if group is None else len(group.members)
+
     def groups(self) -> Iterable[Group[T]]:
         """Return each pattern with its members: a live view, the oldest pattern first."""
         return self._groups.values()

@@ -130,6 +130,8 @@ class Session:
         """By pattern. The patterns of a first-version session share one subscription."""
         self.pending = 0
         """Publishes that have not been settled yet."""
+        self.published = 0
+        """Publishes that were allowed, whatever became of them."""
         self.deadline = now + limits.auth_timeout
         """When `check_deadline` is due."""
         self.closing: tuple[CloseCode, str] | None = None
@@ -343,6 +345,7 @@ class Session:
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
         identity = self._known_identity(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
         append = make_append(message, identity, self.producer, self.settled, self.usage.client, self)
+        self.published += 1
         if message.ephemeral:
             yield BroadcastMessage(append.channel, append.payload, append.sender, append.origin)
             if message.ack:
