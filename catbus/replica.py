@@ -6,9 +6,12 @@ import os
 import random
 import socket
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
 from typing import Any, Protocol
 
 import trio
@@ -18,6 +21,7 @@ from .auth.live_permissions import LivePermissions
 from .auth.role_tokens import RoleSource
 from .auth.tokens import Authenticator
 from .certificates import CertificateSource
+from .close_codes import CloseCode
 from .config import Config, split_address
 from .delivery.fan_out import Delivery
 from .delivery.flusher import Flusher
@@ -34,9 +38,13 @@ from .session.authentication import Authentication
 from .session.driver import SessionDriver, Streams
 from .session.publishing import Publisher
 from .session.services import SessionServices
+from .session.session_report import OpenSession
 from .version import version
 
 TRANSPORTS = "websocket", "webtransport"
+
+SESSIONS_PER_CHECKPOINT = 500
+"""Sessions that are searched for those of a client before other tasks run."""
 
 HEADS_PER_CHECKPOINT = 500
 """Sessions that are checked for a due `head` before other tasks run."""
@@ -102,7 +110,8 @@ class Replica:
         self.cpu_scheduler = CpuScheduler()
         self.client_usages = ClientUsages(config.limits.sessions, config.limits.subscriptions_total)
         self.addresses = ConnectionsPerAddress(config.limits.address_connections)
-        self.sessions: set[SessionDriver] = set()
+        self.sessions: dict[SessionDriver, OpenSession] = {}
+        """The open sessions, the oldest first."""
         self.draining = False
         publish_rates = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
         self._authentication = Authentication(
@@ -128,6 +137,7 @@ class Replica:
         self._drain_deadline: float | None = None
         self._closing = False
         self._session_closed = trio.lowlevel.ParkingLot()
+        self._session_ids = count(1)
         self._sessions = Counter(dict.fromkeys(TRANSPORTS, 0))
         self._opened = Counter(self._sessions)
         self._started = time.time_ns() // 1_000_000
@@ -194,7 +204,8 @@ class Replica:
     ) -> SessionDriver:
         """Open a session for a new connection from this network. The caller calls `end` when the connection ends."""
         session = SessionDriver(self._services, writer, transport, streams, network, self._remove)
-        self.sessions.add(session)
+        opened = time.time_ns() // 1_000_000
+        self.sessions[session] = OpenSession(next(self._session_ids), opened, network, session)
         self._sessions[transport] += 1
         self._opened[transport] += 1
         if self._closing:
@@ -203,9 +214,29 @@ class Replica:
 
     def _remove(self, session: SessionDriver) -> None:
         if session in self.sessions:
-            self.sessions.remove(session)
+            del self.sessions[session]
             self._sessions[session.transport] -= 1
         self._session_closed.unpark_all()
+
+    def sessions_after(self, session_id: int) -> Sequence[OpenSession]:
+        """Return the open sessions with a greater id, in the order of their ids."""
+        found = list(self.sessions.values())
+        return found[bisect_right(found, session_id, key=attrgetter("id")) :]
+
+    async def disconnect_client(self, client_id: str) -> int:
+        """Close all sessions of a client on this replica. Return how many there were.
+
+        The client may connect again. Other tasks run meanwhile; cancelling it leaves open which sessions are closed.
+        """
+        closed = 0
+        for index, opened in enumerate(self.sessions_after(0)):
+            if index % SESSIONS_PER_CHECKPOINT == SESSIONS_PER_CHECKPOINT - 1:
+                await trio.lowlevel.checkpoint()
+            session = opened.driver
+            if session.closing is None and opened.client_id == client_id:
+                session.close(CloseCode.DISCONNECTED, "an administrator disconnected the client")
+                closed += 1
+        return closed
 
     async def authenticate(self, token: str, network: str = "") -> Identity:
         """Return the identity of a token that came from this network. Raises `PeerError` that closes."""
@@ -220,9 +251,10 @@ class Replica:
     async def send_heads(self) -> None:
         """Send `head` to quiet sessions for ever, so that retention does not overtake their clients' cursors.
 
-        Also measure the lag of the lagging subscriptions.
+        Also measure the lag of the lagging subscriptions, and divide the time in which messages are counted.
         """
         while True:
+            self.delivery.channel_rates.advance(trio.current_time())
             await trio.sleep(1)
             now = trio.current_time()
             for index, session in enumerate(tuple(self.sessions)):

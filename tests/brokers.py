@@ -12,6 +12,7 @@ from catbus import Broker, Config
 from catbus.auth.grants import Grants
 from catbus.auth.tokens import sign
 from catbus.config import AuthSettings, DrainSettings, WebSocketSettings
+from tests.endpoints.raw_peer import Peer, Response
 
 SECRET = "a secret of the tests"
 TOKEN = sign(SECRET, client_id="alice", grants=Grants.ALL)
@@ -32,3 +33,14 @@ async def running(config: Config = CONFIG, *, seconds: float = 60) -> AsyncItera
             assert kind == "websocket"
             yield broker, address
             broker.stop()
+
+
+async def request(address: str, target: str, token: str = TOKEN, *, method: str = "GET", body: bytes = b"") -> Response:
+    """The response to an HTTP request on a connection of its own. Without a `token`, none is sent."""
+    host, _, port = address.rpartition(":")
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {address}", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"Authorization: Bearer {token}"] if token else []
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        peer = Peer(stream)
+        await peer.send("\r\n".join([*lines, "", ""]).encode() + body)
+        return await peer.response(head=method == "HEAD")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..auth.grants import Identity
 from ..certificates import CertificateSource
@@ -19,6 +19,7 @@ from ..log import Log, Outcome
 from ..observability.runtime_statistics import RuntimeStatistics
 from ..protocol.wire_messages import Publish
 from ..session.driver import Streams
+from ..session.session_report import OpenSession
 
 
 class SessionInterface(Protocol):
@@ -83,6 +84,8 @@ class ReplicaInterface(Protocol):
     @property
     def webtransport_port(self) -> int | None: ...
 
+    def describe(self) -> dict[str, Any]: ...
+
     def report(self) -> dict[str, object]: ...
 
     def scrape(self) -> tuple[bytes, str] | None: ...
@@ -90,6 +93,10 @@ class ReplicaInterface(Protocol):
     def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
     ) -> SessionInterface: ...
+
+    def sessions_after(self, session_id: int) -> Sequence[OpenSession]: ...
+
+    async def disconnect_client(self, client_id: str) -> int: ...
 
     async def authenticate(self, token: str, network: str = "") -> Identity: ...
 

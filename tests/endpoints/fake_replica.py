@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Any
 
 import trio
 
@@ -21,6 +22,7 @@ from catbus.log import Committed, MemoryLog, Outcome
 from catbus.observability.runtime_statistics import RuntimeStatistics
 from catbus.protocol.wire_messages import Publish
 from catbus.session.driver import Streams
+from catbus.session.session_report import OpenSession
 
 
 class FakeClient:
@@ -112,8 +114,18 @@ class FakeReplica:
         self.sessions.append(client)
         return client
 
-    def report(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         return {"state": self.readiness}
+
+    def report(self) -> dict[str, object]:
+        return self.describe()
+
+    def sessions_after(self, session_id: int) -> Sequence[OpenSession]:
+        """Have no sessions that can be described: those here are doubles."""
+        return ()
+
+    async def disconnect_client(self, client_id: str) -> int:
+        return 0
 
     def scrape(self) -> None:
         """Export no metrics."""

@@ -16,7 +16,7 @@ from .forwarded_headers import forwarded_origin
 from .http_request import Headers, HttpRequest
 from .http_response import HttpResponse, http_error
 
-ANY_PAGE = frozenset({"/catbus.js", "/.well-known/catbus"})
+ANY_PAGE = frozenset({"/catbus.js", "/.well-known/catbus", "/openapi.json"})
 """Routes for the pages of all origins: they need no token and change nothing."""
 NO_PAGE = frozenset({"/metrics"})
 """Routes that need no token, and are for operators alone: a page that an operator visits must not read them."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from msgspec import Struct
+
 from ...error_codes import ErrorCode
 from ...protocol import wire_messages as wire
 from .http_request import Headers
@@ -32,6 +34,13 @@ def json_response(value: object, status: int = 200, headers: Headers = ()) -> Ht
     return HttpResponse(status, wire.to_json(value) + b"\n", headers, b"application/json")
 
 
+class ErrorAnswer(Struct):
+    """The body of a response that reports an error. `error` is for people."""
+
+    error: str
+    code: ErrorCode
+
+
 CODES: Mapping[int, ErrorCode] = {
     403: ErrorCode.UNAUTHORIZED,
     404: ErrorCode.NOT_FOUND,
@@ -53,10 +62,7 @@ def http_error(
     `message` is the name of the status, and `code` that of `CODES`, unless they are given. `wait` is the number of
     seconds until a retry can succeed.
     """
-    body = {
-        "error": message or HTTPStatus(status).phrase.lower(),
-        "code": code or CODES.get(status, ErrorCode.BAD_MESSAGE),
-    }
+    body = ErrorAnswer(message or HTTPStatus(status).phrase.lower(), code or CODES.get(status, ErrorCode.BAD_MESSAGE))
     return json_response(body, status, [*retry_headers(status, wait), *headers])
 
 

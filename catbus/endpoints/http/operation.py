@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from msgspec import Struct
 
-from ...error_codes import ErrorCode
 from ..replica_interface import ReplicaInterface
 from .http_request import HttpRequest
-from .http_response import HttpResponse
+from .http_response import ErrorAnswer, HttpResponse
 
 Handler = Callable[[ReplicaInterface, HttpRequest], Awaitable[HttpResponse]]
-
-
-class ErrorAnswer(Struct):
-    """The body of a response that reports an error. `error` is for people."""
-
-    error: str
-    code: ErrorCode
 
 
 class Access(Enum):
@@ -35,21 +27,19 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response: what it means, and the type of its body. Without a type, the body is text of the type `media`."""
+    """A response: what it means, and the type of its body. Without a type, its body is a text of the type `media`."""
 
     meaning: str
     body: Any = None
-    media: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """The headers that matter to a client, each with its meaning."""
+    media: str = "text/plain"
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of a path. The types are structs, from which the parameters are described.
+    """One method of a path: its handler, and what `/openapi.json` says of it.
 
-    `answers` are the responses by status. The errors that every operation or every one with a token can answer with
-    are not in it.
+    `path`, `query` and `headers` are structs whose fields are the parameters. `body` and `error_body` are types for
+    JSON. `answers` are the responses by status; the errors of each operation, and of each with a token, are added.
     """
 
     handler: Handler
@@ -61,5 +51,5 @@ class Operation:
     query: type[Struct] | None = None
     headers: type[Struct] | None = None
     body: Any = None
+    body_required: bool = True
     error_body: Any = ErrorAnswer
-    """The type of the body of a response that reports an error."""

@@ -38,6 +38,10 @@ class PublishResult(Struct, omit_defaults=True):
     code: ErrorCode | UnsetType = UNSET
 
 
+PUBLISH_ANSWER = PublishResult | list[PublishResult]
+"""The body of a response: one result for one message, and an array for an array."""
+
+
 async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Publish the message in the body, or an array of messages in order.
 

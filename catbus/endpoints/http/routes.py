@@ -6,22 +6,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ...error_codes import ErrorCode
 from ...errors import PeerError
 from ...protocol import wire_messages as wire
 from ..replica_interface import ReplicaInterface
+from .api.channels import ChannelsQuery, ChannelsReport, list_channels
+from .api.clients import ClientPath, DisconnectReport, disconnect_client
+from .api.replicas import ReplicasReport, list_replicas
+from .api.sessions import SessionsPage, SessionsQuery, list_sessions
 from .cors import preflight_headers
 from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
-from .http_response import UPGRADE_REQUIRED, HttpResponse, http_error, json_response, text_response
+from .http_response import UPGRADE_REQUIRED, ErrorAnswer, HttpResponse, http_error, json_response, text_response
 from .javascript_client import javascript_modules, serve_javascript
-from .operation import Access, Answer, ErrorAnswer, Handler, Operation
-from .publish_request import PublishHeaders, PublishResult, publish
+from .openapi_document import openapi_document
+from .operation import Access, Answer, Handler, Operation
+from .publish_request import PUBLISH_ANSWER, PublishHeaders, publish
 from .query import decode_percent
 
 
@@ -77,22 +82,30 @@ async def discover(replica: ReplicaInterface, request: HttpRequest) -> HttpRespo
     )
 
 
+async def openapi(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
+    """Answer with the description of all paths."""
+    return HttpResponse(200, _document(), type=b"application/json")
+
+
+@cache
+def _document() -> bytes:
+    return wire.to_json(openapi_document(ROUTES)) + b"\n"
+
+
 async def websocket(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
     """Reject a request without an upgrade on a path that serves only WebSocket."""
     return UPGRADE_REQUIRED
 
 
-TEXT = "text/plain"
-
 ROUTES: dict[str, dict[str, Operation]] = {
-    "/health": {"GET": Operation(health, "Whether the process is alive", {200: Answer("`ok`", media=TEXT)})},
+    "/health": {"GET": Operation(health, "Whether the process is alive", {200: Answer("`ok`.")})},
     "/ready": {
         "GET": Operation(
             ready,
-            "Whether a load balancer should send new clients",
+            "Whether a load balancer should send new clients to this replica",
             {
-                200: Answer("`ready`, or `degraded: ` with the reason", media=TEXT),
-                503: Answer("`starting` or `draining`", media=TEXT),
+                200: Answer("`ready`, or `degraded: ` with the reason."),
+                503: Answer("`starting` or `draining`."),
             },
         )
     },
@@ -100,7 +113,7 @@ ROUTES: dict[str, dict[str, Operation]] = {
         "GET": Operation(
             status,
             "The state of this replica, for people",
-            {200: Answer("Fields may change with any release", dict[str, Any])},
+            {200: Answer("Fields may change with any release.", dict[str, Any])},
             Access.READER,
         )
     },
@@ -108,10 +121,7 @@ ROUTES: dict[str, dict[str, Operation]] = {
         "GET": Operation(
             metrics,
             "The metrics, for Prometheus",
-            {
-                200: Answer("Prometheus's text format", media=TEXT),
-                503: Answer("This replica exports no metrics", ErrorAnswer),
-            },
+            {200: Answer("Prometheus's text format."), 503: Answer("This replica exports no metrics.", ErrorAnswer)},
         )
     },
     "/catbus.js": {
@@ -119,34 +129,78 @@ ROUTES: dict[str, dict[str, Operation]] = {
             serve_javascript,
             "The JavaScript client",
             {
-                200: Answer("A module, whose imports are below `/catbus/`", media="text/javascript"),
-                304: Answer("`If-None-Match` has the `ETag` of the module"),
+                200: Answer("A module. Its imports are below `/catbus/`.", media="text/javascript"),
+                304: Answer("`If-None-Match` names the `ETag` of the module."),
             },
         )
     },
     "/.well-known/catbus": {
         "GET": Operation(
-            discover, "The endpoints of the broker", {200: Answer("URLs, by the requested host", DiscoveryDocument)}
+            discover,
+            "The URLs of the broker, by the host of the request",
+            {200: Answer("The URLs.", DiscoveryDocument)},
         )
+    },
+    "/openapi.json": {
+        "GET": Operation(openapi, "This document", {200: Answer("An OpenAPI 3.1 document.", dict[str, Any])})
     },
     "/publish": {
         "POST": Operation(
             publish,
             "Publish a message, or an array of messages in order",
             {
-                200: Answer("What was committed: one object for each message", PublishResult | list[PublishResult]),
+                200: Answer("Each message is committed, or passed on if it is ephemeral.", PUBLISH_ANSWER),
+                504: Answer("Unknown: perhaps messages are committed.", PUBLISH_ANSWER),
             },
             Access.CLIENT,
+            "The answer to an array is an array. If messages are rejected, the status is that of the first one; the "
+            "others are published all the same.",
             headers=PublishHeaders,
             body=wire.Publish | list[wire.Publish],
-            error_body=PublishResult | list[PublishResult],
+            error_body=PUBLISH_ANSWER,
         )
     },
     "/ws": {
         "GET": Operation(
             websocket,
             "WebSocket",
-            {101: Answer("A WebSocket"), 426: Answer("The request has no upgrade to WebSocket", ErrorAnswer)},
+            {101: Answer("The WebSocket."), 426: Answer("The request has no upgrade to WebSocket.", ErrorAnswer)},
+        )
+    },
+    "/api/replicas": {
+        "GET": Operation(
+            list_replicas,
+            "All replicas of the broker",
+            {200: Answer("The replicas.", ReplicasReport)},
+            Access.ADMINISTRATOR,
+        )
+    },
+    "/api/sessions": {
+        "GET": Operation(
+            list_sessions,
+            "The open sessions of this replica",
+            {200: Answer("A page of them, the oldest first.", SessionsPage)},
+            Access.ADMINISTRATOR,
+            query=SessionsQuery,
+        )
+    },
+    "/api/channels": {
+        "GET": Operation(
+            list_channels,
+            "The busiest channels of this replica, and its subscriptions by pattern",
+            {200: Answer("The largest numbers first.", ChannelsReport)},
+            Access.ADMINISTRATOR,
+            query=ChannelsQuery,
+        )
+    },
+    "/api/clients/{client_id}/disconnect": {
+        "POST": Operation(
+            disconnect_client,
+            "Close all sessions of a client",
+            {200: Answer("They are closed with 4505.", DisconnectReport)},
+            Access.ADMINISTRATOR,
+            "The client may connect again, and the clients of Catbus do so by themselves.",
+            path=ClientPath,
         )
     },
 }

@@ -1,0 +1,1 @@
+"""`/api/`: what administrators see of a broker, and what they can do, one module for each resource."""

@@ -1,0 +1,52 @@
+"""Who may use `/api/`, and the types that several of its resources share."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from ....auth.grants import Identity
+from ....error_codes import ErrorCode
+from ....errors import PeerError, Unavailable
+from ...replica_interface import ReplicaInterface
+from ..error_responses import error_response
+from ..http_request import HttpRequest, bearer_token
+from ..http_response import HttpResponse, json_response
+from ..operation import Handler
+
+MAX_CLIENT_ID = 1024
+"""Characters of a client_id in a request. Those of tokens are shorter by default (`limits.client_id`)."""
+
+ClientId = Annotated[
+    str, Meta(min_length=1, max_length=MAX_CLIENT_ID, pattern=r"^[^\x00]*$", description="The client_id of its token.")
+]
+
+Limit = Annotated[int, Meta(ge=1, le=1000, description="The most entries of each list in the answer.")]
+
+
+def may_administer(identity: Identity) -> bool:
+    """Return whether an identity may use `/api/`."""
+    return identity.admin or (identity.grants.may_read("*") and identity.grants.may_write("*"))
+
+
+def for_administrators(answer: Callable[[ReplicaInterface, HttpRequest], Awaitable[Struct]]) -> Handler:
+    """Make a handler that checks the token, and answers with the struct that `answer` returns.
+
+    The token is taken from the `Authorization` header alone: a URL may be logged on its way. `answer` may raise
+    `PeerError` and `Unavailable`.
+    """
+
+    async def handle(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
+        try:
+            identity = await replica.authenticate(bearer_token(request), request.network)
+            if not may_administer(identity):
+                raise PeerError(
+                    ErrorCode.UNAUTHORIZED, "this needs the admin key, or a token with read and write grants for `*`"
+                )
+            return json_response(await answer(replica, request), headers=[(b"cache-control", b"no-store")])
+        except (PeerError, Unavailable) as error:
+            return error_response(replica, error)
+
+    return handle
