@@ -17,7 +17,10 @@ from .line_writer import close_writers
 from .log_configuration import configure_logging
 from .log_redaction import redact_text
 
-COMMANDS = ("run", "check", "init", "repair", "grant", "token", "role", "revoke", "status", "pub", "sub", "fuzz")
+COMMANDS = (
+    *("run", "check", "init", "repair", "grant", "token", "role", "revoke"),
+    *("status", "sessions", "channels", "disconnect", "pub", "sub", "fuzz"),
+)
 """The commands in the order of `--help`. Each is a module of `commands`, imported when it is used."""
 
 

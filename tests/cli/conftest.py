@@ -100,3 +100,18 @@ def next_event(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
         if event["event"] == name:
             return event
     pytest.fail(f"it ended without {name!r}: {process.communicate()}")
+
+
+class Running(NamedTuple):
+    url: str
+    process: subprocess.Popen[str]
+    state: Path
+
+
+@pytest.fixture
+def broker(start: Start, tmp_path: Path) -> Running:
+    config = tmp_path / "catbus.toml"
+    config.write_text("[drain]\ndelay = 0\nwindow = 0\n")
+    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
+    [url] = next_event(process, "serving")["urls"]
+    return Running(url, process, tmp_path / "state")

@@ -6,28 +6,12 @@ import json
 import signal
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from .conftest import Command, Start, next_event
+from .conftest import Command, Running, Start, next_event
 
 PATIENCE = 30
-
-
-class Running(NamedTuple):
-    url: str
-    process: subprocess.Popen[str]
-    state: Path
-
-
-@pytest.fixture
-def broker(start: Start, tmp_path: Path) -> Running:
-    config = tmp_path / "catbus.toml"
-    config.write_text("[drain]\ndelay = 0\nwindow = 0\n")
-    process = start("run", "--config", str(config), "--database", "memory", "--ws-bind", "127.0.0.1:0")
-    [url] = next_event(process, "serving")["urls"]
-    return Running(url, process, tmp_path / "state")
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str, str]:

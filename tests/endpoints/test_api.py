@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,6 +39,7 @@ from tests.endpoints.raw_peer import Response
 from tests.test_both_transports import discover
 from tests.test_metrics import scrape
 
+NAME = f"{socket.gethostname()}:{os.getpid()}"
 ADMIN_KEY = "the-admin-key-of-the-tests"
 
 OPERATIONS = [
@@ -109,6 +112,20 @@ async def test_only_administrators_may_use_the_api(server: Server, method: str, 
     refused(await request(server.address, f"{path}?nonsense=1", TOKEN, method=method), 400, "bad_message")
 
 
+async def test_calls_of_administrators_are_logged_without_their_query(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "catbus.audit")
+    await request(server.address, "/api/clients/bob/disconnect?access_token=secret", TOKEN, method="POST")
+    await request(server.address, f"/api/clients/{'x' * 5000}/disconnect", ADMIN_KEY, method="POST")
+    await request(server.address, "/api/sessions", token("bob", read="a.*"))
+    [one, other] = caplog.records
+    fields = ("method", "path", "status", "client_id", "address")
+    assert [getattr(one, name) for name in fields] == ["POST", "/api/clients/bob/disconnect", 200, "alice", "127.0.0.1"]
+    assert (vars(other)["status"], vars(other)["client_id"], len(vars(other)["path"])) == (400, None, 255)
+    assert "secret" not in str([vars(record) for record in caplog.records])
+
+
 # Replicas
 
 
@@ -156,6 +173,7 @@ async def test_sessions_of_both_transports_are_listed_with_their_figures(server:
         for session in found["sessions"]:
             assert before <= session.pop("opened") <= time.time_ns() // 1_000_000
     assert found == {
+        "replica": NAME,
         "open": 2,
         "sessions": [
             {
@@ -292,6 +310,7 @@ async def test_busiest_channels_and_patterns_come_first(server: Server) -> None:
         found = await server.get("/api/channels?limit=2")
     assert 0 < found.pop("seconds") < 61
     assert found == {
+        "replica": NAME,
         "messages": 10,
         "missed": 0,
         "channels": [
@@ -344,7 +363,7 @@ async def test_client_is_disconnected_whatever_its_name_is(server: Server, name:
             await nursery.start(stay, name, transport)
             await nursery.start(stay, "other", transport)
         found = await server.get(f"/api/clients/{quote(name, safe='')}/disconnect", method="POST")
-        assert found == {"client_id": name, "sessions": 2}
+        assert found == {"replica": NAME, "client_id": name, "sessions": 2}
         while len(ended) < 2:
             await trio.sleep(0.01)
         assert ended == [CloseCode.DISCONNECTED] * 2

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from ...client.broker_address import make_ssl_context
-from ...errors import Unavailable
 from ...protocol.wire_messages import to_json
 from ..connection_options import ConnectionOptions, connection_options
+from ..http_requests import send_request
+from ..text_tables import format_duration, format_table
 
-_REQUEST_TIMEOUT = 5.0
-_MAX_RESPONSE_BYTES = 1 << 20
 SILENCE_SHOWN_AFTER = 15.0
 """Seconds since the last heartbeat of a replica, after which the silence is shown."""
 
@@ -35,12 +31,12 @@ def command(broker: ConnectionOptions, as_json: bool) -> None:
       catbus status
       catbus status --json --url wss://bus.example.com/ws --token "$TOKEN" | jq .head
     """
-    status, state = _request(broker, "/ready")
+    status, state = send_request(broker, "/ready")
     ready = status == 200
     report: dict[str, Any] = {"url": broker.url, "ready": ready, "state": state}
     note = ""
     if broker.token:
-        status, text = _request(broker, "/status", broker.token)
+        status, text = send_request(broker, "/status", broker.token)
         if status == 200:
             report = {**json.loads(text), **report}
         else:
@@ -50,29 +46,6 @@ def command(broker: ConnectionOptions, as_json: bool) -> None:
     click.echo(to_json(report).decode() if as_json else "\n".join(_format_report(report, note)))
     if not ready:
         raise click.exceptions.Exit(1)
-
-
-def _request(broker: ConnectionOptions, path: str, token: str = "") -> tuple[int, str]:
-    """Send a GET request. Return the status and the body of the response."""
-    parts = urlsplit(broker.url)
-    if parts.scheme not in ("ws", "wss"):
-        raise click.UsageError("--url: `status` uses HTTP over TCP: the URL must begin with ws:// or wss://")
-    host = parts.hostname or ""
-    connection: http.client.HTTPConnection
-    if parts.scheme == "wss":
-        context = make_ssl_context(broker.ca)
-        connection = http.client.HTTPSConnection(host, parts.port, timeout=_REQUEST_TIMEOUT, context=context)
-    else:
-        connection = http.client.HTTPConnection(host, parts.port, timeout=_REQUEST_TIMEOUT)
-    try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        return response.status, response.read(_MAX_RESPONSE_BYTES).decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unavailable(f"cannot reach a broker at {broker.url}: {reason}") from None
-    finally:
-        connection.close()
 
 
 # The text output.
@@ -86,7 +59,7 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
     log = report["log"]
     now = time.time()
     process = f"{report['name']}, process {report['pid']}, catbus {report['version']}"
-    yield _format_row("replica", f"{process}, up {_format_duration(now - report['started'] / 1000)}")
+    yield _format_row("replica", f"{process}, up {format_duration(now - report['started'] / 1000)}")
     yield _format_row("clients", f"{report['clients']:,}")
     yield _format_row("log", f"messages {report['floor']:,} to {report['head']:,} in {_format_size(log['size'])}")
     yield _format_row("epoch", report["epoch"] or "none yet")
@@ -105,7 +78,7 @@ def _format_report(report: dict[str, Any], note: str) -> Iterator[str]:
         yield _format_row(
             "", f"blocked by {holder['application'] or 'an unnamed client'}, process {holder['pid']}, {holder['since']}"
         )
-    yield from _format_replicas(log["replicas"], now)
+    yield from format_table(_COLUMNS, [_format_replica(found, now) for found in log["replicas"]])
 
 
 def _format_missing(log: dict[str, Any]) -> str:
@@ -116,18 +89,11 @@ def _format_missing(log: dict[str, Any]) -> str:
 def _format_retention(found: dict[str, Any], now: float) -> str:
     if found["stepped"] is None:
         return "no messages deleted yet"
-    ago = _format_duration(now - found["stepped"] / 1000)
+    ago = format_duration(now - found["stepped"] / 1000)
     return f"{found['dropped']:,} messages deleted by this replica, most recently {ago} ago"
 
 
 _COLUMNS = "REPLICA", "STATE", "CLIENTS", "APPLIED", "LAGGING", "LAG", "VERSION", "UP"
-
-
-def _format_replicas(replicas: Sequence[dict[str, Any]], now: float) -> Iterator[str]:
-    rows = [_COLUMNS, *(_format_replica(found, now) for found in replicas)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
-    for row in rows:
-        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _format_replica(found: dict[str, Any], now: float) -> tuple[str, ...]:
@@ -137,7 +103,7 @@ def _format_replica(found: dict[str, Any], now: float) -> tuple[str, ...]:
     values = [found.get(name) for name in ("clients", "applied", "lagging", "lag")]
     numbers = [f"{value:,}" if isinstance(value, int) else "?" for value in values]
     started = found.get("started")
-    up = _format_duration(now - started / 1000) if isinstance(started, int) else "?"
+    up = format_duration(now - started / 1000) if isinstance(started, int) else "?"
     return (f"{found.get('name', '?')}:{found.get('pid', '?')}", state, *numbers, str(found.get("version", "?")), up)
 
 
@@ -147,11 +113,3 @@ def _format_row(name: str, text: str) -> str:
 
 def _format_size(number: float) -> str:
     return f"{number / (1 << 20):,.1f} MiB"
-
-
-def _format_duration(seconds: float) -> str:
-    seconds = max(0, int(seconds))
-    for length, unit, smaller, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= length:
-            return f"{seconds // length} {unit} {seconds % length // smaller} {small}"
-    return f"{seconds} s"

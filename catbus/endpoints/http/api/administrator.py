@@ -10,6 +10,8 @@ from msgspec import Meta, Struct
 from ....auth.grants import Identity
 from ....error_codes import ErrorCode
 from ....errors import PeerError, Unavailable
+from ....observability.audit_log import log_admin_call
+from ....protocol.wire_messages import clip
 from ...replica_interface import ReplicaInterface
 from ..error_responses import error_response
 from ..http_request import HttpRequest, bearer_token
@@ -25,6 +27,14 @@ ClientId = Annotated[
 
 Limit = Annotated[int, Meta(ge=1, le=1000, description="The most entries of each list in the answer.")]
 
+ReplicaName = Annotated[str, Meta(description="The replica that answers: its host, and the number of its process.")]
+
+
+def name_of(replica: ReplicaInterface) -> str:
+    """Return the name of a replica for people."""
+    found = replica.describe()
+    return f"{found['name']}:{found['pid']}"
+
 
 def may_administer(identity: Identity) -> bool:
     """Return whether an identity may use `/api/`."""
@@ -32,7 +42,7 @@ def may_administer(identity: Identity) -> bool:
 
 
 def for_administrators(answer: Callable[[ReplicaInterface, HttpRequest], Awaitable[Struct]]) -> Handler:
-    """Make a handler that checks the token, and answers with the struct that `answer` returns.
+    """Make a handler that checks the token, answers with the struct that `answer` returns, and logs the call.
 
     The token is taken from the `Authorization` header alone: a URL may be logged on its way. `answer` may raise
     `PeerError` and `Unavailable`.
@@ -45,8 +55,14 @@ def for_administrators(answer: Callable[[ReplicaInterface, HttpRequest], Awaitab
                 raise PeerError(
                     ErrorCode.UNAUTHORIZED, "this needs the admin key, or a token with read and write grants for `*`"
                 )
-            return json_response(await answer(replica, request), headers=[(b"cache-control", b"no-store")])
-        except (PeerError, Unavailable) as error:
+        except PeerError as error:
             return error_response(replica, error)
+        try:
+            response = json_response(await answer(replica, request), headers=[(b"cache-control", b"no-store")])
+        except (PeerError, Unavailable) as error:
+            response = error_response(replica, error)
+        path, client_id = clip(request.path), identity.client_id
+        log_admin_call(request.method, path, response.status, client_id=client_id, address=request.network)
+        return response
 
     return handle

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from ...replica_interface import ReplicaInterface
 from ..http_request import HttpRequest
 from ..query import parse_query_as
-from .administrator import Limit, for_administrators
+from .administrator import Limit, ReplicaName, for_administrators, name_of
 
 
 class ChannelsQuery(Struct):
@@ -39,6 +39,7 @@ class PatternReport(Struct):
 class ChannelsReport(Struct):
     """The channels and the patterns of this replica, the busiest first."""
 
+    replica: ReplicaName
     seconds: Annotated[float, Meta(ge=0, description="The time in which messages were counted: about a minute.")]
     messages: Annotated[int, Meta(ge=0, description="Messages in all channels in that time, ephemeral ones included.")]
     missed: Annotated[
@@ -53,6 +54,7 @@ async def _answer(replica: ReplicaInterface, request: HttpRequest) -> ChannelsRe
     delivery = replica.delivery
     counts = delivery.channel_rates.report(trio.current_time(), limit)
     return ChannelsReport(
+        replica=name_of(replica),
         seconds=round(counts.seconds, 3),
         messages=counts.total,
         missed=counts.missed,

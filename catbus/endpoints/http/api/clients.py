@@ -6,14 +6,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from ....observability.loggers import get_logger
-from ....protocol.wire_messages import clip
 from ...replica_interface import ReplicaInterface
 from ..http_request import HttpRequest
 from ..query import convert_parameters, parse_query
-from .administrator import ClientId, for_administrators
-
-logger = get_logger("catbus.endpoints")
+from .administrator import ClientId, ReplicaName, for_administrators, name_of
 
 
 class ClientPath(Struct):
@@ -25,6 +21,7 @@ class ClientPath(Struct):
 class DisconnectReport(Struct):
     """What became of a request to disconnect a client."""
 
+    replica: ReplicaName
     client_id: str
     sessions: Annotated[int, Meta(ge=0, description="Sessions of this replica that were closed.")]
 
@@ -32,9 +29,7 @@ class DisconnectReport(Struct):
 async def _disconnect(replica: ReplicaInterface, request: HttpRequest) -> DisconnectReport:
     parse_query(request.query, {})
     client_id = convert_parameters(request.parameters, ClientPath).client_id
-    closed = await replica.disconnect_client(client_id)
-    logger.info("an administrator disconnected a client", client_id=clip(client_id), sessions=closed)
-    return DisconnectReport(client_id, closed)
+    return DisconnectReport(name_of(replica), client_id, await replica.disconnect_client(client_id))
 
 
 disconnect_client = for_administrators(_disconnect)

@@ -12,7 +12,7 @@ from ....session.session_report import SessionReport
 from ...replica_interface import ReplicaInterface
 from ..http_request import HttpRequest
 from ..query import parse_query_as
-from .administrator import ClientId, Limit, for_administrators
+from .administrator import ClientId, Limit, ReplicaName, for_administrators, name_of
 
 
 class SessionsQuery(Struct):
@@ -26,6 +26,7 @@ class SessionsQuery(Struct):
 class SessionsPage(Struct):
     """A page of the open sessions, the oldest first."""
 
+    replica: ReplicaName
     open: Annotated[int, Meta(ge=0, description="The number of all open sessions of this replica.")]
     sessions: list[SessionReport]
     next: Annotated[int | None, Meta(description="The `after` of the next page; null on the last one.")] = None
@@ -35,7 +36,7 @@ async def _answer(replica: ReplicaInterface, request: HttpRequest) -> SessionsPa
     """Describe sessions for as long as this request may use the CPU at a time, and let other tasks run in between."""
     query = parse_query_as(request.query, SessionsQuery)
     found = replica.sessions_after(query.after)
-    page = SessionsPage(len(replica.sessions_after(0)), [])
+    page = SessionsPage(name_of(replica), len(replica.sessions_after(0)), [])
     scheduler, position = replica.cpu_scheduler, replica.delivery.position
     began = perf_counter()
     for opened in found:
