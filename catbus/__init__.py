@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .config import Config, load
     from .error_codes import ErrorCode
     from .errors import CatbusError, ConfigError, Disconnected, PeerError, Refused, Unavailable
+    from .in_process import LocalMessage, LocalPage
+    from .session.hooks import AuthenticatedClient, ClientInfo, Replacement
+    from .session.session_report import SessionReport
 
 _HOMES = {
     "broker": ("Broker", "open_broker", "serve"),
@@ -58,13 +61,18 @@ _HOMES = {
         "Refused",
         "Unavailable",
     ),
+    "in_process": ("LocalMessage", "LocalPage"),
+    "session.hooks": ("AuthenticatedClient", "ClientInfo", "Replacement"),
+    "session.session_report": ("SessionReport",),
 }
 
 __all__ = [
+    "AuthenticatedClient",
     "Backoff",
     "Broker",
     "Bus",
     "CatbusError",
+    "ClientInfo",
     "CloseCode",
     "Config",
     "ConfigError",
@@ -75,6 +83,8 @@ __all__ = [
     "GoAway",
     "Head",
     "Live",
+    "LocalMessage",
+    "LocalPage",
     "Message",
     "Messages",
     "Page",
@@ -82,6 +92,8 @@ __all__ = [
     "Reconnected",
     "Reconnecting",
     "Refused",
+    "Replacement",
+    "SessionReport",
     "State",
     "Unavailable",
     "connect",

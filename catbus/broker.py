@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 import trio
@@ -20,7 +21,7 @@ from .certificates import CertificateSource
 from .config import Config
 from .endpoints import serve_http, serve_quic
 from .errors import PeerError, Refused
-from .in_process import LocalSubscription
+from .in_process import LocalPage, LocalSubscription, read_history
 from .log import Log, MemoryLog, Rejected
 from .malloc_trim import trim_after_peaks
 from .observability.metrics import export_metrics
@@ -28,6 +29,9 @@ from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
 from .protocol.wire_messages import Publish, check_payload, to_json
 from .replica import Replica
+from .session.driver import MAX_HISTORY
+from .session.hooks import HOOK_TIMEOUT, AuthenticateHook, HookOptions, Hooks, PublishHook, SessionHook
+from .session.session_report import SessionReport
 
 OWNER = Identity(client_id=None, grants=Grants.ADMIN, expires=None, admin=True)
 """The identity that publishes and subscribes in this process."""
@@ -62,15 +66,46 @@ class Broker:
         forms = {"websocket": f"{websocket}://{{}}/ws", "webtransport": "https://{}"}
         return [forms[transport].format(address) for transport, address in self.addresses]
 
-    async def publish(self, channel: str, payload: Any, *, ephemeral: bool = False) -> int | None:
+    @property
+    def http_urls(self) -> list[str]:
+        """The URLs of the HTTP endpoint, without a path: `http://127.0.0.1:8080` (or `https://`)."""
+        scheme = "https" if self.replica.config.websocket.tls else "http"
+        return [f"{scheme}://{address}" for transport, address in self.addresses if transport == "websocket"]
+
+    @property
+    def sessions(self) -> list[SessionReport]:
+        """Describe the sessions of this replica as they are now, in the order in which they were opened.
+
+        The cost grows with the number of their subscriptions.
+        """
+        position = self.replica.delivery.position
+        return [session.report(position) for session in self.replica.sessions.values()]
+
+    async def history(self, pattern: str, *, before: int | None = None, limit: int = 100) -> LocalPage:
+        """Read the newest `limit` messages (1 to 1,000) that match, below the seq `before`, from the log.
+
+        They are in the page oldest first; `page.more` says whether there are older ones. Raises `Refused` for a bad
+        pattern, `ValueError` for another limit, and `Unavailable` while the database is unreachable. May be cancelled.
+        """
+        if not 1 <= limit <= MAX_HISTORY:
+            raise ValueError(f"limit: from 1 to {MAX_HISTORY}, not {limit}")
+        with refusing():
+            return await read_history(self.replica, pattern, before, limit)
+
+    async def publish(
+        self, channel: str, payload: Any, *, ephemeral: bool = False, sender: str | None = None
+    ) -> int | None:
         """Publish a JSON value and return its seq once it is committed (None for an ephemeral one).
 
-        Raises `Refused`, and `TypeError` for a value that JSON has no form for. Cancelling it leaves open whether it is
-        committed.
+        `sender` is the client_id that subscribers receive with the message; it counts against no limit of that client.
+        No hook is called. Raises `Refused`, and `TypeError` or `ValueError` for a payload that has no JSON form and for
+        a sender that is no client_id. Cancelling it leaves open whether the message is committed.
         """
+        if sender is not None:
+            _check_sender(sender, self.replica.config.limits.client_id)
         with refusing():
             request = Publish(channel, msgspec.Raw(check_payload(to_json(payload))), ephemeral=ephemeral)
-        [outcome] = await self.replica.publish(OWNER, [request])
+        [outcome] = await self.replica.publish(replace(OWNER, client_id=sender), [request], charged=False)
         if isinstance(outcome, Rejected):
             raise Refused(outcome.code, outcome.message)
         return None if outcome is None else outcome.seq
@@ -101,54 +136,102 @@ class Broker:
         await self._stopping.wait()
 
 
-async def serve(config: Config, *, task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED) -> None:
+async def serve(
+    config: Config,
+    *,
+    authenticate: AuthenticateHook | None = None,
+    on_publish: PublishHook | None = None,
+    on_session: SessionHook | None = None,
+    hook_timeout: float = HOOK_TIMEOUT,
+    task_status: trio.TaskStatus[Broker] = trio.TASK_STATUS_IGNORED,
+) -> None:
     """Run a replica until `Broker.stop`. `task_status` gets the broker when its endpoints are open.
 
     While the database is unreachable, the endpoints are open, `/ready` returns 503, and connecting is retried. Raises
     `ConfigError`, also for an address that cannot be bound, in an exception group. Cancelling it closes all connections
     at once.
+
+    The hooks are called for clients, over every transport:
+
+    - `authenticate(token, client)` returns the `AuthenticatedClient` that a token names, or None: then the token is
+      verified as one of the broker's own. It is not called for the admin key.
+    - `on_publish(client, channel, payload)` is called for each publish that the client's grants allow, retries
+      included, before it is appended. It returns None to publish it as it is, or a `Replacement`. The publishes of a
+      session, or of a request, wait for one another, so they keep their order.
+    - `on_session(client)` returns an async context manager. The broker enters it when a session opens, before the
+      client is told so, and leaves it when the session ends, in the same task.
+
+    Each may raise `Refused`: the request is rejected with its code and text. It may raise `Unavailable` or
+    `trio.TooSlowError`, or take longer than `hook_timeout` seconds (each of entering and leaving for `on_session`):
+    the request is rejected as `unavailable`. After any other exception it is rejected as `internal`. Only refusals are
+    not logged. If a session's context ends by itself, the session is closed. A hook is cancelled when the broker is
+    cancelled, and `authenticate` and `on_publish` also when their client's connection is closed.
     """
     certificates = None
     if config.certificate_needed:
         certificates = CertificateSource(config.webtransport, config.state_directory, datetime.now(UTC))
     async with trio.open_nursery() as nursery:
-        broker = await _start(config, nursery, certificates)
-        replica = broker.replica
-        async with trio.open_nursery() as sessions:
-            http = serve_http, replica, config.websocket.bind, sessions
-            replica.add_endpoint("websocket", await nursery.start(*http))
-            if certificates is not None and config.webtransport_served:
-                quic = serve_quic, replica, config.webtransport.bind, certificates.latest_quic, sessions
-                replica.add_endpoint("webtransport", await nursery.start(*quic))
-            task_status.started(broker)
+        async with trio.open_nursery() as contexts:
+            hooks = Hooks(
+                contexts,
+                authenticate=authenticate,
+                on_publish=on_publish,
+                on_session=on_session,
+                hook_timeout=hook_timeout,
+            )
+            broker = await _start(config, nursery, certificates, hooks)
+            replica = broker.replica
+            async with trio.open_nursery() as sessions:
+                http = serve_http, replica, config.websocket.bind, sessions
+                replica.add_endpoint("websocket", await nursery.start(*http))
+                if certificates is not None and config.webtransport_served:
+                    quic = serve_quic, replica, config.webtransport.bind, certificates.latest_quic, sessions
+                    replica.add_endpoint("webtransport", await nursery.start(*quic))
+                task_status.started(broker)
 
-            await broker.wait_stopping()
-            await replica.drain()
-            for endpoint in replica.endpoints.values():
-                endpoint.close()
-            replica.finish()
-            sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
+                await broker.wait_stopping()
+                await replica.drain()
+                for endpoint in replica.endpoints.values():
+                    endpoint.close()
+                replica.finish()
+                sessions.cancel_scope.deadline = trio.current_time() + config.drain.deadline
+            # The contexts of sessions are left when their connections are closed, while the broker still runs.
         nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
-async def open_broker(config: Config | None = None) -> AsyncIterator[Broker]:
-    """Run a replica without endpoints, for use in this process. Waits until the database is reachable."""
+async def open_broker(config: Config | None = None, **hooks: Unpack[HookOptions]) -> AsyncIterator[Broker]:
+    """Run a replica without endpoints, for use in this process. Waits until the database is reachable.
+
+    The hooks of `serve` are called for connections that something else serves: `catbus.testing.open_test_broker` does.
+    """
     async with trio.open_nursery() as nursery:
-        broker = await _start(config or Config(), nursery)
-        await broker.replica.log.wait_open()
-        yield broker
+        async with trio.open_nursery() as contexts:
+            broker = await _start(config or Config(), nursery, hooks=Hooks(contexts, **hooks))
+            await broker.replica.log.wait_open()
+            yield broker
+            contexts.cancel_scope.deadline = trio.current_time() + hooks.get("hook_timeout", HOOK_TIMEOUT)
         nursery.cancel_scope.cancel()
 
 
-async def _start(config: Config, nursery: trio.Nursery, certificates: CertificateSource | None = None) -> Broker:
+def _check_sender(sender: str, most: int) -> None:
+    if "\0" in sender or len(sender.encode()) > most:
+        raise ValueError(f"sender: a client_id of at most {most} bytes, without U+0000")
+
+
+async def _start(
+    config: Config,
+    nursery: trio.Nursery,
+    certificates: CertificateSource | None = None,
+    hooks: Hooks | None = None,
+) -> Broker:
     """Start a replica without its endpoints: the log, the delivery that follows it, and the flusher."""
     keys = [await trio.Path(file).read_text() for file in config.auth.jwt]
     settings = config.auth
     authenticator = Authenticator(settings.secrets, admin_key=settings.admin_key, jwt_keys=keys, leeway=settings.leeway)
     log = await _open_log(config, nursery)
     roles = log.roles if isinstance(log, PostgresLog) else None
-    replica = Replica(config, log, authenticator, certificates, roles, export_metrics)
+    replica = Replica(config, log, authenticator, certificates, roles, export_metrics, hooks)
     await nursery.start(replica.log.run, replica.delivery, replica.describe)
     nursery.start_soon(replica.cpu_scheduler.run)
     nursery.start_soon(trim_after_peaks)

@@ -1,4 +1,4 @@
-"""Subscriptions in the broker's own process: the same delivery, without a connection."""
+"""What the broker's own process uses without a connection: subscriptions and history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replica import Replica
 
 @dataclass(frozen=True, slots=True)
 class LocalMessage:
-    """A message from a subscription. `at`: milliseconds since 1970. An ephemeral message has no `seq`."""
+    """A message from a subscription or the history. `at`: milliseconds since 1970. An ephemeral one has no `seq`."""
 
     channel: str
     data: bytes
@@ -32,6 +32,25 @@ class LocalMessage:
     def payload(self) -> Any:
         """The payload, decoded."""
         return decode_payload(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPage:
+    """A page of messages from the log, oldest first. `more`: there are older ones."""
+
+    messages: tuple[LocalMessage, ...]
+    more: bool
+
+
+async def read_history(replica: Replica, pattern: str, before: int | None, limit: int) -> LocalPage:
+    """Read the newest messages that match, as `Broker.history` does. Raises `PeerError` and `Unavailable`."""
+    check_pattern(pattern)
+    entries, more = await replica.log.history(pattern, before=before, limit=limit)
+    return LocalPage(tuple(_make_message(entry, pattern) for entry in entries), more)
+
+
+def _make_message(entry: Entry, pattern: str) -> LocalMessage:
+    return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, pattern)
 
 
 class LocalSubscription(AsyncIterator[LocalMessage]):
@@ -66,7 +85,7 @@ class LocalSubscription(AsyncIterator[LocalMessage]):
         entry = self._ready.popleft()
         self.cursor = entry.seq or self.cursor
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return LocalMessage(entry.channel, entry.payload, entry.seq or None, entry.at, entry.sender, self.pattern)
+        return _make_message(entry, self.pattern)
 
     def close(self) -> None:
         """End the subscription, and the iteration over it."""

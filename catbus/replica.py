@@ -36,6 +36,7 @@ from .observability.runtime_statistics import RuntimeStatistics
 from .protocol.wire_messages import Publish
 from .session.authentication import Authentication
 from .session.driver import SessionDriver, Streams
+from .session.hooks import ClientInfo, Hooks
 from .session.publishing import Publisher
 from .session.services import SessionServices
 from .session.session_report import OpenSession
@@ -84,7 +85,7 @@ class Replica:
     """The registry of a replica's sessions, and the services that they share. Belongs to one Trio thread.
 
     `certificates` is needed for WebTransport, and for TLS on the WebSocket port. Without `roles`, role tokens are
-    rejected. Without an `exporter`, there are no metrics.
+    rejected. Without an `exporter`, there are no metrics. `hooks` are those of the program that embeds the broker.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Replica:
         certificates: CertificateSource | None = None,
         roles: RoleSource | None = None,
         exporter: MetricsExporter | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         self.config = config
         self.log = log
@@ -114,10 +116,17 @@ class Replica:
         """The open sessions, the oldest first."""
         self.draining = False
         publish_rates = PublishRateLimits(config.limits.publish_rate, config.limits.publish_bytes)
+        hooks = hooks or Hooks()
         self._authentication = Authentication(
-            authenticator, roles, self.cpu_scheduler, self.runtime_statistics, config.limits.client_id
+            authenticator,
+            roles,
+            self.cpu_scheduler,
+            self.runtime_statistics,
+            config.limits.client_id,
+            hooks,
+            config.auth.leeway,
         )
-        self._publisher = Publisher(log, self.delivery, publish_rates, self.cpu_scheduler)
+        self._publisher = Publisher(log, self.delivery, publish_rates, self.cpu_scheduler, hooks)
         self._services = SessionServices(
             config=config,
             log=log,
@@ -125,6 +134,7 @@ class Replica:
             flusher=self.flusher,
             authentication=self._authentication,
             publisher=self._publisher,
+            hooks=hooks,
             permissions=self.permissions,
             publish_rates=publish_rates,
             client_usages=self.client_usages,
@@ -203,9 +213,9 @@ class Replica:
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
     ) -> SessionDriver:
         """Open a session for a new connection from this network. The caller calls `end` when the connection ends."""
-        session = SessionDriver(self._services, writer, transport, streams, network, self._remove)
-        opened = time.time_ns() // 1_000_000
-        self.sessions[session] = OpenSession(next(self._session_ids), opened, network, session)
+        session_id, opened = next(self._session_ids), time.time_ns() // 1_000_000
+        session = SessionDriver(self._services, writer, transport, streams, network, session_id, self._remove)
+        self.sessions[session] = OpenSession(session_id, opened, network, session)
         self._sessions[transport] += 1
         self._opened[transport] += 1
         if self._closing:
@@ -243,10 +253,17 @@ class Replica:
         return await self._authentication.verify(token, network)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
+        self,
+        identity: Identity,
+        requests: Sequence[Publish],
+        producer: bytes = b"",
+        client: Hashable = None,
+        *,
+        source: ClientInfo | None = None,
+        charged: bool = True,
     ) -> list[Outcome | None]:
         """Publish without a session, as `Publisher.publish` does."""
-        return await self._publisher.publish(identity, requests, producer, client)
+        return await self._publisher.publish(identity, requests, producer, client, source=source, charged=charged)
 
     async def send_heads(self) -> None:
         """Send `head` to quiet sessions for ever, so that retention does not overtake their clients' cursors.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 import trio
 
@@ -24,11 +26,14 @@ CONFIG = Config(
 
 
 @asynccontextmanager
-async def running(config: Config = CONFIG, *, seconds: float = 60) -> AsyncIterator[tuple[Broker, str]]:
-    """A broker that is serving, and its address; stopped in order at the end. A minute is more than any test needs."""
+async def running(config: Config = CONFIG, *, seconds: float = 60, **hooks: Any) -> AsyncIterator[tuple[Broker, str]]:
+    """A broker that is serving, and its address; stopped in order at the end. A minute is more than any test needs.
+
+    `hooks`: those of `catbus.serve`.
+    """
     with trio.fail_after(seconds):
         async with trio.open_nursery() as nursery:
-            broker = await nursery.start(catbus.serve, config)
+            broker = await nursery.start(partial(catbus.serve, config, **hooks))
             [(kind, address)] = broker.addresses
             assert kind == "websocket"
             yield broker, address

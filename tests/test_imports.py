@@ -20,7 +20,7 @@ LAYERS = (
     {"auth"},
     {"config", "webtransport"},
     {"log", "certificates"},
-    {"delivery"},
+    {"delivery", "session.effects", "session.hooks"},
     {"session.state_machine"},
     {"observability.runtime_statistics"},
     {"session.authentication", "session.publishing"},

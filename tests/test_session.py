@@ -20,19 +20,17 @@ from catbus.errors import PeerError
 from catbus.log import EPHEMERAL_SIZE, Append, Committed, Rejected
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import AuthOk, Head, Subscribe, Unsubscribe, decode_client, decode_server
-from catbus.session.state_machine import (
+from catbus.session.effects import (
     AppendMessage,
     BroadcastMessage,
     Effect,
     EndSubscription,
     ReadHistory,
     SendHeads,
-    Session,
-    SessionLimits,
-    SessionState,
     StartSubscription,
     VerifyToken,
 )
+from catbus.session.state_machine import Session, SessionLimits, SessionState
 
 ALICE = Identity("alice", Grants(read=("project.*",), write=("project.*",)), None)
 PRODUCER = b"p" * 16

@@ -24,6 +24,7 @@ class RejectionReason(StrEnum):
     EXPIRED = "expired"
     NOT_VALID_YET = "not_valid_yet"
     ROLE = "role"
+    HOOK = "hook"
 
 
 class TokenRejected(PeerError):

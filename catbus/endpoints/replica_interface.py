@@ -19,6 +19,7 @@ from ..log import Log, Outcome
 from ..observability.runtime_statistics import RuntimeStatistics
 from ..protocol.wire_messages import Publish
 from ..session.driver import Streams
+from ..session.hooks import ClientInfo
 from ..session.session_report import OpenSession
 
 
@@ -101,5 +102,11 @@ class ReplicaInterface(Protocol):
     async def authenticate(self, token: str, network: str = "") -> Identity: ...
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
+        self,
+        identity: Identity,
+        requests: Sequence[Publish],
+        producer: bytes = b"",
+        client: Hashable = None,
+        *,
+        source: ClientInfo | None = None,
     ) -> list[Outcome | None]: ...

@@ -6,7 +6,9 @@
 from .in_memory import MemoryLog
 from .interface import (
     APPEND_OVERHEAD,
+    CONFLICT,
     EPHEMERAL_SIZE,
+    UNDECIDED,
     Append,
     Committed,
     Entry,
@@ -22,7 +24,9 @@ from .recent_messages import RecentMessages
 
 __all__ = [
     "APPEND_OVERHEAD",
+    "CONFLICT",
     "EPHEMERAL_SIZE",
+    "UNDECIDED",
     "Append",
     "Committed",
     "Entry",

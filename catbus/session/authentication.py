@@ -9,7 +9,7 @@ import trio
 
 from ..auth.grants import Identity, client_of
 from ..auth.role_tokens import RoleSource, role_handle, role_key
-from ..auth.token_errors import RejectionReason, TokenRejected
+from ..auth.token_errors import RejectionReason, TokenRejected, format_time
 from ..auth.tokens import Authenticator
 from ..close_codes import CloseCode
 from ..error_codes import ErrorCode
@@ -18,12 +18,17 @@ from ..limits.cpu_scheduler import CpuScheduler
 from ..observability.loggers import RateLimitedLog, get_logger
 from ..observability.runtime_statistics import RuntimeStatistics
 from ..protocol.wire_messages import clip
+from .hooks import ClientInfo, Hooks, RefusedByHook
 
 logger = get_logger("catbus.replica")
 
 
 class Authentication:
-    """Verifies tokens. Without `roles`, role tokens are rejected. A `client_id` has at most `max_client_id` bytes."""
+    """Verifies tokens: by the hook `authenticate`, or as one of the broker's own.
+
+    Without `roles`, role tokens are rejected. A `client_id` has at most `max_client_id` bytes. A token that expires is
+    accepted for `leeway` more seconds.
+    """
 
     def __init__(
         self,
@@ -32,27 +37,33 @@ class Authentication:
         cpu_scheduler: CpuScheduler,
         statistics: RuntimeStatistics,
         max_client_id: int,
+        hooks: Hooks,
+        leeway: float,
     ) -> None:
         self._authenticator = authenticator
         self._roles = roles
         self._cpu_scheduler = cpu_scheduler
         self._statistics = statistics
         self._max_client_id = max_client_id
+        self._hooks = hooks
+        self._leeway = leeway
         # An unauthenticated peer can send any number of bad tokens, so their log lines are limited.
         self._rejections = RateLimitedLog(logger.info)
 
-    async def verify(self, token: str, network: str = "") -> Identity:
+    async def verify(self, token: str, network: str = "", transport: str = "http") -> Identity:
         """Return the identity of a token that came from this network. Raises `PeerError` that closes.
 
-        Looking up a role waits for the database, for seconds at most. A valid token gives the client its share of the
-        CPU.
+        Looking up a role waits for the database, and a hook for whatever it needs, for seconds at most. A valid token
+        gives the client its share of the CPU.
         """
         try:
-            key = role_key(token)
-            if key is None or self._roles is None:
-                identity = self._authenticator.verify(token, time.time())
-            else:
-                identity = await self._find_role(self._roles, key)
+            identity = await self._call_hook(token, ClientInfo(None, transport, network))
+            if identity is None:
+                key = role_key(token)
+                if key is None or self._roles is None:
+                    identity = self._authenticator.verify(token, time.time())
+                else:
+                    identity = await self._find_role(self._roles, key)
             longest = self._max_client_id
             if identity.client_id is not None and len(identity.client_id.encode()) > longest:
                 raise TokenRejected(
@@ -72,6 +83,32 @@ class Authentication:
                 **fields,
             )
             raise
+
+    async def _call_hook(self, token: str, client: ClientInfo) -> Identity | None:
+        """Return the identity that the hook finds. It never gets the admin key, which works without it."""
+        if self._authenticator.is_admin_key(token):
+            return None
+        try:
+            identity = await self._hooks.authenticate(token, client)
+        except RefusedByHook as error:
+            raise TokenRejected(
+                RejectionReason.HOOK,
+                error.message,
+                message=error.message,
+                code=error.code,
+                close=error.close or CloseCode.UNAUTHENTICATED,
+                retry_after=error.retry_after,
+            ) from None
+        if identity is not None and identity.expires is not None and time.time() >= identity.expires + self._leeway:
+            raise TokenRejected(
+                RejectionReason.EXPIRED,
+                f"the hook says that it has expired at {format_time(identity.expires)}",
+                message="the token has expired",
+                code=ErrorCode.TOKEN_EXPIRED,
+                close=CloseCode.TOKEN_EXPIRED,
+                subject=identity.client_id,
+            )
+        return identity
 
     async def _find_role(self, roles: RoleSource, key: bytes) -> Identity:
         try:

@@ -6,6 +6,7 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
@@ -24,20 +25,21 @@ from ..limits.unauthenticated import TOO_MUCH, UnauthenticatedPeer
 from ..log import EPHEMERAL_SIZE, Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.wire_messages import ProtocolVersion
-from .publishing import STOPPING
-from .services import SessionServices
-from .state_machine import (
+from .effects import (
     AppendMessage,
     BroadcastMessage,
+    CheckPublish,
     Effect,
     EndSubscription,
     ReadHistory,
     SendHeads,
-    Session,
-    SessionLimits,
     StartSubscription,
     VerifyToken,
 )
+from .hooks import ClientInfo
+from .publishing import STOPPING
+from .services import SessionServices
+from .state_machine import Session, SessionLimits
 
 MAX_HISTORY = 1000
 """Maximum number of messages in a page of `history`."""
@@ -79,10 +81,12 @@ class SessionDriver:
         transport: str,
         streams: Streams | None,
         network: str,
+        session_id: int,
         on_ended: Callable[[SessionDriver], None],
     ) -> None:
         limits = services.config.limits
         self.transport = transport
+        self._session_id = session_id
         self.send_queue = SendQueue(writer, services.flusher.wake, limits.send_queue, services.delivery.budget)
         self.session = Session(
             self.send_queue,
@@ -97,6 +101,7 @@ class SessionDriver:
             on_settled=self._handle_settled,
             on_error=services.statistics.count_error,
             roles_known=services.permissions.is_known,
+            check_publishes=services.hooks.check_publishes,
         )
         self._unauthenticated = UnauthenticatedPeer(services.unauthenticated, self._evict)
         self._services = services
@@ -131,6 +136,14 @@ class SessionDriver:
     def authenticated(self) -> bool:
         """Whether the client has sent a valid token."""
         return self.session.identity is not None
+
+    @property
+    def info(self) -> ClientInfo:
+        """The client, for hooks."""
+        identity = self.session.identity
+        return ClientInfo(
+            None if identity is None else identity.client_id, self.transport, self._network, self._session_id
+        )
 
     @property
     def client(self) -> Hashable:
@@ -239,6 +252,9 @@ class SessionDriver:
         self.session.reject_token(PeerError(ErrorCode.OVERLOADED, TOO_MUCH, CloseCode.OVERLOADED))
         self._closing.set()
 
+    def _handle_hook_failed(self) -> None:
+        self.close(CloseCode.INTERNAL, "the application that serves this session failed")
+
     def _handle_settled(self) -> None:
         self._room.set()
         if self._finishing and not self.session.pending:
@@ -269,6 +285,8 @@ class SessionDriver:
             case EndSubscription():
                 await self._wait_until_read(effect.request.pattern)
                 self._unsubscribe(effect.request)
+            case CheckPublish():
+                await self._check_publish(effect)
             case SendHeads():
                 self._send_heads()
             case VerifyToken():
@@ -297,6 +315,13 @@ class SessionDriver:
                 self._services.statistics.read_pauses["rate"] += 1
                 await trio.sleep(wait)
 
+    async def _check_publish(self, effect: CheckPublish) -> None:
+        try:
+            effect.replaced = await self._services.hooks.check_publish(effect.message, self.info)
+        except PeerError as error:
+            effect.rejection = error
+            self._uncharged += 1
+
     async def _authenticate(self, effect: VerifyToken) -> None:
         services, session = self._services, self.session
         authentication = services.authentication
@@ -304,7 +329,10 @@ class SessionDriver:
             if not services.log.epoch:
                 raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
             changes = services.permissions.changes
-            identity = await authentication.verify(effect.token, self._network)
+            identity = await authentication.verify(effect.token, self._network, self.transport)
+            if session.identity is None and not session.closed:
+                client = replace(self.info, client_id=identity.client_id)
+                await services.hooks.enter_session(client, self._closing, self._handle_hook_failed)
             if session.closed:
                 return  # Meanwhile its deadline has passed, its connection has ended, or the replica has stopped.
             usage = session.usage

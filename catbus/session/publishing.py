@@ -16,7 +16,9 @@ from ..limits.cpu_scheduler import CpuScheduler
 from ..limits.publish_rate import PublishRateLimits
 from ..log import Append, Entry, Log, Outcome, Rejected, rejection_of
 from ..protocol.wire_messages import Publish
-from .state_machine import BroadcastMessage, make_append
+from .effects import BroadcastMessage
+from .hooks import ClientInfo, Hooks
+from .state_machine import conflict_as_unknown, make_append
 
 STOPPING = "the replica is stopping"
 
@@ -28,7 +30,12 @@ class Publisher:
     """Submits messages to the log, and ephemeral messages to the sessions of all replicas."""
 
     def __init__(
-        self, log: Log, delivery: Delivery, publish_rates: PublishRateLimits, cpu_scheduler: CpuScheduler
+        self,
+        log: Log,
+        delivery: Delivery,
+        publish_rates: PublishRateLimits,
+        cpu_scheduler: CpuScheduler,
+        hooks: Hooks,
     ) -> None:
         self.published = 0
         """Publishes received so far, whatever their outcome."""
@@ -36,6 +43,7 @@ class Publisher:
         self._delivery = delivery
         self._publish_rates = publish_rates
         self._cpu_scheduler = cpu_scheduler
+        self._hooks = hooks
         self._closed = False
 
     def close(self) -> None:
@@ -61,15 +69,23 @@ class Publisher:
         self._log.broadcast(entry)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
+        self,
+        identity: Identity,
+        requests: Sequence[Publish],
+        producer: bytes = b"",
+        client: Hashable = None,
+        *,
+        source: ClientInfo | None = None,
+        charged: bool = True,
     ) -> list[Outcome | None]:
         """Publish without a session. Returns the outcomes in the order of the requests, None for ephemeral ones.
 
         With `producer`, the same requests may be published again: each is recognised by its place. Requests with the
-        same `client`, or client_id, share a publish rate and a part of the log. Raises `PeerError` when the rate is
+        same `client`, or client_id, share a publish rate and a part of the log, unless they are not `charged`. With
+        `source`, the hook `on_publish` is called for one request after the other. Raises `PeerError` when the rate is
         exceeded. Cancelling it leaves open which messages are committed.
         """
-        payer = identity.client_id or client
+        payer = (identity.client_id or client) if charged else None
         if payer is not None:
             self._charge(payer, identity, requests)
         outcomes: dict[int, Outcome | None] = {}
@@ -86,6 +102,9 @@ class Publisher:
             request.id, request.retry = index, False
             try:
                 append = make_append(request, identity, producer, partial(settle, index), payer)
+                if source is not None and await self._hooks.check_publish(request, source):
+                    replaced = conflict_as_unknown(partial(settle, index))
+                    append = make_append(request, identity, producer, replaced, payer)
             except PeerError as error:
                 outcomes[index] = Rejected(error.code, error.message)
                 continue

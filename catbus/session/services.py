@@ -16,6 +16,7 @@ from ..limits.unauthenticated import UnauthenticatedPeers
 from ..log import Log
 from ..observability.runtime_statistics import RuntimeStatistics
 from .authentication import Authentication
+from .hooks import Hooks
 from .publishing import Publisher
 
 
@@ -29,6 +30,7 @@ class SessionServices:
     flusher: Flusher
     authentication: Authentication
     publisher: Publisher
+    hooks: Hooks
     permissions: LivePermissions
     publish_rates: PublishRateLimits
     client_usages: ClientUsages

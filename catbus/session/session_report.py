@@ -18,7 +18,7 @@ _LAST = 253_402_300_799
 """The last second of the year 9999: tokens may name a later one."""
 
 
-class SessionReport(Struct):
+class SessionReport(Struct, frozen=True):
     """One open session."""
 
     id: Annotated[int, Meta(ge=1, description="Ascends on this replica in the order in which sessions open.")]

@@ -1,15 +1,7 @@
 """The state machine of one session, without its transport: bytes in, replies into the send queue, effects out.
 
 Synchronous and without I/O; the time is an argument. The driver of a session takes the effects of `receive` one by one
-and carries each out before it takes the next:
-
-    VerifyToken        call `accept_token` or `reject_token`, unless the session is `closed` by then
-    StartSubscription  call `subscribed`, then deliver the messages that match
-    EndSubscription    call `remove_subscription`, stop delivering, then call `unsubscribed`
-    AppendMessage      append to the log, which calls `settle`
-    BroadcastMessage   pass the message on, once
-    ReadHistory        read the history, then call `send_history` or `reject_request`
-    SendHeads          send `head` on every stream whose subscriptions are live
+and carries each out before it takes the next (`effects.py`).
 
 When `closing` is set, the driver closes the connection after the contents of the send queue.
 """
@@ -32,11 +24,24 @@ from ..error_codes import RETRYABLE, ErrorCode
 from ..errors import PeerError
 from ..limits.client_usage import ClientUsage
 from ..limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
-from ..log import APPEND_OVERHEAD, EPHEMERAL_SIZE, Append, Entry, Outcome, Rejected
+from ..log import APPEND_OVERHEAD, CONFLICT, EPHEMERAL_SIZE, UNDECIDED, Append, Entry, Outcome, Rejected
 from ..protocol import wire_messages as wire
 from ..protocol.channels import check_channel, check_pattern, is_reserved
 from ..protocol.json_splitter import JsonSplitter
 from ..protocol.wire_messages import ProtocolVersion, Reply
+from .effects import (
+    AppendMessage,
+    BroadcastMessage,
+    CheckPublish,
+    Effect,
+    EndSubscription,
+    ReadHistory,
+    SendHeads,
+    StartSubscription,
+    VerifyToken,
+)
+
+Settle = Callable[[Append, Outcome], None]
 
 
 class SessionState(Enum):
@@ -45,50 +50,6 @@ class SessionState(Enum):
     NEW = auto()
     OPEN = auto()
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyToken:
-    token: str
-    producer: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class StartSubscription:
-    request: wire.Subscribe
-
-
-@dataclass(frozen=True, slots=True)
-class EndSubscription:
-    request: wire.Unsubscribe
-
-
-@dataclass(frozen=True, slots=True)
-class AppendMessage:
-    append: Append
-    epoch: str | None
-    """For a retry: the epoch that the client knew when it first sent the publish."""
-
-
-@dataclass(frozen=True, slots=True)
-class BroadcastMessage:
-    channel: str
-    payload: bytes
-    sender: str | None
-    origin: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class ReadHistory:
-    request: wire.History
-
-
-@dataclass(frozen=True, slots=True)
-class SendHeads:
-    """The client has sent `ping`."""
-
-
-Effect = VerifyToken | StartSubscription | EndSubscription | AppendMessage | BroadcastMessage | ReadHistory | SendHeads
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +74,13 @@ class Session:
         on_settled: Callable[[], None] = lambda: None,
         on_error: Callable[[ErrorCode], None] = lambda _: None,
         roles_known: Callable[[], bool] = lambda: True,
+        check_publishes: bool = False,
     ) -> None:
         """`on_settled` is called whenever `pending` has decreased, until `abandon`.
 
         `on_error` is called with the code of each error that the session sends. `roles_known` returns whether the
-        permissions of roles are known just now: if not, requests of a session with a role are rejected.
+        permissions of roles are known just now: if not, requests of a session with a role are rejected. With
+        `check_publishes`, each publish that is allowed is a `CheckPublish` first.
         """
         self.send_queue = send_queue
         self.state = SessionState.NEW
@@ -138,6 +101,7 @@ class Session:
         self._on_settled: Callable[[], None] | None = on_settled
         self._on_error = on_error
         self._roles_known = roles_known
+        self._check_publishes = check_publishes
         self._limits = limits
         self._splitter = JsonSplitter(wire.decode_client, min(UNAUTHENTICATED_OBJECT_BYTES, limits.message_size))
 
@@ -343,8 +307,16 @@ class Session:
             raise PeerError(ErrorCode.INVALID_PATTERN, "not subscribed to this pattern")
 
     def _publish(self, message: wire.Publish) -> Iterator[Effect]:
-        identity = self._known_identity(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
-        append = make_append(message, identity, self.producer, self.settled, self.usage.client, self)
+        append = self._make_append(message, self.settled)
+        if self._check_publishes:
+            check = CheckPublish(message)
+            yield check
+            if self.closed:
+                return  # Without a reply, the client publishes it again on its next connection.
+            if check.rejection is not None:
+                raise _unknown_if_retry(message, check.rejection)
+            # Meanwhile the permission may have been withdrawn.
+            append = self._make_append(message, conflict_as_unknown(self.settled) if check.replaced else self.settled)
         self.published += 1
         if message.ephemeral:
             yield BroadcastMessage(append.channel, append.payload, append.sender, append.origin)
@@ -354,6 +326,10 @@ class Session:
             self.pending += 1
             self.usage.cost += append.size + APPEND_OVERHEAD
             yield AppendMessage(append, message.epoch if message.retry else None)
+
+    def _make_append(self, message: wire.Publish, settle: Settle) -> Append:
+        identity = self._known_identity(ErrorCode.UNKNOWN if message.retry else ErrorCode.UNAVAILABLE)
+        return make_append(message, identity, self.producer, settle, self.usage.client, self)
 
     def _history(self, message: wire.History) -> Iterator[Effect]:
         self._check_readable(message.pattern)
@@ -394,11 +370,24 @@ _HANDLERS: dict[type, Callable[[Session, Any], Iterator[Effect]]] = {
 }
 
 
+def conflict_as_unknown(settle: Settle) -> Settle:
+    """Settle a message whose payload a hook has replaced: a retry may have got another replacement than the first try.
+
+    Then the log takes it for another message, and nothing shows whether the first try was published.
+    """
+    return lambda append, outcome: settle(append, UNDECIDED if outcome == CONFLICT else outcome)
+
+
+def _unknown_if_retry(message: wire.Publish, rejection: PeerError) -> PeerError:
+    """Return the error for a publish that a hook rejects. The first try of a retry may have been published."""
+    return PeerError(ErrorCode.UNKNOWN, rejection.message) if message.retry else rejection
+
+
 def make_append(
     message: wire.Publish,
     identity: Identity,
     producer: bytes,
-    settle: Callable[[Append, Outcome], None],
+    settle: Settle,
     client: Hashable = None,
     owner: object = None,
 ) -> Append:

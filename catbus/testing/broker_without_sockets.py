@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import anyio
 import anyio.abc
@@ -24,6 +24,7 @@ from ..config import AuthSettings, Config, DatabaseSettings
 from ..endpoints.connection_registry import ConnectionRegistry
 from ..endpoints.http.http_connection import serve_http_connection
 from ..errors import Disconnected
+from ..session.hooks import HookOptions
 
 ADDRESS = parse_address("ws://memory")
 
@@ -81,7 +82,7 @@ class TestBroker:
 
 
 @asynccontextmanager
-async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBroker]:
+async def open_test_broker(config: Config | None = None, **hooks: Unpack[HookOptions]) -> AsyncIterator[TestBroker]:
     """Run a broker with an empty log in memory inside Trio, for the duration of the block.
 
         async def test_orders(autojump_clock):
@@ -89,14 +90,14 @@ async def open_test_broker(config: Config | None = None) -> AsyncIterator[TestBr
 
     Nothing in it waits for anything outside the process, so Trio's virtual clock (`trio.testing.MockClock`) can jump:
     an hour of keep-alives and pauses takes a second. `config` sets limits and times. Its database and its secrets are
-    replaced.
+    replaced. `hooks` are those of `catbus.serve`.
     """
     secret = secrets.token_urlsafe(32)
     config = msgspec.structs.replace(
         config or Config(), auth=AuthSettings(secrets=(secret,)), database=DatabaseSettings(url="memory")
     )
     settings, registry = config.websocket, ConnectionRegistry()
-    async with open_broker(config) as broker, trio.open_nursery() as nursery:
+    async with open_broker(config, **hooks) as broker, trio.open_nursery() as nursery:
         nursery.start_soon(registry.check_connections, min(settings.ping_interval, settings.silence) / 4)
         yield TestBroker(broker, secret, registry, nursery)
         nursery.cancel_scope.cancel()

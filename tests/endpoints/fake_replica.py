@@ -22,6 +22,7 @@ from catbus.log import Committed, MemoryLog, Outcome
 from catbus.observability.runtime_statistics import RuntimeStatistics
 from catbus.protocol.wire_messages import Publish
 from catbus.session.driver import Streams
+from catbus.session.hooks import ClientInfo
 from catbus.session.session_report import OpenSession
 
 
@@ -139,7 +140,13 @@ class FakeReplica:
         return Identity("alice" if token == "good" else None, Grants.ALL, None)
 
     async def publish(
-        self, identity: Identity, requests: Sequence[Publish], producer: bytes = b"", client: Hashable = None
+        self,
+        identity: Identity,
+        requests: Sequence[Publish],
+        producer: bytes = b"",
+        client: Hashable = None,
+        *,
+        source: ClientInfo | None = None,
     ) -> list[Outcome | None]:
         outcomes: list[Outcome | None] = []
         self.clients_of_requests.append(client)

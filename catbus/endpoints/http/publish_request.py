@@ -14,6 +14,7 @@ from ...error_codes import ErrorCode
 from ...errors import PeerError, Unavailable
 from ...log import Outcome, Rejected
 from ...protocol import wire_messages as wire
+from ...session.hooks import ClientInfo
 from ..replica_interface import ReplicaInterface
 from .error_responses import ERROR_STATUSES, error_response
 from .http_request import HttpRequest, bearer_token
@@ -55,7 +56,9 @@ async def publish(replica: ReplicaInterface, request: HttpRequest) -> HttpRespon
         wanted = [_decode(item, replica.config.limits.message_size) for item in items]
         requests = [item for item in wanted if isinstance(item, wire.Publish)]
         client = client_of(identity, token, request.network)
-        outcomes = iter(await replica.publish(identity, requests, _producer(request, identity), client))
+        source = ClientInfo(identity.client_id, "http", request.network)
+        found = await replica.publish(identity, requests, _producer(request, identity), client, source=source)
+        outcomes = iter(found)
     except (PeerError, Unavailable) as error:
         return error_response(replica, error)
     results: list[PublishResult] = []
