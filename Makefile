@@ -6,7 +6,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 # Run one target at a time, also with -j: they share one virtual environment and one machine.
 .NOTPARALLEL:
-.PHONY: help run test quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-npm clean
+.PHONY: help run test quick lint types format bench chaos fuzz fuzz-bytes hostile conformance coverage check-api check-npm clean
 
 help:
 	@echo 'make run          start a broker on this machine, with its own PostgreSQL'
@@ -22,6 +22,7 @@ help:
 	@echo 'make hostile      attack a broker, and measure the latency of honest clients (HOSTILE_SECONDS=6 for each attack)'
 	@echo 'make conformance  run suites, clients and proxies of other projects against a broker (PYTHON2= for Autobahn)'
 	@echo 'make coverage     run all tests, and show the lines and branches of catbus/ that no test reaches'
+	@echo 'make check-api    check a broker against its OpenAPI document (API_EXAMPLES=1000 for each operation)'
 	@echo 'make check-npm    build a fresh Vite application with the npm package (needs the network)'
 	@echo 'make clean        remove everything that make has made'
 
@@ -30,7 +31,7 @@ run: $(venv)/installed-run
 
 # In two processes, because tests wait for much of their time. The tests of a file share servers and browsers, so they
 # run in one process.
-test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
+test: lint types $(venv)/programs $(venv)/javascript $(venv)/installed-foreign $(venv)/installed-schemathesis
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Without processes, sockets, PostgreSQL, browsers and slow tests, and with fewer random examples: tests/conftest.py says which.
@@ -92,11 +93,18 @@ conformance: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/
 # The target fails below this percentage.
 COVERED := 95
 
-coverage: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign
+coverage: $(venv)/installed-test $(venv)/programs $(venv)/javascript $(venv)/installed-foreign \
+		$(venv)/installed-schemathesis
 	@rm -rf .coverage && mkdir .coverage
 	$(bin)/coverage run -m pytest --numprocesses 2 --dist loadfile
 	@$(bin)/coverage combine --quiet
 	$(bin)/coverage report --fail-under $(COVERED)
+
+# Random examples for each operation.
+API_EXAMPLES := 1000
+
+check-api: $(venv)/installed-test $(venv)/installed-schemathesis
+	$(bin)/python -m tests.openapi --examples $(API_EXAMPLES)
 
 check-npm: $(venv)/installed-test $(venv)/javascript
 	$(bin)/python -m tests.javascript.application
@@ -139,6 +147,13 @@ $(venv)/installed-foreign: $(venv)/made tests/foreign/requirements.txt
 		$(venv)/foreign/bin/python -m pip --disable-pip-version-check --no-input -qq install --requirement tests/foreign/requirements.txt && \
 		touch $@; \
 	fi
+
+# The tool that checks a broker against its OpenAPI document.
+$(venv)/installed-schemathesis: $(venv)/made tests/openapi/requirements.txt
+	@echo 'Installing schemathesis (once; this can take a minute) ...'
+	@rm -rf $(venv)/schemathesis && $(bin)/python -m venv $(venv)/schemathesis
+	@$(subst $(bin),$(venv)/schemathesis/bin,$(pip)) install --requirement tests/openapi/requirements.txt
+	@touch $@
 
 # The programs of the conformance tests: client libraries, Caddy, and the distribution's nginx. Without nginx, the table
 # says so.

@@ -30,6 +30,7 @@ INTEGRATION_FOLDERS = frozenset(
         "hostile",
         "javascript",
         "k8s",
+        "openapi",
         "postgres",
         "simulation",
     }

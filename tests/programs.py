@@ -45,6 +45,14 @@ def find_for_conformance(name: str, environment: str = "conformance") -> Path:
     return found
 
 
+def find_schemathesis() -> Path:
+    """The program `schemathesis`, likewise."""
+    found = Path(sys.prefix) / "schemathesis" / "bin" / "schemathesis"
+    if not found.exists():
+        raise _missing("schemathesis is not installed: make .venv/installed-schemathesis")
+    return found
+
+
 def _missing(reason: str) -> BaseException:
     """What a test ends with that cannot do without: it fails with CI=true, and is skipped elsewhere."""
     return (pytest.fail if os.environ.get("CI") == "true" else pytest.skip).Exception(reason)

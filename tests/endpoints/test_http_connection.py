@@ -155,6 +155,18 @@ REQUESTS = {
         b'{"error":"a token is needed: `Authorization: Bearer ...`","code":"unauthenticated"}\n',
         {"www-authenticate": 'Bearer realm="catbus"'},
     ),
+    "publish without a body": (
+        post("/publish", b"", TOKEN),
+        400,
+        b'{"error":"Input data was truncated","code":"bad_message"}\n',
+        {},
+    ),
+    "publish with an empty chunked body": (
+        get("/publish", TOKEN, "Transfer-Encoding: chunked", method="POST") + b"0\r\n\r\n",
+        400,
+        b'{"error":"Input data was truncated","code":"bad_message"}\n',
+        {},
+    ),
     "GET with a body": (get("/health", "Content-Length: 2") + b"{}", 200, b"ok", {}),
     "unknown path": (get("/nothing"), 404, b'{"error":"not found","code":"not_found"}\n', {"content-type": JSON}),
     "wrong method": (get("/health", method="DELETE"), 405, NOT_ALLOWED, {"allow": "GET, HEAD, OPTIONS"}),

@@ -218,7 +218,7 @@ class HttpConnection:
         """Read the body for a handler, which has checked the token before."""
         self._on_authenticated()
         self._unauthenticated.release()
-        return await self._read_body(request)
+        return await self._read_body(request) if request.has_body else b""
 
     async def _read_body(self, request: HttpRequest, *, keep: bool = True) -> bytes:
         """Read the body to its end. Raises `RequestRejected` if it is too large or arrives too slowly."""

@@ -32,6 +32,9 @@ TOKEN_ERRORS = {
 BODY_ERRORS = {408: "The body did not arrive in time.", 413: "The body is too large."}
 """The errors of operations with a body, by status."""
 
+MESSAGE_FIELDS = ("type", "channel", "payload", "ephemeral")
+"""The fields of a message that have an effect in a request."""
+
 CHANNEL_FORMAT: dict[str, Any] = {
     "maxLength": MAX_LENGTH,
     "pattern": rf"^[A-Za-z0-9-][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+){{0,{MAX_SEGMENTS - 1}}}$",
@@ -93,8 +96,10 @@ class _Schemas:
 
 
 def _adapt_message(schema: dict[str, Any]) -> None:
-    """Describe a message in a request: its type is known from the path, and its channel has to be a valid one."""
+    """Describe a message in a request: its type is known from the path, its channel has to be a valid one, and fields
+    that have a meaning within a session are left out."""
     schema["required"].remove("type")
+    schema["properties"] = {name: schema["properties"][name] for name in MESSAGE_FIELDS}
     schema["properties"]["channel"] |= CHANNEL_FORMAT
 
 

@@ -1,0 +1,52 @@
+"""Check a running broker against its OpenAPI document with schemathesis, which sends valid and invalid requests.
+
+python -m tests.openapi                                     a thousand examples for each operation
+python -m tests.openapi --examples 50 --include-path /publish     fewer, and options of schemathesis
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import AsyncExitStack
+from math import inf
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import trio
+
+import catbus
+from tests.brokers import TOKEN, running
+from tests.programs import find_schemathesis
+
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+
+
+async def check(examples: int, *options: str) -> tuple[int, str]:
+    """Run schemathesis with so many random examples for each operation. Return its exit status and its output.
+
+    The broker has two clients with subscriptions, so that the answers to administrators are not empty.
+    """
+    async with running(seconds=inf) as (_, address), AsyncExitStack() as clients:
+        for name in ("alice", "bob"):
+            bus = await clients.enter_async_context(catbus.connect(f"ws://{address}/ws", token=TOKEN))
+            await clients.enter_async_context(bus.subscribe(f"{name}.*"))
+        command = [str(find_schemathesis()), "--config-file", str(CONFIG), "run", f"http://{address}/openapi.json"]
+        command += ["--header", f"Authorization: Bearer {TOKEN}", "--max-examples", str(examples), "--no-color"]
+        with TemporaryDirectory() as directory:
+            # It keeps the failures that it has found in its working directory, and tries them again the next time.
+            done = await trio.run_process([*command, *options], cwd=directory, capture_stdout=True, check=False)
+        return done.returncode, done.stdout.decode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000, help="random examples for each operation")
+    chosen, options = parser.parse_known_args()
+    status, output = trio.run(check, chosen.examples, *options)
+    print(output)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
