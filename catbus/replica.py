@@ -42,7 +42,7 @@ from .session.services import SessionServices
 from .session.session_report import OpenSession
 from .version import version
 
-TRANSPORTS = "websocket", "webtransport"
+TRANSPORTS = "websocket", "webtransport", "sse"
 
 SESSIONS_PER_CHECKPOINT = 500
 """Sessions that are searched for those of a client before other tasks run."""
@@ -277,7 +277,7 @@ class Replica:
             for index, session in enumerate(tuple(self.sessions)):
                 if index % HEADS_PER_CHECKPOINT == 0:
                     await trio.lowlevel.checkpoint()
-                session.send_due_head(now)
+                session.heads.send_due(now)
             for _ in self.delivery.measure_lag():
                 await trio.lowlevel.checkpoint()
 

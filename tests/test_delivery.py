@@ -32,7 +32,9 @@ from catbus.log import Entry, LogPage, RecentMessages, Resumption
 from catbus.log.recent_messages import ENTRY_OVERHEAD
 from catbus.protocol import wire_messages as wire
 from catbus.protocol.channels import matches
+from catbus.protocol.server_sent_events import encode_reply
 from catbus.protocol.wire_messages import ProtocolVersion
+from tests.server_sent_events import EventParser
 
 CHANNELS = ["a", "a.b", "a.b.c", "b", "b.c"]
 PATTERNS = ["*", "a", "a.*", "a.b", "a.b.*", "b.*", "b.c"]
@@ -104,25 +106,20 @@ class Client:
     """Each subscribed pattern, and the seq after which its messages are owed."""
     lines: dict[str, list[wire.ServerMessage]] = field(default_factory=dict)
     stream: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    """The patterns of an event stream, which `wanted` and `lines` have together as ""."""
+    parser: EventParser = field(default_factory=EventParser)
     pongs_sent: int = 0
     pongs: int = 0
     """The number of pongs received. Pongs are numbered."""
 
     def collect(self, most: float = inf) -> None:
         for item in self.send_queue.take(most):
-            if isinstance(item, bytes):
-                decoded = wire.decode_server(item)
-                match decoded:
-                    case wire.Pong(seq=number):
-                        self.pongs += 1
-                        assert number == self.pongs
-                    case wire.Head():
-                        for pattern in self.subscriptions:
-                            self.lines.setdefault(pattern, []).append(decoded)
-                    case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
-                        self.lines.setdefault(pattern, []).append(decoded)
-                    case _:
-                        raise AssertionError(decoded)
+            if self.protocol is ProtocolVersion.EVENTS:
+                self.collect_events(item if isinstance(item, bytes) else item.events)
+            elif isinstance(item, bytes):
+                for line in item.splitlines():
+                    self.collect_line(wire.decode_server(line))
             elif self.protocol is ProtocolVersion.FIRST:
                 lines = [wire.decode_server(line) for line in item.first_version_lines]
                 payloads = [bytes(line.payload).decode() for line in lines if isinstance(line, wire.ChannelMessage)]
@@ -135,6 +132,42 @@ class Client:
                         continue  # Ephemeral messages are owed to no client.
                     self.lines.setdefault(item.pattern, []).append(wire.decode_server(line))
 
+    def collect_line(self, decoded: wire.ServerMessage) -> None:
+        match decoded:
+            case wire.Pong(seq=number):
+                self.pongs += 1
+                assert number == self.pongs
+            case wire.Head():
+                for pattern in self.subscriptions:
+                    self.lines.setdefault(pattern, []).append(decoded)
+            case wire.Live(pattern=pattern) | wire.Gap(pattern=pattern):
+                self.lines.setdefault(pattern, []).append(decoded)
+            case _:
+                raise AssertionError(decoded)
+
+    def collect_events(self, data: bytes) -> None:
+        before = self.parser.last_id
+        lines = self.lines.setdefault("", [])
+        for event in self.parser.feed(data):
+            seq, _, epoch = event.last_id.partition(".")
+            assert epoch == ("e" if seq else ""), "an ephemeral message changes no id"
+            match event.type:
+                case "message" if "seq" in event.data:
+                    assert event.data["seq"] == int(seq)
+                    lines.append(wire.ChannelMessage(event.data["channel"], msgspec.Raw(b"0"), seq=int(seq)))
+                case "message":
+                    assert event.last_id == before
+                case "gap":
+                    assert event.data.pop("to") == int(seq)
+                    lines.append(wire.Gap("", event.data["from"], int(seq), epoch, event.data["reason"]))
+                case "live":
+                    lines.append(wire.Live("", int(seq)))
+                case other:
+                    raise AssertionError(other)
+            before = event.last_id
+        if self.parser.last_id != before:
+            lines.append(wire.Head(int(self.parser.last_id.partition(".")[0]), "e", 0))
+
 
 def entry(seq: int, channel: str, origin: bytes | None = None) -> Entry:
     return Entry(seq, 1000 + seq, channel, b"%d" % seq, None, origin)
@@ -144,8 +177,9 @@ class DeliveryMachine(RuleBasedStateMachine):
     """Publishing, subscribing, lagging, catching up, retention and deleted ranges, in any order.
 
     A `catbus.v1` client subscribes to any patterns at any cursors. A first-version client always subscribes at the
-    head. At any time a client has received a prefix of what it is owed, and all of it once everything is idle. The
-    send queues together stay within the budget, except for messages that cannot be read again.
+    head. An event stream subscribes once, to several patterns at one cursor. At any time a client has received a prefix
+    of what it is owed, and all of it once everything is idle. The send queues together stay within the budget, except
+    for messages that cannot be read again.
     """
 
     @initialize(limits=st.sampled_from(LIMITS))
@@ -163,7 +197,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             self.connect(ProtocolVersion.V1, PRODUCERS[0])
             self.subscribe_one(self.clients[-1], pattern, None)
 
-    @rule(protocol=st.sampled_from(ProtocolVersion), producer=st.sampled_from(PRODUCERS))
+    @rule(protocol=st.sampled_from([ProtocolVersion.FIRST, ProtocolVersion.V1]), producer=st.sampled_from(PRODUCERS))
     def connect(self, protocol: ProtocolVersion, producer: bytes) -> None:
         if len(self.clients) < 4:
             send_queue = SendQueue(TransportWriter(), lambda _: None, self.limit, self.delivery.budget)
@@ -194,13 +228,49 @@ class DeliveryMachine(RuleBasedStateMachine):
         if client.protocol is ProtocolVersion.V1:
             client.pongs_sent += 1
             client.send_queue.put(wire.encode(wire.Pong(client.pongs_sent)) or b"")
-            if not any(subscription.lagging for subscription in client.subscriptions.values()):
-                client.send_queue.put(HeadLine(wire.encode(wire.Head(self.delivery.position, "e", 0)) or b""))
+        lagging = any(subscription.lagging for subscription in client.subscriptions.values())
+        line = encode_reply(wire.Head(self.delivery.position, "e", 0), client.protocol)
+        subscribed = bool(client.subscriptions) or client.protocol is ProtocolVersion.V1
+        if line is not None and subscribed and not lagging:
+            client.send_queue.put(HeadLine(line))
+
+    @rule(
+        patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=4, unique=True),
+        since=st.none() | st.integers(0, 12),
+    )
+    def open_event_stream(self, patterns: list[str], since: int | None) -> None:
+        if len(self.clients) < 4:
+            self.connect(ProtocolVersion.EVENTS, b"")
+            client = self.clients[-1]
+            subscription = Subscription(client.send_queue)
+            client.patterns = list(patterns)
+            client.subscriptions = dict.fromkeys(patterns, subscription)
+            client.wanted[""] = len(self.log.entries) if since is None else since
+            self.delivery.subscribe_all(subscription, patterns, since)
+
+    @precondition(lambda self: any(c.patterns for c in self.clients))
+    @rule(data=st.data())
+    def revoke_of_event_stream(self, data: st.DataObject) -> None:
+        """Withdraw one pattern of a stream. Nothing that only this pattern matches comes any more."""
+        client = data.draw(st.sampled_from([c for c in self.clients if c.patterns]))
+        pattern = data.draw(st.sampled_from(client.patterns))
+        client.collect()
+        lines = client.lines.pop("", [])
+        self.check(client, "", lines, complete=False)
+        # All that it is owed up to the last line has arrived, in order.
+        ends = [line.last if isinstance(line, wire.Gap) else getattr(line, "seq", 0) for line in lines]
+        client.wanted[""] = max([client.wanted[""], *ends])
+        client.patterns.remove(pattern)
+        subscription = client.subscriptions.pop(pattern)
+        self.delivery.unsubscribe(subscription, pattern)
+        client.send_queue.revoke([pattern], subscription.patterns)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), pattern=st.sampled_from(PATTERNS))
     def subscribe(self, data: st.DataObject, pattern: str) -> None:
         client = data.draw(st.sampled_from(self.clients))
+        if client.protocol is ProtocolVersion.EVENTS:
+            return
         if client.protocol is ProtocolVersion.FIRST:
             if pattern not in client.wanted:
                 subscription = next(
@@ -328,27 +398,36 @@ class DeliveryMachine(RuleBasedStateMachine):
         if not hasattr(self, "delivery"):
             return
         exhaust(self.serving)
-        for _ in range(3 * len(self.log.entries) + 20):
+        for _ in range(3 * len(self.log.entries) * len(self.clients) + 20):
             for client in self.clients:
                 client.collect()
             self.catch_up()
         for client in self.clients:
             client.collect()
-            for pattern in client.wanted if client.protocol is ProtocolVersion.V1 else ():
+            for pattern in client.wanted if client.protocol is not ProtocolVersion.FIRST else ():
                 self.check(client, pattern, client.lines.get(pattern, []), complete=True)
             if client.protocol is ProtocolVersion.FIRST:
                 self.check_first_version(client)
         statistics = self.delivery.statistics()
-        ahead = sum(s > len(self.log.entries) for c in self.clients for s in c.wanted.values())
+        ahead = sum(
+            len(c.patterns) if c.protocol is ProtocolVersion.EVENTS else 1
+            for c in self.clients
+            for s in c.wanted.values()
+            if s > len(self.log.entries)
+        )
         assert statistics.lagging == ahead, "all others are live when everything is idle"
 
     def owed(self, pattern: str, producer: bytes, after: int) -> list[int]:
-        return [e.seq for e in self.log.entries[after:] if matches(pattern, e.channel) and e.origin != producer]
+        return self.owed_any([pattern], producer, after)
+
+    def owed_any(self, patterns: Sequence[str], producer: bytes, after: int) -> list[int]:
+        found = (e for e in self.log.entries[after:] if any(matches(pattern, e.channel) for pattern in patterns))
+        return [e.seq for e in found if e.origin != producer]
 
     def check(self, client: Client, pattern: str, lines: Sequence[wire.ServerMessage], *, complete: bool) -> None:
         """Between two gaps no message is missing or repeated, and a gap never covers a message that was sent."""
         cursor = client.wanted[pattern]
-        due = self.owed(pattern, client.producer, cursor)
+        due = self.owed_any([pattern] if pattern else client.patterns, client.producer, cursor)
         for line in lines:
             match line:
                 case wire.ChannelMessage(seq=seq):

@@ -28,6 +28,7 @@ from catbus.auth.role_tokens import make_role_token, role_handle, role_key
 from catbus.auth.tokens import MAX_TOKEN, Authenticator, sign
 from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
+from catbus.endpoints import queue_writer
 from catbus.endpoints.http import error_responses, http_connection, routes
 from catbus.endpoints.websocket import inbound_frame_limits, websocket_connection
 from catbus.endpoints.webtransport import webtransport_session
@@ -44,7 +45,9 @@ from catbus.protocol import wire_messages as wire
 from catbus.protocol.json_splitter import JsonSplitter
 from catbus.protocol.wire_messages import ProtocolVersion, Reply, Request
 from catbus.replica import Replica
-from catbus.session.driver import HEAD_INTERVAL, MAX_HISTORY, client_limits
+from catbus.session.driver import client_limits
+from catbus.session.heads import HEAD_INTERVAL
+from catbus.session.history_page import MAX_HISTORY
 from catbus.webtransport import ConnectionLimits
 from tests.postgres.sql import open_sql
 from tests.test_replica import Roles
@@ -385,7 +388,7 @@ CONSTANTS = {
     "streams that the broker opens in a session": CONNECTION_LIMITS.outgoing_streams,
     "datagrams waiting in a session": CONNECTION_LIMITS.queued_datagrams,
     "seconds without other data until the broker sends `head` unasked (at most twice as many)": HEAD_INTERVAL,
-    "seconds during which a client takes none of the waiting data": websocket_connection.STALL_TIMEOUT,
+    "seconds during which a client takes none of the waiting data": queue_writer.STALL_TIMEOUT,
     "the same for a subscription's own stream": webtransport_session.STALL_TIMEOUT,
     "seconds for closing": websocket_connection.CLOSE_TIMEOUT,
     "bytes of the head of an HTTP request": http_connection.MAX_HEAD_SIZE,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from operator import attrgetter
 
@@ -55,9 +55,10 @@ class CatchUpSweeps:
 class PatternMatches:
     """The entries of a page that match one pattern. Subscriptions that get the same part share its encoding."""
 
-    def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
+    def __init__(self, pattern: str, entries: Sequence[Entry], epoch: str = "") -> None:
         self.pattern = pattern
         self.entries = entries
+        self.epoch = epoch
         self.origins = {entry.origin for entry in entries}
         self._ends = list(accumulate(entry.size + OVERHEAD + len(pattern) for entry in entries))
         self._encoded: dict[tuple[int, int], EncodedMessages] = {}
@@ -79,23 +80,34 @@ class PatternMatches:
             return None, complete
         encoded = self._encoded.get((start, stop))
         if encoded is None:
-            encoded = self._encoded[start, stop] = EncodedMessages(self.pattern, entries[start:stop])
+            encoded = self._encoded[start, stop] = EncodedMessages(self.pattern, entries[start:stop], self.epoch)
         return encoded, complete
 
 
-def feed(subscription: Subscription, matches: list[PatternMatches], last: int) -> int:
-    """Offer as much of a page as there is room for. Returns the seq up to which the subscription is complete then."""
+def feed(
+    subscription: Subscription, matches: list[PatternMatches], last: int, merged: dict[Hashable, PatternMatches]
+) -> int:
+    """Offer as much of a page as there is room for. Returns the seq up to which the subscription is complete then.
+
+    `merged` keeps what event streams share while one page is served.
+    """
     patterns = subscription.patterns
     matches = [found for found in matches if found.pattern in patterns]
     if not matches:
         return last
     found, start = matches[0], 0
-    if not subscription.overlapping:
+    if subscription.merge_key is None:
         start = patterns[found.pattern]
     else:
-        found = PatternMatches("", merge(subscription, [(m.pattern, m.entries) for m in matches]))
+        shared = merged.get(subscription.merge_key) if subscription.is_event_stream else None
+        if shared is None:
+            entries = merge(subscription, [(m.pattern, m.entries) for m in matches])
+            shared = PatternMatches("", entries, found.epoch)
+            if subscription.is_event_stream:
+                merged[subscription.merge_key] = shared
+        found = shared
     if subscription.producer in found.origins:
-        found = PatternMatches(found.pattern, without(found.entries, subscription.producer))
+        found = PatternMatches(found.pattern, without(found.entries, subscription.producer), found.epoch)
     encoded, complete = found.cut(max(subscription.cursor, start), subscription.send_queue, last)
     if encoded is not None:
         subscription.send_queue.offer(encoded)

@@ -8,7 +8,7 @@ them from the log. Subscribing with `since` and a full send queue are the same c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -16,7 +16,7 @@ from operator import attrgetter
 import trio
 
 from ..errors import Unavailable
-from ..log import Entry, Log, LogPage
+from ..log import Entry, Log, LogPage, Resumption
 from ..protocol.wire_messages import Gap, Live
 from .catch_up import CatchUpSweeps, PatternMatches, feed
 from .channel_rates import ChannelRates
@@ -157,7 +157,7 @@ class Delivery:
         previous, self.position, self.at = self.position, entries[-1].seq, entries[-1].at
         self.unsent_since = self.unsent_since or entries[0].at
         self.channel_rates.count(entries)
-        for subscription in offer(self._live, entries):
+        for subscription in offer(self._live, entries, self._log.epoch):
             self._start_lagging(subscription, previous)
         for subscription in [s for s in self._ahead if s.cursor <= self.position]:
             self._catch_up(subscription)
@@ -208,16 +208,22 @@ class Delivery:
 
         Only a closed subscription may begin with `since`, as a subscription has one cursor.
         """
-        self._by_send_queue.setdefault(subscription.send_queue, {})[pattern] = subscription
-        if since is None:
-            if subscription.state is CLOSED:
-                self._set_state(subscription, LIVE)
-            subscription.add_pattern(pattern, self.position)
+        self.subscribe_all(subscription, (pattern,), since, epoch)
+
+    def subscribe_all(
+        self, subscription: Subscription, patterns: Collection[str], since: int | None = None, epoch: str | None = None
+    ) -> None:
+        """Do the same for several patterns, with one cursor for all of them."""
+        by_pattern = self._by_send_queue.setdefault(subscription.send_queue, {})
+        by_pattern.update(dict.fromkeys(patterns, subscription))
+        if since is None and subscription.state is CLOSED:
+            self._set_state(subscription, LIVE)
+        resumption = Resumption(self.position) if since is None else self._log.resume(since, epoch)
+        subscription.add_patterns(patterns, resumption.cursor)
+        for pattern in patterns:
             self._enter(pattern, subscription)
+        if since is None:
             return
-        resumption = self._log.resume(since, epoch)
-        subscription.add_pattern(pattern, resumption.cursor)
-        self._enter(pattern, subscription)
         subscription.live_line_due = True
         if resumption.lost is not None:
             self._announce_gap(subscription, min(since, resumption.cursor), resumption.cursor, resumption.lost)
@@ -240,14 +246,16 @@ class Delivery:
         """Offer an ephemeral message (its seq is 0) to the subscriptions that match and have room."""
         served: set[Subscription] = set()
         self.channel_rates.count([entry])
+        merged = EncodedMessages("", [entry])
         for tree in (self._live, self._lagging):
             for group in tree.match(entry.channel):
-                encoded = EncodedMessages(group.pattern, [entry])
+                single = EncodedMessages(group.pattern, [entry])
                 for subscription in group.members:
                     if subscription in served or (entry.origin is not None and subscription.producer == entry.origin):
                         continue
-                    if subscription.overlapping:
+                    if subscription.merge_key is not None:
                         served.add(subscription)
+                    encoded = merged if subscription.is_event_stream else single
                     if subscription.send_datagram is None or not subscription.send_datagram(encoded.lines):
                         subscription.send_queue.offer(encoded)
         self._make_room()
@@ -262,6 +270,7 @@ class Delivery:
                 self._work = trio.Event()
                 await self._work.wait()
                 continue
+            restarts = self._restarts
             try:
                 page = await self._log.read(position, rows=self.rows_from(position), size=PAGE_BYTES)
             except Unavailable:
@@ -269,6 +278,8 @@ class Delivery:
                 continue
             self._pages_read += 1
             await trio.lowlevel.checkpoint()
+            if restarts != self._restarts:
+                continue  # The page may be of the epoch before.
             for _ in self.serve(position, page):
                 await trio.lowlevel.checkpoint()
 
@@ -298,10 +309,11 @@ class Delivery:
         readers = [s for s in self._reading if page.after <= s.cursor <= page.last]
         matches: dict[Subscription, list[PatternMatches]] = {subscription: [] for subscription in readers}
         for group, hits in find_hits(self._lagging, page.entries).items():
-            found = PatternMatches(group.pattern, hits)
+            found = PatternMatches(group.pattern, hits, self._log.epoch)
             for member in group.members:
                 if member in matches:
                     matches[member].append(found)
+        merged: dict[Hashable, PatternMatches] = {}
         for number, (subscription, wanted) in enumerate(matches.items(), 1):
             if number % SERVED_PER_CHECKPOINT == 0:
                 self._make_room()
@@ -311,7 +323,7 @@ class Delivery:
             reading = subscription.state is READING
             if not reading or not page.after <= subscription.cursor <= page.last:
                 continue
-            complete = feed(subscription, wanted, page.last)
+            complete = feed(subscription, wanted, page.last, merged)
             progress, subscription.cursor = complete - subscription.cursor, complete
             if complete < page.last:
                 subscription.rows = min(2 * progress or subscription.rows, PAGE_ROWS)
@@ -399,12 +411,12 @@ class Delivery:
         self._set_state(subscription, LIVE)
         if subscription.live_line_due:
             subscription.live_line_due = False
-            for pattern in subscription.patterns:
-                subscription.put(Live(pattern, self.position))
+            for pattern in subscription.named_patterns:
+                subscription.put(Live(pattern, self.position), self._log.epoch)
 
     def _announce_gap(self, subscription: Subscription, known: int, cursor: int, reason: str) -> None:
-        for pattern in subscription.patterns:
-            subscription.put(Gap(pattern, known + 1, cursor, self._log.epoch, reason))
+        for pattern in subscription.named_patterns:
+            subscription.put(Gap(pattern, known + 1, cursor, self._log.epoch, reason), self._log.epoch)
         subscription.send_queue.pin()
 
     # The budget

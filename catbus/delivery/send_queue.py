@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 from ..log import Entry
 from ..protocol.channels import selectors
+from ..protocol.server_sent_events import encode_message_event
 from ..protocol.wire_messages import ProtocolVersion, encode_first_version_message, encode_message
 
 OVERHEAD = 96
@@ -34,13 +35,29 @@ MAX_JOINED = 4096
 
 
 class EncodedMessages:
-    """Consecutive entries that match one pattern, encoded once for all subscriptions that get them."""
+    """Consecutive entries that match one pattern, encoded once for all subscriptions that get them.
 
-    __slots__ = ("_first_version_lines", "_lines", "charge", "entries", "holders", "pattern", "pins", "size")
+    Merged entries of several patterns have the pattern "". All holders of one object read the same protocol version, so
+    only one encoding of it is made. `epoch` is that of the entries.
+    """
 
-    def __init__(self, pattern: str, entries: Sequence[Entry]) -> None:
+    __slots__ = (
+        "_events",
+        "_first_version_lines",
+        "_lines",
+        "charge",
+        "entries",
+        "epoch",
+        "holders",
+        "pattern",
+        "pins",
+        "size",
+    )
+
+    def __init__(self, pattern: str, entries: Sequence[Entry], epoch: str = "") -> None:
         self.pattern = pattern
         self.entries = entries
+        self.epoch = epoch
         self.holders = 0
         """Number of send queues that hold it."""
         self.pins = 0
@@ -51,6 +68,7 @@ class EncodedMessages:
         self.charge = self.size + texts + count * ENTRY_BYTES + ENCODED_MESSAGES_BYTES
         """Its memory, once for all send queues that hold it: the entries, and their lines once they are encoded."""
         self._lines: bytes | None = None
+        self._events: bytes | None = None
         self._first_version_lines: list[bytes] | None = None
 
     @property
@@ -62,6 +80,16 @@ class EncodedMessages:
                 [encode_message(e.channel, e.payload, pattern, e.seq or None, e.at, e.sender) for e in self.entries]
             )
         return self._lines
+
+    @property
+    def events(self) -> bytes:
+        """All messages, for event streams."""
+        if self._events is None:
+            epoch = self.epoch.encode()
+            self._events = b"".join(
+                [encode_message_event(e.channel, e.payload, e.seq, e.at, e.sender, epoch) for e in self.entries]
+            )
+        return self._events
 
     @property
     def first_version_lines(self) -> list[bytes]:
@@ -369,7 +397,8 @@ class SendQueue:
         self._budget.unpin(items[:fixed])
         for index, item in enumerate(items):
             if isinstance(item, EncodedMessages) and not item.pattern:
-                kept = EncodedMessages("", [e for e in item.entries if any(s in others for s in selectors(e.channel))])
+                wanted = [e for e in item.entries if any(s in others for s in selectors(e.channel))]
+                kept = EncodedMessages("", wanted, item.epoch)
                 self._budget.release([item])
                 self.size += kept.size - item.size
                 if not kept.entries:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from enum import Enum, auto
 from operator import attrgetter
 
 from ..log import Entry
-from ..protocol.wire_messages import Gap, Live, encode
+from ..protocol.server_sent_events import encode_reply
+from ..protocol.wire_messages import Gap, Live, ProtocolVersion
 from .send_queue import EncodedMessages, SendQueue, SubscriptionLine
 from .topic_tree import Group, TopicTree
 
@@ -38,15 +39,15 @@ CLOSED, LIVE, READING, WAITING, AHEAD = SubscriptionState
 class Subscription:
     """One session's interest in one or more patterns, with one cursor.
 
-    A session of `catbus.v1` has a subscription for each pattern. A first-version session has one for all its patterns,
-    so it gets one copy of a message, however many of its patterns match.
+    A session of `catbus.v1` has a subscription for each pattern. A first-version session and an event stream have one
+    for all their patterns, so they get one copy of a message, however many of the patterns match.
     """
 
     __slots__ = (
         "cursor",
         "head_sent",
         "live_line_due",
-        "overlapping",
+        "merge_key",
         "patterns",
         "producer",
         "rows",
@@ -64,9 +65,9 @@ class Subscription:
         """Sends an ephemeral message as a datagram, past the send queue. Returns False for one that does not fit."""
         self.state = CLOSED
         self.patterns: dict[str, int] = {}
-        """Each pattern, and the seq after which its messages are wanted."""
-        self.overlapping = False
-        """Whether it has several patterns."""
+        """Each pattern, and the seq after which its messages are wanted; 0 in an event stream, whose cursor says it."""
+        self.merge_key: Hashable = None
+        """Set if its messages are merged from several patterns. Subscriptions with the same key get the same ones."""
         self.cursor = 0
         """The seq up to which it is complete; valid only while it lags."""
         self.rows = PAGE_ROWS
@@ -83,17 +84,38 @@ class Subscription:
 
     def add_pattern(self, pattern: str, after: int) -> None:
         """Want the messages of a pattern after a seq."""
-        self.patterns[pattern] = after
-        self.overlapping = len(self.patterns) > 1
+        self.add_patterns((pattern,), after)
+
+    def add_patterns(self, patterns: Collection[str], after: int) -> None:
+        """Want the messages of these patterns after a seq. An event stream gets all of its patterns in one call."""
+        # Event streams share what is merged of a page, whatever their cursors are.
+        self.patterns.update(dict.fromkeys(patterns, 0 if self.is_event_stream else after))
+        self._update_merge_key()
 
     def remove_pattern(self, pattern: str) -> None:
         """Want nothing more of a pattern, if it is here."""
         self.patterns.pop(pattern, None)
-        self.overlapping = len(self.patterns) > 1
+        self._update_merge_key()
 
-    def put(self, reply: Gap | Live) -> None:
+    def _update_merge_key(self) -> None:
+        if self.is_event_stream:
+            self.merge_key = frozenset(self.patterns)
+        else:
+            # The patterns of a first-version session begin at different seqs, so no other subscription gets the same.
+            self.merge_key = self if len(self.patterns) > 1 else None
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.send_queue.protocol is ProtocolVersion.EVENTS
+
+    @property
+    def named_patterns(self) -> Collection[str]:
+        """The patterns that lines about its position name. An event stream has one position for all its patterns."""
+        return ("",) if self.is_event_stream else self.patterns
+
+    def put(self, reply: Gap | Live, epoch: str) -> None:
         """Put a line about its position into its send queue. The first version of the protocol has no such lines."""
-        line = encode(reply, self.send_queue.protocol)
+        line = encode_reply(reply, self.send_queue.protocol, epoch)
         if line is not None:
             self.send_queue.put(SubscriptionLine(line, reply.pattern))
 
@@ -111,31 +133,58 @@ def find_hits(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> dict[G
     return matches
 
 
-def offer(tree: TopicTree[Subscription], entries: Sequence[Entry]) -> list[Subscription]:
-    """Offer entries to the subscriptions that match: all or none to each. Return those without room."""
+def offer(tree: TopicTree[Subscription], entries: Sequence[Entry], epoch: str) -> list[Subscription]:
+    """Offer entries of an epoch to the subscriptions that match: all or none to each. Return those without room."""
     rejected: list[Subscription] = []
-    overlapping: dict[Subscription, list[tuple[str, Sequence[Entry]]]] = {}
+    merged: dict[Hashable, MergedMembers] = {}
     for group, hits in find_hits(tree, entries).items():
         shared = encoded = EncodedMessages(group.pattern, hits)
         origins = {entry.origin for entry in hits if entry.origin is not None}
         for subscription in group.members:
-            if subscription.overlapping:
-                overlapping.setdefault(subscription, []).append((group.pattern, hits))
+            if (key := subscription.merge_key) is not None:
+                members = merged.get(key)
+                if members is None:
+                    members = merged[key] = MergedMembers()
+                members.add(subscription, group.pattern, hits)
                 continue
             if origins:
                 mine = subscription.producer in origins
                 encoded = EncodedMessages(group.pattern, without(hits, subscription.producer)) if mine else shared
             if not subscription.send_queue.offer(encoded):
                 rejected.append(subscription)
-    for subscription, found in overlapping.items():
-        wanted = without(merge(subscription, found), subscription.producer)
-        if not subscription.send_queue.offer(EncodedMessages("", wanted)):
-            rejected.append(subscription)
+    for members in merged.values():
+        rejected += members.offer(epoch)
     return rejected
+
+
+class MergedMembers:
+    """The subscriptions with one merge key that match entries of a batch, and these entries by pattern."""
+
+    __slots__ = ("found", "subscriptions")
+
+    def __init__(self) -> None:
+        self.found: dict[str, Sequence[Entry]] = {}
+        self.subscriptions: dict[Subscription, None] = {}
+
+    def add(self, subscription: Subscription, pattern: str, hits: Sequence[Entry]) -> None:
+        self.found[pattern] = hits
+        self.subscriptions[subscription] = None
+
+    def offer(self, epoch: str) -> list[Subscription]:
+        """Offer the entries, each once and in order, to all subscriptions. Return those without room."""
+        first = next(iter(self.subscriptions))
+        entries = merge(first, list(self.found.items()))
+        # Event streams have no producer, so they all get the same.
+        encoded = EncodedMessages("", without(entries, first.producer), epoch)
+        return [each for each in self.subscriptions if not each.send_queue.offer(encoded)]
 
 
 def merge(subscription: Subscription, found: Sequence[tuple[str, Sequence[Entry]]]) -> list[Entry]:
     """Return the entries that several patterns of one subscription match, each once and in order."""
+    if len(found) == 1:
+        [(pattern, hits)] = found
+        start = subscription.patterns[pattern]
+        return list(hits) if hits[0].seq > start else [e for e in hits if e.seq > start]
     starts = subscription.patterns
     wanted = {e.seq: e for pattern, hits in found for e in hits if e.seq > starts[pattern]}
     return sorted(wanted.values(), key=_seq)

@@ -12,8 +12,9 @@ import trio
 
 from ..observability.loggers import RateLimitedLog, get_logger
 from .connection_eviction import EvictionQueue
+from .http.event_encoder import make_event_encoder
 from .trusted_proxies import TrustedProxies
-from .websocket.frame_encoder import FrameEncoder
+from .websocket.frame_encoder import make_frame_encoder
 
 logger = get_logger("catbus.endpoints")
 
@@ -65,8 +66,10 @@ class ConnectionRegistry:
         self._peer_event_log = RateLimitedLog(logger.info)
         self.requests: Counter[tuple[str, int]] = Counter()
         """Answered HTTP requests by path and status; all unknown paths count as `other`."""
-        self.frame_encoder = FrameEncoder()
+        self.frame_encoder = make_frame_encoder()
+        self.event_encoder = make_event_encoder()
         self.websockets: set[KeepAliveTarget] = set()
+        self.event_streams: set[KeepAliveTarget] = set()
         self._byte_counters: set[ByteCounter] = set()
         self._sent = self._received = 0
         self._idle: set[trio.CancelScope] = set()
@@ -143,13 +146,13 @@ class ConnectionRegistry:
         return self._sent + sum(c.sent for c in carriers), self._received + sum(c.received for c in carriers)
 
     @contextmanager
-    def kept_alive(self, connection: KeepAliveTarget) -> Iterator[None]:
-        """Check a connection regularly while the context lasts."""
-        self.websockets.add(connection)
+    def kept_alive(self, connection: KeepAliveTarget, connections: set[KeepAliveTarget]) -> Iterator[None]:
+        """Check a connection regularly while the context lasts. `connections`: `websockets` or `event_streams`."""
+        connections.add(connection)
         try:
             yield
         finally:
-            self.websockets.discard(connection)
+            connections.discard(connection)
 
     async def wait_empty(self) -> None:
         """Wait until no connection is open."""
@@ -160,7 +163,7 @@ class ConnectionRegistry:
         """Check every registered connection in turn, forever. One task serves all of them."""
         while True:
             await trio.sleep(interval)
-            for index, connection in enumerate(tuple(self.websockets)):
+            for index, connection in enumerate((*self.websockets, *self.event_streams)):
                 if index % _CHECKS_PER_TURN == 0:
                     await trio.lowlevel.checkpoint()
                 try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Protocol
 
 from ..auth.grants import Identity
@@ -41,6 +41,10 @@ class SessionInterface(Protocol):
     def count_received(self, size: int) -> None: ...
 
     async def receive(self, data: bytes) -> None: ...
+
+    async def open_event_stream(
+        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+    ) -> None: ...
 
     def close(self, code: CloseCode, reason: str) -> None: ...
 

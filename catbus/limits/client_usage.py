@@ -57,9 +57,9 @@ class ClientUsages:
         if not usage.sessions:
             del self._usages[usage.client]
 
-    def check_subscriptions(self, usage: ClientUsage) -> None:
-        """Raise `PeerError` when the client may not have another subscription."""
-        if usage.subscriptions >= self._max_subscriptions - self.subscriptions:
+    def check_subscriptions(self, usage: ClientUsage, number: int = 1) -> None:
+        """Raise `PeerError` when the client may not have so many more subscriptions."""
+        if usage.subscriptions + number > self._max_subscriptions - self.subscriptions:
             text = "there is no room for more subscriptions of this client (limits.subscriptions_total)"
             raise PeerError(ErrorCode.OVERLOADED, text)
 

@@ -30,10 +30,11 @@ Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 
 
 class ProtocolVersion(IntEnum):
-    """The version of the specification that a client knows, as it says in `auth`."""
+    """The version of the specification that a client knows, as it says in `auth`; EVENTS is an event stream."""
 
     FIRST = 0
     V1 = 1
+    EVENTS = 2
 
 
 # From the client

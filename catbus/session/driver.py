@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from math import inf
 from time import perf_counter
 from typing import Protocol
 
@@ -17,7 +15,7 @@ import trio
 from ..auth.grants import Grants, Identity, client_of
 from ..close_codes import CloseCode
 from ..config import LimitSettings
-from ..delivery.send_queue import OVERHEAD, SendQueue, TransportWriter
+from ..delivery.send_queue import SendQueue, TransportWriter
 from ..delivery.subscription import Subscription
 from ..error_codes import ErrorCode
 from ..errors import PeerError, Unavailable
@@ -36,19 +34,12 @@ from .effects import (
     StartSubscription,
     VerifyToken,
 )
+from .heads import HeadSender
+from .history_page import MAX_HISTORY, newest_that_fit
 from .hooks import ClientInfo
 from .publishing import STOPPING
 from .services import SessionServices
 from .state_machine import Session, SessionLimits
-
-MAX_HISTORY = 1000
-"""Maximum number of messages in a page of `history`."""
-
-MAX_HISTORY_BYTES = 1 << 20
-"""Maximum size of a page of `history`, unless it is a single message. Sizes are approximate."""
-
-HEAD_INTERVAL = 15.0
-"""Seconds without anything sent after which a session gets `head`."""
 
 
 class Streams(Protocol):
@@ -110,11 +101,11 @@ class SessionDriver:
         self._network = network
         self._pending_limit = limits.pending_publishes
         self._producer = ""
-        self._head_sent = 0
-        """The seq of the last `head` on the session's own stream."""
-        self._next_head = trio.current_time() + random.uniform(0, HEAD_INTERVAL)  # noqa: S311 (no secret)
+        self.heads = HeadSender(self.session, services.delivery, services.log)
         self._closing = trio.Event()
         self._deadline = trio.CancelScope()
+        self._leave_at = inf
+        """When the broker closes an event stream, because it is draining."""
         self._room = trio.Event()
         self._finishing = self._ended = False
         self._publish_rate = services.publish_rates.new(trio.current_time())
@@ -188,24 +179,23 @@ class SessionDriver:
     async def wait_closing(self) -> None:
         """Wait until `closing` is set or the session has ended. Meanwhile check the session's deadlines."""
         while not self._closing.is_set():
-            with trio.move_on_at(self.session.deadline) as self._deadline:
+            with trio.move_on_at(min(self.session.deadline, self._leave_at)) as self._deadline:
                 await self._closing.wait()
-            self.session.check_deadline(trio.current_time())
+            now = trio.current_time()
+            self.session.check_deadline(now)
+            if now >= self._leave_at:
+                self.close(CloseCode.SHUTTING_DOWN, STOPPING)
             if self.session.closing is not None:
                 self._closing.set()
 
     def send_goaway(self) -> None:
-        """If the replica is draining, tell the client when to reconnect."""
+        """If the replica is draining, tell the client when to reconnect. The broker closes an event stream then."""
         delay = self._services.reconnect_delay()
         if delay is not None and self.session.identity is not None:
-            self._send_heads()
+            self.heads.send()
             self.session.send(wire.GoAway(STOPPING, round(delay, 3)))
-
-    def send_due_head(self, now: float) -> None:
-        """Send `head` if it is due and nothing was sent for `HEAD_INTERVAL`."""
-        if now >= self._next_head:
-            self._next_head = now + HEAD_INTERVAL
-            self._send_heads(now - HEAD_INTERVAL)
+            if self.session.protocol is ProtocolVersion.EVENTS:
+                self._leave_at = self._deadline.deadline = trio.current_time() + delay
 
     def finish(self) -> None:
         """Process nothing more, and close when all publishes have been acknowledged."""
@@ -288,9 +278,13 @@ class SessionDriver:
             case CheckPublish():
                 await self._check_publish(effect)
             case SendHeads():
-                self._send_heads()
+                self.heads.send()
             case VerifyToken():
-                await self._authenticate(effect)
+                try:
+                    await self._authenticate(effect.token, effect.producer)
+                except PeerError as error:
+                    if not self.session.closed:
+                        self.session.reject_token(error)
             case ReadHistory():
                 await self._send_history(effect.request)
 
@@ -322,48 +316,65 @@ class SessionDriver:
             effect.rejection = error
             self._uncharged += 1
 
-    async def _authenticate(self, effect: VerifyToken) -> None:
+    async def _authenticate(self, token: str, claimed_producer: str | None = None) -> None:
+        """Verify a token and accept its identity. Raises `PeerError`."""
         services, session = self._services, self.session
         authentication = services.authentication
-        try:
-            if not services.log.epoch:
-                raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
-            changes = services.permissions.changes
-            identity = await authentication.verify(effect.token, self._network, self.transport)
-            if session.identity is None and not session.closed:
-                client = replace(self.info, client_id=identity.client_id)
-                await services.hooks.enter_session(client, self._closing, self._handle_hook_failed)
-            if session.closed:
-                return  # Meanwhile its deadline has passed, its connection has ended, or the replica has stopped.
-            usage = session.usage
-            if not self._counted:
-                usage = services.client_usages.add_session(client_of(identity, effect.token, self._network))
-                self._counted = True
-            rates = identity.publish_rate, identity.publish_bytes
-            self._publish_rate = services.publish_rates.get(usage.client, trio.current_time(), *rates)
-            subject = identity.client_id or ""
-            if not self._producer:
-                self._producer = authentication.resume_producer(effect.producer, subject)
-            producer = authentication.producer_key(self._producer, subject) or session.producer
-            reply = wire.AuthOk(
-                identity.client_id,
-                producer=self._producer,
-                epoch=services.log.epoch,
-                head=services.delivery.position,
-                floor=services.log.floor,
-                limits=client_limits(services.config.limits),
-            )
-            before = Grants() if session.identity is None else session.identity.grants
-            revoked = session.accept_token(identity, reply, producer, trio.current_time(), time.time(), usage)
-        except PeerError as error:
-            if not session.closed:
-                session.reject_token(error)
-            return
+        if not services.log.epoch:
+            raise PeerError(ErrorCode.UNAVAILABLE, "the database has not been reached yet", CloseCode.UNAVAILABLE)
+        changes = services.permissions.changes
+        identity = await authentication.verify(token, self._network, self.transport)
+        if session.identity is None and not session.closed:
+            client = replace(self.info, client_id=identity.client_id)
+            await services.hooks.enter_session(client, self._closing, self._handle_hook_failed)
+        if session.closed:
+            # Meanwhile its deadline has passed, its connection has ended, or the replica has stopped.
+            raise PeerError(ErrorCode.UNAVAILABLE, "the session was closed while its token was verified")
+        usage = session.usage
+        if not self._counted:
+            usage = services.client_usages.add_session(client_of(identity, token, self._network))
+            self._counted = True
+        rates = identity.publish_rate, identity.publish_bytes
+        self._publish_rate = services.publish_rates.get(usage.client, trio.current_time(), *rates)
+        subject = identity.client_id or ""
+        if not self._producer:
+            self._producer = authentication.resume_producer(claimed_producer, subject)
+        producer = authentication.producer_key(self._producer, subject) or session.producer
+        reply = wire.AuthOk(
+            identity.client_id,
+            producer=self._producer,
+            epoch=services.log.epoch,
+            head=services.delivery.position,
+            floor=services.log.floor,
+            limits=client_limits(services.config.limits),
+        )
+        before = Grants() if session.identity is None else session.identity.grants
+        revoked = session.accept_token(identity, reply, producer, trio.current_time(), time.time(), usage)
         self._unauthenticated.release()
         self._deadline.deadline = session.deadline
         services.permissions.add(self, identity.role, changes)
         self._revoke(revoked, before, identity.grants)
         self.send_goaway()
+
+    async def open_event_stream(
+        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+    ) -> None:
+        """Authenticate the client of an event stream, and subscribe to all its patterns. Raises `PeerError`.
+
+        All that this client requests is in the head of its HTTP request, so it gets no replies, and an error ends it.
+        """
+        services, session = self._services, self.session
+        session.protocol = ProtocolVersion.EVENTS
+        await self._authenticate(token)
+        session.check_subscribe(patterns)
+        services.client_usages.check_subscriptions(session.usage, len(patterns))
+        # A stream has no producer: what it filtered would come after it was resumed.
+        subscription = Subscription(self.send_queue)
+        session.subscriptions.update(dict.fromkeys(patterns, subscription))
+        services.client_usages.add_subscriptions(session.usage, len(patterns))
+        services.delivery.subscribe_all(subscription, patterns, since, epoch)
+        if since is None:
+            self.heads.send()
 
     def _subscribe(self, request: wire.Subscribe) -> None:
         delivery, session, streams = self._services.delivery, self.session, self._streams
@@ -412,6 +423,8 @@ class SessionDriver:
         for pattern, subscription in ended.items():
             session.revoked(pattern, self._services.delivery.position, subscription.send_queue)
             self._end_stream(subscription)
+        if ended and not session.subscriptions and session.protocol is ProtocolVersion.EVENTS:
+            self.close(CloseCode.REVOKED, "the permission for each pattern was withdrawn")
         if session.pending and grants.write != before.write:
             rejection = Rejected(ErrorCode.UNAUTHORIZED, "no write grant covers this channel any more")
             self._services.log.withdraw(
@@ -439,30 +452,6 @@ class SessionDriver:
         if subscription.send_queue is not self.send_queue and self._streams is not None:
             self._streams.end_stream(subscription.send_queue)
 
-    def _send_heads(self, quiet_since: float | None = None) -> None:
-        """Send `head` on each stream, unless a subscription on it lags.
-
-        With `quiet_since`, send only where nothing was sent since then, and where `head` is new to a subscription.
-        """
-        if self.session.identity is None:
-            return
-        delivery, send_queue = self._services.delivery, self.send_queue
-        head = wire.Head(delivery.position, self._services.log.epoch, delivery.at)
-        shared = lagging = False
-        for subscription in self.session.subscriptions.values():
-            own = subscription.send_queue
-            if own is send_queue:
-                shared, lagging = True, lagging or subscription.lagging
-            elif subscription.lagging or own.full or subscription.head_sent == head.seq:
-                continue
-            elif _is_quiet(own, quiet_since):
-                subscription.head_sent = head.seq
-                self.session.send(head, own)
-        due = quiet_since is None or (shared and self._head_sent != head.seq and _is_quiet(send_queue, quiet_since))
-        if due and not lagging:
-            self._head_sent = head.seq
-            self.session.send(head)
-
     async def _send_history(self, request: wire.History) -> None:
         limit = min(request.limit, MAX_HISTORY)
         try:
@@ -470,9 +459,7 @@ class SessionDriver:
         except Unavailable as error:
             self.session.reject_request(request, PeerError(ErrorCode.UNAVAILABLE, str(error)))
             return
-        # The newest entries that fit, and at least one: replica and client hold a page in memory as one object.
-        sizes = list(accumulate(entry.size + OVERHEAD for entry in reversed(entries)))
-        kept = entries[-max(1, bisect_right(sizes, MAX_HISTORY_BYTES)) :]
+        kept = newest_that_fit(entries)
         self.session.send_history(request, kept, more or len(kept) < len(entries))
 
 
@@ -485,8 +472,3 @@ def client_limits(limits: LimitSettings) -> dict[str, int]:
         "history": MAX_HISTORY,
         "ephemeral_size": EPHEMERAL_SIZE,
     }
-
-
-def _is_quiet(send_queue: SendQueue, since: float | None) -> bool:
-    """Return whether a send queue is empty and was last flushed before `since`; always True without `since`."""
-    return since is None or (not send_queue and send_queue.lingers_until < since)

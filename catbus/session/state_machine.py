@@ -8,7 +8,7 @@ When `closing` is set, the driver closes the connection after the contents of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
@@ -28,6 +28,7 @@ from ..log import APPEND_OVERHEAD, CONFLICT, EPHEMERAL_SIZE, UNDECIDED, Append, 
 from ..protocol import wire_messages as wire
 from ..protocol.channels import check_channel, check_pattern, is_reserved
 from ..protocol.json_splitter import JsonSplitter
+from ..protocol.server_sent_events import encode_reply
 from ..protocol.wire_messages import ProtocolVersion, Reply
 from .effects import (
     AppendMessage,
@@ -261,7 +262,7 @@ class Session:
         """Put a reply into a send queue, by default the session's own, in the client's version of the protocol."""
         if isinstance(reply, wire.ERROR_REPLIES):
             self._on_error(reply.code)
-        line = wire.encode(reply, self.protocol)
+        line = encode_reply(reply, self.protocol)
         if line is not None:
             queue = self.send_queue if send_queue is None else send_queue
             queue.put(HeadLine(line) if isinstance(reply, wire.Head) else line)
@@ -290,9 +291,7 @@ class Session:
         yield VerifyToken(message.token, message.producer)
 
     def _subscribe(self, message: wire.Subscribe) -> Iterator[Effect]:
-        self._check_readable(message.pattern)
-        if message.pattern not in self.subscriptions and len(self.subscriptions) >= self._limits.subscriptions:
-            raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
+        self.check_subscribe((message.pattern,))
         yield StartSubscription(wire.Subscribe(message.pattern) if self.protocol is ProtocolVersion.FIRST else message)
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> Iterator[Effect]:
@@ -352,6 +351,14 @@ class Session:
                 code, "the database has been unreachable for so long that the role's permissions are unknown"
             )
         return identity
+
+    def check_subscribe(self, patterns: Collection[str]) -> None:
+        """Raise `PeerError` if the client must not subscribe to one of these patterns, or has too many."""
+        for pattern in patterns:
+            self._check_readable(pattern)
+        added = sum(pattern not in self.subscriptions for pattern in patterns)
+        if added and len(self.subscriptions) + added > self._limits.subscriptions:
+            raise PeerError(ErrorCode.LIMIT, f"at most {self._limits.subscriptions} subscriptions a session")
 
     def _check_readable(self, pattern: str) -> None:
         identity = self._known_identity()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import trio
@@ -42,6 +42,11 @@ class FakeClient:
     @property
     def client(self) -> Hashable:
         return self
+
+    async def open_event_stream(
+        self, token: str, patterns: Collection[str], since: int | None, epoch: str | None
+    ) -> None:
+        await self.replica.authenticate(token)
 
     async def receive(self, data: bytes) -> None:
         self.received.append(data)
@@ -109,7 +114,7 @@ class FakeReplica:
     def open_session(
         self, writer: TransportWriter, *, transport: str, streams: Streams | None = None, network: str = ""
     ) -> FakeClient:
-        assert transport == "websocket"
+        assert transport in ("websocket", "sse")
         self.networks.append(network)
         client = FakeClient(self, writer)
         self.sessions.append(client)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from catbus.delivery.send_queue import EncodedMessages
-from catbus.endpoints.websocket.frame_encoder import FRAME_SIZE, PING, FrameEncoder, close_frame, is_close, text_header
+from catbus.endpoints.websocket.frame_encoder import (
+    FRAME_SIZE,
+    PING,
+    close_frame,
+    is_close,
+    make_frame_encoder,
+    text_header,
+)
 from catbus.log import Entry
 from catbus.protocol.wire_messages import ProtocolVersion
 from tests.endpoints import raw_peer
@@ -46,13 +53,13 @@ def test_long_reason_is_cut_between_characters(reason: str, kept: int) -> None:
 
 def test_lines_share_a_frame() -> None:
     reply, messages = b'{"type":"pong","seq":1}\n', run(b"1", b"2")
-    [frame] = FrameParser().feed(FrameEncoder().encode_items([reply, messages], ProtocolVersion.V1))
+    [frame] = FrameParser().feed(make_frame_encoder().encode_items([reply, messages], ProtocolVersion.V1))
     assert frame.payload == reply + messages.lines
 
 
 def test_frame_has_about_64_kib_and_no_item_is_split() -> None:
     items = [bytes([65 + index]) * 30_000 for index in range(5)] + [b"z" * 300_000, b"y" * 10]
-    frames = FrameParser().feed(FrameEncoder().encode_items(items, ProtocolVersion.V1))
+    frames = FrameParser().feed(make_frame_encoder().encode_items(items, ProtocolVersion.V1))
     assert [len(frame.payload) for frame in frames] == [60_000, 60_000, 30_000, 300_000, 10]
     assert b"".join(frame.payload for frame in frames) == b"".join(items)
     assert max(len(frame.payload) for frame in frames[:3]) <= FRAME_SIZE
@@ -60,7 +67,7 @@ def test_frame_has_about_64_kib_and_no_item_is_split() -> None:
 
 def test_first_version_client_gets_a_frame_for_each_line() -> None:
     reply, messages = b'{"type":"pong","seq":1}\n', run(b"1", b"2")
-    frames = FrameParser().feed(FrameEncoder().encode_items([reply, messages], ProtocolVersion.FIRST))
+    frames = FrameParser().feed(make_frame_encoder().encode_items([reply, messages], ProtocolVersion.FIRST))
     assert [frame.payload for frame in frames] == [
         b'{"type":"pong","seq":1}',
         b'{"type":"message","channel":"a.b","payload":1}',
@@ -69,7 +76,7 @@ def test_first_version_client_gets_a_frame_for_each_line() -> None:
 
 
 def test_same_items_are_encoded_once() -> None:
-    packer, shared = FrameEncoder(), run(b"1")
+    packer, shared = make_frame_encoder(), run(b"1")
     first = packer.encode_items([shared], ProtocolVersion.V1)
     assert packer.encode_items([shared], ProtocolVersion.V1) is first
     assert packer.encode_items([shared], ProtocolVersion.FIRST) != first
@@ -77,7 +84,7 @@ def test_same_items_are_encoded_once() -> None:
 
 
 def test_other_items_are_encoded_again() -> None:
-    packer = FrameEncoder()
+    packer = make_frame_encoder()
     assert packer.encode_items([run(b"1")], ProtocolVersion.V1) == packer.encode_items([run(b"1")], ProtocolVersion.V1)
     assert packer.encode_items([run(b"1")], ProtocolVersion.V1) != packer.encode_items([run(b"2")], ProtocolVersion.V1)
     assert packer.encode_items([b"a\n"], ProtocolVersion.V1) != packer.encode_items(
@@ -86,5 +93,5 @@ def test_other_items_are_encoded_again() -> None:
 
 
 def test_no_items_make_no_frame() -> None:
-    assert FrameEncoder().encode_items([], ProtocolVersion.V1) == b""
-    assert FrameEncoder().encode_items([], ProtocolVersion.FIRST) == b""
+    assert make_frame_encoder().encode_items([], ProtocolVersion.V1) == b""
+    assert make_frame_encoder().encode_items([], ProtocolVersion.FIRST) == b""

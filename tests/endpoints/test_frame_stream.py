@@ -47,7 +47,7 @@ async def outbox_over(
             outbox = kind(
                 stream,
                 nursery,
-                take_frames=(source or Source()).take,
+                take_more=(source or Source()).take,
                 read_scope=trio.CancelScope(),
                 head=head,
                 rest=rest,
@@ -310,7 +310,7 @@ async def test_failed_write_breaks_the_connection() -> None:
 async def test_cancelled_writing_task_breaks_the_connection() -> None:
     async with tcp_pair() as (server, _):
         async with trio.open_nursery() as nursery:
-            outbox = FrameStream(server, nursery, take_frames=Source().take, read_scope=trio.CancelScope())
+            outbox = FrameStream(server, nursery, take_more=Source().take, read_scope=trio.CancelScope())
             outbox.write(text(b"a" * 1_000_000))
             assert outbox.writing
             await wait_all_tasks_blocked()

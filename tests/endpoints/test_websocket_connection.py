@@ -17,12 +17,11 @@ from catbus.close_codes import CloseCode
 from catbus.config import Config, LimitSettings
 from catbus.delivery.send_queue import EncodedMessages, SendQueue
 from catbus.endpoints.connection_registry import ConnectionRegistry
+from catbus.endpoints.queue_writer import STALL_TIMEOUT, WRITE_SIZE
 from catbus.endpoints.replica_interface import ReplicaInterface
 from catbus.endpoints.websocket.frame_stream import FrameStream
 from catbus.endpoints.websocket.websocket_connection import (
     CLOSE_TIMEOUT,
-    STALL_TIMEOUT,
-    WRITE_SIZE,
     WebSocketServerConnection,
     serve_websocket,
 )

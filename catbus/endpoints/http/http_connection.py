@@ -22,7 +22,15 @@ from ..replica_interface import ReplicaInterface
 from ..websocket import handshake
 from ..websocket.websocket_connection import serve_websocket
 from .cors import check_origin, cors_headers
-from .http_request import HttpRequest
+from .event_stream import (
+    CONTENT_TYPE,
+    HEADERS,
+    EventStream,
+    is_event_stream_request,
+    open_event_stream,
+    retry_later,
+)
+from .http_request import Headers, HttpRequest
 from .http_response import TOO_MANY_CONNECTIONS, HttpResponse, http_error
 from .request_head import read_request_head
 from .routes import find_handler, route_of
@@ -139,7 +147,7 @@ class HttpConnection:
             await close_gracefully(self._stream, self._replica.cpu_scheduler)
 
     async def _serve_request(self, request: HttpRequest) -> bool:
-        """Answer a request. Returns True if it was an upgrade and its WebSocket has ended."""
+        """Answer a request. Returns True if a WebSocket or an event stream was the last of the connection."""
         replica, registry = self._replica, self._registry
         client = registry.proxies.client_address(self._peer, request)
         request = replace(request, network=client.network)
@@ -152,7 +160,7 @@ class HttpConnection:
             if not admitted:
                 registry.rejected_by_address += 1
                 replica.runtime_statistics.count_error(ErrorCode.OVERLOADED)
-                response: HttpResponse | None = TOO_MANY_CONNECTIONS
+                response: HttpResponse | EventStream | None = TOO_MANY_CONNECTIONS
             elif handshake.is_websocket_upgrade(request):
                 response = handshake.check_upgrade(request, replica.config.websocket.allowed_origins)
                 if response is None and not registry.closed:
@@ -164,10 +172,23 @@ class HttpConnection:
                     return True
             else:
                 response = await self._handle(request)
-            await self._send(request, response or http_error(503, STOPPING, code=ErrorCode.SHUTTING_DOWN))
+            if isinstance(response, EventStream):
+                await self._serve_event_stream(request, response)
+                return True
+            response = response or http_error(503, STOPPING, code=ErrorCode.SHUTTING_DOWN)
+            await self._send(request, retry_later(request, response))
         return False
 
-    async def _handle(self, request: HttpRequest) -> HttpResponse:
+    async def _serve_event_stream(self, request: HttpRequest, events: EventStream) -> None:
+        self._on_authenticated()
+        self._unauthenticated.release()
+        try:
+            headers = [*HEADERS, (b"content-type", CONTENT_TYPE), (b"transfer-encoding", b"chunked")]
+            await events.serve(self._stream, self._head(request, 200, [*headers, (b"connection", b"close")]))
+        finally:
+            events.end()
+
+    async def _handle(self, request: HttpRequest) -> HttpResponse | EventStream:
         origins = self._replica.config.websocket.allowed_origins
         if rejected := check_origin(request, route_of(request.path), origins):
             return rejected
@@ -175,6 +196,8 @@ class HttpConnection:
         if isinstance(handler, HttpResponse):
             return handler
         try:
+            if is_event_stream_request(request) and not request.has_body and not self._registry.closed:
+                return await open_event_stream(self._replica, self._registry, request)
             read = partial(self._read_for_handler, request)
             response = await handler(self._replica, replace(request, read=read))
         except RequestRejected:
@@ -264,29 +287,31 @@ class HttpConnection:
 
     async def _send(self, request: HttpRequest | None, response: HttpResponse, *, last: bool = False) -> None:
         """Send the response to `request` (None if it was not valid). If its body was not read, close afterwards."""
-        headers = [
-            (b"date", formatdate(usegmt=True).encode()),
-            *response.headers,
-        ]
-        if request is not None:
-            headers += cors_headers(request, route_of(request.path), self._replica.config.websocket.allowed_origins)
+        headers = [*response.headers]
         if response.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
             # A 204 has no content. In a 304, the length would be that of the representation, which is not sent.
             headers += [(b"content-type", response.type), (b"content-length", str(len(response.body)).encode())]
         if last or self._registry.closed or self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
-        reason = HTTPStatus(response.status).phrase.encode()
-        data = self._http.send(h11.Response(status_code=response.status, headers=headers, reason=reason))
+        data = self._head(request, response.status, headers)
         if request is None or request.method != "HEAD":
             data += self._http.send(h11.Data(data=response.body))
         data += self._http.send(h11.EndOfMessage())
-        if request is not None:
-            path = route_of(request.path) or "other"
-            self._registry.requests[path, response.status] += 1
-            shown = _LOGGED_PATH.match(request.path)
-            assert shown is not None
-            logger.debug("request", method=request.method, path=shown[0], status=response.status)
         with trio.move_on_after(SEND_TIMEOUT):
             await self._stream.send_all(data)
             return
         raise trio.BrokenResourceError("the peer does not read the response")
+
+    def _head(self, request: HttpRequest | None, status: int, headers: Headers) -> bytes:
+        """Return the head of the response to `request`, which is counted with it."""
+        dated = [(b"date", formatdate(usegmt=True).encode()), *headers]
+        if request is not None:
+            route, origins = route_of(request.path), self._replica.config.websocket.allowed_origins
+            dated += cors_headers(request, route, origins)
+            self._registry.requests[route or "other", status] += 1
+            shown = _LOGGED_PATH.match(request.path)
+            assert shown is not None
+            logger.debug("request", method=request.method, path=shown[0], status=status)
+        return self._http.send(
+            h11.Response(status_code=status, headers=dated, reason=HTTPStatus(status).phrase.encode())
+        )

@@ -20,6 +20,7 @@ from .api.sessions import SessionsPage, SessionsQuery, list_sessions
 from .cors import preflight_headers
 from .discovery_document import DiscoveryDocument, discovery_document
 from .error_responses import error_response
+from .event_stream import CONTENT_TYPE, HEADERS, EventsHeaders, EventsQuery
 from .forwarded_headers import forwarded_origin
 from .http_request import HttpRequest, bearer_token
 from .http_response import UPGRADE_REQUIRED, ErrorAnswer, HttpResponse, http_error, json_response, text_response
@@ -97,6 +98,13 @@ async def websocket(replica: ReplicaInterface, request: HttpRequest) -> HttpResp
     return UPGRADE_REQUIRED
 
 
+async def events(replica: ReplicaInterface, request: HttpRequest) -> HttpResponse:
+    """Answer a HEAD request about the event stream, and reject a GET request with a body."""
+    if request.method != "HEAD":
+        return http_error(400, "a request for events has no body")
+    return HttpResponse(200, b"", HEADERS, CONTENT_TYPE)
+
+
 ROUTES: dict[str, dict[str, Operation]] = {
     "/health": {"GET": Operation(health, "Whether the process is alive", {200: Answer("`ok`.")})},
     "/ready": {
@@ -158,6 +166,17 @@ ROUTES: dict[str, dict[str, Operation]] = {
             headers=PublishHeaders,
             body=wire.Publish | list[wire.Publish],
             error_body=PUBLISH_ANSWER,
+        )
+    },
+    "/events": {
+        "GET": Operation(
+            events,
+            "Subscribe to messages as server-sent events",
+            {200: Answer("The stream. It is empty if an `EventSource` is to try again.", media="text/event-stream")},
+            Access.CLIENT,
+            "A token may also be the parameter `access_token`. `Last-Event-ID` counts more than `since`.",
+            query=EventsQuery,
+            headers=EventsHeaders,
         )
     },
     "/ws": {

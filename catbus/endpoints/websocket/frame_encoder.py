@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...delivery.send_queue import QueueItem
 from ...protocol.wire_messages import ProtocolVersion
+from ..item_encoder import ItemEncoder
 
 FRAME_SIZE = 65_536
 """Bytes of lines in one frame, approximately. A single longer item makes a longer frame."""
@@ -36,27 +37,12 @@ def is_close(data: bytes) -> bool:
     return data.startswith(_CLOSE)
 
 
-class FrameEncoder:
-    """Encodes items of a send queue as frames.
+def make_frame_encoder() -> ItemEncoder:
+    """Return an encoder of frames.
 
-    Subscribers of a pattern mostly send the same items, one after another. So the last result is cached, and the items
-    are encoded once for all subscribers.
+    A `catbus.v1` client gets as many lines in a frame as fit. A first-version client gets one frame for each line.
     """
-
-    def __init__(self) -> None:
-        self._items: Sequence[QueueItem] = ()
-        self._protocol = ProtocolVersion.V1
-        self._frames = b""
-
-    def encode_items(self, items: Sequence[QueueItem], protocol: ProtocolVersion) -> bytes:
-        """Encode `items` in order.
-
-        A `catbus.v1` client gets as many lines in a frame as fit. A first-version client gets one frame for each line.
-        """
-        if items != self._items or protocol is not self._protocol:
-            frames = _encode_lines(items) if protocol is ProtocolVersion.V1 else _encode_first_version(items)
-            self._items, self._protocol, self._frames = items, protocol, frames
-        return self._frames
+    return ItemEncoder({ProtocolVersion.V1: _encode_lines, ProtocolVersion.FIRST: _encode_first_version})
 
 
 def _encode_lines(items: Sequence[QueueItem]) -> bytes:

@@ -11,11 +11,10 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 from wsproto.utilities import LocalProtocolError
 
 from ...close_codes import CloseCode
-from ...delivery.send_queue import QueueItem, SendQueue, size_of_replies
 from ...limits.unauthenticated import UNAUTHENTICATED_OBJECT_BYTES
 from ...observability.loggers import get_logger
-from ...protocol.wire_messages import ProtocolVersion
 from ..connection_registry import ConnectionRegistry
+from ..queue_writer import QueueWriter
 from ..replica_interface import ReplicaInterface, SessionInterface
 from .frame_encoder import PING, close_frame
 from .frame_stream import FrameStream
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 HANDSHAKE_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 """Seconds for sending the send queue and the Close frame, and for the peer's Close frame."""
-STALL_TIMEOUT = 60.0
-"""Seconds without progress of a write after which the connection is closed."""
-WRITE_SIZE = 65_536
-"""Bytes taken from the send queue at a time, approximately, and only after the kernel took those before: messages in
-send queues are shared, counted, and can be read from the log again. Of the unsent bytes, replies are counted, because
-one may have a megabyte. Messages are not, because many connections hold the same bytes."""
 MAX_OBJECTS_PER_MESSAGE = 16
 """Objects of the largest size in one WebSocket message. The session checks the size of each object."""
 
@@ -77,22 +70,19 @@ async def serve_websocket(
             writers.cancel_scope.cancel()
 
 
-class WebSocketServerConnection:
+class WebSocketServerConnection(QueueWriter):
     """Writes the send queue of one session to a WebSocket, and passes what arrives to the session."""
 
     __slots__ = (
         "_close_deadline",
         "_close_reason",
         "_driver",
-        "_frame_encoder",
         "_inbound",
         "_last_ping",
         "_last_writing",
         "_max_message_size",
         "_on_authenticated",
         "_receive_scope",
-        "_registry",
-        "_send_queue",
         "_session_scope",
         "_settings",
         "frame_stream",
@@ -110,20 +100,18 @@ class WebSocketServerConnection:
         rest: bytes,
         on_authenticated: Callable[[], None],
     ) -> None:
+        super().__init__(registry, registry.frame_encoder)
         self._on_authenticated = on_authenticated
-        self._registry = registry
         self._settings = settings
-        self._frame_encoder = registry.frame_encoder
         self._driver: SessionInterface | None = None
-        self._send_queue: SendQueue | None = None
         self._session_scope = trio.CancelScope()
         self._receive_scope = trio.CancelScope()
         self._inbound = InboundFrames(message_size, UNAUTHENTICATED_OBJECT_BYTES)
         self._max_message_size = MAX_OBJECTS_PER_MESSAGE * message_size
-        self.frame_stream = FrameStream(
+        self._writer = self.frame_stream = FrameStream(
             stream,
             writers,
-            take_frames=self._take_frames,
+            take_more=self.take_more,
             read_scope=self._session_scope,
             on_received=self._count_received,
             inbound=self._inbound,
@@ -136,47 +124,19 @@ class WebSocketServerConnection:
         self._close_deadline = inf
 
     def release(self) -> None:
-        """Break the connection and its reference cycles, so that its memory is freed without the garbage collector."""
-        self.frame_stream.abort()
-        self._driver = self._send_queue = None
+        """Break the connection and its reference cycles, as `QueueWriter.release` does."""
+        super().release()
+        self._driver = None
 
     def _count_received(self, size: int) -> None:
         """Count bytes against the memory of unauthenticated peers, until the client has authenticated."""
         if self._driver is not None and not self._driver.authenticated:
             self._driver.count_received(size)
 
-    def flush(self) -> None:
-        """Write the send queue, as far as the kernel takes it. While bytes are unsent, the writing task does so."""
-        frame_stream, send_queue = self.frame_stream, self._send_queue
-        if send_queue is not None and not frame_stream.writing:
-            items = send_queue.take(WRITE_SIZE)
-            while items:
-                frame_stream.write(self._encode(items, send_queue.protocol))
-                if frame_stream.writing:
-                    send_queue.count_unsent(size_of_replies(items))
-                items = send_queue.take(WRITE_SIZE) if send_queue.size and not frame_stream.writing else []
-
-    def _take_frames(self) -> bytes:
-        send_queue = self._send_queue
-        if send_queue is None:
-            return b""
-        items = send_queue.take(WRITE_SIZE)
-        send_queue.count_unsent(size_of_replies(items))
-        return self._encode(items, send_queue.protocol)
-
-    def _encode(self, items: list[QueueItem], protocol: ProtocolVersion) -> bytes:
-        try:
-            return self._frame_encoder.encode_items(items, protocol)
-        except Exception as error:  # noqa: BLE001 (it is logged)
-            self._registry.log_internal_error("a flush failed", error)
-            self.frame_stream.abort()
-            return b""
-
     def check(self, now: float) -> None:
         """Ping a peer that was silent for `ping_interval`, and close the connection after `silence`.
 
-        While bytes are unsent, the peer does not count as silent, because a ping would wait behind them. If it takes
-        none of them for `STALL_TIMEOUT`, the connection is closed without a Close frame, which would wait, too.
+        While bytes are unsent, the peer does not count as silent, because a ping would wait behind them.
         """
         frame_stream, driver = self.frame_stream, self._driver
         if driver is None:
@@ -185,9 +145,7 @@ class WebSocketServerConnection:
             self._last_writing = now
         silent = now - max(frame_stream.last_received, self._last_writing)
         if frame_stream.writing:
-            if now - frame_stream.last_progress >= STALL_TIMEOUT:
-                self._registry.log_peer_event("a client does not read", seconds=STALL_TIMEOUT)
-                frame_stream.abort()
+            self.abort_if_stalled(now)
         elif silent >= self._settings.silence:
             driver.close(CloseCode.UNRESPONSIVE, f"nothing heard for {silent:.0f} s")
         elif min(silent, now - self._last_ping) >= self._settings.ping_interval:
@@ -218,7 +176,7 @@ class WebSocketServerConnection:
                 self._driver = driver = replica.open_session(self, transport="websocket", network=network)
                 self._send_queue = driver.send_queue
                 try:
-                    with self._registry.kept_alive(self):
+                    with self._registry.kept_alive(self, self._registry.websockets):
                         library.start_soon(self._read_messages, websocket, driver)
                         await driver.wait_closing()
                         if close_reason := driver.closing or self._close_reason:
