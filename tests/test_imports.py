@@ -23,7 +23,7 @@ LAYERS = (
     {"delivery", "session.effects", "session.hooks"},
     {"session.state_machine"},
     {"observability.runtime_statistics"},
-    {"session.authentication", "session.publishing"},
+    {"session.authentication", "session.heads", "session.history_page", "session.publishing"},
     {"session.services"},
     {"session.driver"},
     {"session.session_report"},

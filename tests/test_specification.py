@@ -660,7 +660,7 @@ TRANSITIONS = [
 ]
 
 
-@pytest.mark.parametrize("protocol", list(ProtocolVersion), ids=lambda protocol: protocol.name)
+@pytest.mark.parametrize("protocol", [ProtocolVersion.FIRST, ProtocolVersion.V1], ids=lambda protocol: protocol.name)
 @pytest.mark.parametrize(("state", "row"), TRANSITIONS, ids=[f"{state}: {row['Event']}" for state, row in TRANSITIONS])
 async def test_session_changes_state_as_in_the_table(
     state: str, row: Row, protocol: ProtocolVersion, autojump_clock: MockClock

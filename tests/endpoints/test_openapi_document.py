@@ -24,7 +24,7 @@ from tests.protocol import http_reference
 DOCUMENT = openapi_document(ROUTES)
 BODIES = {"/publish": b'[{"channel":"a.b","payload":1},{"channel":"a.b","payload":2,"ephemeral":true}]'}
 """A body for each operation that needs one."""
-STATUSES = {"/ws": 426}
+STATUSES = {"/ws": 426, "/events": 400}
 """The status of each operation that answers a usual request with another one than 200."""
 
 

@@ -89,7 +89,7 @@ async def test_messages_pass_through_tls(certificate: Renewed) -> None:
             await bus.publish("a.b", {"number": number, "text": "x" * 5000})
         for number in range(200):
             assert (await anext(messages)).payload["number"] == number
-        assert broker.replica.statistics().sessions == {"websocket": 1, "webtransport": 0}
+        assert broker.replica.statistics().sessions == {"websocket": 1, "webtransport": 0, "sse": 0}
 
 
 async def test_client_that_does_not_trust_the_certificate_is_not_connected(certificate: Renewed) -> None:

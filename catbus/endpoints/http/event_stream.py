@@ -84,6 +84,7 @@ async def open_event_stream(
     `Last-Event-ID` counts more than `since`: a browser sends it when it reconnects, with the URL of the first request.
     """
     try:
+        token = request_token(request)
         parameters = parse_query(
             request.query, {"pattern": replica.config.limits.subscriptions, "since": 1, "epoch": 1}
         )
@@ -97,7 +98,6 @@ async def open_event_stream(
             cursor = parse_cursor(last.decode("latin-1"))
             if cursor is None:
                 raise PeerError(ErrorCode.BAD_MESSAGE, "`Last-Event-ID` is not the `id` of an event of this broker")
-        token = request_token(request)
     except PeerError as error:
         return error_response(replica, error)
     stream = EventStream(replica, registry, request)
