@@ -92,7 +92,8 @@ async def check(
     assert not set(always) - idle.keys() - known, (
         f"not in the document; all, in the order of their first calls: {always}"
     )
-    assert not listed(title) - set().union(*found), "only in the document"
+    unused = listed(title) - set().union(*found)
+    assert not unused, f"only in the document: {sorted(unused)}"
 
 
 class Client:

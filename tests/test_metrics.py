@@ -125,8 +125,8 @@ async def test_metrics_count_sessions_subscriptions_and_messages(tmp_path: Path,
         await one.ping()
         samples, _ = await scrape(address)
     assert samples["catbus_state"] == {("starting",): 0, ("ready",): 1, ("degraded",): 0, ("draining",): 0}
-    assert samples["catbus_sessions"] == {("websocket",): 1, ("webtransport",): 1}
-    assert samples["catbus_sessions_opened_total"] == {("websocket",): 1, ("webtransport",): 1}
+    assert samples["catbus_sessions"] == {("websocket",): 1, ("webtransport",): 1, ("sse",): 0}
+    assert samples["catbus_sessions_opened_total"] == {("websocket",): 1, ("webtransport",): 1, ("sse",): 0}
     assert samples["catbus_subscriptions"] == {("live",): 3, ("lagging",): 0}
     assert samples["catbus_subscribed_patterns"] == {(): 2}
     assert samples["catbus_publishes_total"] == {(): 10}
