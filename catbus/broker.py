@@ -29,7 +29,7 @@ from .postgres import PostgresLog
 from .postgres.embedded import server as embedded_server
 from .protocol.wire_messages import Publish, check_payload, to_json
 from .replica import Replica
-from .session.driver import MAX_HISTORY
+from .session.history_page import MAX_HISTORY
 from .session.hooks import HOOK_TIMEOUT, AuthenticateHook, HookOptions, Hooks, PublishHook, SessionHook
 from .session.session_report import SessionReport
 

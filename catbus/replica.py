@@ -35,11 +35,12 @@ from .log import Log, Outcome
 from .observability.runtime_statistics import RuntimeStatistics
 from .protocol.wire_messages import Publish
 from .session.authentication import Authentication
-from .session.driver import SessionDriver, Streams
+from .session.driver import SessionDriver
 from .session.hooks import ClientInfo, Hooks
 from .session.publishing import Publisher
 from .session.services import SessionServices
 from .session.session_report import OpenSession
+from .session.transport_streams import Streams
 from .version import version
 
 TRANSPORTS = "websocket", "webtransport", "sse"

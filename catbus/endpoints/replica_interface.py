@@ -18,9 +18,9 @@ from ..limits.unauthenticated import UnauthenticatedPeers
 from ..log import Log, Outcome
 from ..observability.runtime_statistics import RuntimeStatistics
 from ..protocol.wire_messages import Publish
-from ..session.driver import Streams
 from ..session.hooks import ClientInfo
 from ..session.session_report import OpenSession
+from ..session.transport_streams import Streams
 
 
 class SessionInterface(Protocol):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from math import inf
 from time import perf_counter
-from typing import Protocol
 
 import trio
 
@@ -40,23 +39,7 @@ from .hooks import ClientInfo
 from .publishing import STOPPING
 from .services import SessionServices
 from .state_machine import Session, SessionLimits
-
-
-class Streams(Protocol):
-    """What a transport with several streams and with datagrams can do."""
-
-    def open_stream(self, on_stopped: Callable[[SendQueue], None]) -> SendQueue | None:
-        """Open a stream and return its send queue; None when the peer allows no more streams.
-
-        `on_stopped` is called with the send queue when the peer stops the stream, or has read nothing of it for too
-        long. Nothing of it is sent afterwards.
-        """
-
-    def end_stream(self, send_queue: SendQueue) -> None:
-        """End a stream after the contents of its send queue. Nothing is put into the send queue afterwards."""
-
-    def send_datagram(self, data: bytes) -> bool:
-        """Send a datagram, at most once. Return False when it is too large."""
+from .transport_streams import Streams
 
 
 class SessionDriver:

@@ -21,9 +21,9 @@ from catbus.limits.unauthenticated import UnauthenticatedPeers
 from catbus.log import Committed, MemoryLog, Outcome
 from catbus.observability.runtime_statistics import RuntimeStatistics
 from catbus.protocol.wire_messages import Publish
-from catbus.session.driver import Streams
 from catbus.session.hooks import ClientInfo
 from catbus.session.session_report import OpenSession
+from catbus.session.transport_streams import Streams
 
 
 class FakeClient:
